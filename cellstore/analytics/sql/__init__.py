@@ -1,0 +1,1 @@
+"""Named, described SQL."""

@@ -1,0 +1,127 @@
+"""Files that a store writes: addressed by their sha256, whole or not there at all.
+
+This module knows paths and bytes, no database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import StorageError
+from .terms import ArtifactKind
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of the store; ``path`` is relative to the artifacts folder, with ``/``."""
+
+    kind: ArtifactKind
+    path: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class ArtifactFolder:
+    """The folder of all files of a store."""
+
+    root: Path
+
+    def write(self, kind: ArtifactKind, data: bytes, suffix: str) -> StoredFile:
+        """Keep ``data`` durably: temporary name, fsync, rename. Known bytes are not written again.
+
+        Raises:
+            StorageError: the folder is full or read-only; nothing is left behind.
+
+        """
+        sha256 = hashlib.sha256(data).hexdigest()
+        stored = StoredFile(kind, f"{kind.value}/{sha256[:2]}/{sha256}{suffix}", sha256, len(data))
+        target = self.root / stored.path
+        if not (target.is_file() and sha256_of(target) == sha256):
+            write_atomically(target, data)
+        return stored
+
+    def read(self, path: str, sha256: str) -> bytes:
+        """Return the bytes of a stored file, compared with their ``sha256``.
+
+        Raises:
+            StorageError: the file is gone, or is not what was written.
+
+        """
+        try:
+            data = self.locate(path).read_bytes()
+        except OSError as error:
+            raise StorageError(
+                f"The stored file {path} cannot be read ({error.strerror}). "
+                "See what else is affected with: cellstore verify"
+            ) from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise StorageError(
+                f"The stored file {path} is not what was written (its sha256 differs). "
+                "See what else is affected with: cellstore verify"
+            )
+        return data
+
+    def locate(self, path: str) -> Path:
+        """Return the place of a stored path; a path that leads out of the folder is refused."""
+        target = (self.root / path).resolve()
+        if not target.is_relative_to(self.root.resolve()):
+            raise StorageError(f"The stored path {path!r} leads out of the store; it is not used.")
+        return target
+
+    def walk(self) -> Iterator[str]:
+        """Yield the relative path of every file that is there, temporary ones too."""
+        for folder, _, names in os.walk(self.root):
+            for name in sorted(names):
+                yield (Path(folder) / name).relative_to(self.root).as_posix()
+
+
+def write_atomically(target: Path, data: bytes) -> None:
+    """Write ``data`` so that ``target`` is whole or as before, also after a power cut.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
+
+    """
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"{target} cannot be written: {error.strerror}. Free some space or mend the "
+            "permissions, then run the same command again; what is done stays done."
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,165 @@
+"""Frozen settings: where a store is, and the parameters of its stages.
+
+The defaults of the stages are those of the published pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import StoreNotFoundError, UserInputError
+from .terms import GroupLevel, LabelField, Projection, Subset
+
+MARKER = "cellstore.toml"
+SQLITE_NAME = "cellstore.db"
+ENV_STORE = "CELLSTORE_STORE"
+ENV_DATABASE = "CELLSTORE_DATABASE_URL"
+DEFAULT_MODEL = "cellstore-nuclei"
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """Where a store keeps its rows and files. ``database`` is a URL without a password."""
+
+    root: Path
+    database: str | None = None
+
+    @property
+    def artifacts(self) -> Path:
+        """Folder of masks, flows, checkpoints."""
+        return self.root / "artifacts"
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what can be made again at any time."""
+        return self.root / "cache"
+
+    @property
+    def sqlite(self) -> Path:
+        """The embedded database."""
+        return self.root / SQLITE_NAME
+
+
+def find_store(given: Path | None = None) -> StoreSettings:
+    """Return the store named by ``given``, else by the environment, else the nearest upwards.
+
+    Raises:
+        StoreNotFoundError: there is none.
+
+    """
+    named = given or _from_environment()
+    if named is not None:
+        return _read_marker(_holding(named))
+    start = Path.cwd()
+    for folder in (start, *start.parents):
+        if (folder / MARKER).is_file():
+            return _read_marker(folder)
+    raise StoreNotFoundError(
+        f"No store in {start} or in a folder above it. Make one with: cellstore init, "
+        "or name one with --store DIR."
+    )
+
+
+def _from_environment() -> Path | None:
+    value = os.environ.get(ENV_STORE)
+    return Path(value) if value else None
+
+
+def _holding(folder: Path) -> Path:
+    if (folder / MARKER).is_file():
+        return folder
+    raise StoreNotFoundError(
+        f"{folder} is not a store. Make one there with: cellstore init {folder}"
+    )
+
+
+def _read_marker(folder: Path) -> StoreSettings:
+    marker = folder / MARKER
+    try:
+        values = tomllib.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserInputError(f"{marker} cannot be read: {error}.") from error
+    database = os.environ.get(ENV_DATABASE) or values.get("database")
+    if database is not None and not isinstance(database, str):
+        raise UserInputError(f"{marker}: 'database' should be a URL in quotes.")
+    return StoreSettings(folder.resolve(), database)
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """Which plane of an image a stage looks at: ``channels`` by name, projected to one.
+
+    No channels: the projection file if there is one, else the first three channels.
+    """
+
+    channels: tuple[str, ...] = ()
+    projection: Projection = Projection.MEDIAN
+
+
+@dataclass(frozen=True)
+class SegmentParams:
+    """Cellpose. ``diameter`` in pixels, ``None``: estimated for each image."""
+
+    model: str = DEFAULT_MODEL
+    flow_threshold: float = 0.7
+    cellprob_threshold: float = -5.0
+    diameter: float | None = None
+    image: ImageInput = ImageInput()
+
+
+@dataclass(frozen=True)
+class MeasureParams:
+    """Measurements. ``image`` is the plane of the intensities; ``None``: the segmented one."""
+
+    image: ImageInput | None = None
+
+
+@dataclass(frozen=True)
+class SplitParams:
+    """Who trains and who tests. Sizes are shares of the groups (wells, images or plates)."""
+
+    protocol: str = "grouped"
+    field: LabelField = LabelField.PERT_INAME
+    group_level: GroupLevel = GroupLevel.WELL
+    test_size: float = 0.2
+    validation_size: float = 0.2
+    seed: int = 0
+    plates: tuple[str, ...] = ()
+    allow_missing: bool = False
+
+
+@dataclass(frozen=True)
+class TrainParams:
+    """The published network and its training. ``crop_size`` in pixels."""
+
+    crop_size: int = 224
+    batch_size: int = 512
+    epochs: int = 50
+    patience: int = 5
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    step_size: int = 5
+    gamma: float = 0.5
+    label_smoothing: float = 0.1
+    dropout: float = 0.5
+    weights: str = "none"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PredictParams:
+    """What to label: a side of the run's split, or ``None`` for every image of ``plates``."""
+
+    subset: Subset | None = Subset.TEST
+    plates: tuple[str, ...] = ()
+    top_k: int = 5
+    batch_size: int = 256
+
+
+def as_parameters(params: Any) -> dict[str, Any]:
+    """Return a dataclass of parameters as plain JSON values, fit for a recipe."""
+    return asdict(params)

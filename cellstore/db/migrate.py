@@ -1,0 +1,98 @@
+"""The schema of a store: bring it up to date, compare it, refuse a wrong one."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from typing import Any
+
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection
+
+from ..errors import SchemaError
+from .models import METADATA
+from .session import Database, _translated
+
+
+def head() -> str:
+    """Return the revision that this library works with."""
+    with as_file(files("cellstore.migrations")) as folder:
+        found = ScriptDirectory(str(folder)).get_current_head()
+    if found is None:
+        raise SchemaError("This installation of cellstore lacks its migrations; reinstall it.")
+    return found
+
+
+def current(database: Database) -> str | None:
+    """Return the revision of the store, ``None`` if it has no tables yet."""
+    with _translated(database), database.engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def upgrade(database: Database, revision: str = "head") -> None:
+    """Bring the schema to ``revision``, all or nothing."""
+    _alembic(database, lambda config: command.upgrade(config, revision))
+
+
+def downgrade(database: Database, revision: str) -> None:
+    """Take the schema back to ``revision`` (``base``: no tables; all rows are lost)."""
+    _alembic(database, lambda config: command.downgrade(config, revision))
+
+
+def differences(database: Database) -> list[str]:
+    """Return what the tables of the store have other than the models, one line each."""
+    with _translated(database), database.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        return [str(change) for change in compare_metadata(context, METADATA)]
+
+
+def ensure_current(database: Database) -> None:
+    """Refuse a store whose schema is not the one of this library.
+
+    Raises:
+        SchemaError: with the command that mends it.
+
+    """
+    found, wanted = current(database), head()
+    if found == wanted:
+        return
+    if found is None:
+        raise SchemaError(
+            f"The database {database.shown} holds no store. Make one with: cellstore init"
+        )
+    if _knows(found):
+        raise SchemaError(
+            f"The store has the older schema {found}, this cellstore needs {wanted}. "
+            "Back it up, then run: cellstore db upgrade"
+        )
+    raise SchemaError(
+        f"The store has the schema {found}, which is newer than this cellstore ({wanted}). "
+        "Update cellstore with: pip install --upgrade cellstore"
+    )
+
+
+def _knows(revision: str) -> bool:
+    with as_file(files("cellstore.migrations")) as folder:
+        scripts = ScriptDirectory(str(folder))
+        return any(script.revision == revision for script in scripts.walk_revisions())
+
+
+def _alembic(database: Database, action: Any) -> None:
+    with (
+        as_file(files("cellstore.migrations")) as folder,
+        _translated(database),
+        database.engine.execution_options(writes=True).begin() as connection,
+    ):
+        action(_config(str(folder), connection))
+
+
+def _config(folder: str, connection: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", folder.replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    config.attributes["target_metadata"] = METADATA
+    return config

@@ -1,0 +1,352 @@
+"""All tables of a store, in the order in which a screen fills them.
+
+Each docstring says what one row is. Keys that make writing a row twice harmless are unique
+constraints; lineage is foreign keys.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import CheckConstraint, Float, ForeignKey, Index, Text, UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column
+
+from ..terms import (
+    ArtifactKind,
+    Control,
+    GroupLevel,
+    LabelField,
+    Perturbation,
+    Stage,
+    Status,
+    Subset,
+)
+from .types import Base, BigId, Id, Name, Sha256, by_value
+
+
+class Plate(Base):
+    """A physical assay plate."""
+
+    __tablename__ = "plates"
+
+    id: Mapped[Id]
+    barcode: Mapped[Name] = mapped_column(unique=True)
+    batch: Mapped[Name | None]
+
+
+class Treatment(Base):
+    """What was done to a well. ``identity`` is kind, name and identifier in one text."""
+
+    __tablename__ = "treatments"
+
+    id: Mapped[Id]
+    identity: Mapped[str] = mapped_column(Text, unique=True)
+    kind: Mapped[Perturbation] = mapped_column(by_value(Perturbation))
+    pert_iname: Mapped[Name] = mapped_column(index=True)
+    target: Mapped[Name | None]
+    control: Mapped[Control | None] = mapped_column(by_value(Control))
+    identifier: Mapped[Name | None]
+    inchikey: Mapped[Name | None]
+    smiles: Mapped[str | None] = mapped_column(Text)
+    pubchem_cid: Mapped[Name | None]
+
+
+class Well(Base):
+    """A well of a plate; row and column count from 1, ``name`` is like ``D14``."""
+
+    __tablename__ = "wells"
+    __table_args__ = (UniqueConstraint("plate_id", "row", "column"),)
+
+    id: Mapped[Id]
+    plate_id: Mapped[int] = mapped_column(BigId, ForeignKey("plates.id"))
+    row: Mapped[int]
+    column: Mapped[int]
+    name: Mapped[Name]
+    treatment_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("treatments.id"), index=True)
+
+
+class Image(Base):
+    """One field of view at one time point and plane.
+
+    ``content_sha256`` is the digest over the bytes of all its files; null while one is missing.
+    """
+
+    __tablename__ = "images"
+    __table_args__ = (UniqueConstraint("well_id", "site", "plane", "time_point"),)
+
+    id: Mapped[Id]
+    well_id: Mapped[int] = mapped_column(BigId, ForeignKey("wells.id"))
+    site: Mapped[int]
+    plane: Mapped[int] = mapped_column(default=1)
+    time_point: Mapped[int] = mapped_column(default=1)
+    core_name: Mapped[Name] = mapped_column(index=True)
+    content_sha256: Mapped[Sha256 | None]
+
+
+class ImageFile(Base):
+    """One channel of an image, or a projection of several; no ``sha256``: not found yet."""
+
+    __tablename__ = "image_files"
+    __table_args__ = (UniqueConstraint("image_id", "channel"),)
+
+    id: Mapped[Id]
+    image_id: Mapped[int] = mapped_column(BigId, ForeignKey("images.id"))
+    channel: Mapped[Name]
+    position: Mapped[int]
+    name: Mapped[Name] = mapped_column(index=True)
+    uri: Mapped[str | None] = mapped_column(Text)
+    sha256: Mapped[Sha256 | None] = mapped_column(index=True)
+    size_bytes: Mapped[int | None] = mapped_column(BigId)
+    modified_ns: Mapped[int | None] = mapped_column(BigId)
+    height: Mapped[int | None]
+    width: Mapped[int | None]
+    dtype: Mapped[Name | None]
+
+
+class Recipe(Base):
+    """A parameter set of a stage; the same fingerprint means the same result."""
+
+    __tablename__ = "recipes"
+    __table_args__ = (UniqueConstraint("stage", "fingerprint"),)
+
+    id: Mapped[Id]
+    stage: Mapped[Stage] = mapped_column(by_value(Stage))
+    version: Mapped[int]
+    parameters: Mapped[dict[str, Any]]
+    weights_sha256: Mapped[Sha256 | None]
+    fingerprint: Mapped[Sha256]
+    created_at: Mapped[datetime]
+
+
+class RecipeInput(Base):
+    """A recipe reads what another one wrote."""
+
+    __tablename__ = "recipe_inputs"
+
+    recipe_id: Mapped[int] = mapped_column(BigId, ForeignKey("recipes.id"), primary_key=True)
+    input_id: Mapped[int] = mapped_column(
+        BigId, ForeignKey("recipes.id"), primary_key=True, index=True
+    )
+
+
+class Label(Base):
+    """A class: one value of a field of the treatments."""
+
+    __tablename__ = "labels"
+    __table_args__ = (UniqueConstraint("field", "value"),)
+
+    id: Mapped[Id]
+    field: Mapped[LabelField] = mapped_column(by_value(LabelField))
+    value: Mapped[Name]
+
+
+class Split(Base):
+    """A named assignment of images to sides; ``frozen_at``: since when a run relies on it."""
+
+    __tablename__ = "splits"
+
+    id: Mapped[Id]
+    name: Mapped[Name] = mapped_column(unique=True)
+    recipe_id: Mapped[int] = mapped_column(BigId, ForeignKey("recipes.id"))
+    protocol: Mapped[Name]
+    field: Mapped[LabelField] = mapped_column(by_value(LabelField))
+    group_level: Mapped[GroupLevel] = mapped_column(by_value(GroupLevel))
+    seed: Mapped[int]
+    query: Mapped[str] = mapped_column(Text)
+    fingerprint: Mapped[Sha256]
+    left_out: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime]
+    frozen_at: Mapped[datetime | None]
+
+
+class SplitMember(Base):
+    """The side and the label of one image in one split."""
+
+    __tablename__ = "split_members"
+
+    split_id: Mapped[int] = mapped_column(BigId, ForeignKey("splits.id"), primary_key=True)
+    image_id: Mapped[int] = mapped_column(
+        BigId, ForeignKey("images.id"), primary_key=True, index=True
+    )
+    subset: Mapped[Subset] = mapped_column(by_value(Subset))
+    label_id: Mapped[int] = mapped_column(BigId, ForeignKey("labels.id"))
+
+
+class Run(Base):
+    """One execution of a stage. ``query`` is the SQL through which it read its cells."""
+
+    __tablename__ = "runs"
+    __table_args__ = (Index(None, "stage", "recipe_id"),)
+
+    id: Mapped[Id]
+    stage: Mapped[Stage] = mapped_column(by_value(Stage))
+    recipe_id: Mapped[int] = mapped_column(BigId, ForeignKey("recipes.id"))
+    parent_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
+    split_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("splits.id"), index=True)
+    status: Mapped[Status] = mapped_column(by_value(Status))
+    seed: Mapped[int | None]
+    command: Mapped[str] = mapped_column(Text)
+    query: Mapped[str | None] = mapped_column(Text)
+    code_version: Mapped[Name]
+    environment: Mapped[dict[str, Any]]
+    host: Mapped[Name]
+    user: Mapped[Name]
+    started_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+    result: Mapped[dict[str, Any] | None]
+    error: Mapped[str | None] = mapped_column(Text)
+
+
+class Job(Base):
+    """One image's share of a recipe, for the bytes that the image had (``content_sha256``)."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        UniqueConstraint("recipe_id", "image_id", "content_sha256"),
+        Index(None, "recipe_id", "status", "id"),
+    )
+
+    id: Mapped[Id]
+    recipe_id: Mapped[int] = mapped_column(BigId, ForeignKey("recipes.id"))
+    image_id: Mapped[int] = mapped_column(BigId, ForeignKey("images.id"), index=True)
+    content_sha256: Mapped[Sha256]
+    run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
+    status: Mapped[Status] = mapped_column(by_value(Status))
+    attempts: Mapped[int] = mapped_column(default=0)
+    worker: Mapped[Name | None]
+    lease_until: Mapped[float | None] = mapped_column(Float(53))
+    seconds: Mapped[float | None] = mapped_column(Float(53))
+    error: Mapped[str | None] = mapped_column(Text)
+
+
+class Artifact(Base):
+    """A file we wrote; ``path`` is relative to the artifacts folder of the store."""
+
+    __tablename__ = "artifacts"
+    __table_args__ = (UniqueConstraint("sha256", "kind"),)
+
+    id: Mapped[Id]
+    kind: Mapped[ArtifactKind] = mapped_column(by_value(ArtifactKind))
+    path: Mapped[str] = mapped_column(Text, unique=True)
+    sha256: Mapped[Sha256]
+    size_bytes: Mapped[int] = mapped_column(BigId)
+    created_at: Mapped[datetime]
+
+
+class RunArtifact(Base):
+    """A run wrote, or relies on, this file."""
+
+    __tablename__ = "run_artifacts"
+
+    run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), primary_key=True)
+    artifact_id: Mapped[int] = mapped_column(
+        BigId, ForeignKey("artifacts.id"), primary_key=True, index=True
+    )
+
+
+class Segmentation(Base):
+    """The masks of one image, as its bytes were, by one recipe; ``diameter`` in pixels."""
+
+    __tablename__ = "segmentations"
+    __table_args__ = (UniqueConstraint("image_id", "recipe_id", "content_sha256"),)
+
+    id: Mapped[Id]
+    image_id: Mapped[int] = mapped_column(BigId, ForeignKey("images.id"))
+    recipe_id: Mapped[int] = mapped_column(BigId, ForeignKey("recipes.id"), index=True)
+    content_sha256: Mapped[Sha256]
+    run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
+    n_cells: Mapped[int]
+    diameter: Mapped[float] = mapped_column(Float(53))
+    mask_artifact_id: Mapped[int] = mapped_column(BigId, ForeignKey("artifacts.id"), index=True)
+    flow_artifact_id: Mapped[int] = mapped_column(BigId, ForeignKey("artifacts.id"), index=True)
+    created_at: Mapped[datetime]
+
+
+class Cell(Base):
+    """One labelled region; the box is half open, in pixels; ``excluded``: why it does not count."""
+
+    __tablename__ = "cells"
+    __table_args__ = (UniqueConstraint("segmentation_id", "label"),)
+
+    id: Mapped[Id]
+    segmentation_id: Mapped[int] = mapped_column(BigId, ForeignKey("segmentations.id"))
+    label: Mapped[int]
+    min_row: Mapped[int]
+    min_col: Mapped[int]
+    max_row: Mapped[int]
+    max_col: Mapped[int]
+    centroid_row: Mapped[float] = mapped_column(Float(53))
+    centroid_col: Mapped[float] = mapped_column(Float(53))
+    excluded: Mapped[Name | None]
+
+
+class FeatureSet(Base):
+    """A named block of measurements; ``columns`` lists name, dtype, unit and source of each."""
+
+    __tablename__ = "feature_sets"
+
+    id: Mapped[Id]
+    name: Mapped[Name] = mapped_column(unique=True)
+    recipe_id: Mapped[int] = mapped_column(BigId, ForeignKey("recipes.id"), unique=True)
+    columns: Mapped[list[dict[str, Any]]]
+
+
+Number = Mapped[float | None]
+
+
+class CellFeatures(Base):
+    """The built-in measurements of one cell by one recipe; lengths in pixels."""
+
+    __tablename__ = "features"
+
+    cell_id: Mapped[int] = mapped_column(BigId, ForeignKey("cells.id"), primary_key=True)
+    recipe_id: Mapped[int] = mapped_column(BigId, ForeignKey("recipes.id"), primary_key=True)
+    run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
+    area: Number = mapped_column(Float(53))
+    convex_area: Number = mapped_column(Float(53))
+    perimeter: Number = mapped_column(Float(53))
+    eccentricity: Number = mapped_column(Float(53))
+    mean_intensity: Number = mapped_column(Float(53))
+    min_intensity: Number = mapped_column(Float(53))
+    max_intensity: Number = mapped_column(Float(53))
+    major_axis_length: Number = mapped_column(Float(53))
+    minor_axis_length: Number = mapped_column(Float(53))
+    orientation: Number = mapped_column(Float(53))
+    solidity: Number = mapped_column(Float(53))
+    extent: Number = mapped_column(Float(53))
+    centroid_y: Number = mapped_column(Float(53))
+    centroid_x: Number = mapped_column(Float(53))
+
+
+class RunMetric(Base):
+    """A metric of a run at an epoch, for example ``validation_loss``."""
+
+    __tablename__ = "run_metrics"
+
+    run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), primary_key=True)
+    epoch: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    name: Mapped[Name] = mapped_column(primary_key=True)
+    value: Mapped[float | None] = mapped_column(Float(53))
+
+
+class Prediction(Base):
+    """What one run said about one cell; rank 1 is its first choice. Append only (triggers)."""
+
+    __tablename__ = "predictions"
+    __table_args__ = (
+        CheckConstraint("probability >= 0 AND probability <= 1", name="probability"),
+        CheckConstraint("rank >= 1", name="rank"),
+    )
+
+    run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), primary_key=True)
+    cell_id: Mapped[int] = mapped_column(
+        BigId, ForeignKey("cells.id"), primary_key=True, index=True
+    )
+    rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    label_id: Mapped[int] = mapped_column(BigId, ForeignKey("labels.id"))
+    probability: Mapped[float] = mapped_column(Float(53))
+
+
+METADATA = Base.metadata
+"""All tables, for migrations."""

@@ -1,0 +1,141 @@
+"""Engines, connections and transactions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.orm import Session
+
+from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
+
+SQLITE_BUSY_MS = 30_000
+
+
+@dataclass(frozen=True)
+class Database:
+    """One database: SQLite (embedded) or PostgreSQL (for teams)."""
+
+    engine: Engine
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether this is the embedded database."""
+        return self.engine.dialect.name == "sqlite"
+
+    @property
+    def shown(self) -> str:
+        """The URL without its password, fit for people and logs."""
+        return self.engine.url.render_as_string(hide_password=True)
+
+    @contextmanager
+    def begin(self) -> Iterator[Session]:
+        """Yield a session in one transaction: committed at the end, undone by an error."""
+        engine = self.engine.execution_options(writes=True)
+        with _translated(self), Session(engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """Yield a session for reading; nothing is committed."""
+        with _translated(self), Session(self.engine) as session:
+            yield session
+
+    def close(self) -> None:
+        """Give all connections back."""
+        self.engine.dispose()
+
+
+@contextmanager
+def _translated(database: Database) -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as error:
+        raise explain(error, database) from error
+
+
+def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageError:
+    """Return the sentence for a database that failed."""
+    text = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else "no reason given"
+    lowered = text.lower()
+    if (
+        "full" in lowered
+        or "readonly" in lowered
+        or "read-only" in lowered
+        or "disk i/o" in lowered
+    ):
+        return StorageError(
+            f"The database {database.shown} cannot be written: {text}. "
+            "Free some space or mend the permissions, then run the same command again."
+        )
+    if "locked" in lowered:
+        return DatabaseError(
+            f"Another program holds {database.shown} for longer than "
+            f"{SQLITE_BUSY_MS // 1000} seconds. Wait for it to end, then run the command again."
+        )
+    return DatabaseError(f"The database {database.shown} failed: {text}.")
+
+
+def parse_url(text: str) -> URL:
+    """Return the URL of a database, with the driver that cellstore uses.
+
+    Raises:
+        UserInputError: it is not a URL, or not of SQLite or PostgreSQL.
+
+    """
+    try:
+        url = make_url(text)
+    except ArgumentError as error:
+        raise UserInputError(
+            "The database URL cannot be read. It should look like postgresql://user@host/name."
+        ) from error
+    backend = url.get_backend_name()
+    if backend in ("postgresql", "postgres"):
+        return url.set(drivername="postgresql+psycopg")
+    if backend == "sqlite":
+        return url.set(drivername="sqlite+pysqlite")
+    raise UserInputError(f"cellstore works on SQLite and PostgreSQL, not on {backend!r}.")
+
+
+def connect(url: URL) -> Database:
+    """Open a database without reading from it yet.
+
+    Raises:
+        MissingExtraError: PostgreSQL is asked for and its driver is not installed.
+
+    """
+    try:
+        engine = create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite")
+    except (ModuleNotFoundError, NoSuchModuleError) as error:
+        raise MissingExtraError.of("psycopg", "postgres") from error
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    return Database(engine)
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves, see _begin_sqlite
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_MS}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = NORMAL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Any) -> None:
+    # A writer takes its lock at once: one that first reads cannot wait for another and fails.
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def sqlite_url(path: Path) -> URL:
+    """Return the URL of the database file ``path``."""
+    return URL.create("sqlite+pysqlite", database=os.fspath(path))

@@ -1,0 +1,95 @@
+"""Every error that cellstore raises on purpose.
+
+CellstoreError
+├── UserInputError (ValueError)        something typed or handed over is not usable
+│   ├── UnknownNameError (LookupError)   no run / image / split / model / label of that name
+│   ├── BadTableError                    a metadata file that cannot be read as asked
+│   └── QueryError                       an SQL question that is wrong or not allowed
+├── ImageError (ValueError)            pixels that cannot be used: truncated, odd shapes
+├── StoreError (RuntimeError)          the store itself
+│   ├── StoreNotFoundError               no store here or upwards
+│   ├── SchemaError                      its schema is older or newer than this library
+│   └── DatabaseError                    the database cannot be reached or refused
+├── StorageError (OSError)             a file could not be written or has changed on disk
+├── MissingExtraError (ImportError)    an optional part of cellstore is not installed
+└── JobsFailedError (RuntimeError)     some images failed; the others are done
+
+A message is one or two sentences: what is wrong, then what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CellstoreError(Exception):
+    """Base of all errors below. ``exit_code`` is what the command line ends with."""
+
+    exit_code = 2
+
+
+class UserInputError(CellstoreError, ValueError):
+    """Something typed or handed over cannot be used."""
+
+
+class UnknownNameError(UserInputError, LookupError):
+    """No such run, image, split, model, label, table or column."""
+
+    @classmethod
+    def of(cls, kind: str, name: object, known: Iterable[object]) -> UnknownNameError:
+        """The error for an unknown ``name``, with the nearest or the first known ones."""
+        names = [str(item) for item in known]
+        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5) or names[:5]
+        hint = f" Known: {', '.join(near)}." if near else f" There is no {kind} yet."
+        return cls(f"Unknown {kind} {str(name)!r}.{hint}")
+
+
+class BadTableError(UserInputError):
+    """A table that is empty, lacks columns, or is not what its name says."""
+
+
+class QueryError(UserInputError):
+    """An SQL question that is wrong, or that would do more than read."""
+
+
+class ImageError(CellstoreError, ValueError):
+    """Pixels that cannot be used."""
+
+
+class StoreError(CellstoreError, RuntimeError):
+    """The store itself is missing, of another version, or out of reach."""
+
+
+class StoreNotFoundError(StoreError):
+    """No store in this folder or upwards."""
+
+
+class SchemaError(StoreError):
+    """The schema of the store and of the library differ."""
+
+
+class DatabaseError(StoreError):
+    """The database cannot be reached, or refused."""
+
+
+class StorageError(CellstoreError, OSError):
+    """A file of the store could not be written, read, or has changed."""
+
+
+class MissingExtraError(CellstoreError, ImportError):
+    """An optional part of cellstore is not installed."""
+
+    @classmethod
+    def of(cls, module: str, extra: str) -> MissingExtraError:
+        """The error for ``module`` that comes with the extra ``extra``."""
+        return cls(
+            f"This needs {module}, which is not installed. "
+            f"Install it with: pip install 'cellstore[{extra}]'"
+        )
+
+
+class JobsFailedError(CellstoreError, RuntimeError):
+    """Some images failed while the others were done."""
+
+    exit_code = 1

@@ -1,0 +1,88 @@
+"""The closed vocabularies of a store. Values, not names, are what the database keeps."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Stage(StrEnum):
+    """What a run does."""
+
+    INGEST = "ingest"
+    SEGMENT = "segment"
+    MEASURE = "measure"
+    SPLIT = "split"
+    TRAIN = "train"
+    PREDICT = "predict"
+
+
+class Status(StrEnum):
+    """How a run or a job stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+class Subset(StrEnum):
+    """The side of a split."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+class GroupLevel(StrEnum):
+    """What stays together in a split."""
+
+    IMAGE = "image"
+    WELL = "well"
+    PLATE = "plate"
+
+
+class Perturbation(StrEnum):
+    """What kind of treatment a well got."""
+
+    COMPOUND = "compound"
+    ORF = "orf"
+    CRISPR = "crispr"
+    NONE = "none"
+
+
+class Control(StrEnum):
+    """The role of a treatment in the assay."""
+
+    NEGATIVE = "negcon"
+    POSITIVE = "poscon"
+
+
+class LabelField(StrEnum):
+    """Columns of a treatment that can be predicted."""
+
+    PERT_INAME = "pert_iname"
+    TARGET = "target"
+
+
+class Projection(StrEnum):
+    """How several channels become one plane."""
+
+    MEDIAN = "median"
+    MEAN = "mean"
+    MAX = "max"
+
+
+class ArtifactKind(StrEnum):
+    """What a file that we wrote holds."""
+
+    MASK = "mask"
+    FLOW = "flow"
+    CHECKPOINT = "checkpoint"
+    REPORT = "report"
+
+
+PROJECTION_CHANNEL = "projection"
+"""Channel name of a file that already holds a projection of several channels."""
+
+EXCLUDED_NO_PERIMETER = "perimeter is 0"
+"""Reason of a cell so small that its outline has no length."""

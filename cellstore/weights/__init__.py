@@ -1,0 +1,1 @@
+"""Networks that ship with cellstore, with their model card."""

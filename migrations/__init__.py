@@ -1,0 +1,1 @@
+"""Alembic environment and revisions; frozen, independent of the live models."""
