@@ -20,6 +20,8 @@ def insert_new(
     All rows must have the same columns.
     """
     new = 0
+    if not rows:
+        return new
     statement = _insert(session, table)
     for start in range(0, len(rows), _fitting(rows, chunk)):
         piece = list(rows[start : start + _fitting(rows, chunk)])

@@ -60,7 +60,7 @@ def _channel(by_channel: dict[str, ImageFile], name: str) -> ImageFile:
 def _read(file: ImageFile) -> NDArray[np.generic]:
     if file.uri is None:
         raise ImageError(
-            f"{file.name} is missing. Ingest again with --images pointing to the folder that has it."
+            f"{file.name} is missing. Ingest again with --images and the folder that has it."
         )
     path = Path(file.uri)
     try:

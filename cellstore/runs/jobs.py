@@ -14,7 +14,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ class Task:
     image_id: int
     content_sha256: str
     name: str
+    worker: str
 
 
 @dataclass
@@ -56,6 +57,24 @@ class Outcome:
     def failed(self) -> int:
         """How many images failed."""
         return len(self.failures)
+
+
+@dataclass(frozen=True)
+class JobsResult:
+    """What a stage that goes image by image did.
+
+    ``run_id`` is None when there was nothing to do. ``selected`` counts the images that the
+    selection names, ``waiting`` those of them whose files are still missing, ``cells`` what was
+    written by this run.
+    """
+
+    run_id: int | None
+    recipe_id: int
+    selected: int
+    waiting: int
+    done: int
+    failures: tuple[tuple[str, str], ...]
+    cells: int
 
 
 class LeaseLostError(StoreError):
@@ -145,7 +164,7 @@ def _reserved(
             task = _reserve(session, run_id, recipe_id, candidates, worker)
             elsewhere = task is None and _in_other_hands(session, recipe_id, candidates)
         if task is not None:
-            with _lease(database, task.job_id, worker):
+            with _lease(database, task):
                 yield task
         elif elsewhere:
             time.sleep(WAIT_SECONDS)
@@ -187,10 +206,10 @@ def _reserve(
             lease_until=time.time() + LEASE_SECONDS,
         )
     )
-    return _task(session, job_id) if claim.rowcount == 1 else None
+    return _task(session, job_id, worker) if claim.rowcount == 1 else None
 
 
-def _task(session: Session, job_id: int) -> Task:
+def _task(session: Session, job_id: int, worker: str) -> Task:
     row = session.execute(
         select(Job.id, Job.image_id, Job.content_sha256, Plate.barcode, Image.core_name)
         .join(Image, Image.id == Job.image_id)
@@ -198,7 +217,7 @@ def _task(session: Session, job_id: int) -> Task:
         .join(Plate, Plate.id == Well.plate_id)
         .where(Job.id == job_id)
     ).one()
-    return Task(row.id, row.image_id, row.content_sha256, f"{row.barcode}/{row.core_name}")
+    return Task(row.id, row.image_id, row.content_sha256, f"{row.barcode}/{row.core_name}", worker)
 
 
 def _in_other_hands(session: Session, recipe_id: int, candidates: Select[int]) -> bool:
@@ -209,16 +228,15 @@ def _in_other_hands(session: Session, recipe_id: int, candidates: Select[int]) -
 
 
 @contextmanager
-def _lease(database: Database, job_id: int, worker: str) -> Iterator[None]:
+def _lease(database: Database, task: Task) -> Iterator[None]:
     stop = threading.Event()
 
     def renew() -> None:
         while not stop.wait(RENEW_SECONDS):
-            with database.begin() as session:
+            # A renewal that fails is tried again; if all fail, closing the job finds out.
+            with suppress(CellstoreError), database.begin() as session:
                 session.execute(
-                    update(Job)
-                    .where(Job.id == job_id, Job.worker == worker, Job.status == Status.RUNNING)
-                    .values(lease_until=time.time() + LEASE_SECONDS)
+                    update(Job).where(_held(task)).values(lease_until=time.time() + LEASE_SECONDS)
                 )
 
     thread = threading.Thread(target=renew, daemon=True, name="cellstore-lease")
@@ -241,8 +259,8 @@ def _do(
     try:
         result = compute(task)
         with database.begin() as session:
-            write(session, task, result)
             _close(session, task, time.monotonic() - started)
+            write(session, task, result)
         outcome.done += 1
     except (StorageError, DatabaseError, KeyboardInterrupt, SystemExit):
         _release(database, task)
@@ -254,6 +272,11 @@ def _do(
         outcome.failures.append((task.name, _sentence(error)))
 
 
+def _held(task: Task) -> Any:
+    """Whether the job is still ours: after a lease ran out it may be another worker's."""
+    return and_(Job.id == task.job_id, Job.worker == task.worker, Job.status == Status.RUNNING)
+
+
 def _close(session: Session, task: Task, seconds: float) -> None:
     """Close the job, unless it is no longer ours or the image has changed meanwhile."""
     unchanged = exists().where(
@@ -261,7 +284,7 @@ def _close(session: Session, task: Task, seconds: float) -> None:
     )
     done: Any = session.execute(
         update(Job)
-        .where(Job.id == task.job_id, Job.status == Status.RUNNING, unchanged)
+        .where(_held(task), unchanged)
         .values(status=Status.DONE, seconds=seconds, lease_until=None, error=None)
     )
     if done.rowcount != 1:
@@ -269,15 +292,13 @@ def _close(session: Session, task: Task, seconds: float) -> None:
 
 
 def _release(database: Database, task: Task) -> None:
-    try:
-        with database.begin() as session:
-            session.execute(
-                update(Job)
-                .where(Job.id == task.job_id, Job.status == Status.RUNNING)
-                .values(status=Status.PENDING, lease_until=None, worker=None)
-            )
-    except CellstoreError:
-        return  # the lease will expire by itself; the first error is the one to report
+    # If this fails too, the lease will run out by itself; the first error is the one to report.
+    with suppress(CellstoreError), database.begin() as session:
+        session.execute(
+            update(Job)
+            .where(_held(task))
+            .values(status=Status.PENDING, lease_until=None, worker=None)
+        )
 
 
 def _fail(database: Database, task: Task, error: Exception) -> None:
@@ -286,7 +307,7 @@ def _fail(database: Database, task: Task, error: Exception) -> None:
     with database.begin() as session:
         session.execute(
             update(Job)
-            .where(Job.id == task.job_id)
+            .where(_held(task))
             .values(status=Status.FAILED, lease_until=None, error=text)
         )
 

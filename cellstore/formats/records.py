@@ -1,0 +1,64 @@
+"""What the readers of this package yield: plain facts, before any database sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..terms import Control, Perturbation
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    """One channel of an image, as a table names it.
+
+    ``channel`` is the name of the stain ('RNA'), ``number`` the channel number of a Phenix file
+    name, ``folder`` the ``PathName_*`` of the row as written, which may be on another machine.
+    """
+
+    channel: str
+    number: int | None
+    name: str
+    folder: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TreatmentRecord:
+    """What was done to a well. ``identifier`` is the ``broad_sample`` of JUMP tables."""
+
+    kind: Perturbation
+    pert_iname: str
+    target: str | None = None
+    control: Control | None = None
+    identifier: str | None = None
+    inchikey: str | None = None
+    smiles: str | None = None
+    pubchem_cid: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One field of view from line ``line`` of a table; row, column, site as numbers.
+
+    ``row`` and ``column`` count from 1; ``site``, ``plane`` and ``time_point`` are as written.
+    """
+
+    line: int
+    plate: str
+    batch: str | None
+    row: int
+    column: int
+    site: int
+    plane: int
+    time_point: int
+    core_name: str | None
+    files: tuple[FileRef, ...]
+    treatment: TreatmentRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A row that cannot be used: the line it starts at, a reason to count by, and its details."""
+
+    line: int
+    reason: str
+    detail: str

@@ -1,0 +1,156 @@
+"""Measure: the features of every cell of every segmented image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Select, insert, select
+from sqlalchemy.orm import Session
+
+from ..config import ImageInput, MeasureParams, as_parameters
+from ..db.models import Cell, CellFeatures, FeatureSet, Recipe, Segmentation
+from ..db.statements import insert_new
+from ..errors import ImageError
+from ..extras import need
+from ..reading.planes import read_artifact_image, read_image
+from ..runs import (
+    JobsResult,
+    RecipeSpec,
+    Task,
+    Workspace,
+    find_recipe,
+    images_of,
+    register,
+    running,
+    segmented,
+    selection_counts,
+    todo_count,
+    work_through,
+)
+from ..terms import Projection, Stage
+
+VERSION = 1
+
+Columns = Mapping[str, Any]
+
+
+def measure(
+    workspace: Workspace,
+    params: MeasureParams | None = None,
+    *,
+    segmentation: str | None = None,
+    plates: tuple[str, ...] = (),
+    limit: int | None = None,
+) -> JobsResult:
+    """Measure the cells found by one segment recipe (default: the one used last).
+
+    Intensities are those of the segmented plane unless ``params`` names another.
+
+    Raises:
+        MissingExtraError: scikit-image is not installed.
+        UnknownNameError: nothing has been segmented, or no such recipe or plate.
+    """
+    need("segment")
+    params = params or MeasureParams()
+    with workspace.database.begin() as session:
+        source = find_recipe(session, Stage.SEGMENT, segmentation)
+        plane = params.image or _plane_of(source)
+        recipe = register(session, _spec(plane, source))
+        _register_features(session, recipe)
+        images = segmented(images_of(session, plates, limit), source.id)
+        selected, waiting = selection_counts(session, images)
+        todo = todo_count(session, recipe.id, images)
+    if todo == 0:
+        return JobsResult(None, recipe.id, selected, waiting, 0, (), 0)
+    return _run(workspace, plane, recipe, source.id, images, (selected, waiting))
+
+
+def _plane_of(source: Recipe) -> ImageInput:
+    named = source.parameters["image"]
+    return ImageInput(tuple(named["channels"]), Projection(named["projection"]))
+
+
+def _spec(plane: ImageInput, source: Recipe) -> RecipeSpec:
+    from ..ops.features import FEATURE_NAMES
+
+    parameters = {"image": as_parameters(plane), "features": list(FEATURE_NAMES)}
+    return RecipeSpec(Stage.MEASURE, VERSION, parameters, None, (source,))
+
+
+def _register_features(session: Session, recipe: Recipe) -> None:
+    from ..ops.features import FEATURES
+
+    name = f"basic-{recipe.fingerprint[:8]}"
+    columns = [feature.to_json() for feature in FEATURES]
+    insert_new(session, FeatureSet, [{"name": name, "recipe_id": recipe.id, "columns": columns}])
+
+
+def _run(
+    workspace: Workspace,
+    plane: ImageInput,
+    recipe: Recipe,
+    source_id: int,
+    images: Select[int],
+    counts: tuple[int, int],
+) -> JobsResult:
+    measured = 0
+    with running(workspace.database, recipe) as run:
+
+        def compute(task: Task) -> list[dict[str, Any]]:
+            return _compute(workspace, plane, source_id, task)
+
+        def write(session: Session, _task: Task, rows: list[dict[str, Any]]) -> None:
+            nonlocal measured
+            keys = {"recipe_id": recipe.id, "run_id": run.id}
+            if rows:
+                session.execute(insert(CellFeatures), [{**row, **keys} for row in rows])
+            measured += len(rows)
+
+        outcome = work_through(
+            workspace.database,
+            workspace.progress,
+            "measure",
+            run.id,
+            recipe.id,
+            images,
+            compute,
+            write,
+        )
+        run.result = {"images": outcome.done, "failed": outcome.failed, "cells": measured}
+    return JobsResult(run.id, recipe.id, *counts, outcome.done, tuple(outcome.failures), measured)
+
+
+def _compute(
+    workspace: Workspace, plane: ImageInput, source_id: int, task: Task
+) -> list[dict[str, Any]]:
+    from ..ops.features import measure_cells
+
+    with workspace.database.read() as session:
+        found = session.scalars(
+            select(Segmentation).where(
+                Segmentation.image_id == task.image_id,
+                Segmentation.recipe_id == source_id,
+                Segmentation.content_sha256 == task.content_sha256,
+            )
+        ).one()
+        masks = read_artifact_image(session, workspace.artifacts, found.mask_artifact_id)
+        pairs = select(Cell.label, Cell.id).where(Cell.segmentation_id == found.id)
+        cells = {row.label: row.id for row in session.execute(pairs)}
+    columns = measure_cells(masks, read_image(workspace.database, task.image_id, plane))
+    return _rows(columns, cells, task)
+
+
+def _rows(columns: Columns, cells: Mapping[int, int], task: Task) -> list[dict[str, Any]]:
+    labels = columns["label"].tolist()
+    if sorted(labels) != sorted(cells):
+        raise ImageError(
+            f"The masks of {task.name} and its cells in the database differ. "
+            "See what is wrong with: cellstore verify"
+        )
+    names = [name for name in columns if name != "label"]
+    values = zip(*(columns[name].tolist() for name in names), strict=True)
+    return [
+        {"cell_id": cells[label], **dict(zip(names, row, strict=True))}
+        for label, row in zip(labels, values, strict=True)
+    ]
