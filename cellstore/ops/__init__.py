@@ -1,0 +1,1 @@
+"""Pure computation on arrays and tensors; no database, no store."""

@@ -34,6 +34,20 @@ def read_image(database: Database, image_id: int, wanted: ImageInput) -> NDArray
     return project([_read(file) for file in files], wanted.projection)
 
 
+def check_channels(session: Session, wanted: ImageInput) -> None:
+    """Refuse a channel that no image of the store has, before any work begins.
+
+    Raises:
+        UnknownNameError: with the channels that there are.
+    """
+    if not wanted.channels:
+        return
+    known = {name.lower(): name for name in session.scalars(select(ImageFile.channel).distinct())}
+    for name in wanted.channels:
+        if name.lower() not in known:
+            raise UnknownNameError.of("channel", name, sorted(known.values()))
+
+
 def files_of(session: Session, image_id: int) -> list[ImageFile]:
     """Return the files of an image in the order of their channels."""
     query = select(ImageFile).where(ImageFile.image_id == image_id)

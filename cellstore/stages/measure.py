@@ -13,7 +13,7 @@ from ..db.models import Cell, CellFeatures, FeatureSet, Recipe, Segmentation
 from ..db.statements import insert_new
 from ..errors import ImageError
 from ..extras import need
-from ..reading.planes import read_artifact_image, read_image
+from ..reading.planes import check_channels, read_artifact_image, read_image
 from ..runs import (
     JobsResult,
     RecipeSpec,
@@ -49,13 +49,14 @@ def measure(
 
     Raises:
         MissingExtraError: scikit-image is not installed.
-        UnknownNameError: nothing has been segmented, or no such recipe or plate.
+        UnknownNameError: nothing has been segmented, or no such recipe, plate or channel.
     """
     need("segment")
     params = params or MeasureParams()
     with workspace.database.begin() as session:
         source = find_recipe(session, Stage.SEGMENT, segmentation)
         plane = params.image or _plane_of(source)
+        check_channels(session, plane)
         recipe = register(session, _spec(plane, source))
         _register_features(session, recipe)
         images = segmented(images_of(session, plates, limit), source.id)

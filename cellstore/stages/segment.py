@@ -16,7 +16,7 @@ from ..config import SegmentParams, as_parameters
 from ..db.models import Cell, Recipe, Segmentation
 from ..extras import need
 from ..formats.images import encode_tiff
-from ..reading.planes import read_image
+from ..reading.planes import check_channels, read_image
 from ..runs import (
     JobsResult,
     RecipeSpec,
@@ -54,7 +54,7 @@ def segment(
 
     Raises:
         MissingExtraError: Cellpose is not installed.
-        UserInputError: no such model or plate, or parameters out of range.
+        UserInputError: no such model, plate or channel, or parameters out of range.
     """
     need("segment")
     from ..ops.segmentation import find_model
@@ -62,6 +62,7 @@ def segment(
     params = params or SegmentParams()
     files = find_model(params.model, weights_dir)
     with workspace.database.begin() as session:
+        check_channels(session, params.image)
         images = images_of(session, plates, limit)
         recipe = register(session, _spec(params, files))
         selected, waiting = selection_counts(session, images)

@@ -49,7 +49,8 @@ class IngestResult:
 
     ``completed`` rows were there and gained something: a file that was found, or changed, or a
     treatment. ``problems`` are image files that could not be used although their rows could (their
-    images stay missing), and rows of the other tables that could not. ``run_id`` is None when nothing changed.
+    images stay missing), and rows of the other tables that could not. ``run_id`` is None when
+    nothing changed.
     """
 
     run_id: int | None

@@ -1,0 +1,160 @@
+"""The demo: a rendered plate set on disk, and the commands that a user would type on it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .artifacts import write_atomically
+from .errors import UserInputError
+from .extras import need
+from .formats.images import encode_tiff
+from .progress import Progress, Silent, track
+
+if TYPE_CHECKING:
+    from .ops.rendering import FieldSpec, PlateDesign
+
+METADATA = "metadata.csv"
+CROP_SIZE = 48
+BATCH_SIZE = 64
+EPOCHS = 8
+LEARNING_RATE = 1e-3
+SPLIT = "by-well"
+
+
+@dataclass(frozen=True)
+class DemoPlates:
+    """Where the rendered plates lie. ``truth`` holds the true masks, one per field."""
+
+    folder: Path
+    metadata: Path
+    images: Path
+    truth: Path
+    store: Path
+    fields: int
+
+
+def render_plates(
+    folder: Path, *, seed: int = 1, effect: float = 1.0, progress: Progress | None = None
+) -> DemoPlates:
+    """Render the demo's plates into ``folder``: images, LoadData table, true masks.
+
+    ``effect`` scales what the treatments do; at 0 they do nothing. The same arguments give the
+    same bytes; what is there already is left alone.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
+        UserInputError: ``folder`` holds something else.
+        StorageError: the folder cannot be written.
+    """
+    need("segment")
+    from .ops.rendering import PlateDesign
+
+    design = PlateDesign(seed=seed, effect=effect)
+    plates = _layout(folder, len(design))
+    table = _table(design, plates).encode()
+    if plates.metadata.exists() and plates.metadata.read_bytes() != table:
+        raise UserInputError(
+            f"{folder} holds a demo with other settings. Name another folder, or remove it."
+        )
+    for spec in track(progress or Silent(), "render", len(design), design.fields()):
+        _write_field(design, spec, plates)
+    _write_if_new(plates.metadata, table)
+    return plates
+
+
+def commands(plates: DemoPlates, *, report: str = "report.html") -> list[list[str]]:
+    """Return what a user would type, one list of words for each command, without the program."""
+    store = ["--store", str(plates.store)]
+    return [
+        ["init", str(plates.store)],
+        ["ingest", str(plates.metadata), "--images", str(plates.images), *store],
+        ["segment", *store],
+        ["measure", *store],
+        ["split", "create", SPLIT, "--validation-size", "0.25", "--test-size", "0.25", *store],
+        ["split", "check", SPLIT, *store],
+        ["train", "--split", SPLIT, *_training(), *store],
+        ["predict", *store],
+        ["report", "--html", str(plates.folder / report), *store],
+        ["audit", "image", f"{first_core_name(plates)}", *store],
+    ]
+
+
+def first_core_name(plates: DemoPlates) -> str:
+    """Return ``PLATE/CORE`` of the first field."""
+    with plates.metadata.open(newline="", encoding="utf-8") as file:
+        row = next(csv.DictReader(file))
+    return f"{row['Metadata_Plate']}/{row['Metadata_Well']}/{row['Metadata_Site']}"
+
+
+def _training() -> list[str]:
+    return [
+        *("--crop-size", str(CROP_SIZE)),
+        *("--batch-size", str(BATCH_SIZE)),
+        *("--epochs", str(EPOCHS)),
+        *("--learning-rate", str(LEARNING_RATE)),
+    ]
+
+
+def _layout(folder: Path, fields: int) -> DemoPlates:
+    folder = folder.resolve()
+    return DemoPlates(
+        folder=folder,
+        metadata=folder / METADATA,
+        images=folder / "images",
+        truth=folder / "truth",
+        store=folder / "store",
+        fields=fields,
+    )
+
+
+def _table(design: PlateDesign, plates: DemoPlates) -> str:
+    """Return the LoadData table of all plates."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    channels = design.channel_names
+    writer.writerow(
+        [
+            *(f"FileName_Orig{name}" for name in channels),
+            *(f"PathName_Orig{name}" for name in channels),
+            *("Metadata_Plate", "Metadata_Well", "Metadata_Site"),
+            *("Metadata_pert_iname", "Metadata_target", "Metadata_control_type"),
+        ]
+    )
+    for spec in design.fields():
+        writer.writerow(_row(design, spec, plates))
+    return text.getvalue()
+
+
+def _row(design: PlateDesign, spec: FieldSpec, plates: DemoPlates) -> Iterator[str]:
+    count = len(design.channel_names)
+    yield from (spec.file_name(channel) for channel in range(1, count + 1))
+    yield from [f"{plates.images.name}/{spec.plate}"] * count
+    yield from (spec.plate, spec.well, str(spec.site))
+    control = "negcon" if not spec.treatment.target else ""
+    yield from (spec.treatment.pert_iname, spec.treatment.target, control)
+
+
+def _write_field(design: PlateDesign, spec: FieldSpec, plates: DemoPlates) -> None:
+    targets = [
+        plates.images / spec.plate / spec.file_name(channel)
+        for channel in range(1, design.n_channels + 1)
+    ]
+    truth = plates.truth / spec.plate / f"{spec.core_name}.tif"
+    if all(path.exists() for path in (*targets, truth)):
+        return
+    from .ops.rendering import render_field
+
+    field = render_field(design, spec)
+    for path, plane in zip(targets, field.channels, strict=True):
+        _write_if_new(path, encode_tiff(plane))
+    _write_if_new(truth, encode_tiff(field.masks))
+
+
+def _write_if_new(path: Path, data: bytes) -> None:
+    if not path.exists():
+        write_atomically(path, data)

@@ -1,0 +1,31 @@
+"""The optional parts of cellstore, and the sentence for one that is missing."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from .errors import MissingExtraError
+
+MODULES = {
+    "segment": ("cellpose", "skimage", "scipy", "safetensors"),
+    "train": ("torch", "torchvision", "lightning", "sklearn", "safetensors"),
+    "report": ("matplotlib", "jinja2"),
+    "postgres": ("psycopg", "adbc_driver_postgresql"),
+}
+"""What each extra brings, by import name."""
+
+
+def need(extra: str) -> None:
+    """Check that an extra is installed, without importing it.
+
+    Raises:
+        MissingExtraError: with the command that installs it.
+    """
+    missing = missing_of(extra)
+    if missing:
+        raise MissingExtraError.of(missing[0], extra)
+
+
+def missing_of(extra: str) -> tuple[str, ...]:
+    """Return the modules of an extra that are not installed."""
+    return tuple(name for name in MODULES[extra] if find_spec(name) is None)

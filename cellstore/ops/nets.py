@@ -1,0 +1,292 @@
+"""The published network, and the file that rebuilds it.
+
+Two EfficientNet-B0 branches look at the mask crop and the flow crop of a cell, a third at its
+tabular features; the three are concatenated, weighted element by element by an attention
+network, projected and classified. Widths of the attention and projection layers and the dropout
+rate are not given by the study; the defaults of :class:`NetShape` are cellstore's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
+
+from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.ops.scaling import Scaler
+
+IMAGENET = "imagenet"
+BACKBONES = ("efficientnet_b0",)
+_EMBEDDING = 1280
+"""Channels of the last EfficientNet-B0 stage (Tan and Le 2019, table 1)."""
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class NetShape:
+    """What decides the tensors of a network."""
+
+    n_classes: int
+    n_features: int
+    image_channels: int = 4
+    tabular_width: int = 32
+    attention_width: int = 256
+    projection_width: int = 256
+    dropout: float = 0.5
+    backbone: str = "efficientnet_b0"
+
+    def __post_init__(self) -> None:
+        if self.backbone not in BACKBONES:
+            raise UnknownNameError.of("backbone", self.backbone, BACKBONES)
+        sizes = (
+            self.n_classes,
+            self.n_features,
+            self.image_channels,
+            self.tabular_width,
+            self.attention_width,
+            self.projection_width,
+        )
+        if min(sizes) < 1 or not 0 <= self.dropout < 1:
+            raise UserInputError("Sizes of a network must be 1 or more, its dropout below 1.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> NetShape:
+        """The shape that :meth:`to_json` described; raises ``UserInputError`` if it is not one."""
+        known = {item.name: item.type for item in fields(cls)}
+        casts: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
+        wrong = [
+            name
+            for name, value in record.items()
+            if name not in known or not isinstance(value, casts[str(known[name])])
+        ]
+        if wrong or not {"n_classes", "n_features"} <= record.keys():
+            raise UserInputError(f"This does not describe a network: look at {wrong or record}.")
+        return cls(**record)
+
+
+class FusionNet(nn.Module):
+    """The published network; see the module's description."""
+
+    def __init__(self, shape: NetShape) -> None:
+        super().__init__()
+        self.shape = shape
+        fused = 2 * _EMBEDDING + shape.tabular_width
+        self.mask_branch = image_branch(shape.image_channels)
+        self.flow_branch = image_branch(shape.image_channels)
+        self.tabular_branch = nn.Sequential(
+            nn.Linear(shape.n_features, shape.tabular_width),
+            nn.ReLU(),
+            nn.BatchNorm1d(shape.tabular_width),
+            nn.Dropout(shape.dropout),
+        )
+        self.attention = nn.Sequential(
+            nn.Linear(fused, shape.attention_width),
+            nn.ReLU(),
+            nn.Linear(shape.attention_width, fused),
+            nn.Sigmoid(),
+        )
+        self.projection = nn.Sequential(nn.Linear(fused, shape.projection_width), nn.ReLU())
+        self.classifier = nn.Linear(shape.projection_width, shape.n_classes)
+
+    def forward(self, mask_crops: Tensor, flow_crops: Tensor, features: Tensor) -> Tensor:
+        """Class scores before softmax, (N, n_classes) float32.
+
+        ``mask_crops`` and ``flow_crops`` are (N, image_channels, S, S), ``features``
+        (N, n_features); all float32, normalised. While training, N must be 2 or more (batch
+        normalisation).
+        """
+        seen = (
+            self.mask_branch(mask_crops),
+            self.flow_branch(flow_crops),
+            self.tabular_branch(features),
+        )
+        fused = torch.cat(seen, dim=1)
+        scores: Tensor = self.classifier(self.projection(fused * self.attention(fused)))
+        return scores
+
+
+def image_branch(channels: int) -> nn.Sequential:
+    """EfficientNet-B0 without its classifier: (N, channels, S, S) to (N, 1280)."""
+    whole = efficientnet_b0(weights=None)
+    stem = whole.features[0][0]
+    whole.features[0][0] = nn.Conv2d(
+        channels,
+        stem.out_channels,
+        kernel_size=stem.kernel_size,
+        stride=stem.stride,
+        padding=stem.padding,
+        bias=False,
+    )
+    nn.init.kaiming_normal_(whole.features[0][0].weight, mode="fan_out")
+    return nn.Sequential(whole.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def build_net(shape: NetShape, weights: str | Path | None = None, seed: int = 0) -> FusionNet:
+    """A new network on the CPU, in training mode; the same seed gives the same numbers.
+
+    ``weights`` start both image branches: ``None`` (random), ``"imagenet"`` (fetched through
+    torchvision and kept in its cache) or the path of a state dict of torchvision's
+    ``efficientnet_b0`` (``.pth`` or ``.safetensors``). The first convolution is made to fit: the
+    filters of red, green and blue come first, each further channel gets their mean.
+
+    Raises ``UserInputError`` if the weights cannot be fetched, read, or are of another network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = FusionNet(shape)
+    if weights is not None:
+        _start_from(net, _imagenet_state() if weights == IMAGENET else _read_state(Path(weights)))
+    return net
+
+
+def _imagenet_state() -> State:
+    source = EfficientNet_B0_Weights.IMAGENET1K_V1
+    try:
+        state: State = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise UserInputError(
+            f"The ImageNet weights could not be fetched ({error}). Download {source.url} where "
+            "there is a network and give the path of that file as the weights, or train from "
+            "random weights with 'none'."
+        ) from error
+    return state
+
+
+def _read_state(path: Path) -> State:
+    try:
+        if path.suffix == ".safetensors":
+            return load_tensors(path.read_bytes())
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserInputError(f"There is no file of weights {path}; check the path.") from error
+    except Exception as error:  # torch raises errors of many kinds for a file that is no state
+        raise UserInputError(
+            f"{path} cannot be read as weights ({_first_line(error)}). Give a state dict of "
+            "torchvision's efficientnet_b0, as .pth or .safetensors."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserInputError(f"{path} holds no state dict; save net.state_dict() and give that.")
+    return state
+
+
+def _start_from(net: FusionNet, state: State) -> None:
+    body = {
+        name.removeprefix("features."): value
+        for name, value in state.items()
+        if name.startswith("features.")
+    }
+    try:
+        stem = body["0.0.weight"]
+        body["0.0.weight"] = _fit_channels(stem, net.shape.image_channels)
+        for branch in (net.mask_branch, net.flow_branch):
+            branch[0].load_state_dict(body)
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise UserInputError(
+            "These are not the weights of torchvision's efficientnet_b0 "
+            f"({_first_line(error)}). Give a state dict of that network."
+        ) from error
+
+
+def _fit_channels(stem: Tensor, channels: int) -> Tensor:
+    mean = stem.mean(dim=1, keepdim=True)
+    return torch.cat([stem, *[mean] * channels], dim=1)[:, :channels]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What has to stand beside the tensors of a network to use it again.
+
+    ``labels`` are the classes in the order of the network's outputs, values of ``field``.
+    Crops are resized to ``crop_size`` and normalised as ``(x - crop_mean) / crop_std``.
+    ``fingerprints`` name the recipes and the split the network comes from.
+    """
+
+    shape: NetShape
+    labels: tuple[str, ...]
+    field: str
+    scaler: Scaler
+    crop_size: int
+    fingerprints: Mapping[str, str]
+    crop_mean: float = 0.5
+    crop_std: float = 0.5
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != self.shape.n_classes or len(set(self.labels)) < len(self.labels):
+            raise UserInputError(
+                f"A network of {self.shape.n_classes} classes needs as many different labels, "
+                f"there are {len(set(self.labels))}."
+            )
+        if len(self.scaler.names) != self.shape.n_features:
+            raise UserInputError(
+                f"A network of {self.shape.n_features} features cannot use a scaler of "
+                f"{len(self.scaler.names)}."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """A record that ``json.dumps`` takes as it is."""
+        return {
+            "shape": self.shape.to_json(),
+            "labels": list(self.labels),
+            "field": self.field,
+            "scaler": self.scaler.to_json(),
+            "crop": {"size": self.crop_size, "mean": self.crop_mean, "std": self.crop_std},
+            "fingerprints": dict(self.fingerprints),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> CheckpointMeta:
+        """The record that :meth:`to_json` made; raises ``UserInputError`` if it is not one."""
+        try:
+            crop = record["crop"]
+            return cls(
+                shape=NetShape.from_json(record["shape"]),
+                labels=tuple(str(label) for label in record["labels"]),
+                field=str(record["field"]),
+                scaler=Scaler.from_json(record["scaler"]),
+                crop_size=int(crop["size"]),
+                fingerprints={str(k): str(v) for k, v in record["fingerprints"].items()},
+                crop_mean=float(crop["mean"]),
+                crop_std=float(crop["std"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserInputError(f"This does not describe a checkpoint: {error!r}.") from error
+
+
+def save_net(state: State) -> bytes:
+    """The tensors of a state dict as a safetensors file."""
+    return save_tensors({name: value.detach().cpu().contiguous() for name, value in state.items()})
+
+
+def load_checkpoint(tensors: bytes, record: Mapping[str, Any]) -> tuple[FusionNet, CheckpointMeta]:
+    """The network of ``save_net``'s bytes and of ``CheckpointMeta.to_json``'s record.
+
+    It is ready to predict: in evaluation mode, on the CPU. Raises ``UserInputError`` if the record
+    is not one, ``StorageError`` if the bytes are damaged or do not fit the record.
+    """
+    meta = CheckpointMeta.from_json(record)
+    net = FusionNet(meta.shape)
+    try:
+        net.load_state_dict(load_tensors(tensors))
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise StorageError(
+            f"The checkpoint is damaged or of another network ({_first_line(error)}). "
+            "Check the store with 'cellstore verify', or train again."
+        ) from error
+    return net.eval(), meta

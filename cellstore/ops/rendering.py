@@ -1,0 +1,278 @@
+"""A made-up plate set with truth masks, for the demo and the tests.
+
+Each treatment changes shape, size, texture, brightness and number of the cells a little; wells
+and plates differ besides, as real ones do. A field depends on nothing but the design's seed and
+its own plate, well and site, so fields can be rendered in any order and on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cellstore.errors import UserInputError
+
+from .rendering_cells import CellMap, Population, blurred, lay_cells, smooth_noise
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a treatment multiplies, against cells left alone."""
+
+    diameter: float = 1.0
+    count: float = 1.0
+    elongation: float = 1.0
+    irregularity: float = 1.0
+    brightness: float = 1.0
+    grain: float = 1.0
+    """Strength of the texture."""
+    coarseness: float = 1.0
+    """Size of the texture's granules."""
+    dome: float = 1.0
+    """How much brighter the centre is than the edge."""
+
+    def scaled(self, strength: float) -> Effect:
+        """Every factor to the power ``strength``: 0 is no effect, 1 the full one."""
+        return Effect(**{f.name: float(getattr(self, f.name) ** strength) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """A made-up compound: its name, its made-up target (a real gene symbol), its effect."""
+
+    pert_iname: str
+    target: str
+    effect: Effect = Effect()
+
+
+CONTROL = Treatment("DMSO", "")
+"""The negative control, without target and effect."""
+
+TREATMENTS = (
+    CONTROL,
+    Treatment("demotaxel", "TUBB", Effect(diameter=1.2, irregularity=4.0, count=0.8, grain=1.2)),
+    Treatment("demolimus", "MTOR", Effect(diameter=0.8, brightness=0.75, dome=1.3, grain=0.6)),
+    Treatment(
+        "demostatin", "HDAC1", Effect(diameter=1.3, dome=0.35, grain=0.5, coarseness=1.5, count=0.8)
+    ),
+    Treatment(
+        "demorubicin", "TOP2A", Effect(count=0.6, brightness=1.35, grain=2.2, coarseness=2.0)
+    ),
+    Treatment(
+        "demozomib", "PSMB5", Effect(elongation=1.9, diameter=0.92, grain=1.5, coarseness=0.6)
+    ),
+)
+"""What the demo screens: names are invented, ends and targets follow the real classes."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """How a dye shows a cell: share of light from the body, its rim, its nucleus; texture."""
+
+    name: str
+    body: float
+    rim: float
+    nucleus: float
+    grain: float
+    granule: float
+    """Size of the granules, as a share of the diameter."""
+
+
+CHANNELS = (
+    Channel("Mito", body=0.9, rim=0.0, nucleus=-0.25, grain=0.30, granule=0.05),
+    Channel("AGP", body=0.7, rim=0.35, nucleus=0.0, grain=0.15, granule=0.09),
+    Channel("RNA", body=0.7, rim=0.0, nucleus=0.45, grain=0.20, granule=0.07),
+    Channel("ER", body=0.9, rim=0.0, nucleus=-0.15, grain=0.20, granule=0.06),
+    Channel("DNA", body=0.05, rim=0.0, nucleus=1.0, grain=0.25, granule=0.08),
+)
+"""In the order of the Cell Painting assay; ``ch1`` is the first."""
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One field of view of a design. ``row``, ``column`` and ``site`` count from 1."""
+
+    plate: str
+    row: int
+    column: int
+    site: int
+    treatment: Treatment
+
+    @property
+    def well(self) -> str:
+        """For example ``B02``."""
+        return f"{chr(ord('A') + self.row - 1)}{self.column:02d}"
+
+    @property
+    def core_name(self) -> str:
+        """Core file name as an Opera Phenix writes it, for example ``r02c02f01``."""
+        return f"r{self.row:02d}c{self.column:02d}f{self.site:02d}"
+
+    def file_name(self, channel: int) -> str:
+        """Phenix file name of a channel counted from 1."""
+        return f"{self.core_name}p01-ch{channel}sk1fk1fl1.tiff"
+
+
+@dataclass(frozen=True)
+class PlateDesign:
+    """A plate set: who sits where is shuffled per plate by ``seed``.
+
+    ``effect`` scales every treatment's effect; 0 renders, for the same layout, plates on which
+    the treatments do nothing. ``size``: side of a field in pixels; 208 is one tile of Cellpose.
+    """
+
+    seed: int = 1
+    plates: tuple[str, ...] = ("DEMO0001", "DEMO0002")
+    treatments: tuple[Treatment, ...] = TREATMENTS
+    control_wells: int = 6
+    """DMSO wells per plate."""
+    treated_wells: int = 2
+    """Wells per plate of each other treatment."""
+    sites: int = 2
+    size: int = 208
+    n_channels: int = 3
+    effect: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.n_channels <= len(CHANNELS):
+            raise UserInputError(f"A plate is rendered with 3 to {len(CHANNELS)} channels.")
+        if self.size < 64 or min(self.control_wells, self.treated_wells, self.sites) < 1:
+            raise UserInputError("A plate needs fields of 64 pixels, and a well and site of each.")
+        if len(self.treatments) * max(self.treated_wells, self.control_wells) > 24 * 14:
+            raise UserInputError("That is more wells than a 384-well plate has inside its border.")
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """Dyes, ``ch1`` first."""
+        return tuple(channel.name for channel in CHANNELS[: self.n_channels])
+
+    def wells(self, plate: str) -> list[tuple[int, int, Treatment]]:
+        """(row, column, treatment) of each well of ``plate``, in plate order, border left free."""
+        content = [
+            treatment
+            for treatment in self.treatments
+            for _ in range(self.control_wells if treatment == CONTROL else self.treated_wells)
+        ]
+        across = max(2, int(np.ceil(np.sqrt(len(content)))))
+        places = [(2 + i // across, 2 + i % across) for i in range(len(content))]
+        order = _rng(self.seed, plate, "layout").permutation(len(content))
+        return [(*place, content[i]) for place, i in zip(places, order, strict=True)]
+
+    def fields(self) -> Iterator[FieldSpec]:
+        """Every field, in the order plate, row, column, site."""
+        for plate in self.plates:
+            for row, column, treatment in self.wells(plate):
+                for site in range(1, self.sites + 1):
+                    yield FieldSpec(plate, row, column, site, treatment)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.fields())
+
+
+@dataclass(frozen=True)
+class RenderedField:
+    """``channels``: (C, H, W) uint16. ``masks``: (H, W) uint16, the truth, labels 1..n."""
+
+    channels: NDArray[np.uint16]
+    masks: NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """What a well and its plate do to every cell in it, treatment or not."""
+
+    diameter: float
+    count: float
+    brightness: float
+    background: float
+    focus: float
+
+
+OFFSET, FULL = 300.0, 6000.0
+"""Camera counts of no light, and of a typical cell above that."""
+
+CELLS = 30
+"""Untreated cells per field of 208 pixels."""
+
+DIAMETER = 26.0
+"""Median diameter of an untreated cell, pixels."""
+
+
+def render_field(design: PlateDesign, spec: FieldSpec) -> RenderedField:
+    """Render one field; equal arguments give equal pixels."""
+    rng = _rng(design.seed, spec.plate, spec.row, spec.column, spec.site)
+    effect = spec.treatment.effect.scaled(design.effect)
+    conditions = _conditions(design.seed, spec)
+    cells = lay_cells(rng, (design.size, design.size), _population(design, effect, conditions))
+    brightness = np.exp(0.2 * rng.standard_normal(cells.count + 1)).astype(np.float32)
+    brightness *= effect.brightness * conditions.brightness
+    brightness[0] = 0
+    lit = brightness[cells.masks] * (1 + 0.3 * cells.behind)
+    vignette = 1 + 0.08 * smooth_noise(rng, lit.shape, 0.5 * design.size)
+    planes = [
+        _camera(rng, lit * _dye(rng, cells, channel, effect) * vignette, conditions)
+        for channel in CHANNELS[: design.n_channels]
+    ]
+    return RenderedField(np.stack(planes), cells.masks)
+
+
+def _population(design: PlateDesign, effect: Effect, conditions: _Conditions) -> Population:
+    room = (design.size / 208) ** 2
+    return Population(
+        count=max(3, round(CELLS * room * effect.count * conditions.count)),
+        diameter=DIAMETER * effect.diameter * conditions.diameter,
+        elongation=1.2 * effect.elongation,
+        irregularity=0.035 * effect.irregularity,
+        crowding=0.4,
+        overlap=0.2,
+    )
+
+
+def _conditions(seed: int, spec: FieldSpec) -> _Conditions:
+    plate, well = _rng(seed, spec.plate, "plate"), _rng(seed, spec.plate, spec.row, spec.column)
+    spread = np.array([0.02, 0.08, 0.10, 0.20, 0.10])
+    shift = spread * (plate.standard_normal(5) + well.standard_normal(5))
+    diameter, count, brightness, background, focus = (float(v) for v in np.exp(shift))
+    return _Conditions(diameter, count, brightness, 0.08 * background, 0.8 * focus)
+
+
+def _dye(
+    rng: np.random.Generator, cells: CellMap, channel: Channel, effect: Effect
+) -> NDArray[np.float32]:
+    """Light of one dye per pixel of a cell of brightness 1."""
+    height = cells.height
+    dome = np.maximum(height, 0.02) ** np.float32(0.3 * effect.dome)
+    nucleus = 1 / (1 + np.exp(-(height - 0.6) / 0.05))
+    rim = np.exp(-height / 0.15)
+    granule = max(0.7, DIAMETER * channel.granule * effect.coarseness)
+    grain = 1 + channel.grain * effect.grain * smooth_noise(rng, height.shape, granule)
+    shape = channel.body * dome + channel.rim * rim + channel.nucleus * nucleus
+    light: NDArray[np.float32] = np.clip(shape, 0.05, None) * np.clip(grain, 0.2, 3.0)
+    return light.astype(np.float32)
+
+
+def _camera(
+    rng: np.random.Generator, light: NDArray[np.float32], conditions: _Conditions
+) -> NDArray[np.uint16]:
+    """Background, haze, focus, photons, read noise, camera counts."""
+    waves = smooth_noise(rng, light.shape, 0.3 * light.shape[0])
+    light = light + 0.12 * blurred(light, DIAMETER * 0.6)
+    light = light + conditions.background * np.clip(1 + 0.2 * waves, 0.2, None)
+    light = blurred(light.astype(np.float32), conditions.focus)
+    photons = 250.0
+    counted = rng.poisson(np.maximum(light, 0) * photons) / photons
+    counts = OFFSET + FULL * counted + 30 * rng.standard_normal(light.shape)
+    return np.rint(np.clip(counts, 0, np.iinfo(np.uint16).max)).astype(np.uint16)
+
+
+def _rng(seed: int, plate: str, *place: int | str) -> np.random.Generator:
+    """A generator of its own for each place, whatever was rendered before."""
+    key = "/".join(str(part) for part in (seed, plate, *place))
+    return np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))

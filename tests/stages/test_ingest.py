@@ -1,0 +1,220 @@
+"""Ingest: every row accounted for, twice is once, missing files are filled in later."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from published_metadata import PLATE, write_published_metadata
+from realdata import real_data
+from sqlalchemy import func, select
+
+from cellstore.db.models import Image, ImageFile, Plate, Run, Treatment, Well
+from cellstore.errors import BadTableError, UserInputError
+from cellstore.formats.images import encode_tiff
+from cellstore.runs import Workspace, find_image
+from cellstore.stages.ingest import ingest
+
+CHANNELS = ("RNA", "DNA")
+
+
+def write_table(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def loaddata(site: int, treatment: str = "DMSO", plate: str = "P1") -> dict[str, str]:
+    names = {
+        f"FileName_Orig{name}": f"r01c02f{site:02d}p01-ch{number}sk1fk1fl1.tiff"
+        for number, name in enumerate(CHANNELS, start=1)
+    }
+    folders = {f"PathName_Orig{name}": "/somewhere/else" for name in CHANNELS}
+    where = {"Metadata_Plate": plate, "Metadata_Well": "A02", "Metadata_Site": str(site)}
+    return {**names, **folders, **where, "Metadata_pert_iname": treatment, "Metadata_target": ""}
+
+
+def write_image(folder: Path, name: str, value: int, shape: tuple[int, int] = (4, 5)) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_bytes(encode_tiff(np.full(shape, value, np.uint16)))
+    return path
+
+
+def count(workspace: Workspace, table: type) -> int:
+    with workspace.database.read() as session:
+        return session.scalar(select(func.count()).select_from(table)) or 0
+
+
+def test_rows_become_plates_wells_treatments_images_files(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1), loaddata(2)])
+    result = ingest(workspace, table)
+    assert (result.rows, result.created, result.missing_images) == (2, 2, 2)
+    tables = (Plate, Well, Treatment, Image, ImageFile)
+    assert [count(workspace, item) for item in tables] == [1, 1, 1, 2, 4]
+    with workspace.database.read() as session:
+        image = find_image(session, "r01c02f02")
+        assert (image.site, image.content_sha256) == (2, None)
+        assert find_image(session, "P1/A2/2").id == image.id
+        assert find_image(session, "r01c02f02p01-ch2sk1fk1fl1.tiff").id == image.id
+
+
+def test_a_second_ingest_changes_nothing_and_records_no_run(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1), loaddata(2)])
+    first = ingest(workspace, table)
+    second = ingest(workspace, table)
+    assert (first.run_id, second.run_id) == (1, None)
+    assert (second.created, second.completed, second.unchanged) == (0, 0, 2)
+    assert count(workspace, Run) == 1
+
+
+def test_missing_files_are_filled_in_by_a_later_ingest(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1), loaddata(2)])
+    ingest(workspace, table)
+    folder = tmp_path / "images"
+    for number in (1, 2):
+        write_image(folder, f"r01c02f01p01-ch{number}sk1fk1fl1.tiff", number)
+    write_image(folder, "r01c02f02p01-ch1sk1fk1fl1.tiff", 3)
+    result = ingest(workspace, table, images=folder)
+    assert (result.created, result.completed, result.missing_images) == (0, 2, 1)
+    again = ingest(workspace, table, images=folder)
+    assert (again.completed, again.unchanged, again.run_id) == (0, 2, None)
+    without = ingest(workspace, table)
+    assert (without.unchanged, without.missing_images) == (2, 1)
+
+
+def test_changed_bytes_are_noticed(workspace: Workspace, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1)])
+    folder = tmp_path / "images"
+    for number in (1, 2):
+        write_image(folder, f"r01c02f01p01-ch{number}sk1fk1fl1.tiff", number)
+    ingest(workspace, table, images=folder)
+    with workspace.database.read() as session:
+        before = find_image(session, "r01c02f01").content_sha256
+    write_image(folder, "r01c02f01p01-ch1sk1fk1fl1.tiff", 77, (8, 5))
+    assert ingest(workspace, table, images=folder).completed == 1
+    with workspace.database.read() as session:
+        assert find_image(session, "r01c02f01").content_sha256 not in (None, before)
+
+
+def test_a_projection_stands_for_the_channels_that_were_expected(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    row = {
+        "FileName_OrigRNA": "r01c02f01p01-ch3sk1fk1fl1.tiff",
+        "Metadata_pert_iname": "DMSO",
+        "Metadata_target": "",
+    }
+    table = write_table(tmp_path / "t.csv", [row])
+    ingest(workspace, table, plate="P1")
+    write_image(tmp_path / "images", "r01c02f01.tif", 5)
+    result = ingest(workspace, table, plate="P1", images=tmp_path / "images")
+    assert (result.completed, result.missing_images) == (1, 0)
+    with workspace.database.read() as session:
+        files = session.scalars(select(ImageFile)).all()
+        assert [(file.channel, file.name) for file in files] == [("projection", "r01c02f01.tif")]
+    assert ingest(workspace, table, plate="P1").unchanged == 1
+
+
+def test_a_row_that_contradicts_an_earlier_one_is_refused_with_its_line(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    rows = [loaddata(1), loaddata(2, treatment="aloxistatin"), loaddata(3)]
+    result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
+    assert result.created == 2
+    assert [(item.line, item.reason) for item in result.refused] == [
+        (3, "the well has another treatment")
+    ]
+    later = ingest(
+        workspace, write_table(tmp_path / "u.csv", [loaddata(1, treatment="aloxistatin")])
+    )
+    assert [item.line for item in later.refused] == [2]
+    assert later.rows == later.created + later.completed + later.unchanged + len(later.refused)
+
+
+def test_an_unreadable_image_stays_missing_and_is_named(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1)])
+    folder = tmp_path / "images"
+    write_image(folder, "r01c02f01p01-ch1sk1fk1fl1.tiff", 1)
+    (folder / "r01c02f01p01-ch2sk1fk1fl1.tiff").write_bytes(b"II*\0rubbish")
+    result = ingest(workspace, table, images=folder)
+    assert (result.created, result.missing_images) == (1, 1)
+    assert [(item.line, item.reason) for item in result.problems] == [(2, "image cannot be read")]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "is empty"),
+        ("a,b\n1,2\n", "FileName_Orig"),
+        ("FileName_OrigRNA,Metadata_pert_iname\n", "no rows"),
+    ],
+)
+def test_a_useless_table_is_one_sentence_and_writes_nothing(
+    sqlite_workspace: Workspace, tmp_path: Path, content: str, words: str
+) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(content)
+    with pytest.raises(BadTableError, match=words):
+        ingest(sqlite_workspace, table, plate="P")
+    assert count(sqlite_workspace, Plate) == count(sqlite_workspace, Run) == 0
+
+
+def test_the_published_shape_needs_a_plate(sqlite_workspace: Workspace, tmp_path: Path) -> None:
+    row = {"FileName_OrigRNA": "r01c01f01p01-ch3sk1fk1fl1.tiff", "Metadata_pert_iname": "DMSO"}
+    with pytest.raises(UserInputError, match="--plate"):
+        ingest(sqlite_workspace, write_table(tmp_path / "t.csv", [row]))
+
+
+@pytest.mark.real
+def test_the_published_table_of_2867_rows(workspace: Workspace, tmp_path: Path) -> None:
+    table = write_published_metadata(real_data("cpjump1"), tmp_path / "m.csv")
+    result = ingest(workspace, table, plate=PLATE)
+    assert (result.rows, result.created, result.refused) == (2867, 2867, ())
+    assert (result.wells, result.images) == (319, 2867)
+    with workspace.database.read() as session:
+        joined = select(func.count()).select_from(Image).join(Well).join(Treatment)
+        assert session.scalar(joined.where(Treatment.pert_iname == "DMSO")) == 509
+        assert session.scalar(select(func.count(Treatment.pert_iname.distinct()))) == 250
+
+
+@pytest.mark.real
+def test_a_real_loaddata_table(sqlite_workspace: Workspace) -> None:
+    table = real_data("distributed_cellprofiler") / "load_data_CPG_BR00117035.csv"
+    result = ingest(sqlite_workspace, table)
+    assert (result.layout, result.rows, result.created, result.wells) == ("loaddata", 216, 216, 24)
+    assert count(sqlite_workspace, ImageFile) == 216 * 5
+
+
+@pytest.mark.real
+def test_a_plate_map_says_what_was_done_to_the_wells(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    tables = real_data("cpjump1") / "metadata"
+    row = {key: value for key, value in loaddata(5).items() if "pert" not in key}
+    row |= {"Metadata_Well": "D14"} | {
+        key: value.replace("r01c02", "r04c14") for key, value in row.items() if "FileName" in key
+    }
+    result = ingest(
+        sqlite_workspace,
+        write_table(tmp_path / "t.csv", [row]),
+        platemap=tables
+        / "platemaps/2020_11_04_CPJUMP1/platemap/JUMP-Target-1_compound_platemap.txt",
+        compounds=tables / "external_metadata/JUMP-Target-1_compound_metadata.tsv",
+    )
+    assert result.created == 1
+    with sqlite_workspace.database.read() as session:
+        treatment = session.scalars(select(Treatment)).one()
+        assert (treatment.pert_iname, treatment.control) == ("DMSO", "negcon")

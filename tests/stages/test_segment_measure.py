@@ -1,0 +1,260 @@
+"""Segment and measure: each image once, one failure alone, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from skimage.measure import regionprops
+from sqlalchemy import func, select
+from test_ingest import loaddata, write_table
+from threshold import ThresholdSegmenter, use_threshold
+
+from cellstore import artifacts
+from cellstore.config import ImageInput, MeasureParams, SegmentParams
+from cellstore.db.models import Artifact, Cell, CellFeatures, Job, Recipe, Run, Segmentation
+from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.formats.images import decode_tiff, encode_tiff
+from cellstore.ops.features import FEATURES
+from cellstore.runs import Workspace
+from cellstore.stages.ingest import ingest
+from cellstore.stages.measure import measure
+from cellstore.stages.segment import segment
+from cellstore.terms import Projection, Stage, Status
+
+SHAPE = (40, 50)
+
+
+def field(seed: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """Two bright blocks on noise, and one bright pixel whose outline has no length."""
+    rng = np.random.default_rng(seed)
+    plane = rng.integers(0, 50, SHAPE)
+    left = 5 + seed // 10 - 1
+    plane[4:14, left : left + 15] = rng.integers(150, 200, (10, 15))
+    plane[20:32, 8:18] = rng.integers(150, 220, (12, 10))
+    plane[36, 40] = 180
+    return plane.astype(np.uint16)
+
+
+@dataclass
+class Bench:
+    """A store of three images of two channels, and the stand-in network."""
+
+    workspace: Workspace
+    images: Path
+    table: Path
+    params: SegmentParams
+    network: ThresholdSegmenter
+
+    def file(self, site: int, channel: int) -> Path:
+        return self.images / f"r01c02f{site:02d}p01-ch{channel}sk1fk1fl1.tiff"
+
+    def ingest(self) -> None:
+        ingest(self.workspace, self.table, images=self.images)
+
+    def count(self, table: type, *where: Any) -> int:
+        with self.workspace.database.read() as session:
+            query = select(func.count()).select_from(table).where(*where)
+            return session.scalar(query) or 0
+
+
+@pytest.fixture
+def bench(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    model, network = use_threshold(monkeypatch, tmp_path)
+    table = write_table(tmp_path / "t.csv", [loaddata(site) for site in (1, 2, 3)])
+    made = Bench(workspace, tmp_path / "images", table, SegmentParams(model=model), network)
+    made.images.mkdir()
+    for site in (1, 2, 3):
+        for channel in (1, 2):
+            made.file(site, channel).write_bytes(encode_tiff(field(10 * site + channel)))
+    made.ingest()
+    return made
+
+
+def test_cells_become_rows_and_masks_become_files(bench: Bench) -> None:
+    result = segment(bench.workspace, bench.params)
+    assert (result.done, result.failures, result.cells) == (3, (), 9)
+    with bench.workspace.database.read() as session:
+        found = session.scalars(select(Segmentation)).first()
+        assert found is not None
+        mask = session.get_one(Artifact, found.mask_artifact_id)
+        masks = decode_tiff(bench.workspace.artifacts.read(mask.path, mask.sha256))
+        cells = session.scalars(
+            select(Cell).where(Cell.segmentation_id == found.id).order_by(Cell.label)
+        ).all()
+    assert masks.max() == len(cells) == 3
+    assert [cell.excluded for cell in cells] == [None, None, "perimeter is 0"]
+    first = cells[0]
+    assert (first.min_row, first.min_col, first.max_row, first.max_col) == (4, 5, 14, 20)
+
+
+def test_the_same_recipe_does_an_image_once_and_another_goes_beside(bench: Bench) -> None:
+    segment(bench.workspace, bench.params)
+    again = segment(bench.workspace, bench.params)
+    assert (again.run_id, again.done, bench.network.seen) == (None, 0, 3)
+    other = SegmentParams(model=bench.params.model, diameter=20.0)
+    assert segment(bench.workspace, other).done == 3
+    assert bench.count(Segmentation) == 6
+    assert bench.count(Job, Job.attempts != 1) == 0
+
+
+def test_where_the_network_lies_does_not_change_the_recipe(bench: Bench, tmp_path: Path) -> None:
+    segment(bench.workspace, bench.params)
+    moved = tmp_path / "elsewhere" / "threshold.pt"
+    moved.parent.mkdir()
+    moved.write_bytes(Path(bench.params.model).read_bytes())
+    assert segment(bench.workspace, SegmentParams(model=str(moved))).run_id is None
+    moved.write_bytes(b"other weights")
+    assert segment(bench.workspace, SegmentParams(model=str(moved))).done == 3
+
+
+def test_a_truncated_image_fails_alone_and_is_tried_again(bench: Bench) -> None:
+    path = bench.file(2, 1)
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[-len(whole) // 3 :] = bytes(len(whole) // 3)
+    path.write_bytes(damaged)
+    bench.ingest()
+    result = segment(bench.workspace, bench.params)
+    assert result.done == 2
+    [(name, reason)] = result.failures
+    assert name == "P1/r01c02f02"
+    assert path.name in reason
+    assert bench.count(Job, Job.status == Status.FAILED) == 1
+    path.write_bytes(whole)
+    bench.ingest()
+    assert segment(bench.workspace, bench.params).done == 1
+    assert bench.count(Segmentation) == 3
+
+
+def test_channels_of_different_shapes_fail_with_both_shapes(bench: Bench) -> None:
+    bench.file(1, 2).write_bytes(encode_tiff(field(1)[:-1]))
+    bench.ingest()
+    result = segment(bench.workspace, bench.params)
+    assert result.done == 2
+    assert "40x50" in result.failures[0][1]
+    assert "39x50" in result.failures[0][1]
+
+
+def test_changed_bytes_make_the_image_open_again_and_keep_the_old_cells(bench: Bench) -> None:
+    segment(bench.workspace, bench.params)
+    bench.file(3, 1).write_bytes(encode_tiff(field(37)))
+    with_old_bytes = segment(bench.workspace, bench.params)
+    assert with_old_bytes.run_id is None
+    bench.ingest()
+    assert segment(bench.workspace, bench.params).done == 1
+    assert (bench.count(Segmentation), bench.count(Cell)) == (4, 12)
+
+
+def test_a_file_that_changed_after_the_ingest_is_not_used(bench: Bench) -> None:
+    bench.file(3, 1).write_bytes(encode_tiff(field(37)[:30]))
+    result = segment(bench.workspace, bench.params)
+    assert [name for name, _ in result.failures] == ["P1/r01c02f03"]
+    assert "has changed since it was ingested" in result.failures[0][1]
+
+
+def test_missing_images_wait(bench: Bench) -> None:
+    rows = [loaddata(site) for site in (1, 2, 3, 4)]
+    ingest(bench.workspace, write_table(bench.table, rows), images=bench.images)
+    result = segment(bench.workspace, bench.params)
+    assert (result.selected, result.waiting, result.done) == (4, 1, 3)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_cannot_be_written_breaks_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with monkeypatch.context() as patch:
+        _refuse_after(patch, 3, number)
+        with pytest.raises(StorageError, match="then run the same command again"):
+            segment(bench.workspace, bench.params)
+    assert bench.count(Segmentation) == 1
+    assert bench.count(Cell) == 3
+    assert bench.count(Run, Run.status == Status.FAILED) == 1
+    assert bench.count(Job, Job.status == Status.RUNNING) == 0
+    assert segment(bench.workspace, bench.params).done == 2
+    assert bench.count(Cell) == 9
+
+
+def _refuse_after(patch: pytest.MonkeyPatch, allowed: int, number: int) -> None:
+    whole: Callable[[int], None] = artifacts.os.fsync
+    calls = 0
+
+    def fsync(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 2 * allowed:  # each file is followed by its folder
+            raise OSError(number, "no")
+        whole(handle)
+
+    patch.setattr(artifacts.os, "fsync", fsync)
+
+
+def test_an_interrupted_run_gives_its_job_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+
+        def interrupt(_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(bench.network, "segment", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            segment(bench.workspace, bench.params)
+    assert bench.count(Job, Job.status == Status.PENDING) == 3
+    assert segment(bench.workspace, bench.params).done == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model": "cyto9"}, "cyto"),
+        ({"image": ImageInput(("Mito",))}, "DNA, RNA"),
+    ],
+)
+def test_unknown_names_are_refused_before_any_row(
+    bench: Bench, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserInputError, match=words):
+        segment(bench.workspace, SegmentParams(**{"model": bench.params.model, **change}))
+    assert bench.count(Recipe, Recipe.stage == Stage.SEGMENT) == 0
+
+
+def test_features_equal_regionprops_on_the_segmented_plane(bench: Bench) -> None:
+    segment(bench.workspace, bench.params)
+    result = measure(bench.workspace)
+    assert (result.done, result.cells) == (3, 9)
+    planes = [decode_tiff(bench.file(1, channel)) for channel in (1, 2)]
+    plane = np.median(np.stack(planes), axis=0).astype(np.float32)
+    masks = ThresholdSegmenter().segment(plane).masks
+    with bench.workspace.database.read() as session:
+        query = select(CellFeatures, Cell.label).join(Cell).join(Segmentation)
+        rows = session.execute(query.where(Segmentation.image_id == 1)).all()
+    assert len(rows) == 3
+    for row, label in rows:
+        region = regionprops(masks, intensity_image=plane)[label - 1]
+        for feature in FEATURES:
+            name = feature.source.rsplit(" ", 1)[1]
+            part = name.split("-")
+            value = getattr(region, part[0])
+            expected = value[int(part[1])] if len(part) == 2 else value
+            assert getattr(row, feature.name) == pytest.approx(float(expected)), feature.name
+
+
+def test_measuring_again_does_nothing_and_another_plane_goes_beside(bench: Bench) -> None:
+    segment(bench.workspace, bench.params)
+    measure(bench.workspace)
+    assert measure(bench.workspace).run_id is None
+    dna = MeasureParams(ImageInput(("DNA",), Projection.MEAN))
+    assert measure(bench.workspace, dna).cells == 9
+    assert bench.count(CellFeatures) == 18
+
+
+def test_measure_before_segment_says_what_to_run(bench: Bench) -> None:
+    with pytest.raises(UnknownNameError, match="cellstore segment"):
+        measure(bench.workspace)
