@@ -12,22 +12,14 @@ from sqlalchemy.orm import Session
 from .types import Base
 
 
-def insert_new(
-    session: Session, table: type[Base], rows: Sequence[dict[str, Any]], chunk: int = 1000
-) -> int:
-    """Insert those ``rows`` whose keys are not there yet; return how many were new.
+def insert_new(session: Session, table: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+    """Insert those ``rows`` whose keys are not there yet.
 
     All rows must have the same columns.
     """
-    new = 0
-    if not rows:
-        return new
-    statement = _insert(session, table)
-    for start in range(0, len(rows), _fitting(rows, chunk)):
-        piece = list(rows[start : start + _fitting(rows, chunk)])
-        done: Any = session.execute(statement.values(piece).on_conflict_do_nothing())
-        new += done.rowcount
-    return new
+    if rows:
+        statement = _insert(session, table).on_conflict_do_nothing()
+        session.connection().execute(statement, list(rows))
 
 
 def insert_from(
@@ -40,11 +32,7 @@ def insert_from(
 
 
 def _insert(session: Session, table: type[Base]) -> Any:
+    target: Any = table.__table__
     if session.get_bind().dialect.name == "sqlite":
-        return sqlite.insert(table)
-    return postgresql.insert(table)
-
-
-def _fitting(rows: Sequence[dict[str, Any]], chunk: int) -> int:
-    # Both databases take at most 32,766 bound values (SQLite's default limit).
-    return max(1, min(chunk, 32_000 // max(1, len(rows[0]))))
+        return sqlite.insert(target)
+    return postgresql.insert(target)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...db.models import ImageFile
 from ...errors import ImageError
-from ...formats.images import ImageFolder, ImageInfo, is_safe_name, probe
+from ...formats.images import ImageFolder, ImageInfo, probe, recorded_path
 from ...formats.records import FileRef, ImageRecord
 from ...terms import PROJECTION_CHANNEL
 from .write import FoundFile
@@ -21,6 +21,7 @@ class FileFinder:
 
     def __init__(self, images: Path | None) -> None:
         self._folder = ImageFolder(images) if images is not None else None
+        self._is_here: dict[str, bool] = {}
         self.problems: list[tuple[int, str, str]] = []
 
     def find(self, record: ImageRecord, present: Mapping[str, ImageFile]) -> tuple[FoundFile, ...]:
@@ -51,7 +52,7 @@ class FileFinder:
         self, record: ImageRecord, ref: FileRef, order: int, old: ImageFile | None
     ) -> FoundFile:
         expected = FoundFile(ref.channel, ref.number or order, ref.name)
-        path = self._in_folder(record, ref.name) or _named_place(ref)
+        path = self._in_folder(record, ref.name) or self._named_place(ref)
         return self._look(record, expected, path, old)
 
     def _in_folder(
@@ -67,6 +68,14 @@ class FileFinder:
             self.problems.append((record.line, "file name is not unique", str(error)))
             return None
 
+    def _named_place(self, ref: FileRef) -> Path | None:
+        """Return the file where the table says it is, if that folder is on this machine."""
+        if ref.folder is None:
+            return None
+        if ref.folder not in self._is_here:
+            self._is_here[ref.folder] = _is_folder(ref.folder)
+        return recorded_path(ref.folder, ref.name) if self._is_here[ref.folder] else None
+
     def _look(
         self, record: ImageRecord, expected: FoundFile, path: Path | None, old: ImageFile | None
     ) -> FoundFile:
@@ -79,14 +88,11 @@ class FileFinder:
             return expected
 
 
-def _named_place(ref: FileRef) -> Path | None:
-    if ref.folder is None or not is_safe_name(ref.name):
-        return None
-    path = Path(ref.folder) / ref.name
+def _is_folder(text: str) -> bool:
     try:
-        return path.resolve() if path.is_absolute() and path.is_file() else None
-    except OSError:
-        return None
+        return Path(text).is_absolute() and Path(text).is_dir()
+    except (OSError, ValueError):  # too long for a path, or with a NUL in it
+        return False
 
 
 def _known(path: Path, old: ImageFile | None) -> ImageInfo | None:
