@@ -17,7 +17,7 @@ LAST_WELL = (14, 7)
 SITES, LAST_SITES = 9, 5
 COLUMNS = ("FileName_OrigRNA", "Metadata_pert_iname", "Metadata_target")
 RESPELLED_SAMPLE = "BRD-A63444178-001-01-5"
-"""One of the two samples of ME-0328. That one of them was spelled ME0328 is what makes 250 labels."""
+"""Well J11. CPJUMP1's cpjump1_metadata.csv spells its compound ME0328, and that of G05 ME-0328."""
 
 
 def compound_annotation(cpjump1: Path) -> PlateAnnotation:

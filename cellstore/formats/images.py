@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +20,14 @@ from numpy.typing import NDArray
 from ..errors import ImageError, UserInputError
 from ..terms import Projection
 
+# Damage is reported as an ImageError; without a handler tifffile would also print to the terminal.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
+
 SUFFIXES = frozenset({".tif", ".tiff", ".png"})
 _CHUNK = 1 << 20
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_PIXELS = 1 << 30
+_UNSAFE = re.compile(r"[/\\\0:\n\r]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +206,25 @@ class ImageFolder:
         return any(part == plate or part.startswith(plate + "__") for part in parents)
 
 
+def recorded_path(folder: str | None, name: str) -> Path | None:
+    """Return the image where a table's ``PathName_*`` says it is, if that is on this machine.
+
+    Only absolute folders count (a relative one is relative to a place that is not known), and only
+    names that are one file name with the suffix of an image.
+    """
+    if folder is None or not is_safe_name(name) or "\0" in folder:
+        return None
+    path = Path(folder) / name
+    known = path.is_absolute() and path.suffix.lower() in SUFFIXES
+    try:
+        return path if known and path.is_file() else None
+    except OSError:  # a path too long, or a folder that may not be entered
+        return None
+
+
 def is_safe_name(name: str) -> bool:
     """Tell whether ``name`` is one file name, and no path to somewhere else."""
-    return name not in {"", ".", ".."} and not any(mark in name for mark in "/\\\0:\n\r")
+    return name not in {"", ".", ".."} and _UNSAFE.search(name) is None
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Path]:

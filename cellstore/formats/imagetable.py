@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import BadTableError, UserInputError
@@ -45,13 +45,13 @@ class Channel:
 class Cells:
     """A row with its columns by name; missing values are None."""
 
-    table: TextTable
     row: TableRow
+    places: Mapping[str, int]
 
     def get(self, *columns: str) -> str | None:
         """Return the first of the columns that is there and has a value."""
         for column in columns:
-            text = cell_text(self.row.cells, self.table.position(column))
+            text = cell_text(self.row.cells, self.places.get(column))
             if text is not None:
                 return text
         return None
@@ -83,18 +83,19 @@ class ImageTable:
 
     def records(self) -> Iterator[ImageRecord | Refusal]:
         """Yield one record or refusal per data row, in the order of the file."""
+        places = {column: place for place, column in enumerate(self.table.columns)}
         for row in self.table.rows():
-            yield row if isinstance(row, Refusal) else self._read(row)
+            yield row if isinstance(row, Refusal) else self._read(Cells(row, places))
 
-    def _read(self, row: TableRow) -> ImageRecord | Refusal:
+    def _read(self, cells: Cells) -> ImageRecord | Refusal:
         try:
-            return self._record(Cells(self.table, row))
+            return self._record(cells)
         except RowRefusedError as refused:
-            return Refusal(row.line, refused.reason, refused.detail)
+            return Refusal(cells.row.line, refused.reason, refused.detail)
 
     def _record(self, cells: Cells) -> ImageRecord:
-        files = _files(cells, self.channels)
-        name = _common_name(files)
+        files, names = _files(cells, self.channels)
+        name = _common_name(names)
         row, column = _well(cells, name)
         return ImageRecord(
             line=cells.row.line,
@@ -200,33 +201,39 @@ def _channel(table: TextTable, column: str) -> Channel:
     return Channel(name, file, table.position(FOLDER_PREFIX + suffix))
 
 
-def _files(cells: Cells, channels: tuple[Channel, ...]) -> tuple[FileRef, ...]:
-    files = tuple(_file_refs(cells.row.cells, channels))
+def _files(
+    cells: Cells, channels: tuple[Channel, ...]
+) -> tuple[tuple[FileRef, ...], list[PhenixName]]:
+    """Return the files of a row, and what those with a Phenix name say."""
+    files: list[FileRef] = []
+    names: list[PhenixName] = []
+    for channel in channels:
+        text = cell_text(cells.row.cells, channel.file)
+        if text is None:
+            continue
+        if not is_safe_name(text):
+            raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
+        name = core_file_name(text)
+        names += [name] if name else []
+        folder = cell_text(cells.row.cells, channel.folder)
+        files.append(FileRef(channel.name, name.channel if name else None, text, folder))
     if not files:
         raise RowRefusedError("no image file", "every FileName column is empty")
-    return files
+    return tuple(files), names
 
 
-def _file_refs(cells: tuple[str, ...], channels: tuple[Channel, ...]) -> Iterator[FileRef]:
-    for channel in channels:
-        name = cell_text(cells, channel.file)
-        if name is None:
-            continue
-        if not is_safe_name(name):
-            raise RowRefusedError("file name with a folder in it", f"{channel.name}: {name!r}")
-        parsed = core_file_name(name)
-        number = parsed.channel if parsed else None
-        yield FileRef(channel.name, number, name, cell_text(cells, channel.folder))
-
-
-def _common_name(files: tuple[FileRef, ...]) -> PhenixName | None:
+def _common_name(names: list[PhenixName]) -> PhenixName | None:
     """Return what the Phenix names of all channels agree on; None without any such name."""
-    names = [name for file in files if (name := core_file_name(file.name))]
     for name in names[1:]:
-        if _field(name) != _field(names[0]):
+        if not _is_same_field(name, names[0]):
             detail = f"{name.core} beside {names[0].core}"
             raise RowRefusedError("files of different fields", detail)
     return names[0] if names else None
+
+
+def _is_same_field(one: PhenixName, other: PhenixName) -> bool:
+    written = (one.core, one.plane, one.time_point) == (other.core, other.plane, other.time_point)
+    return written or _field(one) == _field(other)
 
 
 def _field(name: PhenixName) -> tuple[int, ...]:
@@ -279,5 +286,7 @@ def _time_point(cells: Cells, name: PhenixName | None) -> int:
     return _first_known(written, name.time_point if name else None)
 
 
-def _first_known(*numbers: int | None) -> int:
-    return next((number for number in numbers if number is not None), _FIRST)
+def _first_known(written: int | None, named: int | None = None) -> int:
+    if written is not None:
+        return written
+    return _FIRST if named is None else named

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ..errors import UserInputError
 
 ROWS, COLUMNS = 32, 48
 """Rows and columns of a 1536-well plate, the largest there is."""
+
+_REMEMBERED = 32_768
+"""File names kept parsed: the same names come back with every plate (384 x 9 x 5 = 17,280)."""
 
 _LETTERS = re.compile(r"([A-Z]{1,2})[\s_-]*([0-9]{1,2})", re.IGNORECASE | re.ASCII)
 _NUMBERS = re.compile(r"r([0-9]{1,2})c([0-9]{1,2})", re.IGNORECASE | re.ASCII)
@@ -48,6 +52,7 @@ class PhenixName:
     time_point: int | None
 
 
+@lru_cache(maxsize=4096)
 def parse_well(text: str) -> tuple[int, int]:
     """Return (row, column), both from 1, of 'A01', 'A1', 'b7', 'C - 3', 'r01c01' or 'AA01'.
 
@@ -89,6 +94,7 @@ def row_letters(row: int) -> str:
     return "A" + chr(64 + row - 26)
 
 
+@lru_cache(maxsize=_REMEMBERED)
 def core_file_name(name: str) -> PhenixName | None:
     """Return the parts of 'r01c01f01p01-ch3sk1fk1fl1.tiff' or 'r01c01f01'; None for other names."""
     match = _PHENIX.fullmatch(name)

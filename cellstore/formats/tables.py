@@ -8,8 +8,8 @@ import difflib
 import gzip
 import io
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -19,7 +19,7 @@ from .records import Refusal
 
 _CHUNK = 1 << 20
 _GZIP_MAGIC = b"\x1f\x8b"
-_DELIMITERS = ",\t;"
+_DELIMITERS = "\t,;"
 _MISSING = frozenset({"", "NA", "N/A", "NaN", "nan", "<NA>"})
 
 
@@ -44,15 +44,15 @@ class TextTable:
     encoding: str
     notes: tuple[str, ...] = ()
 
-    def rows(self) -> Iterator[TableRow | Refusal]:
+    def rows(self) -> Generator[TableRow | Refusal, None, None]:
         """Yield every data row, or why it is none; blank lines are not rows.
 
         Raises:
             BadTableError: the file ends in the middle of its compression, or a cell never ends.
             UserInputError: the file has become unreadable.
         """
-        with _reading(self.path), _open(self.path) as stream:
-            yield from self._parse(io.TextIOWrapper(stream, self.encoding, newline=""))
+        with _reading(self.path), _open_text(self.path, self.encoding) as text:
+            yield from self._parse(text)
 
     def _parse(self, text: io.TextIOWrapper) -> Iterator[TableRow | Refusal]:
         reader = csv.reader(text, delimiter=self.delimiter)
@@ -96,12 +96,10 @@ def open_table(path: Path) -> TextTable:
         encoding, size = _encoding(path)
         if size == 0:
             raise BadTableError(f"{path} is empty. Export it again, or give another file.")
-        with _open(path) as stream:
-            text = io.TextIOWrapper(stream, encoding, newline="")
+        with _open_text(path, encoding) as text:
             header, delimiter = _header(text)
     table = TextTable(path, _clean_header(path, header), delimiter, encoding, _notes(encoding))
-    if next(table.rows(), None) is None:
-        raise BadTableError(f"{path} has a header but no rows. Export it again with its data.")
+    _check_has_rows(table)
     return table
 
 
@@ -150,6 +148,14 @@ def _clean_header(path: Path, header: Sequence[str]) -> tuple[str, ...]:
             "Remove or rename the ones that are not meant."
         )
     return columns
+
+
+def _check_has_rows(table: TextTable) -> None:
+    with closing(table.rows()) as rows:
+        if next(rows, None) is None:
+            raise BadTableError(
+                f"{table.path} has a header but no rows. Export it again with its data."
+            )
 
 
 def _notes(encoding: str) -> tuple[str, ...]:
@@ -201,6 +207,10 @@ def _open(path: Path) -> BinaryIO:
     with path.open("rb") as stream:
         packed = stream.read(2) == _GZIP_MAGIC
     return cast("BinaryIO", gzip.open(path)) if packed else path.open("rb")
+
+
+def _open_text(path: Path, encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_open(path), encoding, newline="")
 
 
 @contextmanager

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Without a handler Python prints Cellpose's warnings ("no mask pixels found") on stderr.
 logging.getLogger("cellpose").addHandler(logging.NullHandler())
 
+# The default, chosen outright: torch warns on every first use by Cellpose while it is unchosen.
+torch.sparse.check_sparse_tensor_invariants.disable()
+
 GREY = [0, 0]
 """Cellpose's channel choice for one grey plane without a second, nuclear one."""
 
@@ -83,7 +86,10 @@ def load_network(path: Path, device: str = "auto") -> CellposeModel:
     """
     _check_network(path)
     chosen = pick_device(device)
-    return CellposeModel(pretrained_model=str(path), device=chosen, gpu=chosen.type != "cpu")
+    # Without mkldnn: plain torch uses oneDNN by itself, and does not convert the network per call.
+    return CellposeModel(
+        pretrained_model=str(path), device=chosen, gpu=chosen.type != "cpu", mkldnn=False
+    )
 
 
 def pick_device(device: str) -> torch.device:
@@ -146,11 +152,12 @@ def _checked_plane(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return plane
 
 
-def _consecutive(masks: NDArray[Any]) -> NDArray[np.unsignedinteger]:
-    values, labels = np.unique(masks, return_inverse=True)
-    labels = labels.reshape(masks.shape) + (0 if values[0] == 0 else 1)
-    kind = np.uint16 if labels.max() <= np.iinfo(np.uint16).max else np.uint32
-    return labels.astype(kind)
+def _consecutive(masks: NDArray[Any]) -> NDArray[np.uint16] | NDArray[np.uint32]:
+    # The appended 0 keeps an image that is all cells from losing its first one.
+    labels: NDArray[np.int64] = np.unique(np.append(masks, 0), return_inverse=True)[1][:-1]
+    labels = labels.reshape(masks.shape)
+    few = labels.max() <= np.iinfo(np.uint16).max
+    return labels.astype(np.uint16) if few else labels.astype(np.uint32)
 
 
 def _rendered_flows(rgb: NDArray[np.uint8], logit: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -38,7 +38,7 @@ class SizeModel:
     offset: float
     diam_mean: float
 
-    def estimate(self, style: NDArray[np.floating]) -> float:
+    def estimate(self, style: NDArray[np.floating[Any]]) -> float:
         """Diameter in pixels for a style vector (256,)."""
         logarithm = float(self.weights @ (style.astype(np.float64) - self.style_mean))
         diameter = float(np.exp(logarithm + self.offset)) * self.diam_mean
@@ -46,8 +46,8 @@ class SizeModel:
 
 
 def fit_size_model(
-    styles: NDArray[np.floating],
-    diameters: NDArray[np.floating],
+    styles: NDArray[np.floating[Any]],
+    diameters: NDArray[np.floating[Any]],
     diam_mean: float,
     ridge: float = 1.0,
 ) -> SizeModel:
@@ -119,11 +119,11 @@ def _read_npy(path: Path) -> dict[str, Any]:
 
 
 def _skip_header(file: BinaryIO) -> None:
-    version = np.lib.format.read_magic(file)
+    version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
     if version == (1, 0):
-        np.lib.format.read_array_header_1_0(file)
+        np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
     else:
-        np.lib.format.read_array_header_2_0(file)
+        np.lib.format.read_array_header_2_0(file)  # type: ignore[no-untyped-call]
 
 
 def _empty_array(kind: object, shape: tuple[int, ...], _code: object) -> NDArray[Any]:

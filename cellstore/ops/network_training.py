@@ -11,6 +11,7 @@ cell probability (Stringer et al. 2021, doi:10.1038/s41592-020-01018-x).
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from cellpose.resnet_torch import CPnet
 from cellpose.transforms import normalize99, resize_image
 from cellpose.utils import diameters
 
-from .cellpose3 import CHANNELS, pick_device
+from .cellpose3 import CHANNELS, load_network, pick_device
 from .cellpose_size import SizeModel, fit_size_model, save_size_model
 from .rendering_nuclei import LARGEST, SMALLEST, TrainingField, render_nuclei
 
@@ -44,8 +45,11 @@ CROP = 128
 FIELD = 160
 """Pixels of a training field after scaling; crops move within it."""
 
+RIDGES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+"""Penalties tried for the size model."""
+
 SIZE_FIELD = 208
-"""Pixels of a field of the size model, at its own scale: one tile of Cellpose with its margin."""
+"""Pixels of a field of the size model, at its own scale: one tile of Cellpose with margin."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class TrainingParams:
     """What a training run depends on. Same parameters, same machine: same network."""
 
     steps: int = 440
+    """Updates of the network (0: keep the one it starts from)."""
     batch: int = 8
     fresh: int = 3
     """New fields per step; the rest of the batch comes from the last ``memory`` fields."""
@@ -60,7 +65,10 @@ class TrainingParams:
     learning_rate: float = 3e-3
     weight_decay: float = 1e-5
     scale_jitter: float = 0.2
-    size_fields: int = 700
+    stop_after: int = 0
+    """End early, at this step of the learning-rate schedule (0: run it to its end)."""
+    size_fields: int = 300
+    """Fields the size model is fitted to (0: make no size model)."""
     seed: int = 1
 
 
@@ -72,10 +80,33 @@ class Sample:
     target: NDArray[np.float32]
 
 
-def train(params: TrainingParams, out: Path, device: str = "auto", save_every: int = 50) -> None:
-    """Train network and size model and write both; ``out`` is the network file."""
+def train(
+    params: TrainingParams,
+    out: Path,
+    *,
+    device: str = "auto",
+    start: Path | None = None,
+    save_every: int = 50,
+) -> None:
+    """Train network and size model and write both; ``out`` is the network file.
+
+    ``start`` is a network to go on from; without it the weights are drawn from the seed.
+    """
     chosen = pick_device(device)
-    net = new_network(params.seed).to(chosen)
+    net = (load_network(start, "cpu").net if start else new_network(params.seed)).to(chosen)
+    net.mkldnn = False
+    if params.steps:
+        optimise(net, params, out, chosen, save_every)
+    if params.size_fields:
+        size_model = train_size_model(out, params, device)
+        save_size_model(out.with_name(f"{out.stem}_size.npz"), size_model)
+
+
+def optimise(
+    net: CPnet, params: TrainingParams, out: Path, device: torch.device, save_every: int
+) -> None:
+    """Train ``net``, writing it to ``out`` every ``save_every`` steps and at the end."""
+    last = params.stop_after or params.steps
     optimiser = torch.optim.AdamW(
         net.parameters(), params.learning_rate, weight_decay=params.weight_decay
     )
@@ -83,14 +114,12 @@ def train(params: TrainingParams, out: Path, device: str = "auto", save_every: i
         optimiser, params.learning_rate, total_steps=params.steps, pct_start=0.1
     )
     started = time.monotonic()
-    for step, batch in enumerate(batches(params), start=1):
-        loss = train_step(net, optimiser, batch, chosen)
+    for step, batch in enumerate(itertools.islice(batches(params), last), start=1):
+        loss = train_step(net, optimiser, batch, device)
         schedule.step()
         log.info("step %d loss %.4f (%.0f s)", step, loss, time.monotonic() - started)
-        if step % save_every == 0 or step == params.steps:
+        if step % save_every == 0 or step == last:
             save_network(net, out)
-    size_model = train_size_model(out, params, device)
-    save_size_model(out.with_name(f"{out.stem}_size.npz"), size_model)
 
 
 def new_network(seed: int) -> CPnet:
@@ -111,7 +140,7 @@ def train_step(
     cell = torch.nn.functional.binary_cross_entropy_with_logits(predicted[:, 2], target[:, 0])
     loss = flow + cell
     optimiser.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
     return float(loss.item())
 
@@ -150,7 +179,8 @@ def _sized_field(rng: np.random.Generator, cells_across: float) -> TrainingField
 
 def _target(masks: NDArray[np.int_]) -> NDArray[np.float32]:
     flow = masks_to_flows(masks, device=torch.device("cpu"))
-    return np.concatenate([masks[None] > 0, flow]).astype(np.float32)
+    target: NDArray[np.float32] = np.concatenate([masks[None] > 0, flow]).astype(np.float32)
+    return target
 
 
 def turned(rng: np.random.Generator, sample: Sample) -> Sample:
@@ -183,18 +213,29 @@ def save_network(net: CPnet, path: Path) -> None:
 
 
 def train_size_model(network: Path, params: TrainingParams, device: str = "auto") -> SizeModel:
-    """Regress the diameter of rendered fields on the style the saved network gives them."""
-    model = CellposeModel(pretrained_model=str(network), device=pick_device(device))
+    """Regress the diameter of rendered fields on the style the saved network gives them.
+
+    The penalty is the one that does best on the last fifth of the fields; the model is then
+    fitted to all of them.
+    """
+    model = load_network(network, device)
     rng = np.random.default_rng([params.seed, 1])
-    fields = [render_nuclei(rng, (SIZE_FIELD, SIZE_FIELD)) for _ in range(params.size_fields)]
-    fields = [field for field in fields if field.masks.any()]
+    rendered = (render_nuclei(rng, (SIZE_FIELD, SIZE_FIELD)) for _ in range(params.size_fields))
+    fields = [field for field in rendered if field.masks.any()]
     styles = np.stack([style_of(model, field.image) for field in fields])
     truth = np.array([diameters(field.masks)[0] for field in fields])
-    held_out = max(1, len(fields) // 10)
-    trial = fit_size_model(styles[held_out:], truth[held_out:], DIAM_MEAN)
-    ratio = [trial.estimate(s) / d for s, d in zip(styles, truth, strict=True)][:held_out]
-    log.info("size model: median error %.1f %%", 100 * np.median(np.abs(np.log(ratio))))
-    return fit_size_model(styles, truth, DIAM_MEAN)
+    errors = {ridge: _held_out_error(styles, truth, ridge) for ridge in RIDGES}
+    best = min(errors, key=lambda ridge: errors[ridge])
+    log.info("size model: penalty %g, median error %.0f %%", best, 100 * errors[best])
+    return fit_size_model(styles, truth, DIAM_MEAN, best)
+
+
+def _held_out_error(styles: NDArray[np.float32], truth: NDArray[np.float64], ridge: float) -> float:
+    """Median of |log(estimate / truth)| on the last fifth, fitted to the rest."""
+    last = max(1, len(truth) // 5)
+    trial = fit_size_model(styles[:-last], truth[:-last], DIAM_MEAN, ridge)
+    estimates = np.array([trial.estimate(style) for style in styles[-last:]])
+    return float(np.median(np.abs(np.log(estimates / truth[-last:]))))
 
 
 def style_of(model: CellposeModel, image: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -209,12 +250,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("cellstore-nuclei.pt"))
     parser.add_argument("--steps", type=int, default=TrainingParams.steps)
     parser.add_argument("--seed", type=int, default=TrainingParams.seed)
+    parser.add_argument("--start", type=Path, help="network to go on from")
+    parser.add_argument("--stop-after", type=int, default=0, help="end early, at this step")
+    parser.add_argument("--learning-rate", type=float, default=TrainingParams.learning_rate)
     parser.add_argument("--size-fields", type=int, default=TrainingParams.size_fields)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     chosen = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    params = TrainingParams(steps=chosen.steps, seed=chosen.seed, size_fields=chosen.size_fields)
-    train(params, chosen.out, chosen.device)
+    params = TrainingParams(
+        steps=chosen.steps,
+        stop_after=chosen.stop_after,
+        learning_rate=chosen.learning_rate,
+        size_fields=chosen.size_fields,
+        seed=chosen.seed,
+    )
+    train(params, chosen.out, device=chosen.device, start=chosen.start)
 
 
 if __name__ == "__main__":

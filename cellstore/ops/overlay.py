@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ OUTLINE_COLOUR = (255, 196, 0)
 """Amber: seen on black and on grey, also by the colour-blind."""
 
 
-def outlines(masks: NDArray[np.integer]) -> NDArray[np.bool_]:
+def outlines(masks: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """Pixels of a cell that touch another label above, below, left or right: (H, W) bool.
 
     The image border counts as no label, so a cell cut by it stays open there.
@@ -32,12 +32,13 @@ def to_grey(image: NDArray[np.generic], low: float = 1.0, high: float = 99.7) ->
     plane = image.astype(np.float32)
     bottom, top = np.percentile(plane, [low, high])
     scaled = (plane - bottom) / max(float(top - bottom), 1e-9)
-    return np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
+    grey: NDArray[np.uint8] = np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
+    return grey
 
 
 def outline_overlay(
     image: NDArray[np.generic],
-    masks: NDArray[np.integer],
+    masks: NDArray[np.integer[Any]],
     colour: tuple[int, int, int] = OUTLINE_COLOUR,
 ) -> NDArray[np.uint8]:
     """``image`` (H, W) in grey with the outlines of ``masks`` (H, W) on it: (H, W, 3) uint8."""

@@ -269,7 +269,8 @@ def _camera(
     photons = 250.0
     counted = rng.poisson(np.maximum(light, 0) * photons) / photons
     counts = OFFSET + FULL * counted + 30 * rng.standard_normal(light.shape)
-    return np.rint(np.clip(counts, 0, np.iinfo(np.uint16).max)).astype(np.uint16)
+    whole: NDArray[np.uint16] = np.rint(np.clip(counts, 0, 65535)).astype(np.uint16)
+    return whole
 
 
 def _rng(seed: int, plate: str, *place: int | str) -> np.random.Generator:

@@ -8,7 +8,7 @@ behind it, which gives the touching, cut outlines of a crowded field.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage
@@ -77,7 +77,7 @@ def lay_cells(rng: np.random.Generator, shape: tuple[int, int], population: Popu
 
 
 def smooth_noise(
-    rng: np.random.Generator, shape: tuple[int, int], scale: float
+    rng: np.random.Generator, shape: tuple[int, ...], scale: float
 ) -> NDArray[np.float32]:
     """Random field (H, W) of mean 0 and deviation 1, correlated over about ``scale`` pixels."""
     step = max(1, int(scale / 2))
@@ -87,17 +87,21 @@ def smooth_noise(
     if step > 1:
         noise = ndimage.zoom(noise, step, order=1)
     noise = noise[: shape[0], : shape[1]]
-    return (noise - noise.mean()) / max(float(noise.std()), 1e-6)
+    even: NDArray[np.float32] = (noise - noise.mean()) / max(float(noise.std()), 1e-6)
+    return even
 
 
 def blurred(image: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
     """Gaussian blur; a wide one is made on a coarser grid, where it costs less."""
     step = max(1, int(sigma / 3))
+    soft: NDArray[np.float32]
     if step == 1:
-        return ndimage.gaussian_filter(image, sigma)
+        soft = ndimage.gaussian_filter(image, sigma)
+        return soft
     small = ndimage.gaussian_filter(image[::step, ::step], sigma / step)
     wide = np.pad(small, ((0, 1), (0, 1)), mode="edge")
-    return ndimage.zoom(wide, step, order=1)[: image.shape[0], : image.shape[1]]
+    soft = ndimage.zoom(wide, step, order=1)[: image.shape[0], : image.shape[1]]
+    return soft
 
 
 def _try_cell(rng: np.random.Generator, cells: CellMap, population: Population) -> None:
@@ -156,7 +160,7 @@ def _normalised_radius(
 
 
 def _outline(
-    angle: NDArray[np.float32], amplitude: NDArray[np.float64], phase: NDArray[np.float64]
+    angle: NDArray[np.float32], amplitude: NDArray[Any], phase: NDArray[Any]
 ) -> NDArray[np.float32]:
     edge = np.ones_like(angle)
     for harmonic, size, shift in zip(HARMONICS, amplitude, phase, strict=True):
@@ -169,4 +173,5 @@ def _one_piece(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     pieces, count = ndimage.label(mask)
     if count <= 1:
         return mask
-    return pieces == 1 + int(np.argmax(np.bincount(pieces.ravel())[1:]))
+    largest: NDArray[np.bool_] = pieces == 1 + int(np.argmax(np.bincount(pieces.ravel())[1:]))
+    return largest

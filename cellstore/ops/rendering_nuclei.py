@@ -63,10 +63,11 @@ def _cell_light(rng: np.random.Generator, cells: CellMap, diameter: float) -> ND
     special = rng.random(cells.count + 1) < 0.03
     brightness[special] *= rng.uniform(2.0, 4.0)
     brightness[0] = 0
-    light = brightness[cells.masks].astype(np.float32)
+    light: NDArray[np.float32] = brightness[cells.masks].astype(np.float32)
     light *= _profile(rng, cells.height)
     light *= 1 + rng.uniform(0, 0.8) * cells.behind
-    return light * _texture(rng, cells.masks.shape, diameter)
+    light *= _texture(rng, cells.masks.shape, diameter)
+    return light
 
 
 def _profile(rng: np.random.Generator, height: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -80,7 +81,7 @@ def _profile(rng: np.random.Generator, height: NDArray[np.float32]) -> NDArray[n
 
 
 def _texture(
-    rng: np.random.Generator, shape: tuple[int, int], diameter: float
+    rng: np.random.Generator, shape: tuple[int, ...], diameter: float
 ) -> NDArray[np.float32]:
     fine = smooth_noise(rng, shape, max(0.6, diameter * rng.uniform(0.02, 0.07)))
     coarse = smooth_noise(rng, shape, max(0.8, diameter * rng.uniform(0.1, 0.3)))
@@ -109,11 +110,11 @@ def _surroundings(
 
 
 def _blobs(
-    rng: np.random.Generator, shape: tuple[int, int], diameter: float
+    rng: np.random.Generator, shape: tuple[int, ...], diameter: float
 ) -> NDArray[np.float32]:
     """Cells far out of focus: light without an outline, which is nobody's mask."""
     population = Population(int(rng.integers(1, 6)), diameter * 1.2, crowding=0.0)
-    blob = (lay_cells(rng, shape, population).masks > 0).astype(np.float32)
+    blob = (lay_cells(rng, (shape[0], shape[1]), population).masks > 0).astype(np.float32)
     return blurred(blob, diameter * rng.uniform(0.35, 0.6))
 
 
@@ -144,7 +145,8 @@ def _camera(
     light = blurred(light, focus)
     scale = max(float(np.percentile(light, 99)), 1e-6)
     photons = np.exp(rng.uniform(np.log(15), np.log(3000)))
-    image = rng.poisson(np.maximum(light / scale, 0) * photons).astype(np.float32) / photons
+    photo = rng.poisson(np.maximum(light / scale, 0) * photons).astype(np.float32) / photons
+    image: NDArray[np.float32] = photo.astype(np.float32)
     image += rng.uniform(0, 0.03) * rng.standard_normal(image.shape, dtype=np.float32)
     if rng.random() < 0.15:
         image = np.minimum(image, rng.uniform(0.5, 1.0))

@@ -50,7 +50,7 @@ class SegmentationResult:
     ``diameter``: the cell diameter in pixels that the image was scaled by.
     """
 
-    masks: NDArray[np.unsignedinteger]
+    masks: NDArray[np.uint16] | NDArray[np.uint32]
     flows: NDArray[np.uint8]
     diameter: float
 

@@ -95,10 +95,10 @@ def fit(
 
     Adam, label-smoothing cross-entropy (for validation too), ``StepLR``; running statistics of
     batch normalisation are means over the first ten batches (see ``_Norms``).
-    ``train_batches(epoch)`` gives batches of two cells or more, with labels of 0 or more. ``on_epoch`` is called after
-    every epoch. On a CPU with a fixed number of threads, the same seed, network and batches give
-    the same result. Nothing is printed, no file is written, and Ctrl-C comes out as
-    ``KeyboardInterrupt``.
+    ``train_batches(epoch)`` gives batches of two cells or more, with labels of 0 or more.
+    ``on_epoch`` is called after every epoch. On a CPU with a fixed number of threads, the same
+    seed, network and batches give the same result. Nothing is printed, no file is written, and
+    Ctrl-C comes out as ``KeyboardInterrupt``.
 
     Raises ``UserInputError`` for an unknown device, a side without cells, a batch of one cell or
     of cells without a label, or a loss that is no longer finite.
@@ -106,7 +106,11 @@ def fit(
     fabric = _fabric(config.device)
     with torch.random.fork_rng(devices=_cuda_devices(fabric)):
         torch.manual_seed(config.seed)
-        return _Trainer(fabric, net, config).run(train_batches, validation_batches, on_epoch)
+        trainer = _Trainer(fabric, net, config)
+        try:
+            return trainer.run(train_batches, validation_batches, on_epoch)
+        finally:
+            trainer.norms.restore()
 
 
 def predict_batch(net: FusionNet, batch: CellBlock) -> NDArray[np.float64]:
@@ -205,6 +209,10 @@ class _Norms:
         self.steps += 1
         for layer, usual in self.layers:
             layer.momentum = max(1 / self.steps, usual)
+
+    def restore(self) -> None:
+        for layer, usual in self.layers:
+            layer.momentum = usual
 
 
 Tally = tuple[float, int, int]

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cellstore.errors import UserInputError
+from cellstore.formats.names import (
+    COLUMNS,
+    ROWS,
+    PhenixName,
+    WellName,
+    core_file_name,
+    format_well,
+    parse_well,
+)
+
+rows = st.integers(1, ROWS)
+columns = st.integers(1, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("text", "well"),
+    [
+        ("A01", (1, 1)),
+        ("A1", (1, 1)),
+        ("b7", (2, 7)),
+        ("C - 3", (3, 3)),
+        (" P24 ", (16, 24)),
+        ("r01c01", (1, 1)),
+        ("R14C07", (14, 7)),
+        ("Z48", (26, 48)),
+        ("AA01", (27, 1)),
+        ("AF48", (32, 48)),
+    ],
+)
+def test_wells_as_people_write_them(text: str, well: tuple[int, int]) -> None:
+    assert parse_well(text) == well
+
+
+@pytest.mark.parametrize(
+    "text", ["", "A", "A00", "A49", "AG01", "01", "A001", "r00c01", "A1B", "Ä1", "A²"]
+)
+def test_what_is_no_well_is_refused(text: str) -> None:
+    with pytest.raises(UserInputError, match="is not a well"):
+        parse_well(text)
+
+
+@given(rows, columns)
+def test_a_written_well_reads_back(row: int, column: int) -> None:
+    text = format_well(row, column)
+    assert parse_well(text) == (row, column)
+    assert parse_well(text.lower()) == (row, column)
+    assert str(WellName(row, column)) == text
+
+
+@given(st.text(max_size=8))
+def test_any_text_is_a_well_or_refused(text: str) -> None:
+    try:
+        row, column = parse_well(text)
+    except UserInputError:
+        return
+    assert parse_well(format_well(row, column)) == (row, column)
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 1), (1, 0), (33, 1), (1, 49)])
+def test_wells_off_the_plate_have_no_name(row: int, column: int) -> None:
+    with pytest.raises(UserInputError, match="is not a well"):
+        format_well(row, column)
+
+
+def test_phenix_name_of_the_published_study() -> None:
+    assert core_file_name("r01c02f03p04-ch5sk6fk1fl1.tiff") == PhenixName(
+        core="r01c02f03", row=1, column=2, field=3, plane=4, channel=5, time_point=6
+    )
+
+
+@pytest.mark.parametrize("name", ["r14c07f05", "r14c07f05.tif", "R14C07F05.PNG"])
+def test_core_file_name_alone(name: str) -> None:
+    assert core_file_name(name) == PhenixName("r14c07f05", 14, 7, 5, None, None, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "AS_09047_O01f00d2.TIF", "r01c01", "xr01c01f01.tif", "r99c01f01.tif"]
+)
+def test_other_names_are_not_taken_for_phenix(name: str) -> None:
+    assert core_file_name(name) is None

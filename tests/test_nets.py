@@ -1,0 +1,236 @@
+"""The network against one put together from torch alone, its weights and its checkpoint."""
+
+import dataclasses
+import json
+import pickle
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.ops.nets import (
+    CheckpointMeta,
+    FusionNet,
+    NetShape,
+    build_net,
+    image_branch,
+    load_checkpoint,
+    save_net,
+)
+from cellstore.ops.scaling import Scaler
+
+SHAPE = NetShape(n_classes=3, n_features=14)
+
+
+@pytest.fixture(scope="module")
+def net() -> FusionNet:
+    return build_net(SHAPE, seed=1)
+
+
+@pytest.fixture(scope="module")
+def imagenet_like() -> dict[str, torch.Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return torchvision.models.efficientnet_b0(weights=None).state_dict()
+
+
+def inputs(n: int = 3, size: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.rand((n, 4, size, size), generator=generator),
+        torch.rand((n, 4, size, size), generator=generator),
+        torch.rand((n, SHAPE.n_features), generator=generator),
+    )
+
+
+def plain_branch(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """EfficientNet-B0 as published by torchvision, but for 4 channels, up to the pooled map."""
+    whole = torchvision.models.efficientnet_b0(weights=None)
+    whole.features[0][0] = nn.Conv2d(4, 32, kernel_size=3, stride=2, padding=1, bias=False)
+    whole.features.load_state_dict(state)
+    return whole.eval().features(x).mean(dim=(2, 3))
+
+
+def part(net: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    state = net.state_dict()
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def test_forward_is_the_published_chain_of_layers(net: FusionNet) -> None:
+    masks, flows, features = inputs()
+    net.eval()
+    with torch.no_grad():
+        w = net.state_dict()
+        hidden = torch.relu(features @ w["tabular_branch.0.weight"].T + w["tabular_branch.0.bias"])
+        tabular = nn.functional.batch_norm(
+            hidden,
+            w["tabular_branch.2.running_mean"],
+            w["tabular_branch.2.running_var"],
+            w["tabular_branch.2.weight"],
+            w["tabular_branch.2.bias"],
+        )
+        fused = torch.cat(
+            [
+                plain_branch(part(net, "mask_branch.0."), masks),
+                plain_branch(part(net, "flow_branch.0."), flows),
+                tabular,
+            ],
+            dim=1,
+        )
+        gate = torch.relu(fused @ w["attention.0.weight"].T + w["attention.0.bias"])
+        gate = torch.sigmoid(gate @ w["attention.2.weight"].T + w["attention.2.bias"])
+        seen = torch.relu((fused * gate) @ w["projection.0.weight"].T + w["projection.0.bias"])
+        expected = seen @ w["classifier.weight"].T + w["classifier.bias"]
+        torch.testing.assert_close(net(masks, flows, features), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_shapes_of_the_published_parts(net: FusionNet) -> None:
+    shapes = {name: tuple(value.shape) for name, value in net.named_parameters()}
+    assert shapes["mask_branch.0.0.0.weight"] == (32, 4, 3, 3)
+    assert shapes["flow_branch.0.0.0.weight"] == (32, 4, 3, 3)
+    assert shapes["tabular_branch.0.weight"] == (32, 14)
+    assert shapes["attention.2.bias"] == (1280 + 1280 + 32,)
+    assert shapes["classifier.weight"] == (3, SHAPE.projection_width)
+    kinds = [type(layer) for layer in net.tabular_branch]
+    assert kinds == [nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Dropout]
+    # 4,007,548 parameters of EfficientNet-B0 without its classifier (5,288,548 - 1,281,000),
+    # and 32 * 9 more for the fourth channel.
+    assert sum(p.numel() for p in image_branch(4).parameters()) == 4_007_548 + 288
+
+
+def test_same_seed_same_network_and_the_callers_random_numbers_stay() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first, second = build_net(SHAPE, seed=1), build_net(SHAPE, seed=2)
+    assert torch.equal(torch.rand(2), expected)
+    again = build_net(SHAPE, seed=1)
+    assert torch.equal(first.classifier.weight, again.classifier.weight)
+    assert not torch.equal(first.classifier.weight, second.classifier.weight)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_a_file_start_both_branches(
+    tmp_path: Path, imagenet_like: dict[str, torch.Tensor], suffix: str
+) -> None:
+    path = tmp_path / f"weights{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(imagenet_like, path)
+    net = build_net(SHAPE, path)
+    stem = imagenet_like["features.0.0.weight"]
+    for branch in (net.mask_branch, net.flow_branch):
+        assert torch.equal(branch[0][0][0].weight[:, :3], stem)
+        torch.testing.assert_close(branch[0][0][0].weight[:, 3], stem.mean(dim=1))
+        last = imagenet_like["features.8.0.weight"]
+        assert torch.equal(branch[0][8][0].weight, last)
+
+
+class Boom:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+@pytest.mark.parametrize("what", ["pickle", "noise", "list", "other network", "nothing"])
+def test_a_file_that_is_no_weights_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "weights.pth"
+    if what == "pickle":
+        path.write_bytes(pickle.dumps({"features.0.0.weight": Boom()}))
+    elif what == "noise":
+        path.write_bytes(b"\x00not weights" * 50)
+    elif what == "list":
+        torch.save([1, 2], path)
+    elif what == "other network":
+        torch.save(nn.Linear(2, 2).state_dict(), path)
+    with pytest.raises(UserInputError, match=r"weights|state dict"):
+        build_net(SHAPE, path)
+
+
+def test_imagenet_weights_out_of_reach_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    with pytest.raises(UserInputError, match=r"no route.*Download https://\S+\.pth .*path"):
+        build_net(SHAPE, "imagenet")
+
+
+def test_imagenet_weights_are_those_of_torchvision(
+    monkeypatch: pytest.MonkeyPatch, imagenet_like: dict[str, torch.Tensor]
+) -> None:
+    asked: list[str] = []
+
+    def fetch(url: str, **_: object) -> dict[str, torch.Tensor]:
+        asked.append(url)
+        return imagenet_like
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    net = build_net(SHAPE, "imagenet")
+    assert asked == [torchvision.models.EfficientNet_B0_Weights.IMAGENET1K_V1.url]
+    assert torch.equal(net.flow_branch[0][0][0].weight[:, :3], imagenet_like["features.0.0.weight"])
+
+
+def meta(**changes) -> CheckpointMeta:
+    usual = CheckpointMeta(
+        shape=SHAPE,
+        labels=("DMSO", "a", "b"),
+        field="pert_iname",
+        scaler=Scaler(tuple(f"f{i}" for i in range(14)), (1.5,) * 14, (2.0,) * 14),
+        crop_size=32,
+        fingerprints={"split": "abc", "train": "def"},
+    )
+    return dataclasses.replace(usual, **changes)
+
+
+def test_a_checkpoint_comes_back_whole(net: FusionNet) -> None:
+    record = json.loads(json.dumps(meta().to_json()))
+    again, read = load_checkpoint(save_net(net.state_dict()), record)
+    assert read == meta()
+    assert not again.training
+    with torch.no_grad():
+        assert torch.equal(again(*inputs()), net.eval()(*inputs()))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(net: FusionNet) -> None:
+    tensors, record = save_net(net.state_dict()), meta().to_json()
+    other = meta(shape=dataclasses.replace(SHAPE, projection_width=8)).to_json()
+    for damaged in (b"", tensors[:-10], b"\xff" * 100, tensors[:4] + b"\xff" * 8 + tensors[12:]):
+        with pytest.raises(StorageError, match="damaged"):
+            load_checkpoint(damaged, record)
+    with pytest.raises(StorageError, match="another network"):
+        load_checkpoint(tensors, other)
+
+
+@pytest.mark.parametrize("key", ["shape", "labels", "field", "scaler", "crop", "fingerprints"])
+def test_a_damaged_record_is_refused(key: str) -> None:
+    record = meta().to_json()
+    whole = record.pop(key)
+    with pytest.raises(UserInputError):
+        CheckpointMeta.from_json(record)
+    if not isinstance(whole, str):
+        with pytest.raises(UserInputError):
+            CheckpointMeta.from_json({**record, key: 7})
+
+
+def test_labels_and_features_must_fit_the_network() -> None:
+    with pytest.raises(UserInputError, match="3 classes"):
+        meta(labels=("a", "b"))
+    with pytest.raises(UserInputError, match="3 classes"):
+        meta(labels=("a", "b", "b"))
+    with pytest.raises(UserInputError, match="14 features"):
+        meta(scaler=Scaler(("x",), (0.0,), (1.0,)))
+
+
+def test_a_shape_is_its_json_and_nothing_else() -> None:
+    shape = NetShape(5, 2, dropout=0.1)
+    assert NetShape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
+    for wrong in ({}, {"n_classes": 2}, {"n_classes": "2", "n_features": 1}, {"color": 1}):
+        with pytest.raises(UserInputError):
+            NetShape.from_json(wrong)
+    with pytest.raises(UnknownNameError, match="efficientnet_b0"):
+        NetShape(2, 2, backbone="efficientnet_b9")
+    with pytest.raises(UserInputError, match="1 or more"):
+        NetShape(0, 2)
