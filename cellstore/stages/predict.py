@@ -1,0 +1,378 @@
+"""Predict: what a trained network says about every cell, appended image by image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Select, and_, exists, func, insert, select
+from sqlalchemy.orm import Session
+
+from ..config import PredictParams, as_parameters
+from ..db.models import (
+    Artifact,
+    Image,
+    Job,
+    Label,
+    Prediction,
+    Recipe,
+    Run,
+    RunArtifact,
+    Split,
+    SplitMember,
+)
+from ..errors import JobsFailedError, StorageError, UnknownNameError, UserInputError
+from ..extras import need
+from ..reading.cells import CellSource, as_text, cells_query, input_of, plane_of
+from ..runs import (
+    Outcome,
+    RecipeSpec,
+    RunHandle,
+    Task,
+    Workspace,
+    find_run,
+    images_of,
+    register,
+    running,
+    segmented,
+    todo_count,
+    work_through,
+)
+from ..runs.ledger import fail_if_any
+from ..terms import ArtifactKind, LabelField, Stage, Status, Subset
+
+if TYPE_CHECKING:
+    from ..ops.nets import CheckpointMeta, FusionNet
+    from ..reading.blocks import BlockReader
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """What a predict run did.
+
+    ``selected`` images were asked for; ``waiting`` of them have no measured cells yet;
+    ``earlier`` were labelled before, by this run or one of the same recipe; ``done`` now.
+    ``cells`` were labelled now. ``run_id``: where the predictions are.
+    """
+
+    run_id: int
+    recipe_id: int
+    train_run_id: int
+    split: str
+    selected: int
+    waiting: int
+    earlier: int
+    done: int
+    failures: tuple[tuple[str, str], ...]
+    cells: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The training run, its checkpoint, and the images to label."""
+
+    params: PredictParams
+    trained: Run
+    split: Split
+    segment: Recipe
+    measure: Recipe
+    source: CellSource
+    tensors: Artifact
+    record: Artifact
+    images: Select[int]
+    selected: int
+    ready: int
+
+
+@dataclass(frozen=True)
+class _Labeller:
+    """A network, what it reads, and the label id of each of its outputs."""
+
+    net: FusionNet
+    reader: BlockReader
+    label_ids: NDArray[np.int64]
+    params: PredictParams
+
+    def __call__(self, task: Task) -> list[dict[str, Any]]:
+        """Rows of table ``predictions`` for the cells of one image, but for the run."""
+        from torch import arange
+
+        from ..ops.training import predict_batch
+
+        cells = self.reader(task.image_id)
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(cells), self.params.batch_size):
+            end = min(start + self.params.batch_size, len(cells))
+            batch = cells.take(arange(start, end))
+            rows += self._rows(batch.cell_ids.numpy(), predict_batch(self.net, batch))
+        return rows
+
+    def _rows(
+        self, cell_ids: NDArray[np.int64], probabilities: NDArray[np.float64]
+    ) -> list[dict[str, Any]]:
+        kept = min(self.params.top_k, len(self.label_ids))
+        order = np.argsort(-probabilities, axis=1, kind="stable")[:, :kept]
+        chosen = np.clip(np.take_along_axis(probabilities, order, axis=1), 0.0, 1.0)
+        names = ("cell_id", "rank", "label_id", "probability")
+        columns = (
+            np.repeat(cell_ids, kept),
+            np.tile(np.arange(1, kept + 1), len(cell_ids)),
+            self.label_ids[order].ravel(),
+            chosen.ravel(),
+        )
+        values = zip(*(column.tolist() for column in columns), strict=True)
+        return [dict(zip(names, row, strict=True)) for row in values]
+
+
+def predict(
+    workspace: Workspace,
+    params: PredictParams | None = None,
+    *,
+    run: str = "latest",
+    device: str = "auto",
+) -> PredictResult:
+    """Label the cells of a selection of images with the network of a training run.
+
+    Rows are appended, never changed. An interrupted run of the same checkpoint and selection is
+    gone on with; images that are done are left alone.
+
+    Raises:
+        MissingExtraError: torch and the like are not installed.
+        UnknownNameError: no such training run or plate.
+        UserInputError: the run has no checkpoint, or none of the images has measured cells.
+        StorageError: the checkpoint is damaged.
+
+    """
+    need("train")
+    params = _checked(params or PredictParams())
+    with workspace.database.read() as session:
+        plan = _plan(session, params, run)
+    labeller = _labeller(workspace, plan, device)
+    with workspace.database.begin() as session:
+        recipe = register(session, _spec(session, plan))
+        todo = todo_count(session, recipe.id, plan.images)
+        earlier = _latest(session, recipe.id)
+    unfinished = earlier if earlier is not None and earlier.status is not Status.DONE else None
+    if earlier is not None and unfinished is None and todo == 0:
+        return _result(plan, recipe, earlier.id, plan.ready, Outcome(), 0)
+    return _run(workspace, plan, recipe, labeller, unfinished, plan.ready - todo)
+
+
+def _checked(params: PredictParams) -> PredictParams:
+    if params.top_k < 1 or params.batch_size < 1:
+        raise UserInputError("Top-k and the batch size must be 1 or more.")
+    if params.subset is not None and params.subset not in list(Subset):
+        raise UnknownNameError.of("side", params.subset, list(Subset))
+    return params
+
+
+def _plan(session: Session, params: PredictParams, reference: str) -> _Plan:
+    trained = find_run(session, reference, Stage.TRAIN)
+    tensors, record = _checkpoint(session, trained)
+    recipe = session.get_one(Recipe, trained.recipe_id)
+    segment = input_of(session, recipe, Stage.SEGMENT)
+    measure = input_of(session, recipe, Stage.MEASURE)
+    split = session.get_one(Split, trained.split_id)
+    chosen = _chosen(session, params, split)
+    images = _measured(segmented(chosen, segment.id), measure.id)
+    selected, ready = (_count(session, query) for query in (chosen, images))
+    if ready == 0:
+        raise UserInputError(_nothing_to_label(params, split, selected, trained.id))
+    split_id = split.id if params.subset is not None else None
+    source = CellSource(segment.id, measure.id, split_id, params.subset, params.plates)
+    return _Plan(
+        params,
+        trained,
+        split,
+        segment,
+        measure,
+        source,
+        tensors,
+        record,
+        images,
+        selected,
+        ready,
+    )
+
+
+def _checkpoint(session: Session, trained: Run) -> tuple[Artifact, Artifact]:
+    query = (
+        select(Artifact)
+        .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
+        .where(RunArtifact.run_id == trained.id, Artifact.kind == ArtifactKind.CHECKPOINT)
+    )
+    files = {item.path.rpartition(".")[2]: item for item in session.scalars(query)}
+    if trained.status is not Status.DONE or not {"safetensors", "json"} <= files.keys():
+        raise UserInputError(
+            f"Training run {trained.id} is {trained.status.value} and has no checkpoint. "
+            "Train again, or name another run with --run."
+        )
+    return files["safetensors"], files["json"]
+
+
+def _chosen(session: Session, params: PredictParams, split: Split) -> Select[int]:
+    chosen = images_of(session, params.plates)
+    if params.subset is None:
+        return chosen
+    members = select(SplitMember.image_id).where(
+        SplitMember.split_id == split.id, SplitMember.subset == params.subset
+    )
+    return chosen.where(Image.id.in_(members))
+
+
+def _measured(images: Select[int], measure_id: int) -> Select[int]:
+    """Those of ``images`` whose cells are measured; an image without cells is, too."""
+    done = and_(
+        Job.recipe_id == measure_id,
+        Job.image_id == Image.id,
+        Job.content_sha256 == Image.content_sha256,
+        Job.status == Status.DONE,
+    )
+    return images.where(exists().where(done))
+
+
+def _count(session: Session, images: Select[int]) -> int:
+    named = select(func.count()).select_from(Image).where(Image.id.in_(images))
+    return session.scalar(named) or 0
+
+
+def _nothing_to_label(params: PredictParams, split: Split, selected: int, run_id: int) -> str:
+    if selected == 0:
+        where = "in the store" if params.subset is None else f"in split {split.name!r}"
+        side = "" if params.subset is None else f" on the {params.subset} side"
+        return f"There is no image{side} {where} to label. Choose another side or other plates."
+    return (
+        f"None of the {selected} images has cells measured by the recipes of training run "
+        f"{run_id}. Run: cellstore segment, then: cellstore measure"
+    )
+
+
+def _spec(session: Session, plan: _Plan) -> RecipeSpec:
+    parameters = as_parameters(plan.params)
+    del parameters["batch_size"]  # how many at once decides speed, not what is said
+    inputs = (session.get_one(Recipe, plan.trained.recipe_id), plan.segment, plan.measure)
+    return RecipeSpec(Stage.PREDICT, VERSION, parameters, plan.tensors.sha256, inputs)
+
+
+def _latest(session: Session, recipe_id: int) -> Run | None:
+    query = select(Run).where(Run.recipe_id == recipe_id, Run.stage == Stage.PREDICT)
+    return session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
+
+
+def _labeller(workspace: Workspace, plan: _Plan, device: str) -> _Labeller:
+    from ..reading.blocks import BlockReader, choose_device
+
+    chosen = choose_device(device)
+    net, meta = _load(workspace, plan)
+    reader = BlockReader(
+        workspace, plan.source, plane_of(plan.segment), meta.scaler, meta.crop_size, kept_bytes=0
+    )
+    with workspace.database.read() as session:
+        label_ids = _label_ids(session, meta)
+    return _Labeller(net.to(chosen), reader, label_ids, plan.params)
+
+
+def _load(workspace: Workspace, plan: _Plan) -> tuple[FusionNet, CheckpointMeta]:
+    from ..ops.nets import load_checkpoint
+
+    text = workspace.artifacts.read(plan.record.path, plan.record.sha256)
+    tensors = workspace.artifacts.read(plan.tensors.path, plan.tensors.sha256)
+    try:
+        record: Mapping[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise StorageError(
+            f"The record of the checkpoint of run {plan.trained.id} is not JSON. Train again."
+        ) from error
+    if record.get("tensors_sha256") != plan.tensors.sha256:
+        raise StorageError(
+            f"The two files of the checkpoint of run {plan.trained.id} do not belong together. "
+            "Train again."
+        )
+    return load_checkpoint(tensors, record)
+
+
+def _label_ids(session: Session, meta: CheckpointMeta) -> NDArray[np.int64]:
+    query = select(Label.value, Label.id).where(Label.field == LabelField(meta.field))
+    known = dict(session.execute(query).all())
+    gone = [value for value in meta.labels if value not in known]
+    if gone:
+        raise UnknownNameError.of("label", gone[0], known)
+    return np.array([known[value] for value in meta.labels], dtype=np.int64)
+
+
+def _run(
+    workspace: Workspace,
+    plan: _Plan,
+    recipe: Recipe,
+    labeller: _Labeller,
+    unfinished: Run | None,
+    earlier: int,
+) -> PredictResult:
+    outcome = Outcome()
+    cells = 0
+    try:
+        with running(
+            workspace.database,
+            recipe,
+            parent_id=plan.trained.id,
+            split_id=plan.split.id,
+            query=as_text(cells_query(plan.source)),
+            resume=None if unfinished is None else unfinished.id,
+        ) as run:
+
+            def write(session: Session, _task: Task, rows: list[dict[str, Any]]) -> None:
+                nonlocal cells
+                if rows:
+                    session.execute(insert(Prediction), [{**row, "run_id": run.id} for row in rows])
+                cells += len({row["cell_id"] for row in rows})
+
+            outcome = work_through(
+                workspace.database,
+                workspace.progress,
+                "predict",
+                run.id,
+                recipe.id,
+                plan.images,
+                labeller,
+                write,
+            )
+            run.result = _summary(workspace, run, outcome)
+            # A run that lacks images is not finished: the next call goes on with it.
+            fail_if_any(outcome.failed, outcome.done, "labelled")
+    except JobsFailedError:
+        return _result(plan, recipe, run.id, earlier, outcome, cells)
+    return _result(plan, recipe, run.id, earlier, outcome, cells)
+
+
+def _summary(workspace: Workspace, run: RunHandle, outcome: Outcome) -> dict[str, Any]:
+    """The whole run, earlier attempts included."""
+    mine = and_(Job.run_id == run.id, Job.status == Status.DONE)
+    with workspace.database.read() as session:
+        images = session.scalar(select(func.count()).select_from(Job).where(mine))
+        cells = session.scalar(
+            select(func.count()).where(Prediction.run_id == run.id, Prediction.rank == 1)
+        )
+    return {"images": images, "failed": outcome.failed, "cells": cells}
+
+
+def _result(
+    plan: _Plan, recipe: Recipe, run_id: int, earlier: int, outcome: Outcome, cells: int
+) -> PredictResult:
+    return PredictResult(
+        run_id=run_id,
+        recipe_id=recipe.id,
+        train_run_id=plan.trained.id,
+        split=plan.split.name,
+        selected=plan.selected,
+        waiting=plan.selected - plan.ready,
+        earlier=earlier,
+        done=outcome.done,
+        failures=tuple(outcome.failures),
+        cells=cells,
+    )
