@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import DatabaseError as SqlDatabaseError
 from sqlalchemy.orm import Session
 
 from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
@@ -56,7 +57,10 @@ class Database:
 def _translated(database: Database) -> Iterator[None]:
     try:
         yield
-    except OperationalError as error:
+    except SqlDatabaseError as error:
+        # Its other kinds (integrity, programming) are not about the database's own health.
+        if type(error) not in (SqlDatabaseError, OperationalError):
+            raise
         raise explain(error, database) from error
 
 

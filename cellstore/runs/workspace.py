@@ -32,7 +32,11 @@ def open_workspace(settings: StoreSettings, progress: Progress | None = None) ->
 
     """
     workspace = connect_workspace(settings, progress)
-    migrate.ensure_current(workspace.database)
+    try:
+        migrate.ensure_current(workspace.database)
+    except BaseException:
+        workspace.database.close()
+        raise
     return workspace
 
 
@@ -69,6 +73,7 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
             migrate.upgrade(workspace.database)
         migrate.ensure_current(workspace.database)
     except BaseException:
+        workspace.database.close()
         if not existed:
             marker.unlink(missing_ok=True)
         raise

@@ -1,0 +1,141 @@
+"""Doctor: what is installed, and whether it works here."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+from ..config import StoreSettings
+from ..errors import CellstoreError
+from ..extras import MODULES, missing_of
+from ..runs import open_workspace
+
+CORE = ("sqlalchemy", "alembic", "duckdb", "pandas", "pyarrow", "numpy", "tifffile", "imagecodecs")
+DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. ``state``: ``ok``, ``absent`` (optional, not there) or ``broken``."""
+
+    topic: str
+    name: str
+    state: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class DoctorResult:
+    """All findings."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is broken; optional parts that are absent are not."""
+        return all(finding.state != "broken" for finding in self.findings)
+
+
+def doctor(settings: StoreSettings | None = None) -> DoctorResult:
+    """Look at the installation and, if ``settings`` are given, at a store."""
+    findings = [
+        Finding("python", platform.python_version(), "ok", sys.executable),
+        *_core(),
+        *_extras(),
+        *_device(),
+        *_weights(),
+        *_store(settings),
+    ]
+    return DoctorResult(tuple(findings))
+
+
+def _core() -> Iterator[Finding]:
+    for module in CORE:
+        yield _module("core", module)
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, modules in MODULES.items():
+        absent = missing_of(extra)
+        if absent:
+            detail = f"{', '.join(absent)} not installed: pip install 'cellstore[{extra}]'"
+            yield Finding("extra", extra, "absent", detail)
+        else:
+            yield from (_module(f"extra {extra}", module) for module in modules)
+
+
+def _module(topic: str, name: str) -> Finding:
+    # Imported for real: packages that do not fit together fail only then.
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Finding(topic, name, "broken", f"import fails: {reason}")
+    return Finding(topic, name, "ok", _version(name))
+
+
+def _version(module: str) -> str:
+    try:
+        return version(DISTRIBUTIONS.get(module, module.replace("_", "-")))
+    except PackageNotFoundError:
+        return "version unknown"
+
+
+def _torch() -> ModuleType | None:
+    try:
+        return importlib.import_module("torch")
+    except Exception:
+        return None  # absent or broken: said under its extra
+
+
+def _device() -> Iterator[Finding]:
+    torch = _torch()
+    if torch is None:
+        return
+    if torch.cuda.is_available():
+        yield Finding("device", "cuda", "ok", torch.cuda.get_device_name(0))
+    else:
+        threads = torch.get_num_threads()
+        yield Finding("device", "cpu", "ok", f"{threads} threads; no GPU that torch can use")
+
+
+def _weights() -> Iterator[Finding]:
+    from ..ops.segmentation import (
+        DEFAULT_MODEL,
+        PUBLISHED_MODELS,
+        ModelFiles,
+        cellpose_folder,
+        find_model,
+    )
+
+    try:
+        files: ModelFiles = find_model(DEFAULT_MODEL)
+        yield Finding("weights", DEFAULT_MODEL, "ok", f"{files.network} ({files.sha256[:12]})")
+    except CellstoreError as error:
+        yield Finding("weights", DEFAULT_MODEL, "broken", str(error))
+    folder = cellpose_folder()
+    for name, (network, size_model) in PUBLISHED_MODELS.items():
+        there = (folder / network).is_file() and (folder / size_model).is_file()
+        if there:
+            yield Finding("weights", name, "ok", str(folder / network))
+        else:
+            yield Finding("weights", name, "absent", f"fetched into {folder} on first use")
+
+
+def _store(settings: StoreSettings | None) -> Iterator[Finding]:
+    if settings is None:
+        yield Finding("store", "none here", "absent", "make one with: cellstore init")
+        return
+    try:
+        workspace = open_workspace(settings)
+    except CellstoreError as error:
+        yield Finding("store", str(settings.root), "broken", str(error))
+        return
+    shown = workspace.database.shown
+    workspace.database.close()
+    yield Finding("store", str(settings.root), "ok", shown)

@@ -1,0 +1,218 @@
+"""The numbers of a report, each from the views and the functions of ``ops.scores``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from sqlalchemy import select
+
+from ...analytics import Questions, open_questions
+from ...db.models import Recipe, Run, Split
+from ...errors import UnknownNameError, UserInputError
+from ...ops import scores
+from ...runs import Workspace, run_in
+from ...terms import Stage, Status, Subset
+from .facts import ReportResult, Score
+
+LEVELS = (
+    ("image", "hard"),
+    ("image", "soft"),
+    ("well", "hard"),
+    ("well", "soft"),
+    ("cell", "hard"),
+)
+TOP = 5
+PREFERRED = (Subset.TEST.value, "outside", Subset.VALIDATION.value)
+"""Which side is scored, if the run has labelled it; the training side only by force."""
+
+COUNTS = """
+    SELECT subset, count(*) AS images FROM image_votes
+    WHERE run_id = ? AND vote = 'hard' AND truth IS NOT NULL GROUP BY subset
+"""
+VERDICTS = """
+    SELECT well_id, truth, predicted, confidence, truth_place, tie, correct FROM verdicts
+    WHERE run_id = ? AND level = ? AND vote = ? AND list_contains(?, subset) ORDER BY unit_id
+"""
+TRAINING = """
+    SELECT l.value FROM split_members AS m JOIN labels AS l ON l.id = m.label_id
+    WHERE m.split_id = ? AND m.subset = 'train'
+"""
+SEEN = """
+    SELECT count(DISTINCT v.well_id) AS wells,
+        count(DISTINCT v.well_id) FILTER (WHERE r.well_in_training) AS seen
+    FROM image_votes AS v JOIN run_images AS r ON r.run_id = v.run_id AND r.image_id = v.image_id
+    WHERE v.run_id = ? AND v.truth IS NOT NULL AND list_contains(?, v.subset)
+"""
+CLASSES = "SELECT count(DISTINCT label_id) FROM split_members WHERE split_id = ?"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The predict run that a report is about, with the split that it is measured by."""
+
+    run: Run
+    split: Split
+    top_k: int | None
+
+
+def report(workspace: Workspace, run: str = "latest", *, force: bool = False) -> ReportResult:
+    """Score a predict run (a number or ``latest``) against the labels of its split.
+
+    Images that the network was trained on count only with ``force``, and the result says so.
+
+    Raises:
+        UnknownNameError: there is no such predict run.
+        UserInputError: the run has labelled nothing, or only images it was trained on.
+    """
+    subject = find_subject(workspace, run)
+    with open_questions(workspace) as questions:
+        return scored(questions, subject, force=force)
+
+
+def find_subject(workspace: Workspace, reference: str) -> Subject:
+    """Return the predict run of this name; a train run stands for its latest predict run."""
+    with workspace.database.read() as session:
+        named = reference not in ("latest", "last")
+        run = run_in(session, reference, () if named else (Stage.PREDICT,))
+        if run.stage == Stage.TRAIN:
+            later = select(Run).where(Run.parent_id == run.id, Run.stage == Stage.PREDICT)
+            done = later.where(Run.status == Status.DONE).order_by(Run.id.desc()).limit(1)
+            run = session.scalars(done).first() or run
+        if run.stage != Stage.PREDICT:
+            raise UnknownNameError(
+                f"Run {run.id} ({Stage(run.stage).value}) has no predictions to report on. "
+                "Label images with a trained run first: cellstore predict"
+            )
+        parent = session.get(Run, run.parent_id) if run.parent_id else None
+        split_id = run.split_id or (parent.split_id if parent else None)
+        if split_id is None:
+            raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
+        recipe = session.get_one(Recipe, run.recipe_id)
+        return Subject(run, session.get_one(Split, split_id), recipe.parameters.get("top_k"))
+
+
+def scored(questions: Questions, subject: Subject, *, force: bool) -> ReportResult:
+    """Return the report on ``subject``."""
+    run, split = subject.run, subject.split
+    counts = {row["subset"]: row["images"] for row in questions.ask(COUNTS, [run.id]).to_pylist()}
+    sides = chosen_sides(counts, run.id, force=force)
+    classes = int(questions.ask(CLASSES, [split.id])[0][0].as_py())
+    training = questions.ask(TRAINING, [split.id])["value"].to_pylist()
+    top = classes > TOP and (subject.top_k is None or subject.top_k >= TOP)
+    found = []
+    for level, vote in LEVELS:
+        rows = questions.ask(VERDICTS, [run.id, level, vote, list(sides)])
+        found.append(_score(level, vote, rows, training, top=top))
+    wells = questions.ask(SEEN, [run.id, list(sides)]).to_pylist()[0]
+    return ReportResult(
+        run_id=run.id,
+        train_run_id=run.parent_id,
+        split=split.name,
+        protocol=split.protocol,
+        group_level=str(split.group_level.value),
+        field=str(split.field.value),
+        sides=sides,
+        classes=classes,
+        chance=1 / max(1, classes),
+        majority_label=_majority(training),
+        cells=found[-1].n,
+        images=found[0].n,
+        wells=wells["wells"],
+        wells_seen=wells["seen"],
+        leaks=wells["seen"] > 0,
+        leak=_leak(wells["seen"], wells["wells"]),
+        notes=_notes(counts, sides, run),
+        scores=tuple(found),
+    )
+
+
+def chosen_sides(counts: dict[str, int], run_id: int, *, force: bool) -> tuple[str, ...]:
+    """Return the sides of the split to score, of those that have labelled images.
+
+    Raises:
+        UserInputError: there are none, or only training images and ``force`` is off.
+    """
+    if not counts:
+        raise UserInputError(
+            f"Run {run_id} has labelled no image whose truth is known. "
+            "Label some with: cellstore predict"
+        )
+    if force:
+        return tuple(sorted(counts))
+    for side in PREFERRED:
+        if side in counts:
+            return (side,)
+    raise UserInputError(
+        f"Run {run_id} has only labelled the {counts[Subset.TRAIN.value]} images that its network "
+        "was trained on; their score says nothing about new images. Label the test side with "
+        "cellstore predict, or score them anyway with --force."
+    )
+
+
+def _score(level: str, vote: str, rows: pa.Table, training: list[str], *, top: bool) -> Score:
+    labels = sorted(set(pc.unique(rows["truth"]).to_pylist()) | set(_unique(rows["predicted"])))
+    values = pa.array(labels, pa.string())
+    truth = pc.index_in(rows["truth"], values).to_numpy()
+    predicted = pc.index_in(rows["predicted"], values).to_numpy()
+    correct = truth == predicted
+    confidence = np.clip(rows["confidence"].to_numpy(), 0, 1)
+    interval = scores.bootstrap_interval(correct, rows["well_id"].to_numpy())
+    place = pc.fill_null(rows["truth_place"], TOP + 1).to_numpy()
+    return Score(
+        level=level,
+        vote=vote,
+        n=rows.num_rows,
+        correct=int(correct.sum()),
+        accuracy=scores.accuracy(truth, predicted),
+        low=interval[0] if interval else None,
+        high=interval[1] if interval else None,
+        majority=_majority_accuracy(training, rows["truth"]),
+        balanced_accuracy=scores.balanced_accuracy(truth, predicted),
+        macro_f1=scores.macro_f1(truth, predicted),
+        top_5=float(np.mean(place <= TOP)) if top else None,
+        ece=scores.expected_calibration_error(confidence, correct),
+        ties=int(pc.sum(rows["tie"].cast(pa.int64())).as_py() or 0),
+    )
+
+
+def _unique(values: pa.ChunkedArray) -> list[str]:
+    return [str(item) for item in pc.unique(values).to_pylist()]
+
+
+def _majority_accuracy(training: list[str], truth: pa.ChunkedArray) -> float | None:
+    if not training:
+        return None
+    return scores.majority_baseline(training, truth.to_pylist())[1]
+
+
+def _majority(training: list[str]) -> str | None:
+    return str(scores.majority_baseline(training, training)[0]) if training else None
+
+
+def _leak(seen: int, total: int) -> str:
+    if seen == 0:
+        return f"None of the {total:,} wells scored here was seen in training."
+    return (
+        f"{seen:,} of the {total:,} wells scored here were seen in training: the network learned "
+        "from other images of the same wells. These scores tell how it does on wells that it "
+        "knows, not on new ones."
+    )
+
+
+def _notes(counts: dict[str, int], sides: tuple[str, ...], run: Run) -> tuple[str, ...]:
+    notes = []
+    trained_on = counts.get(Subset.TRAIN.value, 0)
+    if Subset.TRAIN.value in sides:
+        notes.append(f"Forced: {trained_on:,} of these images were used to train the network.")
+    elif trained_on:
+        notes.append(f"{trained_on:,} labelled training images are left out (--force adds them).")
+    if Subset.VALIDATION.value in sides:
+        notes.append("Validation images are scored, and they decided when training stopped.")
+    if "outside" in sides:
+        notes.append("Images that the split does not name are scored by their treatment.")
+    if run.status != Status.DONE:
+        notes.append(f"The run is {Status(run.status).value}, so images may be missing here.")
+    return tuple(notes)

@@ -1,0 +1,208 @@
+"""Verify that the files of a store are what the database says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
+
+from ..artifacts import ArtifactFolder, sha256_of
+from ..db.models import Artifact, Cell, Image, Plate, Segmentation, Well
+from ..errors import ImageError, StorageError
+from ..formats.images import decode_tiff
+from ..progress import track
+from ..runs import Workspace
+
+BATCH = 500
+GRACE_MINUTES = 10.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that is not as it should be; ``path`` is relative to the artifacts folder."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What was found. ``orphans`` are files that no row names; ``young`` may still get a row."""
+
+    files: int
+    segmentations: int
+    problems: tuple[Problem, ...]
+    orphans: tuple[str, ...]
+    young: int
+    removed: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong (orphans that were removed are not)."""
+        return not self.problems and len(self.orphans) == self.removed
+
+
+@dataclass(frozen=True)
+class _File:
+    id: int
+    path: str
+    sha256: str
+
+
+def verify(
+    workspace: Workspace, *, fix: bool = False, minutes: float = GRACE_MINUTES
+) -> VerifyResult:
+    """Compare every file with its sha256 and every mask with its cells; look for orphans.
+
+    ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
+    younger than ``minutes`` are left alone, as a running command may be about to name them.
+    """
+    # The folder is listed before the rows are read: what a running command adds is no orphan.
+    before = time.time() - 60 * minutes
+    there = list(workspace.artifacts.walk())
+    files, problems = _check_files(workspace)
+    masks, wrong = _check_masks(workspace, {problem.path for problem in problems})
+    unnamed = _unnamed(workspace, there)
+    old = [path for path in unnamed if _older(workspace.artifacts, path, before)]
+    removed = sum(_remove(workspace.artifacts, path) for path in old) if fix else 0
+    return VerifyResult(
+        files=files,
+        segmentations=masks,
+        problems=(*problems, *wrong),
+        orphans=tuple(old),
+        young=len(unnamed) - len(old),
+        removed=removed,
+    )
+
+
+def _check_files(workspace: Workspace) -> tuple[int, list[Problem]]:
+    with workspace.database.read() as session:
+        total = session.scalar(select(func.count()).select_from(Artifact)) or 0
+    problems = []
+    for file in track(workspace.progress, "verify files", total, _files(workspace)):
+        reason = _wrong(workspace.artifacts, file)
+        if reason is not None:
+            problems.append(Problem(file.path, reason))
+    return total, problems
+
+
+def _files(workspace: Workspace) -> Iterator[_File]:
+    last = 0
+    while True:
+        query = select(Artifact.id, Artifact.path, Artifact.sha256).where(Artifact.id > last)
+        with workspace.database.read() as session:
+            rows = session.execute(query.order_by(Artifact.id).limit(BATCH)).all()
+        if not rows:
+            return
+        yield from (_File(*row) for row in rows)
+        last = rows[-1].id
+
+
+def _wrong(folder: ArtifactFolder, file: _File) -> str | None:
+    try:
+        found = sha256_of(folder.locate(file.path))
+    except FileNotFoundError:
+        return "the file is gone"
+    except StorageError as error:
+        return str(error)
+    except OSError as error:
+        return f"the file cannot be read ({error.strerror})"
+    return None if found == file.sha256 else "the file is not what was written (sha256 differs)"
+
+
+def _check_masks(workspace: Workspace, broken: set[str]) -> tuple[int, list[Problem]]:
+    with workspace.database.read() as session:
+        total = session.scalar(select(func.count()).select_from(Segmentation)) or 0
+    problems = []
+    for pairs in track(workspace.progress, "verify masks", total, _masks(workspace)):
+        path, sha256, name, labels = pairs
+        reason = None if path in broken else _mask_reason(workspace, path, sha256, labels)
+        if reason is not None:
+            problems.append(Problem(path, f"{name}: {reason}"))
+    return total, problems
+
+
+Mask = tuple[str, str, str, list[int]]
+
+
+def _masks(workspace: Workspace) -> Iterator[Mask]:
+    last = 0
+    while True:
+        with workspace.database.read() as session:
+            rows = session.execute(_mask_rows(last)).all()
+            labels = _labels(session, [row.id for row in rows])
+        if not rows:
+            return
+        for row in rows:
+            yield row.path, row.sha256, f"{row.barcode}/{row.core_name}", labels.get(row.id, [])
+        last = rows[-1].id
+
+
+def _mask_rows(last: int) -> Select[int, str, str, str, str]:
+    return (
+        select(Segmentation.id, Artifact.path, Artifact.sha256, Plate.barcode, Image.core_name)
+        .join(Artifact, Artifact.id == Segmentation.mask_artifact_id)
+        .join(Image, Image.id == Segmentation.image_id)
+        .join(Well, Well.id == Image.well_id)
+        .join(Plate, Plate.id == Well.plate_id)
+        .where(Segmentation.id > last)
+        .order_by(Segmentation.id)
+        .limit(20)
+    )
+
+
+def _labels(session: Session, segmentations: list[int]) -> dict[int, list[int]]:
+    rows = session.execute(
+        select(Cell.segmentation_id, Cell.label)
+        .where(Cell.segmentation_id.in_(segmentations))
+        .order_by(Cell.segmentation_id, Cell.label)
+    )
+    grouped = groupby(rows, key=lambda row: row.segmentation_id)
+    return {number: [row.label for row in group] for number, group in grouped}
+
+
+def _mask_reason(workspace: Workspace, path: str, sha256: str, labels: list[int]) -> str | None:
+    try:
+        mask = decode_tiff(workspace.artifacts.read(path, sha256))
+    except (StorageError, ImageError) as error:
+        return str(error)
+    found = [int(label) for label in np.unique(mask) if label != 0]
+    if found == labels:
+        return None
+    return f"the mask has {len(found)} cells, the database {len(labels)}, or other labels"
+
+
+def _unnamed(workspace: Workspace, there: list[str]) -> list[str]:
+    unnamed: list[str] = []
+    for start in range(0, len(there), BATCH):
+        piece = there[start : start + BATCH]
+        with workspace.database.read() as session:
+            named = set(session.scalars(select(Artifact.path).where(Artifact.path.in_(piece))))
+        unnamed += [path for path in piece if path not in named]
+    return unnamed
+
+
+def _older(folder: ArtifactFolder, path: str, moment: float) -> bool:
+    try:
+        return (folder.root / path).lstat().st_mtime <= moment
+    except FileNotFoundError:
+        return False
+
+
+def _remove(folder: ArtifactFolder, path: str) -> bool:
+    # Not resolved: an orphan that is a link is removed itself, never what it points to.
+    try:
+        (folder.root / path).unlink()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be removed: {error.strerror}. Mend the permissions of the store, "
+            "then run the same command again."
+        ) from error
+    return True

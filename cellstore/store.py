@@ -1,0 +1,276 @@
+"""A store as Python sees it: one method per stage, each one call to the stage of its name.
+
+>>> with Store.open("my-screen") as store:
+...     store.segment()
+...     store.measure()
+...     store.sql("SELECT count(*) AS cells FROM cells").to_pandas()
+
+Stages are imported when they are called, so that a store opens without torch or Cellpose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from .config import (
+    MeasureParams,
+    PredictParams,
+    SegmentParams,
+    SplitParams,
+    StoreSettings,
+    TrainParams,
+    find_store,
+)
+from .progress import Progress
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .runs.jobs import JobsResult
+    from .runs.workspace import Workspace
+    from .stages.audit import CellAudit, ImageAudit, RunAudit
+    from .stages.ingest import IngestResult
+    from .stages.predict import PredictResult
+    from .stages.report import ReportResult
+    from .stages.split import CheckResult, SplitResult
+    from .stages.status import StatusResult
+    from .stages.train import TrainResult
+    from .stages.verify import VerifyResult
+
+
+class Store:
+    """An open store. Use it in a ``with`` block, or call :meth:`close`."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path | None = None,
+        *,
+        database: str | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Open the store at ``path``, else of ``CELLSTORE_STORE``, else the nearest upwards.
+
+        ``database`` is a URL that replaces the one written in the store.
+
+        Raises:
+            StoreNotFoundError: there is none.
+            SchemaError: its schema is not the one of this library.
+            DatabaseError: its database cannot be reached.
+
+        """
+        from .runs.workspace import open_workspace
+
+        settings = _with_database(find_store(Path(path) if path else None), database)
+        return cls(open_workspace(settings, progress))
+
+    @classmethod
+    def create(cls, path: str | Path, database: str | None = None) -> Self:
+        """Make a store in the folder ``path``; an existing one is opened as it is.
+
+        Raises:
+            StorageError: the folder cannot be written.
+            SchemaError: the database holds a store of another version.
+
+        """
+        from .runs.workspace import create_workspace
+
+        return cls(create_workspace(Path(path), database)[0])
+
+    @property
+    def root(self) -> Path:
+        """The folder of the store."""
+        return self.workspace.settings.root
+
+    def close(self) -> None:
+        """Give the database connections back."""
+        self.workspace.database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def ingest(
+        self,
+        metadata: str | Path,
+        *,
+        images: str | Path | None = None,
+        plate: str | None = None,
+        layout: str | None = None,
+        platemap: str | Path | None = None,
+        compounds: str | Path | None = None,
+        barcodes: str | Path | None = None,
+    ) -> IngestResult:
+        """Bring the rows of a metadata table into the store; see ``stages.ingest.ingest``."""
+        from .stages.ingest import ingest
+
+        return ingest(
+            self.workspace,
+            Path(metadata),
+            images=_path(images),
+            plate=plate,
+            layout=layout,
+            platemap=_path(platemap),
+            compounds=_path(compounds),
+            barcodes=_path(barcodes),
+        )
+
+    def segment(
+        self,
+        params: SegmentParams | None = None,
+        *,
+        plates: tuple[str, ...] = (),
+        limit: int | None = None,
+        weights_dir: str | Path | None = None,
+        device: str = "auto",
+    ) -> JobsResult:
+        """Find the cells of every image not done yet; see ``stages.segment.segment``."""
+        from .stages.segment import segment
+
+        return segment(
+            self.workspace,
+            params or SegmentParams(),
+            plates=plates,
+            limit=limit,
+            weights_dir=_path(weights_dir),
+            device=device,
+        )
+
+    def measure(
+        self,
+        params: MeasureParams | None = None,
+        *,
+        segmentation: str | None = None,
+        plates: tuple[str, ...] = (),
+        limit: int | None = None,
+    ) -> JobsResult:
+        """Measure the cells of every image not done yet; see ``stages.measure.measure``."""
+        from .stages.measure import measure
+
+        return measure(
+            self.workspace,
+            params or MeasureParams(),
+            segmentation=segmentation,
+            plates=plates,
+            limit=limit,
+        )
+
+    def create_split(self, name: str, params: SplitParams | None = None) -> SplitResult:
+        """Assign the images to train, validation and test; see ``stages.split.create_split``."""
+        from .stages.split import create_split
+
+        return create_split(self.workspace, name, params or SplitParams())
+
+    def show_split(self, name: str | None = None) -> SplitResult:
+        """Return a split by name, else the latest."""
+        from .stages.split import show_split
+
+        return show_split(self.workspace, name)
+
+    def check_split(self, name: str | None = None) -> CheckResult:
+        """Return every way in which a split lets the test side be seen in training."""
+        from .stages.split import check_split
+
+        return check_split(self.workspace, name)
+
+    def train(
+        self,
+        params: TrainParams | None = None,
+        *,
+        split: str | None = None,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        device: str = "auto",
+    ) -> TrainResult:
+        """Train the network on the training side of a split; see ``stages.train.train``."""
+        from .stages.train import train
+
+        return train(
+            self.workspace,
+            params or TrainParams(),
+            split=split,
+            segmentation=segmentation,
+            measurement=measurement,
+            device=device,
+        )
+
+    def predict(
+        self, params: PredictParams | None = None, *, run: str = "latest", device: str = "auto"
+    ) -> PredictResult:
+        """Label cells with a trained run; see ``stages.predict.predict``."""
+        from .stages.predict import predict
+
+        return predict(self.workspace, params or PredictParams(), run=run, device=device)
+
+    def report(
+        self, run: str = "latest", *, html: str | Path | None = None, force: bool = False
+    ) -> ReportResult:
+        """Score a predict run, and write the page ``html`` if it is asked for."""
+        from .stages.report import report, write_report
+
+        if html is not None:
+            return write_report(self.workspace, run, Path(html), force=force)
+        return report(self.workspace, run, force=force)
+
+    def audit_image(self, image: str) -> ImageAudit:
+        """Return every run that labelled an image, and what it was labelled from."""
+        from .stages.audit import audit_image
+
+        return audit_image(self.workspace, image)
+
+    def audit_cell(self, cell_id: int) -> CellAudit:
+        """Return where a cell comes from and every prediction about it."""
+        from .stages.audit import audit_cell
+
+        return audit_cell(self.workspace, cell_id)
+
+    def audit_run(self, run: str = "latest") -> RunAudit:
+        """Return what a run was made from, and what it made."""
+        from .stages.audit import audit_run
+
+        return audit_run(self.workspace, run)
+
+    def sql(self, query: str, parameters: Any = None) -> pa.Table:
+        """Answer a question in SQL (DuckDB, read only) as an Arrow table.
+
+        Raises:
+            QueryError: the question is wrong, or would do more than read.
+
+        """
+        from .analytics import open_questions
+
+        with open_questions(self.workspace) as questions:
+            return questions.ask(query, parameters)
+
+    def status(self) -> StatusResult:
+        """Count what is in the store, what is stale, and which jobs failed and why."""
+        from .stages.status import status
+
+        return status(self.workspace)
+
+    def verify(self, *, fix: bool = False, minutes: float = 10.0) -> VerifyResult:
+        """Compare the files with the database; see ``stages.verify.verify``."""
+        from .stages.verify import verify
+
+        return verify(self.workspace, fix=fix, minutes=minutes)
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _with_database(settings: StoreSettings, database: str | None) -> StoreSettings:
+    return settings if database is None else replace(settings, database=database)

@@ -1,0 +1,223 @@
+"""Commands that look after a store: status, verify, doctor, demo."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import render
+from .context import chosen_store, listener, open_store, say, sentences
+from .options import JsonOption, StoreOption
+
+if TYPE_CHECKING:
+    from cellstore.config import StoreSettings
+    from cellstore.stages.status import StatusResult
+    from cellstore.stages.verify import VerifyResult
+
+
+@sentences
+def status(
+    ctx: typer.Context,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="List the images that failed, and why.")
+    ] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is in the store, what is done, and what failed.
+
+    \b
+    Example:
+      cellstore status
+      cellstore status --failed
+    """
+    with open_store(ctx, store, quiet=True) as opened:
+        result = opened.status()
+    if as_json:
+        render.as_json(result)
+    elif failed:
+        _show_failed(result)
+    else:
+        _show_status(result)
+
+
+def _show_status(result: StatusResult) -> None:
+    excluded = f"{result.cells:,} ({result.excluded:,} excluded)"
+    render.facts(
+        [
+            ("store", result.store),
+            ("database", result.database),
+            ("plates", f"{result.plates:,}"),
+            ("wells", f"{result.wells:,}"),
+            ("treatments", f"{result.treatments:,}"),
+            ("images", f"{result.images:,} ({result.missing_images:,} miss files)"),
+            ("  segmented", f"{result.segmented:,}"),
+            ("  measured", f"{result.measured:,}"),
+            ("cells", excluded),
+            ("measurements", f"{result.features:,}"),
+            ("splits", f"{result.splits:,}"),
+            ("runs", f"{result.runs:,}"),
+            ("predictions", f"{result.predictions:,}"),
+        ]
+    )
+    if result.recipes:
+        typer.echo("")
+        headers = ("recipe", "stage", "fingerprint", "done", "open", "failed", "stale")
+        render.table(
+            headers,
+            [
+                (r.recipe_id, r.stage, r.fingerprint[:12], r.done, r.open, r.failed, r.stale)
+                for r in result.recipes
+            ],
+        )
+    if result.failed:
+        say("Some images failed. See why with: cellstore status --failed")
+
+
+def _show_failed(result: StatusResult) -> None:
+    if not result.failed:
+        typer.echo("No image has failed.")
+    for job in result.failed:
+        tries = render.count(job.attempts, "try", "tries")
+        typer.echo(f"{job.stage} (recipe {job.recipe_id}) {render.cell(job.image)}, {tries}:")
+        typer.echo(f"  {render.cell(job.reason)}")
+    if result.failed:
+        say("Running the stage again tries them again.")
+
+
+@sentences
+def verify(
+    ctx: typer.Context,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Remove files that the database does not know.")
+    ] = False,
+    older_than: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            metavar="MINUTES",
+            help="Unknown files younger than this may belong to a running command: left alone.",
+        ),
+    ] = 10.0,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare all files of the store with the database.
+
+    Every file is read and compared with its sha256, every mask with the cells found in it.
+    Files that the database does not know are left by a crash. Ends with 1 if something is wrong.
+
+    \b
+    Example:
+      cellstore verify
+      cellstore verify --fix
+    """
+    with open_store(ctx, store, quiet=as_json) as opened:
+        result = opened.verify(fix=fix, minutes=older_than)
+    if as_json:
+        render.as_json({"ok": result.ok, **render.plain(result)})
+    else:
+        _show_verify(result)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _show_verify(result: VerifyResult) -> None:
+    render.facts(
+        [
+            ("files checked", f"{result.files:,}"),
+            ("masks checked", f"{result.segmentations:,}"),
+            ("problems", f"{len(result.problems):,}"),
+            ("unknown files", f"{len(result.orphans):,} ({result.removed:,} removed)"),
+        ]
+    )
+    for problem in result.problems:
+        typer.echo(f"{problem.path}\n  {render.cell(problem.reason)}")
+    for path in result.orphans:
+        typer.echo(f"{'removed' if result.removed else 'unknown'}: {render.cell(path)}")
+    if result.young:
+        say(
+            f"{render.count(result.young, 'unknown file')} left alone: too young "
+            "to tell from the work of a running command."
+        )
+    if result.orphans and not result.removed:
+        say("Remove the unknown files with: cellstore verify --fix")
+    if result.problems:
+        say("Put the files back from a backup; what is derived can be made again.")
+
+
+@sentences
+def doctor(ctx: typer.Context, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Check the installation, and the store if there is one.
+
+    Packages (each is imported for real), device, networks, and whether the database answers.
+
+    Ends with 1 if something is broken. Optional parts that are absent are not.
+
+    \b
+    Example:
+      cellstore doctor
+    """
+    from cellstore.stages.doctor import doctor as examine
+
+    result = examine(_settings(ctx, store))
+    if as_json:
+        render.as_json({"ok": result.ok, **render.plain(result)})
+    else:
+        rows = [(f.state, f.topic, f.name, f.detail) for f in result.findings]
+        for state, topic, name, detail in rows:
+            typer.echo(f"{state:<7} {topic}: {render.cell(name)}  {render.cell(detail)}")
+        broken = sum(finding.state == "broken" for finding in result.findings)
+        say(f"{render.count(broken, 'thing is', 'things are')} broken." if broken else "All well.")
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _settings(ctx: typer.Context, given: Path | None) -> StoreSettings | None:
+    from cellstore.config import find_store
+    from cellstore.errors import StoreNotFoundError
+
+    named = chosen_store(ctx, given)
+    try:
+        return find_store(named)
+    except StoreNotFoundError:
+        if named is not None:
+            raise
+        return None
+
+
+@sentences
+def demo(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where the demo goes; a new folder.")
+    ] = Path("cellstore-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same plates.")] = 1,
+) -> None:
+    """Render a small screen and run every stage on it.
+
+    Plates of drawn cells under six treatments are segmented, measured, split, learned and
+    predicted; each command is shown before it runs. Takes under 5 minutes on 2 cores, and ends
+    with the path of a report.
+
+    \b
+    Example:
+      cellstore demo
+    """
+    from cellstore.demo import commands, render_plates
+
+    say(f"Rendering the plates into {folder}")
+    plates = render_plates(folder, seed=seed, progress=listener(quiet=False))
+    for words in commands(plates):
+        _as_typed(words)
+
+
+def _as_typed(words: list[str]) -> None:
+    from .main import app
+
+    say(f"\n$ cellstore {shlex.join(words)}")
+    code = app(words, standalone_mode=False)
+    if code and words[:2] != ["split", "check"]:  # whose 1 is an answer, not a failure
+        raise typer.Exit(code)

@@ -1,0 +1,80 @@
+"""The command line: ``cellstore COMMAND``. Each command is parse, one call, render."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import answers, house, images, networks, setup, splits
+from .options import StoreOption
+
+ORDER = (
+    *("demo", "init", "ingest", "segment", "measure", "split", "train", "predict"),
+    *("report", "audit", "sql", "status", "verify", "doctor", "db"),
+)
+
+
+class Commands(TyperGroup):
+    """Lists the commands in the order in which a screen needs them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names, those not in ``ORDER`` last."""
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
+app = typer.Typer(
+    name="cellstore",
+    cls=Commands,
+    help="The experiment store of an image-based drug screen.\n\n"
+    "Every stage of the screen in one database: plates and images, the cells found in them, "
+    "their measurements, splits, trained networks, and what each network said about every cell.",
+    epilog="First steps: cellstore demo. Help on a command: cellstore COMMAND --help",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 88},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from cellstore import __version__
+
+        typer.echo(f"cellstore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    store: StoreOption = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Take what stands before the command."""
+
+
+app.command("init")(setup.init)
+app.command("ingest")(setup.ingest)
+app.command("segment")(images.segment)
+app.command("measure")(images.measure)
+app.add_typer(splits.app, name="split")
+app.command("train")(networks.train)
+app.command("predict")(networks.predict)
+app.command("report")(answers.report)
+app.add_typer(answers.audit, name="audit")
+app.command("sql")(answers.sql)
+app.command("status")(house.status)
+app.command("verify")(house.verify)
+app.command("doctor")(house.doctor)
+app.command("demo")(house.demo)
+app.add_typer(setup.db, name="db")
+
+
+def run() -> None:
+    """Run the command line; the console script ``cellstore``."""
+    app()

@@ -1,0 +1,211 @@
+"""Reports and audits as text for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from . import render
+from .context import say
+
+if TYPE_CHECKING:
+    from cellstore.stages.audit import CellAudit, ImageAudit, Labelling, RunAudit, SegmentationFact
+    from cellstore.stages.report import ReportResult
+
+SHORT = 12
+SHOWN_VOTES = 5
+SCORE_HEADERS = (
+    *("per", "vote", "n", "correct", "accuracy", "95 % interval", "majority"),
+    *("balanced", "F1", "ties"),
+)
+
+
+def report(result: ReportResult) -> None:
+    """Tell how good the labels of a predict run are."""
+    render.facts(
+        [
+            ("predict run", result.run_id),
+            ("train run", result.train_run_id),
+            ("split", f"{result.split} ({result.protocol}, by {result.group_level})"),
+            ("scored", f"{', '.join(result.sides)}; {render.cell(result.field)}"),
+            ("cells", f"{result.cells:,}"),
+            ("images", f"{result.images:,}"),
+            ("wells", f"{result.wells:,} ({result.wells_seen:,} seen in training)"),
+            ("classes", result.classes),
+            ("chance", percent(result.chance)),
+            ("always the same", result.majority_label),
+        ]
+    )
+    typer.echo("")
+    render.table(
+        SCORE_HEADERS,
+        [
+            (
+                *(score.level, score.vote, score.n, score.correct, percent(score.accuracy)),
+                interval(score.low, score.high),
+                percent(score.majority),
+                percent(score.balanced_accuracy),
+                f"{score.macro_f1:.3f}",
+                score.ties,
+            )
+            for score in result.scores
+        ],
+    )
+    typer.echo("")
+    typer.echo(result.leak)
+    for note in result.notes:
+        say(note)
+    if result.html:
+        typer.echo(f"report: {result.html}")
+
+
+def image(result: ImageAudit) -> None:
+    """Tell who labelled an image, and from what."""
+    treatment = result.treatment or "unknown"
+    target = f", target {result.target}" if result.target else ""
+    role = f" ({result.control})" if result.control else ""
+    files = render.count(len(result.files), "file")
+    missing = f", {result.missing_files} missing" if result.missing_files else ""
+    render.facts(
+        [
+            ("image", f"{result.plate}/{result.well}/{result.site} {result.core_name}"),
+            ("id", result.image_id),
+            ("treatment", f"{treatment}{target}{role}"),
+            ("files", f"{files}{missing}"),
+            ("content", short(result.content_sha256)),
+        ]
+    )
+    for found in result.segmentations:
+        _segmentation(found)
+    if not result.labellings:
+        typer.echo("\nNo run has labelled this image yet.")
+    for labelling in result.labellings:
+        _labelling(labelling)
+
+
+def _segmentation(found: SegmentationFact) -> None:
+    typer.echo(
+        f"\nsegmentation {found.id} by run {found.run_id}{'' if found.current else ' (stale)'}"
+    )
+    render.facts(
+        [
+            ("  cells", f"{found.n_cells:,}"),
+            ("  when", found.made_at),
+            ("  recipe", f"{found.recipe_id} ({short(found.fingerprint)})"),
+            ("  network", f"{found.parameters.get('model', '-')} ({short(found.weights_sha256)})"),
+            ("  diameter", f"{found.diameter:.1f} pixels"),
+        ]
+    )
+
+
+def _labelling(found: Labelling) -> None:
+    typer.echo(f"\nlabelled by run {found.run_id}")
+    seen = "was in training" if found.well_in_training else "was not in training"
+    verdict = {True: "right", False: "wrong", None: "cannot be judged"}[found.correct]
+    render.facts(
+        [
+            ("  when", found.started_at),
+            ("  by", f"{found.user} on {found.host}, cellstore {found.code_version}"),
+            ("  network", f"run {found.train_run_id}, {_shorts(found.checkpoints)}"),
+            ("  split", f"{found.split} ({found.protocol}): this image is {found.side}"),
+            ("  its well", seen),
+            ("  segmentation", ", ".join(map(str, found.segmentation_ids))),
+            ("  cells", f"{found.n_cells:,}"),
+            ("  votes", _votes(found)),
+            ("  winner", f"{found.winner}{' (a tie)' if found.tie else ''}"),
+            ("  by probability", found.soft_winner),
+            ("  truth", f"{found.truth or 'unknown'}: {verdict}"),
+        ]
+    )
+
+
+def _votes(found: Labelling) -> str:
+    shown = [f"{vote.label} {vote.cells}" for vote in found.votes[:SHOWN_VOTES]]
+    more = len(found.votes) - len(shown)
+    return ", ".join(shown) + (f", and {more} more" if more else "")
+
+
+def cell(result: CellAudit) -> None:
+    """Tell where a cell comes from, what was measured, and what was predicted."""
+    box = result.box
+    render.facts(
+        [
+            ("cell", f"{result.cell_id}, label {result.label} of {result.image}"),
+            ("box", f"rows {box[0]} to {box[2]}, columns {box[1]} to {box[3]}"),
+            ("centre", f"row {result.centroid[0]:.1f}, column {result.centroid[1]:.1f}"),
+            ("excluded", result.excluded or "no"),
+        ]
+    )
+    _segmentation(result.segmentation)
+    for recipe, values in result.features.items():
+        typer.echo(f"\nmeasured by recipe {recipe}")
+        render.facts((f"  {name.replace('_', ' ')}", value) for name, value in values.items())
+    if not result.choices:
+        typer.echo("\nNo run has labelled this cell yet.")
+        return
+    typer.echo("")
+    rows = [(item.run_id, item.rank, item.label, item.probability) for item in result.choices]
+    render.table(("run", "rank", "label", "probability"), rows)
+
+
+def run(result: RunAudit) -> None:
+    """Tell what a run was made from, and what it made."""
+    recipe = result.recipe
+    render.facts(
+        [
+            ("run", f"{result.run.id}: {result.run.stage}, {result.run.status}"),
+            ("when", f"{result.run.started_at} to {result.ended_at or '?'}"),
+            ("by", f"{result.user} on {result.host}"),
+            ("command", result.command),
+            ("code", result.code_version),
+            ("seed", result.seed),
+            ("error", result.error),
+            ("recipe", f"{recipe.id} ({short(recipe.fingerprint)})"),
+            ("weights", short(recipe.weights_sha256)),
+            ("split", _split(result)),
+            ("parents", _runs(result.parents)),
+            ("children", _runs(result.children)),
+            ("jobs", ", ".join(f"{n} {status}" for status, n in result.jobs.items()) or "-"),
+        ]
+    )
+    for title, values in (("parameters", recipe.parameters), ("result", result.result or {})):
+        typer.echo(f"{title}:")
+        render.tree(render.plain(values), indent=1)
+    for source in result.inputs:
+        typer.echo(f"reads: {source.stage} recipe {source.id} ({short(source.fingerprint)})")
+    if result.artifacts:
+        rows = [(a.kind, short(a.sha256), a.size_bytes, a.path) for a in result.artifacts[:20]]
+        render.table(("file", "sha256", "bytes", "path"), rows)
+        if len(result.artifacts) > len(rows):
+            say(f"and {len(result.artifacts) - len(rows)} more files (all with --json)")
+
+
+def _split(result: RunAudit) -> str:
+    if result.split is None:
+        return "-"
+    counts = ", ".join(f"{number} {side}" for side, number in result.split_counts.items())
+    return f"{result.split} ({counts})"
+
+
+def _runs(runs: Any) -> str:
+    return ", ".join(f"{run.id} ({run.stage})" for run in runs) or "-"
+
+
+def short(digest: str | None) -> str:
+    """Return the start of a sha256, enough to tell it from others."""
+    return digest[:SHORT] if digest else "-"
+
+
+def _shorts(digests: tuple[str, ...]) -> str:
+    return ", ".join(map(short, digests)) or "-"
+
+
+def percent(share: float | None) -> str:
+    """Return a share as a percentage."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Return the bounds of a share."""
+    return "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f} %"

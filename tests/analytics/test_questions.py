@@ -1,0 +1,300 @@
+"""Questions: typed tables, one moment, snapshots, and nothing but reading."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from factories import VOTES, Factory, small_screen
+from sqlalchemy import Engine, text
+
+from cellstore.analytics import Limits, Questions, open_questions, views
+from cellstore.analytics.guard import without_text
+from cellstore.db.models import METADATA
+from cellstore.errors import DatabaseError, QueryError, UnknownNameError
+from cellstore.runs import Workspace, create_workspace
+from cellstore.terms import Stage, Status
+
+
+def one(questions: Questions, sql: str, parameters: list[object] | None = None) -> object:
+    """The single value of an answer."""
+    answer = questions.ask(sql, parameters)
+    assert (answer.num_rows, answer.num_columns) == (1, 1)
+    return answer[0][0].as_py()
+
+
+def snapshot_files(workspace: Workspace) -> list[Path]:
+    return sorted((workspace.settings.cache / "snapshots").iterdir())
+
+
+def test_every_table_has_the_rows_of_the_database(workspace: Workspace) -> None:
+    small_screen(workspace)
+    with open_questions(workspace) as questions, workspace.database.read() as session:
+        for name in METADATA.tables:
+            wanted = session.scalar(text(f'SELECT count(*) FROM "{name}"'))
+            assert one(questions, f"SELECT count(*) FROM {name}") == wanted, name
+
+
+def test_columns_are_typed_even_where_all_values_are_null(workspace: Workspace) -> None:
+    Factory(workspace).plate("P1", batch=None)
+    with open_questions(workspace) as questions:
+        plates = questions.ask("SELECT * FROM plates")
+        runs = questions.ask("SELECT started_at, environment, seed FROM runs")
+    assert plates.schema.types == [pa.int64(), pa.string(), pa.string()]
+    assert runs.schema.types == [pa.timestamp("us", tz="UTC"), pa.string(), pa.int32()]
+
+
+def test_values_come_out_as_they_went_in(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    with open_questions(workspace) as questions:
+        row = questions.ask("SELECT * FROM runs WHERE stage = 'train'").to_pylist()[0]
+    assert row["started_at"] == screen.train_run.started_at
+    assert row["environment"] == '{"python": "3.11"}'
+    assert row["result"] is None  # also where SQLAlchemy wrote the JSON value null
+    assert row["user"] == "ada"
+
+
+def test_a_text_after_thousands_of_nulls_is_read(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    image = make.image(make.well(make.plate(), 1, 1))
+    found = make.segmentation(image, make.run(Stage.SEGMENT, status=Status.RUNNING), 1500)
+    make.cells(found, 1, excluded="perimeter is 0")
+    with open_questions(workspace) as questions:
+        assert one(questions, "SELECT count(*) FROM cells WHERE excluded IS NULL") == 1500
+        assert one(questions, "SELECT max(excluded) FROM cells") == "perimeter is 0"
+
+
+def test_all_answers_belong_to_one_moment(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    make.plate("P1")
+    with open_questions(workspace) as questions:
+        assert one(questions, "SELECT count(*) FROM plates") == 1
+        make.well(make.plate("P2"), 1, 1)
+        assert one(questions, "SELECT count(*) FROM plates") == 1
+        assert one(questions, "SELECT count(*) FROM wells") == 0  # read only now, same moment
+    with open_questions(workspace) as questions:
+        assert one(questions, "SELECT count(*) FROM wells") == 1
+
+
+def test_only_the_tables_that_a_question_needs_are_read(workspace: Workspace) -> None:
+    small_screen(workspace)
+    with open_questions(workspace) as questions:
+        questions.ask("SELECT count(*) FROM plates -- not predictions")
+        questions.ask("SELECT 'cells' AS features FROM images")
+        questions.ask("WITH predictions AS (SELECT 1 AS x) SELECT * FROM predictions, plates")
+        assert snapshot_files(workspace) == []
+        questions.ask("SELECT * FROM image_votes")
+    assert {path.name.split("-")[0] for path in snapshot_files(workspace)} == {
+        "cells",
+        "predictions",
+    }
+
+
+def test_snapshots_are_made_once_and_only_for_finished_runs(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    going_on = make.run(Stage.PREDICT, status=Status.RUNNING, parent_id=screen.train_run.id)
+    cells = make.cells_of(screen.segmentations["B04"])
+    make.predict(going_on, cells, [[(screen.labels["DMSO"], 1.0)]])
+    count = "SELECT count(*) FROM predictions WHERE rank = 1"
+    with open_questions(workspace) as questions:
+        assert one(questions, count) == 9
+    (made,) = snapshot_files(workspace)
+    before = made.stat().st_mtime_ns
+    assert pq.read_table(made)["run_id"].unique().to_pylist() == [screen.predict_run.id]
+    with open_questions(workspace) as questions:
+        assert one(questions, count) == 9
+    assert made.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("harm", ["delete", "cut", "empty", "half-written"])
+def test_lost_or_damaged_snapshots_change_nothing(sqlite_workspace: Workspace, harm: str) -> None:
+    small_screen(sqlite_workspace)
+    query = "SELECT * FROM image_votes ORDER BY ALL"
+    with open_questions(sqlite_workspace) as questions:
+        before = questions.ask(query)
+    for path in snapshot_files(sqlite_workspace):
+        if harm == "delete":
+            path.unlink()
+        elif harm == "half-written":
+            path.rename(path.with_name(".part-x"))
+        else:
+            path.write_bytes(path.read_bytes()[:-20] if harm == "cut" else b"")
+    with open_questions(sqlite_workspace) as questions:
+        assert questions.ask(query).equals(before)
+
+
+def test_snapshots_of_another_store_in_the_same_folder_are_not_read(tmp_path: Path) -> None:
+    root = tmp_path / "a [b]* 'c' ? %20 #x"
+    workspace, _ = create_workspace(root)
+    small_screen(workspace)
+    with open_questions(workspace) as questions:
+        assert one(questions, "SELECT count(*) FROM predictions WHERE rank = 1") == 8
+    workspace.database.close()
+    for path in root.glob("cellstore.db*"):
+        path.unlink()
+    again, _ = create_workspace(root)
+    make = Factory(again)
+    make.plate()  # the runs of the new store begin at another minute
+    for _ in range(4):
+        run = make.run(Stage.PREDICT)
+    assert run.id == 4
+    with open_questions(again) as questions:
+        assert one(questions, "SELECT count(*) FROM predictions") == 0
+    again.database.close()
+
+
+def test_parameters_are_bound(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    with open_questions(workspace) as questions:
+        assert one(questions, "SELECT count(*) FROM wells WHERE name = ?", ["A01"]) == 1
+        assert one(questions, "SELECT count(*) FROM wells WHERE name = ?", ["' OR 1=1 --"]) == 0
+        votes = questions.ask(
+            "SELECT * FROM image_votes WHERE run_id = $run", {"run": screen.predict_run.id}
+        )
+    assert votes.num_rows == 8
+
+
+WRITES = [
+    "INSERT INTO plates VALUES (9, 'x', 'y')",
+    "DELETE FROM plates",
+    "DROP TABLE plates",
+    "CREATE TABLE t AS SELECT 1",
+    "COPY plates TO 'out.csv'",
+    "WITH x AS (INSERT INTO plates VALUES (9, 'x', 'y') RETURNING *) SELECT * FROM x",
+    "EXPLAIN ANALYZE INSERT INTO plates VALUES (9, 'x', 'y')",
+    "SELECT 1; DROP TABLE plates",
+    "ATTACH 'other.db'",
+    "INSTALL httpfs",
+    "LOAD httpfs",
+    "SET enable_external_access = true",
+    "PRAGMA database_list",
+    "CALL pragma_version()",
+    "EXPORT DATABASE 'folder'",
+]
+FILES = [
+    "SELECT * FROM read_text('/etc/passwd')",
+    "SELECT * FROM read_csv('/etc/passwd')",
+    "SELECT * FROM '/etc/passwd'",
+    "SELECT * FROM glob('/etc/*')",
+    "SELECT * FROM read_parquet('cache/snapshots/*.parquet')",
+    "SELECT * FROM read_csv('https://example.org/x.csv')",
+    "SELECT * FROM sqlite_scan('cellstore.db', 'plates')",
+    "SELECT getenv('HOME')",
+]
+
+
+@pytest.mark.parametrize("sql", [*WRITES, *FILES])
+def test_what_is_more_than_reading_is_refused(
+    sqlite_workspace: Workspace, sql: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_screen(sqlite_workspace)
+    root = sqlite_workspace.settings.root
+    monkeypatch.chdir(root)
+    with open_questions(sqlite_workspace) as questions:
+        questions.ask("SELECT * FROM image_votes")  # snapshots are there to be stolen
+        before = sorted(root.rglob("*"))
+        with pytest.raises(QueryError) as caught:
+            questions.ask(sql)
+        assert one(questions, "SELECT count(*) FROM plates") == 1
+    assert len(str(caught.value).splitlines()) == 1
+    assert sorted(root.rglob("*")) == before
+
+
+def test_words_of_writing_in_texts_and_names_are_no_writing(sqlite_workspace: Workspace) -> None:
+    sql = """SELECT 'drop' AS "insert", (SELECT 1 AS "update") AS x /* (delete */ -- (copy"""
+    with open_questions(sqlite_workspace) as questions:
+        assert questions.ask(sql).to_pylist() == [{"insert": "drop", "x": 1}]
+    assert "drop" not in without_text("SELECT $tag$ (drop $tag$, 'it''s (drop'")
+
+
+def test_variables_of_the_program_are_out_of_reach(sqlite_workspace: Workspace) -> None:
+    secret = pa.table({"password": ["hunter2"]})
+    assert secret.num_rows == 1
+    with open_questions(sqlite_workspace) as questions, pytest.raises(QueryError):
+        questions.ask("SELECT * FROM secret")
+
+
+@pytest.mark.parametrize(
+    ("sql", "hint"),
+    [
+        ("SELECT barcod FROM plates", '"barcode"'),
+        ("SELECT * FROM plate", '"plates"'),
+        ("SELEC 1", "SELEC"),
+        ("", "There is no question"),
+        ("SELECT * FROM plates WHERE id = ?", "parameters"),
+        ("SELECT 1; SELECT 2", "one at a time"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_a_hint(
+    sqlite_workspace: Workspace, sql: str, hint: str
+) -> None:
+    with open_questions(sqlite_workspace) as questions, pytest.raises(QueryError) as caught:
+        questions.ask(sql)
+    assert hint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_question_that_runs_forever_is_stopped(sqlite_workspace: Workspace) -> None:
+    forever = "SELECT count(*) FROM range(100000000000) AS a(i), range(1000) WHERE i % 7919 = 5"
+    with open_questions(sqlite_workspace, Limits(seconds=0.3)) as questions:
+        with pytest.raises(QueryError, match=r"longer than 0\.3 seconds"):
+            questions.ask(forever)
+        assert one(questions, "SELECT 1") == 1
+
+
+def test_an_answer_too_large_is_refused(sqlite_workspace: Workspace) -> None:
+    with (
+        open_questions(sqlite_workspace, Limits(answer_mb=1)) as questions,
+        pytest.raises(QueryError, match="larger than 1 MB"),
+    ):
+        questions.ask("SELECT i, i AS j FROM range(100000000) AS t(i)")
+
+
+def test_show_and_describe_know_every_table_and_view(sqlite_workspace: Workspace) -> None:
+    with open_questions(sqlite_workspace) as questions:
+        shown = set(questions.ask("SHOW TABLES")["name"].to_pylist())
+        types = dict(questions.columns("image_votes"))
+        with pytest.raises(UnknownNameError, match="image_votes"):
+            questions.columns("image_vote")
+    assert shown == {*METADATA.tables, *(view.name for view in views())}
+    assert types["tie"] == "BOOLEAN"
+    assert types["votes"] == "DOUBLE"
+
+
+def test_every_view_is_described() -> None:
+    for view in views():
+        assert len(view.description) > 60, view.name
+        assert view.description.rstrip().endswith("."), view.name
+
+
+def test_a_database_that_is_gone_is_one_sentence(sqlite_workspace: Workspace) -> None:
+    sqlite_workspace.database.close()
+    os.remove(sqlite_workspace.settings.sqlite)
+    with pytest.raises(DatabaseError), open_questions(sqlite_workspace):
+        pass
+
+
+@pytest.mark.postgres
+def test_the_password_is_not_shown(postgres_workspace: Workspace) -> None:
+    from sqlalchemy import create_engine
+
+    from cellstore.db.session import Database
+
+    url = postgres_workspace.database.engine.url.set(password="hunter2", port=1)
+    engine: Engine = create_engine(url)
+    wrong = Workspace(postgres_workspace.settings, Database(engine), postgres_workspace.artifacts)
+    with pytest.raises(DatabaseError) as caught, open_questions(wrong):
+        pass
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_small_screen_has_the_votes_it_says(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    with open_questions(workspace) as questions:
+        found = one(questions, "SELECT count(*) FROM predictions")
+    assert found == sum(len(cell) for _, _, cells in VOTES.values() for cell in cells)
+    assert screen.predict_run.parent_id == screen.train_run.id

@@ -1,0 +1,128 @@
+"""init, ingest, db: the first things that a person types."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+
+def test_init_makes_a_store_and_keeps_an_existing_one(cellstore):
+    assert "Made the store" in cellstore("init", "store").out
+    assert "There is already a store" in cellstore("init", "store").out
+    assert cellstore("init", "other", "--json").json["created"] is True
+
+
+def test_init_in_a_place_that_cannot_be_written_is_one_sentence(cellstore, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    said = cellstore("init", tmp_path / "file" / "store", code=2)
+    assert said.err.startswith("Error: ")
+    assert "cannot be written" in said.err
+
+
+def test_init_with_a_database_out_of_reach_leaves_nothing(cellstore, tmp_path):
+    said = cellstore(
+        "init", "store", "--database", f"postgresql://me:s3cret@/x?host={tmp_path}", code=2
+    )
+    assert said.err.startswith("Error: ")
+    assert "s3cret" not in said.err
+    assert not Path("store/cellstore.toml").exists()
+
+
+@pytest.mark.parametrize("words", [["--store", "store", "status"], ["status", "--store", "store"]])
+def test_the_store_stands_before_or_after_the_command(cellstore, store, words):
+    assert "images" in cellstore(*words).out
+
+
+def test_the_store_is_found_upwards_and_by_the_environment(cellstore, store, monkeypatch, tmp_path):
+    monkeypatch.setenv("CELLSTORE_STORE", str(tmp_path / "store"))
+    assert cellstore("status", "--json").json["images"] == 12
+    monkeypatch.delenv("CELLSTORE_STORE")
+    (tmp_path / "store" / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "store" / "deep")
+    assert cellstore("status", "--json").json["images"] == 12
+
+
+def test_no_store_is_one_sentence_that_says_what_to_do(cellstore):
+    said = cellstore("status", code=2)
+    assert said.err.count("\n") == 1
+    assert "cellstore init" in said.err
+
+
+def test_ingest_twice_changes_nothing_and_says_so(cellstore, store, screen):
+    words = ("ingest", screen, "--images", screen.parent / "images", "--store", store)
+    assert "Nothing has changed" in cellstore(*words).out
+    assert cellstore(*words, "--json").json["unchanged"] == 12
+
+
+def test_rows_that_cannot_be_used_are_listed_by_reason(cellstore, store, tmp_path):
+    lines = ["FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site,Metadata_pert_iname"]
+    lines += [f"x{number}.tif,P1,ZZ9{number},1,DMSO" for number in range(12)]
+    lines += ["good.tif,P1,H12,1,DMSO"]
+    (tmp_path / "bad.csv").write_text("\n".join(lines))
+    said = cellstore("ingest", "bad.csv", "--store", store)
+    assert "12 rows" in said.out
+    assert "line 2:" in said.out
+    assert "line 12:" not in said.out
+    assert "and 2 more" in said.out
+    result = cellstore("ingest", "bad.csv", "--store", store, "--json").json
+    assert [item["line"] for item in result["refused"]] == list(range(2, 14))
+
+
+def test_a_table_of_which_no_row_can_be_used_is_an_error(cellstore, store, tmp_path):
+    (tmp_path / "bad.csv").write_text(
+        "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site\nx.tif,P1,nowhere,1\n"
+    )
+    assert "No row" in cellstore("ingest", "bad.csv", "--store", store, code=2).err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no file"),
+        ("", "empty"),
+        ("a,b\n1,2\n", "FileName_OrigRNA"),
+        ("FileName_OrigRNA,Metadata_pert_inane\nx,y\n", "Metadata_pert_inane"),
+    ],
+    ids=["absent", "empty", "other", "near"],
+)
+def test_a_table_that_cannot_be_read_writes_nothing(cellstore, store, tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "table.csv").write_text(content)
+    before = cellstore("status", "--json", "--store", store).json
+    said = cellstore("ingest", "table.csv", "--store", store, code=2)
+    assert said.err.startswith("Error: ")
+    assert words in said.err
+    assert cellstore("status", "--json", "--store", store).json == before
+
+
+def test_db_commands(cellstore, store):
+    assert "as it should be" in cellstore("db", "check", "--store", store).out
+    assert "0001" in cellstore("db", "current", "--store", store).out
+    assert "up to date" in cellstore("db", "upgrade", "--store", store).err
+
+
+def test_a_changed_schema_is_told_with_exit_code_1(cellstore, store):
+    with sqlite3.connect(store / "cellstore.db") as connection:
+        connection.execute("ALTER TABLE plates ADD COLUMN colour TEXT")
+    connection.close()
+    assert "colour" in cellstore("db", "check", "--store", store, code=1).out
+
+
+def test_a_newer_store_is_refused_with_the_command(cellstore, store):
+    with sqlite3.connect(store / "cellstore.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    assert "pip install --upgrade" in cellstore("status", "--store", store, code=2).err
+
+
+def test_a_lost_database_is_one_sentence(cellstore, store):
+    for file in store.glob("cellstore.db*"):
+        file.unlink()
+    assert "backup" in cellstore("status", "--store", store, code=2).err
+
+
+def test_a_damaged_marker_is_one_sentence(cellstore, store):
+    (store / "cellstore.toml").write_text("[[[")
+    assert "cannot be read" in cellstore("status", "--store", store, code=2).err

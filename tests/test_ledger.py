@@ -1,0 +1,128 @@
+"""The ledger: every run is written down first, and closed whatever happens."""
+
+from __future__ import annotations
+
+import pytest
+from factories import Factory
+from sqlalchemy import func, select
+
+from cellstore.db.models import Artifact, Recipe, Run, RunArtifact
+from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.runs import (
+    RecipeSpec,
+    RunHandle,
+    Workspace,
+    attach,
+    find_recipe,
+    find_run,
+    keep_file,
+    ledger,
+    register,
+    running,
+)
+from cellstore.terms import ArtifactKind, Stage, Status
+
+
+def recipe_of(workspace: Workspace) -> Recipe:
+    with workspace.database.begin() as session:
+        return register(session, RecipeSpec(Stage.SEGMENT, 1, {}))
+
+
+def run_of(workspace: Workspace) -> Run:
+    with workspace.database.read() as session:
+        return session.scalars(select(Run)).one()
+
+
+def test_a_run_is_there_while_it_runs_and_done_afterwards(workspace: Workspace):
+    with running(workspace.database, recipe_of(workspace), seed=7, query="SELECT 1") as run:
+        under_way = run_of(workspace)
+        run.result["cells"] = 3
+    assert (under_way.status, under_way.ended_at) == (Status.RUNNING, None)
+    after = run_of(workspace)
+    assert (after.status, after.result, after.error) == (Status.DONE, {"cells": 3}, None)
+    assert (after.seed, after.query) == (7, "SELECT 1")
+    assert after.ended_at >= after.started_at
+    assert after.host
+    assert after.user
+    assert after.environment["python"]
+    assert after.code_version.startswith("0.")
+
+
+def _work(run: RunHandle, error: BaseException) -> None:
+    run.result["cells"] = 1
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(ValueError("bad luck"), "bad luck"), (KeyboardInterrupt(), "KeyboardInterrupt")],
+)
+def test_a_run_that_fails_is_closed_with_the_reason(workspace: Workspace, error, reason):
+    with (
+        pytest.raises(type(error)),
+        running(workspace.database, recipe_of(workspace)) as run,
+    ):
+        _work(run, error)
+    after = run_of(workspace)
+    assert (after.status, after.error) == (Status.FAILED, reason)
+    assert after.result == {"cells": 1}
+    assert after.ended_at is not None
+
+
+def test_a_run_can_be_gone_on_with(workspace: Workspace):
+    recipe = recipe_of(workspace)
+    with pytest.raises(ValueError), running(workspace.database, recipe) as first:  # noqa: PT011
+        raise ValueError
+    with running(workspace.database, recipe, resume=first.id) as second:
+        pass
+    assert second.id == first.id
+    assert (run_of(workspace).status, run_of(workspace).error) == (Status.DONE, None)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["postgresql://me:s3cret@host/name", "--database=postgresql://me:s3cret@host/name"],
+)
+def test_passwords_are_masked_in_the_command(monkeypatch, word: str):
+    monkeypatch.setattr(ledger.sys, "argv", ["/somewhere/bin/cellstore", "init", word])
+    line = ledger.command_line()
+    assert "s3cret" not in line
+    assert line.startswith("cellstore init")
+    assert "me:***@host" in line
+
+
+def test_a_file_is_kept_once_and_linked_to_its_runs(workspace: Workspace):
+    stored = workspace.artifacts.write(ArtifactKind.CHECKPOINT, b"weights", ".bin")
+    recipe = recipe_of(workspace)
+    for _ in range(2):
+        with running(workspace.database, recipe) as run, workspace.database.begin() as session:
+            attach(session, run.id, keep_file(session, stored))
+    with workspace.database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Artifact)) == 1
+        assert session.scalar(select(func.count()).select_from(RunArtifact)) == 2
+
+
+def test_runs_are_found_by_number_and_as_the_latest_that_is_done(workspace: Workspace):
+    make = Factory(workspace)
+    first = make.run(Stage.TRAIN)
+    failed = make.run(Stage.TRAIN, status=Status.FAILED)
+    make.run(Stage.PREDICT)
+    with workspace.database.read() as session:
+        assert find_run(session, "latest", Stage.TRAIN).id == first.id
+        assert find_run(session, str(failed.id), Stage.TRAIN).id == failed.id
+        with pytest.raises(UnknownNameError, match="Unknown train run '99'"):
+            find_run(session, "99", Stage.TRAIN)
+        with pytest.raises(UserInputError, match="by its number"):
+            find_run(session, "'; DROP TABLE runs; --", Stage.TRAIN)
+
+
+def test_recipes_are_found_by_number_and_fingerprint(workspace: Workspace):
+    make = Factory(workspace)
+    first, last = make.recipe(Stage.SEGMENT), make.recipe(Stage.SEGMENT)
+    make.run(Stage.SEGMENT, last)
+    with workspace.database.read() as session:
+        assert find_recipe(session, Stage.SEGMENT).id == last.id
+        assert find_recipe(session, Stage.SEGMENT, str(first.id)).id == first.id
+        assert find_recipe(session, Stage.SEGMENT, first.fingerprint[:10]).id == first.id
+        with pytest.raises(UnknownNameError, match="cellstore measure"):
+            find_recipe(session, Stage.MEASURE)

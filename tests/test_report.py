@@ -1,0 +1,338 @@
+"""Reports: numbers worked out by hand, and a page in which nothing executes."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from factories import Factory, SmallScreen, small_screen
+from sqlalchemy import update
+
+from cellstore import extras
+from cellstore.db.models import ImageFile, Segmentation, SplitMember
+from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
+from cellstore.formats.images import encode_tiff
+from cellstore.runs import Workspace
+from cellstore.runs.ledger import keep_file
+from cellstore.stages.report import report, write_report
+from cellstore.stages.report.figures import layout_of
+from cellstore.terms import ArtifactKind, GroupLevel, Stage, Status, Subset
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "=cmd|' /C calc'!A0",
+    '"><img src=x onerror=alert(2)>',
+    "$x$",
+)
+
+
+def move(screen: SmallScreen, wells: str, side: Subset) -> None:
+    """Put the images of wells on another side of the split."""
+    ids = [screen.images[name].id for name in wells.split()]
+    with screen.factory.workspace.database.begin() as session:
+        session.execute(
+            update(SplitMember).where(SplitMember.image_id.in_(ids)).values(subset=side)
+        )
+
+
+def test_scores_of_the_small_screen(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    found = report(workspace)
+    assert (found.run_id, found.train_run_id) == (screen.predict_run.id, screen.train_run.id)
+    assert (found.cells, found.images, found.wells, found.classes) == (7, 3, 3, 2)
+    assert found.sides == ("test",)
+    hard = found.score("image", "hard")
+    assert (hard.n, hard.correct, hard.ties) == (3, 2, 2)
+    # taxol right in one of two, DMSO in one of one; F1 2/3 each
+    assert hard.balanced_accuracy == pytest.approx(0.75)
+    assert hard.macro_f1 == pytest.approx(2 / 3)
+    # one DMSO and one taxol image in training: DMSO comes first, and is right once in three
+    assert (found.majority_label, hard.majority) == ("DMSO", pytest.approx(1 / 3))
+    # shares 2/3 (right), 1/2 (right), 1/2 (wrong): |2/3 - 1| / 3 + |1 - 1| / 3
+    assert hard.ece == pytest.approx(1 / 9)
+    assert hard.top_5 is None  # of two classes five are all
+    assert found.score("image", "soft").correct == 1
+    assert (found.score("cell", "hard").correct, found.score("cell", "hard").n) == (4, 7)
+    json.dumps(asdict(found), allow_nan=False)
+
+
+def test_the_interval_draws_wells(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    label, other = make.label("a"), make.label("b")
+    plate, source = make.plate(), make.run(Stage.SEGMENT)
+    members, answers = [], []
+    for column in range(1, 5):
+        well = make.well(plate, 1, column, make.treatment("a"))
+        for site in (1, 2):
+            image = make.image(well, site)
+            members.append((image, Subset.TEST, label))
+            answers.append((image, label if column <= 2 else other))
+    split = make.split(members)
+    run = make.run(Stage.PREDICT, split_id=split.id)
+    for image, said in answers:
+        cells = make.cells_of(make.segmentation(image, source, 1))
+        make.predict(run, cells, [[(said, 0.9)]])
+    score = report(workspace).score("image", "hard")
+    assert score.accuracy == 0.5
+    # 2 of 4 wells right: 0 or all of 4 draws are right with probability 1/16 each, over 2.5 %.
+    assert (score.low, score.high) == (0.0, 1.0)
+    assert score.majority is None  # nothing was trained on
+
+
+def test_top_5_needs_more_than_five_classes_and_five_choices(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    labels = [make.label(name) for name in "abcdefg"]
+    well = make.well(make.plate(), 1, 1, make.treatment("g"))
+    images = [make.image(well, site) for site in range(1, 8)]
+    truths = [labels[4], labels[5], *labels[:4], labels[6]]
+    split = make.split(
+        [
+            (image, Subset.TEST if i < 2 else Subset.TRAIN, truth)
+            for i, (image, truth) in enumerate(zip(images, truths, strict=True))
+        ]
+    )
+    run = make.run(
+        Stage.PREDICT, make.recipe(Stage.PREDICT, parameters={"top_k": 7}), split_id=split.id
+    )
+    source = make.run(Stage.SEGMENT)
+    ranked = [(label, 0.5 / 2**rank) for rank, label in enumerate(labels)]
+    for image in images[:2]:
+        make.predict(run, make.cells_of(make.segmentation(image, source, 1)), [ranked])
+    found = report(workspace)
+    assert {score.top_5 for score in found.scores if score.level != "well"} == {0.5}
+    assert found.score("image", "hard").low is None  # a single well
+    few = make.run(
+        Stage.PREDICT, make.recipe(Stage.PREDICT, parameters={"top_k": 3}), split_id=split.id
+    )
+    make.predict(
+        few, make.cells_of(make.segmentation(images[0], make.run(Stage.SEGMENT), 1)), [ranked[:3]]
+    )
+    assert {score.top_5 for score in report(workspace).scores} == {None}
+
+
+def test_a_leak_is_said_aloud(workspace: Workspace) -> None:
+    screen = small_screen(workspace, GroupLevel.IMAGE)
+    assert not report(workspace).leaks
+    make = screen.factory
+    with workspace.database.read() as session:
+        from cellstore.db.models import Well
+
+        well = session.get_one(Well, screen.images["B01"].well_id)
+    other = make.image(well, 2)
+    make.add(
+        SplitMember(
+            split_id=screen.split.id,
+            image_id=other.id,
+            subset=Subset.TRAIN,
+            label_id=screen.labels["DMSO"].id,
+        )
+    )
+    found = report(workspace)
+    assert (found.leaks, found.wells_seen, found.wells) == (True, 1, 3)
+    assert found.leak.startswith("1 of the 3 wells scored here were seen in training")
+
+
+def test_training_images_are_refused_unless_forced(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    move(screen, "B01 B02 B03", Subset.TRAIN)
+    with workspace.database.begin() as session:  # B04 too, else it would be scored as outside
+        session.add(
+            SplitMember(
+                split_id=screen.split.id,
+                image_id=screen.images["B04"].id,
+                subset=Subset.TRAIN,
+                label_id=screen.labels["taxol"].id,
+            )
+        )
+    with pytest.raises(UserInputError, match=r"only labelled the 4 images .* trained on.*--force"):
+        report(workspace)
+    forced = report(workspace, force=True)
+    assert forced.sides == ("train",)
+    assert forced.notes[0] == "Forced: 4 of these images were used to train the network."
+    assert forced.wells_seen == 4
+
+
+def test_the_test_side_is_scored_alone(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    move(screen, "B01", Subset.TRAIN)
+    found = report(workspace)
+    assert (found.sides, found.images) == (("test",), 2)
+    assert "1 labelled training images are left out" in found.notes[0]
+    move(screen, "B02 B03", Subset.VALIDATION)
+    forced = report(workspace, force=True)
+    assert forced.sides == ("outside", "train", "validation")
+    assert forced.images == 4
+
+
+def test_which_run_is_meant(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    by_train = report(workspace, str(screen.train_run.id))
+    assert by_train.run_id == screen.predict_run.id
+    with pytest.raises(UnknownNameError, match=r"no predictions.*cellstore predict"):
+        report(workspace, str(screen.segment_run.id))
+    with pytest.raises(UnknownNameError):
+        report(workspace, "99")
+
+
+def test_an_empty_or_unfinished_run(workspace: Workspace) -> None:
+    with pytest.raises(UnknownNameError):
+        report(workspace)
+    screen = small_screen(workspace)
+    run = screen.factory.run(
+        Stage.PREDICT, split_id=screen.split.id, status=Status.RUNNING, parent_id=1
+    )
+    with pytest.raises(UserInputError, match="labelled no image"):
+        report(workspace, str(run.id))
+    cells = screen.factory.cells_of(screen.segmentations["B01"])
+    screen.factory.predict(run, cells, [[(screen.labels["DMSO"], 0.9)]] * 3)
+    assert report(workspace, str(run.id)).notes == (
+        "The run is running, so images may be missing here.",
+    )
+
+
+class Page(HTMLParser):
+    """What a browser would load or execute."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.handlers: list[str] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
+                self.links.append(value or "")
+            if name.startswith("on"):
+                self.handlers.append(name)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def hostile_screen(workspace: Workspace) -> list[str]:
+    """A screen whose every name is an attack; return the names."""
+    make = Factory(workspace)
+    labels = [make.label(name) for name in HOSTILE]
+    plate, source = make.plate(HOSTILE[0]), make.run(Stage.SEGMENT)
+    members, cells = [], []
+    for column, label in enumerate(labels, start=1):
+        image = make.image(make.well(plate, 1, column, make.treatment(label.value)))
+        members.append((image, Subset.TEST, label))
+        cells.append(make.cells_of(make.segmentation(image, source, 2)))
+    split = make.split(members, name=HOSTILE[2])
+    train = make.run(
+        Stage.TRAIN, split_id=split.id, command=HOSTILE[0], user=HOSTILE[2], query=HOSTILE[0]
+    )
+    make.metrics(train, train_loss=[1.0], validation_loss=[2.0])
+    run = make.run(Stage.PREDICT, parent_id=train.id, split_id=split.id, host=HOSTILE[2])
+    for i, pair in enumerate(cells):
+        answer = [(labels[(i + 1) % 4], 0.6), (labels[i], 0.3)]
+        make.predict(run, pair, [answer, answer])
+    return list(HOSTILE)
+
+
+def test_nothing_in_the_page_executes_or_is_fetched(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    names = hostile_screen(sqlite_workspace)
+    target = tmp_path / "out" / "report.html"
+    result = write_report(sqlite_workspace, "latest", target)
+    source = target.read_text(encoding="utf-8")
+    page = Page(source)
+    assert result.html == str(target)
+    assert not page.tags & {"script", "iframe", "object", "embed", "link", "foreignobject", "form"}
+    assert page.handlers == []
+    assert all(link.startswith(("data:image/", "#")) for link in page.links)
+    assert "default-src 'none'" in source
+    assert not re.search(r"url\((?!#)|@import", source)
+    shown = "".join(page.text)
+    for name in names:
+        assert name in shown
+
+
+def with_pixels(screen: SmallScreen, folder: Path, well: str) -> None:
+    """Give the image of a well real files: two squares, and their masks."""
+    workspace = screen.factory.workspace
+    masks = np.zeros((700, 600), np.uint16)
+    masks[100:200, 100:220], masks[400:520, 300:420] = 1, 2
+    path = folder / f"{well}.tiff"
+    path.write_bytes(encode_tiff((100 + 900 * (masks > 0)).astype(np.uint16)))
+    known = path.stat()
+    stored = workspace.artifacts.write(ArtifactKind.MASK, encode_tiff(masks), ".tif")
+    with workspace.database.begin() as session:
+        session.execute(
+            update(ImageFile)
+            .where(ImageFile.image_id == screen.images[well].id)
+            .values(uri=str(path), size_bytes=known.st_size, modified_ns=known.st_mtime_ns)
+        )
+        session.execute(
+            update(Segmentation)
+            .where(Segmentation.id == screen.segmentations[well].id)
+            .values(mask_artifact_id=keep_file(session, stored))
+        )
+
+
+def test_the_page_shows_images_and_says_which_are_missing(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    screen = small_screen(workspace)
+    with_pixels(screen, tmp_path, "B01")
+    target = tmp_path / "report.html"
+    write_report(workspace, "latest", target)
+    page = Page(target.read_text(encoding="utf-8"))
+    pictures = [link for link in page.links if link.startswith("data:image/jpeg")]
+    assert len(pictures) == 3  # one example, and the sample bare and outlined
+    shown = " ".join("".join(page.text).split())
+    assert "Taken for taxol, is DMSO" in shown
+    assert shown.count("See what else is affected with: cellstore verify") == 2
+    assert "None of the 3 wells scored here was seen in training." in shown
+    assert "66.7 %" in shown
+    assert target.stat().st_size < 5_000_000
+    assert {"svg", "table", "figcaption"} <= page.tags
+
+
+def test_the_same_store_gives_the_same_page(sqlite_workspace: Workspace, tmp_path: Path) -> None:
+    small_screen(sqlite_workspace)
+    pages = []
+    for name in ("a.html", "b.html"):
+        write_report(sqlite_workspace, "latest", tmp_path / name)
+        pages.append((tmp_path / name).read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    small_screen(sqlite_workspace)
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_report(sqlite_workspace, "latest", blocked / "report.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "store"]
+
+
+def test_the_numbers_need_no_extra_but_the_page_does(
+    sqlite_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_screen(sqlite_workspace)
+    monkeypatch.setattr(extras, "find_spec", lambda _name: None)
+    assert report(sqlite_workspace).images == 3
+    with pytest.raises(MissingExtraError, match=r"cellstore\[report\]"):
+        write_report(sqlite_workspace, "latest", tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("wells", "layout"),
+    [([(8, 12)], (8, 12)), ([(1, 13)], (16, 24)), ([(17, 1)], (32, 48)), ([(40, 60)], (40, 60))],
+)
+def test_plate_layouts_fit_the_wells(wells: list[tuple[int, int]], layout: tuple[int, int]) -> None:
+    assert layout_of([(row, column, None) for row, column in wells]) == layout
