@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CORE ?= .venv-core
 BIN := $(VENV)/bin
-SOURCES := cellstore cli migrations tests $(wildcard benchmarks)
+SOURCES := cellstore cli migrations tests docs $(wildcard benchmarks)
 
 PACKAGED := $(shell find cellstore cli migrations -type f -not -name '*.pyc')
 

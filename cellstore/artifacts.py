@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .errors import StorageError
 from .terms import ArtifactKind
 
 CHUNK = 1 << 20
+PART = ".part-"
+"""How the name of a file begins that is not whole yet."""
 
 
 @dataclass(frozen=True)
@@ -91,19 +94,18 @@ def write_atomically(target: Path, data: bytes) -> None:
         StorageError: the disk is full, or the folder cannot be written.
 
     """
-    temporary: Path | None = None
+    temporary = target.parent / f"{PART}{uuid.uuid4().hex}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        # "x" and the umask give the file the rights that the user's other files have.
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
-        if temporary is not None:
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise StorageError(
             f"{target} cannot be written: {error.strerror}. Free some space or mend the "

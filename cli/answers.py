@@ -124,7 +124,7 @@ def audit_cell(
 def audit_run(
     ctx: typer.Context,
     run: Annotated[
-        str, typer.Argument(metavar="[RUN]", help="The run, by number, or 'latest'.")
+        str, typer.Argument(metavar="RUN", help="The run, by number, or 'latest'.")
     ] = "latest",
     store: StoreOption = None,
     as_json: JsonOption = False,

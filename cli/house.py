@@ -192,9 +192,9 @@ def _settings(ctx: typer.Context, given: Path | None) -> StoreSettings | None:
 @sentences
 def demo(
     folder: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="Where the demo goes; a new folder.")
+        Path, typer.Argument(metavar="DIR", help="Where the demo goes; a new folder.")
     ] = Path("cellstore-demo"),
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same plates.")] = 1,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Same seed, same plates.")] = 1,
 ) -> None:
     """Render a small screen and run every stage on it.
 

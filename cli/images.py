@@ -44,10 +44,12 @@ def segment(
     ] = DEFAULT_MODEL,
     flow_threshold: Annotated[
         float,
-        typer.Option(help="Higher keeps cells whose shape fits the network's flows less well."),
+        typer.Option(
+            metavar="X", help="Higher keeps cells whose shape fits the network's flows less well."
+        ),
     ] = 0.7,
     cellprob_threshold: Annotated[
-        float, typer.Option(help="Lower finds more and larger cells, also dim ones.")
+        float, typer.Option(metavar="X", help="Lower finds more and larger cells, also dim ones.")
     ] = -5.0,
     diameter: Annotated[
         float | None,

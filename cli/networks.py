@@ -57,24 +57,30 @@ def train(
     crop_size: Annotated[
         int, typer.Option(min=1, metavar="PIXELS", help="Crops of cells are scaled to this.")
     ] = PUBLISHED.crop_size,
-    batch_size: Annotated[int, typer.Option(min=2, help="Cells per step.")] = PUBLISHED.batch_size,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Cells per step.")
+    ] = PUBLISHED.batch_size,
     epochs: Annotated[
-        int, typer.Option(min=1, help="At most so many passes over the cells.")
+        int, typer.Option(metavar="N", min=1, help="At most so many passes over the cells.")
     ] = PUBLISHED.epochs,
     patience: Annotated[
-        int, typer.Option(min=1, help="Stop after so many epochs without a better validation loss.")
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Stop after so many epochs without a better validation loss."
+        ),
     ] = PUBLISHED.patience,
     learning_rate: Annotated[
-        float, typer.Option(min=0.0, help="Step of Adam.")
+        float, typer.Option(metavar="X", min=0.0, help="Step of Adam.")
     ] = PUBLISHED.learning_rate,
     weight_decay: Annotated[
-        float, typer.Option(min=0.0, help="Weight decay of Adam.")
+        float, typer.Option(metavar="X", min=0.0, help="Weight decay of Adam.")
     ] = PUBLISHED.weight_decay,
     label_smoothing: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Smoothing of the labels in the loss.")
+        float,
+        typer.Option(metavar="X", min=0.0, max=1.0, help="Smoothing of the labels in the loss."),
     ] = PUBLISHED.label_smoothing,
     dropout: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Dropout of the tabular branch.")
+        float, typer.Option(metavar="X", min=0.0, max=1.0, help="Dropout of the tabular branch.")
     ] = PUBLISHED.dropout,
     weights: Annotated[
         str,
@@ -83,7 +89,9 @@ def train(
             help="What the image branches start from: chance, ImageNet, or a file.",
         ),
     ] = PUBLISHED.weights,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same start.")] = PUBLISHED.seed,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Same seed, same start.")
+    ] = PUBLISHED.seed,
     device: DeviceOption = Device.AUTO,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -163,9 +171,12 @@ def predict(
     ] = Side.TEST,
     plate: PlatesOption = None,
     top_k: Annotated[
-        int, typer.Option(min=1, help="Keep so many labels per cell, the most probable first.")
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Keep so many labels per cell, the most probable first."
+        ),
     ] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Cells per step.")] = 256,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Cells per step.")] = 256,
     device: DeviceOption = Device.AUTO,
     store: StoreOption = None,
     as_json: JsonOption = False,

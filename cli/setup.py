@@ -27,7 +27,7 @@ def init(
     ctx: typer.Context,
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[DIR]", help="The folder; made if it is not there. Default: here."),
+        typer.Argument(metavar="DIR", help="The folder; made if it is not there. Default: here."),
     ] = None,
     database: Annotated[
         str | None,
@@ -70,7 +70,7 @@ def init(
 def ingest(
     ctx: typer.Context,
     metadata: Annotated[
-        Path, typer.Argument(metavar="METADATA.csv", help="The table of images, one row a field.")
+        Path, typer.Argument(metavar="METADATA", help="The table of images, one row a field.")
     ],
     images: Annotated[
         Path | None,

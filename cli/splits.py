@@ -23,8 +23,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 NameArgument = Annotated[
-    str | None, typer.Argument(metavar="[NAME]", help="The split. Default: the latest.")
+    str | None, typer.Argument(metavar="NAME", help="The split. Default: the latest.")
 ]
+
+
+LEFT_OUT = {"without_label": "without a label", "missing_files": "missing files"}
 
 
 class Protocol(StrEnum):
@@ -53,15 +56,18 @@ def create(
         GroupLevel, typer.Option(help="What stays together on one side (grouped protocol).")
     ] = GroupLevel.WELL,
     test_size: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the groups that test.")
+        float, typer.Option(metavar="X", min=0.0, max=1.0, help="Share of the groups that test.")
     ] = 0.2,
     validation_size: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="Share of the groups that stop the training (grouped protocol)."
+            metavar="X",
+            min=0.0,
+            max=1.0,
+            help="Share of the groups that stop the training (grouped protocol).",
         ),
     ] = 0.2,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same split.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Same seed, same split.")] = 0,
     plate: PlatesOption = None,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Also images whose files are not here yet.")
@@ -166,11 +172,16 @@ def _show(result: SplitResult, *, as_json: bool) -> None:
 
 
 def _left_out(result: SplitResult) -> list[tuple[str, str]]:
-    shown = []
-    for reason, value in result.left_out.items():
-        number = len(value) if isinstance(value, list | dict) else value
-        if number:
-            shown.append((f"left out, {reason.replace('_', ' ')}", render.cell(number)))
+    left_out = result.left_out
+    shown = [
+        (title, f"{render.count(left_out[name], 'image')} left out")
+        for name, title in LEFT_OUT.items()
+        if left_out.get(name)
+    ]
+    for label, cut in left_out.get("downsampled", {}).items():
+        shown.append((f"{label}, downsampled", f"{cut['after']} of {cut['before']} images"))
+    for item in left_out.get("classes", []):
+        shown.append((f"{item['label']}, left out", item["reason"]))
     return shown
 
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 from cellstore.db.models import (
@@ -48,6 +49,9 @@ from cellstore.terms import (
 )
 
 MOMENT = datetime(2026, 3, 4, 5, 6, 7, 89, tzinfo=UTC)
+NUMBERS = count(1)
+"""Shared by all factories, so that two of them on one store make different rows."""
+
 Row = TypeVar("Row", bound=Base)
 
 FEATURE_COLUMNS = tuple(
@@ -72,7 +76,6 @@ class Factory:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
-        self._count = 0
 
     def add(self, row: Row) -> Row:
         """Insert one row."""
@@ -86,16 +89,12 @@ class Factory:
             session.add_all(rows)
         return list(rows)
 
-    def _next(self) -> int:
-        self._count += 1
-        return self._count
-
     def plate(self, barcode: str | None = None, batch: str | None = None) -> Plate:
-        return self.add(Plate(barcode=barcode or f"P{self._next():03d}", batch=batch))
+        return self.add(Plate(barcode=barcode or f"P{next(NUMBERS):03d}", batch=batch))
 
     def treatment(self, name: str = "DMSO", target: str | None = None, **more: Any) -> Treatment:
         values: dict[str, Any] = {
-            "identity": f"compound|{name}|{self._next()}",
+            "identity": f"compound|{name}|{next(NUMBERS)}",
             "kind": Perturbation.COMPOUND,
             "pert_iname": name,
             "target": target,
@@ -159,7 +158,7 @@ class Factory:
                 version=1,
                 parameters=values,
                 weights_sha256=weights_sha256,
-                fingerprint=sha(f"recipe {stage.value} {self._next()}"),
+                fingerprint=sha(f"recipe {stage.value} {next(NUMBERS)}"),
                 created_at=MOMENT,
             )
         )
@@ -168,7 +167,7 @@ class Factory:
 
     def run(self, stage: Stage, recipe: Recipe | None = None, **more: Any) -> Run:
         """A finished run, unless ``status`` says otherwise."""
-        number = self._next()
+        number = next(NUMBERS)
         started = MOMENT + timedelta(minutes=number)
         status = more.pop("status", Status.DONE)
         values: dict[str, Any] = {
@@ -187,7 +186,7 @@ class Factory:
 
     def artifact(self, kind: ArtifactKind, text: str | None = None, suffix: str = "") -> Artifact:
         """The row of a file; no file is written."""
-        digest = sha(text or f"artifact {self._next()}")
+        digest = sha(text or f"artifact {next(NUMBERS)}")
         return self.add(
             Artifact(
                 kind=kind,
@@ -275,7 +274,7 @@ class Factory:
         group_level: GroupLevel = GroupLevel.WELL,
         **more: Any,
     ) -> Split:
-        number = self._next()
+        number = next(NUMBERS)
         values: dict[str, Any] = {
             "name": name,
             "recipe_id": more.pop("recipe_id", None) or self.recipe(Stage.SPLIT).id,

@@ -102,6 +102,15 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_file_is_for_those_whom_the_umask_lets_read(folder: ArtifactFolder):
+    before = os.umask(0o027)
+    try:
+        stored = folder.write(ArtifactKind.MASK, b"data", ".tif")
+    finally:
+        os.umask(before)
+    assert folder.locate(stored.path).stat().st_mode & 0o777 == 0o640
+
+
 def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path: Path):
     (tmp_path / "artifacts").write_text("in the way")
     with pytest.raises(StorageError, match="cannot be written"):

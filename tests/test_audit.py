@@ -84,7 +84,7 @@ def test_an_image_outside_the_split_and_one_without_files(workspace: Workspace) 
     screen.factory.image(screen.factory.well(screen.plate, 8, 1), missing=True)
     bare = audit_image(workspace, "r08c01f01")
     assert (bare.treatment, bare.content_sha256, bare.missing_files) == (None, None, 1)
-    assert bare.labellings == bare.segmentations == ()
+    assert (bare.labellings, bare.segmentations) == ((), ())
 
 
 def test_audits_and_views_agree(workspace: Workspace) -> None:

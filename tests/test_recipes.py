@@ -12,6 +12,7 @@ from sqlalchemy import func, select
 
 from cellstore.config import SegmentParams, as_parameters
 from cellstore.db.models import Recipe, RecipeInput
+from cellstore.errors import UserInputError
 from cellstore.runs import RecipeSpec, Workspace, fingerprint, register
 from cellstore.terms import Stage
 
@@ -76,7 +77,7 @@ def test_the_order_of_inputs_does_not_matter():
 
 
 def test_a_number_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(UserInputError, match="not a finite number"):
         fingerprint(replace(SPEC, parameters={"diameter": float("nan")}))
 
 

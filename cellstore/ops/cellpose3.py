@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logging.getLogger("cellpose").addHandler(logging.NullHandler())
 
 # The default, chosen outright: torch warns on every first use by Cellpose while it is unchosen.
-torch.sparse.check_sparse_tensor_invariants.disable()
+torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
 
 GREY = [0, 0]
 """Cellpose's channel choice for one grey plane without a second, nuclear one."""

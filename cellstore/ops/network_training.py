@@ -3,9 +3,10 @@
     python -m cellstore.ops.network_training --steps 440 --seed 1 --out cellstore-nuclei.pt
 
 writes the network (float16 state dict of a standard Cellpose 3 network, which
-``CellposeModel(pretrained_model=...)`` loads as it is) and, beside it, its size model. The loss is
-Cellpose's: mean squared error of five times the flow, halved, plus the cross-entropy of the
-cell probability (Stringer et al. 2021, doi:10.1038/s41592-020-01018-x).
+``CellposeModel(pretrained_model=...)`` loads as it is) and, beside it, its size model; the model
+card has the commands that made the shipped one. The loss is Cellpose's: mean squared error of
+five times the flow, halved, plus the cross-entropy of the cell probability (Stringer et al. 2021,
+doi:10.1038/s41592-020-01018-x).
 """
 
 from __future__ import annotations

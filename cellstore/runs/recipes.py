@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from ..db.models import Recipe, RecipeInput
 from ..db.statements import insert_new
+from ..errors import UserInputError
 from ..terms import Stage
 
 
@@ -44,8 +45,15 @@ def fingerprint(spec: RecipeSpec) -> str:
 
 
 def digest(content: Any) -> str:
-    """Return the sha256 of ``content`` as canonical JSON (sorted keys, no spaces, no NaN)."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """Return the sha256 of ``content`` as canonical JSON (sorted keys, no spaces, no NaN).
+
+    Raises:
+        UserInputError: a number is infinite or none at all.
+    """
+    try:
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise UserInputError("A parameter is not a finite number. Give plain numbers.") from error
     return hashlib.sha256(text.encode()).hexdigest()
 
 

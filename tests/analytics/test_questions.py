@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -273,7 +272,7 @@ def test_every_view_is_described() -> None:
 
 def test_a_database_that_is_gone_is_one_sentence(sqlite_workspace: Workspace) -> None:
     sqlite_workspace.database.close()
-    os.remove(sqlite_workspace.settings.sqlite)
+    sqlite_workspace.settings.sqlite.unlink()
     with pytest.raises(DatabaseError), open_questions(sqlite_workspace):
         pass
 

@@ -16,7 +16,8 @@ from cellstore.terms import GroupLevel, Stage, Subset
 
 def ask(workspace: Workspace, sql: str) -> list[dict[str, Any]]:
     with open_questions(workspace) as questions:
-        return questions.ask(sql).to_pylist()
+        rows: list[dict[str, Any]] = questions.ask(sql).to_pylist()
+    return rows
 
 
 def by_well(screen: SmallScreen, rows: list[dict[str, Any]], vote: str) -> dict[str, Any]:

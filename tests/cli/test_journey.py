@@ -11,9 +11,17 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("skimage")
 
-from threshold import use_threshold  # noqa: E402
+from threshold import use_threshold
 
-from cellstore.formats.images import encode_tiff  # noqa: E402
+from cellstore.formats.images import encode_tiff
+
+SEEN = """
+    SELECT tested.image_id FROM split_members tested
+    JOIN images i ON i.id = tested.image_id
+    JOIN images sister ON sister.well_id = i.well_id
+    JOIN split_members learned ON learned.image_id = sister.id AND learned.subset = 'train'
+    WHERE tested.subset = 'test' ORDER BY 1 LIMIT 1
+"""  # a test image of a well that was in training
 
 pytestmark = pytest.mark.heavy
 
@@ -100,9 +108,8 @@ def test_a_screen_from_images_to_an_audit(cellstore, model, store, tmp_path):
     assert "<html" in page.read_text(encoding="utf-8")
     assert cellstore("report", "--json", *at).json["leaks"] is True
 
-    image = cellstore(
-        "sql", "SELECT image_id FROM split_members WHERE subset = 'test' LIMIT 1", "--json", *at
-    ).json[0]["image_id"]
+    (seen,) = cellstore("sql", SEEN, "--json", *at).json
+    image = seen["image_id"]
     told = cellstore("audit", "image", image, *at).out
     assert "was in training" in told
     assert "votes" in told
@@ -135,6 +142,7 @@ def test_an_image_that_fails_fails_alone(cellstore, model, store, screen):
         (("segment", "--model", "cyto9"), "cyto"),
         (("segment", "--model", "no/such/file.pt"), "no/such/file.pt"),
         (("segment", "--plate", "P9"), "P1"),
+        (("segment", "--flow-threshold", "nan"), "finite"),
         (("measure",), "cellstore segment"),
         (("split", "show", "mine"), "split"),
         (("split", "create", "x", "--plate", "P9"), "P1"),

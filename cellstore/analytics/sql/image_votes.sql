@@ -5,9 +5,9 @@
 -- share is the winner's votes per cell; truth_place the place of the true label (1: winner,
 -- null: no cell named it among its stored choices).
 WITH weighed AS (
-    SELECT *, 'hard' AS vote, CAST(cells AS DOUBLE) AS weight FROM image_label_votes
-    UNION ALL
-    SELECT *, 'soft' AS vote, probability AS weight FROM image_label_votes
+    SELECT lv.*, v.vote, CASE v.vote WHEN 'hard' THEN lv.cells ELSE lv.probability END AS weight
+    FROM image_label_votes AS lv
+    CROSS JOIN (VALUES ('hard'), ('soft')) AS v(vote)
 ),
 placed AS (
     SELECT

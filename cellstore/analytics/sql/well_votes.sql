@@ -15,9 +15,9 @@ WITH label_votes AS (
     GROUP BY run_id, well_id, subset, label
 ),
 weighed AS (
-    SELECT *, 'hard' AS vote, CAST(cells AS DOUBLE) AS weight FROM label_votes
-    UNION ALL
-    SELECT *, 'soft' AS vote, probability AS weight FROM label_votes
+    SELECT lv.*, v.vote, CASE v.vote WHEN 'hard' THEN lv.cells ELSE lv.probability END AS weight
+    FROM label_votes AS lv
+    CROSS JOIN (VALUES ('hard'), ('soft')) AS v(vote)
 ),
 placed AS (
     SELECT

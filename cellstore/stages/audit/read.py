@@ -358,8 +358,8 @@ def _recipes_above(session: Session, recipe_id: int) -> tuple[RecipeFact, ...]:
     found: dict[int, RecipeFact] = {}
     level = {recipe_id}
     while level:
-        query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
-        above = session.scalars(query.where(RecipeInput.recipe_id.in_(level)).distinct())
+        inputs = select(RecipeInput.input_id).where(RecipeInput.recipe_id.in_(level))
+        above = session.scalars(select(Recipe).where(Recipe.id.in_(inputs)))
         new = {item.id: _recipe_fact(item) for item in above if item.id not in found}
         found |= new
         level = set(new)

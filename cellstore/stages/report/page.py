@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -10,31 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from ...analytics import Questions, open_questions
 from ...artifacts import write_atomically
 from ...extras import need
+from ...ops import scores
 from ...runs import Workspace
 from .facts import ReportResult
-from .score import Subject, find_subject, scored
+from .score import Evidence, Subject, find_subject, scored
 
 METRICS = "SELECT name, epoch, value FROM run_metrics WHERE run_id = ? ORDER BY epoch"
-CONFUSION = """
-    SELECT truth, predicted, sum(n)::BIGINT AS n FROM confusion
-    WHERE run_id = ? AND level = 'image' AND vote = 'hard' AND list_contains(?, subset)
-    GROUP BY truth, predicted ORDER BY truth, predicted
-"""
 PLATES = """
-    WITH scored AS (
-        SELECT well_id, avg(correct::INTEGER) AS accuracy FROM image_votes
-        WHERE run_id = ? AND vote = 'hard' AND truth IS NOT NULL AND list_contains(?, subset)
-        GROUP BY well_id
-    ),
-    shown AS (SELECT DISTINCT w.plate_id FROM scored JOIN wells AS w ON w.id = scored.well_id)
-    SELECT p.barcode, w."row", w."column", scored.accuracy FROM wells AS w
-    JOIN shown ON shown.plate_id = w.plate_id
+    SELECT p.barcode, w."row", w."column", w.id FROM wells AS w
     JOIN plates AS p ON p.id = w.plate_id
-    LEFT JOIN scored ON scored.well_id = w.id
+    WHERE w.plate_id IN (SELECT plate_id FROM wells WHERE list_contains(?, id))
     ORDER BY p.barcode, w."row", w."column"
 """
 RECIPES = """
@@ -73,10 +64,10 @@ def write_report(
     need("report")
     subject = find_subject(workspace, run)
     with open_questions(workspace) as questions:
-        result = scored(questions, subject, force=force)
-        content = _content(workspace, questions, subject, result)
+        evidence = scored(questions, subject, force=force)
+        content = _content(workspace, questions, subject, evidence)
     write_atomically(path, render(content).encode())
-    return replace(result, html=str(path))
+    return replace(evidence.result, html=str(path))
 
 
 def render(content: dict[str, Any]) -> str:
@@ -97,16 +88,17 @@ def _or_dash(value: float | None, factor: float, form: str, unit: str) -> str:
 
 
 def _content(
-    workspace: Workspace, questions: Questions, subject: Subject, result: ReportResult
+    workspace: Workspace, questions: Questions, subject: Subject, evidence: Evidence
 ) -> dict[str, Any]:
     from . import figures
     from .pictures import examples
 
-    sides = list(result.sides)
-    matrix, labels, mix_ups = _confusion(questions, subject.run.id, sides)
+    result, images = evidence.result, evidence.images
+    hard = images.filter(pc.equal(images["vote"], "hard")).to_pylist()
+    matrix, labels, mix_ups = _confusion(hard)
     metrics = _metrics(questions, subject.run.parent_id)
-    plates = _plates(questions, subject.run.id, sides)
-    shown, sample = examples(workspace, questions, subject, result.sides)
+    plates = _plates(questions, hard)
+    shown, sample = examples(workspace, questions, subject, images)
     return {
         "result": result,
         "best": result.score("image", "hard"),
@@ -135,22 +127,28 @@ def _metrics(questions: Questions, run_id: int | None) -> dict[str, list[tuple[i
 
 
 def _confusion(
-    questions: Questions, run_id: int, sides: Sequence[str]
-) -> tuple[Any, list[str], list[dict[str, Any]]]:
-    rows = questions.ask(CONFUSION, [run_id, sides]).to_pylist()
-    labels = sorted({row["truth"] for row in rows} | {row["predicted"] for row in rows})
-    place = {label: i for i, label in enumerate(labels)}
-    matrix = np.zeros((len(labels), len(labels)), np.int64)
-    for row in rows:
-        matrix[place[row["truth"]], place[row["predicted"]]] = row["n"]
-    wrong = [row for row in rows if row["truth"] != row["predicted"]]
-    return matrix, labels, sorted(wrong, key=lambda row: -row["n"])[:MIX_UPS]
+    images: Sequence[dict[str, Any]],
+) -> tuple[NDArray[np.int64], list[str], list[dict[str, Any]]]:
+    truth, predicted = ([row[key] for row in images] for key in ("truth", "predicted"))
+    labels = sorted({*truth, *predicted})
+    pairs = Counter(zip(truth, predicted, strict=True))
+    wrong = [
+        {"truth": pair[0], "predicted": pair[1], "n": number}
+        for pair, number in sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+        if pair[0] != pair[1]
+    ]
+    return scores.confusion_matrix(truth, predicted, labels), labels, wrong[:MIX_UPS]
 
 
 def _plates(
-    questions: Questions, run_id: int, sides: Sequence[str]
+    questions: Questions, images: Sequence[dict[str, Any]]
 ) -> list[tuple[str, list[tuple[int, int, float | None]]]]:
+    by_well: dict[int, list[bool]] = defaultdict(list)
+    for row in images:
+        by_well[row["well_id"]].append(row["correct"])
     found: dict[str, list[tuple[int, int, float | None]]] = defaultdict(list)
-    for row in questions.ask(PLATES, [run_id, sides]).to_pylist():
-        found[row["barcode"]].append((row["row"], row["column"], row["accuracy"]))
+    for row in questions.ask(PLATES, [list(by_well)]).to_pylist():
+        right = by_well.get(row["id"])
+        value = sum(right) / len(right) if right else None
+        found[row["barcode"]].append((row["row"], row["column"], value))
     return list(found.items())

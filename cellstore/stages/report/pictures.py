@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from ...analytics import Questions
@@ -24,19 +26,22 @@ WIDEST = 460
 """Pixels of a picture on the page."""
 SHOWN_VOTES = 4
 
-CANDIDATES = """
-    SELECT s.image_id, s.winner, s.truth, s.share, s.correct, s.n_cells, h.tie,
-        l.segmentation_id, l.plate, l.well, l.site
-    FROM image_votes AS s
-    JOIN image_votes AS h ON h.run_id = s.run_id AND h.image_id = s.image_id AND h.vote = 'hard'
-    JOIN lineage AS l ON l.run_id = s.run_id AND l.image_id = s.image_id
-    WHERE s.run_id = ? AND s.vote = 'soft' AND list_contains(?, s.subset) AND s.truth IS NOT NULL
-    QUALIFY row_number() OVER (PARTITION BY s.correct ORDER BY s.share DESC, s.image_id) <= 3
-    ORDER BY s.correct, s.share DESC, s.image_id
+PER_KIND = 3
+PLACES = """
+    SELECT s.image_id, s.id AS segmentation_id, p.barcode AS plate, w.name AS well, i.site
+    FROM segmentations AS s
+    JOIN images AS i ON i.id = s.image_id
+    JOIN wells AS w ON w.id = i.well_id
+    JOIN plates AS p ON p.id = w.plate_id
+    WHERE list_contains(?, s.image_id) AND s.id IN (
+        SELECT c.segmentation_id FROM cells AS c JOIN predictions AS x ON x.cell_id = c.id
+        WHERE x.run_id = ? AND x.rank = 1
+    )
 """
 VOTES = """
-    SELECT label, cells, probability FROM image_label_votes
-    WHERE run_id = ? AND image_id = ? ORDER BY cells DESC, probability DESC, label
+    SELECT image_id, label, cells FROM image_label_votes
+    WHERE run_id = ? AND list_contains(?, image_id)
+    ORDER BY cells DESC, probability DESC, label
 """
 
 
@@ -66,24 +71,49 @@ class Sample:
 
 
 def examples(
-    workspace: Workspace, questions: Questions, subject: Subject, sides: tuple[str, ...]
+    workspace: Workspace, questions: Questions, subject: Subject, images: pa.Table
 ) -> tuple[list[Example], Sample | None]:
-    """Return the most confident mistakes and hits, and a sample of the segmentation."""
-    rows = questions.ask(CANDIDATES, [subject.run.id, list(sides)]).to_pylist()
+    """Return the most confident mistakes and hits, and a sample of the segmentation.
+
+    ``images`` are rows of the view ``verdicts``, both votes of each image.
+    """
+    chosen = _chosen(questions, subject.run.id, images.to_pylist())
     found: list[Example] = []
     sample: Sample | None = None
-    for row in rows:
-        votes = questions.ask(VOTES, [subject.run.id, row["image_id"]]).to_pylist()
+    for row in chosen:
         try:
             plane, masks = _pixels(workspace, row["segmentation_id"])
         except CellstoreError as error:
-            found.append(_example(row, votes, None, str(error)))
+            found.append(_example(row, None, str(error)))
             continue
         step = -(-max(plane.shape) // WIDEST)
         picture = outline_overlay(_smaller(plane, step), masks[::step, ::step])
-        found.append(_example(row, votes, _jpeg(picture), None))
+        found.append(_example(row, _jpeg(picture), None))
         sample = sample or _sample(_title(row), plane, masks)
     return found, sample
+
+
+def _chosen(
+    questions: Questions, run_id: int, images: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the images to show: by confidence of the soft vote, mistakes first."""
+    ties = {row["unit_id"]: row["tie"] for row in images if row["vote"] == "hard"}
+    soft = [row for row in images if row["vote"] == "soft"]
+    soft.sort(key=lambda row: (-row["confidence"], row["unit_id"]))
+    rows = [
+        row
+        for right in (False, True)
+        for row in [x for x in soft if x["correct"] is right][:PER_KIND]
+    ]
+    ids = [row["unit_id"] for row in rows]
+    places = {row["image_id"]: row for row in questions.ask(PLACES, [ids, run_id]).to_pylist()}
+    votes: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    for vote in questions.ask(VOTES, [run_id, ids]).to_pylist():
+        votes[vote["image_id"]].append((vote["label"], vote["cells"]))
+    return [
+        {**row, **places[key], "hard_tie": ties[key], "votes": votes[key]}
+        for key, row in zip(ids, rows, strict=True)
+    ]
 
 
 def _pixels(
@@ -100,18 +130,16 @@ def _pixels(
     return plane, masks.astype(np.int64)
 
 
-def _example(
-    row: Mapping[str, Any], votes: list[dict[str, Any]], picture: str | None, problem: str | None
-) -> Example:
+def _example(row: Mapping[str, Any], picture: str | None, problem: str | None) -> Example:
     return Example(
         title=_title(row),
         kind="right" if row["correct"] else "wrong",
         truth=row["truth"],
-        winner=row["winner"],
-        share=row["share"],
-        tie=row["tie"],
-        votes=tuple((item["label"], item["cells"]) for item in votes[:SHOWN_VOTES]),
-        n_cells=row["n_cells"],
+        winner=row["predicted"],
+        share=row["confidence"],
+        tie=row["hard_tie"],
+        votes=tuple(row["votes"][:SHOWN_VOTES]),
+        n_cells=sum(cells for _, cells in row["votes"]),
         picture=picture,
         problem=problem,
     )

@@ -28,24 +28,22 @@ TOP = 5
 PREFERRED = (Subset.TEST.value, "outside", Subset.VALIDATION.value)
 """Which side is scored, if the run has labelled it; the training side only by force."""
 
-COUNTS = """
-    SELECT subset, count(*) AS images FROM image_votes
-    WHERE run_id = ? AND vote = 'hard' AND truth IS NOT NULL GROUP BY subset
+# Levels are written out, so that DuckDB leaves out the parts of the view that are not asked for.
+VOTES = """
+    SELECT level, vote, unit_id, well_id, subset, truth, predicted, confidence, truth_place, tie,
+        correct
+    FROM verdicts WHERE run_id = ? AND level IN ('image', 'well') ORDER BY level, vote, unit_id
 """
-VERDICTS = """
-    SELECT well_id, truth, predicted, confidence, truth_place, tie, correct FROM verdicts
-    WHERE run_id = ? AND level = ? AND vote = ? AND list_contains(?, subset) ORDER BY unit_id
+CELLS = """
+    SELECT well_id, truth, predicted, confidence, truth_place, tie
+    FROM verdicts WHERE run_id = ? AND level = 'cell' AND list_contains(?, subset)
+    ORDER BY unit_id
 """
 TRAINING = """
     SELECT l.value FROM split_members AS m JOIN labels AS l ON l.id = m.label_id
     WHERE m.split_id = ? AND m.subset = 'train'
 """
-SEEN = """
-    SELECT count(DISTINCT v.well_id) AS wells,
-        count(DISTINCT v.well_id) FILTER (WHERE r.well_in_training) AS seen
-    FROM image_votes AS v JOIN run_images AS r ON r.run_id = v.run_id AND r.image_id = v.image_id
-    WHERE v.run_id = ? AND v.truth IS NOT NULL AND list_contains(?, v.subset)
-"""
+SEEN = "SELECT DISTINCT well_id FROM run_images WHERE run_id = ? AND well_in_training"
 CLASSES = "SELECT count(DISTINCT label_id) FROM split_members WHERE split_id = ?"
 
 
@@ -56,6 +54,14 @@ class Subject:
     run: Run
     split: Split
     top_k: int | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A report with the answers behind it: one row of the view ``verdicts`` per image and vote."""
+
+    result: ReportResult
+    images: pa.Table
 
 
 def report(workspace: Workspace, run: str = "latest", *, force: bool = False) -> ReportResult:
@@ -69,7 +75,7 @@ def report(workspace: Workspace, run: str = "latest", *, force: bool = False) ->
     """
     subject = find_subject(workspace, run)
     with open_questions(workspace) as questions:
-        return scored(questions, subject, force=force)
+        return scored(questions, subject, force=force).result
 
 
 def find_subject(workspace: Workspace, reference: str) -> Subject:
@@ -94,20 +100,27 @@ def find_subject(workspace: Workspace, reference: str) -> Subject:
         return Subject(run, session.get_one(Split, split_id), recipe.parameters.get("top_k"))
 
 
-def scored(questions: Questions, subject: Subject, *, force: bool) -> ReportResult:
-    """Return the report on ``subject``."""
+def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
+    """Return the report on ``subject``, with what it rests on."""
     run, split = subject.run, subject.split
-    counts = {row["subset"]: row["images"] for row in questions.ask(COUNTS, [run.id]).to_pylist()}
+    votes = questions.ask(VOTES, [run.id])
+    counts = _images_by_side(votes)
     sides = chosen_sides(counts, run.id, force=force)
+    votes = votes.filter(pc.is_in(votes["subset"], pa.array(sides)))
+    cells = questions.ask(CELLS, [run.id, list(sides)])
     classes = int(questions.ask(CLASSES, [split.id])[0][0].as_py())
     training = questions.ask(TRAINING, [split.id])["value"].to_pylist()
     top = classes > TOP and (subject.top_k is None or subject.top_k >= TOP)
-    found = []
-    for level, vote in LEVELS:
-        rows = questions.ask(VERDICTS, [run.id, level, vote, list(sides)])
-        found.append(_score(level, vote, rows, training, top=top))
-    wells = questions.ask(SEEN, [run.id, list(sides)]).to_pylist()[0]
-    return ReportResult(
+    found = [
+        _score(
+            level, vote, cells if level == "cell" else _of(votes, level, vote), training, top=top
+        )
+        for level, vote in LEVELS
+    ]
+    images = _of(votes, "image", "hard")
+    wells = set(images["well_id"].to_pylist())
+    seen = len(wells & set(questions.ask(SEEN, [run.id])["well_id"].to_pylist()))
+    result = ReportResult(
         run_id=run.id,
         train_run_id=run.parent_id,
         split=split.name,
@@ -118,15 +131,26 @@ def scored(questions: Questions, subject: Subject, *, force: bool) -> ReportResu
         classes=classes,
         chance=1 / max(1, classes),
         majority_label=_majority(training),
-        cells=found[-1].n,
-        images=found[0].n,
-        wells=wells["wells"],
-        wells_seen=wells["seen"],
-        leaks=wells["seen"] > 0,
-        leak=_leak(wells["seen"], wells["wells"]),
+        cells=cells.num_rows,
+        images=images.num_rows,
+        wells=len(wells),
+        wells_seen=seen,
+        leaks=seen > 0,
+        leak=_leak(seen, len(wells)),
         notes=_notes(counts, sides, run),
         scores=tuple(found),
     )
+    return Evidence(result, votes.filter(pc.equal(votes["level"], "image")))
+
+
+def _of(votes: pa.Table, level: str, vote: str) -> pa.Table:
+    mask = pc.and_(pc.equal(votes["level"], level), pc.equal(votes["vote"], vote))
+    return votes.filter(mask)
+
+
+def _images_by_side(votes: pa.Table) -> dict[str, int]:
+    rows = _of(votes, "image", "hard")["subset"].value_counts().to_pylist()
+    return {row["values"]: row["counts"] for row in rows}
 
 
 def chosen_sides(counts: dict[str, int], run_id: int, *, force: bool) -> tuple[str, ...]:

@@ -1,0 +1,52 @@
+"""Write docs/commands.md from the commands' own help: python docs/make_commands.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from typer.testing import CliRunner
+
+from cellstore_cli.main import app
+
+TARGET = Path(__file__).with_name("commands.md")
+HEAD = """# Commands
+
+Made from `cellstore COMMAND --help` by `make docs`; a test compares the two.
+
+"""
+
+
+def paths() -> Iterator[tuple[str, ...]]:
+    """Yield every command as the words that call it, groups before what is in them."""
+    yield from _below(typer.main.get_command(app), ())
+
+
+def _below(command: object, words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    yield words
+    for name in _names(command):
+        yield from _below(command.commands[name], (*words, name))  # type: ignore[attr-defined]
+
+
+def _names(command: object) -> list[str]:
+    lister = getattr(command, "list_commands", None)
+    return list(lister(None)) if lister is not None else []
+
+
+def page() -> str:
+    """Return the whole page."""
+    return HEAD + "\n".join(_section(words) for words in paths())
+
+
+def _section(words: tuple[str, ...]) -> str:
+    title = " ".join(("cellstore", *words))
+    environment = {name: "" for name in os.environ if name.startswith("CELLSTORE_")}
+    wide = {**environment, "COLUMNS": "88", "TERMINAL_WIDTH": "88", "_TYPER_STANDARD_TRACEBACK": ""}
+    result = CliRunner().invoke(app, [*words, "--help"], prog_name="cellstore", env=wide)
+    return f"## {title}\n\n```text\n{result.stdout.strip()}\n```\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
