@@ -104,7 +104,9 @@ def _is_records(item: Any) -> bool:
 
 
 def _inline(item: Any) -> str:
-    return ", ".join(cell(part) for part in item) if isinstance(item, list) else cell(item)
+    if isinstance(item, list):
+        return ", ".join(cell(part) for part in item) or "-"
+    return cell(item)
 
 
 def cell(value: Any) -> str:

@@ -91,7 +91,7 @@ def _segmentation(found: SegmentationFact) -> None:
     render.facts(
         [
             ("  cells", f"{found.n_cells:,}"),
-            ("  when", found.made_at),
+            ("  when", moment(found.made_at)),
             ("  recipe", f"{found.recipe_id} ({short(found.fingerprint)})"),
             ("  network", f"{found.parameters.get('model', '-')} ({short(found.weights_sha256)})"),
             ("  diameter", f"{found.diameter:.1f} pixels"),
@@ -105,7 +105,7 @@ def _labelling(found: Labelling) -> None:
     verdict = {True: "right", False: "wrong", None: "cannot be judged"}[found.correct]
     render.facts(
         [
-            ("  when", found.started_at),
+            ("  when", moment(found.started_at)),
             ("  by", f"{found.user} on {found.host}, cellstore {found.code_version}"),
             ("  network", f"run {found.train_run_id}, {_shorts(found.checkpoints)}"),
             ("  split", f"{found.split} ({found.protocol}): this image is {found.side}"),
@@ -155,7 +155,7 @@ def run(result: RunAudit) -> None:
     render.facts(
         [
             ("run", f"{result.run.id}: {result.run.stage}, {result.run.status}"),
-            ("when", f"{result.run.started_at} to {result.ended_at or '?'}"),
+            ("when", f"{moment(result.run.started_at)} to {moment(result.ended_at)}"),
             ("by", f"{result.user} on {result.host}"),
             ("command", result.command),
             ("code", result.code_version),
@@ -190,6 +190,11 @@ def _split(result: RunAudit) -> str:
 
 def _runs(runs: Any) -> str:
     return ", ".join(f"{run.id} ({run.stage})" for run in runs) or "-"
+
+
+def moment(text: str | None) -> str:
+    """Return an ISO moment in UTC to the second."""
+    return f"{text[:19].replace('T', ' ')} UTC" if text else "?"
 
 
 def short(digest: str | None) -> str:
