@@ -14,14 +14,15 @@ from .errors import UserInputError
 from .extras import need
 from .formats.images import encode_tiff
 from .progress import Progress, Silent, track
+from .store import Store
 
 if TYPE_CHECKING:
     from .ops.rendering import FieldSpec, PlateDesign
 
 METADATA = "metadata.csv"
-CROP_SIZE = 48
-BATCH_SIZE = 64
-EPOCHS = 8
+CROP_SIZE = 40
+BATCH_SIZE = 32
+EPOCHS = 6
 LEARNING_RATE = 1e-3
 SPLIT = "by-well"
 
@@ -35,16 +36,23 @@ class DemoPlates:
     images: Path
     truth: Path
     store: Path
+    report: Path
     fields: int
 
 
 def render_plates(
-    folder: Path, *, seed: int = 1, effect: float = 1.0, progress: Progress | None = None
+    folder: Path,
+    *,
+    seed: int = 1,
+    effect: float = 1.0,
+    classes: int | None = None,
+    progress: Progress | None = None,
 ) -> DemoPlates:
     """Render the demo's plates into ``folder``: images, LoadData table, true masks.
 
-    ``effect`` scales what the treatments do; at 0 they do nothing. The same arguments give the
-    same bytes; what is there already is left alone.
+    ``effect`` scales what the treatments do; at 0 they do nothing. ``classes`` takes only the
+    first so many treatments. The same arguments give the same bytes; what is there already is
+    left alone.
 
     Raises:
         MissingExtraError: scipy is not installed.
@@ -52,9 +60,9 @@ def render_plates(
         StorageError: the folder cannot be written.
     """
     need("segment")
-    from .ops.rendering import PlateDesign
+    from .ops.rendering import TREATMENTS, PlateDesign
 
-    design = PlateDesign(seed=seed, effect=effect)
+    design = PlateDesign(seed=seed, effect=effect, treatments=TREATMENTS[:classes])
     plates = _layout(folder, len(design))
     table = _table(design, plates).encode()
     if plates.metadata.exists() and plates.metadata.read_bytes() != table:
@@ -67,7 +75,7 @@ def render_plates(
     return plates
 
 
-def commands(plates: DemoPlates, *, report: str = "report.html") -> list[list[str]]:
+def commands(plates: DemoPlates) -> list[list[str]]:
     """Return what a user would type, one list of words for each command, without the program."""
     store = ["--store", str(plates.store)]
     return [
@@ -79,16 +87,18 @@ def commands(plates: DemoPlates, *, report: str = "report.html") -> list[list[st
         ["split", "check", SPLIT, *store],
         ["train", "--split", SPLIT, *_training(), *store],
         ["predict", *store],
-        ["report", "--html", str(plates.folder / report), *store],
-        ["audit", "image", f"{first_core_name(plates)}", *store],
+        ["report", "--html", str(plates.report), *store],
     ]
 
 
-def first_core_name(plates: DemoPlates) -> str:
-    """Return ``PLATE/CORE`` of the first field."""
-    with plates.metadata.open(newline="", encoding="utf-8") as file:
-        row = next(csv.DictReader(file))
-    return f"{row['Metadata_Plate']}/{row['Metadata_Well']}/{row['Metadata_Site']}"
+def audit_command(plates: DemoPlates) -> list[str]:
+    """Return the audit of the first image that was labelled; the store says which that is."""
+    with Store.open(plates.store) as store:
+        found = store.sql(
+            "SELECT concat_ws('/', plate, well, site) AS image FROM lineage "
+            "ORDER BY image_id LIMIT 1"
+        )
+    return ["audit", "image", str(found["image"][0]), "--store", str(plates.store)]
 
 
 def _training() -> list[str]:
@@ -108,6 +118,7 @@ def _layout(folder: Path, fields: int) -> DemoPlates:
         images=folder / "images",
         truth=folder / "truth",
         store=folder / "store",
+        report=folder / "report.html",
         fields=fields,
     )
 

@@ -206,12 +206,16 @@ def demo(
     Example:
       cellstore demo
     """
-    from cellstore.demo import commands, render_plates
+    from cellstore.demo import audit_command, commands, render_plates
 
     say(f"Rendering the plates into {folder}")
     plates = render_plates(folder, seed=seed, progress=listener(quiet=False))
     for words in commands(plates):
         _as_typed(words)
+    _as_typed(audit_command(plates))
+    say("\nThe demo is done. Open its report in a browser:")
+    typer.echo(plates.report)
+    say(f"Ask it more, for example: cellstore sql 'FROM accuracy' --store {plates.store}")
 
 
 def _as_typed(words: list[str]) -> None:

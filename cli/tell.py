@@ -139,7 +139,7 @@ def cell(result: CellAudit) -> None:
     )
     _segmentation(result.segmentation)
     for recipe, values in result.features.items():
-        typer.echo(f"\nmeasured by recipe {recipe}")
+        typer.echo(f"\nmeasured by {recipe}")
         render.facts((f"  {name.replace('_', ' ')}", value) for name, value in values.items())
     if not result.choices:
         typer.echo("\nNo run has labelled this cell yet.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rendered import fill
 
 from cellstore.analytics import open_questions
 from cellstore.config import PredictParams, SplitParams, TrainParams
@@ -12,10 +13,9 @@ from cellstore.runs import Workspace
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split
 from cellstore.stages.train import train
-from rendered import fill
 
-CLASSES = 6
-PARAMS = TrainParams(crop_size=32, batch_size=64, epochs=5, learning_rate=1e-3)
+CLASSES = 4
+PARAMS = TrainParams(crop_size=32, batch_size=32, epochs=4, learning_rate=1e-3)
 
 
 def image_accuracy(workspace: Workspace) -> tuple[float, float]:
@@ -40,7 +40,7 @@ def image_accuracy(workspace: Workspace) -> tuple[float, float]:
 def test_treatments_are_told_apart_on_wells_never_seen(
     sqlite_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(sqlite_workspace, tmp_path / "demo", monkeypatch, effect=1.0)
+    fill(sqlite_workspace, tmp_path / "demo", monkeypatch, effect=1.0, classes=CLASSES)
     accuracy, majority = image_accuracy(sqlite_workspace)
     assert accuracy >= majority + 0.4
 
@@ -50,6 +50,6 @@ def test_treatments_are_told_apart_on_wells_never_seen(
 def test_without_an_effect_nothing_is_learned(
     sqlite_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fill(sqlite_workspace, tmp_path / "demo", monkeypatch, effect=0.0)
+    fill(sqlite_workspace, tmp_path / "demo", monkeypatch, effect=0.0, classes=CLASSES)
     accuracy, majority = image_accuracy(sqlite_workspace)
     assert accuracy <= majority + 0.25
