@@ -164,11 +164,20 @@ def _show(result: SplitResult, *, as_json: bool) -> None:
             *_left_out(result),
         ]
     )
+    if result.protocol == "grouped" and not result.counts["validation"]:
+        say(
+            "Careful: there is no validation side, so `cellstore train` cannot use this split. A "
+            f"class needs three {result.group_level}s or more to have one."
+        )
     if result.leaking:
         say(
             "Careful: wells are on both sides. Scores under this split are those of wells that "
             "were already seen. See: cellstore split check"
         )
+
+
+EXAMPLES = 5
+"""How many of the classes left out are named; --json lists all."""
 
 
 def _left_out(result: SplitResult) -> list[tuple[str, str]]:
@@ -180,8 +189,14 @@ def _left_out(result: SplitResult) -> list[tuple[str, str]]:
     ]
     for label, cut in left_out.get("downsampled", {}).items():
         shown.append((f"{label}, downsampled", f"{cut['after']} of {cut['before']} images"))
+    by_reason: dict[str, list[str]] = {}
     for item in left_out.get("classes", []):
-        shown.append((f"{item['label']}, left out", item["reason"]))
+        by_reason.setdefault(item["reason"], []).append(item["label"])
+    for reason, labels in by_reason.items():
+        more = ", ..." if len(labels) > EXAMPLES else ""
+        named = f"{', '.join(labels[:EXAMPLES])}{more}"
+        shown.append((f"{render.count(len(labels), 'class', 'classes')} left out", reason))
+        shown.append(("", named))
     return shown
 
 

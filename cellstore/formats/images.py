@@ -43,7 +43,7 @@ class ImageInfo:
 
 
 def probe(path: Path) -> ImageInfo:
-    """Return size, hash, shape and dtype of a TIFF (first page) or PNG file.
+    """Return size, hash, shape and dtype of a TIFF (of one page) or PNG file.
 
     Raises:
         ImageError: the file cannot be opened, or its header is that of no TIFF or PNG.
@@ -60,7 +60,7 @@ def probe(path: Path) -> ImageInfo:
 
 
 def read_plane(path: Path) -> NDArray[np.generic]:
-    """Return the pixels (H, W) of a single-channel image; the first page of a TIFF.
+    """Return the pixels (H, W) of a single-channel image; a TIFF has one page.
 
     A colour PNG or TIFF is read only where its colours are equal (a grey saved as colour).
 
@@ -254,7 +254,7 @@ def _header(path: Path, stream: io.BufferedReader) -> tuple[int, int, str]:
         return _png_header(path, head)
     try:
         with tifffile.TiffFile(stream) as tiff:
-            page = tiff.pages.first
+            page = _only_page(str(path), tiff)
             shape, dtype = (page.imagelength, page.imagewidth), page.dtype
             _check_extent(path, page, os.fstat(stream.fileno()).st_size)
     except ImageError:
@@ -264,6 +264,14 @@ def _header(path: Path, stream: io.BufferedReader) -> tuple[int, int, str]:
     if dtype is None or 0 in shape:
         raise ImageError(_unreadable(str(path)))
     return shape[0], shape[1], str(dtype)
+
+
+def _only_page(name: str, tiff: tifffile.TiffFile) -> tifffile.TiffPage:
+    """Taking the first of several planes in silence would be a guess about the others."""
+    count = len(tiff.pages)
+    if count != 1:
+        raise ImageError(f"{name} holds {count} planes. Export each plane as a file of its own.")
+    return tiff.pages.first
 
 
 def _check_extent(path: Path, page: tifffile.TiffPage, size: int) -> None:
@@ -291,7 +299,7 @@ def _decode(path: Path, data: bytes) -> NDArray[np.generic]:
 def _decode_tiff(name: str, data: bytes) -> NDArray[np.generic]:
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as tiff:
-            page = tiff.pages.first
+            page = _only_page(name, tiff)
             if page.imagelength * page.imagewidth > _MAX_PIXELS:
                 raise ImageError(f"{name} claims {page.imagelength}x{page.imagewidth} pixels.")
             return np.asarray(page.asarray())

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, and_, exists, func, literal, or_, select, update
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from ..db.models import Image, Job, Plate, Well
@@ -234,7 +235,7 @@ def _lease(database: Database, task: Task) -> Iterator[None]:
     def renew() -> None:
         while not stop.wait(RENEW_SECONDS):
             # A renewal that fails is tried again; if all fail, closing the job finds out.
-            with suppress(CellstoreError), database.begin() as session:
+            with suppress(CellstoreError, SQLAlchemyError), database.begin() as session:
                 session.execute(
                     update(Job).where(_held(task)).values(lease_until=time.time() + LEASE_SECONDS)
                 )

@@ -57,7 +57,7 @@ def running(
     if resume is None:
         resume = _start(database, recipe, parent_id, split_id, seed, query)
     else:
-        _set(database, resume, status=Status.RUNNING, ended_at=None, error=None)
+        _resume(database, resume)
     handle = RunHandle(resume)
     try:
         yield handle
@@ -117,6 +117,22 @@ def _start(
         return run.id
 
 
+def _resume(database: Database, run_id: int) -> None:
+    """Open a run again, and keep who goes on with it by which code beside who began."""
+    attempt = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "by": f"{_user()}@{socket.gethostname()}",
+        "command": command_line(),
+        "code_version": code_version(),
+        **environment(),
+    }
+    with database.begin() as session:
+        run = session.get_one(Run, run_id)
+        resumed = [*run.environment.get("resumed", []), attempt]
+        run.environment = {**run.environment, "resumed": resumed}
+        run.status, run.ended_at, run.error = Status.RUNNING, None, None
+
+
 def _set(database: Database, run_id: int, **values: Any) -> None:
     with database.begin() as session:
         session.execute(update(Run).where(Run.id == run_id).values(**values))
@@ -129,12 +145,25 @@ def _end(handle: RunHandle) -> dict[str, Any]:
 def command_line() -> str:
     """Return the command that was typed, without the passwords of database URLs."""
     words = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
-    return without_passwords(shlex.join(words))
+    return shlex.join(without_passwords(word) for word in words)
 
 
-def without_passwords(text: str) -> str:
-    """Return ``text`` with the password of every URL in it replaced by ``***``."""
-    return re.sub(r"(\w+://[^\s:/@'\"]*):[^\s'\"]*@", r"\1:***@", text)
+def without_passwords(word: str) -> str:
+    """Return a typed word with the passwords of every URL in it replaced by ``***``.
+
+    In a word that is a URL (or ``--option=URL``) a password may hold spaces and quotes.
+    """
+    # In a URL inside a longer text (an SQL question), spaces and quotes end the password.
+    inner = "" if re.match(r"(-[\w-]+=)?[\w+.-]+://", word) else r"\s'\""
+    masked = re.sub(
+        rf"([\w+.-]+://[^:/{inner}]*):[^{inner}\0]*@", r"\1:***@", word, flags=re.DOTALL
+    )
+    return re.sub(
+        rf"([?&][^?&=\s]*(?:pass|pwd|secret|scram)[^?&=\s]*=)[^&{inner}\0]+",
+        r"\1***",
+        masked,
+        flags=re.IGNORECASE,
+    )
 
 
 @cache

@@ -13,6 +13,7 @@ from ..db.models import Cell, CellFeatures, FeatureSet, Recipe, Segmentation
 from ..db.statements import insert_new
 from ..errors import ImageError
 from ..extras import need
+from ..reading.cells import plane_of
 from ..reading.planes import check_channels, read_artifact_image, read_image
 from ..runs import (
     JobsResult,
@@ -28,7 +29,7 @@ from ..runs import (
     todo_count,
     work_through,
 )
-from ..terms import Projection, Stage
+from ..terms import Stage
 
 VERSION = 1
 
@@ -55,7 +56,7 @@ def measure(
     params = params or MeasureParams()
     with workspace.database.begin() as session:
         source = find_recipe(session, Stage.SEGMENT, segmentation)
-        plane = params.image or _plane_of(source)
+        plane = params.image or plane_of(source)
         check_channels(session, plane)
         recipe = register(session, _spec(plane, source))
         _register_features(session, recipe)
@@ -65,11 +66,6 @@ def measure(
     if todo == 0:
         return JobsResult(None, recipe.id, selected, waiting, 0, (), 0)
     return _run(workspace, plane, recipe, source.id, images, (selected, waiting))
-
-
-def _plane_of(source: Recipe) -> ImageInput:
-    named = source.parameters["image"]
-    return ImageInput(tuple(named["channels"]), Projection(named["projection"]))
 
 
 def _spec(plane: ImageInput, source: Recipe) -> RecipeSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -139,8 +140,9 @@ def predict(
 ) -> PredictResult:
     """Label the cells of a selection of images with the network of a training run.
 
-    Rows are appended, never changed. An interrupted run of the same checkpoint and selection is
-    gone on with; images that are done are left alone.
+    Rows are appended, never changed. An interrupted run of the same checkpoint and images is gone
+    on with. Where more images have been measured since, a new run labels all of them, so that
+    every finished run is whole.
 
     Raises:
         MissingExtraError: torch and the like are not installed.
@@ -254,10 +256,19 @@ def _nothing_to_label(params: PredictParams, split: Split, selected: int, run_id
 
 
 def _spec(session: Session, plan: _Plan) -> RecipeSpec:
-    parameters = as_parameters(plan.params)
+    parameters = as_parameters(plan.params) | {"images": _digest_of(session, plan.images)}
     del parameters["batch_size"]  # how many at once decides speed, not what is said
     inputs = (session.get_one(Recipe, plan.trained.recipe_id), plan.segment, plan.measure)
     return RecipeSpec(Stage.PREDICT, VERSION, parameters, plan.tensors.sha256, inputs)
+
+
+def _digest_of(session: Session, images: Select[int]) -> str:
+    """What the images of the selection hold: with more of them, a run of its own labels all."""
+    digest = hashlib.sha256()
+    query = select(Image.content_sha256).where(Image.id.in_(images))
+    for content in session.scalars(query.order_by(Image.content_sha256)).yield_per(10_000):
+        digest.update(f"{content}\n".encode())
+    return digest.hexdigest()
 
 
 def _latest(session: Session, recipe_id: int) -> Run | None:

@@ -47,15 +47,7 @@ def upgrade() -> None:
         sa.Column("id", BIG_ID, nullable=False),
         sa.Column(
             "kind",
-            sa.Enum(
-                "mask",
-                "flow",
-                "checkpoint",
-                "report",
-                name="artifactkind",
-                native_enum=False,
-                length=20,
-            ),
+            sa.String(length=20),
             nullable=False,
         ),
         sa.Column("path", sa.Text(), nullable=False),
@@ -71,7 +63,7 @@ def upgrade() -> None:
         sa.Column("id", BIG_ID, nullable=False),
         sa.Column(
             "field",
-            sa.Enum("pert_iname", "target", name="labelfield", native_enum=False, length=20),
+            sa.String(length=20),
             nullable=False,
         ),
         sa.Column("value", sa.String(length=255), nullable=False),
@@ -91,17 +83,7 @@ def upgrade() -> None:
         sa.Column("id", BIG_ID, nullable=False),
         sa.Column(
             "stage",
-            sa.Enum(
-                "ingest",
-                "segment",
-                "measure",
-                "split",
-                "train",
-                "predict",
-                name="stage",
-                native_enum=False,
-                length=20,
-            ),
+            sa.String(length=20),
             nullable=False,
         ),
         sa.Column("version", sa.Integer(), nullable=False),
@@ -118,22 +100,14 @@ def upgrade() -> None:
         sa.Column("identity", sa.Text(), nullable=False),
         sa.Column(
             "kind",
-            sa.Enum(
-                "compound",
-                "orf",
-                "crispr",
-                "none",
-                name="perturbation",
-                native_enum=False,
-                length=20,
-            ),
+            sa.String(length=20),
             nullable=False,
         ),
         sa.Column("pert_iname", sa.String(length=255), nullable=False),
         sa.Column("target", sa.String(length=255), nullable=True),
         sa.Column(
             "control",
-            sa.Enum("negcon", "poscon", name="control", native_enum=False, length=20),
+            sa.String(length=20),
             nullable=True,
         ),
         sa.Column("identifier", sa.String(length=255), nullable=True),
@@ -143,8 +117,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_treatments")),
         sa.UniqueConstraint("identity", name=op.f("uq_treatments_identity")),
     )
-    with op.batch_alter_table("treatments", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_treatments_pert_iname"), ["pert_iname"], unique=False)
+    op.create_index(op.f("ix_treatments_pert_iname"), "treatments", ["pert_iname"])
 
     op.create_table(
         "feature_sets",
@@ -171,8 +144,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("recipe_id", "input_id", name=op.f("pk_recipe_inputs")),
     )
-    with op.batch_alter_table("recipe_inputs", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_recipe_inputs_input_id"), ["input_id"], unique=False)
+    op.create_index(op.f("ix_recipe_inputs_input_id"), "recipe_inputs", ["input_id"])
 
     op.create_table(
         "splits",
@@ -182,12 +154,12 @@ def upgrade() -> None:
         sa.Column("protocol", sa.String(length=255), nullable=False),
         sa.Column(
             "field",
-            sa.Enum("pert_iname", "target", name="labelfield", native_enum=False, length=20),
+            sa.String(length=20),
             nullable=False,
         ),
         sa.Column(
             "group_level",
-            sa.Enum("image", "well", "plate", name="grouplevel", native_enum=False, length=20),
+            sa.String(length=20),
             nullable=False,
         ),
         sa.Column("seed", sa.Integer(), nullable=False),
@@ -217,8 +189,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_wells")),
         sa.UniqueConstraint("plate_id", "row", "column", name=op.f("uq_wells_plate_id_row_column")),
     )
-    with op.batch_alter_table("wells", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_wells_treatment_id"), ["treatment_id"], unique=False)
+    op.create_index(op.f("ix_wells_treatment_id"), "wells", ["treatment_id"])
 
     op.create_table(
         "images",
@@ -239,25 +210,14 @@ def upgrade() -> None:
             name=op.f("uq_images_well_id_site_plane_time_point"),
         ),
     )
-    with op.batch_alter_table("images", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_images_core_name"), ["core_name"], unique=False)
+    op.create_index(op.f("ix_images_core_name"), "images", ["core_name"])
 
     op.create_table(
         "runs",
         sa.Column("id", BIG_ID, nullable=False),
         sa.Column(
             "stage",
-            sa.Enum(
-                "ingest",
-                "segment",
-                "measure",
-                "split",
-                "train",
-                "predict",
-                name="stage",
-                native_enum=False,
-                length=20,
-            ),
+            sa.String(length=20),
             nullable=False,
         ),
         sa.Column("recipe_id", BIG_ID, nullable=False),
@@ -265,9 +225,7 @@ def upgrade() -> None:
         sa.Column("split_id", BIG_ID, nullable=True),
         sa.Column(
             "status",
-            sa.Enum(
-                "pending", "running", "done", "failed", name="status", native_enum=False, length=20
-            ),
+            sa.String(length=20),
             nullable=False,
         ),
         sa.Column("seed", sa.Integer(), nullable=True),
@@ -288,12 +246,9 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["split_id"], ["splits.id"], name=op.f("fk_runs_split_id_splits")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_runs")),
     )
-    with op.batch_alter_table("runs", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_runs_parent_id"), ["parent_id"], unique=False)
-        batch_op.create_index(batch_op.f("ix_runs_split_id"), ["split_id"], unique=False)
-        batch_op.create_index(
-            batch_op.f("ix_runs_stage_runs_recipe_id"), ["stage", "recipe_id"], unique=False
-        )
+    op.create_index(op.f("ix_runs_parent_id"), "runs", ["parent_id"])
+    op.create_index(op.f("ix_runs_split_id"), "runs", ["split_id"])
+    op.create_index(op.f("ix_runs_stage_runs_recipe_id"), "runs", ["stage", "recipe_id"])
 
     op.create_table(
         "image_files",
@@ -315,9 +270,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_image_files")),
         sa.UniqueConstraint("image_id", "channel", name=op.f("uq_image_files_image_id_channel")),
     )
-    with op.batch_alter_table("image_files", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_image_files_name"), ["name"], unique=False)
-        batch_op.create_index(batch_op.f("ix_image_files_sha256"), ["sha256"], unique=False)
+    op.create_index(op.f("ix_image_files_name"), "image_files", ["name"])
+    op.create_index(op.f("ix_image_files_sha256"), "image_files", ["sha256"])
 
     op.create_table(
         "jobs",
@@ -328,9 +282,7 @@ def upgrade() -> None:
         sa.Column("run_id", BIG_ID, nullable=False),
         sa.Column(
             "status",
-            sa.Enum(
-                "pending", "running", "done", "failed", name="status", native_enum=False, length=20
-            ),
+            sa.String(length=20),
             nullable=False,
         ),
         sa.Column("attempts", sa.Integer(), nullable=False),
@@ -351,14 +303,11 @@ def upgrade() -> None:
             name=op.f("uq_jobs_recipe_id_image_id_content_sha256"),
         ),
     )
-    with op.batch_alter_table("jobs", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_jobs_image_id"), ["image_id"], unique=False)
-        batch_op.create_index(
-            batch_op.f("ix_jobs_recipe_id_jobs_status_jobs_id"),
-            ["recipe_id", "status", "id"],
-            unique=False,
-        )
-        batch_op.create_index(batch_op.f("ix_jobs_run_id"), ["run_id"], unique=False)
+    op.create_index(op.f("ix_jobs_image_id"), "jobs", ["image_id"])
+    op.create_index(
+        op.f("ix_jobs_recipe_id_jobs_status_jobs_id"), "jobs", ["recipe_id", "status", "id"]
+    )
+    op.create_index(op.f("ix_jobs_run_id"), "jobs", ["run_id"])
 
     op.create_table(
         "run_artifacts",
@@ -370,10 +319,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_run_artifacts_run_id_runs")),
         sa.PrimaryKeyConstraint("run_id", "artifact_id", name=op.f("pk_run_artifacts")),
     )
-    with op.batch_alter_table("run_artifacts", schema=None) as batch_op:
-        batch_op.create_index(
-            batch_op.f("ix_run_artifacts_artifact_id"), ["artifact_id"], unique=False
-        )
+    op.create_index(op.f("ix_run_artifacts_artifact_id"), "run_artifacts", ["artifact_id"])
 
     op.create_table(
         "run_metrics",
@@ -421,15 +367,14 @@ def upgrade() -> None:
             name=op.f("uq_segmentations_image_id_recipe_id_content_sha256"),
         ),
     )
-    with op.batch_alter_table("segmentations", schema=None) as batch_op:
-        batch_op.create_index(
-            batch_op.f("ix_segmentations_flow_artifact_id"), ["flow_artifact_id"], unique=False
-        )
-        batch_op.create_index(
-            batch_op.f("ix_segmentations_mask_artifact_id"), ["mask_artifact_id"], unique=False
-        )
-        batch_op.create_index(batch_op.f("ix_segmentations_recipe_id"), ["recipe_id"], unique=False)
-        batch_op.create_index(batch_op.f("ix_segmentations_run_id"), ["run_id"], unique=False)
+    op.create_index(
+        op.f("ix_segmentations_flow_artifact_id"), "segmentations", ["flow_artifact_id"]
+    )
+    op.create_index(
+        op.f("ix_segmentations_mask_artifact_id"), "segmentations", ["mask_artifact_id"]
+    )
+    op.create_index(op.f("ix_segmentations_recipe_id"), "segmentations", ["recipe_id"])
+    op.create_index(op.f("ix_segmentations_run_id"), "segmentations", ["run_id"])
 
     op.create_table(
         "split_members",
@@ -437,7 +382,7 @@ def upgrade() -> None:
         sa.Column("image_id", BIG_ID, nullable=False),
         sa.Column(
             "subset",
-            sa.Enum("train", "validation", "test", name="subset", native_enum=False, length=20),
+            sa.String(length=20),
             nullable=False,
         ),
         sa.Column("label_id", BIG_ID, nullable=False),
@@ -452,8 +397,7 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("split_id", "image_id", name=op.f("pk_split_members")),
     )
-    with op.batch_alter_table("split_members", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_split_members_image_id"), ["image_id"], unique=False)
+    op.create_index(op.f("ix_split_members_image_id"), "split_members", ["image_id"])
 
     op.create_table(
         "cells",
@@ -503,8 +447,7 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_features_run_id_runs")),
         sa.PrimaryKeyConstraint("cell_id", "recipe_id", name=op.f("pk_features")),
     )
-    with op.batch_alter_table("features", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_features_run_id"), ["run_id"], unique=False)
+    op.create_index(op.f("ix_features_run_id"), "features", ["run_id"])
 
     op.create_table(
         "predictions",
@@ -526,72 +469,27 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_predictions_run_id_runs")),
         sa.PrimaryKeyConstraint("run_id", "cell_id", "rank", name=op.f("pk_predictions")),
     )
-    with op.batch_alter_table("predictions", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_predictions_cell_id"), ["cell_id"], unique=False)
+    op.create_index(op.f("ix_predictions_cell_id"), "predictions", ["cell_id"])
 
     guard_predictions()
 
 
 def downgrade() -> None:
-    with op.batch_alter_table("predictions", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_predictions_cell_id"))
-
     op.drop_table("predictions")
-    with op.batch_alter_table("features", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_features_run_id"))
-
     op.drop_table("features")
     op.drop_table("cells")
-    with op.batch_alter_table("split_members", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_split_members_image_id"))
-
     op.drop_table("split_members")
-    with op.batch_alter_table("segmentations", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_segmentations_run_id"))
-        batch_op.drop_index(batch_op.f("ix_segmentations_recipe_id"))
-        batch_op.drop_index(batch_op.f("ix_segmentations_mask_artifact_id"))
-        batch_op.drop_index(batch_op.f("ix_segmentations_flow_artifact_id"))
-
     op.drop_table("segmentations")
     op.drop_table("run_metrics")
-    with op.batch_alter_table("run_artifacts", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_run_artifacts_artifact_id"))
-
     op.drop_table("run_artifacts")
-    with op.batch_alter_table("jobs", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_jobs_run_id"))
-        batch_op.drop_index(batch_op.f("ix_jobs_recipe_id_jobs_status_jobs_id"))
-        batch_op.drop_index(batch_op.f("ix_jobs_image_id"))
-
     op.drop_table("jobs")
-    with op.batch_alter_table("image_files", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_image_files_sha256"))
-        batch_op.drop_index(batch_op.f("ix_image_files_name"))
-
     op.drop_table("image_files")
-    with op.batch_alter_table("runs", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_runs_stage_runs_recipe_id"))
-        batch_op.drop_index(batch_op.f("ix_runs_split_id"))
-        batch_op.drop_index(batch_op.f("ix_runs_parent_id"))
-
     op.drop_table("runs")
-    with op.batch_alter_table("images", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_images_core_name"))
-
     op.drop_table("images")
-    with op.batch_alter_table("wells", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_wells_treatment_id"))
-
     op.drop_table("wells")
     op.drop_table("splits")
-    with op.batch_alter_table("recipe_inputs", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_recipe_inputs_input_id"))
-
     op.drop_table("recipe_inputs")
     op.drop_table("feature_sets")
-    with op.batch_alter_table("treatments", schema=None) as batch_op:
-        batch_op.drop_index(batch_op.f("ix_treatments_pert_iname"))
-
     op.drop_table("treatments")
     op.drop_table("recipes")
     op.drop_table("plates")

@@ -45,12 +45,14 @@ def test_tiffs_of_any_compression(tmp_path: Path, compression: str | None) -> No
     assert (info.size_bytes, info.mtime_ns) == (path.stat().st_size, path.stat().st_mtime_ns)
 
 
-def test_the_first_page_is_the_plane(tmp_path: Path) -> None:
+def test_several_planes_in_a_file_are_refused_not_guessed_at(tmp_path: Path) -> None:
     path = tmp_path / "pages.tif"
     with tifffile.TiffWriter(path) as writer:
         writer.write(GRADIENT)
         writer.write(GRADIENT[:2] + 1)
-    np.testing.assert_array_equal(read_plane(path), GRADIENT)
+    for read in (probe, read_plane):
+        with pytest.raises(ImageError, match="2 planes"):
+            read(path)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
