@@ -78,15 +78,26 @@ def _holding(folder: Path) -> Path:
 
 
 def _read_marker(folder: Path) -> StoreSettings:
+    database = os.environ.get(ENV_DATABASE) or written_database(folder)
+    return StoreSettings(folder.resolve(), database)
+
+
+def written_database(folder: Path) -> str | None:
+    """Return the URL that the marker in ``folder`` holds; ``None``: the embedded database.
+
+    Raises:
+        UserInputError: the marker cannot be read.
+
+    """
     marker = folder / MARKER
     try:
         values = tomllib.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserInputError(f"{marker} cannot be read: {error}.") from error
-    database = os.environ.get(ENV_DATABASE) or values.get("database")
+    database = values.get("database")
     if database is not None and not isinstance(database, str):
         raise UserInputError(f"{marker}: 'database' should be a URL in quotes.")
-    return StoreSettings(folder.resolve(), database)
+    return database
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,8 @@ def ingest(
     Two shapes of tables are known: the published one (FileName_OrigRNA, Metadata_pert_iname,
     Metadata_target; plate by --plate) and CellProfiler LoadData (FileName_Orig<channel>,
     PathName_Orig<channel>, Metadata_Plate, Metadata_Well, Metadata_Site). Rows that cannot be
-    used are listed with their line numbers; the others are stored. Doing it again changes
-    nothing, but for files that were missing and are there now.
+    used are listed with their line numbers, and the command then ends with 1; the others are
+    stored. Doing it again changes nothing, but for files that were missing and are there now.
 
     \b
     Example:
@@ -160,6 +160,8 @@ def ingest(
     if result.rows and len(result.refused) == result.rows:
         say("Error: No row of the table could be used; the reasons are above.")
         raise typer.Exit(2)
+    if result.refused or result.problems:
+        raise typer.Exit(1)
 
 
 def _show_ingest(result: IngestResult) -> None:
@@ -251,7 +253,7 @@ def db_current(ctx: typer.Context, store: StoreOption = None) -> None:
 
     workspace = _connected(ctx, store)
     current = migrate.current(workspace.database)
-    render.facts([("store", current or "no tables yet"), ("cellstore", migrate.head())])
+    render.facts([("store", current or "none"), ("cellstore", migrate.head())])
 
 
 def _connected(ctx: typer.Context, given: Path | None) -> Workspace:

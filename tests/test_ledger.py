@@ -91,6 +91,46 @@ def test_passwords_are_masked_in_the_command(monkeypatch, word: str):
     assert "me:***@host" in line
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:it's s3cret@host/name",
+        'postgresql://me:a"s3cret"/b@host/name',
+        "postgresql://me:s3@cret:s3cret@host/name",
+        "postgresql://me:x\ns3cret@host/name",
+        "postgresql://me@/name?host=/run&password=s3cret&port=1",
+        "postgresql://me@/name?sslpassword=it's a s3cret&host=/run",
+        "postgresql://me:s3cret@/name?PASSFILE=s3cret",
+    ],
+)
+@pytest.mark.parametrize("option", [(), ("--database",), ("--database=",)])
+def test_no_way_to_type_a_password_reaches_the_ledger(monkeypatch, url: str, option):
+    words = [f"{option[0]}{url}"] if option and option[0].endswith("=") else [*option, url]
+    monkeypatch.setattr(ledger.sys, "argv", ["cellstore", "init", *words, "last"])
+    line = ledger.command_line()
+    assert "s3" not in line
+    assert "postgresql://me" in line
+    assert "***" in line
+    assert line.endswith(" last")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "SELECT 'http://host:80/x', 'a@b', 1 FROM cells",
+        "postgresql://me@host:5432/name?host=/run",
+        "/data/plate:1/x@2.csv",
+    ],
+)
+def test_words_without_a_password_are_kept_as_typed(word: str):
+    assert ledger.without_passwords(word) == word
+
+
+def test_a_url_inside_a_question_is_masked_and_the_rest_kept():
+    masked = ledger.without_passwords("SELECT 'postgresql://me:s3cret@host/x' AS a, 'b@c' AS d")
+    assert masked == "SELECT 'postgresql://me:***@host/x' AS a, 'b@c' AS d"
+
+
 def test_a_file_is_kept_once_and_linked_to_its_runs(workspace: Workspace):
     stored = workspace.artifacts.write(ArtifactKind.CHECKPOINT, b"weights", ".bin")
     recipe = recipe_of(workspace)

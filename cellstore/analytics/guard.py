@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 
 from ..errors import QueryError
 
+T = TypeVar("T")
+POLL_SECONDS = 0.1
 Parameters = Sequence[object] | Mapping[str, object]
 
 _READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
-_WRITING = re.compile(r"\b(insert|update|delete|merge|copy|create|drop|alter)\b", re.IGNORECASE)
+_WRITING = re.compile(
+    r"\b(insert|update|delete|truncate|merge|copy|create|drop|alter)\b", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,10 @@ class Limits:
 
 
 def locked_connection(limits: Limits, spill: Path) -> duckdb.DuckDBPyConnection:
-    """Return a database in memory whose queries see no file and no network.
+    """Return a database in memory whose queries see no network and no file outside ``spill``.
 
-    ``spill`` takes what does not fit into memory. No query can change these settings.
+    ``spill`` takes what does not fit into memory. DuckDB lets queries read that folder, so it
+    must be of this connection alone. No query can change these settings.
     """
     connection = duckdb.connect(":memory:")
     settings = {
@@ -77,48 +83,85 @@ def only_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
 def _changes(sql: str) -> bool:
     """Whether a verb of writing stands where a statement begins: at the start or after a bracket.
 
-    DuckDB calls ``WITH x AS (INSERT ...) SELECT`` a reading statement.
+    DuckDB calls ``WITH x AS (INSERT ...) SELECT`` a reading statement, and so with another
+    ``WITH y AS (...)`` before ``INSERT``. A column named such a verb right after ``)`` takes
+    ``AS`` or quotes.
     """
     bare = without_text(sql)
     return any(
-        re.search(r"(^|\(|explain|analyze)\s*$", bare[: match.start()], re.IGNORECASE)
+        re.search(r"(^|[()]|explain|analyze)\s*$", bare[: match.start()], re.IGNORECASE)
         for match in _WRITING.finditer(bare)
     )
 
 
 def without_text(sql: str) -> str:
     """Return ``sql`` with comments, string literals and quoted names blanked out."""
-    pattern = r"--[^\n]*|/\*.*?\*/|'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|\$(\w*)\$.*?\$\1\$"
+    pattern = (
+        r"--[^\n]*|/\*.*?\*/|\b[eE]'(?:[^'\\]|''|\\.)*'|'(?:[^']|'')*'"
+        r"|\"(?:[^\"]|\"\")*\"|\$(\w*)\$.*?\$\1\$"
+    )
     return re.sub(pattern, " ", sql, flags=re.DOTALL)
 
 
-@contextmanager
-def time_limit(connection: duckdb.DuckDBPyConnection, seconds: float) -> Iterator[None]:
-    """Interrupt what runs on ``connection`` after so many seconds.
+def run_limited(connection: duckdb.DuckDBPyConnection, seconds: float, work: Callable[[], T]) -> T:
+    """Return what ``work`` returns, which may keep ``connection`` busy for so many seconds.
+
+    It runs in a thread of its own: waiting for DuckDB, Python would not hear Ctrl-C.
 
     Raises:
-        QueryError: it took longer.
+        QueryError: it took longer, or DuckDB said that the question is wrong.
     """
-    timer = threading.Timer(seconds, connection.interrupt)
-    timer.daemon = True
-    timer.start()
+    job: Future[T] = Future()
+    worker = threading.Thread(
+        target=_fulfil, args=(job, work), daemon=True, name="cellstore-question"
+    )
+    worker.start()
+    late = False
     try:
-        yield
-    except duckdb.InterruptException as error:
+        late = not _ends(job, seconds)
+    finally:
+        _stop(connection, job)
+        worker.join()
+    return _outcome(job, seconds if late else None)
+
+
+def _fulfil(job: Future[T], work: Callable[[], T]) -> None:
+    try:
+        job.set_result(work())
+    except BaseException as error:
+        job.set_exception(error)
+
+
+def _ends(job: Future[T], seconds: float) -> bool:
+    # Not Thread.join: interrupted by Ctrl-C, Python 3.11 takes a living thread for an ended one.
+    deadline = time.monotonic() + seconds
+    while not job.done() and (left := deadline - time.monotonic()) > 0:
+        wait([job], min(left, POLL_SECONDS))
+    return job.done()
+
+
+def _stop(connection: duckdb.DuckDBPyConnection, job: Future[T]) -> None:
+    while not job.done():
+        connection.interrupt()  # again and again: between two statements it is not heard
+        wait([job], POLL_SECONDS)
+
+
+def _outcome(job: Future[T], passed: float | None) -> T:
+    try:
+        return job.result()
+    except (duckdb.Error, OSError) as error:  # OSError: DuckDB's, while Arrow fetches the answer
+        if passed is None:
+            raise explained(error) from error
         raise QueryError(
-            f"The question took longer than {seconds:g} seconds and was stopped. "
+            f"The question took longer than {passed:g} seconds and was stopped. "
             "Ask for less, or allow more time."
         ) from error
-    except duckdb.Error as error:
-        raise explained(error) from error
-    finally:
-        timer.cancel()
 
 
-def explained(error: duckdb.Error) -> QueryError:
+def explained(error: Exception) -> QueryError:
     """Return the sentence for what DuckDB said."""
     text = str(error)
-    if isinstance(error, duckdb.OutOfMemoryException):
+    if isinstance(error, duckdb.OutOfMemoryException) or text.startswith("Out of Memory"):
         return QueryError("The question needs more memory than allowed. Ask for less at a time.")
     if isinstance(error, duckdb.PermissionException):
         return QueryError("A question sees the tables of the store only, no files, no network.")

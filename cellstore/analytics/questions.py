@@ -1,6 +1,6 @@
 """Any question about a store, answered by DuckDB.
 
-Small tables are read live from the database; the rows that finished runs wrote into the big ones
+Small tables are read live from the database; the rows that ended runs wrote into the big ones
 come from snapshots. All that one ``Questions`` answers belongs to one moment of the database, and
 a table is read when the first question needs it.
 """
@@ -8,8 +8,10 @@ a table is read when the first question needs it.
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import duckdb
@@ -18,7 +20,7 @@ from pyarrow.dataset import dataset
 
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..runs.workspace import Workspace
-from ..terms import Stage
+from ..terms import Stage, Status
 from .guard import (
     Limits,
     Parameters,
@@ -26,7 +28,7 @@ from .guard import (
     locked_connection,
     only_reading,
     parameters_of,
-    time_limit,
+    run_limited,
 )
 from .schema import TABLES, arrow_schema, create_statement, quoted
 from .snapshots import RunMark, rows_of_runs, snapshot
@@ -54,26 +56,45 @@ def open_questions(workspace: Workspace, limits: Limits | None = None) -> Iterat
         StorageError: the cache folder cannot be made.
     """
     limits = limits or Limits()
-    folder = _cache_folder(workspace)
-    with open_source(workspace.database) as source:
-        spill = workspace.settings.cache / "spill"
-        empty, full = (locked_connection(limits, spill) for _ in range(2))
-        try:
-            yield Questions(source, folder, limits, empty, full)
-        finally:
-            empty.close()
-            full.close()
+    cache = workspace.settings.cache
+    folder = _made(cache / "snapshots")
+    with (
+        open_source(workspace.database) as source,
+        _connection(limits, cache) as empty,
+        _connection(limits, cache) as full,
+    ):
+        yield Questions(source, folder, limits, empty, full)
 
 
-def _cache_folder(workspace: Workspace) -> Path:
-    folder = workspace.settings.cache / "snapshots"
+@contextmanager
+def _connection(limits: Limits, cache: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    spill = _private_folder(_made(cache / "spill"))
+    try:
+        with closing(locked_connection(limits, spill)) as connection:
+            yield connection
+    finally:
+        shutil.rmtree(spill, ignore_errors=True)
+
+
+def _made(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"The cache {folder} cannot be made: {error.strerror}. Mend the permissions."
-        ) from error
+        raise _unusable(folder, error) from error
     return folder.resolve()
+
+
+def _private_folder(parent: Path) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(dir=parent))
+    except OSError as error:
+        raise _unusable(parent, error) from error
+
+
+def _unusable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"The cache {folder} cannot be made: {error.strerror}. Mend the permissions."
+    )
 
 
 class Questions:
@@ -109,6 +130,7 @@ class Questions:
 
         Raises:
             QueryError: the statement is wrong, would write, reads files, or takes too much.
+            StorageError: the snapshots cannot be written.
         """
         statement = only_reading(self._empty, sql)
         bound = parameters_of(parameters)
@@ -137,8 +159,11 @@ class Questions:
         prefix = "" if re.match(r"\s*explain\b", statement, re.IGNORECASE) else "EXPLAIN "
         if _CATALOG_WORDS.match(statement) or re.match(r"\s*summarize\b", statement, re.I):
             return
-        with time_limit(self._empty, self._limits.seconds):
-            self._empty.execute(prefix + statement, bound)
+        run_limited(
+            self._empty,
+            self._limits.seconds,
+            lambda: self._empty.execute(prefix + statement, bound),
+        )
 
     def _tables_of(self, statement: str) -> set[str]:
         try:
@@ -158,12 +183,13 @@ class Questions:
     def _run(
         self, connection: duckdb.DuckDBPyConnection, statement: str, bound: object
     ) -> pa.Table:
-        with time_limit(connection, self._limits.seconds):
+        def work() -> pa.Table:
             relation = connection.sql(statement, params=bound)
             if relation is None:
                 raise QueryError("This statement has no answer; ask with SELECT.")
-            reader = relation.to_arrow_reader(ANSWER_ROWS)
-            return self._collected(reader)
+            return self._collected(relation.to_arrow_reader(ANSWER_ROWS))
+
+        return run_limited(connection, self._limits.seconds, work)
 
     def _collected(self, reader: pa.RecordBatchReader) -> pa.Table:
         batches, size = [], 0
@@ -190,8 +216,8 @@ class Questions:
         if name not in WRITERS:
             self._full.register(name, self._live(name))
             return
-        finished, others = self._runs(WRITERS[name])
-        files = [snapshot(self._folder, self._source, name, run) for run in finished]
+        ended, others = self._runs(WRITERS[name])
+        files = [snapshot(self._folder, self._source, name, run) for run in ended]
         # Handed over as an Arrow dataset: the connection itself may open no file at all.
         self._full.register(f"copied {name}", dataset(files, arrow_schema(TABLES[name])))
         self._full.register(f"live {name}", self._live(name, rows_of_runs(name, others or [-1])))
@@ -204,9 +230,17 @@ class Questions:
         return pa.Table.from_batches(batches, schema=arrow_schema(TABLES[name]))
 
     def _runs(self, stage: Stage) -> tuple[list[RunMark], list[int]]:
-        """Return the finished runs of a stage, and the numbers of the others."""
+        """Return the runs of a stage whose rows are final, and the numbers of the others.
+
+        A failed predict run may be gone on with; a failed run of another stage never is.
+        """
         self._load({"runs"})
-        query = "SELECT id, started_at::VARCHAR, ended_at::VARCHAR, status = 'done' FROM runs"
-        rows = self._full.execute(f"{query} WHERE stage = ? ORDER BY id", [stage.value]).fetchall()
-        finished = [RunMark(row[0], row[1], row[2]) for row in rows if row[3]]
-        return finished, [row[0] for row in rows if not row[3]]
+        final = [Status.DONE] if stage is Stage.PREDICT else [Status.DONE, Status.FAILED]
+        query = """
+            SELECT id, started_at::VARCHAR, ended_at::VARCHAR,
+                ended_at IS NOT NULL AND list_contains(?, status)
+            FROM runs WHERE stage = ? ORDER BY id
+        """
+        rows = self._full.execute(query, [[item.value for item in final], stage.value]).fetchall()
+        ended = [RunMark(row[0], row[1], row[2]) for row in rows if row[3]]
+        return ended, [row[0] for row in rows if not row[3]]

@@ -1,7 +1,7 @@
-"""Parquet copies of the rows that finished runs wrote.
+"""Parquet copies of the rows that ended runs wrote.
 
-A finished run's rows never change, so its copy is made once and found again by its name. The
-copies are a cache: without them the same rows are read from the database again.
+What a run wrote that nothing goes on with never changes, so its copy is made once and found again
+by its name. The copies are a cache: without them the same rows are read from the database again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class RunMark:
-    """What tells one finished run from any other, also after a store was made anew."""
+    """What tells one ended run from any other, also after a store was made anew."""
 
     id: int
     started_at: str

@@ -10,7 +10,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, inspect
 
 from ..errors import SchemaError
 from .models import METADATA
@@ -27,18 +27,30 @@ def head() -> str:
 
 
 def current(database: Database) -> str | None:
-    """Return the revision of the store, ``None`` if it has no tables yet."""
+    """Return the revision of the store, ``None`` if the database has none."""
     with _translated(database), database.engine.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
 
 def upgrade(database: Database, revision: str = "head") -> None:
-    """Bring the schema to ``revision``, all or nothing."""
+    """Bring the schema to ``revision``, all or nothing.
+
+    Raises:
+        SchemaError: it is newer than this library, or its mark is lost.
+
+    """
+    _refuse_unknown(database)
     _alembic(database, lambda config: command.upgrade(config, revision))
 
 
 def downgrade(database: Database, revision: str) -> None:
-    """Take the schema back to ``revision`` (``base``: no tables; all rows are lost)."""
+    """Take the schema back to ``revision`` (``base``: no tables; all rows are lost).
+
+    Raises:
+        SchemaError: it is newer than this library, or its mark is lost.
+
+    """
+    _refuse_unknown(database)
     _alembic(database, lambda config: command.downgrade(config, revision))
 
 
@@ -59,19 +71,35 @@ def ensure_current(database: Database) -> None:
     found, wanted = current(database), head()
     if found == wanted:
         return
+    _refuse_unknown(database)
     if found is None:
         raise SchemaError(
             f"The database {database.shown} holds no store. Make one with: cellstore init"
         )
-    if _knows(found):
-        raise SchemaError(
-            f"The store has the older schema {found}, this cellstore needs {wanted}. "
-            "Back it up, then run: cellstore db upgrade"
-        )
     raise SchemaError(
-        f"The store has the schema {found}, which is newer than this cellstore ({wanted}). "
-        "Update cellstore with: pip install --upgrade cellstore"
+        f"The store has the older schema {found}, this cellstore needs {wanted}. "
+        "Back it up, then run: cellstore db upgrade"
     )
+
+
+def _refuse_unknown(database: Database) -> None:
+    tables = _tables(database)  # first: another process may make tables and mark just now
+    found = current(database)
+    if found is None and tables:
+        raise SchemaError(
+            f"The database {database.shown} has tables ({', '.join(tables[:3])}, ...) but no mark "
+            "of their schema. Restore it from a backup, or use a database without tables."
+        )
+    if found is not None and not _knows(found):
+        raise SchemaError(
+            f"The store has the schema {found}, which is newer than this cellstore ({head()}). "
+            "Update cellstore with: pip install --upgrade cellstore"
+        )
+
+
+def _tables(database: Database) -> list[str]:
+    with _translated(database), database.engine.connect() as connection:
+        return sorted(set(inspect(connection).get_table_names()) & set(METADATA.tables))
 
 
 def _knows(revision: str) -> bool:

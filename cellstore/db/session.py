@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    NoSuchModuleError,
+    OperationalError,
+    ProgrammingError,
+)
 from sqlalchemy.exc import DatabaseError as SqlDatabaseError
 from sqlalchemy.orm import Session
 
 from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
 
 SQLITE_BUSY_MS = 30_000
+# libpq also takes secrets as parameters: password, passfile, sslpassword, scram_client_key, ...
+SECRET_PARAMETER = re.compile(r"pass|pwd|secret|scram_\w+_key", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,8 @@ class Database:
 
     @property
     def shown(self) -> str:
-        """The URL without its password, fit for people and logs."""
-        return self.engine.url.render_as_string(hide_password=True)
+        """The URL without its secrets, fit for people and logs."""
+        return without_secrets(self.engine.url).render_as_string()
 
     @contextmanager
     def begin(self) -> Iterator[Session]:
@@ -58,8 +67,10 @@ def _translated(database: Database) -> Iterator[None]:
     try:
         yield
     except SqlDatabaseError as error:
-        # Its other kinds (integrity, programming) are not about the database's own health.
-        if type(error) not in (SqlDatabaseError, OperationalError):
+        # Its other kinds (integrity, programming) are not about the database's own health,
+        # but for a parameter of the URL that the driver does not know.
+        unconnected = type(error) is ProgrammingError and error.statement is None
+        if not unconnected and type(error) not in (SqlDatabaseError, OperationalError):
             raise
         raise explain(error, database) from error
 
@@ -68,6 +79,12 @@ def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageErr
     """Return the sentence for a database that failed."""
     text = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else "no reason given"
     lowered = text.lower()
+    if "unable to open database file" in lowered or (database.is_sqlite and "readonly" in lowered):
+        return StorageError(
+            f"The database {database.shown} cannot be opened: {text}. Check that the file and its "
+            "folder exist and that you may write to both, which cellstore needs for reading, too. "
+            "An archived store can be used from a copy in a place that can be written."
+        )
     if (
         "full" in lowered
         or "readonly" in lowered
@@ -90,21 +107,40 @@ def parse_url(text: str) -> URL:
     """Return the URL of a database, with the driver that cellstore uses.
 
     Raises:
-        UserInputError: it is not a URL, or not of SQLite or PostgreSQL.
+        UserInputError: it is not a URL, or not of SQLite or PostgreSQL. The message does not
+            repeat the URL, which may hold a password.
 
     """
     try:
         url = make_url(text)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError):
+        # "from None": the reason may quote a piece of the password.
         raise UserInputError(
-            "The database URL cannot be read. It should look like postgresql://user@host/name."
-        ) from error
+            "The database URL cannot be read. It should look like "
+            "postgresql://user@host:5432/name, where the port is a number."
+        ) from None
     backend = url.get_backend_name()
     if backend in ("postgresql", "postgres"):
+        _refuse_stray_at(url)
         return url.set(drivername="postgresql+psycopg")
     if backend == "sqlite":
         return url.set(drivername="sqlite+pysqlite")
     raise UserInputError(f"cellstore works on SQLite and PostgreSQL, not on {backend!r}.")
+
+
+def _refuse_stray_at(url: URL) -> None:
+    # Of "bob:a@b@host" the piece "b@host" is taken for the host, and a host is shown.
+    if "@" in (url.host or "") + (url.database or ""):
+        raise UserInputError(
+            "The database URL has an '@' too many. Write an '@' in a password as %40, "
+            "and a '/' as %2F."
+        )
+
+
+def without_secrets(url: URL) -> URL:
+    """Return ``url`` without its password, and without the parameters that hold one."""
+    secret = [name for name in url.query if SECRET_PARAMETER.search(name)]
+    return url._replace(password=None).difference_update_query(secret)
 
 
 def connect(url: URL) -> Database:

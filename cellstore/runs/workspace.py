@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sqlalchemy import URL
+
 from ..artifacts import ArtifactFolder, write_atomically
-from ..config import MARKER, StoreSettings
+from ..config import ENV_DATABASE, MARKER, StoreSettings, find_store, written_database
 from ..db import migrate
-from ..db.session import Database, connect, parse_url, sqlite_url
-from ..errors import StoreError
+from ..db.session import Database, connect, parse_url, sqlite_url, without_secrets
+from ..errors import StoreError, UserInputError
 from ..progress import Progress, Silent
+
+SQLITE_PAGE = 4096  # bytes, of a new database
 
 
 @dataclass(frozen=True)
@@ -55,18 +63,25 @@ def connect_workspace(settings: StoreSettings, progress: Progress | None = None)
 def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace, bool]:
     """Make a store in ``root``; return it and whether it is new. An existing one is kept.
 
-    The URL is kept without its password.
+    The URL is kept without its secrets. Without ``database`` the one of
+    ``CELLSTORE_DATABASE_URL`` is taken, else the embedded one. What fails leaves nothing.
 
     Raises:
+        UserInputError: the URL is none of ours, or the store is on another database.
         StorageError: the folder cannot be written.
         SchemaError: the database holds a store of another version.
 
     """
-    marker = root / MARKER
-    existed = marker.is_file()
-    if not existed:
-        write_atomically(marker, _marker_text(database).encode())
-    settings = StoreSettings(root.resolve(), database)
+    root = root.resolve()
+    if (root / MARKER).is_file():
+        return _migrated(_settings_of_existing(root, database)), False
+    database = database or os.environ.get(ENV_DATABASE) or None
+    with _undone_by_errors(root):
+        write_atomically(root / MARKER, _marker_text(database).encode())
+        return _migrated(StoreSettings(root.resolve(), database)), True
+
+
+def _migrated(settings: StoreSettings) -> Workspace:
     workspace = Workspace(settings, _database(settings), ArtifactFolder(settings.artifacts))
     try:
         if migrate.current(workspace.database) is None:
@@ -74,21 +89,65 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
         migrate.ensure_current(workspace.database)
     except BaseException:
         workspace.database.close()
-        if not existed:
-            marker.unlink(missing_ok=True)
         raise
-    return workspace, not existed
+    return workspace
+
+
+def _settings_of_existing(root: Path, database: str | None) -> StoreSettings:
+    found = find_store(root)
+    asked = database or found.database
+    settings = StoreSettings(found.root, asked)
+    written = _shown(StoreSettings(found.root, written_database(root)))
+    if _shown(settings) != written:
+        raise UserInputError(
+            f"There is already a store in {root}, on the database {written}; it cannot be made "
+            f"on {_shown(settings)}. Make that one in another folder, or leave --database and "
+            f"{ENV_DATABASE} out."
+        )
+    return settings
+
+
+@contextmanager
+def _undone_by_errors(root: Path) -> Iterator[None]:
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    sqlite = StoreSettings(root).sqlite
+    had_sqlite = sqlite.exists()
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            (root / MARKER).unlink(missing_ok=True)
+            if not had_sqlite and _holds_no_table(sqlite):
+                sqlite.unlink()
+            for folder in made:
+                folder.rmdir()  # only if it is empty
+        raise
+
+
+def _holds_no_table(sqlite: Path) -> bool:
+    # A table has a page of its own, after the first page with the list of tables.
+    wal = sqlite.with_name(f"{sqlite.name}-wal")
+    return sqlite.is_file() and not wal.exists() and sqlite.stat().st_size <= SQLITE_PAGE
+
+
+def _url(settings: StoreSettings) -> URL:
+    if settings.database is None:
+        return sqlite_url(settings.sqlite)
+    return parse_url(settings.database)
 
 
 def _database(settings: StoreSettings) -> Database:
-    if settings.database is None:
-        return connect(sqlite_url(settings.sqlite))
-    return connect(parse_url(settings.database))
+    return connect(_url(settings))
+
+
+def _shown(settings: StoreSettings) -> str:
+    return without_secrets(_url(settings)).render_as_string()
 
 
 def _marker_text(database: str | None) -> str:
     lines = ["# This folder is a cellstore. See: cellstore status", "format = 1"]
     if database is not None:
-        shown = parse_url(database)._replace(password=None).render_as_string()
-        lines.append(f'database = "{shown}"  # the password comes from the environment')
+        # JSON escapes quotes and backslashes as TOML does.
+        shown = json.dumps(without_secrets(parse_url(database)).render_as_string())
+        lines.append(f"database = {shown}  # the password comes from the environment")
     return "\n".join(lines) + "\n"

@@ -109,6 +109,31 @@ def test_snapshots_are_made_once_and_only_for_finished_runs(workspace: Workspace
     assert made.stat().st_mtime_ns == before
 
 
+def test_rows_of_failed_runs_are_copied_unless_they_may_be_gone_on_with(
+    workspace: Workspace,
+) -> None:
+    make = Factory(workspace)
+    image = make.image(make.well(make.plate(), 1, 1))
+    failed, running = (
+        make.run(Stage.SEGMENT, status=status) for status in (Status.FAILED, Status.RUNNING)
+    )
+    cells = make.cells_of(make.segmentation(image, failed, 3))
+    make.segmentation(image, running, 2)
+    predict = make.run(Stage.PREDICT, status=Status.FAILED)
+    label = make.label("DMSO")
+    make.predict(predict, cells[:1], [[(label, 1.0)]])
+    both = "SELECT (SELECT count(*) FROM cells) * 10 + (SELECT count(*) FROM predictions)"
+    with open_questions(workspace) as questions:
+        assert one(questions, both) == 51
+    (made,) = snapshot_files(workspace)
+    assert made.name.startswith(f"cells-run{failed.id}-")
+    assert pq.read_metadata(made).num_rows == 3
+    make.predict(predict, cells[1:], [[(label, 1.0)]] * 2)
+    with open_questions(workspace) as questions:
+        assert one(questions, both) == 53
+    assert snapshot_files(workspace) == [made]
+
+
 @pytest.mark.parametrize("harm", ["delete", "cut", "empty", "half-written"])
 def test_lost_or_damaged_snapshots_change_nothing(sqlite_workspace: Workspace, harm: str) -> None:
     small_screen(sqlite_workspace)
@@ -164,6 +189,10 @@ WRITES = [
     "CREATE TABLE t AS SELECT 1",
     "COPY plates TO 'out.csv'",
     "WITH x AS (INSERT INTO plates VALUES (9, 'x', 'y') RETURNING *) SELECT * FROM x",
+    "WITH x AS (WITH y AS (SELECT 1) INSERT INTO plates VALUES (9, 'x', 'y') RETURNING *) FROM x",
+    "WITH x AS (WITH y AS (SELECT 1) DELETE FROM plates RETURNING *) SELECT * FROM x",
+    "WITH x AS (TRUNCATE plates) SELECT 1",
+    "WITH q AS (SELECT E'\\''), x AS (DELETE FROM plates RETURNING *) SELECT '' FROM x",
     "EXPLAIN ANALYZE INSERT INTO plates VALUES (9, 'x', 'y')",
     "SELECT 1; DROP TABLE plates",
     "ATTACH 'other.db'",
@@ -199,8 +228,19 @@ def test_what_is_more_than_reading_is_refused(
         with pytest.raises(QueryError) as caught:
             questions.ask(sql)
         assert one(questions, "SELECT count(*) FROM plates") == 1
+        assert sorted(root.rglob("*")) == before
     assert len(str(caught.value).splitlines()) == 1
-    assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("sql", [sql for sql in WRITES if sql.startswith("WITH")])
+def test_writing_inside_a_question_is_refused_before_it_runs(
+    sqlite_workspace: Workspace, sql: str
+) -> None:
+    with (
+        open_questions(sqlite_workspace) as questions,
+        pytest.raises(QueryError, match="can only read"),
+    ):
+        questions.ask(sql)
 
 
 def test_words_of_writing_in_texts_and_names_are_no_writing(sqlite_workspace: Workspace) -> None:
@@ -208,6 +248,46 @@ def test_words_of_writing_in_texts_and_names_are_no_writing(sqlite_workspace: Wo
     with open_questions(sqlite_workspace) as questions:
         assert questions.ask(sql).to_pylist() == [{"insert": "drop", "x": 1}]
     assert "drop" not in without_text("SELECT $tag$ (drop $tag$, 'it''s (drop'")
+
+
+@pytest.mark.parametrize(
+    ("sql", "wanted"),
+    [
+        ("SELECT count(*) FROM plates", {"count_star()": 0}),
+        ('SELECT count(*) "update" FROM plates', {"update": 0}),
+        ("SELECT count(*) AS delete FROM plates", {"delete": 0}),
+        ("WITH y AS (SELECT 2 AS copy) SELECT copy FROM y", {"copy": 2}),
+        ("SELECT E'it\\'s (drop' AS x", {"x": "it's (drop"}),
+    ],
+)
+def test_brackets_and_columns_named_like_verbs_are_no_writing(
+    sqlite_workspace: Workspace, sql: str, wanted: dict[str, object]
+) -> None:
+    with open_questions(sqlite_workspace) as questions:
+        assert questions.ask(sql).to_pylist() == [wanted]
+
+
+def test_what_others_leave_in_the_cache_cannot_be_read(sqlite_workspace: Workspace) -> None:
+    spill = sqlite_workspace.settings.cache.resolve() / "spill"
+    spill.mkdir(parents=True)
+    (spill / "f.txt").write_text("secret")
+    with open_questions(sqlite_workspace) as one_user, open_questions(sqlite_workspace) as other:
+        own = Path(str(one(one_user, "SELECT current_setting('temp_directory')")))
+        (own / "f.txt").write_text("spilled")
+        assert own.parent == spill
+        assert own.stat().st_mode & 0o777 == 0o700
+        for path in (spill / "f.txt", own / "f.txt", own / ".." / "f.txt"):
+            with pytest.raises(QueryError, match="no files"):
+                other.ask("SELECT * FROM read_text(?)", [str(path)])
+            with pytest.raises(QueryError, match="no files"):
+                other.ask(f"SELECT * FROM read_text('{path}')")
+    assert [path.name for path in spill.iterdir()] == ["f.txt"]
+
+
+def test_what_does_not_fit_into_memory_is_spilled(sqlite_workspace: Workspace) -> None:
+    query = "SELECT max(j) FROM (SELECT i AS j FROM range(6000000) t(i) ORDER BY hash(i))"
+    with open_questions(sqlite_workspace, Limits(memory_mb=64)) as questions:
+        assert one(questions, query) == 5_999_999
 
 
 def test_variables_of_the_program_are_out_of_reach(sqlite_workspace: Workspace) -> None:
@@ -243,6 +323,24 @@ def test_a_question_that_runs_forever_is_stopped(sqlite_workspace: Workspace) ->
         with pytest.raises(QueryError, match=r"longer than 0\.3 seconds"):
             questions.ask(forever)
         assert one(questions, "SELECT 1") == 1
+
+
+def test_an_answer_that_never_ends_is_stopped(sqlite_workspace: Workspace) -> None:
+    # Here it is Arrow that waits for DuckDB, and its error that tells.
+    endless = "SELECT i FROM range(100000000000) AS t(i) WHERE i % 1000 = 0"
+    with open_questions(sqlite_workspace, Limits(seconds=0.3)) as questions:
+        with pytest.raises(QueryError, match=r"longer than 0\.3 seconds"):
+            questions.ask(endless)
+        assert one(questions, "SELECT 1") == 1
+
+
+def test_a_mistake_found_after_the_first_rows_is_one_sentence(sqlite_workspace: Workspace) -> None:
+    query = "SELECT CASE WHEN i = 2000000 THEN error('odd row') ELSE 1 END FROM range(3000000) t(i)"
+    with (
+        open_questions(sqlite_workspace) as questions,
+        pytest.raises(QueryError, match="cannot be answered: odd row"),
+    ):
+        questions.ask(query)
 
 
 def test_an_answer_too_large_is_refused(sqlite_workspace: Workspace) -> None:

@@ -27,7 +27,22 @@ def test_init_with_a_database_out_of_reach_leaves_nothing(cellstore, tmp_path):
     )
     assert said.err.startswith("Error: ")
     assert "s3cret" not in said.err
-    assert not Path("store/cellstore.toml").exists()
+    assert not Path("store").exists()
+
+
+def test_init_with_a_url_that_cannot_be_read_is_one_sentence(cellstore):
+    said = cellstore("init", "x", "--database", "postgresql://bob:s3cret@host:port/x", code=2)
+    assert said.err.startswith("Error: The database URL cannot be read")
+    assert "s3cret" not in said.err
+    assert not Path("x").exists()
+
+
+def test_init_of_an_existing_store_on_another_database_is_refused(cellstore, store):
+    said = cellstore("init", store, "--database", "postgresql://me:s3cret@server/x", code=2)
+    assert said.err.startswith("Error: There is already a store")
+    assert said.err.count("\n") == 1
+    assert "s3cret" not in said.err
+    assert cellstore("status", "--json", "--store", store).json["images"] == 12
 
 
 @pytest.mark.parametrize("words", [["--store", "store", "status"], ["status", "--store", "store"]])
@@ -61,12 +76,12 @@ def test_rows_that_cannot_be_used_are_listed_by_reason(cellstore, store, tmp_pat
     lines += [f"x{number}.tif,P1,ZZ9{number},1,DMSO" for number in range(12)]
     lines += ["good.tif,P1,H12,1,DMSO"]
     (tmp_path / "bad.csv").write_text("\n".join(lines))
-    said = cellstore("ingest", "bad.csv", "--store", store)
+    said = cellstore("ingest", "bad.csv", "--store", store, code=1)
     assert "12 rows" in said.out
     assert "line 2:" in said.out
     assert "line 12:" not in said.out
     assert "and 2 more" in said.out
-    result = cellstore("ingest", "bad.csv", "--store", store, "--json").json
+    result = cellstore("ingest", "bad.csv", "--store", store, "--json", code=1).json
     assert [item["line"] for item in result["refused"]] == list(range(2, 14))
 
 
@@ -114,7 +129,19 @@ def test_a_newer_store_is_refused_with_the_command(cellstore, store):
     with sqlite3.connect(store / "cellstore.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     connection.close()
-    assert "pip install --upgrade" in cellstore("status", "--store", store, code=2).err
+    for words in (("status",), ("db", "upgrade"), ("db", "check"), ("init", store)):
+        assert "pip install --upgrade" in cellstore(*words, "--store", store, code=2).err
+    assert "9999" in cellstore("db", "current", "--store", store).out
+
+
+def test_a_lost_mark_of_the_schema_is_one_sentence(cellstore, store):
+    with sqlite3.connect(store / "cellstore.db") as connection:
+        connection.execute("DELETE FROM alembic_version")
+    connection.close()
+    for words in (("status",), ("db", "upgrade")):
+        said = cellstore(*words, "--store", store, code=2)
+        assert "no mark of their schema" in said.err
+        assert said.err.count("\n") == 1
 
 
 def test_a_lost_database_is_one_sentence(cellstore, store):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import signal
+import subprocess
+import sys
+import time
 
 import pyarrow.parquet
 import pytest
@@ -89,3 +93,43 @@ def test_what_is_no_question_is_refused_in_one_sentence(cellstore, store, tmp_pa
 def test_control_characters_do_not_reach_the_terminal(cellstore, store):
     said = cellstore("sql", "SELECT chr(27) || '[31mred' AS text", "--store", store)
     assert "\x1b" not in said.out
+
+
+SIGNALLED = """
+import signal, threading, time
+from cellstore_cli.main import run
+
+def tell():
+    for _ in range(60):
+        before = set(threading.enumerate())
+        time.sleep(0.5)
+        if any(t.name == "cellstore-question" for t in before & set(threading.enumerate())):
+            break
+    print("asking", flush=True)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the parent ignores it
+threading.Thread(target=tell, daemon=True).start()
+run()
+"""
+"""The command line, which says when a question has been going on for half a second."""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a single process")
+def test_ctrl_c_ends_a_question(store):
+    query = "SELECT sum(a.range * b.range) FROM range(10000000) a, range(10000000) b"
+    words = [sys.executable, "-c", SIGNALLED, "sql", query, "--store", str(store)]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.readline() == "asking\n"
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 130, said
+    assert time.monotonic() - began < 10
+    assert said.startswith("Stopped.")
+    assert "Traceback" not in said
+    assert list(store.glob("cache/spill/*")) == []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tomllib
+import traceback
 from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,7 +18,7 @@ from cellstore.config import StoreSettings
 from cellstore.db import migrate
 from cellstore.db.models import METADATA
 from cellstore.db.session import Database, connect, parse_url
-from cellstore.errors import DatabaseError, SchemaError, UserInputError
+from cellstore.errors import DatabaseError, SchemaError, StorageError, UserInputError
 from cellstore.runs import Workspace, create_workspace, open_workspace
 
 NAMES = re.compile(r"^(pk|fk|uq|ix|ck)_[a-z0-9_]+$")
@@ -112,20 +115,152 @@ def test_a_database_out_of_reach_is_one_sentence(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_no_store_is_left_where_its_database_is_out_of_reach(tmp_path):
+@pytest.mark.parametrize("folder", ["", "store", "deep/store"])
+def test_no_store_is_left_where_its_database_is_out_of_reach(tmp_path, folder):
     with pytest.raises(DatabaseError):
-        create_workspace(tmp_path / "store", f"postgresql://nobody@/none?host={tmp_path}")
-    assert not (tmp_path / "store" / "cellstore.toml").exists()
+        create_workspace(tmp_path / folder, f"postgresql://nobody@/none?host={tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_leaves_what_was_there_before(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise StorageError("full")
+
+    monkeypatch.setattr(migrate, "upgrade", full)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    for folder in ("mine", "new"):
+        with pytest.raises(StorageError):
+            create_workspace(tmp_path / folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
+def test_an_error_never_takes_a_database_that_has_tables(tmp_path, monkeypatch):
+    create_workspace(tmp_path)[0].database.close()
+    (tmp_path / "cellstore.toml").unlink()
+    monkeypatch.setattr(migrate, "head", lambda: "9999")
+    with pytest.raises(SchemaError):
+        create_workspace(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cellstore.db"]
+
+
+def test_tables_without_a_mark_are_told_and_left_alone(workspace):
+    with workspace.database.begin() as session:
+        session.execute(text("DELETE FROM alembic_version"))
+    root = workspace.settings.root
+    for action in (
+        lambda: open_workspace(workspace.settings),
+        lambda: migrate.upgrade(workspace.database),
+        lambda: create_workspace(root),
+    ):
+        with pytest.raises(SchemaError, match=r"no mark of their schema.*backup"):
+            action()
+    assert tables(workspace.database) == set(METADATA.tables)
+    assert (root / "cellstore.toml").exists()
+
+
+def test_upgrading_a_newer_schema_is_refused_with_the_command(workspace):
+    set_revision(workspace.database, "9999")
+    for action in (migrate.upgrade, lambda database: migrate.downgrade(database, "base")):
+        with pytest.raises(SchemaError, match=r"newer than this cellstore.*pip install --upgrade"):
+            action(workspace.database)
+
+
+def test_a_folder_that_is_gone_is_one_sentence_with_what_to_check(tmp_path):
+    settings = StoreSettings(tmp_path, f"sqlite:///{tmp_path}/gone/x.db")
+    with pytest.raises(
+        StorageError, match=r"cannot be opened: .*Check that the file and its folder exist"
+    ):
+        open_workspace(settings)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes all")
+def test_a_store_that_cannot_be_written_is_one_sentence_with_what_to_do(tmp_path):
+    workspace, _ = create_workspace(tmp_path / "store")
+    workspace.database.close()
+    (tmp_path / "store" / "cellstore.db").chmod(0o444)
+    (tmp_path / "store").chmod(0o555)
+    try:
+        with pytest.raises(StorageError, match="from a copy"):
+            open_workspace(workspace.settings)
+    finally:
+        (tmp_path / "store").chmod(0o755)
+
+
+def test_a_readonly_database_is_told_what_to_do(sqlite_workspace: Workspace):
+    def write() -> None:
+        with sqlite_workspace.database.read() as session:
+            session.execute(text("PRAGMA query_only = ON"))
+            session.execute(text("DELETE FROM plates"))
+
+    with pytest.raises(StorageError, match=r"readonly.*from a copy"):
+        write()
+
+
+def in_marker(root: Path) -> str:
+    return (root / "cellstore.toml").read_text()
+
+
+@pytest.mark.postgres
+def test_an_existing_store_is_opened_through_its_marker(postgres_server, tmp_path):
+    url = postgres_server.new_database()
+    create_workspace(tmp_path, url)[0].database.close()
+    again, new = create_workspace(tmp_path)
+    again.database.close()
+    assert not new
+    assert again.database.engine.url.database == make_url(url).database
+    assert not (tmp_path / "cellstore.db").exists()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_an_existing_store_does_not_move_to_another_database(
+    postgres_server, tmp_path, monkeypatch, by_environment
+):
+    create_workspace(tmp_path)[0].database.close()
+    before = in_marker(tmp_path)
+    url = make_url(postgres_server.new_database()).set(password="s3cret").render_as_string(False)
+    if by_environment:
+        monkeypatch.setenv("CELLSTORE_DATABASE_URL", url)
+    with pytest.raises(UserInputError, match=r"already a store.*sqlite.*postgresql") as caught:
+        create_workspace(tmp_path, None if by_environment else url)
+    assert "s3cret" not in str(caught.value)
+    assert in_marker(tmp_path) == before
+    untouched = connect(parse_url(url))
+    assert tables(untouched) == set()
+    untouched.close()
+
+
+@pytest.mark.postgres
+def test_the_same_database_with_its_password_is_no_other(postgres_server, tmp_path):
+    url = make_url(postgres_server.new_database())
+    create_workspace(tmp_path, url.render_as_string(False))[0].database.close()
+    full = url.set(password="s3cret").update_query_dict({"passfile": "/s3cret"})
+    again, new = create_workspace(tmp_path, full.render_as_string(False))
+    again.database.close()
+    assert (new, again.database.engine.url.password) == (False, "s3cret")
+
+
+@pytest.mark.postgres
+def test_the_environment_names_the_database_of_a_new_store(postgres_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CELLSTORE_DATABASE_URL", postgres_server.new_database())
+    create_workspace(tmp_path)[0].database.close()
+    assert "postgresql" in in_marker(tmp_path)
+    assert not (tmp_path / "cellstore.db").exists()
 
 
 def test_the_password_is_neither_shown_nor_kept(postgres_server, tmp_path):
-    url = make_url(postgres_server.new_database()).set(password="s3cret").render_as_string(False)
-    workspace, _ = create_workspace(tmp_path / "store", url)
+    secret = {"password": "s3cret", "passfile": "/s3cret", "sslpassword": "s3cret"}
+    url = make_url(postgres_server.new_database()).set(password="s3cret")
+    full = url.update_query_dict(secret).render_as_string(hide_password=False)
+    assert full.count("s3cret") == 4
+    workspace, _ = create_workspace(tmp_path / "store", full)
     try:
         assert "s3cret" not in workspace.database.shown
         kept = (tmp_path / "store" / "cellstore.toml").read_text()
         assert "s3cret" not in kept
         assert "postgresql" in kept
+        assert parse_url(tomllib.loads(kept)["database"]).query["host"] == url.query["host"]
     finally:
         workspace.database.close()
 
@@ -134,6 +269,40 @@ def test_the_password_is_neither_shown_nor_kept(postgres_server, tmp_path):
 def test_what_is_no_url_of_ours_is_refused(text):
     with pytest.raises(UserInputError):
         parse_url(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://bob:s3cret@host:port/x",
+        "postgresql://bob:@s3cret@host/x",
+        "postgresql://bob:@s3cret:s3cret/x",
+        "postgresql://bob:@h/s3cret@host/x",
+        "s3cret",
+    ],
+)
+def test_a_url_that_is_refused_is_not_repeated(text):
+    with pytest.raises(UserInputError) as caught:
+        parse_url(text)
+    assert "s3cret" not in "".join(traceback.format_exception_only(caught.value))
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.postgres
+def test_a_parameter_that_the_driver_does_not_know_is_one_sentence(tmp_path):
+    with pytest.raises(DatabaseError, match='invalid connection option "colour"'):
+        create_workspace(tmp_path / "store", "postgresql://me@/x?colour=red")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["password", "PassWord", "passfile", "sslpassword", "scram_client_key", "passwd"]
+)
+def test_a_secret_parameter_is_not_shown_and_still_used(name):
+    database = connect(parse_url(f"postgresql://bob@/cs?host=/run&{name}=s3cret&port=5433"))
+    assert database.shown == "postgresql+psycopg://bob@/cs?host=%2Frun&port=5433"
+    assert database.engine.url.query[name] == "s3cret"
+    database.close()
 
 
 def test_sqlite_checks_what_it_is_told_to(sqlite_workspace: Workspace):
