@@ -15,7 +15,7 @@ from cellstore.stages.split import create_split
 from cellstore.stages.train import train
 
 CLASSES = 4
-PARAMS = TrainParams(crop_size=32, batch_size=32, epochs=4, learning_rate=1e-3)
+PARAMS = TrainParams(crop_size=32, batch_size=32, epochs=3, learning_rate=1e-3)
 
 
 def image_accuracy(workspace: Workspace) -> tuple[float, float]:
