@@ -78,7 +78,9 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     sets = {"rendered plate": list(rendered_plate(chosen.every))}
-    if chosen.data and (chosen.data / "dsb2018").is_dir():
+    if chosen.data:
+        if not (chosen.data / "dsb2018").is_dir():
+            parser.error(f"{chosen.data} holds no folder dsb2018")
         sets["dsb2018"] = list(annotated(chosen.data / "dsb2018"))
     header = f"{'set':15} {'n':>3} {'thresholds':20} {'diameter':10}"
     print(f"{header} AP@0.5 AP@0.75 est/true s/image")
