@@ -138,8 +138,8 @@ def _check_classes(pool: Sequence[SplitImage]) -> None:
     single = sorted(label for label, count in counts.items() if count == 1)
     if single:
         raise UserInputError(
-            f"Cannot have on both sides, having a single image: {_some(single)}. "
-            "Leave them out or ingest more of their images."
+            "A class needs two images or more to train and to test. These have a single image: "
+            f"{_some(single)}. Ingest more of them, or split by well, which leaves them out."
         )
 
 
