@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StoreNotFoundError, UserInputError
-from .terms import GroupLevel, LabelField, Projection, Subset
+from .terms import GroupLevel, LabelField, Look, Projection, Subset
 
 MARKER = "cellstore.toml"
 SQLITE_NAME = "cellstore.db"
@@ -112,6 +112,36 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
+class IngestParams:
+    """How to read a source, and what goes with it.
+
+    ``layout`` forces a reader, ``kind`` its sort (images, treatments, features, masks). ``plate``
+    is the barcode where the source names none. ``images``: the folder in which files are searched
+    by name; ``maps``: (old, new) beginnings of folders; ``look``: which files are looked at.
+    ``channels``: (number or name, name wanted). ``pattern``: file names as a regular expression
+    with named groups. ``platemap``, ``compounds`` and ``barcodes`` say what was done to each well,
+    ``aliases`` which names are one. ``name``: of the feature set or of the masks; ``binary``:
+    masks of 0 and one other value are taken apart into their connected pieces.
+    """
+
+    kind: str | None = None
+    layout: str | None = None
+    plate: str | None = None
+    images: Path | None = None
+    maps: tuple[tuple[str, str], ...] = ()
+    look: Look = Look.HERE
+    channels: tuple[tuple[str, str], ...] = ()
+    pattern: str | None = None
+    platemap: Path | None = None
+    compounds: tuple[Path, ...] = ()
+    barcodes: Path | None = None
+    aliases: Path | None = None
+    name: str | None = None
+    binary: bool = False
+    strict: bool = False
+
+
+@dataclass(frozen=True)
 class SegmentParams:
     """Cellpose. ``diameter`` in pixels, ``None``: estimated for each image."""
 
@@ -145,7 +175,12 @@ class SplitParams:
 
 @dataclass(frozen=True)
 class TrainParams:
-    """The published network and its training. ``crop_size`` in pixels."""
+    """The published network and its training. ``crop_size`` in pixels.
+
+    ``features``: the name of a feature set; ``None``: the built-in measurements used last.
+    ``branches``: ``mask``, ``flow``, ``tabular`` or some of them; ``None``: all three, or those
+    that what is known of the cells can feed.
+    """
 
     crop_size: int = 224
     batch_size: int = 512
@@ -159,6 +194,8 @@ class TrainParams:
     dropout: float = 0.5
     weights: str = "none"
     seed: int = 0
+    features: str | None = None
+    branches: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .artifacts import write_atomically
 from .errors import UserInputError
 from .extras import need
-from .formats.images import encode_tiff
+from .formats.files.images import encode_tiff
 from .progress import Progress, Silent, track
 from .store import Store
 

@@ -11,6 +11,8 @@ MODULES = {
     "train": ("torch", "torchvision", "lightning", "sklearn", "safetensors"),
     "report": ("matplotlib", "jinja2"),
     "postgres": ("psycopg", "adbc_driver_postgresql"),
+    "cloud": ("fsspec", "s3fs"),
+    "anndata": ("anndata",),
 }
 """What each extra brings, by import name."""
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .config import (
+    IngestParams,
     MeasureParams,
     PredictParams,
     SegmentParams,
@@ -24,6 +25,7 @@ from .config import (
     TrainParams,
     find_store,
 )
+from .errors import UnknownNameError
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 
     from .runs.jobs import JobsResult
     from .runs.workspace import Workspace
-    from .stages.audit import CellAudit, ImageAudit, RunAudit
+    from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
+    from .stages.export import ExportResult
     from .stages.ingest import IngestResult
     from .stages.predict import PredictResult
     from .stages.report import ReportResult
@@ -103,30 +106,11 @@ class Store:
     ) -> None:
         self.close()
 
-    def ingest(
-        self,
-        metadata: str | Path,
-        *,
-        images: str | Path | None = None,
-        plate: str | None = None,
-        layout: str | None = None,
-        platemap: str | Path | None = None,
-        compounds: str | Path | None = None,
-        barcodes: str | Path | None = None,
-    ) -> IngestResult:
-        """Bring the rows of a metadata table into the store; see ``stages.ingest.ingest``."""
+    def ingest(self, source: str | Path, params: IngestParams | None = None) -> IngestResult:
+        """Bring a table, an index, a database or a folder in; see ``stages.ingest.ingest``."""
         from .stages.ingest import ingest
 
-        return ingest(
-            self.workspace,
-            Path(metadata),
-            images=_path(images),
-            plate=plate,
-            layout=layout,
-            platemap=_path(platemap),
-            compounds=_path(compounds),
-            barcodes=_path(barcodes),
-        )
+        return ingest(self.workspace, Path(source), params)
 
     def segment(
         self,
@@ -230,6 +214,41 @@ class Store:
         from .stages.audit import audit_image
 
         return audit_image(self.workspace, image)
+
+    def export(
+        self,
+        out: str | Path,
+        *,
+        format: str = "parquet",  # noqa: A002 - as on the command line
+        features: str | None = None,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        plates: tuple[str, ...] = (),
+        for_spreadsheet: bool = False,
+        force: bool = False,
+    ) -> ExportResult:
+        """Write every current cell with its measurements; see ``stages.export.export``."""
+        from .stages.export import ExportFormat, export
+
+        if format not in list(ExportFormat):
+            raise UnknownNameError.of("format", format, [item.value for item in ExportFormat])
+        return export(
+            self.workspace,
+            Path(out),
+            format=ExportFormat(format),
+            features=features,
+            segmentation=segmentation,
+            measurement=measurement,
+            plates=plates,
+            for_spreadsheet=for_spreadsheet,
+            force=force,
+        )
+
+    def audit_well(self, well: str) -> WellAudit:
+        """Return what was done to a well, when that was corrected, and what its images show."""
+        from .stages.audit import audit_well
+
+        return audit_well(self.workspace, well)
 
     def audit_cell(self, cell_id: int) -> CellAudit:
         """Return where a cell comes from and every prediction about it."""

@@ -47,6 +47,7 @@ class Perturbation(StrEnum):
     COMPOUND = "compound"
     ORF = "orf"
     CRISPR = "crispr"
+    GENOTYPE = "genotype"
     NONE = "none"
 
 
@@ -79,6 +80,30 @@ class ArtifactKind(StrEnum):
     FLOW = "flow"
     CHECKPOINT = "checkpoint"
     REPORT = "report"
+    FEATURES = "features"
+
+
+class FeatureStorage(StrEnum):
+    """Where the values of a feature set live."""
+
+    TABLE = "table"
+    FILES = "files"
+
+
+class Severity(StrEnum):
+    """What an ingest did about an issue: left the row out, used it without a part, only noticed."""
+
+    REFUSED = "refused"
+    PROBLEM = "problem"
+    SUSPICIOUS = "suspicious"
+
+
+class Look(StrEnum):
+    """Which image files an ingest looks at: those of this machine, remote ones too, or none."""
+
+    HERE = "here"
+    EVERYWHERE = "everywhere"
+    NOWHERE = "nowhere"
 
 
 PROJECTION_CHANNEL = "projection"

@@ -100,6 +100,25 @@ def audit_image(
     _show(result, tell.image, as_json=as_json)
 
 
+@audit.command("well")
+@sentences
+def audit_well(
+    ctx: typer.Context,
+    well: Annotated[str, typer.Argument(metavar="WELL", help="PLATE/A01.")],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what was done to a well, when that was corrected, and what its images show.
+
+    \b
+    Example:
+      cellstore audit well BR00116991/D14
+    """
+    with open_store(ctx, store, quiet=True) as opened:
+        result = opened.audit_well(well)
+    _show(result, tell.well, as_json=as_json)
+
+
 @audit.command("cell")
 @sentences
 def audit_cell(

@@ -73,6 +73,10 @@ def _show_status(result: StatusResult) -> None:
                 for r in result.recipes
             ],
         )
+    if result.feature_sets:
+        typer.echo("")
+        sets = [(s.name, s.storage, s.columns, s.cells) for s in result.feature_sets]
+        render.table(("feature set", "kept in", "features", "cells"), sets)
     if result.failed:
         say("Some images failed. See why with: cellstore status --failed")
 

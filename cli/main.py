@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import answers, house, images, networks, setup, splits
+from . import answers, exports, house, images, ingest, networks, setup, splits
 from .options import StoreOption
 
 ORDER = (
     *("demo", "init", "ingest", "segment", "measure", "split", "train", "predict"),
-    *("report", "audit", "sql", "status", "verify", "doctor", "db"),
+    *("report", "audit", "sql", "export", "status", "verify", "doctor", "db"),
 )
 
 
@@ -59,7 +59,7 @@ def root(
 
 
 app.command("init")(setup.init)
-app.command("ingest")(setup.ingest)
+app.command("ingest")(ingest.ingest)
 app.command("segment")(images.segment)
 app.command("measure")(images.measure)
 app.add_typer(splits.app, name="split")
@@ -68,6 +68,7 @@ app.command("predict")(networks.predict)
 app.command("report")(answers.report)
 app.add_typer(answers.audit, name="audit")
 app.command("sql")(answers.sql)
+app.command("export")(exports.export)
 app.command("status")(house.status)
 app.command("verify")(house.verify)
 app.command("doctor")(house.doctor)

@@ -54,6 +54,24 @@ def train(
             show_default=False,
         ),
     ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The feature set that the tabular branch reads, also one ingested from another "
+            "tool. Default: the built-in measurements last used.",
+            show_default=False,
+        ),
+    ] = None,
+    branches: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mask,flow,tabular",
+            help="What the network looks at: all or some of these. Default: all three, or those "
+            "of them that are known of the cells.",
+            show_default=False,
+        ),
+    ] = None,
     crop_size: Annotated[
         int, typer.Option(min=1, metavar="PIXELS", help="Crops of cells are scaled to this.")
     ] = PUBLISHED.crop_size,
@@ -100,11 +118,14 @@ def train(
 
     It sees each cell's mask and flow crops and its measurements. Metrics of every epoch are
     kept in the database; the checkpoint of the best epoch is kept as a file of the store.
-    Defaults are those of the published pipeline.
+    Defaults are those of the published pipeline. Cells of another tool may have no masks: then
+    the network reads their features only, and says so. A value that their tool did not measure
+    counts as the mean of its column on the training side.
 
     \b
     Example:
       cellstore train --split by-well --crop-size 64 --epochs 20
+      cellstore train --split by-well --features cellprofiler --branches tabular
     """
     params = TrainParams(
         crop_size=crop_size,
@@ -117,6 +138,8 @@ def train(
         dropout=dropout,
         weights=weights,
         seed=seed,
+        features=features,
+        branches=None if branches is None else tuple(_names(branches)),
     )
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.train(
@@ -132,6 +155,10 @@ def train(
         _show_train(result)
 
 
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _show_train(result: TrainResult) -> None:
     if result.already_done:
         typer.echo(f"Nothing to do: run {result.run_id} was trained with these options already.")
@@ -139,6 +166,8 @@ def _show_train(result: TrainResult) -> None:
         [
             ("run", result.run_id),
             ("split", result.split),
+            ("feature set", result.feature_set or "built-in"),
+            ("branches", ", ".join(result.branches)),
             ("classes", result.classes),
             *((f"{side} images", f"{number:,}") for side, number in result.images.items()),
             *((f"{side} cells", f"{number:,}") for side, number in result.cells.items()),

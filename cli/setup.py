@@ -1,4 +1,4 @@
-"""Commands that make a store and fill it: init, ingest, db."""
+"""Commands that make a store and look after its schema: init, db."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import render
-from .context import chosen_store, open_store, say, sentences
+from .context import chosen_store, say, sentences
 from .options import JsonOption, StoreOption
 
 if TYPE_CHECKING:
     from cellstore.runs.workspace import Workspace
-    from cellstore.stages.ingest import IngestResult, Refused
 
 db = typer.Typer(
     help="Look at the schema of a store and bring it up to date.",
@@ -64,135 +63,6 @@ def init(
     render.facts([("database", shown)])
     if created:
         say(f"Next: cellstore --store {folder or '.'} ingest METADATA.csv --images FOLDER")
-
-
-@sentences
-def ingest(
-    ctx: typer.Context,
-    metadata: Annotated[
-        Path, typer.Argument(metavar="METADATA", help="The table of images, one row a field.")
-    ],
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            "--images",
-            metavar="DIR",
-            help="Folder in which image files are found by name. Without it only the paths in "
-            "the table are tried; files not found are recorded as missing.",
-            show_default=False,
-        ),
-    ] = None,
-    plate: Annotated[
-        str | None,
-        typer.Option(
-            "--plate",
-            metavar="BARCODE",
-            help="The plate, for tables without a Metadata_Plate column.",
-            show_default=False,
-        ),
-    ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            "--layout",
-            metavar="NAME",
-            help="'published' or 'loaddata'. Default: told from the columns.",
-            show_default=False,
-        ),
-    ] = None,
-    platemap: Annotated[
-        Path | None,
-        typer.Option(
-            "--platemap",
-            metavar="FILE",
-            help="Which treatment each well got: a table, or a folder of them with --barcodes.",
-            show_default=False,
-        ),
-    ] = None,
-    compounds: Annotated[
-        Path | None,
-        typer.Option(
-            "--compounds",
-            metavar="FILE",
-            help="What the treatments of the platemap are: names, targets, structures.",
-            show_default=False,
-        ),
-    ] = None,
-    barcodes: Annotated[
-        Path | None,
-        typer.Option(
-            "--barcodes",
-            metavar="FILE",
-            help="Which platemap each plate has.",
-            show_default=False,
-        ),
-    ] = None,
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Bring plates, wells and images in from a metadata table.
-
-    Two shapes of tables are known: the published one (FileName_OrigRNA, Metadata_pert_iname,
-    Metadata_target; plate by --plate) and CellProfiler LoadData (FileName_Orig<channel>,
-    PathName_Orig<channel>, Metadata_Plate, Metadata_Well, Metadata_Site). Rows that cannot be
-    used are listed with their line numbers, and the command then ends with 1; the others are
-    stored. Doing it again changes nothing, but for files that were missing and are there now.
-
-    \b
-    Example:
-      cellstore ingest load_data.csv --images /data/plate1 --platemap map.txt \\
-          --compounds compounds.tsv
-    """
-    with open_store(ctx, store, quiet=as_json) as opened:
-        result = opened.ingest(
-            metadata,
-            images=images,
-            plate=plate,
-            layout=layout,
-            platemap=platemap,
-            compounds=compounds,
-            barcodes=barcodes,
-        )
-    if as_json:
-        render.as_json(result)
-    else:
-        _show_ingest(result)
-    if result.rows and len(result.refused) == result.rows:
-        say("Error: No row of the table could be used; the reasons are above.")
-        raise typer.Exit(2)
-    if result.refused or result.problems:
-        raise typer.Exit(1)
-
-
-def _show_ingest(result: IngestResult) -> None:
-    for note in result.notes:
-        say(note)
-    render.facts(
-        [
-            ("layout", result.layout),
-            ("rows", result.rows),
-            ("new images", result.created),
-            ("completed", result.completed),
-            ("unchanged", result.unchanged),
-            ("refused", len(result.refused)),
-            ("on", f"{render.count(result.plates, 'plate')}, {render.count(result.wells, 'well')}"),
-            ("images of this table", f"{result.images:,} ({result.missing_images:,} miss files)"),
-        ]
-    )
-    if result.run_id is None:
-        typer.echo("Nothing has changed: all of this was in the store already.")
-    _show_problems("Rows that were refused:", result.refused)
-    _show_problems("Files that could not be used (their images count as missing):", result.problems)
-
-
-def _show_problems(title: str, problems: tuple[Refused, ...]) -> None:
-    if problems:
-        typer.echo(title)
-        render.grouped([(_place(item), item.reason, item.detail) for item in problems])
-
-
-def _place(item: Refused) -> str:
-    return f"{item.file}, line {item.line}" if item.file else f"line {item.line}"
 
 
 @db.command("upgrade")

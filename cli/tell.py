@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -10,7 +11,17 @@ from . import render
 from .context import say
 
 if TYPE_CHECKING:
-    from cellstore.stages.audit import CellAudit, ImageAudit, Labelling, RunAudit, SegmentationFact
+    from cellstore.stages.audit import (
+        CellAudit,
+        FrozenLabel,
+        ImageAudit,
+        Labelling,
+        RunAudit,
+        SegmentationFact,
+        TreatmentChange,
+        TreatmentFact,
+        WellAudit,
+    )
     from cellstore.stages.report import ReportResult
 
 SHORT = 12
@@ -76,6 +87,7 @@ def image(result: ImageAudit) -> None:
             ("content", short(result.content_sha256)),
         ]
     )
+    _history(result.treatment_history, result.frozen_labels)
     for found in result.segmentations:
         _segmentation(found)
     if not result.labellings:
@@ -84,17 +96,69 @@ def image(result: ImageAudit) -> None:
         _labelling(labelling)
 
 
+def well(result: WellAudit) -> None:
+    """Tell what a well has, what it had, and since when."""
+    render.facts(
+        [
+            ("well", f"{result.plate}/{result.well}"),
+            ("id", result.well_id),
+            ("treatment", _treatment(result.treatment)),
+            ("images", len(result.images)),
+        ]
+    )
+    _history(result.history, result.frozen_labels)
+
+
+def _history(changes: Sequence[TreatmentChange], labels: Sequence[FrozenLabel]) -> None:
+    """Tell how a treatment changed, and where a split keeps another label than the well has."""
+    if changes:
+        typer.echo("\ntreatment history")
+        rows = [
+            (
+                *(moment(item.changed_at), item.run_id, _place(item)),
+                *(_treatment(item.old), _treatment(item.new)),
+            )
+            for item in changes
+        ]
+        render.table(("when", "run", "file", "before", "after"), rows)
+    for label in labels:
+        if label.differs:
+            typer.echo(_frozen(label))
+
+
+def _frozen(label: FrozenLabel) -> str:
+    text = f"label in split {label.split}: {label.label}; the well now has: {label.now or 'none'}"
+    since = label.since
+    return text if since is None else f"{text}, since run {since.run_id} ({_place(since)})"
+
+
+def _place(change: TreatmentChange) -> str:
+    return change.file if change.line is None else f"{change.file}, line {change.line}"
+
+
+def _treatment(found: TreatmentFact | None) -> str:
+    if found is None:
+        return "none"
+    parts = [found.pert_iname]
+    parts += [f"target {found.target}"] if found.target else []
+    parts += [found.identifier] if found.identifier else []
+    return ", ".join(parts) + (f" ({found.control})" if found.control else "")
+
+
 def _segmentation(found: SegmentationFact) -> None:
     typer.echo(
         f"\nsegmentation {found.id} by run {found.run_id}{'' if found.current else ' (stale)'}"
     )
+    network = f"{found.parameters.get('model', '-')} ({short(found.weights_sha256)})"
+    diameter = "unknown" if found.diameter is None else f"{found.diameter:.1f} pixels"
     render.facts(
         [
             ("  cells", f"{found.n_cells:,}"),
             ("  when", moment(found.made_at)),
             ("  recipe", f"{found.recipe_id} ({short(found.fingerprint)})"),
-            ("  network", f"{found.parameters.get('model', '-')} ({short(found.weights_sha256)})"),
-            ("  diameter", f"{found.diameter:.1f} pixels"),
+            ("  found by", found.imported) if found.imported else ("  network", network),
+            ("  masks", "known" if found.has_masks else "unknown"),
+            ("  diameter", diameter),
         ]
     )
 
@@ -128,12 +192,15 @@ def _votes(found: Labelling) -> str:
 
 def cell(result: CellAudit) -> None:
     """Tell where a cell comes from, what was measured, and what was predicted."""
-    box = result.box
+    box, centre = result.box, result.centroid
     render.facts(
         [
             ("cell", f"{result.cell_id}, label {result.label} of {result.image}"),
-            ("box", f"rows {box[0]} to {box[2]}, columns {box[1]} to {box[3]}"),
-            ("centre", f"row {result.centroid[0]:.1f}, column {result.centroid[1]:.1f}"),
+            (
+                "box",
+                f"rows {box[0]} to {box[2]}, columns {box[1]} to {box[3]}" if box else "unknown",
+            ),
+            ("centre", f"row {centre[0]:.1f}, column {centre[1]:.1f}" if centre else "unknown"),
             ("excluded", result.excluded or "no"),
         ]
     )
@@ -174,11 +241,29 @@ def run(result: RunAudit) -> None:
         render.tree(render.plain(values), indent=1)
     for source in result.inputs:
         typer.echo(f"reads: {source.stage} recipe {source.id} ({short(source.fingerprint)})")
+    _ingested(result)
     if result.artifacts:
         rows = [(a.kind, short(a.sha256), a.size_bytes, a.path) for a in result.artifacts[:20]]
         render.table(("file", "sha256", "bytes", "path"), rows)
         if len(result.artifacts) > len(rows):
             say(f"and {len(result.artifacts) - len(rows)} more files (all with --json)")
+
+
+def _ingested(result: RunAudit) -> None:
+    """Tell which files an ingest read, and what became of their rows."""
+    if not result.ingested:
+        return
+    headers = ("read", "as", "sha256", "rows", "created", "updated", "unchanged", "refused")
+    rows = [
+        (
+            *(file.name, file.layout, short(file.sha256), file.rows),
+            *(file.created, file.updated, file.unchanged, file.refused),
+        )
+        for file in result.ingested
+    ]
+    render.table(headers, rows)
+    if result.changed_wells:
+        typer.echo(f"{render.count(result.changed_wells, 'well')} got another treatment")
 
 
 def _split(result: RunAudit) -> str:

@@ -7,17 +7,23 @@ and is not given is made. ``small_screen`` fills a store end to end.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any, TypeVar
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sqlalchemy import select
+
 from cellstore.db.models import (
     Artifact,
     Cell,
     CellFeatures,
+    FeatureFile,
     FeatureSet,
+    Folder,
     Image,
     ImageFile,
     Job,
@@ -34,12 +40,14 @@ from cellstore.db.models import (
     SplitMember,
     Treatment,
     Well,
+    WellChange,
 )
 from cellstore.db.types import Base
-from cellstore.runs import Workspace
+from cellstore.runs import Workspace, keep_file
 from cellstore.terms import (
     ArtifactKind,
     Control,
+    FeatureStorage,
     GroupLevel,
     LabelField,
     Perturbation,
@@ -113,6 +121,23 @@ class Factory:
             )
         )
 
+    def well_change(
+        self, well: Well, new: Treatment, run: Run | None = None, **more: Any
+    ) -> WellChange:
+        """A file gave ``well`` another treatment: the change on record, and the well itself."""
+        values: dict[str, Any] = {
+            "run_id": (run or self.run(Stage.INGEST)).id,
+            "well_id": well.id,
+            "old_treatment_id": well.treatment_id,
+            "new_treatment_id": new.id,
+            "file": "platemap.csv",
+            "line": 2,
+            "changed_at": MOMENT,
+        }
+        with self.workspace.database.begin() as session:
+            session.get_one(Well, well.id).treatment_id = new.id
+        return self.add(WellChange(**{**values, **more}))
+
     def image(self, well: Well, site: int = 1, *, missing: bool = False, **more: Any) -> Image:
         """An image with one file; ``missing``: its bytes have not been found."""
         core = more.pop("core_name", f"r{well.row:02d}c{well.column:02d}f{site:02d}")
@@ -123,9 +148,15 @@ class Factory:
         self.image_file(image, missing=missing)
         return image
 
+    def folder(self, uri: str) -> Folder:
+        """The folder ``uri``, made if the store does not know it."""
+        with self.workspace.database.read() as session:
+            found = session.scalars(select(Folder).where(Folder.uri == uri)).one_or_none()
+        return found or self.add(Folder(uri=uri))
+
     def image_file(self, image: Image, channel: str = "DNA", *, missing: bool = False) -> ImageFile:
         found: dict[str, Any] = {
-            "uri": f"/images/{image.core_name}-{channel}.tiff",
+            "folder_id": self.folder("/images").id,
             "sha256": sha(f"file {image.id} {channel}"),
             "size_bytes": 1000,
             "modified_ns": 1,
@@ -227,7 +258,8 @@ class Factory:
             ("mask_artifact_id", ArtifactKind.MASK),
             ("flow_artifact_id", ArtifactKind.FLOW),
         ):
-            values[key] = more.pop(key, None) or self.artifact(kind, suffix=".tif").id
+            if key not in more:  # None, if it is given: unknown
+                values[key] = self.artifact(kind, suffix=".tif").id
         found = self.add(Segmentation(**{**values, **more}))
         self.cells(found, n_cells)
         return found
@@ -252,7 +284,74 @@ class Factory:
             {"name": item, "dtype": "float64", "unit": "pixel", "source": "test"}
             for item in FEATURE_COLUMNS
         ]
-        return self.add(FeatureSet(name=name, recipe_id=recipe.id, columns=columns))
+        return self.add(
+            FeatureSet(
+                name=name, recipe_id=recipe.id, columns=columns, storage=FeatureStorage.TABLE
+            )
+        )
+
+    def feature_files(
+        self,
+        name: str,
+        cells: Sequence[Cell],
+        columns: Mapping[str, Sequence[Any]],
+        segment: Recipe,
+        *,
+        rows_of_file: int = 1000,
+    ) -> FeatureSet:
+        """Real Parquet files of a feature set, which is made on its first use.
+
+        ``columns``: the values of the cells by column; ``segment``: the recipe that found them.
+        """
+        table = pa.table({"cell_id": [cell.id for cell in cells], **columns}).sort_by("cell_id")
+        found = self._set_in_files(name, table.schema, segment)
+        run = self.run(Stage.INGEST)
+        for start in range(0, table.num_rows, rows_of_file):
+            self._feature_file(found, run, table.slice(start, rows_of_file))
+        return found
+
+    def _set_in_files(self, name: str, schema: pa.Schema, segment: Recipe) -> FeatureSet:
+        with self.workspace.database.read() as session:
+            found = session.scalars(select(FeatureSet).where(FeatureSet.name == name)).one_or_none()
+        if found is not None:
+            return found
+        parameters = {"imported": "test", "name": name}
+        recipe = self.recipe(Stage.MEASURE, parameters=parameters, inputs=[segment])
+        dtypes = {"double": "float64"}
+        listed = [
+            {"name": field.name, "dtype": dtypes.get(str(field.type), str(field.type))}
+            for field in schema
+            if field.name != "cell_id"
+        ]
+        unknown = {"unit": None, "source": None}
+        return self.add(
+            FeatureSet(
+                name=name,
+                recipe_id=recipe.id,
+                columns=[{**item, **unknown} for item in listed],
+                storage=FeatureStorage.FILES,
+            )
+        )
+
+    def _feature_file(self, found: FeatureSet, run: Run, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, row_group_size=3)
+        stored = self.workspace.artifacts.write(
+            ArtifactKind.FEATURES, sink.getvalue().to_pybytes(), ".parquet"
+        )
+        with self.workspace.database.begin() as session:
+            artifact_id = keep_file(session, stored)
+            ids = table.column("cell_id")
+            session.add(
+                FeatureFile(
+                    feature_set_id=found.id,
+                    artifact_id=artifact_id,
+                    run_id=run.id,
+                    n_rows=table.num_rows,
+                    first_cell_id=ids[0].as_py(),
+                    last_cell_id=ids[-1].as_py(),
+                )
+            )
 
     def features(self, cells: Sequence[Cell], run: Run, **values: float) -> list[CellFeatures]:
         """Measurements: each column 1.0 unless given."""

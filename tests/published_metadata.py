@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cellstore.formats.names import row_letters
-from cellstore.formats.platemaps import PlateAnnotation, read_annotation
+from cellstore.formats.treatments.platemaps import PlateAnnotation, read_annotation
 
 PLATE = "BR00116991"
 LAST_WELL = (14, 7)
@@ -25,7 +25,7 @@ def compound_annotation(cpjump1: Path) -> PlateAnnotation:
     tables = cpjump1 / "metadata"
     return read_annotation(
         tables / "platemaps/2020_11_04_CPJUMP1/platemap/JUMP-Target-1_compound_platemap.txt",
-        tables / "external_metadata/JUMP-Target-1_compound_metadata.tsv",
+        [tables / "external_metadata/JUMP-Target-1_compound_metadata.tsv"],
     )
 
 

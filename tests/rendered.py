@@ -12,8 +12,8 @@ from cellpose import dynamics, plot
 from numpy.typing import NDArray
 
 from cellstore import demo
-from cellstore.config import SegmentParams
-from cellstore.formats.images import decode_tiff
+from cellstore.config import IngestParams, SegmentParams
+from cellstore.formats.files.images import decode_tiff
 from cellstore.ops import segmentation
 from cellstore.ops.segmentation import SegmentationResult
 from cellstore.runs import Workspace
@@ -54,7 +54,7 @@ def fill(
     monkeypatch.setattr(segmentation, "load_segmenter", lambda *_, **__: truth)
     network = folder / "truth.pt"
     network.write_bytes(b"the truth")
-    ingest(workspace, plates.metadata, images=plates.images)
+    ingest(workspace, plates.metadata, IngestParams(images=plates.images))
     segment(workspace, SegmentParams(model=str(network)))
     measure(workspace)
     return plates

@@ -6,15 +6,22 @@ import json
 from dataclasses import asdict
 
 import pytest
-from factories import Factory, sha, small_screen
+from factories import MOMENT, Factory, sha, small_screen
 from sqlalchemy import text
 
 from cellstore.analytics import open_questions
-from cellstore.db.models import SplitMember, Well
+from cellstore.db.models import Cell, IngestFile, Segmentation, SplitMember, Well
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.runs import Workspace
-from cellstore.stages.audit import audit_cell, audit_image, audit_run, votes_query
-from cellstore.terms import Stage, Status, Subset
+from cellstore.stages.audit import (
+    audit_cell,
+    audit_image,
+    audit_run,
+    audit_well,
+    votes_query,
+)
+from cellstore.terms import LabelField, Stage, Status, Subset
+from cellstore_cli import tell
 
 
 def test_an_image_with_everything(workspace: Workspace) -> None:
@@ -24,7 +31,12 @@ def test_an_image_with_everything(workspace: Workspace) -> None:
     assert (found.treatment, found.target, found.control) == ("taxol", "TUBB", None)
     assert [(file.channel, len(file.sha256 or "")) for file in found.files] == [("DNA", 64)]
     assert found.missing_files == 0
+    assert found.treatment_history == ()
+    assert [(item.label, item.now, item.differs) for item in found.frozen_labels] == [
+        ("taxol", "taxol", False)
+    ]
     (masks,) = found.segmentations
+    assert (masks.has_masks, masks.imported) == (True, None)
     assert masks.weights_sha256 == sha("cellpose weights")
     assert (masks.n_cells, masks.current, masks.run_id) == (2, True, screen.segment_run.id)
     (one,) = found.labellings
@@ -85,6 +97,149 @@ def test_an_image_outside_the_split_and_one_without_files(workspace: Workspace) 
     bare = audit_image(workspace, "r08c01f01")
     assert (bare.treatment, bare.content_sha256, bare.missing_files) == (None, None, 1)
     assert (bare.labellings, bare.segmentations) == ((), ())
+
+
+def corrected(workspace: Workspace) -> int:
+    """Give well B01, of which split main has frozen DMSO, taxol and then barasertib."""
+    screen = small_screen(workspace)
+    make = screen.factory
+    with workspace.database.read() as session:
+        well = session.get_one(Well, screen.images["B01"].well_id)
+    make.well_change(well, make.treatment("taxol", "TUBB"), file="first.csv", line=None)
+    with workspace.database.read() as session:
+        well = session.get_one(Well, well.id)
+    run = make.run(Stage.INGEST)
+    make.well_change(well, make.treatment("barasertib", "AURKB"), run, file="map.csv", line=7)
+    return run.id
+
+
+def test_a_corrected_treatment_beside_the_frozen_label(workspace: Workspace) -> None:
+    run_id = corrected(workspace)
+    found = audit_image(workspace, "BR1/B01/1")
+    assert (found.treatment, found.target) == ("barasertib", "AURKB")
+    assert [
+        (item.old and item.old.pert_iname, item.new and item.new.pert_iname, item.file, item.line)
+        for item in found.treatment_history
+    ] == [("DMSO", "taxol", "first.csv", None), ("taxol", "barasertib", "map.csv", 7)]
+    (label,) = found.frozen_labels
+    assert (label.split, label.side, label.field) == ("main", "test", "pert_iname")
+    assert (label.label, label.now, label.differs) == ("DMSO", "barasertib", True)
+    assert label.since is not None
+    assert (label.since.run_id, label.since.line) == (run_id, 7)
+    # What the network was asked is what the split froze.
+    assert [item.truth for item in found.labellings] == ["DMSO"]
+    json.dumps(asdict(found), allow_nan=False)
+
+
+def test_a_corrected_treatment_is_told(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = corrected(workspace)
+    wanted = (
+        "label in split main: DMSO; the well now has: barasertib, "
+        f"since run {run_id} (map.csv, line 7)"
+    )
+    tell.image(audit_image(workspace, "BR1/B01/1"))
+    assert wanted in capsys.readouterr().out
+    tell.well(audit_well(workspace, "BR1/B1"))
+    told = capsys.readouterr().out
+    assert wanted in told
+    assert "taxol, target TUBB" in told
+    tell.image(audit_image(workspace, "BR1/B02/1"))
+    assert "the well now has" not in capsys.readouterr().out
+
+
+def test_an_ingest_names_its_files_and_the_wells_it_changed(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_id = corrected(workspace)
+    counts = {"n_rows": 9, "n_created": 1, "n_updated": 2, "n_unchanged": 4, "n_refused": 2}
+    Factory(workspace).add(
+        IngestFile(
+            run_id=run_id,
+            name="map.csv",
+            sha256=sha("map"),
+            size_bytes=10,
+            layout="platemap",
+            **counts,
+        )
+    )
+    found = audit_run(workspace, str(run_id))
+    (file,) = found.ingested
+    assert (file.name, file.sha256, file.layout) == ("map.csv", sha("map"), "platemap")
+    assert (file.rows, file.created, file.updated, file.unchanged, file.refused) == (9, 1, 2, 4, 2)
+    assert found.changed_wells == 1
+    tell.run(found)
+    told = capsys.readouterr().out
+    assert "map.csv" in told
+    assert "1 well got another treatment" in told
+    json.dumps(asdict(found), allow_nan=False)
+
+
+def test_a_change_of_another_field_leaves_a_label_right(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    with workspace.database.read() as session:
+        well = session.get_one(Well, screen.images["B02"].well_id)
+    change = make.well_change(well, make.treatment("taxol", "TUBB1"))
+    by_target = make.label("TUBB", LabelField.TARGET)
+    members = [(screen.images["B02"], Subset.TRAIN, by_target)]
+    make.split(members, name="targets", field=LabelField.TARGET)
+    found = audit_well(workspace, "BR1/B02")
+    assert [(item.split, item.now, item.differs) for item in found.frozen_labels] == [
+        ("main", "taxol", False),
+        ("targets", "TUBB1", True),
+    ]
+    assert found.frozen_labels[0].since is None
+    assert found.frozen_labels[1].since is not None
+    assert found.frozen_labels[1].since.run_id == change.run_id
+
+
+def test_a_well(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    found = audit_well(workspace, "BR1/b2")
+    assert (found.plate, found.well, found.history) == ("BR1", "B02", ())
+    assert found.images == (screen.images["B02"].id,)
+    assert found.treatment is not None
+    assert (found.treatment.pert_iname, found.treatment.target) == ("taxol", "TUBB")
+    with pytest.raises(UnknownNameError, match="plate 'BR9'"):
+        audit_well(workspace, "BR9/B02")
+    with pytest.raises(UnknownNameError, match="well 'H12'"):
+        audit_well(workspace, "BR1/H12")
+    for text_ in ("B02", "BR1/", "BR1/well"):
+        with pytest.raises(UserInputError):
+            audit_well(workspace, text_)
+
+
+def test_what_another_tool_found(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    recipe = make.recipe(Stage.SEGMENT, parameters={"imported": "CellProfiler", "name": "cp"})
+    found = make.add(
+        Segmentation(
+            image_id=screen.images["A01"].id,
+            recipe_id=recipe.id,
+            run_id=make.run(Stage.INGEST).id,
+            n_cells=1,
+            created_at=MOMENT,
+        )
+    )
+    cell = make.add(Cell(segmentation_id=found.id, label=1))
+    audit = audit_cell(workspace, cell.id)
+    assert (audit.box, audit.centroid, audit.excluded) == (None, None, None)
+    one = audit.segmentation
+    assert (one.diameter, one.has_masks, one.current, one.imported) == (
+        None,
+        False,
+        True,
+        "CellProfiler",
+    )
+    tell.cell(audit)
+    told = capsys.readouterr().out
+    assert "CellProfiler" in told
+    assert told.count("unknown") == 4  # box, centre, masks, diameter
+    tell.image(audit_image(workspace, "BR1/A01/1"))
+    assert "CellProfiler" in capsys.readouterr().out
 
 
 def test_audits_and_views_agree(workspace: Workspace) -> None:

@@ -49,6 +49,17 @@ def test_crops_are_those_of_a_plain_crop_and_resize(size: int) -> None:
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
+def test_without_flows_there_are_mask_crops_only() -> None:
+    masks, flows, projection = image()
+    mask_crops, none = cell_crops(masks, None, projection, BOXES, LABELS, 10)
+    torch.testing.assert_close(
+        mask_crops, cell_crops(masks, flows, projection, BOXES, LABELS, 10)[0]
+    )
+    assert none.shape == (3, 0)
+    with pytest.raises(ImageError, match="do not fit"):
+        cell_crops(masks, None, projection[:-1], BOXES, LABELS, 10)
+
+
 def test_channels_of_a_drawn_cell() -> None:
     masks = np.array([[0, 0, 0, 0], [0, 5, 5, 5], [0, 5, 5, 5], [0, 5, 5, 5]])
     masks[0, 3] = 6

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.ops.branches import BRANCHES, check_branches
 from cellstore.ops.nets import (
     CheckpointMeta,
     FusionNet,
@@ -112,6 +113,63 @@ def test_same_seed_same_network_and_the_callers_random_numbers_stay() -> None:
     again = build_net(SHAPE, seed=1)
     assert torch.equal(first.classifier.weight, again.classifier.weight)
     assert not torch.equal(first.classifier.weight, second.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    ("branches", "width"),
+    [
+        (("tabular",), 32),
+        (("mask", "tabular"), 1280 + 32),
+        (("flow",), 1280),
+        (("mask", "flow"), 2 * 1280),
+    ],
+)
+def test_a_network_of_fewer_branches_has_them_only(branches: tuple[str, ...], width: int) -> None:
+    net = build_net(dataclasses.replace(SHAPE, branches=branches, dropout=0.0), seed=1)
+    parts = {name.split("_branch")[0] for name in net.state_dict() if "_branch" in name}
+    assert parts == set(branches)
+    assert net.attention[2].out_features == net.projection[0].in_features == width
+    given = dict(zip(BRANCHES, inputs(), strict=True))
+    unseen = {name: torch.empty((3, 0)) for name in BRANCHES if name not in branches}
+    with torch.no_grad():
+        scores = net(*{**given, **unseen}.values())
+        for name in branches:  # while training: batch normalisation shows what there is to see
+            others = net(*{**given, **unseen, name: given[name] ** 3}.values())
+            assert not torch.equal(scores, others), name
+    assert scores.shape == (3, 3)
+
+
+def test_branches_are_named_and_ordered() -> None:
+    assert NetShape(2, 2).branches == BRANCHES == ("mask", "flow", "tabular")
+    assert check_branches(["tabular", "mask", "mask"]) == ("mask", "tabular")
+    with pytest.raises(UnknownNameError, match="Unknown branch 'masks'"):
+        check_branches(["masks"])
+    for wrong in ((), ("tabular", "mask"), ("mask", "mask")):
+        with pytest.raises(UserInputError):
+            NetShape(2, 2, branches=wrong)
+    with pytest.raises(UserInputError, match="1 or more"):
+        NetShape(2, 0)
+    assert NetShape(2, 0, branches=("mask",)).n_features == 0
+    shape = NetShape(2, 2, branches=("mask", "tabular"))
+    record = json.loads(json.dumps(shape.to_json()))
+    assert NetShape.from_json(record) == shape
+    del record["branches"]  # as it was before there was a choice
+    assert NetShape.from_json(record).branches == BRANCHES
+    with pytest.raises(UserInputError):
+        NetShape.from_json({**record, "branches": "mask"})
+
+
+def test_a_network_without_pictures_starts_from_chance(
+    tmp_path: Path, imagenet_like: dict[str, torch.Tensor]
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(imagenet_like, path)
+    shape = dataclasses.replace(SHAPE, branches=("tabular",))
+    with pytest.raises(UserInputError, match="leave them at 'none'"):
+        build_net(shape, path)
+    net = build_net(dataclasses.replace(SHAPE, branches=("flow", "tabular")), path)
+    last = imagenet_like["features.8.0.weight"]
+    assert torch.equal(net.get_submodule("flow_branch.0")[8][0].weight, last)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -16,7 +16,7 @@ from sqlalchemy import update
 from cellstore import extras
 from cellstore.db.models import ImageFile, Segmentation, SplitMember
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
-from cellstore.formats.images import encode_tiff
+from cellstore.formats.files.images import encode_tiff
 from cellstore.runs import Workspace
 from cellstore.runs.ledger import keep_file
 from cellstore.stages.report import report, write_report
@@ -271,11 +271,17 @@ def with_pixels(screen: SmallScreen, folder: Path, well: str) -> None:
     path.write_bytes(encode_tiff((100 + 900 * (masks > 0)).astype(np.uint16)))
     known = path.stat()
     stored = workspace.artifacts.write(ArtifactKind.MASK, encode_tiff(masks), ".tif")
+    place = screen.factory.folder(str(folder))
     with workspace.database.begin() as session:
         session.execute(
             update(ImageFile)
             .where(ImageFile.image_id == screen.images[well].id)
-            .values(uri=str(path), size_bytes=known.st_size, modified_ns=known.st_mtime_ns)
+            .values(
+                folder_id=place.id,
+                name=path.name,
+                size_bytes=known.st_size,
+                modified_ns=known.st_mtime_ns,
+            )
         )
         session.execute(
             update(Segmentation)
@@ -301,6 +307,19 @@ def test_the_page_shows_images_and_says_which_are_missing(
     assert "66.7 %" in shown
     assert target.stat().st_size < 5_000_000
     assert {"svg", "table", "figcaption"} <= page.tags
+
+
+def test_cells_whose_masks_are_unknown_have_no_picture_and_a_sentence(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    small_screen(sqlite_workspace)
+    with sqlite_workspace.database.begin() as session:
+        session.execute(update(Segmentation).values(mask_artifact_id=None))
+    target = tmp_path / "report.html"
+    write_report(sqlite_workspace, "latest", target)
+    shown = " ".join("".join(Page(target.read_text(encoding="utf-8")).text).split())
+    assert shown.count("their masks are unknown") == 3
+    assert "66.7 %" in shown
 
 
 def test_the_same_store_gives_the_same_page(sqlite_workspace: Workspace, tmp_path: Path) -> None:

@@ -283,3 +283,16 @@ def test_values_that_were_not_measured_are_named_and_not_made_up() -> None:
     for wrong in ({}, {"names": ["a"], "mean": [1], "scale": [0]}, {"names": [], "mean": [1]}):
         with pytest.raises(UserInputError):
             Scaler.from_json(wrong)
+
+
+def test_a_scaler_of_gaps_ignores_what_was_not_measured() -> None:
+    rows = np.array([[1.0, math.nan, 5.0], [math.nan, math.nan, 7.0], [4.0, math.nan, math.inf]])
+    scaler = Scaler.fit(("a", "never", "b"), [rows[:1], rows[1:]], gaps=True)
+    assert scaler.names == ("a", "b")
+    np.testing.assert_allclose(scaler.mean, [2.5, 6.0])
+    np.testing.assert_allclose(scaler.scale, [1.5, 1.0])
+    scaled = scaler.transform([[4.0, math.nan], [math.nan, 5.0], [-math.inf, 6.0]])
+    np.testing.assert_allclose(scaled, [[1, 0], [0, -1], [0, 0]])
+    assert Scaler.from_json(scaler.to_json()) == scaler
+    with pytest.raises(UserInputError, match="no cells"):
+        Scaler.fit(("a",), [[[math.nan]]], gaps=True)

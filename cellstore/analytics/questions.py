@@ -1,8 +1,9 @@
 """Any question about a store, answered by DuckDB.
 
 Small tables are read live from the database; the rows that ended runs wrote into the big ones
-come from snapshots. All that one ``Questions`` answers belongs to one moment of the database, and
-a table is read when the first question needs it.
+come from snapshots; a feature set is a relation under its own name. All that one ``Questions``
+answers belongs to one moment of the database, and a table or a feature set is read when the first
+question needs it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import duckdb
 import pyarrow as pa
 from pyarrow.dataset import dataset
 
+from ..artifacts import ArtifactFolder
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..runs.workspace import Workspace
 from ..terms import Stage, Status
@@ -31,16 +33,22 @@ from .guard import (
     run_limited,
 )
 from .schema import TABLES, arrow_schema, create_statement, quoted
+from .sets import SetRelation, list_sets, open_files
 from .snapshots import RunMark, rows_of_runs, snapshot
 from .source import Source, open_source
 from .views import views
 
 WRITERS = {
-    "cells": Stage.SEGMENT,
-    "features": Stage.MEASURE,
-    "predictions": Stage.PREDICT,
+    "cells": (Stage.SEGMENT, Stage.INGEST),
+    "features": (Stage.MEASURE,),
+    "predictions": (Stage.PREDICT,),
 }
-"""The big tables, read from snapshots, and the stage whose runs write them."""
+"""The big tables, read from snapshots, and the stages whose runs write them."""
+
+EXTENTS = """
+    SELECT run_id, count(*) || ' images, ' || sum(n_cells) || ' cells' FROM segmentations
+    GROUP BY run_id
+"""
 
 ANSWER_ROWS = 65_536
 _CATALOG_WORDS = re.compile(r"\s*(show|describe|desc)\b", re.IGNORECASE)
@@ -63,7 +71,7 @@ def open_questions(workspace: Workspace, limits: Limits | None = None) -> Iterat
         _connection(limits, cache) as empty,
         _connection(limits, cache) as full,
     ):
-        yield Questions(source, folder, limits, empty, full)
+        yield Questions(source, workspace.artifacts, folder, limits, empty, full)
 
 
 @contextmanager
@@ -107,12 +115,14 @@ class Questions:
     def __init__(
         self,
         source: Source,
+        artifacts: ArtifactFolder,
         folder: Path,
         limits: Limits,
         empty: duckdb.DuckDBPyConnection,
         full: duckdb.DuckDBPyConnection,
     ) -> None:
         self._source = source
+        self._artifacts = artifacts
         self._folder = folder
         self._limits = limits
         self._empty = empty
@@ -121,9 +131,23 @@ class Questions:
         self._views_made: set[str] = set()
         for table in TABLES.values():
             empty.execute(create_statement(table))
-        for view in views():
-            empty.execute(f"CREATE VIEW {view.name} AS {view.query}")
-        self._bases = {view.name: self._tables_of(f"FROM {view.name}") for view in views()}
+        sets = list_sets(source, {*TABLES, *(view.name for view in views())})
+        self._sets = {item.name.lower(): item for item in sets if not item.in_table}
+        self._views = {view.name: view.query for view in views()}
+        self._views |= {item.name: item.query for item in sets if item.in_table}
+        self._known = frozenset({*TABLES, *self._sets})
+        for item in self._sets.values():
+            self._make_empty(item)
+        for name, query in self._views.items():
+            empty.execute(f"CREATE VIEW {quoted(name)} AS {query}")
+        self._bases = {name: self._tables_of(f"FROM {quoted(name)}") for name in self._views}
+
+    def _make_empty(self, found: SetRelation) -> None:
+        # From an Arrow table, as it will be when it is full: DuckDB then renames columns whose
+        # names differ in case only in the same way.
+        self._empty.register("columns of a set", found.schema.empty_table())
+        self._empty.execute(f'CREATE TABLE {quoted(found.name)} AS FROM "columns of a set" LIMIT 0')
+        self._empty.unregister("columns of a set")
 
     def ask(self, sql: str, parameters: Parameters | None = None) -> pa.Table:
         """Return the answer of one reading statement; ``parameters`` fill its ``?`` or ``$name``.
@@ -144,12 +168,12 @@ class Questions:
         return self._run(self._full, statement, bound)
 
     def columns(self, name: str) -> list[tuple[str, str]]:
-        """Return name and type of the columns of a table or view.
+        """Return name and type of the columns of a table, a view or a feature set.
 
         Raises:
             UnknownNameError: there is none of that name.
         """
-        known = [*TABLES, *(view.name for view in views())]
+        known = [*TABLES, *self._views, *(item.name for item in self._sets.values())]
         if name not in known:
             raise UnknownNameError.of("table", name, known)
         rows = self._empty.execute(f"DESCRIBE {quoted(name)}").fetchall()
@@ -172,13 +196,13 @@ class Questions:
             return self._tables_named(statement)  # it has parameters, which DuckDB cannot tell
         except duckdb.Error as error:
             raise explained(error) from error
-        return {name.lower() for name in names} & TABLES.keys()
+        return {name.lower() for name in names} & self._known
 
     def _tables_named(self, statement: str) -> set[str]:
         """Return every table whose name, or that of a view on it, is a word of the statement."""
         words = set(re.findall(r"\w+", statement.lower()))
         behind = [self._bases[name] for name in words & self._bases.keys()]
-        return (words & TABLES.keys()).union(*behind)
+        return (words & self._known).union(*behind)
 
     def _run(
         self, connection: duckdb.DuckDBPyConnection, statement: str, bound: object
@@ -207,16 +231,20 @@ class Questions:
         for name in sorted(names - self._loaded):
             self._load_table(name)
             self._loaded.add(name)
-        for view in views():
-            if view.name not in self._views_made and self._bases[view.name] <= self._loaded:
-                self._full.execute(f"CREATE VIEW {view.name} AS {view.query}")
-                self._views_made.add(view.name)
+        for name, query in self._views.items():
+            if name not in self._views_made and self._bases[name] <= self._loaded:
+                self._full.execute(f"CREATE VIEW {quoted(name)} AS {query}")
+                self._views_made.add(name)
 
     def _load_table(self, name: str) -> None:
+        if name in self._sets:
+            found = self._sets[name]
+            self._full.register(found.name, open_files(self._source, self._artifacts, found))
+            return
         if name not in WRITERS:
             self._full.register(name, self._live(name))
             return
-        ended, others = self._runs(WRITERS[name])
+        ended, others = self._runs(name)
         files = [snapshot(self._folder, self._source, name, run) for run in ended]
         # Handed over as an Arrow dataset: the connection itself may open no file at all.
         self._full.register(f"copied {name}", dataset(files, arrow_schema(TABLES[name])))
@@ -229,18 +257,29 @@ class Questions:
         batches = list(self._source.read(TABLES[name], condition))
         return pa.Table.from_batches(batches, schema=arrow_schema(TABLES[name]))
 
-    def _runs(self, stage: Stage) -> tuple[list[RunMark], list[int]]:
-        """Return the runs of a stage whose rows are final, and the numbers of the others.
+    def _runs(self, table: str) -> tuple[list[RunMark], list[int]]:
+        """Return the runs whose rows of a big table are final, and the numbers of the others.
 
         A failed predict run may be gone on with; a failed run of another stage never is.
         """
         self._load({"runs"})
-        final = [Status.DONE] if stage is Stage.PREDICT else [Status.DONE, Status.FAILED]
+        stages = [stage.value for stage in WRITERS[table]]
+        final = [Status.DONE] if table == "predictions" else [Status.DONE, Status.FAILED]
         query = """
             SELECT id, started_at::VARCHAR, ended_at::VARCHAR,
                 ended_at IS NOT NULL AND list_contains(?, status)
-            FROM runs WHERE stage = ? ORDER BY id
+            FROM runs WHERE list_contains(?, stage) ORDER BY id
         """
-        rows = self._full.execute(query, [[item.value for item in final], stage.value]).fetchall()
-        ended = [RunMark(row[0], row[1], row[2]) for row in rows if row[3]]
+        rows = self._full.execute(query, [[item.value for item in final], stages]).fetchall()
+        extents = self._extents() if table == "cells" else {row[0]: "" for row in rows}
+        ended = [
+            RunMark(row[0], row[1], row[2], extents[row[0]])
+            for row in rows
+            if row[3] and row[0] in extents
+        ]
         return ended, [row[0] for row in rows if not row[3]]
+
+    def _extents(self) -> dict[int, str]:
+        """How much there is of what each run found: an ingest may add cells to those of another."""
+        self._load({"segmentations"})
+        return dict(self._full.execute(EXTENTS).fetchall())

@@ -27,15 +27,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class RunMark:
-    """What tells one ended run from any other, also after a store was made anew."""
+    """What tells one ended run from any other, also after a store was made anew.
+
+    ``extent``: how much there is of what it wrote, where later runs may add to it.
+    """
 
     id: int
     started_at: str
     ended_at: str
+    extent: str = ""
 
     def file_name(self, table: str) -> str:
         """Return the name of the copy of what this run wrote into ``table``."""
-        text = f"{FORMAT} {self.started_at} {self.ended_at} {arrow_schema(TABLES[table])}"
+        mark = f"{FORMAT} {self.started_at} {self.ended_at} {self.extent}".rstrip()
+        text = f"{mark} {arrow_schema(TABLES[table])}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return f"{table}-run{self.id}-{digest}.parquet"
 

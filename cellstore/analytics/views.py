@@ -16,6 +16,7 @@ ORDER = (
     "confusion",
     "class_report",
     "lineage",
+    "image_locations",
 )
 """A view comes after those it reads."""
 

@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from importlib.resources import as_file, files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, inspect
+from sqlalchemy import Connection, inspect, text
 
 from ..errors import SchemaError
 from .models import METADATA
 from .session import Database, _translated
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+HEAD = "0002"
+"""The newest revision. Written here, because every command compares it and Alembic loads slowly."""
+
+VERSION_TABLE = "alembic_version"
+
 
 def head() -> str:
     """Return the revision that this library works with."""
-    with as_file(files("cellstore.migrations")) as folder:
-        found = ScriptDirectory(str(folder)).get_current_head()
-    if found is None:
-        raise SchemaError("This installation of cellstore lacks its migrations; reinstall it.")
-    return found
+    return HEAD
 
 
 def current(database: Database) -> str | None:
     """Return the revision of the store, ``None`` if the database has none."""
     with _translated(database), database.engine.connect() as connection:
-        return MigrationContext.configure(connection).get_current_revision()
+        if not inspect(connection).has_table(VERSION_TABLE):
+            return None
+        found = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608
+        return None if found is None else str(found)
 
 
 def upgrade(database: Database, revision: str = "head") -> None:
@@ -39,6 +41,8 @@ def upgrade(database: Database, revision: str = "head") -> None:
         SchemaError: it is newer than this library, or its mark is lost.
 
     """
+    from alembic import command
+
     _refuse_unknown(database)
     _alembic(database, lambda config: command.upgrade(config, revision))
 
@@ -50,12 +54,17 @@ def downgrade(database: Database, revision: str) -> None:
         SchemaError: it is newer than this library, or its mark is lost.
 
     """
+    from alembic import command
+
     _refuse_unknown(database)
     _alembic(database, lambda config: command.downgrade(config, revision))
 
 
 def differences(database: Database) -> list[str]:
     """Return what the tables of the store have other than the models, one line each."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
     with _translated(database), database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         return [str(change) for change in compare_metadata(context, METADATA)]
@@ -103,21 +112,41 @@ def _tables(database: Database) -> list[str]:
 
 
 def _knows(revision: str) -> bool:
+    from alembic.script import ScriptDirectory
+
     with as_file(files("cellstore.migrations")) as folder:
         scripts = ScriptDirectory(str(folder))
         return any(script.revision == revision for script in scripts.walk_revisions())
 
 
 def _alembic(database: Database, action: Any) -> None:
+    engine = database.engine.execution_options(writes=True, rebuilds=True)
     with (
         as_file(files("cellstore.migrations")) as folder,
         _translated(database),
-        database.engine.execution_options(writes=True).begin() as connection,
+        engine.begin() as connection,
     ):
         action(_config(str(folder), connection))
+        _check_references(connection)
+    if database.is_sqlite:
+        database.engine.dispose()  # its connection did not mind foreign keys: none may use it
+
+
+def _check_references(connection: Connection) -> None:
+    """Make up for the foreign keys that SQLite did not mind while tables were rebuilt."""
+    if connection.dialect.name != "sqlite":
+        return
+    broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+    if broken:
+        raise SchemaError(
+            f"Rows of the table {broken[0][0]} refer to rows that are not there, so the schema was "
+            "left as it is. Restore the store from a backup, then upgrade it."
+        )
 
 
 def _config(folder: str, connection: Connection) -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", folder.replace("%", "%%"))
     config.set_main_option("path_separator", "os")

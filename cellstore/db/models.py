@@ -9,20 +9,31 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CheckConstraint, Float, ForeignKey, Index, Text, UniqueConstraint
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy import CheckConstraint, Float, ForeignKey, Index, Text, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from ..terms import (
     ArtifactKind,
     Control,
+    FeatureStorage,
     GroupLevel,
     LabelField,
     Perturbation,
+    Severity,
     Stage,
     Status,
     Subset,
 )
 from .types import Base, BigId, Id, Name, Sha256, by_value
+
+
+def _only(condition: str) -> dict[str, Any]:
+    """Return what makes an index one of those rows alone that meet ``condition``."""
+    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+
+
+_WHERE_SEEN = _only("sha256 IS NOT NULL")
+_WHERE_UNKNOWN_BYTES = _only("content_sha256 IS NULL")
 
 
 class Plate(Base):
@@ -44,7 +55,7 @@ class Treatment(Base):
     identity: Mapped[str] = mapped_column(Text, unique=True)
     kind: Mapped[Perturbation] = mapped_column(by_value(Perturbation))
     pert_iname: Mapped[Name] = mapped_column(index=True)
-    target: Mapped[Name | None]
+    target: Mapped[str | None] = mapped_column(Text)  # may be a long list
     control: Mapped[Control | None] = mapped_column(by_value(Control))
     identifier: Mapped[Name | None]
     inchikey: Mapped[Name | None]
@@ -84,24 +95,46 @@ class Image(Base):
     content_sha256: Mapped[Sha256 | None]
 
 
+class Folder(Base):
+    """A place of image files: a folder of some machine, or of an object store (``s3://...``)."""
+
+    __tablename__ = "folders"
+
+    id: Mapped[Id]
+    uri: Mapped[str] = mapped_column(Text, unique=True)
+
+
 class ImageFile(Base):
-    """One channel of an image, or a projection of several; no ``sha256``: not found yet."""
+    """One channel of an image, or a projection of several; no ``sha256``: not seen yet.
+
+    ``folder_id``: where it was seen, else where a table says it is; null where nothing says.
+    """
 
     __tablename__ = "image_files"
-    __table_args__ = (UniqueConstraint("image_id", "channel"),)
+    __table_args__ = (
+        UniqueConstraint("image_id", "channel"),
+        # Of a screen whose images are elsewhere no row is in this index.
+        Index(None, "sha256", **_WHERE_SEEN),
+    )
 
     id: Mapped[Id]
     image_id: Mapped[int] = mapped_column(BigId, ForeignKey("images.id"))
     channel: Mapped[Name]
     position: Mapped[int]
     name: Mapped[Name] = mapped_column(index=True)
-    uri: Mapped[str | None] = mapped_column(Text)
-    sha256: Mapped[Sha256 | None] = mapped_column(index=True)
+    folder_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("folders.id"))
+    sha256: Mapped[Sha256 | None]
     size_bytes: Mapped[int | None] = mapped_column(BigId)
     modified_ns: Mapped[int | None] = mapped_column(BigId)
     height: Mapped[int | None]
     width: Mapped[int | None]
     dtype: Mapped[Name | None]
+    folder: Mapped[Folder | None] = relationship(lazy="joined")
+
+    @property
+    def uri(self) -> str | None:
+        """Where the file was seen, else where a table says it is."""
+        return None if self.folder is None else f"{self.folder.uri.rstrip('/')}/{self.name}"
 
 
 class Recipe(Base):
@@ -138,7 +171,7 @@ class Label(Base):
 
     id: Mapped[Id]
     field: Mapped[LabelField] = mapped_column(by_value(LabelField))
-    value: Mapped[Name]
+    value: Mapped[str] = mapped_column(Text)
 
 
 class Split(Base):
@@ -246,25 +279,45 @@ class RunArtifact(Base):
 
 
 class Segmentation(Base):
-    """The masks of one image, as its bytes were, by one recipe; ``diameter`` in pixels."""
+    """The cells of one image, as its bytes were, by one recipe; ``diameter`` in pixels.
+
+    Of cells that another tool found, the masks, the flows and the bytes it saw may be unknown. A
+    segmentation of unknown bytes counts as current: nothing can contradict it.
+    """
 
     __tablename__ = "segmentations"
-    __table_args__ = (UniqueConstraint("image_id", "recipe_id", "content_sha256"),)
+    __table_args__ = (
+        UniqueConstraint("image_id", "recipe_id", "content_sha256"),
+        Index(
+            "uq_segmentations_of_unknown_bytes",
+            "image_id",
+            "recipe_id",
+            unique=True,
+            **_WHERE_UNKNOWN_BYTES,
+        ),
+    )
 
     id: Mapped[Id]
     image_id: Mapped[int] = mapped_column(BigId, ForeignKey("images.id"))
     recipe_id: Mapped[int] = mapped_column(BigId, ForeignKey("recipes.id"), index=True)
-    content_sha256: Mapped[Sha256]
+    content_sha256: Mapped[Sha256 | None]
     run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
     n_cells: Mapped[int]
-    diameter: Mapped[float] = mapped_column(Float(53))
-    mask_artifact_id: Mapped[int] = mapped_column(BigId, ForeignKey("artifacts.id"), index=True)
-    flow_artifact_id: Mapped[int] = mapped_column(BigId, ForeignKey("artifacts.id"), index=True)
+    diameter: Mapped[float | None] = mapped_column(Float(53))
+    mask_artifact_id: Mapped[int | None] = mapped_column(
+        BigId, ForeignKey("artifacts.id"), index=True
+    )
+    flow_artifact_id: Mapped[int | None] = mapped_column(
+        BigId, ForeignKey("artifacts.id"), index=True
+    )
     created_at: Mapped[datetime]
 
 
 class Cell(Base):
-    """One labelled region; the box is half open, in pixels; ``excluded``: why it does not count."""
+    """One labelled region; the box is half open, in pixels; ``excluded``: why it does not count.
+
+    Box and centre are null where another tool found the cell and does not say.
+    """
 
     __tablename__ = "cells"
     __table_args__ = (UniqueConstraint("segmentation_id", "label"),)
@@ -272,17 +325,20 @@ class Cell(Base):
     id: Mapped[Id]
     segmentation_id: Mapped[int] = mapped_column(BigId, ForeignKey("segmentations.id"))
     label: Mapped[int]
-    min_row: Mapped[int]
-    min_col: Mapped[int]
-    max_row: Mapped[int]
-    max_col: Mapped[int]
-    centroid_row: Mapped[float] = mapped_column(Float(53))
-    centroid_col: Mapped[float] = mapped_column(Float(53))
+    min_row: Mapped[int | None]
+    min_col: Mapped[int | None]
+    max_row: Mapped[int | None]
+    max_col: Mapped[int | None]
+    centroid_row: Mapped[float | None] = mapped_column(Float(53))
+    centroid_col: Mapped[float | None] = mapped_column(Float(53))
     excluded: Mapped[Name | None]
 
 
 class FeatureSet(Base):
-    """A named block of measurements; ``columns`` lists name, dtype, unit and source of each."""
+    """A named block of measurements; ``columns`` lists name, dtype, unit and source of each.
+
+    The built-in ones live in table ``features``, all others in columnar files (``feature_files``).
+    """
 
     __tablename__ = "feature_sets"
 
@@ -290,6 +346,24 @@ class FeatureSet(Base):
     name: Mapped[Name] = mapped_column(unique=True)
     recipe_id: Mapped[int] = mapped_column(BigId, ForeignKey("recipes.id"), unique=True)
     columns: Mapped[list[dict[str, Any]]]
+    storage: Mapped[FeatureStorage] = mapped_column(by_value(FeatureStorage))
+
+
+class FeatureFile(Base):
+    """A Parquet file of a feature set: ``cell_id`` and a column each; rows by ``cell_id``."""
+
+    __tablename__ = "feature_files"
+
+    feature_set_id: Mapped[int] = mapped_column(
+        BigId, ForeignKey("feature_sets.id"), primary_key=True
+    )
+    artifact_id: Mapped[int] = mapped_column(
+        BigId, ForeignKey("artifacts.id"), primary_key=True, index=True
+    )
+    run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
+    n_rows: Mapped[int]
+    first_cell_id: Mapped[int] = mapped_column(BigId)
+    last_cell_id: Mapped[int] = mapped_column(BigId)
 
 
 Number = Mapped[float | None]
@@ -317,6 +391,56 @@ class CellFeatures(Base):
     extent: Number = mapped_column(Float(53))
     centroid_y: Number = mapped_column(Float(53))
     centroid_x: Number = mapped_column(Float(53))
+
+
+class IngestFile(Base):
+    """A file that an ingest run read, and what became of its rows.
+
+    ``n_rows = n_created + n_updated + n_unchanged + n_refused``.
+    """
+
+    __tablename__ = "ingest_files"
+
+    id: Mapped[Id]
+    run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
+    name: Mapped[str] = mapped_column(Text)
+    sha256: Mapped[Sha256] = mapped_column(index=True)
+    size_bytes: Mapped[int] = mapped_column(BigId)
+    layout: Mapped[Name]
+    n_rows: Mapped[int] = mapped_column(BigId)
+    n_created: Mapped[int] = mapped_column(BigId)
+    n_updated: Mapped[int] = mapped_column(BigId)
+    n_unchanged: Mapped[int] = mapped_column(BigId)
+    n_refused: Mapped[int] = mapped_column(BigId)
+
+
+class IngestIssue(Base):
+    """A row that an ingest run refused, or something that looks wrong; ``line`` from 1."""
+
+    __tablename__ = "ingest_issues"
+
+    id: Mapped[Id]
+    run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
+    severity: Mapped[Severity] = mapped_column(by_value(Severity))
+    file: Mapped[str] = mapped_column(Text)
+    line: Mapped[int | None]
+    reason: Mapped[Name]
+    detail: Mapped[str] = mapped_column(Text)
+
+
+class WellChange(Base):
+    """A later table said something else of a well: what it had, what it has, who said so where."""
+
+    __tablename__ = "well_changes"
+
+    id: Mapped[Id]
+    run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
+    well_id: Mapped[int] = mapped_column(BigId, ForeignKey("wells.id"), index=True)
+    old_treatment_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("treatments.id"))
+    new_treatment_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("treatments.id"))
+    file: Mapped[str] = mapped_column(Text)
+    line: Mapped[int | None]
+    changed_at: Mapped[datetime]
 
 
 class RunMetric(Base):

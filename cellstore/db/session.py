@@ -23,7 +23,11 @@ from sqlalchemy.orm import Session
 
 from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
 
-SQLITE_BUSY_MS = 30_000
+SQLITE_BUSY_MS = 120_000  # a table of a million rows is one transaction of a minute
+UNWRITABLE = re.compile(
+    r"disk is full|disk full|no space left|readonly database|read-only|disk i/o error"
+)
+SQLITE_CACHE_KIB = 65_536
 # libpq also takes secrets as parameters: password, passfile, sslpassword, scram_client_key, ...
 SECRET_PARAMETER = re.compile(r"pass|pwd|secret|scram_\w+_key", re.IGNORECASE)
 
@@ -85,12 +89,7 @@ def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageErr
             "folder exist and that you may write to both, which cellstore needs for reading, too. "
             "An archived store can be used from a copy in a place that can be written."
         )
-    if (
-        "full" in lowered
-        or "readonly" in lowered
-        or "read-only" in lowered
-        or "disk i/o" in lowered
-    ):
+    if UNWRITABLE.search(lowered):
         return StorageError(
             f"The database {database.shown} cannot be written: {text}. "
             "Free some space or mend the permissions, then run the same command again."
@@ -167,12 +166,16 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute(f"PRAGMA cache_size = {-SQLITE_CACHE_KIB}")
     cursor.close()
 
 
 def _begin_sqlite(connection: Any) -> None:
     # A writer takes its lock at once: one that first reads cannot wait for another and fails.
-    writes = connection.get_execution_options().get("writes", False)
+    options = connection.get_execution_options()
+    if options.get("rebuilds", False):  # can only be said before the transaction begins
+        connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
+    writes = options.get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 

@@ -16,6 +16,7 @@ _REMEMBERED = 32_768
 
 _LETTERS = re.compile(r"([A-Z]{1,2})[\s_-]*([0-9]{1,2})", re.IGNORECASE | re.ASCII)
 _NUMBERS = re.compile(r"r([0-9]{1,2})c([0-9]{1,2})", re.IGNORECASE | re.ASCII)
+_DIGITS = re.compile(r"([0-9]{2})([0-9]{2})", re.ASCII)
 _PHENIX = re.compile(
     r"(?P<core>r(?P<row>[0-9]{1,2})c(?P<column>[0-9]{1,2})f(?P<field>[0-9]{1,4}))"
     r"(?:p(?P<plane>[0-9]{1,4}))?"
@@ -54,13 +55,13 @@ class PhenixName:
 
 @lru_cache(maxsize=4096)
 def parse_well(text: str) -> tuple[int, int]:
-    """Return (row, column), both from 1, of 'A01', 'A1', 'b7', 'C - 3', 'r01c01' or 'AA01'.
+    """Return (row, column), both from 1, of 'A01', 'A1', 'b7', 'C - 3', 'r01c01', '0101' or 'AA01'.
 
     Raises:
         UserInputError: the text is no well of a plate of up to 1536 wells.
     """
     name = text.strip()
-    numbers = _NUMBERS.fullmatch(name)
+    numbers = _NUMBERS.fullmatch(name) or _DIGITS.fullmatch(name)
     letters = _LETTERS.fullmatch(name)
     if numbers:
         row, column = int(numbers[1]), int(numbers[2])

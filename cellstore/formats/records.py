@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..terms import Control, Perturbation
 
 
-@dataclass(frozen=True, slots=True)
-class FileRef:
+class FileRef(NamedTuple):
     """One channel of an image, as a table names it.
 
     ``channel`` is the name of the stain ('RNA'), ``number`` the channel number of a Phenix file
@@ -23,7 +23,11 @@ class FileRef:
 
 @dataclass(frozen=True, slots=True)
 class TreatmentRecord:
-    """What was done to a well. ``identifier`` is the ``broad_sample`` of JUMP tables."""
+    """What was done to a well.
+
+    ``identifier`` is the ``broad_sample`` of JUMP tables, or else their ``Metadata_JCP2022``.
+    Several targets are each there once, sorted, with ``|`` between them.
+    """
 
     kind: Perturbation
     pert_iname: str
@@ -35,8 +39,7 @@ class TreatmentRecord:
     pubchem_cid: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRecord:
+class ImageRecord(NamedTuple):
     """One field of view from line ``line`` of a table; row, column, site as numbers.
 
     ``row`` and ``column`` count from 1; ``site``, ``plane`` and ``time_point`` are as written.
@@ -55,8 +58,7 @@ class ImageRecord:
     treatment: TreatmentRecord | None
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """A row that cannot be used: the line it starts at, a reason to count by, and its details."""
 
     line: int

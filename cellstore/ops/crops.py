@@ -33,8 +33,9 @@ UNKNOWN_LABEL = -1
 class CellBlock:
     """N cells: those of one image, or one batch.
 
-    ``mask_crops`` and ``flow_crops`` are (N, 4, S, S) float32, ``features`` (N, F) float32,
-    ``labels`` (N,) int64 class indices and ``cell_ids`` (N,) int64.
+    ``mask_crops`` and ``flow_crops`` are (N, 4, S, S) float32, or (N, 0) where the network does
+    not look at them, ``features`` (N, F) float32, ``labels`` (N,) int64 class indices and
+    ``cell_ids`` (N,) int64.
     """
 
     mask_crops: Tensor
@@ -69,7 +70,7 @@ class CellBlock:
 
 def cell_crops(
     masks: NDArray[Any],
-    flows: NDArray[Any],
+    flows: NDArray[Any] | None,
     projection: NDArray[Any],
     boxes: NDArray[Any],
     labels: NDArray[Any],
@@ -83,6 +84,7 @@ def cell_crops(
         (H, W) integers, 0 is background.
     flows
         (H, W, 4) uint8: the three channels of Cellpose's flow rendering, the cell probability.
+        ``None``: they are unknown or of no interest.
     projection
         (H, W) intensities of any numeric type. They are divided by the 99.9th percentile of the
         image and cut at 0 and 1.
@@ -96,7 +98,8 @@ def cell_crops(
 
     Returns
     -------
-    Mask crops and flow crops, each (N, 4, size, size) float32 from -1 to 1.
+    Mask crops and flow crops, each (N, 4, size, size) float32 from -1 to 1; the flow crops are
+    (N, 0) without flows.
 
     Raises
     ------
@@ -111,14 +114,21 @@ def cell_crops(
         raise UserInputError(f"The size of a crop must be 1 pixel or more, not {size}.")
     scaled = _scaled(np.asarray(projection))
     outlines = _inner_outlines(masks)
-    crops = torch.empty((len(labels), 8, size, size), dtype=torch.float32)
+    channels = 4 if flows is None else 8
+    crops = torch.empty((len(labels), channels, size, size), dtype=torch.float32)
     for crop, box, label in zip(crops, np.asarray(boxes).tolist(), labels, strict=True):
         window = slice(box[0], box[2]), slice(box[1], box[3])
         layers = _layers(masks[window], outlines[window], scaled[window], int(label))
-        stack = np.concatenate([layers, _unit_flows(flows[window])])
-        crop[:] = _resized(torch.from_numpy(stack), size)
+        if flows is not None:
+            layers = np.concatenate([layers, _unit_flows(flows[window])])
+        crop[:] = _resized(torch.from_numpy(layers), size)
     crops.sub_(CROP_MEAN).div_(CROP_STD)
-    return crops[:, :4], crops[:, 4:]
+    return crops[:, :4], no_crops(len(labels)) if flows is None else crops[:, 4:]
+
+
+def no_crops(number: int) -> Tensor:
+    """What stands for the crops of ``number`` cells that no branch looks at, (N, 0)."""
+    return torch.empty((number, 0))
 
 
 def _layers(
@@ -171,11 +181,20 @@ def _scaled(projection: NDArray[Any]) -> NDArray[np.float32]:
     return scaled
 
 
-def _check_planes(masks: NDArray[Any], flows: NDArray[Any], projection: NDArray[Any]) -> None:
-    if masks.ndim != 2 or projection.shape != masks.shape or flows.shape != (*masks.shape, 4):
+def _check_planes(
+    masks: NDArray[Any], flows: NDArray[Any] | None, projection: NDArray[Any]
+) -> None:
+    if masks.ndim != 2 or projection.shape != masks.shape:
         raise ImageError(
-            f"Masks {masks.shape}, flows {flows.shape} and image {projection.shape} do not fit "
-            "each other; segment this image again."
+            f"Masks {masks.shape} and image {projection.shape} do not fit each other; segment this "
+            "image again, or ingest masks that belong to it."
+        )
+    if flows is None:
+        return
+    if flows.shape != (*masks.shape, 4):
+        raise ImageError(
+            f"Masks {masks.shape} and flows {flows.shape} do not fit each other; segment this "
+            "image again."
         )
     if flows.dtype != np.uint8:
         raise ImageError(f"Flows must be uint8, these are {flows.dtype}; segment this image again.")

@@ -3,7 +3,8 @@
 Two EfficientNet-B0 branches look at the mask crop and the flow crop of a cell, a third at its
 tabular features; the three are concatenated, weighted element by element by an attention
 network, projected and classified. Widths of the attention and projection layers and the dropout
-rate are not given by the study; the defaults of :class:`NetShape` are cellstore's.
+rate are not given by the study; the defaults of :class:`NetShape` are cellstore's. A network may
+also have some of the three branches only.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.ops.branches import BRANCHES, FLOW, MASK, TABULAR, check_branches
 from cellstore.ops.scaling import Scaler
 
 IMAGENET = "imagenet"
@@ -31,9 +33,18 @@ _EMBEDDING = 1280
 State = Mapping[str, Tensor]
 
 
+_KINDS: dict[str, Any] = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "tuple[str, ...]": (list, tuple),
+}
+"""What JSON makes of the types of a shape's fields."""
+
+
 @dataclass(frozen=True)
 class NetShape:
-    """What decides the tensors of a network."""
+    """What decides the tensors of a network. ``branches`` are all or some of ``BRANCHES``."""
 
     n_classes: int
     n_features: int
@@ -43,13 +54,16 @@ class NetShape:
     projection_width: int = 256
     dropout: float = 0.5
     backbone: str = "efficientnet_b0"
+    branches: tuple[str, ...] = BRANCHES
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
             raise UnknownNameError.of("backbone", self.backbone, BACKBONES)
+        if self.branches != check_branches(self.branches):
+            raise UserInputError(f"The branches of a network come in the order {BRANCHES}.")
         sizes = (
             self.n_classes,
-            self.n_features,
+            self.n_features if TABULAR in self.branches else 1,
             self.image_channels,
             self.tabular_width,
             self.attention_width,
@@ -60,38 +74,37 @@ class NetShape:
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
-        return asdict(self)
+        return asdict(self) | {"branches": list(self.branches)}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> NetShape:
         """The shape that :meth:`to_json` described; raises ``UserInputError`` if it is not one."""
-        known = {item.name: item.type for item in fields(cls)}
-        casts: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
+        known = {item.name: str(item.type) for item in fields(cls)}
         wrong = [
             name
             for name, value in record.items()
-            if name not in known or not isinstance(value, casts[str(known[name])])
+            if name not in known or not isinstance(value, _KINDS[known[name]])
         ]
         if wrong or not {"n_classes", "n_features"} <= record.keys():
             raise UserInputError(f"This does not describe a network: look at {wrong or record}.")
-        return cls(**record)
+        branches = tuple(str(name) for name in record.get("branches", BRANCHES))
+        return cls(**{**record, "branches": branches})
 
 
 class FusionNet(nn.Module):
-    """The published network; see the module's description."""
+    """The published network, or one of fewer branches; see the module's description.
+
+    The branches are the modules ``mask_branch``, ``flow_branch`` and ``tabular_branch``.
+    """
 
     def __init__(self, shape: NetShape) -> None:
         super().__init__()
         self.shape = shape
-        fused = 2 * _EMBEDDING + shape.tabular_width
-        self.mask_branch = image_branch(shape.image_channels)
-        self.flow_branch = image_branch(shape.image_channels)
-        self.tabular_branch = nn.Sequential(
-            nn.Linear(shape.n_features, shape.tabular_width),
-            nn.ReLU(),
-            nn.BatchNorm1d(shape.tabular_width),
-            nn.Dropout(shape.dropout),
-        )
+        widths = {MASK: _EMBEDDING, FLOW: _EMBEDDING, TABULAR: shape.tabular_width}
+        fused = sum(widths[name] for name in shape.branches)
+        for name in shape.branches:
+            made = tabular_branch(shape) if name == TABULAR else image_branch(shape.image_channels)
+            self.add_module(_module(name), made)
         self.attention = nn.Sequential(
             nn.Linear(fused, shape.attention_width),
             nn.ReLU(),
@@ -105,17 +118,28 @@ class FusionNet(nn.Module):
         """Class scores before softmax, (N, n_classes) float32.
 
         ``mask_crops`` and ``flow_crops`` are (N, image_channels, S, S), ``features``
-        (N, n_features); all float32, normalised. While training, N must be 2 or more (batch
-        normalisation).
+        (N, n_features); all float32, normalised. What no branch of the network looks at may be
+        of any shape. While training, N must be 2 or more (batch normalisation).
         """
-        seen = (
-            self.mask_branch(mask_crops),
-            self.flow_branch(flow_crops),
-            self.tabular_branch(features),
-        )
+        given = {MASK: mask_crops, FLOW: flow_crops, TABULAR: features}
+        seen = [self.get_submodule(_module(name))(given[name]) for name in self.shape.branches]
         fused = torch.cat(seen, dim=1)
         scores: Tensor = self.classifier(self.projection(fused * self.attention(fused)))
         return scores
+
+
+def _module(branch: str) -> str:
+    return f"{branch}_branch"
+
+
+def tabular_branch(shape: NetShape) -> nn.Sequential:
+    """(N, n_features) to (N, tabular_width)."""
+    return nn.Sequential(
+        nn.Linear(shape.n_features, shape.tabular_width),
+        nn.ReLU(),
+        nn.BatchNorm1d(shape.tabular_width),
+        nn.Dropout(shape.dropout),
+    )
 
 
 def image_branch(channels: int) -> nn.Sequential:
@@ -137,13 +161,19 @@ def image_branch(channels: int) -> nn.Sequential:
 def build_net(shape: NetShape, weights: str | Path | None = None, seed: int = 0) -> FusionNet:
     """A new network on the CPU, in training mode; the same seed gives the same numbers.
 
-    ``weights`` start both image branches: ``None`` (random), ``"imagenet"`` (fetched through
+    ``weights`` start the image branches: ``None`` (random), ``"imagenet"`` (fetched through
     torchvision and kept in its cache) or the path of a state dict of torchvision's
     ``efficientnet_b0`` (``.pth`` or ``.safetensors``). The first convolution is made to fit: the
     filters of red, green and blue come first, each further channel gets their mean.
 
-    Raises ``UserInputError`` if the weights cannot be fetched, read, or are of another network.
+    Raises ``UserInputError`` if the weights cannot be fetched, read, are of another network, or
+    the network has no image branch to start from them.
     """
+    if weights is not None and set(shape.branches) <= {TABULAR}:
+        raise UserInputError(
+            "A network that looks at no images has nothing to start from weights; leave them at "
+            "'none'."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = FusionNet(shape)
@@ -191,8 +221,9 @@ def _start_from(net: FusionNet, state: State) -> None:
     try:
         stem = body["0.0.weight"]
         body["0.0.weight"] = _fit_channels(stem, net.shape.image_channels)
-        for branch in (net.mask_branch, net.flow_branch):
-            branch[0].load_state_dict(body)
+        for name in net.shape.branches:
+            if name != TABULAR:
+                net.get_submodule(f"{_module(name)}.0").load_state_dict(body)
     except (KeyError, RuntimeError, IndexError) as error:
         raise UserInputError(
             "These are not the weights of torchvision's efficientnet_b0 "
@@ -215,7 +246,8 @@ class CheckpointMeta:
 
     ``labels`` are the classes in the order of the network's outputs, values of ``field``.
     Crops are resized to ``crop_size`` and normalised as ``(x - crop_mean) / crop_std``.
-    ``fingerprints`` name the recipes and the split the network comes from.
+    ``fingerprints`` name the recipes and the split the network comes from. ``feature_set`` is the
+    one whose columns the network reads, those that the scaler names.
     """
 
     shape: NetShape
@@ -226,6 +258,7 @@ class CheckpointMeta:
     fingerprints: Mapping[str, str]
     crop_mean: float = 0.5
     crop_std: float = 0.5
+    feature_set: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) != self.shape.n_classes or len(set(self.labels)) < len(self.labels):
@@ -248,6 +281,7 @@ class CheckpointMeta:
             "scaler": self.scaler.to_json(),
             "crop": {"size": self.crop_size, "mean": self.crop_mean, "std": self.crop_std},
             "fingerprints": dict(self.fingerprints),
+            "feature_set": self.feature_set,
         }
 
     @classmethod
@@ -264,6 +298,7 @@ class CheckpointMeta:
                 fingerprints={str(k): str(v) for k, v in record["fingerprints"].items()},
                 crop_mean=float(crop["mean"]),
                 crop_std=float(crop["std"]),
+                feature_set=record.get("feature_set"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UserInputError(f"This does not describe a checkpoint: {error!r}.") from error

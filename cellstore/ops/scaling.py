@@ -1,4 +1,8 @@
-"""Standardisation of the tabular features, fitted block by block on the training side."""
+"""Standardisation of the tabular features, fitted block by block on the training side.
+
+What other tools measured has gaps. A scaler that is told so ignores them: means and deviations
+are those of the values that are there, and a value that is not there becomes 0, the mean.
+"""
 
 from __future__ import annotations
 
@@ -11,50 +15,65 @@ from numpy.typing import ArrayLike, NDArray
 
 from cellstore.errors import UserInputError
 
+Numbers = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Scaler:
     """``(x - mean) / scale`` for each named column, as scikit-learn's ``StandardScaler``.
 
     ``mean`` and ``scale`` have one number per name; ``scale`` is the population standard
-    deviation, or 1 for a column that never varies.
+    deviation, or 1 for a column that never varies. ``gaps``: a value that is not finite counts
+    as not measured and becomes 0 (the mean); else it is an error.
     """
 
     names: tuple[str, ...]
     mean: tuple[float, ...]
     scale: tuple[float, ...]
+    gaps: bool = False
 
     @classmethod
-    def fit(cls, names: Sequence[str], blocks: Iterable[ArrayLike]) -> Scaler:
+    def fit(
+        cls, names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool = False
+    ) -> Scaler:
         """Fit to ``blocks`` of rows, each (N, F), of which one at a time is in memory.
 
-        Means and variances are merged as in Chan, Golub and LeVeque (1983), in float64.
+        Means and variances are merged as in Chan, Golub and LeVeque (1983), in float64. With
+        ``gaps``, a column without a single finite value is not among the names of the scaler.
 
-        Raises ``UserInputError`` where there is no row at all, a block is not (N, F), or a
-        value is not finite: no value is made up for one that was not measured.
+        Raises ``UserInputError`` where there is no row or no column with a value, a block is not
+        (N, F), or, without ``gaps``, a value is not finite.
         """
-        count, mean, squares = 0, np.zeros(len(names)), np.zeros(len(names))
+        count, mean, squares = (np.zeros(len(names)) for _ in range(3))
         for block in blocks:
-            rows = _checked(names, block)
+            rows = _checked(names, block, gaps)
             if len(rows):
                 count, mean, squares = _merge(count, mean, squares, rows)
-        if count == 0:
+        if not count.any():
             raise UserInputError("There are no cells to scale features on; measure images first.")
+        there = count > 0
+        return cls._of(np.array(names)[there], count[there], mean[there], squares[there], gaps)
+
+    @classmethod
+    def _of(
+        cls, names: NDArray[Any], count: Numbers, mean: Numbers, squares: Numbers, gaps: bool
+    ) -> Scaler:
         deviation = np.sqrt(squares / count)
         # A constant column keeps rounding noise in place of an exact 0.
         varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1e-300)
         scale = np.where(varies, deviation, 1.0)
-        return cls(tuple(names), tuple(mean.tolist()), tuple(scale.tolist()))
+        return cls(tuple(names.tolist()), tuple(mean.tolist()), tuple(scale.tolist()), gaps)
 
     def transform(self, rows: ArrayLike) -> NDArray[np.float32]:
         """The (N, F) ``rows`` scaled, as float32; raises as :meth:`fit` does."""
-        values = _checked(self.names, rows)
-        scaled: NDArray[np.float64] = (values - np.array(self.mean)) / np.array(self.scale)
-        return scaled.astype(np.float32)
+        values = _checked(self.names, rows, self.gaps)
+        scaled: Numbers = (values - np.array(self.mean)) / np.array(self.scale)
+        return np.nan_to_num(scaled, copy=False, nan=0.0).astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
         """Names, means and scales as plain lists."""
-        return {"names": list(self.names), "mean": list(self.mean), "scale": list(self.scale)}
+        lists = {"names": list(self.names), "mean": list(self.mean), "scale": list(self.scale)}
+        return {**lists, "gaps": self.gaps}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Scaler:
@@ -63,20 +82,24 @@ class Scaler:
             names = tuple(str(name) for name in record["names"])
             mean = tuple(float(value) for value in record["mean"])
             scale = tuple(float(value) for value in record["scale"])
-        except (KeyError, TypeError, ValueError) as error:
+            gaps = bool(record.get("gaps", False))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserInputError(f"This is not a description of a scaler: {error!r}.") from error
         usable = np.isfinite([*mean, *scale]).all() and all(value > 0 for value in scale)
         if not len(names) == len(mean) == len(scale) or not usable:
             raise UserInputError("The scaler needs one finite mean and one scale above 0 per name.")
-        return cls(names, mean, scale)
+        return cls(names, mean, scale, gaps)
 
 
-def _checked(names: Sequence[str], block: ArrayLike) -> NDArray[np.float64]:
+def _checked(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
+    """Return the rows as float64, with NaN for each value that is not there."""
     rows = np.asarray(block, dtype=np.float64)
     if rows.ndim != 2 or rows.shape[1] != len(names):
         raise UserInputError(
             f"Features must have the shape (cells, {len(names)}), these have {rows.shape}."
         )
+    if gaps:
+        return np.where(np.isfinite(rows), rows, np.nan)
     finite = np.isfinite(rows).all(axis=0)
     if not finite.all():
         bad = ", ".join(name for name, good in zip(names, finite, strict=True) if not good)
@@ -86,18 +109,16 @@ def _checked(names: Sequence[str], block: ArrayLike) -> NDArray[np.float64]:
     return rows
 
 
-Moments = tuple[int, NDArray[np.float64], NDArray[np.float64]]
-
-
 def _merge(
-    count: int,
-    mean: NDArray[np.float64],
-    squares: NDArray[np.float64],
-    rows: NDArray[np.float64],
-) -> Moments:
-    block_mean = rows.mean(axis=0)
-    block_squares = ((rows - block_mean) ** 2).sum(axis=0)
-    total = count + len(rows)
+    count: Numbers, mean: Numbers, squares: Numbers, rows: Numbers
+) -> tuple[Numbers, Numbers, Numbers]:
+    """Add rows to the number of values, the mean and the sum of squares of each column."""
+    there = np.isfinite(rows)
+    added = there.sum(axis=0).astype(np.float64)
+    block_mean = np.where(there, rows, 0.0).sum(axis=0) / np.maximum(added, 1)
+    block_squares = (np.where(there, rows - block_mean, 0.0) ** 2).sum(axis=0)
+    total = count + added
     step = block_mean - mean
-    merged = squares + block_squares + step**2 * (count * len(rows) / total)
-    return total, mean + step * (len(rows) / total), merged
+    present = np.maximum(total, 1)
+    merged = squares + block_squares + step**2 * (count * added / present)
+    return total, mean + step * (added / present), merged

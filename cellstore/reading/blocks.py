@@ -1,4 +1,7 @@
-"""Blocks of cells for a network: the cells of an image, cut from its pixels. Needs torch."""
+"""Blocks of cells for a network: the cells of an image, cut from its pixels. Needs torch.
+
+A network that looks at features only has its cells read without opening an image.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,24 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from sqlalchemy.orm import Session
+from torch import Tensor
 
 from ..config import ImageInput
 from ..errors import ImageError, StorageError, UserInputError
-from ..ops.crops import UNKNOWN_LABEL, CellBlock, cell_crops
+from ..ops.branches import BRANCHES, FLOW, MASK, TABULAR
+from ..ops.crops import UNKNOWN_LABEL, CellBlock, cell_crops, no_crops
 from ..ops.scaling import Scaler
 from ..runs.workspace import Workspace
-from .cells import FEATURE_COLUMNS, CellRows, CellSource, mask_and_flow, read_cells
-from .planes import read_artifact_image, read_image
+from .cells import (
+    CellRows,
+    CellSource,
+    current_segmentation,
+    read_cells,
+    read_flows,
+    read_masks,
+)
+from .featuresets import ReadableSet, SetReader
+from .planes import read_image
 
 BUFFER_BYTES = 2 << 30
 """Crops that are mixed while shuffling; twice this and one image is what training holds."""
@@ -26,32 +39,46 @@ KEPT_BYTES = 1 << 30
 
 Plane = NDArray[Any]
 
-_CHANNELS = 8
+_CHANNELS = 4
 _FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
-class _Decoded:
-    """The cells of an image and its masks (H, W), flows (H, W, 4) and plane (H, W)."""
+class _Pictures:
+    """Masks (H, W), flows (H, W, 4), if a branch looks at them, and plane (H, W) of an image."""
 
-    rows: CellRows
     masks: Plane
-    flows: Plane
+    flows: Plane | None
     plane: Plane
 
     @property
     def nbytes(self) -> int:
-        return self.masks.nbytes + self.flows.nbytes + self.plane.nbytes
+        flows = 0 if self.flows is None else self.flows.nbytes
+        return self.masks.nbytes + flows + self.plane.nbytes
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """The cells of an image and its pictures, if a branch looks at any."""
+
+    rows: CellRows
+    pictures: _Pictures | None
+
+    @property
+    def nbytes(self) -> int:
+        pictures = 0 if self.pictures is None else self.pictures.nbytes
+        return self.rows.features.nbytes + pictures
 
 
 class BlockReader:
     """Call it with an image id to get the cells of that image, ready for a network.
 
     Features are the columns of ``scaler``, scaled by it; ``classes`` gives the class index of a
-    label id. Each image is decoded once and kept, while all that is kept fits ``kept_bytes``.
+    label id; ``branches`` are those of the network. Each image is decoded once and kept, while
+    all that is kept fits ``kept_bytes``.
 
     Raises:
-        UserInputError: ``scaler`` names a measurement that is not made any more.
+        UserInputError: ``scaler`` names a measurement that is not there any more.
 
     """
 
@@ -64,10 +91,13 @@ class BlockReader:
         crop_size: int,
         classes: Mapping[int, int] | None = None,
         kept_bytes: int = KEPT_BYTES,
+        branches: Sequence[str] = BRANCHES,
     ) -> None:
         self.workspace, self.source, self.plane = workspace, source, plane
         self.scaler, self.crop_size, self.classes = scaler, crop_size, classes or {}
-        self._columns = _positions(scaler.names)
+        self.branches = tuple(branches)
+        _check_columns(scaler.names, source.features)
+        self._values = SetReader(source.features.files or ())
         self._kept: dict[int, _Decoded] = {}
         self._room = kept_bytes
 
@@ -83,32 +113,44 @@ class BlockReader:
 
     def _decode(self, image_id: int) -> _Decoded | None:
         with self.workspace.database.read() as session:
-            rows = read_cells(session, self.source, image_id)
+            rows = read_cells(session, self.source, image_id, self.scaler.names, self._values)
             if len(rows) == 0:
                 return None
-            masks, flows = self._masks_and_flows(session, image_id)
-        plane = read_image(self.workspace.database, image_id, self.plane)
-        found = _Decoded(rows, masks, flows, plane)
+            pictures = None if self.branches == (TABULAR,) else self._pictures(session, image_id)
+        found = _Decoded(rows, pictures)
         if found.nbytes <= self._room:
             self._kept[image_id], self._room = found, self._room - found.nbytes
         return found
 
-    def _masks_and_flows(self, session: Session, image_id: int) -> tuple[Plane, Plane]:
+    def _pictures(self, session: Session, image_id: int) -> _Pictures:
         artifacts = self.workspace.artifacts
-        mask_id, flow_id = mask_and_flow(session, self.source.segment_id, image_id)
+        found = current_segmentation(session, self.source.segment_id, image_id)
         try:
-            masks = read_artifact_image(session, artifacts, mask_id)
-            return masks, read_artifact_image(session, artifacts, flow_id)
+            masks = read_masks(session, artifacts, found)
+            flows = read_flows(session, artifacts, found) if FLOW in self.branches else None
         except StorageError as error:
             # A file of one image that is damaged is no reason to give up the others.
             raise ImageError(str(error)) from error
+        return _Pictures(masks, flows, read_image(self.workspace.database, image_id, self.plane))
+
+    def _crops(self, found: _Decoded) -> tuple[Tensor, Tensor]:
+        """Mask crops and flow crops; no crops for a branch that the network does not have."""
+        rows, pictures = found.rows, found.pictures
+        if pictures is None:
+            return no_crops(len(rows)), no_crops(len(rows))
+        if rows.boxes is None:
+            raise ImageError(
+                "The boxes of these cells are unknown, so they cannot be cut out of the image. "
+                "If you have their masks, run: cellstore ingest masks DIR"
+            )
+        planes = pictures.masks, pictures.flows, pictures.plane
+        crops = cell_crops(*planes, rows.boxes, rows.labels, self.crop_size)
+        return crops if MASK in self.branches else (no_crops(len(rows)), crops[1])
 
     def _block(self, found: _Decoded) -> CellBlock:
         rows = found.rows
-        crops = cell_crops(
-            found.masks, found.flows, found.plane, rows.boxes, rows.labels, self.crop_size
-        )
-        features = self.scaler.transform(rows.features[:, self._columns])
+        crops = self._crops(found)
+        features = self.scaler.transform(rows.features)
         label = UNKNOWN_LABEL
         if rows.label_id is not None:
             label = self.classes.get(rows.label_id, UNKNOWN_LABEL)
@@ -118,25 +160,42 @@ class BlockReader:
         )
 
     def _empty(self) -> CellBlock:
-        crops = torch.empty((0, _CHANNELS // 2, self.crop_size, self.crop_size))
+        shape = (0, _CHANNELS, self.crop_size, self.crop_size)
+        masks, flows = (
+            torch.empty(shape) if name in self.branches else no_crops(0) for name in (MASK, FLOW)
+        )
         none = torch.empty(0, dtype=torch.int64)
-        return CellBlock(crops, crops, torch.empty((0, len(self._columns))), none, none)
+        return CellBlock(masks, flows, torch.empty((0, len(self.scaler.names))), none, none)
 
 
-def _positions(names: Sequence[str]) -> list[int]:
-    gone = [name for name in names if name not in FEATURE_COLUMNS]
-    if gone:
+def _check_columns(names: Sequence[str], features: ReadableSet) -> None:
+    known = frozenset(features.columns)
+    gone = [name for name in names if name not in known]
+    if not gone:
+        return
+    some = ", ".join(gone[:5])
+    if features.in_table:
         raise UserInputError(
-            f"The network reads measurements that this cellstore does not make: {', '.join(gone)}. "
+            f"The network reads measurements that this cellstore does not make: {some}. "
             "Train again."
         )
-    return [FEATURE_COLUMNS.index(name) for name in names]
+    raise UserInputError(
+        f"Feature set {features.name!r} no longer has {len(gone)} columns that the network reads: "
+        f"{some}. Train again."
+    )
 
 
-def buffer_cells(crop_size: int, batch_size: int, budget: int = BUFFER_BYTES) -> int:
+def buffer_cells(
+    crop_size: int,
+    batch_size: int,
+    branches: Sequence[str] = BRANCHES,
+    n_features: int = 0,
+    budget: int = BUFFER_BYTES,
+) -> int:
     """Return how many cells to shuffle at once: what ``budget`` bytes hold, a batch at least."""
-    per_cell = _CHANNELS * crop_size * crop_size * _FLOAT_BYTES
-    return max(batch_size + 2, min(budget // per_cell, 8192))
+    pictures = sum(name != TABULAR for name in branches)
+    pixels = pictures * _CHANNELS * crop_size * crop_size
+    return max(batch_size + 2, min(budget // (_FLOAT_BYTES * max(1, pixels, n_features)), 8192))
 
 
 def choose_device(name: str) -> str:

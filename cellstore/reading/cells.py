@@ -6,20 +6,24 @@ image or of one batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Select, and_, func, select
+from sqlalchemy import Select, and_, case, func, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import Session
 
+from ..artifacts import ArtifactFolder
 from ..config import ImageInput
 from ..db.models import (
     Cell,
     CellFeatures,
+    FeatureSet,
     Image,
     Plate,
     Recipe,
@@ -29,18 +33,16 @@ from ..db.models import (
     SplitMember,
     Well,
 )
-from ..errors import ImageError, UserInputError
+from ..errors import ImageError, UnknownNameError, UserInputError
 from ..runs.lookup import find_recipe
-from ..terms import Projection, Stage, Subset
-
-_KEYS = ("cell_id", "recipe_id", "run_id")
-FEATURE_COLUMNS: tuple[str, ...] = tuple(
-    column.name for column in CellFeatures.__table__.columns if column.name not in _KEYS
-)
-"""The built-in measurements, in the order in which a network reads them."""
+from ..runs.selection import is_current
+from ..terms import FeatureStorage, Projection, Stage, Subset
+from .featuresets import BUILT_IN, FEATURE_COLUMNS, ReadableSet, SetReader, find_feature_set
+from .planes import read_artifact_image
 
 _BOX = ("min_row", "min_col", "max_row", "max_col")
 _ROWS_AT_ONCE = 10_000
+_VALUES_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class CellSource:
     """Whose cells: found by one recipe, measured by another, on a split or on plates.
 
     ``subset``: one side of the split. Without ``split_id`` and ``plates``: all images.
+    ``features``: where the measurements are; a cell that is not among them is left out.
     """
 
     segment_id: int
@@ -55,6 +58,7 @@ class CellSource:
     split_id: int | None = None
     subset: Subset | None = None
     plates: tuple[str, ...] = ()
+    features: ReadableSet = BUILT_IN
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class ImageBlock:
     """An image that has cells, its place in the split, and how many cells it has."""
 
     image_id: int
-    content_sha256: str
+    content_sha256: str | None
     subset: Subset
     label_id: int
     n_cells: int
@@ -72,13 +76,14 @@ class ImageBlock:
 class CellRows:
     """The N cells of one image.
 
-    ``cell_ids`` and ``labels`` (N,) int64, ``boxes`` (N, 4) int64 as in table ``cells``,
-    ``features`` (N, F) float64 in the order of ``FEATURE_COLUMNS``, ``label_id``: their class.
+    ``cell_ids`` and ``labels`` (N,) int64, ``boxes`` (N, 4) int64 as in table ``cells``, or none
+    where a box is unknown, ``features`` (N, F) float64 in the order they were asked for,
+    ``label_id``: their class.
     """
 
     cell_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
-    boxes: NDArray[np.int64]
+    boxes: NDArray[np.int64] | None
     features: NDArray[np.float64]
     label_id: int | None
 
@@ -87,24 +92,28 @@ class CellRows:
 
 
 def cells_query(source: CellSource) -> Select[Any]:
-    """Return the query of all cells of ``source`` with boxes, measurements, side and label."""
-    current = and_(
-        Segmentation.image_id == Image.id,
-        Segmentation.content_sha256 == Image.content_sha256,
-        Segmentation.recipe_id == source.segment_id,
-    )
-    measured = and_(CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == source.measure_id)
+    """Return the query of all cells of ``source`` with boxes, measurements, side and label.
+
+    Measurements that are in files are not in the answer; read them by cell id.
+    """
+    current = and_(is_current(), Segmentation.recipe_id == source.segment_id)
     query = (
         select(Image.id.label("image_id"), Cell.id.label("cell_id"), Cell.label.label("label"))
         .add_columns(*(getattr(Cell, name) for name in _BOX))
-        .add_columns(*(getattr(CellFeatures, name) for name in FEATURE_COLUMNS))
         .select_from(Image)
         .join(Segmentation, current)
         .join(Cell, Cell.segmentation_id == Segmentation.id)
-        .join(CellFeatures, measured)
         .where(Cell.excluded.is_(None))
     )
+    if source.features.in_table:
+        query = _with_measurements(query, source)
     return _of_split(_of_plates(query, source), source)
+
+
+def _with_measurements(query: Select[Any], source: CellSource) -> Select[Any]:
+    measured = and_(CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == source.measure_id)
+    columns = (getattr(CellFeatures, name) for name in FEATURE_COLUMNS)
+    return query.add_columns(*columns).join(CellFeatures, measured)
 
 
 def _of_plates(query: Select[Any], source: CellSource) -> Select[Any]:
@@ -131,61 +140,161 @@ def as_text(query: Select[Any]) -> str:
 def list_blocks(session: Session, source: CellSource) -> list[ImageBlock]:
     """Return the images of a split that have cells to read, by image id; a row per image."""
     keys = (Image.id, Segmentation.content_sha256, SplitMember.subset, SplitMember.label_id)
-    query = cells_query(source).with_only_columns(*keys, func.count(Cell.id))
-    rows = session.execute(query.group_by(*keys).order_by(Image.id))
+    query = cells_query(source)
+    if source.features.files is not None:
+        cells = query.with_only_columns(*keys, Cell.id).order_by(Cell.id)
+        return _count_in_files(session, cells, SetReader(source.features.files))
+    counted = query.with_only_columns(*keys, func.count(Cell.id))
+    rows = session.execute(counted.group_by(*keys).order_by(Image.id))
     return [ImageBlock(*row) for row in rows]
 
 
-def read_cells(session: Session, source: CellSource, image_id: int) -> CellRows:
-    """Return the cells of one image, by cell id: ``cells_query`` restricted to it."""
+def _count_in_files(session: Session, cells: Any, reader: SetReader) -> list[ImageBlock]:
+    counts: Counter[Any] = Counter()
+    rows = session.execute(cells.execution_options(yield_per=_ROWS_AT_ONCE))
+    for block in rows.partitions():
+        *keys, cell_ids = zip(*block, strict=True)
+        there, _ = reader(np.array(cell_ids, dtype=np.int64), ())
+        counts.update(compress(zip(*keys, strict=True), there))
+    return [ImageBlock(*(*key, number)) for key, number in sorted(counts.items(), key=_image_id)]
+
+
+def _image_id(item: tuple[Any, int]) -> int:
+    return int(item[0][0])
+
+
+def read_cells(
+    session: Session,
+    source: CellSource,
+    image_id: int,
+    columns: Sequence[str] = FEATURE_COLUMNS,
+    reader: SetReader | None = None,
+) -> CellRows:
+    """Return the cells of one image, by cell id: ``cells_query`` restricted to it.
+
+    ``reader`` of the files of a feature set keeps them open from call to call.
+    """
     query = cells_query(source).where(Image.id == image_id).order_by(Cell.id)
     rows = session.execute(query).mappings().all()
+    if source.features.files is None:
+        values = _columns(rows, columns, np.float64)
+    else:
+        reader = reader or SetReader(source.features.files)
+        there, values = reader(_column(rows, "cell_id"), columns)
+        rows, values = list(compress(rows, there)), values[there]
     return CellRows(
-        np.array([row["cell_id"] for row in rows], dtype=np.int64),
-        np.array([row["label"] for row in rows], dtype=np.int64),
-        _columns(rows, _BOX, np.int64),
-        _columns(rows, FEATURE_COLUMNS, np.float64),
+        _column(rows, "cell_id"),
+        _column(rows, "label"),
+        _boxes(rows),
+        values,
         rows[0].get("label_id") if rows else None,
     )
 
 
-def stream_features(session: Session, source: CellSource) -> Iterator[NDArray[np.float64]]:
+def stream_features(
+    session: Session, source: CellSource, columns: Sequence[str] = FEATURE_COLUMNS
+) -> Iterator[NDArray[np.float64]]:
     """Yield the measurements of all cells in blocks (N, F) of at most 10,000 rows."""
-    columns = [getattr(CellFeatures, name) for name in FEATURE_COLUMNS]
-    query = cells_query(source).with_only_columns(*columns).order_by(Cell.id)
-    rows = session.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
-    for block in rows.partitions():
+    at_once = max(1, min(_ROWS_AT_ONCE, _VALUES_AT_ONCE // max(1, len(columns))))
+    query = cells_query(source).order_by(Cell.id).execution_options(yield_per=at_once)
+    if source.features.files is not None:
+        reader = SetReader(source.features.files)
+        for cells in session.execute(query.with_only_columns(Cell.id)).partitions():
+            there, values = reader(np.array([row[0] for row in cells], dtype=np.int64), columns)
+            yield values[there]
+        return
+    chosen = query.with_only_columns(*(getattr(CellFeatures, name) for name in columns))
+    for block in session.execute(chosen).partitions():
         yield np.array([tuple(row) for row in block], dtype=np.float64)
 
 
-def _columns(rows: Any, names: tuple[str, ...], dtype: Any) -> NDArray[Any]:
+def _column(rows: Any, name: str) -> NDArray[np.int64]:
+    return np.array([row[name] for row in rows], dtype=np.int64)
+
+
+def _columns(rows: Any, names: Sequence[str], dtype: Any) -> NDArray[Any]:
     table = [[row[name] for name in names] for row in rows]
-    return np.array(table, dtype=dtype).reshape(-1, len(names))
+    return np.array(table, dtype=dtype).reshape(len(rows), len(names))
 
 
-def mask_and_flow(session: Session, segment_id: int, image_id: int) -> tuple[int, int]:
-    """Return the artifact ids of the current masks and flows of an image.
+def _boxes(rows: Any) -> NDArray[np.int64] | None:
+    if any(row[name] is None for row in rows for name in _BOX):
+        return None
+    boxes: NDArray[np.int64] = _columns(rows, _BOX, np.int64)
+    return boxes
+
+
+def current_segmentation(session: Session, segment_id: int, image_id: int) -> Segmentation:
+    """Return the segmentation of an image as it is now.
 
     Raises:
         ImageError: the image has changed, and its new bytes are not segmented yet.
 
     """
-    query = (
-        select(Segmentation.mask_artifact_id, Segmentation.flow_artifact_id)
-        .join(Image, Image.id == Segmentation.image_id)
-        .where(Image.id == image_id, Segmentation.recipe_id == segment_id)
-        .where(Segmentation.content_sha256 == Image.content_sha256)
-    )
-    found = session.execute(query).one_or_none()
+    query = select(Segmentation).join(Image, is_current())
+    found = session.scalars(
+        query.where(Image.id == image_id, Segmentation.recipe_id == segment_id)
+    ).one_or_none()
     if found is None:
         raise ImageError("This image has changed since it was segmented. Run: cellstore segment")
-    return found.mask_artifact_id, found.flow_artifact_id
+    return found
+
+
+def read_masks(session: Session, artifacts: ArtifactFolder, found: Segmentation) -> NDArray[Any]:
+    """Return the masks (H, W) of a segmentation.
+
+    Raises:
+        ImageError: they are unknown.
+        StorageError: the file is gone or changed.
+
+    """
+    if found.mask_artifact_id is None:
+        raise ImageError(
+            "Another tool found these cells and their masks are unknown. "
+            "If you have them, run: cellstore ingest masks DIR"
+        )
+    return read_artifact_image(session, artifacts, found.mask_artifact_id)
+
+
+def read_flows(session: Session, artifacts: ArtifactFolder, found: Segmentation) -> NDArray[Any]:
+    """Return the flows (H, W, 4) of a segmentation; raises as :func:`read_masks` does."""
+    if found.flow_artifact_id is None:
+        raise ImageError(
+            "Another tool found these cells, and there are no flows of them. "
+            "Use the branches mask and tabular only."
+        )
+    return read_artifact_image(session, artifacts, found.flow_artifact_id)
 
 
 def plane_of(segment: Recipe) -> ImageInput:
-    """Return the plane that a segment recipe looked at."""
-    named = segment.parameters["image"]
+    """Return the plane that a segment recipe looked at; of other tools': the default plane."""
+    named = segment.parameters.get("image")
+    if named is None:
+        return ImageInput()
     return ImageInput(tuple(named["channels"]), Projection(named["projection"]))
+
+
+def recipes_of_set(
+    session: Session, name: str, segmentation: str | None, measurement: str | None
+) -> tuple[Recipe, Recipe]:
+    """Return the recipes that made a feature set; recipes that are named too must be the same.
+
+    Raises:
+        UnknownNameError: there is no such feature set, or no recipe has that name.
+        UserInputError: the feature set is not of the named recipes.
+
+    """
+    measure = session.get_one(Recipe, find_feature_set(session, name).recipe_id)
+    segment = input_of(session, measure, Stage.SEGMENT)
+    for reference, recipe in ((segmentation, segment), (measurement, measure)):
+        if reference is None:
+            continue
+        if find_recipe(session, recipe.stage, reference).id != recipe.id:
+            raise UserInputError(
+                f"Feature set {name!r} belongs to {recipe.stage.value} recipe {recipe.id}, not to "
+                f"{reference}. Name the feature set alone."
+            )
+    return segment, measure
 
 
 def choose_recipes(
@@ -201,7 +310,8 @@ def choose_recipes(
     if segmentation is None and measurement is not None:
         measure = find_recipe(session, Stage.MEASURE, measurement)
         return input_of(session, measure, Stage.SEGMENT), measure
-    segment = find_recipe(session, Stage.SEGMENT, segmentation)
+    segment = find_recipe(session, Stage.SEGMENT, segmentation) if segmentation else None
+    segment = segment or last_with_masks(session)
     if measurement is None:
         return segment, _last_measure_of(session, segment)
     measure = find_recipe(session, Stage.MEASURE, measurement)
@@ -212,6 +322,37 @@ def choose_recipes(
             f"{segment.id}"
         )
     return segment, measure
+
+
+def last_with_masks(session: Session) -> Recipe:
+    """Return the segment recipe used last whose masks are known, also if another tool made them.
+
+    Raises:
+        UnknownNameError: nothing has been segmented.
+
+    """
+    runs = (
+        select(func.max(Run.id)).where(Run.recipe_id == Recipe.id).correlate(Recipe),
+        select(func.max(Segmentation.run_id))
+        .where(Segmentation.recipe_id == Recipe.id, Segmentation.mask_artifact_id.is_not(None))
+        .correlate(Recipe),
+    )
+    last = [func.coalesce(run.scalar_subquery(), 0) for run in runs]
+    newest = case((last[0] > last[1], last[0]), else_=last[1])
+    query = select(Recipe).where(Recipe.stage == Stage.SEGMENT, newest > 0)
+    found = session.scalars(query.order_by(newest.desc()).limit(1)).first()
+    return found or _without_masks(session)
+
+
+def _without_masks(session: Session) -> Recipe:
+    sets = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
+    names = list(session.scalars(sets.order_by(FeatureSet.id)))
+    if not names:
+        return find_recipe(session, Stage.SEGMENT)
+    raise UnknownNameError(
+        "No masks are known here, only cells that other tools found. Run: cellstore segment, "
+        f"or train on a feature set with --features: {', '.join(names)}"
+    )
 
 
 def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, and_, exists, func, literal, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, exists, func, literal, or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -32,6 +32,9 @@ from ..terms import Status
 LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
 WAIT_SECONDS = 1.0
+
+UNSEEN = "0" * 64
+"""Stands in a job for the bytes of an image that has not been seen."""
 
 R = TypeVar("R")
 
@@ -82,9 +85,14 @@ class LeaseLostError(StoreError):
     """Another worker took the job over; what was computed here is dropped."""
 
 
-def todo_count(session: Session, recipe_id: int, candidates: Select[int]) -> int:
-    """Return how many of the ``candidates`` (a query of image ids) this recipe has not done."""
-    query = _open_images(recipe_id, candidates)
+def todo_count(
+    session: Session, recipe_id: int, candidates: Select[int], *, unseen: bool = False
+) -> int:
+    """Return how many of the ``candidates`` (a query of image ids) this recipe has not done.
+
+    ``unseen``: images that have not been seen count, too.
+    """
+    query = _open_images(recipe_id, candidates, unseen)
     return session.scalar(select(func.count()).select_from(query.subquery())) or 0
 
 
@@ -97,16 +105,19 @@ def work_through(
     candidates: Select[int],
     compute: Callable[[Task], R],
     write: Callable[[Session, Task, R], None],
+    *,
+    unseen: bool = False,
 ) -> Outcome:
     """Do every open job of ``recipe_id`` among ``candidates``; one failing image fails alone.
 
     ``compute`` runs outside any transaction, ``write`` inside the one that closes the job.
+    ``unseen``: also images that have not been seen, for work that opens none.
 
     Raises:
         StorageError: the disk is full or read-only; the job in hand is given back.
 
     """
-    total = _enqueue(database, run_id, recipe_id, candidates)
+    total = _enqueue(database, run_id, recipe_id, candidates, unseen)
     outcome = Outcome()
     progress.start(label, total)
     try:
@@ -120,21 +131,27 @@ def work_through(
     return outcome
 
 
-def _open_images(recipe_id: int, candidates: Select[int]) -> Select[int, str | None]:
+def _content() -> ColumnElement[str]:
+    return func.coalesce(Image.content_sha256, UNSEEN)
+
+
+def _open_images(recipe_id: int, candidates: Select[int], unseen: bool) -> Select[int, str]:
     finished = exists().where(
         Job.recipe_id == recipe_id,
         Job.image_id == Image.id,
-        Job.content_sha256 == Image.content_sha256,
+        Job.content_sha256 == _content(),
         Job.status == Status.DONE,
     )
-    return select(Image.id, Image.content_sha256).where(
-        Image.id.in_(candidates), Image.content_sha256.is_not(None), ~finished
-    )
+    content = _content().label("content_sha256")
+    query = select(Image.id, content).where(Image.id.in_(candidates), ~finished)
+    return query if unseen else query.where(Image.content_sha256.is_not(None))
 
 
-def _enqueue(database: Database, run_id: int, recipe_id: int, candidates: Select[int]) -> int:
+def _enqueue(
+    database: Database, run_id: int, recipe_id: int, candidates: Select[int], unseen: bool
+) -> int:
     """Make the missing jobs, give failed ones another try, and return how many are open."""
-    open_images = _open_images(recipe_id, candidates).subquery()
+    open_images = _open_images(recipe_id, candidates, unseen).subquery()
     rows = select(
         literal(recipe_id),
         open_images.c.id,
@@ -152,7 +169,7 @@ def _enqueue(database: Database, run_id: int, recipe_id: int, candidates: Select
             .where(Job.image_id.in_(candidates))
             .values(status=Status.PENDING)
         )
-        return todo_count(session, recipe_id, candidates)
+        return todo_count(session, recipe_id, candidates, unseen=unseen)
 
 
 def _reserved(
@@ -179,7 +196,7 @@ def _claimable() -> Any:
 
 
 def _among(candidates: Select[int]) -> Any:
-    current = and_(Image.id == Job.image_id, Image.content_sha256 == Job.content_sha256)
+    current = and_(Image.id == Job.image_id, _content() == Job.content_sha256)
     return exists().where(current, Image.id.in_(candidates))
 
 
@@ -280,9 +297,7 @@ def _held(task: Task) -> Any:
 
 def _close(session: Session, task: Task, seconds: float) -> None:
     """Close the job, unless it is no longer ours or the image has changed meanwhile."""
-    unchanged = exists().where(
-        Image.id == task.image_id, Image.content_sha256 == task.content_sha256
-    )
+    unchanged = exists().where(Image.id == task.image_id, _content() == task.content_sha256)
     done: Any = session.execute(
         update(Job)
         .where(_held(task), unchanged)

@@ -43,7 +43,7 @@ def find_run(session: Session, reference: str, stage: Stage) -> Run:
 
 
 def find_recipe(session: Session, stage: Stage, reference: str | None = None) -> Recipe:
-    """Return a recipe by its number or the start of its fingerprint; default: the last used.
+    """Return a recipe by its number, else the start of its fingerprint; default: the last used.
 
     Raises:
         UnknownNameError: there is none, so the stage has not been run.
@@ -58,13 +58,11 @@ def find_recipe(session: Session, stage: Stage, reference: str | None = None) ->
                 f"Nothing has been through {stage.value!r} yet. Run: cellstore {stage.value}"
             )
         return found
-    matches = [
-        item
-        for item in session.scalars(query)
-        if reference == str(item.id) or item.fingerprint.startswith(reference)
-    ]
+    recipes = session.scalars(query).all()
+    matches = [item for item in recipes if reference == str(item.id)]
+    matches = matches or [item for item in recipes if item.fingerprint.startswith(reference)]
     if len(matches) != 1:
-        known = [f"{item.id} ({item.fingerprint[:8]})" for item in session.scalars(query)]
+        known = [f"{item.id} ({item.fingerprint[:8]})" for item in recipes]
         raise UnknownNameError.of(f"{stage.value} recipe", reference, known)
     return matches[0]
 

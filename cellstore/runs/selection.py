@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import Select, and_, func, select
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..db.models import Image, Plate, Segmentation, Well
@@ -29,12 +29,18 @@ def images_of(
     return query
 
 
+def is_current() -> ColumnElement[bool]:
+    """Return the condition that joins an image to its segmentations that still hold.
+
+    Those of the bytes that it has now, and those of unknown bytes: nothing contradicts them.
+    """
+    same = Segmentation.content_sha256 == Image.content_sha256
+    return and_(Segmentation.image_id == Image.id, or_(Segmentation.content_sha256.is_(None), same))
+
+
 def segmented(images: Select[int], recipe_id: int) -> Select[int]:
     """Return those of ``images`` that a segment recipe has done, as their bytes are now."""
-    current = and_(
-        Segmentation.image_id == Image.id, Segmentation.content_sha256 == Image.content_sha256
-    )
-    query = select(Image.id).join(Segmentation, current)
+    query = select(Image.id).join(Segmentation, is_current())
     return query.where(Segmentation.recipe_id == recipe_id, Image.id.in_(images))
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Select, insert, select
+from sqlalchemy import Select, exists, insert, select
 from sqlalchemy.orm import Session
 
 from ..config import ImageInput, MeasureParams, as_parameters
 from ..db.models import Cell, CellFeatures, FeatureSet, Recipe, Segmentation
 from ..db.statements import insert_new
-from ..errors import ImageError
+from ..errors import ImageError, UserInputError
 from ..extras import need
-from ..reading.cells import plane_of
-from ..reading.planes import check_channels, read_artifact_image, read_image
+from ..reading.cells import current_segmentation, last_with_masks, plane_of, read_masks
+from ..reading.planes import check_channels, read_image
 from ..runs import (
     JobsResult,
     RecipeSpec,
@@ -29,7 +29,7 @@ from ..runs import (
     todo_count,
     work_through,
 )
-from ..terms import Stage
+from ..terms import FeatureStorage, Stage
 
 VERSION = 1
 
@@ -46,16 +46,18 @@ def measure(
 ) -> JobsResult:
     """Measure the cells found by one segment recipe (default: the one used last).
 
-    Intensities are those of the segmented plane unless ``params`` names another.
+    Masks that another tool made are measured as our own. Intensities are those of the segmented
+    plane unless ``params`` names another.
 
     Raises:
         MissingExtraError: scikit-image is not installed.
         UnknownNameError: nothing has been segmented, or no such recipe, plate or channel.
+        UserInputError: the masks of that recipe's cells are unknown.
     """
     need("segment")
     params = params or MeasureParams()
     with workspace.database.begin() as session:
-        source = find_recipe(session, Stage.SEGMENT, segmentation)
+        source = _source(session, segmentation)
         plane = params.image or plane_of(source)
         check_channels(session, plane)
         recipe = register(session, _spec(plane, source))
@@ -68,6 +70,21 @@ def measure(
     return _run(workspace, plane, recipe, source.id, images, (selected, waiting))
 
 
+def _source(session: Session, segmentation: str | None) -> Recipe:
+    if segmentation is None:
+        return last_with_masks(session)
+    found = find_recipe(session, Stage.SEGMENT, segmentation)
+    cells = exists().where(Segmentation.recipe_id == found.id)
+    masks = cells.where(Segmentation.mask_artifact_id.is_not(None))
+    if session.scalar(select(cells)) and not session.scalar(select(masks)):
+        raise UserInputError(
+            f"Another tool found the cells of segment recipe {found.id} and their masks are "
+            "unknown, so they cannot be measured. If you have the masks, run: cellstore ingest "
+            "masks DIR"
+        )
+    return found
+
+
 def _spec(plane: ImageInput, source: Recipe) -> RecipeSpec:
     from ..ops.features import FEATURE_NAMES
 
@@ -78,9 +95,10 @@ def _spec(plane: ImageInput, source: Recipe) -> RecipeSpec:
 def _register_features(session: Session, recipe: Recipe) -> None:
     from ..ops.features import FEATURES
 
-    name = f"basic-{recipe.fingerprint[:8]}"
+    name = f"basic_{recipe.fingerprint[:8]}"
     columns = [feature.to_json() for feature in FEATURES]
-    insert_new(session, FeatureSet, [{"name": name, "recipe_id": recipe.id, "columns": columns}])
+    row = {"name": name, "recipe_id": recipe.id, "columns": columns}
+    insert_new(session, FeatureSet, [{**row, "storage": FeatureStorage.TABLE}])
 
 
 def _run(
@@ -124,14 +142,8 @@ def _compute(
     from ..ops.features import measure_cells
 
     with workspace.database.read() as session:
-        found = session.scalars(
-            select(Segmentation).where(
-                Segmentation.image_id == task.image_id,
-                Segmentation.recipe_id == source_id,
-                Segmentation.content_sha256 == task.content_sha256,
-            )
-        ).one()
-        masks = read_artifact_image(session, workspace.artifacts, found.mask_artifact_id)
+        found = current_segmentation(session, source_id, task.image_id)
+        masks = read_masks(session, workspace.artifacts, found)
         pairs = select(Cell.label, Cell.id).where(Cell.segmentation_id == found.id)
         cells = {row.label: row.id for row in session.execute(pairs)}
     columns = measure_cells(masks, read_image(workspace.database, task.image_id, plane))

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Select, and_, exists, func, insert, select
+from sqlalchemy import ColumnElement, Select, and_, exists, func, insert, or_, select
 from sqlalchemy.orm import Session
 
 from ..config import PredictParams, as_parameters
 from ..db.models import (
     Artifact,
+    Cell,
+    FeatureFile,
+    FeatureSet,
     Image,
     Job,
     Label,
@@ -23,12 +26,15 @@ from ..db.models import (
     Recipe,
     Run,
     RunArtifact,
+    Segmentation,
     Split,
     SplitMember,
 )
 from ..errors import JobsFailedError, StorageError, UnknownNameError, UserInputError
 from ..extras import need
+from ..ops.branches import TABULAR
 from ..reading.cells import CellSource, as_text, cells_query, input_of, plane_of
+from ..reading.featuresets import find_feature_set, open_set
 from ..runs import (
     Outcome,
     RecipeSpec,
@@ -76,7 +82,7 @@ class PredictResult:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The training run, its checkpoint, and the images to label."""
+    """The training run, its checkpoint, and the images to label; ``unseen``: it opens none."""
 
     params: PredictParams
     trained: Run
@@ -89,6 +95,7 @@ class _Plan:
     images: Select[int]
     selected: int
     ready: int
+    unseen: bool
 
 
 @dataclass(frozen=True)
@@ -146,19 +153,20 @@ def predict(
 
     Raises:
         MissingExtraError: torch and the like are not installed.
-        UnknownNameError: no such training run or plate.
-        UserInputError: the run has no checkpoint, or none of the images has measured cells.
+        UnknownNameError: no such training run or plate, or the feature set is gone.
+        UserInputError: the run has no checkpoint, none of the images has measured cells, or the
+            feature set is not the one that the network was trained on.
         StorageError: the checkpoint is damaged.
 
     """
     need("train")
     params = _checked(params or PredictParams())
     with workspace.database.read() as session:
-        plan = _plan(session, params, run)
+        plan = _plan(session, workspace, params, run)
     labeller = _labeller(workspace, plan, device)
     with workspace.database.begin() as session:
         recipe = register(session, _spec(session, plan))
-        todo = todo_count(session, recipe.id, plan.images)
+        todo = todo_count(session, recipe.id, plan.images, unseen=plan.unseen)
         earlier = _latest(session, recipe.id)
     unfinished = earlier if earlier is not None and earlier.status is not Status.DONE else None
     if earlier is not None and unfinished is None and todo == 0:
@@ -174,7 +182,7 @@ def _checked(params: PredictParams) -> PredictParams:
     return params
 
 
-def _plan(session: Session, params: PredictParams, reference: str) -> _Plan:
+def _plan(session: Session, workspace: Workspace, params: PredictParams, reference: str) -> _Plan:
     trained = find_run(session, reference, Stage.TRAIN)
     tensors, record = _checkpoint(session, trained)
     recipe = session.get_one(Recipe, trained.recipe_id)
@@ -182,12 +190,14 @@ def _plan(session: Session, params: PredictParams, reference: str) -> _Plan:
     measure = input_of(session, recipe, Stage.MEASURE)
     split = session.get_one(Split, trained.split_id)
     chosen = _chosen(session, params, split)
-    images = _measured(segmented(chosen, segment.id), measure.id)
+    split_id = split.id if params.subset is not None else None
+    features = open_set(session, workspace.artifacts, measure.id)
+    source = CellSource(segment.id, measure.id, split_id, params.subset, params.plates, features)
+    unseen = (trained.result or {}).get("branches") == [TABULAR]
+    images = _measured(segmented(chosen, segment.id), source, not unseen)
     selected, ready = (_count(session, query) for query in (chosen, images))
     if ready == 0:
         raise UserInputError(_nothing_to_label(params, split, selected, trained.id))
-    split_id = split.id if params.subset is not None else None
-    source = CellSource(segment.id, measure.id, split_id, params.subset, params.plates)
     return _Plan(
         params,
         trained,
@@ -200,6 +210,7 @@ def _plan(session: Session, params: PredictParams, reference: str) -> _Plan:
         images,
         selected,
         ready,
+        unseen,
     )
 
 
@@ -228,15 +239,35 @@ def _chosen(session: Session, params: PredictParams, split: Split) -> Select[int
     return chosen.where(Image.id.in_(members))
 
 
-def _measured(images: Select[int], measure_id: int) -> Select[int]:
-    """Those of ``images`` whose cells are measured; an image without cells is, too."""
+def _measured(images: Select[int], source: CellSource, pixels: bool) -> Select[int]:
+    """Those of ``images``, joined to their segmentations, whose cells are measured.
+
+    An image without cells is measured, too. ``pixels``: not those that have not been seen.
+    """
+    if not source.features.in_table:
+        found = images.where(_in_files(source))
+        return found.where(Image.content_sha256.is_not(None)) if pixels else found
     done = and_(
-        Job.recipe_id == measure_id,
+        Job.recipe_id == source.measure_id,
         Job.image_id == Image.id,
         Job.content_sha256 == Image.content_sha256,
         Job.status == Status.DONE,
     )
     return images.where(exists().where(done))
+
+
+def _in_files(source: CellSource) -> ColumnElement[bool]:
+    """Whether cells of a segmentation are within the range of cells of a file of the feature set.
+
+    One that is, and has no row there, is labelled as an image without cells.
+    """
+    file = and_(
+        Cell.segmentation_id == Segmentation.id,
+        FeatureSet.recipe_id == source.measure_id,
+        FeatureFile.feature_set_id == FeatureSet.id,
+        Cell.id.between(FeatureFile.first_cell_id, FeatureFile.last_cell_id),
+    )
+    return or_(Segmentation.n_cells == 0, exists().where(file).correlate(Segmentation))
 
 
 def _count(session: Session, images: Select[int]) -> int:
@@ -251,13 +282,15 @@ def _nothing_to_label(params: PredictParams, split: Split, selected: int, run_id
         return f"There is no image{side} {where} to label. Choose another side or other plates."
     return (
         f"None of the {selected} images has cells measured by the recipes of training run "
-        f"{run_id}. Run: cellstore segment, then: cellstore measure"
+        f"{run_id}. Run: cellstore segment, then: cellstore measure; or ingest their features"
     )
 
 
 def _spec(session: Session, plan: _Plan) -> RecipeSpec:
     parameters = as_parameters(plan.params) | {"images": _digest_of(session, plan.images)}
     del parameters["batch_size"]  # how many at once decides speed, not what is said
+    if plan.source.features.mark is not None:
+        parameters["feature_files"] = plan.source.features.mark
     inputs = (session.get_one(Recipe, plan.trained.recipe_id), plan.segment, plan.measure)
     return RecipeSpec(Stage.PREDICT, VERSION, parameters, plan.tensors.sha256, inputs)
 
@@ -265,9 +298,10 @@ def _spec(session: Session, plan: _Plan) -> RecipeSpec:
 def _digest_of(session: Session, images: Select[int]) -> str:
     """What the images of the selection hold: with more of them, a run of its own labels all."""
     digest = hashlib.sha256()
-    query = select(Image.content_sha256).where(Image.id.in_(images))
-    for content in session.scalars(query.order_by(Image.content_sha256)).yield_per(10_000):
-        digest.update(f"{content}\n".encode())
+    query = select(Image.content_sha256, Image.id).where(Image.id.in_(images))
+    ordered = query.order_by(Image.content_sha256, Image.id).execution_options(yield_per=10_000)
+    for content, image_id in session.execute(ordered):
+        digest.update(f"{content or image_id}\n".encode())
     return digest.hexdigest()
 
 
@@ -281,11 +315,18 @@ def _labeller(workspace: Workspace, plan: _Plan, device: str) -> _Labeller:
 
     chosen = choose_device(device)
     net, meta = _load(workspace, plan)
-    reader = BlockReader(
-        workspace, plan.source, plane_of(plan.segment), meta.scaler, meta.crop_size, kept_bytes=0
-    )
     with workspace.database.read() as session:
+        _check_set(session, plan, meta)
         label_ids = _label_ids(session, meta)
+    reader = BlockReader(
+        workspace,
+        plan.source,
+        plane_of(plan.segment),
+        meta.scaler,
+        meta.crop_size,
+        kept_bytes=0,
+        branches=meta.shape.branches,
+    )
     return _Labeller(net.to(chosen), reader, label_ids, plan.params)
 
 
@@ -306,6 +347,16 @@ def _load(workspace: Workspace, plan: _Plan) -> tuple[FusionNet, CheckpointMeta]
             "Train again."
         )
     return load_checkpoint(tensors, record)
+
+
+def _check_set(session: Session, plan: _Plan, meta: CheckpointMeta) -> None:
+    if meta.feature_set is None:
+        return
+    if find_feature_set(session, meta.feature_set).recipe_id != plan.measure.id:
+        raise UserInputError(
+            f"Feature set {meta.feature_set!r} is another one since training run "
+            f"{plan.trained.id} read it. Train again."
+        )
 
 
 def _label_ids(session: Session, meta: CheckpointMeta) -> NDArray[np.int64]:
@@ -352,6 +403,7 @@ def _run(
                 plan.images,
                 labeller,
                 write,
+                unseen=plan.unseen,
             )
             run.result = _summary(workspace, run, outcome)
             # A run that lacks images is not finished: the next call goes on with it.

@@ -7,15 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder, StoredFile
 from ..config import SegmentParams, as_parameters
-from ..db.models import Cell, Recipe, Segmentation
+from ..db.models import Recipe, Segmentation
 from ..extras import need
-from ..formats.images import encode_tiff
+from ..formats.files.images import encode_tiff
+from ..reading.found_cells import cell_rows, insert_cells
 from ..reading.planes import check_channels, read_image
 from ..runs import (
     JobsResult,
@@ -30,7 +29,7 @@ from ..runs import (
     todo_count,
     work_through,
 )
-from ..terms import EXCLUDED_NO_PERIMETER, ArtifactKind, Stage
+from ..terms import ArtifactKind, Stage
 
 if TYPE_CHECKING:
     from ..ops.segmentation import ModelFiles, SegmentationResult, Segmenter
@@ -156,26 +155,4 @@ def _insert(session: Session, task: Task, run_id: int, recipe_id: int, found: _F
         flow_artifact_id=keep_file(session, found.flow),
         created_at=datetime.now(UTC),
     )
-    session.add(row)
-    session.flush()
-    if found.cells:
-        cells = [{"segmentation_id": row.id, **cell} for cell in found.cells]
-        session.execute(insert(Cell), cells)
-
-
-def cell_rows(masks: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
-    """Return one row of table ``cells`` for each label of ``masks`` (H, W)."""
-    from ..ops.features import cell_boxes
-
-    boxes = cell_boxes(masks)
-    perimeters = boxes.pop("perimeter")
-    names = list(boxes)
-    rows = zip(*(boxes[name].tolist() for name in names), perimeters.tolist(), strict=True)
-    return [
-        {**dict(zip(names, values, strict=False)), "excluded": _excluded(values[-1])}
-        for values in rows
-    ]
-
-
-def _excluded(perimeter: float) -> str | None:
-    return EXCLUDED_NO_PERIMETER if perimeter == 0 else None
+    insert_cells(session, row, found.cells)

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Select, and_, func, select
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..db.models import (
     Cell,
     CellFeatures,
+    FeatureFile,
+    FeatureSet,
     Image,
     Job,
     Plate,
     Prediction,
     Recipe,
+    RecipeInput,
     Run,
+    Segmentation,
     Split,
     Treatment,
     Well,
 )
 from ..db.types import Base
 from ..runs import Workspace
-from ..terms import Stage, Status
+from ..runs.selection import is_current
+from ..terms import FeatureStorage, Stage, Status
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,23 @@ class FailedJob:
 
 
 @dataclass(frozen=True)
+class FeatureSetStatus:
+    """A feature set: how many columns it has, and how many cells have values in it."""
+
+    name: str
+    recipe_id: int
+    storage: str
+    columns: int
+    cells: int
+
+
+@dataclass(frozen=True)
 class StatusResult:
     """What is in a store. ``cells`` counts all recipes; ``excluded`` those that do not count.
 
     ``segmented`` and ``measured`` are images that at least one recipe has done for their
-    present bytes.
+    present bytes, or whose cells and features another tool gave. ``features`` counts the rows of
+    the built-in measurements; ``feature_sets`` are all sets.
     """
 
     store: str
@@ -74,6 +91,7 @@ class StatusResult:
     predictions: int
     recipes: tuple[RecipeStatus, ...]
     failed: tuple[FailedJob, ...]
+    feature_sets: tuple[FeatureSetStatus, ...] = ()
 
 
 def status(workspace: Workspace) -> StatusResult:
@@ -87,16 +105,17 @@ def status(workspace: Workspace) -> StatusResult:
             treatments=_count(session, Treatment),
             images=_count(session, Image),
             missing_images=_count(session, Image, Image.content_sha256.is_(None)),
-            segmented=_images_done(session, Stage.SEGMENT),
-            measured=_images_done(session, Stage.MEASURE),
+            segmented=_images_done(session, Stage.SEGMENT, select(Recipe.id)),
+            measured=_images_done(session, Stage.MEASURE, _inputs_of_sets_in_files()),
             cells=_count(session, Cell),
             excluded=_count(session, Cell, Cell.excluded.is_not(None)),
             features=_count(session, CellFeatures),
             splits=_count(session, Split),
             runs=_count(session, Run),
             predictions=_count(session, Prediction),
-            recipes=_recipes(session),
+            recipes=tuple(sorted(_recipes(session) + _imported(session), key=_number)),
             failed=_failed(session),
+            feature_sets=_feature_sets(session),
         )
 
 
@@ -104,14 +123,56 @@ def _count(session: Session, table: type[Base], *where: ColumnElement[bool]) -> 
     return session.scalar(select(func.count()).select_from(table).where(*where)) or 0
 
 
-def _images_done(session: Session, stage: Stage) -> int:
-    query = (
-        select(func.count(Image.id.distinct()))
-        .join(Job, _current())
-        .join(Recipe, Recipe.id == Job.recipe_id)
-        .where(Recipe.stage == stage, Job.status == Status.DONE)
+def _images_done(session: Session, stage: Stage, imported: Select[int]) -> int:
+    """Images with a finished job, or with cells of a segment recipe that is among ``imported``."""
+    done = exists().where(_current(), Job.status == Status.DONE)
+    done = done.where(Job.recipe_id == Recipe.id, Recipe.stage == stage)
+    given = exists().where(is_current(), Segmentation.recipe_id.in_(imported))
+    return session.scalar(select(func.count()).select_from(Image).where(or_(done, given))) or 0
+
+
+def _inputs_of_sets_in_files() -> Select[int]:
+    query = select(RecipeInput.input_id)
+    query = query.join(FeatureSet, FeatureSet.recipe_id == RecipeInput.recipe_id)
+    return query.where(FeatureSet.storage == FeatureStorage.FILES)
+
+
+def _feature_sets(session: Session) -> tuple[FeatureSetStatus, ...]:
+    in_table = select(FeatureSet.id, func.count()).group_by(FeatureSet.id)
+    in_table = in_table.join(CellFeatures, CellFeatures.recipe_id == FeatureSet.recipe_id)
+    in_files = select(FeatureFile.feature_set_id, func.sum(FeatureFile.n_rows))
+    in_files = in_files.group_by(FeatureFile.feature_set_id)
+    cells = dict(session.execute(in_table).all()) | dict(session.execute(in_files).all())
+    return tuple(
+        FeatureSetStatus(
+            found.name,
+            found.recipe_id,
+            found.storage.value,
+            len(found.columns),
+            int(cells.get(found.id, 0)),
+        )
+        for found in session.scalars(select(FeatureSet).order_by(FeatureSet.id))
     )
-    return session.scalar(query) or 0
+
+
+def _imported(session: Session) -> tuple[RecipeStatus, ...]:
+    """The segment recipes of other tools: no job of ours found their cells."""
+    current = _tally(is_current())
+    rows = session.execute(
+        select(Recipe.id, Recipe.fingerprint, current, func.count() - current)
+        .join(Segmentation, Segmentation.recipe_id == Recipe.id)
+        .join(Image, Image.id == Segmentation.image_id)
+        .where(Recipe.stage == Stage.SEGMENT, ~exists().where(Job.recipe_id == Recipe.id))
+        .group_by(Recipe.id, Recipe.fingerprint)
+    )
+    return tuple(
+        RecipeStatus(Stage.SEGMENT.value, number, mark, done, stale, 0, 0)
+        for number, mark, done, stale in rows
+    )
+
+
+def _number(recipe: RecipeStatus) -> int:
+    return recipe.recipe_id
 
 
 def _current() -> ColumnElement[bool]:

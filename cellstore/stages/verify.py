@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder, sha256_of
-from ..db.models import Artifact, Cell, Image, Plate, Segmentation, Well
+from ..db.models import (
+    Artifact,
+    Cell,
+    FeatureFile,
+    FeatureSet,
+    Image,
+    Plate,
+    RecipeInput,
+    Segmentation,
+    Well,
+)
 from ..errors import ImageError, StorageError
-from ..formats.images import decode_tiff
+from ..formats.files.images import decode_tiff
 from ..progress import track
+from ..reading.featuresets import FileFacts, stream_ids
 from ..runs import Workspace
 
 BATCH = 500
@@ -32,7 +45,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was found. ``orphans`` are files that no row names; ``young`` may still get a row."""
+    """What was found. ``orphans`` are files that no row names; ``young`` may still get a row.
+
+    ``segmentations`` are those whose masks are known, ``feature_files`` the files of feature sets.
+    """
 
     files: int
     segmentations: int
@@ -40,6 +56,7 @@ class VerifyResult:
     orphans: tuple[str, ...]
     young: int
     removed: int
+    feature_files: int = 0
 
     @property
     def ok(self) -> bool:
@@ -57,7 +74,7 @@ class _File:
 def verify(
     workspace: Workspace, *, fix: bool = False, minutes: float = GRACE_MINUTES
 ) -> VerifyResult:
-    """Compare every file with its sha256 and every mask with its cells; look for orphans.
+    """Compare every file with its sha256, masks and features with their cells; look for orphans.
 
     ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
     younger than ``minutes`` are left alone, as a running command may be about to name them.
@@ -66,17 +83,20 @@ def verify(
     before = time.time() - 60 * minutes
     there = list(workspace.artifacts.walk())
     files, problems = _check_files(workspace)
-    masks, wrong = _check_masks(workspace, {problem.path for problem in problems})
+    broken = {problem.path for problem in problems}
+    masks, wrong = _check_masks(workspace, broken)
+    features, odd = _check_features(workspace, broken)
     unnamed = _unnamed(workspace, there)
     old = [path for path in unnamed if _older(workspace.artifacts, path, before)]
     removed = sum(_remove(workspace.artifacts, path) for path in old) if fix else 0
     return VerifyResult(
         files=files,
         segmentations=masks,
-        problems=(*problems, *wrong),
+        problems=(*problems, *wrong, *odd),
         orphans=tuple(old),
         young=len(unnamed) - len(old),
         removed=removed,
+        feature_files=features,
     )
 
 
@@ -117,7 +137,7 @@ def _wrong(folder: ArtifactFolder, file: _File) -> str | None:
 
 def _check_masks(workspace: Workspace, broken: set[str]) -> tuple[int, list[Problem]]:
     with workspace.database.read() as session:
-        total = session.scalar(select(func.count()).select_from(Segmentation)) or 0
+        total = session.scalar(select(func.count(Segmentation.mask_artifact_id))) or 0
     problems = []
     for pairs in track(workspace.progress, "verify masks", total, _masks(workspace)):
         path, sha256, name, labels = pairs
@@ -175,6 +195,89 @@ def _mask_reason(workspace: Workspace, path: str, sha256: str, labels: list[int]
     if found == labels:
         return None
     return f"the mask has {len(found)} cells, the database {len(labels)}, or other labels"
+
+
+@dataclass(frozen=True)
+class _Features:
+    """A file of a feature set, what the database says of it, and whose cells it may hold."""
+
+    path: str
+    name: str
+    said: FileFacts
+    recipe_id: int
+
+    def meets(self, later: _Features) -> bool:
+        """Whether this is an earlier file of the same set whose range reaches into the other's."""
+        return (
+            self.recipe_id == later.recipe_id
+            and (self.said.first_cell_id, self.path) < (later.said.first_cell_id, later.path)
+            and self.said.last_cell_id >= later.said.first_cell_id
+        )
+
+
+def _check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Problem]]:
+    with workspace.database.read() as session:
+        files = [
+            _Features(path, name, FileFacts(rows, first, last), recipe_id)
+            for path, name, rows, first, last, recipe_id in session.execute(_feature_rows())
+        ]
+    problems = []
+    for file in track(workspace.progress, "verify features", len(files), iter(files)):
+        whole = [other for other in files if other.path not in broken]
+        reason = None if file.path in broken else _features_reason(workspace, file, whole)
+        if reason is not None:
+            problems.append(Problem(file.path, f"feature set {file.name}: {reason}"))
+    return len(files), problems
+
+
+def _feature_rows() -> Any:
+    return (
+        select(
+            Artifact.path,
+            FeatureSet.name,
+            FeatureFile.n_rows,
+            FeatureFile.first_cell_id,
+            FeatureFile.last_cell_id,
+            FeatureSet.recipe_id,
+        )
+        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
+        .order_by(FeatureFile.first_cell_id)
+    )
+
+
+def _features_reason(
+    workspace: Workspace, file: _Features, files: Sequence[_Features]
+) -> str | None:
+    locate = workspace.artifacts.locate
+    facts, homeless, twice = FileFacts(0, 0, 0), 0, 0
+    try:
+        earlier = [list(stream_ids(locate(other.path))) for other in files if other.meets(file)]
+        taken = np.concatenate([np.empty(0, np.int64), *chain.from_iterable(earlier)])
+        for ids in stream_ids(locate(file.path)):
+            facts = facts.with_ids(ids)
+            homeless += len(ids) - _cells_among(workspace, file.recipe_id, ids)
+            twice += int(np.isin(ids, taken).sum())
+    except StorageError as error:
+        return str(error)
+    if facts != file.said:
+        return f"the file has {facts}, the database {file.said}"
+    if twice:
+        return f"{twice} of its cells are in another file of the set, too"
+    return f"{homeless} of its cells are not in the database" if homeless else None
+
+
+def _cells_among(workspace: Workspace, recipe_id: int, ids: NDArray[np.int64]) -> int:
+    """How many of these ascending ids are cells of the segmentations that the set is of."""
+    source = select(RecipeInput.input_id).where(RecipeInput.recipe_id == recipe_id)
+    query = (
+        select(Cell.id)
+        .join(Segmentation, Segmentation.id == Cell.segmentation_id)
+        .where(Segmentation.recipe_id.in_(source))
+        .where(Cell.id.between(int(ids[0]), int(ids[-1])))
+    )
+    with workspace.database.read() as session:
+        return int(np.isin(ids, list(session.scalars(query))).sum())
 
 
 def _unnamed(workspace: Workspace, there: list[str]) -> list[str]:

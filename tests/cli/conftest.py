@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from cellstore.formats.images import encode_tiff
+from cellstore.formats.files.images import encode_tiff
 from cellstore_cli.main import app
 
 

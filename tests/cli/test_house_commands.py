@@ -9,7 +9,7 @@ from factories import Factory
 
 from cellstore import Store
 from cellstore.db.models import Image
-from cellstore.formats.images import encode_tiff
+from cellstore.formats.files.images import encode_tiff
 from cellstore.runs import keep_file
 from cellstore.terms import ArtifactKind, Stage, Status
 

@@ -82,7 +82,48 @@ def test_rows_that_cannot_be_used_are_listed_by_reason(cellstore, store, tmp_pat
     assert "line 12:" not in said.out
     assert "and 2 more" in said.out
     result = cellstore("ingest", "bad.csv", "--store", store, "--json", code=1).json
-    assert [item["line"] for item in result["refused"]] == list(range(2, 14))
+    assert [item["line"] for item in result["issues"]] == list(range(2, 14))
+    asked = cellstore("sql", "SELECT line FROM ingest_issues", "--store", store, "--json").json
+    assert [row["line"] for row in asked] == 2 * list(range(2, 14))
+
+
+def test_one_refused_row_under_strict_undoes_the_table(cellstore, store, tmp_path):
+    (tmp_path / "bad.csv").write_text(
+        "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site\n"
+        "x.tif,NEW,A01,1\ny.tif,NEW,nowhere,1\n"
+    )
+    said = cellstore("ingest", "bad.csv", "--strict", "--store", store, code=2)
+    assert "line 3" in said.out
+    assert "Nothing of bad.csv was written" in said.err
+    question = "SELECT count(*) FROM plates WHERE barcode = 'NEW'"
+    assert cellstore("sql", question, "--store", store, "--json").json == [{"count_star()": 0}]
+
+
+def test_a_dry_run_needs_no_store(cellstore, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("r01c02f03p01-ch1sk1fk1fl1.tiff", "r01c02f03p01-ch2sk1fk1fl1.tiff"):
+        (tmp_path / "images" / name).write_bytes(b"not looked at")
+    said = cellstore("ingest", "images", "--dry-run", "--channels", "1=Mito,2=DNA")
+    assert "phenix-folder" in said.out
+    assert "Mito" in said.out
+    assert "dry run" in said.err
+    found = cellstore("ingest", "images", "--dry-run", "--json").json
+    assert [row["well"] for row in found["files"]] == ["A02", "A02"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("ingest", "a", "b"), "one source"),
+        (("ingest", "masks", "a", "b"), "one source"),
+        (("ingest", "a", "--map", "odd"), "OLD=NEW"),
+        (("ingest", "a", "--channels", "1="), "OLD=NEW"),
+    ],
+)
+def test_words_that_do_not_fit_are_one_sentence(cellstore, words, said):
+    told = cellstore(*words, code=2)
+    assert said in told.err
+    assert told.err.count("\n") == 1
 
 
 def test_a_table_of_which_no_row_can_be_used_is_an_error(cellstore, store, tmp_path):
@@ -114,7 +155,7 @@ def test_a_table_that_cannot_be_read_writes_nothing(cellstore, store, tmp_path, 
 
 def test_db_commands(cellstore, store):
     assert "as it should be" in cellstore("db", "check", "--store", store).out
-    assert "0001" in cellstore("db", "current", "--store", store).out
+    assert "0002" in cellstore("db", "current", "--store", store).out
     assert "up to date" in cellstore("db", "upgrade", "--store", store).err
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from factories import Factory
+from factories import MOMENT, Factory
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 
@@ -16,9 +16,13 @@ from cellstore.db.models import (
     Artifact,
     Cell,
     CellFeatures,
+    FeatureFile,
     FeatureSet,
+    Folder,
     Image,
     ImageFile,
+    IngestFile,
+    IngestIssue,
     Job,
     Label,
     Plate,
@@ -33,11 +37,12 @@ from cellstore.db.models import (
     SplitMember,
     Treatment,
     Well,
+    WellChange,
 )
 from cellstore.db.statements import insert_new
 from cellstore.db.types import Base
 from cellstore.runs import Workspace
-from cellstore.terms import ArtifactKind, Stage, Subset
+from cellstore.terms import ArtifactKind, Severity, Stage, Subset
 
 TABLES = [mapper.class_ for mapper in Base.registry.mappers]
 
@@ -72,8 +77,55 @@ def fill(workspace: Workspace) -> dict[type[Base], Base]:
             run_id=predict.id, cell_id=cells[0].id, rank=1, label_id=label.id, probability=0.75
         )
         session.add(row)
+    fill_what_an_ingest_writes(make, well, cells[0])
     with workspace.database.read() as session:
         return {table: session.scalars(select(table).limit(1)).one() for table in TABLES}
+
+
+def fill_what_an_ingest_writes(make: Factory, well: Well, cell: Cell) -> None:
+    run = make.run(Stage.INGEST)
+    counts = dict.fromkeys(("n_created", "n_updated", "n_unchanged", "n_refused"), 0)
+    make.add(
+        IngestFile(
+            run_id=run.id,
+            name="t.csv",
+            sha256="0" * 64,
+            size_bytes=1,
+            layout="x",
+            n_rows=0,
+            **counts,
+        )
+    )
+    make.add(
+        IngestIssue(
+            run_id=run.id, severity=Severity.REFUSED, file="t.csv", line=2, reason="r", detail="d"
+        )
+    )
+    new = make.treatment("ibuprofen")
+    make.add(
+        WellChange(
+            run_id=run.id,
+            well_id=well.id,
+            old_treatment_id=well.treatment_id,
+            new_treatment_id=new.id,
+            file="t.csv",
+            line=2,
+            changed_at=MOMENT,
+        )
+    )
+    with make.workspace.database.read() as session:
+        found = session.scalars(select(FeatureSet)).first()
+    assert found is not None
+    make.add(
+        FeatureFile(
+            feature_set_id=found.id,
+            artifact_id=make.artifact(ArtifactKind.FEATURES).id,
+            run_id=run.id,
+            n_rows=1,
+            first_cell_id=cell.id,
+            last_cell_id=cell.id,
+        )
+    )
 
 
 def test_the_list_is_of_all_tables():
@@ -99,6 +151,7 @@ NATURAL_KEYS: dict[type[Base], tuple[str, ...]] = {
     Treatment: ("identity",),
     Well: ("plate_id", "row", "column"),
     Image: ("well_id", "site", "plane", "time_point"),
+    Folder: ("uri",),
     ImageFile: ("image_id", "channel"),
     Recipe: ("stage", "fingerprint"),
     Job: ("recipe_id", "image_id", "content_sha256"),
@@ -126,13 +179,15 @@ def test_tables_without_an_id_have_a_natural_primary_key():
     }
     assert keys == {
         RecipeInput: {"recipe_id", "input_id"},
+        FeatureFile: {"feature_set_id", "artifact_id"},
         SplitMember: {"split_id", "image_id"},
         RunArtifact: {"run_id", "artifact_id"},
         CellFeatures: {"cell_id", "recipe_id"},
         RunMetric: {"run_id", "epoch", "name"},
         Prediction: {"run_id", "cell_id", "rank"},
     }
-    assert without | set(NATURAL_KEYS) | {Run} == set(TABLES)
+    append_only = {Run, IngestFile, IngestIssue, WellChange}
+    assert without | set(NATURAL_KEYS) | append_only == set(TABLES)
 
 
 LINKS = [
@@ -218,9 +273,9 @@ def test_enums_are_kept_by_value(workspace: Workspace):
         sides = set(session.scalars(text("SELECT subset FROM split_members")))
         fields = set(session.scalars(text("SELECT field FROM labels")))
         back = set(session.scalars(select(Run.stage)))
-    assert stages == {"segment", "measure", "train", "predict"}
+    assert stages == {"ingest", "segment", "measure", "train", "predict"}
     assert (sides, fields) == ({"test"}, {"pert_iname"})
-    assert back == {Stage.SEGMENT, Stage.MEASURE, Stage.TRAIN, Stage.PREDICT}
+    assert back == {Stage.INGEST, Stage.SEGMENT, Stage.MEASURE, Stage.TRAIN, Stage.PREDICT}
 
 
 def test_moments_come_back_in_utc(workspace: Workspace):

@@ -89,7 +89,7 @@ def test_a_newer_schema_is_refused_with_the_command(workspace):
 
 def test_an_older_schema_is_refused_with_the_command(workspace, monkeypatch):
     monkeypatch.setattr(migrate, "head", lambda: "9999")
-    with pytest.raises(SchemaError, match=r"older schema 0001.*cellstore db upgrade"):
+    with pytest.raises(SchemaError, match=r"older schema 0002.*cellstore db upgrade"):
         open_workspace(workspace.settings)
 
 
@@ -315,7 +315,7 @@ def test_sqlite_checks_what_it_is_told_to(sqlite_workspace: Workspace):
         "foreign_keys": 1,
         "journal_mode": "wal",
         "synchronous": 1,
-        "busy_timeout": 30_000,
+        "busy_timeout": 120_000,
     }
 
 

@@ -11,12 +11,12 @@ from published_metadata import PLATE, compound_annotation, write_published_metad
 from realdata import real_data
 
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.formats.layouts import Layout, detect_layout, read_images
-from cellstore.formats.loaddata import read_loaddata
+from cellstore.formats.fields.loaddata import read_loaddata
+from cellstore.formats.fields.published import read_published
+from cellstore.formats.layouts import Layout, layout_of, read_images
 from cellstore.formats.names import format_well
-from cellstore.formats.published import read_published
 from cellstore.formats.records import FileRef, ImageRecord, Refusal, TreatmentRecord
-from cellstore.formats.tables import open_table
+from cellstore.formats.text.tables import open_table
 from cellstore.terms import Control, Perturbation
 
 LOADDATA = {
@@ -118,6 +118,10 @@ def test_flat_fields_are_no_channels_and_an_empty_name_is_a_channel_not_taken(
         ({"FileName_OrigDNA": "../../etc/passwd"}, "file name with a folder in it"),
         ({"FileName_OrigDNA": "C:\\x.tif"}, "file name with a folder in it"),
         ({"FileName_OrigDNA": ".."}, "file name with a folder in it"),
+        ({"FileName_OrigDNA": "x" * 256}, "name too long"),
+        ({"Metadata_Plate": "x" * 256}, "name too long"),
+        ({"PathName_OrigDNA": "x" * 2001}, "name too long"),
+        ({"Metadata_Site": "9" * 5000}, "not a whole number"),
         ({"FileName_OrigDNA": "r01c01f01p01-ch1sk1fk1fl1.tiff"}, "well and file name disagree"),
     ],
 )
@@ -156,15 +160,23 @@ def test_an_integer_written_by_pandas_is_an_integer(tmp_path: Path) -> None:
 
 
 def test_layouts_are_told_from_the_columns(tmp_path: Path) -> None:
-    assert detect_layout(table(tmp_path, LOADDATA)) is Layout.LOADDATA
-    assert detect_layout(table(tmp_path, PUBLISHED)) is Layout.PUBLISHED
-    assert detect_layout(table(tmp_path, PUBLISHED | LOADDATA)) is Layout.LOADDATA
+    def layout(*rows: dict[str, str]) -> Layout:
+        return layout_of(open_table(table(tmp_path, *rows)))
+
+    assert layout(LOADDATA) is Layout.LOADDATA
+    assert layout(PUBLISHED) is Layout.PUBLISHED
+    assert layout(PUBLISHED | LOADDATA) is Layout.LOADDATA
 
 
 def test_a_table_of_neither_shape_says_what_each_needs(tmp_path: Path) -> None:
     path = table(tmp_path, {"Filename_OrigRNA": "x", "Metadata_pert": "y"})
     with pytest.raises(BadTableError, match=r"FileName_OrigRNA.*LoadData.*'Filename_OrigRNA'"):
-        detect_layout(path)
+        layout_of(open_table(path))
+
+
+def test_only_tables_of_images_are_read(tmp_path: Path) -> None:
+    with pytest.raises(UserInputError, match="cannot be read as platemap"):
+        read_images(open_table(table(tmp_path, LOADDATA)), Layout.PLATEMAP)
 
 
 def test_missing_columns_and_missing_plate(tmp_path: Path) -> None:
@@ -181,6 +193,244 @@ def test_one_channel_in_two_columns(tmp_path: Path) -> None:
     path = table(tmp_path, LOADDATA | {"FileName_Origdna": "b.tif"})
     with pytest.raises(BadTableError, match="two FileName columns for the channel dna"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("written", "target"),
+    [
+        ("KCNK1", "KCNK1"),
+        ("HDAC2 | HDAC1|HDAC2", "HDAC1|HDAC2"),
+        ("HDAC1|HDAC2", "HDAC1|HDAC2"),
+        ("|", None),
+        ("NA", None),
+        ("NAE1", "NAE1"),
+    ],
+)
+@pytest.mark.parametrize("column", ["Metadata_target", "Metadata_gene", "Metadata_target_list"])
+def test_targets_by_any_of_their_columns(
+    tmp_path: Path, column: str, written: str, target: str | None
+) -> None:
+    row = LOADDATA | {"Metadata_pert_iname": "NAD+", column: written}
+    assert only_image(table(tmp_path, row)).treatment == TreatmentRecord(
+        Perturbation.COMPOUND, "NAD+", target
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"JCP2022": "JCP2022_033924"}, ("compound", "JCP2022_033924", "JCP2022_033924", None)),
+        (
+            {"JCP2022": "JCP2022_805264", "pert_iname": "PLK1", "pert_type": "poscon"},
+            ("crispr", "PLK1", "JCP2022_805264", Control.POSITIVE),
+        ),
+        ({"JCP2022": "JCP2022_915128"}, ("orf", "JCP2022_915128", "JCP2022_915128", None)),
+        (
+            {"JCP2022": "JCP2022_805264", "broad_sample": "BRD-1", "pert_iname": "x"},
+            ("crispr", "x", "BRD-1", None),
+        ),
+        (
+            {"modality": "orf", "pert_iname": "eGFP", "pert_type": "trt"},
+            ("orf", "eGFP", None, None),
+        ),
+    ],
+)
+def test_identifiers_of_jump(
+    tmp_path: Path,
+    columns: dict[str, str],
+    expected: tuple[str, str, str | None, Control | None],
+) -> None:
+    row = LOADDATA | {f"Metadata_{name}": value for name, value in columns.items()}
+    found = only_image(table(tmp_path, row)).treatment
+    assert found is not None
+    assert (found.kind, found.pert_iname, found.identifier, found.control) == expected
+
+
+@pytest.mark.parametrize("nothing", ["JCP2022_999999", "JCP2022_UNKNOWN", ""])
+def test_an_empty_well_of_jump_has_no_treatment(tmp_path: Path, nothing: str) -> None:
+    row = LOADDATA | {"Metadata_JCP2022": nothing}
+    assert only_image(table(tmp_path, row)).treatment is None
+
+
+def test_the_same_treatment_is_the_same_object(tmp_path: Path) -> None:
+    row = LOADDATA | {"Metadata_pert_iname": "x", "Metadata_target": "y"}
+    first, second = read(table(tmp_path, row, row | {"Metadata_Site": "5"}))
+    assert isinstance(first, ImageRecord)
+    assert isinstance(second, ImageRecord)
+    assert first.treatment is second.treatment
+
+
+@pytest.mark.parametrize("plate", ["001", "1053601756", "1e5", "0x10"])
+def test_plates_that_look_like_numbers_keep_their_text(tmp_path: Path, plate: str) -> None:
+    assert only_image(table(tmp_path, LOADDATA | {"Metadata_Plate": plate})).plate == plate
+
+
+@pytest.mark.parametrize(
+    ("written", "well"),
+    [
+        ("A01", (1, 1)),
+        ("A1", (1, 1)),
+        ("C - 3", (3, 3)),
+        ("r01c01", (1, 1)),
+        ("0101", (1, 1)),
+        ("1624", (16, 24)),
+        ("AA01", (27, 1)),
+    ],
+)
+def test_wells_as_tables_write_them(tmp_path: Path, written: str, well: tuple[int, int]) -> None:
+    image = only_image(table(tmp_path, LOADDATA | {"Metadata_Well": written}))
+    assert (image.row, image.column) == well
+
+
+def test_sites_counted_from_zero_keep_their_number(tmp_path: Path) -> None:
+    assert only_image(table(tmp_path, LOADDATA | {"Metadata_Site": "0"})).site == 0
+
+
+def test_plane_and_time_point_from_columns_or_file_name(tmp_path: Path) -> None:
+    named = LOADDATA | {"FileName_OrigDNA": "r02c07f04p03-ch5sk2fk1fl1.tiff"}
+    image = only_image(table(tmp_path, named))
+    assert (image.plane, image.time_point) == (3, 2)
+    written = {"Metadata_PlaneID": "7", "Metadata_TimepointID": "0"}
+    image = only_image(table(tmp_path, named | written))
+    assert (image.plane, image.time_point) == (7, 0)
+
+
+def test_a_repeated_column_matters_only_where_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "images.csv"
+    header, values = ",".join(LOADDATA), ",".join(LOADDATA.values())
+    path.write_text(f"{header},note,note\n{values},x,y\n")
+    assert only_image(path).plate == "001"
+    path.write_text(f"{header},Metadata_Site\n{values},9\n")
+    with pytest.raises(BadTableError, match="'Metadata_Site' more than once"):
+        read(path)
+
+
+def test_two_header_lines_before_the_images(tmp_path: Path) -> None:
+    path = tmp_path / "images.csv"
+    objects = ",".join("Image" for _ in LOADDATA)
+    path.write_text(f"{objects}\n{','.join(LOADDATA)}\n{','.join(LOADDATA.values())}\n")
+    assert only_image(path) == only_image(table(tmp_path, LOADDATA))._replace(line=3)
+
+
+def test_tables_put_together_repeat_their_header(tmp_path: Path) -> None:
+    path = table(tmp_path, LOADDATA)
+    path.write_bytes(path.read_bytes() * 2)
+    first, repeated, last = read(path)
+    assert isinstance(first, ImageRecord)
+    assert repeated == Refusal(3, "header repeated", "line 3 is the header of line 1 again")
+    assert last == first._replace(line=4)
+
+
+PHENIX = LOADDATA | {
+    "FileName_OrigDNA": "r02c07f04p01-ch5sk1fk1fl1.tiff",
+    "FileName_OrigMito": "r02c07f04p01-ch1sk1fk1fl1.tiff",
+}
+
+
+@pytest.mark.parametrize(
+    ("channels", "names"),
+    [
+        (None, ["DNA", "Mito"]),
+        ({"1": "TOM20", "5": "Hoechst"}, ["Hoechst", "TOM20"]),
+        ({"mito": "TOM20"}, ["DNA", "TOM20"]),
+        ({"DNA": "Mito", "Mito": "DNA"}, ["Mito", "DNA"]),
+    ],
+)
+def test_channels_get_the_names_that_are_wanted(
+    tmp_path: Path, channels: dict[str, str] | None, names: list[str]
+) -> None:
+    (image,) = read_images(open_table(table(tmp_path, PHENIX)), channels=channels)
+    assert isinstance(image, ImageRecord)
+    assert [file.channel for file in image.files] == names
+    assert [file.number for file in image.files] == [5, 1]
+
+
+@pytest.mark.parametrize("key", ["2", "RNA"])
+def test_a_channel_that_is_not_there_cannot_be_named(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserInputError, match=rf"channel '{key}'\. Known: DNA"):
+        read_images(open_table(table(tmp_path, PHENIX)), channels={key: "x"})
+
+
+def test_two_channels_cannot_get_one_name(tmp_path: Path) -> None:
+    opened = open_table(table(tmp_path, PHENIX))
+    with pytest.raises(UserInputError, match="two channels of one name"):
+        read_images(opened, channels={"Mito": "dna"})
+    (row,) = read_images(opened, channels={"1": "DNA"})
+    assert isinstance(row, Refusal)
+    assert row.reason == "two files of one channel"
+
+
+def test_a_channel_number_of_a_late_row_is_known(tmp_path: Path) -> None:
+    late = PHENIX | {"FileName_OrigMito": "r02c07f04p01-ch6sk1fk1fl1.tiff"}
+    path = table(tmp_path, *[PHENIX] * 30, late)
+    *_, last = read_images(open_table(path), channels={"6": "Brightfield"})
+    assert isinstance(last, ImageRecord)
+    assert [file.channel for file in last.files] == ["DNA", "Brightfield"]
+
+
+names = st.text(st.characters(categories=["L", "Nd", "Pc", "Zs"]), min_size=1, max_size=8).map(
+    lambda text: f"x{text}x"
+)
+
+
+@st.composite
+def image_rows(draw: st.DrawFn) -> list[dict[str, str]]:
+    """Rows of one table that are all good, with their columns in any order."""
+    channels = draw(st.lists(st.sampled_from(["DNA", "RNA", "AGP"]), min_size=1, unique=True))
+    columns = {
+        "Metadata_Plate": names,
+        "Metadata_Well": st.builds(format_well, st.integers(1, 32), st.integers(1, 48)),
+        "Metadata_Site": st.integers(0, 99).map(str),
+        "Metadata_pert_iname": names | st.just(""),
+        "Metadata_target": names | st.just("NA"),
+        "µ, note": names,
+    } | {f"FileName_Orig{channel}": names.map(lambda name: f"{name}.tif") for channel in channels}
+    order = draw(st.permutations(sorted(columns)))
+    return draw(
+        st.lists(st.fixed_dictionaries({name: columns[name] for name in order}), min_size=1)
+    )
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(image_rows(), st.sampled_from([",", ";", "\t"]), st.sampled_from(["utf-8", "utf-8-sig"]))
+def test_random_tables_come_back_row_by_row(
+    tmp_path: Path, rows: list[dict[str, str]], delimiter: str, encoding: str
+) -> None:
+    path = tmp_path / "images.txt"
+    with path.open("w", newline="", encoding=encoding) as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    found = read(path)
+    assert [record.line for record in found] == list(range(2, len(rows) + 2))
+    for row, image in zip(rows, found, strict=True):
+        assert isinstance(image, ImageRecord)
+        assert image.plate == row["Metadata_Plate"].strip()
+        assert format_well(image.row, image.column) == row["Metadata_Well"]
+        assert image.site == int(row["Metadata_Site"])
+        treatment = image.treatment.pert_iname if image.treatment else ""
+        assert treatment == row["Metadata_pert_iname"]
+        assert {f"FileName_Orig{file.channel}": file.name for file in image.files} == {
+            column: name for column, name in row.items() if column.startswith("FileName_")
+        }
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damage_loses_no_row(tmp_path: Path, data: st.DataObject) -> None:
+    rows = [PHENIX | {"Metadata_Site": "4", "PathName_OrigDNA": 'a "b", c'}] * 4
+    path = table(tmp_path, *rows)
+    whole = path.read_bytes()
+    start = data.draw(st.integers(0, len(whole)))
+    junk = data.draw(st.binary(max_size=6))
+    path.write_bytes(whole[:start] + junk + whole[start + data.draw(st.integers(0, 9)) :])
+    try:
+        opened = open_table(path)
+        lines = [row.line for row in opened.rows()]
+        records = list(read_images(opened))
+    except UserInputError:
+        return
+    assert [record.line for record in records] == lines
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

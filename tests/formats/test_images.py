@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from realdata import real_data
 
 from cellstore.errors import ImageError, UserInputError
-from cellstore.formats.images import (
+from cellstore.formats.files.images import (
     ImageFolder,
     decode_tiff,
     encode_tiff,
@@ -35,7 +36,7 @@ def saved(path: Path, array: NDArray[np.generic], compression: str | None = None
     return path
 
 
-@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "packbits"])
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "deflate", "packbits", "zstd"])
 def test_tiffs_of_any_compression(tmp_path: Path, compression: str | None) -> None:
     path = saved(tmp_path / "a.tiff", GRADIENT, compression)
     np.testing.assert_array_equal(read_plane(path), GRADIENT)
@@ -43,6 +44,34 @@ def test_tiffs_of_any_compression(tmp_path: Path, compression: str | None) -> No
     assert (info.height, info.width, info.dtype) == (5, 7, "uint16")
     assert info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (info.size_bytes, info.mtime_ns) == (path.stat().st_size, path.stat().st_mtime_ns)
+
+
+ODD_TIFFS: list[dict[str, Any]] = [
+    {"resolution": (4294967295, 1), "resolutionunit": "CENTIMETER"},
+    {"resolution": (0, 0)},
+    {"byteorder": ">"},
+    {"bigtiff": True},
+    {"tile": (16, 16), "compression": "lzw"},
+    {"rowsperstrip": 2, "compression": "zlib", "predictor": True},
+    {"description": "<xml>no description</xml>", "metadata": None},
+]
+
+
+@pytest.mark.parametrize("options", ODD_TIFFS)
+def test_what_is_said_beside_the_pixels_does_not_change_them(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, GRADIENT, **options)
+    np.testing.assert_array_equal(read_plane(path), GRADIENT)
+    assert (probe(path).height, probe(path).width) == (5, 7)
+
+
+def test_grey_levels_are_kept_as_they_are(tmp_path: Path) -> None:
+    for plane in (GRADIENT % 256, GRADIENT % 256 * 257, GRADIENT.astype(np.float32) / 7):
+        read = read_plane(saved(tmp_path / "a.tif", plane))
+        assert read.dtype == plane.dtype
+        np.testing.assert_array_equal(read, plane)
 
 
 def test_several_planes_in_a_file_are_refused_not_guessed_at(tmp_path: Path) -> None:
@@ -215,6 +244,15 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path) -> None:
     assert folder.find("secret.tif") is None
 
 
+def test_other_bytes_than_those_seen_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.tif", GRADIENT)
+    seen = probe(path).sha256
+    np.testing.assert_array_equal(read_plane(str(path), seen), GRADIENT)
+    saved(path, GRADIENT + 1)
+    with pytest.raises(ImageError, match="has changed since it was ingested"):
+        read_plane(path, seen)
+
+
 def test_the_image_folder_must_exist(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="is not a folder"):
         ImageFolder(tmp_path / "absent")
@@ -254,3 +292,27 @@ def test_real_png_and_tiffs_of_other_microscopes() -> None:
     tiffs = [*real_data("cellprofiler_examples").rglob("*.TIF")]
     for path in [*tiffs[:2], real_data("stardist/img2d.tif")]:
         assert read_plane(path).shape == (probe(path).height, probe(path).width)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "levels", "lowest", "highest"),
+    [
+        ("cytodataframe/NF1_Plate_2/Plate_2_images/B7_01_1_3_DAPI_001.tif", 246, 2570, 65535),
+        ("stardist/img2d.tif", 234, 0, 235),
+    ],
+)
+def test_real_sixteen_bit_files_of_eight_bit_data(
+    name: str, levels: int, lowest: int, highest: int
+) -> None:
+    plane = read_plane(real_data(name))
+    assert plane.dtype == np.uint16
+    assert (len(np.unique(plane)), plane.min(), plane.max()) == (levels, lowest, highest)
+
+
+@pytest.mark.real
+def test_a_real_grey_saved_as_colour() -> None:
+    path = sorted(real_data("dsb2018/images").glob("*.png"))[0]
+    colours = imagecodecs.png_decode(path.read_bytes())
+    assert colours.shape[2] == 4
+    np.testing.assert_array_equal(read_plane(path), colours[:, :, 1])

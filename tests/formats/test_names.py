@@ -32,6 +32,8 @@ columns = st.integers(1, COLUMNS)
         ("Z48", (26, 48)),
         ("AA01", (27, 1)),
         ("AF48", (32, 48)),
+        ("0101", (1, 1)),
+        ("3248", (32, 48)),
     ],
 )
 def test_wells_as_people_write_them(text: str, well: tuple[int, int]) -> None:
@@ -39,7 +41,24 @@ def test_wells_as_people_write_them(text: str, well: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "A", "A00", "A49", "AG01", "01", "A001", "r00c01", "A1B", "Ä1", "A²"]
+    "text",
+    [
+        "",
+        "A",
+        "A00",
+        "A49",
+        "AG01",
+        "01",
+        "A001",
+        "r00c01",
+        "0001",
+        "0149",
+        "010",
+        "01011",
+        "A1B",
+        "Ä1",
+        "A²",
+    ],
 )
 def test_what_is_no_well_is_refused(text: str) -> None:
     with pytest.raises(UserInputError, match="is not a well"):

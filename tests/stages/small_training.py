@@ -27,6 +27,7 @@ from cellstore.config import (
 from cellstore.db.models import (
     Artifact,
     Cell,
+    Folder,
     Image,
     ImageFile,
     Label,
@@ -38,8 +39,9 @@ from cellstore.db.models import (
     Treatment,
     Well,
 )
-from cellstore.formats.images import encode_tiff
+from cellstore.formats.files.images import encode_tiff
 from cellstore.reading.cells import FEATURE_COLUMNS
+from cellstore.reading.found_cells import cell_rows
 from cellstore.runs import (
     RecipeSpec,
     Workspace,
@@ -50,7 +52,6 @@ from cellstore.runs import (
     running,
 )
 from cellstore.stages.measure import measure
-from cellstore.stages.segment import cell_rows
 from cellstore.stages.split import create_split
 from cellstore.stages.train import TrainResult, train
 from cellstore.terms import ArtifactKind, Perturbation, Stage, Subset
@@ -113,9 +114,9 @@ def add_image(session: Session, folder: Path, plate_id: int, treatment_id: int, 
     path = folder / f"{image.core_name}.tif"
     path.write_bytes(encode_tiff(pixels(index)))
     found = path.stat()
-    file = ImageFile(
-        image_id=image.id, channel="DNA", position=1, name=path.name, uri=str(path), sha256="0" * 64
-    )
+    place = session.scalars(select(Folder).where(Folder.uri == str(folder))).one_or_none()
+    file = ImageFile(image_id=image.id, channel="DNA", position=1, name=path.name, sha256="0" * 64)
+    file.folder = place or Folder(uri=str(folder))
     file.size_bytes, file.modified_ns = found.st_size, found.st_mtime_ns
     session.add(file)
     return image.id

@@ -11,11 +11,23 @@ from published_metadata import PLATE, write_published_metadata
 from realdata import real_data
 from sqlalchemy import func, select
 
-from cellstore.db.models import Image, ImageFile, Plate, Run, Treatment, Well
+from cellstore.config import IngestParams
+from cellstore.db.models import (
+    Folder,
+    Image,
+    ImageFile,
+    IngestFile,
+    Plate,
+    Run,
+    Treatment,
+    Well,
+    WellChange,
+)
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.formats.images import encode_tiff
+from cellstore.formats.files.images import encode_tiff
 from cellstore.runs import Workspace, find_image
 from cellstore.stages.ingest import ingest
+from cellstore.terms import Severity, Status
 
 CHANNELS = ("RNA", "DNA")
 
@@ -50,6 +62,26 @@ def count(workspace: Workspace, table: type) -> int:
         return session.scalar(select(func.count()).select_from(table)) or 0
 
 
+def dump(workspace: Workspace) -> dict[str, list[tuple[object, ...]]]:
+    """All that an ingest writes but for its own account, by natural names instead of ids."""
+    wells = select(Plate.barcode, Well.name, Treatment.pert_iname, Treatment.target)
+    of_plate = wells.join(Well, Well.plate_id == Plate.id)
+    images = select(
+        Plate.barcode, Well.name, Image.site, Image.plane, Image.time_point, Image.core_name
+    ).add_columns(Image.content_sha256, ImageFile.channel, ImageFile.position, ImageFile.name)
+    files = images.add_columns(ImageFile.sha256, Folder.uri).select_from(ImageFile)
+    joined = files.join(Image, Image.id == ImageFile.image_id).join(Well).join(Plate)
+    queries = {
+        "wells": of_plate.outerjoin(Treatment, Treatment.id == Well.treatment_id),
+        "files": joined.outerjoin(Folder, Folder.id == ImageFile.folder_id),
+    }
+    with workspace.database.read() as session:
+        return {
+            name: sorted((tuple(row) for row in session.execute(query)), key=repr)
+            for name, query in queries.items()
+        }
+
+
 def test_rows_become_plates_wells_treatments_images_files(
     workspace: Workspace, tmp_path: Path
 ) -> None:
@@ -65,15 +97,25 @@ def test_rows_become_plates_wells_treatments_images_files(
         assert find_image(session, "r01c02f02p01-ch2sk1fk1fl1.tiff").id == image.id
 
 
-def test_a_second_ingest_changes_nothing_and_records_no_run(
+def test_a_second_ingest_changes_nothing_and_is_recorded(
     workspace: Workspace, tmp_path: Path
 ) -> None:
     table = write_table(tmp_path / "t.csv", [loaddata(1), loaddata(2)])
-    first = ingest(workspace, table)
+    ingest(workspace, table)
+    before = dump(workspace)
     second = ingest(workspace, table)
-    assert (first.run_id, second.run_id) == (1, None)
-    assert (second.created, second.completed, second.unchanged) == (0, 0, 2)
-    assert count(workspace, Run) == 1
+    assert (second.created, second.updated, second.unchanged) == (0, 0, 2)
+    assert dump(workspace) == before
+    assert count(workspace, Run) == count(workspace, IngestFile) == 2
+
+
+def test_the_same_rows_in_another_file_change_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    rows = [loaddata(1), loaddata(2)]
+    ingest(workspace, write_table(tmp_path / "t.csv", rows))
+    before = dump(workspace)
+    second = ingest(workspace, write_table(tmp_path / "u.csv", rows[::-1]))
+    assert (second.rows, second.unchanged) == (2, 2)
+    assert dump(workspace) == before
 
 
 def test_missing_files_are_filled_in_by_a_later_ingest(
@@ -85,10 +127,10 @@ def test_missing_files_are_filled_in_by_a_later_ingest(
     for number in (1, 2):
         write_image(folder, f"r01c02f01p01-ch{number}sk1fk1fl1.tiff", number)
     write_image(folder, "r01c02f02p01-ch1sk1fk1fl1.tiff", 3)
-    result = ingest(workspace, table, images=folder)
-    assert (result.created, result.completed, result.missing_images) == (0, 2, 1)
-    again = ingest(workspace, table, images=folder)
-    assert (again.completed, again.unchanged, again.run_id) == (0, 2, None)
+    result = ingest(workspace, table, IngestParams(images=folder))
+    assert (result.created, result.updated, result.missing_images) == (0, 2, 1)
+    again = ingest(workspace, table, IngestParams(images=folder))
+    assert (again.updated, again.unchanged) == (0, 2)
     without = ingest(workspace, table)
     assert (without.unchanged, without.missing_images) == (2, 1)
 
@@ -98,11 +140,11 @@ def test_changed_bytes_are_noticed(workspace: Workspace, tmp_path: Path) -> None
     folder = tmp_path / "images"
     for number in (1, 2):
         write_image(folder, f"r01c02f01p01-ch{number}sk1fk1fl1.tiff", number)
-    ingest(workspace, table, images=folder)
+    ingest(workspace, table, IngestParams(images=folder))
     with workspace.database.read() as session:
         before = find_image(session, "r01c02f01").content_sha256
     write_image(folder, "r01c02f01p01-ch1sk1fk1fl1.tiff", 77, (8, 5))
-    assert ingest(workspace, table, images=folder).completed == 1
+    assert ingest(workspace, table, IngestParams(images=folder)).updated == 1
     with workspace.database.read() as session:
         assert find_image(session, "r01c02f01").content_sha256 not in (None, before)
 
@@ -116,14 +158,14 @@ def test_a_projection_stands_for_the_channels_that_were_expected(
         "Metadata_target": "",
     }
     table = write_table(tmp_path / "t.csv", [row])
-    ingest(workspace, table, plate="P1")
+    ingest(workspace, table, IngestParams(plate="P1"))
     write_image(tmp_path / "images", "r01c02f01.tif", 5)
-    result = ingest(workspace, table, plate="P1", images=tmp_path / "images")
-    assert (result.completed, result.missing_images) == (1, 0)
+    result = ingest(workspace, table, IngestParams(plate="P1", images=tmp_path / "images"))
+    assert (result.updated, result.missing_images) == (1, 0)
     with workspace.database.read() as session:
         files = session.scalars(select(ImageFile)).all()
         assert [(file.channel, file.name) for file in files] == [("projection", "r01c02f01.tif")]
-    assert ingest(workspace, table, plate="P1").unchanged == 1
+    assert ingest(workspace, table, IngestParams(plate="P1")).unchanged == 1
 
 
 def test_a_row_that_contradicts_an_earlier_one_is_refused_with_its_line(
@@ -132,14 +174,28 @@ def test_a_row_that_contradicts_an_earlier_one_is_refused_with_its_line(
     rows = [loaddata(1), loaddata(2, treatment="aloxistatin"), loaddata(3)]
     result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
     assert result.created == 2
-    assert [(item.line, item.reason) for item in result.refused] == [
+    assert [(item.line, item.reason) for item in result.of(Severity.REFUSED)] == [
         (3, "the well has another treatment")
     ]
-    later = ingest(
-        workspace, write_table(tmp_path / "u.csv", [loaddata(1, treatment="aloxistatin")])
-    )
-    assert [item.line for item in later.refused] == [2]
-    assert later.rows == later.created + later.completed + later.unchanged + len(later.refused)
+
+
+def test_a_corrected_table_changes_the_treatment_and_says_what_changed(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    ingest(workspace, write_table(tmp_path / "t.csv", [loaddata(1), loaddata(2)]))
+    table = write_table(tmp_path / "u.csv", [loaddata(1, treatment="aloxistatin")])
+    later = ingest(workspace, table)
+    assert (later.rows, later.updated, later.refused) == (1, 1, 0)
+    with workspace.database.read() as session:
+        change = session.scalars(select(WellChange)).one()
+        old = session.get_one(Treatment, change.old_treatment_id)
+        new = session.get_one(Treatment, change.new_treatment_id)
+        assert session.scalars(select(Well)).one().treatment_id == new.id
+    assert (old.pert_iname, new.pert_iname) == ("DMSO", "aloxistatin")
+    assert (change.file, change.line, change.run_id) == ("u.csv", 2, later.run_id)
+    # The first table says something else again, although its bytes were read before.
+    back = ingest(workspace, tmp_path / "t.csv")
+    assert (back.updated, count(workspace, WellChange)) == (2, 2)
 
 
 def test_an_unreadable_image_stays_missing_and_is_named(
@@ -149,9 +205,11 @@ def test_an_unreadable_image_stays_missing_and_is_named(
     folder = tmp_path / "images"
     write_image(folder, "r01c02f01p01-ch1sk1fk1fl1.tiff", 1)
     (folder / "r01c02f01p01-ch2sk1fk1fl1.tiff").write_bytes(b"II*\0rubbish")
-    result = ingest(workspace, table, images=folder)
+    result = ingest(workspace, table, IngestParams(images=folder))
     assert (result.created, result.missing_images) == (1, 1)
-    assert [(item.line, item.reason) for item in result.problems] == [(2, "image cannot be read")]
+    (problem,) = result.of(Severity.PROBLEM)
+    assert problem.reason == "image cannot be read"
+    assert "ch2" in problem.detail
 
 
 @pytest.mark.parametrize(
@@ -168,8 +226,10 @@ def test_a_useless_table_is_one_sentence_and_writes_nothing(
     table = tmp_path / "t.csv"
     table.write_text(content)
     with pytest.raises(BadTableError, match=words):
-        ingest(sqlite_workspace, table, plate="P")
-    assert count(sqlite_workspace, Plate) == count(sqlite_workspace, Run) == 0
+        ingest(sqlite_workspace, table, IngestParams(plate="P"))
+    assert count(sqlite_workspace, Plate) == count(sqlite_workspace, IngestFile) == 0
+    with sqlite_workspace.database.read() as session:
+        assert set(session.scalars(select(Run.status))) <= {Status.FAILED}
 
 
 def test_the_published_shape_needs_a_plate(sqlite_workspace: Workspace, tmp_path: Path) -> None:
@@ -181,8 +241,8 @@ def test_the_published_shape_needs_a_plate(sqlite_workspace: Workspace, tmp_path
 @pytest.mark.real
 def test_the_published_table_of_2867_rows(workspace: Workspace, tmp_path: Path) -> None:
     table = write_published_metadata(real_data("cpjump1"), tmp_path / "m.csv")
-    result = ingest(workspace, table, plate=PLATE)
-    assert (result.rows, result.created, result.refused) == (2867, 2867, ())
+    result = ingest(workspace, table, IngestParams(plate=PLATE))
+    assert (result.rows, result.created, result.refused) == (2867, 2867, 0)
     assert (result.wells, result.images) == (319, 2867)
     with workspace.database.read() as session:
         joined = select(func.count()).select_from(Image).join(Well).join(Treatment)
@@ -207,13 +267,12 @@ def test_a_plate_map_says_what_was_done_to_the_wells(
     row |= {"Metadata_Well": "D14"} | {
         key: value.replace("r01c02", "r04c14") for key, value in row.items() if "FileName" in key
     }
-    result = ingest(
-        sqlite_workspace,
-        write_table(tmp_path / "t.csv", [row]),
-        platemap=tables
-        / "platemaps/2020_11_04_CPJUMP1/platemap/JUMP-Target-1_compound_platemap.txt",
-        compounds=tables / "external_metadata/JUMP-Target-1_compound_metadata.tsv",
+    maps = tables / "platemaps/2020_11_04_CPJUMP1/platemap"
+    params = IngestParams(
+        platemap=maps / "JUMP-Target-1_compound_platemap.txt",
+        compounds=(tables / "external_metadata/JUMP-Target-1_compound_metadata.tsv",),
     )
+    result = ingest(sqlite_workspace, write_table(tmp_path / "t.csv", [row]), params)
     assert result.created == 1
     with sqlite_workspace.database.read() as session:
         treatment = session.scalars(select(Treatment)).one()

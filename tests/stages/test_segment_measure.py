@@ -16,10 +16,10 @@ from test_ingest import loaddata, write_table
 from threshold import ThresholdSegmenter, use_threshold
 
 from cellstore import artifacts
-from cellstore.config import ImageInput, MeasureParams, SegmentParams
+from cellstore.config import ImageInput, IngestParams, MeasureParams, SegmentParams
 from cellstore.db.models import Artifact, Cell, CellFeatures, Job, Recipe, Run, Segmentation
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
-from cellstore.formats.images import decode_tiff, encode_tiff
+from cellstore.formats.files.images import decode_tiff, encode_tiff
 from cellstore.ops.features import FEATURES
 from cellstore.runs import Workspace
 from cellstore.stages.ingest import ingest
@@ -55,7 +55,7 @@ class Bench:
         return self.images / f"r01c02f{site:02d}p01-ch{channel}sk1fk1fl1.tiff"
 
     def ingest(self) -> None:
-        ingest(self.workspace, self.table, images=self.images)
+        ingest(self.workspace, self.table, IngestParams(images=self.images))
 
     def count(self, table: type, *where: Any) -> int:
         with self.workspace.database.read() as session:
@@ -160,7 +160,7 @@ def test_a_file_that_changed_after_the_ingest_is_not_used(bench: Bench) -> None:
 
 def test_missing_images_wait(bench: Bench) -> None:
     rows = [loaddata(site) for site in (1, 2, 3, 4)]
-    ingest(bench.workspace, write_table(bench.table, rows), images=bench.images)
+    ingest(bench.workspace, write_table(bench.table, rows), IngestParams(images=bench.images))
     result = segment(bench.workspace, bench.params)
     assert (result.selected, result.waiting, result.done) == (4, 1, 3)
 

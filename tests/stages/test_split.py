@@ -11,7 +11,7 @@ from realdata import real_data
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from cellstore.config import SplitParams
+from cellstore.config import IngestParams, SplitParams
 from cellstore.db.models import (
     Image,
     ImageFile,
@@ -262,7 +262,7 @@ def test_check_names_same_bytes_and_two_spellings(sqlite_workspace: Workspace) -
 @pytest.mark.real
 def test_the_published_study_as_a_split(workspace: Workspace, tmp_path: Path) -> None:
     table = write_published_metadata(real_data("cpjump1"), tmp_path / "metadata.csv")
-    ingest(workspace, table, plate=PLATE)
+    ingest(workspace, table, IngestParams(plate=PLATE))
     with pytest.raises(UserInputError, match="All 2867 images with a pert_iname miss files"):
         create_split(workspace, "published", PUBLISHED)
     result = create_split(workspace, "published", replace(PUBLISHED, allow_missing=True))

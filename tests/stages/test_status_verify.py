@@ -5,7 +5,17 @@ from __future__ import annotations
 from factories import Factory, small_screen
 from sqlalchemy import func, select
 
-from cellstore.db.models import Artifact, Cell, Image, Job, Prediction, Well
+from cellstore.db.models import (
+    Artifact,
+    Cell,
+    CellFeatures,
+    FeatureFile,
+    Image,
+    Job,
+    Prediction,
+    Recipe,
+    Well,
+)
 from cellstore.runs import Workspace
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
@@ -62,3 +72,99 @@ def test_files_that_no_one_wrote_are_told(workspace: Workspace):
         files = session.scalar(select(func.count()).select_from(Artifact))
     assert (found.ok, found.files) == (False, files)
     assert {problem.reason for problem in found.problems} == {"the file is gone"}
+
+
+def other_tools(workspace: Workspace) -> tuple[Factory, list[Cell]]:
+    """A feature set ``cp`` of four cells in an image that has not been seen."""
+    make = Factory(workspace)
+    segment = make.recipe(Stage.SEGMENT, parameters={"imported": "CellProfiler"})
+    found = make.segmentation(
+        make.image(make.well(make.plate("P9"), 1, 1), missing=True),
+        make.run(Stage.INGEST),
+        4,
+        recipe_id=segment.id,
+        content_sha256=None,
+        diameter=None,
+        mask_artifact_id=None,
+        flow_artifact_id=None,
+    )
+    cells = make.cells_of(found)
+    make.feature_files("cp", cells, {"a": [1.0, 2.0, 3.0, 4.0]}, segment, rows_of_file=3)
+    return make, cells
+
+
+def test_what_other_tools_found_is_counted(workspace: Workspace):
+    other_tools(workspace)
+    found = status(workspace)
+    assert (found.segmented, found.measured, found.cells) == (1, 1, 4)
+    (recipe,) = found.recipes
+    assert (recipe.stage, recipe.done, recipe.stale) == ("segment", 1, 0)
+    (features,) = found.feature_sets
+    assert (features.name, features.storage, features.columns, features.cells) == (
+        "cp",
+        "files",
+        1,
+        4,
+    )
+
+
+def test_the_built_in_sets_are_counted_by_recipe(workspace: Workspace):
+    screen = small_screen(workspace)
+    with workspace.database.read() as session:
+        recipe = session.get_one(Recipe, screen.measure_run.recipe_id)
+        measured = session.scalar(select(func.count()).select_from(CellFeatures))
+    screen.factory.feature_set(recipe, "basic_1")
+    (features,) = status(workspace).feature_sets
+    assert (features.storage, features.columns, features.cells) == ("table", 14, measured)
+
+
+def test_whole_features_of_cells_without_masks_are_fine(workspace: Workspace):
+    other_tools(workspace)
+    found = verify(workspace)
+    assert (found.ok, found.problems) == (True, ())
+    assert (found.files, found.feature_files, found.segmentations) == (2, 2, 0)
+
+
+def test_features_that_are_not_what_was_written_are_told(workspace: Workspace):
+    other_tools(workspace)
+    with workspace.database.begin() as session:
+        first, second = session.scalars(select(Artifact).order_by(Artifact.id))
+    workspace.artifacts.locate(first.path).write_bytes(b"damaged")
+    workspace.artifacts.locate(second.path).unlink()
+    reasons = {problem.path: problem.reason for problem in verify(workspace).problems}
+    assert "sha256 differs" in reasons[first.path]
+    assert reasons[second.path] == "the file is gone"
+
+
+def test_features_and_their_rows_must_agree(workspace: Workspace):
+    _, cells = other_tools(workspace)
+    with workspace.database.begin() as session:
+        first, _ = session.scalars(select(FeatureFile).order_by(FeatureFile.first_cell_id))
+        first.n_rows = 5
+        session.delete(session.get_one(Cell, cells[3].id))
+    reasons = [problem.reason for problem in verify(workspace).problems]
+    assert reasons == [
+        (
+            f"feature set cp: the file has 3 rows of cells {cells[0].id} to {cells[2].id}, "
+            f"the database 5 rows of cells {cells[0].id} to {cells[2].id}"
+        ),
+        "feature set cp: 1 of its cells are not in the database",
+    ]
+
+
+def test_a_cell_that_comes_twice_is_told(workspace: Workspace):
+    make, cells = other_tools(workspace)
+    with workspace.database.read() as session:
+        segment = session.scalars(select(Recipe).where(Recipe.stage == Stage.SEGMENT)).one()
+    make.feature_files("twice", [cells[0], cells[0]], {"a": [1.0, 2.0]}, segment)
+    reasons = [problem.reason for problem in verify(workspace).problems]
+    assert reasons == ["feature set twice: its cell ids do not ascend"]
+
+
+def test_a_cell_that_is_in_two_files_is_told_of_the_store(workspace: Workspace):
+    make, cells = other_tools(workspace)
+    with workspace.database.read() as session:
+        segment = session.scalars(select(Recipe).where(Recipe.stage == Stage.SEGMENT)).one()
+    make.feature_files("cp", cells[1:3], {"a": [8.0, 9.0]}, segment)
+    reasons = [problem.reason for problem in verify(workspace).problems]
+    assert reasons == ["feature set cp: 2 of its cells are in another file of the set, too"]

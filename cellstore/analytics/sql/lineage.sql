@@ -1,7 +1,7 @@
 -- Where the labels of an image come from: one row per predict run and segmentation of an image.
 -- weights_sha256 belongs to the segmentation network, checkpoint_sha256 to the classifier.
 -- well_in_training: the classifier was trained on images of this very well. current: the image
--- still has the bytes that were segmented.
+-- still has the bytes that were segmented, or these are unknown.
 WITH labelled AS (
     SELECT p.run_id, c.segmentation_id, count(*) AS n_cells
     FROM predictions AS p
@@ -39,7 +39,7 @@ SELECT
     rec.fingerprint AS segment_fingerprint,
     rec.weights_sha256,
     labelled.n_cells,
-    coalesce(s.content_sha256 = i.content_sha256, false) AS current
+    s.content_sha256 IS NULL OR coalesce(s.content_sha256 = i.content_sha256, false) AS current
 FROM labelled
 JOIN segmentations AS s ON s.id = labelled.segmentation_id
 JOIN recipes AS rec ON rec.id = s.recipe_id

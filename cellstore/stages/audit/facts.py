@@ -19,7 +19,11 @@ class FileFact:
 
 @dataclass(frozen=True)
 class SegmentationFact:
-    """The masks of an image. ``current``: the image still has the bytes they were made from."""
+    """The cells of an image. ``current``: the image still has the bytes they were found in.
+
+    Of what another tool found, ``imported`` names the tool; ``diameter`` may be unknown (null),
+    and ``has_masks`` says whether the masks are known.
+    """
 
     id: int
     run_id: int
@@ -29,8 +33,10 @@ class SegmentationFact:
     parameters: dict[str, Any]
     made_at: str
     n_cells: int
-    diameter: float
+    diameter: float | None
     current: bool
+    has_masks: bool
+    imported: str | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,58 @@ class Labelling:
 
 
 @dataclass(frozen=True)
+class TreatmentFact:
+    """What was done to a well, in a few words."""
+
+    kind: str
+    pert_iname: str
+    target: str | None
+    control: str | None
+    identifier: str | None
+
+
+@dataclass(frozen=True)
+class TreatmentChange:
+    """A file said something else of a well than was known; ``old`` is null where nothing was."""
+
+    old: TreatmentFact | None
+    new: TreatmentFact | None
+    changed_at: str
+    run_id: int
+    file: str
+    line: int | None
+
+
+@dataclass(frozen=True)
+class FrozenLabel:
+    """The label that a split keeps, and what the well has ``now`` in the same field.
+
+    ``since``: the last change of that field, where the two differ.
+    """
+
+    split: str
+    field: str
+    side: str
+    label: str
+    now: str | None
+    differs: bool
+    since: TreatmentChange | None
+
+
+@dataclass(frozen=True)
+class WellAudit:
+    """All that is known about what a well got. ``images`` are ids."""
+
+    well_id: int
+    plate: str
+    well: str
+    treatment: TreatmentFact | None
+    history: tuple[TreatmentChange, ...]
+    images: tuple[int, ...]
+    frozen_labels: tuple[FrozenLabel, ...]
+
+
+@dataclass(frozen=True)
 class ImageAudit:
     """All that is known about an image and the labels it got."""
 
@@ -90,6 +148,8 @@ class ImageAudit:
     treatment: str | None
     target: str | None
     control: str | None
+    treatment_history: tuple[TreatmentChange, ...]
+    frozen_labels: tuple[FrozenLabel, ...]
     files: tuple[FileFact, ...]
     missing_files: int
     segmentations: tuple[SegmentationFact, ...]
@@ -108,14 +168,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class CellAudit:
-    """All that is known about a cell. ``box`` is min row, min col, max row, max col (half open)."""
+    """All that is known about a cell. ``box`` is min row, min col, max row, max col (half open).
+
+    ``box`` and ``centroid`` are null where another tool found the cell and does not say.
+    """
 
     cell_id: int
     image: str
     image_id: int
     label: int
-    box: tuple[int, int, int, int]
-    centroid: tuple[float, float]
+    box: tuple[int, int, int, int] | None
+    centroid: tuple[float, float] | None
     excluded: str | None
     segmentation: SegmentationFact
     features: dict[str, dict[str, float | None]]
@@ -155,8 +218,26 @@ class ArtifactFact:
 
 
 @dataclass(frozen=True)
+class IngestFact:
+    """A file that an ingest run read; ``rows`` is the sum of the four numbers after it."""
+
+    name: str
+    sha256: str
+    layout: str
+    rows: int
+    created: int
+    updated: int
+    unchanged: int
+    refused: int
+
+
+@dataclass(frozen=True)
 class RunAudit:
-    """All that is known about a run. ``inputs`` are the recipes it reads from, all the way up."""
+    """All that is known about a run. ``inputs`` are the recipes it reads from, all the way up.
+
+    Of an ingest: ``ingested`` are the files it read, ``changed_wells`` counts the wells whose
+    treatment it changed.
+    """
 
     run: RunFact
     ended_at: str | None
@@ -177,3 +258,5 @@ class RunAudit:
     split_counts: dict[str, int]
     jobs: dict[str, int]
     artifacts: tuple[ArtifactFact, ...]
+    ingested: tuple[IngestFact, ...]
+    changed_wells: int

@@ -46,6 +46,7 @@ from .facts import (
     RunFact,
     SegmentationFact,
 )
+from .history import changed_wells, frozen_labels, ingested, treatment_of, well_history
 
 VoteRow = Row[int, int, float, str, int]
 
@@ -67,6 +68,7 @@ def audit_image(workspace: Workspace, text: str) -> ImageAudit:
         treatment = session.get(Treatment, well.treatment_id) if well.treatment_id else None
         files = _files(session, image.id)
         segmentations = _segmentations(session, image)
+        history, now = well_history(session, well.id), treatment_of(session, well)
         return ImageAudit(
             image_id=image.id,
             plate=plate.barcode,
@@ -79,6 +81,8 @@ def audit_image(workspace: Workspace, text: str) -> ImageAudit:
             treatment=treatment.pert_iname if treatment else None,
             target=treatment.target if treatment else None,
             control=_text(treatment.control) if treatment else None,
+            treatment_history=history,
+            frozen_labels=frozen_labels(session, well.id, image.id, now, history),
             files=files,
             missing_files=sum(file.sha256 is None for file in files),
             segmentations=segmentations,
@@ -108,8 +112,8 @@ def audit_cell(workspace: Workspace, cell_id: int) -> CellAudit:
             image=f"{session.get_one(Plate, well.plate_id).barcode}/{image.core_name}",
             image_id=image.id,
             label=cell.label,
-            box=(cell.min_row, cell.min_col, cell.max_row, cell.max_col),
-            centroid=(cell.centroid_row, cell.centroid_col),
+            box=_box(cell),
+            centroid=_centroid(cell),
             excluded=cell.excluded,
             segmentation=_segmentation(found, recipe, image),
             features=_features(session, cell.id),
@@ -147,6 +151,8 @@ def audit_run(workspace: Workspace, reference: str) -> RunAudit:
             split_counts=_split_counts(session, split.id) if split else {},
             jobs=_job_counts(session, run.id),
             artifacts=_artifacts(session, run.id),
+            ingested=ingested(session, run.id),
+            changed_wells=changed_wells(session, run.id),
         )
 
 
@@ -196,8 +202,24 @@ def _segmentation(found: Segmentation, recipe: Recipe, image: Image) -> Segmenta
         made_at=found.created_at.isoformat(),
         n_cells=found.n_cells,
         diameter=found.diameter,
-        current=found.content_sha256 == image.content_sha256,
+        # Unknown bytes count as current: nothing can contradict them.
+        current=found.content_sha256 in (None, image.content_sha256),
+        has_masks=found.mask_artifact_id is not None,
+        imported=recipe.parameters.get("imported"),
     )
+
+
+def _box(cell: Cell) -> tuple[int, int, int, int] | None:
+    first, last = (cell.min_row, cell.min_col), (cell.max_row, cell.max_col)
+    if first[0] is None or first[1] is None or last[0] is None or last[1] is None:
+        return None
+    return first[0], first[1], last[0], last[1]
+
+
+def _centroid(cell: Cell) -> tuple[float, float] | None:
+    if cell.centroid_row is None or cell.centroid_col is None:
+        return None
+    return cell.centroid_row, cell.centroid_col
 
 
 def _labellings(

@@ -1,5 +1,15 @@
-"""Ingest: metadata tables become plates, wells, treatments, images and files."""
+"""Ingest: tables, indexes, folders and databases of others become rows of the store."""
 
-from .stage import IngestResult, Refused, ingest
+from .account import Issue, UndoneError
+from .preview import Preview, PreviewRow, preview
+from .stage import IngestResult, ingest
 
-__all__ = ["IngestResult", "Refused", "ingest"]
+__all__ = [
+    "IngestResult",
+    "Issue",
+    "Preview",
+    "PreviewRow",
+    "UndoneError",
+    "ingest",
+    "preview",
+]

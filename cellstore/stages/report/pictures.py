@@ -13,13 +13,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from ...analytics import Questions
-from ...config import ImageInput
 from ...db.models import Recipe, Segmentation
 from ...errors import CellstoreError
 from ...ops.overlay import outline_overlay, to_grey
-from ...reading.planes import read_artifact_image, read_image
+from ...reading.cells import plane_of, read_masks
+from ...reading.planes import read_image
 from ...runs import Workspace
-from ...terms import Projection
 from .score import Subject
 
 WIDEST = 460
@@ -121,11 +120,8 @@ def _pixels(
 ) -> tuple[NDArray[np.float32], NDArray[np.integer[Any]]]:
     with workspace.database.read() as session:
         found = session.get_one(Segmentation, segmentation_id)
-        named = session.get_one(Recipe, found.recipe_id).parameters.get("image", {})
-        masks = read_artifact_image(session, workspace.artifacts, found.mask_artifact_id)
-    wanted = ImageInput(
-        tuple(named.get("channels", ())), Projection(named.get("projection", Projection.MEDIAN))
-    )
+        wanted = plane_of(session.get_one(Recipe, found.recipe_id))
+        masks = read_masks(session, workspace.artifacts, found)
     plane = read_image(workspace.database, found.image_id, wanted)
     return plane, masks.astype(np.int64)
 

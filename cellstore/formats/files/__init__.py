@@ -1,0 +1,1 @@
+"""Image files: where they are, what they hold, which of them are masks."""

@@ -1,0 +1,1 @@
+"""Objects and features that other tools found and measured."""

@@ -1,0 +1,1 @@
+"""Text tables: how they are split into rows, and what their cells say."""

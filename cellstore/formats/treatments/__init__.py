@@ -1,0 +1,1 @@
+"""Treatments: plate maps, the tables of what was done, names that are one."""

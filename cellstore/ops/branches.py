@@ -1,0 +1,23 @@
+"""What a network can look at. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cellstore.errors import UnknownNameError, UserInputError
+
+MASK, FLOW, TABULAR = BRANCHES = ("mask", "flow", "tabular")
+"""A cell's mask crop, its flow crop and its features."""
+
+
+def check_branches(names: Sequence[str]) -> tuple[str, ...]:
+    """Return ``names`` in the order of ``BRANCHES``.
+
+    Raises ``UnknownNameError`` for a name that is none of them, ``UserInputError`` for no name.
+    """
+    for name in names:
+        if name not in BRANCHES:
+            raise UnknownNameError.of("branch", name, BRANCHES)
+    if not names:
+        raise UserInputError(f"A network needs one branch or more of {', '.join(BRANCHES)}.")
+    return tuple(name for name in BRANCHES if name in names)

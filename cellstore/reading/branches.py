@@ -1,0 +1,86 @@
+"""Which branches of the network can be fed by what is known of the cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import and_, func, select
+from sqlalchemy.orm import Session
+
+from ..db.models import Image, Segmentation, SplitMember
+from ..errors import UserInputError
+from ..ops.branches import BRANCHES, FLOW, MASK, TABULAR, check_branches
+from ..runs.selection import is_current
+from .cells import CellSource
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Of how many images the cells are known, of how many the pixels and masks, the flows too."""
+
+    images: int
+    masks: int
+    flows: int
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """What every image has. Flow crops are cut by the masks."""
+        masks = (MASK,) if self.masks == self.images else ()
+        flows = (FLOW,) if masks and self.flows == self.images else ()
+        return (*masks, *flows, TABULAR)
+
+
+def choose_branches(
+    session: Session, source: CellSource, wanted: Sequence[str] | None
+) -> tuple[tuple[str, ...], str | None]:
+    """Return the branches of a network on ``source``, and a sentence where some were left out.
+
+    Default: all three, or those that the segmentations of its split can feed.
+
+    Raises:
+        UnknownNameError: there is no such branch.
+        UserInputError: a branch that is wanted cannot be fed.
+
+    """
+    known = _known(session, source)
+    if wanted is None:
+        return known.branches, _left_out(known)
+    chosen = check_branches(wanted)
+    if not set(chosen) <= set(known.branches):
+        raise UserInputError(
+            f"{_lack(known)} Use --branches {','.join(known.branches)}, or ingest what is missing."
+        )
+    return chosen, None
+
+
+def _known(session: Session, source: CellSource) -> _Known:
+    masks = and_(Segmentation.mask_artifact_id.is_not(None), Image.content_sha256.is_not(None))
+    member = and_(SplitMember.image_id == Image.id, SplitMember.split_id == source.split_id)
+    query = (
+        select(
+            func.count(),
+            func.count().filter(masks),
+            func.count().filter(and_(masks, Segmentation.flow_artifact_id.is_not(None))),
+        )
+        .select_from(Image)
+        .join(Segmentation, is_current())
+        .join(SplitMember, member)
+        .where(Segmentation.recipe_id == source.segment_id, Segmentation.n_cells > 0)
+    )
+    return _Known(*session.execute(query).one())
+
+
+def _left_out(known: _Known) -> str | None:
+    if known.branches == BRANCHES:
+        return None
+    return f"{_lack(known)} So the network looks at: {', '.join(known.branches)}."
+
+
+def _lack(known: _Known) -> str:
+    if known.masks < known.images:
+        return (
+            f"Of {known.images - known.masks} of the {known.images} images the masks or the pixels "
+            "are unknown."
+        )
+    return f"Of {known.images - known.flows} of the {known.images} images there are no flows."

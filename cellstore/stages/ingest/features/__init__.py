@@ -1,0 +1,1 @@
+"""Features of other tools: cells without masks, and files of their values."""

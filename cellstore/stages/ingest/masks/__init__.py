@@ -1,0 +1,1 @@
+"""Masks of other tools: segmentations of the images they are named like."""

@@ -1,0 +1,362 @@
+"""Masks that other tools made: matched to images by name, kept and measured like our own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from ....artifacts import StoredFile, sha256_of
+from ....config import ImageInput, as_parameters
+from ....db.models import Artifact, Image, ImageFile, Plate, Recipe, Segmentation
+from ....errors import ImageError, UnknownNameError, UserInputError
+from ....extras import need
+from ....formats.files.images import encode_tiff
+from ....formats.files.masks import MaskFile, MaskFolder, black_and_white, read_labels
+from ....reading.found_cells import cell_rows, insert_cells
+from ....reading.planes import check_channels
+from ....runs import RecipeSpec, Workspace, fingerprint, keep_file, register
+from ....terms import ArtifactKind, Stage
+from ..account import Account, UndoneError
+from .matching import FoundImage, NoMatch, find_image
+
+VERSION = 1
+DEFAULT_NAME = "masks"
+_LONGEST_NAME = 100
+_SHOWN_LABELS = 5
+_FLUSH_EVERY = 500  # files
+
+
+@dataclass(frozen=True)
+class MasksResult:
+    """What a folder of masks brought.
+
+    ``recipe_ids`` are the segmentations, one for each kind of objects; ``cells`` are those written.
+    """
+
+    recipe_ids: tuple[int, ...]
+    cells: int
+
+
+class MaskPlan(NamedTuple):
+    """What a file of masks would become: objects of an image, or why not."""
+
+    file: str
+    image: str | None
+    kind: str | None
+    cells: int | None
+    reason: str | None
+
+
+def ingest_masks(
+    workspace: Workspace,
+    run_id: int,
+    folder: Path,
+    *,
+    account: Account,
+    name: str | None = None,
+    plate: str | None = None,
+    binary: bool = False,
+    image: ImageInput | None = None,
+    strict: bool = False,
+) -> MasksResult:
+    """Keep the label images below ``folder`` as segmentations of the images they are named like.
+
+    ``name`` tells several sets of masks apart, ``plate`` limits the images, ``binary`` takes each
+    connected part of a black and white mask for one object, ``image`` is the plane that the masks
+    are of, on which ``measure`` looks by default. An image is one short transaction, so that what
+    was done stays done; the same masks again change nothing. With ``strict`` nothing is written
+    where a file is refused. ``account.rows`` counts the files.
+
+    Raises:
+        MissingExtraError: scikit-image is not installed.
+        UndoneError: (``strict``) some files cannot be used.
+        UserInputError: no folder, no masks in it, no such plate or channel.
+    """
+    work = _Work(workspace, run_id, folder, account, name, plate, binary, image)
+    if strict:
+        work.check()
+    return work.run()
+
+
+def plan_masks(
+    workspace: Workspace,
+    folder: Path,
+    *,
+    name: str | None = None,
+    plate: str | None = None,
+    binary: bool = False,
+    image: ImageInput | None = None,
+) -> Iterator[MaskPlan]:
+    """Yield what each file below ``folder`` would become; nothing is written.
+
+    Raises:
+        as :func:`ingest_masks`.
+    """
+    work = _Work(workspace, 0, folder, Account(0, folder.name), name, plate, binary, image)
+    for mask in work.masks:
+        found = work.look(mask)
+        if isinstance(found, NoMatch):
+            yield MaskPlan(mask.name, None, mask.kind, None, f"{found.reason}: {found.detail}")
+        else:
+            yield MaskPlan(mask.name, str(found.image), mask.kind, len(found.cells), None)
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """Masks with the image they are of, ready to be written."""
+
+    image: FoundImage
+    data: bytes
+    diameter: float | None
+    cells: list[dict[str, Any]]
+    in_pieces: list[int]
+
+
+class _Work:
+    """One folder of masks on its way into the store."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        run_id: int,
+        folder: Path,
+        account: Account,
+        name: str | None,
+        plate: str | None,
+        binary: bool,
+        plane: ImageInput | None,
+    ) -> None:
+        need("segment")
+        self._workspace = workspace
+        self._run_id = run_id
+        self._folder = folder
+        self._account = account
+        self._name = _checked_name(name)
+        self._plate = plate
+        self._binary = binary
+        self._plane = plane or ImageInput()
+        self._recipes: dict[str | None, int] = {}
+        self._cells = 0
+        self.masks = MaskFolder(folder)
+        with workspace.database.read() as session:
+            check_channels(session, self._plane)
+            _check_plate(session, plate)
+
+    def check(self) -> None:
+        """Look at every file before any is written.
+
+        Raises:
+            UndoneError: some cannot be used; the account says which.
+        """
+        seen: dict[tuple[int, str | None], str] = {}
+        self._account.rows += len(self.masks)
+        for mask in self.masks:
+            if found := self._refusal(mask, seen):
+                self._account.refuse(None, found.reason, found.detail, mask.name)
+        if self._account.refused:
+            raise UndoneError.of(self._account)
+        self._account.rows -= len(self.masks)
+
+    def run(self) -> MasksResult:
+        """Write every file that can be used."""
+        progress = self._workspace.progress
+        progress.start("ingest masks", len(self.masks))
+        try:
+            for number, mask in enumerate(self.masks, start=1):
+                self._one(mask)
+                progress.advance()
+                if number % _FLUSH_EVERY == 0:
+                    self._flush()
+            self._flush()
+        finally:
+            progress.finish()
+        return MasksResult(tuple(self._recipes.values()), self._cells)
+
+    def look(self, mask: MaskFile) -> _Looked | NoMatch:
+        """Find the image of a file, read the file, and compare the two."""
+        try:
+            sha256 = sha256_of(mask.path)
+            with self._workspace.database.read() as session:
+                image = find_image(session, mask, self._plate)
+                known = _is_an_image(session, sha256)
+            if isinstance(image, NoMatch):
+                return image
+            if known:
+                return NoMatch("this is an image", "the file is one of the images of the store")
+            labels = self._labels(mask)
+        except ImageError as error:
+            return NoMatch("not a label image", str(error))
+        except OSError as error:
+            return NoMatch("cannot be read", str(error.strerror))
+        if image.shape is not None and image.shape != labels.shape:
+            shapes = (
+                f"masks of {_shape(labels.shape)} pixels, image {image} of {_shape(image.shape)}"
+            )
+            return NoMatch("another shape than the image", shapes)
+        return _looked(image, labels)
+
+    def _refusal(self, mask: MaskFile, seen: dict[tuple[int, str | None], str]) -> NoMatch | None:
+        found = self.look(mask)
+        if isinstance(found, NoMatch):
+            return found
+        with self._workspace.database.read() as session:
+            before = self._present(session, mask, found.image.id)
+        sha256 = hashlib.sha256(found.data).hexdigest()
+        before = seen.setdefault((found.image.id, mask.kind), before or sha256)
+        return None if before == sha256 else _clash(found.image)
+
+    def _one(self, mask: MaskFile) -> None:
+        self._account.rows += 1
+        found = self.look(mask)
+        if isinstance(found, NoMatch):
+            self._account.refuse(None, found.reason, found.detail, mask.name)
+        else:
+            self._keep(mask, found)
+
+    def _flush(self) -> None:
+        with self._workspace.database.begin() as session:
+            self._account.flush(session)
+
+    def _keep(self, mask: MaskFile, found: _Looked) -> None:
+        sha256 = hashlib.sha256(found.data).hexdigest()
+        with self._workspace.database.read() as session:
+            before = self._present(session, mask, found.image.id)
+        if before is None:
+            # The file first, then its row: a crash between the two leaves no row without a file.
+            stored = self._workspace.artifacts.write(ArtifactKind.MASK, found.data, ".tif")
+            with self._workspace.database.begin() as session:
+                before = self._insert(session, mask, found, stored)
+        if before is None:
+            self._account.created += 1
+            self._cells += len(found.cells)
+            self._notice(mask, found)
+        elif before == sha256:
+            self._account.unchanged += 1
+        else:
+            self._account.refuse(None, *_clash(found.image), mask.name)
+
+    def _insert(
+        self, session: Session, mask: MaskFile, found: _Looked, stored: StoredFile
+    ) -> str | None:
+        """Write masks and cells, or return the sha256 of what somebody else wrote meanwhile."""
+        # A lock on the image: two ingests of one folder must not both find nothing.
+        image = session.scalars(
+            select(Image).where(Image.id == found.image.id).with_for_update()
+        ).one()
+        before = self._present(session, mask, image.id)
+        if before is not None:
+            return before
+        row = Segmentation(
+            image_id=image.id,
+            recipe_id=self._recipe(session, mask.kind),
+            content_sha256=image.content_sha256,
+            run_id=self._run_id,
+            n_cells=len(found.cells),
+            diameter=found.diameter,
+            mask_artifact_id=keep_file(session, stored),
+            flow_artifact_id=None,
+            created_at=datetime.now(UTC),
+        )
+        insert_cells(session, row, found.cells)
+        return None
+
+    def _notice(self, mask: MaskFile, found: _Looked) -> None:
+        if found.in_pieces:
+            shown = ", ".join(map(str, found.in_pieces[:_SHOWN_LABELS]))
+            more = ", ..." if len(found.in_pieces) > _SHOWN_LABELS else ""
+            detail = f"{len(found.in_pieces)} of {len(found.cells)} labels: {shown}{more}"
+            self._account.suspicious(None, "one label in several pieces", detail, mask.name)
+
+    def _present(self, session: Session, mask: MaskFile, image_id: int) -> str | None:
+        """Return the sha256 of the current masks of an image of this recipe, if there are any."""
+        current = or_(
+            Segmentation.content_sha256.is_(None),
+            Image.content_sha256.is_(None),
+            Segmentation.content_sha256 == Image.content_sha256,
+        )
+        query = (
+            select(Artifact.sha256, Recipe.id)
+            .join(Segmentation, Segmentation.mask_artifact_id == Artifact.id)
+            .join(Recipe, Recipe.id == Segmentation.recipe_id)
+            .join(Image, Image.id == Segmentation.image_id)
+            .where(Recipe.stage == Stage.SEGMENT, Image.id == image_id, current)
+            .where(Recipe.fingerprint == fingerprint(self._spec(mask.kind)))
+        )
+        found = session.execute(query.order_by(Segmentation.id.desc()).limit(1)).first()
+        if found is None:
+            return None
+        self._recipes[mask.kind] = found.id
+        return str(found.sha256)
+
+    def _recipe(self, session: Session, kind: str | None) -> int:
+        recipe = register(session, self._spec(kind))
+        self._recipes[kind] = recipe.id
+        return recipe.id
+
+    def _spec(self, kind: str | None) -> RecipeSpec:
+        parameters = {
+            "imported": "masks",
+            "name": self._name,
+            "objects": kind,
+            "binary": self._binary,
+            "image": as_parameters(self._plane),
+        }
+        return RecipeSpec(Stage.SEGMENT, VERSION, parameters)
+
+    def _labels(self, mask: MaskFile) -> NDArray[np.uint32]:
+        from ....ops.labels import labels_in_pieces, parts
+
+        labels = read_labels(mask.path, binary=self._binary)
+        if self._binary:
+            return parts(labels)
+        if labels.max(initial=0) == 1 and labels_in_pieces(labels):
+            raise ImageError(black_and_white(mask.path.name))
+        return labels
+
+
+def _looked(image: FoundImage, labels: NDArray[np.uint32]) -> _Looked:
+    from ....ops.labels import labels_in_pieces, median_diameter
+
+    small = labels.max(initial=0) <= np.iinfo(np.uint16).max
+    data = encode_tiff(labels.astype(np.uint16) if small else labels)
+    pieces = labels_in_pieces(labels)
+    return _Looked(image, data, median_diameter(labels), cell_rows(labels), pieces)
+
+
+def _clash(image: FoundImage) -> NoMatch:
+    detail = f"other masks of {image} are there already under this name; give another with --name"
+    return NoMatch("other masks are there", detail)
+
+
+def _checked_name(name: str | None) -> str:
+    name = DEFAULT_NAME if name is None else name.strip()
+    if not 1 <= len(name) <= _LONGEST_NAME or not name.isprintable():
+        raise UserInputError(
+            f"A set of masks needs a name of 1 to {_LONGEST_NAME} printable characters (--name)."
+        )
+    return name
+
+
+def _check_plate(session: Session, plate: str | None) -> None:
+    if plate is None or session.scalar(select(Plate.id).where(Plate.barcode == plate)):
+        return
+    known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(500))
+    raise UnknownNameError.of("plate", plate, known)
+
+
+def _is_an_image(session: Session, sha256: str) -> bool:
+    query = select(ImageFile.id).where(ImageFile.sha256 == sha256).limit(1)
+    return session.scalar(query) is not None
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,1 @@
+"""Treatments: what was done to each well, and how that was corrected."""

@@ -1,0 +1,178 @@
+"""What a training will read: all that is known, and refused, before the first cell is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from ...artifacts import sha256_of
+from ...config import TrainParams, as_parameters
+from ...db.models import Label, Recipe, Split, SplitMember
+from ...errors import UserInputError
+from ...ops.branches import BRANCHES
+from ...reading.branches import choose_branches
+from ...reading.cells import (
+    CellSource,
+    ImageBlock,
+    choose_recipes,
+    list_blocks,
+    recipes_of_set,
+)
+from ...reading.featuresets import open_set
+from ...runs import RecipeSpec, Workspace, find_split, register
+from ...terms import Stage, Subset
+
+VERSION = 1
+PUBLISHED = "published"
+NO_WEIGHTS = "none"
+IMAGENET = "imagenet"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first cell is read."""
+
+    params: TrainParams
+    split: Split
+    segment: Recipe
+    measure: Recipe
+    source: CellSource
+    labels: dict[str, int]
+    sides: dict[str, tuple[ImageBlock, ...]]
+    members: dict[str, int]
+    validation_side: Subset
+    branches: tuple[str, ...]
+    remarks: tuple[str, ...]
+    spec: RecipeSpec
+
+
+def make_plan(
+    workspace: Workspace, params: TrainParams, names: tuple[str | None, str | None, str | None]
+) -> Plan:
+    """Return the plan; ``names`` are those of the split, the segmentation and the measurement."""
+    weights = _weights_sha256(params.weights)
+    with workspace.database.read() as session:
+        split = find_split(session, names[0])
+        if params.features is None:
+            segment, measure = choose_recipes(session, names[1], names[2])
+        else:
+            segment, measure = recipes_of_set(session, params.features, names[1], names[2])
+        features = open_set(session, workspace.artifacts, measure.id)
+        source = CellSource(segment.id, measure.id, split.id, features=features)
+        branches, remark = choose_branches(session, source, params.branches)
+        blocks = list_blocks(session, source)
+        labels = _training_labels(session, split.id)
+        made_by = session.get_one(Recipe, split.recipe_id)
+        other = Subset.TEST if split.protocol == PUBLISHED else Subset.VALIDATION
+        members = _members(session, split.id)
+    parameters = _parameters(params, source, branches)
+    parameters |= {"split": split.fingerprint, "cells": _digest_of(blocks)}
+    return Plan(
+        params=params,
+        split=split,
+        segment=segment,
+        measure=measure,
+        source=source,
+        labels=labels,
+        sides={
+            "train": tuple(block for block in blocks if block.subset is Subset.TRAIN),
+            "validation": tuple(block for block in blocks if block.subset is other),
+        },
+        members={"train": members.get(Subset.TRAIN, 0), "validation": members.get(other, 0)},
+        validation_side=other,
+        branches=branches,
+        remarks=(remark,) if remark else (),
+        spec=RecipeSpec(Stage.TRAIN, VERSION, parameters, weights, (made_by, segment, measure)),
+    )
+
+
+def _parameters(
+    params: TrainParams, source: CellSource, branches: tuple[str, ...]
+) -> dict[str, Any]:
+    # A file of weights counts by its bytes; where it lay on this machine does not. The feature
+    # set is named by the measure recipe; what is as published is not named at all.
+    named = params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else "file"
+    parameters = as_parameters(params) | {"weights": named}
+    del parameters["features"], parameters["branches"]
+    if branches != BRANCHES:
+        parameters["branches"] = list(branches)
+    if not source.features.in_table:
+        parameters |= {"feature_files": source.features.mark, "gaps": "mean of the training side"}
+    return parameters
+
+
+def _weights_sha256(weights: str) -> str | None:
+    if weights in (NO_WEIGHTS, IMAGENET):
+        return None
+    path = Path(weights)
+    if not path.is_file():
+        raise UserInputError(
+            f"There is no file of weights {weights}. Give the path of one, or 'none' or 'imagenet'."
+        )
+    return sha256_of(path)
+
+
+def _training_labels(session: Session, split_id: int) -> dict[str, int]:
+    """Label ids by value, sorted by value: the order of the network's outputs."""
+    query = (
+        select(Label.value, Label.id)
+        .join(SplitMember, SplitMember.label_id == Label.id)
+        .where(SplitMember.split_id == split_id, SplitMember.subset == Subset.TRAIN)
+        .distinct()
+    )
+    return dict(sorted(session.execute(query).all()))
+
+
+def _members(session: Session, split_id: int) -> dict[Subset, int]:
+    query = select(SplitMember.subset, func.count()).where(SplitMember.split_id == split_id)
+    return dict(session.execute(query.group_by(SplitMember.subset)).all())
+
+
+def _digest_of(blocks: Sequence[ImageBlock]) -> str:
+    """What decides the cells beside the recipes: which images have how many of them, by now."""
+    digest = hashlib.sha256()
+    for line in sorted((b.content_sha256 or "", b.subset.value, b.n_cells) for b in blocks):
+        digest.update(repr(line).encode())
+    return digest.hexdigest()
+
+
+def check_sides(plan: Plan) -> None:
+    """Refuse a split without measured cells on the training or the validation side."""
+    for side, blocks in plan.sides.items():
+        if blocks:
+            continue
+        named = "test" if (side, plan.validation_side) == ("validation", Subset.TEST) else side
+        if plan.members[side] == 0:
+            raise UserInputError(
+                f"Split {plan.split.name!r} has no image on its {named} side. Make another split: "
+                "classes with three wells or more give one, or ask for another validation size."
+            )
+        raise UserInputError(
+            f"None of the {plan.members[side]} images on the {named} side of split "
+            f"{plan.split.name!r} has {_what_lacks(plan)}"
+        )
+
+
+def _what_lacks(plan: Plan) -> str:
+    features = plan.source.features
+    if features.in_table:
+        return "measured cells. Run: cellstore segment, then: cellstore measure"
+    return f"cells in feature set {features.name!r}. Ingest the features of these images too."
+
+
+def commit(workspace: Workspace, plan: Plan) -> Recipe:
+    """Register the recipe and freeze the split: from here on a run relies on it."""
+    with workspace.database.begin() as session:
+        session.execute(
+            update(Split)
+            .where(Split.id == plan.split.id, Split.frozen_at.is_(None))
+            .values(frozen_at=datetime.now(UTC))
+        )
+        return register(session, plan.spec)

@@ -1,0 +1,284 @@
+"""The command that brings the outside world in: ingest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cellstore.config import IngestParams
+from cellstore.errors import UserInputError
+from cellstore.terms import Look, Severity
+
+from . import render
+from .context import open_store, say, sentences
+from .options import JsonOption, StoreOption
+
+if TYPE_CHECKING:
+    from cellstore import Store
+    from cellstore.stages.ingest import IngestResult, Issue, Preview
+
+KINDS = ("images", "treatments", "features", "masks")
+SHOWN_FILES = 20
+_COLUMNS = ("file", "plate", "well", "site", "plane", "time_point", "channel")
+_TITLES = {
+    Severity.REFUSED: "Rows that were refused:",
+    Severity.PROBLEM: "What could not be used:",
+    Severity.SUSPICIOUS: "What looks wrong:",
+}
+
+
+def _text(name: str, metavar: str, text: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=text, show_default=False)
+
+
+@sentences
+def ingest(
+    ctx: typer.Context,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[KIND] SOURCE",
+            help="The table, index, database or folder; before it, if you like, what it holds: "
+            "images, treatments, features or masks.",
+        ),
+    ],
+    images: Annotated[
+        Path | None,
+        _text("--images", "DIR", "Folder in which image files are found by name."),
+    ] = None,
+    maps: Annotated[
+        list[str] | None,
+        _text(
+            "--map",
+            "OLD=NEW",
+            "Folders of the source that begin with OLD are at NEW here; may be given several "
+            "times. NEW may be s3://... or another object store.",
+        ),
+    ] = None,
+    look: Annotated[
+        Look,
+        typer.Option(
+            "--look",
+            help="Which image files to read and hash now: those on this machine, also those in "
+            "object stores, or none.",
+        ),
+    ] = Look.HERE,
+    plate: Annotated[
+        str | None, _text("--plate", "BARCODE", "The plate, for sources that name none.")
+    ] = None,
+    channels: Annotated[
+        str | None,
+        _text("--channels", "1=Mito,...", "What stain each channel (number or name) shows."),
+    ] = None,
+    platemap: Annotated[
+        Path | None,
+        _text(
+            "--platemap",
+            "FILE",
+            "Which treatment each well got: a table, or a folder of them with --barcodes.",
+        ),
+    ] = None,
+    compounds: Annotated[
+        list[Path] | None,
+        _text(
+            "--compounds",
+            "FILE",
+            "What the treatments of the platemap are: names, targets, structures; may be given "
+            "several times.",
+        ),
+    ] = None,
+    barcodes: Annotated[
+        Path | None, _text("--barcodes", "FILE", "Which platemap each plate has.")
+    ] = None,
+    alias: Annotated[
+        Path | None,
+        _text("--alias", "FILE", "Names that are one: a table with the columns alias and name."),
+    ] = None,
+    name: Annotated[
+        str | None, _text("--name", "NAME", "Name of the feature set, or of the masks.")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        _text(
+            "--pattern",
+            "REGEX",
+            "How image files are named, with groups named plate, well (or row and col), site, "
+            "channel, plane, time.",
+        ),
+    ] = None,
+    binary_masks: Annotated[
+        bool,
+        typer.Option("--binary-masks", help="Masks are black and white: each piece is a cell."),
+    ] = False,
+    layout: Annotated[
+        str | None,
+        _text("--layout", "NAME", "Force a reader. Default: told from the content, and said."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="One refused row, and nothing of the source is kept.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what each file would become.")
+    ] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring images, treatments, features or masks in, however they were exported.
+
+    \b
+    images      LoadData CSV of CellProfiler and JUMP, the published table, Harmony's
+                Index.idx.xml, bare folders (Phenix, Cellomics, any with --pattern)
+    treatments  plate maps with compound, ORF or CRISPR tables, JUMP's dataset tables
+    features    CellProfiler CSV folders and SQLite, CytoTable and pycytominer Parquet
+    masks       label images of any tool, matched to images by name
+
+    Rows that cannot be used are listed with their line numbers, kept in the table
+    ingest_issues, and the command then ends with 1; the others are stored. Doing it again
+    changes nothing, but for what was missing or has been corrected.
+
+    \b
+    Example:
+      cellstore ingest load_data.csv --images /data/plate1 --platemap map.txt \\
+          --compounds compounds.tsv
+      cellstore ingest measurements.sqlite --name cellprofiler
+      cellstore ingest masks outlines/
+      cellstore ingest /data/plate1 --dry-run
+    """
+    kind, source = _split(words)
+    params = IngestParams(
+        kind=kind,
+        layout=layout,
+        plate=plate,
+        images=images,
+        maps=tuple(_pair(text, "--map") for text in maps or ()),
+        look=look,
+        channels=tuple(_pair(text, "--channels") for text in (channels or "").split(",") if text),
+        pattern=pattern,
+        platemap=platemap,
+        compounds=tuple(compounds or ()),
+        barcodes=barcodes,
+        aliases=alias,
+        name=name,
+        binary=binary_masks,
+        strict=strict,
+    )
+    if dry_run:
+        _preview(source, params, as_json=as_json)
+        return
+    with open_store(ctx, store, quiet=as_json) as opened:
+        result = _ingested(opened, source, params)
+    if as_json:
+        render.as_json(result)
+    else:
+        _show(result)
+    if result.rows and result.refused == result.rows:
+        say("Error: No row could be used; the reasons are above.")
+        raise typer.Exit(2)
+    if any(severity is not Severity.SUSPICIOUS for severity, _, _ in result.reasons):
+        raise typer.Exit(1)
+
+
+def _ingested(store: Store, source: Path, params: IngestParams) -> IngestResult:
+    from cellstore.stages.ingest import UndoneError
+
+    try:
+        return store.ingest(source, params)
+    except UndoneError as error:
+        _show_issues(error.issues)
+        raise
+
+
+def _split(words: Sequence[str]) -> tuple[str | None, Path]:
+    if len(words) == 1:
+        return None, Path(words[0])
+    if len(words) == 2 and words[0] in KINDS:
+        return words[0], Path(words[1])
+    if words[0] in KINDS:
+        raise UserInputError(f"Give one source after {words[0]!r}, not {len(words) - 1}.")
+    raise UserInputError(
+        f"Give one source, or one of {', '.join(KINDS)} before it; {words[0]!r} is neither."
+    )
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    old, mark, new = text.partition("=")
+    if not (mark and old.strip() and new.strip()):
+        raise UserInputError(f"{option} takes OLD=NEW; {text!r} is not of that form.")
+    return old.strip(), new.strip()
+
+
+def _preview(source: Path, params: IngestParams, *, as_json: bool) -> None:
+    from cellstore.stages.ingest import preview
+
+    found = preview(source, params)
+    if as_json:
+        render.as_json(found)
+    else:
+        _show_preview(found)
+    if found.refused:
+        raise typer.Exit(1)
+
+
+def _show_preview(found: Preview) -> None:
+    channels = ", ".join(f"{name} ({number:,})" for name, number in sorted(found.channels.items()))
+    render.facts(
+        [
+            ("layout", found.layout),
+            ("rows", found.rows),
+            ("refused", found.refused),
+            ("plates", ", ".join(sorted(found.plates)[:5]) or "none"),
+            ("wells", len(found.wells)),
+            ("images", found.images),
+            ("channels", channels or "none"),
+        ]
+    )
+    rows = [
+        (*(getattr(row, name) for name in _COLUMNS), row.treatment or "")
+        for row in found.files[:SHOWN_FILES]
+    ]
+    if rows:
+        render.table((*_COLUMNS, "treatment"), rows)
+    _show_issues(found.issues)
+    say("Nothing was written: this was a dry run.")
+
+
+def _show(result: IngestResult) -> None:
+    for note in result.notes:
+        say(note)
+    render.facts(
+        [
+            ("read as", result.layout),
+            ("rows", result.rows),
+            ("created", result.created),
+            ("updated", result.updated),
+            ("unchanged", result.unchanged),
+            ("refused", result.refused),
+            *([("cells", result.cells)] if result.cells else []),
+            *([("feature set", result.feature_set)] if result.feature_set else []),
+            *[("segmentation", recipe) for recipe in result.segmentations],
+            ("on", f"{render.count(result.plates, 'plate')}, {render.count(result.wells, 'well')}"),
+            ("their images", f"{result.images:,} ({result.missing_images:,} miss files)"),
+            ("run", result.run_id),
+        ]
+    )
+    if result.unchanged == result.rows:
+        typer.echo("Nothing has changed: all of this was in the store already.")
+    _show_issues(result.issues)
+    if result.reasons:
+        question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
+        say(f'All of them: cellstore sql "{question}"')
+
+
+def _show_issues(issues: Sequence[Issue]) -> None:
+    for severity, title in _TITLES.items():
+        found = [issue for issue in issues if issue.severity is severity]
+        if found:
+            typer.echo(title)
+            render.grouped([(_place(issue), issue.reason, issue.detail) for issue in found])
+
+
+def _place(issue: Issue) -> str:
+    return issue.file if issue.line is None else f"{issue.file}, line {issue.line}"

@@ -1,0 +1,619 @@
+"""CellProfiler's tables as CSV files and in SQLite: joined, every row accounted for."""
+
+from __future__ import annotations
+
+import csv
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from realdata import real_data
+
+from cellstore.errors import BadTableError, CellstoreError, UserInputError
+from cellstore.formats.objects.cellprofiler import (
+    is_cellprofiler_folder,
+    is_cellprofiler_sqlite,
+    open_cellprofiler,
+)
+from cellstore.formats.objects.model import ObjectSource
+from cellstore.formats.records import ImageRecord, Refusal
+
+IMAGE = [["ImageNumber", "Metadata_Plate", "Metadata_Well", "Metadata_Site"], [1, "P1", "A01", 1]]
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]], end: str = "\r\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator=end).writerows(rows)
+    return path
+
+
+def write_sqlite(path: Path, tables: dict[str, tuple[str, Sequence[Sequence[object]]]]) -> Path:
+    with closing(sqlite3.connect(path)) as db:
+        for name, (columns, rows) in tables.items():
+            db.execute(f'CREATE TABLE "{name}" ({columns})')
+            if rows:
+                db.executemany(
+                    f'INSERT INTO "{name}" VALUES ({",".join("?" * len(rows[0]))})', rows
+                )
+        db.commit()
+    return path
+
+
+@contextmanager
+def opened(path: Path, plate: str | None = None) -> Iterator[ObjectSource]:
+    source = open_cellprofiler(path, plate)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def whole(source: ObjectSource) -> pa.Table:
+    """All cells: image, label and features."""
+    batches = [batch.values for batch in source.batches()]
+    table = pa.Table.from_batches(batches, schema=source.schema)
+    assert table.num_rows == len(source.cells)
+    return table.add_column(0, "label", pa.array(source.cells.label)).add_column(
+        0, "image", pa.array(source.cells.image)
+    )
+
+
+def read(path: Path, plate: str | None = None) -> dict[str, list[object]]:
+    with opened(path, plate) as source:
+        return whole(source).to_pydict()
+
+
+def reasons(source: ObjectSource) -> dict[tuple[str, str], list[int]]:
+    return {(item.file, item.reason): list(item.lines) for item in source.refused}
+
+
+def check_accounts(source: ObjectSource) -> None:
+    """Each row of each table is a part of a cell or refused, once."""
+    said: Counter[tuple[str, int]] = Counter()
+    for origin in source.cells.origins:
+        pairs = set(zip(origin.file.tolist(), origin.line.tolist(), strict=True))
+        said.update((source.files[number].name, line) for number, line in pairs)
+    for item in source.refused:
+        said.update((item.file, line) for line in item.lines)
+    said.update((row.file, row.content.line) for row in source.images)
+    assert not [key for key, times in said.items() if times > 1]
+    rows = Counter(name for name, _ in said)
+    assert rows == Counter({file.name: file.rows for file in source.files if file.rows})
+
+
+def three_tables(folder: Path) -> Path:
+    """Two cells; Cytoplasm names its parents in another order than the numbers say."""
+    write_csv(folder / "Image.csv", IMAGE)
+    write_csv(
+        folder / "Cells.csv",
+        [["ImageNumber", "ObjectNumber", "AreaShape_Area"], [1, 1, 11], [1, 2, 12]],
+    )
+    write_csv(
+        folder / "Nuclei.csv",
+        [["ImageNumber", "ObjectNumber", "AreaShape_Area"], [1, 1, 21], [1, 2, 22], [1, 3, 23]],
+    )
+    write_csv(
+        folder / "Cytoplasm.csv",
+        [
+            ["ImageNumber", "ObjectNumber", "AreaShape_Area", "Parent_Cells", "Parent_Nuclei"],
+            [1, 1, 31, 2, 3],
+            [1, 2, 32, 1, 2],
+        ],
+    )
+    return folder
+
+
+def test_parents_of_the_cytoplasm_decide(tmp_path: Path) -> None:
+    with opened(three_tables(tmp_path)) as source:
+        assert source.objects == ("Cells", "Nuclei", "Cytoplasm")
+        assert whole(source).to_pydict() == {
+            "image": [0, 0],
+            "label": [2, 1],
+            "Cells_AreaShape_Area": [12.0, 11.0],
+            "Nuclei_AreaShape_Area": [23.0, 22.0],
+            "Cytoplasm_AreaShape_Area": [31.0, 32.0],
+        }
+        assert reasons(source) == {("Nuclei.csv", "not joined"): [2]}
+        check_accounts(source)
+
+
+def test_without_cytoplasm_the_cells_name_their_nuclei(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    write_csv(
+        tmp_path / "Cells.csv",
+        [["ImageNumber", "ObjectNumber", "Parent_Nuclei", "A"], [1, 1, 2, 11], [1, 2, 9, 12]],
+    )
+    write_csv(
+        tmp_path / "Nuclei.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, 21], [1, 2, 22]]
+    )
+    with opened(tmp_path) as source:
+        table = whole(source).to_pydict()
+        assert (table["Cells_A"], table["Nuclei_A"]) == ([11.0], [22.0])
+        assert reasons(source) == {
+            ("Cells.csv", "no parent"): [3],
+            ("Nuclei.csv", "not joined"): [2],
+        }
+        check_accounts(source)
+
+
+def test_without_parents_equal_numbers_are_one_cell(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    for name, values in (("Cells", (11, 12)), ("Nuclei", (21, 22))):
+        rows = [[1, number, value] for number, value in enumerate(values, start=1)]
+        write_csv(tmp_path / f"{name}.csv", [["ImageNumber", "ObjectNumber", "A"], *rows])
+    assert read(tmp_path)["Nuclei_A"] == [21.0, 22.0]
+
+
+def test_two_cells_may_share_a_nucleus_and_its_row_counts_once(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    write_csv(
+        tmp_path / "Cells.csv",
+        [["ImageNumber", "ObjectNumber", "Parent_Nuclei", "A"], [1, 1, 1, 11], [1, 2, 1, 12]],
+    )
+    write_csv(tmp_path / "Nuclei.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, 21]])
+    with opened(tmp_path) as source:
+        assert whole(source).to_pydict()["Nuclei_A"] == [21.0, 21.0]
+        check_accounts(source)
+
+
+def test_a_single_table_of_any_name_is_enough(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    write_csv(tmp_path / "Worms.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 5, 0.1]])
+    assert read(tmp_path) == {"image": [0], "label": [5], "Worms_A": [0.1]}
+
+
+def test_rows_that_cannot_be_used_are_refused_with_their_lines(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Image.csv", [*IMAGE, [2, "P1", "", 1], [1, "P1", "A02", 1]])
+    write_csv(
+        tmp_path / "Cells.csv",
+        [
+            ["ImageNumber", "ObjectNumber", "A", "B"],
+            [1, 1, 1, 1],
+            [1, 1, 2, 2],
+            [7, 1, 3, 3],
+            [1, 2],
+            [1, "x", 4, 4],
+            [2, 1, 5, 5],
+            [1, 3, 6, 6],
+        ],
+    )
+    with opened(tmp_path) as source:
+        assert whole(source).to_pydict()["label"] == [1, 3]
+        assert reasons(source) == {
+            ("Cells.csv", "duplicate key"): [3],
+            ("Cells.csv", "image unknown"): [4, 7],
+            ("Cells.csv", "wrong number of cells"): [5],
+            ("Cells.csv", "no object number"): [6],
+        }
+        refused = [row.content for row in source.images if isinstance(row.content, Refusal)]
+        assert [(item.line, item.reason) for item in refused] == [
+            (3, "no well"),
+            (4, "duplicate key"),
+        ]
+        check_accounts(source)
+
+
+def test_a_table_that_is_no_compartment_is_left_out_and_said(tmp_path: Path) -> None:
+    three_tables(tmp_path)
+    write_csv(tmp_path / "PH3.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, 1]])
+    with opened(tmp_path) as source:
+        assert "PH3" in source.notes[0]
+        assert "PH3.csv" not in [file.name for file in source.files]
+
+
+def test_two_segmentations_side_by_side_are_not_guessed_at(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    for name in ("Cells_One", "Cells_Two"):
+        write_csv(tmp_path / f"{name}.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, 1]])
+    with pytest.raises(BadTableError, match="Cells_One, Cells_Two"):
+        open_cellprofiler(tmp_path)
+
+
+def test_tables_of_many_folders_are_one_with_the_union_of_their_columns(tmp_path: Path) -> None:
+    header = ["ImageNumber", "ObjectNumber"]
+    for site, column, value in ((1, "A", 1), (2, "B", 2)):
+        folder = tmp_path / f"P1-A01-{site}"
+        write_csv(folder / "Image.csv", [["ImageNumber"], [1]])
+        write_csv(folder / "Cells.csv", [[*header, column], [1, 1, value]])
+    with opened(tmp_path) as source:
+        table = whole(source).to_pydict()
+        assert (table["Cells_A"], table["Cells_B"]) == ([1.0, None], [None, 2.0])
+        records = [row.content for row in source.images if isinstance(row.content, ImageRecord)]
+        assert [(item.plate, item.row, item.column, item.site) for item in records] == [
+            ("P1", 1, 1, 1),
+            ("P1", 1, 1, 2),
+        ]
+        check_accounts(source)
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "", "NA", "  nan "])
+def test_missing_values_are_null(tmp_path: Path, text: str) -> None:
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    write_csv(
+        tmp_path / "Cells.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, text], [1, 2, 3]]
+    )
+    with opened(tmp_path) as source:
+        assert whole(source).to_pydict()["Cells_A"] == [None, 3.0]
+        assert source.notices == []
+
+
+def test_a_word_among_numbers_is_null_and_said(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    rows = [[1, 1, "1.5"], [1, 2, "oops"], [1, 3, " 2e3 "], [1, 4, "+.5"], [1, 5, "-inf"]]
+    write_csv(tmp_path / "Cells.csv", [["ImageNumber", "ObjectNumber", "A"], *rows])
+    with opened(tmp_path) as source:
+        assert whole(source).to_pydict()["Cells_A"] == [1.5, None, 2000.0, 0.5, -np.inf]
+        (notice,) = source.notices
+        assert (notice.file, notice.line) == ("Cells.csv", 3)
+
+
+def test_a_word_after_many_rows_loses_none(tmp_path: Path) -> None:
+    number = 60_000  # more than is read at once
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    values = [*(f"{label / 7:.17g}{'0' * 200}" for label in range(number)), "oops"]
+    rows = [[1, label, value] for label, value in enumerate(values)]
+    write_csv(tmp_path / "Cells.csv", [["ImageNumber", "ObjectNumber", "A"], [1], *rows])
+    with opened(tmp_path) as source:
+        table = whole(source).to_pydict()
+        assert table["label"] == list(range(number + 1))
+        assert table["Cells_A"] == [*(float(value) for value in values[:-1]), None]
+        assert [notice.line for notice in source.notices] == [number + 3]
+        assert reasons(source) == {("Cells.csv", "wrong number of cells"): [2]}
+        check_accounts(source)
+
+
+def test_a_repeated_column_counts_once_and_a_difference_is_said(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    header = ["ImageNumber", "ObjectNumber", "A", "A", "B", "B"]
+    write_csv(tmp_path / "Cells.csv", [header, [1, 1, 5, 5, 6, 7]])
+    with opened(tmp_path) as source:
+        table = whole(source).to_pydict()
+        assert (table["Cells_A"], table["Cells_B"]) == ([5.0], [6.0])
+        assert [notice.detail.split()[0] for notice in source.notices] == ["B"]
+
+
+def test_two_header_lines_are_read_as_one(tmp_path: Path) -> None:
+    write_csv(tmp_path / "image.csv", [["Image"] * 4, *IMAGE])
+    write_csv(
+        tmp_path / "object.csv",
+        [
+            ["Image", "Image", "Cells", "Nuclei", "Cells", "Cells"],
+            ["ImageNumber", "ObjectNumber", "A", "A", "AreaShape_Center_X", "AreaShape_Center_Y"],
+            [1, 4, 11, 21, 7.5, 3.5],
+        ],
+    )
+    with opened(tmp_path) as source:
+        assert whole(source).to_pydict() == {
+            "image": [0],
+            "label": [4],
+            "Cells_A": [11.0],
+            "Nuclei_A": [21.0],
+            "Cells_AreaShape_Center_X": [7.5],
+            "Cells_AreaShape_Center_Y": [3.5],
+        }
+        (batch,) = source.batches()
+        assert batch.centres.tolist() == [[3.5, 7.5]]
+        assert [origin.line.tolist() for origin in source.cells.origins] == [[3]]
+        check_accounts(source)
+
+
+def test_keys_metadata_and_file_names_are_no_features(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    header = [
+        "ImageNumber", "ObjectNumber", "Number_Object_Number", "Metadata_Plate", "FileName_DNA",
+        "PathName_DNA", "Parent_Nuclei", "Group_Index", "Children_Spots_Count", "Texture_X",
+    ]  # fmt: skip
+    write_csv(tmp_path / "Cells.csv", [header, [1, 1, 1, "P1", "a.tif", "/x", 1, 1, 2, 0.5]])
+    with opened(tmp_path) as source:
+        names = [column.name for column in source.columns]
+        assert names == ["Cells_Children_Spots_Count", "Cells_Texture_X"]
+
+
+def test_boxes_are_half_open_rows_before_columns(tmp_path: Path) -> None:
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    places = ["Minimum_X", "Minimum_Y", "Maximum_X", "Maximum_Y"]
+    header = [f"AreaShape_BoundingBox{name}" for name in places]
+    centre = ["Location_Center_X", "Location_Center_Y"]
+    write_csv(
+        tmp_path / "Nuclei.csv",
+        [["ImageNumber", "ObjectNumber", *header, *centre], [1, 1, 10, 20, 13, 25, 11, 22]],
+    )
+    with opened(tmp_path) as source:
+        (batch,) = source.batches()
+        assert batch.boxes.tolist() == [[20, 10, 25, 13]]
+        assert batch.centres.tolist() == [[22, 11]]
+
+
+def test_files_without_rows_are_said(tmp_path: Path) -> None:
+    three_tables(tmp_path / "P-A01-1")
+    (tmp_path / "P-A01-2").mkdir()
+    write_csv(tmp_path / "P-A01-2" / "Image.csv", IMAGE[:1])
+    (tmp_path / "P-A01-2" / "Cells.csv").touch()
+    write_csv(tmp_path / "P-A01-2" / "Nuclei.csv", [["ImageNumber", "ObjectNumber", "A"]])
+    with opened(tmp_path) as source:
+        said = {(notice.file, notice.reason) for notice in source.notices}
+        assert said == {
+            ("P-A01-2/Cells.csv", "empty file"),
+            ("P-A01-2/Nuclei.csv", "no rows"),
+            ("P-A01-2/Image.csv", "no rows"),
+        }
+        assert len(source.cells) == 2
+        check_accounts(source)
+
+
+def test_a_table_wider_than_any_database_table(tmp_path: Path) -> None:
+    names = [f"F{number}" for number in range(2_500)]
+    write_csv(tmp_path / "Image.csv", IMAGE)
+    rows = [[1, label, *(label * 10_000 + n for n in range(2_500))] for label in (1, 2)]
+    write_csv(tmp_path / "Cells.csv", [["ImageNumber", "ObjectNumber", *names], *rows])
+    table = read(tmp_path)
+    assert len(table) == 2_502
+    assert table["Cells_F2499"] == [12_499.0, 22_499.0]
+
+
+def test_what_no_table_names_needs_a_plate(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "Image.csv", [["ImageNumber", "Metadata_Well", "Metadata_Site"], [1, "A01", 1]]
+    )
+    write_csv(tmp_path / "Cells.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, 1]])
+    with pytest.raises(UserInputError, match="--plate"):
+        open_cellprofiler(tmp_path)
+    with opened(tmp_path, "P9") as source:
+        (image,) = source.images
+        assert isinstance(image.content, ImageRecord)
+        assert image.content.plate == "P9"
+
+
+def test_file_names_say_well_and_field_where_nothing_else_does(tmp_path: Path) -> None:
+    write_csv(
+        tmp_path / "Image.csv",
+        [
+            ["ImageNumber", "FileName_DNA", "FileName_IllumDNA", "FileName_OrigOverlay"],
+            [1, "r02c03f04p01-ch5sk1fk1fl1.tiff", "flat.npy", "drawn.png"],
+            [2, "AS_09125_050116030001_D03f02d0.tif", "flat.npy", "drawn.png"],
+            [3, "B7_01_1_3_DAPI_001.tif", "flat.npy", "drawn.png"],
+        ],
+    )
+    write_csv(tmp_path / "Nuclei.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, 1]])
+    with opened(tmp_path, "P1") as source:
+        records = [row.content for row in source.images if isinstance(row.content, ImageRecord)]
+        assert [(item.row, item.column, item.site) for item in records] == [
+            (2, 3, 4),
+            (4, 3, 2),
+            (2, 7, 3),
+        ]
+        assert [[file.channel for file in item.files] for item in records] == [["DNA"]] * 3
+
+
+CELLS = '"TableNumber" TEXT, "ImageNumber" BIGINT, "ObjectNumber" BIGINT, "Cells_A" FLOAT'
+IMAGES = (
+    '"TableNumber" TEXT, "ImageNumber" BIGINT, "Image_Metadata_Plate" TEXT, '
+    '"Image_Metadata_Well" TEXT, "Image_Metadata_Site" BIGINT'
+)
+
+
+def test_sqlite_tells_images_apart_by_table_number(tmp_path: Path) -> None:
+    path = write_sqlite(
+        tmp_path / "a.sqlite",
+        {
+            "Image": (IMAGES, [("x", 1, "P1", "A01", 1), ("y", 1, "P1", "A02", 1)]),
+            "Cells": (
+                CELLS,
+                [("y", 1, 1, 0.5), ("x", 1, 1, "nan"), ("z", 1, 1, 2.0), ("x", 1, 2, 3)],
+            ),
+        },
+    )
+    assert is_cellprofiler_sqlite(path)
+    with opened(path) as source:
+        assert whole(source).to_pydict() == {
+            "image": [1, 0, 0],
+            "label": [1, 1, 2],
+            "Cells_A": [0.5, None, 3.0],
+        }
+        assert reasons(source) == {("a.sqlite:Cells", "image unknown"): [3]}
+        check_accounts(source)
+
+
+def test_sqlite_texts_among_numbers(tmp_path: Path) -> None:
+    values = [1.5, "nan", "inf", "-inf", None, "oops", 1e300, 7]
+    path = write_sqlite(
+        tmp_path / "a.sqlite",
+        {
+            "Image": (IMAGES, [("x", 1, "P1", "A01", 1)]),
+            "Cells": (CELLS, [("x", 1, n, value) for n, value in enumerate(values)]),
+        },
+    )
+    expected = [1.5, None, np.inf, -np.inf, None, None, 1e300, 7.0]
+    assert read(path)["Cells_A"] == expected
+
+
+def test_sqlite_rows_in_any_order_with_gaps(tmp_path: Path) -> None:
+    number = 300
+    order = np.random.default_rng(1).permutation(number).tolist()
+    nuclei = '"ImageNumber" BIGINT, "ObjectNumber" BIGINT, "Nuclei_A" FLOAT, "Nuclei_Class" TEXT'
+    path = write_sqlite(
+        tmp_path / "a.sqlite",
+        {
+            "Image": ('"ImageNumber" INT, "Metadata_Plate", "Metadata_Well", "Metadata_Site"',
+                      [(1, "P", "A01", 1)]),
+            "Cells": (('"ImageNumber" INT, "ObjectNumber" INT, "Cells_Parent_Nuclei" INT, '
+                      '"Cells_A" FLOAT'), [(1, n, number - n, n / 7) for n in order]),
+            "Nuclei": (nuclei, [(1, n + 1, n / 3, f"class {n}") for n in range(number)]),
+        },
+    )  # fmt: skip
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE Nuclei SET rowid = rowid * 1000")
+        db.commit()
+    table = read(path)
+    assert table["label"] == order
+    assert table["Cells_A"] == [n / 7 for n in order]
+    assert table["Nuclei_A"] == [(number - n - 1) / 3 for n in order]
+    assert table["Nuclei_Class"] == [f"class {number - n - 1}" for n in order]
+
+
+def test_sqlite_numbers_of_any_size(tmp_path: Path) -> None:
+    path = write_sqlite(
+        tmp_path / "a.sqlite",
+        {
+            "Image": (IMAGES, [("x", 1, "P1", "A01", 1), ("x", 1 << 40, "P1", "A02", 1)]),
+            "Cells": (CELLS, [("x", 1, 1, 0.5), ("x", 1, 1 << 40, 1), ("x", 1 << 40, 1, 1)]),
+        },
+    )
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE Cells SET rowid = (1 << 62) + rowid")
+        db.commit()
+    with opened(path) as source:
+        assert whole(source).to_pydict() == {"image": [0], "label": [1], "Cells_A": [0.5]}
+        assert {item.reason for item in source.refused} == {"no object number", "image unknown"}
+        check_accounts(source)
+
+
+def test_export_to_database_names(tmp_path: Path) -> None:
+    path = write_sqlite(
+        tmp_path / "a.db",
+        {
+            "MyExpt_Per_Image": (
+                (
+                    '"ImageNumber" INT, "Image_Metadata_Plate", "Image_Metadata_Well", '
+                    '"Image_Metadata_Site"'
+                ),
+                [(1, "P", "B02", 1)],
+            ),
+            "MyExpt_Per_Object": (
+                (
+                    '"ImageNumber" INT, "ObjectNumber" INT, "Cells_A" FLOAT, "Nuclei_A" FLOAT, '
+                    '"Cells_Number_Object_Number" INT, "Cells_Parent_Nuclei" INT'
+                ),
+                [(1, 1, 0.25, 0.5, 1, 1)],
+            ),
+        },
+    )
+    assert read(path) == {"image": [0], "label": [1], "Cells_A": [0.25], "Nuclei_A": [0.5]}
+
+
+def test_what_is_no_cellprofiler(tmp_path: Path) -> None:
+    assert not is_cellprofiler_folder(tmp_path)
+    write_csv(tmp_path / "notes.csv", [["a"], [1]])
+    assert not is_cellprofiler_folder(tmp_path)
+    assert not is_cellprofiler_sqlite(tmp_path / "notes.csv")
+    path = write_sqlite(tmp_path / "a.sqlite", {"other": ("a", [(1,)])})
+    assert not is_cellprofiler_sqlite(path)
+    with pytest.raises(BadTableError):
+        open_cellprofiler(path)
+    damaged = tmp_path / "b.sqlite"
+    damaged.write_bytes(path.read_bytes()[:100] + b"\xff" * 4000)
+    assert not is_cellprofiler_sqlite(damaged)
+    with pytest.raises(BadTableError, match="cannot be read"):
+        open_cellprofiler(damaged)
+
+
+TEXT = st.sampled_from(["1", "2", "3", "7", "0", "-1", "nan", "", "x", "1.5", "1e9", "é", '"'])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(st.lists(TEXT, min_size=1, max_size=6), max_size=8),
+    parents=st.booleans(),
+    cut=st.integers(0, 60),
+)
+def test_no_damage_loses_a_row(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]], parents: bool, cut: int
+) -> None:
+    folder = tmp_path_factory.mktemp("cp")
+    write_csv(folder / "Image.csv", [*IMAGE, [2, "P1", "A02", 1]])
+    header = ["ImageNumber", "ObjectNumber", "A", "Parent_Nuclei" if parents else "B"]
+    path = write_csv(folder / "Cells.csv", [header, *rows])
+    path.write_bytes(path.read_bytes()[: len(path.read_bytes()) - cut])
+    write_csv(folder / "Nuclei.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, 1], [2, 1, 1]])
+    try:
+        with opened(folder) as source:
+            whole(source)
+            check_accounts(source)
+    except CellstoreError:
+        pass
+
+
+@pytest.mark.real
+def test_example_human() -> None:
+    path = real_data("cytotable/ExampleHuman")
+    assert is_cellprofiler_folder(path)
+    with opened(path, "P1") as source:
+        assert len(source.cells) == 289
+        assert source.refused == []
+        area = whole(source)["Cells_AreaShape_Area"].to_pylist()
+        with (path / "Cells.csv").open(newline="") as file:
+            assert area == [float(row["AreaShape_Area"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.real
+def test_the_plate_of_the_study_is_wider_than_a_table() -> None:
+    with opened(real_data("cytotable/BR00116991-A01-1")) as source:
+        # 2,057 columns; four come twice, and five are keys
+        assert len(source.columns) == 2_048
+        assert len(source.cells) == 92
+        check_accounts(source)
+        for batch in source.batches():
+            inside = (batch.boxes[:, :2] <= batch.centres) & (batch.centres < batch.boxes[:, 2:])
+            assert inside.all()
+
+
+@pytest.mark.real
+def test_deliberate_defects() -> None:
+    with opened(real_data("cytotable/data_b")) as source:
+        assert len(source.cells) == 30
+        check_accounts(source)
+        assert {key: len(lines) for key, lines in reasons(source).items()} == {
+            ("J21-2/Cells.csv", "wrong number of cells"): 1,
+            ("J21-2/Cytoplasm.csv", "no parent"): 1,
+            ("J21-2/Nuclei.csv", "not joined"): 1,
+            ("E17-4/Cytoplasm.csv", "no parent"): 10,
+            ("N23-5/Cells.csv", "image unknown"): 10,
+            ("N23-5/Cytoplasm.csv", "image unknown"): 10,
+            ("N23-5/Nuclei.csv", "image unknown"): 10,
+        }
+        assert {notice.file for notice in source.notices} == {
+            "E17-4/Cells.csv",
+            "E17-4/Nuclei.csv",
+            "N23-5/Image.csv",
+        }
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "images", "cells"),
+    [("data_b_sqlite/data_b.sqlite", 4, 40), ("Cell-Health/test-SQ00014613.sqlite", 2, 12)],
+)
+def test_real_sqlite_has_the_values_of_a_plain_join(name: str, images: int, cells: int) -> None:
+    path = real_data(f"cytotable/{name}")
+    assert is_cellprofiler_sqlite(path)
+    with opened(path) as source:
+        check_accounts(source)
+        table = whole(source)
+        assert (len(source.images), table.num_rows) == (images, cells)
+    joined = (
+        "FROM Cytoplasm y JOIN Cells c ON c.TableNumber = y.TableNumber "
+        "AND c.ImageNumber = y.ImageNumber AND c.ObjectNumber = y.Cytoplasm_Parent_Cells "
+        "JOIN Nuclei n ON n.TableNumber = y.TableNumber AND n.ImageNumber = y.ImageNumber "
+        "AND n.ObjectNumber = y.Cytoplasm_Parent_Nuclei ORDER BY y.rowid"
+    )
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        for column in table.column_names[2:]:
+            values = [row[0] for row in db.execute(f'SELECT "{column}" {joined}')]
+            expected = [None if value in (None, "nan") else float(value) for value in values]
+            assert table[column].to_pylist() == expected
+
+
+@pytest.mark.real
+def test_a_folder_with_images_only() -> None:
+    with opened(real_data("pycytominer")) as source:
+        assert len(source.images) == 2
+        assert source.columns == ()
+        assert "only images" in source.notes[0]

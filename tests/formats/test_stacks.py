@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from cellstore.errors import ImageError
+from cellstore.formats.files.images import (
+    ImageFolder,
+    is_safe_name,
+    probe,
+    read_plane,
+    recorded_path,
+)
+from cellstore.formats.files.pixels import has_more_pages
+from cellstore.formats.files.places import page_name
+from cellstore.formats.files.stacks import Stack, StackPage, read_stack
+
+NAMES = ["DNA", "ER", "RNA"]
+
+
+def pages(count: int) -> NDArray[np.uint16]:
+    """Pages of 3x4 pixels; each has its number from 1 everywhere."""
+    return np.arange(1, count + 1, dtype=np.uint16)[:, None, None] * np.ones((3, 4), np.uint16)
+
+
+def saved(path: Path, array: NDArray[np.generic], **options: Any) -> Path:
+    tifffile.imwrite(path, array, photometric="minisblack", **options)
+    return path
+
+
+def ome_xml(order: str = "XYCZT", sizes: tuple[int, int, int] = (2, 3, 1), inner: str = "") -> str:
+    told = " ".join(f'Size{axis}="{size}"' for axis, size in zip("CZT", sizes, strict=True))
+    return (
+        '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        f'<Pixels DimensionOrder="{order}" Type="uint16" SizeX="4" SizeY="3" {told}>'
+        f'<Channel ID="c0" Name="DNA"/><Channel ID="c1"/>{inner}</Pixels></Image></OME>'
+    )
+
+
+def ome(path: Path, xml: str, count: int = 6) -> Path:
+    return saved(path, pages(count), description=xml, metadata=None)
+
+
+def read(path: Path) -> Stack:
+    stack = read_stack(path)
+    assert stack is not None
+    return stack
+
+
+@pytest.mark.parametrize("bigtiff", [False, True])
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_pages_of_a_plain_tiff_are_planes(tmp_path: Path, bigtiff: bool, byteorder: Any) -> None:
+    path = saved(tmp_path / "a.tif", pages(3), bigtiff=bigtiff, byteorder=byteorder)
+    stack = read(path)
+    assert stack.pages == tuple(StackPage(page, 1, page, 1) for page in (1, 2, 3))
+    assert (stack.planes, stack.time_points, stack.channel_names) == (3, 1, (None,))
+
+
+@pytest.mark.parametrize("bigtiff", [False, True])
+def test_one_page_is_no_stack(tmp_path: Path, bigtiff: bool) -> None:
+    path = saved(tmp_path / "a.tif", pages(1)[0], bigtiff=bigtiff)
+    assert read_stack(path) is None
+
+
+def test_channels_of_an_ome_tiff_have_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.ome.tiff"
+    saved(path, pages(3), ome=True, metadata={"axes": "CYX", "Channel": {"Name": NAMES}})
+    stack = read(path)
+    assert stack.channel_names == ("DNA", "ER", "RNA")
+    assert stack.pages == tuple(StackPage(page, page, 1, 1) for page in (1, 2, 3))
+
+
+@pytest.mark.parametrize("axes", ["TZCYX", "TCZYX", "CZTYX", "ZCTYX"])
+def test_what_is_written_by_axes_is_read_back(tmp_path: Path, axes: str) -> None:
+    sizes = {"C": 2, "Z": 3, "T": 2}
+    shape = tuple(sizes[axis] for axis in axes[:3])
+    array = pages(12).reshape(*shape, 3, 4)
+    path = saved(tmp_path / "a.ome.tiff", array, ome=True, metadata={"axes": axes})
+    for page, channel, plane, time_point in read(path).pages:
+        place = {"C": channel - 1, "Z": plane - 1, "T": time_point - 1}
+        expected = array[tuple(place[axis] for axis in axes[:3])]
+        found = read_plane(path.with_name(page_name(path.name, page)))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_pages_in_another_order_than_the_planes(tmp_path: Path) -> None:
+    blocks = "".join(
+        f'<TiffData IFD="{5 - place}" FirstC="{place % 2}" FirstZ="{place // 2}"/>'
+        for place in range(6)
+    )
+    stack = read(ome(tmp_path / "a.ome.tiff", ome_xml(inner=blocks)))
+    assert stack.pages[0] == StackPage(1, 2, 3, 1)
+    assert stack.pages[5] == StackPage(6, 1, 1, 1)
+    assert stack.channel_names == ("DNA", None)
+
+
+def test_blocks_of_several_planes(tmp_path: Path) -> None:
+    inner = '<TiffData IFD="3" PlaneCount="3"/><TiffData IFD="0" FirstC="1" PlaneCount="3"/>'
+    stack = read(ome(tmp_path / "a.ome.tiff", ome_xml("XYZCT", inner=inner)))
+    assert [page.channel for page in stack.pages] == [2, 2, 2, 1, 1, 1]
+    assert [page.plane for page in stack.pages] == [1, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("xml", "message"),
+    [
+        (ome_xml(sizes=(2, 2, 1)), "6 pages, and its description tells of 2 C x 2 Z x 1 T"),
+        (ome_xml(inner='<TiffData IFD="1"/>'), "6 pages"),
+        (ome_xml(inner='<TiffData IFD="1" PlaneCount="6"/>'), "6 pages"),
+        (ome_xml(inner='<TiffData IFD="0" PlaneCount="999999"/>' * 50), "6 pages"),
+        (ome_xml("XYCCT"), "DimensionOrder"),
+        (ome_xml(inner='<TiffData IFD="-1"/>'), "number '-1'"),
+        (ome_xml().replace("</OME>", "<Image/></OME>"), "2 images"),
+        (ome_xml().replace("</Pixels>", ""), "damaged OME-XML"),
+        ('<!DOCTYPE OME [<!ENTITY a "b">]>' + ome_xml(), "DOCTYPE"),
+    ],
+)
+def test_descriptions_that_do_not_fit_are_refused(tmp_path: Path, xml: str, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        read_stack(ome(tmp_path / "a.ome.tiff", xml))
+
+
+def test_channels_of_imagej_are_not_planes(tmp_path: Path) -> None:
+    array = pages(6).reshape(3, 2, 3, 4)
+    path = saved(tmp_path / "a.tif", array, imagej=True, metadata={"axes": "ZCYX"})
+    stack = read(path)
+    assert [tuple(page) for page in stack.pages[:3]] == [(1, 1, 1, 1), (2, 2, 1, 1), (3, 1, 2, 1)]
+    assert (stack.planes, len(stack.channel_names)) == (3, 2)
+    plain = saved(tmp_path / "b.tif", pages(3), description="ImageJ=1.54f\nimages=3", metadata=None)
+    assert [page.plane for page in read(plain).pages] == [1, 2, 3]
+
+
+def test_pages_must_be_grey_and_of_one_shape(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    for odd in (
+        np.zeros((2, 2), np.uint16),
+        np.zeros((3, 4), np.uint8),
+        np.zeros((3, 4, 3), np.uint16),
+    ):
+        with tifffile.TiffWriter(path) as writer:
+            writer.write(pages(1)[0])
+            writer.write(odd, photometric="rgb" if odd.ndim == 3 else "minisblack")
+        with pytest.raises(ImageError, match="no grey images of one shape"):
+            read_stack(path)
+    tifffile.imwrite(path, np.zeros((2, 3, 4, 3), np.uint8), photometric="rgb")
+    with pytest.raises(ImageError, match="no grey images of one shape"):
+        read_stack(path)
+
+
+def test_a_page_is_read_and_known_by_its_name(tmp_path: Path) -> None:
+    path = saved(tmp_path / "stack.tif", pages(3), compression="lzw")
+    places = [path.with_name(page_name(path.name, page)) for page in (1, 2, 3)]
+    assert [int(read_plane(place).max()) for place in places] == [1, 2, 3]
+    infos = [probe(place) for place in places]
+    assert len({info.sha256 for info in infos}) == 3
+    assert {(info.height, info.width, info.size_bytes) for info in infos} == {
+        (3, 4, path.stat().st_size)
+    }
+    assert int(read_plane(places[1], infos[1].sha256).max()) == 2
+    with pytest.raises(ImageError, match="has changed"):
+        read_plane(places[0], infos[1].sha256)
+
+
+def test_a_changed_stack_is_another_file(tmp_path: Path) -> None:
+    path = saved(tmp_path / "stack.tif", pages(2))
+    before = probe(f"{path}#page=1")
+    saved(path, pages(2) + 1)
+    assert probe(f"{path}#page=1").sha256 != before.sha256
+
+
+@pytest.mark.parametrize(("name", "page"), [("stack.tif", 4), ("one.tif", 2), ("one.png", 2)])
+def test_a_page_that_is_not_there(tmp_path: Path, name: str, page: int) -> None:
+    saved(tmp_path / "stack.tif", pages(3))
+    saved(tmp_path / "one.tif", pages(1)[0])
+    (tmp_path / "one.png").write_bytes(imagecodecs.png_encode(pages(1)[0]))
+    for look in (probe, read_plane):
+        with pytest.raises(ImageError, match=f"no page {page}"):
+            look(tmp_path / page_name(name, page))
+    assert read_plane(tmp_path / page_name("one.png", 1)).max() == 1
+
+
+@pytest.mark.parametrize("imagej", [True, False])
+def test_planes_hidden_behind_one_page_are_refused(tmp_path: Path, imagej: bool) -> None:
+    path = saved(tmp_path / "a.tif", pages(3), imagej=imagej, truncate=True)
+    assert read_stack(path) is None
+    for look in (probe, read_plane):
+        with pytest.raises(ImageError, match="3x3x4 pixels behind one page"):
+            look(path)
+
+
+def test_pages_are_found_in_folders(tmp_path: Path) -> None:
+    path = saved(tmp_path / "Stack.TIF", pages(2)).resolve()
+    name = "stack.tif#page=2"
+    assert is_safe_name(name)
+    found = ImageFolder(tmp_path).find(name)
+    assert found == path.with_name("Stack.TIF#page=2")
+    assert int(read_plane(found).max()) == 2
+    assert recorded_path(str(path.parent), "Stack.TIF#page=1") == path.with_name("Stack.TIF#page=1")
+    assert recorded_path(str(path.parent), "absent.tif#page=1") is None
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.binary(min_size=1, max_size=80), st.integers(0, 900))
+def test_a_damaged_stack_is_an_image_error(tmp_path: Path, junk: bytes, start: int) -> None:
+    path = ome(tmp_path / "a.ome.tiff", ome_xml())
+    whole = bytearray(path.read_bytes())
+    whole[start : start + len(junk)] = junk
+    path.write_bytes(whole)
+    try:
+        stack = read_stack(path)
+    except ImageError:
+        return
+    assert stack is None or len(stack.pages) > 1
+
+
+def test_cut_headers_are_no_stacks(tmp_path: Path) -> None:
+    whole = saved(tmp_path / "a.tif", pages(2)).read_bytes()
+    for size in (0, 1, 3, 5, 9, 12):
+        path = tmp_path / "cut.tif"
+        path.write_bytes(whole[:size])
+        with path.open("rb") as stream:
+            assert not has_more_pages(stream)

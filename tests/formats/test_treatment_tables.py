@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from realdata import real_data
+
+from cellstore.errors import BadTableError, CellstoreError
+from cellstore.formats.records import Refusal, TreatmentRecord
+from cellstore.formats.text.tables import TextTable, open_table
+from cellstore.formats.treatments.aliases import Aliases
+from cellstore.formats.treatments.jump import PlateRow, jump_controls, jump_crispr, jump_plates
+from cellstore.formats.treatments.platemaps import read_annotation
+from cellstore.formats.treatments.tables import (
+    TreatmentRow,
+    completed,
+    table_layouts,
+    treatment_rows,
+)
+from cellstore.terms import Control, Perturbation
+
+
+def table(folder: Path, text: str) -> TextTable:
+    path = folder / "table.csv"
+    path.write_text(text)
+    return open_table(path)
+
+
+def records(rows: Iterable[TreatmentRow | Refusal]) -> list[TreatmentRecord | None]:
+    return [row.record for row in rows if isinstance(row, TreatmentRow)]
+
+
+def reasons(rows: Iterable[object]) -> list[tuple[int, str]]:
+    return [(row.line, row.reason) for row in rows if isinstance(row, Refusal)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "layouts"),
+    [
+        ("well_position broad_sample solvent", ["platemap"]),
+        ("WellRow WellCol well_position gene_name genotype", ["platemap"]),
+        ("broad_sample pert_iname smiles", ["treatment-table"]),
+        ("broad_sample gene control_type", ["treatment-table"]),
+        ("Metadata_broad_sample Metadata_target", ["treatment-table"]),
+        ("broad_sample gene Metadata_Well", []),
+        ("broad_sample pert_iname FileName_OrigDNA", []),
+        ("Metadata_Source Metadata_Batch Metadata_Plate Metadata_PlateType", ["jump-plates"]),
+        ("Metadata_Batch Metadata_Plate Metadata_Well", []),
+        ("Metadata_JCP2022 Metadata_NCBI_Gene_ID Metadata_Symbol", ["jump-crispr"]),
+        (
+            "Metadata_JCP2022 Metadata_pert_type Metadata_Name Metadata_modality",
+            ["jump-controls"],
+        ),
+        ("Assay_Plate_Barcode Plate_Map_Name", []),
+        ("ImageNumber ObjectNumber AreaShape_Area", []),
+    ],
+)
+def test_the_layout_is_told_from_the_columns(columns: str, layouts: list[str]) -> None:
+    assert table_layouts(columns.split()) == layouts
+
+
+def test_kinds_of_treatment_tables(tmp_path: Path) -> None:
+    kinds = {
+        "broad_sample,pert_iname\nx,y\n": Perturbation.COMPOUND,
+        "broad_sample,gene,InChIKey\nx,y,K\n": Perturbation.COMPOUND,
+        "broad_sample,gene,target_sequence\nx,y,ACGT\n": Perturbation.CRISPR,
+        "broad_sample,gene\nx,y\n": Perturbation.ORF,
+    }
+    for text, kind in kinds.items():
+        (record,) = records(treatment_rows(table(tmp_path, text)))
+        assert record is not None
+        assert record.kind is kind
+
+
+def test_only_dmso_may_have_no_sample(tmp_path: Path) -> None:
+    text = "broad_sample,pert_iname,gene\n,DMSO,\n,taxol,\n,,\nBRD-1,,AURKA\nBRD-2,,\n"
+    found = list(treatment_rows(table(tmp_path, text)))
+    assert reasons(found) == [(3, "no broad_sample")]
+    assert records(found) == [
+        TreatmentRecord(Perturbation.COMPOUND, "DMSO", control=Control.NEGATIVE),
+        None,
+        TreatmentRecord(Perturbation.COMPOUND, "AURKA", target="AURKA", identifier="BRD-1"),
+        TreatmentRecord(Perturbation.COMPOUND, "BRD-2", identifier="BRD-2"),
+    ]
+
+
+def test_plates_keep_their_text(tmp_path: Path) -> None:
+    text = "Metadata_Plate,Metadata_Batch\n001,B1\n1053601756,NA\n,B1\n"
+    found = list(jump_plates(table(tmp_path, text)))
+    assert found[:2] == [PlateRow(2, "001", "B1"), PlateRow(3, "1053601756", None)]
+    assert reasons(found) == [(4, "no plate")]
+
+
+def test_reagents_without_a_gene_have_no_target(tmp_path: Path) -> None:
+    text = (
+        "Metadata_JCP2022,Metadata_NCBI_Gene_ID,Metadata_Symbol\n"
+        "J1,,no-guide\nJ2,2,A2M\n,3,NAT1\nJ4,4,NA\n"
+    )
+    found = list(jump_crispr(table(tmp_path, text)))
+    assert records(found) == [
+        TreatmentRecord(Perturbation.CRISPR, "no-guide", identifier="J1"),
+        TreatmentRecord(Perturbation.CRISPR, "A2M", target="A2M", identifier="J2"),
+    ]
+    assert reasons(found) == [(4, "no treatment"), (5, "no treatment")]
+
+
+def test_controls(tmp_path: Path) -> None:
+    text = (
+        "Metadata_JCP2022,Metadata_pert_type,Metadata_Name,Metadata_modality\n"
+        "J1,poscon,PLK1,crispr\nJ2,empty,Empty,any\nJ3,poscon,x,light\nJ4,maybe,x,orf\nJ5,trt,,orf\n"
+    )
+    found = list(jump_controls(table(tmp_path, text)))
+    assert records(found) == [
+        TreatmentRecord(Perturbation.CRISPR, "PLK1", control=Control.POSITIVE, identifier="J1"),
+        TreatmentRecord(Perturbation.NONE, "Empty", identifier="J2"),
+    ]
+    assert reasons(found) == [
+        (4, "not a known control"),
+        (5, "not a known control"),
+        (6, "no treatment"),
+    ]
+
+
+ME = TreatmentRecord(Perturbation.COMPOUND, "ME0328", target="PARP3", identifier="BRD-1")
+
+
+def aliases(folder: Path, text: str) -> Aliases:
+    path = folder / "aliases.csv"
+    path.write_text(text)
+    return Aliases.read(path)
+
+
+@pytest.mark.parametrize("header", ["alias,name", "from,to"])
+def test_aliases_rename(tmp_path: Path, header: str) -> None:
+    found = aliases(tmp_path, f"{header}\nME0328,ME 328\nME 328,ME-0328\nx,x\n")
+    renamed = found.apply(ME)
+    assert (renamed.pert_iname, renamed.target, renamed.identifier) == (
+        "ME-0328",
+        "PARP3",
+        "BRD-1",
+    )
+    assert found.apply(ME) is renamed
+    other = TreatmentRecord(Perturbation.COMPOUND, "x")
+    assert found.apply(other) is other
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alias,other\na,b\n", "no column 'name'"),
+        ("alias,name\na,b\na,c\n", "line 3: 'a' is 'b' already"),
+        ("alias,name\na,\n", "line 2: both names are needed"),
+        ("alias,name\na,b\nb,a\n", "aliases of each other"),
+        ("alias,name\na,b,c\n", "line 2: .*3 cells"),
+    ],
+)
+def test_alias_tables_that_cannot_be_followed(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(BadTableError, match=message):
+        aliases(tmp_path, text)
+
+
+CELL = st.one_of(
+    st.sampled_from(
+        ["", "NA", "nan", "BRD-1", "BRD-2", "DMSO", "dmso", "A1", "b2", "AF48", "a|b|a", "x" * 300]
+    ),
+    st.text(max_size=5),
+)
+COLUMNS = st.permutations(["broad_sample", "pert_iname", "gene", "well_position", "smiles"])
+
+
+@given(COLUMNS, st.lists(st.lists(CELL, min_size=4, max_size=6), min_size=1, max_size=8))
+def test_any_table_is_read_row_by_row(
+    tmp_path_factory: pytest.TempPathFactory, columns: list[str], rows: list[list[str]]
+) -> None:
+    """Whatever is in the cells: each row is a treatment, an empty row, or refused."""
+    path = tmp_path_factory.mktemp("any") / "table.csv"
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        csv.writer(file).writerows([columns, *rows])
+    try:
+        opened = open_table(path)
+        read = list(opened.rows())
+        found = list(treatment_rows(opened))
+    except CellstoreError:
+        return
+    assert [row.line for row in found] == [row.line for row in read]
+    for row in found:
+        record = row.record if isinstance(row, TreatmentRow) else None
+        if record is not None:
+            assert record.identifier is not None or record.pert_iname.upper() == "DMSO"
+            assert completed(record, record) == record
+            assert not {"", "NA", "nan"} & {record.pert_iname, record.target, record.identifier}
+
+
+@given(COLUMNS, st.lists(st.lists(CELL, min_size=5, max_size=5), min_size=1, max_size=8))
+def test_no_row_of_a_plate_map_is_lost(
+    tmp_path_factory: pytest.TempPathFactory, columns: list[str], rows: list[list[str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    path = folder / "map.csv"
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        csv.writer(file).writerows([columns, *rows])
+    (folder / "t.csv").write_text("broad_sample,pert_iname\nBRD-1,AMG900\n")
+    try:
+        read = list(open_table(path).rows())
+        found = read_annotation(path, [folder / "t.csv"])
+    except CellstoreError:
+        return
+    (wells,) = found.maps.values()
+    assert len(wells.wells) + len(found.issues) == len(read)
+
+
+@pytest.mark.real
+def test_the_plates_of_jump() -> None:
+    """2,525 rows, as many barcodes, 149 batches: `zcat plate.csv.gz | cut -d, -f2 | sort -u`."""
+    found = list(jump_plates(open_table(real_data("jump_datasets/plate.csv.gz"))))
+    plates = {row.barcode: row.batch for row in found if isinstance(row, PlateRow)}
+    assert len(found) == len(plates) == 2525
+    assert len(set(plates.values())) == 149
+    assert "1053601756" in plates
+
+
+@pytest.mark.real
+def test_the_reagents_of_jump() -> None:
+    """7,977 rows, two of them without a gene number."""
+    found = records(jump_crispr(open_table(real_data("jump_datasets/crispr.csv.gz"))))
+    assert len(found) == len({row.identifier for row in found if row}) == 7977
+    assert [row.pert_iname for row in found if row and row.target is None] == [
+        "no-guide",
+        "non-targeting",
+    ]
+
+
+@pytest.mark.real
+def test_the_controls_of_jump() -> None:
+    """18 rows: 1 empty; of compounds 1 and 8, of CRISPR 2 and 1, of ORF 4 and 1 controls."""
+    found = records(jump_controls(open_table(real_data("jump_datasets/perturbation_control.csv"))))
+    assert Counter((row.kind.value, row.control) for row in found if row) == {
+        ("none", None): 1,
+        ("compound", Control.NEGATIVE): 1,
+        ("compound", Control.POSITIVE): 8,
+        ("crispr", Control.NEGATIVE): 2,
+        ("crispr", Control.POSITIVE): 1,
+        ("orf", Control.NEGATIVE): 4,
+        ("orf", Control.POSITIVE): 1,
+    }

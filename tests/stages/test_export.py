@@ -1,0 +1,395 @@
+"""Export: pycytominer's columns, every current cell once, whole files or none."""
+
+from __future__ import annotations
+
+import csv
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from factories import FEATURE_COLUMNS, MOMENT, Factory, SmallScreen, small_screen
+
+from cellstore import extras
+from cellstore.db.models import (
+    Artifact,
+    FeatureFile,
+    FeatureSet,
+    Image,
+    Recipe,
+    Run,
+    Segmentation,
+)
+from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
+from cellstore.runs import Workspace
+from cellstore.stages.export import ExportFormat, export
+from cellstore.stages.export import read as reading
+from cellstore.terms import ArtifactKind, Control, FeatureStorage, Stage
+
+
+@pytest.fixture
+def screen(workspace: Workspace) -> SmallScreen:
+    return small_screen(workspace)
+
+
+def rows_of(workspace: Workspace, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    """The rows of a Parquet export."""
+    out = folder / "cells.parquet"
+    export(workspace, out, force=True, **options)
+    rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
+    return rows
+
+
+def recipe_of(make: Factory, run: Run) -> Recipe:
+    """The recipe of a run."""
+    with make.workspace.database.read() as session:
+        return session.get_one(Recipe, run.recipe_id)
+
+
+def test_a_row_per_cell_in_the_order_of_wells(screen: SmallScreen, tmp_path: Path) -> None:
+    rows = rows_of(screen.factory.workspace, tmp_path)
+    found = [(row["Metadata_Well"], row["Metadata_ObjectNumber"]) for row in rows]
+    assert found == [
+        *(("A01", 1), ("A02", 1), ("B01", 1), ("B01", 2), ("B01", 3)),
+        *(("B02", 1), ("B02", 2), ("B03", 1), ("B03", 2), ("B04", 1)),
+    ]
+    assert [row["Metadata_ImageNumber"] for row in rows] == [1, 2, 3, 3, 3, 4, 4, 5, 5, 6]
+
+
+def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
+    make = Factory(workspace)
+    treatment = make.treatment(
+        "taxol",
+        "TUBB",
+        identifier="BRD-1",
+        inchikey="RCINICONZNJXQF",
+        smiles="C=O",
+        pubchem_cid="36314",
+        control=Control.POSITIVE,
+    )
+    well = make.well(make.plate("001", "2026_03"), 2, 3, treatment)
+    image = make.image(well, 4, plane=5, time_point=6, core_name="r02c03f04")
+    make.image_file(image, "ER", missing=True)
+    run = make.run(Stage.SEGMENT)
+    (cell,) = make.cells_of(make.segmentation(image, run, 1))
+    measured = make.run(Stage.MEASURE, make.recipe(Stage.MEASURE, inputs=[recipe_of(make, run)]))
+    make.features([cell], measured, area=64.0)
+    (row,) = rows_of(workspace, tmp_path)
+    features = {f"Cells_{name}": 1.0 for name in FEATURE_COLUMNS} | {"Cells_area": 64.0}
+    assert row == {
+        "Metadata_Plate": "001",
+        "Metadata_Batch": "2026_03",
+        "Metadata_Well": "B03",
+        "Metadata_Site": 4,
+        "Metadata_Plane": 5,
+        "Metadata_Timepoint": 6,
+        "Metadata_CoreName": "r02c03f04",
+        "Metadata_pert_type": "compound",
+        "Metadata_pert_iname": "taxol",
+        "Metadata_target": "TUBB",
+        "Metadata_control_type": "poscon",
+        "Metadata_broad_sample": "BRD-1",
+        "Metadata_InChIKey": "RCINICONZNJXQF",
+        "Metadata_smiles": "C=O",
+        "Metadata_pubchem_cid": "36314",
+        "Metadata_ImageNumber": 1,
+        "Metadata_ObjectNumber": 1,
+        "Metadata_MinRow": cell.min_row,
+        "Metadata_MinCol": cell.min_col,
+        "Metadata_MaxRow": cell.max_row,
+        "Metadata_MaxCol": cell.max_col,
+        "Metadata_CentroidRow": cell.centroid_row,
+        "Metadata_CentroidCol": cell.centroid_col,
+        "Metadata_Excluded": None,
+        "Image_FileName_DNA": "r02c03f04-DNA.tiff",
+        "Image_FileName_ER": "r02c03f04-ER.tiff",
+        "Image_PathName_DNA": "/images",
+        "Image_PathName_ER": None,
+        **features,
+    }
+
+
+def cp_features(columns: list[str]) -> list[str]:
+    """The rule of pycytominer's ``infer_cp_features``, for its default compartments."""
+    return [name for name in columns if name.startswith(("Cells", "Nuclei", "Cytoplasm"))]
+
+
+def test_pycytominer_finds_the_features(screen: SmallScreen, tmp_path: Path) -> None:
+    columns = list(rows_of(screen.factory.workspace, tmp_path)[0])
+    assert cp_features(columns) == [f"Cells_{name}" for name in FEATURE_COLUMNS]
+    others = [name for name in columns if name not in cp_features(columns)]
+    assert all(name.startswith(("Metadata_", "Image_")) for name in others)
+
+
+def test_excluded_and_unmeasured_cells_are_rows(screen: SmallScreen, tmp_path: Path) -> None:
+    screen.factory.cells(screen.segmentations["A01"], 1, excluded="perimeter is 0")
+    rows = rows_of(screen.factory.workspace, tmp_path)
+    added = rows[1]
+    assert (len(rows), added["Metadata_ObjectNumber"]) == (11, 2)
+    assert (added["Metadata_Excluded"], added["Cells_area"]) == ("perimeter is 0", None)
+
+
+def test_cells_of_other_bytes_are_not_exported(screen: SmallScreen, tmp_path: Path) -> None:
+    workspace = screen.factory.workspace
+    with workspace.database.begin() as session:
+        session.get_one(Image, screen.images["B01"].id).content_sha256 = "f" * 64
+        unknown = session.get_one(Segmentation, screen.segmentations["B02"].id)
+        unknown.content_sha256 = None
+    wells = {row["Metadata_Well"] for row in rows_of(workspace, tmp_path)}
+    assert wells == {"A01", "A02", "B02", "B03", "B04"}
+
+
+def test_batches_do_not_change_what_is_written(
+    screen: SmallScreen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = screen.factory.workspace
+    whole = rows_of(workspace, tmp_path)
+    monkeypatch.setattr(reading, "VALUES_AT_ONCE", 2 * len(FEATURE_COLUMNS))
+    assert rows_of(workspace, tmp_path) == whole
+    assert pq.ParquetFile(tmp_path / "cells.parquet").num_row_groups == 5
+
+
+def test_csv_says_the_same(screen: SmallScreen, tmp_path: Path) -> None:
+    workspace = screen.factory.workspace
+    result = export(workspace, tmp_path / "cells.csv", format=ExportFormat.CSV)
+    with (tmp_path / "cells.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    wanted = rows_of(workspace, tmp_path)
+    assert (result.cells, len(rows)) == (10, 10)
+    for row, values in zip(rows, wanted, strict=True):
+        assert list(row) == list(values)
+        for name, value in values.items():
+            text = row[name]
+            same = text == "" if value is None else text == value
+            assert same or float(text) == value, name
+
+
+ODD = ["=SUM(A1)", "+1", "-1", "@x", 'quote " and, comma', "two\nlines", "\tµ-Ω 漢", " space "]
+
+
+def test_odd_texts_are_exact_unless_a_spreadsheet_is_meant(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    make = Factory(workspace)
+    plate, run = make.plate(), make.run(Stage.SEGMENT)
+    for number, name in enumerate(ODD, start=1):
+        image = make.image(make.well(plate, 1, number, make.treatment(name)))
+        make.segmentation(image, run, 1)
+    make.run(Stage.MEASURE, make.recipe(Stage.MEASURE, inputs=[recipe_of(make, run)]))
+    found = {}
+    for safe in (False, True):
+        out = tmp_path / f"{safe}.csv"
+        export(workspace, out, format=ExportFormat.CSV, for_spreadsheet=safe)
+        with out.open(newline="", encoding="utf-8") as file:
+            found[safe] = [row["Metadata_pert_iname"] for row in csv.DictReader(file)]
+    assert found[False] == ODD
+    assert found[True] == [f"'{name}" if name[0] in "=+-@\t" else name for name in ODD]
+    with pytest.raises(UserInputError, match="--format csv"):
+        export(workspace, tmp_path / "a.parquet", for_spreadsheet=True)
+
+
+def imported(make: Factory, image: Image, values: pa.Table, name: str = "profiles") -> FeatureSet:
+    """Cells of another tool, and a feature set of theirs in one Parquet file."""
+    segment = make.recipe(Stage.SEGMENT, parameters={"imported": "test", "name": name})
+    measure = make.recipe(Stage.MEASURE, parameters={"imported": "test"}, inputs=[segment])
+    run = make.run(Stage.INGEST)
+    with make.workspace.database.begin() as session:
+        found = Segmentation(
+            image_id=image.id,
+            recipe_id=segment.id,
+            run_id=run.id,
+            n_cells=values.num_rows,
+            created_at=MOMENT,
+        )
+        session.add(found)
+    ids = [cell.id for cell in make.cells(found, values.num_rows)]
+    data = pa.BufferOutputStream()
+    pq.write_table(values.add_column(0, "cell_id", pa.array(ids)), data, row_group_size=1)
+    stored = make.workspace.artifacts.write(
+        ArtifactKind.FEATURES, data.getvalue().to_pybytes(), ".parquet"
+    )
+    columns = [
+        {"name": field.name, "dtype": str(field.type).replace("double", "float64")}
+        for field in values.schema
+    ]
+    made = make.add(
+        FeatureSet(name=name, recipe_id=measure.id, columns=columns, storage=FeatureStorage.FILES)
+    )
+    artifact = make.add(
+        Artifact(
+            kind=stored.kind,
+            path=stored.path,
+            sha256=stored.sha256,
+            size_bytes=stored.size_bytes,
+            created_at=MOMENT,
+        )
+    )
+    make.add(
+        FeatureFile(
+            feature_set_id=made.id,
+            artifact_id=artifact.id,
+            run_id=run.id,
+            n_rows=len(ids),
+            first_cell_id=ids[0],
+            last_cell_id=ids[-1],
+        )
+    )
+    return made
+
+
+VALUES = pa.table(
+    {
+        "Nuclei_AreaShape_Area": pa.array([1.5, None, math.nan]),
+        "Nuclei_Number": pa.array([1, None, 3], pa.int64()),
+        "Nuclei_Class": pa.array(["a", None, ""], pa.string()),
+    }
+)
+
+
+def test_features_in_files_keep_names_and_types_and_nan_is_null(
+    screen: SmallScreen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = screen.factory
+    imported(make, screen.images["B01"], VALUES)
+    monkeypatch.setattr(reading, "VALUES_AT_ONCE", 3)
+    out = tmp_path / "cells.parquet"
+    result = export(make.workspace, out)  # what was ingested last
+    assert (result.feature_set, result.cells, result.features) == ("profiles", 3, 3)
+    table = pq.read_table(out)
+    assert table.select(VALUES.schema.names).schema.types == VALUES.schema.types
+    assert table.select(VALUES.schema.names).to_pydict() == {
+        "Nuclei_AreaShape_Area": [1.5, None, None],
+        "Nuclei_Number": [1, None, 3],
+        "Nuclei_Class": ["a", None, ""],
+    }
+    built_in = f"{screen.measure_run.recipe_id}"
+    assert export(make.workspace, out, measurement=built_in, force=True).cells == 10
+    with pytest.raises(UserInputError, match="only one of --features and --measurement"):
+        export(make.workspace, out, features="profiles", measurement=built_in, force=True)
+    with pytest.raises(UserInputError, match="not of the cells of segment recipe"):
+        export(
+            make.workspace,
+            out,
+            features="profiles",
+            segmentation=str(screen.segment_run.recipe_id),
+            force=True,
+        )
+
+
+def test_a_feature_file_that_is_gone_is_a_sentence(screen: SmallScreen, tmp_path: Path) -> None:
+    imported(screen.factory, screen.images["B01"], VALUES)
+    artifacts = screen.factory.workspace.artifacts
+    (path,) = artifacts.root.rglob("*.parquet")
+    path.unlink()
+    with pytest.raises(StorageError, match="cellstore verify"):
+        export(screen.factory.workspace, tmp_path / "cells.parquet")
+    assert list(tmp_path.glob("*cells*")) + list(tmp_path.glob(".part*")) == []
+
+
+def test_a_feature_named_like_a_fact_is_refused(screen: SmallScreen, tmp_path: Path) -> None:
+    values = pa.table({"Metadata_Well": pa.array([1.0])})
+    imported(screen.factory, screen.images["B01"], values)
+    with pytest.raises(UserInputError, match="'Metadata_Well' has the name of a column"):
+        export(screen.factory.workspace, tmp_path / "cells.parquet")
+
+
+def test_plates_are_chosen(screen: SmallScreen, tmp_path: Path) -> None:
+    make = screen.factory
+    image = make.image(make.well(make.plate("BR0"), 1, 1))
+    make.segmentation(image, screen.segment_run, 2)
+    workspace = make.workspace
+    assert [row["Metadata_Plate"] for row in rows_of(workspace, tmp_path)] == [
+        *["BR0"] * 2,
+        *["BR1"] * 10,
+    ]
+    assert len(rows_of(workspace, tmp_path, plates=["BR0"])) == 2
+    with pytest.raises(UnknownNameError, match="plate 'BR9'"):
+        rows_of(workspace, tmp_path, plates=["BR0", "BR9"])
+    make.plate("empty")
+    with pytest.raises(UserInputError, match="no cells on empty"):
+        rows_of(workspace, tmp_path, plates=["empty"])
+
+
+def test_an_empty_store_says_what_to_do(workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(UserInputError, match="cellstore measure"):
+        export(workspace, tmp_path / "a.parquet")
+    with pytest.raises(UnknownNameError, match="feature set 'x'"):
+        export(workspace, tmp_path / "a.parquet", features="x")
+
+
+def test_an_existing_file_is_kept(screen: SmallScreen, tmp_path: Path) -> None:
+    out = tmp_path / "cells.parquet"
+    out.write_text("precious")
+    with pytest.raises(UserInputError, match="--force"):
+        export(screen.factory.workspace, out)
+    assert out.read_text() == "precious"
+    export(screen.factory.workspace, out, force=True)
+    assert pq.read_table(out).num_rows == 10
+    with pytest.raises(UserInputError, match="is a folder"):
+        export(screen.factory.workspace, tmp_path)
+    with pytest.raises(UserInputError, match="no folder"):
+        export(screen.factory.workspace, tmp_path / "absent" / "a.csv")
+
+
+@pytest.mark.parametrize("form", [ExportFormat.PARQUET, ExportFormat.CSV])
+def test_what_fails_leaves_the_old_file_and_no_other(
+    screen: SmallScreen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: ExportFormat
+) -> None:
+    out = tmp_path / "out" / "cells"
+    out.parent.mkdir()
+    out.write_text("precious")
+    monkeypatch.setattr(reading, "VALUES_AT_ONCE", 1)
+    calls = []
+
+    def full(*_: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        return original(*_)
+
+    original = reading.Reader._files
+    monkeypatch.setattr(reading.Reader, "_files", full)
+    with pytest.raises(StorageError, match="No space left on device"):
+        export(screen.factory.workspace, out, format=form, force=True)
+    assert [path.name for path in out.parent.iterdir()] == ["cells"]
+    assert out.read_text() == "precious"
+
+
+def test_anndata_is_an_extra(
+    screen: SmallScreen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(extras.MODULES, "anndata", ("no_such_anndata",))
+    with pytest.raises(MissingExtraError, match=r"cellstore\[anndata\]"):
+        export(screen.factory.workspace, tmp_path / "a.h5ad", format=ExportFormat.ANNDATA)
+
+
+@pytest.mark.skipif(find_spec("anndata") is None, reason="anndata is not installed")
+def test_anndata_has_features_as_x_and_facts_as_obs(screen: SmallScreen, tmp_path: Path) -> None:
+    import anndata
+
+    out = tmp_path / "a.h5ad"
+    export(screen.factory.workspace, out, format=ExportFormat.ANNDATA)
+    found = anndata.read_h5ad(out)
+    rows = rows_of(screen.factory.workspace, tmp_path)
+    assert list(found.var_names) == [f"Cells_{name}" for name in FEATURE_COLUMNS]
+    assert found.X[:, 0].tolist() == [row["Cells_area"] for row in rows]
+    assert found.obs["Metadata_Well"].tolist() == [row["Metadata_Well"] for row in rows]
+
+
+@pytest.mark.skipif(find_spec("anndata") is None, reason="anndata is not installed")
+def test_anndata_keeps_texts_and_gaps_apart_from_numbers(
+    screen: SmallScreen, tmp_path: Path
+) -> None:
+    import anndata
+
+    imported(screen.factory, screen.images["B01"], VALUES)
+    out = tmp_path / "a.h5ad"
+    export(screen.factory.workspace, out, format=ExportFormat.ANNDATA, features="profiles")
+    found = anndata.read_h5ad(out)
+    assert list(found.var_names) == ["Nuclei_AreaShape_Area", "Nuclei_Number"]
+    assert repr(found.X.tolist()) == "[[1.5, 1.0], [nan, nan], [nan, 3.0]]"
+    assert [text for text in found.obs["Nuclei_Class"] if isinstance(text, str)] == ["a", ""]
+    assert found.obs["Metadata_smiles"].isna().all()

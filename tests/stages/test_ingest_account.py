@@ -1,0 +1,257 @@
+"""The account of an ingest: no row is lost, all or nothing, places of files, what was read."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import count as numbers
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete, func, select, text
+from test_ingest import CHANNELS, count, dump, loaddata, write_image, write_table
+
+from cellstore.config import IngestParams
+from cellstore.db.models import (
+    Folder,
+    Image,
+    ImageFile,
+    IngestFile,
+    IngestIssue,
+    Plate,
+    Recipe,
+    Run,
+    Well,
+)
+from cellstore.errors import CellstoreError, UserInputError
+from cellstore.runs import Workspace
+from cellstore.stages.ingest import IngestResult, UndoneError, ingest, preview
+from cellstore.terms import Look, Severity, Status
+
+
+def balanced(result: IngestResult) -> bool:
+    """Whether every row that was read is accounted for."""
+    return result.rows == result.created + result.updated + result.unchanged + result.refused
+
+
+def bad_row(site: int) -> dict[str, str]:
+    return {**loaddata(site), "Metadata_Well": "Z99"}
+
+
+def test_every_issue_is_a_row_to_ask_for(workspace: Workspace, tmp_path: Path) -> None:
+    rows = [loaddata(1), bad_row(2), loaddata(3), bad_row(4)]
+    result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
+    assert (result.rows, result.created, result.refused) == (4, 2, 2)
+    with workspace.database.read() as session:
+        issues = session.scalars(select(IngestIssue).order_by(IngestIssue.line)).all()
+        file = session.scalars(select(IngestFile)).one()
+    assert [(item.file, item.line, item.severity) for item in issues] == [
+        ("t.csv", 3, Severity.REFUSED),
+        ("t.csv", 5, Severity.REFUSED),
+    ]
+    assert (file.n_rows, file.n_created, file.n_refused) == (4, 2, 2)
+    assert file.sha256 == hashlib.sha256((tmp_path / "t.csv").read_bytes()).hexdigest()
+    assert file.run_id == result.run_id
+
+
+def test_an_unchanged_file_says_its_refusals_again(workspace: Workspace, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1), bad_row(2)])
+    first = ingest(workspace, table)
+    second = ingest(workspace, table)
+    assert (second.rows, second.unchanged, second.refused) == (2, 1, 1)
+    assert (second.reasons, second.issues) == (first.reasons, first.issues)
+    with workspace.database.read() as session:
+        query = select(IngestIssue.run_id, func.count()).group_by(IngestIssue.run_id)
+        assert sorted(tuple(row) for row in session.execute(query)) == [
+            (first.run_id, 1),
+            (second.run_id, 1),
+        ]
+
+
+def test_strict_writes_nothing_but_why(workspace: Workspace, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1), bad_row(2)])
+    with pytest.raises(UndoneError, match=r"1 of its 2 rows.*--strict") as caught:
+        ingest(workspace, table, IngestParams(strict=True))
+    assert [issue.line for issue in caught.value.issues] == [3]
+    assert count(workspace, Plate) == count(workspace, Image) == count(workspace, Folder) == 0
+    with workspace.database.read() as session:
+        assert session.scalars(select(Run.status)).all() == [Status.FAILED]
+        assert session.scalars(select(IngestIssue.line)).all() == [3]
+    good = write_table(tmp_path / "u.csv", [loaddata(1)])
+    assert ingest(workspace, good, IngestParams(strict=True)).created == 1
+
+
+def test_a_repeated_row_is_unchanged(workspace: Workspace, tmp_path: Path) -> None:
+    rows = [loaddata(1), loaddata(1), loaddata(2)]
+    result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
+    assert (result.created, result.unchanged, balanced(result)) == (2, 1, True)
+    assert count(workspace, ImageFile) == 2 * len(CHANNELS)
+
+
+def test_a_later_table_adds_a_channel(workspace: Workspace, tmp_path: Path) -> None:
+    ingest(workspace, write_table(tmp_path / "t.csv", [loaddata(1)]))
+    more = {**loaddata(1), "FileName_OrigER": "r01c02f01p01-ch4sk1fk1fl1.tiff"}
+    result = ingest(workspace, write_table(tmp_path / "u.csv", [more]))
+    assert (result.updated, count(workspace, ImageFile)) == (1, 3)
+
+
+def test_a_place_that_is_known_better_later_is_taken(workspace: Workspace, tmp_path: Path) -> None:
+    ingest(workspace, write_table(tmp_path / "t.csv", [loaddata(1)]))
+    folder = tmp_path / "images"
+    for number in (1, 2):
+        write_image(folder, f"r01c02f01p01-ch{number}sk1fk1fl1.tiff", number)
+    table = write_table(tmp_path / "u.csv", [loaddata(1)])
+    result = ingest(workspace, table, IngestParams(maps=(("/somewhere/else", str(folder)),)))
+    assert (result.updated, result.missing_images) == (1, 0)
+    with workspace.database.read() as session:
+        files = session.scalars(select(ImageFile)).all()
+        assert {file.uri for file in files} == {
+            str(folder / f"r01c02f01p01-ch{number}sk1fk1fl1.tiff") for number in (1, 2)
+        }
+    # Where they were seen they stay, whatever the table says of another machine.
+    back = ingest(workspace, write_table(tmp_path / "v.csv", [loaddata(1)]))
+    assert (back.unchanged, back.missing_images) == (1, 0)
+
+
+def test_folders_are_kept_once_and_without_secrets(workspace: Workspace, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1), loaddata(2)])
+    ingest(workspace, table)
+    remote = (("/somewhere", "https://me:secret@host/bucket"),)
+    ingest(workspace, table, IngestParams(maps=remote, look=Look.NOWHERE))
+    with workspace.database.read() as session:
+        folders = set(session.scalars(select(Folder.uri)))
+        recipes = str(session.scalars(select(Recipe)).all()[-1].parameters)
+    assert folders == {"/somewhere/else", "https://host/bucket/else"}
+    assert "secret" not in recipes
+
+
+def test_a_name_that_no_database_holds_is_refused(workspace: Workspace, tmp_path: Path) -> None:
+    rows = [loaddata(1), loaddata(2, plate="P" * 300), {**loaddata(3), "Metadata_Batch": "B" * 300}]
+    rows = [{"Metadata_Batch": "", **row} for row in rows]
+    result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
+    assert (result.rows, result.created, result.refused) == (3, 1, 2)
+    assert balanced(result)
+
+
+def test_a_batch_that_the_database_refuses_loses_only_its_bad_rows(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    with sqlite_workspace.database.begin() as session:
+        session.execute(
+            text(
+                "CREATE TRIGGER refuse BEFORE INSERT ON images WHEN NEW.site = 3 "
+                "BEGIN SELECT RAISE(ABORT, 'not this one'); END"
+            )
+        )
+    table = write_table(tmp_path / "t.csv", [loaddata(site) for site in (1, 2, 3, 4)])
+    result = ingest(sqlite_workspace, table)
+    assert (result.rows, result.created, result.refused) == (4, 3, 1)
+    assert [(item.line, item.reason) for item in result.issues] == [(4, "the database refuses it")]
+    assert count(sqlite_workspace, Image) == 3
+
+
+def test_a_source_of_another_kind_than_named_is_one_sentence(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1)])
+    with pytest.raises(UserInputError, match="--layout"):
+        ingest(sqlite_workspace, table, IngestParams(kind="features"))
+    with pytest.raises(UserInputError, match="no file or folder"):
+        ingest(sqlite_workspace, tmp_path / "absent.csv")
+    with pytest.raises(UserInputError, match="Unknown layout"):
+        ingest(sqlite_workspace, table, IngestParams(layout="odd"))
+    assert count(sqlite_workspace, Run) == 0
+
+
+def test_a_dry_run_says_what_each_file_would_become(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1), bad_row(2)])
+    found = preview(table)
+    assert (found.layout, found.rows, found.images, found.refused) == ("loaddata", 2, 1, 1)
+    assert found.channels == {"RNA": 1, "DNA": 1}
+    first = found.files[0]
+    assert (first.plate, first.well, first.site, first.channel) == ("P1", "A02", 1, "RNA")
+    assert first.treatment == "DMSO"
+    assert [issue.line for issue in found.issues] == [3]
+
+
+def test_wells_of_other_plates_are_not_touched(workspace: Workspace, tmp_path: Path) -> None:
+    first = ingest(workspace, write_table(tmp_path / "t.csv", [loaddata(1, plate="P1")]))
+    second = ingest(workspace, write_table(tmp_path / "u.csv", [loaddata(1, plate="P2")]))
+    assert (first.plates, first.images, second.plates, second.images) == (1, 1, 1, 1)
+    assert count(workspace, Well) == 2
+
+
+CELLS = st.one_of(
+    st.sampled_from(["", "NA", "DMSO", "NAD+", "P1", "1", "A01", "a1", "r01c02f03p01-ch1.tiff"]),
+    st.text(max_size=6),
+)
+COLUMNS = (
+    "FileName_OrigDNA",
+    "PathName_OrigDNA",
+    "Metadata_Plate",
+    "Metadata_Well",
+    "Metadata_Site",
+    "Metadata_pert_iname",
+    "Metadata_target",
+)
+NAMES = numbers()
+
+
+def ingested(workspace: Workspace, table: Path) -> IngestResult | None:
+    """What became of a table, None where it is of no use; that is said in one line."""
+    said: CellstoreError | None = None
+    try:
+        return ingest(workspace, table)
+    except CellstoreError as error:
+        said = error
+    assert "\n" not in str(said)
+    return None
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_no_row_of_a_random_table_is_lost(
+    sqlite_workspace: Workspace, tmp_path: Path, data: st.DataObject
+) -> None:
+    columns = data.draw(st.permutations(COLUMNS))
+    rows = data.draw(
+        st.lists(
+            st.one_of(
+                st.fixed_dictionaries(dict.fromkeys(columns, CELLS)),
+                st.builds(
+                    lambda site, plate: {
+                        **dict.fromkeys(columns, ""),
+                        "FileName_OrigDNA": f"r01c02f{site:02d}p01-ch1sk1fk1fl1.tiff",
+                        "Metadata_Plate": plate,
+                        "Metadata_Site": str(site),
+                    },
+                    st.integers(1, 3),
+                    st.sampled_from(["001", "µ plate", "1053601756"]),
+                ),
+            ),
+            min_size=1,
+            max_size=6,
+        )
+    )
+    table = write_table(tmp_path / f"{next(NAMES)}.csv", rows)
+    damage = data.draw(st.one_of(st.none(), st.tuples(st.integers(0, 400), st.binary(max_size=3))))
+    if damage is not None:
+        content = table.read_bytes()
+        place = min(damage[0], len(content))
+        table.write_bytes(content[:place] + damage[1] + content[place + 1 :])
+    first = ingested(sqlite_workspace, table)
+    if first is None:
+        return
+    assert balanced(first)
+    before = dump(sqlite_workspace)
+    again = ingest(sqlite_workspace, table)
+    assert (again.rows, again.created, again.updated) == (first.rows, 0, 0)
+    assert dump(sqlite_workspace) == before
+    with sqlite_workspace.database.begin() as session:
+        for model in (ImageFile, Image, Well):
+            session.execute(delete(model))

@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import csv
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from factories import Factory
+from realdata import real_data
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from cellstore.config import IngestParams
+from cellstore.db.models import IngestIssue, Plate, Treatment, Well, WellChange
+from cellstore.db.types import Base
+from cellstore.errors import UserInputError
+from cellstore.formats.layouts import Layout
+from cellstore.runs import Workspace
+from cellstore.stages.ingest.account import Account
+from cellstore.stages.ingest.treatments.stage import ingest_treatments
+from cellstore.terms import Control, Severity, Stage, Subset
+
+COMPOUNDS = (
+    "broad_sample,pert_iname,gene,control_type\n"
+    "BRD-1,AMG900,AURKA,poscon_cp\n"
+    "BRD-2,taxol,,\n"
+    ",DMSO,,negcon\n"
+)
+MAP = "well_position,broad_sample\nA1,BRD-1\nA2,BRD-2\nB1,\n"
+ORF_MAP = "well_position,broad_sample\nA1,ccsb-1\nA2,\n"
+ORFS = "broad_sample,gene\nccsb-1,KCNN1\n"
+
+
+class Bench:
+    """A store with plate P1 (wells A1 and A2), and a folder of annotations."""
+
+    def __init__(self, workspace: Workspace, folder: Path) -> None:
+        self.workspace = workspace
+        self.folder = folder
+        self.make = Factory(workspace)
+        self.plate = self.make.plate("P1")
+        self.wells = [self.make.well(self.plate, 1, column) for column in (1, 2)]
+
+    def file(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        path.write_text(text)
+        return path
+
+    def ingest(self, source: Path, layout: Layout, params: IngestParams | None = None) -> Account:
+        """Ingest, and check that every row is accounted for."""
+        run = self.make.run(Stage.INGEST)
+        account = Account(run.id, source.name)
+        with self.workspace.database.begin() as session:
+            self.plates = ingest_treatments(
+                self.workspace,
+                session,
+                run.id,
+                source,
+                layout,
+                params or IngestParams(),
+                account,
+            )
+        counted = account.created + account.updated + account.unchanged + account.refused
+        assert account.rows == counted
+        return account
+
+    def map(self, compounds: str = COMPOUNDS, text: str = MAP, plate: str = "P1") -> Account:
+        params = IngestParams(compounds=(self.file("compounds.csv", compounds),), plate=plate)
+        return self.ingest(self.file("map.csv", text), Layout.PLATEMAP, params)
+
+    def table(self, text: str, **more: Path) -> Account:
+        source = self.file("table.csv", text)
+        return self.ingest(source, Layout.TREATMENT_TABLE, IngestParams(**more))
+
+    def treated(self) -> dict[str, tuple[str, str | None, Control | None]]:
+        """Name, target and role of the treatment of each well that has one."""
+        query = select(Plate.barcode, Well.name, Treatment).join(Plate).join(Treatment)
+        with self.reading() as session:
+            return {
+                f"{barcode} {well}": (row.pert_iname, row.target, row.control)
+                for barcode, well, row in session.execute(query)
+            }
+
+    def count(self, table: type[Base]) -> int:
+        with self.reading() as session:
+            return session.scalar(select(func.count()).select_from(table)) or 0
+
+    def changes(self) -> list[tuple[str, str | None, str | None, str, int | None]]:
+        with self.reading() as session:
+            rows = session.scalars(select(WellChange).order_by(WellChange.well_id, WellChange.id))
+            return [
+                (
+                    session.get_one(Well, row.well_id).name,
+                    _target(session, row.old_treatment_id),
+                    _target(session, row.new_treatment_id),
+                    row.file,
+                    row.line,
+                )
+                for row in rows
+            ]
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        with self.workspace.database.read() as session:
+            yield session
+
+
+def _target(session: Session, treatment: int | None) -> str | None:
+    return session.get_one(Treatment, treatment).target if treatment else None
+
+
+def counts(account: Account) -> tuple[int, int, int, int]:
+    """Created, updated, unchanged, refused."""
+    return account.created, account.updated, account.unchanged, account.refused
+
+
+@pytest.fixture
+def bench(workspace: Workspace, tmp_path: Path) -> Bench:
+    return Bench(workspace, tmp_path)
+
+
+def test_a_map_treats_the_wells_that_are_there_and_makes_the_others(bench: Bench) -> None:
+    assert counts(bench.map()) == (1, 2, 0, 0)
+    assert bench.plates == (bench.plate.id,)
+    assert bench.treated() == {
+        "P1 A01": ("AMG900", "AURKA", Control.POSITIVE),
+        "P1 A02": ("taxol", None, None),
+        "P1 B01": ("DMSO", None, Control.NEGATIVE),
+    }
+    assert bench.changes() == [
+        ("A01", None, "AURKA", "map.csv", 2),
+        ("A02", None, None, "map.csv", 3),
+    ]
+
+
+def test_a_map_once_more_changes_nothing(bench: Bench) -> None:
+    bench.map()
+    assert counts(bench.map()) == (0, 0, 3, 0)
+    assert (bench.count(Treatment), bench.count(WellChange), bench.count(Well)) == (3, 2, 3)
+
+
+def test_a_corrected_annotation_is_told_from_what_was(bench: Bench) -> None:
+    bench.map()
+    assert counts(bench.map(COMPOUNDS.replace("AURKA", "AURKB"))) == (0, 1, 2, 0)
+    assert bench.treated()["P1 A01"] == ("AMG900", "AURKB", Control.POSITIVE)
+    assert bench.changes()[1] == ("A01", "AURKA", "AURKB", "map.csv", 2)
+    assert bench.count(Treatment) == 4
+
+
+def test_labels_of_a_split_stay_as_they_were_frozen(bench: Bench) -> None:
+    from cellstore.db.models import Label, SplitMember
+
+    bench.map()
+    image = bench.make.image(bench.wells[0])
+    bench.make.split([(image, Subset.TRAIN, bench.make.label("AMG900"))])
+    bench.map(COMPOUNDS.replace("AMG900", "barasertib"))
+    assert bench.treated()["P1 A01"][0] == "barasertib"
+    with bench.reading() as session:
+        query = select(Label.value).join(SplitMember, SplitMember.label_id == Label.id)
+        assert session.scalars(query).all() == ["AMG900"]
+
+
+def test_rows_of_a_map_that_cannot_be_used(bench: Bench) -> None:
+    account = bench.map(COMPOUNDS + "BRD-1,other,,\n", MAP + "A1,BRD-2\nQ99,\nC1,BRD-9\n")
+    assert counts(account) == (1, 2, 0, 3)
+    with bench.reading() as session:
+        issues = session.execute(
+            select(IngestIssue.severity, IngestIssue.file, IngestIssue.line).order_by(
+                IngestIssue.id
+            )
+        )
+        assert Counter(map(tuple, issues)) == {
+            (Severity.PROBLEM, "compounds.csv", 5): 1,
+            (Severity.REFUSED, "map.csv", 5): 1,
+            (Severity.REFUSED, "map.csv", 6): 1,
+            (Severity.REFUSED, "map.csv", 7): 1,
+        }
+
+
+def test_an_empty_well_of_an_orf_map_is_not_made(bench: Bench) -> None:
+    account = bench.map(ORFS, ORF_MAP)
+    assert counts(account) == (0, 1, 1, 0)
+    assert set(bench.treated()) == {"P1 A01"}
+    assert account.shown == []
+
+
+def test_a_well_that_is_empty_on_a_later_map_keeps_its_treatment_and_that_is_said(
+    bench: Bench,
+) -> None:
+    bench.map()
+    account = bench.map(ORFS, ORF_MAP)
+    (issue,) = (item for item in account.shown if item.severity is Severity.SUSPICIOUS)
+    assert (issue.reason, issue.line) == ("an empty well that has a treatment", 3)
+    assert "well A02 of plate P1" in issue.detail
+    assert bench.treated()["P1 A02"][0] == "taxol"
+
+
+def test_barcodes_say_which_plates(bench: Bench) -> None:
+    maps = bench.folder / "platemap"
+    maps.mkdir()
+    (maps / "cp.csv").write_text(MAP)
+    (maps / "orf.csv").write_text(ORF_MAP)
+    (maps / "unused.csv").write_text(ORF_MAP)
+    (maps / "barcode_platemap.csv").write_text(
+        "Assay_Plate_Barcode,Plate_Map_Name\nP1,cp\nP2,orf\nP3,gone\nP9,cp\n"
+    )
+    bench.make.plate("P2")
+    bench.make.plate("P3")
+    tables = (bench.file("cp.csv", COMPOUNDS), bench.file("orf.csv", ORFS))
+    account = bench.ingest(maps, Layout.PLATEMAP, IngestParams(compounds=tables))
+    assert counts(account) == (2, 2, 3, 0)
+    assert {well: found[0] for well, found in bench.treated().items()} == {
+        "P1 A01": "AMG900",
+        "P1 A02": "taxol",
+        "P1 B01": "DMSO",
+        "P2 A01": "KCNN1",
+    }
+    assert bench.count(Plate) == 3  # P9 is not made
+    assert [issue.reason for issue in account.shown] == ["no such plate map"]
+    assert account.notes == [
+        "1 of 4 plates are not in the store",
+        "no plate of the store uses the plate map unused",
+    ]
+
+
+def test_a_map_for_nobody(bench: Bench) -> None:
+    with pytest.raises(UserInputError, match="Ingest their images first"):
+        bench.map(plate="P7")
+    source = bench.file("map.csv", MAP)
+    params = IngestParams(compounds=(bench.file("compounds.csv", COMPOUNDS),))
+    with pytest.raises(UserInputError, match="--barcodes"):
+        bench.ingest(source, Layout.PLATEMAP, params)
+    assert bench.treated() == {}
+
+
+def test_a_table_of_new_treatments(bench: Bench) -> None:
+    assert counts(bench.table(COMPOUNDS)) == (3, 0, 0, 0)
+    assert counts(bench.table(COMPOUNDS)) == (0, 0, 3, 0)
+    assert bench.count(Treatment) == 3
+    assert bench.treated() == {}
+
+
+def test_a_corrected_table_reaches_the_wells(bench: Bench) -> None:
+    bench.map()
+    corrected = COMPOUNDS.replace("AURKA", "AURKB").replace(",DMSO,,", ",DMSO,,")
+    assert counts(bench.table(corrected)) == (0, 1, 2, 0)
+    assert bench.treated()["P1 A01"] == ("AMG900", "AURKB", Control.POSITIVE)
+    assert bench.changes()[1] == ("A01", "AURKA", "AURKB", "table.csv", 2)
+    assert counts(bench.table(corrected)) == (0, 0, 3, 0)
+
+
+def test_a_correction_can_be_taken_back(bench: Bench) -> None:
+    bench.map()
+    bench.table(COMPOUNDS.replace("AURKA", "AURKB"))
+    assert counts(bench.table(COMPOUNDS)) == (0, 1, 2, 0)
+    assert counts(bench.table(COMPOUNDS)) == (0, 0, 3, 0)
+    assert bench.treated()["P1 A01"][1] == "AURKA"
+    assert [item[1:3] for item in bench.changes() if item[0] == "A01"] == [
+        (None, "AURKA"),
+        ("AURKA", "AURKB"),
+        ("AURKB", "AURKA"),
+    ]
+
+
+def test_a_table_that_leaves_a_value_open_does_not_erase_it(bench: Bench) -> None:
+    bench.map()
+    assert counts(bench.table("broad_sample,pert_iname\nBRD-1,AMG900\n")) == (0, 0, 1, 0)
+    assert bench.treated()["P1 A01"] == ("AMG900", "AURKA", Control.POSITIVE)
+
+
+def test_a_sample_that_is_described_in_two_ways(bench: Bench) -> None:
+    account = bench.table(COMPOUNDS + "BRD-1,other,,\nBRD-2,taxol,,\n")
+    assert counts(account) == (3, 0, 1, 1)
+    assert [issue.reason for issue in account.shown] == ["broad_sample twice"]
+
+
+def test_an_alias_merges_two_spellings(bench: Bench) -> None:
+    table = "broad_sample,pert_iname\nBRD-1,ME0328\nBRD-2,ME-0328\n"
+    first = bench.map(table)
+    (issue,) = first.shown
+    assert (issue.severity, issue.line) == (Severity.SUSPICIOUS, None)
+    aliases = bench.file("aliases.csv", "alias,name\nME0328,ME-0328\n")
+    second = bench.table(table, aliases=aliases)
+    assert counts(second) == (0, 1, 1, 0)
+    assert {found[0] for found in bench.treated().values()} == {"ME-0328", "DMSO"}
+    assert second.shown == []
+
+
+def test_a_long_list_of_targets(bench: Bench) -> None:
+    targets = "|".join(f"GENE{number:04d}" for number in range(60))
+    bench.map(f"broad_sample,pert_iname,target_list\nBRD-1,x,{targets}\nBRD-2,y,\n")
+    assert bench.treated()["P1 A01"] == ("x", targets, None)
+
+
+def random_table(dice: random.Random) -> str:
+    """A table of samples 1 to 4 and DMSO, with random names, genes and roles, some of them open."""
+    lines = ["broad_sample,pert_iname,gene,control_type"]
+    for sample in ("BRD-1", "BRD-2", "BRD-1", "BRD-3", "BRD-4", ""):
+        name = dice.choice(["a", "b", "NA"]) if sample else "DMSO"
+        gene, role = dice.choice(["", "G1", "G2"]), dice.choice(["", "negcon", "poscon"])
+        lines.append(f"{sample},{name},{gene},{role}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_came_before_a_table_once_more_changes_nothing(bench: Bench, seed: int) -> None:
+    dice = random.Random(seed)
+    bench.map()
+    for _ in range(4):
+        table = random_table(dice)
+        bench.table(table)
+        wells, changes = bench.treated(), bench.count(WellChange)
+        again = bench.table(table)
+        assert (again.created, again.updated) == (0, 0)
+        assert (bench.treated(), bench.count(WellChange)) == (wells, changes)
+
+
+def test_plates_and_batches(bench: Bench) -> None:
+    head = "Metadata_Source,Metadata_Batch,Metadata_Plate,Metadata_PlateType\n"
+    text = f"{head}s,B1,P1,ORF\ns,B1,001,ORF\ns,B1,001,ORF\ns,B2,001,ORF\ns,B1,,ORF\n"
+    account = bench.ingest(bench.file("plate.csv", text), Layout.JUMP_PLATES)
+    assert counts(account) == (1, 1, 1, 2)
+    assert len(bench.plates) == 2
+    again = bench.ingest(
+        bench.file("plate.csv", f"{head}s,B3,P1,ORF\ns,,001,ORF\n"), Layout.JUMP_PLATES
+    )
+    assert counts(again) == (0, 1, 1, 0)
+    (issue,) = again.shown
+    assert issue.detail == "P1: the batch was B1, and is B3 now"
+    with bench.reading() as session:
+        rows = session.execute(select(Plate.barcode, Plate.batch)).all()
+    assert set(map(tuple, rows)) == {("P1", "B3"), ("001", "B1")}
+
+
+def test_controls_complete_the_reagents(bench: Bench) -> None:
+    reagents = bench.file(
+        "crispr.csv",
+        "Metadata_JCP2022,Metadata_NCBI_Gene_ID,Metadata_Symbol\nJ1,5347,PLK1\nJ2,2,A2M\n",
+    )
+    head = "Metadata_JCP2022,Metadata_pert_type,Metadata_Name,Metadata_modality\n"
+    controls = bench.file("control.csv", f"{head}J1,poscon,PLK1,crispr\nJ9,empty,Empty,any\n")
+    assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (2, 0, 0, 0)
+    with bench.reading() as session:
+        plk1 = session.scalars(select(Treatment).where(Treatment.identifier == "J1")).one()
+    well = bench.make.well(bench.plate, 3, 3, plk1)
+    assert counts(bench.ingest(controls, Layout.JUMP_CONTROLS)) == (1, 1, 0, 0)
+    assert bench.treated() == {f"P1 {well.name}": ("PLK1", "PLK1", Control.POSITIVE)}
+    assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (0, 0, 2, 0)
+    assert counts(bench.ingest(controls, Layout.JUMP_CONTROLS)) == (0, 0, 2, 0)
+
+
+MAPS = "cpjump1/metadata/platemaps/2020_11_04_CPJUMP1"
+TABLES = "cpjump1/metadata/external_metadata"
+
+
+@pytest.mark.real
+def test_all_plates_of_cpjump1(bench: Bench) -> None:
+    """Every plate of the barcode table, each with the 384 wells of its map.
+
+    Counted from the files: wells with a treatment are all 384 of a compound map, and 380 of the
+    others, which have 4 empty ones.
+    """
+    with (real_data(MAPS) / "barcode_platemap.csv").open(newline="") as file:
+        plates = {row["Assay_Plate_Barcode"]: row["Plate_Map_Name"] for row in csv.DictReader(file)}
+    for barcode in plates:
+        bench.make.plate(barcode)
+    kinds = ("compound", "crispr", "orf")
+    tables = tuple(real_data(f"{TABLES}/JUMP-Target-1_{kind}_metadata.tsv") for kind in kinds)
+    params = IngestParams(compounds=tables)
+    source = real_data(f"{MAPS}/platemap")
+    account = bench.ingest(source, Layout.PLATEMAP, params)
+    assert counts(account) == (384 + 380 + 380, 0, 4 + 4, 0)
+    wells = sum(384 if "compound" in name else 380 for name in plates.values())
+    assert len(bench.treated()) == wells
+    assert counts(bench.ingest(source, Layout.PLATEMAP, params)) == (0, 0, 3 * 384, 0)
+    # The later edition lists all targets of a compound, up to 300 characters of them.
+    later = real_data("jump_target/JUMP-Target-1_compound_metadata.tsv")
+    account = bench.ingest(later, Layout.TREATMENT_TABLE)
+    assert account.rows == 307
+    assert (account.created, account.refused) == (0, 0)
+    assert bench.treated()["BR00116991 A03"][1] == (
+        "CA1|CACNA1B|CACNA1C|CACNA1D|CACNA1F|CACNA1S|CACNA2D1|CACNA2D3|CACNB1|CACNB2|SMPD1"
+    )
+
+
+@pytest.mark.real
+def test_the_dataset_tables_of_jump(sqlite_workspace: Workspace, tmp_path: Path) -> None:
+    bench = Bench(sqlite_workspace, tmp_path)
+    plates = real_data("jump_datasets/plate.csv.gz")
+    assert counts(bench.ingest(plates, Layout.JUMP_PLATES)) == (2525, 0, 0, 0)
+    assert counts(bench.ingest(plates, Layout.JUMP_PLATES)) == (0, 0, 2525, 0)
+    reagents = real_data("jump_datasets/crispr.csv.gz")
+    assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (7977, 0, 0, 0)
+    # Of the 18 controls the 3 of CRISPR are reagents that are there already.
+    controls = real_data("jump_datasets/perturbation_control.csv")
+    assert counts(bench.ingest(controls, Layout.JUMP_CONTROLS)) == (15, 3, 0, 0)
+    assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (0, 0, 7977, 0)
+
+
+@pytest.mark.real
+def test_the_genotypes_of_nf1(bench: Bench) -> None:
+    bench.make.plate("Plate_2_nf1_analysis")
+    account = bench.ingest(real_data("nf1_platemaps"), Layout.PLATEMAP)
+    # 8, 32 and 72 rows; only plate 2 is in the store
+    assert counts(account) == (32, 0, 80, 0)
+    assert Counter(found[:2] for found in bench.treated().values()) == {
+        ("NF1 WT", "NF1"): 16,
+        ("NF1 Null", "NF1"): 16,
+    }

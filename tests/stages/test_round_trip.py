@@ -1,0 +1,306 @@
+"""Out and in again: an export, ingested into a new store, exports as the same rows."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from factories import FEATURE_COLUMNS, Factory
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import update
+
+from cellstore.db.models import Cell, CellFeatures, Image, ImageFile, Segmentation, Treatment
+from cellstore.formats.records import TreatmentRecord
+from cellstore.runs import Workspace, create_workspace
+from cellstore.stages.export import ExportFormat, export
+from cellstore.stages.ingest import ingest
+from cellstore.stages.ingest.treatments.writer import identity
+from cellstore.terms import Control, Perturbation, Stage
+
+MISSING = {"", "NA", "N/A", "NaN", "nan", "<NA>", "None"}
+"""Texts that say that there is none, in every table."""
+
+TEXT = (
+    (
+        st.text(
+            st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12
+        )
+        | st.sampled_from(
+            ["=1+1", 'a "b", c', "two\nlines", "-", "@x", "NA-1", "001", "1e5", "µΩ漢"]
+        )
+    )
+    .map(str.strip)
+    .filter(lambda text: text not in MISSING)
+)
+MAYBE = st.none() | TEXT
+NUMBER = st.none() | st.floats(allow_nan=False, allow_infinity=False)
+LABELS = st.sets(st.integers(1, 2**31 - 1), min_size=1, max_size=4)
+FOLDERS = st.sampled_from([None, "/images", "s3://bucket/a b", "C:\\data\\µ"])
+
+
+@st.composite
+def treatments(draw: st.DrawFn) -> TreatmentRecord:
+    name = draw(TEXT)
+    roles = [Control.NEGATIVE] if name.upper() == "DMSO" else [None, *Control]
+    return TreatmentRecord(
+        kind=draw(st.sampled_from(list(Perturbation))),
+        pert_iname=name,
+        target=draw(MAYBE),
+        control=draw(st.sampled_from(roles)),
+        identifier=draw(MAYBE),
+        inchikey=draw(MAYBE),
+        smiles=draw(MAYBE),
+        pubchem_cid=draw(MAYBE),
+    )
+
+
+@st.composite
+def cells(draw: st.DrawFn) -> dict[str, Any]:
+    box = draw(st.none() | st.tuples(*[st.integers(0, 5000)] * 4))
+    centre = draw(st.none() | st.tuples(*[st.floats(0, 5000)] * 2))
+    return {
+        **dict(zip(("min_row", "min_col", "max_row", "max_col"), box or [None] * 4, strict=True)),
+        **dict(zip(("centroid_row", "centroid_col"), centre or [None] * 2, strict=True)),
+        "excluded": draw(MAYBE),
+        "features": draw(st.none() | st.lists(NUMBER, min_size=3, max_size=3)),
+    }
+
+
+@st.composite
+def images(draw: st.DrawFn) -> dict[str, Any]:
+    labels = sorted(draw(LABELS))
+    channels = draw(st.sets(st.sampled_from(["DNA", "ER", "Mito", "a b"]), max_size=3))
+    return {
+        "site": draw(st.integers(0, 9)),
+        "plane": draw(st.integers(1, 3)),
+        "time_point": draw(st.integers(1, 3)),
+        "core_name": draw(TEXT),
+        "cells": {label: draw(cells()) for label in labels},
+        "files": {channel: draw(FOLDERS) for channel in sorted(channels)},
+    }
+
+
+WELLS = st.fixed_dictionaries(
+    {
+        "treatment": st.none() | treatments(),
+        "images": st.lists(
+            images(),
+            min_size=1,
+            max_size=3,
+            unique_by=lambda image: (image["site"], image["plane"], image["time_point"]),
+        ),
+    }
+)
+PLATES = st.fixed_dictionaries(
+    {
+        "batch": MAYBE,
+        "wells": st.dictionaries(
+            st.tuples(st.integers(1, 26), st.integers(1, 48)), WELLS, min_size=1, max_size=3
+        ),
+    }
+)
+SCREENS = st.dictionaries(TEXT, PLATES, min_size=1, max_size=2)
+
+
+def fill(workspace: Workspace, screen: dict[str, Any]) -> None:
+    """Make the store that ``screen`` describes."""
+    make = Factory(workspace)
+    segment = make.recipe(Stage.SEGMENT)
+    found = make.run(Stage.SEGMENT, segment)
+    measured = make.run(Stage.MEASURE, make.recipe(Stage.MEASURE, inputs=[segment]))
+    known: dict[str, Treatment] = {}
+    for barcode, plate in screen.items():
+        row = make.plate(barcode, plate["batch"])
+        for (well_row, column), well in plate["wells"].items():
+            treatment = _treatment(make, known, well["treatment"])
+            place = make.well(row, well_row, column, treatment)
+            for image in well["images"]:
+                made = make.add(
+                    Image(well_id=place.id, **{k: image[k] for k in KEYS}, content_sha256=None)
+                )
+                _files(make, made, image["files"])
+                masks = make.segmentation(made, found, content_sha256=None)
+                _cells(make, masks, image["cells"], measured.recipe_id, measured.id)
+
+
+KEYS = ("site", "plane", "time_point", "core_name")
+
+
+def _treatment(
+    make: Factory, known: dict[str, Treatment], record: TreatmentRecord | None
+) -> Treatment | None:
+    if record is None:
+        return None
+    key = identity(record)
+    if key not in known:
+        values = {name: getattr(record, name) for name in record.__slots__}
+        known[key] = make.add(Treatment(identity=key, **values))
+    return known[key]
+
+
+def _files(make: Factory, image: Image, files: dict[str, str | None]) -> None:
+    for position, (channel, folder) in enumerate(files.items(), start=1):
+        make.add(
+            ImageFile(
+                image_id=image.id,
+                channel=channel,
+                position=position,
+                name=f"{image.id} {channel}.tif",
+                folder_id=None if folder is None else make.folder(folder).id,
+            )
+        )
+
+
+def _cells(
+    make: Factory, masks: Segmentation, cells: dict[int, Any], recipe: int, run: int
+) -> None:
+    facts = [
+        Cell(segmentation_id=masks.id, label=label, **{k: v for k, v in cell.items() if k in BOX})
+        for label, cell in cells.items()
+    ]
+    made = make.add_all(facts)
+    with make.workspace.database.begin() as session:
+        query = update(Segmentation).where(Segmentation.id == masks.id)
+        session.execute(query.values(n_cells=len(made)))
+    pairs = zip(made, cells.values(), strict=True)
+    make.add_all(
+        [
+            CellFeatures(
+                cell_id=row.id,
+                recipe_id=recipe,
+                run_id=run,
+                **dict(zip(FEATURE_COLUMNS[:3], cell["features"], strict=True)),
+            )
+            for row, cell in pairs
+            if cell["features"] is not None
+        ]
+    )
+
+
+BOX = ("min_row", "min_col", "max_row", "max_col", "centroid_row", "centroid_col", "excluded")
+
+
+def exported(workspace: Workspace, out: Path) -> pa.Table:
+    """The Parquet export of a store, which is left in ``out``."""
+    export(workspace, out, force=True)
+    return pq.read_table(out)
+
+
+def as_text(table: pa.Table) -> list[list[str]]:
+    """Rows as texts, in which 1 and 1.0 differ, and 0.0 and -0.0."""
+    return [[f"{key}: {value!r}" for key, value in row.items()] for row in table.to_pylist()]
+
+
+NUMBERS = count(1)
+
+
+@pytest.fixture
+def empty(request: pytest.FixtureRequest) -> Path:
+    """The database of a store in which nothing is yet."""
+    found: Path = request.getfixturevalue("_sqlite_template")
+    return found
+
+
+@contextmanager
+def new_store(folder: Path, template: Path) -> Iterator[Workspace]:
+    root = folder / f"store{next(NUMBERS)}"
+    root.mkdir()
+    shutil.copy(template, root / "cellstore.db")
+    workspace, _ = create_workspace(root)
+    yield workspace
+    workspace.database.close()
+    shutil.rmtree(root)
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(screen=SCREENS)
+def test_parquet_out_and_in_again(screen: dict[str, Any], empty: Path, tmp_path: Path) -> None:
+    with (
+        new_store(tmp_path, empty) as first,
+        new_store(tmp_path, empty) as second,
+    ):
+        fill(first, screen)
+        wanted = exported(first, tmp_path / "first.parquet")
+        result = ingest(second, tmp_path / "first.parquet")
+        assert (result.refused, result.cells) == (0, wanted.num_rows)
+        found = exported(second, tmp_path / "second.parquet")
+        assert found.schema == wanted.schema
+        assert as_text(found) == as_text(wanted)
+
+
+EXAMPLE = {
+    "001": {
+        "batch": "2026_03",
+        "wells": {
+            (1, 2): {
+                "treatment": TreatmentRecord(
+                    Perturbation.COMPOUND, '=a, "b"\nµ', "HDAC1", Control.POSITIVE, "BRD-1"
+                ),
+                "images": [
+                    {
+                        **dict(zip(KEYS, (1, 1, 1, "r01c02f01"), strict=True)),
+                        "files": {"DNA": "/images", "ER": None},
+                        "cells": {
+                            7: {
+                                **dict.fromkeys(BOX, 1),
+                                "excluded": None,
+                                "features": [1.5, 0.1, 2.0],
+                            },
+                            9: {**dict.fromkeys(BOX), "excluded": "small", "features": None},
+                        },
+                    }
+                ],
+            },
+            (2, 1): {
+                "treatment": None,
+                "images": [
+                    {
+                        **dict(zip(KEYS, (0, 2, 3, "field"), strict=True)),
+                        "files": {},
+                        "cells": {1: {**dict.fromkeys(BOX), "features": [None, 1e-300, -0.1]}},
+                    }
+                ],
+            },
+        },
+    }
+}
+
+
+@pytest.mark.parametrize("form", [ExportFormat.PARQUET, ExportFormat.CSV])
+def test_both_databases_and_forms(
+    workspace: Workspace, empty: Path, tmp_path: Path, form: ExportFormat
+) -> None:
+    fill(workspace, EXAMPLE)
+    wanted = exported(workspace, tmp_path / "first.parquet")
+    assert wanted.num_rows == 3
+    export(workspace, tmp_path / "out", format=form)
+    with new_store(tmp_path, empty) as second:
+        ingest(second, tmp_path / "out")
+        found = exported(second, tmp_path / "second.parquet")
+    assert as_text(found) == as_text(wanted)
+
+
+def test_not_a_number_comes_back_as_null(
+    sqlite_workspace: Workspace, empty: Path, tmp_path: Path
+) -> None:
+    fill(sqlite_workspace, EXAMPLE)
+    table = exported(sqlite_workspace, tmp_path / "first.parquet")
+    place = table.column_names.index("Cells_area")
+    values: Sequence[float | None] = [math.nan, None, 1.0]
+    odd = table.set_column(place, "Cells_area", pa.array(values, pa.float64()))
+    pq.write_table(odd, tmp_path / "odd.parquet")
+    with new_store(tmp_path, empty) as second:
+        ingest(second, tmp_path / "odd.parquet")
+        found = exported(second, tmp_path / "second.parquet")
+    assert found.column("Cells_area").to_pylist() == [None, None, 1.0]

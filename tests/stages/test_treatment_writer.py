@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from factories import Factory
+from sqlalchemy import event, func, select
+
+from cellstore.db.models import Treatment, Well, WellChange
+from cellstore.formats.records import TreatmentRecord
+from cellstore.runs import Workspace
+from cellstore.stages.ingest.treatments import writer as writer_module
+from cellstore.stages.ingest.treatments.writer import (
+    TreatmentWriter,
+    identity,
+    suspicious_spellings,
+)
+from cellstore.terms import Control, Perturbation, Stage
+
+AMG = TreatmentRecord(
+    Perturbation.COMPOUND,
+    "AMG900",
+    target="AURKA",
+    control=Control.POSITIVE,
+    identifier="BRD-1",
+    inchikey="KEY",
+    smiles="CC",
+    pubchem_cid="11",
+)
+NAME_ONLY = TreatmentRecord(Perturbation.COMPOUND, "AMG900")
+TAXOL = TreatmentRecord(Perturbation.COMPOUND, "taxol", target="TUBB")
+
+
+class Screen:
+    """A plate with two wells and an ingest run."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+        self.make = Factory(workspace)
+        plate = self.make.plate()
+        self.wells = [self.make.well(plate, 1, column).id for column in (1, 2)]
+        self.run = self.make.run(Stage.INGEST)
+
+    def say(
+        self, record: TreatmentRecord, line: int | None = 7, *, new: bool = False, well: int = 0
+    ) -> set[int]:
+        chosen = self.wells[well]
+        with self.workspace.database.begin() as session:
+            writer = TreatmentWriter(session, self.run.id, "map.txt")
+            return writer.assign({chosen: (record, line)}, {chosen} if new else set())
+
+    def treatment(self, well: int = 0) -> TreatmentRecord | None:
+        with self.workspace.database.read() as session:
+            found = session.get_one(Well, self.wells[well]).treatment_id
+            row = session.get(Treatment, found) if found else None
+            return writer_module.record_of(row) if row else None
+
+    def changes(self) -> list[tuple[str | None, str | None, str, int | None]]:
+        with self.workspace.database.read() as session:
+            return [
+                (
+                    _name(session.get(Treatment, row.old_treatment_id or 0)),
+                    _name(session.get(Treatment, row.new_treatment_id or 0)),
+                    row.file,
+                    row.line,
+                )
+                for row in session.scalars(select(WellChange).order_by(WellChange.id))
+            ]
+
+
+def _name(row: Treatment | None) -> str | None:
+    return row.pert_iname if row else None
+
+
+@pytest.fixture
+def screen(workspace: Workspace) -> Screen:
+    return Screen(workspace)
+
+
+def test_a_treatment_is_one_row_whoever_asks(screen: Screen) -> None:
+    with screen.workspace.database.begin() as session:
+        first = TreatmentWriter(session, screen.run.id, "a").ids([AMG, TAXOL, AMG])
+        again = TreatmentWriter(session, screen.run.id, "b").ids([TAXOL, replace(AMG)])
+        assert first == again
+        assert len(set(first.values())) == 2
+        row = session.get_one(Treatment, first[AMG])
+        assert writer_module.record_of(row) == AMG
+        assert row.identity == identity(AMG)
+
+
+@pytest.mark.parametrize("field", ["target", "identifier", "inchikey", "smiles", "pubchem_cid"])
+def test_whatever_differs_is_another_treatment(field: str) -> None:
+    assert identity(replace(AMG, **{field: "other"})) != identity(AMG)
+    assert identity(replace(AMG, **{field: None})) != identity(AMG)
+
+
+def test_a_bar_in_a_name_makes_no_two_treatments_one() -> None:
+    left = TreatmentRecord(Perturbation.COMPOUND, "a|b", identifier="c")
+    right = TreatmentRecord(Perturbation.COMPOUND, "a", identifier="b|c")
+    assert identity(left) != identity(right)
+
+
+def test_a_well_without_treatment_gets_one(screen: Screen) -> None:
+    assert screen.say(AMG, new=True) == {screen.wells[0]}
+    assert screen.treatment() == AMG
+    assert screen.treatment(1) is None
+    assert screen.changes() == []
+
+
+def test_an_old_well_that_gets_its_first_treatment_is_on_record(screen: Screen) -> None:
+    screen.say(AMG, line=3)
+    assert screen.changes() == [(None, "AMG900", "map.txt", 3)]
+
+
+@pytest.mark.parametrize(
+    "less",
+    [
+        AMG,
+        NAME_ONLY,
+        replace(AMG, target=None, inchikey=None),
+        replace(AMG, control=None, identifier=None),
+    ],
+)
+def test_a_row_that_says_no_more_changes_nothing(screen: Screen, less: TreatmentRecord) -> None:
+    screen.say(AMG, new=True)
+    assert screen.say(less) == set()
+    assert screen.treatment() == AMG
+    assert screen.changes() == []
+
+
+def test_a_row_that_says_less_makes_no_treatment(screen: Screen) -> None:
+    screen.say(AMG, new=True)
+    screen.say(NAME_ONLY)
+    with screen.workspace.database.read() as session:
+        assert session.scalar(select(func.count()).select_from(Treatment)) == 1
+
+
+@pytest.mark.parametrize("more", [AMG, replace(NAME_ONLY, target="AURKA")])
+def test_a_row_that_says_more_replaces(screen: Screen, more: TreatmentRecord) -> None:
+    screen.say(NAME_ONLY, new=True)
+    assert screen.say(more, line=9) == {screen.wells[0]}
+    assert screen.treatment() == more
+    assert screen.changes() == [("AMG900", "AMG900", "map.txt", 9)]
+
+
+def test_a_corrected_value_keeps_what_the_row_leaves_open(screen: Screen) -> None:
+    screen.say(AMG, new=True)
+    assert screen.say(TreatmentRecord(Perturbation.COMPOUND, "AMG900", target="AURKB"))
+    assert screen.treatment() == replace(AMG, target="AURKB")
+
+
+def test_another_compound_takes_nothing_from_the_one_before(screen: Screen) -> None:
+    screen.say(AMG, new=True)
+    screen.say(TAXOL)
+    assert screen.treatment() == TAXOL
+    assert screen.changes() == [("AMG900", "taxol", "map.txt", 7)]
+
+
+def test_another_sample_of_a_name_takes_nothing_either(screen: Screen) -> None:
+    screen.say(AMG, new=True)
+    other = TreatmentRecord(Perturbation.COMPOUND, "AMG900", identifier="BRD-2")
+    screen.say(other)
+    assert screen.treatment() == other
+
+
+def test_the_sample_stays_where_its_name_is_corrected(screen: Screen) -> None:
+    screen.say(AMG, new=True)
+    screen.say(TreatmentRecord(Perturbation.COMPOUND, "AMG-900", identifier="BRD-1"))
+    assert screen.treatment() == replace(AMG, pert_iname="AMG-900")
+
+
+def test_what_is_new_in_this_run_is_no_change(screen: Screen) -> None:
+    screen.say(NAME_ONLY, new=True)
+    screen.say(AMG, new=True)
+    assert screen.treatment() == AMG
+    assert screen.changes() == []
+
+
+def test_one_writer_remembers_what_it_did(screen: Screen) -> None:
+    well = screen.wells[0]
+    with screen.workspace.database.begin() as session:
+        writer = TreatmentWriter(session, screen.run.id, "f")
+        assert writer.assign({well: (AMG, 1)}, {well}) == {well}
+        assert writer.assign({well: (NAME_ONLY, 2)}, {well}) == set()
+        assert writer.assign({well: (TAXOL, 3)}, ()) == {well}
+        assert writer.used == set(writer.ids([AMG, TAXOL]).values())
+    assert screen.changes() == [("AMG900", "taxol", "f", 3)]
+
+
+def test_a_full_memory_forgets_and_asks_again(
+    screen: Screen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "CACHED", 0)
+    records = [replace(TAXOL, identifier=f"BRD-{number}") for number in range(3)]
+    with screen.workspace.database.begin() as session:
+        writer = TreatmentWriter(session, screen.run.id, "f")
+        first = [writer.ids([record])[record] for record in records]
+        assert first == [writer.ids(records)[record] for record in records]
+        for well in screen.wells:
+            assert writer.assign({well: (AMG, None)}, {well}) == {well}
+            assert writer.assign({well: (AMG, None)}, {well}) == set()
+
+
+def test_a_batch_costs_a_few_statements(screen: Screen) -> None:
+    plate = screen.make.plate()
+    wells = [screen.make.well(plate, 1, column).id for column in range(1, 25)]
+    wanted: dict[int, tuple[TreatmentRecord, int | None]] = {
+        well: (replace(TAXOL, identifier=str(well)), 1) for well in wells
+    }
+    statements: list[str] = []
+    engine = screen.workspace.database.engine
+    event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    with screen.workspace.database.begin() as session:
+        TreatmentWriter(session, screen.run.id, "f").assign(wanted, set(wells))
+        once = len(statements)
+        TreatmentWriter(session, screen.run.id, "f").assign(wanted, set(wells))
+    assert 0 < once <= 6
+    assert len(statements) - once <= 2
+
+
+def spelled(workspace: Workspace, *names: str, **more: str) -> list[str]:
+    """The details of what is suspicious about the first of ``names``, all of them in a well."""
+    make = Factory(workspace)
+    plate = make.plate()
+    made = [make.treatment(name, **more) for name in names]
+    for column, treatment in enumerate(made, start=1):
+        make.well(plate, 1, column, treatment)
+    with workspace.database.read() as session:
+        return [found.detail for found in suspicious_spellings(session, {made[0].id})]
+
+
+def test_two_spellings_are_reported_once_with_what_to_do(workspace: Workspace) -> None:
+    (found,) = spelled(workspace, "ME0328", "ME-0328", "taxol")
+    assert "'ME-0328' and 'ME0328'" in found
+    assert "--alias" in found
+    assert "ME0328,ME-0328" in found
+
+
+def test_one_structure_under_two_names(workspace: Workspace) -> None:
+    (found,) = spelled(workspace, "paclitaxel", "taxol", inchikey="KEY")
+    assert "'paclitaxel' and 'taxol'" in found
+
+
+def test_spellings_of_one_structure_are_reported_once(workspace: Workspace) -> None:
+    assert len(spelled(workspace, "ME0328", "ME-0328", inchikey="KEY")) == 1
+
+
+def test_names_that_only_look_alike(workspace: Workspace) -> None:
+    assert spelled(workspace, "BX-912", "BX-795", "NAD", "NAD+") == []
+
+
+def test_what_no_well_has_any_more_is_not_suspicious(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    make.treatment("ME-0328")
+    assert spelled(workspace, "ME0328") == []
