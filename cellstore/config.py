@@ -121,7 +121,8 @@ class IngestParams:
     ``channels``: (number or name, name wanted). ``pattern``: file names as a regular expression
     with named groups. ``platemap``, ``compounds`` and ``barcodes`` say what was done to each well,
     ``aliases`` which names are one. ``name``: of the feature set or of the masks; ``binary``:
-    masks of 0 and one other value are taken apart into their connected pieces.
+    masks of 0 and one other value are taken apart into their connected pieces. ``strict``: one
+    refused row undoes the whole source. ``reread``: read it anew, even if it was read before.
     """
 
     kind: str | None = None
@@ -139,6 +140,7 @@ class IngestParams:
     name: str | None = None
     binary: bool = False
     strict: bool = False
+    reread: bool = False
 
 
 @dataclass(frozen=True)

@@ -93,3 +93,8 @@ class JobsFailedError(CellstoreError, RuntimeError):
     """Some images failed while the others were done."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """Return what ``error`` says first, or what it is if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cellstore.errors import UserInputError
+
 from . import render
 from .context import open_store, sentences
 from .options import JsonOption, PlatesOption, StoreOption
@@ -108,4 +110,11 @@ def export(
 
 def _told_by(out: Path) -> Format:
     endings = {".csv": Format.CSV, ".h5ad": Format.ANNDATA}
-    return endings.get(out.suffix.lower(), Format.PARQUET)
+    endings |= dict.fromkeys((".parquet", ".pq"), Format.PARQUET)
+    found = endings.get(out.suffix.lower())
+    if found is None:
+        raise UserInputError(
+            f"{out.name} does not say its format by its ending ({', '.join(endings)}). Say it with "
+            "--format."
+        )
+    return found

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from cellstore import Store
     from cellstore.stages.ingest import IngestResult, Issue, Preview
 
-KINDS = ("images", "treatments", "features", "masks")
+MASKS = "masks"
+KINDS = ("images", "treatments", "features", MASKS)
 SHOWN_FILES = 20
-_COLUMNS = ("file", "plate", "well", "site", "plane", "time_point", "channel")
+_PLACE = ("file", "plate", "well", "site", "plane", "time_point")
 _TITLES = {
     Severity.REFUSED: "Rows that were refused:",
     Severity.PROBLEM: "What could not be used:",
@@ -120,6 +121,10 @@ def ingest(
     strict: Annotated[
         bool, typer.Option("--strict", help="One refused row, and nothing of the source is kept.")
     ] = False,
+    reread: Annotated[
+        bool,
+        typer.Option("--reread", help="Read a source anew that was read before, as it is now."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what each file would become.")
     ] = False,
@@ -164,12 +169,13 @@ def ingest(
         name=name,
         binary=binary_masks,
         strict=strict,
+        reread=reread,
     )
     if dry_run:
-        _preview(source, params, as_json=as_json)
+        _preview(ctx, store, source, params, as_json=as_json)
         return
     with open_store(ctx, store, quiet=as_json) as opened:
-        result = _ingested(opened, source, params)
+        result = _ingested(opened, source, params, as_json=as_json)
     if as_json:
         render.as_json(result)
     else:
@@ -181,13 +187,16 @@ def ingest(
         raise typer.Exit(1)
 
 
-def _ingested(store: Store, source: Path, params: IngestParams) -> IngestResult:
+def _ingested(store: Store, source: Path, params: IngestParams, *, as_json: bool) -> IngestResult:
     from cellstore.stages.ingest import UndoneError
 
     try:
         return store.ingest(source, params)
     except UndoneError as error:
-        _show_issues(error.issues)
+        if as_json:
+            render.as_json({"undone": True, "issues": error.issues})
+        else:
+            _show_issues(error.issues)
         raise
 
 
@@ -210,10 +219,16 @@ def _pair(text: str, option: str) -> tuple[str, str]:
     return old.strip(), new.strip()
 
 
-def _preview(source: Path, params: IngestParams, *, as_json: bool) -> None:
+def _preview(
+    ctx: typer.Context, store: Path | None, source: Path, params: IngestParams, *, as_json: bool
+) -> None:
     from cellstore.stages.ingest import preview
 
-    found = preview(source, params)
+    if MASKS in (params.kind, params.layout):  # only they are looked up in a store
+        with open_store(ctx, store, quiet=True) as opened:
+            found = preview(source, params, opened.workspace)
+    else:
+        found = preview(source, params)
     if as_json:
         render.as_json(found)
     else:
@@ -224,23 +239,25 @@ def _preview(source: Path, params: IngestParams, *, as_json: bool) -> None:
 
 def _show_preview(found: Preview) -> None:
     channels = ", ".join(f"{name} ({number:,})" for name, number in sorted(found.channels.items()))
+    least = "at least " if found.at_least else ""
     render.facts(
         [
             ("layout", found.layout),
             ("rows", found.rows),
             ("refused", found.refused),
             ("plates", ", ".join(sorted(found.plates)[:5]) or "none"),
-            ("wells", len(found.wells)),
-            ("images", found.images),
-            ("channels", channels or "none"),
+            ("wells", f"{least}{len(found.wells):,}"),
+            ("images", f"{least}{found.images:,}"),
+            *([] if found.layout == MASKS else [("channels", channels or "none")]),
         ]
     )
+    columns = _PLACE + (("objects", "cells") if found.layout == MASKS else ("channel", "treatment"))
     rows = [
-        (*(getattr(row, name) for name in _COLUMNS), row.treatment or "")
+        tuple("" if item is None else item for item in (getattr(row, name) for name in columns))
         for row in found.files[:SHOWN_FILES]
     ]
     if rows:
-        render.table((*_COLUMNS, "treatment"), rows)
+        render.table(columns, rows)
     _show_issues(found.issues)
     say("Nothing was written: this was a dry run.")
 
@@ -259,17 +276,24 @@ def _show(result: IngestResult) -> None:
             *([("cells", result.cells)] if result.cells else []),
             *([("feature set", result.feature_set)] if result.feature_set else []),
             *[("segmentation", recipe) for recipe in result.segmentations],
-            ("on", f"{render.count(result.plates, 'plate')}, {render.count(result.wells, 'well')}"),
-            ("their images", f"{result.images:,} ({result.missing_images:,} miss files)"),
+            *_plates(result),
             ("run", result.run_id),
         ]
     )
-    if result.unchanged == result.rows:
+    if result.unchanged == result.rows and not result.notes and not result.reasons:
         typer.echo("Nothing has changed: all of this was in the store already.")
     _show_issues(result.issues)
     if result.reasons:
         question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
         say(f'All of them: cellstore sql "{question}"')
+
+
+def _plates(result: IngestResult) -> list[tuple[str, str]]:
+    if not result.plates:
+        return []
+    wells = f"{render.count(result.plates, 'plate')}, {render.count(result.wells, 'well')}"
+    images = f"{render.count(result.images, 'image')} ({result.missing_images:,} without files)"
+    return [("its plates now have", f"{wells}, {images}")]
 
 
 def _show_issues(issues: Sequence[Issue]) -> None:

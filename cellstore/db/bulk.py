@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sqlalchemy import ARRAY, BigInteger, any_, bindparam, func, select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from .types import Base
 
 IN_AT_ONCE = 5_000
 """Values of one ``IN`` list; both databases take more, but not without limit."""
+
+WIDE_CACHE_KIB = 160_000
 
 INGEST_LOCK = 0xCE115704E
 """Names the lock under which rows of the outside world are written to PostgreSQL."""
@@ -50,11 +53,17 @@ def bulk_insert(
 
 
 def _copy(session: Session, table: type[Base], names: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    import psycopg
+
     driver: Any = session.connection().connection.driver_connection
     statement = f'COPY "{table.__tablename__}" ({names}) FROM STDIN'
-    with driver.cursor() as cursor, cursor.copy(statement) as copy:
-        for row in rows:
-            copy.write_row(row)
+    try:
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            for row in rows:
+                copy.write_row(row)
+    except psycopg.Error as error:
+        # Made what SQLAlchemy makes of it elsewhere: an IntegrityError, a DataError, ...
+        raise DBAPIError.instance(statement, None, error, psycopg.Error) from error
 
 
 def _may_check_together(session: Session) -> bool:
@@ -113,6 +122,25 @@ def take_ids(session: Session, table: type[Base], count: int) -> Sequence[int]:
     )
     values = {"name": table.__tablename__, "count": count}
     return session.scalars(sequence, values).all()
+
+
+@contextmanager
+def wide_cache(session: Session) -> Iterator[None]:
+    """Let SQLite keep more of its indexes in memory while a great many rows come in.
+
+    Names of files come in an order that is not that of their index; with a small cache its pages
+    are written and read again and again, which doubles the time of a million rows.
+    """
+    if session.get_bind().dialect.name != "sqlite":
+        yield
+        return
+    connection = session.connection()
+    usual = connection.exec_driver_sql("PRAGMA cache_size").scalar_one()
+    connection.exec_driver_sql(f"PRAGMA cache_size = {-WIDE_CACHE_KIB}")
+    try:
+        yield
+    finally:
+        connection.exec_driver_sql(f"PRAGMA cache_size = {int(usual)}")
 
 
 def one_ingest_at_a_time(session: Session) -> None:

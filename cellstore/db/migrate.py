@@ -121,15 +121,17 @@ def _knows(revision: str) -> bool:
 
 def _alembic(database: Database, action: Any) -> None:
     engine = database.engine.execution_options(writes=True, rebuilds=True)
-    with (
-        as_file(files("cellstore.migrations")) as folder,
-        _translated(database),
-        engine.begin() as connection,
-    ):
-        action(_config(str(folder), connection))
-        _check_references(connection)
-    if database.is_sqlite:
-        database.engine.dispose()  # its connection did not mind foreign keys: none may use it
+    try:
+        with (
+            as_file(files("cellstore.migrations")) as folder,
+            _translated(database),
+            engine.begin() as connection,
+        ):
+            action(_config(str(folder), connection))
+            _check_references(connection)
+    finally:
+        if database.is_sqlite:
+            database.engine.dispose()  # its connection did not mind foreign keys: none may use it
 
 
 def _check_references(connection: Connection) -> None:

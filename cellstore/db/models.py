@@ -57,7 +57,7 @@ class Treatment(Base):
     pert_iname: Mapped[Name] = mapped_column(index=True)
     target: Mapped[str | None] = mapped_column(Text)  # may be a long list
     control: Mapped[Control | None] = mapped_column(by_value(Control))
-    identifier: Mapped[Name | None]
+    identifier: Mapped[Name | None] = mapped_column(index=True)
     inchikey: Mapped[Name | None]
     smiles: Mapped[str | None] = mapped_column(Text)
     pubchem_cid: Mapped[Name | None]
@@ -423,7 +423,7 @@ class IngestIssue(Base):
     run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
     severity: Mapped[Severity] = mapped_column(by_value(Severity))
     file: Mapped[str] = mapped_column(Text)
-    line: Mapped[int | None]
+    line: Mapped[int | None] = mapped_column(BigId)
     reason: Mapped[Name]
     detail: Mapped[str] = mapped_column(Text)
 
@@ -439,7 +439,7 @@ class WellChange(Base):
     old_treatment_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("treatments.id"))
     new_treatment_id: Mapped[int | None] = mapped_column(BigId, ForeignKey("treatments.id"))
     file: Mapped[str] = mapped_column(Text)
-    line: Mapped[int | None]
+    line: Mapped[int | None] = mapped_column(BigId)
     changed_at: Mapped[datetime]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Engine, ExceptionContext, create_engine, event, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
 
-SQLITE_BUSY_MS = 120_000  # a table of a million rows is one transaction of a minute
+SQLITE_BUSY_MS = 300_000  # a table of a million rows is one transaction of a minute
 UNWRITABLE = re.compile(
     r"disk is full|disk full|no space left|readonly database|read-only|disk i/o error"
 )
@@ -156,6 +156,7 @@ def connect(url: URL) -> Database:
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
+        event.listen(engine, "handle_error", _keep_on_interrupt)
     return Database(engine)
 
 
@@ -177,6 +178,13 @@ def _begin_sqlite(connection: Any) -> None:
         connection.exec_driver_sql("PRAGMA foreign_keys = OFF")
     writes = options.get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _keep_on_interrupt(context: ExceptionContext) -> None:
+    # Else SQLAlchemy drops the connection at Ctrl-C instead of undoing its transaction, whose
+    # lock then keeps out the rest of this very command.
+    if isinstance(context.original_exception, KeyboardInterrupt):
+        context.is_disconnect = False
 
 
 def sqlite_url(path: Path) -> URL:

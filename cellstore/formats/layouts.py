@@ -8,9 +8,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from ..errors import BadTableError, UserInputError
+from .fields.columns import FILE_PREFIX
 from .fields.loaddata import read_loaddata
 from .fields.published import read_published
-from .fields.table import FILE_PREFIX
+from .files import magic
 from .records import ImageRecord, Refusal
 from .text.tables import TextTable, nearest_columns, read_columns
 
@@ -30,8 +31,6 @@ _WANTED = (
     "well_position",
     "broad_sample",
 )
-_SQLITE_MAGIC = b"SQLite format 3\0"
-_PARQUET_MAGIC = b"PAR1"
 _BOM = b"\xef\xbb\xbf"
 _TABLE_SUFFIXES = (".txt", ".csv", ".tsv", ".txt.gz", ".csv.gz", ".tsv.gz")
 _LOOKED_AT = 50
@@ -201,9 +200,9 @@ def _of_file(path: Path) -> Iterator[Layout]:
     from .objects.singlecells import is_single_cells
 
     head = _head(path)
-    if head.startswith(_SQLITE_MAGIC):
+    if head.startswith(magic.SQLITE):
         yield from [Layout.CELLPROFILER_SQLITE] if is_cellprofiler_sqlite(path) else []
-    elif head.startswith(_PARQUET_MAGIC):
+    elif head.startswith(magic.PARQUET):
         yield from [Layout.SINGLE_CELLS] if is_single_cells(path) else []
     elif _is_xml(head):
         yield from [Layout.HARMONY] if is_harmony(path) else []
@@ -259,9 +258,9 @@ def _further_down(folder: Path) -> str:
 
 def _unknown_file(path: Path) -> BadTableError:
     head = _head(path)
-    if head.startswith(_SQLITE_MAGIC):
+    if head.startswith(magic.SQLITE):
         return BadTableError(f"{path.name} is an SQLite file without the tables of CellProfiler.")
-    if head.startswith(_PARQUET_MAGIC):
+    if head.startswith(magic.PARQUET):
         return BadTableError(
             f"{path.name} is Parquet, but not of single cells: it needs Metadata_Plate, "
             "Metadata_Well and features. Force it with --layout single-cells."

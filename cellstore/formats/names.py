@@ -11,6 +11,21 @@ from ..errors import UserInputError
 ROWS, COLUMNS = 32, 48
 """Rows and columns of a 1536-well plate, the largest there is."""
 
+PLANE_COLUMNS = (
+    "Metadata_PlaneID",
+    "Metadata_Plane",
+    "Metadata_Z",
+    "Metadata_ZIndex",
+)
+TIME_COLUMNS = (
+    "Metadata_TimepointID",
+    "Metadata_Timepoint",
+    "Metadata_T",
+    "Metadata_Time",
+)
+"""Columns with the plane and the time point of a field, as a whole number; the first that says it
+counts."""
+
 _REMEMBERED = 32_768
 """File names kept parsed: the same names come back with every plate (384 x 9 x 5 = 17,280)."""
 
@@ -24,17 +39,6 @@ _PHENIX = re.compile(
     r"(?P<suffix>\.[a-z]{3,4})?",
     re.IGNORECASE | re.ASCII,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class WellName:
-    """A well by its numbers, both from 1; ``str()`` gives 'A01'."""
-
-    row: int
-    column: int
-
-    def __str__(self) -> str:
-        return format_well(self.row, self.column)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from ..terms import Control, Perturbation
 
+LONGEST = 255
+"""Characters of a name that every database and file system can keep."""
+
 
 class FileRef(NamedTuple):
     """One channel of an image, as a table names it.

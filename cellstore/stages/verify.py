@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from itertools import chain, groupby
 from typing import Any
 
@@ -14,6 +15,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder, sha256_of
+from ..db.bulk import in_lists
 from ..db.models import (
     Artifact,
     Cell,
@@ -22,6 +24,7 @@ from ..db.models import (
     Image,
     Plate,
     RecipeInput,
+    Run,
     Segmentation,
     Well,
 )
@@ -30,6 +33,7 @@ from ..formats.files.images import decode_tiff
 from ..progress import track
 from ..reading.featuresets import FileFacts, stream_ids
 from ..runs import Workspace
+from ..terms import Status
 
 BATCH = 500
 GRACE_MINUTES = 10.0
@@ -80,7 +84,7 @@ def verify(
     younger than ``minutes`` are left alone, as a running command may be about to name them.
     """
     # The folder is listed before the rows are read: what a running command adds is no orphan.
-    before = time.time() - 60 * minutes
+    before = min(time.time() - 60 * minutes, _oldest_running(workspace))
     there = list(workspace.artifacts.walk())
     files, problems = _check_files(workspace)
     broken = {problem.path for problem in problems}
@@ -98,6 +102,20 @@ def verify(
         removed=removed,
         feature_files=features,
     )
+
+
+def _oldest_running(workspace: Workspace) -> float:
+    """Return when the oldest run began that may still be about to name its files.
+
+    A run of more than a day ago was killed: nothing closed it.
+    """
+    now = datetime.now(UTC)
+    query = select(func.min(Run.started_at)).where(
+        Run.status == Status.RUNNING, Run.started_at > now - timedelta(days=1)
+    )
+    with workspace.database.read() as session:
+        found = session.scalar(query)
+    return (found or now).timestamp()
 
 
 def _check_files(workspace: Workspace) -> tuple[int, list[Problem]]:
@@ -270,14 +288,16 @@ def _features_reason(
 def _cells_among(workspace: Workspace, recipe_id: int, ids: NDArray[np.int64]) -> int:
     """How many of these ascending ids are cells of the segmentations that the set is of."""
     source = select(RecipeInput.input_id).where(RecipeInput.recipe_id == recipe_id)
-    query = (
-        select(Cell.id)
-        .join(Segmentation, Segmentation.id == Cell.segmentation_id)
-        .where(Segmentation.recipe_id.in_(source))
-        .where(Cell.id.between(int(ids[0]), int(ids[-1])))
-    )
+    of_recipe = select(Segmentation.id).where(Segmentation.recipe_id.in_(source))
+    there = select(Cell.id, Cell.segmentation_id).where(Cell.id.between(int(ids[0]), int(ids[-1])))
+    # Cells first, then their segmentations: a join would walk all cells of the recipe, each time.
     with workspace.database.read() as session:
-        return int(np.isin(ids, list(session.scalars(query))).sum())
+        homes = {row.id: row.segmentation_id for row in session.execute(there)}
+        right: set[int] = set()
+        for some in in_lists(set(homes.values())):
+            right.update(session.scalars(of_recipe.where(Segmentation.id.in_(some))))
+    cells = [cell for cell, home in homes.items() if home in right]
+    return int(np.isin(ids, cells).sum())
 
 
 def _unnamed(workspace: Workspace, there: list[str]) -> list[str]:

@@ -59,6 +59,7 @@ def upgrade() -> None:
     )
     with op.batch_alter_table("feature_sets") as batch:
         batch.alter_column("storage", existing_type=sa.String(length=20), server_default=None)
+    op.create_index(op.f("ix_treatments_identifier"), "treatments", ["identifier"])
     # A name that SQL can use without quotes.
     op.execute("UPDATE feature_sets SET name = replace(name, '-', '_') WHERE name LIKE 'basic-%'")
     may_be_unknown(nullable=True)
@@ -77,6 +78,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Go back; what has no place in the old schema must not be there."""
     op.drop_index(op.f("uq_segmentations_of_unknown_bytes"), "segmentations")
+    op.drop_index(op.f("ix_treatments_identifier"), "treatments")
     targets(sa.Text(), sa.String(length=255))
     may_be_unknown(nullable=False)
     op.drop_table("well_changes")
@@ -200,7 +202,7 @@ def new_tables() -> None:
         refers("run_id"),
         sa.Column("severity", sa.String(length=20), nullable=False),
         sa.Column("file", sa.Text(), nullable=False),
-        sa.Column("line", sa.Integer(), nullable=True),
+        sa.Column("line", BIG_ID, nullable=True),
         sa.Column("reason", sa.String(length=255), nullable=False),
         sa.Column("detail", sa.Text(), nullable=False),
         foreign("ingest_issues", "run_id", "runs"),
@@ -215,7 +217,7 @@ def new_tables() -> None:
         refers("old_treatment_id", nullable=True),
         refers("new_treatment_id", nullable=True),
         sa.Column("file", sa.Text(), nullable=False),
-        sa.Column("line", sa.Integer(), nullable=True),
+        sa.Column("line", BIG_ID, nullable=True),
         sa.Column("changed_at", sa.DateTime(timezone=True), nullable=False),
         foreign("well_changes", "run_id", "runs"),
         foreign("well_changes", "well_id", "wells"),

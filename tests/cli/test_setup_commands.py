@@ -5,7 +5,10 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from cellstore.formats.files.images import encode_tiff
 
 
 def test_init_makes_a_store_and_keeps_an_existing_one(cellstore):
@@ -109,6 +112,26 @@ def test_a_dry_run_needs_no_store(cellstore, tmp_path):
     assert "dry run" in said.err
     found = cellstore("ingest", "images", "--dry-run", "--json").json
     assert [row["well"] for row in found["files"]] == ["A02", "A02"]
+
+
+def test_a_dry_run_of_masks_looks_for_their_images(cellstore, store, tmp_path):
+    pixels = np.zeros((32, 32), np.uint16)
+    pixels[2:9, 2:9] = 7
+    (tmp_path / "outlines").mkdir()
+    for name in ("r01c01f01p01-ch1sk1fk1fl1_cp_masks.tif", "absent_cp_masks.tif"):
+        (tmp_path / "outlines" / name).write_bytes(encode_tiff(pixels))
+    words = ("ingest", "masks", "outlines", "--dry-run", "--store", store)
+    said = cellstore(*words, code=1)
+    assert "no such image" in said.out
+    assert "dry run" in said.err
+    found = cellstore(*words, "--json", code=1).json
+    assert [(row["plate"], row["well"], row["cells"]) for row in found["files"]] == [
+        ("P1", "A01", 1)
+    ]
+    question = "SELECT count(*) AS n FROM runs WHERE stage = 'ingest'"
+    before = cellstore("sql", question, "--store", store, "--json").json
+    cellstore(*words, code=1)
+    assert cellstore("sql", question, "--store", store, "--json").json == before
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ def test_sqlite_checks_what_it_is_told_to(sqlite_workspace: Workspace):
         "foreign_keys": 1,
         "journal_mode": "wal",
         "synchronous": 1,
-        "busy_timeout": 120_000,
+        "busy_timeout": 300_000,
     }
 
 

@@ -98,3 +98,5 @@ def test_broken_references_are_told_and_nothing_changes(old):
     with pytest.raises(SchemaError, match="refer to rows that are not there"):
         migrate.upgrade(old)
     assert migrate.current(old) == "0001"
+    with old.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1

@@ -178,6 +178,26 @@ def test_names_that_are_paths_elsewhere_are_refused(tmp_path: Path) -> None:
     assert [item.reason for item in found] == ["name not understood"] * 2
 
 
+@pytest.mark.parametrize("name", [b"P/A01_\xff.tif", b"P\xff/A01.tif"])
+def test_names_that_are_not_utf_8_are_refused_in_words_that_are(
+    tmp_path: Path, name: bytes
+) -> None:
+    odd = tmp_path / os.fsdecode(name)
+    try:
+        odd.parent.mkdir()
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    make(tmp_path, str(odd), "P/A02.tif")
+    odd.with_suffix(".t\udcff").touch()
+    found = read_folder(tmp_path, PATTERN, pattern=r"(?P<well>A\d\d)")
+    refused, good = sorted(found, key=lambda item: isinstance(item, ImageRecord))
+    assert isinstance(refused, Refusal)
+    assert isinstance(good, ImageRecord)
+    assert (refused.reason, good.column) == ("name not understood", 2)
+    assert "?" in refused.detail
+    "".join([refused.detail, *found.notes]).encode()
+
+
 def test_a_well_is_told_before_the_next_one_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

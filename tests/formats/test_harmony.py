@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -339,6 +340,18 @@ def test_every_image_is_in_a_record_or_refused(
     items = list(read_harmony(path))
     counts = [len(item.files) if isinstance(item, ImageRecord) else 1 for item in items]
     assert sum(counts) == len(changes)
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_in_words_that_are(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    (refused,) = read_harmony(index(folder, [image(1)]))
+    assert isinstance(refused, Refusal)
+    assert refused.reason == "folder name not understood"
+    assert refused.detail.encode()
 
 
 @pytest.mark.real

@@ -295,6 +295,63 @@ def test_plane_and_time_point_from_columns_or_file_name(tmp_path: Path) -> None:
     assert (image.plane, image.time_point) == (7, 0)
 
 
+@pytest.mark.parametrize(
+    "column", ["Metadata_PlaneID", "Metadata_Plane", "Metadata_Z", "Metadata_ZIndex"]
+)
+def test_columns_of_planes(tmp_path: Path, column: str) -> None:
+    rows = [LOADDATA | {column: plane} for plane in ("0", "1", "2.0")]
+    found = read(table(tmp_path, *rows))
+    assert [item.plane for item in found if isinstance(item, ImageRecord)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "column", ["Metadata_TimepointID", "Metadata_Timepoint", "Metadata_T", "Metadata_Time"]
+)
+def test_columns_of_time_points(tmp_path: Path, column: str) -> None:
+    found = read(table(tmp_path, LOADDATA | {column: "3"}, LOADDATA | {column: "4"}))
+    assert [item.time_point for item in found if isinstance(item, ImageRecord)] == [3, 4]
+    refused = only_refusal(table(tmp_path, LOADDATA | {column: "48h"}))
+    assert (refused.reason, refused.detail) == ("not a whole number", f"{column} is '48h'")
+
+
+def named_files(path: Path) -> list[list[str]]:
+    found = read(path)
+    assert not [item for item in found if isinstance(item, Refusal)]
+    return [[file.name for file in item.files] for item in found if isinstance(item, ImageRecord)]
+
+
+def test_frames_of_cellprofiler_are_pages(tmp_path: Path) -> None:
+    row = LOADDATA | {"FileName_OrigER": "dna.tif", "Frame_OrigDNA": "0", "Frame_OrigER": "1"}
+    assert named_files(table(tmp_path, row)) == [["dna.tif#page=1", "dna.tif#page=2"]]
+
+
+def test_the_first_plane_of_a_stack_is_its_first_page(tmp_path: Path) -> None:
+    rows = [LOADDATA | {"Frame_OrigDNA": frame, "Metadata_Z": frame} for frame in ("0", "1.0")]
+    assert named_files(table(tmp_path, *rows)) == [["dna.tif#page=1"], ["dna.tif#page=2"]]
+
+
+def test_frames_of_files_of_one_page_change_no_name(tmp_path: Path) -> None:
+    more = {"FileName_OrigER": "er.tif", "Frame_OrigER": "", "Series_OrigER": "0"}
+    rows = [LOADDATA | more | {"Frame_OrigDNA": frame} for frame in ("0", "0.0", "")]
+    assert named_files(table(tmp_path, *rows)) == [["dna.tif", "er.tif"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"Frame_OrigDNA": "-1"}, "not a whole number"),
+        ({"Frame_OrigDNA": "one"}, "not a whole number"),
+        ({"Frame_OrigDNA": "1000000"}, "no such page"),
+        ({"Series_OrigDNA": "1"}, "another series of a file"),
+        ({"Frame_OrigDNA": "1", "FileName_OrigDNA": "x" * 250 + ".tif"}, "name too long"),
+    ],
+)
+def test_frames_and_series_that_cannot_be_used(
+    tmp_path: Path, change: dict[str, str], reason: str
+) -> None:
+    assert only_refusal(table(tmp_path, LOADDATA | change)).reason == reason
+
+
 def test_a_repeated_column_matters_only_where_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "images.csv"
     header, values = ",".join(LOADDATA), ",".join(LOADDATA.values())

@@ -24,7 +24,6 @@ from cellstore.formats.files.images import (
     probe,
     project,
     read_plane,
-    recorded_path,
 )
 from cellstore.terms import Projection
 
@@ -256,14 +255,6 @@ def test_other_bytes_than_those_seen_are_refused(tmp_path: Path) -> None:
 def test_the_image_folder_must_exist(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="is not a folder"):
         ImageFolder(tmp_path / "absent")
-
-
-def test_images_at_the_place_that_the_table_names(tmp_path: Path) -> None:
-    make(tmp_path, "a.tif", "secret.txt", "deep/b.tif")
-    assert recorded_path(f"{tmp_path}/", "a.tif") == tmp_path / "a.tif"
-    places = [(str(tmp_path), "x.tif"), (str(tmp_path), "secret.txt"), (None, "a.tif")]
-    places += [(str(tmp_path), "deep/b.tif"), ("images/", "a.tif"), ("/" + "x" * 5000, "a.tif")]
-    assert [recorded_path(*place) for place in places] == [None] * 6
 
 
 def test_names_that_are_paths_are_not_safe() -> None:

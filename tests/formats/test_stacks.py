@@ -17,7 +17,6 @@ from cellstore.formats.files.images import (
     is_safe_name,
     probe,
     read_plane,
-    recorded_path,
 )
 from cellstore.formats.files.pixels import has_more_pages
 from cellstore.formats.files.places import page_name
@@ -203,8 +202,6 @@ def test_pages_are_found_in_folders(tmp_path: Path) -> None:
     found = ImageFolder(tmp_path).find(name)
     assert found == path.with_name("Stack.TIF#page=2")
     assert int(read_plane(found).max()) == 2
-    assert recorded_path(str(path.parent), "Stack.TIF#page=1") == path.with_name("Stack.TIF#page=1")
-    assert recorded_path(str(path.parent), "absent.tif#page=1") is None
 
 
 @settings(

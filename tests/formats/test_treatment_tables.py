@@ -46,7 +46,9 @@ def reasons(rows: Iterable[object]) -> list[tuple[int, str]]:
         ("WellRow WellCol well_position gene_name genotype", ["platemap"]),
         ("broad_sample pert_iname smiles", ["treatment-table"]),
         ("broad_sample gene control_type", ["treatment-table"]),
-        ("Metadata_broad_sample Metadata_target", ["treatment-table"]),
+        # A table of a split names samples and targets, too; it must not rename a screen.
+        ("Metadata_broad_sample Metadata_target", []),
+        ("Metadata_broad_sample pert_iname Metadata_split", []),
         ("broad_sample gene Metadata_Well", []),
         ("broad_sample pert_iname FileName_OrigDNA", []),
         ("Metadata_Source Metadata_Batch Metadata_Plate Metadata_PlateType", ["jump-plates"]),

@@ -191,6 +191,18 @@ def test_odd_texts_are_exact_unless_a_spreadsheet_is_meant(
         export(workspace, tmp_path / "a.parquet", for_spreadsheet=True)
 
 
+def test_names_of_features_are_harmless_for_a_spreadsheet_too(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    make = Factory(workspace)
+    image = make.image(make.well(make.plate(), 1, 1))
+    imported(make, image, pa.table({'=HYPERLINK("x")': [1.0]}), "odd")
+    out = tmp_path / "safe.csv"
+    export(workspace, out, format=ExportFormat.CSV, features="odd", for_spreadsheet=True)
+    with out.open(newline="", encoding="utf-8") as file:
+        assert next(csv.reader(file))[-1] == '\'=HYPERLINK("x")'
+
+
 def imported(make: Factory, image: Image, values: pa.Table, name: str = "profiles") -> FeatureSet:
     """Cells of another tool, and a feature set of theirs in one Parquet file."""
     segment = make.recipe(Stage.SEGMENT, parameters={"imported": "test", "name": name})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from itertools import count as numbers
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from cellstore.db.models import (
 from cellstore.errors import CellstoreError, UserInputError
 from cellstore.runs import Workspace
 from cellstore.stages.ingest import IngestResult, UndoneError, ingest, preview
+from cellstore.stages.ingest.account import FileIdentity
 from cellstore.terms import Look, Severity, Status
 
 
@@ -135,20 +137,69 @@ def test_a_name_that_no_database_holds_is_refused(workspace: Workspace, tmp_path
 
 
 def test_a_batch_that_the_database_refuses_loses_only_its_bad_rows(
-    sqlite_workspace: Workspace, tmp_path: Path
+    workspace: Workspace, tmp_path: Path
 ) -> None:
-    with sqlite_workspace.database.begin() as session:
-        session.execute(
-            text(
-                "CREATE TRIGGER refuse BEFORE INSERT ON images WHEN NEW.site = 3 "
-                "BEGIN SELECT RAISE(ABORT, 'not this one'); END"
-            )
-        )
-    table = write_table(tmp_path / "t.csv", [loaddata(site) for site in (1, 2, 3, 4)])
-    result = ingest(sqlite_workspace, table)
+    # Such an index takes one image of each site: a refusal as a database gives it.
+    with workspace.database.begin() as session:
+        session.execute(text("CREATE UNIQUE INDEX one_of_each ON images (site)"))
+    rows = [loaddata(site) for site in (1, 2, 3)]
+    other = {key: value.replace("r01c02", "r01c03") for key, value in loaddata(2).items()}
+    rows.insert(2, {**other, "Metadata_Well": "A03", "Metadata_pert_iname": "aloxistatin"})
+    result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
     assert (result.rows, result.created, result.refused) == (4, 3, 1)
     assert [(item.line, item.reason) for item in result.issues] == [(4, "the database refuses it")]
-    assert count(sqlite_workspace, Image) == 3
+    assert (count(workspace, Image), result.plates, result.images) == (3, 1, 3)
+
+
+def test_two_files_for_one_field_and_channel_are_not_mixed(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    other = {
+        key: value.replace("p01", "p02") if key.startswith("FileName") else value
+        for key, value in loaddata(1).items()
+    }
+    rows = [{**row, "Metadata_Depth": str(place)} for place, row in enumerate([loaddata(1), other])]
+    for row in rows:
+        row.update({"Metadata_PlaneID": "1"})
+    result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
+    assert (result.created, result.refused, balanced(result)) == (1, 1, True)
+    assert "same field twice" in result.issues[0].reason
+    with workspace.database.read() as session:
+        assert all("p01" in name for name in session.scalars(select(ImageFile.name)))
+
+
+def test_strict_holds_for_a_table_that_was_read_less_strictly(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1), bad_row(2)])
+    assert ingest(workspace, table).refused == 1
+    with pytest.raises(UndoneError):
+        ingest(workspace, table, IngestParams(strict=True))
+
+
+def test_a_folder_whose_tables_changed_is_not_the_same(tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    table = tmp_path / "tables" / "Cells.csv"
+    table.write_text("a\n1.50\n")
+    before = FileIdentity.of(tmp_path / "tables")
+    moment = table.stat().st_mtime_ns
+    table.write_text("a\n9.50\n")
+    os.utime(table, ns=(moment, moment))
+    assert FileIdentity.of(tmp_path / "tables").sha256 != before.sha256
+
+
+def test_another_batch_of_a_plate_is_told(workspace: Workspace, tmp_path: Path) -> None:
+    rows = [{**loaddata(1), "Metadata_Batch": "B1"}]
+    ingest(workspace, write_table(tmp_path / "t.csv", rows))
+    rows = [{**loaddata(1), "Metadata_Batch": "B2"}]
+    result = ingest(workspace, write_table(tmp_path / "u.csv", rows))
+    assert [item.reason for item in result.of(Severity.PROBLEM)] == ["another batch"]
+
+
+def test_a_layout_of_another_kind_than_the_word_is_refused(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1)])
+    with pytest.raises(UserInputError, match="Leave the word 'features' or the layout away"):
+        preview(table, IngestParams(kind="features", layout="loaddata"))
 
 
 def test_a_source_of_another_kind_than_named_is_one_sentence(
@@ -255,3 +306,47 @@ def test_no_row_of_a_random_table_is_lost(
     with sqlite_workspace.database.begin() as session:
         for model in (ImageFile, Image, Well):
             session.execute(delete(model))
+
+
+def test_one_file_is_one_channel(workspace: Workspace, tmp_path: Path) -> None:
+    ingest(workspace, write_table(tmp_path / "t.csv", [loaddata(1)]))
+    row = loaddata(1)
+    renamed = {key.replace("OrigRNA", "OrigMito"): value for key, value in row.items()}
+    result = ingest(workspace, write_table(tmp_path / "u.csv", [renamed]))
+    assert [item.reason for item in result.of(Severity.SUSPICIOUS)] == [
+        "one file under two channels"
+    ]
+    assert count(workspace, ImageFile) == 2
+
+
+def test_what_another_table_updated_since_stays_and_is_told(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    first = write_table(tmp_path / "t.csv", [loaddata(1)])
+    ingest(workspace, first)
+    elsewhere = IngestParams(maps=(("/somewhere", "/there"),))
+    moved = ingest(workspace, first, elsewhere)
+    assert moved.updated == 1
+    again = ingest(workspace, first)
+    assert (again.unchanged, again.notes[0][: len("Run 2 has updated")]) == (1, "Run 2 has updated")
+    reread = ingest(workspace, first, IngestParams(reread=True))
+    assert reread.updated == 1
+    with workspace.database.read() as session:
+        assert {file.uri for file in session.scalars(select(ImageFile))} == {
+            f"/somewhere/else/r01c02f01p01-ch{number}sk1fk1fl1.tiff" for number in (1, 2)
+        }
+
+
+def test_a_plane_that_the_table_says_is_a_plane(workspace: Workspace, tmp_path: Path) -> None:
+    rows = [
+        {
+            "FileName_OrigDNA": f"z{plane}.tif",
+            "Metadata_Plate": "P1",
+            "Metadata_Well": "A01",
+            "Metadata_Site": "1",
+            "Metadata_Z": str(plane),
+        }
+        for plane in (1, 2, 3)
+    ]
+    result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
+    assert (result.created, result.refused) == (3, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from realdata import real_data
 from skimage.measure import regionprops
 from sqlalchemy import func, select
 
-from cellstore.config import ImageInput
+from cellstore.config import ImageInput, IngestParams
 from cellstore.db.models import (
     Artifact,
     Cell,
@@ -32,7 +33,9 @@ from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.formats.files.images import decode_tiff, probe
 from cellstore.ops.features import FEATURES
 from cellstore.runs import Workspace
+from cellstore.stages.ingest import preview
 from cellstore.stages.ingest.account import Account, UndoneError
+from cellstore.stages.ingest.masks.matching import NoMatch
 from cellstore.stages.ingest.masks.stage import MasksResult, ingest_masks, plan_masks
 from cellstore.stages.measure import measure
 from cellstore.terms import Projection, Severity, Stage
@@ -298,13 +301,52 @@ def test_a_plan_says_what_each_file_would_become(bench: Bench) -> None:
     bench.save("a_MaskNuclei.tif")
     bench.save("x_mask.tif")
     first, second = plan_masks(bench.workspace, bench.masks)
-    assert (first.file, first.image, first.kind, first.cells) == (
+    assert (first.file, str(first.image), first.kind, first.cells) == (
         *("a_MaskNuclei.tif", "P1/A01/1", "nuclei"),
         4,
     )
-    assert second.image is None
-    assert "no such image" in (second.reason or "")
+    assert isinstance(second.image, NoMatch)
+    assert second.image.reason == "no such image"
     assert bench.count(Segmentation) == 0
+
+
+def test_a_plan_refuses_other_masks_of_the_same_image(bench: Bench) -> None:
+    bench.image("a.tif")
+    bench.save("a_label.tif")
+    bench.save("a_mask.tif", MASKS[::-1])
+    _, second = plan_masks(bench.workspace, bench.masks)
+    assert isinstance(second.image, NoMatch)
+    assert second.image.reason == "other masks are there"
+
+
+def test_a_dry_run_of_masks_shows_their_images(bench: Bench) -> None:
+    bench.image("a.tif", plane=2, time_point=3)
+    bench.save("a_MaskNuclei.tif")
+    bench.save("x_mask.tif")
+    params = IngestParams(kind="masks")
+    found = preview(bench.masks, params, bench.workspace)
+    assert (found.layout, found.rows, found.images, found.refused) == ("masks", 2, 1, 1)
+    assert (found.plates, found.wells) == ({"P1"}, {("P1", "A01")})
+    (row,) = found.files
+    assert (row.file, row.plate, row.well, row.site) == ("a_MaskNuclei.tif", "P1", "A01", 1)
+    assert (row.plane, row.time_point, row.objects, row.cells) == (2, 3, "nuclei", 4)
+    assert [(issue.file, issue.reason) for issue in found.issues] == [
+        ("x_mask.tif", "no such image")
+    ]
+    assert (bench.count(Segmentation), bench.count(IngestIssue)) == (0, 0)
+    with pytest.raises(UserInputError, match="--store"):
+        preview(bench.masks, params)
+
+
+def test_the_plates_of_the_images_are_told(bench: Bench) -> None:
+    bench.image("a.tif")
+    bench.image("b.tif", "P2")
+    bench.image("c.tif", "P3")
+    for name in ("b_mask.tif", "a_mask.tif", "x_mask.tif"):
+        bench.save(name)
+    plates = (bench.plates["P1"].id, bench.plates["P2"].id)
+    assert bench.ingest().plates == plates
+    assert bench.ingest().plates == plates
 
 
 @pytest.mark.parametrize(
@@ -402,6 +444,18 @@ def test_a_file_name_that_is_no_text_is_refused_like_any_other(bench: Bench) -> 
         pytest.skip("this file system takes no such names")
     bench.ingest()
     assert bench.refusals() == [("?_mask.tif", "no such image")]
+
+
+def test_a_damaged_file_whose_folder_is_no_text_is_refused(bench: Bench) -> None:
+    bench.image("a.tif")
+    folder = bench.masks / os.fsdecode(b"\xff")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    (folder / "a_mask.tif").write_bytes(b"II*")
+    bench.ingest()
+    assert bench.refusals() == [("?/a_mask.tif", "not a label image")]
 
 
 @pytest.mark.real

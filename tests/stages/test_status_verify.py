@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
+from datetime import UTC, datetime, timedelta
+
 from factories import Factory, small_screen
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from cellstore.db.models import (
     Artifact,
@@ -14,12 +18,13 @@ from cellstore.db.models import (
     Job,
     Prediction,
     Recipe,
+    Run,
     Well,
 )
 from cellstore.runs import Workspace
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
-from cellstore.terms import Stage, Status
+from cellstore.terms import ArtifactKind, Stage, Status
 
 
 def test_the_counts_are_those_of_the_tables(workspace: Workspace):
@@ -168,3 +173,21 @@ def test_a_cell_that_is_in_two_files_is_told_of_the_store(workspace: Workspace):
     make.feature_files("cp", cells[1:3], {"a": [8.0, 9.0]}, segment)
     reasons = [problem.reason for problem in verify(workspace).problems]
     assert reasons == ["feature set cp: 2 of its cells are in another file of the set, too"]
+
+
+def test_files_of_a_run_that_is_still_running_are_no_orphans(workspace: Workspace):
+    stored = workspace.artifacts.write(ArtifactKind.FEATURES, b"about to be named", ".parquet")
+    place = workspace.artifacts.locate(stored.path)
+    old = time.time() - 3600
+    os.utime(place, (old, old))
+    run = Factory(workspace).run(Stage.INGEST)
+    started = datetime.now(UTC) - timedelta(hours=2)
+    with workspace.database.begin() as session:
+        values = {"status": Status.RUNNING, "started_at": started, "ended_at": None}
+        session.execute(update(Run).where(Run.id == run.id).values(**values))
+    assert verify(workspace, fix=True).removed == 0
+    assert place.exists()
+    with workspace.database.begin() as session:
+        session.execute(update(Run).where(Run.id == run.id).values(status=Status.FAILED))
+    assert verify(workspace, fix=True).removed == 1
+    assert not place.exists()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ...errors import UserInputError
 from ...terms import PROJECTION_CHANNEL
 from ..names import core_file_name, parse_well
+from ..records import LONGEST
 
 PHENIX, CELLOMICS, WELLSITE, PATTERN = (
     "phenix-folder",
@@ -18,8 +19,9 @@ PHENIX, CELLOMICS, WELLSITE, PATTERN = (
     "pattern-folder",
 )
 
-MAX_NAME, MAX_PATH = 255, 1024
-"""Longer names and paths are not matched: a person's pattern may take very long on them."""
+MAX_PATH = 1024
+"""Longer paths, and names longer than ``LONGEST``, are not matched: a person's pattern may take
+very long on them."""
 
 _MAX_NUMBER = 1_000_000
 _SCAN_ID = re.compile(r"(?<![0-9])[0-9]{12}(?![0-9])", re.ASCII)
@@ -162,7 +164,7 @@ class NamePattern:
         Raises:
             UserInputError: a part of it is no well or no whole number.
         """
-        if len(name) > (MAX_PATH if self.wants_path else MAX_NAME):
+        if len(name) > (MAX_PATH if self.wants_path else LONGEST):
             return None
         match = self._expression.search(name)
         if match is None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ...errors import ImageError, UserInputError
 from ..files.images import SUFFIXES, is_inside, is_safe_name
-from ..files.places import page_name
+from ..files.places import page_name, writable
 from ..files.stacks import Stack, read_stack
 from ..records import FileRef, ImageRecord, Refusal
 from .channels import ChannelNames
@@ -156,8 +156,7 @@ class FolderImages(Iterator[ImageRecord | Refusal]):
             self._ignored.update(found.ignored)
             if found.problem is not None:
                 self._line += 1
-                reason, detail = found.problem
-                yield Refusal(self._line, reason, detail)
+                yield self._refusal(*found.problem)
             yield from self._of_folder(found)
         if not self._line:
             raise UserInputError(
@@ -178,8 +177,11 @@ class FolderImages(Iterator[ImageRecord | Refusal]):
                     well, fields = (told.plate, told.row, told.column), {}
                 self._add(fields, told, found.folder, name)
             except _RefusedError as refused:
-                yield Refusal(self._line, *refused.args)
+                yield self._refusal(*refused.args)
         yield from self._records(fields)
+
+    def _refusal(self, reason: str, detail: str) -> Refusal:
+        return Refusal(self._line, reason, writable(detail))
 
     def _records(self, fields: Mapping[_Key, _Field]) -> Iterator[ImageRecord]:
         for key, field in fields.items():
@@ -217,6 +219,9 @@ class FolderImages(Iterator[ImageRecord | Refusal]):
 
     def _told(self, folder: Path, name: str) -> ImageName:
         path = folder / name
+        if writable(str(path)) != str(path):
+            # A name that is not UTF-8 could not be found again by what the database keeps of it.
+            raise _RefusedError("name not understood", f"{path}: not UTF-8, rename it")
         if looks_like_a_mask(name):
             raise _RefusedError("looks like a mask", str(path))
         if not is_safe_name(name):
@@ -349,7 +354,7 @@ def _is_image(entry: os.DirEntry[str], root: Path) -> bool:
 def _kind(name: str) -> str:
     if name.startswith("."):
         return "hidden"
-    return _suffix(name) or "without a suffix"
+    return writable(_suffix(name)) or "without a suffix"
 
 
 def _suffix(name: str) -> str:

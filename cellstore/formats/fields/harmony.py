@@ -17,9 +17,9 @@ from xml.parsers import expat
 
 from ...errors import BadTableError, UserInputError
 from ..files.images import is_safe_name
-from ..files.places import join
+from ..files.places import join, writable
 from ..names import PhenixName, core_file_name, format_well
-from ..records import FileRef, ImageRecord, Refusal
+from ..records import LONGEST, FileRef, ImageRecord, Refusal
 from .channels import ChannelNames
 
 INDEX_NAMES = ("Index.idx.xml", "Index.xml")
@@ -209,12 +209,15 @@ class _Index:
     def _place(self, url: str) -> tuple[str, str]:
         url = url.replace("\\", "/")
         folder, _, name = url.rpartition("/")
-        if not is_safe_name(name) or len(name) > 255:
+        if not is_safe_name(name) or len(name) > LONGEST:
             raise _RefusedError("no image file", f"URL is {url[:100]!r}")
         if _ABSOLUTE.match(url):
             return folder or "/", name
         if self._folder is None:
             self._folder = _images_folder(self.path, url)
+        if writable(self._folder) != self._folder:
+            detail = f"{writable(self._folder)}: not UTF-8, rename it"
+            raise _RefusedError("folder name not understood", detail)
         return posixpath.normpath(join(self._folder, folder)), name
 
 

@@ -21,8 +21,11 @@ def read_loaddata(
     ``Metadata_Well`` (or ``Metadata_Row`` and ``Metadata_Col``), ``Metadata_Site``; optional
     ``Metadata_Batch`` and the treatment (``Metadata_pert_iname``, ``Metadata_target`` or
     ``Metadata_gene``, ``Metadata_broad_sample``, ``Metadata_control_type``). A channel whose
-    file name is empty was not taken. ``plate`` is needed only without ``Metadata_Plate``;
-    ``channels`` gives a channel, by its Phenix number or its name here, another name.
+    file name is empty was not taken. Plane and time point are read from the first of
+    ``names.PLANE_COLUMNS`` and ``names.TIME_COLUMNS`` that says it. ``Frame_*``: the page of a
+    file, from 0; rows with a ``Series_*`` above 0 are refused. ``plate`` is needed only
+    without ``Metadata_Plate``; ``channels`` gives a channel, by its Phenix number or its name
+    here, another name.
 
     Raises:
         BadTableError: a column is missing.

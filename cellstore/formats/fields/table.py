@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from operator import itemgetter
 from typing import NamedTuple
 
-from ...errors import BadTableError, UnknownNameError, UserInputError
+from ...errors import UnknownNameError, UserInputError
 from ..files.images import is_safe_name
-from ..names import PhenixName, core_file_name, format_well, parse_well
-from ..records import FileRef, ImageRecord, Refusal, TreatmentRecord
-from ..text.tables import TableRow, TextTable, cell_text, nearest_columns
+from ..files.places import page_name
+from ..names import (
+    PLANE_COLUMNS,
+    TIME_COLUMNS,
+    PhenixName,
+    core_file_name,
+    format_well,
+    parse_well,
+)
+from ..records import LONGEST, FileRef, ImageRecord, Refusal, TreatmentRecord
+from ..text.tables import TableRow, TextTable, cell_text
 from ..treatments.cells import TREATMENT_COLUMNS, treatment_of
-
-FILE_PREFIX = "FileName_"
-FOLDER_PREFIX = "PathName_"
-ORIGINAL = "Orig"
-"""JUMP names raw images ``FileName_OrigDNA`` and flat fields ``FileName_IllumDNA``."""
+from .columns import Cells, Channel, ColumnGroup, RowRefusedError, image_channels
 
 _FIRST = 1
-_MAX_NUMBER = 1_000_000
-_NAME_LENGTH, _PATH_LENGTH = 255, 2_000
-"""What file systems allow for a name, and what the index of a database can hold."""
+_PATH_LENGTH = 2_000
+"""What the index of a database can hold."""
 
 _REMEMBERED = 16_384
 """Fields of view kept worked out: they come back with every plate (1,536 wells x 9 sites)."""
@@ -34,72 +36,6 @@ _new = tuple.__new__
 _PLATE, _BATCH = "Metadata_Plate", "Metadata_Batch"
 _WELL = ("Metadata_Well", "Metadata_Row", "Metadata_Col", "Metadata_Column")
 _SITE = ("Metadata_Site", "Metadata_FieldID")
-_PLANE = ("Metadata_PlaneID", "Metadata_Plane")
-_TIME_POINT = ("Metadata_TimepointID", "Metadata_Timepoint")
-
-
-class RowRefusedError(Exception):
-    """One row cannot be used. Never leaves this package: it becomes a ``Refusal``."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """A channel by the name that its files get, and the columns of its file and folder names."""
-
-    name: str
-    file: str
-    folder: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Cells:
-    """Some cells of a row, by the name of their column; missing values are None."""
-
-    cells: Sequence[str]
-    places: Mapping[str, int]
-
-    def get(self, *columns: str) -> str | None:
-        """Return the first of the columns that is there and has a value."""
-        for column in columns:
-            text = cell_text(self.cells, self.places.get(column))
-            if text is not None:
-                return text
-        return None
-
-    def whole(self, *columns: str) -> int | None:
-        """Return the value as a whole number; '3.0', as pandas writes integers, is 3."""
-        text = self.get(*columns)
-        if text is None:
-            return None
-        digits = text.removesuffix(".0")
-        significant = digits.lstrip("0") or "0"
-        if digits.isascii() and digits.isdigit() and len(significant) <= len(str(_MAX_NUMBER)):
-            number = int(significant)
-            if number <= _MAX_NUMBER:
-                return number
-        raise RowRefusedError("not a whole number", f"{columns[0]} is {text!r}")
-
-
-class ColumnGroup:
-    """Those of ``columns`` that a table has; ``pick`` takes their cells out of a row at once."""
-
-    def __init__(self, table: TextTable, columns: Sequence[str]) -> None:
-        found = {column: table.position(column) for column in dict.fromkeys(columns)}
-        present = {column: place for column, place in found.items() if place is not None}
-        self.pick = _picker(tuple(present.values()))
-        self._places = {column: number for number, column in enumerate(present)}
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def named(self, picked: tuple[str, ...]) -> Cells:
-        """Return picked cells by the names of their columns."""
-        return Cells(picked, self._places)
 
 
 _NamedFile = tuple[str, int | None, str]
@@ -158,9 +94,11 @@ class _RowReader:
         files = [channel.file for channel in channels]
         folders = [channel.folder for channel in channels if channel.folder]
         self._in_plate = ColumnGroup(table, [_PLATE, _BATCH, *folders])
-        place = [*_WELL, *_SITE, *_PLANE, *_TIME_POINT]
+        place = [*_WELL, *_SITE, *PLANE_COLUMNS, *TIME_COLUMNS]
         self._in_place = ColumnGroup(table, place)
-        self._in_field = ColumnGroup(table, [*place, *files])
+        parts = [part for channel in channels for part in (channel.frame, channel.series) if part]
+        self._in_field = ColumnGroup(table, [*place, *files, *parts])
+        self._has_parts = bool(parts)
         self._in_treatment = ColumnGroup(table, TREATMENT_COLUMNS)
         remember = lru_cache(maxsize=_REMEMBERED)
         self._plate_of = remember(self._plate)
@@ -190,13 +128,16 @@ class _RowReader:
         if plate is None:
             raise RowRefusedError("no plate", f"{_PLATE} is empty")
         batch, folders = cells.get(_BATCH) or self._images.batch, self._folders(cells)
-        _check_length(_NAME_LENGTH, plate, batch)
+        _check_length(LONGEST, plate, batch)
         _check_length(_PATH_LENGTH, *folders)
         return plate, batch, folders
 
     def _field(self, picked: tuple[str, ...]) -> _Field:
         written = self._place_of(picked[: len(self._in_place)])
-        files, names = self._files(picked[len(self._in_place) :])
+        at = len(self._in_place)
+        files, names = self._files(picked[at : at + len(self._images.channels)])
+        if self._has_parts:
+            files = self._pages(self._in_field.named(picked), files)
         name = _common_name(names)
         place = (
             *_well(written.well, name),
@@ -212,8 +153,8 @@ class _RowReader:
         return _Place(
             _written_well(cells),
             cells.whole(*_SITE),
-            cells.whole(*_PLANE),
-            cells.whole(*_TIME_POINT),
+            cells.whole(*PLANE_COLUMNS),
+            cells.whole(*TIME_COLUMNS),
         )
 
     def _files(
@@ -226,7 +167,7 @@ class _RowReader:
             text = cell_text(picked, at)
             if text is None:
                 continue
-            _check_length(_NAME_LENGTH, text)
+            _check_length(LONGEST, text)
             if not is_safe_name(text):
                 raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
             name = core_file_name(text)
@@ -237,6 +178,18 @@ class _RowReader:
             files.append((at, (self._channel_name(channel, name.channel), name.channel, text)))
         _check_files([named[0] for _, named in files])
         return files, names
+
+    def _pages(
+        self, cells: Cells, files: Sequence[tuple[int, _NamedFile]]
+    ) -> list[tuple[int, _NamedFile]]:
+        """Return the files with their pages, in a row or channel that has others than the first."""
+        columns = [self._images.channels[at] for at, _ in files]
+        frames = [_frame(cells, column) for column in columns]
+        several = any(frames)
+        return [
+            (at, _on_page(named, frame) if several or column.paged else named)
+            for (at, named), column, frame in zip(files, columns, frames, strict=True)
+        ]
 
     def _channel_name(self, channel: Channel, number: int | None) -> str:
         return channel.name if number is None else self._images.numbers.get(number, channel.name)
@@ -282,46 +235,6 @@ def image_table(
     return ImageTable(table, renamed, plate, batch, needs_treatment, numbers)
 
 
-def image_channels(table: TextTable) -> tuple[Channel, ...]:
-    """Return the image channels of a table in the order of its columns.
-
-    Where there are ``FileName_Orig*`` columns, only these are images; flat fields
-    (``FileName_Illum*``) never are.
-
-    Raises:
-        BadTableError: there is no such column, or two of them are one channel.
-    """
-    names = [column for column in table.columns if column.startswith(FILE_PREFIX)]
-    original = [name for name in names if name.startswith(FILE_PREFIX + ORIGINAL)]
-    chosen = original or [name for name in names if not name.startswith(FILE_PREFIX + "Illum")]
-    if not chosen:
-        raise BadTableError(
-            f"{table.path.name} names no images: it has no column FileName_Orig<channel>. "
-            f"{nearest_columns([FILE_PREFIX + 'OrigDNA'], table.columns)}"
-        )
-    table.require(*chosen)
-    channels = tuple(_channel(table, column) for column in chosen)
-    _check_distinct(table, channels)
-    return channels
-
-
-def _check_distinct(table: TextTable, channels: tuple[Channel, ...]) -> None:
-    names = [channel.name.lower() for channel in channels]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise BadTableError(
-            f"{table.path.name} has two FileName columns for the channel {', '.join(repeated)}. "
-            "Remove or rename the one that is not meant."
-        )
-
-
-def _channel(table: TextTable, column: str) -> Channel:
-    suffix = column.removeprefix(FILE_PREFIX)
-    folder = FOLDER_PREFIX + suffix
-    name = suffix.removeprefix(ORIGINAL) or suffix
-    return Channel(name, column, folder if folder in table.columns else None)
-
-
 def _check_known(
     table: TextTable,
     found: Sequence[Channel],
@@ -353,18 +266,31 @@ def _is_number(key: str, names: Container[str]) -> bool:
     return key not in names and key.isascii() and key.isdigit() and len(key) <= 4
 
 
-def _picker(places: Sequence[int]) -> Callable[[Sequence[str]], tuple[str, ...]]:
-    if not places:
-        return lambda _cells: ()
-    if len(places) == 1:
-        return lambda cells: (cells[places[0]],)
-    return itemgetter(*places)
-
-
 def _check_length(limit: int, *texts: str | None) -> None:
     for text in texts:
         if text is not None and len(text) > limit:
             raise RowRefusedError("name too long", f"{text[:40]!r}... has {len(text)} characters")
+
+
+def _frame(cells: Cells, channel: Channel) -> int | None:
+    """Return the frame of a channel in a row, from 0; None where no column says it."""
+    series = cells.whole(channel.series) if channel.series else None
+    if series:
+        detail = f"{channel.series} is {series}: export each image of the file as one of its own"
+        raise RowRefusedError("another series of a file", detail)
+    return cells.whole(channel.frame) if channel.frame else None
+
+
+def _on_page(named: _NamedFile, frame: int | None) -> _NamedFile:
+    channel, number, name = named
+    if frame is None:
+        return named
+    try:
+        paged = page_name(name, frame + 1)
+    except UserInputError as error:
+        raise RowRefusedError("no such page", str(error)) from error
+    _check_length(LONGEST, paged)
+    return channel, number, paged
 
 
 def _check_files(channels: Sequence[str]) -> None:

@@ -261,23 +261,6 @@ class ImageFolder:
         return any(part == plate or part.startswith(plate + "__") for part in parents)
 
 
-def recorded_path(folder: str | None, name: str) -> Path | None:
-    """Return the image where a table's ``PathName_*`` says it is, if that is on this machine.
-
-    Only absolute folders count (a relative one is relative to a place that is not known), and only
-    names that are one file name with the suffix of an image.
-    """
-    if folder is None or not is_safe_name(name) or "\0" in folder:
-        return None
-    file, page = split_page(name)
-    path = Path(folder) / file
-    known = path.is_absolute() and path.suffix.lower() in SUFFIXES
-    try:
-        return _with_page(path, page) if known and path.is_file() else None
-    except OSError:  # a path too long, or a folder that may not be entered
-        return None
-
-
 def _with_page(path: Path, page: int | None) -> Path:
     return path if page is None else path.with_name(page_name(path.name, page))
 

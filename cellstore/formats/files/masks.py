@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ...errors import ImageError, UserInputError
 from .images import decode_tiff
+from .places import writable
 
 SUFFIXES = (".tif", ".tiff", ".png", ".npy")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -137,11 +138,6 @@ def _mask_file(path: Path, root: Path) -> MaskFile:
         stems.insert(0, stem)
     name = PurePosixPath(path.relative_to(root)).as_posix()
     return MaskFile(path, writable(name), tuple(dict.fromkeys(stems)), kind)
-
-
-def writable(text: str) -> str:
-    """Return a name of the file system as text that a database takes: odd bytes become '?'."""
-    return text.encode(errors="replace").decode()
 
 
 def _split(stem: str) -> tuple[str, str | None] | None:

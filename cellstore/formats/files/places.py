@@ -58,15 +58,6 @@ class PathMap:
             self._add(_plain(old.strip()), new.strip())
         self._olds = sorted(self._new, key=len, reverse=True)
 
-    @classmethod
-    def parse(cls, texts: Iterable[str]) -> PathMap:
-        """Return the map of texts like 'OLD=NEW'; the first '=' parts them.
-
-        Raises:
-            UserInputError: a text without '=', or as the constructor.
-        """
-        return cls(_pair(text) for text in texts)
-
     def _add(self, old: str, new: str) -> None:
         if not old or not new:
             raise UserInputError("A folder of --map is empty. Write --map /old/folder=/new/folder.")
@@ -84,13 +75,6 @@ class PathMap:
             if _begins(plain, old):
                 return _extended(self._new[old], plain[len(old) :])
         return folder
-
-
-def _pair(text: str) -> tuple[str, str]:
-    old, mark, new = text.partition("=")
-    if not mark:
-        raise UserInputError(f"{shown(text)} is no map. Write --map /old/folder=/new/folder.")
-    return old, new
 
 
 def _plain(folder: str) -> str:
@@ -136,6 +120,11 @@ def page_name(name: str, page: int) -> str:
     if not 1 <= page <= 999_999:
         raise UserInputError(f"{page} is no page of {name}. The first page is 1.")
     return f"{name}#page={page}"
+
+
+def writable(text: str) -> str:
+    """Return a name of the file system as text that a database takes: odd bytes become '?'."""
+    return text.encode(errors="replace").decode()
 
 
 def is_remote(uri: str) -> bool:

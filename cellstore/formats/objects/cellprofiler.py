@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -173,10 +173,8 @@ def _open_folder(path: Path, plate: str | None) -> ObjectSource:
     images = _csv_images(folder, plate)
     images.check_plate(path.name)
     chosen, note = _choose(_csv_columns(folder), path.name)
-    files = [
-        SourceFile(file.name, file.path, sum(row.file == file.name for row in images.rows))
-        for file in folder.images
-    ]
+    rows = Counter(row.file for row in images.rows)
+    files = [SourceFile(file.name, file.path, rows[file.name]) for file in folder.images]
     target = Path(tempfile.mkdtemp(prefix="cellstore-"))
     try:
         opened = _spooled(folder, images, chosen, files, target)

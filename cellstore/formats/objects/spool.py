@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.ipc
 
-from ...errors import BadTableError, StorageError, UserInputError
+from ...errors import BadTableError, StorageError, UserInputError, first_line
 from ..records import Refusal
 from .model import Integers, batch_rows, without_nan
 
@@ -261,7 +261,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"The temporary folder {path.parent.parent} cannot be written ({_first_line(error)}). "
+            f"The temporary folder {path.parent.parent} cannot be written ({first_line(error)}). "
             "Free some space there, or name another in TMPDIR."
         ) from error
 
@@ -289,15 +289,11 @@ class reading:  # noqa: N801 - a context manager is named like a function
         """
         if isinstance(error, gzip.BadGzipFile | EOFError | pa.ArrowInvalid | csv.Error):
             raise BadTableError(
-                f"{self._path} is damaged ({_first_line(error)}). Copy or export it again."
+                f"{self._path} is damaged ({first_line(error)}). Copy or export it again."
             ) from error
         if isinstance(error, OSError):
-            reason = error.strerror or _first_line(error)
+            reason = error.strerror or first_line(error)
             raise UserInputError(f"{self._path} cannot be read ({reason}).") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _lines(text: io.TextIOWrapper) -> Iterator[str]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ...terms import Control, Perturbation
-from ..records import Refusal, TreatmentRecord
+from ..records import LONGEST, Refusal, TreatmentRecord
 from ..text.tables import TableRow, TextTable, cell_text
-from .tables import LONGEST, TreatmentRow, flaw_of
+from .tables import TreatmentRow, flaw_of
 
 _ROLES = {"negcon": Control.NEGATIVE, "poscon": Control.POSITIVE, "trt": None, "empty": None}
 _KINDS = {

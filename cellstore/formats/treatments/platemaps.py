@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ...errors import BadTableError, UserInputError
 from ...terms import Control, Perturbation
+from ..files.places import writable
 from ..names import parse_well
 from ..records import Refusal, TreatmentRecord
 from ..text.tables import TableRow, TextTable, cell_text, open_table
@@ -132,10 +133,10 @@ def _read_maps(
     notes: list[str],
 ) -> None:
     table = open_table(path)
-    notes += [f"{path.name}: {note}" for note in table.notes]
+    notes += [f"{writable(path.name)}: {note}" for note in table.notes]
     genotypes = _check_columns(table, tables)
     if "seed_density" in table.columns:
-        notes.append(f"{path.name}: seed_density is not kept")
+        notes.append(f"{writable(path.name)}: seed_density is not kept")
     by_map: dict[str, list[_MapRow]] = defaultdict(list)
     for name, row in _rows(table, genotypes, issues):
         by_map[name or _stem(path)].append(row)

@@ -9,12 +9,9 @@ from typing import NamedTuple
 
 from ...errors import BadTableError
 from ...terms import Control, Perturbation
-from ..records import Refusal, TreatmentRecord
+from ..records import LONGEST, Refusal, TreatmentRecord
 from ..text.tables import TableRow, TextTable, cell_text, nearest_columns, open_table
 from .cells import DMSO, control_of, target_of
-
-LONGEST = 255
-"""Characters of a name that every database can keep."""
 
 PREFIX = "Metadata_"
 SAMPLE = "broad_sample"
@@ -67,7 +64,8 @@ def table_layouts(columns: Sequence[str]) -> list[str]:
 def _is_treatment_table(columns: Sequence[str], names: set[str]) -> bool:
     places = {"well_position", "Well", "Plate", "Row", "Col", "Site", "ImageNumber"}
     files = any(column.startswith(("FileName_", "Image_FileName_")) for column in columns)
-    described = bool(names & {"pert_iname", *TARGETS})
+    places |= {"split", "experiment_type"}  # tables of splits name samples and targets, too
+    described = bool(names & {"pert_iname", "gene"})
     return SAMPLE in names and described and not names & places and not files
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import Select, and_, func, select
 from sqlalchemy.orm import Session
 
 from ...artifacts import ArtifactFolder
+from ...db.bulk import in_lists
 from ...db.models import (
     Artifact,
     Cell,
@@ -73,6 +74,12 @@ class Reader:
         query = _images(self.exported, self.exported.plates).subquery()
         return self.session.scalar(select(func.sum(query.c.n_cells))) or 0
 
+    def count_plates(self) -> int:
+        """Return how many plates have cells."""
+        query = _images(self.exported, self.exported.plates)
+        plates = query.with_only_columns(func.count(Well.plate_id.distinct())).order_by(None)
+        return self.session.scalar(plates) or 0
+
     def batches(self, schema: pa.Schema, channels: Sequence[str]) -> Iterator[pa.Table]:
         """Yield all rows, in tables of ``schema``."""
         for images in self._groups():
@@ -94,11 +101,19 @@ class Reader:
         number = 0
         for plate in self.exported.plates:
             # The images of one plate are few enough to be held, so that no cursor stays open.
-            for row in self.session.execute(_images(self.exported, [plate])).all():
+            for row in self._images_of(plate):
                 number += 1
                 image_id, segmentation_id, n_cells, *values = row
                 facts = (plate.barcode, plate.batch, *map(_plain, values), number)
                 yield ImageFacts(image_id, segmentation_id, n_cells, facts)
+
+    def _images_of(self, plate: Plate) -> Iterator[Any]:
+        # By image, so that a plate costs its own images and not all segmentations of the recipe.
+        order = (Well.row, Well.column, Image.site, Image.plane, Image.time_point)
+        ids = select(Image.id).join(Well, Well.id == Image.well_id).where(Well.plate_id == plate.id)
+        query = _images(self.exported, [plate])
+        for some in in_lists(self.session.scalars(ids.order_by(*order)).all()):
+            yield from self.session.execute(query.where(Image.id.in_(some))).all()
 
     def _table(
         self, images: Sequence[ImageFacts], schema: pa.Schema, channels: Sequence[str]

@@ -81,7 +81,7 @@ def export(
         rows = _told(workspace, reader.batches(schema, channels), cells)
         write = partial(_write, format, schema, rows, cells, for_spreadsheet)
         write_whole(out, write)
-        return _result(out, format, exported, cells)
+        return _result(out, format, exported, cells, reader.count_plates())
 
 
 def _check(out: Path, form: ExportFormat, *, for_spreadsheet: bool, force: bool) -> None:
@@ -131,14 +131,16 @@ def _write(
         write_anndata(path, schema, batches, cells)
 
 
-def _result(out: Path, form: ExportFormat, exported: Exported, cells: int) -> ExportResult:
+def _result(
+    out: Path, form: ExportFormat, exported: Exported, cells: int, plates: int
+) -> ExportResult:
     return ExportResult(
         path=out,
         format=form.value,
         feature_set=exported.feature_set.name if exported.feature_set else None,
         segment_recipe=exported.segment_id,
         measure_recipe=exported.measure_id,
-        plates=len(exported.plates),
+        plates=plates,
         cells=cells,
         features=len(exported.features),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,8 @@ def write_csv(
 
     ``for_spreadsheet`` puts a ' before texts that a spreadsheet would run as a formula.
     """
+    if for_spreadsheet:
+        schema = _harmless(schema.empty_table()).schema
     with pc_csv.CSVWriter(path, schema) as writer:
         for batch in batches:
             writer.write_table(_harmless(batch) if for_spreadsheet else batch)
@@ -88,7 +91,8 @@ def _harmless(batch: pa.Table) -> pa.Table:
         if pa.types.is_string(field.type):
             texts = pc.replace_substring_regex(batch.column(index), f"({_FORMULA})", r"'\1")
             batch = batch.set_column(index, field, texts)
-    return batch
+    names = [re.sub(f"({_FORMULA})", r"'\1", name) for name in batch.column_names]
+    return batch.rename_columns(names)
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:

@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 from sqlalchemy.orm import Session
 
-from ...artifacts import CHUNK
+from ...artifacts import CHUNK, sha256_of
 from ...db.bulk import bulk_insert
 from ...db.models import IngestFile, IngestIssue
 from ...errors import CellstoreError
+from ...formats.files.places import writable
 from ...terms import Severity
 
 SHOWN = 1_000
 """Issues of a file that are kept in memory to be shown; table ``ingest_issues`` has them all."""
 
+_TABLES = (".csv", ".tsv", ".txt", ".xml", ".csv.gz", ".tsv.gz", ".txt.gz")
 _REASON_LENGTH = 255
 _ISSUE_COLUMNS = ("run_id", "severity", "file", "line", "reason", "detail")
 
@@ -55,7 +57,8 @@ class UndoneError(CellstoreError):
 class FileIdentity:
     """A file that is read: what it is called, its sha256 and size, about how many lines it has.
 
-    Of a folder: the sha256 over the names and sizes of all files below it, and their number.
+    Of a folder: the sha256 over the names of all files below it, with the bytes of those that are
+    tables and with the size and time of the others, and their number.
     """
 
     name: str
@@ -76,7 +79,7 @@ class FileIdentity:
                 digest.update(piece)
                 size += len(piece)
                 lines += piece.count(b"\n")
-        return cls(path.name, digest.hexdigest(), size, lines)
+        return cls(writable(path.name), digest.hexdigest(), size, lines)
 
     @classmethod
     def _of_folder(cls, path: Path) -> FileIdentity:
@@ -85,10 +88,22 @@ class FileIdentity:
             below.sort()
             for name in sorted(names):
                 found = Path(folder) / name
-                bytes_ = found.lstat().st_size
-                digest.update(f"{found.relative_to(path)}\t{bytes_}\n".encode(errors="replace"))
+                bytes_, state = _state(found)
+                line = f"{found.relative_to(path)}\t{state}\n"
+                digest.update(line.encode(errors="surrogateescape"))
                 size, files = size + bytes_, files + 1
-        return cls(path.resolve().name, digest.hexdigest(), size, files)
+        return cls(writable(path.resolve().name), digest.hexdigest(), size, files)
+
+
+def _state(path: Path) -> tuple[int, str]:
+    """Return the size of a file, and what changes when its content does."""
+    try:
+        found = path.stat()
+        if path.name.lower().endswith(_TABLES) and path.is_file():
+            return found.st_size, sha256_of(path)
+    except OSError:  # a link to nowhere, or a file that may not be read
+        return 0, "unreadable"
+    return found.st_size, f"{found.st_size} {found.st_mtime_ns}"
 
 
 class Mark(NamedTuple):

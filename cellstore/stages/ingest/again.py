@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import func, insert, literal, select
 from sqlalchemy.orm import Session
 
-from ...db.models import IngestIssue, Run, WellChange
+from ...db.bulk import in_lists
+from ...db.models import IngestIssue, Run, Well, WellChange
 from ...terms import Severity, Stage, Status
 from .account import SHOWN, Account, Issue
 
@@ -18,6 +19,7 @@ class Earlier:
     """The run that read the source, and what it said of it."""
 
     run_id: int
+    recipe_id: int
     result: dict[str, Any]
 
     @property
@@ -37,10 +39,10 @@ class Earlier:
 
 
 def find_earlier(session: Session, recipe_id: int) -> Earlier | None:
-    """Return the last run that read the very same files in the very same way, if it still holds.
+    """Return the last run that read the very same files in the very same way.
 
-    It does not where a well has got another treatment since: then the rows are read anew, and
-    what they say counts again.
+    What has been corrected since stays corrected: an old table that is ingested again, by habit or
+    by a clock, must not undo it.
     """
     query = select(Run).where(
         Run.recipe_id == recipe_id, Run.stage == Stage.INGEST, Run.status == Status.DONE
@@ -48,10 +50,33 @@ def find_earlier(session: Session, recipe_id: int) -> Earlier | None:
     run = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
     if run is None or run.result is None:
         return None
-    since = select(func.count()).select_from(WellChange).where(WellChange.run_id > run.id)
-    if session.scalar(since):
-        return None
-    return Earlier(run.id, run.result)
+    return Earlier(run.id, run.recipe_id, run.result)
+
+
+def corrected_since(session: Session, earlier: Earlier) -> int:
+    """Return how many wells of its plates have got another treatment since."""
+    query = select(func.count(WellChange.well_id.distinct())).join(Well)
+    later = query.where(WellChange.run_id > earlier.run_id)
+    return sum(
+        session.scalar(later.where(Well.plate_id.in_(some))) or 0
+        for some in in_lists(earlier.plates)
+    )
+
+
+def updated_since(session: Session, earlier: Earlier) -> int | None:
+    """Return the last run that updated rows of its plates since, by reading another source."""
+    query = select(Run.id, Run.result).where(
+        Run.stage == Stage.INGEST,
+        Run.status == Status.DONE,
+        Run.id > earlier.run_id,
+        Run.recipe_id != earlier.recipe_id,
+    )
+    plates = set(earlier.plates)
+    found = None
+    for run_id, result in session.execute(query.order_by(Run.id)):
+        if result and result.get("updated") and plates.intersection(result.get("plates", ())):
+            found = run_id
+    return found
 
 
 def repeat_issues(session: Session, earlier: Earlier, account: Account) -> None:

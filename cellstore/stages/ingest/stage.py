@@ -13,12 +13,12 @@ from ...config import ImageInput, IngestParams
 from ...db.bulk import one_ingest_at_a_time
 from ...db.models import Recipe
 from ...errors import UnknownNameError, UserInputError
-from ...formats.files.places import PathMap, shown
+from ...formats.files.places import PathMap, shown, writable
 from ...formats.layouts import Layout, SourceKind, detect
 from ...runs import RecipeSpec, RunHandle, Workspace, register, running
 from ...terms import Severity, Stage
 from .account import Account, FileIdentity, Issue, UndoneError
-from .again import Earlier, find_earlier, repeat_issues
+from .again import Earlier, corrected_since, find_earlier, repeat_issues, updated_since
 from .images.stage import (
     ImagesDone,
     ImageSource,
@@ -95,16 +95,22 @@ def layout_for(source: Path, params: IngestParams) -> Layout:
     """
     if not source.exists():
         raise UserInputError(f"There is no file or folder {source}. Check the path.")
-    if params.layout is not None:
-        return _named(params.layout)
-    if params.pattern is not None:
-        return Layout.PATTERN_FOLDER
-    return detect(source, SourceKind(params.kind) if params.kind else None)
+    kind = SourceKind(params.kind) if params.kind else None
+    if params.layout is None and params.pattern is None:
+        return detect(source, kind)
+    forced = _named(params.layout) if params.layout else Layout.PATTERN_FOLDER
+    if kind is not None and forced.kind is not kind:
+        raise UserInputError(
+            f"The layout {forced.value} is read as {forced.kind.value}, not as {kind.value}. "
+            f"Leave the word {kind.value!r} or the layout away."
+        )
+    return forced
 
 
 def _named(layout: str) -> Layout:
     if layout not in list(Layout):
-        raise UnknownNameError.of("layout", layout, [item.value for item in Layout])
+        known = ", ".join(item.value for item in Layout)
+        raise UnknownNameError(f"Unknown layout {layout!r}. Known: {known}.")
     return Layout(layout)
 
 
@@ -113,8 +119,7 @@ def _images(workspace: Workspace, source: ImageSource) -> IngestResult:
     recipe = _recipe(
         workspace, source.layout, source.params, [identity, *map(FileIdentity.of, source.files)]
     )
-    with workspace.database.read() as session:
-        earlier = find_earlier(session, recipe.id)
+    earlier = _earlier(workspace, recipe, source.params)
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
         if earlier is not None:
@@ -128,17 +133,39 @@ def _images(workspace: Workspace, source: ImageSource) -> IngestResult:
     return _result(run, source.layout, account, done)
 
 
+def _earlier(workspace: Workspace, recipe: Recipe, params: IngestParams) -> Earlier | None:
+    """Return the run that read the very same source before, if that is enough now."""
+    if params.reread:
+        return None
+    with workspace.database.read() as session:
+        earlier = find_earlier(session, recipe.id)
+    less_strict = earlier is not None and params.strict and earlier.refused
+    return None if less_strict else earlier
+
+
 def _again(
     workspace: Workspace, params: IngestParams, earlier: Earlier, account: Account
 ) -> ImagesDone:
     """Account for a source that was read whole before: only its files can have changed."""
     with workspace.database.begin() as session:
         repeat_issues(session, earlier, account)
+        corrected = corrected_since(session, earlier)
+        later = updated_since(session, earlier)
         images = images_of_plates(session, earlier.plates)
     changed = look_again(workspace, images, params, account)
     account.rows, account.refused = earlier.rows, earlier.refused
     account.updated = min(len(changed), earlier.rows - earlier.refused)
     account.unchanged = earlier.rows - earlier.refused - account.updated
+    if later:
+        account.notes.append(
+            f"Run {later} has updated images of these plates since this source was read first; "
+            "that stays. To let this source have the last word: --reread"
+        )
+    if corrected:
+        account.notes.append(
+            f"Wells corrected since this table was read first: {corrected:,}. They stay so. "
+            "What a well had: cellstore audit well PLATE/A01. To undo corrections: --reread"
+        )
     return summary(workspace, earlier.plates)
 
 
@@ -168,8 +195,7 @@ def _features(
 
     identity = FileIdentity.of(source)
     recipe = _recipe(workspace, layout, params, [identity])
-    with workspace.database.read() as session:
-        earlier = find_earlier(session, recipe.id)
+    earlier = _earlier(workspace, recipe, params)
     if earlier is not None:
         return _features_again(workspace, recipe, earlier, identity, layout)
     with running(workspace.database, recipe) as run:
@@ -204,6 +230,12 @@ def _features_again(
     layout: Layout,
 ) -> IngestResult:
     """Account for features that were read before: a feature set never changes."""
+    from .features.target import check_files
+
+    name = earlier.result["feature_set"]
+    if name is not None:
+        with workspace.database.read() as session:
+            check_files(session, workspace.artifacts, name)
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
         with workspace.database.begin() as session:
@@ -247,8 +279,8 @@ def _masks(workspace: Workspace, source: Path, params: IngestParams) -> IngestRe
             )
         with workspace.database.begin() as session:
             account.close(session, Layout.MASKS.value, identity)
-        run.result = {**_counts(account), "cells": done.cells, "plates": []}
-    result = _result(run, Layout.MASKS, account, ImagesDone((), 0, 0, 0))
+        run.result = {**_counts(account), "cells": done.cells, "plates": list(done.plates)}
+    result = _result(run, Layout.MASKS, account, summary(workspace, done.plates))
     return replace(result, cells=done.cells, segmentations=done.recipe_ids)
 
 
@@ -274,9 +306,9 @@ def _recipe(
 ) -> Recipe:
     named = [{"name": file.name, "sha256": file.sha256} for file in files]
     options = {
-        name: str(value) if isinstance(value, Path) else value
+        name: writable(str(value)) if isinstance(value, Path) else value
         for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "compounds", "look", "strict") and value
+        if name not in ("kind", "layout", "compounds", "look", "strict", "reread") and value
     }
     options["maps"] = [[old, shown(new)] for old, new in params.maps]
     parameters = {"layout": layout.value, "files": named, "options": options}

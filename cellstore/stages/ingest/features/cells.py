@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from ....db.bulk import bulk_insert, in_lists, take_ids
 from ....db.models import Artifact, Cell, FeatureFile, Segmentation
+from ....errors import StorageError
 from ....formats.objects.model import BOX, CENTRE, Integers, ObjectBatch, ObjectSource
 from ....runs import Workspace, attach, keep_file
 from .accounts import Accounts
@@ -197,6 +198,11 @@ class CellWriter:
 
     def _keep_files(self) -> None:
         for file in self._writer.files:
+            if not self._workspace.artifacts.locate(file.stored.path).is_file():
+                raise StorageError(
+                    f"The file {file.stored.path} was removed while it was written. Run the same "
+                    "command again."
+                )
             artifact = keep_file(self._session, file.stored)
             attach(self._session, self._run_id, artifact)
             row = FeatureFile(

@@ -12,8 +12,16 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ....analytics.views import views
-from ....db.models import METADATA, FeatureSet, Recipe, RecipeInput
-from ....errors import BadTableError, UserInputError
+from ....artifacts import ArtifactFolder
+from ....db.models import (
+    METADATA,
+    Artifact,
+    FeatureFile,
+    FeatureSet,
+    Recipe,
+    RecipeInput,
+)
+from ....errors import BadTableError, StorageError, UserInputError
 from ....formats.objects.model import DTYPES, FeatureColumn, ObjectSource
 from ....runs import RecipeSpec, register
 from ....terms import FeatureStorage, Stage
@@ -78,6 +86,26 @@ def target_set(session: Session, source: ObjectSource, name: str) -> TargetSet:
     if found is None:
         return _make(session, source, name)
     return _existing(session, found, source)
+
+
+def check_files(session: Session, artifacts: ArtifactFolder, name: str) -> None:
+    """Check that the files of the feature set ``name`` are there.
+
+    Raises:
+        StorageError: one is gone; what it held cannot be told from what the database says.
+    """
+    query = (
+        select(Artifact.path)
+        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
+        .where(FeatureSet.name == name)
+    )
+    for path in session.scalars(query):
+        if not artifacts.locate(path).is_file():
+            raise StorageError(
+                f"The file {path} of feature set {name!r} is gone. Restore it from a backup (see "
+                "cellstore verify), or ingest its source under another --name."
+            )
 
 
 def _existing(session: Session, found: FeatureSet, source: ObjectSource) -> TargetSet:

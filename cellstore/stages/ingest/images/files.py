@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from ....db.bulk import in_lists
+from ....db.bulk import in_lists, one_ingest_at_a_time
 from ....db.models import Folder, Image, ImageFile, Plate, Well
+from ....db.statements import insert_new
 from ....errors import ImageError, StorageError, UserInputError
 from ....formats.files.images import ImageFolder, ImageInfo, probe
 from ....formats.files.places import exists, is_remote, join, stat
@@ -85,7 +86,7 @@ def look_at_files(
                 with workspace.database.read() as session:
                     expected = _expected(session, some)
                 found = list(pool.map(finder.look, expected))
-                _tell(account, found)
+                _tell(workspace, account, found)
                 pairs = zip(expected, found, strict=True)
                 seen = {image.id: outcome.seen for image, outcome in pairs if outcome.seen}
                 changed |= _write(workspace, seen)
@@ -95,10 +96,13 @@ def look_at_files(
     return frozenset(changed)
 
 
-def _tell(account: Account, outcomes: Iterable[_Outcome]) -> None:
-    for outcome in outcomes:
-        for reason, detail in outcome.problems:
-            account.problem(None, reason, detail)
+def _tell(workspace: Workspace, account: Account, outcomes: Iterable[_Outcome]) -> None:
+    problems = [problem for outcome in outcomes for problem in outcome.problems]
+    for reason, detail in problems:
+        account.problem(None, reason, detail)
+    if problems:
+        with workspace.database.begin() as session:
+            account.flush(session)
 
 
 class Finder:
@@ -222,6 +226,7 @@ def _write(workspace: Workspace, found: Mapping[int, list[_Seen]]) -> set[int]:
     if not found:
         return set()
     with workspace.database.begin() as session:
+        one_ingest_at_a_time(session)
         folders: dict[str, int] = {}
         updates, new = [], []
         for image, files in found.items():
@@ -245,8 +250,7 @@ def _store(
         # A projection stands for the channels that were expected and never seen.
         unseen = (ImageFile.image_id == row["image_id"], ImageFile.sha256.is_(None))
         session.execute(delete(ImageFile).where(*unseen))
-        session.add(ImageFile(position=0, **row))
-    session.flush()
+        insert_new(session, ImageFile, [{"position": 0, **row}])
 
 
 def _values(session: Session, seen: _Seen, folders: dict[str, int]) -> dict[str, Any]:

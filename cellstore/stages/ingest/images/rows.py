@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from ....formats.treatments.tables import flaw_of
 from ....terms import PROJECTION_CHANNEL
 from ..account import Account
 from ..treatments.writer import TreatmentWriter
-from .wells import FolderIndex, WellIndex
+from .wells import FolderIndex, WellIndex, WellKey
 
 LONGEST = 255
 """Characters of a name; PostgreSQL refuses more."""
@@ -56,8 +56,8 @@ class _Row(NamedTuple):
 class RowWriter:
     """Writes the records of one file in the open transaction of ``session``.
 
-    ``maps`` rewrites the folders that the records name. ``images`` are those of all records that
-    were used, ``unchanged`` of those that brought nothing new, an entry per record.
+    ``maps`` rewrites the folders that the records name. ``plates`` and ``images`` are those of all
+    records that were used, ``unchanged`` of those that brought nothing new, an entry per record.
     """
 
     def __init__(
@@ -73,9 +73,11 @@ class RowWriter:
         self._treatments = TreatmentWriter(session, run_id, file)
         self._used: set[int] = set()
         self._run_id, self._file = run_id, file
-        self._wells = WellIndex(session)
+        self._wells = WellIndex(session, account)
         self._folders = FolderIndex(session, maps or PathMap(()))
-        self._said: dict[int, tuple[TreatmentRecord, int]] = {}
+        self._said: dict[WellKey, tuple[TreatmentRecord, int]] = {}
+        self._first_new: int | None = None
+        self.plates: set[int] = set()
         self.images = array("q")
         self.unchanged = array("q")
 
@@ -91,21 +93,17 @@ class RowWriter:
         treated = self._treat(rows, made)
         images, new = self._images(rows, made)
         first = self._insert(new)
-        changed = self._complete(
-            (image, row.record)
-            for image, row in zip(images, rows, strict=True)
-            if first.get(image) is not row.record
-        )
-        self._count(rows, images, first, treated, changed)
+        pairs = list(zip(images, rows, strict=True))
+        again = [pair for pair in pairs if first.get(pair[0]) is not pair[1].record]
+        changed, refused = self._complete(again)
+        if refused:
+            pairs = [pair for pair in pairs if pair[1].place not in refused]
+        self._count(pairs, first, treated, changed)
+        self.plates |= self._wells.plates_of(row.record for _, row in pairs)
         found: list[int | None] = [None] * len(records)
-        for image, row in zip(images, rows, strict=True):
+        for image, row in pairs:
             found[row.place] = image
         return found
-
-    @property
-    def plates(self) -> set[int]:
-        """The plates of the records that were used."""
-        return self._wells.plates
 
     @property
     def treatments(self) -> set[int]:
@@ -148,7 +146,7 @@ class RowWriter:
         ]
 
     def _agrees(self, row: _Row, treatment: TreatmentRecord) -> bool:
-        earlier, line = self._said.setdefault(row.well, (treatment, row.record.line))
+        earlier, line = self._said.setdefault(_well_key(row.record), (treatment, row.record.line))
         if earlier == treatment:
             return True
         well = format_well(row.record.row, row.record.column)
@@ -163,7 +161,9 @@ class RowWriter:
     def _treat(self, rows: Sequence[_Row], made: set[int]) -> set[int]:
         """Say what the wells of ``rows`` got; return those where that is news to the store."""
         wanted: dict[int, tuple[TreatmentRecord, int | None]] = {
-            row.well: self._said[row.well] for row in rows if row.record.treatment is not None
+            row.well: self._said[_well_key(row.record)]
+            for row in rows
+            if row.record.treatment is not None
         }
         return self._treatments.assign(wanted, made) if wanted else set()
 
@@ -178,6 +178,8 @@ class RowWriter:
             if key not in known:
                 absent.setdefault(key, row.record)
         ids = take_ids(self._session, Image, len(absent))
+        if self._first_new is None and absent:
+            self._first_new = ids[0]
         known.update(zip(absent, ids, strict=True))
         new = dict(zip(ids, absent.items(), strict=True))
         return [known[key] for key in keys], new
@@ -206,10 +208,50 @@ class RowWriter:
         bulk_insert(self._session, ImageFile, _FILE, files)
         return {image: record for image, (_, record) in new.items()}
 
-    def _complete(self, again: Iterable[tuple[int, ImageRecord]]) -> set[int]:
-        """Bring the files of images that were there up to what records say; return the changed."""
-        records = list(again)
-        present = self._present({image for image, _ in records})
+    def _complete(self, again: Sequence[tuple[int, _Row]]) -> tuple[set[int], set[int]]:
+        """Bring the files of images that were there up to what rows say.
+
+        Returns the images that changed, and the places of rows that were refused.
+        """
+        present = self._present({image for image, _ in again})
+        refused: set[int] = set()
+        good: list[tuple[int, ImageRecord]] = []
+        for image, row in again:
+            if self._is_another_field(image, row.record, present.get(image, {})):
+                refused.add(row.place)
+            else:
+                good.append((image, row.record))
+        return self._complete_files(good, present), refused
+
+    def _is_another_field(
+        self, image: int, record: ImageRecord, files: Mapping[str, _Present]
+    ) -> bool:
+        """Refuse a record with other files than an earlier one of the same file for its image.
+
+        Two planes or time points are then taken for one: better no row than one of the two.
+        """
+        if self._first_new is None or image < self._first_new:
+            return False
+        clash = [
+            (ref.name, files[ref.channel].name)
+            for ref in record.files
+            if ref.channel in files and files[ref.channel].name != ref.name
+        ]
+        for name, other in clash[:1]:
+            self._account.refuse(
+                record.line,
+                "the same field twice, with other files",
+                f"{name} here, {other} before, both site {record.site}, plane {record.plane}, "
+                f"time point {record.time_point} of well "
+                f"{format_well(record.row, record.column)} on plate {record.plate}",
+            )
+        return bool(clash)
+
+    def _complete_files(
+        self,
+        records: Sequence[tuple[int, ImageRecord]],
+        present: dict[int, dict[str, _Present]],
+    ) -> set[int]:
         changed: set[int] = set()
         new: list[tuple[Any, ...]] = []
         updates: list[dict[str, Any]] = []
@@ -221,6 +263,8 @@ class RowWriter:
             for order, ref in enumerate(_distinct(record.files), start=1):
                 folder = self._folders[ref.folder]
                 old = files.get(ref.channel)
+                if old is None and self._is_under_another_name(record, ref, files):
+                    continue
                 if old is None:
                     files[ref.channel] = _Present(0, ref.name, folder, None, None)
                     new.append((image, ref.channel, ref.number or order, ref.name, folder))
@@ -233,6 +277,21 @@ class RowWriter:
         if updates:
             self._session.execute(update(ImageFile), updates)
         return changed
+
+    def _is_under_another_name(
+        self, record: ImageRecord, ref: FileRef, files: Mapping[str, _Present]
+    ) -> bool:
+        """Say that a file of an image is there as another channel; one file is one channel."""
+        channel = next((name for name, old in files.items() if old.name == ref.name), None)
+        if channel is None:
+            return False
+        self._account.suspicious(
+            record.line,
+            "one file under two channels",
+            f"{ref.name} is channel {channel} in the store and {ref.channel} here; it stays "
+            f"{channel}. Give the same names with --channels",
+        )
+        return True
 
     def _present(self, images: set[int]) -> dict[int, dict[str, _Present]]:
         found: dict[int, dict[str, _Present]] = {}
@@ -258,29 +317,32 @@ class RowWriter:
 
     def _count(
         self,
-        rows: Sequence[_Row],
-        images: Sequence[int],
+        pairs: Sequence[tuple[int, _Row]],
         first: dict[int, ImageRecord],
         treated: set[int],
         changed: set[int],
     ) -> None:
         unchanged = [
             image
-            for image, row in zip(images, rows, strict=True)
+            for image, row in pairs
             if first.get(image) is not row.record
             and image not in changed
             and (row.well not in treated or image in first)
         ]
-        self.images.extend(images)
+        self.images.extend(image for image, _ in pairs)
         self.unchanged.extend(unchanged)
         self._account.created += len(first)
-        self._account.updated += len(rows) - len(first) - len(unchanged)
+        self._account.updated += len(pairs) - len(first) - len(unchanged)
         self._account.unchanged += len(unchanged)
 
 
 def _moved(old: _Present, ref: FileRef, folder: int | None) -> dict[str, Any]:
     # Without its time the file is read again before it is believed.
     return {"id": old.id, "name": ref.name, "folder_id": folder, "modified_ns": None}
+
+
+def _well_key(record: ImageRecord) -> WellKey:
+    return record.plate, record.row, record.column
 
 
 def _core_name(record: ImageRecord) -> str:

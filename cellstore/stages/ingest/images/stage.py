@@ -17,7 +17,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 from sqlalchemy.orm import Session
 
 from ....config import IngestParams
-from ....db.bulk import in_lists, one_ingest_at_a_time
+from ....db.bulk import in_lists, one_ingest_at_a_time, wide_cache
 from ....db.models import Image, Well
 from ....errors import UserInputError
 from ....formats.fields.folders import read_folder
@@ -34,7 +34,7 @@ from ..treatments.writer import suspicious_spellings
 from .files import Finder, look_at_files
 from .rows import RowWriter
 
-BATCH = 5_000
+BATCH = 10_000
 """Records that are written at a time."""
 
 Records = Iterator[ImageRecord | Refusal]
@@ -194,6 +194,13 @@ def _write(
     workspace: Workspace, session: Session, run_id: int, source: ImageSource, account: Account
 ) -> RowWriter:
     one_ingest_at_a_time(session)
+    with wide_cache(session):
+        return _write_all(workspace, session, run_id, source, account)
+
+
+def _write_all(
+    workspace: Workspace, session: Session, run_id: int, source: ImageSource, account: Account
+) -> RowWriter:
     maps = PathMap(source.params.maps)
     writer = RowWriter(session, run_id, account.file, account, maps)
     for batch in _batches(source.records(), BATCH):

@@ -9,9 +9,11 @@ from sqlalchemy.orm import Session
 
 from ....db.bulk import bulk_insert, in_lists, take_ids
 from ....db.models import Folder, Plate, Well
+from ....db.statements import insert_new
 from ....formats.files.places import PathMap, shown
 from ....formats.names import format_well
 from ....formats.records import ImageRecord
+from ..account import Account
 
 WellKey = tuple[str, int, int]
 """Barcode, row, column."""
@@ -25,15 +27,11 @@ _WELL = ("id", "plate_id", "row", "column", "name")
 class WellIndex:
     """The ids of wells by barcode, row and column."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, account: Account) -> None:
         self._session = session
+        self._account = account
         self._plates: dict[str, int] = {}
         self._wells: dict[WellKey, int] = {}
-
-    @property
-    def plates(self) -> set[int]:
-        """The plates of all records so far."""
-        return set(self._plates.values())
 
     def resolve(self, records: Sequence[ImageRecord]) -> tuple[list[int], set[int]]:
         """Return the well of each record, and those wells that were made for it."""
@@ -50,6 +48,10 @@ class WellIndex:
             made = self._make([key for key in dict.fromkeys(keys) if key not in known])
         return [known[key] for key in keys], made
 
+    def plates_of(self, records: Iterable[ImageRecord]) -> set[int]:
+        """Return the plates of records that were resolved."""
+        return {self._plates[barcode] for barcode in {record.plate for record in records}}
+
     def forget(self) -> None:
         """Ask the database again: what was made last was undone."""
         self._plates.clear()
@@ -60,13 +62,19 @@ class WellIndex:
         for some in in_lists(absent):
             for plate in self._session.scalars(select(Plate).where(Plate.barcode.in_(some))):
                 self._plates[plate.barcode] = plate.id
-                plate.batch = plate.batch or batches[plate.barcode]
+                self._complete_batch(plate, batches[plate.barcode])
         self._session.flush()
         new = [barcode for barcode in absent if barcode not in self._plates]
         ids = take_ids(self._session, Plate, len(new))
         rows = [(key, barcode, batches[barcode]) for key, barcode in zip(ids, new, strict=True)]
         bulk_insert(self._session, Plate, ("id", "barcode", "batch"), rows)
         self._plates.update(zip(new, ids, strict=True))
+
+    def _complete_batch(self, plate: Plate, batch: str | None) -> None:
+        plate.batch = plate.batch or batch
+        if batch is not None and batch != plate.batch:
+            detail = f"plate {plate.barcode} is of batch {plate.batch} in the store, {batch} here"
+            self._account.problem(None, "another batch", detail)
 
     def _load(self, keys: Iterable[WellKey]) -> None:
         barcodes = {self._plates[key[0]]: key[0] for key in keys}
@@ -119,9 +127,9 @@ def folder_id(session: Session, uri: str) -> int:
     A user, a password or a signature in it are not kept.
     """
     uri = shown(uri).rstrip("/") or "/"
-    found = session.scalar(select(Folder.id).where(Folder.uri == uri))
-    if found is not None:
-        return found
-    (new,) = take_ids(session, Folder, 1)
-    bulk_insert(session, Folder, ("id", "uri"), [(new, uri)])
-    return new
+    query = select(Folder.id).where(Folder.uri == uri)
+    found = session.scalar(query)
+    if found is None:
+        insert_new(session, Folder, [{"uri": uri}])
+        found = session.scalars(query).one()
+    return found

@@ -9,7 +9,8 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from ....db.models import Folder, Image, ImageFile, Plate, Well
-from ....formats.files.masks import MaskFile, writable
+from ....formats.files.masks import MaskFile
+from ....formats.files.places import writable
 from ....formats.names import core_file_name
 
 _ENDINGS = (".tif", ".tiff", ".TIF", ".TIFF", ".png", ".PNG", ".ome.tif", ".ome.tiff")
@@ -21,9 +22,12 @@ class FoundImage(NamedTuple):
 
     id: int
     content_sha256: str | None
+    plate_id: int
     plate: str
     well: str
     site: int
+    plane: int
+    time_point: int
     shape: tuple[int, int] | None
 
     def __str__(self) -> str:
@@ -98,7 +102,8 @@ def _beside(session: Session, ids: Sequence[int], mask: MaskFile) -> list[int]:
 
 
 def _image(session: Session, image_id: int) -> FoundImage:
-    query = select(Plate.barcode, Well.name, Image.site, Image.content_sha256).where(
+    place = (Plate.id, Plate.barcode, Well.name, Image.site, Image.plane, Image.time_point)
+    query = select(Image.content_sha256, *place).where(
         Image.id == image_id, Well.id == Image.well_id, Plate.id == Well.plate_id
     )
     row = session.execute(query).one()
@@ -107,7 +112,7 @@ def _image(session: Session, image_id: int) -> FoundImage:
     )
     shape = session.execute(shapes.order_by(ImageFile.position).limit(1)).first()
     found = None if shape is None else (shape.height or 0, shape.width or 0)
-    return FoundImage(image_id, row.content_sha256, row.barcode, row.name, row.site, found)
+    return FoundImage(image_id, *row, found)
 
 
 def _several(session: Session, ids: Sequence[int]) -> NoMatch:

@@ -21,6 +21,7 @@ from ....errors import ImageError, UnknownNameError, UserInputError
 from ....extras import need
 from ....formats.files.images import encode_tiff
 from ....formats.files.masks import MaskFile, MaskFolder, black_and_white, read_labels
+from ....formats.files.places import writable
 from ....reading.found_cells import cell_rows, insert_cells
 from ....reading.planes import check_channels
 from ....runs import RecipeSpec, Workspace, fingerprint, keep_file, register
@@ -39,21 +40,25 @@ _FLUSH_EVERY = 500  # files
 class MasksResult:
     """What a folder of masks brought.
 
-    ``recipe_ids`` are the segmentations, one for each kind of objects; ``cells`` are those written.
+    ``recipe_ids`` are the segmentations, one for each kind of objects; ``cells`` are those written;
+    ``plates`` are the ids of the plates of all images that a file belongs to, ascending.
     """
 
     recipe_ids: tuple[int, ...]
     cells: int
+    plates: tuple[int, ...]
 
 
 class MaskPlan(NamedTuple):
-    """What a file of masks would become: objects of an image, or why not."""
+    """What a file of masks would become: ``cells`` objects of an image, or why not.
+
+    ``kind`` is the kind of the objects where the file name says it.
+    """
 
     file: str
-    image: str | None
     kind: str | None
-    cells: int | None
-    reason: str | None
+    image: FoundImage | NoMatch
+    cells: int = 0
 
 
 def ingest_masks(
@@ -102,12 +107,11 @@ def plan_masks(
         as :func:`ingest_masks`.
     """
     work = _Work(workspace, 0, folder, Account(0, folder.name), name, plate, binary, image)
-    for mask in work.masks:
-        found = work.look(mask)
+    for mask, found in work.plan():
         if isinstance(found, NoMatch):
-            yield MaskPlan(mask.name, None, mask.kind, None, f"{found.reason}: {found.detail}")
+            yield MaskPlan(mask.name, mask.kind, found)
         else:
-            yield MaskPlan(mask.name, str(found.image), mask.kind, len(found.cells), None)
+            yield MaskPlan(mask.name, mask.kind, found.image, len(found.cells))
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,7 @@ class _Work:
         self._plane = plane or ImageInput()
         self._recipes: dict[str | None, int] = {}
         self._cells = 0
+        self._plates: set[int] = set()
         self.masks = MaskFolder(folder)
         with workspace.database.read() as session:
             check_channels(session, self._plane)
@@ -157,14 +162,19 @@ class _Work:
         Raises:
             UndoneError: some cannot be used; the account says which.
         """
-        seen: dict[tuple[int, str | None], str] = {}
         self._account.rows += len(self.masks)
-        for mask in self.masks:
-            if found := self._refusal(mask, seen):
+        for mask, found in self.plan():
+            if isinstance(found, NoMatch):
                 self._account.refuse(None, found.reason, found.detail, mask.name)
         if self._account.refused:
             raise UndoneError.of(self._account)
         self._account.rows -= len(self.masks)
+
+    def plan(self) -> Iterator[tuple[MaskFile, _Looked | NoMatch]]:
+        """Yield each file with what it would become; nothing is written."""
+        seen: dict[tuple[int, str | None], str] = {}
+        for mask in self.masks:
+            yield mask, self._checked(mask, seen)
 
     def run(self) -> MasksResult:
         """Write every file that can be used."""
@@ -179,7 +189,8 @@ class _Work:
             self._flush()
         finally:
             progress.finish()
-        return MasksResult(tuple(self._recipes.values()), self._cells)
+        plates = tuple(sorted(self._plates))
+        return MasksResult(tuple(self._recipes.values()), self._cells, plates)
 
     def look(self, mask: MaskFile) -> _Looked | NoMatch:
         """Find the image of a file, read the file, and compare the two."""
@@ -194,7 +205,7 @@ class _Work:
                 return NoMatch("this is an image", "the file is one of the images of the store")
             labels = self._labels(mask)
         except ImageError as error:
-            return NoMatch("not a label image", str(error))
+            return NoMatch("not a label image", writable(str(error)))
         except OSError as error:
             return NoMatch("cannot be read", str(error.strerror))
         if image.shape is not None and image.shape != labels.shape:
@@ -204,7 +215,9 @@ class _Work:
             return NoMatch("another shape than the image", shapes)
         return _looked(image, labels)
 
-    def _refusal(self, mask: MaskFile, seen: dict[tuple[int, str | None], str]) -> NoMatch | None:
+    def _checked(
+        self, mask: MaskFile, seen: dict[tuple[int, str | None], str]
+    ) -> _Looked | NoMatch:
         found = self.look(mask)
         if isinstance(found, NoMatch):
             return found
@@ -212,7 +225,7 @@ class _Work:
             before = self._present(session, mask, found.image.id)
         sha256 = hashlib.sha256(found.data).hexdigest()
         before = seen.setdefault((found.image.id, mask.kind), before or sha256)
-        return None if before == sha256 else _clash(found.image)
+        return found if before == sha256 else _clash(found.image)
 
     def _one(self, mask: MaskFile) -> None:
         self._account.rows += 1
@@ -220,6 +233,7 @@ class _Work:
         if isinstance(found, NoMatch):
             self._account.refuse(None, found.reason, found.detail, mask.name)
         else:
+            self._plates.add(found.image.plate_id)
             self._keep(mask, found)
 
     def _flush(self) -> None:

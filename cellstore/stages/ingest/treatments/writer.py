@@ -68,14 +68,13 @@ class TreatmentWriter:
 
     def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
         """Return the row of each treatment, made where it is new."""
-        wanted = set(records)
+        self._make_room()
+        return self._ids_of(set(records))
+
+    def _ids_of(self, wanted: set[TreatmentRecord]) -> dict[TreatmentRecord, int]:
+        # Nothing may be forgotten here: what a caller has just looked up is still needed.
         unknown = [record for record in wanted if record not in self._ids]
-        if unknown:
-            self._make_room()
-            self._find_or_make({identity(record): record for record in unknown})
-        # What was forgotten to make room is looked up again.
-        again = [record for record in wanted if record not in self._ids]
-        self._find_or_make({identity(record): record for record in again})
+        self._find_or_make({identity(record): record for record in unknown})
         return {record: self._ids[record] for record in wanted}
 
     def assign(
@@ -94,7 +93,7 @@ class TreatmentWriter:
         news = {well: new for well, said in wanted.items() if (new := self._new(well, said[0]))}
         # By object: readers hand the same treatment out again and again, and hashing costs.
         distinct = {id(record): record for record in news.values()}
-        ids = self.ids(distinct.values())
+        ids = self._ids_of(set(distinct.values()))
         rows = {key: ids[record] for key, record in distinct.items()}
         targets = {well: rows[id(record)] for well, record in news.items()}
         self._record_changes(targets, {well: wanted[well][1] for well in targets}, new_wells)
