@@ -10,7 +10,7 @@ from ...errors import UserInputError
 from ...terms import Perturbation
 from ..fields.foldernames import cellomics_name, wellsite_name
 from ..files.images import is_safe_name
-from ..names import PhenixName, core_file_name, format_well, parse_well
+from ..names import PLANE_COLUMNS, TIME_COLUMNS, PhenixName, core_file_name, format_well, parse_well
 from ..records import FileRef, ImageRecord, Refusal, TreatmentRecord
 from ..treatments.cells import TREATMENT_COLUMNS, treatment_of
 
@@ -26,8 +26,7 @@ WELLS = ("Metadata_Well", "Metadata_well")
 SITES = ("Metadata_Site", "Metadata_site", "Metadata_FieldID", "Metadata_Field")
 PLATES = ("Metadata_Plate", "Metadata_plate", "Metadata_Barcode", "Metadata_PlateBarcode")
 ROWS, COLUMNS = ("Metadata_Row",), ("Metadata_Col", "Metadata_Column")
-PLANES = ("Metadata_PlaneID", "Metadata_Plane")
-TIMES = ("Metadata_TimepointID", "Metadata_Timepoint")
+PLANES, TIMES = PLANE_COLUMNS, TIME_COLUMNS
 BATCHES = ("Metadata_Batch",)
 NEEDED = frozenset(
     {*WELLS, *SITES, *PLATES, *ROWS, *COLUMNS, *PLANES, *TIMES, *BATCHES, *TREATMENT_COLUMNS}

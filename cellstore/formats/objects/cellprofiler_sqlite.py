@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...errors import BadTableError
+from ..files.magic import SQLITE
 from .cellprofiler_columns import (
     IMAGE_NUMBER,
     TABLE_NUMBER,
@@ -26,7 +27,6 @@ from .cellprofiler_columns import (
 from .cellprofiler_images import is_needed, plain_column
 from .model import Integers
 
-MAGIC = b"SQLite format 3\0"
 _TEXT_TYPES = ("CHAR", "CLOB", "TEXT")
 _NOT_A_NUMBER = ("nan", "-nan", "")
 
@@ -136,7 +136,7 @@ def is_sqlite(path: Path) -> bool:
     """Whether a file is an SQLite database, by its first bytes."""
     try:
         with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+            return file.read(len(SQLITE)) == SQLITE
     except OSError:
         return False
 

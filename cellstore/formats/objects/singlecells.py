@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...errors import BadTableError, UserInputError
+from ..files.magic import PARQUET
 from ..records import ImageRecord, Refusal
 from .cellprofiler_columns import is_repeat, without_repeats
 from .cellprofiler_images import NO_PLATE, channels_of, image_record
@@ -45,7 +46,6 @@ from .singlecells_columns import (
 from .spool import CsvHeader, as_numbers, nothing_joined, read_blocks, read_header
 
 TOOL = "single cells"
-_MAGIC = b"PAR1"
 _LARGEST = 1 << 31
 _BUFFER = 1 << 16
 """Bytes of each column that are read at once: 128 MB for 2,000 columns."""
@@ -341,7 +341,7 @@ def _table(path: Path) -> _Table:
 def _is_parquet(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(len(_MAGIC)) == _MAGIC
+            return file.read(len(PARQUET)) == PARQUET
     except OSError as error:
         raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
 

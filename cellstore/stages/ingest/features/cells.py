@@ -17,6 +17,7 @@ from ....db.bulk import bulk_insert, in_lists, take_ids
 from ....db.models import Artifact, Cell, FeatureFile, Segmentation
 from ....errors import StorageError
 from ....formats.objects.model import BOX, CENTRE, Integers, ObjectBatch, ObjectSource
+from ....formats.records import LONGEST
 from ....runs import Workspace, attach, keep_file
 from .accounts import Accounts
 from .target import TargetSet
@@ -24,7 +25,6 @@ from .write import FeatureWriter, stored_values
 
 _CELL = ("id", "segmentation_id", "label", *BOX, *CENTRE, "excluded")
 _UNKNOWN = -1
-_LONGEST = 255
 
 
 class CellWriter:
@@ -253,4 +253,4 @@ def _excluded(batch: ObjectBatch, places: Integers) -> list[str | None]:
     if batch.excluded is None:
         return [None] * len(places)
     texts = [batch.excluded[place] for place in places.tolist()]
-    return [text[:_LONGEST].replace("\0", "?") if text else None for text in texts]
+    return [text[:LONGEST].replace("\0", "?") if text else None for text in texts]

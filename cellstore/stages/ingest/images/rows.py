@@ -14,15 +14,12 @@ from ....db.bulk import bulk_insert, in_lists, take_ids
 from ....db.models import Folder, Image, ImageFile
 from ....formats.files.places import PathMap, is_remote, join
 from ....formats.names import format_well
-from ....formats.records import FileRef, ImageRecord, TreatmentRecord
+from ....formats.records import LONGEST, FileRef, ImageRecord, TreatmentRecord
 from ....formats.treatments.tables import flaw_of
 from ....terms import PROJECTION_CHANNEL
 from ..account import Account
 from ..treatments.writer import TreatmentWriter
 from .wells import FolderIndex, WellIndex, WellKey
-
-LONGEST = 255
-"""Characters of a name; PostgreSQL refuses more."""
 
 ImageKey = tuple[int, int, int, int]
 """Well, site, plane, time point."""

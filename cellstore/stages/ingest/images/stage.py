@@ -22,7 +22,7 @@ from ....db.models import Image, Well
 from ....errors import UserInputError
 from ....formats.fields.folders import read_folder
 from ....formats.fields.harmony import read_harmony
-from ....formats.files.places import PathMap
+from ....formats.files.places import PathMap, writable
 from ....formats.layouts import Layout, read_images
 from ....formats.records import ImageRecord, Refusal
 from ....formats.text.tables import open_table
@@ -208,7 +208,7 @@ def _write_all(
         workspace.progress.advance(len(batch))
     for issue in source.annotation.issues if source.annotation else ():
         refusal = issue.refusal
-        account.problem(refusal.line, refusal.reason, refusal.detail, issue.path.name)
+        account.problem(refusal.line, refusal.reason, refusal.detail, writable(issue.path.name))
     for spelling in suspicious_spellings(session, writer.treatments):
         account.suspicious(None, spelling.reason, spelling.detail)
     account.notes += source.notes

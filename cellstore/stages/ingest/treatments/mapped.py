@@ -14,6 +14,7 @@ from ....config import IngestParams
 from ....db.bulk import bulk_insert, in_lists, take_ids
 from ....db.models import Plate, Well
 from ....errors import UserInputError
+from ....formats.files.places import writable
 from ....formats.names import format_well
 from ....formats.records import TreatmentRecord
 from ....formats.treatments.aliases import Aliases
@@ -65,9 +66,9 @@ class MappedWells:
         for path, refusal in annotation.issues:
             if path in maps:
                 self._account.rows += 1
-                self._account.refuse(*refusal, file=path.name)
+                self._account.refuse(*refusal, file=writable(path.name))
             else:
-                self._account.problem(*refusal, file=path.name)
+                self._account.problem(*refusal, file=writable(path.name))
 
     def _plates(self, source: Path, annotation: PlateAnnotation) -> Mapping[str, Sequence[int]]:
         """Return the plates (ids) of the store that use each map."""
@@ -114,7 +115,7 @@ class MappedWells:
         return found
 
     def _apply(self, found: PlateMap, plates: Sequence[int]) -> None:
-        writer = TreatmentWriter(self._session, self._run_id, found.path.name)
+        writer = TreatmentWriter(self._session, self._run_id, writable(found.path.name))
         created: set[Position] = set()
         updated: set[Position] = set()
         pieces = iter(plates)
@@ -169,7 +170,7 @@ class MappedWells:
                 "an empty well that has a treatment",
                 f"well {format_well(*position)} of plate {self._barcode(plate)} is empty on the "
                 "map, and keeps the treatment that it has",
-                file=found.path.name,
+                file=writable(found.path.name),
             )
 
     def _barcode(self, plate: int) -> str:
