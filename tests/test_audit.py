@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict
 
 import pytest
-from factories import MOMENT, Factory, sha, small_screen
+from factories import MOMENT, Factory, sha
+from screens import small_screen
 from sqlalchemy import text
 
 from cellstore.analytics import open_questions

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import Factory, SmallScreen, small_screen
+from factories import Factory
+from screens import SmallScreen, small_screen
 from sqlalchemy import update
 
 from cellstore import extras

@@ -7,7 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from factories import Factory, small_screen
+from factories import Factory
+from screens import small_screen
 from sqlalchemy import select, update
 
 from cellstore.analytics import open_questions

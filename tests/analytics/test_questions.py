@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factories import VOTES, Factory, small_screen
+from factories import Factory
+from screens import VOTES, small_screen
 from sqlalchemy import Engine, text
 
 from cellstore.analytics import Limits, Questions, open_questions, views

@@ -1,4 +1,4 @@
-"""The views against votes worked out by hand (see ``factories.VOTES``)."""
+"""The views against votes worked out by hand (see ``screens.VOTES``)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import Factory, SmallScreen, sha, small_screen
+from factories import Factory, sha
+from screens import SmallScreen, small_screen
 from sqlalchemy import text
 
 from cellstore.analytics import open_questions

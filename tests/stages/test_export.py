@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factories import FEATURE_COLUMNS, MOMENT, Factory, SmallScreen, small_screen
+from factories import FEATURE_COLUMNS, MOMENT, Factory
+from screens import SmallScreen, small_screen
 
 from cellstore import extras
 from cellstore.db.models import (

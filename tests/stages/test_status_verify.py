@@ -6,7 +6,8 @@ import os
 import time
 from datetime import UTC, datetime, timedelta
 
-from factories import Factory, small_screen
+from factories import Factory
+from screens import small_screen
 from sqlalchemy import func, select, update
 
 from cellstore.db.models import (
