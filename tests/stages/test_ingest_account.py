@@ -350,3 +350,15 @@ def test_a_plane_that_the_table_says_is_a_plane(workspace: Workspace, tmp_path: 
     ]
     result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
     assert (result.created, result.refused) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("params", "option"),
+    [(IngestParams(name="mine"), "--name"), (IngestParams(binary=True), "--binary-masks")],
+)
+def test_an_option_that_would_mean_nothing_is_refused(
+    tmp_path: Path, params: IngestParams, option: str
+) -> None:
+    table = write_table(tmp_path / "t.csv", [loaddata(1)])
+    with pytest.raises(UserInputError, match=f"{option} would mean nothing"):
+        preview(table, params)

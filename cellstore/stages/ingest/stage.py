@@ -95,6 +95,25 @@ def layout_for(source: Path, params: IngestParams) -> Layout:
     """
     if not source.exists():
         raise UserInputError(f"There is no file or folder {source}. Check the path.")
+    found = _layout_for(source, params)
+    _check_options(source, found, params)
+    return found
+
+
+def _check_options(source: Path, layout: Layout, params: IngestParams) -> None:
+    named = layout.kind in (SourceKind.FEATURES, SourceKind.MASKS)
+    wrong = [
+        *(["--name"] if params.name is not None and not named else []),
+        *(["--binary-masks"] if params.binary and layout.kind is not SourceKind.MASKS else []),
+    ]
+    if wrong:
+        raise UserInputError(
+            f"{source.name} is read as {layout.value}, and {' and '.join(wrong)} would mean "
+            "nothing there. Leave it away, or say what the source holds with a word before it."
+        )
+
+
+def _layout_for(source: Path, params: IngestParams) -> Layout:
     kind = SourceKind(params.kind) if params.kind else None
     if params.layout is None and params.pattern is None:
         return detect(source, kind)
