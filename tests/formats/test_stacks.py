@@ -7,7 +7,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -207,6 +207,7 @@ def test_pages_are_found_in_folders(tmp_path: Path) -> None:
 @settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+@example(bytes(19) + b"\x01\x81", 162)  # the second page lies at a place that is none
 @given(st.binary(min_size=1, max_size=80), st.integers(0, 900))
 def test_a_damaged_stack_is_an_image_error(tmp_path: Path, junk: bytes, start: int) -> None:
     path = ome(tmp_path / "a.ome.tiff", ome_xml())

@@ -90,6 +90,8 @@ def _stack(name: str, tiff: tifffile.TiffFile) -> Stack:
             "Export each channel as a file of its own."
         )
     count = len(tiff.pages)
+    if count == 1:  # its first page names a second one, at a place that is none
+        raise ImageError(unreadable(name))
     if tiff.is_ome:
         return _ome_stack(name, tiff.pages.first.description, count)
     sizes = _imagej_sizes(tiff) if tiff.is_imagej else {"Z": count}
