@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
-from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.errors import StorageError, UnknownNameError, UserInputError, first_line
 from cellstore.ops.branches import BRANCHES, FLOW, MASK, TABULAR, check_branches
 from cellstore.ops.scaling import Scaler
 
@@ -204,7 +204,7 @@ def _read_state(path: Path) -> State:
         raise UserInputError(f"There is no file of weights {path}; check the path.") from error
     except Exception as error:  # torch raises errors of many kinds for a file that is no state
         raise UserInputError(
-            f"{path} cannot be read as weights ({_first_line(error)}). Give a state dict of "
+            f"{path} cannot be read as weights ({first_line(error)}). Give a state dict of "
             "torchvision's efficientnet_b0, as .pth or .safetensors."
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -227,17 +227,13 @@ def _start_from(net: FusionNet, state: State) -> None:
     except (KeyError, RuntimeError, IndexError) as error:
         raise UserInputError(
             "These are not the weights of torchvision's efficientnet_b0 "
-            f"({_first_line(error)}). Give a state dict of that network."
+            f"({first_line(error)}). Give a state dict of that network."
         ) from error
 
 
 def _fit_channels(stem: Tensor, channels: int) -> Tensor:
     mean = stem.mean(dim=1, keepdim=True)
     return torch.cat([stem, *[mean] * channels], dim=1)[:, :channels]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -321,7 +317,7 @@ def load_checkpoint(tensors: bytes, record: Mapping[str, Any]) -> tuple[FusionNe
         net.load_state_dict(load_tensors(tensors))
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise StorageError(
-            f"The checkpoint is damaged or of another network ({_first_line(error)}). "
+            f"The checkpoint is damaged or of another network ({first_line(error)}). "
             "Check the store with 'cellstore verify', or train again."
         ) from error
     return net.eval(), meta

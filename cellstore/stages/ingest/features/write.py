@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ....artifacts import PART, ArtifactFolder, StoredFile
+from ....artifacts import PART, ArtifactFolder, StoredFile, sync_folder
 from ....errors import StorageError
 from ....formats.objects.model import Integers, batch_rows
 from ....terms import ArtifactKind
@@ -124,7 +124,7 @@ class _Part:
             target = self._root / place
             target.parent.mkdir(exist_ok=True)
             self._path.replace(target)
-            _sync(target.parent)
+            sync_folder(target.parent)
         except BaseException:
             self.remove()
             raise
@@ -216,14 +216,6 @@ def _with_ids(schema: pa.Schema) -> pa.Schema:
 def _texts(schema: pa.Schema) -> list[str] | bool:
     # Measurements rarely repeat: a dictionary of them is work for nothing.
     return [item.name for item in schema if pa.types.is_string(item.type)] or False
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
