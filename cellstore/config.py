@@ -112,6 +112,39 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which images a command is about: all that meet every condition; the first ``limit``.
+
+    ``wells`` are names like ``D14``. ``where`` is an SQL condition on the columns that
+    ``cellstore.runs.conditions`` lists.
+    """
+
+    plates: tuple[str, ...] = ()
+    wells: tuple[str, ...] = ()
+    where: str | None = None
+    limit: int | None = None
+
+
+EVERYTHING = Selection()
+"""All images."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Who works: ``workers`` processes of this machine (1: this process), or a Dask cluster.
+
+    ``scheduler`` is the address of a Dask scheduler, like ``tcp://host:8786``.
+    """
+
+    workers: int = 1
+    scheduler: str | None = None
+
+
+THIS_PROCESS = Resources()
+"""No other process."""
+
+
+@dataclass(frozen=True)
 class IngestParams:
     """How to read a source, and what goes with it.
 

@@ -12,7 +12,8 @@ CellstoreError
 │   └── DatabaseError                    the database cannot be reached or refused
 ├── StorageError (OSError)             a file could not be written or has changed on disk
 ├── MissingExtraError (ImportError)    an optional part of cellstore is not installed
-└── JobsFailedError (RuntimeError)     some images failed; the others are done
+├── JobsFailedError (RuntimeError)     some images failed; the others are done
+└── RunCancelledError (RuntimeError)   somebody cancelled the run
 
 A message is one or two sentences: what is wrong, then what to do next.
 """
@@ -93,6 +94,12 @@ class JobsFailedError(CellstoreError, RuntimeError):
     """Some images failed while the others were done."""
 
     exit_code = 1
+
+
+class RunCancelledError(CellstoreError, RuntimeError):
+    """A run was cancelled by ``cellstore cancel``."""
+
+    exit_code = 130
 
 
 def first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ MODULES = {
     "postgres": ("psycopg", "adbc_driver_postgresql"),
     "cloud": ("fsspec", "s3fs"),
     "anndata": ("anndata",),
+    "distributed": ("distributed",),
 }
 """What each extra brings, by import name."""
 

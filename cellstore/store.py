@@ -16,10 +16,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .config import (
+    EVERYTHING,
+    THIS_PROCESS,
     IngestParams,
     MeasureParams,
     PredictParams,
+    Resources,
     SegmentParams,
+    Selection,
     SplitParams,
     StoreSettings,
     TrainParams,
@@ -31,11 +35,12 @@ from .progress import Progress
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .runs.jobs import JobsResult
+    from .runs.execution import JobsResult
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.export import ExportResult
     from .stages.ingest import IngestResult
+    from .stages.jobs import JobsList, RetryResult
     from .stages.predict import PredictResult
     from .stages.report import ReportResult
     from .stages.split import CheckResult, SplitResult
@@ -115,11 +120,12 @@ class Store:
     def segment(
         self,
         params: SegmentParams | None = None,
+        selection: Selection = EVERYTHING,
         *,
-        plates: tuple[str, ...] = (),
-        limit: int | None = None,
         weights_dir: str | Path | None = None,
         device: str = "auto",
+        resources: Resources = THIS_PROCESS,
+        dry_run: bool = False,
     ) -> JobsResult:
         """Find the cells of every image not done yet; see ``stages.segment.segment``."""
         from .stages.segment import segment
@@ -127,19 +133,21 @@ class Store:
         return segment(
             self.workspace,
             params or SegmentParams(),
-            plates=plates,
-            limit=limit,
+            selection,
             weights_dir=_path(weights_dir),
             device=device,
+            resources=resources,
+            dry_run=dry_run,
         )
 
     def measure(
         self,
         params: MeasureParams | None = None,
+        selection: Selection = EVERYTHING,
         *,
         segmentation: str | None = None,
-        plates: tuple[str, ...] = (),
-        limit: int | None = None,
+        resources: Resources = THIS_PROCESS,
+        dry_run: bool = False,
     ) -> JobsResult:
         """Measure the cells of every image not done yet; see ``stages.measure.measure``."""
         from .stages.measure import measure
@@ -147,10 +155,38 @@ class Store:
         return measure(
             self.workspace,
             params or MeasureParams(),
+            selection,
             segmentation=segmentation,
-            plates=plates,
-            limit=limit,
+            resources=resources,
+            dry_run=dry_run,
         )
+
+    def jobs(
+        self,
+        *,
+        stage: str | None = None,
+        status: str | None = None,
+        recipe: str | None = None,
+        limit: int = 100,
+    ) -> JobsList:
+        """List jobs, the newest first, and count them all; see ``stages.jobs.list_jobs``."""
+        from .stages.jobs import list_jobs
+
+        return list_jobs(self.workspace, stage=stage, status=status, recipe=recipe, limit=limit)
+
+    def retry(
+        self, *, stage: str | None = None, run: str | None = None, image: str | None = None
+    ) -> RetryResult:
+        """Give failed jobs another try; see ``stages.jobs.retry``."""
+        from .stages.jobs import retry
+
+        return retry(self.workspace, stage=stage, run=run, image=image)
+
+    def cancel(self, run: str | None = None) -> tuple[int, ...]:
+        """Ask running runs to end when what they have in hand is done; return their numbers."""
+        from .stages.jobs import cancel
+
+        return cancel(self.workspace, run)
 
     def create_split(self, name: str, params: SplitParams | None = None) -> SplitResult:
         """Assign the images to train, validation and test; see ``stages.split.create_split``."""

@@ -17,12 +17,13 @@ class Stage(StrEnum):
 
 
 class Status(StrEnum):
-    """How a run or a job stands."""
+    """How a run or a job stands. Only runs are cancelled; their open jobs stay pending."""
 
     PENDING = "pending"
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 class Subset(StrEnum):

@@ -21,25 +21,19 @@ if TYPE_CHECKING:
 @sentences
 def status(
     ctx: typer.Context,
-    failed: Annotated[
-        bool, typer.Option("--failed", help="List the images that failed, and why.")
-    ] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is in the store, what is done, and what failed.
+    """Show what is in the store, what is done, what is out of date, and what failed.
 
     \b
     Example:
       cellstore status
-      cellstore status --failed
     """
     with open_store(ctx, store, quiet=True) as opened:
         result = opened.status()
     if as_json:
         render.as_json(result)
-    elif failed:
-        _show_failed(result)
     else:
         _show_status(result)
 
@@ -77,19 +71,8 @@ def _show_status(result: StatusResult) -> None:
         typer.echo("")
         sets = [(s.name, s.storage, s.columns, s.cells) for s in result.feature_sets]
         render.table(("feature set", "kept in", "features", "cells"), sets)
-    if result.failed:
-        say("Some images failed. See why with: cellstore status --failed")
-
-
-def _show_failed(result: StatusResult) -> None:
-    if not result.failed:
-        typer.echo("No image has failed.")
-    for job in result.failed:
-        tries = render.count(job.attempts, "try", "tries")
-        typer.echo(f"{job.stage} (recipe {job.recipe_id}) {render.cell(job.image)}, {tries}:")
-        typer.echo(f"  {render.cell(job.reason)}")
-    if result.failed:
-        say("Running the stage again tries them again.")
+    if any(recipe.failed for recipe in result.recipes):
+        say("Some images failed. See why with: cellstore jobs --failed")
 
 
 @sentences

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cellstore.config import DEFAULT_MODEL, ImageInput, MeasureParams, SegmentParams
+from cellstore.config import (
+    DEFAULT_MODEL,
+    ImageInput,
+    MeasureParams,
+    Resources,
+    SegmentParams,
+)
 from cellstore.terms import Projection
 
 from . import render
@@ -17,15 +23,21 @@ from .options import (
     ChannelsOption,
     Device,
     DeviceOption,
+    DryRunOption,
     JsonOption,
     LimitOption,
     PlatesOption,
+    SchedulerOption,
     StoreOption,
+    WellsOption,
+    WhereOption,
+    WorkersOption,
     names,
+    selection,
 )
 
 if TYPE_CHECKING:
-    from cellstore.runs.jobs import JobsResult
+    from cellstore.runs.execution import Forecast, JobsResult
 
 SHOWN_FAILURES = 10
 
@@ -65,7 +77,12 @@ def segment(
         Projection, typer.Option(help="How several channels become one picture.")
     ] = Projection.MEDIAN,
     plate: PlatesOption = None,
+    well: WellsOption = None,
+    where: WhereOption = None,
     limit: LimitOption = None,
+    workers: WorkersOption = 1,
+    scheduler: SchedulerOption = None,
+    dry_run: DryRunOption = False,
     weights_dir: Annotated[
         Path | None,
         typer.Option(
@@ -81,12 +98,14 @@ def segment(
     """Find the cells in every image, with Cellpose.
 
     Images that were done with the same options are left alone, so that a run that was stopped
-    goes on where it was. An image that fails is named at the end; the others are done.
-    Defaults are those of the published pipeline.
+    goes on where it was: several may run at once, on PostgreSQL also on several machines. An
+    image that fails is named at the end; the others are done. Defaults are those of the
+    published pipeline.
 
     \b
     Example:
-      cellstore segment --channels DNA --diameter 35
+      cellstore segment --channels DNA --diameter 35 --workers 2
+      cellstore segment --channels DNA --where "pert_iname = 'DMSO'" --dry-run
     """
     params = SegmentParams(
         model=model,
@@ -98,10 +117,11 @@ def segment(
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.segment(
             params,
-            plates=tuple(plate or ()),
-            limit=limit,
+            selection(plate, well, where, limit),
             weights_dir=weights_dir,
             device=device.value,
+            resources=Resources(workers, scheduler),
+            dry_run=dry_run,
         )
     show_jobs(result, "segmented", "cells found", as_json=as_json)
 
@@ -131,7 +151,12 @@ def measure(
         ),
     ] = None,
     plate: PlatesOption = None,
+    well: WellsOption = None,
+    where: WhereOption = None,
     limit: LimitOption = None,
+    workers: WorkersOption = 1,
+    scheduler: SchedulerOption = None,
+    dry_run: DryRunOption = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -143,12 +168,16 @@ def measure(
     \b
     Example:
       cellstore measure
-      cellstore measure --channels DNA
+      cellstore measure --channels DNA --workers 2
     """
     image = ImageInput(names(channels), projection) if channels else None
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.measure(
-            MeasureParams(image), segmentation=segmentation, plates=tuple(plate or ()), limit=limit
+            MeasureParams(image),
+            selection(plate, well, where, limit),
+            segmentation=segmentation,
+            resources=Resources(workers, scheduler),
+            dry_run=dry_run,
         )
     show_jobs(result, "measured", "cells measured", as_json=as_json)
 
@@ -157,20 +186,68 @@ def show_jobs(result: JobsResult, verb: str, cells: str, *, as_json: bool) -> No
     """Print what a stage did image by image; ends with 1 if images failed."""
     if as_json:
         render.as_json(result)
+    elif result.forecast is not None:
+        _show_forecast(result, result.forecast, verb)
     else:
         _show_counts(result, verb, cells)
         list_failures(result.failures)
-    end_with_failures(len(result.failures), result.done, verb)
+    if result.forecast is None:
+        end_with_failures(len(result.failures), result.done, verb)
+        _end_with_earlier_failures(result.failed_before)
 
 
-def end_with_failures(failed: int, done: int, verb: str) -> None:
+def _end_with_earlier_failures(failed: int) -> None:
+    if failed:
+        say(
+            f"Error: {render.count(failed, 'image')} failed before and were left alone. See why "
+            "with: cellstore jobs --failed. Open them for another try with: cellstore retry"
+        )
+        raise typer.Exit(1)
+
+
+def end_with_failures(failed: int, done: int, verb: str, again: str = "cellstore retry") -> None:
     """End with 1 if images failed."""
     if failed:
         say(
             f"Error: {failed} of {render.count(failed + done, 'image')} could not be {verb}; "
-            "the others are done. Running the same command again tries them again."
+            f"the others are done. Open them for another try with: {again}"
         )
         raise typer.Exit(1)
+
+
+def _show_forecast(result: JobsResult, forecast: Forecast, verb: str) -> None:
+    pairs = [
+        ("images selected", f"{result.selected:,}"),
+        (f"{verb} already", f"{result.selected - _not_done(result, forecast):,}"),
+        ("missing files", f"{result.waiting:,}"),
+        ("failed before", f"{result.failed_before:,}"),
+        ("to do", f"{forecast.images:,}"),
+        ("time", _time(forecast)),
+    ]
+    render.facts(pairs)
+
+
+def _not_done(result: JobsResult, forecast: Forecast) -> int:
+    return result.waiting + result.failed_before + forecast.images
+
+
+def _time(forecast: Forecast) -> str:
+    if forecast.seconds is None or forecast.per_image is None:
+        return "unknown: no image has been through this stage yet. Try some with --limit 5"
+    workers = render.count(forecast.workers, "worker")
+    return (
+        f"about {duration(forecast.seconds)} with {workers} "
+        f"({forecast.per_image:.3g} s an image, as {forecast.basis} took)"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Return ``2 h 5 min``, ``3 min`` or ``12 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def list_failures(failures: Sequence[tuple[str, str]]) -> None:
@@ -178,7 +255,7 @@ def list_failures(failures: Sequence[tuple[str, str]]) -> None:
     for name, reason in failures[:SHOWN_FAILURES]:
         typer.echo(f"failed {render.cell(name)}: {render.cell(reason)}")
     if len(failures) > SHOWN_FAILURES:
-        typer.echo(f"and {len(failures) - SHOWN_FAILURES} more: see cellstore status --failed")
+        typer.echo(f"and {len(failures) - SHOWN_FAILURES} more: see cellstore jobs --failed")
 
 
 def _show_counts(result: JobsResult, verb: str, cells: str) -> None:
@@ -193,15 +270,19 @@ def _show_counts(result: JobsResult, verb: str, cells: str) -> None:
     ]
     if result.waiting:
         pairs.append(("images missing files", f"{result.waiting:,}"))
+    if result.failed_before:
+        pairs.append(("failed before", f"{result.failed_before:,}"))
     render.facts(pairs)
 
 
 def _why_nothing(result: JobsResult, verb: str) -> str:
     if result.selected == 0:
-        return "there are no images yet. Bring some in with: cellstore ingest"
-    there = result.selected - result.waiting
-    done = f"{render.count(there, 'image')} {verb} already with these options"
+        return "no image is selected. See what there is with: cellstore status"
+    there = result.selected - result.waiting - result.failed_before
+    parts = [f"{render.count(there, 'image')} {verb} already with these options"]
+    if result.failed_before:
+        parts.append(f"{result.failed_before:,} failed before")
     if not result.waiting:
-        return f"{done}."
-    waiting = f"{render.count(result.waiting, 'image')} still without files"
-    return f"{done}, {waiting}. Ingest again with --images to fill them in."
+        return f"{', '.join(parts)}."
+    parts.append(f"{render.count(result.waiting, 'image')} still without files")
+    return f"{', '.join(parts)}. Ingest again with --images to fill them in."

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import answers, exports, house, images, ingest, networks, setup, splits
+from . import answers, exports, house, images, ingest, jobs, networks, setup, splits
 from .options import StoreOption
 
 ORDER = (
     *("demo", "init", "ingest", "segment", "measure", "split", "train", "predict"),
-    *("report", "audit", "sql", "export", "status", "verify", "doctor", "db"),
+    *("report", "audit", "sql", "export", "status", "jobs", "retry", "cancel"),
+    *("verify", "doctor", "db"),
 )
 
 
@@ -70,6 +71,9 @@ app.add_typer(answers.audit, name="audit")
 app.command("sql")(answers.sql)
 app.command("export")(exports.export)
 app.command("status")(house.status)
+app.command("jobs")(jobs.jobs)
+app.command("retry")(jobs.retry)
+app.command("cancel")(jobs.cancel)
 app.command("verify")(house.verify)
 app.command("doctor")(house.doctor)
 app.command("demo")(house.demo)

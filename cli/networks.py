@@ -232,7 +232,7 @@ def predict(
     else:
         _show_predict(result)
         list_failures(result.failures)
-    end_with_failures(len(result.failures), result.done, "labelled")
+    end_with_failures(len(result.failures), result.done, "labelled", "the same command")
 
 
 def _show_predict(result: PredictResult) -> None:

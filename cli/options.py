@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from cellstore.config import Selection
+
 StoreOption = Annotated[
     Path | None,
     typer.Option(
@@ -39,6 +41,44 @@ LimitOption = Annotated[
         show_default=False,
     ),
 ]
+WellsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--well",
+        metavar="WELL",
+        help="Only this well, like D14; may be given several times.",
+        show_default=False,
+    ),
+]
+WhereOption = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        metavar="SQL",
+        help="Only images that meet this condition, over plate, batch, well, row, column, site, "
+        "plane, time_point, image, image_id, pert_iname, target, kind, control, identifier.",
+        show_default=False,
+    ),
+]
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        "--workers", min=1, metavar="N", help="Processes that work at once; 1: this one alone."
+    ),
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="Let the workers of this Dask scheduler work, for example tcp://host:8786.",
+        show_default=False,
+    ),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Only say how many images there are to do, and how long."),
+]
 ChannelsOption = Annotated[
     str | None,
     typer.Option(
@@ -61,6 +101,13 @@ class Device(StrEnum):
 DeviceOption = Annotated[
     Device, typer.Option("--device", help="Where the network runs; auto takes a GPU if it can.")
 ]
+
+
+def selection(
+    plates: list[str] | None, wells: list[str] | None, where: str | None, limit: int | None
+) -> Selection:
+    """Return the images that the options name."""
+    return Selection(tuple(plates or ()), tuple(wells or ()), where, limit)
 
 
 def names(text: str | None) -> tuple[str, ...]:

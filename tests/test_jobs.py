@@ -3,40 +3,76 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from factories import Factory, sha
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from cellstore.config import StoreSettings
+from cellstore.config import Resources, StoreSettings
 from cellstore.db.models import Image, Job, Label, Run
-from cellstore.errors import ImageError, StorageError
+from cellstore.errors import ImageError, RunCancelledError, StorageError, UserInputError
 from cellstore.progress import Silent
 from cellstore.runs import (
     Outcome,
     RecipeSpec,
+    Share,
     Task,
+    Work,
     Workspace,
     jobs,
+    leases,
     open_workspace,
+    progressed,
     register,
     running,
-    todo_count,
+    work,
     work_through,
 )
+from cellstore.runs.leases import Owner
+from cellstore.stages.jobs import cancel, list_jobs, retry
 from cellstore.terms import LabelField, Stage, Status
 
 SPEC = RecipeSpec(Stage.SEGMENT, 1, {"test": True})
+
+Compute = Callable[[Task], str]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A step that computes with a function; pickles if the function does."""
+
+    function: Compute
+
+    def __call__(self) -> Steps:
+        return self
+
+    def read(self, order: Task) -> Task:
+        return order
+
+    def compute(self, loaded: Sequence[Task]) -> list[str]:
+        return [self.function(task) for task in loaded]
+
+    def keep(self, made: str) -> str:
+        return made
 
 
 def fill(workspace: Workspace, number: int = 3) -> list[Image]:
     make = Factory(workspace)
     plate = make.plate("P1")
     return [make.image(make.well(plate, 1, column)) for column in range(1, number + 1)]
+
+
+def name_of(task: Task) -> str:
+    return task.name
 
 
 def write_label(session: Session, task: Task, result: str) -> None:
@@ -54,25 +90,49 @@ def statuses(workspace: Workspace) -> Counter[Status]:
         return Counter(session.scalars(select(Job.status)))
 
 
-def go(workspace: Workspace, compute=lambda task: task.name, write=write_label) -> Outcome:
+def work_of(
+    compute: Compute = name_of,
+    write: Callable[[Session, Task, str], None] = write_label,
+    **more: Any,
+) -> Work[Task, str]:
+    def insert(session: Session, pairs: Sequence[tuple[Task, str]]) -> None:
+        for task, result in pairs:
+            write(session, task, result)
+
+    def fetch(_session: Session, tasks: Sequence[Task]) -> dict[int, Task]:
+        return {task.job_id: task for task in tasks}
+
+    return Work("test", Steps(compute), fetch, insert, **more)
+
+
+def go(
+    workspace: Workspace,
+    compute: Compute = name_of,
+    write: Callable[[Session, Task, str], None] = write_label,
+    resources: Resources | None = None,
+    **more: Any,
+) -> Outcome:
     with workspace.database.begin() as session:
         recipe = register(session, SPEC)
     with running(workspace.database, recipe) as run:
         return work_through(
             workspace.database,
             Silent(),
-            "test",
-            run.id,
-            recipe.id,
-            select(Image.id),
-            compute,
-            write,
+            work_of(compute, write, **more),
+            Share(run.id, recipe.id, select(Image.id)),
+            resources,
         )
 
 
 def left(workspace: Workspace) -> int:
     with workspace.database.begin() as session:
-        return todo_count(session, register(session, SPEC).id, select(Image.id))
+        return progressed(session, register(session, SPEC).id, select(Image.id)).todo
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(jobs, "FIRST_WAIT", 0.01)
 
 
 def test_each_image_is_done_once(workspace: Workspace):
@@ -89,7 +149,7 @@ def test_an_image_without_its_files_waits(workspace: Workspace):
     assert (left(workspace), go(workspace).done) == (0, 0)
 
 
-def test_a_failing_image_fails_alone_and_is_tried_again(workspace: Workspace):
+def test_a_failing_image_fails_alone_and_waits_for_retry(workspace: Workspace):
     fill(workspace)
 
     def compute(task: Task) -> str:
@@ -99,10 +159,10 @@ def test_a_failing_image_fails_alone_and_is_tried_again(workspace: Workspace):
 
     first = go(workspace, compute)
     assert (first.done, first.failures) == (2, [("P1/r01c02f01", "The file is truncated.")])
-    with workspace.database.read() as session:
-        failed = session.scalars(select(Job).where(Job.status == Status.FAILED)).one()
+    (failed,) = list_jobs(workspace, status="failed").jobs
     assert (failed.error, failed.attempts) == ("The file is truncated.", 1)
-    assert left(workspace) == 1
+    assert (left(workspace), go(workspace).done) == (0, 0)  # until somebody says so
+    assert retry(workspace).jobs == 1
     second = go(workspace)
     assert (second.done, second.failures) == (1, [])
     assert statuses(workspace) == {Status.DONE: 3}
@@ -146,8 +206,56 @@ def test_a_stop_between_compute_and_write_leaves_the_job_open(workspace: Workspa
     assert statuses(workspace) == {Status.PENDING: 2}
     with workspace.database.read() as session:
         run = session.scalars(select(Run)).one()
-    assert (run.status, run.error) == (Status.FAILED, "KeyboardInterrupt")
+        assert set(session.scalars(select(Job.attempts))) == {0}
+    assert (run.status, run.error) == (Status.CANCELLED, "Stopped by Ctrl-C.")
     assert go(workspace).done == 2
+
+
+def test_ctrl_c_finishes_what_is_in_hand_and_begins_nothing(sqlite_workspace: Workspace):
+    fill(sqlite_workspace, 9)
+
+    pressed = []
+
+    def compute(task: Task) -> str:
+        if not pressed:
+            pressed.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)  # until the main thread has heard of it
+        return task.name
+
+    with pytest.raises(KeyboardInterrupt):
+        go(sqlite_workspace, compute)
+    done = len(labels(sqlite_workspace))
+    assert 1 <= done <= 2  # the one at work, and the one that waited behind it
+    assert statuses(sqlite_workspace)[Status.DONE] == done
+    assert statuses(sqlite_workspace)[Status.RUNNING] == 0
+    assert go(sqlite_workspace).done == 9 - done
+
+
+def test_a_run_that_is_cancelled_ends_and_goes_on_later(workspace: Workspace, monkeypatch):
+    monkeypatch.setenv(leases.ENV_LEASE, "1")  # beats four times a second
+    fill(workspace, 4)
+
+    def compute(task: Task) -> str:
+        if cancel(workspace):
+            time.sleep(0.6)
+        return task.name
+
+    with pytest.raises(RunCancelledError, match="cancelled"):
+        go(workspace, compute)
+    with workspace.database.read() as session:
+        assert session.scalars(select(Run.status)).one() == Status.CANCELLED
+    done = len(labels(workspace))
+    assert 1 <= done < 4
+    assert go(workspace).done == 4 - done
+
+
+def test_what_is_over_cannot_be_cancelled(sqlite_workspace: Workspace):
+    fill(sqlite_workspace, 1)
+    go(sqlite_workspace)
+    assert cancel(sqlite_workspace) == ()
+    with pytest.raises(UserInputError, match="Run 1 is done"):
+        cancel(sqlite_workspace, "1")
 
 
 def test_a_full_disk_ends_the_run_and_gives_the_job_back(workspace: Workspace):
@@ -162,6 +270,97 @@ def test_a_full_disk_ends_the_run_and_gives_the_job_back(workspace: Workspace):
     assert go(workspace).done == 2
 
 
+def test_an_error_that_may_pass_is_tried_again_by_itself(workspace: Workspace):
+    fill(workspace, 2)
+    tries: Counter[str] = Counter()
+
+    def compute(task: Task) -> str:
+        tries[task.name] += 1
+        if task.name.endswith("c01f01") and tries[task.name] < jobs.MOST_FAILURES:
+            raise ImageError("It cannot be opened.") from ConnectionError("the share is away")
+        return task.name
+
+    outcome = go(workspace, compute)
+    assert (outcome.done, outcome.failures) == (2, [])
+    assert tries == {"P1/r01c01f01": 3, "P1/r01c02f01": 1}
+
+
+def test_an_error_that_does_not_pass_has_failed_in_the_end(workspace: Workspace):
+    fill(workspace, 1)
+    tries = []
+
+    def compute(task: Task) -> str:
+        tries.append(time.monotonic())
+        raise OSError("the disk is away")
+
+    assert go(workspace, compute).failures == [("P1/r01c01f01", "the disk is away")]
+    assert len(tries) == jobs.MOST_FAILURES
+    # Each wait is four times as long as the one before, give or take a quarter.
+    assert tries[2] - tries[1] > tries[1] - tries[0] > jobs.FIRST_WAIT * 0.7
+
+
+def test_one_image_that_spoils_a_batch_fails_alone(workspace: Workspace):
+    fill(workspace, 5)
+
+    def compute(task: Task) -> str:
+        if task.name.endswith("c03f01"):
+            raise ImageError("It spoils the batch.")
+        return task.name
+
+    outcome = go(workspace, compute, batch=5)
+    assert (outcome.done, [name for name, _ in outcome.failures]) == (4, ["P1/r01c03f01"])
+
+
+def test_results_are_packed_together_before_the_transaction(workspace: Workspace):
+    fill(workspace, 5)
+    packs = []
+
+    def pack(pairs: Sequence[tuple[Task, str]]) -> Sequence[tuple[Task, str]]:
+        packs.append(len(pairs))
+        return pairs
+
+    assert go(workspace, pack=pack, together=2).done == 5
+    assert packs == [2, 2, 1]
+
+
+def test_what_was_packed_without_a_lost_job_is_packed_anew(workspace: Workspace):
+    images = fill(workspace, 2)
+    packs = []
+
+    def pack(pairs: Sequence[tuple[Task, str]]) -> Sequence[tuple[Task, str]]:
+        packs.append([task.name for task, _ in pairs])
+        if len(packs) == 1:
+            change(workspace, images[0], "new bytes")
+        return pairs
+
+    go(workspace, pack=pack, together=2)
+    assert packs[:2] == [["P1/r01c01f01", "P1/r01c02f01"], ["P1/r01c02f01"]]
+    assert labels(workspace) == ["P1/r01c02f01"]
+    assert statuses(workspace)[Status.RUNNING] == 0
+    assert go(workspace).done == 1  # of the new bytes
+
+
+def test_an_image_without_an_order_fails_alone(workspace: Workspace):
+    fill(workspace, 2)
+
+    def fetch(_session: Session, tasks: Sequence[Task]) -> dict[int, Task | ImageError]:
+        return {
+            task.job_id: ImageError("No such channel.") if "c01" in task.name else task
+            for task in tasks
+        }
+
+    with workspace.database.begin() as session:
+        recipe = register(session, SPEC)
+    with running(workspace.database, recipe) as run:
+        outcome = work_through(
+            workspace.database,
+            Silent(),
+            Work("test", Steps(name_of), fetch, work_of().insert),
+            Share(run.id, recipe.id, select(Image.id)),
+        )
+    assert (outcome.done, outcome.failures) == (1, [("P1/r01c01f01", "No such channel.")])
+
+
 def test_the_job_of_a_killed_worker_comes_back(workspace: Workspace):
     images = fill(workspace, 1)
     with workspace.database.begin() as session:
@@ -173,13 +372,57 @@ def test_the_job_of_a_killed_worker_comes_back(workspace: Workspace):
     assert go(workspace).done == 1
     with workspace.database.read() as session:
         again = session.get_one(Job, job.id)
+        dead = session.get_one(Run, dead.id)
     assert (again.status, again.attempts, again.lease_until) == (Status.DONE, 2, None)
-    assert again.run_id != dead.id
+    assert (again.deaths, again.run_id != dead.id) == (1, True)
+    assert (dead.status, dead.error) == (Status.FAILED, "Its process died.")
 
 
-def test_a_job_in_other_hands_is_waited_for(sqlite_workspace: Workspace, monkeypatch):
+def test_the_job_of_a_process_that_is_gone_comes_back_at_once(workspace: Workspace):
+    image = fill(workspace, 1)[0]
+    with workspace.database.begin() as session:
+        recipe = register(session, SPEC)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=int)
+    process.start()
+    here = Owner.of_this_process()
+    gone = Owner(here.host, process.pid or 0, here.machine, "1", "x")
+    process.join()
+    dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
+    far = time.time() + 1000
+    Factory(workspace).job(dead, image, Status.RUNNING, worker=gone.text, lease_until=far)
+    assert go(workspace).done == 1
+
+
+def test_a_living_owner_and_one_elsewhere_are_not_taken_for_dead():
+    here = Owner.of_this_process()
+    assert Owner.parse(here.text) == here
+    assert not here.is_dead()
+    assert not Owner("elsewhere", 1, "another machine", "1", "x").is_dead()
+    assert Owner.parse("somebody") is None
+
+
+def test_a_job_over_which_workers_die_has_failed_in_the_end(workspace: Workspace):
+    image = fill(workspace, 1)[0]
+    with workspace.database.begin() as session:
+        recipe = register(session, SPEC)
+    dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
+    Factory(workspace).job(
+        dead,
+        image,
+        Status.RUNNING,
+        worker="dead",
+        lease_until=time.time() - 1,
+        attempts=jobs.MOST_DEATHS,
+        deaths=jobs.MOST_DEATHS - 1,
+    )
+    assert go(workspace).done == 0
+    (failed,) = list_jobs(workspace, status="failed").jobs
+    assert "died 5 times" in (failed.reason or "")
+
+
+def test_a_job_in_other_hands_is_waited_for(sqlite_workspace: Workspace):
     workspace = sqlite_workspace
-    monkeypatch.setattr(jobs, "WAIT_SECONDS", 0.05)
     image = fill(workspace, 1)[0]
     with workspace.database.begin() as session:
         recipe = register(session, SPEC)
@@ -193,8 +436,7 @@ def test_a_job_in_other_hands_is_waited_for(sqlite_workspace: Workspace, monkeyp
 
 
 def test_the_lease_is_renewed_while_the_work_runs(sqlite_workspace: Workspace, monkeypatch):
-    monkeypatch.setattr(jobs, "LEASE_SECONDS", 0.3)
-    monkeypatch.setattr(jobs, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(work, "lease_seconds", lambda: 0.4)
     fill(sqlite_workspace, 1)
     leases = []
 
@@ -246,11 +488,10 @@ def test_another_recipe_starts_anew(workspace: Workspace):
     go(workspace)
     with workspace.database.begin() as session:
         other = register(session, RecipeSpec(Stage.SEGMENT, 1, {"test": False}))
-        assert todo_count(session, other.id, select(Image.id)) == 1
+        assert progressed(session, other.id, select(Image.id)).todo == 1
 
 
-def test_two_threads_share_the_work(workspace: Workspace, monkeypatch):
-    monkeypatch.setattr(jobs, "WAIT_SECONDS", 0.05)
+def test_two_threads_share_the_work(workspace: Workspace):
     fill(workspace, 12)
     outcomes: list[Outcome] = []
 
@@ -274,6 +515,32 @@ def work_in_a_process(settings: StoreSettings, results: multiprocessing.Queue[in
     workspace = open_workspace(settings)
     results.put(go(workspace).done)
     workspace.database.close()
+
+
+def die_over_the_second(task: Task) -> str:
+    if task.name.endswith("c02f01"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return task.name
+
+
+@pytest.mark.heavy
+def test_an_image_that_kills_its_worker_fails_alone(workspace: Workspace, monkeypatch):
+    monkeypatch.setattr(jobs, "MOST_DEATHS", 2)
+    fill(workspace, 6)
+    outcome = go(workspace, die_over_the_second, resources=Resources(workers=2))
+    assert (outcome.done, [name for name, _ in outcome.failures]) == (5, ["P1/r01c02f01"])
+    (failed,) = list_jobs(workspace, status="failed").jobs
+    assert (failed.image, failed.deaths) == ("P1/r01c02f01", 2)
+    assert "died 2 times" in (failed.reason or "")
+
+
+@pytest.mark.heavy
+def test_processes_of_this_machine_do_what_this_process_does(workspace: Workspace):
+    fill(workspace, 12)
+    assert go(workspace, resources=Resources(workers=2)).done == 12
+    assert labels(workspace) == [f"P1/r01c{column:02d}f01" for column in range(1, 13)]
+    with workspace.database.read() as session:
+        assert set(session.scalars(select(Job.attempts))) == {1}
 
 
 @pytest.mark.heavy

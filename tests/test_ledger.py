@@ -54,17 +54,20 @@ def _work(run: RunHandle, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [(ValueError("bad luck"), "bad luck"), (KeyboardInterrupt(), "KeyboardInterrupt")],
+    ("error", "status", "reason"),
+    [
+        (ValueError("bad luck"), Status.FAILED, "bad luck"),
+        (KeyboardInterrupt(), Status.CANCELLED, "Stopped by Ctrl-C."),
+    ],
 )
-def test_a_run_that_fails_is_closed_with_the_reason(workspace: Workspace, error, reason):
+def test_a_run_that_fails_is_closed_with_the_reason(workspace: Workspace, error, status, reason):
     with (
         pytest.raises(type(error)),
         running(workspace.database, recipe_of(workspace)) as run,
     ):
         _work(run, error)
     after = run_of(workspace)
-    assert (after.status, after.error) == (Status.FAILED, reason)
+    assert (after.status, after.error) == (status, reason)
     assert after.result == {"cells": 1}
     assert after.ended_at is not None
 

@@ -232,7 +232,11 @@ class Run(Base):
 
 
 class Job(Base):
-    """One image's share of a recipe, for the bytes that the image had (``content_sha256``)."""
+    """One image's share of a recipe, for the bytes that the image had (``content_sha256``).
+
+    ``attempts`` counts its starts, ``deaths`` those that ended with the worker. Moments
+    (``lease_until``, ``not_before``) are seconds since 1970, ``seconds`` is what the work took.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -247,8 +251,10 @@ class Job(Base):
     run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
     status: Mapped[Status] = mapped_column(by_value(Status))
     attempts: Mapped[int] = mapped_column(default=0)
+    deaths: Mapped[int] = mapped_column(default=0)
     worker: Mapped[Name | None]
     lease_until: Mapped[float | None] = mapped_column(Float(53))
+    not_before: Mapped[float | None] = mapped_column(Float(53))
     seconds: Mapped[float | None] = mapped_column(Float(53))
     error: Mapped[str | None] = mapped_column(Text)
 

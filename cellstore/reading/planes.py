@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder
 from ..config import ImageInput
+from ..db.bulk import in_lists
 from ..db.models import Artifact, ImageFile
 from ..db.session import Database
-from ..errors import ImageError, UnknownNameError
+from ..errors import CellstoreError, ImageError, UnknownNameError
 from ..formats.files.images import decode_tiff, project, read_plane
 from ..formats.files.places import is_remote, local_path
-from ..terms import PROJECTION_CHANNEL
+from ..terms import PROJECTION_CHANNEL, Projection
 
 DEFAULT_CHANNELS = 3
 """The published pipeline looks at the median of the first three channels."""
+
+
+@dataclass(frozen=True)
+class FileOrder:
+    """A file of an image as it was ingested: where it is, and what shows that it is the same."""
+
+    name: str
+    uri: str | None
+    sha256: str | None
+    size_bytes: int | None
+    modified_ns: int | None
+
+
+@dataclass(frozen=True)
+class PlaneOrder:
+    """All that is needed to open a plane of an image, on any machine that sees the files."""
+
+    files: tuple[FileOrder, ...]
+    projection: Projection
 
 
 def read_image(database: Database, image_id: int, wanted: ImageInput) -> NDArray[np.float32]:
@@ -30,8 +51,43 @@ def read_image(database: Database, image_id: int, wanted: ImageInput) -> NDArray
         UnknownNameError: a channel of ``wanted`` does not exist.
     """
     with database.read() as session:
-        files = choose_files(files_of(session, image_id), wanted)
-    return project([_read(file) for file in files], wanted.projection)
+        order = plane_orders(session, [image_id], wanted)[image_id]
+    if isinstance(order, CellstoreError):
+        raise order
+    return open_plane(order)
+
+
+def plane_orders(
+    session: Session, image_ids: Sequence[int], wanted: ImageInput
+) -> dict[int, PlaneOrder | CellstoreError]:
+    """Return by image id what :func:`open_plane` needs, or the error: it lacks the channel."""
+    files: dict[int, list[ImageFile]] = {image_id: [] for image_id in image_ids}
+    for some in in_lists(image_ids):
+        query = select(ImageFile).where(ImageFile.image_id.in_(some))
+        for file in session.scalars(query.order_by(ImageFile.position, ImageFile.channel)):
+            files[file.image_id].append(file)
+    return {image_id: _plane_order(found, wanted) for image_id, found in files.items()}
+
+
+def _plane_order(files: list[ImageFile], wanted: ImageInput) -> PlaneOrder | CellstoreError:
+    try:
+        chosen = choose_files(files, wanted)
+    except UnknownNameError as error:
+        return error
+    orders = (
+        FileOrder(file.name, file.uri, file.sha256, file.size_bytes, file.modified_ns)
+        for file in chosen
+    )
+    return PlaneOrder(tuple(orders), wanted.projection)
+
+
+def open_plane(order: PlaneOrder) -> NDArray[np.float32]:
+    """Return the plane (H, W) of an order, in the grey levels of its files.
+
+    Raises:
+        ImageError: a file is missing, damaged, or not the one that was ingested.
+    """
+    return project([open_file(file) for file in order.files], order.projection)
 
 
 def check_channels(session: Session, wanted: ImageInput) -> None:
@@ -40,18 +96,11 @@ def check_channels(session: Session, wanted: ImageInput) -> None:
     Raises:
         UnknownNameError: with the channels that there are.
     """
-    if not wanted.channels:
-        return
-    known = {name.lower(): name for name in session.scalars(select(ImageFile.channel).distinct())}
     for name in wanted.channels:
-        if name.lower() not in known:
-            raise UnknownNameError.of("channel", name, sorted(known.values()))
-
-
-def files_of(session: Session, image_id: int) -> list[ImageFile]:
-    """Return the files of an image in the order of their channels."""
-    query = select(ImageFile).where(ImageFile.image_id == image_id)
-    return list(session.scalars(query.order_by(ImageFile.position, ImageFile.channel)))
+        there = select(ImageFile.id).where(func.lower(ImageFile.channel) == name.lower())
+        if session.scalar(there.limit(1)) is None:
+            known = session.scalars(select(ImageFile.channel).distinct())
+            raise UnknownNameError.of("channel", name, sorted(known))
 
 
 def choose_files(files: Sequence[ImageFile], wanted: ImageInput) -> list[ImageFile]:
@@ -71,7 +120,8 @@ def _channel(by_channel: dict[str, ImageFile], name: str) -> ImageFile:
     raise UnknownNameError.of("channel", name, by_channel)
 
 
-def _read(file: ImageFile) -> NDArray[np.generic]:
+def open_file(file: FileOrder) -> NDArray[np.generic]:
+    """Return the pixels (H, W) of one file of an image; raises as :func:`open_plane` does."""
     if file.uri is None or file.sha256 is None:
         raise ImageError(
             f"{file.name} is missing. Ingest again with --images and the folder that has it."
@@ -83,14 +133,14 @@ def _read(file: ImageFile) -> NDArray[np.generic]:
     return read_plane(file.uri)
 
 
-def _check_unchanged(uri: str, file: ImageFile) -> None:
+def _check_unchanged(uri: str, file: FileOrder) -> None:
     path = local_path(uri)
     try:
         found = path.stat()
     except OSError as error:
         raise ImageError(
-            f"{path} cannot be opened ({error.strerror}). Put it back, or ingest again with "
-            "--images pointing to the folder that has it."
+            f"{path} cannot be opened ({error.strerror}). Put it back and run: cellstore retry, or "
+            "ingest again with --images and the folder that has it."
         ) from error
     if (found.st_size, found.st_mtime_ns) != (file.size_bytes, file.modified_ns):
         raise ImageError(f"{path} has changed since it was ingested. Run the ingest again.")

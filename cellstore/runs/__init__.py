@@ -1,21 +1,31 @@
 """What was done, by which recipe, and what is left to do."""
 
-from .jobs import JobsResult, Outcome, Task, todo_count, work_through
+from .execution import Forecast, JobsResult, Tally, execute
+from .jobs import Outcome, Progressed, Task, progressed
 from .ledger import RunHandle, attach, keep_file, running
 from .lookup import find_image, find_recipe, find_run, find_split, run_in
 from .recipes import RecipeSpec, fingerprint, register
-from .selection import images_of, segmented, selection_counts
+from .selection import images_of, segmented
+from .work import Share, Work, work_through
+from .workers import Step
 from .workspace import Workspace, create_workspace, open_workspace
 
 __all__ = [
+    "Forecast",
     "JobsResult",
     "Outcome",
+    "Progressed",
     "RecipeSpec",
     "RunHandle",
+    "Share",
+    "Step",
+    "Tally",
     "Task",
+    "Work",
     "Workspace",
     "attach",
     "create_workspace",
+    "execute",
     "find_image",
     "find_recipe",
     "find_run",
@@ -24,11 +34,10 @@ __all__ = [
     "images_of",
     "keep_file",
     "open_workspace",
+    "progressed",
     "register",
     "run_in",
     "running",
     "segmented",
-    "selection_counts",
-    "todo_count",
     "work_through",
 ]

@@ -1,53 +1,64 @@
-"""Jobs: image by image, resumable, safe beside other processes on the same store.
+"""The queue of jobs: rows of one table, reserved and closed by conditional updates.
 
-A job is reserved with one conditional UPDATE and a lease that a thread renews while the work
-runs, so that a killed worker's job comes back by itself. Rows of one image are written in one
-short transaction, which also closes its job: either both are there or neither.
+A job is one image's share of a recipe, for the bytes that the image has. It is *pending*, *running*
+with a lease in the name of a worker, *done*, or *failed* with the reason kept. What is to do is a
+query over images and jobs; nothing else remembers progress. All functions take the session of the
+caller, who commits.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import threading
-import time
-import traceback
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, exists, func, literal, or_, select, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    and_,
+    case,
+    exists,
+    func,
+    literal,
+    null,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 
-from ..db.models import Image, Job, Plate, Well
-from ..db.session import Database
+from ..db.models import Image, Job, Plate, Run, Well
 from ..db.statements import insert_from
-from ..errors import CellstoreError, DatabaseError, StorageError, StoreError
-from ..progress import Progress
 from ..terms import Status
+from .leases import Owner, now
 
-LEASE_SECONDS = 60.0
-RENEW_SECONDS = 15.0
-WAIT_SECONDS = 1.0
+MOST_FAILURES = 3
+"""After so many tries whose error might pass (a disk, a memory), a job has failed."""
+
+MOST_DEATHS = 5
+"""After so many workers that died over it, a job has failed."""
+
+FIRST_WAIT = 1.0
+LONGEST_WAIT = 30.0
 
 UNSEEN = "0" * 64
 """Stands in a job for the bytes of an image that has not been seen."""
 
-R = TypeVar("R")
+AT_ONCE = 10_000
+"""Images whose jobs are made in one transaction."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A reserved job: one image to work on."""
+    """A reserved job: one image to work on. ``deaths``: workers that died over it before."""
 
     job_id: int
     image_id: int
     content_sha256: str
     name: str
-    worker: str
+    tries: int
+    deaths: int
 
 
 @dataclass
@@ -64,270 +75,283 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class JobsResult:
-    """What a stage that goes image by image did.
+class Progressed:
+    """How far a recipe has come with the images of a selection, by their present bytes.
 
-    ``run_id`` is None when there was nothing to do. ``selected`` counts the images that the
-    selection names, ``waiting`` those of them whose files are still missing, ``cells`` what was
-    written by this run.
+    ``selected = waiting + done + failed + todo``: ``waiting`` miss files, ``failed`` are left
+    alone until ``cellstore retry``.
     """
 
-    run_id: int | None
-    recipe_id: int
     selected: int
     waiting: int
     done: int
-    failures: tuple[tuple[str, str], ...]
-    cells: int
+    failed: int
+
+    @property
+    def todo(self) -> int:
+        """Images that a worker may take."""
+        return self.selected - self.waiting - self.done - self.failed
 
 
-class LeaseLostError(StoreError):
-    """Another worker took the job over; what was computed here is dropped."""
-
-
-def todo_count(
-    session: Session, recipe_id: int, candidates: Select[int], *, unseen: bool = False
-) -> int:
-    """Return how many of the ``candidates`` (a query of image ids) this recipe has not done.
-
-    ``unseen``: images that have not been seen count, too.
-    """
-    query = _open_images(recipe_id, candidates, unseen)
-    return session.scalar(select(func.count()).select_from(query.subquery())) or 0
-
-
-def work_through(
-    database: Database,
-    progress: Progress,
-    label: str,
-    run_id: int,
-    recipe_id: int,
-    candidates: Select[int],
-    compute: Callable[[Task], R],
-    write: Callable[[Session, Task, R], None],
-    *,
-    unseen: bool = False,
-) -> Outcome:
-    """Do every open job of ``recipe_id`` among ``candidates``; one failing image fails alone.
-
-    ``compute`` runs outside any transaction, ``write`` inside the one that closes the job.
-    ``unseen``: also images that have not been seen, for work that opens none.
-
-    Raises:
-        StorageError: the disk is full or read-only; the job in hand is given back.
-
-    """
-    total = _enqueue(database, run_id, recipe_id, candidates, unseen)
-    outcome = Outcome()
-    progress.start(label, total)
-    try:
-        for task in _reserved(database, run_id, recipe_id, candidates):
-            _do(database, task, compute, write, outcome)
-            progress.advance()
-            if outcome.failures and outcome.failures[-1][0] == task.name:
-                progress.note(f"{task.name}: {outcome.failures[-1][1]}")
-    finally:
-        progress.finish()
-    return outcome
-
-
-def _content() -> ColumnElement[str]:
+def content() -> ColumnElement[str]:
+    """The bytes of an image as a job names them."""
     return func.coalesce(Image.content_sha256, UNSEEN)
 
 
-def _open_images(recipe_id: int, candidates: Select[int], unseen: bool) -> Select[int, str]:
-    finished = exists().where(
-        Job.recipe_id == recipe_id,
-        Job.image_id == Image.id,
-        Job.content_sha256 == _content(),
-        Job.status == Status.DONE,
+def progressed(
+    session: Session, recipe_id: int, candidates: Select[int], *, unseen: bool = False
+) -> Progressed:
+    """Count the ``candidates`` (a query of image ids) by what ``recipe_id`` has done of them.
+
+    ``unseen``: images that have not been seen can be worked on, too.
+    """
+    job = and_(
+        Job.recipe_id == recipe_id, Job.image_id == Image.id, Job.content_sha256 == content()
     )
-    content = _content().label("content_sha256")
-    query = select(Image.id, content).where(Image.id.in_(candidates), ~finished)
-    return query if unseen else query.where(Image.content_sha256.is_not(None))
+    missing = literal(False) if unseen else Image.content_sha256.is_(None)
+    query = candidates.outerjoin(Job, job).with_only_columns(
+        func.count(),
+        func.count().filter(missing),
+        func.count().filter(Job.status == Status.DONE),
+        func.count().filter(Job.status == Status.FAILED),
+    )
+    return Progressed(*session.execute(query).one())
 
 
-def _enqueue(
-    database: Database, run_id: int, recipe_id: int, candidates: Select[int], unseen: bool
-) -> int:
-    """Make the missing jobs, give failed ones another try, and return how many are open."""
-    open_images = _open_images(recipe_id, candidates, unseen).subquery()
-    rows = select(
+def enqueue(
+    session: Session,
+    run_id: int,
+    recipe_id: int,
+    candidates: Select[int],
+    after: int,
+    *,
+    unseen: bool = False,
+) -> int | None:
+    """Make the jobs of the next candidates after image id ``after`` that have none.
+
+    Returns the last image id looked at; ``None`` when there is none left.
+    """
+    piece = candidates.where(Image.id > after).order_by(Image.id).limit(AT_ONCE).subquery()
+    count, last = session.execute(select(func.count(), func.max(piece.c.id))).one()
+    if not count:
+        return None
+    rows: Any = select(
         literal(recipe_id),
-        open_images.c.id,
-        open_images.c.content_sha256,
+        Image.id,
+        content(),
         literal(run_id),
         literal(Status.PENDING.value),
         literal(0),
+        literal(0),
+    ).where(Image.id.in_(select(piece.c.id)))
+    if not unseen:
+        rows = rows.where(Image.content_sha256.is_not(None))
+    known = exists().where(
+        Job.recipe_id == recipe_id, Job.image_id == Image.id, Job.content_sha256 == content()
     )
-    columns = ["recipe_id", "image_id", "content_sha256", "run_id", "status", "attempts"]
-    with database.begin() as session:
-        insert_from(session, Job, columns, rows)
-        session.execute(
-            update(Job)
-            .where(Job.recipe_id == recipe_id, Job.status == Status.FAILED)
-            .where(Job.image_id.in_(candidates))
-            .values(status=Status.PENDING)
-        )
-        return todo_count(session, recipe_id, candidates, unseen=unseen)
+    columns = ("recipe_id", "image_id", "content_sha256", "run_id", "status", "attempts", "deaths")
+    insert_from(session, Job, columns, rows.where(~known))
+    return int(last)
 
 
-def _reserved(
-    database: Database, run_id: int, recipe_id: int, candidates: Select[int]
-) -> Iterator[Task]:
-    """Yield jobs, each reserved for this process, until none is open or in other hands."""
-    worker = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"[:255]
-    while True:
-        with database.begin() as session:
-            task = _reserve(session, run_id, recipe_id, candidates, worker)
-            elsewhere = task is None and _in_other_hands(session, recipe_id, candidates)
-        if task is not None:
-            with _lease(database, task):
-                yield task
-        elif elsewhere:
-            time.sleep(WAIT_SECONDS)
-        else:
-            return
-
-
-def _claimable() -> Any:
-    expired = and_(Job.status == Status.RUNNING, Job.lease_until < time.time())
-    return or_(Job.status == Status.PENDING, expired)
-
-
-def _among(candidates: Select[int]) -> Any:
-    current = and_(Image.id == Job.image_id, _content() == Job.content_sha256)
-    return exists().where(current, Image.id.in_(candidates))
-
-
-def _reserve(
-    session: Session, run_id: int, recipe_id: int, candidates: Select[int], worker: str
-) -> Task | None:
+def reserve(
+    session: Session,
+    run_id: int,
+    recipe_id: int,
+    candidates: Select[int],
+    owner: Owner,
+    lease: float,
+    number: int,
+) -> list[Task]:
+    """Reserve up to ``number`` pending jobs for ``owner``: one conditional UPDATE."""
+    moment = now(session)
+    free = and_(
+        Job.status == Status.PENDING, or_(Job.not_before.is_(None), Job.not_before <= moment)
+    )
     chosen = (
         select(Job.id)
-        .where(Job.recipe_id == recipe_id, _claimable(), _among(candidates))
+        .where(Job.recipe_id == recipe_id, free, _among(candidates))
         .order_by(Job.id)
-        .limit(1)
+        .limit(number)
         .with_for_update(skip_locked=True)
     )
-    job_id = session.scalar(chosen)
-    if job_id is None:
-        return None
-    claim: Any = session.execute(
+    ids = list(session.scalars(chosen))
+    if not ids:
+        return []
+    claim = (
         update(Job)
-        .where(Job.id == job_id, _claimable())
+        .where(Job.id.in_(ids), free)
         .values(
             status=Status.RUNNING,
             run_id=run_id,
-            worker=worker,
+            worker=owner.text,
             attempts=Job.attempts + 1,
-            lease_until=time.time() + LEASE_SECONDS,
+            lease_until=moment + lease,
+            not_before=None,
         )
+        .returning(Job.id)
     )
-    return _task(session, job_id, worker) if claim.rowcount == 1 else None
+    return _tasks(session, list(session.scalars(claim)))
 
 
-def _task(session: Session, job_id: int, worker: str) -> Task:
-    row = session.execute(
-        select(Job.id, Job.image_id, Job.content_sha256, Plate.barcode, Image.core_name)
+def _among(candidates: Select[int]) -> ColumnElement[bool]:
+    """Whether the image of a job is a candidate, and still has the bytes of the job."""
+    current = (Image.id == Job.image_id, content() == Job.content_sha256)
+    return candidates.where(*current).correlate(Job).exists()
+
+
+def _tasks(session: Session, ids: Sequence[int]) -> list[Task]:
+    rows = session.execute(
+        select(
+            Job.id,
+            Job.image_id,
+            Job.content_sha256,
+            Plate.barcode,
+            Image.core_name,
+            Job.attempts,
+            Job.deaths,
+        )
         .join(Image, Image.id == Job.image_id)
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
-        .where(Job.id == job_id)
-    ).one()
-    return Task(row.id, row.image_id, row.content_sha256, f"{row.barcode}/{row.core_name}", worker)
+        .where(Job.id.in_(ids))
+        .order_by(Job.id)
+    )
+    return [
+        Task(job, image, digest, f"{barcode}/{core}", attempts - deaths, deaths)
+        for job, image, digest, barcode, core, attempts, deaths in rows
+    ]
 
 
-def _in_other_hands(session: Session, recipe_id: int, candidates: Select[int]) -> bool:
+def held_by_others(session: Session, recipe_id: int, candidates: Select[int], owner: Owner) -> bool:
+    """Whether other workers have candidates in hand, or one waits for its next try."""
+    elsewhere = and_(Job.status == Status.RUNNING, Job.worker != owner.text)
     query = select(Job.id).where(
-        Job.recipe_id == recipe_id, Job.status == Status.RUNNING, _among(candidates)
+        Job.recipe_id == recipe_id,
+        or_(elsewhere, Job.status == Status.PENDING),
+        _among(candidates),
     )
     return session.scalar(query.limit(1)) is not None
 
 
-@contextmanager
-def _lease(database: Database, task: Task) -> Iterator[None]:
-    stop = threading.Event()
+def close(session: Session, owner: Owner, tasks: Sequence[Task], seconds: float) -> set[int]:
+    """Close jobs as done; return the ids of those that were still ours, by unchanged bytes.
 
-    def renew() -> None:
-        while not stop.wait(RENEW_SECONDS):
-            # A renewal that fails is tried again; if all fail, closing the job finds out.
-            with suppress(CellstoreError, SQLAlchemyError), database.begin() as session:
-                session.execute(
-                    update(Job).where(_held(task)).values(lease_until=time.time() + LEASE_SECONDS)
-                )
-
-    thread = threading.Thread(target=renew, daemon=True, name="cellstore-lease")
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    After a lease ran out a job may be another worker's: what was computed is then dropped.
+    ``seconds``: what one of them took.
+    """
+    unchanged = exists().where(Image.id == Job.image_id, content() == Job.content_sha256)
+    done = (
+        update(Job)
+        .where(Job.id.in_([task.job_id for task in tasks]), _held(owner), unchanged)
+        .values(status=Status.DONE, seconds=seconds, lease_until=None, error=None)
+        .returning(Job.id)
+    )
+    return set(session.scalars(done))
 
 
-def _do(
-    database: Database,
-    task: Task,
-    compute: Callable[[Task], R],
-    write: Callable[[Session, Task, R], None],
-    outcome: Outcome,
-) -> None:
-    started = time.monotonic()
-    try:
-        result = compute(task)
-        with database.begin() as session:
-            _close(session, task, time.monotonic() - started)
-            write(session, task, result)
-        outcome.done += 1
-    except (StorageError, DatabaseError, KeyboardInterrupt, SystemExit):
-        _release(database, task)
-        raise
-    except LeaseLostError:
-        return
-    except Exception as error:
-        _fail(database, task, error)
-        outcome.failures.append((task.name, _sentence(error)))
+def release(session: Session, owner: Owner, jobs: Iterable[int] | None = None) -> None:
+    """Give jobs back that were not worked on; ``None``: all that ``owner`` has in hand."""
+    mine = _held(owner) if jobs is None else and_(Job.id.in_(list(jobs)), _held(owner))
+    session.execute(
+        update(Job)
+        .where(mine)
+        .values(status=Status.PENDING, attempts=Job.attempts - 1, lease_until=None, worker=None)
+    )
 
 
-def _held(task: Task) -> Any:
-    """Whether the job is still ours: after a lease ran out it may be another worker's."""
-    return and_(Job.id == task.job_id, Job.worker == task.worker, Job.status == Status.RUNNING)
+def fail(session: Session, owner: Owner, task: Task, reason: str, *, may_pass: bool) -> bool:
+    """Note that a job failed; return whether it is tried again, after a while.
+
+    ``may_pass``: the error is not one of the image itself.
+    """
+    again = may_pass and task.tries < MOST_FAILURES
+    later = now(session) + wait_after(task.tries) if again else null()
+    session.execute(
+        update(Job)
+        .where(Job.id == task.job_id, _held(owner))
+        .values(
+            status=Status.PENDING if again else Status.FAILED,
+            not_before=later,
+            lease_until=None,
+            error=reason,
+        )
+    )
+    return again
 
 
-def _close(session: Session, task: Task, seconds: float) -> None:
-    """Close the job, unless it is no longer ours or the image has changed meanwhile."""
-    unchanged = exists().where(Image.id == task.image_id, _content() == task.content_sha256)
+def wait_after(tries: int) -> float:
+    """Return the seconds before the next try: 1, 4, 16, ... up to 30, more or less."""
+    return min(LONGEST_WAIT, FIRST_WAIT * 4.0 ** (tries - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+
+
+def mourn(session: Session, owner: Owner, task: Task) -> bool:
+    """Note that the process that worked on a job of ``owner`` died; whether it is tried again."""
+    mine = and_(Job.id == task.job_id, _held(owner))
+    session.execute(_after_death(session, mine))
+    return task.deaths + 1 < MOST_DEATHS
+
+
+def take_back(session: Session, recipe_id: int) -> int:
+    """Free the jobs of workers that are gone; return how many.
+
+    A worker is gone when its lease has run out, or at once when it was a process of this machine
+    that is no more. Its run, if nothing else closed it, has failed.
+    """
+    running = and_(Job.recipe_id == recipe_id, Job.status == Status.RUNNING)
+    names = session.scalars(select(Job.worker).where(running).distinct())
+    dead = [name for name in names if name and (owner := Owner.parse(name)) and owner.is_dead()]
+    gone = and_(running, or_(Job.lease_until < now(session), Job.worker.in_(dead)))
+    runs = list(session.scalars(select(Job.run_id).where(gone).distinct()))
+    if not runs:
+        return 0
+    freed: Any = session.execute(_after_death(session, gone))
+    session.execute(
+        update(Run)
+        .where(Run.id.in_(runs), Run.status == Status.RUNNING, ~_still_working())
+        .values(status=Status.FAILED, error="Its process died.")
+    )
+    return int(freed.rowcount)
+
+
+def _still_working() -> ColumnElement[bool]:
+    return exists().where(Job.run_id == Run.id, Job.status == Status.RUNNING)
+
+
+def _after_death(session: Session, which: ColumnElement[bool]) -> Any:
+    last = Job.deaths + 1 >= MOST_DEATHS
+    reason = f"Its worker died {MOST_DEATHS} times: killed, out of memory, or crashed."
+    wait = case((Job.deaths >= 5, LONGEST_WAIT), else_=FIRST_WAIT * (Job.deaths + 1))
+    return (
+        update(Job)
+        .where(which)
+        .values(
+            status=case((last, Status.FAILED.value), else_=Status.PENDING.value),
+            error=case((last, reason), else_=Job.error),
+            deaths=Job.deaths + 1,
+            not_before=case((last, null()), else_=now(session) + wait),
+            lease_until=None,
+            worker=None,
+        )
+    )
+
+
+def _held(owner: Owner) -> ColumnElement[bool]:
+    """Whether a job is still ours: after a lease ran out it may be another worker's."""
+    return and_(Job.worker == owner.text, Job.status == Status.RUNNING)
+
+
+def forgive(session: Session, recipe_id: int, candidates: Select[int]) -> int:
+    """Give failed jobs among the candidates another try; return how many."""
+    failed = and_(Job.recipe_id == recipe_id, Job.status == Status.FAILED, _among(candidates))
+    return reopen(session, failed)
+
+
+def reopen(session: Session, which: ColumnElement[bool]) -> int:
+    """Make failed jobs as good as new; return how many."""
     done: Any = session.execute(
         update(Job)
-        .where(_held(task), unchanged)
-        .values(status=Status.DONE, seconds=seconds, lease_until=None, error=None)
+        .where(Job.status == Status.FAILED, which)
+        .values(status=Status.PENDING, attempts=0, deaths=0, not_before=None, worker=None)
     )
-    if done.rowcount != 1:
-        raise LeaseLostError(f"The job of {task.name} was taken over by another worker.")
-
-
-def _release(database: Database, task: Task) -> None:
-    # If this fails too, the lease will run out by itself; the first error is the one to report.
-    with suppress(CellstoreError), database.begin() as session:
-        session.execute(
-            update(Job)
-            .where(_held(task))
-            .values(status=Status.PENDING, lease_until=None, worker=None)
-        )
-
-
-def _fail(database: Database, task: Task, error: Exception) -> None:
-    known = isinstance(error, CellstoreError)
-    text = str(error) if known else "".join(traceback.format_exception(error))
-    with database.begin() as session:
-        session.execute(
-            update(Job)
-            .where(_held(task))
-            .values(status=Status.FAILED, lease_until=None, error=text)
-        )
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    return int(done.rowcount)

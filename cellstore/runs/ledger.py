@@ -25,7 +25,7 @@ from ..artifacts import StoredFile
 from ..db.models import Artifact, Recipe, Run, RunArtifact
 from ..db.session import Database
 from ..db.statements import insert_new
-from ..errors import JobsFailedError
+from ..errors import JobsFailedError, RunCancelledError
 from ..terms import Stage, Status
 
 PACKAGES = ("cellstore", "numpy", "cellpose", "scikit-image", "torch", "torchvision", "duckdb")
@@ -50,7 +50,7 @@ def running(
     query: str | None = None,
     resume: int | None = None,
 ) -> Iterator[RunHandle]:
-    """Record a run of ``recipe`` around a block: done at its end, failed with the reason else.
+    """Record a run of ``recipe`` around a block: done at its end, else failed or cancelled.
 
     ``resume`` goes on with an unfinished run instead of starting another.
     """
@@ -61,6 +61,10 @@ def running(
     handle = RunHandle(resume)
     try:
         yield handle
+    except (KeyboardInterrupt, RunCancelledError) as error:
+        reason = str(error) or "Stopped by Ctrl-C."
+        _set(database, handle.id, status=Status.CANCELLED, error=reason, **_end(handle))
+        raise
     except BaseException as error:
         reason = str(error) or type(error).__name__
         _set(database, handle.id, status=Status.FAILED, error=reason, **_end(handle))
@@ -220,5 +224,5 @@ def fail_if_any(failed: int, done: int, what: str) -> None:
     if failed:
         raise JobsFailedError(
             f"{failed} of {failed + done} images could not be {what}; the others are done. "
-            "See why with: cellstore status --failed. Running the same command again retries them."
+            "See why with: cellstore jobs --failed. Running the same command again retries them."
         )

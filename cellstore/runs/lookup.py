@@ -115,7 +115,7 @@ def _image_queries(text: str) -> list[Select[Image]]:
         queries.append(
             base.where(
                 Plate.barcode == parts[0],
-                Well.name == _well_name(parts[1]),
+                Well.name == well_name(parts[1]),
                 Image.site == int(parts[2]),
             )
         )
@@ -130,7 +130,8 @@ def _has_file(name: str) -> Any:
     return Image.id.in_(select(ImageFile.image_id).where(ImageFile.name == name))
 
 
-def _well_name(text: str) -> str:
+def well_name(text: str) -> str:
+    """Return the name of a well as it is stored: ``D04`` of ``d4``; other words as they are."""
     match = re.fullmatch(r"([A-Za-z]{1,2})0*(\d{1,2})", text.strip())
     return f"{match[1].upper()}{int(match[2]):02d}" if match else text
 

@@ -57,6 +57,12 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def known_recipe(session: Session, spec: RecipeSpec) -> Recipe | None:
+    """Return the recipe of ``spec``, if it was ever used."""
+    query = select(Recipe).where(Recipe.stage == spec.stage)
+    return session.scalars(query.where(Recipe.fingerprint == fingerprint(spec))).one_or_none()
+
+
 def register(session: Session, spec: RecipeSpec) -> Recipe:
     """Return the recipe of ``spec``, made on its first use."""
     mark = fingerprint(spec)
@@ -69,9 +75,8 @@ def register(session: Session, spec: RecipeSpec) -> Recipe:
         "created_at": datetime.now(UTC),
     }
     insert_new(session, Recipe, [row])
-    recipe = session.scalars(
-        select(Recipe).where(Recipe.stage == spec.stage, Recipe.fingerprint == mark)
-    ).one()
+    recipe = known_recipe(session, spec)
+    assert recipe is not None
     if spec.inputs:
         links = [{"recipe_id": recipe.id, "input_id": source.id} for source in spec.inputs]
         insert_new(session, RecipeInput, links)

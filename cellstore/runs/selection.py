@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from ..db.models import Image, Plate, Segmentation, Well
+from ..config import EVERYTHING, Selection
+from ..db.models import Image, Plate, Segmentation, Treatment, Well
 from ..errors import UnknownNameError
+from .lookup import well_name
 
 
-def images_of(
-    session: Session, plates: Sequence[str] = (), limit: int | None = None
-) -> Select[int]:
-    """Return the query of the image ids on ``plates`` (none: all), the first ``limit``.
+def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int]:
+    """Return the query of the ids of the images of a selection.
+
+    Its conditions are on single rows, so that more can be added and one image looked up at once.
 
     Raises:
-        UnknownNameError: there is no such plate.
+        UnknownNameError: there is no such plate, well or column.
+        UserInputError: the condition cannot be read.
     """
-    query = select(Image.id)
-    if plates:
-        ids = [_plate(session, barcode) for barcode in plates]
-        query = query.join(Well, Well.id == Image.well_id).where(Well.plate_id.in_(ids))
-    if limit is not None:
-        # A subquery of its own: what is added later must not change which images are the first.
-        query = select(query.order_by(Image.id).limit(limit).subquery().c.id)
-    return query
+    query = select(Image.id).join(Well, Well.id == Image.well_id)
+    if selection.plates:
+        ids = [_plate(session, barcode) for barcode in selection.plates]
+        query = query.where(Well.plate_id.in_(ids))
+    if selection.wells:
+        query = query.where(Well.name.in_([_well(session, name) for name in selection.wells]))
+    if selection.where is not None:
+        from .conditions import condition  # its parser loads slowly
+
+        query = query.join(Plate, Plate.id == Well.plate_id)
+        query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
+        query = query.where(condition(selection.where))
+    return query if selection.limit is None else _first(session, query, selection.limit)
+
+
+def _first(session: Session, query: Select[int], limit: int) -> Select[int]:
+    # By the id of the last of them, so that what is added later does not change which they are.
+    ids = query.order_by(Image.id).limit(limit).subquery()
+    last = session.scalar(select(func.max(ids.c.id)))
+    return query.where(Image.id <= (last or 0))
 
 
 def is_current() -> ColumnElement[bool]:
@@ -40,16 +53,7 @@ def is_current() -> ColumnElement[bool]:
 
 def segmented(images: Select[int], recipe_id: int) -> Select[int]:
     """Return those of ``images`` that a segment recipe has done, as their bytes are now."""
-    query = select(Image.id).join(Segmentation, is_current())
-    return query.where(Segmentation.recipe_id == recipe_id, Image.id.in_(images))
-
-
-def selection_counts(session: Session, images: Select[int]) -> tuple[int, int]:
-    """Return how many images a selection names, and how many of them miss files."""
-    named = Image.id.in_(images)
-    total = session.scalar(select(func.count()).select_from(Image).where(named)) or 0
-    missing = select(func.count()).select_from(Image).where(named, Image.content_sha256.is_(None))
-    return total, session.scalar(missing) or 0
+    return images.join(Segmentation, is_current()).where(Segmentation.recipe_id == recipe_id)
 
 
 def _plate(session: Session, barcode: str) -> int:
@@ -58,3 +62,11 @@ def _plate(session: Session, barcode: str) -> int:
         known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(500))
         raise UnknownNameError.of("plate", barcode, known)
     return found
+
+
+def _well(session: Session, name: str) -> str:
+    wanted = well_name(name)
+    if session.scalar(select(Well.id).where(Well.name == wanted).limit(1)) is None:
+        known = session.scalars(select(Well.name).distinct().limit(1536))
+        raise UnknownNameError.of("well", name, known)
+    return wanted

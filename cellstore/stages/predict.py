@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, Select, and_, exists, func, insert, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
-from ..config import PredictParams, as_parameters
+from ..config import PredictParams, Selection, as_parameters
 from ..db.models import (
     Artifact,
     Cell,
@@ -39,20 +39,24 @@ from ..runs import (
     Outcome,
     RecipeSpec,
     RunHandle,
+    Share,
+    Tally,
     Task,
+    Work,
     Workspace,
     find_run,
     images_of,
+    progressed,
     register,
     running,
     segmented,
-    todo_count,
     work_through,
 )
 from ..runs.ledger import fail_if_any
 from ..terms import ArtifactKind, LabelField, Stage, Status, Subset
 
 if TYPE_CHECKING:
+    from ..ops.crops import CellBlock
     from ..ops.nets import CheckpointMeta, FusionNet
     from ..reading.blocks import BlockReader
 
@@ -107,13 +111,23 @@ class _Labeller:
     label_ids: NDArray[np.int64]
     params: PredictParams
 
-    def __call__(self, task: Task) -> list[dict[str, Any]]:
-        """Rows of table ``predictions`` for the cells of one image, but for the run."""
+    def read(self, order: int) -> CellBlock:
+        """Return the cells of the image with this id."""
+        return self.reader(order)
+
+    def compute(self, loaded: Sequence[CellBlock]) -> list[list[dict[str, Any]]]:
+        """Return rows of table ``predictions`` for the cells of each image, but for the run."""
+        return [self._labelled(cells) for cells in loaded]
+
+    def keep(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Keep no file: the rows are all there is."""
+        return made
+
+    def _labelled(self, cells: CellBlock) -> list[dict[str, Any]]:
         from torch import arange
 
         from ..ops.training import predict_batch
 
-        cells = self.reader(task.image_id)
         rows: list[dict[str, Any]] = []
         for start in range(0, len(cells), self.params.batch_size):
             end = min(start + self.params.batch_size, len(cells))
@@ -166,7 +180,8 @@ def predict(
     labeller = _labeller(workspace, plan, device)
     with workspace.database.begin() as session:
         recipe = register(session, _spec(session, plan))
-        todo = todo_count(session, recipe.id, plan.images, unseen=plan.unseen)
+        state = progressed(session, recipe.id, plan.images, unseen=plan.unseen)
+        todo = state.todo + state.failed
         earlier = _latest(session, recipe.id)
     unfinished = earlier if earlier is not None and earlier.status is not Status.DONE else None
     if earlier is not None and unfinished is None and todo == 0:
@@ -230,7 +245,7 @@ def _checkpoint(session: Session, trained: Run) -> tuple[Artifact, Artifact]:
 
 
 def _chosen(session: Session, params: PredictParams, split: Split) -> Select[int]:
-    chosen = images_of(session, params.plates)
+    chosen = images_of(session, Selection(plates=params.plates))
     if params.subset is None:
         return chosen
     members = select(SplitMember.image_id).where(
@@ -247,11 +262,12 @@ def _measured(images: Select[int], source: CellSource, pixels: bool) -> Select[i
     if not source.features.in_table:
         found = images.where(_in_files(source))
         return found.where(Image.content_sha256.is_not(None)) if pixels else found
+    measured = aliased(Job)  # the jobs of this stage are looked up around it
     done = and_(
-        Job.recipe_id == source.measure_id,
-        Job.image_id == Image.id,
-        Job.content_sha256 == Image.content_sha256,
-        Job.status == Status.DONE,
+        measured.recipe_id == source.measure_id,
+        measured.image_id == Image.id,
+        measured.content_sha256 == Image.content_sha256,
+        measured.status == Status.DONE,
     )
     return images.where(exists().where(done))
 
@@ -387,30 +403,35 @@ def _run(
             query=as_text(cells_query(plan.source)),
             resume=None if unfinished is None else unfinished.id,
         ) as run:
-
-            def write(session: Session, _task: Task, rows: list[dict[str, Any]]) -> None:
-                nonlocal cells
-                if rows:
-                    session.execute(insert(Prediction), [{**row, "run_id": run.id} for row in rows])
-                cells += len({row["cell_id"] for row in rows})
-
+            tally = Tally(run.id, recipe.id)
             outcome = work_through(
                 workspace.database,
                 workspace.progress,
-                "predict",
-                run.id,
-                recipe.id,
-                plan.images,
-                labeller,
-                write,
-                unseen=plan.unseen,
+                _work(labeller, tally),
+                # A run is whole or not finished: what failed is tried again.
+                Share(run.id, recipe.id, plan.images, unseen=plan.unseen, again=True),
             )
+            cells = tally.cells
             run.result = _summary(workspace, run, outcome)
             # A run that lacks images is not finished: the next call goes on with it.
             fail_if_any(outcome.failed, outcome.done, "labelled")
     except JobsFailedError:
         return _result(plan, recipe, run.id, earlier, outcome, cells)
     return _result(plan, recipe, run.id, earlier, outcome, cells)
+
+
+def _work(labeller: _Labeller, tally: Tally) -> Work[int, list[dict[str, Any]]]:
+    def fetch(_session: Session, tasks: Sequence[Task]) -> dict[int, int]:
+        return {task.job_id: task.image_id for task in tasks}
+
+    def write(session: Session, pairs: Sequence[tuple[Task, list[dict[str, Any]]]]) -> None:
+        for _, rows in pairs:
+            if rows:
+                keys = {"run_id": tally.run_id}
+                session.execute(insert(Prediction), [{**row, **keys} for row in rows])
+            tally.cells += len({row["cell_id"] for row in rows})
+
+    return Work("predict", lambda: labeller, fetch, write)
 
 
 def _summary(workspace: Workspace, run: RunHandle, outcome: Outcome) -> dict[str, Any]:

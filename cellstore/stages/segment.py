@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder, StoredFile
-from ..config import SegmentParams, as_parameters
-from ..db.models import Recipe, Segmentation
+from ..config import EVERYTHING, THIS_PROCESS, Resources, SegmentParams, Selection, as_parameters
+from ..db.models import Segmentation
+from ..errors import CellstoreError
 from ..extras import need
 from ..formats.files.images import encode_tiff
 from ..reading.found_cells import cell_rows, insert_cells
-from ..reading.planes import check_channels, read_image
+from ..reading.planes import PlaneOrder, check_channels, open_plane, plane_orders
 from ..runs import (
     JobsResult,
     RecipeSpec,
+    Tally,
     Task,
+    Work,
     Workspace,
+    execute,
     images_of,
     keep_file,
-    register,
-    running,
-    selection_counts,
-    todo_count,
-    work_through,
 )
 from ..terms import ArtifactKind, Stage
 
@@ -35,18 +37,21 @@ if TYPE_CHECKING:
     from ..ops.segmentation import ModelFiles, SegmentationResult, Segmenter
 
 VERSION = 1
+GPU_BATCH = 8
+"""Images that a GPU is given at once; halved when its memory does not hold them."""
 
 
 def segment(
     workspace: Workspace,
     params: SegmentParams | None = None,
+    selection: Selection = EVERYTHING,
     *,
-    plates: tuple[str, ...] = (),
-    limit: int | None = None,
     weights_dir: Path | None = None,
     device: str = "auto",
+    resources: Resources = THIS_PROCESS,
+    dry_run: bool = False,
 ) -> JobsResult:
-    """Segment the images of ``plates`` (none: all) that have their files; see SegmentParams.
+    """Segment the images of a selection that have their files; see SegmentParams.
 
     Masks and flows become files, every cell a row; a cell whose outline has no length is kept
     and marked as excluded. Images done before by the same recipe are left alone.
@@ -60,16 +65,16 @@ def segment(
 
     params = params or SegmentParams()
     files = find_model(params.model, weights_dir)
-    with workspace.database.begin() as session:
+    with workspace.database.read() as session:
         check_channels(session, params.image)
-        images = images_of(session, plates, limit)
-        recipe = register(session, _spec(params, files))
-        selected, waiting = selection_counts(session, images)
-        todo = todo_count(session, recipe.id, images)
-    if todo == 0:
-        return JobsResult(None, recipe.id, selected, waiting, 0, (), 0)
-    segmenter = _loaded(params, files, device)
-    return _run(workspace, params, recipe, segmenter, images, (selected, waiting))
+        images = images_of(session, selection)
+    make = SegmentSteps(files, params, device, workspace.artifacts)
+
+    def work_of(tally: Tally) -> Work[PlaneOrder, Found]:
+        return segment_work(params, make, tally)
+
+    spec = _spec(params, files)
+    return execute(workspace, spec, images, work_of, resources=resources, dry_run=dry_run)
 
 
 def _spec(params: SegmentParams, files: ModelFiles) -> RecipeSpec:
@@ -78,55 +83,9 @@ def _spec(params: SegmentParams, files: ModelFiles) -> RecipeSpec:
     return RecipeSpec(Stage.SEGMENT, VERSION, named, files.sha256)
 
 
-def _loaded(params: SegmentParams, files: ModelFiles, device: str) -> Segmenter:
-    from ..ops.segmentation import load_segmenter
-
-    return load_segmenter(
-        files,
-        flow_threshold=params.flow_threshold,
-        cellprob_threshold=params.cellprob_threshold,
-        diameter=params.diameter,
-        device=device,
-    )
-
-
-def _run(
-    workspace: Workspace,
-    params: SegmentParams,
-    recipe: Recipe,
-    segmenter: Segmenter,
-    images: Any,
-    counts: tuple[int, int],
-) -> JobsResult:
-    found = 0
-    with running(workspace.database, recipe) as run:
-
-        def compute(task: Task) -> _Found:
-            plane = read_image(workspace.database, task.image_id, params.image)
-            return _keep(workspace.artifacts, segmenter.segment(plane))
-
-        def write(session: Session, task: Task, result: _Found) -> None:
-            nonlocal found
-            _insert(session, task, run.id, recipe.id, result)
-            found += len(result.cells)
-
-        outcome = work_through(
-            workspace.database,
-            workspace.progress,
-            "segment",
-            run.id,
-            recipe.id,
-            images,
-            compute,
-            write,
-        )
-        run.result = {"images": outcome.done, "failed": outcome.failed, "cells": found}
-    return JobsResult(run.id, recipe.id, *counts, outcome.done, tuple(outcome.failures), found)
-
-
 @dataclass(frozen=True)
-class _Found:
-    """What is left to write once the files are on disk."""
+class Found:
+    """What is left to write of an image once its files are on disk."""
 
     mask: StoredFile
     flow: StoredFile
@@ -134,21 +93,82 @@ class _Found:
     cells: list[dict[str, Any]]
 
 
-def _keep(artifacts: ArtifactFolder, result: SegmentationResult) -> _Found:
-    return _Found(
-        artifacts.write(ArtifactKind.MASK, encode_tiff(result.masks), ".tif"),
-        artifacts.write(ArtifactKind.FLOW, encode_tiff(result.flows), ".tif"),
-        result.diameter,
-        cell_rows(result.masks),
-    )
+@dataclass(frozen=True)
+class SegmentSteps:
+    """Loads the network in a worker."""
+
+    files: ModelFiles
+    params: SegmentParams
+    device: str
+    artifacts: ArtifactFolder
+
+    def __call__(self) -> SegmentStep:
+        """Return what segments with it."""
+        from ..ops.segmentation import load_segmenter
+
+        segmenter = load_segmenter(
+            self.files,
+            flow_threshold=self.params.flow_threshold,
+            cellprob_threshold=self.params.cellprob_threshold,
+            diameter=self.params.diameter,
+            device=self.device,
+        )
+        return SegmentStep(segmenter, self.artifacts)
 
 
-def _insert(session: Session, task: Task, run_id: int, recipe_id: int, found: _Found) -> None:
+@dataclass(frozen=True)
+class SegmentStep:
+    """Opens the plane of an image, finds its cells, writes masks and flows."""
+
+    segmenter: Segmenter
+    artifacts: ArtifactFolder
+
+    def read(self, order: PlaneOrder) -> NDArray[np.float32]:
+        """Return the plane (H, W)."""
+        return open_plane(order)
+
+    def compute(self, loaded: Sequence[NDArray[np.float32]]) -> list[SegmentationResult]:
+        """Return the cells of each plane."""
+        return [self.segmenter.segment(plane) for plane in loaded]
+
+    def keep(self, made: SegmentationResult) -> Found:
+        """Write masks and flows."""
+        return Found(
+            self.artifacts.write(ArtifactKind.MASK, encode_tiff(made.masks), ".tif"),
+            self.artifacts.write(ArtifactKind.FLOW, encode_tiff(made.flows), ".tif"),
+            made.diameter,
+            cell_rows(made.masks),
+        )
+
+
+def segment_work(
+    params: SegmentParams, step: SegmentSteps, tally: Tally
+) -> Work[PlaneOrder, Found]:
+    """Return what is done with each image."""
+
+    def fetch(session: Session, tasks: Sequence[Task]) -> Mapping[int, PlaneOrder | CellstoreError]:
+        orders = plane_orders(session, [task.image_id for task in tasks], params.image)
+        return {task.job_id: orders[task.image_id] for task in tasks}
+
+    def insert(session: Session, pairs: Sequence[tuple[Task, Found]]) -> None:
+        for task, found in pairs:
+            _insert(session, task, tally, found)
+            tally.cells += len(found.cells)
+
+    return Work("segment", step, fetch, insert, batch=_batch(step.device))
+
+
+def _batch(device: str) -> int:
+    gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
+    return GPU_BATCH if gpu else 1
+
+
+def _insert(session: Session, task: Task, tally: Tally, found: Found) -> None:
     row = Segmentation(
         image_id=task.image_id,
-        recipe_id=recipe_id,
+        recipe_id=tally.recipe_id,
         content_sha256=task.content_sha256,
-        run_id=run_id,
+        run_id=tally.run_id,
         n_cells=len(found.cells),
         diameter=found.diameter,
         mask_artifact_id=keep_file(session, found.mask),

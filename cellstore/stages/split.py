@@ -12,7 +12,7 @@ from sqlalchemy import Select, and_, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from ..config import SplitParams, as_parameters
+from ..config import Selection, SplitParams, as_parameters
 from ..db.models import (
     Image,
     ImageFile,
@@ -194,7 +194,7 @@ def _checked(params: SplitParams) -> SplitParams:
 def _draw(workspace: Workspace, params: SplitParams) -> _Drawn:
     query = _candidates_query(params)
     with workspace.database.read() as session:
-        chosen = images_of(session, params.plates)
+        chosen = images_of(session, Selection(plates=params.plates))
         pool = _pool(session, query)
         left_out = _counts_left_out(session, chosen, params)
     if not pool:

@@ -44,17 +44,6 @@ class RecipeStatus:
 
 
 @dataclass(frozen=True)
-class FailedJob:
-    """An image that a recipe could not do, and why (the last line of a long reason)."""
-
-    stage: str
-    recipe_id: int
-    image: str
-    attempts: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class FeatureSetStatus:
     """A feature set: how many columns it has, and how many cells have values in it."""
 
@@ -90,7 +79,6 @@ class StatusResult:
     runs: int
     predictions: int
     recipes: tuple[RecipeStatus, ...]
-    failed: tuple[FailedJob, ...]
     feature_sets: tuple[FeatureSetStatus, ...] = ()
 
 
@@ -114,7 +102,6 @@ def status(workspace: Workspace) -> StatusResult:
             runs=_count(session, Run),
             predictions=_count(session, Prediction),
             recipes=tuple(sorted(_recipes(session) + _imported(session), key=_number)),
-            failed=_failed(session),
             feature_sets=_feature_sets(session),
         )
 
@@ -204,42 +191,3 @@ def _recipes(session: Session) -> tuple[RecipeStatus, ...]:
 
 def _tally(condition: ColumnElement[bool]) -> ColumnElement[int]:
     return func.count().filter(condition)
-
-
-def _failed(session: Session) -> tuple[FailedJob, ...]:
-    rows = session.execute(_failed_jobs())
-    return tuple(
-        FailedJob(
-            Stage(row.stage).value,
-            row.recipe_id,
-            f"{row.barcode}/{row.core_name}",
-            row.attempts,
-            _last_line(row.error),
-        )
-        for row in rows
-    )
-
-
-def _failed_jobs() -> Select[Stage, int, str, str, int, str | None]:
-    return (
-        select(
-            Recipe.stage,
-            Job.recipe_id,
-            Plate.barcode,
-            Image.core_name,
-            Job.attempts,
-            Job.error,
-        )
-        .join(Recipe, Recipe.id == Job.recipe_id)
-        .join(Image, _current())
-        .join(Well, Well.id == Image.well_id)
-        .join(Plate, Plate.id == Well.plate_id)
-        .where(Job.status == Status.FAILED)
-        .order_by(Job.recipe_id, Plate.barcode, Image.core_name)
-    )
-
-
-def _last_line(error: str | None) -> str:
-    # An unexpected error is kept with its traceback, whose last line names it.
-    lines = (error or "").strip().splitlines()
-    return lines[-1] if lines else "no reason was kept"

@@ -19,8 +19,8 @@ spec.loader.exec_module(make_commands)
 PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
 init, ingest, segment, measure, split create, split show, split check, train, predict, report,
-audit image, audit well, audit cell, audit run, sql, export, status, verify, doctor, demo,
-db upgrade, db check, db current
+audit image, audit well, audit cell, audit run, sql, export, status, jobs, retry, cancel, verify,
+doctor, demo, db upgrade, db check, db current
 """
 
 

@@ -49,7 +49,7 @@ def test_status_counts(cellstore, store, masked):
     found = cellstore("status", "--store", store, "--json").json
     counts = {name: found[name] for name in ("plates", "wells", "images", "segmented", "measured")}
     assert counts == {"plates": 1, "wells": 6, "images": 12, "segmented": 1, "measured": 0}
-    assert (found["cells"], found["missing_images"], found["failed"]) == (2, 0, [])
+    assert (found["cells"], found["missing_images"]) == (2, 0)
     shown = cellstore("status", "--store", store).out
     assert "wells         6" in shown
     assert "segment" in shown
@@ -64,14 +64,14 @@ def test_an_image_that_has_changed_is_stale(cellstore, store, masked):
 
 
 def test_failed_images_are_listed_with_the_reason(cellstore, store):
-    assert "No image has failed" in cellstore("status", "--failed", "--store", store).out
+    assert "No image has failed" in cellstore("jobs", "--failed", "--store", store).out
     with Store.open(store) as opened:
         with opened.workspace.database.read() as session:
             image = session.get_one(Image, 1)
         make = Factory(opened.workspace)
         error = "Traceback (most recent call last):\n  ...\nValueError: bad \x1b[31mpixels"
         make.job(make.run(Stage.SEGMENT), image, Status.FAILED, attempts=2, error=error)
-    said = cellstore("status", "--failed", "--store", store)
+    said = cellstore("jobs", "--failed", "--store", store)
     assert "P1/r01c01f01, 2 tries" in said.out
     assert "ValueError: bad" in said.out
     assert "\x1b" not in said.out

@@ -131,7 +131,12 @@ def test_an_image_that_fails_fails_alone(cellstore, model, store, screen):
     assert "images segmented  11" in said.out
     assert "failed P1/r01c02f01" in said.out
     assert "the others are done" in said.err
-    assert "r01c02f01" in cellstore("status", "--failed", "--store", store).out
+    assert "r01c02f01" in cellstore("jobs", "--failed", "--store", store).out
+    again = cellstore("segment", "--model", model, "--store", store, code=1)
+    assert "11 images segmented already" in again.out
+    assert "1 failed before" in again.out
+    opened = cellstore("retry", "--store", store).out
+    assert "1 job is open again" in opened
     machine = cellstore("segment", "--model", model, "--json", "--store", store, code=1)
     assert json.loads(machine.out)["failures"][0][0] == "P1/r01c02f01"
 

@@ -15,12 +15,13 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from ....db.bulk import in_lists, one_ingest_at_a_time
-from ....db.models import Folder, Image, ImageFile, Plate, Well
+from ....db.models import Folder, Image, ImageFile, Job, Plate, Well
 from ....db.statements import insert_new
 from ....errors import ImageError, StorageError, UserInputError
 from ....formats.files.images import ImageFolder, ImageInfo, probe
 from ....formats.files.places import exists, is_remote, join, stat
 from ....runs import Workspace
+from ....runs.jobs import reopen
 from ....terms import PROJECTION_CHANNEL, Look
 from ..account import Account
 from .wells import folder_id
@@ -238,6 +239,7 @@ def _write(workspace: Workspace, found: Mapping[int, list[_Seen]]) -> set[int]:
                     updates.append({"id": seen.expected.id, **values})
         _store(session, updates, new)
         refresh_content(session, list(found))
+        reopen(session, Job.image_id.in_(list(found)))  # what failed may work now
     return set(found)
 
 

@@ -1,0 +1,160 @@
+"""``--where``: a condition on images, typed as SQL, checked word by word before it is used.
+
+sqlglot reads it; only names of columns, values and plain comparisons go on, as SQLAlchemy
+expressions with bound values. What is not listed here never reaches the database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sqlglot
+from sqlalchemy import ColumnElement, String, and_, false, func, not_, null, or_, true
+from sqlglot import exp
+from sqlglot.errors import SqlglotError
+
+from ..db.models import Image, Plate, Treatment, Well
+from ..errors import UnknownNameError, UserInputError
+
+COLUMNS: Mapping[str, Any] = {
+    "plate": Plate.barcode,
+    "batch": Plate.batch,
+    "well": Well.name,
+    "row": Well.row,
+    "column": Well.column,
+    "site": Image.site,
+    "plane": Image.plane,
+    "time_point": Image.time_point,
+    "image": Image.core_name,
+    "image_id": Image.id,
+    "pert_iname": Treatment.pert_iname,
+    "target": Treatment.target,
+    "kind": Treatment.kind,
+    "control": Treatment.control,
+    "identifier": Treatment.identifier,
+}
+"""What a condition may name."""
+
+_COMPARISONS: Mapping[type[exp.Expression], Callable[[Any, Any], Any]] = {
+    exp.EQ: lambda left, right: left == right,
+    exp.NEQ: lambda left, right: left != right,
+    exp.GT: lambda left, right: left > right,
+    exp.GTE: lambda left, right: left >= right,
+    exp.LT: lambda left, right: left < right,
+    exp.LTE: lambda left, right: left <= right,
+    exp.Like: lambda left, right: left.like(right),
+    exp.ILike: lambda left, right: left.ilike(right),
+    exp.Is: lambda left, right: left.is_(right),
+}
+
+_EXAMPLE = "\"plate = 'P1' AND column <= 12 AND pert_iname <> 'DMSO'\""
+
+
+def condition(text: str) -> ColumnElement[bool]:
+    """Return the SQL condition ``text`` over :data:`COLUMNS` as an expression.
+
+    It knows ``AND``, ``OR``, ``NOT``, comparisons, ``IN`` lists, ``BETWEEN``, ``LIKE``,
+    ``ILIKE``, ``IS NULL``, ``lower`` and ``upper``.
+
+    Raises:
+        UnknownNameError: it names something else.
+        UserInputError: it cannot be read, or is more than a condition.
+    """
+    try:
+        parsed = sqlglot.parse(f"({text}\n)", dialect="duckdb")
+    except SqlglotError as error:
+        raise _refused(text, "it cannot be read") from error
+    if len(parsed) != 1 or not isinstance(parsed[0], exp.Paren):
+        raise _refused(text, "it is more than one condition")
+    try:
+        return _condition(parsed[0].this)
+    except RecursionError as error:
+        raise _refused(text, "it is nested too deeply") from error
+
+
+def _refused(text: str, why: str) -> UserInputError:
+    shown = text if len(text) <= 80 else f"{text[:77]}..."
+    return UserInputError(
+        f"The condition {shown!r} is not usable: {why}. Write it like {_EXAMPLE}, "
+        f"over: {', '.join(COLUMNS)}."
+    )
+
+
+def _condition(node: Any) -> ColumnElement[bool]:
+    match node:
+        case exp.Paren():
+            return _condition(node.this)
+        case exp.And():
+            return and_(_condition(node.left), _condition(node.right))
+        case exp.Or():
+            return or_(_condition(node.left), _condition(node.right))
+        case exp.Not():
+            return not_(_condition(node.this))
+        case exp.Boolean():
+            return true() if node.this else false()
+    found: ColumnElement[bool] = _comparison(node)
+    return found
+
+
+def _comparison(node: Any) -> Any:
+    if isinstance(node, exp.In) and node.expressions and not node.args.get("query"):
+        return _compared(node.this).in_([_value(item) for item in node.expressions])
+    if isinstance(node, exp.Between):
+        low, high = _value(node.args["low"]), _value(node.args["high"])
+        return _compared(node.this).between(low, high)
+    compare = _COMPARISONS.get(type(node))
+    if compare is None:
+        raise _refused(node.sql(), "this is no comparison that is known here")
+    return compare(_compared(node.this), _operand(node.expression))
+
+
+def _compared(node: Any) -> Any:
+    """A column, or ``lower`` or ``upper`` of one."""
+    match node:
+        case exp.Paren():
+            return _compared(node.this)
+        case exp.Lower():
+            return func.lower(_compared(node.this))
+        case exp.Upper():
+            return func.upper(_compared(node.this))
+        case exp.Column() if len(node.parts) == 1:
+            return _column(node.name)
+    raise _refused(node.sql(), "the left side of a comparison is the name of a column")
+
+
+def _column(name: str) -> Any:
+    found = COLUMNS.get(name.lower())
+    if found is None:
+        raise UnknownNameError.of("column", name, COLUMNS)
+    if name.lower() in {"kind", "control"}:  # compared by the value that is stored
+        return found.cast(String)
+    return found
+
+
+def _operand(node: Any) -> Any:
+    if isinstance(node, exp.Column | exp.Lower | exp.Upper):
+        return _compared(node)
+    return _value(node)
+
+
+def _value(node: Any) -> Any:
+    match node:
+        case exp.Null():
+            return null()
+        case exp.Boolean():
+            return node.this
+        case exp.Neg() if isinstance(node.this, exp.Literal) and not node.this.is_string:
+            return -_number(node.this)
+        case exp.Literal():
+            return node.this if node.is_string else _number(node)
+        case exp.Column():
+            raise _refused(node.sql(), f"{node.sql()} is no value; put text in single quotes")
+    raise _refused(node.sql(), "this is no plain value")
+
+
+def _number(node: exp.Literal) -> int | float:
+    try:
+        return int(node.this)
+    except ValueError:
+        return float(node.this)

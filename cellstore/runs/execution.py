@@ -1,0 +1,159 @@
+"""One run of a stage that goes image by image, from its recipe to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.orm import Session
+
+from ..config import Resources
+from ..db.models import Job, Recipe
+from ..terms import Stage, Status
+from .jobs import Progressed, progressed
+from .ledger import running
+from .recipes import RecipeSpec, known_recipe, register
+from .work import Share, Work, work_through
+from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would do. ``seconds``: until its end, by what past jobs took; None: no idea.
+
+    ``per_image`` is in seconds of one worker, from the last jobs of ``basis``: this recipe, or
+    this stage with other options.
+    """
+
+    images: int
+    workers: int
+    per_image: float | None
+    seconds: float | None
+    basis: str | None
+
+
+@dataclass(frozen=True)
+class JobsResult:
+    """What a stage that goes image by image did.
+
+    ``run_id`` is None when nothing was done. ``selected`` counts the images that the selection
+    names, ``waiting`` those of them whose files are still missing, ``failed_before`` those that
+    failed in earlier runs and were left alone, ``cells`` what was written by this run.
+    ``forecast``: of a dry run, which does nothing.
+    """
+
+    run_id: int | None
+    recipe_id: int | None
+    selected: int
+    waiting: int
+    done: int
+    failures: tuple[tuple[str, str], ...]
+    cells: int
+    failed_before: int = 0
+    forecast: Forecast | None = None
+
+
+@dataclass
+class Tally:
+    """The run in whose name rows are written, and how many cells they are of."""
+
+    run_id: int
+    recipe_id: int
+    cells: int = 0
+
+
+def execute(
+    workspace: Workspace,
+    spec: RecipeSpec,
+    candidates: Select[int],
+    work_of: Callable[[Tally], Work[Any, Any]],
+    *,
+    resources: Resources,
+    dry_run: bool = False,
+    on_register: Callable[[Session, Recipe], None] | None = None,
+) -> JobsResult:
+    """Do, in one run, what a recipe has not done of the candidates; or only say what it would do.
+
+    ``on_register`` adds the rows that belong to the recipe itself.
+
+    Raises:
+        StorageError, KeyboardInterrupt, RunCancelledError: see :func:`work_through`.
+    """
+    if dry_run:
+        return _forecast(workspace, spec, candidates, resources)
+    with workspace.database.begin() as session:
+        recipe = register(session, spec)
+        if on_register is not None:
+            on_register(session, recipe)
+        state = progressed(session, recipe.id, candidates)
+    if state.todo == 0:
+        return _result(None, recipe, state)
+    with running(workspace.database, recipe) as run:
+        tally = Tally(run.id, recipe.id)
+        outcome = work_through(
+            workspace.database,
+            workspace.progress,
+            work_of(tally),
+            Share(run.id, recipe.id, candidates),
+            resources,
+        )
+        run.result = {"images": outcome.done, "failed": outcome.failed, "cells": tally.cells}
+    return _result(run.id, recipe, state, outcome.done, tuple(outcome.failures), tally.cells)
+
+
+def _result(
+    run_id: int | None,
+    recipe: Recipe | None,
+    state: Progressed,
+    done: int = 0,
+    failures: tuple[tuple[str, str], ...] = (),
+    cells: int = 0,
+    forecast: Forecast | None = None,
+) -> JobsResult:
+    recipe_id = None if recipe is None else recipe.id
+    return JobsResult(
+        run_id,
+        recipe_id,
+        state.selected,
+        state.waiting,
+        done,
+        failures,
+        cells,
+        state.failed,
+        forecast,
+    )
+
+
+def _forecast(
+    workspace: Workspace, spec: RecipeSpec, candidates: Select[int], resources: Resources
+) -> JobsResult:
+    with workspace.database.read() as session:
+        recipe = known_recipe(session, spec)
+        state = progressed(session, recipe.id if recipe else 0, candidates)
+        per_image, basis = _past(session, spec.stage, recipe)
+    workers = max(1, resources.workers)
+    seconds = None if per_image is None else per_image * state.todo / workers
+    forecast = Forecast(state.todo, workers, per_image, seconds, basis)
+    return _result(None, recipe, state, forecast=forecast)
+
+
+def _past(session: Session, stage: Stage, recipe: Recipe | None) -> tuple[float | None, str | None]:
+    """Mean seconds of the last jobs of a recipe, else of the stage; and of which."""
+    if recipe is not None and (found := _mean(session, recipe.id)) is not None:
+        return found, "this recipe"
+    query = (
+        select(Job.recipe_id)
+        .join(Recipe, Recipe.id == Job.recipe_id)
+        .where(Recipe.stage == stage, Job.status == Status.DONE)
+        .order_by(Job.id.desc())
+    )
+    other = session.scalar(query.limit(1))
+    return (None, None) if other is None else (_mean(session, other), f"recipe {other}")
+
+
+def _mean(session: Session, recipe_id: int) -> float | None:
+    done = (Job.recipe_id == recipe_id, Job.status == Status.DONE)
+    last = select(Job.seconds).where(*done).order_by(Job.id.desc()).limit(1000).subquery()
+    return session.scalar(select(func.avg(last.c.seconds)))

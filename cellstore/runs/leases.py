@@ -1,0 +1,151 @@
+"""Who holds a job, and for how long: names of workers, and leases that a thread renews."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, Float, cast, extract, func, literal, select, update
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from ..db.models import Job, Run
+from ..db.session import Database
+from ..errors import CellstoreError, UserInputError
+from ..terms import Status
+
+ENV_LEASE = "CELLSTORE_LEASE_SECONDS"
+LEASE_SECONDS = 60.0
+SHORTEST_LEASE = 1.0
+
+
+def lease_seconds() -> float:
+    """Return how long a job stays reserved for a worker that is not heard of.
+
+    Raises:
+        UserInputError: ``CELLSTORE_LEASE_SECONDS`` is no number of 1 or more.
+    """
+    text = os.environ.get(ENV_LEASE) or str(LEASE_SECONDS)
+    with suppress(ValueError):
+        if (seconds := float(text)) >= SHORTEST_LEASE:
+            return seconds
+    raise UserInputError(f"{ENV_LEASE} should be a number of seconds, 1 or more, not {text!r}.")
+
+
+def now(session: Session) -> ColumnElement[float]:
+    """Return the moment, in seconds, by the clock that all who share the database share."""
+    if session.get_bind().dialect.name == "sqlite":
+        return literal(time.time())
+    return cast(extract("epoch", func.clock_timestamp()), Float(53))
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that reserves jobs. ``machine`` and ``started`` are empty where unknown."""
+
+    host: str
+    pid: int
+    machine: str
+    started: str
+    mark: str
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        """Return a name that no other process or call has."""
+        pid = os.getpid()
+        host = socket.gethostname().replace("|", "-")[:150]
+        return cls(host, pid, _machine(), _started(pid) or "", uuid.uuid4().hex[:8])
+
+    @classmethod
+    def parse(cls, text: str) -> Owner | None:
+        """Return what :attr:`text` wrote, ``None`` for anything else."""
+        parts = text.split("|")
+        if len(parts) != 5 or not parts[1].isdecimal():
+            return None
+        return cls(parts[0], int(parts[1]), *parts[2:])
+
+    @property
+    def text(self) -> str:
+        """The name as it stands in a job."""
+        return "|".join((self.host, str(self.pid), self.machine, self.started, self.mark))
+
+    @property
+    def shown(self) -> str:
+        """The name for people."""
+        return f"{self.host}:{self.pid}"
+
+    def is_dead(self) -> bool:
+        """Whether this was a process of this machine that is gone; False if that is unknown."""
+        known = bool(self.machine) and self.machine == _machine()
+        return known and _started(self.pid) != self.started
+
+
+def _machine() -> str:
+    """What tells this machine, since it was started, from all others: and this container, too."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        space = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return ""
+    return hashlib.sha256(f"{boot}{space}".encode()).hexdigest()[:12]
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks: a number is used again, with another beginning."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+def shown_worker(text: str | None) -> str:
+    """Return the name of the worker of a job for people."""
+    owner = Owner.parse(text or "")
+    return owner.shown if owner else (text or "")
+
+
+@contextmanager
+def heartbeat(
+    database: Database, recipe_id: int, run_id: int, owner: Owner, seconds: float
+) -> Iterator[threading.Event]:
+    """Renew the leases of ``owner`` while the block runs.
+
+    Yields an event that is set when the run has been cancelled by ``cellstore cancel``.
+    """
+    over, cancelled = threading.Event(), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(min(5.0, seconds / 4)):
+            # A beat that fails is tried again; if all fail, closing the job finds out.
+            with suppress(CellstoreError, SQLAlchemyError), database.begin() as session:
+                if _renew(session, recipe_id, run_id, owner, seconds):
+                    cancelled.set()
+
+    thread = threading.Thread(target=beat, daemon=True, name="cellstore-heartbeat")
+    thread.start()
+    try:
+        yield cancelled
+    finally:
+        over.set()
+        thread.join()
+
+
+def _renew(session: Session, recipe_id: int, run_id: int, owner: Owner, seconds: float) -> bool:
+    held: Any = (
+        Job.recipe_id == recipe_id,
+        Job.status == Status.RUNNING,
+        Job.worker == owner.text,
+    )
+    session.execute(update(Job).where(*held).values(lease_until=now(session) + seconds))
+    return session.scalar(select(Run.status).where(Run.id == run_id)) == Status.CANCELLED
