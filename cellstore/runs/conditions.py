@@ -61,14 +61,15 @@ def condition(text: str) -> ColumnElement[bool]:
         UnknownNameError: it names something else.
         UserInputError: it cannot be read, or is more than a condition.
     """
+    if not text.strip():
+        raise _refused(text, "it is empty")
     try:
         parsed = sqlglot.parse(f"({text}\n)", dialect="duckdb")
+        if len(parsed) != 1 or not isinstance(parsed[0], exp.Paren):
+            raise _refused(text, "it is more than one condition")
+        return _condition(parsed[0].this)
     except SqlglotError as error:
         raise _refused(text, "it cannot be read") from error
-    if len(parsed) != 1 or not isinstance(parsed[0], exp.Paren):
-        raise _refused(text, "it is more than one condition")
-    try:
-        return _condition(parsed[0].this)
     except RecursionError as error:
         raise _refused(text, "it is nested too deeply") from error
 

@@ -24,6 +24,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.orm import Session
@@ -105,9 +106,9 @@ def progressed(
 
     ``unseen``: images that have not been seen can be worked on, too.
     """
-    job = and_(
-        Job.recipe_id == recipe_id, Job.image_id == Image.id, Job.content_sha256 == content()
-    )
+    # IS TRUE keeps the long text out of the keys of PostgreSQL's hash join.
+    same = (Job.content_sha256 == content()).is_(true())
+    job = and_(Job.recipe_id == recipe_id, Job.image_id == Image.id, same)
     missing = literal(False) if unseen else Image.content_sha256.is_(None)
     query = candidates.outerjoin(Job, job).with_only_columns(
         func.count(),

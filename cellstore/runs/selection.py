@@ -20,7 +20,9 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
         UnknownNameError: there is no such plate, well or column.
         UserInputError: the condition cannot be read.
     """
-    query = select(Image.id).join(Well, Well.id == Image.well_id)
+    query = select(Image.id)
+    if selection.plates or selection.wells or selection.where is not None:
+        query = query.join(Well, Well.id == Image.well_id)
     if selection.plates:
         ids = [_plate(session, barcode) for barcode in selection.plates]
         query = query.where(Well.plate_id.in_(ids))

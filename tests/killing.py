@@ -1,0 +1,185 @@
+"""A segmentation that can be killed at any moment: a store to segment, a program that does it with
+two processes, and one that kills them.
+
+``python tests/killing.py STORE SECONDS`` is the program; SECONDS is what an image takes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import func, select
+from threshold import ThresholdSegmenter
+
+from cellstore import Store
+from cellstore.artifacts import ArtifactFolder
+from cellstore.config import IngestParams, Resources, SegmentParams
+from cellstore.db.models import Artifact, Cell, Image, Job, Segmentation
+from cellstore.formats.files.images import encode_tiff
+from cellstore.ops.segmentation import ModelFiles, SegmentationResult
+from cellstore.reading.planes import PlaneOrder
+from cellstore.runs import JobsResult, RecipeSpec, Tally, Work, Workspace, execute, images_of
+from cellstore.stages.ingest import ingest
+from cellstore.stages.segment import Found, SegmentStep, SegmentSteps, segment_work
+from cellstore.terms import Stage
+
+PROGRAM = Path(__file__)
+HEADER = "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site"
+
+
+@dataclass(frozen=True)
+class SlowSegmenter:
+    """The threshold, after a while."""
+
+    seconds: float
+
+    def segment(self, image: NDArray[np.float32]) -> SegmentationResult:
+        time.sleep(self.seconds)
+        return ThresholdSegmenter().segment(image)
+
+
+@dataclass(frozen=True)
+class SlowSteps:
+    """Makes the real step of ``segment`` around the threshold."""
+
+    artifacts: ArtifactFolder
+    seconds: float
+
+    def __call__(self) -> SegmentStep:
+        return SegmentStep(SlowSegmenter(self.seconds), self.artifacts)
+
+
+def segment_slowly(
+    workspace: Workspace, seconds: float = 0.0, resources: Resources | None = None
+) -> JobsResult:
+    """Run the stage ``segment`` with the threshold in place of a network."""
+    params = SegmentParams()
+    files = ModelFiles("threshold", PROGRAM, None, "0" * 64)
+    real = SegmentSteps(files, params, "cpu", workspace.artifacts)
+
+    def work_of(tally: Tally) -> Work[PlaneOrder, Found]:
+        steps: Any = SlowSteps(workspace.artifacts, seconds)
+        return replace(segment_work(params, real, tally), step=steps)
+
+    with workspace.database.read() as session:
+        images = images_of(session)
+    spec = RecipeSpec(Stage.SEGMENT, 1, {"threshold": 100})
+    return execute(workspace, spec, images, work_of, resources=resources or Resources())
+
+
+def fill(workspace: Workspace, folder: Path, images: int) -> None:
+    """Write and ingest small images: bright blocks, each image its own."""
+    folder.mkdir(exist_ok=True)
+    lines = [HEADER]
+    for number in range(images):
+        row, column, site = number // 24 % 16 + 1, number % 24 + 1, number // 384 + 1
+        name = f"r{row:02d}c{column:02d}f{site:02d}p01-ch1sk1fk1fl1.tiff"
+        (folder / name).write_bytes(encode_tiff(_plane(number)))
+        lines.append(f"{name},P1,{chr(64 + row)}{column:02d},{site}")
+    table = folder / "load_data.csv"
+    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    ingest(workspace, table, IngestParams(images=folder))
+
+
+def _plane(number: int) -> NDArray[np.uint16]:
+    plane = np.full((32, 32), number % 90, np.uint16)
+    for block in range(1 + number % 4):
+        plane[2 + 7 * block : 6 + 7 * block, 2 : 6 + number % 20] = 150 + number % 50
+    return plane
+
+
+Rows = list[tuple[Any, ...]]
+
+
+def rows_of(workspace: Workspace) -> Rows:
+    """What a segmentation wrote, by names that do not depend on who wrote first."""
+    mask, flow = Artifact.__table__.alias(), Artifact.__table__.alias()
+    query = (
+        select(
+            Image.core_name,
+            Segmentation.content_sha256,
+            Segmentation.n_cells,
+            mask.c.sha256,
+            flow.c.sha256,
+            Cell.label,
+            Cell.min_row,
+            Cell.min_col,
+            Cell.max_row,
+            Cell.max_col,
+            Cell.centroid_row,
+            Cell.centroid_col,
+            Cell.excluded,
+        )
+        .join(Segmentation, Segmentation.image_id == Image.id)
+        .join(mask, mask.c.id == Segmentation.mask_artifact_id)
+        .join(flow, flow.c.id == Segmentation.flow_artifact_id)
+        .outerjoin(Cell, Cell.segmentation_id == Segmentation.id)
+        .order_by(Image.core_name, Segmentation.id, Cell.label)
+    )
+    with workspace.database.read() as session:
+        return [tuple(row) for row in session.execute(query)]
+
+
+def counts_of(workspace: Workspace) -> tuple[int, int, int]:
+    """Segmentations, jobs, artifacts."""
+    with workspace.database.read() as session:
+        tables = (Segmentation, Job, Artifact)
+        found = [session.scalar(select(func.count()).select_from(table)) for table in tables]
+    return found[0] or 0, found[1] or 0, found[2] or 0
+
+
+def start(root: Path, seconds: float) -> subprocess.Popen[bytes]:
+    words = [sys.executable, str(PROGRAM), str(root), str(seconds)]
+    return subprocess.Popen(words, stderr=subprocess.DEVNULL)
+
+
+def kill_often(
+    root: Path, seconds: float, kills: int, pauses: tuple[float, float], seed: int
+) -> tuple[int, int]:
+    """Run the program and kill it or one of its workers, again and again.
+
+    Returns how many processes were killed, and how many of them were the parent. Ends early when
+    the work is done.
+    """
+    chance = random.Random(seed)
+    process, parents = start(root, seconds), 0
+    for number in range(kills):
+        time.sleep(chance.uniform(*pauses))
+        if process.poll() is not None:
+            return number, parents
+        victim = chance.choice([process.pid, *children(process.pid)])
+        os.kill(victim, signal.SIGKILL)
+        if victim == process.pid:
+            process.wait()
+            parents += 1
+            process = start(root, seconds)
+    assert process.wait(timeout=240) == 0
+    return kills, parents
+
+
+def children(pid: int) -> Sequence[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
+    except OSError:
+        return []
+    return [int(word) for word in text.split()]
+
+
+def main() -> None:
+    with Store.open(sys.argv[1]) as store:
+        segment_slowly(store.workspace, float(sys.argv[2]), Resources(workers=2))
+
+
+if __name__ == "__main__":
+    main()

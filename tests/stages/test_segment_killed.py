@@ -1,0 +1,114 @@
+"""Segment survives: killed processes, several at once, full disks, a Dask cluster."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import killing
+import pytest
+from sqlalchemy import select
+
+from cellstore.config import Resources
+from cellstore.db.models import Job
+from cellstore.errors import StorageError, StoreError, UserInputError
+from cellstore.runs import Workspace, create_workspace
+from cellstore.stages.verify import verify
+from cellstore.terms import Status
+
+pytestmark = pytest.mark.heavy
+
+
+@contextmanager
+def undisturbed(folder: Path, images: int) -> Iterator[Workspace]:
+    """A store with the same images, segmented in peace."""
+    workspace, _ = create_workspace(folder / "calm")
+    killing.fill(workspace, folder / "images", images)
+    killing.segment_slowly(workspace)
+    yield workspace
+    workspace.database.close()
+
+
+def check_equal(workspace: Workspace, folder: Path, images: int) -> None:
+    """Each image once, the rows of an undisturbed run, and files that are what the rows say."""
+    with undisturbed(folder, images) as calm:
+        assert killing.rows_of(workspace) == killing.rows_of(calm)
+        assert killing.counts_of(workspace) == killing.counts_of(calm)
+    verify(workspace, fix=True, minutes=0.0)  # a kill may leave a file that no row names
+    found = verify(workspace, minutes=0.0)
+    assert (found.ok, found.problems, found.orphans) == (True, (), ())
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_killed_at_random_moments_and_gone_on_with(workspace: Workspace, tmp_path: Path, seed: int):
+    killing.fill(workspace, tmp_path / "images", 40)
+    root = workspace.settings.root
+    killed, _ = killing.kill_often(root, 0.3, 10, (0.5, 2.5), seed)
+    assert killed > 2
+    killing.segment_slowly(workspace, 0.0)
+    check_equal(workspace, tmp_path, 40)
+
+
+@pytest.mark.postgres
+def test_four_processes_with_the_same_command_do_each_image_once(
+    postgres_workspace: Workspace, tmp_path: Path
+):
+    several_at_once(postgres_workspace, tmp_path, 4)
+
+
+def test_two_processes_share_one_sqlite_store(sqlite_workspace: Workspace, tmp_path: Path):
+    several_at_once(sqlite_workspace, tmp_path, 2)
+
+
+def several_at_once(workspace: Workspace, folder: Path, number: int) -> None:
+    killing.fill(workspace, folder / "images", 60)
+    words = [sys.executable, str(killing.PROGRAM), str(workspace.settings.root), "0.05"]
+    processes = [subprocess.Popen(words, stderr=subprocess.PIPE) for _ in range(number)]
+    for process in processes:
+        _, said = process.communicate(timeout=240)
+        assert (process.returncode, said) == (0, b"")
+    with workspace.database.read() as session:
+        jobs = session.execute(select(Job.status, Job.attempts, Job.worker)).all()
+    assert {(status, attempts) for status, attempts, _ in jobs} == {(Status.DONE, 1)}
+    assert len({worker for _, _, worker in jobs}) > 1
+    check_equal(workspace, folder, 60)
+
+
+def test_a_dask_cluster_gives_the_same_rows(workspace: Workspace, tmp_path: Path):
+    distributed = pytest.importorskip("distributed")
+    killing.fill(workspace, tmp_path / "images", 20)
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options, local_directory=str(tmp_path)) as cluster:
+        resources = Resources(scheduler=cluster.scheduler_address)
+        assert killing.segment_slowly(workspace, resources=resources).done == 20
+    check_equal(workspace, tmp_path, 20)
+
+
+def test_a_scheduler_that_is_not_there_is_one_sentence(sqlite_workspace: Workspace, tmp_path: Path):
+    killing.fill(sqlite_workspace, tmp_path / "images", 2)
+    with pytest.raises(StoreError, match="does not answer"):
+        killing.segment_slowly(sqlite_workspace, resources=Resources(scheduler="tcp://127.0.0.1:9"))
+    with pytest.raises(UserInputError, match="at least one worker"):
+        killing.segment_slowly(sqlite_workspace, resources=Resources(workers=0))
+    assert killing.segment_slowly(sqlite_workspace).done == 2
+
+
+def test_a_folder_that_workers_cannot_write_stops_the_run_and_breaks_nothing(
+    workspace: Workspace, tmp_path: Path
+):
+    killing.fill(workspace, tmp_path / "images", 8)
+    masks = workspace.settings.artifacts / "mask"
+    masks.parent.mkdir(exist_ok=True)
+    masks.write_bytes(b"in the way of the folder")
+    with pytest.raises(StorageError, match="then run the same command again"):
+        killing.segment_slowly(workspace, resources=Resources(workers=2))
+    assert killing.counts_of(workspace)[0] == 0
+    with workspace.database.read() as session:
+        jobs = session.execute(select(Job.status, Job.attempts)).all()
+    assert {tuple(job) for job in jobs} == {(Status.PENDING, 0)}
+    masks.unlink()
+    assert killing.segment_slowly(workspace, resources=Resources(workers=2)).done == 8
+    check_equal(workspace, tmp_path, 8)
