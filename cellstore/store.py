@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.export import ExportResult
-    from .stages.ingest import IngestResult
+    from .stages.ingest import IngestResult, RefreshResult
     from .stages.jobs import JobsList, RetryResult
     from .stages.predict import PredictResult
     from .stages.report import ReportResult
@@ -116,6 +116,12 @@ class Store:
         from .stages.ingest import ingest
 
         return ingest(self.workspace, Path(source), params)
+
+    def refresh(self, selection: Selection = EVERYTHING) -> RefreshResult:
+        """Look again at the image files that are known; see ``stages.ingest.refresh``."""
+        from .stages.ingest import refresh
+
+        return refresh(self.workspace, selection)
 
     def segment(
         self,

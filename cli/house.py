@@ -14,7 +14,7 @@ from .options import JsonOption, StoreOption
 
 if TYPE_CHECKING:
     from cellstore.config import StoreSettings
-    from cellstore.stages.status import StatusResult
+    from cellstore.stages.status import RecipeStatus, StatusResult
     from cellstore.stages.verify import VerifyResult
 
 
@@ -59,11 +59,20 @@ def _show_status(result: StatusResult) -> None:
     )
     if result.recipes:
         typer.echo("")
-        headers = ("recipe", "stage", "fingerprint", "done", "open", "failed", "stale")
+        headers = ("recipe", "stage", "fingerprint", "done", "to do", "failed", "stale", "")
         render.table(
             headers,
             [
-                (r.recipe_id, r.stage, r.fingerprint[:12], r.done, r.open, r.failed, r.stale)
+                (
+                    r.recipe_id,
+                    r.stage,
+                    r.fingerprint[:12],
+                    r.done,
+                    r.todo,
+                    r.failed,
+                    r.stale,
+                    _relations(r),
+                )
                 for r in result.recipes
             ],
         )
@@ -73,6 +82,15 @@ def _show_status(result: StatusResult) -> None:
         render.table(("feature set", "kept in", "features", "cells"), sets)
     if any(recipe.failed for recipe in result.recipes):
         say("Some images failed. See why with: cellstore jobs --failed")
+
+
+def _relations(recipe: RecipeStatus) -> str:
+    said = []
+    if recipe.reads is not None:
+        said.append(f"of {recipe.reads}")
+    if recipe.replaced_by is not None:
+        said.append(f"replaced by {recipe.replaced_by}")
+    return ", ".join(said)
 
 
 @sentences

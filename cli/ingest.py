@@ -14,7 +14,15 @@ from cellstore.terms import Look, Severity
 
 from . import render
 from .context import open_store, say, sentences
-from .options import JsonOption, StoreOption
+from .options import (
+    JsonOption,
+    LimitOption,
+    PlatesOption,
+    StoreOption,
+    WellsOption,
+    WhereOption,
+    selection,
+)
 
 if TYPE_CHECKING:
     from cellstore import Store
@@ -306,3 +314,44 @@ def _show_issues(issues: Sequence[Issue]) -> None:
 
 def _place(issue: Issue) -> str:
     return issue.file if issue.line is None else f"{issue.file}, line {issue.line}"
+
+
+@sentences
+def refresh(
+    ctx: typer.Context,
+    plate: PlatesOption = None,
+    well: WellsOption = None,
+    where: WhereOption = None,
+    limit: LimitOption = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look again at the image files that the store knows, and tell which have changed.
+
+    Files of another size or time are read and hashed. What was derived from bytes that have
+    changed is out of date from now on: 'cellstore status' counts it, and the next run of each
+    stage makes just that anew. Ends with 1 if a file cannot be read.
+
+    \b
+    Example:
+      cellstore refresh
+      cellstore refresh --plate BR00116991
+    """
+    with open_store(ctx, store, quiet=as_json) as opened:
+        result = opened.refresh(selection(plate, well, where, limit))
+    if as_json:
+        render.as_json(result)
+    else:
+        render.facts(
+            [
+                ("run", result.run_id),
+                ("images looked at", f"{result.images:,}"),
+                ("changed", f"{result.changed:,}"),
+                ("problems", f"{result.n_problems:,}"),
+            ]
+        )
+        _show_issues(result.problems)
+        if result.changed:
+            say("See what is out of date with: cellstore status")
+    if result.n_problems:
+        raise typer.Exit(1)

@@ -11,7 +11,7 @@ from . import answers, exports, house, images, ingest, jobs, networks, setup, sp
 from .options import StoreOption
 
 ORDER = (
-    *("demo", "init", "ingest", "segment", "measure", "split", "train", "predict"),
+    *("demo", "init", "ingest", "refresh", "segment", "measure", "split", "train", "predict"),
     *("report", "audit", "sql", "export", "status", "jobs", "retry", "cancel"),
     *("verify", "doctor", "db"),
 )
@@ -61,6 +61,7 @@ def root(
 
 app.command("init")(setup.init)
 app.command("ingest")(ingest.ingest)
+app.command("refresh")(ingest.refresh)
 app.command("segment")(images.segment)
 app.command("measure")(images.measure)
 app.add_typer(splits.app, name="split")

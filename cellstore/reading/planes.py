@@ -143,7 +143,7 @@ def _check_unchanged(uri: str, file: FileOrder) -> None:
             "ingest again with --images and the folder that has it."
         ) from error
     if (found.st_size, found.st_mtime_ns) != (file.size_bytes, file.modified_ns):
-        raise ImageError(f"{path} has changed since it was ingested. Run the ingest again.")
+        raise ImageError(f"{path} has changed since it was ingested. Run: cellstore refresh")
 
 
 def read_artifact_image(

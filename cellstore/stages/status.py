@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from ..db.models import (
     Cell,
@@ -32,7 +32,12 @@ from ..terms import FeatureStorage, Stage, Status
 
 @dataclass(frozen=True)
 class RecipeStatus:
-    """How far one recipe of a stage has come. ``stale``: done for bytes that have changed since."""
+    """How far one recipe of a stage has come.
+
+    ``stale``: done for bytes that have changed since. ``todo``: what its next run would do, stale
+    ones and those that others have not finished included. ``reads``: the segment recipe whose
+    cells it measures; ``replaced_by``: the segment recipe that was used after it.
+    """
 
     stage: str
     recipe_id: int
@@ -41,6 +46,9 @@ class RecipeStatus:
     stale: int
     failed: int
     open: int
+    todo: int = 0
+    reads: int | None = None
+    replaced_by: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,11 +190,56 @@ def _recipes(session: Session) -> tuple[RecipeStatus, ...]:
         .join(Image, Image.id == Job.image_id)
         .group_by(Recipe.stage, Recipe.id, Recipe.fingerprint)
         .order_by(Recipe.id)
+    ).all()
+    seen = session.scalar(select(func.count(Image.content_sha256))) or 0
+    reads, last, segmented = _reads(session), _last_segment(session), _segmented(session)
+    found = []
+    for stage, number, mark, done, stale, failed, unfinished in rows:
+        source = reads.get(number)
+        ready = {Stage.SEGMENT: seen, Stage.MEASURE: segmented.get(source or 0, 0)}.get(stage)
+        todo = unfinished if ready is None else max(0, ready - done - failed)
+        replaced = stage == Stage.SEGMENT and last != number
+        found.append(
+            RecipeStatus(
+                Stage(stage).value,
+                number,
+                mark,
+                done,
+                stale,
+                failed,
+                unfinished,
+                todo,
+                source,
+                last if replaced else None,
+            )
+        )
+    return tuple(found)
+
+
+def _reads(session: Session) -> dict[int, int]:
+    """By measure recipe: the segment recipe that it reads."""
+    query = select(RecipeInput.recipe_id, RecipeInput.input_id)
+    measure = aliased(Recipe)
+    query = query.join(Recipe, Recipe.id == RecipeInput.input_id).join(
+        measure, measure.id == RecipeInput.recipe_id
     )
-    return tuple(
-        RecipeStatus(Stage(stage).value, number, mark, *counts)
-        for stage, number, mark, *counts in rows
+    where = (Recipe.stage == Stage.SEGMENT, measure.stage == Stage.MEASURE)
+    return {row[0]: row[1] for row in session.execute(query.where(*where))}
+
+
+def _last_segment(session: Session) -> int | None:
+    query = select(Run.recipe_id).where(Run.stage == Stage.SEGMENT)
+    return session.scalar(query.order_by(Run.id.desc()).limit(1))
+
+
+def _segmented(session: Session) -> dict[int, int]:
+    """By segment recipe: images whose present bytes it has done, and that can be opened."""
+    query = select(Segmentation.recipe_id, func.count()).join(Image, is_current())
+    seen = query.where(
+        Image.content_sha256.is_not(None), Segmentation.mask_artifact_id.is_not(None)
     )
+    rows = session.execute(seen.group_by(Segmentation.recipe_id))
+    return {row[0]: row[1] for row in rows}
 
 
 def _tally(condition: ColumnElement[bool]) -> ColumnElement[int]:

@@ -18,9 +18,9 @@ spec.loader.exec_module(make_commands)
 
 PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
-init, ingest, segment, measure, split create, split show, split check, train, predict, report,
-audit image, audit well, audit cell, audit run, sql, export, status, jobs, retry, cancel, verify,
-doctor, demo, db upgrade, db check, db current
+init, ingest, refresh, segment, measure, split create, split show, split check, train, predict,
+report, audit image, audit well, audit cell, audit run, sql, export, status, jobs, retry, cancel,
+verify, doctor, demo, db upgrade, db check, db current
 """
 
 

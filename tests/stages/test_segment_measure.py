@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.formats.files.images import decode_tiff, encode_tiff
 from cellstore.ops.features import FEATURES
 from cellstore.runs import Workspace
-from cellstore.stages.ingest import ingest
+from cellstore.stages.ingest import ingest, refresh
 from cellstore.stages.measure import measure
 from cellstore.stages.segment import segment
+from cellstore.stages.status import status
 from cellstore.terms import Projection, Stage, Status
 
 SHAPE = (40, 50)
@@ -149,6 +150,41 @@ def test_changed_bytes_make_the_image_open_again_and_keep_the_old_cells(bench: B
     bench.ingest()
     assert segment(bench.workspace, bench.params).done == 1
     assert (bench.count(Segmentation), bench.count(Cell)) == (4, 12)
+
+
+def test_what_changed_is_out_of_date_and_is_all_that_is_made_anew(bench: Bench) -> None:
+    segment(bench.workspace, bench.params)
+    measure(bench.workspace)
+    bench.file(3, 1).write_bytes(encode_tiff(field(37)))
+    assert [recipe.stale for recipe in status(bench.workspace).recipes] == [0, 0]
+    looked = refresh(bench.workspace)
+    assert (looked.images, looked.changed, looked.n_problems) == (3, 1, 0)
+    standing = [(r.stage, r.done, r.stale, r.todo) for r in status(bench.workspace).recipes]
+    assert standing == [("segment", 2, 1, 1), ("measure", 2, 1, 0)]
+    assert segment(bench.workspace, bench.params).done == 1
+    assert [recipe.todo for recipe in status(bench.workspace).recipes] == [0, 1]
+    assert measure(bench.workspace).done == 1
+    standing = [(r.stage, r.done, r.stale, r.todo) for r in status(bench.workspace).recipes]
+    assert standing == [("segment", 3, 1, 0), ("measure", 3, 1, 0)]
+    assert refresh(bench.workspace).changed == 0
+
+
+def test_a_recipe_that_was_replaced_says_so_and_its_cells_stay(bench: Bench) -> None:
+    segment(bench.workspace, bench.params)
+    measure(bench.workspace)
+    segment(bench.workspace, replace(bench.params, diameter=20.0))
+    old, measured, new = status(bench.workspace).recipes
+    assert (old.replaced_by, new.replaced_by) == (new.recipe_id, None)
+    assert (measured.reads, measured.todo) == (old.recipe_id, 0)
+    assert measure(bench.workspace).done == 3  # of the new cells
+    assert status(bench.workspace).recipes[-1].reads == new.recipe_id
+
+
+def test_a_file_that_is_gone_is_told_by_refresh(bench: Bench) -> None:
+    bench.file(2, 1).unlink()
+    looked = refresh(bench.workspace)
+    assert (looked.changed, looked.n_problems) == (0, 1)
+    assert bench.file(2, 1).name in looked.problems[0].detail
 
 
 def test_a_file_that_changed_after_the_ingest_is_not_used(bench: Bench) -> None:

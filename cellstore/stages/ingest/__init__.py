@@ -2,6 +2,7 @@
 
 from .account import Issue, UndoneError
 from .preview import Preview, PreviewRow, preview
+from .refresh import RefreshResult, refresh
 from .stage import IngestResult, ingest
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "Issue",
     "Preview",
     "PreviewRow",
+    "RefreshResult",
     "UndoneError",
     "ingest",
     "preview",
+    "refresh",
 ]
