@@ -158,7 +158,8 @@ def kill_often(
         time.sleep(chance.uniform(*pauses))
         if process.poll() is not None:
             return number, parents
-        victim = chance.choice([process.pid, *children(process.pid)])
+        workers = children(process.pid)
+        victim = chance.choice(workers) if workers and chance.random() < 0.6 else process.pid
         os.kill(victim, signal.SIGKILL)
         if victim == process.pid:
             process.wait()
