@@ -42,6 +42,8 @@ WRITERS = {
     "cells": (Stage.SEGMENT, Stage.INGEST),
     "features": (Stage.MEASURE,),
     "predictions": (Stage.PREDICT,),
+    "image_quality": (Stage.QC,),
+    "cell_flags": (Stage.QC,),
 }
 """The big tables, read from snapshots, and the stages whose runs write them."""
 
