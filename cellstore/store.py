@@ -242,14 +242,24 @@ class Store:
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
 
     def report(
-        self, run: str = "latest", *, html: str | Path | None = None, force: bool = False
+        self,
+        run: str = "latest",
+        *,
+        html: str | Path | None = None,
+        force: bool = False,
+        leave_out_flagged: str | None = None,
     ) -> ReportResult:
-        """Score a predict run, and write the page ``html`` if it is asked for."""
+        """Score a predict run, and write the page ``html`` if it is asked for.
+
+        ``leave_out_flagged``: see ``stages.report.report``.
+        """
         from .stages.report import report, write_report
 
-        if html is not None:
-            return write_report(self.workspace, run, Path(html), force=force)
-        return report(self.workspace, run, force=force)
+        if html is None:
+            return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
+        return write_report(
+            self.workspace, run, Path(html), force=force, leave_out_flagged=leave_out_flagged
+        )
 
     def audit_image(self, image: str) -> ImageAudit:
         """Return every run that labelled an image, and what it was labelled from."""

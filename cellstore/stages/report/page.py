@@ -52,9 +52,14 @@ SHOWN_PLATES = 12
 
 
 def write_report(
-    workspace: Workspace, run: str, path: Path, *, force: bool = False
+    workspace: Workspace,
+    run: str,
+    path: Path,
+    *,
+    force: bool = False,
+    leave_out_flagged: str | None = None,
 ) -> ReportResult:
-    """Write the report on a predict run as one HTML file; see :func:`report` for ``force``.
+    """Write the report on a predict run as one HTML file; see :func:`report` for the options.
 
     Raises:
         MissingExtraError: matplotlib or Jinja2 is not installed.
@@ -62,8 +67,8 @@ def write_report(
         UserInputError: there is nothing to report on.
     """
     need("report")
-    subject = find_subject(workspace, run)
-    with open_questions(workspace) as questions:
+    subject = find_subject(workspace, run, leave_out_flagged)
+    with open_questions(workspace, unflagged_by=subject.qc_run_id) as questions:
         evidence = scored(questions, subject, force=force)
         content = _content(workspace, questions, subject, evidence)
     write_atomically(path, render("cellstore.stages.report", content).encode())
