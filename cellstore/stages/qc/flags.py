@@ -1,0 +1,251 @@
+"""What is odd on a plate: images and cells against the others of the same plate, as rows of a run.
+
+No more than the numbers of one plate are held: a row per image and channel, three numbers per
+cell. Cells at the border never leave the database.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Float, Select, and_, func, literal, or_, select
+from sqlalchemy.orm import Session
+
+from ...config import QcParams
+from ...db.bulk import bulk_insert
+from ...db.models import (
+    Cell,
+    CellFeatures,
+    CellFlag,
+    Image,
+    ImageFile,
+    ImageFlag,
+    ImageQuality,
+    Segmentation,
+    Well,
+)
+from ...db.statements import insert_from
+from ...ops.quality import Limits, robust_limits
+from ...runs.selection import is_current
+from ...terms import CellFlagReason, ImageFlagReason
+
+MIN_CELLS = 50
+"""A plate with fewer cells says nothing about which area is usual."""
+
+_AT_ONCE = 20_000
+_IMAGE_COLUMNS = ("run_id", "image_id", "reason", "channel", "value", "low", "high")
+_CELL_COLUMNS = ("run_id", "cell_id", "reason", "value")
+
+Numbers = NDArray[np.float64]
+Ids = NDArray[np.int64]
+Row = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Flagging:
+    """By which limits a run flags, and by whose rows: recipes of quality, cells and areas."""
+
+    run_id: int
+    params: QcParams
+    quality_id: int
+    segment_id: int | None
+    measure_id: int | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Values of images, ``image_ids`` (N,) and ``values`` (N,), and what they are of."""
+
+    image_ids: Ids
+    values: Numbers
+    reason: ImageFlagReason
+    channel: str = ""
+
+    def rows(self, run_id: int, low: float | None, high: float | None) -> Iterator[Row]:
+        """Yield a flag for each image that is below ``low`` or above ``high``."""
+        limits = Limits(-np.inf if low is None else low, np.inf if high is None else high)
+        outside = limits.outside(self.values)
+        pairs = zip(self.image_ids[outside].tolist(), self.values[outside].tolist(), strict=True)
+        for image_id, value in pairs:
+            yield run_id, image_id, self.reason.value, self.channel, value, low, high
+
+
+def flag_plate(session: Session, flagging: Flagging, plate_id: int) -> None:
+    """Write the flags of a plate's images and cells, as they are now."""
+    rows = list(_by_pixels(session, flagging, plate_id))
+    if flagging.segment_id is not None:
+        rows += _by_counts(session, flagging, plate_id)
+        rows += _by_areas(session, flagging, plate_id)
+        if flagging.params.border:
+            _flag_border(session, flagging, plate_id)
+    bulk_insert(session, ImageFlag, _IMAGE_COLUMNS, rows)
+
+
+def _by_pixels(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
+    run_id, params = flagging.run_id, flagging.params
+    for channel, ids, slopes, backgrounds, saturated in _channels(session, flagging, plate_id):
+        blurred = _Found(ids, slopes, ImageFlagReason.OUT_OF_FOCUS, channel)
+        limits = _limits(blurred, params)
+        if limits is not None:
+            yield from blurred.rows(run_id, limits.low, None)
+        bright = _Found(ids, backgrounds, ImageFlagReason.BACKGROUND, channel)
+        limits = _limits(bright, params)
+        if limits is not None:
+            yield from bright.rows(run_id, limits.low, limits.high)
+        white = _Found(ids, saturated, ImageFlagReason.SATURATED, channel)
+        yield from white.rows(run_id, None, params.saturated)
+
+
+def _channels(
+    session: Session, flagging: Flagging, plate_id: int
+) -> Iterator[tuple[str, Ids, Numbers, Numbers, Numbers]]:
+    """Yield each channel with its images, their slopes, backgrounds and saturated shares."""
+    columns = (
+        ImageQuality.power_log_log_slope,
+        ImageQuality.background,
+        ImageQuality.saturated,
+    )
+    query = (
+        select(ImageQuality.channel, ImageQuality.image_id, *columns)
+        .join(Image, looked_at(flagging.quality_id))
+        .join(Well, Well.id == Image.well_id)
+        .where(Well.plate_id == plate_id)
+        .order_by(ImageQuality.image_id)
+    )
+    by_channel: dict[str, list[Row]] = {}
+    for channel, *values in session.execute(query.execution_options(yield_per=_AT_ONCE)):
+        by_channel.setdefault(channel, []).append(tuple(values))
+    for channel, rows in sorted(by_channel.items()):
+        ids, slopes, backgrounds, saturated = np.array(rows, dtype=np.float64).T
+        yield channel, ids.astype(np.int64), slopes, backgrounds, saturated
+
+
+def looked_at(quality_id: int) -> Any:
+    """Return the condition that joins an image to its quality, as its bytes are now."""
+    return and_(
+        ImageQuality.image_id == Image.id,
+        ImageQuality.recipe_id == quality_id,
+        ImageQuality.content_sha256 == Image.content_sha256,
+    )
+
+
+def _by_counts(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
+    counted = func.count(Cell.id).filter(Cell.excluded.is_(None))
+    query = _segmentations(flagging, plate_id).outerjoin(
+        Cell, Cell.segmentation_id == Segmentation.id
+    )
+    rows = session.execute(query.with_only_columns(Image.id, counted).group_by(Image.id)).all()
+    ids, counts = _columns(rows)
+    empty = counts == 0
+    none = _Found(ids[empty], counts[empty], ImageFlagReason.NO_CELLS)
+    yield from none.rows(flagging.run_id, 1.0, None)
+    some = _Found(ids[~empty], counts[~empty], ImageFlagReason.CELL_COUNT)
+    yield from _odd(some, flagging)
+
+
+def _by_areas(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
+    """Flag cells by their area, and yield the flags of images by the median area of their cells."""
+    if flagging.measure_id is None:
+        return
+    image_ids, cell_ids, areas = _areas(session, flagging, plate_id)
+    if len(areas) >= MIN_CELLS:
+        _flag_areas(session, flagging, cell_ids, areas)
+    images, starts = np.unique(image_ids, return_index=True)
+    medians = [np.median(some) for some in np.split(areas, starts[1:])] if len(images) else []
+    found = _Found(images, np.array(medians, dtype=np.float64), ImageFlagReason.CELL_AREA)
+    yield from _odd(found, flagging)
+
+
+def _areas(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Ids, Numbers]:
+    """Image, cell and area of every cell that counts and is measured, by image."""
+    measured = and_(CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == flagging.measure_id)
+    query = (
+        _segmentations(flagging, plate_id)
+        .join(Cell, Cell.segmentation_id == Segmentation.id)
+        .join(CellFeatures, measured)
+        .where(Cell.excluded.is_(None), CellFeatures.area > 0)
+        .with_only_columns(Image.id, Cell.id, CellFeatures.area)
+        .order_by(Image.id)
+    )
+    images, cells, areas = [], [], []
+    rows = session.execute(query.execution_options(yield_per=_AT_ONCE))
+    for block in rows.partitions():
+        image, cell, area = zip(*block, strict=True)
+        images.append(np.array(image, dtype=np.int64))
+        cells.append(np.array(cell, dtype=np.int64))
+        areas.append(np.array(area, dtype=np.float64))
+    none = np.empty(0, dtype=np.int64)
+    return (
+        np.concatenate([none, *images]),
+        np.concatenate([none, *cells]),
+        np.concatenate([none.astype(np.float64), *areas]),
+    )
+
+
+def _flag_areas(session: Session, flagging: Flagging, cell_ids: Ids, areas: Numbers) -> None:
+    limits = robust_limits(areas, flagging.params.cell_outlier, log=True)
+    if limits is None:
+        return
+    outside = limits.outside(areas)
+    pairs = zip(cell_ids[outside].tolist(), areas[outside].tolist(), strict=True)
+    rows = [(flagging.run_id, cell, CellFlagReason.AREA.value, area) for cell, area in pairs]
+    bulk_insert(session, CellFlag, _CELL_COLUMNS, rows)
+
+
+def _flag_border(session: Session, flagging: Flagging, plate_id: int) -> None:
+    """Flag the cells whose box reaches the edge of the image; a box that is unknown does not."""
+    size = select(
+        ImageFile.image_id,
+        func.max(ImageFile.height).label("height"),
+        func.max(ImageFile.width).label("width"),
+    )
+    size = size.join(Image, Image.id == ImageFile.image_id).join(Well, Well.id == Image.well_id)
+    sizes = size.where(Well.plate_id == plate_id).group_by(ImageFile.image_id).subquery()
+    at_edge = or_(
+        *(Cell.min_row == 0, Cell.min_col == 0),
+        *(Cell.max_row >= sizes.c.height, Cell.max_col >= sizes.c.width),
+    )
+    columns: tuple[Any, ...] = (
+        literal(flagging.run_id),
+        Cell.id,
+        literal(CellFlagReason.BORDER.value),
+        literal(None, Float(53)),
+    )
+    rows = (
+        _segmentations(flagging, plate_id)
+        .join(Cell, Cell.segmentation_id == Segmentation.id)
+        .join(sizes, sizes.c.image_id == Image.id)
+        .where(Cell.excluded.is_(None), at_edge)
+        .with_only_columns(*columns)
+    )
+    insert_from(session, CellFlag, _CELL_COLUMNS, rows)
+
+
+def _segmentations(flagging: Flagging, plate_id: int) -> Select[Any]:
+    return (
+        select(Image.id)
+        .join(Segmentation, is_current())
+        .join(Well, Well.id == Image.well_id)
+        .where(Well.plate_id == plate_id, Segmentation.recipe_id == flagging.segment_id)
+    )
+
+
+def _odd(found: _Found, flagging: Flagging) -> Iterator[Row]:
+    limits = _limits(found, flagging.params, log=True)
+    if limits is not None:
+        yield from found.rows(flagging.run_id, limits.low, limits.high)
+
+
+def _limits(found: _Found, params: QcParams, *, log: bool = False) -> Limits | None:
+    if np.isfinite(found.values).sum() < params.min_images:
+        return None
+    return robust_limits(found.values, params.outlier, log=log)
+
+
+def _columns(rows: Sequence[Any]) -> tuple[Ids, Numbers]:
+    ids = np.array([row[0] for row in rows], dtype=np.int64)
+    return ids, np.array([row[1] for row in rows], dtype=np.float64)
