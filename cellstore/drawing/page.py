@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any
 
 
-def render(package: str, content: dict[str, Any]) -> str:
-    """Return the page of the template ``page.html.j2`` in ``package``.
+def render(
+    package: str, content: dict[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
+) -> str:
+    """Return the page of the template ``page.html.j2`` in ``package``, with more ``filters``.
 
     Every text is escaped but figures (filter ``svg``) and the common look (``css``).
     """
@@ -20,6 +23,7 @@ def render(package: str, content: dict[str, Any]) -> str:
     environment.filters["percent"] = lambda value: _or_dash(value, 100, ".1f", " %")
     environment.filters["number"] = lambda value: _or_dash(value, 1, ".3f", "")
     environment.filters["svg"] = Markup  # figures are drawn by matplotlib, which escapes its texts
+    environment.filters.update(filters or {})
     return environment.from_string(source).render(css=Markup(css), **content)  # noqa: S704 - ours
 
 

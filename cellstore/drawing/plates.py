@@ -19,14 +19,16 @@ def layout_of(wells: Sequence[tuple[int, int, float | None]]) -> tuple[int, int]
     return fitting[0] if fitting else (row, column)
 
 
-def well_names(axes: Axes, rows: int, columns: int) -> None:
-    """Write the letters and numbers of the wells on the left and on top."""
+def well_names(axes: Axes, rows: int, columns: int, *, small: bool = False) -> None:
+    """Write the letters and numbers of the wells on the left and on top; ``small``: some."""
     step = 1 if columns <= 24 else 2
+    if small:
+        step = max(1, columns // 6)
     letters = [chr(64 + r) if r <= 26 else f"A{chr(64 + r - 26)}" for r in range(1, rows + 1)]
     axes.set_aspect("equal")
     axes.invert_yaxis()
     axes.xaxis.tick_top()
     axes.set_xticks(range(1, columns + 1, step))
     axes.set_yticks(range(1, rows + 1, step), letters[::step])
-    axes.tick_params(length=0, labelsize=8)
+    axes.tick_params(length=0, labelsize=7 if small else 8)
     axes.spines[:].set_visible(False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from ...runs import Forecast
+if TYPE_CHECKING:
+    from ...runs import Forecast
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class PlateSummary:
 
     ``images`` have files, ``seen`` of them were looked at, ``flagged`` have a flag; ``by_reason``
     counts images by reason (an image may have several). ``cells`` count, ``excluded`` (perimeter
-    0) do not; ``cells_by_reason`` counts flagged ones.
+    0) do not; ``cells_flagged`` have a flag, ``cells_by_reason`` counts them by reason.
     """
 
     plate: str
@@ -24,6 +26,7 @@ class PlateSummary:
     by_reason: Mapping[str, int]
     cells: int
     excluded: int
+    cells_flagged: int
     cells_by_reason: Mapping[str, int]
 
 

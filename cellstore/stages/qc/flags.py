@@ -6,7 +6,7 @@ cell. Cells at the border never leave the database.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def flag_plate(session: Session, flagging: Flagging, plate_id: int) -> None:
 
 def _by_pixels(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
     run_id, params = flagging.run_id, flagging.params
-    for channel, ids, slopes, backgrounds, saturated in _channels(session, flagging, plate_id):
+    for channel, ids, slopes, backgrounds, saturated in channels_of(session, flagging, plate_id):
         blurred = _Found(ids, slopes, ImageFlagReason.OUT_OF_FOCUS, channel)
         limits = _limits(blurred, params)
         if limits is not None:
@@ -100,10 +100,10 @@ def _by_pixels(session: Session, flagging: Flagging, plate_id: int) -> Iterator[
         yield from white.rows(run_id, None, params.saturated)
 
 
-def _channels(
+def channels_of(
     session: Session, flagging: Flagging, plate_id: int
 ) -> Iterator[tuple[str, Ids, Numbers, Numbers, Numbers]]:
-    """Yield each channel with its images, their slopes, backgrounds and saturated shares."""
+    """Yield each channel of a plate: its images, their slopes, backgrounds, saturated shares."""
     columns = (
         ImageQuality.power_log_log_slope,
         ImageQuality.background,
@@ -134,17 +134,22 @@ def looked_at(quality_id: int) -> Any:
 
 
 def _by_counts(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
-    counted = func.count(Cell.id).filter(Cell.excluded.is_(None))
-    query = _segmentations(flagging, plate_id).outerjoin(
-        Cell, Cell.segmentation_id == Segmentation.id
-    )
-    rows = session.execute(query.with_only_columns(Image.id, counted).group_by(Image.id)).all()
-    ids, counts = _columns(rows)
+    ids, counts = counts_by_image(session, flagging, plate_id)
     empty = counts == 0
     none = _Found(ids[empty], counts[empty], ImageFlagReason.NO_CELLS)
     yield from none.rows(flagging.run_id, 1.0, None)
     some = _Found(ids[~empty], counts[~empty], ImageFlagReason.CELL_COUNT)
     yield from _odd(some, flagging)
+
+
+def counts_by_image(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Numbers]:
+    """Return the segmented images of a plate, and how many cells count in each."""
+    counted = func.count(Cell.id).filter(Cell.excluded.is_(None))
+    query = _segmentations(flagging, plate_id)
+    query = query.outerjoin(Cell, Cell.segmentation_id == Segmentation.id)
+    rows = session.execute(query.with_only_columns(Image.id, counted).group_by(Image.id)).all()
+    ids = np.array([row[0] for row in rows], dtype=np.int64)
+    return ids, np.array([row[1] for row in rows], dtype=np.float64)
 
 
 def _by_areas(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
@@ -154,10 +159,21 @@ def _by_areas(session: Session, flagging: Flagging, plate_id: int) -> Iterator[R
     image_ids, cell_ids, areas = _areas(session, flagging, plate_id)
     if len(areas) >= MIN_CELLS:
         _flag_areas(session, flagging, cell_ids, areas)
-    images, starts = np.unique(image_ids, return_index=True)
-    medians = [np.median(some) for some in np.split(areas, starts[1:])] if len(images) else []
-    found = _Found(images, np.array(medians, dtype=np.float64), ImageFlagReason.CELL_AREA)
+    found = _Found(*_medians(image_ids, areas), ImageFlagReason.CELL_AREA)
     yield from _odd(found, flagging)
+
+
+def areas_by_image(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Numbers]:
+    """Return the images of a plate that have measured cells, and the median area in each."""
+    image_ids, _, areas = _areas(session, flagging, plate_id)
+    return _medians(image_ids, areas)
+
+
+def _medians(image_ids: Ids, areas: Numbers) -> tuple[Ids, Numbers]:
+    """Medians of runs of the same image."""
+    images, starts = np.unique(image_ids, return_index=True)
+    parts = np.split(areas, starts[1:]) if len(images) else []
+    return images, np.array([np.median(some) for some in parts], dtype=np.float64)
 
 
 def _areas(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Ids, Numbers]:
@@ -244,8 +260,3 @@ def _limits(found: _Found, params: QcParams, *, log: bool = False) -> Limits | N
     if np.isfinite(found.values).sum() < params.min_images:
         return None
     return robust_limits(found.values, params.outlier, log=log)
-
-
-def _columns(rows: Sequence[Any]) -> tuple[Ids, Numbers]:
-    ids = np.array([row[0] for row in rows], dtype=np.int64)
-    return ids, np.array([row[1] for row in rows], dtype=np.float64)

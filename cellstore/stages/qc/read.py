@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, and_, func, select
@@ -37,7 +38,7 @@ def summaries(
     )
     flags = _of_plates(on_plates).join(ImageFlag, _flag_of(flagging.run_id))
     flagged, by_reason = _counted(session, flags), _by_reason(session, flags, ImageFlag.reason)
-    cells, excluded, cell_reasons = _cells(session, flagging, on_plates)
+    cells = _cells(session, flagging, on_plates)
     return tuple(
         PlateSummary(
             plate=name,
@@ -45,32 +46,41 @@ def summaries(
             seen=seen.get(name, 0),
             flagged=flagged.get(name, 0),
             by_reason=by_reason.get(name, {}),
-            cells=cells.get(name, 0),
-            excluded=excluded.get(name, 0),
-            cells_by_reason=cell_reasons.get(name, {}),
+            cells=cells.counting.get(name, 0),
+            excluded=cells.excluded.get(name, 0),
+            cells_flagged=cells.flagged.get(name, 0),
+            cells_by_reason=cells.by_reason.get(name, {}),
         )
         for name in barcodes
     )
 
 
-def _cells(
-    session: Session, flagging: Flagging, on_plates: ColumnElement[bool]
-) -> tuple[Counts, Counts, dict[str, dict[str, int]]]:
+@dataclass(frozen=True)
+class _Cells:
+    """Cells by plate."""
+
+    counting: Counts
+    excluded: Counts
+    flagged: Counts
+    by_reason: Mapping[str, Counts]
+
+
+def _cells(session: Session, flagging: Flagging, on_plates: ColumnElement[bool]) -> _Cells:
     if flagging.segment_id is None:
-        return {}, {}, {}
+        return _Cells({}, {}, {}, {})
     found = (
         _of_plates(on_plates)
         .join(Segmentation, is_current())
         .where(Segmentation.recipe_id == flagging.segment_id)
         .join(Cell, Cell.segmentation_id == Segmentation.id)
     )
-    cells = _counted(session, found.where(Cell.excluded.is_(None)), Cell.id)
-    excluded = _counted(session, found.where(Cell.excluded.is_not(None)), Cell.id)
     mine = and_(CellFlag.cell_id == Cell.id, CellFlag.run_id == flagging.run_id)
-    return (
-        cells,
-        excluded,
-        _by_reason(session, found.join(CellFlag, mine), CellFlag.reason, Cell.id),
+    flags = found.join(CellFlag, mine)
+    return _Cells(
+        _counted(session, found.where(Cell.excluded.is_(None)), Cell.id),
+        _counted(session, found.where(Cell.excluded.is_not(None)), Cell.id),
+        _counted(session, flags, Cell.id),
+        _by_reason(session, flags, CellFlag.reason, Cell.id),
     )
 
 

@@ -1,0 +1,1 @@
+"""Quality control: what is measured of each image, and what is odd on each plate."""
