@@ -91,6 +91,7 @@ class ImageFlagReason(StrEnum):
     OUT_OF_FOCUS = "out of focus"
     SATURATED = "saturated"
     BACKGROUND = "background"
+    NO_SIGNAL = "no signal"
     CELL_COUNT = "cell count"
     CELL_AREA = "cell area"
     NO_CELLS = "no cells"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cellstore.ops.quality import (
+    WHITE_NOISE_SLOPE,
     Limits,
     maximal_share,
     plane_quality,
@@ -51,6 +52,11 @@ def test_power_that_falls_with_the_square_of_frequency_has_that_slope() -> None:
     phases = np.random.default_rng(0).uniform(0, 2 * np.pi, (512, 512))
     plane = np.fft.ifft2(frequencies**-2 * np.exp(1j * phases)).real
     assert power_log_log_slope(plane) == pytest.approx(-3, abs=0.2)
+
+
+def test_white_noise_has_its_slope() -> None:
+    noise = np.random.default_rng(0).normal(500, 20, (512, 512))
+    assert power_log_log_slope(noise) == pytest.approx(WHITE_NOISE_SLOPE, abs=0.1)
 
 
 @pytest.mark.parametrize("focus", [power_log_log_slope, sharpness])

@@ -29,6 +29,9 @@ MEAN_DEVIATION_TO_SIGMA = 1.2533
 _ROUNDING = 1e-9
 """Relative: equal values must not leave limits that went through a logarithm and back."""
 
+WHITE_NOISE_SLOPE = 1.0
+"""Its power is the same everywhere, and a ring of radius r has about 2 pi r frequencies."""
+
 Plane = NDArray[Any]
 
 

@@ -97,6 +97,17 @@ def test_blurred_bright_and_saturated_images_are_flagged_by_channel(workspace: W
     ]
 
 
+def test_an_image_whose_channels_are_all_noise_has_no_signal(workspace: Workspace) -> None:
+    bench = Bench(workspace, sites=4)
+    noise, flat = {"power_log_log_slope": 0.9}, {"power_log_log_slope": None, "std": 0.0}
+    small = {"power_log_log_slope": None}  # too small to tell
+    pairs = [(noise, {}), (noise, flat), (flat, flat), (small, noise)]
+    for image, (dna, rna) in zip(bench.images, pairs, strict=True):
+        bench.make.quality(image, bench.run, "DNA", **dna)
+        bench.make.quality(image, bench.run, "RNA", **rna)
+    assert bench.of_images(bench.flag()) == [(2, "no signal", "", 0.9), (3, "no signal", "", 1.0)]
+
+
 def test_a_flag_keeps_the_limits_that_it_broke(workspace: Workspace) -> None:
     bench = Bench(workspace, sites=5)
     for image, slope in zip(bench.images, (-2.2, -2.1, -2.0, -1.9, -9.0), strict=True):

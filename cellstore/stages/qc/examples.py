@@ -98,18 +98,19 @@ def _example(workspace: Workspace, flagging: Flagging, plate: Plate, flag: Flagg
 def _plane(session: Session, flagging: Flagging, flag: FlaggedImage) -> ImageInput:
     if flag.channel:
         return ImageInput((flag.channel,))
+    if flagging.segment_id is None:
+        return ImageInput()
     return plane_of(session.get_one(Recipe, flagging.segment_id))
 
 
 def _usual(session: Session, flagging: Flagging, plate_id: int, flag: FlaggedImage) -> int | None:
     """The unflagged image in the middle of the plate: of this channel's focus, or of cells."""
     if flag.channel:
-        pairs = [
-            (ids, slopes)
-            for channel, ids, slopes, _, _ in channels_of(session, flagging, plate_id)
-            if channel == flag.channel
-        ]
-        ids, values = pairs[0]
+        channels = channels_of(session, flagging, plate_id)
+        found = next(item for item in channels if item.channel == flag.channel)
+        ids, values = found.image_ids, found.slopes
+    elif flagging.segment_id is None:
+        return None
     else:
         ids, values = counts_by_image(session, flagging, plate_id)
     flagged = session.scalars(select(ImageFlag.image_id).where(ImageFlag.run_id == flagging.run_id))

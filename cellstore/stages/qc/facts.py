@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from ...runs import Forecast
+from ...runs import Forecast
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,8 @@ class QcResult:
     ``run_id`` is None when there was nothing to look at; ``already_done``: this run found the same
     before. ``selected``, ``waiting``, ``done``, ``failures`` and ``failed_before`` as in
     ``JobsResult``. ``segment_recipe``: whose cells, None: none; ``measure_recipe``: whose areas.
-    ``notes`` are sentences that a reader of the numbers has to know.
+    ``notes`` are sentences that a reader of the numbers has to know; ``flags`` are listed where
+    they are asked for.
     """
 
     run_id: int | None
@@ -65,11 +64,12 @@ class QcResult:
     measure_recipe: int | None
     selected: int
     waiting: int
-    done: int
-    failures: tuple[tuple[str, str], ...]
-    failed_before: int
-    plates: tuple[PlateSummary, ...]
+    done: int = 0
+    failures: tuple[tuple[str, str], ...] = ()
+    failed_before: int = 0
+    plates: tuple[PlateSummary, ...] = ()
     notes: tuple[str, ...] = ()
-    flags: tuple[FlaggedImage, ...] = field(default=())
+    flags: tuple[FlaggedImage, ...] = ()
     html: str | None = None
+    picture: str | None = None
     forecast: Forecast | None = None

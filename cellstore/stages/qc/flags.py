@@ -6,7 +6,7 @@ cell. Cells at the border never leave the database.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from ...db.models import (
     Well,
 )
 from ...db.statements import insert_from
-from ...ops.quality import Limits, robust_limits
+from ...ops.quality import WHITE_NOISE_SLOPE, Limits, robust_limits
 from ...runs.selection import is_current
 from ...terms import CellFlagReason, ImageFlagReason
 
@@ -85,29 +85,58 @@ def flag_plate(session: Session, flagging: Flagging, plate_id: int) -> None:
     bulk_insert(session, ImageFlag, _IMAGE_COLUMNS, rows)
 
 
+@dataclass(frozen=True)
+class ChannelValues:
+    """What was measured of one channel of N images of a plate: (N,) each."""
+
+    channel: str
+    image_ids: Ids
+    slopes: Numbers
+    backgrounds: Numbers
+    saturated: Numbers
+    stds: Numbers
+
+
 def _by_pixels(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
+    channels = channels_of(session, flagging, plate_id)
+    for found in channels:
+        yield from _by_channel(found, flagging)
+    yield from _without_signal(channels, flagging)
+
+
+def _by_channel(channel: ChannelValues, flagging: Flagging) -> Iterator[Row]:
     run_id, params = flagging.run_id, flagging.params
-    for channel, ids, slopes, backgrounds, saturated in channels_of(session, flagging, plate_id):
-        blurred = _Found(ids, slopes, ImageFlagReason.OUT_OF_FOCUS, channel)
-        limits = _limits(blurred, params)
-        if limits is not None:
-            yield from blurred.rows(run_id, limits.low, None)
-        bright = _Found(ids, backgrounds, ImageFlagReason.BACKGROUND, channel)
-        limits = _limits(bright, params)
-        if limits is not None:
-            yield from bright.rows(run_id, limits.low, limits.high)
-        white = _Found(ids, saturated, ImageFlagReason.SATURATED, channel)
-        yield from white.rows(run_id, None, params.saturated)
+    keys = (channel.image_ids, channel.channel)
+    blurred = _Found(keys[0], channel.slopes, ImageFlagReason.OUT_OF_FOCUS, keys[1])
+    limits = _limits(blurred, params)
+    if limits is not None:
+        yield from blurred.rows(run_id, limits.low, None)
+    bright = _Found(keys[0], channel.backgrounds, ImageFlagReason.BACKGROUND, keys[1])
+    limits = _limits(bright, params)
+    if limits is not None:
+        yield from bright.rows(run_id, limits.low, limits.high)
+    white = _Found(keys[0], channel.saturated, ImageFlagReason.SATURATED, keys[1])
+    yield from white.rows(run_id, None, params.saturated)
 
 
-def channels_of(
-    session: Session, flagging: Flagging, plate_id: int
-) -> Iterator[tuple[str, Ids, Numbers, Numbers, Numbers]]:
-    """Yield each channel of a plate: its images, their slopes, backgrounds, saturated shares."""
+def _without_signal(channels: Sequence[ChannelValues], flagging: Flagging) -> Iterator[Row]:
+    """Flag the images whose channels are all noise; their value is the least noisy channel's."""
+    lowest: dict[int, float] = {}
+    for channel in channels:
+        # A flat plane has no slope and no signal; one that is too small for a slope may have.
+        slopes = np.where(channel.stds == 0, WHITE_NOISE_SLOPE, np.nan_to_num(channel.slopes))
+        for image_id, slope in zip(channel.image_ids.tolist(), slopes.tolist(), strict=True):
+            lowest[image_id] = min(slope, lowest.get(image_id, slope))
+    ids, values = np.array([*lowest], np.int64), np.array([*lowest.values()], np.float64)
+    noise = _Found(ids, values, ImageFlagReason.NO_SIGNAL)
+    yield from noise.rows(flagging.run_id, None, flagging.params.noise)
+
+
+def channels_of(session: Session, flagging: Flagging, plate_id: int) -> list[ChannelValues]:
+    """Return what was measured of each channel of a plate, by name."""
     columns = (
-        ImageQuality.power_log_log_slope,
-        ImageQuality.background,
-        ImageQuality.saturated,
+        *(ImageQuality.power_log_log_slope, ImageQuality.background),
+        *(ImageQuality.saturated, ImageQuality.std),
     )
     query = (
         select(ImageQuality.channel, ImageQuality.image_id, *columns)
@@ -119,9 +148,11 @@ def channels_of(
     by_channel: dict[str, list[Row]] = {}
     for channel, *values in session.execute(query.execution_options(yield_per=_AT_ONCE)):
         by_channel.setdefault(channel, []).append(tuple(values))
+    found = []
     for channel, rows in sorted(by_channel.items()):
-        ids, slopes, backgrounds, saturated = np.array(rows, dtype=np.float64).T
-        yield channel, ids.astype(np.int64), slopes, backgrounds, saturated
+        table = np.array(rows, dtype=np.float64).T
+        found.append(ChannelValues(channel, table[0].astype(np.int64), *table[1:]))
+    return found
 
 
 def looked_at(quality_id: int) -> Any:

@@ -41,7 +41,8 @@ def well_maps(session: Session, flagging: Flagging, plate_id: int) -> list[WellM
     for title, channel, unit, reasons, pairs in found:
         values = _by_well(places, pairs)
         if any(values.values()):
-            wells = frozenset().union(*(marked.get((why, channel), ()) for why in reasons))
+            keys = [(why, name) for why in reasons for name in {channel, ""}]
+            wells = frozenset().union(*(marked.get(key, ()) for key in keys))
             maps.append(WellMap(title, channel, unit, values, wells))
     return maps
 
@@ -67,15 +68,13 @@ def _of_cells(session: Session, flagging: Flagging, plate_id: int) -> Iterator[F
 
 
 def _of_channels(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Found]:
-    for channel, ids, slopes, backgrounds, saturated in channels_of(session, flagging, plate_id):
-        blurred, bright, white = (
-            (ImageFlagReason.OUT_OF_FOCUS,),
-            (ImageFlagReason.BACKGROUND,),
-            (ImageFlagReason.SATURATED,),
-        )
-        yield "Focus", channel, "slope, higher is sharper", blurred, _pairs(ids, slopes)
-        yield "Background", channel, "grey levels", bright, _pairs(ids, backgrounds)
-        yield "Saturated", channel, "% of the pixels", white, _pairs(ids, 100 * saturated)
+    blurred = (ImageFlagReason.OUT_OF_FOCUS, ImageFlagReason.NO_SIGNAL)
+    bright, white = (ImageFlagReason.BACKGROUND,), (ImageFlagReason.SATURATED,)
+    for found in channels_of(session, flagging, plate_id):
+        name, ids = found.channel, found.image_ids
+        yield "Focus", name, "slope, higher is sharper", blurred, _pairs(ids, found.slopes)
+        yield "Background", name, "grey levels", bright, _pairs(ids, found.backgrounds)
+        yield "Saturated", name, "% of the pixels", white, _pairs(ids, 100 * found.saturated)
 
 
 def _pairs(ids: Any, values: Any) -> list[tuple[int, float]]:
