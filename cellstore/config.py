@@ -200,10 +200,11 @@ class QcParams:
 
     ``outlier`` and ``cell_outlier``: how many robust standard deviations from the plate's median
     an image, or the logarithm of a cell's area, may be. ``saturated``: the share of the pixels of
-    a channel that may be at white. ``noise``: a channel whose power spectrum rises more steeply is
-    noise (white noise: 1, real fields: -3 to -0.4). ``border``: cells that touch the border are
-    odd. ``min_images``: a plate with fewer says nothing about what is usual on it. These numbers
-    are our choice, made so that few images of a good plate are flagged; see docs/explanation.md.
+    a channel that may be at white. ``noise``: a channel that varies less than is usual, and whose
+    power spectrum rises more steeply, is noise (white noise: 1, real fields: -3 to -0.4).
+    ``border``: cells that touch the border are odd. ``min_images``: a plate with fewer says
+    nothing about what is usual on it. These numbers are our choice, made so that few images of a
+    good plate are flagged; see docs/explanation.md.
     """
 
     outlier: float = 5.0

@@ -98,14 +98,20 @@ def test_blurred_bright_and_saturated_images_are_flagged_by_channel(workspace: W
 
 
 def test_an_image_whose_channels_are_all_noise_has_no_signal(workspace: Workspace) -> None:
-    bench = Bench(workspace, sites=4)
-    noise, flat = {"power_log_log_slope": 0.9}, {"power_log_log_slope": None, "std": 0.0}
-    small = {"power_log_log_slope": None}  # too small to tell
-    pairs = [(noise, {}), (noise, flat), (flat, flat), (small, noise)]
+    bench = Bench(workspace, sites=12)
+    noise = {"power_log_log_slope": 0.9, "std": 5.0}
+    flat = {"power_log_log_slope": None, "std": 0.0}
+    small = {"power_log_log_slope": None, "std": 5.0}  # too small to tell
+    spots = {"power_log_log_slope": 0.9}  # as strong as the others
+    dim = {"std": 5.0}
+    odd = [(noise, {}), (noise, flat), (flat, flat), (small, noise), (noise, spots), (noise, dim)]
+    pairs: Any = [*odd, *[({}, {})] * 6]
     for image, (dna, rna) in zip(bench.images, pairs, strict=True):
-        bench.make.quality(image, bench.run, "DNA", **dna)
-        bench.make.quality(image, bench.run, "RNA", **rna)
-    assert bench.of_images(bench.flag()) == [(2, "no signal", "", 0.9), (3, "no signal", "", 1.0)]
+        usual = {"std": 500.0 + image.site}
+        bench.make.quality(image, bench.run, "DNA", **{**usual, **dna})
+        bench.make.quality(image, bench.run, "RNA", **{**usual, **rna})
+    found = [row for row in bench.of_images(bench.flag()) if row[1] == "no signal"]
+    assert found == [(2, "no signal", "", 0.9), (3, "no signal", "", 1.0)]
 
 
 def test_a_flag_keeps_the_limits_that_it_broke(workspace: Workspace) -> None:

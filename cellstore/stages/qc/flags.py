@@ -120,16 +120,24 @@ def _by_channel(channel: ChannelValues, flagging: Flagging) -> Iterator[Row]:
 
 
 def _without_signal(channels: Sequence[ChannelValues], flagging: Flagging) -> Iterator[Row]:
-    """Flag the images whose channels are all noise; their value is the least noisy channel's."""
-    lowest: dict[int, float] = {}
+    """Flag the images whose channels are all noise; their value is the least noisy channel's.
+
+    Noise is what has the power spectrum of noise, or none, and varies less than is usual: a
+    spectrum alone would not tell it from small spots everywhere.
+    """
+    noisy: dict[int, list[float]] = {}
     for channel in channels:
-        # A flat plane has no slope and no signal; one that is too small for a slope may have.
-        slopes = np.where(channel.stds == 0, WHITE_NOISE_SLOPE, np.nan_to_num(channel.slopes))
-        for image_id, slope in zip(channel.image_ids.tolist(), slopes.tolist(), strict=True):
-            lowest[image_id] = min(slope, lowest.get(image_id, slope))
-    ids, values = np.array([*lowest], np.int64), np.array([*lowest.values()], np.float64)
-    noise = _Found(ids, values, ImageFlagReason.NO_SIGNAL)
-    yield from noise.rows(flagging.run_id, None, flagging.params.noise)
+        stds = _Found(channel.image_ids, channel.stds, ImageFlagReason.NO_SIGNAL)
+        limits = _limits(stds, flagging.params, log=True)
+        slopes = np.where(channel.stds == 0, WHITE_NOISE_SLOPE, channel.slopes)
+        dull = channel.stds < (limits.low if limits else 0)
+        noise = np.where(dull & np.isfinite(slopes), slopes, -np.inf)
+        for image_id, slope in zip(channel.image_ids.tolist(), noise.tolist(), strict=True):
+            noisy.setdefault(image_id, []).append(slope)
+    ids = np.array([*noisy], np.int64)
+    lowest = np.array([min(slopes) for slopes in noisy.values()], np.float64)
+    found = _Found(ids, lowest, ImageFlagReason.NO_SIGNAL)
+    yield from found.rows(flagging.run_id, None, flagging.params.noise)
 
 
 def channels_of(session: Session, flagging: Flagging, plate_id: int) -> list[ChannelValues]:

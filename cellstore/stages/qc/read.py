@@ -116,7 +116,7 @@ def _of_plates(*where: ColumnElement[bool]) -> Select[Any]:
 
 def _counted(session: Session, query: Select[Any], what: Any = Image.id) -> dict[str, int]:
     counted = query.with_only_columns(Plate.barcode, func.count(what.distinct()))
-    return dict(session.execute(counted.group_by(Plate.barcode)).tuples().all())
+    return dict(session.execute(counted.group_by(Plate.barcode)).all())
 
 
 def _by_reason(

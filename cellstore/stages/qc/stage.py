@@ -249,7 +249,7 @@ def _flag(workspace: Workspace, run_id: int, plates: Sequence[str]) -> str:
     with workspace.database.read() as session:
         flagging = flagging_of(session, run_id)
         rows = session.execute(select(Plate.barcode, Plate.id).where(Plate.barcode.in_(plates)))
-        ids = dict(rows.tuples().all())
+        ids = dict(rows.all())
         state = _state(session, flagging, plates)
     workspace.progress.start("flag", len(plates))
     try:
