@@ -166,14 +166,16 @@ class Flagged:
 
 
 def count_flagged(
-    session: Session, source: CellSource, blocks: Sequence[ImageBlock]
+    session: Session, source: CellSource, blocks: Sequence[ImageBlock], sides: Sequence[Subset]
 ) -> Flagged | None:
-    """Return how much more there would be than ``blocks`` if flags did not count."""
+    """Return how much more there would be than ``blocks`` on some sides if flags did not count."""
     if source.unflagged_by is None:
         return None
     everything = list_blocks(session, replace(source, unflagged_by=None))
-    cells = sum(b.n_cells for b in everything) - sum(b.n_cells for b in blocks)
-    return Flagged(source.unflagged_by, len(everything) - len(blocks), cells)
+    before, after = (
+        [b.n_cells for b in some if b.subset in sides] for some in (everything, blocks)
+    )
+    return Flagged(source.unflagged_by, len(before) - len(after), sum(before) - sum(after))
 
 
 def _count_in_files(session: Session, cells: Any, reader: SetReader) -> list[ImageBlock]:

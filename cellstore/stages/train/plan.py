@@ -74,10 +74,10 @@ def make_plan(
         source = replace(source, unflagged_by=qc.id if qc else None)
         branches, remark = choose_branches(session, source, params.branches)
         blocks = list_blocks(session, source)
-        flagged = count_flagged(session, source, blocks)
         labels = _training_labels(session, split.id)
         made_by = session.get_one(Recipe, split.recipe_id)
         other = Subset.TEST if split.protocol == PUBLISHED else Subset.VALIDATION
+        flagged = count_flagged(session, source, blocks, (Subset.TRAIN, other))
         members = _members(session, split.id)
         by_qc = (session.get_one(Recipe, qc.recipe_id),) if qc else ()
     parameters = _parameters(params, source, branches)
