@@ -226,15 +226,8 @@ def _list(flags: Sequence[FlaggedImage]) -> None:
                 flag.reason,
                 flag.channel or None,
                 flag.value,
-                _usual(flag),
+                render.span(flag.low, flag.high),
             ]
             for flag in flags
         ],
     )
-
-
-def _usual(flag: FlaggedImage) -> str:
-    low, high = (None if limit is None else render.cell(limit) for limit in (flag.low, flag.high))
-    if low is None or high is None:
-        return f"{low} or more" if high is None else f"{high} or less"
-    return f"{low} to {high}"
