@@ -195,8 +195,33 @@ class MeasureParams:
 
 
 @dataclass(frozen=True)
+class QcParams:
+    """What quality control holds to be odd, against the other images or cells of the plate.
+
+    ``outlier`` and ``cell_outlier``: how many robust standard deviations from the plate's median
+    an image, or the logarithm of a cell's area, may be. ``saturated``: the share of the pixels of
+    a channel that may be at white. ``noise``: a channel that varies less than is usual, and whose
+    power spectrum rises more steeply, is noise (white noise: 1, real fields: -3 to -0.4).
+    ``border``: cells that touch the border are odd. ``min_images``: a plate with fewer says
+    nothing about what is usual on it. These numbers are our choice, made so that few images of a
+    good plate are flagged; see docs/explanation.md.
+    """
+
+    outlier: float = 5.0
+    cell_outlier: float = 5.0
+    saturated: float = 0.01
+    noise: float = 0.5
+    border: bool = True
+    min_images: int = 8
+
+
+@dataclass(frozen=True)
 class SplitParams:
-    """Who trains and who tests. Sizes are shares of the groups (wells, images or plates)."""
+    """Who trains and who tests. Sizes are shares of the groups (wells, images or plates).
+
+    ``leave_out_flagged``: a quality-control run (a number, or ``latest``) whose flagged images are
+    left out.
+    """
 
     protocol: str = "grouped"
     field: LabelField = LabelField.PERT_INAME
@@ -206,6 +231,7 @@ class SplitParams:
     seed: int = 0
     plates: tuple[str, ...] = ()
     allow_missing: bool = False
+    leave_out_flagged: str | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +240,8 @@ class TrainParams:
 
     ``features``: the name of a feature set; ``None``: the built-in measurements used last.
     ``branches``: ``mask``, ``flow``, ``tabular`` or some of them; ``None``: all three, or those
-    that what is known of the cells can feed.
+    that what is known of the cells can feed. ``leave_out_flagged``: a quality-control run (a
+    number, or ``latest``) whose flagged images and cells are left out.
     """
 
     crop_size: int = 224
@@ -231,6 +258,7 @@ class TrainParams:
     seed: int = 0
     features: str | None = None
     branches: tuple[str, ...] | None = None
+    leave_out_flagged: str | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from .config import (
     IngestParams,
     MeasureParams,
     PredictParams,
+    QcParams,
     Resources,
     SegmentParams,
     Selection,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .stages.ingest import IngestResult, RefreshResult
     from .stages.jobs import JobsList, RetryResult
     from .stages.predict import PredictResult
+    from .stages.qc import FlaggedImage, QcResult
     from .stages.report import ReportResult
     from .stages.split import CheckResult, SplitResult
     from .stages.status import StatusResult
@@ -167,6 +169,43 @@ class Store:
             dry_run=dry_run,
         )
 
+    def qc(
+        self,
+        params: QcParams | None = None,
+        selection: Selection = EVERYTHING,
+        *,
+        segmentation: str | None = None,
+        html: str | Path | None = None,
+        plot: str | Path | None = None,
+        resources: Resources = THIS_PROCESS,
+        dry_run: bool = False,
+    ) -> QcResult:
+        """Flag what is odd on each plate; see ``stages.qc.qc``.
+
+        ``html`` is a page with maps of the plates, ``plot`` a PNG with those of one plate.
+        """
+        from .stages.qc import qc, write_page, write_picture
+
+        result = qc(
+            self.workspace,
+            params,
+            selection,
+            segmentation=segmentation,
+            resources=resources,
+            dry_run=dry_run,
+        )
+        if html is not None:
+            result = write_page(self.workspace, result, Path(html))
+        if plot is not None:
+            result = write_picture(self.workspace, result, Path(plot))
+        return result
+
+    def flagged_images(self, result: QcResult) -> tuple[FlaggedImage, ...]:
+        """Return every flag of an image behind a result of :meth:`qc`."""
+        from .stages.qc import list_flags
+
+        return list_flags(self.workspace, result)
+
     def jobs(
         self,
         *,
@@ -242,14 +281,24 @@ class Store:
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
 
     def report(
-        self, run: str = "latest", *, html: str | Path | None = None, force: bool = False
+        self,
+        run: str = "latest",
+        *,
+        html: str | Path | None = None,
+        force: bool = False,
+        leave_out_flagged: str | None = None,
     ) -> ReportResult:
-        """Score a predict run, and write the page ``html`` if it is asked for."""
+        """Score a predict run, and write the page ``html`` if it is asked for.
+
+        ``leave_out_flagged``: see ``stages.report.report``.
+        """
         from .stages.report import report, write_report
 
-        if html is not None:
-            return write_report(self.workspace, run, Path(html), force=force)
-        return report(self.workspace, run, force=force)
+        if html is None:
+            return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
+        return write_report(
+            self.workspace, run, Path(html), force=force, leave_out_flagged=leave_out_flagged
+        )
 
     def audit_image(self, image: str) -> ImageAudit:
         """Return every run that labelled an image, and what it was labelled from."""

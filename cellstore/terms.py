@@ -11,6 +11,7 @@ class Stage(StrEnum):
     INGEST = "ingest"
     SEGMENT = "segment"
     MEASURE = "measure"
+    QC = "qc"
     SPLIT = "split"
     TRAIN = "train"
     PREDICT = "predict"
@@ -82,6 +83,25 @@ class ArtifactKind(StrEnum):
     CHECKPOINT = "checkpoint"
     REPORT = "report"
     FEATURES = "features"
+
+
+class ImageFlagReason(StrEnum):
+    """Why a quality-control run holds an image to be odd."""
+
+    OUT_OF_FOCUS = "out of focus"
+    SATURATED = "saturated"
+    BACKGROUND = "background"
+    NO_SIGNAL = "no signal"
+    CELL_COUNT = "cell count"
+    CELL_AREA = "cell area"
+    NO_CELLS = "no cells"
+
+
+class CellFlagReason(StrEnum):
+    """Why a quality-control run holds a cell to be odd."""
+
+    AREA = "area"
+    BORDER = "touches the border"
 
 
 class FeatureStorage(StrEnum):

@@ -14,7 +14,7 @@ import typer
 
 from . import render, tell
 from .context import open_store, say, sentences
-from .options import JsonOption, StoreOption
+from .options import JsonOption, LeaveOutOption, QcRunOption, StoreOption, leave_out
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,6 +56,8 @@ def report(
         bool,
         typer.Option("--force", help="Also score images that the network was trained on; marked."),
     ] = False,
+    leave_out_flagged: LeaveOutOption = False,
+    qc_run: QcRunOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -69,7 +71,9 @@ def report(
       cellstore report --run 8 --html report.html
     """
     with open_store(ctx, store, quiet=as_json) as opened:
-        result = opened.report(run, html=html, force=force)
+        result = opened.report(
+            run, html=html, force=force, leave_out_flagged=leave_out(leave_out_flagged, qc_run)
+        )
     _show(result, tell.report, as_json=as_json)
 
 

@@ -38,6 +38,12 @@ def status(
         _show_status(result)
 
 
+def _flagged(result: StatusResult) -> list[tuple[str, str]]:
+    if result.qc_run_id is None:
+        return []
+    return [("  flagged", f"{result.flagged_images:,} (by qc run {result.qc_run_id})")]
+
+
 def _show_status(result: StatusResult) -> None:
     excluded = f"{result.cells:,} ({result.excluded:,} excluded)"
     render.facts(
@@ -50,6 +56,7 @@ def _show_status(result: StatusResult) -> None:
             ("images", f"{result.images:,} ({result.missing_images:,} miss files)"),
             ("  segmented", f"{result.segmented:,}"),
             ("  measured", f"{result.measured:,}"),
+            *_flagged(result),
             ("cells", excluded),
             ("measurements", f"{result.features:,}"),
             ("splits", f"{result.splits:,}"),

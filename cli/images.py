@@ -38,6 +38,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from cellstore.runs.execution import Forecast, JobsResult
+    from cellstore.stages.qc import QcResult
 
 SHOWN_FAILURES = 10
 
@@ -187,7 +188,7 @@ def show_jobs(result: JobsResult, verb: str, cells: str, *, as_json: bool) -> No
     if as_json:
         render.as_json(result)
     elif result.forecast is not None:
-        _show_forecast(result, result.forecast, verb)
+        show_forecast(result, result.forecast, verb)
     else:
         _show_counts(result, verb, cells)
         list_failures(result.failures)
@@ -215,7 +216,8 @@ def end_with_failures(failed: int, done: int, verb: str, again: str = "cellstore
         raise typer.Exit(1)
 
 
-def _show_forecast(result: JobsResult, forecast: Forecast, verb: str) -> None:
+def show_forecast(result: JobsResult | QcResult, forecast: Forecast, verb: str) -> None:
+    """Print how many images there are to do, and how long that may take."""
     pairs = [
         ("images selected", f"{result.selected:,}"),
         (f"{verb} already", f"{result.selected - _not_done(result, forecast):,}"),
@@ -227,7 +229,7 @@ def _show_forecast(result: JobsResult, forecast: Forecast, verb: str) -> None:
     render.facts(pairs)
 
 
-def _not_done(result: JobsResult, forecast: Forecast) -> int:
+def _not_done(result: JobsResult | QcResult, forecast: Forecast) -> int:
     return result.waiting + result.failed_before + forecast.images
 
 

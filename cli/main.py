@@ -7,12 +7,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import answers, exports, house, images, ingest, jobs, networks, setup, splits
+from . import answers, exports, house, images, ingest, jobs, networks, quality, setup, splits
 from .options import StoreOption
 
 ORDER = (
-    *("demo", "init", "ingest", "refresh", "segment", "measure", "split", "train", "predict"),
-    *("report", "audit", "sql", "export", "status", "jobs", "retry", "cancel"),
+    *("demo", "init", "ingest", "refresh", "segment", "measure", "qc", "split", "train"),
+    *("predict", "report", "audit", "sql", "export", "status", "jobs", "retry", "cancel"),
     *("verify", "doctor", "db"),
 )
 
@@ -64,6 +64,7 @@ app.command("ingest")(ingest.ingest)
 app.command("refresh")(ingest.refresh)
 app.command("segment")(images.segment)
 app.command("measure")(images.measure)
+app.command("qc")(quality.qc)
 app.add_typer(splits.app, name="split")
 app.command("train")(networks.train)
 app.command("predict")(networks.predict)

@@ -13,7 +13,16 @@ from cellstore.terms import Subset
 from . import render
 from .context import open_store, say, sentences
 from .images import end_with_failures, list_failures
-from .options import Device, DeviceOption, JsonOption, PlatesOption, StoreOption
+from .options import (
+    Device,
+    DeviceOption,
+    JsonOption,
+    LeaveOutOption,
+    PlatesOption,
+    QcRunOption,
+    StoreOption,
+    leave_out,
+)
 
 if TYPE_CHECKING:
     from cellstore.stages.predict import PredictResult
@@ -110,6 +119,8 @@ def train(
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, help="Same seed, same start.")
     ] = PUBLISHED.seed,
+    leave_out_flagged: LeaveOutOption = False,
+    qc_run: QcRunOption = None,
     device: DeviceOption = Device.AUTO,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -140,6 +151,7 @@ def train(
         seed=seed,
         features=features,
         branches=None if branches is None else tuple(_names(branches)),
+        leave_out_flagged=leave_out(leave_out_flagged, qc_run),
     )
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.train(

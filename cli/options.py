@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cellstore.config import Selection
+from cellstore.errors import UserInputError
 
 StoreOption = Annotated[
     Path | None,
@@ -79,6 +80,22 @@ DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Only say how many images there are to do, and how long."),
 ]
+LeaveOutOption = Annotated[
+    bool,
+    typer.Option(
+        "--leave-out-flagged",
+        help="Leave out what quality control (cellstore qc) has flagged. Kept with the result.",
+    ),
+]
+QcRunOption = Annotated[
+    str | None,
+    typer.Option(
+        "--qc-run",
+        metavar="RUN",
+        help="Whose flags --leave-out-flagged means. Default: the newest finished qc run.",
+        show_default=False,
+    ),
+]
 ChannelsOption = Annotated[
     str | None,
     typer.Option(
@@ -108,6 +125,17 @@ def selection(
 ) -> Selection:
     """Return the images that the options name."""
     return Selection(tuple(plates or ()), tuple(wells or ()), where, limit)
+
+
+def leave_out(wanted: bool, run: str | None) -> str | None:
+    """Return the quality-control run whose flags are left out, if any.
+
+    Raises:
+        UserInputError: a run is named, and nothing is to be left out.
+    """
+    if run is not None and not wanted:
+        raise UserInputError("--qc-run names whose flags count: give --leave-out-flagged, too.")
+    return (run or "latest") if wanted else None
 
 
 def names(text: str | None) -> tuple[str, ...]:

@@ -121,6 +121,13 @@ def cell(value: Any) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
+def span(low: float | None, high: float | None) -> str:
+    """Return ``1 to 2``, ``1 or more`` or ``2 or less``."""
+    if low is None or high is None:
+        return f"{cell(low)} or more" if high is None else f"{cell(high)} or less"
+    return f"{cell(low)} to {cell(high)}"
+
+
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """Return ``1 image`` or ``2 images``."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

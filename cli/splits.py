@@ -12,7 +12,14 @@ from cellstore.terms import GroupLevel, LabelField
 
 from . import render
 from .context import open_store, say, sentences
-from .options import JsonOption, PlatesOption, StoreOption
+from .options import (
+    JsonOption,
+    LeaveOutOption,
+    PlatesOption,
+    QcRunOption,
+    StoreOption,
+    leave_out,
+)
 
 if TYPE_CHECKING:
     from cellstore.stages.split import CheckResult, SplitResult
@@ -27,7 +34,11 @@ NameArgument = Annotated[
 ]
 
 
-LEFT_OUT = {"without_label": "without a label", "missing_files": "missing files"}
+LEFT_OUT = {
+    "without_label": "without a label",
+    "missing_files": "missing files",
+    "flagged": "flagged by qc",
+}
 
 
 class Protocol(StrEnum):
@@ -72,6 +83,8 @@ def create(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Also images whose files are not here yet.")
     ] = False,
+    leave_out_flagged: LeaveOutOption = False,
+    qc_run: QcRunOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -93,6 +106,7 @@ def create(
         seed=seed,
         plates=tuple(plate or ()),
         allow_missing=allow_missing,
+        leave_out_flagged=leave_out(leave_out_flagged, qc_run),
     )
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.create_split(name, params)
@@ -182,7 +196,8 @@ EXAMPLES = 5
 
 def _left_out(result: SplitResult) -> list[tuple[str, str]]:
     left_out = result.left_out
-    shown = [
+    qc_run = [("flags of", f"qc run {left_out['qc_run']}")] if "qc_run" in left_out else []
+    shown = qc_run + [
         (title, f"{render.count(left_out[name], 'image')} left out")
         for name, title in LEFT_OUT.items()
         if left_out.get(name)

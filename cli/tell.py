@@ -13,6 +13,7 @@ from .context import say
 if TYPE_CHECKING:
     from cellstore.stages.audit import (
         CellAudit,
+        FlagFact,
         FrozenLabel,
         ImageAudit,
         Labelling,
@@ -88,6 +89,7 @@ def image(result: ImageAudit) -> None:
         ]
     )
     _history(result.treatment_history, result.frozen_labels)
+    _flags(result.flags)
     for found in result.segmentations:
         _segmentation(found)
     if not result.labellings:
@@ -130,6 +132,18 @@ def _frozen(label: FrozenLabel) -> str:
     text = f"label in split {label.split}: {label.label}; the well now has: {label.now or 'none'}"
     since = label.since
     return text if since is None else f"{text}, since run {since.run_id} ({_place(since)})"
+
+
+def _flags(flags: Sequence[FlagFact]) -> None:
+    """Tell what the last quality control that found something odd said of it."""
+    for flag in [item for item in flags if item.run_id == flags[-1].run_id]:
+        channel = f" in {flag.channel}" if flag.channel else ""
+        text = f"flagged by qc run {flag.run_id}: {flag.reason}{channel}"
+        if flag.value is not None:
+            text += f", {render.cell(flag.value)}"
+        if flag.low is not None or flag.high is not None:
+            text += f" (usual is {render.span(flag.low, flag.high)})"
+        typer.echo(render.cell(text))
 
 
 def _place(change: TreatmentChange) -> str:
@@ -204,6 +218,7 @@ def cell(result: CellAudit) -> None:
             ("excluded", result.excluded or "no"),
         ]
     )
+    _flags(result.flags)
     _segmentation(result.segmentation)
     for recipe, values in result.features.items():
         typer.echo(f"\nmeasured by {recipe}")

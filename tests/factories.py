@@ -20,11 +20,14 @@ from cellstore.db.models import (
     Artifact,
     Cell,
     CellFeatures,
+    CellFlag,
     FeatureFile,
     FeatureSet,
     Folder,
     Image,
     ImageFile,
+    ImageFlag,
+    ImageQuality,
     Job,
     Label,
     Plate,
@@ -45,9 +48,11 @@ from cellstore.db.types import Base
 from cellstore.runs import Workspace, keep_file
 from cellstore.terms import (
     ArtifactKind,
+    CellFlagReason,
     Control,
     FeatureStorage,
     GroupLevel,
+    ImageFlagReason,
     LabelField,
     Perturbation,
     Stage,
@@ -277,6 +282,39 @@ class Factory:
         with self.workspace.database.read() as session:
             query = session.query(Cell).filter_by(segmentation_id=segmentation.id)
             return query.order_by(Cell.label).all()
+
+    def quality(
+        self,
+        image: Image,
+        run: Run,
+        channel: str = "DNA",
+        recipe: Recipe | None = None,
+        **more: Any,
+    ) -> ImageQuality:
+        """What was measured of a channel: numbers of a usual field unless given."""
+        usual = {"power_log_log_slope": -2.0, "sharpness": 0.3, "saturated": 0.0, "maximal": 1e-6}
+        usual |= {"background": 400.0, "median": 700.0, "mean": 900.0, "std": 500.0}
+        return self.add(
+            ImageQuality(
+                image_id=image.id,
+                recipe_id=recipe.id if recipe else run.recipe_id,
+                content_sha256=image.content_sha256,
+                channel=channel,
+                run_id=run.id,
+                **{**usual, **more},
+            )
+        )
+
+    def flag_image(
+        self, run: Run, image: Image, reason: ImageFlagReason, channel: str = "", value: float = 1.0
+    ) -> ImageFlag:
+        key = {"run_id": run.id, "image_id": image.id, "channel": channel}
+        return self.add(ImageFlag(**key, reason=reason, value=value, low=2.0, high=None))
+
+    def flag_cell(
+        self, run: Run, cell: Cell, reason: CellFlagReason = CellFlagReason.BORDER
+    ) -> CellFlag:
+        return self.add(CellFlag(run_id=run.id, cell_id=cell.id, reason=reason, value=None))
 
     def feature_set(self, recipe: Recipe, name: str = "basic") -> FeatureSet:
         columns = [

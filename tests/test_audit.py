@@ -21,7 +21,7 @@ from cellstore.stages.audit import (
     audit_well,
     votes_query,
 )
-from cellstore.terms import LabelField, Stage, Status, Subset
+from cellstore.terms import ImageFlagReason, LabelField, Stage, Status, Subset
 from cellstore_cli import tell
 
 
@@ -241,6 +241,31 @@ def test_what_another_tool_found(workspace: Workspace, capsys: pytest.CaptureFix
     assert told.count("unknown") == 4  # box, centre, masks, diameter
     tell.image(audit_image(workspace, "BR1/A01/1"))
     assert "CellProfiler" in capsys.readouterr().out
+
+
+def test_flags_are_told_of_the_last_run_that_found_something(
+    workspace: Workspace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = Factory(workspace)
+    image = make.image(make.well(make.plate("P1"), 1, 1))
+    [cell] = make.cells_of(make.segmentation(image, make.run(Stage.SEGMENT), 1))
+    first, second, third = (make.run(Stage.QC) for _ in range(3))
+    unfinished = make.run(Stage.QC, status=Status.FAILED)
+    make.flag_image(first, image, ImageFlagReason.NO_CELLS)
+    make.flag_image(second, image, ImageFlagReason.OUT_OF_FOCUS, "DNA", -4.25)
+    make.flag_image(unfinished, image, ImageFlagReason.SATURATED, "DNA")
+    make.flag_cell(third, cell)
+    found = audit_image(workspace, str(image.id))
+    assert [(flag.run_id, flag.reason, flag.channel) for flag in found.flags] == [
+        (first.id, "no cells", None),
+        (second.id, "out of focus", "DNA"),
+    ]
+    tell.image(found)
+    told = capsys.readouterr().out
+    assert f"flagged by qc run {second.id}: out of focus in DNA, -4.25 (usual is 2 or more)" in told
+    assert f"qc run {first.id}:" not in told
+    tell.cell(audit_cell(workspace, cell.id))
+    assert f"flagged by qc run {third.id}: touches the border" in capsys.readouterr().out
 
 
 def test_audits_and_views_agree(workspace: Workspace) -> None:

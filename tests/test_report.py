@@ -16,12 +16,12 @@ from sqlalchemy import update
 
 from cellstore import extras
 from cellstore.db.models import ImageFile, Segmentation, SplitMember
+from cellstore.drawing.plates import layout_of
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.formats.files.images import encode_tiff
 from cellstore.runs import Workspace
 from cellstore.runs.ledger import keep_file
 from cellstore.stages.report import report, write_report
-from cellstore.stages.report.figures import layout_of
 from cellstore.terms import ArtifactKind, GroupLevel, Stage, Status, Subset
 
 HOSTILE = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -36,12 +36,14 @@ from .schema import TABLES, arrow_schema, create_statement, quoted
 from .sets import SetRelation, list_sets, open_files
 from .snapshots import RunMark, rows_of_runs, snapshot
 from .source import Source, open_source
-from .views import views
+from .views import views, voters_unflagged
 
 WRITERS = {
     "cells": (Stage.SEGMENT, Stage.INGEST),
     "features": (Stage.MEASURE,),
     "predictions": (Stage.PREDICT,),
+    "image_quality": (Stage.QC,),
+    "cell_flags": (Stage.QC,),
 }
 """The big tables, read from snapshots, and the stages whose runs write them."""
 
@@ -55,8 +57,12 @@ _CATALOG_WORDS = re.compile(r"\s*(show|describe|desc)\b", re.IGNORECASE)
 
 
 @contextmanager
-def open_questions(workspace: Workspace, limits: Limits | None = None) -> Iterator[Questions]:
+def open_questions(
+    workspace: Workspace, limits: Limits | None = None, *, unflagged_by: int | None = None
+) -> Iterator[Questions]:
     """Open a store for questions.
+
+    ``unflagged_by``: a quality-control run; images and cells that it has flagged have no vote.
 
     Raises:
         DatabaseError: the database cannot be reached.
@@ -71,7 +77,13 @@ def open_questions(workspace: Workspace, limits: Limits | None = None) -> Iterat
         _connection(limits, cache) as empty,
         _connection(limits, cache) as full,
     ):
-        yield Questions(source, workspace.artifacts, folder, limits, empty, full)
+        queries = _views_of(unflagged_by)
+        yield Questions(source, workspace.artifacts, folder, limits, empty, full, queries)
+
+
+def _views_of(unflagged_by: int | None) -> dict[str, str]:
+    queries = {view.name: view.query for view in views()}
+    return queries if unflagged_by is None else queries | {"voters": voters_unflagged(unflagged_by)}
 
 
 @contextmanager
@@ -120,6 +132,7 @@ class Questions:
         limits: Limits,
         empty: duckdb.DuckDBPyConnection,
         full: duckdb.DuckDBPyConnection,
+        view_queries: Mapping[str, str],
     ) -> None:
         self._source = source
         self._artifacts = artifacts
@@ -131,9 +144,9 @@ class Questions:
         self._views_made: set[str] = set()
         for table in TABLES.values():
             empty.execute(create_statement(table))
-        sets = list_sets(source, {*TABLES, *(view.name for view in views())})
+        sets = list_sets(source, {*TABLES, *view_queries})
         self._sets = {item.name.lower(): item for item in sets if not item.in_table}
-        self._views = {view.name: view.query for view in views()}
+        self._views = dict(view_queries)
         self._views |= {item.name: item.query for item in sets if item.in_table}
         self._known = frozenset({*TABLES, *self._sets})
         for item in self._sets.values():

@@ -8,6 +8,7 @@ from importlib.resources import files
 
 ORDER = (
     "run_images",
+    "voters",
     "image_label_votes",
     "image_votes",
     "well_votes",
@@ -34,6 +35,11 @@ class View:
 def views() -> tuple[View, ...]:
     """Return all views, a view after those it reads."""
     return tuple(_view(name) for name in ORDER)
+
+
+def voters_unflagged(run_id: int) -> str:
+    """Return the query of ``voters`` without what a quality-control run has flagged."""
+    return _view("voters_unflagged").query.replace("{run}", str(int(run_id)))
 
 
 def _view(name: str) -> View:

@@ -24,6 +24,9 @@ from ..terms import (
     Status,
     Subset,
 )
+from .quality_models import CellFlag as CellFlag
+from .quality_models import ImageFlag as ImageFlag
+from .quality_models import ImageQuality as ImageQuality
 from .types import Base, BigId, Id, Name, Sha256, by_value
 
 

@@ -1,6 +1,7 @@
 """The cells that a network reads: one query, asked as a whole or image by image.
 
-Excluded cells are left out here, and nowhere else. No function holds more than the rows of one
+Excluded cells are left out here, and nowhere else; so are flagged ones, if that is asked for. No
+function holds more than the rows of one
 image or of one batch.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any
 
@@ -38,6 +39,7 @@ from ..runs.lookup import find_recipe
 from ..runs.selection import is_current
 from ..terms import FeatureStorage, Projection, Stage, Subset
 from .featuresets import BUILT_IN, FEATURE_COLUMNS, ReadableSet, SetReader, find_feature_set
+from .flags import is_unflagged_cell, is_unflagged_image
 from .planes import read_artifact_image
 
 _BOX = ("min_row", "min_col", "max_row", "max_col")
@@ -51,6 +53,7 @@ class CellSource:
 
     ``subset``: one side of the split. Without ``split_id`` and ``plates``: all images.
     ``features``: where the measurements are; a cell that is not among them is left out.
+    ``unflagged_by``: a quality-control run, whose flagged images and cells are left out.
     """
 
     segment_id: int
@@ -59,6 +62,7 @@ class CellSource:
     subset: Subset | None = None
     plates: tuple[str, ...] = ()
     features: ReadableSet = BUILT_IN
+    unflagged_by: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,9 @@ def cells_query(source: CellSource) -> Select[Any]:
     )
     if source.features.in_table:
         query = _with_measurements(query, source)
+    if source.unflagged_by is not None:
+        run_id = source.unflagged_by
+        query = query.where(is_unflagged_image(run_id), is_unflagged_cell(run_id))
     return _of_split(_of_plates(query, source), source)
 
 
@@ -147,6 +154,28 @@ def list_blocks(session: Session, source: CellSource) -> list[ImageBlock]:
     counted = query.with_only_columns(*keys, func.count(Cell.id))
     rows = session.execute(counted.group_by(*keys).order_by(Image.id))
     return [ImageBlock(*row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """What was left out because a quality-control run had flagged it: images whole, and cells."""
+
+    run_id: int
+    images: int
+    cells: int
+
+
+def count_flagged(
+    session: Session, source: CellSource, blocks: Sequence[ImageBlock], sides: Sequence[Subset]
+) -> Flagged | None:
+    """Return how much more there would be than ``blocks`` on some sides if flags did not count."""
+    if source.unflagged_by is None:
+        return None
+    everything = list_blocks(session, replace(source, unflagged_by=None))
+    before, after = (
+        [b.n_cells for b in some if b.subset in sides] for some in (everything, blocks)
+    )
+    return Flagged(source.unflagged_by, len(before) - len(after), sum(before) - sum(after))
 
 
 def _count_in_files(session: Session, cells: Any, reader: SetReader) -> list[ImageBlock]:

@@ -61,12 +61,28 @@ def plane_orders(
     session: Session, image_ids: Sequence[int], wanted: ImageInput
 ) -> dict[int, PlaneOrder | CellstoreError]:
     """Return by image id what :func:`open_plane` needs, or the error: it lacks the channel."""
+    found = _files_by_image(session, image_ids)
+    return {image_id: _plane_order(files, wanted) for image_id, files in found.items()}
+
+
+def channel_orders(
+    session: Session, image_ids: Sequence[int]
+) -> dict[int, tuple[tuple[str, FileOrder], ...]]:
+    """Return by image id every channel with what :func:`open_file` needs, in their order."""
+    found = _files_by_image(session, image_ids)
+    return {
+        image_id: tuple((file.channel, _file_order(file)) for file in files)
+        for image_id, files in found.items()
+    }
+
+
+def _files_by_image(session: Session, image_ids: Sequence[int]) -> dict[int, list[ImageFile]]:
     files: dict[int, list[ImageFile]] = {image_id: [] for image_id in image_ids}
     for some in in_lists(image_ids):
         query = select(ImageFile).where(ImageFile.image_id.in_(some))
         for file in session.scalars(query.order_by(ImageFile.position, ImageFile.channel)):
             files[file.image_id].append(file)
-    return {image_id: _plane_order(found, wanted) for image_id, found in files.items()}
+    return files
 
 
 def _plane_order(files: list[ImageFile], wanted: ImageInput) -> PlaneOrder | CellstoreError:
@@ -74,11 +90,11 @@ def _plane_order(files: list[ImageFile], wanted: ImageInput) -> PlaneOrder | Cel
         chosen = choose_files(files, wanted)
     except UnknownNameError as error:
         return error
-    orders = (
-        FileOrder(file.name, file.uri, file.sha256, file.size_bytes, file.modified_ns)
-        for file in chosen
-    )
-    return PlaneOrder(tuple(orders), wanted.projection)
+    return PlaneOrder(tuple(_file_order(file) for file in chosen), wanted.projection)
+
+
+def _file_order(file: ImageFile) -> FileOrder:
+    return FileOrder(file.name, file.uri, file.sha256, file.size_bytes, file.modified_ns)
 
 
 def open_plane(order: PlaneOrder) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from ..db.models import (
     Label,
     Plate,
     Recipe,
+    Run,
     Split,
     SplitMember,
     Treatment,
@@ -30,6 +31,7 @@ from ..extras import need
 from ..ops.leaks import Finding, Member, SplitCheck, leaks
 from ..ops.splitting import Assignment, LeftOut, SplitImage, grouped_split, published_split
 from ..reading.cells import as_text
+from ..reading.flags import check_plates, find_qc_run, is_unflagged_image
 from ..runs import RecipeSpec, Workspace, find_split, images_of, register, running
 from ..terms import GroupLevel, LabelField, Stage, Subset
 
@@ -192,27 +194,54 @@ def _checked(params: SplitParams) -> SplitParams:
 
 
 def _draw(workspace: Workspace, params: SplitParams) -> _Drawn:
-    query = _candidates_query(params)
     with workspace.database.read() as session:
         chosen = images_of(session, Selection(plates=params.plates))
+        qc = _qc_run(session, params, chosen)
+        query = _candidates_query(params, qc)
         pool = _pool(session, query)
         left_out = _counts_left_out(session, chosen, params)
+        if qc is not None:
+            left_out |= _counts_flagged(session, params, qc, len(pool))
+        inputs = (session.get_one(Recipe, qc.recipe_id),) if qc else ()
     if not pool:
         raise UserInputError(_nothing_to_split(params, left_out))
     assignment = _assign(pool, params)
-    parameters = as_parameters(params) | {"images": _digest_of(pool)}
+    parameters = _parameters(params, qc) | {"images": _digest_of(pool)}
     members = tuple((pool[index], side) for index, side in sorted(assignment.subsets.items()))
     return _Drawn(
         params,
         as_text(query),
         members,
-        RecipeSpec(Stage.SPLIT, VERSION, parameters),
+        RecipeSpec(Stage.SPLIT, VERSION, parameters, inputs=inputs),
         _fingerprint(params, members),
         left_out | _left_out_by(assignment),
     )
 
 
-def _candidates_query(params: SplitParams) -> Select[Any]:
+def _parameters(params: SplitParams, qc: Run | None) -> dict[str, Any]:
+    parameters = as_parameters(params)
+    del parameters["leave_out_flagged"]  # unless it is asked for, a split is as it always was
+    return parameters if qc is None else {**parameters, "leave_out_flagged": qc.id}
+
+
+def _counts_flagged(
+    session: Session, params: SplitParams, qc: Run, unflagged: int
+) -> dict[str, int]:
+    everything = _candidates_query(params, None).subquery()
+    number = session.scalar(select(func.count()).select_from(everything)) or 0
+    return {"flagged": number - unflagged, "qc_run": qc.id}
+
+
+def _qc_run(session: Session, params: SplitParams, chosen: Select[int]) -> Run | None:
+    if params.leave_out_flagged is None:
+        return None
+    run = find_qc_run(session, params.leave_out_flagged)
+    seen = select(Image.id).where(Image.id.in_(chosen), Image.content_sha256.is_not(None))
+    check_plates(session, run, seen)
+    return run
+
+
+def _candidates_query(params: SplitParams, qc: Run | None) -> Select[Any]:
     label = getattr(Treatment, params.field.value)
     query = (
         select(Image.id.label("image_id"), Plate.barcode, Well.row, Well.column)
@@ -228,6 +257,8 @@ def _candidates_query(params: SplitParams) -> Select[Any]:
         query = query.where(Plate.barcode.in_(sorted(params.plates)))
     if not params.allow_missing:
         query = query.where(Image.content_sha256.is_not(None))
+    if qc is not None:
+        query = query.where(is_unflagged_image(qc.id))
     return query
 
 
@@ -266,6 +297,11 @@ def _nothing_to_split(params: SplitParams, left_out: Mapping[str, int]) -> str:
         return (
             f"All {left_out['missing_files']} images with a {params.field.value} miss files. "
             "Ingest again with --images, or split without the pixels with --allow-missing."
+        )
+    if left_out.get("flagged"):
+        return (
+            f"All {left_out['flagged']} images are flagged by quality-control run "
+            f"{left_out['qc_run']}. Split without --leave-out-flagged."
         )
     if left_out["without_label"]:
         return (

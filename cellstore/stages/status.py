@@ -13,6 +13,7 @@ from ..db.models import (
     FeatureFile,
     FeatureSet,
     Image,
+    ImageFlag,
     Job,
     Plate,
     Prediction,
@@ -68,7 +69,8 @@ class StatusResult:
 
     ``segmented`` and ``measured`` are images that at least one recipe has done for their
     present bytes, or whose cells and features another tool gave. ``features`` counts the rows of
-    the built-in measurements; ``feature_sets`` are all sets.
+    the built-in measurements; ``feature_sets`` are all sets. ``flagged_images`` are those of the
+    newest finished quality-control run, ``qc_run_id``.
     """
 
     store: str
@@ -88,11 +90,14 @@ class StatusResult:
     predictions: int
     recipes: tuple[RecipeStatus, ...]
     feature_sets: tuple[FeatureSetStatus, ...] = ()
+    qc_run_id: int | None = None
+    flagged_images: int = 0
 
 
 def status(workspace: Workspace) -> StatusResult:
     """Count what is in a store."""
     with workspace.database.read() as session:
+        qc_run_id = _newest_qc(session)
         return StatusResult(
             store=str(workspace.settings.root),
             database=workspace.database.shown,
@@ -111,7 +116,19 @@ def status(workspace: Workspace) -> StatusResult:
             predictions=_count(session, Prediction),
             recipes=tuple(sorted(_recipes(session) + _imported(session), key=_number)),
             feature_sets=_feature_sets(session),
+            qc_run_id=qc_run_id,
+            flagged_images=_flagged(session, qc_run_id),
         )
+
+
+def _newest_qc(session: Session) -> int | None:
+    done = select(func.max(Run.id)).where(Run.stage == Stage.QC, Run.status == Status.DONE)
+    return session.scalar(done)
+
+
+def _flagged(session: Session, run_id: int | None) -> int:
+    images = select(func.count(ImageFlag.image_id.distinct())).where(ImageFlag.run_id == run_id)
+    return session.scalar(images) or 0
 
 
 def _count(session: Session, table: type[Base], *where: ColumnElement[bool]) -> int:
@@ -196,7 +213,8 @@ def _recipes(session: Session) -> tuple[RecipeStatus, ...]:
     found = []
     for stage, number, mark, done, stale, failed, unfinished in rows:
         source = reads.get(number)
-        ready = {Stage.SEGMENT: seen, Stage.MEASURE: segmented.get(source or 0, 0)}.get(stage)
+        ready = {Stage.SEGMENT: seen, Stage.QC: seen}.get(stage)
+        ready = segmented.get(source or 0, 0) if stage == Stage.MEASURE else ready
         todo = unfinished if ready is None else max(0, ready - done - failed)
         replaced = stage == Stage.SEGMENT and last != number
         found.append(

@@ -16,11 +16,14 @@ from cellstore.db.models import (
     Artifact,
     Cell,
     CellFeatures,
+    CellFlag,
     FeatureFile,
     FeatureSet,
     Folder,
     Image,
     ImageFile,
+    ImageFlag,
+    ImageQuality,
     IngestFile,
     IngestIssue,
     Job,
@@ -42,7 +45,7 @@ from cellstore.db.models import (
 from cellstore.db.statements import insert_new
 from cellstore.db.types import Base
 from cellstore.runs import Workspace
-from cellstore.terms import ArtifactKind, Severity, Stage, Subset
+from cellstore.terms import ArtifactKind, ImageFlagReason, Severity, Stage, Subset
 
 TABLES = [mapper.class_ for mapper in Base.registry.mappers]
 
@@ -78,6 +81,10 @@ def fill(workspace: Workspace) -> dict[type[Base], Base]:
         )
         session.add(row)
     fill_what_an_ingest_writes(make, well, cells[0])
+    qc = make.run(Stage.QC)
+    make.quality(image, qc)
+    make.flag_image(qc, image, ImageFlagReason.CELL_COUNT)
+    make.flag_cell(qc, cells[1])
     with workspace.database.read() as session:
         return {table: session.scalars(select(table).limit(1)).one() for table in TABLES}
 
@@ -183,6 +190,9 @@ def test_tables_without_an_id_have_a_natural_primary_key():
         SplitMember: {"split_id", "image_id"},
         RunArtifact: {"run_id", "artifact_id"},
         CellFeatures: {"cell_id", "recipe_id"},
+        ImageQuality: {"image_id", "recipe_id", "content_sha256", "channel"},
+        ImageFlag: {"run_id", "image_id", "reason", "channel"},
+        CellFlag: {"run_id", "cell_id", "reason"},
         RunMetric: {"run_id", "epoch", "name"},
         Prediction: {"run_id", "cell_id", "rank"},
     }
@@ -273,9 +283,10 @@ def test_enums_are_kept_by_value(workspace: Workspace):
         sides = set(session.scalars(text("SELECT subset FROM split_members")))
         fields = set(session.scalars(text("SELECT field FROM labels")))
         back = set(session.scalars(select(Run.stage)))
-    assert stages == {"ingest", "segment", "measure", "train", "predict"}
+    assert stages == {"ingest", "segment", "measure", "qc", "train", "predict"}
     assert (sides, fields) == ({"test"}, {"pert_iname"})
-    assert back == {Stage.INGEST, Stage.SEGMENT, Stage.MEASURE, Stage.TRAIN, Stage.PREDICT}
+    assert {stage.value for stage in back} == stages
+    assert Stage.QC in back
 
 
 def test_moments_come_back_in_utc(workspace: Workspace):

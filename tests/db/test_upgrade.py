@@ -75,6 +75,37 @@ def test_back_to_the_first_schema_and_forth(old):
     assert migrate.differences(old) == []
 
 
+ROWS_0004 = """
+INSERT INTO recipes (id, stage, version, parameters, fingerprint, created_at)
+    VALUES (3, 'qc', 1, '{}', 'q', '2026-01-01 00:00:00+00:00');
+INSERT INTO recipe_inputs (recipe_id, input_id) VALUES (3, 1), (2, 1);
+INSERT INTO runs (id, stage, recipe_id, status, command, code_version, environment, host, "user",
+    started_at)
+    VALUES (2, 'qc', 3, 'done', 'x', '0', '{}', 'h', 'u', '2026-01-01 00:00:00+00:00');
+INSERT INTO jobs (id, recipe_id, image_id, content_sha256, run_id, status, attempts, deaths)
+    VALUES (1, 3, 1, 'c', 2, 'done', 1, 0);
+INSERT INTO image_quality (image_id, recipe_id, content_sha256, channel, run_id, saturated,
+    maximal, background, median, mean, std) VALUES (1, 3, 'c', 'DNA', 2, 0, 0, 1, 2, 3, 4);
+INSERT INTO image_flags (run_id, image_id, reason, channel, value)
+    VALUES (2, 1, 'no cells', '', 0);
+INSERT INTO cell_flags (run_id, cell_id, reason) VALUES (2, 1, 'area')
+"""
+
+
+def test_quality_control_is_forgotten_where_older_code_could_not_read_it(old):
+    migrate.upgrade(old)
+    with old.begin() as session:
+        for statement in ROWS_0004.split(";"):
+            session.execute(text(statement))
+    migrate.downgrade(old, "0003")
+    assert rows(old, "SELECT stage FROM recipes ORDER BY id") == [("segment",), ("measure",)]
+    assert rows(old, "SELECT stage FROM runs") == [("segment",)]
+    assert rows(old, "SELECT recipe_id, input_id FROM recipe_inputs") == [(2, 1)]
+    assert rows(old, "SELECT count(*) FROM cells") == [(1,)]
+    migrate.upgrade(old)
+    assert migrate.differences(old) == []
+
+
 def test_new_folders_go_on_counting_after_the_old_ones(old):
     migrate.upgrade(old)
     with old.begin() as session:

@@ -25,7 +25,7 @@ from cellstore.db.models import (
 from cellstore.runs import Workspace
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
-from cellstore.terms import ArtifactKind, Stage, Status
+from cellstore.terms import ArtifactKind, ImageFlagReason, Stage, Status
 
 
 def test_the_counts_are_those_of_the_tables(workspace: Workspace):
@@ -66,6 +66,25 @@ def test_a_recipe_counts_its_images_by_how_they_stand(workspace: Workspace):
     (recipe,) = status(workspace).recipes
     assert (recipe.done, recipe.stale, recipe.failed, recipe.open) == (1, 1, 1, 2)
     assert status(workspace).segmented == 1
+
+
+def test_flagged_images_are_those_of_the_newest_finished_run(workspace: Workspace):
+    make = Factory(workspace)
+    plate = make.plate()
+    images = [make.image(make.well(plate, 1, column)) for column in range(1, 4)]
+    assert (status(workspace).qc_run_id, status(workspace).flagged_images) == (None, 0)
+    old, new, stopped = (
+        make.run(Stage.QC, status=state) for state in (Status.DONE, Status.DONE, Status.FAILED)
+    )
+    for run, number in ((old, 3), (new, 2), (stopped, 1)):
+        for image in images[:number]:
+            make.flag_image(run, image, ImageFlagReason.NO_CELLS)
+            make.flag_image(run, image, ImageFlagReason.SATURATED, "DNA")
+    make.job(new, images[0])
+    found = status(workspace)
+    assert (found.qc_run_id, found.flagged_images) == (new.id, 2)
+    [recipe] = [item for item in found.recipes if item.stage == "qc"]
+    assert (recipe.done, recipe.todo) == (1, 2)
 
 
 def test_files_that_no_one_wrote_are_told(workspace: Workspace):

@@ -14,11 +14,9 @@ WITH cell_answers AS (
         max(p.probability) FILTER (WHERE p.rank = 1) AS confidence,
         min(p.rank) FILTER (WHERE l.value = ri.truth) AS truth_place
     FROM predictions AS p
-    JOIN cells AS c ON c.id = p.cell_id
-    JOIN segmentations AS s ON s.id = c.segmentation_id
+    JOIN voters AS v ON v.cell_id = p.cell_id
     JOIN labels AS l ON l.id = p.label_id
-    JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = s.image_id
-    WHERE c.excluded IS NULL
+    JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = v.image_id
     GROUP BY p.run_id, p.cell_id
 ),
 answers AS (

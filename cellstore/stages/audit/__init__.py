@@ -2,6 +2,7 @@
 
 from .facts import (
     CellAudit,
+    FlagFact,
     FrozenLabel,
     ImageAudit,
     IngestFact,
@@ -17,6 +18,7 @@ from .read import audit_cell, audit_image, audit_run, votes_query
 
 __all__ = [
     "CellAudit",
+    "FlagFact",
     "FrozenLabel",
     "ImageAudit",
     "IngestFact",

@@ -134,8 +134,23 @@ class WellAudit:
 
 
 @dataclass(frozen=True)
+class FlagFact:
+    """A quality-control run held an image or a cell to be odd.
+
+    Its ``value`` is not from ``low`` to ``high``; ``channel`` is null where it is about the whole.
+    """
+
+    run_id: int
+    reason: str
+    channel: str | None
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
 class ImageAudit:
-    """All that is known about an image and the labels it got."""
+    """All that is known about an image and the labels it got; ``flags`` of every finished run."""
 
     image_id: int
     plate: str
@@ -154,6 +169,7 @@ class ImageAudit:
     missing_files: int
     segmentations: tuple[SegmentationFact, ...]
     labellings: tuple[Labelling, ...]
+    flags: tuple[FlagFact, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,6 +199,7 @@ class CellAudit:
     segmentation: SegmentationFact
     features: dict[str, dict[str, float | None]]
     choices: tuple[Choice, ...]
+    flags: tuple[FlagFact, ...] = ()
 
 
 @dataclass(frozen=True)

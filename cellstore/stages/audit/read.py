@@ -46,6 +46,7 @@ from .facts import (
     RunFact,
     SegmentationFact,
 )
+from .flags import cell_flags, image_flags
 from .history import changed_wells, frozen_labels, ingested, treatment_of, well_history
 
 VoteRow = Row[int, int, float, str, int]
@@ -87,6 +88,7 @@ def audit_image(workspace: Workspace, text: str) -> ImageAudit:
             missing_files=sum(file.sha256 is None for file in files),
             segmentations=segmentations,
             labellings=_labellings(session, image, treatment, segmentations),
+            flags=image_flags(session, image.id),
         )
 
 
@@ -118,6 +120,7 @@ def audit_cell(workspace: Workspace, cell_id: int) -> CellAudit:
             segmentation=_segmentation(found, recipe, image),
             features=_features(session, cell.id),
             choices=_choices(session, cell.id),
+            flags=cell_flags(session, cell.id),
         )
 
 

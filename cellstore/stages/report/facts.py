@@ -38,7 +38,8 @@ class ReportResult:
 
     ``sides`` are the sides of the split that are scored, ``chance`` is 1 / classes. ``leak`` says
     whether the scored wells were seen in training; ``notes`` whatever else a reader must know.
-    ``html`` is where the page was written, if one was.
+    ``html`` is where the page was written, if one was. ``qc_run_id``: the quality-control run
+    whose ``images_flagged`` (those without a cell left) and ``cells_flagged`` had no vote.
     """
 
     run_id: int
@@ -60,6 +61,9 @@ class ReportResult:
     notes: tuple[str, ...]
     scores: tuple[Score, ...]
     html: str | None = None
+    qc_run_id: int | None = None
+    images_flagged: int = 0
+    cells_flagged: int = 0
 
     def score(self, level: str, vote: str) -> Score:
         """Return the scores of one level and vote."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...analytics import Questions, open_questions
 from ...artifacts import write_atomically
+from ...drawing.page import render
 from ...extras import need
 from ...ops import scores
 from ...runs import Workspace
@@ -52,9 +52,14 @@ SHOWN_PLATES = 12
 
 
 def write_report(
-    workspace: Workspace, run: str, path: Path, *, force: bool = False
+    workspace: Workspace,
+    run: str,
+    path: Path,
+    *,
+    force: bool = False,
+    leave_out_flagged: str | None = None,
 ) -> ReportResult:
-    """Write the report on a predict run as one HTML file; see :func:`report` for ``force``.
+    """Write the report on a predict run as one HTML file; see :func:`report` for the options.
 
     Raises:
         MissingExtraError: matplotlib or Jinja2 is not installed.
@@ -62,29 +67,12 @@ def write_report(
         UserInputError: there is nothing to report on.
     """
     need("report")
-    subject = find_subject(workspace, run)
-    with open_questions(workspace) as questions:
+    subject = find_subject(workspace, run, leave_out_flagged)
+    with open_questions(workspace, unflagged_by=subject.qc_run_id) as questions:
         evidence = scored(questions, subject, force=force)
         content = _content(workspace, questions, subject, evidence)
-    write_atomically(path, render(content).encode())
+    write_atomically(path, render("cellstore.stages.report", content).encode())
     return replace(evidence.result, html=str(path))
-
-
-def render(content: dict[str, Any]) -> str:
-    """Return the page; every text that is not ours is escaped."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    source = files("cellstore.stages.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["percent"] = lambda value: _or_dash(value, 100, ".1f", " %")
-    environment.filters["number"] = lambda value: _or_dash(value, 1, ".3f", "")
-    environment.filters["svg"] = Markup  # figures are drawn by matplotlib, which escapes its texts
-    return environment.from_string(source).render(content)
-
-
-def _or_dash(value: float | None, factor: float, form: str, unit: str) -> str:
-    return "-" if value is None else f"{value * factor:{form}}{unit}"
 
 
 def _content(

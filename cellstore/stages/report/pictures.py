@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from ...analytics import Questions
 from ...db.models import Recipe, Segmentation
+from ...drawing.pictures import WIDEST, jpeg, middle, smaller
 from ...errors import CellstoreError
 from ...ops.overlay import outline_overlay, to_grey
 from ...reading.cells import plane_of, read_masks
@@ -21,8 +21,6 @@ from ...reading.planes import read_image
 from ...runs import Workspace
 from .score import Subject
 
-WIDEST = 460
-"""Pixels of a picture on the page."""
 SHOWN_VOTES = 4
 
 PER_KIND = 3
@@ -86,8 +84,8 @@ def examples(
             found.append(_example(row, None, str(error)))
             continue
         step = -(-max(plane.shape) // WIDEST)
-        picture = outline_overlay(_smaller(plane, step), masks[::step, ::step])
-        found.append(_example(row, _jpeg(picture), None))
+        picture = outline_overlay(smaller(plane, step), masks[::step, ::step])
+        found.append(_example(row, jpeg(picture), None))
         sample = sample or _sample(_title(row), plane, masks)
     return found, sample
 
@@ -146,28 +144,7 @@ def _title(row: Mapping[str, Any]) -> str:
 
 
 def _sample(title: str, plane: NDArray[np.float32], masks: NDArray[np.integer[Any]]) -> Sample:
-    rows, columns = (_middle(length) for length in plane.shape)
+    rows, columns = (middle(length) for length in plane.shape)
     grey = to_grey(plane)[rows, columns]
     outlined = outline_overlay(plane, masks)[rows, columns]
-    return Sample(title, _jpeg(np.repeat(grey[..., None], 3, axis=-1)), _jpeg(outlined))
-
-
-def _middle(length: int) -> slice:
-    start = max(0, (length - WIDEST) // 2)
-    return slice(start, start + WIDEST)
-
-
-def _smaller(plane: NDArray[np.float32], step: int) -> NDArray[np.float32]:
-    """Return the means of squares of ``step`` pixels, in the shape of ``plane[::step, ::step]``."""
-    missing = [(0, -length % step) for length in plane.shape]
-    padded = np.pad(plane, missing, mode="edge")
-    rows, columns = padded.shape[0] // step, padded.shape[1] // step
-    means: NDArray[np.float32] = padded.reshape(rows, step, columns, step).mean(axis=(1, 3))
-    return means
-
-
-def _jpeg(picture: NDArray[np.uint8]) -> str:
-    from imagecodecs import jpeg8_encode
-
-    data = jpeg8_encode(np.ascontiguousarray(picture), level=85)
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    return Sample(title, jpeg(np.repeat(grey[..., None], 3, axis=-1)), jpeg(outlined))

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from sqlalchemy import select
+from sqlalchemy import and_, select
+from sqlalchemy.orm import Session
 
 from ...analytics import Questions, open_questions
-from ...db.models import Recipe, Run, Split
+from ...db.models import Cell, Prediction, Recipe, Run, Segmentation, Split
 from ...errors import UnknownNameError, UserInputError
 from ...ops import scores
+from ...reading.flags import check_cells, check_plates, find_qc_run
 from ...runs import Workspace, run_in
 from ...terms import Stage, Status, Subset
 from .facts import ReportResult, Score
@@ -44,16 +46,29 @@ TRAINING = """
     WHERE m.split_id = ? AND m.subset = 'train'
 """
 SEEN = "SELECT DISTINCT well_id FROM run_images WHERE run_id = ? AND well_in_training"
+ALL_IMAGES = """
+    SELECT count(DISTINCT s.image_id) AS images, count(*) AS cells
+    FROM predictions AS p
+    JOIN cells AS c ON c.id = p.cell_id
+    JOIN segmentations AS s ON s.id = c.segmentation_id
+    JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = s.image_id
+    WHERE p.run_id = ? AND p.rank = 1 AND c.excluded IS NULL AND ri.truth IS NOT NULL
+        AND list_contains(?, ri.subset)
+"""
 CLASSES = "SELECT count(DISTINCT label_id) FROM split_members WHERE split_id = ?"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The predict run that a report is about, with the split that it is measured by."""
+    """The predict run that a report is about, with the split that it is measured by.
+
+    ``qc_run_id``: the quality-control run whose flagged images and cells have no vote, if any.
+    """
 
     run: Run
     split: Split
     top_k: int | None
+    qc_run_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,21 +79,32 @@ class Evidence:
     images: pa.Table
 
 
-def report(workspace: Workspace, run: str = "latest", *, force: bool = False) -> ReportResult:
+def report(
+    workspace: Workspace,
+    run: str = "latest",
+    *,
+    force: bool = False,
+    leave_out_flagged: str | None = None,
+) -> ReportResult:
     """Score a predict run (a number or ``latest``) against the labels of its split.
 
     Images that the network was trained on count only with ``force``, and the result says so.
+    ``leave_out_flagged``: a quality-control run (a number or ``latest``); what it has flagged has
+    no vote, and the result says how much that is.
 
     Raises:
-        UnknownNameError: there is no such predict run.
-        UserInputError: the run has labelled nothing, or only images it was trained on.
+        UnknownNameError: there is no such predict run, or quality-control run.
+        UserInputError: the run has labelled nothing, or only images it was trained on; or the
+            quality-control run has not looked at these images or cells.
     """
-    subject = find_subject(workspace, run)
-    with open_questions(workspace) as questions:
+    subject = find_subject(workspace, run, leave_out_flagged)
+    with open_questions(workspace, unflagged_by=subject.qc_run_id) as questions:
         return scored(questions, subject, force=force).result
 
 
-def find_subject(workspace: Workspace, reference: str) -> Subject:
+def find_subject(
+    workspace: Workspace, reference: str, leave_out_flagged: str | None = None
+) -> Subject:
     """Return the predict run of this name; a train run stands for its latest predict run."""
     with workspace.database.read() as session:
         named = reference not in ("latest", "last")
@@ -97,7 +123,22 @@ def find_subject(workspace: Workspace, reference: str) -> Subject:
         if split_id is None:
             raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
         recipe = session.get_one(Recipe, run.recipe_id)
-        return Subject(run, session.get_one(Split, split_id), recipe.parameters.get("top_k"))
+        qc = _qc_run(session, leave_out_flagged, run)
+        split = session.get_one(Split, split_id)
+        return Subject(run, split, recipe.parameters.get("top_k"), qc)
+
+
+def _qc_run(session: Session, reference: str | None, run: Run) -> int | None:
+    if reference is None:
+        return None
+    qc = find_qc_run(session, reference)
+    said = and_(Prediction.run_id == run.id, Prediction.rank == 1)
+    seen = select(Segmentation).join(Cell, Cell.segmentation_id == Segmentation.id)
+    seen = seen.join(Prediction, Prediction.cell_id == Cell.id).where(said)
+    check_plates(session, qc, seen.with_only_columns(Segmentation.image_id))
+    for segment_id in session.scalars(seen.with_only_columns(Segmentation.recipe_id).distinct()):
+        check_cells(session, qc, segment_id)
+    return qc.id
 
 
 def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
@@ -105,6 +146,11 @@ def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
     run, split = subject.run, subject.split
     votes = questions.ask(VOTES, [run.id])
     counts = _images_by_side(votes)
+    if not counts and subject.qc_run_id is not None:
+        raise UserInputError(
+            f"Quality-control run {subject.qc_run_id} has flagged all images that run {run.id} has "
+            "labelled. Score them without --leave-out-flagged."
+        )
     sides = chosen_sides(counts, run.id, force=force)
     votes = votes.filter(pc.is_in(votes["subset"], pa.array(sides)))
     cells = questions.ask(CELLS, [run.id, list(sides)])
@@ -120,6 +166,7 @@ def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
     images = _of(votes, "image", "hard")
     wells = set(images["well_id"].to_pylist())
     seen = len(wells & set(questions.ask(SEEN, [run.id])["well_id"].to_pylist()))
+    flagged = _flagged(questions, subject, sides, images.num_rows, cells.num_rows)
     result = ReportResult(
         run_id=run.id,
         train_run_id=run.parent_id,
@@ -137,10 +184,33 @@ def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
         wells_seen=seen,
         leaks=seen > 0,
         leak=_leak(seen, len(wells)),
-        notes=_notes(counts, sides, run),
+        notes=(*_notes(counts, sides, run), *_flag_notes(subject, flagged)),
         scores=tuple(found),
+        qc_run_id=subject.qc_run_id,
+        images_flagged=flagged[0],
+        cells_flagged=flagged[1],
     )
     return Evidence(result, votes.filter(pc.equal(votes["level"], "image")))
+
+
+def _flagged(
+    questions: Questions, subject: Subject, sides: tuple[str, ...], images: int, cells: int
+) -> tuple[int, int]:
+    """How many images, and cells, more there would be without leaving out."""
+    if subject.qc_run_id is None:
+        return 0, 0
+    everything = questions.ask(ALL_IMAGES, [subject.run.id, list(sides)]).to_pylist()[0]
+    return everything["images"] - images, everything["cells"] - cells
+
+
+def _flag_notes(subject: Subject, flagged: tuple[int, int]) -> tuple[str, ...]:
+    if subject.qc_run_id is None:
+        return ()
+    note = (
+        f"Left out, because quality-control run {subject.qc_run_id} flagged them: {flagged[0]:,} "
+        f"images and {flagged[1]:,} cells, those of the images included."
+    )
+    return (note,)
 
 
 def _of(votes: pa.Table, level: str, vote: str) -> pa.Table:

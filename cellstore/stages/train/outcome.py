@@ -27,7 +27,8 @@ class TrainResult:
     ``validation``); ``validation_side`` is the side of the split that stopped the training.
     ``metrics`` has one record per epoch. ``already_done``: the run was there before this call.
     ``notes`` are sentences that a reader of the scores has to know. ``columns_left_out`` of the
-    feature set have no value on the training side.
+    feature set have no value on the training side. ``qc_run_id``: the quality-control run whose
+    ``images_flagged`` (whole) and ``cells_flagged`` (those of such images included) were left out.
     """
 
     run_id: int
@@ -49,6 +50,9 @@ class TrainResult:
     feature_set: str | None = None
     branches: tuple[str, ...] = BRANCHES
     columns_left_out: tuple[str, ...] = ()
+    qc_run_id: int | None = None
+    images_flagged: int = 0
+    cells_flagged: int = 0
 
 
 def summary(plan: Plan, result: FitResult, columns: list[str]) -> dict[str, Any]:
@@ -71,7 +75,16 @@ def summary(plan: Plan, result: FitResult, columns: list[str]) -> dict[str, Any]
         "branches": list(plan.branches),
         "columns_left_out": columns,
         "notes": _notes(plan, without, sum(left_out.values())) + _column_notes(columns),
+        **_flagged(plan),
     }
+
+
+def _flagged(plan: Plan) -> dict[str, int]:
+    found = plan.flagged
+    if found is None:
+        return {}
+    counts = {"images_flagged": found.images, "cells_flagged": found.cells}
+    return {"qc_run_id": found.run_id, **counts}
 
 
 def _column_notes(columns: Sequence[str]) -> list[str]:
@@ -91,8 +104,16 @@ def _notes(plan: Plan, without: Sequence[str], left_out: int) -> list[str]:
         )
     if without:
         notes.append(f"{len(without)} classes have no cell to train on: {', '.join(without[:5])}.")
-    if left_out:
-        notes.append(f"{left_out} images of the split have no measured cells and were left out.")
+    flagged = plan.flagged.images if plan.flagged else 0
+    if left_out > flagged:
+        missing = left_out - flagged
+        notes.append(f"{missing} images of the split have no measured cells and were left out.")
+    if plan.flagged:
+        notes.append(
+            f"Left out, because quality-control run {plan.flagged.run_id} flagged them: "
+            f"{plan.flagged.images:,} images and {plan.flagged.cells:,} cells, those of the images "
+            "included."
+        )
     return notes
 
 

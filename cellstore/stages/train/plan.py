@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,21 @@ from sqlalchemy.orm import Session
 
 from ...artifacts import sha256_of
 from ...config import TrainParams, as_parameters
-from ...db.models import Label, Recipe, Split, SplitMember
+from ...db.models import Label, Recipe, Run, Split, SplitMember
 from ...errors import UserInputError
 from ...ops.branches import BRANCHES
 from ...reading.branches import choose_branches
 from ...reading.cells import (
     CellSource,
+    Flagged,
     ImageBlock,
     choose_recipes,
+    count_flagged,
     list_blocks,
     recipes_of_set,
 )
 from ...reading.featuresets import open_set
+from ...reading.flags import check_cells, check_plates, find_qc_run
 from ...runs import RecipeSpec, Workspace, find_split, register
 from ...terms import Stage, Subset
 
@@ -50,6 +53,7 @@ class Plan:
     validation_side: Subset
     branches: tuple[str, ...]
     remarks: tuple[str, ...]
+    flagged: Flagged | None
     spec: RecipeSpec
 
 
@@ -65,13 +69,17 @@ def make_plan(
         else:
             segment, measure = recipes_of_set(session, params.features, names[1], names[2])
         features = open_set(session, workspace.artifacts, measure.id)
+        qc = _qc_run(session, params, split, segment)
         source = CellSource(segment.id, measure.id, split.id, features=features)
+        source = replace(source, unflagged_by=qc.id if qc else None)
         branches, remark = choose_branches(session, source, params.branches)
         blocks = list_blocks(session, source)
         labels = _training_labels(session, split.id)
         made_by = session.get_one(Recipe, split.recipe_id)
         other = Subset.TEST if split.protocol == PUBLISHED else Subset.VALIDATION
+        flagged = count_flagged(session, source, blocks, (Subset.TRAIN, other))
         members = _members(session, split.id)
+        by_qc = (session.get_one(Recipe, qc.recipe_id),) if qc else ()
     parameters = _parameters(params, source, branches)
     parameters |= {"split": split.fingerprint, "cells": _digest_of(blocks)}
     return Plan(
@@ -89,8 +97,21 @@ def make_plan(
         validation_side=other,
         branches=branches,
         remarks=(remark,) if remark else (),
-        spec=RecipeSpec(Stage.TRAIN, VERSION, parameters, weights, (made_by, segment, measure)),
+        flagged=flagged,
+        spec=RecipeSpec(
+            Stage.TRAIN, VERSION, parameters, weights, (made_by, segment, measure, *by_qc)
+        ),
     )
+
+
+def _qc_run(session: Session, params: TrainParams, split: Split, segment: Recipe) -> Run | None:
+    if params.leave_out_flagged is None:
+        return None
+    run = find_qc_run(session, params.leave_out_flagged)
+    members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
+    check_plates(session, run, members)
+    check_cells(session, run, segment.id)
+    return run
 
 
 def _parameters(
@@ -100,7 +121,9 @@ def _parameters(
     # set is named by the measure recipe; what is as published is not named at all.
     named = params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else "file"
     parameters = as_parameters(params) | {"weights": named}
-    del parameters["features"], parameters["branches"]
+    del parameters["features"], parameters["branches"], parameters["leave_out_flagged"]
+    if source.unflagged_by is not None:
+        parameters["leave_out_flagged"] = source.unflagged_by
     if branches != BRANCHES:
         parameters["branches"] = list(branches)
     if not source.features.in_table:
@@ -162,6 +185,12 @@ def check_sides(plan: Plan) -> None:
 
 def _what_lacks(plan: Plan) -> str:
     features = plan.source.features
+    if plan.flagged is not None and plan.flagged.images:
+        return (
+            f"a measured cell that quality-control run {plan.flagged.run_id} has not flagged. "
+            "Train without --leave-out-flagged, or make quality control less strict: "
+            "cellstore qc --help"
+        )
     if features.in_table:
         return "measured cells. Run: cellstore segment, then: cellstore measure"
     return f"cells in feature set {features.name!r}. Ingest the features of these images too."

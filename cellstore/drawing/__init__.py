@@ -1,0 +1,1 @@
+"""What the pages of several stages share: figures, pictures, the look of a page."""

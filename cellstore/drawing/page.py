@@ -1,0 +1,31 @@
+"""Pages: one HTML file each that needs nothing else, no network and no script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from typing import Any
+
+
+def render(
+    package: str, content: dict[str, Any], filters: Mapping[str, Callable[..., str]] | None = None
+) -> str:
+    """Return the page of the template ``page.html.j2`` in ``package``, with more ``filters``.
+
+    Every text is escaped but figures (filter ``svg``) and the common look (``css``).
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    source = files(package).joinpath("page.html.j2").read_text(encoding="utf-8")
+    css = files("cellstore.drawing").joinpath("page.css").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["percent"] = lambda value: _or_dash(value, 100, ".1f", " %")
+    environment.filters["number"] = lambda value: _or_dash(value, 1, ".3f", "")
+    environment.filters["svg"] = Markup  # figures are drawn by matplotlib, which escapes its texts
+    environment.filters.update(filters or {})
+    return environment.from_string(source).render(css=Markup(css), **content)  # noqa: S704 - ours
+
+
+def _or_dash(value: float | None, factor: float, form: str, unit: str) -> str:
+    return "-" if value is None else f"{value * factor:{form}}{unit}"
