@@ -20,6 +20,7 @@ class JobStage(StrEnum):
 
     SEGMENT = "segment"
     MEASURE = "measure"
+    QC = "qc"
     PREDICT = "predict"
 
 

@@ -16,7 +16,7 @@ from ..runs.jobs import content, reopen
 from ..runs.leases import now, shown_worker
 from ..terms import Stage, Status
 
-STAGES = (Stage.SEGMENT, Stage.MEASURE, Stage.PREDICT)
+STAGES = (Stage.SEGMENT, Stage.MEASURE, Stage.QC, Stage.PREDICT)
 """The stages that go image by image."""
 
 
