@@ -12,7 +12,7 @@ from cellstore.ops import segmentation
 from cellstore.ops.overlay import OUTLINE_COLOUR, outline_overlay, outlines
 from cellstore.ops.segmentation import DEFAULT_MODEL, ModelFiles, find_model, load_segmenter
 
-pytest.importorskip("cellpose")
+pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 torch = pytest.importorskip("torch")
 
 from cellstore.ops import cellpose3, cellpose_size, network_training  # noqa: E402
@@ -159,7 +159,7 @@ def test_a_published_network_that_cannot_be_fetched_is_explained(tmp_path, monke
 
 def test_a_published_network_is_found_where_cellpose_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
-    for name in segmentation.PUBLISHED_MODELS["cyto3"]:
+    for name in segmentation.PUBLISHED_MODELS["cyto3"].files:
         (tmp_path / name).write_bytes(name.encode())
     files = find_model("cyto3")
     assert files.network == tmp_path / "cyto3"
@@ -274,7 +274,15 @@ def test_an_unknown_device_is_refused(untrained):
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((3, 8, 8)), np.zeros((1, 8)), np.full((8, 8), np.nan), np.zeros(5)]
+    "image",
+    [
+        np.zeros((3, 8, 8)),
+        np.zeros((1, 8, 8)),
+        np.zeros((1, 8)),
+        np.full((8, 8), np.nan),
+        np.full((2, 8, 8), np.inf),
+        np.zeros(5),
+    ],
 )
 def test_unusable_pixels_are_refused(untrained, image):
     segmenter = load_segmenter(files_of(untrained), diameter=20, device="cpu")

@@ -28,8 +28,9 @@ from cellpose.resnet_torch import CPnet
 from cellpose.transforms import normalize99, resize_image
 from cellpose.utils import diameters
 
-from .cellpose3 import CHANNELS, load_network, pick_device
+from .cellpose3 import CHANNELS, load_network
 from .cellpose_size import SizeModel, fit_size_model, save_size_model
+from .devices import pick_device
 from .rendering_nuclei import LARGEST, SMALLEST, TrainingField, render_nuclei
 
 if TYPE_CHECKING:
