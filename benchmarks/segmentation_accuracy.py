@@ -7,7 +7,8 @@ Each set is segmented with Cellpose's default thresholds (flow 0.4, cell probabi
 with those of cellstore (0.7, -5), with the estimated diameter, and, where truth is known, also
 with every image's true median diameter. ``found`` are the cells of all images of a set,
 ``expected`` what there is to be found; ``est/true`` is the median ratio of the diameters, or the
-median estimate in pixels where the truth is not known. ``--only cellpose --skip-known`` runs less.
+median estimate in pixels where the truth is not known. ``--only``, ``--diameter`` and ``--sets``
+run less.
 
 Sets: every n-th field of the demo's rendered plates and of freshly rendered validation fields
 (seed 2026, never trained on), and, of those that DIR holds:
@@ -227,10 +228,12 @@ def sets_of(data: Path | None, every: int) -> dict[str, list[Picture]]:
 
 def run_set(name: str, pictures: list[Picture], chosen: argparse.Namespace) -> None:
     """Every line of one set."""
-    kinds = [True, False] if all(picture.truth is not None for picture in pictures) else [False]
+    truth = all(picture.truth is not None for picture in pictures)
+    kinds = [kind for kind in ("true", "automatic") if chosen.diameter in (None, kind)]
     labels = [chosen.only] if chosen.only else list(THRESHOLDS)
-    for label, known in itertools.product(labels, kinds):
-        if known and chosen.skip_known:
+    for label, kind in itertools.product(labels, kinds):
+        known = kind == "true"
+        if known and not truth:
             continue
         outcome = segmented(pictures, chosen.model, *THRESHOLDS[label], known)
         report(name, label, known, pictures, outcome)
@@ -247,7 +250,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="write pictures there")
     parser.add_argument("--only", choices=THRESHOLDS, help="only these thresholds")
-    parser.add_argument("--skip-known", action="store_true", help="only the estimated diameter")
+    parser.add_argument("--diameter", choices=["true", "automatic"], help="only this one")
     parser.add_argument("--sets", nargs="+", metavar="SET", help="only these sets")
     chosen = parser.parse_args()
     if chosen.data and not chosen.data.is_dir():

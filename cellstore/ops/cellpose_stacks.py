@@ -63,9 +63,7 @@ class StackSegmenter(ABC):
     def _segment_alike(
         self, planes: Sequence[NDArray[np.float32]], tiles: int
     ) -> list[SegmentationResult]:
-        stack = np.stack(planes)
-        absent = max(0, self.planes - stack.shape[-1])
-        stack = np.pad(stack, [(0, 0), (0, 0), (0, 0), (0, absent)])
+        stack = np.stack([padded(plane, self.planes) for plane in planes])
         diameters = self.diameters(stack, tiles)
         if len(set(diameters)) == 1:
             return list(self._found(stack, diameters[0], tiles))
@@ -109,6 +107,11 @@ def checked_planes(image: NDArray[np.float32]) -> NDArray[np.float32]:
     if not np.isfinite(planes).all():
         raise ImageError("The image holds values that are not finite numbers.")
     return np.ascontiguousarray(np.moveaxis(stacked, 0, -1))
+
+
+def padded(image: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
+    """``image`` (H, W, n) with planes of zeros behind its own, up to ``planes`` of them."""
+    return np.pad(image, [(0, 0), (0, 0), (0, max(0, planes - image.shape[-1]))])
 
 
 def consecutive(masks: NDArray[Any]) -> NDArray[np.uint16] | NDArray[np.uint32]:

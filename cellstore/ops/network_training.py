@@ -207,11 +207,15 @@ def cropped(rng: np.random.Generator, sample: Sample) -> Sample:
 
 def save_network(net: CPnet, path: Path) -> None:
     """Write the state of ``net`` with its floats in half precision."""
-    state = {
+    torch.save(half_precision(net), path)
+
+
+def half_precision(net: CPnet) -> dict[str, torch.Tensor]:
+    """The state of ``net`` with its floats in half precision, on the CPU."""
+    return {
         name: value.detach().cpu().half() if value.is_floating_point() else value.cpu()
         for name, value in net.state_dict().items()
     }
-    torch.save(state, path)
 
 
 def train_size_model(network: Path, params: TrainingParams, device: str = "auto") -> SizeModel:
