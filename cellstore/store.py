@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .stages.jobs import JobsList, RetryResult
     from .stages.predict import PredictResult
     from .stages.report import ReportResult
+    from .stages.segment import PreviewResult
     from .stages.split import CheckResult, SplitResult
     from .stages.status import StatusResult
     from .stages.train import TrainResult
@@ -144,6 +145,29 @@ class Store:
             device=device,
             resources=resources,
             dry_run=dry_run,
+        )
+
+    def preview(
+        self,
+        params: SegmentParams | None = None,
+        selection: Selection = EVERYTHING,
+        *,
+        count: int = 6,
+        folder: str | Path,
+        weights_dir: str | Path | None = None,
+        device: str = "auto",
+    ) -> PreviewResult:
+        """Segment a few images and draw what is found; see ``stages.segment.preview``."""
+        from .stages.segment import preview
+
+        return preview(
+            self.workspace,
+            params or SegmentParams(),
+            selection,
+            count=count,
+            folder=Path(folder),
+            weights_dir=_path(weights_dir),
+            device=device,
         )
 
     def measure(

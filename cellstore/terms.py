@@ -14,6 +14,7 @@ class Stage(StrEnum):
     SPLIT = "split"
     TRAIN = "train"
     PREDICT = "predict"
+    FINETUNE = "finetune"
 
 
 class Status(StrEnum):
@@ -82,6 +83,7 @@ class ArtifactKind(StrEnum):
     CHECKPOINT = "checkpoint"
     REPORT = "report"
     FEATURES = "features"
+    NETWORK = "network"
 
 
 class FeatureStorage(StrEnum):

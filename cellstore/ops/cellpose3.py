@@ -40,8 +40,10 @@ class CellposeSegmenter(StackSegmenter):
         cellprob_threshold: float,
         diameter: float | None,
         device: str,
+        sizes_given: bool = False,
     ) -> None:
-        _check_size_model(files, diameter)
+        if not sizes_given:
+            _check_size_model(files, diameter)
         check_diameter(diameter)
         self._diameter = diameter
         self._size_model = None

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,13 @@ logging.getLogger("cellpose").addHandler(logging.NullHandler())
 
 # The default, chosen outright: torch warns on every first use by Cellpose while it is unchosen.
 torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
+
+
+class _Item(NamedTuple):
+    """Planes (H, W, n) of an image, and the diameter of its cells if that was given."""
+
+    planes: NDArray[np.float32]
+    diameter: float | None
 
 
 class StackSegmenter(ABC):
@@ -51,20 +58,25 @@ class StackSegmenter(ABC):
         """Find the cells of ``image``, (H, W) or (2, H, W). Raises ImageError for bad pixels."""
         return self.segment_batch([image])[0]
 
-    def segment_batch(self, images: Sequence[NDArray[np.float32]]) -> list[SegmentationResult]:
+    def segment_batch(
+        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
+    ) -> list[SegmentationResult]:
         """Find the cells of each image; see :class:`~.segmentation.Segmenter`."""
-        planes = [checked_planes(image) for image in images]
+        sizes = [None] * len(images) if diameters is None else diameters
+        items = [
+            _Item(padded(checked_planes(image), self.planes), size)
+            for image, size in zip(images, sizes, strict=True)
+        ]
         return [
             result
-            for _, alike in groupby(planes, key=lambda plane: plane.shape)
+            for _, alike in groupby(items, key=lambda item: item.planes.shape)
             for result in self.batches.run(list(alike), self._segment_alike)
         ]
 
-    def _segment_alike(
-        self, planes: Sequence[NDArray[np.float32]], tiles: int
-    ) -> list[SegmentationResult]:
-        stack = np.stack([padded(plane, self.planes) for plane in planes])
-        diameters = self.diameters(stack, tiles)
+    def _segment_alike(self, items: Sequence[_Item], tiles: int) -> list[SegmentationResult]:
+        stack = np.stack([item.planes for item in items])
+        given = [item.diameter for item in items if item.diameter is not None]
+        diameters = given or self.diameters(stack, tiles)
         if len(set(diameters)) == 1:
             return list(self._found(stack, diameters[0], tiles))
         return [

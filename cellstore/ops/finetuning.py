@@ -37,7 +37,7 @@ CROPS_PER_IMAGE = 4
 CELLS_ACROSS = 7.5
 """Median cells along the side of a crop, once its image is scaled for the network."""
 
-SCALES = (0.5, 0.7, 1.0, 1.4, 2.0)
+SCALES = (0.5, 0.7, 1.0, 1.4)
 """Sizes at which the size model is shown each image."""
 
 FEWEST_FOR_SIZES = 3
@@ -141,9 +141,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def state_bytes(model: CellposeModel) -> bytes:
-    """A network as the bytes of a file that Cellpose loads, its floats in half precision."""
-    buffer = io.BytesIO()
-    torch.save(half_precision(model.net), buffer)
+    """A network as the bytes of a file that Cellpose loads, its floats in half precision.
+
+    Without a diameter Cellpose scales images by ``diam_mean / diam_labels``: by nothing here, so
+    that the style, which the size model reads, is that of an image at its own scale.
+    """
+    state, buffer = half_precision(model.net), io.BytesIO()
+    torch.save(state | {"diam_labels": state["diam_mean"].clone()}, buffer)
     return buffer.getvalue()
 
 

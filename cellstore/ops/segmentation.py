@@ -113,9 +113,12 @@ class Segmenter(Protocol):
         Raises ImageError for pixels that are not one or two finite planes.
         """
 
-    def segment_batch(self, images: Sequence[NDArray[np.float32]]) -> list[SegmentationResult]:
+    def segment_batch(
+        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
+    ) -> list[SegmentationResult]:
         """Find the cells of each image; on a GPU, several share a call of the network.
 
+        ``diameters``: of the cells of each image, in pixels, instead of the segmenter's own.
         A call that runs out of GPU memory is made again with fewer images. Raises ImageError for
         pixels that cannot be used and for an image that does not fit even alone.
         """
@@ -145,7 +148,7 @@ def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> M
         return _published(model, weights_dir or cellpose_folder())
     path = Path(model).expanduser()
     if path.is_file():
-        return _described(str(path), path, _size_model_beside(path))
+        return describe(str(path), path, _size_model_beside(path))
     if path.name != model or path.exists():
         raise UserInputError(f"There is no network file at {model}. Check the path.")
     raise UnknownNameError.of("model", model, model_names())
@@ -190,12 +193,14 @@ def load_segmenter(
     cellprob_threshold: float = CELLPROB_THRESHOLD,
     diameter: float | None = None,
     device: str = "auto",
+    sizes_given: bool = False,
 ) -> Segmenter:
     """Load a network and return what segments grey images with it.
 
     The default thresholds are those of the published A549 study (DESIGN section 2), not
     Cellpose's (0.4 and 0.0). ``diameter`` in pixels; ``None`` estimates it per image with the
-    size model. ``device`` is ``auto``, ``cpu`` or ``cuda``.
+    size model, unless ``sizes_given``: every image will come with its own. ``device`` is ``auto``,
+    ``cpu`` or ``cuda``.
 
     Raises MissingExtraError without Cellpose, UserInputError for a file that is no network of the
     installed Cellpose, for a missing size model, or for parameters out of range.
@@ -209,7 +214,7 @@ def load_segmenter(
             return CellposeSamSegmenter(files, *limits, diameter, device)
         from .cellpose3 import CellposeSegmenter
 
-        return CellposeSegmenter(files, *limits, diameter, device)
+        return CellposeSegmenter(files, *limits, diameter, device, sizes_given)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(generation, EXTRAS[3])
         raise MissingExtraError.of(error.name or "cellpose", extra) from error
@@ -222,13 +227,13 @@ def _shipped(weights_dir: Path | None) -> ModelFiles:
         raise UserInputError(
             f"The network {network.name} is missing from {folder}. Install cellstore again."
         )
-    return _described(DEFAULT_MODEL, network, _size_model_beside(network))
+    return describe(DEFAULT_MODEL, network, _size_model_beside(network))
 
 
 def _published(name: str, folder: Path) -> ModelFiles:
     published = PUBLISHED_MODELS[name]
     paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
-    return _described(name, paths[0], paths[1] if len(paths) > 1 else None)
+    return describe(name, paths[0], paths[1] if len(paths) > 1 else None)
 
 
 def _size_model_beside(network: Path) -> Path | None:
@@ -237,7 +242,8 @@ def _size_model_beside(network: Path) -> Path | None:
     return next((Path(name) for name in names if Path(name).is_file()), None)
 
 
-def _described(name: str, network: Path, size_model: Path | None) -> ModelFiles:
+def describe(name: str, network: Path, size_model: Path | None) -> ModelFiles:
+    """The files of a network by the ``name`` it goes by, with their sha256."""
     digest = _sha256(network)
     if size_model is not None:
         digest = hashlib.sha256((digest + _sha256(size_model)).encode("ascii")).hexdigest()
