@@ -203,6 +203,25 @@ class SegmentParams:
 
 
 @dataclass(frozen=True)
+class FinetuneParams:
+    """A network that learns from corrected masks. ``model``: the one it starts from.
+
+    ``image`` and ``nuclei``: the planes, as for :class:`SegmentParams`. ``held_out``: the share of
+    the wells that only tells whether the new network is better. ``binary``: masks are black and
+    white, each connected part one cell.
+    """
+
+    model: str = DEFAULT_MODEL
+    epochs: int = 50
+    learning_rate: float = 5e-4
+    held_out: float = 0.2
+    image: ImageInput = ImageInput()
+    nuclei: ImageInput | None = None
+    binary: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class MeasureParams:
     """Measurements. ``image`` is the plane of the intensities; ``None``: the segmented one."""
 

@@ -10,6 +10,7 @@ Stages are imported when they are called, so that a store opens without torch or
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .config import (
     EVERYTHING,
     THIS_PROCESS,
+    FinetuneParams,
     IngestParams,
     MeasureParams,
     PredictParams,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.export import ExportResult
+    from .stages.finetune import FinetuneResult
     from .stages.ingest import IngestResult, RefreshResult
     from .stages.jobs import JobsList, RetryResult
     from .stages.predict import PredictResult
@@ -217,6 +220,27 @@ class Store:
         from .stages.jobs import cancel
 
         return cancel(self.workspace, run)
+
+    def finetune(
+        self,
+        masks: Sequence[str | Path],
+        params: FinetuneParams | None = None,
+        *,
+        plate: str | None = None,
+        weights_dir: str | Path | None = None,
+        device: str = "auto",
+    ) -> FinetuneResult:
+        """Train a segmentation network on corrected masks; see ``stages.finetune.finetune``."""
+        from .stages.finetune import finetune
+
+        return finetune(
+            self.workspace,
+            [Path(path) for path in masks],
+            params or FinetuneParams(),
+            plate=plate,
+            weights_dir=_path(weights_dir),
+            device=device,
+        )
 
     def create_split(self, name: str, params: SplitParams | None = None) -> SplitResult:
         """Assign the images to train, validation and test; see ``stages.split.create_split``."""

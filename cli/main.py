@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import answers, exports, house, images, ingest, jobs, networks, setup, splits
+from . import answers, exports, finetune, house, images, ingest, jobs, networks, setup, splits
 from .options import StoreOption
 
 ORDER = (
     *("demo", "init", "ingest", "refresh", "segment", "measure", "split", "train", "predict"),
     *("report", "audit", "sql", "export", "status", "jobs", "retry", "cancel"),
-    *("verify", "doctor", "db"),
+    *("finetune", "verify", "doctor", "db"),
 )
 
 
@@ -67,6 +67,7 @@ app.command("measure")(images.measure)
 app.add_typer(splits.app, name="split")
 app.command("train")(networks.train)
 app.command("predict")(networks.predict)
+app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
 app.add_typer(answers.audit, name="audit")
 app.command("sql")(answers.sql)
