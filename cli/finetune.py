@@ -106,7 +106,7 @@ def finetune(
     \b
     Example:
       cellstore finetune --masks corrected/ --channels DNA
-      cellstore finetune --masks corrected/ --model cyto3 --channels RNA --nuclei DNA --epochs 100
+      cellstore finetune --masks corrected/ --model cyto3 --channels RNA --nuclei DNA
     """
     params = FinetuneParams(
         model=model,

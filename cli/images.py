@@ -262,10 +262,11 @@ def _rounded(value: float | None) -> float | None:
 def _how_to_go_on(result: PreviewResult) -> None:
     if result.sheet is not None:
         typer.echo(f"\nLook at {result.sheet}, and at the pictures beside it.")
+    images = render.count(result.available, "image")
     typer.echo(
-        "Nothing was kept. Cells split or merged: give --diameter. Too few, or outlines too wide: "
-        "see\n--cellprob-threshold. When it looks right, run the same command without --preview "
-        f"for\n{render.count(result.available, 'image')}."
+        "Nothing was kept. Cells split or merged: give --diameter. Too few cells, or\n"
+        "outlines too wide: see --cellprob-threshold. When it looks right, run the same\n"
+        f"command without --preview for {images}."
     )
 
 
