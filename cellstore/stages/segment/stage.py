@@ -68,7 +68,7 @@ def segment(
     plan = make_plan(workspace, params or SegmentParams(), selection, weights_dir, device)
 
     def work_of(tally: Tally) -> Work[SegmentOrder, Found]:
-        return segment_work(plan, tally)
+        return segment_work(plan.params, plan.steps, tally, plan.source)
 
     return execute(
         workspace,
@@ -120,7 +120,7 @@ def make_plan(
         if source is not None:
             PlateDiameters(source).check(session, images)
     steps = SegmentSteps(network.files, params, device, workspace.artifacts)
-    spec = _spec(params, network.files, source)
+    spec = segment_spec(params, network.files, source)
     return Plan(params, spec, images, steps, source, network.run_id)
 
 
@@ -132,7 +132,10 @@ def _source(session: Session, params: SegmentParams) -> Recipe | None:
     return find_recipe(session, Stage.SEGMENT, params.diameter_from)
 
 
-def _spec(params: SegmentParams, files: ModelFiles, source: Recipe | None) -> RecipeSpec:
+def segment_spec(
+    params: SegmentParams, files: ModelFiles, source: Recipe | None = None
+) -> RecipeSpec:
+    """Return what decides the result: the network, the options, where the diameters are from."""
     # The network counts by its bytes; where it lay on this machine does not.
     named = as_parameters(params) | {"model": Path(files.name).name}
     if source is None:
@@ -209,15 +212,17 @@ class SegmentStep:
         )
 
 
-def segment_work(plan: Plan, tally: Tally) -> Work[SegmentOrder, Found]:
-    """Return what is done with each image."""
-    sizes = None if plan.source is None else PlateDiameters(plan.source, tally.recipe_id)
+def segment_work(
+    params: SegmentParams, steps: SegmentSteps, tally: Tally, source: Recipe | None = None
+) -> Work[SegmentOrder, Found]:
+    """Return what is done with each image; ``source``: the recipe whose diameters are used."""
+    sizes = None if source is None else PlateDiameters(source, tally.recipe_id)
 
     def fetch(
         session: Session, tasks: Sequence[Task]
     ) -> Mapping[int, SegmentOrder | CellstoreError]:
         ids = [task.image_id for task in tasks]
-        orders = segment_orders(session, ids, plan.params, sizes)
+        orders = segment_orders(session, ids, params, sizes)
         return {task.job_id: orders[task.image_id] for task in tasks}
 
     def insert(session: Session, pairs: Sequence[tuple[Task, Found]]) -> None:
@@ -225,7 +230,7 @@ def segment_work(plan: Plan, tally: Tally) -> Work[SegmentOrder, Found]:
             _insert(session, task, tally, found)
             tally.cells += len(found.cells)
 
-    return Work("segment", plan.steps, fetch, insert, batch=_batch(plan.steps.device))
+    return Work("segment", steps, fetch, insert, batch=_batch(steps.device))
 
 
 def _batch(device: str) -> int:
