@@ -36,7 +36,7 @@ from cellstore.db.models import Image, Job, Label, Plate, Well
 from cellstore.ops.segmentation import find_model
 from cellstore.progress import Silent
 from cellstore.runs import RecipeSpec, Share, Task, Work, Workspace, register, running, work_through
-from cellstore.stages.segment import _spec
+from cellstore.stages.segment import segment_spec
 from cellstore.terms import LabelField, Stage, Status
 
 
@@ -189,7 +189,7 @@ def measured(root: Path, database: str | None, jobs: int, images: int, repeat: i
     with Store.create(root / "large", database and database.format("large")) as store:
         fill(store.workspace, images)
         params = SegmentParams()
-        close_all(store.workspace, _spec(params, find_model(params.model)))
+        close_all(store.workspace, segment_spec(params, find_model(params.model)))
         took = [timed(store.segment) for _ in range(repeat)]
         line(name, f"nothing to do, {images:,} images", statistics.median(took), "")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -176,15 +176,49 @@ class IngestParams:
     reread: bool = False
 
 
+LATER = {"later": True}
+"""Marks a field that recipes did not have at first: unwritten, and uncounted, at its default.
+
+So the recipes that were made without it keep their fingerprints, and their images are not done
+again; see :func:`as_parameters`.
+"""
+
+
 @dataclass(frozen=True)
 class SegmentParams:
-    """Cellpose. ``diameter`` in pixels, ``None``: estimated for each image."""
+    """Cellpose. ``diameter`` in pixels, ``None``: estimated for each image.
+
+    ``nuclei``: a second plane for the network, that of the nuclei of the cells in ``image``.
+    ``diameter_from``: a segment recipe; every image gets the median of the diameters that this
+    recipe used on the image's plate.
+    """
 
     model: str = DEFAULT_MODEL
     flow_threshold: float = 0.7
     cellprob_threshold: float = -5.0
     diameter: float | None = None
     image: ImageInput = ImageInput()
+    nuclei: ImageInput | None = field(default=None, metadata=LATER)
+    diameter_from: str | None = field(default=None, metadata=LATER)
+
+
+@dataclass(frozen=True)
+class FinetuneParams:
+    """A network that learns from corrected masks. ``model``: the one it starts from.
+
+    ``image`` and ``nuclei``: the planes, as for :class:`SegmentParams`. ``held_out``: the share of
+    the wells that only tells whether the new network is better. ``binary``: masks are black and
+    white, each connected part one cell.
+    """
+
+    model: str = DEFAULT_MODEL
+    epochs: int = 50
+    learning_rate: float = 5e-4
+    held_out: float = 0.2
+    image: ImageInput = ImageInput()
+    nuclei: ImageInput | None = None
+    binary: bool = False
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -272,5 +306,13 @@ class PredictParams:
 
 
 def as_parameters(params: Any) -> dict[str, Any]:
-    """Return a dataclass of parameters as plain JSON values, fit for a recipe."""
-    return asdict(params)
+    """Return a dataclass of parameters as plain JSON values, fit for a recipe.
+
+    A field marked ``LATER`` is left out while it has its default.
+    """
+    unused = {
+        item.name
+        for item in fields(params)
+        if item.metadata.get("later") and getattr(params, item.name) == item.default
+    }
+    return {name: value for name, value in asdict(params).items() if name not in unused}

@@ -8,6 +8,7 @@ from .errors import MissingExtraError
 
 MODULES = {
     "segment": ("cellpose", "skimage", "scipy", "safetensors"),
+    "segment-sam": ("cellpose", "segment_anything", "skimage", "scipy", "safetensors"),
     "train": ("torch", "torchvision", "lightning", "sklearn", "safetensors"),
     "report": ("matplotlib", "jinja2"),
     "postgres": ("psycopg", "adbc_driver_postgresql"),
@@ -15,7 +16,11 @@ MODULES = {
     "anndata": ("anndata",),
     "distributed": ("distributed",),
 }
-"""What each extra brings, by import name."""
+"""What each extra brings, by import name.
+
+``segment`` (Cellpose 3) and ``segment-sam`` (Cellpose 4) bring the same package and exclude each
+other: either serves what needs ``segment``, and which one it is decides the networks that run.
+"""
 
 
 def need(extra: str) -> None:

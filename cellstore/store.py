@@ -10,6 +10,7 @@ Stages are imported when they are called, so that a store opens without torch or
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .config import (
     EVERYTHING,
     THIS_PROCESS,
+    FinetuneParams,
     IngestParams,
     MeasureParams,
     PredictParams,
@@ -40,11 +42,13 @@ if TYPE_CHECKING:
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.export import ExportResult
+    from .stages.finetune import FinetuneResult
     from .stages.ingest import IngestResult, RefreshResult
     from .stages.jobs import JobsList, RetryResult
     from .stages.predict import PredictResult
     from .stages.qc import FlaggedImage, QcResult
     from .stages.report import ReportResult
+    from .stages.segment import PreviewResult
     from .stages.split import CheckResult, SplitResult
     from .stages.status import StatusResult
     from .stages.train import TrainResult
@@ -148,6 +152,29 @@ class Store:
             dry_run=dry_run,
         )
 
+    def preview(
+        self,
+        params: SegmentParams | None = None,
+        selection: Selection = EVERYTHING,
+        *,
+        count: int = 6,
+        folder: str | Path,
+        weights_dir: str | Path | None = None,
+        device: str = "auto",
+    ) -> PreviewResult:
+        """Segment a few images and draw what is found; see ``stages.segment.preview``."""
+        from .stages.segment import preview
+
+        return preview(
+            self.workspace,
+            params or SegmentParams(),
+            selection,
+            count=count,
+            folder=Path(folder),
+            weights_dir=_path(weights_dir),
+            device=device,
+        )
+
     def measure(
         self,
         params: MeasureParams | None = None,
@@ -232,6 +259,27 @@ class Store:
         from .stages.jobs import cancel
 
         return cancel(self.workspace, run)
+
+    def finetune(
+        self,
+        masks: Sequence[str | Path],
+        params: FinetuneParams | None = None,
+        *,
+        plate: str | None = None,
+        weights_dir: str | Path | None = None,
+        device: str = "auto",
+    ) -> FinetuneResult:
+        """Train a segmentation network on corrected masks; see ``stages.finetune.finetune``."""
+        from .stages.finetune import finetune
+
+        return finetune(
+            self.workspace,
+            [Path(path) for path in masks],
+            params or FinetuneParams(),
+            plate=plate,
+            weights_dir=_path(weights_dir),
+            device=device,
+        )
 
     def create_split(self, name: str, params: SplitParams | None = None) -> SplitResult:
         """Assign the images to train, validation and test; see ``stages.split.create_split``."""

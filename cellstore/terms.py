@@ -15,6 +15,7 @@ class Stage(StrEnum):
     SPLIT = "split"
     TRAIN = "train"
     PREDICT = "predict"
+    FINETUNE = "finetune"
 
 
 class Status(StrEnum):
@@ -83,6 +84,7 @@ class ArtifactKind(StrEnum):
     CHECKPOINT = "checkpoint"
     REPORT = "report"
     FEATURES = "features"
+    NETWORK = "network"
 
 
 class ImageFlagReason(StrEnum):

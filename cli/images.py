@@ -39,8 +39,10 @@ from .options import (
 if TYPE_CHECKING:
     from cellstore.runs.execution import Forecast, JobsResult
     from cellstore.stages.qc import QcResult
+    from cellstore.stages.segment import PreviewResult
 
 SHOWN_FAILURES = 10
+PREVIEW_FOLDER = Path("cellstore-preview")
 
 
 @sentences
@@ -50,9 +52,10 @@ def segment(
         str,
         typer.Option(
             "--model",
-            metavar="NAME|FILE",
+            metavar="NAME|FILE|run:N",
             help="The network: cellstore-nuclei (comes with cellstore), Cellpose's cyto, cyto2, "
-            "cyto3 or nuclei (fetched on first use), or the file of your own.",
+            "cyto3 or nuclei (with Cellpose 4: cpsam), fetched on first use; the file of your own; "
+            "or run:N, what 'cellstore finetune' made in run N.",
         ),
     ] = DEFAULT_MODEL,
     flow_threshold: Annotated[
@@ -73,10 +76,41 @@ def segment(
             show_default=False,
         ),
     ] = None,
+    diameter_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Take, on each plate, the median of the diameters that this segmentation used "
+            "there: number or start of the fingerprint, as 'cellstore status' lists them.",
+            show_default=False,
+        ),
+    ] = None,
     channels: ChannelsOption = None,
     projection: Annotated[
         Projection, typer.Option(help="How several channels become one picture.")
     ] = Projection.MEDIAN,
+    nuclei: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Channels of the nuclei, a second picture for networks that look at two "
+            "(cyto, cyto2, cyto3, cpsam). Default: none.",
+            show_default=False,
+        ),
+    ] = None,
+    preview: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Segment only N images from all over the selection, keep nothing, and write "
+            "pictures of what was found.",
+            show_default=False,
+        ),
+    ] = None,
+    preview_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where --preview puts its pictures.")
+    ] = PREVIEW_FOLDER,
     plate: PlatesOption = None,
     well: WellsOption = None,
     where: WhereOption = None,
@@ -105,7 +139,9 @@ def segment(
 
     \b
     Example:
+      cellstore segment --channels DNA --preview 6
       cellstore segment --channels DNA --diameter 35 --workers 2
+      cellstore segment --model cyto3 --channels RNA --nuclei DNA
       cellstore segment --channels DNA --where "pert_iname = 'DMSO'" --dry-run
     """
     params = SegmentParams(
@@ -114,11 +150,26 @@ def segment(
         cellprob_threshold=cellprob_threshold,
         diameter=diameter,
         image=ImageInput(names(channels), projection),
+        nuclei=ImageInput(names(nuclei), projection) if nuclei else None,
+        diameter_from=diameter_from,
     )
+    chosen = selection(plate, well, where, limit)
+    if preview is not None:
+        with open_store(ctx, store, quiet=as_json) as opened:
+            shown = opened.preview(
+                params,
+                chosen,
+                count=preview,
+                folder=preview_dir,
+                weights_dir=weights_dir,
+                device=device.value,
+            )
+        show_preview(shown, as_json=as_json)
+        return
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.segment(
             params,
-            selection(plate, well, where, limit),
+            chosen,
             weights_dir=weights_dir,
             device=device.value,
             resources=Resources(workers, scheduler),
@@ -181,6 +232,43 @@ def measure(
             dry_run=dry_run,
         )
     show_jobs(result, "measured", "cells measured", as_json=as_json)
+
+
+def show_preview(result: PreviewResult, *, as_json: bool) -> None:
+    """Print what a preview found, and how to go on; ends with 1 if an image failed."""
+    problems = [item for item in result.images if item.problem is not None]
+    if as_json:
+        render.as_json(result)
+    elif not result.images:
+        typer.echo("Nothing to show: no image of the selection has its files.")
+    else:
+        render.table(
+            ["image", "cells", "diameter", "seconds"],
+            [
+                (item.name, item.cells, _rounded(item.diameter), _rounded(item.seconds))
+                for item in result.images
+                if item.problem is None
+            ],
+        )
+        list_failures([(item.name, item.problem or "") for item in problems])
+        _how_to_go_on(result)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def _how_to_go_on(result: PreviewResult) -> None:
+    if result.sheet is not None:
+        typer.echo(f"\nLook at {result.sheet}, and at the pictures beside it.")
+    images = render.count(result.available, "image")
+    typer.echo(
+        "Nothing was kept. Cells split or merged: give --diameter. Too few cells, or\n"
+        "outlines too wide: see --cellprob-threshold. When it looks right, run the same\n"
+        f"command without --preview for {images}."
+    )
 
 
 def show_jobs(result: JobsResult, verb: str, cells: str, *, as_json: bool) -> None:

@@ -7,13 +7,25 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import answers, exports, house, images, ingest, jobs, networks, quality, setup, splits
+from . import (
+    answers,
+    exports,
+    finetune,
+    house,
+    images,
+    ingest,
+    jobs,
+    networks,
+    quality,
+    setup,
+    splits,
+)
 from .options import StoreOption
 
 ORDER = (
-    *("demo", "init", "ingest", "refresh", "segment", "measure", "qc", "split", "train"),
-    *("predict", "report", "audit", "sql", "export", "status", "jobs", "retry", "cancel"),
-    *("verify", "doctor", "db"),
+    *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "split"),
+    *("train", "predict", "report", "audit", "sql", "export", "status", "jobs", "retry"),
+    *("cancel", "verify", "doctor", "db"),
 )
 
 
@@ -68,6 +80,7 @@ app.command("qc")(quality.qc)
 app.add_typer(splits.app, name="split")
 app.command("train")(networks.train)
 app.command("predict")(networks.predict)
+app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
 app.add_typer(answers.audit, name="audit")
 app.command("sql")(answers.sql)

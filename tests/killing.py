@@ -28,7 +28,6 @@ from cellstore.config import IngestParams, Resources, SegmentParams
 from cellstore.db.models import Artifact, Cell, Image, Job, Segmentation
 from cellstore.formats.files.images import encode_tiff
 from cellstore.ops.segmentation import ModelFiles, SegmentationResult
-from cellstore.reading.planes import PlaneOrder
 from cellstore.runs import JobsResult, RecipeSpec, Tally, Work, Workspace, execute, images_of
 from cellstore.stages.ingest import ingest
 from cellstore.stages.segment import Found, SegmentStep, SegmentSteps, segment_work
@@ -47,6 +46,11 @@ class SlowSegmenter:
     def segment(self, image: NDArray[np.float32]) -> SegmentationResult:
         time.sleep(self.seconds)
         return ThresholdSegmenter().segment(image)
+
+    def segment_batch(
+        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
+    ) -> list[SegmentationResult]:
+        return [self.segment(image) for image in images]
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def segment_slowly(
     files = ModelFiles("threshold", PROGRAM, None, "0" * 64)
     real = SegmentSteps(files, params, "cpu", workspace.artifacts)
 
-    def work_of(tally: Tally) -> Work[PlaneOrder, Found]:
+    def work_of(tally: Tally) -> Work[Any, Found]:
         steps: Any = SlowSteps(workspace.artifacts, seconds)
         return replace(segment_work(params, real, tally), step=steps)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
-from cellstore.config import SegmentParams, as_parameters
+from cellstore.config import ImageInput, SegmentParams, as_parameters
 from cellstore.db.models import Recipe, RecipeInput
 from cellstore.errors import UserInputError
 from cellstore.runs import RecipeSpec, Workspace, fingerprint, register
@@ -41,6 +41,17 @@ def test_the_published_segmentation_keeps_its_fingerprint():
     # compute everything again: raise the stage's version instead if its output has changed.
     spec = RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams()), "0" * 64)
     assert fingerprint(spec) == "ce282b614d3d2293d0325347f265cdc7d88ff963e53ce62da31fa23f72eccb12"
+
+
+@pytest.mark.parametrize(
+    "change", [{"nuclei": ImageInput()}, {"nuclei": ImageInput(("DNA",))}, {"diameter_from": "a"}]
+)
+def test_a_later_option_counts_once_it_is_used(change):
+    plain, used = as_parameters(SegmentParams()), as_parameters(SegmentParams(**change))
+    assert set(used) - set(plain) == set(change)
+    assert fingerprint(replace(SPEC, parameters=used)) != fingerprint(
+        replace(SPEC, parameters=plain)
+    )
 
 
 @given(st.dictionaries(st.text(), VALUES, max_size=5), st.randoms())

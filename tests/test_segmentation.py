@@ -1,18 +1,30 @@
 """Finding cells: the shipped network, the files it comes from, and files that are refused."""
 
 import hashlib
+import io
 import pickle
 import urllib.error
 
+import imagecodecs
 import numpy as np
 import pytest
 
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.ops import segmentation
-from cellstore.ops.overlay import OUTLINE_COLOUR, outline_overlay, outlines
+from cellstore.ops.overlay import (
+    CAPTION_HEIGHT,
+    GAP,
+    OUTLINE_COLOUR,
+    captioned,
+    contact_sheet,
+    outline_overlay,
+    outlines,
+    png,
+    shrunk_overlay,
+)
 from cellstore.ops.segmentation import DEFAULT_MODEL, ModelFiles, find_model, load_segmenter
 
-pytest.importorskip("cellpose")
+pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 torch = pytest.importorskip("torch")
 
 from cellstore.ops import cellpose3, cellpose_size, network_training  # noqa: E402
@@ -159,11 +171,31 @@ def test_a_published_network_that_cannot_be_fetched_is_explained(tmp_path, monke
 
 def test_a_published_network_is_found_where_cellpose_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(tmp_path))
-    for name in segmentation.PUBLISHED_MODELS["cyto3"]:
+    for name in segmentation.PUBLISHED_MODELS["cyto3"].files:
         (tmp_path / name).write_bytes(name.encode())
     files = find_model("cyto3")
     assert files.network == tmp_path / "cyto3"
     assert files.size_model == tmp_path / "size_cyto3.npy"
+
+
+def test_a_published_network_is_fetched_once_and_known_by_its_bytes(tmp_path, monkeypatch):
+    asked = []
+
+    def online(url, **_):
+        asked.append(url)
+        return io.BytesIO(url.encode())
+
+    monkeypatch.setattr(segmentation.urllib.request, "urlopen", online)
+    files = find_model("nuclei", tmp_path)
+    again = find_model("nuclei", tmp_path)
+    assert files == again
+    assert [url.rpartition("/")[2] for url in asked] == ["nucleitorch_0", "size_nucleitorch_0.npy"]
+    parts = [hashlib.sha256(url.encode()).hexdigest() for url in asked]
+    assert files.sha256 == hashlib.sha256("".join(parts).encode()).hexdigest()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "nucleitorch_0",
+        "size_nucleitorch_0.npy",
+    ]
 
 
 def test_a_download_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
@@ -274,7 +306,15 @@ def test_an_unknown_device_is_refused(untrained):
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((3, 8, 8)), np.zeros((1, 8)), np.full((8, 8), np.nan), np.zeros(5)]
+    "image",
+    [
+        np.zeros((3, 8, 8)),
+        np.zeros((1, 8, 8)),
+        np.zeros((1, 8)),
+        np.full((8, 8), np.nan),
+        np.full((2, 8, 8), np.inf),
+        np.zeros(5),
+    ],
 )
 def test_unusable_pixels_are_refused(untrained, image):
     segmenter = load_segmenter(files_of(untrained), diameter=20, device="cpu")
@@ -379,6 +419,44 @@ def test_the_overlay_is_grey_but_for_the_outlines():
     edge = outlines(masks)
     assert (picture[edge] == OUTLINE_COLOUR).all()
     assert (np.ptp(picture[~edge], axis=-1) == 0).all()
+
+
+def test_a_smaller_overlay_keeps_outlines_one_pixel_wide():
+    image, masks = np.zeros((40, 80)), np.zeros((40, 80), np.uint16)
+    masks[8:32, 8:40], masks[8:32, 40:72] = 1, 2
+    picture = shrunk_overlay(image, masks, 20)
+    assert picture.shape == (10, 20, 3)
+    expected = np.zeros((10, 20), np.uint16)
+    expected[2:8, 2:10], expected[2:8, 10:18] = 1, 2
+    np.testing.assert_array_equal((picture == OUTLINE_COLOUR).all(axis=-1), outlines(expected))
+
+
+def test_a_small_picture_is_not_made_larger():
+    assert shrunk_overlay(np.zeros((4, 6)), np.zeros((4, 6), np.uint16), 50).shape == (4, 6, 3)
+
+
+def test_a_caption_stands_above_its_picture():
+    picture = np.full((5, 200, 3), 7, np.uint8)
+    whole = captioned(picture, "P1/a: 3 cells")
+    np.testing.assert_array_equal(whole[CAPTION_HEIGHT:], picture)
+    assert whole.shape == (CAPTION_HEIGHT + 5, 200, 3)
+    assert whole[:CAPTION_HEIGHT].max() > 200
+    assert (whole[:CAPTION_HEIGHT] != captioned(picture, "P1/b: 4 cells")[:CAPTION_HEIGHT]).any()
+
+
+def test_a_sheet_holds_every_picture_in_rows():
+    pictures = [np.full((3, 4 + n, 3), 100 + n, np.uint8) for n in range(5)]
+    sheet = contact_sheet(pictures, columns=3)
+    assert sheet.shape == (2 * (3 + GAP) + GAP, 3 * (8 + GAP) + GAP, 3)
+    counts = [int((sheet == 100 + n).all(axis=-1).sum()) for n in range(5)]
+    assert counts == [3 * (4 + n) for n in range(5)]
+    rows = [np.argwhere((sheet == 100 + n).all(axis=-1))[:, 0].min() for n in range(5)]
+    assert rows == [GAP, GAP, GAP, 3 + 2 * GAP, 3 + 2 * GAP]
+
+
+def test_a_picture_survives_as_a_file():
+    picture = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    np.testing.assert_array_equal(imagecodecs.png_decode(png(picture)), picture)
 
 
 def test_the_network_loader_is_the_one_cellpose_offers(untrained):

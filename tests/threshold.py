@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,32 @@ from cellstore.ops.segmentation import SegmentationResult
 
 
 class ThresholdSegmenter:
-    """Labels the 4-connected regions above ``level``; counts the images it saw."""
+    """Labels the 4-connected regions above ``level``; counts the images it saw.
+
+    Of two planes it looks at the first. ``planes``: the dimensions of the last image.
+    """
 
     def __init__(self, level: float = 100.0) -> None:
         self.level = level
         self.seen = 0
+        self.planes = 0
 
     def segment(self, image: NDArray[np.float32]) -> SegmentationResult:
         self.seen += 1
+        self.planes = image.ndim
+        image = image[0] if image.ndim == 3 else image
         masks = label(image > self.level, connectivity=1).astype(np.uint16)
         flows = np.zeros((*image.shape, 4), np.uint8)
         flows[..., 3] = np.where(masks > 0, 255, 0)
         return SegmentationResult(masks, flows, 30.0)
+
+    def segment_batch(
+        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
+    ) -> list[SegmentationResult]:
+        found = [self.segment(image) for image in images]
+        if diameters is None:
+            return found
+        return [replace(item, diameter=size) for item, size in zip(found, diameters, strict=True)]
 
 
 def use_threshold(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[str, ThresholdSegmenter]:

@@ -60,8 +60,11 @@ def fit_size_model(
     return SizeModel(weights, style_mean, float(target.mean()), diam_mean)
 
 
-def save_size_model(path: Path, model: SizeModel) -> None:
-    """Write ``model`` as an ``.npz`` of plain arrays, under the names Cellpose uses."""
+def save_size_model(path: Path | BinaryIO, model: SizeModel) -> None:
+    """Write ``model`` as an ``.npz`` of plain arrays, under the names Cellpose uses.
+
+    ``path`` may be an open file.
+    """
     np.savez(
         path,
         A=model.weights,

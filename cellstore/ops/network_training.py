@@ -28,8 +28,9 @@ from cellpose.resnet_torch import CPnet
 from cellpose.transforms import normalize99, resize_image
 from cellpose.utils import diameters
 
-from .cellpose3 import CHANNELS, load_network, pick_device
+from .cellpose3 import CHANNELS, load_network
 from .cellpose_size import SizeModel, fit_size_model, save_size_model
+from .devices import pick_device
 from .rendering_nuclei import LARGEST, SMALLEST, TrainingField, render_nuclei
 
 if TYPE_CHECKING:
@@ -206,11 +207,15 @@ def cropped(rng: np.random.Generator, sample: Sample) -> Sample:
 
 def save_network(net: CPnet, path: Path) -> None:
     """Write the state of ``net`` with its floats in half precision."""
-    state = {
+    torch.save(half_precision(net), path)
+
+
+def half_precision(net: CPnet) -> dict[str, torch.Tensor]:
+    """The state of ``net`` with its floats in half precision, on the CPU."""
+    return {
         name: value.detach().cpu().half() if value.is_floating_point() else value.cpu()
         for name, value in net.state_dict().items()
     }
-    torch.save(state, path)
 
 
 def train_size_model(network: Path, params: TrainingParams, device: str = "auto") -> SizeModel:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import imagecodecs
 import numpy as np
 
 if TYPE_CHECKING:
@@ -11,6 +13,11 @@ if TYPE_CHECKING:
 
 OUTLINE_COLOUR = (255, 196, 0)
 """Amber: seen on black and on grey, also by the colour-blind."""
+
+CAPTION_HEIGHT = 26
+"""Pixels of the line of text above a picture."""
+GAP = 6
+"""Pixels between the pictures of a sheet."""
 
 
 def outlines(masks: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
@@ -55,3 +62,48 @@ def outline_overlay(
     picture = np.repeat(to_grey(image, limits)[..., None], 3, axis=-1)
     picture[outlines(masks)] = colour
     return picture
+
+
+def shrunk_overlay(
+    image: NDArray[np.generic], masks: NDArray[np.integer[Any]], longest: int
+) -> NDArray[np.uint8]:
+    """As :func:`outline_overlay`, ``longest`` pixels at most: outlines stay one pixel wide."""
+    from PIL import Image
+
+    factor = min(1.0, longest / max(masks.shape))
+    height, width = (max(1, round(side * factor)) for side in masks.shape)
+    grey = Image.fromarray(to_grey(image)).resize((width, height), Image.Resampling.BOX)
+    # Cells keep their labels: the value of the nearest pixel, never one in between.
+    rows = (np.arange(height) * masks.shape[0]) // height
+    columns = (np.arange(width) * masks.shape[1]) // width
+    picture = np.repeat(np.asarray(grey)[..., None], 3, axis=-1)
+    picture[outlines(masks[np.ix_(rows, columns)])] = OUTLINE_COLOUR
+    return picture
+
+
+def captioned(picture: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+    """``picture`` (H, W, 3) with a line of ``text`` above it, cut where the picture ends."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    band = Image.new("RGB", (picture.shape[1], CAPTION_HEIGHT))
+    font = ImageFont.load_default(size=CAPTION_HEIGHT * 0.55)
+    ImageDraw.Draw(band).text((4, CAPTION_HEIGHT // 2), text, "white", font, anchor="lm")
+    return np.concatenate([np.asarray(band), picture])
+
+
+def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int = 3) -> NDArray[np.uint8]:
+    """``pictures`` (H, W, 3), of any sizes, row by row on one dark sheet (H, W, 3)."""
+    height = max(picture.shape[0] for picture in pictures) + GAP
+    width = max(picture.shape[1] for picture in pictures) + GAP
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * height + GAP, columns * width + GAP, 3), 32, np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = GAP + (index // columns) * height, GAP + (index % columns) * width
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return sheet
+
+
+def png(picture: NDArray[np.uint8]) -> bytes:
+    """``picture`` as the bytes of a PNG file."""
+    return bytes(imagecodecs.png_encode(picture))

@@ -73,10 +73,12 @@ def execute(
     resources: Resources,
     dry_run: bool = False,
     on_register: Callable[[Session, Recipe], None] | None = None,
+    parent_id: int | None = None,
 ) -> JobsResult:
     """Do, in one run, what a recipe has not done of the candidates; or only say what it would do.
 
-    ``on_register`` adds the rows that belong to the recipe itself.
+    ``on_register`` adds the rows that belong to the recipe itself. ``parent_id``: the run whose
+    result this one relies on.
 
     Raises:
         StorageError, KeyboardInterrupt, RunCancelledError: see :func:`work_through`.
@@ -90,7 +92,7 @@ def execute(
         state = progressed(session, recipe.id, candidates)
     if state.todo == 0:
         return _result(None, recipe, state)
-    with running(workspace.database, recipe) as run:
+    with running(workspace.database, recipe, parent_id=parent_id) as run:
         tally = Tally(run.id, recipe.id)
         outcome = work_through(
             workspace.database,

@@ -106,25 +106,32 @@ def _device() -> Iterator[Finding]:
 
 def _weights() -> Iterator[Finding]:
     from ..ops.segmentation import (
-        DEFAULT_MODEL,
         PUBLISHED_MODELS,
-        ModelFiles,
         cellpose_folder,
-        find_model,
+        installed_generation,
     )
 
-    try:
-        files: ModelFiles = find_model(DEFAULT_MODEL)
-        yield Finding("weights", DEFAULT_MODEL, "ok", f"{files.network} ({files.sha256[:12]})")
-    except CellstoreError as error:
-        yield Finding("weights", DEFAULT_MODEL, "broken", str(error))
     folder = cellpose_folder()
-    for name, (network, size_model) in PUBLISHED_MODELS.items():
-        there = (folder / network).is_file() and (folder / size_model).is_file()
-        if there:
-            yield Finding("weights", name, "ok", str(folder / network))
+    generation = installed_generation() or 3
+    if generation == 3:
+        yield _shipped_weights()
+    for name, published in PUBLISHED_MODELS.items():
+        if published.generation != generation:
+            continue
+        if all((folder / file).is_file() for file in published.files):
+            yield Finding("weights", name, "ok", str(folder / published.network))
         else:
             yield Finding("weights", name, "absent", f"fetched into {folder} on first use")
+
+
+def _shipped_weights() -> Finding:
+    from ..ops.segmentation import DEFAULT_MODEL, find_model
+
+    try:
+        files = find_model(DEFAULT_MODEL)
+    except CellstoreError as error:
+        return Finding("weights", DEFAULT_MODEL, "broken", str(error))
+    return Finding("weights", DEFAULT_MODEL, "ok", f"{files.network} ({files.sha256[:12]})")
 
 
 def _store(settings: StoreSettings | None) -> Iterator[Finding]:

@@ -32,10 +32,10 @@ from cellstore.db.models import (
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.formats.files.images import decode_tiff, probe
 from cellstore.ops.features import FEATURES
+from cellstore.reading.matching import NoMatch
 from cellstore.runs import Workspace
 from cellstore.stages.ingest import preview
 from cellstore.stages.ingest.account import Account, UndoneError
-from cellstore.stages.ingest.masks.matching import NoMatch
 from cellstore.stages.ingest.masks.stage import MasksResult, ingest_masks, plan_masks
 from cellstore.stages.measure import measure
 from cellstore.terms import Projection, Severity, Stage

@@ -98,6 +98,25 @@ class MaskFolder:
             yield from _masks_of(group, self._root, marked=self._marked)
 
 
+def mask_files(paths: Sequence[Path]) -> Iterator[MaskFile]:
+    """Yield the files of masks that ``paths`` name: all of a folder, or a file as it is.
+
+    Raises:
+        UserInputError: there is no such file, it is of another kind, or a folder has no masks.
+    """
+    for path in paths:
+        if path.is_dir():
+            yield from MaskFolder(path)
+        elif path.suffix.lower() not in SUFFIXES:
+            raise UserInputError(
+                f"{path} is not a file of masks. Give label images: TIFF, PNG or NPY."
+            )
+        elif not path.is_file():
+            raise UserInputError(f"There is no file {path}. Check the path.")
+        else:
+            yield _mask_file(path.resolve(), path.resolve().parent)
+
+
 def _folders(root: Path) -> Iterator[list[Path]]:
     """Yield the files that may be masks, folder by folder; links out of ``root`` are left out."""
     for place, folders, names in os.walk(root):

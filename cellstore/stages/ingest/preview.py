@@ -14,11 +14,11 @@ from ...errors import UserInputError
 from ...formats.layouts import Layout, SourceKind
 from ...formats.names import format_well
 from ...formats.records import ImageRecord, Refusal
+from ...reading.matching import FoundImage, NoMatch
 from ...runs import Workspace
 from ...terms import Severity
 from .account import SHOWN, Issue
 from .images.stage import ImageSource
-from .masks.matching import FoundImage, NoMatch
 from .masks.stage import MaskPlan, plan_masks
 from .stage import layout_for
 

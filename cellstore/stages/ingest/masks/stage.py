@@ -10,24 +10,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from ....artifacts import StoredFile, sha256_of
+from ....artifacts import StoredFile
 from ....config import ImageInput, as_parameters
-from ....db.models import Artifact, Image, ImageFile, Plate, Recipe, Segmentation
-from ....errors import ImageError, UnknownNameError, UserInputError
+from ....db.models import Artifact, Image, Recipe, Segmentation
+from ....errors import UserInputError
 from ....extras import need
 from ....formats.files.images import encode_tiff
-from ....formats.files.masks import MaskFile, MaskFolder, black_and_white, read_labels
-from ....formats.files.places import writable
+from ....formats.files.masks import MaskFile, MaskFolder
 from ....reading.found_cells import cell_rows, insert_cells
+from ....reading.matching import FoundImage, Labelled, NoMatch, check_plate, read_masks_of
 from ....reading.planes import check_channels
 from ....runs import RecipeSpec, Workspace, fingerprint, keep_file, register
 from ....terms import ArtifactKind, Stage
 from ..account import Account, UndoneError
-from .matching import FoundImage, NoMatch, find_image
 
 VERSION = 1
 DEFAULT_NAME = "masks"
@@ -154,7 +152,7 @@ class _Work:
         self.masks = MaskFolder(folder)
         with workspace.database.read() as session:
             check_channels(session, self._plane)
-            _check_plate(session, plate)
+            check_plate(session, plate)
 
     def check(self) -> None:
         """Look at every file before any is written.
@@ -194,26 +192,10 @@ class _Work:
 
     def look(self, mask: MaskFile) -> _Looked | NoMatch:
         """Find the image of a file, read the file, and compare the two."""
-        try:
-            sha256 = sha256_of(mask.path)
-            with self._workspace.database.read() as session:
-                image = find_image(session, mask, self._plate)
-                known = _is_an_image(session, sha256)
-            if isinstance(image, NoMatch):
-                return image
-            if known:
-                return NoMatch("this is an image", "the file is one of the images of the store")
-            labels = self._labels(mask)
-        except ImageError as error:
-            return NoMatch("not a label image", writable(str(error)))
-        except OSError as error:
-            return NoMatch("cannot be read", str(error.strerror))
-        if image.shape is not None and image.shape != labels.shape:
-            shapes = (
-                f"masks of {_shape(labels.shape)} pixels, image {image} of {_shape(image.shape)}"
-            )
-            return NoMatch("another shape than the image", shapes)
-        return _looked(image, labels)
+        found = read_masks_of(
+            self._workspace.database, mask, plate=self._plate, binary=self._binary
+        )
+        return found if isinstance(found, NoMatch) else _looked(found)
 
     def _checked(
         self, mask: MaskFile, seen: dict[tuple[int, str | None], str]
@@ -326,24 +308,15 @@ class _Work:
         }
         return RecipeSpec(Stage.SEGMENT, VERSION, parameters)
 
-    def _labels(self, mask: MaskFile) -> NDArray[np.uint32]:
-        from ....ops.labels import labels_in_pieces, parts
 
-        labels = read_labels(mask.path, binary=self._binary)
-        if self._binary:
-            return parts(labels)
-        if labels.max(initial=0) == 1 and labels_in_pieces(labels):
-            raise ImageError(black_and_white(mask.path.name))
-        return labels
-
-
-def _looked(image: FoundImage, labels: NDArray[np.uint32]) -> _Looked:
+def _looked(found: Labelled) -> _Looked:
     from ....ops.labels import labels_in_pieces, median_diameter
 
+    labels = found.labels
     small = labels.max(initial=0) <= np.iinfo(np.uint16).max
     data = encode_tiff(labels.astype(np.uint16) if small else labels)
     pieces = labels_in_pieces(labels)
-    return _Looked(image, data, median_diameter(labels), cell_rows(labels), pieces)
+    return _Looked(found.image, data, median_diameter(labels), cell_rows(labels), pieces)
 
 
 def _clash(image: FoundImage) -> NoMatch:
@@ -358,19 +331,3 @@ def _checked_name(name: str | None) -> str:
             f"A set of masks needs a name of 1 to {_LONGEST_NAME} printable characters (--name)."
         )
     return name
-
-
-def _check_plate(session: Session, plate: str | None) -> None:
-    if plate is None or session.scalar(select(Plate.id).where(Plate.barcode == plate)):
-        return
-    known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(500))
-    raise UnknownNameError.of("plate", plate, known)
-
-
-def _is_an_image(session: Session, sha256: str) -> bool:
-    query = select(ImageFile.id).where(ImageFile.sha256 == sha256).limit(1)
-    return session.scalar(query) is not None
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from ....db.models import Folder, Image, ImageFile, Plate, Well
-from ....formats.files.masks import MaskFile
-from ....formats.files.places import writable
-from ....formats.names import core_file_name
+from ..artifacts import sha256_of
+from ..db.models import Folder, Image, ImageFile, Plate, Well
+from ..db.session import Database
+from ..errors import ImageError, UnknownNameError
+from ..formats.files.masks import MaskFile, black_and_white, read_labels
+from ..formats.files.places import writable
+from ..formats.names import core_file_name
 
 _ENDINGS = (".tif", ".tiff", ".TIF", ".TIFF", ".png", ".PNG", ".ome.tif", ".ome.tiff")
 _SHOWN = 3
@@ -39,6 +44,53 @@ class NoMatch(NamedTuple):
 
     reason: str
     detail: str
+
+
+class Labelled(NamedTuple):
+    """Masks (H, W) with the image of the store that they are of."""
+
+    image: FoundImage
+    labels: NDArray[np.uint32]
+
+
+def read_masks_of(
+    database: Database, mask: MaskFile, *, plate: str | None = None, binary: bool = False
+) -> Labelled | NoMatch:
+    """Find the image of a file of masks, read the file, and compare the two.
+
+    ``plate`` limits the images, ``binary`` takes each connected part of a black and white mask
+    for one object.
+    """
+    try:
+        sha256 = sha256_of(mask.path)
+        with database.read() as session:
+            image = find_image(session, mask, plate)
+            known = _is_an_image(session, sha256)
+        if isinstance(image, NoMatch):
+            return image
+        if known:
+            return NoMatch("this is an image", "the file is one of the images of the store")
+        labels = _labels(mask, binary)
+    except ImageError as error:
+        return NoMatch("not a label image", writable(str(error)))
+    except OSError as error:
+        return NoMatch("cannot be read", str(error.strerror))
+    if image.shape is not None and image.shape != labels.shape:
+        shapes = f"masks of {_pixels(labels.shape)} pixels, image {image} of {_pixels(image.shape)}"
+        return NoMatch("another shape than the image", shapes)
+    return Labelled(image, labels)
+
+
+def check_plate(session: Session, plate: str | None) -> None:
+    """Refuse a barcode that no plate of the store has.
+
+    Raises:
+        UnknownNameError: with the plates that there are.
+    """
+    if plate is None or session.scalar(select(Plate.id).where(Plate.barcode == plate)):
+        return
+    known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(500))
+    raise UnknownNameError.of("plate", plate, known)
 
 
 def find_image(session: Session, mask: MaskFile, plate: str | None) -> FoundImage | NoMatch:
@@ -122,3 +174,23 @@ def _several(session: Session, ids: Sequence[int]) -> NoMatch:
         "several images have this name",
         f"{shown}{more}; put the masks of each plate into a folder named like it, or give --plate",
     )
+
+
+def _labels(mask: MaskFile, binary: bool) -> NDArray[np.uint32]:
+    from ..ops.labels import labels_in_pieces, parts
+
+    labels = read_labels(mask.path, binary=binary)
+    if binary:
+        return parts(labels)
+    if labels.max(initial=0) == 1 and labels_in_pieces(labels):
+        raise ImageError(black_and_white(mask.path.name))
+    return labels
+
+
+def _is_an_image(session: Session, sha256: str) -> bool:
+    query = select(ImageFile.id).where(ImageFile.sha256 == sha256).limit(1)
+    return session.scalar(query) is not None
+
+
+def _pixels(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
