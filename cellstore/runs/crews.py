@@ -16,8 +16,22 @@ from multiprocessing import get_context
 from typing import Any, Protocol
 
 from ..config import Resources
-from ..errors import DatabaseError, MissingExtraError, StoreError, UserInputError
-from .workers import Answer, AnyStep, carry_out, idle, set_up_process
+from ..errors import (
+    CellstoreError,
+    DatabaseError,
+    MissingExtraError,
+    StoreError,
+    UserInputError,
+)
+from .workers import Answer, AnyStep, carry_out, prepare, set_up_process
+
+CHUNKS = 2
+"""Chunks that a worker has: one at work, one that waits behind it."""
+
+MOST_FALSE_STARTS = 10
+"""After so many deaths before it could do anything, a worker is not started again."""
+
+CONNECT_SECONDS = 10
 
 Make = Callable[[], AnyStep]
 
@@ -31,11 +45,23 @@ class WorkerDiedError(StoreError):
 
 
 class Crew(Protocol):
-    """Workers. ``slots``: how many chunks may be in flight, so that nobody waits for the next."""
+    """Workers. ``computes_here``: in this process, which an image may kill."""
 
-    slots: int
+    computes_here: bool
 
-    def submit(self, make: Make, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
+    def start(self, make: Make) -> None:
+        """Let the workers make their step; they are busy with it for a while."""
+
+    def room(self, flying: int) -> int:
+        """Return how many chunks more may be given beside ``flying``, so that nobody waits.
+
+        Workers that died are started anew.
+
+        Raises:
+            CellstoreError: a worker cannot make its step, or dies whenever it tries.
+        """
+
+    def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
         """Give a chunk to the worker that has least to do."""
 
     def close(self, *, drop: bool) -> None:
@@ -60,14 +86,23 @@ def open_crew(resources: Resources) -> Crew:
 class ThisProcess:
     """One thread beside the one that talks to the database."""
 
-    slots = 2
+    computes_here = True
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cellstore-worker")
 
-    def submit(self, make: Make, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
+    def start(self, make: Make) -> None:
+        """Let the thread make the step."""
+        self._make = make
+        self._ready = self._pool.submit(prepare, make)
+
+    def room(self, flying: int) -> int:
+        """One chunk at work and one that waits, when the step is made."""
+        return CHUNKS - flying if _is_ready(self._ready) else 0
+
+    def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
         """Add a chunk to the queue of the thread."""
-        return self._pool.submit(carry_out, make, orders, batch)
+        return self._pool.submit(carry_out, self._make, orders, batch)
 
     def close(self, *, drop: bool) -> None:
         """Let the thread end; what it works on just now cannot be dropped."""
@@ -77,35 +112,59 @@ class ThisProcess:
 class _Process:
     """One process, started again when it died, and the chunks that it has, oldest first."""
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pool = self._started()
-        self.chunks: list[Future[list[Answer]]] = []
+    def __init__(self, threads: int, make: Make) -> None:
+        self._threads, self._make = threads, make
+        self._false_starts = 0
+        self._start()
 
-    def _started(self) -> ProcessPoolExecutor:
+    def _start(self) -> None:
         # "spawn": torch and threads do not survive a fork.
-        pool = ProcessPoolExecutor(
+        self._pool = ProcessPoolExecutor(
             1, get_context("spawn"), initializer=set_up_process, initargs=(self._threads,)
         )
-        pool.submit(idle)
-        return pool
+        self._ready = self._pool.submit(prepare, self._make)
+        self.chunks: list[Future[list[Answer]]] = []
 
-    def submit(self, make: Make, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
+    def is_ready(self) -> bool:
+        """Whether the step is made; a process that died is started anew.
+
+        Raises:
+            CellstoreError: the step cannot be made, or the process dies whenever it tries.
+        """
+        if not self._ready.done():
+            return False
+        if isinstance(self._ready.exception(), BrokenProcessPool):
+            self._false_starts += 1
+            if self._false_starts >= MOST_FALSE_STARTS:
+                raise StoreError(
+                    "Workers die while they start: killed, or out of memory. Free some memory, or "
+                    "give fewer --workers."
+                )
+            self._start()
+            return False
+        self._false_starts = 0
+        if any(chunk.done() for chunk in self.chunks):
+            if all(chunk.done() for chunk in self.chunks):
+                self._start()  # it died, and all its chunks have been told of
+            return False
+        return _is_ready(self._ready)
+
+    def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
         """Hand a chunk over; what it becomes is told by the future that is returned."""
         told: Future[list[Answer]] = Future()
         told.set_running_or_notify_cancel()
         self.chunks.append(told)
         try:
-            inner = self._pool.submit(carry_out, make, orders, batch)
+            inner = self._pool.submit(carry_out, self._make, orders, batch)
         except BrokenProcessPool:
-            self._restart()
-            inner = self._pool.submit(carry_out, make, orders, batch)
-        inner.add_done_callback(partial(self._tell, told))
+            told.set_exception(WorkerDiedError(suspect=False))
+        else:
+            inner.add_done_callback(partial(self._tell, told))
         return told
 
     def _tell(self, told: Future[list[Answer]], inner: Future[list[Answer]]) -> None:
         first = self.chunks[0] is told
-        error = inner.exception() if not inner.cancelled() else BrokenProcessPool()
+        error = BrokenProcessPool() if inner.cancelled() else inner.exception()
         if isinstance(error, BrokenProcessPool):
             told.set_exception(WorkerDiedError(suspect=first))
             return
@@ -114,16 +173,6 @@ class _Process:
             told.set_result(inner.result())
         else:
             told.set_exception(error)
-
-    def mend(self) -> None:
-        """Start a new process in place of one that died, once all its chunks have been told of."""
-        if self.chunks and all(chunk.done() for chunk in self.chunks):
-            self._restart()
-
-    def _restart(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self.chunks = [chunk for chunk in self.chunks if not chunk.done()]
-        self._pool = self._started()
 
     def close(self, *, drop: bool) -> None:
         """End the process."""
@@ -136,18 +185,25 @@ class _Process:
 class LocalProcesses:
     """Processes of this machine, each a pool of its own, so that one death is one worker's."""
 
-    def __init__(self, workers: int) -> None:
-        threads = max(1, cores() // workers)
-        self._processes = [_Process(threads) for _ in range(workers)]
-        self.slots = 2 * workers
+    computes_here = False
 
-    def submit(self, make: Make, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+
+    def start(self, make: Make) -> None:
+        """Start the processes."""
+        threads = max(1, cores() // self._workers)
+        self._processes = [_Process(threads, make) for _ in range(self._workers)]
+        self._working: list[_Process] = []
+
+    def room(self, flying: int) -> int:
+        """One chunk at work and one that waits, for each process that is up."""
+        self._working = [process for process in self._processes if process.is_ready()]
+        return sum(max(0, CHUNKS - len(process.chunks)) for process in self._working)
+
+    def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
         """Give a chunk to the process that has the fewest."""
-        for process in self._processes:
-            process.mend()
-        return min(self._processes, key=lambda process: len(process.chunks)).submit(
-            make, orders, batch
-        )
+        return min(self._working, key=lambda process: len(process.chunks)).submit(orders, batch)
 
     def close(self, *, drop: bool) -> None:
         """End all processes; those that are to be dropped are killed."""
@@ -155,8 +211,19 @@ class LocalProcesses:
             process.close(drop=drop)
 
 
+def _is_ready(prepared: Future[CellstoreError | None]) -> bool:
+    if not prepared.done():
+        return False
+    error = prepared.result()
+    if error is not None:
+        raise error
+    return True
+
+
 class DaskCluster:
     """The workers behind a Dask scheduler; they need cellstore, the images and the artifacts."""
+
+    computes_here = False
 
     def __init__(self, address: str) -> None:
         try:
@@ -165,7 +232,7 @@ class DaskCluster:
             raise MissingExtraError.of("distributed", "distributed") from error
         make_client: Any = distributed.Client
         try:
-            self._client = make_client(address, timeout="10s", set_as_default=False)
+            self._client = make_client(address, timeout=CONNECT_SECONDS, set_as_default=False)
             threads = sum(self._client.nthreads().values())
         except (OSError, ValueError, TimeoutError) as error:
             raise StoreError(
@@ -178,14 +245,22 @@ class DaskCluster:
                 f"The Dask scheduler at {address} has no workers. Start some with: "
                 f"dask worker {address}"
             )
-        self.slots = 2 * threads
         self._executor: Executor = self._client.get_executor(pure=False, retries=0)
 
-    def submit(self, make: Make, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
+    def start(self, make: Make) -> None:
+        """Make nothing yet: each worker makes its step when it gets its first chunk."""
+        self._make = make
+
+    def room(self, flying: int) -> int:
+        """Two chunks for each thread of the workers that there are now."""
+        threads: int = sum(self._client.nthreads().values())
+        return CHUNKS * threads - flying
+
+    def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
         """Give a chunk to the scheduler."""
         told: Future[list[Answer]] = Future()
         told.set_running_or_notify_cancel()
-        inner = self._executor.submit(carry_out, make, orders, batch)
+        inner = self._executor.submit(carry_out, self._make, orders, batch)
         inner.add_done_callback(partial(_tell_of_dask, told))
         return told
 

@@ -50,6 +50,14 @@ AT_ONCE = 10_000
 """Images whose jobs are made in one transaction."""
 
 
+_AS_IF_NEVER_TAKEN: dict[str, Any] = {
+    "status": Status.PENDING,
+    "attempts": Job.attempts - 1,
+    "lease_until": None,
+    "worker": None,
+}
+
+
 @dataclass(frozen=True)
 class Task:
     """A reserved job: one image to work on. ``deaths``: workers that died over it before."""
@@ -254,11 +262,7 @@ def close(session: Session, owner: Owner, tasks: Sequence[Task], seconds: float)
 def release(session: Session, owner: Owner, jobs: Iterable[int] | None = None) -> None:
     """Give jobs back that were not worked on; ``None``: all that ``owner`` has in hand."""
     mine = _held(owner) if jobs is None else and_(Job.id.in_(list(jobs)), _held(owner))
-    session.execute(
-        update(Job)
-        .where(mine)
-        .values(status=Status.PENDING, attempts=Job.attempts - 1, lease_until=None, worker=None)
-    )
+    session.execute(update(Job).where(mine).values(**_AS_IF_NEVER_TAKEN))
 
 
 def fail(session: Session, owner: Owner, task: Task, reason: str, *, may_pass: bool) -> bool:
@@ -297,22 +301,28 @@ def take_back(session: Session, recipe_id: int) -> int:
     """Free the jobs of workers that are gone; return how many.
 
     A worker is gone when its lease has run out, or at once when it was a process of this machine
-    that is no more. Its run, if nothing else closed it, has failed.
+    that is no more. Its run, if nothing else closed it, has failed. Jobs count the death, but not
+    where the process had others compute: no image was in its hands.
     """
     running = and_(Job.recipe_id == recipe_id, Job.status == Status.RUNNING)
-    names = session.scalars(select(Job.worker).where(running).distinct())
-    dead = [name for name in names if name and (owner := Owner.parse(name)) and owner.is_dead()]
+    names = [name or "" for name in session.scalars(select(Job.worker).where(running).distinct())]
+    owners = {name: Owner.parse(name) for name in names}
+    dead = [name for name, owner in owners.items() if owner and owner.is_dead()]
+    leading = [name for name, owner in owners.items() if owner and not owner.computes]
     gone = and_(running, or_(Job.lease_until < now(session), Job.worker.in_(dead)))
     runs = list(session.scalars(select(Job.run_id).where(gone).distinct()))
     if not runs:
         return 0
+    given_back: Any = session.execute(
+        update(Job).where(gone, Job.worker.in_(leading)).values(**_AS_IF_NEVER_TAKEN)
+    )
     freed: Any = session.execute(_after_death(session, gone))
     session.execute(
         update(Run)
         .where(Run.id.in_(runs), Run.status == Status.RUNNING, ~_still_working())
         .values(status=Status.FAILED, error="Its process died.")
     )
-    return int(freed.rowcount)
+    return int(given_back.rowcount + freed.rowcount)
 
 
 def _still_working() -> ColumnElement[bool]:

@@ -26,6 +26,7 @@ from ..terms import Status
 ENV_LEASE = "CELLSTORE_LEASE_SECONDS"
 LEASE_SECONDS = 60.0
 SHORTEST_LEASE = 1.0
+ALONE = "alone"
 
 
 def lease_seconds() -> float:
@@ -50,7 +51,11 @@ def now(session: Session) -> ColumnElement[float]:
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that reserves jobs. ``machine`` and ``started`` are empty where unknown."""
+    """A process that reserves jobs. ``machine`` and ``started`` are empty where unknown.
+
+    ``mark`` is of this call; it begins with ``alone`` where the process itself computes, so that
+    an image may be what it died of.
+    """
 
     host: str
     pid: int
@@ -59,11 +64,17 @@ class Owner:
     mark: str
 
     @classmethod
-    def of_this_process(cls) -> Owner:
+    def of_this_process(cls, *, computes: bool = True) -> Owner:
         """Return a name that no other process or call has."""
         pid = os.getpid()
         host = socket.gethostname().replace("|", "-")[:150]
-        return cls(host, pid, _machine(), _started(pid) or "", uuid.uuid4().hex[:8])
+        mark = f"{ALONE if computes else 'crew'}-{uuid.uuid4().hex[:8]}"
+        return cls(host, pid, _machine(), _started(pid) or "", mark)
+
+    @property
+    def computes(self) -> bool:
+        """Whether it computes itself, with no workers."""
+        return self.mark.startswith(ALONE)
 
     @classmethod
     def parse(cls, text: str) -> Owner | None:

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Select
 from sqlalchemy.orm import Session
 
-from ..config import Resources
+from ..config import THIS_PROCESS, Resources
 from ..db.session import Database
 from ..errors import CellstoreError, DatabaseError, RunCancelledError, StorageError
 from ..progress import Progress
@@ -29,6 +29,7 @@ from .leases import Owner, heartbeat, lease_seconds
 from .workers import Answer, Failure, Step, Stop, Success, explained
 
 WAIT_SECONDS = 0.5
+START_SECONDS = 0.02
 CHUNK_SECONDS = 2.0
 """How long a worker should be busy with one chunk: long enough to hide the way there and back."""
 LARGEST_CHUNK = 64
@@ -98,13 +99,13 @@ def work_through(
         KeyboardInterrupt: it was stopped.
         RunCancelledError: somebody cancelled the run.
     """
-    owner, lease = Owner.of_this_process(), lease_seconds()
+    crew = open_crew(resources or THIS_PROCESS)
+    owner, lease = Owner.of_this_process(computes=crew.computes_here), lease_seconds()
     with database.begin() as session:
         jobs.take_back(session, share.recipe_id)
         if share.again:
             jobs.forgive(session, share.recipe_id, share.candidates)
         state = jobs.progressed(session, share.recipe_id, share.candidates, unseen=share.unseen)
-    crew = open_crew(resources or Resources())
     loop = _Loop(database, progress, work, share, owner, lease, crew)
     progress.start(work.label, state.todo)
     done = False
@@ -145,12 +146,16 @@ class _Loop:
     def go(self, cancelled: threading.Event) -> None:
         """Work until nothing is left, here or in other hands."""
         with _stop_signals(self._say_stopping) as stopped:
+            self.crew.start(self.work.step)
             while not (stopped.is_set() or cancelled.is_set()):
-                self._hand_out()
+                room = self.crew.room(len(self._flying))
+                self._hand_out(room)
                 if self._flying:
                     self._take_in()
                 elif self._ready:
                     self._write(everything=True)
+                elif not room:
+                    stopped.wait(START_SECONDS)
                 elif self._nothing_left():
                     return
                 else:
@@ -165,17 +170,14 @@ class _Loop:
         images = "1 image" if count == 1 else f"{count} images"
         self.progress.note(f"Stopping when {images} in hand are done; Ctrl-C again drops them.")
 
-    def _hand_out(self) -> None:
-        """Keep the crew busy: reserve jobs and submit them, a chunk for each free slot."""
-        free = self.crew.slots - len(self._flying)
-        if free <= 0:
-            return
-        tasks = self._reserved(free * self._chunk_size())
+    def _hand_out(self, room: int) -> None:
+        """Keep the crew busy: reserve jobs and submit them, a chunk for each that has room."""
+        tasks = self._reserved(room * self._chunk_size()) if room > 0 else []
         if not tasks:
             return
         with self.database.read() as session:
             orders = self.work.fetch(session, tasks)
-        batches = -(-len(tasks) // (free * self.work.batch))
+        batches = -(-len(tasks) // (room * self.work.batch))
         for chunk in _chunks(tasks, batches * self.work.batch):
             self._submit(chunk, orders)
 
@@ -221,12 +223,12 @@ class _Loop:
                 good.append(task)
         if good:
             chunk = [orders[task.job_id] for task in good]
-            self._flying[self.crew.submit(self.work.step, chunk, self.work.batch)] = good
+            self._flying[self.crew.submit(chunk, self.work.batch)] = good
 
     def _take_in(self) -> None:
         """Wait for a chunk, and write what has come."""
         done, _ = wait(self._flying, timeout=WAIT_SECONDS, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in [future for future in self._flying if future in done]:  # oldest first
             self._sort(self._flying.pop(future), future)
         self._write(everything=False)
 

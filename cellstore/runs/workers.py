@@ -175,5 +175,10 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def idle() -> None:
-    """Do nothing: what a process is asked in order to start it."""
+def prepare(make: Callable[[], AnyStep]) -> CellstoreError | None:
+    """Make the step of this worker, so that its first chunk need not; the error if it cannot."""
+    try:
+        _step(make)
+    except CellstoreError as error:
+        return error
+    return None

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from cellstore.config import Resources
 from cellstore.db.models import Job
 from cellstore.errors import StorageError, StoreError, UserInputError
-from cellstore.runs import Workspace, create_workspace
+from cellstore.runs import Workspace, create_workspace, crews
 from cellstore.stages.verify import verify
 from cellstore.terms import Status
 
@@ -87,7 +87,10 @@ def test_a_dask_cluster_gives_the_same_rows(workspace: Workspace, tmp_path: Path
     check_equal(workspace, tmp_path, 20)
 
 
-def test_a_scheduler_that_is_not_there_is_one_sentence(sqlite_workspace: Workspace, tmp_path: Path):
+def test_a_scheduler_that_is_not_there_is_one_sentence(
+    sqlite_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(crews, "CONNECT_SECONDS", 1)
     killing.fill(sqlite_workspace, tmp_path / "images", 2)
     with pytest.raises(StoreError, match="does not answer"):
         killing.segment_slowly(sqlite_workspace, resources=Resources(scheduler="tcp://127.0.0.1:9"))
