@@ -211,8 +211,11 @@ class Store:
 
         ``html`` is a page with maps of the plates, ``plot`` a PNG with those of one plate.
         """
+        from .extras import need
         from .stages.qc import qc, write_page, write_picture
 
+        if html is not None or plot is not None:
+            need("report")  # said before an hour of work, not after it
         result = qc(
             self.workspace,
             params,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -194,10 +194,17 @@ EXAMPLES = 5
 """How many of the classes left out are named; --json lists all."""
 
 
+def _flags_of(left_out: dict[str, Any]) -> list[tuple[str, str]]:
+    if "qc_run" not in left_out:
+        return []
+    unseen = left_out.get("unseen_by_qc", 0)
+    kept = f"; {render.count(unseen, 'image')} kept that it has not looked at" if unseen else ""
+    return [("flags of", f"qc run {left_out['qc_run']}{kept}")]
+
+
 def _left_out(result: SplitResult) -> list[tuple[str, str]]:
     left_out = result.left_out
-    qc_run = [("flags of", f"qc run {left_out['qc_run']}")] if "qc_run" in left_out else []
-    shown = qc_run + [
+    shown = _flags_of(left_out) + [
         (title, f"{render.count(left_out[name], 'image')} left out")
         for name, title in LEFT_OUT.items()
         if left_out.get(name)

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Select, exists, select
+from sqlalchemy import ColumnElement, Select, exists, func, select
 from sqlalchemy.orm import Session
 
-from ..db.models import Cell, CellFlag, Image, ImageFlag, Plate, Recipe, RecipeInput, Run, Well
+from ..db.models import (
+    Cell,
+    CellFlag,
+    Image,
+    ImageFlag,
+    Job,
+    Plate,
+    Recipe,
+    RecipeInput,
+    Run,
+    Well,
+)
 from ..errors import UnknownNameError, UserInputError
 from ..runs.lookup import RUN_WORDS, run_in
 from ..terms import Stage, Status
@@ -59,6 +70,28 @@ def check_plates(session: Session, run: Run, images: Select[int]) -> None:
             f"Quality-control run {run.id} has not looked at plate {', '.join(missing[:5])}"
             f"{' and others' if len(missing) > 5 else ''}. Run: cellstore qc"
         )
+
+
+def count_unseen(session: Session, run: Run, images: Select[int]) -> int:
+    """Return how many of ``images`` a quality-control run knew nothing of, so flagged none."""
+    looked_at = (
+        select(Job.id)
+        .join(Recipe, Recipe.id == Job.recipe_id)
+        .join(RecipeInput, RecipeInput.input_id == Recipe.id)
+        .where(RecipeInput.recipe_id == run.recipe_id, Recipe.stage == Stage.QC)
+        .where(Job.status == Status.DONE, Job.run_id <= run.id, Job.image_id == Image.id)
+        .where(Job.content_sha256 == Image.content_sha256)
+    )
+    query = select(func.count()).select_from(Image).where(Image.id.in_(images))
+    return session.scalar(query.where(~looked_at.exists())) or 0
+
+
+def unseen_note(run: Run, unseen: int) -> str:
+    """Return the sentence on images that a quality-control run knew nothing of."""
+    return (
+        f"Quality-control run {run.id} has not looked at {unseen:,} of the images, so none of them "
+        "was left out. Run: cellstore qc"
+    )
 
 
 def check_cells(session: Session, run: Run, segment_id: int) -> None:

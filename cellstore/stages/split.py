@@ -31,7 +31,7 @@ from ..extras import need
 from ..ops.leaks import Finding, Member, SplitCheck, leaks
 from ..ops.splitting import Assignment, LeftOut, SplitImage, grouped_split, published_split
 from ..reading.cells import as_text
-from ..reading.flags import check_plates, find_qc_run, is_unflagged_image
+from ..reading.flags import check_plates, count_unseen, find_qc_run, is_unflagged_image
 from ..runs import RecipeSpec, Workspace, find_split, images_of, register, running
 from ..terms import GroupLevel, LabelField, Stage, Subset
 
@@ -201,7 +201,7 @@ def _draw(workspace: Workspace, params: SplitParams) -> _Drawn:
         pool = _pool(session, query)
         left_out = _counts_left_out(session, chosen, params)
         if qc is not None:
-            left_out |= _counts_flagged(session, params, qc, len(pool))
+            left_out |= _counts_flagged(session, params, qc, len(pool), chosen)
         inputs = (session.get_one(Recipe, qc.recipe_id),) if qc else ()
     if not pool:
         raise UserInputError(_nothing_to_split(params, left_out))
@@ -225,11 +225,12 @@ def _parameters(params: SplitParams, qc: Run | None) -> dict[str, Any]:
 
 
 def _counts_flagged(
-    session: Session, params: SplitParams, qc: Run, unflagged: int
+    session: Session, params: SplitParams, qc: Run, unflagged: int, chosen: Select[int]
 ) -> dict[str, int]:
     everything = _candidates_query(params, None).subquery()
     number = session.scalar(select(func.count()).select_from(everything)) or 0
-    return {"flagged": number - unflagged, "qc_run": qc.id}
+    unseen = count_unseen(session, qc, chosen.where(Image.content_sha256.is_not(None)))
+    return {"flagged": number - unflagged, "qc_run": qc.id, "unseen_by_qc": unseen}
 
 
 def _qc_run(session: Session, params: SplitParams, chosen: Select[int]) -> Run | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sqlalchemy import select
 
 from cellstore.analytics import open_questions
 from cellstore.config import SplitParams, TrainParams
-from cellstore.db.models import Cell, Image, Recipe, RecipeInput, Run, Segmentation, Split
+from cellstore.db.models import Cell, Image, Job, Recipe, RecipeInput, Run, Segmentation, Split
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.runs import Workspace
 from cellstore.stages.report import report, write_report
@@ -27,6 +28,24 @@ def qc_run(make: Factory, plates: list[str], segment: Recipe | None = None, **mo
     quality = make.recipe(Stage.QC)
     recipe = make.recipe(Stage.QC, inputs=[quality, segment] if segment else [quality])
     return make.run(Stage.QC, recipe, result={"plates": plates, "state": ""}, **more)
+
+
+def look_at(make: Factory, run: Run, images: Sequence[Image]) -> None:
+    """Say that a quality-control run has measured the pixels of ``images``."""
+    with make.workspace.database.read() as session:
+        query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
+        query = query.where(RecipeInput.recipe_id == run.recipe_id, Recipe.stage == Stage.QC)
+        quality = session.scalars(query).one()
+    for image in images:
+        make.add(
+            Job(
+                recipe_id=quality.id,
+                image_id=image.id,
+                content_sha256=image.content_sha256,
+                run_id=run.id,
+                status=Status.DONE,
+            )
+        )
 
 
 def recipe_of(workspace: Workspace, run: Run) -> Recipe:
@@ -93,6 +112,14 @@ def test_the_named_run_counts_else_the_newest_finished_one(sqlite_workspace: Wor
         create_split(sqlite_workspace, "c", SplitParams(leave_out_flagged=str(unfinished.id)))
 
 
+def test_images_that_a_run_knew_nothing_of_are_kept_and_counted(workspace: Workspace) -> None:
+    plate = Plate(workspace)
+    run = qc_run(plate.make, ["P1"])
+    look_at(plate.make, run, plate.images[:5])
+    result = create_split(workspace, "a", SplitParams(leave_out_flagged="latest"))
+    assert (result.images, result.left_out["unseen_by_qc"]) == (8, 3)
+
+
 def test_without_a_run_the_sentence_says_what_to_do(sqlite_workspace: Workspace) -> None:
     Plate(sqlite_workspace)
     with pytest.raises(UnknownNameError, match=r"not been run yet.*cellstore qc"):
@@ -126,7 +153,8 @@ def flagged_screen(workspace: Workspace) -> tuple[SmallScreen, Run]:
 
 
 def test_flagged_cells_and_images_have_no_vote(workspace: Workspace) -> None:
-    _, run = flagged_screen(workspace)
+    screen, run = flagged_screen(workspace)
+    look_at(screen.factory, run, [screen.images[name] for name in ("B01", "B02", "B03")])
     everything = report(workspace)
     assert (everything.qc_run_id, everything.images, everything.cells) == (None, 3, 7)
     found = report(workspace, leave_out_flagged="latest")
@@ -139,6 +167,8 @@ def test_flagged_cells_and_images_have_no_vote(workspace: Workspace) -> None:
         f"Left out, because quality-control run {run.id} flagged them: 1 images and 4 cells, those "
         "of the images included."
     )
+    # B04 is labelled, too, if not on the side that is scored.
+    assert found.notes[-2].startswith(f"Quality-control run {run.id} has not looked at 1 of the")
 
 
 def test_the_page_says_what_was_left_out(sqlite_workspace: Workspace, tmp_path: Path) -> None:
@@ -206,6 +236,7 @@ def test_a_network_does_not_see_what_is_flagged(built: Path, opened: Opener) -> 
     assert found.cells == {"train": 6, "validation": 6}
     assert (found.qc_run_id, found.images_flagged, found.cells_flagged) == (run.id, 0, 4)
     assert any(f"quality-control run {run.id} flagged them" in note for note in found.notes)
+    assert any("has not looked at 6 of the images" in note for note in found.notes)
     with workspace.database.read() as session:
         trained = session.get_one(Run, found.run_id)
         recipe = session.get_one(Recipe, trained.recipe_id)

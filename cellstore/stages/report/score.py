@@ -14,7 +14,13 @@ from ...analytics import Questions, open_questions
 from ...db.models import Cell, Prediction, Recipe, Run, Segmentation, Split
 from ...errors import UnknownNameError, UserInputError
 from ...ops import scores
-from ...reading.flags import check_cells, check_plates, find_qc_run
+from ...reading.flags import (
+    check_cells,
+    check_plates,
+    count_unseen,
+    find_qc_run,
+    unseen_note,
+)
 from ...runs import Workspace, run_in
 from ...terms import Stage, Status, Subset
 from .facts import ReportResult, Score
@@ -69,6 +75,7 @@ class Subject:
     split: Split
     top_k: int | None
     qc_run_id: int | None = None
+    qc_notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,22 +130,27 @@ def find_subject(
         if split_id is None:
             raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
         recipe = session.get_one(Recipe, run.recipe_id)
-        qc = _qc_run(session, leave_out_flagged, run)
+        qc, notes = _qc_run(session, leave_out_flagged, run)
         split = session.get_one(Split, split_id)
-        return Subject(run, split, recipe.parameters.get("top_k"), qc)
+        return Subject(run, split, recipe.parameters.get("top_k"), qc, notes)
 
 
-def _qc_run(session: Session, reference: str | None, run: Run) -> int | None:
+def _qc_run(
+    session: Session, reference: str | None, run: Run
+) -> tuple[int | None, tuple[str, ...]]:
+    """The quality-control run whose flags count, and what must be said of it."""
     if reference is None:
-        return None
+        return None, ()
     qc = find_qc_run(session, reference)
     said = and_(Prediction.run_id == run.id, Prediction.rank == 1)
     seen = select(Segmentation).join(Cell, Cell.segmentation_id == Segmentation.id)
     seen = seen.join(Prediction, Prediction.cell_id == Cell.id).where(said)
-    check_plates(session, qc, seen.with_only_columns(Segmentation.image_id))
+    images = seen.with_only_columns(Segmentation.image_id)
+    check_plates(session, qc, images)
     for segment_id in session.scalars(seen.with_only_columns(Segmentation.recipe_id).distinct()):
         check_cells(session, qc, segment_id)
-    return qc.id
+    unseen = count_unseen(session, qc, images)
+    return qc.id, (unseen_note(qc, unseen),) if unseen else ()
 
 
 def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
@@ -210,7 +222,7 @@ def _flag_notes(subject: Subject, flagged: tuple[int, int]) -> tuple[str, ...]:
         f"Left out, because quality-control run {subject.qc_run_id} flagged them: {flagged[0]:,} "
         f"images and {flagged[1]:,} cells, those of the images included."
     )
-    return (note,)
+    return (*subject.qc_notes, note)
 
 
 def _of(votes: pa.Table, level: str, vote: str) -> pa.Table:

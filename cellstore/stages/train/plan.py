@@ -28,7 +28,13 @@ from ...reading.cells import (
     recipes_of_set,
 )
 from ...reading.featuresets import open_set
-from ...reading.flags import check_cells, check_plates, find_qc_run
+from ...reading.flags import (
+    check_cells,
+    check_plates,
+    count_unseen,
+    find_qc_run,
+    unseen_note,
+)
 from ...runs import RecipeSpec, Workspace, find_split, register
 from ...terms import Stage, Subset
 
@@ -69,7 +75,7 @@ def make_plan(
         else:
             segment, measure = recipes_of_set(session, params.features, names[1], names[2])
         features = open_set(session, workspace.artifacts, measure.id)
-        qc = _qc_run(session, params, split, segment)
+        qc, unseen = _qc_run(session, params, split, segment)
         source = CellSource(segment.id, measure.id, split.id, features=features)
         source = replace(source, unflagged_by=qc.id if qc else None)
         branches, remark = choose_branches(session, source, params.branches)
@@ -96,7 +102,7 @@ def make_plan(
         members={"train": members.get(Subset.TRAIN, 0), "validation": members.get(other, 0)},
         validation_side=other,
         branches=branches,
-        remarks=(remark,) if remark else (),
+        remarks=tuple(text for text in (remark, unseen) if text),
         flagged=flagged,
         spec=RecipeSpec(
             Stage.TRAIN, VERSION, parameters, weights, (made_by, segment, measure, *by_qc)
@@ -104,14 +110,18 @@ def make_plan(
     )
 
 
-def _qc_run(session: Session, params: TrainParams, split: Split, segment: Recipe) -> Run | None:
+def _qc_run(
+    session: Session, params: TrainParams, split: Split, segment: Recipe
+) -> tuple[Run | None, str | None]:
+    """The quality-control run whose flags count, and what must be said of it."""
     if params.leave_out_flagged is None:
-        return None
+        return None, None
     run = find_qc_run(session, params.leave_out_flagged)
     members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
     check_plates(session, run, members)
     check_cells(session, run, segment.id)
-    return run
+    unseen = count_unseen(session, run, members)
+    return run, unseen_note(run, unseen) if unseen else None
 
 
 def _parameters(
