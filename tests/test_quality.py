@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from realdata import real_data
 
+from cellstore.formats.files.images import read_plane
 from cellstore.ops.quality import (
     WHITE_NOISE_SLOPE,
     Limits,
@@ -181,3 +183,29 @@ def test_logarithms_make_half_and_double_equally_far() -> None:
 def test_nothing_known_has_no_limits(values: list[float]) -> None:
     assert robust_limits(np.array(values), 5) is None
     assert robust_limits(np.array([0.0]), 5, log=True) is None
+
+
+@pytest.mark.real
+def test_real_fields_are_sharp_and_their_blurred_copies_are_not() -> None:
+    fields = sorted(real_data("cpjump1/images").rglob("*.tiff"))
+    assert len(fields) >= 7
+    for path in fields:
+        plane = read_plane(path)
+        copy = blurred(plane.astype(np.float64), 10)  # about 2 pixels
+        sharp, soft = plane_quality(plane), plane_quality(copy)
+        assert sharp.power_log_log_slope is not None
+        assert soft.power_log_log_slope is not None
+        # CellProfiler gives this plate's field A01-1 -2.2 to -1.8 in the five stains.
+        assert -2.6 < sharp.power_log_log_slope < -1.2, path
+        assert soft.power_log_log_slope < sharp.power_log_log_slope - 0.3, path
+        assert (soft.sharpness or 0) < 0.7 * (sharp.sharpness or 0), path
+        assert sharp.saturated < 0.001, path
+
+
+@pytest.mark.real
+def test_real_8_bit_data_in_a_16_bit_file() -> None:
+    plane = read_plane(real_data("stardist/img2d.tif"))
+    assert (plane.dtype, plane.max()) == (np.uint16, 235)
+    assert saturated_share(plane) == 0.0
+    clipped = np.minimum(plane.astype(np.int64) * 2, 255).astype(np.uint16)
+    assert saturated_share(clipped) == (clipped == 255).mean() > 0
