@@ -101,12 +101,14 @@ def _ring_powers(plane: Plane) -> NDArray[np.float64]:
     """Power in the rings of radius 2, 3, ... below an eighth of the shorter side."""
     end = int(min(plane.shape) / 8)
     mean = plane.mean(dtype=np.float64)
-    power = np.abs(np.fft.fft2((plane - mean).astype(np.float32))) ** 2
-    rows, columns = (_frequencies(length) for length in plane.shape)
-    low_rows, low_columns = (np.flatnonzero(f < end) for f in (rows, columns))
-    squares = rows[low_rows, None] ** 2 + columns[low_columns] ** 2
-    radii = np.floor(np.sqrt(squares)).astype(np.int64) + 1
-    low = power[np.ix_(low_rows, low_columns)].astype(np.float64)
+    # Only low frequencies are looked at: the second transform is of their columns alone.
+    half = np.fft.rfft((plane - mean).astype(np.float32), axis=1)[:, : end + 1]
+    power = np.abs(np.fft.fft(half, axis=0)) ** 2
+    frequencies = _frequencies(len(plane))
+    rows = np.flatnonzero(frequencies < end)
+    # Columns of negative frequencies are those of positive ones, their rows turned round.
+    low = power[rows, :end] + power[-rows, 1:]
+    radii = np.sqrt(frequencies[rows, None] ** 2 + np.arange(end) ** 2).astype(np.int64) + 1
     sums = np.bincount(radii.ravel(), weights=low.ravel(), minlength=end)
     return np.asarray(sums[2:end], dtype=np.float64)
 
