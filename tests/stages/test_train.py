@@ -196,7 +196,7 @@ class _StopsAfter(Silent):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_training_is_a_failed_run_with_its_metrics(
+def test_an_interrupted_training_is_a_cancelled_run_with_its_metrics(
     built: Path, opened: Opener
 ) -> None:
     workspace = replace(opened(built), progress=_StopsAfter(1))
@@ -205,8 +205,8 @@ def test_an_interrupted_training_is_a_failed_run_with_its_metrics(
     with workspace.database.read() as session:
         run = session.scalars(select(Run).where(Run.stage == Stage.TRAIN)).one()
         epochs = set(session.scalars(select(RunMetric.epoch).where(RunMetric.run_id == run.id)))
-    assert (run.status, epochs) == (Status.FAILED, {1})
-    with pytest.raises(UserInputError, match="is failed and has no checkpoint"):
+    assert (run.status, epochs) == (Status.CANCELLED, {1})
+    with pytest.raises(UserInputError, match="is cancelled and has no checkpoint"):
         predict(workspace, run=str(run.id), device="cpu")
     with pytest.raises(UnknownNameError, match="Unknown train run 'latest'"):
         predict(workspace, device="cpu")
