@@ -31,6 +31,6 @@ def test_a_stop_inside_a_statement_undoes_the_table_and_closes_the_run(
         ingest(sqlite_workspace, table)
     event.remove(engine, "before_cursor_execute", stop)
     with sqlite_workspace.database.read() as session:
-        assert session.scalars(select(Run.status)).all() == [Status.FAILED]
+        assert session.scalars(select(Run.status)).all() == [Status.CANCELLED]
         assert session.scalars(select(Plate.id)).all() == []
     assert ingest(sqlite_workspace, table).created == 1
