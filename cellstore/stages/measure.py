@@ -44,7 +44,7 @@ from ..runs import (
 from ..runs.selection import is_current
 from ..terms import FeatureStorage, Stage
 
-VERSION = 1
+VERSION = 2
 
 Columns = Mapping[str, Any]
 
