@@ -9,6 +9,11 @@ _REGIONPROPS = "skimage.measure.regionprops"
 _CELLPROFILER = "CellProfiler MeasureObjectIntensity"
 _GLCM = "skimage.feature.graycomatrix, graycoprops"
 
+_PAIRS = (
+    "p: share of the grey levels i, j among pairs of pixels of the cell {} apart, in either order, "
+    "mean over 0, 45, 90 and 135 degrees. 32 grey levels from its lowest to its highest intensity."
+)
+
 TEXTURE_DISTANCES = (1, 3)
 """Pixels between the two pixels of a pair: neighbours, and the default scale of CellProfiler."""
 
@@ -68,7 +73,7 @@ def _texture(prop: str, formula: str, description: str) -> tuple[Feature, ...]:
             "1",
             f"{_GLCM}: {prop}",
             formula,
-            f"{description} Pixels {distance} apart.",
+            f"{description} {_PAIRS.format(distance)}",
         )
         for distance in TEXTURE_DISTANCES
     )
@@ -227,12 +232,12 @@ INTENSITY: tuple[Feature, ...] = (
         _intensity(
             f"edge_{name}_intensity",
             f"{_CELLPROFILER}: {source}IntensityEdge",
-            f"{formula}, pixels of skimage.segmentation.find_boundaries(mode='inner')",
-            f"{description}; none for a cell without.",
+            f"{formula} at the edge",
+            f"{description} (skimage.segmentation.find_boundaries, inner); none without one.",
         )
         for name, source, formula, description in (
             ("mean", "Mean", "sum(I)/n", "Mean intensity of the pixels at the cell's edge"),
-            ("std", "Std", "sqrt(sum((I - mean)^2)/n)", "Their standard deviation"),
+            ("std", "Std", "sqrt(sum((I - mean)^2)/n)", "Standard deviation at the cell's edge"),
             ("min", "Min", "min(I)", "Lowest intensity at the cell's edge"),
             ("max", "Max", "max(I)", "Highest intensity at the cell's edge"),
             ("integrated", "Integrated", "sum(I)", "All intensity at the cell's edge"),
@@ -253,9 +258,8 @@ TEXTURE: tuple[Feature, ...] = (
     ),
     *_texture("entropy", "-sum(p ln p)", "High where all pairs are equally frequent."),
 )
-"""What is measured on each channel by group ``texture``: of the symmetric matrix ``p`` of grey
-levels i, j of pairs inside the cell, mean over the directions 0, 45, 90, 135 degrees that have
-pairs. 32 grey levels from the lowest to the highest intensity of the cell."""
+"""What is measured on each channel by group ``texture``: the mean over the directions that have
+pairs of pixels; a cell without any has none."""
 
 BASIC_GROUP = FeatureGroup(
     "basic", FEATURES, False, "Shape, and intensity of one plane; what networks read by default."
