@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from realdata import real_data
 from skimage.measure import regionprops
 
 from cellstore.errors import ImageError
@@ -195,6 +197,13 @@ def test_a_rendered_field_has_the_values_of_scikit_image() -> None:
     field = render_field(design, next(design.fields()))
     assert field.masks.max() > 15
     check_like_skimage(field.masks, field.channels[0])
+
+
+@pytest.mark.real
+def test_real_nuclei_have_the_values_of_scikit_image() -> None:
+    for path in sorted(real_data("dsb2018/labels").glob("*.tif")):
+        masks = tifffile.imread(path)
+        check_like_skimage(masks, intensities(masks.shape, np.uint16))
 
 
 def test_a_deep_cell_keeps_its_digits() -> None:

@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 _NARROW = np.iinfo(np.uint16).max
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Regions:
     """The N cells of ``masks`` (H, W) by ascending label, and their R runs.
 
