@@ -223,9 +223,14 @@ class FinetuneParams:
 
 @dataclass(frozen=True)
 class MeasureParams:
-    """Measurements. ``image`` is the plane of the intensities; ``None``: the segmented one."""
+    """Measurements: groups of features, of which each is a recipe of its own.
+
+    ``image`` is the plane of the intensities of group ``basic``; ``None``: the segmented one. The
+    other groups are measured on each of its channels; none: on all that the images have.
+    """
 
     image: ImageInput | None = None
+    features: tuple[str, ...] = ("basic",)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from .progress import Progress
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .ops.features import FeatureGroup
     from .runs.execution import JobsResult
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .stages.finetune import FinetuneResult
     from .stages.ingest import IngestResult, RefreshResult
     from .stages.jobs import JobsList, RetryResult
+    from .stages.measure import MeasureResult
     from .stages.predict import PredictResult
     from .stages.qc import FlaggedImage, QcResult
     from .stages.report import ReportResult
@@ -183,7 +185,7 @@ class Store:
         segmentation: str | None = None,
         resources: Resources = THIS_PROCESS,
         dry_run: bool = False,
-    ) -> JobsResult:
+    ) -> MeasureResult:
         """Measure the cells of every image not done yet; see ``stages.measure.measure``."""
         from .stages.measure import measure
 
@@ -195,6 +197,13 @@ class Store:
             resources=resources,
             dry_run=dry_run,
         )
+
+    @staticmethod
+    def feature_groups() -> tuple[FeatureGroup, ...]:
+        """Return what can be measured: every group with its features."""
+        from .stages.measure import list_groups
+
+        return list_groups()
 
     def qc(
         self,

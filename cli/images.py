@@ -1,4 +1,4 @@
-"""Commands that go image by image: segment, measure."""
+"""The command that finds cells, and how the result of a stage that goes image by image is shown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import typer
 from cellstore.config import (
     DEFAULT_MODEL,
     ImageInput,
-    MeasureParams,
     Resources,
     SegmentParams,
 )
@@ -178,62 +177,6 @@ def segment(
     show_jobs(result, "segmented", "cells found", as_json=as_json)
 
 
-@sentences
-def measure(
-    ctx: typer.Context,
-    channels: Annotated[
-        str | None,
-        typer.Option(
-            "--channels",
-            metavar="A,B,...",
-            help="Channels whose intensity is measured. Default: what was segmented.",
-            show_default=False,
-        ),
-    ] = None,
-    projection: Annotated[
-        Projection, typer.Option(help="How the --channels become one picture.")
-    ] = Projection.MEDIAN,
-    segmentation: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE",
-            help="Which segmentation: number or start of the fingerprint, as 'cellstore status' "
-            "lists them. Default: the last used.",
-            show_default=False,
-        ),
-    ] = None,
-    plate: PlatesOption = None,
-    well: WellsOption = None,
-    where: WhereOption = None,
-    limit: LimitOption = None,
-    workers: WorkersOption = 1,
-    scheduler: SchedulerOption = None,
-    dry_run: DryRunOption = False,
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure every cell that was found: area, shape, intensity.
-
-    The values are those of scikit-image's regionprops, lengths in pixels. Cells whose perimeter
-    is 0 are kept and marked as excluded.
-
-    \b
-    Example:
-      cellstore measure
-      cellstore measure --channels DNA --workers 2
-    """
-    image = ImageInput(names(channels), projection) if channels else None
-    with open_store(ctx, store, quiet=as_json) as opened:
-        result = opened.measure(
-            MeasureParams(image),
-            selection(plate, well, where, limit),
-            segmentation=segmentation,
-            resources=Resources(workers, scheduler),
-            dry_run=dry_run,
-        )
-    show_jobs(result, "measured", "cells measured", as_json=as_json)
-
-
 def show_preview(result: PreviewResult, *, as_json: bool) -> None:
     """Print what a preview found, and how to go on; ends with 1 if an image failed."""
     problems = [item for item in result.images if item.problem is not None]
@@ -275,14 +218,27 @@ def show_jobs(result: JobsResult, verb: str, cells: str, *, as_json: bool) -> No
     """Print what a stage did image by image; ends with 1 if images failed."""
     if as_json:
         render.as_json(result)
-    elif result.forecast is not None:
+    else:
+        print_jobs(result, verb, cells)
+    end_jobs([result], verb)
+
+
+def print_jobs(result: JobsResult, verb: str, cells: str) -> None:
+    """Print what a stage did image by image, or would do."""
+    if result.forecast is not None:
         show_forecast(result, result.forecast, verb)
     else:
         _show_counts(result, verb, cells)
         list_failures(result.failures)
-    if result.forecast is None:
-        end_with_failures(len(result.failures), result.done, verb)
-        _end_with_earlier_failures(result.failed_before)
+
+
+def end_jobs(results: Sequence[JobsResult], verb: str) -> None:
+    """End with 1 if images failed in any of several runs over the same images, now or before."""
+    if any(result.forecast is not None for result in results):
+        return
+    failed = {name for result in results for name, _ in result.failures}
+    end_with_failures(len(failed), max(result.done for result in results), verb)
+    _end_with_earlier_failures(max(result.failed_before for result in results))
 
 
 def _end_with_earlier_failures(failed: int) -> None:

@@ -15,6 +15,7 @@ from . import (
     images,
     ingest,
     jobs,
+    measuring,
     networks,
     quality,
     setup,
@@ -75,7 +76,7 @@ app.command("init")(setup.init)
 app.command("ingest")(ingest.ingest)
 app.command("refresh")(ingest.refresh)
 app.command("segment")(images.segment)
-app.command("measure")(images.measure)
+app.command("measure")(measuring.measure)
 app.command("qc")(quality.qc)
 app.add_typer(splits.app, name="split")
 app.command("train")(networks.train)

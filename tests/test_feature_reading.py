@@ -23,7 +23,7 @@ from cellstore.reading.cells import (
 )
 from cellstore.reading.featuresets import find_feature_set, open_set
 from cellstore.runs import Workspace, images_of, segmented
-from cellstore.terms import Stage, Subset
+from cellstore.terms import ArtifactKind, Stage, Subset
 
 UNKNOWN = {"content_sha256": None, "diameter": None, "flow_artifact_id": None}
 
@@ -234,3 +234,23 @@ def test_the_masks_used_last_may_be_of_another_tool(workspace: Workspace) -> Non
     )
     with workspace.database.read() as session:
         assert last_with_masks(session).id == theirs.id
+
+
+def test_a_set_in_files_is_read_by_name_only(workspace: Workspace) -> None:
+    """Whoever measures textures after the built-in features still trains on the latter."""
+    screen = screen_of(
+        workspace, mask_artifact_id=Factory(workspace).artifact(ArtifactKind.MASK).id
+    )
+    make = screen.make
+    basic = make.recipe(Stage.MEASURE, inputs=[screen.segment])
+    make.feature_set(basic)
+    wide = make.feature_files("texture", screen.cells, {"a": [1.0] * 6}, screen.segment)
+    with workspace.database.read() as session:
+        texture = session.get_one(Recipe, wide.recipe_id)
+        with pytest.raises(UserInputError, match="not measured yet"):
+            choose_recipes(session, str(screen.segment.id), None)
+    make.run(Stage.MEASURE, basic)
+    make.run(Stage.MEASURE, texture)
+    with workspace.database.read() as session:
+        assert choose_recipes(session, None, None)[1].id == basic.id
+        assert recipes_of_set(session, "texture", None, None)[1].id == texture.id

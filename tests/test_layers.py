@@ -47,6 +47,12 @@ def test_the_command_line_starts_light():
     assert found.isdisjoint({*HEAVY, "pandas", "numpy", "duckdb", "pyarrow", "sqlalchemy", "rich"})
 
 
+def test_measuring_needs_numpy_only():
+    found = imported_by("import cellstore.ops.features")
+    assert "numpy" in found
+    assert found.isdisjoint({*HEAVY, "scipy", "numba", "pandas", "pyarrow"})
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_module_has_fewer_than_500_lines(path: Path):
     assert len(path.read_text(encoding="utf-8").splitlines()) < 500

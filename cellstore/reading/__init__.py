@@ -1,1 +1,1 @@
-"""From rows to arrays: the pixels of an image, its masks, its cells."""
+"""From rows to arrays and back: pixels, masks, cells, and the files of feature sets."""

@@ -393,11 +393,14 @@ def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe:
 
 
 def _last_measure_of(session: Session, segment: Recipe) -> Recipe:
+    """The recipe of the built-in measurements used last; sets in files are asked for by name."""
+    in_files = select(FeatureSet.recipe_id).where(FeatureSet.storage == FeatureStorage.FILES)
     query = (
         select(Recipe)
         .join(RecipeInput, RecipeInput.recipe_id == Recipe.id)
         .join(Run, Run.recipe_id == Recipe.id)
         .where(RecipeInput.input_id == segment.id, Recipe.stage == Stage.MEASURE)
+        .where(Recipe.id.not_in(in_files))
         .order_by(Run.id.desc())
     )
     found = session.scalars(query.limit(1)).first()

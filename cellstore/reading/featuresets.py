@@ -106,7 +106,7 @@ def open_set(
     if not columns or not files:
         lacks = "has no column of numbers" if files else "holds no cells yet"
         raise UserInputError(
-            f"Feature set {found.name!r} {lacks}. Ingest its file again, or name another set."
+            f"Feature set {found.name!r} {lacks}. Measure or ingest it again, or name another set."
         )
     return ReadableSet(found.name, columns, files, mark)
 

@@ -1,6 +1,6 @@
 """What was done, by which recipe, and what is left to do."""
 
-from .execution import Forecast, JobsResult, Tally, execute
+from .execution import Forecast, JobsResult, Part, Tallies, Tally, execute, execute_together
 from .jobs import Outcome, Progressed, Task, progressed
 from .ledger import RunHandle, attach, keep_file, running
 from .lookup import find_image, find_recipe, find_run, find_split, run_in
@@ -14,11 +14,13 @@ __all__ = [
     "Forecast",
     "JobsResult",
     "Outcome",
+    "Part",
     "Progressed",
     "RecipeSpec",
     "RunHandle",
     "Share",
     "Step",
+    "Tallies",
     "Tally",
     "Task",
     "Work",
@@ -26,6 +28,7 @@ __all__ = [
     "attach",
     "create_workspace",
     "execute",
+    "execute_together",
     "find_image",
     "find_recipe",
     "find_run",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,8 @@ from sqlalchemy.orm import Session
 from ..config import Resources
 from ..db.models import Job, Recipe
 from ..terms import Stage, Status
-from .jobs import Progressed, progressed
-from .ledger import running
+from .jobs import Outcome, Progressed, progressed
+from .ledger import RunHandle, running
 from .recipes import RecipeSpec, known_recipe, register
 from .work import Share, Work, work_through
 from .workspace import Workspace
@@ -57,11 +58,31 @@ class JobsResult:
 
 @dataclass
 class Tally:
-    """The run in whose name rows are written, and how many cells they are of."""
+    """The run in whose name rows are written, and how many cells they are of.
+
+    ``beside``: images that were done in the pass of another recipe.
+    """
 
     run_id: int
     recipe_id: int
     cells: int = 0
+    beside: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the recipes of a call; ``on_register`` adds the rows that belong to it.
+
+    ``parent_id``: the run whose result its run relies on.
+    """
+
+    spec: RecipeSpec
+    on_register: Callable[[Session, Recipe], None] | None = None
+    parent_id: int | None = None
+
+
+Tallies = Sequence[tuple[int, Tally]]
+"""The place of a recipe among the parts of a call, and its tally."""
 
 
 def execute(
@@ -83,26 +104,88 @@ def execute(
     Raises:
         StorageError, KeyboardInterrupt, RunCancelledError: see :func:`work_through`.
     """
+    parts = [Part(spec, on_register, parent_id)]
+
+    def only(tallies: Tallies) -> Work[Any, Any]:
+        return work_of(tallies[0][1])
+
+    return execute_together(
+        workspace, parts, candidates, only, resources=resources, dry_run=dry_run
+    )[0]
+
+
+def execute_together(
+    workspace: Workspace,
+    parts: Sequence[Part],
+    candidates: Select[int],
+    work_of: Callable[[Tallies], Work[Any, Any]],
+    *,
+    resources: Resources,
+    dry_run: bool = False,
+) -> list[JobsResult]:
+    """Do several recipes in one pass over the images, each in a run of its own.
+
+    The work that ``work_of`` returns does the jobs of the first of some tallies, and closes those
+    of the others beside it (``jobs.close_beside``). What is left of the others then, because the
+    first was done before or failed, is done after that.
+
+    Raises:
+        StorageError, KeyboardInterrupt, RunCancelledError: see :func:`work_through`.
+    """
     if dry_run:
-        return _forecast(workspace, spec, candidates, resources)
+        return [_forecast(workspace, part.spec, candidates, resources) for part in parts]
     with workspace.database.begin() as session:
-        recipe = register(session, spec)
-        if on_register is not None:
-            on_register(session, recipe)
-        state = progressed(session, recipe.id, candidates)
-    if state.todo == 0:
-        return _result(None, recipe, state)
-    with running(workspace.database, recipe, parent_id=parent_id) as run:
-        tally = Tally(run.id, recipe.id)
-        outcome = work_through(
-            workspace.database,
-            workspace.progress,
-            work_of(tally),
-            Share(run.id, recipe.id, candidates),
-            resources,
-        )
-        run.result = {"images": outcome.done, "failed": outcome.failed, "cells": tally.cells}
-    return _result(run.id, recipe, state, outcome.done, tuple(outcome.failures), tally.cells)
+        recipes = [_registered(session, part) for part in parts]
+        states = [progressed(session, recipe.id, candidates) for recipe in recipes]
+    open_parts = [place for place, state in enumerate(states) if state.todo]
+    results = [_result(None, *pair) for pair in zip(recipes, states, strict=True)]
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(_running(workspace, parts[place], recipes[place]))
+            for place in open_parts
+        ]
+        tallies = [
+            (place, Tally(run.id, recipes[place].id))
+            for place, run in zip(open_parts, runs, strict=True)
+        ]
+        for number, (place, tally) in enumerate(tallies):
+            work = work_of(tallies[number:])
+            outcome = _pass(workspace, work, tally, candidates, resources)
+            done = outcome.done + tally.beside
+            runs[number].result = {
+                "images": done, "failed": outcome.failed, "cells": tally.cells,
+            }  # fmt: skip
+            failures = tuple(outcome.failures)
+            results[place] = _result(
+                tally.run_id, recipes[place], states[place], done, failures, tally.cells
+            )
+    return results
+
+
+def _running(workspace: Workspace, part: Part, recipe: Recipe) -> AbstractContextManager[RunHandle]:
+    return running(workspace.database, recipe, parent_id=part.parent_id)
+
+
+def _registered(session: Session, part: Part) -> Recipe:
+    recipe = register(session, part.spec)
+    if part.on_register is not None:
+        part.on_register(session, recipe)
+    return recipe
+
+
+def _pass(
+    workspace: Workspace,
+    work: Work[Any, Any],
+    tally: Tally,
+    candidates: Select[int],
+    resources: Resources,
+) -> Outcome:
+    if tally.beside:
+        with workspace.database.read() as session:
+            if not progressed(session, tally.recipe_id, candidates).todo:
+                return Outcome()
+    share = Share(tally.run_id, tally.recipe_id, candidates)
+    return work_through(workspace.database, workspace.progress, work, share, resources)
 
 
 def _result(

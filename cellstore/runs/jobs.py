@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from ..db.models import Image, Job, Plate, Run, Well
-from ..db.statements import insert_from
+from ..db.statements import insert_from, insert_new
 from ..terms import Status
 from .leases import Owner, now
 
@@ -255,6 +255,49 @@ def close(session: Session, owner: Owner, tasks: Sequence[Task], seconds: float)
         .where(Job.id.in_([task.job_id for task in tasks]), _held(owner), unchanged)
         .values(status=Status.DONE, seconds=seconds, lease_until=None, error=None)
         .returning(Job.id)
+    )
+    return set(session.scalars(done))
+
+
+def open_beside(session: Session, recipe_id: int, tasks: Sequence[Task]) -> set[int]:
+    """Return the ids of those images of ``tasks`` that another recipe still has to do.
+
+    Jobs that somebody works on are left to him. See :func:`close_beside`.
+    """
+    ids = [task.image_id for task in tasks]
+    taken = select(Job.image_id).join(Image, Image.id == Job.image_id)
+    taken = taken.where(Job.recipe_id == recipe_id, content() == Job.content_sha256)
+    taken = taken.where(Job.status.in_((Status.DONE, Status.RUNNING)), Job.image_id.in_(ids))
+    return set(ids) - set(session.scalars(taken))
+
+
+def close_beside(session: Session, run_id: int, recipe_id: int, tasks: Sequence[Task]) -> set[int]:
+    """Close the jobs of another recipe for the images of ``tasks``, which were done in one go.
+
+    These jobs were never reserved: what decides is this one conditional UPDATE. Returns the ids
+    of the images whose jobs were open until now; results of others must not be written.
+    """
+    ids = [task.image_id for task in tasks]
+    shared = {"recipe_id": recipe_id, "run_id": run_id, "status": Status.PENDING}
+    rows = [
+        {**shared, "image_id": task.image_id, "content_sha256": task.content_sha256}
+        for task in sorted(tasks, key=lambda task: task.image_id)
+    ]
+    insert_new(session, Job, [{**row, "attempts": 0, "deaths": 0} for row in rows])
+    unchanged = exists().where(Image.id == Job.image_id, content() == Job.content_sha256)
+    done = (
+        update(Job)
+        .where(Job.recipe_id == recipe_id, Job.image_id.in_(ids), unchanged)
+        .where(Job.status.in_((Status.PENDING, Status.FAILED)))
+        .values(
+            status=Status.DONE,
+            run_id=run_id,
+            attempts=Job.attempts + 1,
+            error=None,
+            not_before=None,
+            worker=None,
+        )
+        .returning(Job.image_id)
     )
     return set(session.scalars(done))
 

@@ -106,7 +106,7 @@ def work_through(
         if share.again:
             jobs.forgive(session, share.recipe_id, share.candidates)
         state = jobs.progressed(session, share.recipe_id, share.candidates, unseen=share.unseen)
-    loop = _Loop(database, progress, work, share, owner, lease, crew)
+    loop = _Loop(database, progress, work, share, owner, lease, crew, state.todo)
     progress.start(work.label, state.todo)
     done = False
     try:
@@ -137,6 +137,7 @@ class _Loop:
     owner: Owner
     lease: float
     crew: Crew
+    left: int
     outcome: Outcome = field(default_factory=Outcome)
     _flying: dict[Future[list[Answer]], list[Task]] = field(default_factory=dict)
     _ready: list[tuple[Task, Success]] = field(default_factory=list)
@@ -172,20 +173,24 @@ class _Loop:
 
     def _hand_out(self, room: int) -> None:
         """Keep the crew busy: reserve jobs and submit them, a chunk for each that has room."""
-        tasks = self._reserved(room * self._chunk_size()) if room > 0 else []
+        size = self._chunk_size(room + len(self._flying))
+        tasks = self._reserved(room * size) if room > 0 else []
         if not tasks:
             return
+        self.left -= len(tasks)
         with self.database.read() as session:
             orders = self.work.fetch(session, tasks)
         batches = -(-len(tasks) // (room * self.work.batch))
         for chunk in _chunks(tasks, batches * self.work.batch):
             self._submit(chunk, orders)
 
-    def _chunk_size(self) -> int:
+    def _chunk_size(self, slots: int) -> int:
         if self._seconds is None:
             return self.work.batch
-        wanted = int(CHUNK_SECONDS / max(self._seconds, 1e-6) / self.work.batch)
-        return max(1, min(LARGEST_CHUNK // self.work.batch, wanted)) * self.work.batch
+        wanted = int(CHUNK_SECONDS / max(self._seconds, 1e-6))
+        # Smaller towards the end, so that all workers end at the same time.
+        fair = self.left // (2 * max(1, slots))
+        return max(1, min(LARGEST_CHUNK, wanted, fair) // self.work.batch) * self.work.batch
 
     def _reserved(self, number: int) -> list[Task]:
         """Reserve jobs, making those of the next images where none is open."""

@@ -259,9 +259,6 @@ def _measured(images: Select[int], source: CellSource, pixels: bool) -> Select[i
 
     An image without cells is measured, too. ``pixels``: not those that have not been seen.
     """
-    if not source.features.in_table:
-        found = images.where(_in_files(source))
-        return found.where(Image.content_sha256.is_not(None)) if pixels else found
     measured = aliased(Job)  # the jobs of this stage are looked up around it
     done = and_(
         measured.recipe_id == source.measure_id,
@@ -269,7 +266,11 @@ def _measured(images: Select[int], source: CellSource, pixels: bool) -> Select[i
         measured.content_sha256 == Image.content_sha256,
         measured.status == Status.DONE,
     )
-    return images.where(exists().where(done))
+    if source.features.in_table:
+        return images.where(exists().where(done))
+    imported = ~exists().where(measured.recipe_id == source.measure_id)
+    found = images.where(or_(exists().where(done), and_(imported, _in_files(source))))
+    return found.where(Image.content_sha256.is_not(None)) if pixels else found
 
 
 def _in_files(source: CellSource) -> ColumnElement[bool]:

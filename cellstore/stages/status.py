@@ -107,7 +107,7 @@ def status(workspace: Workspace) -> StatusResult:
             images=_count(session, Image),
             missing_images=_count(session, Image, Image.content_sha256.is_(None)),
             segmented=_images_done(session, Stage.SEGMENT, select(Recipe.id)),
-            measured=_images_done(session, Stage.MEASURE, _inputs_of_sets_in_files()),
+            measured=_images_done(session, Stage.MEASURE, _inputs_of_imported_sets()),
             cells=_count(session, Cell),
             excluded=_count(session, Cell, Cell.excluded.is_not(None)),
             features=_count(session, CellFeatures),
@@ -143,10 +143,12 @@ def _images_done(session: Session, stage: Stage, imported: Select[int]) -> int:
     return session.scalar(select(func.count()).select_from(Image).where(or_(done, given))) or 0
 
 
-def _inputs_of_sets_in_files() -> Select[int]:
+def _inputs_of_imported_sets() -> Select[int]:
+    """Segment recipes of feature sets that no job of ours fills."""
     query = select(RecipeInput.input_id)
     query = query.join(FeatureSet, FeatureSet.recipe_id == RecipeInput.recipe_id)
-    return query.where(FeatureSet.storage == FeatureStorage.FILES)
+    query = query.where(FeatureSet.storage == FeatureStorage.FILES)
+    return query.where(~exists().where(Job.recipe_id == FeatureSet.recipe_id))
 
 
 def _feature_sets(session: Session) -> tuple[FeatureSetStatus, ...]:

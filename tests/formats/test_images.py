@@ -165,6 +165,28 @@ def test_projections_of_three_planes() -> None:
     assert project(planes[:1], Projection.MEDIAN).tolist() == [[65535, 65535], [65535, 65535]]
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(2, 7),
+    st.sampled_from([np.uint8, np.uint16, np.int32, np.float32, np.float64]),
+    st.integers(0, 1000),
+)
+def test_a_median_of_planes_is_that_of_numpy(number: int, dtype: type, seed: int) -> None:
+    planes = np.random.default_rng(seed).integers(0, 200, (number, 4, 5)).astype(dtype)
+    planes[0] = planes[0] + dtype(0.5)
+    before = planes.copy()
+    for projection, function in ((Projection.MEDIAN, np.median), (Projection.MEAN, np.mean)):
+        expected = function(planes.astype(np.float64), axis=0).astype(np.float32)
+        assert np.array_equal(project(list(planes), projection), expected)
+    assert np.array_equal(planes, before)
+
+
+def test_planes_of_different_kinds_have_a_median() -> None:
+    planes = [np.full((1, 1), 3, np.uint8), np.full((1, 1), 2.5, np.float32), np.eye(1) * 70000]
+    assert project(planes, Projection.MEDIAN).tolist() == [[3]]
+    assert project(planes[:2], Projection.MEDIAN).tolist() == [[2.75]]
+
+
 def test_planes_of_different_shapes_name_both() -> None:
     with pytest.raises(ImageError, match="2x3 and 3x2"):
         project([np.zeros((2, 3)), np.zeros((3, 2))], Projection.MAX)

@@ -33,9 +33,9 @@ from cellstore.db.models import (
 )
 from cellstore.errors import BadTableError, StorageError, UserInputError
 from cellstore.formats.layouts import Layout
+from cellstore.reading import featurefiles
 from cellstore.runs import RecipeSpec, Workspace, register, running
 from cellstore.stages.ingest.account import Account
-from cellstore.stages.ingest.features import write as features_write
 from cellstore.stages.ingest.features.stage import FeaturesDone, ingest_features
 from cellstore.terms import FeatureStorage, Severity, Stage
 
@@ -330,7 +330,7 @@ def test_many_batches_and_files(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cellstore.formats.objects.cellprofiler.batch_rows", lambda _: 7)
-    monkeypatch.setattr(features_write, "ROWS_OF_FILE", 20)
+    monkeypatch.setattr(featurefiles, "ROWS_OF_FILE", 20)
     path = sqlite_source(tmp_path / "a.sqlite", 25)
     done = ingest(workspace, path, Layout.CELLPROFILER_SQLITE)
     assert (done.cells, done.new_images) == (50, 2)
@@ -364,7 +364,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features_write._HashingFile, "write", full)
+    monkeypatch.setattr(featurefiles._HashingFile, "write", full)
     with pytest.raises(StorageError, match="No space left"):
         ingest(workspace, site(tmp_path, 1, [1]))
     assert set(counts(workspace).values()) == {0}

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from small_training import TINY, Opener, checkpoint, said
 from sqlalchemy import func, select, update
 
-from cellstore.config import PredictParams
+from cellstore.config import MeasureParams, PredictParams, Selection
 from cellstore.db.models import (
     Cell,
     FeatureSet,
@@ -25,6 +25,7 @@ from cellstore.db.models import (
     SplitMember,
 )
 from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.ops.features import GROUPS
 from cellstore.reading import blocks
 from cellstore.reading.featuresets import FEATURE_COLUMNS
 from cellstore.runs import Workspace
@@ -112,6 +113,49 @@ def test_features_without_masks_train_a_tabular_network(built: Path, opened: Ope
     by_cell = {cell.id: row for cell, row in zip(mine, chances, strict=True)}
     for cell_id, _rank, label, probability in rows:
         assert probability == pytest.approx(by_cell[cell_id][meta.labels.index(label)], abs=1e-4)
+
+
+def test_a_network_learns_from_a_group_that_was_measured_here(built: Path, opened: Opener) -> None:
+    workspace = opened(built)
+    by_default = train(workspace, TINY, device="cpu")
+    measured = measure(workspace, MeasureParams(features=("intensity",)))
+    name = measured.feature_set
+    result = train(workspace, replace(TINY, features=name), device="cpu")
+    assert result.feature_set == name
+    assert set(result.branches) == {"mask", "flow", "tabular"}
+    _, record = checkpoint(workspace, result.run_id)
+    columns = [feature.name for feature in GROUPS["intensity"].columns(["DNA"])]
+    assert record["scaler"]["names"] == columns
+    rows = said(workspace, predict(workspace, run=str(result.run_id), device="cpu").run_id)
+    assert len({row[0] for row in rows}) == 2 * FOUR
+    assert train(workspace, TINY, device="cpu").run_id == by_default.run_id
+
+
+def test_images_not_measured_by_a_group_are_not_labelled(built: Path, opened: Opener) -> None:
+    """Their cells are within the range of cells of the file, and yet not in it."""
+    workspace = opened(built)
+    with workspace.database.read() as session:
+        images = session.scalars(select(Image.id).order_by(Image.id)).all()
+        tested = select(SplitMember.image_id).where(SplitMember.subset == Subset.TEST)
+        lacking = session.scalars(tested.where(SplitMember.image_id.in_(images[1:-1]))).first()
+    others = Selection(where=f"image_id != {lacking}")
+    name = measure(workspace, MeasureParams(features=("intensity",)), others).feature_set
+    result = train(workspace, replace(TINY, features=name), device="cpu")
+    everything = PredictParams(subset=None)
+    predict(workspace, everything, run=str(result.run_id), device="cpu")
+    with workspace.database.read() as session:
+        jobs = select(Job.image_id).join(Recipe).where(Recipe.stage == Stage.PREDICT)
+        assert sorted(session.scalars(jobs)) == [image for image in images if image != lacking]
+
+
+def test_a_side_that_a_group_was_not_measured_on_says_what_to_run(
+    built: Path, opened: Opener
+) -> None:
+    workspace = opened(built)
+    first = Selection(limit=1)
+    name = measure(workspace, MeasureParams(features=("texture",)), first).feature_set
+    with pytest.raises(UserInputError, match="Run: cellstore measure --features texture"):
+        train(workspace, replace(TINY, features=name), device="cpu")
 
 
 def test_the_scaler_of_a_set_knows_the_training_side_only(built: Path, opened: Opener) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -142,16 +143,28 @@ def project(planes: Sequence[NDArray[np.generic]], projection: Projection) -> ND
             )
     if len(planes) == 1:
         return planes[0].astype(np.float32)
-    stack = np.stack(planes).astype(np.float64, copy=False)
-    return _reduce(stack, projection).astype(np.float32)
+    return _reduce(np.stack(planes), projection).astype(np.float32)
 
 
-def _reduce(stack: NDArray[np.float64], projection: Projection) -> NDArray[np.float64]:
+def _reduce(stack: NDArray[np.generic], projection: Projection) -> NDArray[np.generic]:
     if projection is Projection.MEDIAN:
-        return np.asarray(np.median(stack, axis=0))
+        return _median(list(stack))
     if projection is Projection.MEAN:
-        return np.asarray(stack.mean(axis=0))
+        return np.asarray(stack.mean(axis=0, dtype=np.float64))
     return np.asarray(stack.max(axis=0))
+
+
+def _median(planes: list[NDArray[Any]]) -> NDArray[np.generic]:
+    """The values of ``numpy.median``, which takes thirty times as long for three planes."""
+    number = len(planes)
+    for turn in range(number):
+        for lower in range(turn % 2, number - 1, 2):
+            pair = planes[lower], planes[lower + 1]
+            planes[lower], planes[lower + 1] = np.minimum(*pair), np.maximum(*pair)
+    if number % 2:
+        return planes[number // 2]
+    between: NDArray[np.float64] = planes[number // 2 - 1].astype(np.float64) + planes[number // 2]
+    return between / 2
 
 
 def encode_tiff(array: NDArray[np.generic]) -> bytes:

@@ -203,7 +203,11 @@ def _what_lacks(plan: Plan) -> str:
         )
     if features.in_table:
         return "measured cells. Run: cellstore segment, then: cellstore measure"
-    return f"cells in feature set {features.name!r}. Ingest the features of these images too."
+    group = plan.measure.parameters.get("group")
+    lacking = f"cells in feature set {features.name!r}"
+    if group is not None:
+        return f"{lacking}. Run: cellstore measure --features {group}"
+    return f"{lacking}. Ingest the features of these images too."
 
 
 def commit(workspace: Workspace, plan: Plan) -> Recipe:

@@ -15,13 +15,12 @@ from sqlalchemy.orm import Session
 
 from ....db.bulk import bulk_insert, in_lists, take_ids
 from ....db.models import Artifact, Cell, FeatureFile, Segmentation
-from ....errors import StorageError
 from ....formats.objects.model import BOX, CENTRE, Integers, ObjectBatch, ObjectSource
 from ....formats.records import LONGEST
-from ....runs import Workspace, attach, keep_file
+from ....reading.featurefiles import FeatureWriter, register_files, stored_values
+from ....runs import Workspace
 from .accounts import Accounts
 from .target import TargetSet
-from .write import FeatureWriter, stored_values
 
 _CELL = ("id", "segmentation_id", "label", *BOX, *CENTRE, "excluded")
 _UNKNOWN = -1
@@ -77,7 +76,13 @@ class CellWriter:
             self._writer.finish()
         finally:
             self._writer.abandon()
-        self._keep_files()
+        register_files(
+            self._session,
+            self._workspace.artifacts,
+            self._target.id,
+            self._run_id,
+            self._writer.files,
+        )
 
     def _refuse_homeless(self) -> None:
         lost = np.flatnonzero(self._images == _UNKNOWN)
@@ -195,26 +200,6 @@ class CellWriter:
             for path, first, last in self._files
             if first <= ids[-1] and last >= ids[0]
         ]
-
-    def _keep_files(self) -> None:
-        for file in self._writer.files:
-            if not self._workspace.artifacts.locate(file.stored.path).is_file():
-                raise StorageError(
-                    f"The file {file.stored.path} was removed while it was written. Run the same "
-                    "command again."
-                )
-            artifact = keep_file(self._session, file.stored)
-            attach(self._session, self._run_id, artifact)
-            row = FeatureFile(
-                feature_set_id=self._target.id,
-                artifact_id=artifact,
-                run_id=self._run_id,
-                n_rows=file.rows,
-                first_cell_id=file.first_cell_id,
-                last_cell_id=file.last_cell_id,
-            )
-            self._session.add(row)
-        self._session.flush()
 
 
 def _chosen(values: pa.RecordBatch, places: Integers) -> pa.RecordBatch:

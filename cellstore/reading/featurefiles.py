@@ -15,11 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from sqlalchemy.orm import Session
 
-from ....artifacts import PART, ArtifactFolder, StoredFile, sync_folder
-from ....errors import StorageError
-from ....formats.objects.model import Integers, batch_rows
-from ....terms import ArtifactKind
+from ..artifacts import PART, ArtifactFolder, StoredFile, sync_folder
+from ..db.models import FeatureFile
+from ..errors import StorageError
+from ..formats.objects.model import Integers, batch_rows
+from ..runs import attach, keep_file
+from ..terms import ArtifactKind
 
 CELL_ID = "cell_id"
 ROWS_OF_FILE = 50_000
@@ -36,6 +39,38 @@ class WrittenFile(NamedTuple):
     rows: int
     first_cell_id: int
     last_cell_id: int
+
+
+def register_files(
+    session: Session,
+    artifacts: ArtifactFolder,
+    feature_set_id: int,
+    run_id: int,
+    files: Sequence[WrittenFile],
+) -> None:
+    """Insert the rows of files that are written.
+
+    Raises:
+        StorageError: one is gone again.
+    """
+    for file in files:
+        if not artifacts.locate(file.stored.path).is_file():
+            raise StorageError(
+                f"The file {file.stored.path} was removed while it was written. Run the same "
+                "command again."
+            )
+        artifact = keep_file(session, file.stored)
+        attach(session, run_id, artifact)
+        row = FeatureFile(
+            feature_set_id=feature_set_id,
+            artifact_id=artifact,
+            run_id=run_id,
+            n_rows=file.rows,
+            first_cell_id=file.first_cell_id,
+            last_cell_id=file.last_cell_id,
+        )
+        session.add(row)
+    session.flush()
 
 
 @dataclass
