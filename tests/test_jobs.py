@@ -1,132 +1,46 @@
-"""Jobs: each image once, one failure alone, and nothing lost when a worker dies."""
+"""Jobs: each image once, one failure alone, and what is tried again."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 from factories import Factory, sha
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlalchemy.orm import Session
+from tinyjobs import (
+    SPEC,
+    Steps,
+    change,
+    fill,
+    go,
+    labels,
+    left,
+    name_of,
+    statuses,
+    work_of,
+    write_label,
+)
 
-from cellstore.config import Resources, StoreSettings
-from cellstore.db.models import Image, Job, Label, Run
-from cellstore.errors import ImageError, RunCancelledError, StorageError, UserInputError
+from cellstore.db.models import Image, Job
+from cellstore.errors import ImageError
 from cellstore.progress import Silent
 from cellstore.runs import (
-    Outcome,
     RecipeSpec,
     Share,
     Task,
     Work,
     Workspace,
     jobs,
-    leases,
-    open_workspace,
     progressed,
     register,
     running,
     work,
     work_through,
 )
-from cellstore.runs.leases import Owner
-from cellstore.stages.jobs import cancel, list_jobs, retry
-from cellstore.terms import LabelField, Stage, Status
-
-SPEC = RecipeSpec(Stage.SEGMENT, 1, {"test": True})
-
-Compute = Callable[[Task], str]
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A step that computes with a function; pickles if the function does."""
-
-    function: Compute
-
-    def __call__(self) -> Steps:
-        return self
-
-    def read(self, order: Task) -> Task:
-        return order
-
-    def compute(self, loaded: Sequence[Task]) -> list[str]:
-        return [self.function(task) for task in loaded]
-
-    def keep(self, made: str) -> str:
-        return made
-
-
-def fill(workspace: Workspace, number: int = 3) -> list[Image]:
-    make = Factory(workspace)
-    plate = make.plate("P1")
-    return [make.image(make.well(plate, 1, column)) for column in range(1, number + 1)]
-
-
-def name_of(task: Task) -> str:
-    return task.name
-
-
-def write_label(session: Session, task: Task, result: str) -> None:
-    # Any row does: what matters is that it comes and goes with the job.
-    session.add(Label(field=LabelField.TARGET, value=result))
-
-
-def labels(workspace: Workspace) -> list[str]:
-    with workspace.database.read() as session:
-        return sorted(session.scalars(select(Label.value)))
-
-
-def statuses(workspace: Workspace) -> Counter[Status]:
-    with workspace.database.read() as session:
-        return Counter(session.scalars(select(Job.status)))
-
-
-def work_of(
-    compute: Compute = name_of,
-    write: Callable[[Session, Task, str], None] = write_label,
-    **more: Any,
-) -> Work[Task, str]:
-    def insert(session: Session, pairs: Sequence[tuple[Task, str]]) -> None:
-        for task, result in pairs:
-            write(session, task, result)
-
-    def fetch(_session: Session, tasks: Sequence[Task]) -> dict[int, Task]:
-        return {task.job_id: task for task in tasks}
-
-    return Work("test", Steps(compute), fetch, insert, **more)
-
-
-def go(
-    workspace: Workspace,
-    compute: Compute = name_of,
-    write: Callable[[Session, Task, str], None] = write_label,
-    resources: Resources | None = None,
-    **more: Any,
-) -> Outcome:
-    with workspace.database.begin() as session:
-        recipe = register(session, SPEC)
-    with running(workspace.database, recipe) as run:
-        return work_through(
-            workspace.database,
-            Silent(),
-            work_of(compute, write, **more),
-            Share(run.id, recipe.id, select(Image.id)),
-            resources,
-        )
-
-
-def left(workspace: Workspace) -> int:
-    with workspace.database.begin() as session:
-        return progressed(session, register(session, SPEC).id, select(Image.id)).todo
+from cellstore.stages.jobs import list_jobs, retry
+from cellstore.terms import Stage, Status
 
 
 @pytest.fixture(autouse=True)
@@ -192,82 +106,6 @@ def test_rows_of_a_failing_write_are_undone(workspace: Workspace):
     assert go(workspace, write=write).failed == 1
     assert labels(workspace) == []
     assert statuses(workspace) == {Status.FAILED: 1}
-
-
-def test_a_stop_between_compute_and_write_leaves_the_job_open(workspace: Workspace):
-    fill(workspace, 2)
-
-    def write(session: Session, task: Task, result: str) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        go(workspace, write=write)
-    assert labels(workspace) == []
-    assert statuses(workspace) == {Status.PENDING: 2}
-    with workspace.database.read() as session:
-        run = session.scalars(select(Run)).one()
-        assert set(session.scalars(select(Job.attempts))) == {0}
-    assert (run.status, run.error) == (Status.CANCELLED, "Stopped by Ctrl-C.")
-    assert go(workspace).done == 2
-
-
-def test_ctrl_c_finishes_what_is_in_hand_and_begins_nothing(sqlite_workspace: Workspace):
-    fill(sqlite_workspace, 9)
-
-    pressed = []
-
-    def compute(task: Task) -> str:
-        if not pressed:
-            pressed.append(True)
-            os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)  # until the main thread has heard of it
-        return task.name
-
-    with pytest.raises(KeyboardInterrupt):
-        go(sqlite_workspace, compute)
-    done = len(labels(sqlite_workspace))
-    assert 1 <= done <= 2  # the one at work, and the one that waited behind it
-    assert statuses(sqlite_workspace)[Status.DONE] == done
-    assert statuses(sqlite_workspace)[Status.RUNNING] == 0
-    assert go(sqlite_workspace).done == 9 - done
-
-
-def test_a_run_that_is_cancelled_ends_and_goes_on_later(workspace: Workspace, monkeypatch):
-    monkeypatch.setenv(leases.ENV_LEASE, "1")  # beats four times a second
-    fill(workspace, 4)
-
-    def compute(task: Task) -> str:
-        if cancel(workspace):
-            time.sleep(0.6)
-        return task.name
-
-    with pytest.raises(RunCancelledError, match="cancelled"):
-        go(workspace, compute)
-    with workspace.database.read() as session:
-        assert session.scalars(select(Run.status)).one() == Status.CANCELLED
-    done = len(labels(workspace))
-    assert 1 <= done < 4
-    assert go(workspace).done == 4 - done
-
-
-def test_what_is_over_cannot_be_cancelled(sqlite_workspace: Workspace):
-    fill(sqlite_workspace, 1)
-    go(sqlite_workspace)
-    assert cancel(sqlite_workspace) == ()
-    with pytest.raises(UserInputError, match="Run 1 is done"):
-        cancel(sqlite_workspace, "1")
-
-
-def test_a_full_disk_ends_the_run_and_gives_the_job_back(workspace: Workspace):
-    fill(workspace, 2)
-
-    def compute(task: Task) -> str:
-        raise StorageError("No space left on device.")
-
-    with pytest.raises(StorageError):
-        go(workspace, compute)
-    assert statuses(workspace) == {Status.PENDING: 2}
-    assert go(workspace).done == 2
 
 
 def test_an_error_that_may_pass_is_tried_again_by_itself(workspace: Workspace):
@@ -366,112 +204,6 @@ def test_an_image_without_an_order_fails_alone(workspace: Workspace):
     assert (outcome.done, outcome.failures) == (1, [("P1/r01c01f01", "No such channel.")])
 
 
-def test_the_job_of_a_killed_worker_comes_back(workspace: Workspace):
-    images = fill(workspace, 1)
-    with workspace.database.begin() as session:
-        recipe = register(session, SPEC)
-    dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
-    job = Factory(workspace).job(
-        dead, images[0], Status.RUNNING, worker="dead", lease_until=time.time() - 1, attempts=1
-    )
-    assert go(workspace).done == 1
-    with workspace.database.read() as session:
-        again = session.get_one(Job, job.id)
-        dead = session.get_one(Run, dead.id)
-    assert (again.status, again.attempts, again.lease_until) == (Status.DONE, 2, None)
-    assert (again.deaths, again.run_id != dead.id) == (1, True)
-    assert (dead.status, dead.error) == (Status.FAILED, "Its process died.")
-
-
-def test_the_job_of_a_process_that_is_gone_comes_back_at_once(workspace: Workspace):
-    image = fill(workspace, 1)[0]
-    with workspace.database.begin() as session:
-        recipe = register(session, SPEC)
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=int)
-    process.start()
-    here = Owner.of_this_process()
-    gone = Owner(here.host, process.pid or 0, here.machine, "1", "x")
-    process.join()
-    dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
-    far = time.time() + 1000
-    Factory(workspace).job(dead, image, Status.RUNNING, worker=gone.text, lease_until=far)
-    assert go(workspace).done == 1
-
-
-def test_a_living_owner_and_one_elsewhere_are_not_taken_for_dead():
-    here = Owner.of_this_process()
-    assert Owner.parse(here.text) == here
-    assert not here.is_dead()
-    assert not Owner("elsewhere", 1, "another machine", "1", "x").is_dead()
-    assert Owner.parse("somebody") is None
-
-
-def test_a_process_that_had_others_compute_does_not_blame_the_image(workspace: Workspace):
-    image = fill(workspace, 1)[0]
-    with workspace.database.begin() as session:
-        recipe = register(session, SPEC)
-    leader = Owner.of_this_process(computes=False).text
-    dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
-    late = time.time() - 1
-    job = Factory(workspace).job(
-        dead, image, Status.RUNNING, worker=leader, lease_until=late, attempts=1
-    )
-    assert go(workspace).done == 1
-    with workspace.database.read() as session:
-        again = session.get_one(Job, job.id)
-    assert (again.status, again.attempts, again.deaths) == (Status.DONE, 1, 0)
-
-
-def test_a_job_over_which_workers_die_has_failed_in_the_end(workspace: Workspace):
-    image = fill(workspace, 1)[0]
-    with workspace.database.begin() as session:
-        recipe = register(session, SPEC)
-    dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
-    Factory(workspace).job(
-        dead,
-        image,
-        Status.RUNNING,
-        worker="dead",
-        lease_until=time.time() - 1,
-        attempts=jobs.MOST_DEATHS,
-        deaths=jobs.MOST_DEATHS - 1,
-    )
-    assert go(workspace).done == 0
-    (failed,) = list_jobs(workspace, status="failed").jobs
-    assert "died 5 times" in (failed.reason or "")
-
-
-def test_a_job_in_other_hands_is_waited_for(sqlite_workspace: Workspace):
-    workspace = sqlite_workspace
-    image = fill(workspace, 1)[0]
-    with workspace.database.begin() as session:
-        recipe = register(session, SPEC)
-    other = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
-    Factory(workspace).job(
-        other, image, Status.RUNNING, worker="other", lease_until=time.time() + 0.4, attempts=1
-    )
-    started = time.monotonic()
-    assert go(workspace).done == 1
-    assert time.monotonic() - started > 0.3
-
-
-def test_the_lease_is_renewed_while_the_work_runs(sqlite_workspace: Workspace, monkeypatch):
-    monkeypatch.setattr(work, "lease_seconds", lambda: 0.4)
-    fill(sqlite_workspace, 1)
-    leases = []
-
-    def compute(task: Task) -> str:
-        for _ in range(2):
-            with sqlite_workspace.database.read() as session:
-                leases.append(session.get_one(Job, task.job_id).lease_until)
-            time.sleep(0.4)
-        return task.name
-
-    assert go(sqlite_workspace, compute).done == 1
-    assert leases[1] > leases[0]
-
-
 def test_an_image_whose_bytes_change_is_open_again(workspace: Workspace):
     image = fill(workspace, 2)[0]
     go(workspace)
@@ -481,13 +213,6 @@ def test_an_image_whose_bytes_change_is_open_again(workspace: Workspace):
     assert statuses(workspace) == {Status.DONE: 3}
     change(workspace, image, "image of nobody")
     assert left(workspace) == 1
-
-
-def change(workspace: Workspace, image: Image, content: str) -> None:
-    with workspace.database.begin() as session:
-        session.execute(
-            update(Image).where(Image.id == image.id).values(content_sha256=sha(content))
-        )
 
 
 def test_a_result_of_old_bytes_is_dropped(workspace: Workspace):
@@ -510,73 +235,3 @@ def test_another_recipe_starts_anew(workspace: Workspace):
     with workspace.database.begin() as session:
         other = register(session, RecipeSpec(Stage.SEGMENT, 1, {"test": False}))
         assert progressed(session, other.id, select(Image.id)).todo == 1
-
-
-def test_two_threads_share_the_work(workspace: Workspace):
-    fill(workspace, 12)
-    outcomes: list[Outcome] = []
-
-    def slow(task: Task) -> str:
-        time.sleep(0.02)
-        return f"{threading.get_ident()} {task.name}"
-
-    threads = [threading.Thread(target=lambda: outcomes.append(go(workspace, slow))) for _ in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(outcome.done for outcome in outcomes) == 12
-    done = [value.split(" ")[1] for value in labels(workspace)]
-    assert sorted(done) == sorted(set(done))
-    assert len(done) == 12
-
-
-def work_in_a_process(settings: StoreSettings, results: multiprocessing.Queue[int]) -> None:
-    """What another process does: open the store and work until nothing is left."""
-    workspace = open_workspace(settings)
-    results.put(go(workspace).done)
-    workspace.database.close()
-
-
-def die_over_the_second(task: Task) -> str:
-    if task.name.endswith("c02f01"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return task.name
-
-
-@pytest.mark.heavy
-def test_an_image_that_kills_its_worker_fails_alone(workspace: Workspace, monkeypatch):
-    monkeypatch.setattr(jobs, "MOST_DEATHS", 2)
-    fill(workspace, 6)
-    outcome = go(workspace, die_over_the_second, resources=Resources(workers=2))
-    assert (outcome.done, [name for name, _ in outcome.failures]) == (5, ["P1/r01c02f01"])
-    (failed,) = list_jobs(workspace, status="failed").jobs
-    assert (failed.image, failed.deaths) == ("P1/r01c02f01", 2)
-    assert "died 2 times" in (failed.reason or "")
-
-
-@pytest.mark.heavy
-def test_processes_of_this_machine_do_what_this_process_does(workspace: Workspace):
-    fill(workspace, 12)
-    assert go(workspace, resources=Resources(workers=2)).done == 12
-    assert labels(workspace) == [f"P1/r01c{column:02d}f01" for column in range(1, 13)]
-    with workspace.database.read() as session:
-        assert set(session.scalars(select(Job.attempts))) == {1}
-
-
-@pytest.mark.heavy
-def test_two_processes_share_the_work(workspace: Workspace):
-    fill(workspace, 12)
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    others = [
-        context.Process(target=work_in_a_process, args=(workspace.settings, results))
-        for _ in range(2)
-    ]
-    for process in others:
-        process.start()
-    done = sum(results.get(timeout=120) for _ in others)
-    for process in others:
-        process.join()
-    assert (done, len(labels(workspace))) == (12, 12)
-    assert statuses(workspace) == {Status.DONE: 12}
