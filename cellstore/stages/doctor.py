@@ -62,7 +62,9 @@ def _core() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     for extra, modules in MODULES.items():
         absent = missing_of(extra)
-        if absent:
+        if absent and extra == "segment-sam" and not missing_of("segment"):
+            yield Finding("extra", extra, "absent", "instead of segment, in its own environment")
+        elif absent:
             detail = f"{', '.join(absent)} not installed: pip install 'cellstore[{extra}]'"
             yield Finding("extra", extra, "absent", detail)
         else:

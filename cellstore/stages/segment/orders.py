@@ -61,7 +61,8 @@ class PlateDiameters:
         rows = session.execute(plates.order_by(Plate.id)).all()
         unknown = [row.barcode for row in rows if self.of_plate(session, row.id) is None]
         if unknown:
-            shown = ", ".join(unknown[:_SHOWN_PLATES]) + (", ..." if len(unknown) > 3 else "")
+            more = ", ..." if len(unknown) > _SHOWN_PLATES else ""
+            shown = ", ".join(unknown[:_SHOWN_PLATES]) + more
             raise UserInputError(
                 f"Recipe {self.source.id} has found no cells on {len(unknown)} of the plates "
                 f"({shown}), so their diameter is not known. Segment some images of each with that "
