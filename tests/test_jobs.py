@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from factories import Factory, sha
-from sqlalchemy import select
+from sqlalchemy import event, select
 from sqlalchemy.orm import Session
 from tinyjobs import (
     SPEC,
@@ -235,3 +236,38 @@ def test_another_recipe_starts_anew(workspace: Workspace):
     with workspace.database.begin() as session:
         other = register(session, RecipeSpec(Stage.SEGMENT, 1, {"test": False}))
         assert progressed(session, other.id, select(Image.id)).todo == 1
+
+
+def test_jobs_are_found_by_index_and_never_by_walking_all_of_them(workspace: Workspace):
+    fill(workspace, 5)
+    asked: list[tuple[str, Any]] = []
+
+    def listen(_connection, _cursor, statement, parameters, _context, executemany) -> None:
+        if "jobs" in statement and not executemany and not statement.startswith("INSERT"):
+            asked.append((statement, parameters))
+
+    event.listen(workspace.database.engine, "before_cursor_execute", listen)
+    go(workspace)
+    list_jobs(workspace, status="failed", recipe="1")
+    retry(workspace)
+    event.remove(workspace.database.engine, "before_cursor_execute", listen)
+    assert len(asked) > 8
+    scans = [plan for question in asked if (plan := walk_of_all_jobs(workspace, *question))]
+    assert scans == []
+
+
+def walk_of_all_jobs(workspace: Workspace, statement: str, parameters: Any) -> str | None:
+    """The step of the plan of a statement that walks through the whole table, if there is one."""
+    with workspace.database.engine.connect() as connection:
+        if workspace.database.is_sqlite:
+            rows = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            steps = [row[-1] for row in rows]
+            walks = [step for step in steps if step.startswith("SCAN jobs")]
+        else:
+            connection.exec_driver_sql("SET enable_seqscan = off")  # the tables are tiny
+            steps = [
+                row[0] for row in connection.exec_driver_sql(f"EXPLAIN {statement}", parameters)
+            ]
+            walks = [step for step in steps if "Seq Scan on jobs" in step]
+        connection.rollback()
+    return f"{walks}: {statement}" if walks else None

@@ -234,10 +234,10 @@ def _tasks(session: Session, ids: Sequence[int]) -> list[Task]:
 
 def held_by_others(session: Session, recipe_id: int, candidates: Select[int], owner: Owner) -> bool:
     """Whether other workers have candidates in hand, or one waits for its next try."""
-    elsewhere = and_(Job.status == Status.RUNNING, Job.worker != owner.text)
     query = select(Job.id).where(
         Job.recipe_id == recipe_id,
-        or_(elsewhere, Job.status == Status.PENDING),
+        Job.status.in_((Status.PENDING, Status.RUNNING)),
+        or_(Job.status == Status.PENDING, Job.worker != owner.text),
         _among(candidates),
     )
     return session.scalar(query.limit(1)) is not None
@@ -302,9 +302,16 @@ def close_beside(session: Session, run_id: int, recipe_id: int, tasks: Sequence[
     return set(session.scalars(done))
 
 
-def release(session: Session, owner: Owner, jobs: Iterable[int] | None = None) -> None:
-    """Give jobs back that were not worked on; ``None``: all that ``owner`` has in hand."""
-    mine = _held(owner) if jobs is None else and_(Job.id.in_(list(jobs)), _held(owner))
+def release(session: Session, owner: Owner, jobs: Iterable[int]) -> None:
+    """Give jobs back that were not worked on."""
+    session.execute(
+        update(Job).where(Job.id.in_(list(jobs)), _held(owner)).values(**_AS_IF_NEVER_TAKEN)
+    )
+
+
+def release_all(session: Session, owner: Owner, recipe_id: int) -> None:
+    """Give back all jobs of a recipe that ``owner`` has in hand."""
+    mine = and_(Job.recipe_id == recipe_id, _held(owner))
     session.execute(update(Job).where(mine).values(**_AS_IF_NEVER_TAKEN))
 
 
@@ -369,7 +376,9 @@ def take_back(session: Session, recipe_id: int) -> int:
 
 
 def _still_working() -> ColumnElement[bool]:
-    return exists().where(Job.run_id == Run.id, Job.status == Status.RUNNING)
+    return exists().where(
+        Job.recipe_id == Run.recipe_id, Job.status == Status.RUNNING, Job.run_id == Run.id
+    )
 
 
 def _after_death(session: Session, which: ColumnElement[bool]) -> Any:

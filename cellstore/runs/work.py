@@ -334,7 +334,7 @@ class _Loop:
     def release(self) -> None:
         """Give back what is in hand. If that fails, the leases will run out by themselves."""
         with suppress(CellstoreError), self.database.begin() as session:
-            jobs.release(session, self.owner)
+            jobs.release_all(session, self.owner, self.share.recipe_id)
 
 
 def _chunks(tasks: Sequence[Task], size: int) -> Iterator[list[Task]]:

@@ -211,9 +211,12 @@ def retry(
         UnknownNameError: there is no such stage, run or image.
     """
     with workspace.database.begin() as session:
-        which: list[ColumnElement[bool]] = [Job.status == Status.FAILED]
-        if stage is not None:
-            which.append(Job.recipe_id.in_(select(Recipe.id).where(Recipe.stage == _stage(stage))))
+        stages = STAGES if stage is None else (_stage(stage),)
+        recipes = select(Recipe.id).where(Recipe.stage.in_(stages))
+        which: list[ColumnElement[bool]] = [
+            Job.recipe_id.in_(recipes),
+            Job.status == Status.FAILED,
+        ]
         if run is not None:
             which.append(Job.run_id == run_in(session, run, STAGES).id)
         if image is not None:
