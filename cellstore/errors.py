@@ -10,6 +10,7 @@ CellstoreError
 │   ├── StoreNotFoundError               no store here or upwards
 │   ├── SchemaError                      its schema is older or newer than this library
 │   └── DatabaseError                    the database cannot be reached or refused
+│       └── ConflictError                  two transactions stood in each other's way
 ├── StorageError (OSError)             a file could not be written or has changed on disk
 ├── MissingExtraError (ImportError)    an optional part of cellstore is not installed
 ├── JobsFailedError (RuntimeError)     some images failed; the others are done
@@ -72,6 +73,10 @@ class SchemaError(StoreError):
 
 class DatabaseError(StoreError):
     """The database cannot be reached, or refused."""
+
+
+class ConflictError(DatabaseError):
+    """Two transactions waited for each other, and this one was undone: do it again."""
 
 
 class StorageError(CellstoreError, OSError):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from factories import Factory
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 from tinyjobs import (
     SPEC,
@@ -18,6 +18,7 @@ from tinyjobs import (
     go,
     labels,
     statuses,
+    write_label,
 )
 
 from cellstore.config import Resources, StoreSettings
@@ -294,3 +295,19 @@ def test_two_processes_share_the_work(workspace: Workspace):
         process.join()
     assert (done, len(labels(workspace))) == (12, 12)
     assert statuses(workspace) == {Status.DONE: 12}
+
+
+@pytest.mark.postgres
+def test_a_transaction_that_stood_in_anothers_way_is_done_again(postgres_workspace: Workspace):
+    fill(postgres_workspace, 2)
+    tries = []
+
+    def write(session: Session, task: Task, result: str) -> None:
+        tries.append(task.name)
+        if len(tries) == 1:
+            session.execute(text("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$"))
+        write_label(session, task, result)
+
+    assert go(postgres_workspace, write=write).done == 2
+    assert labels(postgres_workspace) == ["P1/r01c01f01", "P1/r01c02f01"]
+    assert len(tries) > 2

@@ -21,12 +21,13 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import DatabaseError as SqlDatabaseError
 from sqlalchemy.orm import Session
 
-from ..errors import DatabaseError, MissingExtraError, StorageError, UserInputError
+from ..errors import ConflictError, DatabaseError, MissingExtraError, StorageError, UserInputError
 
 SQLITE_BUSY_MS = 300_000  # a table of a million rows is one transaction of a minute
 UNWRITABLE = re.compile(
     r"disk is full|disk full|no space left|readonly database|read-only|disk i/o error"
 )
+CONFLICTS = ("40001", "40P01")  # PostgreSQL: serialization failure, deadlock
 SQLITE_CACHE_KIB = 65_536
 # libpq also takes secrets as parameters: password, passfile, sslpassword, scram_client_key, ...
 SECRET_PARAMETER = re.compile(r"pass|pwd|secret|scram_\w+_key", re.IGNORECASE)
@@ -93,6 +94,10 @@ def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageErr
         return StorageError(
             f"The database {database.shown} cannot be written: {text}. "
             "Free some space or mend the permissions, then run the same command again."
+        )
+    if getattr(error.orig, "sqlstate", None) in CONFLICTS:
+        return ConflictError(
+            f"Another command stood in the way of this one in {database.shown}. Run it again."
         )
     if "locked" in lowered:
         return DatabaseError(

@@ -29,6 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
+from ..db.bulk import in_lists
 from ..db.models import Image, Job, Plate, Run, Well
 from ..db.statements import insert_from, insert_new
 from ..terms import Status
@@ -360,19 +361,26 @@ def take_back(session: Session, recipe_id: int) -> int:
     dead = [name for name, owner in owners.items() if owner and owner.is_dead()]
     leading = [name for name, owner in owners.items() if owner and not owner.computes]
     gone = and_(running, or_(Job.lease_until < now(session), Job.worker.in_(dead)))
-    runs = list(session.scalars(select(Job.run_id).where(gone).distinct()))
-    if not runs:
+    # What somebody closes just now is not gone.
+    found = select(Job.id, Job.run_id).where(gone).with_for_update(skip_locked=True)
+    rows = session.execute(found).all()
+    if not rows:
         return 0
-    given_back: Any = session.execute(
-        update(Job).where(gone, Job.worker.in_(leading)).values(**_AS_IF_NEVER_TAKEN)
-    )
-    freed: Any = session.execute(_after_death(session, gone))
+    freed = 0
+    for ids in in_lists([row.id for row in rows]):
+        these = and_(Job.id.in_(ids), gone)
+        given_back: Any = session.execute(
+            update(Job).where(these, Job.worker.in_(leading)).values(**_AS_IF_NEVER_TAKEN)
+        )
+        buried: Any = session.execute(_after_death(session, these))
+        freed += int(given_back.rowcount + buried.rowcount)
     session.execute(
         update(Run)
-        .where(Run.id.in_(runs), Run.status == Status.RUNNING, ~_still_working())
+        .where(Run.id.in_({row.run_id for row in rows}), Run.status == Status.RUNNING)
+        .where(~_still_working())
         .values(status=Status.FAILED, error="Its process died.")
     )
-    return int(given_back.rowcount + freed.rowcount)
+    return freed
 
 
 def _still_working() -> ColumnElement[bool]:

@@ -158,5 +158,8 @@ def _renew(session: Session, recipe_id: int, run_id: int, owner: Owner, seconds:
         Job.status == Status.RUNNING,
         Job.worker == owner.text,
     )
-    session.execute(update(Job).where(*held).values(lease_until=now(session) + seconds))
+    # Rows that are being closed just now are passed over, so that neither waits for the other.
+    free = select(Job.id).where(*held).with_for_update(skip_locked=True)
+    lease = now(session) + seconds
+    session.execute(update(Job).where(Job.id.in_(free)).values(lease_until=lease))
     return session.scalar(select(Run.status).where(Run.id == run_id)) == Status.CANCELLED

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from ..config import THIS_PROCESS, Resources
 from ..db.session import Database
-from ..errors import CellstoreError, DatabaseError, RunCancelledError, StorageError
+from ..errors import CellstoreError, ConflictError, DatabaseError, RunCancelledError, StorageError
 from ..progress import Progress
 from . import jobs
 from .crews import Crew, WorkerDiedError, open_crew
@@ -33,6 +33,8 @@ START_SECONDS = 0.02
 CHUNK_SECONDS = 2.0
 """How long a worker should be busy with one chunk: long enough to hide the way there and back."""
 LARGEST_CHUNK = 64
+MOST_CONFLICTS = 5
+"""How often rows are written again because another transaction stood in the way."""
 MOST_WRITTEN = 64
 """Images whose rows are written in one transaction at most, when they come in that fast."""
 
@@ -305,19 +307,27 @@ class _Loop:
 
     def _written(self, ready: list[tuple[Task, Success]]) -> int:
         """Write rows and close jobs, but of those that are no longer ours; return how many."""
+        conflicts = 0
         while ready:
-            seconds = sum(answer.seconds for _, answer in ready) / len(ready)
             packed = self.work.pack([(task, answer.result) for task, answer in ready])
             try:
-                with self.database.begin() as session:
-                    ours = jobs.close(session, self.owner, [task for task, _ in ready], seconds)
-                    if len(ours) < len(ready):
-                        raise _LostError(ours)
-                    self.work.insert(session, packed)
+                self._write_now(ready, packed)
                 return len(ready)
             except _LostError as lost:
                 ready = [pair for pair in ready if pair[0].job_id in lost.ours]
+            except ConflictError:
+                conflicts += 1
+                if conflicts >= MOST_CONFLICTS:
+                    raise
         return 0
+
+    def _write_now(self, ready: list[tuple[Task, Success]], packed: Any) -> None:
+        seconds = sum(answer.seconds for _, answer in ready) / len(ready)
+        with self.database.begin() as session:
+            ours = jobs.close(session, self.owner, [task for task, _ in ready], seconds)
+            if len(ours) < len(ready):
+                raise _LostError(ours)
+            self.work.insert(session, packed)
 
     def _nothing_left(self) -> bool:
         """Whether nobody else has jobs of ours that may come back; frees those of the dead."""
