@@ -30,6 +30,7 @@ from cellstore.progress import Silent
 from cellstore.runs import (
     RecipeSpec,
     Share,
+    Tally,
     Task,
     Work,
     Workspace,
@@ -271,3 +272,14 @@ def walk_of_all_jobs(workspace: Workspace, statement: str, parameters: Any) -> s
             walks = [step for step in steps if "Seq Scan on jobs" in step]
         connection.rollback()
     return f"{walks}: {statement}" if walks else None
+
+
+def test_a_tally_counts_what_was_committed(workspace: Workspace):
+    tally = Tally(1, 1)
+    with workspace.database.begin() as session:
+        tally.add(session, 3)
+        assert tally.cells == 0
+    with pytest.raises(ImageError), workspace.database.begin() as session:
+        tally.add(session, 4)
+        raise ImageError("undone")
+    assert tally.cells == 3

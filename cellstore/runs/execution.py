@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, event, func, select
 from sqlalchemy.orm import Session
 
 from ..config import Resources
@@ -67,6 +67,15 @@ class Tally:
     recipe_id: int
     cells: int = 0
     beside: int = 0
+
+    def add(self, session: Session, cells: int, beside: int = 0) -> None:
+        """Count what a transaction writes once it is committed; one that is undone counts not."""
+
+        def kept(_session: Session) -> None:
+            self.cells += cells
+            self.beside += beside
+
+        event.listen(session, "after_commit", kept, once=True)
 
 
 @dataclass(frozen=True)

@@ -430,7 +430,7 @@ def _work(labeller: _Labeller, tally: Tally) -> Work[int, list[dict[str, Any]]]:
             if rows:
                 keys = {"run_id": tally.run_id}
                 session.execute(insert(Prediction), [{**row, **keys} for row in rows])
-            tally.cells += len({row["cell_id"] for row in rows})
+            tally.add(session, len({row["cell_id"] for row in rows}))
 
     return Work("predict", lambda: labeller, fetch, write)
 

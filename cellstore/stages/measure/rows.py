@@ -154,8 +154,7 @@ class _Writer:
             counts[target.plan.name] = len(pairs), sum(len(made.cell_ids) for _, made in pairs)
         for target in self.targets:  # last, when nothing can go wrong any more
             images, cells = counts[target.plan.name]
-            target.tally.cells += cells
-            target.tally.beside += images if target.beside else 0
+            target.tally.add(session, cells, images if target.beside else 0)
 
     def _closed(self, session: Session, target: Target, pairs: Pairs) -> Pairs:
         tally, tasks = target.tally, [task for task, _ in pairs]

@@ -228,7 +228,7 @@ def segment_work(
     def insert(session: Session, pairs: Sequence[tuple[Task, Found]]) -> None:
         for task, found in pairs:
             _insert(session, task, tally, found)
-            tally.cells += len(found.cells)
+            tally.add(session, len(found.cells))
 
     return Work("segment", steps, fetch, insert, batch=_batch(steps.device))
 
