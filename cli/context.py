@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn, ParamSpec
 import typer
 
 from cellstore.errors import CellstoreError
+from cellstore.progress import Silent
 
 if TYPE_CHECKING:
     from cellstore import Store
@@ -46,14 +47,22 @@ def open_store(ctx: typer.Context, given: Path | None, *, quiet: bool = False) -
 
 
 def listener(*, quiet: bool) -> Progress:
-    """Return what shows progress: a bar on a terminal, else nothing."""
-    from cellstore.progress import Silent
-
-    if quiet or not sys.stderr.isatty():
+    """Return what shows progress: a bar on a terminal, elsewhere only what is worth a line."""
+    if quiet:
         return Silent()
+    if not sys.stderr.isatty():
+        return _Notes()
     from .progress import Bar
 
     return Bar()
+
+
+class _Notes(Silent):
+    """Writes the notes to stderr, for logs and pipes, and draws no bar."""
+
+    def note(self, text: str) -> None:
+        """Write one line."""
+        say(text)
 
 
 def sentences(command: Callable[P, None]) -> Callable[P, None]:

@@ -153,6 +153,11 @@ def segment(
         diameter_from=diameter_from,
     )
     chosen = selection(plate, well, where, limit)
+    if preview is not None and (dry_run or workers > 1 or scheduler):
+        raise typer.BadParameter(
+            "--preview looks at a few images in this process: leave --dry-run, --workers and "
+            "--scheduler away."
+        )
     if preview is not None:
         with open_store(ctx, store, quiet=as_json) as opened:
             shown = opened.preview(
@@ -238,14 +243,15 @@ def end_jobs(results: Sequence[JobsResult], verb: str) -> None:
         return
     failed = {name for result in results for name, _ in result.failures}
     end_with_failures(len(failed), max(result.done for result in results), verb)
-    _end_with_earlier_failures(max(result.failed_before for result in results))
+    end_with_earlier_failures(max(result.failed_before for result in results))
 
 
-def _end_with_earlier_failures(failed: int) -> None:
+def end_with_earlier_failures(failed: int) -> None:
+    """End with 1 if images failed in earlier runs."""
     if failed:
         say(
-            f"Error: {render.count(failed, 'image')} failed before and were left alone. See why "
-            "with: cellstore jobs --failed. Open them for another try with: cellstore retry"
+            f"Error: {render.count(failed, 'image')} failed before, left alone now. See why with: "
+            "cellstore jobs --failed. Another try: cellstore retry"
         )
         raise typer.Exit(1)
 

@@ -77,7 +77,7 @@ def jobs(
             stage=stage.value if stage else None,
             status=status,
             recipe=recipe,
-            limit=limit if status or as_json else 1,
+            limit=limit if status or as_json else 0,
         )
     if as_json:
         render.as_json(result)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +24,7 @@ from . import (
     setup,
     splits,
 )
+from .context import STOPPED
 from .options import StoreOption
 
 ORDER = (
@@ -98,4 +102,17 @@ app.add_typer(setup.db, name="db")
 
 def run() -> None:
     """Run the command line; the console script ``cellstore``."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == STOPPED:
+            _leave_at_once()
+        raise
+
+
+def _leave_at_once() -> None:
+    """End a command that was stopped: what it dropped may still be at work in a thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(STOPPED)

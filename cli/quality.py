@@ -14,7 +14,12 @@ from cellstore.terms import CellFlagReason, ImageFlagReason
 
 from . import render
 from .context import open_store, say, sentences
-from .images import end_with_failures, list_failures, show_forecast
+from .images import (
+    end_with_earlier_failures,
+    end_with_failures,
+    list_failures,
+    show_forecast,
+)
 from .options import (
     DryRunOption,
     JsonOption,
@@ -145,6 +150,7 @@ def qc(
         _show(result, listed=listed)
     if not dry_run:
         end_with_failures(len(result.failures), result.done, "looked at")
+        end_with_earlier_failures(result.failed_before)
 
 
 def _show(result: QcResult, *, listed: bool) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 from factories import Factory
@@ -14,6 +15,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 from tinyjobs import (
     SPEC,
+    Steps,
     fill,
     go,
     labels,
@@ -109,16 +111,48 @@ def test_what_is_over_cannot_be_cancelled(sqlite_workspace: Workspace):
         cancel(sqlite_workspace, "1")
 
 
-def test_a_full_disk_ends_the_run_and_gives_the_job_back(workspace: Workspace):
-    fill(workspace, 2)
+@dataclass(frozen=True)
+class FullDisk(Steps):
+    """A step whose files cannot be written."""
+
+    def keep(self, made: str) -> str:
+        if made.endswith("c02f01"):
+            raise StorageError("No space left on device.")
+        return made
+
+
+def test_a_full_disk_ends_the_run_and_gives_the_jobs_back(workspace: Workspace):
+    fill(workspace, 3)
+    with pytest.raises(StorageError):
+        go(workspace, steps=FullDisk)
+    assert labels(workspace) == ["P1/r01c01f01"]  # what was done is not lost
+    assert statuses(workspace) == {Status.DONE: 1, Status.PENDING: 2}
+    assert go(workspace).done == 2
+
+
+def test_a_stored_file_that_cannot_be_read_fails_its_image_alone(workspace: Workspace):
+    fill(workspace, 3)
 
     def compute(task: Task) -> str:
-        raise StorageError("No space left on device.")
+        if task.name.endswith("c02f01"):
+            raise StorageError("The stored file is not what was written.")
+        return task.name
 
-    with pytest.raises(StorageError):
-        go(workspace, compute)
-    assert statuses(workspace) == {Status.PENDING: 2}
-    assert go(workspace).done == 2
+    outcome = go(workspace, compute)
+    assert (outcome.done, [name for name, _ in outcome.failures]) == (2, ["P1/r01c02f01"])
+
+
+def test_a_run_whose_process_died_is_closed_by_the_next(workspace: Workspace):
+    fill(workspace, 1)
+    here = Owner.of_this_process()
+    gone = Owner(here.host, here.pid, here.machine, "1", "alone-1").text
+    dead = Factory(workspace).run(Stage.TRAIN, status=Status.RUNNING, process=gone)
+    alive = Factory(workspace).run(Stage.TRAIN, status=Status.RUNNING, process=here.text)
+    go(workspace)
+    with workspace.database.read() as session:
+        closed, still = session.get_one(Run, dead.id), session.get_one(Run, alive.id)
+    assert (closed.status, closed.error) == (Status.FAILED, "Its process died.")
+    assert still.status == Status.RUNNING
 
 
 def test_the_job_of_a_killed_worker_comes_back(workspace: Workspace):
@@ -166,7 +200,7 @@ def test_a_process_that_had_others_compute_does_not_blame_the_image(workspace: W
     image = fill(workspace, 1)[0]
     with workspace.database.begin() as session:
         recipe = register(session, SPEC)
-    leader = Owner.of_this_process(computes=False).text
+    leader = Owner("elsewhere", 1, "another machine", "1", "crew-1").text
     dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
     late = time.time() - 1
     job = Factory(workspace).job(

@@ -80,6 +80,7 @@ def statuses(workspace: Workspace) -> Counter[Status]:
 def work_of(
     compute: Compute = name_of,
     write: Callable[[Session, Task, str], None] = write_label,
+    steps: type[Steps] = Steps,
     **more: Any,
 ) -> Work[Task, str]:
     def insert(session: Session, pairs: Sequence[tuple[Task, str]]) -> None:
@@ -89,7 +90,7 @@ def work_of(
     def fetch(_session: Session, tasks: Sequence[Task]) -> dict[int, Task]:
         return {task.job_id: task for task in tasks}
 
-    return Work("test", Steps(compute), fetch, insert, **more)
+    return Work("test", steps(compute), fetch, insert, **more)
 
 
 def go(

@@ -210,7 +210,10 @@ class SplitMember(Base):
 
 
 class Run(Base):
-    """One execution of a stage. ``query`` is the SQL through which it read its cells."""
+    """One execution of a stage. ``query`` is the SQL through which it read its cells.
+
+    ``process`` names the process that runs it, so that one that died is known.
+    """
 
     __tablename__ = "runs"
     __table_args__ = (Index(None, "stage", "recipe_id"),)
@@ -228,6 +231,7 @@ class Run(Base):
     environment: Mapped[dict[str, Any]]
     host: Mapped[Name]
     user: Mapped[Name]
+    process: Mapped[Name | None]
     started_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
     result: Mapped[dict[str, Any] | None]

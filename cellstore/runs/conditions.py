@@ -100,14 +100,28 @@ def _condition(node: Any) -> ColumnElement[bool]:
 
 def _comparison(node: Any) -> Any:
     if isinstance(node, exp.In) and node.expressions and not node.args.get("query"):
-        return _compared(node.this).in_([_value(item) for item in node.expressions])
+        left = _compared(node.this)
+        return left.in_([_value(item, left) for item in node.expressions])
     if isinstance(node, exp.Between):
-        low, high = _value(node.args["low"]), _value(node.args["high"])
-        return _compared(node.this).between(low, high)
+        left = _compared(node.this)
+        return left.between(_value(node.args["low"], left), _value(node.args["high"], left))
     compare = _COMPARISONS.get(type(node))
     if compare is None:
         raise _refused(node.sql(), "this is no comparison that is known here")
-    return compare(_compared(node.this), _operand(node.expression))
+    left = _compared(node.this)
+    _check_kind(node, left)
+    return compare(left, _operand(node.expression, left))
+
+
+def _check_kind(node: Any, left: Any) -> None:
+    if isinstance(node, exp.Like | exp.ILike) and not _is_text(left):
+        raise _refused(node.sql(), "LIKE is for columns of text")
+    if isinstance(node, exp.Is) and not isinstance(node.expression, exp.Null):
+        raise _refused(node.sql(), "IS goes with NULL; compare values with =")
+
+
+def _is_text(column: Any) -> bool:
+    return isinstance(column.type, String)
 
 
 def _compared(node: Any) -> Any:
@@ -115,10 +129,12 @@ def _compared(node: Any) -> Any:
     match node:
         case exp.Paren():
             return _compared(node.this)
-        case exp.Lower():
-            return func.lower(_compared(node.this))
-        case exp.Upper():
-            return func.upper(_compared(node.this))
+        case exp.Lower() | exp.Upper():
+            inner = _compared(node.this)
+            if not _is_text(inner):
+                raise _refused(node.sql(), "lower and upper are for columns of text")
+            change = func.lower if isinstance(node, exp.Lower) else func.upper
+            return change(inner, type_=String)
         case exp.Column() if len(node.parts) == 1:
             return _column(node.name)
     raise _refused(node.sql(), "the left side of a comparison is the name of a column")
@@ -133,18 +149,30 @@ def _column(name: str) -> Any:
     return found
 
 
-def _operand(node: Any) -> Any:
-    if isinstance(node, exp.Column | exp.Lower | exp.Upper):
-        return _compared(node)
-    return _value(node)
+def _operand(node: Any, left: Any) -> Any:
+    if not isinstance(node, exp.Column | exp.Lower | exp.Upper):
+        return _value(node, left)
+    right = _compared(node)
+    if _is_text(left) is not _is_text(right):
+        raise _refused(node.sql(), "text and numbers cannot be compared")
+    return right
 
 
-def _value(node: Any) -> Any:
+def _value(node: Any, left: Any) -> Any:
+    """A plain value, of the kind of the column ``left``."""
+    if isinstance(node, exp.Null):
+        return null()
+    value = _plain(node)
+    if isinstance(value, str) is not _is_text(left):
+        kind = "text; put it in single quotes" if _is_text(left) else "a number"
+        raise _refused(node.sql(), f"the column takes {kind}")
+    if not isinstance(value, str) and abs(value) >= 2**63:
+        raise _refused(node.sql(), "the number is too large")
+    return value
+
+
+def _plain(node: Any) -> Any:
     match node:
-        case exp.Null():
-            return null()
-        case exp.Boolean():
-            return node.this
         case exp.Neg() if isinstance(node.this, exp.Literal) and not node.this.is_string:
             return -_number(node.this)
         case exp.Literal():

@@ -6,7 +6,10 @@ future fails with :class:`WorkerDiedError`, which tells whether the chunk was th
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +21,6 @@ from typing import Any, Protocol
 from ..config import Resources
 from ..errors import (
     CellstoreError,
-    DatabaseError,
     MissingExtraError,
     StoreError,
     UserInputError,
@@ -32,6 +34,9 @@ MOST_FALSE_STARTS = 10
 """After so many deaths before it could do anything, a worker is not started again."""
 
 CONNECT_SECONDS = 10
+DESERTED_SECONDS = 60
+"""How long a Dask cluster may be without any worker."""
+DESERTED_POLL = 0.5
 
 Make = Callable[[], AnyStep]
 
@@ -189,12 +194,14 @@ class LocalProcesses:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
+        self._processes: list[_Process] = []
+        self._working: list[_Process] = []
 
     def start(self, make: Make) -> None:
         """Start the processes."""
         threads = max(1, cores() // self._workers)
-        self._processes = [_Process(threads, make) for _ in range(self._workers)]
-        self._working: list[_Process] = []
+        for _ in range(self._workers):
+            self._processes.append(_Process(threads, make))
 
     def room(self, flying: int) -> int:
         """One chunk at work and one that waits, for each process that is up."""
@@ -226,26 +233,26 @@ class DaskCluster:
     computes_here = False
 
     def __init__(self, address: str) -> None:
+        self._address = address
+        if not re.fullmatch(r"[a-z]+://\S+:\d+", address):
+            raise UserInputError(
+                f"{address!r} is no address of a Dask scheduler. It looks like tcp://host:8786."
+            )
         try:
             import distributed
         except ModuleNotFoundError as error:
             raise MissingExtraError.of("distributed", "distributed") from error
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # we say it in a sentence
         make_client: Any = distributed.Client
         try:
             self._client = make_client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-            threads = sum(self._client.nthreads().values())
         except (OSError, ValueError, TimeoutError) as error:
             raise StoreError(
                 f"The Dask scheduler at {address} does not answer. Check the address, or leave "
                 "--scheduler out to work on this machine."
             ) from error
-        if not threads:
-            self._client.close()
-            raise StoreError(
-                f"The Dask scheduler at {address} has no workers. Start some with: "
-                f"dask worker {address}"
-            )
         self._executor: Executor = self._client.get_executor(pure=False, retries=0)
+        self._deserted: float | None = None
 
     def start(self, make: Make) -> None:
         """Make nothing yet: each worker makes its step when it gets its first chunk."""
@@ -253,37 +260,55 @@ class DaskCluster:
 
     def room(self, flying: int) -> int:
         """Two chunks for each thread of the workers that there are now."""
-        threads: int = sum(self._client.nthreads().values())
-        return CHUNKS * threads - flying
+        threads = self._threads()
+        if threads:
+            self._deserted = None
+            return CHUNKS * threads - flying
+        self._deserted = self._deserted or time.monotonic()
+        if time.monotonic() - self._deserted > DESERTED_SECONDS:
+            raise StoreError(
+                f"The Dask scheduler at {self._address} has no workers. Start some with: "
+                f"dask worker {self._address}"
+            )
+        time.sleep(DESERTED_POLL)
+        return 0
+
+    def _threads(self) -> int:
+        try:
+            return sum(self._client.nthreads().values())
+        except (OSError, TimeoutError, AssertionError) as error:
+            raise self._gone() from error
+
+    def _gone(self) -> StoreError:
+        return StoreError(
+            f"The Dask scheduler at {self._address} is gone. What is done is kept; start it again "
+            "and run the same command."
+        )
 
     def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
         """Give a chunk to the scheduler."""
         told: Future[list[Answer]] = Future()
         told.set_running_or_notify_cancel()
         inner = self._executor.submit(carry_out, self._make, orders, batch)
-        inner.add_done_callback(partial(_tell_of_dask, told))
+        inner.add_done_callback(partial(self._tell, told))
         return told
+
+    def _tell(self, told: Future[list[Answer]], inner: Future[list[Answer]]) -> None:
+        from distributed.scheduler import KilledWorker
+
+        error = self._gone() if inner.cancelled() else inner.exception()
+        if isinstance(error, KilledWorker):
+            told.set_exception(WorkerDiedError(suspect=True))
+        elif error is not None:
+            told.set_exception(error)
+        else:
+            told.set_result(inner.result())
 
     def close(self, *, drop: bool) -> None:
         """Leave the cluster as it is."""
         with suppress(Exception):
             self._executor.shutdown(wait=not drop)
         self._client.close()
-
-
-def _tell_of_dask(told: Future[list[Answer]], inner: Future[list[Answer]]) -> None:
-    from distributed.scheduler import KilledWorker
-
-    if inner.cancelled():
-        told.set_exception(DatabaseError("The Dask scheduler is gone. Run the command again."))
-        return
-    error = inner.exception()
-    if isinstance(error, KilledWorker):
-        told.set_exception(WorkerDiedError(suspect=True))
-    elif error is not None:
-        told.set_exception(error)
-    else:
-        told.set_result(inner.result())
 
 
 def cores() -> int:

@@ -159,7 +159,8 @@ def execute_together(
         ]
         for number, (place, tally) in enumerate(tallies):
             work = work_of(tallies[number:])
-            outcome = _pass(workspace, work, tally, candidates, resources)
+            beside = tuple(other.run_id for _, other in tallies if other is not tally)
+            outcome = _pass(workspace, work, tally, candidates, resources, beside)
             done = outcome.done + tally.beside
             runs[number].result = {
                 "images": done, "failed": outcome.failed, "cells": tally.cells,
@@ -188,12 +189,13 @@ def _pass(
     tally: Tally,
     candidates: Select[int],
     resources: Resources,
+    beside: tuple[int, ...],
 ) -> Outcome:
     if tally.beside:
         with workspace.database.read() as session:
             if not progressed(session, tally.recipe_id, candidates).todo:
                 return Outcome()
-    share = Share(tally.run_id, tally.recipe_id, candidates)
+    share = Share(tally.run_id, tally.recipe_id, candidates, beside=beside)
     return work_through(workspace.database, workspace.progress, work, share, resources)
 
 

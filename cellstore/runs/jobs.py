@@ -142,10 +142,10 @@ def enqueue(
     Returns the last image id looked at; ``None`` when there is none left.
     """
     piece = candidates.where(Image.id > after).order_by(Image.id).limit(AT_ONCE).subquery()
-    count, last = session.execute(select(func.count(), func.max(piece.c.id))).one()
-    if not count:
+    last = session.scalar(select(func.max(piece.c.id)))
+    if last is None:
         return None
-    rows: Any = select(
+    rows: Any = candidates.where(Image.id > after, Image.id <= last).with_only_columns(
         literal(recipe_id),
         Image.id,
         content(),
@@ -153,7 +153,7 @@ def enqueue(
         literal(Status.PENDING.value),
         literal(0),
         literal(0),
-    ).where(Image.id.in_(select(piece.c.id)))
+    )
     if not unseen:
         rows = rows.where(Image.content_sha256.is_not(None))
     known = exists().where(
@@ -207,7 +207,9 @@ def reserve(
 def _among(candidates: Select[int]) -> ColumnElement[bool]:
     """Whether the image of a job is a candidate, and still has the bytes of the job."""
     current = (Image.id == Job.image_id, content() == Job.content_sha256)
-    return candidates.where(*current).correlate(Job).exists()
+    found = candidates.where(*current).with_only_columns(true()).correlate(Job).limit(1)
+    # Looked up job by job: PostgreSQL makes a join with all images of an EXISTS.
+    return found.scalar_subquery().is_(true())
 
 
 def _tasks(session: Session, ids: Sequence[int]) -> list[Task]:
@@ -352,15 +354,17 @@ def take_back(session: Session, recipe_id: int) -> int:
     """Free the jobs of workers that are gone; return how many.
 
     A worker is gone when its lease has run out, or at once when it was a process of this machine
-    that is no more. Its run, if nothing else closed it, has failed. Jobs count the death, but not
-    where the process had others compute: no image was in its hands.
+    that is no more; never while it lives there. Its run, if nothing else closed it, has failed.
+    Jobs count the death, but not where the process had others compute: no image was in its hands.
     """
     running = and_(Job.recipe_id == recipe_id, Job.status == Status.RUNNING)
     names = [name or "" for name in session.scalars(select(Job.worker).where(running).distinct())]
     owners = {name: Owner.parse(name) for name in names}
     dead = [name for name, owner in owners.items() if owner and owner.is_dead()]
     leading = [name for name, owner in owners.items() if owner and not owner.computes]
-    gone = and_(running, or_(Job.lease_until < now(session), Job.worker.in_(dead)))
+    alive = [name for name, owner in owners.items() if owner and owner.is_alive()]
+    late = and_(Job.lease_until < now(session), Job.worker.not_in(alive))
+    gone = and_(running, or_(late, Job.worker.in_(dead)))
     # What somebody closes just now is not gone.
     found = select(Job.id, Job.run_id).where(gone).with_for_update(skip_locked=True)
     rows = session.execute(found).all()

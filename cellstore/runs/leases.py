@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ def lease_seconds() -> float:
 
 def now(session: Session) -> ColumnElement[float]:
     """Return the moment, in seconds, by the clock that all who share the database share."""
+    session.connection()  # waits for the lock of SQLite: the moment is that after it
     if session.get_bind().dialect.name == "sqlite":
         return literal(time.time())
     return cast(extract("epoch", func.clock_timestamp()), Float(53))
@@ -96,8 +97,14 @@ class Owner:
 
     def is_dead(self) -> bool:
         """Whether this was a process of this machine that is gone; False if that is unknown."""
-        known = bool(self.machine) and self.machine == _machine()
-        return known and _started(self.pid) != self.started
+        return self._is_here() and _started(self.pid) != self.started
+
+    def is_alive(self) -> bool:
+        """Whether this is a process of this machine that lives; False if that is unknown."""
+        return self._is_here() and _started(self.pid) == self.started
+
+    def _is_here(self) -> bool:
+        return bool(self.machine) and self.machine == _machine()
 
 
 def _machine() -> str:
@@ -128,11 +135,11 @@ def shown_worker(text: str | None) -> str:
 
 @contextmanager
 def heartbeat(
-    database: Database, recipe_id: int, run_id: int, owner: Owner, seconds: float
+    database: Database, recipe_id: int, runs: Sequence[int], owner: Owner, seconds: float
 ) -> Iterator[threading.Event]:
     """Renew the leases of ``owner`` while the block runs.
 
-    Yields an event that is set when the run has been cancelled by ``cellstore cancel``.
+    Yields an event that is set when one of ``runs`` has been cancelled by ``cellstore cancel``.
     """
     over, cancelled = threading.Event(), threading.Event()
 
@@ -140,7 +147,7 @@ def heartbeat(
         while not over.wait(min(5.0, seconds / 4)):
             # A beat that fails is tried again; if all fail, closing the job finds out.
             with suppress(CellstoreError, SQLAlchemyError), database.begin() as session:
-                if _renew(session, recipe_id, run_id, owner, seconds):
+                if _renew(session, recipe_id, runs, owner, seconds):
                     cancelled.set()
 
     thread = threading.Thread(target=beat, daemon=True, name="cellstore-heartbeat")
@@ -152,7 +159,9 @@ def heartbeat(
         thread.join()
 
 
-def _renew(session: Session, recipe_id: int, run_id: int, owner: Owner, seconds: float) -> bool:
+def _renew(
+    session: Session, recipe_id: int, runs: Sequence[int], owner: Owner, seconds: float
+) -> bool:
     held: Any = (
         Job.recipe_id == recipe_id,
         Job.status == Status.RUNNING,
@@ -162,4 +171,18 @@ def _renew(session: Session, recipe_id: int, run_id: int, owner: Owner, seconds:
     free = select(Job.id).where(*held).with_for_update(skip_locked=True)
     lease = now(session) + seconds
     session.execute(update(Job).where(Job.id.in_(free)).values(lease_until=lease))
-    return session.scalar(select(Run.status).where(Run.id == run_id)) == Status.CANCELLED
+    cancelled = select(Run.id).where(Run.id.in_(runs), Run.status == Status.CANCELLED)
+    return session.scalar(cancelled.limit(1)) is not None
+
+
+def bury_runs(session: Session) -> None:
+    """Close the runs of processes of this machine that are gone: nothing else would."""
+    query = select(Run.id, Run.process).where(Run.status == Status.RUNNING)
+    gone = [
+        number
+        for number, process in session.execute(query)
+        if (owner := Owner.parse(process or "")) and owner.is_dead()
+    ]
+    if gone:
+        died = {"status": Status.FAILED, "error": "Its process died."}
+        session.execute(update(Run).where(Run.id.in_(gone)).values(**died))

@@ -27,6 +27,7 @@ from ..db.session import Database
 from ..db.statements import insert_new
 from ..errors import JobsFailedError, RunCancelledError
 from ..terms import Stage, Status
+from .leases import Owner, bury_runs
 
 PACKAGES = ("cellstore", "numpy", "cellpose", "scikit-image", "torch", "torchvision", "duckdb")
 
@@ -113,9 +114,11 @@ def _start(
         environment=environment(),
         host=socket.gethostname()[:255],
         user=_user(),
+        process=Owner.of_this_process().text,
         started_at=datetime.now(UTC),
     )
     with database.begin() as session:
+        bury_runs(session)
         session.add(run)
         session.flush()
         return run.id
@@ -135,6 +138,7 @@ def _resume(database: Database, run_id: int) -> None:
         resumed = [*run.environment.get("resumed", []), attempt]
         run.environment = {**run.environment, "resumed": resumed}
         run.status, run.ended_at, run.error = Status.RUNNING, None, None
+        run.process = Owner.of_this_process().text
 
 
 def _set(database: Database, run_id: int, **values: Any) -> None:

@@ -74,7 +74,8 @@ class Share:
     """Whose jobs: the run in whose name, the recipe, and the images by a query of their ids.
 
     ``unseen``: also images that have not been seen, for work that opens none. ``again``: jobs that
-    failed before get another try.
+    failed before get another try. ``beside``: other runs whose rows are written, too; when one of
+    them is cancelled, all end.
     """
 
     run_id: int
@@ -82,6 +83,7 @@ class Share:
     candidates: Select[int]
     unseen: bool = False
     again: bool = False
+    beside: tuple[int, ...] = ()
 
 
 def work_through(
@@ -101,18 +103,20 @@ def work_through(
         KeyboardInterrupt: it was stopped.
         RunCancelledError: somebody cancelled the run.
     """
-    crew = open_crew(resources or THIS_PROCESS)
-    owner, lease = Owner.of_this_process(computes=crew.computes_here), lease_seconds()
+    lease = lease_seconds()
     with database.begin() as session:
         jobs.take_back(session, share.recipe_id)
         if share.again:
             jobs.forgive(session, share.recipe_id, share.candidates)
         state = jobs.progressed(session, share.recipe_id, share.candidates, unseen=share.unseen)
+    crew = open_crew(resources or THIS_PROCESS)
+    owner = Owner.of_this_process(computes=crew.computes_here)
     loop = _Loop(database, progress, work, share, owner, lease, crew, state.todo)
     progress.start(work.label, state.todo)
     done = False
     try:
-        with heartbeat(database, share.recipe_id, share.run_id, owner, lease) as cancelled:
+        runs = (share.run_id, *share.beside)
+        with heartbeat(database, share.recipe_id, runs, owner, lease) as cancelled:
             loop.go(cancelled)
         done = True
     finally:
@@ -145,6 +149,7 @@ class _Loop:
     _ready: list[tuple[Task, Success]] = field(default_factory=list)
     _queued_to: int | None = 0
     _seconds: float | None = None
+    _stopping: bool = False
 
     def go(self, cancelled: threading.Event) -> None:
         """Work until nothing is left, here or in other hands."""
@@ -169,6 +174,7 @@ class _Loop:
         raise KeyboardInterrupt
 
     def _say_stopping(self) -> None:
+        self._stopping = True
         count = sum(len(tasks) for tasks in self._flying.values())
         images = "1 image" if count == 1 else f"{count} images"
         self.progress.note(f"Stopping when {images} in hand are done; Ctrl-C again drops them.")
@@ -246,13 +252,14 @@ class _Loop:
             self._lose(tasks, suspect=death.suspect)
             return
         for task, answer in zip(tasks, answers, strict=True):
-            if isinstance(answer, Stop):
-                raise answer.error
-            if isinstance(answer, Failure):
-                self._fail(task, answer)
-            else:
+            if isinstance(answer, Success):
                 self._ready.append((task, answer))
                 self._learn(answer.seconds)
+            elif isinstance(answer, Failure):
+                self._fail(task, answer)
+        for stop in (answer for answer in answers if isinstance(answer, Stop)):
+            self._write(everything=True)  # what is done is not lost
+            raise stop.error
 
     def _learn(self, seconds: float) -> None:
         known = seconds if self._seconds is None else self._seconds
@@ -260,7 +267,7 @@ class _Loop:
 
     def _lose(self, tasks: list[Task], *, suspect: bool) -> None:
         """A worker died: the chunk in its hands counts as tried, one that waited does not."""
-        if not suspect:
+        if not suspect or self._stopping:
             with self.database.begin() as session:
                 jobs.release(session, self.owner, [task.job_id for task in tasks])
             return

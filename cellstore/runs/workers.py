@@ -111,9 +111,9 @@ def _read(step: AnyStep, orders: Sequence[Any]) -> list[Any]:
 def _computed(step: AnyStep, loaded: list[Any]) -> tuple[list[Any], float]:
     """What the images of a batch give, those that could be read; and the seconds for each."""
     started = time.perf_counter()
-    good = [item for item in loaded if not isinstance(item, Failure | Stop)]
+    good = [item for item in loaded if not isinstance(item, Failure)]
     made = iter(_of_batch(step, good))
-    results = [item if isinstance(item, Failure | Stop) else next(made) for item in loaded]
+    results = [item if isinstance(item, Failure) else next(made) for item in loaded]
     return results, (time.perf_counter() - started) / max(1, len(loaded))
 
 
@@ -122,7 +122,7 @@ def _of_batch(step: AnyStep, loaded: list[Any]) -> list[Any]:
         return []
     made = _tried(step.compute, loaded)
     if not isinstance(made, Failure):
-        return list(made) if not isinstance(made, Stop) else [made] * len(loaded)
+        return list(made)
     if len(loaded) == 1:
         return [made]
     # One of them spoils the batch: each for itself, so that it fails alone.
@@ -134,20 +134,21 @@ def _kept(step: AnyStep, made: list[Any], seconds: float) -> list[Answer]:
 
 
 def _answer(step: AnyStep, made: Any, seconds: float) -> Answer:
-    if isinstance(made, Failure | Stop):
+    if isinstance(made, Failure):
         return made
     started = time.perf_counter()
-    kept = _tried(step.keep, made)
-    if isinstance(kept, Failure | Stop):
-        return kept
+    try:
+        kept = step.keep(made)
+    except StorageError as error:
+        return Stop(error)  # of a file that is written, not of one that is read
+    except Exception as error:
+        return explained(error)
     return Success(kept, seconds + time.perf_counter() - started)
 
 
 def _tried(function: Callable[[Any], Any], argument: Any) -> Any:
     try:
         return function(argument)
-    except StorageError as error:
-        return Stop(error)
     except Exception as error:
         return explained(error)
 
@@ -164,7 +165,9 @@ def set_up_process(threads: int) -> None:
     """Prepare a process that only works: few threads, no Ctrl-C, no life without its parent."""
     for name in THREADS:
         os.environ.setdefault(name, str(threads))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to answer
+    # Ctrl-C, and the SIGTERM that clusters send to all of a job, are for the parent to answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True, name="cellstore-parent").start()
 
 

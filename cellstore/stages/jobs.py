@@ -83,14 +83,16 @@ def list_jobs(
 ) -> JobsList:
     """List the jobs of a stage or a recipe that stand as ``status`` says (None: all).
 
+    ``limit`` 0 only counts them by recipe.
+
     Raises:
         UnknownNameError: no such stage, recipe or status.
     """
     with workspace.database.read() as session:
         which = _which(session, stage, recipe)
         asked = which if status is None else and_(which, Job.status == _status(status))
-        rows = session.execute(_rows(session, asked).limit(limit)).all()
-        total = session.scalar(_counted(asked)) or 0
+        rows = session.execute(_rows(session, asked).limit(limit)).all() if limit else []
+        total = session.scalar(_counted(asked)) or 0 if limit else 0
         return JobsList(
             tuple(JobCounts(Stage(row[0]).value, *row[1:]) for row in _counts(session, which)),
             tuple(_row(row) for row in rows),
@@ -113,7 +115,8 @@ def _which(session: Session, stage: str | None, recipe: str | None) -> ColumnEle
         stages = (_stage(stage),) if stage else STAGES
         ids = [found.id for item in stages if (found := _recipe(session, item, recipe))]
         if not ids:
-            raise UnknownNameError.of("recipe", recipe, session.scalars(select(Recipe.id)))
+            known = select(Recipe.id).where(Recipe.stage.in_(STAGES)).order_by(Recipe.id)
+            raise UnknownNameError.of("recipe", recipe, session.scalars(known))
         chosen = and_(chosen, Recipe.id.in_(ids))
     return chosen
 
@@ -258,7 +261,8 @@ def _running(session: Session, reference: str) -> Run:
     found = session.get_one(Run, run_in(session, reference).id)
     if found.stage not in STAGES:
         raise UserInputError(
-            f"Run {found.id} is a {found.stage.value} run. Stop it with Ctrl-C where it runs."
+            f"Run {found.id} is of the stage {found.stage.value}, which does not listen. Stop it "
+            "with Ctrl-C where it runs."
         )
     if found.status is not Status.RUNNING:
         raise UserInputError(f"Run {found.id} is {found.status.value}; nothing is running.")

@@ -11,6 +11,7 @@ from ...artifacts import ArtifactFolder
 from ...db.models import Artifact, Run
 from ...errors import StorageError
 from ...runs import Workspace
+from ...runs.leases import bury_runs
 from ...terms import Status
 from .features import check_features
 from .files import check_files
@@ -56,7 +57,8 @@ def _oldest_running(workspace: Workspace) -> float:
     query = select(func.min(Run.started_at)).where(
         Run.status == Status.RUNNING, Run.started_at > now - timedelta(days=1)
     )
-    with workspace.database.read() as session:
+    with workspace.database.begin() as session:
+        bury_runs(session)
         found = session.scalar(query)
     return (found or now).timestamp()
 
