@@ -18,9 +18,9 @@ def parts(labels: NDArray[Any]) -> NDArray[np.uint32]:
 def labels_in_pieces(labels: NDArray[Any]) -> list[int]:
     """Return the labels that lie in several connected parts, ascending."""
     numbered = parts(labels)
-    inside = numbered > 0
-    pairs = np.unique(np.stack([labels[inside].astype(np.int64), numbered[inside]]), axis=1)
-    values, counts = np.unique(pairs[0], return_counts=True)
+    of_part = np.zeros(int(numbered.max(initial=0)) + 1, np.int64)
+    of_part[numbered.ravel()] = labels.ravel()  # a part has one label
+    values, counts = np.unique(of_part[1:], return_counts=True)
     return [int(value) for value in values[counts > 1]]
 
 
