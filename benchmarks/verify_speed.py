@@ -1,0 +1,111 @@
+r"""How fast ``verify`` checks the files of a store, beside only reading or hashing them.
+
+    python benchmarks/verify_speed.py --images 300
+
+Masks and flows of rendered fields of 1080 x 1080 become the files of a store, with a row for each
+segmentation and cell. All lines read the same bytes from the page cache. ``read``: every file,
+nothing else. ``sha256sum``: one process over all files. ``verify``: each file hashed, each mask
+unpacked and its labels compared with the cells in the database, the folder searched for orphans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from jobs_speed import fill
+from sqlalchemy import select
+
+from cellstore import Store
+from cellstore.db.models import Image, Segmentation
+from cellstore.formats.files.images import encode_tiff
+from cellstore.ops.rendering_nuclei import render_nuclei
+from cellstore.reading.found_cells import cell_rows, insert_cells
+from cellstore.runs import RecipeSpec, keep_file, register, running
+from cellstore.terms import ArtifactKind, Stage
+
+SIZE, DRAWN = 1080, 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, Store.create(Path(name) / "store") as store:
+        segmented(store, args.images)
+        files = [path for path in store.workspace.artifacts.root.rglob("*") if path.is_file()]
+        megabytes = sum(path.stat().st_size for path in files) / 1e6
+        print(f"{len(files)} files, {megabytes:.0f} MB, {args.images} masks")
+        for title, call in (
+            ("read", lambda: read(files)),
+            ("sha256sum", lambda: hashed(files)),
+            ("verify", lambda: verified(store)),
+        ):
+            seconds = statistics.median(timed(call) for _ in range(args.repeat))
+            print(f"{title:12}{seconds:8.2f} s{megabytes / seconds:9.0f} MB/s", flush=True)
+
+
+def segmented(store: Store, images: int) -> None:
+    """Segmentations of drawn masks; one label differs from image to image, so all files do."""
+    workspace = store.workspace
+    fill(workspace, images)
+    rng = np.random.default_rng(1)
+    fields = [render_nuclei(rng, (SIZE, SIZE), 30.0) for _ in range(DRAWN)]
+    flows = [rng.integers(0, 40, (SIZE, SIZE, 4)).astype(np.uint8) for _ in range(DRAWN)]
+    with workspace.database.begin() as session:
+        recipe = register(session, RecipeSpec(Stage.SEGMENT, 1, {"drawn": SIZE}))
+        ids = list(session.scalars(select(Image.id).order_by(Image.id)))
+    with running(workspace.database, recipe) as run:
+        for number, image_id in enumerate(ids):
+            masks = fields[number % DRAWN].masks.copy()
+            masks[0, 0] = 1000 + number
+            flow = flows[number % DRAWN].copy()
+            flow[0, 0, :2] = divmod(number, 256)
+            mask_file, flow_file = (
+                workspace.artifacts.write(kind, encode_tiff(array), ".tif")
+                for kind, array in ((ArtifactKind.MASK, masks), (ArtifactKind.FLOW, flow))
+            )
+            cells = cell_rows(masks)
+            with workspace.database.begin() as session:
+                row = Segmentation(
+                    image_id=image_id,
+                    recipe_id=recipe.id,
+                    run_id=run.id,
+                    n_cells=len(cells),
+                    mask_artifact_id=keep_file(session, mask_file),
+                    flow_artifact_id=keep_file(session, flow_file),
+                    created_at=datetime.now(UTC),
+                )
+                insert_cells(session, row, cells)
+
+
+def read(files: list[Path]) -> None:
+    for path in files:
+        path.read_bytes()
+
+
+def hashed(files: list[Path]) -> None:
+    subprocess.run(["sha256sum", *map(str, files)], check=True, stdout=subprocess.DEVNULL)
+
+
+def verified(store: Store) -> None:
+    found = store.verify()
+    assert found.ok, found.problems[:3]
+
+
+def timed(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
