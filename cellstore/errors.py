@@ -24,6 +24,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN_NAMES = 8
+
 
 class CellstoreError(Exception):
     """Base of all errors below. ``exit_code`` is what the command line ends with."""
@@ -40,9 +42,10 @@ class UnknownNameError(UserInputError, LookupError):
 
     @classmethod
     def of(cls, kind: str, name: object, known: Iterable[object]) -> UnknownNameError:
-        """The error for an unknown ``name``, with the nearest or the first known ones."""
+        """The error for an unknown ``name``, with the known ones: all of a few or the nearest."""
         names = [str(item) for item in known]
         near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5) or names[:5]
+        near = names if len(names) <= SHOWN_NAMES else near
         hint = f" Known: {', '.join(near)}." if near else f" There is no {kind} yet."
         return cls(f"Unknown {kind} {str(name)!r}.{hint}")
 
