@@ -82,11 +82,14 @@ def shrunk_overlay(
 
 
 def captioned(picture: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
-    """``picture`` (H, W, 3) with a line of ``text`` above it, cut where the picture ends."""
+    """``picture`` (H, W, 3) with a line of ``text`` above it, in letters that fit."""
     from PIL import Image, ImageDraw, ImageFont
 
     band = Image.new("RGB", (picture.shape[1], CAPTION_HEIGHT))
     font = ImageFont.load_default(size=CAPTION_HEIGHT * 0.55)
+    fits = (picture.shape[1] - 8) / max(1.0, font.getlength(text))
+    if fits < 1:  # smaller letters in a narrow picture
+        font = ImageFont.load_default(size=max(4.0, CAPTION_HEIGHT * 0.55 * fits))
     ImageDraw.Draw(band).text((4, CAPTION_HEIGHT // 2), text, "white", font, anchor="lm")
     return np.concatenate([np.asarray(band), picture])
 
