@@ -24,6 +24,7 @@ from ..errors import (
     MissingExtraError,
     StoreError,
     UserInputError,
+    first_line,
 )
 from .workers import Answer, AnyStep, carry_out, prepare, set_up_process
 
@@ -296,13 +297,23 @@ class DaskCluster:
     def _tell(self, told: Future[list[Answer]], inner: Future[list[Answer]]) -> None:
         from distributed.scheduler import KilledWorker
 
-        error = self._gone() if inner.cancelled() else inner.exception()
+        if inner.cancelled():
+            told.set_exception(self._gone())
+            return
+        error = inner.exception()
         if isinstance(error, KilledWorker):
             told.set_exception(WorkerDiedError(suspect=True))
         elif error is not None:
-            told.set_exception(error)
+            told.set_exception(self._refused(error))
         else:
             told.set_result(inner.result())
+
+    def _refused(self, error: BaseException) -> BaseException:
+        # Errors of an image are answers; what comes this way is of the cluster itself.
+        return StoreError(
+            f"The Dask cluster at {self._address} cannot do this work ({first_line(error)}) Its "
+            "scheduler and its workers need the same cellstore as this machine."
+        )
 
     def close(self, *, drop: bool) -> None:
         """Leave the cluster as it is."""
