@@ -243,7 +243,8 @@ class DaskCluster:
             import distributed
         except ModuleNotFoundError as error:
             raise MissingExtraError.of("distributed", "distributed") from error
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # we say it in a sentence
+        for name in ("distributed", "tornado", "asyncio"):  # what is wrong we say in a sentence
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         make_client: Any = distributed.Client
         try:
             self._client = make_client(address, timeout=CONNECT_SECONDS, set_as_default=False)

@@ -90,7 +90,10 @@ def test_images_of_which_only_a_wide_group_is_measured_count_as_measured(cellsto
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--features", "textur"), "Unknown group of features 'textur'. Known: basic, intensity, texture."),
+        (
+            ("--features", "textur"),
+            "Unknown group of features 'textur'. Known: basic, intensity, texture.",
+        ),
         (("--features", "texture", "--channels", "DMA"), "Unknown channel 'DMA'. Known: DNA."),
     ],
 )
