@@ -266,7 +266,10 @@ def test_the_same_channels_by_name_or_by_default_are_one_recipe(cells: Bench) ->
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (MeasureParams(features=("textures",)), "group of features 'textures'. Known: texture"),
+        (
+            MeasureParams(features=("textures",)),
+            "group of features 'textures'. Known: basic, intensity, texture",
+        ),
         (MeasureParams(ImageInput(("DAN",)), ("intensity",)), "channel 'DAN'. Known: DNA"),
     ],
 )
