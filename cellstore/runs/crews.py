@@ -144,7 +144,8 @@ class _Process:
             if self._false_starts >= MOST_FALSE_STARTS:
                 raise StoreError(
                     "Workers die while they start: killed, or out of memory. Free some memory, or "
-                    "give fewer --workers."
+                    "give fewer --workers. A Python script that asks for workers must do so below "
+                    "if __name__ == '__main__':"
                 )
             self._start()
             return False
