@@ -56,8 +56,9 @@ from ..runs.ledger import fail_if_any
 from ..terms import ArtifactKind, LabelField, Stage, Status, Subset
 
 if TYPE_CHECKING:
+    from ..ops.checkpoints import CheckpointMeta
     from ..ops.crops import CellBlock
-    from ..ops.nets import CheckpointMeta, FusionNet
+    from ..ops.nets import FusionNet
     from ..reading.blocks import BlockReader
 
 VERSION = 1
@@ -348,7 +349,7 @@ def _labeller(workspace: Workspace, plan: _Plan, device: str) -> _Labeller:
 
 
 def _load(workspace: Workspace, plan: _Plan) -> tuple[FusionNet, CheckpointMeta]:
-    from ..ops.nets import load_checkpoint
+    from ..ops.checkpoints import load_checkpoint
 
     text = workspace.artifacts.read(plan.record.path, plan.record.sha256)
     tensors = workspace.artifacts.read(plan.tensors.path, plan.tensors.sha256)
