@@ -131,7 +131,7 @@ def _fit(
             _batches(plan, reader, "train"),
             _batches(plan, reader, "validation"),
             config,
-            lambda epoch: _tell(workspace, run.id, epoch),
+            lambda epoch, _: _tell(workspace, run.id, epoch),
         )
     finally:
         workspace.progress.finish()
