@@ -302,11 +302,28 @@ class TrainParams:
 
 @dataclass(frozen=True)
 class PredictParams:
-    """What to label: a side of the run's split, or ``None`` for every image of ``plates``."""
+    """What to label, and what to keep of it.
+
+    ``subset``: a side of the run's split, or of another named ``split``; ``None``: every image, or
+    every image of ``split`` where one is named. ``plates``, ``wells``, ``where`` and ``limit``
+    choose among these, as in :class:`Selection`. ``top_k`` labels are kept per cell, or
+    ``all_probabilities``. ``embedding``: the name of a feature set for the embedding of each cell.
+    """
 
     subset: Subset | None = Subset.TEST
     plates: tuple[str, ...] = ()
     top_k: int = 5
+    wells: tuple[str, ...] = field(default=(), metadata=LATER)
+    where: str | None = field(default=None, metadata=LATER)
+    limit: int | None = field(default=None, metadata=LATER)
+    split: str | None = field(default=None, metadata=LATER)
+    all_probabilities: bool = field(default=False, metadata=LATER)
+    embedding: str | None = field(default=None, metadata=LATER)
+
+    @property
+    def selection(self) -> Selection:
+        """The images that plates, wells and condition name; the limit counts those of the side."""
+        return Selection(self.plates, self.wells, self.where)
 
 
 def as_parameters(params: Any) -> dict[str, Any]:

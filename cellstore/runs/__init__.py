@@ -5,7 +5,7 @@ from .jobs import Outcome, Progressed, Task, progressed
 from .ledger import RunHandle, attach, keep_file, running
 from .lookup import find_image, find_recipe, find_run, find_split, run_in
 from .recipes import RecipeSpec, fingerprint, register
-from .selection import images_of, segmented
+from .selection import first_of, images_of, segmented
 from .work import Share, Work, work_through
 from .workers import Step
 from .workspace import Workspace, create_workspace, open_workspace
@@ -34,6 +34,7 @@ __all__ = [
     "find_run",
     "find_split",
     "fingerprint",
+    "first_of",
     "images_of",
     "keep_file",
     "open_workspace",
