@@ -99,7 +99,7 @@ def test_positions_are_learned_by_heart_and_guessed_from_their_neighbours() -> N
 def test_names_are_chosen_alone_or_as_a_group() -> None:
     assert baselines.choose(["logistic", "null"]) == (*baselines.NULLS, "logistic")
     assert baselines.choose(["all"]) == baselines.BASELINES
-    with pytest.raises(UnknownNameError, match="Unknown baseline 'forrest'.*forest"):
+    with pytest.raises(UnknownNameError, match=r"Unknown baseline 'forrest'.*forest"):
         baselines.choose(["forrest"])
     with pytest.raises(UserInputError, match="Name a baseline"):
         baselines.choose([])

@@ -68,6 +68,9 @@ def count_rows(cells: ArrayLike) -> Numbers:
     return np.stack([logs, logs**2], axis=1)
 
 
+_FOREST = ("roots", "feature", "threshold", "left", "right", "starts", "classes", "counts")
+
+
 class Model(Protocol):
     """What a baseline has learned."""
 
@@ -173,14 +176,14 @@ class Forest:
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """See :class:`Model`."""
-        names = ("roots", "feature", "threshold", "left", "right", "starts", "classes", "counts")
-        found = {name: getattr(self, name) for name in names}
+        found: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in _FOREST}
         return found | {"n_classes": np.array([self.n_classes])}
 
     @classmethod
     def of(cls, tensors: Tensors) -> Forest:
         """The model that ``tensors`` are of; raises ``ValueError`` if they are no forest."""
-        found = cls(**{**tensors, "n_classes": int(tensors["n_classes"][0])})
+        arrays = {name: tensors[name] for name in _FOREST}
+        found = cls(**arrays, n_classes=int(tensors["n_classes"][0]))
         here = np.arange(len(found.feature))
         leads_on = (found.left > here) & (found.right > here)
         ends = (found.left == here) & (found.right == here)

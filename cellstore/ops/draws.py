@@ -26,8 +26,9 @@ def lots(ids: ArrayLike, seed: int) -> NDArray[np.uint64]:
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
     start = np.uint64(((seed + 1) * _GOLDEN) & _BITS)
-    mixed = np.asarray(ids).astype(np.uint64) * np.uint64(_GOLDEN) + _mixed(start)
-    return _mixed(mixed)
+    spread = np.asarray(ids).astype(np.uint64) * np.uint64(_GOLDEN)
+    found: NDArray[np.uint64] = _mixed(spread + _mixed(start))
+    return found
 
 
 def _mixed(values: Any) -> Any:
@@ -84,4 +85,5 @@ class Lowest:
 def _lowest(ids: Ids, most: int, seed: int) -> Ids:
     if len(ids) <= most:
         return ids
-    return ids[np.argpartition(lots(ids, seed), most - 1)[:most]]
+    lowest: Ids = ids[np.argpartition(lots(ids, seed), most - 1)[:most]]
+    return lowest
