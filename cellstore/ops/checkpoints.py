@@ -47,6 +47,11 @@ class CheckpointMeta:
                 f"{len(self.scaler.names)}."
             )
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """What the network looks at."""
+        return self.shape.branches
+
     def to_json(self) -> dict[str, Any]:
         """A record that ``json.dumps`` takes as it is."""
         return {
