@@ -20,13 +20,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cellstore.errors import StorageError, UnknownNameError, UserInputError, first_line
+from cellstore.ops.branches import TABULAR
 from cellstore.ops.scaling import Scaler
+
+if TYPE_CHECKING:
+    from cellstore.ops.crops import CellBlock
 
 Numbers = NDArray[np.float64]
 Tensors = Mapping[str, NDArray[Any]]
@@ -317,6 +321,16 @@ class BaselineMeta:
     fingerprints: Mapping[str, str]
     feature_set: str | None = None
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """What it looks at: no image."""
+        return (TABULAR,)
+
+    @property
+    def crop_size(self) -> int:
+        """Of no interest, as it looks at no crops."""
+        return 1
+
     def to_json(self) -> dict[str, Any]:
         """A record that ``json.dumps`` takes as it is."""
         return {
@@ -372,6 +386,25 @@ def load_model(tensors: bytes, record: Mapping[str, Any]) -> tuple[Model, Baseli
     if not fits:
         raise _damaged("its classes are not those of the record")
     return model, meta
+
+
+@dataclass(frozen=True)
+class CellModel:
+    """A baseline as what labels the cells of an image; see ``cellstore.ops.models``."""
+
+    model: Model
+
+    def predict(self, cells: CellBlock) -> Numbers:
+        """Return probabilities, (N, K) float64, of N cells with features of the baseline's."""
+        return self.model.predict(cells.features.numpy())
+
+
+def load_baseline(
+    tensors: bytes, record: Mapping[str, Any], device: str = "cpu"
+) -> tuple[CellModel, BaselineMeta]:
+    """The baseline as what labels cells, on any device; raises as :func:`load_model` does."""
+    model, meta = load_model(tensors, record)
+    return CellModel(model), meta
 
 
 def _damaged(reason: str) -> StorageError:
