@@ -12,7 +12,8 @@ from safetensors.torch import save as save_tensors
 
 from cellstore.errors import StorageError, UserInputError, first_line
 from cellstore.ops.nets import FusionNet, NetShape, State
-from cellstore.ops.scaling import Scaler
+from cellstore.ops.normalising import WhiteLevels, read_scaler
+from cellstore.ops.scaling import FeatureScaler
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,21 @@ class CheckpointMeta:
     ``labels`` are the classes in the order of the network's outputs, values of ``field``.
     Crops are resized to ``crop_size`` and normalised as ``(x - crop_mean) / crop_std``.
     ``fingerprints`` name the recipes and the split the network comes from. ``feature_set`` is the
-    one whose columns the network reads, those that the scaler names.
+    one whose columns the network reads, those that the scaler names. ``channels`` are those of the
+    branch ``image``. ``whites``: white levels of plates; ``None``: of each image by itself.
     """
 
     shape: NetShape
     labels: tuple[str, ...]
     field: str
-    scaler: Scaler
+    scaler: FeatureScaler
     crop_size: int
     fingerprints: Mapping[str, str]
     crop_mean: float = 0.5
     crop_std: float = 0.5
     feature_set: str | None = None
+    channels: tuple[str, ...] = ()
+    whites: WhiteLevels | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) != self.shape.n_classes or len(set(self.labels)) < len(self.labels):
@@ -62,23 +66,27 @@ class CheckpointMeta:
             "crop": {"size": self.crop_size, "mean": self.crop_mean, "std": self.crop_std},
             "fingerprints": dict(self.fingerprints),
             "feature_set": self.feature_set,
+            "channels": list(self.channels),
+            "whites": None if self.whites is None else self.whites.to_json(),
         }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> CheckpointMeta:
         """The record that :meth:`to_json` made; raises ``UserInputError`` if it is not one."""
         try:
-            crop = record["crop"]
+            crop, whites = record["crop"], record.get("whites")
             return cls(
                 shape=NetShape.from_json(record["shape"]),
                 labels=tuple(str(label) for label in record["labels"]),
                 field=str(record["field"]),
-                scaler=Scaler.from_json(record["scaler"]),
+                scaler=read_scaler(record["scaler"]),
                 crop_size=int(crop["size"]),
                 fingerprints={str(k): str(v) for k, v in record["fingerprints"].items()},
                 crop_mean=float(crop["mean"]),
                 crop_std=float(crop["std"]),
                 feature_set=record.get("feature_set"),
+                channels=tuple(str(name) for name in record.get("channels", ())),
+                whites=None if whites is None else WhiteLevels.from_json(whites),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UserInputError(f"This does not describe a checkpoint: {error!r}.") from error

@@ -15,7 +15,8 @@ from cellstore.ops.baselines import BASELINES, load_baseline
 from cellstore.ops.checkpoints import load_checkpoint
 from cellstore.ops.crops import CellBlock
 from cellstore.ops.nets import FusionNet
-from cellstore.ops.scaling import Scaler
+from cellstore.ops.normalising import WhiteLevels
+from cellstore.ops.scaling import FeatureScaler
 from cellstore.ops.training import predict_batch
 
 NETWORK = "network"
@@ -43,7 +44,7 @@ class ModelMeta(Protocol):
         """The field of the labels."""
 
     @property
-    def scaler(self) -> Scaler:
+    def scaler(self) -> FeatureScaler:
         """What features are scaled by; its names are the columns that the model reads."""
 
     @property
@@ -53,6 +54,14 @@ class ModelMeta(Protocol):
     @property
     def crop_size(self) -> int:
         """Side of the crops in pixels; of no interest where there is no image branch."""
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The channels of the branch ``image``, in their order."""
+
+    @property
+    def whites(self) -> WhiteLevels | None:
+        """White levels of plates; none: those of each image by itself."""
 
     @property
     def feature_set(self) -> str | None:
