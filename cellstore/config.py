@@ -306,7 +306,7 @@ class BaselineParams:
 
     At most ``max_cells`` cells of the training side are learned from, as many of each class as can
     be. ``strength`` is the penalty of the logistic models (1 / C of scikit-learn); ``trees``,
-    ``depth`` and ``smallest_leaf`` are those of the forest. ``features`` and
+    ``depth`` and ``smallest_leaf`` are those of the forest. ``features``, ``normalise`` and
     ``leave_out_flagged`` as for :class:`TrainParams`.
     """
 
@@ -317,6 +317,7 @@ class BaselineParams:
     depth: int = 16
     smallest_leaf: int = 5
     features: str | None = None
+    normalise: str = "train"
     leave_out_flagged: str | None = None
 
 

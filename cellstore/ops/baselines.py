@@ -27,7 +27,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from cellstore.errors import StorageError, UnknownNameError, UserInputError, first_line
 from cellstore.ops.branches import TABULAR
-from cellstore.ops.scaling import Scaler
+from cellstore.ops.normalising import WhiteLevels, read_scaler
+from cellstore.ops.scaling import FeatureScaler
 
 if TYPE_CHECKING:
     from cellstore.ops.crops import CellBlock
@@ -317,7 +318,7 @@ class BaselineMeta:
     model: str
     labels: tuple[str, ...]
     field: str
-    scaler: Scaler
+    scaler: FeatureScaler
     fingerprints: Mapping[str, str]
     feature_set: str | None = None
 
@@ -330,6 +331,16 @@ class BaselineMeta:
     def crop_size(self) -> int:
         """Of no interest, as it looks at no crops."""
         return 1
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """None, as it looks at no crops."""
+        return ()
+
+    @property
+    def whites(self) -> WhiteLevels | None:
+        """None, as it looks at no crops."""
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """A record that ``json.dumps`` takes as it is."""
@@ -350,7 +361,7 @@ class BaselineMeta:
                 model=str(record["model"]),
                 labels=tuple(str(label) for label in record["labels"]),
                 field=str(record["field"]),
-                scaler=Scaler.from_json(record["scaler"]),
+                scaler=read_scaler(record["scaler"]),
                 fingerprints={str(k): str(v) for k, v in record["fingerprints"].items()},
                 feature_set=record.get("feature_set"),
             )

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from ...db.models import SplitMember
 from ...ops import baselines, draws
 from ...ops.baselines import ForestConfig, LogisticConfig, Model
-from ...ops.scaling import Scaler
-from ...reading.cells import cells_query, list_blocks, stream_features
+from ...ops.scaling import FeatureScaler, Scaler
+from ...reading.cells import cells_query, list_blocks
+from ...reading.normalising import fit_scaler
 from ...reading.samples import places_of, read_values, stream_groups
 from ...runs import Workspace
+from ...terms import Subset
 from .plan import Plan, as_list, training_wells
 
 Ids = NDArray[np.int64]
@@ -25,7 +27,7 @@ class Fitted:
     """A baseline, what scales its input, and how many ``rows`` (cells, images, wells) it saw."""
 
     model: Model
-    scaler: Scaler
+    scaler: FeatureScaler
     rows: int
     notes: tuple[str, ...] = ()
 
@@ -88,7 +90,7 @@ class _Cells:
     rows: NDArray[np.float32]
     classes: Ids
     wells: Ids
-    scaler: Scaler
+    scaler: FeatureScaler
 
 
 def _logistic(workspace: Workspace, plan: Plan) -> Fitted:
@@ -117,7 +119,7 @@ def _forest(workspace: Workspace, plan: Plan) -> Fitted:
     return Fitted(model, cells.scaler, len(cells.rows))
 
 
-def _linear(plan: Plan, rows: NDArray[np.float32], classes: Ids, scaler: Scaler) -> Fitted:
+def _linear(plan: Plan, rows: NDArray[np.float32], classes: Ids, scaler: FeatureScaler) -> Fitted:
     config = LogisticConfig(plan.params.strength)
     model, converged = baselines.fit_linear(rows, classes, config)
     note = f"Fitting had not converged after {config.steps} steps; a larger penalty makes it."
@@ -129,19 +131,26 @@ def _cells(workspace: Workspace, plan: Plan) -> _Cells:
     params, source = plan.params, plan.source
     lowest = draws.Lowest(params.max_cells, params.seed)
     with workspace.database.read() as session:
-        values = stream_features(session, source, source.features.columns)
-        gaps = not source.features.in_table
-        scaler = Scaler.fit(source.features.columns, values, gaps=gaps)
+        scaler = fit_scaler(session, source, params.normalise, (Subset.VALIDATION, Subset.TEST))
         query = cells_query(source)
         for groups, ids in stream_groups(session, query, source, SplitMember.label_id):
             lowest.add(groups, ids)
         drawn = lowest.drawn(draws.even_shares(lowest.counts, params.max_cells))
         ids = np.sort(np.concatenate(list(drawn.values())))
         label_of = {i: label for label, some in drawn.items() for i in some.tolist()}
-        rows = scaler.transform(read_values(session, source, ids, scaler.names))
-        wells = places_of(session, ids).wells
+        values, places = read_values(session, source, ids, scaler.names), places_of(session, ids)
     classes = _classes(plan, [label_of[i] for i in ids.tolist()])
-    return _Cells(rows, classes, wells, scaler)
+    return _Cells(_scaled(scaler, values, places.plates), classes, places.wells, scaler)
+
+
+def _scaled(
+    scaler: FeatureScaler, values: NDArray[np.float64], plates: NDArray[np.str_]
+) -> NDArray[np.float32]:
+    rows = np.empty(values.shape, dtype=np.float32)
+    for plate in np.unique(plates).tolist():
+        there = plates == plate
+        rows[there] = scaler.transform(values[there], plate)
+    return rows
 
 
 def _places(plan: Plan) -> dict[int, int]:

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from ...db.models import Recipe, Run, Split
 from ...ops.baselines import NULLS, ON_FEATURES
 from ...ops.branches import TABULAR
+from ...reading.normalising import describe_plates
 from ...runs import Workspace, fingerprint
 from ...terms import Stage, Status
 from .fitting import Fitted, column_note, left_out
@@ -53,7 +54,7 @@ _NAMES = frozenset(BaselineResult.__dataclass_fields__)
 def summary(plan: Plan, kind: str, fitted: Fitted) -> dict[str, Any]:
     """Return what a run keeps of its training."""
     columns = left_out(plan, fitted) if kind in ON_FEATURES else ()
-    notes = [*plan.remarks, *fitted.notes]
+    notes = [*plan.remarks, *fitted.notes, *describe_plates(fitted.scaler, None)]
     if plan.without:
         some = as_list(plan.without)
         notes.append(f"{len(plan.without)} classes have no cell to train on: {some}.")

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from ...config import BaselineParams
 from ...db.models import Image, Label, Recipe, Run, Split, SplitMember, Well
-from ...errors import UserInputError
+from ...errors import UnknownNameError, UserInputError
 from ...ops import baselines
 from ...reading.cells import (
     CellSource,
@@ -30,6 +30,7 @@ from ...reading.flags import (
     find_qc_run,
     unseen_note,
 )
+from ...reading.normalising import NORMALISATIONS, TRAIN
 from ...runs import RecipeSpec, Workspace, find_split, register
 from ...terms import Stage, Subset
 
@@ -71,9 +72,18 @@ class Plan:
         parameters |= {"cells": _digest_of(self.blocks)}
         if self.source.unflagged_by is not None:
             parameters["leave_out_flagged"] = self.source.unflagged_by
-        if not self.source.features.in_table:
-            parameters["feature_files"] = self.source.features.mark
+        if kind in baselines.ON_FEATURES:
+            parameters |= _reading(self.params, self.source)
         return RecipeSpec(Stage.TRAIN, VERSION, parameters, None, self.inputs)
+
+
+def _reading(params: BaselineParams, source: CellSource) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if params.normalise != TRAIN:
+        found["normalise"] = params.normalise
+    if not source.features.in_table:
+        found |= {"feature_files": source.features.mark, "gaps": "mean of the training side"}
+    return found
 
 
 def make_plan(
@@ -105,6 +115,8 @@ def _check(params: BaselineParams) -> None:
         raise UserInputError(
             "The numbers of cells, trees and levels and the penalty must be above 0."
         )
+    if params.normalise not in NORMALISATIONS:
+        raise UnknownNameError.of("normalisation", params.normalise, NORMALISATIONS)
 
 
 def _qc_run(
