@@ -381,12 +381,50 @@ class TrainSetup:
 
 
 @dataclass(frozen=True)
+class BaselineParams:
+    """Classical models and null baselines; see ``cellstore.ops.baselines``.
+
+    At most ``max_cells`` cells of the training side are learned from, as many of each class as can
+    be. ``strength`` is the penalty of the logistic models (1 / C of scikit-learn); ``trees``,
+    ``depth`` and ``smallest_leaf`` are those of the forest. ``features``, ``normalise`` and
+    ``leave_out_flagged`` as for :class:`TrainParams`.
+    """
+
+    max_cells: int = 50_000
+    seed: int = 0
+    strength: float = 1.0
+    trees: int = 100
+    depth: int = 16
+    smallest_leaf: int = 5
+    features: str | None = None
+    normalise: str = "train"
+    leave_out_flagged: str | None = None
+
+
+@dataclass(frozen=True)
 class PredictParams:
-    """What to label: a side of the run's split, or ``None`` for every image of ``plates``."""
+    """What to label, and what to keep of it.
+
+    ``subset``: a side of the run's split, or of another named ``split``; ``None``: every image, or
+    every image of ``split`` where one is named. ``plates``, ``wells``, ``where`` and ``limit``
+    choose among these, as in :class:`Selection`. ``top_k`` labels are kept per cell, or
+    ``all_probabilities``. ``embedding``: the name of a feature set for the embedding of each cell.
+    """
 
     subset: Subset | None = Subset.TEST
     plates: tuple[str, ...] = ()
     top_k: int = 5
+    wells: tuple[str, ...] = field(default=(), metadata=LATER)
+    where: str | None = field(default=None, metadata=LATER)
+    limit: int | None = field(default=None, metadata=LATER)
+    split: str | None = field(default=None, metadata=LATER)
+    all_probabilities: bool = field(default=False, metadata=LATER)
+    embedding: str | None = field(default=None, metadata=LATER)
+
+    @property
+    def selection(self) -> Selection:
+        """The images that plates, wells and condition name; the limit counts those of the side."""
+        return Selection(self.plates, self.wells, self.where)
 
 
 def as_parameters(params: Any) -> dict[str, Any]:

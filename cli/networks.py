@@ -7,10 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cellstore.config import PredictParams, TrainParams
+from cellstore.config import BaselineParams, PredictParams, TrainParams
 from cellstore.terms import Subset
 
 from . import render
+from .baselines import (
+    DEFAULTS,
+    BaselineOption,
+    MaxCellsOption,
+    NoPredictOption,
+    check_alone,
+    train_baselines,
+)
 from .context import open_store, say, sentences
 from .images import end_with_failures, list_failures
 from .options import (
@@ -121,6 +129,9 @@ def train(
     ] = PUBLISHED.seed,
     leave_out_flagged: LeaveOutOption = False,
     qc_run: QcRunOption = None,
+    baseline: BaselineOption = None,
+    no_predict: NoPredictOption = False,
+    max_cells: MaxCellsOption = DEFAULTS.max_cells,
     device: DeviceOption = Device.AUTO,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -137,7 +148,25 @@ def train(
     Example:
       cellstore train --split by-well --crop-size 64 --epochs 20
       cellstore train --split by-well --features cellprofiler --branches tabular
+      cellstore train --split by-well --baseline null,logistic
     """
+    if baseline is not None:
+        train_baselines(
+            ctx,
+            baseline,
+            BaselineParams(
+                max_cells=max_cells,
+                seed=seed,
+                features=features,
+                leave_out_flagged=leave_out(leave_out_flagged, qc_run),
+            ),
+            (split, segmentation, measurement),
+            predict=not no_predict,
+            store=store,
+            as_json=as_json,
+        )
+        return
+    check_alone(ctx)
     params = TrainParams(
         crop_size=crop_size,
         batch_size=batch_size,

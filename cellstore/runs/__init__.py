@@ -13,7 +13,7 @@ from .ledger import (
 )
 from .lookup import find_image, find_recipe, find_run, find_split, run_in
 from .recipes import RecipeSpec, fingerprint, register
-from .selection import images_of, segmented
+from .selection import first_of, images_of, segmented
 from .work import Share, Work, work_through
 from .workers import Step
 from .workspace import Workspace, create_workspace, open_workspace
@@ -44,6 +44,7 @@ __all__ = [
     "find_run",
     "find_split",
     "fingerprint",
+    "first_of",
     "forget_files",
     "images_of",
     "keep_file",
