@@ -402,6 +402,26 @@ class BaselineParams:
 
 
 @dataclass(frozen=True)
+class ContrastParams:
+    """Which treatments are compared with which control, and how; see ``cellstore.ops.contrast``.
+
+    ``treatments``: names; none: all. ``control``: a name; ``None``: what is marked as negative
+    control. ``pooled``: all treatments as one. ``max_cells`` of each side at most; ``nulls``: how
+    often control wells are compared with control wells.
+    """
+
+    treatments: tuple[str, ...] = ()
+    control: str | None = None
+    features: str | None = None
+    plates: tuple[str, ...] = ()
+    pooled: bool = False
+    folds: int = 5
+    max_cells: int = 2_000
+    nulls: int = 20
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class PredictParams:
     """What to label, and what to keep of it.
 

@@ -20,6 +20,7 @@ from .config import (
     EVERYTHING,
     THIS_PROCESS,
     BaselineParams,
+    ContrastParams,
     FinetuneParams,
     IngestParams,
     MeasureParams,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.baselines import BaselineResult
+    from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
     from .stages.finetune import FinetuneResult
     from .stages.ingest import IngestResult, RefreshResult
@@ -401,6 +403,25 @@ class Store:
             return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
         return write_report(
             self.workspace, run, Path(html), force=force, leave_out_flagged=leave_out_flagged
+        )
+
+    def contrast(
+        self,
+        params: ContrastParams | None = None,
+        *,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+    ) -> ContrastResult:
+        """Say which treatments look different from control; see ``stages.contrast.contrast``."""
+        from .stages.contrast import contrast
+
+        return contrast(
+            self.workspace,
+            params or ContrastParams(),
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
         )
 
     def audit_image(self, image: str) -> ImageAudit:

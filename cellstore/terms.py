@@ -16,6 +16,7 @@ class Stage(StrEnum):
     TRAIN = "train"
     PREDICT = "predict"
     FINETUNE = "finetune"
+    CONTRAST = "contrast"
 
 
 class Status(StrEnum):

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from . import (
     answers,
+    baselines,
     exports,
     finetune,
     house,
@@ -28,7 +29,8 @@ from .context import STOPPED
 from .options import StoreOption
 
 ORDER = (
-    *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "split"),
+    *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "contrast"),
+    "split",
     *("train", "predict", "report", "audit", "sql", "export", "status", "jobs", "retry"),
     *("cancel", "verify", "doctor", "db"),
 )
@@ -83,6 +85,7 @@ app.command("segment")(images.segment)
 app.command("measure")(measuring.measure)
 app.command("qc")(quality.qc)
 app.add_typer(splits.app, name="split")
+app.command("contrast")(baselines.contrast)
 app.command("train")(networks.train)
 app.command("predict")(networks.predict)
 app.command("finetune")(finetune.finetune)
