@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...config import ImageInput, TrainParams, TrainSetup
 from ...db.models import Recipe
-from ...errors import UserInputError
+from ...errors import UnknownNameError, UserInputError
 from ...ops.branches import TABULAR
+from ...ops.sampling import CELLS, SAMPLERS
 from ...reading.cells import plane_of
+from ...reading.normalising import (
+    INTENSITIES,
+    NORMALISATIONS,
+    PLATE,
+    describe_plates,
+    fit_scaler,
+    fit_whites,
+)
 from ...runs import Workspace
 from .plan import NO_WEIGHTS, Plan
-
-PLATE = "plate"
-"""The intensity that is white for all images of a plate."""
 
 if TYPE_CHECKING:
     from ...ops.checkpoints import CheckpointMeta
@@ -54,6 +60,13 @@ def fit_config(params: TrainParams, setup: TrainSetup, device: str) -> FitConfig
     from ...ops.augmentation import check_augmentations
     from ...ops.training import FitConfig
 
+    for kind, value, known in (
+        ("sampler", params.sampler, SAMPLERS),
+        ("normalisation", params.normalise, NORMALISATIONS),
+        ("intensity", params.intensity, INTENSITIES),
+    ):
+        if value not in known:
+            raise UnknownNameError.of(kind, value, known)
     if params.crop_size < 1:
         raise UserInputError(f"The crop size must be 1 pixel or more, not {params.crop_size}.")
     return FitConfig(
@@ -110,7 +123,6 @@ def new_model(workspace: Workspace, plan: Plan, team: Team, *, resumed: bool) ->
 
 def _fit(workspace: Workspace, plan: Plan) -> Fitted:
     from ...ops.scaling import Scaler
-    from ...reading.normalising import fit_scaler, fit_whites
 
     params, also = plan.params, (plan.validation_side,)
     whites: WhiteLevels | None = None
@@ -133,8 +145,6 @@ def left_out(plan: Plan, scaler: FeatureScaler) -> list[str]:
 
 def remarks(plan: Plan, fitted: Fitted) -> list[str]:
     """Return sentences on what a reader of the scores has to know of how inputs were made."""
-    from ...reading.normalising import describe_plates
-
     notes = describe_plates(fitted.scaler, fitted.whites)
     if plan.params.class_weights and plan.params.sampler != "cells":
         notes.append(
@@ -148,11 +158,6 @@ def make_reader(workspace: Workspace, plan: Plan, fitted: Fitted) -> BlockReader
     """Return what reads the cells of an image as the network wants them."""
     from ...reading.blocks import BlockReader
 
-    more: dict[str, Any] = {}
-    if plan.channels:
-        more["channels"] = plan.channels
-    if fitted.whites is not None:
-        more["whites"] = fitted.whites.plates
     return BlockReader(
         workspace,
         plan.source,
@@ -161,7 +166,8 @@ def make_reader(workspace: Workspace, plan: Plan, fitted: Fitted) -> BlockReader
         plan.params.crop_size,
         {label_id: index for index, label_id in enumerate(plan.labels.values())},
         branches=plan.branches,
-        **more,
+        channels=plan.channels,
+        whites=None if fitted.whites is None else fitted.whites.plates,
     )
 
 
@@ -173,11 +179,28 @@ def make_batches(plan: Plan, reader: BlockReader, team: Team, side: str) -> Batc
     return training_batches(
         reader,
         plan.sides[side],
-        batch_size=params.batch_size,
+        batch_size=share_of_batch(params.batch_size, team.size),
         seed=params.seed,
         shuffle=trains,
+        sampler=params.sampler if trains else CELLS,
+        share=(team.rank, team.size),
         device=team.device,
     )
+
+
+def share_of_batch(cells: int, size: int) -> int:
+    """Return how many cells of a batch each of ``size`` processes reads.
+
+    Raises:
+        UserInputError: fewer than two.
+
+    """
+    if cells < 2 * size:
+        raise UserInputError(
+            f"A batch of {cells} cells cannot be shared out to {size} processes, which need two or "
+            "more each. Give fewer --devices, or a larger --batch-size."
+        )
+    return cells // size
 
 
 def describe(plan: Plan, model: Model, recipe: Recipe) -> CheckpointMeta:

@@ -196,7 +196,7 @@ def _fit(work: _Work, run: RunHandle | None) -> FitResult:
     reader = make_reader(work.workspace, work.plan, work.model.fitted)
     train = make_batches(work.plan, reader, work.team, "train")
     validation = make_batches(work.plan, reader, work.team, "validation")
-    teller = _teller(work, run)
+    teller = _teller(work, run, train.count())
     logs = _logs(work, run)
 
     def keep(epoch: EpochMetrics, snapshot: Snapshot) -> None:
@@ -225,9 +225,7 @@ def _fit(work: _Work, run: RunHandle | None) -> FitResult:
     return result
 
 
-def _teller(work: _Work, run: RunHandle | None) -> Teller:
-    cells = sum(block.n_cells for block in work.plan.sides["train"])
-    steps = max(1, -(-(cells - 1) // work.config.batch_size))
+def _teller(work: _Work, run: RunHandle | None, steps: int) -> Teller:
     progress = work.workspace.progress if run is not None else Silent()
     heard = time.monotonic()
 
