@@ -52,8 +52,8 @@ def render_plates(
     """Render the demo's plates into ``folder``: images, LoadData table, true masks.
 
     ``effect`` scales what the treatments do; at 0 they do nothing. ``classes`` takes only the
-    first so many treatments. ``design``: another plate set than the demo's. The same arguments give the same bytes; what is there already is
-    left alone.
+    first so many treatments. ``design``: another plate set than the demo's. The same arguments
+    give the same bytes; what is there already is left alone.
 
     Raises:
         MissingExtraError: scipy is not installed.
