@@ -68,9 +68,7 @@ TREATMENTS = (
     Treatment(
         "demozomib", "PSMB5", Effect(elongation=1.9, diameter=0.92, grain=1.5, coarseness=0.6)
     ),
-    Treatment(
-        "demostaurin", "PRKCA", Effect(count=0.5, elongation=1.5, brightness=1.5, dome=1.5)
-    ),
+    Treatment("demostaurin", "PRKCA", Effect(count=0.5, elongation=1.5, brightness=1.5, dome=1.5)),
     Treatment("demofetinib", "EGFR", Effect(dome=2.2, brightness=0.6, coarseness=0.7)),
     Treatment("demotrunculin", "ACTB", Effect(irregularity=6.0, elongation=1.5, brightness=0.8)),
     Treatment("demoquine", "ATP6V1A", Effect(grain=2.8, coarseness=3.0, diameter=1.15)),
