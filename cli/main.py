@@ -20,6 +20,7 @@ from . import (
     jobs,
     measuring,
     networks,
+    predictions,
     quality,
     setup,
     splits,
@@ -29,7 +30,18 @@ from .options import StoreOption
 
 ORDER = (
     *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "split"),
-    *("train", "predict", "report", "audit", "sql", "export", "status", "jobs", "retry"),
+    *(
+        "train",
+        "predict",
+        "export-model",
+        "report",
+        "audit",
+        "sql",
+        "export",
+        "status",
+        "jobs",
+        "retry",
+    ),
     *("cancel", "verify", "doctor", "db"),
 )
 
@@ -84,7 +96,8 @@ app.command("measure")(measuring.measure)
 app.command("qc")(quality.qc)
 app.add_typer(splits.app, name="split")
 app.command("train")(networks.train)
-app.command("predict")(networks.predict)
+app.command("predict")(predictions.predict)
+app.command("export-model")(predictions.export_model)
 app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
 app.add_typer(answers.audit, name="audit")

@@ -24,7 +24,8 @@ from .outcome import TrainResult, finished, result_of, summary
 from .plan import NO_WEIGHTS, Plan, check_sides, commit, make_plan
 
 if TYPE_CHECKING:
-    from ...ops.nets import CheckpointMeta, FusionNet
+    from ...ops.checkpoints import CheckpointMeta
+    from ...ops.nets import FusionNet
     from ...ops.scaling import Scaler
     from ...ops.training import EpochMetrics, FitConfig, FitResult
     from ...reading.blocks import BlockReader
@@ -130,7 +131,7 @@ def _fit(
             _batches(plan, reader, config, "train"),
             _batches(plan, reader, config, "validation"),
             config,
-            lambda epoch: _tell(workspace, run.id, epoch),
+            lambda epoch, _state: _tell(workspace, run.id, epoch),
         )
     finally:
         workspace.progress.finish()
@@ -200,7 +201,7 @@ def _tell(workspace: Workspace, run_id: int, epoch: EpochMetrics) -> None:
 
 
 def _meta(plan: Plan, model: _Model, recipe: Recipe) -> CheckpointMeta:
-    from ...ops.nets import CheckpointMeta
+    from ...ops.checkpoints import CheckpointMeta
 
     return CheckpointMeta(
         shape=model.net.shape,
@@ -222,7 +223,7 @@ def _keep_checkpoint(
     workspace: Workspace, run_id: int, meta: CheckpointMeta, plan: Plan, result: FitResult
 ) -> str:
     """Write tensors and the record beside them, then their rows; return the tensors' sha256."""
-    from ...ops.nets import save_net
+    from ...ops.checkpoints import save_net
 
     write = workspace.artifacts.write
     tensors = write(ArtifactKind.CHECKPOINT, save_net(result.state), ".safetensors")
