@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .stages.baselines import BaselineResult
     from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
+    from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
     from .stages.ingest import IngestResult, RefreshResult
     from .stages.jobs import JobsList, RetryResult
@@ -384,6 +385,12 @@ class Store:
         from .stages.predict import predict
 
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
+
+    def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
+        """Write a folder with a trained model; see ``stages.export_model.export_model``."""
+        from .stages.export_model import export_model
+
+        return export_model(self.workspace, run, _path(output))
 
     def report(
         self,
