@@ -179,6 +179,15 @@ def test_a_condition_chooses_the_images_and_is_kept(workspace: Workspace) -> Non
         create_split(workspace, "none", SplitParams(where="plate = 'P9'"))
 
 
+def test_a_pattern_chooses_the_same_images_on_both_databases(workspace: Workspace) -> None:
+    fill(workspace, *["Taxol taxol taxotere aspirin"] * 2)
+    params = SplitParams(where="pert_iname LIKE 'tax%'", validation_size=0)
+    create_split(workspace, "s", params)
+    assert parts(workspace, "s", 3).keys() == {"taxol", "taxotere"}
+    create_split(workspace, "any", SplitParams(where="pert_iname ILIKE 'tax%'", validation_size=0))
+    assert parts(workspace, "any", 3).keys() == {"Taxol", "taxol", "taxotere"}
+
+
 def test_what_an_old_split_was_drawn_from_has_the_same_fingerprint(
     sqlite_workspace: Workspace,
 ) -> None:
