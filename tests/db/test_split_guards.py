@@ -227,6 +227,21 @@ def test_two_programs_at_once_cannot_put_a_well_on_two_sides(postgres_workspace:
         plates.insert(split, 0, 2, "test")
 
 
+@pytest.mark.postgres
+def test_a_split_is_not_frozen_while_members_come_in(postgres_workspace: Workspace) -> None:
+    plates = Plates(postgres_workspace)
+    split = plates.split(GroupLevel.WELL, "---e")
+    row = {"split_id": split.id, "label_id": plates.label.id, "subset": Subset.TRAIN}
+    freeze = "SET LOCAL lock_timeout = '200ms'; UPDATE splits SET frozen_at = now()"
+    with plates.workspace.database.begin() as first:
+        first.execute(insert(SplitMember).values(image_id=plates.images[0][0].id, **row))
+        with pytest.raises(Exception, match="lock timeout"):
+            plates.run(freeze)
+    plates.run(freeze)
+    with pytest.raises(UserInputError, match=FROZEN):
+        plates.insert(split, 0, 2, "train")
+
+
 def test_a_member_costs_no_more_in_a_large_group(workspace: Workspace) -> None:
     # A plate of 6,000 images. A guard that looked at the other images of the plate would look
     # 18 million times; benchmarks/split_guards.py has the true numbers.
