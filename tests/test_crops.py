@@ -40,7 +40,8 @@ def naive(masks, flows, projection, box, label, size) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [4, 10, 32])
 def test_crops_are_those_of_a_plain_crop_and_resize(size: int) -> None:
-    mask_crops, flow_crops = cell_crops(*image(), BOXES, LABELS, size)
+    crops = cell_crops(*image(), BOXES, LABELS, size)
+    mask_crops, flow_crops = crops["mask"], crops["flow"]
     assert mask_crops.shape == flow_crops.shape == (3, 4, size, size)
     assert mask_crops.dtype == torch.float32
     for position, (box, label) in enumerate(zip(BOXES, LABELS, strict=True)):
@@ -51,11 +52,10 @@ def test_crops_are_those_of_a_plain_crop_and_resize(size: int) -> None:
 
 def test_without_flows_there_are_mask_crops_only() -> None:
     masks, flows, projection = image()
-    mask_crops, none = cell_crops(masks, None, projection, BOXES, LABELS, 10)
-    torch.testing.assert_close(
-        mask_crops, cell_crops(masks, flows, projection, BOXES, LABELS, 10)[0]
-    )
-    assert none.shape == (3, 0)
+    alone = cell_crops(masks, None, projection, BOXES, LABELS, 10)
+    both = cell_crops(masks, flows, projection, BOXES, LABELS, 10)
+    torch.testing.assert_close(alone["mask"], both["mask"])
+    assert alone.keys() == {"mask"}
     with pytest.raises(ImageError, match="do not fit"):
         cell_crops(masks, None, projection[:-1], BOXES, LABELS, 10)
 
@@ -65,37 +65,37 @@ def test_channels_of_a_drawn_cell() -> None:
     masks[0, 3] = 6
     projection = np.full((4, 4), 200)
     flows = np.full((4, 4, 4), 255, dtype=np.uint8)
-    crops, flow_crops = cell_crops(masks, flows, projection, [[0, 0, 4, 4]], [5], size=4)
-    own, outline, others, intensity = ((crops[0] + 1) / 2).round().int().tolist()
+    crops = cell_crops(masks, flows, projection, [[0, 0, 4, 4]], [5], size=4)
+    own, outline, others, intensity = ((crops["mask"][0] + 1) / 2).round().int().tolist()
     assert own == [[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]
     # The rim of the image is no outline; the touching cell in the corner makes one.
     assert outline == [[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0], [0, 1, 0, 0]]
     assert others == [[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert intensity == own
-    assert (flow_crops == 1).all()
+    assert (crops["flow"] == 1).all()
 
 
 def test_intensity_is_relative_to_the_image_and_cut() -> None:
     masks, flows, projection = image()
     projection[25, 35] = 6000
-    first = cell_crops(masks, flows, projection, BOXES, LABELS, 8)[0]
-    second = cell_crops(masks, flows, projection * 7.5, BOXES, LABELS, 8)[0]
+    first = cell_crops(masks, flows, projection, BOXES, LABELS, 8)["mask"]
+    second = cell_crops(masks, flows, projection * 7.5, BOXES, LABELS, 8)["mask"]
     torch.testing.assert_close(first, second)
-    whole = cell_crops(masks, flows, projection, BOXES[2:], LABELS[2:], 10)[0]
+    whole = cell_crops(masks, flows, projection, BOXES[2:], LABELS[2:], 10)["mask"]
     # Brighter than the 99.9th percentile, the only pixel of the image that is.
     assert whole[0, 3].max() == whole[0, 3, 5, 5] == 1
 
 
 def test_a_black_image_has_no_intensity() -> None:
     masks, flows, projection = image()
-    crops, _ = cell_crops(masks, flows, projection * 0, BOXES, LABELS, 8)
-    assert (crops[:, 3] == -1).all()
+    crops = cell_crops(masks, flows, projection * 0, BOXES, LABELS, 8)
+    assert (crops["mask"][:, 3] == -1).all()
 
 
 def test_no_cell_gives_no_crop() -> None:
     empty = np.empty((0, 4), dtype=np.int64), np.empty(0, dtype=np.int64)
-    mask_crops, flow_crops = cell_crops(*image(), *empty, 16)
-    assert mask_crops.shape == flow_crops.shape == (0, 4, 16, 16)
+    crops = cell_crops(*image(), *empty, 16)
+    assert crops["mask"].shape == crops["flow"].shape == (0, 4, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, np.ndarray], message: st
 def block(ids: range) -> CellBlock:
     index = torch.tensor(list(ids), dtype=torch.int64)
     crops = index.float().reshape(-1, 1, 1, 1).expand(-1, 4, 2, 2)
-    return CellBlock(crops, -crops, index.float()[:, None], index % 3, index)
+    return CellBlock({"mask": crops, "flow": -crops}, index.float()[:, None], index % 3, index)
 
 
 def blocks(sizes: list[int]) -> dict[int, CellBlock]:
@@ -151,8 +151,8 @@ def test_every_cell_comes_once_and_batches_are_full(sizes: list[int], shuffle: b
 def test_fields_of_a_cell_stay_together() -> None:
     source = blocks([6, 6, 6])
     for batch in BlockShuffle([0, 1, 2], source.__getitem__, 5)(3):
-        assert (batch.mask_crops[:, 0, 0, 0] == batch.cell_ids).all()
-        assert (batch.flow_crops[:, 3, 1, 1] == -batch.cell_ids).all()
+        assert (batch.crops["mask"][:, 0, 0, 0] == batch.cell_ids).all()
+        assert (batch.crops["flow"][:, 3, 1, 1] == -batch.cell_ids).all()
         assert (batch.features[:, 0] == batch.cell_ids).all()
         assert (batch.labels == batch.cell_ids % 3).all()
 

@@ -87,7 +87,9 @@ def test_forward_is_the_published_chain_of_layers(net: FusionNet) -> None:
         gate = torch.sigmoid(gate @ w["attention.2.weight"].T + w["attention.2.bias"])
         seen = torch.relu((fused * gate) @ w["projection.0.weight"].T + w["projection.0.bias"])
         expected = seen @ w["classifier.weight"].T + w["classifier.bias"]
-        torch.testing.assert_close(net(masks, flows, features), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            net({"mask": masks, "flow": flows}, features), expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_shapes_of_the_published_parts(net: FusionNet) -> None:
@@ -129,12 +131,16 @@ def test_a_network_of_fewer_branches_has_them_only(branches: tuple[str, ...], wi
     parts = {name.split("_branch")[0] for name in net.state_dict() if "_branch" in name}
     assert parts == set(branches)
     assert net.attention[2].out_features == net.projection[0].in_features == width
-    given = dict(zip(BRANCHES, inputs(), strict=True))
-    unseen = {name: torch.empty((3, 0)) for name in BRANCHES if name not in branches}
+    everything = dict(zip(BRANCHES, inputs(), strict=True))
+    given = {name: everything[name] for name in branches}
+
+    def say(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return net(inputs, inputs.get("tabular", torch.empty((3, 0))))
+
     with torch.no_grad():
-        scores = net(*{**given, **unseen}.values())
+        scores = say(given)
         for name in branches:  # while training: batch normalisation shows what there is to see
-            others = net(*{**given, **unseen, name: given[name] ** 3}.values())
+            others = say({**given, name: given[name] ** 3})
             assert not torch.equal(scores, others), name
     assert scores.shape == (3, 3)
 
@@ -249,7 +255,9 @@ def test_a_checkpoint_comes_back_whole(net: FusionNet) -> None:
     assert read == meta()
     assert not again.training
     with torch.no_grad():
-        assert torch.equal(again(*inputs()), net.eval()(*inputs()))
+        masks, flows, features = inputs()
+        crops = {"mask": masks, "flow": flows}
+        assert torch.equal(again(crops, features), net.eval()(crops, features))
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(net: FusionNet) -> None:

@@ -37,8 +37,7 @@ def cells(count: int, seed: int, size: int = 32) -> CellBlock:
     crops = torch.from_numpy((noise + stripes + labels[:, None, None, None] - 1).astype(np.float32))
     features = np.stack([labels == 1, labels == 2], axis=1) + rng.normal(0, 0.1, (count, 2))
     return CellBlock(
-        crops[0],
-        crops[1],
+        {"mask": crops[0], "flow": crops[1]},
         torch.from_numpy(features.astype(np.float32)),
         torch.from_numpy(labels.astype(np.int64)),
         torch.arange(count),
@@ -57,7 +56,7 @@ class Tiny(FusionNet):
         self.shape = SHAPE
         self.layer = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(2, 3))
 
-    def forward(self, mask_crops, flow_crops, features):
+    def forward(self, crops, features):
         return self.layer(features)
 
 
@@ -107,7 +106,7 @@ def test_loss_is_label_smoothing_cross_entropy_and_rate_halves_every_five_epochs
     rates = [epoch.learning_rate for epoch in result.epochs]
     assert rates == pytest.approx([1e-4] * 5 + [5e-5] * 5 + [2.5e-5])
     # By hand for the last epoch: 0.9 of the true class and 0.1 spread over all three.
-    log = torch.log_softmax(net.eval()(None, None, batch.features), dim=1).detach()
+    log = torch.log_softmax(net.eval()({}, batch.features), dim=1).detach()
     true = log[torch.arange(12), batch.labels]
     expected = -(0.9 * true + 0.1 * log.mean(dim=1)).mean()
     assert result.epochs[-1].validation_loss == pytest.approx(float(expected), rel=1e-5)
@@ -140,7 +139,7 @@ def test_a_step_is_that_of_adam_with_weight_decay() -> None:
     optimizer = torch.optim.Adam(plain.parameters(), lr=2e-3, weight_decay=0.3)
     for _ in range(2):
         optimizer.zero_grad()
-        scores = plain(None, None, batch.features)
+        scores = plain({}, batch.features)
         torch.nn.functional.cross_entropy(scores, batch.labels, label_smoothing=0.1).backward()
         optimizer.step()
     torch.testing.assert_close(ours.state_dict(), plain.state_dict())

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from cellstore.errors import UnknownNameError, UserInputError
 
 MASK, FLOW, TABULAR = BRANCHES = ("mask", "flow", "tabular")
-"""A cell's mask crop, its flow crop and its features."""
+"""A cell's mask crop, its flow crop and its features: what the published network looks at."""
+
+IMAGE = "image"
+"""A crop of named channels of the image."""
 
 
 def check_branches(names: Sequence[str]) -> tuple[str, ...]:

@@ -6,8 +6,8 @@ projected intensity inside the cell. It is derived here and not stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cellstore.errors import ImageError, UserInputError
+from cellstore.ops.branches import FLOW, MASK
 
 CROP_MEAN = 0.5
 CROP_STD = 0.5
@@ -33,13 +34,11 @@ UNKNOWN_LABEL = -1
 class CellBlock:
     """N cells: those of one image, or one batch.
 
-    ``mask_crops`` and ``flow_crops`` are (N, 4, S, S) float32, or (N, 0) where the network does
-    not look at them, ``features`` (N, F) float32, ``labels`` (N,) int64 class indices and
-    ``cell_ids`` (N,) int64.
+    ``crops`` are (N, C, S, S) float32 by image branch, only those that the network looks at;
+    ``features`` (N, F) float32, ``labels`` (N,) int64 class indices and ``cell_ids`` (N,) int64.
     """
 
-    mask_crops: Tensor
-    flow_crops: Tensor
+    crops: Mapping[str, Tensor]
     features: Tensor
     labels: Tensor
     cell_ids: Tensor
@@ -47,25 +46,34 @@ class CellBlock:
     def __len__(self) -> int:
         return int(self.cell_ids.shape[0])
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The five tensors, in the order of the fields."""
-        return tuple(getattr(self, item.name) for item in fields(self))
+    def map(self, change: Callable[[Tensor], Tensor]) -> CellBlock:
+        """The cells with ``change`` made to each of their tensors."""
+        return CellBlock(
+            {name: change(crops) for name, crops in self.crops.items()},
+            change(self.features),
+            change(self.labels),
+            change(self.cell_ids),
+        )
 
     def to(self, device: torch.device | str) -> CellBlock:
         """The same cells on another device."""
-        return CellBlock(*(tensor.to(device, non_blocking=True) for tensor in self.tensors()))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def take(self, index: Tensor) -> CellBlock:
         """The cells at the positions ``index``, (M,) int64."""
-        return CellBlock(*(tensor[index] for tensor in self.tensors()))
+        return self.map(lambda tensor: tensor[index])
 
     @classmethod
     def join(cls, blocks: Sequence[CellBlock]) -> CellBlock:
-        """All cells of ``blocks``, of which there must be one or more."""
+        """All cells of ``blocks``, of which there must be one or more, of the same branches."""
         if len(blocks) == 1:
             return blocks[0]
-        columns = zip(*(block.tensors() for block in blocks), strict=True)
-        return cls(*(torch.cat(column) for column in columns))
+        return cls(
+            {name: torch.cat([b.crops[name] for b in blocks]) for name in blocks[0].crops},
+            torch.cat([block.features for block in blocks]),
+            torch.cat([block.labels for block in blocks]),
+            torch.cat([block.cell_ids for block in blocks]),
+        )
 
 
 def cell_crops(
@@ -75,7 +83,7 @@ def cell_crops(
     boxes: NDArray[Any],
     labels: NDArray[Any],
     size: int = 224,
-) -> tuple[Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """Crop the cells of one image by their bounding boxes.
 
     Parameters
@@ -98,8 +106,8 @@ def cell_crops(
 
     Returns
     -------
-    Mask crops and flow crops, each (N, 4, size, size) float32 from -1 to 1; the flow crops are
-    (N, 0) without flows.
+    Crops by branch, ``mask`` and, if there are flows, ``flow``: each (N, 4, size, size) float32
+    from -1 to 1.
 
     Raises
     ------
@@ -123,12 +131,8 @@ def cell_crops(
             layers = np.concatenate([layers, _unit_flows(flows[window])])
         crop[:] = _resized(torch.from_numpy(layers), size)
     crops.sub_(CROP_MEAN).div_(CROP_STD)
-    return crops[:, :4], no_crops(len(labels)) if flows is None else crops[:, 4:]
-
-
-def no_crops(number: int) -> Tensor:
-    """What stands for the crops of ``number`` cells that no branch looks at, (N, 0)."""
-    return torch.empty((number, 0))
+    made = {MASK: crops[:, :4]}
+    return made if flows is None else made | {FLOW: crops[:, 4:]}
 
 
 def _layers(

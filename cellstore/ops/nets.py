@@ -114,14 +114,14 @@ class FusionNet(nn.Module):
         self.projection = nn.Sequential(nn.Linear(fused, shape.projection_width), nn.ReLU())
         self.classifier = nn.Linear(shape.projection_width, shape.n_classes)
 
-    def forward(self, mask_crops: Tensor, flow_crops: Tensor, features: Tensor) -> Tensor:
+    def forward(self, crops: Mapping[str, Tensor], features: Tensor) -> Tensor:
         """Class scores before softmax, (N, n_classes) float32.
 
-        ``mask_crops`` and ``flow_crops`` are (N, image_channels, S, S), ``features``
-        (N, n_features); all float32, normalised. What no branch of the network looks at may be
-        of any shape. While training, N must be 2 or more (batch normalisation).
+        ``crops`` of each image branch are (N, image_channels, S, S), ``features`` (N, n_features);
+        all float32, normalised. What no branch of the network looks at may be absent, or of any
+        shape. While training, N must be 2 or more (batch normalisation).
         """
-        given = {MASK: mask_crops, FLOW: flow_crops, TABULAR: features}
+        given = {**crops, TABULAR: features}
         seen = [self.get_submodule(_module(name))(given[name]) for name in self.shape.branches]
         fused = torch.cat(seen, dim=1)
         scores: Tensor = self.classifier(self.projection(fused * self.attention(fused)))

@@ -123,7 +123,7 @@ def predict_batch(net: FusionNet, batch: CellBlock) -> NDArray[np.float64]:
     net.eval()
     batch = batch.to(next(net.parameters()).device)
     with torch.inference_mode():
-        scores = net(batch.mask_crops, batch.flow_crops, batch.features)
+        scores = net(batch.crops, batch.features)
     probabilities: NDArray[np.float64] = torch.softmax(scores.double().cpu(), dim=1).numpy()
     return probabilities
 
@@ -185,7 +185,7 @@ class _Trainer:
         batch = batch.to(self.fabric.device)
         if bool((batch.labels < 0).any()):
             raise UserInputError("Some cells to train on have no label; leave them out.")
-        scores = self.net(batch.mask_crops, batch.flow_crops, batch.features)
+        scores = self.net(batch.crops, batch.features)
         loss = self.loss(scores, batch.labels)
         right = (scores.argmax(dim=1) == batch.labels).sum()
         return loss, (float(loss.detach()), int(right), len(batch))

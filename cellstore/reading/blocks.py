@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..config import ImageInput
 from ..errors import ImageError, StorageError, UserInputError
-from ..ops.branches import BRANCHES, FLOW, MASK, TABULAR
-from ..ops.crops import UNKNOWN_LABEL, CellBlock, cell_crops, no_crops
+from ..ops.branches import BRANCHES, FLOW, TABULAR
+from ..ops.crops import UNKNOWN_LABEL, CellBlock, cell_crops
 from ..ops.scaling import Scaler
 from ..runs.workspace import Workspace
 from .cells import (
@@ -133,11 +133,11 @@ class BlockReader:
             raise ImageError(str(error)) from error
         return _Pictures(masks, flows, read_image(self.workspace.database, image_id, self.plane))
 
-    def _crops(self, found: _Decoded) -> tuple[Tensor, Tensor]:
-        """Mask crops and flow crops; no crops for a branch that the network does not have."""
+    def _crops(self, found: _Decoded) -> dict[str, Tensor]:
+        """Crops of the image branches that the network has."""
         rows, pictures = found.rows, found.pictures
         if pictures is None:
-            return no_crops(len(rows)), no_crops(len(rows))
+            return {}
         if rows.boxes is None:
             raise ImageError(
                 "The boxes of these cells are unknown, so they cannot be cut out of the image. "
@@ -145,7 +145,7 @@ class BlockReader:
             )
         planes = pictures.masks, pictures.flows, pictures.plane
         crops = cell_crops(*planes, rows.boxes, rows.labels, self.crop_size)
-        return crops if MASK in self.branches else (no_crops(len(rows)), crops[1])
+        return {name: made for name, made in crops.items() if name in self.branches}
 
     def _block(self, found: _Decoded) -> CellBlock:
         rows = found.rows
@@ -155,17 +155,13 @@ class BlockReader:
         if rows.label_id is not None:
             label = self.classes.get(rows.label_id, UNKNOWN_LABEL)
         labels = torch.full((len(rows),), label, dtype=torch.int64)
-        return CellBlock(
-            *crops, torch.from_numpy(features), labels, torch.from_numpy(rows.cell_ids)
-        )
+        return CellBlock(crops, torch.from_numpy(features), labels, torch.from_numpy(rows.cell_ids))
 
     def _empty(self) -> CellBlock:
         shape = (0, _CHANNELS, self.crop_size, self.crop_size)
-        masks, flows = (
-            torch.empty(shape) if name in self.branches else no_crops(0) for name in (MASK, FLOW)
-        )
+        crops = {name: torch.empty(shape) for name in self.branches if name != TABULAR}
         none = torch.empty(0, dtype=torch.int64)
-        return CellBlock(masks, flows, torch.empty((0, len(self.scaler.names))), none, none)
+        return CellBlock(crops, torch.empty((0, len(self.scaler.names))), none, none)
 
 
 def _check_columns(names: Sequence[str], features: ReadableSet) -> None:

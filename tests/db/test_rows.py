@@ -48,7 +48,9 @@ from cellstore.db.types import Base
 from cellstore.runs import Workspace
 from cellstore.terms import ArtifactKind, ImageFlagReason, Severity, Stage, Subset
 
-TABLES = [mapper.class_ for mapper in Base.registry.mappers]
+TABLES = sorted(
+    (mapper.class_ for mapper in Base.registry.mappers), key=lambda table: table.__name__
+)
 
 
 def values_of(row: Base) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: O
             ]
             table = [[getattr(row, name) for name in meta.scaler.names] for row in values]
             scaled = torch.from_numpy(meta.scaler.transform(table))
-            chances = predict_batch(net, CellBlock(*crops, scaled, ids, ids))
+            chances = predict_batch(net, CellBlock(crops, scaled, ids, ids))
             expected |= {cell.id: row for cell, row in zip(cells, chances, strict=True)}
     rows = said(workspace, result.run_id)
     assert len(rows) == 2 * 8

@@ -80,7 +80,7 @@ def no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_pixels")
 def test_features_without_masks_train_a_tabular_network(built: Path, opened: Opener) -> None:
-    from cellstore.ops.crops import CellBlock, no_crops
+    from cellstore.ops.crops import CellBlock
     from cellstore.ops.nets import load_checkpoint
     from cellstore.ops.training import predict_batch
 
@@ -106,9 +106,8 @@ def test_features_without_masks_train_a_tabular_network(built: Path, opened: Ope
     values = [[cell.id, np.nan if g is None else g] for cell, g in zip(cells, gaps, strict=True)]
     table = np.array(values, dtype=np.float64)[there]
     ids = torch.tensor([cell.id for cell in mine])
-    none = no_crops(len(mine))
     chances = predict_batch(
-        net, CellBlock(none, none, torch.from_numpy(meta.scaler.transform(table)), ids, ids)
+        net, CellBlock({}, torch.from_numpy(meta.scaler.transform(table)), ids, ids)
     )
     by_cell = {cell.id: row for cell, row in zip(mine, chances, strict=True)}
     for cell_id, _rank, label, probability in rows:
