@@ -64,8 +64,8 @@ class Scaler:
         scale = np.where(varies, deviation, 1.0)
         return cls(tuple(names.tolist()), tuple(mean.tolist()), tuple(scale.tolist()), gaps)
 
-    def transform(self, rows: ArrayLike) -> NDArray[np.float32]:
-        """The (N, F) ``rows`` scaled, as float32; raises as :meth:`fit` does."""
+    def transform(self, rows: ArrayLike, plate: str | None = None) -> NDArray[np.float32]:
+        """The (N, F) ``rows`` scaled, as float32, the same on every plate; raises as ``fit``."""
         values = _checked(self.names, rows, self.gaps)
         scaled: Numbers = (values - np.array(self.mean)) / np.array(self.scale)
         return np.nan_to_num(scaled, copy=False, nan=0.0).astype(np.float32)
