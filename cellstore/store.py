@@ -32,6 +32,7 @@ from .config import (
     SplitParams,
     StoreSettings,
     TrainParams,
+    TrainSetup,
     find_store,
 )
 from .errors import UnknownNameError
@@ -324,8 +325,11 @@ class Store:
         segmentation: str | None = None,
         measurement: str | None = None,
         device: str = "auto",
+        setup: TrainSetup | None = None,
+        force: bool = False,
+        resume: str | None = None,
     ) -> TrainResult:
-        """Train the network on the training side of a split; see ``stages.train.train``."""
+        """Train a network on the training side of a split; see ``stages.train.train``."""
         from .stages.train import train
 
         return train(
@@ -335,6 +339,9 @@ class Store:
             segmentation=segmentation,
             measurement=measurement,
             device=device,
+            setup=setup or TrainSetup(),
+            force=force,
+            resume=resume,
         )
 
     def train_baselines(

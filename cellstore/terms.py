@@ -86,6 +86,7 @@ class ArtifactKind(StrEnum):
     REPORT = "report"
     FEATURES = "features"
     NETWORK = "network"
+    TRAINING_STATE = "training_state"
 
 
 class ImageFlagReason(StrEnum):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from ..config import ImageInput
 from ..db.models import Artifact, Recipe, Run, RunArtifact
 from ..errors import StorageError, UserInputError
+from ..ops.normalising import PlateScaler
 from ..runs.workspace import Workspace
 from ..terms import ArtifactKind, Stage, Status
 from .cells import CellSource, input_of, plane_of
 from .featuresets import find_feature_set, open_set
+from .normalising import add_plates, add_whites
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +67,15 @@ class OpenModel:
         """Return probabilities, (N, K) float64, of the N cells of an image."""
         return self.model.predict(cells)
 
+    def predict_and_embed(
+        self, cells: CellBlock
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Return these, and the embedding of each cell, (N, width); of networks only."""
+        from ..ops.models import NetworkModel
+
+        assert isinstance(self.model, NetworkModel)
+        return self.model.predict_and_embed(cells)
+
 
 def open_model(session: Session, workspace: Workspace, run: Run, device: str = "cpu") -> OpenModel:
     """Return the model of a training run on a device (``cpu`` or ``cuda``).
@@ -89,6 +101,48 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
     source = CellSource(segment.id, measure.id, features=features)
     reader = make_reader(workspace, source, segment, meta)
     return OpenModel(checkpoint, segment, measure, source, model, meta, reader)
+
+
+def know_plates(
+    session: Session, workspace: Workspace, found: OpenModel, plates: Sequence[str]
+) -> tuple[OpenModel, dict[str, Any]]:
+    """Return the model with what it needs of plates that its training has not seen, and that.
+
+    Where it normalises features or intensities plate by plate, plates that its record does not
+    know are fitted to their own control cells and images, see :mod:`.normalising`. The record of
+    that is empty where there is nothing to add.
+
+    Raises:
+        UserInputError: a plate has no control cells.
+        ImageError: no image of a plate can be read.
+
+    """
+    meta: Any = found.meta
+    added: dict[str, Any] = {}
+    if isinstance(meta.scaler, PlateScaler):
+        new = [plate for plate in plates if plate not in meta.scaler.plates]
+        scaler = add_plates(session, found.source, meta.scaler, new)
+        added |= _added("controls", {p: scaler.plates[p].to_json() for p in new if p in scaler.own})
+        meta = replace(meta, scaler=scaler)
+    if meta.whites is not None:
+        new = [plate for plate in plates if plate not in meta.whites.plates]
+        planes = planes_of(found.segment, meta.channels)
+        whites = add_whites(session, workspace.database, found.source, planes, meta.whites, new)
+        added |= _added("whites", {plate: list(whites.plates[plate]) for plate in new})
+        meta = replace(meta, whites=whites)
+    if not added:
+        return found, added
+    reader = make_reader(workspace, found.source, found.segment, meta)
+    return replace(found, meta=meta, reader=reader), added
+
+
+def _added(name: str, plates: dict[str, Any]) -> dict[str, Any]:
+    return {name: plates} if plates else {}
+
+
+def planes_of(segment: Recipe, channels: Sequence[str]) -> list[ImageInput]:
+    """Return the plane that was segmented, then each channel: the order of white levels."""
+    return [plane_of(segment), *(ImageInput((name,)) for name in channels)]
 
 
 def make_reader(

@@ -7,7 +7,7 @@ label of any treated cell. It is said of it, by :func:`describe_plates`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -139,20 +139,31 @@ def add_whites(
     return whites.with_own({b: _white(session, database, everywhere, planes, b) for b in plates})
 
 
-def describe_plates(scaler: FeatureScaler, whites: WhiteLevels | None) -> list[str]:
-    """Return sentences on plates that are normalised by what is on themselves."""
+def describe_plates(
+    scaler: FeatureScaler, whites: WhiteLevels | None, plates: Collection[str] | None = None
+) -> list[str]:
+    """Return sentences on plates that are normalised by what is on themselves.
+
+    ``plates``: of these only.
+    """
     notes = []
-    if isinstance(scaler, PlateScaler) and scaler.own:
+    own = _among(scaler.own, plates) if isinstance(scaler, PlateScaler) else []
+    if own:
         notes.append(
             f"Plates without images on the training side are normalised against their own negative "
-            f"controls: {_some(scaler.own)}."
+            f"controls: {_some(own)}."
         )
-    if whites is not None and whites.own:
+    own = _among(whites.own, plates) if whites is not None else []
+    if own:
         notes.append(
             "Plates without images on the training side have the white level of their own images: "
-            f"{_some(whites.own)}."
+            f"{_some(own)}."
         )
     return notes
+
+
+def _among(names: Sequence[str], plates: Collection[str] | None) -> list[str]:
+    return [name for name in names if plates is None or name in plates]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from small_training import (
     TINY,
     Opener,
@@ -76,7 +76,7 @@ def test_predictions_rank_the_classes_of_the_chosen_side(trained: Trained, opene
         assert sum(row[3] for row in mine) == pytest.approx(1)
     run = run_of(workspace, result.run_id)
     assert (run.parent_id, run.status) == (trained.result.run_id, Status.DONE)
-    assert run.result == {"images": 2, "failed": 0, "cells": 8}
+    assert run.result == {"images": 2, "failed": 0, "cells": 8, "notes": []}
 
 
 def test_predictions_cannot_be_changed(trained: Trained, opened: Opener) -> None:
@@ -147,10 +147,8 @@ def test_a_killed_prediction_goes_on_and_ends_as_an_undisturbed_one(
     assert (rest.run_id, rest.done, rest.earlier) == (run.id, 6 - done, done)
     assert said(killed, run.id) == expected
     finished = run_of(killed, run.id)
-    assert (finished.status, finished.result) == (
-        Status.DONE,
-        {"images": 6, "failed": 0, "cells": 24},
-    )
+    counts = {"images": 6, "failed": 0, "cells": 24, "notes": list(rest.notes)}
+    assert (finished.status, finished.result) == (Status.DONE, counts)
 
 
 def test_one_bad_image_fails_alone_and_is_tried_again(trained: Trained, opened: Opener) -> None:
@@ -190,12 +188,12 @@ def test_cells_that_change_under_a_training_end_it(
 ) -> None:
     from cellstore.reading import blocks
 
-    workspace, real = opened(built), blocks.BlockReader.__call__
+    workspace, real = opened(built), blocks.BlockReader.cut
 
     def shrunk(reader: blocks.BlockReader, image_id: int) -> object:
-        return real(reader, image_id).take(torch.tensor([0, 1]))
+        return real(reader, image_id).take(np.array([0, 1]))
 
-    monkeypatch.setattr(blocks.BlockReader, "__call__", shrunk)
+    monkeypatch.setattr(blocks.BlockReader, "cut", shrunk)
     with pytest.raises(ImageError, match="changed while the network was training"):
         train(workspace, TINY, device="cpu")
 
