@@ -37,7 +37,7 @@ from .config import (
 )
 from .errors import UnknownNameError
 from .progress import Progress
-from .terms import Subset
+from .terms import GroupLevel, LabelField, Subset
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from .stages.qc import FlaggedImage, QcResult
     from .stages.report import ReportResult
     from .stages.segment import PreviewResult
-    from .stages.split import CheckResult, SplitResult
+    from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
     from .stages.status import StatusResult
     from .stages.train import TrainResult
     from .stages.verify import VerifyResult
@@ -305,6 +305,33 @@ class Store:
 
         return create_split(self.workspace, name, params or SplitParams())
 
+    def create_folds(self, name: str, params: SplitParams) -> tuple[SplitResult, ...]:
+        """Make the splits of a cross-validation; see ``stages.split.create_folds``."""
+        from .stages.split import create_folds
+
+        return create_folds(self.workspace, name, params)
+
+    def import_split(
+        self,
+        name: str,
+        tables: Sequence[str | Path],
+        *,
+        field: LabelField = LabelField.PERT_INAME,
+        group_level: GroupLevel = GroupLevel.IMAGE,
+        allow_missing: bool = False,
+    ) -> SplitResult:
+        """Keep a split that tables of others say; see ``stages.split.import_split``."""
+        from .stages.split import import_split
+
+        paths = [Path(path) for path in tables]
+        return import_split(self.workspace, name, paths, field, group_level, allow_missing)
+
+    def list_splits(self) -> tuple[SplitLine, ...]:
+        """Return all splits with their sides, the oldest first."""
+        from .stages.split import list_splits
+
+        return list_splits(self.workspace)
+
     def show_split(self, name: str | None = None) -> SplitResult:
         """Return a split by name, else the latest."""
         from .stages.split import show_split
@@ -316,6 +343,18 @@ class Store:
         from .stages.split import check_split
 
         return check_split(self.workspace, name)
+
+    def deletable_split(self, name: str) -> Deleted:
+        """Return which splits :meth:`delete_split` would delete, and refuse where it would."""
+        from .stages.split import find_deletable
+
+        return find_deletable(self.workspace, name)
+
+    def delete_split(self, name: str) -> Deleted:
+        """Delete a split, or all folds of a family, that no run uses."""
+        from .stages.split import delete_split
+
+        return delete_split(self.workspace, name)
 
     def train(
         self,
