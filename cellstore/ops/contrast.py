@@ -172,7 +172,15 @@ def _by_well(scores: Numbers, wells: Ids) -> tuple[list[Numbers], Ids]:
 
 
 def _interval(wins: Numbers, sizes: tuple[Ids, Ids], seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the AUC, drawing wells of each side."""
+    """95 % percentile bootstrap interval of the AUC, drawing wells of each side.
+
+    Where every treated cell is above every control cell, or below, all draws are alike and say
+    nothing; then it is the interval of Clopper and Pearson (1934) for as many wells without error.
+    """
+    pairs = np.outer(*sizes)
+    if not wins.any() or (wins == pairs).all():
+        reach = 0.025 ** (1 / sum(len(some) for some in sizes))
+        return (reach, 1.0) if wins.any() else (0.0, 1 - reach)
     generator = np.random.Generator(np.random.PCG64(seed))
     ours, theirs = (
         generator.multinomial(len(some), np.full(len(some), 1 / len(some)), size=RESAMPLES)
