@@ -27,6 +27,7 @@ from . import (
 )
 from .context import STOPPED
 from .options import StoreOption
+from .train_options import Sectioned
 
 ORDER = (
     *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "contrast"),
@@ -86,7 +87,7 @@ app.command("measure")(measuring.measure)
 app.command("qc")(quality.qc)
 app.add_typer(splits.app, name="split")
 app.command("contrast")(baselines.contrast)
-app.command("train")(networks.train)
+app.command("train", cls=Sectioned)(networks.train)
 app.command("predict")(networks.predict)
 app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)

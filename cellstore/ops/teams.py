@@ -80,6 +80,11 @@ class Team:
         return answer
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that trained together last, or was alone."""
+    return getattr(rank_zero_only, "rank", 0) in (None, 0)
+
+
 def open_fabric(device: str, precision: str = "32", devices: int = 1) -> Fabric:
     """Return the Fabric of this process; the others, if any, have been started when it is back.
 
