@@ -20,6 +20,7 @@ from .config import (
     EVERYTHING,
     THIS_PROCESS,
     BaselineParams,
+    ContrastParams,
     FinetuneParams,
     IngestParams,
     MeasureParams,
@@ -31,11 +32,12 @@ from .config import (
     SplitParams,
     StoreSettings,
     TrainParams,
+    TrainSetup,
     find_store,
 )
 from .errors import UnknownNameError
 from .progress import Progress
-from .terms import Subset
+from .terms import GroupLevel, LabelField, Subset
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.baselines import BaselineResult
+    from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
@@ -55,7 +58,7 @@ if TYPE_CHECKING:
     from .stages.qc import FlaggedImage, QcResult
     from .stages.report import ReportResult
     from .stages.segment import PreviewResult
-    from .stages.split import CheckResult, SplitResult
+    from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
     from .stages.status import StatusResult
     from .stages.train import TrainResult
     from .stages.verify import VerifyResult
@@ -303,6 +306,33 @@ class Store:
 
         return create_split(self.workspace, name, params or SplitParams())
 
+    def create_folds(self, name: str, params: SplitParams) -> tuple[SplitResult, ...]:
+        """Make the splits of a cross-validation; see ``stages.split.create_folds``."""
+        from .stages.split import create_folds
+
+        return create_folds(self.workspace, name, params)
+
+    def import_split(
+        self,
+        name: str,
+        tables: Sequence[str | Path],
+        *,
+        field: LabelField = LabelField.PERT_INAME,
+        group_level: GroupLevel = GroupLevel.IMAGE,
+        allow_missing: bool = False,
+    ) -> SplitResult:
+        """Keep a split that tables of others say; see ``stages.split.import_split``."""
+        from .stages.split import import_split
+
+        paths = [Path(path) for path in tables]
+        return import_split(self.workspace, name, paths, field, group_level, allow_missing)
+
+    def list_splits(self) -> tuple[SplitLine, ...]:
+        """Return all splits with their sides, the oldest first."""
+        from .stages.split import list_splits
+
+        return list_splits(self.workspace)
+
     def show_split(self, name: str | None = None) -> SplitResult:
         """Return a split by name, else the latest."""
         from .stages.split import show_split
@@ -315,6 +345,18 @@ class Store:
 
         return check_split(self.workspace, name)
 
+    def deletable_split(self, name: str) -> Deleted:
+        """Return which splits :meth:`delete_split` would delete, and refuse where it would."""
+        from .stages.split import find_deletable
+
+        return find_deletable(self.workspace, name)
+
+    def delete_split(self, name: str) -> Deleted:
+        """Delete a split, or all folds of a family, that no run uses."""
+        from .stages.split import delete_split
+
+        return delete_split(self.workspace, name)
+
     def train(
         self,
         params: TrainParams | None = None,
@@ -323,8 +365,11 @@ class Store:
         segmentation: str | None = None,
         measurement: str | None = None,
         device: str = "auto",
+        setup: TrainSetup | None = None,
+        force: bool = False,
+        resume: str | None = None,
     ) -> TrainResult:
-        """Train the network on the training side of a split; see ``stages.train.train``."""
+        """Train a network on the training side of a split; see ``stages.train.train``."""
         from .stages.train import train
 
         return train(
@@ -334,6 +379,9 @@ class Store:
             segmentation=segmentation,
             measurement=measurement,
             device=device,
+            setup=setup or TrainSetup(),
+            force=force,
+            resume=resume,
         )
 
     def train_baselines(
@@ -401,6 +449,25 @@ class Store:
             return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
         return write_report(
             self.workspace, run, Path(html), force=force, leave_out_flagged=leave_out_flagged
+        )
+
+    def contrast(
+        self,
+        params: ContrastParams | None = None,
+        *,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+    ) -> ContrastResult:
+        """Say which treatments look different from control; see ``stages.contrast.contrast``."""
+        from .stages.contrast import contrast
+
+        return contrast(
+            self.workspace,
+            params or ContrastParams(),
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
         )
 
     def audit_image(self, image: str) -> ImageAudit:

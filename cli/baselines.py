@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cellstore.config import BaselineParams
+from cellstore.config import BaselineParams, ContrastParams
 from cellstore.errors import UserInputError
 
 from . import render
-from .context import open_store, say
-from .options import names
+from .context import open_store, say, sentences
+from .options import JsonOption, PlatesOption, StoreOption, names
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from cellstore.stages.baselines import BaselineResult
+    from cellstore.stages.contrast import ContrastResult, ContrastRow
 
 DEFAULTS = BaselineParams()
+COMPARED = ContrastParams()
 
 BaselineOption = Annotated[
     str | None,
@@ -83,6 +85,22 @@ def train_baselines(
         _show(results)
 
 
+def _as_row(row: ContrastRow) -> tuple[Any, ...]:
+    return (
+        *(row.treatment, row.verdict, row.wells or None, row.plates or None, row.cells or None),
+        *(None if value is None else f"{value:.3f}" for value in (row.accuracy, row.auc)),
+        "-" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}",
+        None if row.usual is None else f"{row.usual:.3f}",
+        row.note or "",
+    )
+
+
+HEADERS = (
+    *("treatment", "different", "wells", "plates", "cells", "accuracy", "AUC", "95 % interval"),
+    *("chance below", ""),
+)
+
+
 def check_alone(ctx: typer.Context) -> None:
     """Refuse options of baselines where a network is trained.
 
@@ -137,3 +155,118 @@ def _show(results: Sequence[BaselineResult]) -> None:
         say(note)
     if first.predict_run_id is not None:
         typer.echo("\nThey stand beside the score of every run of this split: cellstore report")
+
+
+@sentences
+def contrast(
+    ctx: typer.Context,
+    treatment: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compare only this treatment; may be given several times. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compare with this treatment. Default: what is marked as negative control.",
+            show_default=False,
+        ),
+    ] = None,
+    pooled: Annotated[
+        bool, typer.Option("--pooled", help="Compare all treatments as one, as the study did.")
+    ] = False,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The feature set. Default: the built-in measurements last used.",
+            show_default=False,
+        ),
+    ] = None,
+    segmentation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Which segmentation, as 'cellstore status' lists them. Default: the last used.",
+            show_default=False,
+        ),
+    ] = None,
+    measurement: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Which measurement, as 'cellstore status' lists them. Default: the last used.",
+            show_default=False,
+        ),
+    ] = None,
+    plate: PlatesOption = None,
+    folds: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Parts in which wells are held out in turn.")
+    ] = COMPARED.folds,
+    max_cells: Annotated[
+        int,
+        typer.Option(
+            min=2, metavar="N", help="Compare so many cells of each side at most, evenly of wells."
+        ),
+    ] = COMPARED.max_cells,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Same seed, same cells and folds.")
+    ] = COMPARED.seed,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare again, even if nothing has changed.")
+    ] = False,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which treatments look different from control at all.
+
+    A logistic regression tells cells of a treatment from control cells of the same plates, as
+    many of each, by their measurements. It is asked about wells that it has not seen: 0.5 is
+    chance, and the last rows show what chance looks like between control wells.
+
+    \b
+    Example:
+      cellstore contrast
+      cellstore contrast --treatment taxol --control DMSO
+      cellstore contrast --pooled
+    """
+    params = ContrastParams(
+        treatments=tuple(treatment or ()),
+        control=control,
+        features=features,
+        plates=tuple(plate or ()),
+        pooled=pooled,
+        folds=folds,
+        max_cells=max_cells,
+        seed=seed,
+    )
+    with open_store(ctx, store, quiet=as_json) as opened:
+        result = opened.contrast(
+            params, segmentation=segmentation, measurement=measurement, force=force
+        )
+    if as_json:
+        render.as_json(result)
+    else:
+        _show_contrast(result)
+
+
+def _show_contrast(result: ContrastResult) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} has compared these cells already.")
+    render.facts(
+        [
+            ("run", result.run_id),
+            ("control", result.control),
+            ("feature set", result.feature_set or "built-in"),
+            ("measurements", result.columns),
+            ("different", f"{result.different} of {result.tested} that could be compared"),
+        ]
+    )
+    typer.echo("")
+    render.table(HEADERS, map(_as_row, result.rows))
+    for note in result.notes:
+        say(note)

@@ -1,6 +1,4 @@
-"""Crops against a slow and plain one, and batches from blocks."""
-
-from itertools import chain
+"""Crops against a slow and plain one, on the way of a CPU and on that of an accelerator."""
 
 import numpy as np
 import pytest
@@ -8,8 +6,11 @@ import torch
 from skimage.segmentation import find_boundaries
 from torchvision.transforms.v2.functional import resize
 
-from cellstore.errors import ImageError, UserInputError
-from cellstore.ops.crops import BlockShuffle, CellBlock, cell_crops
+from cellstore.errors import ImageError
+from cellstore.ops import resizing
+from cellstore.ops.crops import cell_crops
+from cellstore.ops.resizing import resized
+from cellstore.ops.windows import Pictures, Windows, cut_windows, white_level
 
 
 def image() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -48,6 +49,70 @@ def test_crops_are_those_of_a_plain_crop_and_resize(size: int) -> None:
         expected = naive(*image(), box, label, size)
         ours = torch.cat([mask_crops[position], flow_crops[position]])
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def windows(**more) -> Windows:
+    masks, flows, projection = image()
+    return cut_windows(Pictures(masks, flows, projection, **more), BOXES, LABELS)
+
+
+@pytest.mark.parametrize("size", [4, 10, 32, 120])
+def test_an_accelerator_makes_the_same_crops(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resizing, "_PADDED_AT_ONCE", 8 * 2 * 10 * 17)  # two cells at once
+    in_turn = resized(windows(), size)
+    at_once = resizing.resized_at_once(windows(), size, "cpu")
+    assert in_turn.keys() == at_once.keys() == {"mask", "flow"}
+    for name, crops in in_turn.items():
+        torch.testing.assert_close(at_once[name], crops, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 5), (7, 224), (76, 64), (300, 64), (90, 224)])
+def test_weights_are_those_of_torch(old: int, new: int) -> None:
+    pixels = torch.eye(old)[None, None]
+    expected = torch.nn.functional.interpolate(
+        pixels, size=(new, old), mode="bilinear", antialias=True
+    )
+    channels, out = torch.eye(old)[None, :, :new], torch.empty(1, new, min(old, new))
+    resizing._heightened(channels, out)
+    torch.testing.assert_close(out[0], expected[0, 0, :, :new], atol=1e-6, rtol=0)
+
+
+def test_many_windows_are_resized_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = resized(windows(), 10)
+    monkeypatch.setattr(resizing, "_PIXELS_AT_ONCE", 200)
+    for name, crops in resized(windows(), 10).items():
+        assert torch.equal(crops, expected[name])
+
+
+def test_windows_can_be_taken_and_joined() -> None:
+    all_of_them = windows()
+    index = np.array([2, 0, 2])
+    again = Windows.join([all_of_them.take(index), all_of_them.take(index[:0])])
+    for name, crops in resized(again, 10).items():
+        assert torch.equal(crops, resized(all_of_them, 10)[name][index])
+    assert again.nbytes == (100 + 70 + 100) * (1 + 4 + 4)
+
+
+def test_channels_of_the_image_are_not_masked() -> None:
+    light = np.full((30, 40), 100), np.full((30, 40), 30)
+    crops = resized(windows(channels=light, whites=(1.0, 400.0, 10.0)), 8)
+    expected = torch.tensor([2 * 100 / 400 - 1, 1.0])  # brighter than white is white
+    torch.testing.assert_close(
+        crops["image"], expected[None, :, None, None].expand(3, 2, 8, 8), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["noise", "flat", "two hot pixels", "few pixels"])
+def test_the_white_level_is_the_percentile_of_numpy(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    light = {
+        "noise": rng.normal(300, 50, (200, 300)).astype(np.float32),
+        "flat": np.full((200, 300), 7, np.uint16),
+        "two hot pixels": (np.arange(60_000) == 61).reshape(200, 300) * 9.0,
+        "few pixels": rng.random((2, 3)),
+    }[kind]
+    expected = np.percentile(light, 99.9) or light.max()
+    assert white_level(light) == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_flows_there_are_mask_crops_only() -> None:
@@ -89,7 +154,7 @@ def test_intensity_is_relative_to_the_image_and_cut() -> None:
 def test_a_black_image_has_no_intensity() -> None:
     masks, flows, projection = image()
     crops = cell_crops(masks, flows, projection * 0, BOXES, LABELS, 8)
-    assert (crops["mask"][:, 3] == -1).all()
+    torch.testing.assert_close(crops["mask"][:, 3], torch.full((3, 8, 8), -1.0), atol=1e-6, rtol=0)
 
 
 def test_no_cell_gives_no_crop() -> None:
@@ -116,79 +181,3 @@ def test_what_does_not_fit_is_refused(change: dict[str, np.ndarray], message: st
     usual = {"masks": masks, "flows": flows, "projection": projection}
     with pytest.raises(ImageError, match=message):
         cell_crops(**{**usual, "boxes": BOXES, "labels": LABELS, **change}, size=8)
-
-
-def block(ids: range) -> CellBlock:
-    index = torch.tensor(list(ids), dtype=torch.int64)
-    crops = index.float().reshape(-1, 1, 1, 1).expand(-1, 4, 2, 2)
-    return CellBlock({"mask": crops, "flow": -crops}, index.float()[:, None], index % 3, index)
-
-
-def blocks(sizes: list[int]) -> dict[int, CellBlock]:
-    ends = np.cumsum(sizes).tolist()
-    return {
-        i: block(range(end - n, end)) for i, (n, end) in enumerate(zip(sizes, ends, strict=True))
-    }
-
-
-def ids_of(batches) -> list[list[int]]:
-    return [batch.cell_ids.tolist() for batch in batches]
-
-
-@pytest.mark.parametrize("sizes", [[5, 0, 7, 1, 20], [3], [9], [8, 1], [0, 2], [30, 30, 30]])
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_every_cell_comes_once_and_batches_are_full(sizes: list[int], shuffle: bool) -> None:
-    source = blocks(sizes)
-    batches = BlockShuffle(list(source), source.__getitem__, 4, buffer_cells=10, shuffle=shuffle)
-    ids = ids_of(batches(0))
-    assert sorted([*chain(*ids)]) == list(range(sum(sizes)))
-    assert all(len(batch) == 4 for batch in ids[:-1])
-    assert 2 <= len(ids[-1]) <= 5
-    if not shuffle:
-        assert [*chain(*ids)] == list(range(sum(sizes)))
-
-
-def test_fields_of_a_cell_stay_together() -> None:
-    source = blocks([6, 6, 6])
-    for batch in BlockShuffle([0, 1, 2], source.__getitem__, 5)(3):
-        assert (batch.crops["mask"][:, 0, 0, 0] == batch.cell_ids).all()
-        assert (batch.crops["flow"][:, 3, 1, 1] == -batch.cell_ids).all()
-        assert (batch.features[:, 0] == batch.cell_ids).all()
-        assert (batch.labels == batch.cell_ids % 3).all()
-
-
-def test_order_is_drawn_from_seed_and_epoch() -> None:
-    source = blocks([6] * 5)
-
-    def drawn(seed: int, epoch: int) -> list[list[int]]:
-        return ids_of(BlockShuffle(range(5), source.__getitem__, 4, seed)(epoch))
-
-    assert drawn(0, 0) == drawn(0, 0)
-    assert len({str(drawn(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-
-
-def test_blocks_are_mixed_in_a_batch() -> None:
-    source = blocks([10] * 10)
-    first = next(BlockShuffle(range(10), source.__getitem__, 10, buffer_cells=50)(0))
-    assert len({i // 10 for i in first.cell_ids.tolist()}) > 2
-
-
-def test_no_more_blocks_are_read_ahead_than_the_buffer_holds() -> None:
-    source, read = blocks([10] * 100), []
-
-    def tracked(block_id: int) -> CellBlock:
-        read.append(block_id)
-        return source[block_id]
-
-    given = 0
-    for batch in BlockShuffle(range(100), tracked, 8, buffer_cells=40)(0):
-        given += len(batch)
-        assert 10 * len(read) - given <= 40 + 10
-    assert len(read) == 100
-
-
-def test_one_cell_in_all_comes_alone_and_none_gives_no_batch() -> None:
-    assert ids_of(BlockShuffle([0], blocks([1]).__getitem__, 4)(0)) == [[0]]
-    assert ids_of(BlockShuffle([0], blocks([0]).__getitem__, 4)(0)) == []
-    with pytest.raises(UserInputError, match="2 cells or more"):
-        BlockShuffle([0], blocks([1]).__getitem__, 1)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cellstore.errors import UnknownNameError
 from cellstore.ops.branches import FLOW, IMAGE, MASK
-from cellstore.ops.crops import CROP_MEAN, CROP_STD, CellBlock
+from cellstore.ops.crops import CellBlock
+from cellstore.ops.resizing import CROP_MEAN, CROP_STD
 
 FLIPS, ROTATIONS, INTENSITY = AUGMENTATIONS = ("flips", "rotations", "intensity")
 

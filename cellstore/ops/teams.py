@@ -10,21 +10,80 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.errors import RunCancelledError, UnknownNameError, UserInputError
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 """What Lightning calls them: mixed precision keeps the weights in 32 bits."""
 
 DEVICES = ("auto", "cpu", "cuda")
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train one network together; of most trainings, this one alone."""
+
+    fabric: Fabric
+
+    @property
+    def size(self) -> int:
+        """How many there are, on all hosts."""
+        return self.fabric.world_size
+
+    @property
+    def rank(self) -> int:
+        """The number of this one, from 0."""
+        return self.fabric.global_rank
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this one writes what is written."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> str:
+        """Where this one computes, as torch names it."""
+        return str(self.fabric.device)
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, on every one of them; its errors end them all.
+
+        Raises ``RunCancelledError`` on the others when the first fails.
+        """
+        if self.size == 1:
+            return make()
+        made: T | None = None
+        error: BaseException | None = None
+        if self.is_first:
+            try:
+                made = make()
+            except BaseException as raised:
+                error = raised
+        told: Any = self.fabric.broadcast((made, error and (str(error) or "it stopped")))
+        if error is not None:
+            raise error
+        if told[1] is not None:
+            raise RunCancelledError(f"The first process of this training ended: {told[1]}")
+        answer: T = told[0]
+        return answer
+
+
+def is_first() -> bool:
+    """Whether this process is the first of those that trained together last, or was alone."""
+    return getattr(rank_zero_only, "rank", 0) in (None, 0)
 
 
 def open_fabric(device: str, precision: str = "32", devices: int = 1) -> Fabric:

@@ -411,9 +411,19 @@ def _last_measure_of(session: Session, segment: Recipe) -> Recipe:
         .where(Recipe.id.not_in(in_files))
         .order_by(Run.id.desc())
     )
-    found = session.scalars(query.limit(1)).first()
-    if found is None:
-        raise UserInputError(
-            f"The cells of segment recipe {segment.id} are not measured yet. Run: cellstore measure"
-        )
-    return found
+    return session.scalars(query.limit(1)).first() or _without_built_in(session, segment)
+
+
+def _without_built_in(session: Session, segment: Recipe) -> Recipe:
+    sets = (
+        select(FeatureSet.name)
+        .join(RecipeInput, RecipeInput.recipe_id == FeatureSet.recipe_id)
+        .where(RecipeInput.input_id == segment.id, FeatureSet.storage == FeatureStorage.FILES)
+        .order_by(FeatureSet.id)
+    )
+    names = ", ".join(session.scalars(sets))
+    other = f", or name one of its feature sets with --features: {names}" if names else ""
+    raise UserInputError(
+        f"The cells of segment recipe {segment.id} are not measured yet. Run: cellstore measure"
+        f"{other}"
+    )

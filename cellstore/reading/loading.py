@@ -1,38 +1,57 @@
-"""Batches of cells as training takes them: read, shuffled, on the device of the network."""
+"""Batches of cells as training takes them: read ahead, shuffled, on the device of the network."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
-from ..errors import ImageError
-from ..ops.crops import BlockShuffle, CellBlock
-from .blocks import BlockReader, buffer_cells
+from ..ops.ahead import Ahead, read_ahead
+from ..ops.crops import CellBlock, crop_cells
+from ..ops.sampling import CELLS, Block
+from ..ops.shuffling import BlockShuffle
+from ..ops.windows import CutCells
+from .blocks import BlockReader
 from .cells import ImageBlock
+
+MOST_READERS = 8
 
 
 class Batches:
     """Call it with the number of an epoch, from 0, to get the batches of that epoch.
 
-    ``waited`` are the seconds that whoever took the batches of the latest epoch has waited for
-    them.
+    A thread makes the next batch while this one is used. ``waited`` are the seconds that whoever
+    took the batches of the latest epoch has waited for them.
     """
 
-    def __init__(self, shuffle: BlockShuffle, device: str) -> None:
-        self._shuffle, self._device = shuffle, device
+    def __init__(self, shuffle: BlockShuffle[CutCells], crop_size: int, device: str) -> None:
+        self._shuffle, self._crop_size, self._device = shuffle, crop_size, device
         self.waited = 0.0
 
-    def __call__(self, epoch: int) -> Iterator[CellBlock]:
+    def count(self, epoch: int = 0) -> int:
+        """The number of batches of an epoch."""
+        return self._shuffle.count(epoch)
+
+    def __call__(self, epoch: int) -> Generator[CellBlock, None, None]:
         """Yield the batches of an epoch; the same ones when asked again."""
         self.waited = 0.0
-        batches = self._shuffle(epoch)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch.to(self._device)
+        batches = iter(Ahead(self._made(epoch)))
+        try:
+            while (batch := self._next(batches)) is not None:
+                yield batch
+                del batch
+        finally:
+            batches.close()
+
+    def _next(self, batches: Iterator[CellBlock]) -> CellBlock | None:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        self.waited += time.perf_counter() - start
+        return batch
+
+    def _made(self, epoch: int) -> Iterator[CellBlock]:
+        for cells in self._shuffle(epoch):
+            yield crop_cells(cells, self._crop_size, self._device)
 
 
 def training_batches(
@@ -42,34 +61,41 @@ def training_batches(
     batch_size: int,
     seed: int = 0,
     shuffle: bool = True,
+    sampler: str = CELLS,
+    share: tuple[int, int] = (0, 1),
     device: str = "cpu",
 ) -> Batches:
     """Return the batches of the cells of ``blocks``, which ``reader`` reads.
 
-    ``shuffle``: the training side, else cells come in the order of ``blocks``.
+    ``shuffle``: the training side, else cells come in the order of ``blocks``. ``sampler`` and
+    ``share`` are those of :class:`~cellstore.ops.shuffling.BlockShuffle`. Batches are the same
+    on any machine, with any number of threads and any memory.
+
+    Memory: what ``reader`` keeps, twice the buffer of windows that are shuffled, three batches,
+    and an image for each reading thread and one more.
 
     Raises, when batches are taken:
         ImageError: pixels or masks of an image cannot be read, or its cells are not those that
             ``blocks`` counted.
+        UserInputError: there are too few images for a ``share``.
 
     """
-    expected = {block.image_id: block.n_cells for block in blocks}
+    counted = [
+        Block(block.image_id, reader.classes.get(block.label_id, -1), block.n_cells)
+        for block in blocks
+    ]
+    threads = reading_threads()
+
+    def read_all(image_ids: Iterable[int]) -> Iterator[CutCells]:
+        return read_ahead(image_ids, reader.cut, threads)
+
     shuffled = BlockShuffle(
-        list(expected),
-        lambda image_id: _as_planned(reader(image_id), expected[image_id]),
-        batch_size=batch_size,
-        seed=seed,
-        buffer_cells=buffer_cells(
-            reader.crop_size, batch_size, reader.branches, len(reader.scaler.names)
-        ),
-        shuffle=shuffle,
+        counted, read_all, batch_size, seed, shuffle=shuffle, sampler=sampler, share=share
     )
-    return Batches(shuffled, device)
+    return Batches(shuffled, reader.crop_size, device)
 
 
-def _as_planned(cells: CellBlock, expected: int) -> CellBlock:
-    if len(cells) != expected:
-        raise ImageError(
-            "The cells of an image changed while the network was training. Train again."
-        )
-    return cells
+def reading_threads() -> int:
+    """Threads that read images: half the cores that this process may use, 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(MOST_READERS, (cores or 1) // 2))

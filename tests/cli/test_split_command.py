@@ -41,4 +41,4 @@ def test_the_published_protocol_is_marked(cellstore, store):
     assert "Careful" in said.err
     assert cellstore("split", "show", "--store", store, "--json").json["leaking"] is True
     found = cellstore("split", "check", "--store", store, "--json", code=None)
-    assert found.code == (1 if found.json["findings"] else 0)
+    assert found.code == (1 if found.json["leaks"] else 0)

@@ -40,6 +40,7 @@ from cellstore.db.models import (
     Well,
 )
 from cellstore.formats.files.images import encode_tiff
+from cellstore.progress import Silent
 from cellstore.reading.cells import FEATURE_COLUMNS
 from cellstore.reading.found_cells import cell_rows
 from cellstore.runs import (
@@ -206,6 +207,21 @@ def opened(tmp_path: Path) -> Iterator[Opener]:
     yield copy
     for workspace in made:
         workspace.database.close()
+
+
+class StopsAfter(Silent):
+    """A listener at which training ends, by default as by Ctrl-C; it keeps what it was told."""
+
+    def __init__(self, epochs: int, stop: BaseException | None = None) -> None:
+        self.left, self.stop = epochs, stop or KeyboardInterrupt()
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+        self.left -= text.startswith("epoch ")
+        if self.left == 0:
+            self.left = -1
+            raise self.stop
 
 
 def cells_of(workspace: Workspace, split: str, side: Subset) -> dict[int, list[float]]:

@@ -1,0 +1,297 @@
+"""Cells cut out of an image as they are: the native pixels of each bounding box, not resized.
+
+A cell of 70 x 70 pixels takes 44 KB here and 1.6 MB as two resized crops of 224 pixels. So this is
+what is kept, shuffled and sent to the accelerator; :mod:`cellstore.ops.resizing` makes crops of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cellstore.errors import ImageError
+from cellstore.ops.branches import FLOW, IMAGE, MASK
+
+INTENSITY_PERCENTILE = 99.9
+"""The intensity of an image that becomes 1; what is brighter, a few hot pixels, becomes 1 too."""
+
+_SAMPLED = 61
+"""Of so many pixels one is looked at to see where the brightest begin."""
+
+_SAFE_PERCENTILE = 99
+"""Of those, this percentile is nearly always below the one that is wanted; if not, it is seen."""
+
+LIGHT = "light"
+"""Layer of intensities inside the cell. The codes of branch ``mask`` are layer ``mask``."""
+
+EDGE_BIT, OWN_BIT = 1, 2
+"""Bits of a code: a pixel of the outline of a cell, of the cell of this window; bit 0: of any."""
+
+Flat = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of N cells, end to end: P pixels in all, row by row.
+
+    ``sizes`` (N, 2) int64 are rows and columns of each; ``layers`` (K, P) by name, those that the
+    branches need: ``mask`` uint8 codes, ``light`` float32 from 0 to 1, ``flow`` uint8 (K = 4),
+    ``image`` float32 from 0 to 1 (K channels).
+    """
+
+    sizes: NDArray[np.int64]
+    layers: Mapping[str, Flat]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """(N,) the pixel after the last one of each cell."""
+        ends: NDArray[np.int64] = np.cumsum(self.sizes.prod(axis=1))
+        return ends
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """(N,) the first pixel of each cell."""
+        starts: NDArray[np.int64] = self.ends - self.sizes.prod(axis=1)
+        return starts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    def take(self, index: NDArray[np.int64]) -> Windows:
+        """The cells at the positions ``index``, (M,), as a copy."""
+        spans = list(zip(self.starts[index].tolist(), self.ends[index].tolist(), strict=True))
+        layers = {
+            name: np.concatenate([layer[:, :0], *(layer[:, a:b] for a, b in spans)], axis=1)
+            for name, layer in self.layers.items()
+        }
+        return Windows(self.sizes[index], layers)
+
+    @classmethod
+    def join(cls, some: Sequence[Windows]) -> Windows:
+        """All cells of ``some``, of which there must be one or more, with the same layers."""
+        layers = {
+            name: np.concatenate([windows.layers[name] for windows in some], axis=1)
+            for name in some[0].layers
+        }
+        return cls(np.concatenate([windows.sizes for windows in some]), layers)
+
+
+@dataclass(frozen=True)
+class CutCells:
+    """N cells whose windows are not resized yet, as numpy arrays.
+
+    ``features`` (N, F) float32, ``labels`` (N,) int64 class indices, ``cell_ids`` (N,) int64.
+    """
+
+    windows: Windows
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    cell_ids: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.cell_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        few = self.features.nbytes + self.labels.nbytes + self.cell_ids.nbytes
+        return self.windows.nbytes + few
+
+    def take(self, index: NDArray[np.int64]) -> CutCells:
+        """The cells at the positions ``index``, (M,), as a copy."""
+        windows = self.windows.take(index)
+        return CutCells(windows, self.features[index], self.labels[index], self.cell_ids[index])
+
+    @classmethod
+    def join(cls, blocks: Sequence[CutCells]) -> CutCells:
+        """All cells of ``blocks``, of which there must be one or more, of the same layers."""
+        return cls(
+            Windows.join([block.windows for block in blocks]),
+            np.concatenate([block.features for block in blocks]),
+            np.concatenate([block.labels for block in blocks]),
+            np.concatenate([block.cell_ids for block in blocks]),
+        )
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the cells of an image are cut from; ``None``: no branch looks at it.
+
+    ``masks`` (H, W) integers, 0 is background; ``flows`` (H, W, 4) uint8, the three channels of
+    Cellpose's flow rendering and the cell probability; ``plane`` (H, W) intensities; ``channels``
+    (H, W) intensities each. ``whites`` are the intensities that become 1, of the plane and of each
+    channel; without them it is the 99.9th percentile of each.
+    """
+
+    masks: NDArray[Any]
+    flows: NDArray[Any] | None = None
+    plane: NDArray[Any] | None = None
+    channels: tuple[NDArray[Any], ...] = ()
+    whites: tuple[float, ...] | None = None
+
+
+def cut_windows(pictures: Pictures, boxes: NDArray[Any], labels: NDArray[Any]) -> Windows:
+    """Cut the cells of one image out by their bounding boxes.
+
+    Parameters
+    ----------
+    pictures
+        The image. Without ``plane`` there is no branch ``mask``.
+    boxes
+        (N, 4) integers: ``min_row``, ``min_col``, ``max_row``, ``max_col``, half open.
+    labels
+        (N,) the value of each cell in ``masks``.
+
+    Raises
+    ------
+    ImageError
+        The arrays do not fit each other, a box is empty or reaches out of the image, or does not
+        hold its cell.
+
+    """
+    boxes = np.asarray(boxes, dtype=np.int64).reshape(-1, 4)
+    _check_pictures(pictures)
+    _check_boxes(boxes, labels, pictures.masks.shape)
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    whites = pictures.whites or (None,) * (1 + len(pictures.channels))
+    codes = _codes(pictures.masks, boxes, sizes, labels)
+    layers: dict[str, Flat] = {}
+    if pictures.plane is not None:
+        light = _scaled(pictures.plane, boxes, whites[0])
+        layers |= {MASK: codes[None], LIGHT: (light * (codes >= 1 << OWN_BIT))[None]}
+    if pictures.flows is not None:
+        layers[FLOW] = np.ascontiguousarray(_flat(pictures.flows, boxes).T)
+    if pictures.channels:
+        pairs = zip(pictures.channels, whites[1:], strict=True)
+        layers[IMAGE] = np.stack([_scaled(channel, boxes, white) for channel, white in pairs])
+    return Windows(sizes, layers)
+
+
+def no_windows(branches: Iterable[str], n_channels: int = 0) -> Windows:
+    """Windows of no cell, with the layers of ``branches``."""
+    kinds: dict[str, dict[str, Flat]] = {
+        MASK: {MASK: np.empty((1, 0), np.uint8), LIGHT: np.empty((1, 0), np.float32)},
+        FLOW: {FLOW: np.empty((4, 0), np.uint8)},
+        IMAGE: {IMAGE: np.empty((n_channels, 0), np.float32)},
+    }
+    layers = {key: layer for name in branches for key, layer in kinds.get(name, {}).items()}
+    return Windows(np.empty((0, 2), np.int64), layers)
+
+
+def without_pixels(count: int) -> Windows:
+    """Windows of ``count`` cells of which nothing is seen, for networks that look at none."""
+    return Windows(np.zeros((count, 2), np.int64), {})
+
+
+def white_level(intensities: NDArray[Any]) -> float:
+    """The intensity that becomes 1: the 99.9th percentile, or the maximum if that is 0.
+
+    As ``numpy.percentile`` (linear interpolation), but only the brightest pixels are sorted.
+    """
+    flat = np.ravel(intensities)
+    place = INTENSITY_PERCENTILE / 100 * (flat.size - 1)
+    needed = flat.size - int(place)
+    brightest = flat[flat >= np.percentile(flat[::_SAMPLED], _SAFE_PERCENTILE)]
+    if len(brightest) < needed:
+        brightest = flat
+    brightest = np.sort(brightest)
+    low, high = float(brightest[-needed]), float(brightest[min(1 - needed, -1)])
+    return low + (high - low) * (place - int(place)) or float(brightest[-1])
+
+
+def _flat(image: NDArray[Any], boxes: NDArray[np.int64]) -> Flat:
+    """The pixels of all boxes of an image (H, W, ...), end to end: (P, ...)."""
+    rest = image.shape[2:]
+    pieces = [image[a:c, b:d].reshape(-1, *rest) for a, b, c, d in boxes.tolist()]
+    return np.concatenate(pieces) if pieces else np.empty((0, *rest), image.dtype)
+
+
+def _codes(
+    masks: NDArray[Any], boxes: NDArray[np.int64], sizes: NDArray[np.int64], labels: NDArray[Any]
+) -> NDArray[np.uint8]:
+    """(P,) codes of the pixels of all windows."""
+    areas = sizes.prod(axis=1)
+    own = _flat(masks, boxes) == np.repeat(np.asarray(labels), areas)
+    if len(areas):
+        there = np.add.reduceat(own, np.cumsum(areas) - areas, dtype=np.int64)
+        if (there == 0).any():
+            lost = int(np.asarray(labels)[there == 0][0])
+            raise ImageError(f"Cell {lost} is not in its box; segment this image again.")
+    codes: NDArray[np.uint8] = _flat(_cells_and_edges(masks), boxes)
+    codes |= own.view(np.uint8) << np.uint8(OWN_BIT)
+    return codes
+
+
+def _cells_and_edges(masks: NDArray[Any]) -> NDArray[np.uint8]:
+    """(H, W): bit 0 in cells, ``EDGE_BIT`` where a 4-neighbour has another value.
+
+    Edges equal ``skimage.segmentation.find_boundaries(masks, connectivity=1, mode="inner")``; the
+    rim of the image is no boundary.
+    """
+    edge: NDArray[np.bool_] = np.zeros(masks.shape, dtype=bool)
+    rows = masks[1:] != masks[:-1]
+    columns = masks[:, 1:] != masks[:, :-1]
+    edge[1:] |= rows
+    edge[:-1] |= rows
+    edge[:, 1:] |= columns
+    edge[:, :-1] |= columns
+    cells: NDArray[np.bool_] = masks != 0
+    edge &= cells
+    both: NDArray[np.uint8] = cells.view(np.uint8) | edge.view(np.uint8) << np.uint8(EDGE_BIT)
+    return both
+
+
+def _scaled(
+    image: NDArray[Any], boxes: NDArray[np.int64], white: float | None
+) -> NDArray[np.float32]:
+    """(P,) intensities of all windows, divided by ``white`` and cut at 0 and 1."""
+    image = np.asarray(image)
+    if not np.isfinite(image).all():
+        raise ImageError("The image holds values that are not finite numbers.")
+    white = white_level(image) if white is None else white
+    pixels = _flat(image, boxes)
+    if white <= 0:
+        return np.zeros(pixels.shape, dtype=np.float32)
+    scaled: NDArray[np.float32] = np.clip(pixels / white, 0, 1).astype(np.float32, copy=False)
+    return scaled
+
+
+def _check_pictures(pictures: Pictures) -> None:
+    masks, flows = pictures.masks, pictures.flows
+    planes = [plane for plane in (pictures.plane, *pictures.channels) if plane is not None]
+    for plane in planes:
+        if masks.ndim != 2 or np.shape(plane) != masks.shape:
+            raise ImageError(
+                f"Masks {masks.shape} and image {np.shape(plane)} do not fit each other; segment "
+                "this image again, or ingest masks that belong to it."
+            )
+    if flows is None:
+        return
+    if flows.shape != (*masks.shape, 4):
+        raise ImageError(
+            f"Masks {masks.shape} and flows {flows.shape} do not fit each other; segment this "
+            "image again."
+        )
+    if flows.dtype != np.uint8:
+        raise ImageError(f"Flows must be uint8, these are {flows.dtype}; segment this image again.")
+
+
+def _check_boxes(boxes: NDArray[np.int64], labels: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if len(boxes) != len(labels):
+        raise ImageError(f"There are {len(boxes)} boxes for {len(labels)} cells.")
+    inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= shape).all()
+    if not inside or (boxes[:, :2] >= boxes[:, 2:]).any():
+        raise ImageError(
+            f"A box is empty or reaches out of the image of {shape[0]} x {shape[1]} pixels; "
+            "segment this image again."
+        )
