@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Self
 from .config import (
     EVERYTHING,
     THIS_PROCESS,
+    BaselineParams,
+    ContrastParams,
     FinetuneParams,
     IngestParams,
     MeasureParams,
@@ -30,11 +32,12 @@ from .config import (
     SplitParams,
     StoreSettings,
     TrainParams,
+    TrainSetup,
     find_store,
 )
 from .errors import UnknownNameError
 from .progress import Progress
-from .terms import GroupLevel, LabelField
+from .terms import GroupLevel, LabelField, Subset
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +46,10 @@ if TYPE_CHECKING:
     from .runs.execution import JobsResult
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
+    from .stages.baselines import BaselineResult
+    from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
+    from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
     from .stages.ingest import IngestResult, RefreshResult
     from .stages.jobs import JobsList, RetryResult
@@ -359,8 +365,11 @@ class Store:
         segmentation: str | None = None,
         measurement: str | None = None,
         device: str = "auto",
+        setup: TrainSetup | None = None,
+        force: bool = False,
+        resume: str | None = None,
     ) -> TrainResult:
-        """Train the network on the training side of a split; see ``stages.train.train``."""
+        """Train a network on the training side of a split; see ``stages.train.train``."""
         from .stages.train import train
 
         return train(
@@ -370,6 +379,42 @@ class Store:
             segmentation=segmentation,
             measurement=measurement,
             device=device,
+            setup=setup or TrainSetup(),
+            force=force,
+            resume=resume,
+        )
+
+    def train_baselines(
+        self,
+        kinds: Sequence[str],
+        params: BaselineParams | None = None,
+        *,
+        split: str | None = None,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+        predict: bool = True,
+    ) -> tuple[BaselineResult, ...]:
+        """Train baselines and label the test side; see ``stages.baselines.train_baselines``.
+
+        Without a test side, or without ``predict``, nothing is labelled.
+        """
+        from .stages.baselines import train_baselines
+
+        results = train_baselines(
+            self.workspace,
+            kinds,
+            params or BaselineParams(),
+            split=split,
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+        if not predict or not self.show_split(results[0].split).counts.get(Subset.TEST):
+            return results
+        return tuple(
+            replace(item, predict_run_id=self.predict(run=str(item.run_id), device="cpu").run_id)
+            for item in results
         )
 
     def predict(
@@ -379,6 +424,12 @@ class Store:
         from .stages.predict import predict
 
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
+
+    def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
+        """Write a folder with a trained model; see ``stages.export_model.export_model``."""
+        from .stages.export_model import export_model
+
+        return export_model(self.workspace, run, _path(output))
 
     def report(
         self,
@@ -398,6 +449,25 @@ class Store:
             return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
         return write_report(
             self.workspace, run, Path(html), force=force, leave_out_flagged=leave_out_flagged
+        )
+
+    def contrast(
+        self,
+        params: ContrastParams | None = None,
+        *,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+    ) -> ContrastResult:
+        """Say which treatments look different from control; see ``stages.contrast.contrast``."""
+        from .stages.contrast import contrast
+
+        return contrast(
+            self.workspace,
+            params or ContrastParams(),
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
         )
 
     def audit_image(self, image: str) -> ImageAudit:

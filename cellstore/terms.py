@@ -16,6 +16,7 @@ class Stage(StrEnum):
     TRAIN = "train"
     PREDICT = "predict"
     FINETUNE = "finetune"
+    CONTRAST = "contrast"
 
 
 class Status(StrEnum):
@@ -86,6 +87,7 @@ class ArtifactKind(StrEnum):
     REPORT = "report"
     FEATURES = "features"
     NETWORK = "network"
+    TRAINING_STATE = "training_state"
 
 
 class ImageFlagReason(StrEnum):

@@ -219,6 +219,13 @@ BEGIN
     RETURN NULL;
 END"""
 
+CONTRASTS = "SELECT id FROM recipes WHERE stage = 'contrast'"
+FORGET = (
+    f"DELETE FROM recipe_inputs WHERE recipe_id IN ({CONTRASTS})",
+    "DELETE FROM runs WHERE stage = 'contrast'",
+    "DELETE FROM recipes WHERE stage = 'contrast'",
+)
+
 
 def upgrade() -> None:
     op.add_column("splits", sa.Column("family", NAME, nullable=True))
@@ -263,6 +270,8 @@ def downgrade() -> None:
     unguard()
     op.execute("UPDATE splits SET group_level = 'well' WHERE group_level = 'treatment'")
     op.drop_table("split_groups")
+    for statement in FORGET:  # a stage that older code does not know
+        op.execute(statement)
     with op.batch_alter_table("splits") as batch:
         batch.drop_column("fold")
         batch.drop_column("family")
