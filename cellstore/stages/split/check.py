@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -64,7 +65,8 @@ def check_tables(
         )
     names = ", ".join(path.name for path in paths)
     found = leaks(members, group_level=group_level)
-    return _result(names, IMPORTED, group_level, found, len(tables.refusals))
+    result = _result(names, IMPORTED, group_level, found)
+    return replace(result, images=0, rows=len(members), refused=len(tables.refusals))
 
 
 def compound_in(row: SplitRow) -> Compound:
@@ -77,9 +79,7 @@ def label_in(row: SplitRow, field: LabelField) -> str | None:
     return row.target if field is LabelField.TARGET else row.name or row.identifier
 
 
-def _result(
-    name: str, protocol: str, level: GroupLevel, found: SplitCheck, refused: int = 0
-) -> CheckResult:
+def _result(name: str, protocol: str, level: GroupLevel, found: SplitCheck) -> CheckResult:
     severities = [finding.severity for finding in found.findings]
     return CheckResult(
         split=name,
@@ -94,7 +94,6 @@ def _result(
         leaks=severities.count(LeakSeverity.LEAK),
         warnings=severities.count(LeakSeverity.WARNING),
         findings=found.findings,
-        refused=refused,
     )
 
 
