@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
+    from .stages.export_model import ExportedModel
     from .stages.report import ReportResult
     from .stages.status import StatusResult
     from .stages.verify import VerifyResult
@@ -56,7 +57,8 @@ class Answers:
 
         ``leave_out_flagged``: see ``stages.report.report``.
         """
-        from .stages.report import report, write_report
+        from .stages.export_model import ExportedModel
+    from .stages.report import report, write_report
 
         if html is None:
             return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
@@ -128,6 +130,12 @@ class Answers:
             for_spreadsheet=for_spreadsheet,
             force=force,
         )
+
+    def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
+        """Write a folder with a trained model; see ``stages.export_model.export_model``."""
+        from .stages.export_model import export_model
+
+        return export_model(self.workspace, run, None if output is None else Path(output))
 
     def status(self) -> StatusResult:
         """Count what is in the store, what is stale, and which jobs failed and why."""

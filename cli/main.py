@@ -21,6 +21,7 @@ from . import (
     jobs,
     measuring,
     networks,
+    predictions,
     quality,
     setup,
     splits,
@@ -31,8 +32,8 @@ from .train_options import Sectioned
 
 ORDER = (
     *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "contrast"),
-    "split",
-    *("train", "predict", "report", "audit", "sql", "export", "status", "jobs", "retry"),
+    *("split", "train", "predict", "export-model", "report", "audit", "sql", "export", "status"),
+    *("jobs", "retry"),
     *("cancel", "verify", "doctor", "db"),
 )
 
@@ -88,7 +89,8 @@ app.command("qc")(quality.qc)
 app.add_typer(splits.app, name="split")
 app.command("contrast")(baselines.contrast)
 app.command("train", cls=Sectioned)(networks.train)
-app.command("predict")(networks.predict)
+app.command("predict")(predictions.predict)
+app.command("export-model")(predictions.export_model)
 app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
 app.add_typer(answers.audit, name="audit")

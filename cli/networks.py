@@ -1,14 +1,12 @@
-"""Commands about networks: train, predict."""
+"""The command that trains networks."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from cellstore.config import BaselineParams, PredictParams, TrainSetup
-from cellstore.terms import Subset
+from cellstore.config import BaselineParams, TrainSetup
 
 from . import render
 from .baselines import (
@@ -20,13 +18,11 @@ from .baselines import (
     train_baselines,
 )
 from .context import open_store, say, sentences
-from .images import end_with_failures, list_failures
 from .options import (
     Device,
     DeviceOption,
     JsonOption,
     LeaveOutOption,
-    PlatesOption,
     QcRunOption,
     StoreOption,
     leave_out,
@@ -73,17 +69,7 @@ from .train_options import (
 )
 
 if TYPE_CHECKING:
-    from cellstore.stages.predict import PredictResult
     from cellstore.stages.train import TrainResult
-
-
-class Side(StrEnum):
-    """Which images are labelled."""
-
-    TRAIN = "train"
-    VALIDATION = "validation"
-    TEST = "test"
-    ALL = "all"
 
 
 @sentences
@@ -272,63 +258,3 @@ EPOCH_COLUMNS = {
 
 def _whole(value: float | None) -> float | int | None:
     return int(value) if value is not None and float(value).is_integer() else value
-
-
-@sentences
-def predict(
-    ctx: typer.Context,
-    run: Annotated[
-        str, typer.Option(metavar="RUN", help="The train run, by number, or 'latest'.")
-    ] = "latest",
-    subset: Annotated[
-        Side, typer.Option(help="Which side of the run's split is labelled, or all images.")
-    ] = Side.TEST,
-    plate: PlatesOption = None,
-    top_k: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=1, help="Keep so many labels per cell, the most probable first."
-        ),
-    ] = 5,
-    device: DeviceOption = Device.AUTO,
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Label every cell of some images with a trained network.
-
-    Predictions are added, never changed: each run keeps its own.
-
-    \b
-    Example:
-      cellstore predict
-      cellstore predict --run 7 --subset all --plate BR00116991
-    """
-    params = PredictParams(
-        subset=None if subset is Side.ALL else Subset(subset.value),
-        plates=tuple(plate or ()),
-        top_k=top_k,
-    )
-    with open_store(ctx, store, quiet=as_json) as opened:
-        result = opened.predict(params, run=run, device=device.value)
-    if as_json:
-        render.as_json(result)
-    else:
-        _show_predict(result)
-        list_failures(result.failures)
-    end_with_failures(len(result.failures), result.done, "labelled", "the same command")
-
-
-def _show_predict(result: PredictResult) -> None:
-    if result.done == 0 and not result.failures:
-        typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
-    render.facts(
-        [
-            ("run", result.run_id),
-            ("trained in run", result.train_run_id),
-            ("split", result.split),
-            ("images labelled", f"{result.done:,}"),
-            ("labelled before", f"{result.earlier:,}"),
-            ("without measured cells", f"{result.waiting:,}"),
-            ("cells labelled", f"{result.cells:,}"),
-        ]
-    )

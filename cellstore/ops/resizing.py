@@ -31,7 +31,7 @@ _PIXELS_AT_ONCE = 1 << 15
 _PADDED_AT_ONCE = 1 << 26
 """Numbers of windows that are padded to one size at once on an accelerator: 256 MB."""
 
-_BAND = 56
+_BAND = 32
 """New pixels of a band; with fewer, calls cost more than what they save."""
 
 Spans = list[tuple[int, int]]

@@ -19,6 +19,7 @@ from ..terms import ArtifactKind, Stage, Status
 from .cells import CellSource, input_of, plane_of
 from .featuresets import find_feature_set, open_set
 from .normalising import add_plates, add_whites
+from .planes import check_channels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +84,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
     Raises:
         UserInputError: the run has no checkpoint or one of an unknown kind, or the feature set is
             not the one that it was trained on.
-        UnknownNameError: the feature set is gone.
+        UnknownNameError: the feature set is gone, or no image has a channel that it looks at.
         StorageError: the checkpoint is damaged.
 
     """
@@ -97,6 +98,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
     segment = input_of(session, recipe, Stage.SEGMENT)
     measure = input_of(session, recipe, Stage.MEASURE)
     _check_set(session, run, meta, measure)
+    check_channels(session, ImageInput(meta.channels))
     features = open_set(session, workspace.artifacts, measure.id)
     source = CellSource(segment.id, measure.id, features=features)
     reader = make_reader(workspace, source, segment, meta)
@@ -160,6 +162,11 @@ def make_reader(
 
     if isinstance(meta, BaselineMeta) and meta.model not in ON_FEATURES:
         return PlaceReader(workspace, source, meta)
+    more: dict[str, Any] = {}
+    if meta.channels:
+        more["channels"] = meta.channels
+    if meta.whites is not None:
+        more["whites"] = meta.whites.plates
     return BlockReader(
         workspace,
         source,
@@ -168,6 +175,7 @@ def make_reader(
         meta.crop_size,
         kept_bytes=0,
         branches=meta.branches,
+        **more,
     )
 
 

@@ -20,8 +20,8 @@ PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
 init, ingest, refresh, segment, measure, qc, contrast, split create, split import, split list,
 split show, split check, split delete, train, predict, report, audit image, audit well,
-audit cell, audit run, sql, export, status, jobs, retry, cancel, finetune, verify, doctor, demo,
-db upgrade, db check, db current
+audit cell, audit run, sql, export, export-model, status, jobs, retry, cancel, finetune, verify,
+doctor, demo, db upgrade, db check, db current
 """
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from ...config import ImageInput, PredictParams, as_parameters
+from ...config import PredictParams, as_parameters
 from ...db.models import (
     Cell,
     FeatureFile,
@@ -34,7 +34,6 @@ from ...ops.branches import TABULAR
 from ...reading.cells import CellSource, as_text, cells_query
 from ...reading.models import OpenModel, know_plates
 from ...reading.normalising import describe_plates
-from ...reading.planes import check_channels
 from ...runs import RecipeSpec, Workspace, find_split, first_of, images_of, segmented
 from ...terms import LabelField, Stage, Status, Subset
 from .embedding import Embedding, plan_embedding
@@ -98,7 +97,7 @@ def make_plan(
     """Return the plan.
 
     Raises:
-        UnknownNameError: no such plate, well, split, channel, or a label of the model is gone.
+        UnknownNameError: no such plate, well or split, or a label of the model is gone.
         UserInputError: none of the images has measured cells, or the embedding cannot have its
             name.
     """
@@ -109,7 +108,6 @@ def make_plan(
     selected, ready = (_count(session, query) for query in (chosen, images))
     if ready == 0:
         raise UserInputError(_nothing_to_label(params, selected, model.run.id))
-    check_channels(session, ImageInput(model.meta.channels))
     label_ids = _label_ids(session, model.meta)
     barcodes = _plates_of(session, images)
     model, plates = know_plates(session, workspace, model, barcodes)
