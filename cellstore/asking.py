@@ -57,8 +57,7 @@ class Answers:
 
         ``leave_out_flagged``: see ``stages.report.report``.
         """
-        from .stages.export_model import ExportedModel
-    from .stages.report import report, write_report
+        from .stages.report import report, write_report
 
         if html is None:
             return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
