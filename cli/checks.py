@@ -115,6 +115,10 @@ def _facts(result: CheckResult) -> list[tuple[str, str]]:
     if result.wells:
         pairs.append(("wells on both sides", f"{result.wells_on_both_sides:,} of {result.wells:,}"))
     pairs.append(("classes on both sides", f"{result.labels_on_both_sides:,} of {result.labels:,}"))
+    if result.unseen:
+        pairs.append(
+            ("bytes not compared", f"{render.count(result.unseen, 'image')} without files")
+        )
     if result.refused:
         pairs.append(("rows not usable", f"{result.refused:,}"))
     return pairs

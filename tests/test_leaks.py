@@ -219,7 +219,7 @@ def test_spellings_of_one_compound_are_one(name: str) -> None:
 
 
 def test_different_compounds_stay_different() -> None:
-    assert len({normalised_name(n) for n in ("AZ-7", "AZ-77", "(R)-AZ7", "(S)-AZ7")}) == 4
+    assert len({normalised_name(n) for n in ("AZ-7", "AZ-77", "(R)-AZ7", "(S)-AZ7", "-", "_")}) == 6
 
 
 def test_the_same_through_a_third_is_the_same_in_any_order() -> None:

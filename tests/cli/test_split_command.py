@@ -53,6 +53,9 @@ def test_folds_are_listed_and_deleted_together(cellstore, store):
     made = cellstore(
         *("split", "create", "cv", "--folds", "2", "--validation-size", "0", "--store", store)
     )
+    cellstore(
+        "split", "create", "x", "--folds", "2", "--test-size", "0.2", "--store", store, code=2
+    )
     assert "2, cv-1 to cv-2" in made.out
     assert "12, each in one test side" in made.out
     listed = cellstore("split", "list", "--store", store)
@@ -101,7 +104,7 @@ def test_a_table_of_others_is_imported_and_checked(cellstore, store, tmp_path):
     cellstore("split", "check", "--field", "target", "--store", store, code=2)
 
 
-def test_a_pipeline_may_stop_at_warnings(cellstore, store, tmp_path):
+def test_a_pipeline_may_stop_at_warnings(cellstore, tmp_path):
     # Aspirin is never tested: a warning, not a leak.
     (tmp_path / "t.csv").write_text(
         "split,plate,well,pert_iname\ntrain,P1,A01,DMSO\ntest,P1,A02,DMSO\ntrain,P1,A03,aspirin\n"

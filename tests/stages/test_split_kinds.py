@@ -179,6 +179,15 @@ def test_a_condition_chooses_the_images_and_is_kept(workspace: Workspace) -> Non
         create_split(workspace, "none", SplitParams(where="plate = 'P9'"))
 
 
+def test_a_pattern_chooses_the_same_images_on_both_databases(workspace: Workspace) -> None:
+    fill(workspace, *["Taxol taxol taxotere aspirin"] * 2)
+    params = SplitParams(where="pert_iname LIKE 'tax%'", validation_size=0)
+    create_split(workspace, "s", params)
+    assert parts(workspace, "s", 3).keys() == {"taxol", "taxotere"}
+    create_split(workspace, "any", SplitParams(where="pert_iname ILIKE 'tax%'", validation_size=0))
+    assert parts(workspace, "any", 3).keys() == {"Taxol", "taxol", "taxotere"}
+
+
 def test_what_an_old_split_was_drawn_from_has_the_same_fingerprint(
     sqlite_workspace: Workspace,
 ) -> None:
@@ -362,7 +371,7 @@ def test_a_table_of_wells_and_sites_becomes_a_split(workspace: Workspace, tmp_pa
     assert result.left_out["rows_refused"]["count"] == 2
     assert not import_split(workspace, "theirs", [table]).created
     check = check_split(workspace, "theirs")
-    assert check.leaks == 1
+    assert (check.leaks, check.unseen) == (1, 0)
     assert check.findings[0].kind is LeakKind.WELL
     with workspace.database.read() as session:
         assert len(session.execute(text(show_split(workspace).query)).all()) == 5
@@ -371,6 +380,22 @@ def test_a_table_of_wells_and_sites_becomes_a_split(workspace: Workspace, tmp_pa
     with pytest.raises(UserInputError, match="one side only"):
         import_split(workspace, "kept", [table], group_level=GroupLevel.WELL)
     assert [line.name for line in list_splits(workspace)] == ["theirs"]
+
+
+def test_words_that_a_program_gets_wrong_are_named(sqlite_workspace, tmp_path) -> None:
+    table = write(tmp_path / "s.csv", "split,pert_iname", "train,aspirin")
+    with pytest.raises(UnknownNameError, match="Unknown label field 'colour'"):
+        import_split(sqlite_workspace, "s", [table], "colour")  # type: ignore[arg-type]
+    with pytest.raises(UserInputError, match="names an image of this store"):
+        import_split(sqlite_workspace, "s", [table], "target")  # type: ignore[arg-type]
+
+
+def test_images_whose_bytes_are_unknown_are_told_by_the_check(sqlite_workspace) -> None:
+    fill(sqlite_workspace, *["aspirin taxol"] * 3)
+    with sqlite_workspace.database.begin() as session:
+        session.execute(update(Image).where(Image.site == 1).values(content_sha256=None))
+    create_split(sqlite_workspace, "s", SplitParams(allow_missing=True))
+    assert check_split(sqlite_workspace, "s").unseen == 6
 
 
 def test_a_table_of_treatments_needs_no_wells(workspace: Workspace, tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ def check_split(workspace: Workspace, name: str | None = None) -> CheckResult:
         found = leaks(
             _members(session, split.id), _same_files(session, split.id), split.group_level
         )
-        return _result(split.name, split.protocol, split.group_level, found)
+        result = _result(split.name, split.protocol, split.group_level, found)
+        return replace(result, unseen=_unseen(session, split.id))
 
 
 def check_tables(
@@ -120,6 +121,13 @@ def _members(session: Session, split_id: int) -> Iterator[Member]:
     for row in session.execute(query.execution_options(yield_per=10_000)):
         compound = compound_of(row)
         yield Member(row.subset, row.value, row.barcode, row.well, compound, row.images)
+
+
+def _unseen(session: Session, split_id: int) -> int:
+    members = select(func.count()).select_from(SplitMember)
+    images = members.join(Image, Image.id == SplitMember.image_id)
+    unseen = images.where(SplitMember.split_id == split_id, Image.content_sha256.is_(None))
+    return session.scalar(unseen) or 0
 
 
 def _same_files(session: Session, split_id: int) -> Iterator[tuple[str, Subset]]:
