@@ -307,7 +307,6 @@ class PredictParams:
     subset: Subset | None = Subset.TEST
     plates: tuple[str, ...] = ()
     top_k: int = 5
-    batch_size: int = 256
 
 
 def as_parameters(params: Any) -> dict[str, Any]:

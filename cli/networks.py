@@ -217,7 +217,6 @@ def predict(
             metavar="N", min=1, help="Keep so many labels per cell, the most probable first."
         ),
     ] = 5,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Cells per step.")] = 256,
     device: DeviceOption = Device.AUTO,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -235,7 +234,6 @@ def predict(
         subset=None if subset is Side.ALL else Subset(subset.value),
         plates=tuple(plate or ()),
         top_k=top_k,
-        batch_size=batch_size,
     )
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.predict(params, run=run, device=device.value)

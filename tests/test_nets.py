@@ -1,4 +1,4 @@
-"""The network against one put together from torch alone, its weights and its checkpoint."""
+"""The network against one put together from torch alone, and its weights."""
 
 import dataclasses
 import json
@@ -12,18 +12,14 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.ops.branches import BRANCHES, check_branches
 from cellstore.ops.nets import (
-    CheckpointMeta,
     FusionNet,
     NetShape,
     build_net,
     image_branch,
-    load_checkpoint,
-    save_net,
 )
-from cellstore.ops.scaling import Scaler
 
 SHAPE = NetShape(n_classes=3, n_features=14)
 
@@ -235,59 +231,6 @@ def test_imagenet_weights_are_those_of_torchvision(
     net = build_net(SHAPE, "imagenet")
     assert asked == [torchvision.models.EfficientNet_B0_Weights.IMAGENET1K_V1.url]
     assert torch.equal(net.flow_branch[0][0][0].weight[:, :3], imagenet_like["features.0.0.weight"])
-
-
-def meta(**changes) -> CheckpointMeta:
-    usual = CheckpointMeta(
-        shape=SHAPE,
-        labels=("DMSO", "a", "b"),
-        field="pert_iname",
-        scaler=Scaler(tuple(f"f{i}" for i in range(14)), (1.5,) * 14, (2.0,) * 14),
-        crop_size=32,
-        fingerprints={"split": "abc", "train": "def"},
-    )
-    return dataclasses.replace(usual, **changes)
-
-
-def test_a_checkpoint_comes_back_whole(net: FusionNet) -> None:
-    record = json.loads(json.dumps(meta().to_json()))
-    again, read = load_checkpoint(save_net(net.state_dict()), record)
-    assert read == meta()
-    assert not again.training
-    with torch.no_grad():
-        masks, flows, features = inputs()
-        crops = {"mask": masks, "flow": flows}
-        assert torch.equal(again(crops, features), net.eval()(crops, features))
-
-
-def test_a_checkpoint_that_does_not_fit_is_refused(net: FusionNet) -> None:
-    tensors, record = save_net(net.state_dict()), meta().to_json()
-    other = meta(shape=dataclasses.replace(SHAPE, projection_width=8)).to_json()
-    for damaged in (b"", tensors[:-10], b"\xff" * 100, tensors[:4] + b"\xff" * 8 + tensors[12:]):
-        with pytest.raises(StorageError, match="damaged"):
-            load_checkpoint(damaged, record)
-    with pytest.raises(StorageError, match="another network"):
-        load_checkpoint(tensors, other)
-
-
-@pytest.mark.parametrize("key", ["shape", "labels", "field", "scaler", "crop", "fingerprints"])
-def test_a_damaged_record_is_refused(key: str) -> None:
-    record = meta().to_json()
-    whole = record.pop(key)
-    with pytest.raises(UserInputError):
-        CheckpointMeta.from_json(record)
-    if not isinstance(whole, str):
-        with pytest.raises(UserInputError):
-            CheckpointMeta.from_json({**record, key: 7})
-
-
-def test_labels_and_features_must_fit_the_network() -> None:
-    with pytest.raises(UserInputError, match="3 classes"):
-        meta(labels=("a", "b"))
-    with pytest.raises(UserInputError, match="3 classes"):
-        meta(labels=("a", "b", "b"))
-    with pytest.raises(UserInputError, match="14 features"):
-        meta(scaler=Scaler(("x",), (0.0,), (1.0,)))
 
 
 def test_a_shape_is_its_json_and_nothing_else() -> None:

@@ -18,12 +18,13 @@ from ..config import ImageInput
 from ..errors import ImageError, StorageError, UserInputError
 from ..ops.branches import BRANCHES, FLOW, TABULAR
 from ..ops.crops import UNKNOWN_LABEL, CellBlock, cell_crops
-from ..ops.scaling import Scaler
+from ..ops.scaling import FeatureScaler
 from ..runs.workspace import Workspace
 from .cells import (
     CellRows,
     CellSource,
     current_segmentation,
+    plate_of,
     read_cells,
     read_flows,
     read_masks,
@@ -63,6 +64,7 @@ class _Decoded:
 
     rows: CellRows
     pictures: _Pictures | None
+    plate: str
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +89,7 @@ class BlockReader:
         workspace: Workspace,
         source: CellSource,
         plane: ImageInput,
-        scaler: Scaler,
+        scaler: FeatureScaler,
         crop_size: int,
         classes: Mapping[int, int] | None = None,
         kept_bytes: int = KEPT_BYTES,
@@ -117,7 +119,8 @@ class BlockReader:
             if len(rows) == 0:
                 return None
             pictures = None if self.branches == (TABULAR,) else self._pictures(session, image_id)
-        found = _Decoded(rows, pictures)
+            plate = plate_of(session, image_id)
+        found = _Decoded(rows, pictures, plate)
         if found.nbytes <= self._room:
             self._kept[image_id], self._room = found, self._room - found.nbytes
         return found
@@ -150,7 +153,7 @@ class BlockReader:
     def _block(self, found: _Decoded) -> CellBlock:
         rows = found.rows
         crops = self._crops(found)
-        features = self.scaler.transform(rows.features)
+        features = self.scaler.transform(rows.features, found.plate)
         label = UNKNOWN_LABEL
         if rows.label_id is not None:
             label = self.classes.get(rows.label_id, UNKNOWN_LABEL)

@@ -253,6 +253,14 @@ def _boxes(rows: Any) -> NDArray[np.int64] | None:
     return boxes
 
 
+def plate_of(session: Session, image_id: int) -> str:
+    """Return the barcode of the plate that an image is of."""
+    query = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
+    return session.scalars(
+        query.join(Image, Image.well_id == Well.id).where(Image.id == image_id)
+    ).one()
+
+
 def current_segmentation(session: Session, segment_id: int, image_id: int) -> Segmentation:
     """Return the segmentation of an image as it is now.
 

@@ -1,11 +1,10 @@
-"""Predict: what a trained network says about every cell, appended image by image."""
+"""Predict: what a trained model says about every cell, appended image by image."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from sqlalchemy.orm import Session, aliased
 
 from ..config import PredictParams, Selection, as_parameters
 from ..db.models import (
-    Artifact,
     Cell,
     FeatureFile,
     FeatureSet,
@@ -25,16 +23,15 @@ from ..db.models import (
     Prediction,
     Recipe,
     Run,
-    RunArtifact,
     Segmentation,
     Split,
     SplitMember,
 )
-from ..errors import JobsFailedError, StorageError, UnknownNameError, UserInputError
+from ..errors import JobsFailedError, UnknownNameError, UserInputError
 from ..extras import need
 from ..ops.branches import TABULAR
-from ..reading.cells import CellSource, as_text, cells_query, input_of, plane_of
-from ..reading.featuresets import find_feature_set, open_set
+from ..reading.cells import CellSource, as_text, cells_query
+from ..reading.models import OpenModel, open_model
 from ..runs import (
     Outcome,
     RecipeSpec,
@@ -53,12 +50,11 @@ from ..runs import (
     work_through,
 )
 from ..runs.ledger import fail_if_any
-from ..terms import ArtifactKind, LabelField, Stage, Status, Subset
+from ..terms import LabelField, Stage, Status, Subset
 
 if TYPE_CHECKING:
     from ..ops.crops import CellBlock
-    from ..ops.nets import CheckpointMeta, FusionNet
-    from ..reading.blocks import BlockReader
+    from ..ops.models import ModelMeta
 
 VERSION = 1
 
@@ -86,59 +82,48 @@ class PredictResult:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The training run, its checkpoint, and the images to label; ``unseen``: it opens none."""
+    """The model of the training run, and the images to label; ``unseen``: it opens none."""
 
     params: PredictParams
-    trained: Run
+    model: OpenModel
     split: Split
-    segment: Recipe
-    measure: Recipe
+    label_ids: NDArray[np.int64]
     source: CellSource
-    tensors: Artifact
-    record: Artifact
     images: Select[int]
     selected: int
     ready: int
     unseen: bool
 
+    @property
+    def trained(self) -> Run:
+        """The training run."""
+        return self.model.run
+
 
 @dataclass(frozen=True)
 class _Labeller:
-    """A network, what it reads, and the label id of each of its outputs."""
+    """A model, and the label id of each of its classes."""
 
-    net: FusionNet
-    reader: BlockReader
+    model: OpenModel
     label_ids: NDArray[np.int64]
-    params: PredictParams
+    top_k: int
 
     def read(self, order: int) -> CellBlock:
         """Return the cells of the image with this id."""
-        return self.reader(order)
+        return self.model.reader(order)
 
     def compute(self, loaded: Sequence[CellBlock]) -> list[list[dict[str, Any]]]:
         """Return rows of table ``predictions`` for the cells of each image, but for the run."""
-        return [self._labelled(cells) for cells in loaded]
+        return [self._rows(cells.cell_ids.numpy(), self.model.predict(cells)) for cells in loaded]
 
     def keep(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Keep no file: the rows are all there is."""
         return made
 
-    def _labelled(self, cells: CellBlock) -> list[dict[str, Any]]:
-        from torch import arange
-
-        from ..ops.training import predict_batch
-
-        rows: list[dict[str, Any]] = []
-        for start in range(0, len(cells), self.params.batch_size):
-            end = min(start + self.params.batch_size, len(cells))
-            batch = cells.take(arange(start, end))
-            rows += self._rows(batch.cell_ids.numpy(), predict_batch(self.net, batch))
-        return rows
-
     def _rows(
         self, cell_ids: NDArray[np.int64], probabilities: NDArray[np.float64]
     ) -> list[dict[str, Any]]:
-        kept = min(self.params.top_k, len(self.label_ids))
+        kept = min(self.top_k, len(self.label_ids))
         order = np.argsort(-probabilities, axis=1, kind="stable")[:, :kept]
         chosen = np.clip(np.take_along_axis(probabilities, order, axis=1), 0.0, 1.0)
         names = ("cell_id", "rank", "label_id", "probability")
@@ -159,7 +144,7 @@ def predict(
     run: str = "latest",
     device: str = "auto",
 ) -> PredictResult:
-    """Label the cells of a selection of images with the network of a training run.
+    """Label the cells of a selection of images with the model of a training run.
 
     Rows are appended, never changed. An interrupted run of the same checkpoint and images is gone
     on with. Where more images have been measured since, a new run labels all of them, so that
@@ -174,10 +159,14 @@ def predict(
 
     """
     need("train")
+    from ..reading.blocks import choose_device
+
     params = _checked(params or PredictParams())
+    chosen = choose_device(device)
     with workspace.database.read() as session:
-        plan = _plan(session, workspace, params, run)
-    labeller = _labeller(workspace, plan, device)
+        trained = find_run(session, run, Stage.TRAIN)
+        plan = _plan(session, params, open_model(session, workspace, trained, chosen))
+    labeller = _Labeller(plan.model, plan.label_ids, params.top_k)
     with workspace.database.begin() as session:
         recipe = register(session, _spec(session, plan))
         state = progressed(session, recipe.id, plan.images, unseen=plan.unseen)
@@ -190,58 +179,25 @@ def predict(
 
 
 def _checked(params: PredictParams) -> PredictParams:
-    if params.top_k < 1 or params.batch_size < 1:
-        raise UserInputError("Top-k and the batch size must be 1 or more.")
+    if params.top_k < 1:
+        raise UserInputError(f"Top-k must be 1 or more, not {params.top_k}.")
     if params.subset is not None and params.subset not in list(Subset):
         raise UnknownNameError.of("side", params.subset, list(Subset))
     return params
 
 
-def _plan(session: Session, workspace: Workspace, params: PredictParams, reference: str) -> _Plan:
-    trained = find_run(session, reference, Stage.TRAIN)
-    tensors, record = _checkpoint(session, trained)
-    recipe = session.get_one(Recipe, trained.recipe_id)
-    segment = input_of(session, recipe, Stage.SEGMENT)
-    measure = input_of(session, recipe, Stage.MEASURE)
-    split = session.get_one(Split, trained.split_id)
+def _plan(session: Session, params: PredictParams, model: OpenModel) -> _Plan:
+    split = session.get_one(Split, model.run.split_id)
     chosen = _chosen(session, params, split)
     split_id = split.id if params.subset is not None else None
-    features = open_set(session, workspace.artifacts, measure.id)
-    source = CellSource(segment.id, measure.id, split_id, params.subset, params.plates, features)
-    unseen = (trained.result or {}).get("branches") == [TABULAR]
-    images = _measured(segmented(chosen, segment.id), source, not unseen)
+    source = replace(model.source, split_id=split_id, subset=params.subset, plates=params.plates)
+    unseen = model.meta.branches == (TABULAR,)
+    images = _measured(segmented(chosen, source.segment_id), source, not unseen)
     selected, ready = (_count(session, query) for query in (chosen, images))
     if ready == 0:
-        raise UserInputError(_nothing_to_label(params, split, selected, trained.id))
-    return _Plan(
-        params,
-        trained,
-        split,
-        segment,
-        measure,
-        source,
-        tensors,
-        record,
-        images,
-        selected,
-        ready,
-        unseen,
-    )
-
-
-def _checkpoint(session: Session, trained: Run) -> tuple[Artifact, Artifact]:
-    query = (
-        select(Artifact)
-        .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
-        .where(RunArtifact.run_id == trained.id, Artifact.kind == ArtifactKind.CHECKPOINT)
-    )
-    files = {item.path.rpartition(".")[2]: item for item in session.scalars(query)}
-    if trained.status is not Status.DONE or not {"safetensors", "json"} <= files.keys():
-        raise UserInputError(
-            f"Training run {trained.id} is {trained.status.value} and has no checkpoint. "
-            "Train again, or name another run with --run."
-        )
-    return files["safetensors"], files["json"]
+        raise UserInputError(_nothing_to_label(params, split, selected, model.run.id))
+    label_ids = _label_ids(session, model.meta)
+    return _Plan(params, model, split, label_ids, source, images, selected, ready, unseen)
 
 
 def _chosen(session: Session, params: PredictParams, split: Split) -> Select[int]:
@@ -305,11 +261,12 @@ def _nothing_to_label(params: PredictParams, split: Split, selected: int, run_id
 
 def _spec(session: Session, plan: _Plan) -> RecipeSpec:
     parameters = as_parameters(plan.params) | {"images": _digest_of(session, plan.images)}
-    del parameters["batch_size"]  # how many at once decides speed, not what is said
     if plan.source.features.mark is not None:
         parameters["feature_files"] = plan.source.features.mark
-    inputs = (session.get_one(Recipe, plan.trained.recipe_id), plan.segment, plan.measure)
-    return RecipeSpec(Stage.PREDICT, VERSION, parameters, plan.tensors.sha256, inputs)
+    model = plan.model
+    inputs = (session.get_one(Recipe, model.run.recipe_id), model.segment, model.measure)
+    sha256 = model.checkpoint.tensors.sha256
+    return RecipeSpec(Stage.PREDICT, VERSION, parameters, sha256, inputs)
 
 
 def _digest_of(session: Session, images: Select[int]) -> str:
@@ -327,56 +284,7 @@ def _latest(session: Session, recipe_id: int) -> Run | None:
     return session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
 
 
-def _labeller(workspace: Workspace, plan: _Plan, device: str) -> _Labeller:
-    from ..reading.blocks import BlockReader, choose_device
-
-    chosen = choose_device(device)
-    net, meta = _load(workspace, plan)
-    with workspace.database.read() as session:
-        _check_set(session, plan, meta)
-        label_ids = _label_ids(session, meta)
-    reader = BlockReader(
-        workspace,
-        plan.source,
-        plane_of(plan.segment),
-        meta.scaler,
-        meta.crop_size,
-        kept_bytes=0,
-        branches=meta.shape.branches,
-    )
-    return _Labeller(net.to(chosen), reader, label_ids, plan.params)
-
-
-def _load(workspace: Workspace, plan: _Plan) -> tuple[FusionNet, CheckpointMeta]:
-    from ..ops.nets import load_checkpoint
-
-    text = workspace.artifacts.read(plan.record.path, plan.record.sha256)
-    tensors = workspace.artifacts.read(plan.tensors.path, plan.tensors.sha256)
-    try:
-        record: Mapping[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise StorageError(
-            f"The record of the checkpoint of run {plan.trained.id} is not JSON. Train again."
-        ) from error
-    if record.get("tensors_sha256") != plan.tensors.sha256:
-        raise StorageError(
-            f"The two files of the checkpoint of run {plan.trained.id} do not belong together. "
-            "Train again."
-        )
-    return load_checkpoint(tensors, record)
-
-
-def _check_set(session: Session, plan: _Plan, meta: CheckpointMeta) -> None:
-    if meta.feature_set is None:
-        return
-    if find_feature_set(session, meta.feature_set).recipe_id != plan.measure.id:
-        raise UserInputError(
-            f"Feature set {meta.feature_set!r} is another one since training run "
-            f"{plan.trained.id} read it. Train again."
-        )
-
-
-def _label_ids(session: Session, meta: CheckpointMeta) -> NDArray[np.int64]:
+def _label_ids(session: Session, meta: ModelMeta) -> NDArray[np.int64]:
     query = select(Label.value, Label.id).where(Label.field == LabelField(meta.field))
     known = dict(session.execute(query).all())
     gone = [value for value in meta.labels if value not in known]

@@ -256,13 +256,13 @@ def run_of(workspace: Workspace, run_id: int) -> Run:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
     """Make the ``call``-th batch of predictions end in ``error``."""
-    from cellstore.ops import training
+    from cellstore.ops import models
 
-    real, calls = training.predict_batch, iter(range(1, 1000))
+    real, calls = models.predict_batch, iter(range(1, 1000))
 
     def predict_batch(*arguments: object) -> object:
         if next(calls) == call:
             raise error
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "predict_batch", predict_batch)
+    monkeypatch.setattr(models, "predict_batch", predict_batch)

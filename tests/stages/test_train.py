@@ -99,8 +99,8 @@ def test_the_scaler_knows_the_training_side_only(trained: Trained, opened: Opene
 
 @pytest.mark.heavy
 def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: Opener) -> None:
+    from cellstore.ops.checkpoints import load_checkpoint
     from cellstore.ops.crops import CellBlock, cell_crops
-    from cellstore.ops.nets import load_checkpoint
     from cellstore.ops.training import predict_batch
 
     workspace = opened(trained.root)

@@ -24,8 +24,9 @@ from .outcome import TrainResult, finished, result_of, summary
 from .plan import NO_WEIGHTS, Plan, check_sides, commit, make_plan
 
 if TYPE_CHECKING:
+    from ...ops.checkpoints import CheckpointMeta
     from ...ops.crops import CellBlock
-    from ...ops.nets import CheckpointMeta, FusionNet
+    from ...ops.nets import FusionNet
     from ...ops.scaling import Scaler
     from ...ops.training import EpochMetrics, FitConfig, FitResult
     from ...reading.blocks import BlockReader
@@ -213,7 +214,7 @@ def _tell(workspace: Workspace, run_id: int, epoch: EpochMetrics) -> None:
 
 
 def _meta(plan: Plan, model: _Model, recipe: Recipe) -> CheckpointMeta:
-    from ...ops.nets import CheckpointMeta
+    from ...ops.checkpoints import CheckpointMeta
 
     return CheckpointMeta(
         shape=model.net.shape,
@@ -235,7 +236,7 @@ def _keep_checkpoint(
     workspace: Workspace, run_id: int, meta: CheckpointMeta, plan: Plan, result: FitResult
 ) -> str:
     """Write tensors and the record beside them, then their rows; return the tensors' sha256."""
-    from ...ops.nets import save_net
+    from ...ops.checkpoints import save_net
 
     write = workspace.artifacts.write
     tensors = write(ArtifactKind.CHECKPOINT, save_net(result.state), ".safetensors")
