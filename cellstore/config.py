@@ -301,6 +301,26 @@ class TrainParams:
 
 
 @dataclass(frozen=True)
+class BaselineParams:
+    """Classical models and null baselines; see ``cellstore.ops.baselines``.
+
+    At most ``max_cells`` cells of the training side are learned from, as many of each class as can
+    be. ``strength`` is the penalty of the logistic models (1 / C of scikit-learn); ``trees``,
+    ``depth`` and ``smallest_leaf`` are those of the forest. ``features`` and
+    ``leave_out_flagged`` as for :class:`TrainParams`.
+    """
+
+    max_cells: int = 50_000
+    seed: int = 0
+    strength: float = 1.0
+    trees: int = 100
+    depth: int = 16
+    smallest_leaf: int = 5
+    features: str | None = None
+    leave_out_flagged: str | None = None
+
+
+@dataclass(frozen=True)
 class PredictParams:
     """What to label: a side of the run's split, or ``None`` for every image of ``plates``."""
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from .config import (
     EVERYTHING,
     THIS_PROCESS,
+    BaselineParams,
     FinetuneParams,
     IngestParams,
     MeasureParams,
@@ -34,6 +35,7 @@ from .config import (
 )
 from .errors import UnknownNameError
 from .progress import Progress
+from .terms import Subset
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from .runs.execution import JobsResult
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
+    from .stages.baselines import BaselineResult
     from .stages.export import ExportResult
     from .stages.finetune import FinetuneResult
     from .stages.ingest import IngestResult, RefreshResult
@@ -330,6 +333,39 @@ class Store:
             segmentation=segmentation,
             measurement=measurement,
             device=device,
+        )
+
+    def train_baselines(
+        self,
+        kinds: Sequence[str],
+        params: BaselineParams | None = None,
+        *,
+        split: str | None = None,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+        predict: bool = True,
+    ) -> tuple[BaselineResult, ...]:
+        """Train baselines and label the test side; see ``stages.baselines.train_baselines``.
+
+        Without a test side, or without ``predict``, nothing is labelled.
+        """
+        from .stages.baselines import train_baselines
+
+        results = train_baselines(
+            self.workspace,
+            kinds,
+            params or BaselineParams(),
+            split=split,
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+        if not predict or not self.show_split(results[0].split).counts.get(Subset.TEST):
+            return results
+        return tuple(
+            replace(item, predict_run_id=self.predict(run=str(item.run_id), device="cpu").run_id)
+            for item in results
         )
 
     def predict(

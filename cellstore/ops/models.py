@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cellstore.errors import UserInputError
+from cellstore.ops.baselines import BASELINES, load_baseline
 from cellstore.ops.checkpoints import load_checkpoint
 from cellstore.ops.crops import CellBlock
 from cellstore.ops.nets import FusionNet
@@ -134,7 +135,7 @@ def load_network(
     return NetworkModel(net, device), meta
 
 
-LOADERS: dict[str, Loader] = {NETWORK: load_network}
+LOADERS: dict[str, Loader] = {NETWORK: load_network, **dict.fromkeys(BASELINES, load_baseline)}
 """The kinds of models by what their records call them."""
 
 

@@ -100,8 +100,12 @@ def make_reader(
         UserInputError: a measurement that the model reads is not there any more.
 
     """
+    from ..ops.baselines import ON_FEATURES, BaselineMeta
     from .blocks import BlockReader
+    from .places import PlaceReader
 
+    if isinstance(meta, BaselineMeta) and meta.model not in ON_FEATURES:
+        return PlaceReader(workspace, source, meta)
     return BlockReader(
         workspace,
         source,
