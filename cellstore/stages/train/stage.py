@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ...artifacts import StoredFile
 from ...config import TrainParams, as_parameters
 from ...db.models import Recipe, Run, RunMetric
-from ...errors import ImageError, UserInputError
+from ...errors import UserInputError
 from ...extras import need
 from ...ops.branches import TABULAR
 from ...reading.cells import as_text, cells_query, plane_of, stream_features
@@ -25,11 +25,11 @@ from .plan import NO_WEIGHTS, Plan, check_sides, commit, make_plan
 
 if TYPE_CHECKING:
     from ...ops.checkpoints import CheckpointMeta
-    from ...ops.crops import CellBlock
     from ...ops.nets import FusionNet
     from ...ops.scaling import Scaler
     from ...ops.training import EpochMetrics, FitConfig, FitResult
     from ...reading.blocks import BlockReader
+    from ...reading.loading import Batches
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def _fit(
     try:
         result = fit(
             model.net,
-            _batches(plan, reader, "train"),
-            _batches(plan, reader, "validation"),
+            _batches(plan, reader, config, "train"),
+            _batches(plan, reader, config, "validation"),
             config,
             lambda epoch: _tell(workspace, run.id, epoch),
         )
@@ -172,30 +172,17 @@ def _reader(workspace: Workspace, plan: Plan, scaler: Scaler) -> BlockReader:
     )
 
 
-def _batches(plan: Plan, reader: BlockReader, side: str) -> Any:
-    from ...ops.crops import BlockShuffle
-    from ...reading.blocks import buffer_cells
+def _batches(plan: Plan, reader: BlockReader, config: FitConfig, side: str) -> Batches:
+    from ...reading.loading import training_batches
 
-    params = plan.params
-    expected = {block.image_id: block.n_cells for block in plan.sides[side]}
-    return BlockShuffle(
-        list(expected),
-        lambda image_id: _as_planned(reader(image_id), expected[image_id]),
-        batch_size=params.batch_size,
-        seed=params.seed,
-        buffer_cells=buffer_cells(
-            params.crop_size, params.batch_size, plan.branches, len(reader.scaler.names)
-        ),
+    return training_batches(
+        reader,
+        plan.sides[side],
+        batch_size=config.batch_size,
+        seed=config.seed,
         shuffle=side == "train",
+        device=config.device,
     )
-
-
-def _as_planned(cells: CellBlock, expected: int) -> CellBlock:
-    if len(cells) != expected:
-        raise ImageError(
-            "The cells of an image changed while the network was training. Train again."
-        )
-    return cells
 
 
 def _tell(workspace: Workspace, run_id: int, epoch: EpochMetrics) -> None:
