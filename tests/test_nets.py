@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.ops.backbones import ImageBranch
 from cellstore.ops.branches import BRANCHES, check_branches
 from cellstore.ops.nets import (
     FusionNet,
     NetShape,
     build_net,
-    image_branch,
 )
 
 SHAPE = NetShape(n_classes=3, n_features=14)
@@ -99,7 +99,7 @@ def test_shapes_of_the_published_parts(net: FusionNet) -> None:
     assert kinds == [nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Dropout]
     # 4,007,548 parameters of EfficientNet-B0 without its classifier (5,288,548 - 1,281,000),
     # and 32 * 9 more for the fourth channel.
-    assert sum(p.numel() for p in image_branch(4).parameters()) == 4_007_548 + 288
+    assert sum(p.numel() for p in ImageBranch(4).parameters()) == 4_007_548 + 288
 
 
 def test_same_seed_same_network_and_the_callers_random_numbers_stay() -> None:
@@ -239,7 +239,7 @@ def test_a_shape_is_its_json_and_nothing_else() -> None:
     for wrong in ({}, {"n_classes": 2}, {"n_classes": "2", "n_features": 1}, {"color": 1}):
         with pytest.raises(UserInputError):
             NetShape.from_json(wrong)
-    with pytest.raises(UnknownNameError, match="efficientnet_b0"):
+    with pytest.raises(UnknownNameError, match="Known: efficientnet_b7"):
         NetShape(2, 2, backbone="efficientnet_b9")
     with pytest.raises(UserInputError, match="1 or more"):
         NetShape(0, 2)

@@ -11,7 +11,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from cellstore.errors import StorageError, UserInputError, first_line
-from cellstore.ops.nets import FusionNet, NetShape, State
+from cellstore.ops.backbones import State
+from cellstore.ops.nets import FusionNet, NetShape
 from cellstore.ops.normalising import WhiteLevels, read_scaler
 from cellstore.ops.scaling import FeatureScaler
 
