@@ -185,6 +185,11 @@ again; see :func:`as_parameters`.
 """
 
 
+def later(default: Any) -> Any:
+    """Return a field marked ``LATER``; for classes that have a field called ``field``."""
+    return field(default=default, metadata=LATER)
+
+
 @dataclass(frozen=True)
 class SegmentParams:
     """Cellpose. ``diameter`` in pixels, ``None``: estimated for each image.
@@ -257,10 +262,17 @@ class QcParams:
 
 @dataclass(frozen=True)
 class SplitParams:
-    """Who trains and who tests. Sizes are shares of the groups (wells, images or plates).
+    """Who trains and who tests. Sizes are shares of the groups (wells, images, plates, treatments).
 
     ``leave_out_flagged``: a quality-control run (a number, or ``latest``) whose flagged images are
-    left out.
+    left out. ``where``: an SQL condition, as in :class:`Selection`. ``test_plates`` and
+    ``validation_plates``: plates that are on that side, where whole plates are split. ``folds``:
+    how many parts test in turn; the next part validates, and the sizes do not count.
+
+    ``downsample``: pairs of a class and how much of it is kept (``second-largest``, ``median``, or
+    a number as text); ``None``: the largest class is cut to the groups of the second largest;
+    none at all: nothing is cut. ``downsample_by``: whether that counts ``image`` or ``cell``.
+    ``min_images``: classes with fewer images are left out.
     """
 
     protocol: str = "grouped"
@@ -272,6 +284,13 @@ class SplitParams:
     plates: tuple[str, ...] = ()
     allow_missing: bool = False
     leave_out_flagged: str | None = None
+    where: str | None = later(None)
+    test_plates: tuple[str, ...] = later(())
+    validation_plates: tuple[str, ...] = later(())
+    folds: int | None = later(None)
+    downsample: tuple[tuple[str, str], ...] | None = later(None)
+    downsample_by: str = later("image")
+    min_images: int = later(0)
 
 
 @dataclass(frozen=True)

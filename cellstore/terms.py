@@ -43,6 +43,7 @@ class GroupLevel(StrEnum):
     IMAGE = "image"
     WELL = "well"
     PLATE = "plate"
+    TREATMENT = "treatment"
 
 
 class Perturbation(StrEnum):

@@ -33,8 +33,7 @@ from .train_options import Sectioned
 ORDER = (
     *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "contrast"),
     *("split", "train", "predict", "export-model", "report", "audit", "sql", "export", "status"),
-    *("jobs", "retry"),
-    *("cancel", "verify", "doctor", "db"),
+    *("jobs", "retry", "cancel", "verify", "doctor", "db"),
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,13 +57,21 @@ class Contrast:
 
 
 def contrast(
-    rows: NDArray[np.float64], treated: Flags, wells: Ids, *, folds: int = FOLDS, seed: int = 0
+    rows: Numbers,
+    treated: Flags,
+    wells: Ids,
+    plates: NDArray[Any] | None = None,
+    *,
+    folds: int = FOLDS,
+    seed: int = 0,
 ) -> Contrast:
     """Cross-validate a logistic regression of ``treated`` (N,) on ``rows`` (N, F) by well.
 
-    ``wells`` (N,) name the well of each cell. Rows are standardised in each fold as its training
-    cells are; a value that is NaN becomes 0, the mean. There are at most as many folds as either
-    side has wells.
+    ``wells`` (N,) name the well of each cell, ``plates`` (N,) its plate. Rows are standardised
+    plate by plate, over cells of both sides, of which there should be as many on each plate: plates
+    may differ by more than any treatment does, and this takes no label. In each fold they are
+    standardised as its training cells are. A value that is NaN becomes 0, the mean. There are at
+    most as many folds as either side has wells.
 
     Raises ``UserInputError`` where a side has one well only.
     """
@@ -70,6 +79,8 @@ def contrast(
     smallest = min(len(side) for side in sides)
     if smallest < FEWEST_WELLS:
         raise UserInputError("Both sides need two wells or more to hold one out.")
+    if plates is not None:
+        rows = _by_plate(rows, plates)
     scores = _held_out(rows, treated, wells, min(folds, smallest), seed)
     wins, sizes = _wins(scores, treated, wells)
     low, high = _interval(wins, sizes, seed)
@@ -86,19 +97,6 @@ def contrast(
         low=low,
         high=high,
     )
-
-
-def null_contrast(
-    rows: NDArray[np.float64], wells: Ids, n_treated: int, *, folds: int = FOLDS, seed: int = 0
-) -> Contrast:
-    """Call ``n_treated`` control wells treated, drawn by ``seed``, and tell them from the others.
-
-    The rest are the controls. Raises as :func:`contrast` does.
-    """
-    names = np.unique(wells)
-    generator = np.random.Generator(np.random.PCG64(seed))
-    called = generator.choice(names, size=min(n_treated, len(names)), replace=False)
-    return contrast(rows, np.isin(wells, called), wells, folds=folds, seed=seed)
 
 
 def judge(found: Contrast, nulls: list[float]) -> Verdict:
@@ -125,6 +123,14 @@ def _held_out(
         model = LogisticRegression(class_weight="balanced", max_iter=1000)
         scores[test] = model.fit(seen, treated[train]).decision_function(held)
     return scores
+
+
+def _by_plate(rows: Numbers, plates: NDArray[Any]) -> Numbers:
+    scaled = np.empty_like(rows)
+    for plate in np.unique(plates):
+        there = plates == plate
+        scaled[there] = _standardised(rows[there], rows[there])[0]
+    return scaled
 
 
 def _standardised(train: Numbers, test: Numbers) -> tuple[Numbers, Numbers]:
@@ -166,7 +172,15 @@ def _by_well(scores: Numbers, wells: Ids) -> tuple[list[Numbers], Ids]:
 
 
 def _interval(wins: Numbers, sizes: tuple[Ids, Ids], seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the AUC, drawing wells of each side."""
+    """95 % percentile bootstrap interval of the AUC, drawing wells of each side.
+
+    Where every treated cell is above every control cell, or below, all draws are alike and say
+    nothing; then it is the interval of Clopper and Pearson (1934) for as many wells without error.
+    """
+    pairs = np.outer(*sizes)
+    if not wins.any() or (wins == pairs).all():
+        reach = 0.025 ** (1 / sum(len(some) for some in sizes))
+        return (reach, 1.0) if wins.any() else (0.0, 1 - reach)
     generator = np.random.Generator(np.random.PCG64(seed))
     ours, theirs = (
         generator.multinomial(len(some), np.full(len(some), 1 / len(some)), size=RESAMPLES)

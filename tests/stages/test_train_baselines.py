@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_training import Opener, cells_of, checkpoint, run_of, said
-from sqlalchemy import delete, select, text, update
+from sqlalchemy import delete, select, text
 
 from cellstore.config import BaselineParams, SplitParams
 from cellstore.db.models import CellFeatures, Label, Recipe, Split, SplitMember
@@ -156,8 +156,8 @@ def test_without_a_test_side_nothing_is_labelled(built: Path, opened: Opener) ->
     assert store.train_baselines(["majority"], FEW, predict=False)[0].predict_run_id is None
     create_split(workspace, "no-test", SplitParams(test_size=0.3, validation_size=0.3))
     with workspace.database.begin() as session:
-        test_side = update(SplitMember).where(SplitMember.subset == Subset.TEST)
-        session.execute(test_side.where(SplitMember.split_id == 2).values(subset="validation"))
+        test_side = delete(SplitMember).where(SplitMember.subset == Subset.TEST)
+        session.execute(test_side.where(SplitMember.split_id == 2))
     assert store.train_baselines(["majority"], FEW)[0].predict_run_id is None
 
 

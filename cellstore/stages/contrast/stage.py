@@ -102,8 +102,9 @@ def _score(treated: Cells, control: Cells, params: ContrastParams) -> Contrast |
         return None
     rows = np.concatenate([ours.rows, theirs.rows])
     wells = np.concatenate([ours.wells, theirs.wells])
+    plates = np.concatenate([ours.plates, theirs.plates])
     flags = np.repeat([True, False], [len(ours), len(theirs)])
-    return ops.contrast(rows, flags, wells, folds=params.folds, seed=params.seed)
+    return ops.contrast(rows, flags, wells, plates, folds=params.folds, seed=params.seed)
 
 
 def _compare(workspace: Workspace, plan: Plan) -> dict[str, Any]:
@@ -131,7 +132,8 @@ def _compare(workspace: Workspace, plan: Plan) -> dict[str, Any]:
 
 
 def _row(workspace: Workspace, plan: Plan, group: Group, chance: _Chance) -> ContrastRow:
-    lost = f"{group.lost} plates of it have no control wells" if group.lost else None
+    many = "plate of it has" if group.lost == 1 else "plates of it have"
+    lost = f"{group.lost} {many} no control wells" if group.lost else None
     if not group.plate_ids:
         note = "none of its plates has control wells"
         return ContrastRow(group.name, Verdict.TOO_FEW.value, note=note)
