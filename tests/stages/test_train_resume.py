@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,6 +187,21 @@ def test_a_cancelled_training_ends_and_one_that_was_taken_over_too(
     with pytest.raises(StoreError, match="was gone on with by other-host:77"):
         train(replace(workspace, progress=_Does(take_over)), resume=str(run.id), device="cpu")
     assert run_of(workspace, run.id).status is Status.RUNNING  # it is the other's
+
+
+@pytest.mark.skipif(
+    threading.current_thread() is not threading.main_thread(), reason="signals are not heard here"
+)
+def test_sigterm_is_as_good_as_ctrl_c(built: Path, opened: Opener) -> None:
+    workspace = opened(built)
+    listener = _Does(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(workspace, progress=listener), PARAMS, device="cpu")
+    run = trainings(workspace)[-1]
+    assert run.status is Status.CANCELLED
+    assert listener.told[-1].endswith(f"--resume {run.id}")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_state_of_another_run_is_refused(built: Path, opened: Opener) -> None:
