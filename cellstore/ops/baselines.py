@@ -282,6 +282,7 @@ def fit_forest(
             min_samples_leaf=config.smallest_leaf,
             max_features=None if config.all_columns else "sqrt",
             random_state=generator,
+            n_jobs=-1,
         )
         model.fit(np.asarray(rows, dtype=np.float32), classes)
         parts += [_tree_arrays(estimator.tree_) for estimator in model.estimators_]
@@ -289,7 +290,7 @@ def fit_forest(
 
 
 def _tree_arrays(tree: Any) -> dict[str, NDArray[Any]]:
-    """The arrays of one tree of a forest, its nodes counted from 0; all rows must weigh the same."""
+    """The arrays of one tree of a forest, its nodes counted from 0; all rows weigh the same."""
     here = np.arange(tree.node_count)
     leaf = tree.children_left < 0
     counts = np.rint(tree.value[:, 0, :] * tree.weighted_n_node_samples[:, None])
