@@ -290,7 +290,7 @@ def fit_forest(
 
 
 def _tree_arrays(tree: Any) -> dict[str, NDArray[Any]]:
-    """The arrays of one tree of a forest, its nodes counted from 0; all rows weigh the same."""
+    """The arrays of one tree, its nodes counted from 0; all rows must weigh the same."""
     here = np.arange(tree.node_count)
     leaf = tree.children_left < 0
     counts = np.rint(tree.value[:, 0, :] * tree.weighted_n_node_samples[:, None])
