@@ -107,9 +107,10 @@ def open_fabric(device: str, precision: str = "32", devices: int = 1) -> Fabric:
             f"--devices {devices} out."
         )
     strategy = "ddp" if here * hosts > 1 else "auto"
+    on_cuda = device != "cpu" and torch.cuda.is_available()
     with quiet():
         fabric = Fabric(
-            accelerator=device,
+            accelerator="cuda" if on_cuda else "cpu",
             devices=here,
             num_nodes=hosts,
             strategy=strategy,

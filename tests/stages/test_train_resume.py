@@ -197,3 +197,25 @@ def test_a_state_of_another_run_is_refused(built: Path, opened: Opener) -> None:
         session.execute(update(Run).where(Run.id == other.run_id).values(status=Status.FAILED))
     with pytest.raises(OSError, match="that of another run"):
         train(workspace, resume=str(other.run_id), device="cpu")
+
+
+def test_weights_of_a_file_are_needed_in_the_first_epoch_only(
+    built: Path, opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from torchvision import models
+
+    workspace = opened(built)
+    weights = tmp_path / "weights.pth"
+    name = "shufflenet_v2_x0_5"
+    torch.save(models.get_model(name, weights=None).state_dict(), weights)
+    given = replace(PARAMS, weights=str(weights), backbone=name, branches=("mask",), epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(workspace, progress=StopsAfter(1)), given, device="cpu")
+    run_id = trainings(workspace)[-1].id
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "read_state", lambda *_: None)
+        with pytest.raises(UserInputError, match="in its first epoch"):
+            train(workspace, resume=str(run_id), device="cpu")
+    weights.unlink()
+    assert train(workspace, resume=str(run_id), device="cpu").epochs == 2
