@@ -49,7 +49,7 @@ MaxCellsOption = Annotated[
 
 SHARED = frozenset(
     {"baseline", "no_predict", "max_cells", "split", "segmentation", "measurement", "features"}
-    | {"seed", "leave_out_flagged", "qc_run", "device", "store", "as_json"}
+    | {"normalise", "force", "seed", "leave_out_flagged", "qc_run", "device", "store", "as_json"}
 )
 """Options of train that mean something to a baseline."""
 
@@ -60,6 +60,7 @@ def train_baselines(
     params: BaselineParams,
     sources: tuple[str | None, str | None, str | None],
     *,
+    force: bool,
     predict: bool,
     store: Path | None,
     as_json: bool,
@@ -77,6 +78,7 @@ def train_baselines(
             split=sources[0],
             segmentation=sources[1],
             measurement=sources[2],
+            force=force,
             predict=predict,
         )
     if as_json:

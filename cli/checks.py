@@ -94,24 +94,34 @@ def _check_tables(
 
 
 def _show(result: CheckResult) -> None:
-    pairs = [
-        ("split", f"{result.split} ({result.protocol}, by {result.group_level})"),
-        ("images" if result.protocol != "imported" else "rows", f"{result.images:,}"),
-    ]
-    if result.wells:
-        pairs.append(("wells on both sides", f"{result.wells_on_both_sides:,} of {result.wells:,}"))
-    pairs.append(("classes on both sides", f"{result.labels_on_both_sides:,} of {result.labels:,}"))
-    if result.refused:
-        pairs.append(("rows not usable", f"{result.refused:,}"))
-    render.facts(pairs)
+    render.facts(_facts(result))
     if result.findings:
         typer.echo()
     for finding in result.findings:
         typer.echo(f"{finding.severity.value:<{MARGIN}}{finding.message}")
-        if finding.examples:
-            typer.echo(" " * MARGIN + _examples(finding))
+        typer.echo(" " * MARGIN + _examples(finding))
     if not result.leaks:
         typer.echo("No leak found: the test side is not seen in training.")
+    if result.rows:
+        wells = "" if result.wells else "wells, plates and "
+        typer.echo(f"Tables do not tell {wells}image files, so these were not looked at.")
+
+
+def _facts(result: CheckResult) -> list[tuple[str, str]]:
+    pairs = [
+        ("split", f"{result.split} ({result.protocol}, by {result.group_level})"),
+        ("rows", f"{result.rows:,}") if result.rows else ("images", f"{result.images:,}"),
+    ]
+    if result.wells:
+        pairs.append(("wells on both sides", f"{result.wells_on_both_sides:,} of {result.wells:,}"))
+    pairs.append(("classes on both sides", f"{result.labels_on_both_sides:,} of {result.labels:,}"))
+    if result.unseen:
+        pairs.append(
+            ("bytes not compared", f"{render.count(result.unseen, 'image')} without files")
+        )
+    if result.refused:
+        pairs.append(("rows not usable", f"{result.refused:,}"))
+    return pairs
 
 
 def _examples(finding: Finding) -> str:

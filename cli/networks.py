@@ -145,11 +145,18 @@ def train(
             max_cells=max_cells,
             seed=DEFAULTS.seed if seed is None else seed,
             features=features,
+            normalise=normalise or DEFAULTS.normalise,
             leave_out_flagged=flagged,
         )
-        label = not no_predict
         train_baselines(
-            ctx, baseline, chosen, names_of_rows, predict=label, store=store, as_json=as_json
+            ctx,
+            baseline,
+            chosen,
+            names_of_rows,
+            force=force,
+            predict=not no_predict,
+            store=store,
+            as_json=as_json,
         )
         return
     check_alone(ctx)

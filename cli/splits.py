@@ -86,8 +86,15 @@ def create(
         ),
     ] = GroupLevel.WELL,
     test_size: Annotated[
-        float, typer.Option(metavar="X", min=0.0, max=1.0, help="Share of the groups that test.")
-    ] = 0.2,
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=0.0,
+            max=1.0,
+            help=f"Share of the groups that test. Default: {SplitParams.test_size:g}.",
+            show_default=False,
+        ),
+    ] = None,
     validation_size: Annotated[
         float,
         typer.Option(
@@ -161,11 +168,13 @@ def create(
       cellstore split create five --folds 5 --downsample DMSO=median
       cellstore split create as-published --protocol published --allow-missing
     """
+    if folds is not None and test_size is not None:
+        raise UserInputError("With --folds K each fold tests one part of K: leave out --test-size.")
     params = SplitParams(
         protocol=protocol.value,
         field=field,
         group_level=group,
-        test_size=test_size,
+        test_size=SplitParams.test_size if test_size is None else test_size,
         validation_size=validation_size,
         seed=seed,
         plates=tuple(plate or ()),
@@ -200,7 +209,7 @@ def import_(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...",
+            metavar="FILE",
             help="Tables with a column split, and tables that say which wells they mean.",
             show_default=False,
         ),

@@ -368,7 +368,7 @@ def check_resume(ctx: typer.Context) -> None:
     """
     if ctx.params.get("resume") is None:
         return
-    others = [name for name in ctx.params if name not in OF_RESUME and was_typed(ctx, name)]
+    others = sorted(n for n in ctx.params if n not in OF_RESUME and was_typed(ctx, n))
     if others:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise UserInputError(

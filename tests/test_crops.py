@@ -84,10 +84,11 @@ def test_many_windows_are_resized_in_runs(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(crops, expected[name])
 
 
-def test_windows_can_be_taken_and_joined() -> None:
+def test_windows_can_be_gathered() -> None:
     all_of_them = windows()
     index = np.array([2, 0, 2])
-    again = Windows.join([all_of_them.take(index), all_of_them.take(index[:0])])
+    parts = [index[:1], index[:0], index[1:]]
+    again = Windows.gather([(all_of_them, part) for part in parts])
     for name, crops in resized(again, 10).items():
         assert torch.equal(crops, resized(all_of_them, 10)[name][index])
     assert again.nbytes == (100 + 70 + 100) * (1 + 4 + 4)

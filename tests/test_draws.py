@@ -44,3 +44,12 @@ def test_the_same_are_drawn_in_whichever_blocks_they_come() -> None:
     other = Lowest(30, seed=5)
     other.add(groups, ids)
     assert other.drawn({0: 30})[0].tolist() != drawn[0][0]
+
+
+def test_a_group_may_have_a_number_of_its_own() -> None:
+    ids = np.arange(100)
+    found = Lowest({0: 3, 1: 0}, seed=0)
+    for some in np.array_split(ids, 7):
+        found.add(some % 3, some)
+    assert found.kept == {0: 3, 1: 0, 2: 0}
+    assert found.counts == {0: 34, 1: 33, 2: 33}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import urllib.error
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,19 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from cellstore.config import TrainParams, TrainSetup
 from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.ops.augmentation import seed_of
 from cellstore.ops.backbones import ImageBranch
 from cellstore.ops.branches import BRANCHES, check_branches
+from cellstore.ops.crops import CellBlock
 from cellstore.ops.nets import (
     FusionNet,
     NetShape,
     build_net,
 )
+from cellstore.ops.training import fit
+from cellstore.stages.train.model import fit_config
 
 SHAPE = NetShape(n_classes=3, n_features=14)
 
@@ -86,6 +92,85 @@ def test_forward_is_the_published_chain_of_layers(net: FusionNet) -> None:
         torch.testing.assert_close(
             net({"mask": masks, "flow": flows}, features), expected, rtol=1e-4, atol=1e-4
         )
+
+
+class Plain(nn.Module):
+    """The network of the study as the table in DESIGN describes it, from torch and torchvision."""
+
+    def __init__(self, classes: int, features: int) -> None:
+        super().__init__()
+        self.mask, self.flow = self.branch(), self.branch()
+        self.tabular = nn.Sequential(
+            nn.Linear(features, 32), nn.ReLU(), nn.BatchNorm1d(32), nn.Dropout(0.5)
+        )
+        width = 1280 + 1280 + 32
+        self.squeeze, self.excite = nn.Linear(width, 256), nn.Linear(256, width)
+        self.project, self.classify = nn.Linear(width, 256), nn.Linear(256, classes)
+
+    @staticmethod
+    def branch() -> nn.Module:
+        whole = torchvision.models.efficientnet_b0(weights=None)
+        whole.features[0][0] = nn.Conv2d(4, 32, kernel_size=3, stride=2, padding=1, bias=False)
+        return whole.features
+
+    def forward(self, masks: torch.Tensor, flows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        seen = [self.mask(masks).mean((2, 3)), self.flow(flows).mean((2, 3)), self.tabular(x)]
+        fused = torch.cat(seen, dim=1)
+        attention = torch.sigmoid(self.excite(torch.relu(self.squeeze(fused))))
+        return self.classify(torch.relu(self.project(fused * attention)))
+
+
+OURS = {
+    "mask_branch.0.": "mask.",
+    "flow_branch.0.": "flow.",
+    "tabular_branch.": "tabular.",
+    "attention.0.": "squeeze.",
+    "attention.2.": "excite.",
+    "projection.0.": "project.",
+    "classifier.": "classify.",
+}
+
+
+def plainly(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a network of ours by the names of :class:`Plain`."""
+    return {
+        theirs + name.removeprefix(ours): value
+        for name, value in state.items()
+        for ours, theirs in OURS.items()
+        if name.startswith(ours)
+    }
+
+
+@pytest.mark.heavy
+def test_shapes_and_a_step_of_the_whole_are_those_of_the_published_network() -> None:
+    """Adam of rate and decay 1e-4 on cross-entropy with smoothed labels, as published."""
+    ours = build_net(SHAPE, seed=3)
+    theirs = Plain(SHAPE.n_classes, SHAPE.n_features)
+    assert {name: value.shape for name, value in plainly(ours.state_dict()).items()} == {
+        name: value.shape for name, value in theirs.state_dict().items()
+    }
+    theirs.load_state_dict(plainly(ours.state_dict()))
+    masks, flows, features = inputs(6)
+    labels = torch.tensor([0, 1, 2, 2, 1, 0])
+    batch = CellBlock({"mask": masks, "flow": flows}, features, labels, labels)
+    before = {name: value.clone() for name, value in theirs.named_parameters()}
+
+    params = TrainParams()
+    config = fit_config(dataclasses.replace(params, epochs=1, batch_size=6), TrainSetup(), "cpu")
+    fit(ours, lambda _: [batch], lambda _: [batch], config)
+
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-4, weight_decay=1e-4)
+    with torch.random.fork_rng():  # the same drop-outs
+        torch.manual_seed(seed_of(params.seed, 0, 0))
+        loss = nn.CrossEntropyLoss(label_smoothing=0.1)(theirs(masks, flows, features), labels)
+    loss.backward()
+    optimizer.step()
+    after = plainly(dict(ours.named_parameters()))
+    moved = 0
+    for name, value in theirs.named_parameters():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=2e-6, msg=name)
+        moved += int((value - before[name]).abs().max() > 5e-5)
+    assert moved > 0.9 * len(before)
 
 
 def test_shapes_of_the_published_parts(net: FusionNet) -> None:

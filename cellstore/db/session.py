@@ -176,6 +176,8 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.execute(f"PRAGMA cache_size = {-SQLITE_CACHE_KIB}")
+    # As PostgreSQL and DuckDB do, so that one --where chooses the same images everywhere.
+    cursor.execute("PRAGMA case_sensitive_like = ON")
     cursor.close()
 
 

@@ -10,6 +10,8 @@ column ``split`` says, which is joined by all columns that both have.
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -20,7 +22,7 @@ from ..errors import BadTableError, UserInputError
 from ..terms import Subset
 from .names import format_well, parse_well
 from .records import Refusal
-from .text.tables import cell_text, nearest_columns, open_table
+from .text.tables import cell_text, nearest_columns, open_table, read_columns
 
 COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -100,13 +102,14 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
             have no column in common.
         UserInputError: a file cannot be read.
     """
-    tables = [_read(path) for path in paths]
+    wanted = _wanted(paths)
+    tables = [_read(path, wanted) for path in paths]
     splits = [table for table in tables if table.splits]
     others = [table for table in tables if not table.splits]
     if not splits:
         raise BadTableError(
             f"{tables[0].path.name} has no column 'split' that says train, validation or test. "
-            f"{nearest_columns(COLUMNS['split'], tables[0].columns)}"
+            f"{nearest_columns(COLUMNS['split'], read_columns(paths[0]))}"
         )
     rows: list[SplitRow] = []
     refusals = [(table.path.name, refusal) for table in tables for refusal in table.refusals]
@@ -129,11 +132,20 @@ def _normalised(column: str) -> str:
     return column.removeprefix("Metadata_").replace("_", "").replace(" ", "").casefold()
 
 
-def _read(path: Path) -> _Table:
+def _wanted(paths: Sequence[Path]) -> set[str]:
+    """The columns that are held in memory: those we know, and those that join two tables."""
+    known = {name for names in COLUMNS.values() for name in names} | set(IDENTIFIERS)
+    headers = [set(map(_normalised, read_columns(path))) for path in paths]
+    counts = Counter(name for header in headers for name in header)
+    return known | {name for name, count in counts.items() if count > 1}
+
+
+def _read(path: Path, wanted: set[str]) -> _Table:
     table = open_table(path)
     positions: dict[str, int] = {}
     for position, column in enumerate(table.columns):
-        positions.setdefault(_normalised(column), position)
+        if _normalised(column) in wanted:
+            positions.setdefault(_normalised(column), position)
     rows: list[tuple[int, dict[str, str]]] = []
     refusals: list[Refusal] = []
     for row in table.rows():
@@ -141,7 +153,7 @@ def _read(path: Path) -> _Table:
             refusals.append(row)
             continue
         cells = {name: cell_text(row.cells, place) for name, place in positions.items()}
-        rows.append((row.line, {name: text for name, text in cells.items() if text is not None}))
+        rows.append((row.line, {k: sys.intern(v) for k, v in cells.items() if v is not None}))
     return _Table(path, tuple(positions), tuple(rows), tuple(refusals))
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -73,6 +74,8 @@ def count_rows(cells: ArrayLike) -> Numbers:
     return np.stack([logs, logs**2], axis=1)
 
 
+_ROWS_AT_ONCE = 1024
+_TREES_AT_ONCE = 10
 _FOREST = ("roots", "feature", "threshold", "left", "right", "starts", "classes", "counts")
 
 
@@ -151,33 +154,43 @@ class Forest:
     counts: NDArray[np.int32]
     n_classes: int
 
+    @cached_property
+    def shares(self) -> Numbers:
+        """The share of each class in its leaf, (L,), in the order of ``counts``."""
+        leaf_of = np.repeat(np.arange(len(self.feature)), np.diff(self.starts))
+        shares: Numbers = self.counts / np.bincount(leaf_of, self.counts)[leaf_of]
+        return shares
+
     def predict(self, rows: ArrayLike) -> Numbers:
         """See :class:`Model`."""
         values = np.asarray(rows, dtype=np.float32)
-        total = np.zeros((len(values), self.n_classes))
-        for root in self.roots.tolist():
-            self._add_leaves(self._ends(values, root), total)
-        return total / len(self.roots)
+        parts = [values[i : i + _ROWS_AT_ONCE] for i in range(0, len(values), _ROWS_AT_ONCE)]
+        none = np.empty((0, self.n_classes))
+        return np.concatenate([none, *(self._mean_shares(self._leaves(p)) for p in parts)])
 
-    def _ends(self, values: NDArray[np.float32], root: int) -> NDArray[np.int64]:
-        """The leaf (N,) of each row in the tree that begins at ``root``."""
-        at = np.full(len(values), root)
-        open_rows = np.flatnonzero(self.left[at] != at)
-        while len(open_rows):
-            here = at[open_rows]
-            low = values[open_rows, self.feature[here]] <= self.threshold[here]
-            at[open_rows] = np.where(low, self.left[here], self.right[here])
-            open_rows = open_rows[self.left[at[open_rows]] != at[open_rows]]
-        return at
+    def _leaves(self, values: NDArray[np.float32]) -> NDArray[np.int64]:
+        """The leaf (N, T) of each row in each tree."""
+        at = np.tile(self.roots, (len(values), 1)).ravel()
+        row = np.repeat(np.arange(len(values)), len(self.roots))
+        walking = np.flatnonzero(self.left[at] != at)
+        while len(walking):
+            here = at[walking]
+            low = values[row[walking], self.feature[here]] <= self.threshold[here]
+            at[walking] = np.where(low, self.left[here], self.right[here])
+            walking = walking[self.left[at[walking]] != at[walking]]
+        return at.reshape(len(values), -1)
 
-    def _add_leaves(self, ends: NDArray[np.int64], total: Numbers) -> None:
-        leaves, leaf_of = np.unique(ends, return_inverse=True)
-        shares = np.zeros((len(leaves), self.n_classes))
-        for row, leaf in enumerate(leaves.tolist()):
-            span = slice(self.starts[leaf], self.starts[leaf + 1])
-            counts = self.counts[span]
-            shares[row, self.classes[span]] = counts / counts.sum()
-        total += shares[leaf_of]
+    def _mean_shares(self, leaves: NDArray[np.int64]) -> Numbers:
+        """The mean over the leaves (N, T) of the shares of their classes, (N, K)."""
+        flat = leaves.ravel()
+        sizes = self.starts[flat + 1] - self.starts[flat]
+        place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        entry = np.repeat(self.starts[flat], sizes) + place
+        rows_of = np.repeat(np.arange(len(leaves)), leaves.shape[1])
+        shares = self.shares[entry]
+        bins = np.repeat(rows_of, sizes) * self.n_classes + self.classes[entry]
+        added = np.bincount(bins, weights=shares, minlength=len(leaves) * self.n_classes)
+        return added.reshape(len(leaves), -1) / len(self.roots)
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """See :class:`Model`."""
@@ -259,28 +272,24 @@ def fit_forest(
     from sklearn.ensemble import RandomForestClassifier
 
     config = config or ForestConfig()
-    model = RandomForestClassifier(
-        n_estimators=config.trees,
-        max_depth=config.depth,
-        min_samples_leaf=config.smallest_leaf,
-        max_features=None if config.all_columns else "sqrt",
-        random_state=seed,
-    )
-    model.fit(np.asarray(rows, dtype=np.float32), classes)
-    return forest_of(model)
+    # A forest in memory has a table of nodes and classes; its trees are made smaller as they come.
+    generator = np.random.RandomState(seed)
+    parts: list[dict[str, NDArray[Any]]] = []
+    while len(parts) < config.trees:
+        model = RandomForestClassifier(
+            n_estimators=min(_TREES_AT_ONCE, config.trees - len(parts)),
+            max_depth=config.depth,
+            min_samples_leaf=config.smallest_leaf,
+            max_features=None if config.all_columns else "sqrt",
+            random_state=generator,
+        )
+        model.fit(np.asarray(rows, dtype=np.float32), classes)
+        parts += [_tree_arrays(estimator.tree_) for estimator in model.estimators_]
+    return _joined(parts, len(model.classes_))
 
 
-def forest_of(model: Any) -> Forest:
-    """The arrays of a fitted ``RandomForestClassifier`` whose rows all weigh the same."""
-    trees = [estimator.tree_ for estimator in model.estimators_]
-    roots = np.cumsum([0, *(tree.node_count for tree in trees)])
-    parts = [_tree_arrays(tree, root) for tree, root in zip(trees, roots.tolist(), strict=False)]
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    starts = np.concatenate([[0], np.cumsum(joined.pop("sizes"))])
-    return Forest(roots=roots[:-1], starts=starts, n_classes=len(model.classes_), **joined)
-
-
-def _tree_arrays(tree: Any, root: int) -> dict[str, NDArray[Any]]:
+def _tree_arrays(tree: Any) -> dict[str, NDArray[Any]]:
+    """The arrays of one tree, its nodes counted from 0; all rows must weigh the same."""
     here = np.arange(tree.node_count)
     leaf = tree.children_left < 0
     counts = np.rint(tree.value[:, 0, :] * tree.weighted_n_node_samples[:, None])
@@ -289,12 +298,22 @@ def _tree_arrays(tree: Any, root: int) -> dict[str, NDArray[Any]]:
     return {
         "feature": np.where(leaf, 0, tree.feature).astype(np.int64),
         "threshold": np.where(leaf, 0.0, tree.threshold),
-        "left": root + np.where(leaf, here, tree.children_left),
-        "right": root + np.where(leaf, here, tree.children_right),
+        "left": np.where(leaf, here, tree.children_left),
+        "right": np.where(leaf, here, tree.children_right),
         "sizes": np.bincount(nodes, minlength=tree.node_count),
         "classes": classes.astype(np.int32),
         "counts": counts[nodes, classes].astype(np.int32),
     }
+
+
+def _joined(parts: Sequence[dict[str, NDArray[Any]]], n_classes: int) -> Forest:
+    nodes = [len(part["feature"]) for part in parts]
+    roots = np.cumsum([0, *nodes[:-1]])
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name in ("left", "right"):
+        joined[name] += np.repeat(roots, nodes)
+    starts = np.concatenate([[0], np.cumsum(joined.pop("sizes"))])
+    return Forest(roots=roots, starts=starts, n_classes=n_classes, **joined)
 
 
 _FORMS: Mapping[str, Any] = {

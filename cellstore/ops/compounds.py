@@ -41,7 +41,8 @@ class Compound:
 def normalised_name(name: str) -> str:
     """``name`` without what spellings of a compound differ in: ``ME-0328`` becomes ``me0328``."""
     folded = unicodedata.normalize("NFKC", name).casefold()
-    return re.sub(r"[\s_\u002d\u2010-\u2015\u2212]", "", folded)
+    # A name of such signs alone would else be the same as any other of them.
+    return re.sub(r"[\s_\u002d\u2010-\u2015\u2212]", "", folded) or folded
 
 
 class SameCompounds:

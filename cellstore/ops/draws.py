@@ -56,10 +56,11 @@ def even_shares(counts: Mapping[Key, int], total: int) -> dict[Key, int]:
 class Lowest:
     """Keeps, of the ids of each group that it is shown, those with the lowest lots.
 
-    ``most`` is how many of a group are kept; ``counts`` how many it was shown.
+    ``most`` is how many of a group are kept: one number, or one for each group, none for those
+    that it does not name. ``counts``: how many of each it was shown.
     """
 
-    def __init__(self, most: int, seed: int) -> None:
+    def __init__(self, most: int | Mapping[int, int], seed: int) -> None:
         self._most, self._seed = most, seed
         self._kept: dict[int, Ids] = {}
         self.counts: dict[int, int] = {}
@@ -70,7 +71,8 @@ class Lowest:
         names, starts = np.unique(groups[order], return_index=True)
         for name, some in zip(names.tolist(), np.split(ids[order], starts[1:]), strict=True):
             both = np.concatenate([self._kept.get(name, some[:0]), some])
-            self._kept[name] = _lowest(both, self._most, self._seed)
+            most = self._most if isinstance(self._most, int) else self._most.get(name, 0)
+            self._kept[name] = _lowest(both, most, self._seed)
             self.counts[name] = self.counts.get(name, 0) + len(some)
 
     @property
@@ -90,5 +92,7 @@ class Lowest:
 def _lowest(ids: Ids, most: int, seed: int) -> Ids:
     if len(ids) <= most:
         return ids
+    if most == 0:
+        return ids[:0]
     lowest: Ids = ids[np.argpartition(lots(ids, seed), most - 1)[:most]]
     return lowest

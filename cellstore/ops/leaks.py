@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -87,6 +87,8 @@ class _Seen:
     plates: dict[str, set[Subset]] = field(default_factory=lambda: defaultdict(set))
     labels: dict[str, set[Subset]] = field(default_factory=lambda: defaultdict(set))
     places: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
+    trained: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
+    tested: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
     compounds: dict[Compound, set[tuple[Subset, str]]] = field(
         default_factory=lambda: defaultdict(set)
     )
@@ -98,8 +100,15 @@ class _Seen:
         if member.plate is not None:
             self.plates[member.plate].add(member.subset)
         if member.plate is not None and member.well is not None:
-            self.wells[member.plate, member.well].add(member.subset)
-            self.places[member.label].add((member.plate, member.well))
+            self._add_place((member.plate, member.well), member)
+
+    def _add_place(self, place: Place, member: Member) -> None:
+        self.wells[place].add(member.subset)
+        self.places[member.label].add(place)
+        if member.subset is Subset.TRAIN:
+            self.trained[member.label].add(place)
+        if member.subset is Subset.TEST:
+            self.tested[member.label].add(place)
 
 
 def leaks(
@@ -116,9 +125,9 @@ def leaks(
     two labels, because its names are spelled otherwise or have one structure (InChIKey, SMILES,
     identifier). Warnings: the same within one label or side; a class that train or test lacks; a
     compound on both sides where a class has several, so that compounds may be recognised in place
-    of their class; a class on one plate only while others are elsewhere; a class whose well
-    positions hold nothing else on any plate, so that position alone predicts it. That plates are
-    on both sides is a remark.
+    of their class; a class on one plate only while others are elsewhere; a class of whose test
+    wells most are told by their position: the training wells in that position of other plates are
+    of that class more than of any other. That plates are on both sides is a remark.
 
     Memory grows with wells and compounds, not with images.
     """
@@ -132,7 +141,7 @@ def leaks(
         *_compounds(seen, group_level, examples),
         _missing(seen, examples),
         _on_one_plate(seen, examples),
-        _in_own_positions(seen, examples),
+        _by_position(seen, examples),
     ]
     ranks = list(LeakSeverity)
     return SplitCheck(
@@ -211,22 +220,31 @@ def _on_one_plate(seen: _Seen, examples: int) -> Finding:
     return _finding(LeakSeverity.WARNING, LeakKind.CONFOUNDED_PLATE, found, message, examples)
 
 
-def _in_own_positions(seen: _Seen, examples: int) -> Finding:
-    holds: dict[str, set[str]] = defaultdict(set)
-    for label, places in seen.places.items():
-        for _, well in places:
-            holds[well].add(label)
+def _by_position(seen: _Seen, examples: int) -> Finding:
+    """Classes that a table of well positions would predict, made from the training wells."""
+    holds: dict[str, dict[str, str]] = defaultdict(dict)
+    for label, places in seen.trained.items():
+        for plate, well in places:
+            holds[well][plate] = label
     found = []
-    for label, places in sorted(seen.places.items()):
-        wells = sorted({well for _, well in places})
-        if len({plate for plate, _ in places}) > 1 and all(len(holds[w]) == 1 for w in wells):
-            more = f" and {len(wells) - 3} more" if len(wells) > 3 else ""
-            found.append(f"{label}: {' '.join(wells[:3])}{more}")
+    for label, places in sorted(seen.tested.items()):
+        told = sorted({well for plate, well in places if _held(holds[well], plate) == label})
+        if 2 * sum(well in told for _, well in places) > len(places):
+            more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+            found.append(f"{label}: {' '.join(told[:3])}{more}")
     message = (
-        f"{len(found):,} of {_number(len(seen.places), 'class', 'classes')} {_are(len(found))} "
-        "in the same wells of all plates: position predicts it."
+        f"{len(found):,} of {_number(len(seen.tested), 'class', 'classes')} {_are(len(found))} "
+        "predicted by well position alone."
     )
     return _finding(LeakSeverity.WARNING, LeakKind.CONFOUNDED_POSITION, found, message, examples)
+
+
+def _held(labels: Mapping[str, str], plate: str) -> str | None:
+    """Return the class that one position holds most on other plates, if it is one."""
+    counts = Counter(label for other, label in labels.items() if other != plate).most_common(2)
+    if not counts or (len(counts) == 2 and counts[0][1] == counts[1][1]):
+        return None
+    return counts[0][0]
 
 
 def _compounds(seen: _Seen, level: GroupLevel, examples: int) -> Iterator[Finding]:

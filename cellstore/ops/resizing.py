@@ -31,7 +31,7 @@ _PIXELS_AT_ONCE = 1 << 15
 _PADDED_AT_ONCE = 1 << 26
 """Numbers of windows that are padded to one size at once on an accelerator: 256 MB."""
 
-_BAND = 56
+_COLUMNS, _ROWS = 32, 56
 """New pixels of a band; with fewer, calls cost more than what they save."""
 
 Spans = list[tuple[int, int]]
@@ -101,14 +101,14 @@ def _in_turn(windows: Windows, size: int) -> dict[str, Tensor]:
 def _widened(lines: Tensor, size: int) -> Tensor:
     """(L, size) from ``lines`` (L, columns)."""
     widened = torch.empty((len(lines), size))
-    for band in _bands(lines.shape[1], size):
+    for band in _bands(lines.shape[1], size, _COLUMNS):
         torch.mm(lines[:, band.old], band.weights.mT, out=widened[:, band.new])
     return widened
 
 
 def _heightened(channels: Tensor, out: Tensor) -> None:
     """Resize ``channels`` (C, rows, size) to (C, size, size)."""
-    for band in _bands(channels.shape[1], out.shape[1]):
+    for band in _bands(channels.shape[1], out.shape[1], _ROWS):
         weights = band.weights.expand(len(channels), -1, -1)
         torch.bmm(weights, channels[:, band.old], out=out[:, band.new])
 
@@ -126,10 +126,10 @@ class _Band:
 
 
 @lru_cache(maxsize=2048)
-def _bands(length: int, size: int) -> list[_Band]:
+def _bands(length: int, size: int, width: int) -> list[_Band]:
     weights = _weights(torch.tensor([length]), length, size)[0]
     bands = []
-    for rows in torch.arange(size).tensor_split(max(1, size // _BAND)):
+    for rows in torch.arange(size).tensor_split(max(1, size // width)):
         there = weights[rows].sum(dim=0).nonzero()
         new = slice(int(rows[0]), int(rows[-1]) + 1)
         old = slice(int(there[0]), int(there[-1]) + 1)

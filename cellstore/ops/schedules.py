@@ -31,7 +31,7 @@ class Schedule:
         if not 0 <= self.warmup < self.epochs:
             raise UserInputError(
                 f"The warm-up must be shorter than the training: {self.warmup} of "
-                f"{self.epochs} epochs are not."
+                f"{self.epochs} epochs are not. Give fewer epochs of warm-up, or more in all."
             )
 
     def factor(self, epoch: int) -> float:

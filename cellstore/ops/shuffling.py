@@ -26,7 +26,7 @@ _FIRST_BATCHES = 4
 
 
 class Cells(Protocol):
-    """Cells that can be taken apart and joined: :class:`~cellstore.ops.windows.CutCells`."""
+    """Cells that can be taken from blocks: :class:`~cellstore.ops.windows.CutCells`."""
 
     def __len__(self) -> int: ...
 
@@ -40,8 +40,8 @@ class Cells(Protocol):
         ...
 
     @classmethod
-    def join(cls, blocks: Sequence[Self]) -> Self:
-        """All cells of the blocks."""
+    def gather(cls, parts: Sequence[tuple[Self, NDArray[np.int64]]]) -> Self:
+        """The cells at some positions of each of one or more blocks, as a copy."""
         ...
 
 
@@ -186,15 +186,17 @@ class _Pool(Generic[C]):
         for number in np.flatnonzero(np.diff(bounds)).tolist():
             start = ends[number] - len(self.left[number])
             parts.append(self._take(number, chosen[bounds[number] : bounds[number + 1]] - start))
+        drawn = type(self.blocks[0]).gather(parts)
         self._forget()
-        return parts[0] if len(parts) == 1 else type(parts[0]).join(parts)
+        return drawn
 
-    def _take(self, number: int, places: NDArray[np.int64]) -> C:
-        block, index = self.blocks[number], self.left[number]
-        taken = block.take(index[places])
-        self.left[number] = np.delete(index, places)
+    def _take(self, number: int, places: NDArray[np.int64]) -> tuple[C, NDArray[np.int64]]:
+        index = self.left[number]
+        there = np.zeros(len(index), dtype=bool)
+        there[places] = True
+        self.left[number] = index[~there]
         self.cells -= len(places)
-        return taken
+        return self.blocks[number], index[there]
 
     def _forget(self) -> None:
         for number, (block, index) in enumerate(zip(self.blocks, self.left, strict=True)):

@@ -58,6 +58,11 @@ class Team:
         """Where this one computes, as torch names it."""
         return str(self.fabric.device)
 
+    def leave(self) -> None:
+        """End the connection to the others."""
+        if self.size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
     def of_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, on every one of them; its errors end them all.
 
@@ -153,12 +158,15 @@ def _from_environment() -> tuple[int, int] | None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's remarks about hardware and settings off the terminal."""
-    logger = logging.getLogger("lightning.fabric")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # Both: which of the two speaks depends on what of Lightning was imported.
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("fabric", "pytorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

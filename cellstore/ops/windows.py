@@ -67,23 +67,22 @@ class Windows:
         """Bytes of all pixels."""
         return sum(layer.nbytes for layer in self.layers.values())
 
-    def take(self, index: NDArray[np.int64]) -> Windows:
-        """The cells at the positions ``index``, (M,), as a copy."""
-        spans = list(zip(self.starts[index].tolist(), self.ends[index].tolist(), strict=True))
-        layers = {
-            name: np.concatenate([layer[:, :0], *(layer[:, a:b] for a, b in spans)], axis=1)
-            for name, layer in self.layers.items()
-        }
-        return Windows(self.sizes[index], layers)
-
     @classmethod
-    def join(cls, some: Sequence[Windows]) -> Windows:
-        """All cells of ``some``, of which there must be one or more, with the same layers."""
+    def gather(cls, parts: Sequence[tuple[Windows, NDArray[np.int64]]]) -> Windows:
+        """The cells at some positions, (M,), of each of one or more windows, as a copy."""
+        spans = [
+            (
+                windows,
+                zip(windows.starts[index].tolist(), windows.ends[index].tolist(), strict=True),
+            )
+            for windows, index in parts
+        ]
+        chosen = [(windows, a, b) for windows, some in spans for a, b in some]
         layers = {
-            name: np.concatenate([windows.layers[name] for windows in some], axis=1)
-            for name in some[0].layers
+            name: np.concatenate([empty[:, :0], *(w.layers[name][:, a:b] for w, a, b in chosen)], 1)
+            for name, empty in parts[0][0].layers.items()
         }
-        return cls(np.concatenate([windows.sizes for windows in some]), layers)
+        return cls(np.concatenate([windows.sizes[index] for windows, index in parts]), layers)
 
 
 @dataclass(frozen=True)
@@ -109,17 +108,16 @@ class CutCells:
 
     def take(self, index: NDArray[np.int64]) -> CutCells:
         """The cells at the positions ``index``, (M,), as a copy."""
-        windows = self.windows.take(index)
-        return CutCells(windows, self.features[index], self.labels[index], self.cell_ids[index])
+        return CutCells.gather([(self, index)])
 
     @classmethod
-    def join(cls, blocks: Sequence[CutCells]) -> CutCells:
-        """All cells of ``blocks``, of which there must be one or more, of the same layers."""
+    def gather(cls, parts: Sequence[tuple[CutCells, NDArray[np.int64]]]) -> CutCells:
+        """The cells at some positions, (M,), of each of one or more blocks, as a copy."""
         return cls(
-            Windows.join([block.windows for block in blocks]),
-            np.concatenate([block.features for block in blocks]),
-            np.concatenate([block.labels for block in blocks]),
-            np.concatenate([block.cell_ids for block in blocks]),
+            Windows.gather([(block.windows, index) for block, index in parts]),
+            np.concatenate([block.features[index] for block, index in parts]),
+            np.concatenate([block.labels[index] for block, index in parts]),
+            np.concatenate([block.cell_ids[index] for block, index in parts]),
         )
 
 
@@ -163,18 +161,76 @@ def cut_windows(pictures: Pictures, boxes: NDArray[Any], labels: NDArray[Any]) -
     _check_pictures(pictures)
     _check_boxes(boxes, labels, pictures.masks.shape)
     sizes = boxes[:, 2:] - boxes[:, :2]
-    whites = pictures.whites or (None,) * (1 + len(pictures.channels))
-    codes = _codes(pictures.masks, boxes, sizes, labels)
-    layers: dict[str, Flat] = {}
-    if pictures.plane is not None:
-        light = _scaled(pictures.plane, boxes, whites[0])
-        layers |= {MASK: codes[None], LIGHT: (light * (codes >= 1 << OWN_BIT))[None]}
-    if pictures.flows is not None:
-        layers[FLOW] = np.ascontiguousarray(_flat(pictures.flows, boxes).T)
+    cut = Windows(sizes, _empty_layers(pictures, int(sizes.prod(axis=1).sum())))
+    codes, whites = _cells_and_edges(pictures.masks), _white_levels(pictures)
+    spans = zip(boxes.tolist(), cut.starts.tolist(), cut.ends.tolist(), labels, strict=True)
+    for (top, left, bottom, right), start, end, label in spans:
+        window = np.s_[top:bottom, left:right]
+        own = pictures.masks[window] == label
+        if not own.any():
+            raise ImageError(f"Cell {label} is not in its box; segment this image again.")
+        shape = (-1, *own.shape)
+        places = {name: layer[:, start:end].reshape(shape) for name, layer in cut.layers.items()}
+        _fill(places, pictures, window, whites, own, codes)
+    return cut
+
+
+def _empty_layers(pictures: Pictures, pixels: int) -> dict[str, Flat]:
+    """Layers in one piece of memory, the widest numbers first."""
+    kinds: list[tuple[str, int, Any]] = []
     if pictures.channels:
-        pairs = zip(pictures.channels, whites[1:], strict=True)
-        layers[IMAGE] = np.stack([_scaled(channel, boxes, white) for channel, white in pairs])
-    return Windows(sizes, layers)
+        kinds.append((IMAGE, len(pictures.channels), np.float32))
+    if pictures.plane is not None:
+        kinds.append((LIGHT, 1, np.float32))
+    if pictures.flows is not None:
+        kinds.append((FLOW, 4, np.uint8))
+    if pictures.plane is not None:
+        kinds.append((MASK, 1, np.uint8))
+    sizes = [channels * pixels * np.dtype(kind).itemsize for _, channels, kind in kinds]
+    pieces = np.split(np.empty(sum(sizes), np.uint8), np.cumsum(sizes)[:-1])
+    return {
+        name: piece.view(kind).reshape(channels, pixels)
+        for piece, (name, channels, kind) in zip(pieces, kinds, strict=False)
+    }
+
+
+def _fill(
+    places: Mapping[str, NDArray[Any]],
+    pictures: Pictures,
+    window: Any,
+    whites: Sequence[float],
+    own: NDArray[np.bool_],
+    codes: NDArray[np.uint8],
+) -> None:
+    """Write the layers (K, h, w) of one cell, cut by ``window``, to their places."""
+    if pictures.plane is not None:
+        np.left_shift(own, OWN_BIT, out=places[MASK][0], dtype=np.uint8, casting="unsafe")
+        places[MASK][0] |= codes[window]
+        _scale(pictures.plane[window], whites[0], places[LIGHT][0])
+        places[LIGHT][0] *= own
+    if pictures.flows is not None:
+        places[FLOW][...] = pictures.flows[window].transpose(2, 0, 1)
+    for number, channel in enumerate(pictures.channels):
+        _scale(channel[window], whites[1 + number], places[IMAGE][number])
+
+
+def _scale(light: NDArray[Any], white: float, out: NDArray[np.float32]) -> None:
+    if white <= 0:
+        out[...] = 0
+        return
+    np.divide(light, white, out=out, casting="unsafe")
+    np.minimum(out, 1, out=out)
+    np.maximum(out, 0, out=out)
+
+
+def _white_levels(pictures: Pictures) -> Sequence[float]:
+    planes = (pictures.plane, *pictures.channels)
+    for plane in planes:
+        if plane is not None and not np.isfinite(plane).all():
+            raise ImageError("The image holds values that are not finite numbers.")
+    if pictures.whites is not None:
+        return pictures.whites
+    return [0.0 if plane is None else white_level(plane) for plane in planes]
 
 
 def no_windows(branches: Iterable[str], n_channels: int = 0) -> Windows:
@@ -209,29 +265,6 @@ def white_level(intensities: NDArray[Any]) -> float:
     return low + (high - low) * (place - int(place)) or float(brightest[-1])
 
 
-def _flat(image: NDArray[Any], boxes: NDArray[np.int64]) -> Flat:
-    """The pixels of all boxes of an image (H, W, ...), end to end: (P, ...)."""
-    rest = image.shape[2:]
-    pieces = [image[a:c, b:d].reshape(-1, *rest) for a, b, c, d in boxes.tolist()]
-    return np.concatenate(pieces) if pieces else np.empty((0, *rest), image.dtype)
-
-
-def _codes(
-    masks: NDArray[Any], boxes: NDArray[np.int64], sizes: NDArray[np.int64], labels: NDArray[Any]
-) -> NDArray[np.uint8]:
-    """(P,) codes of the pixels of all windows."""
-    areas = sizes.prod(axis=1)
-    own = _flat(masks, boxes) == np.repeat(np.asarray(labels), areas)
-    if len(areas):
-        there = np.add.reduceat(own, np.cumsum(areas) - areas, dtype=np.int64)
-        if (there == 0).any():
-            lost = int(np.asarray(labels)[there == 0][0])
-            raise ImageError(f"Cell {lost} is not in its box; segment this image again.")
-    codes: NDArray[np.uint8] = _flat(_cells_and_edges(masks), boxes)
-    codes |= own.view(np.uint8) << np.uint8(OWN_BIT)
-    return codes
-
-
 def _cells_and_edges(masks: NDArray[Any]) -> NDArray[np.uint8]:
     """(H, W): bit 0 in cells, ``EDGE_BIT`` where a 4-neighbour has another value.
 
@@ -239,35 +272,28 @@ def _cells_and_edges(masks: NDArray[Any]) -> NDArray[np.uint8]:
     rim of the image is no boundary.
     """
     edge: NDArray[np.bool_] = np.zeros(masks.shape, dtype=bool)
-    rows = masks[1:] != masks[:-1]
-    columns = masks[:, 1:] != masks[:, :-1]
+    other = np.empty(masks.shape, dtype=bool)  # the only one besides: fresh memory takes time
+    rows = np.not_equal(masks[1:], masks[:-1], out=other[1:])
     edge[1:] |= rows
     edge[:-1] |= rows
+    columns = np.not_equal(masks[:, 1:], masks[:, :-1], out=other[:, 1:])
     edge[:, 1:] |= columns
     edge[:, :-1] |= columns
-    cells: NDArray[np.bool_] = masks != 0
+    cells = np.not_equal(masks, 0, out=other)
     edge &= cells
-    both: NDArray[np.uint8] = cells.view(np.uint8) | edge.view(np.uint8) << np.uint8(EDGE_BIT)
-    return both
-
-
-def _scaled(
-    image: NDArray[Any], boxes: NDArray[np.int64], white: float | None
-) -> NDArray[np.float32]:
-    """(P,) intensities of all windows, divided by ``white`` and cut at 0 and 1."""
-    image = np.asarray(image)
-    if not np.isfinite(image).all():
-        raise ImageError("The image holds values that are not finite numbers.")
-    white = white_level(image) if white is None else white
-    pixels = _flat(image, boxes)
-    if white <= 0:
-        return np.zeros(pixels.shape, dtype=np.float32)
-    scaled: NDArray[np.float32] = np.clip(pixels / white, 0, 1).astype(np.float32, copy=False)
-    return scaled
+    codes: NDArray[np.uint8] = edge.view(np.uint8)
+    codes <<= np.uint8(EDGE_BIT)
+    codes |= cells.view(np.uint8)
+    return codes
 
 
 def _check_pictures(pictures: Pictures) -> None:
-    masks, flows = pictures.masks, pictures.flows
+    masks, flows, whites = pictures.masks, pictures.flows, pictures.whites
+    if whites is not None and len(whites) != 1 + len(pictures.channels):
+        raise ImageError(
+            f"There are {len(whites)} white levels for a plane and {len(pictures.channels)} "
+            "channels. Train again."
+        )
     planes = [plane for plane in (pictures.plane, *pictures.channels) if plane is not None]
     for plane in planes:
         if masks.ndim != 2 or np.shape(plane) != masks.shape:

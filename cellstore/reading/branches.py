@@ -100,7 +100,7 @@ def _channels(session: Session, source: CellSource) -> dict[str, int]:
         .group_by(ImageFile.channel)
         .order_by(func.min(ImageFile.position), ImageFile.channel)
     )
-    return dict(session.execute(query).tuples().all())
+    return dict(session.execute(query).all())
 
 
 def _known(session: Session, source: CellSource) -> _Known:

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from ..ops.ahead import Ahead, read_ahead
 from ..ops.crops import CellBlock, crop_cells
 from ..ops.sampling import CELLS, Block
-from ..ops.shuffling import BlockShuffle
+from ..ops.shuffling import BUFFER_CELLS, BlockShuffle
 from ..ops.windows import CutCells
 from .blocks import BlockReader
 from .cells import ImageBlock
@@ -64,12 +64,13 @@ def training_batches(
     sampler: str = CELLS,
     share: tuple[int, int] = (0, 1),
     device: str = "cpu",
+    buffer_cells: int = BUFFER_CELLS,
 ) -> Batches:
     """Return the batches of the cells of ``blocks``, which ``reader`` reads.
 
-    ``shuffle``: the training side, else cells come in the order of ``blocks``. ``sampler`` and
-    ``share`` are those of :class:`~cellstore.ops.shuffling.BlockShuffle`. Batches are the same
-    on any machine, with any number of threads and any memory.
+    ``shuffle``: the training side, else cells come in the order of ``blocks``. ``sampler``,
+    ``share`` and ``buffer_cells`` are those of :class:`~cellstore.ops.shuffling.BlockShuffle`.
+    Batches are the same on any machine, with any number of threads and any memory.
 
     Memory: what ``reader`` keeps, twice the buffer of windows that are shuffled, three batches,
     and an image for each reading thread and one more.
@@ -90,7 +91,14 @@ def training_batches(
         return read_ahead(image_ids, reader.cut, threads)
 
     shuffled = BlockShuffle(
-        counted, read_all, batch_size, seed, shuffle=shuffle, sampler=sampler, share=share
+        counted,
+        read_all,
+        batch_size,
+        seed,
+        shuffle=shuffle,
+        sampler=sampler,
+        share=share,
+        buffer_cells=buffer_cells,
     )
     return Batches(shuffled, reader.crop_size, device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -129,13 +130,17 @@ def _linear(plan: Plan, rows: NDArray[np.float32], classes: Ids, scaler: Feature
 def _cells(workspace: Workspace, plan: Plan) -> _Cells:
     """Draw cells evenly over the classes, and read what is to be known of them."""
     params, source = plan.params, plan.source
-    lowest = draws.Lowest(params.max_cells, params.seed)
+    counts: Counter[int] = Counter()
+    for block in plan.blocks:
+        counts[block.label_id] += block.n_cells
+    shares = draws.even_shares(counts, params.max_cells)
+    lowest = draws.Lowest(shares, params.seed)
     with workspace.database.read() as session:
         scaler = fit_scaler(session, source, params.normalise, (Subset.VALIDATION, Subset.TEST))
         query = cells_query(source)
         for groups, ids in stream_groups(session, query, source, SplitMember.label_id):
             lowest.add(groups, ids)
-        drawn = lowest.drawn(draws.even_shares(lowest.counts, params.max_cells))
+        drawn = lowest.drawn(shares)
         ids = np.sort(np.concatenate(list(drawn.values())))
         label_of = {i: label for label, some in drawn.items() for i in some.tolist()}
         values, places = read_values(session, source, ids, scaler.names), places_of(session, ids)

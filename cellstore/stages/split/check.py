@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -31,7 +32,8 @@ def check_split(workspace: Workspace, name: str | None = None) -> CheckResult:
         found = leaks(
             _members(session, split.id), _same_files(session, split.id), split.group_level
         )
-        return _result(split.name, split.protocol, split.group_level, found)
+        result = _result(split.name, split.protocol, split.group_level, found)
+        return replace(result, unseen=_unseen(session, split.id))
 
 
 def check_tables(
@@ -64,7 +66,8 @@ def check_tables(
         )
     names = ", ".join(path.name for path in paths)
     found = leaks(members, group_level=group_level)
-    return _result(names, IMPORTED, group_level, found, len(tables.refusals))
+    result = _result(names, IMPORTED, group_level, found)
+    return replace(result, images=0, rows=len(members), refused=len(tables.refusals))
 
 
 def compound_in(row: SplitRow) -> Compound:
@@ -77,9 +80,7 @@ def label_in(row: SplitRow, field: LabelField) -> str | None:
     return row.target if field is LabelField.TARGET else row.name or row.identifier
 
 
-def _result(
-    name: str, protocol: str, level: GroupLevel, found: SplitCheck, refused: int = 0
-) -> CheckResult:
+def _result(name: str, protocol: str, level: GroupLevel, found: SplitCheck) -> CheckResult:
     severities = [finding.severity for finding in found.findings]
     return CheckResult(
         split=name,
@@ -94,7 +95,6 @@ def _result(
         leaks=severities.count(LeakSeverity.LEAK),
         warnings=severities.count(LeakSeverity.WARNING),
         findings=found.findings,
-        refused=refused,
     )
 
 
@@ -121,6 +121,13 @@ def _members(session: Session, split_id: int) -> Iterator[Member]:
     for row in session.execute(query.execution_options(yield_per=10_000)):
         compound = compound_of(row)
         yield Member(row.subset, row.value, row.barcode, row.well, compound, row.images)
+
+
+def _unseen(session: Session, split_id: int) -> int:
+    members = select(func.count()).select_from(SplitMember)
+    images = members.join(Image, Image.id == SplitMember.image_id)
+    unseen = images.where(SplitMember.split_id == split_id, Image.content_sha256.is_(None))
+    return session.scalar(unseen) or 0
 
 
 def _same_files(session: Session, split_id: int) -> Iterator[tuple[str, Subset]]:

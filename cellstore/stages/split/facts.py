@@ -72,8 +72,9 @@ class Deleted:
 class CheckResult:
     """What a split gives away. ``findings`` is empty where nothing was found.
 
-    ``split`` is its name, or the names of the tables that were looked at; ``refused`` counts
-    their lines that could not be used.
+    ``split`` is its name, or the names of the tables that were looked at: then ``rows`` counts
+    their rows that were, ``refused`` the lines that could not be used, and ``images`` is 0.
+    ``unseen``: images whose files the store has not seen, so that their bytes were not compared.
     """
 
     split: str
@@ -88,4 +89,6 @@ class CheckResult:
     leaks: int
     warnings: int
     findings: tuple[Finding, ...]
+    unseen: int = 0
+    rows: int = 0
     refused: int = 0

@@ -21,7 +21,7 @@ from ...runs import RecipeSpec, Workspace
 from ...terms import GroupLevel, LabelField, Stage, Subset
 from .candidates import Candidate
 from .facts import IMPORTED, SplitResult
-from .params import checked_name
+from .params import checked_name, with_known_words
 from .writing import Drawn, keep
 
 VERSION = 1
@@ -58,21 +58,22 @@ def import_split(
         UserInputError: the name is taken; no row has an image; an image is put on two sides; a
             group is on two sides and ``group_level`` says it must not be.
         BadTableError: no table says the sides, or of what.
+        UnknownNameError: there is no such field or group level.
 
     """
     name = checked_name(name)
+    params = with_known_words(SplitParams(protocol=IMPORTED, field=field, group_level=group_level))
     tables = read_split_tables([Path(path) for path in paths])
     check_not_empty(tables)
     with workspace.database.read() as session:
-        matched = _match(session, tables, field, allow_missing)
-    _check(matched, field)
-    params = SplitParams(protocol=IMPORTED, field=field, group_level=group_level)
+        matched = _match(session, tables, params.field, allow_missing)
+    _check(matched, params.field)
     members = tuple(sorted(matched.sides.values(), key=lambda item: item[0].key))
     drawn = Drawn(name, params, _query(name), members, _left_out(tables, matched))
     parameters = {
         "protocol": IMPORTED,
-        "field": field.value,
-        "group_level": group_level.value,
+        "field": params.field.value,
+        "group_level": params.group_level.value,
         "files": dict(tables.digests),
     }
     parameters["split"] = drawn.fingerprint

@@ -42,12 +42,8 @@ def checked(params: SplitParams) -> SplitParams:
         UserInputError: they contradict each other.
     """
     _known("split protocol", params.protocol, PROTOCOLS)
-    _known("label field", params.field, list(LabelField))
-    _known("group level", params.group_level, list(GroupLevel))
     _known("unit of --downsample-by", params.downsample_by, UNITS)
-    known = replace(
-        params, field=LabelField(params.field), group_level=GroupLevel(params.group_level)
-    )
+    known = with_known_words(params)
     if params.protocol == PUBLISHED:
         _check_published(params)
         return replace(known, group_level=GroupLevel.IMAGE, validation_size=0.0)
@@ -58,6 +54,19 @@ def checked(params: SplitParams) -> SplitParams:
         validation = share if known.validation_size else 0.0
         return replace(known, test_size=share, validation_size=validation)
     return known
+
+
+def with_known_words(params: SplitParams) -> SplitParams:
+    """Return ``params`` with its field and group level as what they name.
+
+    Raises:
+        UnknownNameError: there is no such field or level.
+    """
+    _known("label field", params.field, list(LabelField))
+    _known("group level", params.group_level, list(GroupLevel))
+    return replace(
+        params, field=LabelField(params.field), group_level=GroupLevel(params.group_level)
+    )
 
 
 def _known(kind: str, value: str, known: Sequence[str]) -> None:

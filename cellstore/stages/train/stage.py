@@ -34,6 +34,7 @@ from .model import (
     make_reader,
     new_model,
     remarks,
+    share_of_batch,
     with_class_weights,
 )
 from .outcome import TrainResult, metrics_of, result_of, summary
@@ -104,6 +105,7 @@ def train(
         order = order_of(workspace, resume)
     plan, config = _prepare(workspace, order, device, setup)
     with _as_team(config, setup) as team:
+        share_of_batch(config.batch_size, team.size)
         begin = team.of_first(lambda: choose_beginning(workspace, plan, order, force=force))
         if begin.done is not None:
             return begin.done
@@ -135,8 +137,11 @@ def _as_team(config: FitConfig, setup: TrainSetup) -> Iterator[Team]:
     from ...ops.teams import Team, open_fabric
 
     team = Team(open_fabric(config.device, config.precision, setup.devices))
-    with _ended_by_sigterm():
-        yield team
+    try:
+        with _ended_by_sigterm():
+            yield team
+    finally:
+        team.leave()
 
 
 @contextmanager
