@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of crops, in pixels")
     parser.add_argument("--crop", type=int, default=64, help="of --wait, in pixels")
     parser.add_argument("--batch", type=int, default=128, help="of --wait")
+    parser.add_argument("--batches", type=int, default=12, help="of an epoch of --wait")
     parser.add_argument("--threads", type=int, default=2, help="of torch, with --wait")
     parser.add_argument("--work", type=Path, help="where to write (some 200 MB)")
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
@@ -328,7 +330,7 @@ def wait(folder: Path, args: argparse.Namespace) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
     for epoch, name in ((0, "from the files"), (1, "kept in memory")):
         began, cells = time.perf_counter(), 0
-        for batch in batches(epoch):
+        for batch in islice(batches(epoch), args.batches):
             optimizer.zero_grad()
             scores = net(batch.crops, batch.features)
             torch.nn.functional.cross_entropy(scores, batch.labels).backward()
