@@ -49,8 +49,10 @@ schema: $(VENV)/.test
 	$(BIN)/alembic -x url=sqlite:///$(VENV)/schema.db upgrade head
 	$(BIN)/alembic -x url=sqlite:///$(VENV)/schema.db check
 
+# A process per core, each with one thread; worksteal keeps the tests of a file mostly together.
 tests: $(VENV)/.test
-	$(BIN)/pytest $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
+		$(PYTEST_OPTIONS)
 
 # The core alone, as `pip install cellstore` gives it: no torch, and the basic commands work.
 core-check: $(CORE)/.installed

@@ -80,6 +80,14 @@ class ArtifactFolder:
             raise StorageError(f"The stored path {path!r} leads out of the store; it is not used.")
         return target
 
+    def remove(self, path: str) -> None:
+        """Remove a file that no row names any more; one that is gone is as good.
+
+        A file that cannot be removed stays, and ``cellstore verify --fix`` finds it.
+        """
+        with suppress(OSError):
+            self.locate(path).unlink(missing_ok=True)
+
     def walk(self) -> Iterator[str]:
         """Yield the relative path of every file that is there, temporary ones too."""
         for folder, _, names in os.walk(self.root):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import tomllib
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import StoreNotFoundError, UserInputError
+from .errors import StoreNotFoundError, UnknownNameError, UserInputError
 from .terms import GroupLevel, LabelField, Look, Projection, Subset
 
 MARKER = "cellstore.toml"
@@ -184,6 +185,11 @@ again; see :func:`as_parameters`.
 """
 
 
+def later(default: Any) -> Any:
+    """Return a field marked ``LATER``; for classes that have a field called ``field``."""
+    return field(default=default, metadata=LATER)
+
+
 @dataclass(frozen=True)
 class SegmentParams:
     """Cellpose. ``diameter`` in pixels, ``None``: estimated for each image.
@@ -256,10 +262,17 @@ class QcParams:
 
 @dataclass(frozen=True)
 class SplitParams:
-    """Who trains and who tests. Sizes are shares of the groups (wells, images or plates).
+    """Who trains and who tests. Sizes are shares of the groups (wells, images, plates, treatments).
 
     ``leave_out_flagged``: a quality-control run (a number, or ``latest``) whose flagged images are
-    left out.
+    left out. ``where``: an SQL condition, as in :class:`Selection`. ``test_plates`` and
+    ``validation_plates``: plates that are on that side, where whole plates are split. ``folds``:
+    how many parts test in turn; the next part validates, and the sizes do not count.
+
+    ``downsample``: pairs of a class and how much of it is kept (``second-largest``, ``median``, or
+    a number as text); ``None``: the largest class is cut to the groups of the second largest;
+    none at all: nothing is cut. ``downsample_by``: whether that counts ``image`` or ``cell``.
+    ``min_images``: classes with fewer images are left out.
     """
 
     protocol: str = "grouped"
@@ -271,16 +284,36 @@ class SplitParams:
     plates: tuple[str, ...] = ()
     allow_missing: bool = False
     leave_out_flagged: str | None = None
+    where: str | None = later(None)
+    test_plates: tuple[str, ...] = later(())
+    validation_plates: tuple[str, ...] = later(())
+    folds: int | None = later(None)
+    downsample: tuple[tuple[str, str], ...] | None = later(None)
+    downsample_by: str = later("image")
+    min_images: int = later(0)
 
 
 @dataclass(frozen=True)
 class TrainParams:
-    """The published network and its training. ``crop_size`` in pixels.
+    """A network and its training; by default the published ones. ``crop_size`` in pixels.
 
-    ``features``: the name of a feature set; ``None``: the built-in measurements used last.
-    ``branches``: ``mask``, ``flow``, ``tabular`` or some of them; ``None``: all three, or those
-    that what is known of the cells can feed. ``leave_out_flagged``: a quality-control run (a
-    number, or ``latest``) whose flagged images and cells are left out.
+    ``recipe``: the set of values that the others began from (:data:`TRAIN_RECIPES`); make one with
+    :meth:`of`. ``features``: the name of a feature set; ``None``: the built-in measurements used
+    last. ``branches``: some of ``mask``, ``flow``, ``image`` and ``tabular``; ``None``: the three
+    published ones, or those of them that what is known of the cells can feed. ``channels`` of the
+    image that branch ``image`` looks at; none named: all. ``leave_out_flagged``: a quality-control
+    run (a number, or ``latest``) whose flagged images and cells are left out.
+
+    ``backbone``: a classifier of torchvision. ``augment``: some of ``flips``, ``rotations``,
+    ``intensity``. ``loss``: ``cross-entropy`` or ``focal``, weighted by class if ``class_weights``.
+    ``sampler``: every cell once in an epoch (``cells``), every class as often as the others
+    (``classes``), or a class that is larger than all others only as often as the second largest
+    (``capped``). ``schedule``: ``step`` (times ``gamma`` after every ``step_size`` epochs),
+    ``cosine`` or ``constant``, after ``warmup_epochs``. ``monitor``: ``loss`` or ``accuracy`` of
+    the validation side chooses the epoch. ``precision``: ``32``, ``bf16`` or ``16``.
+    ``normalise``: features as the training side is spread (``train``), or against the negative
+    controls of their plate (``plate-controls``). ``intensity``: white is that of the ``image``, or
+    that of the ``plate``.
     """
 
     crop_size: int = 224
@@ -298,16 +331,139 @@ class TrainParams:
     features: str | None = None
     branches: tuple[str, ...] | None = None
     leave_out_flagged: str | None = None
+    recipe: str = field(default="published", metadata=LATER)
+    channels: tuple[str, ...] = field(default=(), metadata=LATER)
+    backbone: str = field(default="efficientnet_b0", metadata=LATER)
+    augment: tuple[str, ...] = field(default=(), metadata=LATER)
+    loss: str = field(default="cross-entropy", metadata=LATER)
+    class_weights: bool = field(default=False, metadata=LATER)
+    sampler: str = field(default="cells", metadata=LATER)
+    schedule: str = field(default="step", metadata=LATER)
+    warmup_epochs: int = field(default=0, metadata=LATER)
+    monitor: str = field(default="loss", metadata=LATER)
+    precision: str = field(default="32", metadata=LATER)
+    normalise: str = field(default="train", metadata=LATER)
+    intensity: str = field(default="image", metadata=LATER)
+
+    @classmethod
+    def of(cls, recipe: str, **given: Any) -> TrainParams:
+        """Return the values of a recipe, but for those that are ``given``.
+
+        Raises:
+            UnknownNameError: there is no such recipe.
+        """
+        if recipe not in TRAIN_RECIPES:
+            raise UnknownNameError.of("recipe", recipe, TRAIN_RECIPES)
+        return replace(TRAIN_RECIPES[recipe], **given)
+
+
+TRAIN_RECIPES: Mapping[str, TrainParams] = {
+    "published": TrainParams(),
+    "compact": TrainParams(
+        recipe="compact",
+        crop_size=64,
+        batch_size=64,
+        epochs=40,
+        patience=10,
+        learning_rate=5e-4,
+        backbone="resnet18",
+        augment=("flips", "rotations", "intensity"),
+        sampler="classes",
+        schedule="cosine",
+        warmup_epochs=2,
+        intensity="plate",
+    ),
+}
+"""Recipes of networks: the one of the study, and one for few cells, with our reasons:
+
+a cell of some 30 pixels gains nothing from being blown up to 224, and a small crop is read and
+learned ten times as fast; a residual network of 18 layers learns from some thousand cells, in
+batches small enough to take many steps; a cell may lie in any direction; no class should win by
+its number; the rate falls to nothing along a cosine instead of by guessed steps; and how bright a
+cell is, compared with the others of its plate, is an effect and not a nuisance.
+"""
+
+
+@dataclass(frozen=True)
+class TrainSetup:
+    """How a training is carried out; none of it changes what is learned, so no recipe has it.
+
+    ``devices``: how many of this host learn together. ``compile``: the network is compiled first.
+    ``logs``: some of ``csv``, ``tensorboard`` and ``mlflow``, written to ``log_dir`` (default:
+    ``logs/run-N`` in the current folder), which is no part of the store.
+    """
+
+    devices: int = 1
+    compile: bool = False
+    logs: tuple[str, ...] = ()
+    log_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class BaselineParams:
+    """Classical models and null baselines; see ``cellstore.ops.baselines``.
+
+    At most ``max_cells`` cells of the training side are learned from, as many of each class as can
+    be. ``strength`` is the penalty of the logistic models (1 / C of scikit-learn); ``trees``,
+    ``depth`` and ``smallest_leaf`` are those of the forest. ``features``, ``normalise`` and
+    ``leave_out_flagged`` as for :class:`TrainParams`.
+    """
+
+    max_cells: int = 50_000
+    seed: int = 0
+    strength: float = 1.0
+    trees: int = 100
+    depth: int = 16
+    smallest_leaf: int = 5
+    features: str | None = None
+    normalise: str = "train"
+    leave_out_flagged: str | None = None
+
+
+@dataclass(frozen=True)
+class ContrastParams:
+    """Which treatments are compared with which control, and how; see ``cellstore.ops.contrast``.
+
+    ``treatments``: names; none: all. ``control``: a name; ``None``: what is marked as negative
+    control. ``pooled``: all treatments as one. ``max_cells`` of each side at most; ``nulls``: how
+    often control wells are compared with control wells.
+    """
+
+    treatments: tuple[str, ...] = ()
+    control: str | None = None
+    features: str | None = None
+    plates: tuple[str, ...] = ()
+    pooled: bool = False
+    folds: int = 5
+    max_cells: int = 2_000
+    nulls: int = 20
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class PredictParams:
-    """What to label: a side of the run's split, or ``None`` for every image of ``plates``."""
+    """What to label, and what to keep of it.
+
+    ``subset``: a side of the run's split, or of another named ``split``; ``None``: every image, or
+    every image of ``split`` where one is named. ``plates``, ``wells``, ``where`` and ``limit``
+    choose among these, as in :class:`Selection`. ``top_k`` labels are kept per cell, or
+    ``all_probabilities``. ``embedding``: the name of a feature set for the embedding of each cell.
+    """
 
     subset: Subset | None = Subset.TEST
     plates: tuple[str, ...] = ()
     top_k: int = 5
-    batch_size: int = 256
+    wells: tuple[str, ...] = field(default=(), metadata=LATER)
+    where: str | None = field(default=None, metadata=LATER)
+    limit: int | None = field(default=None, metadata=LATER)
+    split: str | None = field(default=None, metadata=LATER)
+    all_probabilities: bool = field(default=False, metadata=LATER)
+    embedding: str | None = field(default=None, metadata=LATER)
+
+    @property
+    def selection(self) -> Selection:
+        """The images that plates, wells and condition name; the limit counts those of the side."""
+        return Selection(self.plates, self.wells, self.where)
 
 
 def as_parameters(params: Any) -> dict[str, Any]:

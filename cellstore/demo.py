@@ -46,13 +46,14 @@ def render_plates(
     seed: int = 1,
     effect: float = 1.0,
     classes: int | None = None,
+    design: PlateDesign | None = None,
     progress: Progress | None = None,
 ) -> DemoPlates:
     """Render the demo's plates into ``folder``: images, LoadData table, true masks.
 
     ``effect`` scales what the treatments do; at 0 they do nothing. ``classes`` takes only the
-    first so many treatments. The same arguments give the same bytes; what is there already is
-    left alone.
+    first so many treatments. ``design``: another plate set than the demo's. The same arguments
+    give the same bytes; what is there already is left alone.
 
     Raises:
         MissingExtraError: scipy is not installed.
@@ -60,9 +61,10 @@ def render_plates(
         StorageError: the folder cannot be written.
     """
     need("segment")
-    from .ops.rendering import TREATMENTS, PlateDesign
+    from .ops.rendering import DEMO_TREATMENTS, PlateDesign
 
-    design = PlateDesign(seed=seed, effect=effect, treatments=TREATMENTS[:classes])
+    treatments = DEMO_TREATMENTS[:classes]
+    design = design or PlateDesign(seed=seed, effect=effect, treatments=treatments)
     plates = _layout(folder, len(design))
     table = _table(design, plates).encode()
     if plates.metadata.exists() and plates.metadata.read_bytes() != table:

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
+from .asking import Answers
 from .config import (
     EVERYTHING,
     THIS_PROCESS,
+    BaselineParams,
     FinetuneParams,
     IngestParams,
     MeasureParams,
@@ -30,34 +32,29 @@ from .config import (
     SplitParams,
     StoreSettings,
     TrainParams,
+    TrainSetup,
     find_store,
 )
-from .errors import UnknownNameError
 from .progress import Progress
+from .terms import GroupLevel, LabelField, Subset
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from .ops.features import FeatureGroup
     from .runs.execution import JobsResult
     from .runs.workspace import Workspace
-    from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
-    from .stages.export import ExportResult
+    from .stages.baselines import BaselineResult
     from .stages.finetune import FinetuneResult
     from .stages.ingest import IngestResult, RefreshResult
     from .stages.jobs import JobsList, RetryResult
     from .stages.measure import MeasureResult
     from .stages.predict import PredictResult
     from .stages.qc import FlaggedImage, QcResult
-    from .stages.report import ReportResult
     from .stages.segment import PreviewResult
-    from .stages.split import CheckResult, SplitResult
-    from .stages.status import StatusResult
+    from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
     from .stages.train import TrainResult
-    from .stages.verify import VerifyResult
 
 
-class Store:
+class Store(Answers):
     """An open store. Use it in a ``with`` block, or call :meth:`close`."""
 
     def __init__(self, workspace: Workspace) -> None:
@@ -299,6 +296,33 @@ class Store:
 
         return create_split(self.workspace, name, params or SplitParams())
 
+    def create_folds(self, name: str, params: SplitParams) -> tuple[SplitResult, ...]:
+        """Make the splits of a cross-validation; see ``stages.split.create_folds``."""
+        from .stages.split import create_folds
+
+        return create_folds(self.workspace, name, params)
+
+    def import_split(
+        self,
+        name: str,
+        tables: Sequence[str | Path],
+        *,
+        field: LabelField = LabelField.PERT_INAME,
+        group_level: GroupLevel = GroupLevel.IMAGE,
+        allow_missing: bool = False,
+    ) -> SplitResult:
+        """Keep a split that tables of others say; see ``stages.split.import_split``."""
+        from .stages.split import import_split
+
+        paths = [Path(path) for path in tables]
+        return import_split(self.workspace, name, paths, field, group_level, allow_missing)
+
+    def list_splits(self) -> tuple[SplitLine, ...]:
+        """Return all splits with their sides, the oldest first."""
+        from .stages.split import list_splits
+
+        return list_splits(self.workspace)
+
     def show_split(self, name: str | None = None) -> SplitResult:
         """Return a split by name, else the latest."""
         from .stages.split import show_split
@@ -311,6 +335,18 @@ class Store:
 
         return check_split(self.workspace, name)
 
+    def deletable_split(self, name: str) -> Deleted:
+        """Return which splits :meth:`delete_split` would delete, and refuse where it would."""
+        from .stages.split import find_deletable
+
+        return find_deletable(self.workspace, name)
+
+    def delete_split(self, name: str) -> Deleted:
+        """Delete a split, or all folds of a family, that no run uses."""
+        from .stages.split import delete_split
+
+        return delete_split(self.workspace, name)
+
     def train(
         self,
         params: TrainParams | None = None,
@@ -319,8 +355,11 @@ class Store:
         segmentation: str | None = None,
         measurement: str | None = None,
         device: str = "auto",
+        setup: TrainSetup | None = None,
+        force: bool = False,
+        resume: str | None = None,
     ) -> TrainResult:
-        """Train the network on the training side of a split; see ``stages.train.train``."""
+        """Train a network on the training side of a split; see ``stages.train.train``."""
         from .stages.train import train
 
         return train(
@@ -330,6 +369,42 @@ class Store:
             segmentation=segmentation,
             measurement=measurement,
             device=device,
+            setup=setup or TrainSetup(),
+            force=force,
+            resume=resume,
+        )
+
+    def train_baselines(
+        self,
+        kinds: Sequence[str],
+        params: BaselineParams | None = None,
+        *,
+        split: str | None = None,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+        predict: bool = True,
+    ) -> tuple[BaselineResult, ...]:
+        """Train baselines and label the test side; see ``stages.baselines.train_baselines``.
+
+        Without a test side, or without ``predict``, nothing is labelled.
+        """
+        from .stages.baselines import train_baselines
+
+        results = train_baselines(
+            self.workspace,
+            kinds,
+            params or BaselineParams(),
+            split=split,
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+        if not predict or not self.show_split(results[0].split).counts.get(Subset.TEST):
+            return results
+        return tuple(
+            replace(item, predict_run_id=self.predict(run=str(item.run_id), device="cpu").run_id)
+            for item in results
         )
 
     def predict(
@@ -339,103 +414,6 @@ class Store:
         from .stages.predict import predict
 
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
-
-    def report(
-        self,
-        run: str = "latest",
-        *,
-        html: str | Path | None = None,
-        force: bool = False,
-        leave_out_flagged: str | None = None,
-    ) -> ReportResult:
-        """Score a predict run, and write the page ``html`` if it is asked for.
-
-        ``leave_out_flagged``: see ``stages.report.report``.
-        """
-        from .stages.report import report, write_report
-
-        if html is None:
-            return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
-        return write_report(
-            self.workspace, run, Path(html), force=force, leave_out_flagged=leave_out_flagged
-        )
-
-    def audit_image(self, image: str) -> ImageAudit:
-        """Return every run that labelled an image, and what it was labelled from."""
-        from .stages.audit import audit_image
-
-        return audit_image(self.workspace, image)
-
-    def export(
-        self,
-        out: str | Path,
-        *,
-        format: str = "parquet",  # noqa: A002 - as on the command line
-        features: str | None = None,
-        segmentation: str | None = None,
-        measurement: str | None = None,
-        plates: tuple[str, ...] = (),
-        for_spreadsheet: bool = False,
-        force: bool = False,
-    ) -> ExportResult:
-        """Write every current cell with its measurements; see ``stages.export.export``."""
-        from .stages.export import ExportFormat, export
-
-        if format not in list(ExportFormat):
-            raise UnknownNameError.of("format", format, [item.value for item in ExportFormat])
-        return export(
-            self.workspace,
-            Path(out),
-            format=ExportFormat(format),
-            features=features,
-            segmentation=segmentation,
-            measurement=measurement,
-            plates=plates,
-            for_spreadsheet=for_spreadsheet,
-            force=force,
-        )
-
-    def audit_well(self, well: str) -> WellAudit:
-        """Return what was done to a well, when that was corrected, and what its images show."""
-        from .stages.audit import audit_well
-
-        return audit_well(self.workspace, well)
-
-    def audit_cell(self, cell_id: int) -> CellAudit:
-        """Return where a cell comes from and every prediction about it."""
-        from .stages.audit import audit_cell
-
-        return audit_cell(self.workspace, cell_id)
-
-    def audit_run(self, run: str = "latest") -> RunAudit:
-        """Return what a run was made from, and what it made."""
-        from .stages.audit import audit_run
-
-        return audit_run(self.workspace, run)
-
-    def sql(self, query: str, parameters: Any = None) -> pa.Table:
-        """Answer a question in SQL (DuckDB, read only) as an Arrow table.
-
-        Raises:
-            QueryError: the question is wrong, or would do more than read.
-
-        """
-        from .analytics import open_questions
-
-        with open_questions(self.workspace) as questions:
-            return questions.ask(query, parameters)
-
-    def status(self) -> StatusResult:
-        """Count what is in the store, what is stale, and which jobs failed and why."""
-        from .stages.status import status
-
-        return status(self.workspace)
-
-    def verify(self, *, fix: bool = False, minutes: float = 10.0) -> VerifyResult:
-        """Compare the files with the database; see ``stages.verify.verify``."""
-        from .stages.verify import verify
-
-        return verify(self.workspace, fix=fix, minutes=minutes)
 
 
 def _path(given: str | Path | None) -> Path | None:

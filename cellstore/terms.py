@@ -16,6 +16,7 @@ class Stage(StrEnum):
     TRAIN = "train"
     PREDICT = "predict"
     FINETUNE = "finetune"
+    CONTRAST = "contrast"
 
 
 class Status(StrEnum):
@@ -42,6 +43,7 @@ class GroupLevel(StrEnum):
     IMAGE = "image"
     WELL = "well"
     PLATE = "plate"
+    TREATMENT = "treatment"
 
 
 class Perturbation(StrEnum):
@@ -85,6 +87,7 @@ class ArtifactKind(StrEnum):
     REPORT = "report"
     FEATURES = "features"
     NETWORK = "network"
+    TRAINING_STATE = "training_state"
 
 
 class ImageFlagReason(StrEnum):

@@ -188,8 +188,8 @@ def cancel(
 ) -> None:
     """Ask running commands to end, here or on other machines.
 
-    They finish the images in hand, within seconds begin no new ones, and end. What is done is
-    kept; the same command goes on later.
+    They finish the images in hand, within seconds begin no new ones, and end. A training ends
+    at once, and keeps its last whole epoch. What is done is kept; the same command goes on later.
 
     \b
     Example:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from . import (
     answers,
+    baselines,
     exports,
     finetune,
     house,
@@ -20,17 +21,19 @@ from . import (
     jobs,
     measuring,
     networks,
+    predictions,
     quality,
     setup,
     splits,
 )
 from .context import STOPPED
 from .options import StoreOption
+from .train_options import Sectioned
 
 ORDER = (
-    *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "split"),
-    *("train", "predict", "report", "audit", "sql", "export", "status", "jobs", "retry"),
-    *("cancel", "verify", "doctor", "db"),
+    *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "contrast"),
+    *("split", "train", "predict", "export-model", "report", "audit", "sql", "export", "status"),
+    *("jobs", "retry", "cancel", "verify", "doctor", "db"),
 )
 
 
@@ -83,8 +86,10 @@ app.command("segment")(images.segment)
 app.command("measure")(measuring.measure)
 app.command("qc")(quality.qc)
 app.add_typer(splits.app, name="split")
-app.command("train")(networks.train)
-app.command("predict")(networks.predict)
+app.command("contrast")(baselines.contrast)
+app.command("train", cls=Sectioned)(networks.train)
+app.command("predict")(predictions.predict)
+app.command("export-model")(predictions.export_model)
 app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
 app.add_typer(answers.audit, name="audit")

@@ -1,144 +1,168 @@
-"""Commands about networks: train, predict."""
+"""The command that trains networks."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from cellstore.config import PredictParams, TrainParams
-from cellstore.terms import Subset
+from cellstore.config import BaselineParams, TrainSetup
 
 from . import render
+from .baselines import (
+    DEFAULTS,
+    BaselineOption,
+    MaxCellsOption,
+    NoPredictOption,
+    check_alone,
+    train_baselines,
+)
 from .context import open_store, say, sentences
-from .images import end_with_failures, list_failures
 from .options import (
     Device,
     DeviceOption,
     JsonOption,
     LeaveOutOption,
-    PlatesOption,
     QcRunOption,
     StoreOption,
     leave_out,
+    names,
+)
+from .train_options import (
+    AugmentOption,
+    BackboneOption,
+    BatchSizeOption,
+    BranchesOption,
+    ClassWeightsOption,
+    CompileOption,
+    CropSizeOption,
+    DevicesOption,
+    DropoutOption,
+    EpochsOption,
+    FeaturesOption,
+    ForceOption,
+    IntensityOption,
+    LearningRateOption,
+    ListOption,
+    LogDirOption,
+    LogOption,
+    LossOption,
+    MeasurementOption,
+    MonitorOption,
+    NormaliseOption,
+    PatienceOption,
+    PrecisionOption,
+    RecipeOption,
+    ResumeOption,
+    SamplerOption,
+    ScheduleOption,
+    SeedOption,
+    SegmentationOption,
+    SmoothingOption,
+    SplitOption,
+    TrainChannelsOption,
+    WarmupOption,
+    WeightDecayOption,
+    WeightsOption,
+    check_resume,
+    chosen_params,
 )
 
 if TYPE_CHECKING:
-    from cellstore.stages.predict import PredictResult
     from cellstore.stages.train import TrainResult
-
-PUBLISHED = TrainParams()
-
-
-class Side(StrEnum):
-    """Which images are labelled."""
-
-    TRAIN = "train"
-    VALIDATION = "validation"
-    TEST = "test"
-    ALL = "all"
 
 
 @sentences
 def train(
     ctx: typer.Context,
-    split: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The split. Default: the latest.", show_default=False),
-    ] = None,
-    segmentation: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE",
-            help="Which segmentation, as 'cellstore status' lists them. Default: the last used.",
-            show_default=False,
-        ),
-    ] = None,
-    measurement: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE",
-            help="Which measurement, as 'cellstore status' lists them. Default: the last used.",
-            show_default=False,
-        ),
-    ] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The feature set that the tabular branch reads, also one ingested from another "
-            "tool. Default: the built-in measurements last used.",
-            show_default=False,
-        ),
-    ] = None,
-    branches: Annotated[
-        str | None,
-        typer.Option(
-            metavar="mask,flow,tabular",
-            help="What the network looks at: all or some of these. Default: all three, or those "
-            "of them that are known of the cells.",
-            show_default=False,
-        ),
-    ] = None,
-    crop_size: Annotated[
-        int, typer.Option(min=1, metavar="PIXELS", help="Crops of cells are scaled to this.")
-    ] = PUBLISHED.crop_size,
-    batch_size: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Cells per step.")
-    ] = PUBLISHED.batch_size,
-    epochs: Annotated[
-        int, typer.Option(metavar="N", min=1, help="At most so many passes over the cells.")
-    ] = PUBLISHED.epochs,
-    patience: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=1, help="Stop after so many epochs without a better validation loss."
-        ),
-    ] = PUBLISHED.patience,
-    learning_rate: Annotated[
-        float, typer.Option(metavar="X", min=0.0, help="Step of Adam.")
-    ] = PUBLISHED.learning_rate,
-    weight_decay: Annotated[
-        float, typer.Option(metavar="X", min=0.0, help="Weight decay of Adam.")
-    ] = PUBLISHED.weight_decay,
-    label_smoothing: Annotated[
-        float,
-        typer.Option(metavar="X", min=0.0, max=1.0, help="Smoothing of the labels in the loss."),
-    ] = PUBLISHED.label_smoothing,
-    dropout: Annotated[
-        float, typer.Option(metavar="X", min=0.0, max=1.0, help="Dropout of the tabular branch.")
-    ] = PUBLISHED.dropout,
-    weights: Annotated[
-        str,
-        typer.Option(
-            metavar="none|imagenet|FILE",
-            help="What the image branches start from: chance, ImageNet, or a file.",
-        ),
-    ] = PUBLISHED.weights,
-    seed: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Same seed, same start.")
-    ] = PUBLISHED.seed,
+    recipe: RecipeOption = "published",
+    list_recipes: ListOption = False,
+    resume: ResumeOption = None,
+    force: ForceOption = False,
+    split: SplitOption = None,
+    segmentation: SegmentationOption = None,
+    measurement: MeasurementOption = None,
+    features: FeaturesOption = None,
     leave_out_flagged: LeaveOutOption = False,
     qc_run: QcRunOption = None,
+    branches: BranchesOption = None,
+    channels: TrainChannelsOption = None,
+    backbone: BackboneOption = None,
+    weights: WeightsOption = None,
+    crop_size: CropSizeOption = None,
+    dropout: DropoutOption = None,
+    epochs: EpochsOption = None,
+    patience: PatienceOption = None,
+    monitor: MonitorOption = None,
+    batch_size: BatchSizeOption = None,
+    sampler: SamplerOption = None,
+    augment: AugmentOption = None,
+    loss: LossOption = None,
+    class_weights: ClassWeightsOption = None,
+    label_smoothing: SmoothingOption = None,
+    learning_rate: LearningRateOption = None,
+    schedule: ScheduleOption = None,
+    warmup_epochs: WarmupOption = None,
+    weight_decay: WeightDecayOption = None,
+    normalise: NormaliseOption = None,
+    intensity: IntensityOption = None,
+    precision: PrecisionOption = None,
+    seed: SeedOption = None,
+    baseline: BaselineOption = None,
+    no_predict: NoPredictOption = False,
+    max_cells: MaxCellsOption = DEFAULTS.max_cells,
     device: DeviceOption = Device.AUTO,
+    devices: DevicesOption = 1,
+    compile_: CompileOption = False,
+    log: LogOption = None,
+    log_dir: LogDirOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the published network on the training side of a split.
+    """Train a network on the training side of a split.
 
-    It sees each cell's mask and flow crops and its measurements. Metrics of every epoch are
-    kept in the database; the checkpoint of the best epoch is kept as a file of the store.
-    Defaults are those of the published pipeline. Cells of another tool may have no masks: then
+    It sees crops of each cell and its measurements. Metrics of every epoch are kept in the
+    database; the checkpoint of the best epoch is kept as a file of the store. Without options it
+    is the published network, trained as published. Cells of another tool may have no masks: then
     the network reads their features only, and says so. A value that their tool did not measure
     counts as the mean of its column on the training side.
+
+    A training that was broken off goes on, after its last whole epoch, when the same command is
+    given again, or with --resume.
 
     \b
     Example:
       cellstore train --split by-well --crop-size 64 --epochs 20
+      cellstore train --split by-well --recipe compact --branches mask,image
       cellstore train --split by-well --features cellprofiler --branches tabular
+      cellstore train --resume 7
+      cellstore train --split by-well --baseline null,logistic
     """
-    params = TrainParams(
+    flagged = leave_out(leave_out_flagged, qc_run)
+    names_of_rows = (split, segmentation, measurement)
+    if baseline is not None:
+        chosen = BaselineParams(
+            max_cells=max_cells,
+            seed=DEFAULTS.seed if seed is None else seed,
+            features=features,
+            normalise=normalise or DEFAULTS.normalise,
+            leave_out_flagged=flagged,
+        )
+        train_baselines(
+            ctx,
+            baseline,
+            chosen,
+            names_of_rows,
+            force=force,
+            predict=not no_predict,
+            store=store,
+            as_json=as_json,
+        )
+        return
+    check_alone(ctx)
+    check_resume(ctx)
+    params = chosen_params(
+        recipe,
         crop_size=crop_size,
         batch_size=batch_size,
         epochs=epochs,
@@ -150,9 +174,22 @@ def train(
         weights=weights,
         seed=seed,
         features=features,
-        branches=None if branches is None else tuple(_names(branches)),
-        leave_out_flagged=leave_out(leave_out_flagged, qc_run),
+        branches=branches,
+        leave_out_flagged=flagged,
+        channels=channels,
+        backbone=backbone,
+        augment=augment,
+        loss=loss,
+        class_weights=class_weights,
+        sampler=sampler,
+        schedule=schedule,
+        warmup_epochs=warmup_epochs,
+        monitor=monitor,
+        precision=precision,
+        normalise=normalise,
+        intensity=intensity,
     )
+    setup = TrainSetup(devices, compile_, names(log), log_dir)
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.train(
             params,
@@ -160,20 +197,30 @@ def train(
             segmentation=segmentation,
             measurement=measurement,
             device=device.value,
+            setup=setup,
+            force=force,
+            resume=resume,
         )
+    if not is_first_process():
+        return
     if as_json:
         render.as_json(result)
     else:
         _show_train(result)
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+def is_first_process() -> bool:
+    """Whether this process, of those that train together, is the one that tells of it."""
+    from cellstore.ops.teams import is_first
+
+    return is_first()
 
 
 def _show_train(result: TrainResult) -> None:
     if result.already_done:
         typer.echo(f"Nothing to do: run {result.run_id} was trained with these options already.")
+    elif result.resumed_after:
+        typer.echo(f"Run {result.run_id} went on after epoch {result.resumed_after}.")
     render.facts(
         [
             ("run", result.run_id),
@@ -188,76 +235,26 @@ def _show_train(result: TrainResult) -> None:
         ]
     )
     if result.metrics:
-        headers = list(result.metrics[0])
         render.table(
-            [name.replace("_", " ") for name in headers],
-            [[_whole(row.get(name)) for name in headers] for row in result.metrics],
+            list(EPOCH_COLUMNS.values()),
+            [[_whole(row.get(name)) for name in EPOCH_COLUMNS] for row in result.metrics],
         )
     for note in result.notes:
         say(note)
 
 
+EPOCH_COLUMNS = {
+    "epoch": "epoch",
+    "train_loss": "loss",
+    "train_accuracy": "accuracy",
+    "validation_loss": "val. loss",
+    "validation_accuracy": "val. accuracy",
+    "learning_rate": "rate",
+    "seconds": "seconds",
+    "waited": "waited",
+}
+"""Metrics of an epoch and their heads, which fit 80 columns."""
+
+
 def _whole(value: float | None) -> float | int | None:
     return int(value) if value is not None and float(value).is_integer() else value
-
-
-@sentences
-def predict(
-    ctx: typer.Context,
-    run: Annotated[
-        str, typer.Option(metavar="RUN", help="The train run, by number, or 'latest'.")
-    ] = "latest",
-    subset: Annotated[
-        Side, typer.Option(help="Which side of the run's split is labelled, or all images.")
-    ] = Side.TEST,
-    plate: PlatesOption = None,
-    top_k: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=1, help="Keep so many labels per cell, the most probable first."
-        ),
-    ] = 5,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Cells per step.")] = 256,
-    device: DeviceOption = Device.AUTO,
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Label every cell of some images with a trained network.
-
-    Predictions are added, never changed: each run keeps its own.
-
-    \b
-    Example:
-      cellstore predict
-      cellstore predict --run 7 --subset all --plate BR00116991
-    """
-    params = PredictParams(
-        subset=None if subset is Side.ALL else Subset(subset.value),
-        plates=tuple(plate or ()),
-        top_k=top_k,
-        batch_size=batch_size,
-    )
-    with open_store(ctx, store, quiet=as_json) as opened:
-        result = opened.predict(params, run=run, device=device.value)
-    if as_json:
-        render.as_json(result)
-    else:
-        _show_predict(result)
-        list_failures(result.failures)
-    end_with_failures(len(result.failures), result.done, "labelled", "the same command")
-
-
-def _show_predict(result: PredictResult) -> None:
-    if result.done == 0 and not result.failures:
-        typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
-    render.facts(
-        [
-            ("run", result.run_id),
-            ("trained in run", result.train_run_id),
-            ("split", result.split),
-            ("images labelled", f"{result.done:,}"),
-            ("labelled before", f"{result.earlier:,}"),
-            ("without measured cells", f"{result.waiting:,}"),
-            ("cells labelled", f"{result.cells:,}"),
-        ]
-    )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         TreatmentFact,
         WellAudit,
     )
-    from cellstore.stages.report import ReportResult
+    from cellstore.stages.report import BaselineScore, ReportResult
 
 SHORT = 12
 SHOWN_VOTES = 5
@@ -65,11 +65,36 @@ def report(result: ReportResult) -> None:
         ],
     )
     typer.echo("")
+    _baselines(result.baselines)
+    typer.echo(result.against_nulls)
     typer.echo(result.leak)
     for note in result.notes:
         say(note)
     if result.html:
         typer.echo(f"report: {result.html}")
+
+
+def _baselines(found: Sequence[BaselineScore]) -> None:
+    """Tell what a score has to beat: a row per baseline, by hard votes."""
+    from cellstore.stages.report import by_baseline
+
+    if not found:
+        return
+    levels = ("image", "well", "cell")
+    rows = []
+    for row in by_baseline(found):
+        first = next(iter(row.values()))
+        scored = [value for level in levels for value in _score(row.get(level))]
+        rows.append((first.baseline, first.run_id, *scored))
+    heads = [head for level in levels for head in (f"per {level}", "95 % interval")]
+    render.table(("baseline", "run", *heads), rows)
+    typer.echo("")
+
+
+def _score(found: BaselineScore | None) -> tuple[str, str]:
+    if found is None:
+        return "-", "-"
+    return percent(found.accuracy), interval(found.low, found.high)
 
 
 def image(result: ImageAudit) -> None:

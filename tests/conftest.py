@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from pytest_socket import socket_allow_hosts
 from sqlalchemy import URL, Engine, create_engine, make_url, text
 
@@ -20,6 +21,9 @@ from cellstore.db.session import connect, sqlite_url
 from cellstore.runs import Workspace, create_workspace
 
 TEMPLATE = "cellstore_template"
+
+# What a change is judged by must not depend on luck; `make test` looks at new examples each time.
+settings.register_profile("repeatable", derandomize=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,55 +1,103 @@
-"""The whole pipeline learns what is there, and only that."""
+"""The whole pipeline learns what is there, and only that: on plates rendered for the purpose."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rendered import fill
 
-from cellstore.analytics import open_questions
-from cellstore.config import PredictParams, SplitParams, TrainParams
+from cellstore import demo
+from cellstore.config import IngestParams, MeasureParams, SplitParams, TrainParams
+from cellstore.ops.baselines import NULLS
+from cellstore.ops.rendering import TREATMENTS, PlateDesign
 from cellstore.runs import Workspace
+from cellstore.stages.baselines import train_baselines
+from cellstore.stages.ingest import ingest
+from cellstore.stages.measure import measure
 from cellstore.stages.predict import predict
+from cellstore.stages.report import report
+from cellstore.stages.report.facts import Score
 from cellstore.stages.split import create_split
 from cellstore.stages.train import train
+from cellstore.terms import GroupLevel
 
-CLASSES = 4
-PARAMS = TrainParams(crop_size=32, batch_size=32, epochs=3, learning_rate=1e-3)
+CHANCE = 1 / len(TREATMENTS)
+PLATES = PlateDesign(
+    plates=("P1", "P2", "P3", "P4"),
+    treatments=TREATMENTS,
+    control_wells=1,
+    treated_wells=1,
+    n_channels=3,
+)
+NETWORK = TrainParams(
+    branches=("tabular",), epochs=60, patience=20, batch_size=64, learning_rate=3e-3
+)
 
 
-def image_accuracy(workspace: Workspace) -> tuple[float, float]:
-    """Train and test by well; return image accuracy and the share of the largest test class."""
-    create_split(workspace, "by-well", SplitParams(test_size=0.25, validation_size=0.25))
-    train(workspace, PARAMS)
-    predicted = predict(workspace, PredictParams())
-    with open_questions(workspace) as questions:
-        answer = questions.ask(
-            "SELECT truth, correct FROM verdicts "
-            "WHERE run_id = ? AND level = 'image' AND vote = 'soft'",
-            [predicted.run_id],
-        ).to_pylist()
-    truths = [row["truth"] for row in answer]
-    assert len(set(truths)) == CLASSES
-    right = sum(row["correct"] for row in answer) / len(answer)
-    return right, max(truths.count(truth) for truth in truths) / len(truths)
+def fill(workspace: Workspace, folder: Path, **changes: Any) -> TrainParams:
+    """Four plates of twelve treatments with their true masks, measured; how to learn from them."""
+    plates = demo.render_plates(folder, design=replace(PLATES, **changes))
+    ingest(workspace, plates.metadata, IngestParams(images=plates.images))
+    ingest(workspace, plates.truth, IngestParams(kind="masks"))
+    measured = measure(workspace, MeasureParams(features=("intensity", "basic")))
+    return replace(NETWORK, features=measured.feature_set)
+
+
+def split(workspace: Workspace, level: GroupLevel) -> str:
+    sizes = {"test_size": 0.25, "validation_size": 0.25}
+    return create_split(workspace, level.value, SplitParams(group_level=level, **sizes)).name
+
+
+def image_score(workspace: Workspace, run_id: int) -> Score:
+    predicted = predict(workspace, run=str(run_id), device="cpu")
+    return report(workspace, str(predicted.run_id)).score("image", "soft")
+
+
+def interval(workspace: Workspace, params: TrainParams, level: GroupLevel) -> tuple[float, float]:
+    trained = train(workspace, params, split=split(workspace, level), device="cpu")
+    score = image_score(workspace, trained.run_id)
+    assert score.low is not None
+    assert score.high is not None
+    return score.low, score.high
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(900)
-def test_treatments_are_told_apart_on_wells_never_seen(
-    sqlite_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_treatments_are_told_apart_on_plates_never_seen(
+    sqlite_workspace: Workspace, tmp_path: Path
 ) -> None:
-    fill(sqlite_workspace, tmp_path / "demo", monkeypatch, effect=1.0, classes=CLASSES)
-    accuracy, majority = image_accuracy(sqlite_workspace)
-    assert accuracy >= majority + 0.4
+    params = fill(sqlite_workspace, tmp_path / "set")
+    by_plate = split(sqlite_workspace, GroupLevel.PLATE)
+    trained = train(sqlite_workspace, params, split=by_plate, device="cpu")
+    score = image_score(sqlite_workspace, trained.run_id)
+    assert score.accuracy >= 0.9
+    baselines = train_baselines(sqlite_workspace, NULLS, split=by_plate)
+    found = {item.baseline: image_score(sqlite_workspace, item.run_id) for item in baselines}
+    assert found.keys() == {"majority", "shuffled", "cellcount", "position"}
+    # Some treatments kill cells, and their number alone tells a part.
+    assert found["cellcount"].accuracy > 2 * CHANCE
+    assert score.low is not None
+    assert score.low > max(item.accuracy for item in found.values())
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(900)
-def test_without_an_effect_nothing_is_learned(
-    sqlite_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_an_effect_nothing_is_learned(sqlite_workspace: Workspace, tmp_path: Path) -> None:
+    params = fill(sqlite_workspace, tmp_path / "set", effect=0.0, size=112)
+    for level in (GroupLevel.WELL, GroupLevel.PLATE):
+        low, high = interval(sqlite_workspace, params, level)
+        assert low <= CHANCE <= high, level
+
+
+@pytest.mark.heavy
+def test_a_split_by_image_scores_the_wells_it_has_seen(
+    sqlite_workspace: Workspace, tmp_path: Path
 ) -> None:
-    fill(sqlite_workspace, tmp_path / "demo", monkeypatch, effect=0.0, classes=CLASSES)
-    accuracy, majority = image_accuracy(sqlite_workspace)
-    assert accuracy <= majority + 0.25
+    """Wells differ, treatments do not: only who has seen a well knows what it got."""
+    params = fill(
+        sqlite_workspace, tmp_path / "set", effect=0.0, well_effect=6.0, sites=4, size=112
+    )
+    low, _ = interval(sqlite_workspace, params, GroupLevel.IMAGE)
+    assert low > 2 * CHANCE
+    low, high = interval(sqlite_workspace, params, GroupLevel.WELL)
+    assert low <= CHANCE <= high

@@ -1,9 +1,10 @@
-"""The network against one put together from torch alone, its weights and its checkpoint."""
+"""The network against one put together from torch alone, and its weights."""
 
 import dataclasses
 import json
 import pickle
 import urllib.error
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,19 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.config import TrainParams, TrainSetup
+from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.ops.augmentation import seed_of
+from cellstore.ops.backbones import ImageBranch
 from cellstore.ops.branches import BRANCHES, check_branches
+from cellstore.ops.crops import CellBlock
 from cellstore.ops.nets import (
-    CheckpointMeta,
     FusionNet,
     NetShape,
     build_net,
-    image_branch,
-    load_checkpoint,
-    save_net,
 )
-from cellstore.ops.scaling import Scaler
+from cellstore.ops.training import fit
+from cellstore.stages.train.model import fit_config
 
 SHAPE = NetShape(n_classes=3, n_features=14)
 
@@ -92,6 +94,85 @@ def test_forward_is_the_published_chain_of_layers(net: FusionNet) -> None:
         )
 
 
+class Plain(nn.Module):
+    """The network of the study as the table in DESIGN describes it, from torch and torchvision."""
+
+    def __init__(self, classes: int, features: int) -> None:
+        super().__init__()
+        self.mask, self.flow = self.branch(), self.branch()
+        self.tabular = nn.Sequential(
+            nn.Linear(features, 32), nn.ReLU(), nn.BatchNorm1d(32), nn.Dropout(0.5)
+        )
+        width = 1280 + 1280 + 32
+        self.squeeze, self.excite = nn.Linear(width, 256), nn.Linear(256, width)
+        self.project, self.classify = nn.Linear(width, 256), nn.Linear(256, classes)
+
+    @staticmethod
+    def branch() -> nn.Module:
+        whole = torchvision.models.efficientnet_b0(weights=None)
+        whole.features[0][0] = nn.Conv2d(4, 32, kernel_size=3, stride=2, padding=1, bias=False)
+        return whole.features
+
+    def forward(self, masks: torch.Tensor, flows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        seen = [self.mask(masks).mean((2, 3)), self.flow(flows).mean((2, 3)), self.tabular(x)]
+        fused = torch.cat(seen, dim=1)
+        attention = torch.sigmoid(self.excite(torch.relu(self.squeeze(fused))))
+        return self.classify(torch.relu(self.project(fused * attention)))
+
+
+OURS = {
+    "mask_branch.0.": "mask.",
+    "flow_branch.0.": "flow.",
+    "tabular_branch.": "tabular.",
+    "attention.0.": "squeeze.",
+    "attention.2.": "excite.",
+    "projection.0.": "project.",
+    "classifier.": "classify.",
+}
+
+
+def plainly(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a network of ours by the names of :class:`Plain`."""
+    return {
+        theirs + name.removeprefix(ours): value
+        for name, value in state.items()
+        for ours, theirs in OURS.items()
+        if name.startswith(ours)
+    }
+
+
+@pytest.mark.heavy
+def test_shapes_and_a_step_of_the_whole_are_those_of_the_published_network() -> None:
+    """Adam of rate and decay 1e-4 on cross-entropy with smoothed labels, as published."""
+    ours = build_net(SHAPE, seed=3)
+    theirs = Plain(SHAPE.n_classes, SHAPE.n_features)
+    assert {name: value.shape for name, value in plainly(ours.state_dict()).items()} == {
+        name: value.shape for name, value in theirs.state_dict().items()
+    }
+    theirs.load_state_dict(plainly(ours.state_dict()))
+    masks, flows, features = inputs(6)
+    labels = torch.tensor([0, 1, 2, 2, 1, 0])
+    batch = CellBlock({"mask": masks, "flow": flows}, features, labels, labels)
+    before = {name: value.clone() for name, value in theirs.named_parameters()}
+
+    params = TrainParams()
+    config = fit_config(dataclasses.replace(params, epochs=1, batch_size=6), TrainSetup(), "cpu")
+    fit(ours, lambda _: [batch], lambda _: [batch], config)
+
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-4, weight_decay=1e-4)
+    with torch.random.fork_rng():  # the same drop-outs
+        torch.manual_seed(seed_of(params.seed, 0, 0))
+        loss = nn.CrossEntropyLoss(label_smoothing=0.1)(theirs(masks, flows, features), labels)
+    loss.backward()
+    optimizer.step()
+    after = plainly(dict(ours.named_parameters()))
+    moved = 0
+    for name, value in theirs.named_parameters():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=2e-6, msg=name)
+        moved += int((value - before[name]).abs().max() > 5e-5)
+    assert moved > 0.9 * len(before)
+
+
 def test_shapes_of_the_published_parts(net: FusionNet) -> None:
     shapes = {name: tuple(value.shape) for name, value in net.named_parameters()}
     assert shapes["mask_branch.0.0.0.weight"] == (32, 4, 3, 3)
@@ -103,7 +184,7 @@ def test_shapes_of_the_published_parts(net: FusionNet) -> None:
     assert kinds == [nn.Linear, nn.ReLU, nn.BatchNorm1d, nn.Dropout]
     # 4,007,548 parameters of EfficientNet-B0 without its classifier (5,288,548 - 1,281,000),
     # and 32 * 9 more for the fourth channel.
-    assert sum(p.numel() for p in image_branch(4).parameters()) == 4_007_548 + 288
+    assert sum(p.numel() for p in ImageBranch(4).parameters()) == 4_007_548 + 288
 
 
 def test_same_seed_same_network_and_the_callers_random_numbers_stay() -> None:
@@ -237,66 +318,13 @@ def test_imagenet_weights_are_those_of_torchvision(
     assert torch.equal(net.flow_branch[0][0][0].weight[:, :3], imagenet_like["features.0.0.weight"])
 
 
-def meta(**changes) -> CheckpointMeta:
-    usual = CheckpointMeta(
-        shape=SHAPE,
-        labels=("DMSO", "a", "b"),
-        field="pert_iname",
-        scaler=Scaler(tuple(f"f{i}" for i in range(14)), (1.5,) * 14, (2.0,) * 14),
-        crop_size=32,
-        fingerprints={"split": "abc", "train": "def"},
-    )
-    return dataclasses.replace(usual, **changes)
-
-
-def test_a_checkpoint_comes_back_whole(net: FusionNet) -> None:
-    record = json.loads(json.dumps(meta().to_json()))
-    again, read = load_checkpoint(save_net(net.state_dict()), record)
-    assert read == meta()
-    assert not again.training
-    with torch.no_grad():
-        masks, flows, features = inputs()
-        crops = {"mask": masks, "flow": flows}
-        assert torch.equal(again(crops, features), net.eval()(crops, features))
-
-
-def test_a_checkpoint_that_does_not_fit_is_refused(net: FusionNet) -> None:
-    tensors, record = save_net(net.state_dict()), meta().to_json()
-    other = meta(shape=dataclasses.replace(SHAPE, projection_width=8)).to_json()
-    for damaged in (b"", tensors[:-10], b"\xff" * 100, tensors[:4] + b"\xff" * 8 + tensors[12:]):
-        with pytest.raises(StorageError, match="damaged"):
-            load_checkpoint(damaged, record)
-    with pytest.raises(StorageError, match="another network"):
-        load_checkpoint(tensors, other)
-
-
-@pytest.mark.parametrize("key", ["shape", "labels", "field", "scaler", "crop", "fingerprints"])
-def test_a_damaged_record_is_refused(key: str) -> None:
-    record = meta().to_json()
-    whole = record.pop(key)
-    with pytest.raises(UserInputError):
-        CheckpointMeta.from_json(record)
-    if not isinstance(whole, str):
-        with pytest.raises(UserInputError):
-            CheckpointMeta.from_json({**record, key: 7})
-
-
-def test_labels_and_features_must_fit_the_network() -> None:
-    with pytest.raises(UserInputError, match="3 classes"):
-        meta(labels=("a", "b"))
-    with pytest.raises(UserInputError, match="3 classes"):
-        meta(labels=("a", "b", "b"))
-    with pytest.raises(UserInputError, match="14 features"):
-        meta(scaler=Scaler(("x",), (0.0,), (1.0,)))
-
-
 def test_a_shape_is_its_json_and_nothing_else() -> None:
     shape = NetShape(5, 2, dropout=0.1)
     assert NetShape.from_json(json.loads(json.dumps(shape.to_json()))) == shape
     for wrong in ({}, {"n_classes": 2}, {"n_classes": "2", "n_features": 1}, {"color": 1}):
         with pytest.raises(UserInputError):
             NetShape.from_json(wrong)
-    with pytest.raises(UnknownNameError, match="efficientnet_b0"):
+    with pytest.raises(UnknownNameError, match="Known: efficientnet_b7"):
         NetShape(2, 2, backbone="efficientnet_b9")
     with pytest.raises(UserInputError, match="1 or more"):
         NetShape(0, 2)

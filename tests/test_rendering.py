@@ -11,7 +11,7 @@ from cellstore.ops.rendering import CONTROL, TREATMENTS, Effect, PlateDesign, re
 from cellstore.ops.rendering_cells import Population, blurred, lay_cells, smooth_noise
 from cellstore.ops.rendering_nuclei import render_nuclei
 
-SMALL = PlateDesign(size=96, sites=1)
+SMALL = PlateDesign(size=96, sites=1, treatments=TREATMENTS)
 
 
 def spec_of(design, name):
@@ -45,6 +45,17 @@ def test_without_effect_a_treated_well_is_the_same_as_a_control_well(treatment):
     np.testing.assert_array_equal(treated.masks, control.masks)
     if treatment != CONTROL:
         assert not np.array_equal(render_field(SMALL, spec).channels, control.channels)
+
+
+def test_wells_differ_as_much_as_they_are_told_to():
+    design = PlateDesign(size=96, sites=1, effect=0.0)
+    fields = {}
+    for strength in (0.0, 1.0, 6.0):
+        design = dataclasses.replace(design, well_effect=strength)
+        specs = list(design.fields())[:12]
+        darkest = [np.percentile(render_field(design, s).channels, 5) for s in specs]
+        fields[strength] = np.std(darkest)
+    assert 1.5 * fields[0.0] < fields[1.0] < 0.5 * fields[6.0], fields
 
 
 def test_without_effect_the_layout_stays():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import Factory
+from factories import Factory, unguarded
 from screens import SmallScreen, small_screen
 from sqlalchemy import update
 
@@ -35,7 +35,7 @@ HOSTILE = (
 def move(screen: SmallScreen, wells: str, side: Subset) -> None:
     """Put the images of wells on another side of the split."""
     ids = [screen.images[name].id for name in wells.split()]
-    with screen.factory.workspace.database.begin() as session:
+    with unguarded(screen.factory.workspace) as session:
         session.execute(
             update(SplitMember).where(SplitMember.image_id.in_(ids)).values(subset=side)
         )
@@ -96,7 +96,8 @@ def test_top_5_needs_more_than_five_classes_and_five_choices(workspace: Workspac
         [
             (image, Subset.TEST if i < 2 else Subset.TRAIN, truth)
             for i, (image, truth) in enumerate(zip(images, truths, strict=True))
-        ]
+        ],
+        group_level=GroupLevel.IMAGE,
     )
     run = make.run(
         Stage.PREDICT, make.recipe(Stage.PREDICT, parameters={"top_k": 7}), split_id=split.id
@@ -126,14 +127,15 @@ def test_a_leak_is_said_aloud(sqlite_workspace: Workspace) -> None:
 
         well = session.get_one(Well, screen.images["B01"].well_id)
     other = make.image(well, 2)
-    make.add(
-        SplitMember(
-            split_id=screen.split.id,
-            image_id=other.id,
-            subset=Subset.TRAIN,
-            label_id=screen.labels["DMSO"].id,
+    with unguarded(sqlite_workspace) as session:
+        session.add(
+            SplitMember(
+                split_id=screen.split.id,
+                image_id=other.id,
+                subset=Subset.TRAIN,
+                label_id=screen.labels["DMSO"].id,
+            )
         )
-    )
     found = report(sqlite_workspace)
     assert (found.leaks, found.wells_seen, found.wells) == (True, 1, 3)
     assert found.leak.startswith("1 of the 3 wells scored here were seen in training")
@@ -142,9 +144,7 @@ def test_a_leak_is_said_aloud(sqlite_workspace: Workspace) -> None:
 def test_training_images_are_refused_unless_forced(sqlite_workspace: Workspace) -> None:
     screen = small_screen(sqlite_workspace)
     move(screen, "B01 B02 B03", Subset.TRAIN)
-    with (
-        sqlite_workspace.database.begin() as session
-    ):  # B04 too, else it would be scored as outside
+    with unguarded(sqlite_workspace) as session:  # B04 too, else it would be scored as outside
         session.add(
             SplitMember(
                 split_id=screen.split.id,

@@ -92,6 +92,16 @@ def test_interval_over_wells_is_wider_than_over_images() -> None:
     assert np.ptp(by_image) == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 200), rel=0.15)
 
 
+def test_no_error_in_a_few_wells_does_not_mean_that_there_are_none() -> None:
+    wells = np.repeat(np.arange(12), 9)
+    # The chance of no success in 12 wells is 2.5 % where a success has the chance 0.2646.
+    none = scores.bootstrap_interval(np.zeros(108, dtype=bool), wells)
+    assert none == pytest.approx((0, 0.26465), abs=1e-5)
+    assert scores.bootstrap_interval(np.ones(108, dtype=bool), wells) == pytest.approx(
+        (0.73535, 1), abs=1e-5
+    )
+
+
 def test_one_well_has_no_interval() -> None:
     assert scores.bootstrap_interval([True, False], ["A01", "A01"]) is None
 

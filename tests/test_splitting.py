@@ -1,4 +1,4 @@
-"""Splits and their leaks, on small analytic cases and on the published plate's metadata."""
+"""Splits on small analytic cases and on the published plate's metadata."""
 
 import csv
 import random
@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellstore.errors import UserInputError
-from cellstore.ops.leaks import LeakKind, Member, leaks, normalised_name
 from cellstore.ops.splitting import (
     Assignment,
     SplitImage,
@@ -213,58 +212,3 @@ def test_most_labels_of_the_published_plate_have_one_well() -> None:
     # 236 of the study's 250 labels; the table's one spelling of ME-0328 joins two of them.
     assert len(split.left_out) == 234
     assert all("one group only" in entry.reason for entry in split.left_out)
-
-
-def member(image_id: int, subset: Subset, well: str, label: str, **more) -> Member:
-    return Member(image_id, subset, label, well, more.pop("plate", "P1"), **more)
-
-
-def test_a_clean_split_has_no_finding() -> None:
-    check = leaks(
-        [
-            member(1, Subset.TRAIN, "A01", "a", digests=("x",), pert_iname="a"),
-            member(2, Subset.TEST, "A02", "a", digests=("y",), pert_iname="a"),
-            member(3, Subset.TEST, "A01", "a", plate="P2"),
-        ]
-    )
-    assert check.findings == ()
-    assert (check.n_images, check.n_wells, check.n_labels) == (3, 3, 1)
-    assert (check.wells_on_both_sides, check.labels_on_both_sides) == (0, 1)
-
-
-def test_every_kind_of_leak_is_found_and_counted() -> None:
-    check = leaks(
-        [
-            member(1, Subset.TRAIN, "A01", "a", digests=("x", "z"), pert_iname="FK-866"),
-            member(2, Subset.VALIDATION, "A01", "a"),
-            member(3, Subset.TEST, "A02", "a", digests=("x",), pert_iname="fk 866"),
-            member(4, Subset.TEST, "A03", "b", pert_iname="other"),
-        ]
-    )
-    found = {finding.kind: finding for finding in check.findings}
-    assert found.keys() == set(LeakKind)
-    assert all(finding.count == 1 for finding in found.values())
-    assert found[LeakKind.WELL].examples == ("P1 A01",)
-    assert found[LeakKind.FILE].examples == ("x",)
-    assert found[LeakKind.SPELLING].examples == ("'FK-866' (train) = 'fk 866' (test)",)
-    assert found[LeakKind.CLASS].examples == ("b: not in train",)
-    assert found[LeakKind.WELL].message == "1 of 3 wells have images on both sides."
-
-
-def test_examples_are_few_and_counts_are_whole() -> None:
-    rows = [
-        member(i * 2 + j, side, f"A{i:02}", "a")
-        for i in range(9)
-        for j, side in enumerate((Subset.TRAIN, Subset.TEST))
-    ]
-    (finding,) = leaks(rows, examples=3).findings
-    assert (finding.count, finding.examples) == (9, ("P1 A00", "P1 A01", "P1 A02"))
-
-
-@pytest.mark.parametrize("name", ["ME-0328", "ME0328", "me 0328", "ME_0328", "ME‐0328"])  # noqa: RUF001
-def test_spellings_of_one_compound_are_one(name: str) -> None:
-    assert normalised_name(name) == "me0328"
-
-
-def test_different_compounds_stay_different() -> None:
-    assert len({normalised_name(n) for n in ("AZ-7", "AZ-77", "(R)-AZ7", "(S)-AZ7")}) == 4

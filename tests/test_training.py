@@ -10,11 +10,16 @@ import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
 
-from cellstore.errors import UserInputError
+from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.ops.augmentation import seed_of
 from cellstore.ops.crops import CellBlock
 from cellstore.ops.nets import FusionNet, NetShape, build_net
+from cellstore.ops.objectives import FocalLoss, balanced_weights, make_loss
 from cellstore.ops.scaling import Scaler
+from cellstore.ops.schedules import Schedule
+from cellstore.ops.teams import check_device
 from cellstore.ops.training import EpochMetrics, FitConfig, fit, predict_batch
+from cellstore.ops.training_state import TrainingState
 
 SHAPE = NetShape(n_classes=3, n_features=2, attention_width=16, projection_width=16, dropout=0.1)
 CONFIG = FitConfig(learning_rate=2e-3, max_epochs=2, patience=2, device="cpu", seed=1)
@@ -135,7 +140,7 @@ def test_a_step_is_that_of_adam_with_weight_decay() -> None:
     ours, plain = tiny(), tiny()
     config = dataclasses.replace(CONFIG, max_epochs=1, weight_decay=0.3)
     fit(ours, lambda _: [batch, batch], lambda _: [batch], config)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(seed_of(config.seed, 0, 0))
     optimizer = torch.optim.Adam(plain.parameters(), lr=2e-3, weight_decay=0.3)
     for _ in range(2):
         optimizer.zero_grad()
@@ -155,7 +160,7 @@ def test_it_stops_early_and_gives_back_the_best_epoch() -> None:
         lambda _: [train] * 5,
         lambda _: [validation],
         dataclasses.replace(CONFIG, max_epochs=50, patience=3, learning_rate=0.05),
-        seen.append,
+        lambda epoch, _: seen.append(epoch),
     )
     assert result.stopped_early
     assert len(result.epochs) == result.best_epoch + 3
@@ -202,7 +207,7 @@ def test_nothing_is_printed_or_written_and_random_numbers_stay(
 
 
 def test_ctrl_c_comes_out() -> None:
-    def stop(_: EpochMetrics) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -224,6 +229,146 @@ def test_what_cannot_be_trained_on_is_refused() -> None:
             fit(tiny(), lambda _, t=train: t, lambda _, v=validation: v, CONFIG)
 
 
+def test_a_training_goes_on_from_any_epoch_as_if_there_had_been_no_break() -> None:
+    block = cells(24, 0)
+    config = dataclasses.replace(CONFIG, max_epochs=5, patience=9, schedule="cosine")
+    kept: list[bytes] = []
+
+    def run(start: TrainingState | None = None, net: Tiny | None = None):
+        return fit(
+            net or with_norm(),
+            lambda _: in_batches(block, 5),
+            lambda _: [block],
+            config,
+            lambda _, snapshot: kept.append(snapshot().to_bytes()),
+            start=start,
+        )
+
+    whole = run()
+    for epoch in (1, 4, 5):  # 5: only what is done at the end was left
+        again = run(TrainingState.from_bytes(kept[epoch - 1]))
+        torch.testing.assert_close(again.state, whole.state, rtol=0, atol=0)
+        assert without_time(again.epochs) == without_time(whole.epochs)
+        assert again.best_epoch == whole.best_epoch
+    with pytest.raises(StorageError, match="another network"):
+        run(TrainingState.from_bytes(kept[0]), tiny())
+    for damaged in (b"", kept[0][:-9], b"\xff" * 99):
+        with pytest.raises(StorageError, match="damaged"):
+            TrainingState.from_bytes(damaged)
+
+
+def with_norm() -> Tiny:
+    net = tiny()
+    net.layer = torch.nn.Sequential(
+        torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(), torch.nn.Linear(4, 3)
+    )
+    return net
+
+
+def without_time(epochs: tuple[EpochMetrics, ...]) -> list[EpochMetrics]:
+    return [dataclasses.replace(epoch, seconds=0.0) for epoch in epochs]
+
+
+def test_the_best_epoch_is_that_of_the_monitor() -> None:
+    # Labels of validation are turned by one and then back again: the loss is lowest at the start,
+    # the accuracy after all was learned.
+    train, config = cells(12, 0), dataclasses.replace(CONFIG, learning_rate=0.05, max_epochs=4)
+    turned = dataclasses.replace(train, labels=(train.labels + 1) % 3)
+    sides = [train, turned, turned, train]
+    config = dataclasses.replace(config, patience=4)
+
+    def best(monitor: str) -> EpochMetrics:
+        chosen = dataclasses.replace(config, monitor=monitor)
+        result = fit(tiny(), lambda _: [train] * 20, lambda epoch: [sides[epoch]], chosen)
+        key = {"loss": lambda e: -e.validation_loss, "accuracy": lambda e: e.validation_accuracy}
+        found = max(result.epochs, key=key[monitor])
+        assert result.best_epoch == found.epoch
+        return found
+
+    assert best("accuracy").validation_accuracy == 1
+    best("loss")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (Schedule("step", 12, 0, 5, 0.5), [1] * 5 + [0.5] * 5 + [0.25] * 2),
+        (Schedule("step", 4, 1, 2, 0.1), [0.5, 1, 0.1, 0.1]),
+        (Schedule("cosine", 4), [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
+        (Schedule("cosine", 5, 3), [0.25, 0.5, 0.75, 1, 0.5]),
+        (Schedule("constant", 4, 2), [1 / 3, 2 / 3, 1, 1]),
+    ],
+)
+def test_rates_of_the_schedules(schedule: Schedule, expected: list[float]) -> None:
+    found = [schedule.factor(epoch) for epoch in range(schedule.epochs)]
+    assert found == pytest.approx(expected)
+
+
+def test_a_focal_loss_without_focus_is_cross_entropy_and_with_it_forgets_the_sure() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn((9, 3), generator=generator)
+    labels = torch.tensor([0, 1, 2, 0, 1, -1, 2, 0, 1])
+    weights = (0.5, 2.0, 1.0)
+    plain = FocalLoss(0.1, torch.tensor(weights), focus=0.0)(scores, labels)
+    torch.testing.assert_close(plain, make_loss("cross-entropy", 0.1, weights)(scores, labels))
+    # By hand, as in Lin et al. 2017: (1 - p) ** 2 * -log p of the true class.
+    known = labels >= 0
+    p = torch.softmax(scores[known], dim=1)[torch.arange(8), labels[known]]
+    expected = ((1 - p) ** 2 * -p.log()).mean()
+    torch.testing.assert_close(make_loss("focal", 0.0)(scores, labels), expected)
+
+
+def test_weights_balance_the_classes_and_losses_are_means_over_weights() -> None:
+    assert balanced_weights([6, 2, 0]) == pytest.approx((8 / 12, 2.0, 1.0))
+    block = cells(13, 0)
+    block = dataclasses.replace(block, labels=(torch.arange(13) > 8).long())
+    weighted = dataclasses.replace(CONFIG, class_weights=(0.5, 4.0, 1.0), max_epochs=1)
+    loss = [
+        fit(tiny(), lambda _: [block], lambda _, n=n: in_batches(block, n), weighted)
+        .epochs[0]
+        .validation_loss
+        for n in (13, 5)
+    ]
+    assert loss[0] == pytest.approx(loss[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_every_recipe_trains(precision: str) -> None:
+    block = cells(12, 0)
+    config = dataclasses.replace(
+        CONFIG,
+        loss="focal",
+        schedule="cosine",
+        warmup_epochs=1,
+        augment=("flips", "rotations", "intensity"),
+        precision=precision,
+        max_epochs=8,
+        patience=8,
+        learning_rate=0.05,
+    )
+    result = fit(tiny(), lambda _: [block] * 3, lambda _: [block], config)
+    assert result.epochs[-1].validation_accuracy == 1
+    assert {value.dtype for value in result.state.values()} == {torch.float32}
+
+
+def test_augmentation_is_for_training_and_new_at_each_step() -> None:
+    seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+
+    class Looks(Tiny):
+        def forward(self, crops, features):
+            seen[self.training].append(crops["mask"].clone())
+            return super().forward(crops, features)
+
+    block = cells(6, 0)
+    config = dataclasses.replace(CONFIG, augment=("flips", "rotations"))
+    fit(Looks(), lambda _: [block, block], lambda _: [block], config)
+    assert all(torch.equal(crops, block.crops["mask"]) for crops in seen[False])
+    trained = [*seen[True], block.crops["mask"]]
+    assert len(trained) == 5
+    for index, crops in enumerate(trained):
+        assert not any(torch.equal(crops, other) for other in trained[:index])
+
+
 def test_settings_that_make_no_sense_are_refused() -> None:
     for wrong in (
         {"learning_rate": 0},
@@ -231,6 +376,11 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         {"batch_size": 1},
         {"label_smoothing": 1.0},
         {"weight_decay": -1},
+        {"schedule": "stairs"},
+        {"warmup_epochs": 50},
+        {"loss": "hinge"},
+        {"augment": ("noise",)},
+        {"monitor": "luck"},
     ):
         with pytest.raises(UserInputError):
             FitConfig(**wrong)
@@ -242,6 +392,21 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserInputError, match="No CUDA device"):
         fit(tiny(), lambda _: [], lambda _: [], FitConfig(device="cuda"))
+
+
+def test_a_precision_that_is_not_possible_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserInputError, match="Precision 16 needs a GPU"):
+        check_device("auto", "16", 1)
+    with pytest.raises(UnknownNameError, match=r"Unknown precision '8'. Known: 32, bf16, 16"):
+        check_device("cpu", "8", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserInputError, match="cannot compute in bf16"):
+        check_device("auto", "bf16", 1)
+    with pytest.raises(UserInputError, match="2 GPUs here, not 3"):
+        check_device("cuda", "32", 3)
 
 
 def test_probabilities_add_to_one_and_training_state_does_not_matter() -> None:

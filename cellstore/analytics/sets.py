@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,31 @@ import pyarrow as pa
 from pyarrow.dataset import Dataset, dataset
 
 from ..artifacts import ArtifactFolder
-from ..errors import StorageError
+from ..db.models import METADATA
+from ..errors import StorageError, UserInputError
 from ..terms import FeatureStorage
 from .schema import TABLES, quoted
 from .source import Source
+from .views import views
 
 CELL_ID = pa.field("cell_id", pa.int64())
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
+
+
+def check_set_name(name: str, option: str = "--name") -> str:
+    """Return the name of a feature set, if it can be one; ``option`` is what gives another.
+
+    Raises:
+        UserInputError: it is no plain name, or that of a table.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserInputError(
+            f"{name!r} cannot name a feature set. Use small letters, digits and _ (up to 63), a "
+            f"letter first: {option} nuclei_v2"
+        )
+    if name in METADATA.tables or name in {view.name for view in views()}:
+        raise UserInputError(f"{name!r} is the name of a table. Give another {option}.")
+    return name
 
 
 @dataclass(frozen=True)

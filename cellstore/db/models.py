@@ -16,17 +16,18 @@ from ..terms import (
     ArtifactKind,
     Control,
     FeatureStorage,
-    GroupLevel,
     LabelField,
     Perturbation,
     Severity,
     Stage,
     Status,
-    Subset,
 )
 from .quality_models import CellFlag as CellFlag
 from .quality_models import ImageFlag as ImageFlag
 from .quality_models import ImageQuality as ImageQuality
+from .split_models import Split as Split
+from .split_models import SplitGroup as SplitGroup
+from .split_models import SplitMember as SplitMember
 from .types import Base, BigId, Id, Name, Sha256, by_value
 
 
@@ -175,38 +176,6 @@ class Label(Base):
     id: Mapped[Id]
     field: Mapped[LabelField] = mapped_column(by_value(LabelField))
     value: Mapped[str] = mapped_column(Text)
-
-
-class Split(Base):
-    """A named assignment of images to sides; ``frozen_at``: since when a run relies on it."""
-
-    __tablename__ = "splits"
-
-    id: Mapped[Id]
-    name: Mapped[Name] = mapped_column(unique=True)
-    recipe_id: Mapped[int] = mapped_column(BigId, ForeignKey("recipes.id"))
-    protocol: Mapped[Name]
-    field: Mapped[LabelField] = mapped_column(by_value(LabelField))
-    group_level: Mapped[GroupLevel] = mapped_column(by_value(GroupLevel))
-    seed: Mapped[int]
-    query: Mapped[str] = mapped_column(Text)
-    fingerprint: Mapped[Sha256]
-    left_out: Mapped[dict[str, Any]]
-    created_at: Mapped[datetime]
-    frozen_at: Mapped[datetime | None]
-
-
-class SplitMember(Base):
-    """The side and the label of one image in one split."""
-
-    __tablename__ = "split_members"
-
-    split_id: Mapped[int] = mapped_column(BigId, ForeignKey("splits.id"), primary_key=True)
-    image_id: Mapped[int] = mapped_column(
-        BigId, ForeignKey("images.id"), primary_key=True, index=True
-    )
-    subset: Mapped[Subset] = mapped_column(by_value(Subset))
-    label_id: Mapped[int] = mapped_column(BigId, ForeignKey("labels.id"))
 
 
 class Run(Base):

@@ -22,6 +22,7 @@ from sqlalchemy.exc import DatabaseError as SqlDatabaseError
 from sqlalchemy.orm import Session
 
 from ..errors import ConflictError, DatabaseError, MissingExtraError, StorageError, UserInputError
+from .guards import refusal
 
 SQLITE_BUSY_MS = 300_000  # a table of a million rows is one transaction of a minute
 UNWRITABLE = re.compile(
@@ -72,6 +73,8 @@ def _translated(database: Database) -> Iterator[None]:
     try:
         yield
     except SqlDatabaseError as error:
+        if (refused := refusal(error)) is not None:
+            raise refused from error
         # Its other kinds (integrity, programming) are not about the database's own health,
         # but for a parameter of the URL that the driver does not know.
         unconnected = type(error) is ProgrammingError and error.statement is None
@@ -173,6 +176,8 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     cursor.execute("PRAGMA synchronous = NORMAL")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.execute(f"PRAGMA cache_size = {-SQLITE_CACHE_KIB}")
+    # As PostgreSQL and DuckDB do, so that one --where chooses the same images everywhere.
+    cursor.execute("PRAGMA case_sensitive_like = ON")
     cursor.close()
 
 

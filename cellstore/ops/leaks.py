@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from cellstore.terms import Subset
+from cellstore.terms import GroupLevel, Subset
+
+from .compounds import Compound, SameCompounds, normalised_name
+
+Place = tuple[str, str]
+"""Plate and well."""
+UNKNOWN = Compound()
 
 
 class LeakKind(StrEnum):
@@ -17,31 +21,44 @@ class LeakKind(StrEnum):
 
     WELL = "well"
     FILE = "file"
+    PLATE = "plate"
+    COMPOUND = "compound"
     SPELLING = "spelling"
+    STRUCTURE = "structure"
     CLASS = "class"
+    CONFOUNDED_PLATE = "class and plate"
+    CONFOUNDED_POSITION = "class and position"
+
+
+class LeakSeverity(StrEnum):
+    """How bad it is: the test side is seen in training, scores may mislead, or worth knowing."""
+
+    LEAK = "leak"
+    WARNING = "warning"
+    REMARK = "remark"
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """An image of a split.
+    """Images of one well that are on one side under one label.
 
-    ``well`` and ``plate`` are names; the same well name on two plates is two wells. ``digests``
-    are the SHA-256 of its files, as far as known.
+    ``well`` and ``plate`` are names; the same well name on two plates is two wells. ``None``: not
+    known, as in a table that splits compounds.
     """
 
-    image_id: int
     subset: Subset
     label: str
-    well: str
-    plate: str
-    digests: tuple[str, ...] = ()
-    pert_iname: str | None = None
+    plate: str | None = None
+    well: str | None = None
+    compound: Compound = UNKNOWN
+    images: int = 1
 
 
 @dataclass(frozen=True)
 class Finding:
     """One kind of leak: how many wells, files, compounds or classes, and the first few."""
 
+    severity: LeakSeverity
     kind: LeakKind
     message: str
     count: int
@@ -50,7 +67,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class SplitCheck:
-    """All findings (none: nothing found), and how much the sides share."""
+    """All findings (none: nothing found), worst first, and how much the sides share."""
 
     findings: tuple[Finding, ...]
     n_images: int
@@ -61,88 +78,254 @@ class SplitCheck:
     plates_on_both_sides: int
 
 
-def leaks(members: Iterable[Member], examples: int = 5) -> SplitCheck:
-    """Look for the same well, the same file or the same compound on several sides.
+@dataclass
+class _Seen:
+    """What the members are, by what they may share; nothing here grows with images or cells."""
 
-    "Both sides" means at least two of train, validation and test. A class that is not in both
-    train and test is a finding; labels that are on both sides are counted, being wanted. A
-    compound counts as spelled in several ways where names differ only in case, spaces, hyphens
-    or underscores, on whichever side: two spellings are two classes to a network.
+    images: int = 0
+    wells: dict[Place, set[Subset]] = field(default_factory=lambda: defaultdict(set))
+    plates: dict[str, set[Subset]] = field(default_factory=lambda: defaultdict(set))
+    labels: dict[str, set[Subset]] = field(default_factory=lambda: defaultdict(set))
+    places: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
+    trained: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
+    tested: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
+    compounds: dict[Compound, set[tuple[Subset, str]]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
+
+    def add(self, member: Member) -> None:
+        self.images += member.images
+        self.labels[member.label].add(member.subset)
+        self.compounds[member.compound].add((member.subset, member.label))
+        if member.plate is not None:
+            self.plates[member.plate].add(member.subset)
+        if member.plate is not None and member.well is not None:
+            self._add_place((member.plate, member.well), member)
+
+    def _add_place(self, place: Place, member: Member) -> None:
+        self.wells[place].add(member.subset)
+        self.places[member.label].add(place)
+        if member.subset is Subset.TRAIN:
+            self.trained[member.label].add(place)
+        if member.subset is Subset.TEST:
+            self.tested[member.label].add(place)
+
+
+def leaks(
+    members: Iterable[Member],
+    files: Iterable[tuple[str, Subset]] = (),
+    group_level: GroupLevel = GroupLevel.WELL,
+    examples: int = 5,
+) -> SplitCheck:
+    """Look for what lets the test side be seen in training, or lets a score mislead.
+
+    ``files``: the SHA-256 and the side of image files, at least of those that are the same.
+    "Both sides" means at least two of train, validation and test. Leaks: wells, files (and, where
+    the split is by plate or by treatment, those) on both sides; a compound on both sides under
+    two labels, because its names are spelled otherwise or have one structure (InChIKey, SMILES,
+    identifier). Warnings: the same within one label or side; a class that train or test lacks; a
+    compound on both sides where a class has several, so that compounds may be recognised in place
+    of their class; a class on one plate only while others are elsewhere; a class of whose test
+    wells most are told by their position: the training wells in that position of other plates are
+    of that class more than of any other. That plates are on both sides is a remark.
+
+    Memory grows with wells and compounds, not with images.
     """
-    rows = list(members)
-    wells = _sides(rows, lambda m: [f"{m.plate} {m.well}"])
-    labels = _sides(rows, lambda m: [m.label])
-    plates = _sides(rows, lambda m: [m.plate])
+    seen = _Seen()
+    for member in members:
+        seen.add(member)
     found = [
-        _shared(LeakKind.WELL, wells, "wells have images on both sides", examples),
-        _shared(LeakKind.FILE, _files(rows), "files are in images on both sides", examples),
-        _spellings(rows, examples),
-        _missing(labels, examples),
+        _wells(seen, examples),
+        _files(files, examples),
+        _plates(seen, group_level, examples),
+        *_compounds(seen, group_level, examples),
+        _missing(seen, examples),
+        _on_one_plate(seen, examples),
+        _by_position(seen, examples),
     ]
+    ranks = list(LeakSeverity)
     return SplitCheck(
-        findings=tuple(finding for finding in found if finding.count),
-        n_images=len(rows),
-        n_wells=len(wells),
-        n_labels=len(labels),
-        wells_on_both_sides=len(_both(wells)),
-        labels_on_both_sides=len(_both(labels)),
-        plates_on_both_sides=len(_both(plates)),
+        findings=tuple(
+            sorted((f for f in found if f.count), key=lambda f: ranks.index(f.severity))
+        ),
+        n_images=seen.images,
+        n_wells=len(seen.wells),
+        n_labels=len(seen.labels),
+        wells_on_both_sides=sum(len(sides) > 1 for sides in seen.wells.values()),
+        labels_on_both_sides=sum(len(sides) > 1 for sides in seen.labels.values()),
+        plates_on_both_sides=sum(len(sides) > 1 for sides in seen.plates.values()),
     )
 
 
-def normalised_name(name: str) -> str:
-    """``name`` without what spellings of a compound differ in: ``ME-0328`` becomes ``me0328``."""
-    folded = unicodedata.normalize("NFKC", name).casefold()
-    return re.sub(r"[\s_\u002d\u2010-\u2015\u2212]", "", folded)
+def _finding(
+    severity: LeakSeverity, kind: LeakKind, found: Sequence[str], message: str, examples: int
+) -> Finding:
+    return Finding(severity, kind, message, len(found), tuple(found[:examples]))
 
 
-Sides = dict[str, set[Subset]]
+def _number(count: int, noun: str, plural: str | None = None) -> str:
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
-def _sides(rows: Sequence[Member], keys: Callable[[Member], Iterable[str]]) -> Sides:
-    sides: Sides = defaultdict(set)
-    for row in rows:
-        for key in keys(row):
-            sides[key].add(row.subset)
-    return sides
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
-def _files(rows: Sequence[Member]) -> Sides:
-    return _sides(rows, lambda member: member.digests)
+def _wells(seen: _Seen, examples: int) -> Finding:
+    found = [" ".join(place) for place, sides in sorted(seen.wells.items()) if len(sides) > 1]
+    count = _number(len(seen.wells), "well")
+    message = f"{len(found):,} of {count} {_are(len(found))} on both sides."
+    return _finding(LeakSeverity.LEAK, LeakKind.WELL, found, message, examples)
 
 
-def _both(sides: Mapping[str, set[Subset]]) -> list[str]:
-    return sorted(key for key, seen in sides.items() if len(seen) > 1)
+def _files(files: Iterable[tuple[str, Subset]], examples: int) -> Finding:
+    sides: dict[str, set[Subset]] = defaultdict(set)
+    for digest, subset in files:
+        sides[digest].add(subset)
+    found = sorted(digest for digest, on in sides.items() if len(on) > 1)
+    message = f"{_number(len(found), 'image file')} {_are(len(found))} on both sides, byte by byte."
+    return _finding(LeakSeverity.LEAK, LeakKind.FILE, found, message, examples)
 
 
-def _finding(kind: LeakKind, message: str, found: Sequence[str], examples: int) -> Finding:
-    return Finding(kind, f"{len(found)} {message}", len(found), tuple(found[:examples]))
+def _plates(seen: _Seen, level: GroupLevel, examples: int) -> Finding:
+    found = sorted(plate for plate, sides in seen.plates.items() if len(sides) > 1)
+    severity = LeakSeverity.LEAK if level is GroupLevel.PLATE else LeakSeverity.REMARK
+    count = _number(len(seen.plates), "plate")
+    message = f"{len(found):,} of {count} {_are(len(found))} on both sides."
+    return _finding(severity, LeakKind.PLATE, found, message, examples)
 
 
-def _shared(kind: LeakKind, sides: Sides, message: str, examples: int) -> Finding:
-    return _finding(kind, f"of {len(sides)} {message}.", _both(sides), examples)
-
-
-def _missing(labels: Sides, examples: int) -> Finding:
+def _missing(seen: _Seen, examples: int) -> Finding:
     wanted = {Subset.TRAIN, Subset.TEST}
     found = [
-        f"{label}: not in {' and '.join(sorted(wanted - seen))}"
-        for label, seen in sorted(labels.items())
-        if wanted - seen
+        f"{label}: not in {' and '.join(sorted(wanted - sides))}"
+        for label, sides in sorted(seen.labels.items())
+        if wanted - sides
     ]
-    message = f"of {len(labels)} classes are missing in train or test."
-    return _finding(LeakKind.CLASS, message, found, examples)
+    count = _number(len(seen.labels), "class", "classes")
+    message = f"{len(found):,} of {count} {_are(len(found))} missing in train or test."
+    return _finding(LeakSeverity.WARNING, LeakKind.CLASS, found, message, examples)
 
 
-def _spellings(rows: Sequence[Member], examples: int) -> Finding:
-    names: dict[str, Sides] = defaultdict(lambda: defaultdict(set))
-    for row in rows:
-        if row.pert_iname is not None:
-            names[normalised_name(row.pert_iname)][row.pert_iname].add(row.subset)
-    found = [
-        " = ".join(f"{name!r} ({', '.join(sorted(seen))})" for name, seen in sorted(same.items()))
-        for _, same in sorted(names.items())
-        if len(same) > 1
-    ]
-    message = "compounds are spelled in more than one way."
-    return _finding(LeakKind.SPELLING, message, found, examples)
+def _on_one_plate(seen: _Seen, examples: int) -> Finding:
+    found = []
+    for label, places in sorted(seen.places.items()):
+        plates = {plate for plate, _ in places}
+        if len(plates) == 1 and len(seen.plates) > 1:
+            found.append(f"{label}: {min(plates)}")
+    message = (
+        f"{len(found):,} of {_number(len(seen.places), 'class', 'classes')} {_are(len(found))} on "
+        "one plate only: the plate gives it away."
+    )
+    return _finding(LeakSeverity.WARNING, LeakKind.CONFOUNDED_PLATE, found, message, examples)
+
+
+def _by_position(seen: _Seen, examples: int) -> Finding:
+    """Classes that a table of well positions would predict, made from the training wells."""
+    holds: dict[str, dict[str, str]] = defaultdict(dict)
+    for label, places in seen.trained.items():
+        for plate, well in places:
+            holds[well][plate] = label
+    found = []
+    for label, places in sorted(seen.tested.items()):
+        told = sorted({well for plate, well in places if _held(holds[well], plate) == label})
+        if 2 * sum(well in told for _, well in places) > len(places):
+            more = f" and {len(told) - 3} more" if len(told) > 3 else ""
+            found.append(f"{label}: {' '.join(told[:3])}{more}")
+    message = (
+        f"{len(found):,} of {_number(len(seen.tested), 'class', 'classes')} {_are(len(found))} "
+        "predicted by well position alone."
+    )
+    return _finding(LeakSeverity.WARNING, LeakKind.CONFOUNDED_POSITION, found, message, examples)
+
+
+def _held(labels: Mapping[str, str], plate: str) -> str | None:
+    """Return the class that one position holds most on other plates, if it is one."""
+    counts = Counter(label for other, label in labels.items() if other != plate).most_common(2)
+    if not counts or (len(counts) == 2 and counts[0][1] == counts[1][1]):
+        return None
+    return counts[0][0]
+
+
+def _compounds(seen: _Seen, level: GroupLevel, examples: int) -> Iterator[Finding]:
+    same = SameCompounds(seen.compounds)
+    yield _shared_compounds(seen, same, level, examples)
+    by_name: dict[str, set[Compound]] = defaultdict(set)
+    by_structure: dict[str, set[Compound]] = defaultdict(set)
+    for compound in seen.compounds:
+        if compound.name is None:
+            continue
+        by_name[normalised_name(compound.name)].add(compound)
+        for key in compound.structure:
+            by_structure[key].add(compound)
+    yield from _renamed(seen, LeakKind.SPELLING, by_name, level, examples)
+    otherwise = {
+        key: group
+        for key, group in by_structure.items()
+        if len({normalised_name(compound.name or "") for compound in group}) > 1
+    }
+    yield from _renamed(seen, LeakKind.STRUCTURE, otherwise, level, examples)
+
+
+def _shared_compounds(
+    seen: _Seen, same: SameCompounds, level: GroupLevel, examples: int
+) -> Finding:
+    sides: dict[str, set[Subset]] = defaultdict(set)
+    names: dict[str, str] = {}
+    of_label: dict[str, set[str]] = defaultdict(set)
+    for compound, uses in seen.compounds.items():
+        group = same.group(compound)
+        if group is None:
+            continue
+        title = compound.name or compound.identifier or group
+        names[group] = min(title, names.get(group, title))
+        sides[group] |= {subset for subset, _ in uses}
+        for _, label in uses:
+            of_label[label].add(group)
+    by_treatment = level is GroupLevel.TREATMENT
+    coarser = any(len(groups) > 1 for groups in of_label.values())
+    found = sorted(names[group] for group, on in sides.items() if len(on) > 1)
+    found = found if by_treatment or coarser else []  # else the class is the compound
+    severity = LeakSeverity.LEAK if by_treatment else LeakSeverity.WARNING
+    message = (
+        f"{len(found):,} of {_number(len(sides), 'compound')} {_are(len(found))} on both sides"
+        + ("." if by_treatment else ", not only their class.")
+    )
+    return _finding(severity, LeakKind.COMPOUND, found, message, examples)
+
+
+def _renamed(
+    seen: _Seen,
+    kind: LeakKind,
+    groups: Mapping[str, set[Compound]],
+    level: GroupLevel,
+    examples: int,
+) -> Iterator[Finding]:
+    found: dict[LeakSeverity, list[str]] = {LeakSeverity.LEAK: [], LeakSeverity.WARNING: []}
+    for key, compounds in sorted(groups.items()):
+        names = {compound.name for compound in compounds}
+        if len(names) < 2:
+            continue
+        uses = set().union(*(seen.compounds[compound] for compound in compounds))
+        on_sides = len({subset for subset, _ in uses}) > 1
+        counts = len({label for _, label in uses}) > 1 or level is GroupLevel.TREATMENT
+        severity = LeakSeverity.LEAK if on_sides and counts else LeakSeverity.WARNING
+        shown = f" ({key})" if kind is LeakKind.STRUCTURE else ""
+        found[severity].append(_equal(seen, compounds) + shown)
+    for severity, items in found.items():
+        count = _number(len(items), "compound")
+        goes = "goes" if len(items) == 1 else "go"
+        how = (
+            f"{_are(len(items))} spelled in more than one way"
+            if kind is LeakKind.SPELLING
+            else f"{goes} by more than one name"
+        )
+        where = ", on both sides." if severity is LeakSeverity.LEAK else "."
+        yield _finding(severity, kind, items, f"{count} {how}{where}", examples)
+
+
+def _equal(seen: _Seen, compounds: Iterable[Compound]) -> str:
+    sides: dict[str, set[Subset]] = defaultdict(set)
+    for compound in compounds:
+        sides[compound.name or ""] |= {subset for subset, _ in seen.compounds[compound]}
+    return " = ".join(f"{name!r} ({', '.join(sorted(on))})" for name, on in sorted(sides.items()))

@@ -1,10 +1,11 @@
-"""The published network, and the file that rebuilds it.
+"""The published network, and its relatives of other branches and backbones.
 
 Two EfficientNet-B0 branches look at the mask crop and the flow crop of a cell, a third at its
 tabular features; the three are concatenated, weighted element by element by an attention
 network, projected and classified. Widths of the attention and projection layers and the dropout
 rate are not given by the study; the defaults of :class:`NetShape` are cellstore's. A network may
-also have some of the three branches only.
+also have some of the three branches only, a branch that looks at channels of the image, and
+another backbone.
 """
 
 from __future__ import annotations
@@ -15,23 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
-from cellstore.errors import StorageError, UnknownNameError, UserInputError, first_line
-from cellstore.ops.branches import BRANCHES, FLOW, MASK, TABULAR, check_branches
-from cellstore.ops.scaling import Scaler
+from cellstore.errors import UserInputError
+from cellstore.ops.backbones import (
+    EFFICIENTNET_B0,
+    ImageBranch,
+    State,
+    check_backbone,
+    check_crop_size,
+    imagenet_state,
+    read_state,
+)
+from cellstore.ops.branches import ALL_BRANCHES, BRANCHES, IMAGE, TABULAR, check_branches
 
 IMAGENET = "imagenet"
-BACKBONES = ("efficientnet_b0",)
-_EMBEDDING = 1280
-"""Channels of the last EfficientNet-B0 stage (Tan and Le 2019, table 1)."""
-
-State = Mapping[str, Tensor]
-
 
 _KINDS: dict[str, Any] = {
     "int": int,
@@ -44,7 +43,11 @@ _KINDS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class NetShape:
-    """What decides the tensors of a network. ``branches`` are all or some of ``BRANCHES``."""
+    """What decides the tensors of a network.
+
+    ``branches`` are some of ``ALL_BRANCHES``. ``image_channels`` are those of the mask crop and of
+    the flow crop, ``plane_channels`` those of branch ``image``.
+    """
 
     n_classes: int
     n_features: int
@@ -53,24 +56,34 @@ class NetShape:
     attention_width: int = 256
     projection_width: int = 256
     dropout: float = 0.5
-    backbone: str = "efficientnet_b0"
+    backbone: str = EFFICIENTNET_B0
     branches: tuple[str, ...] = BRANCHES
+    plane_channels: int = 0
 
     def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise UnknownNameError.of("backbone", self.backbone, BACKBONES)
+        check_backbone(self.backbone)
         if self.branches != check_branches(self.branches):
-            raise UserInputError(f"The branches of a network come in the order {BRANCHES}.")
+            raise UserInputError(f"The branches of a network come in the order {ALL_BRANCHES}.")
         sizes = (
             self.n_classes,
             self.n_features if TABULAR in self.branches else 1,
             self.image_channels,
+            self.plane_channels if IMAGE in self.branches else 1,
             self.tabular_width,
             self.attention_width,
             self.projection_width,
         )
         if min(sizes) < 1 or not 0 <= self.dropout < 1:
             raise UserInputError("Sizes of a network must be 1 or more, its dropout below 1.")
+
+    @property
+    def pictures(self) -> dict[str, int]:
+        """The channels of each branch that looks at crops."""
+        return {
+            name: self.plane_channels if name == IMAGE else self.image_channels
+            for name in self.branches
+            if name != TABULAR
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -92,18 +105,20 @@ class NetShape:
 
 
 class FusionNet(nn.Module):
-    """The published network, or one of fewer branches; see the module's description.
+    """The published network, or one of other branches; see the module's description.
 
-    The branches are the modules ``mask_branch``, ``flow_branch`` and ``tabular_branch``.
+    The branches are the modules ``mask_branch``, ``flow_branch``, ``image_branch`` and
+    ``tabular_branch``, those of them that ``shape.branches`` names.
     """
 
     def __init__(self, shape: NetShape) -> None:
         super().__init__()
         self.shape = shape
-        widths = {MASK: _EMBEDDING, FLOW: _EMBEDDING, TABULAR: shape.tabular_width}
-        fused = sum(widths[name] for name in shape.branches)
+        fused = 0
         for name in shape.branches:
-            made = tabular_branch(shape) if name == TABULAR else image_branch(shape.image_channels)
+            channels = shape.pictures.get(name)
+            made = ImageBranch(channels, shape.backbone) if channels else tabular_branch(shape)
+            fused += made.width if isinstance(made, ImageBranch) else shape.tabular_width
             self.add_module(_module(name), made)
         self.attention = nn.Sequential(
             nn.Linear(fused, shape.attention_width),
@@ -117,15 +132,21 @@ class FusionNet(nn.Module):
     def forward(self, crops: Mapping[str, Tensor], features: Tensor) -> Tensor:
         """Class scores before softmax, (N, n_classes) float32.
 
-        ``crops`` of each image branch are (N, image_channels, S, S), ``features`` (N, n_features);
-        all float32, normalised. What no branch of the network looks at may be absent, or of any
-        shape. While training, N must be 2 or more (batch normalisation).
+        ``crops`` of each branch are (N, channels, S, S), with the channels that ``shape.pictures``
+        says, ``features`` (N, n_features); all float32, normalised. What no branch of the network
+        looks at may be absent, or of any shape. While training, N must be 2 or more (batch
+        normalisation).
         """
         given = {**crops, TABULAR: features}
         seen = [self.get_submodule(_module(name))(given[name]) for name in self.shape.branches]
         fused = torch.cat(seen, dim=1)
         scores: Tensor = self.classifier(self.projection(fused * self.attention(fused)))
         return scores
+
+    def image_branches(self) -> dict[str, ImageBranch]:
+        """The branches that look at crops, by name."""
+        modules = {name: self.get_submodule(_module(name)) for name in self.shape.pictures}
+        return {name: made for name, made in modules.items() if isinstance(made, ImageBranch)}
 
 
 def _module(branch: str) -> str:
@@ -142,34 +163,21 @@ def tabular_branch(shape: NetShape) -> nn.Sequential:
     )
 
 
-def image_branch(channels: int) -> nn.Sequential:
-    """EfficientNet-B0 without its classifier: (N, channels, S, S) to (N, 1280)."""
-    whole = efficientnet_b0(weights=None)
-    stem = whole.features[0][0]
-    whole.features[0][0] = nn.Conv2d(
-        channels,
-        stem.out_channels,
-        kernel_size=stem.kernel_size,
-        stride=stem.stride,
-        padding=stem.padding,
-        bias=False,
-    )
-    nn.init.kaiming_normal_(whole.features[0][0].weight, mode="fan_out")
-    return nn.Sequential(whole.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-def build_net(shape: NetShape, weights: str | Path | None = None, seed: int = 0) -> FusionNet:
+def build_net(
+    shape: NetShape, weights: str | Path | None = None, seed: int = 0, crop_size: int | None = None
+) -> FusionNet:
     """A new network on the CPU, in training mode; the same seed gives the same numbers.
 
-    ``weights`` start the image branches: ``None`` (random), ``"imagenet"`` (fetched through
-    torchvision and kept in its cache) or the path of a state dict of torchvision's
-    ``efficientnet_b0`` (``.pth`` or ``.safetensors``). The first convolution is made to fit: the
-    filters of red, green and blue come first, each further channel gets their mean.
+    ``weights`` start the branches that look at crops: ``None`` (random), ``"imagenet"`` (fetched
+    through torchvision and kept in its cache) or the path of a state dict of torchvision's network
+    of that backbone (``.pth`` or ``.safetensors``). The first convolution is made to fit: the
+    filters of red, green and blue come first, each further channel gets their mean. With
+    ``crop_size``, in pixels, it is tried whether the backbone takes such crops.
 
-    Raises ``UserInputError`` if the weights cannot be fetched, read, are of another network, or
-    the network has no image branch to start from them.
+    Raises ``UserInputError`` if the weights cannot be fetched, read, are of another network, the
+    network has no such branch to start from them, or the crops do not fit the backbone.
     """
-    if weights is not None and set(shape.branches) <= {TABULAR}:
+    if weights is not None and not shape.pictures:
         raise UserInputError(
             "A network that looks at no images has nothing to start from weights; leave them at "
             "'none'."
@@ -177,147 +185,18 @@ def build_net(shape: NetShape, weights: str | Path | None = None, seed: int = 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = FusionNet(shape)
+    branches = net.image_branches()
+    for name, branch in branches.items():
+        if crop_size is not None:
+            check_crop_size(branch, shape.pictures[name], crop_size)
     if weights is not None:
-        _start_from(net, _imagenet_state() if weights == IMAGENET else _read_state(Path(weights)))
+        state = _state(weights, shape.backbone)
+        for branch in branches.values():
+            branch.start_from(state)
     return net
 
 
-def _imagenet_state() -> State:
-    source = EfficientNet_B0_Weights.IMAGENET1K_V1
-    try:
-        state: State = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise UserInputError(
-            f"The ImageNet weights could not be fetched ({error}). Download {source.url} where "
-            "there is a network and give the path of that file as the weights, or train from "
-            "random weights with 'none'."
-        ) from error
-    return state
-
-
-def _read_state(path: Path) -> State:
-    try:
-        if path.suffix == ".safetensors":
-            return load_tensors(path.read_bytes())
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserInputError(f"There is no file of weights {path}; check the path.") from error
-    except Exception as error:  # torch raises errors of many kinds for a file that is no state
-        raise UserInputError(
-            f"{path} cannot be read as weights ({first_line(error)}). Give a state dict of "
-            "torchvision's efficientnet_b0, as .pth or .safetensors."
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserInputError(f"{path} holds no state dict; save net.state_dict() and give that.")
-    return state
-
-
-def _start_from(net: FusionNet, state: State) -> None:
-    body = {
-        name.removeprefix("features."): value
-        for name, value in state.items()
-        if name.startswith("features.")
-    }
-    try:
-        stem = body["0.0.weight"]
-        body["0.0.weight"] = _fit_channels(stem, net.shape.image_channels)
-        for name in net.shape.branches:
-            if name != TABULAR:
-                net.get_submodule(f"{_module(name)}.0").load_state_dict(body)
-    except (KeyError, RuntimeError, IndexError) as error:
-        raise UserInputError(
-            "These are not the weights of torchvision's efficientnet_b0 "
-            f"({first_line(error)}). Give a state dict of that network."
-        ) from error
-
-
-def _fit_channels(stem: Tensor, channels: int) -> Tensor:
-    mean = stem.mean(dim=1, keepdim=True)
-    return torch.cat([stem, *[mean] * channels], dim=1)[:, :channels]
-
-
-@dataclass(frozen=True)
-class CheckpointMeta:
-    """What has to stand beside the tensors of a network to use it again.
-
-    ``labels`` are the classes in the order of the network's outputs, values of ``field``.
-    Crops are resized to ``crop_size`` and normalised as ``(x - crop_mean) / crop_std``.
-    ``fingerprints`` name the recipes and the split the network comes from. ``feature_set`` is the
-    one whose columns the network reads, those that the scaler names.
-    """
-
-    shape: NetShape
-    labels: tuple[str, ...]
-    field: str
-    scaler: Scaler
-    crop_size: int
-    fingerprints: Mapping[str, str]
-    crop_mean: float = 0.5
-    crop_std: float = 0.5
-    feature_set: str | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.labels) != self.shape.n_classes or len(set(self.labels)) < len(self.labels):
-            raise UserInputError(
-                f"A network of {self.shape.n_classes} classes needs as many different labels, "
-                f"there are {len(set(self.labels))}."
-            )
-        if len(self.scaler.names) != self.shape.n_features:
-            raise UserInputError(
-                f"A network of {self.shape.n_features} features cannot use a scaler of "
-                f"{len(self.scaler.names)}."
-            )
-
-    def to_json(self) -> dict[str, Any]:
-        """A record that ``json.dumps`` takes as it is."""
-        return {
-            "shape": self.shape.to_json(),
-            "labels": list(self.labels),
-            "field": self.field,
-            "scaler": self.scaler.to_json(),
-            "crop": {"size": self.crop_size, "mean": self.crop_mean, "std": self.crop_std},
-            "fingerprints": dict(self.fingerprints),
-            "feature_set": self.feature_set,
-        }
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> CheckpointMeta:
-        """The record that :meth:`to_json` made; raises ``UserInputError`` if it is not one."""
-        try:
-            crop = record["crop"]
-            return cls(
-                shape=NetShape.from_json(record["shape"]),
-                labels=tuple(str(label) for label in record["labels"]),
-                field=str(record["field"]),
-                scaler=Scaler.from_json(record["scaler"]),
-                crop_size=int(crop["size"]),
-                fingerprints={str(k): str(v) for k, v in record["fingerprints"].items()},
-                crop_mean=float(crop["mean"]),
-                crop_std=float(crop["std"]),
-                feature_set=record.get("feature_set"),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserInputError(f"This does not describe a checkpoint: {error!r}.") from error
-
-
-def save_net(state: State) -> bytes:
-    """The tensors of a state dict as a safetensors file."""
-    return save_tensors({name: value.detach().cpu().contiguous() for name, value in state.items()})
-
-
-def load_checkpoint(tensors: bytes, record: Mapping[str, Any]) -> tuple[FusionNet, CheckpointMeta]:
-    """The network of ``save_net``'s bytes and of ``CheckpointMeta.to_json``'s record.
-
-    It is ready to predict: in evaluation mode, on the CPU. Raises ``UserInputError`` if the record
-    is not one, ``StorageError`` if the bytes are damaged or do not fit the record.
-    """
-    meta = CheckpointMeta.from_json(record)
-    net = FusionNet(meta.shape)
-    try:
-        net.load_state_dict(load_tensors(tensors))
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise StorageError(
-            f"The checkpoint is damaged or of another network ({first_line(error)}). "
-            "Check the store with 'cellstore verify', or train again."
-        ) from error
-    return net.eval(), meta
+def _state(weights: str | Path, backbone: str) -> State:
+    if weights == IMAGENET:
+        return imagenet_state(backbone)
+    return read_state(Path(weights), backbone)

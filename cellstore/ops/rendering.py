@@ -68,8 +68,17 @@ TREATMENTS = (
     Treatment(
         "demozomib", "PSMB5", Effect(elongation=1.9, diameter=0.92, grain=1.5, coarseness=0.6)
     ),
+    Treatment("demostaurin", "PRKCA", Effect(count=0.5, elongation=1.5, brightness=1.5, dome=1.5)),
+    Treatment("demofetinib", "EGFR", Effect(dome=2.2, brightness=0.6, coarseness=0.7)),
+    Treatment("demotrunculin", "ACTB", Effect(irregularity=6.0, elongation=1.5, brightness=0.8)),
+    Treatment("demoquine", "ATP6V1A", Effect(grain=2.8, coarseness=3.0, diameter=1.15)),
+    Treatment("demonolide", "HSP90AA1", Effect(diameter=0.7, count=1.3, grain=1.6, dome=0.6)),
+    Treatment("democlosporin", "PPP3CA", Effect(brightness=2.0, dome=0.6, grain=0.5)),
 )
-"""What the demo screens: names are invented, ends and targets follow the real classes."""
+"""What a rendered screen tests: names are invented, ends and targets follow the real classes."""
+
+DEMO_TREATMENTS = TREATMENTS[:6]
+"""Those of the demo."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ class PlateDesign:
 
     seed: int = 1
     plates: tuple[str, ...] = ("DEMO0001", "DEMO0002")
-    treatments: tuple[Treatment, ...] = TREATMENTS
+    treatments: tuple[Treatment, ...] = DEMO_TREATMENTS
     control_wells: int = 6
     """DMSO wells per plate."""
     treated_wells: int = 2
@@ -139,6 +148,8 @@ class PlateDesign:
     size: int = 208
     n_channels: int = 3
     effect: float = 1.0
+    well_effect: float = 1.0
+    """Scales what wells and plates do to their cells, whatever the treatment."""
 
     def __post_init__(self) -> None:
         if not 3 <= self.n_channels <= len(CHANNELS):
@@ -209,7 +220,7 @@ def render_field(design: PlateDesign, spec: FieldSpec) -> RenderedField:
     """Render one field; equal arguments give equal pixels."""
     rng = _rng(design.seed, spec.plate, spec.row, spec.column, spec.site)
     effect = spec.treatment.effect.scaled(design.effect)
-    conditions = _conditions(design.seed, spec)
+    conditions = _conditions(design, spec)
     cells = lay_cells(rng, (design.size, design.size), _population(design, effect, conditions))
     brightness = np.exp(0.2 * rng.standard_normal(cells.count + 1)).astype(np.float32)
     brightness *= effect.brightness * conditions.brightness
@@ -235,9 +246,10 @@ def _population(design: PlateDesign, effect: Effect, conditions: _Conditions) ->
     )
 
 
-def _conditions(seed: int, spec: FieldSpec) -> _Conditions:
-    plate, well = _rng(seed, spec.plate, "plate"), _rng(seed, spec.plate, spec.row, spec.column)
-    spread = np.array([0.02, 0.08, 0.10, 0.20, 0.10])
+def _conditions(design: PlateDesign, spec: FieldSpec) -> _Conditions:
+    plate = _rng(design.seed, spec.plate, "plate")
+    well = _rng(design.seed, spec.plate, spec.row, spec.column)
+    spread = design.well_effect * np.array([0.02, 0.08, 0.10, 0.20, 0.10])
     shift = spread * (plate.standard_normal(5) + well.standard_normal(5))
     diameter, count, brightness, background, focus = (float(v) for v in np.exp(shift))
     return _Conditions(diameter, count, brightness, 0.08 * background, 0.8 * focus)

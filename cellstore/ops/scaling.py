@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +16,64 @@ from numpy.typing import ArrayLike, NDArray
 from cellstore.errors import UserInputError
 
 Numbers = NDArray[np.float64]
+
+
+class FeatureScaler(Protocol):
+    """What features are scaled by: :class:`Scaler`, or one that knows plates."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The columns, in their order."""
+
+    @property
+    def gaps(self) -> bool:
+        """Whether a value that is not finite counts as not measured; else it is an error."""
+
+    def transform(self, rows: ArrayLike, plate: str | None = None) -> NDArray[np.float32]:
+        """The (N, F) ``rows`` of cells of one plate (its barcode), scaled, as float32."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A record that ``json.dumps`` takes, and ``normalising.read_scaler`` reads."""
+
+
+class Moments:
+    """Number of values, mean and deviation of each column of rows that come in blocks.
+
+    They are merged as in Chan, Golub and LeVeque (1983), in float64; one block is in memory.
+    ``gaps``: a value that is not finite is not there; else it is an error.
+    """
+
+    def __init__(self, names: Sequence[str], *, gaps: bool = False) -> None:
+        self.names, self.gaps = tuple(names), gaps
+        self.count, self.mean, self._squares = (np.zeros(len(names)) for _ in range(3))
+
+    def add(self, block: ArrayLike) -> None:
+        """Add a block of rows, (N, F).
+
+        Raises ``UserInputError`` where it is not (N, F) or, without ``gaps``, a value is not
+        finite.
+        """
+        rows = checked_rows(self.names, block, self.gaps)
+        if len(rows):
+            self._merge(rows)
+
+    def _merge(self, rows: Numbers) -> None:
+        there = np.isfinite(rows)
+        added = there.sum(axis=0).astype(np.float64)
+        mean = np.where(there, rows, 0.0).sum(axis=0) / np.maximum(added, 1)
+        squares = (np.where(there, rows - mean, 0.0) ** 2).sum(axis=0)
+        total = self.count + added
+        step, present = mean - self.mean, np.maximum(total, 1)
+        self._squares = self._squares + squares + step**2 * (self.count * added / present)
+        self.mean = self.mean + step * (added / present)
+        self.count = total
+
+    def scale(self) -> Numbers:
+        """The population standard deviation of each column, or 1 where it never varies."""
+        deviation = np.sqrt(self._squares / np.maximum(self.count, 1))
+        # A constant column keeps rounding noise in place of an exact 0.
+        varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(self.mean), 1e-300)
+        return np.where(varies, deviation, 1.0)
 
 
 @dataclass(frozen=True)
@@ -38,35 +96,24 @@ class Scaler:
     ) -> Scaler:
         """Fit to ``blocks`` of rows, each (N, F), of which one at a time is in memory.
 
-        Means and variances are merged as in Chan, Golub and LeVeque (1983), in float64. With
-        ``gaps``, a column without a single finite value is not among the names of the scaler.
+        See :class:`Moments`. With ``gaps``, a column without a single finite value is not among
+        the names of the scaler.
 
         Raises ``UserInputError`` where there is no row or no column with a value, a block is not
         (N, F), or, without ``gaps``, a value is not finite.
         """
-        count, mean, squares = (np.zeros(len(names)) for _ in range(3))
+        moments = Moments(names, gaps=gaps)
         for block in blocks:
-            rows = _checked(names, block, gaps)
-            if len(rows):
-                count, mean, squares = _merge(count, mean, squares, rows)
-        if not count.any():
+            moments.add(block)
+        there = moments.count > 0
+        if not there.any():
             raise UserInputError("There are no cells to scale features on; measure images first.")
-        there = count > 0
-        return cls._of(np.array(names)[there], count[there], mean[there], squares[there], gaps)
-
-    @classmethod
-    def _of(
-        cls, names: NDArray[Any], count: Numbers, mean: Numbers, squares: Numbers, gaps: bool
-    ) -> Scaler:
-        deviation = np.sqrt(squares / count)
-        # A constant column keeps rounding noise in place of an exact 0.
-        varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1e-300)
-        scale = np.where(varies, deviation, 1.0)
-        return cls(tuple(names.tolist()), tuple(mean.tolist()), tuple(scale.tolist()), gaps)
+        mean, scale = (tuple(values[there].tolist()) for values in (moments.mean, moments.scale()))
+        return cls(tuple(np.array(names)[there].tolist()), mean, scale, gaps)
 
     def transform(self, rows: ArrayLike, plate: str | None = None) -> NDArray[np.float32]:
-        """The (N, F) ``rows`` scaled, as float32, the same on every plate; raises as ``fit``."""
-        values = _checked(self.names, rows, self.gaps)
+        """The (N, F) ``rows`` scaled, as float32, alike on every plate; raises as :meth:`fit`."""
+        values = checked_rows(self.names, rows, self.gaps)
         scaled: Numbers = (values - np.array(self.mean)) / np.array(self.scale)
         return np.nan_to_num(scaled, copy=False, nan=0.0).astype(np.float32)
 
@@ -91,7 +138,7 @@ class Scaler:
         return cls(names, mean, scale, gaps)
 
 
-def _checked(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
+def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
     """Return the rows as float64, with NaN for each value that is not there."""
     rows = np.asarray(block, dtype=np.float64)
     if rows.ndim != 2 or rows.shape[1] != len(names):
@@ -107,18 +154,3 @@ def _checked(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
             f"Some cells have no finite value of {bad}; exclude them or measure them again."
         )
     return rows
-
-
-def _merge(
-    count: Numbers, mean: Numbers, squares: Numbers, rows: Numbers
-) -> tuple[Numbers, Numbers, Numbers]:
-    """Add rows to the number of values, the mean and the sum of squares of each column."""
-    there = np.isfinite(rows)
-    added = there.sum(axis=0).astype(np.float64)
-    block_mean = np.where(there, rows, 0.0).sum(axis=0) / np.maximum(added, 1)
-    block_squares = (np.where(there, rows - block_mean, 0.0) ** 2).sum(axis=0)
-    total = count + added
-    step = block_mean - mean
-    present = np.maximum(total, 1)
-    merged = squares + block_squares + step**2 * (count * added / present)
-    return total, mean + step * (added / present), merged

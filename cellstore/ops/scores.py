@@ -101,8 +101,9 @@ def bootstrap_interval(
 
     Images of a well are not independent, so wells are what is drawn (Field and Welsh 2007).
     ``correct`` is (N,) booleans, one per image, and ``wells`` (N,) the well of each. The same
-    seed gives the same interval whatever the order of the images. ``None`` for a single well:
-    there is nothing to draw from.
+    seed gives the same interval whatever the order of the images. Where all images are right, or
+    none is, all draws are alike and say nothing; then the interval is that of Clopper and Pearson
+    (1934) for as many wells. ``None`` for a single well: there is nothing to draw from.
     """
     correct, wells = _pair(correct, wells)
     names, well_of = np.unique(wells, return_inverse=True)
@@ -110,9 +111,12 @@ def bootstrap_interval(
         return None
     right = np.bincount(well_of, weights=correct).astype(np.float64)
     images = np.bincount(well_of).astype(np.float64)
+    tail = (1 - level) / 2
+    if not right.any() or (right == images).all():
+        reach = 1 - tail ** (1 / names.size)
+        return (1 - reach, 1.0) if right.any() else (0.0, reach)
     generator = np.random.Generator(np.random.PCG64(seed))
     drawn = [_resample(generator, right, images) for _ in range(resamples)]
-    tail = (1 - level) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return float(low), float(high)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,12 +15,26 @@ from lightning.fabric import Fabric
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cellstore.errors import UserInputError
+from cellstore.errors import (
+    RunCancelledError,
+    StorageError,
+    UnknownNameError,
+    UserInputError,
+    first_line,
+)
+from cellstore.ops.augmentation import augmented, check_augmentations, seed_of
 from cellstore.ops.crops import CellBlock
 from cellstore.ops.nets import FusionNet
+from cellstore.ops.objectives import CROSS_ENTROPY, make_loss
+from cellstore.ops.schedules import STEP, Schedule
+from cellstore.ops.teams import open_fabric, quiet
+from cellstore.ops.training_state import TrainingState
 
 Batches = Callable[[int], Iterable[CellBlock]]
 """The batches of an epoch, counted from 0."""
+
+LOSS, ACCURACY = MONITORS = ("loss", "accuracy")
+"""What of the validation side says which epoch is the best."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +42,12 @@ class FitConfig:
     """How to train. Defaults are the published ones, but ``max_epochs`` and ``patience``.
 
     The study stopped after 13 epochs by early stopping and does not give its patience.
-    ``device`` is ``auto``, ``cpu`` or ``cuda``. The learning rate is multiplied by ``gamma``
-    after every ``step_size`` epochs. ``batch_size`` is for whoever makes the batches.
+    ``schedule``, ``warmup_epochs``, ``step_size`` and ``gamma`` decide the learning rate of each
+    epoch (:class:`~cellstore.ops.schedules.Schedule`), ``loss`` and ``class_weights`` (one for
+    each class) what is made small, ``augment`` how crops are changed at each step
+    (:mod:`~cellstore.ops.augmentation`). ``monitor`` of the validation side chooses the epoch.
+    ``device`` is ``auto``, ``cpu`` or ``cuda``, ``precision`` ``32``, ``bf16`` or ``16``.
+    ``compile``: the network is compiled first. ``batch_size`` is for whoever makes the batches.
     """
 
     learning_rate: float = 1e-4
@@ -44,6 +60,14 @@ class FitConfig:
     batch_size: int = 512
     device: str = "auto"
     seed: int = 0
+    schedule: str = STEP
+    warmup_epochs: int = 0
+    loss: str = CROSS_ENTROPY
+    class_weights: tuple[float, ...] | None = None
+    augment: tuple[str, ...] = ()
+    monitor: str = LOSS
+    precision: str = "32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.weight_decay < 0 or not 0 <= self.label_smoothing < 1:
@@ -55,6 +79,18 @@ class FitConfig:
             raise UserInputError(
                 "Epochs, patience and step size must be 1 or more, the batch size 2 or more."
             )
+        if self.monitor not in MONITORS:
+            raise UnknownNameError.of("monitor", self.monitor, MONITORS)
+        check_augmentations(self.augment)
+        make_loss(self.loss, self.label_smoothing, self.class_weights)
+        self.rates  # noqa: B018 - an unknown schedule is refused here, not in the first epoch
+
+    @property
+    def rates(self) -> Schedule:
+        """How the learning rate goes."""
+        return Schedule(
+            self.schedule, self.max_epochs, self.warmup_epochs, self.step_size, self.gamma
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +112,7 @@ class EpochMetrics:
 
 @dataclass(frozen=True)
 class FitResult:
-    """The tensors (on the CPU) of the epoch of lowest validation loss, and all epochs."""
+    """The tensors (on the CPU) of the best epoch by ``FitConfig.monitor``, and all epochs."""
 
     state: dict[str, Tensor]
     best_epoch: int
@@ -84,33 +120,61 @@ class FitResult:
     stopped_early: bool
 
 
+Snapshot = Callable[[], TrainingState]
+"""Gives what :func:`fit` needs to go on from here."""
+
+OnEpoch = Callable[[EpochMetrics, Snapshot], None]
+
+
 def fit(
     net: FusionNet,
     train_batches: Batches,
     validation_batches: Batches,
     config: FitConfig,
-    on_epoch: Callable[[EpochMetrics], None] = lambda _: None,
+    on_epoch: OnEpoch = lambda _, __: None,
+    *,
+    on_step: Callable[[], None] = lambda: None,
+    start: TrainingState | None = None,
+    fabric: Fabric | None = None,
 ) -> FitResult:
-    """Train ``net`` in place until validation loss has not fallen for ``config.patience`` epochs.
+    """Train ``net`` in place until the monitor is no better for ``config.patience`` epochs.
 
-    Adam, label-smoothing cross-entropy (for validation too), ``StepLR``; running statistics of
-    batch normalisation are means over the first ten batches (see ``_Norms``).
-    ``train_batches(epoch)`` gives batches of two cells or more, with labels of 0 or more.
-    ``on_epoch`` is called after every epoch. On a CPU with a fixed number of threads, the same
-    seed, network and batches give the same result. Nothing is printed, no file is written, and
+    Adam on the loss (which is that of validation, too); running statistics of batch normalisation
+    are means over the first ten batches (see ``_Norms``). ``train_batches(epoch)`` gives batches
+    of two cells or more, with labels of 0 or more. ``on_step`` is called after every training
+    batch, ``on_epoch`` after every epoch; what the latter's snapshot gives is a ``start`` from
+    which the rest of the epochs comes out as if there had been no break. On a CPU with a fixed
+    number of threads, the same seed, network and batches give the same result: random numbers of
+    an epoch depend on the seed and the epoch only. Nothing is printed, no file is written, and
     Ctrl-C comes out as ``KeyboardInterrupt``.
 
-    Raises ``UserInputError`` for an unknown device, a side without cells, a batch of one cell or
-    of cells without a label, or a loss that is no longer finite.
+    ``fabric``: of several processes (:func:`~cellstore.ops.teams.open_fabric`), each of which
+    calls this with batches of its own cells, as many of them as the others have; only the first
+    calls ``on_epoch``. Metrics are those of all cells, on every process.
+
+    Raises ``UserInputError`` for an unknown device, a precision that is not possible, a side
+    without cells, a batch of one cell or of cells without a label, or a loss that is no longer
+    finite; ``StorageError`` for a ``start`` of another network.
     """
-    fabric = _fabric(config.device)
+    fabric = fabric or open_fabric(config.device, config.precision)
     with torch.random.fork_rng(devices=_cuda_devices(fabric)):
-        torch.manual_seed(config.seed)
         trainer = _Trainer(fabric, net, config)
+        if start is not None:
+            trainer.restore(start)
         try:
-            return trainer.run(train_batches, validation_batches, on_epoch)
+            return trainer.run(train_batches, validation_batches, on_epoch, on_step)
+        except Exception as error:
+            raise _explained(error, config) from error
         finally:
             trainer.norms.restore()
+
+
+def _explained(error: Exception, config: FitConfig) -> Exception:
+    if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return UserInputError(
+            f"The network cannot be compiled here ({first_line(error)}). Leave --compile out."
+        )
+    return error
 
 
 def predict_batch(net: FusionNet, batch: CellBlock) -> NDArray[np.float64]:
@@ -131,64 +195,168 @@ def predict_batch(net: FusionNet, batch: CellBlock) -> NDArray[np.float64]:
 class _Trainer:
     def __init__(self, fabric: Fabric, net: FusionNet, config: FitConfig) -> None:
         self.fabric, self.config, self.plain = fabric, config, net
-        optimizer = torch.optim.Adam(
+        self.adam = torch.optim.Adam(
             net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        with _quiet():
-            self.net, self.optimizer = fabric.setup(net, optimizer)
-        self.schedule = torch.optim.lr_scheduler.StepLR(
-            optimizer, step_size=config.step_size, gamma=config.gamma
-        )
+        module: Any = torch.compile(net) if config.compile else net
+        with quiet():
+            self.net, self.optimizer = fabric.setup(module, self.adam)
         self.norms = _Norms(net)
-        self.loss = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.loss = make_loss(config.loss, config.label_smoothing, config.class_weights)
+        self.loss.to(fabric.device)
+        self.epochs: list[EpochMetrics] = []
+        self.best, self.best_state = 0, dict[str, Tensor]()
 
     def run(
-        self, train: Batches, validation: Batches, on_epoch: Callable[[EpochMetrics], None]
+        self,
+        train: Batches,
+        validation: Batches,
+        on_epoch: OnEpoch,
+        on_step: Callable[[], None],
     ) -> FitResult:
-        epochs: list[EpochMetrics] = []
-        best, state = 0, _copy(self.plain)
-        for number in range(self.config.max_epochs):
-            epochs.append(self._epoch(number, train, validation))
-            if number == 0 or epochs[-1].validation_loss < epochs[best].validation_loss:
-                best, state = number, _copy(self.plain)
-            on_epoch(epochs[-1])
-            if number - best >= self.config.patience:
-                return FitResult(state, best + 1, tuple(epochs), stopped_early=True)
-        return FitResult(state, best + 1, tuple(epochs), stopped_early=False)
+        while len(self.epochs) < self.config.max_epochs and not self._has_waited():
+            number = len(self.epochs)
+            self.epochs.append(self._epoch(number, train, validation, on_step))
+            if number == 0 or self._is_better(self.epochs[-1], self.epochs[self.best]):
+                self.best, self.best_state = number, _copy(self.plain)
+            self._tell(on_epoch)
+        return FitResult(
+            self.best_state, self.best + 1, tuple(self.epochs), stopped_early=self._has_waited()
+        )
 
-    def _epoch(self, number: int, train: Batches, validation: Batches) -> EpochMetrics:
+    def _has_waited(self) -> bool:
+        """Whether there was no better epoch for as long as patience lasts."""
+        return len(self.epochs) - 1 - self.best >= self.config.patience
+
+    def _is_better(self, epoch: EpochMetrics, other: EpochMetrics) -> bool:
+        if self.config.monitor == ACCURACY:
+            return epoch.validation_accuracy > other.validation_accuracy
+        return epoch.validation_loss < other.validation_loss
+
+    def _epoch(
+        self, number: int, train: Batches, validation: Batches, on_step: Callable[[], None]
+    ) -> EpochMetrics:
         start = time.perf_counter()
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        torch.manual_seed(seed_of(self.config.seed, number, self.fabric.global_rank))
+        rate = self.config.learning_rate * self.config.rates.factor(number)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        trained = self._mean(self._trained(number, train(number), on_step), "training")
+        self._share_running_statistics()
+        validated = self._mean(self._validated(validation(number)), "validation")
+        return EpochMetrics(number + 1, *trained, *validated, rate, time.perf_counter() - start)
+
+    def _trained(
+        self, number: int, batches: Iterable[CellBlock], on_step: Callable[[], None]
+    ) -> Iterable[Tensor]:
         self.net.train()
-        trained = _mean(map(self._train, train(number)), "training", number)
+        for step, batch in enumerate(batches):
+            if len(batch) < 2:
+                raise UserInputError("A training batch holds one cell; training needs two or more.")
+            entropy = (self.config.seed, number, step, self.fabric.global_rank)
+            seen = augmented(batch.to(self.fabric.device), self.config.augment, entropy)
+            self.norms.step()
+            self.optimizer.zero_grad()
+            loss, tally = self._scored(self.net, seen)
+            self.fabric.backward(loss)
+            self.optimizer.step()
+            yield tally
+            on_step()
+
+    def _validated(self, batches: Iterable[CellBlock]) -> Iterable[Tensor]:
+        # Wrapped for several processes, a network waits for the others at each batch, and they
+        # may have fewer.
+        alone = self.fabric.world_size == 1
+        net = self.net if alone else self.plain
         self.net.eval()
-        with torch.no_grad():
-            validated = _mean(map(self._measure, validation(number)), "validation", number)
-        self.schedule.step()
-        seconds = time.perf_counter() - start
-        return EpochMetrics(number + 1, *trained, *validated, rate, seconds)
+        with torch.no_grad(), nullcontext() if alone else self.fabric.autocast():
+            for batch in batches:
+                yield self._scored(net, batch.to(self.fabric.device))[1]
 
-    def _train(self, batch: CellBlock) -> Tally:
-        if len(batch) < 2:
-            raise UserInputError("A training batch holds one cell; training needs two or more.")
-        self.norms.step()
-        self.optimizer.zero_grad()
-        loss, tally = self._score(batch)
-        self.fabric.backward(loss)
-        self.optimizer.step()
-        return tally
+    def _scored(self, net: Any, batch: CellBlock) -> tuple[Tensor, Tensor]:
+        """The loss, and what :meth:`_mean` adds up: nothing is waited for on an accelerator."""
+        scores, labels = net(batch.crops, batch.features), batch.labels
+        loss = self.loss(scores, labels)
+        known = labels >= 0
+        weights = self.loss.weight
+        weight = known.sum() if weights is None else weights[labels[known]].sum()
+        right = (scores.argmax(dim=1) == labels).sum()
+        parts = (loss.detach().double() * weight, weight, right, known.sum(), (~known).sum())
+        return loss, torch.stack([part.double() for part in parts])
 
-    def _measure(self, batch: CellBlock) -> Tally:
-        return self._score(batch)[1]
-
-    def _score(self, batch: CellBlock) -> tuple[Tensor, Tally]:
-        batch = batch.to(self.fabric.device)
-        if bool((batch.labels < 0).any()):
+    def _mean(self, tallies: Iterable[Tensor], side: str) -> tuple[float, float]:
+        """Loss and accuracy per cell over all batches of all processes."""
+        total = torch.zeros(5, dtype=torch.float64, device=self.fabric.device)
+        for tally in tallies:
+            total += tally
+        if self.fabric.world_size > 1:
+            torch.distributed.all_reduce(total)
+        loss, weight, right, cells, unknown = total.tolist()
+        if unknown:
             raise UserInputError("Some cells to train on have no label; leave them out.")
-        scores = self.net(batch.crops, batch.features)
-        loss = self.loss(scores, batch.labels)
-        right = (scores.argmax(dim=1) == batch.labels).sum()
-        return loss, (float(loss.detach()), int(right), len(batch))
+        if cells == 0:
+            raise UserInputError(
+                f"There are no cells on the {side} side; segment and measure its images, or make "
+                "another split."
+            )
+        if not math.isfinite(loss):
+            raise UserInputError(
+                f"The {side} loss is not finite in epoch {len(self.epochs) + 1}; try a lower "
+                "learning rate."
+            )
+        return loss / weight, right / cells
+
+    def _share_running_statistics(self) -> None:
+        """Give every process those of the first, with which the network is kept."""
+        if self.fabric.world_size > 1:
+            for value in self.plain.buffers():
+                torch.distributed.broadcast(value, 0)
+
+    def _tell(self, on_epoch: OnEpoch) -> None:
+        error: BaseException | None = None
+        if self.fabric.is_global_zero:
+            try:
+                on_epoch(self.epochs[-1], self.snapshot)
+            except BaseException as raised:
+                error = raised
+        if self.fabric.world_size > 1 and self.fabric.broadcast(error is not None):
+            error = error or RunCancelledError("The first process of this training has stopped.")
+        if error is not None:
+            raise error
+
+    def snapshot(self) -> TrainingState:
+        tensors = {f"net.{name}": value for name, value in _copy(self.plain).items()}
+        if self.best != len(self.epochs) - 1:
+            tensors |= {f"best.{name}": value for name, value in self.best_state.items()}
+        for place, values in self.adam.state_dict()["state"].items():
+            kept = {f"adam.{place}.{name}": _to_cpu(value) for name, value in values.items()}
+            tensors |= kept
+        record = {
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "best": self.best,
+            "norm_steps": self.norms.steps,
+            "precision": self.fabric.strategy.precision.state_dict(),
+        }
+        return TrainingState(tensors, record)
+
+    def restore(self, state: TrainingState) -> None:
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.part("adam").items():
+            place, _, what = name.partition(".")
+            moments.setdefault(int(place), {})[what] = value
+        groups = self.adam.state_dict()["param_groups"]
+        try:
+            self.plain.load_state_dict(state.part("net"))
+            self.adam.load_state_dict({"state": moments, "param_groups": groups})
+            self.epochs = [EpochMetrics(**epoch) for epoch in state.record["epochs"]]
+            self.best, self.norms.steps = state.record["best"], state.record["norm_steps"]
+            self.fabric.strategy.precision.load_state_dict(state.record["precision"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"The state of a training is of another network ({first_line(error)}). Train "
+                "anew with --force."
+            ) from error
+        self.best_state = state.part("best") or _copy(self.plain)
 
 
 class _Norms:
@@ -215,53 +383,13 @@ class _Norms:
             layer.momentum = usual
 
 
-Tally = tuple[float, int, int]
-"""Mean loss, number right and number of cells of a batch."""
-
-
-def _mean(tallies: Iterable[Tally], side: str, epoch: int) -> tuple[float, float]:
-    """Loss and accuracy per cell over all batches."""
-    loss, right, cells = 0.0, 0, 0
-    for batch_loss, batch_right, size in tallies:
-        loss, right, cells = loss + batch_loss * size, right + batch_right, cells + size
-    if cells == 0:
-        raise UserInputError(
-            f"There are no cells on the {side} side; segment and measure its images, or make "
-            "another split."
-        )
-    if not math.isfinite(loss):
-        raise UserInputError(
-            f"The {side} loss is not finite in epoch {epoch + 1}; try a lower learning rate."
-        )
-    return loss / cells, right / cells
-
-
 def _copy(net: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in net.state_dict().items()}
+    return {name: _to_cpu(value) for name, value in net.state_dict().items()}
 
 
-def _fabric(device: str) -> Fabric:
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserInputError(f"Unknown device {device!r}; use auto, cpu or cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserInputError("No CUDA device can be used here; choose the device cpu or auto.")
-    with _quiet():
-        return Fabric(accelerator=device, devices=1)
+def _to_cpu(value: Tensor) -> Tensor:
+    return value.detach().cpu().clone()
 
 
 def _cuda_devices(fabric: Fabric) -> list[Any]:
     return [fabric.device] if fabric.device.type == "cuda" else []
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's remarks about hardware and settings off the terminal."""
-    logger = logging.getLogger("lightning.fabric")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

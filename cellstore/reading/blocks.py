@@ -18,7 +18,7 @@ from ..db.models import Image, Plate, Well
 from ..errors import ImageError, StorageError, UserInputError
 from ..ops.branches import BRANCHES, FLOW, IMAGE, MASK, TABULAR
 from ..ops.crops import UNKNOWN_LABEL, CellBlock, crop_cells
-from ..ops.scaling import Scaler
+from ..ops.scaling import FeatureScaler
 from ..ops.windows import CutCells, Pictures, Windows, cut_windows, no_windows, without_pixels
 from ..runs.workspace import Workspace
 from .cells import (
@@ -56,7 +56,7 @@ class BlockReader:
         workspace: Workspace,
         source: CellSource,
         plane: ImageInput,
-        scaler: Scaler,
+        scaler: FeatureScaler,
         crop_size: int,
         classes: Mapping[int, int] | None = None,
         kept_bytes: int | None = None,

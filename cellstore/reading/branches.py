@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
 
-from ..db.models import Image, Segmentation, SplitMember
-from ..errors import UserInputError
-from ..ops.branches import BRANCHES, FLOW, MASK, TABULAR, check_branches
+from ..db.models import Image, ImageFile, Segmentation, SplitMember
+from ..errors import UnknownNameError, UserInputError
+from ..ops.branches import BRANCHES, FLOW, IMAGE, MASK, TABULAR, check_branches
 from ..runs.selection import is_current
+from ..terms import PROJECTION_CHANNEL
 from .cells import CellSource
 
 
@@ -22,6 +23,12 @@ class _Known:
     images: int
     masks: int
     flows: int
+
+    @property
+    def possible(self) -> tuple[str, ...]:
+        """What a network may look at; channels are cut by the boxes of masks."""
+        more = (IMAGE,) if self.masks == self.images else ()
+        return check_branches((*self.branches, *more))
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -47,11 +54,53 @@ def choose_branches(
     if wanted is None:
         return known.branches, _left_out(known)
     chosen = check_branches(wanted)
-    if not set(chosen) <= set(known.branches):
+    if not set(chosen) <= set(known.possible):
         raise UserInputError(
             f"{_lack(known)} Use --branches {','.join(known.branches)}, or ingest what is missing."
         )
     return chosen, None
+
+
+def choose_channels(session: Session, source: CellSource, wanted: Sequence[str]) -> tuple[str, ...]:
+    """Return the channels of branch ``image`` as the store spells them; default: all of them.
+
+    Raises:
+        UnknownNameError: no image of the split has such a channel.
+        UserInputError: some images do not have it, or it is named twice.
+
+    """
+    counts = _channels(session, source)
+    images = _known(session, source).images
+    by_name = {name.lower(): name for name in counts}
+    for name in wanted:
+        if name.lower() not in by_name:
+            raise UnknownNameError.of("channel", name, counts)
+    chosen = tuple(by_name[name.lower()] for name in wanted) or tuple(counts)
+    if len(set(chosen)) < len(chosen) or not chosen:
+        raise UserInputError("Name each channel of the branch image once, with --channels A,B.")
+    for name in chosen:
+        if counts[name] < images:
+            raise UserInputError(
+                f"{images - counts[name]} of the {images} images of the split have no channel "
+                f"{name!r}. Name others with --channels, or ingest what is missing."
+            )
+    return chosen
+
+
+def _channels(session: Session, source: CellSource) -> dict[str, int]:
+    """By channel, in the order of their positions: how many images of the split have it."""
+    member = and_(SplitMember.image_id == Image.id, SplitMember.split_id == source.split_id)
+    query = (
+        select(ImageFile.channel, func.count())
+        .join(Image, Image.id == ImageFile.image_id)
+        .join(Segmentation, is_current())
+        .join(SplitMember, member)
+        .where(Segmentation.recipe_id == source.segment_id, Segmentation.n_cells > 0)
+        .where(ImageFile.channel != PROJECTION_CHANNEL)
+        .group_by(ImageFile.channel)
+        .order_by(func.min(ImageFile.position), ImageFile.channel)
+    )
+    return dict(session.execute(query).all())
 
 
 def _known(session: Session, source: CellSource) -> _Known:

@@ -253,6 +253,14 @@ def _boxes(rows: Any) -> NDArray[np.int64] | None:
     return boxes
 
 
+def plate_of(session: Session, image_id: int) -> str:
+    """Return the barcode of the plate that an image is of."""
+    query = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
+    return session.scalars(
+        query.join(Image, Image.well_id == Well.id).where(Image.id == image_id)
+    ).one()
+
+
 def current_segmentation(session: Session, segment_id: int, image_id: int) -> Segmentation:
     """Return the segmentation of an image as it is now.
 
@@ -403,9 +411,19 @@ def _last_measure_of(session: Session, segment: Recipe) -> Recipe:
         .where(Recipe.id.not_in(in_files))
         .order_by(Run.id.desc())
     )
-    found = session.scalars(query.limit(1)).first()
-    if found is None:
-        raise UserInputError(
-            f"The cells of segment recipe {segment.id} are not measured yet. Run: cellstore measure"
-        )
-    return found
+    return session.scalars(query.limit(1)).first() or _without_built_in(session, segment)
+
+
+def _without_built_in(session: Session, segment: Recipe) -> Recipe:
+    sets = (
+        select(FeatureSet.name)
+        .join(RecipeInput, RecipeInput.recipe_id == FeatureSet.recipe_id)
+        .where(RecipeInput.input_id == segment.id, FeatureSet.storage == FeatureStorage.FILES)
+        .order_by(FeatureSet.id)
+    )
+    names = ", ".join(session.scalars(sets))
+    other = f", or name one of its feature sets with --features: {names}" if names else ""
+    raise UserInputError(
+        f"The cells of segment recipe {segment.id} are not measured yet. Run: cellstore measure"
+        f"{other}"
+    )

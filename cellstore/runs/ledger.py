@@ -9,7 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,26 +18,32 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import and_, delete, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
 from ..db.models import Artifact, Recipe, Run, RunArtifact
 from ..db.session import Database
 from ..db.statements import insert_new
-from ..errors import JobsFailedError, RunCancelledError
-from ..terms import Stage, Status
-from .leases import Owner, bury_runs
+from ..errors import JobsFailedError, RunCancelledError, StoreError, UserInputError
+from ..terms import ArtifactKind, Stage, Status
+from .leases import Owner, bury_runs, shown_worker
 
 PACKAGES = ("cellstore", "numpy", "cellpose", "scikit-image", "torch", "torchvision", "duckdb")
 
 
 @dataclass
 class RunHandle:
-    """A run that is under way; what is put into ``result`` is kept with it."""
+    """A run that is under way; what is put into ``result`` is kept with it.
+
+    ``owner``: the process that alone may close it; none: any. ``at_end`` are done in the
+    transaction that marks it as done.
+    """
 
     id: int
     result: dict[str, Any] = field(default_factory=dict)
+    owner: str | None = None
+    at_end: list[Callable[[Session], None]] = field(default_factory=list)
 
 
 @contextmanager
@@ -50,27 +56,49 @@ def running(
     seed: int | None = None,
     query: str | None = None,
     resume: int | None = None,
+    alone: bool = False,
 ) -> Iterator[RunHandle]:
     """Record a run of ``recipe`` around a block: done at its end, else failed or cancelled.
 
-    ``resume`` goes on with an unfinished run instead of starting another.
+    ``resume`` goes on with an unfinished run instead of starting another. ``alone``: the run is of
+    one process at a time; another may go on with it only when it is over.
+
+    Raises:
+        UserInputError: the run to resume is alone, and another process is at it.
     """
+    owner = Owner.of_this_process().text
     if resume is None:
-        resume = _start(database, recipe, parent_id, split_id, seed, query)
+        resume = _start(database, recipe, parent_id, split_id, seed, query, owner)
     else:
-        _resume(database, resume)
-    handle = RunHandle(resume)
+        _resume(database, resume, owner, alone=alone)
+    handle = RunHandle(resume, owner=owner if alone else None)
     try:
         yield handle
     except (KeyboardInterrupt, RunCancelledError) as error:
         reason = str(error) or "Stopped by Ctrl-C."
-        _set(database, handle.id, status=Status.CANCELLED, error=reason, **_end(handle))
+        _close(database, handle, Status.CANCELLED, reason)
         raise
     except BaseException as error:
-        reason = str(error) or type(error).__name__
-        _set(database, handle.id, status=Status.FAILED, error=reason, **_end(handle))
+        _close(database, handle, Status.FAILED, str(error) or type(error).__name__)
         raise
-    _set(database, handle.id, status=Status.DONE, **_end(handle))
+    _close(database, handle, Status.DONE)
+
+
+def check_still_ours(session: Session, run: RunHandle) -> None:
+    """Find out in a transaction whether to go on with a run that is ours alone.
+
+    Raises:
+        RunCancelledError: it was cancelled by ``cellstore cancel``.
+        StoreError: another process goes on with it.
+    """
+    query = select(Run.status, Run.process).where(Run.id == run.id)
+    status, process = session.execute(query).one()
+    if process != run.owner:
+        raise StoreError(
+            f"Run {run.id} was gone on with by {shown_worker(process)}, so this process ends."
+        )
+    if status is Status.CANCELLED:
+        raise RunCancelledError(f"Run {run.id} was cancelled.")
 
 
 def attach(session: Session, run_id: int, artifact_id: int) -> None:
@@ -93,6 +121,29 @@ def keep_file(session: Session, stored: StoredFile) -> int:
     ).one()
 
 
+def files_of(session: Session, run_id: int, kind: ArtifactKind) -> list[Artifact]:
+    """Return the files of a kind that a run wrote or relies on, the oldest first."""
+    query = (
+        select(Artifact)
+        .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
+        .where(RunArtifact.run_id == run_id, Artifact.kind == kind)
+    )
+    return list(session.scalars(query.order_by(Artifact.id)))
+
+
+def forget_files(session: Session, run_id: int, kind: ArtifactKind) -> list[str]:
+    """Drop the rows of a run's files of a kind that is its own alone; return their paths.
+
+    The files themselves may be removed once the transaction is over, not before.
+    """
+    paths = []
+    for file in files_of(session, run_id, kind):
+        session.execute(delete(RunArtifact).where(RunArtifact.artifact_id == file.id))
+        session.execute(delete(Artifact).where(Artifact.id == file.id))
+        paths.append(file.path)
+    return paths
+
+
 def _start(
     database: Database,
     recipe: Recipe,
@@ -100,6 +151,7 @@ def _start(
     split_id: int | None,
     seed: int | None,
     query: str | None,
+    owner: str,
 ) -> int:
     run = Run(
         stage=Stage(recipe.stage),
@@ -114,7 +166,7 @@ def _start(
         environment=environment(),
         host=socket.gethostname()[:255],
         user=_user(),
-        process=Owner.of_this_process().text,
+        process=owner,
         started_at=datetime.now(UTC),
     )
     with database.begin() as session:
@@ -124,7 +176,7 @@ def _start(
         return run.id
 
 
-def _resume(database: Database, run_id: int) -> None:
+def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None:
     """Open a run again, and keep who goes on with it by which code beside who began."""
     attempt = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -134,20 +186,31 @@ def _resume(database: Database, run_id: int) -> None:
         **environment(),
     }
     with database.begin() as session:
-        run = session.get_one(Run, run_id)
+        bury_runs(session)
+        run = session.scalars(select(Run).where(Run.id == run_id).with_for_update()).one()
+        if alone and run.status is Status.RUNNING:
+            raise UserInputError(
+                f"Run {run.id} is running, at {shown_worker(run.process)}. Wait for it, or, if "
+                f"that machine has lost it, mark it as over: cellstore cancel {run.id}"
+            )
         resumed = [*run.environment.get("resumed", []), attempt]
         run.environment = {**run.environment, "resumed": resumed}
         run.status, run.ended_at, run.error = Status.RUNNING, None, None
-        run.process = Owner.of_this_process().text
+        run.process = owner
 
 
-def _set(database: Database, run_id: int, **values: Any) -> None:
+def _close(database: Database, run: RunHandle, status: Status, error: str | None = None) -> None:
+    values: dict[str, Any] = {"status": status, "ended_at": datetime.now(UTC), "result": run.result}
+    if error is not None:
+        values["error"] = error
+    mine = Run.id == run.id
+    if run.owner is not None:
+        mine = and_(mine, Run.process == run.owner)
     with database.begin() as session:
-        session.execute(update(Run).where(Run.id == run_id).values(**values))
-
-
-def _end(handle: RunHandle) -> dict[str, Any]:
-    return {"ended_at": datetime.now(UTC), "result": handle.result}
+        if status is Status.DONE:
+            for act in run.at_end:
+                act(session)
+        session.execute(update(Run).where(mine).values(**values))
 
 
 def command_line() -> str:

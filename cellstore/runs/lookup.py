@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Select, select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, or_, select
+from sqlalchemy.orm import Session, aliased
 
 from ..db.models import Image, ImageFile, Plate, Recipe, Run, Split, Well
 from ..errors import UnknownNameError, UserInputError
@@ -19,6 +19,9 @@ RUN_WORDS = ("latest", "last")
 def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Run:
     """Return the run with this number, or the ``latest`` finished one of ``stages``.
 
+    Baselines stand behind: they are the latest only where there is nothing else, so that what
+    follows a training by a baseline still means the network.
+
     Raises:
         UnknownNameError: there is none.
 
@@ -27,7 +30,9 @@ def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Ru
     if stages:
         query = query.where(Run.stage.in_(stages))
     if reference in RUN_WORDS:
-        found = session.scalars(query.where(Run.status == Status.DONE).limit(1)).first()
+        done = query.where(Run.status == Status.DONE)
+        ordered = done.order_by(None).order_by(_of_baseline(), Run.id.desc()) if stages else done
+        found = session.scalars(ordered.limit(1)).first()
     else:
         found = session.scalars(query.where(Run.id == _number(reference)).limit(1)).first()
     if found is None:
@@ -35,6 +40,14 @@ def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Ru
         known = [run.id for run in session.scalars(query.limit(5))]
         raise UnknownNameError.of(kind, reference, known)
     return found
+
+
+def _of_baseline() -> ColumnElement[bool]:
+    """Whether a run trained a baseline, or labelled with one."""
+    trained = aliased(Run)
+    query = select(trained.id).join(Recipe, Recipe.id == trained.recipe_id)
+    query = query.where(or_(trained.id == Run.id, trained.id == Run.parent_id))
+    return query.where(Recipe.parameters["baseline"].as_string().is_not(None)).exists()
 
 
 def find_run(session: Session, reference: str, stage: Stage) -> Run:

@@ -34,10 +34,11 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
         query = query.join(Plate, Plate.id == Well.plate_id)
         query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
         query = query.where(condition(selection.where))
-    return query if selection.limit is None else _first(session, query, selection.limit)
+    return query if selection.limit is None else first_of(session, query, selection.limit)
 
 
-def _first(session: Session, query: Select[int], limit: int) -> Select[int]:
+def first_of(session: Session, query: Select[int], limit: int) -> Select[int]:
+    """Return the query of the first ``limit`` images of ``query``, which asks for their ids."""
     # By the id of the last of them, so that what is added later does not change which they are.
     ids = query.order_by(Image.id).limit(limit).subquery()
     last = session.scalar(select(func.max(ids.c.id)))

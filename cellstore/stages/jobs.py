@@ -19,6 +19,9 @@ from ..terms import Stage, Status
 STAGES = (Stage.SEGMENT, Stage.MEASURE, Stage.QC, Stage.PREDICT)
 """The stages that go image by image."""
 
+LISTENING = (*STAGES, Stage.TRAIN)
+"""The stages whose runs look whether they were cancelled."""
+
 
 @dataclass(frozen=True)
 class JobRow:
@@ -235,17 +238,17 @@ def retry(
 
 
 def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:
-    """Mark running runs (None: all that go image by image) as cancelled; return their numbers.
+    """Mark running runs (None: all that listen) as cancelled; return their numbers.
 
     Their process ends within seconds, when the images in its hands are done; of a process that is
-    gone already, the mark says so.
+    gone already, the mark says so. A training has kept what it was at the end of its last epoch.
 
     Raises:
         UnknownNameError: there is no such run.
         UserInputError: it is over, or is of a stage that does not listen.
     """
     with workspace.database.begin() as session:
-        query = select(Run.id).where(Run.status == Status.RUNNING, Run.stage.in_(STAGES))
+        query = select(Run.id).where(Run.status == Status.RUNNING, Run.stage.in_(LISTENING))
         if run is not None:
             query = query.where(Run.id == _running(session, run).id)
         ids = tuple(session.scalars(query.order_by(Run.id)))
@@ -259,7 +262,7 @@ def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:
 
 def _running(session: Session, reference: str) -> Run:
     found = session.get_one(Run, run_in(session, reference).id)
-    if found.stage not in STAGES:
+    if found.stage not in LISTENING:
         raise UserInputError(
             f"Run {found.id} is of the stage {found.stage.value}, which does not listen. Stop it "
             "with Ctrl-C where it runs."

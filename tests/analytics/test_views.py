@@ -87,7 +87,8 @@ def test_well_votes_join_the_cells_of_all_images_of_a_side(workspace: Workspace)
     well = make.well(make.plate(), 1, 1, make.treatment("taxol"))
     images = [make.image(well, site) for site in (1, 2, 3)]
     sides = (Subset.TEST, Subset.TEST, Subset.TRAIN)
-    split = make.split(list(zip(images, sides, [taxol] * 3, strict=True)))
+    members = list(zip(images, sides, [taxol] * 3, strict=True))
+    split = make.split(members, group_level=GroupLevel.IMAGE)
     train = make.run(Stage.TRAIN, split_id=split.id)
     run = make.run(Stage.PREDICT, parent_id=train.id)  # the split is that of the train run
     source = make.run(Stage.SEGMENT)

@@ -18,9 +18,10 @@ spec.loader.exec_module(make_commands)
 
 PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
-init, ingest, refresh, segment, measure, qc, split create, split show, split check, train, predict,
-report, audit image, audit well, audit cell, audit run, sql, export, status, jobs, retry, cancel,
-finetune, verify, doctor, demo, db upgrade, db check, db current
+init, ingest, refresh, segment, measure, qc, contrast, split create, split import, split list,
+split delete, split show, split check, train, predict, report, audit image, audit well, audit
+cell, audit run, sql, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor,
+demo, db upgrade, db check, db current
 """
 
 

@@ -41,4 +41,80 @@ def test_the_published_protocol_is_marked(cellstore, store):
     assert "Careful" in said.err
     assert cellstore("split", "show", "--store", store, "--json").json["leaking"] is True
     found = cellstore("split", "check", "--store", store, "--json", code=None)
-    assert found.code == (1 if found.json["findings"] else 0)
+    assert found.code == (1 if found.json["leaks"] else 0)
+
+
+def draw(cellstore, store, name="by-well", *words):
+    sizes = ("--test-size", "0.5", "--validation-size", "0")
+    return cellstore("split", "create", name, *sizes, *words, "--store", store)
+
+
+def test_folds_are_listed_and_deleted_together(cellstore, store):
+    made = cellstore(
+        *("split", "create", "cv", "--folds", "2", "--validation-size", "0", "--store", store)
+    )
+    cellstore(
+        "split", "create", "x", "--folds", "2", "--test-size", "0.2", "--store", store, code=2
+    )
+    assert "2, cv-1 to cv-2" in made.out
+    assert "12, each in one test side" in made.out
+    listed = cellstore("split", "list", "--store", store)
+    assert [line.split()[0] for line in listed.out.splitlines()[2:]] == ["cv-1", "cv-2"]
+    assert max(map(len, listed.out.splitlines())) <= 80
+    assert "fold                 2 of cv" in cellstore("split", "show", "--store", store).out
+    kept = cellstore("split", "delete", "cv", "--store", store, stdin="n\n", code=1)
+    assert "Delete cv-1, cv-2 (24 images assigned)?" in kept.err
+    assert len(cellstore("split", "list", "--store", store, "--json").json) == 2
+    gone = cellstore("split", "delete", "cv", "--yes", "--store", store)
+    assert gone.out.startswith("Deleted cv-1, cv-2")
+    assert "no split yet" in cellstore("split", "list", "--store", store).out
+
+
+def test_a_class_is_cut_and_images_are_chosen_by_a_condition(cellstore, store):
+    made = draw(
+        cellstore, store, "cut", "--downsample", "DMSO=3", "--where", "pert_iname <> 'taxol'"
+    )
+    assert "DMSO, downsampled    3 of 4 images" in made.out
+    assert "pert_iname, 2 classes" in made.out
+    for word in ("DMSO", "=3", "none=1", "DMSO=few"):
+        cellstore("split", "create", "x", "--downsample", word, "--store", store, code=2)
+    assert "downsampled" not in draw(cellstore, store, "all", "--downsample", "none").out
+
+
+def test_a_table_of_others_is_imported_and_checked(cellstore, store, tmp_path):
+    (tmp_path / "theirs.csv").write_text(
+        "split,plate,well,site,pert_iname\n"
+        "train,P1,A01,1,DMSO\ntest,P1,A01,2,DMSO\ntrain,P1,A03,1,aspirin\ntest,P7,A03,1,Aspirin\n"
+    )
+    words = ("split", "import", "theirs", "theirs.csv", "--store", store)
+    made = cellstore(*words)
+    assert "protocol               imported, by image" in made.out
+    assert "rows without an image  1, first theirs.csv, line 5" in made.out
+    assert "Careful: wells are on both sides" in made.err
+    refused = cellstore(*words[:2], "kept", *words[3:], "--group", "well", code=2)
+    assert "one side only" in refused.err
+    found = cellstore("split", "check", "theirs", "--store", store, code=1)
+    leak = [line for line in found.out.splitlines() if line.startswith("leak")]
+    assert leak == ["leak     1 of 2 wells is on both sides."]
+    table = cellstore("split", "check", "--csv", "theirs.csv", code=1)  # needs no store
+    assert "rows                   4" in table.out
+    assert "'Aspirin' (test) = 'aspirin' (train)" in table.out
+    assert max(map(len, table.out.splitlines())) <= 80
+    cellstore("split", "check", "theirs", "--csv", "theirs.csv", code=2)
+    cellstore("split", "check", "--field", "target", "--store", store, code=2)
+
+
+def test_a_pipeline_may_stop_at_warnings(cellstore, tmp_path):
+    # Aspirin is never tested: a warning, not a leak.
+    (tmp_path / "t.csv").write_text(
+        "split,plate,well,pert_iname\ntrain,P1,A01,DMSO\ntest,P1,A02,DMSO\ntrain,P1,A03,aspirin\n"
+    )
+    words = ("split", "check", "--csv", "t.csv", "--json")
+    found = cellstore(*words, code=0).json
+    assert (found["leaks"], found["warnings"]) == (0, 1)
+    assert [item["severity"] for item in found["findings"]] == ["warning", "remark"]
+    cellstore(*words, "--strict", code=1)
+    (tmp_path / "t.csv").write_text(
+        "split,plate,well,pert_iname\ntrain,P1,A01,DMSO\ntest,P1,A02,DMSO\n"
+    )
+    cellstore(*words, "--strict", code=0)  # a plate on both sides is only a remark

@@ -5,34 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from factories import Factory
-from sqlalchemy import select
-
-from cellstore.config import StoreSettings
-from cellstore.db.models import Image
-from cellstore.runs import open_workspace
-from cellstore.terms import Stage
 
 SMALL = ("--epochs", 1, "--batch-size", 8, "--device", "cpu", "--store", "store")
-
-
-@pytest.fixture
-def with_set(cellstore, store: Path) -> Path:
-    """The small screen with a split and feature set ``cp``: two cells in each image, no masks."""
-    workspace = open_workspace(StoreSettings(store.resolve()))
-    make = Factory(workspace)
-    recipe = make.recipe(Stage.SEGMENT, parameters={"imported": "CellProfiler"})
-    run = make.run(Stage.INGEST)
-    unknown = dict.fromkeys(("content_sha256", "mask_artifact_id", "flow_artifact_id"))
-    with workspace.database.read() as session:
-        images = session.scalars(select(Image).order_by(Image.id)).all()
-    found = [make.segmentation(i, run, 2, recipe_id=recipe.id, **unknown) for i in images]
-    cells = [cell for item in found for cell in make.cells_of(item)]
-    make.feature_files("cp", cells, {"x": [float(c.id) for c in cells]}, recipe)
-    workspace.database.close()
-    words = ("--protocol", "published", "--test-size", "0.5", "--store", store)
-    cellstore("split", "create", "main", *words)
-    return store
 
 
 @pytest.mark.heavy

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from factories import MOMENT, Factory
+from factories import MOMENT, Factory, unguarded
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 
@@ -37,6 +37,7 @@ from cellstore.db.models import (
     RunMetric,
     Segmentation,
     Split,
+    SplitGroup,
     SplitMember,
     Treatment,
     Well,
@@ -190,6 +191,7 @@ def test_tables_without_an_id_have_a_natural_primary_key():
         RecipeInput: {"recipe_id", "input_id"},
         FeatureFile: {"feature_set_id", "artifact_id"},
         SplitMember: {"split_id", "image_id"},
+        SplitGroup: {"split_id", "group_id"},
         RunArtifact: {"run_id", "artifact_id"},
         CellFeatures: {"cell_id", "recipe_id"},
         ImageQuality: {"image_id", "recipe_id", "content_sha256", "channel"},
@@ -256,7 +258,9 @@ def refuses_a_dangling(
         action = lambda session: session.execute(  # noqa: E731
             update(table).where(*keys).values({column: 999_999})
         )
-    with pytest.raises(IntegrityError), workspace.database.begin() as session:
+    # A frozen split would refuse before the foreign key is looked at.
+    opened = unguarded(workspace) if table in (Split, SplitMember) else workspace.database.begin()
+    with pytest.raises(IntegrityError), opened as session:
         action(session)
 
 

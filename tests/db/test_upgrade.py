@@ -106,6 +106,28 @@ def test_quality_control_is_forgotten_where_older_code_could_not_read_it(old):
     assert migrate.differences(old) == []
 
 
+ROWS_0005 = """
+INSERT INTO recipes (id, stage, version, parameters, fingerprint, created_at)
+    VALUES (3, 'contrast', 1, '{}', 'c', '2026-01-01 00:00:00+00:00');
+INSERT INTO recipe_inputs (recipe_id, input_id) VALUES (3, 1);
+INSERT INTO runs (id, stage, recipe_id, status, command, code_version, environment, host, "user",
+    started_at)
+    VALUES (2, 'contrast', 3, 'done', 'x', '0', '{}', 'h', 'u', '2026-01-01 00:00:00+00:00')
+"""
+
+
+def test_contrasts_are_forgotten_where_older_code_could_not_read_them(old):
+    migrate.upgrade(old)
+    with old.begin() as session:
+        for statement in ROWS_0005.split(";"):
+            session.execute(text(statement))
+    migrate.downgrade(old, "0004")
+    assert rows(old, "SELECT stage FROM recipes ORDER BY id") == [("segment",), ("measure",)]
+    assert rows(old, "SELECT stage FROM runs") == [("segment",)]
+    migrate.upgrade(old)
+    assert migrate.differences(old) == []
+
+
 def test_new_folders_go_on_counting_after_the_old_ones(old):
     migrate.upgrade(old)
     with old.begin() as session:

@@ -40,6 +40,7 @@ from cellstore.db.models import (
     Well,
 )
 from cellstore.formats.files.images import encode_tiff
+from cellstore.progress import Silent
 from cellstore.reading.cells import FEATURE_COLUMNS
 from cellstore.reading.found_cells import cell_rows
 from cellstore.runs import (
@@ -208,6 +209,21 @@ def opened(tmp_path: Path) -> Iterator[Opener]:
         workspace.database.close()
 
 
+class StopsAfter(Silent):
+    """A listener at which training ends, by default as by Ctrl-C; it keeps what it was told."""
+
+    def __init__(self, epochs: int, stop: BaseException | None = None) -> None:
+        self.left, self.stop = epochs, stop or KeyboardInterrupt()
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+        self.left -= text.startswith("epoch ")
+        if self.left == 0:
+            self.left = -1
+            raise self.stop
+
+
 def cells_of(workspace: Workspace, split: str, side: Subset) -> dict[int, list[float]]:
     """Measurements by cell id of a side, asked for without the code under test."""
     names = ", ".join(f"f.{name}" for name in FEATURE_COLUMNS)
@@ -256,13 +272,13 @@ def run_of(workspace: Workspace, run_id: int) -> Run:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
     """Make the ``call``-th batch of predictions end in ``error``."""
-    from cellstore.ops import training
+    from cellstore.ops import models
 
-    real, calls = training.predict_batch, iter(range(1, 1000))
+    real, calls = models.predict_batch, iter(range(1, 1000))
 
     def predict_batch(*arguments: object) -> object:
         if next(calls) == call:
             raise error
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "predict_batch", predict_batch)
+    monkeypatch.setattr(models, "predict_batch", predict_batch)

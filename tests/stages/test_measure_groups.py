@@ -29,7 +29,7 @@ from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.formats.files.images import decode_tiff
 from cellstore.ops.features import GROUPS, measure_channels
 from cellstore.reading import featurefiles
-from cellstore.reading.cells import CellSource, read_cells
+from cellstore.reading.cells import CellSource, choose_recipes, read_cells
 from cellstore.reading.featuresets import open_set
 from cellstore.stages.ingest import ingest
 from cellstore.stages.measure import MeasureResult, measure
@@ -102,6 +102,19 @@ def test_each_group_is_a_recipe_a_run_and_a_feature_set(cells: Bench) -> None:
     assert verify(cells.workspace).ok
     again = measure(cells.workspace, ALL)
     assert [one.run_id for one in (again, *again.others)] == [None] * 3
+
+
+def test_where_the_basic_group_is_not_measured_the_sets_that_are_there_are_named(
+    cells: Bench,
+) -> None:
+    def refused() -> str:
+        with cells.workspace.database.read() as session, pytest.raises(UserInputError) as error:
+            choose_recipes(session, None, None)
+        return str(error.value)
+
+    assert refused().endswith("Run: cellstore measure")
+    found = measure(cells.workspace, INTENSITY).feature_set
+    assert refused().endswith(f"name one of its feature sets with --features: {found}")
 
 
 def test_a_set_says_of_each_column_what_it_is(cells: Bench) -> None:

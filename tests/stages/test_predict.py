@@ -76,7 +76,7 @@ def test_predictions_rank_the_classes_of_the_chosen_side(trained: Trained, opene
         assert sum(row[3] for row in mine) == pytest.approx(1)
     run = run_of(workspace, result.run_id)
     assert (run.parent_id, run.status) == (trained.result.run_id, Status.DONE)
-    assert run.result == {"images": 2, "failed": 0, "cells": 8}
+    assert run.result == {"images": 2, "failed": 0, "cells": 8, "notes": []}
 
 
 def test_predictions_cannot_be_changed(trained: Trained, opened: Opener) -> None:
@@ -147,10 +147,8 @@ def test_a_killed_prediction_goes_on_and_ends_as_an_undisturbed_one(
     assert (rest.run_id, rest.done, rest.earlier) == (run.id, 6 - done, done)
     assert said(killed, run.id) == expected
     finished = run_of(killed, run.id)
-    assert (finished.status, finished.result) == (
-        Status.DONE,
-        {"images": 6, "failed": 0, "cells": 24},
-    )
+    counts = {"images": 6, "failed": 0, "cells": 24, "notes": list(rest.notes)}
+    assert (finished.status, finished.result) == (Status.DONE, counts)
 
 
 def test_one_bad_image_fails_alone_and_is_tried_again(trained: Trained, opened: Opener) -> None:

@@ -24,7 +24,7 @@ from cellstore.db.models import (
     Well,
 )
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.ops.leaks import LeakKind
+from cellstore.ops.leaks import LeakKind, LeakSeverity
 from cellstore.runs import Workspace, create_workspace
 from cellstore.stages.ingest import ingest
 from cellstore.stages.split import check_split, create_split, show_split
@@ -111,7 +111,8 @@ def test_a_grouped_split_keeps_wells_together(workspace: Workspace) -> None:
     for core_name, side in sides(workspace, "by-well").items():
         wells.setdefault(core_name[:6], set()).add(side)
     assert {len(found) for found in wells.values()} == {1}
-    assert check_split(workspace, "by-well").findings == ()
+    (remark,) = check_split(workspace, "by-well").findings
+    assert (remark.severity, remark.kind) == (LeakSeverity.REMARK, LeakKind.PLATE)
 
 
 def test_the_published_protocol_names_its_leak(workspace: Workspace) -> None:
@@ -123,7 +124,8 @@ def test_the_published_protocol_names_its_leak(workspace: Workspace) -> None:
     check = check_split(workspace)
     assert check.wells_on_both_sides == result.wells_on_both_sides > 0
     assert check.labels_on_both_sides == 3
-    assert [finding.kind for finding in check.findings] == [LeakKind.WELL]
+    assert [finding.kind for finding in check.findings] == [LeakKind.WELL, LeakKind.PLATE]
+    assert (check.leaks, check.warnings) == (1, 0)
 
 
 def test_seed_and_images_decide_not_the_order_of_ids(workspace: Workspace, tmp_path: Path) -> None:
@@ -255,8 +257,9 @@ def test_check_names_same_bytes_and_two_spellings(sqlite_workspace: Workspace) -
             file = session.scalars(select(ImageFile).where(ImageFile.image_id == image.id)).one()
             file.sha256 = "f" * 64
     found = {finding.kind: finding for finding in check_split(sqlite_workspace).findings}
-    assert found.keys() == {LeakKind.FILE, LeakKind.SPELLING}
-    assert found[LeakKind.FILE].count == 1
+    assert found.keys() == {LeakKind.FILE, LeakKind.SPELLING, LeakKind.PLATE}
+    assert (found[LeakKind.FILE].count, found[LeakKind.FILE].examples) == (1, ("f" * 64,))
+    assert found[LeakKind.SPELLING].severity is LeakSeverity.LEAK
 
 
 @pytest.mark.real
@@ -272,7 +275,8 @@ def test_the_published_study_as_a_split(workspace: Workspace, tmp_path: Path) ->
     check = check_split(workspace, "published")
     assert (check.labels_on_both_sides, check.labels) == (250, 250)
     assert check.wells_on_both_sides > 200
-    assert {LeakKind.WELL, LeakKind.SPELLING} == {finding.kind for finding in check.findings}
+    kinds = {LeakKind.WELL, LeakKind.SPELLING, LeakKind.PLATE}
+    assert kinds == {finding.kind for finding in check.findings}
     dmso = (
         select(func.count())
         .select_from(SplitMember)

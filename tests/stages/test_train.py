@@ -12,6 +12,7 @@ from small_training import (
     TINY,
     WELLS,
     Opener,
+    StopsAfter,
     Trained,
     cells_of,
     checkpoint,
@@ -41,7 +42,6 @@ from cellstore.errors import (
     UserInputError,
 )
 from cellstore.formats.files.images import decode_tiff
-from cellstore.progress import Silent
 from cellstore.reading.cells import FEATURE_COLUMNS
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split, show_split
@@ -68,7 +68,7 @@ def test_a_training_is_a_run_with_its_query_and_metrics(trained: Trained, opened
         stages = select(Recipe.stage).where(Recipe.id == run.recipe_id)
         assert session.scalars(stages).one() is Stage.TRAIN
     metrics = {"train_loss", "train_accuracy", "validation_loss", "validation_accuracy"}
-    metrics |= {"learning_rate", "seconds"}
+    metrics |= {"learning_rate", "seconds", "waited"}
     assert names == {(epoch, name) for epoch in (1, 2) for name in metrics}
     assert [record["epoch"] for record in result.metrics] == [1, 2]
 
@@ -99,8 +99,8 @@ def test_the_scaler_knows_the_training_side_only(trained: Trained, opened: Opene
 
 @pytest.mark.heavy
 def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: Opener) -> None:
+    from cellstore.ops.checkpoints import load_checkpoint
     from cellstore.ops.crops import CellBlock, cell_crops
-    from cellstore.ops.nets import load_checkpoint
     from cellstore.ops.training import predict_batch
 
     workspace = opened(trained.root)
@@ -184,22 +184,10 @@ def test_the_published_protocol_validates_on_its_test_side_and_says_so(
     assert "already seen" in result.notes[0]
 
 
-class _StopsAfter(Silent):
-    """A listener at which training ends as by Ctrl-C."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def advance(self, steps: int = 1) -> None:
-        self.epochs -= steps
-        if self.epochs == 0:
-            raise KeyboardInterrupt
-
-
 def test_an_interrupted_training_is_a_cancelled_run_with_its_metrics(
     built: Path, opened: Opener
 ) -> None:
-    workspace = replace(opened(built), progress=_StopsAfter(1))
+    workspace = replace(opened(built), progress=StopsAfter(1))
     with pytest.raises(KeyboardInterrupt):
         train(workspace, TINY, device="cpu")
     with workspace.database.read() as session:

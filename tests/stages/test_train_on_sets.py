@@ -80,8 +80,8 @@ def no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_pixels")
 def test_features_without_masks_train_a_tabular_network(built: Path, opened: Opener) -> None:
+    from cellstore.ops.checkpoints import load_checkpoint
     from cellstore.ops.crops import CellBlock
-    from cellstore.ops.nets import load_checkpoint
     from cellstore.ops.training import predict_batch
 
     workspace = opened(built)

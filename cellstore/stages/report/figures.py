@@ -14,7 +14,7 @@ from ...drawing.svg import BLUE, GREY, ORANGE, colour_bar, short, svg
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .facts import Score
+    from .facts import BaselineScore, Score
 
 MAX_TICKS = 40
 
@@ -40,6 +40,33 @@ def headline(found: Sequence[Score], chance: float) -> str:
         axes.set_xlabel("accuracy")
 
     return svg("headline", (6.2, 0.42 * len(found) + 0.7), draw)
+
+
+def rivals(best: Score, found: Sequence[BaselineScore]) -> str:
+    """Accuracy of images by hard vote: of the run, and of each baseline, with intervals."""
+    rows = [("this run", best.accuracy, best.low, best.high, BLUE)]
+    rows += [
+        (item.baseline, item.accuracy, item.low, item.high, ORANGE if item.null else GREY)
+        for item in found
+        if (item.level, item.vote) == (best.level, best.vote)
+    ]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for y, (_, accuracy, low, high, colour) in enumerate(reversed(rows)):
+            if low is not None and high is not None:
+                axes.plot([low, high], [y, y], color=colour, lw=2, solid_capstyle="round")
+            axes.plot(accuracy, y, "o", color=colour, ms=6)
+        if best.low is not None:
+            axes.axvline(best.low, color=BLUE, lw=0.8, ls=(0, (2, 3)))
+        axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
+        axes.set_xlim(-0.01, 1.01)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("accuracy of images by hard vote")
+
+    return svg("rivals", (6.2, 0.42 * len(rows) + 0.7), draw)
 
 
 def training_curves(metrics: Mapping[str, Sequence[tuple[int, float]]]) -> str:

@@ -18,7 +18,8 @@ from ...drawing.page import render
 from ...extras import need
 from ...ops import scores
 from ...runs import Workspace
-from .facts import ReportResult
+from .facts import ReportResult, by_baseline
+from .rivals import HEADLINE
 from .score import Evidence, Subject, find_subject, scored
 
 METRICS = "SELECT name, epoch, value FROM run_metrics WHERE run_id = ? ORDER BY epoch"
@@ -89,8 +90,10 @@ def _content(
     shown, sample = examples(workspace, questions, subject, images)
     return {
         "result": result,
-        "best": result.score("image", "hard"),
+        "best": result.score(*HEADLINE),
         "run": subject.run,
+        "rivals": figures.rivals(result.score(*HEADLINE), result.baselines),
+        "rival_rows": by_baseline(result.baselines),
         "headline": figures.headline(result.scores, result.chance),
         "curves": figures.training_curves(metrics) if metrics else None,
         "confusion": figures.confusion(matrix, labels),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from ...reading.flags import (
 from ...runs import Workspace, run_in
 from ...terms import Stage, Status, Subset
 from .facts import ReportResult, Score
+from .rivals import HEADLINE, find_rivals, kind_of, score_rivals, verdict
 
 LEVELS = (
     ("image", "hard"),
@@ -43,7 +44,7 @@ VOTES = """
     FROM verdicts WHERE run_id = ? AND level IN ('image', 'well') ORDER BY level, vote, unit_id
 """
 CELLS = """
-    SELECT well_id, truth, predicted, confidence, truth_place, tie
+    SELECT unit_id, well_id, truth, predicted, confidence, truth_place, tie
     FROM verdicts WHERE run_id = ? AND level = 'cell' AND list_contains(?, subset)
     ORDER BY unit_id
 """
@@ -69,6 +70,7 @@ class Subject:
     """The predict run that a report is about, with the split that it is measured by.
 
     ``qc_run_id``: the quality-control run whose flagged images and cells have no vote, if any.
+    ``baseline``: which it labelled with, if with one; ``rivals``: runs of baselines of its split.
     """
 
     run: Run
@@ -76,6 +78,8 @@ class Subject:
     top_k: int | None
     qc_run_id: int | None = None
     qc_notes: tuple[str, ...] = ()
+    baseline: str | None = None
+    rivals: dict[str, list[Run]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,12 @@ def find_subject(
     workspace: Workspace, reference: str, leave_out_flagged: str | None = None
 ) -> Subject:
     """Return the predict run of this name; a train run stands for its latest predict run."""
+    subject = _subject(workspace, reference, leave_out_flagged)
+    rivals = find_rivals(workspace, subject.run, subject.split)
+    return replace(subject, baseline=kind_of(workspace, subject.run), rivals=rivals)
+
+
+def _subject(workspace: Workspace, reference: str, leave_out_flagged: str | None) -> Subject:
     with workspace.database.read() as session:
         named = reference not in ("latest", "last")
         run = run_in(session, reference, () if named else (Stage.PREDICT,))
@@ -179,6 +189,11 @@ def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
     wells = set(images["well_id"].to_pylist())
     seen = len(wells & set(questions.ask(SEEN, [run.id])["well_id"].to_pylist()))
     flagged = _flagged(questions, subject, sides, images.num_rows, cells.num_rows)
+    units = {"cell": cells, "image": images, "well": _of(votes, "well", "hard")}
+    ids = {level: rows["unit_id"].combine_chunks() for level, rows in units.items()}
+    rivals = score_rivals(questions, subject.rivals, sides, ids)
+    best = next(item for item in found if (item.level, item.vote) == HEADLINE)
+    beats, against = verdict(best, rivals, subject.baseline, split.name)
     result = ReportResult(
         run_id=run.id,
         train_run_id=run.parent_id,
@@ -201,6 +216,9 @@ def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
         qc_run_id=subject.qc_run_id,
         images_flagged=flagged[0],
         cells_flagged=flagged[1],
+        baselines=rivals,
+        beats_nulls=beats,
+        against_nulls=against,
     )
     return Evidence(result, votes.filter(pc.equal(votes["level"], "image")))
 

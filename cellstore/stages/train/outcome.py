@@ -29,6 +29,7 @@ class TrainResult:
     ``notes`` are sentences that a reader of the scores has to know. ``columns_left_out`` of the
     feature set have no value on the training side. ``qc_run_id``: the quality-control run whose
     ``images_flagged`` (whole) and ``cells_flagged`` (those of such images included) were left out.
+    ``resumed_after``: the epoch after which the run was gone on with last; 0: it never was.
     """
 
     run_id: int
@@ -53,14 +54,18 @@ class TrainResult:
     qc_run_id: int | None = None
     images_flagged: int = 0
     cells_flagged: int = 0
+    resumed_after: int = 0
 
 
-def summary(plan: Plan, result: FitResult, columns: list[str]) -> dict[str, Any]:
+def summary(
+    plan: Plan, result: FitResult, columns: list[str], remarks: Sequence[str]
+) -> dict[str, Any]:
     """Return what a run keeps of its training; ``columns`` of the feature set were left out."""
     seen = {block.label_id for block in plan.sides["train"]}
     without = [value for value, label_id in plan.labels.items() if label_id not in seen]
     images = {side: len(blocks) for side, blocks in plan.sides.items()}
     left_out = {side: plan.members[side] - count for side, count in images.items()}
+    left_out["validation"] -= plan.untaught
     return {
         "classes": len(plan.labels),
         "classes_without_cells": without,
@@ -74,7 +79,11 @@ def summary(plan: Plan, result: FitResult, columns: list[str]) -> dict[str, Any]
         "feature_set": plan.source.features.name,
         "branches": list(plan.branches),
         "columns_left_out": columns,
-        "notes": _notes(plan, without, sum(left_out.values())) + _column_notes(columns),
+        "notes": [
+            *_notes(plan, without, sum(left_out.values())),
+            *_column_notes(columns),
+            *remarks,
+        ],
         **_flagged(plan),
     }
 
@@ -101,6 +110,11 @@ def _notes(plan: Plan, without: Sequence[str], left_out: int) -> list[str]:
         notes.append(
             "As published, the test side also chose the epoch, and its wells are in training "
             "too: scores are those of wells already seen."
+        )
+    if plan.untaught:
+        notes.append(
+            f"{plan.untaught} images of the validation side were left out: their classes are not "
+            "on the training side."
         )
     if without:
         notes.append(f"{len(without)} classes have no cell to train on: {', '.join(without[:5])}.")
@@ -140,12 +154,13 @@ def result_of(session: Session, run: Run) -> TrainResult:
         recipe_id=run.recipe_id,
         split=session.scalars(select(Split.name).where(Split.id == run.split_id)).one(),
         already_done=True,
-        metrics=_metrics(session, run.id),
+        metrics=metrics_of(session, run.id),
         **{**kept, **lists},
     )
 
 
-def _metrics(session: Session, run_id: int) -> tuple[dict[str, float], ...]:
+def metrics_of(session: Session, run_id: int) -> tuple[dict[str, float], ...]:
+    """Return the metrics of a run by name, a record for each epoch."""
     query = select(RunMetric).where(RunMetric.run_id == run_id).order_by(RunMetric.epoch)
     epochs: dict[int, dict[str, float]] = {}
     for item in session.scalars(query):

@@ -16,8 +16,8 @@ from ...artifacts import sha256_of
 from ...config import TrainParams, as_parameters
 from ...db.models import Label, Recipe, Run, Split, SplitMember
 from ...errors import UserInputError
-from ...ops.branches import BRANCHES
-from ...reading.branches import choose_branches
+from ...ops.branches import BRANCHES, IMAGE
+from ...reading.branches import choose_branches, choose_channels
 from ...reading.cells import (
     CellSource,
     Flagged,
@@ -46,7 +46,11 @@ IMAGENET = "imagenet"
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first cell is read."""
+    """Everything that is known before the first cell is read.
+
+    ``untaught``: images of the validation side whose class is not on the training side; they are
+    left out.
+    """
 
     params: TrainParams
     split: Split
@@ -58,16 +62,22 @@ class Plan:
     members: dict[str, int]
     validation_side: Subset
     branches: tuple[str, ...]
+    channels: tuple[str, ...]
     remarks: tuple[str, ...]
     flagged: Flagged | None
+    untaught: int
     spec: RecipeSpec
 
 
+Names = tuple[str | None, str | None, str | None]
+"""Of the split, the segmentation and the measurement; none: the latest."""
+
+
 def make_plan(
-    workspace: Workspace, params: TrainParams, names: tuple[str | None, str | None, str | None]
+    workspace: Workspace, params: TrainParams, names: Names, weights: str | None = None
 ) -> Plan:
-    """Return the plan; ``names`` are those of the split, the segmentation and the measurement."""
-    weights = _weights_sha256(params.weights)
+    """Return the plan. ``weights``: the sha256 of a file of weights that is not needed any more."""
+    weights = weights or _weights_sha256(params.weights)
     with workspace.database.read() as session:
         split = find_split(session, names[0])
         if params.features is None:
@@ -78,7 +88,10 @@ def make_plan(
         qc, unseen = _qc_run(session, params, split, segment)
         source = CellSource(segment.id, measure.id, split.id, features=features)
         source = replace(source, unflagged_by=qc.id if qc else None)
-        branches, remark = choose_branches(session, source, params.branches)
+        branches, remark = choose_branches(session, source, _wanted(params))
+        channels: tuple[str, ...] = ()
+        if IMAGE in branches:
+            channels = choose_channels(session, source, params.channels)
         blocks = list_blocks(session, source)
         labels = _training_labels(session, split.id)
         made_by = session.get_one(Recipe, split.recipe_id)
@@ -86,8 +99,10 @@ def make_plan(
         flagged = count_flagged(session, source, blocks, (Subset.TRAIN, other))
         members = _members(session, split.id)
         by_qc = (session.get_one(Recipe, qc.recipe_id),) if qc else ()
-    parameters = _parameters(params, source, branches)
+    parameters = _parameters(params, source, branches, channels)
     parameters |= {"split": split.fingerprint, "cells": _digest_of(blocks)}
+    validated = [block for block in blocks if block.subset is other]
+    taught = tuple(block for block in validated if block.label_id in labels.values())
     return Plan(
         params=params,
         split=split,
@@ -97,13 +112,15 @@ def make_plan(
         labels=labels,
         sides={
             "train": tuple(block for block in blocks if block.subset is Subset.TRAIN),
-            "validation": tuple(block for block in blocks if block.subset is other),
+            "validation": taught,
         },
         members={"train": members.get(Subset.TRAIN, 0), "validation": members.get(other, 0)},
         validation_side=other,
         branches=branches,
+        channels=channels,
         remarks=tuple(text for text in (remark, unseen) if text),
         flagged=flagged,
+        untaught=len(validated) - len(taught),
         spec=RecipeSpec(
             Stage.TRAIN, VERSION, parameters, weights, (made_by, segment, measure, *by_qc)
         ),
@@ -124,8 +141,20 @@ def _qc_run(
     return run, unseen_note(run, unseen) if unseen else None
 
 
+def _wanted(params: TrainParams) -> tuple[str, ...] | None:
+    if params.channels and IMAGE not in (params.branches or ()):
+        raise UserInputError(
+            "Channels are looked at by the branch image: name it, too, for example with "
+            "--branches mask,flow,image,tabular."
+        )
+    return params.branches
+
+
 def _parameters(
-    params: TrainParams, source: CellSource, branches: tuple[str, ...]
+    params: TrainParams,
+    source: CellSource,
+    branches: tuple[str, ...],
+    channels: tuple[str, ...],
 ) -> dict[str, Any]:
     # A file of weights counts by its bytes; where it lay on this machine does not. The feature
     # set is named by the measure recipe; what is as published is not named at all.
@@ -134,6 +163,10 @@ def _parameters(
     del parameters["features"], parameters["branches"], parameters["leave_out_flagged"]
     if source.unflagged_by is not None:
         parameters["leave_out_flagged"] = source.unflagged_by
+    if channels:
+        parameters["channels"] = list(channels)
+    if params.augment:
+        parameters["augment"] = sorted(params.augment)
     if branches != BRANCHES:
         parameters["branches"] = list(branches)
     if not source.features.in_table:
@@ -177,11 +210,21 @@ def _digest_of(blocks: Sequence[ImageBlock]) -> str:
 
 
 def check_sides(plan: Plan) -> None:
-    """Refuse a split without measured cells on the training or the validation side."""
+    """Refuse a split of one class, or without measured cells on a side that is needed."""
+    if len(plan.labels) == 1:
+        raise UserInputError(
+            f"All images on the training side of split {plan.split.name!r} are of one class, "
+            f"{next(iter(plan.labels))!r}: there is nothing to tell apart. Make another split."
+        )
     for side, blocks in plan.sides.items():
         if blocks:
             continue
         named = "test" if (side, plan.validation_side) == ("validation", Subset.TEST) else side
+        if side == "validation" and plan.untaught:
+            raise UserInputError(
+                f"No class on the {named} side of split {plan.split.name!r} is on its training "
+                "side, too. Make another split, without --allow-missing."
+            )
         if plan.members[side] == 0:
             raise UserInputError(
                 f"Split {plan.split.name!r} has no image on its {named} side. Make another split: "

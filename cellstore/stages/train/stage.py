@@ -1,42 +1,71 @@
-"""Train: the published network on the cells of a split, read through one stored query.
+"""Train: a network on the cells of a split, read through one stored query.
 
 Where a feature set is named, the network reads its columns; where masks or flows of its cells are
-unknown, it has fewer branches, and says so.
+unknown, it has fewer branches, and says so. Several processes may train one network together: the
+first of them writes rows and files, the others compute.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...artifacts import StoredFile
-from ...config import TrainParams, as_parameters
-from ...db.models import Recipe, Run, RunMetric
-from ...errors import UserInputError
+from ...config import TrainParams, TrainSetup
+from ...db.models import Recipe, Run
+from ...errors import RunCancelledError
 from ...extras import need
-from ...ops.branches import TABULAR
-from ...reading.cells import as_text, cells_query, plane_of, stream_features
-from ...runs import RunHandle, Workspace, attach, keep_file, running
-from ...terms import ArtifactKind, Subset
-from .outcome import TrainResult, finished, result_of, summary
-from .plan import NO_WEIGHTS, Plan, check_sides, commit, make_plan
+from ...progress import Silent
+from ...reading.cells import as_text, cells_query
+from ...runs import RunHandle, Workspace, check_still_ours, running
+from .keeping import forget_state, keep_checkpoint, keep_epoch, remove
+from .logs import Logs, check_logs, open_logs
+from .model import (
+    Model,
+    describe,
+    fit_config,
+    left_out,
+    make_batches,
+    make_reader,
+    new_model,
+    remarks,
+    share_of_batch,
+    with_class_weights,
+)
+from .outcome import TrainResult, metrics_of, result_of, summary
+from .plan import Plan, check_sides, commit, make_plan
+from .resume import Order, check_same, choose_beginning, order_of, read_state
+from .telling import Teller
 
 if TYPE_CHECKING:
-    from ...ops.nets import CheckpointMeta, FusionNet
-    from ...ops.scaling import Scaler
-    from ...ops.training import EpochMetrics, FitConfig, FitResult
-    from ...reading.blocks import BlockReader
-    from ...reading.loading import Batches
+    from ...ops.teams import Team
+    from ...ops.training import EpochMetrics, FitConfig, FitResult, Snapshot
+    from ...ops.training_state import TrainingState
+
+LOGS = Path("logs")
+LISTEN_SECONDS = 5.0
+"""How often a training looks whether it was cancelled; the end of an epoch apart."""
+
+NO_SETUP = TrainSetup()
 
 
 @dataclass(frozen=True)
-class _Model:
-    """A network that has not been trained, and what its features are scaled by."""
+class _Work:
+    """A training that is about to begin: everything but the run."""
 
-    net: FusionNet
-    scaler: Scaler
+    workspace: Workspace
+    plan: Plan
+    model: Model
+    config: FitConfig
+    setup: TrainSetup
+    team: Team
+    recipe: Recipe
+    state: TrainingState | None
 
 
 def train(
@@ -47,197 +76,199 @@ def train(
     segmentation: str | None = None,
     measurement: str | None = None,
     device: str = "auto",
+    setup: TrainSetup = NO_SETUP,
     force: bool = False,
+    resume: str | None = None,
 ) -> TrainResult:
     """Train on the training side of a split (default: the latest) and keep the best epoch.
 
     Excluded cells are left out; features are scaled as the training side is. Under the
     published protocol the test side is the validation side too, as in the study. A training
-    that was finished with the same recipe is returned as it is, unless ``force``.
+    that was finished with the same recipe is returned as it is, and one that was broken off after
+    an epoch is gone on with, unless ``force``. ``resume``: the run to go on with (a number, or
+    ``latest``), by what it was asked to do; ``params`` and the names do not count then.
+
+    With several devices this very program is run again for each, as Lightning does; on the others
+    the result is the same, and nothing is written.
 
     Raises:
-        MissingExtraError: torch and the like are not installed.
-        UnknownNameError: no such split, recipe, feature set or branch.
-        UserInputError: there are no measured cells on a side, parameters are out of range, or what
-            a branch looks at is unknown.
+        MissingExtraError: torch and the like, or what a log needs, are not installed.
+        UnknownNameError: no such split, recipe, feature set, branch, backbone and so on.
+        UserInputError: there are no measured cells on a side, parameters are out of range, what
+            a branch looks at is unknown, or the run cannot be gone on with.
+        RunCancelledError: ``cellstore cancel`` has ended it.
 
     """
     need("train")
-    params = params or TrainParams()
-    config = _config(params, device)
-    plan = make_plan(workspace, params, (split, segmentation, measurement))
-    earlier = None if force else finished(workspace, plan)
-    if earlier is not None:
-        return earlier
-    check_sides(plan)
-    model = _new_model(workspace, plan)
-    recipe = commit(workspace, plan)
-    query = as_text(cells_query(plan.source))
+    order = Order(params or TrainParams(), (split, segmentation, measurement))
+    if resume is not None:
+        order = order_of(workspace, resume)
+    plan, config = _prepare(workspace, order, device, setup)
+    with _as_team(config, setup) as team:
+        share_of_batch(config.batch_size, team.size)
+        begin = team.of_first(lambda: choose_beginning(workspace, plan, order, force=force))
+        if begin.done is not None:
+            return begin.done
+        check_sides(plan)
+        state = None if begin.run_id is None else read_state(workspace, begin.run_id)
+        model = new_model(workspace, plan, team, resumed=state is not None)
+        recipe = team.of_first(lambda: commit(workspace, plan))
+        work = _Work(workspace, plan, model, config, setup, team, recipe, state)
+        return _run(work, begin.run_id)
+
+
+def _prepare(
+    workspace: Workspace, order: Order, device: str, setup: TrainSetup
+) -> tuple[Plan, FitConfig]:
+    """Find out, before anything is written, what is asked for and whether it can be done."""
+    from ...ops.teams import check_device
+
+    check_device(device, order.params.precision, setup.devices)
+    check_logs(setup.logs)
+    config = fit_config(order.params, setup, device)
+    known = order.recipe.weights_sha256 if order.recipe else None
+    plan = make_plan(workspace, order.params, order.names, known)
+    check_same(order, plan)
+    return plan, with_class_weights(config, plan)
+
+
+@contextmanager
+def _as_team(config: FitConfig, setup: TrainSetup) -> Iterator[Team]:
+    from ...ops.teams import Team, open_fabric
+
+    team = Team(open_fabric(config.device, config.precision, setup.devices))
+    try:
+        with _ended_by_sigterm():
+            yield team
+    finally:
+        team.leave()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM, which clusters send before they kill, be the same as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread hears of signals
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(work: _Work, run_id: int | None) -> TrainResult:
+    """Train in a run of the ledger, which is the first process's; the others only compute."""
+    files: list[str] = []
+    with _as_run(work, run_id) as run:
+        result = _fit(work, run)
+        if run is not None:
+            run.result = _keep(work, run, result)
+            files = forget_state(run)
+    remove(work.workspace, files)
+    return work.team.of_first(lambda: _told(work, run))
+
+
+@contextmanager
+def _as_run(work: _Work, run_id: int | None) -> Iterator[RunHandle | None]:
+    if not work.team.is_first:
+        yield None
+        return
+    plan, workspace = work.plan, work.workspace
     with running(
-        workspace.database, recipe, split_id=plan.split.id, seed=params.seed, query=query
+        workspace.database,
+        work.recipe,
+        split_id=plan.split.id,
+        seed=plan.params.seed,
+        query=as_text(cells_query(plan.source)),
+        resume=run_id,
+        alone=True,
     ) as run:
-        run.result = _fit(workspace, plan, config, model, run, recipe)
-    with workspace.database.read() as session:
-        return replace(result_of(session, session.get_one(Run, run.id)), already_done=False)
+        try:
+            yield run
+        except (KeyboardInterrupt, RunCancelledError):
+            workspace.progress.note(f"Go on with: cellstore train --resume {run.id}")
+            raise
 
 
-def _config(params: TrainParams, device: str) -> FitConfig:
-    from ...ops.training import FitConfig
-    from ...reading.blocks import choose_device
-
-    if params.crop_size < 1:
-        raise UserInputError(f"The crop size must be 1 pixel or more, not {params.crop_size}.")
-    return FitConfig(
-        learning_rate=params.learning_rate,
-        weight_decay=params.weight_decay,
-        step_size=params.step_size,
-        gamma=params.gamma,
-        label_smoothing=params.label_smoothing,
-        max_epochs=params.epochs,
-        patience=params.patience,
-        batch_size=params.batch_size,
-        device=choose_device(device),
-        seed=params.seed,
-    )
-
-
-def _new_model(workspace: Workspace, plan: Plan) -> _Model:
-    from ...ops.nets import NetShape, build_net
-
-    scaler = _fit_scaler(workspace, plan)
-    shape = NetShape(
-        len(plan.labels), len(scaler.names), dropout=plan.params.dropout, branches=plan.branches
-    )
-    weights = None if plan.params.weights == NO_WEIGHTS else plan.params.weights
-    return _Model(build_net(shape, weights, plan.params.seed), scaler)
-
-
-def _fit(
-    workspace: Workspace,
-    plan: Plan,
-    config: FitConfig,
-    model: _Model,
-    run: RunHandle,
-    recipe: Recipe,
-) -> dict[str, Any]:
+def _fit(work: _Work, run: RunHandle | None) -> FitResult:
     from ...ops.training import fit
 
-    reader = _reader(workspace, plan, model.scaler)
-    workspace.progress.start("train", config.max_epochs)
+    reader = make_reader(work.workspace, work.plan, work.model.fitted)
+    train = make_batches(work.plan, reader, work.team, "train")
+    validation = make_batches(work.plan, reader, work.team, "validation")
+    teller = _teller(work, run, train.count())
+    logs = _logs(work, run)
+
+    def keep(epoch: EpochMetrics, snapshot: Snapshot) -> None:
+        assert run is not None
+        waited = train.waited + validation.waited
+        logs.write(epoch.epoch, keep_epoch(work.workspace, run, epoch, waited, snapshot()))
+        teller.epoch(epoch, waited)
+
+    teller.begin(0 if work.state is None else len(work.state.record["epochs"]))
+    ended = False
     try:
         result = fit(
-            model.net,
-            _batches(plan, reader, config, "train"),
-            _batches(plan, reader, config, "validation"),
-            config,
-            lambda epoch: _tell(workspace, run.id, epoch),
+            work.model.net,
+            train,
+            validation,
+            work.config,
+            keep,
+            on_step=teller.step,
+            start=work.state,
+            fabric=work.team.fabric,
         )
+        ended = True
     finally:
-        workspace.progress.finish()
-    sha256 = _keep_checkpoint(workspace, run.id, _meta(plan, model, recipe), plan, result)
-    return summary(plan, result, _left_out(plan, model.scaler)) | {"checkpoint_sha256": sha256}
+        teller.end()
+        logs.close(done=ended)
+    return result
 
 
-def _fit_scaler(workspace: Workspace, plan: Plan) -> Scaler:
-    from ...ops.scaling import Scaler
+def _teller(work: _Work, run: RunHandle | None, steps: int) -> Teller:
+    progress = work.workspace.progress if run is not None else Silent()
+    heard = time.monotonic()
 
-    if TABULAR not in plan.branches:
-        return Scaler((), (), ())
-    training, features = replace(plan.source, subset=Subset.TRAIN), plan.source.features
-    with workspace.database.read() as session:
-        values = stream_features(session, training, features.columns)
-        return Scaler.fit(features.columns, values, gaps=not features.in_table)
+    def listen() -> None:
+        nonlocal heard
+        # Among several processes only the end of an epoch is a place where all can stop.
+        if run is None or work.team.size > 1 or time.monotonic() - heard < LISTEN_SECONDS:
+            return
+        heard = time.monotonic()
+        with work.workspace.database.read() as session:
+            check_still_ours(session, run)
 
-
-def _left_out(plan: Plan, scaler: Scaler) -> list[str]:
-    """The columns without a value on the training side."""
-    kept = frozenset(scaler.names)
-    all_columns = plan.source.features.columns if TABULAR in plan.branches else ()
-    return [name for name in all_columns if name not in kept]
+    return Teller(progress, work.config.max_epochs, steps, listen)
 
 
-def _reader(workspace: Workspace, plan: Plan, scaler: Scaler) -> BlockReader:
-    from ...reading.blocks import BlockReader
-
-    classes = {label_id: index for index, label_id in enumerate(plan.labels.values())}
-    return BlockReader(
-        workspace,
-        plan.source,
-        plane_of(plan.segment),
-        scaler,
-        plan.params.crop_size,
-        classes,
-        branches=plan.branches,
-    )
+def _logs(work: _Work, run: RunHandle | None) -> Logs:
+    if run is None or not work.setup.logs:
+        return Logs()
+    folder = work.setup.log_dir or LOGS / f"run-{run.id}"
+    logs = open_logs(work.setup.logs, folder, run.id, work.plan.spec.parameters)
+    with work.workspace.database.read() as session:
+        for record in metrics_of(session, run.id):
+            logs.write(int(record.pop("epoch")), record)
+    return logs
 
 
-def _batches(plan: Plan, reader: BlockReader, config: FitConfig, side: str) -> Batches:
-    from ...reading.loading import training_batches
-
-    return training_batches(
-        reader,
-        plan.sides[side],
-        batch_size=config.batch_size,
-        seed=config.seed,
-        shuffle=side == "train",
-        device=config.device,
-    )
+def _keep(work: _Work, run: RunHandle, result: FitResult) -> dict[str, Any]:
+    """Write the checkpoint; return what the run keeps of its training."""
+    meta = describe(work.plan, work.model, work.recipe)
+    sha256 = keep_checkpoint(work.workspace, run, meta, work.plan, result)
+    columns = left_out(work.plan, work.model.fitted.scaler)
+    notes = remarks(work.plan, work.model.fitted)
+    kept = summary(work.plan, result, columns, notes)
+    resumed = 0 if work.state is None else len(work.state.record["epochs"])
+    return kept | {"checkpoint_sha256": sha256, "resumed_after": resumed}
 
 
-def _tell(workspace: Workspace, run_id: int, epoch: EpochMetrics) -> None:
-    values = {name: float(value) for name, value in asdict(epoch).items() if name != "epoch"}
-    with workspace.database.begin() as session:
-        session.add_all(
-            RunMetric(run_id=run_id, epoch=epoch.epoch, name=name, value=value)
-            for name, value in values.items()
-        )
-    workspace.progress.note(
-        f"epoch {epoch.epoch}: training loss {epoch.train_loss:.3f}, accuracy "
-        f"{epoch.train_accuracy:.3f}; validation loss {epoch.validation_loss:.3f}, accuracy "
-        f"{epoch.validation_accuracy:.3f}"
-    )
-    workspace.progress.advance()
-
-
-def _meta(plan: Plan, model: _Model, recipe: Recipe) -> CheckpointMeta:
-    from ...ops.nets import CheckpointMeta
-
-    return CheckpointMeta(
-        shape=model.net.shape,
-        labels=tuple(plan.labels),
-        field=plan.split.field.value,
-        scaler=model.scaler,
-        crop_size=plan.params.crop_size,
-        fingerprints={
-            "train": recipe.fingerprint,
-            "split": plan.split.fingerprint,
-            "segment": plan.segment.fingerprint,
-            "measure": plan.measure.fingerprint,
-        },
-        feature_set=plan.source.features.name,
-    )
-
-
-def _keep_checkpoint(
-    workspace: Workspace, run_id: int, meta: CheckpointMeta, plan: Plan, result: FitResult
-) -> str:
-    """Write tensors and the record beside them, then their rows; return the tensors' sha256."""
-    from ...ops.nets import save_net
-
-    write = workspace.artifacts.write
-    tensors = write(ArtifactKind.CHECKPOINT, save_net(result.state), ".safetensors")
-    record = meta.to_json() | {
-        "tensors_sha256": tensors.sha256,
-        "parameters": plan.spec.parameters,
-        "image": as_parameters(plane_of(plan.segment)),
-        "best_epoch": result.best_epoch,
-    }
-    text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
-    _link(workspace, run_id, (tensors, write(ArtifactKind.CHECKPOINT, text.encode(), ".json")))
-    return tensors.sha256
-
-
-def _link(workspace: Workspace, run_id: int, files: Sequence[StoredFile]) -> None:
-    with workspace.database.begin() as session:
-        for file in files:
-            attach(session, run_id, keep_file(session, file))
+def _told(work: _Work, run: RunHandle | None) -> TrainResult:
+    assert run is not None
+    with work.workspace.database.read() as session:
+        return replace(result_of(session, session.get_one(Run, run.id)), already_done=False)

@@ -15,7 +15,7 @@ from ...runs.leases import bury_runs
 from ...terms import Status
 from .features import check_features
 from .files import check_files
-from .report import VerifyResult
+from .report import Problem, VerifyResult
 
 BATCH = 500
 GRACE_MINUTES = 10.0
@@ -33,6 +33,7 @@ def verify(
     before = min(time.time() - 60 * minutes, _oldest_running(workspace))
     there = list(workspace.artifacts.walk())
     files, masks, problems = check_files(workspace)
+    problems = _still_named(workspace, problems)
     features, odd = check_features(workspace, {problem.path for problem in problems})
     unnamed = _unnamed(workspace, there)
     old = [path for path in unnamed if _older(workspace.artifacts, path, before)]
@@ -46,6 +47,12 @@ def verify(
         removed=removed,
         feature_files=features,
     )
+
+
+def _still_named(workspace: Workspace, problems: list[Problem]) -> list[Problem]:
+    """Leave out files that were forgotten meanwhile: a training replaces its state."""
+    gone = set(_unnamed(workspace, [problem.path for problem in problems]))
+    return [problem for problem in problems if problem.path not in gone]
 
 
 def _oldest_running(workspace: Workspace) -> float:

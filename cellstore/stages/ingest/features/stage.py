@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from sqlalchemy.orm import Session
 
+from ....analytics.sets import check_set_name
 from ....formats.files.places import PathMap
 from ....formats.layouts import Layout
 from ....formats.objects.cellprofiler import open_cellprofiler
@@ -21,7 +22,7 @@ from ..account import SHOWN, Account, FileIdentity
 from ..images.rows import RowWriter
 from .accounts import Accounts
 from .cells import CellWriter
-from .target import TargetSet, check_name, target_set
+from .target import TargetSet, target_set
 
 DEFAULT_NAMES = {
     Layout.CELLPROFILER_CSV: "cellprofiler",
@@ -75,7 +76,7 @@ def ingest_features(
         UserInputError: no plate is known, or the feature set has other columns.
         StorageError: a file cannot be written.
     """
-    checked = check_name(name or DEFAULT_NAMES[layout])
+    checked = check_set_name(name or DEFAULT_NAMES[layout])
     if layout is Layout.SINGLE_CELLS:
         opened = open_single_cells(source, plate)
     else:

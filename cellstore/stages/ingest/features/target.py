@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,8 @@ import pyarrow as pa
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ....analytics.views import views
 from ....artifacts import ArtifactFolder
 from ....db.models import (
-    METADATA,
     Artifact,
     FeatureFile,
     FeatureSet,
@@ -27,7 +24,6 @@ from ....runs import RecipeSpec, register
 from ....terms import FeatureStorage, Stage
 
 VERSION = 1
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _SHOWN = 5
 
 
@@ -58,22 +54,6 @@ class TargetSet:
                     f"in feature set {self.name!r}. Give another --name."
                 ) from error
         return pa.RecordBatch.from_arrays(arrays, schema=self.schema)
-
-
-def check_name(name: str) -> str:
-    """Return the name of a feature set, if it can be one.
-
-    Raises:
-        UserInputError: it is no plain name, or that of a table.
-    """
-    if not _NAME.fullmatch(name):
-        raise UserInputError(
-            f"{name!r} cannot name a feature set. Use small letters, digits and _ (up to 63), a "
-            "letter first: --name nuclei_v2"
-        )
-    if name in METADATA.tables or name in {view.name for view in views()}:
-        raise UserInputError(f"{name!r} is the name of a table. Give another --name.")
-    return name
 
 
 def target_set(session: Session, source: ObjectSource, name: str) -> TargetSet:

@@ -19,7 +19,7 @@ from ....db.statements import insert_new
 from ....db.types import Base
 from ....formats.records import TreatmentRecord
 from ....formats.treatments.tables import completed
-from ....ops.leaks import normalised_name
+from ....ops.compounds import normalised_name
 from ....terms import Perturbation
 
 CACHED = 200_000

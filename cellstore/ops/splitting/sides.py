@@ -1,54 +1,26 @@
-"""Which images train a network and which test it.
-
-Whatever is drawn here depends on the seed and on the identifiers alone, not on the order of the
-input. Down-sampling and grouping order their candidates by the SHA-256 of seed and identifier,
-which no version of Python or NumPy can change. The published protocol draws with scikit-learn's
-``StratifiedShuffleSplit``, hence with NumPy's ``RandomState``, whose stream is frozen (NEP 19).
-"""
+"""One split: by image as published, or whole groups."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from cellstore.errors import UserInputError
 from cellstore.terms import Subset
 
-
-@dataclass(frozen=True, slots=True)
-class SplitImage:
-    """An image to be assigned: its class, and the group (well, plate) it must stay with."""
-
-    image_id: int
-    label: str
-    group: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """Images of a class that are on no side, and why."""
-
-    label: str
-    image_ids: tuple[int, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """The outcome of a split.
-
-    ``subsets`` says the side of each image, by ascending image id. ``left_out`` lists classes
-    that could not be split. ``downsampled`` gives the number of images before and after for each
-    class that was cut to the size of the next largest.
-    """
-
-    subsets: Mapping[int, Subset]
-    left_out: tuple[LeftOut, ...] = ()
-    downsampled: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+from .images import (
+    Assignment,
+    SplitImage,
+    draw_order,
+    drawn,
+    groups_by_label,
+    is_mixed,
+    left_out,
+    ordered,
+    sides_by_label,
+    some,
+)
 
 
 def published_split(images: Iterable[SplitImage], seed: int, test_size: float = 0.2) -> Assignment:
@@ -62,7 +34,7 @@ def published_split(images: Iterable[SplitImage], seed: int, test_size: float = 
     Raises ``UserInputError`` for fewer than two classes, a class with a single image, a class
     that would have no image on one side, or a ``test_size`` not between 0 and 1.
     """
-    pool = _ordered(images)
+    pool = ordered(images)
     _check_share(test_size)
     _check_classes(pool)
     kept, downsampled = _downsample(pool, seed)
@@ -80,6 +52,7 @@ def grouped_split(
     test_size: float = 0.2,
     validation_size: float = 0.1,
     balance: bool = True,
+    by_class: bool = False,
 ) -> Assignment:
     """Split whole groups (wells by default), each class apart.
 
@@ -91,36 +64,83 @@ def grouped_split(
 
     Where a group holds several classes (plates), groups are dealt without regard to classes,
     nothing is down-sampled, and classes absent from train or test are left out afterwards.
+    ``by_class``: such a group (a compound with two targets) is dealt with the class of most of
+    its images instead.
 
     Raises ``UserInputError`` where fewer than two classes can be split, or sizes are not usable.
     """
-    pool = _ordered(images)
+    pool = ordered(images)
     _check_share(test_size)
     _check_share(test_size + validation_size, validation_size)
-    groups = _groups_by_label(pool)
-    mixed = sum(len(keys) for keys in groups.values()) > len({image.group for image in pool})
+    groups = groups_by_label(pool)
     downsampled: dict[str, tuple[int, int]] = {}
-    if mixed:
+    if is_mixed(groups) and not by_class:
         sides = _deal({"": _all_groups(pool)}, seed, test_size, validation_size)
     else:
+        groups = _groups_by_main_label(pool) if is_mixed(groups) else groups
         usable = {label: keys for label, keys in groups.items() if len(keys) > 1}
         chosen, downsampled = _balance(usable, pool, seed) if balance else (usable, {})
         sides = _deal(chosen, seed, test_size, validation_size)
     return _assemble(pool, sides, downsampled)
 
 
-def _ordered(images: Iterable[SplitImage]) -> list[SplitImage]:
-    pool = sorted(images, key=lambda image: image.image_id)
-    twice = [key for key, n in Counter(image.image_id for image in pool).items() if n > 1]
+def named_split(
+    images: Iterable[SplitImage],
+    seed: int,
+    test: Sequence[str],
+    validation: Sequence[str] = (),
+    validation_size: float = 0.1,
+) -> Assignment:
+    """Put the groups ``test`` and ``validation`` (plates) on those sides, and train on the others.
+
+    Without ``validation``, ``max(1, round(g * validation_size))`` of the g groups are drawn from
+    the others, unless ``validation_size`` is 0 or one group only is left to train. Classes absent
+    from train or test are left out.
+
+    Raises ``UserInputError``: a group is on two sides or has no images, or none is left to train.
+    """
+    pool = ordered(images)
+    groups = _all_groups(pool)
+    _check_named(groups, test, validation)
+    rest = drawn(seed, "side of ", set(groups) - {*test, *validation})
+    if not validation and validation_size and len(rest) > 1:
+        wanted = max(1, min(round(len(groups) * validation_size), len(rest) - 1))
+        validation = rest[:wanted]
+    sides = dict.fromkeys(groups, Subset.TRAIN)
+    sides |= dict.fromkeys(test, Subset.TEST)
+    sides |= dict.fromkeys(validation, Subset.VALIDATION)
+    return _assemble(pool, sides, {})
+
+
+def cut_by_groups(
+    images: Iterable[SplitImage], seed: int
+) -> tuple[list[SplitImage], dict[str, tuple[int, int]]]:
+    """Cut the class with most groups to the number of groups of the second, as one split does.
+
+    Returns the images kept, and images before and after by class cut. Nothing is cut where a
+    group holds several classes (plates).
+    """
+    pool = ordered(images)
+    groups = groups_by_label(pool)
+    if is_mixed(groups):
+        return pool, {}
+    usable = {label: keys for label, keys in groups.items() if len(keys) > 1}
+    chosen, cut = _balance(usable, pool, seed)
+    kept = {key for label in groups for key in chosen.get(label, groups[label])}
+    return [image for image in pool if image.group in kept], cut
+
+
+def _check_named(groups: Sequence[str], test: Sequence[str], validation: Sequence[str]) -> None:
+    twice = sorted(set(test) & set(validation))
     if twice:
-        raise UserInputError(f"Images were given more than once: {twice[:5]}.")
-    return pool
-
-
-def _draw_order(seed: int, purpose: str, key: object) -> tuple[str, str]:
-    """A sort key that shuffles: the same for ever for the same seed, purpose and key."""
-    text = json.dumps([seed, purpose, key], ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest(), text
+        raise UserInputError(f"On two sides at once: {some(twice)}. Name each on one side.")
+    absent = sorted({*test, *validation} - set(groups))
+    if absent:
+        raise UserInputError(
+            f"None of the images to split is on {some(absent)}. Those with images: {some(groups)}."
+        )
+    if not set(groups) - {*test, *validation}:
+        raise UserInputError("None is left to train. Name fewer for test and validation.")
 
 
 def _check_share(share: float, *others: float) -> None:
@@ -139,13 +159,8 @@ def _check_classes(pool: Sequence[SplitImage]) -> None:
     if single:
         raise UserInputError(
             "A class needs two images or more to train and to test. These have a single image: "
-            f"{_some(single)}. Ingest more of them, or split by well, which leaves them out."
+            f"{some(single)}. Ingest more of them, or split by well, which leaves them out."
         )
-
-
-def _some(names: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(repr(name) for name in names[:limit]) + more
 
 
 def _downsample(
@@ -155,11 +170,11 @@ def _downsample(
     (label, before), (_, after) = counts
     if before == after:
         return pool, {}
-    drawn = sorted(
+    order = sorted(
         (image for image in pool if image.label == label),
-        key=lambda image: _draw_order(seed, "downsample", image.image_id),
+        key=lambda image: draw_order(seed, "downsample", image.image_id),
     )
-    dropped = {image.image_id for image in drawn[after:]}
+    dropped = {image.image_id for image in order[after:]}
     return [i for i in pool if i.image_id not in dropped], {label: (before, after)}
 
 
@@ -180,27 +195,13 @@ def _stratified_test(pool: Sequence[SplitImage], seed: int, test_size: float) ->
 
 
 def _check_both_sides(pool: Sequence[SplitImage], subsets: Mapping[int, Subset]) -> None:
-    sides = _sides_by_label((image.label, subsets[image.image_id]) for image in pool)
+    sides = sides_by_label((image.label, subsets[image.image_id]) for image in pool)
     absent = sorted(label for label, seen in sides.items() if len(seen) < 2)
     if absent:
         raise UserInputError(
-            f"Too few images to be on both sides: {_some(absent)}. "
-            "Leave them out, ingest more of their images, or ask for a larger test share."
+            f"Too few images to be on both sides: {some(absent)}. "
+            "Leave them out with --min-images, ingest more of them, or ask for a larger test share."
         )
-
-
-def _sides_by_label(pairs: Iterable[tuple[str, Subset]]) -> dict[str, set[Subset]]:
-    sides: dict[str, set[Subset]] = defaultdict(set)
-    for label, subset in pairs:
-        sides[label].add(subset)
-    return sides
-
-
-def _groups_by_label(pool: Sequence[SplitImage]) -> dict[str, list[str]]:
-    groups: dict[str, set[str]] = defaultdict(set)
-    for image in pool:
-        groups[image.label].add(image.group)
-    return {label: sorted(groups[label]) for label in sorted(groups)}
 
 
 def _all_groups(pool: Sequence[SplitImage]) -> list[str]:
@@ -212,6 +213,17 @@ def _all_groups(pool: Sequence[SplitImage]) -> list[str]:
     return keys
 
 
+def _groups_by_main_label(pool: Sequence[SplitImage]) -> dict[str, list[str]]:
+    counts = Counter((image.group, image.label) for image in pool)
+    main: dict[str, str] = {}
+    for (group, label), _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        main.setdefault(group, label)
+    groups: dict[str, list[str]] = {label: [] for label in sorted(set(main.values()))}
+    for group in sorted(main):
+        groups[main[group]].append(group)
+    return groups
+
+
 def _balance(
     groups: dict[str, list[str]], pool: Sequence[SplitImage], seed: int
 ) -> tuple[dict[str, list[str]], dict[str, tuple[int, int]]]:
@@ -219,10 +231,10 @@ def _balance(
     if len(sizes) < 2 or sizes[0][0] == sizes[1][0]:
         return groups, {}
     label, limit = sizes[0][1], sizes[1][0]
-    drawn = sorted(groups[label], key=lambda key: _draw_order(seed, "downsample", key))[:limit]
+    chosen = drawn(seed, "downsample", groups[label])[:limit]
     before = [image for image in pool if image.label == label]
-    after = [image for image in before if image.group in set(drawn)]
-    return {**groups, label: drawn}, {label: (len(before), len(after))}
+    after = [image for image in before if image.group in set(chosen)]
+    return {**groups, label: chosen}, {label: (len(before), len(after))}
 
 
 def _deal(
@@ -230,11 +242,11 @@ def _deal(
 ) -> dict[str, Subset]:
     sides: dict[str, Subset] = {}
     for label, keys in groups.items():
-        drawn = sorted(keys, key=lambda key: _draw_order(seed, f"side of {label}", key))
-        n_test, n_validation = _shares(len(drawn), test_size, validation_size)
-        sides |= dict.fromkeys(drawn, Subset.TRAIN)
-        sides |= dict.fromkeys(drawn[:n_test], Subset.TEST)
-        sides |= dict.fromkeys(drawn[n_test : n_test + n_validation], Subset.VALIDATION)
+        order = drawn(seed, f"side of {label}", keys)
+        n_test, n_validation = _shares(len(order), test_size, validation_size)
+        sides |= dict.fromkeys(order, Subset.TRAIN)
+        sides |= dict.fromkeys(order[:n_test], Subset.TEST)
+        sides |= dict.fromkeys(order[n_test : n_test + n_validation], Subset.VALIDATION)
     return sides
 
 
@@ -253,7 +265,7 @@ def _assemble(
     downsampled: Mapping[str, tuple[int, int]],
 ) -> Assignment:
     placed = [(image, sides[image.group]) for image in pool if image.group in sides]
-    seen = _sides_by_label((image.label, side) for image, side in placed)
+    seen = sides_by_label((image.label, side) for image, side in placed)
     good = {label for label, found in seen.items() if {Subset.TRAIN, Subset.TEST} <= found}
     if len(good) < 2:
         raise UserInputError(
@@ -261,24 +273,4 @@ def _assemble(
             "replicates, choose another label field, or use a finer group level."
         )
     subsets = {image.image_id: side for image, side in placed if image.label in good}
-    return Assignment(subsets, _left_out(pool, good), downsampled)
-
-
-def _left_out(pool: Sequence[SplitImage], good: set[str]) -> tuple[LeftOut, ...]:
-    images: dict[str, list[SplitImage]] = defaultdict(list)
-    for image in pool:
-        if image.label not in good:
-            images[image.label].append(image)
-    return tuple(
-        LeftOut(label, _ids(images[label]), _reason(images[label])) for label in sorted(images)
-    )
-
-
-def _ids(images: Iterable[SplitImage]) -> tuple[int, ...]:
-    return tuple(image.image_id for image in images)
-
-
-def _reason(images: Sequence[SplitImage]) -> str:
-    if len({image.group for image in images}) == 1:
-        return "has one group only, which cannot be on both sides"
-    return "its groups fell on one side; try another seed"
+    return Assignment(subsets, left_out(pool, good), downsampled)

@@ -1,0 +1,149 @@
+"""The questions that a store answers; see :class:`cellstore.Store`, which has them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import ContrastParams
+from .errors import UnknownNameError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .runs.workspace import Workspace
+    from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
+    from .stages.contrast import ContrastResult
+    from .stages.export import ExportResult
+    from .stages.export_model import ExportedModel
+    from .stages.report import ReportResult
+    from .stages.status import StatusResult
+    from .stages.verify import VerifyResult
+
+
+class Answers:
+    """What can be asked of an open store."""
+
+    workspace: Workspace
+
+    def contrast(
+        self,
+        params: ContrastParams | None = None,
+        *,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+    ) -> ContrastResult:
+        """Say which treatments look different from control; see ``stages.contrast.contrast``."""
+        from .stages.contrast import contrast
+
+        return contrast(
+            self.workspace,
+            params or ContrastParams(),
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+
+    def report(
+        self,
+        run: str = "latest",
+        *,
+        html: str | Path | None = None,
+        force: bool = False,
+        leave_out_flagged: str | None = None,
+    ) -> ReportResult:
+        """Score a predict run, and write the page ``html`` if it is asked for.
+
+        ``leave_out_flagged``: see ``stages.report.report``.
+        """
+        from .stages.report import report, write_report
+
+        if html is None:
+            return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
+        return write_report(
+            self.workspace, run, Path(html), force=force, leave_out_flagged=leave_out_flagged
+        )
+
+    def audit_image(self, image: str) -> ImageAudit:
+        """Return every run that labelled an image, and what it was labelled from."""
+        from .stages.audit import audit_image
+
+        return audit_image(self.workspace, image)
+
+    def audit_well(self, well: str) -> WellAudit:
+        """Return what was done to a well, when that was corrected, and what its images show."""
+        from .stages.audit import audit_well
+
+        return audit_well(self.workspace, well)
+
+    def audit_cell(self, cell_id: int) -> CellAudit:
+        """Return where a cell comes from and every prediction about it."""
+        from .stages.audit import audit_cell
+
+        return audit_cell(self.workspace, cell_id)
+
+    def audit_run(self, run: str = "latest") -> RunAudit:
+        """Return what a run was made from, and what it made."""
+        from .stages.audit import audit_run
+
+        return audit_run(self.workspace, run)
+
+    def sql(self, query: str, parameters: Any = None) -> pa.Table:
+        """Answer a question in SQL (DuckDB, read only) as an Arrow table.
+
+        Raises:
+            QueryError: the question is wrong, or would do more than read.
+
+        """
+        from .analytics import open_questions
+
+        with open_questions(self.workspace) as questions:
+            return questions.ask(query, parameters)
+
+    def export(
+        self,
+        out: str | Path,
+        *,
+        format: str = "parquet",  # noqa: A002 - as on the command line
+        features: str | None = None,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        plates: tuple[str, ...] = (),
+        for_spreadsheet: bool = False,
+        force: bool = False,
+    ) -> ExportResult:
+        """Write every current cell with its measurements; see ``stages.export.export``."""
+        from .stages.export import ExportFormat, export
+
+        if format not in list(ExportFormat):
+            raise UnknownNameError.of("format", format, [item.value for item in ExportFormat])
+        return export(
+            self.workspace,
+            Path(out),
+            format=ExportFormat(format),
+            features=features,
+            segmentation=segmentation,
+            measurement=measurement,
+            plates=plates,
+            for_spreadsheet=for_spreadsheet,
+            force=force,
+        )
+
+    def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
+        """Write a folder with a trained model; see ``stages.export_model.export_model``."""
+        from .stages.export_model import export_model
+
+        return export_model(self.workspace, run, None if output is None else Path(output))
+
+    def status(self) -> StatusResult:
+        """Count what is in the store, what is stale, and which jobs failed and why."""
+        from .stages.status import status
+
+        return status(self.workspace)
+
+    def verify(self, *, fix: bool = False, minutes: float = 10.0) -> VerifyResult:
+        """Compare the files with the database; see ``stages.verify.verify``."""
+        from .stages.verify import verify
+
+        return verify(self.workspace, fix=fix, minutes=minutes)

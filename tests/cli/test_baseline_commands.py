@@ -1,0 +1,102 @@
+"""train --baseline and contrast: what is asked, and what is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from factories import Factory
+from sqlalchemy import select
+
+from cellstore.config import StoreSettings
+from cellstore.db.models import Image
+from cellstore.runs import open_workspace
+from cellstore.terms import Stage
+
+pytest.importorskip("sklearn")
+pytest.importorskip("torch")
+
+WELLS = """
+    SELECT count(DISTINCT well_id) AS n FROM split_members JOIN images ON images.id = image_id
+    WHERE subset = 'train'
+"""
+SETS = ("--features", "cp")
+IN = ("--store", "store")
+
+
+@pytest.fixture
+def with_set(cellstore, store: Path) -> Path:
+    """The small screen with a split by image, and feature set ``cp``: six cells in each image."""
+    workspace = open_workspace(StoreSettings(store.resolve()))
+    make = Factory(workspace)
+    recipe = make.recipe(Stage.SEGMENT, parameters={"imported": "CellProfiler"})
+    run = make.run(Stage.INGEST)
+    unknown = dict.fromkeys(("content_sha256", "mask_artifact_id", "flow_artifact_id"))
+    with workspace.database.read() as session:
+        images = session.scalars(select(Image).order_by(Image.id)).all()
+    found = [make.segmentation(i, run, 6, recipe_id=recipe.id, **unknown) for i in images]
+    cells = [cell for item in found for cell in make.cells_of(item)]
+    # Two wells of two images for each treatment: aspirin is bright, the others are alike.
+    bright = [100.0 * (24 <= i < 48) + i % 5 for i in range(len(cells))]
+    make.feature_files("cp", cells, {"x": bright, "y": [float(i % 3) for i in range(72)]}, recipe)
+    workspace.database.close()
+    words = ("--protocol", "published", "--test-size", "0.5", *IN)
+    cellstore("split", "create", "main", *words)
+    return store
+
+
+def test_baselines_label_at_once_and_stand_in_the_report(cellstore, with_set: Path) -> None:
+    said = cellstore("train", "--baseline", "null,logistic", *SETS, *IN)
+    lines = [line.split() for line in said.out.splitlines()]
+    rows = {
+        words[0]: words for words in lines if len(words) == 5 and words[1] in ("null", "classical")
+    }
+    assert list(rows) == ["majority", "shuffled", "cellcount", "position", "logistic"]
+    assert rows["logistic"][3] == "36"  # cells of the training side
+    wells = cellstore("sql", WELLS, *IN, "--json").json
+    assert rows["position"][3] == str(wells[0]["n"])
+    again = cellstore("train", "--baseline", "null,logistic", *SETS, *IN, "--json").json
+    assert all(item["already_done"] for item in again)
+    assert [item["predict_run_id"] for item in again] == [int(x[4]) for x in rows.values()]
+    told = cellstore("report", "--run", rows["logistic"][2], *IN)
+    assert "per image" in told.out
+    assert [line.split()[0] for line in told.out.splitlines() if line.startswith("position")]
+    found = cellstore("report", "--run", rows["logistic"][4], *IN, "--json").json
+    kinds = {item["baseline"] for item in found["baselines"]}
+    assert kinds == {"majority", "shuffled", "cellcount", "position"}
+    assert found["against_nulls"].startswith("The interval of these labels is")
+
+
+def test_baselines_may_be_trained_alone(cellstore, with_set: Path) -> None:
+    made = cellstore("train", "--baseline", "forest", "--no-predict", *SETS, *IN, "--json").json
+    assert (made[0]["predict_run_id"], made[0]["feature_set"]) == (None, "cp")
+    assert cellstore("predict", *IN, "--json").json["train_run_id"] == made[0]["run_id"]
+    few = ("--baseline", "forest", "--max-cells", 9, "--force", *SETS, *IN, "--json")
+    assert cellstore("train", *few).json[0]["rows"] == 9
+
+
+def test_what_is_refused(cellstore, with_set: Path) -> None:
+    refused = {
+        ("--baseline", "tree"): "Unknown baseline 'tree'",
+        ("--baseline", ","): "Name a baseline: majority",
+        ("--baseline", "null", "--epochs", 3): "Baselines have no option --epochs",
+        ("--max-cells", 3): "--max-cells is an option of baselines",
+    }
+    for words, sentence in refused.items():
+        assert sentence in cellstore("train", *words, *SETS, *IN, code=2).err
+
+
+def test_a_contrast_is_a_table(cellstore, with_set: Path) -> None:
+    asked = ("contrast", *SETS, *IN)
+    said = cellstore(*asked)
+    rows = [line.split()[:2] for line in said.out.splitlines()]
+    assert ["aspirin", "yes"] in rows or ["aspirin", "no"] in rows  # four wells in all are few
+    assert "too few control wells to measure what chance looks like" in said.err
+    found = cellstore(*asked, "--json").json
+    assert found["already_done"]
+    assert [row["treatment"] for row in found["rows"]] == ["aspirin", "taxol"]
+    assert (found["rows"][0]["auc"], found["rows"][0]["cells"]) == (1, 24)
+    assert cellstore(*asked, "--treatment", "taxol", "--json").json["treatments"] == 1
+    pooled = cellstore(*asked, "--pooled", "--json").json
+    assert [row["treatment"] for row in pooled["rows"]] == ["all treatments"]
+    assert not cellstore(*asked, "--force", "--json").json["already_done"]

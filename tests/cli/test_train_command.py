@@ -1,0 +1,72 @@
+"""The command train: recipes, going on with a run, and what is said of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cellstore.stages.train import telling
+from cellstore_cli.main import app
+
+pytest.importorskip("torch")
+
+QUICK = ("--features", "cp", "--epochs", 3, "--batch-size", 4, "--device", "cpu")
+IN = ("--store", "store")
+
+
+def test_recipes_are_shown_side_by_side(cellstore) -> None:
+    lines = cellstore("train", "--list-recipes").out.splitlines()
+    assert lines[0].split() == ["option", "published", "compact"]
+    values = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    assert values["crop-size"] == ["224", "64"]
+    assert values["backbone"] == ["efficientnet_b0", "resnet18"]
+    assert values["augment"] == ["none", "flips,rotations,intensity"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_help_lists_options_by_section(cellstore) -> None:
+    said = cellstore("train", "--help").out
+    titles = [line for line in said.splitlines() if line.endswith(":") and line[0] != " "]
+    assert titles == [
+        "Options:",
+        "Which cells:",
+        "The network:",
+        "How it learns:",
+        "How it is carried out:",
+        "Instead of a network:",
+    ]
+    from typer.main import get_command
+
+    command = get_command(app).commands["train"]
+    for option in (name for param in command.params for name in param.opts):
+        assert option in said
+
+
+@pytest.mark.heavy
+def test_a_run_that_was_stopped_is_resumed_by_its_number(
+    cellstore, with_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(telling.Teller, "epoch", stop)
+        stopped = cellstore("train", *QUICK, "--recipe", "compact", *IN, code=130)
+    command = re.search(
+        r"^Go on with: cellstore (train --resume (\d+))$", stopped.err, re.MULTILINE
+    )
+    assert command is not None
+    words, run = command[1].split(), command[2]
+    told = cellstore(*words, "--epochs", 9, "--recipe", "compact", *IN, code=2).err
+    assert "leave --epochs, --recipe away" in told
+    trained = cellstore(*words, "--device", "cpu", *IN)
+    assert trained.out.startswith(f"Run {run} went on after epoch 1.")
+    table = trained.out.splitlines()[-5:]
+    assert table[0].split("  ")[0].strip() == "epoch"
+    assert [line.split()[0] for line in table[2:]] == ["1", "2", "3"]
+    assert max(map(len, table)) <= 80
+    assert f"Run {run} is finished" in cellstore(*words, *IN, code=2).err
+    told = cellstore("train", "--recipe", "large", *IN, code=2).err
+    assert told.startswith("Error: Unknown recipe 'large'. Known: published, compact")

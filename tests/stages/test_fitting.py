@@ -1,0 +1,181 @@
+"""What is fitted plate by plate: on the training side, else on what is on the plate itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from factories import Factory
+from small_training import Opener, pixels
+from sqlalchemy import select, update
+
+from cellstore.config import ImageInput
+from cellstore.db.models import FeatureSet, Image, ImageFile, Recipe, SplitMember, Treatment
+from cellstore.errors import ImageError, UnknownNameError, UserInputError
+from cellstore.ops.normalising import PlateScaler, WhiteLevels
+from cellstore.ops.scaling import Scaler
+from cellstore.reading.cells import CellSource
+from cellstore.reading.featuresets import open_set
+from cellstore.reading.normalising import (
+    add_plates,
+    add_whites,
+    describe_plates,
+    fit_scaler,
+    fit_whites,
+    plates_of,
+)
+from cellstore.runs import Workspace
+from cellstore.terms import Stage, Subset
+
+VALUES = {
+    # plate, well: treatment, side, the value of each cell
+    ("P1", 1): ("DMSO", Subset.TRAIN, (1.0, 3.0)),
+    ("P1", 2): ("drug", Subset.TRAIN, (5.0, 7.0)),
+    ("P1", 3): ("DMSO", Subset.TEST, (100.0, 900.0)),
+    ("P2", 1): ("DMSO", Subset.VALIDATION, (10.0, 30.0)),
+    ("P2", 2): ("drug", Subset.VALIDATION, (40.0, 50.0)),
+    ("P3", 1): ("drug", None, (1.0, 2.0)),
+    ("P4", 1): ("DMSO", None, (6.0, 8.0)),
+}
+
+
+@dataclass(frozen=True)
+class Plates:
+    """A store of :data:`VALUES`, its split, and the recipe of its cells."""
+
+    workspace: Workspace
+    segment: Recipe
+    split_id: int
+    measured: FeatureSet
+
+    def source(self) -> CellSource:
+        with self.workspace.database.read() as session:
+            features = open_set(session, self.workspace.artifacts, self.measured.recipe_id)
+        return CellSource(
+            self.segment.id, self.measured.recipe_id, self.split_id, features=features
+        )
+
+
+@pytest.fixture
+def plates(workspace: Workspace) -> Plates:
+    make = Factory(workspace)
+    treatments = {name: make.treatment(name) for name in ("DMSO", "drug")}
+    labels = {name: make.label(name) for name in treatments}
+    barcodes = {name: make.plate(name) for name in sorted({name for name, _ in VALUES})}
+    run = make.run(Stage.SEGMENT)
+    members, cells, values = [], [], []
+    for (barcode, column), (name, side, numbers) in VALUES.items():
+        image = make.image(make.well(barcodes[barcode], 1, column, treatments[name]))
+        segmentation = make.segmentation(image, run, len(numbers))
+        cells += make.cells_of(segmentation)
+        values += numbers
+        if side is not None:
+            members.append((image, side, labels[name]))
+    with workspace.database.read() as session:
+        segment = session.get_one(Recipe, run.recipe_id)
+    measured = make.feature_files("set", cells, {"x": values}, segment)
+    return Plates(workspace, segment, make.split(members).id, measured)
+
+
+def test_controls_of_the_training_side_count_and_those_of_plates_that_are_not_in_it(
+    plates: Plates,
+) -> None:
+    source = plates.source()
+    with plates.workspace.database.read() as session:
+        scaler = fit_scaler(session, source, "plate-controls", (Subset.VALIDATION,))
+        assert isinstance(scaler, PlateScaler)
+        more = add_plates(session, source, scaler, ["P4"])
+    # P1: 1 and 3, not the test wells 100 and 900; P2, only in validation: its own, 10 and 30.
+    assert {name: (p.mean, p.scale, p.cells) for name, p in more.plates.items()} == {
+        "P1": ((2.0,), (1.0,), 2),
+        "P2": ((20.0,), (10.0,), 2),
+        "P4": ((7.0,), (1.0,), 2),
+    }
+    assert (scaler.own, more.own) == (("P2",), ("P2", "P4"))
+    # What comes out is scaled as the training side is: -1, 1, 3 and 5 have mean 2.
+    assert (scaler.after.mean, scaler.after.scale) == ((2.0,), (pytest.approx(5**0.5),))
+    assert more.transform([[50.0]], "P2") == pytest.approx((3 - 2) / 5**0.5)
+    (note,) = describe_plates(more, None)
+    assert note.endswith("are normalised against their own negative controls: P2, P4.")
+    assert describe_plates(Scaler((), (), ()), None) == []
+
+
+def test_a_plate_without_controls_is_named(plates: Plates) -> None:
+    source = plates.source()
+    with plates.workspace.database.begin() as session:
+        scaler = fit_scaler(session, source, "plate-controls")
+        assert isinstance(scaler, PlateScaler)
+        with pytest.raises(UserInputError, match="'P3' has 0 measured cells of neg"):
+            add_plates(session, source, scaler, ["P3"])
+        session.execute(update(Treatment).values(control=None))
+        with pytest.raises(UserInputError, match=r"'P1' has 0 .* on the training side.* negcon"):
+            fit_scaler(session, source, "plate-controls")
+
+
+def test_the_usual_scaler_knows_no_plates(plates: Plates) -> None:
+    with plates.workspace.database.read() as session:
+        scaler = fit_scaler(session, plates.source())
+        with pytest.raises(UnknownNameError, match="Known: train, plate-controls"):
+            fit_scaler(session, plates.source(), "plate")
+        assert plates_of(session, plates.source()) == ["P1", "P2"]
+    assert scaler == Scaler(("x",), (4.0,), (5**0.5,), gaps=True)
+
+
+PLANES = (ImageInput(), ImageInput(("DNA",)))
+
+
+@pytest.fixture
+def store(built: Path, opened: Opener) -> tuple[Workspace, CellSource]:
+    """The small store on SQLite, whose images have pixels."""
+    workspace = opened(built)
+    with workspace.database.read() as session:
+        split_id = session.scalars(select(SplitMember.split_id)).first()
+        segment, measure = session.scalars(select(Recipe.id).order_by(Recipe.id).limit(2)).all()
+    return workspace, CellSource(segment, measure, split_id)
+
+
+def white(index: int) -> float:
+    return float(np.percentile(pixels(index), 99.9))
+
+
+def test_the_white_of_a_plate_comes_from_its_training_images(
+    store: tuple[Workspace, CellSource],
+) -> None:
+    workspace, source = store
+    with workspace.database.read() as session:
+        side = select(SplitMember.image_id).where(SplitMember.subset == Subset.TRAIN)
+        named = session.scalars(select(Image.core_name).where(Image.id.in_(side))).all()
+        whites = fit_whites(session, workspace.database, source, PLANES, (Subset.VALIDATION,))
+        more = add_whites(session, workspace.database, source, PLANES, whites, ["P1"])
+    training = [int(name[4:6]) - 1 for name in named]
+    assert 0 < len(training) < 6
+    expected = np.median([white(index) for index in training])
+    assert whites.plates == {"P1": (expected, expected)}
+    assert whites.own == ()
+    everything = np.median([white(index) for index in range(6)])
+    assert more.plates == {"P1": (everything, everything)}
+    (note,) = describe_plates(Scaler((), (), ()), more)
+    assert note.endswith("have the white level of their own images: P1.")
+
+
+def test_images_that_cannot_be_read_say_nothing_of_the_white(
+    store: tuple[Workspace, CellSource],
+) -> None:
+    workspace, source = store
+    source = replace(source, split_id=None)
+    with workspace.database.begin() as session:
+        session.execute(update(ImageFile).where(ImageFile.image_id != 3).values(sha256=None))
+    nothing = fit_of(workspace, source)
+    assert nothing.plates["P1"][0] == white(2)
+    with workspace.database.begin() as session:
+        session.execute(update(ImageFile).values(sha256=None))
+    with pytest.raises(ImageError, match="No image of plate 'P1' can be read"):
+        fit_of(workspace, source)
+
+
+def fit_of(workspace: Workspace, source: CellSource) -> WhiteLevels:
+    with workspace.database.read() as session:
+        empty = WhiteLevels({})
+        return add_whites(session, workspace.database, source, PLANES[:1], empty, ["P1"])

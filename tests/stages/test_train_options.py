@@ -1,0 +1,192 @@
+"""Recipes and options of a training, what they put into the run, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from killed_training import PARAMS
+from small_training import Opener, checkpoint
+from sqlalchemy import select, update
+
+from cellstore.config import TrainParams, TrainSetup, as_parameters
+from cellstore.db.models import Image, ImageFile, Label, Recipe, Run, SplitMember
+from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
+from cellstore.ops.objectives import LOSSES
+from cellstore.ops.sampling import SAMPLERS
+from cellstore.ops.schedules import SCHEDULES
+from cellstore.ops.teams import PRECISIONS
+from cellstore.ops.training import MONITORS
+from cellstore.reading.normalising import INTENSITIES, NORMALISATIONS
+from cellstore.runs import Workspace
+from cellstore.stages.predict import predict
+from cellstore.stages.train import logs, train
+from cellstore.terms import Stage, Subset
+
+PUBLISHED = {
+    "crop_size": 224,
+    "batch_size": 512,
+    "epochs": 50,
+    "patience": 5,
+    "learning_rate": 1e-4,
+    "weight_decay": 1e-4,
+    "step_size": 5,
+    "gamma": 0.5,
+    "label_smoothing": 0.1,
+    "dropout": 0.5,
+    "weights": "none",
+    "seed": 0,
+    "features": None,
+    "branches": None,
+    "leave_out_flagged": None,
+}
+"""What a recipe of the first version had: the fingerprints of runs made by it must stay."""
+
+
+def test_the_published_recipe_is_what_it_was() -> None:
+    assert as_parameters(TrainParams()) == PUBLISHED
+    assert TrainParams.of("published") == TrainParams()
+
+
+def test_options_override_a_recipe() -> None:
+    compact = TrainParams.of("compact", crop_size=32, augment=())
+    assert (compact.crop_size, compact.augment, compact.backbone) == (32, (), "resnet18")
+    assert as_parameters(compact)["recipe"] == "compact"
+    with pytest.raises(UnknownNameError, match=r"Unknown recipe 'tiny'. Known: published, compact"):
+        TrainParams.of("tiny")
+
+
+@pytest.mark.heavy
+def test_the_compact_recipe_looks_at_channels_by_the_white_of_their_plate(
+    built: Path, opened: Opener
+) -> None:
+    workspace = opened(built)
+    params = TrainParams.of(
+        "compact",
+        branches=("image", "mask"),
+        channels=("dna",),
+        crop_size=32,
+        epochs=3,
+        backbone="shufflenet_v2_x0_5",
+        class_weights=True,
+    )
+    result = train(workspace, params, device="cpu")
+    assert result.branches == ("mask", "image")
+    assert any("Small classes count twice" in note for note in result.notes)
+    tensors, record = checkpoint(workspace, result.run_id)
+    assert record["channels"] == ["DNA"]
+    assert record["shape"]["plane_channels"] == 1
+    assert record["shape"]["backbone"] == "shufflenet_v2_x0_5"
+    assert [len(levels) for levels in record["whites"]["plates"].values()] == [2]
+    assert record["parameters"]["augment"] == ["flips", "intensity", "rotations"]
+    predicted = predict(workspace, run=str(result.run_id), device="cpu")
+    assert predicted.cells == 8
+    assert len(tensors) > 1000
+    again = replace(params, augment=("rotations", "intensity", "flips"), channels=())
+    assert train(workspace, again, device="cpu").run_id == result.run_id
+
+
+def refused(workspace: Workspace, match: str, error: type[Exception], **changes: object) -> None:
+    with pytest.raises(error, match=match):
+        train(workspace, replace(PARAMS, **changes), device="cpu")  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_trained_is_told_before_a_run_begins(built: Path, opened: Opener) -> None:
+    workspace = opened(built)
+    unknown = {
+        "loss": ("loss", LOSSES),
+        "sampler": ("sampler", SAMPLERS),
+        "schedule": ("schedule", SCHEDULES),
+        "precision": ("precision", tuple(PRECISIONS)),
+        "monitor": ("monitor", MONITORS),
+        "normalise": ("normalisation", NORMALISATIONS),
+        "intensity": ("intensity", INTENSITIES),
+    }
+    for name, (kind, known) in unknown.items():
+        match = f"Unknown {kind} 'x'. Known: {', '.join(known)}"
+        refused(workspace, match, UnknownNameError, **{name: "x"})
+    refused(workspace, "Unknown augmentation 'x'", UnknownNameError, augment=("x",))
+    refused(workspace, "Unknown branch 'x'", UnknownNameError, branches=("x",))
+    pictures = ("image", "tabular")
+    refused(
+        workspace, "Unknown channel 'ER'. Known: DNA", UnknownNameError,
+        branches=pictures, channels=("ER",),
+    )  # fmt: skip
+    refused(workspace, "by the branch image: name it", UserInputError, channels=("DNA",))
+    refused(
+        workspace, "each channel .* once", UserInputError,
+        branches=pictures, channels=("DNA", "dna"),
+    )  # fmt: skip
+    refused(
+        workspace, "Backbone 'vit_b_32' cannot be used here", UserInputError,
+        branches=pictures, backbone="vit_b_32",
+    )  # fmt: skip
+    refused(workspace, "warm-up must be shorter", UserInputError, warmup_epochs=5)
+    refused(workspace, "negative controls", UserInputError, normalise="plate-controls")
+    with workspace.database.begin() as session:
+        file = session.scalars(select(ImageFile).order_by(ImageFile.id)).first()
+        assert file is not None
+        session.add(ImageFile(image_id=file.image_id, channel="ER", position=2, name="x.tif"))
+    refused(
+        workspace, "5 of the 6 images of the split have no channel 'ER'", UserInputError,
+        branches=pictures, channels=("DNA", "ER"),
+    )  # fmt: skip
+    with workspace.database.read() as session:
+        assert session.scalars(select(Run.id).where(Run.stage == Stage.TRAIN)).all() == []
+        assert session.scalars(select(Recipe.id).where(Recipe.stage == Stage.TRAIN)).all() == []
+
+
+def test_logs_are_written_beside_the_store_or_their_package_is_named(
+    built: Path, opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = opened(built)
+    setup = TrainSetup(logs=("csv",), log_dir=tmp_path / "logs")
+    result = train(workspace, replace(PARAMS, epochs=2), device="cpu", setup=setup)
+    lines = (tmp_path / "logs" / "csv" / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 1 + result.epochs
+    assert {"step", "validation_loss"} <= set(lines[0].split(","))
+    monkeypatch.setattr(logs, "find_spec", lambda _: None)
+    for kind in ("tensorboard", "mlflow"):
+        with pytest.raises(MissingExtraError, match=f"pip install {kind}"):
+            train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=(kind,)))
+    with pytest.raises(UnknownNameError, match="Unknown kind of log 'wandb'"):
+        train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=("wandb",)))
+
+
+def relabel(workspace: Workspace, side: Subset, value: str) -> None:
+    """Give the class ``value`` to every image of a side."""
+    with workspace.database.begin() as session:
+        label = session.scalars(select(Label).where(Label.value == value)).one_or_none()
+        if label is None:
+            field = session.scalars(select(Label.field)).first()
+            label = Label(field=field, value=value)
+            session.add(label)
+            session.flush()
+        session.execute(
+            update(SplitMember).where(SplitMember.subset == side).values(label_id=label.id)
+        )
+
+
+def test_classes_that_cannot_be_learned_are_told(built: Path, opened: Opener) -> None:
+    workspace = opened(built)
+    relabel(workspace, Subset.VALIDATION, "other")
+    refused(workspace, "No class on the validation side", UserInputError)
+    with workspace.database.begin() as session:
+        known = session.scalars(select(Label).where(Label.value == "drug")).one()
+        first = select(Image.id).order_by(Image.id)
+        members = SplitMember.image_id.in_(first), SplitMember.subset == Subset.VALIDATION
+        some = session.scalars(select(SplitMember.image_id).where(*members).limit(1)).one()
+        session.execute(
+            update(SplitMember).where(SplitMember.image_id == some).values(label_id=known.id)
+        )
+    result = train(workspace, replace(PARAMS, epochs=1), device="cpu")
+    assert result.images == {"train": 2, "validation": 1}
+    note = "1 images of the validation side were left out: their classes are not on the training"
+    assert result.notes == (f"{note} side.",)
+
+
+def test_a_training_side_of_one_class_is_refused(built: Path, opened: Opener) -> None:
+    workspace = opened(built)
+    relabel(workspace, Subset.TRAIN, "DMSO")
+    refused(workspace, "of one class, 'DMSO': there is nothing to tell apart", CellstoreError)

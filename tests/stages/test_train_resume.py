@@ -1,0 +1,199 @@
+"""A training that was broken off: gone on with, it ends as if there had been no break."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import killed_training
+import pytest
+from factories import sha
+from killed_training import PARAMS
+from small_training import Opener, StopsAfter, Trained, build, checkpoint, run_of
+from sqlalchemy import select, update
+
+from cellstore.config import SplitParams
+from cellstore.db.models import Cell, Recipe, Run, RunArtifact, RunMetric
+from cellstore.errors import RunCancelledError, StoreError, UnknownNameError, UserInputError
+from cellstore.runs import Workspace
+from cellstore.stages.jobs import cancel
+from cellstore.stages.split import create_split
+from cellstore.stages.train import TrainResult, keeping, stage, train
+from cellstore.stages.verify import verify
+from cellstore.terms import Stage, Status
+
+ELSEWHERE = "other-host|77|0123456789ab|5|alone-01234567"
+
+
+def numbers(workspace: Workspace, run_id: int) -> dict[tuple[int, str], float | None]:
+    """The metrics of a run, but for those that a clock says."""
+    query = select(RunMetric).where(
+        RunMetric.run_id == run_id, RunMetric.name.not_in(("seconds", "waited"))
+    )
+    with workspace.database.read() as session:
+        return {(row.epoch, row.name): row.value for row in session.scalars(query)}
+
+
+def trainings(workspace: Workspace) -> list[Run]:
+    with workspace.database.read() as session:
+        query = select(Run).where(Run.stage == Stage.TRAIN).order_by(Run.id)
+        return list(session.scalars(query))
+
+
+def broken_off(workspace: Workspace, epochs: int = 2) -> int:
+    """Train for some epochs, and be stopped; return the run."""
+    listener = StopsAfter(epochs)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(workspace, progress=listener), PARAMS, device="cpu")
+    run = trainings(workspace)[-1]
+    assert run.status is Status.CANCELLED
+    assert listener.told[-1] == f"Go on with: cellstore train --resume {run.id}"
+    return run.id
+
+
+@pytest.mark.heavy
+def test_a_killed_training_ends_as_one_that_was_not(
+    built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one beside it on the same store does not notice."""
+    workspace, undisturbed = opened(built), opened(built)
+    expected = train(undisturbed, PARAMS, device="cpu")
+    other = train(undisturbed, replace(PARAMS, seed=1), device="cpu")
+
+    words = [sys.executable, killed_training.__file__, str(workspace.settings.root), "2"]
+    with subprocess.Popen(words) as process:
+        beside = train(workspace, replace(PARAMS, seed=1), device="cpu")
+        assert process.wait(timeout=120) == -9
+    assert beside.checkpoint_sha256 == other.checkpoint_sha256
+    killed = next(run for run in trainings(workspace) if run.status is Status.RUNNING)
+    assert set(numbers(workspace, killed.id)) == {
+        key for key in numbers(undisturbed, expected.run_id) if key[0] <= 2
+    }
+
+    def fail(*_: object) -> None:
+        raise OSError("the power is out")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keeping, "attach", fail)  # after the file of epoch 3, before its rows
+        with pytest.raises(OSError, match="power"):
+            train(workspace, resume=str(killed.id), device="cpu")
+    assert run_of(workspace, killed.id).status is Status.FAILED
+    assert len(verify(workspace, minutes=0).orphans) == 1
+    assert verify(workspace, minutes=0, fix=True).removed == 1
+
+    result = train(workspace, resume="latest", device="cpu")
+    assert (result.run_id, result.resumed_after, result.epochs) == (killed.id, 2, 5)
+    assert result.checkpoint_sha256 == expected.checkpoint_sha256
+    assert numbers(workspace, killed.id) == numbers(undisturbed, expected.run_id)
+    assert len(run_of(workspace, killed.id).environment["resumed"]) == 2
+    checkpoint(workspace, killed.id)  # its only files: the state is gone
+    after = verify(workspace, minutes=0)
+    assert (after.problems, after.orphans) == ((), ())
+
+
+def test_the_same_command_goes_on_and_force_begins_anew(workspace: Workspace, tmp_path: Path):
+    build(workspace, tmp_path)
+    create_split(workspace, "by-well", SplitParams(test_size=0.3, validation_size=0.3))
+    run_id = broken_off(workspace)
+    anew = train(workspace, PARAMS, device="cpu", force=True)
+    assert anew.run_id > run_id
+    assert anew.resumed_after == 0
+    done = train(workspace, PARAMS, device="cpu")
+    assert (done.run_id, done.already_done) == (anew.run_id, True)
+    resumed = train(workspace, resume=str(run_id), device="cpu")
+    assert resumed.checkpoint_sha256 == anew.checkpoint_sha256
+
+    other = replace(PARAMS, seed=5)
+    listener = StopsAfter(1)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(workspace, progress=listener), other, device="cpu")
+    begun = trainings(workspace)[-1].id
+    goes_on = train(workspace, other, device="cpu")
+    assert (goes_on.run_id, goes_on.resumed_after, goes_on.already_done) == (begun, 1, False)
+
+
+def test_what_cannot_be_gone_on_with_is_told(trained: Trained, opened: Opener) -> None:
+    workspace = opened(trained.root)
+    done = trained.result.run_id
+
+    def refused(reference: str, message: str, error: type[Exception] = UserInputError) -> None:
+        with pytest.raises(error, match=message):
+            train(workspace, resume=reference, device="cpu")
+
+    refused(str(done), f"Run {done} is finished.*cellstore predict --run {done}")
+    refused("latest", "Every training is finished")
+    refused("1", "Unknown train run '1'", UnknownNameError)
+    run_id = broken_off(workspace)
+
+    def change(**values: Any) -> None:
+        with workspace.database.begin() as session:
+            session.execute(update(Run).where(Run.id == run_id).values(**values))
+
+    change(status=Status.RUNNING, process=ELSEWHERE)
+    refused(str(run_id), f"other-host:77. Wait.*cellstore cancel {run_id}")
+    with pytest.raises(UserInputError, match=r"other-host:77.*--force"):
+        train(workspace, PARAMS, device="cpu")
+    assert cancel(workspace, str(run_id)) == (run_id,)
+
+    with workspace.database.begin() as session:
+        cell = session.scalars(select(Cell).where(Cell.excluded.is_(None)).limit(1)).one()
+        cell.excluded = "looked odd"
+    refused(str(run_id), "measured cells of split 'by-well' have changed since; train anew")
+    with workspace.database.begin() as session:
+        recipe = session.get_one(Recipe, run_of(workspace, run_id).recipe_id)
+        recipe.parameters = {**recipe.parameters, "feature_files": "others"}
+        recipe.fingerprint = sha("others")
+    refused(str(run_id), "Feature set .* has changed since; train anew")
+    with workspace.database.begin() as session:
+        recipe = session.get_one(Recipe, run_of(workspace, run_id).recipe_id)
+        recipe.parameters = {**recipe.parameters, "baseline": "majority"}
+    refused(str(run_id), "is a baseline")
+
+
+class _Does(StopsAfter):
+    """Does something at the end of an epoch instead of stopping."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__(99)
+        self.act = act
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if len(self.told) == 1:
+            self.act()
+
+
+def test_a_cancelled_training_ends_and_one_that_was_taken_over_too(
+    built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = opened(built)
+    monkeypatch.setattr(stage, "LISTEN_SECONDS", 0.0)
+    with pytest.raises(RunCancelledError, match="was cancelled"):
+        train(replace(workspace, progress=_Does(lambda: cancel(workspace))), PARAMS, device="cpu")
+    run = trainings(workspace)[-1]
+    assert run.status is Status.CANCELLED
+    assert {epoch for epoch, _ in numbers(workspace, run.id)} == {1}
+
+    def take_over() -> None:
+        with workspace.database.begin() as session:
+            session.execute(update(Run).where(Run.id == run.id).values(process=ELSEWHERE))
+
+    with pytest.raises(StoreError, match="was gone on with by other-host:77"):
+        train(replace(workspace, progress=_Does(take_over)), resume=str(run.id), device="cpu")
+    assert run_of(workspace, run.id).status is Status.RUNNING  # it is the other's
+
+
+def test_a_state_of_another_run_is_refused(built: Path, opened: Opener) -> None:
+    workspace = opened(built)
+    run_id = broken_off(workspace, 1)
+    other: TrainResult = train(workspace, replace(PARAMS, seed=2, epochs=1), device="cpu")
+    with workspace.database.begin() as session:
+        session.execute(
+            update(RunArtifact).where(RunArtifact.run_id == run_id).values(run_id=other.run_id)
+        )
+        session.execute(update(Run).where(Run.id == other.run_id).values(status=Status.FAILED))
+    with pytest.raises(OSError, match="that of another run"):
+        train(workspace, resume=str(other.run_id), device="cpu")

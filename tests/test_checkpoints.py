@@ -1,0 +1,79 @@
+"""The two files of a checkpoint: what comes back of them, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from cellstore.errors import StorageError, UserInputError
+from cellstore.ops.checkpoints import CheckpointMeta, load_checkpoint, save_net
+from cellstore.ops.nets import FusionNet, NetShape, build_net
+from cellstore.ops.scaling import Scaler
+
+SHAPE = NetShape(n_classes=3, n_features=14)
+
+
+@pytest.fixture(scope="module")
+def net() -> FusionNet:
+    return build_net(SHAPE, seed=1)
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, 4, 32, 32), (2, 4, 32, 32), (2, 14)]
+    masks, flows, features = (torch.rand(shape, generator=generator) for shape in shapes)
+    return masks, flows, features
+
+
+def meta(**changes) -> CheckpointMeta:
+    usual = CheckpointMeta(
+        shape=SHAPE,
+        labels=("DMSO", "a", "b"),
+        field="pert_iname",
+        scaler=Scaler(tuple(f"f{i}" for i in range(14)), (1.5,) * 14, (2.0,) * 14),
+        crop_size=32,
+        fingerprints={"split": "abc", "train": "def"},
+    )
+    return dataclasses.replace(usual, **changes)
+
+
+def test_a_checkpoint_comes_back_whole(net: FusionNet) -> None:
+    record = json.loads(json.dumps(meta().to_json()))
+    again, read = load_checkpoint(save_net(net.state_dict()), record)
+    assert read == meta()
+    assert not again.training
+    with torch.no_grad():
+        masks, flows, features = inputs()
+        crops = {"mask": masks, "flow": flows}
+        assert torch.equal(again(crops, features), net.eval()(crops, features))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(net: FusionNet) -> None:
+    tensors, record = save_net(net.state_dict()), meta().to_json()
+    other = meta(shape=dataclasses.replace(SHAPE, projection_width=8)).to_json()
+    for damaged in (b"", tensors[:-10], b"\xff" * 100, tensors[:4] + b"\xff" * 8 + tensors[12:]):
+        with pytest.raises(StorageError, match="damaged"):
+            load_checkpoint(damaged, record)
+    with pytest.raises(StorageError, match="another network"):
+        load_checkpoint(tensors, other)
+
+
+@pytest.mark.parametrize("key", ["shape", "labels", "field", "scaler", "crop", "fingerprints"])
+def test_a_damaged_record_is_refused(key: str) -> None:
+    record = meta().to_json()
+    whole = record.pop(key)
+    with pytest.raises(UserInputError):
+        CheckpointMeta.from_json(record)
+    if not isinstance(whole, str):
+        with pytest.raises(UserInputError):
+            CheckpointMeta.from_json({**record, key: 7})
+
+
+def test_labels_and_features_must_fit_the_network() -> None:
+    with pytest.raises(UserInputError, match="3 classes"):
+        meta(labels=("a", "b"))
+    with pytest.raises(UserInputError, match="3 classes"):
+        meta(labels=("a", "b", "b"))
+    with pytest.raises(UserInputError, match="14 features"):
+        meta(scaler=Scaler(("x",), (0.0,), (1.0,)))

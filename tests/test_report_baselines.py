@@ -1,0 +1,155 @@
+"""Baselines beside a score: on the same images, and what is said of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from factories import Factory
+from screens import SmallScreen, small_screen
+
+from cellstore.db.models import Recipe, Run
+from cellstore.runs import Workspace, run_in
+from cellstore.stages.report import BaselineScore, Score, report, write_report
+from cellstore.stages.report.rivals import verdict
+from cellstore.terms import Stage, Status
+
+DMSO_EVERYWHERE = {"B01": "DMSO", "B02": "DMSO", "B03": "DMSO"}
+
+
+def add_baseline(
+    screen: SmallScreen,
+    kind: str,
+    says: dict[str, str],
+    status: Status = Status.DONE,
+) -> Run:
+    """A baseline that was trained on the split and has labelled some wells."""
+    make = screen.factory
+    recipe = make.recipe(Stage.TRAIN, parameters={"baseline": kind, "n": kind})
+    trained = make.run(Stage.TRAIN, recipe, split_id=screen.split.id)
+    run = make.run(
+        Stage.PREDICT,
+        make.recipe(Stage.PREDICT, inputs=[recipe]),
+        parent_id=trained.id,
+        split_id=screen.split.id,
+        status=status,
+    )
+    for well, label in says.items():
+        cells = make.cells_of(screen.segmentations[well])
+        make.predict(run, cells, [[(screen.labels[label], 1.0)]] * len(cells))
+    return run
+
+
+def test_a_baseline_is_scored_on_the_images_of_the_run(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    before = report(workspace)
+    assert (before.baselines, before.beats_nulls) == ((), None)
+    assert before.against_nulls.endswith("Run: cellstore train --baseline null --split main")
+    # B04 is not in the split: it is not scored, so it is not compared either
+    run = add_baseline(screen, "majority", {**DMSO_EVERYWHERE, "B04": "taxol"})
+    found = report(workspace)
+    assert found.run_id == screen.predict_run.id  # the newest run, but that is a baseline's
+    assert found.scores == before.scores
+    by_level = {item.level: item for item in found.baselines}
+    assert {(i.baseline, i.run_id, i.null) for i in found.baselines} == {("majority", run.id, True)}
+    assert (by_level["image"].n, by_level["image"].accuracy) == (3, pytest.approx(1 / 3))
+    assert (by_level["well"].n, by_level["well"].accuracy) == (3, pytest.approx(1 / 3))
+    # 3 cells of DMSO, 4 of taxol
+    assert (by_level["cell"].n, by_level["cell"].accuracy) == (7, pytest.approx(3 / 7))
+    # two of three images are right; drawing three wells, none is right in 1/27 > 2.5 %
+    assert found.score("image", "hard").low == 0
+    assert found.beats_nulls is False
+    assert "not above majority (33.3 %) per image" in found.against_nulls
+
+
+def test_only_what_both_have_labelled_is_compared(sqlite_workspace: Workspace) -> None:
+    screen = small_screen(sqlite_workspace)
+    add_baseline(screen, "position", {"B01": "DMSO", "B02": "DMSO"})
+    newer = add_baseline(screen, "position", {"B02": "taxol"})
+    add_baseline(screen, "position", {"A01": "DMSO"})  # of the training side only
+    add_baseline(screen, "position", DMSO_EVERYWHERE, Status.RUNNING)
+    found = [item for item in report(sqlite_workspace).baselines if item.level == "image"]
+    assert [(i.run_id, i.n, i.accuracy, i.low) for i in found] == [(newer.id, 1, 1.0, None)]
+
+
+def test_a_report_on_a_baseline_does_not_compare_it_with_itself(
+    sqlite_workspace: Workspace,
+) -> None:
+    screen = small_screen(sqlite_workspace)
+    majority = add_baseline(screen, "majority", DMSO_EVERYWHERE)
+    logistic = add_baseline(screen, "logistic", {"B01": "DMSO", "B02": "taxol", "B03": "taxol"})
+    found = report(sqlite_workspace, str(majority.id))
+    assert {item.baseline for item in found.baselines} == {"logistic"}
+    assert "null baseline (majority)" in found.against_nulls
+    found = report(sqlite_workspace, str(logistic.parent_id))
+    assert (found.run_id, found.score("image", "hard").accuracy) == (logistic.id, 1.0)
+    assert {item.baseline for item in found.baselines} == {"majority"}
+    # three wells without an error reach down to 0.025 ** (1 / 3) = 29.2 %
+    assert found.beats_nulls is False
+
+
+def test_the_latest_run_is_that_of_a_network(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    baseline = make.run(Stage.TRAIN, baseline_recipe(make))
+    labelled = make.run(Stage.PREDICT, parent_id=baseline.id)
+
+    def latest() -> list[int]:
+        with workspace.database.read() as session:
+            return [run_in(session, "latest", (kind,)).id for kind in (Stage.TRAIN, Stage.PREDICT)]
+
+    assert latest() == [baseline.id, labelled.id]  # there is nothing else
+    network = make.run(Stage.TRAIN)
+    by_network = make.run(Stage.PREDICT, parent_id=network.id)
+    later = make.run(Stage.TRAIN, baseline_recipe(make))
+    make.run(Stage.PREDICT, parent_id=later.id)
+    assert latest() == [network.id, by_network.id]
+
+
+def baseline_recipe(make: Factory) -> Recipe:
+    return make.recipe(Stage.TRAIN, parameters={"baseline": "majority"})
+
+
+def scored(low: float | None) -> Score:
+    bounds = (low, None if low is None else low + 0.2)
+    return Score("image", "hard", 50, 25, 0.5, *bounds, 0.2, 0.5, 0.5, None, 0.1, 0)
+
+
+def null(name: str, accuracy: float, level: str = "image") -> BaselineScore:
+    return BaselineScore(name, name != "forest", 7, 6, level, "hard", 50, accuracy, 0.0, 0.9)
+
+
+def test_what_is_said_of_null_baselines() -> None:
+    names = ("majority", "shuffled", "cellcount", "position")
+    four = [null(name, 0.3) for name in names]
+    good, sentence = verdict(scored(0.4), [*four, null("forest", 0.9)], None, "main")
+    assert good is True
+    assert "above every null baseline: majority (30.0 %), shuffled" in sentence
+    # that the interval reaches down to one of them is enough; other levels do not count
+    bad = [*four[:3], null("position", 0.45), null("position", 0.1, "well")]
+    assert verdict(scored(0.4), bad, None, "main")[0] is False
+    assert verdict(scored(0.4), [null("position", 0.45)], None, "main")[0] is False
+    some = verdict(scored(0.4), four[:2], None, "my split")
+    assert some[0] is None
+    assert some[1].endswith(
+        "cellcount, position. Run: cellstore train --baseline null --split 'my split'"
+    )
+    assert "one well only" in verdict(scored(None), four, None, "main")[1]
+
+
+def test_the_page_shows_what_a_score_has_to_beat(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    screen = small_screen(sqlite_workspace)
+    plain = tmp_path / "plain.html"
+    write_report(sqlite_workspace, "latest", plain)
+    assert "What a score has to beat" not in plain.read_text()
+    assert "No null baseline has labelled these images" in plain.read_text()
+    add_baseline(screen, "majority", DMSO_EVERYWHERE)
+    page = tmp_path / "page.html"
+    write_report(sqlite_workspace, "latest", page)
+    text = page.read_text()
+    assert "What a score has to beat" in text
+    assert "The interval of these labels is not above majority (33.3 %)" in text
+    assert ">this run<" in text
+    assert "<td>majority</td>" in text
