@@ -21,12 +21,14 @@ from sqlalchemy import select, update
 from cellstore.config import SplitParams
 from cellstore.db.models import Cell, Recipe, Run, RunArtifact, RunMetric
 from cellstore.errors import RunCancelledError, StoreError, UnknownNameError, UserInputError
-from cellstore.runs import Workspace
+from cellstore.runs import Workspace, files_of
 from cellstore.stages.jobs import cancel
 from cellstore.stages.split import create_split
 from cellstore.stages.train import TrainResult, keeping, stage, train
+from cellstore.stages.verify import stage as verifying
 from cellstore.stages.verify import verify
-from cellstore.terms import Stage, Status
+from cellstore.stages.verify.report import Problem
+from cellstore.terms import ArtifactKind, Stage, Status
 
 ELSEWHERE = "other-host|77|0123456789ab|5|alone-01234567"
 
@@ -202,6 +204,21 @@ def test_sigterm_is_as_good_as_ctrl_c(built: Path, opened: Opener) -> None:
     assert run.status is Status.CANCELLED
     assert listener.told[-1].endswith(f"--resume {run.id}")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_file_that_was_forgotten_while_it_was_checked_is_no_problem(
+    built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = opened(built)
+    run_id = broken_off(workspace, 1)
+    with workspace.database.read() as session:
+        path = files_of(session, run_id, ArtifactKind.TRAINING_STATE)[0].path
+    (workspace.artifacts.root / path).unlink()
+    assert [problem.path for problem in verify(workspace).problems] == [path]
+    monkeypatch.setattr(
+        verifying, "check_files", lambda _: (1, 0, [Problem("training_state/old", "is gone")])
+    )
+    assert verify(workspace).problems == ()
 
 
 def test_a_state_of_another_run_is_refused(built: Path, opened: Opener) -> None:
