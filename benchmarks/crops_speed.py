@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp(prefix="crops-speed-", dir=args.work))
     try:
-        {True: memory, False: wait if args.wait else speed}[args.memory](folder, args)
+        chosen = memory if args.memory else wait if args.wait else speed
+        chosen(folder, args)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -60,10 +62,14 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="peak memory by number of cells")
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=(10_000, 100_000, 500_000), help="of --memory"
+    )
     parser.add_argument("--wait", action="store_true", help="share of a training that waits")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of crops, in pixels")
     parser.add_argument("--crop", type=int, default=64, help="of --wait, in pixels")
     parser.add_argument("--batch", type=int, default=128, help="of --wait")
+    parser.add_argument("--batches", type=int, default=12, help="of an epoch of --wait")
     parser.add_argument("--threads", type=int, default=2, help="of torch, with --wait")
     parser.add_argument("--work", type=Path, help="where to write (some 200 MB)")
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
@@ -282,7 +288,7 @@ def mixed(images: int, buffer_cells: int) -> Iterator[np.ndarray]:
 
 def memory(folder: Path, args: argparse.Namespace) -> None:
     print("crops of 32 pixels, batches of 512, 4,096 cells mixed, 16 MB of cells kept")
-    for count in (10_000, 500_000):
+    for count in args.counts:
         fields = [draw_field(number, 100, 160) for number in range(FIELDS)]
         root = folder / str(count)
         make_store(root / "store", fields, images=count // 100)
@@ -328,7 +334,7 @@ def wait(folder: Path, args: argparse.Namespace) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
     for epoch, name in ((0, "from the files"), (1, "kept in memory")):
         began, cells = time.perf_counter(), 0
-        for batch in batches(epoch):
+        for batch in islice(batches(epoch), args.batches):
             optimizer.zero_grad()
             scores = net(batch.crops, batch.features)
             torch.nn.functional.cross_entropy(scores, batch.labels).backward()

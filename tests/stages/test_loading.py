@@ -1,0 +1,176 @@
+"""Batches as training takes them from a store: the same on any machine, and no cell lost."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_training import Opener, pixels
+from sqlalchemy import select
+
+from cellstore.db.models import Cell, Image, Split
+from cellstore.errors import ImageError
+from cellstore.ops.scaling import Scaler
+from cellstore.reading import loading, memory
+from cellstore.reading.blocks import BlockReader
+from cellstore.reading.cells import (
+    FEATURE_COLUMNS,
+    CellSource,
+    ImageBlock,
+    choose_recipes,
+    list_blocks,
+    plane_of,
+    stream_features,
+)
+from cellstore.reading.loading import training_batches
+from cellstore.runs import Workspace
+
+
+@pytest.fixture
+def workspace(built: Path, opened: Opener) -> Workspace:
+    return opened(built)
+
+
+class Plates:
+    """A scaler that writes down of which plates it was asked."""
+
+    def __init__(self, scaler: Scaler) -> None:
+        self.scaler, self.names, self.plates = scaler, scaler.names, set()
+
+    def transform(self, rows: Any, plate: str | None = None) -> np.ndarray:
+        self.plates.add(plate)
+        return self.scaler.transform(rows, plate)
+
+
+def reader_of(workspace: Workspace, **more: Any) -> tuple[BlockReader, list[ImageBlock]]:
+    with workspace.database.read() as session:
+        segment, measure = choose_recipes(session, None, None)
+        split = session.scalars(select(Split)).one()
+        source = CellSource(segment.id, measure.id, split.id)
+        blocks = list_blocks(session, source)
+        scaler = Scaler.fit(FEATURE_COLUMNS, stream_features(session, source))
+    classes = {label: i for i, label in enumerate(sorted({b.label_id for b in blocks}))}
+    more = {"scaler": scaler, "crop_size": 8, "classes": classes} | more
+    return BlockReader(workspace, source, plane_of(segment), **more), blocks
+
+
+def same(left: Any, right: Any) -> bool:
+    pairs = [(left.crops[name], right.crops[name]) for name in left.crops]
+    pairs += [(getattr(left, n), getattr(right, n)) for n in ("features", "labels", "cell_ids")]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_batches_do_not_depend_on_threads_nor_on_memory(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for threads, kept in ((1, 0), (3, 1 << 30)):
+        monkeypatch.setattr(loading, "reading_threads", lambda n=threads: n)
+        reader, blocks = reader_of(workspace, kept_bytes=kept)
+        batches = training_batches(reader, blocks, batch_size=5, seed=3)
+        found.append([batch for epoch in (0, 1) for batch in batches(epoch)])
+        assert len(found[-1]) == 2 * batches.count(0)
+    assert all(same(*pair) for pair in zip(*found, strict=True))
+
+
+def test_without_shuffling_batches_are_the_blocks_in_their_order(workspace: Workspace) -> None:
+    reader, blocks = reader_of(workspace)
+    batches = training_batches(reader, blocks, batch_size=4, shuffle=False)
+    for batch, block in zip(batches(0), blocks, strict=True):
+        assert same(batch, reader(block.image_id))
+        assert set(batch.labels.tolist()) == {reader.classes[block.label_id]}
+
+
+def test_processes_share_an_epoch(workspace: Workspace) -> None:
+    reader, blocks = reader_of(workspace)
+    shares = [
+        list(training_batches(reader, blocks, batch_size=4, share=(rank, 2))(0)) for rank in (0, 1)
+    ]
+    assert len(shares[0]) == len(shares[1])
+    ids = [i for share in shares for batch in share for i in batch.cell_ids.tolist()]
+    assert len(ids) == len(set(ids)) == sum(block.n_cells for block in blocks)
+
+
+def test_who_takes_batches_learns_how_long_it_waited(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, blocks = reader_of(workspace)
+    clock: Iterator[int] = iter(range(1000))
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: float(next(clock)))
+    batches = training_batches(reader, blocks, batch_size=4)
+    assert batches.waited == 0
+    count = len(list(batches(0)))
+    assert batches.waited == count + 1  # a second for each batch, and to see that there is none
+
+
+def test_an_image_that_cannot_be_read_ends_the_epoch(workspace: Workspace) -> None:
+    reader, blocks = reader_of(workspace)
+    wrong = [replace(blocks[0], n_cells=blocks[0].n_cells + 1), *blocks[1:]]
+    with pytest.raises(ImageError, match="changed while the network was training"):
+        list(training_batches(reader, wrong, batch_size=4)(0))
+    for file in (workspace.artifacts.root).rglob("*.tif"):
+        file.unlink()
+    with pytest.raises(ImageError, match="cannot be read"):
+        list(training_batches(reader_of(workspace)[0], blocks, batch_size=4)(0))
+
+
+def test_an_image_is_opened_once_while_it_fits_in_memory(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, real = [], BlockReader._read
+    monkeypatch.setattr(
+        BlockReader, "_read", lambda self, image_id: read.append(image_id) or real(self, image_id)
+    )
+    reader, blocks = reader_of(workspace)
+    one = reader.cut(blocks[0].image_id).nbytes
+    for kept, times in ((1 << 20, 1), (2 * one + one // 2, None), (0, 3)):
+        read.clear()
+        reader, blocks = reader_of(workspace, kept_bytes=kept)
+        for epoch in range(3):
+            list(training_batches(reader, blocks, batch_size=4)(epoch))
+        counts = [read.count(block.image_id) for block in blocks]
+        assert set(counts) == ({times} if times else {1, 3})
+
+
+def test_channels_have_the_white_level_of_their_plate(workspace: Workspace) -> None:
+    whites = {"P1": (5000.0, 1000.0), "P2": (1.0, 1.0)}
+    more = {"branches": ("mask", "image", "tabular"), "channels": ("dna",)}
+    reader, blocks = reader_of(workspace, **more, whites=whites)
+    own, _ = reader_of(workspace, **more)
+    cells = reader.cut(blocks[0].image_id)
+    rows, columns = cells.windows.sizes[0]
+    with workspace.database.read() as session:
+        cell = session.get_one(Cell, int(cells.cell_ids[0]))
+        name = session.get_one(Image, blocks[0].image_id).core_name
+    light = pixels(int(name[4:6]) - 1)
+    window = light[cell.min_row : cell.max_row, cell.min_col : cell.max_col]
+    for white, found in (
+        (1000, cells),
+        (np.percentile(light, 99.9), own.cut(blocks[0].image_id)),
+    ):
+        layer = found.windows.layers["image"][0, : rows * columns].reshape(rows, columns)
+        np.testing.assert_allclose(layer, np.minimum(window / white, 1), rtol=1e-6)
+    assert reader(blocks[0].image_id).crops.keys() == {"mask", "image"}
+
+
+def test_the_scaler_is_told_the_plate(workspace: Workspace) -> None:
+    plain, _ = reader_of(workspace)
+    scaler = Plates(plain.scaler)
+    reader, blocks = reader_of(workspace, scaler=scaler)
+    reader(blocks[0].image_id)
+    assert scaler.plates == {"P1"}
+
+
+def test_a_quarter_of_the_memory_is_kept_that_a_container_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_LIMITS", (limit, tmp_path / "none"))
+    limit.write_text("max\n")
+    whole = memory.memory_there()
+    assert whole > 1 << 28
+    limit.write_text("1000000\n")
+    assert memory.default_memory() == 250_000
