@@ -216,7 +216,7 @@ def _fit(work: _Work, run: RunHandle | None) -> FitResult:
         assert run is not None
         waited = train.waited + validation.waited
         logs.write(epoch.epoch, keep_epoch(work.workspace, run, epoch, waited, snapshot()))
-        teller.epoch(epoch, waited)
+        teller.epoch(epoch)
 
     teller.begin(0 if work.state is None else len(work.state.record["epochs"]))
     ended = False

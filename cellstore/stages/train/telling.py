@@ -38,15 +38,14 @@ class Teller:
         self._progress.advance()
         self._listen()
 
-    def epoch(self, epoch: EpochMetrics, waited: float) -> None:
+    def epoch(self, epoch: EpochMetrics) -> None:
         """An epoch is over, and what is known of it is in the store."""
         self._leave_epoch()
         self._epoch = epoch.epoch
         self._progress.note(
-            f"epoch {epoch.epoch}: training loss {epoch.train_loss:.3f}, accuracy "
-            f"{epoch.train_accuracy:.3f}; validation loss {epoch.validation_loss:.3f}, accuracy "
-            f"{epoch.validation_accuracy:.3f}; {epoch.seconds:.0f} s, {waited:.0f} s of them "
-            "waiting for cells"
+            f"epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, validation "
+            f"{epoch.validation_loss:.3f}; accuracy {epoch.train_accuracy:.3f}, validation "
+            f"{epoch.validation_accuracy:.3f}"
         )
         self._progress.advance()
 
