@@ -89,6 +89,7 @@ def commands(plates: DemoPlates) -> list[list[str]]:
         ["split", "check", SPLIT, *store],
         ["train", "--split", SPLIT, *_training(), *store],
         ["predict", *store],
+        ["train", "--split", SPLIT, "--baseline", "null", *store],
         ["report", "--html", str(plates.report), *store],
     ]
 

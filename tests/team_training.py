@@ -1,6 +1,6 @@
-"""A training by several processes: ``python tests/team_training.py STORE PROCESSES OUT``.
+"""One of two processes that train together: ``python tests/team_training.py STORE OUT``.
 
-Each process writes to OUT what it ended with; Lightning runs this program again for each.
+It is started with the environment of torchrun. What it ended with is written to OUT.
 """
 
 from __future__ import annotations
@@ -8,32 +8,53 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from killed_training import PARAMS
 
 from cellstore import Store
-from cellstore.config import TrainSetup
 from cellstore.ops import training
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    root, processes, out = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+TOGETHER = replace(PARAMS, batch_size=4, epochs=2)
+
+
+def environment(rank: int, port: int) -> dict[str, str]:
+    """What torchrun says to process ``rank`` of two on this host."""
+    numbers = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "GROUP_RANK": 0,
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": 1,
+    }
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}
+
+
+def telling(out: Path) -> Callable[..., Any]:
+    """The loop, which writes down the losses and the network that it ended with."""
     real = training.fit
 
-    def fit(net, *rest, fabric, **more):  # type: ignore[no-untyped-def]
-        result = real(net, *rest, fabric=fabric, **more)
+    def fit(net: Any, *rest: Any, **more: Any) -> Any:
+        result = real(net, *rest, **more)
         digest = hashlib.sha256()
         for value in net.state_dict().values():
             digest.update(value.numpy().tobytes())
         losses = [(e.train_loss, e.validation_loss) for e in result.epochs]
-        record = {"losses": losses, "parameters": digest.hexdigest()}
-        (out / f"{fabric.global_rank}.json").write_text(json.dumps(record))
+        out.write_text(json.dumps({"losses": losses, "network": digest.hexdigest()}))
         return result
 
-    training.fit = fit
-    with Store.open(root) as store:
-        params = replace(PARAMS, batch_size=4, epochs=2)
-        store.train(params, device="cpu", setup=TrainSetup(devices=processes))
+    return fit
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    training.fit = telling(Path(sys.argv[2]))
+    with Store.open(sys.argv[1]) as store:
+        store.train(TOGETHER, device="cpu")

@@ -282,6 +282,7 @@ def fit_forest(
             min_samples_leaf=config.smallest_leaf,
             max_features=None if config.all_columns else "sqrt",
             random_state=generator,
+            n_jobs=-1,
         )
         model.fit(np.asarray(rows, dtype=np.float32), classes)
         parts += [_tree_arrays(estimator.tree_) for estimator in model.estimators_]

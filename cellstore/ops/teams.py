@@ -19,9 +19,10 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from cellstore.errors import RunCancelledError, UnknownNameError, UserInputError
+from cellstore.errors import RunCancelledError, UnknownNameError, UserInputError, first_line
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 """What Lightning calls them: mixed precision keeps the weights in 32 bits."""
@@ -107,15 +108,22 @@ def open_fabric(device: str, precision: str = "32", devices: int = 1) -> Fabric:
             f"--devices {devices} out."
         )
     strategy = "ddp" if here * hosts > 1 else "auto"
-    with quiet():
-        fabric = Fabric(
-            accelerator=device,
-            devices=here,
-            num_nodes=hosts,
-            strategy=strategy,
-            precision=PRECISIONS[precision],
-        )
-        fabric.launch()
+    on_cuda = device != "cpu" and torch.cuda.is_available()
+    try:
+        with quiet():
+            fabric = Fabric(
+                accelerator="cuda" if on_cuda else "cpu",
+                devices=here,
+                num_nodes=hosts,
+                strategy=strategy,
+                precision=PRECISIONS[precision],
+            )
+            fabric.launch()
+    except MisconfigurationException as error:  # for example in a notebook
+        raise UserInputError(
+            f"{here * hosts} processes cannot train together here ({first_line(error)}). Run the "
+            "command cellstore train, or a script, or use one device."
+        ) from error
     return fabric
 
 

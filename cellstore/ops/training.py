@@ -145,8 +145,9 @@ def fit(
     batch, ``on_epoch`` after every epoch; what the latter's snapshot gives is a ``start`` from
     which the rest of the epochs comes out as if there had been no break. On a CPU with a fixed
     number of threads, the same seed, network and batches give the same result: random numbers of
-    an epoch depend on the seed and the epoch only. Nothing is printed, no file is written, and
-    Ctrl-C comes out as ``KeyboardInterrupt``.
+    an epoch depend on the seed and the epoch only; they are torch's own, so threads of one process
+    must not train at once. Nothing is printed, no file is written, and Ctrl-C comes out as
+    ``KeyboardInterrupt``.
 
     ``fabric``: of several processes (:func:`~cellstore.ops.teams.open_fabric`), each of which
     calls this with batches of its own cells, as many of them as the others have; only the first

@@ -53,6 +53,7 @@ class OpenModel:
     model: Model
     meta: ModelMeta
     reader: Callable[[int], CellBlock]
+    device: str = "cpu"
 
     @property
     def run(self) -> Run:
@@ -88,7 +89,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
         StorageError: the checkpoint is damaged.
 
     """
-    from ..ops.models import load_model
+    from ..ops.models import NetworkModel, load_model
 
     checkpoint = find_checkpoint(session, workspace, run)
     file = checkpoint.tensors
@@ -101,8 +102,9 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
     check_channels(session, ImageInput(meta.channels))
     features = open_set(session, workspace.artifacts, measure.id)
     source = CellSource(segment.id, measure.id, features=features)
-    reader = make_reader(workspace, source, segment, meta)
-    return OpenModel(checkpoint, segment, measure, source, model, meta, reader)
+    device = device if isinstance(model, NetworkModel) else "cpu"
+    reader = make_reader(workspace, source, segment, meta, device)
+    return OpenModel(checkpoint, segment, measure, source, model, meta, reader, device)
 
 
 def know_plates(
@@ -134,7 +136,7 @@ def know_plates(
         meta = replace(meta, whites=whites)
     if not added:
         return found, added
-    reader = make_reader(workspace, found.source, found.segment, meta)
+    reader = make_reader(workspace, found.source, found.segment, meta, found.device)
     return replace(found, meta=meta, reader=reader), added
 
 
@@ -148,26 +150,28 @@ def planes_of(segment: Recipe, channels: Sequence[str]) -> list[ImageInput]:
 
 
 def make_reader(
-    workspace: Workspace, source: CellSource, segment: Recipe, meta: ModelMeta
+    workspace: Workspace,
+    source: CellSource,
+    segment: Recipe,
+    meta: ModelMeta,
+    device: str = "cpu",
 ) -> Callable[[int], CellBlock]:
-    """Return what reads the cells of an image as a model wants them; no image is kept.
+    """Return what reads the cells of an image as a model wants them, crops on its device.
+
+    No image is kept.
 
     Raises:
         UserInputError: a measurement that the model reads is not there any more.
 
     """
     from ..ops.baselines import ON_FEATURES, BaselineMeta
+    from ..ops.crops import crop_cells
     from .blocks import BlockReader
     from .places import PlaceReader
 
     if isinstance(meta, BaselineMeta) and meta.model not in ON_FEATURES:
         return PlaceReader(workspace, source, meta)
-    more: dict[str, Any] = {}
-    if meta.channels:
-        more["channels"] = meta.channels
-    if meta.whites is not None:
-        more["whites"] = meta.whites.plates
-    return BlockReader(
+    reader = BlockReader(
         workspace,
         source,
         plane_of(segment),
@@ -175,8 +179,10 @@ def make_reader(
         meta.crop_size,
         kept_bytes=0,
         branches=meta.branches,
-        **more,
+        channels=meta.channels,
+        whites=None if meta.whites is None else meta.whites.plates,
     )
+    return lambda image_id: crop_cells(reader.cut(image_id), meta.crop_size, device)
 
 
 def find_checkpoint(session: Session, workspace: Workspace, run: Run) -> Checkpoint:

@@ -82,7 +82,7 @@ def test_a_screen_from_images_to_an_audit(cellstore, model, store, tmp_path):
         "0.001",
         *at,
     )
-    assert "validation loss" in trained.out
+    assert "val. loss" in trained.out
     assert (
         "Nothing to do"
         in cellstore(

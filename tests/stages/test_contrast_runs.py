@@ -10,12 +10,14 @@ import pytest
 from factories import FEATURE_COLUMNS, Factory
 from sqlalchemy import select, update
 
-from cellstore.config import ContrastParams
-from cellstore.db.models import Cell, CellFeatures, Plate, Recipe, Run, Treatment, Well
+from cellstore.config import BaselineParams, ContrastParams
+from cellstore.db.models import Cell, CellFeatures, Image, Plate, Recipe, Run, Treatment, Well
 from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.reading.models import open_model
 from cellstore.runs import Workspace
+from cellstore.stages.baselines import train_baselines
 from cellstore.stages.contrast import ContrastResult, ContrastRow, contrast
-from cellstore.terms import Stage, Status
+from cellstore.terms import Stage, Status, Subset
 
 pytest.importorskip("sklearn")
 
@@ -187,3 +189,25 @@ def test_what_cannot_be_compared_is_said(sqlite_workspace: Workspace) -> None:
     with sqlite_workspace.database.begin() as session:
         session.execute(update(Treatment).values(control=None))
     assert "No treatment is marked as negative control" in refused()
+
+
+def test_a_baseline_reads_features_as_differences_to_the_controls_of_the_plate(
+    sqlite_workspace: Workspace,
+) -> None:
+    pytest.importorskip("torch")
+    screen = Screen(sqlite_workspace)
+    with sqlite_workspace.database.read() as session:
+        query = select(Image, Treatment.pert_iname).join(Well, Well.id == Image.well_id)
+        images = session.execute(query.join(Treatment, Treatment.id == Well.treatment_id)).all()
+    labels = {name: screen.make.label(name) for name in ("DMSO", "strong")}
+    members = [(i, Subset.TRAIN, labels[name]) for i, name in images if name in labels]
+    screen.make.split(members)
+    params = BaselineParams(normalise="plate-controls")
+    (result,) = train_baselines(sqlite_workspace, ["logistic"], params)
+    right = []
+    with sqlite_workspace.database.read() as session:
+        model = open_model(session, sqlite_workspace, session.get_one(Run, result.run_id))
+        for image, _, label in members:
+            said = model.predict(model.reader(image.id)).argmax(axis=1)
+            right += [model.labels[index] == label.value for index in said]
+    assert np.mean(right) > 0.98  # plates differ twenty times as much as treatments do

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import PLAIN, WIDTH, craft
-from small_training import TINY, Opener, build, fail_at, run_of, said
+from small_training import TINY, Opener, build, fail_at, pixels, run_of, said
 from sqlalchemy import func, select, update
 
 from cellstore import Store
@@ -36,7 +36,7 @@ from cellstore.db.models import (
 from cellstore.errors import CellstoreError, StorageError, UnknownNameError, UserInputError
 from cellstore.ops import models
 from cellstore.ops.checkpoints import load_checkpoint
-from cellstore.ops.normalising import ControlStatistics, PlateScaler
+from cellstore.ops.normalising import ControlStatistics, PlateScaler, WhiteLevels
 from cellstore.reading.cells import FEATURE_COLUMNS
 from cellstore.reading.featuresets import SetReader, open_set
 from cellstore.runs import Workspace, running
@@ -318,6 +318,27 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
     assert other.train_run_id != run
     assert said(workspace, other.run_id) == said(workspace, result.run_id)
     assert not [note for note in other.notes if "own negative controls" in note]
+
+
+def test_a_plate_that_training_has_not_seen_has_its_own_white(built: Path, opened: Opener) -> None:
+    workspace = opened(built)
+    whites = [float(np.percentile(pixels(index), 99.9)) for index in range(6)]
+    given: dict[str, WhiteLevels | None] = {
+        "of each image": None,
+        "unseen": WhiteLevels({"elsewhere": (1.0,)}),
+        "known": WhiteLevels({"P1": (float(np.median(whites)),)}),
+        "twice as bright": WhiteLevels({"P1": (2 * float(np.median(whites)),)}),
+    }
+    found, notes = {}, {}
+    for seed, (name, levels) in enumerate(given.items()):
+        run = craft(workspace, number=seed, branches=("mask", "tabular"), whites=levels)
+        result = predict(workspace, EVERYTHING, run=str(run), device="cpu")
+        found[name] = said(workspace, result.run_id)
+        notes[name] = [note for note in result.notes if "white level of their own" in note]
+    assert found["unseen"] == found["known"]
+    assert [name for name, said_of in notes.items() if said_of] == ["unseen"]
+    assert notes["unseen"][0].endswith("images: P1.")
+    assert len({str(rows) for rows in found.values()}) == 3
 
 
 def unfinished(workspace: Workspace) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from killed_training import PARAMS
-from small_training import Opener, checkpoint
+from small_training import Opener, Trained, checkpoint
 from sqlalchemy import select, update
 
 from cellstore.config import TrainParams, TrainSetup, as_parameters
@@ -47,6 +47,15 @@ PUBLISHED = {
 def test_the_published_recipe_is_what_it_was() -> None:
     assert as_parameters(TrainParams()) == PUBLISHED
     assert TrainParams.of("published") == TrainParams()
+
+
+def test_the_parameters_of_a_recipe_are_those_that_it_had(trained: Trained, opened: Opener) -> None:
+    workspace = opened(trained.root)
+    with workspace.database.read() as session:
+        recipe = session.get_one(Recipe, trained.result.recipe_id)
+    unnamed = {"features", "branches", "leave_out_flagged"}
+    assert recipe.parameters.keys() == (PUBLISHED.keys() - unnamed) | {"split", "cells"}
+    assert recipe.version == 1
 
 
 def test_options_override_a_recipe() -> None:

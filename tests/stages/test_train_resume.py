@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,14 @@ from sqlalchemy import select, update
 from cellstore.config import SplitParams
 from cellstore.db.models import Cell, Recipe, Run, RunArtifact, RunMetric
 from cellstore.errors import RunCancelledError, StoreError, UnknownNameError, UserInputError
-from cellstore.runs import Workspace
+from cellstore.runs import Workspace, files_of
 from cellstore.stages.jobs import cancel
 from cellstore.stages.split import create_split
 from cellstore.stages.train import TrainResult, keeping, stage, train
+from cellstore.stages.verify import stage as verifying
 from cellstore.stages.verify import verify
-from cellstore.terms import Stage, Status
+from cellstore.stages.verify.report import Problem
+from cellstore.terms import ArtifactKind, Stage, Status
 
 ELSEWHERE = "other-host|77|0123456789ab|5|alone-01234567"
 
@@ -186,6 +191,36 @@ def test_a_cancelled_training_ends_and_one_that_was_taken_over_too(
     assert run_of(workspace, run.id).status is Status.RUNNING  # it is the other's
 
 
+@pytest.mark.skipif(
+    threading.current_thread() is not threading.main_thread(), reason="signals are not heard here"
+)
+def test_sigterm_is_as_good_as_ctrl_c(built: Path, opened: Opener) -> None:
+    workspace = opened(built)
+    listener = _Does(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(workspace, progress=listener), PARAMS, device="cpu")
+    run = trainings(workspace)[-1]
+    assert run.status is Status.CANCELLED
+    assert listener.told[-1].endswith(f"--resume {run.id}")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_file_that_was_forgotten_while_it_was_checked_is_no_problem(
+    built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = opened(built)
+    run_id = broken_off(workspace, 1)
+    with workspace.database.read() as session:
+        path = files_of(session, run_id, ArtifactKind.TRAINING_STATE)[0].path
+    (workspace.artifacts.root / path).unlink()
+    assert [problem.path for problem in verify(workspace).problems] == [path]
+    monkeypatch.setattr(
+        verifying, "check_files", lambda _: (1, 0, [Problem("training_state/old", "is gone")])
+    )
+    assert verify(workspace).problems == ()
+
+
 def test_a_state_of_another_run_is_refused(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     run_id = broken_off(workspace, 1)
@@ -197,3 +232,25 @@ def test_a_state_of_another_run_is_refused(built: Path, opened: Opener) -> None:
         session.execute(update(Run).where(Run.id == other.run_id).values(status=Status.FAILED))
     with pytest.raises(OSError, match="that of another run"):
         train(workspace, resume=str(other.run_id), device="cpu")
+
+
+def test_weights_of_a_file_are_needed_in_the_first_epoch_only(
+    built: Path, opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from torchvision import models
+
+    workspace = opened(built)
+    weights = tmp_path / "weights.pth"
+    name = "shufflenet_v2_x0_5"
+    torch.save(models.get_model(name, weights=None).state_dict(), weights)
+    given = replace(PARAMS, weights=str(weights), backbone=name, branches=("mask",), epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(workspace, progress=StopsAfter(1)), given, device="cpu")
+    run_id = trainings(workspace)[-1].id
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "read_state", lambda *_: None)
+        with pytest.raises(UserInputError, match="in its first epoch"):
+            train(workspace, resume=str(run_id), device="cpu")
+    weights.unlink()
+    assert train(workspace, resume=str(run_id), device="cpu").epochs == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,34 +13,44 @@ import pytest
 import team_training
 from small_training import Opener, checkpoint
 from sqlalchemy import func, select
+from team_training import TOGETHER, environment, telling
 
 from cellstore.db.models import Run, RunMetric
 from cellstore.errors import UserInputError
+from cellstore.ops import training
+from cellstore.stages.train import train
 from cellstore.stages.train.model import share_of_batch
 from cellstore.terms import Stage, Status
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 @pytest.mark.heavy
 def test_two_processes_end_with_one_network_and_write_once(
-    built: Path, opened: Opener, tmp_path: Path
+    built: Path, opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workspace = opened(built)
-    words = [sys.executable, team_training.__file__, str(workspace.settings.root), "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*words, str(tmp_path)], env=environment, timeout=120, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second
+    """This process is the first of two, as torchrun starts them."""
+    workspace, port = opened(built), free_port()
+    words = [sys.executable, team_training.__file__, str(workspace.settings.root)]
+    second = {**os.environ, **environment(1, port)}
+    for name, value in environment(0, port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(training, "fit", telling(tmp_path / "0"))
+    with subprocess.Popen([*words, str(tmp_path / "1")], env=second) as process:
+        result = train(workspace, TOGETHER, device="cpu")
+        assert process.wait(timeout=60) == 0
+    told = [json.loads((tmp_path / rank).read_text()) for rank in ("0", "1")]
+    assert told[0] == told[1]
+    assert [m["train_loss"] for m in result.metrics] == [loss for loss, _ in told[0]["losses"]]
     with workspace.database.read() as session:
         run = session.scalars(select(Run).where(Run.stage == Stage.TRAIN)).one()
-        losses = select(RunMetric.value).where(RunMetric.name == "train_loss")
-        kept = list(session.scalars(losses.order_by(RunMetric.epoch)))
         names = session.scalar(select(func.count(RunMetric.name.distinct())))
         assert session.scalar(select(func.count()).select_from(RunMetric)) == 2 * (names or 0)
-    assert run.status is Status.DONE
-    assert kept == [train for train, _ in first["losses"]]
+    assert (run.id, run.status) == (result.run_id, Status.DONE)
     checkpoint(workspace, run.id)
 
 

@@ -58,7 +58,10 @@ class Classifier:
 
     def _by_network(self, crops: Mapping[str, Tensor], features: Tensor) -> Tensor:
         crop = self.record["crop"]
-        normal = {name: (value - crop["mean"]) / crop["std"] for name, value in crops.items()}
+        normal = {
+            name: ((values.double() - crop["mean"]) / crop["std"]).float()
+            for name, values in crops.items()
+        }
         scores: Tensor = self.network(normal, features)
         return torch.softmax(scores.double(), dim=1)
 

@@ -161,7 +161,8 @@ def _first_cells(
     rows = read_cells(session, model.source, image_id, names, reader)
     crop = model.checkpoint.record.get("crop", {})
     tensors = {
-        f"crops.{name}": (crops[:EXAMPLE_CELLS] * crop["std"] + crop["mean"]).contiguous()
+        # In 64 bits, so that the way back ends at the very numbers that the network reads here.
+        f"crops.{name}": crops[:EXAMPLE_CELLS].double() * crop["std"] + crop["mean"]
         for name, crops in cells.crops.items()
     }
     tensors["cell_ids"] = cells.cell_ids[:EXAMPLE_CELLS].contiguous()

@@ -232,18 +232,14 @@ def _seen(
     session: Session, trained: Run, split: Split, images: Select[int], ready: int
 ) -> list[str]:
     """Sentences on images that the model has met before: what it says of them proves nothing."""
-    member = aliased(SplitMember)
-    of_split = member.split_id == split.id
-    is_train = exists().where(member.image_id == Image.id, of_split, member.subset == Subset.TRAIN)
+    # Lists that are made once: asked image by image, a join would walk the split for each.
+    members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
+    trained_on = members.where(SplitMember.subset == Subset.TRAIN)
     other = aliased(Image)
-    in_well = exists().where(
-        member.image_id == other.id,
-        of_split,
-        member.subset == Subset.TRAIN,
-        other.well_id == Image.well_id,
-    )
+    wells = select(other.well_id).where(other.id.in_(trained_on))
+    is_train, in_well = Image.id.in_(trained_on), Image.well_id.in_(wells)
     side = (trained.result or {}).get("validation_side")
-    chose = exists().where(member.image_id == Image.id, of_split, member.subset == side)
+    chose = Image.id.in_(members.where(SplitMember.subset == side))
     counts = [
         (_count(session, images, is_train), "training run {} was trained on"),
         (_count(session, images, ~is_train, in_well), "are of wells that training run {} has seen"),

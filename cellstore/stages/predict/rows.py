@@ -80,7 +80,7 @@ class Labeller:
             chances, vectors = self.model.predict(cells), None
         order = np.argsort(-chances, axis=1, kind="stable")[:, : self.top_k]
         best = np.clip(np.take_along_axis(chances, order, axis=1), 0.0, 1.0)
-        return Labelled(cells.cell_ids.numpy(), self.label_ids[order], best, vectors)
+        return Labelled(cells.cell_ids.cpu().numpy(), self.label_ids[order], best, vectors)
 
 
 Pairs = Sequence[tuple[Task, Labelled]]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session, aliased
 
 from ...analytics import Questions
@@ -61,6 +61,7 @@ def _labelled(session: Session, split_id: int) -> Iterator[tuple[str, Run]]:
         .join(Recipe, Recipe.id == trained.recipe_id)
         .where(Run.stage == Stage.PREDICT, Run.status == Status.DONE)
         .where(trained.split_id == split_id, kind.is_not(None))
+        .where(or_(Run.split_id.is_(None), Run.split_id == split_id))
         .order_by(Run.id.desc())
     )
     for name, run in session.execute(query):

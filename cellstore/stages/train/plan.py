@@ -42,6 +42,8 @@ VERSION = 1
 PUBLISHED = "published"
 NO_WEIGHTS = "none"
 IMAGENET = "imagenet"
+FROM_FILE = "file"
+"""What a recipe calls a file of weights, wherever it lay."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _parameters(
 ) -> dict[str, Any]:
     # A file of weights counts by its bytes; where it lay on this machine does not. The feature
     # set is named by the measure recipe; what is as published is not named at all.
-    named = params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else "file"
+    named = params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else FROM_FILE
     parameters = as_parameters(params) | {"weights": named}
     del parameters["features"], parameters["branches"], parameters["leave_out_flagged"]
     if source.unflagged_by is not None:

@@ -20,7 +20,7 @@ from ...runs.leases import bury_runs, shown_worker
 from ...runs.lookup import RUN_WORDS
 from ...terms import ArtifactKind, FeatureStorage, Stage, Status
 from .outcome import TrainResult, finished
-from .plan import Names, Plan
+from .plan import FROM_FILE, Names, Plan
 
 if TYPE_CHECKING:
     from ...ops.training_state import TrainingState
@@ -186,3 +186,17 @@ def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
             f"The stored state of run {run_id} is that of another run. Train anew with --force."
         )
     return state
+
+
+def check_start(order: Order, state: TrainingState | None) -> None:
+    """Refuse a run that has seen no end of an epoch, and began from a file that may be gone.
+
+    Raises:
+        UserInputError: it is so.
+
+    """
+    if order.run is not None and state is None and order.params.weights == FROM_FILE:
+        raise UserInputError(
+            f"Run {order.run.id} was broken off in its first epoch, and began from a file of "
+            "weights: train anew, with --weights and that file."
+        )

@@ -39,7 +39,14 @@ from .model import (
 )
 from .outcome import TrainResult, metrics_of, result_of, summary
 from .plan import Plan, check_sides, commit, make_plan
-from .resume import Order, check_same, choose_beginning, order_of, read_state
+from .resume import (
+    Order,
+    check_same,
+    check_start,
+    choose_beginning,
+    order_of,
+    read_state,
+)
 from .telling import Teller
 
 if TYPE_CHECKING:
@@ -111,6 +118,7 @@ def train(
             return begin.done
         check_sides(plan)
         state = None if begin.run_id is None else read_state(workspace, begin.run_id)
+        check_start(order, state)
         model = new_model(workspace, plan, team, resumed=state is not None)
         recipe = team.of_first(lambda: commit(workspace, plan))
         work = _Work(workspace, plan, model, config, setup, team, recipe, state)

@@ -1,0 +1,68 @@
+"""predict and export-model: what is asked, and what is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from factories import Factory
+from sqlalchemy import select
+
+from cellstore.config import StoreSettings
+from cellstore.db.models import Image
+from cellstore.runs import open_workspace
+from cellstore.terms import Stage
+
+STORE = ("--store", "store")
+
+
+@pytest.fixture
+def trained(cellstore, store: Path) -> Path:
+    """The small screen with cells of another tool, and a baseline that was trained on them."""
+    pytest.importorskip("torch")
+    workspace = open_workspace(StoreSettings(store.resolve()))
+    make = Factory(workspace)
+    recipe = make.recipe(Stage.SEGMENT, parameters={"imported": "CellProfiler"})
+    run = make.run(Stage.INGEST)
+    unknown = dict.fromkeys(("content_sha256", "mask_artifact_id", "flow_artifact_id"))
+    with workspace.database.read() as session:
+        images = session.scalars(select(Image).order_by(Image.id)).all()
+    found = [make.segmentation(i, run, 2, recipe_id=recipe.id, **unknown) for i in images]
+    cells = [cell for item in found for cell in make.cells_of(item)]
+    make.feature_files("cp", cells, {"x": [float(c.id) for c in cells]}, recipe)
+    workspace.database.close()
+    cellstore("split", "create", "main", "--test-size", "0.5", "--validation-size", 0, *STORE)
+    words = ("--baseline", "logistic", "--features", "cp", "--no-predict")
+    cellstore("train", *words, *STORE)
+    return store
+
+
+def test_predict_says_what_it_did_and_what_the_model_has_met(cellstore, trained: Path):
+    said = cellstore("predict", "--subset", "all", "--well", "A01", "--limit", 1, *STORE)
+    facts = dict(line.split("  ", 1) for line in said.out.splitlines() if "  " in line)
+    assert facts["images labelled"].strip() == "1"
+    assert facts["cells labelled"].strip() == "2"
+    words = ("--subset", "all", "--all-probabilities", "--where", "pert_iname = 'taxol'")
+    result = cellstore("predict", *words, "--json", *STORE).json
+    assert (result["done"], result["cells"]) == (4, 8)
+    assert [note for note in result["notes"] if "was trained on" in note]
+    count = cellstore("sql", "SELECT count(*) AS n FROM predictions", "--json", *STORE)
+    assert count.json[0]["n"] == 2 * 3 + 8 * 3
+
+
+def test_mistakes_are_sentences(cellstore, trained: Path):
+    said = cellstore("predict", "--embedding", "seen", *STORE, code=2)
+    assert "is a baseline and has no embedding" in said.err
+    said = cellstore("predict", "--split", "nope", *STORE, code=2)
+    assert "Unknown split 'nope'. Known: main" in said.err
+    said = cellstore("predict", "--where", "colour = 1", *STORE, code=2)
+    assert "colour" in said.err
+
+
+def test_export_model_names_its_files(cellstore, trained: Path, tmp_path: Path):
+    result = cellstore("export-model", "--output", "mine", "--json", *STORE).json
+    assert result["model"] == "logistic"
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == set(result["files"])
+    said = cellstore("export-model", "--output", "mine", *STORE, code=2)
+    assert "mine is there already and not empty" in said.err
+    assert "model.json" in cellstore("export-model", "--output", "other", *STORE).out
