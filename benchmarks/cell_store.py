@@ -50,7 +50,7 @@ class Field:
 
 
 def draw_field(seed: int, cells: int = 160, size: int = 1080) -> Field:
-    """Star-shaped cells on a jittered grid, as ``../shared/peers`` draws them."""
+    """Star-shaped cells on a jittered grid, boxes of 71 pixels: as in ``../shared/peers``."""
     rng = np.random.default_rng([22, seed])
     grid = int(np.ceil(cells**0.5))
     pitch = size / grid
@@ -58,7 +58,7 @@ def draw_field(seed: int, cells: int = 160, size: int = 1080) -> Field:
     boxes = []
     for place in range(cells):
         middle = (np.array(divmod(place, grid)) + 0.5) * pitch + rng.uniform(-3, 3, 2)
-        box = _draw_cell(rng, masks, flows, place + 1, middle, pitch / 2 - 1)
+        box = _draw_cell(rng, masks, flows, place + 1, middle, pitch / 2 - 5)
         boxes.append(box)
     light = rng.gamma(4.0, 400.0, cells + 1)[masks] * (masks > 0)
     image = np.clip(light + rng.normal(600, 60, masks.shape), 0, 65535).astype(np.uint16)

@@ -1,7 +1,7 @@
 """Cells per second into the model: the published way of reading, one from memory, cellstore.
 
     python benchmarks/crops_speed.py                # about 3 minutes, 200 MB
-    python benchmarks/crops_speed.py --memory       # peak memory at 10,000 and 500,000 cells
+    python benchmarks/crops_speed.py --memory       # peak memory by number of cells
     python benchmarks/crops_speed.py --wait         # share of a training that waits for cells
 
 20 fields of 1080 x 1080 pixels with 160 cells are drawn, and a store is made of them. Crops are
@@ -63,7 +63,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="peak memory by number of cells")
     parser.add_argument(
-        "--counts", type=int, nargs="+", default=(10_000, 100_000, 500_000), help="of --memory"
+        "--counts", type=int, nargs="+", default=(10_000, 250_000, 500_000), help="of --memory"
     )
     parser.add_argument("--wait", action="store_true", help="share of a training that waits")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="of crops, in pixels")

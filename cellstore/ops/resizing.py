@@ -168,7 +168,7 @@ def _of_like_sizes(sizes: NDArray[np.int64], channels: int) -> Iterator[NDArray[
 
 
 def _floats(layers: Mapping[str, Tensor]) -> Tensor:
-    """All channels (C, P) float32 from -1 to 1.
+    """All channels (C, P) float32, normalised: from -1 to 1.
 
     Weights add to 1, so that normalising the few pixels before is normalising the many after.
     """
@@ -182,8 +182,8 @@ def _floats(layers: Mapping[str, Tensor]) -> Tensor:
         if name == MASK:
             _fill_mask(layers[MASK][0], layers[LIGHT][0], part)
         else:
-            torch.mul(layers[name], 1 / (255 if name == FLOW else 1), out=part)
-    return flat.sub_(CROP_MEAN).div_(CROP_STD)
+            torch.mul(layers[name], 1 / (CROP_STD * (255 if name == FLOW else 1)), out=part)
+    return flat.sub_(CROP_MEAN / CROP_STD)
 
 
 def _fill_mask(codes: Tensor, light: Tensor, channels: Tensor) -> None:
@@ -191,7 +191,7 @@ def _fill_mask(codes: Tensor, light: Tensor, channels: Tensor) -> None:
     outline = (codes >> EDGE_BIT) & own
     others = (codes & 1) ^ own
     for channel, values in zip(channels, (own, outline, others, light), strict=True):
-        channel.copy_(values)
+        torch.mul(values, 1 / CROP_STD, out=channel)
 
 
 def _sent(array: NDArray[np.generic], device: torch.device | str) -> Tensor:

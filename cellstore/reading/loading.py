@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
 
 from ..ops.ahead import Ahead, read_ahead
 from ..ops.crops import CellBlock, crop_cells
@@ -50,8 +54,15 @@ class Batches:
         return batch
 
     def _made(self, epoch: int) -> Iterator[CellBlock]:
-        for cells in self._shuffle(epoch):
-            yield crop_cells(cells, self._crop_size, self._device)
+        with _current(self._device):
+            for cells in self._shuffle(epoch):
+                yield crop_cells(cells, self._crop_size, self._device)
+
+
+def _current(device: str) -> AbstractContextManager[Any]:
+    """Make ``device`` that of this thread, which otherwise also takes memory on the first one."""
+    on_cuda = torch.device(device).type == "cuda"
+    return torch.cuda.device(device) if on_cuda else nullcontext()
 
 
 def training_batches(
