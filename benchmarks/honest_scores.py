@@ -11,7 +11,7 @@ Renders three sets of 4 plates with 12 treatments each, and takes each through t
 
 On each, a network is trained on splits by image, by well and by plate, beside the null baselines
 and two classical models. Prints the accuracy per image of each (soft vote) with its 95 % interval
-over wells; chance is 8.3 %. --picture draws the scores of the network, as in docs/explanation.md.
+over wells; chance is 8.3 %. --picture draws those of network and forest, for docs/explanation.md.
 The network is that of recipe `compact` at small crops; --tabular has it look at measurements only,
 and --true-masks spares the segmentation: together they take minutes, the whole about two hours.
 """
@@ -109,8 +109,16 @@ def show(line: Line) -> None:
     )
 
 
+def score_of(found: list[Line], plates: str, level: GroupLevel, model: str) -> Score:
+    return next(
+        item.score
+        for item in found
+        if (item.plates, item.level, item.model) == (plates, level, model)
+    )
+
+
 def draw(found: list[Line], path: Path) -> None:
-    """Draw the network's scores as dots with their intervals."""
+    """Draw scores with their intervals: the network's as dots, those of the forest as rings."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -126,14 +134,11 @@ def draw(found: list[Line], path: Path) -> None:
             figure.subplots(1, 3, sharey=True), titles.items(), strict=True
         ):
             for y, level in enumerate(reversed(LEVELS)):
-                score = next(
-                    item.score
-                    for item in found
-                    if (item.plates, item.level, item.model) == (name, level, "network")
-                )
-                colour = "#c2571a" if level is GroupLevel.IMAGE else "#2a6f97"
-                axes.plot([score.low, score.high], [y, y], color=colour, lw=2)
-                axes.plot(score.accuracy, y, "o", color=colour, ms=7)
+                for model, up, face in (("network", 0.12, None), ("forest", -0.12, "white")):
+                    score = score_of(found, name, level, model)
+                    colour = "#c2571a" if level is GroupLevel.IMAGE else "#2a6f97"
+                    axes.plot([score.low, score.high], [y + up] * 2, color=colour, lw=2)
+                    axes.plot(score.accuracy, y + up, "o", color=colour, ms=7, mfc=face or colour)
             axes.axvline(CHANCE, color="#777777", lw=1, ls=":")
             axes.set_title(title, fontsize=11)
             axes.set_xlim(-0.03, 1.03)
