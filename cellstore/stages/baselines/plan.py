@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ...config import BaselineParams
-from ...db.models import Image, Label, Recipe, Run, Split, SplitMember, Well
+from ...db.models import Image, Recipe, Split, SplitMember, Well
 from ...errors import UnknownNameError, UserInputError
 from ...ops import baselines
 from ...reading.cells import (
@@ -23,13 +22,7 @@ from ...reading.cells import (
     recipes_of_set,
 )
 from ...reading.featuresets import open_set
-from ...reading.flags import (
-    check_cells,
-    check_plates,
-    count_unseen,
-    find_qc_run,
-    unseen_note,
-)
+from ...reading.learning import flags_that_count, training_labels
 from ...reading.normalising import NORMALISATIONS, TRAIN
 from ...runs import RecipeSpec, Workspace, find_split, register
 from ...terms import Stage, Subset
@@ -98,14 +91,15 @@ def make_plan(
         else:
             segment, measure = recipes_of_set(session, params.features, names[1], names[2])
         features = open_set(session, workspace.artifacts, measure.id)
-        qc, remarks = _qc_run(session, params, split, segment)
+        qc, unseen = flags_that_count(session, params.leave_out_flagged, split.id, segment.id)
         source = CellSource(segment.id, measure.id, split.id, Subset.TRAIN, features=features)
         source = replace(source, unflagged_by=qc.id if qc else None)
         blocks = tuple(list_blocks(session, source))
-        labels, without = _training_labels(session, split, blocks)
+        labels, without = _labels(session, split, blocks)
         made_by = session.get_one(Recipe, split.recipe_id)
         by_qc = (session.get_one(Recipe, qc.recipe_id),) if qc else ()
     inputs = (made_by, segment, measure, *by_qc)
+    remarks = (unseen,) if unseen else ()
     return Plan(params, split, segment, measure, source, blocks, labels, without, remarks, inputs)
 
 
@@ -119,31 +113,12 @@ def _check(params: BaselineParams) -> None:
         raise UnknownNameError.of("normalisation", params.normalise, NORMALISATIONS)
 
 
-def _qc_run(
-    session: Session, params: BaselineParams, split: Split, segment: Recipe
-) -> tuple[Run | None, tuple[str, ...]]:
-    if params.leave_out_flagged is None:
-        return None, ()
-    run = find_qc_run(session, params.leave_out_flagged)
-    members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
-    check_plates(session, run, members)
-    check_cells(session, run, segment.id)
-    unseen = count_unseen(session, run, members)
-    return run, (unseen_note(run, unseen),) if unseen else ()
-
-
-def _training_labels(
+def _labels(
     session: Session, split: Split, blocks: Sequence[ImageBlock]
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """Label ids by value, sorted by value, and the values that no block has."""
-    query = (
-        select(Label.value, Label.id)
-        .join(SplitMember, SplitMember.label_id == Label.id)
-        .where(SplitMember.split_id == split.id, SplitMember.subset == Subset.TRAIN)
-        .distinct()
-    )
     seen = {block.label_id for block in blocks}
-    every = dict(sorted(session.execute(query).all()))
+    every = training_labels(session, split.id)
     known = {value: label_id for value, label_id in every.items() if label_id in seen}
     return known, tuple(value for value in every if value not in known)
 
@@ -200,13 +175,8 @@ def training_wells(session: Session, plan: Plan) -> list[WellOf]:
 
 
 def commit(workspace: Workspace, plan: Plan, kind: str) -> Recipe:
-    """Register the recipe and freeze the split: from here on a run relies on it."""
+    """Register the recipe; the run that follows freezes the split."""
     with workspace.database.begin() as session:
-        session.execute(
-            update(Split)
-            .where(Split.id == plan.split.id, Split.frozen_at.is_(None))
-            .values(frozen_at=datetime.now(UTC))
-        )
         return register(session, plan.spec(kind))
 
 

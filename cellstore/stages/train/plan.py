@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ...artifacts import sha256_of
 from ...config import TrainParams, as_parameters
-from ...db.models import Label, Recipe, Run, Split, SplitMember
+from ...db.models import Recipe, Split, SplitMember
 from ...errors import UserInputError
 from ...ops.branches import BRANCHES, IMAGE
 from ...reading.branches import choose_branches, choose_channels
@@ -28,13 +27,7 @@ from ...reading.cells import (
     recipes_of_set,
 )
 from ...reading.featuresets import open_set
-from ...reading.flags import (
-    check_cells,
-    check_plates,
-    count_unseen,
-    find_qc_run,
-    unseen_note,
-)
+from ...reading.learning import flags_that_count, training_labels
 from ...runs import RecipeSpec, Workspace, find_split, register
 from ...terms import Stage, Subset
 
@@ -87,7 +80,7 @@ def make_plan(
         else:
             segment, measure = recipes_of_set(session, params.features, names[1], names[2])
         features = open_set(session, workspace.artifacts, measure.id)
-        qc, unseen = _qc_run(session, params, split, segment)
+        qc, unseen = flags_that_count(session, params.leave_out_flagged, split.id, segment.id)
         source = CellSource(segment.id, measure.id, split.id, features=features)
         source = replace(source, unflagged_by=qc.id if qc else None)
         branches, remark = choose_branches(session, source, _wanted(params))
@@ -95,7 +88,7 @@ def make_plan(
         if IMAGE in branches:
             channels = choose_channels(session, source, params.channels)
         blocks = list_blocks(session, source)
-        labels = _training_labels(session, split.id)
+        labels = training_labels(session, split.id)
         made_by = session.get_one(Recipe, split.recipe_id)
         other = Subset.TEST if split.protocol == PUBLISHED else Subset.VALIDATION
         flagged = count_flagged(session, source, blocks, (Subset.TRAIN, other))
@@ -127,20 +120,6 @@ def make_plan(
             Stage.TRAIN, VERSION, parameters, weights, (made_by, segment, measure, *by_qc)
         ),
     )
-
-
-def _qc_run(
-    session: Session, params: TrainParams, split: Split, segment: Recipe
-) -> tuple[Run | None, str | None]:
-    """The quality-control run whose flags count, and what must be said of it."""
-    if params.leave_out_flagged is None:
-        return None, None
-    run = find_qc_run(session, params.leave_out_flagged)
-    members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
-    check_plates(session, run, members)
-    check_cells(session, run, segment.id)
-    unseen = count_unseen(session, run, members)
-    return run, unseen_note(run, unseen) if unseen else None
 
 
 def _wanted(params: TrainParams) -> tuple[str, ...] | None:
@@ -185,17 +164,6 @@ def _weights_sha256(weights: str) -> str | None:
             f"There is no file of weights {weights}. Give the path of one, or 'none' or 'imagenet'."
         )
     return sha256_of(path)
-
-
-def _training_labels(session: Session, split_id: int) -> dict[str, int]:
-    """Label ids by value, sorted by value: the order of the network's outputs."""
-    query = (
-        select(Label.value, Label.id)
-        .join(SplitMember, SplitMember.label_id == Label.id)
-        .where(SplitMember.split_id == split_id, SplitMember.subset == Subset.TRAIN)
-        .distinct()
-    )
-    return dict(sorted(session.execute(query).all()))
 
 
 def _members(session: Session, split_id: int) -> dict[Subset, int]:
@@ -256,11 +224,6 @@ def _what_lacks(plan: Plan) -> str:
 
 
 def commit(workspace: Workspace, plan: Plan) -> Recipe:
-    """Register the recipe and freeze the split: from here on a run relies on it."""
+    """Register the recipe; the run that follows freezes the split."""
     with workspace.database.begin() as session:
-        session.execute(
-            update(Split)
-            .where(Split.id == plan.split.id, Split.frozen_at.is_(None))
-            .values(frozen_at=datetime.now(UTC))
-        )
         return register(session, plan.spec)
