@@ -349,12 +349,16 @@ class TrainParams:
     def of(cls, recipe: str, **given: Any) -> TrainParams:
         """Return the values of a recipe, but for those that are ``given``.
 
+        Its warm-up is shorter than the training where only the ``epochs`` are given.
+
         Raises:
             UnknownNameError: there is no such recipe.
         """
         if recipe not in TRAIN_RECIPES:
             raise UnknownNameError.of("recipe", recipe, TRAIN_RECIPES)
-        return replace(TRAIN_RECIPES[recipe], **given)
+        chosen = TRAIN_RECIPES[recipe]
+        warmup = min(chosen.warmup_epochs, max(0, given.get("epochs", chosen.epochs) - 1))
+        return replace(chosen, **{"warmup_epochs": warmup, **given})
 
 
 TRAIN_RECIPES: Mapping[str, TrainParams] = {

@@ -14,7 +14,8 @@ CellstoreError
 ├── StorageError (OSError)             a file could not be written or has changed on disk
 ├── MissingExtraError (ImportError)    an optional part of cellstore is not installed
 ├── JobsFailedError (RuntimeError)     some images failed; the others are done
-└── RunCancelledError (RuntimeError)   somebody cancelled the run
+├── RunCancelledError (RuntimeError)   somebody cancelled the run
+└── TeamError (RuntimeError)           one of several processes of a training is gone
 
 A message is one or two sentences: what is wrong, then what to do next.
 """
@@ -46,7 +47,8 @@ class UnknownNameError(UserInputError, LookupError):
         names = [str(item) for item in known]
         near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5) or names[:5]
         near = names if len(names) <= SHOWN_NAMES else near
-        hint = f" Known: {', '.join(near)}." if near else f" There is no {kind} yet."
+        more = f", and {len(names) - len(near)} more" if len(names) > len(near) else ""
+        hint = f" Known: {', '.join(near)}{more}." if near else f" There is no {kind} yet."
         return cls(f"Unknown {kind} {str(name)!r}.{hint}")
 
 
@@ -100,6 +102,12 @@ class MissingExtraError(CellstoreError, ImportError):
 
 class JobsFailedError(CellstoreError, RuntimeError):
     """Some images failed while the others were done."""
+
+    exit_code = 1
+
+
+class TeamError(CellstoreError, RuntimeError):
+    """One of several processes that train together is gone."""
 
     exit_code = 1
 

@@ -124,3 +124,5 @@ def test_a_treatment_must_be_above_chance_and_above_controls_among_themselves() 
     assert judge(found(0.7, 0.49), nulls) is Verdict.NO
     assert judge(found(0.58, 0.55), nulls) is Verdict.NO
     assert judge(found(0.58, 0.55), []) is Verdict.YES
+    # Two control wells may be less alike than any: that is no reason to believe anything.
+    assert judge(found(0.45, 0.51), [0.3]) is Verdict.NO

@@ -103,9 +103,9 @@ def judge(found: Contrast, nulls: list[float]) -> Verdict:
     """Return whether a treatment looks different from control.
 
     It does, if the interval of its AUC is above 0.5 and its AUC above 95 % of those of control
-    wells against control wells (``nulls``), where there are any.
+    wells against control wells (``nulls``), where there are any. An AUC below 0.5 is no difference.
     """
-    usual = float(np.quantile(nulls, 0.95)) if nulls else 0.5
+    usual = max(0.5, float(np.quantile(nulls, 0.95))) if nulls else 0.5
     return Verdict.YES if found.low > 0.5 and found.auc > usual else Verdict.NO
 
 

@@ -43,11 +43,11 @@ class Member:
     """Images of one well that are on one side under one label.
 
     ``well`` and ``plate`` are names; the same well name on two plates is two wells. ``None``: not
-    known, as in a table that splits compounds.
+    known, as in a table that splits compounds, or wells without saying what they got.
     """
 
     subset: Subset
-    label: str
+    label: str | None
     plate: str | None = None
     well: str | None = None
     compound: Compound = UNKNOWN
@@ -95,8 +95,9 @@ class _Seen:
 
     def add(self, member: Member) -> None:
         self.images += member.images
-        self.labels[member.label].add(member.subset)
-        self.compounds[member.compound].add((member.subset, member.label))
+        if member.label is not None:
+            self.labels[member.label].add(member.subset)
+            self.compounds[member.compound].add((member.subset, member.label))
         if member.plate is not None:
             self.plates[member.plate].add(member.subset)
         if member.plate is not None and member.well is not None:
@@ -104,6 +105,8 @@ class _Seen:
 
     def _add_place(self, place: Place, member: Member) -> None:
         self.wells[place].add(member.subset)
+        if member.label is None:
+            return
         self.places[member.label].add(place)
         if member.subset is Subset.TRAIN:
             self.trained[member.label].add(place)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy import distinct, func, select
+from sqlalchemy.orm import Session, aliased
 
-from ..db.models import Label, Run, SplitMember
-from ..terms import Subset
+from ..db.models import Artifact, Image, Label, Recipe, RecipeInput, Run, RunArtifact, SplitMember
+from ..terms import ArtifactKind, Stage, Subset
 from .flags import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 
 
@@ -38,3 +38,60 @@ def flags_that_count(
     check_cells(session, run, segment_id)
     unseen = count_unseen(session, run, members)
     return run, unseen_note(run, unseen) if unseen else None
+
+
+def teacher_of(session: Session, measure: Recipe) -> Run | None:
+    """Return the training whose network made the features of a recipe; None: none did."""
+    if "embedding" not in measure.parameters:
+        return None
+    query = (
+        select(Run)
+        .join(RunArtifact, RunArtifact.run_id == Run.id)
+        .join(Artifact, Artifact.id == RunArtifact.artifact_id)
+        .where(Artifact.kind == ArtifactKind.CHECKPOINT, Run.stage == Stage.TRAIN)
+        .where(Artifact.sha256 == measure.weights_sha256)
+        .order_by(Run.id)
+    )
+    return session.scalars(query.limit(1)).first()
+
+
+def taught_wells(session: Session, measure: Recipe, split_id: int) -> str | None:
+    """Say whether features were learned on wells that a split does not train on.
+
+    An embedding knows the labels of the wells that its network was trained on, or stopped by.
+    """
+    teacher = teacher_of(session, measure)
+    if teacher is None or teacher.split_id in (None, split_id):
+        return None
+    mine, theirs = aliased(SplitMember), aliased(SplitMember)
+    image, other = aliased(Image), aliased(Image)
+    taught = (
+        select(other.well_id)
+        .join(theirs, theirs.image_id == other.id)
+        .where(theirs.split_id == teacher.split_id, theirs.subset != Subset.TEST)
+    )
+    query = (
+        select(func.count(distinct(image.well_id)))
+        .join(mine, mine.image_id == image.id)
+        .where(mine.split_id == split_id, mine.subset != Subset.TRAIN)
+        .where(image.well_id.in_(taught))
+    )
+    number = session.scalar(query) or 0
+    if number == 0:
+        return None
+    return (
+        f"A leak: the features are an embedding by training run {teacher.id}, which was taught the "
+        f"labels of {number:,} wells that this split does not train on. Scores are too good; use "
+        "the split of that training."
+    )
+
+
+def leak_of(session: Session, trained: Run, split_id: int) -> str | None:
+    """Say of a training what :func:`taught_wells` says of its features."""
+    query = (
+        select(Recipe)
+        .join(RecipeInput, RecipeInput.input_id == Recipe.id)
+        .where(RecipeInput.recipe_id == trained.recipe_id, Recipe.stage == Stage.MEASURE)
+    )
+    measure = session.scalars(query.limit(1)).first()
+    return None if measure is None else taught_wells(session, measure, split_id)

@@ -41,6 +41,7 @@ from cellstore.reading.cells import FEATURE_COLUMNS
 from cellstore.reading.featuresets import SetReader, open_set
 from cellstore.runs import Workspace, running
 from cellstore.stages.predict import predict, rows
+from cellstore.stages.report import report
 from cellstore.stages.split import create_split
 from cellstore.stages.train import train
 from cellstore.stages.verify import verify
@@ -219,6 +220,26 @@ def test_embeddings_are_a_feature_set_like_any_other(workspace: Workspace, tmp_p
         workspace, replace(TINY, features="seen", branches=("tabular",), epochs=1), device="cpu"
     )
     assert (trained.feature_set, trained.cells["train"]) == ("seen", 8)
+
+
+@pytest.mark.heavy
+def test_an_embedding_that_knows_the_wells_of_a_test_side_is_said_to_leak(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    (tmp_path / "images").mkdir()
+    build(workspace, tmp_path / "images")
+    create_split(workspace, "first", SplitParams(test_size=0.3, validation_size=0.3))
+    craft(workspace)
+    predict(workspace, PredictParams(embedding="seen", subset=None), device="cpu")
+    params = replace(TINY, features="seen", branches=("tabular",), epochs=1)
+    words = "an embedding by training run"
+    honest = train(workspace, params, split="first", device="cpu")
+    assert not any(words in note for note in honest.notes)
+    create_split(workspace, "second", SplitParams(test_size=0.3, validation_size=0.3, seed=5))
+    leaking = train(workspace, params, split="second", device="cpu")
+    assert any(words in note for note in leaking.notes)
+    labelled = predict(workspace, run=str(leaking.run_id), device="cpu")
+    assert any(words in note for note in report(workspace, str(labelled.run_id)).notes)
 
 
 @pytest.mark.parametrize("moment", ["compute", "rows"])

@@ -472,6 +472,13 @@ def test_tables_are_checked_without_a_store(tmp_path: Path) -> None:
         check_tables([table], LabelField.TARGET)
 
 
+def test_wells_on_both_sides_are_found_without_knowing_what_they_got(tmp_path: Path) -> None:
+    lines = ["split,plate,well", "train,P1,A01", "test,P1,A01", "test,P1,A02"]
+    found = check_tables([write(tmp_path / "t.csv", *lines)])
+    assert [item.kind for item in found.findings if item.severity == "leak"] == [LeakKind.WELL]
+    assert (found.wells, found.labels) == (2, 0)
+
+
 def test_a_correction_after_the_split_is_found_by_the_check(workspace: Workspace) -> None:
     fill(workspace, f"{DRUGS} {DRUGS}")
     create_split(workspace, "s", BY_TREATMENT)

@@ -62,6 +62,8 @@ def test_options_override_a_recipe() -> None:
     compact = TrainParams.of("compact", crop_size=32, augment=())
     assert (compact.crop_size, compact.augment, compact.backbone) == (32, (), "resnet18")
     assert as_parameters(compact)["recipe"] == "compact"
+    assert TrainParams.of("compact", epochs=2).warmup_epochs == 1
+    assert TrainParams.of("compact", epochs=2, warmup_epochs=2).warmup_epochs == 2
     with pytest.raises(UnknownNameError, match=r"Unknown recipe 'tiny'. Known: published, compact"):
         TrainParams.of("tiny")
 

@@ -22,7 +22,7 @@ from ...reading.cells import (
     recipes_of_set,
 )
 from ...reading.featuresets import open_set
-from ...reading.learning import flags_that_count, training_labels
+from ...reading.learning import flags_that_count, taught_wells, training_labels
 from ...reading.normalising import NORMALISATIONS, TRAIN
 from ...runs import RecipeSpec, Workspace, find_split, register
 from ...terms import Stage, Subset
@@ -98,8 +98,9 @@ def make_plan(
         labels, without = _labels(session, split, blocks)
         made_by = session.get_one(Recipe, split.recipe_id)
         by_qc = (session.get_one(Recipe, qc.recipe_id),) if qc else ()
+        leak = taught_wells(session, measure, split.id)
     inputs = (made_by, segment, measure, *by_qc)
-    remarks = (unseen,) if unseen else ()
+    remarks = tuple(text for text in (unseen, leak) if text)
     return Plan(params, split, segment, measure, source, blocks, labels, without, remarks, inputs)
 
 

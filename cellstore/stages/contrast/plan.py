@@ -15,6 +15,7 @@ from ...db.models import Cell, Image, Plate, Recipe, Segmentation, Treatment, We
 from ...errors import UnknownNameError, UserInputError
 from ...reading.cells import CellSource, cells_query, choose_recipes, recipes_of_set
 from ...reading.featuresets import open_set
+from ...reading.learning import teacher_of
 from ...runs import RecipeSpec, Workspace, images_of
 from ...terms import Control, Stage
 
@@ -39,13 +40,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first cell is read."""
+    """Everything that is known before the first cell is read.
+
+    ``teacher``: the training that the features were learned in, labels and all.
+    """
 
     params: ContrastParams
     source: CellSource
     control: Group
     groups: tuple[Group, ...]
     spec: RecipeSpec
+    teacher: int | None = None
 
 
 def make_plan(
@@ -65,7 +70,8 @@ def make_plan(
         control = _control(wells, params)
         groups = _groups(wells, control, params)
         spec = _spec(session, source, params, (segment, measure))
-    return Plan(params, source, control, groups, spec)
+        teacher = teacher_of(session, measure)
+    return Plan(params, source, control, groups, spec, teacher.id if teacher else None)
 
 
 def _check(params: ContrastParams) -> None:

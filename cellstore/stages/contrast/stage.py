@@ -127,7 +127,7 @@ def _compare(workspace: Workspace, plan: Plan) -> dict[str, Any]:
         "tested": len(tested),
         "different": sum(row.verdict == Verdict.YES.value for row in rows),
         "rows": [asdict(row) for row in (*rows, *_chance_rows(plan, chance))],
-        "notes": _notes(tested, len(plan.groups)),
+        "notes": _taught(plan) + _notes(tested, len(plan.groups)),
     }
 
 
@@ -156,7 +156,7 @@ def _row(workspace: Workspace, plan: Plan, group: Group, chance: _Chance) -> Con
         auc=found.auc,
         low=found.low,
         high=found.high,
-        usual=float(np.quantile(areas, 0.95)) if areas else None,
+        usual=max(0.5, float(np.quantile(areas, 0.95))) if areas else None,
         note=lost,
     )
 
@@ -194,6 +194,16 @@ def _chance_rows(plan: Plan, chance: _Chance) -> Iterator[ContrastRow]:
             usual=usual,
             note=f"{len(areas)} times {wells} control wells against the others",
         )
+
+
+def _taught(plan: Plan) -> list[str]:
+    if plan.teacher is None:
+        return []
+    note = (
+        f"These features are an embedding by training run {plan.teacher}, which was taught what "
+        "wells got: on wells of its split, a difference says nothing. Use measurements."
+    )
+    return [note]
 
 
 def _notes(tested: Sequence[ContrastRow], groups: int) -> list[str]:

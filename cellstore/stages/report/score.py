@@ -21,6 +21,7 @@ from ...reading.flags import (
     find_qc_run,
     unseen_note,
 )
+from ...reading.learning import leak_of
 from ...runs import Workspace, run_in
 from ...terms import Stage, Status, Subset
 from .facts import ReportResult, Score
@@ -70,7 +71,8 @@ class Subject:
     """The predict run that a report is about, with the split that it is measured by.
 
     ``qc_run_id``: the quality-control run whose flagged images and cells have no vote, if any.
-    ``baseline``: which it labelled with, if with one; ``rivals``: runs of baselines of its split.
+    ``baseline``: which it labelled with, if with one; ``rivals``: runs of baselines of its split;
+    ``feature_leak``: that its features know labels of the scored side, if they do.
     """
 
     run: Run
@@ -80,6 +82,7 @@ class Subject:
     qc_notes: tuple[str, ...] = ()
     baseline: str | None = None
     rivals: dict[str, list[Run]] = field(default_factory=dict)
+    feature_leak: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,9 @@ def _subject(workspace: Workspace, reference: str, leave_out_flagged: str | None
             raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
         recipe = session.get_one(Recipe, run.recipe_id)
         qc, notes = _qc_run(session, leave_out_flagged, run)
+        leak = None if parent is None else leak_of(session, parent, split_id)
         split = session.get_one(Split, split_id)
-        return Subject(run, split, recipe.parameters.get("top_k"), qc, notes)
+        return Subject(run, split, recipe.parameters.get("top_k"), qc, notes, feature_leak=leak)
 
 
 def _qc_run(
@@ -211,7 +215,7 @@ def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
         wells_seen=seen,
         leaks=seen > 0,
         leak=_leak(seen, len(wells)),
-        notes=(*_notes(counts, sides, run), *_flag_notes(subject, flagged)),
+        notes=(*_leak_notes(subject), *_notes(counts, sides, run), *_flag_notes(subject, flagged)),
         scores=tuple(found),
         qc_run_id=subject.qc_run_id,
         images_flagged=flagged[0],
@@ -231,6 +235,10 @@ def _flagged(
         return 0, 0
     everything = questions.ask(ALL_IMAGES, [subject.run.id, list(sides)]).to_pylist()[0]
     return everything["images"] - images, everything["cells"] - cells
+
+
+def _leak_notes(subject: Subject) -> tuple[str, ...]:
+    return (subject.feature_leak,) if subject.feature_leak else ()
 
 
 def _flag_notes(subject: Subject, flagged: tuple[int, int]) -> tuple[str, ...]:

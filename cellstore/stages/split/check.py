@@ -44,7 +44,8 @@ def check_tables(
     """Look for what the split tables of others give away, without a store.
 
     ``field``: what is to be predicted; ``None``: the target where the tables have one, else the
-    compound. Image files and wells are looked at only where the tables name them.
+    compound, else only wells and plates are looked at. Image files and wells are looked at only
+    where the tables name them.
 
     Raises:
         BadTableError, UserInputError: the tables cannot be read or hold no split.
@@ -59,10 +60,16 @@ def check_tables(
         for row in tables.rows
         if (label := label_in(row, wanted)) is not None
     ]
+    if not members and field is None:
+        members = [
+            Member(row.subset, None, row.plate, row.well)
+            for row in tables.rows
+            if None not in (row.plate, row.well)
+        ]
     if not members:
         raise UserInputError(
-            f"No row of the tables has a {wanted.value}. Choose another --field, or add a table "
-            "that has it."
+            f"No row of the tables has a {wanted.value}, or plate and well. Choose another "
+            "--field, or add a table that has it."
         )
     names = ", ".join(path.name for path in paths)
     found = leaks(members, group_level=group_level)

@@ -24,8 +24,8 @@ from ...ops.splitting import (
     named_split,
     published_split,
 )
-from ...reading.cells import as_text
-from ...runs import RecipeSpec, Workspace, find_recipe
+from ...reading.cells import as_text, last_with_masks
+from ...runs import RecipeSpec, Workspace
 from ...terms import GroupLevel, Stage
 from .candidates import CELL, Pool, read_pool
 from .facts import PUBLISHED, SplitResult
@@ -105,7 +105,7 @@ def _drawn(drawing: _Drawing, names: Sequence[str], family: str | None = None) -
 
 def _draw(workspace: Workspace, params: SplitParams) -> _Drawing:
     with workspace.database.read() as session:
-        segment = find_recipe(session, Stage.SEGMENT) if params.downsample_by == CELL else None
+        segment = last_with_masks(session) if params.downsample_by == CELL else None
         pool = read_pool(session, params, segment.id if segment else None)
         inputs = _inputs(session, pool, segment)
     assignments = _assign(pool, params)

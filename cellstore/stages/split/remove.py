@@ -58,8 +58,9 @@ def _check_unused(session: Session, split: Split) -> None:
     runs = session.scalars(select(Run.id).where(Run.split_id == split.id).order_by(Run.id)).all()
     if runs:
         shown = ", ".join(map(str, runs[:5])) + (", ..." if len(runs) > 5 else "")
+        who = f"run {shown} relies" if len(runs) == 1 else f"runs {shown} rely"
         raise UserInputError(
-            f"The split {split.name!r} stays: run {shown} relies on it, and what a network was "
+            f"The split {split.name!r} stays: {who} on it, and what a network was "
             "trained and tested on must be known as long as the network is."
         )
     if split.frozen_at is not None:

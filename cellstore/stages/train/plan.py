@@ -27,7 +27,7 @@ from ...reading.cells import (
     recipes_of_set,
 )
 from ...reading.featuresets import open_set
-from ...reading.learning import flags_that_count, training_labels
+from ...reading.learning import flags_that_count, taught_wells, training_labels
 from ...runs import RecipeSpec, Workspace, find_split, register
 from ...terms import Stage, Subset
 
@@ -81,6 +81,7 @@ def make_plan(
             segment, measure = recipes_of_set(session, params.features, names[1], names[2])
         features = open_set(session, workspace.artifacts, measure.id)
         qc, unseen = flags_that_count(session, params.leave_out_flagged, split.id, segment.id)
+        leak = taught_wells(session, measure, split.id)
         source = CellSource(segment.id, measure.id, split.id, features=features)
         source = replace(source, unflagged_by=qc.id if qc else None)
         branches, remark = choose_branches(session, source, _wanted(params))
@@ -113,7 +114,7 @@ def make_plan(
         validation_side=other,
         branches=branches,
         channels=channels,
-        remarks=tuple(text for text in (remark, unseen) if text),
+        remarks=tuple(text for text in (remark, unseen, leak) if text),
         flagged=flagged,
         untaught=len(validated) - len(taught),
         spec=RecipeSpec(

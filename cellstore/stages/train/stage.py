@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import TrainParams, TrainSetup
 from ...db.models import Recipe, Run
-from ...errors import RunCancelledError
+from ...errors import CellstoreError, RunCancelledError, TeamError
 from ...extras import need
 from ...progress import Silent
 from ...reading.cells import as_text, cells_query
@@ -201,6 +201,13 @@ def _as_run(work: _Work, run_id: int | None) -> Iterator[RunHandle | None]:
         except (KeyboardInterrupt, RunCancelledError):
             workspace.progress.note(f"Go on with: cellstore train --resume {run.id}")
             raise
+        except RuntimeError as error:
+            if work.team.size == 1 or isinstance(error, CellstoreError):
+                raise
+            raise TeamError(
+                "Another process of this training has ended, so it cannot go on. "
+                f"Go on with: cellstore train --resume {run.id}"
+            ) from error
 
 
 def _fit(work: _Work, run: RunHandle | None) -> FitResult:
