@@ -89,18 +89,14 @@ def train_baselines(
 
 def _as_row(row: ContrastRow) -> tuple[Any, ...]:
     return (
-        *(row.treatment, row.verdict, row.wells or None, row.plates or None, row.cells or None),
+        *(row.treatment, row.verdict, row.wells or None, row.cells or None),
         *(None if value is None else f"{value:.3f}" for value in (row.accuracy, row.auc)),
         "-" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}",
         None if row.usual is None else f"{row.usual:.3f}",
-        row.note or "",
     )
 
 
-HEADERS = (
-    *("treatment", "different", "wells", "plates", "cells", "accuracy", "AUC", "95 % interval"),
-    *("chance below", ""),
-)
+HEADERS = ("treatment", "differs", "wells", "cells", "accuracy", "AUC", "95 % interval", "chance")
 
 
 def check_alone(ctx: typer.Context) -> None:
@@ -270,5 +266,8 @@ def _show_contrast(result: ContrastResult) -> None:
     )
     typer.echo("")
     render.table(HEADERS, map(_as_row, result.rows))
+    for row in result.rows:
+        if row.note:
+            typer.echo(f"{row.treatment}: {row.note}")
     for note in result.notes:
         say(note)
