@@ -377,7 +377,7 @@ def last_with_masks(session: Session) -> Recipe:
     last = [func.coalesce(run.scalar_subquery(), 0) for run in runs]
     newest = case((last[0] > last[1], last[0]), else_=last[1])
     query = select(Recipe).where(Recipe.stage == Stage.SEGMENT, newest > 0)
-    found = session.scalars(query.order_by(newest.desc()).limit(1)).first()
+    found = session.scalars(query.order_by(newest.desc(), Recipe.id.desc()).limit(1)).first()
     return found or _without_masks(session)
 
 
