@@ -7,16 +7,14 @@ and is not given is made. Module ``screens`` fills a store end to end.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import select
 
 from cellstore.db.models import (
     Artifact,
@@ -83,24 +81,6 @@ def sha(text: str) -> str:
 def well_name(row: int, column: int) -> str:
     """``A01`` of (1, 1)."""
     return f"{chr(64 + row)}{column:02d}"
-
-
-@contextmanager
-def unguarded(workspace: Workspace) -> Iterator[Session]:
-    """A transaction in which no trigger of a split fires: what a store without them could hold."""
-    with workspace.database.begin() as session:
-        if not workspace.database.is_sqlite:
-            session.execute(text("SET LOCAL session_replication_role = replica"))
-            yield session
-            return
-        query = text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
-        triggers = [row for row in session.execute(query).all() if row.name.startswith("split")]
-        for row in triggers:
-            session.execute(text(f"DROP TRIGGER {row.name}"))
-        yield session
-        session.flush()
-        for row in triggers:
-            session.connection().exec_driver_sql(row.sql)
 
 
 class Factory:

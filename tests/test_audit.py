@@ -6,9 +6,10 @@ import json
 from dataclasses import asdict
 
 import pytest
-from factories import MOMENT, Factory, sha, unguarded
+from factories import MOMENT, Factory, sha
 from screens import small_screen
 from sqlalchemy import text
+from unguarded import unguarded
 
 from cellstore.analytics import open_questions
 from cellstore.db.models import Cell, IngestFile, Segmentation, SplitMember, Well

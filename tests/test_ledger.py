@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from factories import Factory
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
-from cellstore.db.models import Artifact, Recipe, Run, RunArtifact
+from cellstore.db.models import Artifact, Job, Recipe, Run, RunArtifact
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.runs import (
     RecipeSpec,
@@ -21,6 +21,8 @@ from cellstore.runs import (
     running,
 )
 from cellstore.terms import ArtifactKind, Stage, Status
+
+ELSEWHERE = "other-host|77|0123456789ab|5|alone-01234567"
 
 
 def recipe_of(workspace: Workspace) -> Recipe:
@@ -70,6 +72,27 @@ def test_a_run_that_fails_is_closed_with_the_reason(workspace: Workspace, error,
     assert (after.status, after.error) == (status, reason)
     assert after.result == {"cells": 1}
     assert after.ended_at is not None
+
+
+def test_who_leaves_a_run_that_others_share_does_not_end_it(workspace: Workspace):
+    make = Factory(workspace)
+    image = make.image(make.well(make.plate("P1"), 1, 1))
+    jobs = []
+
+    def leave() -> None:
+        jobs.append(make.job(run_of(workspace), image, Status.RUNNING, worker=ELSEWHERE))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), running(workspace.database, recipe_of(workspace)) as run:
+        leave()
+    after = run_of(workspace)
+    assert (after.id, after.status, after.process) == (run.id, Status.RUNNING, ELSEWHERE)
+    with workspace.database.begin() as session:
+        session.execute(update(Job).where(Job.id == jobs[0].id).values(status=Status.DONE))
+    again = running(workspace.database, recipe_of(workspace), resume=run.id)
+    with pytest.raises(KeyboardInterrupt), again:
+        raise KeyboardInterrupt
+    assert run_of(workspace).status is Status.CANCELLED
 
 
 def test_a_run_can_be_gone_on_with(workspace: Workspace):

@@ -14,10 +14,10 @@ from cellstore.ops.normalising import (
     PlateScaler,
     WhiteLevels,
     read_scaler,
-    white_level,
     white_of_plate,
 )
 from cellstore.ops.scaling import Scaler
+from cellstore.ops.windows import white_level
 
 NAMES = ("a", "b")
 

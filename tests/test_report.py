@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from factories import Factory, unguarded
+from factories import Factory
 from screens import SmallScreen, small_screen
 from sqlalchemy import update
+from unguarded import unguarded
 
 from cellstore import extras
 from cellstore.db.models import ImageFile, Segmentation, SplitMember

@@ -62,14 +62,16 @@ def test_a_baseline_is_scored_on_the_images_of_the_run(workspace: Workspace) -> 
     assert "not above majority (33.3 %) per image" in found.against_nulls
 
 
-def test_only_what_both_have_labelled_is_compared(sqlite_workspace: Workspace) -> None:
+def test_a_baseline_that_has_labelled_a_part_is_not_compared(sqlite_workspace: Workspace) -> None:
     screen = small_screen(sqlite_workspace)
     add_baseline(screen, "position", {"B01": "DMSO", "B02": "DMSO"})
-    newer = add_baseline(screen, "position", {"B02": "taxol"})
+    assert report(sqlite_workspace).baselines == ()
+    whole = add_baseline(screen, "position", DMSO_EVERYWHERE)
+    add_baseline(screen, "position", {"B02": "DMSO"})  # wrong, so it would be easy to beat
     add_baseline(screen, "position", {"A01": "DMSO"})  # of the training side only
     add_baseline(screen, "position", DMSO_EVERYWHERE, Status.RUNNING)
     found = [item for item in report(sqlite_workspace).baselines if item.level == "image"]
-    assert [(i.run_id, i.n, i.accuracy, i.low) for i in found] == [(newer.id, 1, 1.0, None)]
+    assert [(i.run_id, i.n) for i in found] == [(whole.id, 3)]
 
 
 def test_a_report_on_a_baseline_does_not_compare_it_with_itself(

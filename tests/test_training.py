@@ -384,13 +384,13 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(UserInputError):
             FitConfig(**wrong)
-    with pytest.raises(UserInputError, match="use auto, cpu or cuda"):
+    with pytest.raises(UserInputError, match="Use auto, cpu or cuda"):
         fit(tiny(), lambda _: [], lambda _: [], FitConfig(device="abacus"))
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserInputError, match="No CUDA device"):
+    with pytest.raises(UserInputError, match="no usable CUDA device"):
         fit(tiny(), lambda _: [], lambda _: [], FitConfig(device="cuda"))
 
 

@@ -16,6 +16,7 @@ TOGETHER = "split keeps each group on one side"
 NO_GROUP = "split member is in no group"
 FIXED = "split keeps its protocol and group level"
 TAKEN = "split is there already"
+MEANT = "split says what it is about"
 
 _NEW = "Make a new one with: cellstore split create NAME"
 SENTENCES: Mapping[str, str] = {
@@ -29,6 +30,10 @@ SENTENCES: Mapping[str, str] = {
         "Give its well a treatment first: cellstore ingest TABLE"
     ),
     FIXED: f"The protocol and the group level of a split never change. {_NEW}",
+    MEANT: (
+        "A split names what is changed here (an image's well, a well's plate, a class), or a run "
+        f"relies on it; what a split is about does not change. {_NEW}"
+    ),
     TAKEN: "A split of this name is there already, and a split never changes. Choose another name.",
 }
 

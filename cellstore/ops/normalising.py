@@ -25,9 +25,6 @@ PLATE_CONTROLS = "plate-controls"
 FEWEST_CONTROLS = 2
 """Control cells that a plate must have: one alone has no deviation."""
 
-WHITE_PERCENTILE = 99.9
-"""The intensity of an image that is white, as in crops of an image by itself."""
-
 
 @dataclass(frozen=True)
 class ControlStatistics:
@@ -229,11 +226,6 @@ class WhiteLevels:
         if not np.isfinite([level for levels in plates.values() for level in levels]).all():
             raise UserInputError("A white level is not a finite number.")
         return cls(plates, own)
-
-
-def white_level(plane: NDArray[Any]) -> float:
-    """The 99.9th percentile of an image (H, W), in grey levels; its maximum where that is 0."""
-    return float(np.percentile(plane, WHITE_PERCENTILE)) or float(plane.max())
 
 
 def white_of_plate(levels: Sequence[Sequence[float]]) -> tuple[float, ...]:

@@ -23,12 +23,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from cellstore.errors import RunCancelledError, UnknownNameError, UserInputError, first_line
+from cellstore.ops.devices import pick_device
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 """What Lightning calls them: mixed precision keeps the weights in 32 bits."""
-
-DEVICES = ("auto", "cpu", "cuda")
-
 
 T = TypeVar("T")
 
@@ -108,11 +106,10 @@ def open_fabric(device: str, precision: str = "32", devices: int = 1) -> Fabric:
             f"--devices {devices} out."
         )
     strategy = "ddp" if here * hosts > 1 else "auto"
-    on_cuda = device != "cpu" and torch.cuda.is_available()
     try:
         with quiet():
             fabric = Fabric(
-                accelerator="cuda" if on_cuda else "cpu",
+                accelerator=pick_device(device).type,
                 devices=here,
                 num_nodes=hosts,
                 strategy=strategy,
@@ -129,14 +126,9 @@ def open_fabric(device: str, precision: str = "32", devices: int = 1) -> Fabric:
 
 def check_device(device: str, precision: str, devices: int) -> None:
     """Raise ``UserInputError`` for a device, precision or number of devices that is not there."""
-    if device not in DEVICES:
-        raise UserInputError(f"Unknown device {device!r}; use auto, cpu or cuda.")
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise UserInputError("No CUDA device can be used here; choose the device cpu or auto.")
+    on_cuda = pick_device(device).type == "cuda"
     if precision not in PRECISIONS:
         raise UnknownNameError.of("precision", precision, PRECISIONS)
-    on_cuda = has_cuda and device != "cpu"
     if precision == "16" and not on_cuda:
         raise UserInputError("Precision 16 needs a GPU; on a CPU use bf16, or 32 (the default).")
     if precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported():

@@ -280,7 +280,9 @@ class _Trainer:
         loss = self.loss(scores, labels)
         known = labels >= 0
         weights = self.loss.weight
-        weight = known.sum() if weights is None else weights[labels[known]].sum()
+        weight = known.sum()
+        if weights is not None:
+            weight = (weights[torch.where(known, labels, 0)] * known).sum()
         right = (scores.argmax(dim=1) == labels).sum()
         parts = (loss.detach().double() * weight, weight, right, known.sum(), (~known).sum())
         return loss, torch.stack([part.double() for part in parts])

@@ -43,6 +43,10 @@ class TrainingState:
                 "'cellstore verify', and train anew with --force."
             ) from error
 
+    def beside(self, record: Mapping[str, Any]) -> TrainingState:
+        """The same state with more in its record."""
+        return TrainingState(self.tensors, {**self.record, **record})
+
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with ``prefix`` and a dot, without both."""
         start = f"{prefix}."

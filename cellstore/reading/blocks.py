@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from threading import Lock
 
 import numpy as np
-import torch
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -167,17 +166,3 @@ def _check_columns(names: Sequence[str], features: ReadableSet) -> None:
         f"Feature set {features.name!r} no longer has {len(gone)} columns that the network reads: "
         f"{some}. Train again."
     )
-
-
-def choose_device(name: str) -> str:
-    """Return ``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        UserInputError: another name, or there is no CUDA device.
-
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserInputError(f"Unknown device {name!r}; use auto, cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserInputError("No CUDA device can be used here; choose the device cpu or auto.")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from sqlalchemy import distinct, func, select
 from sqlalchemy.orm import Session, aliased
 
@@ -55,20 +57,39 @@ def teacher_of(session: Session, measure: Recipe) -> Run | None:
     return session.scalars(query.limit(1)).first()
 
 
+def _teachers(session: Session, measure: Recipe) -> Iterator[Run]:
+    """The training that made features, the one that made those that it read, and so on."""
+    found: Recipe | None = measure
+    while found is not None and (teacher := teacher_of(session, found)) is not None:
+        yield teacher
+        found = _measure_of(session, teacher)
+
+
+def _measure_of(session: Session, trained: Run) -> Recipe | None:
+    query = (
+        select(Recipe)
+        .join(RecipeInput, RecipeInput.input_id == Recipe.id)
+        .where(RecipeInput.recipe_id == trained.recipe_id, Recipe.stage == Stage.MEASURE)
+    )
+    return session.scalars(query.limit(1)).first()
+
+
 def taught_wells(session: Session, measure: Recipe, split_id: int) -> str | None:
     """Say whether features were learned on wells that a split does not train on.
 
-    An embedding knows the labels of the wells that its network was trained on, or stopped by.
+    An embedding knows the labels of the wells that its network was trained on, or stopped by; so
+    does one by a network that has learned from another's embedding.
     """
-    teacher = teacher_of(session, measure)
-    if teacher is None or teacher.split_id in (None, split_id):
+    teachers = [run for run in _teachers(session, measure) if run.split_id not in (None, split_id)]
+    if not teachers:
         return None
     mine, theirs = aliased(SplitMember), aliased(SplitMember)
     image, other = aliased(Image), aliased(Image)
     taught = (
         select(other.well_id)
         .join(theirs, theirs.image_id == other.id)
-        .where(theirs.split_id == teacher.split_id, theirs.subset != Subset.TEST)
+        .where(theirs.split_id.in_([run.split_id for run in teachers]))
+        .where(theirs.subset != Subset.TEST)
     )
     query = (
         select(func.count(distinct(image.well_id)))
@@ -79,8 +100,9 @@ def taught_wells(session: Session, measure: Recipe, split_id: int) -> str | None
     number = session.scalar(query) or 0
     if number == 0:
         return None
+    runs = " and ".join(str(run.id) for run in teachers)
     return (
-        f"A leak: the features are an embedding by training run {teacher.id}, which was taught the "
+        f"A leak: the features are an embedding by training run {runs}, which was taught the "
         f"labels of {number:,} wells that this split does not train on. Scores are too good; use "
         "the split of that training."
     )
@@ -88,10 +110,5 @@ def taught_wells(session: Session, measure: Recipe, split_id: int) -> str | None
 
 def leak_of(session: Session, trained: Run, split_id: int) -> str | None:
     """Say of a training what :func:`taught_wells` says of its features."""
-    query = (
-        select(Recipe)
-        .join(RecipeInput, RecipeInput.input_id == Recipe.id)
-        .where(RecipeInput.recipe_id == trained.recipe_id, Recipe.stage == Stage.MEASURE)
-    )
-    measure = session.scalars(query.limit(1)).first()
+    measure = _measure_of(session, trained)
     return None if measure is None else taught_wells(session, measure, split_id)

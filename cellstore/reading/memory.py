@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 MOST = 64 << 30
 """No more than this is kept unless asked for: a plate of 384 wells as windows takes some 20 GB."""
 
-_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def default_memory() -> int:
@@ -20,7 +19,7 @@ def default_memory() -> int:
 
 
 def memory_there() -> int:
-    """Bytes of memory of this machine, or of the container that this process is in."""
+    """Bytes of memory of this machine, or of the container or job that this process is in."""
     return min([_physical(), *_limits()])
 
 
@@ -32,5 +31,19 @@ def _physical() -> int:
 
 
 def _limits() -> list[int]:
-    texts = [path.read_text().strip() for path in _LIMITS if path.is_file()]
+    """The limits of the control groups of this process, each within the ones before."""
+    texts = [path.read_text().strip() for path in _limit_files() if path.is_file()]
     return [int(text) for text in texts if text.isdigit()]
+
+
+def _limit_files() -> Iterator[Path]:
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []
+    for _, controllers, place in (line.split(":", 2) for line in lines):
+        if controllers == "":  # version 2: one tree
+            root, name = GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = PurePosixPath(place.lstrip("/"))
+        yield from (root / part / name for part in (group, *group.parents))

@@ -123,15 +123,18 @@ def know_plates(
     """
     meta: Any = found.meta
     added: dict[str, Any] = {}
+    # What the training left out as flagged does not say how a plate is spread either.
+    recipe = session.get_one(Recipe, found.run.recipe_id)
+    usual = replace(found.source, unflagged_by=recipe.parameters.get("leave_out_flagged"))
     if isinstance(meta.scaler, PlateScaler):
         new = [plate for plate in plates if plate not in meta.scaler.plates]
-        scaler = add_plates(session, found.source, meta.scaler, new)
+        scaler = add_plates(session, usual, meta.scaler, new)
         added |= _added("controls", {p: scaler.plates[p].to_json() for p in new if p in scaler.own})
         meta = replace(meta, scaler=scaler)
     if meta.whites is not None:
         new = [plate for plate in plates if plate not in meta.whites.plates]
         planes = planes_of(found.segment, meta.channels)
-        whites = add_whites(session, workspace.database, found.source, planes, meta.whites, new)
+        whites = add_whites(session, workspace.database, usual, planes, meta.whites, new)
         added |= _added("whites", {plate: list(whites.plates[plate]) for plate in new})
         meta = replace(meta, whites=whites)
     if not added:

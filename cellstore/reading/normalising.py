@@ -25,10 +25,10 @@ from ..ops.normalising import (
     ControlStatistics,
     PlateScaler,
     WhiteLevels,
-    white_level,
     white_of_plate,
 )
 from ..ops.scaling import FeatureScaler, Scaler
+from ..ops.windows import white_level
 from ..runs.selection import is_current
 from ..terms import Control, Subset
 from .cells import CellSource, read_cells, stream_features

@@ -22,7 +22,7 @@ from sqlalchemy import and_, delete, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
-from ..db.models import Artifact, Recipe, Run, RunArtifact
+from ..db.models import Artifact, Job, Recipe, Run, RunArtifact
 from ..db.session import Database
 from ..db.statements import insert_new
 from ..errors import JobsFailedError, RunCancelledError, StoreError, UserInputError
@@ -64,7 +64,7 @@ def running(
     one process at a time; another may go on with it only when it is over.
 
     Raises:
-        UserInputError: the run to resume is alone, and another process is at it.
+        UserInputError: the run to resume is alone, and another process is at it, or finished it.
     """
     owner = Owner.of_this_process().text
     if resume is None:
@@ -193,6 +193,8 @@ def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None
                 f"Run {run.id} is running, at {shown_worker(run.process)}. Wait for it, or, if "
                 f"that machine has lost it, mark it as over: cellstore cancel {run.id}"
             )
+        if alone and run.status is Status.DONE:
+            raise UserInputError(f"Run {run.id} was finished by another process in the meantime.")
         resumed = [*run.environment.get("resumed", []), attempt]
         run.environment = {**run.environment, "resumed": resumed}
         run.status, run.ended_at, run.error = Status.RUNNING, None, None
@@ -210,7 +212,24 @@ def _close(database: Database, run: RunHandle, status: Status, error: str | None
         if status is Status.DONE:
             for act in run.at_end:
                 act(session)
+        elif run.owner is None and (other := _another_at(session, run.id)) is not None:
+            values = {"process": other}  # who shares the run goes on with it
         session.execute(update(Run).where(mine).values(**values))
+
+
+def _another_at(session: Session, run_id: int) -> str | None:
+    """Another living process that has jobs of a run in hand."""
+    here = Owner.of_this_process()
+    query = (
+        select(Job.worker)
+        .distinct()
+        .where(Job.run_id == run_id, Job.status == Status.RUNNING, Job.worker.is_not(None))
+    )
+    for text in session.scalars(query):
+        owner = Owner.parse(text or "")
+        if owner and (owner.host, owner.pid) != (here.host, here.pid) and not owner.is_dead():
+            return text
+    return None
 
 
 def command_line() -> str:

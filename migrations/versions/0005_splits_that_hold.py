@@ -3,8 +3,9 @@
 Revision: 0005
 Follows: 0004
 
-Triggers do the guarding. On SQLite, whoever makes ``splits``, ``split_members``, ``split_groups``
-or ``runs`` anew (``batch_alter_table``) loses theirs and has to make them again.
+Triggers do the guarding. On SQLite, whoever makes ``splits``, ``split_members``, ``split_groups``,
+``images``, ``wells``, ``labels`` or ``runs`` anew (``batch_alter_table``) loses theirs and has to
+make them again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ TOGETHER = "split keeps each group on one side"
 NO_GROUP = "split member is in no group"
 FIXED = "split keeps its protocol and group level"
 TAKEN = "split is there already"
+MEANT = "split says what it is about"
 
 GROUPED = "('well', 'plate', 'treatment')"
 GROUP_OF = """
@@ -72,6 +74,11 @@ KEEP_TOGETHER = f"""
         SELECT 1 FROM split_groups WHERE split_id = NEW.split_id AND group_id = ({GROUP_OF}));
 """
 IS_GROUPED = f"(SELECT group_level FROM splits WHERE id = NEW.split_id) IN {GROUPED}"
+# What a split is about: where its images were, what its classes were called, who relied on it.
+IMAGE_MOVES = "EXISTS (SELECT 1 FROM split_members WHERE image_id = OLD.id)"
+WELL_MOVES = """EXISTS (SELECT 1 FROM images i JOIN split_members m ON m.image_id = i.id
+    WHERE i.well_id = OLD.id)"""
+CLASS_CHANGES = "EXISTS (SELECT 1 FROM split_members WHERE label_id = OLD.id)"
 FREEZE = """
     UPDATE splits SET frozen_at = NEW.started_at WHERE id = NEW.split_id AND frozen_at IS NULL;
 """
@@ -141,6 +148,22 @@ SQLITE = {
         "BEFORE DELETE ON splits WHEN OLD.frozen_at IS NOT NULL",
         refuse_where("1", FROZEN),
     ),
+    "images_stay_update": (
+        "BEFORE UPDATE OF well_id ON images WHEN OLD.well_id <> NEW.well_id",
+        refuse_where(IMAGE_MOVES, MEANT),
+    ),
+    "wells_stay_update": (
+        "BEFORE UPDATE OF plate_id ON wells WHEN OLD.plate_id <> NEW.plate_id",
+        refuse_where(WELL_MOVES, MEANT),
+    ),
+    "labels_stay_update": (
+        "BEFORE UPDATE OF field, value ON labels",
+        refuse_where(CLASS_CHANGES, MEANT),
+    ),
+    "runs_stay_update": (
+        "BEFORE UPDATE OF split_id ON runs WHEN OLD.split_id IS NOT NULL",
+        refuse_where("NEW.split_id IS NOT OLD.split_id", MEANT),
+    ),
     "runs_freeze_insert": ("AFTER INSERT ON runs WHEN NEW.split_id IS NOT NULL", FREEZE),
     "runs_freeze_update": (
         "AFTER UPDATE OF split_id ON runs WHEN NEW.split_id IS NOT NULL",
@@ -203,6 +226,26 @@ BEGIN
     IF (OLD.id, OLD.protocol, OLD.group_level) <> (NEW.id, NEW.protocol, NEW.group_level) THEN
         {raising(FIXED)}
     END IF;
+    RETURN NEW;
+END""",
+    ),
+    "images_stay": (
+        "BEFORE UPDATE OF well_id ON images FOR EACH ROW WHEN (OLD.well_id <> NEW.well_id)",
+        f"BEGIN IF {IMAGE_MOVES} THEN {raising(MEANT)} END IF; RETURN NEW; END",
+    ),
+    "wells_stay": (
+        "BEFORE UPDATE OF plate_id ON wells FOR EACH ROW WHEN (OLD.plate_id <> NEW.plate_id)",
+        f"BEGIN IF {WELL_MOVES} THEN {raising(MEANT)} END IF; RETURN NEW; END",
+    ),
+    "labels_stay": (
+        "BEFORE UPDATE OF field, value ON labels FOR EACH ROW",
+        f"BEGIN IF {CLASS_CHANGES} THEN {raising(MEANT)} END IF; RETURN NEW; END",
+    ),
+    "runs_stay": (
+        "BEFORE UPDATE OF split_id ON runs FOR EACH ROW WHEN (OLD.split_id IS NOT NULL)",
+        f"""
+BEGIN
+    IF NEW.split_id IS DISTINCT FROM OLD.split_id THEN {raising(MEANT)} END IF;
     RETURN NEW;
 END""",
     ),

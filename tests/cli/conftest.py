@@ -11,15 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import Factory
-from sqlalchemy import select
+from foreign_cells import add_foreign_cells, by_id
 from typer.testing import CliRunner
 
-from cellstore.config import StoreSettings
-from cellstore.db.models import Image
 from cellstore.formats.files.images import encode_tiff
-from cellstore.runs import open_workspace
-from cellstore.terms import Stage
 from cellstore_cli.main import app
 
 
@@ -96,17 +91,7 @@ def store(cellstore: Cellstore, screen: Path) -> Path:
 @pytest.fixture
 def with_set(cellstore, store: Path) -> Path:
     """The small screen with a split and feature set ``cp``: two cells in each image, no masks."""
-    workspace = open_workspace(StoreSettings(store.resolve()))
-    make = Factory(workspace)
-    recipe = make.recipe(Stage.SEGMENT, parameters={"imported": "CellProfiler"})
-    run = make.run(Stage.INGEST)
-    unknown = dict.fromkeys(("content_sha256", "mask_artifact_id", "flow_artifact_id"))
-    with workspace.database.read() as session:
-        images = session.scalars(select(Image).order_by(Image.id)).all()
-    found = [make.segmentation(i, run, 2, recipe_id=recipe.id, **unknown) for i in images]
-    cells = [cell for item in found for cell in make.cells_of(item)]
-    make.feature_files("cp", cells, {"x": [float(c.id) for c in cells]}, recipe)
-    workspace.database.close()
+    add_foreign_cells(store, 2, by_id)
     words = ("--protocol", "published", "--test-size", "0.5", "--store", store)
     cellstore("split", "create", "main", *words)
     return store

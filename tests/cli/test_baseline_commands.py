@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from factories import Factory
-from sqlalchemy import select
+from foreign_cells import add_foreign_cells
 
-from cellstore.config import StoreSettings
-from cellstore.db.models import Image
-from cellstore.runs import open_workspace
-from cellstore.terms import Stage
+from cellstore.db.models import Cell
 
 pytest.importorskip("sklearn")
 pytest.importorskip("torch")
@@ -27,19 +24,13 @@ IN = ("--store", "store")
 @pytest.fixture
 def with_set(cellstore, store: Path) -> Path:
     """The small screen with a split by image, and feature set ``cp``: six cells in each image."""
-    workspace = open_workspace(StoreSettings(store.resolve()))
-    make = Factory(workspace)
-    recipe = make.recipe(Stage.SEGMENT, parameters={"imported": "CellProfiler"})
-    run = make.run(Stage.INGEST)
-    unknown = dict.fromkeys(("content_sha256", "mask_artifact_id", "flow_artifact_id"))
-    with workspace.database.read() as session:
-        images = session.scalars(select(Image).order_by(Image.id)).all()
-    found = [make.segmentation(i, run, 6, recipe_id=recipe.id, **unknown) for i in images]
-    cells = [cell for item in found for cell in make.cells_of(item)]
-    # Two wells of two images for each treatment: aspirin is bright, the others are alike.
-    bright = [100.0 * (24 <= i < 48) + i % 5 for i in range(len(cells))]
-    make.feature_files("cp", cells, {"x": bright, "y": [float(i % 3) for i in range(72)]}, recipe)
-    workspace.database.close()
+
+    def columns(cells: Sequence[Cell]) -> dict[str, list[float]]:
+        # Two wells of two images for each treatment: aspirin is bright, the others are alike.
+        bright = [100.0 * (24 <= i < 48) + i % 5 for i in range(len(cells))]
+        return {"x": bright, "y": [float(i % 3) for i in range(len(cells))]}
+
+    add_foreign_cells(store, 6, columns)
     words = ("--protocol", "published", "--test-size", "0.5", *IN)
     cellstore("split", "create", "main", *words)
     return store

@@ -5,13 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from factories import Factory
-from sqlalchemy import select
-
-from cellstore.config import StoreSettings
-from cellstore.db.models import Image
-from cellstore.runs import open_workspace
-from cellstore.terms import Stage
+from foreign_cells import add_foreign_cells, by_id
 
 STORE = ("--store", "store")
 
@@ -20,17 +14,7 @@ STORE = ("--store", "store")
 def trained(cellstore, store: Path) -> Path:
     """The small screen with cells of another tool, and a baseline that was trained on them."""
     pytest.importorskip("torch")
-    workspace = open_workspace(StoreSettings(store.resolve()))
-    make = Factory(workspace)
-    recipe = make.recipe(Stage.SEGMENT, parameters={"imported": "CellProfiler"})
-    run = make.run(Stage.INGEST)
-    unknown = dict.fromkeys(("content_sha256", "mask_artifact_id", "flow_artifact_id"))
-    with workspace.database.read() as session:
-        images = session.scalars(select(Image).order_by(Image.id)).all()
-    found = [make.segmentation(i, run, 2, recipe_id=recipe.id, **unknown) for i in images]
-    cells = [cell for item in found for cell in make.cells_of(item)]
-    make.feature_files("cp", cells, {"x": [float(c.id) for c in cells]}, recipe)
-    workspace.database.close()
+    add_foreign_cells(store, 2, by_id)
     cellstore("split", "create", "main", "--test-size", "0.5", "--validation-size", 0, *STORE)
     words = ("--baseline", "logistic", "--features", "cp", "--no-predict")
     cellstore("train", *words, *STORE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -329,6 +330,27 @@ def test_older_code_can_read_a_split_by_treatment_after_a_downgrade(plates: Plat
         assert session.scalars(text("SELECT group_level FROM splits")).all() == ["well"]
 
 
+@pytest.mark.parametrize("frozen_at", [None, MOMENT], ids=["open", "frozen"])
+def test_what_a_split_is_about_stays(plates: Plates, frozen_at: datetime | None) -> None:
+    split = plates.split(GroupLevel.WELL, "t--e", frozen_at=frozen_at)
+    run = plates.make.run(Stage.TRAIN, split_id=split.id)
+    member, other = plates.images[0]
+    here, there = plates.wells[0], plates.wells[1]
+    stays = "does not change.*cellstore split create NAME"
+    for statement, number in (
+        (f"UPDATE images SET well_id = {there.id} WHERE id = :id", member.id),
+        (f"UPDATE wells SET plate_id = {plates.wells[3].plate_id} WHERE id = :id", here.id),
+        ("UPDATE labels SET value = 'b' WHERE id = :id", plates.label.id),
+        ("UPDATE runs SET split_id = NULL WHERE id = :id", run.id),
+    ):
+        with pytest.raises(UserInputError, match=stays):
+            plates.run(statement, id=number)
+    # What no split names, and what changes nothing, is nobody's business.
+    plates.run("UPDATE images SET well_id = well_id WHERE id = :id", id=member.id)
+    plates.run(f"UPDATE images SET well_id = {there.id}, site = 9 WHERE id = :id", id=other.id)
+    plates.run("UPDATE runs SET split_id = split_id WHERE id = :id", id=run.id)
+
+
 def test_no_later_migration_lost_a_trigger(workspace: Workspace) -> None:
     catalogue = (
         "SELECT name FROM sqlite_master WHERE type = 'trigger'"
@@ -337,7 +359,7 @@ def test_no_later_migration_lost_a_trigger(workspace: Workspace) -> None:
     )
     with workspace.database.read() as session:
         found = set(session.scalars(text(catalogue)))
-    assert found == ON_SQLITE if workspace.database.is_sqlite else ON_POSTGRESQL
+    assert found == (ON_SQLITE if workspace.database.is_sqlite else ON_POSTGRESQL)
 
 
 ON_SQLITE = {
@@ -347,8 +369,10 @@ ON_SQLITE = {
     *("split_groups_together_insert", "split_groups_together_update"),
     *("split_groups_together_delete", "splits_taken_insert", "splits_frozen_update"),
     *("splits_fixed_update", "splits_frozen_delete", "runs_freeze_insert", "runs_freeze_update"),
+    *("images_stay_update", "wells_stay_update", "labels_stay_update", "runs_stay_update"),
 }
 ON_POSTGRESQL = {
     *("predictions_keep", "split_members_guard", "split_groups_guard", "splits_guard"),
+    *("images_stay", "wells_stay", "labels_stay", "runs_stay"),
     *("runs_freeze", "splits_emptied", "split_members_emptied", "split_groups_emptied"),
 }

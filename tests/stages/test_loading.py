@@ -168,9 +168,24 @@ def test_a_quarter_of_the_memory_is_kept_that_a_container_may_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "_LIMITS", (limit, tmp_path / "none"))
+    own = tmp_path / "own"
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_GROUPS", own)
     limit.write_text("max\n")
-    whole = memory.memory_there()
-    assert whole > 1 << 28
+    assert memory.memory_there() > 1 << 28  # of the machine
+    own.write_text("0::/\n")
+    assert memory.memory_there() > 1 << 28
     limit.write_text("1000000\n")
     assert memory.default_memory() == 250_000
+    # A job within: its own limit counts, and those that it is within.
+    job = tmp_path / "slurm" / "job_7"
+    job.mkdir(parents=True)
+    own.write_text("0::/slurm/job_7\n")
+    assert memory.default_memory() == 250_000
+    (job / "memory.max").write_text("400000\n")
+    assert memory.default_memory() == 100_000
+    old = tmp_path / "memory" / "slurm" / "job_7"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("80000\n")
+    own.write_text("4:cpu:/slurm/job_7\n9:memory:/slurm/job_7\n")
+    assert memory.default_memory() == 20_000

@@ -13,6 +13,7 @@ import torch
 from small_models import PLAIN, WIDTH, craft
 from small_training import TINY, Opener, build, fail_at, pixels, run_of, said
 from sqlalchemy import func, select, update
+from unguarded import unguarded
 
 from cellstore import Store
 from cellstore.config import PredictParams, SplitParams
@@ -146,7 +147,7 @@ def test_what_the_model_has_met_is_said(built: Path, opened: Opener) -> None:
         f"2 of the 6 images chose the epoch of training run {run}: {end}",
     )
     assert (run_of(workspace, result.run_id).result or {})["notes"] == list(result.notes)
-    with workspace.database.begin() as session:
+    with unguarded(workspace) as session:
         test = select(SplitMember.image_id).where(SplitMember.subset == Subset.TEST)
         train_side = select(SplitMember.image_id).where(SplitMember.subset == Subset.TRAIN)
         well = session.scalars(select(Image.well_id).where(Image.id.in_(train_side))).first()
@@ -240,6 +241,11 @@ def test_an_embedding_that_knows_the_wells_of_a_test_side_is_said_to_leak(
     assert any(words in note for note in leaking.notes)
     labelled = predict(workspace, run=str(leaking.run_id), device="cpu")
     assert any(words in note for note in report(workspace, str(labelled.run_id)).notes)
+    # Nor does an embedding of the embedding forget what the first network was taught.
+    again = PredictParams(embedding="again", subset=None)
+    predict(workspace, again, run=str(leaking.run_id), device="cpu")
+    third = train(workspace, replace(params, features="again"), split="second", device="cpu")
+    assert any(words in note for note in third.notes)
 
 
 @pytest.mark.parametrize("moment", ["compute", "rows"])

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import Factory
 from small_training import Opener, cells_of, checkpoint, run_of, said
 from sqlalchemy import delete, select, text
 
 from cellstore.config import BaselineParams, SplitParams
-from cellstore.db.models import CellFeatures, Label, Recipe, Split, SplitMember
+from cellstore.db.models import CellFeatures, Image, Label, Recipe, Split, SplitMember
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.ops.baselines import BASELINES, FOREST, LOGISTIC, NULLS
 from cellstore.reading.cells import FEATURE_COLUMNS
@@ -141,6 +142,25 @@ def test_shuffled_labels_keep_wells_together(built: Path, opened: Opener) -> Non
     assert swapped.checkpoint_sha256 != straight.checkpoint_sha256
 
 
+def test_labels_are_shuffled_among_the_wells_that_are_learned_from(
+    built: Path, opened: Opener
+) -> None:
+    workspace = opened(built)
+    with workspace.database.read() as session:
+        query = select(Image, Label).join(SplitMember, SplitMember.image_id == Image.id)
+        rows = session.execute(query.join(Label, Label.id == SplitMember.label_id)).all()
+    drug = next(row for row in rows if row.Label.value == "drug")
+    training = [row for row in rows if row.Label.value == "DMSO"] + [drug]
+    assert len(training) == 4
+    members = [(row.Image, Subset.TRAIN, row.Label) for row in training]
+    Factory(workspace).split(members, name="uneven")
+    # A cell of each class is drawn: of one of three wells, and of the fourth.
+    for seed in range(6):
+        found = one(workspace, "shuffled", replace(FEW, max_cells=2, seed=seed))
+        assert found.notes[-1].startswith("Of 2 wells")
+        assert checkpoint(workspace, found.run_id)[1]["labels"] == ["DMSO", "drug"]
+
+
 def test_same_baseline_and_cells_give_the_same_rows(built: Path, opened: Opener) -> None:
     said_twice = []
     for _ in range(2):
@@ -167,6 +187,8 @@ def test_what_cannot_be_done_is_said(built: Path, opened: Opener) -> None:
         train_baselines(workspace, ["tree"])
     with pytest.raises(UserInputError, match="above 0"):
         train_baselines(workspace, ["null"], replace(FEW, strength=0.0))
+    with pytest.raises(UserInputError, match="1 cells cannot be of all 2 classes"):
+        train_baselines(workspace, ["null"], replace(FEW, max_cells=1))
     with pytest.raises(UnknownNameError, match="feature set 'cp'"):
         train_baselines(workspace, ["null"], replace(FEW, features="cp"))
     with workspace.database.begin() as session:

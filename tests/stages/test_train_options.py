@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from killed_training import PARAMS
-from small_training import Opener, Trained, checkpoint
+from small_training import Opener, StopsAfter, Trained, checkpoint
 from sqlalchemy import select, update
 
 from cellstore.config import TrainParams, TrainSetup, as_parameters
@@ -163,6 +163,23 @@ def test_logs_are_written_beside_the_store_or_their_package_is_named(
             train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=(kind,)))
     with pytest.raises(UnknownNameError, match="Unknown kind of log 'wandb'"):
         train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=("wandb",)))
+
+
+def test_a_log_that_fails_does_not_end_the_training(
+    built: Path, opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning.fabric.loggers.csv_logs import CSVLogger
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("the server is away")
+
+    monkeypatch.setattr(CSVLogger, "log_metrics", fail)
+    listener = StopsAfter(99)
+    workspace = replace(opened(built), progress=listener)
+    setup = TrainSetup(logs=("csv",), log_dir=tmp_path / "logs")
+    assert train(workspace, replace(PARAMS, epochs=2), device="cpu", setup=setup).epochs == 2
+    said = [text for text in listener.told if "log" in text]
+    assert said == ["The log for csv has ended: the server is away"]
 
 
 def relabel(workspace: Workspace, side: Subset, value: str) -> None:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from cellstore.errors import RunCancelledError, StoreError, UnknownNameError, Us
 from cellstore.runs import Workspace, files_of
 from cellstore.stages.jobs import cancel
 from cellstore.stages.split import create_split
-from cellstore.stages.train import TrainResult, keeping, stage, train
+from cellstore.stages.train import TrainResult, keeping, model, stage, train
 from cellstore.stages.verify import stage as verifying
 from cellstore.stages.verify import verify
 from cellstore.stages.verify.report import Problem
@@ -158,6 +157,51 @@ def test_what_cannot_be_gone_on_with_is_told(trained: Trained, opened: Opener) -
     refused(str(run_id), "is a baseline")
 
 
+def test_a_run_that_another_process_took_further_is_not_spoilt(
+    built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were told to go on with it; the other was faster."""
+    workspace = opened(built)
+    run_id = broken_off(workspace)
+    new_model = stage.new_model
+
+    def meanwhile(act: Any) -> Any:
+        def then(*given: Any) -> Any:
+            with monkeypatch.context() as patched:
+                patched.setattr(stage, "new_model", new_model)
+                act()
+            return new_model(*given)
+
+        return then
+
+    def one_more_epoch() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(workspace, progress=StopsAfter(1)), resume=str(run_id), device="cpu")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "new_model", meanwhile(one_more_epoch))
+        with pytest.raises(StoreError, match=f"in the meantime.*--resume {run_id}"):
+            train(workspace, resume=str(run_id), device="cpu")
+    done: list[TrainResult] = []
+    finish = meanwhile(lambda: done.append(train(workspace, resume=str(run_id), device="cpu")))
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "new_model", finish)
+        with pytest.raises(UserInputError, match="finished by another process"):
+            train(workspace, resume=str(run_id), device="cpu")
+    assert run_of(workspace, run_id).status is Status.DONE
+    checkpoint(workspace, run_id)
+    assert (done[0].resumed_after, done[0].epochs) == (3, PARAMS.epochs)
+
+
+def test_a_training_that_goes_on_keeps_what_was_fitted(
+    built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = opened(built)
+    run_id = broken_off(workspace)
+    monkeypatch.setattr(model, "_fit", lambda *_: pytest.fail("fitted again"))
+    assert train(workspace, resume=str(run_id), device="cpu").epochs == PARAMS.epochs
+
+
 class _Does(StopsAfter):
     """Does something at the end of an epoch instead of stopping."""
 
@@ -191,9 +235,6 @@ def test_a_cancelled_training_ends_and_one_that_was_taken_over_too(
     assert run_of(workspace, run.id).status is Status.RUNNING  # it is the other's
 
 
-@pytest.mark.skipif(
-    threading.current_thread() is not threading.main_thread(), reason="signals are not heard here"
-)
 def test_sigterm_is_as_good_as_ctrl_c(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     listener = _Does(lambda: os.kill(os.getpid(), signal.SIGTERM))

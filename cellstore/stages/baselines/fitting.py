@@ -33,9 +33,11 @@ class Fitted:
     notes: tuple[str, ...] = ()
 
 
-def fit(workspace: Workspace, plan: Plan, kind: str) -> Fitted:
-    """Fit one baseline."""
-    return _FITS[kind](workspace, plan)
+def fit(workspace: Workspace, plan: Plan, kind: str, cells: Callable[[], Cells]) -> Fitted:
+    """Fit one baseline; ``cells`` are those of the plan, which are read when one needs them."""
+    if kind in _FITS:
+        return _FITS[kind](workspace, plan)
+    return _OF_CELLS[kind](workspace, plan, cells())
 
 
 def left_out(plan: Plan, fitted: Fitted) -> tuple[str, ...]:
@@ -85,7 +87,7 @@ def _drawn(plan: Plan, labels: Mapping[int, int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Cells:
+class Cells:
     """Drawn cells: scaled features (N, F) float32, class indices (N,), ids of wells (N,)."""
 
     rows: NDArray[np.float32]
@@ -94,15 +96,16 @@ class _Cells:
     scaler: FeatureScaler
 
 
-def _logistic(workspace: Workspace, plan: Plan) -> Fitted:
-    cells = _cells(workspace, plan)
+def _logistic(_workspace: Workspace, plan: Plan, cells: Cells) -> Fitted:
     return _linear(plan, cells.rows, cells.classes, cells.scaler)
 
 
-def _shuffled(workspace: Workspace, plan: Plan) -> Fitted:
-    cells = _cells(workspace, plan)
+def _shuffled(workspace: Workspace, plan: Plan, cells: Cells) -> Fitted:
     with workspace.database.read() as session:
         wells = training_wells(session, plan)
+    # A class that went to wells without a drawn cell would be in no row.
+    drawn = frozenset(cells.wells.tolist())
+    wells = [well for well in wells if well.well_id in drawn]
     before = np.array([well.label_id for well in wells])
     after = np.random.Generator(np.random.PCG64(plan.params.seed)).permutation(before)
     given = dict(zip((well.well_id for well in wells), after.tolist(), strict=True))
@@ -113,8 +116,8 @@ def _shuffled(workspace: Workspace, plan: Plan) -> Fitted:
     return replace(fitted, notes=(*fitted.notes, note))
 
 
-def _forest(workspace: Workspace, plan: Plan) -> Fitted:
-    cells, params = _cells(workspace, plan), plan.params
+def _forest(_workspace: Workspace, plan: Plan, cells: Cells) -> Fitted:
+    params = plan.params
     config = ForestConfig(params.trees, params.depth, params.smallest_leaf)
     model = baselines.fit_forest(cells.rows, cells.classes, params.seed, config)
     return Fitted(model, cells.scaler, len(cells.rows))
@@ -127,7 +130,7 @@ def _linear(plan: Plan, rows: NDArray[np.float32], classes: Ids, scaler: Feature
     return Fitted(model, scaler, len(rows), () if converged else (note,))
 
 
-def _cells(workspace: Workspace, plan: Plan) -> _Cells:
+def draw_cells(workspace: Workspace, plan: Plan) -> Cells:
     """Draw cells evenly over the classes, and read what is to be known of them."""
     params, source = plan.params, plan.source
     counts: Counter[int] = Counter()
@@ -145,7 +148,7 @@ def _cells(workspace: Workspace, plan: Plan) -> _Cells:
         label_of = {i: label for label, some in drawn.items() for i in some.tolist()}
         values, places = read_values(session, source, ids, scaler.names), places_of(session, ids)
     classes = _classes(plan, [label_of[i] for i in ids.tolist()])
-    return _Cells(_scaled(scaler, values, places.plates), classes, places.wells, scaler)
+    return Cells(_scaled(scaler, values, places.plates), classes, places.wells, scaler)
 
 
 def _scaled(
@@ -175,9 +178,11 @@ def column_note(columns: tuple[str, ...]) -> str:
 
 _FITS: Mapping[str, Callable[[Workspace, Plan], Fitted]] = {
     baselines.MAJORITY: _majority,
-    baselines.SHUFFLED: _shuffled,
     baselines.CELLCOUNT: _cellcount,
     baselines.POSITION: _position,
+}
+_OF_CELLS: Mapping[str, Callable[[Workspace, Plan, Cells], Fitted]] = {
+    baselines.SHUFFLED: _shuffled,
     baselines.LOGISTIC: _logistic,
     baselines.FOREST: _forest,
 }

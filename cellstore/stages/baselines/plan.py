@@ -145,6 +145,11 @@ def check_blocks(plan: Plan) -> None:
             f"The training side of split {plan.split.name!r} has cells of one class only "
             f"({next(iter(plan.labels))}), so there is nothing to tell apart. Make another split."
         )
+    if plan.params.max_cells < len(plan.labels):
+        raise UserInputError(
+            f"{plan.params.max_cells} cells cannot be of all {len(plan.labels)} classes. Give more "
+            "--max-cells."
+        )
 
 
 @dataclass(frozen=True)

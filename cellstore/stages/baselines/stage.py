@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 from ...config import BaselineParams
 from ...db.models import Recipe, Run
@@ -13,7 +14,7 @@ from ...ops.baselines import BaselineMeta, choose, save_model
 from ...reading.cells import as_text, cells_query
 from ...runs import Workspace, attach, keep_file, running
 from ...terms import ArtifactKind
-from .fitting import Fitted, fit
+from .fitting import Cells, Fitted, draw_cells, fit
 from .outcome import BaselineResult, finished, result_of, summary
 from .plan import Plan, check_blocks, commit, make_plan
 
@@ -46,26 +47,29 @@ def train_baselines(
     check_blocks(plan)
     workspace.progress.start("train", len(chosen))
     try:
-        return tuple(_train(workspace, plan, kind, force=force) for kind in chosen)
+        cells = cache(lambda: draw_cells(workspace, plan))  # read once for all that need them
+        return tuple(_train(workspace, plan, kind, cells, force=force) for kind in chosen)
     finally:
         workspace.progress.finish()
 
 
-def _train(workspace: Workspace, plan: Plan, kind: str, *, force: bool) -> BaselineResult:
+def _train(
+    workspace: Workspace, plan: Plan, kind: str, cells: Callable[[], Cells], *, force: bool
+) -> BaselineResult:
     earlier = None if force else finished(workspace, plan, kind)
     if earlier is None:
-        earlier = _new(workspace, plan, kind)
+        earlier = _new(workspace, plan, kind, cells)
     workspace.progress.advance()
     return earlier
 
 
-def _new(workspace: Workspace, plan: Plan, kind: str) -> BaselineResult:
+def _new(workspace: Workspace, plan: Plan, kind: str, cells: Callable[[], Cells]) -> BaselineResult:
     recipe = commit(workspace, plan, kind)
     query = as_text(cells_query(plan.source))
     with running(
         workspace.database, recipe, split_id=plan.split.id, seed=plan.params.seed, query=query
     ) as run:
-        fitted = fit(workspace, plan, kind)
+        fitted = fit(workspace, plan, kind, cells)
         sha256 = _keep_checkpoint(workspace, run.id, _meta(plan, kind, fitted, recipe), fitted)
         run.result = summary(plan, kind, fitted) | {"checkpoint_sha256": sha256}
     with workspace.database.read() as session:

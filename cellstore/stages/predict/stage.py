@@ -83,9 +83,9 @@ def predict(
 
     """
     need("train")
-    from ...reading.blocks import choose_device
+    from ...ops.devices import pick_device
 
-    params, chosen = check_params(params or PredictParams()), choose_device(device)
+    params, chosen = check_params(params or PredictParams()), str(pick_device(device))
     with workspace.database.read() as session:
         trained = find_run(session, run, Stage.TRAIN)
         model = open_model(session, workspace, trained, chosen)

@@ -74,15 +74,16 @@ def score_rivals(
     sides: Sequence[str],
     units: dict[str, pa.Array],
 ) -> tuple[BaselineScore, ...]:
-    """Score the newest run of each baseline that has labelled some of the ``units``.
+    """Score the newest run of each baseline that has labelled all images that are scored.
 
-    ``units``: the ids of the cells, images and wells that are scored, by level.
+    ``units``: the ids of the cells, images and wells that are scored, by level. A level of which
+    the run lacks some is left out.
     """
     found: list[BaselineScore] = []
     for kind, runs in rivals.items():
         for run in runs:
             scored = list(_scores(questions, kind, run, sides, units))
-            if scored:
+            if any((item.level, item.vote) == HEADLINE for item in scored):
                 found += scored
                 break
     return tuple(found)
@@ -96,7 +97,7 @@ def _scores(
     for level, vote in LEVELS:
         rows = cells if level == "cell" else votes.filter(pc.equal(votes["level"], level))
         rows = rows.filter(pc.is_in(rows["unit_id"], units[level]))
-        if rows.num_rows:
+        if rows.num_rows and pc.all(pc.is_in(units[level], rows["unit_id"])).as_py():
             yield _score(kind, run, (level, vote), rows)
 
 

@@ -7,7 +7,7 @@ the one before, whose file is removed when no row names it any more.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
@@ -47,7 +47,7 @@ def keep_epoch(
     values = {name: float(value) for name, value in asdict(epoch).items() if name != "epoch"}
     values["waited"] = waited
     # With the number of the run in it, the file is that of no other run.
-    own = replace(state, record={**state.record, "run": run.id})
+    own = state.beside({"run": run.id})
     file = workspace.artifacts.write(STATE, own.to_bytes(), ".safetensors")
     with workspace.database.begin() as session:
         check_still_ours(session, run)

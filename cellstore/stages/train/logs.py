@@ -7,13 +7,13 @@ run is gone on with.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...errors import MissingExtraError, StorageError, UnknownNameError
+from ...errors import MissingExtraError, StorageError, UnknownNameError, first_line
 
 CSV, TENSORBOARD, MLFLOW = LOGS = ("csv", "tensorboard", "mlflow")
 
@@ -29,21 +29,32 @@ class _Logger(Protocol):
     def finalize(self, status: str) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Logs:
-    """The open loggers of a run."""
+    """The open loggers of a run, by kind.
 
-    loggers: tuple[_Logger, ...] = ()
+    They write copies: one that fails is told of once through ``tell`` and left alone from then on,
+    and the training goes on.
+    """
+
+    tell: Callable[[str], None]
+    loggers: dict[str, _Logger] = field(default_factory=dict)
 
     def write(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Add the metrics of an epoch, by name."""
-        for logger in self.loggers:
-            logger.log_metrics(dict(metrics), step=epoch)
+        self._each(lambda logger: logger.log_metrics(dict(metrics), step=epoch))
 
     def close(self, *, done: bool) -> None:
         """Write what is still in memory."""
-        for logger in self.loggers:
-            logger.finalize("success" if done else "failed")
+        self._each(lambda logger: logger.finalize("success" if done else "failed"))
+
+    def _each(self, act: Callable[[_Logger], None]) -> None:
+        for kind, logger in list(self.loggers.items()):
+            try:
+                act(logger)
+            except Exception as error:  # whatever a server or a disk of another's may do
+                del self.loggers[kind]
+                self.tell(f"The log for {kind} has ended: {first_line(error)}")
 
 
 def check_logs(kinds: Sequence[str]) -> None:
@@ -65,7 +76,11 @@ def check_logs(kinds: Sequence[str]) -> None:
 
 
 def open_logs(
-    kinds: Sequence[str], folder: Path, run_id: int, parameters: Mapping[str, Any]
+    kinds: Sequence[str],
+    folder: Path,
+    run_id: int,
+    parameters: Mapping[str, Any],
+    tell: Callable[[str], None],
 ) -> Logs:
     """Return loggers that write to ``folder``, in which earlier logs of these kinds are replaced.
 
@@ -74,15 +89,15 @@ def open_logs(
 
     """
     try:
-        loggers = tuple(_open(kind, folder, run_id) for kind in kinds)
-        for kind, logger in zip(kinds, loggers, strict=True):
+        loggers = {kind: _open(kind, folder, run_id) for kind in kinds}
+        for kind, logger in loggers.items():
             if kind != CSV:  # has no place for them
                 logger.log_hyperparams({name: str(value) for name, value in parameters.items()})
     except OSError as error:
         raise StorageError(
             f"Logs cannot be written to {folder}: {error.strerror}. Name another with --log-dir."
         ) from error
-    return Logs(loggers)
+    return Logs(tell, loggers)
 
 
 def _open(kind: str, folder: Path, run_id: int) -> Any:

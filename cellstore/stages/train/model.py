@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...config import ImageInput, TrainParams, TrainSetup
 from ...db.models import Recipe
@@ -12,6 +13,7 @@ from ...errors import UnknownNameError, UserInputError
 from ...ops.branches import TABULAR
 from ...ops.sampling import CELLS, SAMPLERS
 from ...reading.cells import plane_of
+from ...reading.memory import default_memory
 from ...reading.normalising import (
     INTENSITIES,
     NORMALISATIONS,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from ...ops.scaling import FeatureScaler
     from ...ops.teams import Team
     from ...ops.training import FitConfig
+    from ...ops.training_state import TrainingState
     from ...reading.blocks import BlockReader
     from ...reading.loading import Batches
 
@@ -40,6 +43,20 @@ class Fitted:
 
     scaler: FeatureScaler
     whites: WhiteLevels | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the state of a training."""
+        whites = None if self.whites is None else self.whites.to_json()
+        return {"scaler": self.scaler.to_json(), "whites": whites}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Fitted:
+        """What :meth:`to_json` described."""
+        from ...ops.normalising import WhiteLevels, read_scaler
+
+        whites = record["whites"]
+        known = None if whites is None else WhiteLevels.from_json(whites)
+        return cls(read_scaler(record["scaler"]), known)
 
 
 @dataclass(frozen=True)
@@ -103,11 +120,17 @@ def with_class_weights(config: FitConfig, plan: Plan) -> FitConfig:
     return replace(config, class_weights=balanced_weights(counts))
 
 
-def new_model(workspace: Workspace, plan: Plan, team: Team, *, resumed: bool) -> Model:
-    """Return the network with its first weights; ``resumed``: they will be replaced anyway."""
+def new_model(workspace: Workspace, plan: Plan, team: Team, state: TrainingState | None) -> Model:
+    """Return the network with its first weights, which those of a ``state`` will replace.
+
+    What is fitted is fitted once: a training that goes on keeps what it began with.
+    """
     from ...ops.nets import NetShape, build_net
 
-    fitted = team.of_first(lambda: _fit(workspace, plan))
+    if state is None:
+        fitted = team.of_first(lambda: _fit(workspace, plan))
+    else:
+        fitted = Fitted.from_json(state.record["fitted"])
     params = plan.params
     shape = NetShape(
         len(plan.labels),
@@ -117,7 +140,8 @@ def new_model(workspace: Workspace, plan: Plan, team: Team, *, resumed: bool) ->
         branches=plan.branches,
         plane_channels=len(plan.channels),
     )
-    weights = None if resumed or params.weights == NO_WEIGHTS else params.weights
+    given = state is None and params.weights != NO_WEIGHTS
+    weights = params.weights if given else None
     return Model(build_net(shape, weights, params.seed, params.crop_size), fitted)
 
 
@@ -154,8 +178,11 @@ def remarks(plan: Plan, fitted: Fitted) -> list[str]:
     return notes
 
 
-def make_reader(workspace: Workspace, plan: Plan, fitted: Fitted) -> BlockReader:
-    """Return what reads the cells of an image as the network wants them."""
+def make_reader(workspace: Workspace, plan: Plan, fitted: Fitted, team: Team) -> BlockReader:
+    """Return what reads the cells of an image as the network wants them.
+
+    The processes of a team share the memory that is kept for cells, as if all were on one host.
+    """
     from ...reading.blocks import BlockReader
 
     return BlockReader(
@@ -168,6 +195,7 @@ def make_reader(workspace: Workspace, plan: Plan, fitted: Fitted) -> BlockReader
         branches=plan.branches,
         channels=plan.channels,
         whites=None if fitted.whites is None else fitted.whites.plates,
+        kept_bytes=default_memory() // team.size,
     )
 
 

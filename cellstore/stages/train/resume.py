@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ...config import TrainParams
-from ...db.models import Recipe, Run, Split
-from ...errors import StorageError, UserInputError
+from ...db.models import Recipe, Run, RunMetric, Split
+from ...errors import StorageError, StoreError, UserInputError
 from ...ops.branches import BRANCHES
 from ...reading.cells import input_of
 from ...reading.featuresets import set_of_recipe
@@ -186,6 +186,23 @@ def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
             f"The stored state of run {run_id} is that of another run. Train anew with --force."
         )
     return state
+
+
+def check_not_moved(session: Session, run_id: int, state: TrainingState | None) -> None:
+    """Refuse to go on from a state that is not the last one of its run any more.
+
+    Raises:
+        StoreError: another process has gone on with it since the state was read.
+
+    """
+    epochs = session.scalar(
+        select(func.count(RunMetric.epoch.distinct())).where(RunMetric.run_id == run_id)
+    )
+    if epochs != (0 if state is None else len(state.record["epochs"])):
+        raise StoreError(
+            f"Another process has gone on with run {run_id} in the meantime. Go on from where it "
+            f"is now with: cellstore train --resume {run_id}"
+        )
 
 
 def check_start(order: Order, state: TrainingState | None) -> None:

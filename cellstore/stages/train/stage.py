@@ -22,7 +22,7 @@ from ...errors import CellstoreError, RunCancelledError, TeamError
 from ...extras import need
 from ...progress import Silent
 from ...reading.cells import as_text, cells_query
-from ...runs import RunHandle, Workspace, check_still_ours, running
+from ...runs import RunHandle, Workspace, check_still_ours, fingerprint, running
 from .keeping import forget_state, keep_checkpoint, keep_epoch, remove
 from .logs import Logs, check_logs, open_logs
 from .model import (
@@ -41,6 +41,7 @@ from .outcome import TrainResult, metrics_of, result_of, summary
 from .plan import Plan, check_sides, commit, make_plan
 from .resume import (
     Order,
+    check_not_moved,
     check_same,
     check_start,
     choose_beginning,
@@ -113,13 +114,14 @@ def train(
     plan, config = _prepare(workspace, order, device, setup)
     with _as_team(config, setup) as team:
         share_of_batch(config.batch_size, team.size)
+        _check_agreed(team, plan)
         begin = team.of_first(lambda: choose_beginning(workspace, plan, order, force=force))
         if begin.done is not None:
             return begin.done
         check_sides(plan)
         state = None if begin.run_id is None else read_state(workspace, begin.run_id)
         check_start(order, state)
-        model = new_model(workspace, plan, team, resumed=state is not None)
+        model = new_model(workspace, plan, team, state)
         recipe = team.of_first(lambda: commit(workspace, plan))
         work = _Work(workspace, plan, model, config, setup, team, recipe, state)
         return _run(work, begin.run_id)
@@ -138,6 +140,21 @@ def _prepare(
     plan = make_plan(workspace, order.params, order.names, known)
     check_same(order, plan)
     return plan, with_class_weights(config, plan)
+
+
+def _check_agreed(team: Team, plan: Plan) -> None:
+    """Refuse processes that found different things in the store, as when a split was made just now.
+
+    Raises:
+        TeamError: it is so; the others then end, too.
+
+    """
+    mine = fingerprint(plan.spec)
+    if team.of_first(lambda: mine) != mine:
+        raise TeamError(
+            "The processes of this training were asked for different things: the store has changed "
+            "while they began. Start them again, with --split and the like given by name."
+        )
 
 
 @contextmanager
@@ -196,6 +213,8 @@ def _as_run(work: _Work, run_id: int | None) -> Iterator[RunHandle | None]:
         resume=run_id,
         alone=True,
     ) as run:
+        with workspace.database.read() as session:
+            check_not_moved(session, run.id, work.state)
         try:
             yield run
         except (KeyboardInterrupt, RunCancelledError):
@@ -213,7 +232,7 @@ def _as_run(work: _Work, run_id: int | None) -> Iterator[RunHandle | None]:
 def _fit(work: _Work, run: RunHandle | None) -> FitResult:
     from ...ops.training import fit
 
-    reader = make_reader(work.workspace, work.plan, work.model.fitted)
+    reader = make_reader(work.workspace, work.plan, work.model.fitted, work.team)
     train = make_batches(work.plan, reader, work.team, "train")
     validation = make_batches(work.plan, reader, work.team, "validation")
     teller = _teller(work, run, train.count())
@@ -222,7 +241,8 @@ def _fit(work: _Work, run: RunHandle | None) -> FitResult:
     def keep(epoch: EpochMetrics, snapshot: Snapshot) -> None:
         assert run is not None
         waited = train.waited + validation.waited
-        logs.write(epoch.epoch, keep_epoch(work.workspace, run, epoch, waited, snapshot()))
+        state = snapshot().beside({"fitted": work.model.fitted.to_json()})
+        logs.write(epoch.epoch, keep_epoch(work.workspace, run, epoch, waited, state))
         teller.epoch(epoch)
 
     teller.begin(0 if work.state is None else len(work.state.record["epochs"]))
@@ -263,9 +283,10 @@ def _teller(work: _Work, run: RunHandle | None, steps: int) -> Teller:
 
 def _logs(work: _Work, run: RunHandle | None) -> Logs:
     if run is None or not work.setup.logs:
-        return Logs()
+        return Logs(work.workspace.progress.note)
     folder = work.setup.log_dir or LOGS / f"run-{run.id}"
-    logs = open_logs(work.setup.logs, folder, run.id, work.plan.spec.parameters)
+    parameters, tell = work.plan.spec.parameters, work.workspace.progress.note
+    logs = open_logs(work.setup.logs, folder, run.id, parameters, tell)
     with work.workspace.database.read() as session:
         for record in metrics_of(session, run.id):
             logs.write(int(record.pop("epoch")), record)
