@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import Factory
 from small_models import PLAIN, WIDTH, craft
 from small_training import TINY, Opener, build, fail_at, pixels, run_of, said
 from sqlalchemy import func, select, update
@@ -46,7 +47,7 @@ from cellstore.stages.report import report
 from cellstore.stages.split import create_split
 from cellstore.stages.train import train
 from cellstore.stages.verify import verify
-from cellstore.terms import Control, Status, Subset
+from cellstore.terms import Control, ImageFlagReason, Stage, Status, Subset
 
 EVERYTHING = PredictParams(subset=None)
 
@@ -345,6 +346,33 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
     assert other.train_run_id != run
     assert said(workspace, other.run_id) == said(workspace, result.run_id)
     assert not [note for note in other.notes if "own negative controls" in note]
+
+
+def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
+    built: Path, opened: Opener
+) -> None:
+    n = len(FEATURE_COLUMNS)
+    workspace = opened(built)
+    run = craft(workspace, PlateScaler({"no": ControlStatistics((1.0,) * n, (2.0,) * n, 9)}, PLAIN))
+    make = Factory(workspace)
+    qc = make.run(Stage.QC)
+    with workspace.database.begin() as session:
+        session.execute(update(Treatment).values(control=Control.NEGATIVE))
+        image = session.scalars(select(Image)).first()
+        recipe = session.get_one(Recipe, run_of(workspace, run).recipe_id)
+        recipe.parameters = {**recipe.parameters, "leave_out_flagged": qc.id}
+    assert image is not None
+    make.flag_image(qc, image, ImageFlagReason.OUT_OF_FOCUS)
+    result = predict(workspace, EVERYTHING, device="cpu")
+    assert (result.done, result.cells) == (6, 24)  # labelled it is all the same
+    with workspace.database.read() as session:
+        (kept,) = session.scalars(
+            select(Artifact)
+            .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
+            .where(RunArtifact.run_id == result.run_id)
+        )
+        found = json.loads(workspace.artifacts.read(kept.path, kept.sha256))
+    assert found["controls"]["P1"]["cells"] == 20  # four of 24 are in the flagged image
 
 
 def test_a_plate_that_training_has_not_seen_has_its_own_white(built: Path, opened: Opener) -> None:
