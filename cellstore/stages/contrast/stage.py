@@ -217,7 +217,7 @@ def _notes(tested: Sequence[ContrastRow], groups: int) -> list[str]:
         notes.append("There are too few control wells to measure what chance looks like.")
     if len(tested) >= 20:
         notes.append(
-            f"Of {len(tested)} treatments that do nothing, some {max(1, len(tested) // 20)} would "
-            "still look different: 5 % is what chance allows each."
+            f"Of {len(tested)} treatments that do nothing, some {len(tested) // 20} to "
+            f"{len(tested) // 10} would still look different: they are judged one by one."
         )
     return notes
