@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from . import (
     answers,
+    audits,
     baselines,
     exports,
     finetune,
@@ -23,6 +24,7 @@ from . import (
     networks,
     predictions,
     quality,
+    questions,
     setup,
     splits,
 )
@@ -92,8 +94,8 @@ app.command("predict")(predictions.predict)
 app.command("export-model")(predictions.export_model)
 app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
-app.add_typer(answers.audit, name="audit")
-app.command("sql")(answers.sql)
+app.add_typer(audits.app, name="audit")
+app.command("sql")(questions.sql)
 app.command("export")(exports.export)
 app.command("status")(house.status)
 app.command("jobs")(jobs.jobs)

@@ -23,7 +23,7 @@ from cellstore.stages.audit import (
     votes_query,
 )
 from cellstore.terms import ImageFlagReason, LabelField, Stage, Status, Subset
-from cellstore_cli import tell
+from cellstore_cli import tell_audit as tell
 
 
 def test_an_image_with_everything(workspace: Workspace) -> None:
