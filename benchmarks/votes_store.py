@@ -191,7 +191,7 @@ def _insert_predictions(
         chances = rng.integers(20, 1020, images.size) / 1024
         cells = range(part.start + 1, part.stop + 1)
         db.executemany(
-            f"INSERT INTO predictions VALUES ({int(run)}, ?, 1, ?, ?)",  # noqa: S608
+            f"INSERT INTO predictions VALUES ({int(run)}, ?, 1, ?, ?)",
             zip(cells, labels.tolist(), chances.tolist(), strict=True),
         )
     db.commit()

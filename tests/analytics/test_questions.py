@@ -88,7 +88,7 @@ def test_only_the_tables_that_a_question_needs_are_read(workspace: Workspace) ->
         assert snapshot_files(workspace) == []
         questions.ask("SELECT * FROM image_votes")
     assert {path.name.split("-")[0] for path in snapshot_files(workspace)} == {
-        "cells",
+        "image_label_counts",
         "predictions",
     }
 

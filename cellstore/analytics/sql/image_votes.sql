@@ -7,23 +7,32 @@
 -- abstained: null, few cells or close, by vote_rules. truth_place is the place of the true label
 -- (1: winner, null: no cell named it among its stored choices); truth_probability the mean
 -- probability that the cells gave it; correct is null without a truth or where it abstained.
-WITH counted AS (
-    SELECT lv.*, v.vote, CASE v.vote WHEN 'hard' THEN lv.cells ELSE lv.probability END AS weight
-    FROM image_label_votes AS lv
-    CROSS JOIN (VALUES ('hard'), ('soft')) AS v(vote)
-    UNION ALL
-    SELECT lv.*, 'median' AS vote, m.probability AS weight
-    FROM image_label_votes AS lv
-    JOIN image_label_medians AS m
-        ON m.run_id = lv.run_id AND m.image_id = lv.image_id AND m.label = lv.label
+WITH named AS (
+    SELECT id, value, row_number() OVER (ORDER BY value DESC, id DESC) AS late FROM labels
 ),
-placed AS (
+told AS (
+    SELECT c.run_id, c.image_id, c.cells, c.probability, n.value AS label, n.late
+    FROM image_label_counts AS c
+    JOIN named AS n ON n.id = c.label_id
+),
+counted AS (
+    SELECT *, 'hard' AS vote, CAST(cells AS DOUBLE) AS weight FROM told
+    UNION ALL
+    SELECT *, 'soft' AS vote, probability AS weight FROM told
+    UNION ALL
+    SELECT told.*, 'median' AS vote, m.probability AS weight
+    FROM told
+    JOIN image_label_medians AS m
+        ON m.run_id = told.run_id AND m.image_id = told.image_id AND m.label = told.label
+),
+entered AS (
+    -- What decides, in this order; late is small for a label that is late in the alphabet.
     SELECT
-        *,
-        row_number() OVER (
-            PARTITION BY run_id, image_id, vote ORDER BY weight DESC, probability DESC, label
-        ) AS place
-    FROM counted
+        c.run_id, c.image_id, ri.well_id, ri.subset, ri.truth, c.vote, c.cells,
+        struct_pack(weight := c.weight, probability := c.probability, late := c.late) AS entry,
+        c.label = ri.truth AS is_true
+    FROM counted AS c
+    JOIN run_images AS ri ON ri.run_id = c.run_id AND ri.image_id = c.image_id
 ),
 voted AS (
     SELECT
@@ -31,23 +40,32 @@ voted AS (
         image_id,
         any_value(well_id) AS well_id,
         any_value(subset) AS subset,
-        vote,
-        max(label) FILTER (WHERE place = 1) AS winner,
-        max(weight) FILTER (WHERE place = 1) AS votes,
-        max(label) FILTER (WHERE place = 2 AND weight > 0) AS runner_up,
-        coalesce(max(weight) FILTER (WHERE place = 2), 0) AS runner_up_votes,
-        CAST(sum(cells) AS BIGINT) AS n_cells,
-        CASE vote WHEN 'median' THEN 1 ELSE nullif(sum(cells), 0) END AS whole,
         any_value(truth) AS truth,
-        max(place) FILTER (WHERE label = truth) AS truth_place,
-        coalesce(max(probability) FILTER (WHERE label = truth), 0) / nullif(sum(cells), 0)
-            AS truth_probability
-    FROM placed
+        vote,
+        max(entry, 2) AS best,
+        list(entry) AS entries,
+        max(entry) FILTER (WHERE is_true) AS true_entry,
+        CAST(sum(cells) AS BIGINT) AS n_cells
+    FROM entered
     GROUP BY run_id, image_id, vote
+),
+placed AS (
+    SELECT
+        *,
+        best[1].weight AS votes,
+        coalesce(best[2].weight, 0) AS runner_up_votes,
+        CASE vote WHEN 'median' THEN 1 ELSE nullif(n_cells, 0) END AS whole,
+        CASE WHEN true_entry IS NOT NULL
+            THEN len(list_filter(entries, lambda entry: entry >= true_entry)) END AS truth_place,
+        CASE WHEN truth IS NOT NULL
+            THEN coalesce(true_entry.probability, 0) / nullif(n_cells, 0) END AS truth_probability
+    FROM voted
 ),
 ruled AS (
     SELECT
-        v.*,
+        p.*,
+        w.value AS winner,
+        u.value AS runner_up,
         votes / whole AS share,
         (votes - runner_up_votes) / whole AS margin,
         votes = runner_up_votes AS tie,
@@ -55,7 +73,9 @@ ruled AS (
             WHEN n_cells < r.min_cells THEN 'few cells'
             WHEN (votes - runner_up_votes) / whole < r.min_margin THEN 'close'
         END AS abstained
-    FROM voted AS v
+    FROM placed AS p
+    JOIN named AS w ON w.late = best[1].late
+    LEFT JOIN named AS u ON u.late = best[2].late AND runner_up_votes > 0
     CROSS JOIN vote_rules AS r
 )
 SELECT
@@ -75,6 +95,6 @@ SELECT
     abstained,
     truth,
     truth_place,
-    CASE WHEN truth IS NOT NULL THEN truth_probability END AS truth_probability,
+    truth_probability,
     CASE WHEN abstained IS NULL THEN winner = truth END AS correct
 FROM ruled

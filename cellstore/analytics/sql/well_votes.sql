@@ -1,36 +1,44 @@
 -- The label of a well by the vote of all cells of its images: one row per predict run, well,
 -- side of the split and vote. A well whose images are on several sides has a row for each, so
 -- that training images never speak for test images. Columns as in image_votes.
-WITH label_votes AS (
+WITH named AS (
+    SELECT id, value, row_number() OVER (ORDER BY value DESC, id DESC) AS late FROM labels
+),
+summed AS (
     SELECT
-        run_id,
-        well_id,
-        subset,
-        label,
-        any_value(truth) AS truth,
-        CAST(sum(cells) AS BIGINT) AS cells,
-        CAST(sum(CAST(probability AS DECIMAL(28, 12))) AS DOUBLE) AS probability
-    FROM image_label_votes
-    GROUP BY run_id, well_id, subset, label
+        c.run_id,
+        ri.well_id,
+        ri.subset,
+        c.label_id,
+        any_value(ri.truth) AS truth,
+        CAST(sum(c.cells) AS BIGINT) AS cells,
+        CAST(sum(CAST(round(c.probability * 1e12) AS BIGINT)) AS DOUBLE) / 1e12 AS probability
+    FROM image_label_counts AS c
+    JOIN run_images AS ri ON ri.run_id = c.run_id AND ri.image_id = c.image_id
+    GROUP BY c.run_id, ri.well_id, ri.subset, c.label_id
+),
+told AS (
+    SELECT s.* EXCLUDE (label_id), n.value AS label, n.late
+    FROM summed AS s
+    JOIN named AS n ON n.id = s.label_id
 ),
 counted AS (
-    SELECT lv.*, v.vote, CASE v.vote WHEN 'hard' THEN lv.cells ELSE lv.probability END AS weight
-    FROM label_votes AS lv
-    CROSS JOIN (VALUES ('hard'), ('soft')) AS v(vote)
+    SELECT *, 'hard' AS vote, CAST(cells AS DOUBLE) AS weight FROM told
     UNION ALL
-    SELECT lv.*, 'median' AS vote, m.probability AS weight
-    FROM label_votes AS lv
+    SELECT *, 'soft' AS vote, probability AS weight FROM told
+    UNION ALL
+    SELECT told.*, 'median' AS vote, m.probability AS weight
+    FROM told
     JOIN well_label_medians AS m
-        ON m.run_id = lv.run_id AND m.well_id = lv.well_id AND m.subset = lv.subset
-        AND m.label = lv.label
+        ON m.run_id = told.run_id AND m.well_id = told.well_id AND m.subset = told.subset
+        AND m.label = told.label
 ),
-placed AS (
+entered AS (
+    -- What decides, in this order; late is small for a label that is late in the alphabet.
     SELECT
-        *,
-        row_number() OVER (
-            PARTITION BY run_id, well_id, subset, vote
-            ORDER BY weight DESC, probability DESC, label
-        ) AS place
+        run_id, well_id, subset, truth, vote, cells,
+        struct_pack(weight := weight, probability := probability, late := late) AS entry,
+        label = truth AS is_true
     FROM counted
 ),
 voted AS (
@@ -38,23 +46,32 @@ voted AS (
         run_id,
         well_id,
         subset,
-        vote,
-        max(label) FILTER (WHERE place = 1) AS winner,
-        max(weight) FILTER (WHERE place = 1) AS votes,
-        max(label) FILTER (WHERE place = 2 AND weight > 0) AS runner_up,
-        coalesce(max(weight) FILTER (WHERE place = 2), 0) AS runner_up_votes,
-        CAST(sum(cells) AS BIGINT) AS n_cells,
-        CASE vote WHEN 'median' THEN 1 ELSE nullif(sum(cells), 0) END AS whole,
         any_value(truth) AS truth,
-        max(place) FILTER (WHERE label = truth) AS truth_place,
-        coalesce(max(probability) FILTER (WHERE label = truth), 0) / nullif(sum(cells), 0)
-            AS truth_probability
-    FROM placed
+        vote,
+        max(entry, 2) AS best,
+        list(entry) AS entries,
+        max(entry) FILTER (WHERE is_true) AS true_entry,
+        CAST(sum(cells) AS BIGINT) AS n_cells
+    FROM entered
     GROUP BY run_id, well_id, subset, vote
+),
+placed AS (
+    SELECT
+        *,
+        best[1].weight AS votes,
+        coalesce(best[2].weight, 0) AS runner_up_votes,
+        CASE vote WHEN 'median' THEN 1 ELSE nullif(n_cells, 0) END AS whole,
+        CASE WHEN true_entry IS NOT NULL
+            THEN len(list_filter(entries, lambda entry: entry >= true_entry)) END AS truth_place,
+        CASE WHEN truth IS NOT NULL
+            THEN coalesce(true_entry.probability, 0) / nullif(n_cells, 0) END AS truth_probability
+    FROM voted
 ),
 ruled AS (
     SELECT
-        v.*,
+        p.*,
+        w.value AS winner,
+        u.value AS runner_up,
         votes / whole AS share,
         (votes - runner_up_votes) / whole AS margin,
         votes = runner_up_votes AS tie,
@@ -62,7 +79,9 @@ ruled AS (
             WHEN n_cells < r.min_cells THEN 'few cells'
             WHEN (votes - runner_up_votes) / whole < r.min_margin THEN 'close'
         END AS abstained
-    FROM voted AS v
+    FROM placed AS p
+    JOIN named AS w ON w.late = best[1].late
+    LEFT JOIN named AS u ON u.late = best[2].late AND runner_up_votes > 0
     CROSS JOIN vote_rules AS r
 )
 SELECT
@@ -81,6 +100,6 @@ SELECT
     abstained,
     truth,
     truth_place,
-    CASE WHEN truth IS NOT NULL THEN truth_probability END AS truth_probability,
+    truth_probability,
     CASE WHEN abstained IS NULL THEN winner = truth END AS correct
 FROM ruled
