@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .config import ContrastParams
 from .errors import UnknownNameError
@@ -11,6 +11,8 @@ from .errors import UnknownNameError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .analytics import Limits
+    from .analytics.guard import Parameters
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.contrast import ContrastResult
@@ -89,17 +91,27 @@ class Answers:
 
         return audit_run(self.workspace, run)
 
-    def sql(self, query: str, parameters: Any = None) -> pa.Table:
+    def sql(
+        self,
+        query: str,
+        parameters: Parameters | None = None,
+        *,
+        rows: int | None = None,
+        limits: Limits | None = None,
+    ) -> pa.Table:
         """Answer a question in SQL (DuckDB, read only) as an Arrow table.
 
+        ``parameters`` fill its ``?`` (a sequence) or ``$name`` (a mapping). ``rows``: only that
+        many of the answer, the first; ``limits``: the time and memory that it may take.
+
         Raises:
-            QueryError: the question is wrong, or would do more than read.
+            QueryError: the question is wrong, would do more than read, or takes too much.
 
         """
         from .analytics import open_questions
 
-        with open_questions(self.workspace) as questions:
-            return questions.ask(query, parameters)
+        with open_questions(self.workspace, limits) as questions:
+            return questions.ask(query, parameters, rows=rows)
 
     def export(
         self,

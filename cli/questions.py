@@ -2,121 +2,127 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import render
-from .context import open_store, say, sentences
+from cellstore.errors import UserInputError
+
+from .asked import (
+    Format,
+    FormatOption,
+    JsonFormatOption,
+    MemoryOption,
+    OutputOption,
+    RowsOption,
+    SecondsOption,
+    SpreadsheetOption,
+    hand_over,
+    limits_of,
+    parameters,
+    wanted,
+)
+from .context import open_store, sentences
 from .options import StoreOption
+from .tell_plan import plan
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-
-class Format(StrEnum):
-    """How the answer to a question is written."""
-
-    TABLE = "table"
-    CSV = "csv"
-    JSON = "json"
-    PARQUET = "parquet"
+    from cellstore import Store
+    from cellstore.analytics import Limits
 
 
 @sentences
 def sql(
     ctx: typer.Context,
     query: Annotated[
-        str, typer.Argument(metavar="QUERY", help="The question; '-' reads it from stdin.")
-    ],
-    form: Annotated[
-        Format, typer.Option("--format", help="How the answer is written.")
-    ] = Format.TABLE,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            metavar="FILE",
-            help="Write the answer to a file. Needed for parquet.",
+        str | None,
+        typer.Argument(
+            metavar="[QUERY]",
+            help="The question; '-' reads it from stdin. Without one: a prompt.",
             show_default=False,
         ),
     ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", metavar="FILE", help="Read the question from this file.", show_default=False
+        ),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            metavar="NAME=VALUE",
+            help="The value of $NAME in the question; may be given several times. Numbers, true, "
+            "false and null are such; anything in quotes is text.",
+            show_default=False,
+        ),
+    ] = None,
+    form: FormatOption = Format.TABLE,
+    output: OutputOption = None,
+    limit: RowsOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show how the answer would be worked out, instead.")
+    ] = False,
+    seconds: SecondsOption = 600.0,
+    memory: MemoryOption = 2048,
+    for_spreadsheet: SpreadsheetOption = False,
     store: StoreOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Same as --format json.")] = False,
+    as_json: JsonFormatOption = False,
 ) -> None:
     """Ask the store a question in SQL.
 
-    All tables and views are there by their plain names (list them with SHOW TABLES). The
-    dialect is DuckDB's. Questions only read: no writing, no files, no network.
+    All tables and views are there by their plain names: 'cellstore schema' tells what is in
+    them. The dialect is DuckDB's. Questions only read: no writing, no files, no network.
+    Without a question, at a terminal, this is a prompt with history and completion.
 
     \b
     Example:
       cellstore sql "SELECT pert_iname, count(*) FROM wells
                      JOIN treatments t ON t.id = treatment_id GROUP BY 1"
-      cellstore sql "SELECT * FROM features" --format parquet --output features.parquet
+      cellstore sql "FROM wells WHERE name = $well" --param well=D14
+      cellstore sql --file question.sql --format parquet --output answer.parquet
     """
-    chosen = Format.JSON if as_json else form
-    if chosen is Format.PARQUET and output is None:
-        say("Error: Parquet is no text to print. Say where it goes with --output FILE.")
-        raise typer.Exit(2)
-    question = sys.stdin.read() if query == "-" else query
+    how = wanted(form, as_json, output, limit, for_spreadsheet)
+    bound = parameters(param)
+    limits = limits_of(seconds, memory)
+    question = _question(query, file)
     with open_store(ctx, store, quiet=True) as opened:
-        answer = opened.sql(question)
-    if output is not None:
-        _save(answer, chosen, output)
-        say(f"{render.count(answer.num_rows, 'row')} written to {output}")
-    elif chosen is Format.TABLE:
-        render.table(answer.column_names, _rows(answer))
-    else:
-        typer.echo(_encoded(answer, chosen), nl=False)
+        if question is None:
+            from .prompt import converse
+
+            converse(opened, how, limits)
+        elif explain:
+            plan(_plan(opened, question, bound, limits), as_json=how.form is Format.JSON)
+        else:
+            hand_over(opened.sql(question, bound, rows=how.fetched, limits=limits), how)
 
 
-def _rows(answer: pa.Table) -> list[list[Any]]:
-    return [list(row.values()) for row in _records(answer)]
+def _question(query: str | None, file: Path | None) -> str | None:
+    """Return the text of the question; None where a person is to type it."""
+    if query is not None and file is not None:
+        raise UserInputError("Give the question or --file, not both.")
+    if file is not None:
+        return _text_of(file)
+    if query == "-" or (query is None and not sys.stdin.isatty()):
+        return sys.stdin.read()
+    return query
 
 
-def _records(answer: pa.Table) -> list[dict[str, Any]]:
-    # Not to_pylist(): two columns of the same name are two columns.
-    names = _unique(answer.column_names)
-    return answer.rename_columns(names).to_pylist()  # type: ignore[no-any-return]
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserInputError(f"{file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserInputError(f"{file} is no text in UTF-8.") from error
 
 
-def _unique(names: list[str]) -> list[str]:
-    seen: dict[str, int] = {}
-    unique = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        unique.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return unique
-
-
-def _save(answer: pa.Table, chosen: Format, output: Path) -> None:
-    from cellstore.artifacts import write_atomically
-
-    data = _table_text(answer) if chosen is Format.TABLE else _encoded(answer, chosen)
-    write_atomically(output, data)
-
-
-def _table_text(answer: pa.Table) -> bytes:
-    return render.table_text(answer.column_names, _rows(answer)).encode()
-
-
-def _encoded(answer: pa.Table, chosen: Format) -> bytes:
-    if chosen is Format.JSON:
-        text = json.dumps(render.plain(_records(answer)), indent=2, ensure_ascii=False)
-        return (text + "\n").encode()
-    target = io.BytesIO()
-    if chosen is Format.CSV:
-        import pyarrow.csv
-
-        pyarrow.csv.write_csv(answer, target)
-    else:
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(answer, target, compression="zstd")
-    return target.getvalue()
+def _plan(
+    opened: Store, question: str, bound: dict[str, Any] | None, limits: Limits
+) -> list[dict[str, Any]]:
+    answer = opened.sql(f"EXPLAIN (FORMAT json) {question}", bound, limits=limits)
+    return json.loads(answer.column("explain_value")[0].as_py())  # type: ignore[no-any-return]

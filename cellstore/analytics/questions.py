@@ -161,8 +161,12 @@ class Questions:
         self._empty.execute(f'CREATE TABLE {quoted(found.name)} AS FROM "columns of a set" LIMIT 0')
         self._empty.unregister("columns of a set")
 
-    def ask(self, sql: str, parameters: Parameters | None = None) -> pa.Table:
+    def ask(
+        self, sql: str, parameters: Parameters | None = None, *, rows: int | None = None
+    ) -> pa.Table:
         """Return the answer of one reading statement; ``parameters`` fill its ``?`` or ``$name``.
+
+        ``rows``: only so many, the first ones; what comes after them is not worked out.
 
         Raises:
             QueryError: the statement is wrong, would write, reads files, or takes too much.
@@ -172,12 +176,12 @@ class Questions:
         bound = parameters_of(parameters)
         self._check(statement, bound)
         if _CATALOG_WORDS.match(statement):
-            return self._run(self._empty, statement, bound)
+            return self._run(self._empty, statement, bound, rows)
         needed = self._tables_of(statement)
         if not needed:
-            return self._run(self._empty, statement, bound)
+            return self._run(self._empty, statement, bound, rows)
         self._load(needed)
-        return self._run(self._full, statement, bound)
+        return self._run(self._full, statement, bound, rows)
 
     def columns(self, name: str) -> list[tuple[str, str]]:
         """Return name and type of the columns of a table, a view or a feature set.
@@ -217,27 +221,35 @@ class Questions:
         return (words & self._known).union(*behind)
 
     def _run(
-        self, connection: duckdb.DuckDBPyConnection, statement: str, bound: object
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        statement: str,
+        bound: object,
+        rows: int | None,
     ) -> pa.Table:
         def work() -> pa.Table:
             relation = connection.sql(statement, params=bound)
             if relation is None:
                 raise QueryError("This statement has no answer; ask with SELECT.")
-            return self._collected(relation.to_arrow_reader(ANSWER_ROWS))
+            return self._collected(relation.to_arrow_reader(ANSWER_ROWS), rows)
 
         return run_limited(connection, self._limits.seconds, work)
 
-    def _collected(self, reader: pa.RecordBatchReader) -> pa.Table:
-        batches, size = [], 0
+    def _collected(self, reader: pa.RecordBatchReader, rows: int | None) -> pa.Table:
+        batches, size, count = [], 0, 0
         for batch in reader:
             batches.append(batch)
             size += batch.nbytes
+            count += batch.num_rows
+            if rows is not None and count >= rows:
+                break
             if size > self._limits.answer_mb << 20:
                 raise QueryError(
                     f"The answer is larger than {self._limits.answer_mb} MB. "
                     "Ask for fewer rows or columns, for example with LIMIT."
                 )
-        return pa.Table.from_batches(batches, schema=reader.schema)
+        answer = pa.Table.from_batches(batches, schema=reader.schema)
+        return answer if rows is None else answer.slice(0, rows)
 
     def _load(self, names: set[str]) -> None:
         for name in sorted(names - self._loaded):
