@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ContrastParams, VoteRules
+from .config import ContrastParams
 from .errors import UnknownNameError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .config import VoteRules
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.contrast import ContrastResult
@@ -63,7 +64,7 @@ class Answers:
 
         asked: dict[str, Any] = {
             "compare": compare,
-            "rules": rules or VoteRules(),
+            "rules": rules,
             "force": force,
             "leave_out_flagged": leave_out_flagged,
         }
@@ -93,7 +94,7 @@ class Answers:
             level=level,
             vote=vote,
             limit=limit,
-            rules=rules or VoteRules(),
+            rules=rules,
             force=force,
             leave_out_flagged=leave_out_flagged,
         )

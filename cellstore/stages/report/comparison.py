@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ...analytics import Questions, open_questions
-from ...config import ALL_VOTE, VoteRules
+from ...config import VoteRules
 from ...errors import UnknownNameError, UserInputError
 from ...ops.intervals import bootstrap_interval, difference_interval
 from ...ops.mcnemar import WellTest, mcnemar_over_wells
@@ -69,7 +69,7 @@ def compare(
     level: str = "image",
     vote: str = "hard",
     limit: int | None = None,
-    rules: VoteRules = ALL_VOTE,
+    rules: VoteRules | None = None,
     force: bool = False,
     leave_out_flagged: str | None = None,
 ) -> Comparison:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ...analytics import Questions
 from ...artifacts import write_atomically
-from ...config import ALL_VOTE, VoteRules
+from ...config import VoteRules
 from ...drawing.page import render
 from ...extras import need
 from ...ops import scores
@@ -60,7 +60,7 @@ def write_report(
     path: Path,
     *,
     compare: str | None = None,
-    rules: VoteRules = ALL_VOTE,
+    rules: VoteRules | None = None,
     force: bool = False,
     leave_out_flagged: str | None = None,
 ) -> ReportResult:
