@@ -119,6 +119,11 @@ def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
             f"Quality-control run {subject.qc_run_id} has flagged all images that run "
             f"{subject.run.id} has labelled. Score them without --leave-out-flagged."
         )
+    if not counts and not subject.rules.controls:
+        raise UserInputError(
+            f"Run {subject.run.id} has labelled no image of a treated well whose truth is known. "
+            "Score it without --no-controls."
+        )
     sides = chosen_sides(counts, subject.run.id, force=force)
     votes = votes.filter(pc.is_in(votes["subset"], pa.array(sides)))
     cells = questions.ask(CELLS, [subject.run.id, list(sides)])
