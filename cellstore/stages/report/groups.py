@@ -191,7 +191,7 @@ def _first(place: NDArray[np.int64], size: int) -> NDArray[np.int64]:
 
 
 def _one_answer(given: Answers) -> dict[int, int]:
-    """What each well says, unless it says one thing on one side of a split and another elsewhere."""
+    """What each well says, unless it says different things on two sides of a split."""
     pairs = set(zip(given.well.tolist(), given.predicted.tolist(), strict=True))
     times = Counter(well for well, _ in pairs)
     return {well: code for well, code in pairs if times[well] == 1}

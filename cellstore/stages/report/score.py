@@ -20,11 +20,11 @@ from . import groups
 from .answers import (
     CELLS,
     TOP,
-    VOTES,
     ByKey,
     Scale,
     answers_of,
     calibration_of,
+    read_votes,
     rows_of,
     scores_of,
     scores_where,
@@ -112,7 +112,7 @@ def gathered(
 
 def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
     """Return the report on ``subject``, with what it rests on."""
-    votes = questions.ask(VOTES, [subject.run.id])
+    votes = read_votes(questions, subject.run.id)
     counts = _images_by_side(votes)
     if not counts and subject.qc_run_id is not None:
         raise UserInputError(
