@@ -3,18 +3,18 @@ r"""How fast five million labels become image votes and an accuracy, beside pola
     python benchmarks/votes_speed.py /tmp/votes --peers-python other-env/bin/python
     python benchmarks/votes_speed.py /tmp/votes --cells 20000000
 
-A store is drawn into the folder (once; it is kept) by ``votes_store.py``: cells in images (one for
-about 167 cells), two predict runs that labelled every cell. Asked is the hard vote of each image and
-the accuracy of one run. Every line is a process of its own, with its own peak memory:
+A store is drawn into the folder (once; it is kept) by ``votes_store.py``: cells in images, 167 in
+each on average, and two predict runs that labelled every cell. Asked is the hard vote of each image
+and the accuracy of one run. Every line is a process of its own, with its own peak memory:
 
 - ``cellstore, first``: ``Store.votes`` with no snapshot there; ``again``: with the snapshots that
   the first made. The clock starts when imports are done and ends with the answer.
-- ``command, first`` and ``again``: the whole of ``cellstore votes``, start-up included.
+- ``command, first`` and ``again``: ``cellstore votes`` into a Parquet file, start-up included.
 - ``polars`` reads the same rows from the same SQLite file through connectorx and groups them.
 - ``DuckDB`` joins and votes on a file of its own format with the same tables (made before).
-- ``+ start``: the same as whole processes, imports included.
 
-The files are read once before the clock starts. All must give the same accuracy and votes.
+``whole s`` is the whole process, start-up included; ratios of commands are of these. The files are
+read once before the clock starts. All must give the same accuracy and votes.
 """
 
 from __future__ import annotations
@@ -177,12 +177,15 @@ def machine_seconds() -> float:
     return (sum(numbers) - numbers[3] - numbers[4]) / float(os.sysconf("SC_CLK_TCK"))
 
 
-def timed(work: Callable[[], tuple[float, list[tuple[int, int]]]]) -> None:
-    """Print what ``work`` took, which returns the accuracy, and image and label of every vote."""
+def timed(
+    work: Callable[[], tuple[float, Any]], votes: Callable[[Any], list[tuple[int, int]]]
+) -> None:
+    """Print what ``work`` took, which returns the accuracy, and what ``votes`` makes pairs of."""
     before, began = time.process_time(), time.perf_counter()
-    accuracy, votes = work()
+    accuracy, answer = work()
     seconds, cpu = time.perf_counter() - began, time.process_time() - before
-    told(seconds, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, accuracy, votes)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told(seconds, cpu, peak, accuracy, votes(answer))
 
 
 def told(
@@ -218,13 +221,12 @@ def by_cellstore(folder: Path) -> None:
 
     run = str(predict_run(folder))
 
-    def work() -> tuple[float, list[tuple[int, int]]]:
+    def work() -> tuple[float, Any]:
         with Store.open(folder / "store") as store:
             found = store.votes(run)
-        return found.accuracy or 0.0, pairs(folder, found.table)
+        return found.accuracy or 0.0, found.table
 
-    # Names back to ids, which the others give, are not on the clock of the others either.
-    timed(work)
+    timed(work, lambda table: pairs(folder, table))
 
 
 def pairs(folder: Path, table: Any) -> list[tuple[int, int]]:
@@ -240,18 +242,20 @@ def by_command(folder: Path) -> None:
 
     answer = folder / "answer.parquet"
     answer.unlink(missing_ok=True)
-    words = [sys.executable, "-m", "cellstore_cli.main", "votes", "--run", str(predict_run(folder))]
-    words += ["--store", str(folder / "store"), "--format", "parquet", "--output", str(answer)]
+    words = [str(Path(sys.executable).with_name("cellstore")), "votes"]
+    words += ["--run", str(predict_run(folder)), "--store", str(folder / "store")]
+    words += ["--format", "parquet", "--output", str(answer)]
     began = time.perf_counter()
-    done = subprocess.run([*words, "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - began
     if done.returncode:
         sys.exit(done.stderr)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = json.loads(done.stdout)
-    votes = pairs(folder, pq.read_table(answer))
+    table = pq.read_table(answer)
+    correct = table["correct"].to_pylist()
     cpu = used.ru_utime + used.ru_stime
-    told(seconds, cpu, used.ru_maxrss, found["accuracy"], votes, whole=seconds)
+    accuracy = sum(correct) / len(correct)
+    told(seconds, cpu, used.ru_maxrss, accuracy, pairs(folder, table), whole=seconds)
 
 
 def by_polars(folder: Path) -> None:
@@ -260,7 +264,7 @@ def by_polars(folder: Path) -> None:
 
     rows = ROWS.format(run=predict_run(folder))
 
-    def work() -> tuple[float, list[tuple[int, int]]]:
+    def work() -> tuple[float, Any]:
         uri = f"sqlite://{sqlite_file(folder)}"
         cells, images = (
             pl.read_database_uri(query, uri, engine="connectorx") for query in (rows, TRUTH)
@@ -275,9 +279,9 @@ def by_polars(folder: Path) -> None:
             .collect()
         )
         accuracy = float((found["label_id"] == found["truth"]).mean())
-        return accuracy, list(found.select("image_id", "label_id").iter_rows())
+        return accuracy, found
 
-    timed(work)
+    timed(work, lambda found: list(found.select("image_id", "label_id").iter_rows()))
 
 
 def by_duckdb(folder: Path) -> None:
@@ -285,15 +289,15 @@ def by_duckdb(folder: Path) -> None:
 
     query = VOTE.format(rows=ROWS.format(run=predict_run(folder)), truth=TRUTH)
 
-    def work() -> tuple[float, list[tuple[int, int]]]:
+    def work() -> tuple[float, Any]:
         with duckdb.connect(str(folder / "native.duckdb"), read_only=True) as own:
             found = own.execute(query).fetchnumpy()
-        accuracy = float((found["label_id"] == found["truth"]).mean())
-        return accuracy, list(
-            zip(found["image_id"].tolist(), found["label_id"].tolist(), strict=True)
-        )
+        return float((found["label_id"] == found["truth"]).mean()), found
 
-    timed(work)
+    def votes(found: Any) -> list[tuple[int, int]]:
+        return list(zip(found["image_id"].tolist(), found["label_id"].tolist(), strict=True))
+
+    timed(work, votes)
 
 
 STEPS: dict[str, Callable[[Path], None]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config import ContrastParams
 from .errors import UnknownNameError
@@ -13,14 +13,16 @@ if TYPE_CHECKING:
 
     from .analytics import Limits
     from .analytics.guard import Parameters
+    from .config import VoteRules
     from .runs.workspace import Workspace
     from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
     from .stages.export_model import ExportedModel
-    from .stages.report import ReportResult
+    from .stages.report import Comparison, ReportResult
     from .stages.status import StatusResult
     from .stages.verify import VerifyResult
+    from .stages.votes import VotesResult
 
 
 class Answers:
@@ -51,20 +53,77 @@ class Answers:
         self,
         run: str = "latest",
         *,
+        compare: str | None = None,
+        rules: VoteRules | None = None,
         html: str | Path | None = None,
         force: bool = False,
         leave_out_flagged: str | None = None,
     ) -> ReportResult:
         """Score a predict run, and write the page ``html`` if it is asked for.
 
-        ``leave_out_flagged``: see ``stages.report.report``.
+        ``compare``, ``rules`` and ``leave_out_flagged``: see ``stages.report.report``.
         """
         from .stages.report import report, write_report
 
+        asked: dict[str, Any] = {
+            "compare": compare,
+            "rules": rules,
+            "force": force,
+            "leave_out_flagged": leave_out_flagged,
+        }
         if html is None:
-            return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
-        return write_report(
-            self.workspace, run, Path(html), force=force, leave_out_flagged=leave_out_flagged
+            return report(self.workspace, run, **asked)
+        return write_report(self.workspace, run, Path(html), **asked)
+
+    def compare(
+        self,
+        first: str,
+        second: str,
+        *,
+        level: str = "image",
+        vote: str = "hard",
+        limit: int | None = None,
+        rules: VoteRules | None = None,
+        force: bool = False,
+        leave_out_flagged: str | None = None,
+    ) -> Comparison:
+        """Say where two predict runs differ, and which is right; see ``stages.report.compare``."""
+        from .stages.report import compare
+
+        return compare(
+            self.workspace,
+            first,
+            second,
+            level=level,
+            vote=vote,
+            limit=limit,
+            rules=rules,
+            force=force,
+            leave_out_flagged=leave_out_flagged,
+        )
+
+    def votes(
+        self,
+        run: str = "latest",
+        *,
+        level: str = "image",
+        vote: str = "hard",
+        rules: VoteRules | None = None,
+        leave_out_flagged: str | None = None,
+    ) -> VotesResult:
+        """Return the label of every image, or well, by the vote of its cells.
+
+        See ``stages.votes.count_votes``.
+        """
+        from .stages.votes import count_votes
+
+        return count_votes(
+            self.workspace,
+            run,
+            level=level,
+            vote=vote,
+            rules=rules,
+            leave_out_flagged=leave_out_flagged,
         )
 
     def audit_image(self, image: str) -> ImageAudit:

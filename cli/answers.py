@@ -9,7 +9,17 @@ import typer
 
 from . import render, tell
 from .context import open_store, sentences
-from .options import JsonOption, LeaveOutOption, QcRunOption, StoreOption, leave_out
+from .options import (
+    ControlsOption,
+    JsonOption,
+    LeaveOutOption,
+    MinCellsOption,
+    MinMarginOption,
+    QcRunOption,
+    StoreOption,
+    leave_out,
+    vote_rules,
+)
 
 
 @sentences
@@ -18,6 +28,15 @@ def report(
     run: Annotated[
         str, typer.Option(metavar="RUN", help="The predict run, by number, or 'latest'.")
     ] = "latest",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="RUN",
+            help="Put another predict run beside it; see cellstore compare.",
+            show_default=False,
+        ),
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -26,6 +45,9 @@ def report(
             show_default=False,
         ),
     ] = None,
+    min_cells: MinCellsOption = 1,
+    min_margin: MinMarginOption = 0.0,
+    controls: ControlsOption = True,
     force: Annotated[
         bool,
         typer.Option("--force", help="Also score images that the network was trained on; marked."),
@@ -43,10 +65,16 @@ def report(
     Example:
       cellstore report
       cellstore report --run 8 --html report.html
+      cellstore report --run 8 --compare 5 --min-cells 20 --no-controls
     """
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.report(
-            run, html=html, force=force, leave_out_flagged=leave_out(leave_out_flagged, qc_run)
+            run,
+            compare=compare,
+            rules=vote_rules(min_cells, min_margin, controls),
+            html=html,
+            force=force,
+            leave_out_flagged=leave_out(leave_out_flagged, qc_run),
         )
     if as_json:
         render.as_json(result)

@@ -14,6 +14,7 @@ from . import (
     answers,
     audits,
     baselines,
+    compare,
     exports,
     finetune,
     house,
@@ -27,6 +28,7 @@ from . import (
     questions,
     setup,
     splits,
+    votes,
 )
 from .context import STOPPED
 from .options import StoreOption
@@ -34,7 +36,19 @@ from .train_options import Sectioned
 
 ORDER = (
     *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "contrast"),
-    *("split", "train", "predict", "export-model", "report", "audit", "sql", "export", "status"),
+    *(
+        "split",
+        "train",
+        "predict",
+        "export-model",
+        "votes",
+        "report",
+        "compare",
+        "audit",
+        "sql",
+        "export",
+        "status",
+    ),
     *("jobs", "retry", "cancel", "verify", "doctor", "db"),
 )
 
@@ -93,7 +107,9 @@ app.command("train", cls=Sectioned)(networks.train)
 app.command("predict")(predictions.predict)
 app.command("export-model")(predictions.export_model)
 app.command("finetune")(finetune.finetune)
+app.command("votes")(votes.votes)
 app.command("report")(answers.report)
+app.command("compare")(compare.compare)
 app.add_typer(audits.app, name="audit")
 app.command("sql")(questions.sql)
 app.command("export")(exports.export)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ...analytics import Questions, open_questions
+from ...analytics import Questions
 from ...artifacts import write_atomically
 from ...config import VoteRules
 from ...drawing.page import render
@@ -21,7 +21,8 @@ from ...ops import scores
 from ...runs import Workspace
 from .facts import ReportResult, by_baseline
 from .rivals import HEADLINE
-from .score import Evidence, Subject, find_subject, scored
+from .score import Evidence, gathered
+from .subject import Subject
 
 METRICS = "SELECT name, epoch, value FROM run_metrics WHERE run_id = ? ORDER BY epoch"
 PLATES = """
@@ -58,6 +59,8 @@ def write_report(
     run: str,
     path: Path,
     *,
+    compare: str | None = None,
+    rules: VoteRules | None = None,
     force: bool = False,
     leave_out_flagged: str | None = None,
 ) -> ReportResult:
@@ -69,9 +72,14 @@ def write_report(
         UserInputError: there is nothing to report on.
     """
     need("report")
-    subject = find_subject(workspace, run, leave_out_flagged)
-    with open_questions(workspace, rules=VoteRules(unflagged_by=subject.qc_run_id)) as questions:
-        evidence = scored(questions, subject, force=force)
+    with gathered(
+        workspace,
+        run,
+        compare=compare,
+        rules=rules,
+        force=force,
+        leave_out_flagged=leave_out_flagged,
+    ) as (questions, subject, evidence):
         content = _content(workspace, questions, subject, evidence)
     write_atomically(path, render("cellstore.stages.report", content).encode())
     return replace(evidence.result, html=str(path))

@@ -19,7 +19,7 @@ from ...ops.overlay import outline_overlay, to_grey
 from ...reading.cells import plane_of, read_masks
 from ...reading.planes import read_image
 from ...runs import Workspace
-from .score import Subject
+from .subject import Subject
 
 SHOWN_VOTES = 4
 
