@@ -8,6 +8,7 @@ question needs it.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
@@ -31,6 +32,7 @@ from .guard import (
     only_reading,
     parameters_of,
     run_limited,
+    tables_in,
 )
 from .schema import TABLES, arrow_schema, create_statement, quoted
 from .sets import SetRelation, list_sets, open_files
@@ -215,10 +217,15 @@ class Questions:
         return {name.lower() for name in names} & self._known
 
     def _tables_named(self, statement: str) -> set[str]:
-        """Return every table whose name, or that of a view on it, is a word of the statement."""
-        words = set(re.findall(r"\w+", statement.lower()))
-        behind = [self._bases[name] for name in words & self._bases.keys()]
-        return (words & self._known).union(*behind)
+        """Return every table that the statement names, itself or by a view on it."""
+        parsed = self._empty.execute(
+            "SELECT json_serialize_sql(?::VARCHAR)", [statement]
+        ).fetchall()[0]
+        names = tables_in(json.loads(parsed[0]))
+        if names is None:  # no plain SELECT: every word of it may be one
+            names = set(re.findall(r"\w+", statement.lower()))
+        behind = [self._bases[name] for name in names & self._bases.keys()]
+        return (names & self._known).union(*behind)
 
     def _run(
         self,
