@@ -4,68 +4,74 @@
 WITH named AS (
     SELECT id, value, row_number() OVER (ORDER BY value DESC, id DESC) AS late FROM labels
 ),
-summed AS (
+meant AS (
+    SELECT value, list(late) AS lates FROM named GROUP BY value
+),
+late_by_id AS (
+    -- Looked up rather than joined: DuckDB would build the join on the long side.
+    SELECT list(late ORDER BY i.id) AS lates
+    FROM (SELECT unnest(range(1, max(id) + 1)) AS id FROM labels) AS i
+    LEFT JOIN named AS n ON n.id = i.id
+),
+told AS NOT MATERIALIZED (
     SELECT
         c.run_id,
         ri.well_id,
         ri.subset,
-        c.label_id,
-        any_value(ri.truth) AS truth,
         CAST(sum(c.cells) AS BIGINT) AS cells,
-        CAST(sum(CAST(round(c.probability * 1e12) AS BIGINT)) AS DOUBLE) / 1e12 AS probability
+        CAST(sum(CAST(round(c.probability * 1e12) AS BIGINT)) AS DOUBLE) / 1e12 AS probability,
+        any_value(n.lates[c.label_id]) AS late
     FROM image_label_counts AS c
+    CROSS JOIN late_by_id AS n
     JOIN run_images AS ri ON ri.run_id = c.run_id AND ri.image_id = c.image_id
     GROUP BY c.run_id, ri.well_id, ri.subset, c.label_id
 ),
-told AS (
-    SELECT s.* EXCLUDE (label_id), n.value AS label, n.late
-    FROM summed AS s
-    JOIN named AS n ON n.id = s.label_id
+truths AS (
+    SELECT run_id, well_id, subset, any_value(truth) AS truth FROM run_images
+    GROUP BY run_id, well_id, subset
 ),
-counted AS (
-    SELECT *, 'hard' AS vote, CAST(cells AS DOUBLE) AS weight FROM told
-    UNION ALL
-    SELECT *, 'soft' AS vote, probability AS weight FROM told
-    UNION ALL
-    SELECT told.*, 'median' AS vote, m.probability AS weight
-    FROM told
-    JOIN well_label_medians AS m
-        ON m.run_id = told.run_id AND m.well_id = told.well_id AND m.subset = told.subset
-        AND m.label = told.label
-),
-entered AS (
-    -- What decides, in this order; late is small for a label that is late in the alphabet.
-    SELECT
-        run_id, well_id, subset, truth, vote, cells,
-        struct_pack(weight := weight, probability := probability, late := late) AS entry,
-        label = truth AS is_true
-    FROM counted
-),
+-- What decides is an entry, in the order of its parts: late is small for a label that is late in
+-- the alphabet. Each vote is counted by itself, so that one alone can be asked for.
 voted AS (
-    SELECT
-        run_id,
-        well_id,
-        subset,
-        any_value(truth) AS truth,
-        vote,
-        max(entry, 2) AS best,
-        list(entry) AS entries,
-        max(entry) FILTER (WHERE is_true) AS true_entry,
+    SELECT run_id, well_id, subset, 'hard' AS vote, max(entry, 2) AS best, list(entry) AS entries,
         CAST(sum(cells) AS BIGINT) AS n_cells
-    FROM entered
-    GROUP BY run_id, well_id, subset, vote
+    FROM (
+        SELECT run_id, well_id, subset, cells, struct_pack(weight := CAST(cells AS DOUBLE), probability := probability, late := late) AS entry
+        FROM told
+    )
+    GROUP BY run_id, well_id, subset
+    UNION ALL
+    SELECT run_id, well_id, subset, 'soft' AS vote, max(entry, 2) AS best, list(entry) AS entries,
+        CAST(sum(cells) AS BIGINT) AS n_cells
+    FROM (
+        SELECT run_id, well_id, subset, cells, struct_pack(weight := probability, probability := probability, late := late) AS entry
+        FROM told
+    )
+    GROUP BY run_id, well_id, subset
+    UNION ALL
+    SELECT run_id, well_id, subset, 'median' AS vote, max(entry, 2) AS best, list(entry) AS entries,
+        CAST(sum(cells) AS BIGINT) AS n_cells
+    FROM (
+        SELECT told.run_id, told.well_id, told.subset, told.cells, struct_pack(weight := m.probability, probability := told.probability, late := told.late) AS entry
+        FROM told
+        JOIN named AS n ON n.late = told.late
+        JOIN well_label_medians AS m
+            ON m.run_id = told.run_id AND m.well_id = told.well_id AND m.subset = told.subset AND m.label = n.value
+    )
+    GROUP BY run_id, well_id, subset
 ),
 placed AS (
     SELECT
-        *,
+        v.*,
+        ri.truth,
         best[1].weight AS votes,
         coalesce(best[2].weight, 0) AS runner_up_votes,
-        CASE vote WHEN 'median' THEN 1 ELSE nullif(n_cells, 0) END AS whole,
-        CASE WHEN true_entry IS NOT NULL
-            THEN len(list_filter(entries, lambda entry: entry >= true_entry)) END AS truth_place,
-        CASE WHEN truth IS NOT NULL
-            THEN coalesce(true_entry.probability, 0) / nullif(n_cells, 0) END AS truth_probability
-    FROM voted
+        CASE v.vote WHEN 'median' THEN 1 ELSE nullif(n_cells, 0) END AS whole,
+        list_filter(entries, lambda entry: list_contains(t.lates, entry.late))[1] AS true_entry
+    FROM voted AS v
+    JOIN truths AS ri
+        ON ri.run_id = v.run_id AND ri.well_id = v.well_id AND ri.subset = v.subset
+    LEFT JOIN meant AS t ON t.value = ri.truth
 ),
 ruled AS (
     SELECT
@@ -78,7 +84,11 @@ ruled AS (
         CASE
             WHEN n_cells < r.min_cells THEN 'few cells'
             WHEN (votes - runner_up_votes) / whole < r.min_margin THEN 'close'
-        END AS abstained
+        END AS abstained,
+        CASE WHEN true_entry IS NOT NULL
+            THEN len(list_filter(entries, lambda entry: entry >= true_entry)) END AS truth_place,
+        CASE WHEN truth IS NOT NULL
+            THEN coalesce(true_entry.probability, 0) / nullif(n_cells, 0) END AS truth_probability
     FROM placed AS p
     JOIN named AS w ON w.late = best[1].late
     LEFT JOIN named AS u ON u.late = best[2].late AND runner_up_votes > 0
