@@ -310,7 +310,7 @@ def _write_cells(session: Session, rows: Any, fields: Sequence[Field], design: D
 def _made_cells(session: Session, found: Any, rows: Any, design: Design) -> Cells:
     by_image = {image: (well, kind) for image, _, well, kind in found}
     pairs = session.execute(select(Cell.id, Cell.segmentation_id).order_by(Cell.id)).all()
-    image_of = dict((segmentation, image) for segmentation, image in rows)
+    image_of = dict(rows)
     images = np.array([image_of[segmentation] for _, segmentation in pairs])
     wells, kinds = (np.array([by_image[i][k] for i in images.tolist()]) for k in (0, 1))
     return Cells(np.array([cell for cell, _ in pairs]), images, wells, kinds)
@@ -440,8 +440,10 @@ def _choices(
 
 
 def _sibling(classes: list[tuple[int, str]], number: int) -> int:
-    same = [i for i, item in enumerate(classes) if item[1] == classes[number][1] and i != number]
-    return same[0] if same else (number + 1) % len(classes)
+    """The next class of the same gene, or of any where there is none."""
+    same = [i for i, item in enumerate(classes) if item[1] == classes[number][1]]
+    after = [i for i in same if i > number] + same
+    return after[0] if len(same) > 1 else (number + 1) % len(classes)
 
 
 def _baseline(
