@@ -251,19 +251,30 @@ def _insert_cells(
                     "content_sha256": content,
                     "recipe_id": recipe.id,
                     "run_id": segmenting.id,
-                    "n_cells": design.cells,
+                    "n_cells": _count(image, well, design),
                     "diameter": 26.0,
                     "mask_artifact_id": masks[image % FIELDS],
                     "created_at": now,
                 }
-                for image, content, _, _ in found
+                for image, content, well, _ in found
             ],
         )
-        rows = session.execute(select(Segmentation.id, Segmentation.image_id)).all()
-        _write_cells(session, rows, fields, design)
-        made = _made_cells(session, found, rows, design)
+        rows = session.execute(
+            select(Segmentation.id, Segmentation.image_id, Segmentation.n_cells)
+        ).all()
+        _write_cells(session, rows, fields)
+        made = _made_cells(session, found, rows)
         _write_features(session, made, (measured.id, measuring.id), rng)
     return made
+
+
+def _count(image: int, well: int, design: Design) -> int:
+    """Wells differ, and fewer cells are at the edge."""
+    rng = np.random.default_rng([image, well])
+    position = well % design.wells
+    edge = position % COLUMNS in (0, COLUMNS - 1) or position < COLUMNS
+    spread = 0.15 * np.random.default_rng(well).normal() + 0.08 * rng.normal()
+    return max(1, round(design.cells * (0.8 if edge else 1.02) * np.exp(spread)))
 
 
 def _basic_set(recipe_id: int) -> FeatureSet:
@@ -294,12 +305,12 @@ def _images_of(workspace: Workspace, design: Design) -> list[tuple[int, str, int
         return [(a, str(b), c, d - 1) for a, b, c, d in session.execute(query)]
 
 
-def _write_cells(session: Session, rows: Any, fields: Sequence[Field], design: Design) -> None:
+def _write_cells(session: Session, rows: Any, fields: Sequence[Field]) -> None:
     names = ("segmentation_id", "label", "min_row", "min_col", "max_row", "max_col")
     part: list[tuple[Any, ...]] = []
-    for segmentation, image in rows:
+    for segmentation, image, number in rows:
         boxes = fields[image % FIELDS].boxes
-        for label in range(1, design.cells + 1):
+        for label in range(1, number + 1):
             part.append((segmentation, label, *boxes[(label - 1) % len(boxes)].tolist()))
         if len(part) >= ROWS_AT_ONCE:
             bulk_insert(session, Cell, names, part)
@@ -307,10 +318,10 @@ def _write_cells(session: Session, rows: Any, fields: Sequence[Field], design: D
     bulk_insert(session, Cell, names, part)
 
 
-def _made_cells(session: Session, found: Any, rows: Any, design: Design) -> Cells:
+def _made_cells(session: Session, found: Any, rows: Any) -> Cells:
     by_image = {image: (well, kind) for image, _, well, kind in found}
     pairs = session.execute(select(Cell.id, Cell.segmentation_id).order_by(Cell.id)).all()
-    image_of = dict(rows)
+    image_of = {segmentation: image for segmentation, image, _ in rows}
     images = np.array([image_of[segmentation] for _, segmentation in pairs])
     wells, kinds = (np.array([by_image[i][k] for i in images.tolist()]) for k in (0, 1))
     return Cells(np.array([cell for cell, _ in pairs]), images, wells, kinds)
@@ -433,7 +444,7 @@ def _choices(
     draw = rng.random(count)
     usual = (cells.classes * 7 + 3) % total  # what each class is mistaken for most
     wrong = np.where(draw < 0.2, siblings[cells.classes], rng.integers(0, total, count))
-    wrong = np.where(draw > 0.75, usual[cells.classes], wrong)
+    wrong = np.where(draw > 0.75, usual, wrong)
     first = np.where(sure, cells.classes, wrong)
     steps = rng.integers(1, max(2, total // 5), (count, 4)).cumsum(axis=1)
     return np.column_stack([first, (first[:, None] + steps) % total])

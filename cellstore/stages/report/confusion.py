@@ -23,7 +23,9 @@ BLOCK = 30
 """Classes of the most confused block, where not all have room."""
 MIX_UPS = 12
 FAINTEST = 0.18
-"""How solid the smallest share is drawn, so that a single image is seen."""
+FAINTEST_UNNAMED = 0.5
+"""How solid the smallest share is drawn, so that a single image is seen; more where squares
+are small."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,8 @@ def _colours(found: Confusion) -> NDArray[np.float64]:
     picture[..., :3] = to_rgb(GREY)
     picture[same, :3] = to_rgb(ORANGE)
     picture[np.arange(number), np.arange(number), :3] = to_rgb(BLUE)
-    picture[..., 3] = np.where(shares > 0, FAINTEST + (1 - FAINTEST) * shares, 0)
+    faintest = FAINTEST if number <= NAMED else FAINTEST_UNNAMED
+    picture[..., 3] = np.where(shares > 0, faintest + (1 - faintest) * shares, 0)
     return picture
 
 

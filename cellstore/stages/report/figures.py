@@ -93,7 +93,7 @@ def dots(
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(label)
 
-    return svg(name, (width, 0.3 * len(rows) + 0.75), draw, alt)
+    return svg(name, (width, (0.3 if len(rows) < 20 else 0.26) * len(rows) + 0.75), draw, alt)
 
 
 def _dot(axes: Axes, y: int, row: Dot) -> None:

@@ -194,9 +194,7 @@ def drawn(plates: Mapping[str, Sequence[Place]], found: Sequence[Measure]) -> li
         MapGroup(
             item,
             tuple(
-                PlateMap(
-                    plate, _map(plate, places, item, small=len(shown) > 1), _extremes(places, item)
-                )
+                PlateMap(plate, _map(plate, places, item, small=small), _extremes(places, item))
                 for plate, places in shown
             ),
         )

@@ -13,7 +13,7 @@ from ...artifacts import write_atomically
 from ...drawing.page import render
 from ...extras import need
 from ...runs import Workspace
-from .facts import ClassScore, GroupScore, ReportResult, Score, by_baseline
+from .facts import ClassScore, GroupScore, ReportResult, by_baseline
 from .rivals import HEADLINE
 from .score import Evidence, Subject, find_subject, scored
 
@@ -154,14 +154,14 @@ def _classes(result: ReportResult, hard: Sequence[Mapping[str, Any]]) -> dict[st
     }
 
 
-def _matrices(found: Confusion) -> list[tuple[str, str]]:
-    """Return the matrices that can be read, each with what is to be said below it."""
+def _matrices(found: Confusion) -> list[tuple[str, str, bool]]:
+    """Return the matrices that can be read: what is to be said, the figure, if it has names."""
     from . import confusion
 
     number = len(found.labels)
     if number <= confusion.NAMED:
-        return [("", confusion.figure_of("confusion", found))]
-    shown: list[tuple[str, str]] = []
+        return [("", confusion.figure_of("confusion", found), True)]
+    shown: list[tuple[str, str, bool]] = []
     block = confusion.most_confused(found)
     if block:
         some = found.only(block)
@@ -169,13 +169,13 @@ def _matrices(found: Confusion) -> list[tuple[str, str]]:
             f"The {len(block)} classes between which most mistakes are. Answers outside this "
             "block are not drawn, so a row need not be full."
         )
-        shown.append((words, confusion.figure_of("most confused", some)))
+        shown.append((words, confusion.figure_of("most confused", some), True))
     genes = confusion.by_gene(found)
     if found.grouped and len(genes.labels) <= confusion.NAMED:
         words = "The same by target gene: the diagonal holds every image whose gene is right."
-        shown.append((words, confusion.figure_of("genes", genes, what="gene of the label")))
+        shown.append((words, confusion.figure_of("genes", genes, what="gene of the label"), True))
     words = f"All {number} classes, those of a gene beside each other, in order of gene and name."
-    shown.append((words, confusion.figure_of("confusion", found)))
+    shown.append((words, confusion.figure_of("confusion", found), False))
     return shown
 
 
@@ -262,8 +262,3 @@ def _training(questions: Questions, subject: Subject) -> dict[str, Any]:
             metrics[row["name"]].append((row["epoch"], row["value"]))
     drawn = any(name.endswith(("_loss", "_accuracy")) for name in metrics)
     return {"curves": figures.training_curves(metrics) if drawn else None}
-
-
-def of_level(found: Sequence[Score], level: str) -> list[Score]:
-    """Return the scores of one level."""
-    return [item for item in found if item.level == level]
