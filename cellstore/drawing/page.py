@@ -42,4 +42,4 @@ def _template(package: str, name: str) -> str:
 
 
 def _or_dash(value: float | None, factor: float, form: str, unit: str) -> str:
-    return "–" if value is None else f"{value * factor:{form}}{unit}"
+    return "\u2013" if value is None else f"{value * factor:{form}}{unit}"
