@@ -14,6 +14,7 @@ from . import (
     answers,
     audits,
     baselines,
+    compare,
     exports,
     finetune,
     house,
@@ -34,7 +35,18 @@ from .train_options import Sectioned
 
 ORDER = (
     *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "contrast"),
-    *("split", "train", "predict", "export-model", "report", "audit", "sql", "export", "status"),
+    *(
+        "split",
+        "train",
+        "predict",
+        "export-model",
+        "report",
+        "compare",
+        "audit",
+        "sql",
+        "export",
+        "status",
+    ),
     *("jobs", "retry", "cancel", "verify", "doctor", "db"),
 )
 
@@ -94,6 +106,7 @@ app.command("predict")(predictions.predict)
 app.command("export-model")(predictions.export_model)
 app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
+app.command("compare")(compare.compare)
 app.add_typer(audits.app, name="audit")
 app.command("sql")(questions.sql)
 app.command("export")(exports.export)

@@ -80,7 +80,7 @@ class ClassScore:
     ``support`` counts the images of the label, ``predicted`` those that got it, ``correct`` both.
     ``recall`` is ``None`` for a label that is never true, ``precision`` for one that is never
     answered; ``f1`` is 2 ``correct`` / (``support`` + ``predicted``). ``target`` is the gene of a
-    compound (several with a slash between), ``same_target`` counts its images that got another
+    compound (several with ``|`` between), ``same_target`` counts its images that got another
     compound of the same gene. ``low`` and ``high`` bound the recall as in :class:`Score`;
     ``wells``: how many the images come from; ``abstained``: images of the label without an answer.
     """
@@ -104,7 +104,7 @@ class ClassScore:
 class GroupScore:
     """The images of one plate, or of the compounds of one target gene, by hard votes.
 
-    ``same_target`` counts those that got another compound of the same gene, so that the gene is
+    A compound of several genes counts for each. ``same_target`` counts those that got another compound of the same gene, so that the gene is
     right in ``correct + same_target`` of ``n``. ``low`` and ``high`` bound the accuracy as in
     :class:`Score`. ``labels`` counts the true labels among them.
     """

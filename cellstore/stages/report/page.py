@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...analytics import Questions, open_questions
+from ...analytics import Questions
 from ...artifacts import write_atomically
+from ...config import ALL_VOTE, VoteRules
 from ...drawing.page import render
 from ...extras import need
 from ...runs import Workspace
 from .facts import ClassScore, GroupScore, ReportResult, by_baseline
 from .rivals import HEADLINE
-from .score import Evidence, Subject, find_subject, scored
+from .score import Evidence, gathered
+from .subject import Subject
 
 if TYPE_CHECKING:
     from .confusion import Confusion
@@ -32,6 +34,8 @@ def write_report(
     run: str,
     path: Path,
     *,
+    compare: str | None = None,
+    rules: VoteRules = ALL_VOTE,
     force: bool = False,
     leave_out_flagged: str | None = None,
     maps: Sequence[str] = (),
@@ -47,9 +51,14 @@ def write_report(
         UserInputError: there is nothing to report on.
     """
     need("report")
-    subject = find_subject(workspace, run, leave_out_flagged)
-    with open_questions(workspace, unflagged_by=subject.qc_run_id) as questions:
-        evidence = scored(questions, subject, force=force)
+    with gathered(
+        workspace,
+        run,
+        compare=compare,
+        rules=rules,
+        force=force,
+        leave_out_flagged=leave_out_flagged,
+    ) as (questions, subject, evidence):
         content = _content(workspace, questions, subject, evidence, maps)
     write_atomically(path, render("cellstore.stages.report", content).encode())
     return replace(evidence.result, html=str(path))

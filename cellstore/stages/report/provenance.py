@@ -9,7 +9,7 @@ from typing import Any
 
 from ...analytics import Questions
 from ...db.models import Split
-from .score import Subject
+from .subject import Subject
 
 SHOWN_RUNS = 24
 RECIPES = """
