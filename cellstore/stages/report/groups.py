@@ -146,9 +146,7 @@ def _close(every: Answers, targets: Targets) -> Mask:
     return close
 
 
-def _group(
-    name: str, every: Answers, rows: NDArray[np.int64], close: Mask
-) -> GroupScore | None:
+def _group(name: str, every: Answers, rows: NDArray[np.int64], close: Mask) -> GroupScore | None:
     """The score of some images; ``None`` where none of them has an answer."""
     given = rows[~every.abstained[rows]]
     if not given.size:
