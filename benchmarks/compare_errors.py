@@ -63,7 +63,11 @@ def rates(trials: int, wells: int, liking: float, gain: float) -> tuple[float, f
 
 
 def simulated(
-    generator: np.random.Generator, well_of: NDArray[np.int64], wells: int, liking: float, gain: float
+    generator: np.random.Generator,
+    well_of: NDArray[np.int64],
+    wells: int,
+    liking: float,
+    gain: float,
 ) -> tuple[Right, Right]:
     """Whether each of two runs is right in each image; the second is better by about ``gain``."""
     easy = generator.normal(0, 1.5, wells)

@@ -76,7 +76,8 @@ def _by_well(values: ArrayLike, wells: ArrayLike) -> tuple[Numbers, Numbers]:
     if numbers.ndim != 1 or numbers.size == 0 or numbers.shape != names.shape:
         raise UserInputError(f"There are {numbers.shape} scores and {names.shape} wells.")
     _, well_of = np.unique(names, return_inverse=True)
-    return np.bincount(well_of, weights=numbers), np.bincount(well_of).astype(np.float64)
+    sums: Numbers = np.bincount(well_of, weights=numbers).astype(np.float64)
+    return sums, np.bincount(well_of).astype(np.float64)
 
 
 def _percentiles(

@@ -58,4 +58,5 @@ def sign_test(more: int, less: int) -> float:
     for i in range(fewer):
         ways = ways * (throws - i) // (i + 1)
         total += ways
-    return min(1.0, 2 * total / 2**throws)
+    share: float = 2 * total / 2**throws
+    return min(1.0, share)

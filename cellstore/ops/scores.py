@@ -184,7 +184,7 @@ def _counts(truth: ArrayLike, predicted: ArrayLike) -> ClassCounts:
 def _places(values: NDArray[Any], names: NDArray[Any]) -> NDArray[np.int64]:
     order = np.argsort(names, kind="stable")
     found = np.searchsorted(names, values, sorter=order)
-    places = order[np.minimum(found, names.size - 1)]
+    places: NDArray[np.int64] = order[np.minimum(found, names.size - 1)]
     missing = np.unique(values[names[places] != values])
     if missing.size:
         raise UserInputError(f"Not among the classes to be counted: {missing.astype(str).tolist()}")

@@ -60,7 +60,8 @@ class Answers:
     @property
     def correct(self) -> NDArray[np.bool_]:
         """Whether each answer is right, also where the vote abstained."""
-        return self.truth == self.predicted
+        right: NDArray[np.bool_] = self.truth == self.predicted
+        return right
 
     def where(self, mask: NDArray[np.bool_]) -> Answers:
         """Return the answers for which ``mask`` is true."""
@@ -96,25 +97,21 @@ def rows_of(votes: pa.Table, level: str, vote: str) -> pa.Table:
 
 
 def _arrays(rows: pa.Table, labels: Sequence[str]) -> Answers:
-    values = pa.array(labels, pa.string())
-
     def whole(name: str) -> NDArray[np.int64]:
-        return pc.fill_null(rows[name].cast(pa.int64()), 0).to_numpy()
-
-    def codes(name: str) -> NDArray[np.int64]:
-        return pc.index_in(rows[name].cast(pa.string()), values).to_numpy().astype(np.int64)
+        return numbers_of(pc.fill_null(rows[name], 0))
 
     def share(name: str) -> NDArray[np.float64]:
         column = pc.fill_null(rows[name].cast(pa.float64()), np.nan)
-        return np.clip(column.to_numpy(), 0, 1)  # sums of many shares may be a hair above 1
+        values: NDArray[np.float64] = column.to_numpy()
+        return np.clip(values, 0, 1)  # sums of many shares may be a hair above 1
 
     return Answers(
         labels=tuple(labels),
         unit=whole("unit_id"),
         well=whole("well_id"),
         plate=whole("plate_id"),
-        truth=codes("truth"),
-        predicted=codes("predicted"),
+        truth=codes_of(rows["truth"], labels),
+        predicted=codes_of(rows["predicted"], labels),
         confidence=share("confidence"),
         probability=share("truth_probability"),
         place=whole("truth_place"),
@@ -122,6 +119,17 @@ def _arrays(rows: pa.Table, labels: Sequence[str]) -> Answers:
         control=rows["control"].to_numpy(),
         abstained=pc.is_valid(rows["abstained"]).to_numpy(),
     )
+
+
+def numbers_of(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return whole numbers as an array."""
+    return np.asarray(column.to_numpy(), dtype=np.int64)
+
+
+def codes_of(column: pa.ChunkedArray, labels: Sequence[str]) -> NDArray[np.int64]:
+    """Return the places of texts among ``labels``."""
+    values = pa.array(labels, pa.string())
+    return numbers_of(pc.index_in(column.cast(pa.string()), values))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ...ops.intervals import bootstrap_interval, difference_interval
 from ...ops.mcnemar import WellTest, mcnemar_over_wells
 from ...runs import Workspace
 from ...terms import Subset
+from .answers import codes_of, numbers_of
 from .apart import recipes_apart
 from .comparison_facts import Comparison, Difference, McNemar, Side
 from .subject import Subject, find_subject
@@ -116,11 +117,11 @@ def compare_subjects(
             "neither was trained on (--force compares them on those, too). Label the same images "
             "with both: cellstore predict --run RUN"
         )
-    seen = tuple(_seen(questions, item, pair.well) for item in (first, second))
+    seen = (_seen(questions, first, pair.well), _seen(questions, second, pair.well))
     differing = np.flatnonzero(pair.first != pair.second)
-    right = tuple(pair.truth == said for said in (pair.first, pair.second))
-    test = mcnemar_over_wells(*right, pair.well)
-    bounds = difference_interval(*right, pair.well) or (None, None)
+    right = (pair.truth == pair.first, pair.truth == pair.second)
+    test = mcnemar_over_wells(right[0], right[1], pair.well)
+    bounds = difference_interval(right[0], right[1], pair.well) or (None, None)
     gain = float(right[0].mean() - right[1].mean())
     better, words = _verdict(first.run.id, second.run.id, gain, test)
     return Comparison(
@@ -195,18 +196,15 @@ def _common(first: pa.Table, second: pa.Table, *, one_split: bool) -> tuple[pa.T
     first, second = (rows.filter(pc.invert(rows["abstained"])) for rows in (first, second))
     if not one_split:
         first, second = _with_one_answer(first), _with_one_answer(second)
-    keys = [_keys(rows, by_side=one_split) for rows in (first, second)]
-    _, *places = np.intersect1d(*keys, assume_unique=True, return_indices=True)
-    return first.take(places[0]), second.take(places[1])
+    one, other = (_keys(rows, by_side=one_split) for rows in (first, second))
+    _, places, others = np.intersect1d(one, other, assume_unique=True, return_indices=True)
+    return first.take(places), second.take(others)
 
 
 def _keys(rows: pa.Table, *, by_side: bool) -> Ids:
     """A number per unit; of a well that is on two sides of a split, one per side."""
-    units = rows["unit_id"].to_numpy()
-    if not by_side:
-        return units
-    side = pc.index_in(rows["subset"].cast(pa.string()), pa.array(SIDES)).to_numpy()
-    return units * len(SIDES) + side
+    units = numbers_of(rows["unit_id"])
+    return units * len(SIDES) + codes_of(rows["subset"], SIDES) if by_side else units
 
 
 def _with_one_answer(rows: pa.Table) -> pa.Table:
@@ -216,43 +214,38 @@ def _with_one_answer(rows: pa.Table) -> pa.Table:
 
 def _comparable(first: pa.Table, second: pa.Table, *, force: bool) -> NDArray[np.bool_]:
     """Whether each unit is compared: the test side, else what a report would score in its place."""
-    sides = pa.array(SIDES)
-    ranks = [
-        pc.index_in(rows["subset"].cast(pa.string()), sides).to_numpy() for rows in (first, second)
-    ]
-    rank = np.maximum(*ranks)
+    rank = np.maximum(*(codes_of(rows["subset"], SIDES) for rows in (first, second)))
     if force or not rank.size:
         return np.ones(rank.size, dtype=bool)
-    return (rank == rank.min()) & (rank < SIDES.index(Subset.TRAIN.value))
+    best = min(int(rank.min()), SIDES.index(Subset.VALIDATION.value))
+    chosen: NDArray[np.bool_] = rank == best
+    return chosen
 
 
 def _coded(first: pa.Table, second: pa.Table, every: int, changed: int) -> Pair:
     columns = (first["truth"], first["predicted"], second["predicted"])
     labels = sorted({str(value) for column in columns for value in pc.unique(column).to_pylist()})
-    values = pa.array(labels, pa.string())
-    truth, one, other = (
-        pc.index_in(column.cast(pa.string()), values).to_numpy().astype(np.int64)
-        for column in columns
-    )
+    truth, one, other = (codes_of(column, labels) for column in columns)
+    unit = numbers_of(first["unit_id"])
     return Pair(
         labels=tuple(labels),
-        unit=first["unit_id"].to_numpy(),
-        well=first["well_id"].to_numpy(),
+        unit=unit,
+        well=numbers_of(first["well_id"]),
         truth=truth,
         first=one,
         second=other,
         sides=frozenset(
             side for rows in (first, second) for side in pc.unique(rows["subset"]).to_pylist()
         ),
-        left_out=every - np.unique(first["unit_id"].to_numpy()).size,
+        left_out=every - np.unique(unit).size,
         other_truth=changed,
     )
 
 
 def _seen(questions: Questions, subject: Subject, wells: Ids) -> Ids:
     """Return those of the wells on which the model was trained."""
-    known = questions.ask(SEEN, [subject.run.id])["well_id"].to_numpy()
-    return np.intersect1d(wells, known)
+    known = questions.ask(SEEN, [subject.run.id])["well_id"]
+    return np.intersect1d(wells, numbers_of(known))
 
 
 def _side(subject: Subject, right: NDArray[np.bool_], wells: Ids, seen: Ids) -> Side:
@@ -299,7 +292,7 @@ def _verdict(first: int, second: int, gain: float, test: WellTest) -> tuple[int 
 def _warnings(
     questions: Questions,
     subjects: tuple[Subject, Subject],
-    seen: tuple[Ids, ...],
+    seen: tuple[Ids, Ids],
     pair: Pair,
     level: str,
 ) -> tuple[str, ...]:
@@ -335,7 +328,7 @@ def _side_warnings(pair: Pair) -> list[str]:
     return found
 
 
-def _seen_warnings(runs: tuple[int, int], seen: tuple[Ids, ...]) -> list[str]:
+def _seen_warnings(runs: tuple[int, int], seen: tuple[Ids, Ids]) -> list[str]:
     found = []
     for place, run in enumerate(runs):
         alone = np.setdiff1d(seen[place], seen[1 - place]).size
@@ -344,7 +337,7 @@ def _seen_warnings(runs: tuple[int, int], seen: tuple[Ids, ...]) -> list[str]:
                 f"Run {run} had seen {alone:,} of these wells in training, and run "
                 f"{runs[1 - place]} had not: the comparison favours run {run}."
             )
-    both = np.intersect1d(*seen).size
+    both = np.intersect1d(seen[0], seen[1]).size
     if both:
         found.append(f"Both runs had seen {both:,} of these wells in training.")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ...config import ALL_VOTE, VoteRules
 from .comparison_facts import Comparison
 
 __all__ = [
@@ -104,9 +105,10 @@ class ClassScore:
 class GroupScore:
     """The images of one plate, or of the compounds of one target gene, by hard votes.
 
-    A compound of several genes counts for each. ``same_target`` counts those that got another compound of the same gene, so that the gene is
-    right in ``correct + same_target`` of ``n``. ``low`` and ``high`` bound the accuracy as in
-    :class:`Score`. ``labels`` counts the true labels among them.
+    A compound of several genes counts for each. ``same_target`` counts the images that got another
+    compound of the same gene, so that the gene is right in ``correct + same_target`` of ``n``.
+    ``low`` and ``high`` bound the accuracy as in :class:`Score`. ``labels`` counts the true labels
+    among them.
     """
 
     name: str
@@ -172,7 +174,8 @@ class ReportResult:
     or nothing is left. ``without_controls`` are those without control wells; empty if there are
     none, or nothing is left. ``by_class``, ``by_plate`` and ``by_target`` (empty unless the labels
     are compounds with known genes) are in order of name, ``by_well`` in order of plate and place.
-    ``comparison``: the run beside another, if one was named.
+    ``comparison``: the run beside another, if one was named. ``rules`` say which images and wells
+    have an answer.
     """
 
     run_id: int
@@ -208,6 +211,7 @@ class ReportResult:
     by_well: tuple[WellScore, ...] = ()
     calibration: tuple[CalibrationBin, ...] = ()
     comparison: Comparison | None = None
+    rules: VoteRules = ALL_VOTE
 
     def score(self, level: str, vote: str) -> Score:
         """Return the scores of one level and vote."""
