@@ -105,8 +105,10 @@ def _dot(axes: Axes, y: int, row: Dot) -> None:
     low, high = (None if x is None else 100 * x for x in (row.low, row.high))
     if low is not None and high is not None:
         axes.plot([low, high], [y, y], color=row.colour, lw=2.2, solid_capstyle="round")
-    axes.plot(value, y, "o", color=row.colour, ms=6)
-    end = max(item for item in (value, high) if item is not None)
+    axes.plot(value, y, "o", color=row.colour, ms=6, clip_on=False)
+    end = value if high is None else high
+    if row.mark is not None and end <= 100 * row.mark < end + 8:
+        end = 100 * row.mark  # the number stands beside the mark, not on it
     text = f"{value:.1f}"
     axes.annotate(text, (end, y), (7, 0), textcoords="offset points", va="center", size=9)
 

@@ -237,6 +237,7 @@ def _map(plate: str, places: Sequence[Place], found: Measure, *, small: bool) ->
         picture = axes.imshow(values, cmap="viridis", vmin=found.low, vmax=found.high, **spread)
         axes.set_ylim(0.5, rows + 0.5)
         well_names(axes, rows, columns, small=small)
+        axes.spines[:].set(visible=True, alpha=0.3)
         beside = figure.add_axes(((width - BAR + 0.08) / width, base, 0.1 / width, tall))
         scale = figure.colorbar(picture, cax=beside)
         scale.outline.set_visible(False)
