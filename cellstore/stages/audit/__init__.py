@@ -1,5 +1,6 @@
 """Audit: where a label comes from."""
 
+from .cells import audit_cell
 from .facts import (
     CellAudit,
     FlagFact,
@@ -14,7 +15,9 @@ from .facts import (
     WellAudit,
 )
 from .history import audit_well
-from .read import audit_cell, audit_image, audit_run, votes_query
+from .images import audit_image
+from .labellings import votes_query
+from .runs import audit_run
 
 __all__ = [
     "CellAudit",
