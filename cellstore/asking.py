@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from .runs.workspace import Workspace
-    from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
+    from .stages.audit import ArtifactAudit, Audit, CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
     from .stages.export_model import ExportedModel
@@ -88,6 +88,29 @@ class Answers:
         from .stages.audit import audit_run
 
         return audit_run(self.workspace, run)
+
+    def audit_artifact(self, name: str) -> ArtifactAudit:
+        """Return what a file is to the store, and what came of it; see ``stages.audit``."""
+        from .stages.audit import audit_artifact
+
+        return audit_artifact(self.workspace, name)
+
+    def audit(self, name: str) -> Audit:
+        """Return the audit of whatever ``name`` names: an image, a well, a run or a file."""
+        from .stages.audit import audit_anything
+
+        return audit_anything(self.workspace, name)
+
+    def lineage_page(self, audit: Audit | CellAudit, html: str | Path) -> Path:
+        """Write a page with a picture of where the audited thing comes from, and what came of it.
+
+        Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed.
+            StorageError: the file cannot be written.
+        """
+        from .stages.audit import write_lineage
+
+        return write_lineage(self.workspace, audit, Path(html))
 
     def sql(self, query: str, parameters: Any = None) -> pa.Table:
         """Answer a question in SQL (DuckDB, read only) as an Arrow table.

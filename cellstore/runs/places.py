@@ -202,6 +202,12 @@ def find_well(session: Session, text: str) -> tuple[Plate, Well]:
     return _well_of_image(session, text)
 
 
+def looks_like_well(text: str) -> bool:
+    """Whether a text is written like a well, with a plate or without."""
+    parts = _taken_apart(text)
+    return 1 <= len(parts) <= 2 and not _is_site(parts[-1]) and _as_well(parts[-1]) is not None
+
+
 def _as_well(text: str) -> tuple[int, int] | None:
     if text.isdecimal():
         return None  # "0101" may be a well, and is as likely an id

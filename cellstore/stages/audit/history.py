@@ -19,6 +19,7 @@ from ...db.models import (
 )
 from ...runs import Workspace, find_well
 from ...terms import LabelField, Subset
+from .downstream import came_of_images
 from .facts import FrozenLabel, IngestFact, TreatmentChange, TreatmentFact, WellAudit
 
 
@@ -44,6 +45,7 @@ def audit_well(workspace: Workspace, text: str) -> WellAudit:
             history=history,
             images=tuple(images),
             frozen_labels=frozen_labels(session, well.id, None, treatment, history),
+            came=came_of_images(session, select(Image.id).where(Image.well_id == well.id)),
         )
 
 

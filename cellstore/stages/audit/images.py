@@ -5,8 +5,9 @@ from __future__ import annotations
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ...db.models import ImageFile, Plate, Treatment, Well
+from ...db.models import Image, ImageFile, Plate, Treatment, Well
 from ...runs import Workspace, find_image
+from .downstream import came_of_images
 from .facts import FileFact, ImageAudit
 from .flags import image_flags
 from .history import frozen_labels, treatment_of, well_history
@@ -49,6 +50,7 @@ def audit_image(workspace: Workspace, text: str) -> ImageAudit:
             segmentations=segmentations,
             labellings=labellings_of(session, image, treatment, segmentations),
             flags=image_flags(session, image.id),
+            came=came_of_images(session, select(Image.id).where(Image.id == image.id)),
         )
 
 

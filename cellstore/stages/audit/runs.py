@@ -20,6 +20,7 @@ from ...db.models import (
 )
 from ...runs import Workspace, run_in
 from ...terms import ArtifactKind, Subset
+from .downstream import came_of_runs
 from .facts import ArtifactFact, RecipeFact, RunAudit, RunFact
 from .history import changed_wells, ingested
 
@@ -56,6 +57,7 @@ def audit_run(workspace: Workspace, reference: str) -> RunAudit:
             artifacts=artifacts_of(session, run.id),
             ingested=ingested(session, run.id),
             changed_wells=changed_wells(session, run.id),
+            came=came_of_runs(session, [run.id]),
         )
 
 
@@ -95,6 +97,14 @@ def _recipes_above(session: Session, recipe_id: int) -> tuple[RecipeFact, ...]:
         found |= new
         level = set(new)
     return tuple(found[key] for key in sorted(found))
+
+
+def inputs_of(session: Session, recipe_id: int) -> list[Recipe]:
+    """Return the recipes that a recipe reads from itself, by id."""
+    query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
+    return list(
+        session.scalars(query.where(RecipeInput.recipe_id == recipe_id).order_by(Recipe.id))
+    )
 
 
 def _parents(session: Session, run: Run) -> tuple[RunFact, ...]:
