@@ -237,6 +237,9 @@ def _of_run(session: Session, audit: RunAudit) -> Lineage:
     for file in audit.ingested[: 2 * MOST_FILES]:
         table = graph.add(f"table {file.sha256}", "table", file.name, _short(file.sha256))
         graph.link(table, graph.subject)
+    if audit.run.stage == Stage.PREDICT.value and audit.result:
+        said = [f"{audit.result.get(what, 0):,} {what} labelled" for what in ("images", "cells")]
+        graph.link(graph.subject, graph.add("labels", "label", *said))
     own = [item for item in audit.came if not item.what.endswith(" runs")]
     _what_came(graph, graph.subject, own)
     return graph
