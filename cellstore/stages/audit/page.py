@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ def write_lineage(workspace: Workspace, audit: Audited, path: Path) -> Path:
         MissingExtraError: matplotlib or jinja2 is not installed.
         StorageError: the file cannot be written.
     """
-    from ... import __version__
-
     need("report")
     lineage = lineage_of(workspace, audit)
     content = {
@@ -39,7 +38,7 @@ def write_lineage(workspace: Workspace, audit: Audited, path: Path) -> Path:
         "facts": _facts(audit),
         "tables": _tables(audit),
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "version": __version__,
+        "version": version("cellstore"),
         "database": workspace.database.shown,
     }
     path = path.resolve()
