@@ -8,16 +8,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Select, insert, select, text
+from sqlalchemy import Select, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from ...artifacts import BorrowingFolder
+from ...config import StoreSettings
 from ...db.bulk import in_lists
 from ...db.models import (
+    METADATA,
     Artifact,
     Cell,
     CellFeatures,
@@ -41,9 +43,9 @@ from ...db.models import (
     Treatment,
     Well,
 )
-from ...db.session import sqlite_url
+from ...db.session import connect, sqlite_url
 from ...db.types import Base
-from ...runs import Workspace, create_workspace
+from ...runs import Workspace
 from ...terms import Status
 
 ROWS = 5_000
@@ -74,34 +76,26 @@ class Wanted:
 def scratch_store(workspace: Workspace, wanted: Wanted) -> Iterator[Workspace]:
     """Yield a store of its own with copies of the rows; nothing is written to ``workspace``."""
     with tempfile.TemporaryDirectory(prefix="cellstore-redo-", ignore_cleanup_errors=True) as name:
-        root = Path(name).resolve() / "store"
-        # The URL is given, for that of the environment is the store's own.
-        url = sqlite_url(root / "cellstore.db").render_as_string()
-        made, _ = create_workspace(root, url)
-        folder = BorrowingFolder(made.artifacts.root, workspace.artifacts)
-        opened = replace(made, artifacts=folder, progress=workspace.progress)
+        settings = StoreSettings(Path(name).resolve())
+        database = connect(sqlite_url(settings.sqlite))
         try:
+            # Without the triggers, which guard what people do: rows come as is easiest to copy.
+            METADATA.create_all(database.engine)
+            folder = BorrowingFolder(settings.artifacts, workspace.artifacts)
+            opened = Workspace(settings, database, folder, workspace.progress)
             _fill(workspace, opened, wanted)
             yield opened
         finally:
-            opened.database.close()
+            database.close()
 
 
 def _fill(source: Workspace, target: Workspace, wanted: Wanted) -> None:
     with source.database.read() as reader, target.database.begin() as writer:
-        _drop_triggers(writer)
         copier = _Copier(reader, writer)
         copier.small_tables(wanted)
         for some in in_lists(list(wanted.images), IMAGES):
             copier.images(some, wanted)
         copier.files(wanted)
-
-
-def _drop_triggers(session: Session) -> None:
-    # They guard what people do; here rows come in the order that is easiest to copy.
-    names = session.scalars(text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).all()
-    for name in names:
-        session.execute(text(f'DROP TRIGGER "{name}"'))
 
 
 @dataclass(frozen=True)
@@ -118,8 +112,8 @@ class _Copier:
         self.copy(Run, select(Run.__table__).order_by(Run.id))  # parents before children
         self.copy(FeatureSet, select(FeatureSet.__table__))
         if not wanted.splits:
-            self.writer.execute(text("UPDATE runs SET split_id = NULL"))
-            self.writer.execute(text("DELETE FROM splits"))
+            self.writer.execute(update(Run).values(split_id=None))
+            self.writer.execute(delete(Split))
 
     def images(self, some: Sequence[int], wanted: Wanted) -> None:
         """Copy some images and what was found in them."""
