@@ -26,6 +26,7 @@ from . import (
     predictions,
     quality,
     questions,
+    repros,
     setup,
     splits,
 )
@@ -43,6 +44,7 @@ ORDER = (
         "report",
         "compare",
         "audit",
+        "repro",
         "sql",
         "export",
         "status",
@@ -108,6 +110,7 @@ app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
 app.command("compare")(compare.compare)
 app.add_typer(audits.app, name="audit")
+app.command("repro")(repros.repro)
 app.command("sql")(questions.sql)
 app.command("export")(exports.export)
 app.command("status")(house.status)

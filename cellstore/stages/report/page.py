@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from ...analytics import Questions
 from ...artifacts import write_atomically
 from ...config import ALL_VOTE, VoteRules
 from ...drawing.page import render
+from ...errors import CellstoreError
 from ...extras import need
 from ...runs import Workspace
 from .facts import ClassScore, GroupScore, ReportResult, by_baseline
@@ -39,10 +40,12 @@ def write_report(
     force: bool = False,
     leave_out_flagged: str | None = None,
     maps: Sequence[str] = (),
+    redo: Callable[[int], str] | None = None,
 ) -> ReportResult:
     """Write the report on a predict run as one HTML file; see :func:`report` for the options.
 
     ``maps``: features to show on plate maps, each a column of a feature set or SET.COLUMN.
+    ``redo``: what tells the commands that redo a run; without it the page has those that were typed.
 
     Raises:
         MissingExtraError: matplotlib or Jinja2 is not installed.
@@ -60,6 +63,7 @@ def write_report(
         leave_out_flagged=leave_out_flagged,
     ) as (questions, subject, evidence):
         content = _content(workspace, questions, subject, evidence, maps)
+        content["script"] = _script(redo, subject.run.id)
     write_atomically(path, render("cellstore.stages.report", content).encode())
     return replace(evidence.result, html=str(path))
 
@@ -89,6 +93,13 @@ def _content(
         "pictures": pictures(workspace, questions, subject.run.id, images, result.comparison),
         "from": provenance(questions, subject),
     }
+
+
+def _script(redo: Callable[[int], str] | None, run_id: int) -> str | None:
+    try:
+        return None if redo is None else redo(run_id)
+    except CellstoreError as error:
+        return f"# {error}"
 
 
 def _scores(result: ReportResult) -> dict[str, Any]:
