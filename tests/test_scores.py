@@ -1,5 +1,7 @@
 """Scores: hand-computed answers, and equality with scikit-learn."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from sklearn import metrics
 from cellstore.errors import UserInputError
 from cellstore.ops import scores
 from cellstore.ops.intervals import bootstrap_interval, difference_interval
-from cellstore.ops.mcnemar import mcnemar_over_wells, sign_test
+from cellstore.ops.mcnemar import exchange_test, mcnemar_over_wells
 
 TRUTH = ["a", "a", "a", "a", "b", "b"]
 PREDICTED = ["a", "a", "a", "b", "b", "c"]
@@ -194,22 +196,37 @@ def test_mcnemar_by_hand() -> None:
     first, second = [1, 1, 1, 1, 0], [0, 0, 0, 0, 1]
     found = mcnemar_over_wells(first, second, list("abcde"))
     assert (found.first, found.second, found.p_value) == (4, 1, 12 / 32)
-    # In two wells the same images are two voices, 3 - 0 and 1 - 1, and the second says nothing.
+    # Two wells of the same images gain 3 and 0: by chance 3 or -3, each as far from 0.
     found = mcnemar_over_wells(first, second, list("aaabb"))
     assert (found.first, found.second, found.p_value) == (1, 0, 1.0)
+    # Gains of 4, 1, 1 and -1 add up to 5. Of 16 choices of signs 4 + 1 + 1 + 1 gives 7 and the
+    # three with one minus among the ones give 5; as many are below: 8/16.
+    assert exchange_test([4, 1, 1, -1]) == 8 / 16
+    assert exchange_test([2, -1, -1]) == 1
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 400), st.integers(0, 400))
-def test_the_sign_test_is_that_of_scipy(more: int, less: int) -> None:
+def test_with_an_image_per_well_it_is_mcnemars_exact_test(more: int, less: int) -> None:
     expected = stats.binomtest(more, more + less).pvalue if more + less else 1.0
-    assert sign_test(more, less) == pytest.approx(expected, rel=1e-9)
-    assert sign_test(more, less) == sign_test(less, more)
+    assert exchange_test([1] * more + [-1] * less) == pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=9))
+def test_every_choice_of_signs_counts_once(gains: list[int]) -> None:
+    sums = [
+        abs(sum(s * g for s, g in zip(signs, gains, strict=True)))
+        for signs in product((1, -1), repeat=len(gains))
+    ]
+    expected = sum(value >= abs(sum(gains)) for value in sums) / len(sums)
+    assert exchange_test(gains) == pytest.approx(expected)
 
 
 def test_many_wells_are_no_trouble() -> None:
-    assert sign_test(15_200, 14_800) == pytest.approx(0.0212423, rel=1e-3)
-    assert sign_test(0, 5_000) == 0
+    gains = np.repeat([1, -1], [2_600, 2_400])
+    assert exchange_test(gains) == pytest.approx(stats.binomtest(2_600, 5_000).pvalue)
+    assert exchange_test(np.ones(3_000)) == 0
 
 
 @settings(max_examples=30, deadline=None)

@@ -267,26 +267,21 @@ def _test(found: WellTest) -> McNemar:
         wells_first=found.first,
         wells_second=found.second,
         p_value=found.p_value,
-        how="McNemar's exact test over wells (a sign test): each well counts once, for the run "
-        "that is right in more of its images.",
+        how="McNemar's exact test with whole wells: how often the accuracies differ by as much "
+        "where chance decides in each well which run is which.",
     )
 
 
 def _verdict(first: int, second: int, gain: float, test: WellTest) -> tuple[int | None, str]:
     """Return which run is better, and the sentence on it."""
-    voices = f"{test.first} wells speak for run {first} and {test.second} for run {second}"
-    p = f"p = {test.p_value:.2g}"
-    if test.first + test.second == 0:
-        return None, "No well speaks for one of the runs: they are right equally often in each."
-    if test.p_value >= SIGNIFICANT:
-        return None, f"Neither run is shown to be better: {voices} ({p})."
-    better, worse = (first, second) if test.first > test.second else (second, first)
-    if gain and (gain > 0) == (better == first):
-        return better, f"Run {better} is better than run {worse}: {voices} ({p})."
-    return None, (
-        f"{voices} ({p}), but run {better} is not right in more of all images: it wins many wells "
-        "by little and loses some by much."
+    wells = (
+        f"run {first} has more right in {test.first:,} wells, run {second} in "
+        f"{test.second:,} (McNemar's test over wells: p = {test.p_value:.2g})"
     )
+    if test.p_value >= SIGNIFICANT:
+        return None, f"Neither run is shown to be better: {wells}."
+    better, worse = (first, second) if gain > 0 else (second, first)
+    return better, f"Run {better} is better than run {worse}: {wells}."
 
 
 def _warnings(

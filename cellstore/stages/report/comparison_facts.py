@@ -25,12 +25,12 @@ class Side:
 
 @dataclass(frozen=True)
 class McNemar:
-    """McNemar's exact test, each well once: images of a well are not independent.
+    """McNemar's exact test in which wells count as a whole: their images are not independent.
 
     ``wells_first`` counts the wells of which the first run has more right than the second,
-    ``wells_second`` the other way round; wells with as many on both sides say nothing. ``p_value``
-    is two-sided: how likely so uneven a division is where neither run is better. ``how`` says it in
-    words.
+    ``wells_second`` the other way round. ``p_value`` is two-sided: how often the accuracies would
+    differ by as much, or more, if chance decided in each well which run is which. ``how`` says it
+    in words.
     """
 
     wells_first: int

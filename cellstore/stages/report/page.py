@@ -45,7 +45,7 @@ def write_report(
     """Write the report on a predict run as one HTML file; see :func:`report` for the options.
 
     ``maps``: features to show on plate maps, each a column of a feature set or SET.COLUMN.
-    ``redo``: what tells the commands that redo a run; without it the page has those that were typed.
+    ``redo`` tells the commands that redo a run; without it the page has those that were typed.
 
     Raises:
         MissingExtraError: matplotlib or Jinja2 is not installed.
