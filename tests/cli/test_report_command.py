@@ -1,0 +1,10 @@
+"""The command report: what it says before it looks at a store."""
+
+from __future__ import annotations
+
+from conftest import Cellstore
+
+
+def test_maps_need_a_page_to_be_on(cellstore: Cellstore) -> None:
+    said = cellstore("report", "--map", "area", code=2)
+    assert "Name a file for it too: --html report.html" in said.err
