@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import Cellstore
 
-
-def test_maps_need_a_page_to_be_on(cellstore: Cellstore) -> None:
+def test_maps_need_a_page_to_be_on(cellstore):
     said = cellstore("report", "--map", "area", code=2)
     assert "Name a file for it too: --html report.html" in said.err
