@@ -102,7 +102,7 @@ def make_store(root: Path, design: Design) -> int:
         fields = _draw_fields(root.parent / "images", design)
         classes = _insert_images(workspace, root.parent / "images", design)
         cells = _insert_cells(workspace, fields, design, rng)
-        _insert_runs(workspace, cells, classes, rng)
+        _insert_runs(workspace, cells, classes, rng, leak=design.leak)
         return int(cells.ids.size)
     finally:
         workspace.database.close()
@@ -343,9 +343,14 @@ def _write_features(
 
 
 def _insert_runs(
-    workspace: Workspace, cells: Cells, classes: list[tuple[int, str]], rng: np.random.Generator
+    workspace: Workspace,
+    cells: Cells,
+    classes: list[tuple[int, str]],
+    rng: np.random.Generator,
+    *,
+    leak: bool,
 ) -> None:
-    split = _insert_split(workspace, cells, classes)
+    split = _insert_split(workspace, classes, leak=leak)
     skills = rng.beta(1.2, 3.5, len(classes))
     shift = rng.normal(0, 0.06, len(classes))
     plain = TrainParams()
@@ -356,7 +361,8 @@ def _insert_runs(
     _network(workspace, split, better, cells, classes, np.clip(skills, 0.01, 0.95))
 
 
-def _insert_split(workspace: Workspace, cells: Cells, classes: list[tuple[int, str]]) -> int:
+def _insert_split(workspace: Workspace, classes: list[tuple[int, str]], *, leak: bool) -> int:
+    """All of the first plate is trained on; where it leaks, also images of every second well."""
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(Stage.SPLIT, 1, {"drawn": True}))
         split = Split(
@@ -364,7 +370,7 @@ def _insert_split(workspace: Workspace, cells: Cells, classes: list[tuple[int, s
             recipe_id=recipe.id,
             protocol="leave-plate-out",
             field=LabelField.PERT_INAME,
-            group_level=GroupLevel.PLATE,
+            group_level=GroupLevel.IMAGE if leak else GroupLevel.PLATE,
             seed=0,
             query="SELECT id FROM images",
             fingerprint="5" * 64,
@@ -375,19 +381,15 @@ def _insert_split(workspace: Workspace, cells: Cells, classes: list[tuple[int, s
         session.add(split)
         session.flush()
         query = (
-            select(Image.id, Well.plate_id, Well.treatment_id)
+            select(Image.id, Well.plate_id, Well.treatment_id, Well.id, Image.site)
             .join(Well, Well.id == Image.well_id)
             .order_by(Image.id)
         )
-        rows = [
-            (
-                split.id,
-                image,
-                (Subset.TRAIN if plate == 1 else Subset.TEST).value,
-                classes[kind - 1][0],
-            )
-            for image, plate, kind in session.execute(query)
-        ]
+        rows = []
+        for image, plate, kind, well, site in session.execute(query):
+            seen = plate == 1 or (leak and well % 2 == 0 and site == 1)
+            side = Subset.TRAIN if seen else Subset.TEST
+            rows.append((split.id, image, side.value, classes[kind - 1][0]))
         bulk_insert(session, SplitMember, ("split_id", "image_id", "subset", "label_id"), rows)
         return split.id
 
