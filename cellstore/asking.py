@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ContrastParams, Selection, VoteRules
+from .config import ContrastParams, Selection
 from .errors import UnknownNameError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .config import VoteRules
     from .runs.workspace import Workspace
     from .stages.audit import ArtifactAudit, Audit, CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.contrast import ContrastResult
@@ -68,7 +69,7 @@ class Answers:
 
         asked: dict[str, Any] = {
             "compare": compare,
-            "rules": rules or VoteRules(),
+            "rules": rules,
             "force": force,
             "leave_out_flagged": leave_out_flagged,
         }
@@ -101,7 +102,7 @@ class Answers:
             level=level,
             vote=vote,
             limit=limit,
-            rules=rules or VoteRules(),
+            rules=rules,
             force=force,
             leave_out_flagged=leave_out_flagged,
         )

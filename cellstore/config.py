@@ -468,9 +468,6 @@ class VoteRules:
             raise UserInputError(f"A margin is a share from 0 to 1, not {self.min_margin:g}.")
 
 
-ALL_VOTE = VoteRules()
-
-
 @dataclass(frozen=True)
 class PredictParams:
     """What to label, and what to keep of it.

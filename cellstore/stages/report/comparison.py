@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ...analytics import Questions, open_questions
-from ...config import ALL_VOTE, VoteRules
+from ...config import VoteRules
 from ...errors import UnknownNameError, UserInputError
 from ...ops.intervals import bootstrap_interval, difference_interval
 from ...ops.mcnemar import WellTest, mcnemar_over_wells
@@ -69,14 +69,15 @@ def compare(
     level: str = "image",
     vote: str = "hard",
     limit: int | None = None,
-    rules: VoteRules = ALL_VOTE,
+    rules: VoteRules | None = None,
     force: bool = False,
     leave_out_flagged: str | None = None,
 ) -> Comparison:
     """Put two predict runs (numbers or ``latest``) side by side.
 
     They are compared on the images, or at ``level`` well the wells, that both have answered: those
-    of the test side; where there are none those outside of a split, else the validation side.
+    of the test side; where there are none those outside of the split, else the validation side. Of
+    two splits, the one may test what is outside of the other.
     Images that one of them was trained on count only with ``force``. ``vote`` is hard, soft or
     median. The first ``limit`` units in which their labels differ are listed, all by default.
 
@@ -111,6 +112,11 @@ def compare_subjects(
     _check_comparable(first, second)
     answers = [questions.ask(ANSWERS[level], [item.run.id, vote]) for item in (first, second)]
     pair = _pair(*answers, one_split=first.split.id == second.split.id, force=force)
+    if not pair.unit.size and pair.other_truth:
+        raise UserInputError(
+            f"The true label of each {level} that both runs have answered is another one in split "
+            f"{first.split.name} than in {second.split.name}."
+        )
     if not pair.unit.size:
         raise UserInputError(
             f"Runs {first.run.id} and {second.run.id} have answered no {level} in common that "
@@ -187,7 +193,7 @@ def _pair(first: pa.Table, second: pa.Table, *, one_split: bool, force: bool) ->
     same = pc.equal(one["truth"], other["truth"])
     changed = one.num_rows - int(pc.sum(same.cast(pa.int64())).as_py() or 0)
     one, other = one.filter(same), other.filter(same)
-    mask = pa.array(_comparable(one, other, force=force))
+    mask = pa.array(_comparable(one, other, one_split=one_split, force=force))
     return _coded(one.filter(mask), other.filter(mask), every, changed)
 
 
@@ -212,9 +218,16 @@ def _with_one_answer(rows: pa.Table) -> pa.Table:
     return rows.filter(pc.is_in(rows["unit_id"], pa.array(ids[counts == 1])))
 
 
-def _comparable(first: pa.Table, second: pa.Table, *, force: bool) -> NDArray[np.bool_]:
-    """Whether each unit is compared: the test side, else what a report would score in its place."""
+def _comparable(
+    first: pa.Table, second: pa.Table, *, one_split: bool, force: bool
+) -> NDArray[np.bool_]:
+    """Whether each unit is compared: the test side, else what a report would score in its place.
+
+    What one split tests may well be outside of another one, which is as new to its run.
+    """
     rank = np.maximum(*(codes_of(rows["subset"], SIDES) for rows in (first, second)))
+    if not one_split:
+        rank[rank == SIDES.index("outside")] = SIDES.index(Subset.TEST.value)
     if force or not rank.size:
         return np.ones(rank.size, dtype=bool)
     best = min(int(rank.min()), SIDES.index(Subset.VALIDATION.value))

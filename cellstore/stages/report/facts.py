@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...config import ALL_VOTE, VoteRules
+from ...config import VoteRules
 from .comparison_facts import Comparison
 
 __all__ = [
@@ -19,6 +19,8 @@ __all__ = [
     "WellScore",
     "by_baseline",
 ]
+
+EVERY_VOTE = VoteRules()
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class ReportResult:
     by_well: tuple[WellScore, ...] = ()
     calibration: tuple[CalibrationBin, ...] = ()
     comparison: Comparison | None = None
-    rules: VoteRules = ALL_VOTE
+    rules: VoteRules = EVERY_VOTE
 
     def score(self, level: str, vote: str) -> Score:
         """Return the scores of one level and vote."""

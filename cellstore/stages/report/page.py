@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...analytics import Questions
 from ...artifacts import write_atomically
-from ...config import ALL_VOTE, VoteRules
+from ...config import VoteRules
 from ...drawing.page import render
 from ...errors import CellstoreError
 from ...extras import need
@@ -36,7 +36,7 @@ def write_report(
     path: Path,
     *,
     compare: str | None = None,
-    rules: VoteRules = ALL_VOTE,
+    rules: VoteRules | None = None,
     force: bool = False,
     leave_out_flagged: str | None = None,
     maps: Sequence[str] = (),

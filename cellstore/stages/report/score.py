@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ...analytics import Questions, open_questions
-from ...config import ALL_VOTE, VoteRules
+from ...config import VoteRules
 from ...errors import UserInputError
 from ...ops import scores
 from ...runs import Workspace
@@ -60,7 +60,7 @@ def report(
     run: str = "latest",
     *,
     compare: str | None = None,
-    rules: VoteRules = ALL_VOTE,
+    rules: VoteRules | None = None,
     force: bool = False,
     leave_out_flagged: str | None = None,
 ) -> ReportResult:
@@ -95,7 +95,7 @@ def gathered(
     run: str = "latest",
     *,
     compare: str | None = None,
-    rules: VoteRules = ALL_VOTE,
+    rules: VoteRules | None = None,
     force: bool = False,
     leave_out_flagged: str | None = None,
 ) -> Iterator[tuple[Questions, Subject, Evidence]]:

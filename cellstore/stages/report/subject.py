@@ -8,7 +8,7 @@ from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
 
 from ...analytics import Questions
-from ...config import ALL_VOTE, VoteRules
+from ...config import VoteRules
 from ...db.models import Cell, Prediction, Recipe, Run, Segmentation, Split
 from ...errors import UnknownNameError, UserInputError
 from ...reading.flags import (
@@ -66,7 +66,7 @@ def find_subject(
     workspace: Workspace,
     reference: str,
     leave_out_flagged: str | None = None,
-    rules: VoteRules = ALL_VOTE,
+    rules: VoteRules | None = None,
 ) -> Subject:
     """Return the predict run of this name; a train run stands for its latest predict run."""
     subject = _subject(workspace, reference, leave_out_flagged, rules)
@@ -75,7 +75,7 @@ def find_subject(
 
 
 def _subject(
-    workspace: Workspace, reference: str, leave_out_flagged: str | None, rules: VoteRules
+    workspace: Workspace, reference: str, leave_out_flagged: str | None, rules: VoteRules | None
 ) -> Subject:
     with workspace.database.read() as session:
         run = _predict_run(session, reference)
@@ -84,6 +84,7 @@ def _subject(
         if split_id is None:
             raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
         recipe = session.get_one(Recipe, run.recipe_id)
+        rules = rules or VoteRules()
         if leave_out_flagged is None and rules.unflagged_by is not None:
             leave_out_flagged = str(rules.unflagged_by)
         qc, notes = _qc_run(session, leave_out_flagged, run)
