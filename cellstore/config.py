@@ -445,6 +445,30 @@ class ContrastParams:
 
 
 @dataclass(frozen=True)
+class VoteRules:
+    """How the cells of an image, or of a well, vote.
+
+    It abstains with fewer than ``min_cells`` cells, or where the share of the winner is less than
+    ``min_margin`` (0 to 1) above that of the runner-up. ``controls``: whether wells with controls
+    are scored. ``unflagged_by``: a quality-control run; what it has flagged has no vote.
+
+    Raises:
+        UserInputError: a rule is out of range.
+    """
+
+    min_cells: int = 1
+    min_margin: float = 0.0
+    controls: bool = True
+    unflagged_by: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_cells < 1:
+            raise UserInputError(f"At least 1 cell votes, not {self.min_cells}.")
+        if not 0 <= self.min_margin <= 1:
+            raise UserInputError(f"A margin is a share from 0 to 1, not {self.min_margin:g}.")
+
+
+@dataclass(frozen=True)
 class PredictParams:
     """What to label, and what to keep of it.
 

@@ -87,6 +87,12 @@ def _show_status(result: StatusResult) -> None:
         typer.echo("")
         sets = [(s.name, s.storage, s.columns, s.cells) for s in result.feature_sets]
         render.table(("feature set", "kept in", "features", "cells"), sets)
+    for broken in result.broken_off:
+        say(
+            f"Training run {broken.run_id} was broken off after "
+            f"{render.count(broken.epochs, 'epoch')}. "
+            f"Go on with it: cellstore train --resume {broken.run_id}"
+        )
     if any(recipe.failed for recipe in result.recipes):
         say("Some images failed. See why with: cellstore jobs --failed")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import typer
 
 from cellstore.config import BaselineParams, TrainSetup
+from cellstore.ops.branches import TABULAR
 
 from . import render
 from .baselines import (
@@ -190,6 +192,7 @@ def train(
         intensity=intensity,
     )
     setup = TrainSetup(devices, compile_, names(log), log_dir)
+    _say_processors(device, devices)
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.train(
             params,
@@ -225,7 +228,7 @@ def _show_train(result: TrainResult) -> None:
         [
             ("run", result.run_id),
             ("split", result.split),
-            ("feature set", result.feature_set or "built-in"),
+            ("feature set", _set_name(result)),
             ("branches", ", ".join(result.branches)),
             ("classes", result.classes),
             *((f"{side} images", f"{number:,}") for side, number in result.images.items()),
@@ -241,6 +244,20 @@ def _show_train(result: TrainResult) -> None:
         )
     for note in result.notes:
         say(note)
+
+
+def _set_name(result: TrainResult) -> str:
+    name = result.feature_set or "built-in"
+    return name if TABULAR in result.branches else f"{name} (says which cells; not read)"
+
+
+def _say_processors(device: Device, devices: int) -> None:
+    """Say that several devices are processes on a CPU, before they begin."""
+    from cellstore.ops.devices import pick_device
+
+    started = "LOCAL_RANK" in os.environ  # by the first process, or a launcher
+    if devices > 1 and not started and pick_device(device.value).type == "cpu":
+        say(f"No GPU is used: {devices} processes share the CPU. One may be as fast.")
 
 
 EPOCH_COLUMNS = {

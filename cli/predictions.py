@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cellstore.config import PredictParams
+from cellstore.errors import UserInputError
 from cellstore.terms import Subset
 
 from . import render
@@ -64,11 +65,15 @@ def predict(
     where: WhereOption = None,
     limit: LimitOption = None,
     top_k: Annotated[
-        int,
+        int | None,
         typer.Option(
-            metavar="N", min=1, help="Keep so many labels per cell, the most probable first."
+            metavar="N",
+            min=1,
+            help="Keep so many labels per cell, the most probable first. "
+            f"Default: {PredictParams.top_k}.",
+            show_default=False,
         ),
-    ] = 5,
+    ] = None,
     all_probabilities: Annotated[
         bool,
         typer.Option("--all-probabilities", help="Keep the probability of every label instead."),
@@ -97,10 +102,12 @@ def predict(
       cellstore predict --run 7 --subset all --plate BR00116991 --embedding seen_by_7
       cellstore predict --subset all --where "pert_iname = 'DMSO'" --all-probabilities
     """
+    if all_probabilities and top_k is not None:
+        raise UserInputError("--all-probabilities keeps every label: leave out --top-k.")
     params = PredictParams(
         subset=None if subset is Side.ALL else Subset(subset.value),
         plates=tuple(plate or ()),
-        top_k=top_k,
+        top_k=PredictParams.top_k if top_k is None else top_k,
         wells=tuple(well or ()),
         where=where,
         limit=limit,

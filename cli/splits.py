@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -79,12 +80,14 @@ def create(
     ] = Protocol.GROUPED,
     field: FieldOption = LabelField.PERT_INAME,
     group: Annotated[
-        GroupLevel,
+        GroupLevel | None,
         typer.Option(
             help="What stays together on one side (grouped protocol). treatment leaves whole "
-            "compounds out, so it needs a coarser --field."
+            "compounds out, so it needs a coarser --field. "
+            f"Default: {SplitParams.group_level.value}.",
+            show_default=False,
         ),
-    ] = GroupLevel.WELL,
+    ] = None,
     test_size: Annotated[
         float | None,
         typer.Option(
@@ -96,14 +99,16 @@ def create(
         ),
     ] = None,
     validation_size: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="X",
             min=0.0,
             max=1.0,
-            help="Share of the groups that stop the training (grouped protocol). 0: none.",
+            help="Share of the groups that stop the training (grouped protocol). 0: none. "
+            f"Default: {SplitParams.validation_size:g}.",
+            show_default=False,
         ),
-    ] = 0.2,
+    ] = None,
     test_plates: Annotated[
         str | None,
         typer.Option(
@@ -170,12 +175,13 @@ def create(
     """
     if folds is not None and test_size is not None:
         raise UserInputError("With --folds K each fold tests one part of K: leave out --test-size.")
+    _check_published(protocol, {"--group": group, "--validation-size": validation_size})
     params = SplitParams(
         protocol=protocol.value,
         field=field,
-        group_level=group,
-        test_size=SplitParams.test_size if test_size is None else test_size,
-        validation_size=validation_size,
+        group_level=group or SplitParams.group_level,
+        test_size=_or(test_size, SplitParams.test_size),
+        validation_size=_or(validation_size, SplitParams.validation_size),
         seed=seed,
         plates=tuple(plate or ()),
         allow_missing=allow_missing,
@@ -199,6 +205,19 @@ def create(
     else:
         show_folds(name, made, as_json=as_json)
     _say_if_there(made, as_json=as_json)
+
+
+def _or(given: float | None, default: float) -> float:
+    return default if given is None else given
+
+
+def _check_published(protocol: Protocol, given: Mapping[str, object]) -> None:
+    named = [option for option, value in given.items() if value is not None]
+    if protocol is Protocol.PUBLISHED and named:
+        raise UserInputError(
+            "The published protocol splits single images, with no validation side: leave out "
+            f"{' and '.join(named)}, or choose --protocol grouped."
+        )
 
 
 @app.command("import")

@@ -20,6 +20,7 @@ import pyarrow as pa
 from pyarrow.dataset import dataset
 
 from ..artifacts import ArtifactFolder
+from ..config import VoteRules
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..runs.workspace import Workspace
 from ..terms import Stage, Status
@@ -36,7 +37,7 @@ from .schema import TABLES, arrow_schema, create_statement, quoted
 from .sets import SetRelation, list_sets, open_files
 from .snapshots import RunMark, rows_of_runs, snapshot
 from .source import Source, open_source
-from .views import views, voters_unflagged
+from .views import queries
 
 WRITERS = {
     "cells": (Stage.SEGMENT, Stage.INGEST),
@@ -58,11 +59,11 @@ _CATALOG_WORDS = re.compile(r"\s*(show|describe|desc)\b", re.IGNORECASE)
 
 @contextmanager
 def open_questions(
-    workspace: Workspace, limits: Limits | None = None, *, unflagged_by: int | None = None
+    workspace: Workspace, limits: Limits | None = None, *, rules: VoteRules | None = None
 ) -> Iterator[Questions]:
     """Open a store for questions.
 
-    ``unflagged_by``: a quality-control run; images and cells that it has flagged have no vote.
+    ``rules``: how cells vote in the views; by default every cell that is not excluded does.
 
     Raises:
         DatabaseError: the database cannot be reached.
@@ -77,13 +78,8 @@ def open_questions(
         _connection(limits, cache) as empty,
         _connection(limits, cache) as full,
     ):
-        queries = _views_of(unflagged_by)
-        yield Questions(source, workspace.artifacts, folder, limits, empty, full, queries)
-
-
-def _views_of(unflagged_by: int | None) -> dict[str, str]:
-    queries = {view.name: view.query for view in views()}
-    return queries if unflagged_by is None else queries | {"voters": voters_unflagged(unflagged_by)}
+        views = queries(rules or VoteRules())
+        yield Questions(source, workspace.artifacts, folder, limits, empty, full, views)
 
 
 @contextmanager

@@ -6,16 +6,23 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from ..config import VoteRules
+
 ORDER = (
+    "vote_rules",
     "run_images",
     "voters",
+    "ballots",
     "image_label_votes",
+    "image_label_medians",
+    "well_label_medians",
     "image_votes",
     "well_votes",
     "verdicts",
     "accuracy",
     "confusion",
     "class_report",
+    "disagreements",
     "lineage",
     "image_locations",
 )
@@ -37,9 +44,18 @@ def views() -> tuple[View, ...]:
     return tuple(_view(name) for name in ORDER)
 
 
-def voters_unflagged(run_id: int) -> str:
-    """Return the query of ``voters`` without what a quality-control run has flagged."""
-    return _view("voters_unflagged").query.replace("{run}", str(int(run_id)))
+def queries(rules: VoteRules) -> dict[str, str]:
+    """Return the query of every view, by name, under these rules of the vote."""
+    found = {view.name: view.query for view in views()}
+    found["vote_rules"] = (
+        f"SELECT {int(rules.min_cells)} AS min_cells, "
+        f"CAST({float(rules.min_margin)!r} AS DOUBLE) AS min_margin, "
+        f"{'true' if rules.controls else 'false'} AS controls"
+    )
+    if rules.unflagged_by is not None:
+        without = _view("voters_unflagged").query
+        found["voters"] = without.replace("{run}", str(int(rules.unflagged_by)))
+    return found
 
 
 def _view(name: str) -> View:

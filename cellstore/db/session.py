@@ -29,7 +29,7 @@ UNWRITABLE = re.compile(
     r"disk is full|disk full|no space left|readonly database|read-only|disk i/o error"
 )
 CONFLICTS = ("40001", "40P01")  # PostgreSQL: serialization failure, deadlock
-SQLITE_CACHE_KIB = 65_536
+SQLITE_CACHE_KIB = 16_384  # of each connection; more makes no ingest faster, only trainings larger
 # libpq also takes secrets as parameters: password, passfile, sslpassword, scram_client_key, ...
 SECRET_PARAMETER = re.compile(r"pass|pwd|secret|scram_\w+_key", re.IGNORECASE)
 

@@ -20,6 +20,7 @@ from ..db.models import (
     Recipe,
     RecipeInput,
     Run,
+    RunMetric,
     Segmentation,
     Split,
     Treatment,
@@ -64,13 +65,26 @@ class FeatureSetStatus:
 
 
 @dataclass(frozen=True)
+class BrokenOff:
+    """A training that did not come to its end, after so many whole ``epochs``.
+
+    Networks only, and only while no run of the same recipe has come to its end.
+    """
+
+    run_id: int
+    status: str
+    epochs: int
+    started_at: str
+
+
+@dataclass(frozen=True)
 class StatusResult:
     """What is in a store. ``cells`` counts all recipes; ``excluded`` those that do not count.
 
     ``segmented`` and ``measured`` are images that at least one recipe has done for their
     present bytes, or whose cells and features another tool gave. ``features`` counts the rows of
     the built-in measurements; ``feature_sets`` are all sets. ``flagged_images`` are those of the
-    newest finished quality-control run, ``qc_run_id``.
+    newest finished quality-control run, ``qc_run_id``. ``broken_off``: trainings to go on with.
     """
 
     store: str
@@ -92,6 +106,7 @@ class StatusResult:
     feature_sets: tuple[FeatureSetStatus, ...] = ()
     qc_run_id: int | None = None
     flagged_images: int = 0
+    broken_off: tuple[BrokenOff, ...] = ()
 
 
 def status(workspace: Workspace) -> StatusResult:
@@ -118,7 +133,32 @@ def status(workspace: Workspace) -> StatusResult:
             feature_sets=_feature_sets(session),
             qc_run_id=qc_run_id,
             flagged_images=_flagged(session, qc_run_id),
+            broken_off=_broken_off(session),
         )
+
+
+def _broken_off(session: Session) -> tuple[BrokenOff, ...]:
+    finished = aliased(Run)
+    query = (
+        select(Run, func.count(RunMetric.epoch.distinct()))
+        .join(Recipe, Recipe.id == Run.recipe_id)
+        .outerjoin(RunMetric, RunMetric.run_id == Run.id)
+        .where(Run.stage == Stage.TRAIN, Run.status.in_((Status.FAILED, Status.CANCELLED)))
+        .where(Recipe.parameters["baseline"].as_string().is_(None))
+        .where(
+            ~exists().where(
+                finished.recipe_id == Run.recipe_id,
+                finished.split_id == Run.split_id,
+                finished.status == Status.DONE,
+            )
+        )
+        .group_by(Run.id)
+        .order_by(Run.id)
+    )
+    return tuple(
+        BrokenOff(run.id, run.status.value, epochs, run.started_at.isoformat())
+        for run, epochs in session.execute(query)
+    )
 
 
 def _newest_qc(session: Session) -> int | None:

@@ -180,7 +180,7 @@ def test_parameters_are_bound(workspace: Workspace) -> None:
         votes = questions.ask(
             "SELECT * FROM image_votes WHERE run_id = $run", {"run": screen.predict_run.id}
         )
-    assert votes.num_rows == 8
+    assert votes.num_rows == 3 * 4
 
 
 WRITES = [

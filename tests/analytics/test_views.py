@@ -11,8 +11,9 @@ from screens import SmallScreen, small_screen
 from sqlalchemy import text
 
 from cellstore.analytics import open_questions
+from cellstore.config import VoteRules
 from cellstore.runs import Workspace
-from cellstore.terms import GroupLevel, Stage, Subset
+from cellstore.terms import Control, GroupLevel, Stage, Subset
 
 
 def ask(workspace: Workspace, sql: str) -> list[dict[str, Any]]:
@@ -58,6 +59,27 @@ def test_soft_votes_add_up_probabilities_of_every_rank(workspace: Workspace) -> 
     assert soft["B02"]["share"] == pytest.approx(1.1 / 2)
 
 
+def test_median_votes_count_a_choice_that_was_not_stored_as_none(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    found = by_well(screen, ask(workspace, "SELECT * FROM image_votes"), "median")
+    names = ("winner", "votes", "runner_up_votes", "tie")
+    assert {well: tuple(row[name] for name in names) for well, row in found.items()} == {
+        "B01": ("DMSO", 0.5, 0.4, False),  # of 0.1 0.5 0.6, and of 0.3 0.4 0.9
+        "B02": ("taxol", 0.55, 0.4, False),  # of 0.3 0.8, and of 0.2 0.6
+        "B03": ("DMSO", 0.35, 0.35, True),  # of 0.2 0.5 both
+        "B04": ("taxol", 0.75, 0.25, False),
+    }
+    make, dmso, taxol = screen.factory, screen.labels["DMSO"], screen.labels["taxol"]
+    run = make.run(Stage.PREDICT, split_id=screen.split.id, parent_id=screen.train_run.id)
+    choices = [[(taxol, 0.8)], [(dmso, 0.6)], [(taxol, 0.6)]]
+    make.predict(run, make.cells_of(screen.segmentations["B01"]), choices)
+    query = "SELECT label, probability FROM image_label_medians WHERE run_id = ? ORDER BY label"
+    with open_questions(workspace) as questions:
+        rows = questions.ask(query, [run.id]).to_pylist()
+    # of 0, 0, 0.6 and of 0, 0.6, 0.8
+    assert [(row["label"], row["probability"]) for row in rows] == [("DMSO", 0.0), ("taxol", 0.6)]
+
+
 def test_truth_is_the_split_or_else_the_treatment(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     rows = by_well(screen, ask(workspace, "SELECT * FROM image_votes"), "hard")
@@ -67,6 +89,64 @@ def test_truth_is_the_split_or_else_the_treatment(workspace: Workspace) -> None:
         "B02": ("test", "taxol"),
         "B03": ("test", "taxol"),
         "B04": ("outside", "taxol"),
+    }
+
+
+def test_an_image_abstains_with_few_cells_or_a_close_vote(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    query = "SELECT * FROM image_votes"
+    with open_questions(workspace, rules=VoteRules(min_cells=2, min_margin=0.3)) as questions:
+        rows = questions.ask(query).to_pylist()
+        scores = questions.ask("FROM accuracy WHERE level = 'image' AND subset = 'test'")
+    hard = by_well(screen, rows, "hard")
+    names = ("winner", "margin", "abstained", "correct")
+    assert {well: tuple(row[name] for name in names) for well, row in hard.items()} == {
+        "B01": ("DMSO", pytest.approx(1 / 3), None, True),
+        "B02": ("taxol", 0.0, "close", None),
+        "B03": ("DMSO", 0.0, "close", None),
+        "B04": ("taxol", 1.0, "few cells", None),
+    }
+    found = {
+        row["vote"]: (row["n"], row["correct"], row["abstained"]) for row in scores.to_pylist()
+    }
+    assert found["hard"] == (1, 1, 2)
+
+
+def test_controls_are_left_out_of_the_verdicts(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    plate, labels = make.plate(), {name: make.label(name) for name in ("DMSO", "taxol")}
+    dmso = make.treatment("DMSO", control=Control.NEGATIVE)
+    wells = [make.well(plate, 1, 1, dmso), make.well(plate, 1, 2, make.treatment("taxol"))]
+    images = [make.image(well) for well in wells]
+    truths = list(labels.values())
+    split = make.split(list(zip(images, [Subset.TEST] * 2, truths, strict=True)))
+    run = make.run(Stage.PREDICT, split_id=split.id)
+    for image in images:
+        found = make.segmentation(image, make.run(Stage.SEGMENT), 1)
+        make.predict(run, make.cells_of(found), [[(labels["taxol"], 1.0)]])
+    query = "SELECT control, correct FROM verdicts WHERE level = 'image' AND vote = 'hard'"
+    assert sorted(row["correct"] for row in ask(workspace, query)) == [False, True]
+    with open_questions(workspace, rules=VoteRules(controls=False)) as questions:
+        rows = questions.ask(query).to_pylist()
+        assert rows == [{"control": None, "correct": True}]
+        assert questions.ask("SELECT DISTINCT control FROM run_images").num_rows == 2
+
+
+def test_two_runs_are_held_against_each_other(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    other = make.run(Stage.PREDICT, split_id=screen.split.id, parent_id=screen.train_run.id)
+    for well in ("B01", "B02"):
+        cells = make.cells_of(screen.segmentations[well])
+        make.predict(other, cells, [[(screen.labels["taxol"], 1.0)]] * len(cells))
+    rows = ask(workspace, "FROM disagreements WHERE level = 'image' AND vote = 'hard'")
+    names = {image.id: name for name, image in screen.images.items()}
+    assert {
+        names[row["unit_id"]]: (row["winner"], row["other_winner"], row["correct"], row["differ"])
+        for row in rows
+    } == {"B01": ("DMSO", "taxol", True, True), "B02": ("taxol", "taxol", True, False)}
+    assert {(row["run_id"], row["other_run_id"]) for row in rows} == {
+        (screen.predict_run.id, other.id)
     }
 
 
@@ -110,8 +190,10 @@ def test_accuracy_per_level_and_vote(workspace: Workspace) -> None:
         ("cell", "hard"): (7, 4),
         ("image", "hard"): (3, 2),
         ("image", "soft"): (3, 1),
+        ("image", "median"): (3, 2),
         ("well", "hard"): (3, 2),
         ("well", "soft"): (3, 1),
+        ("well", "median"): (3, 2),
     }
     assert all(row["accuracy"] == pytest.approx(row["correct"] / row["n"]) for row in rows)
 
@@ -198,7 +280,7 @@ def test_votes_equal_plain_sql_on_the_database(workspace: Workspace, seed: int) 
     assert sorted(tuple(row.values()) for row in ours) == [
         (*row[:4], pytest.approx(row[4])) for row in sorted(counts)
     ]
-    for row in ask(workspace, "SELECT * FROM image_votes"):
+    for row in ask(workspace, "SELECT * FROM image_votes WHERE vote <> 'median'"):
         mine = [c for c in counts if (c[0], c[1]) == (row["run_id"], row["image_id"])]
         weight = 3 if row["vote"] == "hard" else 4
         best = sorted(mine, key=lambda c: (-round(c[weight], 9), -round(c[4], 9), c[2].encode()))

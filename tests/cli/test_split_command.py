@@ -118,3 +118,9 @@ def test_a_pipeline_may_stop_at_warnings(cellstore, tmp_path):
         "split,plate,well,pert_iname\ntrain,P1,A01,DMSO\ntest,P1,A02,DMSO\n"
     )
     cellstore(*words, "--strict", code=0)  # a plate on both sides is only a remark
+
+
+def test_the_published_protocol_takes_no_group(cellstore, store):
+    words = ("split", "create", "p", "--protocol", "published", "--store", store)
+    said = cellstore(*words, "--group", "well", "--validation-size", "0.1", code=2).err
+    assert "leave out --group and --validation-size" in " ".join(said.split())

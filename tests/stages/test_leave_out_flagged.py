@@ -13,7 +13,7 @@ from small_training import TINY, Opener
 from sqlalchemy import select
 
 from cellstore.analytics import open_questions
-from cellstore.config import SplitParams, TrainParams
+from cellstore.config import SplitParams, TrainParams, VoteRules
 from cellstore.db.models import Cell, Image, Job, Recipe, RecipeInput, Run, Segmentation, Split
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.runs import Workspace
@@ -203,9 +203,9 @@ def test_the_views_of_questions_take_the_flags_of_one_run(workspace: Workspace) 
     question = "SELECT count(*) AS n FROM voters"
     with open_questions(workspace) as questions:
         assert questions.ask(question)["n"].to_pylist() == [10]
-    with open_questions(workspace, unflagged_by=run.id) as questions:
+    with open_questions(workspace, rules=VoteRules(unflagged_by=run.id)) as questions:
         assert questions.ask(question)["n"].to_pylist() == [6]
-    with open_questions(workspace, unflagged_by=run.id + 99) as questions:
+    with open_questions(workspace, rules=VoteRules(unflagged_by=run.id + 99)) as questions:
         assert questions.ask(question)["n"].to_pylist() == [10]
 
 

@@ -267,3 +267,14 @@ def test_all_folds_of_a_family_go_at_once(workspace: Workspace) -> None:
     with workspace.database.read() as session:
         assert session.scalars(select(SplitGroup)).all() == []
     assert all(item.created for item in create_folds(workspace, "cv", SplitParams(folds=3)))
+
+
+def test_a_split_and_a_cross_validation_have_no_name_in_common(workspace: Workspace) -> None:
+    fill(workspace, *["aspirin taxol"] * 3)
+    create_folds(workspace, "cv", SplitParams(folds=3))
+    create_split(workspace, "one")
+    with pytest.raises(UserInputError, match="There is a cross-validation 'cv' already"):
+        create_split(workspace, "cv")
+    with pytest.raises(UserInputError, match="There is a split 'one' already"):
+        create_folds(workspace, "one", SplitParams(folds=3))
+    assert [line.name for line in list_splits(workspace)] == ["cv-1", "cv-2", "cv-3", "one"]

@@ -7,19 +7,23 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import team_training
-from small_training import Opener, checkpoint
+from small_training import TINY, Opener, Trained, checkpoint
 from sqlalchemy import func, select
 from team_training import TOGETHER, environment, telling
 
 from cellstore.db.models import Run, RunMetric
-from cellstore.errors import UserInputError
+from cellstore.errors import TeamError, UserInputError
 from cellstore.ops import training
-from cellstore.stages.train import train
+from cellstore.ops.teams import Team
+from cellstore.stages.train import stage, train
 from cellstore.stages.train.model import share_of_batch
+from cellstore.stages.train.plan import make_plan
 from cellstore.terms import Stage, Status
 
 
@@ -58,3 +62,21 @@ def test_a_batch_is_shared_out() -> None:
     assert share_of_batch(512, 4) == 128
     with pytest.raises(UserInputError, match="batch of 7 cells cannot be shared out to 4"):
         share_of_batch(7, 4)
+
+
+def test_processes_that_found_other_things_do_not_train(trained: Trained, opened: Opener) -> None:
+    """The first process resolved its plan before the split changed, this one after."""
+    workspace = opened(trained.root)
+    plan = make_plan(workspace, TINY, (None, None, None))
+
+    class Second:
+        def of_first(self, work: Callable[[], str]) -> str:
+            return "the fingerprint that the first process found"
+
+    class Alone(Second):
+        def of_first(self, work: Callable[[], str]) -> str:
+            return work()
+
+    stage._check_agreed(cast(Team, Alone()), plan)
+    with pytest.raises(TeamError, match="asked for different things"):
+        stage._check_agreed(cast(Team, Second()), plan)

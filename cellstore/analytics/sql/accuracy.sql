@@ -1,12 +1,14 @@
 -- How often the answer is right: one row per predict run, side of the split, level and vote.
--- level and vote as in verdicts; accuracy is correct / n. See report for intervals and baselines.
+-- level and vote as in verdicts; n counts the answers, abstained those that were withheld (not in
+-- n), accuracy is correct / n. See report for intervals and baselines.
 SELECT
     run_id,
     subset,
     level,
     vote,
-    count(*) AS n,
+    count(*) FILTER (WHERE abstained IS NULL) AS n,
     count(*) FILTER (WHERE correct) AS correct,
-    avg(CAST(correct AS INTEGER)) AS accuracy
+    avg(CAST(correct AS INTEGER)) AS accuracy,
+    count(*) FILTER (WHERE abstained IS NOT NULL) AS abstained
 FROM verdicts
 GROUP BY run_id, subset, level, vote

@@ -3,15 +3,14 @@
 -- probabilities that all cells gave it (every stored rank). Only voters count.
 WITH votes AS (
     SELECT
-        p.run_id,
-        v.image_id,
-        p.label_id,
-        count(*) FILTER (WHERE p.rank = 1) AS cells,
+        run_id,
+        image_id,
+        label_id,
+        count(*) FILTER (WHERE rank = 1) AS cells,
         -- Decimals add up to the same sum in any order, so that ties are ties every time.
-        CAST(sum(CAST(p.probability AS DECIMAL(18, 12))) AS DOUBLE) AS probability
-    FROM predictions AS p
-    JOIN voters AS v ON v.cell_id = p.cell_id
-    GROUP BY p.run_id, v.image_id, p.label_id
+        CAST(sum(CAST(probability AS DECIMAL(18, 12))) AS DOUBLE) AS probability
+    FROM ballots
+    GROUP BY run_id, image_id, label_id
 )
 SELECT
     v.run_id,

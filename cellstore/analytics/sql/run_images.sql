@@ -2,7 +2,7 @@
 -- One row per run (run_id) and image (image_id). subset is train, validation, test, or outside
 -- where the split does not name the image; truth is the split's label, else the value of the
 -- treatment in the split's field, else null. well_in_training: the network was trained on an
--- image of this very well.
+-- image of this very well. control: what the treatment of the well is a control of, else null.
 WITH asked AS (
     SELECT r.id AS run_id, coalesce(r.split_id, trained.split_id) AS split_id
     FROM runs AS r
@@ -19,13 +19,15 @@ SELECT
     asked.run_id,
     i.id AS image_id,
     i.well_id,
+    w.plate_id,
     asked.split_id,
     coalesce(m.subset, 'outside') AS subset,
     coalesce(
         l.value,
         CASE s.field WHEN 'pert_iname' THEN t.pert_iname WHEN 'target' THEN t.target END
     ) AS truth,
-    tw.well_id IS NOT NULL AS well_in_training
+    tw.well_id IS NOT NULL AS well_in_training,
+    t.control
 FROM asked
 CROSS JOIN images AS i
 LEFT JOIN splits AS s ON s.id = asked.split_id

@@ -1,40 +1,57 @@
 -- Every answer beside its truth: one row per predict run and cell, image or well.
--- level is cell, image or well, and unit_id the id of that cell, image or well. A cell has one
--- answer, its first choice, listed under vote hard; images and wells have hard and soft ones.
--- confidence is the probability of a cell's first choice, or the winner's share of the vote;
--- truth_place as in image_votes. Answers without a known truth are left out.
+-- level is cell, image or well, and unit_id the id of that cell, image or well; image_id is null
+-- for a well. A cell has one answer, its first choice, listed under vote hard; images and wells
+-- have hard, soft and median ones. confidence is the probability of a cell's first choice, or the
+-- winner's share of the vote; truth_place, truth_probability and abstained as in image_votes (for
+-- a cell truth_probability is null where the truth is not among its stored choices). correct is
+-- null where it abstained. Answers without a known truth are left out; so are controls, if
+-- vote_rules says so.
 WITH cell_answers AS (
     SELECT
-        p.run_id,
-        p.cell_id,
+        b.run_id,
+        b.cell_id,
+        any_value(b.image_id) AS image_id,
         any_value(ri.well_id) AS well_id,
+        any_value(ri.plate_id) AS plate_id,
         any_value(ri.subset) AS subset,
+        any_value(ri.control) AS control,
         any_value(ri.truth) AS truth,
-        max(l.value) FILTER (WHERE p.rank = 1) AS predicted,
-        max(p.probability) FILTER (WHERE p.rank = 1) AS confidence,
-        min(p.rank) FILTER (WHERE l.value = ri.truth) AS truth_place
-    FROM predictions AS p
-    JOIN voters AS v ON v.cell_id = p.cell_id
-    JOIN labels AS l ON l.id = p.label_id
-    JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = v.image_id
-    GROUP BY p.run_id, p.cell_id
+        max(l.value) FILTER (WHERE b.rank = 1) AS predicted,
+        max(b.probability) FILTER (WHERE b.rank = 1) AS confidence,
+        min(b.rank) FILTER (WHERE l.value = ri.truth) AS truth_place,
+        max(b.probability) FILTER (WHERE l.value = ri.truth) AS truth_probability
+    FROM ballots AS b
+    JOIN labels AS l ON l.id = b.label_id
+    JOIN run_images AS ri ON ri.run_id = b.run_id AND ri.image_id = b.image_id
+    GROUP BY b.run_id, b.cell_id
+),
+well_places AS (
+    SELECT w.id AS well_id, w.plate_id, t.control
+    FROM wells AS w
+    LEFT JOIN treatments AS t ON t.id = w.treatment_id
 ),
 answers AS (
     SELECT
-        run_id, subset, 'cell' AS level, 'hard' AS vote, cell_id AS unit_id, well_id,
-        truth, predicted, confidence, truth_place, false AS tie
+        run_id, subset, 'cell' AS level, 'hard' AS vote, cell_id AS unit_id, image_id, well_id,
+        plate_id, control, truth, predicted, confidence, truth_place, truth_probability,
+        false AS tie, CAST(NULL AS VARCHAR) AS abstained
     FROM cell_answers
     UNION ALL
     SELECT
-        run_id, subset, 'image' AS level, vote, image_id AS unit_id, well_id,
-        truth, winner AS predicted, share AS confidence, truth_place, tie
-    FROM image_votes
+        v.run_id, v.subset, 'image' AS level, v.vote, v.image_id AS unit_id, v.image_id, v.well_id,
+        p.plate_id, p.control, v.truth, v.winner AS predicted, v.share AS confidence,
+        v.truth_place, v.truth_probability, v.tie, v.abstained
+    FROM image_votes AS v
+    JOIN well_places AS p ON p.well_id = v.well_id
     UNION ALL
     SELECT
-        run_id, subset, 'well' AS level, vote, well_id AS unit_id, well_id,
-        truth, winner AS predicted, share AS confidence, truth_place, tie
-    FROM well_votes
+        v.run_id, v.subset, 'well' AS level, v.vote, v.well_id AS unit_id, NULL AS image_id,
+        v.well_id, p.plate_id, p.control, v.truth, v.winner AS predicted, v.share AS confidence,
+        v.truth_place, v.truth_probability, v.tie, v.abstained
+    FROM well_votes AS v
+    JOIN well_places AS p ON p.well_id = v.well_id
 )
-SELECT *, predicted = truth AS correct
-FROM answers
-WHERE truth IS NOT NULL AND predicted IS NOT NULL
+SELECT a.*, CASE WHEN abstained IS NULL THEN predicted = truth END AS correct
+FROM answers AS a
+CROSS JOIN vote_rules AS r
+WHERE truth IS NOT NULL AND predicted IS NOT NULL AND (r.controls OR control IS NULL)

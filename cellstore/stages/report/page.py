@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...analytics import Questions, open_questions
 from ...artifacts import write_atomically
+from ...config import VoteRules
 from ...drawing.page import render
 from ...extras import need
 from ...ops import scores
@@ -69,7 +70,7 @@ def write_report(
     """
     need("report")
     subject = find_subject(workspace, run, leave_out_flagged)
-    with open_questions(workspace, unflagged_by=subject.qc_run_id) as questions:
+    with open_questions(workspace, rules=VoteRules(unflagged_by=subject.qc_run_id)) as questions:
         evidence = scored(questions, subject, force=force)
         content = _content(workspace, questions, subject, evidence)
     write_atomically(path, render("cellstore.stages.report", content).encode())

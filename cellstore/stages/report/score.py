@@ -11,6 +11,7 @@ from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
 
 from ...analytics import Questions, open_questions
+from ...config import VoteRules
 from ...db.models import Cell, Prediction, Recipe, Run, Segmentation, Split
 from ...errors import UnknownNameError, UserInputError
 from ...ops import scores
@@ -112,7 +113,7 @@ def report(
             quality-control run has not looked at these images or cells.
     """
     subject = find_subject(workspace, run, leave_out_flagged)
-    with open_questions(workspace, unflagged_by=subject.qc_run_id) as questions:
+    with open_questions(workspace, rules=VoteRules(unflagged_by=subject.qc_run_id)) as questions:
         return scored(questions, subject, force=force).result
 
 

@@ -55,6 +55,7 @@ def keep(workspace: Workspace, drawn: Sequence[Drawn], spec: RecipeSpec) -> tupl
     """
     with workspace.database.begin() as session:
         there = {item.name: _existing(session, item) for item in drawn}
+        _check_family(session, drawn[0])
         missing = [item for item in drawn if there[item.name] is None]
         if not missing:
             return tuple(result_of(session, split) for split in there.values() if split)
@@ -88,6 +89,16 @@ def _existing(session: Session, drawn: Drawn) -> Split | None:
             "Choose another name."
         )
     return found
+
+
+def _check_family(session: Session, drawn: Drawn) -> None:
+    """Keep a cross-validation and a split from having one name: each is used by it."""
+    taken = Split.family == drawn.name if drawn.family is None else Split.name == drawn.family
+    if session.scalar(select(Split.id).where(taken).limit(1)) is not None:
+        what = "a cross-validation" if drawn.family is None else "a split"
+        raise UserInputError(
+            f"There is {what} {drawn.family or drawn.name!r} already. Choose another name."
+        )
 
 
 def _insert(workspace: Workspace, drawn: Iterable[Drawn], recipe: Recipe) -> None:
