@@ -95,6 +95,18 @@ class ArtifactFolder:
                 yield (Path(folder) / name).relative_to(self.root).as_posix()
 
 
+@dataclass(frozen=True)
+class BorrowingFolder(ArtifactFolder):
+    """A folder that also reads the files of another one, and never writes there."""
+
+    lender: ArtifactFolder
+
+    def locate(self, path: str) -> Path:
+        """Return the place of a stored path: here, else where it is borrowed from."""
+        here = super().locate(path)
+        return here if here.exists() else self.lender.locate(path)
+
+
 def write_atomically(target: Path, data: bytes) -> None:
     """Write ``data`` so that ``target`` is whole or as before, also after a power cut.
 

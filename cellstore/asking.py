@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ContrastParams
+from .config import ContrastParams, Selection
 from .errors import UnknownNameError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from .runs.workspace import Workspace
-    from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
+    from .stages.audit import ArtifactAudit, Audit, CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
     from .stages.export_model import ExportedModel
     from .stages.report import ReportResult
+    from .stages.repro import Check, Done, Order, Repro
     from .stages.status import StatusResult
     from .stages.verify import VerifyResult
+    from .terms import Stage
 
 
 class Answers:
@@ -89,6 +91,55 @@ class Answers:
 
         return audit_run(self.workspace, run)
 
+    def audit_artifact(self, name: str) -> ArtifactAudit:
+        """Return what a file is to the store, and what came of it; see ``stages.audit``."""
+        from .stages.audit import audit_artifact
+
+        return audit_artifact(self.workspace, name)
+
+    def audit(self, name: str) -> Audit:
+        """Return the audit of whatever ``name`` names: an image, a well, a run or a file."""
+        from .stages.audit import audit_anything
+
+        return audit_anything(self.workspace, name)
+
+    def lineage_page(self, audit: Audit | CellAudit, html: str | Path) -> Path:
+        """Write a page with a picture of where the audited thing comes from, and what came of it.
+
+        Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed.
+            StorageError: the file cannot be written.
+        """
+        from .stages.audit import write_lineage
+
+        return write_lineage(self.workspace, audit, Path(html))
+
+    def repro(self, run: str = "latest") -> Repro:
+        """Return the commands and versions that redo a run, and all that it relies on."""
+        from .stages.repro import repro
+
+        return repro(self.workspace, run)
+
+    def check_run(
+        self,
+        run: str = "latest",
+        *,
+        images: int | None = None,
+        device: str = "auto",
+        weights: str | Path | None = None,
+    ) -> Check:
+        """Redo a run beside the store, and compare; see ``stages.repro.check``."""
+        from .stages.repro import Done, check
+
+        def carry_out(workspace: Workspace, stage: Stage, order: Order, where: str | None) -> Done:
+            kind: Any = type(self)
+            store = kind(workspace)
+            run_id, failures = _carry_out(store, stage, order, where, device)
+            return Done(run_id, failures)
+
+        path = None if weights is None else Path(weights)
+        return check(self.workspace, run, carry_out, images=images, weights=path)
+
     def sql(self, query: str, parameters: Any = None) -> pa.Table:
         """Answer a question in SQL (DuckDB, read only) as an Arrow table.
 
@@ -147,3 +198,34 @@ class Answers:
         from .stages.verify import verify
 
         return verify(self.workspace, fix=fix, minutes=minutes)
+
+
+_Ran = tuple[int | None, tuple[tuple[str, str], ...]]
+"""The number of a run, and the images that failed in it."""
+
+
+def _carry_out(store: Any, stage: Stage, order: Order, where: str | None, device: str) -> _Ran:
+    """Do what an order says on a store."""
+    params: Any = order.params
+    names = order.names
+    sources = {name: names.get(name) for name in ("split", "segmentation", "measurement")}
+    if "baseline" in names:
+        kinds = [names["baseline"]]
+        results = store.train_baselines(kinds, params, **sources, force=True, predict=False)
+        return results[0].run_id, ()
+    match stage.value:
+        case "segment":
+            result = store.segment(params, Selection(where=where), device=device)
+        case "measure":
+            result = store.measure(
+                params, Selection(where=where), segmentation=sources["segmentation"]
+            )
+        case "split":
+            make = store.create_split if params.folds is None else store.create_folds
+            made = make(names["name"], params)
+            return (made if params.folds is None else made[0]).run_id, ()
+        case "train":
+            return store.train(params, **sources, device=device, force=True).run_id, ()
+        case _:
+            result = store.predict(params, run=names["run"], device=device)
+    return result.run_id, tuple(result.failures)

@@ -25,6 +25,7 @@ from . import (
     predictions,
     quality,
     questions,
+    repros,
     setup,
     splits,
 )
@@ -34,7 +35,18 @@ from .train_options import Sectioned
 
 ORDER = (
     *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "contrast"),
-    *("split", "train", "predict", "export-model", "report", "audit", "sql", "export", "status"),
+    *(
+        "split",
+        "train",
+        "predict",
+        "export-model",
+        "report",
+        "audit",
+        "repro",
+        "sql",
+        "export",
+        "status",
+    ),
     *("jobs", "retry", "cancel", "verify", "doctor", "db"),
 )
 
@@ -95,6 +107,7 @@ app.command("export-model")(predictions.export_model)
 app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
 app.add_typer(audits.app, name="audit")
+app.command("repro")(repros.repro)
 app.command("sql")(questions.sql)
 app.command("export")(exports.export)
 app.command("status")(house.status)
