@@ -20,6 +20,10 @@ ANYTHING = "anything"
 class Guessing(TyperGroup):
     """Takes a name without a kind for that of whatever has it."""
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the kinds; what guesses is no name to type."""
+        return [name for name in super().list_commands(ctx) if name != ANYTHING]
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command: the one that is named, else the one that guesses."""
         if args and args[0] not in self.commands and not args[0].startswith("-"):

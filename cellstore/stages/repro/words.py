@@ -85,13 +85,14 @@ def _measure(params: MeasureParams, names: dict[str, str]) -> tuple[list[str], l
 
 def _split(params: SplitParams, names: dict[str, str]) -> tuple[list[str], list[str]]:
     size = None if params.folds is not None else _number(params.test_size)
+    published = params.protocol == "published"  # which says these two itself
     words = [
         *("split", "create"),
         f"--protocol={params.protocol}",
         f"--field={params.field}",
-        f"--group={params.group_level}",
+        *([] if published else [f"--group={params.group_level}"]),
         *_option("test-size", size),
-        *_option("validation-size", _number(params.validation_size)),
+        *([] if published else _option("validation-size", _number(params.validation_size))),
         *_listed("test-plates", params.test_plates),
         *_listed("validation-plates", params.validation_plates),
         *_option("folds", params.folds),
