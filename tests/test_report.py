@@ -15,7 +15,8 @@ from sqlalchemy import update
 from unguarded import unguarded
 
 from cellstore import extras
-from cellstore.db.models import ImageFile, Segmentation, SplitMember
+from cellstore.config import VoteRules
+from cellstore.db.models import ImageFile, Segmentation, SplitMember, Well
 from cellstore.drawing.plates import layout_of
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.formats.files.images import encode_tiff
@@ -116,8 +117,6 @@ def test_a_leak_is_said_aloud(sqlite_workspace: Workspace) -> None:
     assert not report(sqlite_workspace).leaks
     make = screen.factory
     with sqlite_workspace.database.read() as session:
-        from cellstore.db.models import Well
-
         well = session.get_one(Well, screen.images["B01"].well_id)
     other = make.image(well, 2)
     with unguarded(sqlite_workspace) as session:
@@ -164,6 +163,35 @@ def test_the_test_side_is_scored_alone(sqlite_workspace: Workspace) -> None:
     forced = report(sqlite_workspace, force=True)
     assert forced.sides == ("outside", "train", "validation")
     assert forced.images == 4
+
+
+def test_a_well_on_two_sides_that_says_two_things_has_no_one_label(
+    sqlite_workspace: Workspace,
+) -> None:
+    screen = small_screen(sqlite_workspace, GroupLevel.IMAGE)
+    make = screen.factory
+    with sqlite_workspace.database.read() as session:
+        well = session.get_one(Well, screen.images["B01"].well_id)
+    other = make.image(well, 2)
+    with unguarded(sqlite_workspace) as session:
+        added = {"image_id": other.id, "label_id": screen.labels["DMSO"].id}
+        session.add(SplitMember(split_id=screen.split.id, subset=Subset.TRAIN, **added))
+    cells = make.cells_of(make.segmentation(other, screen.segment_run, 2))
+    make.predict(screen.predict_run, cells, [[(screen.labels["taxol"], 0.9)]] * 2)
+    found = {(item.well, item.n): item for item in report(sqlite_workspace, force=True).by_well}
+    assert (found["B01", 2].correct, found["B01", 2].predicted, found["B01", 2].seen) == (
+        *(1, None, True),
+    )
+    assert found["B02", 1].predicted == "taxol"
+
+
+def test_a_run_that_has_labelled_controls_alone(sqlite_workspace: Workspace) -> None:
+    screen = small_screen(sqlite_workspace)
+    run = screen.factory.run(Stage.PREDICT, parent_id=screen.train_run.id)
+    cells = screen.factory.cells_of(screen.segmentations["B01"])
+    screen.factory.predict(run, cells, [[(screen.labels["DMSO"], 0.9)]] * 3)
+    with pytest.raises(UserInputError, match="without --no-controls"):
+        report(sqlite_workspace, str(run.id), rules=VoteRules(controls=False))
 
 
 def test_which_run_is_meant(sqlite_workspace: Workspace) -> None:

@@ -129,8 +129,8 @@ class GroupScore:
 class WellScore:
     """One scored well: its images by hard votes, and what all its cells together say.
 
-    ``predicted`` is ``None`` where the well has no answer. ``seen``: the model was trained on
-    other images of this well.
+    ``predicted`` is ``None`` where the well has no answer, or two on two sides of the split.
+    ``seen``: the model was trained on other images of this well.
     """
 
     plate: str

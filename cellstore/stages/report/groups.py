@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -120,7 +121,7 @@ def by_well(
     truth = dict(zip(ids.tolist(), every.truth[_first(place, ids.size)].tolist(), strict=True))
     number = _per_well(given.well)
     right = _per_well(given.well[given.correct])
-    said = dict(zip(wells.given.well.tolist(), wells.given.predicted.tolist(), strict=True))
+    said = _one_answer(wells.given)
     seen = set(known.tolist())
     return tuple(
         WellScore(
@@ -187,6 +188,13 @@ def _first(place: NDArray[np.int64], size: int) -> NDArray[np.int64]:
     first = np.empty(size, np.int64)
     first[place[::-1]] = np.arange(place.size)[::-1]
     return first
+
+
+def _one_answer(given: Answers) -> dict[int, int]:
+    """What each well says, unless it says different things on two sides of a split."""
+    pairs = set(zip(given.well.tolist(), given.predicted.tolist(), strict=True))
+    times = Counter(well for well, _ in pairs)
+    return {well: code for well, code in pairs if times[well] == 1}
 
 
 def _per_well(wells: NDArray[np.int64]) -> dict[int, int]:

@@ -20,11 +20,11 @@ from . import groups
 from .answers import (
     CELLS,
     TOP,
-    VOTES,
     ByKey,
     Scale,
     answers_of,
     calibration_of,
+    read_votes,
     rows_of,
     scores_of,
     scores_where,
@@ -112,12 +112,17 @@ def gathered(
 
 def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
     """Return the report on ``subject``, with what it rests on."""
-    votes = questions.ask(VOTES, [subject.run.id])
+    votes = read_votes(questions, subject.run.id)
     counts = _images_by_side(votes)
     if not counts and subject.qc_run_id is not None:
         raise UserInputError(
             f"Quality-control run {subject.qc_run_id} has flagged all images that run "
             f"{subject.run.id} has labelled. Score them without --leave-out-flagged."
+        )
+    if not counts and not subject.rules.controls:
+        raise UserInputError(
+            f"Run {subject.run.id} has labelled no image of a treated well whose truth is known. "
+            "Score it without --no-controls."
         )
     sides = chosen_sides(counts, subject.run.id, force=force)
     votes = votes.filter(pc.is_in(votes["subset"], pa.array(sides)))
