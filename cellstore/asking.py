@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,13 @@ from .errors import UnknownNameError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .config import VoteRules
     from .runs.workspace import Workspace
     from .stages.audit import ArtifactAudit, Audit, CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
     from .stages.export_model import ExportedModel
-    from .stages.report import ReportResult
+    from .stages.report import Comparison, ReportResult
     from .stages.repro import Check, Done, Order, Repro
     from .stages.status import StatusResult
     from .stages.verify import VerifyResult
@@ -51,20 +53,58 @@ class Answers:
         self,
         run: str = "latest",
         *,
+        compare: str | None = None,
+        rules: VoteRules | None = None,
         html: str | Path | None = None,
         force: bool = False,
         leave_out_flagged: str | None = None,
+        maps: Sequence[str] = (),
     ) -> ReportResult:
         """Score a predict run, and write the page ``html`` if it is asked for.
 
-        ``leave_out_flagged``: see ``stages.report.report``.
+        ``compare``, ``rules`` and ``leave_out_flagged``: see ``stages.report.report``. ``maps``:
+        the features on the plate maps of the page.
         """
         from .stages.report import report, write_report
 
+        asked: dict[str, Any] = {
+            "compare": compare,
+            "rules": rules,
+            "force": force,
+            "leave_out_flagged": leave_out_flagged,
+        }
         if html is None:
-            return report(self.workspace, run, force=force, leave_out_flagged=leave_out_flagged)
-        return write_report(
-            self.workspace, run, Path(html), force=force, leave_out_flagged=leave_out_flagged
+            return report(self.workspace, run, **asked)
+        return write_report(self.workspace, run, Path(html), maps=maps, redo=self._script, **asked)
+
+    def _script(self, run_id: int) -> str:
+        return self.repro(str(run_id)).script
+
+    def compare(
+        self,
+        first: str,
+        second: str,
+        *,
+        level: str = "image",
+        vote: str = "hard",
+        limit: int | None = None,
+        rules: VoteRules | None = None,
+        force: bool = False,
+        leave_out_flagged: str | None = None,
+    ) -> Comparison:
+        """Say where two predict runs differ, and which is right; see ``stages.report.compare``."""
+        from .stages.report import compare
+
+        return compare(
+            self.workspace,
+            first,
+            second,
+            level=level,
+            vote=vote,
+            limit=limit,
+            rules=rules,
+            force=force,
+            leave_out_flagged=leave_out_flagged,
         )
 
     def audit_image(self, image: str) -> ImageAudit:

@@ -14,6 +14,7 @@ from . import (
     answers,
     audits,
     baselines,
+    compare,
     exports,
     finetune,
     house,
@@ -41,6 +42,7 @@ ORDER = (
         "predict",
         "export-model",
         "report",
+        "compare",
         "audit",
         "repro",
         "sql",
@@ -106,6 +108,7 @@ app.command("predict")(predictions.predict)
 app.command("export-model")(predictions.export_model)
 app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
+app.command("compare")(compare.compare)
 app.add_typer(audits.app, name="audit")
 app.command("repro")(repros.repro)
 app.command("sql")(questions.sql)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from cellstore.config import Selection
+from cellstore.config import Selection, VoteRules
 from cellstore.errors import UserInputError
 
 StoreOption = Annotated[
@@ -96,6 +96,26 @@ QcRunOption = Annotated[
         show_default=False,
     ),
 ]
+MinCellsOption = Annotated[
+    int,
+    typer.Option(
+        "--min-cells", min=1, metavar="N", help="An image or well of fewer cells has no answer."
+    ),
+]
+MinMarginOption = Annotated[
+    float,
+    typer.Option(
+        "--min-margin",
+        min=0.0,
+        max=1.0,
+        metavar="SHARE",
+        help="An image or well has no answer where the first label has not SHARE (0 to 1) of the "
+        "vote more than the second.",
+    ),
+]
+ControlsOption = Annotated[
+    bool, typer.Option("--controls/--no-controls", help="Whether control wells count.")
+]
 ChannelsOption = Annotated[
     str | None,
     typer.Option(
@@ -125,6 +145,11 @@ def selection(
 ) -> Selection:
     """Return the images that the options name."""
     return Selection(tuple(plates or ()), tuple(wells or ()), where, limit)
+
+
+def vote_rules(min_cells: int, min_margin: float, controls: bool) -> VoteRules:
+    """Return what the options say about who has an answer."""
+    return VoteRules(min_cells=min_cells, min_margin=min_margin, controls=controls)
 
 
 def leave_out(wanted: bool, run: str | None) -> str | None:

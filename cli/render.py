@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -18,11 +19,27 @@ import typer
 SHOWN_PER_REASON = 10
 MIN_COLUMN = 6
 GAP = "  "
+WIDTH = 80
 
 
 def as_json(value: Any) -> None:
     """Print a result, or a list of rows, as JSON."""
-    typer.echo(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+    typer.echo(json_text(value), nl=False)
+
+
+def json_text(value: Any) -> str:
+    """Return a result, or a list of rows, as JSON."""
+    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def wrapped(text: str, width: int = WIDTH) -> None:
+    """Print a sentence in lines that fit a terminal."""
+    typer.echo(textwrap.fill(cell(text), width))
+
+
+def shortened(value: Any, width: int) -> str:
+    """Return a value as one line of at most ``width`` characters."""
+    return _cut(cell(value), width)
 
 
 def plain(value: Any) -> Any:

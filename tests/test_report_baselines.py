@@ -8,7 +8,9 @@ import pytest
 from factories import Factory
 from screens import SmallScreen, small_screen
 
+from cellstore.config import VoteRules
 from cellstore.db.models import Recipe, Run
+from cellstore.errors import UserInputError
 from cellstore.runs import Workspace, run_in
 from cellstore.stages.report import BaselineScore, Score, report, write_report
 from cellstore.stages.report.rivals import verdict
@@ -72,6 +74,22 @@ def test_a_baseline_that_has_labelled_a_part_is_not_compared(sqlite_workspace: W
     add_baseline(screen, "position", DMSO_EVERYWHERE, Status.RUNNING)
     found = [item for item in report(sqlite_workspace).baselines if item.level == "image"]
     assert [(i.run_id, i.n) for i in found] == [(whole.id, 3)]
+
+
+def test_a_baseline_that_would_abstain_is_scored_all_the_same(sqlite_workspace: Workspace) -> None:
+    screen = small_screen(sqlite_workspace)
+    make = screen.factory
+    run = add_baseline(screen, "position", {})
+    said = zip((*screen.labels.values(), make.label("zinc")), (0.9, 0.8, 0.7), strict=True)
+    cells = make.cells_of(screen.segmentations["B01"])
+    make.predict(run, cells, [[choice] for choice in said])
+    # The run answers B01 alone, by 2 to 1 cells. The baseline is divided, 1 to 1 to 1: DMSO by
+    # probability, which is right.
+    found = report(sqlite_workspace, rules=VoteRules(min_margin=0.2))
+    assert (found.score("image", "hard").n, found.score("image", "hard").abstained) == (1, 2)
+    assert [(i.n, i.accuracy) for i in found.baselines if i.level == "image"] == [(1, 1.0)]
+    with pytest.raises(UserInputError, match="Lower --min-cells or --min-margin"):
+        report(sqlite_workspace, rules=VoteRules(min_margin=0.5))
 
 
 def test_a_report_on_a_baseline_does_not_compare_it_with_itself(

@@ -7,6 +7,7 @@ All functions raise ``UserInputError`` where there is nothing to score or length
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,41 @@ def accuracy(truth: ArrayLike, predicted: ArrayLike) -> float:
     return float(np.mean(truth == predicted))
 
 
+@dataclass(frozen=True)
+class ClassCounts:
+    """How often each of K classes is true, answered, and both: (K,) counts each."""
+
+    support: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    correct: NDArray[np.int64]
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        """``correct / support``; NaN for a class that is never true."""
+        return _ratio(self.correct, self.support)
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        """``correct / predicted``; NaN for a class that is never answered."""
+        return _ratio(self.correct, self.predicted)
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """``2 correct / (support + predicted)``; NaN for a class that is neither."""
+        return _ratio(2 * self.correct, self.support + self.predicted)
+
+
+def class_counts(truth: ArrayLike, predicted: ArrayLike, classes: int) -> ClassCounts:
+    """Count per class. ``truth`` and ``predicted`` are (N,) class numbers from 0 to K - 1.
+
+    It needs memory for K counts, not for K x K as a confusion matrix does.
+    """
+    truth, predicted = _pair(truth, predicted)
+    right = truth[truth == predicted]
+    found = (np.bincount(codes, minlength=classes) for codes in (truth, predicted, right))
+    return ClassCounts(*found)
+
+
 def confusion_matrix(
     truth: ArrayLike, predicted: ArrayLike, labels: Sequence[Any]
 ) -> NDArray[np.int64]:
@@ -29,22 +65,20 @@ def confusion_matrix(
     Raises ``UserInputError`` if a value is not among ``labels``.
     """
     truth, predicted = _pair(truth, predicted)
-    index = {label: position for position, label in enumerate(labels)}
-    missing = (set(truth.tolist()) | set(predicted.tolist())) - index.keys()
-    if missing:
-        raise UserInputError(f"Not among the classes to be counted: {sorted(map(str, missing))}.")
-    rows = np.array([index[value] for value in truth.tolist()])
-    columns = np.array([index[value] for value in predicted.tolist()])
-    size = len(index)
+    names = np.asarray(list(labels))
+    rows, columns = _places(truth, names), _places(predicted, names)
+    size = len(names)
     return np.bincount(rows * size + columns, minlength=size * size).reshape(size, size)
 
 
 def balanced_accuracy(truth: ArrayLike, predicted: ArrayLike) -> float:
     """Mean recall over the classes that occur in ``truth`` (Brodersen et al. 2010)."""
-    counts = _counts(truth, predicted)
-    true_count = counts.sum(axis=1)
-    present = true_count > 0
-    return float(np.mean(np.diag(counts)[present] / true_count[present]))
+    return balanced_of(_counts(truth, predicted))
+
+
+def balanced_of(counts: ClassCounts) -> float:
+    """Return the balanced accuracy of counts; see :func:`balanced_accuracy`."""
+    return float(np.nanmean(counts.recall))
 
 
 def macro_f1(truth: ArrayLike, predicted: ArrayLike) -> float:
@@ -52,9 +86,12 @@ def macro_f1(truth: ArrayLike, predicted: ArrayLike) -> float:
 
     F1 is 2 TP / (2 TP + FP + FN), as in scikit-learn's ``f1_score(average="macro")``.
     """
-    counts = _counts(truth, predicted)
-    both = counts.sum(axis=1) + counts.sum(axis=0)
-    return float(np.mean(2 * np.diag(counts) / both))
+    return macro_f1_of(_counts(truth, predicted))
+
+
+def macro_f1_of(counts: ClassCounts) -> float:
+    """Return the macro-F1 of counts; see :func:`macro_f1`."""
+    return float(np.nanmean(counts.f1))
 
 
 def top_k_accuracy(truth: ArrayLike, probabilities: ArrayLike, k: int = 5) -> float:
@@ -74,51 +111,58 @@ def top_k_accuracy(truth: ArrayLike, probabilities: ArrayLike, k: int = 5) -> fl
     return float(np.mean((first == truth[:, None]).any(axis=1)))
 
 
-def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
-    """Gap between confidence and accuracy, averaged over bins of equal width.
+def log_loss(probability: ArrayLike) -> float:
+    """Mean of -log(p) in nats, p the probability that was given to the true class.
 
-    ``confidence`` is (N,) in 0..1, ``correct`` (N,) booleans. Bins are (lower, upper], the
-    first includes 0; 15 bins as in Guo et al., "On Calibration of Modern Neural Networks",
-    ICML 2017, equation 3.
+    ``probability`` is (N,) in 0..1. A probability below the smallest step of a double at 1
+    (2.2e-16) counts as that, as in scikit-learn's ``log_loss``.
     """
-    confidence, correct = _pair(confidence, correct)
-    if not ((confidence >= 0) & (confidence <= 1)).all():
-        raise UserInputError("A confidence is not between 0 and 1.")
+    given = _shares(probability)
+    smallest = np.finfo(np.float64).eps
+    return float(-np.log(np.clip(given, smallest, 1 - smallest)).mean())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Answers by their confidence, in B bins of equal width: (B,) arrays.
+
+    ``edges`` is (B + 1,): bin i is (edges[i], edges[i + 1]], the first includes 0. ``n`` counts the
+    answers, ``confidence`` is their mean confidence and ``accuracy`` the share that is right, both
+    NaN where ``n`` is 0.
+    """
+
+    edges: NDArray[np.float64]
+    n: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+
+    @property
+    def error(self) -> float:
+        """Gap between confidence and accuracy, averaged over answers."""
+        gap = np.abs(self.confidence - self.accuracy) * self.n
+        return float(np.nansum(gap) / self.n.sum())
+
+
+def calibration(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Calibration:
+    """Return answers by confidence. ``confidence`` is (N,) in 0..1, ``correct`` (N,) booleans.
+
+    15 bins as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    confidence, correct = _pair(_shares(confidence), correct)
     edges = np.linspace(0, 1, bins + 1)
     bin_of = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    gap = np.bincount(bin_of, weights=correct.astype(np.float64) - confidence, minlength=bins)
-    return float(np.abs(gap).sum() / confidence.size)
+    number = np.bincount(bin_of, minlength=bins)
+    said = np.bincount(bin_of, weights=confidence, minlength=bins)
+    right = np.bincount(bin_of, weights=correct.astype(np.float64), minlength=bins)
+    return Calibration(edges, number, _ratio(said, number), _ratio(right, number))
 
 
-def bootstrap_interval(
-    correct: ArrayLike,
-    wells: ArrayLike,
-    seed: int = 0,
-    level: float = 0.95,
-    resamples: int = 2000,
-) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of an accuracy, drawing whole wells with replacement.
+def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
+    """Gap between confidence and accuracy, averaged over the bins of :func:`calibration`.
 
-    Images of a well are not independent, so wells are what is drawn (Field and Welsh 2007).
-    ``correct`` is (N,) booleans, one per image, and ``wells`` (N,) the well of each. The same
-    seed gives the same interval whatever the order of the images. Where all images are right, or
-    none is, all draws are alike and say nothing; then the interval is that of Clopper and Pearson
-    (1934) for as many wells. ``None`` for a single well: there is nothing to draw from.
+    Guo et al. 2017, equation 3.
     """
-    correct, wells = _pair(correct, wells)
-    names, well_of = np.unique(wells, return_inverse=True)
-    if names.size < 2:
-        return None
-    right = np.bincount(well_of, weights=correct).astype(np.float64)
-    images = np.bincount(well_of).astype(np.float64)
-    tail = (1 - level) / 2
-    if not right.any() or (right == images).all():
-        reach = 1 - tail ** (1 / names.size)
-        return (1 - reach, 1.0) if right.any() else (0.0, reach)
-    generator = np.random.Generator(np.random.PCG64(seed))
-    drawn = [_resample(generator, right, images) for _ in range(resamples)]
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return float(low), float(high)
+    return calibration(confidence, correct, bins).error
 
 
 def majority_baseline(train_truth: ArrayLike, test_truth: ArrayLike) -> tuple[Any, float]:
@@ -131,17 +175,31 @@ def majority_baseline(train_truth: ArrayLike, test_truth: ArrayLike) -> tuple[An
     return majority.item(), float(np.mean(_filled(test_truth) == majority))
 
 
-def _resample(
-    generator: np.random.Generator, right: NDArray[np.float64], images: NDArray[np.float64]
-) -> float:
-    drawn = generator.integers(0, right.size, right.size)
-    return float(right[drawn].sum() / images[drawn].sum())
-
-
-def _counts(truth: ArrayLike, predicted: ArrayLike) -> NDArray[np.int64]:
+def _counts(truth: ArrayLike, predicted: ArrayLike) -> ClassCounts:
     truth, predicted = _pair(truth, predicted)
-    labels = sorted(set(truth.tolist()) | set(predicted.tolist()))
-    return confusion_matrix(truth, predicted, labels)
+    names, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
+    return class_counts(codes[: truth.size], codes[truth.size :], names.size)
+
+
+def _places(values: NDArray[Any], names: NDArray[Any]) -> NDArray[np.int64]:
+    order = np.argsort(names, kind="stable")
+    found = np.searchsorted(names, values, sorter=order)
+    places: NDArray[np.int64] = order[np.minimum(found, names.size - 1)]
+    missing = np.unique(values[names[places] != values])
+    if missing.size:
+        raise UserInputError(f"Not among the classes to be counted: {missing.astype(str).tolist()}")
+    return places
+
+
+def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float64]:
+    return np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
+
+
+def _shares(values: ArrayLike) -> NDArray[np.float64]:
+    array = _filled(np.asarray(values, dtype=np.float64))
+    if not ((array >= 0) & (array <= 1)).all():
+        raise UserInputError("A probability or confidence is not between 0 and 1.")
+    return array
 
 
 def _pair(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session, aliased
 
 from ...analytics import Questions
 from ...db.models import Recipe, Run, Split
-from ...ops import scores
 from ...ops.baselines import BASELINES, NULLS
+from ...ops.intervals import bootstrap_interval
 from ...runs import Workspace
 from ...terms import Stage, Status
 from .facts import BaselineScore, Score
@@ -22,13 +22,15 @@ HEADLINE = ("image", "hard")
 LEVELS = (HEADLINE, ("well", "hard"), ("cell", "hard"))
 """What baselines are compared by."""
 
+# Where a rule lets a baseline abstain, its answer counts all the same: it is scored on the very
+# images that are scored.
 VOTES = """
-    SELECT level, vote, unit_id, well_id, correct FROM verdicts
+    SELECT level, vote, unit_id, well_id, predicted = truth AS correct FROM verdicts
     WHERE run_id = ? AND level IN ('image', 'well') AND vote = 'hard' AND list_contains(?, subset)
     ORDER BY level, unit_id
 """
 CELLS = """
-    SELECT level, vote, unit_id, well_id, correct FROM verdicts
+    SELECT level, vote, unit_id, well_id, predicted = truth AS correct FROM verdicts
     WHERE run_id = ? AND level = 'cell' AND list_contains(?, subset) ORDER BY unit_id
 """
 
@@ -94,7 +96,7 @@ def _scores(
 ) -> Iterator[BaselineScore]:
     votes = questions.ask(VOTES, [run.id, list(sides)])
     cells = questions.ask(CELLS, [run.id, list(sides)])
-    for level, vote in LEVELS:
+    for level, vote in [key for key in LEVELS if key[0] in units]:
         rows = cells if level == "cell" else votes.filter(pc.equal(votes["level"], level))
         rows = rows.filter(pc.is_in(rows["unit_id"], units[level]))
         if rows.num_rows and pc.all(pc.is_in(units[level], rows["unit_id"])).as_py():
@@ -103,7 +105,7 @@ def _scores(
 
 def _score(kind: str, run: Run, key: tuple[str, str], rows: pa.Table) -> BaselineScore:
     correct = rows["correct"].to_numpy()
-    interval = scores.bootstrap_interval(correct, rows["well_id"].to_numpy())
+    interval = bootstrap_interval(correct, rows["well_id"].to_numpy())
     return BaselineScore(
         baseline=kind,
         null=kind in NULLS,
