@@ -157,16 +157,18 @@ def lineage(writer: Writer, n_images: int, n_runs: int) -> None:
     sides = ("train", "train", "train", "validation", "test")
     members = ((1, n + 1, sides[n // SITES % 5], n // SITES % CLASSES + 1) for n in range(n_images))
     writer.write(SplitMember, ("split_id", "image_id", "subset", "label_id"), members)
-    runs = (
+    runs = [
         (
             *(n, stage, n, 3 if stage == "predict" else None),
             *(1 if stage in ("train", "predict") else None, "done", "bench", "0"),
             *("{}", "h", "u", MOMENT),
         )
         for n, stage in enumerate(stages, start=1)
-    )
+    ]
     columns = ("id", "stage", "recipe_id", "parent_id", "split_id", "status", "command")
-    writer.write(Run, (*columns, "code_version", "environment", "host", "user", "started_at"), runs)
+    columns = (*columns, "code_version", "environment", "host", "user", "started_at")
+    for some in (runs[:3], runs[3:]):  # parents before their children
+        writer.write(Run, columns, some)
 
 
 def found(writer: Writer, n_images: int, per_image: int) -> None:
