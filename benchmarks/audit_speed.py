@@ -24,11 +24,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select, text
+from sqlalchemy import event, func, select, text
 
 from cellstore.config import StoreSettings
 from cellstore.db.bulk import bulk_insert
 from cellstore.db.models import (
+    METADATA,
     Artifact,
     Cell,
     Image,
@@ -157,16 +158,18 @@ def lineage(writer: Writer, n_images: int, n_runs: int) -> None:
     sides = ("train", "train", "train", "validation", "test")
     members = ((1, n + 1, sides[n // SITES % 5], n // SITES % CLASSES + 1) for n in range(n_images))
     writer.write(SplitMember, ("split_id", "image_id", "subset", "label_id"), members)
-    runs = (
+    runs = [
         (
             *(n, stage, n, 3 if stage == "predict" else None),
             *(1 if stage in ("train", "predict") else None, "done", "bench", "0"),
             *("{}", "h", "u", MOMENT),
         )
         for n, stage in enumerate(stages, start=1)
-    )
+    ]
     columns = ("id", "stage", "recipe_id", "parent_id", "split_id", "status", "command")
-    writer.write(Run, (*columns, "code_version", "environment", "host", "user", "started_at"), runs)
+    columns = (*columns, "code_version", "environment", "host", "user", "started_at")
+    for some in (runs[:3], runs[3:]):  # parents before their children
+        writer.write(Run, columns, some)
 
 
 def found(writer: Writer, n_images: int, per_image: int) -> None:
@@ -257,11 +260,69 @@ def asking(
 
 
 def show(workspace: Workspace, repeats: int) -> None:
-    print(f"{'audit':<28}  median ms  slowest ms")
+    print(f"one query of one row: {1000 * floor(workspace):.1f} ms\n")
+    print(f"{'audit':<28}  median ms  slowest ms  queries  whole tables")
     for what, ask in questions(workspace, random.Random(0)).items():
-        ask()
+        with statements(workspace) as asked:
+            ask()
+        scans = sorted({table for one in asked for table in whole_tables(workspace, *one)})
         taken = [1000 * float(ask()) for _ in range(repeats)]  # type: ignore[arg-type]
-        print(f"{what:<28}  {statistics.median(taken):9.1f}  {max(taken):10.1f}", flush=True)
+        shown = f"{statistics.median(taken):9.1f}  {max(taken):10.1f}  {len(asked):7}"
+        print(f"{what:<28}  {shown}  {', '.join(scans) or 'none'}", flush=True)
+
+
+def floor(workspace: Workspace) -> float:
+    """What a query by primary key takes: this machine's share of each of an audit's queries."""
+    taken = []
+    for number in range(1, 51):
+        began = time.perf_counter()
+        with workspace.database.read() as session:
+            session.get(Image, number)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+@contextmanager
+def statements(workspace: Workspace) -> Iterator[list[tuple[str, Any]]]:
+    """Collect the questions that are put to the database."""
+    asked: list[tuple[str, Any]] = []
+
+    def listen(_c: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        if statement.lstrip().upper().startswith("SELECT"):
+            asked.append((statement, values))
+
+    event.listen(workspace.database.engine, "before_cursor_execute", listen)
+    yield asked
+    event.remove(workspace.database.engine, "before_cursor_execute", listen)
+
+
+def whole_tables(workspace: Workspace, statement: str, values: Any) -> list[str]:
+    """The tables of 10,000 rows or more that the plan of a question reads from end to end."""
+    sqlite = workspace.database.is_sqlite
+    explain = "EXPLAIN QUERY PLAN" if sqlite else "EXPLAIN (FORMAT JSON)"
+    with workspace.database.read() as session:
+        connection = session.connection()
+        rows = connection.exec_driver_sql(f"{explain} {statement}", values).all()
+        if sqlite:
+            lines = [str(row[3]).split() for row in rows]
+            found = [line[1] for line in lines if line[0] == "SCAN"]
+        else:
+            nodes = below(rows[0][0][0]["Plan"])
+            found = [node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"]
+        return [table for table in found if is_big(session, table)]
+
+
+def below(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for part in plan.get("Plans", ()):
+        yield from below(part)
+
+
+def is_big(session: Any, table: str) -> bool:
+    if table not in METADATA.tables:
+        return False  # a subquery
+    query = f"SELECT count(*) FROM (SELECT 1 FROM {table} LIMIT 10000) AS some"
+    return bool(session.execute(text(query)).scalar_one() == 10_000)
 
 
 def show_command(root: Path, workspace: Workspace, repeats: int) -> None:

@@ -222,7 +222,12 @@ def test_all_steps_in_order_as_a_script(workspace: Workspace) -> None:
     assert [step.run_id for step in found.steps] == sorted(step.run_id for step in found.steps)
     assert [step.stage for step in found.steps] == ["segment", "measure", "train", "predict"]
     later = make.run(Stage.TRAIN, make.recipe(Stage.TRAIN), split_id=screen.split.id)
+    other = make.run(Stage.INGEST, command="cellstore demo")
     script = repro(workspace, str(later.id)).script
+    assert other.id > later.id
+    assert "cellstore demo" not in repro(workspace, str(make.run(Stage.QC).id)).script.replace(
+        "# Mind: it was begun by: cellstore demo", ""
+    )
     assert "cellstore ingest 'a b.csv'" in script
     assert "# reads maps rm -rf ~ `x`.csv, sha256" in script
     assert not any(line.startswith("rm ") for line in script.splitlines())

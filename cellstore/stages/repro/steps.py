@@ -32,6 +32,9 @@ SELECTIONS = ("--plate", "--well", "--where", "--limit")
 """What says which images a command was about: no part of a recipe, so it is read as typed."""
 
 _BY_IMAGE = (Stage.SEGMENT, Stage.MEASURE)
+_COMMANDS = {Stage.INGEST: (("ingest",), ("refresh",))}
+"""How commands begin that make runs of a stage, where they are not called like it."""
+
 _NOT_PACKAGES = ("python", "platform", "resumed", "cellstore")
 
 
@@ -113,6 +116,8 @@ def step_of(session: Session, run: Run) -> Step:
     recipe = session.get_one(Recipe, run.recipe_id)
     order = order_of(session, run, recipe)
     typed = typed_words(run.command)
+    if typed is not None and typed[:1] not in _COMMANDS.get(run.stage, ((run.stage.value,),)):
+        typed = None  # of a command that does much more, such as demo
     if order is None:
         words: tuple[str, ...] = typed or ()
         doubts: tuple[str, ...] = () if typed else (f"it was begun by: {run.command}",)

@@ -85,14 +85,12 @@ def _measure(params: MeasureParams, names: dict[str, str]) -> tuple[list[str], l
 
 def _split(params: SplitParams, names: dict[str, str]) -> tuple[list[str], list[str]]:
     size = None if params.folds is not None else _number(params.test_size)
-    published = params.protocol == "published"  # which says these two itself
     words = [
         *("split", "create"),
         f"--protocol={params.protocol}",
         f"--field={params.field}",
-        *([] if published else [f"--group={params.group_level}"]),
+        *_of_groups(params),
         *_option("test-size", size),
-        *([] if published else _option("validation-size", _number(params.validation_size))),
         *_listed("test-plates", params.test_plates),
         *_listed("validation-plates", params.validation_plates),
         *_option("folds", params.folds),
@@ -107,6 +105,14 @@ def _split(params: SplitParams, names: dict[str, str]) -> tuple[list[str], list[
         *("--", names["name"]),
     ]
     return words, _commas("plate", (*params.test_plates, *params.validation_plates))
+
+
+def _of_groups(params: SplitParams) -> list[str]:
+    """What the published protocol settles: it splits single images, and none validates."""
+    if params.protocol == "published":
+        return []
+    size = _number(params.validation_size)
+    return [f"--group={params.group_level}", f"--validation-size={size}"]
 
 
 def _cuts(params: SplitParams) -> list[str]:
