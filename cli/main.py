@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from . import (
     answers,
+    asks,
     audits,
     baselines,
     exports,
@@ -34,7 +35,19 @@ from .train_options import Sectioned
 
 ORDER = (
     *("demo", "init", "ingest", "refresh", "segment", "finetune", "measure", "qc", "contrast"),
-    *("split", "train", "predict", "export-model", "report", "audit", "sql", "export", "status"),
+    *(
+        "split",
+        "train",
+        "predict",
+        "export-model",
+        "report",
+        "audit",
+        "ask",
+        "sql",
+        "schema",
+        "export",
+        "status",
+    ),
     *("jobs", "retry", "cancel", "verify", "doctor", "db"),
 )
 
@@ -95,7 +108,9 @@ app.command("export-model")(predictions.export_model)
 app.command("finetune")(finetune.finetune)
 app.command("report")(answers.report)
 app.add_typer(audits.app, name="audit")
+app.command("ask", context_settings=asks.OWN)(asks.ask)
 app.command("sql")(questions.sql)
+app.command("schema")(questions.schema)
 app.command("export")(exports.export)
 app.command("status")(house.status)
 app.command("jobs")(jobs.jobs)
