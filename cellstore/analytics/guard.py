@@ -128,7 +128,7 @@ def only_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
     """
     statement = _one_statement(connection, _checked_text(sql))
     words = tokens(statement.query)
-    if statement.type not in _READING or _changes(words):
+    if not _reads(statement) or _changes(words):
         raise QueryError(
             "A question can only read: SELECT, WITH, EXPLAIN, DESCRIBE, SHOW or SUMMARIZE. "
             "What a store holds is changed by the other commands of cellstore."
@@ -136,6 +136,13 @@ def only_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
     _check_functions(words)
     first, last = words[0].start, words[-1].end  # without what is said before and behind it
     return statement.query.encode()[first:last].decode().rstrip("; \n")
+
+
+def _reads(statement: duckdb.Statement) -> bool:
+    try:
+        return statement.type in _READING
+    except ValueError:  # a kind that the Python module has no name for: UPDATE EXTENSIONS
+        return False
 
 
 def _checked_text(sql: str) -> str:

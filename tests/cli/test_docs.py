@@ -20,7 +20,7 @@ PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
 init, ingest, refresh, segment, measure, qc, contrast, split create, split import, split list,
 split delete, split show, split check, train, predict, report, audit image, audit well, audit
-cell, audit run, sql, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor,
+cell, audit run, sql, ask, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor,
 demo, db upgrade, db check, db current
 """
 
