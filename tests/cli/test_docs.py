@@ -20,8 +20,8 @@ PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
 init, ingest, refresh, segment, measure, qc, contrast, split create, split import, split list,
 split delete, split show, split check, train, predict, report, audit image, audit well, audit
-cell, audit run, sql, ask, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor,
-demo, db upgrade, db check, db current
+cell, audit run, sql, ask, schema, export, status, jobs, retry, cancel, finetune, export-model,
+verify, doctor, demo, db upgrade, db check, db current
 """
 
 
