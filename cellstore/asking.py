@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from .errors import UnknownNameError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from .analytics import Limits, Questions
+    from .analytics.describing import RelationWords
+    from .analytics.saved import SavedQuestion
     from .config import VoteRules
     from .runs.workspace import Workspace
     from .stages.audit import ArtifactAudit, Audit, CellAudit, ImageAudit, RunAudit, WellAudit
@@ -180,17 +184,82 @@ class Answers:
         path = None if weights is None else Path(weights)
         return check(self.workspace, run, carry_out, images=images, weights=path)
 
-    def sql(self, query: str, parameters: Any = None) -> pa.Table:
+    def sql(
+        self,
+        query: str,
+        parameters: Sequence[object] | Mapping[str, object] | None = None,
+        limits: Limits | None = None,
+    ) -> pa.Table:
         """Answer a question in SQL (DuckDB, read only) as an Arrow table.
 
+        ``parameters`` fill its ``?`` or ``$name``.
+
         Raises:
-            QueryError: the question is wrong, or would do more than read.
+            QueryError: the question is wrong, would do more than read, or takes too much.
 
         """
+        with self.open_questions(limits) as questions:
+            return questions.ask(query, parameters)
+
+    def open_questions(self, limits: Limits | None = None) -> AbstractContextManager[Questions]:
+        """Open the store for several questions about one moment, or for answers of any size."""
         from .analytics import open_questions
 
-        with open_questions(self.workspace) as questions:
-            return questions.ask(query, parameters)
+        return open_questions(self.workspace, limits)
+
+    def ask(self, name: str, /, **parameters: object) -> pa.Table:
+        """Answer a saved question as an Arrow table; see :meth:`questions`.
+
+        Raises:
+            UnknownNameError: there is none of that name, it has no such parameter, or there is no
+                such run.
+            QueryError: it is an own question, and wrong.
+
+        """
+        question = self.question(name)
+        return self.sql(question.query, self.question_values(question, parameters))
+
+    def questions(self) -> list[SavedQuestion]:
+        """Return the saved questions: those of cellstore, and the store's own.
+
+        Own ones are files ``questions/NAME.sql`` in the folder of the store.
+        """
+        from .analytics.saved import saved_questions
+
+        return saved_questions(self.workspace)[0]
+
+    def question(self, name: str) -> SavedQuestion:
+        """Return one saved question; see ``analytics.saved.find_question``."""
+        from .analytics.saved import find_question
+
+        return find_question(self.workspace, name)
+
+    def question_values(
+        self, question: SavedQuestion, given: Mapping[str, object]
+    ) -> dict[str, object]:
+        """Return what is bound to the parameters of a question; see ``analytics.binding.bound``."""
+        from .analytics.binding import bound
+
+        return bound(self.workspace, question, given)
+
+    def question_problems(self) -> list[str]:
+        """Say which own questions cannot be asked, and why."""
+        from .analytics.saved import saved_questions
+
+        return saved_questions(self.workspace)[1]
+
+    def new_question(self, name: str, beginning: str | None = None) -> Path:
+        """Write the file of an own question; see ``analytics.saved.new_question``."""
+        from .analytics.saved import new_question
+
+        return new_question(self.workspace, name, beginning)
+
+    def schema(self) -> list[RelationWords]:
+        """Return every table, view and feature set in words, with all of their columns."""
+        from .analytics.describing import described
+
+        with self.open_questions() as questions:
+            return described(questions)
 
     def export(
         self,

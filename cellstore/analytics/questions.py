@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from ..config import VoteRules
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..runs.workspace import Workspace
 from ..terms import Stage, Status
+from .answer import Answer
 from .guard import (
     Limits,
     Parameters,
@@ -33,6 +34,7 @@ from .guard import (
     parameters_of,
     run_limited,
 )
+from .plans import described_plan
 from .schema import TABLES, arrow_schema, create_statement, quoted
 from .sets import SetRelation, list_sets, open_files
 from .snapshots import RunMark, rows_of_runs, snapshot
@@ -53,7 +55,6 @@ EXTENTS = """
     GROUP BY run_id
 """
 
-ANSWER_ROWS = 65_536
 _CATALOG_WORDS = re.compile(r"\s*(show|describe|desc)\b", re.IGNORECASE)
 
 
@@ -165,16 +166,35 @@ class Questions:
             QueryError: the statement is wrong, would write, reads files, or takes too much.
             StorageError: the snapshots cannot be written.
         """
+        reader = self.stream(sql, parameters)
+        return pa.Table.from_batches(self._within_memory(reader), schema=reader.schema)
+
+    def stream(self, sql: str, parameters: Parameters | None = None) -> Answer:
+        """Return the answer of one reading statement piece by piece, however large it is.
+
+        Ask nothing else before its last piece. Raises as :meth:`ask` does, also between pieces.
+        """
         statement = only_reading(self._empty, sql)
         bound = parameters_of(parameters)
         self._check(statement, bound)
-        if _CATALOG_WORDS.match(statement):
-            return self._run(self._empty, statement, bound)
-        needed = self._tables_of(statement)
+        needed = set() if _CATALOG_WORDS.match(statement) else self._tables_of(statement)
         if not needed:
             return self._run(self._empty, statement, bound)
         self._load(needed)
         return self._run(self._full, statement, bound)
+
+    def plan(self, sql: str, parameters: Parameters | None = None) -> str:
+        """Return how a question would be answered: one step a line, what it reads below it.
+
+        Raises as :meth:`ask` does.
+        """
+        statement = only_reading(self._empty, sql)
+        return described_plan(self.ask(f"EXPLAIN (FORMAT json) {statement}", parameters))
+
+    @property
+    def names(self) -> list[str]:
+        """All that can stand behind FROM: tables, views and feature sets."""
+        return [*TABLES, *self._views, *(item.name for item in self._sets.values())]
 
     def columns(self, name: str) -> list[tuple[str, str]]:
         """Return name and type of the columns of a table, a view or a feature set.
@@ -182,9 +202,8 @@ class Questions:
         Raises:
             UnknownNameError: there is none of that name.
         """
-        known = [*TABLES, *self._views, *(item.name for item in self._sets.values())]
-        if name not in known:
-            raise UnknownNameError.of("table", name, known)
+        if name not in self.names:
+            raise UnknownNameError.of("table", name, self.names)
         rows = self._empty.execute(f"DESCRIBE {quoted(name)}").fetchall()
         return [(str(row[0]), str(row[1])) for row in rows]
 
@@ -213,28 +232,19 @@ class Questions:
         behind = [self._bases[name] for name in words & self._bases.keys()]
         return (words & self._known).union(*behind)
 
-    def _run(
-        self, connection: duckdb.DuckDBPyConnection, statement: str, bound: object
-    ) -> pa.Table:
-        def work() -> pa.Table:
-            relation = connection.sql(statement, params=bound)
-            if relation is None:
-                raise QueryError("This statement has no answer; ask with SELECT.")
-            return self._collected(relation.to_arrow_reader(ANSWER_ROWS))
+    def _run(self, connection: duckdb.DuckDBPyConnection, statement: str, bound: object) -> Answer:
+        return Answer(connection, self._limits.seconds, statement, bound)
 
-        return run_limited(connection, self._limits.seconds, work)
-
-    def _collected(self, reader: pa.RecordBatchReader) -> pa.Table:
-        batches, size = [], 0
-        for batch in reader:
-            batches.append(batch)
+    def _within_memory(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        size = 0
+        for batch in batches:
             size += batch.nbytes
             if size > self._limits.answer_mb << 20:
                 raise QueryError(
                     f"The answer is larger than {self._limits.answer_mb} MB. "
                     "Ask for fewer rows or columns, for example with LIMIT."
                 )
-        return pa.Table.from_batches(batches, schema=reader.schema)
+            yield batch
 
     def _load(self, names: set[str]) -> None:
         for name in sorted(names - self._loaded):

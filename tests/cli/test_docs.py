@@ -20,8 +20,8 @@ PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
 init, ingest, refresh, segment, measure, qc, contrast, split create, split import, split list,
 split delete, split show, split check, train, predict, report, compare, audit image, audit well,
-audit cell, audit run, audit artifact, repro, sql, export, status, jobs, retry, cancel, finetune,
-export-model, verify, doctor, demo, db upgrade, db check, db current
+audit cell, audit run, audit artifact, repro, ask, sql, schema, export, status, jobs, retry, cancel,
+finetune, export-model, verify, doctor, demo, db upgrade, db check, db current
 """
 
 

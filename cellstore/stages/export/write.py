@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +17,7 @@ import pyarrow.parquet as pq
 
 from ...artifacts import PART
 from ...errors import StorageError
-
-_FORMULA = "^[=+\\-@\t\r]"
-"""What a spreadsheet takes for the beginning of a formula."""
+from ...formats.text.spreadsheets import disarmed
 
 Batches = Iterable[pa.Table]
 
@@ -40,10 +37,10 @@ def write_csv(
     ``for_spreadsheet`` puts a ' before texts that a spreadsheet would run as a formula.
     """
     if for_spreadsheet:
-        schema = _harmless(schema.empty_table()).schema
+        schema = disarmed(schema.empty_table()).schema
     with pc_csv.CSVWriter(path, schema) as writer:
         for batch in batches:
-            writer.write_table(_harmless(batch) if for_spreadsheet else batch)
+            writer.write_table(disarmed(batch) if for_spreadsheet else batch)
 
 
 def write_anndata(path: Path, schema: pa.Schema, batches: Batches, count: int) -> None:
@@ -84,15 +81,6 @@ def _series(column: pa.ChunkedArray) -> Any:
     codes = pc.fill_null(encoded.indices, -1).to_numpy()
     categories = np.array(encoded.dictionary.to_pylist(), dtype=object)
     return pd.Categorical.from_codes(codes, pd.Index(categories, dtype=object))
-
-
-def _harmless(batch: pa.Table) -> pa.Table:
-    for index, field in enumerate(batch.schema):
-        if pa.types.is_string(field.type):
-            texts = pc.replace_substring_regex(batch.column(index), f"({_FORMULA})", r"'\1")
-            batch = batch.set_column(index, field, texts)
-    names = [re.sub(f"({_FORMULA})", r"'\1", name) for name in batch.column_names]
-    return batch.rename_columns(names)
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:
