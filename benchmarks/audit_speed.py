@@ -321,7 +321,7 @@ def below(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def is_big(session: Any, table: str) -> bool:
     if table not in METADATA.tables:
         return False  # a subquery
-    query = f"SELECT count(*) FROM (SELECT 1 FROM {table} LIMIT 10000) AS some"
+    query = f"SELECT count(*) FROM (SELECT 1 FROM {table} LIMIT 10000) AS part"
     return bool(session.execute(text(query)).scalar_one() == 10_000)
 
 
