@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .stages.repro import Check, Done, Order, Repro
     from .stages.status import StatusResult
     from .stages.verify import VerifyResult
+    from .stages.votes import VotesResult
     from .terms import Stage
 
 
@@ -111,6 +112,30 @@ class Answers:
             leave_out_flagged=leave_out_flagged,
         )
 
+    def votes(
+        self,
+        run: str = "latest",
+        *,
+        level: str = "image",
+        vote: str = "hard",
+        rules: VoteRules | None = None,
+        leave_out_flagged: str | None = None,
+    ) -> VotesResult:
+        """Return the label of every image, or well, by the vote of its cells.
+
+        See ``stages.votes.count_votes``.
+        """
+        from .stages.votes import count_votes
+
+        return count_votes(
+            self.workspace,
+            run,
+            level=level,
+            vote=vote,
+            rules=rules,
+            leave_out_flagged=leave_out_flagged,
+        )
+
     def audit_image(self, image: str) -> ImageAudit:
         """Return every run that labelled an image, and what it was labelled from."""
         from .stages.audit import audit_image
@@ -149,6 +174,9 @@ class Answers:
 
     def lineage_page(self, audit: Audit | CellAudit, html: str | Path) -> Path:
         """Write a page with a picture of where the audited thing comes from, and what came of it.
+
+        ``parameters`` fill its ``?`` (a sequence) or ``$name`` (a mapping). ``rows``: only that
+        many of the answer, the first; ``limits``: the time and memory that it may take.
 
         Raises:
             MissingExtraError: matplotlib or jinja2 is not installed.

@@ -30,6 +30,7 @@ from . import (
     repros,
     setup,
     splits,
+    votes,
 )
 from .context import STOPPED
 from .options import StoreOption
@@ -42,6 +43,7 @@ ORDER = (
         "train",
         "predict",
         "export-model",
+        "votes",
         "report",
         "compare",
         "audit",
@@ -110,6 +112,7 @@ app.command("train", cls=Sectioned)(networks.train)
 app.command("predict")(predictions.predict)
 app.command("export-model")(predictions.export_model)
 app.command("finetune")(finetune.finetune)
+app.command("votes")(votes.votes)
 app.command("report")(answers.report)
 app.command("compare")(compare.compare)
 app.add_typer(audits.app, name="audit")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from cellstore.errors import UserInputError
 
@@ -20,8 +20,6 @@ from .context import say
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from cellstore.analytics.answer import Answer
 
 SHOWN_ROWS = 1000
 
@@ -33,6 +31,17 @@ class Format(StrEnum):
     CSV = "csv"
     JSON = "json"
     PARQUET = "parquet"
+
+
+class Batches(Protocol):
+    """An answer that comes piece by piece."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns."""
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        """Yield the pieces."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def checked(wanted: Wanted) -> Wanted:
     return wanted
 
 
-def write(answer: Answer, wanted: Wanted) -> None:
+def write(answer: Batches, wanted: Wanted) -> None:
     """Write an answer; a table holds the first rows only, all else as much as there is."""
     limit = wanted.limit
     if limit is None and wanted.form is Format.TABLE:

@@ -319,6 +319,23 @@ def _outcome(job: Future[T], passed: float | None) -> T:
         ) from error
 
 
+def tables_in(parsed: Any) -> set[str] | None:
+    """Return the names in what DuckDB's json_serialize_sql returns, None if it is an error."""
+    if isinstance(parsed, dict) and parsed.get("error"):
+        return None
+    names: set[str] = set()
+    waiting = [parsed]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            if node.get("type") == "BASE_TABLE":
+                names.add(str(node["table_name"]).lower())
+            waiting.extend(node.values())
+        elif isinstance(node, list):
+            waiting.extend(node)
+    return names
+
+
 def explained(error: Exception) -> QueryError:
     """Return the sentence for what DuckDB said."""
     text = str(error)

@@ -8,23 +8,23 @@ question needs it.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
-from pyarrow.dataset import dataset
 
 from ..artifacts import ArtifactFolder
 from ..config import VoteRules
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..runs.workspace import Workspace
-from ..terms import Stage, Status
 from .answer import Answer
+from .copies import COUNTS, PLACED, WRITERS, Copies, final_states
 from .guard import (
     Limits,
     Parameters,
@@ -33,22 +33,14 @@ from .guard import (
     only_reading,
     parameters_of,
     run_limited,
+    tables_in,
 )
 from .plans import described_plan
 from .schema import TABLES, arrow_schema, create_statement, quoted
 from .sets import SetRelation, list_sets, open_files
-from .snapshots import RunMark, rows_of_runs, snapshot
+from .snapshots import RunMark
 from .source import Source, open_source
 from .views import queries
-
-WRITERS = {
-    "cells": (Stage.SEGMENT, Stage.INGEST),
-    "features": (Stage.MEASURE,),
-    "predictions": (Stage.PREDICT,),
-    "image_quality": (Stage.QC,),
-    "cell_flags": (Stage.QC,),
-}
-"""The big tables, read from snapshots, and the stages whose runs write them."""
 
 EXTENTS = """
     SELECT run_id, count(*) || ' images, ' || sum(n_cells) || ' cells' FROM segmentations
@@ -60,11 +52,17 @@ _CATALOG_WORDS = re.compile(r"\s*(show|describe|desc)\b", re.IGNORECASE)
 
 @contextmanager
 def open_questions(
-    workspace: Workspace, limits: Limits | None = None, *, rules: VoteRules | None = None
+    workspace: Workspace,
+    limits: Limits | None = None,
+    *,
+    rules: VoteRules | None = None,
+    runs: Collection[int] | None = None,
 ) -> Iterator[Questions]:
     """Open a store for questions.
 
     ``rules``: how cells vote in the views; by default every cell that is not excluded does.
+    ``runs``: the predict runs that are asked about; what others said is not read, as if they had
+    said nothing.
 
     Raises:
         DatabaseError: the database cannot be reached.
@@ -80,7 +78,10 @@ def open_questions(
         _connection(limits, cache) as full,
     ):
         views = queries(rules or VoteRules())
-        yield Questions(source, workspace.artifacts, folder, limits, empty, full, views)
+        # Votes among cells that are not flagged are counted anew: flags may be added.
+        kept = (PLACED, COUNTS) if rules is None or rules.unflagged_by is None else (PLACED,)
+        copies = Copies(source, folder, _made(cache / "spill"), runs)
+        yield Questions(source, workspace.artifacts, copies, limits, empty, full, views, kept)
 
 
 @contextmanager
@@ -125,15 +126,16 @@ class Questions:
         self,
         source: Source,
         artifacts: ArtifactFolder,
-        folder: Path,
+        copies: Copies,
         limits: Limits,
         empty: duckdb.DuckDBPyConnection,
         full: duckdb.DuckDBPyConnection,
         view_queries: Mapping[str, str],
+        kept_views: Collection[str],
     ) -> None:
         self._source = source
         self._artifacts = artifacts
-        self._folder = folder
+        self._copies = copies
         self._limits = limits
         self._empty = empty
         self._full = full
@@ -145,11 +147,14 @@ class Questions:
         self._sets = {item.name.lower(): item for item in sets if not item.in_table}
         self._views = dict(view_queries)
         self._views |= {item.name: item.query for item in sets if item.in_table}
-        self._known = frozenset({*TABLES, *self._sets})
+        self._known = frozenset({*TABLES, *self._sets, *kept_views})
         for item in self._sets.values():
             self._make_empty(item)
         for name, query in self._views.items():
-            empty.execute(f"CREATE VIEW {quoted(name)} AS {query}")
+            if name in kept_views:
+                empty.execute(f"CREATE TABLE {quoted(name)} AS {query}")
+            else:
+                empty.execute(f"CREATE VIEW {quoted(name)} AS {query}")
         self._bases = {name: self._tables_of(f"FROM {quoted(name)}") for name in self._views}
 
     def _make_empty(self, found: SetRelation) -> None:
@@ -227,10 +232,15 @@ class Questions:
         return {name.lower() for name in names} & self._known
 
     def _tables_named(self, statement: str) -> set[str]:
-        """Return every table whose name, or that of a view on it, is a word of the statement."""
-        words = set(re.findall(r"\w+", statement.lower()))
-        behind = [self._bases[name] for name in words & self._bases.keys()]
-        return (words & self._known).union(*behind)
+        """Return every table that the statement names, itself or by a view on it."""
+        parsed = self._empty.execute(
+            "SELECT json_serialize_sql(?::VARCHAR)", [statement]
+        ).fetchall()[0]
+        names = tables_in(json.loads(parsed[0]))
+        if names is None:  # no plain SELECT: every word of it may be one
+            names = set(re.findall(r"\w+", statement.lower()))
+        behind = [self._bases[name] for name in names & self._bases.keys()]
+        return (names & self._known).union(*behind)
 
     def _run(self, connection: duckdb.DuckDBPyConnection, statement: str, bound: object) -> Answer:
         return Answer(connection, self._limits.seconds, statement, bound)
@@ -247,11 +257,12 @@ class Questions:
             yield batch
 
     def _load(self, names: set[str]) -> None:
-        for name in sorted(names - self._loaded):
-            self._load_table(name)
-            self._loaded.add(name)
+        for name in sorted(names):
+            if name not in self._loaded:  # one may load another
+                self._load_table(name)
+                self._loaded.add(name)
         for name, query in self._views.items():
-            if name not in self._views_made and self._bases[name] <= self._loaded:
+            if name not in self._known | self._views_made and self._bases[name] <= self._loaded:
                 self._full.execute(f"CREATE VIEW {quoted(name)} AS {query}")
                 self._views_made.add(name)
 
@@ -259,37 +270,40 @@ class Questions:
         if name in self._sets:
             found = self._sets[name]
             self._full.register(found.name, open_files(self._source, self._artifacts, found))
-            return
-        if name not in WRITERS:
-            self._full.register(name, self._live(name))
-            return
-        ended, others = self._runs(name)
-        files = [snapshot(self._folder, self._source, name, run) for run in ended]
-        # Handed over as an Arrow dataset: the connection itself may open no file at all.
-        self._full.register(f"copied {name}", dataset(files, arrow_schema(TABLES[name])))
-        self._full.register(f"live {name}", self._live(name, rows_of_runs(name, others or [-1])))
-        self._full.execute(
-            f'CREATE VIEW {name} AS FROM "copied {name}" UNION ALL FROM "live {name}"'
-        )
+        elif name not in WRITERS:
+            batches = list(self._source.read(TABLES[name]))
+            table = pa.Table.from_batches(batches, schema=arrow_schema(TABLES[name]))
+            self._full.register(name, table)
+        else:
+            self._load_big(name)
 
-    def _live(self, name: str, condition: str = "") -> pa.Table:
-        batches = list(self._source.read(TABLES[name], condition))
-        return pa.Table.from_batches(batches, schema=arrow_schema(TABLES[name]))
+    def _load_big(self, name: str) -> None:
+        ended, others = self._runs(name)
+        # Handed over as an Arrow dataset: the connection itself may open no file at all.
+        self._full.register(f"copied {name}", self._copies.of_ended(name, ended))
+        columns = ", ".join(quoted(column) for column, _ in self.columns(name))
+        # Names of our own models and numbers; nothing here comes from a user.
+        query = f'SELECT {columns} FROM "copied {name}"'  # noqa: S608
+        if others and name == COUNTS:
+            self._load({PLACED})
+            numbers = ", ".join(map(str, others))
+            query += f" UNION ALL FROM ({self._views[name]}) WHERE run_id IN ({numbers})"
+        elif others:
+            self._full.register(f"live {name}", self._copies.live(name, others))
+            query += f' UNION ALL SELECT {columns} FROM "live {name}"'  # noqa: S608
+        self._full.execute(f"CREATE VIEW {quoted(name)} AS {query}")
 
     def _runs(self, table: str) -> tuple[list[RunMark], list[int]]:
-        """Return the runs whose rows of a big table are final, and the numbers of the others.
-
-        A failed predict run may be gone on with; a failed run of another stage never is.
-        """
+        """Return the runs whose rows of a big table are final, and the numbers of the others."""
         self._load({"runs"})
         stages = [stage.value for stage in WRITERS[table]]
-        final = [Status.DONE] if table == "predictions" else [Status.DONE, Status.FAILED]
         query = """
             SELECT id, started_at::VARCHAR, ended_at::VARCHAR,
                 ended_at IS NOT NULL AND list_contains(?, status)
             FROM runs WHERE list_contains(?, stage) ORDER BY id
         """
-        rows = self._full.execute(query, [[item.value for item in final], stages]).fetchall()
+        found = self._full.execute(query, [final_states(table), stages]).fetchall()
+        rows = [row for row in found if self._copies.looked_at(table, row[0])]
         extents = self._extents() if table == "cells" else {row[0]: "" for row in rows}
         ended = [
             RunMark(row[0], row[1], row[2], extents[row[0]])

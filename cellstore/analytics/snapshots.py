@@ -9,19 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from sqlalchemy import Table
 
 from ..errors import StorageError
-from .schema import TABLES, arrow_schema
-from .source import Source
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the copies change, so that older ones are not read."""
 
 
@@ -37,10 +35,10 @@ class RunMark:
     ended_at: str
     extent: str = ""
 
-    def file_name(self, table: str) -> str:
-        """Return the name of the copy of what this run wrote into ``table``."""
+    def file_name(self, table: str, kind: str) -> str:
+        """Return the name of the copy of what this run wrote into ``table``; see ``snapshot``."""
         mark = f"{FORMAT} {self.started_at} {self.ended_at} {self.extent}".rstrip()
-        text = f"{mark} {arrow_schema(TABLES[table])}"
+        text = f"{mark} {kind}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return f"{table}-run{self.id}-{digest}.parquet"
 
@@ -53,19 +51,27 @@ def rows_of_runs(table: str, run_ids: Sequence[int]) -> str:
     return f"WHERE t.run_id IN ({numbers})"
 
 
-def snapshot(folder: Path, source: Source, table: str, run: RunMark) -> Path:
-    """Return the copy of what ``run`` wrote into ``table``, made now if there is none.
+def snapshot(
+    folder: Path,
+    table: str,
+    run: RunMark,
+    schema: pa.Schema,
+    rows: Callable[[], Iterator[pa.RecordBatch]],
+    made_by: str = "",
+) -> Path:
+    """Return the copy of what ``run`` wrote into ``table``; if there is none, ``rows`` are kept.
+
+    ``made_by``: the question that the rows answer, where they are not those of the database.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    target = folder / run.file_name(table)
+    target = folder / run.file_name(table, f"{schema}{made_by}")
     if _whole(target):
         return target
-    batches = source.read(TABLES[table], rows_of_runs(table, [run.id]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(target, TABLES[table], batches)
+        _write(target, schema, rows())
     except OSError as error:
         if isinstance(error, StorageError):
             raise
@@ -84,12 +90,12 @@ def _whole(path: Path) -> bool:
     return True
 
 
-def _write(target: Path, table: Table, batches: Iterator[pa.RecordBatch]) -> None:
+def _write(target: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            with pq.ParquetWriter(file, arrow_schema(table), compression="zstd") as writer:
+            with pq.ParquetWriter(file, schema, **_encoding(schema)) as writer:
                 for batch in batches:
                     writer.write_batch(batch)
             file.flush()
@@ -98,3 +104,14 @@ def _write(target: Path, table: Table, batches: Iterator[pa.RecordBatch]) -> Non
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _encoding(schema: pa.Schema) -> dict[str, Any]:
+    """Cells come in the order of their ids; numbers that hardly repeat need no dictionary."""
+    ascending = [name for name in ("cell_id",) if name in schema.names]
+    measured = {field.name for field in schema if pa.types.is_floating(field.type)}
+    return {
+        "compression": "lz4",
+        "use_dictionary": [name for name in schema.names if name not in {*ascending, *measured}],
+        "column_encoding": dict.fromkeys(ascending, "DELTA_BINARY_PACKED"),
+    }

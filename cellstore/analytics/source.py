@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -13,11 +13,11 @@ from sqlalchemy import Column, Table
 
 from ..db.session import Database
 from ..errors import DatabaseError, MissingExtraError
-from .schema import TIMESTAMP, arrow_schema, arrow_type, is_json, quoted
+from .schema import TIMESTAMP, arrow_schema, is_json, quoted
 
 BATCH_ROWS = 65_536
 
-_TYPE_GIVERS = {pa.int64(): "0", pa.int32(): "0", pa.float64(): "0.0"}
+_TYPE_GIVERS = {pa.int64(): "0", pa.int32(): "0", pa.bool_(): "0", pa.float64(): "0.0"}
 
 
 class Source(Protocol):
@@ -28,6 +28,17 @@ class Source(Protocol):
 
         ``condition`` is SQL of ours (never of a user), to follow ``FROM table AS t``.
         """
+
+    def select(
+        self, schema: pa.Schema, values: Sequence[str], origin: str
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield ``SELECT values FROM origin`` (SQL of ours) in the types of ``schema``.
+
+        ``{JOIN}`` in ``origin`` stands for a join that takes the left side first.
+        """
+
+    def another(self) -> AbstractContextManager[Source]:
+        """Open a connection of its own, to read rows that nobody changes beside this one."""
 
 
 @contextmanager
@@ -80,16 +91,26 @@ class _SqliteSource:
         return connection
 
     def read(self, table: Table, condition: str = "") -> Iterator[pa.RecordBatch]:
-        types = ", ".join(_type_giver(column) for column in table.columns)
-        values = ", ".join(_sqlite_value(column) for column in table.columns)
-        query = f"SELECT {types} UNION ALL {_select(values, table, condition)}"
+        values = [_sqlite_value(column) for column in table.columns]
+        return self.select(arrow_schema(table), values, _origin(table, condition))
+
+    def select(
+        self, schema: pa.Schema, values: Sequence[str], origin: str
+    ) -> Iterator[pa.RecordBatch]:
+        types = ", ".join(
+            f"{_TYPE_GIVERS.get(field.type, repr(''))} AS {quoted(field.name)}" for field in schema
+        )
+        query = f"SELECT {types} UNION ALL {_query(values, origin, 'CROSS JOIN')}"
         first = True
         with _explained(self._database), self._connection.cursor() as cursor:
             cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
             cursor.execute(query)
             for batch in cursor.fetch_record_batch():
-                yield _typed(batch.slice(1) if first else batch, table)
+                yield _typed(batch.slice(1) if first else batch, schema)
                 first = False
+
+    def another(self) -> AbstractContextManager[Source]:
+        return open_source(self._database)
 
 
 class _PostgresSource:
@@ -110,20 +131,28 @@ class _PostgresSource:
         return connection
 
     def read(self, table: Table, condition: str = "") -> Iterator[pa.RecordBatch]:
-        values = ", ".join(_postgres_value(column) for column in table.columns)
+        values = [_postgres_value(column) for column in table.columns]
+        return self.select(arrow_schema(table), values, _origin(table, condition))
+
+    def select(
+        self, schema: pa.Schema, values: Sequence[str], origin: str
+    ) -> Iterator[pa.RecordBatch]:
         with _explained(self._database), self._connection.cursor() as cursor:
-            cursor.execute(_select(values, table, condition))
+            cursor.execute(_query(values, origin, "JOIN"))
             for batch in cursor.fetch_record_batch():
-                yield _typed(batch, table)
+                yield _typed(batch, schema)
+
+    def another(self) -> AbstractContextManager[Source]:
+        return open_source(self._database)
 
 
-def _select(values: str, table: Table, condition: str) -> str:
+def _origin(table: Table, condition: str) -> str:
+    return f"{quoted(table.name)} AS t {condition}"
+
+
+def _query(values: Sequence[str], origin: str, join: str) -> str:
     # Names of our own models and numbers only; nothing here comes from a user.
-    return f"SELECT {values} FROM {quoted(table.name)} AS t {condition}"  # noqa: S608
-
-
-def _type_giver(column: Column[object]) -> str:
-    return f"{_TYPE_GIVERS.get(arrow_type(column), repr(''))} AS {quoted(column.name)}"
+    return f"SELECT {', '.join(values)} FROM {origin.replace('{JOIN}', join)}"  # noqa: S608
 
 
 def _sqlite_value(column: Column[object]) -> str:
@@ -138,8 +167,7 @@ def _postgres_value(column: Column[object]) -> str:
     return name
 
 
-def _typed(batch: pa.RecordBatch, table: Table) -> pa.RecordBatch:
-    schema = arrow_schema(table)
+def _typed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     columns = [
         _cast(values, field.type) for values, field in zip(batch.columns, schema, strict=True)
     ]

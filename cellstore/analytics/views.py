@@ -12,7 +12,9 @@ ORDER = (
     "vote_rules",
     "run_images",
     "voters",
+    "placed_predictions",
     "ballots",
+    "image_label_counts",
     "image_label_votes",
     "image_label_medians",
     "well_label_medians",
@@ -53,8 +55,9 @@ def queries(rules: VoteRules) -> dict[str, str]:
         f"{'true' if rules.controls else 'false'} AS controls"
     )
     if rules.unflagged_by is not None:
-        without = _view("voters_unflagged").query
-        found["voters"] = without.replace("{run}", str(int(rules.unflagged_by)))
+        for name in ("voters", "ballots"):
+            without = _view(f"{name}_unflagged").query
+            found[name] = without.replace("{run}", str(int(rules.unflagged_by)))
     return found
 
 

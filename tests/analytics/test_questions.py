@@ -88,9 +88,18 @@ def test_only_the_tables_that_a_question_needs_are_read(workspace: Workspace) ->
         assert snapshot_files(workspace) == []
         questions.ask("SELECT * FROM image_votes")
     assert {path.name.split("-")[0] for path in snapshot_files(workspace)} == {
-        "cells",
+        "image_label_counts",
         "predictions",
     }
+
+
+def test_a_column_that_is_named_like_a_table_is_none(sqlite_workspace: Workspace) -> None:
+    small_screen(sqlite_workspace)
+    query = "SELECT n_cells AS cells, $run AS features FROM image_votes WHERE run_id = $run"
+    with open_questions(sqlite_workspace) as questions:
+        assert questions.ask(query, {"run": -1}).num_rows == 0
+        assert questions.ask("WITH x AS (FROM plates) FROM x WHERE id = ?", [1]).num_rows == 1
+    assert not [path for path in snapshot_files(sqlite_workspace) if path.name.startswith("cells")]
 
 
 def test_snapshots_are_made_once_and_only_for_finished_runs(workspace: Workspace) -> None:

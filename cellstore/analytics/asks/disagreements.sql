@@ -1,6 +1,6 @@
 -- Images that two predict runs label differently, and which of the two is right.
 -- :runs (two predict runs)  The runs, with a comma between.
--- :vote (text) = hard  hard or soft.
+-- :vote (text) = hard  hard, soft or median.
 SELECT
     p.barcode AS plate, w.name AS well, i.site, a.truth,
     a.winner AS first_says, a.share AS first_share,
@@ -16,5 +16,6 @@ JOIN wells AS w ON w.id = i.well_id
 JOIN plates AS p ON p.id = w.plate_id
 WHERE
     a.run_id = $runs[1] AND b.run_id = $runs[2] AND a.vote = $vote
+    AND a.abstained IS NULL AND b.abstained IS NULL
     AND a.winner IS DISTINCT FROM b.winner
 ORDER BY p.barcode, w.row, w."column", i.site, i.plane, i.time_point

@@ -7,55 +7,86 @@
 -- abstained: null, few cells or close, by vote_rules. truth_place is the place of the true label
 -- (1: winner, null: no cell named it among its stored choices); truth_probability the mean
 -- probability that the cells gave it; correct is null without a truth or where it abstained.
-WITH counted AS (
-    SELECT lv.*, v.vote, CASE v.vote WHEN 'hard' THEN lv.cells ELSE lv.probability END AS weight
-    FROM image_label_votes AS lv
-    CROSS JOIN (VALUES ('hard'), ('soft')) AS v(vote)
+WITH named AS (
+    SELECT id, value, row_number() OVER (ORDER BY value DESC, id DESC) AS late FROM labels
+),
+meant AS (
+    SELECT value, list(late) AS lates FROM named GROUP BY value
+),
+late_by_id AS (
+    -- Looked up rather than joined: DuckDB would build the join on the long side.
+    SELECT list(late ORDER BY i.id) AS lates
+    FROM (SELECT unnest(range(1, max(id) + 1)) AS id FROM labels) AS i
+    LEFT JOIN named AS n ON n.id = i.id
+),
+told AS NOT MATERIALIZED (
+    SELECT c.run_id, c.image_id, c.cells, c.probability, n.lates[c.label_id] AS late
+    FROM image_label_counts AS c
+    CROSS JOIN late_by_id AS n
+),
+-- What decides is an entry, in the order of its parts: late is small for a label that is late in
+-- the alphabet. Each vote is counted by itself, so that one alone can be asked for.
+voted AS (
+    SELECT run_id, image_id, 'hard' AS vote, max(entry, 2) AS best, list(entry) AS entries,
+        CAST(sum(cells) AS BIGINT) AS n_cells
+    FROM (
+        SELECT run_id, image_id, cells, struct_pack(weight := CAST(cells AS DOUBLE), probability := probability, late := late) AS entry
+        FROM told
+    )
+    GROUP BY run_id, image_id
     UNION ALL
-    SELECT lv.*, 'median' AS vote, m.probability AS weight
-    FROM image_label_votes AS lv
-    JOIN image_label_medians AS m
-        ON m.run_id = lv.run_id AND m.image_id = lv.image_id AND m.label = lv.label
+    SELECT run_id, image_id, 'soft' AS vote, max(entry, 2) AS best, list(entry) AS entries,
+        CAST(sum(cells) AS BIGINT) AS n_cells
+    FROM (
+        SELECT run_id, image_id, cells, struct_pack(weight := probability, probability := probability, late := late) AS entry
+        FROM told
+    )
+    GROUP BY run_id, image_id
+    UNION ALL
+    SELECT run_id, image_id, 'median' AS vote, max(entry, 2) AS best, list(entry) AS entries,
+        CAST(sum(cells) AS BIGINT) AS n_cells
+    FROM (
+        SELECT told.run_id, told.image_id, told.cells, struct_pack(weight := m.probability, probability := told.probability, late := told.late) AS entry
+        FROM told
+        JOIN named AS n ON n.late = told.late
+        JOIN image_label_medians AS m
+            ON m.run_id = told.run_id AND m.image_id = told.image_id AND m.label = n.value
+    )
+    GROUP BY run_id, image_id
 ),
 placed AS (
     SELECT
-        *,
-        row_number() OVER (
-            PARTITION BY run_id, image_id, vote ORDER BY weight DESC, probability DESC, label
-        ) AS place
-    FROM counted
-),
-voted AS (
-    SELECT
-        run_id,
-        image_id,
-        any_value(well_id) AS well_id,
-        any_value(subset) AS subset,
-        vote,
-        max(label) FILTER (WHERE place = 1) AS winner,
-        max(weight) FILTER (WHERE place = 1) AS votes,
-        max(label) FILTER (WHERE place = 2 AND weight > 0) AS runner_up,
-        coalesce(max(weight) FILTER (WHERE place = 2), 0) AS runner_up_votes,
-        CAST(sum(cells) AS BIGINT) AS n_cells,
-        CASE vote WHEN 'median' THEN 1 ELSE nullif(sum(cells), 0) END AS whole,
-        any_value(truth) AS truth,
-        max(place) FILTER (WHERE label = truth) AS truth_place,
-        coalesce(max(probability) FILTER (WHERE label = truth), 0) / nullif(sum(cells), 0)
-            AS truth_probability
-    FROM placed
-    GROUP BY run_id, image_id, vote
+        v.*,
+        ri.well_id,
+        ri.subset,
+        ri.truth,
+        best[1].weight AS votes,
+        coalesce(best[2].weight, 0) AS runner_up_votes,
+        CASE v.vote WHEN 'median' THEN 1 ELSE nullif(n_cells, 0) END AS whole,
+        list_filter(entries, lambda entry: list_contains(t.lates, entry.late))[1] AS true_entry
+    FROM voted AS v
+    JOIN run_images AS ri ON ri.run_id = v.run_id AND ri.image_id = v.image_id
+    LEFT JOIN meant AS t ON t.value = ri.truth
 ),
 ruled AS (
     SELECT
-        v.*,
+        p.*,
+        w.value AS winner,
+        u.value AS runner_up,
         votes / whole AS share,
         (votes - runner_up_votes) / whole AS margin,
         votes = runner_up_votes AS tie,
         CASE
             WHEN n_cells < r.min_cells THEN 'few cells'
             WHEN (votes - runner_up_votes) / whole < r.min_margin THEN 'close'
-        END AS abstained
-    FROM voted AS v
+        END AS abstained,
+        CASE WHEN true_entry IS NOT NULL
+            THEN len(list_filter(entries, lambda entry: entry >= true_entry)) END AS truth_place,
+        CASE WHEN truth IS NOT NULL
+            THEN coalesce(true_entry.probability, 0) / nullif(n_cells, 0) END AS truth_probability
+    FROM placed AS p
+    JOIN named AS w ON w.late = best[1].late
+    LEFT JOIN named AS u ON u.late = best[2].late AND runner_up_votes > 0
     CROSS JOIN vote_rules AS r
 )
 SELECT
@@ -75,6 +106,6 @@ SELECT
     abstained,
     truth,
     truth_place,
-    CASE WHEN truth IS NOT NULL THEN truth_probability END AS truth_probability,
+    truth_probability,
     CASE WHEN abstained IS NULL THEN winner = truth END AS correct
 FROM ruled

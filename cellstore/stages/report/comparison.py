@@ -92,7 +92,8 @@ def compare(
         raise UnknownNameError.of("vote", vote, VOTES)
     one = find_subject(workspace, first, leave_out_flagged, rules)
     other = find_subject(workspace, second, leave_out_flagged, rules)
-    with open_questions(workspace, rules=one.rules) as questions:
+    about = {one.run.id, other.run.id}
+    with open_questions(workspace, rules=one.rules, runs=about) as questions:
         return compare_subjects(
             questions, one, other, level=level, vote=vote, limit=limit, force=force
         )

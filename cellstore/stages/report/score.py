@@ -102,7 +102,9 @@ def gathered(
     """Open the store for the report on a run, with the report; arguments as in :func:`report`."""
     subject = find_subject(workspace, run, leave_out_flagged, rules)
     other = None if compare is None else find_subject(workspace, compare, None, subject.rules)
-    with open_questions(workspace, rules=subject.rules) as questions:
+    about = {item.run.id for item in (subject, other) if item is not None}
+    about |= {rival.id for rivals in subject.rivals.values() for rival in rivals}
+    with open_questions(workspace, rules=subject.rules, runs=about) as questions:
         evidence = scored(questions, subject, force=force)
         if other is not None:
             found = compare_subjects(questions, subject, other, force=force)

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from sqlalchemy import and_, select
-from sqlalchemy.orm import Session
-
 from ...analytics import Questions
 from ...config import VoteRules
-from ...db.models import Cell, Prediction, Recipe, Run, Segmentation, Split
-from ...errors import UnknownNameError, UserInputError
-from ...reading.flags import (
-    check_cells,
-    check_plates,
-    count_unseen,
-    find_qc_run,
-    unseen_note,
-)
+from ...db.models import Recipe, Run, Split
+from ...errors import UserInputError
 from ...reading.learning import leak_of
-from ...runs import Workspace, run_in
-from ...terms import Stage, Status, Subset
+from ...reading.said import flags_on, predict_run
+from ...runs import Workspace
+from ...terms import Status, Subset
 from .rivals import find_rivals, kind_of
 
 PREFERRED = (Subset.TEST.value, "outside", Subset.VALIDATION.value)
@@ -78,7 +69,7 @@ def _subject(
     workspace: Workspace, reference: str, leave_out_flagged: str | None, rules: VoteRules | None
 ) -> Subject:
     with workspace.database.read() as session:
-        run = _predict_run(session, reference)
+        run = predict_run(session, reference)
         parent = session.get(Run, run.parent_id) if run.parent_id else None
         split_id = run.split_id or (parent.split_id if parent else None)
         if split_id is None:
@@ -87,7 +78,7 @@ def _subject(
         rules = rules or VoteRules()
         if leave_out_flagged is None and rules.unflagged_by is not None:
             leave_out_flagged = str(rules.unflagged_by)
-        qc, notes = _qc_run(session, leave_out_flagged, run)
+        qc, notes = flags_on(session, leave_out_flagged, run)
         return Subject(
             run,
             session.get_one(Split, split_id),
@@ -96,39 +87,6 @@ def _subject(
             notes,
             feature_leak=None if parent is None else leak_of(session, parent, split_id),
         )
-
-
-def _predict_run(session: Session, reference: str) -> Run:
-    named = reference not in ("latest", "last")
-    run = run_in(session, reference, () if named else (Stage.PREDICT,))
-    if run.stage == Stage.TRAIN:
-        later = select(Run).where(Run.parent_id == run.id, Run.stage == Stage.PREDICT)
-        done = later.where(Run.status == Status.DONE).order_by(Run.id.desc()).limit(1)
-        run = session.scalars(done).first() or run
-    if run.stage != Stage.PREDICT:
-        raise UnknownNameError(
-            f"Run {run.id} ({Stage(run.stage).value}) has no predictions to report on. "
-            "Label images with a trained run first: cellstore predict"
-        )
-    return run
-
-
-def _qc_run(
-    session: Session, reference: str | None, run: Run
-) -> tuple[int | None, tuple[str, ...]]:
-    """The quality-control run whose flags count, and what must be said of it."""
-    if reference is None:
-        return None, ()
-    qc = find_qc_run(session, reference)
-    said = and_(Prediction.run_id == run.id, Prediction.rank == 1)
-    seen = select(Segmentation).join(Cell, Cell.segmentation_id == Segmentation.id)
-    seen = seen.join(Prediction, Prediction.cell_id == Cell.id).where(said)
-    images = seen.with_only_columns(Segmentation.image_id)
-    check_plates(session, qc, images)
-    for segment_id in session.scalars(seen.with_only_columns(Segmentation.recipe_id).distinct()):
-        check_cells(session, qc, segment_id)
-    unseen = count_unseen(session, qc, images)
-    return qc.id, (unseen_note(qc, unseen),) if unseen else ()
 
 
 def chosen_sides(counts: dict[str, int], run_id: int, *, force: bool) -> tuple[str, ...]:

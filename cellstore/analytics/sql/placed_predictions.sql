@@ -1,0 +1,13 @@
+-- What predict runs said, beside the place of the cell: one row per predict run, cell and stored
+-- choice, as in predictions, with the image of the cell and whether the cell is excluded.
+SELECT
+    p.run_id,
+    s.image_id,
+    p.cell_id,
+    c.excluded IS NOT NULL AS excluded,
+    p.rank,
+    p.label_id,
+    p.probability
+FROM predictions AS p
+JOIN cells AS c ON c.id = p.cell_id
+JOIN segmentations AS s ON s.id = c.segmentation_id
