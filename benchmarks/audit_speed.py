@@ -26,7 +26,6 @@ from typing import Any
 
 from sqlalchemy import event, func, select, text
 
-from cellstore.config import StoreSettings
 from cellstore.db.bulk import bulk_insert
 from cellstore.db.models import (
     METADATA,
@@ -48,6 +47,7 @@ from cellstore.db.models import (
     Well,
 )
 from cellstore.runs import Workspace, create_workspace, open_workspace
+from cellstore.settings import StoreSettings
 from cellstore.stages.audit import (
     audit_artifact,
     audit_cell,

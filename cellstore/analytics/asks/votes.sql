@@ -1,6 +1,6 @@
 -- What the cells of each image voted for, and by how much.
 -- :run (predict run) = latest  Whose labels.
--- :vote (text) = hard  hard: each cell has one vote; soft: each votes with its probabilities; median.
+-- :vote (text) = hard  hard: each cell has one vote; soft: with its probabilities; or median.
 -- :plate (text) = nothing  Only this plate.
 SELECT
     p.barcode AS plate, w.name AS well, i.site, v.winner, v.share, v.n_cells,

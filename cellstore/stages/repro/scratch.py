@@ -16,7 +16,6 @@ from sqlalchemy import Select, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from ...artifacts import BorrowingFolder
-from ...config import StoreSettings
 from ...db.bulk import in_lists
 from ...db.models import (
     METADATA,
@@ -46,6 +45,7 @@ from ...db.models import (
 from ...db.session import connect, sqlite_url
 from ...db.types import Base
 from ...runs import Workspace
+from ...settings import StoreSettings
 from ...terms import Status
 
 ROWS = 5_000
