@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import pyarrow as pa
 
@@ -61,20 +62,18 @@ def read_ended_run(source: Source, run_id: int) -> Iterator[pa.RecordBatch]:
 
     Nobody adds to that, so several connections read it side by side, each a range of cells.
     """
-    origin = ORIGIN % int(run_id)
     return side_by_side(
-        [
-            lambda low=low, high=high: _range(  # type: ignore[misc]
-                source, f"{origin} AND p.cell_id BETWEEN {low} AND {high}"
-            )
-            for low, high in _ranges(source, run_id)
-        ]
+        [partial(_range, source, int(run_id), low, high) for low, high in _ranges(source, run_id)]
     )
 
 
-def _range(source: Source, origin: str) -> Iterator[pa.RecordBatch]:
+def _range(source: Source, run_id: int, low: int, high: int) -> Iterator[pa.RecordBatch]:
+    origin = f"{ORIGIN % run_id} AND p.cell_id BETWEEN {low} AND {high}"
+    number, *others = SCHEMA
     with source.another() as own:
-        yield from own.select(SCHEMA, VALUES, origin)
+        for batch in own.select(pa.schema(others), VALUES[1:], origin):
+            column = pa.repeat(pa.scalar(run_id, number.type), batch.num_rows)
+            yield pa.RecordBatch.from_arrays([column, *batch.columns], schema=SCHEMA)
 
 
 def _ranges(source: Source, run_id: int) -> list[tuple[int, int]]:
