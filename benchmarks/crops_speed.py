@@ -217,7 +217,6 @@ def batches_of(root: Path, size: int, batch: int = BATCH, sides: int = 1, **more
     """The batches of the training side of a store (``sides=3``: of all of it)."""
     from sqlalchemy import select
 
-    from cellstore.config import StoreSettings
     from cellstore.db.models import Split
     from cellstore.ops.scaling import Scaler
     from cellstore.reading.blocks import BlockReader
@@ -231,6 +230,7 @@ def batches_of(root: Path, size: int, batch: int = BATCH, sides: int = 1, **more
     from cellstore.reading.featuresets import FEATURE_COLUMNS
     from cellstore.reading.loading import training_batches
     from cellstore.runs import open_workspace
+    from cellstore.settings import StoreSettings
     from cellstore.terms import Subset
 
     kept_bytes = more.pop("kept_bytes", None)

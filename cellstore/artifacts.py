@@ -9,9 +9,10 @@ import hashlib
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import StorageError
 from .terms import ArtifactKind
@@ -95,8 +96,27 @@ class ArtifactFolder:
                 yield (Path(folder) / name).relative_to(self.root).as_posix()
 
 
+@dataclass(frozen=True)
+class BorrowingFolder(ArtifactFolder):
+    """A folder that also reads the files of another one, and never writes there."""
+
+    lender: ArtifactFolder
+
+    def locate(self, path: str) -> Path:
+        """Return the place of a stored path: here, else where it is borrowed from."""
+        here = super().locate(path)
+        return here if here.exists() else self.lender.locate(path)
+
+
 def write_atomically(target: Path, data: bytes) -> None:
-    """Write ``data`` so that ``target`` is whole or as before, also after a power cut.
+    """Write ``data`` so that ``target`` is whole or as before; see :func:`open_atomically`."""
+    with open_atomically(target) as file:
+        file.write(data)
+
+
+@contextmanager
+def open_atomically(target: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``target`` when it is whole, also after a power cut.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.
@@ -107,14 +127,16 @@ def write_atomically(target: Path, data: bytes) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         # "x" and the umask give the file the rights that the user's other files have.
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
         sync_folder(target.parent)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError) or isinstance(error, StorageError):
+            raise
         raise StorageError(
             f"{target} cannot be written: {error.strerror}. Free some space or mend the "
             "permissions, then run the same command again; what is done stays done."

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ContrastParams
+from .config import ContrastParams, Selection
 from .errors import UnknownNameError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .analytics import Limits
-    from .analytics.guard import Parameters
+    from .analytics import Limits, Questions
+    from .analytics.describing import RelationWords
+    from .analytics.saved import SavedQuestion
     from .config import VoteRules
     from .runs.workspace import Workspace
-    from .stages.audit import CellAudit, ImageAudit, RunAudit, WellAudit
+    from .stages.audit import ArtifactAudit, Audit, CellAudit, ImageAudit, RunAudit, WellAudit
     from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
     from .stages.export_model import ExportedModel
     from .stages.report import Comparison, ReportResult
+    from .stages.repro import Check, Done, Order, Repro
     from .stages.status import StatusResult
     from .stages.verify import VerifyResult
     from .stages.votes import VotesResult
+    from .terms import Stage
 
 
 class Answers:
@@ -58,10 +63,12 @@ class Answers:
         html: str | Path | None = None,
         force: bool = False,
         leave_out_flagged: str | None = None,
+        maps: Sequence[str] = (),
     ) -> ReportResult:
         """Score a predict run, and write the page ``html`` if it is asked for.
 
-        ``compare``, ``rules`` and ``leave_out_flagged``: see ``stages.report.report``.
+        ``compare``, ``rules`` and ``leave_out_flagged``: see ``stages.report.report``. ``maps``:
+        the features on the plate maps of the page.
         """
         from .stages.report import report, write_report
 
@@ -73,7 +80,10 @@ class Answers:
         }
         if html is None:
             return report(self.workspace, run, **asked)
-        return write_report(self.workspace, run, Path(html), **asked)
+        return write_report(self.workspace, run, Path(html), maps=maps, redo=self._script, **asked)
+
+    def _script(self, run_id: int) -> str:
+        return self.repro(str(run_id)).script
 
     def compare(
         self,
@@ -150,27 +160,134 @@ class Answers:
 
         return audit_run(self.workspace, run)
 
-    def sql(
-        self,
-        query: str,
-        parameters: Parameters | None = None,
-        *,
-        rows: int | None = None,
-        limits: Limits | None = None,
-    ) -> pa.Table:
-        """Answer a question in SQL (DuckDB, read only) as an Arrow table.
+    def audit_artifact(self, name: str) -> ArtifactAudit:
+        """Return what a file is to the store, and what came of it; see ``stages.audit``."""
+        from .stages.audit import audit_artifact
+
+        return audit_artifact(self.workspace, name)
+
+    def audit(self, name: str) -> Audit:
+        """Return the audit of whatever ``name`` names: an image, a well, a run or a file."""
+        from .stages.audit import audit_anything
+
+        return audit_anything(self.workspace, name)
+
+    def lineage_page(self, audit: Audit | CellAudit, html: str | Path) -> Path:
+        """Write a page with a picture of where the audited thing comes from, and what came of it.
 
         ``parameters`` fill its ``?`` (a sequence) or ``$name`` (a mapping). ``rows``: only that
         many of the answer, the first; ``limits``: the time and memory that it may take.
 
         Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed.
+            StorageError: the file cannot be written.
+        """
+        from .stages.audit import write_lineage
+
+        return write_lineage(self.workspace, audit, Path(html))
+
+    def repro(self, run: str = "latest") -> Repro:
+        """Return the commands and versions that redo a run, and all that it relies on."""
+        from .stages.repro import repro
+
+        return repro(self.workspace, run)
+
+    def check_run(
+        self,
+        run: str = "latest",
+        *,
+        images: int | None = None,
+        device: str = "auto",
+        weights: str | Path | None = None,
+    ) -> Check:
+        """Redo a run beside the store, and compare; see ``stages.repro.check``."""
+        from .stages.repro import Done, check
+
+        def carry_out(workspace: Workspace, stage: Stage, order: Order, where: str | None) -> Done:
+            kind: Any = type(self)
+            store = kind(workspace)
+            run_id, failures = _carry_out(store, stage, order, where, device)
+            return Done(run_id, failures)
+
+        path = None if weights is None else Path(weights)
+        return check(self.workspace, run, carry_out, images=images, weights=path)
+
+    def sql(
+        self,
+        query: str,
+        parameters: Sequence[object] | Mapping[str, object] | None = None,
+        limits: Limits | None = None,
+    ) -> pa.Table:
+        """Answer a question in SQL (DuckDB, read only) as an Arrow table.
+
+        ``parameters`` fill its ``?`` or ``$name``.
+
+        Raises:
             QueryError: the question is wrong, would do more than read, or takes too much.
 
         """
+        with self.open_questions(limits) as questions:
+            return questions.ask(query, parameters)
+
+    def open_questions(self, limits: Limits | None = None) -> AbstractContextManager[Questions]:
+        """Open the store for several questions about one moment, or for answers of any size."""
         from .analytics import open_questions
 
-        with open_questions(self.workspace, limits) as questions:
-            return questions.ask(query, parameters, rows=rows)
+        return open_questions(self.workspace, limits)
+
+    def ask(self, name: str, /, **parameters: object) -> pa.Table:
+        """Answer a saved question as an Arrow table; see :meth:`questions`.
+
+        Raises:
+            UnknownNameError: there is none of that name, it has no such parameter, or there is no
+                such run.
+            QueryError: it is an own question, and wrong.
+
+        """
+        question = self.question(name)
+        return self.sql(question.query, self.question_values(question, parameters))
+
+    def questions(self) -> list[SavedQuestion]:
+        """Return the saved questions: those of cellstore, and the store's own.
+
+        Own ones are files ``questions/NAME.sql`` in the folder of the store.
+        """
+        from .analytics.saved import saved_questions
+
+        return saved_questions(self.workspace)[0]
+
+    def question(self, name: str) -> SavedQuestion:
+        """Return one saved question; see ``analytics.saved.find_question``."""
+        from .analytics.saved import find_question
+
+        return find_question(self.workspace, name)
+
+    def question_values(
+        self, question: SavedQuestion, given: Mapping[str, object]
+    ) -> dict[str, object]:
+        """Return what is bound to the parameters of a question; see ``analytics.binding.bound``."""
+        from .analytics.binding import bound
+
+        return bound(self.workspace, question, given)
+
+    def question_problems(self) -> list[str]:
+        """Say which own questions cannot be asked, and why."""
+        from .analytics.saved import saved_questions
+
+        return saved_questions(self.workspace)[1]
+
+    def new_question(self, name: str, beginning: str | None = None) -> Path:
+        """Write the file of an own question; see ``analytics.saved.new_question``."""
+        from .analytics.saved import new_question
+
+        return new_question(self.workspace, name, beginning)
+
+    def schema(self) -> list[RelationWords]:
+        """Return every table, view and feature set in words, with all of their columns."""
+        from .analytics.describing import described
+
+        with self.open_questions() as questions:
+            return described(questions)
 
     def export(
         self,
@@ -218,3 +335,34 @@ class Answers:
         from .stages.verify import verify
 
         return verify(self.workspace, fix=fix, minutes=minutes)
+
+
+_Ran = tuple[int | None, tuple[tuple[str, str], ...]]
+"""The number of a run, and the images that failed in it."""
+
+
+def _carry_out(store: Any, stage: Stage, order: Order, where: str | None, device: str) -> _Ran:
+    """Do what an order says on a store."""
+    params: Any = order.params
+    names = order.names
+    sources = {name: names.get(name) for name in ("split", "segmentation", "measurement")}
+    if "baseline" in names:
+        kinds = [names["baseline"]]
+        results = store.train_baselines(kinds, params, **sources, force=True, predict=False)
+        return results[0].run_id, ()
+    match stage.value:
+        case "segment":
+            result = store.segment(params, Selection(where=where), device=device)
+        case "measure":
+            result = store.measure(
+                params, Selection(where=where), segmentation=sources["segmentation"]
+            )
+        case "split":
+            make = store.create_split if params.folds is None else store.create_folds
+            made = make(names["name"], params)
+            return (made if params.folds is None else made[0]).run_id, ()
+        case "train":
+            return store.train(params, **sources, device=device, force=True).run_id, ()
+        case _:
+            result = store.predict(params, run=names["run"], device=device)
+    return result.run_id, tuple(result.failures)

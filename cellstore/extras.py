@@ -10,7 +10,7 @@ MODULES = {
     "segment": ("cellpose", "skimage", "scipy", "safetensors"),
     "segment-sam": ("cellpose", "segment_anything", "skimage", "scipy", "safetensors"),
     "train": ("torch", "torchvision", "lightning", "sklearn", "safetensors"),
-    "report": ("matplotlib", "jinja2"),
+    "report": ("matplotlib", "jinja2", "networkx"),
     "postgres": ("psycopg", "adbc_driver_postgresql"),
     "cloud": ("fsspec", "s3fs"),
     "anndata": ("anndata",),

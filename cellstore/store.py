@@ -30,12 +30,11 @@ from .config import (
     SegmentParams,
     Selection,
     SplitParams,
-    StoreSettings,
     TrainParams,
     TrainSetup,
-    find_store,
 )
 from .progress import Progress
+from .settings import StoreSettings, find_store
 from .terms import GroupLevel, LabelField, Subset
 
 if TYPE_CHECKING:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cellstore.errors import UserInputError
+
 from . import render, tell
 from .context import open_store, sentences
 from .options import (
@@ -45,6 +47,15 @@ def report(
             show_default=False,
         ),
     ] = None,
+    maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="FEATURE",
+            help="A feature on the plate maps of the page, for example area; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
     min_cells: MinCellsOption = 1,
     min_margin: MinMarginOption = 0.0,
     controls: ControlsOption = True,
@@ -64,15 +75,18 @@ def report(
     \b
     Example:
       cellstore report
-      cellstore report --run 8 --html report.html
+      cellstore report --run 8 --html report.html --map area --map eccentricity
       cellstore report --run 8 --compare 5 --min-cells 20 --no-controls
     """
+    if maps and html is None:
+        raise UserInputError("The maps are on the page. Name a file for it too: --html report.html")
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.report(
             run,
             compare=compare,
             rules=vote_rules(min_cells, min_margin, controls),
             html=html,
+            maps=maps or (),
             force=force,
             leave_out_flagged=leave_out(leave_out_flagged, qc_run),
         )

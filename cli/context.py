@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import typer
 
@@ -33,8 +33,11 @@ def say(text: str) -> None:
 
 
 def chosen_store(ctx: typer.Context, given: Path | None) -> Path | None:
-    """Return the folder of ``--store``, from after the command or from before it."""
-    return given or ctx.find_root().params.get("store")
+    """Return the folder of ``--store``: from after the command, else the nearest before it."""
+    here: Any = ctx
+    while given is None and here is not None:
+        given, here = here.params.get("store"), here.parent
+    return given
 
 
 @contextmanager

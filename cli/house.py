@@ -13,7 +13,7 @@ from .context import chosen_store, listener, open_store, say, sentences
 from .options import JsonOption, StoreOption
 
 if TYPE_CHECKING:
-    from cellstore.config import StoreSettings
+    from cellstore.settings import StoreSettings
     from cellstore.stages.status import RecipeStatus, StatusResult
     from cellstore.stages.verify import VerifyResult
 
@@ -195,8 +195,8 @@ def doctor(ctx: typer.Context, store: StoreOption = None, as_json: JsonOption = 
 
 
 def _settings(ctx: typer.Context, given: Path | None) -> StoreSettings | None:
-    from cellstore.config import find_store
     from cellstore.errors import StoreNotFoundError
+    from cellstore.settings import find_store
 
     named = chosen_store(ctx, given)
     try:

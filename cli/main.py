@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from . import (
     answers,
+    asks,
     audits,
     baselines,
     compare,
@@ -26,6 +27,7 @@ from . import (
     predictions,
     quality,
     questions,
+    repros,
     setup,
     splits,
     votes,
@@ -45,7 +47,10 @@ ORDER = (
         "report",
         "compare",
         "audit",
+        "repro",
+        "ask",
         "sql",
+        "schema",
         "export",
         "status",
     ),
@@ -111,7 +116,10 @@ app.command("votes")(votes.votes)
 app.command("report")(answers.report)
 app.command("compare")(compare.compare)
 app.add_typer(audits.app, name="audit")
+app.command("repro")(repros.repro)
+app.command("ask", context_settings=asks.OWN)(asks.ask)
 app.command("sql")(questions.sql)
+app.command("schema")(questions.schema)
 app.command("export")(exports.export)
 app.command("status")(house.status)
 app.command("jobs")(jobs.jobs)

@@ -127,7 +127,7 @@ def db_current(ctx: typer.Context, store: StoreOption = None) -> None:
 
 
 def _connected(ctx: typer.Context, given: Path | None) -> Workspace:
-    from cellstore.config import find_store
     from cellstore.runs.workspace import connect_workspace
+    from cellstore.settings import find_store
 
     return connect_workspace(find_store(chosen_store(ctx, given)))

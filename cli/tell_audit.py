@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,10 +13,13 @@ from .context import say
 
 if TYPE_CHECKING:
     from cellstore.stages.audit import (
+        ArtifactAudit,
+        Came,
         CellAudit,
         FlagFact,
         FrozenLabel,
         ImageAudit,
+        KnownFile,
         Labelling,
         RunAudit,
         SegmentationFact,
@@ -26,6 +30,73 @@ if TYPE_CHECKING:
 
 SHORT = 12
 SHOWN_VOTES = 5
+SHOWN_NAMES = 6
+WIDE = 80
+
+
+def tell(result: Any) -> None:
+    """Tell of an audit, whatever of."""
+    told: dict[str, Callable[[Any], None]] = {
+        "ImageAudit": image,
+        "WellAudit": well,
+        "CellAudit": cell,
+        "RunAudit": run,
+        "ArtifactAudit": artifact,
+    }
+    told[type(result).__name__](result)
+
+
+def _facts(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Print names and values; what is too long for a line of 80 goes on below."""
+    rows = [(name, render.cell(value)) for name, value in pairs]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        lead = f"{name:<{width}}{render.GAP}"
+        lines = textwrap.wrap(value, WIDE - len(lead), break_on_hyphens=False) or [""]
+        typer.echo(f"{lead}{lines[0]}".rstrip())
+        for line in lines[1:]:
+            typer.echo(f"{' ' * len(lead)}{line}")
+
+
+def artifact(result: ArtifactAudit) -> None:
+    """Tell what a file is, who made it, and what came of it."""
+    _facts([("sha256", result.sha256), *([("file", result.hashed)] if result.hashed else [])])
+    for known in result.known:
+        typer.echo("")
+        _known(known)
+
+
+def _known(file: KnownFile) -> None:
+    size = "unknown" if file.size_bytes is None else f"{file.size_bytes:,} bytes"
+    runs = ", ".join(f"{run.id} ({run.stage}, {run.started_at[:10]})" for run in file.runs)
+    _facts(
+        [
+            ("known as", file.kind),
+            ("name", file.name),
+            ("place", file.place),
+            ("size", size),
+            *(("", line) for line in file.about),
+            ("runs", runs or "-"),
+        ]
+    )
+    _came(file.came)
+
+
+def _came(found: Sequence[Came]) -> None:
+    """Tell what came of something."""
+    if not found:
+        typer.echo("\nNothing has come of it yet.")
+        return
+    typer.echo("\nwhat came of it")
+    _facts((f"  {item.what}", _counted(item)) for item in found)
+
+
+def _counted(item: Came) -> str:
+    names = ", ".join(item.names[:SHOWN_NAMES]) or ", ".join(map(str, item.runs[:SHOWN_NAMES]))
+    more = len(item.names or item.runs) - SHOWN_NAMES
+    by = "" if item.names or not names else "run " if len(item.runs) == 1 else "runs "
+    extra = f", and {more} more" if more > 0 else ""
+    return f"{item.count:,}" + (f" ({by}{names}{extra})" if names else "")
 
 
 def image(result: ImageAudit) -> None:
@@ -35,7 +106,7 @@ def image(result: ImageAudit) -> None:
     role = f" ({result.control})" if result.control else ""
     files = render.count(len(result.files), "file")
     missing = f", {result.missing_files} missing" if result.missing_files else ""
-    render.facts(
+    _facts(
         [
             ("image", f"{result.plate}/{result.well}/{result.site} {result.core_name}"),
             ("id", result.image_id),
@@ -52,11 +123,12 @@ def image(result: ImageAudit) -> None:
         typer.echo("\nNo run has labelled this image yet.")
     for labelling in result.labellings:
         _labelling(labelling)
+    _came(result.came)
 
 
 def well(result: WellAudit) -> None:
     """Tell what a well has, what it had, and since when."""
-    render.facts(
+    _facts(
         [
             ("well", f"{result.plate}/{result.well}"),
             ("id", result.well_id),
@@ -65,6 +137,7 @@ def well(result: WellAudit) -> None:
         ]
     )
     _history(result.history, result.frozen_labels)
+    _came(result.came)
 
 
 def _history(changes: Sequence[TreatmentChange], labels: Sequence[FrozenLabel]) -> None:
@@ -121,7 +194,7 @@ def _segmentation(found: SegmentationFact) -> None:
     )
     network = f"{found.parameters.get('model', '-')} ({short(found.weights_sha256)})"
     diameter = "unknown" if found.diameter is None else f"{found.diameter:.1f} pixels"
-    render.facts(
+    _facts(
         [
             ("  cells", f"{found.n_cells:,}"),
             ("  when", moment(found.made_at)),
@@ -137,7 +210,7 @@ def _labelling(found: Labelling) -> None:
     typer.echo(f"\nlabelled by run {found.run_id}")
     seen = "was in training" if found.well_in_training else "was not in training"
     verdict = {True: "right", False: "wrong", None: "cannot be judged"}[found.correct]
-    render.facts(
+    _facts(
         [
             ("  when", moment(found.started_at)),
             ("  by", f"{found.user} on {found.host}, cellstore {found.code_version}"),
@@ -163,7 +236,7 @@ def _votes(found: Labelling) -> str:
 def cell(result: CellAudit) -> None:
     """Tell where a cell comes from, what was measured, and what was predicted."""
     box, centre = result.box, result.centroid
-    render.facts(
+    _facts(
         [
             ("cell", f"{result.cell_id}, label {result.label} of {result.image}"),
             (
@@ -178,7 +251,7 @@ def cell(result: CellAudit) -> None:
     _segmentation(result.segmentation)
     for recipe, values in result.features.items():
         typer.echo(f"\nmeasured by {recipe}")
-        render.facts((f"  {name.replace('_', ' ')}", value) for name, value in values.items())
+        _facts((f"  {name.replace('_', ' ')}", value) for name, value in values.items())
     if not result.choices:
         typer.echo("\nNo run has labelled this cell yet.")
         return
@@ -190,7 +263,7 @@ def cell(result: CellAudit) -> None:
 def run(result: RunAudit) -> None:
     """Tell what a run was made from, and what it made."""
     recipe = result.recipe
-    render.facts(
+    _facts(
         [
             ("run", f"{result.run.id}: {result.run.stage}, {result.run.status}"),
             ("when", f"{moment(result.run.started_at)} to {moment(result.ended_at)}"),
@@ -213,6 +286,8 @@ def run(result: RunAudit) -> None:
     for source in result.inputs:
         typer.echo(f"reads: {source.stage} recipe {source.id} ({short(source.fingerprint)})")
     _ingested(result)
+    if result.came:
+        _came(result.came)
     if result.artifacts:
         rows = [(a.kind, short(a.sha256), a.size_bytes, a.path) for a in result.artifacts[:20]]
         render.table(("file", "sha256", "bytes", "path"), rows)

@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import render
-from .asked import (
-    Format,
-    FormatOption,
-    OutputOption,
-    RowsOption,
-    SpreadsheetOption,
-    hand_over,
-    wanted,
-)
+from . import render, writing
 from .context import open_store, say, sentences
 from .options import (
     ControlsOption,
@@ -30,6 +21,8 @@ from .options import (
     leave_out,
     vote_rules,
 )
+from .questions import FormatOption, OutputOption, RowsOption, SpreadsheetOption
+from .writing import Format, Wanted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -94,7 +87,7 @@ def votes(
       cellstore votes --level well --vote soft --min-cells 20 --min-margin 0.1
       cellstore votes --ties --format csv --output ties.csv
     """
-    how = wanted(Format.JSON if as_json else form, False, output, limit, for_spreadsheet)
+    how = writing.checked(Wanted(Format.JSON if as_json else form, output, limit, for_spreadsheet))
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.votes(
             run,
@@ -105,10 +98,10 @@ def votes(
         )
     rows = result.table.filter(result.table["tie"]) if ties else result.table
     if as_json and output is None:
-        render.as_json({**_summary(result), "votes": rows.slice(0, how.rows).to_pylist()})
+        render.as_json({**_summary(result), "votes": rows.slice(0, how.limit).to_pylist()})
         return
     _headline(result, print_it=how.form is Format.TABLE and output is None)
-    hand_over(_for_people(rows) if how.form is Format.TABLE else rows, how)
+    writing.write((_for_people(rows) if how.form is Format.TABLE else rows).to_reader(), how)
 
 
 def _summary(result: VotesResult) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from hypothesis import settings
 from pytest_socket import socket_allow_hosts
 from sqlalchemy import URL, Engine, create_engine, make_url, text
 
-from cellstore.config import ENV_DATABASE, ENV_STORE
 from cellstore.db import migrate
 from cellstore.db.session import connect, sqlite_url
 from cellstore.runs import Workspace, create_workspace
+from cellstore.settings import ENV_DATABASE, ENV_STORE
 
 TEMPLATE = "cellstore_template"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from factories import Factory
 from sqlalchemy import select
 
-from cellstore.config import StoreSettings
 from cellstore.db.models import Cell, Image
 from cellstore.runs import open_workspace
+from cellstore.settings import StoreSettings
 from cellstore.terms import Stage
 
 Columns = Callable[[Sequence[Cell]], dict[str, list[float]]]

@@ -209,7 +209,7 @@ def test_a_well(workspace: Workspace) -> None:
         audit_well(workspace, "BR9/B02")
     with pytest.raises(UnknownNameError, match="well 'H12'"):
         audit_well(workspace, "BR1/H12")
-    for text_ in ("B02", "BR1/", "BR1/well"):
+    for text_ in ("BR1/", "BR1/well", "17", ""):
         with pytest.raises(UserInputError):
             audit_well(workspace, text_)
 

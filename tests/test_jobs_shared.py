@@ -23,7 +23,7 @@ from tinyjobs import (
     write_label,
 )
 
-from cellstore.config import Resources, StoreSettings
+from cellstore.config import Resources
 from cellstore.db.models import Job, Run
 from cellstore.errors import RunCancelledError, StorageError, UserInputError
 from cellstore.runs import (
@@ -37,6 +37,7 @@ from cellstore.runs import (
     work,
 )
 from cellstore.runs.leases import Owner
+from cellstore.settings import StoreSettings
 from cellstore.stages.jobs import cancel, list_jobs
 from cellstore.terms import Stage, Status
 

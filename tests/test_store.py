@@ -8,8 +8,8 @@ import pytest
 
 import cellstore
 from cellstore import Store
-from cellstore.config import StoreSettings, find_store
 from cellstore.errors import QueryError, StoreNotFoundError
+from cellstore.settings import StoreSettings, find_store
 
 
 def test_a_store_is_made_opened_and_asked(tmp_path):

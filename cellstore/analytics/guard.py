@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import duckdb
 
@@ -19,10 +23,62 @@ T = TypeVar("T")
 POLL_SECONDS = 0.1
 Parameters = Sequence[object] | Mapping[str, object]
 
+MAX_CHARACTERS = 1_000_000
+"""The longest question: DuckDB reads a longer one for minutes, and cannot be stopped meanwhile."""
+
+SPILL_BYTES = 20 << 30
+"""The most that a question may put on the disk where it does not fit into memory."""
+
 _READING = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
-_WRITING = re.compile(
-    r"\b(insert|update|delete|truncate|merge|copy|create|drop|alter)\b", re.IGNORECASE
+_WRITING = frozenset(
+    ["insert", "update", "delete", "truncate", "merge", "copy", "create", "drop", "alter"]
 )
+_EXPLAINABLE = frozenset(
+    [
+        "select",
+        "with",
+        "from",
+        "values",
+        "table",
+        "describe",
+        "desc",
+        "show",
+        "summarize",
+        "pivot",
+        "unpivot",
+        "(",
+    ]
+)
+_TABLE_FUNCTIONS = frozenset(
+    [
+        "range",
+        "generate_series",
+        "unnest",
+        "repeat",
+        "repeat_row",
+        "json_each",
+        "json_tree",
+        "summary",
+        "glob",
+        "duckdb_tables",
+        "duckdb_views",
+        "duckdb_columns",
+        "duckdb_schemas",
+        "duckdb_constraints",
+        "duckdb_functions",
+        "duckdb_types",
+        "duckdb_keywords",
+        "pragma_table_info",
+        "pragma_version",
+        "pragma_show",
+        "pg_timezone_names",
+        "icu_calendar_names",
+    ]
+)
+"""Those that a question may call. Others read files, settings or raw memory, or run text as SQL."""
+
+_TELLING = frozenset(("current_setting", "getenv", "write_log"))
+_NAME = (duckdb.token_type.identifier, duckdb.token_type.keyword)
 
 
 @dataclass(frozen=True)
@@ -45,7 +101,7 @@ def locked_connection(limits: Limits, spill: Path) -> duckdb.DuckDBPyConnection:
         "TimeZone": "'UTC'",
         "memory_limit": f"'{limits.memory_mb}MB'",
         "temp_directory": literal(str(spill)),
-        "max_temp_directory_size": "'20GB'",
+        "max_temp_directory_size": f"'{_room(spill) >> 20}MiB'",
         "autoinstall_known_extensions": "false",
         "autoload_known_extensions": "false",
         "allow_community_extensions": "false",
@@ -58,12 +114,53 @@ def locked_connection(limits: Limits, spill: Path) -> duckdb.DuckDBPyConnection:
     return connection
 
 
+def _room(folder: Path) -> int:
+    """Return how many bytes a question may spill: never more than half of what is free."""
+    return min(SPILL_BYTES, shutil.disk_usage(folder).free // 2)
+
+
 def only_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
-    """Return the one statement of ``sql``, if all that it does is read.
+    """Return the one statement of ``sql``, if all that it does is read the tables of the store.
 
     Raises:
-        QueryError: it is empty, several statements, wrong SQL, or would write.
+        QueryError: it is empty, several statements, wrong SQL, no text, or would write or call
+            what reads anything else.
     """
+    statement = _one_statement(connection, _checked_text(sql))
+    words = tokens(statement.query)
+    if not _reads(statement) or _changes(words):
+        raise QueryError(
+            "A question can only read: SELECT, WITH, EXPLAIN, DESCRIBE, SHOW or SUMMARIZE. "
+            "What a store holds is changed by the other commands of cellstore."
+        )
+    _check_functions(words)
+    first, last = words[0].start, words[-1].end  # without what is said before and behind it
+    return statement.query.encode()[first:last].decode().rstrip("; \n")
+
+
+def _reads(statement: duckdb.Statement) -> bool:
+    try:
+        return statement.type in _READING
+    except ValueError:  # a kind that the Python module has no name for: UPDATE EXTENSIONS
+        return False
+
+
+def _checked_text(sql: str) -> str:
+    if len(sql) > MAX_CHARACTERS:
+        raise QueryError(
+            f"The question is longer than {MAX_CHARACTERS:,} characters. Hand values over as "
+            "parameters, or ask several questions."
+        )
+    try:
+        sql.encode()
+    except UnicodeEncodeError as error:
+        raise QueryError("The question is not text in UTF-8. Save or type it anew.") from error
+    if "\0" in sql:
+        raise QueryError("The question holds a NUL character. Take it out.")
+    return sql
+
+
+def _one_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
     try:
         statements = connection.extract_statements(sql)
     except duckdb.Error as error:
@@ -72,40 +169,102 @@ def only_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> str:
         raise QueryError("There is no question. Example: cellstore sql 'select * from plates'")
     if len(statements) > 1:
         raise QueryError(f"These are {len(statements)} questions; ask them one at a time.")
-    if statements[0].type not in _READING or _changes(statements[0].query):
-        raise QueryError(
-            "A question can only read: SELECT, WITH, EXPLAIN, DESCRIBE, SHOW or SUMMARIZE. "
-            "What a store holds is changed by the other commands of cellstore."
-        )
-    return statements[0].query.strip().rstrip(";")
+    return statements[0]
 
 
-def _changes(sql: str) -> bool:
+class Token(NamedTuple):
+    """A word or a sign of a question, at these bytes; texts and numbers have no ``word``."""
+
+    word: str
+    start: int
+    end: int
+    is_name: bool
+    is_quoted: bool
+
+
+def tokens(sql: str) -> list[Token]:
+    """Return what DuckDB itself takes for the words of ``sql``; comments are none.
+
+    Names are without their quotes and in small letters.
+    """
+    raw = sql.encode()
+    found = list(duckdb.tokenize(sql))
+    ends = [start for start, _ in found[1:]] + [len(raw)]
+    return [
+        _token(raw, start, end, kind)
+        for (start, kind), end in zip(found, ends, strict=True)
+        if kind != duckdb.token_type.comment
+    ]
+
+
+def _token(raw: bytes, start: int, end: int, kind: Any) -> Token:
+    text = raw[start:end].decode(errors="replace").rstrip()
+    shown = kind in _NAME or kind == duckdb.token_type.operator
+    word = text.strip('"').replace('""', '"').lower() if shown else ""
+    return Token(word, start, start + len(text.encode()), kind in _NAME, text.startswith('"'))
+
+
+def _changes(words: Sequence[Token]) -> bool:
     """Whether a verb of writing stands where a statement begins: at the start or after a bracket.
 
     DuckDB calls ``WITH x AS (INSERT ...) SELECT`` a reading statement, and so with another
     ``WITH y AS (...)`` before ``INSERT``. A column named such a verb right after ``)`` takes
-    ``AS`` or quotes.
+    ``AS``.
     """
-    bare = without_text(sql)
-    return any(
-        re.search(r"(^|[()]|explain|analyze)\s*$", bare[: match.start()], re.IGNORECASE)
-        for match in _WRITING.finditer(bare)
+    before = ["(", *(token.word for token in words)]
+    after_bracket = any(
+        token.word in _WRITING and not token.is_quoted and previous[-1:] in ("(", ")")
+        for previous, token in zip(before, words, strict=False)
     )
+    return after_bracket or _explains_other(words)
 
 
-def without_text(sql: str) -> str:
-    """Return ``sql`` with comments, string literals and quoted names blanked out."""
-    pattern = (
-        r"--[^\n]*|/\*.*?\*/|\b[eE]'(?:[^'\\]|''|\\.)*'|'(?:[^']|'')*'"
-        r"|\"(?:[^\"]|\"\")*\"|\$(\w*)\$.*?\$\1\$"
-    )
-    return re.sub(pattern, " ", sql, flags=re.DOTALL)
+def _explains_other(words: Sequence[Token]) -> bool:
+    """Whether what is explained is no reading statement: ANALYZE would carry it out."""
+    if words[0].word != "explain":
+        return False
+    rest = [token.word for token in words[1:]]
+    if rest[:1] == ["("]:
+        rest = rest[rest.index(")") + 1 :] if ")" in rest else []
+    while rest[:1] in (["analyze"], ["analyse"], ["verbose"]):
+        rest = rest[1:]
+    return not rest or rest[0] not in _EXPLAINABLE
 
 
-def run_limited(connection: duckdb.DuckDBPyConnection, seconds: float, work: Callable[[], T]) -> T:
+def _check_functions(words: Sequence[Token]) -> None:
+    called = {
+        token.word
+        for token, following in pairwise(words)
+        if token.is_name and following.word.startswith("(")
+    }
+    suspects = called - _TABLE_FUNCTIONS
+    refused = sorted(suspects & (_TELLING | _all_table_functions())) if suspects else []
+    if refused:
+        raise QueryError(
+            f"A question cannot call {refused[0]}(): it sees the tables of the store only, "
+            "no files, no network, no settings."
+        )
+
+
+@cache
+def _all_table_functions() -> frozenset[str]:
+    with closing(duckdb.connect(":memory:")) as connection:
+        rows = connection.execute(
+            "SELECT function_name FROM duckdb_functions() WHERE function_type = 'table'"
+        ).fetchall()
+    return frozenset(str(row[0]).lower() for row in rows)
+
+
+def run_limited(
+    connection: duckdb.DuckDBPyConnection,
+    seconds: float,
+    work: Callable[[], T],
+    *,
+    allowed: float | None = None,
+) -> T:
     """Return what ``work`` returns, which may keep ``connection`` busy for so many seconds.
 
+    ``allowed``: the seconds of the whole question, where earlier work has taken a part of them.
     It runs in a thread of its own: waiting for DuckDB, Python would not hear Ctrl-C.
 
     Raises:
@@ -122,7 +281,7 @@ def run_limited(connection: duckdb.DuckDBPyConnection, seconds: float, work: Cal
     finally:
         _stop(connection, job)
         worker.join()
-    return _outcome(job, seconds if late else None)
+    return _outcome(job, (allowed or seconds) if late else None)
 
 
 def _fulfil(job: Future[T], work: Callable[[], T]) -> None:
@@ -150,6 +309,8 @@ def _outcome(job: Future[T], passed: float | None) -> T:
     try:
         return job.result()
     except (duckdb.Error, OSError) as error:  # OSError: DuckDB's, while Arrow fetches the answer
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         if passed is None:
             raise explained(error) from error
         raise QueryError(
@@ -185,6 +346,7 @@ def explained(error: Exception) -> QueryError:
     lines = [line.strip() for line in text.split("\n\nLINE")[0].splitlines() if line.strip()]
     said = " ".join(lines) or type(error).__name__
     said = re.sub(r"^(\w+ ){0,3}Error: ", "", said)
+    said = "".join(char if char.isprintable() else " " for char in said)
     return QueryError(f"The question cannot be answered: {said}")
 
 

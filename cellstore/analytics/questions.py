@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..artifacts import ArtifactFolder
 from ..config import VoteRules
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..runs.workspace import Workspace
+from .answer import Answer
 from .copies import COUNTS, PLACED, WRITERS, Copies, final_states
 from .guard import (
     Limits,
@@ -34,6 +35,7 @@ from .guard import (
     run_limited,
     tables_in,
 )
+from .plans import described_plan
 from .schema import TABLES, arrow_schema, create_statement, quoted
 from .sets import SetRelation, list_sets, open_files
 from .snapshots import RunMark
@@ -45,7 +47,6 @@ EXTENTS = """
     GROUP BY run_id
 """
 
-ANSWER_ROWS = 65_536
 _CATALOG_WORDS = re.compile(r"\s*(show|describe|desc)\b", re.IGNORECASE)
 
 
@@ -163,27 +164,42 @@ class Questions:
         self._empty.execute(f'CREATE TABLE {quoted(found.name)} AS FROM "columns of a set" LIMIT 0')
         self._empty.unregister("columns of a set")
 
-    def ask(
-        self, sql: str, parameters: Parameters | None = None, *, rows: int | None = None
-    ) -> pa.Table:
+    def ask(self, sql: str, parameters: Parameters | None = None) -> pa.Table:
         """Return the answer of one reading statement; ``parameters`` fill its ``?`` or ``$name``.
-
-        ``rows``: only so many, the first ones; what comes after them is not worked out.
 
         Raises:
             QueryError: the statement is wrong, would write, reads files, or takes too much.
             StorageError: the snapshots cannot be written.
         """
+        reader = self.stream(sql, parameters)
+        return pa.Table.from_batches(self._within_memory(reader), schema=reader.schema)
+
+    def stream(self, sql: str, parameters: Parameters | None = None) -> Answer:
+        """Return the answer of one reading statement piece by piece, however large it is.
+
+        Ask nothing else before its last piece. Raises as :meth:`ask` does, also between pieces.
+        """
         statement = only_reading(self._empty, sql)
         bound = parameters_of(parameters)
         self._check(statement, bound)
-        if _CATALOG_WORDS.match(statement):
-            return self._run(self._empty, statement, bound, rows)
-        needed = self._tables_of(statement)
+        needed = set() if _CATALOG_WORDS.match(statement) else self._tables_of(statement)
         if not needed:
-            return self._run(self._empty, statement, bound, rows)
+            return self._run(self._empty, statement, bound)
         self._load(needed)
-        return self._run(self._full, statement, bound, rows)
+        return self._run(self._full, statement, bound)
+
+    def plan(self, sql: str, parameters: Parameters | None = None) -> str:
+        """Return how a question would be answered: one step a line, what it reads below it.
+
+        Raises as :meth:`ask` does.
+        """
+        statement = only_reading(self._empty, sql)
+        return described_plan(self.ask(f"EXPLAIN (FORMAT json) {statement}", parameters))
+
+    @property
+    def names(self) -> list[str]:
+        """All that can stand behind FROM: tables, views and feature sets."""
+        return [*TABLES, *self._views, *(item.name for item in self._sets.values())]
 
     def columns(self, name: str) -> list[tuple[str, str]]:
         """Return name and type of the columns of a table, a view or a feature set.
@@ -191,9 +207,8 @@ class Questions:
         Raises:
             UnknownNameError: there is none of that name.
         """
-        known = [*TABLES, *self._views, *(item.name for item in self._sets.values())]
-        if name not in known:
-            raise UnknownNameError.of("table", name, known)
+        if name not in self.names:
+            raise UnknownNameError.of("table", name, self.names)
         rows = self._empty.execute(f"DESCRIBE {quoted(name)}").fetchall()
         return [(str(row[0]), str(row[1])) for row in rows]
 
@@ -227,41 +242,25 @@ class Questions:
         behind = [self._bases[name] for name in names & self._bases.keys()]
         return (names & self._known).union(*behind)
 
-    def _run(
-        self,
-        connection: duckdb.DuckDBPyConnection,
-        statement: str,
-        bound: object,
-        rows: int | None,
-    ) -> pa.Table:
-        def work() -> pa.Table:
-            relation = connection.sql(statement, params=bound)
-            if relation is None:
-                raise QueryError("This statement has no answer; ask with SELECT.")
-            return self._collected(relation.to_arrow_reader(ANSWER_ROWS), rows)
+    def _run(self, connection: duckdb.DuckDBPyConnection, statement: str, bound: object) -> Answer:
+        return Answer(connection, self._limits.seconds, statement, bound)
 
-        return run_limited(connection, self._limits.seconds, work)
-
-    def _collected(self, reader: pa.RecordBatchReader, rows: int | None) -> pa.Table:
-        batches, size, count = [], 0, 0
-        for batch in reader:
-            batches.append(batch)
+    def _within_memory(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        size = 0
+        for batch in batches:
             size += batch.nbytes
-            count += batch.num_rows
-            if rows is not None and count >= rows:
-                break
             if size > self._limits.answer_mb << 20:
                 raise QueryError(
                     f"The answer is larger than {self._limits.answer_mb} MB. "
                     "Ask for fewer rows or columns, for example with LIMIT."
                 )
-        answer = pa.Table.from_batches(batches, schema=reader.schema)
-        return answer if rows is None else answer.slice(0, rows)
+            yield batch
 
     def _load(self, names: set[str]) -> None:
-        for name in sorted(names - self._loaded):
-            self._load_table(name)
-            self._loaded.add(name)
+        for name in sorted(names):
+            if name not in self._loaded:  # one may load another
+                self._load_table(name)
+                self._loaded.add(name)
         for name, query in self._views.items():
             if name not in self._known | self._views_made and self._bases[name] <= self._loaded:
                 self._full.execute(f"CREATE VIEW {quoted(name)} AS {query}")

@@ -14,7 +14,7 @@ from .session import Database, _translated
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0005"
+HEAD = "0006"
 """The newest revision. Written here, because every command compares it and Alembic loads slowly."""
 
 VERSION_TABLE = "alembic_version"

@@ -37,6 +37,7 @@ def _only(condition: str) -> dict[str, Any]:
 
 
 _WHERE_SEEN = _only("sha256 IS NOT NULL")
+_WHERE_KNOWN_BYTES = _only("content_sha256 IS NOT NULL")
 _WHERE_UNKNOWN_BYTES = _only("content_sha256 IS NULL")
 
 
@@ -88,7 +89,10 @@ class Image(Base):
     """
 
     __tablename__ = "images"
-    __table_args__ = (UniqueConstraint("well_id", "site", "plane", "time_point"),)
+    __table_args__ = (
+        UniqueConstraint("well_id", "site", "plane", "time_point"),
+        Index(None, "content_sha256", **_WHERE_KNOWN_BYTES),
+    )
 
     id: Mapped[Id]
     well_id: Mapped[int] = mapped_column(BigId, ForeignKey("wells.id"))
@@ -385,7 +389,7 @@ class IngestFile(Base):
 
     id: Mapped[Id]
     run_id: Mapped[int] = mapped_column(BigId, ForeignKey("runs.id"), index=True)
-    name: Mapped[str] = mapped_column(Text)
+    name: Mapped[str] = mapped_column(Text, index=True)
     sha256: Mapped[Sha256] = mapped_column(index=True)
     size_bytes: Mapped[int] = mapped_column(BigId)
     layout: Mapped[Name]

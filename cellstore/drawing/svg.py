@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
+from html import escape
 from typing import TYPE_CHECKING, Any
+
+from .text import plain
+from .text import short as short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,29 +48,27 @@ def colour_bar(figure: Figure, picture: Any, label: str) -> None:
     bar.ax.tick_params(length=0)
 
 
-def short(text: str, longest: int = 22) -> str:
-    """Return the beginning of a text that is too long for a tick."""
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
+def svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], alt: str = "") -> str:
     """Return what ``draw`` puts on a figure of ``size`` inches, as an element of a page.
 
-    ``name`` makes the ids of one figure others than those of the next.
+    ``name`` makes the ids of one figure others than those of the next; ``alt`` says in words what
+    is seen, for those who do not see it.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({**STYLE, "svg.hashsalt": name}):
+    with rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        # A browser has letters that matplotlib, which only measures them here, has not.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         target = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(target, format="svg", transparent=True, metadata=nothing)
-    return _as_svg(target.getvalue())
+    return _as_svg(target.getvalue(), alt)
 
 
-def _as_svg(text: str) -> str:
+def _as_svg(text: str, alt: str) -> str:
     """Return the element alone, its ink that of the page, its size that of its place."""
     element = text[text.index("<svg") :]
     element = re.sub(r"<style.*?</style>", "", element, count=1, flags=re.DOTALL)
@@ -73,4 +76,5 @@ def _as_svg(text: str) -> str:
     width = re.search(r'width="([\d.]+)pt"', head)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     size = f' style="width:{width[1]}pt"' if width else ""
-    return f'{head}{size} role="img">{rest}'
+    label = f' aria-label="{escape(plain(alt))}"' if alt else ""
+    return f'{head}{size} role="img"{label}>{rest}'

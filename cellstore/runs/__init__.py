@@ -11,7 +11,8 @@ from .ledger import (
     keep_file,
     running,
 )
-from .lookup import find_image, find_recipe, find_run, find_split, run_in
+from .lookup import find_recipe, find_run, find_split, run_in
+from .places import find_image, find_well
 from .recipes import RecipeSpec, fingerprint, register
 from .selection import first_of, images_of, segmented
 from .work import Share, Work, work_through
@@ -43,6 +44,7 @@ __all__ = [
     "find_recipe",
     "find_run",
     "find_split",
+    "find_well",
     "fingerprint",
     "first_of",
     "forget_files",

@@ -1,23 +1,25 @@
-"""From what people type to rows: runs, recipes, splits, images."""
+"""From what people type to rows: runs, recipes, splits; images and wells: see ``places``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
-from sqlalchemy import ColumnElement, Select, or_, select
+from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from ..db.models import Image, ImageFile, Plate, Recipe, Run, Split, Well
+from ..db.models import Recipe, Run, Split
 from ..errors import UnknownNameError, UserInputError
 from ..terms import Stage, Status
 
 RUN_WORDS = ("latest", "last")
+_FILLERS = ("run", "the")
 
 
 def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Run:
     """Return the run with this number, or the ``latest`` finished one of ``stages``.
+
+    The stage may be typed, too: ``latest predict``, ``train-latest``. Also ``#3`` and ``run 3``.
 
     Baselines stand behind: they are the latest only where there is nothing else, so that what
     follows a training by a baseline still means the network.
@@ -26,6 +28,9 @@ def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Ru
         UnknownNameError: there is none.
 
     """
+    reference, typed = _words(reference)
+    if typed is not None:
+        stages = _agreed(typed, stages)
     query = select(Run).order_by(Run.id.desc())
     if stages:
         query = query.where(Run.stage.in_(stages))
@@ -40,6 +45,26 @@ def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Ru
         known = [run.id for run in session.scalars(query.limit(5))]
         raise UnknownNameError.of(kind, reference, known)
     return found
+
+
+def _words(reference: str) -> tuple[str, Stage | None]:
+    """What of ``latest predict`` names a run, and the stage if there is one."""
+    parts = [part for part in re.split(r"[\s_:-]+", reference.strip().lower()) if part]
+    parts = [part for part in parts if part not in _FILLERS]
+    stages = [Stage(part) for part in parts if part in list(Stage)]
+    others = [part for part in parts if part not in list(Stage)]
+    if len(parts) == 1 and others:
+        return others[0], None
+    if len(stages) == 1 and len(others) <= 1:
+        return (others or [RUN_WORDS[0]])[0], stages[0]
+    return reference, None
+
+
+def _agreed(typed: Stage, stages: Sequence[Stage]) -> Sequence[Stage]:
+    if stages and typed not in stages:
+        wanted = " or ".join(stage.value for stage in stages)
+        raise UserInputError(f"A {wanted} run is wanted here, not a {typed.value} run.")
+    return (typed,)
 
 
 def _of_baseline() -> ColumnElement[bool]:
@@ -96,68 +121,10 @@ def find_split(session: Session, name: str | None) -> Split:
     return found
 
 
-def find_image(session: Session, text: str) -> Image:
-    """Return the image that ``text`` names.
-
-    Accepts an id (``17``), a core file name (``r01c01f01``, with ``PLATE/`` before it where
-    several plates have it), ``PLATE/A01/1`` (plate, well, site), or the name of one of its files.
-
-    Raises:
-        UnknownNameError: nothing has that name.
-        UserInputError: several images have it.
-
-    """
-    for query in _image_queries(text.strip()):
-        found = list(session.scalars(query.distinct().limit(6)))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(_full_names(session, found))
-            raise UserInputError(f"{text!r} names several images: {names}. Name one of them.")
-    known = session.scalars(select(Image.core_name).order_by(Image.id).limit(5))
-    raise UnknownNameError.of("image", text, known)
-
-
-def _image_queries(text: str) -> list[Select[Image]]:
-    base = select(Image).join(Well, Well.id == Image.well_id).join(Plate)
-    parts = text.split("/")
-    queries: list[Select[Image]] = []
-    if text.isdecimal() and len(text) < 19:
-        queries.append(base.where(Image.id == int(text)))
-    if len(parts) == 3 and parts[2].isdecimal():
-        queries.append(
-            base.where(
-                Plate.barcode == parts[0],
-                Well.name == well_name(parts[1]),
-                Image.site == int(parts[2]),
-            )
-        )
-    if len(parts) == 2:
-        queries.append(base.where(Plate.barcode == parts[0], Image.core_name == parts[1]))
-    queries.append(base.where(Image.core_name == text))
-    queries.append(base.where(_has_file(text)))
-    return queries
-
-
-def _has_file(name: str) -> Any:
-    return Image.id.in_(select(ImageFile.image_id).where(ImageFile.name == name))
-
-
-def well_name(text: str) -> str:
-    """Return the name of a well as it is stored: ``D04`` of ``d4``; other words as they are."""
-    match = re.fullmatch(r"([A-Za-z]{1,2})0*(\d{1,2})", text.strip())
-    return f"{match[1].upper()}{int(match[2]):02d}" if match else text
-
-
-def _full_names(session: Session, images: Sequence[Image]) -> list[str]:
-    query = select(Plate.barcode, Image.core_name).join(Well, Well.plate_id == Plate.id)
-    query = query.join(Image, Image.well_id == Well.id)
-    rows = session.execute(query.where(Image.id.in_([item.id for item in images])))
-    return [f"{row.barcode}/{row.core_name}" for row in rows]
-
-
 def _number(text: str) -> int:
     word = text.strip().lstrip("#")
     if not word.isdecimal() or len(word) > 18:
-        raise UserInputError(f"A run is named by its number or 'latest', not {text!r}.")
+        raise UserInputError(
+            f"A run is named by its number, 'latest' or 'latest predict', not {text!r}."
+        )
     return int(word)

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from ..config import EVERYTHING, Selection
 from ..db.models import Image, Plate, Segmentation, Treatment, Well
 from ..errors import UnknownNameError
-from .lookup import well_name
+from .places import well_name
 
 
 def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from sqlalchemy import URL
 
 from ..artifacts import ArtifactFolder, write_atomically
-from ..config import ENV_DATABASE, MARKER, StoreSettings, find_store, written_database
 from ..db import migrate
 from ..db.session import Database, connect, parse_url, sqlite_url, without_secrets
 from ..errors import StoreError, UserInputError
 from ..progress import Progress, Silent
+from ..settings import ENV_DATABASE, MARKER, StoreSettings, find_store, written_database
 
 SQLITE_PAGE = 4096  # bytes, of a new database
 

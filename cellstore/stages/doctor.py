@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from ..config import StoreSettings
 from ..errors import CellstoreError
 from ..extras import MODULES, missing_of
 from ..runs import open_workspace
+from ..settings import StoreSettings
 
 CORE = ("sqlalchemy", "alembic", "duckdb", "pandas", "pyarrow", "numpy", "tifffile", "imagecodecs")
 DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}

@@ -12,7 +12,7 @@ from screens import VOTES, small_screen
 from sqlalchemy import Engine, text
 
 from cellstore.analytics import Limits, Questions, open_questions, views
-from cellstore.analytics.guard import without_text
+from cellstore.analytics.guard import tokens
 from cellstore.db.models import METADATA
 from cellstore.errors import DatabaseError, QueryError, UnknownNameError
 from cellstore.runs import Workspace, create_workspace
@@ -272,7 +272,7 @@ def test_words_of_writing_in_texts_and_names_are_no_writing(sqlite_workspace: Wo
     sql = """SELECT 'drop' AS "insert", (SELECT 1 AS "update") AS x /* (delete */ -- (copy"""
     with open_questions(sqlite_workspace) as questions:
         assert questions.ask(sql).to_pylist() == [{"insert": "drop", "x": 1}]
-    assert "drop" not in without_text("SELECT $tag$ (drop $tag$, 'it''s (drop'")
+    assert "drop" not in [t.word for t in tokens("SELECT $tag$ (drop $tag$, 'it''s (drop'")]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,9 @@ def test_what_others_leave_in_the_cache_cannot_be_read(sqlite_workspace: Workspa
     spill.mkdir(parents=True)
     (spill / "f.txt").write_text("secret")
     with open_questions(sqlite_workspace) as one_user, open_questions(sqlite_workspace) as other:
-        own = Path(str(one(one_user, "SELECT current_setting('temp_directory')")))
+        own = Path(
+            str(one_user._full.sql("SELECT current_setting('temp_directory')").fetchall()[0][0])
+        )
         (own / "f.txt").write_text("spilled")
         assert own.parent == spill
         assert own.stat().st_mode & 0o777 == 0o700

@@ -128,6 +128,25 @@ def test_contrasts_are_forgotten_where_older_code_could_not_read_them(old):
     assert migrate.differences(old) == []
 
 
+def test_images_and_tables_that_were_there_are_found_by_the_new_indexes(old):
+    migrate.upgrade(old, "0005")
+    with old.begin() as session:
+        session.execute(
+            text(
+                "INSERT INTO ingest_files (id, run_id, name, sha256, size_bytes, layout, n_rows, "
+                "n_created, n_updated, n_unchanged, n_refused) "
+                "VALUES (1, 1, 'map.csv', 'd', 1, 'x', 0, 0, 0, 0, 0)"
+            )
+        )
+    migrate.upgrade(old)
+    assert rows(old, "SELECT id FROM images WHERE content_sha256 >= 'c'") == [(1,)]
+    assert rows(old, "SELECT id FROM ingest_files WHERE name = 'map.csv'") == [(1,)]
+    migrate.downgrade(old, "0005")
+    assert rows(old, "SELECT count(*) FROM images") == [(1,)]
+    migrate.upgrade(old)
+    assert migrate.differences(old) == []
+
+
 def test_new_folders_go_on_counting_after_the_old_ones(old):
     migrate.upgrade(old)
     with old.begin() as session:

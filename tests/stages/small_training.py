@@ -17,13 +17,7 @@ from numpy.typing import NDArray
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from cellstore.config import (
-    SegmentParams,
-    SplitParams,
-    StoreSettings,
-    TrainParams,
-    as_parameters,
-)
+from cellstore.config import SegmentParams, SplitParams, TrainParams, as_parameters
 from cellstore.db.models import (
     Artifact,
     Cell,
@@ -52,6 +46,7 @@ from cellstore.runs import (
     register,
     running,
 )
+from cellstore.settings import StoreSettings
 from cellstore.stages.measure import measure
 from cellstore.stages.split import create_split
 from cellstore.stages.train import TrainResult, train

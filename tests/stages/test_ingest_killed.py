@@ -12,10 +12,11 @@ from random import Random
 import pytest
 from test_ingest import count, dump, loaddata, write_image, write_table
 
-from cellstore.config import IngestParams, StoreSettings
+from cellstore.config import IngestParams
 from cellstore.db.models import Image, IngestFile
 from cellstore.runs import Workspace
 from cellstore.runs.workspace import create_workspace, open_workspace
+from cellstore.settings import StoreSettings
 from cellstore.stages.ingest import ingest
 from cellstore.stages.ingest.images import stage as images
 

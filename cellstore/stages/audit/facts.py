@@ -131,6 +131,7 @@ class WellAudit:
     history: tuple[TreatmentChange, ...]
     images: tuple[int, ...]
     frozen_labels: tuple[FrozenLabel, ...]
+    came: tuple[Came, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,21 @@ class FlagFact:
 
 
 @dataclass(frozen=True)
+class Came:
+    """Some of what came of something: ``count`` of ``what``, by ``runs``, or called ``names``."""
+
+    what: str
+    count: int
+    runs: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ImageAudit:
-    """All that is known about an image and the labels it got; ``flags`` of every finished run."""
+    """All that is known about an image and the labels it got; ``flags`` of every finished run.
+
+    ``came``: what came of it, counted.
+    """
 
     image_id: int
     plate: str
@@ -170,6 +184,7 @@ class ImageAudit:
     segmentations: tuple[SegmentationFact, ...]
     labellings: tuple[Labelling, ...]
     flags: tuple[FlagFact, ...] = ()
+    came: tuple[Came, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -277,3 +292,33 @@ class RunAudit:
     artifacts: tuple[ArtifactFact, ...]
     ingested: tuple[IngestFact, ...]
     changed_wells: int
+    came: tuple[Came, ...] = ()
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A file as the store knows it: what it is (``kind``), where, and of what.
+
+    ``kind``: that of a stored artifact, or ``image file``, ``ingested table`` or ``weights``.
+    ``key``: the id of its row; of weights that of the first recipe. ``runs`` wrote or read it.
+    """
+
+    kind: str
+    key: int
+    name: str
+    place: str | None
+    sha256: str
+    size_bytes: int | None
+    about: tuple[str, ...]
+    runs: tuple[RunFact, ...]
+    came: tuple[Came, ...]
+
+
+@dataclass(frozen=True)
+class ArtifactAudit:
+    """What the store knows of a file. ``hashed``: the path of a file on disk that was looked up."""
+
+    asked: str
+    sha256: str
+    hashed: str | None
+    known: tuple[KnownFile, ...]

@@ -11,17 +11,15 @@ from ...db.models import (
     Image,
     IngestFile,
     Label,
-    Plate,
     Split,
     SplitMember,
     Treatment,
     Well,
     WellChange,
 )
-from ...errors import UnknownNameError, UserInputError
-from ...formats.names import parse_well
-from ...runs import Workspace
+from ...runs import Workspace, find_well
 from ...terms import LabelField, Subset
+from .downstream import came_of_images
 from .facts import FrozenLabel, IngestFact, TreatmentChange, TreatmentFact, WellAudit
 
 
@@ -33,7 +31,7 @@ def audit_well(workspace: Workspace, text: str) -> WellAudit:
         UserInputError: the text does not name a well.
     """
     with workspace.database.read() as session:
-        plate, well = _find_well(session, text)
+        plate, well = find_well(session, text)
         history = well_history(session, well.id)
         treatment = treatment_of(session, well)
         images = session.scalars(
@@ -47,6 +45,7 @@ def audit_well(workspace: Workspace, text: str) -> WellAudit:
             history=history,
             images=tuple(images),
             frozen_labels=frozen_labels(session, well.id, None, treatment, history),
+            came=came_of_images(session, select(Image.id).where(Image.well_id == well.id)),
         )
 
 
@@ -156,20 +155,3 @@ def _fact(row: Treatment) -> TreatmentFact:
         control=row.control.value if row.control else None,
         identifier=row.identifier,
     )
-
-
-def _find_well(session: Session, text: str) -> tuple[Plate, Well]:
-    barcode, slash, name = text.strip().rpartition("/")
-    if not slash:
-        raise UserInputError(f"A well is named PLATE/A01, not {text!r}.")
-    plate = session.scalars(select(Plate).where(Plate.barcode == barcode)).first()
-    if plate is None:
-        known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(5))
-        raise UnknownNameError.of("plate", barcode, known)
-    row, column = parse_well(name)
-    place = (Well.plate_id == plate.id, Well.row == row, Well.column == column)
-    well = session.scalars(select(Well).where(*place)).first()
-    if well is None:
-        known = session.scalars(select(Well.name).where(Well.plate_id == plate.id).limit(400))
-        raise UnknownNameError.of("well", name, known)
-    return plate, well

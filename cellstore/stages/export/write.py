@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from ...artifacts import PART
 from ...errors import StorageError
-from ...formats.formulas import disarmed
+from ...formats.text.spreadsheets import disarmed
 
 Batches = Iterable[pa.Table]
 

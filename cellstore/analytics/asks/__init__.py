@@ -1,0 +1,1 @@
+"""Saved questions that come with cellstore; see :mod:`cellstore.analytics.saved`."""

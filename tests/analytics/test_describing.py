@@ -1,0 +1,65 @@
+"""The schema in words: complete, nothing left over, true to the tables."""
+
+from __future__ import annotations
+
+import pytest
+from screens import small_screen
+
+from cellstore.analytics.describing import diagram, written_words
+from cellstore.analytics.schema import TABLES
+from cellstore.analytics.views import views
+from cellstore.errors import UnknownNameError
+from cellstore.runs import Workspace
+from cellstore.store import Store
+from cellstore_cli.tell_schema import named
+
+
+def test_every_column_has_words_and_all_words_have_a_column(sqlite_workspace: Workspace) -> None:
+    words = written_words()
+    relations = Store(sqlite_workspace).schema()  # KeyError: a column without words
+    used_shared = set()
+    for item in relations:
+        own = words.get(item.name, {})
+        assert set(own) - {"about"} <= {column.name for column in item.columns}, item.name
+        used_shared |= {column.name for column in item.columns} - set(own)
+    assert used_shared == set(words["shared"])
+    assert set(words) - {"shared"} <= {item.name for item in relations}
+    assert {item.name for item in relations} == {*TABLES, *(view.name for view in views())}
+    for item in relations:
+        for text in (item.words, *(column.words for column in item.columns)):
+            assert text.strip() == text != ""
+
+
+def test_keys_and_references_are_those_of_the_database(workspace: Workspace) -> None:
+    relations = Store(workspace).schema()
+    cells = named(relations, "CELLS")
+    by_name = {column.name: column for column in cells.columns}
+    assert by_name["id"].key
+    assert by_name["segmentation_id"].refers_to == "segmentations.id"
+    assert by_name["excluded"].refers_to is None
+    votes = {column.name: column for column in named(relations, "image_votes").columns}
+    assert votes["image_id"].refers_to == "images.id"
+    with pytest.raises(UnknownNameError, match="plates"):
+        named(relations, "plate")
+
+
+def test_a_feature_set_says_what_was_measured(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    cells = make.cells_of(screen.segmentations["B01"])
+    recipe = make.recipe(screen.segment_run.stage)
+    make.feature_files("nuclei", cells, {"area": [1.0, 2.0, 3.0]}, recipe)
+    found = named(Store(workspace).schema(), "nuclei")
+    assert found.kind == "feature set"
+    assert [column.name for column in found.columns] == ["cell_id", "area"]
+    assert found.columns[0].refers_to == "cells.id"
+
+
+def test_the_diagram_has_every_table_and_reference(sqlite_workspace: Workspace) -> None:
+    text = diagram(Store(sqlite_workspace).schema())
+    assert text.startswith("erDiagram\n")
+    for name, table in TABLES.items():
+        assert f"  {name} {{" in text
+        for column in table.columns:
+            for key in column.foreign_keys:
+                assert f"  {key.column.table.name} ||--o{{ {name} : {column.name}" in text

@@ -1,0 +1,228 @@
+"""ask, schema, and what else sql can do: files, parameters, large answers, a prompt."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+from factories import Factory
+
+from cellstore import Store
+
+EVIL = ["=cmd()", "+1", "-1", "@x", "\tx", "<script>alert(1)</script>", "a\"b'c", "\x1b[31mred"]
+
+
+def test_the_list_has_words_and_own_questions(cellstore, store):
+    out = cellstore("ask", "--store", store).out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert "accuracy" in out
+    said = cellstore("ask", "--new", "mine", "--from", "plates", "--store", store)
+    assert said.err.startswith("Written: ")
+    cellstore("ask", "--new", "plates", "--from", "plates", "--store", store)
+    out = cellstore("ask", "--store", store).out
+    assert "(yours)" in out
+    assert "your own, in" in out
+    said = cellstore("ask", "plates", "--store", store)
+    assert "in place of the one of cellstore" in said.err
+    names = {item["name"] for item in cellstore("ask", "--json", "--store", store).json}
+    assert {"mine", "accuracy", "stale"} <= names
+
+
+def test_a_saved_question_takes_values_in_any_order(cellstore, store):
+    wanted = cellstore("ask", "few-cells", "--fewer-than", 5, "--json", "--store", store).json
+    assert wanted == []
+    for words in (("--fewer-than=5", "few-cells"), ("--fewer_than", "5", "few-cells")):
+        assert cellstore("ask", *words, "--json", "--store", store).json == wanted
+    rows = cellstore("ask", "plates", "--json", "--store", store).json
+    assert rows == [
+        {"plate": "P1", "batch": None, "wells": 6, "treatments": 3, "images": 12, "cells": 0}
+    ]
+
+
+def test_the_question_behind_a_name_can_be_read(cellstore, store):
+    out = cellstore("ask", "accuracy", "--sql", "--store", store).out
+    assert out.startswith("-- How often a predict run is right")
+    assert "FROM accuracy" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("acuracy",), "accuracy"),
+        (("accuracy", "--rum", "3"), "Known: run"),
+        (("accuracy", "--run", "99"), "predict run"),
+        (("disagreements",), "needs --runs"),
+        (("accuracy", "votes"), "One question at a time"),
+        (("--run", "3"), "of which question"),
+        (("--new", "../x"), "cannot name a question"),
+        (("plates", "--for-spreadsheet"), "--format csv"),
+    ],
+)
+def test_mistakes_are_sentences(cellstore, store, words, hint):
+    said = cellstore("ask", *words, "--store", store, code=2)
+    assert said.err.startswith("Error: ")
+    assert hint in said.err
+
+
+def test_schema_says_what_tables_and_columns_are(cellstore, store):
+    out = cellstore("schema", "--store", store).out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    out = cellstore("schema", "cells", "--store", store).out
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert "refers to" in out
+    assert "Referred to by:" in out
+    assert cellstore("schema", "cels", "--store", store, code=2).err.startswith("Error: Unknown")
+    (cells,) = cellstore("schema", "cells", "--json", "--store", store).json
+    assert cells["columns"][0]["name"] == "id"
+    assert cellstore("schema", "--format", "mermaid", "--store", store).out.startswith("erDiagram")
+
+
+def test_a_question_from_a_file_with_values(cellstore, store, tmp_path):
+    file = tmp_path / "q.sql"
+    file.write_text("-- Wells.\nSELECT name FROM wells WHERE name = $well AND 1 = $one ORDER BY 1")
+    words = ("--file", file, "--param", "well=A02", "--param", "one=1", "--json")
+    assert cellstore("sql", *words, "--store", store).json == [{"name": "A02"}]
+    assert "twice" in cellstore("sql", "SELECT 1", *words, "--store", store, code=2).err
+    gone = cellstore("sql", "--file", tmp_path / "no.sql", "--store", store, code=2)
+    assert "cannot be read" in gone.err
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("3", "INTEGER"), ("2.5", "DOUBLE"), ("true", "BOOLEAN"), ("A02", "VARCHAR"),
+        ('"3"', "VARCHAR"), ("", "VARCHAR"), ("NaN", "VARCHAR"), ("[1,2]", "INTEGER[]"),
+    ],
+)  # fmt: skip
+def test_values_have_the_type_that_they_look_like(cellstore, store, text, kind):
+    query = "SELECT typeof($x) AS kind"
+    said = cellstore("sql", query, "--param", f"x={text}", "--json", "--store", store)
+    assert said.json == [{"kind": kind}]
+
+
+def test_a_table_on_the_screen_ends_after_a_thousand_rows(cellstore, store):
+    query = "SELECT range AS r FROM range(200000)"
+    said = cellstore("sql", query, "--store", store)
+    assert len(said.out.splitlines()) == 1002
+    assert "first 1,000 rows" in said.err
+    assert len(cellstore("sql", query, "--limit", 5, "--store", store).out.splitlines()) == 7
+    said = cellstore("sql", query, "--format", "csv", "--store", store)
+    assert len(said.out.splitlines()) == 200_001
+    assert said.err == ""
+    assert len(cellstore("sql", query, "--json", "--store", store).json) == 200_000
+
+
+def test_an_answer_larger_than_memory_allows_is_written_as_it_comes(cellstore, store, tmp_path):
+    target = tmp_path / "big.parquet"
+    query = "SELECT range AS r, repeat('x', 100) AS t FROM range(3000000)"
+    words = ("--format", "parquet", "--output", target, "--memory", 100)
+    cellstore("sql", query, *words, "--store", store)
+    assert pyarrow.parquet.read_metadata(target).num_rows == 3_000_000
+
+
+def test_a_plan_is_lines_of_80_characters(cellstore, store):
+    said = cellstore("sql", "SELECT * FROM image_votes WHERE run_id = $run", "--param", "run=1",
+                     "--explain", "--store", store)  # fmt: skip
+    lines = said.out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert any("hash join" in line for line in lines)
+
+
+def test_values_that_csv_does_not_know_are_json(cellstore, store):
+    query = "SELECT [1, 2] AS a, {'x': 'é'} AS b, NULL AS c, 'ab'::BLOB AS d"
+    out = cellstore("sql", query, "--format", "csv", "--store", store).out
+    assert list(csv.reader(io.StringIO(out)))[1] == ["[1, 2]", '{"x": "é"}', "", "6162"]
+
+
+def evil_names(store: Path) -> None:
+    with Store.open(store) as opened:
+        make = Factory(opened.workspace)
+        plate = make.plate("EVIL")
+        for column, name in enumerate(EVIL, start=1):
+            make.image(make.well(plate, 1, column, make.treatment(name, target=name)))
+
+
+def test_names_are_data_in_every_format(cellstore, store):
+    evil_names(store)
+    query = "SELECT pert_iname, target FROM treatments ORDER BY id"
+    for words in (("sql", query), ("ask", "treatments")):
+        rows = cellstore(*words, "--json", "--store", store).json
+        assert {row["pert_iname"] for row in rows} >= set(EVIL)
+        text = cellstore(*words, "--format", "csv", "--store", store).out
+        read = list(csv.DictReader(io.StringIO(text, newline="")))
+        assert {row["pert_iname"] for row in read} >= set(EVIL)
+        shown = cellstore(*words, "--store", store).out
+        assert "\x1b" not in shown
+        assert "\t" not in shown
+        safe = cellstore(*words, "--format", "csv", "--for-spreadsheet", "--store", store).out
+        for row in csv.DictReader(io.StringIO(safe, newline="")):
+            assert not row["pert_iname"].startswith(("=", "+", "-", "@", "\t"))
+
+
+def test_a_column_cannot_be_named_into_the_terminal(cellstore, store):
+    said = cellstore("sql", 'SELECT 1 AS "\x1b[31m"', "--store", store)
+    assert "\x1b" not in said.out
+    said = cellstore("sql", 'SELECT "\x1b[31m" FROM plates', "--store", store, code=2)
+    assert "\x1b" not in said.err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminal")
+def test_the_prompt_answers_and_lives_on_after_a_mistake(store, tmp_path):
+    import pty
+
+    child, terminal = pty.fork()
+    if child == 0:
+        program = "from cellstore_cli.main import run; run()"
+        os.environ |= {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "dumb"}
+        words = [sys.executable, "-c", program, "sql", "--store", str(store)]
+        os.execv(sys.executable, words)
+    try:
+        said = until(terminal, b"cellstore> ")
+        os.write(terminal, b"SELECT 40 +\r")
+        os.write(terminal, b"2 AS answer;\r")
+        said = until(terminal, b"42")
+        os.write(terminal, b"SELEC 1;\r")
+        said = until(terminal, b"Error: ")
+        os.write(terminal, b".schema plates\r")
+        said = until(terminal, b"barcode")
+        assert b"Traceback" not in said
+        os.write(terminal, b".quit\r")
+        deadline = time.monotonic() + 20
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+            drain(terminal)
+        assert ended == (child, 0)
+        child = 0
+    finally:
+        if child:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        os.close(terminal)
+    assert "SELEC 1;" in (tmp_path / "state" / "cellstore" / "questions").read_text()
+
+
+def drain(terminal: int) -> bytes:
+    import select
+
+    if not select.select([terminal], [], [], 0.1)[0]:
+        return b""
+    try:
+        return os.read(terminal, 65_536)
+    except OSError:
+        return b""
+
+
+def until(terminal: int, wanted: bytes) -> bytes:
+    said, deadline = b"", time.monotonic() + 30
+    while wanted not in said:
+        assert time.monotonic() < deadline, said
+        piece = drain(terminal)
+        if b"\x1b[6n" in piece:
+            os.write(terminal, b"\x1b[1;1R")  # a terminal says where its cursor is
+        said += piece
+    return said

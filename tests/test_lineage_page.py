@@ -1,0 +1,132 @@
+"""The page of a lineage: one file, no script, whatever things are called."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from factories import sha
+from screens import small_screen
+
+from cellstore.runs import Workspace, find_well
+from cellstore.stages.audit import (
+    audit_artifact,
+    audit_cell,
+    audit_image,
+    audit_run,
+    audit_well,
+    write_lineage,
+)
+from cellstore.stages.audit.figures import BOX, place
+from cellstore.stages.audit.graph import Lineage, lineage_of
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("networkx")
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "=cmd()|'/c calc'!A1",
+    "{{ 7*7 }}",
+    "$x_2$",
+    "药 \u202e é",
+)
+
+
+class Page(HTMLParser):
+    """Gathers the elements, what they load, and the text that is shown."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.loads: list[str] = []
+        self.handlers: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        self.loads += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_every_audit_has_a_page_that_needs_nothing_else(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    screen = small_screen(workspace)
+    audits = {
+        "image": audit_image(workspace, "BR1/B01/1"),
+        "well": audit_well(workspace, "BR1/B01"),
+        "cell": audit_cell(workspace, 3),
+        "predict": audit_run(workspace, "latest predict"),
+        "train": audit_run(workspace, "latest train"),
+        "file": audit_artifact(workspace, sha("model")),
+    }
+    for name, audit in audits.items():
+        path = write_lineage(workspace, audit, tmp_path / f"{name}.html")
+        page = Page(path.read_text())
+        assert "svg" in page.tags, name
+        assert not page.tags & {"script", "link", "iframe", "object", "embed"}, name
+        assert all(value.startswith("#") for value in page.loads), name
+        assert page.handlers == []
+    text = Page((tmp_path / "image.html").read_text()).text
+    for shown in (f"run {screen.predict_run.id}", "taxol", "a07987890c", "grouped"):
+        assert shown in text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_are_text_and_nothing_else(
+    sqlite_workspace: Workspace, tmp_path: Path, name: str
+) -> None:
+    screen = small_screen(sqlite_workspace)
+    with sqlite_workspace.database.read() as session:
+        _, well = find_well(session, "B01")
+    screen.factory.well_change(well, screen.factory.treatment(name, name), file=name)
+    path = write_lineage(
+        sqlite_workspace, audit_image(sqlite_workspace, "BR1/B01/1"), tmp_path / "page.html"
+    )
+    page = Page(path.read_text())
+    assert not page.tags & {"script", "img"}
+    assert page.handlers == []
+    assert name in page.text
+
+
+def test_what_led_to_a_label(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    graph = lineage_of(workspace, audit_image(workspace, "BR1/B01/1"))
+    above: set[str] = set()
+    level = {f"label {screen.predict_run.id}"}
+    while level:
+        level = {source for source, target in graph.edges if target in level}
+        above |= level
+    kinds = {graph.nodes[key].kind for key in above}
+    assert kinds == {
+        *("file", "image", "segmentation", "weights", "predict", "checkpoint", "train"),
+        *("split", "treatment"),
+    }
+
+
+def test_boxes_stand_below_what_led_to_them_and_never_on_each_other() -> None:
+    graph = Lineage("d")
+    for key in "abcdefg":
+        graph.add(key, "file", key)
+    graph.link("a", "b", "d")
+    graph.link("c", "d", "e")
+    graph.link("a", "e")  # past two layers
+    graph.link("f", "g")
+    places, paths, size = place(graph)
+    for source, target in graph.edges:
+        assert places[source][1] + BOX[1] < places[target][1]
+    boxes = [places[key] for key in graph.nodes]
+    for i, (x, y) in enumerate(boxes):
+        assert BOX[0] / 2 <= x <= size[0] - BOX[0] / 2
+        assert all(abs(x - u) > BOX[0] or abs(y - v) > BOX[1] for u, v in boxes[i + 1 :])
+    assert max(map(len, paths)) == 4
+    assert not re.search(r"\bnan\b", str(places))

@@ -1,0 +1,233 @@
+"""Redoing a run beside the store: what is copied, what is compared, and that nothing is written.
+
+The work itself is done by hand here; tests/stages/test_repro.py has it done by the stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from factories import MOMENT, sha
+from screens import VOTES, SmallScreen, small_screen
+from sqlalchemy import func, insert, select
+
+from cellstore.db.models import METADATA, Label, Prediction, Run
+from cellstore.errors import ImageError, UnknownNameError, UserInputError
+from cellstore.runs import Workspace
+from cellstore.stages.repro import (
+    DIFFERENT,
+    EQUAL,
+    IDENTICAL,
+    IMPOSSIBLE,
+    Check,
+    Done,
+    Order,
+    check,
+    repro,
+)
+from cellstore.stages.repro.compare import Tally, merged
+from cellstore.stages.repro.scratch import Wanted, scratch_store
+from cellstore.terms import ArtifactKind, Stage, Status
+
+LABELLED = ("B01", "B02", "B03", "B04")
+
+
+def everything(workspace: Workspace) -> dict[str, int]:
+    with workspace.database.read() as session:
+        return {
+            name: session.scalar(select(func.count()).select_from(table)) or 0
+            for name, table in METADATA.tables.items()
+        }
+
+
+def labelled_screen(workspace: Workspace) -> SmallScreen:
+    """The small screen, its predict run with the jobs that it had."""
+    screen = small_screen(workspace)
+    for name in LABELLED:
+        screen.factory.job(screen.predict_run, screen.images[name])
+        screen.factory.job(screen.measure_run, screen.images[name])
+    return screen
+
+
+def by_hand(screen: SmallScreen, change: Callable[[float], float] = lambda p: p) -> Any:
+    """What labels cells as ``VOTES`` has them, with other probabilities if need be."""
+
+    def carry_out(redone: Workspace, stage: Stage, order: Order, where: str | None) -> Done:
+        assert (stage, order.names["run"]) == (Stage.PREDICT, str(screen.train_run.id))
+        with redone.database.begin() as session:
+            old = session.get_one(Run, screen.predict_run.id)
+            new = Run(
+                **{
+                    column.name: getattr(old, column.name)
+                    for column in Run.__table__.columns
+                    if column.name != "id"
+                }
+            )
+            session.add(new)
+            session.flush()
+            labels = dict(session.execute(select(Label.value, Label.id)).all())
+            rows = [
+                (cell.id, rank, labels[label], change(probability))
+                for name in LABELLED
+                for cell, choices in zip(
+                    screen.factory.cells_of(screen.segmentations[name]), VOTES[name][2], strict=True
+                )
+                for rank, (label, probability) in enumerate(choices, start=1)
+            ]
+            names = ("cell_id", "rank", "label_id", "probability")
+            table: Any = Prediction.__table__
+            session.execute(
+                insert(table),
+                [{"run_id": new.id, **dict(zip(names, row, strict=True))} for row in rows],
+            )
+        return Done(new.id)
+
+    return carry_out
+
+
+def verdict(workspace: Workspace, screen: SmallScreen, change: Any) -> Check:
+    return check(workspace, str(screen.predict_run.id), by_hand(screen, change))
+
+
+def test_the_same_numbers_are_identical_and_nothing_is_written(workspace: Workspace) -> None:
+    screen = labelled_screen(workspace)
+    before = everything(workspace)
+    found = verdict(workspace, screen, lambda p: p)
+    assert (found.verdict, found.compared, found.differ) == (IDENTICAL, 16, 0)
+    assert (found.largest, found.differences) == (0.0, ())
+    assert everything(workspace) == before
+
+
+def test_numbers_within_and_outside_the_tolerance(workspace: Workspace) -> None:
+    screen = labelled_screen(workspace)
+    near = verdict(workspace, screen, lambda p: p - 5e-5)
+    assert (near.verdict, near.differ) == (EQUAL, 0)
+    assert near.largest == pytest.approx(5e-5)
+    far = verdict(workspace, screen, lambda p: p - 2e-3 if p == 0.9 else p)
+    assert (far.verdict, far.differ, far.compared) == (DIFFERENT, 1, 16)
+    assert far.largest == pytest.approx(2e-3)
+    assert far.differences[0].endswith("taxol: 0.9 before, 0.898 now")
+
+
+def test_why_a_run_cannot_be_redone(workspace: Workspace) -> None:
+    screen = labelled_screen(workspace)
+
+    def gone(*_: Any) -> Done:
+        raise ImageError("a.tiff cannot be opened. Put it back.")
+
+    def failed(*_: Any) -> Done:
+        return Done(None, (("BR1/r02c01f01", "no pixels"),))
+
+    found = check(workspace, str(screen.predict_run.id), gone)
+    assert (found.verdict, found.reasons[0]) == (
+        IMPOSSIBLE,
+        "a.tiff cannot be opened. Put it back.",
+    )
+    found = check(workspace, str(screen.predict_run.id), failed)
+    assert found.verdict == IMPOSSIBLE
+    assert found.reasons[0] == "1 of 4 images failed"
+    assert "BR1/r02c01f01: no pixels" in found.reasons
+
+
+def test_other_versions_are_named_where_it_matters(workspace: Workspace) -> None:
+    screen = labelled_screen(workspace)
+    found = verdict(workspace, screen, lambda p: p - 2e-3)
+    assert any("made by cellstore 0.1.0+gabc" in reason for reason in found.reasons)
+    assert any(reason.startswith("python was 3.11, is 3.") for reason in found.reasons)
+
+
+def test_what_is_not_redone(workspace: Workspace) -> None:
+    screen = labelled_screen(workspace)
+    make = screen.factory
+    running = make.run(Stage.PREDICT, status=Status.RUNNING)
+    ingest = make.run(Stage.INGEST)
+    for run, said in ((running, "only a finished run"), (ingest, f"cellstore repro {ingest.id}")):
+        with pytest.raises(UserInputError, match=said):
+            check(workspace, str(run.id), by_hand(screen))
+    with pytest.raises(UnknownNameError):
+        check(workspace, "999", by_hand(screen))
+
+
+def test_a_scratch_store_holds_what_is_wanted_and_no_more(workspace: Workspace) -> None:
+    screen = labelled_screen(workspace)
+    recipe, measure = screen.segment_run.recipe_id, screen.measure_run.recipe_id
+    image = screen.images["B01"].id
+    wanted = Wanted(
+        [image], segmented=[recipe], with_cells=[recipe], measured=[measure],
+        files_of=[screen.train_run.id],
+    )  # fmt: skip
+    before = everything(workspace)
+    with scratch_store(workspace, wanted) as made:
+        assert made.database.is_sqlite
+        found = everything(made)
+        root = made.settings.root
+        stored = made.artifacts.write(ArtifactKind.MASK, b"new", ".tif")
+        assert made.artifacts.read(stored.path, stored.sha256) == b"new"
+        assert not (workspace.artifacts.root / stored.path).exists()
+    assert not root.exists()
+    assert (found["images"], found["segmentations"], found["cells"]) == (1, 1, 3)
+    assert (found["features"], found["predictions"], found["split_members"]) == (3, 0, 1)
+    assert found["artifacts"] == 4  # masks and flows of the image, two files of the checkpoint
+    assert found["jobs"] == 1
+    for name in ("runs", "recipes", "wells", "labels", "splits"):
+        assert found[name] == before[name], name
+    assert everything(workspace) == before
+
+
+def test_the_environment_does_not_lead_a_redo_to_the_real_database(
+    postgres_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labelled_screen(postgres_workspace)
+    url = postgres_workspace.database.engine.url.render_as_string(hide_password=False)
+    monkeypatch.setenv("CELLSTORE_DATABASE_URL", url)
+    with scratch_store(postgres_workspace, Wanted([])) as made:
+        assert made.database.is_sqlite
+
+
+def test_two_series_side_by_side() -> None:
+    old = [(1, ("a",)), (3, ("b",)), (4, ("c",))]
+    new = [(2, ("x",)), (3, ("y",))]
+    assert list(merged(old, new)) == [
+        (1, ("a",), None),
+        (2, None, ("x",)),
+        (3, ("b",), ("y",)),
+        (4, ("c",), None),
+    ]
+
+
+def test_numbers_that_are_none() -> None:
+    nan = float("nan")
+    tally = Tally("numbers", 1e-4)
+    for then, now in ((nan, nan), (1.0, nan), (None, 1.0), (1.0, float("inf"))):
+        tally.count("x", then, now)
+    assert (tally.compared, tally.differ) == (4, 3)
+
+
+def test_all_steps_in_order_as_a_script(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    hostile = "maps\nrm -rf ~ `x`.csv"
+    table = make.run(Stage.INGEST, command="cellstore ingest 'a b.csv'", started_at=MOMENT)
+    from cellstore.db.models import IngestFile
+
+    counts = dict.fromkeys(("n_rows", "n_created", "n_updated", "n_unchanged", "n_refused"), 0)
+    make.add(
+        IngestFile(
+            run_id=table.id, name=hostile, sha256=sha("t"), size_bytes=1, layout="x", **counts
+        )
+    )
+    found = repro(workspace, str(screen.predict_run.id))
+    assert [step.run_id for step in found.steps] == sorted(step.run_id for step in found.steps)
+    assert [step.stage for step in found.steps] == ["segment", "measure", "train", "predict"]
+    later = make.run(Stage.TRAIN, make.recipe(Stage.TRAIN), split_id=screen.split.id)
+    other = make.run(Stage.INGEST, command="cellstore demo")
+    script = repro(workspace, str(later.id)).script
+    assert other.id > later.id
+    assert "cellstore demo" not in repro(workspace, str(make.run(Stage.QC).id)).script.replace(
+        "# Mind: it was begun by: cellstore demo", ""
+    )
+    assert "cellstore ingest 'a b.csv'" in script
+    assert "# reads maps rm -rf ~ `x`.csv, sha256" in script
+    assert not any(line.startswith("rm ") for line in script.splitlines())

@@ -1,0 +1,275 @@
+"""The command that repro prints asks for the very parameters, by the command line's own parser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.main import get_command
+
+import cellstore
+from cellstore.config import (
+    TRAIN_RECIPES,
+    BaselineParams,
+    ImageInput,
+    MeasureParams,
+    PredictParams,
+    SegmentParams,
+    SplitParams,
+    TrainParams,
+    as_parameters,
+)
+from cellstore.runs import RecipeSpec, fingerprint
+from cellstore.stages.repro import Order
+from cellstore.stages.repro.steps import selection_of, typed_words
+from cellstore.stages.repro.words import words_of
+from cellstore.terms import GroupLevel, LabelField, Projection, Stage, Subset
+from cellstore_cli.main import app
+
+
+class AskedError(Exception):
+    """Ends a command where it would begin to work, with what it asked for."""
+
+
+class Asked:
+    """Stands for a store: keeps what is asked of it, and does nothing."""
+
+    def __init__(self) -> None:
+        self.call: tuple[str, tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __enter__(self) -> Asked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        def method(*args: Any, **kwargs: Any) -> None:
+            self.call = (name, args, kwargs)
+            raise AskedError
+
+        return method
+
+
+@pytest.fixture(scope="module")
+def asked() -> Iterator[Any]:
+    """Returns what a command asks of its store: the method, its arguments and its options."""
+    holder: list[Asked] = []
+
+    def fake(*_: Any, **__: Any) -> Asked:
+        holder.append(Asked())
+        return holder[-1]
+
+    def ask(words: tuple[str, ...]) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+        command.main(list(words), prog_name="cellstore", standalone_mode=False)
+        call = holder.pop().call
+        assert call is not None
+        return call
+
+    command = get_command(app)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cellstore.Store, "open", fake)
+        yield ask
+
+
+def marks(params: Any) -> str:
+    """The fingerprint of a recipe with these parameters."""
+    return fingerprint(RecipeSpec(Stage.TRAIN, 1, as_parameters(params)))
+
+
+names = st.text(
+    st.characters(exclude_categories=("Cs", "Cc"), exclude_characters=","), min_size=1, max_size=12
+).filter(lambda text: text == text.strip())
+words = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20)
+lists = st.lists(names, max_size=3, unique=True).map(tuple)
+filled = st.lists(names, min_size=1, max_size=3, unique=True).map(tuple)
+shares = st.floats(0, 1)
+counts = st.integers(1, 10**6)
+numbers = st.floats(0, 1e6, allow_nan=False)
+images = st.builds(ImageInput, lists, st.sampled_from(Projection))
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> SegmentParams:
+    image = draw(images)
+    nuclei = draw(st.none() | filled.map(lambda found: ImageInput(found, image.projection)))
+    return draw(
+        st.builds(
+            SegmentParams,
+            model=names,
+            flow_threshold=numbers,
+            cellprob_threshold=st.floats(-50, 50),
+            diameter=st.none() | st.floats(1, 500),
+            image=st.just(image),
+            nuclei=st.just(nuclei),
+            diameter_from=st.none() | names,
+        )
+    )
+
+
+splits = st.builds(
+    SplitParams,
+    protocol=st.sampled_from(("grouped", "published")),
+    field=st.sampled_from(LabelField),
+    group_level=st.sampled_from(GroupLevel),
+    test_size=shares,
+    validation_size=shares,
+    seed=st.integers(0, 2**31),
+    plates=st.lists(words, max_size=2).map(tuple),
+    allow_missing=st.booleans(),
+    leave_out_flagged=st.none() | st.just("7"),
+    where=st.none() | words,
+    test_plates=lists,
+    validation_plates=lists,
+    downsample=st.none() | st.lists(st.tuples(words, counts.map(str)), max_size=2).map(tuple),
+    downsample_by=st.sampled_from(("image", "cell")),
+    min_images=st.integers(0, 50),
+)
+augmentations = st.lists(st.sampled_from(("flips", "rotations", "intensity")), unique=True)
+trainings = st.builds(
+    TrainParams.of,
+    st.sampled_from(tuple(TRAIN_RECIPES)),
+    crop_size=counts,
+    batch_size=st.integers(2, 4096),
+    epochs=counts,
+    patience=counts,
+    learning_rate=numbers,
+    weight_decay=numbers,
+    label_smoothing=shares,
+    dropout=shares,
+    weights=names,
+    seed=st.integers(0, 2**31),
+    features=st.none() | words,
+    branches=filled,
+    leave_out_flagged=st.none() | st.just("7"),
+    channels=lists.filter(lambda found: found != ("none",)),
+    backbone=words,
+    augment=augmentations.map(tuple),
+    loss=st.sampled_from(("cross-entropy", "focal")),
+    class_weights=st.booleans(),
+    sampler=st.sampled_from(("cells", "classes", "capped")),
+    schedule=st.sampled_from(("step", "cosine", "constant")),
+    warmup_epochs=st.integers(0, 9),
+    monitor=st.sampled_from(("loss", "accuracy")),
+    precision=st.sampled_from(("32", "bf16", "16")),
+    normalise=st.sampled_from(("train", "plate-controls")),
+    intensity=st.sampled_from(("image", "plate")),
+)
+baselines = st.builds(
+    BaselineParams,
+    max_cells=counts,
+    seed=st.integers(0, 2**31),
+    features=st.none() | words,
+    normalise=st.sampled_from(("train", "plate-controls")),
+    leave_out_flagged=st.none() | st.just("7"),
+)
+predictions = st.builds(
+    PredictParams,
+    subset=st.none() | st.sampled_from(Subset),
+    plates=st.lists(words, max_size=2).map(tuple),
+    top_k=counts,
+    wells=st.lists(words, max_size=2).map(tuple),
+    where=st.none() | words,
+    limit=st.none() | counts,
+    split=st.none() | words,
+    embedding=st.none() | words,
+)
+SOURCES = {"split": "a split", "segmentation": "0a1b", "measurement": "ff00"}
+BASELINE = SOURCES | {"baseline": "logistic"}
+FEW = settings(max_examples=15, deadline=None)
+
+
+@given(params=segments())
+@FEW
+def test_segment(asked: Any, params: SegmentParams) -> None:
+    spelled, doubts = words_of(Order(params))
+    method, args, _ = asked(spelled)
+    assert (method, args[0], doubts) == ("segment", params, ())
+    assert marks(args[0]) == marks(params)
+
+
+@given(image=st.none() | images.filter(lambda image: image.channels), groups=filled)
+@FEW
+def test_measure(asked: Any, image: ImageInput | None, groups: tuple[str, ...]) -> None:
+    params = MeasureParams(image, groups)
+    spelled, _ = words_of(Order(params, {"segmentation": "0a1b"}))
+    method, args, more = asked(spelled)
+    assert (method, args[0], more["segmentation"]) == ("measure", params, "0a1b")
+
+
+@given(params=splits, name=words)
+@FEW
+def test_split(asked: Any, params: SplitParams, name: str) -> None:
+    spelled, _ = words_of(Order(params, {"name": name}))
+    method, args, _ = asked(spelled)
+    assert method == "create_split"
+    assert args[0] == name
+    assert as_kept(args[1]) == as_kept(params)
+    assert marks(as_kept(args[1])) == marks(as_kept(params))
+
+
+def as_kept(params: SplitParams) -> SplitParams:
+    """The published protocol settles these two itself, whatever is asked."""
+    if params.protocol != "published":
+        return params
+    return replace(params, group_level=GroupLevel.IMAGE, validation_size=0.0)
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_folds(asked: Any, folds: int) -> None:
+    params = SplitParams(folds=folds, validation_size=0.0)
+    spelled, _ = words_of(Order(params, {"name": "five"}))
+    method, args, _ = asked(spelled)
+    assert (method, args) == ("create_folds", ("five", params))
+
+
+@given(params=trainings)
+@FEW
+def test_train(asked: Any, params: TrainParams) -> None:
+    spelled, doubts = words_of(Order(params, SOURCES))
+    method, args, more = asked(spelled)
+    assert (method, args[0], doubts) == ("train", params, ())
+    assert {name: more[name] for name in SOURCES} == SOURCES
+    assert marks(args[0]) == marks(params)
+
+
+@given(params=baselines)
+@FEW
+def test_baseline(asked: Any, params: BaselineParams) -> None:
+    spelled, doubts = words_of(Order(params, BASELINE))
+    method, args, more = asked(spelled)
+    assert (method, args, doubts) == ("train_baselines", (("logistic",), params), ())
+    assert {name: more[name] for name in SOURCES} == SOURCES
+
+
+@given(params=predictions, everything=st.booleans())
+@FEW
+def test_predict(asked: Any, params: PredictParams, everything: bool) -> None:
+    if everything:
+        params = PredictParams(subset=params.subset, all_probabilities=True)
+    spelled, _ = words_of(Order(params, {"run": "12"}))
+    method, args, more = asked(spelled)
+    assert (method, args[0], more["run"]) == ("predict", params, "12")
+
+
+def test_what_a_command_cannot_say_is_said() -> None:
+    for params, doubt in (
+        (TrainParams(step_size=9), "step_size is 9"),
+        (TrainParams(channels=("a,b",), branches=("image",)), "'a,b' has a comma"),
+        (BaselineParams(trees=3), "trees is 3"),
+        (SegmentParams(image=ImageInput((" DNA",))), "' DNA' has a comma or space"),
+    ):
+        (told,) = words_of(Order(params, BASELINE))[1]
+        assert doubt in told
+
+
+def test_what_was_typed() -> None:
+    typed = typed_words("cellstore --store 'my store' segment --plate P1 --limit=5 --json")
+    assert typed == ("segment", "--plate", "P1", "--limit=5")
+    assert selection_of(typed) == ["--plate=P1", "--limit=5"]
+    for command in ("python run.py", "", "rm -rf /", "cellstore 'unfinished"):
+        assert typed_words(command) is None
