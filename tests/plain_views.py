@@ -17,6 +17,7 @@ from cellstore.runs import Workspace
 
 COUNTS = """
     SELECT run_id, image_id, label_id, sum(CASE WHEN rank = 1 THEN 1 ELSE 0 END) AS cells,
+    count(*) AS named,
         sum(probability) AS probability
     FROM ballots GROUP BY run_id, image_id, label_id
 """

@@ -43,6 +43,7 @@ _COUNTED = pa.schema(
         ("image_id", pa.int64()),
         ("label_id", pa.int64()),
         ("cells", pa.int64()),
+        ("named", pa.int64()),
         ("probability", pa.float64()),
     ]
 )

@@ -30,7 +30,12 @@ voted AS (
     SELECT run_id, image_id, 'hard' AS vote, max(entry, 2) AS best, list(entry) AS entries,
         CAST(sum(cells) AS BIGINT) AS n_cells
     FROM (
-        SELECT run_id, image_id, cells, struct_pack(weight := CAST(cells AS DOUBLE), probability := probability, late := late) AS entry
+        SELECT run_id, image_id, cells,
+            struct_pack(
+                weight := CAST(cells AS DOUBLE),
+                probability := probability,
+                late := late
+            ) AS entry
         FROM told
     )
     GROUP BY run_id, image_id
@@ -38,7 +43,12 @@ voted AS (
     SELECT run_id, image_id, 'soft' AS vote, max(entry, 2) AS best, list(entry) AS entries,
         CAST(sum(cells) AS BIGINT) AS n_cells
     FROM (
-        SELECT run_id, image_id, cells, struct_pack(weight := probability, probability := probability, late := late) AS entry
+        SELECT run_id, image_id, cells,
+            struct_pack(
+                weight := probability,
+                probability := probability,
+                late := late
+            ) AS entry
         FROM told
     )
     GROUP BY run_id, image_id
@@ -46,7 +56,12 @@ voted AS (
     SELECT run_id, image_id, 'median' AS vote, max(entry, 2) AS best, list(entry) AS entries,
         CAST(sum(cells) AS BIGINT) AS n_cells
     FROM (
-        SELECT told.run_id, told.image_id, told.cells, struct_pack(weight := m.probability, probability := told.probability, late := told.late) AS entry
+        SELECT told.run_id, told.image_id, told.cells,
+            struct_pack(
+                weight := m.probability,
+                probability := told.probability,
+                late := told.late
+            ) AS entry
         FROM told
         JOIN named AS n ON n.late = told.late
         JOIN image_label_medians AS m

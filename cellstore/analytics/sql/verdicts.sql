@@ -6,24 +6,32 @@
 -- a cell truth_probability is null where the truth is not among its stored choices). correct is
 -- null where it abstained. Answers without a known truth are left out; so are controls, if
 -- vote_rules says so.
-WITH cell_answers AS (
+WITH truths AS (
+    SELECT b.run_id, b.cell_id, min(b.rank) AS place, max(b.probability) AS probability
+    FROM ballots AS b
+    JOIN run_images AS ri ON ri.run_id = b.run_id AND ri.image_id = b.image_id
+    JOIN labels AS l ON l.id = b.label_id AND l.value = ri.truth
+    GROUP BY b.run_id, b.cell_id
+),
+cell_answers AS (
     SELECT
         b.run_id,
         b.cell_id,
-        any_value(b.image_id) AS image_id,
-        any_value(ri.well_id) AS well_id,
-        any_value(ri.plate_id) AS plate_id,
-        any_value(ri.subset) AS subset,
-        any_value(ri.control) AS control,
-        any_value(ri.truth) AS truth,
-        max(l.value) FILTER (WHERE b.rank = 1) AS predicted,
-        max(b.probability) FILTER (WHERE b.rank = 1) AS confidence,
-        min(b.rank) FILTER (WHERE l.value = ri.truth) AS truth_place,
-        max(b.probability) FILTER (WHERE l.value = ri.truth) AS truth_probability
+        b.image_id,
+        ri.well_id,
+        ri.plate_id,
+        ri.subset,
+        ri.control,
+        ri.truth,
+        l.value AS predicted,
+        b.probability AS confidence,
+        t.place AS truth_place,
+        t.probability AS truth_probability
     FROM ballots AS b
     JOIN labels AS l ON l.id = b.label_id
     JOIN run_images AS ri ON ri.run_id = b.run_id AND ri.image_id = b.image_id
-    GROUP BY b.run_id, b.cell_id
+    LEFT JOIN truths AS t ON t.run_id = b.run_id AND t.cell_id = b.cell_id
+    WHERE b.rank = 1
 ),
 well_places AS (
     SELECT w.id AS well_id, w.plate_id, t.control

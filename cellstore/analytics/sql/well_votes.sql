@@ -13,18 +13,22 @@ late_by_id AS (
     FROM (SELECT unnest(range(1, max(id) + 1)) AS id FROM labels) AS i
     LEFT JOIN named AS n ON n.id = i.id
 ),
-told AS NOT MATERIALIZED (
+summed AS NOT MATERIALIZED (
     SELECT
         c.run_id,
         ri.well_id,
         ri.subset,
+        c.label_id,
         CAST(sum(c.cells) AS BIGINT) AS cells,
-        CAST(sum(CAST(round(c.probability * 1e12) AS BIGINT)) AS DOUBLE) / 1e12 AS probability,
-        any_value(n.lates[c.label_id]) AS late
+        CAST(sum(CAST(round(c.probability * 1e12) AS BIGINT)) AS DOUBLE) / 1e12 AS probability
     FROM image_label_counts AS c
-    CROSS JOIN late_by_id AS n
     JOIN run_images AS ri ON ri.run_id = c.run_id AND ri.image_id = c.image_id
     GROUP BY c.run_id, ri.well_id, ri.subset, c.label_id
+),
+told AS NOT MATERIALIZED (
+    SELECT run_id, well_id, subset, cells, probability, n.lates[label_id] AS late
+    FROM summed
+    CROSS JOIN late_by_id AS n
 ),
 truths AS (
     SELECT run_id, well_id, subset, any_value(truth) AS truth FROM run_images
@@ -36,7 +40,12 @@ voted AS (
     SELECT run_id, well_id, subset, 'hard' AS vote, max(entry, 2) AS best, list(entry) AS entries,
         CAST(sum(cells) AS BIGINT) AS n_cells
     FROM (
-        SELECT run_id, well_id, subset, cells, struct_pack(weight := CAST(cells AS DOUBLE), probability := probability, late := late) AS entry
+        SELECT run_id, well_id, subset, cells,
+            struct_pack(
+                weight := CAST(cells AS DOUBLE),
+                probability := probability,
+                late := late
+            ) AS entry
         FROM told
     )
     GROUP BY run_id, well_id, subset
@@ -44,7 +53,12 @@ voted AS (
     SELECT run_id, well_id, subset, 'soft' AS vote, max(entry, 2) AS best, list(entry) AS entries,
         CAST(sum(cells) AS BIGINT) AS n_cells
     FROM (
-        SELECT run_id, well_id, subset, cells, struct_pack(weight := probability, probability := probability, late := late) AS entry
+        SELECT run_id, well_id, subset, cells,
+            struct_pack(
+                weight := probability,
+                probability := probability,
+                late := late
+            ) AS entry
         FROM told
     )
     GROUP BY run_id, well_id, subset
@@ -52,11 +66,17 @@ voted AS (
     SELECT run_id, well_id, subset, 'median' AS vote, max(entry, 2) AS best, list(entry) AS entries,
         CAST(sum(cells) AS BIGINT) AS n_cells
     FROM (
-        SELECT told.run_id, told.well_id, told.subset, told.cells, struct_pack(weight := m.probability, probability := told.probability, late := told.late) AS entry
+        SELECT told.run_id, told.well_id, told.subset, told.cells,
+            struct_pack(
+                weight := m.probability,
+                probability := told.probability,
+                late := told.late
+            ) AS entry
         FROM told
         JOIN named AS n ON n.late = told.late
         JOIN well_label_medians AS m
-            ON m.run_id = told.run_id AND m.well_id = told.well_id AND m.subset = told.subset AND m.label = n.value
+            ON m.run_id = told.run_id AND m.well_id = told.well_id AND m.subset = told.subset
+            AND m.label = n.value
     )
     GROUP BY run_id, well_id, subset
 ),
