@@ -155,7 +155,7 @@ class Questions:
                 empty.execute(f"CREATE TABLE {quoted(name)} AS {query}")
             else:
                 empty.execute(f"CREATE VIEW {quoted(name)} AS {query}")
-        self._bases = {name: self._tables_of(f"FROM {quoted(name)}") for name in self._views}
+        self._bases: dict[str, set[str]] = {}
 
     def _make_empty(self, found: SetRelation) -> None:
         # From an Arrow table, as it will be when it is full: DuckDB then renames columns whose
@@ -186,6 +186,7 @@ class Questions:
         if not needed:
             return self._run(self._empty, statement, bound)
         self._load(needed)
+        self._make_views(statement)
         return self._run(self._full, statement, bound)
 
     def plan(self, sql: str, parameters: Parameters | None = None) -> str:
@@ -239,8 +240,13 @@ class Questions:
         names = tables_in(json.loads(parsed[0]))
         if names is None:  # no plain SELECT: every word of it may be one
             names = set(re.findall(r"\w+", statement.lower()))
-        behind = [self._bases[name] for name in names & self._bases.keys()]
+        behind = [self._tables_behind(name) for name in names & self._views.keys()]
         return (names & self._known).union(*behind)
+
+    def _tables_behind(self, view: str) -> set[str]:
+        if view not in self._bases:
+            self._bases[view] = self._tables_of(f"FROM {quoted(view)}")
+        return self._bases[view]
 
     def _run(self, connection: duckdb.DuckDBPyConnection, statement: str, bound: object) -> Answer:
         return Answer(connection, self._limits.seconds, statement, bound)
@@ -261,10 +267,24 @@ class Questions:
             if name not in self._loaded:  # one may load another
                 self._load_table(name)
                 self._loaded.add(name)
+
+    def _make_views(self, statement: str) -> None:
+        """Make the views that the statement may name, after those that they read."""
+        named = self._views_in(statement)
         for name, query in self._views.items():
-            if name not in self._known | self._views_made and self._bases[name] <= self._loaded:
+            missing = name in named and name not in self._known | self._views_made
+            if missing and self._tables_behind(name) <= self._loaded:
                 self._full.execute(f"CREATE VIEW {quoted(name)} AS {query}")
                 self._views_made.add(name)
+
+    def _views_in(self, statement: str) -> set[str]:
+        words = statement.lower()
+        named: set[str] = set()
+        for name in reversed(self._views):  # a view comes after those it reads
+            if name.lower().replace('"', '""') in words:
+                named.add(name)
+                words += self._views[name].lower()
+        return named
 
     def _load_table(self, name: str) -> None:
         if name in self._sets:

@@ -2,13 +2,16 @@
 
 What a run wrote that nothing goes on with never changes, so its copy is made once and found again
 by its name. The copies are a cache: without them the same rows are read from the database again.
+The end of the name is the checksum of the file, so that a damaged copy is made anew, not believed.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +22,9 @@ import pyarrow.parquet as pq
 
 from ..errors import StorageError
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the copies change, so that older ones are not read."""
+BYTES_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,15 @@ class RunMark:
     ended_at: str
     extent: str = ""
 
-    def file_name(self, table: str, kind: str) -> str:
-        """Return the name of the copy of what this run wrote into ``table``; see ``snapshot``."""
+    def stem(self, table: str, kind: str) -> str:
+        """Return how the name of the copy of what this run wrote into ``table`` begins.
+
+        ``kind``: what else tells it from other copies.
+        """
         mark = f"{FORMAT} {self.started_at} {self.ended_at} {self.extent}".rstrip()
         text = f"{mark} {kind}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return f"{table}-run{self.id}-{digest}.parquet"
+        return f"{table}-run{self.id}-{digest}"
 
 
 def rows_of_runs(table: str, run_ids: Sequence[int]) -> str:
@@ -66,12 +73,10 @@ def snapshot(
     Raises:
         StorageError: the folder cannot be written.
     """
-    target = folder / run.file_name(table, f"{schema}{made_by}")
-    if _whole(target):
-        return target
+    stem = run.stem(table, f"{schema}{made_by}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(target, schema, rows())
+        return _found(folder, stem) or _written(folder, stem, schema, rows())
     except OSError as error:
         if isinstance(error, StorageError):
             raise
@@ -79,19 +84,30 @@ def snapshot(
             f"The cache {folder} cannot be written: {error.strerror}. Free some space or mend "
             "the permissions, then ask again; the cache may also be deleted."
         ) from error
-    return target
 
 
-def _whole(path: Path) -> bool:
+def _found(folder: Path, stem: str) -> Path | None:
+    """Return the copy, if it is as it was written; one that is not is removed."""
+    for path in folder.glob(f"{glob.escape(stem)}-*.parquet"):
+        if path.name == _name(stem, path):
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _name(stem: str, path: Path) -> str:
+    checksum = 0
     try:
-        pq.read_metadata(path)
-    except (OSError, pa.ArrowInvalid):
-        return False
-    return True
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(BYTES_AT_ONCE):
+                checksum = zlib.crc32(block, checksum)
+    except FileNotFoundError:  # another process has just removed it
+        return ""
+    return f"{stem}-{checksum:08x}.parquet"
 
 
-def _write(target: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".part-")
+def _written(folder: Path, stem: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Path:
+    handle, name = tempfile.mkstemp(dir=folder, prefix=".part-")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -100,7 +116,7 @@ def _write(target: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -
                     writer.write_batch(batch)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        return temporary.replace(folder / _name(stem, temporary))
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -144,21 +144,36 @@ def test_rows_of_failed_runs_are_copied_unless_they_may_be_gone_on_with(
     assert snapshot_files(workspace) == [made]
 
 
-@pytest.mark.parametrize("harm", ["delete", "cut", "empty", "half-written"])
+def harmed(good: bytes, harm: str) -> bytes:
+    if harm == "garbage":
+        return bytes(range(256)) * 8
+    if harm in ("cut", "empty"):
+        return good[:-20] if harm == "cut" else b""
+    # One bit, where the values are: most of them would be read as others, or not at all.
+    bad = bytearray(good)
+    bad[len(bad) // 3] ^= 4
+    return bytes(bad)
+
+
+@pytest.mark.parametrize("harm", ["delete", "cut", "empty", "garbage", "one bit", "half-written"])
 def test_lost_or_damaged_snapshots_change_nothing(sqlite_workspace: Workspace, harm: str) -> None:
     small_screen(sqlite_workspace)
     query = "SELECT * FROM image_votes ORDER BY ALL"
     with open_questions(sqlite_workspace) as questions:
         before = questions.ask(query)
+    made = len(snapshot_files(sqlite_workspace))
     for path in snapshot_files(sqlite_workspace):
         if harm == "delete":
             path.unlink()
         elif harm == "half-written":
             path.rename(path.with_name(".part-x"))
         else:
-            path.write_bytes(path.read_bytes()[:-20] if harm == "cut" else b"")
+            path.write_bytes(harmed(path.read_bytes(), harm))
     with open_questions(sqlite_workspace) as questions:
         assert questions.ask(query).equals(before)
+    copies = [path for path in snapshot_files(sqlite_workspace) if path.suffix == ".parquet"]
+    assert len(copies) == made
+    assert all(pq.read_table(path).num_rows for path in copies)
 
 
 def test_snapshots_of_another_store_in_the_same_folder_are_not_read(tmp_path: Path) -> None:
