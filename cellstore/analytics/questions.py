@@ -306,6 +306,7 @@ class Questions:
         query = f'SELECT {columns} FROM "copied {name}"'  # noqa: S608
         if others and name == COUNTS:
             self._load({PLACED})
+            self._make_views(self._views[name])
             numbers = ", ".join(map(str, others))
             query += f" UNION ALL FROM ({self._views[name]}) WHERE run_id IN ({numbers})"
         elif others:
