@@ -10,6 +10,7 @@ import pytest
 from factories import sha
 from screens import small_screen
 
+from cellstore.drawing.text import plain
 from cellstore.runs import Workspace, find_well
 from cellstore.stages.audit import (
     audit_artifact,
@@ -95,7 +96,7 @@ def test_names_are_text_and_nothing_else(
     page = Page(path.read_text())
     assert not page.tags & {"script", "img"}
     assert page.handlers == []
-    assert name in page.text
+    assert plain(name) in page.text
 
 
 def test_what_led_to_a_label(workspace: Workspace) -> None:

@@ -167,5 +167,5 @@ def test_the_page_shows_what_a_score_has_to_beat(
     text = page.read_text()
     assert "What a score has to beat" in text
     assert "The interval of these labels is not above majority (33.3 %)" in text
-    assert ">this run<" in text
+    assert f">run {screen.predict_run.id}<" in text
     assert "<td>majority</td>" in text

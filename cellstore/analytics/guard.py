@@ -107,6 +107,7 @@ def locked_connection(limits: Limits, spill: Path) -> duckdb.DuckDBPyConnection:
         "allow_community_extensions": "false",
         "python_enable_replacements": "false",
         "enable_external_access": "false",
+        "max_expression_depth": "200",  # planning deeper ones may take minutes, and hears no stop
         "lock_configuration": "true",
     }
     for name, value in settings.items():
@@ -341,6 +342,8 @@ def explained(error: Exception) -> QueryError:
     text = str(error)
     if isinstance(error, duckdb.OutOfMemoryException) or text.startswith("Out of Memory"):
         return QueryError("The question needs more memory than allowed. Ask for less at a time.")
+    if "Max expression depth" in text:
+        return QueryError("The question is nested too deeply. Ask it in smaller steps.")
     if isinstance(error, duckdb.PermissionException):
         return QueryError("A question sees the tables of the store only, no files, no network.")
     lines = [line.strip() for line in text.split("\n\nLINE")[0].splitlines() if line.strip()]

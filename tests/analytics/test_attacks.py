@@ -179,6 +179,24 @@ def test_a_question_sees_the_tables_of_the_store_only(
     assert "root:" not in said
 
 
+SLOW_TO_PLAN = [
+    "SELECT 1 FROM range(1)" + ", range(1)" * 900,
+    "WITH a0 AS (SELECT 1)"
+    + "".join(f", a{i} AS (FROM a{i - 1})" for i in range(1, 900))
+    + " FROM a899",
+    "SELECT " + "[" * 900 + "1" + "]" * 900,
+]
+"""DuckDB would plan these for many seconds, and hear no stop meanwhile."""
+
+
+@pytest.mark.parametrize("sql", SLOW_TO_PLAN, ids=["joins", "steps", "lists"])
+def test_what_would_be_planned_for_minutes_is_refused_at_once(
+    questions: Questions, sql: str
+) -> None:
+    with pytest.raises(QueryError, match="nested too deeply"):
+        questions.ask(sql)
+
+
 @pytest.mark.parametrize("sql", DEEP, ids=range(len(DEEP)))
 def test_deep_and_long_questions_end_in_a_sentence(questions: Questions, sql: str) -> None:
     refused(questions, sql)

@@ -177,7 +177,7 @@ def test_the_page_says_what_was_left_out(sqlite_workspace: Workspace, tmp_path: 
     write_report(sqlite_workspace, "latest", target, leave_out_flagged=str(run.id))
     text = " ".join(target.read_text(encoding="utf-8").split())
     assert f"quality-control run {run.id} flagged them: 1 images and 4 cells" in text
-    assert "2 images, 3 cells, 2 wells" in text
+    assert "2 images with 3 cells in 2 wells" in text
 
 
 def test_a_report_refuses_flags_of_other_cells(sqlite_workspace: Workspace) -> None:

@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_not_used(trained: Trained, opened: Opener) -> N
         (lambda w: train(w, replace(TINY, crop_size=0)), UserInputError, "crop size"),
         (lambda w: train(w, TINY, device="tpu"), UserInputError, "Unknown device 'tpu'"),
         (lambda w: predict(w, run="99"), UnknownNameError, "Unknown train run '99'"),
-        (lambda w: predict(w, run="x"), UserInputError, "named by its number or 'latest'"),
+        (lambda w: predict(w, run="x"), UserInputError, "named by its number, 'latest'"),
         (lambda w: predict(w, PredictParams(plates=("P9",))), UnknownNameError, "plate 'P9'"),
         (lambda w: predict(w, PredictParams(top_k=0)), UserInputError, "Top-k"),
         (lambda w: predict(w, device="tpu"), UserInputError, "Unknown device 'tpu'"),
