@@ -17,6 +17,7 @@ from .questions import (
     FormatOption,
     MemoryOption,
     OutputOption,
+    ReplaceOption,
     RowsOption,
     SecondsOption,
     SpreadsheetOption,
@@ -64,6 +65,7 @@ def ask(
     ] = None,
     form: FormatOption = Format.TABLE,
     output: OutputOption = None,
+    replace: ReplaceOption = False,
     limit: RowsOption = None,
     for_spreadsheet: SpreadsheetOption = False,
     seconds: SecondsOption = 600.0,
@@ -89,7 +91,7 @@ def ask(
 
     name, given = _parsed([*(words or ()), *ctx.args])
     wanted = writing.checked(
-        Wanted(Format.JSON if as_json else form, output, limit, for_spreadsheet)
+        Wanted(Format.JSON if as_json else form, output, limit, for_spreadsheet, replace)
     )
     with open_store(ctx, store, quiet=True) as opened:
         if new is not None:

@@ -25,14 +25,14 @@ from .options import (
     leave_out,
     vote_rules,
 )
+from .questions import ReplaceOption
+from .writing import check_output
 
 if TYPE_CHECKING:
     from cellstore.stages.report import Comparison
 
 SHOWN = 20
 COLUMNS = ("unit_id", "name", "truth", "first", "second", "right")
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet takes for the beginning of a formula."""
 
 
 class Level(StrEnum):
@@ -97,6 +97,7 @@ def compare(
         Path | None,
         typer.Option("--output", metavar="FILE", help="Write to a file.", show_default=False),
     ] = None,
+    replace: ReplaceOption = False,
     for_spreadsheet: Annotated[
         bool,
         typer.Option(
@@ -119,6 +120,8 @@ def compare(
       cellstore compare 8 12 --format csv --output differing.csv
     """
     chosen = Format.JSON if as_json else form
+    if output is not None:
+        check_output(output, replace=replace)
     if output is not None and chosen is Format.TEXT:
         raise UserInputError("Text is for reading: give --format csv or json for a file.")
     with open_store(ctx, store, quiet=chosen is Format.JSON) as opened:
@@ -144,17 +147,15 @@ def compare(
 
 
 def _csv(found: Comparison, *, for_spreadsheet: bool) -> str:
+    from cellstore.formats.text.spreadsheets import disarmed_name as harmless
+
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")
     writer.writerow(COLUMNS)
     for item in found.differing:
         row = [str(getattr(item, name)) for name in COLUMNS]
-        writer.writerow([_harmless(text) for text in row] if for_spreadsheet else row)
+        writer.writerow([harmless(text) for text in row] if for_spreadsheet else row)
     return target.getvalue()
-
-
-def _harmless(text: str) -> str:
-    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _save(text: str, output: Path) -> None:

@@ -27,6 +27,9 @@ OutputOption = Annotated[
         show_default=False,
     ),
 ]
+ReplaceOption = Annotated[
+    bool, typer.Option("--replace", help="Replace the file of --output if it is there.")
+]
 RowsOption = Annotated[
     int | None,
     typer.Option(
@@ -85,6 +88,7 @@ def sql(
     ] = None,
     form: FormatOption = Format.TABLE,
     output: OutputOption = None,
+    replace: ReplaceOption = False,
     limit: RowsOption = None,
     for_spreadsheet: SpreadsheetOption = False,
     explain: Annotated[
@@ -113,7 +117,7 @@ def sql(
     from .confined import confined
 
     form = Format.JSON if as_json else form
-    wanted = writing.checked(Wanted(form, output, limit, for_spreadsheet))
+    wanted = writing.checked(Wanted(form, output, limit, for_spreadsheet, replace))
     parameters = dict(map(_parameter, param or ()))
     limits = Limits(seconds=seconds, memory_mb=memory)
     with open_store(ctx, store, quiet=True) as opened:

@@ -21,7 +21,13 @@ from .options import (
     leave_out,
     vote_rules,
 )
-from .questions import FormatOption, OutputOption, RowsOption, SpreadsheetOption
+from .questions import (
+    FormatOption,
+    OutputOption,
+    ReplaceOption,
+    RowsOption,
+    SpreadsheetOption,
+)
 from .writing import Format, Wanted
 
 if TYPE_CHECKING:
@@ -71,6 +77,7 @@ def votes(
     limit: RowsOption = None,
     form: FormatOption = Format.TABLE,
     output: OutputOption = None,
+    replace: ReplaceOption = False,
     for_spreadsheet: SpreadsheetOption = False,
     store: StoreOption = None,
     as_json: JsonOption = False,
@@ -87,7 +94,9 @@ def votes(
       cellstore votes --level well --vote soft --min-cells 20 --min-margin 0.1
       cellstore votes --ties --format csv --output ties.csv
     """
-    how = writing.checked(Wanted(Format.JSON if as_json else form, output, limit, for_spreadsheet))
+    how = writing.checked(
+        Wanted(Format.JSON if as_json else form, output, limit, for_spreadsheet, replace)
+    )
     with open_store(ctx, store, quiet=as_json) as opened:
         result = opened.votes(
             run,

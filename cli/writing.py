@@ -52,19 +52,37 @@ class Wanted:
     output: Path | None = None
     limit: int | None = None
     for_spreadsheet: bool = False
+    replace: bool = False
 
 
 def checked(wanted: Wanted) -> Wanted:
     """Return ``wanted`` if that can be done.
 
     Raises:
-        UserInputError: Parquet on the screen, or a spreadsheet of something else than CSV.
+        UserInputError: Parquet on the screen, a spreadsheet of something else than CSV, or a file
+            that is there already, or that has no folder.
     """
+    if wanted.output is not None:
+        check_output(wanted.output, replace=wanted.replace)
     if wanted.form is Format.PARQUET and wanted.output is None:
         raise UserInputError("Parquet is no text to print. Say where it goes with --output FILE.")
     if wanted.for_spreadsheet and wanted.form is not Format.CSV:
         raise UserInputError("Only CSV is opened in spreadsheets: give --format csv, too.")
     return wanted
+
+
+def check_output(output: Path, *, replace: bool) -> None:
+    """Refuse a file that would take the place of another, or lie in a folder that is not there.
+
+    Raises:
+        UserInputError: it is so.
+    """
+    if output.is_dir():
+        raise UserInputError(f"{output} is a folder. Name a file in it.")
+    if output.exists() and output.is_file() and not replace:
+        raise UserInputError(f"{output} is there already. Name another file, or give --replace.")
+    if not output.parent.is_dir():
+        raise UserInputError(f"There is no folder {output.parent}. Make it, or name another.")
 
 
 def write(answer: Batches, wanted: Wanted) -> None:

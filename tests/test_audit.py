@@ -379,3 +379,12 @@ def _steps(workspace: Workspace, image_id: int) -> int:
         session.execute(votes_query(image_id)).all()
         raw.set_progress_handler(None, 0)
     return count
+
+
+def test_a_well_and_site_on_several_plates_are_listed(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    for barcode in ("P1", "P2"):
+        make.image(make.well(make.plate(barcode), 5, 5), 2)
+    with pytest.raises(UserInputError, match="names several images: P1/r05c05f02, P2/r05c05f02"):
+        audit_image(workspace, "E05/2")
+    assert audit_image(workspace, "P2/E05/2").plate == "P2"

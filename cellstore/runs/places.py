@@ -95,6 +95,9 @@ def _image_queries(session: Session, text: str) -> Iterator[Select[Image]]:
             yield base.where(*place, Image.site == int(words.site))
     if len(parts) == 2:
         yield base.where(Plate.barcode == parts[0], Image.core_name == parts[1])
+        if words is None and _is_site(parts[1]) and (well := _as_well(parts[0])) is not None:
+            place = Well.row == well[0], Well.column == well[1]  # on whichever plate
+            yield base.where(*place, Image.site == int(parts[1]))
     yield base.where(Image.core_name == text)
     yield base.where(_has_file(ImageFile.name == text))
     if "/" in text or "\\" in text:

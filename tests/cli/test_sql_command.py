@@ -133,3 +133,16 @@ def test_ctrl_c_ends_a_question(store):
     assert said.startswith("Stopped.")
     assert "Traceback" not in said
     assert list(store.glob("cache/spill/*")) == []
+
+
+def test_a_file_that_is_there_stays_and_folders_are_not_made(cellstore, store, tmp_path):
+    target = tmp_path / "kept.csv"
+    target.write_text("mine")
+    words = ("sql", COUNT, "--format", "csv", "--store", store, "--output")
+    assert "is there already" in cellstore(*words, target, code=2).err
+    assert target.read_text() == "mine"
+    cellstore(*words, target, "--replace")
+    assert target.read_text() != "mine"
+    assert "There is no folder" in cellstore(*words, tmp_path / "typo" / "x.csv", code=2).err
+    assert not (tmp_path / "typo").exists()
+    assert "is a folder" in cellstore(*words, tmp_path, code=2).err

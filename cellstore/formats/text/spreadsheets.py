@@ -24,5 +24,5 @@ def disarmed(rows: Rows) -> Rows:
 
 
 def disarmed_name(name: str) -> str:
-    """Return the name of a column as :func:`disarmed` has it."""
+    """Return a text, for example the name of a column, as :func:`disarmed` has it."""
     return re.sub(f"({_FORMULA})", r"'\1", name)
