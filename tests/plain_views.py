@@ -17,9 +17,32 @@ from cellstore.runs import Workspace
 
 COUNTS = """
     SELECT run_id, image_id, label_id, sum(CASE WHEN rank = 1 THEN 1 ELSE 0 END) AS cells,
-    count(*) AS named,
+        count(*) AS named,
         sum(probability) AS probability
     FROM ballots GROUP BY run_id, image_id, label_id
+"""
+
+WINNERS = """
+    WITH weighed AS (
+        SELECT c.*, l.value, 'hard' AS vote, CAST(c.cells AS DOUBLE PRECISION) AS weight
+        FROM image_label_counts c JOIN labels l ON l.id = c.label_id
+        UNION ALL
+        SELECT c.*, l.value, 'soft', c.probability
+        FROM image_label_counts c JOIN labels l ON l.id = c.label_id
+    ),
+    placed AS (
+        SELECT w.*, row_number() OVER (
+            PARTITION BY run_id, image_id, vote
+            ORDER BY weight DESC, probability DESC, value {binary}, label_id
+        ) AS place
+        FROM weighed w
+    )
+    SELECT run_id, image_id, vote, max(label_id) FILTER (WHERE place = 1) AS winner_id,
+        max(weight) FILTER (WHERE place = 1) AS votes,
+        max(label_id) FILTER (WHERE place = 2 AND weight > 0) AS runner_up_id,
+        coalesce(max(weight) FILTER (WHERE place = 2), 0) AS runner_up_votes,
+        sum(cells) AS n_cells
+    FROM placed GROUP BY run_id, image_id, vote
 """
 
 MEDIANS = """
@@ -120,6 +143,7 @@ def definitions(rules: VoteRules, *, sqlite: bool) -> dict[str, str]:
     for name in ("voters", "ballots"):
         found[name] = found[name].replace("NOT EXISTS (FROM", "NOT EXISTS (SELECT 1 FROM")
     found["image_label_counts"] = COUNTS
+    found["image_winners"] = WINNERS.format(binary="" if sqlite else 'COLLATE "C"')
     for level, words in (("image", IMAGE), ("well", WELL)):
         medians = {**words, "same": words["same"].format("v", "n")}
         found[f"{level}_label_medians"] = MEDIANS.format(**medians)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from .views import views
 
 PLACED = "placed_predictions"
 COUNTS = "image_label_counts"
+WINNERS = "image_winners"
 
 WRITERS = {
     "cells": (Stage.SEGMENT, Stage.INGEST),
@@ -32,10 +33,11 @@ WRITERS = {
     "predictions": (Stage.PREDICT,),
     PLACED: (Stage.PREDICT,),
     COUNTS: (Stage.PREDICT,),
+    WINNERS: (Stage.PREDICT,),
     "image_quality": (Stage.QC,),
     "cell_flags": (Stage.QC,),
 }
-"""The big tables and two views that are kept in the same way; the stages whose runs write them."""
+"""The big tables, and three views kept in the same way; the stages whose runs write them."""
 
 _COUNTED = pa.schema(
     [
@@ -45,6 +47,18 @@ _COUNTED = pa.schema(
         ("cells", pa.int64()),
         ("named", pa.int64()),
         ("probability", pa.float64()),
+    ]
+)
+_WON = pa.schema(
+    [
+        ("run_id", pa.int64()),
+        ("image_id", pa.int64()),
+        ("vote", pa.string()),
+        ("winner_id", pa.int64()),
+        ("votes", pa.float64()),
+        ("runner_up_id", pa.int64()),
+        ("runner_up_votes", pa.float64()),
+        ("n_cells", pa.int64()),
     ]
 )
 COUNTING_MB = 500
@@ -70,7 +84,12 @@ class Copies:
 
     def of_ended(self, table: str, runs: Sequence[RunMark]) -> Dataset:
         """Return what ended runs wrote into ``table``, copied if it is not yet."""
-        make = {PLACED: self._placed, "predictions": self._placed, COUNTS: self._counted}
+        make = {
+            PLACED: self._placed,
+            "predictions": self._placed,
+            COUNTS: self._counted,
+            WINNERS: self._won,
+        }
         files = [make.get(table, partial(self._plain, table))(run) for run in runs]
         return dataset(files, _schema(table), format="parquet")
 
@@ -93,23 +112,46 @@ class Copies:
         return snapshot(self.folder, "predictions", run, placed.SCHEMA, rows)
 
     def _counted(self, run: RunMark) -> Path:
-        chain = _counting()
-        rows: Callable[[], Iterator[pa.RecordBatch]] = lambda: self._count(run, chain)  # noqa: E731
+        chain = _queries("ballots", COUNTS)
+
+        def rows() -> Iterator[pa.RecordBatch]:
+            return self._worked_out(chain, PLACED, self._placed(run))
+
         return snapshot(self.folder, COUNTS, run, _COUNTED, rows, made_by=str(chain))
 
-    def _count(self, run: RunMark, chain: dict[str, str]) -> Iterator[pa.RecordBatch]:
-        """Count in a database of its own, which may read the copy itself: no user asks there."""
+    def _won(self, run: RunMark) -> Path:
+        chain = _queries(WINNERS)
+        labels = pa.Table.from_batches(
+            list(self.source.read(TABLES["labels"])), schema=arrow_schema(TABLES["labels"])
+        )
+        # The alphabet decides draws, so that other labels make another copy.
+        made_by = f"{chain} {_queries('ballots', COUNTS)} {labels.to_pydict()}"
+
+        def rows() -> Iterator[pa.RecordBatch]:
+            return self._worked_out(chain, COUNTS, self._counted(run), labels)
+
+        return snapshot(self.folder, WINNERS, run, _WON, rows, made_by=made_by)
+
+    def _worked_out(
+        self, chain: dict[str, str], name: str, copy: Path, labels: pa.Table | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the last view of ``chain``, of which the first reads ``copy`` as ``name``.
+
+        In a database of its own, which may read the copy itself: no user asks there.
+        """
         spill = tempfile.mkdtemp(dir=self.spill)
         try:
             with closing(duckdb.connect(":memory:")) as own:
                 own.execute(f"SET memory_limit = '{COUNTING_MB}MB'")
                 own.execute(f"SET temp_directory = {literal(spill)}")
                 own.execute("SET preserve_insertion_order = false")
-                file = literal(_without_wildcards(self._placed(run)))
-                own.execute(f"CREATE VIEW {PLACED} AS FROM read_parquet({file})")
-                for name, query in chain.items():
-                    own.execute(f"CREATE VIEW {quoted(name)} AS {query}")
-                yield from own.sql(f"FROM {COUNTS}").to_arrow_reader(ROWS_AT_ONCE)
+                file = literal(_without_wildcards(copy))
+                own.execute(f"CREATE VIEW {name} AS FROM read_parquet({file})")
+                if labels is not None:
+                    own.register("labels", labels)
+                for view, query in chain.items():
+                    own.execute(f"CREATE VIEW {quoted(view)} AS {query}")
+                yield from own.sql(f"FROM {[*chain][-1]}").to_arrow_reader(ROWS_AT_ONCE)
         finally:
             shutil.rmtree(spill, ignore_errors=True)
 
@@ -117,13 +159,14 @@ class Copies:
 def _schema(table: str) -> pa.Schema:
     if table in (PLACED, "predictions"):
         return placed.SCHEMA
-    return _COUNTED if table == COUNTS else arrow_schema(TABLES[table])
+    made = {COUNTS: _COUNTED, WINNERS: _WON}
+    return made[table] if table in made else arrow_schema(TABLES[table])
 
 
-def _counting() -> dict[str, str]:
-    """The views from what was said to what is counted, as they are without a user's rules."""
+def _queries(*names: str) -> dict[str, str]:
+    """The queries of some views, as they are without a user's rules."""
     known = {view.name: view.query for view in views()}
-    return {name: known[name] for name in ("ballots", COUNTS)}
+    return {name: known[name] for name in names}
 
 
 def _without_wildcards(path: Path) -> str:

@@ -24,7 +24,7 @@ from ..config import VoteRules
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..runs.workspace import Workspace
 from .answer import Answer
-from .copies import COUNTS, PLACED, WRITERS, Copies, final_states
+from .copies import COUNTS, PLACED, WINNERS, WRITERS, Copies, final_states
 from .guard import (
     Limits,
     Parameters,
@@ -46,6 +46,9 @@ EXTENTS = """
     SELECT run_id, count(*) || ' images, ' || sum(n_cells) || ' cells' FROM segmentations
     GROUP BY run_id
 """
+
+_COUNTED_FROM = {COUNTS: {PLACED}, WINNERS: {COUNTS, "labels"}}
+"""What the kept views read, of runs that may be gone on with."""
 
 _CATALOG_WORDS = re.compile(r"\s*(show|describe|desc)\b", re.IGNORECASE)
 
@@ -79,7 +82,9 @@ def open_questions(
     ):
         views = queries(rules or VoteRules())
         # Votes among cells that are not flagged are counted anew: flags may be added.
-        kept = (PLACED, COUNTS) if rules is None or rules.unflagged_by is None else (PLACED,)
+        kept = (
+            (PLACED, COUNTS, WINNERS) if rules is None or rules.unflagged_by is None else (PLACED,)
+        )
         copies = Copies(source, folder, _made(cache / "spill"), runs)
         yield Questions(source, workspace.artifacts, copies, limits, empty, full, views, kept)
 
@@ -171,8 +176,11 @@ class Questions:
             QueryError: the statement is wrong, would write, reads files, or takes too much.
             StorageError: the snapshots cannot be written.
         """
-        reader = self.stream(sql, parameters)
-        return pa.Table.from_batches(self._within_memory(reader), schema=reader.schema)
+        return self._collected(self.stream(sql, parameters))
+
+    def ask_ours(self, sql: str, parameters: Parameters | None = None) -> pa.Table:
+        """Return the answer of a question that is part of cellstore: known to read, and right."""
+        return self._collected(self._answer(sql.strip(), parameters_of(parameters)))
 
     def stream(self, sql: str, parameters: Parameters | None = None) -> Answer:
         """Return the answer of one reading statement piece by piece, however large it is.
@@ -182,6 +190,9 @@ class Questions:
         statement = only_reading(self._empty, sql)
         bound = parameters_of(parameters)
         self._check(statement, bound)
+        return self._answer(statement, bound)
+
+    def _answer(self, statement: str, bound: object) -> Answer:
         needed = set() if _CATALOG_WORDS.match(statement) else self._tables_of(statement)
         if not needed:
             return self._run(self._empty, statement, bound)
@@ -251,6 +262,9 @@ class Questions:
     def _run(self, connection: duckdb.DuckDBPyConnection, statement: str, bound: object) -> Answer:
         return Answer(connection, self._limits.seconds, statement, bound)
 
+    def _collected(self, answer: Answer) -> pa.Table:
+        return pa.Table.from_batches(self._within_memory(answer), schema=answer.schema)
+
     def _within_memory(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         size = 0
         for batch in batches:
@@ -304,8 +318,8 @@ class Questions:
         columns = ", ".join(quoted(column) for column, _ in self.columns(name))
         # Names of our own models and numbers; nothing here comes from a user.
         query = f'SELECT {columns} FROM "copied {name}"'  # noqa: S608
-        if others and name == COUNTS:
-            self._load({PLACED})
+        if others and name in _COUNTED_FROM:
+            self._load(_COUNTED_FROM[name])
             self._make_views(self._views[name])
             numbers = ", ".join(map(str, others))
             query += f" UNION ALL FROM ({self._views[name]}) WHERE run_id IN ({numbers})"

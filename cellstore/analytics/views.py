@@ -15,6 +15,8 @@ ORDER = (
     "placed_predictions",
     "ballots",
     "image_label_counts",
+    "image_winners",
+    "image_answers",
     "image_label_votes",
     "image_label_medians",
     "well_label_medians",

@@ -23,7 +23,7 @@ SIDES = (Subset.TEST.value, "outside", Subset.VALIDATION.value, Subset.TRAIN.val
 QUERY = """
     SELECT p.barcode AS plate, w.name AS well, {place}, v.winner, v.votes, v.share, v.runner_up,
         v.margin, v.n_cells AS cells, v.tie, v.abstained, v.subset, v.truth, v.correct
-    FROM {level}_votes AS v
+    FROM {view} AS v
     {images}
     JOIN wells AS w ON w.id = v.well_id
     JOIN plates AS p ON p.id = w.plate_id
@@ -113,9 +113,11 @@ def count_votes(
         rules = replace(rules, unflagged_by=flags)
     if status != Status.DONE:
         notes += (f"The run is {status.value}, so images may be missing here.",)
-    query = QUERY.format(level=level, vote=vote, **PARTS[level])
+    short = level == "image" and vote != "median"  # nothing of single labels is asked for
+    view = "image_answers" if short else f"{level}_votes"
+    query = QUERY.format(view=view, vote=vote, **PARTS[level])
     with open_questions(workspace, rules=rules, runs=[run_id]) as questions:
-        table = questions.ask(query, {"run": run_id, "controls": rules.controls})
+        table = questions.ask_ours(query, {"run": run_id, "controls": rules.controls})
     return _result(run_id, level, vote, rules, notes, table)
 
 

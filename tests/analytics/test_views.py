@@ -287,3 +287,16 @@ def test_votes_equal_plain_sql_on_the_database(workspace: Workspace, seed: int) 
         assert row["winner"] == best[0][2]
         ties = len(best) > 1 and abs(best[0][weight] - best[1][weight]) < 1e-9
         assert row["tie"] == ties
+
+
+def test_short_answers_are_those_of_the_votes(workspace: Workspace) -> None:
+    small_screen(workspace)
+    columns = ask(workspace, "SELECT * FROM image_answers LIMIT 1")[0]
+    shown = ", ".join(columns)
+    rules = VoteRules(min_cells=2, min_margin=0.3)
+    for rule in (VoteRules(), rules):
+        with open_questions(workspace, rules=rule) as questions:
+            short = questions.ask(f"SELECT {shown} FROM image_answers ORDER BY ALL").to_pylist()
+            votes = f"SELECT {shown} FROM image_votes WHERE vote <> 'median' ORDER BY ALL"
+            assert short == questions.ask(votes).to_pylist()
+            assert len(short) == 8

@@ -102,7 +102,7 @@ def test_only_the_run_that_is_asked_about_is_read(workspace: Workspace) -> None:
     first = count_votes(workspace, str(screen.predict_run.id))
     assert (first.units, first.accuracy) == (4, pytest.approx(2 / 3))
     made = sorted((workspace.settings.cache / "snapshots").glob("*.parquet"))
-    assert [path.name.split("-")[1] for path in made] == [f"run{screen.predict_run.id}"] * 2
+    assert [path.name.split("-")[1] for path in made] == [f"run{screen.predict_run.id}"] * 3
     going_on = count_votes(workspace, str(other.id))
     assert (going_on.units, going_on.table["winner"].to_pylist()) == (1, ["DMSO"])
     assert going_on.notes == ("The run is running, so images may be missing here.",)
