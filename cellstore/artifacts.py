@@ -107,6 +107,11 @@ class BorrowingFolder(ArtifactFolder):
         here = super().locate(path)
         return here if here.exists() else self.lender.locate(path)
 
+    def remove(self, path: str) -> None:
+        """Remove a file that is here; what is borrowed stays."""
+        with suppress(OSError):
+            super().locate(path).unlink(missing_ok=True)
+
 
 def write_atomically(target: Path, data: bytes) -> None:
     """Write ``data`` so that ``target`` is whole or as before; see :func:`open_atomically`."""

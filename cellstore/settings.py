@@ -92,3 +92,18 @@ def written_database(folder: Path) -> str | None:
     if database is not None and not isinstance(database, str):
         raise UserInputError(f"{marker}: 'database' should be a URL in quotes.")
     return database
+
+
+def check_not_of_a_store(path: Path) -> None:
+    """Refuse to write an answer over what a store itself consists of.
+
+    Raises:
+        UserInputError: ``path`` is the database, the marker, an artifact or the cache of a store.
+    """
+    place = path.resolve()
+    for root in place.parents:
+        if not (root / MARKER).is_file():
+            continue
+        first = place.relative_to(root).parts[0]
+        if first in (MARKER, "artifacts", "cache") or first.startswith(SQLITE_NAME):
+            raise UserInputError(f"{path} is part of the store {root}. Name another file.")

@@ -111,7 +111,9 @@ def audit_well(
 @sentences
 def audit_cell(
     ctx: typer.Context,
-    cell: Annotated[int, typer.Argument(metavar="CELL", min=1, help="The id in the table cells.")],
+    cell: Annotated[
+        int, typer.Argument(metavar="CELL", min=1, max=2**63 - 1, help="The id in the table cells.")
+    ],
     html: HtmlOption = None,
     store: StoreOption = None,
     as_json: JsonOption = False,

@@ -54,7 +54,8 @@ def _end(limits: Limits, spill: Path, before: set[Path]) -> None:
         f"Error: The question took longer than {limits.seconds:g} seconds and did not stop when "
         "told to, so the program ends. Ask for less, or allow more time with --seconds."
     )
-    for folder in set(_folders(spill)) - before:
+    own = [folder for folder in _folders(spill) if folder.name.startswith(f"{os.getpid()}-")]
+    for folder in set(own) - before:
         shutil.rmtree(folder, ignore_errors=True)
     sys.stdout.flush()
     os._exit(TOO_LONG)

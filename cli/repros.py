@@ -91,7 +91,9 @@ def repro(
 def _show_script(result: Repro, output: Path | None, *, as_json: bool) -> None:
     if output is not None:
         from cellstore.artifacts import write_atomically
+        from cellstore.settings import check_not_of_a_store
 
+        check_not_of_a_store(output)
         write_atomically(output.resolve(), result.script.encode("utf-8", "replace"))
     if as_json:
         render.as_json(result)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from cellstore.errors import UserInputError
+from cellstore.settings import check_not_of_a_store
 
 from . import render
 from .context import say
@@ -77,6 +78,7 @@ def check_output(output: Path, *, replace: bool) -> None:
     Raises:
         UserInputError: it is so.
     """
+    check_not_of_a_store(output)
     if output.is_dir():
         raise UserInputError(f"{output} is a folder. Name a file in it.")
     if output.exists() and output.is_file() and not replace:

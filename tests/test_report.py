@@ -336,3 +336,21 @@ def test_the_numbers_need_no_extra_but_the_page_does(
 )
 def test_plate_layouts_fit_the_wells(wells: list[tuple[int, int]], layout: tuple[int, int]) -> None:
     assert layout_of([(row, column, None) for row, column in wells]) == layout
+
+
+def test_images_without_a_cell_are_told(workspace: Workspace) -> None:
+    """A compound that empties its wells must not raise the score unsaid."""
+    make = Factory(workspace)
+    taxol = make.label("taxol")
+    wells = [make.well(make.plate(), 1, column, make.treatment("taxol")) for column in (1, 2)]
+    images = [make.image(well) for well in wells]
+    split = make.split([(image, Subset.TEST, taxol) for image in images])
+    train = make.run(Stage.TRAIN, split_id=split.id)
+    run = make.run(Stage.PREDICT, parent_id=train.id)
+    found = [make.segmentation(image, make.run(Stage.SEGMENT), n) for n, image in enumerate(images)]
+    make.predict(run, make.cells_of(found[1]), [[(taxol, 1.0)]])
+    result = report(workspace)
+    assert result.images == 1
+    assert any(
+        note.startswith("1 images of the scored side have no label") for note in result.notes
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -139,7 +140,7 @@ class Copies:
 
         In a database of its own, which may read the copy itself: no user asks there.
         """
-        spill = tempfile.mkdtemp(dir=self.spill)
+        spill = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self.spill)
         try:
             with closing(duckdb.connect(":memory:")) as own:
                 own.execute(f"SET memory_limit = '{COUNTING_MB}MB'")

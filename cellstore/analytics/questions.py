@@ -9,6 +9,7 @@ question needs it.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -109,7 +110,7 @@ def _made(folder: Path) -> Path:
 
 def _private_folder(parent: Path) -> Path:
     try:
-        return Path(tempfile.mkdtemp(dir=parent))
+        return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
     except OSError as error:
         raise _unusable(parent, error) from error
 

@@ -300,3 +300,19 @@ def test_short_answers_are_those_of_the_votes(workspace: Workspace) -> None:
             votes = f"SELECT {shown} FROM image_votes WHERE vote <> 'median' ORDER BY ALL"
             assert short == questions.ask(votes).to_pylist()
             assert len(short) == 8
+
+
+def test_a_well_on_two_sides_is_held_against_the_same_side(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    taxol = make.label("taxol")
+    well = make.well(make.plate(), 1, 1, make.treatment("taxol"))
+    images = [make.image(well, site) for site in (1, 2)]
+    members = list(zip(images, (Subset.TEST, Subset.TRAIN), [taxol] * 2, strict=True))
+    split = make.split(members, group_level=GroupLevel.IMAGE)
+    runs = [make.run(Stage.PREDICT, split_id=split.id) for _ in range(2)]
+    for image in images:
+        cells = make.cells_of(make.segmentation(image, make.run(Stage.SEGMENT), 1))
+        for run in runs:
+            make.predict(run, cells, [[(taxol, 1.0)]])
+    rows = ask(workspace, "FROM disagreements WHERE level = 'well' AND vote = 'hard'")
+    assert len(rows) == 2

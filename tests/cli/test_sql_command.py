@@ -146,3 +146,11 @@ def test_a_file_that_is_there_stays_and_folders_are_not_made(cellstore, store, t
     assert "There is no folder" in cellstore(*words, tmp_path / "typo" / "x.csv", code=2).err
     assert not (tmp_path / "typo").exists()
     assert "is a folder" in cellstore(*words, tmp_path, code=2).err
+
+
+@pytest.mark.parametrize("name", ["cellstore.toml", "cellstore.db", "artifacts/x", "cache/x"])
+def test_no_answer_takes_the_place_of_a_part_of_the_store(cellstore, store, name):
+    words = ("--format", "csv", "--store", store, "--replace", "--output", store / name)
+    said = cellstore("sql", COUNT, *words, code=2)
+    assert "is part of the store" in said.err
+    cellstore("sql", COUNT, "--store", store)

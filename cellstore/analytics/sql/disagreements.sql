@@ -1,5 +1,5 @@
 -- What two predict runs say of the same cell, image or well: one row per pair of runs, level,
--- vote and unit that both have labelled (run_id < other_run_id). level, vote, unit_id and truth as
+-- vote, unit and side of the split that both have labelled (run_id < other_run_id). level, vote, unit_id and truth as
 -- in verdicts; answers are null where a run abstained. Ask for two runs: all pairs are many.
 SELECT
     a.run_id,
@@ -19,4 +19,4 @@ SELECT
 FROM verdicts AS a
 JOIN verdicts AS b
     ON b.level = a.level AND b.vote = a.vote AND b.unit_id = a.unit_id AND b.run_id > a.run_id
-    AND b.truth = a.truth
+    AND b.truth = a.truth AND b.subset = a.subset

@@ -12,6 +12,7 @@ from ...artifacts import write_atomically
 from ...drawing.page import render
 from ...extras import need
 from ...runs import Workspace
+from ...settings import check_not_of_a_store
 from .facts import ArtifactAudit, CellAudit, ImageAudit, RunAudit, WellAudit
 from .figures import draw_lineage
 from .graph import lineage_of
@@ -42,6 +43,7 @@ def write_lineage(workspace: Workspace, audit: Audited, path: Path) -> Path:
         "database": workspace.database.shown,
     }
     path = path.resolve()
+    check_not_of_a_store(path)
     write_atomically(path, render(__package__, content).encode("utf-8", "replace"))
     return path
 

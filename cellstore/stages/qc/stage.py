@@ -48,6 +48,7 @@ from ...runs import (
     work_through,
 )
 from ...runs.selection import is_current
+from ...settings import check_not_of_a_store
 from ...terms import Stage, Status
 from .facts import FlaggedImage, QcResult
 from .flags import Flagging, flag_plate
@@ -315,6 +316,7 @@ def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
         UserInputError: nothing was looked at.
     """
     flagging = _flagging(workspace, result)
+    check_not_of_a_store(path)
     write_atomically(path, page(workspace, flagging, result).encode())
     return replace(result, html=str(path))
 
@@ -331,6 +333,7 @@ def write_picture(workspace: Workspace, result: QcResult, path: Path) -> QcResul
             f"A picture is of one plate, and {len(result.plates)} are selected. Name one with "
             "--plate, or ask for a page with --html."
         )
+    check_not_of_a_store(path)
     write_atomically(path, picture(workspace, flagging, result.plates[0].plate))
     return replace(result, picture=str(path))
 

@@ -15,6 +15,7 @@ from ...drawing.page import render
 from ...errors import CellstoreError
 from ...extras import need
 from ...runs import Workspace
+from ...settings import check_not_of_a_store
 from .facts import ClassScore, GroupScore, ReportResult, by_baseline
 from .rivals import HEADLINE
 from .score import Evidence, gathered
@@ -64,6 +65,7 @@ def write_report(
     ) as (questions, subject, evidence):
         content = _content(workspace, questions, subject, evidence, maps)
         content["script"] = _script(redo, subject.run.id)
+    check_not_of_a_store(path)
     write_atomically(path, render("cellstore.stages.report", content).encode())
     return replace(evidence.result, html=str(path))
 

@@ -32,7 +32,14 @@ from .answers import (
 from .comparison import compare_subjects
 from .facts import ReportResult
 from .rivals import HEADLINE, score_rivals, verdict
-from .subject import Subject, chosen_sides, count_flagged, find_subject, notes_on
+from .subject import (
+    Subject,
+    chosen_sides,
+    count_flagged,
+    find_subject,
+    notes_on,
+    unlabelled_note,
+)
 
 TRAINING = """
     SELECT l.value FROM split_members AS m JOIN labels AS l ON l.id = m.label_id
@@ -175,7 +182,10 @@ def _result(
         wells_seen=0,
         leaks=False,
         leak="",
-        notes=notes_on(subject, counts, sides, flagged),
+        notes=(
+            *notes_on(subject, counts, sides, flagged),
+            *unlabelled_note(questions, subject, sides),
+        ),
         scores=scores_of(answers, scale),
         rules=subject.rules,
         qc_run_id=subject.qc_run_id,

@@ -24,7 +24,13 @@ ALL_IMAGES = """
     JOIN segmentations AS s ON s.id = c.segmentation_id
     JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = s.image_id
     WHERE p.run_id = ? AND p.rank = 1 AND c.excluded IS NULL AND ri.truth IS NOT NULL
-        AND list_contains(?, ri.subset)
+        AND list_contains(?, ri.subset) AND (? OR ri.control IS NULL)
+"""
+UNLABELLED = """
+    SELECT count(*) AS images FROM split_members AS m
+    WHERE m.split_id = ? AND list_contains(?, m.subset) AND m.image_id NOT IN (
+        SELECT image_id FROM placed_predictions WHERE run_id = ? AND NOT excluded
+    )
 """
 
 
@@ -118,8 +124,27 @@ def count_flagged(
     """Return how many images, and cells, more there would be without leaving out."""
     if subject.qc_run_id is None:
         return 0, 0
-    everything = questions.ask(ALL_IMAGES, [subject.run.id, list(sides)]).to_pylist()[0]
+    everything = questions.ask(
+        ALL_IMAGES, [subject.run.id, list(sides), subject.rules.controls]
+    ).to_pylist()[0]
     return everything["images"] - images, everything["cells"] - cells
+
+
+def unlabelled_note(
+    questions: Questions, subject: Subject, sides: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the sentence on images of the scored sides that an ended run says nothing of."""
+    if subject.run.status != Status.DONE:
+        return ()
+    asked = [subject.split.id, list(sides), subject.run.id]
+    images = questions.ask(UNLABELLED, asked)["images"][0].as_py()
+    if not images:
+        return ()
+    said = (
+        f"{images:,} images of the scored side have no label by this run, so no score counts "
+        "them: no cell was found in them, or the run was not asked about them."
+    )
+    return (said,)
 
 
 def notes_on(
