@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from report_fields import FIELDS, Field, draw_fields, file_name
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
@@ -45,7 +46,6 @@ from cellstore.db.models import (
     Well,
 )
 from cellstore.formats.files.images import encode_tiff
-from cellstore.ops.rendering import TREATMENTS, FieldSpec, PlateDesign, render_field
 from cellstore.reading.featuresets import FEATURE_COLUMNS
 from cellstore.runs import RecipeSpec, Workspace, create_workspace, keep_file, register, running
 from cellstore.terms import (
@@ -61,7 +61,6 @@ from cellstore.terms import (
 
 COLUMNS = 24
 ROWS_AT_ONCE = 100_000
-FIELDS = 12
 FAMILIES = ("HDAC", "CDK", "EGFR", "TUBB", "MAPK", "PSMB", "TOP", "AURK", "SIRT", "ADRB")
 HEADS = ("al", "be", "ce", "do", "ele", "fo", "gi", "ibru", "keto", "lu", "mira", "no", "oxa")
 TAILS = ("tinib", "stat", "zomib", "rubicin", "limus", "taxel", "olol", "prazole", "mycin", "fen")
@@ -99,42 +98,13 @@ def make_store(root: Path, design: Design) -> int:
     workspace, _ = create_workspace(root)
     try:
         rng = np.random.default_rng(7)
-        fields = _draw_fields(root.parent / "images", design)
+        fields = draw_fields(root.parent / "images", design.side)
         classes = _insert_images(workspace, root.parent / "images", design)
         cells = _insert_cells(workspace, fields, design, rng)
         _insert_runs(workspace, cells, classes, rng, leak=design.leak)
         return int(cells.ids.size)
     finally:
         workspace.database.close()
-
-
-@dataclass(frozen=True)
-class Field:
-    """What was rendered: the masks (H, W) and the boxes of the cells, (N, 4)."""
-
-    masks: NDArray[np.uint16]
-    boxes: NDArray[np.int64]
-
-
-def _draw_fields(folder: Path, design: Design) -> list[Field]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_draw_field(folder, number, design) for number in range(FIELDS)]
-
-
-def _draw_field(folder: Path, number: int, design: Design) -> Field:
-    from skimage.measure import regionprops
-
-    plates = PlateDesign(size=design.side)
-    spec = FieldSpec("P", 2, 2 + number, 1, TREATMENTS[number % len(TREATMENTS)])
-    drawn = render_field(plates, spec)
-    for channel, plane in enumerate(drawn.channels, start=1):
-        (folder / _file(number, channel)).write_bytes(encode_tiff(plane))
-    boxes = [region.bbox for region in regionprops(drawn.masks.astype(np.int32))]
-    return Field(drawn.masks, np.array(boxes))
-
-
-def _file(field: int, channel: int) -> str:
-    return f"field{field:02d}-ch{channel}.tiff"
 
 
 def _names(design: Design) -> tuple[list[str], list[str]]:
@@ -204,7 +174,7 @@ def _files(ids: Sequence[int], folder: Path, place: int) -> Iterator[dict[str, A
     known = {path.name: path.stat() for path in folder.iterdir()}
     for image in ids:
         for channel in (1, 2, 3):
-            name = _file(image % FIELDS, channel)
+            name = file_name(image % FIELDS, channel)
             yield {
                 "image_id": image,
                 "channel": f"ch{channel}",

@@ -18,10 +18,12 @@ from .options import (
     ControlsOption,
     JsonOption,
     LeaveOutOption,
+    Level,
     MinCellsOption,
     MinMarginOption,
     QcRunOption,
     StoreOption,
+    Vote,
     leave_out,
     vote_rules,
 )
@@ -33,21 +35,6 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 COLUMNS = ("unit_id", "name", "truth", "first", "second", "right")
-
-
-class Level(StrEnum):
-    """What is compared."""
-
-    IMAGE = "image"
-    WELL = "well"
-
-
-class Vote(StrEnum):
-    """How the cells of an image vote."""
-
-    HARD = "hard"
-    SOFT = "soft"
-    MEDIAN = "median"
 
 
 class Format(StrEnum):

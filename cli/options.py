@@ -127,6 +127,21 @@ ChannelsOption = Annotated[
 ]
 
 
+class Level(StrEnum):
+    """Whose cells vote."""
+
+    IMAGE = "image"
+    WELL = "well"
+
+
+class Vote(StrEnum):
+    """How cells vote."""
+
+    HARD = "hard"
+    SOFT = "soft"
+    MEDIAN = "median"
+
+
 class Device(StrEnum):
     """Where a network runs."""
 

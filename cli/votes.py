@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,10 +13,12 @@ from .options import (
     ControlsOption,
     JsonOption,
     LeaveOutOption,
+    Level,
     MinCellsOption,
     MinMarginOption,
     QcRunOption,
     StoreOption,
+    Vote,
     leave_out,
     vote_rules,
 )
@@ -34,21 +35,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from cellstore.stages.votes import VotesResult
-
-
-class Level(StrEnum):
-    """Whose cells vote."""
-
-    IMAGE = "image"
-    WELL = "well"
-
-
-class Vote(StrEnum):
-    """How cells vote."""
-
-    HARD = "hard"
-    SOFT = "soft"
-    MEDIAN = "median"
 
 
 @sentences
