@@ -41,20 +41,13 @@ from cellstore.db.models import (
     Run,
     RunArtifact,
     Segmentation,
-    Split,
-    SplitMember,
     Treatment,
     Well,
 )
-from cellstore.runs import Workspace, create_workspace, open_workspace
+from cellstore.db.split_models import Split, SplitMember
+from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
+from cellstore.report.audit import audit_artifact, audit_cell, audit_image, audit_run, audit_well
 from cellstore.settings import StoreSettings
-from cellstore.stages.audit import (
-    audit_artifact,
-    audit_cell,
-    audit_image,
-    audit_run,
-    audit_well,
-)
 
 MOMENT = "2026-01-01 00:00:00.000000"
 WELLS, SITES, CHANNELS, CLASSES = 384, 9, 5, 60

@@ -12,12 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import func, insert, select
 
-from cellstore.config import (
-    MeasureParams,
-    SegmentParams,
-    SplitParams,
-    as_parameters,
-)
+from cellstore.config import MeasureParams, SegmentParams, SplitParams, as_parameters
 from cellstore.db.models import (
     Cell,
     CellFeatures,
@@ -29,11 +24,13 @@ from cellstore.db.models import (
     Treatment,
     Well,
 )
-from cellstore.formats.files.images import encode_tiff
-from cellstore.reading.featuresets import FEATURE_COLUMNS
-from cellstore.runs import RecipeSpec, Workspace, create_workspace, keep_file, register, running
+from cellstore.enums import ArtifactKind, Perturbation, Stage
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import keep_file, running
+from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.split import create_split
-from cellstore.terms import ArtifactKind, Perturbation, Stage
 
 SITES = 9
 CELL_ROWS = 20_000

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from cellstore.ops.mcnemar import mcnemar_over_wells
+from cellstore.analysis.statistics import mcnemar_over_wells
 
 LEVEL = 0.05
 IMAGES = 9

@@ -14,7 +14,7 @@ import argparse
 
 import numpy as np
 
-from cellstore.ops.contrast import Contrast, Verdict, contrast, judge
+from cellstore.analysis.contrasts import Contrast, Verdict, contrast, judge
 
 SETTINGS = [(treated, control) for treated in (2, 4) for control in (8, 32)]
 NULLS, FEATURES = 20, 10

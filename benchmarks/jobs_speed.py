@@ -30,14 +30,18 @@ from typing import Any
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
-from cellstore import Store
+from cellstore.analysis.segmentation import find_model
 from cellstore.config import SegmentParams
 from cellstore.db.models import Image, Job, Label, Plate, Well
-from cellstore.ops.segmentation import find_model
+from cellstore.enums import LabelField, Stage, Status
+from cellstore.jobs.execute import Share, Work, work_through
+from cellstore.jobs.queue import Task
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import running
+from cellstore.jobs.workspace import Workspace
 from cellstore.progress import Silent
-from cellstore.runs import RecipeSpec, Share, Task, Work, Workspace, register, running, work_through
 from cellstore.stages.segment import segment_spec
-from cellstore.terms import LabelField, Stage, Status
+from cellstore.store import Store
 
 
 @dataclass(frozen=True)

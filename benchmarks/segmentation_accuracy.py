@@ -40,10 +40,15 @@ from cellpose.metrics import average_precision
 from cellpose.utils import diameters
 from skimage.io import imread
 
-from cellstore.ops.overlay import captioned, contact_sheet, outline_overlay, png, shrunk_overlay
-from cellstore.ops.rendering import PlateDesign, render_field
-from cellstore.ops.rendering_nuclei import render_nuclei
-from cellstore.ops.segmentation import (
+from cellstore.analysis.overlay import (
+    captioned,
+    contact_sheet,
+    outline_overlay,
+    png,
+    shrunk_overlay,
+)
+from cellstore.analysis.rendering import PlateDesign, render_field, render_nuclei
+from cellstore.analysis.segmentation import (
     DEFAULT_MODEL,
     SegmentationResult,
     find_model,

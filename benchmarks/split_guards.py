@@ -25,10 +25,11 @@ from typing import Any
 from sqlalchemy import insert, select, text
 from sqlalchemy.orm import Session
 
-from cellstore.db.models import Image, Label, Plate, Recipe, Split, SplitMember, Treatment, Well
+from cellstore.db.models import Image, Label, Plate, Recipe, Treatment, Well
+from cellstore.db.split_models import Split, SplitMember
 from cellstore.db.statements import insert_new
-from cellstore.runs import Workspace, create_workspace
-from cellstore.terms import GroupLevel, LabelField, Perturbation, Stage, Subset
+from cellstore.enums import GroupLevel, LabelField, Perturbation, Stage, Subset
+from cellstore.jobs.workspace import Workspace, create_workspace
 
 WELLS, SITES, TREATMENTS = 384, 9, 40
 

@@ -23,13 +23,14 @@ import numpy as np
 from jobs_speed import fill
 from sqlalchemy import select
 
-from cellstore import Store
+from cellstore.analysis.rendering import render_nuclei
 from cellstore.db.models import Image, Segmentation
-from cellstore.formats.files.images import encode_tiff
-from cellstore.ops.rendering_nuclei import render_nuclei
-from cellstore.reading.found_cells import cell_rows, insert_cells
-from cellstore.runs import RecipeSpec, keep_file, register, running
-from cellstore.terms import ArtifactKind, Stage
+from cellstore.enums import ArtifactKind, Stage
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.planes import cell_rows, insert_cells
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import keep_file, running
+from cellstore.store import Store
 
 SIZE, DRAWN = 1080, 6
 

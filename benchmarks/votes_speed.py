@@ -218,8 +218,8 @@ def by_cellstore(folder: Path) -> None:
     from adbc_driver_sqlite import dbapi  # noqa: F401
     from pyarrow import dataset  # noqa: F401
 
-    from cellstore import Store
-    from cellstore.stages import votes as stage  # noqa: F401
+    from cellstore.report import votes as stage  # noqa: F401
+    from cellstore.store import Store
 
     run = str(predict_run(folder))
 

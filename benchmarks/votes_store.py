@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 from sqlalchemy import select
 
 from cellstore.config import PredictParams, SegmentParams, TrainParams, as_parameters
-from cellstore.db.models import Image, Label, Plate, Split, Treatment, Well
-from cellstore.runs import RecipeSpec, Workspace, create_workspace, register, running
-from cellstore.terms import GroupLevel, LabelField, Perturbation, Stage, Subset
+from cellstore.db.models import Image, Label, Plate, Treatment, Well
+from cellstore.db.split_models import Split
+from cellstore.enums import GroupLevel, LabelField, Perturbation, Stage, Subset
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import running
+from cellstore.jobs.workspace import Workspace, create_workspace
 
 LABELS = 250
 WELLS = 384

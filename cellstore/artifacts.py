@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from .enums import ArtifactKind
 from .errors import StorageError
-from .terms import ArtifactKind
 
 CHUNK = 1 << 20
 PART = ".part-"

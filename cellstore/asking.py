@@ -13,21 +13,23 @@ from .errors import UnknownNameError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from .analytics import Limits, Questions
-    from .analytics.describing import RelationWords
-    from .analytics.saved import SavedQuestion
     from .config import VoteRules
-    from .runs.workspace import Workspace
-    from .stages.audit import ArtifactAudit, Audit, CellAudit, ImageAudit, RunAudit, WellAudit
+    from .enums import Stage
+    from .jobs.workspace import Workspace
+    from .query.describe import RelationWords
+    from .query.engine import Limits, Questions
+    from .query.saved_queries import SavedQuestion
+    from .report.audit import ArtifactAudit, Audit, CellAudit, ImageAudit, RunAudit, WellAudit
+    from .report.comparison import Comparison
+    from .report.redo import Done
+    from .report.repro import Check, Order, Repro
+    from .report.scoring import ReportResult
+    from .report.votes import VotesResult
     from .stages.contrast import ContrastResult
     from .stages.export import ExportResult
     from .stages.export_model import ExportedModel
-    from .stages.report import Comparison, ReportResult
-    from .stages.repro import Check, Done, Order, Repro
     from .stages.status import StatusResult
     from .stages.verify import VerifyResult
-    from .stages.votes import VotesResult
-    from .terms import Stage
 
 
 class Answers:
@@ -70,7 +72,8 @@ class Answers:
         ``compare``, ``rules`` and ``leave_out_flagged``: see ``stages.report.report``. ``maps``:
         the features on the plate maps of the page.
         """
-        from .stages.report import report, write_report
+        from .report.report_page import write_report
+        from .report.scoring import report
 
         asked: dict[str, Any] = {
             "compare": compare,
@@ -98,7 +101,7 @@ class Answers:
         leave_out_flagged: str | None = None,
     ) -> Comparison:
         """Say where two predict runs differ, and which is right; see ``stages.report.compare``."""
-        from .stages.report import compare
+        from .report.comparison import compare
 
         return compare(
             self.workspace,
@@ -125,7 +128,7 @@ class Answers:
 
         See ``stages.votes.count_votes``.
         """
-        from .stages.votes import count_votes
+        from .report.votes import count_votes
 
         return count_votes(
             self.workspace,
@@ -138,37 +141,37 @@ class Answers:
 
     def audit_image(self, image: str) -> ImageAudit:
         """Return every run that labelled an image, and what it was labelled from."""
-        from .stages.audit import audit_image
+        from .report.audit import audit_image
 
         return audit_image(self.workspace, image)
 
     def audit_well(self, well: str) -> WellAudit:
         """Return what was done to a well, when that was corrected, and what its images show."""
-        from .stages.audit import audit_well
+        from .report.audit import audit_well
 
         return audit_well(self.workspace, well)
 
     def audit_cell(self, cell_id: int) -> CellAudit:
         """Return where a cell comes from and every prediction about it."""
-        from .stages.audit import audit_cell
+        from .report.audit import audit_cell
 
         return audit_cell(self.workspace, cell_id)
 
     def audit_run(self, run: str = "latest") -> RunAudit:
         """Return what a run was made from, and what it made."""
-        from .stages.audit import audit_run
+        from .report.audit import audit_run
 
         return audit_run(self.workspace, run)
 
     def audit_artifact(self, name: str) -> ArtifactAudit:
         """Return what a file is to the store, and what came of it; see ``stages.audit``."""
-        from .stages.audit import audit_artifact
+        from .report.audit import audit_artifact
 
         return audit_artifact(self.workspace, name)
 
     def audit(self, name: str) -> Audit:
         """Return the audit of whatever ``name`` names: an image, a well, a run or a file."""
-        from .stages.audit import audit_anything
+        from .report.audit import audit_anything
 
         return audit_anything(self.workspace, name)
 
@@ -182,13 +185,13 @@ class Answers:
             MissingExtraError: matplotlib or jinja2 is not installed.
             StorageError: the file cannot be written.
         """
-        from .stages.audit import write_lineage
+        from .report.lineage_page import write_lineage
 
         return write_lineage(self.workspace, audit, Path(html))
 
     def repro(self, run: str = "latest") -> Repro:
         """Return the commands and versions that redo a run, and all that it relies on."""
-        from .stages.repro import repro
+        from .report.repro import repro
 
         return repro(self.workspace, run)
 
@@ -201,7 +204,7 @@ class Answers:
         weights: str | Path | None = None,
     ) -> Check:
         """Redo a run beside the store, and compare; see ``stages.repro.check``."""
-        from .stages.repro import Done, check
+        from .report.redo import Done, check
 
         def carry_out(workspace: Workspace, stage: Stage, order: Order, where: str | None) -> Done:
             kind: Any = type(self)
@@ -231,7 +234,7 @@ class Answers:
 
     def open_questions(self, limits: Limits | None = None) -> AbstractContextManager[Questions]:
         """Open the store for several questions about one moment, or for answers of any size."""
-        from .analytics import open_questions
+        from .query.engine import open_questions
 
         return open_questions(self.workspace, limits)
 
@@ -252,13 +255,13 @@ class Answers:
 
         Own ones are files ``questions/NAME.sql`` in the folder of the store.
         """
-        from .analytics.saved import saved_questions
+        from .query.saved_queries import saved_questions
 
         return saved_questions(self.workspace)[0]
 
     def question(self, name: str) -> SavedQuestion:
         """Return one saved question; see ``analytics.saved.find_question``."""
-        from .analytics.saved import find_question
+        from .query.saved_queries import find_question
 
         return find_question(self.workspace, name)
 
@@ -266,25 +269,25 @@ class Answers:
         self, question: SavedQuestion, given: Mapping[str, object]
     ) -> dict[str, object]:
         """Return what is bound to the parameters of a question; see ``analytics.binding.bound``."""
-        from .analytics.binding import bound
+        from .query.saved_queries import bound
 
         return bound(self.workspace, question, given)
 
     def question_problems(self) -> list[str]:
         """Say which own questions cannot be asked, and why."""
-        from .analytics.saved import saved_questions
+        from .query.saved_queries import saved_questions
 
         return saved_questions(self.workspace)[1]
 
     def new_question(self, name: str, beginning: str | None = None) -> Path:
         """Write the file of an own question; see ``analytics.saved.new_question``."""
-        from .analytics.saved import new_question
+        from .query.saved_queries import new_question
 
         return new_question(self.workspace, name, beginning)
 
     def schema(self) -> list[RelationWords]:
         """Return every table, view and feature set in words, with all of their columns."""
-        from .analytics.describing import described
+        from .query.describe import described
 
         with self.open_questions() as questions:
             return described(questions)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .enums import GroupLevel, LabelField, Look, Projection, Subset
 from .errors import UnknownNameError, UserInputError
-from .terms import GroupLevel, LabelField, Look, Projection, Subset
 
 DEFAULT_MODEL = "cellstore-nuclei"
 
@@ -32,7 +32,7 @@ class Selection:
     """Which images a command is about: all that meet every condition; the first ``limit``.
 
     ``wells`` are names like ``D14``. ``where`` is an SQL condition on the columns that
-    ``cellstore.runs.conditions`` lists.
+    ``cellstore.jobs.conditions`` lists.
     """
 
     plates: tuple[str, ...] = ()
@@ -320,7 +320,7 @@ class TrainSetup:
 
 @dataclass(frozen=True)
 class BaselineParams:
-    """Classical models and null baselines; see ``cellstore.ops.baselines``.
+    """Classical models and null baselines; see ``cellstore.learn.baselines``.
 
     At most ``max_cells`` cells of the training side are learned from, as many of each class as can
     be. ``strength`` is the penalty of the logistic models (1 / C of scikit-learn); ``trees``,
@@ -341,7 +341,7 @@ class BaselineParams:
 
 @dataclass(frozen=True)
 class ContrastParams:
-    """Which treatments are compared with which control, and how; see ``cellstore.ops.contrast``.
+    """Which treatments are compared with which control, and how; see ``cellstore.analysis.contrasts``.
 
     ``treatments``: names; none: all. ``control``: a name; ``None``: what is marked as negative
     control. ``pooled``: all treatments as one. ``max_cells`` of each side at most; ``nulls``: how

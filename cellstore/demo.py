@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from .artifacts import write_atomically
 from .errors import UserInputError
 from .extras import need
-from .formats.files.images import encode_tiff
+from .io.image_files import encode_tiff
 from .progress import Progress, Silent, track
 from .store import Store
 
 if TYPE_CHECKING:
-    from .ops.rendering import FieldSpec, PlateDesign
+    from .analysis.rendering import FieldSpec, PlateDesign
 
 METADATA = "metadata.csv"
 CROP_SIZE = 40
@@ -61,7 +61,7 @@ def render_plates(
         StorageError: the folder cannot be written.
     """
     need("segment")
-    from .ops.rendering import DEMO_TREATMENTS, PlateDesign
+    from .analysis.rendering import DEMO_TREATMENTS, PlateDesign
 
     treatments = DEMO_TREATMENTS[:classes]
     design = design or PlateDesign(seed=seed, effect=effect, treatments=treatments)
@@ -161,7 +161,7 @@ def _write_field(design: PlateDesign, spec: FieldSpec, plates: DemoPlates) -> No
     truth = plates.truth / spec.plate / f"{spec.core_name}.tif"
     if all(path.exists() for path in (*targets, truth)):
         return
-    from .ops.rendering import render_field
+    from .analysis.rendering import render_field
 
     field = render_field(design, spec)
     for path, plane in zip(targets, field.channels, strict=True):

@@ -33,24 +33,24 @@ from .config import (
     TrainParams,
     TrainSetup,
 )
+from .enums import GroupLevel, LabelField, Subset
 from .progress import Progress
 from .settings import StoreSettings, find_store
-from .terms import GroupLevel, LabelField, Subset
 
 if TYPE_CHECKING:
-    from .ops.features import FeatureGroup
-    from .runs.execution import JobsResult
-    from .runs.workspace import Workspace
-    from .stages.baselines import BaselineResult
+    from .analysis.features import FeatureGroup
+    from .jobs.execute import JobsResult
+    from .jobs.workspace import Workspace
+    from .report.segment_preview import PreviewResult
     from .stages.finetune import FinetuneResult
-    from .stages.ingest import IngestResult, RefreshResult
-    from .stages.jobs import JobsList, RetryResult
+    from .stages.ingest.ingest import IngestResult, RefreshResult
+    from .stages.manage_jobs import JobsList, RetryResult
     from .stages.measure import MeasureResult
     from .stages.predict import PredictResult
     from .stages.qc import FlaggedImage, QcResult
-    from .stages.segment import PreviewResult
     from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
     from .stages.train import TrainResult
+    from .stages.train_baselines import BaselineResult
 
 
 class Store(Answers):
@@ -77,7 +77,7 @@ class Store(Answers):
             DatabaseError: its database cannot be reached.
 
         """
-        from .runs.workspace import open_workspace
+        from .jobs.workspace import open_workspace
 
         settings = _with_database(find_store(Path(path) if path else None), database)
         return cls(open_workspace(settings, progress))
@@ -91,7 +91,7 @@ class Store(Answers):
             SchemaError: the database holds a store of another version.
 
         """
-        from .runs.workspace import create_workspace
+        from .jobs.workspace import create_workspace
 
         return cls(create_workspace(Path(path), database)[0])
 
@@ -117,13 +117,13 @@ class Store(Answers):
 
     def ingest(self, source: str | Path, params: IngestParams | None = None) -> IngestResult:
         """Bring a table, an index, a database or a folder in; see ``stages.ingest.ingest``."""
-        from .stages.ingest import ingest
+        from .stages.ingest.ingest import ingest
 
         return ingest(self.workspace, Path(source), params)
 
     def refresh(self, selection: Selection = EVERYTHING) -> RefreshResult:
         """Look again at the image files that are known; see ``stages.ingest.refresh``."""
-        from .stages.ingest import refresh
+        from .stages.ingest.ingest import refresh
 
         return refresh(self.workspace, selection)
 
@@ -161,7 +161,7 @@ class Store(Answers):
         device: str = "auto",
     ) -> PreviewResult:
         """Segment a few images and draw what is found; see ``stages.segment.preview``."""
-        from .stages.segment import preview
+        from .report.segment_preview import preview
 
         return preview(
             self.workspace,
@@ -250,7 +250,7 @@ class Store(Answers):
         limit: int = 100,
     ) -> JobsList:
         """List jobs, the newest first, and count them all; see ``stages.jobs.list_jobs``."""
-        from .stages.jobs import list_jobs
+        from .stages.manage_jobs import list_jobs
 
         return list_jobs(self.workspace, stage=stage, status=status, recipe=recipe, limit=limit)
 
@@ -258,13 +258,13 @@ class Store(Answers):
         self, *, stage: str | None = None, run: str | None = None, image: str | None = None
     ) -> RetryResult:
         """Give failed jobs another try; see ``stages.jobs.retry``."""
-        from .stages.jobs import retry
+        from .stages.manage_jobs import retry
 
         return retry(self.workspace, stage=stage, run=run, image=image)
 
     def cancel(self, run: str | None = None) -> tuple[int, ...]:
         """Ask running runs to end when what they have in hand is done; return their numbers."""
-        from .stages.jobs import cancel
+        from .stages.manage_jobs import cancel
 
         return cancel(self.workspace, run)
 
@@ -388,7 +388,7 @@ class Store(Answers):
 
         Without a test side, or without ``predict``, nothing is labelled.
         """
-        from .stages.baselines import train_baselines
+        from .stages.train_baselines import train_baselines
 
         results = train_baselines(
             self.workspace,

@@ -25,7 +25,7 @@ from .questions import (
 from .writing import Format, Wanted
 
 if TYPE_CHECKING:
-    from cellstore import Store
+    from cellstore.store import Store
 
 OWN = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Settings of the command: options that it does not know are parameters of the question."""
@@ -87,7 +87,7 @@ def ask(
       cellstore ask accuracy --sql
       cellstore ask --new my-plates --from plates
     """
-    from cellstore.analytics import Limits
+    from cellstore.query.engine import Limits
 
     name, given = _parsed([*(words or ()), *ctx.args])
     wanted = writing.checked(
@@ -144,7 +144,7 @@ def _show(opened: Store, name: str) -> None:
 
 
 def _ask(opened: Store, name: str, given: dict[str, str], limits: object, wanted: Wanted) -> None:
-    from cellstore.analytics import Limits
+    from cellstore.query.engine import Limits
 
     from .confined import confined
 

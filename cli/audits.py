@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cellstore import Store
+from cellstore.store import Store
 
 from . import render, tell_audit
 from .context import open_store, sentences

@@ -17,8 +17,8 @@ from .options import JsonOption, PlatesOption, StoreOption, names
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cellstore.stages.baselines import BaselineResult
     from cellstore.stages.contrast import ContrastResult, ContrastRow
+    from cellstore.stages.train_baselines import BaselineResult
 
 DEFAULTS = BaselineParams()
 COMPARED = ContrastParams()

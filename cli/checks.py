@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cellstore.enums import GroupLevel, LabelField
 from cellstore.errors import UserInputError
-from cellstore.terms import GroupLevel, LabelField
 
 from . import render
 from .context import open_store, sentences
 from .options import JsonOption, StoreOption
 
 if TYPE_CHECKING:
-    from cellstore.ops.leaks import Finding
+    from cellstore.analysis.leaks import Finding
     from cellstore.stages.split import CheckResult
 
 WIDTH = 80

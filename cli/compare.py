@@ -31,7 +31,7 @@ from .questions import ReplaceOption
 from .writing import check_output
 
 if TYPE_CHECKING:
-    from cellstore.stages.report import Comparison
+    from cellstore.report.comparison import Comparison
 
 SHOWN = 20
 COLUMNS = ("unit_id", "name", "truth", "first", "second", "right")
@@ -134,7 +134,7 @@ def compare(
 
 
 def _csv(found: Comparison, *, for_spreadsheet: bool) -> str:
-    from cellstore.formats.text.spreadsheets import disarmed_name as harmless
+    from cellstore.io.tables import disarmed_name as harmless
 
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")

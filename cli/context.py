@@ -17,8 +17,8 @@ from cellstore.errors import CellstoreError
 from cellstore.progress import Silent
 
 if TYPE_CHECKING:
-    from cellstore import Store
     from cellstore.progress import Progress
+    from cellstore.store import Store
 
 ENV_DEBUG = "CELLSTORE_DEBUG"
 STOPPED = 130
@@ -43,7 +43,7 @@ def chosen_store(ctx: typer.Context, given: Path | None) -> Path | None:
 @contextmanager
 def open_store(ctx: typer.Context, given: Path | None, *, quiet: bool = False) -> Iterator[Store]:
     """Open the store that a command is about, with a progress bar unless ``quiet``."""
-    from cellstore import Store
+    from cellstore.store import Store
 
     with Store.open(chosen_store(ctx, given), progress=listener(quiet=quiet)) as store:
         yield store

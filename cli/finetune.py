@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cellstore.config import DEFAULT_MODEL, FinetuneParams, ImageInput
-from cellstore.terms import Projection
+from cellstore.enums import Projection
 
 from . import render
 from .context import open_store, say, sentences

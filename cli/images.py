@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cellstore.config import (
-    DEFAULT_MODEL,
-    ImageInput,
-    Resources,
-    SegmentParams,
-)
-from cellstore.terms import Projection
+from cellstore.config import DEFAULT_MODEL, ImageInput, Resources, SegmentParams
+from cellstore.enums import Projection
 
 from . import render
 from .context import open_store, say, sentences
@@ -36,9 +31,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from cellstore.runs.execution import Forecast, JobsResult
+    from cellstore.jobs.execute import Forecast, JobsResult
+    from cellstore.report.segment_preview import PreviewResult
     from cellstore.stages.qc import QcResult
-    from cellstore.stages.segment import PreviewResult
 
 SHOWN_FAILURES = 10
 PREVIEW_FOLDER = Path("cellstore-preview")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cellstore.config import IngestParams
+from cellstore.enums import Look, Severity
 from cellstore.errors import UserInputError
-from cellstore.terms import Look, Severity
 
 from . import render
 from .context import open_store, say, sentences
@@ -25,8 +25,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from cellstore import Store
-    from cellstore.stages.ingest import IngestResult, Issue, Preview
+    from cellstore.stages.ingest.account import Issue
+    from cellstore.stages.ingest.ingest import IngestResult, Preview
+    from cellstore.store import Store
 
 MASKS = "masks"
 KINDS = ("images", "treatments", "features", MASKS)
@@ -196,7 +197,7 @@ def ingest(
 
 
 def _ingested(store: Store, source: Path, params: IngestParams, *, as_json: bool) -> IngestResult:
-    from cellstore.stages.ingest import UndoneError
+    from cellstore.stages.ingest.account import UndoneError
 
     try:
         return store.ingest(source, params)
@@ -230,7 +231,7 @@ def _pair(text: str, option: str) -> tuple[str, str]:
 def _preview(
     ctx: typer.Context, store: Path | None, source: Path, params: IngestParams, *, as_json: bool
 ) -> None:
-    from cellstore.stages.ingest import preview
+    from cellstore.stages.ingest.ingest import preview
 
     if MASKS in (params.kind, params.layout):  # only they are looked up in a store
         with open_store(ctx, store, quiet=True) as opened:

@@ -12,7 +12,7 @@ from .context import open_store, say, sentences
 from .options import JsonOption, StoreOption
 
 if TYPE_CHECKING:
-    from cellstore.stages.jobs import JobRow, JobsList
+    from cellstore.stages.manage_jobs import JobRow, JobsList
 
 
 class JobStage(StrEnum):

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cellstore import Store
 from cellstore.config import ImageInput, MeasureParams, Resources
-from cellstore.terms import Projection
+from cellstore.enums import Projection
+from cellstore.store import Store
 
 from . import render
 from .context import open_store, sentences
@@ -28,7 +28,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from cellstore.ops.features import Feature, FeatureGroup
+    from cellstore.analysis.features import Feature, FeatureGroup
     from cellstore.stages.measure import MeasureResult
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cellstore.config import BaselineParams, TrainSetup
-from cellstore.ops.branches import TABULAR
+from cellstore.learn.branches import TABULAR
 
 from . import render
 from .baselines import (
@@ -214,7 +214,7 @@ def train(
 
 def is_first_process() -> bool:
     """Whether this process, of those that train together, is the one that tells of it."""
-    from cellstore.ops.teams import is_first
+    from cellstore.learn.training import is_first
 
     return is_first()
 
@@ -253,7 +253,7 @@ def _set_name(result: TrainResult) -> str:
 
 def _say_processors(device: Device, devices: int) -> None:
     """Say that several devices are processes on a CPU, before they begin."""
-    from cellstore.ops.devices import pick_device
+    from cellstore.learn.networks import pick_device
 
     started = "LOCAL_RANK" in os.environ  # by the first process, or a launcher
     if devices > 1 and not started and pick_device(device.value).type == "cpu":

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cellstore.config import PredictParams
+from cellstore.enums import Subset
 from cellstore.errors import UserInputError
-from cellstore.terms import Subset
 
 from . import render
 from .context import open_store, say, sentences

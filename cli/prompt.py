@@ -15,9 +15,8 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.lexers import PygmentsLexer
 from pygments.lexers.sql import SqlLexer
 
-from cellstore.analytics import Limits
-from cellstore.analytics.guard import tokens
 from cellstore.errors import CellstoreError, UserInputError
+from cellstore.query.engine import Limits, tokens
 
 from . import tell_schema, writing
 from .confined import confined
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.document import Document
     from prompt_toolkit.key_binding import KeyPressEvent
 
-    from cellstore import Store
+    from cellstore.store import Store
 
 _WORD = re.compile(r"\.?\w+")
 WELCOME = "Questions in SQL, each ends with a semicolon. .help says more, Ctrl-D leaves."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cellstore.config import QcParams, Resources
-from cellstore.terms import CellFlagReason, ImageFlagReason
+from cellstore.enums import CellFlagReason, ImageFlagReason
 
 from . import render
 from .context import open_store, say, sentences

@@ -112,7 +112,7 @@ def sql(
       cellstore sql --file big.sql --format parquet --output answer.parquet
       cellstore sql
     """
-    from cellstore.analytics import Limits
+    from cellstore.query.engine import Limits
 
     from .confined import confined
 
@@ -210,7 +210,7 @@ def schema(
     if as_json or form is SchemaFormat.JSON:
         render.as_json(relations)
     elif form is SchemaFormat.MERMAID:
-        from cellstore.analytics.describing import diagram
+        from cellstore.query.describe import diagram
 
         typer.echo(diagram(relations))
     elif table is None:

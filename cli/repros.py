@@ -14,7 +14,7 @@ from .context import open_store, say, sentences
 from .options import Device, DeviceOption, JsonOption, StoreOption
 
 if TYPE_CHECKING:
-    from cellstore.stages.repro import Check, Repro
+    from cellstore.report.repro import Check, Repro
 
 CANNOT, SAME = "cannot be redone", "identical"
 EXIT_CODES = {"different": 1, CANNOT: 2}

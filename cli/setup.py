@@ -12,7 +12,7 @@ from .context import chosen_store, say, sentences
 from .options import JsonOption, StoreOption
 
 if TYPE_CHECKING:
-    from cellstore.runs.workspace import Workspace
+    from cellstore.jobs.workspace import Workspace
 
 db = typer.Typer(
     help="Look at the schema of a store and bring it up to date.",
@@ -51,7 +51,7 @@ def init(
       cellstore init my-screen
       cellstore init my-screen --database postgresql://me@server/screen
     """
-    from cellstore.runs.workspace import create_workspace
+    from cellstore.jobs.workspace import create_workspace
 
     workspace, created = create_workspace(folder or chosen_store(ctx, store) or Path(), database)
     settings, shown = workspace.settings, workspace.database.shown
@@ -127,7 +127,7 @@ def db_current(ctx: typer.Context, store: StoreOption = None) -> None:
 
 
 def _connected(ctx: typer.Context, given: Path | None) -> Workspace:
-    from cellstore.runs.workspace import connect_workspace
+    from cellstore.jobs.workspace import connect_workspace
     from cellstore.settings import find_store
 
     return connect_workspace(find_store(chosen_store(ctx, given)))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cellstore.config import SplitParams
+from cellstore.enums import GroupLevel, LabelField
 from cellstore.errors import UserInputError
-from cellstore.terms import GroupLevel, LabelField
 
 from . import render
 from .checks import check

@@ -11,7 +11,7 @@ from . import render
 from .context import say
 
 if TYPE_CHECKING:
-    from cellstore.stages.report import BaselineScore, ReportResult, Score
+    from cellstore.report.scoring import BaselineScore, ReportResult, Score
 
 FEW = 3
 NAME_WIDTH = 16
@@ -128,7 +128,7 @@ def _part(title: str, found: Sequence[Score]) -> None:
 
 def _baselines(found: Sequence[BaselineScore]) -> None:
     """Tell what a score has to beat: a row per baseline, by hard votes."""
-    from cellstore.stages.report import by_baseline
+    from cellstore.report.scoring import by_baseline
 
     if not found:
         return

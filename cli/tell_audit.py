@@ -12,7 +12,7 @@ from . import render
 from .context import say
 
 if TYPE_CHECKING:
-    from cellstore.stages.audit import (
+    from cellstore.report.audit import (
         ArtifactAudit,
         Came,
         CellAudit,

@@ -10,7 +10,7 @@ from . import render
 from .tell import interval, percent
 
 if TYPE_CHECKING:
-    from cellstore.stages.report import Comparison, Side
+    from cellstore.report.comparison import Comparison, Side
 
 OPTIONS_SHOWN = 8
 NAME_WIDTH = 22

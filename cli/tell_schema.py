@@ -13,8 +13,8 @@ from cellstore.errors import UnknownNameError
 from . import render
 
 if TYPE_CHECKING:
-    from cellstore.analytics.describing import ColumnWords, RelationWords
-    from cellstore.analytics.saved import SavedParameter, SavedQuestion
+    from cellstore.query.describe import ColumnWords, RelationWords
+    from cellstore.query.saved_queries import SavedParameter, SavedQuestion
 
 WIDTH = 80
 NAMES = 24

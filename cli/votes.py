@@ -34,7 +34,7 @@ from .writing import Format, Wanted
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from cellstore.stages.votes import VotesResult
+    from cellstore.report.votes import VotesResult
 
 
 @sentences

@@ -182,7 +182,7 @@ def _csv(
         flat = _flat(batch)
         if not wanted.for_spreadsheet:
             return flat
-        from cellstore.formats.text.spreadsheets import disarmed
+        from cellstore.io.tables import disarmed
 
         return disarmed(flat)
 

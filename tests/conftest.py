@@ -17,7 +17,7 @@ from sqlalchemy import URL, Engine, create_engine, make_url, text
 
 from cellstore.db import migrate
 from cellstore.db.session import connect, sqlite_url
-from cellstore.runs import Workspace, create_workspace
+from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.settings import ENV_DATABASE, ENV_STORE
 
 TEMPLATE = "cellstore_template"

@@ -20,14 +20,11 @@ from cellstore.db.models import (
     Artifact,
     Cell,
     CellFeatures,
-    CellFlag,
     FeatureFile,
     FeatureSet,
     Folder,
     Image,
     ImageFile,
-    ImageFlag,
-    ImageQuality,
     Job,
     Label,
     Plate,
@@ -38,15 +35,14 @@ from cellstore.db.models import (
     RunArtifact,
     RunMetric,
     Segmentation,
-    Split,
-    SplitMember,
     Treatment,
     Well,
     WellChange,
 )
+from cellstore.db.quality_models import CellFlag, ImageFlag, ImageQuality
+from cellstore.db.split_models import Split, SplitMember
 from cellstore.db.types import Base
-from cellstore.runs import Workspace, keep_file
-from cellstore.terms import (
+from cellstore.enums import (
     ArtifactKind,
     CellFlagReason,
     Control,
@@ -59,6 +55,8 @@ from cellstore.terms import (
     Status,
     Subset,
 )
+from cellstore.jobs.runs import keep_file
+from cellstore.jobs.workspace import Workspace
 
 MOMENT = datetime(2026, 3, 4, 5, 6, 7, 89, tzinfo=UTC)
 NUMBERS = count(1)

@@ -9,9 +9,9 @@ from factories import Factory
 from sqlalchemy import select
 
 from cellstore.db.models import Cell, Image
-from cellstore.runs import open_workspace
+from cellstore.enums import Stage
+from cellstore.jobs.workspace import open_workspace
 from cellstore.settings import StoreSettings
-from cellstore.terms import Stage
 
 Columns = Callable[[Sequence[Cell]], dict[str, list[float]]]
 

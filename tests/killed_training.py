@@ -8,9 +8,9 @@ import sys
 
 import torch
 
-from cellstore import Store
 from cellstore.config import TrainParams
 from cellstore.progress import Silent
+from cellstore.store import Store
 
 PARAMS = TrainParams(
     branches=("tabular",), batch_size=3, epochs=5, patience=9, learning_rate=0.01, crop_size=8

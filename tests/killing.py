@@ -22,16 +22,19 @@ from numpy.typing import NDArray
 from sqlalchemy import func, select
 from threshold import ThresholdSegmenter
 
-from cellstore import Store
+from cellstore.analysis.segmentation import ModelFiles, SegmentationResult
 from cellstore.artifacts import ArtifactFolder
 from cellstore.config import IngestParams, Resources, SegmentParams
 from cellstore.db.models import Artifact, Cell, Image, Job, Segmentation
-from cellstore.formats.files.images import encode_tiff
-from cellstore.ops.segmentation import ModelFiles, SegmentationResult
-from cellstore.runs import JobsResult, RecipeSpec, Tally, Work, Workspace, execute, images_of
-from cellstore.stages.ingest import ingest
+from cellstore.enums import Stage
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.execute import JobsResult, Tally, Work, execute
+from cellstore.jobs.recipes import RecipeSpec
+from cellstore.jobs.selection import images_of
+from cellstore.jobs.workspace import Workspace
+from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.segment import Found, SegmentStep, SegmentSteps, segment_work
-from cellstore.terms import Stage
+from cellstore.store import Store
 
 PROGRAM = Path(__file__)
 HEADER = "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site"

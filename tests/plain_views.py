@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 from sqlalchemy import Connection, text
 
-from cellstore.analytics.views import ORDER, queries
 from cellstore.config import VoteRules
-from cellstore.runs import Workspace
+from cellstore.jobs.workspace import Workspace
+from cellstore.query.views import ORDER, queries
 
 COUNTS = """
     SELECT run_id, image_id, label_id, sum(CASE WHEN rank = 1 THEN 1 ELSE 0 END) AS cells,

@@ -9,8 +9,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from cellstore.formats.names import row_letters
-from cellstore.formats.treatments.platemaps import PlateAnnotation, read_annotation
+from cellstore.io.filenames import row_letters
+from cellstore.io.platemaps import PlateAnnotation, read_annotation
 
 PLATE = "BR00116991"
 LAST_WELL = (14, 7)

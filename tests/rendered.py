@@ -14,12 +14,12 @@ from cellpose import dynamics, plot
 from numpy.typing import NDArray
 
 from cellstore import demo
+from cellstore.analysis import segmentation
+from cellstore.analysis.segmentation import SegmentationResult
 from cellstore.config import IngestParams, SegmentParams
-from cellstore.formats.files.images import decode_tiff
-from cellstore.ops import segmentation
-from cellstore.ops.segmentation import SegmentationResult
-from cellstore.runs import Workspace
-from cellstore.stages.ingest import ingest
+from cellstore.io.image_files import decode_tiff
+from cellstore.jobs.workspace import Workspace
+from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.measure import measure
 from cellstore.stages.segment import segment
 

@@ -6,21 +6,10 @@ from dataclasses import dataclass
 
 from factories import Factory, sha
 
-from cellstore.db.models import (
-    Image,
-    Label,
-    Plate,
-    Run,
-    Segmentation,
-    Split,
-)
-from cellstore.runs import Workspace
-from cellstore.terms import (
-    ArtifactKind,
-    GroupLevel,
-    Stage,
-    Subset,
-)
+from cellstore.db.models import Image, Label, Plate, Run, Segmentation
+from cellstore.db.split_models import Split
+from cellstore.enums import ArtifactKind, GroupLevel, Stage, Subset
+from cellstore.jobs.workspace import Workspace
 
 
 @dataclass(frozen=True)

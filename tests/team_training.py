@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from killed_training import PARAMS
 
-from cellstore import Store
-from cellstore.ops import training
+from cellstore.learn import training
+from cellstore.store import Store
 
 TOGETHER = replace(PARAMS, batch_size=4, epochs=2)
 

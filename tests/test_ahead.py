@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cellstore.ops.ahead import Ahead, read_ahead
+from cellstore.learn.batches import Ahead, read_ahead
 
 
 def threads() -> list[str]:

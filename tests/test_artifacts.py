@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from cellstore import artifacts
 from cellstore.artifacts import ArtifactFolder, sha256_of, write_atomically
+from cellstore.enums import ArtifactKind
 from cellstore.errors import StorageError
-from cellstore.terms import ArtifactKind
 
 
 @pytest.fixture

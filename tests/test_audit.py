@@ -11,18 +11,13 @@ from screens import small_screen
 from sqlalchemy import text
 from unguarded import unguarded
 
-from cellstore.analytics import open_questions
-from cellstore.db.models import Cell, IngestFile, Segmentation, SplitMember, Well
+from cellstore.db.models import Cell, IngestFile, Segmentation, Well
+from cellstore.db.split_models import SplitMember
+from cellstore.enums import ImageFlagReason, LabelField, Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.runs import Workspace
-from cellstore.stages.audit import (
-    audit_cell,
-    audit_image,
-    audit_run,
-    audit_well,
-    votes_query,
-)
-from cellstore.terms import ImageFlagReason, LabelField, Stage, Status, Subset
+from cellstore.jobs.workspace import Workspace
+from cellstore.query.engine import open_questions
+from cellstore.report.audit import audit_cell, audit_image, audit_run, audit_well, votes_query
 from cellstore_cli import tell_audit as tell
 
 

@@ -17,9 +17,11 @@ from screens import SmallScreen, small_screen
 from sqlalchemy import event, text
 
 from cellstore.db.models import IngestFile
+from cellstore.enums import ArtifactKind, Stage
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.runs import Workspace, find_image, find_well, run_in
-from cellstore.stages.audit import (
+from cellstore.jobs.lookup import find_well, places_find_image, run_in
+from cellstore.jobs.workspace import Workspace
+from cellstore.report.audit import (
     audit_anything,
     audit_artifact,
     audit_cell,
@@ -27,7 +29,6 @@ from cellstore.stages.audit import (
     audit_run,
     audit_well,
 )
-from cellstore.terms import ArtifactKind, Stage
 
 BIG = (
     *("images", "image_files", "segmentations", "cells", "features", "predictions", "jobs"),
@@ -58,7 +59,7 @@ def test_an_image_by_what_people_type(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     with workspace.database.read() as session:
         for name in TYPED:
-            assert find_image(session, name).id == screen.images["B02"].id, name
+            assert places_find_image(session, name).id == screen.images["B02"].id, name
 
 
 def test_an_image_by_the_start_of_a_sha256(workspace: Workspace) -> None:
@@ -68,9 +69,9 @@ def test_an_image_by_the_start_of_a_sha256(workspace: Workspace) -> None:
     with workspace.database.read() as session:
         for digest in (image.content_sha256 or "", of_file):
             for typed in (digest, digest[:12], digest[:7].upper()):
-                assert find_image(session, typed).id == image.id
+                assert places_find_image(session, typed).id == image.id
         with pytest.raises(UnknownNameError):
-            find_image(session, (image.content_sha256 or "")[:5])  # too short to be meant
+            places_find_image(session, (image.content_sha256 or "")[:5])  # too short to be meant
 
 
 def test_what_is_not_there_is_answered_with_what_is_near(workspace: Workspace) -> None:
@@ -83,7 +84,7 @@ def test_what_is_not_there_is_answered_with_what_is_near(workspace: Workspace) -
             ("BR1/H02/1", "well 'H02'"),
         ):
             with pytest.raises(UnknownNameError, match=re.escape(hint)):
-                find_image(session, name)
+                places_find_image(session, name)
 
 
 def test_a_name_of_several_images_says_how_to_choose(workspace: Workspace) -> None:
@@ -94,8 +95,8 @@ def test_a_name_of_several_images_says_how_to_choose(workspace: Workspace) -> No
     deeper = make.image(well, 1, plane=2)
     with workspace.database.read() as session:
         with pytest.raises(UserInputError, match=rf"\(id {deeper.id}\)"):
-            find_image(session, "BR1/B01/1")
-        assert find_image(session, str(deeper.id)).plane == 2
+            places_find_image(session, "BR1/B01/1")
+        assert places_find_image(session, str(deeper.id)).plane == 2
 
 
 def test_a_well_by_what_people_type(workspace: Workspace) -> None:
@@ -211,7 +212,7 @@ def test_a_file_of_features(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     cells = screen.factory.cells_of(screen.segmentations["B01"])
     with workspace.database.read() as session:
-        from cellstore.runs import find_recipe
+        from cellstore.jobs.lookup import find_recipe
 
         segment = find_recipe(session, Stage.SEGMENT)
     screen.factory.feature_files("cp", cells, {"a": [1.0, 2.0, 3.0]}, segment)

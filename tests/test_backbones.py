@@ -11,8 +11,7 @@ from torch import nn
 from torchvision import models
 
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.ops.backbones import ImageBranch, check_crop_size
-from cellstore.ops.nets import NetShape, build_net
+from cellstore.learn.networks import ImageBranch, NetShape, build_net, check_crop_size
 
 FAMILIES = (
     ("resnet18", 512),

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
-from cellstore.ops import baselines
-from cellstore.ops.baselines import BaselineMeta, ForestConfig, load_model, save_model
-from cellstore.ops.scaling import Scaler
+from cellstore.learn import baselines
+from cellstore.learn.baselines import BaselineMeta, ForestConfig, load_model, save_model
+from cellstore.learn.normalising import Scaler
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 ensemble = pytest.importorskip("sklearn.ensemble")

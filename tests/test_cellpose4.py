@@ -3,8 +3,13 @@
 import numpy as np
 import pytest
 
+from cellstore.analysis.segmentation import (
+    ModelFiles,
+    find_model,
+    installed_generation,
+    load_segmenter,
+)
 from cellstore.errors import UserInputError
-from cellstore.ops.segmentation import ModelFiles, find_model, installed_generation, load_segmenter
 
 if installed_generation() != 4:
     pytest.skip("needs Cellpose 4 (the extra segment-sam)", allow_module_level=True)

@@ -11,9 +11,9 @@ from skimage.feature import graycomatrix, graycoprops
 from skimage.measure import regionprops
 from skimage.segmentation import find_boundaries
 
+from cellstore.analysis.features import GROUPS, measure_channels
+from cellstore.analysis.rendering import PlateDesign, render_field
 from cellstore.errors import ImageError
-from cellstore.ops.features import GROUPS, measure_channels
-from cellstore.ops.rendering import PlateDesign, render_field
 
 ANGLES = [0, np.pi / 4, np.pi / 2, 3 * np.pi / 4]
 LEVELS = 32

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cellstore.errors import StorageError, UserInputError
-from cellstore.ops.checkpoints import CheckpointMeta, load_checkpoint, save_net
-from cellstore.ops.nets import FusionNet, NetShape, build_net
-from cellstore.ops.scaling import Scaler
+from cellstore.learn.checkpoints import CheckpointMeta, load_checkpoint, save_net
+from cellstore.learn.networks import FusionNet, NetShape, build_net
+from cellstore.learn.normalising import Scaler
 
 SHAPE = NetShape(n_classes=3, n_features=14)
 

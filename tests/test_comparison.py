@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 import pytest
 from factories import Factory
 
-from cellstore.db.models import Image, Run, Segmentation, Split
+from cellstore.db.models import Image, Run, Segmentation
+from cellstore.db.split_models import Split
+from cellstore.enums import GroupLevel, LabelField, Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.runs import Workspace
-from cellstore.stages.report import compare, report
-from cellstore.terms import GroupLevel, LabelField, Stage, Subset
+from cellstore.jobs.workspace import Workspace
+from cellstore.report.comparison import compare
+from cellstore.report.scoring import report
 
 TEST, TRAIN, VALIDATION = Subset.TEST, Subset.TRAIN, Subset.VALIDATION
 

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cellstore.analysis.contrasts import Contrast, Verdict, _interval, _wins, contrast, judge
 from cellstore.errors import UserInputError
-from cellstore.ops.contrast import (
-    Contrast,
-    Verdict,
-    _interval,
-    _wins,
-    contrast,
-    judge,
-)
 
 pytest.importorskip("sklearn")
 

@@ -7,10 +7,8 @@ from skimage.segmentation import find_boundaries
 from torchvision.transforms.v2.functional import resize
 
 from cellstore.errors import ImageError
-from cellstore.ops import resizing
-from cellstore.ops.crops import cell_crops
-from cellstore.ops.resizing import resized
-from cellstore.ops.windows import Pictures, Windows, cut_windows, white_level
+from cellstore.learn import crops as crops_module
+from cellstore.learn.crops import Pictures, Windows, cell_crops, cut_windows, resized, white_level
 
 
 def image() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -58,9 +56,9 @@ def windows(**more) -> Windows:
 
 @pytest.mark.parametrize("size", [4, 10, 32, 120])
 def test_an_accelerator_makes_the_same_crops(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resizing, "_PADDED_AT_ONCE", 8 * 2 * 10 * 17)  # two cells at once
+    monkeypatch.setattr(crops_module, "_PADDED_AT_ONCE", 8 * 2 * 10 * 17)  # two cells at once
     in_turn = resized(windows(), size)
-    at_once = resizing.resized_at_once(windows(), size, "cpu")
+    at_once = crops_module.resized_at_once(windows(), size, "cpu")
     assert in_turn.keys() == at_once.keys() == {"mask", "flow"}
     for name, crops in in_turn.items():
         torch.testing.assert_close(at_once[name], crops, atol=1e-6, rtol=0)
@@ -73,13 +71,13 @@ def test_weights_are_those_of_torch(old: int, new: int) -> None:
         pixels, size=(new, old), mode="bilinear", antialias=True
     )
     channels, out = torch.eye(old)[None, :, :new], torch.empty(1, new, min(old, new))
-    resizing._heightened(channels, out)
+    crops_module._heightened(channels, out)
     torch.testing.assert_close(out[0], expected[0, 0, :, :new], atol=1e-6, rtol=0)
 
 
 def test_many_windows_are_resized_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = resized(windows(), 10)
-    monkeypatch.setattr(resizing, "_PIXELS_AT_ONCE", 200)
+    monkeypatch.setattr(crops_module, "_PIXELS_AT_ONCE", 200)
     for name, crops in resized(windows(), 10).items():
         assert torch.equal(crops, expected[name])
 

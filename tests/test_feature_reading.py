@@ -10,9 +10,12 @@ from factories import Factory
 from sqlalchemy import update
 
 from cellstore.db.models import Cell, FeatureFile, FeatureSet, Image, Recipe, Segmentation
+from cellstore.enums import ArtifactKind, Stage, Subset
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
-from cellstore.reading.branches import choose_branches
-from cellstore.reading.cells import (
+from cellstore.jobs.selection import images_of, segmented
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn.branches import choose_branches
+from cellstore.query.cells import (
     CellSource,
     choose_recipes,
     last_with_masks,
@@ -21,9 +24,7 @@ from cellstore.reading.cells import (
     recipes_of_set,
     stream_features,
 )
-from cellstore.reading.featuresets import find_feature_set, open_set
-from cellstore.runs import Workspace, images_of, segmented
-from cellstore.terms import ArtifactKind, Stage, Subset
+from cellstore.query.feature_files import find_feature_set, open_set
 
 UNKNOWN = {"content_sha256": None, "diameter": None, "flow_artifact_id": None}
 

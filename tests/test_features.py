@@ -13,16 +13,10 @@ from hypothesis.extra import numpy as hnp
 from realdata import real_data
 from skimage.measure import regionprops
 
+from cellstore.analysis.features import FEATURE_NAMES, FEATURES, GROUPS, cell_boxes, measure_cells
+from cellstore.analysis.regions import find_regions
+from cellstore.analysis.rendering import PlateDesign, render_field
 from cellstore.errors import ImageError
-from cellstore.ops.features import (
-    FEATURE_NAMES,
-    FEATURES,
-    GROUPS,
-    cell_boxes,
-    find_regions,
-    measure_cells,
-)
-from cellstore.ops.rendering import PlateDesign, render_field
 
 PUBLISHED = {
     "area",

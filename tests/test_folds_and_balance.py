@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_splitting import plate, sides_of
 
-from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.ops.splitting import (
+from cellstore.analysis.splitting import (
     Assignment,
     Cap,
     SplitImage,
@@ -22,7 +21,8 @@ from cellstore.ops.splitting import (
     grouped_split,
     named_split,
 )
-from cellstore.terms import Subset
+from cellstore.enums import Subset
+from cellstore.errors import UnknownNameError, UserInputError
 
 TRAIN, VALIDATION, TEST = Subset
 

@@ -25,30 +25,22 @@ from tinyjobs import (
 )
 
 from cellstore.db.models import Image, Job
+from cellstore.enums import Stage, Status
 from cellstore.errors import ImageError
+from cellstore.jobs import execute, queue
+from cellstore.jobs.execute import Share, Tally, Work, work_through
+from cellstore.jobs.queue import Task, progressed
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import running
+from cellstore.jobs.workspace import Workspace
 from cellstore.progress import Silent
-from cellstore.runs import (
-    RecipeSpec,
-    Share,
-    Tally,
-    Task,
-    Work,
-    Workspace,
-    jobs,
-    progressed,
-    register,
-    running,
-    work,
-    work_through,
-)
-from cellstore.stages.jobs import list_jobs, retry
-from cellstore.terms import Stage, Status
+from cellstore.stages.manage_jobs import list_jobs, retry
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "WAIT_SECONDS", 0.02)
-    monkeypatch.setattr(jobs, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(execute, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(queue, "FIRST_WAIT", 0.01)
 
 
 def test_each_image_is_done_once(workspace: Workspace):
@@ -116,7 +108,7 @@ def test_an_error_that_may_pass_is_tried_again_by_itself(workspace: Workspace):
 
     def compute(task: Task) -> str:
         tries[task.name] += 1
-        if task.name.endswith("c01f01") and tries[task.name] < jobs.MOST_FAILURES:
+        if task.name.endswith("c01f01") and tries[task.name] < queue.MOST_FAILURES:
             raise ImageError("It cannot be opened.") from ConnectionError("the share is away")
         return task.name
 
@@ -139,8 +131,8 @@ def test_an_error_that_does_not_pass_has_failed_in_the_end(workspace: Workspace)
 
 @pytest.mark.parametrize(("tries", "seconds"), [(1, 1.0), (2, 4.0), (3, 16.0), (9, 30.0)])
 def test_each_wait_is_four_times_as_long_give_or_take_a_quarter(tries, seconds, monkeypatch):
-    monkeypatch.setattr(jobs, "FIRST_WAIT", 1.0)
-    waits = [jobs.wait_after(tries) for _ in range(50)]
+    monkeypatch.setattr(queue, "FIRST_WAIT", 1.0)
+    waits = [queue.wait_after(tries) for _ in range(50)]
     assert 0.75 * seconds <= min(waits) < max(waits) <= 1.25 * seconds
 
 

@@ -25,27 +25,20 @@ from tinyjobs import (
 
 from cellstore.config import Resources
 from cellstore.db.models import Job, Run
+from cellstore.enums import Stage, Status
 from cellstore.errors import RunCancelledError, StorageError, UserInputError
-from cellstore.runs import (
-    Outcome,
-    Task,
-    Workspace,
-    jobs,
-    leases,
-    open_workspace,
-    register,
-    work,
-)
-from cellstore.runs.leases import Owner
+from cellstore.jobs import execute, queue
+from cellstore.jobs.queue import Outcome, Owner, Task
+from cellstore.jobs.recipes import register
+from cellstore.jobs.workspace import Workspace, open_workspace
 from cellstore.settings import StoreSettings
-from cellstore.stages.jobs import cancel, list_jobs
-from cellstore.terms import Stage, Status
+from cellstore.stages.manage_jobs import cancel, list_jobs
 
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "WAIT_SECONDS", 0.02)
-    monkeypatch.setattr(jobs, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(execute, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(queue, "FIRST_WAIT", 0.01)
 
 
 def test_a_stop_between_compute_and_write_leaves_the_job_open(workspace: Workspace):
@@ -87,7 +80,7 @@ def test_ctrl_c_finishes_what_is_in_hand_and_begins_nothing(sqlite_workspace: Wo
 
 
 def test_a_run_that_is_cancelled_ends_and_goes_on_later(workspace: Workspace, monkeypatch):
-    monkeypatch.setenv(leases.ENV_LEASE, "1")  # beats four times a second
+    monkeypatch.setenv(queue.ENV_LEASE, "1")  # beats four times a second
     fill(workspace, 4)
 
     def compute(task: Task) -> str:
@@ -224,8 +217,8 @@ def test_a_job_over_which_workers_die_has_failed_in_the_end(workspace: Workspace
         Status.RUNNING,
         worker="dead",
         lease_until=time.time() - 1,
-        attempts=jobs.MOST_DEATHS,
-        deaths=jobs.MOST_DEATHS - 1,
+        attempts=queue.MOST_DEATHS,
+        deaths=queue.MOST_DEATHS - 1,
     )
     assert go(workspace).done == 0
     (failed,) = list_jobs(workspace, status="failed").jobs
@@ -247,7 +240,7 @@ def test_a_job_in_other_hands_is_waited_for(sqlite_workspace: Workspace):
 
 
 def test_the_lease_is_renewed_while_the_work_runs(sqlite_workspace: Workspace, monkeypatch):
-    monkeypatch.setattr(work, "lease_seconds", lambda: 0.4)
+    monkeypatch.setattr(execute, "lease_seconds", lambda: 0.4)
     fill(sqlite_workspace, 1)
     leases = []
 
@@ -296,7 +289,7 @@ def die_over_the_second(task: Task) -> str:
 
 @pytest.mark.heavy
 def test_an_image_that_kills_its_worker_fails_alone(workspace: Workspace, monkeypatch):
-    monkeypatch.setattr(jobs, "MOST_DEATHS", 2)
+    monkeypatch.setattr(queue, "MOST_DEATHS", 2)
     fill(workspace, 6)
     outcome = go(workspace, die_over_the_second, resources=Resources(workers=2))
     assert (outcome.done, [name for name, _ in outcome.failures]) == (5, ["P1/r01c02f01"])

@@ -48,7 +48,7 @@ def test_the_command_line_starts_light():
 
 
 def test_measuring_needs_numpy_only():
-    found = imported_by("import cellstore.ops.features")
+    found = imported_by("import cellstore.analysis.features")
     assert "numpy" in found
     assert found.isdisjoint({*HEAVY, "scipy", "numba", "pandas", "pyarrow"})
 

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from cellstore.ops.compounds import Compound, SameCompounds, normalised_name
-from cellstore.ops.leaks import Finding, LeakKind, LeakSeverity, Member, SplitCheck, leaks
-from cellstore.terms import GroupLevel, Subset
+from cellstore.analysis.leaks import (
+    Compound,
+    Finding,
+    LeakKind,
+    LeakSeverity,
+    Member,
+    SameCompounds,
+    SplitCheck,
+    leaks,
+    normalised_name,
+)
+from cellstore.enums import GroupLevel, Subset
 
 TRAIN, VALIDATION, TEST = Subset
 LEAK, WARNING, REMARK = LeakSeverity

@@ -9,19 +9,18 @@ from typing import Any
 import pytest
 
 from cellstore import demo
+from cellstore.analysis.rendering import TREATMENTS, PlateDesign
 from cellstore.config import BaselineParams, IngestParams, MeasureParams, SplitParams, TrainParams
-from cellstore.ops.baselines import NULLS
-from cellstore.ops.rendering import TREATMENTS, PlateDesign
-from cellstore.runs import Workspace
-from cellstore.stages.baselines import train_baselines
-from cellstore.stages.ingest import ingest
+from cellstore.enums import GroupLevel
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn.baselines import NULLS
+from cellstore.report.scoring import Score, report
+from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.measure import measure
 from cellstore.stages.predict import predict
-from cellstore.stages.report import report
-from cellstore.stages.report.facts import Score
 from cellstore.stages.split import create_split
 from cellstore.stages.train import train
-from cellstore.terms import GroupLevel
+from cellstore.stages.train_baselines import train_baselines
 
 CHANCE = 1 / len(TREATMENTS)
 PLATES = PlateDesign(

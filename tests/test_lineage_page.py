@@ -10,18 +10,11 @@ import pytest
 from factories import sha
 from screens import small_screen
 
-from cellstore.drawing.text import plain
-from cellstore.runs import Workspace, find_well
-from cellstore.stages.audit import (
-    audit_artifact,
-    audit_cell,
-    audit_image,
-    audit_run,
-    audit_well,
-    write_lineage,
-)
-from cellstore.stages.audit.figures import BOX, place
-from cellstore.stages.audit.graph import Lineage, lineage_of
+from cellstore.jobs.lookup import find_well
+from cellstore.jobs.workspace import Workspace
+from cellstore.report.audit import audit_artifact, audit_cell, audit_image, audit_run, audit_well
+from cellstore.report.drawing import plain
+from cellstore.report.lineage_page import BOX, Lineage, lineage_of, place, write_lineage
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("networkx")

@@ -15,17 +15,11 @@ from torch import nn
 
 from cellstore.config import TrainParams, TrainSetup
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.ops.augmentation import seed_of
-from cellstore.ops.backbones import ImageBranch
-from cellstore.ops.branches import BRANCHES, check_branches
-from cellstore.ops.crops import CellBlock
-from cellstore.ops.nets import (
-    FusionNet,
-    NetShape,
-    build_net,
-)
-from cellstore.ops.training import fit
-from cellstore.stages.train.model import fit_config
+from cellstore.learn.branches import BRANCHES, check_branches
+from cellstore.learn.crops import CellBlock
+from cellstore.learn.networks import FusionNet, ImageBranch, NetShape, build_net
+from cellstore.learn.training import fit, seed_of
+from cellstore.stages.train import fit_config
 
 SHAPE = NetShape(n_classes=3, n_features=14)
 

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cellstore.errors import UserInputError
-from cellstore.ops.normalising import (
+from cellstore.learn.crops import white_level
+from cellstore.learn.normalising import (
     ControlStatistics,
     PlateScaler,
+    Scaler,
     WhiteLevels,
     read_scaler,
     white_of_plate,
 )
-from cellstore.ops.scaling import Scaler
-from cellstore.ops.windows import white_level
 
 NAMES = ("a", "b")
 

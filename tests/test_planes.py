@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from cellstore.config import ImageInput
 from cellstore.db.models import Image, ImageFile
 from cellstore.errors import ImageError
-from cellstore.formats.files.images import encode_tiff, probe
-from cellstore.reading.planes import read_image
-from cellstore.runs import Workspace
+from cellstore.io.image_files import encode_tiff, probe
+from cellstore.jobs.planes import read_image
+from cellstore.jobs.workspace import Workspace
 
 PLANE = np.arange(12, dtype=np.uint16).reshape(3, 4)
 REMOTE = "memory://bucket/P1"

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 from factories import Factory
 
+from cellstore.analysis import statistics
 from cellstore.config import VoteRules
 from cellstore.db.models import Image, Label, Plate, Run, Treatment, Well
-from cellstore.ops import scores
-from cellstore.runs import Workspace
-from cellstore.stages.report import compare, report
-from cellstore.terms import GroupLevel, Stage, Subset
+from cellstore.enums import GroupLevel, Stage, Subset
+from cellstore.jobs.workspace import Workspace
+from cellstore.report.comparison import compare
+from cellstore.report.scoring import report
 
 TARGETS = {
     "DMSO": None,
@@ -181,7 +182,7 @@ def test_confusion_matrix_and_classes(screen: Screen) -> None:
     truth = ["DMSO", "alpha", "alpha", "beta", "alpha", "gamma", "beta"]
     said = ["DMSO", "alpha", "beta", "beta", "alpha", "alpha", "DMSO"]
     order = ["DMSO", "alpha", "beta", "gamma"]
-    assert scores.confusion_matrix(truth, said, order).tolist() == [
+    assert statistics.confusion_matrix(truth, said, order).tolist() == [
         [1, 0, 0, 0],
         [0, 2, 1, 0],
         [1, 0, 1, 0],

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from realdata import real_data
 
-from cellstore.formats.files.images import read_plane
-from cellstore.ops.quality import (
+from cellstore.analysis.quality import (
     WHITE_NOISE_SLOPE,
     Limits,
     maximal_share,
@@ -22,6 +21,7 @@ from cellstore.ops.quality import (
     saturated_share,
     sharpness,
 )
+from cellstore.io.image_files import read_plane
 
 
 def scene(height: int, width: int) -> NDArray[np.float64]:

@@ -12,9 +12,10 @@ from sqlalchemy import func, select
 
 from cellstore.config import ImageInput, SegmentParams, as_parameters
 from cellstore.db.models import Recipe, RecipeInput
+from cellstore.enums import Stage
 from cellstore.errors import UserInputError
-from cellstore.runs import RecipeSpec, Workspace, fingerprint, register
-from cellstore.terms import Stage
+from cellstore.jobs.recipes import RecipeSpec, fingerprint, register
+from cellstore.jobs.workspace import Workspace
 
 SPEC = RecipeSpec(Stage.SEGMENT, 1, {"model": "m", "diameter": None}, "a" * 64)
 VALUES = st.recursive(

@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from cellstore.analysis.rendering import (
+    CONTROL,
+    TREATMENTS,
+    Effect,
+    PlateDesign,
+    Population,
+    blurred,
+    lay_cells,
+    render_field,
+    render_nuclei,
+    smooth_noise,
+)
 from cellstore.errors import UserInputError
-from cellstore.ops.rendering import CONTROL, TREATMENTS, Effect, PlateDesign, render_field
-from cellstore.ops.rendering_cells import Population, blurred, lay_cells, smooth_noise
-from cellstore.ops.rendering_nuclei import render_nuclei
 
 SMALL = PlateDesign(size=96, sites=1, treatments=TREATMENTS)
 

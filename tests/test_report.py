@@ -16,14 +16,16 @@ from unguarded import unguarded
 
 from cellstore import extras
 from cellstore.config import VoteRules
-from cellstore.db.models import ImageFile, Segmentation, SplitMember, Well
-from cellstore.drawing.plates import layout_of
+from cellstore.db.models import ImageFile, Segmentation, Well
+from cellstore.db.split_models import SplitMember
+from cellstore.enums import ArtifactKind, GroupLevel, Stage, Status, Subset
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
-from cellstore.formats.files.images import encode_tiff
-from cellstore.runs import Workspace
-from cellstore.runs.ledger import keep_file
-from cellstore.stages.report import report, write_report
-from cellstore.terms import ArtifactKind, GroupLevel, Stage, Status, Subset
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.runs import keep_file
+from cellstore.jobs.workspace import Workspace
+from cellstore.report.drawing import layout_of
+from cellstore.report.report_page import write_report
+from cellstore.report.scoring import report
 
 
 def move(screen: SmallScreen, wells: str, side: Subset) -> None:

@@ -10,11 +10,12 @@ from screens import SmallScreen, small_screen
 
 from cellstore.config import VoteRules
 from cellstore.db.models import Recipe, Run
+from cellstore.enums import Stage, Status
 from cellstore.errors import UserInputError
-from cellstore.runs import Workspace, run_in
-from cellstore.stages.report import BaselineScore, Score, report, write_report
-from cellstore.stages.report.rivals import verdict
-from cellstore.terms import Stage, Status
+from cellstore.jobs.lookup import run_in
+from cellstore.jobs.workspace import Workspace
+from cellstore.report.report_page import write_report
+from cellstore.report.scoring import BaselineScore, Score, report, verdict
 
 DMSO_EVERYWHERE = {"B01": "DMSO", "B02": "DMSO", "B03": "DMSO"}
 

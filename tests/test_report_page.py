@@ -12,25 +12,15 @@ from matplotlib.figure import Figure
 from screens import small_screen
 from sqlalchemy import delete, update
 
-from cellstore.analytics import open_questions
 from cellstore.config import VoteRules
-from cellstore.db.models import (
-    Cell,
-    CellFeatures,
-    FeatureSet,
-    Recipe,
-    Run,
-    RunMetric,
-    Segmentation,
-)
-from cellstore.drawing.svg import svg
-from cellstore.drawing.text import plain, short
+from cellstore.db.models import Cell, CellFeatures, FeatureSet, Recipe, Run, RunMetric, Segmentation
+from cellstore.enums import Stage, Subset
 from cellstore.errors import UnknownNameError
-from cellstore.runs import Workspace, create_workspace
-from cellstore.stages.report import confusion, maps, write_report
-from cellstore.stages.report.page import _matrices
-from cellstore.stages.report.pictures import pictures
-from cellstore.terms import Stage, Subset
+from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.query.engine import open_questions
+from cellstore.report import report_page
+from cellstore.report.drawing import plain, short, svg
+from cellstore.report.report_page import _matrices, pictures, write_report
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -197,21 +187,21 @@ GENES = {"a": "G2", "b": "G2", "c": "G1", "d": None}
 
 
 def test_mistakes_within_a_gene_are_told_apart() -> None:
-    found = confusion.confusion_of(PAIRS, GENES)
+    found = report_page.confusion_of(PAIRS, GENES)
     assert found.labels == ("d", "c", "a", "b")  # without a gene first, then gene by gene
     assert found.counts.tolist() == [[4, 0, 0, 0], [0, 0, 1, 0], [0, 0, 3, 2], [1, 0, 0, 0]]
     assert (found.wrong, found.same_gene, found.grouped) == (4, 2, True)
-    assert found.mix_ups[0] == confusion.MixUp("a", "b", 2, "G2")
+    assert found.mix_ups[0] == report_page.MixUp("a", "b", 2, "G2")
     assert [item.gene for item in found.mix_ups[1:]] == [None, None]
-    genes = confusion.by_gene(found)
+    genes = report_page.by_gene(found)
     assert genes.labels == ("d", "G1", "G2")
     assert genes.counts.tolist() == [[4, 0, 0], [0, 0, 1], [1, 0, 5]]
-    assert confusion.most_confused(found, 2) == [2, 3]
+    assert report_page.most_confused(found, 2) == [2, 3]
 
 
 def test_hue_says_what_an_answer_is_and_opacity_how_frequent() -> None:
-    found = confusion.confusion_of(PAIRS, GENES)
-    picture = confusion._colours(found)
+    found = report_page.confusion_of(PAIRS, GENES)
+    picture = report_page._colours(found)
     right, same, other, none = picture[2, 2], picture[2, 3], picture[3, 0], picture[0, 1]
     assert len({tuple(item[:3]) for item in (right, same, other)}) == 3
     assert right[3] > same[3] > 0.18  # 3 and 2 of 5
@@ -221,14 +211,14 @@ def test_hue_says_what_an_answer_is_and_opacity_how_frequent() -> None:
 def test_of_many_classes_the_most_confused_have_names() -> None:
     names = [f"c{i:03d}" for i in range(120)]
     pairs = [(name, name) for name in names] + [("c007", "c099")] * 3 + [("c050", "c051")]
-    found = confusion.confusion_of(pairs, {name: f"g{i // 2}" for i, name in enumerate(names)})
+    found = report_page.confusion_of(pairs, {name: f"g{i // 2}" for i, name in enumerate(names)})
     drawn = _matrices(found)
     assert [named for _, _, named in drawn] == [True, False]
     assert ">c007</text>" in drawn[0][1]
     assert ">c008</text>" not in drawn[0][1]
     assert "120 classes" in drawn[1][0]
     assert len(drawn[1][1]) < 30_000
-    assert [named for _, _, named in _matrices(confusion.confusion_of(pairs[:40], {}))] == [True]
+    assert [named for _, _, named in _matrices(report_page.confusion_of(pairs[:40], {}))] == [True]
 
 
 def test_maps_show_the_means_of_wells(workspace: Workspace) -> None:
@@ -244,19 +234,19 @@ def test_maps_show_the_means_of_wells(workspace: Workspace) -> None:
         for name, right in (("B01", False), ("B02", True), ("B02", False), ("B03", None))
     ]
     with open_questions(workspace) as questions:
-        accuracy, counts, area, depth = maps.measures(
+        accuracy, counts, area, depth = report_page.measures(
             questions, screen.predict_run.id, rows, ("area", "deep.depth")
         )
         with pytest.raises(UnknownNameError, match=r"[Aa]rea"):
-            maps.measures(questions, screen.predict_run.id, rows, ("aera",))
-        places = maps.plates_of(questions, [rows[0]["well_id"]])
+            report_page.measures(questions, screen.predict_run.id, rows, ("aera",))
+        places = report_page.plates_of(questions, [rows[0]["well_id"]])
     by_well = {name: screen.images[name].well_id for name in ("B01", "B02", "B03")}
     assert accuracy.values == {by_well["B01"]: 0, by_well["B02"]: 50}
     assert [counts.values[well] for well in by_well.values()] == [3, 2, 2]
     assert set(area.values.values()) == {64.0}
     assert depth.values == {by_well["B01"]: 3.0, by_well["B02"]: 4.0}  # nan says nothing
     assert [place.name for place in places["BR1"]] == ["A01", "A02", "B01", "B02", "B03", "B04"]
-    assert "from 3 (B01) to 4 (B02)" in maps.drawn(places, [depth])[0].maps[0].extremes
+    assert "from 3 (B01) to 4 (B02)" in report_page.drawn(places, [depth])[0].maps[0].extremes
 
 
 def test_a_page_says_what_is_missing(sqlite_workspace: Workspace, tmp_path: Path) -> None:

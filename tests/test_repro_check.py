@@ -14,22 +14,11 @@ from screens import VOTES, SmallScreen, small_screen
 from sqlalchemy import func, insert, select
 
 from cellstore.db.models import METADATA, Label, Prediction, Run
+from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
-from cellstore.runs import Workspace
-from cellstore.stages.repro import (
-    DIFFERENT,
-    EQUAL,
-    IDENTICAL,
-    IMPOSSIBLE,
-    Check,
-    Done,
-    Order,
-    check,
-    repro,
-)
-from cellstore.stages.repro.compare import Tally, merged
-from cellstore.stages.repro.scratch import Wanted, scratch_store
-from cellstore.terms import ArtifactKind, Stage, Status
+from cellstore.jobs.workspace import Workspace
+from cellstore.report.redo import Done, Tally, Wanted, check, merged, scratch_store
+from cellstore.report.repro import DIFFERENT, EQUAL, IDENTICAL, IMPOSSIBLE, Check, Order, repro
 
 LABELLED = ("B01", "B02", "B03", "B04")
 

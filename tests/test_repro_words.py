@@ -23,11 +23,9 @@ from cellstore.config import (
     TrainParams,
     as_parameters,
 )
-from cellstore.runs import RecipeSpec, fingerprint
-from cellstore.stages.repro import Order
-from cellstore.stages.repro.steps import selection_of, typed_words
-from cellstore.stages.repro.words import words_of
-from cellstore.terms import GroupLevel, LabelField, Projection, Stage, Subset
+from cellstore.enums import GroupLevel, LabelField, Projection, Stage, Subset
+from cellstore.jobs.recipes import RecipeSpec, fingerprint
+from cellstore.report.repro import Order, selection_of, typed_words, words_of
 from cellstore_cli.main import app
 
 

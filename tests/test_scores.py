@@ -9,21 +9,25 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics
 
+from cellstore.analysis import statistics
+from cellstore.analysis.statistics import (
+    bootstrap_interval,
+    difference_interval,
+    exchange_test,
+    mcnemar_over_wells,
+)
 from cellstore.errors import UserInputError
-from cellstore.ops import scores
-from cellstore.ops.intervals import bootstrap_interval, difference_interval
-from cellstore.ops.mcnemar import exchange_test, mcnemar_over_wells
 
 TRUTH = ["a", "a", "a", "a", "b", "b"]
 PREDICTED = ["a", "a", "a", "b", "b", "c"]
 
 
 def test_hand_computed_scores() -> None:
-    assert scores.accuracy(TRUTH, PREDICTED) == pytest.approx(4 / 6)
-    assert scores.balanced_accuracy(TRUTH, PREDICTED) == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert statistics.accuracy(TRUTH, PREDICTED) == pytest.approx(4 / 6)
+    assert statistics.balanced_accuracy(TRUTH, PREDICTED) == pytest.approx((3 / 4 + 1 / 2) / 2)
     # F1 of a: 6 / (6 + 0 + 1); of b: 2 / (2 + 1 + 1); of c, never true: 0.
-    assert scores.macro_f1(TRUTH, PREDICTED) == pytest.approx((6 / 7 + 1 / 2 + 0) / 3)
-    assert scores.confusion_matrix(TRUTH, PREDICTED, ["c", "b", "a"]).tolist() == [
+    assert statistics.macro_f1(TRUTH, PREDICTED) == pytest.approx((6 / 7 + 1 / 2 + 0) / 3)
+    assert statistics.confusion_matrix(TRUTH, PREDICTED, ["c", "b", "a"]).tolist() == [
         [0, 0, 0],
         [1, 1, 0],
         [0, 1, 3],
@@ -49,16 +53,16 @@ def answers(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
 def test_scores_are_those_of_scikit_learn(drawn: tuple[np.ndarray, np.ndarray, int]) -> None:
     truth, predicted, classes = drawn
     labels = range(classes)
-    assert scores.accuracy(truth, predicted) == metrics.accuracy_score(truth, predicted)
-    assert scores.balanced_accuracy(truth, predicted) == pytest.approx(
+    assert statistics.accuracy(truth, predicted) == metrics.accuracy_score(truth, predicted)
+    assert statistics.balanced_accuracy(truth, predicted) == pytest.approx(
         metrics.balanced_accuracy_score(truth, predicted)
     )
-    assert scores.macro_f1(truth, predicted) == pytest.approx(
+    assert statistics.macro_f1(truth, predicted) == pytest.approx(
         metrics.f1_score(truth, predicted, average="macro", zero_division=0)
     )
-    ours = scores.confusion_matrix(truth, predicted, labels)
+    ours = statistics.confusion_matrix(truth, predicted, labels)
     assert (ours == metrics.confusion_matrix(truth, predicted, labels=labels)).all()
-    counts = scores.class_counts(truth, predicted, classes)
+    counts = statistics.class_counts(truth, predicted, classes)
     precision, recall, f1, support = metrics.precision_recall_fscore_support(
         truth, predicted, labels=labels, zero_division=np.nan
     )
@@ -76,34 +80,36 @@ def test_top_k_and_log_loss_are_those_of_scikit_learn(seed: int, size: int, clas
     table /= table.sum(axis=1, keepdims=True)
     for k in range(1, classes):
         expected = metrics.top_k_accuracy_score(truth, table, k=k, labels=range(classes))
-        assert scores.top_k_accuracy(truth, table, k) == pytest.approx(expected)
+        assert statistics.top_k_accuracy(truth, table, k) == pytest.approx(expected)
     table[0] = np.eye(classes)[(truth[0] + 1) % classes]  # sure, and wrong: not endless
-    ours = scores.log_loss(table[np.arange(size), truth])
+    ours = statistics.log_loss(table[np.arange(size), truth])
     assert ours == pytest.approx(metrics.log_loss(truth, table, labels=range(classes)))
 
 
 def test_top_k_takes_the_lower_index_of_equals() -> None:
     table = [[0.5, 0.5, 0.0]]
-    assert scores.top_k_accuracy([0], table, 1) == 1
-    assert scores.top_k_accuracy([1], table, 1) == 0
+    assert statistics.top_k_accuracy([0], table, 1) == 1
+    assert statistics.top_k_accuracy([1], table, 1) == 0
     many = np.full((1, 300), 1 / 300)
-    assert [scores.top_k_accuracy([i], many, 5) for i in (0, 4, 5, 299)] == [1, 1, 0, 0]
+    assert [statistics.top_k_accuracy([i], many, 5) for i in (0, 4, 5, 299)] == [1, 1, 0, 0]
 
 
 def test_calibration_error_by_hand() -> None:
     # Ten bins: (0.8, 0.9] holds 0.9, 0.9, 0.85 of which 2 are right; (0.1, 0.2] holds 0.2, wrong.
     confidence, correct = [0.9, 0.9, 0.85, 0.2], [True, True, False, False]
     expected = 3 / 4 * abs(2 / 3 - 2.65 / 3) + 1 / 4 * 0.2
-    assert scores.expected_calibration_error(confidence, correct, 10) == pytest.approx(expected)
+    assert statistics.expected_calibration_error(confidence, correct, 10) == pytest.approx(expected)
 
 
 def test_a_calibrated_prediction_has_no_error_and_edges_are_counted() -> None:
-    assert scores.expected_calibration_error([1.0, 1.0, 0.0], [True, True, False]) == 0
-    assert scores.expected_calibration_error([1.0, 0.0], [False, True]) == 1
+    assert statistics.expected_calibration_error([1.0, 1.0, 0.0], [True, True, False]) == 0
+    assert statistics.expected_calibration_error([1.0, 0.0], [False, True]) == 1
 
 
 def test_calibration_counts_every_answer_once() -> None:
-    found = scores.calibration([0.9, 0.9, 0.85, 0.2, 0.0], [True, True, False, False, False], 10)
+    found = statistics.calibration(
+        [0.9, 0.9, 0.85, 0.2, 0.0], [True, True, False, False, False], 10
+    )
     assert found.n.tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 3, 0]  # 0.2 belongs to (0.1, 0.2]
     assert found.confidence[8] == pytest.approx(2.65 / 3)
     assert found.accuracy[8] == pytest.approx(2 / 3)
@@ -112,7 +118,7 @@ def test_calibration_counts_every_answer_once() -> None:
 
 def test_log_loss_by_hand() -> None:
     # -(ln 1/2 + ln 1/4 + ln 1) / 3 = (ln 2 + 2 ln 2) / 3 = ln 2
-    assert scores.log_loss([0.5, 0.25, 1.0]) == pytest.approx(np.log(2))
+    assert statistics.log_loss([0.5, 0.25, 1.0]) == pytest.approx(np.log(2))
 
 
 def test_interval_does_not_depend_on_order_and_covers_the_accuracy() -> None:
@@ -151,21 +157,21 @@ def test_one_well_has_no_interval() -> None:
 
 
 def test_majority_is_that_of_the_training_side() -> None:
-    assert scores.majority_baseline(["b", "b", "a"], ["a", "a", "b", "a"]) == ("b", 0.25)
-    assert scores.majority_baseline([2, 1], [1])[0] == 1
+    assert statistics.majority_baseline(["b", "b", "a"], ["a", "a", "b", "a"]) == ("b", 0.25)
+    assert statistics.majority_baseline([2, 1], [1])[0] == 1
 
 
 def test_nothing_to_score_and_unequal_lengths_are_refused() -> None:
     with pytest.raises(UserInputError, match="nothing to score"):
-        scores.accuracy([], [])
+        statistics.accuracy([], [])
     with pytest.raises(UserInputError, match="on one side"):
-        scores.macro_f1(["a"], ["a", "b"])
+        statistics.macro_f1(["a"], ["a", "b"])
     with pytest.raises(UserInputError, match="between 0 and 1"):
-        scores.expected_calibration_error([1.2], [True])
+        statistics.expected_calibration_error([1.2], [True])
     with pytest.raises(UserInputError, match="not among"):
-        scores.top_k_accuracy([3], [[0.5, 0.5]])
+        statistics.top_k_accuracy([3], [[0.5, 0.5]])
     with pytest.raises(UserInputError, match=r"Not among the classes.*'z'"):
-        scores.confusion_matrix(["z"], ["a"], ["a"])
+        statistics.confusion_matrix(["z"], ["a"], ["a"])
 
 
 def test_the_difference_of_two_runs_keeps_the_images_of_a_well_together() -> None:

@@ -9,9 +9,8 @@ import imagecodecs
 import numpy as np
 import pytest
 
-from cellstore.errors import ImageError, UnknownNameError, UserInputError
-from cellstore.ops import segmentation
-from cellstore.ops.overlay import (
+from cellstore.analysis import segmentation
+from cellstore.analysis.overlay import (
     CAPTION_HEIGHT,
     GAP,
     OUTLINE_COLOUR,
@@ -22,13 +21,16 @@ from cellstore.ops.overlay import (
     png,
     shrunk_overlay,
 )
-from cellstore.ops.segmentation import DEFAULT_MODEL, ModelFiles, find_model, load_segmenter
+from cellstore.analysis.segmentation import DEFAULT_MODEL, ModelFiles, find_model, load_segmenter
+from cellstore.errors import ImageError, UnknownNameError, UserInputError
 
 pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 torch = pytest.importorskip("torch")
 
-from cellstore.ops import cellpose3, cellpose_size, network_training  # noqa: E402
-from cellstore.ops.rendering import PlateDesign, render_field  # noqa: E402
+from cellstore.analysis import cellpose3
+from cellstore.analysis import cellpose3 as cellpose3_module
+from cellstore.analysis.rendering import PlateDesign, render_field  # noqa: E402
+from cellstore.learn import shipped_network  # noqa: E402
 
 
 class Trap:
@@ -44,12 +46,12 @@ class Trap:
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory):
     path = tmp_path_factory.mktemp("network") / "mine.pt"
-    network_training.save_network(network_training.new_network(0), path)
+    shipped_network.save_network(shipped_network.new_network(0), path)
     return path
 
 
 def size_model(diam_mean=17.0):
-    return cellpose_size.SizeModel(np.linspace(-1, 1, 256), np.zeros(256), 0.2, diam_mean)
+    return cellpose3_module.SizeModel(np.linspace(-1, 1, 256), np.zeros(256), 0.2, diam_mean)
 
 
 @pytest.fixture(scope="session")
@@ -151,7 +153,7 @@ def test_the_digest_covers_network_and_size_model(untrained, tmp_path):
     plain = hashlib.sha256(network.read_bytes()).hexdigest()
     assert alone.size_model is None
     assert alone.sha256 == plain
-    cellpose_size.save_size_model(tmp_path / "net_size.npz", size_model())
+    cellpose3_module.save_size_model(tmp_path / "net_size.npz", size_model())
     both = find_model(str(network))
     assert both.size_model == tmp_path / "net_size.npz"
     sized = hashlib.sha256(both.size_model.read_bytes()).hexdigest()
@@ -276,7 +278,7 @@ def test_pickled_arrays_in_our_own_format_are_refused(tmp_path):
     path, trace = tmp_path / "evil_size.npz", tmp_path / "trace"
     np.savez(path, A=np.array(Trap(trace), object), smean=0, ymean=0, diam_mean=17)
     with pytest.raises(UserInputError, match="not a Cellpose size model"):
-        cellpose_size.load_size_model(path)
+        cellpose3_module.load_size_model(path)
     assert not trace.exists()
 
 
@@ -286,7 +288,7 @@ def test_a_damaged_size_model_is_refused(tmp_path, content, suffix):
     path = tmp_path / f"broken{suffix}"
     path.write_bytes(content)
     with pytest.raises(UserInputError, match="not a Cellpose size model"):
-        cellpose_size.load_size_model(path)
+        cellpose3_module.load_size_model(path)
 
 
 def test_without_size_model_a_diameter_is_asked_for(untrained):
@@ -327,8 +329,8 @@ def test_unusable_pixels_are_refused(untrained, image):
 
 def test_a_size_model_survives_storage(tmp_path):
     path = tmp_path / "size.npz"
-    cellpose_size.save_size_model(path, size_model())
-    loaded = cellpose_size.load_size_model(path)
+    cellpose3_module.save_size_model(path, size_model())
+    loaded = cellpose3_module.load_size_model(path)
     np.testing.assert_array_equal(loaded.weights, size_model().weights)
     assert (loaded.offset, loaded.diam_mean) == (0.2, 17.0)
 
@@ -343,7 +345,7 @@ def test_a_size_model_as_cellpose_writes_it_is_read(tmp_path, number):
         "diam_mean": number(30.0),
     }
     np.save(path, written, allow_pickle=True)
-    loaded = cellpose_size.load_size_model(path)
+    loaded = cellpose3_module.load_size_model(path)
     np.testing.assert_array_equal(loaded.weights, written["A"])
     assert (loaded.offset, loaded.diam_mean) == (0.5, 30.0)
     # Cellpose: exp(A @ (style - smean) + log(diam_mean) + ymean)
@@ -354,14 +356,14 @@ def test_the_regression_recovers_a_law_it_can_express():
     rng = np.random.default_rng(0)
     styles, law = rng.normal(size=(600, 256)), rng.normal(size=256) / 30
     truth = 20 * np.exp(styles @ law)
-    fitted = cellpose_size.fit_size_model(styles, truth, diam_mean=17.0, ridge=1e-6)
+    fitted = cellpose3_module.fit_size_model(styles, truth, diam_mean=17.0, ridge=1e-6)
     estimates = [fitted.estimate(style) for style in styles[:50]]
     np.testing.assert_allclose(estimates, truth[:50], rtol=1e-3)
 
 
 def test_an_estimate_is_never_below_the_smallest_diameter():
-    model = cellpose_size.SizeModel(np.full(256, -1.0), np.zeros(256), 0.0, 17.0)
-    assert model.estimate(np.ones(256)) == cellpose_size.SMALLEST_DIAMETER
+    model = cellpose3_module.SizeModel(np.full(256, -1.0), np.zeros(256), 0.0, 17.0)
+    assert model.estimate(np.ones(256)) == cellpose3_module.SMALLEST_DIAMETER
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -371,27 +373,27 @@ def test_an_estimate_is_never_below_the_smallest_diameter():
 def test_turning_a_sample_turns_its_flows(seed):
     masks = np.zeros((64, 64), int)
     masks[8:30, 10:50], masks[40:60, 5:20] = 1, 2
-    sample = network_training.Sample(
-        np.stack([masks, masks]).astype(np.float32), network_training._target(masks)
+    sample = shipped_network.Sample(
+        np.stack([masks, masks]).astype(np.float32), shipped_network._target(masks)
     )
-    turned = network_training.turned(np.random.default_rng(seed), sample)
-    expected = network_training._target(np.ascontiguousarray(turned.image[0]).astype(int))
+    turned = shipped_network.turned(np.random.default_rng(seed), sample)
+    expected = shipped_network._target(np.ascontiguousarray(turned.image[0]).astype(int))
     np.testing.assert_array_equal(turned.target[0], expected[0])
     assert np.abs(turned.target[1:] - expected[1:]).mean() < 0.02
 
 
 @pytest.mark.heavy
 def test_a_few_steps_lower_the_loss_on_their_own_crops():
-    params = network_training.TrainingParams(steps=1, batch=2, fresh=2, seed=3)
-    batch = next(network_training.batches(params))
+    params = shipped_network.TrainingParams(steps=1, batch=2, fresh=2, seed=3)
+    batch = next(shipped_network.batches(params))
     small = [
-        network_training.Sample(s.image[:, :64, :64].copy(), s.target[:, :64, :64].copy())
+        shipped_network.Sample(s.image[:, :64, :64].copy(), s.target[:, :64, :64].copy())
         for s in batch
     ]
-    net = network_training.new_network(0)
+    net = shipped_network.new_network(0)
     optimiser = torch.optim.AdamW(net.parameters(), 1e-3)
     device = torch.device("cpu")
-    losses = [network_training.train_step(net, optimiser, small, device) for _ in range(6)]
+    losses = [shipped_network.train_step(net, optimiser, small, device) for _ in range(6)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -464,6 +466,6 @@ def test_the_network_loader_is_the_one_cellpose_offers(untrained):
 
     ours = cellpose3.load_network(untrained, "cpu")
     theirs = CellposeModel(pretrained_model=str(untrained), device=torch.device("cpu"))
-    assert ours.diam_mean == theirs.diam_mean == network_training.DIAM_MEAN
+    assert ours.diam_mean == theirs.diam_mean == shipped_network.DIAM_MEAN
     for one, other in zip(ours.net.parameters(), theirs.net.parameters(), strict=True):
         assert torch.equal(one, other)

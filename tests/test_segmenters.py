@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
+from cellstore.analysis import segmentation
+from cellstore.analysis.segmentation import ModelFiles, find_model, load_segmenter
 from cellstore.errors import ImageError, UserInputError
-from cellstore.ops import segmentation
-from cellstore.ops.segmentation import ModelFiles, find_model, load_segmenter
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 
-from cellstore.ops import network_training  # noqa: E402
-from cellstore.ops.batching import TILES, Batches  # noqa: E402
-from cellstore.ops.rendering_nuclei import render_nuclei  # noqa: E402
+from cellstore.analysis.cellpose_common import TILES, Batches  # noqa: E402
+from cellstore.analysis.rendering import render_nuclei  # noqa: E402
+from cellstore.learn import shipped_network  # noqa: E402
 
 
 class Card:
@@ -149,7 +149,7 @@ def test_no_images_give_no_results():
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
     path = tmp_path_factory.mktemp("network") / "mine.pt"
-    network_training.save_network(network_training.new_network(0), path)
+    shipped_network.save_network(shipped_network.new_network(0), path)
     return load_segmenter(ModelFiles("mine", path, None, "0" * 64), diameter=17.0, device="cpu")
 
 

@@ -13,8 +13,9 @@ from sqlalchemy import select
 from cellstore.config import Selection
 from cellstore.db.models import Image
 from cellstore.errors import CellstoreError, UnknownNameError, UserInputError
-from cellstore.runs import Workspace, images_of
-from cellstore.runs.conditions import condition
+from cellstore.jobs.conditions import condition
+from cellstore.jobs.selection import images_of
+from cellstore.jobs.workspace import Workspace
 
 
 @pytest.fixture

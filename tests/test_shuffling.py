@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
-from cellstore.ops.sampling import SAMPLERS, Block, Drawn, quotas
-from cellstore.ops.shuffling import BlockShuffle, mixing
-from cellstore.ops.windows import CutCells, Windows
+from cellstore.learn.batches import SAMPLERS, Block, BlockShuffle, Drawn, mixing, quotas
+from cellstore.learn.crops import CutCells, Windows
 
 
 def cells(ids: range) -> CutCells:

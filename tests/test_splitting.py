@@ -9,14 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cellstore.analysis.splitting import Assignment, SplitImage, grouped_split, published_split
+from cellstore.enums import Subset
 from cellstore.errors import UserInputError
-from cellstore.ops.splitting import (
-    Assignment,
-    SplitImage,
-    grouped_split,
-    published_split,
-)
-from cellstore.terms import Subset
 
 CPJUMP1 = Path(__file__).parents[2] / "shared" / "data" / "cpjump1" / "metadata"
 

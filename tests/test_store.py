@@ -7,9 +7,9 @@ import inspect
 import pytest
 
 import cellstore
-from cellstore import Store
 from cellstore.errors import QueryError, StoreNotFoundError
 from cellstore.settings import StoreSettings, find_store
+from cellstore.store import Store
 
 
 def test_a_store_is_made_opened_and_asked(tmp_path):

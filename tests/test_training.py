@@ -11,15 +11,22 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
-from cellstore.ops.augmentation import seed_of
-from cellstore.ops.crops import CellBlock
-from cellstore.ops.nets import FusionNet, NetShape, build_net
-from cellstore.ops.objectives import FocalLoss, balanced_weights, make_loss
-from cellstore.ops.scaling import Scaler
-from cellstore.ops.schedules import Schedule
-from cellstore.ops.teams import check_device
-from cellstore.ops.training import EpochMetrics, FitConfig, fit, predict_batch
-from cellstore.ops.training_state import TrainingState
+from cellstore.learn.crops import CellBlock
+from cellstore.learn.networks import FusionNet, NetShape, build_net
+from cellstore.learn.normalising import Scaler
+from cellstore.learn.training import (
+    EpochMetrics,
+    FitConfig,
+    FocalLoss,
+    Schedule,
+    TrainingState,
+    balanced_weights,
+    check_device,
+    fit,
+    make_loss,
+    predict_batch,
+    seed_of,
+)
 
 SHAPE = NetShape(n_classes=3, n_features=2, attention_width=16, projection_width=16, dropout=0.1)
 CONFIG = FitConfig(learning_rate=2e-3, max_epochs=2, patience=2, device="cpu", seed=1)

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from skimage.measure import label
 
-from cellstore.ops import segmentation
-from cellstore.ops.segmentation import SegmentationResult
+from cellstore.analysis import segmentation
+from cellstore.analysis.segmentation import SegmentationResult
 
 
 class ThresholdSegmenter:

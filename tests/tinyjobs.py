@@ -13,20 +13,13 @@ from sqlalchemy.orm import Session
 
 from cellstore.config import Resources
 from cellstore.db.models import Image, Job, Label
+from cellstore.enums import LabelField, Stage, Status
+from cellstore.jobs.execute import Share, Work, work_through
+from cellstore.jobs.queue import Outcome, Task, progressed
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import running
+from cellstore.jobs.workspace import Workspace
 from cellstore.progress import Silent
-from cellstore.runs import (
-    Outcome,
-    RecipeSpec,
-    Share,
-    Task,
-    Work,
-    Workspace,
-    progressed,
-    register,
-    running,
-    work_through,
-)
-from cellstore.terms import LabelField, Stage, Status
 
 SPEC = RecipeSpec(Stage.SEGMENT, 1, {"test": True})
 

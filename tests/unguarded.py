@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from cellstore.runs import Workspace
+from cellstore.jobs.workspace import Workspace
 
 
 @contextmanager

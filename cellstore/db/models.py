@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import CheckConstraint, Float, ForeignKey, Index, Text, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from ..terms import (
+from ..enums import (
     ArtifactKind,
     Control,
     FeatureStorage,
@@ -22,12 +22,6 @@ from ..terms import (
     Stage,
     Status,
 )
-from .quality_models import CellFlag as CellFlag
-from .quality_models import ImageFlag as ImageFlag
-from .quality_models import ImageQuality as ImageQuality
-from .split_models import Split as Split
-from .split_models import SplitGroup as SplitGroup
-from .split_models import SplitMember as SplitMember
 from .types import Base, BigId, Id, Name, Sha256, by_value
 
 

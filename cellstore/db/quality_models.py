@@ -8,7 +8,7 @@ from __future__ import annotations
 from sqlalchemy import Float, ForeignKey
 from sqlalchemy.orm import Mapped, mapped_column
 
-from ..terms import CellFlagReason, ImageFlagReason
+from ..enums import CellFlagReason, ImageFlagReason
 from .types import Base, BigId, Name, Sha256, by_value
 
 

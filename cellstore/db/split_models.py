@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from ..terms import GroupLevel, LabelField, Subset
+from ..enums import GroupLevel, LabelField, Subset
 from .types import Base, BigId, Id, Name, Sha256, by_value
 
 

@@ -1,1 +1,1 @@
-"""What can be done with a store. Stages never import each other: they meet in rows and files."""
+"""The stages of a screen. Each says what is to do, fetches, computes and inserts."""

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from ..errors import CellstoreError
 from ..extras import MODULES, missing_of
-from ..runs import open_workspace
+from ..jobs.workspace import open_workspace
 from ..settings import StoreSettings
 
 CORE = ("sqlalchemy", "alembic", "duckdb", "pandas", "pyarrow", "numpy", "tifffile", "imagecodecs")
@@ -107,11 +107,7 @@ def _device() -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    from ..ops.segmentation import (
-        PUBLISHED_MODELS,
-        cellpose_folder,
-        installed_generation,
-    )
+    from ..analysis.segmentation import PUBLISHED_MODELS, cellpose_folder, installed_generation
 
     folder = cellpose_folder()
     generation = installed_generation() or 3
@@ -127,7 +123,7 @@ def _weights() -> Iterator[Finding]:
 
 
 def _shipped_weights() -> Finding:
-    from ..ops.segmentation import DEFAULT_MODEL, find_model
+    from ..analysis.segmentation import DEFAULT_MODEL, find_model
 
     try:
         files = find_model(DEFAULT_MODEL)

@@ -13,7 +13,6 @@ from ..db.models import (
     FeatureFile,
     FeatureSet,
     Image,
-    ImageFlag,
     Job,
     Plate,
     Prediction,
@@ -22,14 +21,15 @@ from ..db.models import (
     Run,
     RunMetric,
     Segmentation,
-    Split,
     Treatment,
     Well,
 )
+from ..db.quality_models import ImageFlag
+from ..db.split_models import Split
 from ..db.types import Base
-from ..runs import Workspace
-from ..runs.selection import is_current
-from ..terms import FeatureStorage, Stage, Status
+from ..enums import FeatureStorage, Stage, Status
+from ..jobs.selection import is_current
+from ..jobs.workspace import Workspace
 
 
 @dataclass(frozen=True)

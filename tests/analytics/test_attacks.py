@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from screens import small_screen
 
-from cellstore.analytics import Limits, Questions, open_questions
 from cellstore.errors import QueryError
-from cellstore.runs import Workspace, create_workspace
+from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.query.engine import Limits, Questions, open_questions
 
 ROW = "(9, 'x', 'y')"
 WRITING = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from screens import small_screen
 
-from cellstore.analytics.describing import diagram, written_words
-from cellstore.analytics.schema import TABLES
-from cellstore.analytics.views import views
 from cellstore.errors import UnknownNameError
-from cellstore.runs import Workspace
+from cellstore.jobs.workspace import Workspace
+from cellstore.query.describe import diagram, written_words
+from cellstore.query.source import TABLES
+from cellstore.query.views import views
 from cellstore.store import Store
 from cellstore_cli.tell_schema import named
 

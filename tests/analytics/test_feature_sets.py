@@ -11,11 +11,11 @@ from factories import Factory
 from screens import small_screen
 from sqlalchemy import select, update
 
-from cellstore.analytics import open_questions
 from cellstore.db.models import Artifact, Cell, FeatureFile, Image, Recipe, Segmentation
+from cellstore.enums import ArtifactKind, Stage
 from cellstore.errors import QueryError, StorageError
-from cellstore.runs import Workspace
-from cellstore.terms import ArtifactKind, Stage
+from cellstore.jobs.workspace import Workspace
+from cellstore.query.engine import open_questions
 
 NOT_KNOWN = {"content_sha256": None, "mask_artifact_id": None, "flow_artifact_id": None}
 

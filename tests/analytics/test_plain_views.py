@@ -13,12 +13,9 @@ from hypothesis import strategies as st
 from plain_views import plain_views
 from sqlalchemy import text
 
-from cellstore.analytics import open_questions
-from cellstore.analytics.views import ORDER
 from cellstore.config import VoteRules
 from cellstore.db.models import Image, Label, Run
-from cellstore.runs import Workspace
-from cellstore.terms import (
+from cellstore.enums import (
     ArtifactKind,
     CellFlagReason,
     GroupLevel,
@@ -27,6 +24,9 @@ from cellstore.terms import (
     Status,
     Subset,
 )
+from cellstore.jobs.workspace import Workspace
+from cellstore.query.engine import open_questions
+from cellstore.query.views import ORDER
 
 LABELS = ("DMSO", "taxol", "zinc", "Ångström")
 SIDES = (Subset.TRAIN, Subset.VALIDATION, Subset.TEST, Subset.TEST, None)

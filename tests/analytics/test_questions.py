@@ -11,12 +11,12 @@ from factories import Factory
 from screens import VOTES, small_screen
 from sqlalchemy import Engine, text
 
-from cellstore.analytics import Limits, Questions, open_questions, views
-from cellstore.analytics.guard import tokens
 from cellstore.db.models import METADATA
+from cellstore.enums import Stage, Status
 from cellstore.errors import DatabaseError, QueryError, UnknownNameError
-from cellstore.runs import Workspace, create_workspace
-from cellstore.terms import Stage, Status
+from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.query.engine import Limits, Questions, open_questions, tokens
+from cellstore.query.views import views
 
 
 def one(questions: Questions, sql: str, parameters: list[object] | None = None) -> object:

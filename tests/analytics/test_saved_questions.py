@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from screens import SmallScreen, small_screen
 
-from cellstore.analytics.guard import tokens
-from cellstore.analytics.saved import own_folder, parsed, shipped_questions
+from cellstore.enums import ImageFlagReason, Stage, Status
 from cellstore.errors import QueryError, UnknownNameError, UserInputError
-from cellstore.runs import Workspace
+from cellstore.jobs.workspace import Workspace
+from cellstore.query.engine import tokens
+from cellstore.query.saved_queries import own_folder, parsed, shipped_questions
 from cellstore.store import Store
-from cellstore.terms import ImageFlagReason, Stage, Status
 
 NAMES = [item.name for item in shipped_questions()]
 

@@ -10,10 +10,10 @@ from factories import Factory, sha
 from screens import SmallScreen, small_screen
 from sqlalchemy import text
 
-from cellstore.analytics import open_questions
 from cellstore.config import VoteRules
-from cellstore.runs import Workspace
-from cellstore.terms import Control, GroupLevel, Stage, Subset
+from cellstore.enums import Control, GroupLevel, Stage, Subset
+from cellstore.jobs.workspace import Workspace
+from cellstore.query.engine import open_questions
 
 
 def ask(workspace: Workspace, sql: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import pytest
 from foreign_cells import add_foreign_cells, by_id
 from typer.testing import CliRunner
 
-from cellstore.formats.files.images import encode_tiff
+from cellstore.io.image_files import encode_tiff
 from cellstore_cli.main import app
 
 

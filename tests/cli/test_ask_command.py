@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from factories import Factory
 
-from cellstore import Store
+from cellstore.store import Store
 
 EVIL = ["=cmd()", "+1", "-1", "@x", "\tx", "<script>alert(1)</script>", "a\"b'c", "\x1b[31mred"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from screens import SmallScreen, small_screen
 
-from cellstore import Store
 from cellstore.db.models import Run
-from cellstore.terms import Stage
+from cellstore.enums import Stage
+from cellstore.store import Store
 
 IN = ("--store", "store")
 HOSTILE = "=cmd|' /C calc'!A0,\"<b>\""

@@ -7,11 +7,11 @@ import os
 import pytest
 from factories import Factory
 
-from cellstore import Store
 from cellstore.db.models import Image
-from cellstore.formats.files.images import encode_tiff
-from cellstore.runs import keep_file
-from cellstore.terms import ArtifactKind, Stage, Status
+from cellstore.enums import ArtifactKind, Stage, Status
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.runs import keep_file
+from cellstore.store import Store
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ pytest.importorskip("skimage")
 
 from threshold import use_threshold
 
-from cellstore.formats.files.images import encode_tiff
+from cellstore.io.image_files import encode_tiff
 
 SEEN = """
     SELECT tested.image_id FROM split_members tested

@@ -7,7 +7,7 @@ import pytest
 from test_journey import draw_cells
 from threshold import use_threshold
 
-from cellstore.ops.features import GROUPS
+from cellstore.analysis.features import GROUPS
 
 INTENSITIES = len(GROUPS["intensity"].features)
 TEXTURES = len(GROUPS["texture"].features)

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from cellstore.formats.files.images import encode_tiff
+from cellstore.io.image_files import encode_tiff
 from cellstore_cli.render import span
 
 FEW = ("--min-images", "5")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cellstore.formats.files.images import encode_tiff
+from cellstore.io.image_files import encode_tiff
 
 
 def test_init_makes_a_store_and_keeps_an_existing_one(cellstore):

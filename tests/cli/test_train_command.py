@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cellstore.stages.train import telling
+from cellstore.stages import train
 from cellstore_cli.main import app
 
 pytest.importorskip("torch")
@@ -52,7 +52,7 @@ def test_a_run_that_was_stopped_is_resumed_by_its_number(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(telling.Teller, "epoch", stop)
+        patched.setattr(train.Teller, "epoch", stop)
         stopped = cellstore("train", *QUICK, "--recipe", "compact", *IN, code=130)
     command = re.search(
         r"^Go on with: cellstore (train --resume (\d+))$", stopped.err, re.MULTILINE

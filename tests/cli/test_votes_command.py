@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from screens import SmallScreen, small_screen
 
-from cellstore import Store
 from cellstore.config import VoteRules
+from cellstore.enums import Stage, Status
 from cellstore.errors import UnknownNameError
-from cellstore.runs import Workspace
-from cellstore.stages.votes import count_votes
-from cellstore.terms import Stage, Status
+from cellstore.jobs.workspace import Workspace
+from cellstore.report.votes import count_votes
+from cellstore.store import Store
 
 IN = ("--store", "store")
 

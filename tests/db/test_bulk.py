@@ -9,7 +9,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 
 from cellstore.db.bulk import bulk_insert, in_lists, take_ids, wide_cache
 from cellstore.db.models import Folder, Plate, Well
-from cellstore.runs import Workspace
+from cellstore.jobs.workspace import Workspace
 
 COLUMNS = ("id", "plate_id", "row", "column", "name")
 

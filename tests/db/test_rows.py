@@ -17,14 +17,11 @@ from cellstore.db.models import (
     Artifact,
     Cell,
     CellFeatures,
-    CellFlag,
     FeatureFile,
     FeatureSet,
     Folder,
     Image,
     ImageFile,
-    ImageFlag,
-    ImageQuality,
     IngestFile,
     IngestIssue,
     Job,
@@ -37,17 +34,16 @@ from cellstore.db.models import (
     RunArtifact,
     RunMetric,
     Segmentation,
-    Split,
-    SplitGroup,
-    SplitMember,
     Treatment,
     Well,
     WellChange,
 )
+from cellstore.db.quality_models import CellFlag, ImageFlag, ImageQuality
+from cellstore.db.split_models import Split, SplitGroup, SplitMember
 from cellstore.db.statements import insert_new
 from cellstore.db.types import Base
-from cellstore.runs import Workspace
-from cellstore.terms import ArtifactKind, ImageFlagReason, Severity, Stage, Subset
+from cellstore.enums import ArtifactKind, ImageFlagReason, Severity, Stage, Subset
+from cellstore.jobs.workspace import Workspace
 
 TABLES = sorted(
     (mapper.class_ for mapper in Base.registry.mappers), key=lambda table: table.__name__

@@ -18,7 +18,7 @@ from cellstore.db import migrate
 from cellstore.db.models import METADATA
 from cellstore.db.session import Database, connect, parse_url
 from cellstore.errors import DatabaseError, SchemaError, StorageError, UserInputError
-from cellstore.runs import Workspace, create_workspace, open_workspace
+from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
 from cellstore.settings import StoreSettings
 
 NAMES = re.compile(r"^(pk|fk|uq|ix|ck)_[a-z0-9_]+$")

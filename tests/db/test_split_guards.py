@@ -12,11 +12,12 @@ from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
 from cellstore.db import migrate
-from cellstore.db.models import Image, Run, Split, SplitGroup, SplitMember, Well
+from cellstore.db.models import Image, Run, Well
 from cellstore.db.session import connect, parse_url
+from cellstore.db.split_models import Split, SplitGroup, SplitMember
+from cellstore.enums import GroupLevel, Stage, Subset
 from cellstore.errors import UserInputError
-from cellstore.runs import Workspace
-from cellstore.terms import GroupLevel, Stage, Subset
+from cellstore.jobs.workspace import Workspace
 
 SIDES = "one side only"
 FROZEN = "A run relies on this split.*cellstore split create NAME"

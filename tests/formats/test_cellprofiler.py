@@ -16,13 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellstore.errors import BadTableError, CellstoreError, UserInputError
-from cellstore.formats.objects.cellprofiler import (
+from cellstore.io.cellprofiler import (
     is_cellprofiler_folder,
     is_cellprofiler_sqlite,
     open_cellprofiler,
 )
-from cellstore.formats.objects.model import ObjectSource
-from cellstore.formats.records import ImageRecord, Refusal
+from cellstore.io.records import ImageRecord, ObjectSource, Refusal
 
 IMAGE = [["ImageNumber", "Metadata_Plate", "Metadata_Well", "Metadata_Site"], [1, "P1", "A01", 1]]
 

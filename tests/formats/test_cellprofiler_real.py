@@ -10,10 +10,7 @@ import pytest
 from realdata import real_data
 from test_cellprofiler import check_accounts, opened, reasons, whole
 
-from cellstore.formats.objects.cellprofiler import (
-    is_cellprofiler_folder,
-    is_cellprofiler_sqlite,
-)
+from cellstore.io.cellprofiler import is_cellprofiler_folder, is_cellprofiler_sqlite
 
 
 @pytest.mark.real

@@ -16,9 +16,7 @@ from test_cellprofiler import (
     write_sqlite,
 )
 
-from cellstore.formats.objects.cellprofiler import (
-    is_cellprofiler_sqlite,
-)
+from cellstore.io.cellprofiler import is_cellprofiler_sqlite
 
 CELLS = '"TableNumber" TEXT, "ImageNumber" BIGINT, "ObjectNumber" BIGINT, "Cells_A" FLOAT'
 IMAGES = (

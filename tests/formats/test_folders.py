@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from realdata import real_data
 
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.formats.fields import folders
-from cellstore.formats.fields.foldernames import (
+from cellstore.io import folders
+from cellstore.io.filenames import (
     CELLOMICS,
     PATTERN,
     PHENIX,
@@ -21,14 +21,14 @@ from cellstore.formats.fields.foldernames import (
     WELLSITE,
     NamePattern,
     cellomics_name,
+    format_well,
     looks_like_a_mask,
     phenix_name,
     wellsite_name,
 )
-from cellstore.formats.fields.folders import folder_layouts, read_folder
-from cellstore.formats.files.images import encode_tiff, probe
-from cellstore.formats.names import format_well
-from cellstore.formats.records import ImageRecord, Refusal
+from cellstore.io.folders import folder_layouts, read_folder
+from cellstore.io.image_files import encode_tiff, probe
+from cellstore.io.records import ImageRecord, Refusal
 
 GREY = encode_tiff(np.zeros((3, 4), np.uint16))
 

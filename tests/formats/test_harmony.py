@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from realdata import real_data
 
 from cellstore.errors import BadTableError, UnknownNameError, UserInputError
-from cellstore.formats.fields.harmony import index_of, is_harmony, read_harmony
-from cellstore.formats.fields.loaddata import read_loaddata
-from cellstore.formats.records import ImageRecord, Refusal
-from cellstore.formats.text.tables import open_table
+from cellstore.io.harmony import index_of, is_harmony, read_harmony
+from cellstore.io.image_tables import read_loaddata
+from cellstore.io.records import ImageRecord, Refusal
+from cellstore.io.tables import open_table
 
 V5 = "http://www.perkinelmer.com/PEHH/HarmonyV5"
 V7 = "43B2A954-E3C3-47E1-B392-6635266B0DD3/HarmonyV7"

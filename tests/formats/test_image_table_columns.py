@@ -6,9 +6,9 @@ import pytest
 from test_image_tables import LOADDATA, PHENIX, only_image, only_refusal, read, table
 
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.formats.layouts import read_images
-from cellstore.formats.records import ImageRecord, Refusal
-from cellstore.formats.text.tables import open_table
+from cellstore.io.layouts import read_images
+from cellstore.io.records import ImageRecord, Refusal
+from cellstore.io.tables import open_table
 
 
 def named_files(path: Path) -> list[list[str]]:

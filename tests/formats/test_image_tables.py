@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from published_metadata import PLATE, compound_annotation, write_published_metadata
 from realdata import real_data
 
+from cellstore.enums import Control, Perturbation
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.formats.fields.loaddata import read_loaddata
-from cellstore.formats.fields.published import read_published
-from cellstore.formats.layouts import Layout, layout_of, read_images
-from cellstore.formats.names import format_well
-from cellstore.formats.records import FileRef, ImageRecord, Refusal, TreatmentRecord
-from cellstore.formats.text.tables import open_table
-from cellstore.terms import Control, Perturbation
+from cellstore.io.filenames import format_well
+from cellstore.io.image_tables import read_loaddata, read_published
+from cellstore.io.layouts import Layout, layout_of, read_images
+from cellstore.io.records import FileRef, ImageRecord, Refusal, TreatmentRecord
+from cellstore.io.tables import open_table
 
 LOADDATA = {
     "Metadata_Plate": "001",

@@ -15,8 +15,9 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from realdata import real_data
 
+from cellstore.enums import Projection
 from cellstore.errors import ImageError, UserInputError
-from cellstore.formats.files.images import (
+from cellstore.io.image_files import (
     ImageFolder,
     decode_tiff,
     encode_tiff,
@@ -25,7 +26,6 @@ from cellstore.formats.files.images import (
     project,
     read_plane,
 )
-from cellstore.terms import Projection
 
 GRADIENT = np.arange(35, dtype=np.uint16).reshape(5, 7) * 900
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from realdata import real_data
 
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.formats.layouts import Layout, SourceKind, detect
+from cellstore.io.layouts import Layout, SourceKind, detect
 
 LOADDATA = "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site\nd.tif,P1,A01,1\n"
 PUBLISHED = "FileName_OrigRNA,Metadata_pert_iname\nr01c01f01p01-ch3sk1fk1fl1.tiff,DMSO\n"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from realdata import real_data
 
 from cellstore.errors import ImageError, UserInputError
-from cellstore.formats.files.masks import MaskFolder, is_masks_folder, read_labels
+from cellstore.io.mask_files import MaskFolder, is_masks_folder, read_labels
 
 LABELS = np.array([[0, 1, 1, 0], [7, 7, 0, 0], [0, 0, 0, 300]], np.uint16)
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cellstore.errors import UserInputError
-from cellstore.formats.names import (
+from cellstore.io.filenames import (
     COLUMNS,
     ROWS,
     PhenixName,

@@ -12,9 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cellstore.errors import ImageError, MissingExtraError, UserInputError
-from cellstore.formats.files import places
-from cellstore.formats.files.images import encode_tiff, probe, read_plane
-from cellstore.formats.files.places import (
+from cellstore.io import uris
+from cellstore.io.image_files import encode_tiff, probe, read_plane
+from cellstore.io.uris import (
     FileStat,
     PathMap,
     exists,
@@ -184,7 +184,7 @@ def test_a_missing_reader_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatc
     def absent(name: str) -> None:
         raise ImportError(name)
 
-    monkeypatch.setattr(places, "import_module", absent)
+    monkeypatch.setattr(uris, "import_module", absent)
     with pytest.raises(MissingExtraError, match=r"needs s3fs.*cellstore\[cloud\]"):
         read_bytes("s3://bucket/a.tif")
 
@@ -200,7 +200,7 @@ class Refusing:
 
 
 def test_secrets_of_a_place_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_file_system", lambda uri: Refusing())
+    monkeypatch.setattr(uris, "_file_system", lambda uri: Refusing())
     uri = f"https://me:{SECRET}@host.org/images/a.tif?X-Amz-Signature={SECRET}"
     for ask in (read_bytes, stat):
         with pytest.raises(ImageError) as caught:
@@ -229,7 +229,7 @@ def test_services_tell_the_time_of_a_change_in_their_own_ways(
         def info(self, uri: str) -> dict[str, object]:
             return {"size": 5, **told}
 
-    monkeypatch.setattr(places, "_file_system", lambda uri: Telling())
+    monkeypatch.setattr(uris, "_file_system", lambda uri: Telling())
     assert stat("https://host/a.tif") == FileStat(5, mtime_ns)
 
 
@@ -238,7 +238,7 @@ def test_a_server_that_tells_no_size(monkeypatch: pytest.MonkeyPatch) -> None:
         def info(self, uri: str) -> dict[str, object]:
             return {"size": None}
 
-    monkeypatch.setattr(places, "_file_system", lambda uri: Silent())
+    monkeypatch.setattr(uris, "_file_system", lambda uri: Silent())
     with pytest.raises(ImageError, match="no size"):
         stat("https://host/a.tif")
 

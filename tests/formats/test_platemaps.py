@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from realdata import real_data
 
+from cellstore.enums import Control, Perturbation
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.formats.records import TreatmentRecord
-from cellstore.formats.treatments.platemaps import PlateAnnotation, read_annotation
-from cellstore.terms import Control, Perturbation
+from cellstore.io.platemaps import PlateAnnotation, read_annotation
+from cellstore.io.records import TreatmentRecord
 
 COMPOUNDS = (
     "broad_sample\tInChIKey\tpert_iname\tpubchem_cid\tgene\tcontrol_type\tsmiles\n"

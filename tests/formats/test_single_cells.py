@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from realdata import real_data
 
+from cellstore.enums import Control, Perturbation
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.formats.objects.model import ObjectSource
-from cellstore.formats.objects.singlecells import is_single_cells, open_single_cells
-from cellstore.formats.records import ImageRecord
-from cellstore.terms import Control, Perturbation
+from cellstore.io.records import ImageRecord, ObjectSource
+from cellstore.io.single_cells import is_single_cells, open_single_cells
 
 CELLS: dict[str, list[Any]] = {
     "Metadata_Plate": ["001", "001", "001"],

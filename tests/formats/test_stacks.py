@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cellstore.errors import ImageError
-from cellstore.formats.files.images import (
+from cellstore.io.image_files import (
     ImageFolder,
+    Stack,
+    StackPage,
+    has_more_pages,
     is_safe_name,
     probe,
     read_plane,
+    read_stack,
 )
-from cellstore.formats.files.pixels import has_more_pages
-from cellstore.formats.files.places import page_name
-from cellstore.formats.files.stacks import Stack, StackPage, read_stack
+from cellstore.io.uris import page_name
 
 NAMES = ["DNA", "ER", "RNA"]
 

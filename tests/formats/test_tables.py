@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from realdata import real_data
 
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.formats.records import Refusal
-from cellstore.formats.text.rows import QUOTED_LINES
-from cellstore.formats.text.tables import TableRow, cell_text, open_table, read_columns
+from cellstore.io.records import Refusal
+from cellstore.io.tables import QUOTED_LINES, TableRow, cell_text, open_table, read_columns
 
 
 def write(folder: Path, data: bytes, name: str = "table.csv") -> Path:

@@ -10,19 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from realdata import real_data
 
+from cellstore.enums import Control, Perturbation
 from cellstore.errors import BadTableError, CellstoreError
-from cellstore.formats.records import Refusal, TreatmentRecord
-from cellstore.formats.text.tables import TextTable, open_table
-from cellstore.formats.treatments.aliases import Aliases
-from cellstore.formats.treatments.jump import PlateRow, jump_controls, jump_crispr, jump_plates
-from cellstore.formats.treatments.platemaps import read_annotation
-from cellstore.formats.treatments.tables import (
+from cellstore.io.platemaps import (
+    Aliases,
+    PlateRow,
     TreatmentRow,
     completed,
+    jump_controls,
+    jump_crispr,
+    jump_plates,
+    read_annotation,
     table_layouts,
     treatment_rows,
 )
-from cellstore.terms import Control, Perturbation
+from cellstore.io.records import Refusal, TreatmentRecord
+from cellstore.io.tables import TextTable, open_table
 
 
 def table(folder: Path, text: str) -> TextTable:

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from sqlalchemy import select
 
-from cellstore.db.models import Recipe, Split
-from cellstore.ops.branches import TABULAR
-from cellstore.ops.checkpoints import CheckpointMeta, save_net
-from cellstore.ops.nets import FusionNet, NetShape, build_net
-from cellstore.ops.scaling import FeatureScaler, Scaler
-from cellstore.reading.cells import FEATURE_COLUMNS
-from cellstore.runs import RecipeSpec, Workspace, attach, keep_file, register, running
-from cellstore.terms import ArtifactKind, Stage
+from cellstore.db.models import Recipe
+from cellstore.db.split_models import Split
+from cellstore.enums import ArtifactKind, Stage
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import attach, keep_file, running
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn.branches import TABULAR
+from cellstore.learn.checkpoints import CheckpointMeta, save_net
+from cellstore.learn.networks import FusionNet, NetShape, build_net
+from cellstore.learn.normalising import FeatureScaler, Scaler
+from cellstore.query.feature_files import FEATURE_COLUMNS
 
 WIDTH = 5
 """Numbers in the embedding of a made-up network."""

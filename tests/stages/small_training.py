@@ -33,24 +33,18 @@ from cellstore.db.models import (
     Treatment,
     Well,
 )
-from cellstore.formats.files.images import encode_tiff
+from cellstore.enums import ArtifactKind, Perturbation, Stage, Subset
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.planes import cell_rows
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import keep_file, running
+from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
 from cellstore.progress import Silent
-from cellstore.reading.cells import FEATURE_COLUMNS
-from cellstore.reading.found_cells import cell_rows
-from cellstore.runs import (
-    RecipeSpec,
-    Workspace,
-    create_workspace,
-    keep_file,
-    open_workspace,
-    register,
-    running,
-)
+from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.settings import StoreSettings
 from cellstore.stages.measure import measure
 from cellstore.stages.split import create_split
 from cellstore.stages.train import TrainResult, train
-from cellstore.terms import ArtifactKind, Perturbation, Stage, Subset
 
 SIZE = 32
 BOXES = ((2, 2, 8, 8), (2, 14, 9, 22), (16, 3, 23, 12), (18, 18, 28, 27))
@@ -267,7 +261,7 @@ def run_of(workspace: Workspace, run_id: int) -> Run:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
     """Make the ``call``-th batch of predictions end in ``error``."""
-    from cellstore.ops import models
+    from cellstore.learn import models
 
     real, calls = models.predict_batch, iter(range(1, 1000))
 

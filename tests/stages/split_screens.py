@@ -7,16 +7,10 @@ import hashlib
 from sqlalchemy import select
 
 from cellstore.config import SplitParams
-from cellstore.db.models import (
-    Image,
-    Plate,
-    Split,
-    SplitMember,
-    Treatment,
-    Well,
-)
-from cellstore.runs import Workspace
-from cellstore.terms import GroupLevel, LabelField, Perturbation, Subset
+from cellstore.db.models import Image, Plate, Treatment, Well
+from cellstore.db.split_models import Split, SplitMember
+from cellstore.enums import GroupLevel, LabelField, Perturbation, Subset
+from cellstore.jobs.workspace import Workspace
 
 TARGETS = {"aspirin": "PTGS1", "ibuprofen": "PTGS1", "naproxen": "PTGS1"}
 TARGETS |= {"taxol": "TUBB", "colchicine": "TUBB", "vinblastine": "TUBB"}

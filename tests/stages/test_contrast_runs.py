@@ -12,12 +12,12 @@ from sqlalchemy import select, update
 
 from cellstore.config import BaselineParams, ContrastParams
 from cellstore.db.models import Cell, CellFeatures, Image, Plate, Recipe, Run, Treatment, Well
+from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.reading.models import open_model
-from cellstore.runs import Workspace
-from cellstore.stages.baselines import train_baselines
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn.models import open_model
 from cellstore.stages.contrast import ContrastResult, ContrastRow, contrast
-from cellstore.terms import Stage, Status, Subset
+from cellstore.stages.train_baselines import train_baselines
 
 pytest.importorskip("sklearn")
 

@@ -15,20 +15,12 @@ from factories import FEATURE_COLUMNS, MOMENT, Factory
 from screens import SmallScreen, small_screen
 
 from cellstore import extras
-from cellstore.db.models import (
-    Artifact,
-    FeatureFile,
-    FeatureSet,
-    Image,
-    Recipe,
-    Run,
-    Segmentation,
-)
+from cellstore.db.models import Artifact, FeatureFile, FeatureSet, Image, Recipe, Run, Segmentation
+from cellstore.enums import ArtifactKind, Control, FeatureStorage, Stage
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
-from cellstore.runs import Workspace
+from cellstore.jobs.workspace import Workspace
+from cellstore.stages import export as reading
 from cellstore.stages.export import ExportFormat, export
-from cellstore.stages.export import read as reading
-from cellstore.terms import ArtifactKind, Control, FeatureStorage, Stage
 
 
 @pytest.fixture

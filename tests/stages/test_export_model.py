@@ -20,17 +20,17 @@ from sqlalchemy import select, update
 
 from cellstore.config import BaselineParams, PredictParams
 from cellstore.db.models import ImageFile, Run, Treatment
+from cellstore.enums import Control
 from cellstore.errors import StorageError, UserInputError
-from cellstore.ops.branches import TABULAR
-from cellstore.ops.nets import NetShape, build_net
-from cellstore.ops.normalising import ControlStatistics, PlateScaler
-from cellstore.reading.cells import FEATURE_COLUMNS
-from cellstore.runs import Workspace
-from cellstore.stages.baselines import train_baselines
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn.branches import TABULAR
+from cellstore.learn.networks import NetShape, build_net
+from cellstore.learn.normalising import ControlStatistics, PlateScaler
+from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.export_model import export_model
-from cellstore.stages.export_model.classifier import Classifier, Network
+from cellstore.stages.exported_classifier import Classifier, Network
 from cellstore.stages.predict import predict
-from cellstore.terms import Control
+from cellstore.stages.train_baselines import train_baselines
 
 FILES = (
     "model.safetensors",

@@ -16,16 +16,23 @@ from test_ingest import loaddata, write_table  # noqa: E402
 
 from cellstore.config import FinetuneParams, ImageInput, IngestParams, SegmentParams  # noqa: E402
 from cellstore.db.models import Artifact, Run, RunArtifact  # noqa: E402
+from cellstore.enums import ArtifactKind, Stage, Status  # noqa: E402
 from cellstore.errors import StorageError, UnknownNameError, UserInputError  # noqa: E402
-from cellstore.formats.files.images import encode_tiff  # noqa: E402
-from cellstore.ops import finetuning, network_training  # noqa: E402
-from cellstore.reading.networks import find_network  # noqa: E402
-from cellstore.runs import Workspace  # noqa: E402
-from cellstore.stages.finetune import finetune  # noqa: E402
-from cellstore.stages.finetune.examples import Example, divide, find_examples  # noqa: E402
-from cellstore.stages.ingest import ingest  # noqa: E402
+from cellstore.io.image_files import encode_tiff  # noqa: E402
+from cellstore.jobs.workspace import Workspace  # noqa: E402
+from cellstore.learn import (
+    finetuning,
+    shipped_network,
+)
+from cellstore.learn.segmentation_networks import find_network  # noqa: E402
+from cellstore.stages.finetune import (  # noqa: E402
+    Example,
+    divide,
+    find_examples,
+    finetune,
+)
+from cellstore.stages.ingest.ingest import ingest  # noqa: E402
 from cellstore.stages.segment import segment  # noqa: E402
-from cellstore.terms import ArtifactKind, Stage, Status  # noqa: E402
 
 SHAPE = (48, 64)
 
@@ -64,7 +71,7 @@ class Lesson:
 
     def network(self, seed: int = 0) -> str:
         path = self.masks.parent / "start.pt"
-        network_training.save_network(network_training.new_network(seed), path)
+        shipped_network.save_network(shipped_network.new_network(seed), path)
         return str(path)
 
 

@@ -12,13 +12,15 @@ from small_training import Opener, pixels
 from sqlalchemy import select, update
 
 from cellstore.config import ImageInput
-from cellstore.db.models import FeatureSet, Image, ImageFile, Recipe, SplitMember, Treatment
+from cellstore.db.models import FeatureSet, Image, ImageFile, Recipe, Treatment
+from cellstore.db.split_models import SplitMember
+from cellstore.enums import Stage, Subset
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
-from cellstore.ops.normalising import PlateScaler, WhiteLevels
-from cellstore.ops.scaling import Scaler
-from cellstore.reading.cells import CellSource
-from cellstore.reading.featuresets import open_set
-from cellstore.reading.normalising import (
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn.normalising import (
+    PlateScaler,
+    Scaler,
+    WhiteLevels,
     add_plates,
     add_whites,
     describe_plates,
@@ -26,8 +28,8 @@ from cellstore.reading.normalising import (
     fit_whites,
     plates_of,
 )
-from cellstore.runs import Workspace
-from cellstore.terms import Stage, Subset
+from cellstore.query.cells import CellSource
+from cellstore.query.feature_files import open_set
 
 VALUES = {
     # plate, well: treatment, side, the value of each cell

@@ -25,11 +25,11 @@ from cellstore.db.models import (
     Run,
     Well,
 )
+from cellstore.enums import Look, Severity, Status
 from cellstore.errors import CellstoreError, UserInputError
-from cellstore.runs import Workspace
-from cellstore.stages.ingest import IngestResult, UndoneError, ingest, preview
-from cellstore.stages.ingest.account import FileIdentity
-from cellstore.terms import Look, Severity, Status
+from cellstore.jobs.workspace import Workspace
+from cellstore.stages.ingest.account import FileIdentity, UndoneError
+from cellstore.stages.ingest.ingest import IngestResult, ingest, preview
 
 
 def balanced(result: IngestResult) -> bool:

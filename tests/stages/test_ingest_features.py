@@ -31,13 +31,15 @@ from cellstore.db.models import (
     Treatment,
     Well,
 )
+from cellstore.enums import FeatureStorage, Severity, Stage
 from cellstore.errors import BadTableError, StorageError, UserInputError
-from cellstore.formats.layouts import Layout
-from cellstore.reading import featurefiles
-from cellstore.runs import RecipeSpec, Workspace, register, running
+from cellstore.io.layouts import Layout
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import running
+from cellstore.jobs.workspace import Workspace
+from cellstore.query import feature_files
 from cellstore.stages.ingest.account import Account
-from cellstore.stages.ingest.features.stage import FeaturesDone, ingest_features
-from cellstore.terms import FeatureStorage, Severity, Stage
+from cellstore.stages.ingest.ingest_features import FeaturesDone, ingest_features
 
 HEADER = ["ImageNumber", "ObjectNumber", "AreaShape_Area"]
 
@@ -329,8 +331,8 @@ def sqlite_source(path: Path, cells: int, images: int = 2) -> Path:
 def test_many_batches_and_files(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cellstore.formats.objects.cellprofiler.batch_rows", lambda _: 7)
-    monkeypatch.setattr(featurefiles, "ROWS_OF_FILE", 20)
+    monkeypatch.setattr("cellstore.io.cellprofiler.batch_rows", lambda _: 7)
+    monkeypatch.setattr(feature_files, "ROWS_OF_FILE", 20)
     path = sqlite_source(tmp_path / "a.sqlite", 25)
     done = ingest(workspace, path, Layout.CELLPROFILER_SQLITE)
     assert (done.cells, done.new_images) == (50, 2)
@@ -364,7 +366,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(featurefiles._HashingFile, "write", full)
+    monkeypatch.setattr(feature_files._HashingFile, "write", full)
     with pytest.raises(StorageError, match="No space left"):
         ingest(workspace, site(tmp_path, 1, [1]))
     assert set(counts(workspace).values()) == {0}
@@ -375,8 +377,8 @@ def test_a_source_that_breaks_in_the_middle_leaves_nothing(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = sqlite_source(tmp_path / "a.sqlite", 3)
-    monkeypatch.setattr("cellstore.formats.objects.cellprofiler.batch_rows", lambda _: 2)
-    from cellstore.formats.objects.cellprofiler_sqlite import SqliteTable
+    monkeypatch.setattr("cellstore.io.cellprofiler.batch_rows", lambda _: 2)
+    from cellstore.io.cellprofiler import SqliteTable
 
     read = SqliteTable.read
 

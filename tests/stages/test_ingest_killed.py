@@ -14,11 +14,10 @@ from test_ingest import count, dump, loaddata, write_image, write_table
 
 from cellstore.config import IngestParams
 from cellstore.db.models import Image, IngestFile
-from cellstore.runs import Workspace
-from cellstore.runs.workspace import create_workspace, open_workspace
+from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
 from cellstore.settings import StoreSettings
-from cellstore.stages.ingest import ingest
-from cellstore.stages.ingest.images import stage as images
+from cellstore.stages.ingest import ingest_images as images
+from cellstore.stages.ingest.ingest import ingest
 
 KILLS = 20
 PLATES, SITES = 12, 99

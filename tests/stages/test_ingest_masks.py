@@ -17,6 +17,7 @@ from realdata import real_data
 from skimage.measure import regionprops
 from sqlalchemy import func, select
 
+from cellstore.analysis.features import FEATURES
 from cellstore.config import ImageInput, IngestParams
 from cellstore.db.models import (
     Artifact,
@@ -29,16 +30,15 @@ from cellstore.db.models import (
     Recipe,
     Segmentation,
 )
+from cellstore.enums import Projection, Severity, Stage
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.formats.files.images import decode_tiff, probe
-from cellstore.ops.features import FEATURES
-from cellstore.reading.matching import NoMatch
-from cellstore.runs import Workspace
-from cellstore.stages.ingest import preview
+from cellstore.io.image_files import decode_tiff, probe
+from cellstore.jobs.lookup import NoMatch
+from cellstore.jobs.workspace import Workspace
 from cellstore.stages.ingest.account import Account, UndoneError
-from cellstore.stages.ingest.masks.stage import MasksResult, ingest_masks, plan_masks
+from cellstore.stages.ingest.ingest import preview
+from cellstore.stages.ingest.ingest_masks import MasksResult, ingest_masks, plan_masks
 from cellstore.stages.measure import measure
-from cellstore.terms import Projection, Severity, Stage
 
 SHAPE = (20, 30)
 

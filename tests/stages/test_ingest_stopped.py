@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy import event, select
 
 from cellstore.db.models import Plate, Run
-from cellstore.runs import Workspace
-from cellstore.stages.ingest import ingest
-from cellstore.terms import Status
+from cellstore.enums import Status
+from cellstore.jobs.workspace import Workspace
+from cellstore.stages.ingest.ingest import ingest
 
 HEADER = "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site\n"
 

@@ -16,12 +16,12 @@ from sqlalchemy.orm import Session
 from cellstore.config import IngestParams
 from cellstore.db.models import IngestIssue, Plate, Treatment, Well, WellChange
 from cellstore.db.types import Base
+from cellstore.enums import Control, Severity, Stage, Subset
 from cellstore.errors import UserInputError
-from cellstore.formats.layouts import Layout
-from cellstore.runs import Workspace
+from cellstore.io.layouts import Layout
+from cellstore.jobs.workspace import Workspace
 from cellstore.stages.ingest.account import Account
-from cellstore.stages.ingest.treatments.stage import ingest_treatments
-from cellstore.terms import Control, Severity, Stage, Subset
+from cellstore.stages.ingest.ingest_treatments import ingest_treatments
 
 COMPOUNDS = (
     "broad_sample,pert_iname,gene,control_type\n"
@@ -151,7 +151,8 @@ def test_a_corrected_annotation_is_told_from_what_was(bench: Bench) -> None:
 
 
 def test_labels_of_a_split_stay_as_they_were_frozen(bench: Bench) -> None:
-    from cellstore.db.models import Label, SplitMember
+    from cellstore.db.models import Label
+    from cellstore.db.split_models import SplitMember
 
     bench.map()
     image = bench.make.image(bench.wells[0])

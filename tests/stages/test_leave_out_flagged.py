@@ -12,15 +12,17 @@ from screens import SmallScreen, small_screen
 from small_training import TINY, Opener
 from sqlalchemy import select
 
-from cellstore.analytics import open_questions
 from cellstore.config import SplitParams, TrainParams, VoteRules
-from cellstore.db.models import Cell, Image, Job, Recipe, RecipeInput, Run, Segmentation, Split
+from cellstore.db.models import Cell, Image, Job, Recipe, RecipeInput, Run, Segmentation
+from cellstore.db.split_models import Split
+from cellstore.enums import CellFlagReason, ImageFlagReason, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.runs import Workspace
-from cellstore.stages.report import report, write_report
+from cellstore.jobs.workspace import Workspace
+from cellstore.query.engine import open_questions
+from cellstore.report.report_page import write_report
+from cellstore.report.scoring import report
 from cellstore.stages.split import create_split
 from cellstore.stages.train import train
-from cellstore.terms import CellFlagReason, ImageFlagReason, Stage, Status
 
 
 def qc_run(make: Factory, plates: list[str], segment: Recipe | None = None, **more: Any) -> Run:

@@ -11,13 +11,14 @@ import torch
 from small_training import Opener, pixels
 from sqlalchemy import select
 
-from cellstore.db.models import Cell, Image, Split
+from cellstore.db.models import Cell, Image
+from cellstore.db.split_models import Split
 from cellstore.errors import ImageError
-from cellstore.ops.scaling import Scaler
-from cellstore.reading import loading, memory
-from cellstore.reading.blocks import BlockReader
-from cellstore.reading.cells import (
-    FEATURE_COLUMNS,
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn import batches as batches_module
+from cellstore.learn.batches import BlockReader, training_batches
+from cellstore.learn.normalising import Scaler
+from cellstore.query.cells import (
     CellSource,
     ImageBlock,
     choose_recipes,
@@ -25,8 +26,7 @@ from cellstore.reading.cells import (
     plane_of,
     stream_features,
 )
-from cellstore.reading.loading import training_batches
-from cellstore.runs import Workspace
+from cellstore.query.feature_files import FEATURE_COLUMNS
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_batches_do_not_depend_on_threads_nor_on_memory(
 ) -> None:
     found = []
     for threads, kept in ((1, 0), (3, 1 << 30)):
-        monkeypatch.setattr(loading, "reading_threads", lambda n=threads: n)
+        monkeypatch.setattr(batches_module, "reading_threads", lambda n=threads: n)
         reader, blocks = reader_of(workspace, kept_bytes=kept)
         batches = training_batches(reader, blocks, batch_size=5, seed=3)
         found.append([batch for epoch in (0, 1) for batch in batches(epoch)])
@@ -99,7 +99,7 @@ def test_who_takes_batches_learns_how_long_it_waited(
 ) -> None:
     reader, blocks = reader_of(workspace)
     clock: Iterator[int] = iter(range(1000))
-    monkeypatch.setattr(loading.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(batches_module.time, "perf_counter", lambda: float(next(clock)))
     batches = training_batches(reader, blocks, batch_size=4)
     assert batches.waited == 0
     count = len(list(batches(0)))
@@ -169,23 +169,23 @@ def test_a_quarter_of_the_memory_is_kept_that_a_container_may_have(
 ) -> None:
     limit = tmp_path / "memory.max"
     own = tmp_path / "own"
-    monkeypatch.setattr(memory, "GROUPS", tmp_path)
-    monkeypatch.setattr(memory, "OWN_GROUPS", own)
+    monkeypatch.setattr(batches_module, "GROUPS", tmp_path)
+    monkeypatch.setattr(batches_module, "OWN_GROUPS", own)
     limit.write_text("max\n")
-    assert memory.memory_there() > 1 << 28  # of the machine
+    assert batches_module.memory_there() > 1 << 28  # of the machine
     own.write_text("0::/\n")
-    assert memory.memory_there() > 1 << 28
+    assert batches_module.memory_there() > 1 << 28
     limit.write_text("1000000\n")
-    assert memory.default_memory() == 250_000
+    assert batches_module.default_memory() == 250_000
     # A job within: its own limit counts, and those that it is within.
     job = tmp_path / "slurm" / "job_7"
     job.mkdir(parents=True)
     own.write_text("0::/slurm/job_7\n")
-    assert memory.default_memory() == 250_000
+    assert batches_module.default_memory() == 250_000
     (job / "memory.max").write_text("400000\n")
-    assert memory.default_memory() == 100_000
+    assert batches_module.default_memory() == 100_000
     old = tmp_path / "memory" / "slurm" / "job_7"
     old.mkdir(parents=True)
     (old / "memory.limit_in_bytes").write_text("80000\n")
     own.write_text("4:cpu:/slurm/job_7\n9:memory:/slurm/job_7\n")
-    assert memory.default_memory() == 20_000
+    assert batches_module.default_memory() == 20_000

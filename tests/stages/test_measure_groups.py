@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import delete, func, select
 from test_segment_measure import Bench, bench
 
+from cellstore.analysis.features import GROUPS, measure_channels
 from cellstore.config import ImageInput, IngestParams, MeasureParams, Resources, Selection
 from cellstore.db.models import (
     Artifact,
@@ -25,19 +26,18 @@ from cellstore.db.models import (
     Run,
     Segmentation,
 )
+from cellstore.enums import FeatureStorage, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
-from cellstore.formats.files.images import decode_tiff
-from cellstore.ops.features import GROUPS, measure_channels
-from cellstore.reading import featurefiles
-from cellstore.reading.cells import CellSource, choose_recipes, read_cells
-from cellstore.reading.featuresets import open_set
-from cellstore.stages.ingest import ingest
+from cellstore.io.image_files import decode_tiff
+from cellstore.query import feature_files
+from cellstore.query.cells import CellSource, choose_recipes, read_cells
+from cellstore.query.feature_files import open_set
+from cellstore.stages import measure as measure_rows
+from cellstore.stages import measure as measure_step
+from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.measure import MeasureResult, measure
-from cellstore.stages.measure import rows as measure_rows
-from cellstore.stages.measure import step as measure_step
 from cellstore.stages.segment import segment
 from cellstore.stages.verify import verify
-from cellstore.terms import FeatureStorage, Stage, Status
 
 __all__ = ["bench"]
 
@@ -315,7 +315,7 @@ def test_a_disk_that_is_full_breaks_nothing(cells: Bench, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(featurefiles._HashingFile, "write", full)
+        patch.setattr(feature_files._HashingFile, "write", full)
         with pytest.raises(StorageError, match="No space left"):
             measure(cells.workspace, ALL)
     assert cells.count(FeatureFile) == cells.count(CellFeatures) == 0

@@ -22,13 +22,7 @@ from small_training import (
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.exc import DBAPIError
 
-from cellstore.config import (
-    ImageInput,
-    PredictParams,
-    SegmentParams,
-    SplitParams,
-    as_parameters,
-)
+from cellstore.config import ImageInput, PredictParams, SegmentParams, SplitParams, as_parameters
 from cellstore.db.models import (
     Artifact,
     Cell,
@@ -39,9 +33,9 @@ from cellstore.db.models import (
     Recipe,
     Run,
     Segmentation,
-    Split,
-    SplitMember,
 )
+from cellstore.db.split_models import Split, SplitMember
+from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import (
     ImageError,
     MissingExtraError,
@@ -49,17 +43,13 @@ from cellstore.errors import (
     UnknownNameError,
     UserInputError,
 )
-from cellstore.reading.cells import CellSource, as_text, cells_query
-from cellstore.runs import (
-    RecipeSpec,
-    Workspace,
-    register,
-    running,
-)
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import running
+from cellstore.jobs.workspace import Workspace
+from cellstore.query.cells import CellSource, as_text, cells_query
 from cellstore.stages.predict import PredictResult, predict
 from cellstore.stages.split import create_split
 from cellstore.stages.train import TrainResult, train
-from cellstore.terms import Stage, Status, Subset
 
 
 def test_predictions_rank_the_classes_of_the_chosen_side(trained: Trained, opened: Opener) -> None:
@@ -186,14 +176,14 @@ def test_a_lost_mask_fails_its_image_alone(trained: Trained, opened: Opener) -> 
 def test_cells_that_change_under_a_training_end_it(
     built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cellstore.reading import blocks
+    from cellstore.learn import batches
 
-    workspace, real = opened(built), blocks.BlockReader.cut
+    workspace, real = opened(built), batches.BlockReader.cut
 
-    def shrunk(reader: blocks.BlockReader, image_id: int) -> object:
+    def shrunk(reader: batches.BlockReader, image_id: int) -> object:
         return real(reader, image_id).take(np.array([0, 1]))
 
-    monkeypatch.setattr(blocks.BlockReader, "cut", shrunk)
+    monkeypatch.setattr(batches.BlockReader, "cut", shrunk)
     with pytest.raises(ImageError, match="changed while the network was training"):
         train(workspace, TINY, device="cpu")
 

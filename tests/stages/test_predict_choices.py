@@ -16,7 +16,6 @@ from small_training import TINY, Opener, build, fail_at, pixels, run_of, said
 from sqlalchemy import func, select, update
 from unguarded import unguarded
 
-from cellstore import Store
 from cellstore.config import PredictParams, SplitParams
 from cellstore.db.models import (
     Artifact,
@@ -31,23 +30,24 @@ from cellstore.db.models import (
     Run,
     RunArtifact,
     Segmentation,
-    Split,
-    SplitMember,
     Treatment,
 )
+from cellstore.db.split_models import Split, SplitMember
+from cellstore.enums import Control, ImageFlagReason, Stage, Status, Subset
 from cellstore.errors import CellstoreError, StorageError, UnknownNameError, UserInputError
-from cellstore.ops import models
-from cellstore.ops.checkpoints import load_checkpoint
-from cellstore.ops.normalising import ControlStatistics, PlateScaler, WhiteLevels
-from cellstore.reading.cells import FEATURE_COLUMNS
-from cellstore.reading.featuresets import SetReader, open_set
-from cellstore.runs import Workspace, running
-from cellstore.stages.predict import predict, rows
-from cellstore.stages.report import report
+from cellstore.jobs.runs import running
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn import models
+from cellstore.learn.checkpoints import load_checkpoint
+from cellstore.learn.normalising import ControlStatistics, PlateScaler, WhiteLevels
+from cellstore.query.feature_files import FEATURE_COLUMNS, SetReader, open_set
+from cellstore.report.scoring import report
+from cellstore.stages import predict as predict_module
+from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split
 from cellstore.stages.train import train
 from cellstore.stages.verify import verify
-from cellstore.terms import Control, ImageFlagReason, Stage, Status, Subset
+from cellstore.store import Store
 
 EVERYTHING = PredictParams(subset=None)
 
@@ -256,12 +256,12 @@ def test_a_killed_run_leaves_no_half_embedding(
     workspace = opened(built)
     run_id = craft(workspace)
     params = replace(EVERYTHING, embedding="seen")
-    monkeypatch.setattr(rows, "MOST_TOGETHER", 2)
+    monkeypatch.setattr(predict_module, "MOST_TOGETHER", 2)
     with monkeypatch.context() as patch:
         if moment == "compute":
             fail_at(patch, 4, KeyboardInterrupt())
         else:
-            patch.setattr(rows, "register_files", stopped)
+            patch.setattr(predict_module, "register_files", stopped)
         with pytest.raises(KeyboardInterrupt):
             predict(workspace, params, device="cpu")
     with workspace.database.read() as session:

@@ -17,23 +17,14 @@ from test_ingest import loaddata, write_table
 
 from cellstore import extras
 from cellstore.config import IngestParams, QcParams, Resources, Selection
-from cellstore.db.models import (
-    CellFlag,
-    Image,
-    ImageFile,
-    ImageFlag,
-    ImageQuality,
-    Job,
-    Recipe,
-    Run,
-    Segmentation,
-)
+from cellstore.db.models import Image, ImageFile, Job, Recipe, Run, Segmentation
+from cellstore.db.quality_models import CellFlag, ImageFlag, ImageQuality
+from cellstore.enums import Stage, Status
 from cellstore.errors import MissingExtraError, UnknownNameError, UserInputError
-from cellstore.formats.files.images import encode_tiff
-from cellstore.runs import Workspace
-from cellstore.stages.ingest import ingest
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.workspace import Workspace
+from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.qc import QcResult, list_flags, qc, write_page, write_picture
-from cellstore.terms import Stage, Status
 
 SITES = range(1, 11)
 HOSTILE = "<script>alert(1)</script>"
@@ -267,13 +258,13 @@ def test_limits_out_of_range_are_refused(sqlite_workspace: Workspace, params: Qc
 def test_a_run_that_is_stopped_is_not_the_one_that_counts(
     local: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cellstore.stages.qc import stage
+    from cellstore.stages import qc as qc_module
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "flag_plate", stop)
+        patch.setattr(qc_module, "flag_plate", stop)
         with pytest.raises(KeyboardInterrupt):
             qc(local.workspace)
     assert local.count(Run, Run.stage == Stage.QC, Run.status == Status.DONE) == 0

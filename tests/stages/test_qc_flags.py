@@ -10,20 +10,11 @@ from factories import Factory
 from sqlalchemy import select, update
 
 from cellstore.config import QcParams
-from cellstore.db.models import (
-    Cell,
-    CellFeatures,
-    CellFlag,
-    Image,
-    ImageFile,
-    ImageFlag,
-    Plate,
-    Run,
-    Segmentation,
-)
-from cellstore.runs import Workspace
-from cellstore.stages.qc.flags import Flagging, flag_plate
-from cellstore.terms import EXCLUDED_NO_PERIMETER, Stage
+from cellstore.db.models import Cell, CellFeatures, Image, ImageFile, Plate, Run, Segmentation
+from cellstore.db.quality_models import CellFlag, ImageFlag
+from cellstore.enums import EXCLUDED_NO_PERIMETER, Stage
+from cellstore.jobs.workspace import Workspace
+from cellstore.stages.qc import Flagging, flag_plate
 
 PARAMS = QcParams(min_images=5)
 

@@ -14,11 +14,12 @@ from small_training import TINY, Opener
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from cellstore import Store
 from cellstore.config import MeasureParams, PredictParams, SplitParams
-from cellstore.runs import Workspace, jobs, work
+from cellstore.jobs import execute, queue
+from cellstore.jobs.workspace import Workspace
+from cellstore.report.repro import Check, repro
 from cellstore.stages.predict import predict
-from cellstore.stages.repro import Check, repro
+from cellstore.store import Store
 from cellstore_cli.main import app
 
 TABULAR = replace(TINY, branches=("tabular",), epochs=3)
@@ -124,8 +125,8 @@ def test_the_script_names_the_run_that_it_trains(done: Workspace) -> None:
 def test_files_that_moved_are_the_reason(
     built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "WAIT_SECONDS", 0.02)
-    monkeypatch.setattr(jobs, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(execute, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(queue, "FIRST_WAIT", 0.01)
     workspace = opened(built)
     with workspace.database.begin() as session:
         session.execute(text("UPDATE folders SET uri = '/gone'"))

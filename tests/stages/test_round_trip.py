@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from cellstore.db.models import Cell, CellFeatures, Image, ImageFile, Segmentation, Treatment
-from cellstore.formats.records import TreatmentRecord
-from cellstore.runs import Workspace, create_workspace
+from cellstore.enums import Control, Perturbation, Stage
+from cellstore.io.records import TreatmentRecord
+from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.stages.export import ExportFormat, export
-from cellstore.stages.ingest import ingest
-from cellstore.stages.ingest.treatments.writer import identity
-from cellstore.terms import Control, Perturbation, Stage
+from cellstore.stages.ingest.ingest import ingest
+from cellstore.stages.ingest.ingest_treatments import identity
 
 MISSING = {"", "NA", "N/A", "NaN", "nan", "<NA>", "None"}
 """Texts that say that there is none, in every table."""

@@ -16,17 +16,17 @@ from test_ingest import loaddata, write_table
 from threshold import ThresholdSegmenter, use_threshold
 
 from cellstore import artifacts
+from cellstore.analysis.features import FEATURES
 from cellstore.config import ImageInput, IngestParams, MeasureParams, SegmentParams
 from cellstore.db.models import Artifact, Cell, CellFeatures, Job, Recipe, Run, Segmentation
+from cellstore.enums import Projection, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
-from cellstore.formats.files.images import decode_tiff, encode_tiff
-from cellstore.ops.features import FEATURES
-from cellstore.runs import Workspace
-from cellstore.stages.ingest import ingest, refresh
+from cellstore.io.image_files import decode_tiff, encode_tiff
+from cellstore.jobs.workspace import Workspace
+from cellstore.stages.ingest.ingest import ingest, refresh
 from cellstore.stages.measure import measure
 from cellstore.stages.segment import segment
 from cellstore.stages.status import status
-from cellstore.terms import Projection, Stage, Status
 
 SHAPE = (40, 50)
 

@@ -15,15 +15,15 @@ from sqlalchemy import func, select, update
 from test_ingest import loaddata, write_table
 from threshold import ThresholdSegmenter, use_threshold
 
+from cellstore.analysis.overlay import CAPTION_HEIGHT, OUTLINE_COLOUR
 from cellstore.config import ImageInput, IngestParams, SegmentParams, Selection
 from cellstore.db.models import Artifact, Image, Job, Plate, Recipe, Run, Segmentation, Well
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.formats.files.images import encode_tiff
-from cellstore.ops.overlay import CAPTION_HEIGHT, OUTLINE_COLOUR
-from cellstore.runs import Workspace
-from cellstore.stages.ingest import ingest
-from cellstore.stages.segment import preview, segment
-from cellstore.stages.segment.preview import SHEET, spread
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.workspace import Workspace
+from cellstore.report.segment_preview import SHEET, preview, spread
+from cellstore.stages.ingest.ingest import ingest
+from cellstore.stages.segment import segment
 
 SHAPE = (40, 50)
 PLATES = ("P1", "P2")

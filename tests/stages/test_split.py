@@ -11,24 +11,15 @@ from realdata import real_data
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
+from cellstore.analysis.leaks import LeakKind, LeakSeverity
 from cellstore.config import IngestParams, SplitParams
-from cellstore.db.models import (
-    Image,
-    ImageFile,
-    Label,
-    Plate,
-    Run,
-    Split,
-    SplitMember,
-    Treatment,
-    Well,
-)
+from cellstore.db.models import Image, ImageFile, Label, Plate, Run, Treatment, Well
+from cellstore.db.split_models import Split, SplitMember
+from cellstore.enums import GroupLevel, LabelField, Perturbation, Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.ops.leaks import LeakKind, LeakSeverity
-from cellstore.runs import Workspace, create_workspace
-from cellstore.stages.ingest import ingest
+from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.split import check_split, create_split, show_split
-from cellstore.terms import GroupLevel, LabelField, Perturbation, Stage, Subset
 
 PUBLISHED = SplitParams(protocol="published")
 DESIGN = {"DMSO": 6, "drug-a": 3, "drug-b": 3}

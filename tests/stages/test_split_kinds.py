@@ -9,18 +9,13 @@ from factories import Factory
 from split_screens import BY_TREATMENT, DRUGS, fill, parts, sides
 from sqlalchemy import select, text, update
 
+from cellstore.analysis.leaks import LeakSeverity
 from cellstore.config import SplitParams
-from cellstore.db.models import (
-    Image,
-    Recipe,
-    Run,
-    Split,
-    SplitGroup,
-    Treatment,
-)
+from cellstore.db.models import Image, Recipe, Run, Treatment
+from cellstore.db.split_models import Split, SplitGroup
+from cellstore.enums import GroupLevel, LabelField, Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.ops.leaks import LeakSeverity
-from cellstore.runs import Workspace
+from cellstore.jobs.workspace import Workspace
 from cellstore.stages.split import (
     check_split,
     create_folds,
@@ -28,7 +23,6 @@ from cellstore.stages.split import (
     delete_split,
     list_splits,
 )
-from cellstore.terms import GroupLevel, LabelField, Stage, Subset
 
 
 def test_a_compound_is_on_one_side_under_all_its_names(workspace: Workspace) -> None:

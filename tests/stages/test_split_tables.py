@@ -10,17 +10,13 @@ from split_screens import BY_TREATMENT, DRUGS, fill, parts, sides
 from sqlalchemy import insert, select, text, update
 from unguarded import unguarded
 
+from cellstore.analysis.leaks import LeakKind
 from cellstore.config import SplitParams
-from cellstore.db.models import (
-    Image,
-    Recipe,
-    SplitMember,
-    Treatment,
-    Well,
-)
+from cellstore.db.models import Image, Recipe, Treatment, Well
+from cellstore.db.split_models import SplitMember
+from cellstore.enums import GroupLevel, LabelField, Subset
 from cellstore.errors import BadTableError, UnknownNameError, UserInputError
-from cellstore.ops.leaks import LeakKind
-from cellstore.runs import Workspace
+from cellstore.jobs.workspace import Workspace
 from cellstore.stages.split import (
     check_split,
     check_tables,
@@ -29,7 +25,6 @@ from cellstore.stages.split import (
     list_splits,
     show_split,
 )
-from cellstore.terms import GroupLevel, LabelField, Subset
 
 
 def write(path: Path, *lines: str) -> Path:

@@ -22,10 +22,10 @@ from cellstore.db.models import (
     Run,
     Well,
 )
-from cellstore.runs import Workspace
+from cellstore.enums import ArtifactKind, ImageFlagReason, Stage, Status
+from cellstore.jobs.workspace import Workspace
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
-from cellstore.terms import ArtifactKind, ImageFlagReason, Stage, Status
 
 
 def test_the_counts_are_those_of_the_tables(workspace: Workspace):

@@ -23,9 +23,7 @@ from small_training import (
 )
 from sqlalchemy import select, text
 
-from cellstore.config import (
-    SplitParams,
-)
+from cellstore.config import SplitParams
 from cellstore.db.models import (
     Artifact,
     Cell,
@@ -35,22 +33,19 @@ from cellstore.db.models import (
     Run,
     RunMetric,
     Segmentation,
-    SplitMember,
 )
-from cellstore.errors import (
-    UnknownNameError,
-    UserInputError,
-)
-from cellstore.formats.files.images import decode_tiff
-from cellstore.reading.cells import FEATURE_COLUMNS
+from cellstore.db.split_models import SplitMember
+from cellstore.enums import Stage, Status, Subset
+from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.io.image_files import decode_tiff
+from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split, show_split
 from cellstore.stages.train import train
-from cellstore.terms import Stage, Status, Subset
 
 
 def test_the_network_reads_the_measurements_of_the_registry() -> None:
-    from cellstore.ops.features import FEATURE_NAMES
+    from cellstore.analysis.features import FEATURE_NAMES
 
     assert FEATURE_COLUMNS == FEATURE_NAMES
 
@@ -99,9 +94,9 @@ def test_the_scaler_knows_the_training_side_only(trained: Trained, opened: Opene
 
 @pytest.mark.heavy
 def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: Opener) -> None:
-    from cellstore.ops.checkpoints import load_checkpoint
-    from cellstore.ops.crops import CellBlock, cell_crops
-    from cellstore.ops.training import predict_batch
+    from cellstore.learn.checkpoints import load_checkpoint
+    from cellstore.learn.crops import CellBlock, cell_crops
+    from cellstore.learn.training import predict_batch
 
     workspace = opened(trained.root)
     result = predict(workspace, device="cpu")

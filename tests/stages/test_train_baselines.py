@@ -12,16 +12,17 @@ from small_training import Opener, cells_of, checkpoint, run_of, said
 from sqlalchemy import delete, select, text
 
 from cellstore.config import BaselineParams, SplitParams
-from cellstore.db.models import CellFeatures, Image, Label, Recipe, Split, SplitMember
+from cellstore.db.models import CellFeatures, Image, Label, Recipe
+from cellstore.db.split_models import Split, SplitMember
+from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.ops.baselines import BASELINES, FOREST, LOGISTIC, NULLS
-from cellstore.reading.cells import FEATURE_COLUMNS
-from cellstore.runs import Workspace
-from cellstore.stages.baselines import BaselineResult, train_baselines
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn.baselines import BASELINES, FOREST, LOGISTIC, NULLS
+from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split
+from cellstore.stages.train_baselines import BaselineResult, train_baselines
 from cellstore.store import Store
-from cellstore.terms import Stage, Status, Subset
 
 FEW = BaselineParams(trees=5, smallest_leaf=1)
 

@@ -14,25 +14,18 @@ from safetensors.torch import load
 from small_training import TINY, Opener, checkpoint, said
 from sqlalchemy import func, select, update
 
+from cellstore.analysis.features import GROUPS
 from cellstore.config import MeasureParams, PredictParams, Selection
-from cellstore.db.models import (
-    Cell,
-    FeatureSet,
-    Image,
-    Job,
-    Recipe,
-    Segmentation,
-    SplitMember,
-)
+from cellstore.db.models import Cell, FeatureSet, Image, Job, Recipe, Segmentation
+from cellstore.db.split_models import SplitMember
+from cellstore.enums import Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.ops.features import GROUPS
-from cellstore.reading import blocks
-from cellstore.reading.featuresets import FEATURE_COLUMNS
-from cellstore.runs import Workspace
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn import batches
+from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.measure import measure
 from cellstore.stages.predict import predict
 from cellstore.stages.train import train
-from cellstore.terms import Stage, Subset
 
 FOUR = 4
 """Cells of each of the six images that another tool found."""
@@ -75,14 +68,14 @@ def no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     def read_image(*_: object) -> None:
         raise AssertionError("an image was opened")
 
-    monkeypatch.setattr(blocks, "read_image", read_image)
+    monkeypatch.setattr(batches, "read_image", read_image)
 
 
 @pytest.mark.usefixtures("no_pixels")
 def test_features_without_masks_train_a_tabular_network(built: Path, opened: Opener) -> None:
-    from cellstore.ops.checkpoints import load_checkpoint
-    from cellstore.ops.crops import CellBlock
-    from cellstore.ops.training import predict_batch
+    from cellstore.learn.checkpoints import load_checkpoint
+    from cellstore.learn.crops import CellBlock
+    from cellstore.learn.training import predict_batch
 
     workspace = opened(built)
     cells = imported(workspace)

@@ -11,18 +11,17 @@ from small_training import Opener, StopsAfter, Trained, checkpoint
 from sqlalchemy import select, update
 
 from cellstore.config import TrainParams, TrainSetup, as_parameters
-from cellstore.db.models import Image, ImageFile, Label, Recipe, Run, SplitMember
+from cellstore.db.models import Image, ImageFile, Label, Recipe, Run
+from cellstore.db.split_models import SplitMember
+from cellstore.enums import Stage, Subset
 from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
-from cellstore.ops.objectives import LOSSES
-from cellstore.ops.sampling import SAMPLERS
-from cellstore.ops.schedules import SCHEDULES
-from cellstore.ops.teams import PRECISIONS
-from cellstore.ops.training import MONITORS
-from cellstore.reading.normalising import INTENSITIES, NORMALISATIONS
-from cellstore.runs import Workspace
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn.batches import SAMPLERS
+from cellstore.learn.normalising import INTENSITIES, NORMALISATIONS
+from cellstore.learn.training import LOSSES, MONITORS, PRECISIONS, SCHEDULES
+from cellstore.stages import train as train_module
 from cellstore.stages.predict import predict
-from cellstore.stages.train import logs, train
-from cellstore.terms import Stage, Subset
+from cellstore.stages.train import train
 
 PUBLISHED = {
     "crop_size": 224,
@@ -157,7 +156,7 @@ def test_logs_are_written_beside_the_store_or_their_package_is_named(
     lines = (tmp_path / "logs" / "csv" / "metrics.csv").read_text().splitlines()
     assert len(lines) == 1 + result.epochs
     assert {"step", "validation_loss"} <= set(lines[0].split(","))
-    monkeypatch.setattr(logs, "find_spec", lambda _: None)
+    monkeypatch.setattr(train_module, "find_spec", lambda _: None)
     for kind in ("tensorboard", "mlflow"):
         with pytest.raises(MissingExtraError, match=f"pip install {kind}"):
             train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=(kind,)))

@@ -19,16 +19,17 @@ from sqlalchemy import select, update
 
 from cellstore.config import SplitParams
 from cellstore.db.models import Cell, Recipe, Run, RunArtifact, RunMetric
+from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import RunCancelledError, StoreError, UnknownNameError, UserInputError
-from cellstore.runs import Workspace, files_of
-from cellstore.stages.jobs import cancel
+from cellstore.jobs.runs import files_of
+from cellstore.jobs.workspace import Workspace
+from cellstore.stages import train as train_module
+from cellstore.stages import verify as verifying
+from cellstore.stages.manage_jobs import cancel
 from cellstore.stages.split import create_split
 from cellstore.stages.status import status
-from cellstore.stages.train import TrainResult, keeping, model, stage, train
-from cellstore.stages.verify import stage as verifying
-from cellstore.stages.verify import verify
-from cellstore.stages.verify.report import Problem
-from cellstore.terms import ArtifactKind, Stage, Status
+from cellstore.stages.train import TrainResult, train
+from cellstore.stages.verify import Problem, verify
 
 ELSEWHERE = "other-host|77|0123456789ab|5|alone-01234567"
 
@@ -82,7 +83,7 @@ def test_a_killed_training_ends_as_one_that_was_not(
         raise OSError("the power is out")
 
     with monkeypatch.context() as patched:
-        patched.setattr(keeping, "attach", fail)  # after the file of epoch 3, before its rows
+        patched.setattr(train_module, "attach", fail)  # after the file of epoch 3, before its rows
         with pytest.raises(OSError, match="power"):
             train(workspace, resume=str(killed.id), device="cpu")
     assert run_of(workspace, killed.id).status is Status.FAILED
@@ -168,12 +169,12 @@ def test_a_run_that_another_process_took_further_is_not_spoilt(
     """Both were told to go on with it; the other was faster."""
     workspace = opened(built)
     run_id = broken_off(workspace)
-    new_model = stage.new_model
+    new_model = train_module.new_model
 
     def meanwhile(act: Any) -> Any:
         def then(*given: Any) -> Any:
             with monkeypatch.context() as patched:
-                patched.setattr(stage, "new_model", new_model)
+                patched.setattr(train_module, "new_model", new_model)
                 act()
             return new_model(*given)
 
@@ -184,13 +185,13 @@ def test_a_run_that_another_process_took_further_is_not_spoilt(
             train(replace(workspace, progress=StopsAfter(1)), resume=str(run_id), device="cpu")
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "new_model", meanwhile(one_more_epoch))
+        patched.setattr(train_module, "new_model", meanwhile(one_more_epoch))
         with pytest.raises(StoreError, match=f"in the meantime.*--resume {run_id}"):
             train(workspace, resume=str(run_id), device="cpu")
     done: list[TrainResult] = []
     finish = meanwhile(lambda: done.append(train(workspace, resume=str(run_id), device="cpu")))
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "new_model", finish)
+        patched.setattr(train_module, "new_model", finish)
         with pytest.raises(UserInputError, match="finished by another process"):
             train(workspace, resume=str(run_id), device="cpu")
     assert run_of(workspace, run_id).status is Status.DONE
@@ -203,7 +204,7 @@ def test_a_training_that_goes_on_keeps_what_was_fitted(
 ) -> None:
     workspace = opened(built)
     run_id = broken_off(workspace)
-    monkeypatch.setattr(model, "_fit", lambda *_: pytest.fail("fitted again"))
+    monkeypatch.setattr(train_module, "_fit", lambda *_: pytest.fail("fitted again"))
     assert train(workspace, resume=str(run_id), device="cpu").epochs == PARAMS.epochs
 
 
@@ -224,7 +225,7 @@ def test_a_cancelled_training_ends_and_one_that_was_taken_over_too(
     built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = opened(built)
-    monkeypatch.setattr(stage, "LISTEN_SECONDS", 0.0)
+    monkeypatch.setattr(train_module, "LISTEN_SECONDS", 0.0)
     with pytest.raises(RunCancelledError, match="was cancelled"):
         train(replace(workspace, progress=_Does(lambda: cancel(workspace))), PARAMS, device="cpu")
     run = trainings(workspace)[-1]
@@ -295,7 +296,7 @@ def test_weights_of_a_file_are_needed_in_the_first_epoch_only(
         train(replace(workspace, progress=StopsAfter(1)), given, device="cpu")
     run_id = trainings(workspace)[-1].id
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "read_state", lambda *_: None)
+        patched.setattr(train_module, "read_state", lambda *_: None)
         with pytest.raises(UserInputError, match="in its first epoch"):
             train(workspace, resume=str(run_id), device="cpu")
     weights.unlink()

@@ -18,13 +18,12 @@ from sqlalchemy import func, select
 from team_training import TOGETHER, environment, telling
 
 from cellstore.db.models import Run, RunMetric
+from cellstore.enums import Stage, Status
 from cellstore.errors import TeamError, UserInputError
-from cellstore.ops import training
-from cellstore.ops.teams import Team
-from cellstore.stages.train import stage, train
-from cellstore.stages.train.model import share_of_batch
-from cellstore.stages.train.plan import make_plan
-from cellstore.terms import Stage, Status
+from cellstore.learn import training
+from cellstore.learn.training import Team
+from cellstore.stages import train as train_module
+from cellstore.stages.train import make_plan, share_of_batch, train
 
 
 def free_port() -> int:
@@ -77,6 +76,6 @@ def test_processes_that_found_other_things_do_not_train(trained: Trained, opened
         def of_first(self, work: Callable[[], str]) -> str:
             return work()
 
-    stage._check_agreed(cast(Team, Alone()), plan)
+    train_module._check_agreed(cast(Team, Alone()), plan)
     with pytest.raises(TeamError, match="asked for different things"):
-        stage._check_agreed(cast(Team, Second()), plan)
+        train_module._check_agreed(cast(Team, Second()), plan)

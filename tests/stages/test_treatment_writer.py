@@ -7,15 +7,15 @@ from factories import Factory
 from sqlalchemy import event, func, select
 
 from cellstore.db.models import Treatment, Well, WellChange
-from cellstore.formats.records import TreatmentRecord
-from cellstore.runs import Workspace
-from cellstore.stages.ingest.treatments import writer as writer_module
-from cellstore.stages.ingest.treatments.writer import (
+from cellstore.enums import Control, Perturbation, Stage
+from cellstore.io.records import TreatmentRecord
+from cellstore.jobs.workspace import Workspace
+from cellstore.stages.ingest import ingest_treatments as writer_module
+from cellstore.stages.ingest.ingest_treatments import (
     TreatmentWriter,
     identity,
     suspicious_spellings,
 )
-from cellstore.terms import Control, Perturbation, Stage
 
 AMG = TreatmentRecord(
     Perturbation.COMPOUND,

@@ -1,0 +1,192 @@
+"""Whether treated cells can be told from control cells at all, on wells never seen.
+
+The published sanity check: a logistic regression of treated against control cells on their
+features. Here no well is on both sides of a fold, since cells of one well are alike whatever was
+done to it, and cells are balanced, so that 0.5 is chance. What chance looks like with so many wells
+is measured, too: by control wells against other control wells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserInputError
+
+Numbers = NDArray[np.float64]
+Ids = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+FEWEST_WELLS = 2
+"""Wells that each side must have: with one, no other is left to learn from."""
+
+FOLDS = 5
+RESAMPLES = 1000
+
+
+class Verdict(StrEnum):
+    """Whether a treatment looks different from control."""
+
+    YES = "yes"
+    NO = "no"
+    TOO_FEW = "too few wells"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How well cells of T treated wells are told from cells of C control wells.
+
+    ``accuracy``, ``balanced_accuracy`` and ``auc`` (area under the ROC curve: how often a treated
+    cell looks more treated than a control cell) are of cells in folds that did not train; ``low``
+    and ``high`` bound ``auc``: 95 % bootstrap interval, drawing wells of each side.
+    """
+
+    treated_wells: int
+    control_wells: int
+    treated_cells: int
+    control_cells: int
+    accuracy: float
+    balanced_accuracy: float
+    auc: float
+    low: float
+    high: float
+
+
+def contrast(
+    rows: Numbers,
+    treated: Flags,
+    wells: Ids,
+    plates: NDArray[Any] | None = None,
+    *,
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> Contrast:
+    """Cross-validate a logistic regression of ``treated`` (N,) on ``rows`` (N, F) by well.
+
+    ``wells`` (N,) name the well of each cell, ``plates`` (N,) its plate. Rows are standardised
+    plate by plate, over cells of both sides, of which there should be as many on each plate: plates
+    may differ by more than any treatment does, and this takes no label. In each fold they are
+    standardised as its training cells are. A value that is NaN becomes 0, the mean. There are at
+    most as many folds as either side has wells.
+
+    Raises ``UserInputError`` where a side has one well only.
+    """
+    sides = [np.unique(wells[treated == side]) for side in (True, False)]
+    smallest = min(len(side) for side in sides)
+    if smallest < FEWEST_WELLS:
+        raise UserInputError("Both sides need two wells or more to hold one out.")
+    if plates is not None:
+        rows = _by_plate(rows, plates)
+    scores = _held_out(rows, treated, wells, min(folds, smallest), seed)
+    wins, sizes = _wins(scores, treated, wells)
+    low, high = _interval(wins, sizes, seed)
+    said = scores > 0
+    recall = [float(np.mean(said[treated == side] == side)) for side in (True, False)]
+    return Contrast(
+        treated_wells=len(sides[0]),
+        control_wells=len(sides[1]),
+        treated_cells=int(treated.sum()),
+        control_cells=int((~treated).sum()),
+        accuracy=float(np.mean(said == treated)),
+        balanced_accuracy=sum(recall) / 2,
+        auc=float(wins.sum() / np.outer(*sizes).sum()),
+        low=low,
+        high=high,
+    )
+
+
+def judge(found: Contrast, nulls: list[float]) -> Verdict:
+    """Return whether a treatment looks different from control.
+
+    It does, if the interval of its AUC is above 0.5 and its AUC above 95 % of those of control
+    wells against control wells (``nulls``), where there are any. An AUC below 0.5 is no difference.
+    """
+    usual = max(0.5, float(np.quantile(nulls, 0.95))) if nulls else 0.5
+    return Verdict.YES if found.low > 0.5 and found.auc > usual else Verdict.NO
+
+
+def _held_out(
+    rows: NDArray[np.float64], treated: Flags, wells: Ids, folds: int, seed: int
+) -> Numbers:
+    """Log odds (N,) that a cell is treated, by a model that has not seen its well."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    scores = np.zeros(len(rows))
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for train, test in splitter.split(rows, treated, wells):
+        seen, held = _standardised(rows[train], rows[test])
+        model = LogisticRegression(class_weight="balanced", max_iter=1000)
+        scores[test] = model.fit(seen, treated[train]).decision_function(held)
+    return scores
+
+
+def _by_plate(rows: Numbers, plates: NDArray[Any]) -> Numbers:
+    scaled = np.empty_like(rows)
+    for plate in np.unique(plates):
+        there = plates == plate
+        scaled[there] = _standardised(rows[there], rows[there])[0]
+    return scaled
+
+
+def _standardised(train: Numbers, test: Numbers) -> tuple[Numbers, Numbers]:
+    there = np.isfinite(train)
+    count = np.maximum(there.sum(axis=0), 1)
+    mean = np.where(there, train, 0.0).sum(axis=0) / count
+    deviation = np.sqrt((np.where(there, train - mean, 0.0) ** 2).sum(axis=0) / count)
+    varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1e-300)
+    scale = np.where(varies, deviation, 1.0)
+    scaled = [
+        np.nan_to_num((some - mean) / scale, nan=0.0, posinf=0.0, neginf=0.0)
+        for some in (train, test)
+    ]
+    return scaled[0], scaled[1]
+
+
+def _wins(scores: Numbers, treated: Flags, wells: Ids) -> tuple[Numbers, tuple[Ids, Ids]]:
+    """How often cells of each treated well score above cells of each control well.
+
+    Wins (T, C), a draw counting half (Mann and Whitney 1947), and the cells of each well, (T,) and
+    (C,). The AUC is the sum of wins over the number of pairs of cells.
+    """
+    (ours, our_cells), (theirs, their_cells) = (
+        _by_well(scores[treated == side], wells[treated == side]) for side in (True, False)
+    )
+    wins = np.empty((len(our_cells), len(their_cells)))
+    starts = np.cumsum([0, *our_cells[:-1]])
+    every = np.concatenate(ours)
+    for column, scored in enumerate(theirs):
+        below, upto = (np.searchsorted(scored, every, side=side) for side in ("left", "right"))
+        wins[:, column] = np.add.reduceat((below + upto) / 2, starts)
+    return wins, (our_cells, their_cells)
+
+
+def _by_well(scores: Numbers, wells: Ids) -> tuple[list[Numbers], Ids]:
+    """The scores of each well in ascending order, and how many there are of each."""
+    names, counts = np.unique(wells, return_counts=True)
+    return [np.sort(scores[wells == name]) for name in names], counts.astype(np.int64)
+
+
+def _interval(wins: Numbers, sizes: tuple[Ids, Ids], seed: int) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the AUC, drawing wells of each side.
+
+    Where every treated cell is above every control cell, or below, all draws are alike and say
+    nothing; then it is the interval of Clopper and Pearson (1934) for as many wells without error.
+    """
+    pairs = np.outer(*sizes)
+    if not wins.any() or (wins == pairs).all():
+        reach = 0.025 ** (1 / sum(len(some) for some in sizes))
+        return (reach, 1.0) if wins.any() else (0.0, 1 - reach)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    ours, theirs = (
+        generator.multinomial(len(some), np.full(len(some), 1 / len(some)), size=RESAMPLES)
+        for some in sizes
+    )
+    won = np.einsum("rt,tc,rc->r", ours, wins, theirs, optimize=True)
+    drawn = won / ((ours @ sizes[0]) * (theirs @ sizes[1]))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)

@@ -1,0 +1,365 @@
+"""Where cells are and what shape they have: from runs, exact but for the last division."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ImageError
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+_NARROW = np.iinfo(np.uint16).max
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """The N cells of ``masks`` (H, W) by ascending label, and their R runs.
+
+    ``labels`` (N,). ``segments`` (S,): where in the flat image a run of equal values begins, of
+    the background too. ``picked`` (R,): the segments that are runs of cells, by cell and place;
+    ``rows``, ``cols`` (their first pixel) and ``lengths`` (R,). ``first`` (N,): the first run of
+    each cell, ``cells`` (R,): the cell of each run, from 0.
+    """
+
+    masks: NDArray[Any]
+    labels: Integers
+    segments: Integers
+    picked: Integers
+    rows: Integers
+    cols: Integers
+    lengths: Integers
+    first: Integers
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def cells(self) -> Integers:
+        """The cell of each run, from 0."""
+        return np.repeat(np.arange(len(self)), self.n_runs)
+
+    @cached_property
+    def n_runs(self) -> Integers:
+        """How many runs each cell has."""
+        number: Integers = np.diff(self.first, append=len(self.rows))
+        return number
+
+    @cached_property
+    def areas(self) -> Integers:
+        """How many pixels each cell has."""
+        areas: Integers = self.total(self.lengths)
+        return areas
+
+    @cached_property
+    def offsets(self) -> Integers:
+        """(N + 1,) where the pixels of each cell begin in :attr:`places`."""
+        offsets: Integers = np.concatenate(([0], np.cumsum(self.areas)))
+        return offsets
+
+    @cached_property
+    def places(self) -> Integers:
+        """(P,) flat index of each pixel of a cell, by cell and place."""
+        before: Integers = np.cumsum(self.lengths) - self.lengths
+        start = self.rows * self.masks.shape[1] + self.cols - before
+        return np.repeat(start, self.lengths) + np.arange(self.lengths.sum())
+
+    @cached_property
+    def begins(self) -> NDArray[np.bool_]:
+        """(H, W) whether a pixel has another value than the one to its left, if there is one."""
+        begins = np.zeros(self.masks.size, dtype=bool)
+        begins[self.segments] = True
+        return begins.reshape(self.masks.shape)
+
+    def total(self, of_runs: NDArray[Any]) -> Any:
+        """Return the sum over the runs of each cell."""
+        return np.add.reduceat(of_runs, self.first) if len(self) else of_runs[:0]
+
+    def cells_of(self, values: NDArray[Any]) -> Integers:
+        """Return the cell, from 0, of each label in ``values``."""
+        if len(self) == 0 or self.labels[-1] > _NARROW:
+            return np.searchsorted(self.labels, values)
+        lookup = np.zeros(self.labels[-1] + 1, dtype=np.int64)
+        lookup[self.labels] = np.arange(len(self))
+        cells: Integers = lookup[values]
+        return cells
+
+
+def find_regions(masks: NDArray[Any]) -> Regions:
+    """Return the cells of ``masks``: (H, W) integers, 0 is background, any other value one cell.
+
+    Raises:
+        ImageError: it is not one plane, or holds something else than whole numbers from 0.
+
+    """
+    masks = np.ascontiguousarray(masks)
+    if masks.ndim != 2:
+        raise ImageError(f"Masks must be one plane, these have the shape {masks.shape}.")
+    if not np.issubdtype(masks.dtype, np.integer):
+        raise _not_masks()
+    begins = np.ones(masks.shape, dtype=bool)
+    np.not_equal(masks[:, 1:], masks[:, :-1], out=begins[:, 1:])
+    segments = np.flatnonzero(begins)
+    return _by_cell(masks, segments, masks.ravel()[segments])
+
+
+def _by_cell(masks: NDArray[Any], segments: Integers, values: NDArray[Any]) -> Regions:
+    if values.size and values.min() < 0:
+        raise _not_masks()
+    if masks.dtype.itemsize > 2 and (values.size == 0 or values.max() <= _NARROW):
+        # Comparing and sorting narrow numbers is several times faster.
+        masks, values = masks.astype(np.uint16), values.astype(np.uint16)
+    picked = np.flatnonzero(values)
+    picked = picked[np.argsort(values[picked], kind="stable")]
+    values = values[picked]
+    first = np.flatnonzero(np.diff(values, prepend=0)) if picked.size else picked
+    rows, cols = np.divmod(segments[picked], max(1, masks.shape[1]))
+    lengths = np.diff(segments, append=masks.size)[picked]
+    labels = values[first].astype(np.int64)
+    return Regions(masks, labels, segments, picked, rows, cols, lengths, first)
+
+
+def _not_masks() -> ImageError:
+    return ImageError("Masks must be whole numbers from 0; segment this image again.")
+
+
+def check_plane(plane: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return the pixels (H * W,) of a plane of numbers, one after the other.
+
+    Raises:
+        ImageError: it has another shape than its masks, or values that are not finite.
+
+    """
+    if np.shape(plane) != shape:
+        raise ImageError(
+            f"The image has the shape {np.shape(plane)} and its masks {shape}; "
+            "segment this image again."
+        )
+    flat = np.ascontiguousarray(plane).ravel()
+    if flat.dtype == bool:
+        return flat.view(np.uint8)
+    if np.issubdtype(flat.dtype, np.floating) and not np.isfinite(flat).all():
+        raise ImageError("The image holds values that are not finite numbers.")
+    return flat
+
+
+_DIRECT, _DIAGONAL = 2, 10
+# K. Benkrid, D. Crookes: Design and FPGA implementation of a perimeter estimator, as in
+# skimage.measure.perimeter. A pixel of the outline adds 1 for itself, 2 for each direct and 10 for
+# each diagonal neighbour on the outline; which sums count as what length:
+_STRAIGHT = (5, 7, 15, 17, 25, 27)
+_SLANTED = (21, 33)
+_MIXED = (13, 23)
+
+
+def perimeters(regions: Regions) -> Floats:
+    """Return the length (N,) of the outline of each cell, in pixels; holes count."""
+    if len(regions) == 0:
+        return np.empty(0)
+    marks = _marked(regions)
+    flat, width = marks.ravel(), marks.shape[1]
+    at = np.flatnonzero(flat)
+    values = flat[at]
+    codes = np.ones(len(at), dtype=np.uint8)
+    for weight, steps in (
+        (_DIRECT, (-width, -1, 1, width)),
+        (_DIAGONAL, (-width - 1, -width + 1, width - 1, width + 1)),
+    ):
+        for step in steps:
+            codes += np.uint8(weight) * (flat[at + step] == values)
+    return _lengths(regions, values, codes)
+
+
+def _lengths(regions: Regions, values: NDArray[Any], codes: NDArray[np.uint8]) -> Floats:
+    kinds = np.zeros(64, dtype=np.int64)
+    for kind, sums in enumerate((_STRAIGHT, _SLANTED, _MIXED), start=1):
+        kinds[list(sums)] = kind
+    cells = regions.cells_of(values)
+    counts = np.bincount(4 * cells + kinds[codes], minlength=4 * len(regions))
+    counts = counts.reshape(-1, 4)
+    lengths: Floats = counts[:, 1:] @ np.array([1, sqrt(2), (1 + sqrt(2)) / 2])
+    return lengths
+
+
+def _marked(regions: Regions) -> NDArray[Any]:
+    """Masks (H + 2, W + 2) in which only the outlines of the cells are left."""
+    masks = regions.masks
+    marks = np.zeros((masks.shape[0] + 2, masks.shape[1] + 2), dtype=masks.dtype)
+    np.multiply(masks, _touches(regions, rim=True), out=marks[1:-1, 1:-1])
+    return marks
+
+
+def _touches(regions: Regions, *, rim: bool) -> NDArray[np.bool_]:
+    """(H, W) whether a direct neighbour has another value; ``rim``: or is outside the image."""
+    masks = regions.masks
+    touches = regions.begins.copy()
+    touches[:, 0] = rim
+    touches[:, :-1] |= regions.begins[:, 1:]
+    below = masks[1:] != masks[:-1]
+    touches[1:] |= below
+    touches[:-1] |= below
+    if rim:
+        touches[:, -1] = touches[0] = touches[-1] = True
+    return touches
+
+
+def edge_pixels(regions: Regions) -> tuple[Integers, Integers]:
+    """Return the inner boundary: the pixels of cells with a direct neighbour of another value.
+
+    Those of ``skimage.segmentation.find_boundaries(masks, mode="inner")``; the rim of the image is
+    no boundary. Two arrays (E,): the cell, from 0, ascending, and the flat index of each pixel.
+    """
+    if len(regions) == 0:
+        return regions.labels, regions.labels
+    inside = _touches(regions, rim=False).ravel() & (regions.masks.ravel() != 0)
+    at = np.flatnonzero(inside)
+    cells = regions.cells_of(regions.masks.ravel()[at])
+    order = np.argsort(cells, kind="stable")
+    return cells[order], at[order]
+
+
+def convex_areas(regions: Regions) -> Integers:
+    """Return the number of pixels (N,) of the convex hull of each cell."""
+    if len(regions) == 0:
+        return regions.labels
+    cells, rows, left, right = _row_extremes(regions)
+    low = _inner_columns(*_profile(cells, rows, left))
+    high = _inner_columns(*_profile(cells, rows, -right))
+    # Both are bounds of the same rows of the same cells; the right one is mirrored.
+    widths = -high[1] - low[1] + 1
+    return np.bincount(low[0], widths, minlength=len(regions)).astype(np.int64)
+
+
+def _row_extremes(regions: Regions) -> tuple[Integers, Integers, Integers, Integers]:
+    """First and last column of each cell in each of its rows: cell, row, left, right."""
+    cells, rows = regions.cells, regions.rows
+    begins = np.ones(len(rows), dtype=bool)
+    begins[1:] = (cells[1:] != cells[:-1]) | (rows[1:] != rows[:-1])
+    first = np.flatnonzero(begins)
+    last = np.append(first[1:], len(rows)) - 1
+    right = regions.cols[last] + regions.lengths[last] - 1
+    return cells[first], rows[first], regions.cols[first], right
+
+
+def _profile(cells: Integers, rows: Integers, left: Integers) -> tuple[Integers, ...]:
+    """Leftmost points of the diamonds, in half pixels: cell, y, x by cell and y, each y once."""
+    cell = np.repeat(cells, 3)
+    y = (2 * rows[:, None] + np.array([-1, 0, 1])).ravel()
+    x = (2 * left[:, None] + np.array([0, -1, 0])).ravel()
+    # The lower tip of a row's diamond and the upper tip of the next row's are at one height.
+    twin = np.flatnonzero((y[1:] == y[:-1]) & (cell[1:] == cell[:-1]))
+    order = np.ones(len(y), dtype=bool)
+    x[twin] = np.minimum(x[twin], x[twin + 1])
+    order[twin + 1] = False
+    return cell[order], y[order], x[order]
+
+
+def _corners(cell: Integers, y: Integers, x: Integers) -> tuple[Integers, ...]:
+    """Keep the corners of the left side of each hull.
+
+    A point on or right of the line between two other points is no corner, whether or not these
+    two are; so all such points can go at once, until there are none.
+    """
+    while True:
+        inner = (cell[:-2] == cell[1:-1]) & (cell[2:] == cell[1:-1])
+        above, below = y[1:-1] - y[:-2], y[2:] - y[1:-1]
+        bend = (x[1:-1] - x[:-2]) * below - (x[2:] - x[1:-1]) * above
+        drop = inner & (bend >= 0)
+        if not drop.any():
+            return cell, y, x
+        keep = np.ones(len(y), dtype=bool)
+        keep[1:-1] = ~drop
+        cell, y, x = cell[keep], y[keep], x[keep]
+
+
+def _inner_columns(cell: Integers, y: Integers, x: Integers) -> tuple[Integers, Integers]:
+    """The first column inside the hull in each row from top to bottom: cell, column."""
+    cell, y, x = _corners(cell, y, x)
+    side = np.flatnonzero(cell[1:] == cell[:-1])
+    top, dy, dx = y[side], y[side + 1] - y[side], x[side + 1] - x[side]
+    # Pixel rows are the even heights; each side has those from its upper corner, excluded at odd
+    # heights anyway, to before its lower corner.
+    start = top + (top & 1)
+    number = np.maximum(0, (y[side + 1] - start + 1) // 2)
+    of = np.repeat(np.arange(len(side)), number)
+    step = np.arange(len(of)) - np.repeat(np.cumsum(number) - number, number)
+    height = start[of] + 2 * step - top[of]
+    numerator = x[side][of] * dy[of] + height * dx[of]
+    return cell[side][of], -(-numerator // (2 * dy[of]))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Boxes, centroids and second moments of the cells of ``regions``, (N,) each."""
+
+    regions: Regions
+
+    @cached_property
+    def box(self) -> tuple[Integers, Integers, Integers, Integers]:
+        """``min_row, min_col, max_row, max_col``, half open."""
+        runs = self.regions
+        if len(runs) == 0:
+            return runs.labels, runs.labels, runs.labels, runs.labels
+        last = runs.first + runs.n_runs - 1
+        min_col = np.minimum.reduceat(runs.cols, runs.first)
+        max_col = np.maximum.reduceat(runs.cols + runs.lengths, runs.first)
+        return runs.rows[runs.first], min_col, runs.rows[last] + 1, max_col
+
+    @cached_property
+    def centroid(self) -> tuple[Floats, Floats]:
+        """Row and column of the centroid."""
+        runs = self.regions
+        rows = runs.total(runs.lengths * runs.rows)
+        cols = runs.total(_along(runs.cols, runs.lengths))
+        return rows / runs.areas, cols / runs.areas
+
+    @cached_property
+    def inertia(self) -> tuple[Floats, Floats, Floats]:
+        """``a, b, c`` of the inertia tensor [[a, b], [b, c]] per pixel, as scikit-image has it.
+
+        Moments are taken about the pixel next to the centroid, where they are small whole numbers,
+        and moved to the centroid after: nothing cancels.
+        """
+        runs, n = self.regions, self.regions.lengths
+        middle = [np.rint(value).astype(np.int64)[runs.cells] for value in self.centroid]
+        rows, cols = runs.rows - middle[0], runs.cols - middle[1]
+        along, areas = _along(cols, n), runs.areas
+        mean_row, mean_col = runs.total(n * rows) / areas, runs.total(along) / areas
+        squares = n * cols**2 + cols * n * (n - 1) + (n - 1) * n * (2 * n - 1) // 6
+        of_rows = runs.total(n * rows**2) / areas - mean_row**2
+        of_cols = runs.total(squares) / areas - mean_col**2
+        mixed = runs.total(rows * along) / areas - mean_row * mean_col
+        return of_cols, -mixed, of_rows
+
+    @cached_property
+    def eigenvalues(self) -> tuple[Floats, Floats]:
+        """The larger and the smaller eigenvalue of the inertia tensor."""
+        a, b, c = self.inertia
+        middle, half = (a + c) / 2, np.hypot((a - c) / 2, b)
+        return middle + half, np.maximum(middle - half, 0)
+
+    @cached_property
+    def eccentricity(self) -> Floats:
+        """0 for a disc, towards 1 for a line; 0 for a single pixel."""
+        large, small = self.eigenvalues
+        ratio = np.divide(small, large, out=np.ones_like(large), where=large > 0)
+        found: Floats = np.sqrt(1 - ratio)
+        return found
+
+    @cached_property
+    def orientation(self) -> Floats:
+        """Angle of the long axis from the row axis, -pi/2..pi/2."""
+        a, b, c = self.inertia
+        round_ones = np.where(b < 0, np.pi / 4, -np.pi / 4)
+        return np.where(a == c, round_ones, 0.5 * np.arctan2(-2 * b, c - a))
+
+
+def _along(cols: Integers, lengths: Integers) -> Integers:
+    """Sum of the columns of runs of ``lengths`` pixels that begin at ``cols``."""
+    return lengths * cols + lengths * (lengths - 1) // 2

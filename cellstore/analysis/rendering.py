@@ -1,0 +1,594 @@
+"""A made-up plate set with truth masks, for the demo and the tests.
+
+Each treatment changes shape, size, texture, brightness and number of the cells a little; wells
+and plates differ besides, as real ones do. A field depends on nothing but the design's seed and
+its own plate, well and site, so fields can be rendered in any order and on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import ndimage
+
+from ..errors import UserInputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+HARMONICS = np.arange(2, 7)
+"""Bumps around the outline: 2 gives a bean, 6 a cog."""
+
+SMALLEST_AREA = 20
+"""Pixels; what is left of a cell behind others or beyond the border may not be less."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """How the cells of one field look and lie, before light falls on them.
+
+    ``diameter``: median, pixels. ``spread``: standard deviation of its logarithm.
+    ``elongation``: median ratio of the axes. ``irregularity``: amplitude of the harmonics,
+    as a share of the radius. ``crowding``: probability that a cell is put beside another one.
+    ``overlap``: largest share of a cell that may lie behind others.
+    """
+
+    count: int
+    diameter: float
+    spread: float = 0.12
+    elongation: float = 1.25
+    irregularity: float = 0.05
+    crowding: float = 0.3
+    overlap: float = 0.25
+
+
+@dataclass
+class CellMap:
+    """What :func:`lay_cells` returns; every array is (H, W).
+
+    ``masks``: uint16, labels 1..count. ``height``: float32, 0 at a cell's edge, 1 at its centre.
+    ``behind``: float32, number of further cells that lie behind this pixel.
+    """
+
+    masks: NDArray[np.uint16]
+    height: NDArray[np.float32]
+    behind: NDArray[np.float32]
+    centres: list[tuple[float, float, float]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Number of cells."""
+        return len(self.centres)
+
+
+def lay_cells(rng: np.random.Generator, shape: tuple[int, int], population: Population) -> CellMap:
+    """Lay up to ``population.count`` cells into a field of ``shape`` (H, W).
+
+    Fewer where they do not fit: each gets a few attempts, as many as there are cells in all.
+    """
+    cells = CellMap(
+        np.zeros(shape, np.uint16), np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    )
+    for _ in range(3 * population.count):
+        if cells.count >= population.count:
+            break
+        _try_cell(rng, cells, population)
+    return cells
+
+
+def smooth_noise(
+    rng: np.random.Generator, shape: tuple[int, ...], scale: float
+) -> NDArray[np.float32]:
+    """Random field (H, W) of mean 0 and deviation 1, correlated over about ``scale`` pixels."""
+    step = max(1, int(scale / 2))
+    coarse = tuple(int(np.ceil(side / step)) + 2 for side in shape)
+    noise = rng.standard_normal(coarse, dtype=np.float32)
+    noise = ndimage.gaussian_filter(noise, scale / step, mode="wrap")
+    if step > 1:
+        noise = ndimage.zoom(noise, step, order=1)
+    noise = noise[: shape[0], : shape[1]]
+    even: NDArray[np.float32] = (noise - noise.mean()) / max(float(noise.std()), 1e-6)
+    return even
+
+
+def blurred(image: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+    """Gaussian blur; a wide one is made on a coarser grid, where it costs less."""
+    step = max(1, int(sigma / 3))
+    soft: NDArray[np.float32]
+    if step == 1:
+        soft = ndimage.gaussian_filter(image, sigma)
+        return soft
+    small = ndimage.gaussian_filter(image[::step, ::step], sigma / step)
+    wide = np.pad(small, ((0, 1), (0, 1)), mode="edge")
+    soft = ndimage.zoom(wide, step, order=1)[: image.shape[0], : image.shape[1]]
+    return soft
+
+
+def _try_cell(rng: np.random.Generator, cells: CellMap, population: Population) -> None:
+    diameter = population.diameter * np.exp(population.spread * rng.standard_normal())
+    y, x = _position(rng, cells, population.crowding, diameter / 2)
+    box, rho = _normalised_radius(rng, cells.masks.shape, (y, x), diameter, population)
+    inside = rho < 1
+    taken = inside & (cells.masks[box] > 0)
+    if taken.sum() > population.overlap * inside.sum():
+        return
+    visible = _one_piece(inside & ~taken) if taken.any() else inside
+    if visible.sum() < SMALLEST_AREA:
+        return
+    cells.centres.append((y, x, diameter / 2))
+    cells.masks[box][visible] = cells.count
+    cells.height[box][visible] = 1 - rho[visible] ** 2
+    cells.behind[box][taken] += 1
+
+
+def _position(
+    rng: np.random.Generator, cells: CellMap, crowding: float, radius: float
+) -> tuple[float, float]:
+    if cells.centres and rng.random() < crowding:
+        y, x, other = cells.centres[rng.integers(cells.count)]
+        angle, distance = rng.uniform(0, 2 * np.pi), (radius + other) * rng.uniform(0.8, 1.15)
+        return y + distance * np.sin(angle), x + distance * np.cos(angle)
+    height, width = cells.masks.shape
+    margin = radius / 2
+    return rng.uniform(-margin, height + margin), rng.uniform(-margin, width + margin)
+
+
+def _normalised_radius(
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    centre: tuple[float, float],
+    diameter: float,
+    population: Population,
+) -> tuple[tuple[slice, slice], NDArray[np.float32]]:
+    """The box around a cell, and in it the distance from the centre in units of the edge's."""
+    ratio = max(1.0, population.elongation * np.exp(0.15 * rng.standard_normal()))
+    tilt = rng.uniform(0, np.pi)
+    amplitude = population.irregularity * rng.standard_normal(len(HARMONICS)) / HARMONICS * 2
+    phase = rng.uniform(0, 2 * np.pi, len(HARMONICS))
+    reach = diameter / 2 * np.sqrt(ratio) * (1 + np.abs(amplitude).sum())
+    box = tuple(
+        slice(*np.clip([int(c - reach) - 1, int(c + reach) + 2], 0, side))
+        for c, side in zip(centre, shape, strict=True)
+    )
+    rows, columns = (np.arange(s.start, s.stop, dtype=np.float32) for s in box)
+    dy, dx = rows[:, None] - np.float32(centre[0]), columns[None] - np.float32(centre[1])
+    along = (dx * np.cos(tilt) + dy * np.sin(tilt)) / (diameter / 2 * np.sqrt(ratio))
+    across = (dy * np.cos(tilt) - dx * np.sin(tilt)) / (diameter / 2 / np.sqrt(ratio))
+    edge = _outline(np.arctan2(across, along), amplitude, phase)
+    rho = np.hypot(along, across) / np.maximum(edge, 0.3)
+    return (box[0], box[1]), rho.astype(np.float32)
+
+
+def _outline(
+    angle: NDArray[np.float32], amplitude: NDArray[Any], phase: NDArray[Any]
+) -> NDArray[np.float32]:
+    edge = np.ones_like(angle)
+    for harmonic, size, shift in zip(HARMONICS, amplitude, phase, strict=True):
+        edge += np.float32(size) * np.cos(angle * np.float32(harmonic) + np.float32(shift))
+    return edge
+
+
+def _one_piece(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The largest connected piece of ``mask``."""
+    pieces, count = ndimage.label(mask)
+    if count <= 1:
+        return mask
+    largest: NDArray[np.bool_] = pieces == 1 + int(np.argmax(np.bincount(pieces.ravel())[1:]))
+    return largest
+
+
+SMALLEST, LARGEST = 9.0, 64.0
+"""Range of the median cell diameter of a field, pixels."""
+
+
+@dataclass(frozen=True)
+class TrainingField:
+    """``image``: (H, W) float32, any scale. ``masks``: (H, W) uint16. ``diameter``: pixels."""
+
+    image: NDArray[np.float32]
+    masks: NDArray[np.uint16]
+    diameter: float
+
+
+def render_nuclei(
+    rng: np.random.Generator, shape: tuple[int, int], diameter: float | None = None
+) -> TrainingField:
+    """One field of ``shape`` (H, W) of cells with the given or a random median diameter."""
+    if diameter is None:
+        diameter = float(np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST))))
+    cells = lay_cells(rng, shape, _rendering_nuclei_population(rng, shape, diameter))
+    light = _cell_light(rng, cells, diameter)
+    light = _surroundings(rng, light, diameter)
+    image = _rendering_nuclei_camera(rng, light, diameter)
+    return TrainingField(image, cells.masks, diameter)
+
+
+def _rendering_nuclei_population(
+    rng: np.random.Generator, shape: tuple[int, int], diameter: float
+) -> Population:
+    # A share of the area, skewed to sparse fields; the most crowded ones are confluent.
+    covered = 0.03 + 0.6 * rng.beta(1.2, 1.8)
+    count = int(np.clip(covered * shape[0] * shape[1] / (0.785 * diameter**2), 3, 600))
+    return Population(
+        count=count,
+        diameter=diameter,
+        spread=rng.uniform(0.05, 0.35),
+        elongation=rng.uniform(1.0, 1.7),
+        irregularity=rng.choice([0.02, 0.05, 0.1, 0.16], p=[0.3, 0.4, 0.2, 0.1]),
+        crowding=rng.choice([0.1, 0.5, 0.85]),
+        overlap=rng.choice([0.1, 0.25, 0.35]),
+    )
+
+
+def _cell_light(rng: np.random.Generator, cells: CellMap, diameter: float) -> NDArray[np.float32]:
+    """Light of the cells alone, about 1 in a typical one, 0 outside."""
+    brightness = np.exp(rng.uniform(0.05, 0.75) * rng.standard_normal(cells.count + 1))
+    special = rng.random(cells.count + 1) < 0.03
+    brightness[special] *= rng.uniform(2.0, 4.0)
+    brightness[0] = 0
+    light: NDArray[np.float32] = brightness[cells.masks].astype(np.float32)
+    light *= _profile(rng, cells.height)
+    light *= 1 + rng.uniform(0, 0.8) * cells.behind
+    light *= _texture(rng, cells.masks.shape, diameter)
+    return light
+
+
+def _profile(rng: np.random.Generator, height: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Flat, domed or hollow across the cell."""
+    kind = rng.random()
+    if kind < 0.2:
+        return np.ones_like(height)
+    if kind < 0.85:
+        return np.maximum(height, 0.02) ** np.float32(rng.uniform(0.05, 0.7))
+    return 1 - np.float32(rng.uniform(0.1, 0.6)) * height
+
+
+def _texture(
+    rng: np.random.Generator, shape: tuple[int, ...], diameter: float
+) -> NDArray[np.float32]:
+    fine = smooth_noise(rng, shape, max(0.6, diameter * rng.uniform(0.02, 0.07)))
+    coarse = smooth_noise(rng, shape, max(0.8, diameter * rng.uniform(0.1, 0.3)))
+    grain = 1 + rng.uniform(0, 0.3) * fine + rng.uniform(0, 0.3) * coarse
+    spots = smooth_noise(rng, shape, max(0.7, diameter * rng.uniform(0.05, 0.1)))
+    grain[spots > 1.5] *= rng.choice([1.0, rng.uniform(0.3, 0.9), rng.uniform(1.1, 2.0)])
+    return np.clip(grain, 0.15, 3.0)
+
+
+def _surroundings(
+    rng: np.random.Generator, light: NDArray[np.float32], diameter: float
+) -> NDArray[np.float32]:
+    """Add what is not a cell: glow, uneven background, blobs out of focus, debris."""
+    typical = float(np.median(light[light > 0])) if light.any() else 1.0
+    light = light + rng.choice([0.0, rng.uniform(0, 0.5)]) * blurred(
+        light, diameter * rng.uniform(0.3, 1.5)
+    )
+    background = typical * np.exp(rng.uniform(np.log(0.01), np.log(0.6)))
+    waves = smooth_noise(rng, light.shape, min(light.shape) * rng.uniform(0.15, 0.6))
+    light += background * np.maximum(0.1, 1 + rng.uniform(0, 0.5) * waves)
+    if rng.random() < 0.25:
+        light += _blobs(rng, light.shape, diameter) * typical * rng.uniform(0.1, 0.35)
+    if rng.random() < 0.35:
+        _add_debris(rng, light, typical, diameter)
+    return _shaded(rng, light)
+
+
+def _blobs(
+    rng: np.random.Generator, shape: tuple[int, ...], diameter: float
+) -> NDArray[np.float32]:
+    """Cells far out of focus: light without an outline, which is nobody's mask."""
+    population = Population(int(rng.integers(1, 6)), diameter * 1.2, crowding=0.0)
+    blob = (lay_cells(rng, (shape[0], shape[1]), population).masks > 0).astype(np.float32)
+    return blurred(blob, diameter * rng.uniform(0.35, 0.6))
+
+
+def _add_debris(
+    rng: np.random.Generator, light: NDArray[np.float32], typical: float, diameter: float
+) -> None:
+    count = int(rng.integers(1, 25))
+    specks = np.zeros_like(light)
+    rows, columns = (rng.integers(0, side, count) for side in light.shape)
+    sigma = max(0.5, diameter * rng.uniform(0.02, 0.06))
+    specks[rows, columns] = typical * rng.uniform(0.3, 2.0, count) * 6.3 * sigma**2
+    light += blurred(specks, sigma)
+
+
+def _shaded(rng: np.random.Generator, light: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Uneven illumination: a smooth gain over the field."""
+    if rng.random() < 0.5:
+        return light
+    waves = smooth_noise(rng, light.shape, min(light.shape) * rng.uniform(0.4, 1.0))
+    return light * np.clip(1 + rng.uniform(0.05, 0.3) * waves, 0.3, 2.0)
+
+
+def _rendering_nuclei_camera(
+    rng: np.random.Generator, light: NDArray[np.float32], diameter: float
+) -> NDArray[np.float32]:
+    """Focus, photons, read noise, saturation, gamma, 8-bit steps."""
+    focus = rng.uniform(0.4, 1.2) + diameter * rng.choice([0.0, rng.uniform(0.0, 0.07)])
+    light = blurred(light, focus)
+    scale = max(float(np.percentile(light, 99)), 1e-6)
+    photons = np.exp(rng.uniform(np.log(15), np.log(3000)))
+    photo = rng.poisson(np.maximum(light / scale, 0) * photons).astype(np.float32) / photons
+    image: NDArray[np.float32] = photo.astype(np.float32)
+    image += rng.uniform(0, 0.03) * rng.standard_normal(image.shape, dtype=np.float32)
+    if rng.random() < 0.15:
+        image = np.minimum(image, rng.uniform(0.5, 1.0))
+    if rng.random() < 0.3:
+        image = np.maximum(image, 0) ** np.float32(rng.uniform(0.5, 1.4))
+    if rng.random() < 0.5:
+        image = np.rint(np.clip(image / image.max(), 0, 1) * 255)
+    return image.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a treatment multiplies, against cells left alone."""
+
+    diameter: float = 1.0
+    count: float = 1.0
+    elongation: float = 1.0
+    irregularity: float = 1.0
+    brightness: float = 1.0
+    grain: float = 1.0
+    """Strength of the texture."""
+    coarseness: float = 1.0
+    """Size of the texture's granules."""
+    dome: float = 1.0
+    """How much brighter the centre is than the edge."""
+
+    def scaled(self, strength: float) -> Effect:
+        """Every factor to the power ``strength``: 0 is no effect, 1 the full one."""
+        return Effect(**{f.name: float(getattr(self, f.name) ** strength) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """A made-up compound: its name, its made-up target (a real gene symbol), its effect."""
+
+    pert_iname: str
+    target: str
+    effect: Effect = Effect()
+
+
+CONTROL = Treatment("DMSO", "")
+"""The negative control, without target and effect."""
+
+TREATMENTS = (
+    CONTROL,
+    Treatment("demotaxel", "TUBB", Effect(diameter=1.2, irregularity=4.0, count=0.8, grain=1.2)),
+    Treatment("demolimus", "MTOR", Effect(diameter=0.8, brightness=0.75, dome=1.3, grain=0.6)),
+    Treatment(
+        "demostatin", "HDAC1", Effect(diameter=1.3, dome=0.35, grain=0.5, coarseness=1.5, count=0.8)
+    ),
+    Treatment(
+        "demorubicin", "TOP2A", Effect(count=0.6, brightness=1.35, grain=2.2, coarseness=2.0)
+    ),
+    Treatment(
+        "demozomib", "PSMB5", Effect(elongation=1.9, diameter=0.92, grain=1.5, coarseness=0.6)
+    ),
+    Treatment("demostaurin", "PRKCA", Effect(count=0.5, elongation=1.5, brightness=1.5, dome=1.5)),
+    Treatment("demofetinib", "EGFR", Effect(dome=2.2, brightness=0.6, coarseness=0.7)),
+    Treatment("demotrunculin", "ACTB", Effect(irregularity=6.0, elongation=1.5, brightness=0.8)),
+    Treatment("demoquine", "ATP6V1A", Effect(grain=2.8, coarseness=3.0, diameter=1.15)),
+    Treatment("demonolide", "HSP90AA1", Effect(diameter=0.7, count=1.3, grain=1.6, dome=0.6)),
+    Treatment("democlosporin", "PPP3CA", Effect(brightness=2.0, dome=0.6, grain=0.5)),
+)
+"""What a rendered screen tests: names are invented, ends and targets follow the real classes."""
+
+DEMO_TREATMENTS = TREATMENTS[:6]
+"""Those of the demo."""
+
+
+@dataclass(frozen=True)
+class Channel:
+    """How a dye shows a cell: share of light from the body, its rim, its nucleus; texture."""
+
+    name: str
+    body: float
+    rim: float
+    nucleus: float
+    grain: float
+    granule: float
+    """Size of the granules, as a share of the diameter."""
+
+
+CHANNELS = (
+    Channel("Mito", body=0.9, rim=0.0, nucleus=-0.25, grain=0.30, granule=0.05),
+    Channel("AGP", body=0.7, rim=0.35, nucleus=0.0, grain=0.15, granule=0.09),
+    Channel("RNA", body=0.7, rim=0.0, nucleus=0.45, grain=0.20, granule=0.07),
+    Channel("ER", body=0.9, rim=0.0, nucleus=-0.15, grain=0.20, granule=0.06),
+    Channel("DNA", body=0.05, rim=0.0, nucleus=1.0, grain=0.25, granule=0.08),
+)
+"""In the order of the Cell Painting assay; ``ch1`` is the first."""
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One field of view of a design. ``row``, ``column`` and ``site`` count from 1."""
+
+    plate: str
+    row: int
+    column: int
+    site: int
+    treatment: Treatment
+
+    @property
+    def well(self) -> str:
+        """For example ``B02``."""
+        return f"{chr(ord('A') + self.row - 1)}{self.column:02d}"
+
+    @property
+    def core_name(self) -> str:
+        """Core file name as an Opera Phenix writes it, for example ``r02c02f01``."""
+        return f"r{self.row:02d}c{self.column:02d}f{self.site:02d}"
+
+    def file_name(self, channel: int) -> str:
+        """Phenix file name of a channel counted from 1."""
+        return f"{self.core_name}p01-ch{channel}sk1fk1fl1.tiff"
+
+
+@dataclass(frozen=True)
+class PlateDesign:
+    """A plate set: who sits where is shuffled per plate by ``seed``.
+
+    ``effect`` scales every treatment's effect; 0 renders, for the same layout, plates on which
+    the treatments do nothing. ``size``: side of a field in pixels; 208 is one tile of Cellpose.
+    """
+
+    seed: int = 1
+    plates: tuple[str, ...] = ("DEMO0001", "DEMO0002")
+    treatments: tuple[Treatment, ...] = DEMO_TREATMENTS
+    control_wells: int = 6
+    """DMSO wells per plate."""
+    treated_wells: int = 2
+    """Wells per plate of each other treatment."""
+    sites: int = 2
+    size: int = 208
+    n_channels: int = 3
+    effect: float = 1.0
+    well_effect: float = 1.0
+    """Scales what wells and plates do to their cells, whatever the treatment."""
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.n_channels <= len(CHANNELS):
+            raise UserInputError(f"A plate is rendered with 3 to {len(CHANNELS)} channels.")
+        if self.size < 64 or min(self.control_wells, self.treated_wells, self.sites) < 1:
+            raise UserInputError("A plate needs fields of 64 pixels, and a well and site of each.")
+        if len(self.treatments) * max(self.treated_wells, self.control_wells) > 24 * 14:
+            raise UserInputError("That is more wells than a 384-well plate has inside its border.")
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """Dyes, ``ch1`` first."""
+        return tuple(channel.name for channel in CHANNELS[: self.n_channels])
+
+    def wells(self, plate: str) -> list[tuple[int, int, Treatment]]:
+        """(row, column, treatment) of each well of ``plate``, in plate order, border left free."""
+        content = [
+            treatment
+            for treatment in self.treatments
+            for _ in range(self.control_wells if treatment == CONTROL else self.treated_wells)
+        ]
+        across = max(2, int(np.ceil(np.sqrt(len(content)))))
+        places = [(2 + i // across, 2 + i % across) for i in range(len(content))]
+        order = _rng(self.seed, plate, "layout").permutation(len(content))
+        return [(*place, content[i]) for place, i in zip(places, order, strict=True)]
+
+    def fields(self) -> Iterator[FieldSpec]:
+        """Every field, in the order plate, row, column, site."""
+        for plate in self.plates:
+            for row, column, treatment in self.wells(plate):
+                for site in range(1, self.sites + 1):
+                    yield FieldSpec(plate, row, column, site, treatment)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.fields())
+
+
+@dataclass(frozen=True)
+class RenderedField:
+    """``channels``: (C, H, W) uint16. ``masks``: (H, W) uint16, the truth, labels 1..n."""
+
+    channels: NDArray[np.uint16]
+    masks: NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """What a well and its plate do to every cell in it, treatment or not."""
+
+    diameter: float
+    count: float
+    brightness: float
+    background: float
+    focus: float
+
+
+OFFSET, FULL = 300.0, 6000.0
+"""Camera counts of no light, and of a typical cell above that."""
+
+CELLS = 30
+"""Untreated cells per field of 208 pixels."""
+
+DIAMETER = 26.0
+"""Median diameter of an untreated cell, pixels."""
+
+
+def render_field(design: PlateDesign, spec: FieldSpec) -> RenderedField:
+    """Render one field; equal arguments give equal pixels."""
+    rng = _rng(design.seed, spec.plate, spec.row, spec.column, spec.site)
+    effect = spec.treatment.effect.scaled(design.effect)
+    conditions = _conditions(design, spec)
+    cells = lay_cells(rng, (design.size, design.size), _population(design, effect, conditions))
+    brightness = np.exp(0.2 * rng.standard_normal(cells.count + 1)).astype(np.float32)
+    brightness *= effect.brightness * conditions.brightness
+    brightness[0] = 0
+    lit = brightness[cells.masks] * (1 + 0.3 * cells.behind)
+    vignette = 1 + 0.08 * smooth_noise(rng, lit.shape, 0.5 * design.size)
+    planes = [
+        _camera(rng, lit * _dye(rng, cells, channel, effect) * vignette, conditions)
+        for channel in CHANNELS[: design.n_channels]
+    ]
+    return RenderedField(np.stack(planes), cells.masks)
+
+
+def _population(design: PlateDesign, effect: Effect, conditions: _Conditions) -> Population:
+    room = (design.size / 208) ** 2
+    return Population(
+        count=max(3, round(CELLS * room * effect.count * conditions.count)),
+        diameter=DIAMETER * effect.diameter * conditions.diameter,
+        elongation=1.2 * effect.elongation,
+        irregularity=0.035 * effect.irregularity,
+        crowding=0.4,
+        overlap=0.2,
+    )
+
+
+def _conditions(design: PlateDesign, spec: FieldSpec) -> _Conditions:
+    plate = _rng(design.seed, spec.plate, "plate")
+    well = _rng(design.seed, spec.plate, spec.row, spec.column)
+    spread = design.well_effect * np.array([0.02, 0.08, 0.10, 0.20, 0.10])
+    shift = spread * (plate.standard_normal(5) + well.standard_normal(5))
+    diameter, count, brightness, background, focus = (float(v) for v in np.exp(shift))
+    return _Conditions(diameter, count, brightness, 0.08 * background, 0.8 * focus)
+
+
+def _dye(
+    rng: np.random.Generator, cells: CellMap, channel: Channel, effect: Effect
+) -> NDArray[np.float32]:
+    """Light of one dye per pixel of a cell of brightness 1."""
+    height = cells.height
+    dome = np.maximum(height, 0.02) ** np.float32(0.3 * effect.dome)
+    nucleus = 1 / (1 + np.exp(-(height - 0.6) / 0.05))
+    rim = np.exp(-height / 0.15)
+    granule = max(0.7, DIAMETER * channel.granule * effect.coarseness)
+    grain = 1 + channel.grain * effect.grain * smooth_noise(rng, height.shape, granule)
+    shape = channel.body * dome + channel.rim * rim + channel.nucleus * nucleus
+    light: NDArray[np.float32] = np.clip(shape, 0.05, None) * np.clip(grain, 0.2, 3.0)
+    return light.astype(np.float32)
+
+
+def _camera(
+    rng: np.random.Generator, light: NDArray[np.float32], conditions: _Conditions
+) -> NDArray[np.uint16]:
+    """Background, haze, focus, photons, read noise, camera counts."""
+    waves = smooth_noise(rng, light.shape, 0.3 * light.shape[0])
+    light = light + 0.12 * blurred(light, DIAMETER * 0.6)
+    light = light + conditions.background * np.clip(1 + 0.2 * waves, 0.2, None)
+    light = blurred(light.astype(np.float32), conditions.focus)
+    photons = 250.0
+    counted = rng.poisson(np.maximum(light, 0) * photons) / photons
+    counts = OFFSET + FULL * counted + 30 * rng.standard_normal(light.shape)
+    whole: NDArray[np.uint16] = np.rint(np.clip(counts, 0, 65535)).astype(np.uint16)
+    return whole
+
+
+def _rng(seed: int, plate: str, *place: int | str) -> np.random.Generator:
+    """A generator of its own for each place, whatever was rendered before."""
+    key = "/".join(str(part) for part in (seed, plate, *place))
+    return np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))

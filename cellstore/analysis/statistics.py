@@ -1,0 +1,355 @@
+"""How good predictions are. NumPy only, so that reports need no machine-learning extra.
+
+``truth`` and ``predicted`` are (N,) arrays of class values (numbers or text) of the same kind.
+All functions raise ``UserInputError`` where there is nothing to score or lengths differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import UserInputError
+
+Numbers = NDArray[np.float64]
+Interval = tuple[float, float]
+LEVEL = 0.95
+RESAMPLES = 2000
+AT_ONCE = 1 << 21
+"""So many numbers are drawn at once: 16 MB."""
+
+
+def bootstrap_interval(
+    correct: ArrayLike,
+    wells: ArrayLike,
+    seed: int = 0,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+) -> Interval | None:
+    """Percentile bootstrap interval of an accuracy, drawing whole wells with replacement.
+
+    ``correct`` is (N,) booleans, one per image, and ``wells`` (N,) the well of each. Where all
+    images are right, or none is, all draws are alike and say nothing; then the interval is that of
+    Clopper and Pearson (1934) for as many wells. ``None`` for a single well: there is nothing to
+    draw from.
+    """
+    right, images = _by_well(correct, wells)
+    if images.size < 2:
+        return None
+    tail = (1 - level) / 2
+    if not right.any() or (right == images).all():
+        reach = 1 - tail ** (1 / images.size)
+        return (1 - reach, 1.0) if right.any() else (0.0, reach)
+    return _percentiles(right, images, seed, tail, resamples)
+
+
+def difference_interval(
+    first: ArrayLike,
+    second: ArrayLike,
+    wells: ArrayLike,
+    seed: int = 0,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+) -> Interval | None:
+    """Interval of the accuracy of one run minus that of another, on the same images.
+
+    ``first`` and ``second`` are (N,) booleans: whether each run is right. Both keep their images
+    together in each draw, so what makes a well easy for both does not widen the interval. Where
+    the two never differ, the bounds are how often they could differ in a well and not be seen to
+    in so many wells (Clopper and Pearson 1934). ``None`` for a single well.
+    """
+    gain = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    gained, images = _by_well(gain, wells)
+    if images.size < 2:
+        return None
+    tail = (1 - level) / 2
+    if not gain.any():
+        reach = 1 - tail ** (1 / images.size)
+        return -reach, reach
+    return _percentiles(gained, images, seed, tail, resamples)
+
+
+def _by_well(values: ArrayLike, wells: ArrayLike) -> tuple[Numbers, Numbers]:
+    """The sum of the values of each well, and the number of its images."""
+    numbers, names = np.asarray(values, dtype=np.float64), np.asarray(wells)
+    if numbers.ndim != 1 or numbers.size == 0 or numbers.shape != names.shape:
+        raise UserInputError(f"There are {numbers.shape} scores and {names.shape} wells.")
+    _, well_of = np.unique(names, return_inverse=True)
+    sums: Numbers = np.bincount(well_of, weights=numbers).astype(np.float64)
+    return sums, np.bincount(well_of).astype(np.float64)
+
+
+def _percentiles(
+    sums: Numbers, images: Numbers, seed: int, tail: float, resamples: int
+) -> Interval:
+    generator = np.random.Generator(np.random.PCG64(seed))
+    at_once = max(1, AT_ONCE // images.size)
+    drawn = np.empty(resamples)
+    for start in range(0, resamples, at_once):
+        rows = min(at_once, resamples - start)
+        chosen = generator.integers(0, images.size, (rows, images.size))
+        drawn[start : start + rows] = sums[chosen].sum(axis=1) / images[chosen].sum(axis=1)
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class WellTest:
+    """``first`` and ``second``: wells of which that run has more right; two-sided p."""
+
+    first: int
+    second: int
+    p_value: float
+
+
+def mcnemar_over_wells(first: ArrayLike, second: ArrayLike, wells: ArrayLike) -> WellTest:
+    """Return McNemar's exact test in which a well counts as a whole.
+
+    ``first`` and ``second`` are (N,) booleans, whether each run is right, and ``wells`` (N,) the
+    well of each image. Time grows with wells that differ times images that differ: a millisecond
+    for a plate, some seconds for 30,000 such wells.
+    """
+    gain = np.asarray(first, dtype=np.int64) - np.asarray(second, dtype=np.int64)
+    names = np.asarray(wells)
+    if gain.ndim != 1 or gain.size == 0 or gain.shape != names.shape:
+        raise UserInputError(f"There are {gain.shape} images and {names.shape} wells.")
+    _, well_of = np.unique(names, return_inverse=True)
+    # Whole numbers far below 2 ** 53, so that the sums are exact.
+    gains = np.bincount(well_of, weights=gain).astype(np.int64)
+    more, less = int((gains > 0).sum()), int((gains < 0).sum())
+    return WellTest(more, less, exchange_test(gains))
+
+
+def exchange_test(gains: ArrayLike) -> float:
+    """Return the two-sided p of a sum of whole numbers, each of which might have the other sign.
+
+    ``gains`` is (W,); p is the share of the 2 ** W choices of signs with a sum as far from 0 as
+    theirs, or farther.
+    """
+    values = np.asarray(gains, dtype=np.int64)
+    sizes = np.sort(np.abs(values[values != 0]))
+    total, reached = int(sizes.sum()), abs(int(values.sum()))
+    if reached == 0:
+        return 1.0
+    # Of the sizes, those with a plus add up to (total + sum) / 2.
+    ways = _sums_of_some(sizes)
+    return min(1.0, 2 * float(ways[(total + reached) // 2 :].sum()))
+
+
+def _sums_of_some(sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The probability of each sum, from 0 up, where each size is in it with probability 1/2."""
+    chance = np.zeros(int(sizes.sum()) + 1)
+    chance[0] = 1.0
+    reach = 0
+    for size in sizes.tolist():
+        half = chance[: reach + 1] / 2
+        chance[: reach + 1] = half
+        chance[size : reach + size + 1] += half
+        reach += size
+    return chance
+
+
+def accuracy(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """Share of predictions that are right."""
+    truth, predicted = _pair(truth, predicted)
+    return float(np.mean(truth == predicted))
+
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """How often each of K classes is true, answered, and both: (K,) counts each."""
+
+    support: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    correct: NDArray[np.int64]
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        """``correct / support``; NaN for a class that is never true."""
+        return _ratio(self.correct, self.support)
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        """``correct / predicted``; NaN for a class that is never answered."""
+        return _ratio(self.correct, self.predicted)
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """``2 correct / (support + predicted)``; NaN for a class that is neither."""
+        return _ratio(2 * self.correct, self.support + self.predicted)
+
+
+def class_counts(truth: ArrayLike, predicted: ArrayLike, classes: int) -> ClassCounts:
+    """Count per class. ``truth`` and ``predicted`` are (N,) class numbers from 0 to K - 1.
+
+    It needs memory for K counts, not for K x K as a confusion matrix does.
+    """
+    truth, predicted = _pair(truth, predicted)
+    right = truth[truth == predicted]
+    found = (np.bincount(codes, minlength=classes) for codes in (truth, predicted, right))
+    return ClassCounts(*found)
+
+
+def confusion_matrix(
+    truth: ArrayLike, predicted: ArrayLike, labels: Sequence[Any]
+) -> NDArray[np.int64]:
+    """(K, K) counts: row is the true class, column the predicted one, in the order of ``labels``.
+
+    Raises ``UserInputError`` if a value is not among ``labels``.
+    """
+    truth, predicted = _pair(truth, predicted)
+    names = np.asarray(list(labels))
+    rows, columns = _places(truth, names), _places(predicted, names)
+    size = len(names)
+    return np.bincount(rows * size + columns, minlength=size * size).reshape(size, size)
+
+
+def balanced_accuracy(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """Mean recall over the classes that occur in ``truth`` (Brodersen et al. 2010)."""
+    return balanced_of(_counts(truth, predicted))
+
+
+def balanced_of(counts: ClassCounts) -> float:
+    """Return the balanced accuracy of counts; see :func:`balanced_accuracy`."""
+    return float(np.nanmean(counts.recall))
+
+
+def macro_f1(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """Mean F1 over the classes of ``truth`` and ``predicted``.
+
+    F1 is 2 TP / (2 TP + FP + FN), as in scikit-learn's ``f1_score(average="macro")``.
+    """
+    return macro_f1_of(_counts(truth, predicted))
+
+
+def macro_f1_of(counts: ClassCounts) -> float:
+    """Return the macro-F1 of counts; see :func:`macro_f1`."""
+    return float(np.nanmean(counts.f1))
+
+
+def top_k_accuracy(truth: ArrayLike, probabilities: ArrayLike, k: int = 5) -> float:
+    """Share of rows whose true class is among the ``k`` most probable.
+
+    ``truth`` is (N,) class indices, ``probabilities`` (N, K). Of equal probabilities the lower
+    index comes first.
+    """
+    table = np.asarray(probabilities, dtype=np.float64)
+    truth = np.asarray(truth)
+    if table.ndim != 2 or k < 1:
+        raise UserInputError("Top-k needs a (rows, classes) table and k of 1 or more.")
+    _pair(truth, table[:, 0])
+    if not np.isin(truth, np.arange(table.shape[1])).all():
+        raise UserInputError(f"A true class is not among the {table.shape[1]} of the table.")
+    first = np.argsort(-table, axis=1, kind="stable")[:, :k]
+    return float(np.mean((first == truth[:, None]).any(axis=1)))
+
+
+def log_loss(probability: ArrayLike) -> float:
+    """Mean of -log(p) in nats, p the probability that was given to the true class.
+
+    ``probability`` is (N,) in 0..1. A probability below the smallest step of a double at 1
+    (2.2e-16) counts as that, as in scikit-learn's ``log_loss``.
+    """
+    given = _shares(probability)
+    smallest = np.finfo(np.float64).eps
+    return float(-np.log(np.clip(given, smallest, 1 - smallest)).mean())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Answers by their confidence, in B bins of equal width: (B,) arrays.
+
+    ``edges`` is (B + 1,): bin i is (edges[i], edges[i + 1]], the first includes 0. ``n`` counts the
+    answers, ``confidence`` is their mean confidence and ``accuracy`` the share that is right, both
+    NaN where ``n`` is 0.
+    """
+
+    edges: NDArray[np.float64]
+    n: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+
+    @property
+    def error(self) -> float:
+        """Gap between confidence and accuracy, averaged over answers."""
+        gap = np.abs(self.confidence - self.accuracy) * self.n
+        return float(np.nansum(gap) / self.n.sum())
+
+
+def calibration(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Calibration:
+    """Return answers by confidence. ``confidence`` is (N,) in 0..1, ``correct`` (N,) booleans.
+
+    15 bins as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+    """
+    confidence, correct = _pair(_shares(confidence), correct)
+    edges = np.linspace(0, 1, bins + 1)
+    bin_of = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    number = np.bincount(bin_of, minlength=bins)
+    said = np.bincount(bin_of, weights=confidence, minlength=bins)
+    right = np.bincount(bin_of, weights=correct.astype(np.float64), minlength=bins)
+    return Calibration(edges, number, _ratio(said, number), _ratio(right, number))
+
+
+def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
+    """Gap between confidence and accuracy, averaged over the bins of :func:`calibration`.
+
+    Guo et al. 2017, equation 3.
+    """
+    return calibration(confidence, correct, bins).error
+
+
+def majority_baseline(train_truth: ArrayLike, test_truth: ArrayLike) -> tuple[Any, float]:
+    """The most frequent class of the training side, and its accuracy on the test side.
+
+    Of equally frequent classes the first in sorted order counts.
+    """
+    values, counts = np.unique(_filled(train_truth), return_counts=True)
+    majority = values[np.argmax(counts)]
+    return majority.item(), float(np.mean(_filled(test_truth) == majority))
+
+
+def _counts(truth: ArrayLike, predicted: ArrayLike) -> ClassCounts:
+    truth, predicted = _pair(truth, predicted)
+    names, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
+    return class_counts(codes[: truth.size], codes[truth.size :], names.size)
+
+
+def _places(values: NDArray[Any], names: NDArray[Any]) -> NDArray[np.int64]:
+    order = np.argsort(names, kind="stable")
+    found = np.searchsorted(names, values, sorter=order)
+    places: NDArray[np.int64] = order[np.minimum(found, names.size - 1)]
+    missing = np.unique(values[names[places] != values])
+    if missing.size:
+        raise UserInputError(f"Not among the classes to be counted: {missing.astype(str).tolist()}")
+    return places
+
+
+def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float64]:
+    return np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
+
+
+def _shares(values: ArrayLike) -> NDArray[np.float64]:
+    array = _filled(np.asarray(values, dtype=np.float64))
+    if not ((array >= 0) & (array <= 1)).all():
+        raise UserInputError("A probability or confidence is not between 0 and 1.")
+    return array
+
+
+def _pair(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    one, two = _filled(first), _filled(second)
+    if one.shape != two.shape:
+        raise UserInputError(
+            f"There are {one.shape} values on one side and {two.shape} on the other."
+        )
+    return one, two
+
+
+def _filled(values: ArrayLike) -> NDArray[Any]:
+    array = np.asarray(values)
+    if array.ndim != 1 or array.size == 0:
+        raise UserInputError("There is nothing to score; predict some images first.")
+    return array

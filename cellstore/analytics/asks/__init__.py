@@ -1,1 +1,0 @@
-"""Saved questions that come with cellstore; see :mod:`cellstore.analytics.saved`."""

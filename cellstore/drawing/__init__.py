@@ -1,1 +1,0 @@
-"""What the pages of several stages share: figures, pictures, the look of a page."""

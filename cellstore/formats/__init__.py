@@ -1,1 +1,0 @@
-"""The outside world: readers of tables, names and images; they yield plain records."""

@@ -1,1 +1,0 @@
-"""Fields of view: tables, indexes and folders that say which images there are."""

@@ -1,1 +1,0 @@
-"""Image files: where they are, what they hold, which of them are masks."""

@@ -1,1 +1,0 @@
-"""Objects and features that other tools found and measured."""

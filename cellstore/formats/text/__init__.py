@@ -1,1 +1,0 @@
-"""Text tables: how they are split into rows, and what their cells say."""

@@ -1,1 +1,0 @@
-"""Treatments: plate maps, the tables of what was done, names that are one."""

@@ -1,0 +1,279 @@
+"""Label images made by any tool: which image each belongs to, and what it holds.
+
+A label image has one whole number for each pixel: 0 is background, each other value one object.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ImageError, UserInputError
+from .image_files import decode_tiff
+from .uris import writable
+
+SUFFIXES = (".tif", ".tiff", ".png", ".npy")
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_MAX_PIXELS = 1 << 30
+_MAX_LABEL = (1 << 31) - 1
+_WHITE = (255, 65535)
+
+_OBJECTS = {
+    "nuclei": "nuclei",
+    "nucleus": "nuclei",
+    "nuc": "nuclei",
+    "cells": "cells",
+    "cell": "cells",
+    "cytoplasm": "cytoplasm",
+    "cyto": "cytoplasm",
+}
+_OBJECT = "|".join(sorted(_OBJECTS, key=len, reverse=True))
+_WORD = r"masks?|labels?|lbl|labell?ed|seg|segmentation"
+_MARKS = (
+    re.compile(rf"(?P<stem>.+?)[-_. ]cp[-_]masks?(?:[-_.](?P<object>{_OBJECT}))?$", re.IGNORECASE),
+    re.compile(rf"(?P<stem>.+?)[-_. ](?:{_WORD})[-_]?(?P<object>{_OBJECT})$", re.IGNORECASE),
+    re.compile(rf"(?P<stem>.+?)[-_. ](?P<object>{_OBJECT})[-_]?(?:{_WORD})$", re.IGNORECASE),
+    re.compile(rf"(?P<stem>.+?)[-_. ](?:{_WORD})$", re.IGNORECASE),
+    re.compile(r"(?P<stem>.+?)[-_. ]Mask(?P<object>[A-Z][A-Za-z0-9]{1,30})$"),
+    re.compile(rf"(?:{_WORD})[-_](?P<stem>.+)$", re.IGNORECASE),
+)
+_NOT_MASKS = re.compile(r"[-_.](?:outlines?|flows?|overlay|cp_output|probs?)$", re.IGNORECASE)
+
+
+class MaskFile(NamedTuple):
+    """A file of masks. ``stems``: names, without suffix, of its image, likeliest first.
+
+    ``name`` is the path below the folder, with ``/``; ``kind`` the kind of objects ('nuclei')
+    where the file name says it.
+    """
+
+    path: Path
+    name: str
+    stems: tuple[str, ...]
+    kind: str | None
+
+
+def is_masks_folder(folder: Path) -> bool:
+    """Tell whether a file below ``folder`` is named as tools name their label images."""
+    if not folder.is_dir():
+        return False
+    return any(_marked(path) for group in _folders(folder) for path in group)
+
+
+class MaskFolder:
+    """The files of masks below a folder, found anew each time they are asked for.
+
+    Where files are named like masks (``_cp_masks``, ``_label``, ``_MaskNuclei``, ...) only those
+    are: the others are the images. Else every file is a mask, named like its image.
+
+    Raises:
+        UserInputError: there is no such folder, or no file of masks in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserInputError(f"{folder} is not a folder. Give the folder that has the masks.")
+        self._root = folder.resolve()
+        self._marked = is_masks_folder(self._root)
+        self._count = sum(1 for _ in self)
+        if not self._count:
+            raise UserInputError(
+                f"{folder} has no masks. Give a folder of label images: TIFF, PNG or NPY files "
+                "named like the images they belong to."
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[MaskFile]:
+        for group in _folders(self._root):
+            yield from _masks_of(group, self._root, marked=self._marked)
+
+
+def mask_files(paths: Sequence[Path]) -> Iterator[MaskFile]:
+    """Yield the files of masks that ``paths`` name: all of a folder, or a file as it is.
+
+    Raises:
+        UserInputError: there is no such file, it is of another kind, or a folder has no masks.
+    """
+    for path in paths:
+        if path.is_dir():
+            yield from MaskFolder(path)
+        elif path.suffix.lower() not in SUFFIXES:
+            raise UserInputError(
+                f"{path} is not a file of masks. Give label images: TIFF, PNG or NPY."
+            )
+        elif not path.is_file():
+            raise UserInputError(f"There is no file {path}. Check the path.")
+        else:
+            yield _mask_file(path.resolve(), path.resolve().parent)
+
+
+def _folders(root: Path) -> Iterator[list[Path]]:
+    """Yield the files that may be masks, folder by folder; links out of ``root`` are left out."""
+    for place, folders, names in os.walk(root):
+        folders.sort()
+        paths = [Path(place) / name for name in sorted(names)]
+        yield [path for path in paths if path.suffix.lower() in SUFFIXES and _inside(path, root)]
+
+
+def _inside(path: Path, root: Path) -> bool:
+    return not path.is_symlink() or path.resolve().is_relative_to(root.resolve())
+
+
+def _masks_of(paths: Sequence[Path], root: Path, *, marked: bool) -> list[MaskFile]:
+    if marked:
+        chosen = [path for path in paths if _marked(path)]
+    else:
+        chosen = [path for path in paths if not _NOT_MASKS.search(_stem(path.name))]
+    masks = [_mask_file(path, root) for path in chosen]
+    # Cellpose writes x_seg.npy beside x_cp_masks.png: the same masks once more.
+    plain = {(mask.path.parent, mask.stems[0]) for mask in masks if not _is_seg(mask)}
+    return [m for m in masks if not (_is_seg(m) and (m.path.parent, m.stems[0]) in plain)]
+
+
+def _is_seg(mask: MaskFile) -> bool:
+    return mask.path.name.lower().endswith("_seg.npy")
+
+
+def _marked(path: Path) -> bool:
+    return _split(_stem(path.name)) is not None
+
+
+def _mask_file(path: Path, root: Path) -> MaskFile:
+    stem = writable(_stem(path.name))
+    stems, kind = [stem], None
+    while (found := _split(stem)) is not None:
+        stem, said = found
+        kind = kind or said
+        stems.insert(0, stem)
+    name = PurePosixPath(path.relative_to(root)).as_posix()
+    return MaskFile(path, writable(name), tuple(dict.fromkeys(stems)), kind)
+
+
+def _split(stem: str) -> tuple[str, str | None] | None:
+    """Return the name of the image and the kind of object, of a name like those of masks."""
+    for mark in _MARKS:
+        if match := mark.fullmatch(stem):
+            said = match.groupdict().get("object")
+            return match["stem"], _kind(said) if said else None
+    return None
+
+
+def _kind(said: str) -> str:
+    return _OBJECTS.get(said.lower(), said.lower())
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"(\.ome)?\.[^.]+$", "", name, flags=re.IGNORECASE)
+
+
+def read_labels(path: Path, *, binary: bool = False) -> NDArray[np.uint32]:
+    """Return the labels (H, W) of a TIFF, PNG or NPY file of whole numbers of any type.
+
+    ``binary``: the file says only where objects are (any value but 0); they come back as 1.
+
+    Raises:
+        ImageError: it cannot be read, has colours or several planes, holds numbers that are no
+            labels, or only black and white and ``binary`` is not asked for.
+    """
+    labels = _whole_numbers(path, _plane(path, _read(path)))
+    if binary:
+        return (labels > 0).astype(np.uint32)
+    if _is_black_and_white(labels):
+        raise ImageError(black_and_white(path.name))
+    if labels.size and labels.max() > _MAX_LABEL:
+        raise ImageError(f"{path.name} has labels above {_MAX_LABEL}. Number its objects anew.")
+    return labels.astype(np.uint32)
+
+
+def black_and_white(name: str) -> str:
+    """Return the sentence for a mask that does not tell one object from the next."""
+    return (
+        f"{name} is black and white: it is not a label image, and touching objects cannot be told "
+        "apart. Export the objects as labels, or take each connected part for one object with "
+        "--binary-masks."
+    )
+
+
+def _is_black_and_white(labels: NDArray[Any]) -> bool:
+    if labels.dtype == np.bool_:
+        return bool(labels.any())
+    values = labels[labels != 0]
+    return bool(values.size) and values.flat[0] in _WHITE and bool((values == values.flat[0]).all())
+
+
+def _read(path: Path) -> NDArray[Any]:
+    if path.suffix.lower() == ".npy":
+        return _read_npy(path)
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(26)
+            data = head + stream.read() if head.startswith(_PNG_MAGIC) else b""
+    except OSError as error:
+        raise ImageError(f"{path.name} cannot be opened ({error.strerror}).") from error
+    return _decode_png(path, data) if data else decode_tiff(path)
+
+
+def _decode_png(path: Path, data: bytes) -> NDArray[Any]:
+    width, height = struct.unpack(">II", data[16:24]) if len(data) > 24 else (0, 0)
+    if width * height > _MAX_PIXELS:
+        raise ImageError(f"{path.name} claims {height}x{width} pixels, which cannot be.")
+    try:
+        return np.asarray(imagecodecs.png_decode(data))
+    except Exception as error:  # imagecodecs has a class of its own for each codec
+        raise ImageError(f"{path.name} is damaged. Copy or export it again.") from error
+
+
+def _read_npy(path: Path) -> NDArray[Any]:
+    try:
+        # Mapped first: a header may claim any size. Pickles could run code and are never loaded.
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        raise ImageError(
+            f"{path.name} is not a plain array. Of Cellpose's _seg.npy (a Python pickle, which is "
+            "not opened) save the masks as TIFF: cellpose.io.save_masks(..., tif=True)."
+        ) from error
+    if not isinstance(mapped, np.ndarray):  # an archive of several arrays
+        raise ImageError(f"{path.name} holds several arrays. Save the masks as TIFF or one array.")
+    return np.array(mapped)
+
+
+def _plane(path: Path, array: NDArray[Any]) -> NDArray[Any]:
+    if array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    elif array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim == 3 and array.shape[2] <= 4:
+        raise ImageError(
+            f"{path.name} is in colour, which is a picture of masks and no label image. "
+            "Export the labels themselves, as 16-bit TIFF or PNG."
+        )
+    if array.ndim != 2:
+        shape = "x".join(map(str, array.shape))
+        raise ImageError(f"{path.name} has the shape {shape}. Export one plane of labels.")
+    return array
+
+
+def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype == np.bool_ or array.dtype.kind == "u":
+        return array
+    if array.dtype.kind not in "if":
+        raise ImageError(f"{path.name} holds {array.dtype} values. Labels are whole numbers.")
+    if array.size and not np.isfinite(array).all():
+        raise ImageError(f"{path.name} holds values that are not numbers. Export labels.")
+    if array.size and (array < 0).any():
+        raise ImageError(f"{path.name} has labels below 0. Objects are numbered from 1.")
+    if array.dtype.kind == "f" and (array != np.trunc(array)).any():
+        raise ImageError(
+            f"{path.name} holds fractions, which are no labels. Is it a picture or a probability?"
+        )
+    return array

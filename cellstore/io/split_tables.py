@@ -1,0 +1,230 @@
+"""Split tables of others: which compounds, wells or images train, validate and test.
+
+A table with a column ``split`` says the sides; what it splits may be images (plate, well, site),
+wells (plate, well) or treatments (``broad_sample``, or ``pert_iname``). JUMP-CP's ``datasplits``
+have a column for each sort of treatment (ORF, CRISPR, Compound), or name treatments together with
+the cell line and time point of their plates: which plates those are, a second table without a
+column ``split`` says, which is joined by all columns that both have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from types import MappingProxyType
+
+from ..enums import Subset
+from ..errors import BadTableError, UserInputError
+from .filenames import format_well, parse_well
+from .records import Refusal
+from .tables import cell_text, nearest_columns, open_table, read_columns
+
+COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "split": ("split", "subset", "side", "set"),
+        "plate": ("plate", "assayplatebarcode", "barcode", "platebarcode"),
+        "well": ("well", "wellposition"),
+        "site": ("site", "field", "fieldid", "fov"),
+        "identifier": ("broadsample", "identifier", "jcp2022"),
+        "name": ("pertiname", "compoundname"),
+        "target": ("target", "gene", "genes"),
+        "inchikey": ("inchikey",),
+        "smiles": ("smiles",),
+    }
+)
+"""Names of columns, without ``Metadata_``, case and underscores; the first that is there counts."""
+IDENTIFIERS = ("orf", "crispr", "compound")
+"""Columns of JUMP-CP's pairs; each holds a treatment of its own."""
+SIDES: Mapping[str, Subset] = MappingProxyType(
+    {
+        **dict.fromkeys(("train", "training"), Subset.TRAIN),
+        **dict.fromkeys(("validate", "validation", "valid", "val", "dev"), Subset.VALIDATION),
+        **dict.fromkeys(("test", "testing", "holdout"), Subset.TEST),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRow:
+    """One line of a split table: what it puts on a side. Of the place it may name only a part."""
+
+    file: str
+    line: int
+    subset: Subset
+    plate: str | None = None
+    well: str | None = None
+    site: int | None = None
+    name: str | None = None
+    identifier: str | None = None
+    target: str | None = None
+    inchikey: str | None = None
+    smiles: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is written."""
+        return f"{self.file}, line {self.line}"
+
+
+@dataclass(frozen=True)
+class SplitTables:
+    """All rows; the lines that could not be used (file, and why); the SHA-256 of each file."""
+
+    rows: tuple[SplitRow, ...]
+    refusals: tuple[tuple[str, Refusal], ...]
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table in memory: its rows by normalised column, with their line."""
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[tuple[int, dict[str, str]], ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def splits(self) -> bool:
+        return any(name in self.columns for name in COLUMNS["split"])
+
+
+def read_split_tables(paths: Sequence[Path]) -> SplitTables:
+    """Read split tables, joined with the tables among ``paths`` that have no column ``split``.
+
+    Raises:
+        BadTableError: no table has a column ``split``; one says nothing of what it splits; two
+            have no column in common.
+        UserInputError: a file cannot be read.
+    """
+    wanted = _wanted(paths)
+    tables = [_read(path, wanted) for path in paths]
+    splits = [table for table in tables if table.splits]
+    others = [table for table in tables if not table.splits]
+    if not splits:
+        raise BadTableError(
+            f"{tables[0].path.name} has no column 'split' that says train, validation or test. "
+            f"{nearest_columns(COLUMNS['split'], read_columns(paths[0]))}"
+        )
+    rows: list[SplitRow] = []
+    refusals = [(table.path.name, refusal) for table in tables for refusal in table.refusals]
+    for table in splits:
+        for item in _split_rows(reduce(_joined, others, table)):
+            if isinstance(item, Refusal):
+                refusals.append((table.path.name, item))
+            else:
+                rows.append(item)
+    digests = {path.name: _digest(path) for path in paths}
+    return SplitTables(tuple(rows), tuple(refusals), digests)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _normalised(column: str) -> str:
+    return column.removeprefix("Metadata_").replace("_", "").replace(" ", "").casefold()
+
+
+def _wanted(paths: Sequence[Path]) -> set[str]:
+    """The columns that are held in memory: those we know, and those that join two tables."""
+    known = {name for names in COLUMNS.values() for name in names} | set(IDENTIFIERS)
+    headers = [set(map(_normalised, read_columns(path))) for path in paths]
+    counts = Counter(name for header in headers for name in header)
+    return known | {name for name, count in counts.items() if count > 1}
+
+
+def _read(path: Path, wanted: set[str]) -> _Table:
+    table = open_table(path)
+    positions: dict[str, int] = {}
+    for position, column in enumerate(table.columns):
+        if _normalised(column) in wanted:
+            positions.setdefault(_normalised(column), position)
+    rows: list[tuple[int, dict[str, str]]] = []
+    refusals: list[Refusal] = []
+    for row in table.rows():
+        if isinstance(row, Refusal):
+            refusals.append(row)
+            continue
+        cells = {name: cell_text(row.cells, place) for name, place in positions.items()}
+        rows.append((row.line, {k: sys.intern(v) for k, v in cells.items() if v is not None}))
+    return _Table(path, tuple(positions), tuple(rows), tuple(refusals))
+
+
+def _joined(table: _Table, other: _Table) -> _Table:
+    common = [name for name in table.columns if name in other.columns]
+    if not common:
+        raise BadTableError(
+            f"{table.path.name} and {other.path.name} have no column in common, so they cannot be "
+            "joined. Give a table that names the wells of what is split."
+        )
+    partners: dict[tuple[str | None, ...], list[dict[str, str]]] = {}
+    for _, cells in other.rows:
+        partners.setdefault(tuple(map(cells.get, common)), []).append(cells)
+    rows: list[tuple[int, dict[str, str]]] = []
+    refusals = list(table.refusals)
+    for line, cells in table.rows:
+        found = partners.get(tuple(map(cells.get, common)))
+        if found is None:
+            detail = f"line {line}: no row of {other.path.name} has the same {', '.join(common)}"
+            refusals.append(Refusal(line, "not in the other table", detail))
+        rows += [(line, {**partner, **cells}) for partner in found or ()]
+    columns = tuple(dict.fromkeys((*table.columns, *other.columns)))
+    return _Table(table.path, columns, tuple(rows), tuple(refusals[len(table.refusals) :]))
+
+
+def _split_rows(table: _Table) -> Iterator[SplitRow | Refusal]:
+    yield from table.refusals
+    names = {
+        what: next((name for name in known if name in table.columns), None)
+        for what, known in COLUMNS.items()
+    }
+    pairs = [name for name in IDENTIFIERS if name in table.columns]
+    if not any((names["well"], names["identifier"], names["name"], pairs)):
+        raise BadTableError(
+            f"{table.path.name} does not say what it splits: it has no column for wells, "
+            "broad_sample or pert_iname. Give a table that names the wells as a further FILE."
+        )
+    for line, cells in table.rows:
+        values = {what: cells.get(name) if name else None for what, name in names.items()}
+        row = _row(table.path.name, line, values)
+        if isinstance(row, Refusal) or names["identifier"] or not pairs:
+            yield row
+            continue
+        for name in pairs:
+            if name in cells:
+                yield replace(row, identifier=cells[name])
+
+
+def _row(file: str, line: int, values: Mapping[str, str | None]) -> SplitRow | Refusal:
+    side = values["split"] or ""
+    subset = SIDES.get(side.casefold())
+    if subset is None:
+        return Refusal(
+            line, "unknown side", f"line {line}: {side!r} is not train, validation, test"
+        )
+    try:
+        given = values["well"]
+        well = None if given is None else format_well(*parse_well(given))
+        site = None if values["site"] is None else int(values["site"])
+    except ValueError as error:
+        return Refusal(line, "unreadable place", f"line {line}: {error}")
+    more = {what: values[what] for what in ("name", "identifier", "target", "inchikey", "smiles")}
+    return SplitRow(file, line, subset, values["plate"], well, site, **more)
+
+
+def check_not_empty(tables: SplitTables) -> None:
+    """Refuse tables of which no row can be used.
+
+    Raises:
+        UserInputError: with the first reason.
+    """
+    if not tables.rows:
+        why = tables.refusals[0][1].detail if tables.refusals else "there is none"
+        raise UserInputError(f"No row of the split tables can be used ({why}).")

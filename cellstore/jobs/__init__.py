@@ -1,0 +1,1 @@
+"""What was done, by which recipe, and what is left to do: queue, workers, runs."""

@@ -1,0 +1,314 @@
+"""The ledger: one row per execution of a stage, written first and closed whatever happens."""
+
+from __future__ import annotations
+
+import getpass
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import and_, delete, select, update
+from sqlalchemy.orm import Session
+
+from ..artifacts import StoredFile
+from ..db.models import Artifact, Job, Recipe, Run, RunArtifact
+from ..db.session import Database
+from ..db.statements import insert_new
+from ..enums import ArtifactKind, Stage, Status
+from ..errors import JobsFailedError, RunCancelledError, StoreError, UserInputError
+from .queue import Owner, bury_runs, shown_worker
+
+PACKAGES = ("cellstore", "numpy", "cellpose", "scikit-image", "torch", "torchvision", "duckdb")
+
+
+@dataclass
+class RunHandle:
+    """A run that is under way; what is put into ``result`` is kept with it.
+
+    ``owner``: the process that alone may close it; none: any. ``at_end`` are done in the
+    transaction that marks it as done.
+    """
+
+    id: int
+    result: dict[str, Any] = field(default_factory=dict)
+    owner: str | None = None
+    at_end: list[Callable[[Session], None]] = field(default_factory=list)
+
+
+@contextmanager
+def running(
+    database: Database,
+    recipe: Recipe,
+    *,
+    parent_id: int | None = None,
+    split_id: int | None = None,
+    seed: int | None = None,
+    query: str | None = None,
+    resume: int | None = None,
+    alone: bool = False,
+) -> Iterator[RunHandle]:
+    """Record a run of ``recipe`` around a block: done at its end, else failed or cancelled.
+
+    ``resume`` goes on with an unfinished run instead of starting another. ``alone``: the run is of
+    one process at a time; another may go on with it only when it is over.
+
+    Raises:
+        UserInputError: the run to resume is alone, and another process is at it, or finished it.
+    """
+    owner = Owner.of_this_process().text
+    if resume is None:
+        resume = _start(database, recipe, parent_id, split_id, seed, query, owner)
+    else:
+        _resume(database, resume, owner, alone=alone)
+    handle = RunHandle(resume, owner=owner if alone else None)
+    try:
+        yield handle
+    except (KeyboardInterrupt, RunCancelledError) as error:
+        reason = str(error) or "Stopped by Ctrl-C."
+        _close(database, handle, Status.CANCELLED, reason)
+        raise
+    except BaseException as error:
+        _close(database, handle, Status.FAILED, str(error) or type(error).__name__)
+        raise
+    _close(database, handle, Status.DONE)
+
+
+def check_still_ours(session: Session, run: RunHandle) -> None:
+    """Find out in a transaction whether to go on with a run that is ours alone.
+
+    Raises:
+        RunCancelledError: it was cancelled by ``cellstore cancel``.
+        StoreError: another process goes on with it.
+    """
+    query = select(Run.status, Run.process).where(Run.id == run.id)
+    status, process = session.execute(query).one()
+    if process != run.owner:
+        raise StoreError(
+            f"Run {run.id} was gone on with by {shown_worker(process)}, so this process ends."
+        )
+    if status is Status.CANCELLED:
+        raise RunCancelledError(f"Run {run.id} was cancelled.")
+
+
+def attach(session: Session, run_id: int, artifact_id: int) -> None:
+    """Say that a run wrote, or relies on, a file."""
+    insert_new(session, RunArtifact, [{"run_id": run_id, "artifact_id": artifact_id}])
+
+
+def keep_file(session: Session, stored: StoredFile) -> int:
+    """Return the id of the artifact row of ``stored``, made if it is new."""
+    row = {
+        "kind": stored.kind,
+        "path": stored.path,
+        "sha256": stored.sha256,
+        "size_bytes": stored.size_bytes,
+        "created_at": datetime.now(UTC),
+    }
+    insert_new(session, Artifact, [row])
+    return session.scalars(
+        select(Artifact.id).where(Artifact.sha256 == stored.sha256, Artifact.kind == stored.kind)
+    ).one()
+
+
+def files_of(session: Session, run_id: int, kind: ArtifactKind) -> list[Artifact]:
+    """Return the files of a kind that a run wrote or relies on, the oldest first."""
+    query = (
+        select(Artifact)
+        .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
+        .where(RunArtifact.run_id == run_id, Artifact.kind == kind)
+    )
+    return list(session.scalars(query.order_by(Artifact.id)))
+
+
+def forget_files(session: Session, run_id: int, kind: ArtifactKind) -> list[str]:
+    """Drop the rows of a run's files of a kind that is its own alone; return their paths.
+
+    The files themselves may be removed once the transaction is over, not before.
+    """
+    paths = []
+    for file in files_of(session, run_id, kind):
+        session.execute(delete(RunArtifact).where(RunArtifact.artifact_id == file.id))
+        session.execute(delete(Artifact).where(Artifact.id == file.id))
+        paths.append(file.path)
+    return paths
+
+
+def _start(
+    database: Database,
+    recipe: Recipe,
+    parent_id: int | None,
+    split_id: int | None,
+    seed: int | None,
+    query: str | None,
+    owner: str,
+) -> int:
+    run = Run(
+        stage=Stage(recipe.stage),
+        recipe_id=recipe.id,
+        parent_id=parent_id,
+        split_id=split_id,
+        status=Status.RUNNING,
+        seed=seed,
+        query=query,
+        command=command_line(),
+        code_version=code_version(),
+        environment=environment(),
+        host=socket.gethostname()[:255],
+        user=_user(),
+        process=owner,
+        started_at=datetime.now(UTC),
+    )
+    with database.begin() as session:
+        bury_runs(session)
+        session.add(run)
+        session.flush()
+        return run.id
+
+
+def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None:
+    """Open a run again, and keep who goes on with it by which code beside who began."""
+    attempt = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "by": f"{_user()}@{socket.gethostname()}",
+        "command": command_line(),
+        "code_version": code_version(),
+        **environment(),
+    }
+    with database.begin() as session:
+        bury_runs(session)
+        run = session.scalars(select(Run).where(Run.id == run_id).with_for_update()).one()
+        if alone and run.status is Status.RUNNING:
+            raise UserInputError(
+                f"Run {run.id} is running, at {shown_worker(run.process)}. Wait for it, or, if "
+                f"that machine has lost it, mark it as over: cellstore cancel {run.id}"
+            )
+        if alone and run.status is Status.DONE:
+            raise UserInputError(f"Run {run.id} was finished by another process in the meantime.")
+        resumed = [*run.environment.get("resumed", []), attempt]
+        run.environment = {**run.environment, "resumed": resumed}
+        run.status, run.ended_at, run.error = Status.RUNNING, None, None
+        run.process = owner
+
+
+def _close(database: Database, run: RunHandle, status: Status, error: str | None = None) -> None:
+    values: dict[str, Any] = {"status": status, "ended_at": datetime.now(UTC), "result": run.result}
+    if error is not None:
+        values["error"] = error
+    mine = Run.id == run.id
+    if run.owner is not None:
+        mine = and_(mine, Run.process == run.owner)
+    with database.begin() as session:
+        if status is Status.DONE:
+            for act in run.at_end:
+                act(session)
+        elif run.owner is None and (other := _another_at(session, run.id)) is not None:
+            values = {"process": other}  # who shares the run goes on with it
+        session.execute(update(Run).where(mine).values(**values))
+
+
+def _another_at(session: Session, run_id: int) -> str | None:
+    """Another living process that has jobs of a run in hand."""
+    here = Owner.of_this_process()
+    query = (
+        select(Job.worker)
+        .distinct()
+        .where(Job.run_id == run_id, Job.status == Status.RUNNING, Job.worker.is_not(None))
+    )
+    for text in session.scalars(query):
+        owner = Owner.parse(text or "")
+        if owner and (owner.host, owner.pid) != (here.host, here.pid) and not owner.is_dead():
+            return text
+    return None
+
+
+def command_line() -> str:
+    """Return the command that was typed, without the passwords of database URLs."""
+    words = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
+    return shlex.join(without_passwords(word) for word in words)
+
+
+def without_passwords(word: str) -> str:
+    """Return a typed word with the passwords of every URL in it replaced by ``***``.
+
+    In a word that is a URL (or ``--option=URL``) a password may hold spaces and quotes.
+    """
+    # In a URL inside a longer text (an SQL question), spaces and quotes end the password.
+    inner = "" if re.match(r"(-[\w-]+=)?[\w+.-]+://", word) else r"\s'\""
+    masked = re.sub(
+        rf"([\w+.-]+://[^:/{inner}]*):[^{inner}\0]*@", r"\1:***@", word, flags=re.DOTALL
+    )
+    return re.sub(
+        rf"([?&][^?&=\s]*(?:pass|pwd|secret|scram)[^?&=\s]*=)[^&{inner}\0]+",
+        r"\1***",
+        masked,
+        flags=re.IGNORECASE,
+    )
+
+
+@cache
+def code_version() -> str:
+    """Return the version of cellstore, with the commit where it runs from a checkout."""
+    found = version("cellstore")
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return found
+    try:
+        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return found
+    return f"{found}+g{commit}{'.changed' if changed else ''}"
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(  # noqa: S603 - fixed words, no shell
+        ["git", "-C", str(folder), *words],  # noqa: S607 - the git of the user's PATH
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions that decide numbers: Python, the platform, the packages."""
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def fail_if_any(failed: int, done: int, what: str) -> None:
+    """End a run in which some images failed.
+
+    Raises:
+        JobsFailedError: ``failed`` is not 0.
+
+    """
+    if failed:
+        raise JobsFailedError(
+            f"{failed} of {failed + done} images could not be {what}; the others are done. "
+            "See why with: cellstore jobs --failed. Running the same command again retries them."
+        )

@@ -1,0 +1,628 @@
+"""Cells as a network sees them: crops of the mask image and of the flow image.
+
+The mask image has four channels: the cell itself, its outline, the other cells, and the
+projected intensity inside the cell. It is derived here and not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import ImageError, UserInputError
+from .branches import FLOW, IMAGE, MASK
+
+INTENSITY_PERCENTILE = 99.9
+"""The intensity of an image that becomes 1; what is brighter, a few hot pixels, becomes 1 too."""
+
+_SAMPLED = 61
+"""Of so many pixels one is looked at to see where the brightest begin."""
+
+_SAFE_PERCENTILE = 99
+"""Of those, this percentile is nearly always below the one that is wanted; if not, it is seen."""
+
+LIGHT = "light"
+"""Layer of intensities inside the cell. The codes of branch ``mask`` are layer ``mask``."""
+
+EDGE_BIT, OWN_BIT = 1, 2
+"""Bits of a code: a pixel of the outline of a cell, of the cell of this window; bit 0: of any."""
+
+Flat = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of N cells, end to end: P pixels in all, row by row.
+
+    ``sizes`` (N, 2) int64 are rows and columns of each; ``layers`` (K, P) by name, those that the
+    branches need: ``mask`` uint8 codes, ``light`` float32 from 0 to 1, ``flow`` uint8 (K = 4),
+    ``image`` float32 from 0 to 1 (K channels).
+    """
+
+    sizes: NDArray[np.int64]
+    layers: Mapping[str, Flat]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def ends(self) -> NDArray[np.int64]:
+        """(N,) the pixel after the last one of each cell."""
+        ends: NDArray[np.int64] = np.cumsum(self.sizes.prod(axis=1))
+        return ends
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """(N,) the first pixel of each cell."""
+        starts: NDArray[np.int64] = self.ends - self.sizes.prod(axis=1)
+        return starts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @classmethod
+    def gather(cls, parts: Sequence[tuple[Windows, NDArray[np.int64]]]) -> Windows:
+        """The cells at some positions, (M,), of each of one or more windows, as a copy."""
+        spans = [
+            (
+                windows,
+                zip(windows.starts[index].tolist(), windows.ends[index].tolist(), strict=True),
+            )
+            for windows, index in parts
+        ]
+        chosen = [(windows, a, b) for windows, some in spans for a, b in some]
+        layers = {
+            name: np.concatenate([empty[:, :0], *(w.layers[name][:, a:b] for w, a, b in chosen)], 1)
+            for name, empty in parts[0][0].layers.items()
+        }
+        return cls(np.concatenate([windows.sizes[index] for windows, index in parts]), layers)
+
+
+@dataclass(frozen=True)
+class CutCells:
+    """N cells whose windows are not resized yet, as numpy arrays.
+
+    ``features`` (N, F) float32, ``labels`` (N,) int64 class indices, ``cell_ids`` (N,) int64.
+    """
+
+    windows: Windows
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    cell_ids: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.cell_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        few = self.features.nbytes + self.labels.nbytes + self.cell_ids.nbytes
+        return self.windows.nbytes + few
+
+    def take(self, index: NDArray[np.int64]) -> CutCells:
+        """The cells at the positions ``index``, (M,), as a copy."""
+        return CutCells.gather([(self, index)])
+
+    @classmethod
+    def gather(cls, parts: Sequence[tuple[CutCells, NDArray[np.int64]]]) -> CutCells:
+        """The cells at some positions, (M,), of each of one or more blocks, as a copy."""
+        return cls(
+            Windows.gather([(block.windows, index) for block, index in parts]),
+            np.concatenate([block.features[index] for block, index in parts]),
+            np.concatenate([block.labels[index] for block, index in parts]),
+            np.concatenate([block.cell_ids[index] for block, index in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the cells of an image are cut from; ``None``: no branch looks at it.
+
+    ``masks`` (H, W) integers, 0 is background; ``flows`` (H, W, 4) uint8, the three channels of
+    Cellpose's flow rendering and the cell probability; ``plane`` (H, W) intensities; ``channels``
+    (H, W) intensities each. ``whites`` are the intensities that become 1, of the plane and of each
+    channel; without them it is the 99.9th percentile of each.
+    """
+
+    masks: NDArray[Any]
+    flows: NDArray[Any] | None = None
+    plane: NDArray[Any] | None = None
+    channels: tuple[NDArray[Any], ...] = ()
+    whites: tuple[float, ...] | None = None
+
+
+def cut_windows(pictures: Pictures, boxes: NDArray[Any], labels: NDArray[Any]) -> Windows:
+    """Cut the cells of one image out by their bounding boxes.
+
+    Parameters
+    ----------
+    pictures
+        The image. Without ``plane`` there is no branch ``mask``.
+    boxes
+        (N, 4) integers: ``min_row``, ``min_col``, ``max_row``, ``max_col``, half open.
+    labels
+        (N,) the value of each cell in ``masks``.
+
+    Raises
+    ------
+    ImageError
+        The arrays do not fit each other, a box is empty or reaches out of the image, or does not
+        hold its cell.
+
+    """
+    boxes = np.asarray(boxes, dtype=np.int64).reshape(-1, 4)
+    _check_pictures(pictures)
+    _check_boxes(boxes, labels, pictures.masks.shape)
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    cut = Windows(sizes, _empty_layers(pictures, int(sizes.prod(axis=1).sum())))
+    codes, whites = _cells_and_edges(pictures.masks), _white_levels(pictures)
+    spans = zip(boxes.tolist(), cut.starts.tolist(), cut.ends.tolist(), labels, strict=True)
+    for (top, left, bottom, right), start, end, label in spans:
+        window = np.s_[top:bottom, left:right]
+        own = pictures.masks[window] == label
+        if not own.any():
+            raise ImageError(f"Cell {label} is not in its box; segment this image again.")
+        shape = (-1, *own.shape)
+        places = {name: layer[:, start:end].reshape(shape) for name, layer in cut.layers.items()}
+        _fill(places, pictures, window, whites, own, codes)
+    return cut
+
+
+def _empty_layers(pictures: Pictures, pixels: int) -> dict[str, Flat]:
+    """Layers in one piece of memory, the widest numbers first."""
+    kinds: list[tuple[str, int, Any]] = []
+    if pictures.channels:
+        kinds.append((IMAGE, len(pictures.channels), np.float32))
+    if pictures.plane is not None:
+        kinds.append((LIGHT, 1, np.float32))
+    if pictures.flows is not None:
+        kinds.append((FLOW, 4, np.uint8))
+    if pictures.plane is not None:
+        kinds.append((MASK, 1, np.uint8))
+    sizes = [channels * pixels * np.dtype(kind).itemsize for _, channels, kind in kinds]
+    pieces = np.split(np.empty(sum(sizes), np.uint8), np.cumsum(sizes)[:-1])
+    return {
+        name: piece.view(kind).reshape(channels, pixels)
+        for piece, (name, channels, kind) in zip(pieces, kinds, strict=False)
+    }
+
+
+def _fill(
+    places: Mapping[str, NDArray[Any]],
+    pictures: Pictures,
+    window: Any,
+    whites: Sequence[float],
+    own: NDArray[np.bool_],
+    codes: NDArray[np.uint8],
+) -> None:
+    """Write the layers (K, h, w) of one cell, cut by ``window``, to their places."""
+    if pictures.plane is not None:
+        np.left_shift(own, OWN_BIT, out=places[MASK][0], dtype=np.uint8, casting="unsafe")
+        places[MASK][0] |= codes[window]
+        _scale(pictures.plane[window], whites[0], places[LIGHT][0])
+        places[LIGHT][0] *= own
+    if pictures.flows is not None:
+        places[FLOW][...] = pictures.flows[window].transpose(2, 0, 1)
+    for number, channel in enumerate(pictures.channels):
+        _scale(channel[window], whites[1 + number], places[IMAGE][number])
+
+
+def _scale(light: NDArray[Any], white: float, out: NDArray[np.float32]) -> None:
+    if white <= 0:
+        out[...] = 0
+        return
+    np.divide(light, white, out=out, casting="unsafe")
+    np.minimum(out, 1, out=out)
+    np.maximum(out, 0, out=out)
+
+
+def _white_levels(pictures: Pictures) -> Sequence[float]:
+    planes = (pictures.plane, *pictures.channels)
+    for plane in planes:
+        if plane is not None and not np.isfinite(plane).all():
+            raise ImageError("The image holds values that are not finite numbers.")
+    if pictures.whites is not None:
+        return pictures.whites
+    return [0.0 if plane is None else white_level(plane) for plane in planes]
+
+
+def no_windows(branches: Iterable[str], n_channels: int = 0) -> Windows:
+    """Windows of no cell, with the layers of ``branches``."""
+    kinds: dict[str, dict[str, Flat]] = {
+        MASK: {MASK: np.empty((1, 0), np.uint8), LIGHT: np.empty((1, 0), np.float32)},
+        FLOW: {FLOW: np.empty((4, 0), np.uint8)},
+        IMAGE: {IMAGE: np.empty((n_channels, 0), np.float32)},
+    }
+    layers = {key: layer for name in branches for key, layer in kinds.get(name, {}).items()}
+    return Windows(np.empty((0, 2), np.int64), layers)
+
+
+def without_pixels(count: int) -> Windows:
+    """Windows of ``count`` cells of which nothing is seen, for networks that look at none."""
+    return Windows(np.zeros((count, 2), np.int64), {})
+
+
+def white_level(intensities: NDArray[Any]) -> float:
+    """The intensity that becomes 1: the 99.9th percentile, or the maximum if that is 0.
+
+    As ``numpy.percentile`` (linear interpolation), but only the brightest pixels are sorted.
+    """
+    flat = np.ravel(intensities)
+    place = INTENSITY_PERCENTILE / 100 * (flat.size - 1)
+    needed = flat.size - int(place)
+    brightest = flat[flat >= np.percentile(flat[::_SAMPLED], _SAFE_PERCENTILE)]
+    if len(brightest) < needed:
+        brightest = flat
+    brightest = np.sort(brightest)
+    low, high = float(brightest[-needed]), float(brightest[min(1 - needed, -1)])
+    return low + (high - low) * (place - int(place)) or float(brightest[-1])
+
+
+def _cells_and_edges(masks: NDArray[Any]) -> NDArray[np.uint8]:
+    """(H, W): bit 0 in cells, ``EDGE_BIT`` where a 4-neighbour has another value.
+
+    Edges equal ``skimage.segmentation.find_boundaries(masks, connectivity=1, mode="inner")``; the
+    rim of the image is no boundary.
+    """
+    edge: NDArray[np.bool_] = np.zeros(masks.shape, dtype=bool)
+    other = np.empty(masks.shape, dtype=bool)  # the only one besides: fresh memory takes time
+    rows = np.not_equal(masks[1:], masks[:-1], out=other[1:])
+    edge[1:] |= rows
+    edge[:-1] |= rows
+    columns = np.not_equal(masks[:, 1:], masks[:, :-1], out=other[:, 1:])
+    edge[:, 1:] |= columns
+    edge[:, :-1] |= columns
+    cells = np.not_equal(masks, 0, out=other)
+    edge &= cells
+    codes: NDArray[np.uint8] = edge.view(np.uint8)
+    codes <<= np.uint8(EDGE_BIT)
+    codes |= cells.view(np.uint8)
+    return codes
+
+
+def _check_pictures(pictures: Pictures) -> None:
+    masks, flows, whites = pictures.masks, pictures.flows, pictures.whites
+    if whites is not None and len(whites) != 1 + len(pictures.channels):
+        raise ImageError(
+            f"There are {len(whites)} white levels for a plane and {len(pictures.channels)} "
+            "channels. Train again."
+        )
+    planes = [plane for plane in (pictures.plane, *pictures.channels) if plane is not None]
+    for plane in planes:
+        if masks.ndim != 2 or np.shape(plane) != masks.shape:
+            raise ImageError(
+                f"Masks {masks.shape} and image {np.shape(plane)} do not fit each other; segment "
+                "this image again, or ingest masks that belong to it."
+            )
+    if flows is None:
+        return
+    if flows.shape != (*masks.shape, 4):
+        raise ImageError(
+            f"Masks {masks.shape} and flows {flows.shape} do not fit each other; segment this "
+            "image again."
+        )
+    if flows.dtype != np.uint8:
+        raise ImageError(f"Flows must be uint8, these are {flows.dtype}; segment this image again.")
+
+
+def _check_boxes(boxes: NDArray[np.int64], labels: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if len(boxes) != len(labels):
+        raise ImageError(f"There are {len(boxes)} boxes for {len(labels)} cells.")
+    inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= shape).all()
+    if not inside or (boxes[:, :2] >= boxes[:, 2:]).any():
+        raise ImageError(
+            f"A box is empty or reaches out of the image of {shape[0]} x {shape[1]} pixels; "
+            "segment this image again."
+        )
+
+
+CROP_MEAN = 0.5
+CROP_STD = 0.5
+"""Normalisation of every channel in the published study: 0..1 becomes -1..1."""
+
+_PIXELS_AT_ONCE = 1 << 15
+"""Pixels that are made floats at once on a CPU: about what its cache holds."""
+
+_PADDED_AT_ONCE = 1 << 26
+"""Numbers of windows that are padded to one size at once on an accelerator: 256 MB."""
+
+_COLUMNS, _ROWS = 32, 56
+"""New pixels of a band; with fewer, calls cost more than what they save."""
+
+Spans = list[tuple[int, int]]
+
+
+def resized(windows: Windows, size: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return crops by image branch, (N, C, size, size) float32 from -1 to 1, on ``device``.
+
+    The aspect ratio is not kept. Channels of ``mask`` are the cell, its outline, the other cells
+    and the intensity inside the cell; of ``flow`` those of the flows; of ``image`` those asked for.
+
+    Raises ``UserInputError`` for a size below 1.
+    """
+    if size < 1:
+        raise UserInputError(f"The size of a crop must be 1 pixel or more, not {size}.")
+    if torch.device(device).type == "cpu":
+        return _in_turn(windows, size)
+    return resized_at_once(windows, size, device)
+
+
+def resized_at_once(windows: Windows, size: int, device: torch.device | str) -> dict[str, Tensor]:
+    """As :func:`resized`, with cells of like sizes padded to one size, for accelerators."""
+    channels = _channels(windows.layers)
+    shape = (len(windows), size, size)
+    made = {
+        name: torch.empty((shape[0], len(own), *shape[1:]), device=device)
+        for name, own in channels.items()
+    }
+    if not channels:
+        return made
+    flat = _floats({name: _sent(layer, device) for name, layer in windows.layers.items()})
+    sizes, starts = (_sent(part, device) for part in (windows.sizes, windows.starts))
+    for group in _of_like_sizes(windows.sizes, len(flat)):
+        index = _sent(group, device)
+        lengths, (rows, columns) = sizes[index], windows.sizes[group].max(axis=0).tolist()
+        places = _places(starts[index], lengths[:, 1], rows, columns)
+        # Beyond a window are pixels of other cells; their weights are 0.
+        padded = flat[:, places.clamp_(max=flat.shape[1] - 1)].transpose(0, 1)
+        widened = padded @ _weights(lengths[:, 1], columns, size).mT[:, None]
+        crops = _weights(lengths[:, 0], rows, size)[:, None] @ widened
+        for name, own in channels.items():
+            made[name][index] = crops[:, own.start : own.stop]
+    return made
+
+
+def _in_turn(windows: Windows, size: int) -> dict[str, Tensor]:
+    channels = _channels(windows.layers)
+    # numpy asks for huge pages, torch does not: a third of the time goes with fresh memory.
+    made = {
+        name: torch.from_numpy(np.empty((len(windows), len(own), size, size), np.float32))
+        for name, own in channels.items()
+    }
+    spans = list(zip(windows.starts.tolist(), windows.ends.tolist(), strict=True))
+    sizes = windows.sizes.tolist()
+    for first, last in _runs(spans) if channels else ():
+        start, end = spans[first][0], spans[last - 1][1]
+        flat = _floats({n: torch.from_numpy(x[:, start:end]) for n, x in windows.layers.items()})
+        for cell in range(first, last):
+            (rows, columns), (a, b) = sizes[cell], spans[cell]
+            lines = flat[:, a - start : b - start].reshape(-1, columns)
+            widened = _widened(lines, size).view(-1, rows, size)
+            for name, own in channels.items():
+                _heightened(widened[own.start : own.stop], made[name][cell])
+    return made
+
+
+def _widened(lines: Tensor, size: int) -> Tensor:
+    """(L, size) from ``lines`` (L, columns)."""
+    widened = torch.empty((len(lines), size))
+    for band in _bands(lines.shape[1], size, _COLUMNS):
+        torch.mm(lines[:, band.old], band.weights.mT, out=widened[:, band.new])
+    return widened
+
+
+def _heightened(channels: Tensor, out: Tensor) -> None:
+    """Resize ``channels`` (C, rows, size) to (C, size, size)."""
+    for band in _bands(channels.shape[1], out.shape[1], _ROWS):
+        weights = band.weights.expand(len(channels), -1, -1)
+        torch.bmm(weights, channels[:, band.old], out=out[:, band.new])
+
+
+@dataclass(frozen=True)
+class _Band:
+    """A range of new pixels, the old pixels that they are made of, and their weights (new, old).
+
+    Weights far from the diagonal are 0, so that a few products of bands are less work than one.
+    """
+
+    new: slice
+    old: slice
+    weights: Tensor
+
+
+@lru_cache(maxsize=2048)
+def _bands(length: int, size: int, width: int) -> list[_Band]:
+    weights = _weights(torch.tensor([length]), length, size)[0]
+    bands = []
+    for rows in torch.arange(size).tensor_split(max(1, size // width)):
+        there = weights[rows].sum(dim=0).nonzero()
+        new = slice(int(rows[0]), int(rows[-1]) + 1)
+        old = slice(int(there[0]), int(there[-1]) + 1)
+        bands.append(_Band(new, old, weights[new, old].contiguous()))
+    return bands
+
+
+def _channels(layers: Mapping[str, Sized]) -> dict[str, range]:
+    """By image branch its channels among all."""
+    found: dict[str, range] = {}
+    first = 0
+    for name in (MASK, FLOW, IMAGE):
+        if name in layers:
+            found[name] = range(first, first := first + (4 if name == MASK else len(layers[name])))
+    return found
+
+
+def _runs(spans: Spans) -> Iterator[tuple[int, int]]:
+    """First cell and the one after the last of runs of at most ``_PIXELS_AT_ONCE`` pixels."""
+    first = 0
+    for last in range(1, len(spans) + 1):
+        if last == len(spans) or spans[last][1] - spans[first][0] > _PIXELS_AT_ONCE:
+            yield first, last
+            first = last
+
+
+def _of_like_sizes(sizes: NDArray[np.int64], channels: int) -> Iterator[NDArray[np.int64]]:
+    """Positions of the cells in groups that take up little more when padded to one size."""
+    order = np.argsort(sizes.max(axis=1), kind="stable")
+    first = 0
+    for last in range(1, len(order) + 1):
+        rows, columns = sizes[order[first : last + 1]].max(axis=0).tolist()
+        if last == len(order) or (last + 1 - first) * channels * rows * columns > _PADDED_AT_ONCE:
+            yield order[first:last]
+            first = last
+
+
+def _floats(layers: Mapping[str, Tensor]) -> Tensor:
+    """All channels (C, P) float32, normalised: from -1 to 1.
+
+    Weights add to 1, so that normalising the few pixels before is normalising the many after.
+    """
+    channels = _channels(layers)
+    some = next(iter(layers.values()))
+    flat = torch.empty(
+        (max(own.stop for own in channels.values()), some.shape[1]), device=some.device
+    )
+    for name, own in channels.items():
+        part = flat[own.start : own.stop]
+        if name == MASK:
+            _fill_mask(layers[MASK][0], layers[LIGHT][0], part)
+        else:
+            torch.mul(layers[name], 1 / (CROP_STD * (255 if name == FLOW else 1)), out=part)
+    return flat.sub_(CROP_MEAN / CROP_STD)
+
+
+def _fill_mask(codes: Tensor, light: Tensor, channels: Tensor) -> None:
+    own = (codes >> OWN_BIT) & 1
+    outline = (codes >> EDGE_BIT) & own
+    others = (codes & 1) ^ own
+    for channel, values in zip(channels, (own, outline, others, light), strict=True):
+        torch.mul(values, 1 / CROP_STD, out=channel)
+
+
+def _sent(array: NDArray[np.generic], device: torch.device | str) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _places(starts: Tensor, widths: Tensor, rows: int, columns: int) -> Tensor:
+    """(N, rows, columns): where the pixels of each window are in (P,)."""
+    down = torch.arange(rows, device=starts.device)[:, None]
+    across = torch.arange(columns, device=starts.device)
+    return starts[:, None, None] + down * widths[:, None, None] + across
+
+
+def _weights(lengths: Tensor, longest: int, size: int) -> Tensor:
+    """(N, size, longest): the share of each of ``lengths`` (N,) pixels in each of ``size`` pixels.
+
+    As torch computes them, in float32: a triangle around the middle of the new pixel, one old
+    pixel wide to each side, or one new pixel where it shrinks.
+    """
+    scale = (lengths.float() / size)[:, None, None]
+    middles = scale * (torch.arange(size, device=lengths.device) + 0.5)[:, None]
+    pixels = torch.arange(longest, device=lengths.device)
+    distances = (pixels - middles + 0.5) / scale.clamp(min=1.0)
+    weights = (1 - distances.abs()).clamp_(min=0)
+    weights.masked_fill_(pixels >= lengths[:, None, None], 0.0)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+UNKNOWN_LABEL = -1
+"""Class index of a cell whose class is not known, or not among those of the network."""
+
+
+@dataclass(frozen=True)
+class CellBlock:
+    """N cells: those of one image, or one batch.
+
+    ``crops`` are (N, C, S, S) float32 by image branch, only those that the network looks at;
+    ``features`` (N, F) float32, ``labels`` (N,) int64 class indices and ``cell_ids`` (N,) int64.
+    """
+
+    crops: Mapping[str, Tensor]
+    features: Tensor
+    labels: Tensor
+    cell_ids: Tensor
+
+    def __len__(self) -> int:
+        return int(self.cell_ids.shape[0])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> CellBlock:
+        """The cells with ``change`` made to each of their tensors."""
+        return CellBlock(
+            {name: change(crops) for name, crops in self.crops.items()},
+            change(self.features),
+            change(self.labels),
+            change(self.cell_ids),
+        )
+
+    def to(self, device: torch.device | str) -> CellBlock:
+        """The same cells on another device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def take(self, index: Tensor) -> CellBlock:
+        """The cells at the positions ``index``, (M,) int64."""
+        return self.map(lambda tensor: tensor[index])
+
+    @classmethod
+    def join(cls, blocks: Sequence[CellBlock]) -> CellBlock:
+        """All cells of ``blocks``, of which there must be one or more, of the same branches."""
+        if len(blocks) == 1:
+            return blocks[0]
+        return cls(
+            {name: torch.cat([b.crops[name] for b in blocks]) for name in blocks[0].crops},
+            torch.cat([block.features for block in blocks]),
+            torch.cat([block.labels for block in blocks]),
+            torch.cat([block.cell_ids for block in blocks]),
+        )
+
+
+def cell_crops(
+    masks: NDArray[Any],
+    flows: NDArray[Any] | None,
+    projection: NDArray[Any],
+    boxes: NDArray[Any],
+    labels: NDArray[Any],
+    size: int = 224,
+) -> dict[str, Tensor]:
+    """Crop the cells of one image by their bounding boxes.
+
+    Parameters
+    ----------
+    masks
+        (H, W) integers, 0 is background.
+    flows
+        (H, W, 4) uint8: the three channels of Cellpose's flow rendering, the cell probability.
+        ``None``: they are unknown or of no interest.
+    projection
+        (H, W) intensities of any numeric type. They are divided by the 99.9th percentile of the
+        image and cut at 0 and 1.
+    boxes
+        (N, 4) integers: ``min_row``, ``min_col``, ``max_row``, ``max_col``, half open.
+    labels
+        (N,) the value of each cell in ``masks``.
+    size
+        Side of a crop in pixels. The aspect ratio is not kept: resizing is that of torchvision's
+        ``Resize`` (bilinear, with antialiasing where it shrinks).
+
+    Returns
+    -------
+    Crops by branch, ``mask`` and, if there are flows, ``flow``: each (N, 4, size, size) float32
+    from -1 to 1.
+
+    Raises
+    ------
+    ImageError
+        The arrays do not fit each other, a box is empty or reaches out of the image, or does not
+        hold its cell.
+
+    """
+    windows = cut_windows(Pictures(masks, flows, projection), boxes, labels)
+    return resized(windows, size)
+
+
+def crop_cells(cells: CutCells, size: int, device: torch.device | str = "cpu") -> CellBlock:
+    """Resize the windows of ``cells`` to ``size`` pixels, on ``device``."""
+    few = (torch.from_numpy(part) for part in (cells.features, cells.labels, cells.cell_ids))
+    crops = resized(cells.windows, size, device)
+    return CellBlock(crops, *(part.to(device, non_blocking=True) for part in few))

@@ -1,0 +1,249 @@
+"""Fine-tune a Cellpose 3 network on images whose masks somebody corrected.
+
+The augmentation (any angle, mirrored, at 0.75 to 1.25 of the size) and the loss are Cellpose's
+(Stringer et al. 2021, doi:10.1038/s41592-020-01018-x). Its own loop, ``train_seg``, is not used:
+it seeds numpy's global generator, takes no seed, tells nobody how far it is, and leaves images
+with few cells out without a word.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from cellpose.dynamics import masks_to_flows
+from cellpose.metrics import average_precision
+from cellpose.transforms import normalize_img, random_rotate_and_resize
+from cellpose.utils import diameters
+
+from ..analysis.cellpose3 import CHANNELS, SizeModel, fit_size_model, load_network
+from ..analysis.cellpose_common import checked_planes, consecutive, padded
+from .shipped_network import Sample, half_precision, train_step
+
+if TYPE_CHECKING:
+    from cellpose.models import CellposeModel
+    from numpy.typing import NDArray
+
+
+CROPS_PER_IMAGE = 4
+"""Crops of each image in an epoch."""
+
+CELLS_ACROSS = 7.5
+"""Median cells along the side of a crop, once its image is scaled for the network."""
+
+SCALES = (0.5, 0.7, 1.0, 1.4)
+"""Sizes at which the size model is shown each image."""
+
+FEWEST_FOR_SIZES = 3
+"""Images below which a size model could not be told from chance."""
+
+RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1)
+"""Penalties tried for the size model; few images need strong ones."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """How a network is fine-tuned. Same config, same machine, same images: same network."""
+
+    epochs: int = 50
+    learning_rate: float = 5e-4
+    weight_decay: float = 1e-5
+    batch: int = 8
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """``image``: (H, W) or (2, H, W) float32. ``masks``: (H, W), 0 is background."""
+
+    image: NDArray[np.float32]
+    masks: NDArray[np.integer[Any]]
+
+    @property
+    def diameter(self) -> float:
+        """Median diameter of its cells, in pixels."""
+        return float(diameters(self.masks.astype(np.int32))[0])
+
+
+class Prepared:
+    """Images as the network learns from them, on disk: planes, cell or not, flow y, flow x.
+
+    ``folder`` holds one array (5, H, W) float32 per image, mapped when it is read, so that many
+    large images need no more memory than a few.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.diameters: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.diameters)
+
+    def add(self, example: Corrected) -> None:
+        """Normalise an image as Cellpose does, and turn its masks into flows."""
+        scaled = np.moveaxis(normalize_img(_planes(example), norm3D=False), -1, 0)
+        masks = consecutive(example.masks)
+        flows = masks_to_flows(masks.astype(np.int64), device=torch.device("cpu"))
+        array = np.concatenate([scaled, masks[None] > 0, flows]).astype(np.float32)
+        np.save(self._folder / f"{len(self)}.npy", array)
+        self.diameters.append(example.diameter)
+
+    def read(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Planes (2, H, W) and target (3, H, W) of an image."""
+        array = np.load(self._folder / f"{number}.npy", mmap_mode="r")
+        return array[: CHANNELS[0]], array[CHANNELS[0] :]
+
+
+def finetune(
+    start: Path,
+    examples: Prepared,
+    config: FinetuneConfig,
+    tell: Callable[[int, float], None],
+) -> bytes:
+    """Return the state of the network in ``start``, trained further on ``examples``.
+
+    ``tell`` hears the number of each epoch, from 1, and its mean loss.
+    """
+    model = load_network(start, config.device)
+    steps = -(-len(examples) * CROPS_PER_IMAGE // config.batch)
+    optimiser = torch.optim.AdamW(
+        model.net.parameters(), config.learning_rate, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, config.learning_rate, total_steps=steps * config.epochs, pct_start=0.2
+    )
+    with seeded(config.seed):
+        for epoch in range(1, config.epochs + 1):
+            losses = []
+            for batch in _batches(examples, model.diam_mean, config.batch):
+                losses.append(train_step(model.net, optimiser, batch, model.device))
+                schedule.step()
+            tell(epoch, float(np.mean(losses)))
+    return state_bytes(model)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed numpy's global generator, which Cellpose's augmentation draws from, for a while."""
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+def state_bytes(model: CellposeModel) -> bytes:
+    """A network as the bytes of a file that Cellpose loads, its floats in half precision.
+
+    Without a diameter Cellpose scales images by ``diam_mean / diam_labels``: by nothing here, so
+    that the style, which the size model reads, is that of an image at its own scale.
+    """
+    state, buffer = half_precision(model.net), io.BytesIO()
+    torch.save(state | {"diam_labels": state["diam_mean"].clone()}, buffer)
+    return buffer.getvalue()
+
+
+def _batches(examples: Prepared, diam_mean: float, batch: int) -> Iterator[list[Sample]]:
+    """Every image ``CROPS_PER_IMAGE`` times, in a new order."""
+    order = np.random.permutation(np.repeat(np.arange(len(examples)), CROPS_PER_IMAGE))
+    for first in range(0, len(order), batch):
+        yield _crops(examples, order[first : first + batch], diam_mean)
+
+
+def _crops(examples: Prepared, numbers: NDArray[np.int_], diam_mean: float) -> list[Sample]:
+    side = crop_side(diam_mean)
+    images, targets = zip(*(examples.read(number) for number in numbers), strict=True)
+    planes, labels, _ = random_rotate_and_resize(
+        list(images),
+        Y=list(targets),
+        rescale=[examples.diameters[number] / diam_mean for number in numbers],
+        scale_range=0.5,
+        xy=(side, side),
+    )
+    return [Sample(image, target) for image, target in zip(planes, labels, strict=True)]
+
+
+def crop_side(diam_mean: float) -> int:
+    """Pixels of a crop: a multiple of 16, as the levels of the network need."""
+    return 16 * round(CELLS_ACROSS * diam_mean / 16)
+
+
+def size_model_of(
+    network: Path, examples: Iterable[Corrected], device: str
+) -> tuple[SizeModel, float] | None:
+    """A size model for ``network``, and its median error, left-out image by left-out image.
+
+    Each image is seen at several sizes. ``None``: there are too few images to tell whether it
+    would be any good, or it is not (a factor of 2 off).
+    """
+    model = load_network(network, device)
+    seen = [
+        ([_style(model, item, scale) for scale in SCALES], item.diameter * np.array(SCALES))
+        for item in examples
+    ]
+    if len(seen) < FEWEST_FOR_SIZES:
+        return None
+    styles, truth = (np.stack(part) for part in zip(*seen, strict=True))
+    errors = {ridge: _left_out_error(styles, truth, model.diam_mean, ridge) for ridge in RIDGES}
+    best = min(errors, key=lambda ridge: errors[ridge])
+    if errors[best] > np.log(2):
+        return None
+    fitted = fit_size_model(styles.reshape(-1, 256), truth.ravel(), model.diam_mean, best)
+    return fitted, errors[best]
+
+
+def _style(model: CellposeModel, item: Corrected, scale: float) -> NDArray[np.float32]:
+    """The style (256,) of an image shown ``scale`` times as large."""
+    # At this diameter the network sees the image scaled by just that.
+    found = model.eval(
+        _planes(item)[None],
+        channel_axis=3,
+        diameter=model.diam_mean / scale,
+        resample=False,
+        compute_masks=False,
+    )
+    return np.asarray(found[-1], np.float32).ravel()
+
+
+def _left_out_error(
+    styles: NDArray[np.float32], truth: NDArray[np.float64], diam_mean: float, ridge: float
+) -> float:
+    """Median of |log(estimate / truth)| of each image, fitted to the others."""
+    errors = []
+    for left in range(len(truth)):
+        others = np.arange(len(truth)) != left
+        fitted = fit_size_model(
+            styles[others].reshape(-1, 256), truth[others].ravel(), diam_mean, ridge
+        )
+        guesses = np.array([fitted.estimate(style) for style in styles[left]])
+        errors.append(np.abs(np.log(guesses / truth[left])))
+    return float(np.median(errors))
+
+
+def precision(network: Path, examples: Iterable[Corrected], device: str, iou: float = 0.5) -> float:
+    """Mean over images of Cellpose's average precision, at its default thresholds.
+
+    Each image is scaled by the true diameter of its cells, so that the network is judged, not
+    its size model.
+    """
+    model = load_network(network, device)
+    scores = []
+    for item in examples:
+        masks = model.eval(_planes(item)[None], channel_axis=3, diameter=item.diameter)[0]
+        found = masks.reshape(item.masks.shape).astype(np.int32)
+        truth = consecutive(item.masks).astype(np.int32)
+        scores.append(average_precision([truth], [found], threshold=[iou])[0][0])
+    return float(np.mean(scores))
+
+
+def _planes(item: Corrected) -> NDArray[np.float32]:
+    """The planes (H, W, 2) of an image as the network takes them."""
+    return padded(checked_planes(item.image), CHANNELS[0])

@@ -1,1 +1,0 @@
-"""Pure computation on arrays and tensors; no database, no store."""

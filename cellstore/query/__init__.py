@@ -1,0 +1,1 @@
+"""Questions about a store: DuckDB over the database and its cached copies."""

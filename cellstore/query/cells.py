@@ -1,0 +1,603 @@
+"""Drawn cells and their measurements: the ids of all are looked at, the values of a few are read.
+
+No function holds more than the drawn cells and the rows of one batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import compress
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import ColumnElement, Select, and_, case, exists, func, select
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.orm import Session
+
+from ..artifacts import ArtifactFolder
+from ..config import ImageInput
+from ..db.models import (
+    Cell,
+    CellFeatures,
+    FeatureSet,
+    Image,
+    Job,
+    Plate,
+    Recipe,
+    RecipeInput,
+    Run,
+    Segmentation,
+    Well,
+)
+from ..db.quality_models import CellFlag, ImageFlag
+from ..db.split_models import SplitMember
+from ..enums import FeatureStorage, Projection, Stage, Status, Subset
+from ..errors import ImageError, UnknownNameError, UserInputError
+from ..jobs.lookup import RUN_WORDS, find_recipe, run_in
+from ..jobs.planes import read_artifact_image
+from ..jobs.selection import is_current
+from .feature_files import BUILT_IN, FEATURE_COLUMNS, ReadableSet, SetReader, find_feature_set
+
+NEWEST = "latest"
+"""Names the newest finished quality-control run."""
+
+
+def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
+    """Return a finished quality-control run by its number; ``latest``: the newest.
+
+    Raises:
+        UnknownNameError: there is none.
+        UserInputError: it is not finished.
+    """
+    if reference in RUN_WORDS and not _has_finished(session):
+        raise UnknownNameError(
+            "Quality control has not been run yet, so nothing is flagged. Run: cellstore qc"
+        )
+    found = run_in(session, reference, (Stage.QC,))
+    if found.status != Status.DONE:
+        raise UserInputError(
+            f"Quality-control run {found.id} is {Status(found.status).value}, so its flags are not "
+            "whole. Run: cellstore qc, or name another run."
+        )
+    return found
+
+
+def _has_finished(session: Session) -> bool:
+    query = select(Run.id).where(Run.stage == Stage.QC, Run.status == Status.DONE)
+    return session.scalar(query.limit(1)) is not None
+
+
+def check_plates(session: Session, run: Run, images: Select[int]) -> None:
+    """Refuse a quality-control run that has not looked at every plate of ``images``.
+
+    Raises:
+        UserInputError: with the plates that it has not looked at.
+    """
+    on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
+    wanted = session.scalars(on_plates.where(Image.id.in_(images)).distinct())
+    missing = sorted(set(wanted) - set(plates_of(run)))
+    if missing:
+        raise UserInputError(
+            f"Quality-control run {run.id} has not looked at plate {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}. Run: cellstore qc"
+        )
+
+
+def count_unseen(session: Session, run: Run, images: Select[int]) -> int:
+    """Return how many of ``images`` a quality-control run knew nothing of, so flagged none."""
+    looked_at = (
+        select(Job.id)
+        .join(Recipe, Recipe.id == Job.recipe_id)
+        .join(RecipeInput, RecipeInput.input_id == Recipe.id)
+        .where(RecipeInput.recipe_id == run.recipe_id, Recipe.stage == Stage.QC)
+        .where(Job.status == Status.DONE, Job.run_id <= run.id, Job.image_id == Image.id)
+        .where(Job.content_sha256 == Image.content_sha256)
+    )
+    query = select(func.count()).select_from(Image).where(Image.id.in_(images))
+    return session.scalar(query.where(~looked_at.exists())) or 0
+
+
+def unseen_note(run: Run, unseen: int) -> str:
+    """Return the sentence on images that a quality-control run knew nothing of."""
+    return (
+        f"Quality-control run {run.id} has not looked at {unseen:,} of the images, so none of them "
+        "was left out. Run: cellstore qc"
+    )
+
+
+def check_cells(session: Session, run: Run, segment_id: int) -> None:
+    """Refuse a quality-control run that has looked at the cells of another segmentation, or none.
+
+    Raises:
+        UserInputError: with the command that looks at them.
+    """
+    query = select(RecipeInput.input_id).join(Recipe, Recipe.id == RecipeInput.input_id)
+    query = query.where(RecipeInput.recipe_id == run.recipe_id, Recipe.stage == Stage.SEGMENT)
+    seen = session.scalar(query)
+    if seen == segment_id:
+        return
+    what = "no cells" if seen is None else f"the cells of segment recipe {seen}"
+    raise UserInputError(
+        f"Quality-control run {run.id} looked at {what}, not at those of segment recipe "
+        f"{segment_id}. Run: cellstore qc --segmentation {segment_id}"
+    )
+
+
+def plates_of(run: Run) -> Sequence[str]:
+    """Return the barcodes of the plates that a quality-control run looked at."""
+    return tuple((run.result or {}).get("plates", ()))
+
+
+def is_unflagged_image(run_id: int) -> ColumnElement[bool]:
+    """Return the condition on ``images`` that a run has flagged none of its channels."""
+    return ~exists().where(ImageFlag.image_id == Image.id, ImageFlag.run_id == run_id)
+
+
+def is_unflagged_cell(run_id: int) -> ColumnElement[bool]:
+    """Return the condition on ``cells`` that a run has not flagged it."""
+    return ~exists().where(CellFlag.cell_id == Cell.id, CellFlag.run_id == run_id)
+
+
+_BOX = ("min_row", "min_col", "max_row", "max_col")
+_CELLS_ROWS_AT_ONCE = 10_000
+_VALUES_AT_ONCE = 4_000_000
+
+
+@dataclass(frozen=True)
+class CellSource:
+    """Whose cells: found by one recipe, measured by another, on a split or on plates.
+
+    ``subset``: one side of the split. Without ``split_id`` and ``plates``: all images.
+    ``features``: where the measurements are; a cell that is not among them is left out.
+    ``unflagged_by``: a quality-control run, whose flagged images and cells are left out.
+    """
+
+    segment_id: int
+    measure_id: int
+    split_id: int | None = None
+    subset: Subset | None = None
+    plates: tuple[str, ...] = ()
+    features: ReadableSet = BUILT_IN
+    unflagged_by: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageBlock:
+    """An image that has cells, its place in the split, and how many cells it has."""
+
+    image_id: int
+    content_sha256: str | None
+    subset: Subset
+    label_id: int
+    n_cells: int
+
+
+@dataclass(frozen=True)
+class CellRows:
+    """The N cells of one image.
+
+    ``cell_ids`` and ``labels`` (N,) int64, ``boxes`` (N, 4) int64 as in table ``cells``, or none
+    where a box is unknown, ``features`` (N, F) float64 in the order they were asked for,
+    ``label_id``: their class.
+    """
+
+    cell_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    boxes: NDArray[np.int64] | None
+    features: NDArray[np.float64]
+    label_id: int | None
+
+    def __len__(self) -> int:
+        return len(self.cell_ids)
+
+
+def cells_query(source: CellSource) -> Select[Any]:
+    """Return the query of all cells of ``source`` with boxes, measurements, side and label.
+
+    Measurements that are in files are not in the answer; read them by cell id.
+    """
+    current = and_(is_current(), Segmentation.recipe_id == source.segment_id)
+    query = (
+        select(Image.id.label("image_id"), Cell.id.label("cell_id"), Cell.label.label("label"))
+        .add_columns(*(getattr(Cell, name) for name in _BOX))
+        .select_from(Image)
+        .join(Segmentation, current)
+        .join(Cell, Cell.segmentation_id == Segmentation.id)
+        .where(Cell.excluded.is_(None))
+    )
+    if source.features.in_table:
+        query = _with_measurements(query, source)
+    if source.unflagged_by is not None:
+        run_id = source.unflagged_by
+        query = query.where(is_unflagged_image(run_id), is_unflagged_cell(run_id))
+    return _of_split(_of_plates(query, source), source)
+
+
+def _with_measurements(query: Select[Any], source: CellSource) -> Select[Any]:
+    measured = and_(CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == source.measure_id)
+    columns = (getattr(CellFeatures, name) for name in FEATURE_COLUMNS)
+    return query.add_columns(*columns).join(CellFeatures, measured)
+
+
+def _of_plates(query: Select[Any], source: CellSource) -> Select[Any]:
+    if not source.plates:
+        return query
+    on_plate = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+    return on_plate.where(Plate.barcode.in_(source.plates))
+
+
+def _of_split(query: Select[Any], source: CellSource) -> Select[Any]:
+    if source.split_id is None:
+        return query
+    member = and_(SplitMember.image_id == Image.id, SplitMember.split_id == source.split_id)
+    joined = query.add_columns(SplitMember.subset, SplitMember.label_id).join(SplitMember, member)
+    return joined if source.subset is None else joined.where(SplitMember.subset == source.subset)
+
+
+def as_text(query: Select[Any]) -> str:
+    """Return ``query`` as SQL that runs as it stands on both databases, to be kept with a run."""
+    compiled = query.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
+    return str(compiled)
+
+
+def list_blocks(session: Session, source: CellSource) -> list[ImageBlock]:
+    """Return the images of a split that have cells to read, by image id; a row per image."""
+    keys = (Image.id, Segmentation.content_sha256, SplitMember.subset, SplitMember.label_id)
+    query = cells_query(source)
+    if source.features.files is not None:
+        cells = query.with_only_columns(*keys, Cell.id).order_by(Cell.id)
+        return _count_in_files(session, cells, SetReader(source.features.files))
+    counted = query.with_only_columns(*keys, func.count(Cell.id))
+    rows = session.execute(counted.group_by(*keys).order_by(Image.id))
+    return [ImageBlock(*row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """What was left out because a quality-control run had flagged it: images whole, and cells."""
+
+    run_id: int
+    images: int
+    cells: int
+
+
+def count_flagged(
+    session: Session, source: CellSource, blocks: Sequence[ImageBlock], sides: Sequence[Subset]
+) -> Flagged | None:
+    """Return how much more there would be than ``blocks`` on some sides if flags did not count."""
+    if source.unflagged_by is None:
+        return None
+    everything = list_blocks(session, replace(source, unflagged_by=None))
+    before, after = (
+        [b.n_cells for b in some if b.subset in sides] for some in (everything, blocks)
+    )
+    return Flagged(source.unflagged_by, len(before) - len(after), sum(before) - sum(after))
+
+
+def _count_in_files(session: Session, cells: Any, reader: SetReader) -> list[ImageBlock]:
+    counts: Counter[Any] = Counter()
+    rows = session.execute(cells.execution_options(yield_per=_CELLS_ROWS_AT_ONCE))
+    for block in rows.partitions():
+        *keys, cell_ids = zip(*block, strict=True)
+        there, _ = reader(np.array(cell_ids, dtype=np.int64), ())
+        counts.update(compress(zip(*keys, strict=True), there))
+    return [ImageBlock(*(*key, number)) for key, number in sorted(counts.items(), key=_image_id)]
+
+
+def _image_id(item: tuple[Any, int]) -> int:
+    return int(item[0][0])
+
+
+def read_cells(
+    session: Session,
+    source: CellSource,
+    image_id: int,
+    columns: Sequence[str] = FEATURE_COLUMNS,
+    reader: SetReader | None = None,
+) -> CellRows:
+    """Return the cells of one image, by cell id: ``cells_query`` restricted to it.
+
+    ``reader`` of the files of a feature set keeps them open from call to call.
+    """
+    query = cells_query(source).where(Image.id == image_id).order_by(Cell.id)
+    rows = session.execute(query).mappings().all()
+    if source.features.files is None:
+        values = _columns(rows, columns, np.float64)
+    else:
+        reader = reader or SetReader(source.features.files)
+        there, values = reader(_column(rows, "cell_id"), columns)
+        rows, values = list(compress(rows, there)), values[there]
+    return CellRows(
+        _column(rows, "cell_id"),
+        _column(rows, "label"),
+        _boxes(rows),
+        values,
+        rows[0].get("label_id") if rows else None,
+    )
+
+
+def stream_features(
+    session: Session, source: CellSource, columns: Sequence[str] = FEATURE_COLUMNS
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the measurements of all cells in blocks (N, F) of at most 10,000 rows."""
+    at_once = max(1, min(_CELLS_ROWS_AT_ONCE, _VALUES_AT_ONCE // max(1, len(columns))))
+    query = cells_query(source).order_by(Cell.id).execution_options(yield_per=at_once)
+    if source.features.files is not None:
+        reader = SetReader(source.features.files)
+        for cells in session.execute(query.with_only_columns(Cell.id)).partitions():
+            there, values = reader(np.array([row[0] for row in cells], dtype=np.int64), columns)
+            yield values[there]
+        return
+    chosen = query.with_only_columns(*(getattr(CellFeatures, name) for name in columns))
+    for block in session.execute(chosen).partitions():
+        yield np.array([tuple(row) for row in block], dtype=np.float64)
+
+
+def _column(rows: Any, name: str) -> NDArray[np.int64]:
+    return np.array([row[name] for row in rows], dtype=np.int64)
+
+
+def _columns(rows: Any, names: Sequence[str], dtype: Any) -> NDArray[Any]:
+    table = [[row[name] for name in names] for row in rows]
+    return np.array(table, dtype=dtype).reshape(len(rows), len(names))
+
+
+def _boxes(rows: Any) -> NDArray[np.int64] | None:
+    if any(row[name] is None for row in rows for name in _BOX):
+        return None
+    boxes: NDArray[np.int64] = _columns(rows, _BOX, np.int64)
+    return boxes
+
+
+def plate_of(session: Session, image_id: int) -> str:
+    """Return the barcode of the plate that an image is of."""
+    query = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
+    return session.scalars(
+        query.join(Image, Image.well_id == Well.id).where(Image.id == image_id)
+    ).one()
+
+
+def current_segmentation(session: Session, segment_id: int, image_id: int) -> Segmentation:
+    """Return the segmentation of an image as it is now.
+
+    Raises:
+        ImageError: the image has changed, and its new bytes are not segmented yet.
+
+    """
+    query = select(Segmentation).join(Image, is_current())
+    found = session.scalars(
+        query.where(Image.id == image_id, Segmentation.recipe_id == segment_id)
+    ).one_or_none()
+    if found is None:
+        raise ImageError("This image has changed since it was segmented. Run: cellstore segment")
+    return found
+
+
+def read_masks(session: Session, artifacts: ArtifactFolder, found: Segmentation) -> NDArray[Any]:
+    """Return the masks (H, W) of a segmentation.
+
+    Raises:
+        ImageError: they are unknown.
+        StorageError: the file is gone or changed.
+
+    """
+    if found.mask_artifact_id is None:
+        raise ImageError(
+            "Another tool found these cells and their masks are unknown. "
+            "If you have them, run: cellstore ingest masks DIR"
+        )
+    return read_artifact_image(session, artifacts, found.mask_artifact_id)
+
+
+def read_flows(session: Session, artifacts: ArtifactFolder, found: Segmentation) -> NDArray[Any]:
+    """Return the flows (H, W, 4) of a segmentation; raises as :func:`read_masks` does."""
+    if found.flow_artifact_id is None:
+        raise ImageError(
+            "Another tool found these cells, and there are no flows of them. "
+            "Use the branches mask and tabular only."
+        )
+    return read_artifact_image(session, artifacts, found.flow_artifact_id)
+
+
+def plane_of(segment: Recipe) -> ImageInput:
+    """Return the plane that a segment recipe looked at; of other tools': the default plane."""
+    named = segment.parameters.get("image")
+    if named is None:
+        return ImageInput()
+    return ImageInput(tuple(named["channels"]), Projection(named["projection"]))
+
+
+def recipes_of_set(
+    session: Session, name: str, segmentation: str | None, measurement: str | None
+) -> tuple[Recipe, Recipe]:
+    """Return the recipes that made a feature set; recipes that are named too must be the same.
+
+    Raises:
+        UnknownNameError: there is no such feature set, or no recipe has that name.
+        UserInputError: the feature set is not of the named recipes.
+
+    """
+    measure = session.get_one(Recipe, find_feature_set(session, name).recipe_id)
+    segment = input_of(session, measure, Stage.SEGMENT)
+    for reference, recipe in ((segmentation, segment), (measurement, measure)):
+        if reference is None:
+            continue
+        if find_recipe(session, recipe.stage, reference).id != recipe.id:
+            raise UserInputError(
+                f"Feature set {name!r} belongs to {recipe.stage.value} recipe {recipe.id}, not to "
+                f"{reference}. Name the feature set alone."
+            )
+    return segment, measure
+
+
+def choose_recipes(
+    session: Session, segmentation: str | None, measurement: str | None
+) -> tuple[Recipe, Recipe]:
+    """Return the segment and the measure recipe to read cells by; default: those used last.
+
+    Raises:
+        UnknownNameError: nothing has been segmented, or no recipe has that name.
+        UserInputError: the measurements are not those of the segmentation.
+
+    """
+    if segmentation is None and measurement is not None:
+        measure = find_recipe(session, Stage.MEASURE, measurement)
+        return input_of(session, measure, Stage.SEGMENT), measure
+    segment = find_recipe(session, Stage.SEGMENT, segmentation) if segmentation else None
+    segment = segment or last_with_masks(session)
+    if measurement is None:
+        return segment, _last_measure_of(session, segment)
+    measure = find_recipe(session, Stage.MEASURE, measurement)
+    if input_of(session, measure, Stage.SEGMENT).id != segment.id:
+        raise UserInputError(
+            f"Measure recipe {measure.id} did not read the cells of segment recipe {segment.id}. "
+            "Leave one of the two away, or run: cellstore measure --segmentation "
+            f"{segment.id}"
+        )
+    return segment, measure
+
+
+def last_with_masks(session: Session) -> Recipe:
+    """Return the segment recipe used last whose masks are known, also if another tool made them.
+
+    Raises:
+        UnknownNameError: nothing has been segmented.
+
+    """
+    runs = (
+        select(func.max(Run.id)).where(Run.recipe_id == Recipe.id).correlate(Recipe),
+        select(func.max(Segmentation.run_id))
+        .where(Segmentation.recipe_id == Recipe.id, Segmentation.mask_artifact_id.is_not(None))
+        .correlate(Recipe),
+    )
+    last = [func.coalesce(run.scalar_subquery(), 0) for run in runs]
+    newest = case((last[0] > last[1], last[0]), else_=last[1])
+    query = select(Recipe).where(Recipe.stage == Stage.SEGMENT, newest > 0)
+    found = session.scalars(query.order_by(newest.desc(), Recipe.id.desc()).limit(1)).first()
+    return found or _without_masks(session)
+
+
+def _without_masks(session: Session) -> Recipe:
+    sets = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
+    names = list(session.scalars(sets.order_by(FeatureSet.id)))
+    if not names:
+        return find_recipe(session, Stage.SEGMENT)
+    raise UnknownNameError(
+        "No masks are known here, only cells that other tools found. Run: cellstore segment, "
+        f"or train on a feature set with --features: {', '.join(names)}"
+    )
+
+
+def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe:
+    """Return the recipe of ``stage`` whose results ``recipe`` reads."""
+    query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
+    return session.scalars(
+        query.where(RecipeInput.recipe_id == recipe.id, Recipe.stage == stage)
+    ).one()
+
+
+def _last_measure_of(session: Session, segment: Recipe) -> Recipe:
+    """The recipe of the built-in measurements used last; sets in files are asked for by name."""
+    in_files = select(FeatureSet.recipe_id).where(FeatureSet.storage == FeatureStorage.FILES)
+    query = (
+        select(Recipe)
+        .join(RecipeInput, RecipeInput.recipe_id == Recipe.id)
+        .join(Run, Run.recipe_id == Recipe.id)
+        .where(RecipeInput.input_id == segment.id, Recipe.stage == Stage.MEASURE)
+        .where(Recipe.id.not_in(in_files))
+        .order_by(Run.id.desc())
+    )
+    return session.scalars(query.limit(1)).first() or _without_built_in(session, segment)
+
+
+def _without_built_in(session: Session, segment: Recipe) -> Recipe:
+    sets = (
+        select(FeatureSet.name)
+        .join(RecipeInput, RecipeInput.recipe_id == FeatureSet.recipe_id)
+        .where(RecipeInput.input_id == segment.id, FeatureSet.storage == FeatureStorage.FILES)
+        .order_by(FeatureSet.id)
+    )
+    names = ", ".join(session.scalars(sets))
+    other = f", or name one of its feature sets with --features: {names}" if names else ""
+    raise UserInputError(
+        f"The cells of segment recipe {segment.id} are not measured yet. Run: cellstore measure"
+        f"{other}"
+    )
+
+
+Ids = NDArray[np.int64]
+
+_ROWS_AT_ONCE = 10_000
+_IDS_AT_ONCE = 2_000
+
+
+def stream_groups(
+    session: Session, query: Select[Any], source: CellSource, group: Any
+) -> Iterator[tuple[Ids, Ids]]:
+    """Yield, in blocks, the ``group`` and the id of all cells of ``query``, by id: (N,) each.
+
+    ``query`` is one of ``cells_query(source)``, with conditions of its own. A cell that the
+    feature set of ``source`` lacks is left out.
+    """
+    chosen = query.with_only_columns(group, Cell.id).order_by(Cell.id)
+    rows = session.execute(chosen.execution_options(yield_per=_ROWS_AT_ONCE))
+    files = source.features.files
+    reader = None if files is None else SetReader(files)
+    for block in rows.partitions():
+        groups, ids = np.array([tuple(row) for row in block], dtype=np.int64).T
+        if reader is not None:
+            there, _ = reader(ids, ())
+            groups, ids = groups[there], ids[there]
+        yield groups, ids
+
+
+def read_values(
+    session: Session, source: CellSource, cell_ids: Ids, columns: tuple[str, ...]
+) -> NDArray[np.float64]:
+    """Return the measurements (N, F) of cells, whose (N,) ids ascend."""
+    if source.features.files is not None:
+        return SetReader(source.features.files)(cell_ids, columns)[1]
+    values = np.empty((len(cell_ids), len(columns)))
+    chosen = select(*(getattr(CellFeatures, name) for name in columns))
+    chosen = chosen.where(CellFeatures.recipe_id == source.measure_id)
+    for start, ids in _in_parts(cell_ids):
+        query = chosen.where(CellFeatures.cell_id.in_(ids)).order_by(CellFeatures.cell_id)
+        found = [tuple(row) for row in session.execute(query)]
+        values[start : start + len(ids)] = np.array(found, dtype=np.float64)
+    return values
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where N cells are: ``wells`` (N,) ids of wells, ``plates`` (N,) barcodes."""
+
+    wells: Ids
+    plates: NDArray[np.str_]
+
+
+def places_of(session: Session, cell_ids: Ids) -> Places:
+    """Return the wells and plates of cells, whose (N,) ids ascend."""
+    query = (
+        select(Well.id, Plate.barcode)
+        .select_from(Cell)
+        .join(Segmentation, Segmentation.id == Cell.segmentation_id)
+        .join(Image, Image.id == Segmentation.image_id)
+        .join(Well, Well.id == Image.well_id)
+        .join(Plate, Plate.id == Well.plate_id)
+        .order_by(Cell.id)
+    )
+    wells: list[int] = []
+    plates: list[str] = []
+    for _, ids in _in_parts(cell_ids):
+        for well, plate in session.execute(query.where(Cell.id.in_(ids))):
+            wells.append(well)
+            plates.append(plate)
+    return Places(np.array(wells, dtype=np.int64), np.array(plates, dtype=np.str_))
+
+
+def _in_parts(cell_ids: Ids) -> Iterator[tuple[int, list[int]]]:
+    for start in range(0, len(cell_ids), _IDS_AT_ONCE):
+        yield start, cell_ids[start : start + _IDS_AT_ONCE].tolist()

@@ -1,0 +1,566 @@
+"""Feature sets: the built-in ones in table ``features``, the others in Parquet files.
+
+A file is rows by ``cell_id``, so that the values of some cells are a few row groups of a few files.
+No function holds more than the rows that it was asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from ..artifacts import PART, ArtifactFolder, StoredFile, sync_folder
+from ..db.models import Artifact, CellFeatures, FeatureFile, FeatureSet
+from ..enums import ArtifactKind, FeatureStorage
+from ..errors import StorageError, UnknownNameError, UserInputError
+from ..io.records import Integers, batch_rows
+from ..jobs.runs import attach, keep_file
+
+FEATUREFILES_CELL_ID = "cell_id"
+ROWS_OF_FILE = 50_000
+"""Cells after which a file ends."""
+
+ROW_GROUP = 2_000
+"""Cells of a row group: training reads the groups that the cells of an image are in."""
+
+
+class WrittenFile(NamedTuple):
+    """A file of features and its range of cells."""
+
+    stored: StoredFile
+    rows: int
+    first_cell_id: int
+    last_cell_id: int
+
+
+def register_files(
+    session: Session,
+    artifacts: ArtifactFolder,
+    feature_set_id: int,
+    run_id: int,
+    files: Sequence[WrittenFile],
+) -> None:
+    """Insert the rows of files that are written.
+
+    Raises:
+        StorageError: one is gone again.
+    """
+    for file in files:
+        if not artifacts.locate(file.stored.path).is_file():
+            raise StorageError(
+                f"The file {file.stored.path} was removed while it was written. Run the same "
+                "command again."
+            )
+        artifact = keep_file(session, file.stored)
+        attach(session, run_id, artifact)
+        row = FeatureFile(
+            feature_set_id=feature_set_id,
+            artifact_id=artifact,
+            run_id=run_id,
+            n_rows=file.rows,
+            first_cell_id=file.first_cell_id,
+            last_cell_id=file.last_cell_id,
+        )
+        session.add(row)
+    session.flush()
+
+
+@dataclass
+class FeatureWriter:
+    """Writes rows by ascending cell id into as many files as they need.
+
+    ``files`` are those that are finished; what is not finished is removed by :meth:`abandon`.
+    """
+
+    artifacts: ArtifactFolder
+    schema: pa.Schema
+    files: list[WrittenFile] = field(default_factory=list)
+    _part: _Part | None = None
+
+    def write(self, cell_ids: Integers, values: pa.RecordBatch) -> None:
+        """Append the features of some cells.
+
+        Raises:
+            StorageError: the disk is full, or the folder cannot be written.
+        """
+        arrays = [pa.array(cell_ids), *values.columns]
+        batch = pa.RecordBatch.from_arrays(arrays, schema=_with_ids(self.schema))
+        with _explained(self.artifacts.root):
+            if self._part is None:
+                self._part = _Part(self.artifacts.root, batch.schema)
+            self._part.write(batch, cell_ids)
+            if self._part.rows >= ROWS_OF_FILE:
+                self.finish()
+
+    def finish(self) -> None:
+        """End the file that is being written.
+
+        Raises:
+            StorageError: the disk is full, or the folder cannot be written.
+        """
+        part, self._part = self._part, None
+        if part is not None:
+            with _explained(self.artifacts.root):
+                self.files.append(part.keep())
+
+    def abandon(self) -> None:
+        """Remove what is not finished."""
+        if self._part is not None:
+            self._part.remove()
+            self._part = None
+
+
+class _Part:
+    """A file that is not whole yet, under a temporary name."""
+
+    def __init__(self, root: Path, schema: pa.Schema) -> None:
+        self._root = root
+        self._folder = root / ArtifactKind.FEATURES.value
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._path = self._folder / f"{PART}{uuid.uuid4().hex}"
+        self._sink = _HashingFile(self._path)
+        try:
+            self._writer = pq.ParquetWriter(
+                self._sink, schema, compression="snappy", use_dictionary=_texts(schema),
+                write_statistics=[FEATUREFILES_CELL_ID],
+            )  # fmt: skip
+        except BaseException:
+            self.remove()
+            raise
+        self._row_group = min(ROW_GROUP, batch_rows(len(schema)))
+        self.rows = 0
+        self._first = self._last = 0
+
+    def write(self, batch: pa.RecordBatch, cell_ids: Integers) -> None:
+        """Append a batch as row groups of its own."""
+        try:
+            self._writer.write_batch(batch, row_group_size=self._row_group)
+        except BaseException:
+            self.remove()
+            raise
+        self._first = self._first if self.rows else int(cell_ids[0])
+        self._last = int(cell_ids[-1])
+        self.rows += len(cell_ids)
+
+    def keep(self) -> WrittenFile:
+        """Give the file the name of its content, durably."""
+        try:
+            self._writer.close()
+            sha256, size = self._sink.finish()
+            place = f"{ArtifactKind.FEATURES.value}/{sha256[:2]}/{sha256}.parquet"
+            target = self._root / place
+            target.parent.mkdir(exist_ok=True)
+            self._path.replace(target)
+            sync_folder(target.parent)
+        except BaseException:
+            self.remove()
+            raise
+        stored = StoredFile(ArtifactKind.FEATURES, place, sha256, size)
+        return WrittenFile(stored, self.rows, self._first, self._last)
+
+    def remove(self) -> None:
+        """Leave nothing behind."""
+        with suppress(OSError, ValueError, AttributeError, pa.ArrowException):
+            self._writer.close()
+        with suppress(AttributeError):
+            self._writer.is_open = False  # or it would try again when it is collected
+        with suppress(OSError, ValueError):
+            self._sink.close()
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+
+class _HashingFile(io.RawIOBase):
+    """A new file that knows the sha256 of what was written to it."""
+
+    def __init__(self, path: Path) -> None:
+        # "x" and the umask give the file the rights that the user's other files have.
+        self._file = path.open("xb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    def writable(self) -> bool:
+        """Whether it can be written: yes."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Append all of ``data``."""
+        left = memoryview(data)
+        self._digest.update(left)
+        self._size += left.nbytes
+        while left.nbytes:
+            left = left[self._file.write(left) :]
+        return len(data)
+
+    def finish(self) -> tuple[str, int]:
+        """Make it durable; return sha256 and size."""
+        os.fsync(self._file.fileno())
+        self.close()
+        return self._digest.hexdigest(), self._size
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+def stored_values(
+    paths: Sequence[Path], columns: Sequence[str], cell_ids: Integers
+) -> tuple[Integers, pa.Table | None]:
+    """Return which of the ascending ``cell_ids`` have a row in the files, and the rows of these.
+
+    Raises:
+        StorageError: a file is gone or damaged.
+    """
+    found: list[Integers] = []
+    tables: list[pa.Table] = []
+    for path in paths:
+        with _readable(path), pq.ParquetFile(path) as file:
+            for group in _groups(file, cell_ids):
+                table = file.read_row_group(group, columns=[FEATUREFILES_CELL_ID, *columns])
+                ids = table.column(0).to_numpy()
+                chosen = np.isin(ids, cell_ids)
+                found.append(ids[chosen])
+                part = table.select(list(columns))
+                tables.append(part if chosen.all() else part.filter(pa.array(chosen)))
+    if not found:
+        return np.empty(0, np.int64), None
+    return np.concatenate(found), pa.concat_tables(tables)
+
+
+def _groups(file: pq.ParquetFile, cell_ids: Integers) -> Iterator[int]:
+    for number in range(file.metadata.num_row_groups):
+        known = file.metadata.row_group(number).column(0).statistics
+        start = int(np.searchsorted(cell_ids, known.min)) if known is not None else 0
+        if known is None or (start < len(cell_ids) and cell_ids[start] <= known.max):
+            yield number
+
+
+def _with_ids(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([pa.field(FEATUREFILES_CELL_ID, pa.int64(), nullable=False), *schema])
+
+
+def _texts(schema: pa.Schema) -> list[str] | bool:
+    # Measurements rarely repeat: a dictionary of them is work for nothing.
+    return [item.name for item in schema if pa.types.is_string(item.type)] or False
+
+
+@contextmanager
+def _explained(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{root} cannot be written: {error.strerror or error}. Free some space or mend the "
+            "permissions, then run the same command again."
+        ) from error
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(
+            f"The feature file {path.name} cannot be read ({str(error).splitlines()[0]}). "
+            "See what is wrong with: cellstore verify"
+        ) from error
+
+
+_KEYS = ("cell_id", "recipe_id", "run_id")
+FEATURE_COLUMNS: tuple[str, ...] = tuple(
+    column.name for column in CellFeatures.__table__.columns if column.name not in _KEYS
+)
+"""The built-in measurements, in the order in which a network reads them."""
+
+CELL_ID = "cell_id"
+_NUMERIC = ("float", "int", "uint")
+_OPEN_FILES = 16
+
+Values = tuple[NDArray[np.bool_], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class SetFile:
+    """A file of a feature set and the range of cell ids that it holds."""
+
+    path: Path
+    first_cell_id: int
+    last_cell_id: int
+
+
+@dataclass(frozen=True)
+class ReadableSet:
+    """The numeric ``columns`` of a feature set, and where they are: ``files``, else the table.
+
+    ``mark`` is a digest over the bytes of all files, ``None`` for the table.
+    """
+
+    name: str | None = None
+    columns: tuple[str, ...] = FEATURE_COLUMNS
+    files: tuple[SetFile, ...] | None = None
+    mark: str | None = None
+
+    @property
+    def in_table(self) -> bool:
+        """Whether the values are in table ``features``."""
+        return self.files is None
+
+
+BUILT_IN = ReadableSet()
+
+
+def find_feature_set(session: Session, name: str) -> FeatureSet:
+    """Return the feature set of this name.
+
+    Raises:
+        UnknownNameError: there is none.
+
+    """
+    found = session.scalars(select(FeatureSet).where(FeatureSet.name == name)).one_or_none()
+    if found is None:
+        known = session.scalars(select(FeatureSet.name).order_by(FeatureSet.id))
+        raise UnknownNameError.of("feature set", name, list(known))
+    return found
+
+
+def set_of_recipe(session: Session, recipe_id: int) -> FeatureSet | None:
+    """Return the feature set that a measure recipe fills, if it has one."""
+    query = select(FeatureSet).where(FeatureSet.recipe_id == recipe_id)
+    return session.scalars(query).one_or_none()
+
+
+def open_set(
+    session: Session, artifacts: ArtifactFolder, recipe_id: int, name: str | None = None
+) -> ReadableSet:
+    """Return what is to be read of the feature set of a measure recipe; ``name`` checks it.
+
+    Raises:
+        UserInputError: no column of the set holds numbers, or it has no files.
+        StorageError: a file of the set is gone.
+
+    """
+    found = set_of_recipe(session, recipe_id)
+    if found is None or found.storage is FeatureStorage.TABLE:
+        return ReadableSet(name=found.name if found else name)
+    columns = numeric_columns(found.columns)
+    files, mark = _files_of(session, artifacts, found.id)
+    if not columns or not files:
+        lacks = "has no column of numbers" if files else "holds no cells yet"
+        raise UserInputError(
+            f"Feature set {found.name!r} {lacks}. Measure or ingest it again, or name another set."
+        )
+    return ReadableSet(found.name, columns, files, mark)
+
+
+def numeric_columns(columns: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the columns that hold numbers, in their order."""
+    return tuple(
+        str(item["name"]) for item in columns if str(item.get("dtype", "")).startswith(_NUMERIC)
+    )
+
+
+def _files_of(
+    session: Session, artifacts: ArtifactFolder, set_id: int
+) -> tuple[tuple[SetFile, ...], str]:
+    query = (
+        select(Artifact.path, Artifact.sha256, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
+        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        .where(FeatureFile.feature_set_id == set_id)
+        .order_by(FeatureFile.first_cell_id, Artifact.sha256)
+    )
+    files, digest = [], hashlib.sha256()
+    for path, sha256, first, last in session.execute(query):
+        files.append(SetFile(_there(artifacts, path), first, last))
+        digest.update(sha256.encode())
+    return tuple(files), digest.hexdigest()
+
+
+def _there(artifacts: ArtifactFolder, path: str) -> Path:
+    found = artifacts.locate(path)
+    if not found.is_file():
+        raise StorageError(
+            f"The stored file {path} is gone. See what else is affected with: cellstore verify"
+        )
+    return found
+
+
+class SetReader:
+    """Call it with cell ids to get their values out of the files of a feature set."""
+
+    def __init__(self, files: Sequence[SetFile]) -> None:
+        self._files = tuple(files)
+        self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._last: tuple[object, pa.Table | None] = (None, None)
+
+    def __call__(self, cell_ids: NDArray[np.int64], columns: Sequence[str]) -> Values:
+        """Return which of the cells the set has, (N,), and their values, (N, F).
+
+        ``cell_ids`` (N,) ascend. A value that was not measured is NaN, and so is every value of a
+        cell that the set does not have.
+
+        Raises:
+            StorageError: a file is gone, damaged, lacks a column, or two have the same cell.
+
+        """
+        values = np.full((len(cell_ids), len(columns)), np.nan)
+        times = np.zeros(len(cell_ids), dtype=np.int64)
+        for file in self._files_with(cell_ids):
+            opened = self._opened(file)
+            for group in opened.groups(cell_ids, columns):
+                table = self._table(opened, group, tuple(columns))
+                _place(table, columns, cell_ids, values, times)
+        if (times > 1).any():
+            twice = int(cell_ids[times > 1][0])
+            raise StorageError(
+                f"Cell {twice} is more than once in the files of its feature set. "
+                "See what is wrong with: cellstore verify"
+            )
+        return times == 1, values
+
+    def _files_with(self, cell_ids: NDArray[np.int64]) -> list[SetFile]:
+        if len(cell_ids) == 0:
+            return []
+        first, last = cell_ids[0], cell_ids[-1]
+        return [f for f in self._files if f.first_cell_id <= last and f.last_cell_id >= first]
+
+    def _table(self, file: _OpenFile, group: int, columns: tuple[str, ...]) -> pa.Table:
+        # The next cells that are asked for are often in the same row group.
+        key = (file.path, group, columns)
+        if self._last[0] != key:
+            self._last = (None, None)  # never two of them in memory
+            self._last = (key, file.table(group, columns))
+        return self._last[1]
+
+    def _opened(self, file: SetFile) -> _OpenFile:
+        if file.path not in self._open:
+            if len(self._open) == _OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[file.path] = _OpenFile(file.path)
+        self._open.move_to_end(file.path)
+        return self._open[file.path]
+
+
+class _OpenFile:
+    """A Parquet file, and the range of cell ids of each of its row groups."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._parquet = pq.ParquetFile(path)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(error) from error
+        self._names = frozenset(self._parquet.schema_arrow.names)
+        self._ranges = [self._range(i) for i in range(self._parquet.metadata.num_row_groups)]
+
+    def _range(self, group: int) -> tuple[int, int] | None:
+        known = self._parquet.metadata.row_group(group).column(0).statistics
+        return (known.min, known.max) if known is not None and known.has_min_max else None
+
+    def groups(self, cell_ids: NDArray[np.int64], columns: Sequence[str]) -> list[int]:
+        """Return the row groups that may hold some of the cells."""
+        gone = [name for name in (CELL_ID, *columns) if name not in self._names]
+        if gone:
+            raise StorageError(
+                f"{self.path.name} has no column {gone[0]!r}. "
+                "See what is wrong with: cellstore verify"
+            )
+        return [i for i, known in enumerate(self._ranges) if _meets(known, cell_ids)]
+
+    def table(self, group: int, columns: Sequence[str]) -> pa.Table:
+        """Return a row group."""
+        try:
+            return self._parquet.read_row_group(group, [CELL_ID, *columns])
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> StorageError:
+        return StorageError(
+            f"The feature file {self.path.name} cannot be read ({str(error).splitlines()[0]}). "
+            "See what is wrong with: cellstore verify"
+        )
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """How many rows a file of a feature set has, and its first and last cell."""
+
+    rows: int
+    first_cell_id: int
+    last_cell_id: int
+
+    def with_ids(self, cell_ids: NDArray[np.int64]) -> FileFacts:
+        """Return the facts after more rows."""
+        first = self.first_cell_id if self.rows else int(cell_ids[0])
+        return FileFacts(self.rows + len(cell_ids), first, int(cell_ids[-1]))
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows of cells {self.first_cell_id} to {self.last_cell_id}"
+
+
+def stream_ids(path: Path) -> Iterator[NDArray[np.int64]]:
+    """Yield the cell ids of a file of a feature set in blocks of at most 10,000.
+
+    Raises:
+        StorageError: the file cannot be read, or the ids do not ascend.
+
+    """
+    last = -1
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(10_000, columns=[CELL_ID]):
+                ids = batch.column(CELL_ID).to_numpy(zero_copy_only=False)
+                if len(ids) and (ids[0] <= last or (np.diff(ids) <= 0).any()):
+                    raise StorageError("its cell ids do not ascend")
+                if len(ids):
+                    yield ids
+                    last = int(ids[-1])
+    except (OSError, KeyError, pa.ArrowException) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"it cannot be read as Parquet ({error})") from error
+
+
+def _meets(known: tuple[int, int] | None, cell_ids: NDArray[np.int64]) -> bool:
+    if known is None:
+        return True
+    start = int(np.searchsorted(cell_ids, known[0]))
+    return start < len(cell_ids) and bool(cell_ids[start] <= known[1])
+
+
+def _place(
+    table: pa.Table,
+    columns: Sequence[str],
+    cell_ids: NDArray[np.int64],
+    values: NDArray[np.float64],
+    times: NDArray[np.int64],
+) -> None:
+    """Write the rows of ``table`` that are of one of the cells to their places."""
+    found = table.column(CELL_ID).to_numpy()
+    places = np.searchsorted(cell_ids, found)
+    wanted = places < len(cell_ids)
+    wanted[wanted] = cell_ids[places[wanted]] == found[wanted]
+    places = places[wanted]
+    np.add.at(times, places, 1)
+    for index, name in enumerate(columns):
+        values[places, index] = _numbers(table.column(name))[wanted]
+
+
+def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    numbers: NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy()
+    return numbers

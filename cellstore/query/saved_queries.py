@@ -1,0 +1,323 @@
+"""From what people type for the parameters of a saved question to values that are bound."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from sqlalchemy.orm import Session
+
+from ..enums import Stage
+from ..errors import QueryError, StorageError, UnknownNameError, UserInputError
+from ..jobs.lookup import run_in
+from ..jobs.workspace import Workspace
+from .engine import MAX_CHARACTERS
+
+KINDS = (
+    *("predict run", "two predict runs", "train run", "qc run", "run"),
+    *("text", "number", "whole number", "yes or no"),
+)
+"""What a parameter can be. Runs are named as everywhere: by number, or ``latest``."""
+
+NOTHING = "nothing"
+"""The default of a parameter that may be left out: null."""
+
+RESERVED = frozenset(
+    [
+        "sql",
+        "format",
+        "output",
+        "json",
+        "new",
+        "from",
+        "store",
+        "seconds",
+        "memory",
+        "limit",
+        "explain",
+        "help",
+        "for_spreadsheet",
+    ]
+)
+"""Options of ``cellstore ask`` itself."""
+
+EXAMPLE = """\
+-- Wells of a treatment: say here in a sentence what the question asks.
+-- :treatment (text) = DMSO  Its name.
+-- :plate (text) = nothing  Only this plate.
+SELECT p.barcode AS plate, w.name AS well, t.target
+FROM wells AS w
+JOIN plates AS p ON p.id = w.plate_id
+JOIN treatments AS t ON t.id = w.treatment_id
+WHERE t.pert_iname = $treatment AND ($plate IS NULL OR p.barcode = $plate)
+ORDER BY p.barcode, w.row, w."column"
+"""
+
+_NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+_PARAMETER = re.compile(
+    r":(?P<name>[a-z][a-z0-9_]*) \((?P<kind>[a-z ]+)\)"
+    r"(?: = (?P<default>'[^']*'|\S+))?  +(?P<words>\S.*)"
+)
+
+
+@dataclass(frozen=True)
+class SavedParameter:
+    """What a saved question takes; ``default`` as it would be typed, None: it must be given."""
+
+    name: str
+    kind: str
+    default: str | None
+    words: str
+
+
+@dataclass(frozen=True)
+class SavedQuestion:
+    """A question with a name; ``text`` is its whole file.
+
+    ``path`` is the file of a user's own one, None for those that come with cellstore; ``replaces``:
+    it has the name of one of these, and is asked in its place.
+    """
+
+    name: str
+    words: str
+    parameters: tuple[SavedParameter, ...]
+    query: str
+    text: str = field(repr=False)
+    path: Path | None = None
+    replaces: bool = False
+
+
+@cache
+def shipped_questions() -> tuple[SavedQuestion, ...]:
+    """Return the questions that come with cellstore, by name."""
+    folder = files("cellstore.query.queries")
+    names = sorted(item.name for item in folder.iterdir() if item.name.endswith(".sql"))
+    return tuple(
+        parsed(name.removesuffix(".sql"), folder.joinpath(name).read_text(encoding="utf-8"))
+        for name in names
+    )
+
+
+def own_folder(workspace: Workspace) -> Path:
+    """Return where the own questions of a store are."""
+    return workspace.settings.root / "questions"
+
+
+def saved_questions(workspace: Workspace) -> tuple[list[SavedQuestion], list[str]]:
+    """Return all saved questions by name, and what is wrong with own ones that are left out."""
+    found = {item.name: item for item in shipped_questions()}
+    problems = []
+    for path in sorted(own_folder(workspace).glob("*.sql")):
+        try:
+            found[path.stem] = _own(workspace, path.stem)
+        except UserInputError as error:
+            problems.append(str(error))
+    return [found[name] for name in sorted(found)], problems
+
+
+def find_question(workspace: Workspace, name: str) -> SavedQuestion:
+    """Return a saved question; an own one is taken before one of the same name.
+
+    Raises:
+        UnknownNameError: there is none of this name.
+        QueryError: the file of an own one is not as it should be.
+    """
+    if _NAME.fullmatch(name) and (own_folder(workspace) / f"{name}.sql").exists():
+        return _own(workspace, name)
+    found = {item.name: item for item in shipped_questions()}
+    if name not in found:
+        known = {*found, *(item.name for item in saved_questions(workspace)[0])}
+        raise UnknownNameError.of("saved question", name, sorted(known))
+    return found[name]
+
+
+def checked_name(name: str) -> str:
+    """Return a name that a saved question can have.
+
+    Raises:
+        UserInputError: it cannot.
+    """
+    if len(name) > 100 or not _NAME.fullmatch(name):
+        raise UserInputError(
+            f"{name!r} cannot name a question. Use small letters, digits and -, a letter first: "
+            "plates-of-may"
+        )
+    return name
+
+
+def new_question(workspace: Workspace, name: str, beginning: str | None = None) -> Path:
+    """Write a file to go on from: a copy of the question ``beginning``, or an example.
+
+    Raises:
+        UserInputError: the name cannot be one, or there is an own question of that name.
+        UnknownNameError: there is no question ``beginning``.
+        StorageError: the file cannot be written.
+    """
+    text = find_question(workspace, beginning).text if beginning else EXAMPLE
+    path = own_folder(workspace) / f"{checked_name(name)}.sql"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise UserInputError(f"{path} is there already. Give another name.") from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
+    return path
+
+
+def _own(workspace: Workspace, name: str) -> SavedQuestion:
+    folder = own_folder(workspace)
+    path = folder / f"{checked_name(name)}.sql"
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise QueryError(f"{path} leads out of its folder. Put the file itself there.")
+    shipped = {item.name for item in shipped_questions()}
+    return parsed(name, _text(path), path=path, replaces=name in shipped)
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise QueryError(f"The question {path} cannot be read: {reason}.") from error
+    if len(text) > MAX_CHARACTERS:
+        raise QueryError(f"The question {path} is longer than {MAX_CHARACTERS:,} characters.")
+    return text
+
+
+def parsed(
+    name: str, text: str, *, path: Path | None = None, replaces: bool = False
+) -> SavedQuestion:
+    """Return the question that a file holds.
+
+    Raises:
+        QueryError: its head does not say what it asks, or a parameter is not described as it
+            should be.
+    """
+    lines = text.splitlines()
+    length = next((i for i, line in enumerate(lines) if not line.startswith("--")), len(lines))
+    words, described = _split([line[2:] for line in lines[:length]])
+    if not words:
+        raise QueryError(
+            f"The question {path or name} does not say what it asks. Begin its file with a line "
+            "like: -- Which plates have no cells."
+        )
+    parameters = tuple(_parameter(path or name, line) for line in described)
+    query = "\n".join(lines[length:]).strip()
+    return SavedQuestion(name, words, parameters, query, text, path, replaces)
+
+
+def _split(head: list[str]) -> tuple[str, list[str]]:
+    """Return the words of a head, and a line for each parameter; deeper lines go on with one."""
+    words: list[str] = []
+    described: list[str] = []
+    for line in head:
+        if line.strip().startswith(":"):
+            described.append(line.strip())
+        elif described and line.startswith("   "):
+            described[-1] += f" {line.strip()}"
+        else:
+            words.append(line.strip())
+    return " ".join(word for word in words if word), described
+
+
+def _parameter(place: object, line: str) -> SavedParameter:
+    match = _PARAMETER.fullmatch(line)
+    kind = match["kind"] if match else ""
+    if match is None or kind not in KINDS or match["name"] in RESERVED:
+        raise QueryError(
+            f"The question {place} describes a parameter as {line!r}. Write it like "
+            f"':run (predict run) = latest  Whose labels.'; kinds are {', '.join(KINDS)}."
+        )
+    default = match["default"]
+    default = default if default is None else default.strip("'")
+    return SavedParameter(match["name"], kind, default, match["words"])
+
+
+_STAGES = {
+    "predict run": (Stage.PREDICT,),
+    "two predict runs": (Stage.PREDICT,),
+    "train run": (Stage.TRAIN,),
+    "qc run": (Stage.QC,),
+    "run": (),
+}
+_TRUTH = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+
+
+def bound(
+    workspace: Workspace, question: SavedQuestion, given: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the value of each parameter of ``question``: what is given, else its default.
+
+    Raises:
+        UnknownNameError: it has no such parameter, or there is no such run.
+        UserInputError: a value is not of its kind, or one that is needed is missing.
+    """
+    known = [item.name for item in question.parameters]
+    for name in given:
+        if name not in known:
+            raise UnknownNameError.of(f"parameter of {question.name}", name, known)
+    with workspace.database.read() as session:
+        return {
+            item.name: _value(session, question, item, given.get(item.name, item.default))
+            for item in question.parameters
+        }
+
+
+def _value(
+    session: Session, question: SavedQuestion, item: SavedParameter, given: object
+) -> object:
+    if given is None and item.default is None:
+        raise UserInputError(
+            f"The question {question.name} needs --{item.name}: {item.words} "
+            f"Example: cellstore ask {question.name} --{item.name} {_example(item)}"
+        )
+    if given is None or given == NOTHING == item.default:
+        return None
+    if item.kind == "two predict runs":
+        return _runs(session, item, given)
+    if item.kind in _STAGES:
+        return _run(session, item, given)
+    return _plain(item, given)
+
+
+def _example(item: SavedParameter) -> str:
+    return "3,5" if item.kind == "two predict runs" else "3" if item.kind in _STAGES else "VALUE"
+
+
+def _run(session: Session, item: SavedParameter, given: object) -> int:
+    return run_in(session, str(given), _STAGES[item.kind]).id
+
+
+def _runs(session: Session, item: SavedParameter, given: object) -> list[int]:
+    names = given if isinstance(given, list | tuple) else str(given).split(",")
+    found = [_run(session, item, str(name).strip()) for name in names]
+    if len(found) != 2 or found[0] == found[1]:
+        raise UserInputError(f"--{item.name} takes two different runs, like 3,5.")
+    return found
+
+
+def _plain(item: SavedParameter, given: object) -> object:
+    text = str(given).strip()
+    try:
+        if item.kind == "whole number":
+            return _small(int(text))
+        if item.kind == "number":
+            return float(text)
+        if item.kind == "yes or no":
+            return _TRUTH[text.lower()]
+    except (ValueError, KeyError) as error:
+        raise UserInputError(f"--{item.name} is a {item.kind}, not {text!r}.") from error
+    return str(given)
+
+
+def _small(number: int) -> int:
+    if abs(number) >= 1 << 63:
+        raise ValueError(number)
+    return number

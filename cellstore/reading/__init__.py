@@ -1,1 +1,0 @@
-"""From rows to arrays and back: pixels, masks, cells, and the files of feature sets."""

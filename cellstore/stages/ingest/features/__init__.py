@@ -1,1 +1,0 @@
-"""Features of other tools: cells without masks, and files of their values."""

@@ -1,0 +1,747 @@
+"""Annotations alone: plate maps and tables of treatments or plates, without any image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, fields
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import ColumnElement, Row, exists, insert, select, update
+from sqlalchemy.orm import Session
+
+from ...analysis.leaks import normalised_name
+from ...config import IngestParams
+from ...db.bulk import bulk_insert, in_lists, take_ids
+from ...db.models import Plate, Treatment, Well, WellChange
+from ...db.statements import insert_new
+from ...db.types import Base
+from ...enums import Perturbation
+from ...errors import UserInputError
+from ...io.filenames import format_well
+from ...io.layouts import Layout
+from ...io.platemaps import (
+    Aliases,
+    PlateAnnotation,
+    PlateMap,
+    PlateRow,
+    Position,
+    TreatmentRow,
+    completed,
+    jump_controls,
+    jump_crispr,
+    jump_plates,
+    read_annotation,
+    treatment_rows,
+)
+from ...io.records import Refusal, TreatmentRecord
+from ...io.tables import TextTable, open_table
+from ...io.uris import writable
+from ...jobs.workspace import Workspace
+from .account import Account
+
+
+def write_plates(
+    session: Session, rows: Sequence[PlateRow], seen: dict[str, str | None], account: Account
+) -> list[int]:
+    """Make plates, or set the batch of those that are there; return their ids.
+
+    ``seen`` holds the batch of each plate of the rows before, and is added to: a plate of two
+    batches is refused the second time. A changed batch is noted as suspicious.
+    """
+    known = _plates_batches(session, [row.barcode for row in rows])
+    new: dict[str, str | None] = {}
+    changed: list[dict[str, str | None]] = []
+    for row in rows:
+        if row.barcode in seen:
+            _seen_before(row, seen[row.barcode], account)
+            continue
+        seen[row.barcode] = row.batch
+        if row.barcode not in known:
+            new[row.barcode] = row.batch
+            account.created += 1
+        elif row.batch in (None, known[row.barcode]):
+            account.unchanged += 1
+        else:
+            _note_change(row, known[row.barcode], account)
+            changed.append({"code": row.barcode, "new": row.batch})
+    insert_new(session, Plate, [{"barcode": code, "batch": batch} for code, batch in new.items()])
+    for item in changed:  # of a whole project some hundred at most
+        statement = update(Plate).where(Plate.barcode == item["code"])
+        session.execute(statement.values(batch=item["new"]))
+    return _plates_ids(session, [row.barcode for row in rows])
+
+
+def _seen_before(row: PlateRow, batch: str | None, account: Account) -> None:
+    if batch == row.batch:
+        account.unchanged += 1
+    else:
+        detail = f"{row.barcode} is of batch {batch} already, not of {row.batch}"
+        account.refuse(row.line, "plate twice", detail)
+
+
+def _note_change(row: PlateRow, old: str | None, account: Account) -> None:
+    account.updated += 1
+    if old is not None:
+        detail = f"{row.barcode}: the batch was {old}, and is {row.batch} now"
+        account.suspicious(row.line, "another batch", detail)
+
+
+def _plates_batches(session: Session, barcodes: Sequence[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for some in in_lists(barcodes):
+        query = select(Plate.barcode, Plate.batch).where(Plate.barcode.in_(some))
+        found.update((row[0], row[1]) for row in session.execute(query))
+    return found
+
+
+def _plates_ids(session: Session, barcodes: Sequence[str]) -> list[int]:
+    found: list[int] = []
+    for some in in_lists(barcodes):
+        found += session.scalars(select(Plate.id).where(Plate.barcode.in_(some)))
+    return found
+
+
+CACHED = 200_000
+"""Wells (and treatments) that a writer remembers: some 500 plates."""
+
+READABLE = 255
+"""Characters of each part of an identity; a list of targets may be longer than an index takes."""
+
+_FIELDS = tuple(field.name for field in fields(TreatmentRecord))
+
+
+def identity(record: TreatmentRecord) -> str:
+    """Return the natural identity of a treatment: readable, then a digest of all that it says.
+
+    Two treatments that differ in anything (a corrected SMILES, a control type) are two rows.
+    """
+    parts = (record.kind.value, record.pert_iname, record.identifier, record.target)
+    said = json.dumps(astuple(record), ensure_ascii=True)
+    digest = hashlib.sha256(said.encode()).hexdigest()[:32]
+    return "|".join([*((part or "")[:READABLE] for part in parts), digest])
+
+
+def record_of(row: Treatment) -> TreatmentRecord:
+    """Return what a row of table ``treatments`` says."""
+    return TreatmentRecord(**{name: getattr(row, name) for name in _FIELDS})
+
+
+class TreatmentWriter:
+    """Finds or makes treatments and points wells to them, in the caller's transaction.
+
+    Made for one ``file`` of one run. It remembers what it has seen of treatments and wells, so it
+    must not outlive a transaction that was rolled back.
+    """
+
+    def __init__(self, session: Session, run_id: int, file: str) -> None:
+        self._session = session
+        self._run_id = run_id
+        self._file = file
+        self._ids: dict[TreatmentRecord, int] = {}
+        self._records: dict[int, TreatmentRecord] = {}
+        self._wells: dict[int, int | None] = {}
+        # What is known and what is said, by object: the treatment that results, None: no news.
+        self._compared: dict[tuple[int, int], tuple[TreatmentRecord, TreatmentRecord | None]] = {}
+        self.used: set[int] = set()
+        """The treatments that the wells have which the file speaks of."""
+
+    def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
+        """Return the row of each treatment, made where it is new."""
+        self._make_room()
+        return self._ids_of(set(records))
+
+    def _ids_of(self, wanted: set[TreatmentRecord]) -> dict[TreatmentRecord, int]:
+        # Nothing may be forgotten here: what a caller has just looked up is still needed.
+        unknown = [record for record in wanted if record not in self._ids]
+        self._find_or_make({identity(record): record for record in unknown})
+        return {record: self._ids[record] for record in wanted}
+
+    def assign(
+        self,
+        wanted: Mapping[int, tuple[TreatmentRecord, int | None]],
+        new_wells: Container[int],
+    ) -> set[int]:
+        """Point wells to the treatments that a file gives them; return those that changed.
+
+        ``wanted`` is {well id: (treatment, line of the file)}. A treatment that says less than
+        what the well has, or the same, changes nothing; one that says more or other replaces it,
+        which table ``well_changes`` records but for ``new_wells``, made in this run.
+        """
+        self._make_room()
+        self._look_up(wanted)
+        news = {well: new for well, said in wanted.items() if (new := self._new(well, said[0]))}
+        # By object: readers hand the same treatment out again and again, and hashing costs.
+        distinct = {id(record): record for record in news.values()}
+        ids = self._ids_of(set(distinct.values()))
+        rows = {key: ids[record] for key, record in distinct.items()}
+        targets = {well: rows[id(record)] for well, record in news.items()}
+        self._record_changes(targets, {well: wanted[well][1] for well in targets}, new_wells)
+        self._point(targets)
+        self.used.update(found for well in wanted if (found := self._wells[well]) is not None)
+        return set(targets)
+
+    def _new(self, well_id: int, said: TreatmentRecord) -> TreatmentRecord | None:
+        """Return the treatment that a well is to get, or None where it stays."""
+        present = self._wells[well_id]
+        if present is None:
+            return said
+        earlier, new = self._compared.get((present, id(said)), (None, None))
+        if earlier is not said:
+            known = self._records[present]
+            complete = completed(said, known)
+            new = None if complete == known else complete
+            self._compared[present, id(said)] = said, new
+        return new
+
+    def _make_room(self) -> None:
+        if len(self._wells) > CACHED:
+            self._wells.clear()
+        if len(self._ids) > CACHED:
+            self._ids.clear()
+        if len(self._compared) > CACHED:
+            self._compared.clear()
+        if len(self._records) > CACHED:
+            self._records.clear()
+            self._wells.clear()
+
+    def _look_up(self, wells: Iterable[int]) -> None:
+        unknown = [well for well in wells if well not in self._wells]
+        for some in in_lists(unknown):
+            query = select(Well.id, Well.treatment_id).where(Well.id.in_(some))
+            self._wells.update((row[0], row[1]) for row in self._session.execute(query))
+        pointed = {found for well in unknown if (found := self._wells[well]) is not None}
+        for ids in in_lists(pointed - self._records.keys()):
+            rows = self._session.scalars(select(Treatment).where(Treatment.id.in_(ids)))
+            for row in rows:
+                self._records[row.id] = record_of(row)
+
+    def _find_or_make(self, records: Mapping[str, TreatmentRecord]) -> None:
+        self._find(records)
+        new = [_row(key, item) for key, item in records.items() if item not in self._ids]
+        if new:
+            insert_new(self._session, Treatment, new)
+            self._find({row["identity"]: records[row["identity"]] for row in new})
+
+    def _find(self, records: Mapping[str, TreatmentRecord]) -> None:
+        for identities in in_lists(list(records)):
+            query = select(Treatment.identity, Treatment.id)
+            for key, row_id in self._session.execute(
+                query.where(Treatment.identity.in_(identities))
+            ):
+                self._ids[records[key]] = row_id
+                self._records[row_id] = records[key]
+
+    def _point(self, targets: Mapping[int, int]) -> None:
+        self._wells.update(targets)
+        if targets:
+            connection = self._session.connection()
+            mark = "?" if connection.dialect.name == "sqlite" else "%s"
+            statement = f"UPDATE wells SET treatment_id = {mark} WHERE id = {mark}"  # noqa: S608
+            # Straight to the driver: of a million images it is a hundred thousand wells.
+            rows = [(found, well) for well, found in targets.items()]
+            connection.exec_driver_sql(statement, rows)
+
+    def _record_changes(
+        self,
+        targets: Mapping[int, int],
+        lines: Mapping[int, int | None],
+        new_wells: Container[int],
+    ) -> None:
+        rows = [
+            {
+                "run_id": self._run_id,
+                "well_id": well,
+                "old_treatment_id": self._wells[well],
+                "new_treatment_id": found,
+                "file": self._file,
+                "line": lines[well],
+                "changed_at": datetime.now(UTC),
+            }
+            for well, found in targets.items()
+            if well not in new_wells
+        ]
+        if rows:
+            self._session.connection().execute(insert(_table(WellChange)), rows)
+
+
+def _row(key: str, record: TreatmentRecord) -> dict[str, Any]:
+    return {"identity": key, **asdict(record)}
+
+
+def _table(model: type[Base]) -> Any:
+    return model.__table__
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """Names that look like one treatment; ``detail`` says which, and how to make them one."""
+
+    reason: str
+    detail: str
+
+
+def suspicious_spellings(session: Session, treatment_ids: Collection[int]) -> list[Spelling]:
+    """Return what looks like two names of one treatment, if ``treatment_ids`` have one of them.
+
+    Compared with all treatments that a well has: names that differ in nothing but case, spaces,
+    hyphens or underscores, and two names of one structure. Each group of names comes once.
+    """
+    spelled = _groups(session, treatment_ids, _by_name)
+    built = _groups(session, treatment_ids, _by_structure)
+    other = [names for names in built if len({normalised_name(name) for name in names}) > 1]
+    return [
+        *(Spelling("one name in two spellings", _how_to_merge(names)) for names in spelled),
+        *(Spelling("one structure under two names", _how_to_merge(names)) for names in other),
+    ]
+
+
+_WriterKey = tuple[Perturbation, str]
+_Named = Row[Perturbation, str, str | None, str | None]
+
+
+def _groups(
+    session: Session, treatment_ids: Collection[int], key_of: Callable[[_Named], _WriterKey | None]
+) -> list[list[str]]:
+    """Return the names, sorted, of each key that ``treatment_ids`` have and that has several."""
+    names: dict[_WriterKey, set[str]] = defaultdict(set)
+    for row in _named(session, treatment_ids):
+        if key := key_of(row):
+            names[key].add(row.pert_iname)
+    for row in session.execute(_NAMED.where(exists().where(Well.treatment_id == Treatment.id))):
+        key = key_of(row)
+        if key in names:
+            names[key].add(row.pert_iname)
+    return sorted(sorted(same) for same in names.values() if len(same) > 1)
+
+
+_NAMED = select(Treatment.kind, Treatment.pert_iname, Treatment.inchikey, Treatment.smiles)
+
+
+def _named(session: Session, treatment_ids: Collection[int]) -> Iterator[_Named]:
+    for some in in_lists(treatment_ids):
+        yield from session.execute(_NAMED.where(Treatment.id.in_(some)))
+
+
+def _by_name(row: _Named) -> _WriterKey | None:
+    name = normalised_name(row.pert_iname)
+    return (row.kind, name) if name else None
+
+
+def _by_structure(row: _Named) -> _WriterKey | None:
+    structure = row.inchikey or row.smiles
+    return (row.kind, structure) if structure else None
+
+
+def _how_to_merge(names: list[str]) -> str:
+    kept, *others = names
+    rows = " and ".join(f"{other},{kept}" for other in others)
+    return (
+        f"{' and '.join(map(repr, names))} look like one. If they are, ingest again with --alias "
+        f"FILE, a table with the header alias,name and the row {rows}."
+    )
+
+
+WELLS_AT_ONCE = 20_000
+"""Wells that are pointed elsewhere at a time: a control may be in a million."""
+
+_Key = tuple[str, ...]
+"""What names a sample: its identifier, else its kind and name."""
+
+_Known = dict[_Key, dict[int, TreatmentRecord]]
+"""Treatments by id that the store has of each sample, the oldest first."""
+
+
+class Corrections:
+    """Makes new treatments, and points the wells of corrected ones to what they are now."""
+
+    def __init__(
+        self, session: Session, run_id: int, account: Account, aliases: Aliases | None
+    ) -> None:
+        self._session = session
+        self._account = account
+        self._aliases = aliases
+        self._writer = TreatmentWriter(session, run_id, account.file)
+        self._seen: dict[_Key, int] = {}
+        self.treatments: set[int] = set()
+        """The treatments that the table speaks of."""
+
+    def write(self, rows: Sequence[TreatmentRow]) -> None:
+        """Bring rows in; one that says something else of a sample than an earlier is refused."""
+        said = list(self._first_said(rows))
+        known = self._load([record for _, record in said])
+        corrected = {
+            treatment: (record, line)
+            for line, record in said
+            for treatment, old in known[_key(record)].items()
+            if completed(record, old) != old
+        }
+        moved = self._point(corrected)
+        wanted = [self._counted(record, known[_key(record)], moved) for _, record in said]
+        self.treatments.update(self._writer.ids(wanted).values())
+
+    def _first_said(self, rows: Sequence[TreatmentRow]) -> Iterator[tuple[int, TreatmentRecord]]:
+        for line, given in rows:
+            if given is None:
+                self._account.unchanged += 1
+                continue
+            record = self._aliases.apply(given) if self._aliases else given
+            key, said = _key(record), hash(record)
+            if key not in self._seen:
+                self._seen[key] = said
+                yield line, record
+            elif self._seen[key] == said:
+                self._account.unchanged += 1
+            else:
+                detail = f"{record.identifier or record.pert_iname} is described otherwise before"
+                self._account.refuse(line, "broad_sample twice", detail)
+
+    def _counted(
+        self, record: TreatmentRecord, present: Mapping[int, TreatmentRecord], moved: set[int]
+    ) -> TreatmentRecord:
+        """Return the treatment as it is to be now, and count what that means."""
+        complete = completed(record, present[max(present)]) if present else record
+        if not present:
+            self._account.created += 1
+        elif complete in present.values() and not moved & present.keys():
+            self._account.unchanged += 1
+        else:
+            self._account.updated += 1
+        return complete
+
+    def _load(self, records: Sequence[TreatmentRecord]) -> _Known:
+        found: _Known = defaultdict(dict)
+        identifiers = [item.identifier for item in records if item.identifier is not None]
+        for some in in_lists(identifiers):
+            self._add(found, Treatment.identifier.in_(some))
+        names = [item.pert_iname for item in records if item.identifier is None]
+        for some in in_lists(names):
+            self._add(found, Treatment.pert_iname.in_(some) & Treatment.identifier.is_(None))
+        return found
+
+    def _add(self, found: _Known, condition: ColumnElement[bool]) -> None:
+        for row in self._session.scalars(select(Treatment).where(condition)):
+            record = record_of(row)
+            found[_key(record)][row.id] = record
+
+    def _point(self, corrected: Mapping[int, tuple[TreatmentRecord, int | None]]) -> set[int]:
+        """Point wells to corrected treatments; return the treatments that they had."""
+        moved: set[int] = set()
+        for some in in_lists(corrected):
+            for wells in self._wells(some):
+                said = {well: corrected[old] for well, old in wells.items()}
+                moved |= {wells[well] for well in self._writer.assign(said, ())}
+        return moved
+
+    def _wells(self, treatments: Sequence[int]) -> Iterator[dict[int, int]]:
+        """Yield the wells of some treatments, in pieces by id: what changes meanwhile is past."""
+        last = 0
+        while True:
+            query = (
+                select(Well.id, Well.treatment_id)
+                .where(Well.treatment_id.in_(treatments), Well.id > last)
+                .order_by(Well.id)
+                .limit(WELLS_AT_ONCE)
+            )
+            found = {row[0]: row[1] for row in self._session.execute(query) if row[1] is not None}
+            if not found:
+                return
+            yield found
+            last = max(found)
+
+
+def _key(record: TreatmentRecord) -> _Key:
+    if record.identifier is not None:
+        return (record.identifier,)
+    return record.kind.value, record.pert_iname
+
+
+PLATES_AT_ONCE = 100
+"""Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
+
+_WELL = ("id", "plate_id", "row", "column", "name")
+_Wells = dict[tuple[int, Position], tuple[int, int | None]]
+"""Well id and treatment id by plate and position."""
+
+
+class MappedWells:
+    """Applies plate maps, in the caller's transaction."""
+
+    def __init__(
+        self, session: Session, run_id: int, params: IngestParams, account: Account
+    ) -> None:
+        self._session = session
+        self._run_id = run_id
+        self._params = params
+        self._account = account
+        self._aliases = Aliases.read(params.aliases) if params.aliases else None
+        self.treatments: set[int] = set()
+        """The treatments that the wells have now of which the maps speak."""
+
+    def ingest(self, source: Path) -> tuple[int, ...]:
+        """Point the wells of the plates of the maps in ``source``; return these plates (ids).
+
+        Raises:
+            BadTableError: a table cannot be used as a plate map, or what goes with it.
+            UserInputError: it is not said which plates a map is for, or the store has none.
+        """
+        annotation = read_annotation(source, self._params.compounds, self._params.barcodes)
+        plates = self._plates(source, annotation)
+        self._account.notes += annotation.notes
+        self._refuse(annotation)
+        for found in annotation.maps.values():
+            self._account.rows += len(found.wells)
+            self._apply(found, plates.get(found.name, ()))
+        return tuple(sorted(plate for some in plates.values() for plate in some))
+
+    def _refuse(self, annotation: PlateAnnotation) -> None:
+        """Refuse the rows of maps that cannot be used; those of other tables are problems."""
+        maps = {found.path for found in annotation.maps.values()}
+        for path, refusal in annotation.issues:
+            if path in maps:
+                self._account.rows += 1
+                self._account.refuse(*refusal, file=writable(path.name))
+            else:
+                self._account.problem(*refusal, file=writable(path.name))
+
+    def _plates(self, source: Path, annotation: PlateAnnotation) -> Mapping[str, Sequence[int]]:
+        """Return the plates (ids) of the store that use each map."""
+        barcodes = annotation.barcodes
+        if barcodes is None:
+            if self._params.plate is None:
+                raise UserInputError(
+                    f"Which plates is {source.name} for? Say it with --plate NAME, or with "
+                    "--barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
+                )
+            barcodes = {self._params.plate: next(iter(annotation.maps))}
+        known = self._known(list(barcodes))
+        if not known:
+            raise UserInputError(
+                f"The store has none of the plates that {source.name} is for "
+                f"({', '.join(sorted(barcodes)[:3])}). Ingest their images first."
+            )
+        return self._by_map(annotation, barcodes, known)
+
+    def _by_map(
+        self, annotation: PlateAnnotation, barcodes: Mapping[str, str], known: Mapping[str, int]
+    ) -> Mapping[str, Sequence[int]]:
+        found: dict[str, list[int]] = defaultdict(list)
+        unmapped: dict[str, list[str]] = defaultdict(list)
+        for barcode, plate in known.items():
+            name = barcodes[barcode]
+            if name in annotation.maps:
+                found[name].append(plate)
+            else:
+                unmapped[name].append(barcode)
+        for name, missing in sorted(unmapped.items()):
+            detail = f"{', '.join(sorted(missing))} use {name}, which was not given"
+            self._account.problem(None, "no such plate map", detail)
+        if len(known) < len(barcodes):
+            absent = len(barcodes) - len(known)
+            self._account.notes.append(f"{absent} of {len(barcodes)} plates are not in the store")
+        return found
+
+    def _known(self, barcodes: Sequence[str]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for some in in_lists(barcodes):
+            query = select(Plate.barcode, Plate.id).where(Plate.barcode.in_(some))
+            found.update((row[0], row[1]) for row in self._session.execute(query))
+        return found
+
+    def _apply(self, found: PlateMap, plates: Sequence[int]) -> None:
+        writer = TreatmentWriter(self._session, self._run_id, writable(found.path.name))
+        created: set[Position] = set()
+        updated: set[Position] = set()
+        pieces = iter(plates)
+        while some := list(islice(pieces, PLATES_AT_ONCE)):
+            wells = self._wells(some)
+            self._note_emptied(found, some, wells)
+            made = self._make(found, some, wells)
+            changed = writer.assign(self._wanted(found, some, {**wells, **made}), _ids(made))
+            created |= {position for _, position in made}
+            updated |= {key[1] for key, (well, _) in wells.items() if well in changed}
+        if not plates:
+            self._account.notes.append(f"no plate of the store uses the plate map {found.name}")
+        self.treatments |= writer.used
+        self._account.updated += len(updated)
+        self._account.created += len(created - updated)
+        self._account.unchanged += len(found.wells) - len(created | updated)
+
+    def _wells(self, plates: Sequence[int]) -> _Wells:
+        query = select(Well.plate_id, Well.row, Well.column, Well.id, Well.treatment_id)
+        rows = self._session.execute(query.where(Well.plate_id.in_(plates)))
+        return {(row[0], (row[1], row[2])): (row[3], row[4]) for row in rows}
+
+    def _make(self, found: PlateMap, plates: Sequence[int], wells: _Wells) -> _Wells:
+        """Make the wells that have a treatment and are not there."""
+        treated = [position for position, record in found.wells.items() if record is not None]
+        new = [(plate, at) for plate in plates for at in treated if (plate, at) not in wells]
+        ids = take_ids(self._session, Well, len(new))
+        rows = [
+            (well, plate, *position, format_well(*position))
+            for well, (plate, position) in zip(ids, new, strict=True)
+        ]
+        bulk_insert(self._session, Well, _WELL, rows)
+        return {key: (well, None) for key, well in zip(new, ids, strict=True)}
+
+    def _wanted(
+        self, found: PlateMap, plates: Sequence[int], wells: _Wells
+    ) -> dict[int, tuple[TreatmentRecord, int | None]]:
+        return {
+            wells[plate, position][0]: (self._named(record), found.lines[position])
+            for plate in plates
+            for position, record in found.wells.items()
+            if record is not None
+        }
+
+    def _named(self, record: TreatmentRecord) -> TreatmentRecord:
+        return self._aliases.apply(record) if self._aliases else record
+
+    def _note_emptied(self, found: PlateMap, plates: Sequence[int], wells: _Wells) -> None:
+        for plate, position in _emptied(found, plates, wells):
+            self._account.suspicious(
+                found.lines[position],
+                "an empty well that has a treatment",
+                f"well {format_well(*position)} of plate {self._barcode(plate)} is empty on the "
+                "map, and keeps the treatment that it has",
+                file=writable(found.path.name),
+            )
+
+    def _barcode(self, plate: int) -> str:
+        return self._session.get_one(Plate, plate).barcode
+
+
+def _emptied(
+    found: PlateMap, plates: Sequence[int], wells: _Wells
+) -> Iterator[tuple[int, Position]]:
+    empty = [position for position, record in found.wells.items() if record is None]
+    for plate in plates:
+        for position in empty:
+            if wells.get((plate, position), (0, None))[1] is not None:
+                yield plate, position
+
+
+def _ids(wells: _Wells) -> set[int]:
+    return {well for well, _ in wells.values()}
+
+
+BATCH = 2_000
+"""Rows that are written at a time."""
+
+T = TypeVar("T")
+
+_READERS: Mapping[Layout, Callable[[TextTable], Iterator[TreatmentRow | Refusal]]] = {
+    Layout.TREATMENT_TABLE: treatment_rows,
+    Layout.JUMP_CRISPR: jump_crispr,
+    Layout.JUMP_CONTROLS: jump_controls,
+}
+
+
+def ingest_treatments(
+    workspace: Workspace,
+    session: Session,
+    run_id: int,
+    source: Path,
+    layout: Layout,
+    params: IngestParams,
+    account: Account,
+) -> tuple[int, ...]:
+    """Bring an annotation into the caller's transaction; return the plates (ids) it speaks of.
+
+    * Plate maps point the wells of plates that the store has to their treatments, and make wells
+      that were not there. An empty well, and a map that no plate uses, are unchanged rows.
+    * A treatment table makes the treatments that are new, and points wells to those that it
+      corrects: the same ``broad_sample`` (or JCP2022), and other or more values. A value that
+      the table leaves open stays as it is.
+    * JUMP's table of plates makes plates, and sets the batch of those that are there.
+
+    Raises:
+        BadTableError: a table lacks columns, or tables do not fit each other.
+        UserInputError: it is not said which plates a map is for, or none of them is in the store.
+    """
+    with _progress(workspace):
+        if layout is Layout.PLATEMAP:
+            mapped = MappedWells(session, run_id, params, account)
+            plates = mapped.ingest(source)
+            _note_spellings(session, mapped.treatments, account)
+            return plates
+        table = open_table(source)
+        account.notes += table.notes
+        if layout is Layout.JUMP_PLATES:
+            return _plates(workspace, session, table, account)
+        _treatments(workspace, session, run_id, table, layout, params, account)
+    return ()
+
+
+@contextmanager
+def _progress(workspace: Workspace) -> Iterator[None]:
+    workspace.progress.start("ingest", 0)
+    try:
+        yield
+    finally:
+        workspace.progress.finish()
+
+
+def _plates(
+    workspace: Workspace, session: Session, table: TextTable, account: Account
+) -> tuple[int, ...]:
+    found: list[int] = []
+    seen: dict[str, str | None] = {}
+    for batch in _batches(jump_plates(table)):
+        rows = list(_usable(batch, account))
+        found += write_plates(session, rows, seen, account)
+        _advance(workspace, session, account, len(batch))
+    return tuple(found)
+
+
+def _treatments(
+    workspace: Workspace,
+    session: Session,
+    run_id: int,
+    table: TextTable,
+    layout: Layout,
+    params: IngestParams,
+    account: Account,
+) -> None:
+    if layout not in _READERS:
+        raise UserInputError(f"{layout.value} is no layout of treatments. Choose another --layout.")
+    aliases = Aliases.read(params.aliases) if params.aliases else None
+    corrections = Corrections(session, run_id, account, aliases)
+    for batch in _batches(_READERS[layout](table)):
+        corrections.write(list(_usable(batch, account)))
+        _advance(workspace, session, account, len(batch))
+    _note_spellings(session, corrections.treatments, account)
+
+
+def _usable(batch: Sequence[T | Refusal], account: Account) -> Iterator[T]:
+    """Yield the rows that can be used; count all of them, and refuse the others."""
+    account.rows += len(batch)
+    for row in batch:
+        if isinstance(row, Refusal):
+            account.refuse(row.line, row.reason, row.detail)
+        else:
+            yield row
+
+
+def _advance(workspace: Workspace, session: Session, account: Account, rows: int) -> None:
+    # Under --strict the whole file is undone, and its issues are written anew.
+    account.flush(session)
+    workspace.progress.advance(rows)
+
+
+def _note_spellings(session: Session, treatments: set[int], account: Account) -> None:
+    for spelling in suspicious_spellings(session, treatments):
+        account.suspicious(None, spelling.reason, spelling.detail)
+    account.flush(session)
+
+
+def _batches(items: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, BATCH)):
+        yield batch

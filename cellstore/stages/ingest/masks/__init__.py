@@ -1,1 +1,0 @@
-"""Masks of other tools: segmentations of the images they are named like."""

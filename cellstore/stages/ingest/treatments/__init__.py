@@ -1,1 +1,0 @@
-"""Treatments: what was done to each well, and how that was corrected."""

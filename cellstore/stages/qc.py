@@ -1,0 +1,861 @@
+"""Quality control: measure the pixels of each image once, then flag what is odd on each plate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import (
+    ColumnElement,
+    Float,
+    Select,
+    and_,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+)
+from sqlalchemy.orm import Session
+
+from ..analysis.quality import WHITE_NOISE_SLOPE, Limits, PlaneQuality, plane_quality, robust_limits
+from ..artifacts import write_atomically
+from ..config import EVERYTHING, THIS_PROCESS, QcParams, Resources, Selection, as_parameters
+from ..db.bulk import bulk_insert
+from ..db.models import (
+    Cell,
+    CellFeatures,
+    Image,
+    ImageFile,
+    Job,
+    Plate,
+    Recipe,
+    RecipeInput,
+    Run,
+    Segmentation,
+    Well,
+)
+from ..db.quality_models import CellFlag, ImageFlag, ImageQuality
+from ..db.statements import insert_from
+from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
+from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
+from ..jobs.execute import Forecast, Share, Work, execute, work_through
+from ..jobs.lookup import find_recipe
+from ..jobs.planes import FileOrder, channel_orders, open_file
+from ..jobs.queue import Outcome, Progressed, Task, progressed
+from ..jobs.recipes import RecipeSpec, register
+from ..jobs.runs import running
+from ..jobs.selection import images_of, is_current
+from ..jobs.workspace import Workspace
+from ..query.cells import last_with_masks
+from ..report.qc_page import page, picture
+from ..settings import check_not_of_a_store
+
+
+@dataclass(frozen=True)
+class PlateSummary:
+    """A plate after quality control.
+
+    ``images`` have files, ``seen`` of them were looked at, ``flagged`` have a flag; ``by_reason``
+    counts images by reason (an image may have several). ``cells`` count, ``excluded`` (perimeter
+    0) do not; ``cells_flagged`` have a flag, ``cells_by_reason`` counts them by reason.
+    """
+
+    plate: str
+    images: int
+    seen: int
+    flagged: int
+    by_reason: Mapping[str, int]
+    cells: int
+    excluded: int
+    cells_flagged: int
+    cells_by_reason: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class FlaggedImage:
+    """A flag of an image: its ``value`` is not from ``low`` to ``high``.
+
+    ``channel`` is empty where the reason is about the whole image.
+    """
+
+    image_id: int
+    plate: str
+    well: str
+    site: int
+    core_name: str
+    reason: str
+    channel: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class QcResult:
+    """What quality control did and found.
+
+    ``run_id`` is None when there was nothing to look at; ``already_done``: this run found the same
+    before. ``selected``, ``waiting``, ``done``, ``failures`` and ``failed_before`` as in
+    ``JobsResult``. ``segment_recipe``: whose cells, None: none; ``measure_recipe``: whose areas.
+    ``notes`` are sentences that a reader of the numbers has to know; ``flags`` are listed where
+    they are asked for.
+    """
+
+    run_id: int | None
+    already_done: bool
+    segment_recipe: int | None
+    measure_recipe: int | None
+    selected: int
+    waiting: int
+    done: int = 0
+    failures: tuple[tuple[str, str], ...] = ()
+    failed_before: int = 0
+    plates: tuple[PlateSummary, ...] = ()
+    notes: tuple[str, ...] = ()
+    flags: tuple[FlaggedImage, ...] = ()
+    html: str | None = None
+    picture: str | None = None
+    forecast: Forecast | None = None
+
+
+PIXELS_VERSION = 1
+
+Order = tuple[tuple[str, FileOrder], ...]
+Planes = list[tuple[str, NDArray[Any]]]
+Qualities = list[tuple[str, PlaneQuality]]
+
+
+def quality_spec() -> RecipeSpec:
+    """Return the recipe of the numbers; limits are another's, so that they may change."""
+    names = [field.name for field in fields(PlaneQuality)]
+    return RecipeSpec(Stage.QC, PIXELS_VERSION, {"measures": names})
+
+
+@dataclass(frozen=True)
+class QualitySteps:
+    """Makes a :class:`QualityStep` in a worker."""
+
+    def __call__(self) -> QualityStep:
+        """Return it."""
+        return QualityStep()
+
+
+class QualityStep:
+    """Opens the files of an image and measures each channel; writes no file."""
+
+    def read(self, order: Order) -> Planes:
+        """Return the plane (H, W) of each channel."""
+        return [(channel, open_file(file)) for channel, file in order]
+
+    def compute(self, loaded: Sequence[Planes]) -> list[Qualities]:
+        """Return the quality of each channel of each image."""
+        return [[(channel, _quality(channel, plane)) for channel, plane in one] for one in loaded]
+
+    def keep(self, made: Qualities) -> Qualities:
+        """Keep no file: the rows are all there is."""
+        return made
+
+
+def _quality(channel: str, plane: NDArray[Any]) -> PlaneQuality:
+    try:
+        return plane_quality(plane)
+    except ValueError as error:
+        raise ImageError(
+            f"Channel {channel} has no pixel that is a number. Export the field again."
+        ) from error
+
+
+def quality_work(run_id: int, recipe_id: int) -> Work[Order, Qualities]:
+    """Return what is done with each image, in the name of a run."""
+
+    def fetch(session: Session, tasks: Sequence[Task]) -> Mapping[int, Order | CellstoreError]:
+        orders = channel_orders(session, [task.image_id for task in tasks])
+        return {task.job_id: orders[task.image_id] for task in tasks}
+
+    def insert_rows(session: Session, pairs: Sequence[tuple[Task, Qualities]]) -> None:
+        keys = {"recipe_id": recipe_id, "run_id": run_id}
+        rows = [
+            {**_key(task), "channel": channel, **asdict(quality), **keys}
+            for task, qualities in pairs
+            for channel, quality in qualities
+        ]
+        if rows:
+            session.execute(insert(ImageQuality), rows)
+
+    return Work("look at pixels", QualitySteps(), fetch, insert_rows)
+
+
+def _key(task: Task) -> dict[str, Any]:
+    return {"image_id": task.image_id, "content_sha256": task.content_sha256}
+
+
+MIN_CELLS = 50
+"""A plate with fewer cells says nothing about which area is usual."""
+
+_AT_ONCE = 20_000
+_IMAGE_COLUMNS = ("run_id", "image_id", "reason", "channel", "value", "low", "high")
+_CELL_COLUMNS = ("run_id", "cell_id", "reason", "value")
+
+Numbers = NDArray[np.float64]
+Ids = NDArray[np.int64]
+Row = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Flagging:
+    """By which limits a run flags, and by whose rows: recipes of quality, cells and areas."""
+
+    run_id: int
+    params: QcParams
+    quality_id: int
+    segment_id: int | None
+    measure_id: int | None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Values of images, ``image_ids`` (N,) and ``values`` (N,), and what they are of."""
+
+    image_ids: Ids
+    values: Numbers
+    reason: ImageFlagReason
+    channel: str = ""
+
+    def rows(self, run_id: int, low: float | None, high: float | None) -> Iterator[Row]:
+        """Yield a flag for each image that is below ``low`` or above ``high``."""
+        limits = Limits(-np.inf if low is None else low, np.inf if high is None else high)
+        outside = limits.outside(self.values)
+        pairs = zip(self.image_ids[outside].tolist(), self.values[outside].tolist(), strict=True)
+        for image_id, value in pairs:
+            yield run_id, image_id, self.reason.value, self.channel, value, low, high
+
+
+def flag_plate(session: Session, flagging: Flagging, plate_id: int) -> None:
+    """Write the flags of a plate's images and cells, as they are now."""
+    rows = list(_by_pixels(session, flagging, plate_id))
+    if flagging.segment_id is not None:
+        rows += _by_counts(session, flagging, plate_id)
+        rows += _by_areas(session, flagging, plate_id)
+        if flagging.params.border:
+            _flag_border(session, flagging, plate_id)
+    bulk_insert(session, ImageFlag, _IMAGE_COLUMNS, rows)
+
+
+@dataclass(frozen=True)
+class ChannelValues:
+    """What was measured of one channel of N images of a plate: (N,) each."""
+
+    channel: str
+    image_ids: Ids
+    slopes: Numbers
+    backgrounds: Numbers
+    saturated: Numbers
+    stds: Numbers
+
+
+def _by_pixels(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
+    channels = channels_of(session, flagging, plate_id)
+    for found in channels:
+        yield from _by_channel(found, flagging)
+    yield from _without_signal(channels, flagging)
+
+
+def _by_channel(channel: ChannelValues, flagging: Flagging) -> Iterator[Row]:
+    run_id, params = flagging.run_id, flagging.params
+    keys = (channel.image_ids, channel.channel)
+    blurred = _Found(keys[0], channel.slopes, ImageFlagReason.OUT_OF_FOCUS, keys[1])
+    limits = _limits(blurred, params)
+    if limits is not None:
+        yield from blurred.rows(run_id, limits.low, None)
+    bright = _Found(keys[0], channel.backgrounds, ImageFlagReason.BACKGROUND, keys[1])
+    limits = _limits(bright, params)
+    if limits is not None:
+        yield from bright.rows(run_id, limits.low, limits.high)
+    white = _Found(keys[0], channel.saturated, ImageFlagReason.SATURATED, keys[1])
+    yield from white.rows(run_id, None, params.saturated)
+
+
+def _without_signal(channels: Sequence[ChannelValues], flagging: Flagging) -> Iterator[Row]:
+    """Flag the images whose channels are all noise; their value is the least noisy channel's.
+
+    Noise is what has the power spectrum of noise, or none, and varies less than is usual: a
+    spectrum alone would not tell it from small spots everywhere.
+    """
+    noisy: dict[int, list[float]] = {}
+    for channel in channels:
+        stds = _Found(channel.image_ids, channel.stds, ImageFlagReason.NO_SIGNAL)
+        limits = _limits(stds, flagging.params, log=True)
+        slopes = np.where(channel.stds == 0, WHITE_NOISE_SLOPE, channel.slopes)
+        dull = channel.stds < (limits.low if limits else 0)
+        noise = np.where(dull & np.isfinite(slopes), slopes, -np.inf)
+        for image_id, slope in zip(channel.image_ids.tolist(), noise.tolist(), strict=True):
+            noisy.setdefault(image_id, []).append(slope)
+    ids = np.array([*noisy], np.int64)
+    lowest = np.array([min(slopes) for slopes in noisy.values()], np.float64)
+    found = _Found(ids, lowest, ImageFlagReason.NO_SIGNAL)
+    yield from found.rows(flagging.run_id, None, flagging.params.noise)
+
+
+def channels_of(session: Session, flagging: Flagging, plate_id: int) -> list[ChannelValues]:
+    """Return what was measured of each channel of a plate, by name."""
+    columns = (
+        *(ImageQuality.power_log_log_slope, ImageQuality.background),
+        *(ImageQuality.saturated, ImageQuality.std),
+    )
+    query = (
+        select(ImageQuality.channel, ImageQuality.image_id, *columns)
+        .join(Image, looked_at(flagging.quality_id))
+        .join(Well, Well.id == Image.well_id)
+        .where(Well.plate_id == plate_id)
+        .order_by(ImageQuality.image_id)
+    )
+    by_channel: dict[str, list[Row]] = {}
+    for channel, *values in session.execute(query.execution_options(yield_per=_AT_ONCE)):
+        by_channel.setdefault(channel, []).append(tuple(values))
+    found = []
+    for channel, rows in sorted(by_channel.items()):
+        table = np.array(rows, dtype=np.float64).T
+        found.append(ChannelValues(channel, table[0].astype(np.int64), *table[1:]))
+    return found
+
+
+def looked_at(quality_id: int) -> Any:
+    """Return the condition that joins an image to its quality, as its bytes are now."""
+    return and_(
+        ImageQuality.image_id == Image.id,
+        ImageQuality.recipe_id == quality_id,
+        ImageQuality.content_sha256 == Image.content_sha256,
+    )
+
+
+def _by_counts(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
+    ids, counts = counts_by_image(session, flagging, plate_id)
+    empty = counts == 0
+    none = _Found(ids[empty], counts[empty], ImageFlagReason.NO_CELLS)
+    yield from none.rows(flagging.run_id, 1.0, None)
+    some = _Found(ids[~empty], counts[~empty], ImageFlagReason.CELL_COUNT)
+    yield from _odd(some, flagging)
+
+
+def counts_by_image(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Numbers]:
+    """Return the segmented images of a plate, and how many cells count in each."""
+    counted = func.count(Cell.id).filter(Cell.excluded.is_(None))
+    query = _segmentations(flagging, plate_id)
+    query = query.outerjoin(Cell, Cell.segmentation_id == Segmentation.id)
+    rows = session.execute(query.with_only_columns(Image.id, counted).group_by(Image.id)).all()
+    ids = np.array([row[0] for row in rows], dtype=np.int64)
+    return ids, np.array([row[1] for row in rows], dtype=np.float64)
+
+
+def _by_areas(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
+    """Flag cells by their area, and yield the flags of images by the median area of their cells."""
+    if flagging.measure_id is None:
+        return
+    image_ids, cell_ids, areas = _areas(session, flagging, plate_id)
+    if len(areas) >= MIN_CELLS:
+        _flag_areas(session, flagging, cell_ids, areas)
+    found = _Found(*_medians(image_ids, areas), ImageFlagReason.CELL_AREA)
+    yield from _odd(found, flagging)
+
+
+def areas_by_image(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Numbers]:
+    """Return the images of a plate that have measured cells, and the median area in each."""
+    image_ids, _, areas = _areas(session, flagging, plate_id)
+    return _medians(image_ids, areas)
+
+
+def _medians(image_ids: Ids, areas: Numbers) -> tuple[Ids, Numbers]:
+    """Medians of runs of the same image."""
+    images, starts = np.unique(image_ids, return_index=True)
+    parts = np.split(areas, starts[1:]) if len(images) else []
+    return images, np.array([np.median(some) for some in parts], dtype=np.float64)
+
+
+def _areas(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Ids, Numbers]:
+    """Image, cell and area of every cell that counts and is measured, by image."""
+    measured = and_(CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == flagging.measure_id)
+    query = (
+        _segmentations(flagging, plate_id)
+        .join(Cell, Cell.segmentation_id == Segmentation.id)
+        .join(CellFeatures, measured)
+        .where(Cell.excluded.is_(None), CellFeatures.area > 0)
+        .with_only_columns(Image.id, Cell.id, CellFeatures.area)
+        .order_by(Image.id)
+    )
+    images, cells, areas = [], [], []
+    rows = session.execute(query.execution_options(yield_per=_AT_ONCE))
+    for block in rows.partitions():
+        image, cell, area = zip(*block, strict=True)
+        images.append(np.array(image, dtype=np.int64))
+        cells.append(np.array(cell, dtype=np.int64))
+        areas.append(np.array(area, dtype=np.float64))
+    none = np.empty(0, dtype=np.int64)
+    return (
+        np.concatenate([none, *images]),
+        np.concatenate([none, *cells]),
+        np.concatenate([none.astype(np.float64), *areas]),
+    )
+
+
+def _flag_areas(session: Session, flagging: Flagging, cell_ids: Ids, areas: Numbers) -> None:
+    limits = robust_limits(areas, flagging.params.cell_outlier, log=True)
+    if limits is None:
+        return
+    outside = limits.outside(areas)
+    pairs = zip(cell_ids[outside].tolist(), areas[outside].tolist(), strict=True)
+    rows = [(flagging.run_id, cell, CellFlagReason.AREA.value, area) for cell, area in pairs]
+    bulk_insert(session, CellFlag, _CELL_COLUMNS, rows)
+
+
+def _flag_border(session: Session, flagging: Flagging, plate_id: int) -> None:
+    """Flag the cells whose box reaches the edge of the image; a box that is unknown does not."""
+    size = select(
+        ImageFile.image_id,
+        func.max(ImageFile.height).label("height"),
+        func.max(ImageFile.width).label("width"),
+    )
+    size = size.join(Image, Image.id == ImageFile.image_id).join(Well, Well.id == Image.well_id)
+    sizes = size.where(Well.plate_id == plate_id).group_by(ImageFile.image_id).subquery()
+    at_edge = or_(
+        *(Cell.min_row == 0, Cell.min_col == 0),
+        *(Cell.max_row >= sizes.c.height, Cell.max_col >= sizes.c.width),
+    )
+    columns: tuple[Any, ...] = (
+        literal(flagging.run_id),
+        Cell.id,
+        literal(CellFlagReason.BORDER.value),
+        literal(None, Float(53)),
+    )
+    rows = (
+        _segmentations(flagging, plate_id)
+        .join(Cell, Cell.segmentation_id == Segmentation.id)
+        .join(sizes, sizes.c.image_id == Image.id)
+        .where(Cell.excluded.is_(None), at_edge)
+        .with_only_columns(*columns)
+    )
+    insert_from(session, CellFlag, _CELL_COLUMNS, rows)
+
+
+def _segmentations(flagging: Flagging, plate_id: int) -> Select[Any]:
+    return (
+        select(Image.id)
+        .join(Segmentation, is_current())
+        .join(Well, Well.id == Image.well_id)
+        .where(Well.plate_id == plate_id, Segmentation.recipe_id == flagging.segment_id)
+    )
+
+
+def _odd(found: _Found, flagging: Flagging) -> Iterator[Row]:
+    limits = _limits(found, flagging.params, log=True)
+    if limits is not None:
+        yield from found.rows(flagging.run_id, limits.low, limits.high)
+
+
+def _limits(found: _Found, params: QcParams, *, log: bool = False) -> Limits | None:
+    if np.isfinite(found.values).sum() < params.min_images:
+        return None
+    return robust_limits(found.values, params.outlier, log=log)
+
+
+Counts = Mapping[str, int]
+
+
+def summaries(
+    session: Session, flagging: Flagging, barcodes: Sequence[str]
+) -> tuple[PlateSummary, ...]:
+    """Return what a run found on each of some plates."""
+    on_plates = Plate.barcode.in_(barcodes)
+    images = _counted(session, _of_plates(Image.content_sha256.is_not(None), on_plates))
+    seen = _counted(
+        session, _of_plates(on_plates).join(ImageQuality, looked_at(flagging.quality_id))
+    )
+    flags = _of_plates(on_plates).join(ImageFlag, _flag_of(flagging.run_id))
+    flagged, by_reason = _counted(session, flags), _by_reason(session, flags, ImageFlag.reason)
+    cells = _cells(session, flagging, on_plates)
+    return tuple(
+        PlateSummary(
+            plate=name,
+            images=images.get(name, 0),
+            seen=seen.get(name, 0),
+            flagged=flagged.get(name, 0),
+            by_reason=by_reason.get(name, {}),
+            cells=cells.counting.get(name, 0),
+            excluded=cells.excluded.get(name, 0),
+            cells_flagged=cells.flagged.get(name, 0),
+            cells_by_reason=cells.by_reason.get(name, {}),
+        )
+        for name in barcodes
+    )
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Cells by plate."""
+
+    counting: Counts
+    excluded: Counts
+    flagged: Counts
+    by_reason: Mapping[str, Counts]
+
+
+def _cells(session: Session, flagging: Flagging, on_plates: ColumnElement[bool]) -> _Cells:
+    if flagging.segment_id is None:
+        return _Cells({}, {}, {}, {})
+    found = (
+        _of_plates(on_plates)
+        .join(Segmentation, is_current())
+        .where(Segmentation.recipe_id == flagging.segment_id)
+        .join(Cell, Cell.segmentation_id == Segmentation.id)
+    )
+    mine = and_(CellFlag.cell_id == Cell.id, CellFlag.run_id == flagging.run_id)
+    flags = found.join(CellFlag, mine)
+    return _Cells(
+        _counted(session, found.where(Cell.excluded.is_(None)), Cell.id),
+        _counted(session, found.where(Cell.excluded.is_not(None)), Cell.id),
+        _counted(session, flags, Cell.id),
+        _by_reason(session, flags, CellFlag.reason, Cell.id),
+    )
+
+
+def flagged_images(
+    session: Session, run_id: int, barcodes: Sequence[str]
+) -> Iterator[FlaggedImage]:
+    """Yield the flags of a run on some plates, in the order of plate, well and site."""
+    query = (
+        select(
+            *(Image.id, Plate.barcode, Well.name, Image.site, Image.core_name),
+            *(ImageFlag.reason, ImageFlag.channel, ImageFlag.value, ImageFlag.low, ImageFlag.high),
+        )
+        .join(ImageFlag, _flag_of(run_id))
+        .join(Well, Well.id == Image.well_id)
+        .join(Plate, Plate.id == Well.plate_id)
+        .where(Plate.barcode.in_(barcodes))
+        .order_by(Plate.barcode, Well.row, Well.column, Image.site, Image.plane, Image.time_point)
+        .order_by(Image.id, ImageFlag.reason, ImageFlag.channel)
+    )
+    for row in session.execute(query.execution_options(yield_per=1_000)):
+        place, limits = (row.name, row.site, row.core_name), (row.value, row.low, row.high)
+        yield FlaggedImage(row.id, row.barcode, *place, row.reason.value, row.channel, *limits)
+
+
+def _flag_of(run_id: int) -> ColumnElement[bool]:
+    return and_(ImageFlag.image_id == Image.id, ImageFlag.run_id == run_id)
+
+
+def _of_plates(*where: ColumnElement[bool]) -> Select[Any]:
+    query = select(Plate.barcode).select_from(Image).join(Well, Well.id == Image.well_id)
+    return query.join(Plate, Plate.id == Well.plate_id).where(*where)
+
+
+def _counted(session: Session, query: Select[Any], what: Any = Image.id) -> dict[str, int]:
+    counted = query.with_only_columns(Plate.barcode, func.count(what.distinct()))
+    return dict(session.execute(counted.group_by(Plate.barcode)).all())
+
+
+def _by_reason(
+    session: Session, query: Select[Any], reason: Any, what: Any = Image.id
+) -> dict[str, dict[str, int]]:
+    counted = query.with_only_columns(Plate.barcode, reason, func.count(what.distinct()))
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for barcode, why, number in session.execute(counted.group_by(Plate.barcode, reason)):
+        found[barcode][why.value] = number
+    return dict(found)
+
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be looked at: images, their plates, and by which recipes."""
+
+    images: Select[int]
+    plates: tuple[str, ...]
+    quality: Recipe
+    flagging: Recipe
+    state: Progressed
+
+
+def qc(
+    workspace: Workspace,
+    params: QcParams | None = None,
+    selection: Selection = EVERYTHING,
+    *,
+    segmentation: str | None = None,
+    resources: Resources = THIS_PROCESS,
+    dry_run: bool = False,
+) -> QcResult:
+    """Measure the pixels of the selected images, and flag what is odd on their plates.
+
+    An image is opened once, whatever the limits. It is compared with all images of its plate that
+    have been looked at, not only with selected ones. Cells are those of one segment recipe
+    (default: the one used last, if any), their areas those of its last measurement. Where nothing
+    has changed since a run with the same limits, that run is returned.
+
+    Raises:
+        UnknownNameError: no such recipe, plate or well.
+        UserInputError: a limit is out of range, or the condition cannot be read.
+        StorageError, KeyboardInterrupt, RunCancelledError: see ``runs.work.work_through``.
+    """
+    params = _checked(params or QcParams())
+    with workspace.database.read() as session:
+        images = images_of(session, selection)
+    if dry_run:
+        return _forecast(workspace, images, resources)
+    with workspace.database.begin() as session:
+        plan = _plan(session, params, images, segmentation)
+        earlier = _earlier(session, plan)
+    if not plan.plates:
+        return QcResult(None, False, None, None, plan.state.selected, plan.state.waiting)
+    if earlier is not None:
+        result = _result(workspace, earlier, plan, Outcome())
+        return replace(result, already_done=True)
+    return _run(workspace, plan, resources)
+
+
+def _checked(params: QcParams) -> QcParams:
+    if params.outlier <= 0 or params.cell_outlier <= 0:
+        raise UserInputError("The numbers of robust standard deviations must be above 0.")
+    if not 0 <= params.saturated <= 1:
+        raise UserInputError("The share of saturated pixels must be from 0 to 1.")
+    if params.min_images < 1:
+        raise UserInputError("The least number of images must be 1 or more.")
+    return params
+
+
+def _forecast(workspace: Workspace, images: Select[int], resources: Resources) -> QcResult:
+    spec = quality_spec()
+    found = execute(
+        workspace, spec, images, lambda tally: quality_work(0, 0), resources=resources, dry_run=True
+    )
+    return QcResult(
+        None,
+        False,
+        None,
+        None,
+        found.selected,
+        found.waiting,
+        failed_before=found.failed_before,
+        forecast=found.forecast,
+    )
+
+
+def _plan(
+    session: Session, params: QcParams, images: Select[int], segmentation: str | None
+) -> _Plan:
+    quality = register(session, quality_spec())
+    segment = _segment(session, segmentation)
+    inputs = [quality]
+    if segment is not None:
+        measure = _measure_of(session, segment)
+        inputs += [segment] if measure is None else [segment, measure]
+    spec = RecipeSpec(Stage.QC, VERSION, as_parameters(params), None, tuple(inputs))
+    seen = images.where(Image.content_sha256.is_not(None))
+    on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
+    plates = session.scalars(on_plates.where(Image.id.in_(seen)).distinct())
+    return _Plan(
+        images,
+        tuple(sorted(plates)),
+        quality,
+        register(session, spec),
+        progressed(session, quality.id, images),
+    )
+
+
+def _segment(session: Session, segmentation: str | None) -> Recipe | None:
+    if segmentation is not None:
+        return find_recipe(session, Stage.SEGMENT, segmentation)
+    try:
+        return last_with_masks(session)
+    except UnknownNameError:
+        return _last_of_another_tool(session)
+
+
+def _last_of_another_tool(session: Session) -> Recipe | None:
+    """The segment recipe whose cells came last, if their masks are unknown; None: no cells."""
+    query = select(Recipe).join(Segmentation, Segmentation.recipe_id == Recipe.id)
+    return session.scalars(query.order_by(Segmentation.id.desc()).limit(1)).first()
+
+
+def _measure_of(session: Session, segment: Recipe) -> Recipe | None:
+    """The measure recipe of these cells that was used last and knows areas."""
+    areas = exists().where(CellFeatures.recipe_id == Recipe.id, CellFeatures.area.is_not(None))
+    query = (
+        select(Recipe)
+        .join(RecipeInput, RecipeInput.recipe_id == Recipe.id)
+        .join(Run, Run.recipe_id == Recipe.id)
+        .where(RecipeInput.input_id == segment.id, Recipe.stage == Stage.MEASURE, areas)
+        .order_by(Run.id.desc())
+    )
+    return session.scalars(query.limit(1)).first()
+
+
+def _earlier(session: Session, plan: _Plan) -> int | None:
+    """The newest finished run of these limits, if it saw these plates as they are now."""
+    if plan.state.todo:
+        return None
+    query = select(Run).where(Run.recipe_id == plan.flagging.id, Run.status == Status.DONE)
+    run = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
+    if run is None or run.result is None:
+        return None
+    plates = run.result["plates"]
+    if not set(plan.plates) <= set(plates):
+        return None
+    same = run.result["state"] == _state(session, flagging_of(session, run.id), plates)
+    return run.id if same else None
+
+
+def flagging_of(session: Session, run_id: int) -> Flagging:
+    """Return by which limits, and from whose rows, a quality-control run flags."""
+    recipe = session.get_one(Recipe, session.get_one(Run, run_id).recipe_id)
+    query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
+    inputs = session.scalars(query.where(RecipeInput.recipe_id == recipe.id))
+    ids = {Stage(source.stage): source.id for source in inputs}
+    known = {field.name for field in fields(QcParams)} & recipe.parameters.keys()
+    params = QcParams(**{name: recipe.parameters[name] for name in known})
+    return Flagging(run_id, params, ids[Stage.QC], ids.get(Stage.SEGMENT), ids.get(Stage.MEASURE))
+
+
+def _state(session: Session, flagging: Flagging, plates: Sequence[str]) -> str:
+    """A digest of all that the flags of some plates depend on beside the recipe."""
+    segmented = and_(is_current(), Segmentation.recipe_id == flagging.segment_id)
+    query = (
+        select(Image.id, Image.content_sha256, Segmentation.id)
+        .join(Well, Well.id == Image.well_id)
+        .join(Plate, Plate.id == Well.plate_id)
+        .outerjoin(Segmentation, segmented)
+        .add_columns(_done(flagging.quality_id), _done(flagging.measure_id))
+        .where(Plate.barcode.in_(plates))
+        .order_by(Image.id, Segmentation.id)
+    )
+    digest = hashlib.sha256()
+    for row in session.execute(query.execution_options(yield_per=10_000)):
+        digest.update(repr(tuple(row)).encode())
+    return digest.hexdigest()
+
+
+def _done(recipe_id: int | None) -> Any:
+    job = exists().where(Job.recipe_id == recipe_id, Job.image_id == Image.id)
+    return job.where(Job.content_sha256 == Image.content_sha256, Job.status == Status.DONE)
+
+
+def _run(workspace: Workspace, plan: _Plan, resources: Resources) -> QcResult:
+    outcome = Outcome()
+    with running(workspace.database, plan.flagging) as run:
+        if plan.state.todo:
+            work = quality_work(run.id, plan.quality.id)
+            share = Share(run.id, plan.quality.id, plan.images)
+            outcome = work_through(workspace.database, workspace.progress, work, share, resources)
+        run.result = {"images": outcome.done, "failed": outcome.failed, "plates": plan.plates}
+        run.result["state"] = _flag(workspace, run.id, plan.plates)
+    return _result(workspace, run.id, plan, outcome)
+
+
+def _flag(workspace: Workspace, run_id: int, plates: Sequence[str]) -> str:
+    """Flag plate by plate; return the state that the plates were in."""
+    with workspace.database.read() as session:
+        flagging = flagging_of(session, run_id)
+        rows = session.execute(select(Plate.barcode, Plate.id).where(Plate.barcode.in_(plates)))
+        ids = dict(rows.all())
+        state = _state(session, flagging, plates)
+    workspace.progress.start("flag", len(plates))
+    try:
+        for barcode in plates:
+            with workspace.database.begin() as session:
+                flag_plate(session, flagging, ids[barcode])
+            workspace.progress.advance()
+    finally:
+        workspace.progress.finish()
+    return state
+
+
+def _result(workspace: Workspace, run_id: int, plan: _Plan, outcome: Outcome) -> QcResult:
+    with workspace.database.read() as session:
+        flagging = flagging_of(session, run_id)
+        found = summaries(session, flagging, plan.plates)
+    return QcResult(
+        run_id=run_id,
+        already_done=False,
+        segment_recipe=flagging.segment_id,
+        measure_recipe=flagging.measure_id,
+        selected=plan.state.selected,
+        waiting=plan.state.waiting,
+        done=outcome.done,
+        failures=tuple(outcome.failures),
+        failed_before=plan.state.failed,
+        plates=found,
+        notes=_notes(flagging, found),
+    )
+
+
+def _notes(flagging: Flagging, plates: Sequence[Any]) -> tuple[str, ...]:
+    notes = []
+    few = [plate.plate for plate in plates if plate.seen < flagging.params.min_images]
+    if few:
+        some = ", ".join(few[:5]) + (", ..." if len(few) > 5 else "")
+        notes.append(
+            f"Too few images to say what is usual on {some}: only saturated and empty images are "
+            f"flagged there. See --min-images, now {flagging.params.min_images}."
+        )
+    if flagging.segment_id is None:
+        notes.append("No cells yet, so only pixels were looked at. Run: cellstore segment")
+    elif flagging.measure_id is None:
+        notes.append("The cells are not measured, so their areas are unknown: cellstore measure")
+    return tuple(notes)
+
+
+def list_flags(workspace: Workspace, result: QcResult) -> tuple[FlaggedImage, ...]:
+    """Return all flags of images that a run has on the plates of ``result``."""
+    if result.run_id is None:
+        return ()
+    plates = [plate.plate for plate in result.plates]
+    with workspace.database.read() as session:
+        return tuple(flagged_images(session, result.run_id, plates))
+
+
+def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
+    """Write maps of the plates and their oddest fields as one HTML file.
+
+    Raises:
+        MissingExtraError: matplotlib or Jinja2 is not installed.
+        StorageError: the file cannot be written.
+        UserInputError: nothing was looked at.
+    """
+    flagging = _flagging(workspace, result)
+    check_not_of_a_store(path)
+    write_atomically(path, page(workspace, flagging, result).encode())
+    return replace(result, html=str(path))
+
+
+def write_picture(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
+    """Write the maps of one plate as a PNG; raises as :func:`write_page` does.
+
+    Raises:
+        UserInputError: nothing was looked at, or several plates were.
+    """
+    flagging = _flagging(workspace, result)
+    if len(result.plates) != 1:
+        raise UserInputError(
+            f"A picture is of one plate, and {len(result.plates)} are selected. Name one with "
+            "--plate, or ask for a page with --html."
+        )
+    check_not_of_a_store(path)
+    write_atomically(path, picture(workspace, flagging, result.plates[0].plate))
+    return replace(result, picture=str(path))
+
+
+def _flagging(workspace: Workspace, result: QcResult) -> Flagging:
+    if result.run_id is None:
+        raise UserInputError(
+            "No image has been looked at, so there is nothing to draw. Ingest images first."
+        )
+    with workspace.database.read() as session:
+        return flagging_of(session, result.run_id)

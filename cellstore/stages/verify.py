@@ -1,0 +1,382 @@
+"""All files of a store against its database, and what no row names."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import chain, groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from ..artifacts import ArtifactFolder, sha256_of
+from ..db.bulk import in_lists
+from ..db.models import (
+    Artifact,
+    Cell,
+    FeatureFile,
+    FeatureSet,
+    Image,
+    Plate,
+    RecipeInput,
+    Run,
+    Segmentation,
+    Well,
+)
+from ..enums import ArtifactKind, Status
+from ..errors import ImageError, StorageError
+from ..io.image_files import decode_tiff
+from ..jobs.executors import cores
+from ..jobs.queue import bury_runs
+from ..jobs.workspace import Workspace
+from ..progress import track
+from ..query.feature_files import FileFacts, stream_ids
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that is not as it should be; ``path`` is relative to the artifacts folder."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What was found. ``orphans`` are files that no row names; ``young`` may still get a row.
+
+    ``segmentations`` are those whose masks are known, ``feature_files`` the files of feature sets.
+    """
+
+    files: int
+    segmentations: int
+    problems: tuple[Problem, ...]
+    orphans: tuple[str, ...]
+    young: int
+    removed: int
+    feature_files: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong (orphans that were removed are not)."""
+        return not self.problems and len(self.orphans) == self.removed
+
+
+FILES_BATCH = 200
+CHANGED = "the file is not what was written (sha256 differs)"
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """What the database says of the cells in a mask: whose they are, and their labels."""
+
+    name: str
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _File:
+    """A stored file; ``cells`` of each segmentation that it is the mask of."""
+
+    path: str
+    sha256: str
+    cells: tuple[_Cells, ...]
+
+
+def check_files(workspace: Workspace) -> tuple[int, int, list[Problem]]:
+    """Count the stored files and the segmentations with masks, and say what is wrong with them.
+
+    Reading, hashing and unpacking leave Python's lock alone, so threads share the work.
+    """
+    with workspace.database.read() as session:
+        total = session.scalar(select(func.count()).select_from(Artifact)) or 0
+        masks = session.scalar(select(func.count(Segmentation.mask_artifact_id))) or 0
+    problems: list[Problem] = []
+    for found in track(workspace.progress, "verify files", total, _checked(workspace)):
+        problems += found
+    return total, masks, problems
+
+
+def _checked(workspace: Workspace) -> Iterator[list[Problem]]:
+    """Yield what is wrong with each file, a few files ahead of the reader."""
+    waiting: deque[Future[list[Problem]]] = deque()
+    threads = max(2, cores())
+    with ThreadPoolExecutor(threads) as pool:
+        for file in _files(workspace):
+            waiting.append(pool.submit(_check, workspace.artifacts, file))
+            if len(waiting) >= 8 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _files(workspace: Workspace) -> Iterator[_File]:
+    last = 0
+    columns = (Artifact.id, Artifact.path, Artifact.sha256, Artifact.kind)
+    while True:
+        query = select(*columns).where(Artifact.id > last).order_by(Artifact.id).limit(FILES_BATCH)
+        with workspace.database.read() as session:
+            rows = session.execute(query).all()
+            masks = [row.id for row in rows if row.kind == ArtifactKind.MASK]
+            cells = _cells_of(session, masks)
+        if not rows:
+            return
+        yield from (_File(row.path, row.sha256, tuple(cells.get(row.id, ()))) for row in rows)
+        last = rows[-1].id
+
+
+def _cells_of(session: Session, masks: list[int]) -> dict[int, list[_Cells]]:
+    """By artifact of a mask: the cells of each segmentation that has it."""
+    query = (
+        select(Segmentation.id, Segmentation.mask_artifact_id, Plate.barcode, Image.core_name)
+        .join(Image, Image.id == Segmentation.image_id)
+        .join(Well, Well.id == Image.well_id)
+        .join(Plate, Plate.id == Well.plate_id)
+    )
+    found: dict[int, list[_Cells]] = {}
+    for some in in_lists(masks):
+        rows = session.execute(query.where(Segmentation.mask_artifact_id.in_(some))).all()
+        labels = _labels(session, [row.id for row in rows])
+        for number, mask, barcode, core in rows:
+            cells = _Cells(f"{barcode}/{core}", tuple(labels.get(number, ())))
+            found.setdefault(mask or 0, []).append(cells)
+    return found
+
+
+def _labels(session: Session, segmentations: list[int]) -> dict[int, list[int]]:
+    query = select(Cell.segmentation_id, Cell.label)
+    found: dict[int, list[int]] = {}
+    for some in in_lists(segmentations):
+        rows = session.execute(
+            query.where(Cell.segmentation_id.in_(some)).order_by(Cell.segmentation_id, Cell.label)
+        )
+        for number, group in groupby(rows, key=lambda row: row.segmentation_id):
+            found[number] = [row.label for row in group]
+    return found
+
+
+def _check(folder: ArtifactFolder, file: _File) -> list[Problem]:
+    try:
+        if not file.cells:
+            found = sha256_of(folder.locate(file.path))
+            return [] if found == file.sha256 else [Problem(file.path, CHANGED)]
+        data = folder.locate(file.path).read_bytes()
+    except FileNotFoundError:
+        return [Problem(file.path, "the file is gone")]
+    except StorageError as error:
+        return [Problem(file.path, str(error))]
+    except OSError as error:
+        return [Problem(file.path, f"the file cannot be read ({error.strerror})")]
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        return [Problem(file.path, CHANGED)]
+    return _check_masks(file, data)
+
+
+def _check_masks(file: _File, data: bytes) -> list[Problem]:
+    try:
+        inside = labels_inside(decode_tiff(data))
+    except ImageError as error:
+        return [Problem(file.path, f"{cells.name}: {error}") for cells in file.cells]
+    return [
+        Problem(
+            file.path,
+            f"{cells.name}: the mask has {len(inside)} cells, the database {len(cells.labels)}, "
+            "or other labels",
+        )
+        for cells in file.cells
+        if not np.array_equal(inside, cells.labels)
+    ]
+
+
+def labels_inside(masks: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the labels of ``masks`` (H, W) but 0, ascending."""
+    small = masks.dtype.kind == "u" and masks.dtype.itemsize <= 2
+    found = np.flatnonzero(np.bincount(masks.ravel())) if small else np.unique(masks)
+    labels: NDArray[np.int64] = found[found != 0].astype(np.int64)
+    return labels
+
+
+@dataclass(frozen=True)
+class _Features:
+    """A file of a feature set, what the database says of it, and whose cells it may hold."""
+
+    path: str
+    name: str
+    said: FileFacts
+    recipe_id: int
+
+
+def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Problem]]:
+    """Count the files of feature sets, and say which do not fit their cells."""
+    with workspace.database.read() as session:
+        files = [
+            _Features(path, name, FileFacts(rows, first, last), recipe_id)
+            for path, name, rows, first, last, recipe_id in session.execute(_feature_rows())
+        ]
+    problems = []
+    whole = [file for file in files if file.path not in broken]
+    for file, earlier in track(
+        workspace.progress, "verify features", len(whole), _with_earlier(whole)
+    ):
+        reason = _features_reason(workspace, file, earlier)
+        if reason is not None:
+            problems.append(Problem(file.path, f"feature set {file.name}: {reason}"))
+    return len(files), problems
+
+
+def _with_earlier(files: Sequence[_Features]) -> Iterator[tuple[_Features, list[_Features]]]:
+    """Yield files, by set and first cell, with those before whose range reaches into theirs."""
+    near: list[_Features] = []
+    for file in files:
+        first = file.said.first_cell_id
+        near = [
+            other
+            for other in near
+            if other.recipe_id == file.recipe_id and other.said.last_cell_id >= first
+        ]
+        yield file, near
+        near = [*near, file]
+
+
+def _feature_rows() -> Any:
+    return (
+        select(
+            Artifact.path,
+            FeatureSet.name,
+            FeatureFile.n_rows,
+            FeatureFile.first_cell_id,
+            FeatureFile.last_cell_id,
+            FeatureSet.recipe_id,
+        )
+        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
+        .order_by(FeatureSet.recipe_id, FeatureFile.first_cell_id, Artifact.path)
+    )
+
+
+def _features_reason(
+    workspace: Workspace, file: _Features, earlier: Sequence[_Features]
+) -> str | None:
+    locate = workspace.artifacts.locate
+    facts, homeless, twice = FileFacts(0, 0, 0), 0, 0
+    try:
+        others = [stream_ids(locate(other.path)) for other in earlier]
+        taken = np.concatenate([np.empty(0, np.int64), *chain.from_iterable(others)])
+        for ids in stream_ids(locate(file.path)):
+            facts = facts.with_ids(ids)
+            homeless += len(ids) - _cells_among(workspace, file.recipe_id, ids)
+            twice += int(np.isin(ids, taken).sum())
+    except StorageError as error:
+        return str(error)
+    if facts != file.said:
+        return f"the file has {facts}, the database {file.said}"
+    if twice:
+        return f"{twice} of its cells are in another file of the set, too"
+    return f"{homeless} of its cells are not in the database" if homeless else None
+
+
+def _cells_among(workspace: Workspace, recipe_id: int, ids: NDArray[np.int64]) -> int:
+    """How many of these ascending ids are cells of the segmentations that the set is of."""
+    source = select(RecipeInput.input_id).where(RecipeInput.recipe_id == recipe_id)
+    of_recipe = select(Segmentation.id).where(Segmentation.recipe_id.in_(source))
+    there = select(Cell.id, Cell.segmentation_id).where(Cell.id.between(int(ids[0]), int(ids[-1])))
+    # Cells first, then their segmentations: a join would walk all cells of the recipe, each time.
+    with workspace.database.read() as session:
+        homes = {row.id: row.segmentation_id for row in session.execute(there)}
+        right: set[int] = set()
+        for some in in_lists(set(homes.values())):
+            right.update(session.scalars(of_recipe.where(Segmentation.id.in_(some))))
+    cells = [cell for cell, home in homes.items() if home in right]
+    return int(np.isin(ids, cells).sum())
+
+
+BATCH = 500
+GRACE_MINUTES = 10.0
+
+
+def verify(
+    workspace: Workspace, *, fix: bool = False, minutes: float = GRACE_MINUTES
+) -> VerifyResult:
+    """Compare every file with its sha256, masks and features with their cells; look for orphans.
+
+    ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
+    younger than ``minutes`` are left alone, as a running command may be about to name them.
+    """
+    # The folder is listed before the rows are read: what a running command adds is no orphan.
+    before = min(time.time() - 60 * minutes, _oldest_running(workspace))
+    there = list(workspace.artifacts.walk())
+    files, masks, problems = check_files(workspace)
+    problems = _still_named(workspace, problems)
+    features, odd = check_features(workspace, {problem.path for problem in problems})
+    unnamed = _unnamed(workspace, there)
+    old = [path for path in unnamed if _older(workspace.artifacts, path, before)]
+    removed = sum(_remove(workspace.artifacts, path) for path in old) if fix else 0
+    return VerifyResult(
+        files=files,
+        segmentations=masks,
+        problems=(*problems, *odd),
+        orphans=tuple(old),
+        young=len(unnamed) - len(old),
+        removed=removed,
+        feature_files=features,
+    )
+
+
+def _still_named(workspace: Workspace, problems: list[Problem]) -> list[Problem]:
+    """Leave out files that were forgotten meanwhile: a training replaces its state."""
+    gone = set(_unnamed(workspace, [problem.path for problem in problems]))
+    return [problem for problem in problems if problem.path not in gone]
+
+
+def _oldest_running(workspace: Workspace) -> float:
+    """Return when the oldest run began that may still be about to name its files.
+
+    A run of more than a day ago was killed: nothing closed it.
+    """
+    now = datetime.now(UTC)
+    query = select(func.min(Run.started_at)).where(
+        Run.status == Status.RUNNING, Run.started_at > now - timedelta(days=1)
+    )
+    with workspace.database.begin() as session:
+        bury_runs(session)
+        found = session.scalar(query)
+    return (found or now).timestamp()
+
+
+def _unnamed(workspace: Workspace, there: list[str]) -> list[str]:
+    unnamed: list[str] = []
+    for start in range(0, len(there), BATCH):
+        piece = there[start : start + BATCH]
+        with workspace.database.read() as session:
+            named = set(session.scalars(select(Artifact.path).where(Artifact.path.in_(piece))))
+        unnamed += [path for path in piece if path not in named]
+    return unnamed
+
+
+def _older(folder: ArtifactFolder, path: str, moment: float) -> bool:
+    try:
+        return (folder.root / path).lstat().st_mtime <= moment
+    except FileNotFoundError:
+        return False
+
+
+def _remove(folder: ArtifactFolder, path: str) -> bool:
+    # Not resolved: an orphan that is a link is removed itself, never what it points to.
+    try:
+        (folder.root / path).unlink()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be removed: {error.strerror}. Mend the permissions of the store, "
+            "then run the same command again."
+        ) from error
+    return True
