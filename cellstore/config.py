@@ -341,7 +341,9 @@ class BaselineParams:
 
 @dataclass(frozen=True)
 class ContrastParams:
-    """Which treatments are compared with which control, and how; see ``cellstore.analysis.contrasts``.
+    """Which treatments are compared with which control, and how.
+
+    See ``cellstore.analysis.contrasts``.
 
     ``treatments``: names; none: all. ``control``: a name; ``None``: what is marked as negative
     control. ``pooled``: all treatments as one. ``max_cells`` of each side at most; ``nulls``: how

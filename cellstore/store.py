@@ -217,7 +217,8 @@ class Store(Answers):
         ``html`` is a page with maps of the plates, ``plot`` a PNG with those of one plate.
         """
         from .extras import need
-        from .stages.qc import qc, write_page, write_picture
+        from .report.qc_page import write_page, write_picture
+        from .stages.qc import qc
 
         if html is not None or plot is not None:
             need("report")  # said before an hour of work, not after it

@@ -253,7 +253,7 @@ def _set_name(result: TrainResult) -> str:
 
 def _say_processors(device: Device, devices: int) -> None:
     """Say that several devices are processes on a CPU, before they begin."""
-    from cellstore.learn.networks import pick_device
+    from cellstore.analysis.devices import pick_device
 
     started = "LOCAL_RANK" in os.environ  # by the first process, or a launcher
     if devices > 1 and not started and pick_device(device.value).type == "cpu":

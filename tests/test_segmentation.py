@@ -27,8 +27,7 @@ from cellstore.errors import ImageError, UnknownNameError, UserInputError
 pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 torch = pytest.importorskip("torch")
 
-from cellstore.analysis import cellpose3
-from cellstore.analysis import cellpose3 as cellpose3_module
+from cellstore.analysis import cellpose3 as cellpose3_module  # noqa: E402
 from cellstore.analysis.rendering import PlateDesign, render_field  # noqa: E402
 from cellstore.learn import shipped_network  # noqa: E402
 
@@ -464,7 +463,7 @@ def test_a_picture_survives_as_a_file():
 def test_the_network_loader_is_the_one_cellpose_offers(untrained):
     from cellpose.models import CellposeModel
 
-    ours = cellpose3.load_network(untrained, "cpu")
+    ours = cellpose3_module.load_network(untrained, "cpu")
     theirs = CellposeModel(pretrained_model=str(untrained), device=torch.device("cpu"))
     assert ours.diam_mean == theirs.diam_mean == shipped_network.DIAM_MEAN
     for one, other in zip(ours.net.parameters(), theirs.net.parameters(), strict=True):

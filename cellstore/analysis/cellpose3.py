@@ -15,8 +15,8 @@ from cellpose.resnet_torch import CPnet
 from cellpose.utils import diameters
 
 from ..errors import UserInputError
-from ..learn.networks import pick_device
 from .cellpose_common import StackSegmenter, check_diameter, read_state
+from .devices import pick_device
 from .segmentation import ModelFiles
 
 if TYPE_CHECKING:

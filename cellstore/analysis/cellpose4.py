@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from cellpose.models import CellposeModel
 
 from ..errors import UserInputError
-from ..learn.networks import pick_device
 from .cellpose_common import StackSegmenter, check_diameter, read_state
+from .devices import pick_device
 from .segmentation import ModelFiles
 
 if TYPE_CHECKING:

@@ -1432,18 +1432,18 @@ def _spooled(
 
 def _open_sqlite(path: Path, plate: str | None) -> ObjectSource:
     tables = tables_of(path)
-    image_table = image_table(tables)
-    if image_table is None:
+    images_name = image_table(tables)
+    if images_name is None:
         raise BadTableError(f"{path} has no table Image of CellProfiler with an {IMAGE_NUMBER}.")
-    names = [plain_column(name) for name in tables[image_table]]
+    names = [plain_column(name) for name in tables[images_name]]
     groups: dict[str | None, int] = {}
-    images = _sqlite_images(path, image_table, names, groups, plate)
+    images = _sqlite_images(path, images_name, names, groups, plate)
     images.check_plate(path.name)
     found = object_tables(path, tables)
     chosen, note = _choose([table.columns for table in found], path.name)
     by_name = {table.columns.name: table for table in found}
     used = [by_name[columns.name] for columns in chosen]
-    files = [SourceFile(f"{path.name}:{image_table}", path, len(images.rows))]
+    files = [SourceFile(f"{path.name}:{images_name}", path, len(images.rows))]
     keys = [
         _sqlite_keys(table, groups, images, number) for number, table in enumerate(used, start=1)
     ]

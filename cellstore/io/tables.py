@@ -473,10 +473,10 @@ Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 
 def disarmed(rows: Rows) -> Rows:
     """Return a table or batch with a ' before every text, and name, that begins a formula."""
-    for index, field in enumerate(rows.schema):
-        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+    for index, column in enumerate(rows.schema):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             texts = pc.replace_substring_regex(rows.column(index), f"({_FORMULA})", r"'\1")
-            rows = rows.set_column(index, field, texts)
+            rows = rows.set_column(index, column, texts)
     return rows.rename_columns([disarmed_name(name) for name in rows.schema.names])
 
 

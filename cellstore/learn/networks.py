@@ -26,19 +26,6 @@ from torchvision import models
 from ..errors import UnknownNameError, UserInputError, first_line
 from .branches import ALL_BRANCHES, BRANCHES, IMAGE, TABULAR, check_branches
 
-
-def pick_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one. Raises UserInputError for one that is not there."""
-    available = torch.cuda.is_available()
-    if device == "auto":
-        return torch.device("cuda" if available else "cpu")
-    if device not in {"cpu", "cuda"}:
-        raise UserInputError(f"Unknown device {device!r}. Use auto, cpu or cuda.")
-    if device == "cuda" and not available:
-        raise UserInputError("This machine has no usable CUDA device. Use cpu or auto.")
-    return torch.device(device)
-
-
 EFFICIENTNET_B0 = "efficientnet_b0"
 """What the published network has."""
 

@@ -29,8 +29,8 @@ from cellpose.transforms import normalize99, resize_image
 from cellpose.utils import diameters
 
 from ..analysis.cellpose3 import CHANNELS, SizeModel, fit_size_model, load_network, save_size_model
+from ..analysis.devices import pick_device
 from ..analysis.rendering import LARGEST, SMALLEST, TrainingField, render_nuclei
-from .networks import pick_device
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

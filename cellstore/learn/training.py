@@ -27,10 +27,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from ..analysis.devices import pick_device
 from ..errors import RunCancelledError, StorageError, UnknownNameError, UserInputError, first_line
 from .branches import FLOW, IMAGE, MASK
 from .crops import CROP_MEAN, CROP_STD, UNKNOWN_LABEL, CellBlock
-from .networks import FusionNet, pick_device
+from .networks import FusionNet
 
 FLIPS, ROTATIONS, INTENSITY = AUGMENTATIONS = ("flips", "rotations", "intensity")
 

@@ -36,7 +36,7 @@ from .feature_sets import SetRelation, list_sets, open_files
 from .source import TABLES, Source, arrow_schema, create_statement, open_source, quoted
 from .views import queries
 
-GUARD_T = TypeVar("T")
+T = TypeVar("T")
 POLL_SECONDS = 0.1
 Parameters = Sequence[object] | Mapping[str, object]
 
@@ -276,10 +276,10 @@ def _all_table_functions() -> frozenset[str]:
 def run_limited(
     connection: duckdb.DuckDBPyConnection,
     seconds: float,
-    work: Callable[[], GUARD_T],
+    work: Callable[[], T],
     *,
     allowed: float | None = None,
-) -> GUARD_T:
+) -> T:
     """Return what ``work`` returns, which may keep ``connection`` busy for so many seconds.
 
     ``allowed``: the seconds of the whole question, where earlier work has taken a part of them.
@@ -288,7 +288,7 @@ def run_limited(
     Raises:
         QueryError: it took longer, or DuckDB said that the question is wrong.
     """
-    job: Future[GUARD_T] = Future()
+    job: Future[T] = Future()
     worker = threading.Thread(
         target=_fulfil, args=(job, work), daemon=True, name="cellstore-question"
     )
@@ -302,14 +302,14 @@ def run_limited(
     return _outcome(job, (allowed or seconds) if late else None)
 
 
-def _fulfil(job: Future[GUARD_T], work: Callable[[], GUARD_T]) -> None:
+def _fulfil(job: Future[T], work: Callable[[], T]) -> None:
     try:
         job.set_result(work())
     except BaseException as error:
         job.set_exception(error)
 
 
-def _ends(job: Future[GUARD_T], seconds: float) -> bool:
+def _ends(job: Future[T], seconds: float) -> bool:
     # Not Thread.join: interrupted by Ctrl-C, Python 3.11 takes a living thread for an ended one.
     deadline = time.monotonic() + seconds
     while not job.done() and (left := deadline - time.monotonic()) > 0:
@@ -317,13 +317,13 @@ def _ends(job: Future[GUARD_T], seconds: float) -> bool:
     return job.done()
 
 
-def _stop(connection: duckdb.DuckDBPyConnection, job: Future[GUARD_T]) -> None:
+def _stop(connection: duckdb.DuckDBPyConnection, job: Future[T]) -> None:
     while not job.done():
         connection.interrupt()  # again and again: between two statements it is not heard
         wait([job], POLL_SECONDS)
 
 
-def _outcome(job: Future[GUARD_T], passed: float | None) -> GUARD_T:
+def _outcome(job: Future[T], passed: float | None) -> T:
     try:
         return job.result()
     except (duckdb.Error, OSError) as error:  # OSError: DuckDB's, while Arrow fetches the answer
@@ -383,7 +383,6 @@ def parameters_of(given: Parameters | None) -> Any:
 
 
 ROWS = 65_536
-T = TypeVar("T")
 
 
 class Answer:

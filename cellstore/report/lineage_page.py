@@ -504,7 +504,7 @@ def write_lineage(workspace: Workspace, audit: Audited, path: Path) -> Path:
     }
     path = path.resolve()
     check_not_of_a_store(path)
-    write_atomically(path, render(__package__, content).encode("utf-8", "replace"))
+    write_atomically(path, render("lineage.html.j2", content).encode("utf-8", "replace"))
     return path
 
 

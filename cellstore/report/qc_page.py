@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,16 +16,18 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..analysis.overlay import Limits, grey_limits, outline_overlay, to_grey
+from ..artifacts import write_atomically
 from ..config import ImageInput
 from ..db.models import Image, Plate, Recipe, Run, Segmentation, Well
 from ..db.quality_models import ImageFlag
 from ..enums import CellFlagReason, ImageFlagReason
-from ..errors import CellstoreError
+from ..errors import CellstoreError, UserInputError
 from ..extras import need
 from ..jobs.planes import read_image
 from ..jobs.selection import is_current
 from ..jobs.workspace import Workspace
 from ..query.cells import plane_of, read_masks
+from ..settings import check_not_of_a_store
 from ..stages.qc import (
     FlaggedImage,
     Flagging,
@@ -33,6 +36,7 @@ from ..stages.qc import (
     channels_of,
     counts_by_image,
     flagged_images,
+    flagging_of,
 )
 from .drawing import STYLE, WIDEST, jpeg, layout_of, middle, render, short, smaller, svg, well_names
 
@@ -413,7 +417,7 @@ def page(workspace: Workspace, flagging: Flagging, result: QcResult) -> str:
         "plates": [_plate(workspace, flagging, plate.plate) for plate in shown],
         "more_plates": len(result.plates) > len(shown),
     }
-    return render("cellstore.stages.qc", content, {"short": _short, "usual": _usual})
+    return render("qc.html.j2", content, {"short": _short, "usual": _usual})
 
 
 def picture(workspace: Workspace, flagging: Flagging, barcode: str) -> bytes:
@@ -484,3 +488,43 @@ def _usual(flag: FlaggedImage) -> str:
     if low is None or high is None:
         return f"{low} or more" if high is None else f"{high} or less"
     return f"{low} to {high}"
+
+
+def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
+    """Write maps of the plates and their oddest fields as one HTML file.
+
+    Raises:
+        MissingExtraError: matplotlib or Jinja2 is not installed.
+        StorageError: the file cannot be written.
+        UserInputError: nothing was looked at.
+    """
+    flagging = _flagging(workspace, result)
+    check_not_of_a_store(path)
+    write_atomically(path, page(workspace, flagging, result).encode())
+    return replace(result, html=str(path))
+
+
+def write_picture(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
+    """Write the maps of one plate as a PNG; raises as :func:`write_page` does.
+
+    Raises:
+        UserInputError: nothing was looked at, or several plates were.
+    """
+    flagging = _flagging(workspace, result)
+    if len(result.plates) != 1:
+        raise UserInputError(
+            f"A picture is of one plate, and {len(result.plates)} are selected. Name one with "
+            "--plate, or ask for a page with --html."
+        )
+    check_not_of_a_store(path)
+    write_atomically(path, picture(workspace, flagging, result.plates[0].plate))
+    return replace(result, picture=str(path))
+
+
+def _flagging(workspace: Workspace, result: QcResult) -> Flagging:
+    if result.run_id is None:
+        raise UserInputError(
+            "No image has been looked at, so there is nothing to draw. Ingest images first."
+        )
+    with workspace.database.read() as session:
+        return flagging_of(session, result.run_id)

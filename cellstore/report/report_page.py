@@ -993,7 +993,7 @@ def write_report(
         content = _content(workspace, questions, subject, evidence, maps)
         content["script"] = _script(redo, subject.run.id)
     check_not_of_a_store(path)
-    write_atomically(path, render("cellstore.stages.report", content).encode())
+    write_atomically(path, render("report.html.j2", content).encode())
     return replace(evidence.result, html=str(path))
 
 
@@ -1162,7 +1162,7 @@ def _group_figure(name: str, rows: Sequence[GroupScore]) -> str | None:
     """Accuracy of each group, the orange mark where the gene counts as right too."""
     if len(rows) > NAMED_ROWS:
         return None
-    dots = [
+    rated = [
         Dot(
             item.name,
             item.accuracy,
@@ -1173,7 +1173,7 @@ def _group_figure(name: str, rows: Sequence[GroupScore]) -> str | None:
         for item in rows
     ]
     said = ", ".join(f"{item.name} {100 * item.accuracy:.0f} %" for item in rows)
-    return dots(name, dots, f"Accuracy of images by {name[:-1]}: {said}.")
+    return dots(name, rated, f"Accuracy of images by {name[:-1]}: {said}.")
 
 
 def _plates(

@@ -364,8 +364,8 @@ def contrast(
 ) -> ContrastResult:
     """Say of each treatment whether its cells can be told from control cells of the same plates.
 
-    See ``cellstore.analysis.contrasts``. What was compared with the same options on the same cells is
-    returned as it is, unless ``force``.
+    See ``cellstore.analysis.contrasts``. What was compared with the same options on the same cells
+    is returned as it is, unless ``force``.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

@@ -633,7 +633,7 @@ def predict(
 
     """
     need("train")
-    from ..learn.networks import pick_device
+    from ..analysis.devices import pick_device
 
     params, chosen = check_params(params or PredictParams()), str(pick_device(device))
     with workspace.database.read() as session:

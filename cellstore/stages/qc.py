@@ -6,7 +6,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from ..analysis.quality import WHITE_NOISE_SLOPE, Limits, PlaneQuality, plane_quality, robust_limits
-from ..artifacts import write_atomically
 from ..config import EVERYTHING, THIS_PROCESS, QcParams, Resources, Selection, as_parameters
 from ..db.bulk import bulk_insert
 from ..db.models import (
@@ -55,8 +53,6 @@ from ..jobs.runs import running
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..query.cells import last_with_masks
-from ..report.qc_page import page, picture
-from ..settings import check_not_of_a_store
 
 
 @dataclass(frozen=True)
@@ -819,43 +815,3 @@ def list_flags(workspace: Workspace, result: QcResult) -> tuple[FlaggedImage, ..
     plates = [plate.plate for plate in result.plates]
     with workspace.database.read() as session:
         return tuple(flagged_images(session, result.run_id, plates))
-
-
-def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
-    """Write maps of the plates and their oddest fields as one HTML file.
-
-    Raises:
-        MissingExtraError: matplotlib or Jinja2 is not installed.
-        StorageError: the file cannot be written.
-        UserInputError: nothing was looked at.
-    """
-    flagging = _flagging(workspace, result)
-    check_not_of_a_store(path)
-    write_atomically(path, page(workspace, flagging, result).encode())
-    return replace(result, html=str(path))
-
-
-def write_picture(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
-    """Write the maps of one plate as a PNG; raises as :func:`write_page` does.
-
-    Raises:
-        UserInputError: nothing was looked at, or several plates were.
-    """
-    flagging = _flagging(workspace, result)
-    if len(result.plates) != 1:
-        raise UserInputError(
-            f"A picture is of one plate, and {len(result.plates)} are selected. Name one with "
-            "--plate, or ask for a page with --html."
-        )
-    check_not_of_a_store(path)
-    write_atomically(path, picture(workspace, flagging, result.plates[0].plate))
-    return replace(result, picture=str(path))
-
-
-def _flagging(workspace: Workspace, result: QcResult) -> Flagging:
-    if result.run_id is None:
-        raise UserInputError(
-            "No image has been looked at, so there is nothing to draw. Ingest images first."
-        )
-    with workspace.database.read() as session:
-        return flagging_of(session, result.run_id)

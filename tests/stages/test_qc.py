@@ -23,8 +23,9 @@ from cellstore.enums import Stage, Status
 from cellstore.errors import MissingExtraError, UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.workspace import Workspace
+from cellstore.report.qc_page import write_page, write_picture
 from cellstore.stages.ingest.ingest import ingest
-from cellstore.stages.qc import QcResult, list_flags, qc, write_page, write_picture
+from cellstore.stages.qc import QcResult, list_flags, qc
 
 SITES = range(1, 11)
 HOSTILE = "<script>alert(1)</script>"
