@@ -24,8 +24,7 @@ from pyarrow.dataset import Dataset, dataset
 from ..enums import Stage, Status
 from ..errors import StorageError
 from . import source as source_module
-from .engine import literal
-from .source import TABLES, Source, arrow_schema, quoted
+from .source import TABLES, Source, arrow_schema, literal, quoted
 from .views import views
 
 FORMAT = 3

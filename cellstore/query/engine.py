@@ -33,7 +33,15 @@ from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
 from .cache import COUNTS, PLACED, WINNERS, WRITERS, Copies, RunMark, final_states
 from .feature_sets import SetRelation, list_sets, open_files
-from .source import TABLES, Source, arrow_schema, create_statement, open_source, quoted
+from .source import (
+    TABLES,
+    Source,
+    arrow_schema,
+    create_statement,
+    literal,
+    open_source,
+    quoted,
+)
 from .views import queries
 
 T = TypeVar("T")
@@ -368,11 +376,6 @@ def explained(error: Exception) -> QueryError:
     said = re.sub(r"^(\w+ ){0,3}Error: ", "", said)
     said = "".join(char if char.isprintable() else " " for char in said)
     return QueryError(f"The question cannot be answered: {said}")
-
-
-def literal(text: str) -> str:
-    """Return an SQL string literal."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def parameters_of(given: Parameters | None) -> Any:

@@ -67,6 +67,11 @@ def create_statement(table: Table) -> str:
     return f"CREATE TABLE {quoted(table.name)} ({columns})"
 
 
+def literal(text: str) -> str:
+    """Return an SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def quoted(name: str) -> str:
     """Return an SQL identifier in quotes."""
     return '"' + name.replace('"', '""') + '"'
