@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,9 @@ from ..learn.baselines import BASELINES, NULLS
 from ..learn.inputs import leak_of
 from ..query.engine import Questions, open_questions
 from ..query.predict_runs import flags_on, predict_run
-from .comparison import Comparison, compare_subjects
+
+if TYPE_CHECKING:
+    from .comparison import Comparison
 
 EVERY_VOTE = VoteRules()
 
@@ -1055,6 +1058,8 @@ def gathered(
     with open_questions(workspace, rules=subject.rules, runs=about) as questions:
         evidence = scored(questions, subject, force=force)
         if other is not None:
+            from .comparison import compare_subjects
+
             found = compare_subjects(questions, subject, other, force=force)
             evidence = replace(evidence, result=replace(evidence.result, comparison=found))
         yield questions, subject, evidence
