@@ -23,7 +23,7 @@ from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions
-from ..query.source import quoted
+from ..query.guard import quoted
 from ..settings import check_not_of_a_store
 from .comparison import Comparison, Difference
 from .drawing import (
@@ -379,7 +379,7 @@ def measures(
 ) -> list[Measure]:
     """Return accuracy and cells by well, and the features ``wanted``, else the usual ones.
 
-    ``images``: rows of the view ``verdicts``, one per image. A feature is a column of a feature
+    ``images``: rows of ``scored_predictions``, one per image. A feature is a column of a feature
     set, or SET.COLUMN; its value is the mean over the cells of a well that the run could label.
 
     Raises:
@@ -735,8 +735,9 @@ PLACES = """
     ORDER BY s.id
 """
 VOTES = """
-    SELECT image_id, label, cells FROM image_label_votes
-    WHERE run_id = ? AND list_contains(?, image_id) AND cells > 0
+    SELECT unit_id AS image_id, label, cells FROM label_votes
+    WHERE run_id = ? AND level = 'image' AND vote = 'hard' AND list_contains(?, unit_id)
+        AND cells > 0
     ORDER BY cells DESC, probability DESC, label
 """
 
@@ -793,8 +794,8 @@ def pictures(
 ) -> Pictures:
     """Return the most confident mistakes, some hits and samples, and what two runs differ in.
 
-    ``images`` are rows of the view ``verdicts``, every vote of each image. What is drawn by chance
-    is the same for the same run.
+    ``images`` are rows of ``scored_predictions``, every vote of each image. What is drawn by
+    chance is the same for the same run.
     """
     draw = random.Random(run_id)  # noqa: S311 - which pictures are shown is no secret
     soft = [row for row in images if row["vote"] == "soft" and row["correct"] is not None]

@@ -248,19 +248,19 @@ KEYS = (
 )
 """Level and vote of all scores, in the order in which they are told."""
 
-COLUMNS = """unit_id, well_id, plate_id, subset, truth, predicted, confidence, truth_place,
+COLUMNS = """unit_id, well_id, plate_id, subset, truth, predicted, confidence, truth_rank,
     truth_probability, tie, control IS NOT NULL AS control, abstained"""
 # Levels are written out, so that DuckDB leaves out the parts of the view that are not asked for;
 # one at a time takes a fifth less than both at once, and less memory.
 ANSWERS_VOTES = {
     level: f"""
-    SELECT level, vote, {COLUMNS} FROM verdicts
+    SELECT level, vote, {COLUMNS} FROM scored_predictions
     WHERE run_id = ? AND level = '{level}' ORDER BY vote, unit_id
     """  # noqa: S608 - our own words
     for level in ("image", "well")
 }
 ANSWERS_CELLS = f"""
-    SELECT {COLUMNS} FROM verdicts
+    SELECT {COLUMNS} FROM scored_predictions
     WHERE run_id = ? AND level = 'cell' AND list_contains(?, subset) ORDER BY unit_id
 """  # noqa: S608 - our own words
 
@@ -349,7 +349,7 @@ def _arrays(rows: pa.Table, labels: Sequence[str]) -> Answers:
         predicted=codes_of(rows["predicted"], labels),
         confidence=share("confidence"),
         probability=share("truth_probability"),
-        place=whole("truth_place"),
+        place=whole("truth_rank"),
         tie=rows["tie"].to_numpy(),
         control=rows["control"].to_numpy(),
         abstained=pc.is_valid(rows["abstained"]).to_numpy(),
@@ -486,12 +486,12 @@ LEVELS = (HEADLINE, ("well", "hard"), ("cell", "hard"))
 # Where a rule lets a baseline abstain, its answer counts all the same: it is scored on the very
 # images that are scored.
 VOTES = """
-    SELECT level, vote, unit_id, well_id, predicted = truth AS correct FROM verdicts
-    WHERE run_id = ? AND level IN ('image', 'well') AND vote = 'hard' AND list_contains(?, subset)
+    SELECT level, vote, unit_id, well_id, winner = truth AS correct FROM votes
+    WHERE run_id = ? AND vote = 'hard' AND list_contains(?, subset) AND truth IS NOT NULL
     ORDER BY level, unit_id
 """
 CELLS = """
-    SELECT level, vote, unit_id, well_id, predicted = truth AS correct FROM verdicts
+    SELECT level, vote, unit_id, well_id, predicted = truth AS correct FROM scored_predictions
     WHERE run_id = ? AND level = 'cell' AND list_contains(?, subset) ORDER BY unit_id
 """
 
@@ -628,7 +628,7 @@ ALL_IMAGES = """
 UNLABELLED = """
     SELECT count(*) AS images FROM split_members AS m
     WHERE m.split_id = ? AND list_contains(?, m.subset) AND m.image_id NOT IN (
-        SELECT image_id FROM placed_predictions WHERE run_id = ? AND NOT excluded
+        SELECT image_id FROM predictions_with_image WHERE run_id = ? AND NOT excluded
     )
 """
 
