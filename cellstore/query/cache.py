@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import zlib
@@ -18,7 +17,7 @@ import duckdb
 
 from ..enums import Stage, Status
 from ..errors import StorageError
-from .guard import literal
+from .guard import literal, without_wildcards
 from .relations import COUNTS, KEPT, PREDICTIONS, RANKED, view
 from .source import (
     PREDICTION_COLUMNS,
@@ -98,7 +97,7 @@ def final_states(table: str) -> list[str]:
 
 def reading_files(paths: Sequence[Path]) -> str:
     """Return the SQL that reads Parquet files by their plain names."""
-    names = ", ".join(literal(re.sub(r"([*?\[])", r"[\1]", str(path))) for path in paths)
+    names = ", ".join(literal(without_wildcards(path)) for path in paths)
     return f"read_parquet([{names}])"
 
 
@@ -164,8 +163,8 @@ class Copies:
         """Return all that the copy of a kept view depends on, beside the run."""
         found = "".join(view(item).query for item in _CHAINS[name])
         if name == RANKED:  # the alphabet decides ties, so that other labels make another copy
-            labels = self.source.fetch(target, "labels", "ORDER BY t.id")
-            found += f"{self._questions(COUNTS, target)} {labels}"
+            labels = self.source.fetch(target, "labels")
+            found += f"{self._questions(COUNTS, target)} {sorted(map(str, labels))}"
         return found
 
     def _written(self, stem: str, table: str, run: RunMark) -> Path:

@@ -72,10 +72,9 @@ class SetRelation:
             names = ", ".join(map(quoted, self.columns))
             # Columns of our own table and a number; nothing here comes from a user.
             return f"SELECT {names} FROM features WHERE recipe_id = {self.recipe_id}"  # noqa: S608
-        condition = f"""
-            JOIN feature_files AS f ON f.artifact_id = t.id AND f.feature_set_id = {self.id}
-            ORDER BY f.first_cell_id
-        """
+        condition = (
+            f"JOIN feature_files AS f ON f.artifact_id = t.id AND f.feature_set_id = {self.id}"
+        )
         rows = source.fetch(target, "artifacts", condition)
         return reading_set(self.columns, [stored_file(artifacts, row["path"]) for row in rows])
 

@@ -83,7 +83,10 @@ def locked_connection(
     """
     connection = duckdb.connect(":memory:")
     room = min(SPILL_BYTES, shutil.disk_usage(spill).free // 2)
-    folders = ", ".join(literal(f"{folder}/") for folder in readable)
+    folders = ", ".join(
+        f"{literal(f'{folder}/')}, {literal(f'{without_wildcards(folder)}/')}"
+        for folder in readable
+    )
     settings = {
         "TimeZone": "'UTC'",
         "memory_limit": f"'{limits.memory_mb}MB'",
@@ -105,6 +108,11 @@ def locked_connection(
 def literal(text: str) -> str:
     """Return an SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def without_wildcards(path: Path) -> str:
+    """Return a path as DuckDB takes it where it may hold wildcards."""
+    return re.sub(r"([*?\[])", r"[\1]", str(path))
 
 
 def quoted(name: str) -> str:

@@ -91,6 +91,7 @@ def test_only_the_tables_that_a_question_needs_are_read(workspace: Workspace) ->
     assert {path.name.split("-")[0] for path in snapshot_files(workspace)} == {
         "image_label_counts",
         "predictions",
+        "ranked_votes",
     }
 
 
@@ -203,7 +204,8 @@ def test_parameters_are_bound(workspace: Workspace) -> None:
         assert one(questions, "SELECT count(*) FROM wells WHERE name = ?", ["A01"]) == 1
         assert one(questions, "SELECT count(*) FROM wells WHERE name = ?", ["' OR 1=1 --"]) == 0
         votes = questions.ask(
-            "SELECT * FROM votes WHERE run_id = $run", {"run": screen.predict_run.id}
+            "SELECT * FROM votes WHERE run_id = $run AND level = 'image'",
+            {"run": screen.predict_run.id},
         )
     assert votes.num_rows == 3 * 4
 
