@@ -136,12 +136,8 @@ def definitions(rules: VoteRules, *, sqlite: bool) -> dict[str, str]:
         for column in CellFeatures.__table__.columns
         if column.name not in ("cell_id", "recipe_id", "run_id")
     ]
-    table = found["cell_table"].replace(
+    found["cell_table"] = found["cell_table"].replace(
         "f.* EXCLUDE (cell_id, recipe_id, run_id)", ", ".join(measured)
-    )
-    found["cell_table"] = table.replace(
-        "arg_max(r.recipe_id, r.id)",
-        """(SELECT n.recipe_id FROM runs n WHERE n.id = max(r.id))""",
     )
     order = (*reversed([name for name in VIEWS if name not in EARLY]),)
     return {name: found[name] for name in (*EARLY, *order)}

@@ -11,12 +11,14 @@ WITH latest AS (
     GROUP BY s.image_id
 ),
 measured AS (
-    SELECT ri.input_id AS segment_recipe_id, arg_max(r.recipe_id, r.id) AS measure_recipe_id
+    SELECT
+        ri.input_id AS segment_recipe_id,
+        r.recipe_id AS measure_recipe_id,
+        row_number() OVER (PARTITION BY ri.input_id ORDER BY r.id DESC) AS place
     FROM runs AS r
     JOIN recipe_inputs AS ri ON ri.recipe_id = r.recipe_id
     WHERE r.stage = 'measure'
     AND r.recipe_id NOT IN (SELECT recipe_id FROM feature_sets WHERE storage = 'files')
-    GROUP BY ri.input_id
 )
 SELECT
     i.plate,
@@ -37,5 +39,5 @@ FROM cells AS c
 JOIN latest AS l ON l.segmentation_id = c.segmentation_id
 JOIN image_table AS i ON i.image_id = l.image_id
 JOIN segmentations AS s ON s.id = c.segmentation_id
-LEFT JOIN measured AS m ON m.segment_recipe_id = s.recipe_id
+LEFT JOIN measured AS m ON m.segment_recipe_id = s.recipe_id AND m.place = 1
 LEFT JOIN features AS f ON f.cell_id = c.id AND f.recipe_id = m.measure_recipe_id

@@ -14,7 +14,7 @@ WITH units AS (
     SELECT
         run_id, 'well' AS level, well_id AS unit_id, subset, NULL AS image_id, well_id,
         any_value(plate_id) AS plate_id, any_value(plate) AS plate, any_value(well) AS well,
-        NULL AS site, any_value(control) AS control, any_value(truth) AS truth
+        NULL AS site, any_value(control) AS control, max(truth) AS truth
     FROM run_images
     GROUP BY run_id, well_id, subset
 ),
