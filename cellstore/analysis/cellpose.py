@@ -255,7 +255,8 @@ class CellposeSegmenter:
             raise UserInputError(f"The diameter must be above 0 pixels, not {diameter}.")
         self._size_model: SizeModel | None = None
         if installed_generation() == 4:
-            self._planes, self._diameter = 1, diameter or NATIVE_DIAMETER
+            self._planes = 1
+            self._diameter: float | None = diameter or NATIVE_DIAMETER
             self._model = load_sam_network(files.network, device)
         else:
             self._planes, self._diameter = CHANNELS[0], diameter
@@ -283,7 +284,8 @@ class CellposeSegmenter:
     ) -> list[SegmentationResult]:
         """Find the cells of each image; see :class:`~.segmentation.Segmenter`."""
         planes = [padded(checked_planes(image), self._planes) for image in images]
-        items = list(zip(planes, diameters or [None] * len(planes), strict=True))
+        given: Sequence[float | None] = diameters or [None] * len(planes)
+        items = list(zip(planes, given, strict=True))
         return [
             result
             for _, alike in groupby(items, key=lambda item: item[0].shape)
