@@ -176,7 +176,7 @@ class CalibrationBin:
 class ReportResult:
     """The report on one predict run.
 
-    ``sides`` are the sides of the split that are scored, ``chance`` is 1 / classes. ``leak`` says
+    ``subsets`` of the split are scored, ``chance`` is 1 / classes. ``leak`` says
     whether the scored wells were seen in training; ``notes`` whatever else a reader must know.
     ``html`` is where the page was written, if one was. ``qc_run_id``: the quality-control run
     whose ``images_flagged`` (those without a cell left) and ``cells_flagged`` had no vote.
@@ -198,7 +198,7 @@ class ReportResult:
     protocol: str
     group_level: str
     field: str
-    sides: tuple[str, ...]
+    subsets: tuple[str, ...]
     classes: int
     chance: float
     majority_label: str | None
@@ -1118,7 +1118,7 @@ def _result(
         protocol=split.protocol,
         group_level=str(split.group_level.value),
         field=str(split.field.value),
-        sides=sides,
+        subsets=sides,
         classes=classes,
         chance=1 / max(1, classes),
         majority_label=majority,
@@ -1182,7 +1182,7 @@ def _with_rivals(
     """Add the baselines on the same cells, images and wells, and what is said of them."""
     units = {level: answers[level, "hard"].given.unit for level in ("cell", "image", "well")}
     ids = {level: pa.array(numbers) for level, numbers in units.items() if numbers.size}
-    rivals = score_rivals(questions, subject.rivals, result.sides, ids)
+    rivals = score_rivals(questions, subject.rivals, result.subsets, ids)
     best = result.score(*HEADLINE)
     beats, against = verdict(best, rivals, subject.baseline, result.split)
     return replace(result, baselines=rivals, beats_nulls=beats, against_nulls=against)
