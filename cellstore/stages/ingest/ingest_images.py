@@ -634,8 +634,8 @@ class Finder:
             return None
         try:
             if name is None:
-                return self._folder.find_core(image.core_name, image.plate)
-            return self._folder.find(name, None, image.plate)
+                return self._folder.find_projection(image.core_name, image.plate)
+            return self._folder.find(name, image.plate)
         except ImageError as error:
             outcome.problems.append(("file name is not unique", str(error)))
             return None
