@@ -13,7 +13,6 @@ import duckdb
 from sqlalchemy import BigInteger, Boolean, Column, Float, Integer, Table
 from sqlalchemy.types import JSON
 
-from ..db import quality_models, split_models  # noqa: F401 - their tables
 from ..db.models import METADATA
 from ..db.session import Database
 from ..db.types import UtcDateTime
