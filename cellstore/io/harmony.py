@@ -15,8 +15,7 @@ from typing import NamedTuple
 from xml.parsers import expat
 
 from ..errors import BadTableError, UserInputError
-from .filenames import core_file_name, format_well
-from .image_files import is_safe_name
+from .filenames import core_file_name, format_well, is_safe_name
 from .image_tables import ChannelNames, RowRefusedError
 from .records import LONGEST, FileRef, ImageRecord, Refusal
 from .uris import join, writable

@@ -14,12 +14,12 @@ from .filenames import (
     PhenixName,
     core_file_name,
     format_well,
+    is_safe_name,
     parse_well,
 )
-from .image_files import is_safe_name
 from .platemaps import TREATMENT_COLUMNS, treatment_of
 from .records import LONGEST, FileRef, ImageRecord, Refusal, TreatmentRecord
-from .tables import TextTable, cell_text, nearest_columns
+from .tables import MISSING, TextTable, nearest_columns
 from .uris import page_name
 
 FILE_PREFIX = "FileName_"
@@ -146,8 +146,8 @@ class _Columns:
 
     def texts(self, picked: Sequence[str]) -> dict[str, str]:
         """Return those picked cells that hold a value, by the name of their column."""
-        texts = {name: cell_text(picked, index) for index, name in enumerate(self.names)}
-        return {name: text for name, text in texts.items() if text is not None}
+        texts = zip(self.names, map(str.strip, picked), strict=True)
+        return {name: text for name, text in texts if text not in MISSING}
 
 
 def _first(texts: Mapping[str, str], columns: Sequence[str]) -> str | None:
@@ -288,8 +288,8 @@ class _ImageReader:
         files: list[_NamedFile] = []
         agreed: PhenixName | None = None
         for index, channel in enumerate(self._channels):
-            text = cell_text(picked, index)
-            if text is None:
+            text = picked[index].strip()
+            if text in MISSING:
                 continue
             _check_length(LONGEST, text)
             if not is_safe_name(text):
