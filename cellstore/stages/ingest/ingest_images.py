@@ -34,7 +34,7 @@ from ...io.platemaps import Aliases, PlateAnnotation, flaw_of, read_annotation
 from ...io.records import LONGEST, FileRef, ImageRecord, Refusal, TreatmentRecord
 from ...io.tables import open_table
 from ...io.uris import PathMap, exists, is_remote, join, shown, stat, writable
-from ...jobs.queue import reopen
+from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
 from .account import Account, UndoneError
 from .ingest_treatments import TreatmentWriter, suspicious_spellings
@@ -713,7 +713,7 @@ def _files_write(workspace: Workspace, found: Mapping[int, list[_Seen]]) -> set[
                     updates.append({"id": seen.expected.id, **values})
         _store(session, updates, new)
         refresh_content(session, list(found))
-        reopen(session, Job.image_id.in_(list(found)))  # what failed may work now
+        requeue(session, Job.image_id.in_(list(found)))  # what failed may work now
     return set(found)
 
 
