@@ -55,7 +55,7 @@ def _facts(result: ReportResult) -> None:
         ("predict run", result.run_id),
         ("train run", result.train_run_id),
         ("split", f"{result.split} ({result.protocol}, by {result.group_level})"),
-        ("scored", f"{', '.join(result.sides)}; {render.cell(result.field)}"),
+        ("scored", f"{', '.join(result.subsets)}; {render.cell(result.field)}"),
         ("cells", f"{result.cells:,}"),
         ("images", f"{result.images:,}"),
         ("wells", f"{result.wells:,} ({result.wells_seen:,} seen in training)"),
