@@ -20,7 +20,7 @@ from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
 from ...io.image_files import ImageFolder, ImageInfo, probe
 from ...io.uris import exists, is_remote, join, shown, stat
-from ...jobs.queue import reopen
+from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
 from .account import Account
 
@@ -259,7 +259,7 @@ def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> Non
         content = content_digest([(file.channel, file.sha256) for file in known.values()])
         digests.append({"id": image, "content_sha256": content})
     session.execute(update(Image), digests)
-    reopen(session, Job.image_id.in_(list(seen)))  # what failed may work now
+    requeue(session, Job.image_id.in_(list(seen)))  # what failed may work now
 
 
 def content_digest(files: Sequence[tuple[str, str | None]]) -> str | None:
