@@ -41,6 +41,7 @@ from .filenames import (
     wellsite_name,
 )
 from .image_files import SQLITE
+from .image_tables import ORIGINAL, RowRefusedError
 from .objects import (
     BOX,
     CENTRE,
@@ -211,18 +212,16 @@ def _object_number(table: str, columns: Iterable[str]) -> str | None:
 
 # ---- Which image a row of an image table is ----
 
-FILE, FOLDER = "FileName_", "PathName_"
+FILE, FOLDER, METADATA = "FileName_", "PathName_", "Metadata_"
 WELLS = ("Metadata_Well", "Metadata_well")
 SITES = ("Metadata_Site", "Metadata_site", "Metadata_FieldID", "Metadata_Field")
 PLATES = ("Metadata_Plate", "Metadata_plate", "Metadata_Barcode", "Metadata_PlateBarcode")
 ROWS, COLUMNS = ("Metadata_Row",), ("Metadata_Col", "Metadata_Column")
-_BATCHES = ("Metadata_Batch",)
-_CORE_NAME = ("Metadata_CoreName",)
-_NEEDED = frozenset(
-    {*WELLS, *SITES, *PLATES, *ROWS, *COLUMNS, *PLANE_COLUMNS, *TIME_COLUMNS, *_BATCHES}
-    | {*_CORE_NAME, *TREATMENT_COLUMNS}
+_BATCH, _CORE_NAME = "Metadata_Batch", "Metadata_CoreName"
+_KNOWN = frozenset(
+    {*WELLS, *SITES, *PLATES, *ROWS, *COLUMNS, *PLANE_COLUMNS, *TIME_COLUMNS, *TREATMENT_COLUMNS}
+    | {_BATCH, _CORE_NAME}
 )
-_ORIGINAL = "Orig"
 _DRAWN = re.compile(r"Illum|Outline|Overlay", re.IGNORECASE)
 _NO_VALUE = MISSING | {"None"}
 _LARGEST_SITE = 1_000_000
@@ -231,16 +230,16 @@ _SITE_FOLDER = re.compile(r"(?P<plate>.+)-(?P<well>[A-Z]{1,2}[0-9]{1,2})-(?P<sit
 NO_PLATE = "no plate"
 """Reason of a row that does not say which plate it is of."""
 
-Values = Mapping[str, str | None]
-
-
-class _RefusedError(Exception):
-    """The row is no image; becomes a ``Refusal``."""
-
 
 def is_needed(column: str) -> bool:
     """Whether a column (without ``Image_``) is read to know which image a row is."""
-    return column in _NEEDED or column.startswith((FILE, FOLDER))
+    return column in _KNOWN or column.startswith((FILE, FOLDER))
+
+
+def _about_image(column: str) -> str | None:
+    """Return the name, without ``Image_``, of a column of an image table that is read."""
+    plain = column.removeprefix("Image_")
+    return plain if is_needed(plain) or plain.startswith(METADATA) else None
 
 
 def channels_of(columns: Iterable[str]) -> tuple[str, ...]:
@@ -250,13 +249,12 @@ def channels_of(columns: Iterable[str]) -> tuple[str, ...]:
     """
     named = [name.removeprefix(FILE) for name in columns if name.startswith(FILE)]
     images = [name for name in named if not _DRAWN.search(name)]
-    original = [name for name in images if name.startswith(_ORIGINAL)]
-    return tuple(original or images)
+    return tuple([name for name in images if name.startswith(ORIGINAL)] or images)
 
 
 def image_record(
     line: int,
-    values: Values,
+    values: Mapping[str, str | None],
     channels: Sequence[str],
     plate: str | None = None,
     folder: str | None = None,
@@ -266,63 +264,70 @@ def image_record(
     What the columns say goes before what the file names say, and that before the name of the
     ``folder`` of the table (``<plate>-<well>-<site>``).
     """
+    stripped = {name: (text or "").strip() for name, text in values.items()}
+    texts = {name: text for name, text in stripped.items() if text not in _NO_VALUE}
     try:
-        return _record(line, values, channels, plate, folder)
-    except _RefusedError as refused:
+        return _record(line, texts, channels, plate, folder)
+    except RowRefusedError as refused:
         return Refusal(line, *refused.args)
 
 
 def _record(
-    line: int, values: Values, channels: Sequence[str], plate: str | None, folder: str | None
+    line: int,
+    texts: Mapping[str, str],
+    channels: Sequence[str],
+    plate: str | None,
+    folder: str | None,
 ) -> ImageRecord:
-    files = tuple(_files(values, channels))
-    well, site, core, own_plate, scan = _from_names(files, folder)
-    text = _first(values, WELLS)
-    row, column = _first(values, ROWS), _first(values, COLUMNS)
-    if text is None and row and column:
-        text = f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
-    written = well if text is None else _parsed_well(text)
-    if text is None and written is None:
-        raise _RefusedError("no well", "neither a well column nor a file name with a well")
-    if written is None:
-        raise _RefusedError("not a well", f"{text!r}: write wells like A01")
-    named = _first(values, PLATES) or own_plate
-    if named and plate and named != plate:
-        raise _RefusedError("another plate", f"plate {named}, not {plate}")
-    barcode = named or plate or scan
-    if barcode is None:
-        raise _RefusedError(NO_PLATE, "nothing says which plate it is; name it with --plate")
-    number = _whole(values, SITES)
-    number = site if number is None else number
-    if number is None:
-        raise _RefusedError("no site", "neither Metadata_Site nor a file name with a field")
-    plane, time_point = _whole(values, PLANE_COLUMNS), _whole(values, TIME_COLUMNS)
-    return ImageRecord(
-        line=line,
-        plate=barcode,
-        batch=_first(values, _BATCHES),
-        row=written[0],
-        column=written[1],
-        site=number,
-        plane=1 if plane is None else plane,
-        time_point=1 if time_point is None else time_point,
-        core_name=_first(values, _CORE_NAME) or (core if written == well else None),
-        files=files,
-        treatment=_treatment(values),
-    )
-
-
-def _files(values: Values, channels: Sequence[str]) -> Iterator[FileRef]:
+    files = []
     for channel in channels:
-        name = _first(values, (FILE + channel,))
+        name = texts.get(FILE + channel)
         if name is None:
             continue
         if not is_safe_name(name):
-            raise _RefusedError("file name with a folder in it", f"{channel}: {name!r}")
+            raise RowRefusedError("file name with a folder in it", f"{channel}: {name!r}")
         phenix = core_file_name(name)
-        plain = channel.removeprefix(_ORIGINAL) or channel
+        plain = channel.removeprefix(ORIGINAL) or channel
         number = phenix.channel if phenix else None
-        yield FileRef(plain, number, name, _first(values, (FOLDER + channel,)))
+        files.append(FileRef(plain, number, name, texts.get(FOLDER + channel)))
+    names = _from_names(files, folder)
+    text = _first(texts, WELLS)
+    row, column = _first(texts, ROWS), _first(texts, COLUMNS)
+    if text is None and row and column:
+        text = f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
+    well = names.well if text is None else _parsed_well(text)
+    if well is None and text is None:
+        raise RowRefusedError("no well", "neither a well column nor a file name with a well")
+    if well is None:
+        raise RowRefusedError("not a well", f"{text!r}: write wells like A01")
+    written = _first(texts, PLATES) or names.plate
+    if written and plate and written != plate:
+        raise RowRefusedError("another plate", f"plate {written}, not {plate}")
+    barcode = written or plate or names.scan
+    if barcode is None:
+        raise RowRefusedError(NO_PLATE, "nothing says which plate it is; name it with --plate")
+    site, plane, time_point = (
+        _whole(texts, columns) for columns in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
+    )
+    site = names.site if site is None else site
+    if site is None:
+        raise RowRefusedError("no site", "neither Metadata_Site nor a file name with a field")
+    core = names.core if well == names.well else None
+    others = {name for name in texts if name.startswith(METADATA) and name not in _KNOWN}
+    return ImageRecord(
+        line=line,
+        plate=barcode,
+        batch=texts.get(_BATCH),
+        row=well[0],
+        column=well[1],
+        site=site,
+        plane=1 if plane is None else plane,
+        time_point=1 if time_point is None else time_point,
+        core_name=texts.get(_CORE_NAME, core),
+        files=tuple(files),
+        treatment=_treatment(texts),
+        metadata={name.removeprefix(METADATA): texts[name] for name in sorted(others)} or None,
+    )
 
 
 class _Named(NamedTuple):
@@ -357,32 +362,24 @@ def _parsed_well(text: str) -> tuple[int, int] | None:
         return None
 
 
-def _first(values: Values, columns: Iterable[str]) -> str | None:
-    for column in columns:
-        text = (values.get(column) or "").strip()
-        if text not in _NO_VALUE:
-            return text
-    return None
+def _first(texts: Mapping[str, str], columns: Iterable[str]) -> str | None:
+    return next((texts[column] for column in columns if column in texts), None)
 
 
-def _whole(values: Values, columns: Sequence[str]) -> int | None:
-    text = _first(values, columns)
+def _whole(texts: Mapping[str, str], columns: Sequence[str]) -> int | None:
+    text = _first(texts, columns)
     if text is None:
         return None
     digits = text.removesuffix(".0")
     if not (digits.isascii() and digits.isdigit() and int(digits) <= _LARGEST_SITE):
-        raise _RefusedError("not a whole number", f"{columns[0]} is {text!r}")
+        raise RowRefusedError("not a whole number", f"{columns[0]} is {text!r}")
     return int(digits)
 
 
-def _treatment(values: Values) -> TreatmentRecord | None:
+def _treatment(texts: Mapping[str, str]) -> TreatmentRecord | None:
     """Return the treatment of a row; pycytominer's ``pert_type`` may name its kind."""
-
-    def get(*columns: str) -> str | None:
-        return _first(values, columns)
-
-    found = treatment_of(get)
-    kind = (get("Metadata_pert_type") or "").lower()
+    found = treatment_of(lambda *columns: _first(texts, columns))
+    kind = texts.get("Metadata_pert_type", "").lower()
     if found is None or kind not in list(Perturbation):
         return found
     return replace(found, kind=Perturbation(kind))
@@ -717,7 +714,7 @@ def _add_images(
 ) -> None:
     needed: dict[str, int] = {}
     for at, name in enumerate(file.columns):
-        if is_needed(plain := name.removeprefix("Image_")):
+        if plain := _about_image(name):
             needed.setdefault(plain, at)
     channels = channels_of(needed)
     number_at = file.columns.index(IMAGE_NUMBER)
@@ -1064,18 +1061,18 @@ def _add_sqlite_images(
     """Add the rows of the image table; return the number that each TableNumber got."""
     present = list(columns)
     group = _quoted(TABLE_NUMBER) if TABLE_NUMBER in present else "NULL"
-    needed = [column for column in present if is_needed(column.removeprefix("Image_"))]
+    needed = {column: plain for column in present if (plain := _about_image(column))}
     listed = ["rowid", f"CAST({group} AS TEXT)", _quoted(IMAGE_NUMBER)]
     listed += [f"CAST({_quoted(column)} AS TEXT)" for column in needed]
     query = f"SELECT {', '.join(listed)} FROM {_quoted(name)} ORDER BY rowid"  # noqa: S608
-    plain = [column.removeprefix("Image_") for column in needed]
-    channels = channels_of(column.removeprefix("Image_") for column in present)
+    channels = channels_of(needed.values())
     groups: dict[str | None, int] = {}
     file = f"{path.name}:{name}"
     with _sqlite(path) as db:
         for line, code, number, *values in db.execute(query):
             whole = number if isinstance(number, int) else UNKNOWN
-            record = image_record(line, dict(zip(plain, values, strict=True)), channels, plate)
+            by_name = dict(zip(needed.values(), values, strict=True))
+            record = image_record(line, by_name, channels, plate)
             images.add(file, line, groups.setdefault(code, len(groups)), whole, record)
     source.files.append(SourceFile(file, path, len(source.images)))
     return groups
