@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..enums import Perturbation
+from ..enums import PerturbationKind
 from ..errors import BadTableError, UserInputError
 from .filenames import (
     PLANE_COLUMNS,
@@ -417,9 +417,9 @@ def _treatment(values: Values) -> TreatmentRecord | None:
 
     found = treatment_of(get)
     kind = (get("Metadata_pert_type") or "").lower()
-    if found is None or kind not in list(Perturbation):
+    if found is None or kind not in list(PerturbationKind):
         return found
-    return replace(found, kind=Perturbation(kind))
+    return replace(found, kind=PerturbationKind(kind))
 
 
 def disagreement(record: ImageRecord) -> str | None:

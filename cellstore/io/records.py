@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..enums import Control, Perturbation
+from ..enums import Control, PerturbationKind
 
 LONGEST = 255
 """Characters of a name that every database and file system can keep."""
@@ -43,7 +43,7 @@ class TreatmentRecord:
     Several targets are each there once, sorted, with ``|`` between them.
     """
 
-    kind: Perturbation
+    kind: PerturbationKind
     pert_iname: str
     target: str | None = None
     control: Control | None = None

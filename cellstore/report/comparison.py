@@ -212,13 +212,13 @@ NAMES = {
     SELECT i.id, p.barcode || '/' || w.name || '/' || i.site AS name FROM images AS i
     JOIN wells AS w ON w.id = i.well_id JOIN plates AS p ON p.id = w.plate_id
     JOIN (SELECT unnest(?::BIGINT[]) AS id) AS asked ON asked.id = i.id
-    ORDER BY p.barcode, w."row", w."column", i.site, i.id
+    ORDER BY p.barcode, w.well_row, w.well_column, i.site, i.id
     """,
     "well": """
     SELECT w.id, p.barcode || '/' || w.name AS name FROM wells AS w
     JOIN plates AS p ON p.id = w.plate_id
     JOIN (SELECT unnest(?::BIGINT[]) AS id) AS asked ON asked.id = w.id
-    ORDER BY p.barcode, w."row", w."column"
+    ORDER BY p.barcode, w.well_row, w.well_column
     """,
 }
 
@@ -324,7 +324,7 @@ def compare_subjects(
 def _check_comparable(first: Subject, second: Subject) -> None:
     if first.run.id == second.run.id:
         raise UserInputError(f"Both are run {first.run.id}: name another run to compare it with.")
-    fields = [subject.split.field.value for subject in (first, second)]
+    fields = [subject.split.field for subject in (first, second)]
     if fields[0] != fields[1]:
         raise UserInputError(
             f"Run {first.run.id} says {fields[0]} and run {second.run.id} {fields[1]}: they answer "

@@ -19,13 +19,12 @@ from sqlalchemy.orm import Session, aliased
 from ..analysis import statistics
 from ..analysis.statistics import bootstrap_interval
 from ..config import VoteRules
-from ..db.models import Recipe, Run
-from ..db.split_models import Split
 from ..enums import Stage, Status, Subset
 from ..errors import UserInputError
 from ..jobs.workspace import Workspace
 from ..learn.baselines import BASELINES, NULLS
 from ..learn.inputs import leak_of
+from ..models import Recipe, Run, Split
 from ..query.engine import Questions, open_questions
 from ..query.predict_runs import flags_on, predict_run
 
@@ -794,15 +793,15 @@ def _rule_notes(rules: VoteRules) -> list[str]:
 
 
 TARGETS = """
-    SELECT DISTINCT pert_iname, target FROM treatments
-    WHERE pert_iname IS NOT NULL AND target IS NOT NULL
+    SELECT DISTINCT name, target FROM treatments
+    WHERE name IS NOT NULL AND target IS NOT NULL
 """
 PLATES = "SELECT id, barcode FROM plates"
 WELLS = """
     SELECT w.id, p.barcode AS plate, w.name FROM wells AS w
     JOIN plates AS p ON p.id = w.plate_id
     JOIN (SELECT unnest(?::BIGINT[]) AS id) AS asked ON asked.id = w.id
-    ORDER BY p.barcode, w."row", w."column"
+    ORDER BY p.barcode, w.well_row, w.well_column
 """
 SEPARATOR = "|"
 """Between the genes of a compound that has several; see ``formats.treatments.cells``."""
@@ -813,11 +812,11 @@ Mask = NDArray[np.bool_]
 
 def read_targets(questions: Questions, field: str) -> dict[str, str]:
     """Return the genes of each compound; none where labels are genes themselves."""
-    if field != "pert_iname":
+    if field != "perturbation":
         return {}
     found: dict[str, set[str]] = {}
     for row in questions.ask(TARGETS).to_pylist():
-        found.setdefault(row["pert_iname"], set()).update(row["target"].split(SEPARATOR))
+        found.setdefault(row["name"], set()).update(row["target"].split(SEPARATOR))
     return {label: SEPARATOR.join(sorted(genes)) for label, genes in found.items()}
 
 
@@ -1117,7 +1116,7 @@ def _result(
         split=split.name,
         protocol=split.protocol,
         group_level=str(split.group_level.value),
-        field=str(split.field.value),
+        field=split.field,
         subsets=sides,
         classes=classes,
         chance=1 / max(1, classes),

@@ -11,10 +11,10 @@ from factories import Factory
 from screens import small_screen
 from sqlalchemy import select, update
 
-from cellstore.db.models import Artifact, Cell, FeatureFile, Image, Recipe, Segmentation
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.errors import QueryError, StorageError
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Artifact, Cell, FeatureFile, Image, Recipe, Segmentation
 from cellstore.query.engine import open_questions
 
 NOT_KNOWN = {"content_sha256": None, "mask_artifact_id": None, "flow_artifact_id": None}

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from realdata import real_data
 
-from cellstore.enums import Control, Perturbation
+from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.records import ImageRecord, ObjectSource
 from cellstore.io.single_cells import is_single_cells, open_single_cells
@@ -134,7 +134,7 @@ def test_place_exclusion_files_and_treatment_of_our_own_export(target: Path) -> 
     )
     assert first.treatment is not None
     assert second.treatment is not None
-    assert first.treatment.kind is Perturbation.CRISPR
+    assert first.treatment.kind is PerturbationKind.CRISPR
     assert second.treatment.control is Control.NEGATIVE
 
 

@@ -14,7 +14,10 @@ from test_segment_measure import Bench, bench
 
 from cellstore.analysis.features import GROUPS, measure_channels
 from cellstore.config import ImageInput, IngestParams, MeasureParams, Resources, Selection
-from cellstore.db.models import (
+from cellstore.enums import FeatureStorage, Stage, Status
+from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.io.image_files import decode_tiff
+from cellstore.models import (
     Artifact,
     Cell,
     CellFeatures,
@@ -26,9 +29,6 @@ from cellstore.db.models import (
     Run,
     Segmentation,
 )
-from cellstore.enums import FeatureStorage, Stage, Status
-from cellstore.errors import StorageError, UnknownNameError, UserInputError
-from cellstore.io.image_files import decode_tiff
 from cellstore.query import feature_files
 from cellstore.query.cells import CellSource, choose_recipes, read_cells
 from cellstore.query.feature_files import open_set

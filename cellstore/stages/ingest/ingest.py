@@ -15,7 +15,6 @@ from sqlalchemy import select
 
 from ...config import EVERYTHING, ImageInput, IngestParams, Selection
 from ...db.bulk import one_ingest_at_a_time
-from ...db.models import Image, Recipe
 from ...enums import Look, Severity, Stage
 from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
@@ -27,6 +26,7 @@ from ...jobs.recipes import RecipeSpec, register
 from ...jobs.runs import RunHandle, running
 from ...jobs.selection import images_of
 from ...jobs.workspace import Workspace
+from ...models import Image, Recipe
 from .account import (
     SHOWN,
     Account,

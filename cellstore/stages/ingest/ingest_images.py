@@ -21,7 +21,6 @@ from sqlalchemy.orm import Session
 
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, one_ingest_at_a_time, take_ids, wide_cache
-from ...db.models import Folder, Image, ImageFile, Job, Plate, Well
 from ...db.statements import insert_new
 from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
@@ -36,6 +35,7 @@ from ...io.tables import open_table
 from ...io.uris import PathMap, exists, is_remote, join, shown, stat, writable
 from ...jobs.queue import reopen
 from ...jobs.workspace import Workspace
+from ...models import Folder, Image, ImageFile, Job, Plate, Well
 from .account import Account, UndoneError
 from .ingest_treatments import TreatmentWriter, suspicious_spellings
 
@@ -45,7 +45,7 @@ WellKey = tuple[str, int, int]
 MANY_WELLS = 200_000
 """Wells whose ids are remembered; a file that goes on past them asks the database again."""
 
-_WELL = ("id", "plate_id", "row", "column", "name")
+_WELL = ("id", "plate_id", "well_row", "well_column", "name")
 
 
 class WellIndex:
@@ -103,7 +103,7 @@ class WellIndex:
     def _load(self, keys: Iterable[WellKey]) -> None:
         barcodes = {self._plates[key[0]]: key[0] for key in keys}
         for some in in_lists(barcodes):
-            query = select(Well.plate_id, Well.row, Well.column, Well.id)
+            query = select(Well.plate_id, Well.well_row, Well.well_column, Well.id)
             for row in self._session.execute(query.where(Well.plate_id.in_(some))):
                 self._wells[barcodes[row[0]], row[1], row[2]] = row[3]
 

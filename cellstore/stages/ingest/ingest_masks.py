@@ -15,7 +15,6 @@ from sqlalchemy.orm import Session
 
 from ...artifacts import StoredFile
 from ...config import ImageInput, as_parameters
-from ...db.models import Artifact, Image, Recipe, Segmentation
 from ...enums import ArtifactKind, Stage
 from ...errors import UserInputError
 from ...extras import need
@@ -26,6 +25,7 @@ from ...jobs.planes import cell_rows, check_channels, insert_cells
 from ...jobs.recipes import RecipeSpec, fingerprint, register
 from ...jobs.runs import keep_file
 from ...jobs.workspace import Workspace
+from ...models import Artifact, Image, Recipe, Segmentation
 from .account import Account, UndoneError
 
 VERSION = 1
