@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 from ..artifacts import PART, ArtifactFolder, StoredFile, sync_folder
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
-from ..io.records import Integers, batch_rows
+from ..io.objects import Integers, batch_rows
 from ..jobs.runs import attach, keep_file
 from ..models import Artifact, CellFeatures, FeatureFile, FeatureSet
 

@@ -34,7 +34,7 @@ from ..models import Recipe, Run, RunMetric
 from ..progress import track
 
 if TYPE_CHECKING:
-    from ..analysis.cellpose3 import SizeModel
+    from ..analysis.cellpose import SizeModel
     from ..learn.finetuning import Corrected, FinetuneConfig
 
 
@@ -341,7 +341,7 @@ def _keep_sizes(
 
 
 def _bytes_of(model: SizeModel) -> bytes:
-    from ..analysis.cellpose3 import save_size_model
+    from ..analysis.cellpose import save_size_model
 
     buffer = io.BytesIO()
     save_size_model(buffer, model)
