@@ -273,7 +273,7 @@ def measured(pixels: Pixels) -> Measured:
             columns = measure_cells(regions, pixels.plane)
         else:
             columns = measure_channels(name, regions, pixels.channels)
-        rows = [column for key, column in columns.items() if key != "label"]
+        rows = [column for key, column in columns.items() if key != "object_number"]
         values[name] = np.stack(rows)[:, by_id]
     return Measured(cell_ids[by_id], values)
 

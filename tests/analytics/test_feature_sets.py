@@ -56,10 +56,10 @@ def test_a_set_in_files_is_asked_by_its_name(workspace: Workspace, imported: Imp
     imported.make.feature_files("cp", imported.cells, columns, imported.segment, rows_of_file=2)
     rows = ask(
         workspace,
-        "SELECT c.label, f.* EXCLUDE (cell_id) FROM cp AS f JOIN cells AS c ON c.id = f.cell_id "
-        "ORDER BY c.label",
+        "SELECT c.object_number, f.* EXCLUDE (cell_id) FROM cp AS f "
+        "JOIN cells AS c ON c.id = f.cell_id ORDER BY c.object_number",
     )
-    assert [row["label"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["object_number"] for row in rows] == [1, 2, 3, 4, 5]
     assert {name: [row[name] for row in rows] for name in columns} == columns
     with open_questions(workspace) as questions:
         assert questions.columns("cp") == [

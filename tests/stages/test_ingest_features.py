@@ -125,7 +125,7 @@ def stored(workspace: Workspace, name: str = "cellprofiler") -> list[Found]:
             .order_by(Well.name, Image.site, Cell.object_number)
         ).all()
         assert {cell.id for cell in cells} == set(values)
-        return [Found(cell.name, cell.site, cell.label, values[cell.id]) for cell in cells]
+        return [Found(cell.name, cell.site, cell.object_number, values[cell.id]) for cell in cells]
 
 
 def counts(workspace: Workspace) -> dict[str, int]:

@@ -143,7 +143,7 @@ def test_masks_become_a_segmentation_and_its_cells(bench: Bench) -> None:
     assert (found.run_id, found.n_cells, found.flow_artifact_id) == (bench.account.run_id, 4, None)
     # Areas 36, 36, 96 and 1: the median is the diameter of a disc of 36 pixels.
     assert found.diameter == pytest.approx(2 * (36 / np.pi) ** 0.5)
-    assert [cell.label for cell in cells] == [3, 4, 9, 300]
+    assert [cell.object_number for cell in cells] == [3, 4, 9, 300]
     assert [cell.excluded for cell in cells] == [None, None, "perimeter is 0", None]
     assert (cells[3].min_row, cells[3].min_col, cells[3].max_row, cells[3].max_col) == (
         10,
@@ -169,7 +169,7 @@ def assert_measured(workspace: Workspace, masks: NDArray[Any], pixels: NDArray[A
     """The table ``features`` holds what scikit-image says of each label."""
     with workspace.database.read() as session:
         query = select(Cell.object_number, CellFeatures).join(Cell, Cell.id == CellFeatures.cell_id)
-        found = {row.label: row.CellFeatures for row in session.execute(query)}
+        found = {row.object_number: row.CellFeatures for row in session.execute(query)}
     regions = regionprops(masks.astype(np.int64), intensity_image=pixels.astype(np.float32))
     assert sorted(found) == [region.label for region in regions]
     for region in regions:

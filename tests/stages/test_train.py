@@ -118,7 +118,7 @@ def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: O
                 decode_tiff(workspace.artifacts.read(flow.path, flow.sha256)),
                 pixels(found.image_id - 1).astype(np.float32),
                 np.array([[c.min_row, c.min_col, c.max_row, c.max_col] for c in cells]),
-                np.array([cell.label for cell in cells]),
+                np.array([cell.object_number for cell in cells]),
                 meta.crop_size,
             )
             ids = torch.tensor([cell.id for cell in cells])
