@@ -33,7 +33,7 @@ from cellstore.db.models import (
 from cellstore.enums import Severity, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff, probe
-from cellstore.jobs.lookup import NoMatch
+from cellstore.jobs.mask_matching import NoMatch
 from cellstore.jobs.workspace import Workspace
 from cellstore.stages.ingest.account import Account, Brought, UndoneError
 from cellstore.stages.ingest.dry_run import preview
