@@ -18,11 +18,11 @@ from ..enums import TARGET, ArtifactKind, Control, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
     RUN_WORDS,
+    find_image,
     find_well,
     hex_start,
     looks_like_well,
     neighbours,
-    places_find_image,
     readable,
     run_in,
     starts_with,
@@ -1320,7 +1320,7 @@ def audit_image(workspace: Workspace, text: str) -> ImageAudit:
         UserInputError: several have it.
     """
     with workspace.database.read() as session:
-        image = places_find_image(session, text)
+        image = find_image(session, text)
         well = session.get_one(Well, image.well_id)
         plate = session.get_one(Plate, well.plate_id)
         treatment = session.get(Treatment, well.treatment_id) if well.treatment_id else None

@@ -39,6 +39,7 @@ from cellstore.models import (
     Segmentation,
     Split,
     SplitMember,
+    Well,
 )
 from cellstore.query import feature_output
 from cellstore.query.feature_files import FEATURE_COLUMNS, SetReader, open_set
