@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ..enums import Perturbation, Severity
+from ..enums import PerturbationKind, Severity
 from ..errors import BadTableError, UserInputError
 from .filenames import (
     PLANE_COLUMNS,
@@ -365,9 +365,9 @@ def _treatment(texts: Mapping[str, str]) -> TreatmentRecord | None:
     """Return the treatment of a row; pycytominer's ``pert_type`` may name its kind."""
     found = treatment_of(lambda *columns: _first(texts, columns))
     kind = texts.get("Metadata_pert_type", "").lower()
-    if found is None or kind not in list(Perturbation):
+    if found is None or kind not in list(PerturbationKind):
         return found
-    return replace(found, kind=Perturbation(kind))
+    return replace(found, kind=PerturbationKind(kind))
 
 
 class ImageIndex:
