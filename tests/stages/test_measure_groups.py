@@ -29,7 +29,7 @@ from cellstore.db.models import (
 from cellstore.enums import FeatureStorage, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff
-from cellstore.jobs.image_stage import RunCounter
+from cellstore.jobs.execute import RunCounter
 from cellstore.query import feature_files
 from cellstore.query.cells import CellSource, choose_recipes, read_cells
 from cellstore.query.feature_files import open_set
