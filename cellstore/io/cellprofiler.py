@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from ..enums import Perturbation, Severity
+from ..enums import PerturbationKind, Severity
 from ..errors import BadTableError, StorageError, UserInputError, first_line
 from .filenames import (
     PLANE_COLUMNS,
@@ -36,10 +36,11 @@ from .filenames import (
     cellomics_name,
     core_file_name,
     format_well,
+    is_safe_name,
     parse_well,
     wellsite_name,
 )
-from .image_files import SQLITE, is_safe_name
+from .image_files import SQLITE
 from .objects import (
     BOX,
     CENTRE,
@@ -382,9 +383,9 @@ def _treatment(values: Values) -> TreatmentRecord | None:
 
     found = treatment_of(get)
     kind = (get("Metadata_pert_type") or "").lower()
-    if found is None or kind not in list(Perturbation):
+    if found is None or kind not in list(PerturbationKind):
         return found
-    return replace(found, kind=Perturbation(kind))
+    return replace(found, kind=PerturbationKind(kind))
 
 
 class _Images:

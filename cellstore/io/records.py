@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..enums import Control, Perturbation
+from ..enums import Control, PerturbationKind
 
 LONGEST = 255
 """Characters of a name that every database and file system can keep."""
@@ -32,7 +33,7 @@ class TreatmentRecord:
     Several targets are each there once, sorted, with ``|`` between them.
     """
 
-    kind: Perturbation
+    kind: PerturbationKind
     pert_iname: str
     target: str | None = None
     control: Control | None = None
@@ -46,6 +47,7 @@ class ImageRecord(NamedTuple):
     """One field of view from line ``line`` of a table; row, column, site as numbers.
 
     ``row`` and ``column`` count from 1; ``site``, ``plane`` and ``time_point`` are as written.
+    ``pixel_size`` is in micrometres; ``metadata`` are the columns that have no field of their own.
     """
 
     line: int
@@ -59,6 +61,8 @@ class ImageRecord(NamedTuple):
     core_name: str | None
     files: tuple[FileRef, ...]
     treatment: TreatmentRecord | None
+    pixel_size: float | None = None
+    metadata: Mapping[str, str] | None = None
 
 
 class Refusal(NamedTuple):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from published_metadata import PLATE, compound_annotation, write_published_metadata
 from realdata import real_data
 
-from cellstore.enums import Control, Perturbation
+from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.filenames import format_well
 from cellstore.io.image_tables import read_loaddata, read_published
@@ -76,7 +76,7 @@ def test_a_published_row(tmp_path: Path) -> None:
     assert (image.plate, image.row, image.column, image.site) == ("BR1", 2, 7, 4)
     assert image.core_name == "r02c07f04"
     assert image.files == (FileRef("RNA", 3, "r02c07f04p01-ch3sk1fk1fl1.tiff", None),)
-    assert image.treatment == TreatmentRecord(Perturbation.COMPOUND, "AMG900", "AURKA")
+    assert image.treatment == TreatmentRecord(PerturbationKind.COMPOUND, "AMG900", "AURKA")
 
 
 def test_treatment_columns_of_loaddata(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_treatment_columns_of_loaddata(tmp_path: Path) -> None:
         "Metadata_control_type": "poscon_diverse",
     }
     assert only_image(table(tmp_path, row)).treatment == TreatmentRecord(
-        Perturbation.COMPOUND, "TC-S-7004", "DYRK1A", Control.POSITIVE, "BRD-1"
+        PerturbationKind.COMPOUND, "TC-S-7004", "DYRK1A", Control.POSITIVE, "BRD-1"
     )
 
 
@@ -217,7 +217,7 @@ def test_targets_by_any_of_their_columns(
 ) -> None:
     row = LOADDATA | {"Metadata_pert_iname": "NAD+", column: written}
     assert only_image(table(tmp_path, row)).treatment == TreatmentRecord(
-        Perturbation.COMPOUND, "NAD+", target
+        PerturbationKind.COMPOUND, "NAD+", target
     )
 
 
@@ -317,6 +317,18 @@ def test_columns_of_time_points(tmp_path: Path, column: str) -> None:
     assert [item.time_point for item in found if isinstance(item, ImageRecord)] == [3, 4]
     refused = only_refusal(table(tmp_path, LOADDATA | {column: "48h"}))
     assert (refused.reason, refused.detail) == ("not a whole number", f"{column} is '48h'")
+
+
+def test_columns_without_a_field_of_their_own_are_handed_on(tmp_path: Path) -> None:
+    row = LOADDATA | {"Metadata_Source": "source_4", "Metadata_empty": "NA", "Note": "x"}
+    sizes = {f"Metadata_ImageResolution{axis}": "5.979760809567617E-07" for axis in "XY"}
+    image = only_image(table(tmp_path, row | sizes))
+    assert (image.pixel_size, image.metadata) == (0.597976081, {"Source": "source_4"})
+    assert only_image(table(tmp_path, LOADDATA)).metadata is None
+    first, second = read(table(tmp_path, row, row | {"Metadata_Site": "5"}))
+    assert isinstance(first, ImageRecord)
+    assert isinstance(second, ImageRecord)
+    assert first.metadata is second.metadata
 
 
 names = st.text(st.characters(categories=["L", "Nd", "Pc", "Zs"]), min_size=1, max_size=8).map(
