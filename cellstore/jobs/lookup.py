@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, and_, exists, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from ..db.models import Image, ImageFile, Job, Plate, Recipe, Run, Well
-from ..db.split_models import Split
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.filenames import parse_well
+from ..models import Image, ImageFile, Job, Plate, Recipe, Run, Split, Well
 
 SHORTEST_SHA256 = 6
 """Hexadecimal digits that name a file at least; fewer are as likely a word or a number."""
@@ -146,12 +145,14 @@ def _conditions(session: Session, text: str) -> Iterator[ColumnElement[bool]]:
     if text.isdecimal() and len(text) < 19:
         yield Image.id == int(text)
     if words is not None and (well := words.position()) is not None and words.site is not None:
-        of_well = and_(Plate.barcode == words.barcode, Well.row == well[0], Well.column == well[1])
+        of_well = and_(
+            Plate.barcode == words.barcode, Well.well_row == well[0], Well.well_column == well[1]
+        )
         yield and_(of_well, Image.site == int(words.site))
     if len(parts) == 2:
         yield and_(Plate.barcode == parts[0], Image.core_name == parts[1])
         if words is None and _is_site(parts[1]) and (well := _as_well(parts[0])) is not None:
-            on_any_plate = and_(Well.row == well[0], Well.column == well[1])
+            on_any_plate = and_(Well.well_row == well[0], Well.well_column == well[1])
             yield and_(on_any_plate, Image.site == int(parts[1]))
     yield Image.core_name == text
     yield has_file(ImageFile.name == text)
@@ -198,7 +199,9 @@ def find_well(session: Session, text: str) -> tuple[Plate, Well]:
         if (plate := only_plate(session)) is not None:
             return _well_named(session, _Typed(plate.barcode, parts[0]))
         query = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).order_by(Plate.id)
-        on = query.where(Well.row == position[0], Well.column == position[1]).limit(_LISTED)
+        on = query.where(Well.well_row == position[0], Well.well_column == position[1]).limit(
+            _LISTED
+        )
         plates = [f"{barcode}/{parts[0]}" for barcode in session.scalars(on)]
         if not plates:
             raise UnknownNameError(f"No plate has a well {parts[0]!r} with images.")
@@ -237,7 +240,7 @@ def _well_named(session: Session, words: _Typed) -> tuple[Plate, Well]:
     plate = find_plate(session, words.barcode)
     row, column = parse_well(words.well)
     on_plate = select(Well).where(Well.plate_id == plate.id)
-    well = session.scalars(on_plate.where(Well.row == row, Well.column == column)).first()
+    well = session.scalars(on_plate.where(Well.well_row == row, Well.well_column == column)).first()
     if well is None:
         known = session.scalars(select(Well.name).where(Well.plate_id == plate.id).limit(1536))
         raise UnknownNameError.of("well", words.well, known)

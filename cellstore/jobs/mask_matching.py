@@ -11,12 +11,12 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
-from ..db.models import Folder, Image, ImageFile, Plate, Well
 from ..db.session import Database
 from ..errors import ImageError
 from ..io.filenames import core_file_name
 from ..io.mask_files import MaskFile, black_and_white, read_labels
 from ..io.uris import writable
+from ..models import Folder, Image, ImageFile, Plate, Well
 
 _ENDINGS = (".tif", ".tiff", ".TIF", ".TIFF", ".png", ".PNG", ".ome.tif", ".ome.tiff")
 _SHOWN = 3
