@@ -178,6 +178,42 @@ def _check_length(limit: int, *texts: str | None) -> None:
             raise RowRefusedError("name too long", f"{text[:40]!r}... has {len(text)} characters")
 
 
+def read_image_table(
+    table: TextTable,
+    plate: str | None = None,
+    batch: str | None = None,
+    channels: Mapping[str, str] | None = None,
+    *,
+    needs_treatment: bool = False,
+) -> Iterator[ImageRecord | Refusal]:
+    """Yield the images of a table, one record or refusal per data row.
+
+    Columns: ``FileName_Orig*`` or ``FileName_*``, ``PathName_*``, ``Metadata_Plate``,
+    ``Metadata_Well`` (or ``Metadata_Row`` and ``Metadata_Col``), ``Metadata_Site``; optional
+    ``Metadata_Batch`` and the treatment (``Metadata_pert_iname``, ``Metadata_target`` or
+    ``Metadata_gene``, ``Metadata_broad_sample``, ``Metadata_control_type``). Well and site may
+    come from the core file name, too (``r01c01f01`` is field 1 of A01). A channel whose file name
+    is empty was not taken. Plane and time point are read from the first of ``PLANE_COLUMNS`` and
+    ``TIME_COLUMNS`` that says it. ``Frame_*``: the page of a file, from 0; rows with a
+    ``Series_*`` above 0 are refused.
+
+    ``plate`` is needed only without ``Metadata_Plate``; ``channels`` gives a channel, by its
+    Phenix number or its name here, another name. ``needs_treatment``: a row without one is
+    refused, as the published study has none.
+
+    Raises:
+        BadTableError: a column is missing.
+        UnknownNameError: ``channels`` renames a channel that is not there.
+        UserInputError: ``channels`` gives two channels one name.
+    """
+    table.require(
+        *(["Metadata_pert_iname"] if needs_treatment else []),
+        *([] if plate else ["Metadata_Plate"]),
+    )
+    reader = _ImageReader(table, plate, batch, channels or {}, needs_treatment=needs_treatment)
+    return reader.records()
+
+
 class _ImageReader:
     """Turns the rows of a table into records.
 
@@ -470,51 +506,3 @@ def _rename(
             f"({', '.join(item.name for item in renamed)}). Give each channel its own."
         )
     return renamed, numbers
-
-
-def read_loaddata(
-    table: TextTable,
-    plate: str | None = None,
-    batch: str | None = None,
-    channels: Mapping[str, str] | None = None,
-) -> Iterator[ImageRecord | Refusal]:
-    """Yield the images of a LoadData table, one record or refusal per data row.
-
-    Columns: ``FileName_Orig*`` or ``FileName_*``, ``PathName_*``, ``Metadata_Plate``,
-    ``Metadata_Well`` (or ``Metadata_Row`` and ``Metadata_Col``), ``Metadata_Site``; optional
-    ``Metadata_Batch`` and the treatment (``Metadata_pert_iname``, ``Metadata_target`` or
-    ``Metadata_gene``, ``Metadata_broad_sample``, ``Metadata_control_type``). A channel whose
-    file name is empty was not taken. Plane and time point are read from the first of
-    ``names.PLANE_COLUMNS`` and ``names.TIME_COLUMNS`` that says it. ``Frame_*``: the page of a
-    file, from 0; rows with a ``Series_*`` above 0 are refused. ``plate`` is needed only
-    without ``Metadata_Plate``; ``channels`` gives a channel, by its Phenix number or its name
-    here, another name.
-
-    Raises:
-        BadTableError: a column is missing.
-        UnknownNameError: ``channels`` renames a channel that is not there.
-    """
-    if plate is None:
-        table.require("Metadata_Plate")
-    return _ImageReader(table, plate, batch, channels or {}, needs_treatment=False).records()
-
-
-def read_published(
-    table: TextTable,
-    plate: str | None = None,
-    batch: str | None = None,
-    channels: Mapping[str, str] | None = None,
-) -> Iterator[ImageRecord | Refusal]:
-    """Yield the images of a published-style table, one record or refusal per data row.
-
-    Columns: ``FileName_OrigRNA`` (or another ``FileName_*``), ``Metadata_pert_iname``, optional
-    ``Metadata_target``. Well and site come from the core file name (``r01c01f01`` is field 1 of
-    A01). A row without treatment is refused: the study has none. ``plate`` is needed only
-    without ``Metadata_Plate``; ``channels`` renames, by Phenix number or by name.
-
-    Raises:
-        BadTableError: a column is missing.
-        UnknownNameError: ``channels`` renames a channel that is not there.
-    """
-    table.require("Metadata_pert_iname", *([] if plate else ["Metadata_Plate"]))
-    return _ImageReader(table, plate, batch, channels or {}, needs_treatment=True).records()

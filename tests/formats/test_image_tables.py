@@ -13,7 +13,7 @@ from realdata import real_data
 from cellstore.enums import Control, Perturbation
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.filenames import format_well
-from cellstore.io.image_tables import read_loaddata, read_published
+from cellstore.io.image_tables import read_image_table
 from cellstore.io.layouts import Layout, layout_of, read_images
 from cellstore.io.records import FileRef, ImageRecord, Refusal, TreatmentRecord
 from cellstore.io.tables import open_table
@@ -189,9 +189,9 @@ def test_missing_columns_and_missing_plate(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="--plate"):
         read_images(bare)
     with pytest.raises(BadTableError, match="'Metadata_Plate'"):
-        read_loaddata(bare)
+        read_image_table(bare)
     with pytest.raises(BadTableError, match="'Metadata_pert_iname'"):
-        read_published(open_table(table(tmp_path, LOADDATA)), "p")
+        read_image_table(open_table(table(tmp_path, LOADDATA)), "p", needs_treatment=True)
 
 
 def test_one_channel_in_two_columns(tmp_path: Path) -> None:
