@@ -271,7 +271,7 @@ class _ImageReader:
             except RowRefusedError as refused:
                 yield Refusal(line, *refused.args)
                 continue
-            files = tuple([_new(FileRef, (*file, folders[index])) for index, *file in named])
+            files = tuple([_new(FileRef, (*file, folders[index])) for index, file in named])
             yield _new(ImageRecord, (line, plate, batch, *where, files, treatment, *others))
 
     def _read_plate(
@@ -309,8 +309,11 @@ class _ImageReader:
 
     def _read_field(
         self, picked: tuple[str, ...]
-    ) -> tuple[tuple[int, int, int, int, int, str | None], tuple[_NamedFile, ...]]:
-        """Return row, column, site, plane, time point and core file name; and the files."""
+    ) -> tuple[
+        tuple[int, int, int, int, int, str | None],
+        list[tuple[int, tuple[str, int | None, str]]],
+    ]:
+        """Return row, column, site, plane, time point, core file name; files by channel index."""
         start = len(self._where_columns.names)
         well, site, plane, time_point = self._where(picked[:start])
         files, name = self._read_files(picked[start : start + len(self._channels)])
@@ -330,7 +333,8 @@ class _ImageReader:
             raise RowRefusedError("no site", "neither Metadata_Site nor a file name like r01c01f01")
         plane = _FIRST if plane is None else plane
         time_point = _FIRST if time_point is None else time_point
-        return (*well, site, plane, time_point, name.core if name else None), tuple(files)
+        where = (*well, site, plane, time_point, name.core if name else None)
+        return where, [(index, tuple(file)) for index, *file in files]  # type: ignore[misc]
 
     def _read_files(self, picked: Sequence[str]) -> tuple[list[_NamedFile], PhenixName | None]:
         """Return the files of a row, and what their Phenix names agree on."""
