@@ -130,7 +130,7 @@ class ImageSource:
             if isinstance(row, Refusal):
                 yield row
                 continue
-            treatment = row.treatment
+            treatment, metadata = row.treatment, row.metadata
             if self.annotation is not None:
                 if not self.annotation.knows(row.plate):
                     detail = f"no map is named for plate {row.plate}"
@@ -138,10 +138,12 @@ class ImageSource:
                     continue
                 found = self.annotation.for_well(row.plate, row.row, row.column)
                 treatment = found or treatment
+                if more := self.annotation.metadata_of(row.plate, row.row, row.column):
+                    metadata = {**(metadata or {}), **more}
             if self.aliases is not None and treatment is not None:
                 treatment = self.aliases.apply(treatment)
             size = self.params.pixel_size or row.pixel_size
-            yield row._replace(treatment=treatment, pixel_size=size)
+            yield row._replace(treatment=treatment, pixel_size=size, metadata=metadata)
 
 
 def ingest_images(
