@@ -32,13 +32,13 @@ from sqlalchemy.orm import Session
 
 from cellstore.analysis.segmentation import find_model
 from cellstore.config import SegmentParams
-from cellstore.db.models import Image, Job, Label, Plate, Well
-from cellstore.enums import LabelField, Stage, Status
+from cellstore.enums import TARGET, Stage, Status
 from cellstore.jobs.execute import Share, Work, work_through
 from cellstore.jobs.queue import Task
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Job, Label, Plate, Well
 from cellstore.progress import Silent
 from cellstore.stages.segment import segment_spec
 from cellstore.store import Store
@@ -74,7 +74,7 @@ def work(run_id: int, hold: str | None) -> Work[str, str]:
         return {task.job_id: task.name for task in tasks}
 
     def write(session: Session, pairs: Sequence[tuple[Task, str]]) -> None:
-        rows = [{"field": LabelField.TARGET, "value": f"{run_id} {name}"} for _, name in pairs]
+        rows = [{"field": TARGET, "value": f"{run_id} {name}"} for _, name in pairs]
         session.execute(insert(Label), rows)
 
     return Work("nothing", NoWork(hold), fetch, write)
@@ -108,7 +108,7 @@ def fill(workspace: Workspace, images: int) -> None:
 
 
 def _image(well: Well, site: int) -> dict[str, Any]:
-    name = f"r{well.row:02d}c{well.column:02d}f{site:02d}"
+    name = f"r{well.well_row:02d}c{well.well_column:02d}f{site:02d}"
     digest = hashlib.sha256(f"{well.id} {name}".encode()).hexdigest()
     return {
         "well_id": well.id,

@@ -16,11 +16,11 @@ from factories import Factory, sha
 from screens import SmallScreen, small_screen
 from sqlalchemy import event, text
 
-from cellstore.db.models import IngestFile
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.lookup import find_well, places_find_image, run_in
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import IngestFile
 from cellstore.report.audit import (
     audit_anything,
     audit_artifact,

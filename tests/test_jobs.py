@@ -24,7 +24,6 @@ from tinyjobs import (
     write_label,
 )
 
-from cellstore.db.models import Image, Job
 from cellstore.enums import Stage, Status
 from cellstore.errors import ImageError
 from cellstore.jobs import execute, queue
@@ -33,6 +32,7 @@ from cellstore.jobs.queue import Task, progressed
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Job
 from cellstore.progress import Silent
 from cellstore.stages.manage_jobs import list_jobs, retry
 

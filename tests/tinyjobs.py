@@ -12,13 +12,13 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from cellstore.config import Resources
-from cellstore.db.models import Image, Job, Label
-from cellstore.enums import LabelField, Stage, Status
+from cellstore.enums import TARGET, Stage, Status
 from cellstore.jobs.execute import Share, Work, work_through
 from cellstore.jobs.queue import Outcome, Task, progressed
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Job, Label
 from cellstore.progress import Silent
 
 SPEC = RecipeSpec(Stage.SEGMENT, 1, {"test": True})
@@ -57,7 +57,7 @@ def name_of(task: Task) -> str:
 
 def write_label(session: Session, task: Task, result: str) -> None:
     # Any row does: what matters is that it comes and goes with the job.
-    session.add(Label(field=LabelField.TARGET, value=result))
+    session.add(Label(field=TARGET, value=result))
 
 
 def labels(workspace: Workspace) -> list[str]:

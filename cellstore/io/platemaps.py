@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..enums import Control, Perturbation
+from ..enums import Control, PerturbationKind
 from ..errors import BadTableError, UserInputError
 from .filenames import parse_well
 from .records import LONGEST, Refusal, TreatmentRecord
@@ -94,9 +94,9 @@ _IDENTIFIER = ("Metadata_broad_sample", _JCP)
 _CONTROL = ("Metadata_control_type", "Metadata_pert_type")
 _KIND = ("Metadata_perturbation", "Metadata_Perturbation", "Metadata_modality")
 _CELLS_CHEMISTRY = ("Metadata_InChIKey", "Metadata_smiles", "Metadata_pubchem_cid")
-_CELLS_KINDS = {kind.value: kind for kind in Perturbation}
+_CELLS_KINDS = {kind.value: kind for kind in PerturbationKind}
 _JCP_NUMBER = re.compile(r"JCP2022_([0-9])[0-9]{5}", re.ASCII)
-_JCP_KINDS = {"8": Perturbation.CRISPR, "9": Perturbation.ORF}
+_JCP_KINDS = {"8": PerturbationKind.CRISPR, "9": PerturbationKind.ORF}
 _JCP_NOTHING = frozenset({"JCP2022_999999", "JCP2022_UNKNOWN"})
 """How JUMP writes an empty well and one of which nothing is known."""
 
@@ -135,24 +135,24 @@ def target_of(text: str) -> str | None:
     return "|".join(sorted(targets)) or None
 
 
-def _kind(written: str | None, jcp: str | None) -> Perturbation:
+def _kind(written: str | None, jcp: str | None) -> PerturbationKind:
     """Return the kind as written, else by the first digit of a JUMP identifier."""
     number = _JCP_NUMBER.fullmatch(jcp or "")
-    known = _JCP_KINDS.get(number[1] if number else "", Perturbation.COMPOUND)
+    known = _JCP_KINDS.get(number[1] if number else "", PerturbationKind.COMPOUND)
     return _CELLS_KINDS.get((written or "").lower(), known)
 
 
 def control_of(control_type: str | None, pert_iname: str) -> Control | None:
     """Return the role that JUMP's ``control_type`` gives; DMSO is always a negative control.
 
-    'poscon_cp', 'poscon_diverse' and 'poscon_orf' are positive controls.
+    'poscon_cp', 'poscon_diverse' and 'poscon_orf' are positive controls, as is 'positive'.
     """
     if pert_iname.upper() == DMSO:
         return Control.NEGATIVE
     text = (control_type or "").lower()
-    if text.startswith("poscon"):
+    if text.startswith(("poscon", "positive")):
         return Control.POSITIVE
-    return Control.NEGATIVE if text.startswith("negcon") else None
+    return Control.NEGATIVE if text.startswith(("negcon", "negative")) else None
 
 
 PREFIX = "Metadata_"
@@ -185,7 +185,7 @@ class TreatmentTable:
     """The treatments of one table by sample; ``untreated`` is what a well without sample got."""
 
     path: Path
-    kind: Perturbation
+    kind: PerturbationKind
     by_sample: Mapping[str, TreatmentRecord]
     untreated: TreatmentRecord | None
 
@@ -241,7 +241,7 @@ def read_treatments(path: Path, issues: list[Issue]) -> TreatmentTable:
     table = open_table(path)
     kind = kind_of(table)
     by_sample: dict[str, TreatmentRecord] = {}
-    untreated = _dmso() if kind is Perturbation.COMPOUND else None
+    untreated = _dmso() if kind is PerturbationKind.COMPOUND else None
     for row in treatment_rows(table):
         if isinstance(row, Refusal):
             issues.append(Issue(path, row))
@@ -264,12 +264,12 @@ def completed(said: TreatmentRecord, known: TreatmentRecord) -> TreatmentRecord:
     return replace(said, **gaps) if gaps else said
 
 
-def kind_of(table: TextTable) -> Perturbation:
+def kind_of(table: TextTable) -> PerturbationKind:
     """Return what the treatments of a table are, by its columns."""
     names = {column.removeprefix(PREFIX) for column in table.columns}
     if names & _CHEMISTRY:
-        return Perturbation.COMPOUND
-    return Perturbation.CRISPR if "target_sequence" in names else Perturbation.ORF
+        return PerturbationKind.COMPOUND
+    return PerturbationKind.CRISPR if "target_sequence" in names else PerturbationKind.ORF
 
 
 def flaw_of(record: TreatmentRecord) -> str | None:
@@ -308,7 +308,7 @@ class _Columns:
             )
         return cls(places)
 
-    def treatment(self, row: TableRow, kind: Perturbation) -> TreatmentRecord | None:
+    def treatment(self, row: TableRow, kind: PerturbationKind) -> TreatmentRecord | None:
         sample, target = self._get(row, SAMPLE), self._get(row, *TARGETS)
         target = None if target is None else target_of(target)
         name = self._get(row, "pert_iname") or target or sample
@@ -359,19 +359,19 @@ def _kept(
 
 
 def _dmso() -> TreatmentRecord:
-    return TreatmentRecord(Perturbation.COMPOUND, DMSO, control=Control.NEGATIVE)
+    return TreatmentRecord(PerturbationKind.COMPOUND, DMSO, control=Control.NEGATIVE)
 
 
 def _is_dmso(record: TreatmentRecord) -> bool:
-    return record.kind is Perturbation.COMPOUND and record.pert_iname.upper() == DMSO
+    return record.kind is PerturbationKind.COMPOUND and record.pert_iname.upper() == DMSO
 
 
 _ROLES = {"negcon": Control.NEGATIVE, "poscon": Control.POSITIVE, "trt": None, "empty": None}
 _KINDS = {
-    "compound": Perturbation.COMPOUND,
-    "crispr": Perturbation.CRISPR,
-    "orf": Perturbation.ORF,
-    "any": Perturbation.NONE,
+    "compound": PerturbationKind.COMPOUND,
+    "crispr": PerturbationKind.CRISPR,
+    "orf": PerturbationKind.ORF,
+    "any": PerturbationKind.NONE,
 }
 
 Get = Callable[[str], str | None]
@@ -440,7 +440,7 @@ def _crispr(line: int, get: Get) -> TreatmentRow | Refusal:
     target = symbol if get("NCBI_Gene_ID") else None
     return _storable(
         line,
-        TreatmentRecord(Perturbation.CRISPR, symbol, target=target, identifier=identifier),
+        TreatmentRecord(PerturbationKind.CRISPR, symbol, target=target, identifier=identifier),
     )
 
 
@@ -452,7 +452,7 @@ def _control(line: int, get: Get) -> TreatmentRow | Refusal:
     if role not in _ROLES or modality not in _KINDS:
         detail = f"pert_type {role!r} and modality {modality!r} of {identifier}"
         return Refusal(line, "not a known control", detail)
-    kind = Perturbation.NONE if role == "empty" else _KINDS[modality]
+    kind = PerturbationKind.NONE if role == "empty" else _KINDS[modality]
     record = TreatmentRecord(kind, name, control=_ROLES[role], identifier=identifier)
     return _storable(line, record)
 
@@ -640,7 +640,7 @@ def _genotype(table: TextTable, row: TableRow) -> TreatmentRecord | None:
         return None
     control = Control.NEGATIVE if genotype.upper() == _WILD_TYPE else None
     name = f"{gene} {genotype}" if gene else genotype
-    return TreatmentRecord(Perturbation.GENOTYPE, name, target=gene, control=control)
+    return TreatmentRecord(PerturbationKind.GENOTYPE, name, target=gene, control=control)
 
 
 def _chosen(rows: Sequence[_MapRow], tables: Sequence[TreatmentTable]) -> TreatmentTable | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..enums import Control, Perturbation
+from ..enums import Control, PerturbationKind
 
 LONGEST = 255
 """Characters of a name that every database and file system can keep."""
@@ -32,7 +32,7 @@ class TreatmentRecord:
     Several targets are each there once, sorted, with ``|`` between them.
     """
 
-    kind: Perturbation
+    kind: PerturbationKind
     pert_iname: str
     target: str | None = None
     control: Control | None = None

@@ -14,24 +14,24 @@ from sqlalchemy import ColumnElement, String, and_, false, func, not_, null, or_
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 
-from ..db.models import Image, Plate, Treatment, Well
 from ..errors import UnknownNameError, UserInputError
+from ..models import Image, Plate, Treatment, Well
 
 COLUMNS: Mapping[str, Any] = {
     "plate": Plate.barcode,
     "batch": Plate.batch,
     "well": Well.name,
-    "row": Well.row,
-    "column": Well.column,
+    "well_row": Well.well_row,
+    "well_column": Well.well_column,
     "site": Image.site,
     "plane": Image.plane,
     "time_point": Image.time_point,
     "image": Image.core_name,
     "image_id": Image.id,
-    "pert_iname": Treatment.pert_iname,
+    "perturbation": Treatment.name,
     "target": Treatment.target,
     "kind": Treatment.kind,
-    "control": Treatment.control,
+    "control": Well.control,
     "identifier": Treatment.identifier,
 }
 """What a condition may name."""
@@ -48,7 +48,7 @@ _COMPARISONS: Mapping[type[exp.Expression], Callable[[Any, Any], Any]] = {
     exp.Is: lambda left, right: left.is_(right),
 }
 
-_EXAMPLE = "\"plate = 'P1' AND column <= 12 AND pert_iname <> 'DMSO'\""
+_EXAMPLE = "\"plate = 'P1' AND well_column <= 12 AND perturbation <> 'DMSO'\""
 
 
 def condition(text: str) -> ColumnElement[bool]:

@@ -14,10 +14,10 @@ from sqlalchemy import Select, event, func, select
 from sqlalchemy.orm import Session
 
 from ..config import THIS_PROCESS, Resources
-from ..db.models import Job, Recipe
 from ..db.session import Database
 from ..enums import Stage, Status
 from ..errors import CellstoreError, ConflictError, DatabaseError, RunCancelledError, StorageError
+from ..models import Job, Recipe
 from ..progress import Progress
 from . import queue
 from .executors import (

@@ -12,14 +12,13 @@ from sqlalchemy import ColumnElement, Select, and_, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import sha256_of
-from ..db.models import Folder, Image, ImageFile, Plate, Recipe, Run, Well
 from ..db.session import Database
-from ..db.split_models import Split
 from ..enums import Stage, Status
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..io.filenames import core_file_name, parse_well
 from ..io.mask_files import MaskFile, black_and_white, read_labels
 from ..io.uris import writable
+from ..models import Folder, Image, ImageFile, Plate, Recipe, Run, Split, Well
 
 SHORTEST_SHA256 = 6
 """Hexadecimal digits that name a file at least; fewer are as likely a word or a number."""
@@ -101,7 +100,7 @@ def _image_queries(session: Session, text: str) -> Iterator[Select[Image]]:
     if len(parts) == 2:
         yield base.where(Plate.barcode == parts[0], Image.core_name == parts[1])
         if words is None and _is_site(parts[1]) and (well := _as_well(parts[0])) is not None:
-            place = Well.row == well[0], Well.column == well[1]  # on whichever plate
+            place = Well.well_row == well[0], Well.well_column == well[1]  # on whichever plate
             yield base.where(*place, Image.site == int(parts[1]))
     yield base.where(Image.core_name == text)
     yield base.where(_has_file(ImageFile.name == text))
@@ -132,7 +131,7 @@ def _at(words: _Words) -> tuple[ColumnElement[bool], ...] | None:
         row, column = parse_well(words.well)
     except UserInputError:
         return None
-    return Plate.barcode == words.barcode, Well.row == row, Well.column == column
+    return Plate.barcode == words.barcode, Well.well_row == row, Well.well_column == column
 
 
 def _has_file(condition: ColumnElement[bool]) -> ColumnElement[bool]:
@@ -228,7 +227,7 @@ def _as_well(text: str) -> tuple[int, int] | None:
 def _of_which_plate(session: Session, text: str, well: tuple[int, int]) -> UserInputError:
     row, column = well
     query = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).order_by(Plate.id)
-    on = query.where(Well.row == row, Well.column == column).limit(_LISTED)
+    on = query.where(Well.well_row == row, Well.well_column == column).limit(_LISTED)
     plates = [f"{barcode}/{text}" for barcode in session.scalars(on)]
     if not plates:
         return UnknownNameError(f"No plate has a well {text!r} with images.")
@@ -241,7 +240,7 @@ def _well_named(session: Session, words: _Words) -> tuple[Plate, Well]:
         known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(500))
         raise UnknownNameError.of("plate", words.barcode, known)
     row, column = parse_well(words.well)
-    place = (Well.plate_id == plate.id, Well.row == row, Well.column == column)
+    place = (Well.plate_id == plate.id, Well.well_row == row, Well.well_column == column)
     well = session.scalars(select(Well).where(*place)).first()
     if well is None:
         known = session.scalars(select(Well.name).where(Well.plate_id == plate.id).limit(1536))

@@ -42,11 +42,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from ..db.bulk import in_lists
-from ..db.models import Image, Job, Plate, Run, Well
 from ..db.session import Database
 from ..db.statements import insert_from, insert_new
 from ..enums import Status
 from ..errors import CellstoreError, UserInputError
+from ..models import Image, Job, Plate, Run, Well
 
 ENV_LEASE = "CELLSTORE_LEASE_SECONDS"
 LEASE_SECONDS = 60.0

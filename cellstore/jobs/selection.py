@@ -6,8 +6,8 @@ from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..config import EVERYTHING, Selection
-from ..db.models import Image, Plate, Segmentation, Treatment, Well
 from ..errors import UnknownNameError
+from ..models import Image, Plate, Segmentation, Treatment, Well
 from .lookup import well_name
 
 

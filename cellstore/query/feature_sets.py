@@ -12,9 +12,9 @@ import pyarrow as pa
 from pyarrow.dataset import Dataset, dataset
 
 from ..artifacts import ArtifactFolder
-from ..db.models import METADATA
 from ..enums import FeatureStorage
 from ..errors import StorageError, UserInputError
+from ..models import METADATA
 from .source import TABLES, Source, quoted
 from .views import views
 

@@ -17,10 +17,9 @@ import pyarrow.compute as pc
 from sqlalchemy import BigInteger, Column, Float, Integer, Table
 from sqlalchemy.types import JSON
 
-from ..db.models import METADATA
 from ..db.session import Database
-from ..db.types import UtcDateTime
 from ..errors import DatabaseError, MissingExtraError
+from ..models import METADATA, UtcDateTime
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 

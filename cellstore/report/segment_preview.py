@@ -17,9 +17,9 @@ from sqlalchemy.orm import Session
 from ..analysis.overlay import captioned, contact_sheet, outline_overlay, png, shrunk_overlay
 from ..artifacts import write_atomically
 from ..config import EVERYTHING, SegmentParams, Selection
-from ..db.models import Image, Plate, Well
 from ..errors import CellstoreError, UserInputError, first_line
 from ..jobs.workspace import Workspace
+from ..models import Image, Plate, Well
 from ..progress import track
 from ..stages.segment import (
     Loaded,
@@ -206,7 +206,9 @@ def _at(session: Session, there: Subquery, plate_id: int, place: int) -> _Sample
         .join(Plate, Plate.id == Well.plate_id)
         .join(there, there.c.id == Image.id)
         .where(Well.plate_id == plate_id)
-        .order_by(Well.row, Well.column, Image.site, Image.time_point, Image.plane, Image.id)
+        .order_by(
+            Well.well_row, Well.well_column, Image.site, Image.time_point, Image.plane, Image.id
+        )
     )
     row = session.execute(query.offset(place).limit(1)).one()
     return _Sampled(row.id, f"{row.barcode}/{row.core_name}")

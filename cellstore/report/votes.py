@@ -28,8 +28,8 @@ QUERY = """
     JOIN wells AS w ON w.id = v.well_id
     JOIN plates AS p ON p.id = w.plate_id
     LEFT JOIN treatments AS t ON t.id = w.treatment_id
-    WHERE v.run_id = $run AND v.vote = '{vote}' AND ($controls OR t.control IS NULL)
-    ORDER BY p.barcode, w."row", w."column", {order}
+    WHERE v.run_id = $run AND v.vote = '{vote}' AND ($controls OR w.control IS NULL)
+    ORDER BY p.barcode, w.well_row, w.well_column, {order}
 """
 PARTS = {
     "image": {

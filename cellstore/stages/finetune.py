@@ -19,7 +19,6 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
 from ..config import FinetuneParams, ImageInput, as_parameters
-from ..db.models import Recipe, Run, RunMetric
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import ImageError, UserInputError
 from ..extras import need
@@ -31,6 +30,7 @@ from ..jobs.recipes import RecipeSpec, fingerprint, register
 from ..jobs.runs import RunHandle, attach, keep_file, running
 from ..jobs.workspace import Workspace
 from ..learn.segmentation_networks import OF_A_RUN, SIZE_MODEL, Network, find_network
+from ..models import Recipe, Run, RunMetric
 from ..progress import track
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, exists, func, select, true, update
 from sqlalchemy.orm import Session
 
-from ..db.models import Image, Job, Plate, Recipe, Run, Well
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_recipe, places_find_image, run_in
 from ..jobs.queue import content, now, reopen, shown_worker
 from ..jobs.workspace import Workspace
+from ..models import Image, Job, Plate, Recipe, Run, Well
 
 STAGES = (Stage.SEGMENT, Stage.MEASURE, Stage.QC, Stage.PREDICT)
 """The stages that go image by image."""

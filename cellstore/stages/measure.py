@@ -34,16 +34,6 @@ from ..config import (
     as_parameters,
 )
 from ..db.bulk import bulk_insert, in_lists
-from ..db.models import (
-    Artifact,
-    Cell,
-    CellFeatures,
-    FeatureSet,
-    Image,
-    ImageFile,
-    Recipe,
-    Segmentation,
-)
 from ..db.statements import insert_new
 from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
@@ -55,6 +45,16 @@ from ..jobs.queue import Task, close_beside, open_beside
 from ..jobs.recipes import RecipeSpec, fingerprint
 from ..jobs.selection import images_of, is_current, segmented
 from ..jobs.workspace import Workspace
+from ..models import (
+    Artifact,
+    Cell,
+    CellFeatures,
+    FeatureSet,
+    Image,
+    ImageFile,
+    Recipe,
+    Segmentation,
+)
 from ..query.cells import current_segmentation, last_with_masks, plane_of
 from ..query.feature_files import ROWS_OF_FILE, FeatureWriter, WrittenFile, register_files
 
@@ -273,7 +273,7 @@ def measured(pixels: Pixels) -> Measured:
             columns = measure_cells(regions, pixels.plane)
         else:
             columns = measure_channels(name, regions, pixels.channels)
-        rows = [column for key, column in columns.items() if key != "label"]
+        rows = [column for key, column in columns.items() if key != "object_number"]
         values[name] = np.stack(rows)[:, by_id]
     return Measured(cell_ids[by_id], values)
 
@@ -360,7 +360,7 @@ def _masks(
 def _cells(session: Session, segmentations: Sequence[int]) -> dict[int, dict[int, int]]:
     """By segmentation: the cell of each label."""
     found: dict[int, dict[int, int]] = {}
-    query = select(Cell.segmentation_id, Cell.label, Cell.id)
+    query = select(Cell.segmentation_id, Cell.object_number, Cell.id)
     for some in in_lists(segmentations):
         for number, label, cell in session.execute(query.where(Cell.segmentation_id.in_(some))):
             found.setdefault(number, {})[label] = cell

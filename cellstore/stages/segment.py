@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 from ..artifacts import ArtifactFolder, StoredFile
 from ..config import EVERYTHING, THIS_PROCESS, Resources, SegmentParams, Selection, as_parameters
 from ..db.bulk import in_lists
-from ..db.models import Image, Plate, Recipe, Segmentation, Well
 from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UserInputError
 from ..extras import need
@@ -37,6 +36,7 @@ from ..jobs.runs import keep_file
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..learn.segmentation_networks import find_network
+from ..models import Image, Plate, Recipe, Segmentation, Well
 
 if TYPE_CHECKING:
     from ..analysis.segmentation import ModelFiles, SegmentationResult, Segmenter

@@ -5,7 +5,7 @@ WITH counted AS (
     FROM cells GROUP BY segmentation_id
 )
 SELECT
-    p.barcode AS plate, w.name AS well, t.pert_iname, s.recipe_id,
+    p.barcode AS plate, w.name AS well, t.name AS perturbation, s.recipe_id,
     count(*) AS images,
     CAST(sum(coalesce(c.cells, 0)) AS BIGINT) AS cells,
     CAST(sum(coalesce(c.excluded, 0)) AS BIGINT) AS excluded,
@@ -17,5 +17,5 @@ JOIN plates AS p ON p.id = w.plate_id
 LEFT JOIN treatments AS t ON t.id = w.treatment_id
 LEFT JOIN counted AS c ON c.segmentation_id = s.id
 WHERE $plate IS NULL OR p.barcode = $plate
-GROUP BY p.barcode, w.id, w.name, w.row, w."column", t.pert_iname, s.recipe_id
-ORDER BY p.barcode, w.row, w."column", s.recipe_id
+GROUP BY p.barcode, w.id, w.name, w.well_row, w.well_column, t.name, s.recipe_id
+ORDER BY p.barcode, w.well_row, w.well_column, s.recipe_id

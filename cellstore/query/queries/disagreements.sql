@@ -18,4 +18,4 @@ WHERE
     a.run_id = $runs[1] AND b.run_id = $runs[2] AND a.vote = $vote
     AND a.abstained IS NULL AND b.abstained IS NULL
     AND a.winner IS DISTINCT FROM b.winner
-ORDER BY p.barcode, w.row, w."column", i.site, i.plane, i.time_point
+ORDER BY p.barcode, w.well_row, w.well_column, i.site, i.plane, i.time_point

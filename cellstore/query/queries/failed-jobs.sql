@@ -7,4 +7,4 @@ JOIN images AS i ON i.id = j.image_id
 JOIN wells AS w ON w.id = i.well_id
 JOIN plates AS p ON p.id = w.plate_id
 WHERE j.status = 'failed'
-ORDER BY r.stage, p.barcode, w.row, w."column", i.site, j.id
+ORDER BY r.stage, p.barcode, w.well_row, w.well_column, i.site, j.id

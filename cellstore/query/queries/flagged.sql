@@ -7,4 +7,4 @@ JOIN images AS i ON i.id = f.image_id
 JOIN wells AS w ON w.id = i.well_id
 JOIN plates AS p ON p.id = w.plate_id
 WHERE f.run_id = $run
-ORDER BY p.barcode, w.row, w."column", i.site, f.reason, f.channel
+ORDER BY p.barcode, w.well_row, w.well_column, i.site, f.reason, f.channel

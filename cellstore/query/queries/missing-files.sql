@@ -5,4 +5,4 @@ JOIN images AS i ON i.id = l.image_id
 JOIN wells AS w ON w.id = i.well_id
 JOIN plates AS p ON p.id = w.plate_id
 WHERE NOT l.seen
-ORDER BY p.barcode, w.row, w."column", i.site, l.position
+ORDER BY p.barcode, w.well_row, w.well_column, i.site, l.position

@@ -8,5 +8,5 @@ FROM run_images AS r
 JOIN wells AS w ON w.id = r.well_id
 JOIN plates AS p ON p.id = w.plate_id
 WHERE r.run_id = $run AND r.subset = $subset AND r.well_in_training
-GROUP BY p.barcode, w.id, w.name, w.row, w."column"
-ORDER BY p.barcode, w.row, w."column"
+GROUP BY p.barcode, w.id, w.name, w.well_row, w.well_column
+ORDER BY p.barcode, w.well_row, w.well_column

@@ -8,4 +8,4 @@ JOIN images AS i ON i.id = s.image_id
 JOIN wells AS w ON w.id = i.well_id
 JOIN plates AS p ON p.id = w.plate_id
 WHERE s.content_sha256 IS NOT NULL AND s.content_sha256 IS DISTINCT FROM i.content_sha256
-ORDER BY p.barcode, w.row, w."column", i.site, s.recipe_id
+ORDER BY p.barcode, w.well_row, w.well_column, i.site, s.recipe_id

@@ -12,7 +12,7 @@ found AS (
     SELECT image_id, sum(n_cells) AS cells FROM segmentations GROUP BY image_id
 )
 SELECT
-    p.barcode AS plate, w.name AS well, i.site, t.pert_iname,
+    p.barcode AS plate, w.name AS well, i.site, t.name AS perturbation,
     CAST(coalesce(found.cells, 0) AS BIGINT) AS cells
 FROM images AS i
 JOIN wells AS w ON w.id = i.well_id
@@ -20,4 +20,4 @@ JOIN plates AS p ON p.id = w.plate_id
 LEFT JOIN treatments AS t ON t.id = w.treatment_id
 LEFT JOIN found ON found.image_id = i.id
 WHERE i.id NOT IN (SELECT image_id FROM labelled)
-ORDER BY p.barcode, w.row, w."column", i.site, i.plane, i.time_point
+ORDER BY p.barcode, w.well_row, w.well_column, i.site, i.plane, i.time_point

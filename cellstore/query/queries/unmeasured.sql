@@ -9,5 +9,5 @@ JOIN images AS i ON i.id = s.image_id
 JOIN wells AS w ON w.id = i.well_id
 JOIN plates AS p ON p.id = w.plate_id
 WHERE c.id NOT IN (SELECT cell_id FROM features)
-GROUP BY p.barcode, w.name, w.row, w."column", i.id, i.site, s.recipe_id
-ORDER BY p.barcode, w.row, w."column", i.site, s.recipe_id
+GROUP BY p.barcode, w.name, w.well_row, w.well_column, i.id, i.site, s.recipe_id
+ORDER BY p.barcode, w.well_row, w.well_column, i.site, s.recipe_id

@@ -10,4 +10,4 @@ JOIN images AS i ON i.id = v.image_id
 JOIN wells AS w ON w.id = i.well_id
 JOIN plates AS p ON p.id = w.plate_id
 WHERE v.run_id = $run AND v.vote = $vote AND ($plate IS NULL OR p.barcode = $plate)
-ORDER BY p.barcode, w.row, w."column", i.site, i.plane, i.time_point
+ORDER BY p.barcode, w.well_row, w.well_column, i.site, i.plane, i.time_point

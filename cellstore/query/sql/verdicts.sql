@@ -34,9 +34,7 @@ cell_answers AS (
     WHERE b.rank = 1
 ),
 well_places AS (
-    SELECT w.id AS well_id, w.plate_id, t.control
-    FROM wells AS w
-    LEFT JOIN treatments AS t ON t.id = w.treatment_id
+    SELECT id AS well_id, plate_id, control FROM wells
 ),
 answers AS (
     SELECT

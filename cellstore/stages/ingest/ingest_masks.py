@@ -14,7 +14,6 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from ...config import ImageInput, IngestParams, as_parameters
-from ...db.models import Artifact, Image, Recipe, Segmentation
 from ...enums import ArtifactKind, Stage
 from ...errors import UserInputError
 from ...extras import need
@@ -25,6 +24,7 @@ from ...jobs.planes import cell_rows, check_channels, insert_cells
 from ...jobs.recipes import RecipeSpec, fingerprint, register
 from ...jobs.runs import keep_file
 from ...jobs.workspace import Workspace
+from ...models import Artifact, Image, Recipe, Segmentation
 from .account import Account, Brought
 
 VERSION = 1
