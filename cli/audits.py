@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -13,6 +13,9 @@ from cellstore.store import Store
 from . import render
 from .context import open_store, sentences
 from .options import JsonOption, StoreOption
+
+if TYPE_CHECKING:
+    from cellstore.report.audit import Audit
 
 ANYTHING = "anything"
 

@@ -14,6 +14,7 @@ from sqlalchemy import BigInteger, ColumnElement, Select, case, cast, func, sele
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
+from ..db.fields import field_column
 from ..enums import TARGET, ArtifactKind, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
@@ -41,6 +42,7 @@ from ..models import (
     IngestFile,
     Job,
     Label,
+    Plate,
     Prediction,
     Recipe,
     RecipeInput,
@@ -270,7 +272,9 @@ def _labellings(session: Session, graph: Lineage, image: Image, treatment_box: s
     cells: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     weight: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     used: dict[int, set[int]] = defaultdict(set)
-    for run_id, segmentation_id, label, first, probability in session.execute(votes_query(image.id)):
+    for run_id, segmentation_id, label, first, probability in session.execute(
+        votes_query(image.id)
+    ):
         cells[run_id][label] += int(first)
         weight[run_id][label] += int(probability)
         used[run_id].add(segmentation_id)
@@ -286,8 +290,7 @@ def _labellings(session: Session, graph: Lineage, image: Image, treatment_box: s
         subset, truth, well_subsets = "outside", None, []
         if split is not None:
             well = image.well
-            if well.treatment is not None:
-                truth = well.treatment.target if split.field == TARGET else well.treatment.name
+            truth = _label_now(session, well, split.field)
             members = select(SplitMember).join(Image, Image.id == SplitMember.image_id)
             members = members.where(SplitMember.split_id == split.id, Image.well_id == well.id)
             inside = list(session.scalars(members))
@@ -359,7 +362,7 @@ def _treatment_history(session: Session, graph: Lineage, well: Well) -> tuple[li
     """The changes of a well's treatment, the first one first, and the box of what it has now."""
     name = well.treatment.name if well.treatment else "unknown"
     box = graph.add("treatment", "treatment", name)
-    history = []
+    history: list[Record] = []
     query = select(WellChange).where(WellChange.well_id == well.id).order_by(WellChange.id)
     for change in session.scalars(query):
         old, new = (
@@ -383,6 +386,11 @@ def _treatment_history(session: Session, graph: Lineage, well: Well) -> tuple[li
     return history, box
 
 
+def _label_now(session: Session, well: Well, label_field: str) -> str | None:
+    query = select(field_column(label_field)).select_from(Well).join(Plate).outerjoin(Treatment)
+    return session.scalar(query.where(Well.id == well.id))
+
+
 def _frozen_labels(
     session: Session, well: Well, history: Sequence[Record], images: Select[int]
 ) -> tuple[list[Record], list[str]]:
@@ -401,11 +409,9 @@ def _frozen_labels(
     found, notes = [], []
     for split, label_field, subset, label in session.execute(query):
         key = "target" if label_field == TARGET else "name"
-        now = (_treatment(well.treatment) or {}).get(key)
+        now = _label_now(session, well, label_field)
         changes = [
-            item
-            for item in history
-            if (item["old"] or {}).get(key) != (item["new"] or {}).get(key)
+            item for item in history if (item["old"] or {}).get(key) != (item["new"] or {}).get(key)
         ]
         since = None
         if now != label:
@@ -493,7 +499,9 @@ def audit_cell(workspace: Workspace, cell_id: int) -> Audit:
         box = [cell.min_row, cell.min_col, cell.max_row, cell.max_col]
         centroid = [cell.centroid_row, cell.centroid_col]
         keys = ("cell_id", "recipe_id", "run_id")
-        measured = [column.name for column in CellFeatures.__table__.columns if column.name not in keys]
+        measured = [
+            column.name for column in CellFeatures.__table__.columns if column.name not in keys
+        ]
         flags = select(CellFlag).join(Run, Run.id == CellFlag.run_id)
         flags = flags.where(CellFlag.cell_id == cell.id, Run.status == Status.DONE)
         record = {
@@ -631,7 +639,9 @@ def _recipe(recipe: Recipe) -> Record:
 
 def _recipes_above(session: Session, recipe: Recipe) -> list[Recipe]:
     """The recipes that a recipe reads from, all the way up, by id."""
-    above = select(RecipeInput.input_id).where(RecipeInput.recipe_id == recipe.id).cte(recursive=True)
+    above = (
+        select(RecipeInput.input_id).where(RecipeInput.recipe_id == recipe.id).cte(recursive=True)
+    )
     more = select(RecipeInput.input_id).join(above, RecipeInput.recipe_id == above.c.input_id)
     every = above.union(more)
     query = select(Recipe).where(Recipe.id.in_(select(every.c.input_id))).order_by(Recipe.id)

@@ -21,14 +21,17 @@ GAP = "  "
 def audit_text(audit: Audit) -> str:
     """Return the record of an audit as lines of 80 characters at most, where names allow it."""
     record = {name: value for name, value in audit.record.items() if name != "notes"}
-    sentences = [line for note in audit.record.get("notes", ()) for line in textwrap.wrap(note)]
-    return "\n".join([audit.title, *_lines(record, ""), *sentences]) + "\n"
+    lines = [audit.title, *_lines(record, "")]
+    for note in audit.record.get("notes", ()):
+        lines += ["", *textwrap.wrap(note, WIDTH)]
+    return "\n".join(lines) + "\n"
 
 
 def _lines(record: Mapping[str, Any], margin: str) -> Iterable[str]:
     """Values, then the parts of a record, each below its name.
 
-    The records of a list are a table if that fits, else one below the other without what is unknown.
+    The records of a list are a table if that fits, else one below the other, without what is
+    unknown.
     """
     parts = {name: value for name, value in record.items() if _is_part(value)}
     yield from _pairs({k: v for k, v in record.items() if k not in parts and v != []}, margin)
@@ -38,7 +41,7 @@ def _lines(record: Mapping[str, Any], margin: str) -> Iterable[str]:
         yield ""
         yield f"{margin}{name.replace('_', ' ')}"
         if isinstance(part, Mapping):
-            yield from _pairs(part, margin + GAP)
+            yield from _lines(part, margin + GAP)
             continue
         table = _table(part[:SHOWN], margin + GAP)
         nested = any(isinstance(value, list) and _is_part(value) for value in part[0].values())
