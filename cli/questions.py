@@ -112,7 +112,7 @@ def sql(
       cellstore sql --file big.sql --format parquet --output answer.parquet
       cellstore sql
     """
-    from cellstore.query.engine import Limits
+    from cellstore.query.guard import Limits
 
     from .confined import confined
 

@@ -19,11 +19,11 @@ from ..enums import TARGET, ArtifactKind, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
     RUN_WORDS,
+    find_image,
     find_well,
     hex_start,
     looks_like_well,
     neighbours,
-    places_find_image,
     readable,
     run_in,
     starts_with,
@@ -135,7 +135,7 @@ def audit_image(workspace: Workspace, text: str) -> Audit:
         UserInputError: several have it.
     """
     with workspace.database.read() as session:
-        return _image(session, places_find_image(session, text))
+        return _image(session, find_image(session, text))
 
 
 def _image(session: Session, image: Image) -> Audit:

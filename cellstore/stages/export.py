@@ -26,7 +26,7 @@ from ..enums import FeatureStorage, Stage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..extras import need
 from ..io.tables import disarmed
-from ..jobs.lookup import find_recipe
+from ..jobs.lookup import find_recipe, has_results
 from ..jobs.selection import is_current
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -120,7 +120,7 @@ def _measure(
 
 def _last_measure(session: Session, segmentation: str | None) -> Recipe:
     runs = (
-        select(func.max(Run.id)).where(Run.recipe_id == Recipe.id).correlate(Recipe),
+        select(func.max(Run.id)).where(Run.recipe_id == Recipe.id, has_results()).correlate(Recipe),
         select(func.max(FeatureFile.run_id))
         .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
         .where(FeatureSet.recipe_id == Recipe.id)
@@ -440,14 +440,8 @@ def _images(exported: Exported, plates: Sequence[Plate]) -> Select[Any]:
         .outerjoin(Treatment, Treatment.id == Well.treatment_id)
         .where(Segmentation.recipe_id == exported.segment_id, Segmentation.n_cells > 0)
         .where(Well.plate_id.in_([plate.id for plate in plates]))
-        .order_by(
-            Well.well_row,
-            Well.well_column,
-            Image.site,
-            Image.plane,
-            Image.time_point,
-            Segmentation.id,
-        )
+        .order_by(Well.well_row, Well.well_column)
+        .order_by(Image.site, Image.plane, Image.time_point, Segmentation.id)
     )
 
 

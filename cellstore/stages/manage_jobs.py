@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import find_recipe, places_find_image, run_in
-from ..jobs.queue import content, now, reopen, shown_worker
+from ..jobs.lookup import find_image, find_recipe, run_in
+from ..jobs.queue import content, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Plate, Recipe, Run, Well
 
@@ -226,7 +226,7 @@ def retry(
         if run is not None:
             which.append(Job.run_id == run_in(session, run, STAGES).id)
         if image is not None:
-            which.append(Job.image_id == places_find_image(session, image).id)
+            which.append(Job.image_id == find_image(session, image).id)
         # The bytes that an image had before are of no use to try again.
         current = and_(Image.id == Job.image_id, content() == Job.content_sha256)
         which.append(exists().where(current))
@@ -234,7 +234,7 @@ def retry(
             Run.id.in_(select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id))
         )
         typed = tuple(session.scalars(commands.order_by(Run.id)))
-        return RetryResult(reopen(session, and_(*which)), typed)
+        return RetryResult(requeue(session, and_(*which)), typed)
 
 
 def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from cellstore.config import IngestParams
 from cellstore.enums import Severity, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff, probe
-from cellstore.jobs.lookup import NoMatch
+from cellstore.jobs.mask_matching import NoMatch
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
     Artifact,
