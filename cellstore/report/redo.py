@@ -315,7 +315,7 @@ def _tensors(session: Session, run_id: int) -> str:
         select(Artifact.sha256)
         .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
         .where(RunArtifact.run_id == run_id, Artifact.kind == ArtifactKind.CHECKPOINT)
-        .where(Artifact.path.like("%.safetensors"))
+        .where(Artifact.path.not_like("%.json"))
     )
     return session.scalars(query.order_by(Artifact.id)).first() or "none"
 

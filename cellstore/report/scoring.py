@@ -25,7 +25,7 @@ from ..enums import Stage, Status, Subset
 from ..errors import UserInputError
 from ..jobs.workspace import Workspace
 from ..learn.baselines import BASELINES, NULLS
-from ..learn.inputs import leak_of
+from ..learn.training_cells import feature_leak, measure_recipe_of
 from ..query.engine import Questions, open_questions
 from ..query.predict_runs import flags_on, predict_run
 
@@ -690,7 +690,9 @@ def _subject(
             recipe.parameters.get("top_k"),
             replace(rules, unflagged_by=qc),
             notes,
-            feature_leak=None if parent is None else leak_of(session, parent, split_id),
+            feature_leak=None
+            if parent is None
+            else feature_leak(session, measure_recipe_of(session, parent), split_id),
         )
 
 

@@ -44,7 +44,7 @@ from ..jobs.runs import RunHandle, attach, fail_if_any, keep_file, running
 from ..jobs.selection import first_of, images_of, segmented
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
-from ..learn.models import OpenModel, know_plates, open_model
+from ..learn.models import NetworkModel, OpenModel, fit_new_plates, open_model
 from ..learn.normalising import describe_plates
 from ..query.cells import CellSource, as_text, cells_query
 from ..query.feature_files import (
@@ -58,7 +58,7 @@ from ..query.feature_sets import check_set_name
 
 if TYPE_CHECKING:
     from ..learn.crops import CellBlock
-    from ..learn.models import ModelMeta
+    from ..learn.models import ModelRecord
 
 
 EMBEDDING_VERSION = 1
@@ -103,8 +103,6 @@ def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | 
     Raises:
         UserInputError: the model has no embedding, or the name is bad or taken.
     """
-    from ..learn.models import NetworkModel
-
     if not isinstance(model.model, NetworkModel):
         raise UserInputError(
             f"Training run {model.run.id} is a baseline and has no embedding. Name the run of a "
@@ -114,7 +112,7 @@ def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | 
     parameters = {"embedding": LAYER, "width": model.model.width}
     if plates is not None:
         parameters |= {"fitted_plates": plates}
-    sha256 = model.checkpoint.tensors.sha256
+    sha256 = model.file.sha256
     spec = RecipeSpec(Stage.MEASURE, EMBEDDING_VERSION, parameters, sha256, (model.segment,))
     _check_taken(session, name, model.run.id, spec)
     features = tuple(_feature(i, model.run.id) for i in range(model.model.width))
@@ -212,16 +210,16 @@ def make_plan(
     """
     split = session.get_one(Split, model.run.split_id)
     chosen, source = _chosen(session, params, split, model.source)
-    unseen = model.meta.branches == (TABULAR,)
+    unseen = model.record.branches == (TABULAR,)
     images = _measured(segmented(chosen, source.segment_id), source, not unseen)
     selected, ready = (_count(session, query) for query in (chosen, images))
     if ready == 0:
         raise UserInputError(_nothing_to_label(params, selected, model.run.id))
-    label_ids = _label_ids(session, model.meta)
+    label_ids = _label_ids(session, model.record)
     barcodes = _plates_of(session, images)
-    model, plates = know_plates(session, workspace, model, barcodes)
+    model, plates = fit_new_plates(session, workspace, model, barcodes)
     notes = _seen(session, model.run, split, images, ready)
-    notes += describe_plates(model.meta.scaler, model.meta.whites, barcodes)
+    notes += describe_plates(model.record.scaler, model.record.intensity_scale, barcodes)
     mark = _mark(plates)
     embedding = None
     if params.embedding is not None:
@@ -322,7 +320,7 @@ def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
     )
 
 
-def _label_ids(session: Session, meta: ModelMeta) -> NDArray[np.int64]:
+def _label_ids(session: Session, meta: ModelRecord) -> NDArray[np.int64]:
     query = select(Label.value, Label.id).where(Label.field == LabelField(meta.field))
     known = dict(session.execute(query).all())
     gone = [value for value in meta.labels if value not in known]
@@ -386,7 +384,7 @@ def _spec(
     if mark is not None:
         parameters["fitted_plates"] = mark
     inputs = (session.get_one(Recipe, model.run.recipe_id), model.segment, model.measure)
-    sha256 = model.checkpoint.tensors.sha256
+    sha256 = model.file.sha256
     return RecipeSpec(Stage.PREDICT, VERSION, parameters, sha256, inputs)
 
 
@@ -452,9 +450,10 @@ class Labeller:
 
     def _labelled(self, cells: CellBlock) -> Labelled:
         if self.embeds:
-            chances, vectors = self.model.predict_and_embed(cells)
+            assert isinstance(self.model.model, NetworkModel)
+            chances, vectors = self.model.model.predict_and_embed(cells)
         else:
-            chances, vectors = self.model.predict(cells), None
+            chances, vectors = self.model.model.predict(cells), None
         order = np.argsort(-chances, axis=1, kind="stable")[:, : self.top_k]
         best = np.clip(np.take_along_axis(chances, order, axis=1), 0.0, 1.0)
         return Labelled(cells.cell_ids.cpu().numpy(), self.label_ids[order], best, vectors)
