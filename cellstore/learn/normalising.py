@@ -54,21 +54,26 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
     Raises ``UserInputError`` where a block is not (N, F) or, without ``gaps``, a value is not
     finite.
     """
-    from sklearn.preprocessing import StandardScaler
-
-    fitted, any_rows = StandardScaler(), False
+    # Blocks are merged as in Chan, Golub and LeVeque (1983). StandardScaler.partial_fit does the
+    # same, but loses a column for good once a block has no value of it.
+    count, mean, squares = (np.zeros(len(names)) for _ in range(3))
     for block in blocks:
         rows = checked_rows(names, block, gaps)
-        if len(rows) and len(names):
-            with np.errstate(invalid="ignore", divide="ignore"):  # a column without any value
-                fitted.partial_fit(rows)
-            any_rows = True
-    if not any_rows:
-        nothing = (float("nan"),) * len(names)
-        return nothing, nothing
-    there = np.isfinite(fitted.mean_)
-    mean, scale = (np.where(there, v, np.nan).tolist() for v in (fitted.mean_, fitted.scale_))
-    return tuple(mean), tuple(scale)
+        there = np.isfinite(rows)
+        added = there.sum(axis=0)
+        own_mean = np.where(there, rows, 0.0).sum(axis=0) / np.maximum(added, 1)
+        own_squares = (np.where(there, rows - own_mean, 0.0) ** 2).sum(axis=0)
+        total = np.maximum(count + added, 1)
+        step = own_mean - mean
+        squares = squares + own_squares + step**2 * (count * added / total)
+        mean = mean + step * (added / total)
+        count = count + added
+    deviation = np.sqrt(squares / np.maximum(count, 1))
+    # A constant column keeps rounding noise in place of an exact 0.
+    varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1e-300)
+    scale = np.where(varies, deviation, 1.0)
+    mean, scale = (np.where(count > 0, values, np.nan) for values in (mean, scale))
+    return tuple(mean.tolist()), tuple(scale.tolist())
 
 
 def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:

@@ -89,9 +89,10 @@ Kind: {record["model"]}. It tells {len(labels)} classes ({record["field"]}) apar
 {", ".join(labels[:10])}{", ..." if len(labels) > 10 else ""}.
 
 Trained by cellstore {lineage["code_version"]} in run {lineage["train_run"]}, on the training
-subset of split {split["name"]!r} ({split["protocol"]}, grouped by {split["group_level"]}). What it was
-worth there, and what each recipe did, is in `model.json` under `lineage`. On other assays, other
-staining or other microscopes it may be worth nothing: test it on wells whose treatment you know.
+subset of split {split["name"]!r} ({split["protocol"]}, grouped by {split["group_level"]}). What it
+was worth there, and what each recipe did, is in `model.json` under `lineage`. On other assays,
+other staining or other microscopes it may be worth nothing: test it on wells whose treatment you
+know.
 
 ## Files
 

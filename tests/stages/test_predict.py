@@ -178,12 +178,12 @@ def test_cells_that_change_under_a_training_end_it(
 ) -> None:
     from cellstore.learn import batches
 
-    workspace, real = opened(built), batches.BlockReader.cut
+    workspace, real = opened(built), batches.CellReader.cut
 
-    def shrunk(reader: batches.BlockReader, image_id: int) -> object:
+    def shrunk(reader: batches.CellReader, image_id: int) -> object:
         return real(reader, image_id).take(np.array([0, 1]))
 
-    monkeypatch.setattr(batches.BlockReader, "cut", shrunk)
+    monkeypatch.setattr(batches.CellReader, "cut", shrunk)
     with pytest.raises(ImageError, match="changed while the network was training"):
         train(workspace, TINY, device="cpu")
 

@@ -38,8 +38,7 @@ from cellstore.errors import CellstoreError, StorageError, UnknownNameError, Use
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import models
-from cellstore.learn.checkpoints import load_checkpoint
-from cellstore.learn.normalising import ControlStatistics, PlateScaler, WhiteLevels
+from cellstore.learn.normalising import IntensityScale
 from cellstore.query.feature_files import FEATURE_COLUMNS, SetReader, open_set
 from cellstore.report.scoring import report
 from cellstore.stages import predict as predict_module
@@ -179,8 +178,9 @@ def expected_vectors(workspace: Workspace, run_id: int) -> dict[int, list[float]
         columns = [getattr(CellFeatures, name) for name in FEATURE_COLUMNS]
         cells = select(CellFeatures.cell_id, *columns).join(Cell, Cell.id == CellFeatures.cell_id)
         found = session.execute(cells.where(Cell.excluded.is_(None))).all()
-    net, meta = load_checkpoint(files["safetensors"], json.loads(files["json"]))
+    model, meta = models.load_model(files["safetensors"], json.loads(files["json"]))
     features = torch.from_numpy(meta.scaler.transform(np.array([row[1:] for row in found], float)))
+    net = model.net  # type: ignore[union-attr]
     with torch.no_grad():
         fused = net.get_submodule("tabular_branch")(features)
         vectors = net.projection(fused * net.attention(fused))
@@ -304,9 +304,9 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
     built: Path, opened: Opener
 ) -> None:
     n = len(FEATURE_COLUMNS)
-    elsewhere = ControlStatistics((1.0,) * n, (2.0,) * n, 9)
+    elsewhere = ((1.0,) * n, (2.0,) * n)
     workspace = opened(built)
-    run = craft(workspace, PlateScaler({"elsewhere": elsewhere}, PLAIN))
+    run = craft(workspace, replace(PLAIN, plates={"elsewhere": elsewhere}))
     with pytest.raises(UserInputError, match="'P1' has 0 measured cells of negative controls"):
         predict(workspace, device="cpu")
     with workspace.database.begin() as session:
@@ -340,8 +340,8 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
     assert record["scale"] == pytest.approx(scale.tolist())
     assert record["cells"] == 12
     # The same as a network whose scaler knows this plate.
-    known = ControlStatistics(tuple(record["mean"]), tuple(record["scale"]), 12)
-    craft(workspace, PlateScaler({"P1": known}, PLAIN))
+    known = (tuple(record["mean"]), tuple(record["scale"]))
+    craft(workspace, replace(PLAIN, plates={"P1": known}))
     other = predict(workspace, EVERYTHING, device="cpu")
     assert other.train_run_id != run
     assert said(workspace, other.run_id) == said(workspace, result.run_id)
@@ -353,7 +353,7 @@ def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
 ) -> None:
     n = len(FEATURE_COLUMNS)
     workspace = opened(built)
-    run = craft(workspace, PlateScaler({"no": ControlStatistics((1.0,) * n, (2.0,) * n, 9)}, PLAIN))
+    run = craft(workspace, replace(PLAIN, plates={"no": ((1.0,) * n, (2.0,) * n)}))
     make = Factory(workspace)
     qc = make.run(Stage.QC)
     with workspace.database.begin() as session:
@@ -377,16 +377,16 @@ def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
 
 def test_a_plate_that_training_has_not_seen_has_its_own_white(built: Path, opened: Opener) -> None:
     workspace = opened(built)
-    whites = [float(np.percentile(pixels(index), 99.9)) for index in range(6)]
-    given: dict[str, WhiteLevels | None] = {
+    scales = [float(np.percentile(pixels(index), 99.9)) for index in range(6)]
+    given: dict[str, IntensityScale | None] = {
         "of each image": None,
-        "unseen": WhiteLevels({"elsewhere": (1.0,)}),
-        "known": WhiteLevels({"P1": (float(np.median(whites)),)}),
-        "twice as bright": WhiteLevels({"P1": (2 * float(np.median(whites)),)}),
+        "unseen": IntensityScale({"elsewhere": (1.0,)}),
+        "known": IntensityScale({"P1": (float(np.median(scales)),)}),
+        "twice as bright": IntensityScale({"P1": (2 * float(np.median(scales)),)}),
     }
     found, notes = {}, {}
     for seed, (name, levels) in enumerate(given.items()):
-        run = craft(workspace, number=seed, branches=("mask", "tabular"), whites=levels)
+        run = craft(workspace, number=seed, branches=("mask", "tabular"), intensity_scale=levels)
         result = predict(workspace, EVERYTHING, run=str(run), device="cpu")
         found[name] = said(workspace, result.run_id)
         notes[name] = [note for note in result.notes if "white level of their own" in note]
