@@ -45,11 +45,11 @@ class Classifier:
 
             self.estimator = skops.io.load(folder / "model.skops", trusted=TRUSTED)
             for tree in (item.tree_ for item in getattr(self.estimator, "estimators_", ())):
-                children = torch.tensor([tree.children_left, tree.children_right])
-                inside = (children > torch.arange(tree.node_count)) & (children < tree.node_count)
-                columns = torch.tensor(tree.feature)
-                inside &= (columns >= 0) & (columns < len(self.features))
-                if not (inside | (children[0] < 0)).all():
+                here, leaf = range(tree.node_count), tree.children_left < 0
+                for child in (tree.children_left, tree.children_right):
+                    if not ((child > here) & (child < tree.node_count) | leaf).all():
+                        raise ValueError("The trees of this model are damaged. Do not use it.")
+                if not ((tree.feature < len(self.features)) & (tree.feature >= 0) | leaf).all():
                     raise ValueError("The trees of this model are damaged. Do not use it.")
 
     def __call__(

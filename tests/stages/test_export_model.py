@@ -114,7 +114,8 @@ def test_baselines_on_features_can_be_taken_elsewhere(
     result = export_model(workspace, run, tmp_path / "model")
     files = ("model.skops", *FILES[1:])
     assert (result.files, result.cells, result.model) == (files, 3, kind)
-    run_example(tmp_path / "model")
+    if kind == "forest":
+        assert len(run_example(tmp_path / "model")) == 3
     for cell, labels in said_by(tmp_path / "model").items():
         assert labels == pytest.approx(expected[cell], abs=1e-6)
 
