@@ -26,7 +26,8 @@ from .options import (
 
 if TYPE_CHECKING:
     from cellstore.stages.ingest.account import Issue
-    from cellstore.stages.ingest.ingest import IngestResult, Preview
+    from cellstore.stages.ingest.dry_run import Preview
+    from cellstore.stages.ingest.ingest import IngestResult
     from cellstore.store import Store
 
 MASKS = "masks"
@@ -231,7 +232,7 @@ def _pair(text: str, option: str) -> tuple[str, str]:
 def _preview(
     ctx: typer.Context, store: Path | None, source: Path, params: IngestParams, *, as_json: bool
 ) -> None:
-    from cellstore.stages.ingest.ingest import preview
+    from cellstore.stages.ingest.dry_run import preview
 
     if MASKS in (params.kind, params.layout):  # only they are looked up in a store
         with open_store(ctx, store, quiet=True) as opened:

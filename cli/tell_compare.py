@@ -10,7 +10,7 @@ from . import render
 from .tell import interval, percent
 
 if TYPE_CHECKING:
-    from cellstore.report.comparison import Comparison, Side
+    from cellstore.report.comparison import ComparedRun, Comparison
 
 OPTIONS_SHOWN = 8
 NAME_WIDTH = 22
@@ -44,7 +44,7 @@ def comparison(found: Comparison, shown: int | None = None) -> None:
     _differing(found, shown)
 
 
-def _side(item: Side) -> tuple[object, ...]:
+def _side(item: ComparedRun) -> tuple[object, ...]:
     bounds = interval(item.low, item.high)
     train = "-" if item.train_run_id is None else item.train_run_id
     split = render.shortened(item.split, NAME_WIDTH)

@@ -354,5 +354,5 @@ def test_images_without_a_cell_are_told(workspace: Workspace) -> None:
     result = report(workspace)
     assert result.images == 1
     assert any(
-        note.startswith("1 images of the scored side have no label") for note in result.notes
+        note.startswith("1 images of the scored subset have no label") for note in result.notes
     )

@@ -90,9 +90,8 @@ def write_report(
         rules=rules,
         force=force,
         leave_out_flagged=leave_out_flagged,
-    ) as (questions, subject, evidence):
-        result, run_id = evidence.result, subject.run.id
-        images = evidence.images.to_pylist()
+    ) as (questions, subject, result, votes):
+        run_id, images = subject.run.id, votes.to_pylist()
         hard = [row for row in images if row["vote"] == "hard"]
         best = result.score(*HEADLINE)
         unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)

@@ -37,7 +37,7 @@ from ..errors import (
 )
 from ..extras import need
 from ..jobs.lookup import RUN_WORDS, find_run
-from ..jobs.queue import bury_runs, shown_worker
+from ..jobs.queue import close_dead_runs, shown_worker
 from ..jobs.recipes import RecipeSpec, fingerprint, finished_run, register
 from ..jobs.runs import (
     RunHandle,
@@ -587,7 +587,7 @@ def find_unfinished(workspace: Workspace, reference: str) -> tuple[Run, Recipe, 
 
     """
     with workspace.database.begin() as session:
-        bury_runs(session)
+        close_dead_runs(session)
     with workspace.database.read() as session:
         if reference in RUN_WORDS:
             query = select(Run).where(Run.stage == Stage.TRAIN, Run.status != Status.DONE)
@@ -651,7 +651,7 @@ def find_earlier(workspace: Workspace, plan: Plan) -> tuple[TrainResult | None, 
         done = finished_run(session, plan.spec, plan.cells.split.id)
         if done is not None:
             return result_of(session, done), None
-        bury_runs(session)
+        close_dead_runs(session)
         query = (
             select(Run)
             .join(Recipe, Recipe.id == Run.recipe_id)
