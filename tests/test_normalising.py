@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cellstore.errors import UserInputError
 from cellstore.learn.crops import image_scale
-from cellstore.learn.normalising import IntensityScale, Scaler, fit_scale
+from cellstore.learn.normalising import IntensityScale, Scale, Scaler, fit_scale
 
 NAMES = ("a", "b")
 
@@ -29,8 +29,8 @@ def test_features_are_standardised_by_the_controls_of_their_plate_then_as_a_whol
     one = [[1, 5], [3, 15]], [[1, 5], [3, 15], [6, 10]]
     two = [[10, 0], [30, 2]], [[10, 0], [30, 2], [20, 3]]
     scaler = fitted({"P1": one, "P2": two})
-    assert scaler.plates["P1"] == ((2.0, 10.0), (1.0, 5.0))
-    assert scaler.plates["P2"] == ((20.0, 1.0), (10.0, 1.0))
+    assert scaler.plates["P1"] == Scale((2.0, 10.0), (1.0, 5.0), 2)
+    assert scaler.plates["P2"] == Scale((20.0, 1.0), (10.0, 1.0), 2)
     # Against the controls, a: -1 1 4, -1 1 0 (mean 4/6), b: -1 1 0, -1 1 2 (mean 2/6).
     normalised = np.array([[-1, -1], [1, 1], [4, 0], [-1, -1], [1, 1], [0, 2]], float)
     assert scaler.mean == pytest.approx([4 / 6, 2 / 6])
@@ -66,10 +66,11 @@ def test_blocks_of_controls_are_as_one() -> None:
     whole = fit_scale(NAMES, [rows])
     pieces = fit_scale(NAMES, [rows[:1], rows[1:1], rows[1:20], rows[20:]])
     for found, expected, of_pieces in zip(
-        whole, (rows.mean(axis=0), rows.std(axis=0)), pieces, strict=True
+        whole[:2], (rows.mean(axis=0), rows.std(axis=0)), pieces[:2], strict=True
     ):
         assert found == pytest.approx(expected)
         assert of_pieces == pytest.approx(found)
+    assert whole.cells == pieces.cells == 50
 
 
 def test_a_feature_in_which_the_controls_do_not_vary_is_only_shifted() -> None:
@@ -85,7 +86,7 @@ def test_gaps_are_left_out_and_become_the_mean() -> None:
     two = [[0, nan, nan], [2, nan, nan]], [[0, nan, 7], [2, nan, 8]]
     scaler = fitted({"P1": one, "P2": two}, ("a", "never", "b"), gaps=True)
     assert scaler.names == ("a", "b")
-    assert scaler.plates["P1"] == ((2.0, 5.0), (1.0, 1.0))
+    assert scaler.plates["P1"] == Scale((2.0, 5.0), (1.0, 1.0), 3)
     # No control of P2 has b: its values there say nothing, and count as the mean.
     assert scaler.transform([[2, 7], [nan, nan]], "P2")[:, 1].tolist() == [0, 0]
     again = Scaler.from_json(json.loads(json.dumps(scaler.to_json(), allow_nan=False)))
@@ -97,7 +98,7 @@ def test_a_plate_without_statistics_is_named() -> None:
     for plate in ("P9", None):
         with pytest.raises(UserInputError, match=f"no control cells of plate {plate!r}"):
             scaler.transform([[1, 2]], plate)
-    more = scaler.with_own({"P9": ((2.0, 3.0), (1.0, 1.0))})
+    more = scaler.with_own({"P9": Scale((2.0, 3.0), (1.0, 1.0), 2)})
     assert (more.own, scaler.own) == (("P9",), ())
     np.testing.assert_array_equal(more.transform([[1, 2]], "P9"), scaler.transform([[1, 2]], "P1"))
 
@@ -109,14 +110,14 @@ def test_a_scaler_is_its_record_and_nothing_else() -> None:
     scaler = scaler.with_own({"P2": scaler.plates["P1"]})
     record = json.loads(json.dumps(scaler.to_json()))
     assert Scaler.from_json(record) == scaler
-    short = {"mean": [1.0], "scale": [1.0]}
+    short = {"mean": [1.0], "scale": [1.0], "cells": 2}
     for key, value in (
         ("names", ["a"]),
         ("mean", [1.0, math.inf]),
         ("plates", 7),
         ("plates", {"P1": {}}),
         ("plates", {"P1": short}),
-        ("plates", {"P1": {"mean": [1, 1], "scale": [0, 1]}}),
+        ("plates", {"P1": {"mean": [1, 1], "scale": [0, 1], "cells": 2}}),
         ("own", 7),
     ):
         with pytest.raises(UserInputError):

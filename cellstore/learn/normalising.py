@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,8 +29,25 @@ from ..query.feature_files import SetReader
 from .crops import image_scale
 
 Numbers = NDArray[np.float64]
-Scale = tuple[tuple[float, ...], tuple[float, ...]]
-"""Mean and standard deviation of each column; NaN for a column without a value."""
+
+
+class Scale(NamedTuple):
+    """Mean and scale of each column, over so many cells; NaN for a column without a value."""
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    cells: int
+
+    def of_columns(self, kept: NDArray[np.bool_]) -> Scale:
+        """The same of some columns only, (F,)."""
+        mean, scale = (tuple(np.array(v)[kept].tolist()) for v in (self.mean, self.scale))
+        return Scale(mean, scale, self.cells)
+
+    def apply(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``(x - mean) / scale``, (N, F)."""
+        scaled: NDArray[np.float64] = (rows - np.array(self.mean)) / np.array(self.scale)
+        return scaled
+
 
 TRAIN, PLATE_CONTROLS = NORMALISATIONS = ("train", "plate-controls")
 """Features as the training subset is spread, or first against the controls of their plate."""
@@ -57,8 +74,10 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
     # Blocks are merged as in Chan, Golub and LeVeque (1983). StandardScaler.partial_fit does the
     # same, but loses a column for good once a block has no value of it.
     count, mean, squares = (np.zeros(len(names)) for _ in range(3))
+    cells = 0
     for block in blocks:
         rows = checked_rows(names, block, gaps)
+        cells += len(rows)
         there = np.isfinite(rows)
         added = there.sum(axis=0)
         own_mean = np.where(there, rows, 0.0).sum(axis=0) / np.maximum(added, 1)
@@ -73,7 +92,7 @@ def fit_scale(names: Sequence[str], blocks: Iterable[ArrayLike], *, gaps: bool =
     varies = deviation > 10 * np.finfo(np.float64).eps * np.maximum(np.abs(mean), 1e-300)
     scale = np.where(varies, deviation, 1.0)
     mean, scale = (np.where(count > 0, values, np.nan) for values in (mean, scale))
-    return tuple(mean.tolist()), tuple(scale.tolist())
+    return Scale(tuple(mean.tolist()), tuple(scale.tolist()), cells)
 
 
 def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
@@ -121,14 +140,12 @@ class Scaler:
 
         Raises ``UserInputError`` where there is no row or no column with a value, too.
         """
-        mean, scale = fit_scale(names, blocks, gaps=gaps)
-        kept = np.isfinite(mean)
+        found = fit_scale(names, blocks, gaps=gaps)
+        kept = np.isfinite(found.mean)
         if not kept.any():
             raise UserInputError("There are no cells to scale features on; measure images first.")
-        columns, means, scales = (
-            tuple(np.array(values)[kept].tolist()) for values in (names, mean, scale)
-        )
-        return cls(columns, means, scales, gaps)
+        found = found.of_columns(kept)
+        return cls(tuple(np.array(names)[kept].tolist()), found.mean, found.scale, gaps)
 
     @classmethod
     def fit_plates(
@@ -140,19 +157,14 @@ class Scaler:
         gaps: bool = False,
     ) -> Scaler:
         """Fit to pairs of barcode and rows (N, F), once they are normalised by ``controls``."""
-
-        def normalised() -> Iterator[Numbers]:
-            for plate, block in blocks:
-                mean, scale = (np.array(values) for values in controls[plate])
-                yield (checked_rows(names, block, gaps) - mean) / scale
-
-        fitted = cls.fit(names, normalised(), gaps=gaps)
+        normalised = (
+            controls[plate].apply(checked_rows(names, block, gaps)) for plate, block in blocks
+        )
+        fitted = cls.fit(names, normalised, gaps=gaps)
         kept = np.isin(names, fitted.names)
-        plates = {
-            plate: (tuple(np.array(mean)[kept].tolist()), tuple(np.array(scale)[kept].tolist()))
-            for plate, (mean, scale) in controls.items()
-        }
-        return replace(fitted, plates=plates)
+        return replace(
+            fitted, plates={plate: found.of_columns(kept) for plate, found in controls.items()}
+        )
 
     def with_own(self, plates: Mapping[str, Scale]) -> Scaler:
         """Return the same with plates that are not in the training subset."""
@@ -171,8 +183,7 @@ class Scaler:
                     f"There are no control cells of plate {plate!r} to normalise its features "
                     "against."
                 )
-            mean, scale = (np.array(numbers) for numbers in self.plates[plate])
-            values = (values - mean) / scale
+            values = self.plates[plate].apply(values)
         scaled: Numbers = (values - np.array(self.mean)) / np.array(self.scale)
         return np.nan_to_num(scaled, copy=False, nan=0.0).astype(np.float32)
 
@@ -182,8 +193,9 @@ class Scaler:
         if self.plates is not None:
             plates = {
                 plate: {
-                    name: [None if np.isnan(v) else v for v in values]
-                    for name, values in zip(("mean", "scale"), found, strict=True)
+                    "mean": [None if np.isnan(v) else v for v in found.mean],
+                    "scale": [None if np.isnan(v) else v for v in found.scale],
+                    "cells": found.cells,
                 }
                 for plate, found in self.plates.items()
             }
@@ -201,22 +213,25 @@ class Scaler:
             plates = record["plates"]
             if plates is not None:
                 plates = {
-                    str(plate): tuple(
-                        tuple(float("nan") if v is None else float(v) for v in found[key])
-                        for key in ("mean", "scale")
+                    str(plate): Scale(
+                        *(
+                            tuple(float("nan") if v is None else float(v) for v in found[key])
+                            for key in ("mean", "scale")
+                        ),
+                        cells=int(found["cells"]),
                     )
                     for plate, found in plates.items()
                 }
             gaps = bool(record["gaps"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserInputError(f"This is not a description of a scaler: {error!r}.") from error
-        scales = [(mean, scale), *(plates or {}).values()]
-        usable = np.isfinite([*mean, *scale]).all() and not any(
-            len(numbers) != len(names) or np.isinf(numbers).any()
-            for both in scales
-            for numbers in both
+        scales = [Scale(mean, scale, 0), *(plates or {}).values()]
+        whole = np.isfinite([*mean, *scale]).all() and all(
+            len(numbers) == len(names) and not np.isinf(numbers).any()
+            for one in scales
+            for numbers in (one.mean, one.scale)
         )
-        if not usable or any(value <= 0 for _, found in scales for value in found):
+        if not whole or any(value <= 0 for one in scales for value in one.scale):
             raise UserInputError("The scaler needs one finite mean and one scale above 0 per name.")
         return cls(names, mean, scale, gaps, plates, own)
 
@@ -420,15 +435,9 @@ def _controls(
     for plate in plates:
         if not any(len(rows) for rows in _features(session, source, plate, ())):
             continue
-        cells = 0
-
-        def counted(plate: str = plate) -> Iterator[Numbers]:
-            nonlocal cells
-            for rows in _features(session, source, plate, columns, controls=True):
-                cells += len(rows)
-                yield rows
-
-        found[plate] = fit_scale(columns, counted(), gaps=not source.features.in_table)
+        blocks = _features(session, source, plate, columns, controls=True)
+        found[plate] = fit_scale(columns, blocks, gaps=not source.features.in_table)
+        cells = found[plate].cells
         if cells < FEWEST_CONTROLS:
             where = " in the training subset" if source.subset is Subset.TRAIN else ""
             raise UserInputError(

@@ -26,6 +26,7 @@ from cellstore.errors import StorageError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import TABULAR
 from cellstore.learn.networks import NetShape, build_net
+from cellstore.learn.normalising import Scale
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.export_model import export_model
 from cellstore.stages.exported_classifier import Classifier, Network
@@ -148,7 +149,7 @@ def test_a_model_of_plates_knows_the_plate_of_its_example(
 ) -> None:
     workspace = opened(built)
     n = len(FEATURE_COLUMNS)
-    known = replace(PLAIN, plates={"elsewhere": ((1.0,) * n, (2.0,) * n)})
+    known = replace(PLAIN, plates={"elsewhere": Scale((1.0,) * n, (2.0,) * n, 9)})
     with workspace.database.begin() as session:
         session.execute(
             update(Treatment).where(Treatment.pert_iname == "DMSO").values(control=Control.NEGATIVE)

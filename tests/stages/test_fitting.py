@@ -89,9 +89,9 @@ def test_controls_of_the_training_side_count_and_those_of_plates_that_are_not_in
         more = add_plates(session, source, scaler, ["P4"])
     # P1: 1 and 3, not the test wells 100 and 900; P2, only in validation: its own, 10 and 30.
     assert more.plates == {
-        "P1": ((2.0,), (1.0,)),
-        "P2": ((20.0,), (10.0,)),
-        "P4": ((7.0,), (1.0,)),
+        "P1": ((2.0,), (1.0,), 2),
+        "P2": ((20.0,), (10.0,), 2),
+        "P4": ((7.0,), (1.0,), 2),
     }
     assert (scaler.own, more.own) == (("P2",), ("P2", "P4"))
     # What comes out is scaled as the training side is: -1, 1, 3 and 5 have mean 2.

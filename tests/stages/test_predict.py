@@ -257,7 +257,7 @@ def test_a_split_without_cells_names_the_commands(built: Path, opened: Opener) -
 def test_a_split_without_a_validation_side_says_how_to_get_one(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     create_split(workspace, "two", SplitParams(validation_size=0.0))
-    with pytest.raises(UserInputError, match="no image on its validation side"):
+    with pytest.raises(UserInputError, match="no image in its validation subset"):
         train(workspace, TINY, split="two", device="cpu")
 
 

@@ -38,7 +38,7 @@ from cellstore.errors import CellstoreError, StorageError, UnknownNameError, Use
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import models
-from cellstore.learn.normalising import IntensityScale
+from cellstore.learn.normalising import IntensityScale, Scale
 from cellstore.query import feature_output
 from cellstore.query.feature_files import FEATURE_COLUMNS, SetReader, open_set
 from cellstore.report.scoring import report
@@ -93,7 +93,7 @@ def test_any_images_can_be_labelled(built: Path, opened: Opener) -> None:
     assert wells(subset=None, where="column > 2", limit=2) == {"A03", "A04"}
     # The limit counts images of the side, not the first images of the store.
     assert len(wells(limit=1)) == 1
-    with pytest.raises(UserInputError, match="no image on the test side in the run's split"):
+    with pytest.raises(UserInputError, match="no image in the test subset in the run's split"):
         wells(wells=("A02",), where="column = 3")
 
 
@@ -145,7 +145,7 @@ def test_what_the_model_has_met_is_said(built: Path, opened: Opener) -> None:
     end = "labels of these say little about new wells."
     assert result.notes == (
         f"2 of the 6 images training run {run} was trained on: {end}",
-        f"2 of the 6 images chose the epoch of training run {run}: {end}",
+        f"2 of the 6 images were used to decide when to stop training run {run}: {end}",
     )
     assert (run_of(workspace, result.run_id).result or {})["notes"] == list(result.notes)
     with unguarded(workspace) as session:
@@ -306,7 +306,7 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
     built: Path, opened: Opener
 ) -> None:
     n = len(FEATURE_COLUMNS)
-    elsewhere = ((1.0,) * n, (2.0,) * n)
+    elsewhere = Scale((1.0,) * n, (2.0,) * n, 9)
     workspace = opened(built)
     run = craft(workspace, replace(PLAIN, plates={"elsewhere": elsewhere}))
     with pytest.raises(UserInputError, match="'P1' has 0 measured cells of negative controls"):
@@ -342,7 +342,7 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
     assert record["scale"] == pytest.approx(scale.tolist())
     assert record["cells"] == 12
     # The same as a network whose scaler knows this plate.
-    known = (tuple(record["mean"]), tuple(record["scale"]))
+    known = Scale(tuple(record["mean"]), tuple(record["scale"]), 12)
     craft(workspace, replace(PLAIN, plates={"P1": known}))
     other = predict(workspace, EVERYTHING, device="cpu")
     assert other.train_run_id != run
@@ -355,7 +355,7 @@ def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
 ) -> None:
     n = len(FEATURE_COLUMNS)
     workspace = opened(built)
-    run = craft(workspace, replace(PLAIN, plates={"no": ((1.0,) * n, (2.0,) * n)}))
+    run = craft(workspace, replace(PLAIN, plates={"no": Scale((1.0,) * n, (2.0,) * n, 9)}))
     make = Factory(workspace)
     qc = make.run(Stage.QC)
     with workspace.database.begin() as session:
@@ -391,7 +391,7 @@ def test_a_plate_that_training_has_not_seen_has_its_own_white(built: Path, opene
         run = craft(workspace, number=seed, branches=("mask", "tabular"), intensity_scale=levels)
         result = predict(workspace, EVERYTHING, run=str(run), device="cpu")
         found[name] = said(workspace, result.run_id)
-        notes[name] = [note for note in result.notes if "white level of their own" in note]
+        notes[name] = [note for note in result.notes if "intensity scale of their own" in note]
     assert found["unseen"] == found["known"]
     assert [name for name, said_of in notes.items() if said_of] == ["unseen"]
     assert notes["unseen"][0].endswith("images: P1.")
@@ -423,7 +423,7 @@ Spoil = Callable[[Workspace], None]
     ("made", "spoil", "error", "words"),
     [
         ({}, unfinished, UserInputError, "is failed and has no checkpoint. Train again, or"),
-        ({"record": {"tensors_sha256": "0" * 64}}, None, StorageError, "do not belong together"),
+        ({"record": {"model_sha256": "0" * 64}}, None, StorageError, "do not belong together"),
         ({"record": {"shape": None}}, None, UserInputError, "does not describe"),
         ({"record": {"model": "oracle"}}, None, UserInputError, "of kind 'oracle', which this"),
         ({"labels": ("DMSO", "nope")}, None, UnknownNameError, "Unknown label 'nope'"),
