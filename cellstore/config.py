@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .enums import GroupLevel, LabelField, Look, Projection, Subset
+from .enums import PERTURBATION, GroupLevel, Look, Projection, Subset
 from .errors import UnknownNameError, UserInputError
 
 DEFAULT_MODEL = "cellstore-nuclei"
@@ -191,7 +191,7 @@ class SplitParams:
     """
 
     protocol: str = "grouped"
-    field: LabelField = LabelField.PERT_INAME
+    field: str = PERTURBATION
     group_level: GroupLevel = GroupLevel.WELL
     test_size: float = 0.2
     validation_size: float = 0.2

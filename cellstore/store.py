@@ -33,7 +33,7 @@ from .config import (
     TrainParams,
     TrainSetup,
 )
-from .enums import GroupLevel, LabelField, Subset
+from .enums import PERTURBATION, GroupLevel, Subset
 from .progress import Progress
 from .settings import StoreSettings, find_store
 
@@ -307,7 +307,7 @@ class Store(Answers):
         name: str,
         tables: Sequence[str | Path],
         *,
-        field: LabelField = LabelField.PERT_INAME,
+        field: str = PERTURBATION,
         group_level: GroupLevel = GroupLevel.IMAGE,
         allow_missing: bool = False,
     ) -> SplitResult:

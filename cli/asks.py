@@ -87,7 +87,7 @@ def ask(
       cellstore ask accuracy --sql
       cellstore ask --new my-plates --from plates
     """
-    from cellstore.query.engine import Limits
+    from cellstore.query.guard import Limits
 
     name, given = _parsed([*(words or ()), *ctx.args])
     wanted = writing.checked(
@@ -144,7 +144,7 @@ def _show(opened: Store, name: str) -> None:
 
 
 def _ask(opened: Store, name: str, given: dict[str, str], limits: object, wanted: Wanted) -> None:
-    from cellstore.query.engine import Limits
+    from cellstore.query.guard import Limits
 
     from .confined import confined
 

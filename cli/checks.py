@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cellstore.enums import GroupLevel, LabelField
+from cellstore.enums import GroupLevel
 from cellstore.errors import UserInputError
 
 from . import render
@@ -40,7 +40,7 @@ def check(
         ),
     ] = None,
     field: Annotated[
-        LabelField | None,
+        str | None,
         typer.Option(
             help="What a table (--csv) is to predict. Default: the target, if it has one.",
             show_default=False,
@@ -84,7 +84,7 @@ def check(
 
 
 def _check_tables(
-    csv: list[Path], name: str | None, field: LabelField | None, group: GroupLevel | None
+    csv: list[Path], name: str | None, field: str | None, group: GroupLevel | None
 ) -> CheckResult:
     from cellstore.stages.split import check_tables
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cellstore.query.engine import Limits
+from cellstore.query.guard import Limits
 
 from .context import say
 

@@ -136,7 +136,7 @@ def segment(
       cellstore segment --channels DNA --preview 6
       cellstore segment --channels DNA --diameter 35 --workers 2
       cellstore segment --model cyto3 --channels RNA --nuclei DNA
-      cellstore segment --channels DNA --where "pert_iname = 'DMSO'" --dry-run
+      cellstore segment --channels DNA --where "perturbation = 'DMSO'" --dry-run
     """
     params = SegmentParams(
         model=model,

@@ -57,7 +57,7 @@ WhereOption = Annotated[
         "--where",
         metavar="SQL",
         help="Only images that meet this condition, over plate, batch, well, row, column, site, "
-        "plane, time_point, image, image_id, pert_iname, target, kind, control, identifier.",
+        "plane, time_point, image, image_id, perturbation, target, kind, control, identifier.",
         show_default=False,
     ),
 ]

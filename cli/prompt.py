@@ -16,7 +16,7 @@ from prompt_toolkit.lexers import PygmentsLexer
 from pygments.lexers.sql import SqlLexer
 
 from cellstore.errors import CellstoreError, UserInputError
-from cellstore.query.engine import Limits, tokens
+from cellstore.query.guard import Limits
 
 from . import tell_schema, writing
 from .confined import confined
@@ -168,8 +168,4 @@ def _is_whole(text: str) -> bool:
     text = text.strip()
     if not text or text.startswith(".") or text.lower() in ("quit", "exit"):
         return True
-    try:
-        words = tokens(text)
-    except UnicodeEncodeError:
-        return True
-    return bool(words) and words[-1].word.endswith(";")
+    return text.endswith(";")

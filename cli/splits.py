@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cellstore.config import SplitParams
-from cellstore.enums import GroupLevel, LabelField
+from cellstore.enums import PERTURBATION, GroupLevel
 from cellstore.errors import UserInputError
 
 from . import render
@@ -43,7 +43,7 @@ NewNameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="What the split is called.", show_default=False)
 ]
 FieldOption = Annotated[
-    LabelField,
+    str,
     typer.Option("--field", help="What is to be predicted: compound name or target gene."),
 ]
 AllowMissingOption = Annotated[
@@ -78,7 +78,7 @@ def create(
             "published study; fields of one well are on both sides, so scores are too good."
         ),
     ] = Protocol.GROUPED,
-    field: FieldOption = LabelField.PERT_INAME,
+    field: FieldOption = PERTURBATION,
     group: Annotated[
         GroupLevel | None,
         typer.Option(
@@ -233,7 +233,7 @@ def import_(
             show_default=False,
         ),
     ],
-    field: FieldOption = LabelField.PERT_INAME,
+    field: FieldOption = PERTURBATION,
     group: Annotated[
         GroupLevel,
         typer.Option(help="What the split keeps on one side. image: it promises nothing."),

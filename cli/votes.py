@@ -112,9 +112,9 @@ def _headline(result: VotesResult, *, print_it: bool) -> None:
     counts += f", {render.count(result.abstained, 'abstention')}"
     lines = [f"Run {result.run_id}, {result.vote} vote: {counts}"]
     lines += [
-        f"{side.subset}: {side.correct:,} of {side.n:,} right ({100 * (side.accuracy or 0):.2f} %)"
-        + (" - the network was trained on these" if side.subset == "train" else "")
-        for side in result.sides
+        f"{item.subset}: {item.correct:,} of {item.n:,} right ({100 * (item.accuracy or 0):.2f} %)"
+        + (" - the network was trained on these" if item.subset == "train" else "")
+        for item in result.subsets
     ]
     for line in [*lines, *result.notes]:
         tell(line)

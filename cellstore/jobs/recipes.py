@@ -12,10 +12,10 @@ from typing import Any
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from ..db.models import Image, Plate, Recipe, RecipeInput, Run, Well
 from ..db.statements import insert_new
 from ..enums import Stage, Status
 from ..errors import UserInputError
+from ..models import Image, Plate, Recipe, RecipeInput, Run, Well
 
 
 @dataclass(frozen=True)

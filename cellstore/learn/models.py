@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ..artifacts import StoredFile
 from ..config import ImageInput
-from ..db.models import Artifact, Image, Recipe, Run, RunArtifact, Well
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import StorageError, UserInputError, first_line
 from ..jobs.planes import check_channels
 from ..jobs.workspace import Workspace
+from ..models import Artifact, Image, Recipe, Run, RunArtifact, Well
 from ..query.cells import CellSource, input_of, plane_of, read_cells
 from ..query.feature_files import SetReader, find_feature_set, open_set
 from .baselines import (
@@ -414,7 +414,9 @@ def make_reader(
             if record.model == CELLCOUNT:
                 row = count_rows([len(ids)])
             elif record.model == POSITION:
-                query = select(Well.row, Well.column).join(Image, Image.well_id == Well.id)
+                query = select(Well.well_row, Well.well_column).join(
+                    Image, Image.well_id == Well.id
+                )
                 row = [tuple(session.execute(query.where(Image.id == image_id)).one())]
         features = torch.from_numpy(record.scaler.transform(row)).expand(len(ids), -1)
         labels = torch.full((len(ids),), UNKNOWN_LABEL, dtype=torch.int64)

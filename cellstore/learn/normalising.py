@@ -17,13 +17,12 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from ..config import ImageInput
-from ..db.models import Image, Plate, Segmentation, Treatment, Well
 from ..db.session import Database
-from ..db.split_models import SplitMember
 from ..enums import Control, Subset
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.selection import is_current
+from ..models import Image, Plate, Segmentation, SplitMember, Well
 from ..query.cells import CellSource, is_unflagged_image, read_cells, stream_features
 from ..query.feature_files import SetReader
 from .crops import image_scale
@@ -212,16 +211,7 @@ class Scaler:
             )
             plates = record["plates"]
             if plates is not None:
-                plates = {
-                    str(plate): Scale(
-                        *(
-                            tuple(float("nan") if v is None else float(v) for v in found[key])
-                            for key in ("mean", "scale")
-                        ),
-                        cells=int(found["cells"]),
-                    )
-                    for plate, found in plates.items()
-                }
+                plates = {str(plate): _scale(found) for plate, found in plates.items()}
             gaps = bool(record["gaps"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserInputError(f"This is not a description of a scaler: {error!r}.") from error
@@ -234,6 +224,14 @@ class Scaler:
         if not whole or any(value <= 0 for one in scales for value in one.scale):
             raise UserInputError("The scaler needs one finite mean and one scale above 0 per name.")
         return cls(names, mean, scale, gaps, plates, own)
+
+
+def _scale(record: Mapping[str, Any]) -> Scale:
+    mean, scale = (
+        tuple(float("nan") if v is None else float(v) for v in record[key])
+        for key in ("mean", "scale")
+    )
+    return Scale(mean, scale, int(record["cells"]))
 
 
 @dataclass(frozen=True)
@@ -421,8 +419,7 @@ def _features(
     reader = None if source.features.files is None else SetReader(source.features.files)
     query = _images(source, barcode)
     if controls:
-        query = query.join(Treatment, Treatment.id == Well.treatment_id)
-        query = query.where(Treatment.control == Control.NEGATIVE)
+        query = query.where(Well.control == Control.NEGATIVE)
     for image_id in session.scalars(query.order_by(Image.id)).all():
         yield read_cells(session, source, image_id, columns, reader).features
 

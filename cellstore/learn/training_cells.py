@@ -9,12 +9,21 @@ from typing import Any
 from sqlalchemy import distinct, func, select
 from sqlalchemy.orm import Session, aliased
 
-from ..db.models import Artifact, Image, Label, Recipe, RecipeInput, Run, RunArtifact
-from ..db.split_models import Split, SplitMember
 from ..enums import ArtifactKind, Stage, Subset
 from ..jobs.lookup import find_split
 from ..jobs.recipes import digest_of_images
 from ..jobs.workspace import Workspace
+from ..models import (
+    Artifact,
+    Image,
+    Label,
+    Recipe,
+    RecipeInput,
+    Run,
+    RunArtifact,
+    Split,
+    SplitMember,
+)
 from ..query.cells import (
     CellSource,
     Flagged,

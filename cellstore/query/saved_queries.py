@@ -15,7 +15,7 @@ from ..enums import Stage
 from ..errors import QueryError, StorageError, UnknownNameError, UserInputError
 from ..jobs.lookup import run_in
 from ..jobs.workspace import Workspace
-from .engine import MAX_CHARACTERS
+from .guard import MAX_CHARACTERS
 
 KINDS = (
     *("predict run", "two predict runs", "train run", "qc run", "run"),
@@ -53,8 +53,8 @@ SELECT p.barcode AS plate, w.name AS well, t.target
 FROM wells AS w
 JOIN plates AS p ON p.id = w.plate_id
 JOIN treatments AS t ON t.id = w.treatment_id
-WHERE t.pert_iname = $treatment AND ($plate IS NULL OR p.barcode = $plate)
-ORDER BY p.barcode, w.row, w."column"
+WHERE t.name = $treatment AND ($plate IS NULL OR p.barcode = $plate)
+ORDER BY p.barcode, w.well_row, w.well_column
 """
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")

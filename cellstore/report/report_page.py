@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from ..analysis.overlay import outline_overlay, to_grey
 from ..artifacts import write_atomically
 from ..config import VoteRules
-from ..db.models import Recipe, Segmentation
 from ..errors import CellstoreError, UnknownNameError
 from ..extras import need
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
+from ..models import Recipe, Segmentation
 from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions
-from ..query.source import quoted
+from ..query.guard import quoted
 from ..settings import check_not_of_a_store
 from .comparison import Comparison, Difference
 from .drawing import (
@@ -630,10 +630,10 @@ SHOWN_PLATES = 12
 USUAL_FEATURES = ("area", "mean_intensity")
 """Features that are shown if none is named, and they were measured."""
 WELLS = """
-    SELECT p.barcode AS plate, w.id, w."row", w."column"
+    SELECT p.barcode AS plate, w.id, w.well_row, w.well_column
     FROM wells AS w JOIN plates AS p ON p.id = w.plate_id
     WHERE w.plate_id IN (SELECT plate_id FROM wells WHERE list_contains(?, id))
-    ORDER BY p.barcode, w."row", w."column"
+    ORDER BY p.barcode, w.well_row, w.well_column
 """
 USED_CELLS = """
     WITH used AS (
@@ -680,7 +680,7 @@ def plate_maps(
     plates: dict[str, dict[int, WellPosition]] = defaultdict(dict)
     well_ids = sorted({row["well_id"] for row in images})
     for row in questions.ask(WELLS, [well_ids]).to_pylist():
-        plates[row["plate"]][row["id"]] = (row["row"], row["column"])
+        plates[row["plate"]][row["id"]] = (row["well_row"], row["well_column"])
     maps = [
         [
             PlateMap(
@@ -758,8 +758,9 @@ IMAGES = """
     ORDER BY s.id
 """
 VOTES = """
-    SELECT image_id, label, cells FROM image_label_votes
-    WHERE run_id = ? AND list_contains(?, image_id) AND cells > 0
+    SELECT unit_id AS image_id, label, cells FROM label_votes
+    WHERE run_id = ? AND level = 'image' AND vote = 'hard' AND list_contains(?, unit_id)
+        AND cells > 0
     ORDER BY cells DESC, probability DESC, label
 """
 

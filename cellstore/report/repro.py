@@ -21,7 +21,11 @@ from ..config import (
     SplitParams,
     TrainParams,
 )
-from ..db.models import (
+from ..enums import FeatureStorage, GroupLevel, Projection, Stage, Status, Subset
+from ..jobs.lookup import run_in
+from ..jobs.workspace import Workspace
+from ..learn.branches import BRANCHES
+from ..models import (
     FeatureFile,
     FeatureSet,
     Image,
@@ -31,12 +35,8 @@ from ..db.models import (
     RecipeInput,
     Run,
     Segmentation,
+    Split,
 )
-from ..db.split_models import Split
-from ..enums import FeatureStorage, GroupLevel, LabelField, Projection, Stage, Status, Subset
-from ..jobs.lookup import run_in
-from ..jobs.workspace import Workspace
-from ..learn.branches import BRANCHES
 from ..query.cells import plane_of
 
 Params = SegmentParams | MeasureParams | SplitParams | TrainParams | BaselineParams | PredictParams
@@ -209,7 +209,6 @@ def _orders_split(session: Session, run: Run, recipe: Recipe) -> Order | None:
     if "files" in stored or "seed" not in stored:  # the tables of others
         return None
     values = _known(SplitParams, stored)
-    values["field"] = LabelField(stored["field"])
     values["group_level"] = GroupLevel(stored["group_level"])
     if values.get("downsample") is not None:
         values["downsample"] = tuple((label, size) for label, size in stored["downsample"])

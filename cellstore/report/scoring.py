@@ -19,13 +19,12 @@ from sqlalchemy.orm import aliased
 from ..analysis import statistics
 from ..analysis.statistics import WellTest, bootstrap_interval, mcnemar_over_wells
 from ..config import VoteRules
-from ..db.models import Recipe, Run
-from ..db.split_models import Split
 from ..enums import Stage, Status, Subset
 from ..errors import UserInputError
 from ..jobs.workspace import Workspace
 from ..learn.baselines import BASELINES, NULLS
 from ..learn.training_cells import feature_leak, measure_recipe_of
+from ..models import Recipe, Run, Split
 from ..query.engine import Questions, open_questions
 from ..query.predict_runs import flags_on, predict_run
 
@@ -253,24 +252,24 @@ SIGNIFICANT = 0.05
 FEWEST_WELLS = 6
 """With fewer wells McNemar's test over wells cannot come to less than 5 %: 2 / 2**5 = 0.0625."""
 
-COLUMNS = """unit_id, well_id, plate_id, subset, truth, predicted, confidence, truth_place,
+COLUMNS = """unit_id, well_id, plate_id, subset, truth, predicted, confidence, truth_rank,
     truth_probability, tie, control IS NOT NULL AS control, abstained"""
 # Levels are written out, so that DuckDB leaves out the parts of the view that are not asked for;
 # one at a time takes a fifth less than both at once, and less memory.
 VOTES_OF = {
     level: f"""
-    SELECT level, vote, {COLUMNS} FROM verdicts
+    SELECT level, vote, {COLUMNS} FROM scored_predictions
     WHERE run_id = ? AND level = '{level}' ORDER BY vote, unit_id, subset
     """  # noqa: S608 - our own words
     for level in ("image", "well")
 }
 CELLS = f"""
-    SELECT {COLUMNS} FROM verdicts
+    SELECT {COLUMNS} FROM scored_predictions
     WHERE run_id = ? AND level = 'cell' AND list_contains(?, subset) ORDER BY unit_id
 """  # noqa: S608 - our own words
 RIVAL_ANSWERS = {
     level: f"""
-    SELECT unit_id, predicted = truth AS correct FROM verdicts
+    SELECT unit_id, predicted = truth AS correct FROM scored_predictions
     WHERE run_id = ? AND level = '{level}' AND vote = 'hard' AND list_contains(?, subset)
     ORDER BY unit_id, subset
     """  # noqa: S608 - our own words
@@ -524,7 +523,7 @@ def answers_of(votes: pa.Table, cells: pa.Table) -> ByKey:
             predicted=codes_of(rows["predicted"], labels),
             confidence=share,
             probability=probability,
-            truth_rank=numbers_of(pc.fill_null(rows["truth_place"], 0)),
+            truth_rank=numbers_of(pc.fill_null(rows["truth_rank"], 0)),
             tie=rows["tie"].to_numpy(),
             control=rows["control"].to_numpy(),
             abstained=pc.is_valid(rows["abstained"]).to_numpy(),
@@ -594,14 +593,14 @@ def scored(
     baselines = score_rivals(questions, subject, subsets, answers)
     n_wells = np.unique(images.given.well).size
     beats, against = against_nulls(baselines, subject.baseline, n_wells, split.name)
-    targets = read_targets(questions, split.field.value)
+    targets = read_targets(questions, split.field)
     return ReportResult(
         run_id=run.id,
         train_run_id=run.parent_id,
         split=split.name,
         protocol=split.protocol,
         group_level=str(split.group_level.value),
-        field=str(split.field.value),
+        field=str(split.field),
         subsets=subsets,
         classes=classes,
         chance=1 / max(1, classes),
@@ -823,7 +822,7 @@ ALL_IMAGES = """
 UNLABELLED = """
     SELECT count(*) AS images FROM split_members AS m
     WHERE m.split_id = ? AND list_contains(?, m.subset) AND m.image_id NOT IN (
-        SELECT image_id FROM placed_predictions WHERE run_id = ? AND NOT excluded
+        SELECT image_id FROM predictions_with_image WHERE run_id = ? AND NOT excluded
     )
 """
 
@@ -878,14 +877,14 @@ def notes_on(
 # Classes, targets, plates and wells
 
 TARGETS = """
-    SELECT DISTINCT pert_iname, target FROM treatments
-    WHERE pert_iname IS NOT NULL AND target IS NOT NULL
+    SELECT DISTINCT name, target FROM treatments
+    WHERE name IS NOT NULL AND target IS NOT NULL
 """
 WELLS = """
     SELECT w.id, p.barcode AS plate, w.name FROM wells AS w
     JOIN plates AS p ON p.id = w.plate_id
     JOIN (SELECT unnest(?::BIGINT[]) AS id) AS asked ON asked.id = w.id
-    ORDER BY p.barcode, w."row", w."column"
+    ORDER BY p.barcode, w.well_row, w.well_column
 """
 SEPARATOR = "|"
 """Between the genes of a compound that has several, as the readers of plate maps write it."""
@@ -896,11 +895,11 @@ Targets = Mapping[str, frozenset[str]]
 
 def read_targets(questions: Questions, field: str) -> Targets:
     """Return the genes of each compound; none where labels are genes themselves."""
-    if field != "pert_iname":
+    if field != "perturbation":
         return {}
     found: dict[str, set[str]] = defaultdict(set)
     for row in questions.ask(TARGETS).to_pylist():
-        found[row["pert_iname"]] |= set(row["target"].split(SEPARATOR)) - {""}
+        found[row["name"]] |= set(row["target"].split(SEPARATOR)) - {""}
     return {label: frozenset(genes) for label, genes in found.items() if genes}
 
 

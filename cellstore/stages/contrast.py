@@ -15,7 +15,6 @@ from ..analysis import contrasts
 from ..analysis.contrasts import Contrast, Verdict
 from ..analysis.draws import Lowest, even_shares, lots
 from ..config import ContrastParams, Selection, as_parameters
-from ..db.models import Cell, Image, Plate, Run, Treatment, Well
 from ..enums import Control, Stage
 from ..errors import UnknownNameError, UserInputError
 from ..extras import need
@@ -24,6 +23,7 @@ from ..jobs.runs import running
 from ..jobs.selection import images_of
 from ..jobs.workspace import Workspace
 from ..learn.training_cells import teacher_of
+from ..models import Cell, Image, Plate, Run, Treatment, Well
 from ..query.cells import (
     CellSource,
     as_text,
@@ -228,7 +228,7 @@ def _result(run: Run, *, already_done: bool) -> ContrastResult:
 
 def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tuple[Group, ...]]:
     """Return the control, and what is compared with it."""
-    keys = (Well.plate_id, Treatment.id, Treatment.pert_iname, Treatment.control)
+    keys = (Well.plate_id, Treatment.id, Treatment.name, Well.control)
     query = (
         select(*keys, func.count())
         .join(Treatment, Treatment.id == Well.treatment_id)

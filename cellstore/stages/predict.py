@@ -19,23 +19,8 @@ from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
 from ..config import PredictParams, as_parameters
 from ..db.bulk import bulk_insert
-from ..db.models import (
-    Cell,
-    FeatureFile,
-    FeatureSet,
-    Image,
-    Job,
-    Label,
-    Plate,
-    Prediction,
-    Recipe,
-    Run,
-    Segmentation,
-    Well,
-)
-from ..db.split_models import Split, SplitMember
 from ..db.statements import insert_new
-from ..enums import ArtifactKind, FeatureStorage, LabelField, Stage, Status, Subset
+from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import JobsFailedError, UnknownNameError, UserInputError
 from ..extras import need
 from ..jobs.execute import run_jobs
@@ -49,6 +34,22 @@ from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
 from ..learn.models import NetworkModel, OpenModel, fit_new_plates, open_model
 from ..learn.normalising import describe_plates
+from ..models import (
+    Cell,
+    FeatureFile,
+    FeatureSet,
+    Image,
+    Job,
+    Label,
+    Plate,
+    Prediction,
+    Recipe,
+    Run,
+    Segmentation,
+    Split,
+    SplitMember,
+    Well,
+)
 from ..query.cells import CellSource, as_text, cells_query
 from ..query.feature_files import ROWS_OF_FILE, WrittenFile, register_files, set_of_recipe
 from ..query.feature_output import images_per_file, write_features
@@ -261,7 +262,7 @@ def make_plan(
     if params.wells or params.where is not None or params.limit is not None:
         query = query.where(Image.id.in_(selected))
 
-    values = select(Label.value, Label.id).where(Label.field == LabelField(record.field))
+    values = select(Label.value, Label.id).where(Label.field == record.field)
     labels = dict(session.execute(values).all())
     gone = [value for value in record.labels if value not in labels]
     if gone:

@@ -24,8 +24,6 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
 from ..config import TrainParams, TrainSetup, as_parameters
-from ..db.models import Recipe, Run, RunMetric
-from ..db.split_models import Split
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
@@ -58,6 +56,7 @@ from ..learn.training_cells import (
     result_from,
     validation_subset,
 )
+from ..models import Recipe, Run, RunMetric, Split
 from ..progress import Silent
 from ..query.cells import as_text, cells_query, input_of, plane_of
 from ..query.feature_files import set_of_recipe
@@ -405,7 +404,7 @@ def keep_model(
     record = ModelRecord(
         NETWORK,
         labels=tuple(cells.labels),
-        field=cells.split.field.value,
+        field=cells.split.field,
         scaler=fitted.scaler,
         fingerprints=cells.fingerprints(recipe),
         feature_set=cells.source.features.name,

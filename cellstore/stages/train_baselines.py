@@ -15,8 +15,6 @@ from sqlalchemy.orm import Session
 
 from ..analysis import draws
 from ..config import BaselineParams
-from ..db.models import Image, Run, Well
-from ..db.split_models import SplitMember
 from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..extras import need
@@ -33,6 +31,7 @@ from ..learn.training_cells import (
     find_training_cells,
     result_from,
 )
+from ..models import Image, Run, SplitMember, Well
 from ..query.cells import (
     as_text,
     cells_query,
@@ -177,7 +176,7 @@ def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) 
         record = ModelRecord(
             model=kind,
             labels=tuple(fitting.labels),
-            field=cells.split.field.value,
+            field=cells.split.field,
             scaler=fitted.scaler,
             fingerprints=cells.fingerprints(recipe),
             feature_set=cells.source.features.name,
@@ -369,7 +368,9 @@ class Fitting:
     def _wells(self) -> dict[int, tuple[int, int, int]]:
         """Label, row and column of the wells of the training images that have cells, by id."""
         query = (
-            select(Well.id, SplitMember.label_id, Well.row, Well.column, SplitMember.image_id)
+            select(
+                Well.id, SplitMember.label_id, Well.well_row, Well.well_column, SplitMember.image_id
+            )
             .join(Image, Image.well_id == Well.id)
             .join(SplitMember, SplitMember.image_id == Image.id)
             .where(SplitMember.split_id == self.cells.split.id)

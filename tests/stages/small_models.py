@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from sqlalchemy import select
 
-from cellstore.db.models import Recipe
-from cellstore.db.split_models import Split
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import attach, keep_file, running
@@ -18,6 +16,7 @@ from cellstore.learn.branches import TABULAR
 from cellstore.learn.models import NETWORK, ModelRecord, save_net
 from cellstore.learn.networks import FusionNet, NetShape, build_net
 from cellstore.learn.normalising import Scaler
+from cellstore.models import Recipe, Split
 from cellstore.query.feature_files import FEATURE_COLUMNS
 
 WIDTH = 5
@@ -51,7 +50,7 @@ def craft(
     made = ModelRecord(
         NETWORK,
         labels,
-        "pert_iname",
+        "perturbation",
         scaler,
         {"train": "x"},
         shape=shape,

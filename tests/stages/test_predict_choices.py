@@ -17,7 +17,13 @@ from sqlalchemy import func, select, update
 from unguarded import unguarded
 
 from cellstore.config import PredictParams, SplitParams
-from cellstore.db.models import (
+from cellstore.enums import Control, ImageFlagReason, Stage, Status, Subset
+from cellstore.errors import CellstoreError, StorageError, UnknownNameError, UserInputError
+from cellstore.jobs.runs import running
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn import models
+from cellstore.learn.normalising import IntensityScale, Scale
+from cellstore.models import (
     Artifact,
     Cell,
     CellFeatures,
@@ -30,15 +36,10 @@ from cellstore.db.models import (
     Run,
     RunArtifact,
     Segmentation,
-    Treatment,
+    Split,
+    SplitMember,
+    Well,
 )
-from cellstore.db.split_models import Split, SplitMember
-from cellstore.enums import Control, ImageFlagReason, Stage, Status, Subset
-from cellstore.errors import CellstoreError, StorageError, UnknownNameError, UserInputError
-from cellstore.jobs.runs import running
-from cellstore.jobs.workspace import Workspace
-from cellstore.learn import models
-from cellstore.learn.normalising import IntensityScale, Scale
 from cellstore.query import feature_output
 from cellstore.query.feature_files import FEATURE_COLUMNS, SetReader, open_set
 from cellstore.report.scoring import report
@@ -89,18 +90,18 @@ def test_any_images_can_be_labelled(built: Path, opened: Opener) -> None:
     assert wells(split="other") == side(workspace, "other", Subset.TEST)
     assert wells(split="other", subset=None) == side(workspace, "other", *Subset)
     assert wells(subset=None, wells=("A02", "A05")) == {"A02", "A05"}
-    assert wells(subset=None, where="pert_iname = 'drug'") == {"A02", "A04", "A06"}
-    assert wells(subset=None, where="column > 2", limit=2) == {"A03", "A04"}
+    assert wells(subset=None, where="perturbation = 'drug'") == {"A02", "A04", "A06"}
+    assert wells(subset=None, where="well_column > 2", limit=2) == {"A03", "A04"}
     # The limit counts images of the side, not the first images of the store.
     assert len(wells(limit=1)) == 1
     with pytest.raises(UserInputError, match="no image in the test subset in the run's split"):
-        wells(wells=("A02",), where="column = 3")
+        wells(wells=("A02",), where="well_column = 3")
 
 
 def test_the_query_of_a_run_names_its_cells(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     craft(workspace)
-    params = PredictParams(subset=None, where="column > 2", limit=2, wells=("A03", "A05", "A06"))
+    params = PredictParams(subset=None, where="well_column > 2", limit=2, wells=("A03", "A05", "A06"))
     result = predict(workspace, params, device="cpu")
     with workspace.database.read() as session:
         query = run_of(workspace, result.run_id).query or ""
@@ -313,7 +314,7 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
         predict(workspace, device="cpu")
     with workspace.database.begin() as session:
         session.execute(
-            update(Treatment).where(Treatment.pert_iname == "DMSO").values(control=Control.NEGATIVE)
+            update(Well).where(Well.treatment.has(name="DMSO")).values(control=Control.NEGATIVE)
         )
     result = predict(workspace, EVERYTHING, device="cpu")
     assert result.notes[-1].endswith("normalised against their own negative controls: P1.")
@@ -359,7 +360,7 @@ def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
     make = Factory(workspace)
     qc = make.run(Stage.QC)
     with workspace.database.begin() as session:
-        session.execute(update(Treatment).values(control=Control.NEGATIVE))
+        session.execute(update(Well).values(control=Control.NEGATIVE))
         image = session.scalars(select(Image)).first()
         recipe = session.get_one(Recipe, run_of(workspace, run).recipe_id)
         recipe.parameters = {**recipe.parameters, "leave_out_flagged": qc.id}
