@@ -52,7 +52,8 @@ def test_the_parameters_of_a_recipe_are_those_that_it_had(trained: Trained, open
     with workspace.database.read() as session:
         recipe = session.get_one(Recipe, trained.result.recipe_id)
     unnamed = {"features", "branches", "leave_out_flagged"}
-    assert recipe.parameters.keys() == (PUBLISHED.keys() - unnamed) | {"split", "cells"}
+    whole = {"split", "cells", "branches", "channels", "augment", "exclude_flagged"}
+    assert recipe.parameters.keys() == (PUBLISHED.keys() - unnamed) | whole
     assert recipe.version == 1
 
 
