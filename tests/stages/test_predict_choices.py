@@ -101,7 +101,8 @@ def test_any_images_can_be_labelled(built: Path, opened: Opener) -> None:
 def test_the_query_of_a_run_names_its_cells(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     craft(workspace)
-    params = PredictParams(subset=None, where="well_column > 2", limit=2, wells=("A03", "A05", "A06"))
+    some = ("A03", "A05", "A06")
+    params = PredictParams(subset=None, where="well_column > 2", limit=2, wells=some)
     result = predict(workspace, params, device="cpu")
     with workspace.database.read() as session:
         query = run_of(workspace, result.run_id).query or ""
