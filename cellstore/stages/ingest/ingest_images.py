@@ -273,7 +273,6 @@ class RowWriter:
         for folder in {ref.folder for record in records for ref in record.files}:
             if folder is not None and folder not in self._folder_ids:
                 self._folder_ids[folder] = folder_id(self._session, self._maps.apply(folder))
-        self._collect_metadata(records, wells)
         images, made_of = self._find_images(records, wells, new_wells)
         known = [
             (image, record, well)
@@ -293,6 +292,8 @@ class RowWriter:
             else:
                 self._account.unchanged += 1
                 self.unchanged.append(image)
+        # From here on nothing is undone: what is remembered is of rows that are there.
+        self._collect_metadata(records, wells)
         self.plates |= {self._plate_ids[barcode] for barcode in {r.plate for r in records}}
         self.images.extend(images)
         of_record = dict(zip(map(id, records), images, strict=True))
