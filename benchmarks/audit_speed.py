@@ -339,7 +339,7 @@ def show_command(root: Path, workspace: Workspace, repeats: int) -> None:
             began = time.perf_counter()
             program = [sys.executable, "-m", "cellstore_cli", *words]
             code = (
-                "import sys; from cellstore_cli.main import run; sys.argv[0] = 'cellstore'; run()"
+                "import sys; from cellstore_cli.app import run; sys.argv[0] = 'cellstore'; run()"
             )
             subprocess.run([program[0], "-c", code, *words], check=True, capture_output=True)
             taken.append(time.perf_counter() - began)

@@ -71,7 +71,7 @@ def segment_slowly(
     workspace: Workspace, seconds: float = 0.0, resources: Resources | None = None
 ) -> JobsResult:
     """Run the stage ``segment`` with the threshold in place of a network."""
-    params = SegmentParams()
+    params = SegmentParams.of("published")
     files = ModelFiles("threshold", PROGRAM, None, "0" * 64)
     real = SegmentSteps(files, params, "cpu", workspace.artifacts)
 

@@ -18,7 +18,7 @@ from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.query.engine import open_questions
 from cellstore.report.audit import audit_cell, audit_image, audit_run, audit_well, votes_query
-from cellstore_cli import tell_audit as tell
+from cellstore_cli.audit_commands import show_audit
 
 
 def test_an_image_with_everything(workspace: Workspace) -> None:
@@ -137,13 +137,13 @@ def test_a_corrected_treatment_is_told(
         "label in split main: DMSO; the well now has: barasertib, "
         f"since run {run_id} (map.csv, line 7)"
     )
-    tell.image(audit_image(workspace, "BR1/B01/1"))
+    show_audit(audit_image(workspace, "BR1/B01/1"))
     assert wanted in capsys.readouterr().out
-    tell.well(audit_well(workspace, "BR1/B1"))
+    show_audit(audit_well(workspace, "BR1/B1"))
     told = capsys.readouterr().out
     assert wanted in told
     assert "taxol, target TUBB" in told
-    tell.image(audit_image(workspace, "BR1/B02/1"))
+    show_audit(audit_image(workspace, "BR1/B02/1"))
     assert "the well now has" not in capsys.readouterr().out
 
 
@@ -167,7 +167,7 @@ def test_an_ingest_names_its_files_and_the_wells_it_changed(
     assert (file.name, file.sha256, file.layout) == ("map.csv", sha("map"), "platemap")
     assert (file.rows, file.created, file.updated, file.unchanged, file.refused) == (9, 1, 2, 4, 2)
     assert found.changed_wells == 1
-    tell.run(found)
+    show_audit(found)
     told = capsys.readouterr().out
     assert "map.csv" in told
     assert "1 well got another treatment" in told
@@ -232,11 +232,11 @@ def test_what_another_tool_found(workspace: Workspace, capsys: pytest.CaptureFix
         True,
         "CellProfiler",
     )
-    tell.cell(audit)
+    show_audit(audit)
     told = capsys.readouterr().out
     assert "CellProfiler" in told
     assert told.count("unknown") == 4  # box, centre, masks, diameter
-    tell.image(audit_image(workspace, "BR1/A01/1"))
+    show_audit(audit_image(workspace, "BR1/A01/1"))
     assert "CellProfiler" in capsys.readouterr().out
 
 
@@ -257,11 +257,11 @@ def test_flags_are_told_of_the_last_run_that_found_something(
         (first.id, "no cells", None),
         (second.id, "out of focus", "DNA"),
     ]
-    tell.image(found)
+    show_audit(found)
     told = capsys.readouterr().out
     assert f"flagged by qc run {second.id}: out of focus in DNA, -4.25 (usual is 2 or more)" in told
     assert f"qc run {first.id}:" not in told
-    tell.cell(audit_cell(workspace, cell.id))
+    show_audit(audit_cell(workspace, cell.id))
     assert f"flagged by qc run {third.id}: touches the border" in capsys.readouterr().out
 
 

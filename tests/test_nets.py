@@ -149,7 +149,7 @@ def test_shapes_and_a_step_of_the_whole_are_those_of_the_published_network() -> 
     batch = CellBlock({"mask": masks, "flow": flows}, features, labels, labels)
     before = {name: value.clone() for name, value in theirs.named_parameters()}
 
-    params = TrainParams()
+    params = TrainParams.of("published")
     config = fit_config(dataclasses.replace(params, epochs=1, batch_size=6), TrainSetup(), "cpu")
     fit(ours, lambda _: [batch], lambda _: [batch], config)
 

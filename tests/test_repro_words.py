@@ -26,7 +26,7 @@ from cellstore.config import (
 from cellstore.enums import GroupLevel, LabelField, Projection, Stage, Subset
 from cellstore.jobs.recipes import RecipeSpec, fingerprint
 from cellstore.report.repro import Order, selection_of, typed_words, words_of
-from cellstore_cli.main import app
+from cellstore_cli.app import app
 
 
 class AskedError(Exception):
@@ -119,7 +119,7 @@ splits = st.builds(
     seed=st.integers(0, 2**31),
     plates=st.lists(words, max_size=2).map(tuple),
     allow_missing=st.booleans(),
-    leave_out_flagged=st.none() | st.just("7"),
+    exclude_flagged=st.none() | st.just("7"),
     where=st.none() | words,
     test_plates=lists,
     validation_plates=lists,
@@ -143,7 +143,7 @@ trainings = st.builds(
     seed=st.integers(0, 2**31),
     features=st.none() | words,
     branches=filled,
-    leave_out_flagged=st.none() | st.just("7"),
+    exclude_flagged=st.none() | st.just("7"),
     channels=lists.filter(lambda found: found != ("none",)),
     backbone=words,
     augment=augmentations.map(tuple),
@@ -163,7 +163,7 @@ baselines = st.builds(
     seed=st.integers(0, 2**31),
     features=st.none() | words,
     normalise=st.sampled_from(("train", "plate-controls")),
-    leave_out_flagged=st.none() | st.just("7"),
+    exclude_flagged=st.none() | st.just("7"),
 )
 predictions = st.builds(
     PredictParams,

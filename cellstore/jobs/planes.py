@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,12 @@ from ..db.bulk import in_lists
 from ..db.models import Artifact, Cell, ImageFile, Segmentation
 from ..db.session import Database
 from ..enums import EXCLUDED_NO_PERIMETER, PROJECTION_CHANNEL, Projection
-from ..errors import CellstoreError, ImageError, UnknownNameError
+from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project, read_plane
 from ..io.uris import is_remote, local_path
+
+NUCLEAR = re.compile("dna|dapi|hoechst", re.IGNORECASE)
+"""What the names of channels of nuclei have in them."""
 
 DEFAULT_CHANNELS = 3
 """The published pipeline looks at the median of the first three channels."""
@@ -118,6 +122,24 @@ def check_channels(session: Session, wanted: ImageInput) -> None:
         if session.scalar(there.limit(1)) is None:
             known = session.scalars(select(ImageFile.channel).distinct())
             raise UnknownNameError.of("channel", name, sorted(known))
+
+
+def choose_channels(session: Session, named: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the channels that show the cells: the ``named`` ones, else that of the nuclei.
+
+    Raises:
+        UserInputError: none is named, and not exactly one channel of the store has such a name.
+    """
+    if named is not None:
+        return named
+    known = sorted(session.scalars(select(ImageFile.channel).distinct()))
+    nuclear = [name for name in known if NUCLEAR.search(name)]
+    if len(known) < 2 or len(nuclear) == 1:
+        return tuple(nuclear or known)
+    raise UserInputError(
+        "Which channels show the cells? Name them with --channels. This store has: "
+        f"{', '.join(known)}."
+    )
 
 
 def choose_files(files: Sequence[ImageFile], wanted: ImageInput) -> list[ImageFile]:

@@ -258,7 +258,7 @@ def know_plates(
     added: dict[str, Any] = {}
     # What the training left out as flagged does not say how a plate is spread either.
     recipe = session.get_one(Recipe, found.run.recipe_id)
-    usual = replace(found.source, unflagged_by=recipe.parameters.get("leave_out_flagged"))
+    usual = replace(found.source, unflagged_by=recipe.parameters.get("exclude_flagged"))
     if isinstance(meta.scaler, PlateScaler):
         new = [plate for plate in plates if plate not in meta.scaler.plates]
         scaler = add_plates(session, usual, meta.scaler, new)

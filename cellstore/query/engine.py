@@ -503,7 +503,9 @@ def open_questions(
         views = queries(rules or VoteRules())
         # Votes among cells that are not flagged are counted anew: flags may be added.
         kept = (
-            (PLACED, COUNTS, WINNERS) if rules is None or rules.unflagged_by is None else (PLACED,)
+            (PLACED, COUNTS, WINNERS)
+            if rules is None or rules.exclude_flagged is None
+            else (PLACED,)
         )
         copies = Copies(source, folder, _made(cache / "spill"), runs)
         yield Questions(source, workspace.artifacts, copies, limits, empty, full, views, kept)

@@ -56,10 +56,10 @@ def queries(rules: VoteRules) -> dict[str, str]:
         f"CAST({float(rules.min_margin)!r} AS DOUBLE) AS min_margin, "
         f"{'true' if rules.controls else 'false'} AS controls"
     )
-    if rules.unflagged_by is not None:
+    if rules.exclude_flagged is not None:
         for name in ("voters", "ballots"):
             without = _view(f"{name}_unflagged").query
-            found[name] = without.replace("{run}", str(int(rules.unflagged_by)))
+            found[name] = without.replace("{run}", str(int(rules.exclude_flagged)))
     return found
 
 

@@ -443,7 +443,7 @@ class Done:
     failures: tuple[tuple[str, str], ...] = ()
 
 
-CarryOut = Callable[[Workspace, Stage, Order, str | None], Done]
+CarryOut = Callable[[Workspace, Order, str | None], Done]
 """Runs an order on a store; the text is a condition on its images (``--where``), if any."""
 
 
@@ -566,7 +566,7 @@ def _for_split(session: Session, _run: Run, recipe: Recipe, _number: int | None)
     images = tuple(session.scalars(select(Image.id).order_by(Image.id)))
     segment = input_of(session, recipe, Stage.SEGMENT)
     ids = [] if segment is None else [segment.id]
-    qc = recipe.parameters.get("leave_out_flagged")
+    qc = recipe.parameters.get("exclude_flagged")
     return Wanted(images, segmented=ids, qc=qc, splits=False), images, False
 
 
@@ -600,7 +600,7 @@ def _reading(
         with_cells=[] if segment is None else [segment.id],
         measured=[] if measure is None else [measure.id],
         files_of=files_of,
-        qc=recipe.parameters.get("leave_out_flagged"),
+        qc=recipe.parameters.get("exclude_flagged"),
     )
 
 
@@ -633,7 +633,7 @@ _NEEDS: dict[Stage, Callable[[Session, Run, Recipe, int | None], Needs]] = {
 def _redo(workspace: Workspace, redone: Workspace, job: _Job, carry_out: CarryOut) -> Check:
     by_image = job.run.stage in (Stage.SEGMENT, Stage.MEASURE, Stage.PREDICT)
     where = _where(job) if by_image and job.sampled else None
-    done = carry_out(redone, job.run.stage, _asked(job, where), where)
+    done = carry_out(redone, _asked(job, where), where)
     job.reasons.extend(f"{name}: {reason}" for name, reason in done.failures[:SHOWN])
     if done.run_id is None or done.failures:
         number = len(done.failures)

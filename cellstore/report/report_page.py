@@ -966,7 +966,6 @@ def write_report(
     compare: str | None = None,
     rules: VoteRules | None = None,
     force: bool = False,
-    leave_out_flagged: str | None = None,
     maps: Sequence[str] = (),
     redo: Callable[[int], str] | None = None,
 ) -> ReportResult:
@@ -988,7 +987,6 @@ def write_report(
         compare=compare,
         rules=rules,
         force=force,
-        leave_out_flagged=leave_out_flagged,
     ) as (questions, subject, evidence):
         content = _content(workspace, questions, subject, evidence, maps)
         content["script"] = _script(redo, subject.run.id)

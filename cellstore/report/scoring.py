@@ -637,8 +637,8 @@ UNLABELLED = """
 class Subject:
     """The predict run that a report is about, with the split that it is measured by.
 
-    ``rules`` say which images and cells have a vote: ``rules.unflagged_by`` is the quality-control
-    run whose flagged ones have none, if any. ``baseline``: which it labelled with, if with one;
+    ``rules`` say which images and cells have a vote: ``rules.exclude_flagged`` is the number of the
+    quality-control run whose flagged ones have none, if any. ``baseline``: which it labelled with;
     ``rivals``: runs of baselines of its split; ``feature_leak``: that its features know labels of
     the scored side, if they do.
     """
@@ -655,24 +655,18 @@ class Subject:
     @property
     def qc_run_id(self) -> int | None:
         """The quality-control run whose flagged images and cells have no vote."""
-        return self.rules.unflagged_by
+        flagged = self.rules.exclude_flagged
+        return None if flagged is None else int(flagged)
 
 
-def find_subject(
-    workspace: Workspace,
-    reference: str,
-    leave_out_flagged: str | None = None,
-    rules: VoteRules | None = None,
-) -> Subject:
+def find_subject(workspace: Workspace, reference: str, rules: VoteRules | None = None) -> Subject:
     """Return the predict run of this name; a train run stands for its latest predict run."""
-    subject = _subject(workspace, reference, leave_out_flagged, rules)
+    subject = _subject(workspace, reference, rules)
     rivals = find_rivals(workspace, subject.run, subject.split)
     return replace(subject, baseline=kind_of(workspace, subject.run), rivals=rivals)
 
 
-def _subject(
-    workspace: Workspace, reference: str, leave_out_flagged: str | None, rules: VoteRules | None
-) -> Subject:
+def _subject(workspace: Workspace, reference: str, rules: VoteRules | None) -> Subject:
     with workspace.database.read() as session:
         run = predict_run(session, reference)
         parent = session.get(Run, run.parent_id) if run.parent_id else None
@@ -681,14 +675,12 @@ def _subject(
             raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
         recipe = session.get_one(Recipe, run.recipe_id)
         rules = rules or VoteRules()
-        if leave_out_flagged is None and rules.unflagged_by is not None:
-            leave_out_flagged = str(rules.unflagged_by)
-        qc, notes = flags_on(session, leave_out_flagged, run)
+        qc, notes = flags_on(session, rules.exclude_flagged, run)
         return Subject(
             run,
             session.get_one(Split, split_id),
             recipe.parameters.get("top_k"),
-            replace(rules, unflagged_by=qc),
+            replace(rules, exclude_flagged=None if qc is None else str(qc)),
             notes,
             feature_leak=None if parent is None else leak_of(session, parent, split_id),
         )
@@ -1013,15 +1005,13 @@ def report(
     compare: str | None = None,
     rules: VoteRules | None = None,
     force: bool = False,
-    leave_out_flagged: str | None = None,
 ) -> ReportResult:
     """Score a predict run (a number or ``latest``) against the labels of its split.
 
     Images that the network was trained on count only with ``force``, and the result says so.
     ``compare``: another predict run to put beside it, on the images that both have labelled.
-    ``rules`` say which images and wells have an answer. ``leave_out_flagged``: a quality-control
-    run (a number or ``latest``); what it has flagged has no vote, and the result says how much that
-    is.
+    ``rules`` say which images and wells have an answer; what a quality-control run has flagged has
+    no vote if they say so, and the result says how much that is.
 
     Raises:
         UnknownNameError: there is no such predict run, or quality-control run.
@@ -1035,7 +1025,6 @@ def report(
         compare=compare,
         rules=rules,
         force=force,
-        leave_out_flagged=leave_out_flagged,
     ) as (_, _, evidence):
         return evidence.result
 
@@ -1048,11 +1037,10 @@ def gathered(
     compare: str | None = None,
     rules: VoteRules | None = None,
     force: bool = False,
-    leave_out_flagged: str | None = None,
 ) -> Iterator[tuple[Questions, Subject, Evidence]]:
     """Open the store for the report on a run, with the report; arguments as in :func:`report`."""
-    subject = find_subject(workspace, run, leave_out_flagged, rules)
-    other = None if compare is None else find_subject(workspace, compare, None, subject.rules)
+    subject = find_subject(workspace, run, rules)
+    other = None if compare is None else find_subject(workspace, compare, subject.rules)
     about = {item.run.id for item in (subject, other) if item is not None}
     about |= {rival.id for rivals in subject.rivals.values() for rival in rivals}
     with open_questions(workspace, rules=subject.rules, runs=about) as questions:
@@ -1072,7 +1060,7 @@ def scored(questions: Questions, subject: Subject, *, force: bool) -> Evidence:
     if not counts and subject.qc_run_id is not None:
         raise UserInputError(
             f"Quality-control run {subject.qc_run_id} has flagged all images that run "
-            f"{subject.run.id} has labelled. Score them without --leave-out-flagged."
+            f"{subject.run.id} has labelled. Score them without --exclude-flagged latest."
         )
     if not counts and not subject.rules.controls:
         raise UserInputError(

@@ -98,8 +98,7 @@ class GroupPlan:
     def spec(self) -> RecipeSpec:
         """The recipe."""
         if self.plane is not None:
-            plane = as_parameters(self.plane)
-            parameters = {"image": plane, "features": list(FEATURE_NAMES)}
+            parameters = as_parameters(self.plane) | {"features": list(FEATURE_NAMES)}
             return RecipeSpec(Stage.MEASURE, VERSION, parameters, None, (self.source,))
         parameters = {
             "group": self.name,
@@ -136,12 +135,12 @@ def plan_groups(
     groups = [_group(name) for name in dict.fromkeys(params.features)]
     if not groups:
         raise UserInputError(f"Name a group of features: {', '.join(GROUPS)}.")
-    plane = params.image or plane_of(source)
+    plane = params.plane or plane_of(source)
     check_channels(session, plane)
     if not any(group.per_channel for group in groups):
         channels: tuple[str, ...] = ()
     else:
-        channels = _channels(session, params.image, images)
+        channels = _channels(session, params.plane, images)
     return [
         GroupPlan(group, source, None, channels)
         if group.per_channel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +27,7 @@ from ..jobs.planes import (
     PlaneOrder,
     cell_rows,
     check_channels,
+    choose_channels,
     insert_cells,
     open_plane,
     plane_orders,
@@ -118,8 +119,7 @@ def segment_orders(
     diameters: PlateDiameters | None,
 ) -> dict[int, SegmentOrder | CellstoreError]:
     """Return by image id what a worker needs, or the error: the image lacks a channel."""
-    wanted = [params.image] if params.nuclei is None else [params.image, params.nuclei]
-    planes = [plane_orders(session, image_ids, plane) for plane in wanted]
+    planes = [plane_orders(session, image_ids, plane) for plane in params.planes]
     sizes = {} if diameters is None else _sizes(session, image_ids, diameters)
     return {
         image_id: _order([found[image_id] for found in planes], sizes.get(image_id))
@@ -232,9 +232,9 @@ def make_plan(
     need("segment")
     network = find_network(workspace, params.model, weights_dir)
     with workspace.database.read() as session:
-        check_channels(session, params.image)
-        if params.nuclei is not None:
-            check_channels(session, params.nuclei)
+        params = replace(params, channels=choose_channels(session, params.channels))
+        for plane in params.planes:
+            check_channels(session, plane)
         source = _source(session, params)
         images = images_of(session, selection)
         if source is not None:

@@ -338,9 +338,9 @@ def read_pool(session: Session, params: SplitParams, segment_id: int | None) -> 
 
 
 def _qc_run(session: Session, params: SplitParams, chosen: Select[int]) -> Run | None:
-    if params.leave_out_flagged is None:
+    if params.exclude_flagged is None:
         return None
-    run = find_qc_run(session, params.leave_out_flagged)
+    run = find_qc_run(session, params.exclude_flagged)
     seen = select(Image.id).where(Image.id.in_(chosen), Image.content_sha256.is_not(None))
     check_plates(session, run, seen)
     return run
@@ -454,7 +454,7 @@ def _nothing_to_split(params: SplitParams, left_out: Mapping[str, int]) -> str:
     if left_out.get("flagged"):
         return (
             f"All {left_out['flagged']} images are flagged by quality-control run "
-            f"{left_out['qc_run']}. Split without --leave-out-flagged."
+            f"{left_out['qc_run']}. Split without --exclude-flagged latest."
         )
     if left_out["without_label"]:
         return (
@@ -827,9 +827,7 @@ def _inputs(session: Session, pool: Pool, segment: Recipe | None) -> tuple[Recip
 
 
 def _parameters(params: SplitParams, pool: Pool) -> dict[str, Any]:
-    parameters = as_parameters(params)
-    del parameters["leave_out_flagged"]  # unless it is asked for, a split is as it always was
-    return parameters if pool.qc is None else {**parameters, "leave_out_flagged": pool.qc.id}
+    return as_parameters(params) | {"exclude_flagged": pool.qc.id if pool.qc else None}
 
 
 def _assign(pool: Pool, params: SplitParams) -> tuple[Assignment, ...]:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -292,7 +292,7 @@ def make_plan(
         else:
             segment, measure = recipes_of_set(session, params.features, names[1], names[2])
         features = open_set(session, workspace.artifacts, measure.id)
-        qc, unseen = flags_that_count(session, params.leave_out_flagged, split.id, segment.id)
+        qc, unseen = flags_that_count(session, params.exclude_flagged, split.id, segment.id)
         leak = taught_wells(session, measure, split.id)
         source = CellSource(segment.id, measure.id, split.id, features=features)
         source = replace(source, unflagged_by=qc.id if qc else None)
@@ -351,18 +351,16 @@ def _parameters(
     channels: tuple[str, ...],
 ) -> dict[str, Any]:
     # A file of weights counts by its bytes; where it lay on this machine does not. The feature
-    # set is named by the measure recipe; what is as published is not named at all.
+    # set is named by the measure recipe.
     named = params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else FROM_FILE
-    parameters = as_parameters(params) | {"weights": named}
-    del parameters["features"], parameters["branches"], parameters["leave_out_flagged"]
-    if source.unflagged_by is not None:
-        parameters["leave_out_flagged"] = source.unflagged_by
-    if channels:
-        parameters["channels"] = list(channels)
-    if params.augment:
-        parameters["augment"] = sorted(params.augment)
-    if branches != BRANCHES:
-        parameters["branches"] = list(branches)
+    parameters = as_parameters(params) | {
+        "weights": named,
+        "branches": list(branches),
+        "channels": list(channels),
+        "augment": sorted(params.augment),
+        "exclude_flagged": source.unflagged_by,
+    }
+    del parameters["features"]
     if not source.features.in_table:
         parameters |= {"feature_files": source.features.mark, "gaps": "mean of the training side"}
     return parameters
@@ -424,7 +422,7 @@ def _what_lacks(plan: Plan) -> str:
     if plan.flagged is not None and plan.flagged.images:
         return (
             f"a measured cell that quality-control run {plan.flagged.run_id} has not flagged. "
-            "Train without --leave-out-flagged, or make quality control less strict: "
+            "Train without --exclude-flagged latest, or make quality control less strict: "
             "cellstore qc --help"
         )
     if features.in_table:
@@ -678,8 +676,6 @@ def metrics_of(session: Session, run_id: int) -> tuple[dict[str, float], ...]:
 BASELINE = "baseline"
 """The parameter of a run that is no network; such a run is done in one go."""
 
-_TUPLES = ("branches", "channels", "augment")
-
 
 @dataclass(frozen=True)
 class Order:
@@ -745,13 +741,9 @@ def _order(session: Session, run: Run, recipe: Recipe) -> Order:
 
 
 def _params(stored: Mapping[str, Any], features: str | None) -> TrainParams:
-    known = {item.name for item in fields(TrainParams)}
-    values = {name: value for name, value in stored.items() if name in known}
-    values = {"branches": BRANCHES} | values | {"features": features}
-    values |= {name: tuple(values[name]) for name in _TUPLES if name in values}
-    if "leave_out_flagged" in stored:
-        values["leave_out_flagged"] = str(stored["leave_out_flagged"])
-    return TrainParams(**values)
+    qc = stored["exclude_flagged"]
+    flagged = None if qc is None else str(qc)
+    return TrainParams.from_recipe(stored, features=features, exclude_flagged=flagged)
 
 
 def check_same(order: Order, plan: Plan) -> None:

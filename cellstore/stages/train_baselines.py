@@ -98,7 +98,7 @@ class Plan:
         parameters |= {"baseline": kind, "split": self.split.fingerprint}
         parameters |= {"cells": _digest_of(self.blocks)}
         if self.source.unflagged_by is not None:
-            parameters["leave_out_flagged"] = self.source.unflagged_by
+            parameters["exclude_flagged"] = self.source.unflagged_by
         if kind in baselines.ON_FEATURES:
             parameters |= _reading(self.params, self.source)
         return RecipeSpec(Stage.TRAIN, VERSION, parameters, None, self.inputs)
@@ -125,7 +125,7 @@ def make_plan(
         else:
             segment, measure = recipes_of_set(session, params.features, names[1], names[2])
         features = open_set(session, workspace.artifacts, measure.id)
-        qc, unseen = flags_that_count(session, params.leave_out_flagged, split.id, segment.id)
+        qc, unseen = flags_that_count(session, params.exclude_flagged, split.id, segment.id)
         source = CellSource(segment.id, measure.id, split.id, Subset.TRAIN, features=features)
         source = replace(source, unflagged_by=qc.id if qc else None)
         blocks = tuple(list_blocks(session, source))

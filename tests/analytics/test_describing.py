@@ -11,7 +11,6 @@ from cellstore.query.describe import diagram, written_words
 from cellstore.query.source import TABLES
 from cellstore.query.views import views
 from cellstore.store import Store
-from cellstore_cli.tell_schema import named
 
 
 def test_every_column_has_words_and_all_words_have_a_column(sqlite_workspace: Workspace) -> None:

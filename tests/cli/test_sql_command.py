@@ -97,7 +97,7 @@ def test_control_characters_do_not_reach_the_terminal(cellstore, store):
 
 SIGNALLED = """
 import signal, threading, time
-from cellstore_cli.main import run
+from cellstore_cli.app import run
 
 def tell():
     for _ in range(60):

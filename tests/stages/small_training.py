@@ -48,7 +48,7 @@ from cellstore.stages.train import TrainResult, train
 
 SIZE = 32
 BOXES = ((2, 2, 8, 8), (2, 14, 9, 22), (16, 3, 23, 12), (18, 18, 28, 27))
-TINY = TrainParams(crop_size=32, batch_size=8, epochs=2, learning_rate=1e-3)
+TINY = TrainParams.of("published", crop_size=32, batch_size=8, epochs=2, learning_rate=1e-3)
 WELLS = 3
 """Wells of each of two treatments, one image each: one to train, to validate and to test."""
 
@@ -82,7 +82,9 @@ def build(workspace: Workspace, images: Path) -> None:
             add_image(session, images, plate.id, rows[index % 2].id, index)
             for index in range(2 * WELLS)
         ]
-        recipe = register(session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams())))
+        recipe = register(
+            session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams.of("published")))
+        )
     with running(workspace.database, recipe) as run, workspace.database.begin() as session:
         for image_id in ids:
             add_masks(session, workspace, image_id, recipe.id, run.id)

@@ -360,7 +360,7 @@ def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
         session.execute(update(Treatment).values(control=Control.NEGATIVE))
         image = session.scalars(select(Image)).first()
         recipe = session.get_one(Recipe, run_of(workspace, run).recipe_id)
-        recipe.parameters = {**recipe.parameters, "leave_out_flagged": qc.id}
+        recipe.parameters = {**recipe.parameters, "exclude_flagged": qc.id}
     assert image is not None
     make.flag_image(qc, image, ImageFlagReason.OUT_OF_FOCUS)
     result = predict(workspace, EVERYTHING, device="cpu")

@@ -38,7 +38,7 @@ PUBLISHED = {
     "seed": 0,
     "features": None,
     "branches": None,
-    "leave_out_flagged": None,
+    "exclude_flagged": None,
 }
 """What a recipe of the first version had: the fingerprints of runs made by it must stay."""
 
@@ -52,7 +52,7 @@ def test_the_parameters_of_a_recipe_are_those_that_it_had(trained: Trained, open
     workspace = opened(trained.root)
     with workspace.database.read() as session:
         recipe = session.get_one(Recipe, trained.result.recipe_id)
-    unnamed = {"features", "branches", "leave_out_flagged"}
+    unnamed = {"features", "branches", "exclude_flagged"}
     assert recipe.parameters.keys() == (PUBLISHED.keys() - unnamed) | {"split", "cells"}
     assert recipe.version == 1
 

@@ -305,7 +305,7 @@ class _Work:
             "name": self._name,
             "objects": kind,
             "binary": self._binary,
-            "image": as_parameters(self._plane),
+            **as_parameters(self._plane),
         }
         return RecipeSpec(Stage.SEGMENT, VERSION, parameters)
 
