@@ -733,7 +733,7 @@ def _carry_out(
     """Do what an order says on a store; return the number of the run, and which images failed."""
     params: Any = order.params
     names = order.names
-    sources = {name: names.get(name) for name in ("split", "segmentation", "measurement")}
+    sources: Any = {name: names.get(name) for name in ("split", "segmentation", "measurement")}
     match params:
         case SegmentParams():
             result: Any = store.segment(params, Selection(where=where), device=device)

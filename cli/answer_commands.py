@@ -21,7 +21,7 @@ from .output import Answer, Format, count, cut, interval, percent, say
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from cellstore.report.comparison import Comparison, Side
+    from cellstore.report.comparison import ComparedRun, Comparison
     from cellstore.report.scoring import BaselineScore, ReportResult, Score
     from cellstore.report.votes import VotesResult
 
@@ -93,9 +93,8 @@ def votes(
 def _headline(result: VotesResult, tell: Callable[[str], None]) -> None:
     noun = "image" if result.level == "image" else "well"
     counts = f"{count(result.units, noun)}, {count(result.ties, 'tie')}"
-    tell(
-        f"Run {result.run_id}, {result.vote} vote: {counts}, {count(result.abstained, 'abstention')}"
-    )
+    counts += f", {count(result.abstained, 'abstention')}"
+    tell(f"Run {result.run_id}, {result.vote} vote: {counts}")
     for side in result.sides:
         trained = " - the network was trained on these" if side.subset == "train" else ""
         share = f"{100 * (side.accuracy or 0):.2f} %"
@@ -192,7 +191,7 @@ def _show_report(result: ReportResult) -> None:
             "predict run": result.run_id,
             "train run": result.train_run_id,
             "split": f"{result.split} ({result.protocol}, by {result.group_level})",
-            "scored": f"{', '.join(result.sides)}; {output.cell(result.field)}",
+            "scored": f"{', '.join(result.subsets)}; {output.cell(result.field)}",
             "cells": result.cells,
             "images": result.images,
             "wells": f"{result.wells:,} ({result.wells_seen:,} seen in training)",
@@ -447,7 +446,7 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
         f"{count(found.n, found.level)} of {count(found.wells, 'well')} that both have labelled\n"
     )
 
-    def side(item: Side) -> tuple[object, ...]:
+    def side(item: ComparedRun) -> tuple[object, ...]:
         accuracy = (percent(item.accuracy), interval(item.low, item.high))
         return (item.run_id, item.train_run_id, cut(item.split, 22), item.correct, *accuracy,
                 item.wells_seen)  # fmt: skip

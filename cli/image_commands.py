@@ -89,12 +89,25 @@ def segment(
             "--preview looks at a few images in this process. Leave out --dry-run, --workers and "
             "--scheduler."
         )
-    where = {"weights_dir": weights_dir, "device": device.value}
     with common.open() as store:
         if preview is not None:
-            shown = store.preview(params, selection, count=preview, folder=preview_dir, **where)
+            shown = store.preview(
+                params,
+                selection,
+                count=preview,
+                folder=preview_dir,
+                weights_dir=weights_dir,
+                device=device.value,
+            )
         else:
-            result = store.segment(params, selection, resources=resources, dry_run=dry_run, **where)
+            result = store.segment(
+                params,
+                selection,
+                weights_dir=weights_dir,
+                device=device.value,
+                resources=resources,
+                dry_run=dry_run,
+            )
     if preview is not None:
         _show_preview(shown, common)
         return

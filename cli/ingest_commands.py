@@ -19,7 +19,8 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.ingest.account import Issue
-    from cellstore.stages.ingest.ingest import IngestResult, Preview
+    from cellstore.stages.ingest.dry_run import Preview
+    from cellstore.stages.ingest.ingest import IngestResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -103,7 +104,7 @@ def ingest(
 
 
 def _preview(source: Path, params: IngestParams, common: Common) -> None:
-    from cellstore.stages.ingest.ingest import preview
+    from cellstore.stages.ingest.dry_run import preview
 
     masks = MASKS in (params.kind, params.layout)
     if masks:  # only they are looked up in a store
@@ -134,8 +135,8 @@ def _show_preview(found: Preview) -> None:
             **({} if masks else {"channels": channels or "none"}),
         }
     )
-    columns = ("file", "plate", "well", "site", "plane", "time_point")
-    columns += ("objects", "cells") if masks else ("channel", "treatment")
+    columns = ["file", "plate", "well", "site", "plane", "time_point"]
+    columns += ["objects", "cells"] if masks else ["channel", "treatment"]
     rows = [
         ["" if (value := getattr(row, name)) is None else value for name in columns]
         for row in found.files[:SHOWN_FILES]

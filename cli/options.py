@@ -49,14 +49,21 @@ class Common:
         return Store.open(self.store, progress=listener(quiet=quiet or self.as_json))
 
 
+@dataclass(frozen=True)
+class FieldOf:
+    """Marks a parameter of a command as the option that is declared by a field of its name."""
+
+    kind: type
+
+
 def command(
     app: typer.Typer, name: str, **more: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command.
 
     A parameter whose type is a dataclass becomes an option for each of its fields, and the
-    function gets the filled object. Options that were not typed are filled in by ``--preset``, if
-    the command has that, else by the defaults of the dataclass.
+    function gets the filled object; see also :class:`FieldOf`. Options that were not typed are
+    filled in by ``--preset``, if the command has that, else by the defaults of the dataclass.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -69,11 +76,19 @@ def command(
 def _with_options(function: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {}
+    alone: dict[str, Field] = {}
     shown: dict[str, inspect.Parameter] = {}
     for parameter in inspect.signature(function).parameters.values():
         kind = hints[parameter.name]
+        of = next(
+            (mark for mark in getattr(kind, "__metadata__", ()) if type(mark) is FieldOf), None
+        )
         if is_dataclass(kind):
             groups[parameter.name] = kind
+        elif of is not None:
+            item = next(item for item in options_of(of.kind) if item.name == parameter.name)
+            alone[parameter.name] = item
+            shown[parameter.name] = _parameter(item)
         elif kind is not typer.Context:
             shown[parameter.name] = parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY)
         for item in options_of(kind) if is_dataclass(kind) and kind is not Common else ():
@@ -86,6 +101,8 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
         typed = {name for name in values if _is_typed(context, name)}
         arguments = {name: value for name, value in values.items() if name in hints}
         arguments |= {"context": context} if "context" in hints else {}
+        for name, item in alone.items():
+            arguments[name] = _read(item, values[name]) if name in typed else item.default
         for name, kind in groups.items():
             mine = [item for item in options_of(kind) if item.name in typed]
             given = {item.name: _read(item, values[item.name]) for item in mine}
@@ -121,17 +138,18 @@ def _store_before(context: typer.Context) -> Path | None:
 
 
 def _parameter(item: Field) -> inspect.Parameter:
-    kind, default, known = type_of(item), item.default, item.metadata
+    kind, known = type_of(item), item.metadata
+    default: Any = item.default
     names = [flag(item)]
     if known["negatable"]:
         names = [f"{names[0]}/--no-{names[0].removeprefix('--')}"]
     if get_origin(kind) is tuple:
         kind, default = list[str], list(default or ()) or None
     elif known["nothing"]:
-        kind = Literal[(*(word.value for word in kind), known["nothing"])]
+        kind = Literal.__getitem__((*(word.value for word in kind), known["nothing"]))
         default = known["nothing"] if default is None else default.value
     elif known["choices"]:
-        kind = Literal[tuple(known["choices"])]
+        kind = Literal.__getitem__(tuple(known["choices"]))
     setting = typer.Option(
         *names,
         help=known["help"],
@@ -141,7 +159,8 @@ def _parameter(item: Field) -> inspect.Parameter:
         rich_help_panel=known["section"],
         show_default=default is not None,
     )
-    annotation = Annotated[kind if default is not None else kind | None, setting]
+    optional: Any = kind if default is not None else kind | None
+    annotation: Any = Annotated[optional, setting]
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
@@ -155,11 +174,6 @@ def _read(item: Field, value: Any) -> Any:
     if item.metadata["nothing"]:
         return None if value == item.metadata["nothing"] else kind(value)
     return value
-
-
-def field_option(kind: type, name: str) -> Any:
-    """Return the type, with the option, of a parameter that is a field of a dataclass alone."""
-    return _parameter(next(item for item in options_of(kind) if item.name == name)).annotation
 
 
 class Sectioned(TyperCommand):
@@ -196,8 +210,8 @@ class Device(StrEnum):
 DeviceOption = Annotated[
     Device, typer.Option("--device", help="Where the network runs; auto takes a GPU if it can.")
 ]
-SegmentationOption = field_option(Sources, "segmentation")
-MeasurementOption = field_option(Sources, "measurement")
+SegmentationOption = Annotated[str | None, FieldOf(Sources)]
+MeasurementOption = Annotated[str | None, FieldOf(Sources)]
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Only say how many images there are to do, and how long."),
@@ -212,9 +226,10 @@ WeightsDirOption = Annotated[
     ),
 ]
 PresetOption = Annotated[
-    Literal[tuple(PRESETS)] | None,
+    str | None,
     typer.Option(
         "--preset",
+        metavar="|".join(PRESETS),
         help="published: all values as in the published study. Other options then change single "
         "values.",
         show_default=False,

@@ -20,13 +20,7 @@ from cellstore.config import Selection
 from cellstore.errors import UnknownNameError, UserInputError
 
 from . import output
-from .options import (
-    Common,
-    MeasurementOption,
-    SegmentationOption,
-    command,
-    field_option,
-)
+from .options import Common, FieldOf, MeasurementOption, SegmentationOption, command
 from .output import Answer, Format, say
 
 if TYPE_CHECKING:
@@ -413,7 +407,7 @@ def export(
     ] = None,
     segmentation: SegmentationOption = None,
     measurement: MeasurementOption = None,
-    plates: field_option(Selection, "plates") = None,
+    plates: Annotated[tuple[str, ...], FieldOf(Selection)] = (),
     for_spreadsheet: Annotated[
         bool,
         typer.Option(
@@ -448,7 +442,7 @@ def export(
             features=features,
             segmentation=segmentation,
             measurement=measurement,
-            plates=tuple(plates or ()),
+            plates=plates,
             for_spreadsheet=for_spreadsheet,
             force=force,
         )

@@ -14,7 +14,7 @@ from cellstore.enums import GroupLevel, LabelField
 from cellstore.errors import UserInputError
 
 from . import output
-from .options import Common, PresetOption, command, field_option
+from .options import Common, FieldOf, PresetOption, command
 from .output import say
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ NameArgument = Annotated[
 NewNameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="What the split is called.", show_default=False)
 ]
-FieldOption = field_option(SplitParams, "field")
-AllowMissingOption = field_option(SplitParams, "allow_missing")
+FieldOption = Annotated[LabelField, FieldOf(SplitParams)]
+AllowMissingOption = Annotated[bool, FieldOf(SplitParams)]
 SHOWN_CLASSES = 5
 """How many of the excluded classes are named; --json lists all."""
 MARGIN = 9

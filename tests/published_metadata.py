@@ -9,7 +9,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from cellstore.io.filenames import row_letters
+from cellstore.io.filenames import format_well
 from cellstore.io.platemaps import PlateAnnotation, read_annotation
 
 PLATE = "BR00116991"
@@ -37,7 +37,7 @@ def published_rows(cpjump1: Path, two_spellings: bool) -> Iterator[tuple[str, st
             if (row, column) > LAST_WELL:
                 return
             treatment = annotation.for_well(PLATE, row, column)
-            assert treatment is not None, f"{row_letters(row)}{column:02d}"
+            assert treatment is not None, format_well(row, column)
             respelled = two_spellings and treatment.identifier == RESPELLED_SAMPLE
             name = "ME0328" if respelled else treatment.pert_iname
             for site in range(1, (LAST_SITES if (row, column) == LAST_WELL else SITES) + 1):

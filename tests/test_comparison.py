@@ -143,7 +143,7 @@ def test_other_cells_are_said(sqlite_workspace: Workspace) -> None:
     assert (found.n, found.level, found.vote, found.both_right, found.only_first) == (
         *(2, "well", "soft", 1, 1),
     )
-    assert warned(found.warnings, "They judge different cells")
+    assert warned(found.warnings, "They label different cells")
     assert found.differing[0].name == "P/B02"
 
 
@@ -153,7 +153,7 @@ def test_questions_that_differ_are_not_compared(sqlite_workspace: Workspace) -> 
     one = screen.labelled(main, says("a2=a b2=b"))
     genes = screen.split("genes", sides("a1 b1", "a2 b2"), field=LabelField.TARGET)
     other = screen.labelled(genes, says("a2=a b2=b"))
-    with pytest.raises(UserInputError, match=r"says pert_iname and run .* target"):
+    with pytest.raises(UserInputError, match=r"predicts pert_iname and run .* target"):
         compare(sqlite_workspace, str(one.id), str(other.id))
     with pytest.raises(UserInputError, match="name another run"):
         report(sqlite_workspace, str(one.id), compare=str(one.id))

@@ -23,7 +23,7 @@ from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, 
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.runs import keep_file
 from cellstore.jobs.workspace import Workspace
-from cellstore.report.drawing import layout_of
+from cellstore.report.drawing import plate_layout
 from cellstore.report.report_page import write_report
 from cellstore.report.scoring import report
 
@@ -42,7 +42,7 @@ def test_scores_of_the_small_screen(workspace: Workspace) -> None:
     found = report(workspace)
     assert (found.run_id, found.train_run_id) == (screen.predict_run.id, screen.train_run.id)
     assert (found.cells, found.images, found.wells, found.classes) == (7, 3, 3, 2)
-    assert found.sides == ("test",)
+    assert found.subsets == ("test",)
     hard = found.score("image", "hard")
     assert (hard.n, hard.correct, hard.ties) == (3, 2, 2)
     # taxol right in one of two, DMSO in one of one; F1 2/3 each
@@ -150,7 +150,7 @@ def test_training_images_are_refused_unless_forced(sqlite_workspace: Workspace) 
     with pytest.raises(UserInputError, match=r"only labelled the 4 images .* trained on.*--force"):
         report(sqlite_workspace)
     forced = report(sqlite_workspace, force=True)
-    assert forced.sides == ("train",)
+    assert forced.subsets == ("train",)
     assert forced.notes[0] == "Forced: 4 of these images were used to train the network."
     assert forced.wells_seen == 4
 
@@ -159,11 +159,11 @@ def test_the_test_side_is_scored_alone(sqlite_workspace: Workspace) -> None:
     screen = small_screen(sqlite_workspace)
     move(screen, "B01", Subset.TRAIN)
     found = report(sqlite_workspace)
-    assert (found.sides, found.images) == (("test",), 2)
+    assert (found.subsets, found.images) == (("test",), 2)
     assert "1 labelled training images are left out" in found.notes[0]
     move(screen, "B02 B03", Subset.VALIDATION)
     forced = report(sqlite_workspace, force=True)
-    assert forced.sides == ("outside", "train", "validation")
+    assert forced.subsets == ("outside", "train", "validation")
     assert forced.images == 4
 
 
@@ -281,7 +281,7 @@ def test_the_page_shows_images_and_says_which_are_missing(
     pictures = [link for link in page.links if link.startswith("data:image/jpeg")]
     assert len(pictures) == 3  # one example, and the sample bare and outlined
     shown = " ".join("".join(page.text).split())
-    assert "Taken for taxol, is DMSO" in shown
+    assert "Labelled taxol, is DMSO" in shown
     assert shown.count("See what else is affected with: cellstore verify") == 2
     assert "None of the 3 wells scored here was seen in training." in shown
     assert "66.7 %" in shown
@@ -337,7 +337,7 @@ def test_the_numbers_need_no_extra_but_the_page_does(
     [([(8, 12)], (8, 12)), ([(1, 13)], (16, 24)), ([(17, 1)], (32, 48)), ([(40, 60)], (40, 60))],
 )
 def test_plate_layouts_fit_the_wells(wells: list[tuple[int, int]], layout: tuple[int, int]) -> None:
-    assert layout_of([(row, column, None) for row, column in wells]) == layout
+    assert plate_layout(wells) == layout
 
 
 def test_images_without_a_cell_are_told(workspace: Workspace) -> None:
@@ -354,5 +354,5 @@ def test_images_without_a_cell_are_told(workspace: Workspace) -> None:
     result = report(workspace)
     assert result.images == 1
     assert any(
-        note.startswith("1 images of the scored side have no label") for note in result.notes
+        note.startswith("1 images of the scored subset have no label") for note in result.notes
     )

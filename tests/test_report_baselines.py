@@ -10,12 +10,13 @@ from screens import SmallScreen, small_screen
 
 from cellstore.config import VoteRules
 from cellstore.db.models import Recipe, Run
-from cellstore.enums import Stage, Status
+from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UserInputError
 from cellstore.jobs.lookup import run_in
 from cellstore.jobs.workspace import Workspace
+from cellstore.report.comparison import compare
 from cellstore.report.report_page import write_report
-from cellstore.report.scoring import BaselineScore, Score, report, verdict
+from cellstore.report.scoring import BaselineScore, against_nulls, report
 
 DMSO_EVERYWHERE = {"B01": "DMSO", "B02": "DMSO", "B03": "DMSO"}
 
@@ -59,10 +60,11 @@ def test_a_baseline_is_scored_on_the_images_of_the_run(workspace: Workspace) -> 
     assert (by_level["well"].n, by_level["well"].accuracy) == (3, pytest.approx(1 / 3))
     # 3 cells of DMSO, 4 of taxol
     assert (by_level["cell"].n, by_level["cell"].accuracy) == (7, pytest.approx(3 / 7))
-    # two of three images are right; drawing three wells, none is right in 1/27 > 2.5 %
-    assert found.score("image", "hard").low == 0
-    assert found.beats_nulls is False
-    assert "not above majority (33.3 %) per image" in found.against_nulls
+    # The run is right in B01 and B02, the baseline in B01: one well that differs says nothing.
+    assert (by_level["image"].p_value, by_level["image"].beaten) == (1.0, False)
+    assert found.beats_nulls is None
+    assert found.against_nulls.startswith("Too few wells (3) to say")
+    assert "majority (33.3 %, p = 1)" in found.against_nulls
 
 
 def test_a_baseline_that_has_labelled_a_part_is_not_compared(sqlite_workspace: Workspace) -> None:
@@ -105,8 +107,42 @@ def test_a_report_on_a_baseline_does_not_compare_it_with_itself(
     found = report(sqlite_workspace, str(logistic.parent_id))
     assert (found.run_id, found.score("image", "hard").accuracy) == (logistic.id, 1.0)
     assert {item.baseline for item in found.baselines} == {"majority"}
-    # three wells without an error reach down to 0.025 ** (1 / 3) = 29.2 %
+    assert found.beats_nulls is None  # three wells are too few, even without an error
+
+
+def test_a_run_beats_a_baseline_by_the_test_with_which_runs_are_compared(
+    sqlite_workspace: Workspace,
+) -> None:
+    """Eight wells: the run is right in all, one baseline in the first, another in all but one."""
+    make = Factory(sqlite_workspace)
+    label, other = make.label("a"), make.label("b")
+    plate, source = make.plate(), make.run(Stage.SEGMENT)
+    images = [make.image(make.well(plate, 1, c, make.treatment("a"))) for c in range(1, 9)]
+    cells = [make.cells_of(make.segmentation(image, source, 1)) for image in images]
+    split = make.split([(image, Subset.TEST, label) for image in images])
+
+    def labelled(train: Run, right: set[int]) -> Run:
+        run = make.run(Stage.PREDICT, parent_id=train.id, split_id=split.id)
+        for well, some in enumerate(cells):
+            make.predict(run, some, [[(label if well in right else other, 0.9)]])
+        return run
+
+    run = labelled(make.run(Stage.TRAIN, split_id=split.id), set(range(8)))
+    rivals = {}
+    for kind, right in (("majority", {0}), ("position", set(range(7)))):
+        recipe = make.recipe(Stage.TRAIN, parameters={"baseline": kind, "n": kind})
+        rivals[kind] = labelled(make.run(Stage.TRAIN, recipe, split_id=split.id), right)
+    found = report(sqlite_workspace, str(run.id))
+    by_kind = {item.baseline: item for item in found.baselines if item.level == "image"}
+    # Seven wells that differ, all for the run: 2 / 2**7; one: 1.
+    assert (by_kind["majority"].p_value, by_kind["majority"].beaten) == (2 / 2**7, True)
+    assert (by_kind["position"].p_value, by_kind["position"].beaten) == (1.0, False)
     assert found.beats_nulls is False
+    assert found.against_nulls.startswith("Not shown to be better per image than position (87.5 %")
+    for kind, rival in rivals.items():
+        compared = compare(sqlite_workspace, str(run.id), str(rival.id))
+        assert compared.test.p_value == by_kind[kind].p_value
+        assert (compared.better == run.id) is by_kind[kind].beaten
 
 
 def test_the_latest_run_is_that_of_a_network(workspace: Workspace) -> None:
@@ -130,31 +166,34 @@ def baseline_recipe(make: Factory) -> Recipe:
     return make.recipe(Stage.TRAIN, parameters={"baseline": "majority"})
 
 
-def scored(low: float | None) -> Score:
-    bounds = (low, None if low is None else low + 0.2)
-    return Score("image", "hard", 50, 25, 0.5, *bounds, 0.2, 0.5, 0.5, None, 0.1, 0)
+def null(name: str, accuracy: float, level: str = "image", *, beaten: bool = True) -> BaselineScore:
+    p = 0.01 if beaten else 0.3
+    scores = (7, 6, level, "hard", 50, accuracy, 0.0, 0.9, p, beaten)
+    return BaselineScore(name, name != "forest", *scores)
 
 
-def null(name: str, accuracy: float, level: str = "image") -> BaselineScore:
-    return BaselineScore(name, name != "forest", 7, 6, level, "hard", 50, accuracy, 0.0, 0.9)
-
-
-def test_what_is_said_of_null_baselines() -> None:
+def test_the_sentence_on_null_baselines() -> None:
     names = ("majority", "shuffled", "cellcount", "position")
     four = [null(name, 0.3) for name in names]
-    good, sentence = verdict(scored(0.4), [*four, null("forest", 0.9)], None, "main")
+    good, sentence = against_nulls([*four, null("forest", 0.9, beaten=False)], None, 20, "main")
     assert good is True
-    assert "above every null baseline: majority (30.0 %), shuffled" in sentence
-    # that the interval reaches down to one of them is enough; other levels do not count
-    bad = [*four[:3], null("position", 0.45), null("position", 0.1, "well")]
-    assert verdict(scored(0.4), bad, None, "main")[0] is False
-    assert verdict(scored(0.4), [null("position", 0.45)], None, "main")[0] is False
-    some = verdict(scored(0.4), four[:2], None, "my split")
+    assert sentence.startswith(
+        "Better per image than every null baseline: majority (30.0 %, p = 0.01), shuffled"
+    )
+    # One that is not beaten is enough; other levels do not count.
+    level = null("position", 0.1, "well", beaten=False)
+    assert against_nulls([*four, level], None, 20, "main")[0] is True
+    bad = [*four[:3], null("position", 0.45, beaten=False)]
+    good, sentence = against_nulls(bad, None, 20, "main")
+    assert good is False
+    assert sentence.startswith("Not shown to be better per image than position (45.0 %, p = 0.3);")
+    assert against_nulls([null("position", 0.4, beaten=False)], None, 20, "main")[0] is False
+    some = against_nulls(four[:2], None, 20, "my split")
     assert some[0] is None
     assert some[1].endswith(
         "cellcount, position. Run: cellstore train --baseline null --split 'my split'"
     )
-    assert "one well only" in verdict(scored(None), four, None, "main")[1]
+    assert against_nulls(four, None, 5, "main")[1].startswith("Too few wells (5)")
 
 
 def test_the_page_shows_what_a_score_has_to_beat(
@@ -167,6 +206,6 @@ def test_the_page_shows_what_a_score_has_to_beat(
     write_report(sqlite_workspace, "latest", page)
     text = page.read_text()
     assert "What a score has to beat" in text
-    assert "The interval of these labels is not above majority (33.3 %)" in text
+    assert "Too few wells (3) to say whether these labels are better" in text
     assert f">run {screen.predict_run.id}<" in text
     assert "<td>majority</td>" in text

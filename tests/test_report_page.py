@@ -20,7 +20,7 @@ from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.query.engine import open_questions
 from cellstore.report import report_page
 from cellstore.report.drawing import plain, short, svg
-from cellstore.report.report_page import _matrices, pictures, write_report
+from cellstore.report.report_page import confusion_figures, pictures, plate_maps, write_report
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -201,7 +201,7 @@ def test_mistakes_within_a_gene_are_told_apart() -> None:
 
 def test_hue_says_what_an_answer_is_and_opacity_how_frequent() -> None:
     found = report_page.confusion_of(PAIRS, GENES)
-    picture = report_page._colours(found)
+    picture = report_page.confusion_colours(found)
     right, same, other, none = picture[2, 2], picture[2, 3], picture[3, 0], picture[0, 1]
     assert len({tuple(item[:3]) for item in (right, same, other)}) == 3
     assert right[3] > same[3] > 0.18  # 3 and 2 of 5
@@ -212,13 +212,15 @@ def test_of_many_classes_the_most_confused_have_names() -> None:
     names = [f"c{i:03d}" for i in range(120)]
     pairs = [(name, name) for name in names] + [("c007", "c099")] * 3 + [("c050", "c051")]
     found = report_page.confusion_of(pairs, {name: f"g{i // 2}" for i, name in enumerate(names)})
-    drawn = _matrices(found)
+    drawn = confusion_figures(found)
     assert [named for _, _, named in drawn] == [True, False]
     assert ">c007</text>" in drawn[0][1]
     assert ">c008</text>" not in drawn[0][1]
     assert "120 classes" in drawn[1][0]
     assert len(drawn[1][1]) < 30_000
-    assert [named for _, _, named in _matrices(report_page.confusion_of(pairs[:40], {}))] == [True]
+    assert [
+        named for _, _, named in confusion_figures(report_page.confusion_of(pairs[:40], {}))
+    ] == [True]
 
 
 def test_maps_show_the_means_of_wells(workspace: Workspace) -> None:
@@ -234,19 +236,19 @@ def test_maps_show_the_means_of_wells(workspace: Workspace) -> None:
         for name, right in (("B01", False), ("B02", True), ("B02", False), ("B03", None))
     ]
     with open_questions(workspace) as questions:
-        accuracy, counts, area, depth = report_page.measures(
-            questions, screen.predict_run.id, rows, ("area", "deep.depth")
-        )
+        run = screen.predict_run.id
+        maps, more = plate_maps(questions, run, rows, ("area", "deep.depth"))
         with pytest.raises(UnknownNameError, match=r"[Aa]rea"):
-            report_page.measures(questions, screen.predict_run.id, rows, ("aera",))
-        places = report_page.plates_of(questions, [rows[0]["well_id"]])
-    by_well = {name: screen.images[name].well_id for name in ("B01", "B02", "B03")}
-    assert accuracy.values == {by_well["B01"]: 0, by_well["B02"]: 50}
-    assert [counts.values[well] for well in by_well.values()] == [3, 2, 2]
+            plate_maps(questions, run, rows, ("aera",))
+    (accuracy,), (counts,), (area,), (depth,) = maps
+    assert (accuracy.plate, accuracy.title, more) == ("BR1", "Accuracy", 0)
+    b1, b2, b3 = (2, 1), (2, 2), (2, 3)
+    assert accuracy.values == {b1: 0, b2: 50}
+    assert [counts.values[well] for well in (b1, b2, b3)] == [3, 2, 2]
     assert set(area.values.values()) == {64.0}
-    assert depth.values == {by_well["B01"]: 3.0, by_well["B02"]: 4.0}  # nan says nothing
-    assert [place.name for place in places["BR1"]] == ["A01", "A02", "B01", "B02", "B03", "B04"]
-    assert "from 3 (B01) to 4 (B02)" in report_page.drawn(places, [depth])[0].maps[0].extremes
+    assert depth.values == {b1: 3.0, b2: 4.0}  # nan says nothing
+    assert list(depth.wells) == [(1, 1), (1, 2), b1, b2, b3, (2, 4)]
+    assert depth.extremes() == "2 wells, from 3 (B01) to 4 (B02)"
 
 
 def test_a_page_says_what_is_missing(sqlite_workspace: Workspace, tmp_path: Path) -> None:
@@ -296,7 +298,7 @@ def test_where_two_runs_differ_is_shown(sqlite_workspace: Workspace, tmp_path: P
     page = write(sqlite_workspace, tmp_path, compare=first, rules=VoteRules(controls=False))
     assert "Control wells are left out." in page.words
     first, second = other.id, screen.predict_run.id
-    assert f"Run {first} beside run {second}" in page.words
+    assert f"Run {first} compared with run {second}" in page.words
     assert f"Run {first} says DMSO, run {second} says taxol ✓" in page.words
     assert "#comparison" in page.values("a", "href")
 

@@ -27,7 +27,7 @@ from cellstore.errors import ImageError, UnknownNameError, UserInputError
 pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 torch = pytest.importorskip("torch")
 
-from cellstore.analysis import cellpose3 as cellpose3_module  # noqa: E402
+from cellstore.analysis import cellpose as cellpose_module  # noqa: E402
 from cellstore.analysis.rendering import PlateDesign, render_field  # noqa: E402
 from cellstore.learn import shipped_network  # noqa: E402
 
@@ -50,7 +50,7 @@ def untrained(tmp_path_factory):
 
 
 def size_model(diam_mean=17.0):
-    return cellpose3_module.SizeModel(np.linspace(-1, 1, 256), np.zeros(256), 0.2, diam_mean)
+    return cellpose_module.SizeModel(np.linspace(-1, 1, 256), np.zeros(256), 0.2, diam_mean)
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +152,7 @@ def test_the_digest_covers_network_and_size_model(untrained, tmp_path):
     plain = hashlib.sha256(network.read_bytes()).hexdigest()
     assert alone.size_model is None
     assert alone.sha256 == plain
-    cellpose3_module.save_size_model(tmp_path / "net_size.npz", size_model())
+    cellpose_module.save_size_model(tmp_path / "net_size.npz", size_model())
     both = find_model(str(network))
     assert both.size_model == tmp_path / "net_size.npz"
     sized = hashlib.sha256(both.size_model.read_bytes()).hexdigest()
@@ -277,7 +277,7 @@ def test_pickled_arrays_in_our_own_format_are_refused(tmp_path):
     path, trace = tmp_path / "evil_size.npz", tmp_path / "trace"
     np.savez(path, A=np.array(Trap(trace), object), smean=0, ymean=0, diam_mean=17)
     with pytest.raises(UserInputError, match="not a Cellpose size model"):
-        cellpose3_module.load_size_model(path)
+        cellpose_module.load_size_model(path)
     assert not trace.exists()
 
 
@@ -287,7 +287,7 @@ def test_a_damaged_size_model_is_refused(tmp_path, content, suffix):
     path = tmp_path / f"broken{suffix}"
     path.write_bytes(content)
     with pytest.raises(UserInputError, match="not a Cellpose size model"):
-        cellpose3_module.load_size_model(path)
+        cellpose_module.load_size_model(path)
 
 
 def test_without_size_model_a_diameter_is_asked_for(untrained):
@@ -328,8 +328,8 @@ def test_unusable_pixels_are_refused(untrained, image):
 
 def test_a_size_model_survives_storage(tmp_path):
     path = tmp_path / "size.npz"
-    cellpose3_module.save_size_model(path, size_model())
-    loaded = cellpose3_module.load_size_model(path)
+    cellpose_module.save_size_model(path, size_model())
+    loaded = cellpose_module.load_size_model(path)
     np.testing.assert_array_equal(loaded.weights, size_model().weights)
     assert (loaded.offset, loaded.diam_mean) == (0.2, 17.0)
 
@@ -344,7 +344,7 @@ def test_a_size_model_as_cellpose_writes_it_is_read(tmp_path, number):
         "diam_mean": number(30.0),
     }
     np.save(path, written, allow_pickle=True)
-    loaded = cellpose3_module.load_size_model(path)
+    loaded = cellpose_module.load_size_model(path)
     np.testing.assert_array_equal(loaded.weights, written["A"])
     assert (loaded.offset, loaded.diam_mean) == (0.5, 30.0)
     # Cellpose: exp(A @ (style - smean) + log(diam_mean) + ymean)
@@ -355,14 +355,14 @@ def test_the_regression_recovers_a_law_it_can_express():
     rng = np.random.default_rng(0)
     styles, law = rng.normal(size=(600, 256)), rng.normal(size=256) / 30
     truth = 20 * np.exp(styles @ law)
-    fitted = cellpose3_module.fit_size_model(styles, truth, diam_mean=17.0, ridge=1e-6)
+    fitted = cellpose_module.fit_size_model(styles, truth, diam_mean=17.0, ridge=1e-6)
     estimates = [fitted.estimate(style) for style in styles[:50]]
     np.testing.assert_allclose(estimates, truth[:50], rtol=1e-3)
 
 
 def test_an_estimate_is_never_below_the_smallest_diameter():
-    model = cellpose3_module.SizeModel(np.full(256, -1.0), np.zeros(256), 0.0, 17.0)
-    assert model.estimate(np.ones(256)) == cellpose3_module.SMALLEST_DIAMETER
+    model = cellpose_module.SizeModel(np.full(256, -1.0), np.zeros(256), 0.0, 17.0)
+    assert model.estimate(np.ones(256)) == cellpose_module.SMALLEST_DIAMETER
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -463,7 +463,7 @@ def test_a_picture_survives_as_a_file():
 def test_the_network_loader_is_the_one_cellpose_offers(untrained):
     from cellpose.models import CellposeModel
 
-    ours = cellpose3_module.load_network(untrained, "cpu")
+    ours = cellpose_module.load_network(untrained, "cpu")
     theirs = CellposeModel(pretrained_model=str(untrained), device=torch.device("cpu"))
     assert ours.diam_mean == theirs.diam_mean == shipped_network.DIAM_MEAN
     for one, other in zip(ours.net.parameters(), theirs.net.parameters(), strict=True):

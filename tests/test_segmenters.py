@@ -10,7 +10,7 @@ from cellstore.errors import ImageError, UserInputError
 torch = pytest.importorskip("torch")
 pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 
-from cellstore.analysis.cellpose_common import TILES, Batches  # noqa: E402
+from cellstore.analysis.cellpose import TILES, Batches  # noqa: E402
 from cellstore.analysis.rendering import render_nuclei  # noqa: E402
 from cellstore.learn import shipped_network  # noqa: E402
 

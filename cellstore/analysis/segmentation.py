@@ -209,11 +209,7 @@ def load_segmenter(
     generation = installed_generation() or 3
     limits = (flow_threshold, cellprob_threshold)
     try:
-        if generation >= 4:
-            from .cellpose4 import CellposeSamSegmenter
-
-            return CellposeSamSegmenter(files, *limits, diameter, device)
-        from .cellpose3 import CellposeSegmenter
+        from .cellpose import CellposeSegmenter
 
         return CellposeSegmenter(files, *limits, diameter, device, sizes_given)
     except ModuleNotFoundError as error:

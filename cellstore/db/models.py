@@ -22,6 +22,12 @@ from ..enums import (
     Stage,
     Status,
 )
+from .quality_models import CellFlag as CellFlag
+from .quality_models import ImageFlag as ImageFlag
+from .quality_models import ImageQuality as ImageQuality
+from .split_models import Split as Split
+from .split_models import SplitGroup as SplitGroup
+from .split_models import SplitMember as SplitMember
 from .types import Base, BigId, Id, Name, Sha256, by_value
 
 

@@ -75,7 +75,9 @@ def parse_well(text: str) -> tuple[int, int]:
     if numbers:
         row, column = int(numbers[1]), int(numbers[2])
     elif letters:
-        row, column = _row_number(letters[1]), int(letters[2])
+        row, column = 0, int(letters[2])
+        for letter in letters[1].upper():
+            row = row * 26 + ord(letter) - 64
     else:
         row = column = 0
     if not (1 <= row <= ROWS and 1 <= column <= COLUMNS):
@@ -94,14 +96,8 @@ def format_well(row: int, column: int) -> str:
             f"Row {row}, column {column} is not a well. "
             f"Rows are 1 to {ROWS}, columns 1 to {COLUMNS}."
         )
-    return f"{row_letters(row)}{column:02d}"
-
-
-def row_letters(row: int) -> str:
-    """Return 'A' for row 1, 'Z' for row 26, 'AA' for row 27."""
-    if row <= 26:
-        return chr(64 + row)
-    return "A" + chr(64 + row - 26)
+    letters = chr(64 + row) if row <= 26 else "A" + chr(64 + row - 26)
+    return f"{letters}{column:02d}"
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -118,21 +114,10 @@ def core_file_name(name: str) -> PhenixName | None:
         row=row,
         column=column,
         field=int(match["field"]),
-        plane=_number(match["plane"]),
-        channel=_number(match["channel"]),
-        time_point=_number(match["time"]),
+        plane=None if match["plane"] is None else int(match["plane"]),
+        channel=None if match["channel"] is None else int(match["channel"]),
+        time_point=None if match["time"] is None else int(match["time"]),
     )
-
-
-def _number(text: str | None) -> int | None:
-    return None if text is None else int(text)
-
-
-def _row_number(letters: str) -> int:
-    number = 0
-    for letter in letters.upper():
-        number = number * 26 + ord(letter) - 64
-    return number
 
 
 PHENIX, CELLOMICS, WELLSITE, PATTERN = (
@@ -273,8 +258,28 @@ class NamePattern:
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
-        self._expression = _compiled(pattern)
-        self._groups = _known_groups(pattern, self._expression.groupindex)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._expression = re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserInputError(
+                f"The pattern {pattern[:100]!r} is no regular expression ({error}). "
+                r"Write it like (?P<well>[A-P]\d\d)_s(?P<site>\d+)_w(?P<channel>\d)."
+            ) from error
+        names = self._expression.groupindex
+        unknown = sorted(name for name in names if name.lower() not in _GROUPS)
+        if unknown:
+            raise UserInputError(
+                f"The pattern has the group {unknown[0]!r}. Known groups: {', '.join(_GROUPS)}."
+            )
+        self._groups = {number: _GROUPS[name.lower()] for name, number in names.items()}
+        parts = set(self._groups.values())
+        if "well" not in parts and not {"row", "column"} <= parts:
+            raise UserInputError(
+                f"The pattern {pattern[:100]!r} names no well. "
+                r"Add a group (?P<well>...), or (?P<row>...) and (?P<col>...)."
+            )
 
     @property
     def wants_path(self) -> bool:
@@ -293,15 +298,20 @@ class NamePattern:
         if match is None:
             return None
         parts = {key: match[group] for group, key in self._groups.items() if match[group]}
+        well = parts.get("well")
+        if well is None:
+            row, column = parts.get("row", ""), parts.get("column", "")
+            well = f"r{row}c{column}" if _is_number(row) else f"{row}{column}"
         channel = parts.get("channel")
         number = int(channel) if channel and _is_number(channel) else None
         found = channel if number is None else f"ch{number}"
+        site = _part(parts, "site")
         return ImageName(
             parts.get("plate"),
-            *_pattern_well(parts),
-            _part(parts, "site", 1),
-            _optional(parts, "plane"),
-            _optional(parts, "time"),
+            *parse_well(well),
+            1 if site is None else site,
+            _part(parts, "plane"),
+            _part(parts, "time"),
             parts.get("stain") or found,
             number or None,
         )
@@ -312,52 +322,11 @@ def looks_like_a_mask(name: str) -> bool:
     return "Mask" in name or _MASK.search(name) is not None
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UserInputError(
-            f"The pattern {pattern[:100]!r} is no regular expression ({error}). "
-            r"Write it like (?P<well>[A-P]\d\d)_s(?P<site>\d+)_w(?P<channel>\d)."
-        ) from error
-
-
-def _known_groups(pattern: str, names: Mapping[str, int]) -> dict[int, str]:
-    unknown = sorted(name for name in names if name.lower() not in _GROUPS)
-    if unknown:
-        raise UserInputError(
-            f"The pattern has the group {unknown[0]!r}. Known groups: {', '.join(_GROUPS)}."
-        )
-    groups = {place: _GROUPS[name.lower()] for name, place in names.items()}
-    if "well" not in groups.values() and not {"row", "column"} <= set(groups.values()):
-        raise UserInputError(
-            f"The pattern {pattern[:100]!r} names no well. "
-            r"Add a group (?P<well>...), or (?P<row>...) and (?P<col>...)."
-        )
-    return groups
-
-
-def _pattern_well(parts: Mapping[str, str]) -> tuple[int, int]:
-    text = parts.get("well")
-    if text is None:
-        row, column = parts.get("row", ""), parts.get("column", "")
-        text = f"r{row}c{column}" if _is_number(row) else f"{row}{column}"
-    return parse_well(text)
-
-
-def _optional(parts: Mapping[str, str], name: str) -> int | None:
-    return _part(parts, name, 0) if name in parts else None
-
-
-def _part(parts: Mapping[str, str], name: str, default: int) -> int:
+def _part(parts: Mapping[str, str], name: str) -> int | None:
     text = parts.get(name)
-    if text is None:
-        return default
-    if not _is_number(text):
+    if text is not None and not _is_number(text):
         raise UserInputError(f"{name} is {text[:50]!r}, not a whole number. Correct the pattern.")
-    return int(text)
+    return None if text is None else int(text)
 
 
 def _is_number(text: str) -> bool:

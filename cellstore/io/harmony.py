@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
 
 from ..errors import BadTableError, UserInputError
-from .filenames import PhenixName, core_file_name, format_well
+from .filenames import core_file_name, format_well
 from .image_files import is_safe_name
-from .image_tables import ChannelNames
+from .image_tables import ChannelNames, RowRefusedError
 from .records import LONGEST, FileRef, ImageRecord, Refusal
 from .uris import join, writable
 
@@ -28,7 +27,6 @@ ROOT = "EvaluationInputData"
 _CHUNK = 1 << 16
 _MAX_TEXT = 4096
 _MAX_NUMBER = 1_000_000
-_FIRST = 1
 _LISTS = frozenset({("Plates", "Plate"), ("Map", "Entry"), ("Images", "Image")})
 _WANTED = frozenset(
     {
@@ -39,16 +37,11 @@ _WANTED = frozenset(
 _ABSOLUTE = re.compile(r"/|[a-z]:/|[a-z][a-z0-9+.-]+://", re.IGNORECASE | re.ASCII)
 
 
-class _RefusedError(Exception):
-    """One image element cannot be used; becomes a ``Refusal``."""
-
-
 class _NotHarmonyError(Exception):
     """It is another document than a Harmony index, and in which way."""
 
 
-@dataclass(slots=True)
-class _Element:
+class _Element(NamedTuple):
     """A plate, channel or image of the index: its line, and its children's texts by name."""
 
     name: str
@@ -56,33 +49,26 @@ class _Element:
     values: dict[str, str]
 
 
-class _Listed(NamedTuple):
-    """One file of the index, and the field it is of."""
-
-    line: int
-    key: tuple[int, int, int, int, int]
-    core_name: str | None
-    file: FileRef
-
-
 def is_harmony(path: Path) -> bool:
-    """Tell an index, or a folder that has one (itself or in ``Images``), from other things."""
+    """Whether this is an index, or a folder that has one (itself or in ``Images``)."""
     try:
         file = index_of(path)
         if file is None or not file.is_file():
             return False
+        parser = _IndexParser()
         with file.open("rb") as stream:
-            return _root(stream.read(_CHUNK)) == ROOT
-    except (OSError, ValueError):
+            parser.feed(stream.read(_CHUNK))
+    except (OSError, ValueError, expat.ExpatError, _NotHarmonyError):
         return False
+    return parser.is_inside
 
 
 def index_of(path: Path) -> Path | None:
     """Return the index in a folder or in its ``Images``, or None; a file is returned as it is."""
     if not path.is_dir():
         return path
-    places = (folder / name for folder in (path, path / "Images") for name in INDEX_NAMES)
-    return next((place for place in places if place.is_file()), None)
+    files = (folder / name for folder in (path, path / "Images") for name in INDEX_NAMES)
+    return next((file for file in files if file.is_file()), None)
 
 
 def read_harmony(
@@ -108,125 +94,129 @@ def read_harmony(
         raise BadTableError(
             f"{path} is no Harmony index. Give the Index.idx.xml that lies beside the images."
         )
-    return _Index(file, plate, batch, ChannelNames(channels)).records()
+    return _HarmonyIndex(file, plate, batch, ChannelNames(channels)).records()
 
 
-@dataclass
-class _Index:
-    path: Path
-    plate: str | None
-    batch: str | None
-    names: ChannelNames
-    _plates: list[str] = field(default_factory=list)
-    _channels: dict[int, str] = field(default_factory=dict)
-    _folder: str | None = None
+class _HarmonyIndex:
+    """An index that is being read, and what came before its images."""
+
+    def __init__(
+        self, path: Path, plate: str | None, batch: str | None, names: ChannelNames
+    ) -> None:
+        self._path, self._wanted_plate, self._batch, self._names = path, plate, batch, names
+        self._plates: list[str] = []
+        self._channels: dict[int, str] = {}
+        self._folder: str | None = None
 
     def records(self) -> Iterator[ImageRecord | Refusal]:
-        group: list[_Listed] = []
-        for item in self._images():
-            if isinstance(item, Refusal):
-                yield item
-            elif group and item.key != group[0].key:
-                yield self._record(group)
-                group = [item]
-            elif any(item.file.number == other.file.number for other in group):
-                yield Refusal(item.line, "channel twice", f"{item.file.name}: ch{item.file.number}")
+        """Yield the fields; the files of one are put together while they follow each other."""
+        field: ImageRecord | None = None
+        images = 0
+        for element in _elements(self._path):
+            if element.name != "Image":
+                self._note(element)
+                continue
+            images += 1
+            try:
+                found = self._read(element)
+            except RowRefusedError as refused:
+                yield Refusal(element.line, *refused.args)
+                continue
+            if field is None or found[3:8] != field[3:8]:  # another well, site, plane or time
+                if field is not None:
+                    yield field
+                field = found
+                continue
+            (file,) = found.files
+            if any(file.number == other.number for other in field.files):
+                yield Refusal(element.line, "channel twice", f"{file.name}: ch{file.number}")
             else:
-                group.append(item)
-        if group:
-            yield self._record(group)
-        self.names.check_used()
+                field = field._replace(files=(*field.files, file))
+        if not images:
+            raise BadTableError(f"{self._path} lists no images. Export the measurement again.")
+        if field is not None:
+            yield field
+        self._names.check_used()
 
-    def _record(self, group: list[_Listed]) -> ImageRecord:
-        first = group[0]
-        row, column, site, plane, time_point = first.key
+    def _note(self, element: _Element) -> None:
+        values = element.values
+        if element.name == "Plate":
+            plate = values.get("PlateID") or values.get("Name")
+            if plate and plate not in self._plates:
+                self._plates.append(plate)
+        else:
+            number, name = values.get("ChannelID", ""), values.get("ChannelName")
+            if name and number.isascii() and number.isdigit() and len(number) < 7:
+                self._channels[int(number)] = name
+
+    def _read(self, element: _Element) -> ImageRecord:
+        """Return the field of one file; what the element and the file name say must agree."""
+        values = element.values
+        if values.get("State", "Ok").lower() != "ok":
+            raise RowRefusedError("image was not taken", f"State is {values['State']!r}")
+        folder, file = self._locate(values.get("URL", ""))
+        name = core_file_name(file)
+        number = _whole(values, "ChannelID", name.channel if name else None)
+        found = values.get("ChannelName") or self._channels.get(number) or f"ch{number}"
+        channel = self._names.name(number, found)
+        row = _whole(values, "Row", name.row if name else None)
+        column = _whole(values, "Col", name.column if name else None)
+        site = _whole(values, "FieldID", name.field if name else None)
+        plane = _whole(values, "PlaneID", (name.plane if name else None) or 1)
+        try:
+            well = format_well(row, column)
+        except UserInputError as error:
+            raise RowRefusedError("not a well", str(error)) from error
+        if name and (name.row, name.column) != (row, column):
+            detail = f"{well}, {format_well(name.row, name.column)}"
+            raise RowRefusedError("well and file name disagree", detail)
+        if name and (name.field, name.plane or plane) != (site, plane):
+            detail = f"field {site}, plane {plane}: {name.core}"
+            raise RowRefusedError("field and file name disagree", detail)
+        # TimepointID counts from 0, the file names (sk1) from 1.
+        time_point = name.time_point if name else None
+        if time_point is None:
+            time_point = _whole(values, "TimepointID", 0) + 1
         return ImageRecord(
-            line=first.line,
+            line=element.line,
             plate=self._plate(),
-            batch=self.batch,
+            batch=self._batch,
             row=row,
             column=column,
             site=site,
             plane=plane,
             time_point=time_point,
-            core_name=first.core_name,
-            files=tuple(listed.file for listed in group),
+            core_name=name.core if name else None,
+            files=(FileRef(channel, number, file, folder),),
             treatment=None,
         )
 
     def _plate(self) -> str:
-        if self.plate is not None:
-            return self.plate
+        if self._wanted_plate is not None:
+            return self._wanted_plate
         if len(self._plates) != 1:
-            found = (
-                f"several plates ({', '.join(self._plates[:3])})" if self._plates else "no plate"
-            )
-            raise UserInputError(f"{self.path} names {found}. Name the plate with --plate.")
+            several = f"several plates ({', '.join(self._plates[:3])})"
+            found = several if self._plates else "no plate"
+            raise UserInputError(f"{self._path} names {found}. Name the plate with --plate.")
         return self._plates[0]
 
-    def _images(self) -> Iterator[_Listed | Refusal]:
-        images = 0
-        for element in _elements(self.path):
-            if element.name == "Plate":
-                self._add_plate(element)
-            elif element.name == "Entry":
-                self._add_channel(element)
-            else:
-                images += 1
-                yield self._listed(element)
-        if not images:
-            raise BadTableError(f"{self.path} lists no images. Export the measurement again.")
-
-    def _add_plate(self, element: _Element) -> None:
-        plate = element.values.get("PlateID") or element.values.get("Name")
-        if plate and plate not in self._plates:
-            self._plates.append(plate)
-
-    def _add_channel(self, element: _Element) -> None:
-        number, name = element.values.get("ChannelID", ""), element.values.get("ChannelName")
-        if name and number.isascii() and number.isdigit() and len(number) < 7:
-            self._channels[int(number)] = name
-
-    def _listed(self, element: _Element) -> _Listed | Refusal:
-        try:
-            return self._read(element)
-        except _RefusedError as refused:
-            reason, detail = refused.args
-            return Refusal(element.line, reason, detail)
-
-    def _read(self, element: _Element) -> _Listed:
-        values = element.values
-        if values.get("State", "Ok").lower() != "ok":
-            raise _RefusedError("image was not taken", f"State is {values['State']!r}")
-        folder, file = self._place(values.get("URL", ""))
-        name = core_file_name(file)
-        number = _whole(values, "ChannelID", name.channel if name else None)
-        found = values.get("ChannelName") or self._channels.get(number) or f"ch{number}"
-        channel = self.names.name(number, found)
-        ref = FileRef(channel, number, file, folder)
-        return _Listed(element.line, _key(values, name), name.core if name else None, ref)
-
-    def _place(self, url: str) -> tuple[str, str]:
+    def _locate(self, url: str) -> tuple[str, str]:
+        """Return folder and name of a file of the index."""
         url = url.replace("\\", "/")
         folder, _, name = url.rpartition("/")
         if not is_safe_name(name) or len(name) > LONGEST:
-            raise _RefusedError("no image file", f"URL is {url[:100]!r}")
+            raise RowRefusedError("no image file", f"URL is {url[:100]!r}")
         if _ABSOLUTE.match(url):
             return folder or "/", name
         if self._folder is None:
-            self._folder = _images_folder(self.path, url)
+            # The images are beside the index, or in the folder Images beside it.
+            own = self._path.resolve().parent
+            folders = (own, own / "Images", own.parent / "Images")
+            self._folder = next((f for f in folders if _is_file(f / url)), own).as_posix()
         if writable(self._folder) != self._folder:
             detail = f"{writable(self._folder)}: not UTF-8, rename it"
-            raise _RefusedError("folder name not understood", detail)
+            raise RowRefusedError("folder name not understood", detail)
         return posixpath.normpath(join(self._folder, folder)), name
-
-
-def _images_folder(path: Path, url: str) -> str:
-    """Return the folder that the index's images are relative to: its own, or Images beside it."""
-    own = path.resolve().parent
-    places = (own, own / "Images", own.parent / "Images")
-    found = (place for place in places if _is_file(place / url))
-    return next(found, own).as_posix()
 
 
 def _is_file(path: Path) -> bool:
@@ -236,49 +226,22 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _key(values: Mapping[str, str], name: PhenixName | None) -> tuple[int, int, int, int, int]:
-    """Return row, column, field, plane, time point; what element and file name say must agree."""
-    row = _whole(values, "Row", name.row if name else None)
-    column = _whole(values, "Col", name.column if name else None)
-    site = _whole(values, "FieldID", name.field if name else None)
-    plane = _whole(values, "PlaneID", _FIRST if name is None else name.plane or _FIRST)
-    _check_well(row, column)
-    if name and (name.row, name.column) != (row, column):
-        detail = f"{format_well(row, column)}, {format_well(name.row, name.column)}"
-        raise _RefusedError("well and file name disagree", detail)
-    if name and (name.field, name.plane or plane) != (site, plane):
-        raise _RefusedError(
-            "field and file name disagree", f"field {site}, plane {plane}: {name.core}"
-        )
-    if name and name.time_point is not None:
-        return row, column, site, plane, name.time_point
-    # TimepointID counts from 0, the file names (sk1) from 1.
-    return row, column, site, plane, _whole(values, "TimepointID", 0) + 1
-
-
-def _check_well(row: int, column: int) -> None:
-    try:
-        format_well(row, column)
-    except UserInputError as error:
-        raise _RefusedError("not a well", str(error)) from error
-
-
 def _whole(values: Mapping[str, str], name: str, default: int | None) -> int:
     text = values.get(name, "")
     if not text and default is not None:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) <= _MAX_NUMBER):
-        raise _RefusedError("not a whole number", f"{name} is {text[:50]!r}")
+        raise RowRefusedError("not a whole number", f"{name} is {text[:50]!r}")
     return int(text)
 
 
 def _elements(path: Path) -> Iterator[_Element]:
-    collector = _Collector()
+    parser = _IndexParser()
     try:
         with path.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
-                yield from collector.feed(chunk)
-            yield from collector.feed(b"", final=True)
+                yield from parser.feed(chunk)
+            yield from parser.feed(b"", final=True)
     except OSError as error:
         raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
     except expat.ExpatError as error:
@@ -290,20 +253,16 @@ def _elements(path: Path) -> Iterator[_Element]:
         raise BadTableError(f"{path} is no Harmony index: {error}.") from error
 
 
-def _root(head: bytes) -> str | None:
-    collector = _Collector()
-    try:
-        collector.feed(head)
-    except (expat.ExpatError, _NotHarmonyError):
-        return None
-    return collector.root
+class _IndexParser:
+    """Collects the wanted elements of an index while it is parsed, and forgets the rest.
 
-
-class _Collector:
-    """Collects the wanted elements of an index while it is parsed, and forgets the rest."""
+    expat itself and not a tree: an index of a screen has millions of elements, errors need their
+    line, and a DOCTYPE (whose entities can fill the memory) has to be refused.
+    """
 
     def __init__(self) -> None:
-        self.root: str | None = None
+        self.is_inside = False
+        """Whether the root of the document was seen, and is that of an index."""
         self._done: list[_Element] = []
         self._path: list[str] = []
         self._open: _Element | None = None
@@ -314,9 +273,9 @@ class _Collector:
         self._parser.StartElementHandler = self._start
         self._parser.EndElementHandler = self._end
         self._parser.CharacterDataHandler = self._characters
-        self._parser.StartDoctypeDeclHandler = _refuse_doctype
+        self._parser.StartDoctypeDeclHandler = self._doctype
 
-    def feed(self, data: bytes, *, final: bool = False) -> Iterable[_Element]:
+    def feed(self, data: bytes, *, final: bool = False) -> list[_Element]:
         """Parse on, and return the elements that have ended."""
         try:
             self._parser.Parse(data, final)
@@ -327,9 +286,10 @@ class _Collector:
 
     def _start(self, tag: str, attributes: dict[str, str]) -> None:
         name = tag.rpartition(":")[2]
+        if not self._path and name != ROOT:
+            raise _NotHarmonyError(f"it is a document of {name[:50]!r}")
+        self.is_inside = True
         parent = self._path[-1] if self._path else None
-        if parent is None:
-            self._check_root(name)
         self._path.append(name)
         if self._open is None:
             if (parent, name) in _LISTS:
@@ -338,11 +298,6 @@ class _Collector:
                 self._depth = len(self._path) + 1
         elif len(self._path) == self._depth and name in _WANTED:
             self._text = []
-
-    def _check_root(self, name: str) -> None:
-        if name != ROOT:
-            raise _NotHarmonyError(f"it is a document of {name[:50]!r}")
-        self.root = name
 
     def _characters(self, data: str) -> None:
         if self._text is not None:
@@ -359,6 +314,5 @@ class _Collector:
             self._done.append(self._open)
             self._open = None
 
-
-def _refuse_doctype(*_declaration: object) -> None:
-    raise _NotHarmonyError("it has a DOCTYPE, which no microscope writes")
+    def _doctype(self, *_declaration: object) -> None:
+        raise _NotHarmonyError("it has a DOCTYPE, which no microscope writes")

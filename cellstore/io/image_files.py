@@ -8,11 +8,11 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from xml.parsers import expat
@@ -28,17 +28,130 @@ from .uris import is_remote, local_path, page_name, read_bytes, shown, split_pag
 
 SQLITE = b"SQLite format 3\0"
 PARQUET = b"PAR1"
-
+SUFFIXES = frozenset({".tif", ".tiff", ".png"})
 
 # Damage is reported as an ImageError; without a handler tifffile would also print to the terminal.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_PIXELS = 1 << 30
+_UNSAFE = re.compile(r"[/\\\0:\n\r]")
+_MICROMETRES = {
+    "\N{MICRO SIGN}m": 1.0,
+    "\N{GREEK SMALL LETTER MU}m": 1.0,
+    "um": 1.0,
+    "m": 1e6,
+    "cm": 1e4,
+    "mm": 1e3,
+    "nm": 1e-3,
+}
+"""How long one of each unit is that microscopes write."""
 
 
-def header(name: str, stream: BinaryIO, page: int | None = None) -> tuple[int, int, str]:
-    """Return height, width and dtype of an image (of page ``page``, from 1), reading no pixels.
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What is known of an image file without reading its pixels. Height, width in pixels.
+
+    ``sha256`` is that of the file; for a page of a file, that of the file's hash and the page's
+    number. ``mtime_ns`` is None where a server does not give it. ``pixel_size``: micrometres per
+    pixel, None where the file does not say it.
+    """
+
+    sha256: str
+    size_bytes: int
+    mtime_ns: int | None
+    height: int
+    width: int
+    dtype: str
+    pixel_size: float | None = None
+
+
+def probe(where: Path | str) -> ImageInfo:
+    """Return size, hash, shape and dtype of a TIFF or PNG, here or elsewhere (``s3://``).
+
+    A TIFF of several pages needs the page: ``stack.tiff#page=2``.
+
+    Raises:
+        ImageError: the file cannot be opened, or its header is that of no TIFF or PNG.
+        MissingExtraError: a remote file, and its reader is not installed.
+        UserInputError: a kind of URI that is not read.
+    """
+    uri = str(where)
+    _, page = split_page(uri)
+    if is_remote(uri):
+        found, data = stat(uri), read_bytes(uri)
+        sha256 = _page_digest(hashlib.sha256(data).hexdigest(), page)
+        header = _read_header(shown(uri), io.BytesIO(data), page)
+        return ImageInfo(sha256, len(data), found.mtime_ns, *header)
+    try:
+        path = local_path(uri)
+        with path.open("rb") as stream:
+            state = os.fstat(stream.fileno())
+            if page is None:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            else:
+                sha256 = _page_digest(_stack_digest(path, state.st_size, state.st_mtime_ns), page)
+            stream.seek(0)
+            header = _read_header(uri, stream, page)
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ImageError(_closed(uri, error)) from error
+    return ImageInfo(sha256, state.st_size, state.st_mtime_ns, *header)
+
+
+def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.generic]:
+    """Return the pixels (H, W) of a single-channel image, or of the page that ``where`` names.
+
+    A colour PNG or TIFF is read only where its colours are equal (a grey saved as colour). Where
+    ``sha256`` is given, other bytes than ``probe`` saw are refused.
+
+    Raises:
+        ImageError: the file is missing, changed, truncated, no TIFF or PNG, or has real colours.
+        MissingExtraError: as ``probe``.
+        UserInputError: as ``probe``.
+    """
+    uri = str(where)
+    _, page = split_page(uri)
+    if is_remote(uri) or sha256 is not None:
+        data = read_bytes(uri)
+        if sha256 not in {None, _page_digest(hashlib.sha256(data).hexdigest(), page)}:
+            raise ImageError(f"{shown(uri)} has changed since it was ingested. Ingest it again.")
+        return _grey_pixels(shown(uri), io.BytesIO(data), page)
+    try:
+        with local_path(uri).open("rb") as stream:
+            return _grey_pixels(uri, stream, page)
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ImageError(_closed(uri, error)) from error
+
+
+@lru_cache(maxsize=16)
+def _stack_digest(path: Path, size: int, mtime_ns: int) -> str:
+    """The hash of a stack, which is asked for once for each of its pages."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _page_digest(sha256: str, page: int | None) -> str:
+    """Pages of one file must not look like copies of each other."""
+    return sha256 if page is None else hashlib.sha256(f"{sha256}#page={page}".encode()).hexdigest()
+
+
+def _closed(uri: str, error: OSError | ValueError) -> str:
+    reason = error.strerror if isinstance(error, OSError) else "not a path"
+    return f"{uri} cannot be opened ({reason})."
+
+
+def _unreadable(name: str) -> str:
+    return f"{name} is truncated or not a TIFF or PNG image. Copy or export it again."
+
+
+def _read_header(
+    name: str, stream: BinaryIO, page: int | None
+) -> tuple[int, int, str, float | None]:
+    """Return height, width, dtype and pixel size of an image (of page ``page``, from 1).
 
     Raises:
         ImageError: no TIFF or PNG, cut off, no such page, or several pages and none is asked for.
@@ -48,102 +161,90 @@ def header(name: str, stream: BinaryIO, page: int | None = None) -> tuple[int, i
     stream.seek(0)
     if head.startswith(_PNG_MAGIC):
         _check_only_page(name, page)
-        return _png_header(name, head)
+        if len(head) < 26:
+            raise ImageError(_unreadable(name))
+        width, height, depth = struct.unpack(">IIB", head[16:25])
+        return height, width, "uint16" if depth == 16 else "uint8", None
     try:
         with tifffile.TiffFile(stream) as tiff:
-            found = _pixels_page(name, tiff, page)
-            shape, dtype = (found.imagelength, found.imagewidth), found.dtype
-            _check_extent(name, found, size)
+            found = _find_page(name, tiff, page)
+            height, width, dtype = found.imagelength, found.imagewidth, found.dtype
+            ends = map(sum, zip(found.dataoffsets, found.databytecounts, strict=True))
+            is_cut_off = max(ends, default=0) > size
+            pixel_size = _ome_pixel_size(tiff.pages.first.description) if tiff.is_ome else None
     except ImageError:
         raise
     except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-        raise ImageError(unreadable(name)) from error
-    if dtype is None or 0 in shape:
-        raise ImageError(unreadable(name))
-    return shape[0], shape[1], str(dtype)
+        raise ImageError(_unreadable(name)) from error
+    if is_cut_off or dtype is None or 0 in (height, width):
+        raise ImageError(_unreadable(name))
+    return height, width, str(dtype), pixel_size
 
 
-def grey_pixels(name: str, stream: BinaryIO, page: int | None = None) -> NDArray[np.generic]:
+def _grey_pixels(name: str, stream: BinaryIO, page: int | None) -> NDArray[np.generic]:
     """Return the pixels (H, W) of an image, or of its page ``page``, from 1.
 
     Raises:
-        ImageError: as ``header``, or the colours of the image differ.
+        ImageError: as ``_read_header``, or the colours of the image differ.
     """
     head = stream.read(len(_PNG_MAGIC))
     stream.seek(0)
-    if head != _PNG_MAGIC:
-        return _grey(name, tiff_pixels(name, stream, page))
-    _check_only_page(name, page)
-    try:
-        return _grey(name, np.asarray(imagecodecs.png_decode(stream.read())))
-    except ImageError:
-        raise
-    except Exception as error:  # imagecodecs has a class of its own for each codec
-        raise ImageError(unreadable(name)) from error
+    if head == _PNG_MAGIC:
+        _check_only_page(name, page)
+        try:
+            array = np.asarray(imagecodecs.png_decode(stream.read()))
+        except Exception as error:  # imagecodecs has a class of its own for each codec
+            raise ImageError(_unreadable(name)) from error
+    else:
+        array = tiff_pixels(name, stream, page)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim == 2:
+        return array
+    # Two samples are grey and alpha; three or four are grey where the colours are equal.
+    samples = array.shape[2] if array.ndim == 3 else 0
+    colours = array[..., :3]
+    if samples == 2 or (samples in {3, 4} and (colours == colours[..., :1]).all()):
+        return np.ascontiguousarray(array[:, :, 0])
+    raise ImageError(
+        f"{name} has shape {_shape_text(array)} and is not one grey channel. "
+        "Export each channel as a grey image of its own."
+    )
 
 
 def tiff_pixels(name: str, stream: BinaryIO, page: int | None = None) -> NDArray[np.generic]:
     """Return the pixels (H, W) or (H, W, C) of a page of a TIFF.
 
     Raises:
-        ImageError: as ``header``.
+        ImageError: no TIFF, cut off, no such page, or several pages and none is asked for.
     """
     try:
         with tifffile.TiffFile(stream) as tiff:
-            found = _pixels_page(name, tiff, page)
+            found = _find_page(name, tiff, page)
             if found.imagelength * found.imagewidth > _MAX_PIXELS:
                 raise ImageError(f"{name} claims {found.imagelength}x{found.imagewidth} pixels.")
             return np.asarray(found.asarray())
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(unreadable(name)) from error
+        raise ImageError(_unreadable(name)) from error
 
 
-def has_more_pages(stream: BinaryIO) -> bool:
-    """Tell a TIFF of several pages from other files by the few bytes that say so."""
-    try:
-        return _second_page(stream)
-    except (struct.error, ValueError, OverflowError):  # cut off or damaged: reading it will tell
-        return False
-
-
-def unreadable(name: str) -> str:
-    """Return the sentence for bytes that are no image."""
-    return f"{name} is truncated or not a TIFF or PNG image. Copy or export it again."
-
-
-def shape_text(array: NDArray[np.generic]) -> str:
-    """Return a shape as a person writes it: 1080x1080."""
-    return "x".join(map(str, array.shape))
-
-
-def _second_page(stream: BinaryIO) -> bool:
-    order = {b"II": "<", b"MM": ">"}.get(stream.read(2))
-    if order is None:
-        return False
-    (version,) = struct.unpack(order + "H", stream.read(2))
-    if version not in {42, 43}:
-        return False
-    offset, count, entry = ("I", "H", 12) if version == 42 else ("Q", "Q", 20)
-    stream.seek(4 if version == 42 else 8)
-    stream.seek(_number(stream, order + offset))
-    stream.seek(_number(stream, order + count) * entry, os.SEEK_CUR)
-    return _number(stream, order + offset) != 0
-
-
-def _number(stream: BinaryIO, code: str) -> int:
-    (number,) = struct.unpack(code, stream.read(struct.calcsize(code)))
-    return int(number)
-
-
-def _pixels_page(name: str, tiff: tifffile.TiffFile, page: int | None) -> tifffile.TiffPage:
+def _find_page(name: str, tiff: tifffile.TiffFile, page: int | None) -> tifffile.TiffPage:
     """Taking the first of several planes in silence would be a guess about the others."""
     count = len(tiff.pages)
+    first = tiff.pages.first
     if count == 1:
         _check_only_page(name, page)
-        _check_nothing_behind(name, tiff)
-        return tiff.pages.first
+        # Some programs describe one page and write the pixels of many behind it.
+        shape = tiff.series[0].shape if tiff.is_shaped or tiff.is_imagej else ()
+        pixels = first.imagelength * first.imagewidth * first.samplesperpixel
+        if shape and prod(map(int, shape)) > pixels:
+            raise ImageError(
+                f"{name} holds {'x'.join(map(str, shape))} pixels behind one page. "
+                "Export each plane as a file of its own."
+            )
+        return first
     if page is None:
         raise ImageError(
             f"{name} holds {count} planes. Ingest its folder, which reads stacks, "
@@ -153,7 +254,7 @@ def _pixels_page(name: str, tiff: tifffile.TiffFile, page: int | None) -> tifffi
         raise ImageError(f"{name} has no page {page}, only {count}. Ingest it again.")
     found = tiff.pages[page - 1]
     if not isinstance(found, tifffile.TiffPage):
-        raise ImageError(unreadable(name))
+        raise ImageError(_unreadable(name))
     return found
 
 
@@ -162,49 +263,8 @@ def _check_only_page(name: str, page: int | None) -> None:
         raise ImageError(f"{name} has no page {page}, only 1. Ingest it again.")
 
 
-def _check_nothing_behind(name: str, tiff: tifffile.TiffFile) -> None:
-    """Some programs describe one page and write the pixels of many behind it."""
-    shape = tiff.series[0].shape if tiff.is_shaped or tiff.is_imagej else ()
-    page = tiff.pages.first
-    pixels = page.imagelength * page.imagewidth * page.samplesperpixel
-    if shape and int(np.prod(shape, dtype=np.int64)) > pixels:
-        raise ImageError(
-            f"{name} holds {'x'.join(map(str, shape))} pixels behind one page. "
-            "Export each plane as a file of its own."
-        )
-
-
-def _check_extent(name: str, page: tifffile.TiffPage, size: int) -> None:
-    ends = map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))
-    if max(ends, default=0) > size:
-        raise ImageError(unreadable(name))
-
-
-def _png_header(name: str, head: bytes) -> tuple[int, int, str]:
-    if len(head) < 26:
-        raise ImageError(unreadable(name))
-    width, height, depth = struct.unpack(">IIB", head[16:25])
-    return height, width, "uint16" if depth == 16 else "uint8"
-
-
-def _grey(name: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim == 2:
-        return array
-    if array.ndim != 3 or not _is_grey(array):
-        raise ImageError(
-            f"{name} has shape {shape_text(array)} and is not one grey channel. "
-            "Export each channel as a grey image of its own."
-        )
-    return np.ascontiguousarray(array[:, :, 0])
-
-
-def _is_grey(array: NDArray[np.generic]) -> bool:
-    if array.shape[2] == 2:  # grey and alpha
-        return True
-    colours = array[:, :, :3]
-    return array.shape[2] in {3, 4} and bool((colours == colours[:, :, :1]).all())
+def _shape_text(array: NDArray[np.generic]) -> str:
+    return "x".join(map(str, array.shape))
 
 
 _AXES = "CZT"
@@ -222,7 +282,7 @@ class StackPage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The pages of a file, and the names of its channels where it tells them."""
+    """The pages of a file, and the names of its channels where it gives them."""
 
     pages: tuple[StackPage, ...]
     channel_names: tuple[str | None, ...]
@@ -238,14 +298,30 @@ class Stack:
         return max(page.time_point for page in self.pages)
 
 
-@dataclass(slots=True)
-class _Ome:
-    """What an OME-XML says of its images."""
+def has_more_pages(stream: BinaryIO) -> bool:
+    """Whether this is a TIFF of several pages; only the few bytes that say so are read.
 
-    images: int = 0
-    pixels: dict[str, str] = field(default_factory=dict)
-    channels: list[str | None] = field(default_factory=list)
-    blocks: list[dict[str, str]] = field(default_factory=list)
+    ``tifffile`` would read much more, of each of the million files of a folder.
+    """
+
+    def number(code: str) -> int:
+        return int(struct.unpack(order + code, stream.read(struct.calcsize(code)))[0])
+
+    order = {b"II": "<", b"MM": ">"}.get(stream.read(2), "")
+    if not order:
+        return False
+    try:
+        version = number("H")
+        if version not in {42, 43}:
+            return False
+        # The offset of the first page; the number and the size of its entries; the next offset.
+        offset, count, entry = ("I", "H", 12) if version == 42 else ("Q", "Q", 20)
+        stream.seek(4 if version == 42 else 8)
+        stream.seek(number(offset))
+        stream.seek(number(count) * entry, os.SEEK_CUR)
+        return number(offset) != 0
+    except (struct.error, ValueError, OverflowError):  # cut off or damaged: reading it will say so
+        return False
 
 
 def read_stack(path: Path) -> Stack | None:
@@ -264,99 +340,87 @@ def read_stack(path: Path) -> Stack | None:
                 return None
             stream.seek(0)
             with tifffile.TiffFile(stream) as tiff:
-                return _stack(path.name, tiff)
+                return _read_stack(path.name, tiff)
     except ImageError:
         raise
     except OSError as error:
         raise ImageError(f"{path} cannot be opened ({error.strerror}).") from error
     except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-        raise ImageError(unreadable(str(path))) from error
+        raise ImageError(_unreadable(str(path))) from error
 
 
-def _stack(name: str, tiff: tifffile.TiffFile) -> Stack:
+def _read_stack(name: str, tiff: tifffile.TiffFile) -> Stack:
     kinds = {(page.shape, page.dtype) for page in tiff.pages}
-    shape = next(iter(kinds))[0]
-    if len(kinds) > 1 or len(shape) != 2:
+    if len(kinds) > 1 or any(len(shape) != 2 for shape, _ in kinds):
         raise ImageError(
             f"{name} has pages that are no grey images of one shape. "
             "Export each channel as a file of its own."
         )
     count = len(tiff.pages)
-    if count == 1:  # its first page names a second one, at a place that is none
-        raise ImageError(unreadable(name))
+    if count == 1:  # its first page names a second one, at an offset that is none
+        raise ImageError(_unreadable(name))
+    order, sizes, names = _AXES, {"Z": count}, list[str | None]()
+    planes = dict(enumerate(range(count)))
     if tiff.is_ome:
-        return _ome_stack(name, tiff.pages.first.description, count)
-    sizes = _imagej_sizes(tiff) if tiff.is_imagej else {"Z": count}
-    return _numbered(name, _AXES, sizes, dict(enumerate(range(count))), count, [])
-
-
-def _imagej_sizes(tiff: tifffile.TiffFile) -> dict[str, int]:
-    metadata = tiff.imagej_metadata or {}
-    sizes = {axis: int(metadata.get(key, 1)) for axis, key in _IMAGEJ.items()}
-    # Programs that write plain stacks for ImageJ give only the number of images.
-    return sizes if prod(sizes.values()) > 1 else {"Z": len(tiff.pages)}
-
-
-def _ome_stack(name: str, description: str, count: int) -> Stack:
-    ome = _parse_ome(name, description)
-    if ome.images != 1:
-        raise ImageError(
-            f"{name} holds {ome.images} images (series). Export each as a file of its own."
-        )
-    order = ome.pixels.get("DimensionOrder", "XYCZT")[2:]
-    if sorted(order) != sorted(_AXES):
-        raise ImageError(f"{name} has the DimensionOrder {order[:9]!r}. Export it again.")
-    sizes = {axis: _count(name, ome.pixels.get(f"Size{axis}", "1")) for axis in _AXES}
-    places = dict(islice(_places(name, ome.blocks, order, sizes, count), count + 1))
-    return _numbered(name, order, sizes, places, count, ome.channels)
-
-
-def _places(
-    name: str,
-    blocks: Sequence[Mapping[str, str]],
-    order: str,
-    sizes: Mapping[str, int],
-    count: int,
-) -> Iterator[tuple[int, int]]:
-    """Yield (page from 0, which plane of the series it is) of each TiffData."""
-    for block in blocks or ({},):
-        start = _count(name, block.get("IFD", "0"), least=0)
-        place, step = 0, 1
-        for axis in order:
-            place += step * _count(name, block.get(f"First{axis}", "0"), least=0)
-            step *= sizes[axis]
-        default = "1" if "IFD" in block else str(count)
-        for offset in range(_count(name, block.get("PlaneCount", default))):
-            yield start + offset, place + offset
-
-
-def _numbered(
-    name: str,
-    order: str,
-    sizes: Mapping[str, int],
-    places: Mapping[int, int],
-    count: int,
-    names: Sequence[str | None],
-) -> Stack:
-    """Return the stack whose page ``p`` is the ``places[p]``-th plane, the first axis fastest."""
+        order, sizes, names, planes = _read_ome(name, tiff.pages.first.description, count)
+    elif tiff.is_imagej:
+        metadata = tiff.imagej_metadata or {}
+        written = {axis: int(metadata.get(key, 1)) for axis, key in _IMAGEJ.items()}
+        # Programs that write plain stacks for ImageJ give only the number of images.
+        sizes = written if prod(written.values()) > 1 else sizes
     every = list(range(count))
     fits = prod(sizes.values()) == count
-    if not fits or sorted(places) != every or sorted(places.values()) != every:
-        told = " x ".join(f"{sizes[axis]} {axis}" for axis in order if axis in sizes)
+    if not fits or sorted(planes) != every or sorted(planes.values()) != every:
+        described = " x ".join(f"{sizes[axis]} {axis}" for axis in order if axis in sizes)
         raise ImageError(
-            f"{name} has {count} pages, and its description tells of {told}. "
+            f"{name} has {count} pages, and its description tells of {described}. "
             "Export it again, as one file."
         )
-    pages = tuple(_page(page, places[page], order, sizes) for page in every)
-    known = list(names)[: sizes.get("C", 1)]
-    return Stack(pages, tuple(known + [None] * (sizes.get("C", 1) - len(known))))
+    pages = []
+    for page in every:
+        rest, index = planes[page], {}
+        for axis in order:  # the first axis changes fastest
+            rest, index[axis] = divmod(rest, sizes.get(axis, 1))
+        pages.append(StackPage(page + 1, index["C"] + 1, index["Z"] + 1, index["T"] + 1))
+    channels = sizes.get("C", 1)
+    return Stack(tuple(pages), tuple((names + [None] * channels)[:channels]))
 
 
-def _page(page: int, place: int, order: str, sizes: Mapping[str, int]) -> StackPage:
-    found = {}
-    for axis in order:
-        place, found[axis] = divmod(place, sizes.get(axis, 1))
-    return StackPage(page + 1, found["C"] + 1, found["Z"] + 1, found["T"] + 1)
+def _read_ome(
+    name: str, description: str, count: int
+) -> tuple[str, dict[str, int], list[str | None], dict[int, int]]:
+    """Return what an OME-XML says of the ``count`` pages of its file.
+
+    That is the order of the axes, their sizes, the names of the channels, and which plane of the
+    series, from 0, each page is.
+    """
+    elements = _ome_elements(name, description)
+    images = sum(tag == "Image" for tag, _ in elements)
+    if images != 1:
+        raise ImageError(
+            f"{name} holds {images} images (series). Export each as a file of its own."
+        )
+    pixels = next((attributes for tag, attributes in elements if tag == "Pixels"), {})
+    order = pixels.get("DimensionOrder", "XYCZT")[2:]
+    if sorted(order) != sorted(_AXES):
+        raise ImageError(f"{name} has the DimensionOrder {order[:9]!r}. Export it again.")
+    sizes = {axis: _count(name, pixels.get(f"Size{axis}", "1")) for axis in _AXES}
+    names = [values.get("Name", "").strip() or None for tag, values in elements if tag == "Channel"]
+    blocks = [attributes for tag, attributes in elements if tag == "TiffData"] or [{}]
+
+    def planes() -> Iterator[tuple[int, int]]:
+        for block in blocks:
+            start = _count(name, block.get("IFD", "0"), least=0)
+            plane, step = 0, 1
+            for axis in order:
+                plane += step * _count(name, block.get(f"First{axis}", "0"), least=0)
+                step *= sizes[axis]
+            default = "1" if "IFD" in block else str(count)
+            for offset in range(_count(name, block.get("PlaneCount", default))):
+                yield start + offset, plane + offset
+
+    # A description may claim any number of planes; one too many is enough to see that.
+    return order, sizes, names, dict(islice(planes(), count + 1))
 
 
 def _count(name: str, text: str, least: int = 1) -> int:
@@ -365,11 +429,12 @@ def _count(name: str, text: str, least: int = 1) -> int:
     return int(text)
 
 
-def _parse_ome(name: str, description: str) -> _Ome:
-    ome = _Ome()
+def _ome_elements(name: str, description: str) -> list[tuple[str, dict[str, str]]]:
+    """Return the elements of an OME-XML in their order: name without namespace, attributes."""
+    elements: list[tuple[str, dict[str, str]]] = []
 
     def start(tag: str, attributes: dict[str, str]) -> None:
-        _take(ome, tag.rpartition(":")[2], attributes)
+        elements.append((tag.rpartition(":")[2], attributes))
 
     def refuse(*_declaration: object) -> None:
         raise ImageError(f"{name} has a DOCTYPE in its OME-XML, which no microscope writes.")
@@ -381,124 +446,37 @@ def _parse_ome(name: str, description: str) -> _Ome:
         parser.Parse(description, True)
     except expat.ExpatError as error:
         raise ImageError(f"{name} has a damaged OME-XML. Export it again.") from error
-    return ome
+    return elements
 
 
-def _take(ome: _Ome, tag: str, attributes: Mapping[str, str]) -> None:
-    if tag == "Image":
-        ome.images += 1
-    elif tag == "Pixels":
-        ome.pixels = dict(attributes)
-    elif tag == "Channel":
-        ome.channels.append(attributes.get("Name", "").strip() or None)
-    elif tag == "TiffData":
-        ome.blocks.append(dict(attributes))
+def _ome_pixel_size(description: str) -> float | None:
+    """Return the micrometres per pixel that an OME-XML gives, None where it gives none or several.
 
-
-SUFFIXES = frozenset({".tif", ".tiff", ".png"})
-_UNSAFE = re.compile(r"[/\\\0:\n\r]")
-
-
-@dataclass(frozen=True, slots=True)
-class ImageInfo:
-    """What is known of an image file without reading its pixels. Height, width in pixels.
-
-    ``sha256`` is that of the file; for a page of a file, that of the file's hash and the page's
-    number. ``mtime_ns`` is None where a server does not tell it.
+    Pixels that are not square count as unknown: one number would make areas wrong.
     """
-
-    sha256: str
-    size_bytes: int
-    mtime_ns: int | None
-    height: int
-    width: int
-    dtype: str
-
-
-def probe(place: Path | str) -> ImageInfo:
-    """Return size, hash, shape and dtype of a TIFF or PNG, here or elsewhere (``s3://``).
-
-    A TIFF of several pages needs the page: ``stack.tiff#page=2``.
-
-    Raises:
-        ImageError: the file cannot be opened, or its header is that of no TIFF or PNG.
-        MissingExtraError: a remote place, and its reader is not installed.
-        UserInputError: a kind of place that is not read.
-    """
-    uri = str(place)
-    if is_remote(uri):
-        return _probe_remote(uri)
     try:
-        return _probe_local(uri)
+        elements = _ome_elements("the file", description)
     except ImageError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ImageError(_closed(uri, error)) from error
+        return None  # pixels can be read all the same
+    sizes: set[float | None] = set()
+    for tag, values in elements:
+        if tag == "Pixels":
+            for axis in "XY":
+                unit = values.get(f"PhysicalSize{axis}Unit", "um")
+                sizes.add(micrometres(values.get(f"PhysicalSize{axis}"), unit))
+    return sizes.pop() if len(sizes) == 1 else None
 
 
-def read_plane(place: Path | str, sha256: str | None = None) -> NDArray[np.generic]:
-    """Return the pixels (H, W) of a single-channel image, or of the page that ``place`` names.
+def micrometres(text: str | None, unit: str) -> float | None:
+    """Return a length that a microscope wrote, in micrometres; None where it is none.
 
-    A colour PNG or TIFF is read only where its colours are equal (a grey saved as colour). Where
-    ``sha256`` is given, other bytes than ``probe`` saw are refused.
-
-    Raises:
-        ImageError: the file is missing, changed, truncated, no TIFF or PNG, or has real colours.
-        MissingExtraError: as ``probe``.
-        UserInputError: as ``probe``.
+    Nine digits, so that what two files of one microscope say is the same number.
     """
-    uri = str(place)
-    _, page = split_page(uri)
-    if is_remote(uri) or sha256 is not None:
-        data = read_bytes(uri)
-        if sha256 not in {None, _of_page(hashlib.sha256(data).hexdigest(), page)}:
-            raise ImageError(f"{shown(uri)} has changed since it was ingested. Ingest it again.")
-        return grey_pixels(shown(uri), io.BytesIO(data), page)
     try:
-        with local_path(uri).open("rb") as stream:
-            return grey_pixels(uri, stream, page)
-    except ImageError:
-        raise
-    except (OSError, ValueError) as error:
-        raise ImageError(_closed(uri, error)) from error
-
-
-def _probe_local(uri: str) -> ImageInfo:
-    path, (_, page) = local_path(uri), split_page(uri)
-    with path.open("rb") as stream:
-        found = os.fstat(stream.fileno())
-        if page is None:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        else:
-            sha256 = _of_page(_digest(path, found.st_size, found.st_mtime_ns), page)
-        stream.seek(0)
-        height, width, dtype = header(uri, stream, page)
-    return ImageInfo(sha256, found.st_size, found.st_mtime_ns, height, width, dtype)
-
-
-def _probe_remote(uri: str) -> ImageInfo:
-    _, page = split_page(uri)
-    found, data = stat(uri), read_bytes(uri)
-    height, width, dtype = header(shown(uri), io.BytesIO(data), page)
-    sha256 = _of_page(hashlib.sha256(data).hexdigest(), page)
-    return ImageInfo(sha256, len(data), found.mtime_ns, height, width, dtype)
-
-
-@lru_cache(maxsize=16)
-def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    """The hash of a stack, which is asked for once for each of its pages."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _of_page(sha256: str, page: int | None) -> str:
-    """Pages of one file must not look like copies of each other."""
-    return sha256 if page is None else hashlib.sha256(f"{sha256}#page={page}".encode()).hexdigest()
-
-
-def _closed(uri: str, error: OSError | ValueError) -> str:
-    reason = error.strerror if isinstance(error, OSError) else "not a path"
-    return f"{uri} cannot be opened ({reason})."
+        found = float(text or "") * _MICROMETRES[unit.strip().lower()]
+    except (ValueError, KeyError):
+        return None
+    return float(f"{found:.9g}") if isfinite(found) and found > 0 else None
 
 
 def project(planes: Sequence[NDArray[np.generic]], projection: Projection) -> NDArray[np.float32]:
@@ -512,20 +490,17 @@ def project(planes: Sequence[NDArray[np.generic]], projection: Projection) -> ND
     for plane in planes[1:]:
         if plane.shape != planes[0].shape:
             raise ImageError(
-                f"The channels differ in shape: {shape_text(planes[0])} and {shape_text(plane)} "
+                f"The channels differ in shape: {_shape_text(planes[0])} and {_shape_text(plane)} "
                 "pixels. Leave the odd channel out, or export the field again."
             )
     if len(planes) == 1:
         return planes[0].astype(np.float32)
-    return _reduce(np.stack(planes), projection).astype(np.float32)
-
-
-def _reduce(stack: NDArray[np.generic], projection: Projection) -> NDArray[np.generic]:
+    stack: NDArray[Any] = np.stack(planes)
     if projection is Projection.MEDIAN:
-        return _median(list(stack))
+        return _median(list(stack)).astype(np.float32)
     if projection is Projection.MEAN:
-        return np.asarray(stack.mean(axis=0, dtype=np.float64))
-    return np.asarray(stack.max(axis=0))
+        return np.asarray(stack.mean(axis=0, dtype=np.float64), np.float32)
+    return np.asarray(stack.max(axis=0), np.float32)
 
 
 def _median(planes: list[NDArray[Any]]) -> NDArray[np.generic]:
@@ -581,8 +556,8 @@ def decode_tiff(source: bytes | Path) -> NDArray[np.generic]:
 class ImageFolder:
     """The image files below a folder, found by name. One scan, on construction.
 
-    Links to places outside the folder are not followed. ``duplicates`` counts the names that
-    occur more than once; such a name is found only in a subfolder named like its plate.
+    Links that leave the folder are not followed. A name that occurs more than once is found only
+    in a subfolder named like its plate.
 
     Raises:
         UserInputError: there is no such folder.
@@ -596,64 +571,45 @@ class ImageFolder:
         for path in sorted(_walk(self.folder, self.folder)):
             self._by_name.setdefault(path.name.lower(), []).append(path)
 
-    @property
-    def duplicates(self) -> int:
-        """How many file names occur in more than one place."""
-        return sum(len(paths) > 1 for paths in self._by_name.values())
+    def find(self, name: str, plate: str | None = None) -> Path | None:
+        """Return the file ``name``, or None. Upper and lower case are the same.
 
-    def __len__(self) -> int:
-        return sum(map(len, self._by_name.values()))
-
-    def find(
-        self, name: str, core_name: str | None = None, plate: str | None = None
-    ) -> Path | None:
-        """Return the file ``name``, else the projection ``core_name`` with an image suffix.
-
-        Upper and lower case are the same. None where no file has the name. Of a name with a page
-        ('stack.tiff#page=2') the path has the page too.
+        Of a name with a page ('stack.tiff#page=2') the path has the page too.
 
         Raises:
             ImageError: several files have it, and none or several lie in a folder of the plate.
         """
-        found = self._pick(name, plate)
-        return found or self.find_core(core_name, plate)
-
-    def find_core(self, core_name: str | None, plate: str | None = None) -> Path | None:
-        """Return the file named by core file name ('r01c01f01.tif'), or None.
-
-        Raises:
-            ImageError: as ``find``.
-        """
-        if core_name is None:
-            return None
-        tried = (self._pick(core_name + suffix, plate) for suffix in sorted(SUFFIXES))
-        return next((path for path in tried if path), None)
-
-    def _pick(self, name: str, plate: str | None) -> Path | None:
         file, page = split_page(name)
         paths = self._by_name.get(file.lower(), [])
         if plate and len(paths) > 1:
             paths = [path for path in paths if self._is_of_plate(path, plate)] or paths
         if len(paths) > 1:
-            shown = ", ".join(str(path.relative_to(self.folder)) for path in paths[:3])
+            some = ", ".join(str(path.relative_to(self.folder)) for path in paths[:3])
             raise ImageError(
-                f"{name} is in several places ({shown}). Put each plate's images in a folder "
+                f"{name} is in several places ({some}). Put each plate's images in a folder "
                 "named like the plate."
             )
-        return _with_page(paths[0], page) if paths else None
+        if not paths or page is None:
+            return paths[0] if paths else None
+        return paths[0].with_name(page_name(paths[0].name, page))
+
+    def find_projection(self, core_name: str, plate: str | None = None) -> Path | None:
+        """Return the file named by core file name ('r01c01f01.tif'), or None.
+
+        Raises:
+            ImageError: as ``find``.
+        """
+        tried = (self.find(core_name + suffix, plate) for suffix in sorted(SUFFIXES))
+        return next((path for path in tried if path), None)
 
     def _is_of_plate(self, path: Path, plate: str) -> bool:
-        """Tell a folder 'BR00117035' or 'BR00117035__2021-05-02T...' of the plate from others."""
+        """Whether a parent is called 'BR00117035' or 'BR00117035__2021-05-02T...'."""
         parents = path.relative_to(self.folder).parts[:-1]
         return any(part == plate or part.startswith(plate + "__") for part in parents)
 
 
-def _with_page(path: Path, page: int | None) -> Path:
-    return path if page is None else path.with_name(page_name(path.name, page))
-
-
 def is_safe_name(name: str) -> bool:
-    """Tell whether ``name`` is one file name, and no path to somewhere else."""
+    """Whether ``name`` is one file name, and no path to somewhere else."""
     return name not in {"", ".", ".."} and _UNSAFE.search(name) is None
 
 
@@ -671,7 +627,7 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
 
 
 def is_inside(entry: os.DirEntry[str], root: Path) -> bool:
-    """Tell whether an entry is a file, and no link to a place outside ``root``."""
+    """Whether an entry is a file, and no link to one outside ``root``."""
     if not entry.is_symlink():
         return entry.is_file()
     target = Path(entry.path).resolve()

@@ -1,12 +1,11 @@
-"""The table of the published study: one projected image per row, named by core file name."""
+"""Tables of images: LoadData of CellProfiler and JUMP, and the table of the published study."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
-from typing import NamedTuple
 
 from ..errors import BadTableError, UnknownNameError, UserInputError
 from .filenames import (
@@ -20,10 +19,40 @@ from .filenames import (
 from .image_files import is_safe_name
 from .platemaps import TREATMENT_COLUMNS, treatment_of
 from .records import LONGEST, FileRef, ImageRecord, Refusal, TreatmentRecord
-from .tables import TableRow, TextTable, cell_text, nearest_columns
+from .tables import TextTable, cell_text, nearest_columns
 from .uris import page_name
 
+FILE_PREFIX = "FileName_"
+ORIGINAL = "Orig"
+"""JUMP names raw images ``FileName_OrigDNA`` and flat fields ``FileName_IllumDNA``."""
+
+_PLATE_COLUMNS = ("Metadata_Plate", "Metadata_Batch")
+_WELL_COLUMNS = ("Metadata_Well", "Metadata_Row", "Metadata_Col", "Metadata_Column")
+_SITE_COLUMNS = ("Metadata_Site", "Metadata_FieldID")
+_WHERE_COLUMNS = (*_WELL_COLUMNS, *_SITE_COLUMNS, *PLANE_COLUMNS, *TIME_COLUMNS)
+
+_FIRST = 1
+_MAX_NUMBER = 1_000_000
+_LONGEST_FOLDER = 2_000
+"""What the index of a database can hold."""
+
+_REMEMBERED = 16_384
+"""Fields of view kept worked out: they come back with every plate (1,536 wells x 9 sites)."""
+
 _CHANNELS_REMEMBERED = 1000
+
+_new = tuple.__new__
+"""Makes a named tuple from a tuple in half the time: there are millions."""
+
+_NamedFile = tuple[int, str, int | None, str]
+"""Index of the channel in the table, its name, its Phenix number, and the name of the file."""
+
+
+class RowRefusedError(Exception):
+    """A row, element or file cannot be used. Its arguments are the reason and the detail.
+
+    Never leaves this package: readers make a ``Refusal`` of it.
+    """
 
 
 class ChannelNames:
@@ -56,7 +85,14 @@ class ChannelNames:
         Raises:
             UserInputError: a channel was wanted with the name that another one came with.
         """
-        name = self._renamed(number, found)
+        if len(self._seen) < _CHANNELS_REMEMBERED:
+            self._seen.add(found)
+        name = found
+        for key in ("" if number is None else str(number), found.strip().lower()):
+            if key in self._wanted:
+                self._used.add(key)
+                name = self._wanted[key]
+                break
         owner = number if number is None else self._owners.setdefault(name.lower(), number)
         if owner == number:
             return name
@@ -77,36 +113,9 @@ class ChannelNames:
             if key not in self._used:
                 raise UnknownNameError.of("channel", key, sorted(self._seen))
 
-    def _renamed(self, number: int | None, found: str) -> str:
-        if len(self._seen) < _CHANNELS_REMEMBERED:
-            self._seen.add(found)
-        for key in ("" if number is None else str(number), found.strip().lower()):
-            if key in self._wanted:
-                self._used.add(key)
-                return self._wanted[key]
-        return found
-
-
-FILE_PREFIX = "FileName_"
-FOLDER_PREFIX = "PathName_"
-FRAME_PREFIX, SERIES_PREFIX = "Frame_", "Series_"
-ORIGINAL = "Orig"
-"""JUMP names raw images ``FileName_OrigDNA`` and flat fields ``FileName_IllumDNA``."""
-
-_MAX_NUMBER = 1_000_000
-
-
-class RowRefusedError(Exception):
-    """One row cannot be used. Never leaves this package: it becomes a ``Refusal``."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
 
 @dataclass(frozen=True, slots=True)
-class Channel:
+class _Channel:
     """A channel by the name that its files get, and the columns of its file and folder names.
 
     ``frame`` and ``series`` are CellProfiler's columns for the page of a file, from 0, and for
@@ -116,371 +125,47 @@ class Channel:
     name: str
     file: str
     folder: str | None
-    frame: str | None = None
-    series: str | None = None
+    frame: str | None
+    series: str | None
     paged: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Cells:
-    """Some cells of a row, by the name of their column; missing values are None."""
-
-    cells: Sequence[str]
-    places: Mapping[str, int]
-
-    def get(self, *columns: str) -> str | None:
-        """Return the first of the columns that is there and has a value."""
-        return next((text for _, text in self._said(columns)), None)
-
-    def whole(self, *columns: str) -> int | None:
-        """Return the value as a whole number; '3.0', as pandas writes integers, is 3."""
-        column, text = next(self._said(columns), ("", None))
-        if text is None:
-            return None
-        digits = text.removesuffix(".0")
-        significant = digits.lstrip("0") or "0"
-        if digits.isascii() and digits.isdigit() and len(significant) <= len(str(_MAX_NUMBER)):
-            number = int(significant)
-            if number <= _MAX_NUMBER:
-                return number
-        raise RowRefusedError("not a whole number", f"{column} is {text[:50]!r}")
-
-    def _said(self, columns: Sequence[str]) -> Iterator[tuple[str, str]]:
-        for column in columns:
-            text = cell_text(self.cells, self.places.get(column))
-            if text is not None:
-                yield column, text
-
-
-class ColumnGroup:
+class _Columns:
     """Those of ``columns`` that a table has; ``pick`` takes their cells out of a row at once."""
 
     def __init__(self, table: TextTable, columns: Sequence[str]) -> None:
         found = {column: table.position(column) for column in dict.fromkeys(columns)}
-        present = {column: place for column, place in found.items() if place is not None}
-        self.pick = _picker(tuple(present.values()))
-        self._places = {column: number for number, column in enumerate(present)}
+        present = {column: index for column, index in found.items() if index is not None}
+        self.names = tuple(present)
+        indexes = tuple(present.values())
+        self.pick: Callable[[Sequence[str]], tuple[str, ...]]
+        if len(indexes) > 1:
+            self.pick = itemgetter(*indexes)
+        else:  # itemgetter returns no tuple for one index
+            self.pick = lambda cells: tuple([cells[index] for index in indexes])
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def named(self, picked: tuple[str, ...]) -> Cells:
-        """Return picked cells by the names of their columns."""
-        return Cells(picked, self._places)
-
-
-def image_channels(table: TextTable) -> tuple[Channel, ...]:
-    """Return the image channels of a table in the order of its columns.
-
-    Where there are ``FileName_Orig*`` columns, only these are images; flat fields
-    (``FileName_Illum*``) never are.
-
-    Raises:
-        BadTableError: there is no such column, or two of them are one channel.
-    """
-    names = [column for column in table.columns if column.startswith(FILE_PREFIX)]
-    original = [name for name in names if name.startswith(FILE_PREFIX + ORIGINAL)]
-    chosen = original or [name for name in names if not name.startswith(FILE_PREFIX + "Illum")]
-    if not chosen:
-        raise BadTableError(
-            f"{table.path.name} names no images: it has no column FileName_Orig<channel>. "
-            f"{nearest_columns([FILE_PREFIX + 'OrigDNA'], table.columns)}"
-        )
-    table.require(*chosen)
-    channels = tuple(_channel(table, column) for column in chosen)
-    _check_distinct(table, channels)
-    return _with_pages(table, channels)
+    def texts(self, picked: Sequence[str]) -> dict[str, str]:
+        """Return those picked cells that hold a value, by the name of their column."""
+        texts = {name: cell_text(picked, index) for index, name in enumerate(self.names)}
+        return {name: text for name, text in texts.items() if text is not None}
 
 
-def _check_distinct(table: TextTable, channels: tuple[Channel, ...]) -> None:
-    names = [channel.name.lower() for channel in channels]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise BadTableError(
-            f"{table.path.name} has two FileName columns for the channel {', '.join(repeated)}. "
-            "Remove or rename the one that is not meant."
-        )
+def _first(texts: Mapping[str, str], columns: Sequence[str]) -> str | None:
+    """Return the first of the columns that has a value."""
+    return next((texts[column] for column in columns if column in texts), None)
 
 
-def _channel(table: TextTable, column: str) -> Channel:
-    suffix = column.removeprefix(FILE_PREFIX)
-    name = suffix.removeprefix(ORIGINAL) or suffix
-    beside = (prefix + suffix for prefix in (FOLDER_PREFIX, FRAME_PREFIX, SERIES_PREFIX))
-    folder, frame, series = (item if item in table.columns else None for item in beside)
-    return Channel(name, column, folder, frame, series)
-
-
-def _with_pages(table: TextTable, channels: tuple[Channel, ...]) -> tuple[Channel, ...]:
-    """Return the channels, those ``paged`` that have a frame above 0 anywhere in the table.
-
-    The first plane of a stack has the frame 0, as all files of one page have.
-    """
-    waiting = {channel.frame for channel in channels if channel.frame}
-    paged: set[str | None] = set()
-    group = ColumnGroup(table, [column for column in waiting if column])
-    rows = (row for row in table.rows() if not isinstance(row, Refusal)) if waiting else ()
-    for row in rows:
-        cells = group.named(group.pick(row.cells))
-        paged |= {column for column in waiting if column and _is_later(cells.get(column))}
-        waiting -= paged
-        if not waiting:
-            break
-    return tuple(replace(channel, paged=channel.frame in paged) for channel in channels)
-
-
-def _is_later(frame: str | None) -> bool:
-    return frame is not None and frame.strip("0.") != ""
-
-
-def _picker(places: Sequence[int]) -> Callable[[Sequence[str]], tuple[str, ...]]:
-    if not places:
-        return lambda _cells: ()
-    if len(places) == 1:
-        return lambda cells: (cells[places[0]],)
-    return itemgetter(*places)
-
-
-_FIRST = 1
-_PATH_LENGTH = 2_000
-"""What the index of a database can hold."""
-
-_REMEMBERED = 16_384
-"""Fields of view kept worked out: they come back with every plate (1,536 wells x 9 sites)."""
-
-_new = tuple.__new__
-"""Makes a named tuple from a tuple in half the time: there are millions."""
-
-_PLATE, _BATCH = "Metadata_Plate", "Metadata_Batch"
-_WELL = ("Metadata_Well", "Metadata_Row", "Metadata_Col", "Metadata_Column")
-_SITE = ("Metadata_Site", "Metadata_FieldID")
-
-
-_NamedFile = tuple[str, int | None, str]
-"""Channel name, channel number and file name: a ``FileRef`` that lacks its folder."""
-
-
-class _Place(NamedTuple):
-    """Where a field of view is, as its columns say it; None where they do not."""
-
-    well: tuple[int, int] | None
-    site: int | None
-    plane: int | None
-    time_point: int | None
-
-
-class _Field(NamedTuple):
-    """What a row says but for its plate, folders and treatment.
-
-    ``place`` is row, column, site, plane, time point and core file name; ``files`` has the place
-    of each file's channel among the channels of the table.
-    """
-
-    place: tuple[int, int, int, int, int, str | None]
-    files: tuple[tuple[int, _NamedFile], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ImageTable:
-    """How to read one table of images.
-
-    ``plate`` and ``batch`` are used where the table does not say; rows of another plate than
-    ``plate`` are refused. ``needs_treatment``: a row without one is refused. ``numbers`` renames
-    the channel of files with that Phenix channel number.
-    """
-
-    table: TextTable
-    channels: tuple[Channel, ...]
-    plate: str | None
-    batch: str | None
-    needs_treatment: bool
-    numbers: Mapping[int, str]
-
-    def records(self) -> Iterator[ImageRecord | Refusal]:
-        """Yield one record or refusal per data row, in the order of the file."""
-        read = _RowReader(self).read
-        for row in self.table.rows():
-            yield row if isinstance(row, Refusal) else read(row)
-
-
-class _RowReader:
-    """Turns rows into records. Cells that come again are worked out once, in bounded memory."""
-
-    def __init__(self, images: ImageTable) -> None:
-        self._images = images
-        table, channels = images.table, images.channels
-        files = [channel.file for channel in channels]
-        folders = [channel.folder for channel in channels if channel.folder]
-        self._in_plate = ColumnGroup(table, [_PLATE, _BATCH, *folders])
-        place = [*_WELL, *_SITE, *PLANE_COLUMNS, *TIME_COLUMNS]
-        self._in_place = ColumnGroup(table, place)
-        parts = [part for channel in channels for part in (channel.frame, channel.series) if part]
-        self._in_field = ColumnGroup(table, [*place, *files, *parts])
-        self._has_parts = bool(parts)
-        self._in_treatment = ColumnGroup(table, TREATMENT_COLUMNS)
-        remember = lru_cache(maxsize=_REMEMBERED)
-        self._plate_of = remember(self._plate)
-        self._place_of = remember(self._place)
-        self._field_of = remember(self._field)
-        self._treatment_of = remember(self._treatment)
-
-    def read(self, row: TableRow) -> ImageRecord | Refusal:
-        """Return the image of a row, or why it has none."""
-        line, cells = row
-        try:
-            field = self._field_of(self._in_field.pick(cells))
-            plate, batch, folders = self._plate_of(self._in_plate.pick(cells))
-            treatment = self._treatment_of(self._in_treatment.pick(cells))
-        except RowRefusedError as refused:
-            return Refusal(line, refused.reason, refused.detail)
-        files = tuple([_new(FileRef, (*named, folders[at])) for at, named in field.files])
-        return _new(ImageRecord, (line, plate, batch, *field.place, files, treatment))
-
-    def _plate(self, picked: tuple[str, ...]) -> tuple[str, str | None, tuple[str | None, ...]]:
-        """Return plate, batch and the folder of each channel, which is that of the plate."""
-        cells = self._in_plate.named(picked)
-        written, wanted = cells.get(_PLATE), self._images.plate
-        if written and wanted and written != wanted:
-            raise RowRefusedError("another plate", f"plate {written}, not {wanted}")
-        plate = written or wanted
-        if plate is None:
-            raise RowRefusedError("no plate", f"{_PLATE} is empty")
-        batch, folders = cells.get(_BATCH) or self._images.batch, self._folders(cells)
-        _check_length(LONGEST, plate, batch)
-        _check_length(_PATH_LENGTH, *folders)
-        return plate, batch, folders
-
-    def _field(self, picked: tuple[str, ...]) -> _Field:
-        written = self._place_of(picked[: len(self._in_place)])
-        at = len(self._in_place)
-        files, names = self._files(picked[at : at + len(self._images.channels)])
-        if self._has_parts:
-            files = self._pages(self._in_field.named(picked), files)
-        name = _common_name(names)
-        place = (
-            *_well(written.well, name),
-            _site(written.site, name),
-            _first_known(written.plane, name.plane if name else None),
-            _first_known(written.time_point, name.time_point if name else None),
-            name.core if name else None,
-        )
-        return _Field(place, tuple(files))
-
-    def _place(self, picked: tuple[str, ...]) -> _Place:
-        cells = self._in_place.named(picked)
-        return _Place(
-            _written_well(cells),
-            cells.whole(*_SITE),
-            cells.whole(*PLANE_COLUMNS),
-            cells.whole(*TIME_COLUMNS),
-        )
-
-    def _files(
-        self, picked: tuple[str, ...]
-    ) -> tuple[list[tuple[int, _NamedFile]], list[PhenixName]]:
-        """Return the files of a row, and what those with a Phenix name say."""
-        files: list[tuple[int, _NamedFile]] = []
-        names: list[PhenixName] = []
-        for at, channel in enumerate(self._images.channels):
-            text = cell_text(picked, at)
-            if text is None:
-                continue
-            _check_length(LONGEST, text)
-            if not is_safe_name(text):
-                raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
-            name = core_file_name(text)
-            if name is None:
-                files.append((at, (channel.name, None, text)))
-                continue
-            names.append(name)
-            files.append((at, (self._channel_name(channel, name.channel), name.channel, text)))
-        _check_files([named[0] for _, named in files])
-        return files, names
-
-    def _pages(
-        self, cells: Cells, files: Sequence[tuple[int, _NamedFile]]
-    ) -> list[tuple[int, _NamedFile]]:
-        """Return the files with their pages, in a row or channel that has others than the first."""
-        columns = [self._images.channels[at] for at, _ in files]
-        frames = [_frame(cells, column) for column in columns]
-        several = any(frames)
-        return [
-            (at, _on_page(named, frame) if several or column.paged else named)
-            for (at, named), column, frame in zip(files, columns, frames, strict=True)
-        ]
-
-    def _channel_name(self, channel: Channel, number: int | None) -> str:
-        return channel.name if number is None else self._images.numbers.get(number, channel.name)
-
-    def _folders(self, cells: Cells) -> tuple[str | None, ...]:
-        return tuple(
-            cells.get(channel.folder) if channel.folder else None
-            for channel in self._images.channels
-        )
-
-    def _treatment(self, picked: tuple[str, ...]) -> TreatmentRecord | None:
-        treatment = treatment_of(self._in_treatment.named(picked).get)
-        if treatment is None and self._images.needs_treatment:
-            raise RowRefusedError("no treatment", "Metadata_pert_iname is empty")
-        return treatment
-
-
-def image_table(
-    table: TextTable,
-    plate: str | None,
-    batch: str | None,
-    channels: Mapping[str, str] | None,
-    needs_treatment: bool,
-) -> ImageTable:
-    """Return how to read a table of images; ``channels`` renames, by number or name as found.
-
-    Raises:
-        BadTableError: there is no file name column, or two of them are one channel.
-        UnknownNameError: ``channels`` has a key that is neither a channel nor its number.
-        UserInputError: ``channels`` gives two channels one name.
-    """
-    found = image_channels(table)
-    wanted = {key.strip().lower(): name for key, name in (channels or {}).items()}
-    names = {channel.name.lower() for channel in found}
-    numbers = {int(key): name for key, name in wanted.items() if _is_number(key, names)}
-    _check_known(table, found, list(channels or {}), numbers)
-    renamed = tuple(replace(item, name=wanted.get(item.name.lower(), item.name)) for item in found)
-    if len({item.name.lower() for item in renamed}) < len(renamed):
-        raise UserInputError(
-            f"{table.path.name} would have two channels of one name "
-            f"({', '.join(item.name for item in renamed)}). Give each channel its own."
-        )
-    return ImageTable(table, renamed, plate, batch, needs_treatment, numbers)
-
-
-def _check_known(
-    table: TextTable,
-    found: Sequence[Channel],
-    asked: Sequence[str],
-    numbers: Collection[int],
-) -> None:
-    """Check that the table has the channels ``asked`` for; it is read until all numbers came."""
-    names = {channel.name.lower(): channel.name for channel in found}
-    seen: set[int] = set()
-    for number in _channel_numbers(table, found) if numbers else ():
-        seen.add(number)
-        if seen.issuperset(numbers):
-            break
-    lower = {key.strip().lower(): key for key in asked}
-    unknown = [lower[key] for key in lower if key not in names and not _is_number(key, names)]
-    for key in [*unknown, *sorted(set(numbers) - seen)]:
-        raise UnknownNameError.of("channel", key, [*names.values(), *sorted(seen)])
-
-
-def _channel_numbers(table: TextTable, found: Sequence[Channel]) -> Iterator[int]:
-    pick = ColumnGroup(table, [channel.file for channel in found]).pick
-    for row in table.rows():
-        if not isinstance(row, Refusal):
-            names = (core_file_name(text.strip()) for text in pick(row.cells))
-            yield from (name.channel for name in names if name and name.channel is not None)
-
-
-def _is_number(key: str, names: Container[str]) -> bool:
-    return key not in names and key.isascii() and key.isdigit() and len(key) <= 4
+def _whole(texts: Mapping[str, str], columns: Sequence[str]) -> int | None:
+    """Return ``_first`` as a whole number; '3.0', as pandas writes integers, is 3."""
+    for column in columns:
+        if column in texts:
+            digits = texts[column].removesuffix(".0")
+            if digits.isascii() and digits.isdigit():
+                significant = digits.lstrip("0") or "0"
+                if len(significant) <= 7 and int(significant) <= _MAX_NUMBER:
+                    return int(significant)
+            raise RowRefusedError("not a whole number", f"{column} is {texts[column][:50]!r}")
+    return None
 
 
 def _check_length(limit: int, *texts: str | None) -> None:
@@ -489,89 +174,280 @@ def _check_length(limit: int, *texts: str | None) -> None:
             raise RowRefusedError("name too long", f"{text[:40]!r}... has {len(text)} characters")
 
 
-def _frame(cells: Cells, channel: Channel) -> int | None:
-    """Return the frame of a channel in a row, from 0; None where no column says it."""
-    series = cells.whole(channel.series) if channel.series else None
-    if series:
-        detail = f"{channel.series} is {series}: export each image of the file as one of its own"
-        raise RowRefusedError("another series of a file", detail)
-    return cells.whole(channel.frame) if channel.frame else None
+class _ImageReader:
+    """Turns the rows of a table into records.
 
+    Cells that come again (the plate, the well and site of each plate, the treatment) are worked
+    out once, in bounded memory: a million rows say little that is new.
+    """
 
-def _on_page(named: _NamedFile, frame: int | None) -> _NamedFile:
-    channel, number, name = named
-    if frame is None:
-        return named
-    try:
-        paged = page_name(name, frame + 1)
-    except UserInputError as error:
-        raise RowRefusedError("no such page", str(error)) from error
-    _check_length(LONGEST, paged)
-    return channel, number, paged
+    def __init__(
+        self,
+        table: TextTable,
+        plate: str | None,
+        batch: str | None,
+        wanted: Mapping[str, str],
+        *,
+        needs_treatment: bool,
+    ) -> None:
+        self._table, self._wanted_plate, self._batch = table, plate, batch
+        self._needs_treatment = needs_treatment
+        self._channels, self._numbers = _rename(table, _find_channels(table), wanted)
+        folders = [channel.folder for channel in self._channels if channel.folder]
+        self._plate_columns = _Columns(table, [*_PLATE_COLUMNS, *folders])
+        self._where_columns = _Columns(table, _WHERE_COLUMNS)
+        files = [channel.file for channel in self._channels]
+        pages = [c for channel in self._channels for c in (channel.frame, channel.series) if c]
+        self._has_pages = bool(pages)
+        self._field_columns = _Columns(table, [*_WHERE_COLUMNS, *files, *pages])
+        self._treatment_columns = _Columns(table, TREATMENT_COLUMNS)
+        self._where = lru_cache(maxsize=_REMEMBERED)(self._read_where)
 
+    def records(self) -> Iterator[ImageRecord | Refusal]:
+        """Yield one record or refusal per data row, in the order of the file."""
+        remember = lru_cache(maxsize=_REMEMBERED)
+        plate_of, field_of = remember(self._read_plate), remember(self._read_field)
+        treatment_of_cells = remember(self._read_treatment)
+        pick_plate, pick_field = self._plate_columns.pick, self._field_columns.pick
+        pick_treatment = self._treatment_columns.pick
+        for row in self._table.rows():
+            if isinstance(row, Refusal):
+                yield row
+                continue
+            line, cells = row
+            try:
+                where, named = field_of(pick_field(cells))
+                plate, batch, folders = plate_of(pick_plate(cells))
+                treatment = treatment_of_cells(pick_treatment(cells))
+            except RowRefusedError as refused:
+                yield Refusal(line, *refused.args)
+                continue
+            files = tuple([_new(FileRef, (*file, folders[index])) for index, *file in named])
+            yield _new(ImageRecord, (line, plate, batch, *where, files, treatment))
 
-def _check_files(channels: Sequence[str]) -> None:
-    if not channels:
-        raise RowRefusedError("no image file", "every FileName column is empty")
-    if len(set(channels)) < len(channels):
-        raise RowRefusedError("two files of one channel", ", ".join(channels))
+    def _read_plate(
+        self, picked: tuple[str, ...]
+    ) -> tuple[str, str | None, tuple[str | None, ...]]:
+        """Return plate, batch and the folder of each channel."""
+        texts = self._plate_columns.texts(picked)
+        written, wanted = texts.get("Metadata_Plate"), self._wanted_plate
+        if written and wanted and written != wanted:
+            raise RowRefusedError("another plate", f"plate {written}, not {wanted}")
+        plate = written or wanted
+        if plate is None:
+            raise RowRefusedError("no plate", "Metadata_Plate is empty")
+        batch = texts.get("Metadata_Batch") or self._batch
+        folders = tuple(texts.get(channel.folder or "") for channel in self._channels)
+        _check_length(LONGEST, plate, batch)
+        _check_length(_LONGEST_FOLDER, *folders)
+        return plate, batch, folders
 
+    def _read_where(
+        self, picked: tuple[str, ...]
+    ) -> tuple[tuple[int, int] | None, int | None, int | None, int | None]:
+        """Return well, site, plane and time point; None where no column says it."""
+        texts = self._where_columns.texts(picked)
+        well = texts.get("Metadata_Well")
+        row, column = texts.get("Metadata_Row"), _first(texts, _WELL_COLUMNS[2:])
+        if well is None and row and column:
+            well = f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
+        try:
+            position = None if well is None else parse_well(well)
+        except UserInputError as error:
+            raise RowRefusedError("not a well", str(error)) from error
+        numbers = (_whole(texts, some) for some in (_SITE_COLUMNS, PLANE_COLUMNS, TIME_COLUMNS))
+        return (position, *numbers)  # type: ignore[return-value]
 
-def _common_name(names: list[PhenixName]) -> PhenixName | None:
-    """Return what the Phenix names of all channels agree on; None without any such name."""
-    for name in names[1:]:
-        if not _is_same_field(name, names[0]):
-            detail = f"{name.core} beside {names[0].core}"
-            raise RowRefusedError("files of different fields", detail)
-    return names[0] if names else None
+    def _read_field(
+        self, picked: tuple[str, ...]
+    ) -> tuple[tuple[int, int, int, int, int, str | None], tuple[_NamedFile, ...]]:
+        """Return row, column, site, plane, time point and core file name; and the files."""
+        start = len(self._where_columns.names)
+        well, site, plane, time_point = self._where(picked[:start])
+        files, name = self._read_files(picked[start : start + len(self._channels)])
+        if self._has_pages:
+            files = self._on_pages(files, self._field_columns.texts(picked))
+        if name is not None:
+            if well is not None and well != (name.row, name.column):
+                detail = f"well {format_well(*well)}, file of {format_well(name.row, name.column)}"
+                raise RowRefusedError("well and file name disagree", detail)
+            well = name.row, name.column
+            site = name.field if site is None else site
+            plane = name.plane if plane is None else plane
+            time_point = name.time_point if time_point is None else time_point
+        if well is None:
+            raise RowRefusedError("no well", "neither a well column nor a file name like r01c01f01")
+        if site is None:
+            raise RowRefusedError("no site", "neither Metadata_Site nor a file name like r01c01f01")
+        plane = _FIRST if plane is None else plane
+        time_point = _FIRST if time_point is None else time_point
+        return (*well, site, plane, time_point, name.core if name else None), tuple(files)
+
+    def _read_files(self, picked: Sequence[str]) -> tuple[list[_NamedFile], PhenixName | None]:
+        """Return the files of a row, and what their Phenix names agree on."""
+        files: list[_NamedFile] = []
+        agreed: PhenixName | None = None
+        for index, channel in enumerate(self._channels):
+            text = cell_text(picked, index)
+            if text is None:
+                continue
+            _check_length(LONGEST, text)
+            if not is_safe_name(text):
+                raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
+            name = core_file_name(text)
+            if name is None:
+                files.append((index, channel.name, None, text))
+                continue
+            agreed = agreed or name
+            if not _is_same_field(name, agreed):
+                detail = f"{name.core} beside {agreed.core}"
+                raise RowRefusedError("files of different fields", detail)
+            number = name.channel
+            renamed = channel.name if number is None else self._numbers.get(number, channel.name)
+            files.append((index, renamed, number, text))
+        if not files:
+            raise RowRefusedError("no image file", "every FileName column is empty")
+        names = [file[1] for file in files]
+        if len(set(names)) < len(names):
+            raise RowRefusedError("two files of one channel", ", ".join(names))
+        return files, agreed
+
+    def _on_pages(self, files: Sequence[_NamedFile], texts: Mapping[str, str]) -> list[_NamedFile]:
+        """Return the files with their pages, in a row or channel that has others than the first."""
+        frames: list[int | None] = []
+        for index, *_ in files:
+            channel = self._channels[index]
+            if series := _whole(texts, (channel.series or "",)):
+                detail = f"{channel.series} is {series}: export each image of the file by itself"
+                raise RowRefusedError("another series of a file", detail)
+            frames.append(_whole(texts, (channel.frame or "",)))
+        found: list[_NamedFile] = []
+        for (index, channel_name, number, file), frame in zip(files, frames, strict=True):
+            name = file
+            if frame is not None and (any(frames) or self._channels[index].paged):
+                try:
+                    name = page_name(file, frame + 1)
+                except UserInputError as error:
+                    raise RowRefusedError("no such page", str(error)) from error
+                _check_length(LONGEST, name)
+            found.append((index, channel_name, number, name))
+        return found
+
+    def _read_treatment(self, picked: tuple[str, ...]) -> TreatmentRecord | None:
+        texts = self._treatment_columns.texts(picked)
+        treatment = treatment_of(lambda *columns: _first(texts, columns))
+        if treatment is None and self._needs_treatment:
+            raise RowRefusedError("no treatment", "Metadata_pert_iname is empty")
+        return treatment
 
 
 def _is_same_field(one: PhenixName, other: PhenixName) -> bool:
-    written = (one.core, one.plane, one.time_point) == (other.core, other.plane, other.time_point)
-    return written or _numbers(one) == _numbers(other)
+    if (one.core, one.plane, one.time_point) == (other.core, other.plane, other.time_point):
+        return True
+    # r1c1f1 is r01c01f01, and no plane or time point means the first.
+    numbers = [
+        (name.row, name.column, name.field, _numbered(name.plane), _numbered(name.time_point))
+        for name in (one, other)
+    ]
+    return numbers[0] == numbers[1]
 
 
-def _numbers(name: PhenixName) -> tuple[int, ...]:
-    plane, time_point = _first_known(name.plane), _first_known(name.time_point)
-    return name.row, name.column, name.field, plane, time_point
+def _numbered(number: int | None) -> int:
+    return _FIRST if number is None else number
 
 
-def _well(written: tuple[int, int] | None, name: PhenixName | None) -> tuple[int, int]:
-    if name is None:
-        if written is None:
-            raise RowRefusedError("no well", "neither a well column nor a file name like r01c01f01")
-        return written
-    if written is not None and written != (name.row, name.column):
-        detail = f"well {format_well(*written)}, file of {format_well(name.row, name.column)}"
-        raise RowRefusedError("well and file name disagree", detail)
-    return name.row, name.column
+def _find_channels(table: TextTable) -> tuple[_Channel, ...]:
+    """Return the image channels of a table in the order of its columns.
+
+    Where there are ``FileName_Orig*`` columns, only these are images; flat fields
+    (``FileName_Illum*``) never are.
+
+    Raises:
+        BadTableError: there is no such column, or two of them are one channel.
+    """
+    columns = [column for column in table.columns if column.startswith(FILE_PREFIX)]
+    original = [column for column in columns if column.startswith(FILE_PREFIX + ORIGINAL)]
+    chosen = original or [item for item in columns if not item.startswith(FILE_PREFIX + "Illum")]
+    if not chosen:
+        raise BadTableError(
+            f"{table.path.name} names no images: it has no column FileName_Orig<channel>. "
+            f"{nearest_columns([FILE_PREFIX + 'OrigDNA'], table.columns)}"
+        )
+    table.require(*chosen)
+    channels = []
+    for column in chosen:
+        suffix = column.removeprefix(FILE_PREFIX)
+        others = (prefix + suffix for prefix in ("PathName_", "Frame_", "Series_"))
+        folder, frame, series = (item if item in table.columns else None for item in others)
+        name = suffix.removeprefix(ORIGINAL) or suffix
+        channels.append(_Channel(name, column, folder, frame, series))
+    names = [channel.name.lower() for channel in channels]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise BadTableError(
+            f"{table.path.name} has two FileName columns for the channel {', '.join(repeated)}. "
+            "Remove or rename the one that is not meant."
+        )
+    paged = _paged_columns(table, {channel.frame for channel in channels if channel.frame})
+    return tuple(replace(channel, paged=channel.frame in paged) for channel in channels)
 
 
-def _written_well(cells: Cells) -> tuple[int, int] | None:
-    text = cells.get("Metadata_Well")
-    row, column = cells.get("Metadata_Row"), cells.get("Metadata_Col", "Metadata_Column")
-    if text is None and row and column:
-        text = f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
-    if text is None:
-        return None
-    try:
-        return parse_well(text)
-    except UserInputError as error:
-        raise RowRefusedError("not a well", str(error)) from error
+def _paged_columns(table: TextTable, frames: set[str]) -> set[str | None]:
+    """Return those columns of frames that have one above 0 anywhere in the table.
+
+    The first plane of a stack has the frame 0, as all files of one page have.
+    """
+    paged: set[str | None] = set()
+    columns = _Columns(table, sorted(frames))
+    for row in table.rows() if frames else ():
+        if not isinstance(row, Refusal):
+            texts = columns.texts(columns.pick(row.cells))
+            paged |= {column for column, text in texts.items() if text.strip("0.")}
+            if len(paged) == len(frames):
+                break
+    return paged
 
 
-def _site(written: int | None, name: PhenixName | None) -> int:
-    if written is not None:
-        return written
-    if name is None:
-        raise RowRefusedError("no site", "neither Metadata_Site nor a file name like r01c01f01")
-    return name.field
+def _rename(
+    table: TextTable, found: Sequence[_Channel], wanted: Mapping[str, str]
+) -> tuple[tuple[_Channel, ...], Mapping[int, str]]:
+    """Return the channels by the names that are wanted, and names by Phenix channel number.
 
-
-def _first_known(written: int | None, named: int | None = None) -> int:
-    if written is not None:
-        return written
-    return _FIRST if named is None else named
+    Raises:
+        UnknownNameError: a key of ``wanted`` is neither a channel nor the number of one; to know
+            that, the table is read until all numbers came.
+        UserInputError: two channels would get one name.
+    """
+    names = {channel.name.lower(): channel.name for channel in found}
+    by_key = {key.strip().lower(): name for key, name in wanted.items()}
+    originals = {key.strip().lower(): key for key in wanted}
+    numbers = {
+        int(key): name
+        for key, name in by_key.items()
+        if key not in names and key.isascii() and key.isdigit() and len(key) <= 4
+    }
+    seen: set[int] = set()
+    columns = _Columns(table, [channel.file for channel in found])
+    for row in table.rows() if numbers else ():
+        if not isinstance(row, Refusal):
+            phenix = [core_file_name(text.strip()) for text in columns.pick(row.cells)]
+            seen |= {name.channel for name in phenix if name and name.channel is not None}
+            if seen.issuperset(numbers):
+                break
+    unknown = [
+        originals[key]
+        for key in by_key
+        if key not in names and not (key.isdigit() and int(key) in seen)
+    ]
+    for key in unknown:
+        raise UnknownNameError.of("channel", key, [*names.values(), *sorted(seen)])
+    renamed = tuple(replace(item, name=by_key.get(item.name.lower(), item.name)) for item in found)
+    if len({item.name.lower() for item in renamed}) < len(renamed):
+        raise UserInputError(
+            f"{table.path.name} would have two channels of one name "
+            f"({', '.join(item.name for item in renamed)}). Give each channel its own."
+        )
+    return renamed, numbers
 
 
 def read_loaddata(
@@ -598,7 +474,7 @@ def read_loaddata(
     """
     if plate is None:
         table.require("Metadata_Plate")
-    return image_table(table, plate, batch, channels, needs_treatment=False).records()
+    return _ImageReader(table, plate, batch, channels or {}, needs_treatment=False).records()
 
 
 def read_published(
@@ -619,4 +495,4 @@ def read_published(
         UnknownNameError: ``channels`` renames a channel that is not there.
     """
     table.require("Metadata_pert_iname", *([] if plate else ["Metadata_Plate"]))
-    return image_table(table, plate, batch, channels, needs_treatment=True).records()
+    return _ImageReader(table, plate, batch, channels or {}, needs_treatment=True).records()

@@ -9,7 +9,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import imagecodecs
@@ -61,13 +61,6 @@ class MaskFile(NamedTuple):
     kind: str | None
 
 
-def is_masks_folder(folder: Path) -> bool:
-    """Tell whether a file below ``folder`` is named as tools name their label images."""
-    if not folder.is_dir():
-        return False
-    return any(_marked(path) for group in _folders(folder) for path in group)
-
-
 class MaskFolder:
     """The files of masks below a folder, found anew each time they are asked for.
 
@@ -82,7 +75,9 @@ class MaskFolder:
         if not folder.is_dir():
             raise UserInputError(f"{folder} is not a folder. Give the folder that has the masks.")
         self._root = folder.resolve()
-        self._marked = is_masks_folder(self._root)
+        self._has_marked = any(
+            _split(_stem(path.name)) for paths in _folders(self._root) for path in paths
+        )
         self._count = sum(1 for _ in self)
         if not self._count:
             raise UserInputError(
@@ -94,8 +89,15 @@ class MaskFolder:
         return self._count
 
     def __iter__(self) -> Iterator[MaskFile]:
-        for group in _folders(self._root):
-            yield from _masks_of(group, self._root, marked=self._marked)
+        for paths in _folders(self._root):
+            masks = []
+            for path in paths:
+                stem = _stem(path.name)
+                if _split(stem) if self._has_marked else not _NOT_MASKS.search(stem):
+                    masks.append(_mask_file(path, self._root))
+            # Cellpose writes x_seg.npy beside x_cp_masks.png: the same masks once more.
+            others = {mask.stems[0] for mask in masks if not _is_seg(mask)}
+            yield from (mask for mask in masks if not (_is_seg(mask) and mask.stems[0] in others))
 
 
 def mask_files(paths: Sequence[Path]) -> Iterator[MaskFile]:
@@ -119,57 +121,39 @@ def mask_files(paths: Sequence[Path]) -> Iterator[MaskFile]:
 
 def _folders(root: Path) -> Iterator[list[Path]]:
     """Yield the files that may be masks, folder by folder; links out of ``root`` are left out."""
-    for place, folders, names in os.walk(root):
-        folders.sort()
-        paths = [Path(place) / name for name in sorted(names)]
-        yield [path for path in paths if path.suffix.lower() in SUFFIXES and _inside(path, root)]
-
-
-def _inside(path: Path, root: Path) -> bool:
-    return not path.is_symlink() or path.resolve().is_relative_to(root.resolve())
-
-
-def _masks_of(paths: Sequence[Path], root: Path, *, marked: bool) -> list[MaskFile]:
-    if marked:
-        chosen = [path for path in paths if _marked(path)]
-    else:
-        chosen = [path for path in paths if not _NOT_MASKS.search(_stem(path.name))]
-    masks = [_mask_file(path, root) for path in chosen]
-    # Cellpose writes x_seg.npy beside x_cp_masks.png: the same masks once more.
-    plain = {(mask.path.parent, mask.stems[0]) for mask in masks if not _is_seg(mask)}
-    return [m for m in masks if not (_is_seg(m) and (m.path.parent, m.stems[0]) in plain)]
+    for folder, below, names in os.walk(root):
+        below.sort()
+        paths = [Path(folder) / name for name in sorted(names)]
+        yield [
+            path
+            for path in paths
+            if path.suffix.lower() in SUFFIXES
+            and (not path.is_symlink() or path.resolve().is_relative_to(root))
+        ]
 
 
 def _is_seg(mask: MaskFile) -> bool:
     return mask.path.name.lower().endswith("_seg.npy")
 
 
-def _marked(path: Path) -> bool:
-    return _split(_stem(path.name)) is not None
-
-
 def _mask_file(path: Path, root: Path) -> MaskFile:
     stem = writable(_stem(path.name))
     stems, kind = [stem], None
     while (found := _split(stem)) is not None:
-        stem, said = found
-        kind = kind or said
+        stem, objects = found
+        kind = kind or objects
         stems.insert(0, stem)
-    name = PurePosixPath(path.relative_to(root)).as_posix()
-    return MaskFile(path, writable(name), tuple(dict.fromkeys(stems)), kind)
+    name = writable(path.relative_to(root).as_posix())
+    return MaskFile(path, name, tuple(dict.fromkeys(stems)), kind)
 
 
 def _split(stem: str) -> tuple[str, str | None] | None:
     """Return the name of the image and the kind of object, of a name like those of masks."""
     for mark in _MARKS:
         if match := mark.fullmatch(stem):
-            said = match.groupdict().get("object")
-            return match["stem"], _kind(said) if said else None
+            objects = (match.groupdict().get("object") or "").lower()
+            return match["stem"], _OBJECTS.get(objects, objects) or None
     return None
-
-
-def _kind(said: str) -> str:
-    return _OBJECTS.get(said.lower(), said.lower())
 
 
 def _stem(name: str) -> str:
@@ -185,12 +169,15 @@ def read_labels(path: Path, *, binary: bool = False) -> NDArray[np.uint32]:
         ImageError: it cannot be read, has colours or several planes, holds numbers that are no
             labels, or only black and white and ``binary`` is not asked for.
     """
-    labels = _whole_numbers(path, _plane(path, _read(path)))
+    array = _read_npy(path) if path.suffix.lower() == ".npy" else _read_image(path)
+    labels = _whole_numbers(path, array)
     if binary:
         return (labels > 0).astype(np.uint32)
-    if _is_black_and_white(labels):
+    values = labels[labels != 0]
+    is_one_value = bool(values.size) and bool((values == values.flat[0]).all())
+    if is_one_value and (labels.dtype == np.bool_ or values.flat[0] in _WHITE):
         raise ImageError(black_and_white(path.name))
-    if labels.size and labels.max() > _MAX_LABEL:
+    if values.size and values.max() > _MAX_LABEL:
         raise ImageError(f"{path.name} has labels above {_MAX_LABEL}. Number its objects anew.")
     return labels.astype(np.uint32)
 
@@ -204,26 +191,15 @@ def black_and_white(name: str) -> str:
     )
 
 
-def _is_black_and_white(labels: NDArray[Any]) -> bool:
-    if labels.dtype == np.bool_:
-        return bool(labels.any())
-    values = labels[labels != 0]
-    return bool(values.size) and values.flat[0] in _WHITE and bool((values == values.flat[0]).all())
-
-
-def _read(path: Path) -> NDArray[Any]:
-    if path.suffix.lower() == ".npy":
-        return _read_npy(path)
+def _read_image(path: Path) -> NDArray[Any]:
     try:
         with path.open("rb") as stream:
             head = stream.read(26)
             data = head + stream.read() if head.startswith(_PNG_MAGIC) else b""
     except OSError as error:
         raise ImageError(f"{path.name} cannot be opened ({error.strerror}).") from error
-    return _decode_png(path, data) if data else decode_tiff(path)
-
-
-def _decode_png(path: Path, data: bytes) -> NDArray[Any]:
+    if not data:
+        return decode_tiff(path)
     width, height = struct.unpack(">II", data[16:24]) if len(data) > 24 else (0, 0)
     if width * height > _MAX_PIXELS:
         raise ImageError(f"{path.name} claims {height}x{width} pixels, which cannot be.")
@@ -247,7 +223,8 @@ def _read_npy(path: Path) -> NDArray[Any]:
     return np.array(mapped)
 
 
-def _plane(path: Path, array: NDArray[Any]) -> NDArray[Any]:
+def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[Any]:
+    """Return the one plane (H, W) of an array of whole numbers from 0, whatever their type."""
     if array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
     elif array.ndim == 3 and array.shape[2] == 1:
@@ -260,10 +237,6 @@ def _plane(path: Path, array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim != 2:
         shape = "x".join(map(str, array.shape))
         raise ImageError(f"{path.name} has the shape {shape}. Export one plane of labels.")
-    return array
-
-
-def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[Any]:
     if array.dtype == np.bool_ or array.dtype.kind == "u":
         return array
     if array.dtype.kind not in "if":

@@ -1,9 +1,8 @@
-"""Places of files that others wrote down: other machines' folders, and object stores.
+"""Where files are: folders of this machine, of others (as they wrote them), and object stores.
 
-A place is a folder of this machine or a URI that ``fsspec`` reads (``s3://``, ``https://``,
-``memory://``). Messages name a place without the secrets that a URI may carry. One page of a
-file is named like ``stack.tiff#page=2``, pages counted from 1; what is asked of such a place is
-asked of its file.
+A URI is a path of this machine or what ``fsspec`` reads (``s3://``, ``https://``, ``memory://``).
+Messages name it without the secrets that it may carry. One page of a file is named like
+``stack.tiff#page=2``, pages counted from 1; what is asked of a page is asked of its file.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from urllib.parse import unquote
 from ..errors import CellstoreError, ImageError, MissingExtraError, UserInputError
 
 CLOUD = "cloud"
-"""The extra that brings the readers of remote places."""
+"""The extra that brings the readers of remote files."""
 
 _READERS = {"s3": "s3fs", "https": "aiohttp", "http": "aiohttp", "memory": "fsspec"}
-"""What reads each kind of remote place. Others (``zip://``, ``a::b``) could reach anything."""
+"""What reads each kind of remote file. Others (``zip://``, ``a::b``) could reach anything."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE | re.ASCII)
 _FILE = "file://"
@@ -36,7 +35,7 @@ _MODIFIED = ("LastModified", "last_modified", "mtime", "modified", "created", "L
 
 @dataclass(frozen=True, slots=True)
 class FileStat:
-    """Size in bytes and time of the last change in ns since 1970; None where it is not told."""
+    """Size in bytes and time of the last change in ns since 1970; None where it is not known."""
 
     size_bytes: int
     mtime_ns: int | None
@@ -54,27 +53,29 @@ class PathMap:
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
         self._new: dict[str, str] = {}
-        for old, new in pairs:
-            self._add(_plain(old.strip()), new.strip())
+        for written, target in pairs:
+            old, new = _plain(written.strip()), target.strip()
+            if not old or not new:
+                raise UserInputError(
+                    "A folder of --map is empty. Write --map /old/folder=/new/folder."
+                )
+            if self._new.setdefault(old, new) != new:
+                raise UserInputError(f"--map names {shown(old)} twice. Keep the one that is meant.")
         self._olds = sorted(self._new, key=len, reverse=True)
-
-    def _add(self, old: str, new: str) -> None:
-        if not old or not new:
-            raise UserInputError("A folder of --map is empty. Write --map /old/folder=/new/folder.")
-        if self._new.setdefault(old, new) != new:
-            raise UserInputError(f"--map names {shown(old)} twice. Keep the one that is meant.")
 
     def apply(self, folder: str) -> str:
         """Return the folder with its beginning rewritten, or as it is where none fits.
 
         ``file://`` before a folder means nothing and is left away.
         """
-        folder = _without_file(folder)
         plain = _plain(folder)
         for old in self._olds:
-            if _begins(plain, old):
-                return _extended(self._new[old], plain[len(old) :])
-        return folder
+            rest = plain.removeprefix(old)
+            whole = old.endswith("/") or rest[:1] in {"", "/"}
+            if plain.startswith(old) and whole:
+                rest = rest.lstrip("/")
+                return join(self._new[old], rest) if rest else self._new[old]
+        return _without_file(folder)
 
 
 def _plain(folder: str) -> str:
@@ -88,25 +89,21 @@ def _plain(folder: str) -> str:
     return folder.rstrip("/") or folder[:1]
 
 
-def _begins(plain: str, old: str) -> bool:
-    if not plain.startswith(old):
-        return False
-    return old.endswith("/") or plain[len(old) : len(old) + 1] in {"", "/"}
-
-
-def _extended(new: str, rest: str) -> str:
-    rest = rest.lstrip("/")
-    return join(new, rest) if rest else new
+def _without_file(uri: str) -> str:
+    if not uri.lower().startswith(_FILE):
+        return uri
+    path = unquote(uri[len(_FILE) :])
+    return path[1:] if _DRIVE.match(path[1:]) else path
 
 
 def join(folder: str, name: str) -> str:
-    """Return the place of the file ``name`` in a folder of this machine or of elsewhere."""
+    """Return the URI of the file ``name`` in a folder of this machine or of elsewhere."""
     mark = "\\" if "\\" in folder and "/" not in folder else "/"
     return folder + name if folder.endswith(mark) else folder + mark + name
 
 
 def split_page(name: str) -> tuple[str, int | None]:
-    """Return the file of a name or place and the page of it, from 1; None where none is named."""
+    """Return the file of a name or URI and the page of it, from 1; None where none is named."""
     match = _PAGE.fullmatch(name)
     return (name, None) if match is None else (match[1], int(match[2]))
 
@@ -128,7 +125,7 @@ def writable(text: str) -> str:
 
 
 def is_remote(uri: str) -> bool:
-    """Tell a place in an object store or on a server from one of this machine."""
+    """Whether a URI is of an object store or server, not of this machine."""
     scheme = _SCHEME.match(uri)
     return scheme is not None and scheme[1].lower() != "file"
 
@@ -137,27 +134,19 @@ def local_path(uri: str) -> Path:
     """Return the path of a file of this machine, written plainly or as ``file://``.
 
     Raises:
-        UserInputError: the place is remote.
+        UserInputError: the file is remote.
     """
     if is_remote(uri):
         raise UserInputError(f"{shown(uri)} is not on this machine. Give a folder that is.")
     return Path(_without_file(split_page(uri)[0]))
 
 
-def _without_file(place: str) -> str:
-    if not place.lower().startswith(_FILE):
-        return place
-    path = unquote(place[len(_FILE) :])
-    return path[1:] if _DRIVE.match(path[1:]) else path
-
-
 def shown(uri: str) -> str:
-    """Return a place as a message may name it: without user, password and signed query."""
+    """Return a URI as a message may name it: without user, password and signed query."""
     scheme = _SCHEME.match(uri)
     if scheme is None:
         return uri
-    rest = re.split(r"[?]", uri[scheme.end() :], maxsplit=1)[0]
-    server, slash, path = rest.partition("/")
+    server, slash, path = uri[scheme.end() :].partition("?")[0].partition("/")
     return scheme[0] + server.rpartition("@")[2] + slash + path
 
 
@@ -166,8 +155,8 @@ def read_bytes(uri: str) -> bytes:
 
     Raises:
         ImageError: it is not there, may not be read, or its server does not answer.
-        MissingExtraError: a remote place, and its reader is not installed.
-        UserInputError: a kind of place that is not read.
+        MissingExtraError: a remote file, and its reader is not installed.
+        UserInputError: a kind of URI that is not read.
     """
     if is_remote(uri):
         return bytes(_remote(uri, "cat_file"))
@@ -181,12 +170,17 @@ def stat(uri: str) -> FileStat:
     """Return size and time of change of a file here or elsewhere.
 
     Raises:
-        ImageError: as ``read_bytes``, or the server does not tell the size.
+        ImageError: as ``read_bytes``, or the server does not give the size.
         MissingExtraError: as ``read_bytes``.
         UserInputError: as ``read_bytes``.
     """
     if is_remote(uri):
-        return _remote_stat(uri)
+        info = _remote(uri, "info")
+        size = info.get("size")
+        if not isinstance(size, int):
+            raise ImageError(f"The server gives no size of {shown(uri)}. Copy the file here.")
+        times = (_nanoseconds(info[key]) for key in _MODIFIED if key in info)
+        return FileStat(size, next((time for time in times if time is not None), None))
     try:
         found = local_path(uri).stat()
     except (OSError, ValueError) as error:
@@ -195,7 +189,7 @@ def stat(uri: str) -> FileStat:
 
 
 def exists(uri: str) -> bool:
-    """Tell whether there is such a file; a server that does not answer is an error.
+    """Whether there is such a file; a server that does not answer is an error.
 
     Raises:
         ImageError: as ``read_bytes``, but not for a file that is not there.
@@ -210,14 +204,22 @@ def exists(uri: str) -> bool:
         return False
 
 
+def _closed(uri: str, error: OSError | ValueError) -> str:
+    reason = error.strerror if isinstance(error, OSError) else "not a path"
+    return f"{shown(uri)} cannot be opened ({reason}). Check the path, or use --map."
+
+
 def _remote(uri: str, method: str) -> Any:
-    """Call one method of the file system that has ``uri``; its errors lose what is secret."""
+    """Call one method of the file system that has ``uri``.
+
+    ``from None``: the errors of a service quote the request, with its secrets.
+    """
     files = _file_system(uri)
     try:
         return getattr(files, method)(split_page(uri)[0])
     except FileNotFoundError:
         raise ImageError(f"{shown(uri)} is not there. Check the path, or use --map.") from None
-    except Exception as error:  # each service has errors of its own, and they quote the request
+    except Exception as error:  # each service has errors of its own
         raise ImageError(_unanswered(uri, error)) from None
 
 
@@ -226,7 +228,7 @@ def _file_system(uri: str) -> Any:
     if scheme not in _READERS or "::" in uri:
         known = ", ".join(f"{name}://" for name in sorted(_READERS))
         raise UserInputError(
-            f"{shown(uri)} cannot be read: places are folders or one of {known}. "
+            f"{shown(uri)} cannot be read: files are in folders or one of {known}. "
             "Copy the files here, or use --map."
         )
     try:
@@ -240,13 +242,15 @@ def _file_system(uri: str) -> Any:
         raise ImageError(_unanswered(uri, error)) from None
 
 
-def _remote_stat(uri: str) -> FileStat:
-    info = _remote(uri, "info")
-    size = info.get("size")
-    if not isinstance(size, int):
-        raise ImageError(f"{shown(uri)} has no size that its server tells. Copy it here.")
-    times = (_nanoseconds(info[key]) for key in _MODIFIED if key in info)
-    return FileStat(size, next((time for time in times if time is not None), None))
+def _unanswered(uri: str, error: Exception) -> str:
+    hint = ""
+    if uri.lower().startswith("s3://"):
+        hint = " A public bucket is read without an account where FSSPEC_S3_ANON=true is set."
+    number = error.errno if isinstance(error, OSError) else None
+    reason = type(error).__name__ if number is None else os.strerror(number)
+    return (
+        f"{shown(uri)} cannot be read ({reason}). Check your access to it, or copy it here.{hint}"
+    )
 
 
 def _nanoseconds(value: object) -> int | None:
@@ -258,19 +262,3 @@ def _nanoseconds(value: object) -> int | None:
     if isinstance(value, datetime):
         return int(value.timestamp() * 1_000_000) * 1000
     return int(value * 1_000_000_000) if isinstance(value, int | float) else None
-
-
-def _closed(uri: str, error: OSError | ValueError) -> str:
-    reason = error.strerror if isinstance(error, OSError) else "not a path"
-    return f"{shown(uri)} cannot be opened ({reason}). Check the path, or use --map."
-
-
-def _unanswered(uri: str, error: Exception) -> str:
-    hint = ""
-    if uri.lower().startswith("s3://"):
-        hint = " A public bucket is read without an account where FSSPEC_S3_ANON=true is set."
-    number = error.errno if isinstance(error, OSError) else None
-    reason = type(error).__name__ if number is None else os.strerror(number)
-    return (
-        f"{shown(uri)} cannot be read ({reason}). Check your access to it, or copy it here.{hint}"
-    )

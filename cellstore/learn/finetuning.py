@@ -22,8 +22,15 @@ from cellpose.metrics import average_precision
 from cellpose.transforms import normalize_img, random_rotate_and_resize
 from cellpose.utils import diameters
 
-from ..analysis.cellpose3 import CHANNELS, SizeModel, fit_size_model, load_network
-from ..analysis.cellpose_common import checked_planes, consecutive, padded
+from ..analysis.cellpose import (
+    CHANNELS,
+    SizeModel,
+    checked_planes,
+    consecutive,
+    fit_size_model,
+    load_network,
+    padded,
+)
 from .shipped_network import Sample, half_precision, train_step
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from cellpose.resnet_torch import CPnet
 from cellpose.transforms import normalize99, resize_image
 from cellpose.utils import diameters
 
-from ..analysis.cellpose3 import CHANNELS, SizeModel, fit_size_model, load_network, save_size_model
+from ..analysis.cellpose import CHANNELS, SizeModel, fit_size_model, load_network, save_size_model
 from ..analysis.devices import pick_device
 from ..analysis.rendering import LARGEST, SMALLEST, TrainingField, render_nuclei
 

@@ -28,7 +28,7 @@ from ..artifacts import PART, ArtifactFolder, StoredFile, sync_folder
 from ..db.models import Artifact, CellFeatures, FeatureFile, FeatureSet
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
-from ..io.records import Integers, batch_rows
+from ..io.objects import Integers, batch_rows
 from ..jobs.runs import attach, keep_file
 
 FEATUREFILES_CELL_ID = "cell_id"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ..analysis.statistics import (
-    WellTest,
-    bootstrap_interval,
-    difference_interval,
-    mcnemar_over_wells,
-)
+from ..analysis.statistics import bootstrap_interval, difference_interval
 from ..config import VoteRules
 from ..enums import Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.workspace import Workspace
 from ..query.engine import Questions, open_questions
-from .scoring import Subject, codes_of, find_subject, numbers_of
+from .scoring import SEEN, VOTES, Subject, codes_of, find_subject, numbers_of, paired_test
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedRun:
     """One of two compared runs, on what both have answered.
 
     ``low`` and ``high`` bound the accuracy: 95 % bootstrap interval over wells, ``None`` for a
@@ -101,8 +96,8 @@ class Comparison:
     vote: str
     n: int
     wells: int
-    first: Side
-    second: Side
+    first: ComparedRun
+    second: ComparedRun
     both_right: int
     only_first: int
     only_second: int
@@ -121,87 +116,20 @@ class Comparison:
     differing: tuple[Difference, ...] = ()
 
 
-RECIPES = """
-    WITH RECURSIVE above(id) AS (
-        SELECT recipe_id FROM runs WHERE id = ?
-        UNION SELECT input_id FROM recipe_inputs JOIN above ON recipe_inputs.recipe_id = above.id
-    )
-    SELECT r.id, r.stage, r.version, r.parameters, r.weights_sha256
-    FROM recipes AS r JOIN above ON above.id = r.id ORDER BY r.id
-"""
-RUNS = """
-    SELECT p.code_version AS predicted_by, t.code_version AS trained_by, t.seed, s.name AS split
-    FROM runs AS p LEFT JOIN runs AS t ON t.id = p.parent_id
-    LEFT JOIN splits AS s ON s.id = coalesce(p.split_id, t.split_id) WHERE p.id = ?
-"""
-LONGEST = 60
-
-
-def recipes_apart(questions: Questions, first: int, second: int) -> tuple[RecipeDifference, ...]:
-    """Return the options in which two predict runs, and all that they read from, differ.
-
-    Options are called ``stage.option``; those of one stage with several recipes are numbered.
-    """
-    one, other = (_options(questions, run) for run in (first, second))
-    return tuple(
-        RecipeDifference(name, one.get(name), other.get(name))
-        for name in sorted(one.keys() | other.keys())
-        if one.get(name) != other.get(name)
-    )
-
-
-def _options(questions: Questions, run: int) -> dict[str, str]:
-    row = questions.ask(RUNS, [run]).to_pylist()[0]
-    found = {
-        "split": row["split"],
-        "train.seed": row["seed"],
-        "train.code": row["trained_by"],
-        "predict.code": row["predicted_by"],
-    }
-    numbers: dict[str, int] = {}
-    for recipe in questions.ask(RECIPES, [run]).to_pylist():
-        numbers[recipe["stage"]] = number = numbers.get(recipe["stage"], 0) + 1
-        stage = recipe["stage"] if number == 1 else f"{recipe['stage']}{number}"
-        found |= dict(_apart_named(stage, recipe))
-    return {name: _short(value) for name, value in found.items() if value is not None}
-
-
-def _apart_named(stage: str, recipe: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield f"{stage}.version", recipe["version"]
-    yield f"{stage}.weights", (recipe["weights_sha256"] or "")[:12] or None
-    parameters = recipe["parameters"]
-    yield from _flat(stage, json.loads(parameters) if isinstance(parameters, str) else parameters)
-
-
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(f"{name}.{key}", item)
-    else:
-        yield name, value
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-
-
 LEVELS = ("image", "well")
-VOTES = ("hard", "soft", "median")
-SIDES = (Subset.TEST.value, "outside", Subset.VALIDATION.value, Subset.TRAIN.value)
-"""The sides of a split, what is compared first standing first."""
-
-SIGNIFICANT = 0.05
+SUBSETS = (Subset.TEST.value, "outside", Subset.VALIDATION.value, Subset.TRAIN.value)
+"""The subsets of a split, what is compared first standing first."""
+LONGEST = 60
+"""Characters of an option that are shown."""
 
 # The level is written out, so that DuckDB leaves out the parts of the view that are not asked for.
 ANSWERS = {
     level: f"""
     SELECT unit_id, well_id, subset, truth, predicted, abstained IS NOT NULL AS abstained
-    FROM verdicts WHERE run_id = ? AND level = '{level}' AND vote = ? ORDER BY unit_id
+    FROM verdicts WHERE run_id = ? AND level = '{level}' AND vote = ? ORDER BY unit_id, subset
     """  # noqa: S608 - our own words
     for level in LEVELS
 }
-SEEN = "SELECT DISTINCT well_id FROM run_images WHERE run_id = ? AND well_in_training"
 SEGMENTED_BY = """
     SELECT DISTINCT s.recipe_id FROM predictions AS p JOIN cells AS c ON c.id = p.cell_id
     JOIN segmentations AS s ON s.id = c.segmentation_id WHERE p.run_id = ? AND p.rank = 1
@@ -221,8 +149,19 @@ NAMES = {
     ORDER BY p.barcode, w."row", w."column"
     """,
 }
-
-Ids = NDArray[np.int64]
+RECIPES = """
+    WITH RECURSIVE above(id) AS (
+        SELECT recipe_id FROM runs WHERE id = ?
+        UNION SELECT input_id FROM recipe_inputs JOIN above ON recipe_inputs.recipe_id = above.id
+    )
+    SELECT r.id, r.stage, r.version, r.parameters, r.weights_sha256
+    FROM recipes AS r JOIN above ON above.id = r.id ORDER BY r.id
+"""
+RUNS = """
+    SELECT p.code_version AS predicted_by, t.code_version AS trained_by, t.seed, s.name AS split
+    FROM runs AS p LEFT JOIN runs AS t ON t.id = p.parent_id
+    LEFT JOIN splits AS s ON s.id = coalesce(p.split_id, t.split_id) WHERE p.id = ?
+"""
 
 
 def compare(
@@ -239,8 +178,8 @@ def compare(
     """Put two predict runs (numbers or ``latest``) side by side.
 
     They are compared on the images, or at ``level`` well the wells, that both have answered: those
-    of the test side; where there are none those outside of the split, else the validation side. Of
-    two splits, the one may test what is outside of the other.
+    of the test subset; where there are none those outside of the split, else those of validation.
+    Of two splits, the one may test what is outside of the other.
     Images that one of them was trained on count only with ``force``. ``vote`` is hard, soft or
     median. The first ``limit`` units in which their labels differ are listed, all by default.
 
@@ -273,9 +212,17 @@ def compare_subjects(
     force: bool,
 ) -> Comparison:
     """Compare two predict runs; see :func:`compare`."""
-    _check_comparable(first, second)
+    if first.run.id == second.run.id:
+        raise UserInputError(f"Both are run {first.run.id}: name another run to compare it with.")
+    labels = [subject.split.field.value for subject in (first, second)]
+    if labels[0] != labels[1]:
+        raise UserInputError(
+            f"Run {first.run.id} predicts {labels[0]} and run {second.run.id} {labels[1]}: their "
+            "labels are of different kinds and cannot be compared."
+        )
     answers = [questions.ask(ANSWERS[level], [item.run.id, vote]) for item in (first, second)]
-    pair = _pair(*answers, one_split=first.split.id == second.split.id, force=force)
+    one_split = first.split.id == second.split.id
+    pair = common_answers(*answers, one_split=one_split, force=force)
     if not pair.unit.size and pair.other_truth:
         raise UserInputError(
             f"The true label of each {level} that both runs have answered is another one in split "
@@ -287,202 +234,217 @@ def compare_subjects(
             "neither was trained on (--force compares them on those, too). Label the same images "
             "with both: cellstore predict --run RUN"
         )
-    seen = (_seen(questions, first, pair.well), _seen(questions, second, pair.well))
-    differing = np.flatnonzero(pair.first != pair.second)
+    seen, compared = [], []
     right = (pair.truth == pair.first, pair.truth == pair.second)
-    test = mcnemar_over_wells(right[0], right[1], pair.well)
-    bounds = difference_interval(right[0], right[1], pair.well) or (None, None)
-    gain = float(right[0].mean() - right[1].mean())
-    better, words = _verdict(first.run.id, second.run.id, gain, test)
+    for subject, correct in zip((first, second), right, strict=True):
+        known = numbers_of(questions.ask(SEEN, [subject.run.id])["well_id"])
+        seen.append(np.intersect1d(pair.well, known))
+        low, high = bootstrap_interval(correct, pair.well) or (None, None)
+        compared.append(
+            ComparedRun(
+                run_id=subject.run.id,
+                train_run_id=subject.run.parent_id,
+                split=subject.split.name,
+                correct=int(correct.sum()),
+                accuracy=float(correct.mean()),
+                low=low,
+                high=high,
+                wells_seen=seen[-1].size,
+            )
+        )
+    gain, test, sign = paired_test(*right, pair.well)
+    bounds = difference_interval(*right, pair.well) or (None, None)
+    better = {1: first.run.id, -1: second.run.id, 0: None}[sign]
+    wells = (
+        f"run {first.run.id} has more right in {test.first:,} wells, run {second.run.id} in "
+        f"{test.second:,} (McNemar's test over wells: p = {test.p_value:.2g})"
+    )
+    verdict = f"Neither run is shown to be better: {wells}."
+    if better is not None:
+        worse = second.run.id if sign == 1 else first.run.id
+        verdict = f"Run {better} is better than run {worse}: {wells}."
+    differs = np.flatnonzero(pair.first != pair.second)
     return Comparison(
         level=level,
         vote=vote,
         n=pair.unit.size,
         wells=np.unique(pair.well).size,
-        first=_side(first, right[0], pair.well, seen[0]),
-        second=_side(second, right[1], pair.well, seen[1]),
+        first=compared[0],
+        second=compared[1],
         both_right=int((right[0] & right[1]).sum()),
         only_first=int((right[0] & ~right[1]).sum()),
         only_second=int((~right[0] & right[1]).sum()),
         both_wrong=int((~right[0] & ~right[1]).sum()),
-        same=pair.unit.size - differing.size,
+        same=pair.unit.size - differs.size,
         difference=gain,
         difference_low=bounds[0],
         difference_high=bounds[1],
-        test=_test(test),
+        test=McNemar(
+            wells_first=test.first,
+            wells_second=test.second,
+            p_value=test.p_value,
+            how="McNemar's exact test with whole wells: how often the accuracies differ by as much "
+            "where chance decides in each well which run is which.",
+        ),
         better=better,
-        verdict=words,
-        not_compared=pair.left_out,
+        verdict=verdict,
+        not_compared=pair.not_compared,
         recipes=recipes_apart(questions, first.run.id, second.run.id),
         warnings=_warnings(questions, (first, second), seen, pair, level),
-        n_differing=differing.size,
-        differing=_named(questions, pair, differing, level, limit),
+        n_differing=differs.size,
+        differing=_differences(questions, pair, differs, level, limit),
     )
-
-
-def _check_comparable(first: Subject, second: Subject) -> None:
-    if first.run.id == second.run.id:
-        raise UserInputError(f"Both are run {first.run.id}: name another run to compare it with.")
-    fields = [subject.split.field.value for subject in (first, second)]
-    if fields[0] != fields[1]:
-        raise UserInputError(
-            f"Run {first.run.id} says {fields[0]} and run {second.run.id} {fields[1]}: they answer "
-            "other questions, so neither can be right more often."
-        )
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What two runs said of the same N units: (N,) arrays of ids and of class numbers.
+class CommonAnswers:
+    """What two runs answered for the same N units: (N,) arrays of ids, and indices of ``labels``.
 
-    ``sides`` are the sides of a split that any of them is on. ``left_out`` counts the units that
-    are not compared, ``other_truth`` those of them whose truth is not the same for both.
+    ``subsets`` of a split that any of the units is in. ``not_compared`` counts the units that only
+    one of them has answered or that may not be compared, ``other_truth`` those of them whose truth
+    is not the same for both.
     """
 
-    labels: tuple[str, ...]
-    unit: Ids
-    well: Ids
-    truth: Ids
-    first: Ids
-    second: Ids
-    sides: frozenset[str]
-    left_out: int
+    labels: list[str]
+    unit: NDArray[np.int64]
+    well: NDArray[np.int64]
+    truth: NDArray[np.int64]
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    subsets: frozenset[str]
+    not_compared: int
     other_truth: int
 
 
-def _pair(first: pa.Table, second: pa.Table, *, one_split: bool, force: bool) -> Pair:
-    """Return the units that both have answered, on the best side of which there are any."""
-    every = np.union1d(first["unit_id"].to_numpy(), second["unit_id"].to_numpy()).size
-    one, other = _common(first, second, one_split=one_split)
-    same = pc.equal(one["truth"], other["truth"])
-    changed = one.num_rows - int(pc.sum(same.cast(pa.int64())).as_py() or 0)
-    one, other = one.filter(same), other.filter(same)
-    mask = pa.array(_comparable(one, other, one_split=one_split, force=force))
-    return _coded(one.filter(mask), other.filter(mask), every, changed)
-
-
-def _common(first: pa.Table, second: pa.Table, *, one_split: bool) -> tuple[pa.Table, pa.Table]:
-    """Return the rows of what both have answered, in the same order."""
-    first, second = (rows.filter(pc.invert(rows["abstained"])) for rows in (first, second))
-    if not one_split:
-        first, second = _with_one_answer(first), _with_one_answer(second)
-    one, other = (_keys(rows, by_side=one_split) for rows in (first, second))
-    _, places, others = np.intersect1d(one, other, assume_unique=True, return_indices=True)
-    return first.take(places), second.take(others)
-
-
-def _keys(rows: pa.Table, *, by_side: bool) -> Ids:
-    """A number per unit; of a well that is on two sides of a split, one per side."""
-    units = numbers_of(rows["unit_id"])
-    return units * len(SIDES) + codes_of(rows["subset"], SIDES) if by_side else units
-
-
-def _with_one_answer(rows: pa.Table) -> pa.Table:
-    ids, counts = np.unique(rows["unit_id"].to_numpy(), return_counts=True)
-    return rows.filter(pc.is_in(rows["unit_id"], pa.array(ids[counts == 1])))
-
-
-def _comparable(
+def common_answers(
     first: pa.Table, second: pa.Table, *, one_split: bool, force: bool
-) -> NDArray[np.bool_]:
-    """Whether each unit is compared: the test side, else what a report would score in its place.
+) -> CommonAnswers:
+    """Return what both have answered, of the best subset in which there is any.
 
-    What one split tests may well be outside of another one, which is as new to its run.
+    That is the test subset, else what a report would score in its place. What one split tests may
+    well be outside of another one, which is as new to its run.
     """
-    rank = np.maximum(*(codes_of(rows["subset"], SIDES) for rows in (first, second)))
-    if not one_split:
-        rank[rank == SIDES.index("outside")] = SIDES.index(Subset.TEST.value)
-    if force or not rank.size:
-        return np.ones(rank.size, dtype=bool)
-    best = min(int(rank.min()), SIDES.index(Subset.VALIDATION.value))
-    chosen: NDArray[np.bool_] = rank == best
-    return chosen
-
-
-def _coded(first: pa.Table, second: pa.Table, every: int, changed: int) -> Pair:
-    columns = (first["truth"], first["predicted"], second["predicted"])
+    every = np.union1d(first["unit_id"].to_numpy(), second["unit_id"].to_numpy()).size
+    tables, keys = [], []
+    for answers in (first, second):
+        rows = answers.filter(pc.invert(answers["abstained"]))
+        if one_split:  # a well in two subsets has an answer in each
+            units = numbers_of(rows["unit_id"])
+            keys.append(units * len(SUBSETS) + codes_of(rows["subset"], SUBSETS))
+        else:  # of a well with two answers it cannot be said which one is meant
+            ids, counts = np.unique(rows["unit_id"].to_numpy(), return_counts=True)
+            rows = rows.filter(pc.is_in(rows["unit_id"], pa.array(ids[counts == 1])))
+            keys.append(rows["unit_id"].to_numpy())
+        tables.append(rows)
+    _, in_first, in_second = np.intersect1d(
+        keys[0], keys[1], assume_unique=True, return_indices=True
+    )
+    one, other = tables[0].take(in_first), tables[1].take(in_second)
+    same = pc.equal(one["truth"], other["truth"])
+    other_truth = one.num_rows - int(pc.sum(same.cast(pa.int64())).as_py() or 0)
+    one, other = one.filter(same), other.filter(same)
+    if one.num_rows and not force:
+        rank = np.maximum(*(codes_of(rows["subset"], SUBSETS) for rows in (one, other)))
+        if not one_split:
+            rank[rank == SUBSETS.index("outside")] = SUBSETS.index(Subset.TEST.value)
+        best = min(int(rank.min()), SUBSETS.index(Subset.VALIDATION.value))
+        mask = pa.array(rank == best)
+        one, other = one.filter(mask), other.filter(mask)
+    columns = (one["truth"], one["predicted"], other["predicted"])
     labels = sorted({str(value) for column in columns for value in pc.unique(column).to_pylist()})
-    truth, one, other = (codes_of(column, labels) for column in columns)
-    unit = numbers_of(first["unit_id"])
-    return Pair(
-        labels=tuple(labels),
+    truth, by_first, by_second = (codes_of(column, labels) for column in columns)
+    unit = numbers_of(one["unit_id"])
+    subsets = [pc.unique(rows["subset"]).to_pylist() for rows in (one, other)]
+    return CommonAnswers(
+        labels=labels,
         unit=unit,
-        well=numbers_of(first["well_id"]),
+        well=numbers_of(one["well_id"]),
         truth=truth,
-        first=one,
-        second=other,
-        sides=frozenset(
-            side for rows in (first, second) for side in pc.unique(rows["subset"]).to_pylist()
-        ),
-        left_out=every - np.unique(unit).size,
-        other_truth=changed,
+        first=by_first,
+        second=by_second,
+        subsets=frozenset(subsets[0] + subsets[1]),
+        not_compared=every - np.unique(unit).size,
+        other_truth=other_truth,
     )
 
 
-def _seen(questions: Questions, subject: Subject, wells: Ids) -> Ids:
-    """Return those of the wells on which the model was trained."""
-    known = questions.ask(SEEN, [subject.run.id])["well_id"]
-    return np.intersect1d(wells, numbers_of(known))
+def recipes_apart(questions: Questions, first: int, second: int) -> tuple[RecipeDifference, ...]:
+    """Return the options in which two predict runs, and all that they read from, differ.
 
-
-def _side(subject: Subject, right: NDArray[np.bool_], wells: Ids, seen: Ids) -> Side:
-    low, high = bootstrap_interval(right, wells) or (None, None)
-    return Side(
-        run_id=subject.run.id,
-        train_run_id=subject.run.parent_id,
-        split=subject.split.name,
-        correct=int(right.sum()),
-        accuracy=float(right.mean()),
-        low=low,
-        high=high,
-        wells_seen=seen.size,
+    Options are called ``stage.option``; those of one stage with several recipes are numbered.
+    """
+    one, other = (_options(questions, run) for run in (first, second))
+    return tuple(
+        RecipeDifference(name, one.get(name), other.get(name))
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
     )
 
 
-def _test(found: WellTest) -> McNemar:
-    return McNemar(
-        wells_first=found.first,
-        wells_second=found.second,
-        p_value=found.p_value,
-        how="McNemar's exact test with whole wells: how often the accuracies differ by as much "
-        "where chance decides in each well which run is which.",
-    )
+def _options(questions: Questions, run: int) -> dict[str, str]:
+    """The options behind a run, each as a short text."""
+    found: dict[str, Any] = {}
 
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                add(f"{name}.{key}", item)
+        elif value is not None:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            found[name] = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
-def _verdict(first: int, second: int, gain: float, test: WellTest) -> tuple[int | None, str]:
-    """Return which run is better, and the sentence on it."""
-    wells = (
-        f"run {first} has more right in {test.first:,} wells, run {second} in "
-        f"{test.second:,} (McNemar's test over wells: p = {test.p_value:.2g})"
-    )
-    if test.p_value >= SIGNIFICANT:
-        return None, f"Neither run is shown to be better: {wells}."
-    better, worse = (first, second) if gain > 0 else (second, first)
-    return better, f"Run {better} is better than run {worse}: {wells}."
+    row = questions.ask(RUNS, [run]).to_pylist()[0]
+    add("split", row["split"])
+    add("train.seed", row["seed"])
+    add("train.code", row["trained_by"])
+    add("predict.code", row["predicted_by"])
+    numbers: dict[str, int] = {}
+    for recipe in questions.ask(RECIPES, [run]).to_pylist():
+        stage = recipe["stage"]
+        numbers[stage] = number = numbers.get(stage, 0) + 1
+        name = stage if number == 1 else f"{stage}{number}"
+        parameters = recipe["parameters"]
+        add(f"{name}.version", recipe["version"])
+        add(f"{name}.weights", (recipe["weights_sha256"] or "")[:12] or None)
+        add(name, json.loads(parameters) if isinstance(parameters, str) else parameters)
+    return found
 
 
 def _warnings(
     questions: Questions,
     subjects: tuple[Subject, Subject],
-    seen: tuple[Ids, Ids],
-    pair: Pair,
+    seen: list[NDArray[np.int64]],
+    pair: CommonAnswers,
     level: str,
 ) -> tuple[str, ...]:
     """Say why the runs may not be comparable."""
-    runs = (subjects[0].run.id, subjects[1].run.id)
-    found = _seen_warnings(runs, seen)
+    runs = [subject.run.id for subject in subjects]
+    found = []
+    for own, other in ((0, 1), (1, 0)):
+        alone = np.setdiff1d(seen[own], seen[other]).size
+        if alone:
+            found.append(
+                f"Run {runs[own]} had seen {alone:,} of these wells in training, and run "
+                f"{runs[other]} had not: the comparison favours run {runs[own]}."
+            )
+    both = np.intersect1d(seen[0], seen[1]).size
+    if both:
+        found.append(f"Both runs had seen {both:,} of these wells in training.")
     used = [questions.ask(SEGMENTED_BY, [run])["recipe_id"].to_pylist() for run in runs]
     if used[0] != used[1]:
-        one, other = (" and ".join(map(str, ids)) for ids in used)
+        one, other_ids = (" and ".join(map(str, ids)) for ids in used)
         found.append(
-            f"They judge different cells: run {runs[0]} those of segmentation recipe {one}, run "
-            f"{runs[1]} those of {other}."
+            f"They label different cells: run {runs[0]} those of segmentation recipe {one}, run "
+            f"{runs[1]} those of {other_ids}."
         )
     names = [subject.split.name for subject in subjects]
     if names[0] != names[1]:
         wells = ", so a well may have other images in each" if level == "well" else ""
         found.append(f"They learned from different splits: {names[0]} and {names[1]}{wells}.")
-    found += _side_warnings(pair)
+    if Subset.TRAIN.value in pair.subsets:
+        found.append("Forced: images that a run was trained on are among those compared.")
+    if Subset.VALIDATION.value in pair.subsets:
+        found.append("Validation images are compared, and they decided when a training stopped.")
     if pair.other_truth:
         found.append(
             f"Left out: {pair.other_truth:,} {level}s whose true label is another one in each "
@@ -491,49 +453,22 @@ def _warnings(
     return tuple(found)
 
 
-def _side_warnings(pair: Pair) -> list[str]:
-    found = []
-    if Subset.TRAIN.value in pair.sides:
-        found.append("Forced: images that a run was trained on are among those compared.")
-    if Subset.VALIDATION.value in pair.sides:
-        found.append("Validation images are compared, and they decided when a training stopped.")
-    return found
-
-
-def _seen_warnings(runs: tuple[int, int], seen: tuple[Ids, Ids]) -> list[str]:
-    found = []
-    for place, run in enumerate(runs):
-        alone = np.setdiff1d(seen[place], seen[1 - place]).size
-        if alone:
-            found.append(
-                f"Run {run} had seen {alone:,} of these wells in training, and run "
-                f"{runs[1 - place]} had not: the comparison favours run {run}."
-            )
-    both = np.intersect1d(seen[0], seen[1]).size
-    if both:
-        found.append(f"Both runs had seen {both:,} of these wells in training.")
-    return found
-
-
-def _named(
-    questions: Questions, pair: Pair, places: Ids, level: str, limit: int | None
+def _differences(
+    questions: Questions,
+    pair: CommonAnswers,
+    differs: NDArray[np.int64],
+    level: str,
+    limit: int | None,
 ) -> tuple[Difference, ...]:
-    """Return the units in which the labels differ, in order of plate and place."""
-    place_of: Mapping[int, int] = dict(
-        zip(pair.unit[places].tolist(), places.tolist(), strict=True)
-    )
-    rows = questions.ask(NAMES[level], [list(place_of)]).to_pylist() if place_of else []
-    return tuple(_difference(pair, place_of[row["id"]], row["name"]) for row in rows[:limit])
-
-
-def _difference(pair: Pair, place: int, name: str) -> Difference:
-    truth, first, second = (int(codes[place]) for codes in (pair.truth, pair.first, pair.second))
-    right = "first" if first == truth else "second" if second == truth else "neither"
-    return Difference(
-        unit_id=int(pair.unit[place]),
-        name=name,
-        truth=pair.labels[truth],
-        first=pair.labels[first],
-        second=pair.labels[second],
-        right=right,
-    )
+    """Return the units in which the labels differ, in order of plate, row and column."""
+    index_of = dict(zip(pair.unit[differs].tolist(), differs.tolist(), strict=True))
+    rows = questions.ask(NAMES[level], [list(index_of)]).to_pylist() if index_of else []
+    found = []
+    for row in rows[:limit]:
+        index = index_of[row["id"]]
+        truth, first, second = (
+            pair.labels[codes[index]] for codes in (pair.truth, pair.first, pair.second)
+        )
+        right = "first" if first == truth else "second" if second == truth else "neither"
+        found.append(Difference(row["id"], row["name"], truth, first, second, right))
+    return tuple(found)

@@ -6,7 +6,8 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -32,18 +32,18 @@ def plain(text: str) -> str:
     Such characters could hide a part of a name or turn what follows around. Tabs and line feeds
     stay as they are.
     """
-    return _HIDDEN.sub(lambda found: _written(found[0]), text)
+
+    def written(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return chr(_PICTURES + code) if code < 0x20 else f"\\u{code:04x}"
+
+    return _HIDDEN.sub(written, text)
 
 
 def short(text: str, longest: int = 22) -> str:
     """Return a text for a tick of a figure: in one line, and its beginning if it is too long."""
     line = plain(" ".join(text.split()))
     return line if len(line) <= longest else line[: longest - 1] + "…"
-
-
-def _written(character: str) -> str:
-    code = ord(character)
-    return chr(_PICTURES + code) if code < 0x20 else f"\\u{code:04x}"
 
 
 WIDEST = 460
@@ -99,13 +99,6 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def colour_bar(figure: Figure, picture: Any, label: str) -> None:
-    """Put the colours of ``picture`` beside it."""
-    bar = figure.colorbar(picture, fraction=0.03, pad=0.02, label=label)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
-
-
 def svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], alt: str = "") -> str:
     """Return what ``draw`` puts on a figure of ``size`` inches, as an element of a page.
 
@@ -123,45 +116,175 @@ def svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None], al
         target = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(target, format="svg", transparent=True, metadata=nothing)
-    return _as_svg(target.getvalue(), alt)
-
-
-def _as_svg(text: str, alt: str) -> str:
-    """Return the element alone, its ink that of the page, its size that of its place."""
-    element = text[text.index("<svg") :]
+    element = target.getvalue()
+    element = element[element.index("<svg") :]
     element = re.sub(r"<style.*?</style>", "", element, count=1, flags=re.DOTALL)
     head, rest = element.replace(INK, "currentColor").split(">", 1)
     width = re.search(r'width="([\d.]+)pt"', head)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
-    size = f' style="width:{width[1]}pt"' if width else ""
+    style = f' style="width:{width[1]}pt"' if width else ""
     label = f' aria-label="{escape(plain(alt))}"' if alt else ""
-    return f'{head}{size} role="img"{label}>{rest}'
+    return f'{head}{style} role="img"{label}>{rest}'
 
 
 PLATES = ((8, 12), (16, 24), (32, 48))
 """Rows and columns of plates with 96, 384 and 1536 wells."""
+SMALL_MAP, LARGE_MAP = 3.6, 7.4
+"""Inches: how wide one of several plate maps is, and one that stands alone."""
+LEFT, RIGHT, ABOVE, BELOW = 0.3, 0.7, 0.35, 0.05
+"""Inches around a plate map: row letters, colours with their numbers, column numbers."""
+NO_VALUE = (0.54, 0.56, 0.6, 0.25)
+"""Colour of a well without a value, seen on white as on black."""
+RING, HALO = "#d1350f", "#ffffff"
+"""A ring is seen on every colour of a map, because a white one lies below it."""
+PNG_COLUMNS = 3
+
+WellPosition = tuple[int, int]
 
 
-def layout_of(wells: Sequence[tuple[int, int, float | None]]) -> tuple[int, int]:
+@dataclass(frozen=True)
+class PlateMap:
+    """A plate by one number: ``values`` by row and column of the well, both from 1.
+
+    ``wells`` without a value are drawn pale; ``marked`` ones have a ring. Colours reach from
+    ``limits[0]`` to ``limits[1]``. ``channel`` is empty where the number is of no channel.
+    """
+
+    plate: str
+    title: str
+    unit: str
+    values: Mapping[WellPosition, float]
+    limits: tuple[float, float]
+    wells: Collection[WellPosition] = ()
+    marked: Collection[WellPosition] = ()
+    channel: str = ""
+
+    def height(self, width: float) -> float:
+        """Inches of the map if it is ``width`` inches wide."""
+        rows, columns = plate_layout([*self.wells, *self.values])
+        return (width - LEFT - RIGHT) * rows / columns + ABOVE + BELOW
+
+    def extremes(self) -> str:
+        """Say which wells have the lowest and the highest value."""
+        known = sorted((value, well_name(*well)) for well, value in self.values.items())
+        if not known:
+            return "no well has a value"
+        (low, first), (high, last) = known[0], known[-1]
+        if low == high:
+            return f"{len(known)} wells, {brief(low)} in each"
+        return f"{len(known)} wells, from {brief(low)} ({first}) to {brief(high)} ({last})"
+
+
+def plate_layout(wells: Collection[WellPosition]) -> tuple[int, int]:
     """Return rows and columns of the smallest standard plate that has all ``wells``."""
-    row, column = max(w[0] for w in wells), max(w[1] for w in wells)
+    row, column = max(well[0] for well in wells), max(well[1] for well in wells)
     fitting = [size for size in PLATES if row <= size[0] and column <= size[1]]
     return fitting[0] if fitting else (row, column)
 
 
-def well_names(axes: Axes, rows: int, columns: int, *, small: bool = False) -> None:
-    """Write the letters and numbers of the wells on the left and on top; ``small``: some."""
-    step = 1 if columns <= 24 else 2
-    if small:
-        step = max(1, columns // 6)
-    letters = [chr(64 + r) if r <= 26 else f"A{chr(64 + r - 26)}" for r in range(1, rows + 1)]
-    axes.set_aspect("equal")
-    axes.invert_yaxis()
+def well_name(row: int, column: int) -> str:
+    """Return ``B03`` for row 2 and column 3, ``AA03`` for row 27."""
+    letters = chr(64 + row) if row <= 26 else f"A{chr(64 + row - 26)}"
+    return f"{letters}{column:02}"
+
+
+def colour_limits(values: Collection[float]) -> tuple[float, float]:
+    """Return the 2nd and 98th percentile: a few odd wells must not take all colours."""
+    if not values:
+        return 0.0, 1.0
+    low, high = (float(x) for x in np.percentile(list(values), [2, 98]))
+    if low == high:
+        low, high = min(values), max(values)
+    return low, high if high > low else low + 1
+
+
+def draw_plate_map(
+    figure: Figure, found: PlateMap, width: float, left: float = 0, bottom: float = 0
+) -> None:
+    """Draw a map ``width`` inches wide, its lower left corner at these inches of the figure.
+
+    Its parts have fixed positions: to lay out dozens of maps by their texts takes seconds.
+    """
+    figure.set_layout_engine("none")
+    rows, columns = plate_layout([*found.wells, *found.values])
+    whole, height = figure.get_size_inches()
+    tall = (found.height(width) - ABOVE - BELOW) / height
+    base, map_width = (bottom + BELOW) / height, width - LEFT - RIGHT
+    values, present = np.full((rows, columns), np.nan), np.zeros((rows, columns, 4))
+    for row, column in found.wells:
+        present[row - 1, column - 1] = NO_VALUE
+    for (row, column), value in found.values.items():
+        values[row - 1, column - 1] = value
+    axes = figure.add_axes(((left + LEFT) / whole, base, map_width / whole, tall))
+    # A picture of one pixel for each well: a page has many maps, and a path for each well is long.
+    extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
+    axes.imshow(present, interpolation="none", extent=extent)
+    picture = axes.imshow(
+        values,
+        cmap="viridis",
+        vmin=found.limits[0],
+        vmax=found.limits[1],
+        interpolation="none",
+        extent=extent,
+    )
+    size = 7 if width < LARGE_MAP else 8
+    step = max(1, columns // 6) if width < LARGE_MAP else 1 if columns <= 24 else 2
     axes.xaxis.tick_top()
     axes.set_xticks(range(1, columns + 1, step))
-    axes.set_yticks(range(1, rows + 1, step), letters[::step])
-    axes.tick_params(length=0, labelsize=7 if small else 8)
-    axes.spines[:].set_visible(False)
+    letters = [well_name(row, 1)[:-2] for row in range(1, rows + 1, step)]
+    axes.set_yticks(range(1, rows + 1, step), letters)
+    axes.tick_params(length=0, labelsize=size)
+    axes.spines[:].set(visible=True, alpha=0.3)
+    if found.marked:
+        y, x = zip(*sorted(found.marked), strict=True)
+        points = 1.3 * map_width * 72 / columns
+        for colour, line in ((HALO, 2.4), (RING, 1.3)):
+            axes.scatter(x, y, s=points**2, facecolors="none", edgecolors=colour, linewidths=line)
+    beside = figure.add_axes(((left + width - RIGHT + 0.08) / whole, base, 0.1 / whole, tall))
+    bar = figure.colorbar(picture, cax=beside)
+    bar.outline.set_visible(False)
+    beside.tick_params(length=0, labelsize=size)
+
+
+def plate_map_svg(found: PlateMap, width: float = SMALL_MAP) -> str:
+    """Return a map as an element of a page."""
+    named = ", ".join(text for text in (found.title, found.channel) if text)
+    return svg(
+        f"{found.plate} {found.title} {found.channel} {found.unit}",
+        (width, found.height(width)),
+        lambda figure: draw_plate_map(figure, found, width),
+        f"Plate {found.plate}, {named} ({found.unit}): {found.extremes()}.",
+    )
+
+
+def plate_maps_png(maps: Sequence[PlateMap]) -> bytes:
+    """Return a picture of several maps of a plate as PNG, on white, each below its title."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    step = max(found.height(SMALL_MAP) for found in maps) + 0.35
+    height = -(-len(maps) // PNG_COLUMNS) * step + 0.4
+    with rc_context(STYLE):
+        figure = Figure(figsize=(PNG_COLUMNS * SMALL_MAP, height))
+        figure.text(0.01, 1 - 0.12 / height, short(maps[0].plate, 60), size=11, va="top")
+        for index, found in enumerate(maps):
+            row, column = divmod(index, PNG_COLUMNS)
+            left, top = column * SMALL_MAP, height - 0.4 - row * step
+            title = f"{found.title} {short(found.channel)}, {found.unit}".replace(" ,", ",")
+            figure.text(
+                (left + LEFT) / figure.get_figwidth(), (top - 0.05) / height, title,
+                size=9, va="top",
+            )  # fmt: skip
+            bottom = top - 0.3 - found.height(SMALL_MAP)
+            draw_plate_map(figure, found, SMALL_MAP, left, bottom)
+        target = io.BytesIO()
+        figure.savefig(target, format="png", dpi=150, metadata={"Software": None})
+    return target.getvalue()
+
+
+def brief(value: float) -> str:
+    """Return a number with few digits."""
+    return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
 
 
 def render(
@@ -175,26 +298,22 @@ def render(
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
-    css = files("cellstore.report.templates").joinpath("page.css").read_text(encoding="utf-8")
+    folder = files("cellstore.report.templates")
+
+    def number_or_dash(value: float | None, factor: float, form: str, unit: str) -> str:
+        return "\u2013" if value is None else f"{value * factor:{form}}{unit}"
+
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        loader=FunctionLoader(_template),
+        loader=FunctionLoader(lambda part: folder.joinpath(part).read_text(encoding="utf-8")),
         finalize=lambda value: plain(value) if type(value) is str else value,
     )
-    environment.filters["percent"] = lambda value: _or_dash(value, 100, ".1f", " %")
-    environment.filters["number"] = lambda value: _or_dash(value, 1, ".3f", "")
+    environment.filters["percent"] = lambda value: number_or_dash(value, 100, ".1f", " %")
+    environment.filters["number"] = lambda value: number_or_dash(value, 1, ".3f", "")
     environment.filters["svg"] = Markup  # figures are drawn by matplotlib, which escapes its texts
     environment.filters.update(filters or {})
-    template = environment.get_template(name)
-    return template.render(css=Markup(css), **content)  # noqa: S704 - ours
-
-
-def _template(name: str) -> str:
-    return files("cellstore.report.templates").joinpath(name).read_text(encoding="utf-8")
-
-
-def _or_dash(value: float | None, factor: float, form: str, unit: str) -> str:
-    return "\u2013" if value is None else f"{value * factor:{form}}{unit}"
+    css = Markup(folder.joinpath("page.css").read_text(encoding="utf-8"))  # noqa: S704 - ours
+    return environment.get_template(name).render(css=css, **content)

@@ -34,7 +34,7 @@ from ..learn.segmentation_networks import OF_A_RUN, SIZE_MODEL, Network, find_ne
 from ..progress import track
 
 if TYPE_CHECKING:
-    from ..analysis.cellpose3 import SizeModel
+    from ..analysis.cellpose import SizeModel
     from ..learn.finetuning import Corrected, FinetuneConfig
 
 
@@ -337,7 +337,7 @@ def _keep_sizes(
 
 
 def _bytes_of(model: SizeModel) -> bytes:
-    from ..analysis.cellpose3 import save_size_model
+    from ..analysis.cellpose import save_size_model
 
     buffer = io.BytesIO()
     save_size_model(buffer, model)

@@ -622,12 +622,18 @@ class Drawn:
     left_out: dict[str, Any]
     family: str | None = None
     fold: int | None = None
+    imported: bool = False
+
+    @property
+    def protocol(self) -> str:
+        """How the images were assigned."""
+        return IMPORTED if self.imported else self.params.protocol
 
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of what the split is: its members, their sides and labels."""
         params = self.params
-        digest = hashlib.sha256(repr((params.protocol, params.field.value, params.seed)).encode())
+        digest = hashlib.sha256(repr((self.protocol, params.field.value, params.seed)).encode())
         digest.update(params.group_level.value.encode())
         for item, side in self.members:
             digest.update(repr((item.key, item.label, side.value)).encode())
@@ -707,7 +713,7 @@ def _new_split(drawn: Drawn, recipe: Recipe) -> Split:
     return Split(
         name=drawn.name,
         recipe_id=recipe.id,
-        protocol=drawn.params.protocol,
+        protocol=drawn.protocol,
         field=drawn.params.field,
         group_level=drawn.params.group_level,
         seed=drawn.params.seed,
@@ -922,14 +928,15 @@ def import_split(
 
     """
     name = checked_name(name)
-    params = with_known_words(SplitParams(protocol=IMPORTED, field=field, group_level=group_level))
+    params = with_known_words(SplitParams(field=field, group_level=group_level))
     tables = read_split_tables([Path(path) for path in paths])
     check_not_empty(tables)
     with workspace.database.read() as session:
         matched = _match(session, tables, params.field, allow_missing)
     _check(matched, params.field)
     members = tuple(sorted(matched.sides.values(), key=lambda item: item[0].key))
-    drawn = Drawn(name, params, _query(name), members, _left_out(tables, matched))
+    left_out = _left_out(tables, matched)
+    drawn = Drawn(name, params, _query(name), members, left_out, imported=True)
     parameters = {
         "protocol": IMPORTED,
         "field": params.field.value,

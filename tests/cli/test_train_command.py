@@ -69,4 +69,4 @@ def test_a_run_that_was_stopped_is_resumed_by_its_number(
     assert max(map(len, table)) <= 80
     assert f"Run {run} is finished" in cellstore(*words, *IN, code=2).err
     told = cellstore("train", "--preset", "large", *IN, code=2).err
-    assert "'large' is not" in told
+    assert told == "Error: Unknown preset 'large'. Known: published.\n"

@@ -15,13 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cellstore.enums import Severity
 from cellstore.errors import BadTableError, CellstoreError, UserInputError
 from cellstore.io.cellprofiler import (
     is_cellprofiler_folder,
     is_cellprofiler_sqlite,
     open_cellprofiler,
 )
-from cellstore.io.records import ImageRecord, ObjectSource, Refusal
+from cellstore.io.objects import ObjectSource, RowIssue
+from cellstore.io.records import ImageRecord, Refusal
 
 IMAGE = [["ImageNumber", "Metadata_Plate", "Metadata_Well", "Metadata_Site"], [1, "P1", "A01", 1]]
 
@@ -58,9 +60,9 @@ def whole(source: ObjectSource) -> pa.Table:
     """All cells: image, label and features."""
     batches = [batch.values for batch in source.batches()]
     table = pa.Table.from_batches(batches, schema=source.schema)
-    assert table.num_rows == len(source.cells)
-    return table.add_column(0, "label", pa.array(source.cells.label)).add_column(
-        0, "image", pa.array(source.cells.image)
+    assert table.num_rows == len(source.object_number)
+    return table.add_column(0, "number", pa.array(source.object_number)).add_column(
+        0, "image", pa.array(source.image_index)
     )
 
 
@@ -69,19 +71,31 @@ def read(path: Path, plate: str | None = None) -> dict[str, list[object]]:
         return whole(source).to_pydict()
 
 
-def reasons(source: ObjectSource) -> dict[tuple[str, str], list[int]]:
-    return {(item.file, item.reason): list(item.lines) for item in source.refused}
+def refused(source: ObjectSource) -> list[RowIssue]:
+    return [item for item in source.issues if item.severity is Severity.REFUSED]
+
+
+def notices(source: ObjectSource) -> list[RowIssue]:
+    return [item for item in source.issues if item.severity is not Severity.REFUSED]
+
+
+def reasons(source: ObjectSource) -> dict[tuple[str, str], list[int | None]]:
+    return {(item.file, item.reason): list(item.lines) for item in refused(source)}
+
+
+def images(source: ObjectSource) -> list[ImageRecord]:
+    return [content for _, content in source.images if isinstance(content, ImageRecord)]
 
 
 def check_accounts(source: ObjectSource) -> None:
     """Each row of each table is a part of a cell or refused, once."""
-    said: Counter[tuple[str, int]] = Counter()
-    for origin in source.cells.origins:
-        pairs = set(zip(origin.file.tolist(), origin.line.tolist(), strict=True))
+    said: Counter[tuple[str, int | None]] = Counter()
+    for files, lines in source.origins:
+        pairs = set(zip(files.tolist(), lines.tolist(), strict=True))
         said.update((source.files[number].name, line) for number, line in pairs)
-    for item in source.refused:
+    for item in refused(source):
         said.update((item.file, line) for line in item.lines)
-    said.update((row.file, row.content.line) for row in source.images)
+    said.update((file, content.line) for file, content in source.images)
     assert not [key for key, times in said.items() if times > 1]
     rows = Counter(name for name, _ in said)
     assert rows == Counter({file.name: file.rows for file in source.files if file.rows})
@@ -114,7 +128,7 @@ def test_parents_of_the_cytoplasm_decide(tmp_path: Path) -> None:
         assert source.objects == ("Cells", "Nuclei", "Cytoplasm")
         assert whole(source).to_pydict() == {
             "image": [0, 0],
-            "label": [2, 1],
+            "number": [2, 1],
             "Cells_AreaShape_Area": [12.0, 11.0],
             "Nuclei_AreaShape_Area": [23.0, 22.0],
             "Cytoplasm_AreaShape_Area": [31.0, 32.0],
@@ -165,7 +179,7 @@ def test_two_cells_may_share_a_nucleus_and_its_row_counts_once(tmp_path: Path) -
 def test_a_single_table_of_any_name_is_enough(tmp_path: Path) -> None:
     write_csv(tmp_path / "Image.csv", IMAGE)
     write_csv(tmp_path / "Worms.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 5, 0.1]])
-    assert read(tmp_path) == {"image": [0], "label": [5], "Worms_A": [0.1]}
+    assert read(tmp_path) == {"image": [0], "number": [5], "Worms_A": [0.1]}
 
 
 def test_rows_that_cannot_be_used_are_refused_with_their_lines(tmp_path: Path) -> None:
@@ -184,15 +198,15 @@ def test_rows_that_cannot_be_used_are_refused_with_their_lines(tmp_path: Path) -
         ],
     )
     with opened(tmp_path) as source:
-        assert whole(source).to_pydict()["label"] == [1, 3]
+        assert whole(source).to_pydict()["number"] == [1, 3]
         assert reasons(source) == {
             ("Cells.csv", "duplicate key"): [3],
             ("Cells.csv", "image unknown"): [4, 7],
             ("Cells.csv", "wrong number of cells"): [5],
             ("Cells.csv", "no object number"): [6],
         }
-        refused = [row.content for row in source.images if isinstance(row.content, Refusal)]
-        assert [(item.line, item.reason) for item in refused] == [
+        lost = [content for _, content in source.images if isinstance(content, Refusal)]
+        assert [(item.line, item.reason) for item in lost] == [
             (3, "no well"),
             (4, "duplicate key"),
         ]
@@ -224,7 +238,7 @@ def test_tables_of_many_folders_are_one_with_the_union_of_their_columns(tmp_path
     with opened(tmp_path) as source:
         table = whole(source).to_pydict()
         assert (table["Cells_A"], table["Cells_B"]) == ([1.0, None], [None, 2.0])
-        records = [row.content for row in source.images if isinstance(row.content, ImageRecord)]
+        records = images(source)
         assert [(item.plate, item.row, item.column, item.site) for item in records] == [
             ("P1", 1, 1, 1),
             ("P1", 1, 1, 2),
@@ -240,7 +254,7 @@ def test_missing_values_are_null(tmp_path: Path, text: str) -> None:
     )
     with opened(tmp_path) as source:
         assert whole(source).to_pydict()["Cells_A"] == [None, 3.0]
-        assert source.notices == []
+        assert notices(source) == []
 
 
 def test_a_word_among_numbers_is_null_and_said(tmp_path: Path) -> None:
@@ -249,8 +263,8 @@ def test_a_word_among_numbers_is_null_and_said(tmp_path: Path) -> None:
     write_csv(tmp_path / "Cells.csv", [["ImageNumber", "ObjectNumber", "A"], *rows])
     with opened(tmp_path) as source:
         assert whole(source).to_pydict()["Cells_A"] == [1.5, None, 2000.0, 0.5, -np.inf]
-        (notice,) = source.notices
-        assert (notice.file, notice.line) == ("Cells.csv", 3)
+        (notice,) = notices(source)
+        assert (notice.file, notice.lines) == ("Cells.csv", [3])
 
 
 def test_a_word_after_many_rows_loses_none(tmp_path: Path) -> None:
@@ -261,9 +275,9 @@ def test_a_word_after_many_rows_loses_none(tmp_path: Path) -> None:
     write_csv(tmp_path / "Cells.csv", [["ImageNumber", "ObjectNumber", "A"], [1], *rows])
     with opened(tmp_path) as source:
         table = whole(source).to_pydict()
-        assert table["label"] == list(range(number + 1))
+        assert table["number"] == list(range(number + 1))
         assert table["Cells_A"] == [*(float(value) for value in values[:-1]), None]
-        assert [notice.line for notice in source.notices] == [number + 3]
+        assert [notice.lines for notice in notices(source)] == [[number + 3]]
         assert reasons(source) == {("Cells.csv", "wrong number of cells"): [2]}
         check_accounts(source)
 
@@ -275,7 +289,7 @@ def test_a_repeated_column_counts_once_and_a_difference_is_said(tmp_path: Path) 
     with opened(tmp_path) as source:
         table = whole(source).to_pydict()
         assert (table["Cells_A"], table["Cells_B"]) == ([5.0], [6.0])
-        assert [notice.detail.split()[0] for notice in source.notices] == ["B"]
+        assert [notice.detail.split()[0] for notice in notices(source)] == ["B"]
 
 
 def test_two_header_lines_are_read_as_one(tmp_path: Path) -> None:
@@ -291,7 +305,7 @@ def test_two_header_lines_are_read_as_one(tmp_path: Path) -> None:
     with opened(tmp_path) as source:
         assert whole(source).to_pydict() == {
             "image": [0],
-            "label": [4],
+            "number": [4],
             "Cells_A": [11.0],
             "Nuclei_A": [21.0],
             "Cells_AreaShape_Center_X": [7.5],
@@ -299,7 +313,7 @@ def test_two_header_lines_are_read_as_one(tmp_path: Path) -> None:
         }
         (batch,) = source.batches()
         assert batch.centres.tolist() == [[3.5, 7.5]]
-        assert [origin.line.tolist() for origin in source.cells.origins] == [[3]]
+        assert [lines.tolist() for _, lines in source.origins] == [[3]]
         check_accounts(source)
 
 
@@ -311,7 +325,7 @@ def test_keys_metadata_and_file_names_are_no_features(tmp_path: Path) -> None:
     ]  # fmt: skip
     write_csv(tmp_path / "Cells.csv", [header, [1, 1, 1, "P1", "a.tif", "/x", 1, 1, 2, 0.5]])
     with opened(tmp_path) as source:
-        names = [column.name for column in source.columns]
+        names = source.schema.names
         assert names == ["Cells_Children_Spots_Count", "Cells_Texture_X"]
 
 
@@ -337,13 +351,13 @@ def test_files_without_rows_are_said(tmp_path: Path) -> None:
     (tmp_path / "P-A01-2" / "Cells.csv").touch()
     write_csv(tmp_path / "P-A01-2" / "Nuclei.csv", [["ImageNumber", "ObjectNumber", "A"]])
     with opened(tmp_path) as source:
-        said = {(notice.file, notice.reason) for notice in source.notices}
+        said = {(notice.file, notice.reason) for notice in notices(source)}
         assert said == {
             ("P-A01-2/Cells.csv", "empty file"),
             ("P-A01-2/Nuclei.csv", "no rows"),
             ("P-A01-2/Image.csv", "no rows"),
         }
-        assert len(source.cells) == 2
+        assert len(source.object_number) == 2
         check_accounts(source)
 
 
@@ -365,9 +379,8 @@ def test_what_no_table_names_needs_a_plate(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="--plate"):
         open_cellprofiler(tmp_path)
     with opened(tmp_path, "P9") as source:
-        (image,) = source.images
-        assert isinstance(image.content, ImageRecord)
-        assert image.content.plate == "P9"
+        (image,) = images(source)
+        assert image.plate == "P9"
 
 
 def test_file_names_say_well_and_field_where_nothing_else_does(tmp_path: Path) -> None:
@@ -382,7 +395,7 @@ def test_file_names_say_well_and_field_where_nothing_else_does(tmp_path: Path) -
     )
     write_csv(tmp_path / "Nuclei.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, 1]])
     with opened(tmp_path, "P1") as source:
-        records = [row.content for row in source.images if isinstance(row.content, ImageRecord)]
+        records = images(source)
         assert [(item.row, item.column, item.site) for item in records] == [
             (2, 3, 4),
             (4, 3, 2),

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 from realdata import real_data
-from test_cellprofiler import check_accounts, opened, reasons, whole
+from test_cellprofiler import check_accounts, notices, opened, reasons, refused, whole
 
 from cellstore.io.cellprofiler import is_cellprofiler_folder, is_cellprofiler_sqlite
 
@@ -18,8 +18,8 @@ def test_example_human() -> None:
     path = real_data("cytotable/ExampleHuman")
     assert is_cellprofiler_folder(path)
     with opened(path, "P1") as source:
-        assert len(source.cells) == 289
-        assert source.refused == []
+        assert len(source.object_number) == 289
+        assert refused(source) == []
         area = whole(source)["Cells_AreaShape_Area"].to_pylist()
         with (path / "Cells.csv").open(newline="") as file:
             assert area == [float(row["AreaShape_Area"]) for row in csv.DictReader(file)]
@@ -29,8 +29,8 @@ def test_example_human() -> None:
 def test_the_plate_of_the_study_is_wider_than_a_table() -> None:
     with opened(real_data("cytotable/BR00116991-A01-1")) as source:
         # 2,057 columns; four come twice, and five are keys
-        assert len(source.columns) == 2_048
-        assert len(source.cells) == 92
+        assert len(source.schema) == 2_048
+        assert len(source.object_number) == 92
         check_accounts(source)
         for batch in source.batches():
             inside = (batch.boxes[:, :2] <= batch.centres) & (batch.centres < batch.boxes[:, 2:])
@@ -40,7 +40,7 @@ def test_the_plate_of_the_study_is_wider_than_a_table() -> None:
 @pytest.mark.real
 def test_deliberate_defects() -> None:
     with opened(real_data("cytotable/data_b")) as source:
-        assert len(source.cells) == 30
+        assert len(source.object_number) == 30
         check_accounts(source)
         assert {key: len(lines) for key, lines in reasons(source).items()} == {
             ("J21-2/Cells.csv", "wrong number of cells"): 1,
@@ -51,7 +51,7 @@ def test_deliberate_defects() -> None:
             ("N23-5/Cytoplasm.csv", "image unknown"): 10,
             ("N23-5/Nuclei.csv", "image unknown"): 10,
         }
-        assert {notice.file for notice in source.notices} == {
+        assert {notice.file for notice in notices(source)} == {
             "E17-4/Cells.csv",
             "E17-4/Nuclei.csv",
             "N23-5/Image.csv",
@@ -87,5 +87,5 @@ def test_real_sqlite_has_the_values_of_a_plain_join(name: str, images: int, cell
 def test_a_folder_with_images_only() -> None:
     with opened(real_data("pycytominer")) as source:
         assert len(source.images) == 2
-        assert source.columns == ()
+        assert source.schema.names == []
         assert "only images" in source.notes[0]

@@ -12,6 +12,7 @@ from test_cellprofiler import (
     opened,
     read,
     reasons,
+    refused,
     whole,
     write_sqlite,
 )
@@ -40,7 +41,7 @@ def test_sqlite_tells_images_apart_by_table_number(tmp_path: Path) -> None:
     with opened(path) as source:
         assert whole(source).to_pydict() == {
             "image": [1, 0, 0],
-            "label": [1, 1, 2],
+            "number": [1, 1, 2],
             "Cells_A": [0.5, None, 3.0],
         }
         assert reasons(source) == {("a.sqlite:Cells", "image unknown"): [3]}
@@ -78,7 +79,7 @@ def test_sqlite_rows_in_any_order_with_gaps(tmp_path: Path) -> None:
         db.execute("UPDATE Nuclei SET rowid = rowid * 1000")
         db.commit()
     table = read(path)
-    assert table["label"] == order
+    assert table["number"] == order
     assert table["Cells_A"] == [n / 7 for n in order]
     assert table["Nuclei_A"] == [(number - n - 1) / 3 for n in order]
     assert table["Nuclei_Class"] == [f"class {number - n - 1}" for n in order]
@@ -96,8 +97,8 @@ def test_sqlite_numbers_of_any_size(tmp_path: Path) -> None:
         db.execute("UPDATE Cells SET rowid = (1 << 62) + rowid")
         db.commit()
     with opened(path) as source:
-        assert whole(source).to_pydict() == {"image": [0], "label": [1], "Cells_A": [0.5]}
-        assert {item.reason for item in source.refused} == {"no object number", "image unknown"}
+        assert whole(source).to_pydict() == {"image": [0], "number": [1], "Cells_A": [0.5]}
+        assert {item.reason for item in refused(source)} == {"no object number", "image unknown"}
         check_accounts(source)
 
 
@@ -121,4 +122,4 @@ def test_export_to_database_names(tmp_path: Path) -> None:
             ),
         },
     )
-    assert read(path) == {"image": [0], "label": [1], "Cells_A": [0.25], "Nuclei_A": [0.5]}
+    assert read(path) == {"image": [0], "number": [1], "Cells_A": [0.25], "Nuclei_A": [0.5]}

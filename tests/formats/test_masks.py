@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from realdata import real_data
 
 from cellstore.errors import ImageError, UserInputError
-from cellstore.io.mask_files import MaskFolder, is_masks_folder, read_labels
+from cellstore.io.mask_files import MaskFolder, read_labels
 
 LABELS = np.array([[0, 1, 1, 0], [7, 7, 0, 0], [0, 0, 0, 300]], np.uint16)
 
@@ -60,7 +60,6 @@ def save(path: Path, array: NDArray[Any]) -> Path:
 def test_names_of_masks(tmp_path: Path, name: str, stem: str, kind: str | None) -> None:
     (mask,) = MaskFolder(touch(tmp_path, name))
     assert (mask.stems[0], mask.kind, mask.name) == (stem, kind, name)
-    assert is_masks_folder(tmp_path)
 
 
 def test_a_name_that_ends_twice_like_masks_may_be_of_either_image(tmp_path: Path) -> None:
@@ -90,8 +89,6 @@ def test_a_folder_without_masks(tmp_path: Path) -> None:
         MaskFolder(touch(tmp_path, "notes.txt"))
     with pytest.raises(UserInputError, match="not a folder"):
         MaskFolder(tmp_path / "absent")
-    assert not is_masks_folder(tmp_path / "absent")
-    assert not is_masks_folder(touch(tmp_path, "a.tif"))
 
 
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from realdata import real_data
 
-from cellstore.enums import Control, Perturbation
+from cellstore.enums import Control, Perturbation, Severity
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.io.records import ImageRecord, ObjectSource
+from cellstore.io.objects import ObjectSource
+from cellstore.io.records import ImageRecord
 from cellstore.io.single_cells import is_single_cells, open_single_cells
 
 CELLS: dict[str, list[Any]] = {
@@ -50,11 +51,13 @@ def values(source: ObjectSource) -> dict[str, list[Any]]:
 
 
 def records(source: ObjectSource) -> list[ImageRecord]:
-    return [row.content for row in source.images if isinstance(row.content, ImageRecord)]
+    return [content for _, content in source.images if isinstance(content, ImageRecord)]
 
 
-def reasons(source: ObjectSource) -> dict[str, list[int]]:
-    return {item.reason: list(item.lines) for item in source.refused}
+def reasons(source: ObjectSource) -> dict[str, list[int | None]]:
+    return {
+        item.reason: list(item.lines) for item in source.issues if item.severity is Severity.REFUSED
+    }
 
 
 def test_images_cells_and_features(target: Path) -> None:
@@ -65,8 +68,8 @@ def test_images_cells_and_features(target: Path) -> None:
         ("001", 1, 1, 1),
         ("001", 2, 2, 3),
     ]
-    assert source.cells.image.tolist() == [0, 0, 1]
-    assert source.cells.label.tolist() == [1, 2, 1]
+    assert source.image_index.tolist() == [0, 0, 1]
+    assert source.object_number.tolist() == [1, 2, 1]
     assert values(source) == {"Cells_Area": [10.5, None, 12.5]}
     assert source.objects == ("Cells",)
     assert source.files[0].rows == 3
@@ -80,12 +83,12 @@ def test_types_are_kept_and_nan_is_missing(tmp_path: Path) -> None:
     }
     path = write(tmp_path / "a.parquet", {**CELLS, **more, "Cells_X": [float("nan"), 1.0, 2.0]})
     source = open_single_cells(path)
-    assert {column.name: column.dtype for column in source.columns} == {
-        "Cells_Area": "float64",
+    assert {column.name: str(column.type) for column in source.schema} == {
+        "Cells_Area": "double",
         "Cells_Count": "int64",
         "Cells_Class": "string",
         "Cells_Flag": "int64",
-        "Cells_X": "float64",
+        "Cells_X": "double",
     }
     found = values(source)
     assert found["Cells_Class"] == ["a", None, "c"]
@@ -118,7 +121,7 @@ def test_place_exclusion_files_and_treatment_of_our_own_export(target: Path) -> 
         "Metadata_CoreName": ["core", "core", "other"],
     }
     source = open_single_cells(write(target, {**CELLS, **own}))
-    assert [column.name for column in source.columns] == ["Cells_Area"]
+    assert source.schema.names == ["Cells_Area"]
     (batch,) = source.batches()
     assert batch.boxes[:2].tolist() == [[1, 4, 7, 9], [2, 5, 8, 10]]
     assert batch.centres[:2].tolist() == [[2.5, 6.5], [3.5, 7.5]]
@@ -154,11 +157,11 @@ def test_the_names_of_cytotable_and_pycytominer(target: Path) -> None:
         "Cells_AreaShape_Center_Y": [30.0, 40.0],
     }
     source = open_single_cells(write(target, columns))
-    names = [column.name for column in source.columns]
+    names = source.schema.names
     assert names[:2] == ["Cells_AreaShape_Area", "Nuclei_Texture_X"]
     assert not {"Image_Count_Cells", "Cells_Parent_Nuclei"} & set(names)
     assert source.objects == ("Cells", "Nuclei")
-    assert source.cells.label.tolist() == [4, 5]
+    assert source.object_number.tolist() == [4, 5]
     (batch,) = source.batches()
     assert batch.centres.tolist() == [[30.0, 10.0], [40.0, 20.0]]
 
@@ -200,7 +203,7 @@ def test_rows_of_an_image_need_not_be_together(target: Path) -> None:
     )
     source = open_single_cells(path)
     assert len(source.images) == 12
-    wells = [records(source)[image].column for image in source.cells.image.tolist()]
+    wells = [records(source)[image].column for image in source.image_index.tolist()]
     assert wells == [1 + n % 12 for n in range(rows)]
     assert values(source)["Cells_Area"] == [float(n) for n in range(rows)]
 
@@ -241,7 +244,7 @@ def test_a_header_only_has_no_cells(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(",".join(CELLS) + "\n")
     source = open_single_cells(path)
-    assert (len(source.cells), source.files[0].rows) == (0, 0)
+    assert (len(source.object_number), source.files[0].rows) == (0, 0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -258,8 +261,9 @@ def test_every_row_is_a_cell_or_refused(
     text = "\n".join([",".join(CELLS), *lines])
     path.write_text(text[: len(text) - min(cut, len(text) - 80)] if len(text) > 80 else text)
     source = open_single_cells(path)
-    refused = [line for item in source.refused for line in item.lines]
-    kept = source.cells.origins[0].line.tolist()
+    refused = [line for item in source.issues for line in item.lines if line is not None]
+    ((_, lines_of_cells),) = source.origins
+    kept = lines_of_cells.tolist()
     assert len(values(source)["Cells_Area"]) == len(kept)
     assert sorted(kept + refused) == list(range(2, 2 + source.files[0].rows))
 
@@ -269,7 +273,7 @@ def test_real_cytotable_output() -> None:
     path = real_data("cytodataframe/NF1_Plate_2/Plate_2_with_image_data_shrunken.parquet")
     assert is_single_cells(path)
     source = open_single_cells(path)
-    assert source.cells.label.tolist() == [4, 17, 5, 3, 2]
+    assert source.object_number.tolist() == [4, 17, 5, 3, 2]
     found = [(r.plate, r.row, r.column, r.site) for r in records(source)]
     assert found == [
         ("Plate_2", 2, 7, 3),
@@ -278,7 +282,7 @@ def test_real_cytotable_output() -> None:
         ("Plate_2", 4, 6, 2),
         ("Plate_2", 4, 7, 1),
     ]
-    assert len(source.columns) == 1_729
+    assert len(source.schema) == 1_729
     assert values(source)["Cells_AreaShape_BoundingBoxArea"] == [
         13_482.0, 59_150.0, 12_920.0, 48_918.0, 22_005.0
     ]  # fmt: skip
@@ -299,7 +303,7 @@ def test_labels_of_any_type(tmp_path: Path, labels: pa.Array) -> None:
     table = pa.table({**CELLS, "Metadata_ObjectNumber": labels})
     pq.write_table(table, tmp_path / "a.parquet")
     source = open_single_cells(tmp_path / "a.parquet")
-    assert source.cells.label.tolist() == [1, 2]
+    assert source.object_number.tolist() == [1, 2]
     assert reasons(source) == {"no object number": [3]}
 
 

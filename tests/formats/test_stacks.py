@@ -230,3 +230,29 @@ def test_cut_headers_are_no_stacks(tmp_path: Path) -> None:
         path.write_bytes(whole[:size])
         with path.open("rb") as stream:
             assert not has_more_pages(stream)
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        ('PhysicalSizeX="0.5979760809567617" PhysicalSizeY="0.5979760809567617"', 0.597976081),
+        ('PhysicalSizeX="325" PhysicalSizeXUnit="nm" PhysicalSizeY="0.325"', 0.325),
+        ('PhysicalSizeX="0.5" PhysicalSizeY="0.7"', None),
+        ('PhysicalSizeX="0.5"', None),
+        ('PhysicalSizeX="1" PhysicalSizeXUnit="pixel" PhysicalSizeY="1"', None),
+        ('PhysicalSizeX="-1" PhysicalSizeY="-1"', None),
+        ("", None),
+    ],
+)
+def test_the_size_of_a_pixel_is_read_from_ome_xml(
+    tmp_path: Path, written: str, size: float | None
+) -> None:
+    xml = ome_xml().replace("<Pixels ", f"<Pixels {written} ")
+    stack = ome(tmp_path / "a.ome.tiff", xml)
+    assert probe(stack.with_name(page_name(stack.name, 2))).pixel_size == size
+    assert probe(ome(tmp_path / "b.ome.tiff", xml, count=1)).pixel_size == size
+
+
+def test_a_damaged_ome_xml_leaves_the_size_of_a_pixel_unknown(tmp_path: Path) -> None:
+    path = ome(tmp_path / "a.ome.tiff", ome_xml().replace("</Pixels>", ""), count=1)
+    assert probe(path).pixel_size is None

@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from realdata import real_data
 
 from cellstore.errors import BadTableError, UserInputError
+from cellstore.io import tables as tables_module
 from cellstore.io.records import Refusal
 from cellstore.io.tables import QUOTED_LINES, TableRow, cell_text, open_table, read_columns
 
@@ -82,7 +85,7 @@ def test_line_numbers_count_quoted_and_blank_lines(tmp_path: Path) -> None:
         (b"II*\0\0\0\0\0", "not a text table"),
         ("a,b\n1,2\n".encode("utf-16"), "UTF-16"),
         (gzip.compress(b"a,b\n1,2\n" * 500, mtime=0)[:-20], "damaged gzip"),
-        (b"a,b\n" + b"x" * (1 << 22), "line of more than 1 MiB"),
+        (b"a,b\n" + b"x" * (1 << 25), "line of more than 16 MiB"),
         (b"a,b,c\n1,2,3\nb,a,c\n4,5,6\n", "Line 3 is a header with its columns in another order"),
     ],
 )
@@ -353,3 +356,61 @@ def test_damage_loses_no_line_and_shows_no_traceback(
     assert sum(map(covered, items)) == len(accounted) - found.header_lines
     assert expected <= accounted <= set(range(1, len(lines) + 1))
     assert all(len(row.cells) == len(found.columns) for row in items if isinstance(row, TableRow))
+
+
+def pieces(path: Path, block: int) -> list[tuple[int, str | Sequence[str]]]:
+    """What :func:`lines_of` gives, read in pieces of some ``block`` letters as Arrow."""
+    found: list[tuple[int, str | Sequence[str]]] = []
+    table = open_table(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables_module, "_BLOCK", block)
+        for batch in table.batches(range(len(table.columns))):
+            rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
+            found += zip(batch.lines, map(list, rows), strict=True)
+            found += [(refusal.line, refusal.reason) for refusal in batch.refused]
+    return sorted(found, key=lambda item: item[0])
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(tables(), st.sampled_from([0, 1]), st.integers(1, 40), st.data())
+def test_pieces_have_the_rows_of_the_whole_table(
+    tmp_path: Path,
+    table: tuple[list[str], list[list[str]]],
+    quoting: Literal[0, 1],
+    block: int,
+    data: st.DataObject,
+) -> None:
+    whole = as_text(*table, ",", data.draw(st.sampled_from(["\n", "\r\n"])), quoting).encode()
+    start = data.draw(st.integers(0, len(whole)))
+    damage = data.draw(st.sampled_from([b"", b"", b'"', b"\n", b"\0", b",", b"\xff", whole]))
+    path = write(tmp_path, whole[:start] + damage + whole[start:])
+    try:
+        expected = lines_of(path)
+    except UserInputError as error:
+        with pytest.raises(type(error)):
+            pieces(path, block)
+        return
+    assert pieces(path, block) == expected
+
+
+def test_numbers_of_pieces_and_words_among_them(tmp_path: Path) -> None:
+    path = write(tmp_path, b"a,b,c\n1,x,2.5\n,y,nan\n\n3,z,NA\nw,z,1\n4,z,1e3\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables_module, "_BLOCK", 10)
+        first, second, last = open_table(path).batches([0, 2], numbers=[0, 2])
+    assert [column.to_pylist() for column in first.columns] == [[1, None], [2.5, None]]
+    assert [column.to_pylist() for column in second.columns] == [["3", "w"], ["NA", "1"]]
+    assert [column.to_pylist() for column in last.columns] == [["4"], ["1e3"]]
+    assert [list(batch.lines) for batch in (first, second, last)] == [[2, 3], [5, 6], [7]]
+
+
+def test_a_small_table_is_read_without_arrow(tmp_path: Path) -> None:
+    path = write(tmp_path, b"a,b\n1,2\n")
+    code = (
+        "import sys; from pathlib import Path; from cellstore.io.tables import open_table;"
+        f"rows = list(open_table(Path({str(path)!r})).rows());"
+        "assert len(rows) == 1 and 'pyarrow' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -197,7 +197,7 @@ def test_a_corrected_table_changes_the_treatment_and_says_what_changed(
     # The first table, byte by byte the same, does not undo the correction.
     back = ingest(workspace, tmp_path / "t.csv")
     assert (back.unchanged, count(workspace, WellChange)) == (2, 1)
-    assert "corrected since this table was read first: 1" in " ".join(back.notes)
+    assert "1 well has a newer label from another table; kept" in " ".join(back.notes)
 
 
 def test_an_unreadable_image_stays_missing_and_is_named(

@@ -29,7 +29,8 @@ from cellstore.enums import Look, Severity, Status
 from cellstore.errors import CellstoreError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.stages.ingest.account import FileIdentity, UndoneError
-from cellstore.stages.ingest.ingest import IngestResult, ingest, preview
+from cellstore.stages.ingest.dry_run import preview
+from cellstore.stages.ingest.ingest import IngestResult, ingest
 
 
 def balanced(result: IngestResult) -> bool:
@@ -328,7 +329,9 @@ def test_what_another_table_updated_since_stays_and_is_told(
     moved = ingest(workspace, first, elsewhere)
     assert moved.updated == 1
     again = ingest(workspace, first)
-    assert (again.unchanged, again.notes[0][: len("Run 2 has updated")]) == (1, "Run 2 has updated")
+    assert (again.unchanged, again.notes[0].split(":")[0]) == (1, "Skipped")
+    assert "run 2 changed these images" in again.notes[0]
+    assert "--reread" in again.notes[0]
     reread = ingest(workspace, first, IngestParams(reread=True))
     assert reread.updated == 1
     with workspace.database.read() as session:

@@ -18,7 +18,7 @@ from skimage.measure import regionprops
 from sqlalchemy import func, select
 
 from cellstore.analysis.features import FEATURES
-from cellstore.config import ImageInput, IngestParams
+from cellstore.config import IngestParams
 from cellstore.db.models import (
     Artifact,
     Cell,
@@ -30,14 +30,14 @@ from cellstore.db.models import (
     Recipe,
     Segmentation,
 )
-from cellstore.enums import Projection, Severity, Stage
+from cellstore.enums import Severity, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff, probe
 from cellstore.jobs.lookup import NoMatch
 from cellstore.jobs.workspace import Workspace
-from cellstore.stages.ingest.account import Account, UndoneError
-from cellstore.stages.ingest.ingest import preview
-from cellstore.stages.ingest.ingest_masks import MasksResult, ingest_masks, plan_masks
+from cellstore.stages.ingest.account import Account, Brought, UndoneError
+from cellstore.stages.ingest.dry_run import preview
+from cellstore.stages.ingest.ingest_masks import MaskReader, ingest_masks
 from cellstore.stages.measure import measure
 
 SHAPE = (20, 30)
@@ -92,10 +92,12 @@ class Bench:
         tifffile.imwrite(path, masks)
         return path
 
-    def ingest(self, **options: Any) -> MasksResult:
+    def ingest(self, **options: Any) -> Brought:
         run = self.make.run(Stage.INGEST)
         self.account = Account(run.id, self.masks.name)
-        return ingest_masks(self.workspace, run.id, self.masks, account=self.account, **options)
+        return ingest_masks(
+            self.workspace, run.id, self.masks, IngestParams(**options), self.account
+        )
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
@@ -150,13 +152,13 @@ def test_masks_become_a_segmentation_and_its_cells(bench: Bench) -> None:
         20,
     )
     assert (recipe.stage, recipe.parameters["imported"]) == (Stage.SEGMENT, "masks")
-    assert result.recipe_ids == (recipe.id,)
+    assert result.segmentations == (recipe.id,)
 
 
 def test_they_are_measured_like_our_own(bench: Bench) -> None:
     bench.image("A01_1.tif")
     bench.save("A01_1_cp_masks.tif")
-    (recipe,) = bench.ingest().recipe_ids
+    (recipe,) = bench.ingest().segmentations
     assert measure(bench.workspace).cells == 4  # as the segmentation that was made last
     assert measure(bench.workspace, segmentation=str(recipe)).done == 0
     pixels = tifffile.imread(bench.images / "P1" / "A01_1.tif")
@@ -183,7 +185,11 @@ def test_the_same_masks_again_change_nothing(bench: Bench) -> None:
     bench.save("A01_1_cp_masks.tif")
     first = bench.ingest()
     again = bench.ingest()
-    assert (bench.counts, again.cells, again.recipe_ids) == ((1, 0, 1, 0), 0, first.recipe_ids)
+    assert (bench.counts, again.cells, again.segmentations) == (
+        (1, 0, 1, 0),
+        0,
+        first.segmentations,
+    )
     assert (bench.count(Segmentation), bench.count(Cell), bench.count(Artifact)) == (1, 4, 1)
 
 
@@ -230,7 +236,7 @@ def test_each_kind_of_objects_is_a_set_of_its_own(bench: Bench) -> None:
     bench.image("B7_01_1_3_DAPI_001.tif")
     bench.save("B7_01_1_3_DAPI_001_MaskNuclei.tiff")
     bench.save("B7_01_1_3_DAPI_001_MaskCells.tiff", MASKS[::-1])
-    assert len(bench.ingest().recipe_ids) == 2
+    assert len(bench.ingest().segmentations) == 2
     with bench.workspace.database.read() as session:
         recipes = session.scalars(select(Recipe).where(Recipe.stage == Stage.SEGMENT))
         assert {recipe.parameters["objects"] for recipe in recipes} == {"nuclei", "cells"}
@@ -300,11 +306,9 @@ def test_a_plan_says_what_each_file_would_become(bench: Bench) -> None:
     bench.image("a.tif")
     bench.save("a_MaskNuclei.tif")
     bench.save("x_mask.tif")
-    first, second = plan_masks(bench.workspace, bench.masks)
-    assert (first.file, str(first.image), first.kind, first.cells) == (
-        *("a_MaskNuclei.tif", "P1/A01/1", "nuclei"),
-        4,
-    )
+    first, second = MaskReader(bench.workspace, bench.masks, IngestParams()).plan()
+    assert (first.file.name, first.file.kind) == ("a_MaskNuclei.tif", "nuclei")
+    assert (str(first.image), len(first.cells)) == ("P1/A01/1", 4)
     assert isinstance(second.image, NoMatch)
     assert second.image.reason == "no such image"
     assert bench.count(Segmentation) == 0
@@ -314,7 +318,7 @@ def test_a_plan_refuses_other_masks_of_the_same_image(bench: Bench) -> None:
     bench.image("a.tif")
     bench.save("a_label.tif")
     bench.save("a_mask.tif", MASKS[::-1])
-    _, second = plan_masks(bench.workspace, bench.masks)
+    _, second = MaskReader(bench.workspace, bench.masks, IngestParams()).plan()
     assert isinstance(second.image, NoMatch)
     assert second.image.reason == "other masks are there"
 
@@ -421,10 +425,10 @@ def test_masks_beside_their_images(bench: Bench) -> None:
 def test_the_plane_that_is_measured_can_be_named(bench: Bench) -> None:
     bench.image("a.tif")
     bench.save("a_mask.tif")
-    (recipe,) = bench.ingest(image=ImageInput(("DNA",), Projection.MAX)).recipe_ids
+    (recipe,) = bench.ingest(channels=(("DNA", "DNA"),)).segmentations
     assert measure(bench.workspace, segmentation=str(recipe)).cells == 4
     with pytest.raises(UnknownNameError, match="channel"):
-        bench.ingest(image=ImageInput(("Mito",)))
+        bench.ingest(channels=(("Mito", "Mito"),))
 
 
 @pytest.mark.parametrize("name", ["", "x" * 101, "a\nb"])
@@ -465,6 +469,6 @@ def test_real_masks_of_stardist_measure_like_scikit_image(bench: Bench) -> None:
     bench.image("img2d.tif", pixels=pixels)
     bench.save("img2d_label.tif", masks)
     assert bench.ingest().cells == 125
-    (recipe,) = bench.ingest().recipe_ids
+    (recipe,) = bench.ingest().segmentations
     assert measure(bench.workspace, segmentation=str(recipe)).cells == 125
     assert_measured(bench.workspace, masks, pixels)

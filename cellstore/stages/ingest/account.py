@@ -1,14 +1,14 @@
-"""A source that was read before, byte by byte the same: its rows are there already."""
+"""What became of the rows of a source, and what an earlier reading of the same source said."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy import func, insert, literal, select
 from sqlalchemy.orm import Session
@@ -39,19 +39,19 @@ class Issue(NamedTuple):
 
 
 class UndoneError(CellstoreError):
-    """Rows of a file were refused, and all or nothing was asked for; ``issues`` are the first."""
+    """Rows of a file were refused under ``strict``; ``issues`` are the first."""
 
     issues: tuple[Issue, ...] = ()
 
-    @classmethod
-    def of(cls, account: Account) -> UndoneError:
-        """The error for what ``account`` says."""
-        error = cls(
-            f"Nothing of {account.file} was written: {account.refused:,} of its {account.rows:,} "
-            "rows were refused, and --strict allows none. Mend them, or ingest without --strict."
-        )
-        error.issues = tuple(account.shown)
-        return error
+
+@dataclass(frozen=True)
+class Brought:
+    """What a source brought beside its rows; ``plates`` (ids) are those that it is about."""
+
+    plates: Sequence[int]
+    cells: int = 0
+    feature_set: str | None = None
+    segmentations: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -70,54 +70,29 @@ class FileIdentity:
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
         """Return the identity of a file or folder on this machine; one pass over its bytes."""
-        return cls._of_folder(path) if path.is_dir() else cls._of_file(path)
-
-    @classmethod
-    def _of_file(cls, path: Path) -> FileIdentity:
         digest, size, lines = hashlib.sha256(), 0, 0
-        with path.open("rb") as file:
-            while piece := file.read(CHUNK):
-                digest.update(piece)
-                size += len(piece)
-                lines += piece.count(b"\n")
-        return cls(writable(path.name), digest.hexdigest(), size, lines)
-
-    @classmethod
-    def _of_folder(cls, path: Path) -> FileIdentity:
-        digest, size, files = hashlib.sha256(), 0, 0
+        if not path.is_dir():
+            with path.open("rb") as file:
+                while piece := file.read(CHUNK):
+                    digest.update(piece)
+                    size += len(piece)
+                    lines += piece.count(b"\n")
+            return cls(writable(path.name), digest.hexdigest(), size, lines)
         for folder, below, names in os.walk(path):
             below.sort()
             for name in sorted(names):
                 found = Path(folder) / name
-                bytes_, state = _state(found)
+                try:
+                    stat = found.stat()
+                    bytes_, state = stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}"
+                    if name.lower().endswith(_TABLES) and found.is_file():
+                        state = sha256_of(found)
+                except OSError:  # a link to nowhere, or a file that may not be read
+                    bytes_, state = 0, "unreadable"
                 line = f"{found.relative_to(path)}\t{state}\n"
                 digest.update(line.encode(errors="surrogateescape"))
-                size, files = size + bytes_, files + 1
-        return cls(writable(path.resolve().name), digest.hexdigest(), size, files)
-
-
-def _state(path: Path) -> tuple[int, str]:
-    """Return the size of a file, and what changes when its content does."""
-    try:
-        found = path.stat()
-        if path.name.lower().endswith(_TABLES) and path.is_file():
-            return found.st_size, sha256_of(path)
-    except OSError:  # a link to nowhere, or a file that may not be read
-        return 0, "unreadable"
-    return found.st_size, f"{found.st_size} {found.st_mtime_ns}"
-
-
-class Mark(NamedTuple):
-    """How an account stood at one moment."""
-
-    rows: int
-    created: int
-    updated: int
-    unchanged: int
-    refused: int
-    reasons: Counter[tuple[Severity, str]]
-    shown: int
-    pending: int
+                size, lines = size + bytes_, lines + 1
+        return cls(writable(path.resolve().name), digest.hexdigest(), size, lines)
 
 
 @dataclass
@@ -138,7 +113,7 @@ class Account:
     reasons: Counter[tuple[Severity, str]] = field(default_factory=Counter)
     shown: list[Issue] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    _pending: list[Issue] = field(default_factory=list)
+    pending: list[Issue] = field(default_factory=list)
 
     def refuse(self, line: int | None, reason: str, detail: str, file: str | None = None) -> None:
         """Leave a row out, and say why."""
@@ -155,11 +130,26 @@ class Account:
         """Say what looks wrong, although all was used."""
         self._add(Issue(Severity.SUSPICIOUS, file or self.file, line, reason, detail))
 
+    def _add(self, issue: Issue) -> None:
+        self.reasons[issue.severity, issue.reason] += 1
+        self.pending.append(issue)
+        if len(self.shown) < SHOWN:
+            self.shown.append(issue)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows were read, and what became of them."""
+        names = ("rows", "created", "updated", "unchanged", "refused")
+        return {name: getattr(self, name) for name in names}
+
     def flush(self, session: Session) -> None:
         """Write the issues that were added since the last time."""
-        rows = [(self.run_id, *issue[:3], *_short(issue)) for issue in self._pending]
+        rows = [
+            (self.run_id, *issue[:3], issue.reason[:_REASON_LENGTH], issue.detail)
+            for issue in self.pending
+        ]
         bulk_insert(session, IngestIssue, _ISSUE_COLUMNS, rows)
-        self._pending.clear()
+        self.pending.clear()
 
     def gather(self, others: Iterable[Account]) -> None:
         """Add what the accounts of several files of one source say."""
@@ -172,20 +162,29 @@ class Account:
             self.reasons.update(other.reasons)
             self.shown += other.shown[: SHOWN - len(self.shown)]
 
-    def mark(self) -> Mark:
-        """Return how the account stands, to return to."""
-        counts = (self.rows, self.created, self.updated, self.unchanged, self.refused)
-        return Mark(*counts, self.reasons.copy(), len(self.shown), len(self._pending))
+    def mark(self) -> Account:
+        """Return the account as it is now, to return to."""
+        return replace(
+            self, reasons=self.reasons.copy(), shown=self.shown[:], pending=self.pending[:]
+        )
 
-    def return_to(self, mark: Mark) -> None:
+    def return_to(self, mark: Account) -> None:
         """Forget what was counted since ``mark``; no issue may have been written meanwhile."""
-        self.rows, self.created, self.updated, self.unchanged, self.refused = mark[:5]
-        self.reasons = mark.reasons
-        del self.shown[mark.shown :], self._pending[mark.pending :]
+        vars(self).update(vars(mark))
 
-    def forget_written(self) -> None:
-        """Make the shown issues pending again: what was written of this file was undone."""
-        self._pending = list(self.shown)
+    def check_strict(self) -> None:
+        """Undo the source if rows were refused.
+
+        Raises:
+            UndoneError: some were.
+        """
+        if self.refused:
+            error = UndoneError(
+                f"Nothing of {self.file} was written: {self.refused:,} of its {self.rows:,} rows "
+                "were refused, and --strict allows none. Correct them, or ingest without --strict."
+            )
+            error.issues = tuple(self.shown)
+            raise error
 
     def close(self, session: Session, layout: str, identity: FileIdentity) -> None:
         """Write what is left, and the row of the file.
@@ -197,101 +196,57 @@ class Account:
         if found != self.rows:
             raise AssertionError(f"{self.file}: {self.rows} rows were read, {found} accounted for")
         self.flush(session)
-        session.add(IngestFile(**self._file_row(layout, identity)))
+        row = IngestFile(
+            run_id=self.run_id,
+            name=identity.name,
+            sha256=identity.sha256,
+            size_bytes=identity.size_bytes,
+            layout=layout,
+            **{f"n_{name}": number for name, number in self.counts.items()},
+        )
+        session.add(row)
         session.flush()
 
-    def _file_row(self, layout: str, identity: FileIdentity) -> dict[str, Any]:
-        return {
-            "run_id": self.run_id,
-            "name": identity.name,
-            "sha256": identity.sha256,
-            "size_bytes": identity.size_bytes,
-            "layout": layout,
-            "n_rows": self.rows,
-            "n_created": self.created,
-            "n_updated": self.updated,
-            "n_unchanged": self.unchanged,
-            "n_refused": self.refused,
-        }
 
-    def _add(self, issue: Issue) -> None:
-        self.reasons[issue.severity, issue.reason] += 1
-        self._pending.append(issue)
-        if len(self.shown) < SHOWN:
-            self.shown.append(issue)
-
-
-def _short(issue: Issue) -> tuple[str, str]:
-    return issue.reason[:_REASON_LENGTH], issue.detail
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """The run that read the source, and what it said of it."""
-
-    run_id: int
-    recipe_id: int
-    result: dict[str, Any]
-
-    @property
-    def rows(self) -> int:
-        """How many rows the source has."""
-        return int(self.result["rows"])
-
-    @property
-    def refused(self) -> int:
-        """How many of them cannot be used."""
-        return int(self.result["refused"])
-
-    @property
-    def plates(self) -> tuple[int, ...]:
-        """The plates (ids) that it is about."""
-        return tuple(self.result["plates"])
-
-
-def find_earlier(session: Session, recipe_id: int) -> Earlier | None:
+def find_earlier(session: Session, recipe_id: int) -> Run | None:
     """Return the last run that read the very same files in the very same way.
 
     What has been corrected since stays corrected: an old table that is ingested again, by habit or
-    by a clock, must not undo it.
+    by a clock, must not undo it. The ``result`` of the run is what it said of the source.
     """
     query = select(Run).where(
         Run.recipe_id == recipe_id, Run.stage == Stage.INGEST, Run.status == Status.DONE
     )
     run = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-    if run is None or run.result is None:
-        return None
-    return Earlier(run.id, run.recipe_id, run.result)
+    return run if run is not None and run.result is not None else None
 
 
-def corrected_since(session: Session, earlier: Earlier) -> int:
-    """Return how many wells of its plates have got another treatment since."""
+def corrected_since(session: Session, run_id: int, plates: Sequence[int]) -> int:
+    """Return how many wells of ``plates`` (ids) have got another treatment since a run."""
     query = select(func.count(WellChange.well_id.distinct())).join(Well)
-    later = query.where(WellChange.run_id > earlier.run_id)
+    later = query.where(WellChange.run_id > run_id)
     return sum(
-        session.scalar(later.where(Well.plate_id.in_(some))) or 0
-        for some in in_lists(earlier.plates)
+        session.scalar(later.where(Well.plate_id.in_(some))) or 0 for some in in_lists(plates)
     )
 
 
-def updated_since(session: Session, earlier: Earlier) -> int | None:
-    """Return the last run that updated rows of its plates since, by reading another source."""
+def updated_since(session: Session, earlier: Run, plates: Sequence[int]) -> int | None:
+    """Return the last run that read another source since and updated rows of ``plates`` (ids)."""
     query = select(Run.id, Run.result).where(
         Run.stage == Stage.INGEST,
         Run.status == Status.DONE,
-        Run.id > earlier.run_id,
+        Run.id > earlier.id,
         Run.recipe_id != earlier.recipe_id,
     )
-    plates = set(earlier.plates)
     found = None
     for run_id, result in session.execute(query.order_by(Run.id)):
-        if result and result.get("updated") and plates.intersection(result.get("plates", ())):
+        if result and result.get("updated") and set(plates) & set(result.get("plates", ())):
             found = run_id
     return found
 
 
-def repeat_issues(session: Session, earlier: Earlier, account: Account) -> None:
-    """Say of this run, too, what was said of the rows of the earlier one."""
+def repeat_issues(session: Session, run_id: int, account: Account) -> None:
+    """Say of this run, too, what run ``run_id`` said of the rows of the same source."""
     columns = (
         IngestIssue.severity,
         IngestIssue.file,
@@ -299,14 +254,13 @@ def repeat_issues(session: Session, earlier: Earlier, account: Account) -> None:
         IngestIssue.reason,
         IngestIssue.detail,
     )
-    of_rows = (IngestIssue.run_id == earlier.run_id, IngestIssue.line.is_not(None))
-    names = ["run_id", *(column.key for column in columns)]
-    copied = select(literal(account.run_id), *columns).where(*of_rows).order_by(IngestIssue.id)
+    of_rows = (IngestIssue.run_id == run_id, IngestIssue.line.is_not(None))
     shown = session.execute(select(*columns).where(*of_rows).order_by(IngestIssue.id).limit(SHOWN))
     account.shown += [Issue(*row) for row in shown]
-    counts = select(IngestIssue.severity, IngestIssue.reason, func.count()).where(*of_rows)
-    for severity, reason, number in session.execute(
-        counts.group_by(IngestIssue.severity, IngestIssue.reason)
-    ):
+    kind = (IngestIssue.severity, IngestIssue.reason)
+    counts = select(*kind, func.count()).where(*of_rows).group_by(*kind)
+    for severity, reason, number in session.execute(counts):
         account.reasons[Severity(severity), reason] += number
+    copied = select(literal(account.run_id), *columns).where(*of_rows).order_by(IngestIssue.id)
+    names = ["run_id", *(column.key for column in columns)]
     session.execute(insert(IngestIssue).from_select(names, copied))

@@ -1,36 +1,30 @@
-"""What an ingest would make of a source, without writing anything."""
+"""Ingest: what a source is, whether it was read before, who reads it, what became of its rows."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
-from sqlalchemy import select
+from numpy.typing import NDArray
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
-from ...config import EVERYTHING, ImageInput, IngestParams, Selection
-from ...db.bulk import one_ingest_at_a_time
-from ...db.models import Image, Recipe
+from ...config import EVERYTHING, IngestParams, Selection
+from ...db.bulk import in_lists, one_ingest_at_a_time
+from ...db.models import Image, Recipe, Run, Well
 from ...enums import Look, Severity, Stage
 from ...errors import UnknownNameError, UserInputError
-from ...io.filenames import format_well
 from ...io.layouts import Layout, SourceKind, detect
-from ...io.records import ImageRecord, Refusal
 from ...io.uris import PathMap, shown, writable
-from ...jobs.lookup import FoundImage, NoMatch
 from ...jobs.recipes import RecipeSpec, register
-from ...jobs.runs import RunHandle, running
+from ...jobs.runs import running
 from ...jobs.selection import images_of
 from ...jobs.workspace import Workspace
 from .account import (
-    SHOWN,
     Account,
-    Earlier,
+    Brought,
     FileIdentity,
     Issue,
     UndoneError,
@@ -39,64 +33,11 @@ from .account import (
     repeat_issues,
     updated_since,
 )
-from .ingest_images import (
-    Finder,
-    ImagesDone,
-    ImageSource,
-    images_of_plates,
-    ingest_images,
-    look_again,
-    look_at_files,
-    summary,
-)
-from .ingest_masks import MaskPlan, plan_masks
-
-REFRESH_VERSION = 1
-
-
-@dataclass(frozen=True)
-class RefreshResult:
-    """What a look at the files brought. ``changed`` images have other bytes, or a file more.
-
-    ``problems`` are the first thousand files that could not be read, ``n_problems`` all.
-    """
-
-    run_id: int
-    images: int
-    changed: int
-    n_problems: int
-    problems: tuple[Issue, ...]
-
-
-def refresh(workspace: Workspace, selection: Selection = EVERYTHING) -> RefreshResult:
-    """Compare the files of the images of a selection with what is known of them.
-
-    A file of the same size and time is taken as unchanged; others are hashed. What was derived
-    from bytes that have changed is stale from now on: the next run of its stage makes it anew.
-
-    Raises:
-        UnknownNameError: there is no such plate, well or column.
-    """
-    with workspace.database.begin() as session:
-        query = images_of(session, selection)
-        recipe = register(
-            session, RecipeSpec(Stage.INGEST, REFRESH_VERSION, {"again": asdict(selection)})
-        )
-        finder = Finder.of(session, None, Look.HERE)
-        ids = session.scalars(select(Image.id).where(Image.id.in_(query)).order_by(Image.id))
-        images = np.fromiter(ids, dtype=np.int64)
-    with running(workspace.database, recipe) as run:
-        account = Account(run.id, "known files")
-        changed = look_at_files(workspace, images, finder, account)
-        with workspace.database.begin() as session:
-            account.flush(session)
-        problems = sum(account.reasons.values())
-        run.result = {"images": len(images), "changed": len(changed), "problems": problems}
-    shown = tuple(issue for issue in account.shown if issue.severity is Severity.PROBLEM)
-    return RefreshResult(run.id, len(images), len(changed), problems, shown)
-
+from .find_files import look_at_files
+from .ingest_images import ImageSource, ingest_images
 
 VERSION = 2
+REFRESH_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -144,17 +85,72 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
         UserInputError: a file or folder is not there, or the plate is not known.
     """
     params = params or IngestParams()
-    layout = layout_for(source, params)
-    if layout.kind is SourceKind.IMAGES:
-        return _images(workspace, ImageSource.open(source, layout, params))
-    if layout.kind is SourceKind.MASKS:
-        return _masks(workspace, source, params)
-    if layout.kind is SourceKind.FEATURES:
-        return _features(workspace, source, layout, params)
-    return _treatments(workspace, source, layout, params)
+    layout = choose_layout(source, params)
+    kind = layout.kind
+    images = ImageSource(source, layout, params) if kind is SourceKind.IMAGES else None
+    beside: Sequence[Path] = images.files if images else ()
+    if kind is SourceKind.TREATMENTS:
+        files = (*params.compounds, params.barcodes, params.aliases)
+        beside = [path for path in files if path is not None]
+    identity = FileIdentity.of(source)
+    recipe = _register(workspace, layout, params, [identity, *map(FileIdentity.of, beside)])
+    earlier = None
+    # A map may be for plates that came since, and masks are looked at one by one anyway.
+    if kind in (SourceKind.IMAGES, SourceKind.FEATURES) and not params.reread:
+        with workspace.database.read() as session:
+            earlier = find_earlier(session, recipe.id)
+        if earlier is not None and params.strict and (earlier.result or {})["refused"]:
+            earlier = None
+    with running(workspace.database, recipe) as run:
+        account = Account(run.id, identity.name)
+        try:
+            if earlier is not None:
+                brought = _read_again(workspace, kind, params, earlier, account)
+            elif images is not None:
+                brought = ingest_images(workspace, run.id, images, account, identity.lines)
+            elif kind is SourceKind.MASKS:
+                from .ingest_masks import ingest_masks
+
+                brought = ingest_masks(workspace, run.id, source, params, account)
+            elif kind is SourceKind.FEATURES:
+                brought = _ingest_features(
+                    workspace, run.id, source, layout, params, account, identity
+                )
+            else:
+                brought = _ingest_treatments(workspace, run.id, source, layout, params, account)
+        except UndoneError:
+            # The rows are undone; the reasons stay, to be asked for.
+            account.pending = list(account.shown)
+            with workspace.database.begin() as session:
+                account.flush(session)
+            raise
+        if (
+            kind is not SourceKind.FEATURES or earlier is not None
+        ):  # each of their files has its own
+            with workspace.database.begin() as session:
+                account.close(session, layout.value, identity)
+        kept = {name: value for name, value in asdict(brought).items() if value}
+        run.result = {"plates": [], **account.counts, **kept}
+    wells, fields, missing = _count_images(workspace, brought.plates)
+    return IngestResult(
+        run_id=run.id,
+        source=account.file,
+        layout=layout.value,
+        **account.counts,
+        reasons=tuple((*key, number) for key, number in account.reasons.most_common()),
+        issues=tuple(account.shown),
+        plates=len(brought.plates),
+        wells=wells,
+        images=fields,
+        missing_images=missing,
+        cells=brought.cells,
+        feature_set=brought.feature_set,
+        segmentations=tuple(brought.segmentations),
+        notes=tuple(account.notes),
+    )
 
 
-def layout_for(source: Path, params: IngestParams) -> Layout:
+def choose_layout(source: Path, params: IngestParams) -> Layout:
     """Return how ``source`` is to be read: as asked for, else as its content says.
 
     Raises:
@@ -163,12 +159,21 @@ def layout_for(source: Path, params: IngestParams) -> Layout:
     """
     if not source.exists():
         raise UserInputError(f"There is no file or folder {source}. Check the path.")
-    found = _layout_for(source, params)
-    _check_options(source, found, params)
-    return found
-
-
-def _check_options(source: Path, layout: Layout, params: IngestParams) -> None:
+    kind = SourceKind(params.kind) if params.kind else None
+    if params.layout is not None and params.layout not in list(Layout):
+        known = ", ".join(item.value for item in Layout)
+        raise UnknownNameError(f"Unknown layout {params.layout!r}. Known: {known}.")
+    if params.layout is not None:
+        layout = Layout(params.layout)
+    elif params.pattern is not None:
+        layout = Layout.PATTERN_FOLDER
+    else:
+        layout = detect(source, kind)
+    if kind is not None and layout.kind is not kind:
+        raise UserInputError(
+            f"The layout {layout.value} is read as {layout.kind.value}, not as {kind.value}. "
+            f"Leave the word {kind.value!r} or the layout away."
+        )
     named = layout.kind in (SourceKind.FEATURES, SourceKind.MASKS)
     wrong = [
         *(["--name"] if params.name is not None and not named else []),
@@ -176,401 +181,174 @@ def _check_options(source: Path, layout: Layout, params: IngestParams) -> None:
     ]
     if wrong:
         raise UserInputError(
-            f"{source.name} is read as {layout.value}, and {' and '.join(wrong)} would mean "
-            "nothing there. Leave it away, or say what the source holds with a word before it."
+            f"{source.name} is read as {layout.value}, where {' and '.join(wrong)} would mean "
+            "nothing. Leave it away, or write what the source holds (features, masks) before it."
         )
+    return layout
 
 
-def _layout_for(source: Path, params: IngestParams) -> Layout:
-    kind = SourceKind(params.kind) if params.kind else None
-    if params.layout is None and params.pattern is None:
-        return detect(source, kind)
-    forced = _named(params.layout) if params.layout else Layout.PATTERN_FOLDER
-    if kind is not None and forced.kind is not kind:
-        raise UserInputError(
-            f"The layout {forced.value} is read as {forced.kind.value}, not as {kind.value}. "
-            f"Leave the word {kind.value!r} or the layout away."
-        )
-    return forced
-
-
-def _named(layout: str) -> Layout:
-    if layout not in list(Layout):
-        known = ", ".join(item.value for item in Layout)
-        raise UnknownNameError(f"Unknown layout {layout!r}. Known: {known}.")
-    return Layout(layout)
-
-
-def _images(workspace: Workspace, source: ImageSource) -> IngestResult:
-    identity = FileIdentity.of(source.path)
-    recipe = _recipe(
-        workspace, source.layout, source.params, [identity, *map(FileIdentity.of, source.files)]
-    )
-    earlier = _earlier(workspace, recipe, source.params)
-    with running(workspace.database, recipe) as run:
-        account = Account(run.id, identity.name)
-        if earlier is not None:
-            done = _again(workspace, source.params, earlier, account)
-        else:
-            with _undone_told(workspace, account):
-                done = ingest_images(workspace, run.id, source, account, identity.lines)
-        with workspace.database.begin() as session:
-            account.close(session, source.layout.value, identity)
-        run.result = {**_counts(account), "plates": list(done.plates)}
-    return _result(run, source.layout, account, done)
-
-
-def _earlier(workspace: Workspace, recipe: Recipe, params: IngestParams) -> Earlier | None:
-    """Return the run that read the very same source before, if that is enough now."""
-    if params.reread:
-        return None
-    with workspace.database.read() as session:
-        earlier = find_earlier(session, recipe.id)
-    less_strict = earlier is not None and params.strict and earlier.refused
-    return None if less_strict else earlier
-
-
-def _again(
-    workspace: Workspace, params: IngestParams, earlier: Earlier, account: Account
-) -> ImagesDone:
-    """Account for a source that was read whole before: only its files can have changed."""
-    with workspace.database.begin() as session:
-        repeat_issues(session, earlier, account)
-        corrected = corrected_since(session, earlier)
-        later = updated_since(session, earlier)
-        images = images_of_plates(session, earlier.plates)
-    changed = look_again(workspace, images, params, account)
-    account.rows, account.refused = earlier.rows, earlier.refused
-    account.updated = min(len(changed), earlier.rows - earlier.refused)
-    account.unchanged = earlier.rows - earlier.refused - account.updated
-    if later:
-        account.notes.append(
-            f"Run {later} has updated images of these plates since this source was read first; "
-            "that stays. To let this source have the last word: --reread"
-        )
-    if corrected:
-        account.notes.append(
-            f"Wells corrected since this table was read first: {corrected:,}. They stay so. "
-            "What a well had: cellstore audit well PLATE/A01. To undo corrections: --reread"
-        )
-    return summary(workspace, earlier.plates)
-
-
-def _treatments(
-    workspace: Workspace, source: Path, layout: Layout, params: IngestParams
-) -> IngestResult:
-    from .ingest_treatments import ingest_treatments
-
-    identity = FileIdentity.of(source)
-    beside = [path for path in (*params.compounds, params.barcodes, params.aliases) if path]
-    recipe = _recipe(workspace, layout, params, [identity, *map(FileIdentity.of, beside)])
-    with running(workspace.database, recipe) as run:
-        account = Account(run.id, identity.name)
-        with _undone_told(workspace, account), workspace.database.begin() as session:
-            one_ingest_at_a_time(session)
-            plates = ingest_treatments(workspace, session, run.id, source, layout, params, account)
-            _refuse_if_strict(params, account)
-            account.close(session, layout.value, identity)
-        run.result = {**_counts(account), "plates": list(plates)}
-    return _result(run, layout, account, summary(workspace, plates))
-
-
-def _features(
-    workspace: Workspace, source: Path, layout: Layout, params: IngestParams
-) -> IngestResult:
-    from .ingest_features import ingest_features  # Arrow is slow to import
-
-    identity = FileIdentity.of(source)
-    recipe = _recipe(workspace, layout, params, [identity])
-    earlier = _earlier(workspace, recipe, params)
-    if earlier is not None:
-        return _features_again(workspace, recipe, earlier, identity, layout)
-    with running(workspace.database, recipe) as run:
-        account = Account(run.id, identity.name)
-        with _undone_told(workspace, account), workspace.database.begin() as session:
-            one_ingest_at_a_time(session)
-            done = ingest_features(
-                workspace,
-                session,
-                run.id,
-                source,
-                layout,
-                name=params.name,
-                plate=params.plate,
-                account=account,
-                maps=PathMap(params.maps),
-                identity=identity,
-            )
-            account.gather(done.accounts)
-            _refuse_if_strict(params, account)
-        found = {"feature_set": done.feature_set, "segmentation": done.segmentation}
-        run.result = {**_counts(account), **found, "plates": list(done.plates)}
-    result = _of_features(workspace, run, layout, account)
-    return replace(result, cells=done.cells)
-
-
-def _features_again(
-    workspace: Workspace,
-    recipe: Recipe,
-    earlier: Earlier,
-    identity: FileIdentity,
-    layout: Layout,
-) -> IngestResult:
-    """Account for features that were read before: a feature set never changes."""
-    from .ingest_features import check_files
-
-    name = earlier.result["feature_set"]
-    if name is not None:
-        with workspace.database.read() as session:
-            check_files(session, workspace.artifacts, name)
-    with running(workspace.database, recipe) as run:
-        account = Account(run.id, identity.name)
-        with workspace.database.begin() as session:
-            repeat_issues(session, earlier, account)
-            account.rows, account.refused = earlier.rows, earlier.refused
-            account.unchanged = earlier.rows - earlier.refused
-            account.close(session, layout.value, identity)
-        run.result = {**earlier.result, **_counts(account)}
-    return _of_features(workspace, run, layout, account)
-
-
-def _of_features(
-    workspace: Workspace, run: RunHandle, layout: Layout, account: Account
-) -> IngestResult:
-    segmentation = run.result["segmentation"]
-    return replace(
-        _result(run, layout, account, summary(workspace, run.result["plates"])),
-        feature_set=run.result["feature_set"],
-        segmentations=(segmentation,) if segmentation else (),
-    )
-
-
-def _masks(workspace: Workspace, source: Path, params: IngestParams) -> IngestResult:
-    from .ingest_masks import ingest_masks
-
-    identity = FileIdentity.of(source)
-    recipe = _recipe(workspace, Layout.MASKS, params, [identity])
-    with running(workspace.database, recipe) as run:
-        account = Account(run.id, identity.name)
-        with _undone_told(workspace, account):
-            done = ingest_masks(
-                workspace,
-                run.id,
-                source,
-                account=account,
-                name=params.name,
-                plate=params.plate,
-                binary=params.binary,
-                image=ImageInput(tuple(name for name, _ in params.channels)),
-                strict=params.strict,
-            )
-        with workspace.database.begin() as session:
-            account.close(session, Layout.MASKS.value, identity)
-        run.result = {**_counts(account), "cells": done.cells, "plates": list(done.plates)}
-    result = _result(run, Layout.MASKS, account, summary(workspace, done.plates))
-    return replace(result, cells=done.cells, segmentations=done.recipe_ids)
-
-
-@contextmanager
-def _undone_told(workspace: Workspace, account: Account) -> Iterator[None]:
-    """Keep the issues of rows that are undone because some were refused."""
-    try:
-        yield
-    except UndoneError:
-        account.forget_written()
-        with workspace.database.begin() as session:
-            account.flush(session)
-        raise
-
-
-def _refuse_if_strict(params: IngestParams, account: Account) -> None:
-    if params.strict and account.refused:
-        raise UndoneError.of(account)
-
-
-def _recipe(
+def _register(
     workspace: Workspace, layout: Layout, params: IngestParams, files: Sequence[FileIdentity]
 ) -> Recipe:
-    named = [{"name": file.name, "sha256": file.sha256} for file in files]
+    """Return the recipe: which bytes are read in which way. Where they lie means nothing."""
     options = {
         name: writable(str(value)) if isinstance(value, Path) else value
         for name, value in asdict(params).items()
         if name not in ("kind", "layout", "compounds", "look", "strict", "reread") and value
     }
     options["maps"] = [[old, shown(new)] for old, new in params.maps]
+    named = [{"name": file.name, "sha256": file.sha256} for file in files]
     parameters = {"layout": layout.value, "files": named, "options": options}
     with workspace.database.begin() as session:
         return register(session, RecipeSpec(Stage.INGEST, VERSION, parameters))
 
 
-def _counts(account: Account) -> dict[str, Any]:
-    return {
-        "rows": account.rows,
-        "created": account.created,
-        "updated": account.updated,
-        "unchanged": account.unchanged,
-        "refused": account.refused,
-    }
+def _read_again(
+    workspace: Workspace, kind: SourceKind, params: IngestParams, earlier: Run, account: Account
+) -> Brought:
+    """Account for a source that was read whole before: only files of images can have changed."""
+    result = earlier.result or {}
+    plates = result["plates"]
+    account.rows, account.refused = result["rows"], result["refused"]
+    if kind is SourceKind.FEATURES:
+        from .ingest_features import check_files
+
+        name = result.get("feature_set")
+        with workspace.database.begin() as session:
+            repeat_issues(session, earlier.id, account)
+            if name is not None:  # a feature set never changes, but its files may be gone
+                check_files(session, workspace.artifacts, name)
+        account.unchanged = account.rows - account.refused
+        return Brought(plates, 0, name, result.get("segmentations", ()))
+    with workspace.database.begin() as session:
+        repeat_issues(session, earlier.id, account)
+        corrected = corrected_since(session, earlier.id, plates)
+        later = updated_since(session, earlier, plates)
+        images = _images_of_plates(session, plates)
+    changed = look_at_files(workspace, images, params.images, params.look, account)
+    account.updated = min(len(changed), account.rows - account.refused)
+    account.unchanged = account.rows - account.refused - account.updated
+    if later:
+        account.notes.append(
+            f"Skipped: run {later} changed these images after you first read {account.file}. "
+            f"To use the version of {account.file}, add --reread."
+        )
+    if corrected:
+        wells = "1 well has" if corrected == 1 else f"{corrected:,} wells have"
+        account.notes.append(
+            f"{wells} a newer label from another table; kept. To see what a well had: "
+            "cellstore audit well PLATE/A01. To use the labels of this table, add --reread."
+        )
+    return Brought(plates)
 
 
-def _result(run: RunHandle, layout: Layout, account: Account, done: ImagesDone) -> IngestResult:
-    return IngestResult(
-        run_id=run.id,
-        source=account.file,
-        layout=layout.value,
-        **_counts(account),
-        reasons=reasons_of(account.reasons),
-        issues=tuple(account.shown),
-        plates=len(done.plates),
-        wells=done.wells,
-        images=done.images,
-        missing_images=done.missing,
-        notes=tuple(account.notes),
-    )
+def _images_of_plates(session: Session, plates: Sequence[int]) -> NDArray[np.int64]:
+    found = [np.zeros(0, np.int64)]
+    for some in in_lists(plates):
+        query = select(Image.id).join(Well, Well.id == Image.well_id)
+        ids = session.scalars(query.where(Well.plate_id.in_(some)))
+        found.append(np.fromiter(ids, dtype=np.int64))
+    return np.sort(np.concatenate(found))
 
 
-def reasons_of(reasons: Counter[tuple[Severity, str]]) -> tuple[tuple[Severity, str, int], ...]:
-    """Return (severity, reason, number), the most frequent first."""
-    return tuple((*key, number) for key, number in reasons.most_common())
+def _ingest_treatments(
+    workspace: Workspace,
+    run_id: int,
+    source: Path,
+    layout: Layout,
+    params: IngestParams,
+    account: Account,
+) -> Brought:
+    from .ingest_treatments import ingest_treatments
+
+    with workspace.database.begin() as session:
+        one_ingest_at_a_time(session)
+        plates = ingest_treatments(workspace, session, run_id, source, layout, params, account)
+        if params.strict:
+            account.check_strict()
+    return Brought(plates)
 
 
-MOST = 1_000_000
-"""Plates, wells and images are told apart up to this many of each."""
+def _ingest_features(
+    workspace: Workspace,
+    run_id: int,
+    source: Path,
+    layout: Layout,
+    params: IngestParams,
+    account: Account,
+    identity: FileIdentity,
+) -> Brought:
+    from .ingest_features import ingest_features  # Arrow is slow to import
 
-Key = TypeVar("Key", bound=Hashable)
+    with workspace.database.begin() as session:
+        one_ingest_at_a_time(session)
+        done = ingest_features(
+            workspace,
+            session,
+            run_id,
+            source,
+            layout,
+            name=params.name,
+            plate=params.plate,
+            account=account,
+            maps=PathMap(params.maps),
+            identity=identity,
+        )
+        account.gather(done.accounts)
+        if params.strict:
+            account.check_strict()
+    segmentations = () if done.segmentation is None else (done.segmentation,)
+    return Brought(done.plates, done.cells, done.feature_set, segmentations)
+
+
+def _count_images(workspace: Workspace, plates: Sequence[int]) -> tuple[int, int, int]:
+    """Return the wells and images of ``plates`` (ids), and how many images lack a file."""
+    wells = images = seen = 0
+    with workspace.database.read() as session:
+        for some in in_lists(plates):
+            query = select(
+                func.count(Well.id.distinct()),
+                func.count(Image.id),
+                func.count(Image.content_sha256),
+            ).outerjoin(Image, Image.well_id == Well.id)
+            row = session.execute(query.where(Well.plate_id.in_(some))).one()
+            wells, images, seen = wells + row[0], images + row[1], seen + row[2]
+    return wells, images, images - seen
 
 
 @dataclass(frozen=True)
-class PreviewRow:
-    """What one file would become: a channel of an image, or ``cells`` masks of an image."""
+class RefreshResult:
+    """What a look at the files brought. ``changed`` images have other bytes, or a file more.
 
-    file: str
-    plate: str
-    well: str
-    site: int
-    plane: int
-    time_point: int
-    channel: str | None = None
-    treatment: str | None = None
-    objects: str | None = None
-    cells: int | None = None
-
-
-@dataclass
-class Preview:
-    """What a source would become: ``files`` are the first of them, ``images`` counts fields.
-
-    ``channels`` counts files by channel; ``refused`` rows would be left out, ``issues`` says why.
-    ``at_least``: there are more plates, wells or images than were counted.
+    ``problems`` are the first thousand files that could not be read, ``n_problems`` all.
     """
 
-    source: str
-    layout: str
-    rows: int = 0
-    images: int = 0
-    refused: int = 0
-    at_least: bool = False
-    plates: set[str] = field(default_factory=set)
-    wells: set[tuple[str, str]] = field(default_factory=set)
-    channels: Counter[str] = field(default_factory=Counter)
-    files: list[PreviewRow] = field(default_factory=list)
-    issues: list[Issue] = field(default_factory=list)
+    run_id: int
+    images: int
+    changed: int
+    n_problems: int
+    problems: tuple[Issue, ...]
 
 
-def preview(
-    source: Path, params: IngestParams | None = None, workspace: Workspace | None = None
-) -> Preview:
-    """Read images or masks and say what each file would become.
+def refresh(workspace: Workspace, selection: Selection = EVERYTHING) -> RefreshResult:
+    """Compare the files of the images of a selection with what is known of them.
 
-    Masks need the ``workspace`` that has their images; images need none.
+    A file of the same size and time is taken as unchanged; others are hashed. What was derived
+    from bytes that have changed is stale from now on: the next run of its stage makes it anew.
 
     Raises:
-        BadTableError: the source cannot be read.
-        MissingExtraError: masks, and scikit-image is not installed.
-        UserInputError: the source holds features or treatments, or masks and no ``workspace``.
+        UnknownNameError: there is no such plate, well or column.
     """
-    params = params or IngestParams()
-    layout = layout_for(source, params)
-    if layout.kind is SourceKind.IMAGES:
-        return _of_images(source, layout, params)
-    if layout.kind is SourceKind.MASKS:
-        return _of_masks(source, params, workspace)
-    raise UserInputError(
-        f"{source.name} would be read as {layout.value}: {layout.kind.value}, not images or masks. "
-        "A dry run shows what files become; ingest it, or leave --dry-run away."
-    )
-
-
-def _of_images(source: Path, layout: Layout, params: IngestParams) -> Preview:
-    found = Preview(source.name, layout.value)
-    images: set[tuple[str, int, int, int, int, int]] = set()
-    for row in ImageSource.open(source, layout, params).records():
-        found.rows += 1
-        if isinstance(row, Refusal):
-            _refuse(found, Issue(Severity.REFUSED, found.source, *row))
-        else:
-            _count(found, images, (row.plate, *row[3:8]))
-            _add(found, row)
-    found.images = len(images)
-    return found
-
-
-def _of_masks(source: Path, params: IngestParams, workspace: Workspace | None) -> Preview:
-    if workspace is None:
-        raise UserInputError(
-            "A dry run of masks looks for their images in a store. Name it with --store."
-        )
-    found = Preview(source.name, Layout.MASKS.value)
-    images: set[int] = set()
-    plans = plan_masks(
-        workspace,
-        source,
-        name=params.name,
-        plate=params.plate,
-        binary=params.binary,
-        image=ImageInput(tuple(name for name, _ in params.channels)),
-    )
-    for plan in plans:
-        found.rows += 1
-        if isinstance(plan.image, NoMatch):
-            _refuse(found, Issue(Severity.REFUSED, plan.file, None, *plan.image))
-        else:
-            _count(found, images, plan.image.id)
-            _add_masks(found, plan, plan.image)
-    found.images = len(images)
-    return found
-
-
-def _refuse(found: Preview, issue: Issue) -> None:
-    found.refused += 1
-    if len(found.issues) < SHOWN:
-        found.issues.append(issue)
-
-
-def _count(found: Preview, known: set[Key], key: Key) -> None:
-    if len(known) < MOST:
-        known.add(key)
-    elif key not in known:
-        found.at_least = True
-
-
-def _add(found: Preview, row: ImageRecord) -> None:
-    well = format_well(row.row, row.column)
-    _count(found, found.plates, row.plate)
-    _count(found, found.wells, (row.plate, well))
-    found.channels.update(ref.channel for ref in row.files)
-    room = SHOWN - len(found.files)
-    treatment = row.treatment.pert_iname if row.treatment else None
-    place = (row.plate, well, row.site, row.plane, row.time_point)
-    found.files += [
-        PreviewRow(ref.name, *place, ref.channel, treatment) for ref in islice(row.files, room)
-    ]
-
-
-def _add_masks(found: Preview, plan: MaskPlan, image: FoundImage) -> None:
-    _count(found, found.plates, image.plate)
-    _count(found, found.wells, (image.plate, image.well))
-    if len(found.files) < SHOWN:
-        place = (image.plate, image.well, image.site, image.plane, image.time_point)
-        row = PreviewRow(plan.file, *place, objects=plan.kind, cells=plan.cells)
-        found.files.append(row)
+    with workspace.database.begin() as session:
+        query = images_of(session, selection)
+        spec = RecipeSpec(Stage.INGEST, REFRESH_VERSION, {"again": asdict(selection)})
+        recipe = register(session, spec)
+        ids = session.scalars(select(Image.id).where(Image.id.in_(query)).order_by(Image.id))
+        images = np.fromiter(ids, dtype=np.int64)
+    with running(workspace.database, recipe) as run:
+        account = Account(run.id, "known files")
+        changed = look_at_files(workspace, images, None, Look.HERE, account)
+        problems = sum(account.reasons.values())
+        run.result = {"images": len(images), "changed": len(changed), "problems": problems}
+    some = tuple(issue for issue in account.shown if issue.severity is Severity.PROBLEM)
+    return RefreshResult(run.id, len(images), len(changed), problems, some)

@@ -239,7 +239,7 @@ def test_a_server_that_tells_no_size(monkeypatch: pytest.MonkeyPatch) -> None:
             return {"size": None}
 
     monkeypatch.setattr(uris, "_file_system", lambda uri: Silent())
-    with pytest.raises(ImageError, match="no size"):
+    with pytest.raises(ImageError, match="no size of"):
         stat("https://host/a.tif")
 
 

@@ -1,0 +1,270 @@
+"""Where the files of images are, and what their bytes are: looked for, hashed, kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import delete, select, update
+from sqlalchemy.orm import Session
+
+from ...db.bulk import in_lists, one_ingest_at_a_time
+from ...db.models import Folder, Image, ImageFile, Job, Plate, Well
+from ...db.statements import insert_new
+from ...enums import PROJECTION_CHANNEL, Look
+from ...errors import ImageError, StorageError, UserInputError
+from ...io.image_files import ImageFolder, ImageInfo, probe
+from ...io.uris import exists, is_remote, join, shown, stat
+from ...jobs.queue import reopen
+from ...jobs.workspace import Workspace
+from .account import Account
+
+LOOKED_AT = 200
+"""Images whose files are looked at between two transactions."""
+
+READERS = 4
+"""Files that are hashed at the same time; reading and hashing leave Python's lock alone."""
+
+
+class KnownFile(NamedTuple):
+    """A file of an image as the store knows it; ``sha256`` None: not seen yet."""
+
+    id: int | None
+    channel: str
+    name: str
+    folder_id: int | None = None
+    folder: str | None = None
+    sha256: str | None = None
+    size_bytes: int | None = None
+    modified_ns: int | None = None
+
+
+def known_files(session: Session, images: Iterable[int]) -> dict[int, dict[str, KnownFile]]:
+    """Return the files of ``images`` (ids) by channel."""
+    ids = list(images)
+    found: dict[int, dict[str, KnownFile]] = {image: {} for image in ids}
+    query = select(
+        ImageFile.image_id,
+        ImageFile.id,
+        ImageFile.channel,
+        ImageFile.name,
+        ImageFile.folder_id,
+        Folder.uri,
+        ImageFile.sha256,
+        ImageFile.size_bytes,
+        ImageFile.modified_ns,
+    ).outerjoin(Folder, Folder.id == ImageFile.folder_id)
+    for some in in_lists(ids):
+        for row in session.execute(query.where(ImageFile.image_id.in_(some))):
+            found[row[0]][row[2]] = KnownFile(*row[1:])
+    return found
+
+
+def folder_id(session: Session, uri: str) -> int:
+    """Return the id of the folder ``uri``, made if it is new. A closing slash means nothing.
+
+    A user, a password or a signature in it are not kept.
+    """
+    uri = shown(uri).rstrip("/") or "/"
+    query = select(Folder.id).where(Folder.uri == uri)
+    found = session.scalar(query)
+    if found is None:
+        insert_new(session, Folder, [{"uri": uri}])
+        found = session.scalars(query).one()
+    return found
+
+
+def look_at_files(
+    workspace: Workspace,
+    images: NDArray[np.int64],
+    folder: Path | None,
+    look: Look,
+    account: Account,
+) -> frozenset[int]:
+    """Find and hash the files of ``images`` (ids, ascending); each batch is one transaction.
+
+    Files are searched by name in ``folder``, and ``look`` says where else to look. Returns the
+    images of which a file was seen for the first time, or was found to have changed.
+    """
+    with workspace.database.read() as session:
+        finder = FileFinder(session, folder, look)
+    if finder.is_idle or not len(images):
+        return frozenset()
+    changed: set[int] = set()
+    workspace.progress.start("look at files", len(images))
+    try:
+        with ThreadPoolExecutor(READERS) as pool:
+            for some in in_lists(images.tolist(), LOOKED_AT):
+                with workspace.database.read() as session:
+                    query = select(Image.id, Image.core_name, Plate.barcode).select_from(Image)
+                    query = query.join(Well, Well.id == Image.well_id)
+                    query = query.join(Plate, Plate.id == Well.plate_id)
+                    rows = session.execute(query.where(Image.id.in_(some)).order_by(Image.id))
+                    ids, core_names, plates = zip(*rows, strict=True)
+                    files = known_files(session, ids)
+                looks = pool.map(finder.look, core_names, plates, files.values())
+                seen: dict[int, list[SeenFile]] = {}
+                for image, (news, problems) in zip(ids, list(looks), strict=True):
+                    if news:
+                        seen[image] = news
+                    for reason, detail in problems:
+                        account.problem(None, reason, detail)
+                if seen or account.pending:
+                    with workspace.database.begin() as session:
+                        account.flush(session)
+                        _write_seen(session, seen)
+                changed |= seen.keys()
+                workspace.progress.advance(len(some))
+    finally:
+        workspace.progress.finish()
+    return frozenset(changed)
+
+
+class SeenFile(NamedTuple):
+    """A file that was looked at, and that is new or has changed."""
+
+    known: KnownFile
+    uri: str
+    info: ImageInfo
+
+
+class FileFinder:
+    """Finds the files of an image: by name in ``folder``, else where the store knows them to be."""
+
+    def __init__(self, session: Session, folder: Path | None, look: Look) -> None:
+        self._folder = ImageFolder(folder) if folder is not None else None
+        self._look = look
+        self._here: set[str] = set()
+        """Folders of the store that are on this machine."""
+        for uri in session.scalars(select(Folder.uri)):
+            try:
+                if not is_remote(uri) and Path(uri).is_absolute() and Path(uri).is_dir():
+                    self._here.add(uri)
+            except (OSError, ValueError):  # too long for a path, or with a NUL in it
+                continue
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no file of the store could be found by this finder."""
+        everywhere = self._look is Look.EVERYWHERE
+        return self._look is Look.NOWHERE or not (self._folder or self._here or everywhere)
+
+    def look(
+        self, core_name: str, plate: str, files: Mapping[str, KnownFile]
+    ) -> tuple[list[SeenFile], list[tuple[str, str]]]:
+        """Return the files of an image that are new or have changed; and errors: reason, detail.
+
+        A file named by the core file name is a projection and stands for all channels.
+        """
+        problems: list[tuple[str, str]] = []
+        projection = files.get(PROJECTION_CHANNEL) or KnownFile(None, PROJECTION_CHANNEL, "")
+        uri = self._locate(projection, plate, problems, core_name)
+        wanted = [(projection, uri)]
+        if uri is None and projection.sha256 is None:
+            wanted = [(file, self._locate(file, plate, problems)) for file in files.values()]
+        seen: list[SeenFile] = []
+        for file, found in wanted:
+            if found is None:
+                continue
+            try:
+                info = _probe_changed(file, found)
+            except (ImageError, StorageError, UserInputError, OSError) as error:
+                problems.append(("image cannot be read", str(error)))
+                continue
+            if info is not None:
+                seen.append(SeenFile(file, found, info))
+        return seen, problems
+
+    def _locate(
+        self,
+        file: KnownFile,
+        plate: str,
+        problems: list[tuple[str, str]],
+        core_name: str | None = None,
+    ) -> str | None:
+        """Return where a file is, or the projection of ``core_name``, if we can look there."""
+        if self._folder is not None:
+            try:
+                if core_name is None:
+                    path = self._folder.find(file.name, plate)
+                else:
+                    path = self._folder.find_projection(core_name, plate)
+                if path is not None:
+                    return str(path)
+            except ImageError as error:
+                problems.append(("file name is not unique", str(error)))
+        if file.folder is None:
+            return None
+        uri = join(file.folder, file.name)
+        if is_remote(uri):
+            return uri if self._look is Look.EVERYWHERE else None
+        is_here = file.folder in self._here and (file.sha256 is not None or exists(uri))
+        return uri if is_here else None
+
+
+def _probe_changed(file: KnownFile, uri: str) -> ImageInfo | None:
+    """Return what is known of a file now, None if it has neither moved nor changed.
+
+    The same size and time spare the hashing.
+    """
+    is_in_place = file.folder is not None and join(file.folder, file.name) == uri
+    if is_in_place and file.sha256 is not None and not is_remote(uri):
+        found = stat(uri)
+        if (found.size_bytes, found.mtime_ns) == (file.size_bytes, file.modified_ns):
+            return None
+    info = probe(uri)
+    now = (info.sha256, info.mtime_ns)
+    return None if is_in_place and now == (file.sha256, file.modified_ns) else info
+
+
+def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> None:
+    """Write what files are now, by image; what was derived from other bytes is stale from now."""
+    if not seen:
+        return
+    one_ingest_at_a_time(session)
+    folders: dict[str, int] = {}
+    updates: list[dict[str, Any]] = []
+    for image, files in seen.items():
+        for file in files:
+            folder, _, name = file.uri.rpartition("/")
+            if folder not in folders:
+                folders[folder] = folder_id(session, folder)
+            values = {
+                "folder_id": folders[folder],
+                "name": name,
+                "sha256": file.info.sha256,
+                "size_bytes": file.info.size_bytes,
+                "modified_ns": file.info.mtime_ns,
+                "height": file.info.height,
+                "width": file.info.width,
+                "dtype": file.info.dtype,
+            }
+            if file.known.id is not None:
+                updates.append({"id": file.known.id, **values})
+                continue
+            # A projection stands for the channels that were expected and never seen.
+            unseen = (ImageFile.image_id == image, ImageFile.sha256.is_(None))
+            session.execute(delete(ImageFile).where(*unseen))
+            row = {"image_id": image, "channel": PROJECTION_CHANNEL, "position": 0, **values}
+            insert_new(session, ImageFile, [row])
+    if updates:
+        session.execute(update(ImageFile), updates)
+    digests = []
+    for image, known in known_files(session, seen).items():
+        content = content_digest([(file.channel, file.sha256) for file in known.values()])
+        digests.append({"id": image, "content_sha256": content})
+    session.execute(update(Image), digests)
+    reopen(session, Job.image_id.in_(list(seen)))  # what failed may work now
+
+
+def content_digest(files: Sequence[tuple[str, str | None]]) -> str | None:
+    """Return the sha256 over (channel, sha256) of all files, None while one is missing."""
+    if not files or any(sha256 is None for _, sha256 in files):
+        return None
+    text = "\n".join(f"{channel}\t{sha256}" for channel, sha256 in sorted(files))
+    return hashlib.sha256(text.encode()).hexdigest()
