@@ -454,7 +454,7 @@ def _nothing_to_split(params: SplitParams, left_out: Mapping[str, int]) -> str:
     if left_out.get("flagged"):
         return (
             f"All {left_out['flagged']} images are flagged by quality-control run "
-            f"{left_out['qc_run']}. Split without --exclude-flagged latest."
+            f"{left_out['qc_run']}. Split without --exclude-flagged."
         )
     if left_out["without_label"]:
         return (

@@ -422,7 +422,7 @@ def _what_lacks(plan: Plan) -> str:
     if plan.flagged is not None and plan.flagged.images:
         return (
             f"a measured cell that quality-control run {plan.flagged.run_id} has not flagged. "
-            "Train without --exclude-flagged latest, or make quality control less strict: "
+            "Train without --exclude-flagged, or make quality control less strict: "
             "cellstore qc --help"
         )
     if features.in_table:

@@ -1,5 +1,5 @@
 -- What every voter said where flagged cells have no vote: in place of ballots, by
--- report --exclude-flagged latest. {run} is the number of a quality-control run.
+-- report --exclude-flagged. {run} is the number of a quality-control run.
 SELECT p.run_id, p.image_id, p.cell_id, p.rank, p.label_id, p.probability
 FROM placed_predictions AS p
 WHERE

@@ -1,5 +1,5 @@
 -- The cells that have a vote where flagged ones have none: in place of voters, by
--- report --exclude-flagged latest. {run} is the number of a quality-control run.
+-- report --exclude-flagged. {run} is the number of a quality-control run.
 SELECT c.id AS cell_id, c.segmentation_id, s.image_id
 FROM cells AS c
 JOIN segmentations AS s ON s.id = c.segmentation_id
