@@ -34,58 +34,53 @@ from cellstore.analysis.segmentation import find_model
 from cellstore.config import SegmentParams
 from cellstore.db.models import Image, Job, Label, Plate, Well
 from cellstore.enums import LabelField, Stage, Status
-from cellstore.jobs.execute import Share, Work, work_through
-from cellstore.jobs.queue import Task
+from cellstore.jobs.execute import run_jobs
+from cellstore.jobs.image_stage import ImageStage, RunCounter
+from cellstore.jobs.queue import JobScope, Task
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
-from cellstore.progress import Silent
-from cellstore.stages.segment import segment_spec
+from cellstore.stages.segment import segment_recipe
 from cellstore.store import Store
 
 
 @dataclass(frozen=True)
-class NoWork:
-    """A step that does nothing; one image, if asked, is held forever."""
+class NoWork(ImageStage[str, str]):
+    """A stage that writes one row; one image, if asked, is held forever."""
+
+    label = "nothing"
 
     hold: str | None = None
 
-    def __call__(self) -> NoWork:
-        """Return itself: there is nothing to load."""
-        return self
+    def fetch(self, session: Session, tasks: Sequence[Task]) -> dict[int, str]:
+        """Return the names of the images."""
+        return {task.image_id: task.name for task in tasks}
 
-    def read(self, order: str) -> str:
+    def read(self, task_input: str) -> str:
         """Return the name of the image."""
-        if order == self.hold:
+        if task_input == self.hold:
             time.sleep(600)
-        return order
+        return task_input
 
     def compute(self, loaded: Sequence[str]) -> list[str]:
         """Return the names."""
         return list(loaded)
 
-    def keep(self, made: str) -> str:
-        """Return the name."""
-        return made
-
-
-def work(run_id: int, hold: str | None) -> Work[str, str]:
-    def fetch(_session: Session, tasks: Sequence[Task]) -> dict[int, str]:
-        return {task.job_id: task.name for task in tasks}
-
-    def write(session: Session, pairs: Sequence[tuple[Task, str]]) -> None:
-        rows = [{"field": LabelField.TARGET, "value": f"{run_id} {name}"} for _, name in pairs]
+    def insert(
+        self, session: Session, run: RunCounter, done: Sequence[tuple[Task, str]], files: Any
+    ) -> int:
+        """Write a label for each image."""
+        rows = [{"field": LabelField.TARGET, "value": f"{run.run_id} {name}"} for _, name in done]
         session.execute(insert(Label), rows)
-
-    return Work("nothing", NoWork(hold), fetch, write)
+        return 0
 
 
 def go(workspace: Workspace, spec: RecipeSpec, hold: str | None = None) -> int:
     with workspace.database.begin() as session:
         recipe = register(session, spec)
     with running(workspace.database, recipe) as run:
-        share = Share(run.id, recipe.id, select(Image.id))
-        return work_through(workspace.database, Silent(), work(run.id, hold), share).done
+        scope = JobScope({recipe.id: run.id}, select(Image.id))
+        return run_jobs(workspace, NoWork(hold), scope)[recipe.id].images
 
 
 def fill(workspace: Workspace, images: int) -> None:
@@ -193,7 +188,7 @@ def measured(root: Path, database: str | None, jobs: int, images: int, repeat: i
     with Store.create(root / "large", database and database.format("large")) as store:
         fill(store.workspace, images)
         params = SegmentParams.of("published")
-        close_all(store.workspace, segment_spec(params, find_model(params.model)))
+        close_all(store.workspace, segment_recipe(params, find_model(params.model)))
         took = [timed(store.segment) for _ in range(repeat)]
         line(name, f"nothing to do, {images:,} images", statistics.median(took), "")
 

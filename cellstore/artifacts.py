@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,23 @@ class ArtifactFolder:
         with suppress(OSError):
             self.locate(path).unlink(missing_ok=True)
 
+    def missing(self, paths: Iterable[str]) -> set[str]:
+        """Return those of some stored paths whose file is not there.
+
+        Each folder is listed once: a network disk answers that faster than a question per file.
+        """
+        by_folder: dict[str, set[str]] = {}
+        for path in paths:
+            by_folder.setdefault(path.rpartition("/")[0], set()).add(path)
+        gone: set[str] = set()
+        for folder, expected in by_folder.items():
+            try:
+                there = {f"{folder}/{item.name}" for item in os.scandir(self.root / folder)}
+            except OSError:
+                there = set()
+            gone |= expected - there
+        return gone
+
     def walk(self) -> Iterator[str]:
         """Yield the relative path of every file that is there, temporary ones too."""
         for folder, _, names in os.walk(self.root):
@@ -106,6 +123,10 @@ class BorrowingFolder(ArtifactFolder):
         """Return the place of a stored path: here, else where it is borrowed from."""
         here = super().locate(path)
         return here if here.exists() else self.lender.locate(path)
+
+    def missing(self, paths: Iterable[str]) -> set[str]:
+        """Return those of some stored paths whose file is neither here nor there."""
+        return self.lender.missing(super().missing(paths))
 
     def remove(self, path: str) -> None:
         """Remove a file that is here; what is borrowed stays."""

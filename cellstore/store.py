@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
     from .query.describe import RelationWords
-    from .query.engine import Limits, Questions
+    from .query.engine import Questions
+    from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import ArtifactAudit, Audit, CellAudit, ImageAudit, RunAudit, WellAudit
     from .report.comparison import Comparison

@@ -95,7 +95,7 @@ def _headline(result: VotesResult, tell: Callable[[str], None]) -> None:
     counts = f"{count(result.units, noun)}, {count(result.ties, 'tie')}"
     counts += f", {count(result.abstained, 'abstention')}"
     tell(f"Run {result.run_id}, {result.vote} vote: {counts}")
-    for side in result.sides:
+    for side in result.subsets:
         trained = " - the network was trained on these" if side.subset == "train" else ""
         share = f"{100 * (side.accuracy or 0):.2f} %"
         tell(f"{side.subset}: {side.correct:,} of {side.n:,} right ({share}){trained}")

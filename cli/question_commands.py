@@ -25,7 +25,7 @@ from .output import Answer, Format, say
 
 if TYPE_CHECKING:
     from cellstore.query.describe import RelationWords
-    from cellstore.query.engine import Limits
+    from cellstore.query.guard import Limits
     from cellstore.store import Store
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -152,7 +152,7 @@ def sql(
       cellstore sql 'SELECT * FROM wells WHERE name = $well' --param well=D14
       cellstore sql --file big.sql --format parquet --output answer.parquet
     """
-    from cellstore.query.engine import Limits
+    from cellstore.query.guard import Limits
 
     answer = _checked(answer, common)
     parameters = dict(map(_parameter, param or ()))
@@ -229,7 +229,7 @@ def ask(
       cellstore ask disagreements --runs 3,5 --format csv
       cellstore ask accuracy --sql
     """
-    from cellstore.query.engine import Limits
+    from cellstore.query.guard import Limits
 
     name, given = _name_and_values([*(words or ()), *context.args])
     answer = _checked(answer, common)

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,16 @@ from sqlalchemy import func, select
 from threshold import ThresholdSegmenter
 
 from cellstore.analysis.segmentation import ModelFiles, SegmentationResult
-from cellstore.artifacts import ArtifactFolder
 from cellstore.config import IngestParams, Resources, SegmentParams
 from cellstore.db.models import Artifact, Cell, Image, Job, Segmentation
 from cellstore.enums import Stage
 from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.execute import JobsResult, Tally, Work, execute
-from cellstore.jobs.recipes import RecipeSpec
+from cellstore.jobs.execute import JobsResult, execute
+from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.selection import images_of
 from cellstore.jobs.workspace import Workspace
 from cellstore.stages.ingest.ingest import ingest
-from cellstore.stages.segment import Found, SegmentStep, SegmentSteps, segment_work
+from cellstore.stages.segment import Segment
 from cellstore.store import Store
 
 PROGRAM = Path(__file__)
@@ -57,32 +57,27 @@ class SlowSegmenter:
 
 
 @dataclass(frozen=True)
-class SlowSteps:
-    """Makes the real step of ``segment`` around the threshold."""
+class SegmentSlowly(Segment):
+    """The real stage around the threshold."""
 
-    artifacts: ArtifactFolder
-    seconds: float
+    seconds: float = 0.0
 
-    def __call__(self) -> SegmentStep:
-        return SegmentStep(SlowSegmenter(self.seconds), self.artifacts)
+    @cached_property
+    def segmenter(self) -> SlowSegmenter:
+        return SlowSegmenter(self.seconds)
 
 
 def segment_slowly(
     workspace: Workspace, seconds: float = 0.0, resources: Resources | None = None
 ) -> JobsResult:
     """Run the stage ``segment`` with the threshold in place of a network."""
-    params = SegmentParams.of("published")
     files = ModelFiles("threshold", PROGRAM, None, "0" * 64)
-    real = SegmentSteps(files, params, "cpu", workspace.artifacts)
-
-    def work_of(tally: Tally) -> Work[Any, Found]:
-        steps: Any = SlowSteps(workspace.artifacts, seconds)
-        return replace(segment_work(params, real, tally), step=steps)
-
-    with workspace.database.read() as session:
-        images = images_of(session)
     spec = RecipeSpec(Stage.SEGMENT, 1, {"threshold": 100})
-    return execute(workspace, spec, images, work_of, resources=resources or Resources())
+    stage = SegmentSlowly(SegmentParams.of("published"), files, "cpu", workspace.artifacts, spec, seconds=seconds)
+    with workspace.database.begin() as session:
+        images = images_of(session)
+        recipe = register(session, spec)
+    return execute(workspace, stage, [recipe], images, resources or Resources())[0]
 
 
 def fill(workspace: Workspace, folder: Path, images: int) -> None:

@@ -12,150 +12,157 @@ from contextlib import contextmanager
 from sqlalchemy import Connection, text
 
 from cellstore.config import VoteRules
+from cellstore.db.models import CellFeatures
 from cellstore.jobs.workspace import Workspace
-from cellstore.query.views import ORDER, queries
+from cellstore.query.relations import VIEWS, view_query
 
 COUNTS = """
     SELECT run_id, image_id, label_id, sum(CASE WHEN rank = 1 THEN 1 ELSE 0 END) AS cells,
         count(*) AS named,
         sum(probability) AS probability
-    FROM ballots GROUP BY run_id, image_id, label_id
-"""
-
-WINNERS = """
-    WITH weighed AS (
-        SELECT c.*, l.value, 'hard' AS vote, CAST(c.cells AS DOUBLE PRECISION) AS weight
-        FROM image_label_counts c JOIN labels l ON l.id = c.label_id
-        UNION ALL
-        SELECT c.*, l.value, 'soft', c.probability
-        FROM image_label_counts c JOIN labels l ON l.id = c.label_id
-    ),
-    placed AS (
-        SELECT w.*, row_number() OVER (
-            PARTITION BY run_id, image_id, vote
-            ORDER BY weight DESC, probability DESC, value {binary}, label_id
-        ) AS place
-        FROM weighed w
-    )
-    SELECT run_id, image_id, vote, max(label_id) FILTER (WHERE place = 1) AS winner_id,
-        max(weight) FILTER (WHERE place = 1) AS votes,
-        max(label_id) FILTER (WHERE place = 2 AND weight > 0) AS runner_up_id,
-        coalesce(max(weight) FILTER (WHERE place = 2), 0) AS runner_up_votes,
-        sum(cells) AS n_cells
-    FROM placed GROUP BY run_id, image_id, vote
+    FROM eligible_predictions GROUP BY run_id, image_id, label_id
 """
 
 MEDIANS = """
-    WITH said AS (
-        SELECT b.run_id, {unit}, b.cell_id, b.rank, b.label_id, b.probability
-        FROM ballots b JOIN run_images ri ON ri.run_id = b.run_id AND ri.image_id = b.image_id
+    WITH given AS (
+        SELECT p.run_id, 'image' AS level, p.image_id AS unit_id, CAST(NULL AS VARCHAR) AS subset,
+            p.cell_id, p.rank, p.label_id, p.probability
+        FROM eligible_predictions p
+        UNION ALL
+        SELECT p.run_id, 'well', ri.well_id, ri.subset, p.cell_id, p.rank, p.label_id, p.probability
+        FROM eligible_predictions p
+        JOIN run_images ri ON ri.run_id = p.run_id AND ri.image_id = p.image_id
     ),
-    voting AS (SELECT DISTINCT run_id, {names}, cell_id FROM said WHERE rank = 1),
-    named AS (SELECT DISTINCT run_id, {names}, label_id FROM said),
-    given AS (
-        SELECT n.*, coalesce(s.probability, 0) AS x, v.cell_id
+    voting AS (
+        SELECT DISTINCT run_id, level, unit_id, subset, cell_id FROM given WHERE rank = 1
+    ),
+    named AS (SELECT DISTINCT run_id, level, unit_id, subset, label_id FROM given),
+    filled AS (
+        SELECT n.*, coalesce(g.probability, 0) AS x, v.cell_id
         FROM named n
-        JOIN voting v ON v.run_id = n.run_id AND {same}
-        LEFT JOIN said s ON s.run_id = v.run_id AND s.cell_id = v.cell_id
-            AND s.label_id = n.label_id
+        JOIN voting v ON v.run_id = n.run_id AND v.level = n.level AND v.unit_id = n.unit_id
+            AND coalesce(v.subset, '') = coalesce(n.subset, '')
+        LEFT JOIN given g ON g.run_id = v.run_id AND g.level = v.level AND g.cell_id = v.cell_id
+            AND g.label_id = n.label_id
     ),
     ordered AS (
-        SELECT g.*,
-            row_number() OVER (PARTITION BY run_id, {names}, label_id ORDER BY x, cell_id) AS place,
-            count(*) OVER (PARTITION BY run_id, {names}, label_id) AS n
-        FROM given g
+        SELECT f.*,
+            row_number() OVER (
+                PARTITION BY run_id, level, unit_id, subset, label_id ORDER BY x, cell_id
+            ) AS place,
+            count(*) OVER (PARTITION BY run_id, level, unit_id, subset, label_id) AS n
+        FROM filled f
     )
-    SELECT run_id, {names}, l.value AS label, avg(x) AS probability
-    FROM ordered JOIN labels l ON l.id = label_id
+    SELECT run_id, level, unit_id, subset, label_id, avg(x) AS probability
+    FROM ordered
     WHERE place IN ((n + 1) / 2, n / 2 + 1)
-    GROUP BY run_id, {names}, l.value
+    GROUP BY run_id, level, unit_id, subset, label_id
 """
 
-VOTES = """
-    WITH told AS (
-        SELECT run_id, {names}, label, max(truth) AS truth, sum(cells) AS cells,
-            sum(probability) AS probability
-        FROM image_label_votes GROUP BY run_id, {names}, label
-    ),
-    counted AS (
-        SELECT told.*, 'hard' AS vote, CAST(cells AS DOUBLE PRECISION) AS weight FROM told
-        UNION ALL SELECT told.*, 'soft', probability FROM told
-        UNION ALL
-        SELECT told.*, 'median', m.probability FROM told
-        JOIN {medians} m ON m.run_id = told.run_id AND m.label = told.label AND {same}
-    ),
-    placed AS (
-        SELECT c.*, row_number() OVER (
-            PARTITION BY run_id, {names}, vote
-            ORDER BY weight DESC, probability DESC, label {binary}
-        ) AS place
-        FROM counted c
-    ),
-    voted AS (
-        SELECT run_id, {names}, vote,
-            max(label) FILTER (WHERE place = 1) AS winner,
-            max(weight) FILTER (WHERE place = 1) AS votes,
-            max(label) FILTER (WHERE place = 2 AND weight > 0) AS runner_up,
-            coalesce(max(weight) FILTER (WHERE place = 2), 0) AS runner_up_votes,
-            sum(cells) AS n_cells,
-            CASE WHEN vote = 'median' THEN 1 ELSE nullif(sum(cells), 0) END AS whole,
-            max(truth) AS truth,
-            max(place) FILTER (WHERE label = truth) AS truth_place,
-            coalesce(max(probability) FILTER (WHERE label = truth), 0) / nullif(sum(cells), 0)
-                AS share_of_truth
-        FROM placed GROUP BY run_id, {names}, vote
-    ),
-    ruled AS (
-        SELECT v.*, votes / whole AS share, (votes - runner_up_votes) / whole AS margin,
-            votes = runner_up_votes AS tie,
-            CASE WHEN n_cells < r.min_cells THEN 'few cells'
-                WHEN (votes - runner_up_votes) / whole < r.min_margin THEN 'close' END AS abstained
-        FROM voted v CROSS JOIN vote_rules r
-    )
-    SELECT r.run_id, {shown}, vote, winner, votes, runner_up, runner_up_votes, n_cells, share,
-        margin, tie, abstained, r.truth, truth_place,
-        CASE WHEN r.truth IS NOT NULL THEN share_of_truth END AS truth_probability,
-        CASE WHEN abstained IS NULL THEN winner = r.truth END AS correct
-    FROM ruled r {more}
+PLACED = """
+    SELECT v.*, row_number() OVER (
+        PARTITION BY run_id, level, vote, unit_id, subset
+        ORDER BY votes DESC, probability DESC, label {binary}, label_id
+    ) AS place
+    FROM label_votes v
 """
 
-IMAGE = {
-    "unit": "b.image_id",
-    "names": "image_id",
-    "same": "{0}.image_id = {1}.image_id",
-    "shown": "r.image_id, ri.well_id, ri.subset",
-    "more": "JOIN run_images ri ON ri.run_id = r.run_id AND ri.image_id = r.image_id",
-}
-WELL = {
-    "unit": "ri.well_id, ri.subset",
-    "names": "well_id, subset",
-    "same": "{0}.well_id = {1}.well_id AND {0}.subset = {1}.subset",
-    "shown": "r.well_id, r.subset",
-    "more": "",
-}
+RANKED = """
+    SELECT run_id, level, vote, unit_id, subset,
+        max(label_id) FILTER (WHERE place = 1) AS winner_id,
+        max(votes) FILTER (WHERE place = 1) AS votes,
+        max(label_id) FILTER (WHERE place = 2 AND votes > 0) AS runner_up_id,
+        coalesce(max(votes) FILTER (WHERE place = 2), 0) AS runner_up_votes,
+        sum(cells) AS n_cells
+    FROM ({placed}) AS placed GROUP BY run_id, level, vote, unit_id, subset
+"""
+
+SCORED_VOTES = """
+    SELECT v.run_id, v.level, v.vote, v.unit_id, v.plate, v.well, v.site, v.subset, v.truth,
+        v.winner AS predicted, v.share AS confidence, t.place AS truth_rank,
+        coalesce(t.probability, 0) / nullif(v.n_cells, 0) AS truth_probability, v.tie, v.abstained,
+        v.correct, v.control, v.image_id, v.well_id, v.plate_id
+    FROM votes v
+    LEFT JOIN ({placed}) AS t ON t.run_id = v.run_id AND t.level = v.level AND t.vote = v.vote
+        AND t.unit_id = v.unit_id AND coalesce(t.subset, v.subset) = v.subset AND t.label = v.truth
+    WHERE v.truth IS NOT NULL
+"""
+
+LAST = """
+    (SELECT max(s.{value}) FROM segmentations s WHERE s.id = (
+        SELECT max(o.id) FROM segmentations o WHERE o.image_id = i.id
+        AND (o.content_sha256 IS NULL OR o.content_sha256 = i.content_sha256)
+    ))
+"""
 
 
 def definitions(rules: VoteRules, *, sqlite: bool) -> dict[str, str]:
     """Return the query of every view, a view after those it reads."""
-    own = queries(rules)
-    found = {name: own[name] for name in ORDER}
-    found["vote_rules"] = found["vote_rules"].replace("AS DOUBLE)", "AS DOUBLE PRECISION)")
-    for name in ("voters", "ballots"):
+    found = {name: view_query(name, rules) for name in VIEWS}
+    binary = "" if sqlite else 'COLLATE "C"'
+    placed = PLACED.format(binary=binary)
+    found["vote_options"] = found["vote_options"].replace("AS DOUBLE)", "AS DOUBLE PRECISION)")
+    for name in ("eligible_cells", "eligible_predictions"):
         found[name] = found[name].replace("NOT EXISTS (FROM", "NOT EXISTS (SELECT 1 FROM")
     found["image_label_counts"] = COUNTS
-    found["image_winners"] = WINNERS.format(binary="" if sqlite else 'COLLATE "C"')
-    for level, words in (("image", IMAGE), ("well", WELL)):
-        medians = {**words, "same": words["same"].format("v", "n")}
-        found[f"{level}_label_medians"] = MEDIANS.format(**medians)
-        votes = {**words, "same": words["same"].format("m", "told")}
-        found[f"{level}_votes"] = VOTES.format(
-            **votes, medians=f"{level}_label_medians", binary="" if sqlite else 'COLLATE "C"'
-        )
-    found["verdicts"] = found["verdicts"].replace("any_value(", "max(")
+    found["label_counts"] = found["label_counts"].replace(
+        "CAST(sum(CAST(round(c.probability * 1e12) AS BIGINT)) AS DOUBLE) / 1e12",
+        "sum(c.probability)",
+    )
+    found["label_medians"] = MEDIANS
+    votes = found["label_votes"].replace("AS DOUBLE)", "AS DOUBLE PRECISION)")
+    votes = votes.replace("m.subset IS NOT DISTINCT FROM c.subset", SAME_SUBSET)
+    found["label_votes"] = votes.replace("ORDER BY value,", f"ORDER BY value {binary},")
+    found["ranked_votes"] = RANKED.format(placed=placed)
+    found["votes"] = (
+        found["votes"]
+        .replace("any_value(", "max(")
+        .replace("NULL AS image_id", "CAST(NULL AS BIGINT) AS image_id")
+        .replace("NULL AS site", "CAST(NULL AS INTEGER) AS site")
+    )
+    scored = found["scored_predictions"]
+    cells = scored[scored.index("SELECT\n    p.run_id, 'cell'") : scored.rindex("UNION ALL")]
+    truths = scored[scored.index("WITH cell_truths") : scored.index(",\ntrue_labels")]
+    found["scored_predictions"] = f"{truths} {cells} UNION ALL {SCORED_VOTES.format(placed=placed)}"
     # Whole numbers divide to whole numbers here.
     found["class_report"] = found["class_report"].replace("sum(correct) /", "1.0 * sum(correct) /")
     found["class_report"] = found["class_report"].replace("2 * sum(", "2.0 * sum(")
-    return found
+    images = found["image_table"]
+    images = images[images.index("SELECT\n    p.barcode") :]
+    images = images.replace("l.n_cells", f"{LAST.format(value='n_cells')} AS n_cells")
+    found["image_table"] = images.replace("LEFT JOIN latest AS l ON l.image_id = i.id", "")
+    measured = [
+        f"f.{column.name}"
+        for column in CellFeatures.__table__.columns
+        if column.name not in ("cell_id", "recipe_id", "run_id")
+    ]
+    found["cell_table"] = found["cell_table"].replace(
+        "f.* EXCLUDE (cell_id, recipe_id, run_id)", ", ".join(measured)
+    )
+    order = (*reversed([name for name in VIEWS if name not in EARLY]),)
+    return {name: found[name] for name in (*EARLY, *order)}
+
+
+SAME_SUBSET = "coalesce(m.subset, '') = coalesce(c.subset, '')"
+EARLY = (
+    "image_table",
+    "run_images",
+    "vote_options",
+    "predictions_with_image",
+    "eligible_cells",
+    "eligible_predictions",
+    "image_label_counts",
+    "label_counts",
+    "label_medians",
+    "label_votes",
+    "ranked_votes",
+    "votes",
+    "scored_predictions",
+    "accuracy",
+    "confusion",
+    "class_report",
+)
+"""A view comes after those it reads."""
 
 
 @contextmanager

@@ -268,7 +268,7 @@ def test_flags_are_told_of_the_last_run_that_found_something(
 def test_audits_and_views_agree(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     with open_questions(workspace) as questions:
-        rows = questions.ask("SELECT * FROM image_votes").to_pylist()
+        rows = questions.ask("SELECT * FROM votes WHERE level = 'image'").to_pylist()
     for image in screen.images.values():
         for one in audit_image(workspace, str(image.id)).labellings:
             votes = {row["vote"]: row for row in rows if row["image_id"] == image.id}

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from factories import Factory, sha
 from screens import SmallScreen, small_screen
-from sqlalchemy import event, text
+from sqlalchemy import event, select, text
 
-from cellstore.db.models import IngestFile
+from cellstore.db.models import IngestFile, Recipe
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.lookup import find_well, places_find_image, run_in
@@ -212,9 +212,7 @@ def test_a_file_of_features(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     cells = screen.factory.cells_of(screen.segmentations["B01"])
     with workspace.database.read() as session:
-        from cellstore.jobs.lookup import find_recipe
-
-        segment = find_recipe(session, Stage.SEGMENT)
+        segment = session.scalars(select(Recipe).where(Recipe.stage == Stage.SEGMENT)).one()
     screen.factory.feature_files("cp", cells, {"a": [1.0, 2.0, 3.0]}, segment)
     with workspace.database.read() as session:
         digest = session.execute(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,29 +12,26 @@ from factories import Factory, sha
 from sqlalchemy import event, select
 from sqlalchemy.orm import Session
 from tinyjobs import (
-    SPEC,
-    Steps,
+    Tiny,
     change,
     fill,
     go,
     labels,
     left,
-    name_of,
     statuses,
-    work_of,
     write_label,
 )
 
 from cellstore.db.models import Image, Job
 from cellstore.enums import Stage, Status
-from cellstore.errors import ImageError
+from cellstore.errors import CellstoreError, ImageError
 from cellstore.jobs import execute, queue
-from cellstore.jobs.execute import Share, Tally, Work, work_through
-from cellstore.jobs.queue import Task, progressed
+from cellstore.jobs.execute import run_jobs
+from cellstore.jobs.image_stage import RunCounter
+from cellstore.jobs.queue import JobScope, Task, count_images
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
-from cellstore.progress import Silent
 from cellstore.stages.manage_jobs import list_jobs, retry
 
 
@@ -46,15 +44,15 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_image_is_done_once(workspace: Workspace):
     fill(workspace)
     assert left(workspace) == 3
-    assert go(workspace).done == 3
+    assert go(workspace).images == 3
     assert labels(workspace) == ["P1/r01c01f01", "P1/r01c02f01", "P1/r01c03f01"]
-    assert (left(workspace), go(workspace).done) == (0, 0)
+    assert (left(workspace), go(workspace).images) == (0, 0)
 
 
 def test_an_image_without_its_files_waits(workspace: Workspace):
     make = Factory(workspace)
     make.image(make.well(make.plate("P1"), 1, 1), missing=True)
-    assert (left(workspace), go(workspace).done) == (0, 0)
+    assert (left(workspace), go(workspace).images) == (0, 0)
 
 
 def test_a_failing_image_fails_alone_and_waits_for_retry(workspace: Workspace):
@@ -66,13 +64,13 @@ def test_a_failing_image_fails_alone_and_waits_for_retry(workspace: Workspace):
         return task.name
 
     first = go(workspace, compute)
-    assert (first.done, first.failures) == (2, [("P1/r01c02f01", "The file is truncated.")])
+    assert (first.images, first.failures) == (2, [("P1/r01c02f01", "The file is truncated.")])
     (failed,) = list_jobs(workspace, status="failed").jobs
     assert (failed.error, failed.attempts) == ("The file is truncated.", 1)
-    assert (left(workspace), go(workspace).done) == (0, 0)  # until somebody says so
+    assert (left(workspace), go(workspace).images) == (0, 0)  # until somebody says so
     assert retry(workspace).jobs == 1
     second = go(workspace)
-    assert (second.done, second.failures) == (1, [])
+    assert (second.images, second.failures) == (1, [])
     assert statuses(workspace) == {Status.DONE: 3}
 
 
@@ -97,7 +95,7 @@ def test_rows_of_a_failing_write_are_undone(workspace: Workspace):
         session.flush()
         raise ImageError("after the row")
 
-    assert go(workspace, write=write).failed == 1
+    assert len(go(workspace, write=write).failures) == 1
     assert labels(workspace) == []
     assert statuses(workspace) == {Status.FAILED: 1}
 
@@ -113,7 +111,7 @@ def test_an_error_that_may_pass_is_tried_again_by_itself(workspace: Workspace):
         return task.name
 
     outcome = go(workspace, compute)
-    assert (outcome.done, outcome.failures) == (2, [])
+    assert (outcome.images, outcome.failures) == (2, [])
     assert tries == {"P1/r01c01f01": 3, "P1/r01c02f01": 1}
 
 
@@ -145,57 +143,101 @@ def test_one_image_that_spoils_a_batch_fails_alone(workspace: Workspace):
         return task.name
 
     outcome = go(workspace, compute, batch=5)
-    assert (outcome.done, [name for name, _ in outcome.failures]) == (4, ["P1/r01c03f01"])
+    assert (outcome.images, [name for name, _ in outcome.failures]) == (4, ["P1/r01c03f01"])
 
 
-def test_results_are_packed_together_before_the_transaction(workspace: Workspace):
+PACKS: list[list[str]] = []
+
+
+@dataclass(frozen=True)
+class Packing(Tiny):
+    """A stage that writes files of two images, and keeps in mind which were together."""
+
+    images_per_file: int = 2
+
+    def write_together(self, run: RunCounter, done: Sequence[tuple[Task, str]]) -> None:
+        PACKS.append([task.name for task, _ in done])
+
+
+def test_results_are_written_together_before_the_transaction(workspace: Workspace):
     fill(workspace, 5)
-    packs = []
-
-    def pack(pairs: Sequence[tuple[Task, str]]) -> Sequence[tuple[Task, str]]:
-        packs.append(len(pairs))
-        return pairs
-
-    assert go(workspace, pack=pack, together=2).done == 5
-    assert packs == [2, 2, 1]
+    PACKS.clear()
+    assert go(workspace, stage=Packing).images == 5
+    assert [len(pack) for pack in PACKS] == [2, 2, 1]
 
 
-def test_what_was_packed_without_a_lost_job_is_packed_anew(workspace: Workspace):
+def test_what_was_written_with_a_lost_job_is_written_anew_without_it(workspace: Workspace):
     images = fill(workspace, 2)
-    packs = []
+    PACKS.clear()
 
-    def pack(pairs: Sequence[tuple[Task, str]]) -> Sequence[tuple[Task, str]]:
-        packs.append([task.name for task, _ in pairs])
-        if len(packs) == 1:
-            change(workspace, images[0], "new bytes")
-        return pairs
+    @dataclass(frozen=True)
+    class Disturbed(Packing):
+        def write_together(self, run: RunCounter, done: Sequence[tuple[Task, str]]) -> None:
+            super().write_together(run, done)
+            if len(PACKS) == 1:
+                change(workspace, images[0], "new bytes")
 
-    go(workspace, pack=pack, together=2)
-    assert packs[:2] == [["P1/r01c01f01", "P1/r01c02f01"], ["P1/r01c02f01"]]
+    go(workspace, stage=Disturbed)
+    assert PACKS[:2] == [["P1/r01c01f01", "P1/r01c02f01"], ["P1/r01c02f01"]]
     assert labels(workspace) == ["P1/r01c02f01"]
     assert statuses(workspace)[Status.RUNNING] == 0
-    assert go(workspace).done == 1  # of the new bytes
+    assert go(workspace).images == 1  # of the new bytes
 
 
-def test_an_image_without_an_order_fails_alone(workspace: Workspace):
-    fill(workspace, 2)
+@dataclass(frozen=True)
+class WithoutChannel(Tiny):
+    """A stage whose first image lacks a channel."""
 
-    def fetch(_session: Session, tasks: Sequence[Task]) -> dict[int, Task | ImageError]:
+    def fetch(self, session: Session, tasks: Sequence[Task]) -> dict[int, Task | CellstoreError]:
         return {
-            task.job_id: ImageError("No such channel.") if "c01" in task.name else task
+            task.image_id: ImageError("No such channel.") if "c01" in task.name else task
             for task in tasks
         }
 
+
+def test_an_image_without_an_input_fails_alone(workspace: Workspace):
+    fill(workspace, 2)
+    outcome = go(workspace, stage=WithoutChannel)
+    assert (outcome.images, outcome.failures) == (1, [("P1/r01c01f01", "No such channel.")])
+
+
+@dataclass(frozen=True)
+class TwoRecipes(Tiny):
+    """A stage that says of each row by which recipe it was made."""
+
+    def insert(
+        self, session: Session, run: RunCounter, done: Sequence[tuple[Task, str]], files: Any
+    ) -> int:
+        for task, result in done:
+            write_label(session, task, f"{run.recipe_id} {result}")
+        return len(done)
+
+
+def test_two_recipes_are_done_in_one_pass(workspace: Workspace):
+    fill(workspace, 3)
+    seen: Counter[str] = Counter()
+
+    def compute(task: Task) -> str:
+        seen[task.name] += 1
+        return task.name
+
     with workspace.database.begin() as session:
-        recipe = register(session, SPEC)
-    with running(workspace.database, recipe) as run:
-        outcome = work_through(
-            workspace.database,
-            Silent(),
-            Work("test", Steps(name_of), fetch, work_of().insert),
-            Share(run.id, recipe.id, select(Image.id)),
-        )
-    assert (outcome.done, outcome.failures) == (1, [("P1/r01c01f01", "No such channel.")])
+        specs = [RecipeSpec(Stage.SEGMENT, 1, {"recipe": number}) for number in (1, 2)]
+        one, two = (register(session, spec) for spec in specs)
+    with running(workspace.database, two) as run:
+        first = select(Image.id).order_by(Image.id).limit(1).scalar_subquery()
+        scope = JobScope({two.id: run.id}, select(Image.id).where(Image.id == first))
+        run_jobs(workspace, TwoRecipes(compute), scope)
+    with running(workspace.database, one) as run, running(workspace.database, two) as other:
+        scope = JobScope({one.id: run.id, two.id: other.id}, select(Image.id))
+        done = run_jobs(workspace, TwoRecipes(compute), scope)
+    assert (done[one.id].images, done[two.id].images) == (3, 2)
+    assert sorted(seen.values()) == [1, 1, 2]
+    assert len(labels(workspace)) == 6
+    assert statuses(workspace) == {Status.DONE: 6}
+    with workspace.database.read() as session:
+        runs = session.execute(select(Job.recipe_id, Job.run_id).distinct()).all()
+    assert len(runs) == 3
 
 
 def test_an_image_whose_bytes_change_is_open_again(workspace: Workspace):
@@ -203,7 +245,7 @@ def test_an_image_whose_bytes_change_is_open_again(workspace: Workspace):
     go(workspace)
     change(workspace, image, "new bytes")
     assert left(workspace) == 1
-    assert go(workspace, lambda task: f"again {task.name}").done == 1
+    assert go(workspace, lambda task: f"again {task.name}").images == 1
     assert statuses(workspace) == {Status.DONE: 3}
     change(workspace, image, "image of nobody")
     assert left(workspace) == 1
@@ -228,7 +270,7 @@ def test_another_recipe_starts_anew(workspace: Workspace):
     go(workspace)
     with workspace.database.begin() as session:
         other = register(session, RecipeSpec(Stage.SEGMENT, 1, {"test": False}))
-        assert progressed(session, other.id, select(Image.id)).todo == 1
+        assert count_images(session, other.id, select(Image.id)).todo == 1
 
 
 def test_jobs_are_found_by_index_and_never_by_walking_all_of_them(workspace: Workspace):
@@ -264,14 +306,3 @@ def walk_of_all_jobs(workspace: Workspace, statement: str, parameters: Any) -> s
             walks = [step for step in steps if "Seq Scan on jobs" in step]
         connection.rollback()
     return f"{walks}: {statement}" if walks else None
-
-
-def test_a_tally_counts_what_was_committed(workspace: Workspace):
-    tally = Tally(1, 1)
-    with workspace.database.begin() as session:
-        tally.add(session, 3)
-        assert tally.cells == 0
-    with workspace.database.begin() as session:
-        tally.add(session, 4)
-        session.rollback()
-    assert tally.cells == 3

@@ -15,7 +15,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 from tinyjobs import (
     SPEC,
-    Steps,
+    Tiny,
     fill,
     go,
     labels,
@@ -28,7 +28,8 @@ from cellstore.db.models import Job, Run
 from cellstore.enums import Stage, Status
 from cellstore.errors import RunCancelledError, StorageError, UserInputError
 from cellstore.jobs import execute, queue
-from cellstore.jobs.queue import Outcome, Owner, Task
+from cellstore.jobs.image_stage import RunCounter
+from cellstore.jobs.queue import Owner, Task
 from cellstore.jobs.recipes import register
 from cellstore.jobs.workspace import Workspace, open_workspace
 from cellstore.settings import StoreSettings
@@ -55,7 +56,7 @@ def test_a_stop_between_compute_and_write_leaves_the_job_open(workspace: Workspa
         run = session.scalars(select(Run)).one()
         assert set(session.scalars(select(Job.attempts))) == {0}
     assert (run.status, run.error) == (Status.CANCELLED, "Stopped by Ctrl-C.")
-    assert go(workspace).done == 2
+    assert go(workspace).images == 2
 
 
 def test_ctrl_c_finishes_what_is_in_hand_and_begins_nothing(sqlite_workspace: Workspace):
@@ -76,7 +77,7 @@ def test_ctrl_c_finishes_what_is_in_hand_and_begins_nothing(sqlite_workspace: Wo
     assert 1 <= done <= 2  # the one at work, and the one that waited behind it
     assert statuses(sqlite_workspace)[Status.DONE] == done
     assert statuses(sqlite_workspace)[Status.RUNNING] == 0
-    assert go(sqlite_workspace).done == 9 - done
+    assert go(sqlite_workspace).images == 9 - done
 
 
 def test_a_run_that_is_cancelled_ends_and_goes_on_later(workspace: Workspace, monkeypatch):
@@ -94,7 +95,7 @@ def test_a_run_that_is_cancelled_ends_and_goes_on_later(workspace: Workspace, mo
         assert session.scalars(select(Run.status)).one() == Status.CANCELLED
     done = len(labels(workspace))
     assert 1 <= done < 4
-    assert go(workspace).done == 4 - done
+    assert go(workspace).images == 4 - done
 
 
 def test_what_is_over_cannot_be_cancelled(sqlite_workspace: Workspace):
@@ -106,22 +107,22 @@ def test_what_is_over_cannot_be_cancelled(sqlite_workspace: Workspace):
 
 
 @dataclass(frozen=True)
-class FullDisk(Steps):
-    """A step whose files cannot be written."""
+class FullDisk(Tiny):
+    """A stage whose files cannot be written."""
 
-    def keep(self, made: str) -> str:
-        if made.endswith("c02f01"):
+    def write(self, result: str) -> str:
+        if result.endswith("c02f01"):
             raise StorageError("No space left on device.")
-        return made
+        return result
 
 
 def test_a_full_disk_ends_the_run_and_gives_the_jobs_back(workspace: Workspace):
     fill(workspace, 3)
     with pytest.raises(StorageError):
-        go(workspace, steps=FullDisk)
+        go(workspace, stage=FullDisk)
     assert labels(workspace) == ["P1/r01c01f01"]  # what was done is not lost
     assert statuses(workspace) == {Status.DONE: 1, Status.PENDING: 2}
-    assert go(workspace).done == 2
+    assert go(workspace).images == 2
 
 
 def test_a_stored_file_that_cannot_be_read_fails_its_image_alone(workspace: Workspace):
@@ -133,7 +134,7 @@ def test_a_stored_file_that_cannot_be_read_fails_its_image_alone(workspace: Work
         return task.name
 
     outcome = go(workspace, compute)
-    assert (outcome.done, [name for name, _ in outcome.failures]) == (2, ["P1/r01c02f01"])
+    assert (outcome.images, [name for name, _ in outcome.failures]) == (2, ["P1/r01c02f01"])
 
 
 def test_a_run_whose_process_died_is_closed_by_the_next(workspace: Workspace):
@@ -157,7 +158,7 @@ def test_the_job_of_a_killed_worker_comes_back(workspace: Workspace):
     job = Factory(workspace).job(
         dead, images[0], Status.RUNNING, worker="dead", lease_until=time.time() - 1, attempts=1
     )
-    assert go(workspace).done == 1
+    assert go(workspace).images == 1
     with workspace.database.read() as session:
         again = session.get_one(Job, job.id)
         dead = session.get_one(Run, dead.id)
@@ -179,14 +180,14 @@ def test_the_job_of_a_process_that_is_gone_comes_back_at_once(workspace: Workspa
     dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
     far = time.time() + 1000
     Factory(workspace).job(dead, image, Status.RUNNING, worker=gone.text, lease_until=far)
-    assert go(workspace).done == 1
+    assert go(workspace).images == 1
 
 
 def test_a_living_owner_and_one_elsewhere_are_not_taken_for_dead():
     here = Owner.of_this_process()
     assert Owner.parse(here.text) == here
-    assert not here.is_dead()
-    assert not Owner("elsewhere", 1, "another machine", "1", "x").is_dead()
+    assert here.is_alive() is True
+    assert Owner("elsewhere", 1, "another machine", "1", "x").is_alive() is None
     assert Owner.parse("somebody") is None
 
 
@@ -194,13 +195,13 @@ def test_a_process_that_had_others_compute_does_not_blame_the_image(workspace: W
     image = fill(workspace, 1)[0]
     with workspace.database.begin() as session:
         recipe = register(session, SPEC)
-    leader = Owner("elsewhere", 1, "another machine", "1", "crew-1").text
+    leader = Owner("elsewhere", 1, "another machine", "1", "workers-1").text
     dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
     late = time.time() - 1
     job = Factory(workspace).job(
         dead, image, Status.RUNNING, worker=leader, lease_until=late, attempts=1
     )
-    assert go(workspace).done == 1
+    assert go(workspace).images == 1
     with workspace.database.read() as session:
         again = session.get_one(Job, job.id)
     assert (again.status, again.attempts, again.deaths) == (Status.DONE, 1, 0)
@@ -220,7 +221,7 @@ def test_a_job_over_which_workers_die_has_failed_in_the_end(workspace: Workspace
         attempts=queue.MOST_DEATHS,
         deaths=queue.MOST_DEATHS - 1,
     )
-    assert go(workspace).done == 0
+    assert go(workspace).images == 0
     (failed,) = list_jobs(workspace, status="failed").jobs
     assert "died 5 times" in (failed.reason or "")
 
@@ -235,7 +236,7 @@ def test_a_job_in_other_hands_is_waited_for(sqlite_workspace: Workspace):
         other, image, Status.RUNNING, worker="other", lease_until=time.time() + 0.4, attempts=1
     )
     started = time.monotonic()
-    assert go(workspace).done == 1
+    assert go(workspace).images == 1
     assert time.monotonic() - started > 0.3
 
 
@@ -247,17 +248,18 @@ def test_the_lease_is_renewed_while_the_work_runs(sqlite_workspace: Workspace, m
     def compute(task: Task) -> str:
         for _ in range(2):
             with sqlite_workspace.database.read() as session:
-                leases.append(session.get_one(Job, task.job_id).lease_until)
+                [job_id] = task.jobs.values()
+                leases.append(session.get_one(Job, job_id).lease_until)
             time.sleep(0.4)
         return task.name
 
-    assert go(sqlite_workspace, compute).done == 1
+    assert go(sqlite_workspace, compute).images == 1
     assert leases[1] > leases[0]
 
 
 def test_two_threads_share_the_work(workspace: Workspace):
     fill(workspace, 12)
-    outcomes: list[Outcome] = []
+    outcomes: list[RunCounter] = []
 
     def slow(task: Task) -> str:
         time.sleep(0.02)
@@ -268,7 +270,7 @@ def test_two_threads_share_the_work(workspace: Workspace):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(outcome.done for outcome in outcomes) == 12
+    assert sum(outcome.images for outcome in outcomes) == 12
     done = [value.split(" ")[1] for value in labels(workspace)]
     assert sorted(done) == sorted(set(done))
     assert len(done) == 12
@@ -277,7 +279,7 @@ def test_two_threads_share_the_work(workspace: Workspace):
 def work_in_a_process(settings: StoreSettings, results: multiprocessing.Queue[int]) -> None:
     """What another process does: open the store and work until nothing is left."""
     workspace = open_workspace(settings)
-    results.put(go(workspace).done)
+    results.put(go(workspace).images)
     workspace.database.close()
 
 
@@ -292,7 +294,7 @@ def test_an_image_that_kills_its_worker_fails_alone(workspace: Workspace, monkey
     monkeypatch.setattr(queue, "MOST_DEATHS", 2)
     fill(workspace, 6)
     outcome = go(workspace, die_over_the_second, resources=Resources(workers=2))
-    assert (outcome.done, [name for name, _ in outcome.failures]) == (5, ["P1/r01c02f01"])
+    assert (outcome.images, [name for name, _ in outcome.failures]) == (5, ["P1/r01c02f01"])
     (failed,) = list_jobs(workspace, status="failed").jobs
     assert (failed.image, failed.deaths) == ("P1/r01c02f01", 2)
     assert "died 2 times" in (failed.reason or "")
@@ -301,7 +303,7 @@ def test_an_image_that_kills_its_worker_fails_alone(workspace: Workspace, monkey
 @pytest.mark.heavy
 def test_processes_of_this_machine_do_what_this_process_does(workspace: Workspace):
     fill(workspace, 12)
-    assert go(workspace, resources=Resources(workers=2)).done == 12
+    assert go(workspace, resources=Resources(workers=2)).images == 12
     assert labels(workspace) == [f"P1/r01c{column:02d}f01" for column in range(1, 13)]
     with workspace.database.read() as session:
         assert set(session.scalars(select(Job.attempts))) == {1}
@@ -336,6 +338,6 @@ def test_a_transaction_that_stood_in_anothers_way_is_done_again(postgres_workspa
             session.execute(text("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$"))
         write_label(session, task, result)
 
-    assert go(postgres_workspace, write=write).done == 2
+    assert go(postgres_workspace, write=write).images == 2
     assert labels(postgres_workspace) == ["P1/r01c01f01", "P1/r01c02f01"]
     assert len(tries) > 2

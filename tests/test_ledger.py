@@ -177,11 +177,9 @@ def test_runs_are_found_by_number_and_as_the_latest_that_is_done(workspace: Work
 
 def test_recipes_are_found_by_number_and_fingerprint(workspace: Workspace):
     make = Factory(workspace)
-    first, last = make.recipe(Stage.SEGMENT), make.recipe(Stage.SEGMENT)
-    make.run(Stage.SEGMENT, last)
+    first = make.recipe(Stage.SEGMENT)
     with workspace.database.read() as session:
-        assert find_recipe(session, Stage.SEGMENT).id == last.id
         assert find_recipe(session, Stage.SEGMENT, str(first.id)).id == first.id
         assert find_recipe(session, Stage.SEGMENT, first.fingerprint[:10]).id == first.id
-        with pytest.raises(UnknownNameError, match="cellstore measure"):
-            find_recipe(session, Stage.MEASURE)
+        with pytest.raises(UnknownNameError, match="Unknown measure recipe '1'"):
+            find_recipe(session, Stage.MEASURE, "1")

@@ -17,7 +17,7 @@ from cellstore.db.models import METADATA, Label, Prediction, Run
 from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.report.redo import Done, Tally, Wanted, check, merged, scratch_store
+from cellstore.report.redo import Differences, Done, Wanted, check, merged, scratch_store
 from cellstore.report.repro import DIFFERENT, EQUAL, IDENTICAL, IMPOSSIBLE, Check, Order, repro
 
 LABELLED = ("B01", "B02", "B03", "B04")
@@ -188,10 +188,10 @@ def test_two_series_side_by_side() -> None:
 
 def test_numbers_that_are_none() -> None:
     nan = float("nan")
-    tally = Tally("numbers", 1e-4)
+    found = Differences("numbers", 1e-4)
     for then, now in ((nan, nan), (1.0, nan), (None, 1.0), (1.0, float("inf"))):
-        tally.count("x", then, now)
-    assert (tally.compared, tally.differ) == (4, 3)
+        found.count("x", then, now)
+    assert (found.compared, found.differ) == (4, 3)
 
 
 def test_all_steps_in_order_as_a_script(workspace: Workspace) -> None:

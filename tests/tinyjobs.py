@@ -1,9 +1,9 @@
-"""Jobs without pixels: a step that computes with a function, and the whole way around it."""
+"""Jobs without pixels: a stage that computes with a function, and the whole way around it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,44 +11,23 @@ from factories import Factory, sha
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from cellstore.config import Resources
+from cellstore.config import THIS_PROCESS, Resources
 from cellstore.db.models import Image, Job, Label
 from cellstore.enums import LabelField, Stage, Status
-from cellstore.jobs.execute import Share, Work, work_through
-from cellstore.jobs.queue import Outcome, Task, progressed
+from cellstore.errors import CellstoreError
+from cellstore.jobs.execute import run_jobs
+from cellstore.jobs.image_stage import ImageStage, RunCounter
+from cellstore.jobs.queue import JobScope, Task, count_images
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
-from cellstore.progress import Silent
 
 SPEC = RecipeSpec(Stage.SEGMENT, 1, {"test": True})
 
 Compute = Callable[[Task], str]
 
 
-@dataclass(frozen=True)
-class Steps:
-    """A step that computes with a function; pickles if the function does."""
-
-    function: Compute
-
-    def __call__(self) -> Steps:
-        return self
-
-    def read(self, order: Task) -> Task:
-        return order
-
-    def compute(self, loaded: Sequence[Task]) -> list[str]:
-        return [self.function(task) for task in loaded]
-
-    def keep(self, made: str) -> str:
-        return made
-
-
-def fill(workspace: Workspace, number: int = 3) -> list[Image]:
-    make = Factory(workspace)
-    plate = make.plate("P1")
-    return [make.image(make.well(plate, 1, column)) for column in range(1, number + 1)]
+Insert = Callable[[Session, Task, str], None]
 
 
 def name_of(task: Task) -> str:
@@ -58,6 +37,40 @@ def name_of(task: Task) -> str:
 def write_label(session: Session, task: Task, result: str) -> None:
     # Any row does: what matters is that it comes and goes with the job.
     session.add(Label(field=LabelField.TARGET, value=result))
+
+
+@dataclass(frozen=True)
+class Tiny(ImageStage[Task, str]):
+    """A stage that computes with a function; pickles if the functions do."""
+
+    label = "test"
+
+    function: Compute = name_of
+    write_row: Insert = write_label
+    batch: int = 1
+    images_per_file: int = 1
+
+    def fetch(self, session: Session, tasks: Sequence[Task]) -> Mapping[int, Task | CellstoreError]:
+        return {task.image_id: task for task in tasks}
+
+    def read(self, task_input: Task) -> Task:
+        return task_input
+
+    def compute(self, loaded: Sequence[Task]) -> list[str]:
+        return [self.function(task) for task in loaded]
+
+    def insert(
+        self, session: Session, run: RunCounter, done: Sequence[tuple[Task, str]], files: Any
+    ) -> int:
+        for task, result in done:
+            self.write_row(session, task, result)
+        return len(done)
+
+
+def fill(workspace: Workspace, number: int = 3) -> list[Image]:
+    make = Factory(workspace)
+    plate = make.plate("P1")
+    return [make.image(make.well(plate, 1, column)) for column in range(1, number + 1)]
 
 
 def labels(workspace: Workspace) -> list[str]:
@@ -70,44 +83,25 @@ def statuses(workspace: Workspace) -> Counter[Status]:
         return Counter(session.scalars(select(Job.status)))
 
 
-def work_of(
-    compute: Compute = name_of,
-    write: Callable[[Session, Task, str], None] = write_label,
-    steps: type[Steps] = Steps,
-    **more: Any,
-) -> Work[Task, str]:
-    def insert(session: Session, pairs: Sequence[tuple[Task, str]]) -> None:
-        for task, result in pairs:
-            write(session, task, result)
-
-    def fetch(_session: Session, tasks: Sequence[Task]) -> dict[int, Task]:
-        return {task.job_id: task for task in tasks}
-
-    return Work("test", steps(compute), fetch, insert, **more)
-
-
 def go(
     workspace: Workspace,
     compute: Compute = name_of,
-    write: Callable[[Session, Task, str], None] = write_label,
-    resources: Resources | None = None,
+    write: Insert = write_label,
+    resources: Resources = THIS_PROCESS,
+    stage: type[Tiny] = Tiny,
     **more: Any,
-) -> Outcome:
+) -> RunCounter:
     with workspace.database.begin() as session:
         recipe = register(session, SPEC)
     with running(workspace.database, recipe) as run:
-        return work_through(
-            workspace.database,
-            Silent(),
-            work_of(compute, write, **more),
-            Share(run.id, recipe.id, select(Image.id)),
-            resources,
-        )
+        scope = JobScope({recipe.id: run.id}, select(Image.id))
+        done = run_jobs(workspace, stage(compute, write, **more), scope, resources)
+        return done[recipe.id]
 
 
 def left(workspace: Workspace) -> int:
     with workspace.database.begin() as session:
-        return progressed(session, register(session, SPEC).id, select(Image.id)).todo
+        return count_images(session, register(session, SPEC).id, select(Image.id)).todo
 
 
 def change(workspace: Workspace, image: Image, content: str) -> None:

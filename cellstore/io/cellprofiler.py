@@ -36,10 +36,11 @@ from .filenames import (
     cellomics_name,
     core_file_name,
     format_well,
+    is_safe_name,
     parse_well,
     wellsite_name,
 )
-from .image_files import SQLITE, is_safe_name
+from .image_files import SQLITE
 from .objects import (
     BOX,
     CENTRE,

@@ -34,6 +34,7 @@ counts."""
 _REMEMBERED = 32_768
 """File names kept parsed: the same names come back with every plate (384 x 9 x 5 = 17,280)."""
 
+_UNSAFE = re.compile(r"[/\\\0:\n\r]")
 _LETTERS = re.compile(r"([A-Z]{1,2})[\s_-]*([0-9]{1,2})", re.IGNORECASE | re.ASCII)
 _NUMBERS = re.compile(r"r([0-9]{1,2})c([0-9]{1,2})", re.IGNORECASE | re.ASCII)
 _DIGITS = re.compile(r"([0-9]{2})([0-9]{2})", re.ASCII)
@@ -118,6 +119,11 @@ def core_file_name(name: str) -> PhenixName | None:
         channel=None if match["channel"] is None else int(match["channel"]),
         time_point=None if match["time"] is None else int(match["time"]),
     )
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether ``name`` is one file name, and no path to somewhere else."""
+    return name not in {"", ".", ".."} and _UNSAFE.search(name) is None
 
 
 PHENIX, CELLOMICS, WELLSITE, PATTERN = (

@@ -11,8 +11,16 @@ from itertools import islice
 from pathlib import Path, PurePath
 
 from ..errors import ImageError, UserInputError
-from .filenames import PATTERN, READERS, ImageName, NamePattern, NameReader, looks_like_a_mask
-from .image_files import SUFFIXES, is_inside, is_safe_name, read_stack
+from .filenames import (
+    PATTERN,
+    READERS,
+    ImageName,
+    NamePattern,
+    NameReader,
+    is_safe_name,
+    looks_like_a_mask,
+)
+from .image_files import SUFFIXES, is_inside, read_stack
 from .image_tables import ChannelNames, RowRefusedError
 from .records import FileRef, ImageRecord, Refusal
 from .uris import page_name, writable

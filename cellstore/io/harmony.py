@@ -15,8 +15,8 @@ from typing import NamedTuple
 from xml.parsers import expat
 
 from ..errors import BadTableError, UserInputError
-from .filenames import core_file_name, format_well
-from .image_files import is_safe_name
+from .filenames import core_file_name, format_well, is_safe_name
+from .image_files import micrometres
 from .image_tables import ChannelNames, RowRefusedError
 from .records import LONGEST, FileRef, ImageRecord, Refusal
 from .uris import join, writable
@@ -32,6 +32,7 @@ _WANTED = frozenset(
     {
         *("PlateID", "Name", "ChannelID", "ChannelName", "State", "URL"),
         *("Row", "Col", "FieldID", "PlaneID", "TimepointID"),
+        *("ImageResolutionX", "ImageResolutionY"),
     }
 )
 _ABSOLUTE = re.compile(r"/|[a-z]:/|[a-z][a-z0-9+.-]+://", re.IGNORECASE | re.ASCII)
@@ -106,6 +107,7 @@ class _HarmonyIndex:
         self._path, self._wanted_plate, self._batch, self._names = path, plate, batch, names
         self._plates: list[str] = []
         self._channels: dict[int, str] = {}
+        self._pixel_sizes: dict[int, float] = {}
         self._folder: str | None = None
 
     def records(self) -> Iterator[ImageRecord | Refusal]:
@@ -146,8 +148,11 @@ class _HarmonyIndex:
                 self._plates.append(plate)
         else:
             number, name = values.get("ChannelID", ""), values.get("ChannelName")
-            if name and number.isascii() and number.isdigit() and len(number) < 7:
-                self._channels[int(number)] = name
+            if number.isascii() and number.isdigit() and len(number) < 7:
+                if name:
+                    self._channels[int(number)] = name
+                if size := _pixel_size(values):
+                    self._pixel_sizes[int(number)] = size
 
     def _read(self, element: _Element) -> ImageRecord:
         """Return the field of one file; what the element and the file name say must agree."""
@@ -189,6 +194,7 @@ class _HarmonyIndex:
             core_name=name.core if name else None,
             files=(FileRef(channel, number, file, folder),),
             treatment=None,
+            pixel_size=_pixel_size(values) or self._pixel_sizes.get(number),
         )
 
     def _plate(self) -> str:
@@ -217,6 +223,15 @@ class _HarmonyIndex:
             detail = f"{writable(self._folder)}: not UTF-8, rename it"
             raise RowRefusedError("folder name not understood", detail)
         return posixpath.normpath(join(self._folder, folder)), name
+
+
+def _pixel_size(values: Mapping[str, str]) -> float | None:
+    """Return the micrometres per pixel; None where they are not given, or pixels not square."""
+    sizes = {
+        micrometres(values.get(name), values.get(name + "Unit", "m"))
+        for name in ("ImageResolutionX", "ImageResolutionY")
+    }
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _is_file(path: Path) -> bool:
@@ -298,6 +313,8 @@ class _IndexParser:
                 self._depth = len(self._path) + 1
         elif len(self._path) == self._depth and name in _WANTED:
             self._text = []
+            if "Unit" in attributes:
+                self._open.values[name + "Unit"] = attributes["Unit"]
 
     def _characters(self, data: str) -> None:
         if self._text is not None:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import logging
 import os
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_PIXELS = 1 << 30
-_UNSAFE = re.compile(r"[/\\\0:\n\r]")
 _MICROMETRES = {
     "\N{MICRO SIGN}m": 1.0,
     "\N{GREEK SMALL LETTER MU}m": 1.0,
@@ -606,11 +604,6 @@ class ImageFolder:
         """Whether a parent is called 'BR00117035' or 'BR00117035__2021-05-02T...'."""
         parents = path.relative_to(self.folder).parts[:-1]
         return any(part == plate or part.startswith(plate + "__") for part in parents)
-
-
-def is_safe_name(name: str) -> bool:
-    """Whether ``name`` is one file name, and no path to somewhere else."""
-    return name not in {"", ".", ".."} and _UNSAFE.search(name) is None
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Path]:

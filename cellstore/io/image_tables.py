@@ -14,12 +14,13 @@ from .filenames import (
     PhenixName,
     core_file_name,
     format_well,
+    is_safe_name,
     parse_well,
 )
-from .image_files import is_safe_name
+from .image_files import micrometres
 from .platemaps import TREATMENT_COLUMNS, treatment_of
 from .records import LONGEST, FileRef, ImageRecord, Refusal, TreatmentRecord
-from .tables import TextTable, cell_text, nearest_columns
+from .tables import MISSING, TextTable, nearest_columns
 from .uris import page_name
 
 FILE_PREFIX = "FileName_"
@@ -29,6 +30,9 @@ ORIGINAL = "Orig"
 _PLATE_COLUMNS = ("Metadata_Plate", "Metadata_Batch")
 _WELL_COLUMNS = ("Metadata_Well", "Metadata_Row", "Metadata_Col", "Metadata_Column")
 _SITE_COLUMNS = ("Metadata_Site", "Metadata_FieldID")
+_PIXEL_COLUMNS = ("Metadata_ImageResolutionX", "Metadata_ImageResolutionY")
+"""Metres per pixel, as Harmony has it and pe2loaddata passes it on."""
+
 _WHERE_COLUMNS = (*_WELL_COLUMNS, *_SITE_COLUMNS, *PLANE_COLUMNS, *TIME_COLUMNS)
 
 _FIRST = 1
@@ -146,8 +150,8 @@ class _Columns:
 
     def texts(self, picked: Sequence[str]) -> dict[str, str]:
         """Return those picked cells that hold a value, by the name of their column."""
-        texts = {name: cell_text(picked, index) for index, name in enumerate(self.names)}
-        return {name: text for name, text in texts.items() if text is not None}
+        texts = zip(self.names, map(str.strip, picked), strict=True)
+        return {name: text for name, text in texts if text not in MISSING}
 
 
 def _first(texts: Mapping[str, str], columns: Sequence[str]) -> str | None:
@@ -201,15 +205,23 @@ class _ImageReader:
         self._has_pages = bool(pages)
         self._field_columns = _Columns(table, [*_WHERE_COLUMNS, *files, *pages])
         self._treatment_columns = _Columns(table, TREATMENT_COLUMNS)
+        read = {*_PLATE_COLUMNS, *_WHERE_COLUMNS, *TREATMENT_COLUMNS}
+        others = [
+            column
+            for column in table.columns
+            if column.startswith("Metadata_") and column not in read
+        ]
+        # A column that is there twice cannot be told apart; the notes of the table say so.
+        self._other_columns = _Columns(table, [c for c in others if others.count(c) == 1])
         self._where = lru_cache(maxsize=_REMEMBERED)(self._read_where)
 
     def records(self) -> Iterator[ImageRecord | Refusal]:
         """Yield one record or refusal per data row, in the order of the file."""
         remember = lru_cache(maxsize=_REMEMBERED)
         plate_of, field_of = remember(self._read_plate), remember(self._read_field)
-        treatment_of_cells = remember(self._read_treatment)
+        treatment_of_cells, others_of = remember(self._read_treatment), remember(self._read_others)
         pick_plate, pick_field = self._plate_columns.pick, self._field_columns.pick
-        pick_treatment = self._treatment_columns.pick
+        pick_treatment, pick_others = self._treatment_columns.pick, self._other_columns.pick
         for row in self._table.rows():
             if isinstance(row, Refusal):
                 yield row
@@ -219,11 +231,12 @@ class _ImageReader:
                 where, named = field_of(pick_field(cells))
                 plate, batch, folders = plate_of(pick_plate(cells))
                 treatment = treatment_of_cells(pick_treatment(cells))
+                others = others_of(pick_others(cells))
             except RowRefusedError as refused:
                 yield Refusal(line, *refused.args)
                 continue
             files = tuple([_new(FileRef, (*file, folders[index])) for index, *file in named])
-            yield _new(ImageRecord, (line, plate, batch, *where, files, treatment))
+            yield _new(ImageRecord, (line, plate, batch, *where, files, treatment, *others))
 
     def _read_plate(
         self, picked: tuple[str, ...]
@@ -288,8 +301,8 @@ class _ImageReader:
         files: list[_NamedFile] = []
         agreed: PhenixName | None = None
         for index, channel in enumerate(self._channels):
-            text = cell_text(picked, index)
-            if text is None:
+            text = picked[index].strip()
+            if text in MISSING:
                 continue
             _check_length(LONGEST, text)
             if not is_safe_name(text):
@@ -339,6 +352,15 @@ class _ImageReader:
         if treatment is None and self._needs_treatment:
             raise RowRefusedError("no treatment", "Metadata_pert_iname is empty")
         return treatment
+
+    def _read_others(
+        self, picked: tuple[str, ...]
+    ) -> tuple[float | None, Mapping[str, str] | None]:
+        """Return the pixel size in micrometres, and what else a row says of its well or plate."""
+        texts = self._other_columns.texts(picked)
+        sizes = {micrometres(texts.pop(column, None), "m") for column in _PIXEL_COLUMNS}
+        size = sizes.pop() if len(sizes) == 1 else None
+        return size, {key.removeprefix("Metadata_"): text for key, text in texts.items()} or None
 
 
 def _is_same_field(one: PhenixName, other: PhenixName) -> bool:

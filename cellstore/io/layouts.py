@@ -13,22 +13,16 @@ from .image_tables import FILE_PREFIX, read_loaddata, read_published
 from .records import ImageRecord, Refusal
 from .tables import TextTable, nearest_columns, read_columns
 
-_NEEDS = (
-    "A published table has FileName_OrigRNA and Metadata_pert_iname; a LoadData table has "
-    "FileName_Orig<channel>, Metadata_Plate, Metadata_Well and Metadata_Site."
+_PUBLISHED = "a published table FileName_OrigRNA and Metadata_pert_iname"
+_LOADDATA = (
+    "a table of images (LoadData) FileName_Orig<channel>, Metadata_Plate, Metadata_Well and "
+    "Metadata_Site"
 )
-_OTHER_NEEDS = (
-    "A plate map has well_position and broad_sample; a treatment table broad_sample and "
-    "pert_iname or gene; single cells have Metadata_Plate, Metadata_Well and features."
+_OTHERS = (
+    "a treatment table broad_sample and pert_iname or gene, single cells Metadata_Plate, "
+    "Metadata_Well and features"
 )
-_WANTED = (
-    "FileName_OrigRNA",
-    "Metadata_pert_iname",
-    "Metadata_Plate",
-    "Metadata_Well",
-    "well_position",
-    "broad_sample",
-)
+_WANTED = ("FileName_OrigRNA", "Metadata_pert_iname", "Metadata_Plate", "Metadata_Well")
 _BOM = b"\xef\xbb\xbf"
 _TABLE_SUFFIXES = (".txt", ".csv", ".tsv", ".txt.gz", ".csv.gz", ".tsv.gz")
 _LOOKED_AT = 50
@@ -116,8 +110,8 @@ def layout_of(table: TextTable) -> Layout:
     layout = _of_images(table.columns)
     if layout is None:
         raise BadTableError(
-            f"{table.path.name} is no table of images that can be read. {_NEEDS} "
-            f"{_nearest(table.columns, _WANTED[:4])}"
+            f"{table.path.name} is not a table of images that I recognise: {_LOADDATA} is needed, "
+            f"or {_PUBLISHED}. {_nearest(table.columns, _WANTED)}"
         )
     return layout
 
@@ -166,21 +160,16 @@ def _of_folder(path: Path) -> Iterator[Layout]:
     from .cellprofiler import is_cellprofiler_folder
     from .folders import folder_layouts
     from .harmony import is_harmony
+    from .platemaps import table_layouts
 
     if is_harmony(path):
         yield Layout.HARMONY
     if is_cellprofiler_folder(path):
         yield Layout.CELLPROFILER_CSV
     yield from map(Layout, folder_layouts(path))
-    yield from _of_plate_maps(path)
-
-
-def _of_plate_maps(folder: Path) -> Iterator[Layout]:
-    from .platemaps import table_layouts
-
-    for path in _tables_in(folder):
+    for table in _tables_in(path):
         with suppress(UserInputError):
-            if Layout.PLATEMAP.value in table_layouts(read_columns(path)):
+            if Layout.PLATEMAP.value in table_layouts(read_columns(table)):
                 yield Layout.PLATEMAP
 
 
@@ -193,30 +182,28 @@ def _tables_in(folder: Path) -> list[Path]:
 
 
 def _of_file(path: Path) -> Iterator[Layout]:
-    from .cellprofiler import is_cellprofiler_sqlite
-    from .harmony import is_harmony
-    from .single_cells import is_single_cells
-
     head = _head(path)
     if head.startswith(image_files.SQLITE):
+        from .cellprofiler import is_cellprofiler_sqlite
+
         yield from [Layout.CELLPROFILER_SQLITE] if is_cellprofiler_sqlite(path) else []
-    elif head.startswith(image_files.PARQUET):
-        yield from [Layout.SINGLE_CELLS] if is_single_cells(path) else []
-    elif _is_xml(head):
+        return
+    if _is_xml(head):
+        from .harmony import is_harmony
+
         yield from [Layout.HARMONY] if is_harmony(path) else []
-    else:
-        yield from _of_table(path)
+        return
+    if not head.startswith(image_files.PARQUET):
+        from .platemaps import table_layouts
 
-
-def _of_table(path: Path) -> Iterator[Layout]:
-    from .platemaps import table_layouts
+        columns = read_columns(path)
+        images = _of_images(columns)
+        yield from [images] if images else []
+        yield from map(Layout, table_layouts(columns))
+        if not any("Object" in column or "Parent" in column for column in columns):
+            return  # no table of single cells, and Arrow is slow to import
     from .single_cells import is_single_cells
 
-    columns = read_columns(path)
-    images = _of_images(columns)
-    if images is not None:
-        yield images
-    yield from map(Layout, table_layouts(columns))
     if is_single_cells(path):
         yield Layout.SINGLE_CELLS
 
@@ -241,20 +228,13 @@ def _undecided(path: Path, found: Sequence[Layout]) -> BadTableError:
     if found:
         return BadTableError(f"{path.name} may be {_named(found)}. Choose with --layout.")
     if path.is_dir():
+        tables = ", ".join(table.name for table in _tables_in(path)[:3])
+        inside = f"one of its files, like {tables}" if tables else "a folder or file further down"
         return BadTableError(
             f"{path.name} holds no Harmony index, no CellProfiler tables (Image.csv with Cells.csv "
             "or Nuclei.csv), no image files with names of a known pattern and no plate maps. "
-            f"Give --pattern or --layout, or {_further_down(path)}."
+            f"Give --pattern or --layout, or {inside}."
         )
-    return _unknown_file(path)
-
-
-def _further_down(folder: Path) -> str:
-    tables = ", ".join(path.name for path in _tables_in(folder)[:3])
-    return f"one of its files, like {tables}" if tables else "a folder or file further down"
-
-
-def _unknown_file(path: Path) -> BadTableError:
     head = _head(path)
     if head.startswith(image_files.SQLITE):
         return BadTableError(f"{path.name} is an SQLite file without the tables of CellProfiler.")
@@ -265,7 +245,10 @@ def _unknown_file(path: Path) -> BadTableError:
         )
     if _is_xml(head):
         return BadTableError(f"{path.name} is XML, but no Harmony index (Index.idx.xml).")
-    columns = read_columns(path)
+    return _unknown_table(path, read_columns(path))
+
+
+def _unknown_table(path: Path, columns: Sequence[str]) -> BadTableError:
     if {"ImageNumber", "ObjectNumber"} <= set(columns):
         return BadTableError(
             f"{path.name} is one table of a CellProfiler export. Give the folder that also "
@@ -276,9 +259,19 @@ def _unknown_file(path: Path) -> BadTableError:
             f"{path.name} only says which plate uses which plate map. Give the folder of the plate "
             "maps, and this file with --barcodes."
         )
+    needs = "A plate map needs a well and a treatment column (well_position and broad_sample)"
+    files = any(column.lower().startswith("filename") for column in columns)
+    if not files and any("well" in column.lower() for column in columns):
+        yours = ", ".join(name for name in columns[:8] if name)
+        more = ", ..." if len(columns) > 8 else ""
+        return BadTableError(
+            f"I do not recognise this table. {needs}; yours has {yours}{more}. Rename its columns, "
+            "or choose a reader with --layout."
+        )
     return BadTableError(
-        f"{path.name} has no layout that can be told. {_NEEDS} {_OTHER_NEEDS} "
-        f"{_nearest(columns, _WANTED)} Force a reader with --layout."
+        f"I do not recognise this table. {needs}, {_LOADDATA}, {_PUBLISHED}, {_OTHERS}. "
+        f"{_nearest(columns, (*_WANTED, 'well_position', 'broad_sample'))} "
+        "Or choose a reader with --layout."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class ImageRecord(NamedTuple):
     """One field of view from line ``line`` of a table; row, column, site as numbers.
 
     ``row`` and ``column`` count from 1; ``site``, ``plane`` and ``time_point`` are as written.
+    ``pixel_size`` is in micrometres; ``metadata`` are the columns that have no field of their own.
     """
 
     line: int
@@ -59,6 +61,8 @@ class ImageRecord(NamedTuple):
     core_name: str | None
     files: tuple[FileRef, ...]
     treatment: TreatmentRecord | None
+    pixel_size: float | None = None
+    metadata: Mapping[str, str] | None = None
 
 
 class Refusal(NamedTuple):

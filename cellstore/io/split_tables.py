@@ -1,10 +1,10 @@
 """Split tables of others: which compounds, wells or images train, validate and test.
 
-A table with a column ``split`` says the sides; what it splits may be images (plate, well, site),
-wells (plate, well) or treatments (``broad_sample``, or ``pert_iname``). JUMP-CP's ``datasplits``
-have a column for each sort of treatment (ORF, CRISPR, Compound), or name treatments together with
-the cell line and time point of their plates: which plates those are, a second table without a
-column ``split`` says, which is joined by all columns that both have.
+A table with a column ``split`` says which part each row is in; what it splits may be images (plate,
+well, site), wells (plate, well) or treatments (``broad_sample``, or ``pert_iname``). JUMP-CP's
+``datasplits`` have a column for each sort of treatment (ORF, CRISPR, Compound), or name treatments
+together with the cell line and time point of their plates: which plates those are, a second table
+without a column ``split`` says, which is joined by all columns that both have.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
-from types import MappingProxyType
 
 from ..enums import Subset
 from ..errors import BadTableError, UserInputError
@@ -24,34 +22,30 @@ from .filenames import format_well, parse_well
 from .records import Refusal
 from .tables import cell_text, nearest_columns, open_table, read_columns
 
-COLUMNS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "split": ("split", "subset", "side", "set"),
-        "plate": ("plate", "assayplatebarcode", "barcode", "platebarcode"),
-        "well": ("well", "wellposition"),
-        "site": ("site", "field", "fieldid", "fov"),
-        "identifier": ("broadsample", "identifier", "jcp2022"),
-        "name": ("pertiname", "compoundname"),
-        "target": ("target", "gene", "genes"),
-        "inchikey": ("inchikey",),
-        "smiles": ("smiles",),
-    }
-)
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "split": ("split", "subset", "side", "set"),
+    "plate": ("plate", "assayplatebarcode", "barcode", "platebarcode"),
+    "well": ("well", "wellposition"),
+    "site": ("site", "field", "fieldid", "fov"),
+    "identifier": ("broadsample", "identifier", "jcp2022"),
+    "name": ("pertiname", "compoundname"),
+    "target": ("target", "gene", "genes"),
+    "inchikey": ("inchikey",),
+    "smiles": ("smiles",),
+}
 """Names of columns, without ``Metadata_``, case and underscores; the first that is there counts."""
 IDENTIFIERS = ("orf", "crispr", "compound")
 """Columns of JUMP-CP's pairs; each holds a treatment of its own."""
-SIDES: Mapping[str, Subset] = MappingProxyType(
-    {
-        **dict.fromkeys(("train", "training"), Subset.TRAIN),
-        **dict.fromkeys(("validate", "validation", "valid", "val", "dev"), Subset.VALIDATION),
-        **dict.fromkeys(("test", "testing", "holdout"), Subset.TEST),
-    }
-)
+SUBSETS: Mapping[str, Subset] = {
+    **dict.fromkeys(("train", "training"), Subset.TRAIN),
+    **dict.fromkeys(("validate", "validation", "valid", "val", "dev"), Subset.VALIDATION),
+    **dict.fromkeys(("test", "testing", "holdout"), Subset.TEST),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class SplitRow:
-    """One line of a split table: what it puts on a side. Of the place it may name only a part."""
+    """One line of a split table: what it puts into a subset. Of an image it may say only a part."""
 
     file: str
     line: int
@@ -66,8 +60,8 @@ class SplitRow:
     smiles: str | None = None
 
     @property
-    def place(self) -> str:
-        """Where it is written."""
+    def where(self) -> str:
+        """File and line."""
         return f"{self.file}, line {self.line}"
 
 
@@ -80,18 +74,14 @@ class SplitTables:
     digests: Mapping[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Table:
     """A table in memory: its rows by normalised column, with their line."""
 
     path: Path
-    columns: tuple[str, ...]
-    rows: tuple[tuple[int, dict[str, str]], ...]
-    refusals: tuple[Refusal, ...]
-
-    @property
-    def splits(self) -> bool:
-        return any(name in self.columns for name in COLUMNS["split"])
+    columns: list[str]
+    rows: list[tuple[int, dict[str, str]]]
+    refusals: list[Refusal]
 
 
 def read_split_tables(paths: Sequence[Path]) -> SplitTables:
@@ -102,10 +92,15 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
             have no column in common.
         UserInputError: a file cannot be read.
     """
-    wanted = _wanted(paths)
+    # Held in memory are the columns that we know, and those that join two tables.
+    headers = [set(map(_normalised, read_columns(path))) for path in paths]
+    counts = Counter(name for header in headers for name in header)
+    wanted = {name for names in COLUMNS.values() for name in names} | set(IDENTIFIERS)
+    wanted |= {name for name, count in counts.items() if count > 1}
     tables = [_read(path, wanted) for path in paths]
-    splits = [table for table in tables if table.splits]
-    others = [table for table in tables if not table.splits]
+    names = set(COLUMNS["split"])
+    splits = [table for table in tables if names & set(table.columns)]
+    others = [table for table in tables if not names & set(table.columns)]
     if not splits:
         raise BadTableError(
             f"{tables[0].path.name} has no column 'split' that says train, validation or test. "
@@ -114,30 +109,24 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
     rows: list[SplitRow] = []
     refusals = [(table.path.name, refusal) for table in tables for refusal in table.refusals]
     for table in splits:
-        for item in _split_rows(reduce(_joined, others, table)):
+        table.refusals = []
+        for other in others:
+            _join(table, other)
+        refusals += [(table.path.name, refusal) for refusal in table.refusals]
+        for item in _split_rows(table):
             if isinstance(item, Refusal):
                 refusals.append((table.path.name, item))
             else:
                 rows.append(item)
-    digests = {path.name: _digest(path) for path in paths}
+    digests = {}
+    for path in paths:
+        with path.open("rb") as stream:
+            digests[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return SplitTables(tuple(rows), tuple(refusals), digests)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _normalised(column: str) -> str:
     return column.removeprefix("Metadata_").replace("_", "").replace(" ", "").casefold()
-
-
-def _wanted(paths: Sequence[Path]) -> set[str]:
-    """The columns that are held in memory: those we know, and those that join two tables."""
-    known = {name for names in COLUMNS.values() for name in names} | set(IDENTIFIERS)
-    headers = [set(map(_normalised, read_columns(path))) for path in paths]
-    counts = Counter(name for header in headers for name in header)
-    return known | {name for name, count in counts.items() if count > 1}
 
 
 def _read(path: Path, wanted: set[str]) -> _Table:
@@ -146,18 +135,19 @@ def _read(path: Path, wanted: set[str]) -> _Table:
     for position, column in enumerate(table.columns):
         if _normalised(column) in wanted:
             positions.setdefault(_normalised(column), position)
-    rows: list[tuple[int, dict[str, str]]] = []
-    refusals: list[Refusal] = []
+    found = _Table(path, list(positions), [], [])
     for row in table.rows():
         if isinstance(row, Refusal):
-            refusals.append(row)
+            found.refusals.append(row)
             continue
-        cells = {name: cell_text(row.cells, place) for name, place in positions.items()}
-        rows.append((row.line, {k: sys.intern(v) for k, v in cells.items() if v is not None}))
-    return _Table(path, tuple(positions), tuple(rows), tuple(refusals))
+        cells = {name: cell_text(row.cells, position) for name, position in positions.items()}
+        known = {name: sys.intern(text) for name, text in cells.items() if text is not None}
+        found.rows.append((row.line, known))
+    return found
 
 
-def _joined(table: _Table, other: _Table) -> _Table:
+def _join(table: _Table, other: _Table) -> None:
+    """Add the columns of ``other`` to ``table``; a row comes once for each row that fits it."""
     common = [name for name in table.columns if name in other.columns]
     if not common:
         raise BadTableError(
@@ -168,21 +158,19 @@ def _joined(table: _Table, other: _Table) -> _Table:
     for _, cells in other.rows:
         partners.setdefault(tuple(map(cells.get, common)), []).append(cells)
     rows: list[tuple[int, dict[str, str]]] = []
-    refusals = list(table.refusals)
     for line, cells in table.rows:
-        found = partners.get(tuple(map(cells.get, common)))
-        if found is None:
+        found = partners.get(tuple(map(cells.get, common)), [])
+        if not found:
             detail = f"line {line}: no row of {other.path.name} has the same {', '.join(common)}"
-            refusals.append(Refusal(line, "not in the other table", detail))
-        rows += [(line, {**partner, **cells}) for partner in found or ()]
-    columns = tuple(dict.fromkeys((*table.columns, *other.columns)))
-    return _Table(table.path, columns, tuple(rows), tuple(refusals[len(table.refusals) :]))
+            table.refusals.append(Refusal(line, "not in the other table", detail))
+        rows += [(line, {**partner, **cells}) for partner in found]
+    table.columns = list(dict.fromkeys((*table.columns, *other.columns)))
+    table.rows = rows
 
 
 def _split_rows(table: _Table) -> Iterator[SplitRow | Refusal]:
-    yield from table.refusals
     names = {
-        what: next((name for name in known if name in table.columns), None)
+        what: next((name for name in known if name in table.columns), "")
         for what, known in COLUMNS.items()
     }
     pairs = [name for name in IDENTIFIERS if name in table.columns]
@@ -192,7 +180,7 @@ def _split_rows(table: _Table) -> Iterator[SplitRow | Refusal]:
             "broad_sample or pert_iname. Give a table that names the wells as a further FILE."
         )
     for line, cells in table.rows:
-        values = {what: cells.get(name) if name else None for what, name in names.items()}
+        values = {what: cells.get(name) for what, name in names.items()}
         row = _row(table.path.name, line, values)
         if isinstance(row, Refusal) or names["identifier"] or not pairs:
             yield row
@@ -203,18 +191,17 @@ def _split_rows(table: _Table) -> Iterator[SplitRow | Refusal]:
 
 
 def _row(file: str, line: int, values: Mapping[str, str | None]) -> SplitRow | Refusal:
-    side = values["split"] or ""
-    subset = SIDES.get(side.casefold())
+    written = values["split"] or ""
+    subset = SUBSETS.get(written.casefold())
     if subset is None:
-        return Refusal(
-            line, "unknown side", f"line {line}: {side!r} is not train, validation, test"
-        )
+        detail = f"line {line}: {written!r} is not train, validation, test"
+        return Refusal(line, "unknown subset", detail)
     try:
         given = values["well"]
         well = None if given is None else format_well(*parse_well(given))
         site = None if values["site"] is None else int(values["site"])
     except ValueError as error:
-        return Refusal(line, "unreadable place", f"line {line}: {error}")
+        return Refusal(line, "unreadable well or site", f"line {line}: {error}")
     more = {what: values[what] for what in ("name", "identifier", "target", "inchikey", "smiles")}
     return SplitRow(file, line, subset, values["plate"], well, site, **more)
 

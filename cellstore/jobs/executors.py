@@ -1,26 +1,33 @@
-"""Who works: this process, processes of this machine, or a Dask cluster.
+"""Who works: a thread of this process, processes of this machine, or a Dask cluster.
 
-A crew takes chunks of orders and gives back futures of their answers. When a worker dies, the
-future fails with :class:`WorkerDiedError`, which tells whether the chunk was the one in its hands.
+An executor takes chunks of images and gives back their answers. When a worker dies, the answer is a
+:class:`Crash`, which tells whether the worker had that very chunk in its hands.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import pickle
 import re
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import connection, get_context, parent_process
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from ..config import Resources
 from ..errors import (
@@ -31,174 +38,10 @@ from ..errors import (
     UserInputError,
     first_line,
 )
-
-Order = TypeVar("Order", contravariant=True)
-Loaded = TypeVar("Loaded")
-Made = TypeVar("Made")
-Result = TypeVar("Result", covariant=True)
+from .image_stage import ImageStage
+from .queue import Task
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-
-
-class Step(Protocol[Order, Loaded, Made, Result]):
-    """What a worker does with images. Made once in each worker, used for many images."""
-
-    def read(self, order: Order) -> Loaded:
-        """Open the files of one image."""
-
-    def compute(self, loaded: Sequence[Loaded]) -> Sequence[Made]:
-        """Work on the images of a batch; an answer for each, in their order."""
-
-    def keep(self, made: Made) -> Result:
-        """Write the files of one image; return what its rows need."""
-
-
-AnyStep = Step[Any, Any, Any, Any]
-
-
-@dataclass(frozen=True)
-class Success:
-    """The result of one image, and the seconds that it took."""
-
-    result: Any
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why one image failed: a sentence, and all that is known. ``may_pass``: not its own fault."""
-
-    sentence: str
-    detail: str
-    may_pass: bool
-
-
-@dataclass(frozen=True)
-class Stop:
-    """An error that the next image would meet, too: a full disk, a network that cannot be read."""
-
-    error: CellstoreError
-
-
-Answer = Success | Failure | Stop
-
-_own = threading.local()  # a step may not be shared by threads
-
-
-def carry_out(make: Callable[[], AnyStep], orders: Sequence[Any], batch: int) -> list[Answer]:
-    """Work on ``orders``, ``batch`` at a time; return an answer for each, in their order."""
-    try:
-        step = _step(make)
-    except CellstoreError as error:
-        return [Stop(error)] * len(orders)
-    batches = [orders[start : start + batch] for start in range(0, len(orders), batch)]
-    if len(batches) == 1:
-        return _kept(step, *_computed(step, _read(step, batches[0])))
-    return [answer for answers in _overlapped(step, batches) for answer in answers]
-
-
-def _step(make: Callable[[], AnyStep]) -> AnyStep:
-    if getattr(_own, "make", None) != make:
-        _own.step = make()
-        _own.make = make
-    step: AnyStep = _own.step
-    return step
-
-
-def _overlapped(step: AnyStep, batches: Sequence[Sequence[Any]]) -> Iterator[list[Answer]]:
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as keeper:
-        coming = reader.submit(_read, step, batches[0])
-        kept: list[Future[list[Answer]]] = []
-        for number in range(len(batches)):
-            loaded = coming.result()
-            if number + 1 < len(batches):
-                coming = reader.submit(_read, step, batches[number + 1])
-            kept.append(keeper.submit(_kept, step, *_computed(step, loaded)))
-        yield from (future.result() for future in kept)
-
-
-def _read(step: AnyStep, orders: Sequence[Any]) -> list[Any]:
-    return [_tried(step.read, order) for order in orders]
-
-
-def _computed(step: AnyStep, loaded: list[Any]) -> tuple[list[Any], float]:
-    """What the images of a batch give, those that could be read; and the seconds for each."""
-    started = time.perf_counter()
-    good = [item for item in loaded if not isinstance(item, Failure)]
-    made = iter(_of_batch(step, good))
-    results = [item if isinstance(item, Failure) else next(made) for item in loaded]
-    return results, (time.perf_counter() - started) / max(1, len(loaded))
-
-
-def _of_batch(step: AnyStep, loaded: list[Any]) -> list[Any]:
-    if not loaded:
-        return []
-    made = _tried(step.compute, loaded)
-    if not isinstance(made, Failure):
-        return list(made)
-    if len(loaded) == 1:
-        return [made]
-    # One of them spoils the batch: each for itself, so that it fails alone.
-    return [one for item in loaded for one in _of_batch(step, [item])]
-
-
-def _kept(step: AnyStep, made: list[Any], seconds: float) -> list[Answer]:
-    return [_answer(step, item, seconds) for item in made]
-
-
-def _answer(step: AnyStep, made: Any, seconds: float) -> Answer:
-    if isinstance(made, Failure):
-        return made
-    started = time.perf_counter()
-    try:
-        kept = step.keep(made)
-    except StorageError as error:
-        return Stop(error)  # of a file that is written, not of one that is read
-    except Exception as error:
-        return explained(error)
-    return Success(kept, seconds + time.perf_counter() - started)
-
-
-def _tried(function: Callable[[Any], Any], argument: Any) -> Any:
-    try:
-        return function(argument)
-    except Exception as error:
-        return explained(error)
-
-
-def explained(error: Exception) -> Failure:
-    """Return what is kept of an error: of an unexpected one, its traceback."""
-    known = isinstance(error, CellstoreError)
-    detail = str(error) if known else "".join(traceback.format_exception(error))
-    may_pass = not known or isinstance(error.__cause__, OSError)
-    return Failure(first_line(error), detail, may_pass)
-
-
-def set_up_process(threads: int) -> None:
-    """Prepare a process that only works: few threads, no Ctrl-C, no life without its parent."""
-    for name in THREADS:
-        os.environ.setdefault(name, str(threads))
-    # Ctrl-C, and the SIGTERM that clusters send to all of a job, are for the parent to answer.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True, name="cellstore-parent").start()
-
-
-def _die_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def prepare(make: Callable[[], AnyStep]) -> CellstoreError | None:
-    """Make the step of this worker, so that its first chunk need not; the error if it cannot."""
-    try:
-        _step(make)
-    except CellstoreError as error:
-        return error
-    return None
-
 
 CHUNKS = 2
 """Chunks that a worker has: one at work, one that waits behind it."""
@@ -211,194 +54,287 @@ DESERTED_SECONDS = 60
 """How long a Dask cluster may be without any worker."""
 DESERTED_POLL = 0.5
 
-Make = Callable[[], AnyStep]
+Stage = ImageStage[Any, Any]
+_here = threading.local()  # networks are not shared by threads
 
 
-class WorkerDiedError(StoreError):
+@dataclass(frozen=True)
+class Success:
+    """The output of one image, and the seconds that it took."""
+
+    output: Any
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one image failed: a sentence, and all that is known. ``may_pass``: not its own fault.
+
+    ``stops``: an error that the next image would meet, too: a full disk, a network that cannot be
+    read.
+    """
+
+    sentence: str
+    detail: str
+    may_pass: bool
+    stops: CellstoreError | None = None
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Return what is kept of an error: of an unexpected one, its traceback."""
+        known = isinstance(error, CellstoreError)
+        detail = str(error) if known else "".join(traceback.format_exception(error))
+        may_pass = not known or isinstance(error.__cause__, OSError)
+        return cls(first_line(error), detail, may_pass)
+
+    @classmethod
+    def of_all(cls, error: CellstoreError) -> Failure:
+        """Return the answer that ends a run."""
+        return cls(first_line(error), str(error), may_pass=True, stops=error)
+
+
+@dataclass(frozen=True)
+class Crash:
     """A worker is gone. ``suspect``: it was working on this very chunk."""
 
-    def __init__(self, suspect: bool) -> None:
-        super().__init__("A worker died.")
-        self.suspect = suspect
+    suspect: bool
 
 
-class Crew(Protocol):
-    """Workers. ``computes_here``: in this process, which an image may kill."""
+Answers = list[Success | Failure]
+
+
+def work_on(given: Stage | bytes, inputs: Sequence[Any]) -> Answers:
+    """Do what a stage does in a worker with each of ``inputs``; return their answers in order.
+
+    While a batch is computed, the next one is read and the files of the last one are written.
+    """
+    error = load_stage(given)
+    if error is not None:
+        return [Failure.of_all(error)] * len(inputs)
+    stage: Stage = _here.stage
+    batches = [inputs[i : i + stage.batch] for i in range(0, len(inputs), stage.batch)]
+    if len(batches) == 1:
+        return _written(stage, *_computed(stage, _read(stage, batches[0])))
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        coming = reader.submit(_read, stage, batches[0])
+        written: list[Future[Answers]] = []
+        for number in range(len(batches)):
+            loaded = coming.result()
+            if number + 1 < len(batches):
+                coming = reader.submit(_read, stage, batches[number + 1])
+            written.append(writer.submit(_written, stage, *_computed(stage, loaded)))
+        return [answer for future in written for answer in future.result()]
+
+
+def load_stage(given: Stage | bytes) -> CellstoreError | None:
+    """Load a stage in this worker, so that its first chunk need not; the error if it cannot."""
+    if getattr(_here, "given", None) != given:
+        stage: Stage = pickle.loads(given) if isinstance(given, bytes) else given  # noqa: S301 - the parent's
+        try:
+            stage.load()
+        except CellstoreError as error:
+            return error
+        _here.given, _here.stage = given, stage
+    return None
+
+
+def _read(stage: Stage, inputs: Sequence[Any]) -> list[Any]:
+    return [_attempt(stage.read, one) for one in inputs]
+
+
+def _computed(stage: Stage, loaded: Sequence[Any]) -> tuple[list[Any], float]:
+    """What the images of a batch give, those that could be read; and the seconds for each."""
+    started = time.perf_counter()
+    good = [item for item in loaded if not isinstance(item, Failure)]
+    made: Any = _attempt(stage.compute, good) if good else []
+    if isinstance(made, Failure):
+        made = [made]
+        if len(good) > 1:  # one of them spoils the batch: each for itself, so that it fails alone
+            alone = (_attempt(stage.compute, [item]) for item in good)
+            made = [one if isinstance(one, Failure) else one[0] for one in alone]
+    results = iter(made)
+    answers = [item if isinstance(item, Failure) else next(results) for item in loaded]
+    return answers, (time.perf_counter() - started) / max(1, len(loaded))
+
+
+def _written(stage: Stage, results: Sequence[Any], seconds: float) -> Answers:
+    answers: Answers = []
+    for result in results:
+        if isinstance(result, Failure):
+            answers.append(result)
+            continue
+        started = time.perf_counter()
+        try:
+            output = stage.write(result)
+            answers.append(Success(output, seconds + time.perf_counter() - started))
+        except StorageError as error:  # of a file that is written, not of one that is read
+            answers.append(Failure.of_all(error))
+        except Exception as error:
+            answers.append(Failure.of(error))
+    return answers
+
+
+def _attempt(function: Callable[[Any], Any], argument: Any) -> Any:
+    try:
+        return function(argument)
+    except Exception as error:
+        return Failure.of(error)
+
+
+class Workers(Protocol):
+    """Workers and the chunks that they have. ``computes_here``: in this process, not beside it."""
 
     computes_here: bool
 
-    def start(self, make: Make) -> None:
-        """Let the workers make their step; they are busy with it for a while."""
-
-    def room(self, flying: int) -> int:
-        """Return how many chunks more may be given beside ``flying``, so that nobody waits.
-
-        Workers that died are started anew.
+    def room(self) -> int:
+        """Return how many chunks more may be submitted, so that nobody waits.
 
         Raises:
-            CellstoreError: a worker cannot make its step, or dies whenever it tries.
+            CellstoreError: a worker cannot load the stage, or dies whenever it tries.
         """
 
-    def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
+    def submit(self, tasks: Sequence[Task], inputs: Sequence[Any]) -> None:
         """Give a chunk to the worker that has least to do."""
 
+    def in_flight(self) -> list[Sequence[Task]]:
+        """Return the chunks that have not been answered."""
+
+    def finished(self, seconds: float) -> Iterator[tuple[Sequence[Task], Answers | Crash]]:
+        """Wait up to ``seconds`` for a worker; yield the chunks that are over, oldest first."""
+
     def close(self, *, drop: bool) -> None:
-        """Send the workers home; ``drop``: what is in flight is not waited for."""
+        """End the workers; ``drop``: what is in flight is not waited for."""
 
 
-def open_crew(resources: Resources) -> Crew:
-    """Return the crew that ``resources`` describe.
+def open_workers(stage: Stage, resources: Resources) -> Workers:
+    """Return the workers that ``resources`` describe; they begin to load ``stage``.
 
     Raises:
-        UserInputError: fewer than one worker, or both workers and a scheduler.
+        UserInputError: fewer than one worker, or no address of a scheduler.
         MissingExtraError: a Dask scheduler, and Dask is not installed.
         StoreError: the scheduler does not answer.
     """
     if resources.workers < 1:
         raise UserInputError("There must be at least one worker. Give --workers 1 or more.")
     if resources.scheduler is not None:
-        return DaskCluster(resources.scheduler)
-    return LocalProcesses(resources.workers) if resources.workers > 1 else ThisProcess()
+        return DaskCluster(stage, resources.scheduler)
+    return LocalWorkers(stage, resources.workers)
 
 
-class ThisProcess:
-    """One thread beside the one that talks to the database."""
+class _Worker:
+    """A pool of one thread or process, whether it has loaded the stage, and its chunks.
 
-    computes_here = True
+    A pool for each, so that a death is one worker's and tells which chunk it had in its hands:
+    libraries that start workers again (loky) only say that one of them died.
+    """
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="cellstore-worker")
+    def __init__(self, given: Stage | bytes, threads: int) -> None:
+        self.given, self.threads = given, threads
+        self.false_starts = 0
+        self.start()
 
-    def start(self, make: Make) -> None:
-        """Let the thread make the step."""
-        self._make = make
-        self._ready = self._pool.submit(prepare, make)
-
-    def room(self, flying: int) -> int:
-        """One chunk at work and one that waits, when the step is made."""
-        return CHUNKS - flying if _is_ready(self._ready) else 0
-
-    def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
-        """Add a chunk to the queue of the thread."""
-        return self._pool.submit(carry_out, self._make, orders, batch)
-
-    def close(self, *, drop: bool) -> None:
-        """Let the thread end; what it works on just now cannot be dropped."""
-        self._pool.shutdown(wait=not drop, cancel_futures=drop)
+    def start(self) -> None:
+        """Start the thread or process, again if it has died."""
+        if isinstance(self.given, bytes):  # "spawn": torch and threads do not survive a fork
+            self.pool: Executor = ProcessPoolExecutor(
+                1, get_context("spawn"), initializer=set_up_process, initargs=(self.threads,)
+            )
+        else:
+            self.pool = ThreadPoolExecutor(1, thread_name_prefix="cellstore-worker")
+        self.loading = self.pool.submit(load_stage, self.given)
+        self.chunks: list[tuple[Future[Answers] | None, Sequence[Task]]] = []
 
 
-class _Process:
-    """One process, started again when it died, and the chunks that it has, oldest first."""
+class LocalWorkers:
+    """One thread of this process, or some processes, which are started again when they died."""
 
-    def __init__(self, threads: int, make: Make) -> None:
-        self._threads, self._make = threads, make
-        self._false_starts = 0
-        self._start()
+    def __init__(self, stage: Stage, workers: int) -> None:
+        self.computes_here = workers == 1
+        given = stage if self.computes_here else pickle.dumps(stage)
+        threads = max(1, cores() // workers)
+        self._workers = [_Worker(given, threads) for _ in range(workers)]
 
-    def _start(self) -> None:
-        # "spawn": torch and threads do not survive a fork.
-        self._pool = ProcessPoolExecutor(
-            1, get_context("spawn"), initializer=set_up_process, initargs=(self._threads,)
-        )
-        self._ready = self._pool.submit(prepare, self._make)
-        self.chunks: list[Future[list[Answer]]] = []
+    def room(self) -> int:
+        """One chunk at work and one that waits, for each worker that has loaded the stage."""
+        room = 0
+        for worker in self._workers:
+            if not worker.loading.done():
+                continue
+            if isinstance(worker.loading.exception(), BrokenProcessPool):
+                worker.false_starts += 1
+                if worker.false_starts >= MOST_FALSE_STARTS:
+                    raise StoreError(
+                        "Workers die while they start: killed, or out of memory. Free some memory, "
+                        "or give fewer --workers. A Python script that asks for workers must do so "
+                        "below if __name__ == '__main__':"
+                    )
+                worker.start()
+                continue
+            if (error := worker.loading.result()) is not None:
+                raise error
+            worker.false_starts = 0
+            room += max(0, CHUNKS - len(worker.chunks))
+        return room
 
-    def is_ready(self) -> bool:
-        """Whether the step is made; a process that died is started anew.
-
-        Raises:
-            CellstoreError: the step cannot be made, or the process dies whenever it tries.
-        """
-        if not self._ready.done():
-            return False
-        if isinstance(self._ready.exception(), BrokenProcessPool):
-            self._false_starts += 1
-            if self._false_starts >= MOST_FALSE_STARTS:
-                raise StoreError(
-                    "Workers die while they start: killed, or out of memory. Free some memory, or "
-                    "give fewer --workers. A Python script that asks for workers must do so below "
-                    "if __name__ == '__main__':"
-                )
-            self._start()
-            return False
-        self._false_starts = 0
-        if any(chunk.done() for chunk in self.chunks):
-            if all(chunk.done() for chunk in self.chunks):
-                self._start()  # it died, and all its chunks have been told of
-            return False
-        return _is_ready(self._ready)
-
-    def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
-        """Hand a chunk over; what it becomes is told by the future that is returned."""
-        told: Future[list[Answer]] = Future()
-        told.set_running_or_notify_cancel()
-        self.chunks.append(told)
+    def submit(self, tasks: Sequence[Task], inputs: Sequence[Any]) -> None:
+        """Give a chunk to the worker that has the fewest."""
+        ready = [worker for worker in self._workers if worker.loading.done()]
+        worker = min(ready, key=lambda worker: len(worker.chunks))
         try:
-            inner = self._pool.submit(carry_out, self._make, orders, batch)
-        except BrokenProcessPool:
-            told.set_exception(WorkerDiedError(suspect=False))
-        else:
-            inner.add_done_callback(partial(self._tell, told))
-        return told
+            worker.chunks.append((worker.pool.submit(work_on, worker.given, inputs), tasks))
+        except BrokenProcessPool:  # it died while it had nothing to do
+            worker.chunks.append((None, tasks))
 
-    def _tell(self, told: Future[list[Answer]], inner: Future[list[Answer]]) -> None:
-        first = self.chunks[0] is told
-        error = BrokenProcessPool() if inner.cancelled() else inner.exception()
-        if isinstance(error, BrokenProcessPool):
-            told.set_exception(WorkerDiedError(suspect=first))
-            return
-        self.chunks.remove(told)
-        if error is None:
-            told.set_result(inner.result())
-        else:
-            told.set_exception(error)
+    def in_flight(self) -> list[Sequence[Task]]:
+        """Return the chunks of all workers."""
+        return [tasks for worker in self._workers for _, tasks in worker.chunks]
 
-    def close(self, *, drop: bool) -> None:
-        """End the process."""
-        if drop:
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()
-        self._pool.shutdown(wait=True, cancel_futures=drop)
-
-
-class LocalProcesses:
-    """Processes of this machine, each a pool of its own, so that one death is one worker's."""
-
-    computes_here = False
-
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._processes: list[_Process] = []
-        self._working: list[_Process] = []
-
-    def start(self, make: Make) -> None:
-        """Start the processes."""
-        threads = max(1, cores() // self._workers)
-        for _ in range(self._workers):
-            self._processes.append(_Process(threads, make))
-
-    def room(self, flying: int) -> int:
-        """One chunk at work and one that waits, for each process that is up."""
-        self._working = [process for process in self._processes if process.is_ready()]
-        return sum(max(0, CHUNKS - len(process.chunks)) for process in self._working)
-
-    def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
-        """Give a chunk to the process that has the fewest."""
-        return min(self._working, key=lambda process: len(process.chunks)).submit(orders, batch)
+    def finished(self, seconds: float) -> Iterator[tuple[Sequence[Task], Answers | Crash]]:
+        """Wait for the first worker; of one that died, the oldest chunk is what it died of."""
+        oldest = [worker.chunks[0][0] for worker in self._workers if worker.chunks]
+        if None not in oldest:
+            waited_for: list[Future[Any]] = [future for future in oldest if future is not None]
+            waited_for += [w.loading for w in self._workers if not w.loading.done()]
+            wait(waited_for, seconds, FIRST_COMPLETED)
+        for worker in self._workers:
+            crashed = False
+            while worker.chunks:
+                future, tasks = worker.chunks[0]
+                if not crashed and future is not None and not future.done():
+                    break
+                worker.chunks.pop(0)
+                if future is None or crashed or isinstance(future.exception(), BrokenProcessPool):
+                    yield tasks, Crash(suspect=not crashed and future is not None)
+                    crashed = True
+                else:
+                    yield tasks, future.result()
+            if crashed:
+                worker.start()
 
     def close(self, *, drop: bool) -> None:
-        """End all processes; those that are to be dropped are killed."""
-        for process in self._processes:
-            process.close(drop=drop)
+        """End all workers; processes that are to be dropped are killed, a thread ends alone."""
+        for worker in self._workers:
+            if drop and isinstance(worker.pool, ProcessPoolExecutor):
+                for process in list((worker.pool._processes or {}).values()):
+                    process.kill()
+            worker.pool.shutdown(wait=not (drop and self.computes_here), cancel_futures=drop)
 
 
-def _is_ready(prepared: Future[CellstoreError | None]) -> bool:
-    if not prepared.done():
-        return False
-    error = prepared.result()
-    if error is not None:
-        raise error
-    return True
+def set_up_process(threads: int) -> None:
+    """Prepare a process that only works: few threads, no Ctrl-C, no life without its parent."""
+    for name in THREADS:
+        os.environ.setdefault(name, str(threads))
+    # Ctrl-C, and the SIGTERM that clusters send to all of a job, are for the parent to answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def die_with_parent() -> None:
+        parent = parent_process()
+        if parent is not None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True, name="cellstore-parent").start()
 
 
 class DaskCluster:
@@ -406,7 +342,7 @@ class DaskCluster:
 
     computes_here = False
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, stage: Stage, address: str) -> None:
         self._address = address
         if not re.fullmatch(r"[a-z]+://\S+:\d+", address):
             raise UserInputError(
@@ -427,18 +363,19 @@ class DaskCluster:
                 "--scheduler out to work on this machine."
             ) from error
         self._executor: Executor = self._client.get_executor(pure=False, retries=0)
+        self._stage = pickle.dumps(stage)
+        self._chunks: list[tuple[Future[Answers], Sequence[Task]]] = []
         self._deserted: float | None = None
 
-    def start(self, make: Make) -> None:
-        """Make nothing yet: each worker makes its step when it gets its first chunk."""
-        self._make = make
-
-    def room(self, flying: int) -> int:
+    def room(self) -> int:
         """Two chunks for each thread of the workers that there are now."""
-        threads = self._threads()
+        try:
+            threads: int = sum(self._client.nthreads().values())
+        except (OSError, TimeoutError, AssertionError) as error:
+            raise self._gone() from error
         if threads:
             self._deserted = None
-            return CHUNKS * threads - flying
+            return CHUNKS * threads - len(self._chunks)
         self._deserted = self._deserted or time.monotonic()
         if time.monotonic() - self._deserted > DESERTED_SECONDS:
             raise StoreError(
@@ -448,46 +385,41 @@ class DaskCluster:
         time.sleep(DESERTED_POLL)
         return 0
 
-    def _threads(self) -> int:
-        try:
-            return sum(self._client.nthreads().values())
-        except (OSError, TimeoutError, AssertionError) as error:
-            raise self._gone() from error
-
     def _gone(self) -> StoreError:
         return StoreError(
             f"The Dask scheduler at {self._address} is gone. What is done is kept; start it again "
             "and run the same command."
         )
 
-    def submit(self, orders: Sequence[Any], batch: int) -> Future[list[Answer]]:
+    def submit(self, tasks: Sequence[Task], inputs: Sequence[Any]) -> None:
         """Give a chunk to the scheduler."""
-        told: Future[list[Answer]] = Future()
-        told.set_running_or_notify_cancel()
-        inner = self._executor.submit(carry_out, self._make, orders, batch)
-        inner.add_done_callback(partial(self._tell, told))
-        return told
+        self._chunks.append((self._executor.submit(work_on, self._stage, inputs), tasks))
 
-    def _tell(self, told: Future[list[Answer]], inner: Future[list[Answer]]) -> None:
+    def in_flight(self) -> list[Sequence[Task]]:
+        """Return the chunks that the scheduler has."""
+        return [tasks for _, tasks in self._chunks]
+
+    def finished(self, seconds: float) -> Iterator[tuple[Sequence[Task], Answers | Crash]]:
+        """Wait for a chunk. Errors of an image are answers; others are the cluster's own."""
         from distributed.scheduler import KilledWorker
 
-        if inner.cancelled():
-            told.set_exception(self._gone())
-            return
-        error = inner.exception()
-        if isinstance(error, KilledWorker):
-            told.set_exception(WorkerDiedError(suspect=True))
-        elif error is not None:
-            told.set_exception(self._refused(error))
-        else:
-            told.set_result(inner.result())
-
-    def _refused(self, error: BaseException) -> BaseException:
-        # Errors of an image are answers; what comes this way is of the cluster itself.
-        return StoreError(
-            f"The Dask cluster at {self._address} cannot do this work ({first_line(error)}) Its "
-            "scheduler and its workers need the same cellstore as this machine."
-        )
+        done, _ = wait([future for future, _ in self._chunks], seconds, FIRST_COMPLETED)
+        over = [chunk for chunk in self._chunks if chunk[0] in done]
+        self._chunks = [chunk for chunk in self._chunks if chunk[0] not in done]
+        for future, tasks in over:
+            if future.cancelled():
+                raise self._gone()
+            error = future.exception()
+            if isinstance(error, KilledWorker):
+                yield tasks, Crash(suspect=True)
+            elif error is not None:
+                raise StoreError(
+                    f"The Dask cluster at {self._address} cannot do this work "
+                    f"({first_line(error)}) Its scheduler and its workers need the same cellstore "
+                    "as this machine."
+                ) from error
+            else:
+                yield tasks, future.result()
 
     def close(self, *, drop: bool) -> None:
         """Leave the cluster as it is."""

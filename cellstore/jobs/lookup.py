@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Select, and_, or_, select
+from sqlalchemy import ColumnElement, Select, and_, exists, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import sha256_of
-from ..db.models import Folder, Image, ImageFile, Plate, Recipe, Run, Well
+from ..db.models import Folder, Image, ImageFile, Job, Plate, Recipe, Run, Well
 from ..db.session import Database
 from ..db.split_models import Split
 from ..enums import Stage, Status
@@ -330,23 +330,19 @@ def find_run(session: Session, reference: str, stage: Stage) -> Run:
     return run_in(session, reference, (stage,))
 
 
-def find_recipe(session: Session, stage: Stage, reference: str | None = None) -> Recipe:
-    """Return a recipe by its number, else the start of its fingerprint; default: the last used.
+def has_results() -> ColumnElement[bool]:
+    """Whether a run has done any image: one that made nothing is never taken by default."""
+    return exists().where(Job.run_id == Run.id, Job.status == Status.DONE)
+
+
+def find_recipe(session: Session, stage: Stage, reference: str) -> Recipe:
+    """Return a recipe by its number, else by the start of its fingerprint.
 
     Raises:
-        UnknownNameError: there is none, so the stage has not been run.
+        UnknownNameError: there is none.
 
     """
-    query = select(Recipe).where(Recipe.stage == stage)
-    if reference is None:
-        last = query.join(Run, Run.recipe_id == Recipe.id).order_by(Run.id.desc()).limit(1)
-        found = session.scalars(last).first()
-        if found is None:
-            raise UnknownNameError(
-                f"Nothing has been through {stage.value!r} yet. Run: cellstore {stage.value}"
-            )
-        return found
-    recipes = session.scalars(query).all()
+    recipes = session.scalars(select(Recipe).where(Recipe.stage == stage)).all()
     matches = [item for item in recipes if reference == str(item.id)]
     matches = matches or [item for item in recipes if item.fingerprint.startswith(reference)]
     if len(matches) != 1:

@@ -27,7 +27,7 @@ from ..db.session import Database
 from ..db.statements import insert_new
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import JobsFailedError, RunCancelledError, StoreError, UserInputError
-from .queue import Owner, bury_runs, shown_worker
+from .queue import Owner, close_dead_runs, shown_worker
 
 PACKAGES = ("cellstore", "numpy", "cellpose", "scikit-image", "torch", "torchvision", "duckdb")
 
@@ -36,12 +36,13 @@ PACKAGES = ("cellstore", "numpy", "cellpose", "scikit-image", "torch", "torchvis
 class RunHandle:
     """A run that is under way; what is put into ``result`` is kept with it.
 
-    ``owner``: the process that alone may close it; none: any. ``at_end`` are done in the
-    transaction that marks it as done.
+    ``error``: why it has failed, although it came to its end. ``owner``: the process that alone may
+    close it; none: any. ``at_end`` are done in the transaction that marks it as done.
     """
 
     id: int
     result: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
     owner: str | None = None
     at_end: list[Callable[[Session], None]] = field(default_factory=list)
 
@@ -68,20 +69,39 @@ def running(
     """
     owner = Owner.of_this_process().text
     if resume is None:
-        resume = _start(database, recipe, parent_id, split_id, seed, query, owner)
+        run = Run(
+            stage=Stage(recipe.stage),
+            recipe_id=recipe.id,
+            parent_id=parent_id,
+            split_id=split_id,
+            status=Status.RUNNING,
+            seed=seed,
+            query=query,
+            command=command_line(),
+            code_version=code_version(),
+            environment=environment(),
+            host=socket.gethostname()[:255],
+            user=_user(),
+            process=owner,
+            started_at=datetime.now(UTC),
+        )
+        with database.begin() as session:
+            close_dead_runs(session)
+            session.add(run)
+            session.flush()
+            resume = run.id
     else:
         _resume(database, resume, owner, alone=alone)
     handle = RunHandle(resume, owner=owner if alone else None)
     try:
         yield handle
     except (KeyboardInterrupt, RunCancelledError) as error:
-        reason = str(error) or "Stopped by Ctrl-C."
-        _close(database, handle, Status.CANCELLED, reason)
+        _close(database, handle, Status.CANCELLED, str(error) or "Stopped by Ctrl-C.")
         raise
     except BaseException as error:
         _close(database, handle, Status.FAILED, str(error) or type(error).__name__)
         raise
-    _close(database, handle, Status.DONE)
+    _close(database, handle, Status.FAILED if handle.error else Status.DONE, handle.error)
 
 
 def check_still_ours(session: Session, run: RunHandle) -> None:
@@ -144,38 +164,6 @@ def forget_files(session: Session, run_id: int, kind: ArtifactKind) -> list[str]
     return paths
 
 
-def _start(
-    database: Database,
-    recipe: Recipe,
-    parent_id: int | None,
-    split_id: int | None,
-    seed: int | None,
-    query: str | None,
-    owner: str,
-) -> int:
-    run = Run(
-        stage=Stage(recipe.stage),
-        recipe_id=recipe.id,
-        parent_id=parent_id,
-        split_id=split_id,
-        status=Status.RUNNING,
-        seed=seed,
-        query=query,
-        command=command_line(),
-        code_version=code_version(),
-        environment=environment(),
-        host=socket.gethostname()[:255],
-        user=_user(),
-        process=owner,
-        started_at=datetime.now(UTC),
-    )
-    with database.begin() as session:
-        bury_runs(session)
-        session.add(run)
-        session.flush()
-        return run.id
-
-
 def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None:
     """Open a run again, and keep who goes on with it by which code beside who began."""
     attempt = {
@@ -186,7 +174,7 @@ def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None
         **environment(),
     }
     with database.begin() as session:
-        bury_runs(session)
+        close_dead_runs(session)
         run = session.scalars(select(Run).where(Run.id == run_id).with_for_update()).one()
         if alone and run.status is Status.RUNNING:
             raise UserInputError(
@@ -226,8 +214,9 @@ def _another_at(session: Session, run_id: int) -> str | None:
         .where(Job.run_id == run_id, Job.status == Status.RUNNING, Job.worker.is_not(None))
     )
     for text in session.scalars(query):
-        owner = Owner.parse(text or "")
-        if owner and (owner.host, owner.pid) != (here.host, here.pid) and not owner.is_dead():
+        owner = Owner.parse(text)
+        elsewhere = owner and (owner.host, owner.pid) != (here.host, here.pid)
+        if owner and elsewhere and owner.is_alive() is not False:
             return text
     return None
 

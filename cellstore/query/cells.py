@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Select, and_, case, exists, func, select
+from sqlalchemy import ColumnElement, Select, and_, exists, func, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import Session
 
@@ -36,7 +36,7 @@ from ..db.quality_models import CellFlag, ImageFlag
 from ..db.split_models import SplitMember
 from ..enums import FeatureStorage, Projection, Stage, Status, Subset
 from ..errors import ImageError, UnknownNameError, UserInputError
-from ..jobs.lookup import RUN_WORDS, find_recipe, run_in
+from ..jobs.lookup import RUN_WORDS, find_recipe, has_results, run_in
 from ..jobs.planes import read_artifact_image
 from ..jobs.selection import is_current
 from .feature_files import BUILT_IN, FEATURE_COLUMNS, ReadableSet, SetReader, find_feature_set
@@ -467,28 +467,29 @@ def last_with_masks(session: Session) -> Recipe:
         UnknownNameError: nothing has been segmented.
 
     """
-    runs = (
-        select(func.max(Run.id)).where(Run.recipe_id == Recipe.id).correlate(Recipe),
-        select(func.max(Segmentation.run_id))
-        .where(Segmentation.recipe_id == Recipe.id, Segmentation.mask_artifact_id.is_not(None))
-        .correlate(Recipe),
-    )
-    last = [func.coalesce(run.scalar_subquery(), 0) for run in runs]
-    newest = case((last[0] > last[1], last[0]), else_=last[1])
-    query = select(Recipe).where(Recipe.stage == Stage.SEGMENT, newest > 0)
-    found = session.scalars(query.order_by(newest.desc(), Recipe.id.desc()).limit(1)).first()
-    return found or _without_masks(session)
-
-
-def _without_masks(session: Session) -> Recipe:
+    found = _last_segmentation(session, Segmentation.mask_artifact_id.is_not(None))
+    if found is not None:
+        return found
     sets = select(FeatureSet.name).where(FeatureSet.storage == FeatureStorage.FILES)
     names = list(session.scalars(sets.order_by(FeatureSet.id)))
-    if not names:
-        return find_recipe(session, Stage.SEGMENT)
-    raise UnknownNameError(
-        "No masks are known here, only cells that other tools found. Run: cellstore segment, "
-        f"or train on a feature set with --features: {', '.join(names)}"
+    if names:
+        raise UnknownNameError(
+            "No masks are known here, only cells that other tools found. Run: cellstore segment, "
+            f"or train on a feature set with --features: {', '.join(names)}"
+        )
+    if (found := _last_segmentation(session)) is None:
+        raise UnknownNameError("Nothing has been through 'segment' yet. Run: cellstore segment")
+    return found
+
+
+def _last_segmentation(session: Session, *where: ColumnElement[bool]) -> Recipe | None:
+    """The segment recipe with the newest cells; a run that found none counts not."""
+    newest = select(func.max(Segmentation.run_id)).where(
+        Segmentation.recipe_id == Recipe.id, *where
     )
+    last = newest.correlate(Recipe).scalar_subquery()
+    query = select(Recipe).where(Recipe.stage == Stage.SEGMENT, last.is_not(None))
+    return session.scalars(query.order_by(last.desc(), Recipe.id.desc()).limit(1)).first()
 
 
 def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe:
@@ -507,7 +508,7 @@ def _last_measure_of(session: Session, segment: Recipe) -> Recipe:
         .join(RecipeInput, RecipeInput.recipe_id == Recipe.id)
         .join(Run, Run.recipe_id == Recipe.id)
         .where(RecipeInput.input_id == segment.id, Recipe.stage == Stage.MEASURE)
-        .where(Recipe.id.not_in(in_files))
+        .where(Recipe.id.not_in(in_files), has_results())
         .order_by(Run.id.desc())
     )
     return session.scalars(query.limit(1)).first() or _without_built_in(session, segment)

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-from pyarrow.dataset import Dataset, dataset
+import duckdb
 
 from ..artifacts import ArtifactFolder
-from ..db.models import METADATA
 from ..enums import FeatureStorage
 from ..errors import StorageError, UserInputError
-from .source import TABLES, Source, quoted
-from .views import views
+from .cache import reading_files
+from .guard import quoted
+from .relations import VIEWS
+from .source import TABLES, Columns, Source
 
-CELL_ID = pa.field("cell_id", pa.int64())
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
+_TYPES = {
+    **{f"{sign}int{bits}": "BIGINT" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+    "float32": "FLOAT",
+    "float64": "DOUBLE",
+    "float": "FLOAT",
+    "double": "DOUBLE",
+    "string": "VARCHAR",
+    "bool": "BOOLEAN",
+}
 
 
 def check_set_name(name: str, option: str = "--name") -> str:
@@ -33,88 +42,96 @@ def check_set_name(name: str, option: str = "--name") -> str:
             f"{name!r} cannot name a feature set. Use small letters, digits and _ (up to 63), a "
             f"letter first: {option} nuclei_v2"
         )
-    if name in METADATA.tables or name in {view.name for view in views()}:
+    if name in TABLES or name in VIEWS:
         raise UserInputError(f"{name!r} is the name of a table. Give another {option}.")
     return name
 
 
 @dataclass(frozen=True)
 class SetRelation:
-    """A feature set, its columns typed; ``in_table``: its values are in table ``features``."""
+    """A feature set with the type of each column, ``cell_id`` first.
+
+    ``in_table``: its values are rows of table ``features``, else they are in files.
+    """
 
     id: int
     name: str
     recipe_id: int
     in_table: bool
-    schema: pa.Schema
+    columns: Columns
 
-    @property
-    def query(self) -> str:
-        """Return the question behind a set whose values are in table ``features``."""
-        columns = ", ".join(quoted(name) for name in self.schema.names)
-        # Columns of our own table and a number; nothing here comes from a user.
-        return f"SELECT {columns} FROM features WHERE recipe_id = {self.recipe_id}"  # noqa: S608
+    def query(
+        self, source: Source, artifacts: ArtifactFolder, target: duckdb.DuckDBPyConnection
+    ) -> str:
+        """Return the SQL behind the set.
+
+        Raises:
+            StorageError: a file of it is gone.
+        """
+        if self.in_table:
+            names = ", ".join(map(quoted, self.columns))
+            # Columns of our own table and a number; nothing here comes from a user.
+            return f"SELECT {names} FROM features WHERE recipe_id = {self.recipe_id}"  # noqa: S608
+        condition = (
+            f"JOIN feature_files AS f ON f.artifact_id = t.id AND f.feature_set_id = {self.id}"
+        )
+        rows = source.fetch(target, "artifacts", condition)
+        return reading_set(self.columns, [stored_file(artifacts, row["path"]) for row in rows])
 
 
-def list_sets(source: Source, taken: Collection[str]) -> list[SetRelation]:
-    """Return the feature sets; one whose name is ``taken``, which none should have, is not shown.
+def reading_set(columns: Columns, paths: Sequence[Path]) -> str:
+    """Return the SQL that reads columns of the files of a feature set."""
+    if not paths:
+        nulls = (f"CAST(NULL AS {kind}) AS {quoted(name)}" for name, kind in columns.items())
+        return f"SELECT {', '.join(nulls)} LIMIT 0"
+    values = (f"CAST({quoted(name)} AS {kind}) AS {quoted(name)}" for name, kind in columns.items())
+    return f"SELECT {', '.join(values)} FROM {reading_files(paths)}"  # noqa: S608
+
+
+def stored_file(artifacts: ArtifactFolder, path: str) -> Path:
+    """Return where a stored file is.
+
+    Raises:
+        StorageError: it is gone.
+    """
+    found = artifacts.locate(path)
+    if not found.is_file():
+        raise StorageError(
+            f"The stored file {path} is gone. See what else is affected with: cellstore verify"
+        )
+    return found
+
+
+def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRelation]:
+    """Return the feature sets of a store.
 
     Raises:
         StorageError: the columns of a set are not described as they should be.
     """
-    rows = [
-        row
-        for batch in source.read(TABLES["feature_sets"], "ORDER BY t.id")
-        for row in batch.to_pylist()
-    ]
-    return [
-        SetRelation(
-            row["id"],
-            row["name"],
-            row["recipe_id"],
-            row["storage"] == FeatureStorage.TABLE,
-            _schema(row["name"], row["columns"], row["storage"]),
-        )
-        for row in rows
-        if row["name"].lower() not in taken
-    ]
+    rows = source.fetch(target, "feature_sets")
+    return [_relation(row) for row in sorted(rows, key=lambda row: int(row["id"]))]
 
 
-def _schema(name: str, columns: str, storage: str) -> pa.Schema:
-    known = TABLES["features"].columns
+def _relation(row: dict[str, Any]) -> SetRelation:
+    in_table = row["storage"] == FeatureStorage.TABLE
+    columns = {"cell_id": "BIGINT"}
     try:
-        fields = [
-            pa.field(item["name"], pa.type_for_alias(item["dtype"])) for item in json.loads(columns)
-        ]
+        for item in json.loads(row["columns"]):
+            if not in_table or item["name"] in TABLES["features"].columns:
+                columns[_unique(item["name"], columns)] = _TYPES[item["dtype"]]
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError(
-            f"The columns of feature set {name!r} are not described as they should be ({error}). "
-            "Ingest it again."
+            f"The columns of feature set {row['name']!r} are not described as they should be "
+            f"({error}). Ingest it again."
         ) from error
-    if storage == FeatureStorage.TABLE:
-        fields = [field for field in fields if field.name in known]
-    return pa.schema([CELL_ID, *fields])
+    return SetRelation(row["id"], row["name"], row["recipe_id"], in_table, columns)
 
 
-def open_files(source: Source, artifacts: ArtifactFolder, found: SetRelation) -> Dataset:
-    """Return the files of a feature set; what a question does not ask for is not read.
-
-    Raises:
-        StorageError: a file is gone.
-    """
-    condition = f"JOIN feature_files AS f ON f.artifact_id = t.id AND f.feature_set_id = {found.id}"
-    paths = [
-        _there(artifacts, path)
-        for batch in source.read(TABLES["artifacts"], condition)
-        for path in batch.column("path").to_pylist()
-    ]
-    return dataset(paths, found.schema, format="parquet")
-
-
-def _there(artifacts: ArtifactFolder, path: str) -> Path:
-    place = artifacts.locate(path)
-    if not place.is_file():
-        raise StorageError(
-            f"The stored file {path} is gone. See what else is affected with: cellstore verify"
-        )
-    return place
+def _unique(name: str, taken: Columns) -> str:
+    """Return the name of a column as DuckDB has it, where ``Area`` and ``AREA`` are the same."""
+    known = {other.lower() for other in taken}
+    number, found = 0, name
+    while found.lower() in known:
+        number += 1
+        found = f"{name}_{number}"
+    return found

@@ -15,7 +15,7 @@ from ..enums import Stage
 from ..errors import QueryError, StorageError, UnknownNameError, UserInputError
 from ..jobs.lookup import run_in
 from ..jobs.workspace import Workspace
-from .engine import MAX_CHARACTERS
+from .guard import MAX_CHARACTERS
 
 KINDS = (
     *("predict run", "two predict runs", "train run", "qc run", "run"),

@@ -1,391 +1,275 @@
-"""What predict runs said, each answer with the image of its cell: read from the database."""
+"""The database of a store, read through ADBC: Arrow streams that DuckDB takes as they come."""
 
 from __future__ import annotations
 
-import itertools
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from typing import Any
 from urllib.parse import quote
 
-import pyarrow as pa
-import pyarrow.compute as pc
-from sqlalchemy import BigInteger, Column, Float, Integer, Table
+import duckdb
+from sqlalchemy import BigInteger, Boolean, Column, Float, Integer, Table
 from sqlalchemy.types import JSON
 
 from ..db.models import METADATA
 from ..db.session import Database
 from ..db.types import UtcDateTime
 from ..errors import DatabaseError, MissingExtraError
-
-TIMESTAMP = pa.timestamp("us", tz="UTC")
+from .guard import quoted
 
 TABLES: dict[str, Table] = dict(METADATA.tables)
 """All tables by name."""
 
-_DUCKDB = {
-    pa.int64(): "BIGINT",
-    pa.int32(): "INTEGER",
-    pa.float64(): "DOUBLE",
-    pa.string(): "VARCHAR",
-    TIMESTAMP: "TIMESTAMP WITH TIME ZONE",
-}
-
-
-def is_json(column: Column[object]) -> bool:
-    """Whether the column holds JSON, which comes out as text."""
-    return isinstance(column.type, JSON)
-
-
-def arrow_type(column: Column[object]) -> pa.DataType:
-    """Return the Arrow type of a column."""
-    if isinstance(column.type, UtcDateTime):
-        return TIMESTAMP
-    if isinstance(column.type, BigInteger):
-        return pa.int64()
-    if isinstance(column.type, Integer):
-        return pa.int32()
-    if isinstance(column.type, Float):
-        return pa.float64()
-    return pa.string()
-
-
-def arrow_schema(table: Table) -> pa.Schema:
-    """Return the Arrow schema of a table, columns in the order of the models."""
-    return pa.schema([pa.field(column.name, arrow_type(column)) for column in table.columns])
-
-
-def create_statement(table: Table) -> str:
-    """Return the DuckDB statement that makes the empty table."""
-    columns = ", ".join(
-        f"{quoted(column.name)} {_DUCKDB[arrow_type(column)]}" for column in table.columns
-    )
-    return f"CREATE TABLE {quoted(table.name)} ({columns})"
-
-
-def literal(text: str) -> str:
-    """Return an SQL string literal."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def quoted(name: str) -> str:
-    """Return an SQL identifier in quotes."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-T = TypeVar("T")
-AHEAD = 4
-"""What each reader may have read that nobody has taken yet."""
-_WAIT_SECONDS = 0.2
-
-
-def side_by_side(readers: Sequence[Callable[[], Iterator[T]]]) -> Iterator[T]:
-    """Yield what all ``readers`` yield, as it comes; no more than a few items wait.
-
-    The first exception of a reader is raised; then, and when nobody listens any more, all stop.
-    """
-    if len(readers) == 1:
-        yield from readers[0]()
-        return
-    shared = _Shared[T](max(1, len(readers)) * AHEAD)
-    threads = [
-        threading.Thread(target=shared.read, args=(reader,), daemon=True) for reader in readers
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        yield from shared.items(len(threads))
-    finally:
-        shared.stop.set()
-        for thread in threads:
-            thread.join()
-
-
-class _End:
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error
-
-
-class _Shared(Generic[T]):
-    def __init__(self, room: int) -> None:
-        self._queue: queue.Queue[T | _End] = queue.Queue(room)
-        self.stop = threading.Event()
-
-    def read(self, reader: Callable[[], Iterator[T]]) -> None:
-        try:
-            for item in reader():
-                if not self._put(item):
-                    return
-        except BaseException as error:
-            self._put(_End(error))
-        else:
-            self._put(_End())
-
-    def _put(self, item: T | _End) -> bool:
-        while not self.stop.is_set():
-            try:
-                self._queue.put(item, timeout=_WAIT_SECONDS)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def items(self, readers: int) -> Iterator[T]:
-        while readers:
-            item = self._queue.get()
-            if not isinstance(item, _End):
-                yield item
-            elif item.error is not None:
-                raise item.error
-            else:
-                readers -= 1
-
-
 BATCH_ROWS = 65_536
 
-_TYPE_GIVERS = {pa.int64(): "0", pa.int32(): "0", pa.bool_(): "0", pa.float64(): "0.0"}
+Columns = dict[str, str]
+"""The type in DuckDB of each column, by name."""
 
+_TYPE_GIVERS = {"BIGINT": "0", "INTEGER": "0", "BOOLEAN": "0", "DOUBLE": "0.0"}
 
-class Source(Protocol):
-    """Something that rows can be read from."""
-
-    def read(self, table: Table, condition: str = "") -> Iterator[pa.RecordBatch]:
-        """Yield the rows of ``table`` that meet ``condition``, in the types of its schema.
-
-        ``condition`` is SQL of ours (never of a user), to follow ``FROM table AS t``.
-        """
-
-    def select(
-        self, schema: pa.Schema, values: Sequence[str], origin: str
-    ) -> Iterator[pa.RecordBatch]:
-        """Yield ``SELECT values FROM origin`` (SQL of ours) in the types of ``schema``.
-
-        ``{JOIN}`` in ``origin`` stands for a join that takes the left side first.
-        """
-
-    def another(self) -> AbstractContextManager[Source]:
-        """Open a connection of its own, to read rows that nobody changes beside this one."""
-
-
-@contextmanager
-def open_source(database: Database) -> Iterator[Source]:
-    """Open one read transaction on the database; all that is read belongs to one moment.
-
-    Raises:
-        DatabaseError: the database cannot be reached or refuses.
-        MissingExtraError: PostgreSQL, and its ADBC driver is not installed.
-    """
-    kind = _SqliteSource if database.is_sqlite else _PostgresSource
-    with _explained(database):
-        connection = kind.connect(database)
-    try:
-        yield kind(connection, database)
-    finally:
-        connection.close()
-
-
-@contextmanager
-def _explained(database: Database) -> Iterator[None]:
-    from adbc_driver_manager import Error
-
-    try:
-        yield
-    except (Error, pa.ArrowInvalid, pa.ArrowIOError) as error:
-        lines = str(error).strip().splitlines() or ["no reason given"]
-        raise DatabaseError(f"The database {database.shown} failed: {lines[0]}") from error
-
-
-class _SqliteSource:
-    """SQLite types values, not columns, and ADBC takes a column's type from its first rows.
-
-    So a first row of our own, dropped again, gives every column its type.
-    """
-
-    def __init__(self, connection: Any, database: Database) -> None:
-        self._connection = connection
-        self._database = database
-
-    @staticmethod
-    def connect(database: Database) -> Any:
-        from adbc_driver_sqlite import dbapi
-
-        path = database.engine.url.database or ""
-        connection = dbapi.connect(f"file:{quote(path)}?mode=ro")
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT count(*) FROM alembic_version")  # the moment begins here
-            cursor.fetchall()
-        return connection
-
-    def read(self, table: Table, condition: str = "") -> Iterator[pa.RecordBatch]:
-        values = [_sqlite_value(column) for column in table.columns]
-        return self.select(arrow_schema(table), values, _origin(table, condition))
-
-    def select(
-        self, schema: pa.Schema, values: Sequence[str], origin: str
-    ) -> Iterator[pa.RecordBatch]:
-        types = ", ".join(
-            f"{_TYPE_GIVERS.get(field.type, repr(''))} AS {quoted(field.name)}" for field in schema
-        )
-        query = f"SELECT {types} UNION ALL {_query(values, origin, 'CROSS JOIN')}"
-        first = True
-        with _explained(self._database), self._connection.cursor() as cursor:
-            cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
-            cursor.execute(query)
-            for batch in cursor.fetch_record_batch():
-                yield _typed(batch.slice(1) if first else batch, schema)
-                first = False
-
-    def another(self) -> AbstractContextManager[Source]:
-        return open_source(self._database)
-
-
-class _PostgresSource:
-    def __init__(self, connection: Any, database: Database) -> None:
-        self._connection = connection
-        self._database = database
-
-    @staticmethod
-    def connect(database: Database) -> Any:
-        try:
-            from adbc_driver_postgresql import dbapi
-        except ModuleNotFoundError as error:
-            raise MissingExtraError.of("adbc-driver-postgresql", "postgres") from error
-        url = database.engine.url.set(drivername="postgresql")
-        connection = dbapi.connect(url.render_as_string(hide_password=False))
-        with connection.cursor() as cursor:
-            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        return connection
-
-    def read(self, table: Table, condition: str = "") -> Iterator[pa.RecordBatch]:
-        values = [_postgres_value(column) for column in table.columns]
-        return self.select(arrow_schema(table), values, _origin(table, condition))
-
-    def select(
-        self, schema: pa.Schema, values: Sequence[str], origin: str
-    ) -> Iterator[pa.RecordBatch]:
-        with _explained(self._database), self._connection.cursor() as cursor:
-            cursor.execute(_query(values, origin, "JOIN"))
-            for batch in cursor.fetch_record_batch():
-                yield _typed(batch, schema)
-
-    def another(self) -> AbstractContextManager[Source]:
-        return open_source(self._database)
-
-
-def _origin(table: Table, condition: str) -> str:
-    return f"{quoted(table.name)} AS t {condition}"
-
-
-def _query(values: Sequence[str], origin: str, join: str) -> str:
-    # Names of our own models and numbers only; nothing here comes from a user.
-    return f"SELECT {', '.join(values)} FROM {origin.replace('{JOIN}', join)}"  # noqa: S608
-
-
-def _sqlite_value(column: Column[object]) -> str:
-    name = f"t.{quoted(column.name)}"
-    return f"nullif({name}, 'null')" if is_json(column) else name
-
-
-def _postgres_value(column: Column[object]) -> str:
-    name = f"t.{quoted(column.name)}"
-    if is_json(column):
-        return f"nullif(CAST({name} AS text), 'null') AS {quoted(column.name)}"
-    return name
-
-
-def _typed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    columns = [
-        _cast(values, field.type) for values, field in zip(batch.columns, schema, strict=True)
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def _cast(values: pa.Array, wanted: pa.DataType) -> pa.Array:
-    if values.type == wanted:
-        return values
-    if wanted == TIMESTAMP and pa.types.is_string(values.type):
-        return pc.assume_timezone(values.cast(pa.timestamp("us")), "UTC")
-    return values.cast(wanted)
-
-
-SCHEMA = pa.schema(
-    [
-        ("run_id", pa.int64()),
-        ("image_id", pa.int64()),
-        ("cell_id", pa.int64()),
-        ("excluded", pa.bool_()),
-        ("rank", pa.int32()),
-        ("label_id", pa.int64()),
-        ("probability", pa.float64()),
-    ]
-)
-"""The columns of ``placed_predictions``; those of table ``predictions`` are among them."""
-
-VALUES = (
-    "p.run_id",
-    "s.image_id",
-    "p.cell_id",
-    "c.excluded IS NOT NULL AS excluded",
-    "p.rank",
-    "p.label_id",
-    "p.probability",
-)
-ORIGIN = """
-    predictions AS p
-    {JOIN} cells AS c ON c.id = p.cell_id
-    {JOIN} segmentations AS s ON s.id = c.segmentation_id
-    WHERE p.run_id IN (%s)
-"""
-BOUNDS = """
-    (SELECT
-        (SELECT min(cell_id) FROM predictions WHERE run_id = %(run)d) AS low,
-        (SELECT max(cell_id) FROM predictions WHERE run_id = %(run)d) AS high
-    ) AS bounds
-"""
 CELLS_OF_READER = 250_000
 """A range of so many cell ids is worth a connection of its own."""
 MOST_READERS = 8
 
 
-def read_runs(source: Source, run_ids: list[int]) -> Iterator[pa.RecordBatch]:
-    """Yield what these runs have said, as of the moment of ``source``."""
-    numbers = ", ".join(str(int(item)) for item in run_ids)
-    return source.select(SCHEMA, VALUES, ORIGIN % numbers)
+def column_type(column: Column[Any]) -> str:
+    """Return the type of a column in DuckDB. JSON is text there."""
+    types = (
+        (UtcDateTime, "TIMESTAMP WITH TIME ZONE"),
+        (Boolean, "BOOLEAN"),
+        (BigInteger, "BIGINT"),
+        (Integer, "INTEGER"),
+        (Float, "DOUBLE"),
+    )
+    return next((name for kind, name in types if isinstance(column.type, kind)), "VARCHAR")
 
 
-def read_ended_run(source: Source, run_id: int) -> Iterator[pa.RecordBatch]:
-    """Yield what an ended run said, in no certain order.
+def columns_of(table: Table) -> Columns:
+    """Return the columns of a table in the order of the models."""
+    return {column.name: column_type(column) for column in table.columns}
 
-    Nobody adds to that, so several connections read it side by side, each a range of cells.
+
+class Source:
+    """One read transaction on a database; all that is read through it belongs to one moment."""
+
+    def __init__(self, database: Database) -> None:
+        import adbc_driver_manager as adbc
+
+        self.database = database
+        self._adbc = adbc
+        with self._explained():
+            # The driver itself: its DB-API layer imports pandas, half a second for a short answer.
+            self._handle = adbc.AdbcDatabase(**_address(database))
+            self._connection = adbc.AdbcConnection(self._handle)
+            self._connection.set_autocommit(False)
+            begin = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+            if database.is_sqlite:
+                begin = "SELECT count(*) FROM alembic_version"  # the moment begins with a read
+            with self._stream(begin):
+                pass
+
+    def fetch(
+        self, target: duckdb.DuckDBPyConnection, name: str, condition: str = ""
+    ) -> list[dict[str, Any]]:
+        """Return rows of a small table by way of ``target``; ``condition`` as for feed_table."""
+        self.feed_table(
+            target, 'CREATE OR REPLACE TEMP TABLE "fetched" AS FROM {rows}', name, condition
+        )
+        rows = target.execute('FROM "fetched"').fetchall()
+        target.execute('DROP TABLE "fetched"')
+        return [dict(zip(TABLES[name].columns.keys(), row, strict=True)) for row in rows]
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._connection.close()
+        self._handle.close()
+
+    def feed(
+        self,
+        target: duckdb.DuckDBPyConnection,
+        statement: str,
+        columns: Columns,
+        values: Sequence[str],
+        origins: Sequence[str],
+    ) -> None:
+        """Carry out a statement of DuckDB, in which ``{rows}`` stands for rows of the database.
+
+        They are ``SELECT values FROM origin`` of all ``origins`` (SQL of ours, never of a user),
+        with the names and types of ``columns``. Of several origins each is read through a
+        connection of its own, side by side: only for rows that nobody changes any more.
+        """
+        first = f"{_types_of(columns)} UNION ALL SELECT 0, " if self.database.is_sqlite else None
+        cast = ", ".join(
+            f"CAST({quoted(name)} AS {kind}) AS {quoted(name)}" for name, kind in columns.items()
+        )
+        where = ' WHERE "first" = 0' if first else ""
+        parts = []
+        with ExitStack() as stack:
+            for number, origin in enumerate(origins):
+                source = self
+                if len(origins) > 1:
+                    source = stack.enter_context(open_source(self.database))
+                query = f"{first or 'SELECT '}{', '.join(values)} FROM {origin}"  # noqa: S608
+                stream = stack.enter_context(source._stream(query))
+                name = f"stream {number}"
+                target.register(name, stream)
+                stack.callback(target.unregister, name)
+                parts.append(f"SELECT {cast} FROM {quoted(name)}{where}")  # noqa: S608
+            target.execute(statement.replace("{rows}", f"({' UNION ALL '.join(parts)})"))
+
+    def feed_table(
+        self, target: duckdb.DuckDBPyConnection, statement: str, name: str, condition: str = ""
+    ) -> None:
+        """Carry out ``statement`` as :meth:`feed` does, with rows of a table.
+
+        ``condition`` is SQL of ours, to follow ``FROM table AS t``.
+        """
+        table = TABLES[name]
+        values = [_value(column, self.database.is_sqlite) for column in table.columns]
+        origin = f"{quoted(name)} AS t {condition}"
+        self.feed(target, statement, columns_of(table), values, [origin])
+
+    @contextmanager
+    def _stream(self, query: str) -> Iterator[Any]:
+        """Open the Arrow stream of what a query yields."""
+        with self._explained():
+            statement = self._adbc.AdbcStatement(self._connection)
+            try:
+                if self.database.is_sqlite:
+                    statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
+                statement.set_sql_query(query)
+                stream = statement.execute_query()[0]
+                try:
+                    yield stream
+                finally:
+                    stream.release()
+            finally:
+                statement.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except self._adbc.Error as error:
+            lines = str(error).strip().splitlines() or ["no reason given"]
+            raise DatabaseError(f"The database {self.database.shown} failed: {lines[0]}") from error
+
+
+@contextmanager
+def open_source(database: Database) -> Iterator[Source]:
+    """Open one read transaction on the database.
+
+    Raises:
+        DatabaseError: the database cannot be reached or refuses.
+        MissingExtraError: PostgreSQL, and its ADBC driver is not installed.
     """
-    return side_by_side(
-        [partial(_range, source, int(run_id), low, high) for low, high in _ranges(source, run_id)]
+    source = Source(database)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def _address(database: Database) -> dict[str, str]:
+    if database.is_sqlite:
+        import adbc_driver_sqlite
+
+        path = database.engine.url.database or ""
+        return {"driver": adbc_driver_sqlite._driver_path(), "uri": f"file:{quote(path)}?mode=ro"}
+    try:
+        import adbc_driver_postgresql
+    except ModuleNotFoundError as error:
+        raise MissingExtraError.of("adbc-driver-postgresql", "postgres") from error
+    url = database.engine.url.set(drivername="postgresql")
+    return {
+        "driver": adbc_driver_postgresql._driver_path(),
+        "uri": url.render_as_string(hide_password=False),
+    }
+
+
+def _types_of(columns: Columns) -> str:
+    """Return a first row that gives every column its type.
+
+    SQLite types values, not columns, and ADBC takes a column's type from its first rows.
+    """
+    values = (
+        f"{_TYPE_GIVERS.get(kind, repr(''))} AS {quoted(name)}" for name, kind in columns.items()
     )
+    return f'SELECT 1 AS "first", {", ".join(values)}'
 
 
-def _range(source: Source, run_id: int, low: int, high: int) -> Iterator[pa.RecordBatch]:
-    origin = f"{ORIGIN % run_id} AND p.cell_id BETWEEN {low} AND {high}"
-    number, *others = SCHEMA
-    with source.another() as own:
-        for batch in own.select(pa.schema(others), VALUES[1:], origin):
-            column = pa.repeat(pa.scalar(run_id, number.type), batch.num_rows)
-            yield pa.RecordBatch.from_arrays([column, *batch.columns], schema=SCHEMA)
+def _value(column: Column[Any], is_sqlite: bool) -> str:
+    name = f"t.{quoted(column.name)}"
+    if not isinstance(column.type, JSON):
+        return name
+    text = name if is_sqlite else f"CAST({name} AS text)"
+    return f"nullif({text}, 'null') AS {quoted(column.name)}"
 
 
-def _ranges(source: Source, run_id: int) -> list[tuple[int, int]]:
-    schema = pa.schema([("low", pa.int64()), ("high", pa.int64())])
-    (row,) = (
-        row
-        for batch in source.select(schema, ("low", "high"), BOUNDS % {"run": run_id})
-        for row in batch.to_pylist()
+PREDICTION_COLUMNS: Columns = {
+    "run_id": "BIGINT",
+    "image_id": "BIGINT",
+    "cell_id": "BIGINT",
+    "excluded": "BOOLEAN",
+    "rank": "INTEGER",
+    "label_id": "BIGINT",
+    "probability": "DOUBLE",
+}
+"""The columns of ``predictions_with_image``; those of table ``predictions`` are among them."""
+
+# Two questions, each of which an index answers at once.
+_BOUNDS = """
+    (SELECT
+        (SELECT min(cell_id) FROM predictions WHERE run_id = %(run)d) AS low,
+        (SELECT max(cell_id) FROM predictions WHERE run_id = %(run)d) AS high
+    ) AS bounds
+"""
+
+
+def feed_predictions(
+    source: Source, target: duckdb.DuckDBPyConnection, statement: str, runs: Sequence[int]
+) -> None:
+    """Carry out ``statement`` as :meth:`Source.feed` does, with what these runs said so far."""
+    numbers = ", ".join(str(int(run)) for run in runs)
+    _feed_predictions(source, target, statement, [f"p.run_id IN ({numbers})"])
+
+
+def feed_ended_run(
+    source: Source, target: duckdb.DuckDBPyConnection, statement: str, run: int
+) -> None:
+    """Do so with what an ended run said, in no certain order: several connections read it."""
+    source.feed(
+        target,
+        "CREATE OR REPLACE TEMP TABLE bounds AS FROM {rows}",
+        {"low": "BIGINT", "high": "BIGINT"},
+        ["low", "high"],
+        [_BOUNDS % {"run": int(run)}],
     )
-    if row["low"] is None:
-        return []
-    low, end = row["low"], row["high"] + 1
+    (row,) = target.execute("FROM bounds").fetchall()
+    low, end = (row[0], row[1] + 1) if row[0] is not None else (0, 1)
     parts = max(1, min((end - low) // CELLS_OF_READER, MOST_READERS, os.cpu_count() or 1))
     edges = [low + (end - low) * part // parts for part in range(parts + 1)]
-    return [(first, last - 1) for first, last in itertools.pairwise(edges)]
+    ranges = [
+        f"p.run_id = {int(run)} AND p.cell_id BETWEEN {first} AND {last - 1}"
+        for first, last in pairwise(edges)
+    ]
+    _feed_predictions(source, target, statement, ranges)
+
+
+def _feed_predictions(
+    source: Source, target: duckdb.DuckDBPyConnection, statement: str, conditions: Sequence[str]
+) -> None:
+    # SQLite joins in the order that is written with CROSS JOIN: from the predictions on.
+    join = "CROSS JOIN" if source.database.is_sqlite else "JOIN"
+    values = ["p.run_id", "s.image_id", "p.cell_id", "c.excluded IS NOT NULL AS excluded"]
+    values += ["p.rank", "p.label_id", "p.probability"]
+    origins = [
+        f"""predictions AS p
+        {join} cells AS c ON c.id = p.cell_id
+        {join} segmentations AS s ON s.id = c.segmentation_id
+        WHERE {condition}"""
+        for condition in conditions
+    ]
+    source.feed(target, statement, PREDICTION_COLUMNS, values, origins)

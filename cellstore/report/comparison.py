@@ -125,8 +125,9 @@ LONGEST = 60
 # The level is written out, so that DuckDB leaves out the parts of the view that are not asked for.
 ANSWERS = {
     level: f"""
-    SELECT unit_id, well_id, subset, truth, predicted, abstained IS NOT NULL AS abstained
-    FROM verdicts WHERE run_id = ? AND level = '{level}' AND vote = ? ORDER BY unit_id, subset
+    SELECT unit_id, well_id, subset, truth, winner AS predicted, abstained IS NOT NULL AS abstained
+    FROM votes WHERE run_id = ? AND level = '{level}' AND vote = ? AND truth IS NOT NULL
+    ORDER BY unit_id, subset
     """  # noqa: S608 - our own words
     for level in LEVELS
 }

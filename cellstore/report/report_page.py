@@ -23,7 +23,7 @@ from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions
-from ..query.source import quoted
+from ..query.guard import quoted
 from ..settings import check_not_of_a_store
 from .comparison import Comparison, Difference
 from .drawing import (
@@ -756,8 +756,9 @@ IMAGES = """
     ORDER BY s.id
 """
 VOTES = """
-    SELECT image_id, label, cells FROM image_label_votes
-    WHERE run_id = ? AND list_contains(?, image_id) AND cells > 0
+    SELECT unit_id AS image_id, label, cells FROM label_votes
+    WHERE run_id = ? AND level = 'image' AND vote = 'hard' AND list_contains(?, unit_id)
+        AND cells > 0
     ORDER BY cells DESC, probability DESC, label
 """
 

@@ -253,24 +253,24 @@ SIGNIFICANT = 0.05
 FEWEST_WELLS = 6
 """With fewer wells McNemar's test over wells cannot come to less than 5 %: 2 / 2**5 = 0.0625."""
 
-COLUMNS = """unit_id, well_id, plate_id, subset, truth, predicted, confidence, truth_place,
+COLUMNS = """unit_id, well_id, plate_id, subset, truth, predicted, confidence, truth_rank,
     truth_probability, tie, control IS NOT NULL AS control, abstained"""
 # Levels are written out, so that DuckDB leaves out the parts of the view that are not asked for;
 # one at a time takes a fifth less than both at once, and less memory.
 VOTES_OF = {
     level: f"""
-    SELECT level, vote, {COLUMNS} FROM verdicts
+    SELECT level, vote, {COLUMNS} FROM scored_predictions
     WHERE run_id = ? AND level = '{level}' ORDER BY vote, unit_id, subset
     """  # noqa: S608 - our own words
     for level in ("image", "well")
 }
 CELLS = f"""
-    SELECT {COLUMNS} FROM verdicts
+    SELECT {COLUMNS} FROM scored_predictions
     WHERE run_id = ? AND level = 'cell' AND list_contains(?, subset) ORDER BY unit_id
 """  # noqa: S608 - our own words
 RIVAL_ANSWERS = {
     level: f"""
-    SELECT unit_id, predicted = truth AS correct FROM verdicts
+    SELECT unit_id, predicted = truth AS correct FROM scored_predictions
     WHERE run_id = ? AND level = '{level}' AND vote = 'hard' AND list_contains(?, subset)
     ORDER BY unit_id, subset
     """  # noqa: S608 - our own words
@@ -511,7 +511,7 @@ def answers_of(votes: pa.Table, cells: pa.Table) -> ByKey:
             predicted=codes_of(rows["predicted"], labels),
             confidence=share,
             probability=probability,
-            truth_rank=numbers_of(pc.fill_null(rows["truth_place"], 0)),
+            truth_rank=numbers_of(pc.fill_null(rows["truth_rank"], 0)),
             tie=rows["tie"].to_numpy(),
             control=rows["control"].to_numpy(),
             abstained=pc.is_valid(rows["abstained"]).to_numpy(),
@@ -810,7 +810,7 @@ ALL_IMAGES = """
 UNLABELLED = """
     SELECT count(*) AS images FROM split_members AS m
     WHERE m.split_id = ? AND list_contains(?, m.subset) AND m.image_id NOT IN (
-        SELECT image_id FROM placed_predictions WHERE run_id = ? AND NOT excluded
+        SELECT image_id FROM predictions_with_image WHERE run_id = ? AND NOT excluded
     )
 """
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Select, Subquery, func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from ..analysis.overlay import captioned, contact_sheet, outline_overlay, png, shrunk_overlay
@@ -21,19 +19,7 @@ from ..db.models import Image, Plate, Well
 from ..errors import CellstoreError, UserInputError, first_line
 from ..jobs.workspace import Workspace
 from ..progress import track
-from ..stages.segment import (
-    Loaded,
-    Plan,
-    PlateDiameters,
-    SegmentOrder,
-    SegmentStep,
-    make_plan,
-    segment_orders,
-)
-
-if TYPE_CHECKING:
-    from ..analysis.segmentation import SegmentationResult
-
+from ..stages.segment import open_segment
 
 SHEET = "contact-sheet.png"
 LONGEST = 480
@@ -65,35 +51,6 @@ class PreviewResult:
     images: tuple[PreviewImage, ...]
 
 
-class _Sampled(NamedTuple):
-    id: int
-    name: str
-
-
-@dataclass
-class _Gallery:
-    """Pictures on their way into a folder."""
-
-    folder: Path
-    small: list[NDArray[np.uint8]] = field(default_factory=list)
-
-    def hang(self, name: str, plane: NDArray[np.float32], found: SegmentationResult) -> str:
-        """Write the picture of an image; return its file."""
-        text = f"{name}: {found.count} cells, diameter {found.diameter:.1f} px"
-        target = self.folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
-        write_atomically(target, png(captioned(outline_overlay(plane, found.masks), text)))
-        self.small.append(captioned(shrunk_overlay(plane, found.masks, LONGEST), text))
-        return str(target)
-
-    def sheet(self) -> str | None:
-        """Write all pictures as one; return its file."""
-        if not self.small:
-            return None
-        target = self.folder / SHEET
-        write_atomically(target, png(contact_sheet(self.small)))
-        return str(target)
-
-
 def preview(
     workspace: Workspace,
     params: SegmentParams | None = None,
@@ -114,53 +71,40 @@ def preview(
     """
     if count < 1:
         raise UserInputError("A preview needs at least one image. Give --preview 1 or more.")
-    plan = make_plan(workspace, params or SegmentParams(), selection, weights_dir, device)
+    stage, selected = open_segment(
+        workspace, params or SegmentParams(), selection, weights_dir, device
+    )
     with workspace.database.read() as session:
-        available, sample = _sample(session, plan.images, count)
-        sizes = None if plan.source is None else PlateDiameters(plan.source)
-        orders = segment_orders(session, [item.id for item in sample], plan.params, sizes)
-    gallery = _Gallery(folder)
-    images = _shown(workspace, plan, sample, orders, gallery) if sample else []
-    return PreviewResult(str(folder), gallery.sheet(), available, tuple(images))
+        available, sample = _sample(session, selected, count)
+        inputs = stage.inputs(session, [*sample])
+    images: list[PreviewImage] = []
+    small: list[NDArray[np.uint8]] = []
+    for image_id, name in track(workspace.progress, "preview", len(sample), sample.items()):
+        started = time.perf_counter()
+        try:
+            if isinstance(found := inputs[image_id], CellstoreError):
+                raise found
+            loaded = stage.read(found)
+            [result] = stage.compute([loaded])
+        except CellstoreError as error:
+            images.append(PreviewImage(name, None, None, 0.0, None, first_line(error)))
+            continue
+        seconds = time.perf_counter() - started
+        plane = loaded[0] if loaded[0].ndim == 2 else loaded[0][0]
+        text = f"{name}: {result.count} cells, diameter {result.diameter:.1f} px"
+        target = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
+        write_atomically(target, png(captioned(outline_overlay(plane, result.masks), text)))
+        small.append(captioned(shrunk_overlay(plane, result.masks, LONGEST), text))
+        images.append(PreviewImage(name, result.count, result.diameter, seconds, str(target), None))
+    sheet = folder / SHEET
+    if small:
+        write_atomically(sheet, png(contact_sheet(small)))
+    return PreviewResult(str(folder), str(sheet) if small else None, available, tuple(images))
 
 
-def _shown(
-    workspace: Workspace,
-    plan: Plan,
-    sample: Sequence[_Sampled],
-    orders: dict[int, SegmentOrder | CellstoreError],
-    gallery: _Gallery,
-) -> list[PreviewImage]:
-    step = plan.steps()
-    return [
-        _one(step, item.name, orders[item.id], gallery)
-        for item in track(workspace.progress, "preview", len(sample), sample)
-    ]
-
-
-def _one(
-    step: SegmentStep, name: str, order: SegmentOrder | CellstoreError, gallery: _Gallery
-) -> PreviewImage:
-    started = time.perf_counter()
-    try:
-        if isinstance(order, CellstoreError):
-            raise order
-        loaded = step.read(order)
-        [found] = step.compute([loaded])
-    except CellstoreError as error:
-        return PreviewImage(name, None, None, 0.0, None, first_line(error))
-    seconds = time.perf_counter() - started
-    file = gallery.hang(name, _first_plane(loaded), found)
-    return PreviewImage(name, found.count, found.diameter, seconds, file, None)
-
-
-def _first_plane(loaded: Loaded) -> NDArray[np.float32]:
-    return loaded.image if loaded.image.ndim == 2 else loaded.image[0]
-
-
-def _sample(session: Session, images: Select[int], count: int) -> tuple[int, list[_Sampled]]:
-    """How many images have their files, and ``count`` of them, spread over plates and wells."""
-    there = _with_files(images)
+def _sample(session: Session, images: Select[int], count: int) -> tuple[int, dict[int, str]]:
+    """How many images have their files, and the names of ``count`` spread over plates and wells."""
+    there = images.where(Image.content_sha256.is_not(None)).subquery()
     counts = session.execute(
         select(Well.plate_id, func.count())
         .join(Image, Image.well_id == Well.id)
@@ -168,45 +112,32 @@ def _sample(session: Session, images: Select[int], count: int) -> tuple[int, lis
         .group_by(Well.plate_id)
         .order_by(Well.plate_id)
     ).all()
-    sample: list[_Sampled] = []
-    for plate_id, wanted, available in _shares([(row[0], row[1]) for row in counts], count):
-        for place in spread(available, wanted):
-            sample.append(_at(session, there, plate_id, place))
-    return sum(row[1] for row in counts), sample
-
-
-def _with_files(images: Select[int]) -> Subquery:
-    return images.where(Image.content_sha256.is_not(None)).subquery()
-
-
-def _shares(plates: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int, int]]:
-    """``count`` divided among plates of (id, images): (id, share, images) of those with a share."""
-    chosen = [plates[place] for place in spread(len(plates), min(count, len(plates)))]
-    shares = [0] * len(chosen)
+    # Plates spread over the selection, and a number of images of each, as even as can be.
+    chosen = [counts[index] for index in spread(len(counts), min(count, len(counts)))]
+    wanted = [0] * len(chosen)
     left = min(count, sum(available for _, available in chosen))
     while left:
         for number, (_, available) in enumerate(chosen):
-            if left and shares[number] < available:
-                shares[number] += 1
+            if left and wanted[number] < available:
+                wanted[number] += 1
                 left -= 1
-    return [(plate, share, n) for (plate, n), share in zip(chosen, shares, strict=True)]
-
-
-def spread(length: int, count: int) -> list[int]:
-    """``count`` places in a row of ``length``, evenly apart, none at an end if there is room."""
-    count = min(count, length)
-    return [(2 * number + 1) * length // (2 * count) for number in range(count)]
-
-
-def _at(session: Session, there: Subquery, plate_id: int, place: int) -> _Sampled:
-    """The image at ``place`` of a plate, in the order of its wells and sites."""
-    query = (
+    names = (
         select(Image.id, Plate.barcode, Image.core_name)
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
         .join(there, there.c.id == Image.id)
-        .where(Well.plate_id == plate_id)
         .order_by(Well.row, Well.column, Image.site, Image.time_point, Image.plane, Image.id)
     )
-    row = session.execute(query.offset(place).limit(1)).one()
-    return _Sampled(row.id, f"{row.barcode}/{row.core_name}")
+    sample = {}
+    for (plate_id, available), number in zip(chosen, wanted, strict=True):
+        for index in spread(available, number):
+            one = names.where(Well.plate_id == plate_id).offset(index).limit(1)
+            image_id, barcode, core_name = session.execute(one).one()
+            sample[image_id] = f"{barcode}/{core_name}"
+    return sum(available for _, available in counts), sample
+
+
+def spread(length: int, count: int) -> list[int]:
+    """Return ``count`` indices below ``length``, evenly apart, none at an end if there is room."""
+    count = min(count, length)
+    return [(2 * number + 1) * length // (2 * count) for number in range(count)]

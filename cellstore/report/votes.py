@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-
-import pyarrow as pa
-import pyarrow.compute as pc
+from typing import TYPE_CHECKING
 
 from ..config import VoteRules
 from ..enums import Status, Subset
@@ -14,36 +12,40 @@ from ..jobs.workspace import Workspace
 from ..query.engine import open_questions
 from ..query.predict_runs import flags_on, predict_run
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 LEVELS = ("image", "well")
 VOTES = ("hard", "soft", "median")
-SIDES = (Subset.TEST.value, "outside", Subset.VALIDATION.value, Subset.TRAIN.value)
-"""Sides of a split, those that say most about new images first."""
+SUBSETS = (Subset.TEST.value, "outside", Subset.VALIDATION.value, Subset.TRAIN.value)
+"""Subsets of a split, those that say most about new images first."""
 
-# The vote is written out, so that DuckDB leaves out the other two.
+# Level and vote are written out, so that DuckDB leaves out the others.
 QUERY = """
-    SELECT p.barcode AS plate, w.name AS well, {place}, v.winner, v.votes, v.share, v.runner_up,
-        v.margin, v.n_cells AS cells, v.tie, v.abstained, v.subset, v.truth, v.correct
-    FROM {view} AS v
-    {images}
-    JOIN wells AS w ON w.id = v.well_id
-    JOIN plates AS p ON p.id = w.plate_id
-    LEFT JOIN treatments AS t ON t.id = w.treatment_id
-    WHERE v.run_id = $run AND v.vote = '{vote}' AND ($controls OR t.control IS NULL)
-    ORDER BY p.barcode, w."row", w."column", {order}
+    SELECT v.plate, v.well, {columns}, v.winner, v.votes, v.share, v.runner_up, v.margin,
+        v.n_cells AS cells, v.tie, v.abstained, v.subset, v.truth, v.correct
+    FROM votes AS v
+    {joined}
+    WHERE v.run_id = $run AND v.level = '{level}' AND v.vote = '{vote}'
+    ORDER BY v.plate, w."row", w."column", {order}
 """
 PARTS = {
     "image": {
-        "place": "i.site, v.image_id",
-        "images": "JOIN images AS i ON i.id = v.image_id",
+        "columns": "v.site, v.image_id",
+        "joined": "JOIN images AS i ON i.id = v.image_id JOIN wells AS w ON w.id = i.well_id",
         "order": "i.site, i.time_point, i.plane, v.image_id",
     },
-    "well": {"place": "v.well_id", "images": "", "order": "v.subset"},
+    "well": {
+        "columns": "v.well_id",
+        "joined": "JOIN wells AS w ON w.id = v.well_id",
+        "order": "v.subset",
+    },
 }
 
 
 @dataclass(frozen=True)
-class SideVotes:
-    """Answers of one side of the split: ``n`` without abstentions and with a known truth.
+class SubsetVotes:
+    """Answers of one subset of the split: ``n`` without abstentions and with a known truth.
 
     ``accuracy``: ``correct / n``, None where nothing can be said.
     """
@@ -56,11 +58,11 @@ class SideVotes:
 
 @dataclass(frozen=True)
 class VotesResult:
-    """The votes of a predict run: one row of ``table`` per image, or well and side of the split.
+    """The votes of a predict run: one row of ``table`` per image, or well and subset of the split.
 
     ``units``: how many images or wells there are, ``ties`` of which with a draw and ``abstained``
-    without an answer. ``subset``, ``n``, ``correct`` and ``accuracy`` are of the first of
-    ``sides``, None where no truth is known: the test side, if the run has labelled it.
+    without an answer. ``subsets``: those with a known truth, the test subset first if the run has
+    labelled it.
     """
 
     run_id: int
@@ -70,14 +72,14 @@ class VotesResult:
     units: int
     ties: int
     abstained: int
-    sides: tuple[SideVotes, ...]
+    subsets: tuple[SubsetVotes, ...]
     notes: tuple[str, ...]
     table: pa.Table = field(repr=False, compare=False)
 
     @property
     def accuracy(self) -> float | None:
-        """The share of right answers on the first of ``sides``."""
-        return self.sides[0].accuracy if self.sides else None
+        """The share of right answers on the first of ``subsets``."""
+        return self.subsets[0].accuracy if self.subsets else None
 
 
 def count_votes(
@@ -112,40 +114,30 @@ def count_votes(
         rules = replace(rules, exclude_flagged=str(flags))
     if status != Status.DONE:
         notes += (f"The run is {status.value}, so images may be missing here.",)
-    short = level == "image" and vote != "median"  # nothing of single labels is asked for
-    view = "image_answers" if short else f"{level}_votes"
-    query = QUERY.format(view=view, vote=vote, **PARTS[level])
-    with open_questions(workspace, rules=rules, runs=[run_id]) as questions:
-        table = questions.ask_ours(query, {"run": run_id, "controls": rules.controls})
-    return _result(run_id, level, vote, rules, notes, table)
-
-
-def _result(
-    run_id: int, level: str, vote: str, rules: VoteRules, notes: tuple[str, ...], table: pa.Table
-) -> VotesResult:
+    query = QUERY.format(level=level, vote=vote, **PARTS[level])
+    kept = level == "image" and vote != "median"
+    with open_questions(workspace, rules=rules, runs=[run_id], only_image_votes=kept) as questions:
+        table = questions.ask_ours(query, {"run": run_id})
+    correct_by_subset: dict[str, list[bool]] = {}
+    for subset, correct in zip(
+        table["subset"].to_pylist(), table["correct"].to_pylist(), strict=True
+    ):
+        if correct is not None:
+            correct_by_subset.setdefault(subset, []).append(correct)
+    subsets = tuple(
+        SubsetVotes(subset, len(some), sum(some), sum(some) / len(some))
+        for subset in SUBSETS
+        if (some := correct_by_subset.get(subset))
+    )
     return VotesResult(
         run_id=run_id,
         level=level,
         vote=vote,
         rules=rules,
         units=table.num_rows,
-        ties=_count(table["tie"]),
+        ties=sum(table["tie"].to_pylist()),
         abstained=table.num_rows - table["abstained"].null_count,
-        sides=_sides(table),
+        subsets=subsets,
         notes=notes,
         table=table,
     )
-
-
-def _sides(table: pa.Table) -> tuple[SideVotes, ...]:
-    found = []
-    for side in SIDES:
-        correct = table.filter(pc.equal(table["subset"], side))["correct"]
-        n, right = len(correct) - correct.null_count, _count(correct)
-        if n:
-            found.append(SideVotes(side, n, right, right / n))
-    return tuple(found)
-
-
-def _count(column: pa.ChunkedArray) -> int:
-    return int(pc.sum(column).as_py() or 0)

@@ -43,7 +43,7 @@ from ..enums import FeatureStorage, Stage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..extras import need
 from ..io.tables import disarmed
-from ..jobs.lookup import find_recipe
+from ..jobs.lookup import find_recipe, has_results
 from ..jobs.selection import is_current
 from ..jobs.workspace import Workspace
 from ..query.cells import input_of
@@ -120,7 +120,7 @@ def _measure(
 
 def _last_measure(session: Session, segmentation: str | None) -> Recipe:
     runs = (
-        select(func.max(Run.id)).where(Run.recipe_id == Recipe.id).correlate(Recipe),
+        select(func.max(Run.id)).where(Run.recipe_id == Recipe.id, has_results()).correlate(Recipe),
         select(func.max(FeatureFile.run_id))
         .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
         .where(FeatureSet.recipe_id == Recipe.id)

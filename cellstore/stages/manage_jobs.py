@@ -13,7 +13,7 @@ from ..db.models import Image, Job, Plate, Recipe, Run, Well
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_recipe, places_find_image, run_in
-from ..jobs.queue import content, now, reopen, shown_worker
+from ..jobs.queue import content, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 
 STAGES = (Stage.SEGMENT, Stage.MEASURE, Stage.QC, Stage.PREDICT)
@@ -234,7 +234,7 @@ def retry(
             Run.id.in_(select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id))
         )
         typed = tuple(session.scalars(commands.order_by(Run.id)))
-        return RetryResult(reopen(session, and_(*which)), typed)
+        return RetryResult(requeue(session, and_(*which)), typed)
 
 
 def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import Feature
+from ..artifacts import ArtifactFolder
 from ..config import PredictParams, as_parameters
 from ..db.bulk import bulk_insert
 from ..db.models import (
@@ -36,9 +38,10 @@ from ..db.statements import insert_new
 from ..enums import ArtifactKind, FeatureStorage, LabelField, Stage, Status, Subset
 from ..errors import JobsFailedError, UnknownNameError, UserInputError
 from ..extras import need
-from ..jobs.execute import Share, Tally, Work, work_through
+from ..jobs.execute import run_jobs
+from ..jobs.image_stage import ImageStage, RunCounter
 from ..jobs.lookup import find_run, find_split
-from ..jobs.queue import Outcome, Task, close_beside, open_beside, progressed
+from ..jobs.queue import JobScope, Task, count_images, requeue_failed
 from ..jobs.recipes import RecipeSpec, fingerprint, register
 from ..jobs.runs import RunHandle, attach, fail_if_any, keep_file, running
 from ..jobs.selection import first_of, images_of, segmented
@@ -47,13 +50,8 @@ from ..learn.branches import TABULAR
 from ..learn.models import OpenModel, know_plates, open_model
 from ..learn.normalising import describe_plates
 from ..query.cells import CellSource, as_text, cells_query
-from ..query.feature_files import (
-    ROWS_OF_FILE,
-    FeatureWriter,
-    WrittenFile,
-    register_files,
-    set_of_recipe,
-)
+from ..query.feature_files import ROWS_OF_FILE, WrittenFile, register_files, set_of_recipe
+from ..query.feature_output import images_per_file, write_features
 from ..query.feature_sets import check_set_name
 
 if TYPE_CHECKING:
@@ -81,8 +79,8 @@ class Embedding:
         """The columns of its files, without the cell id."""
         return pa.schema([(feature.name, pa.float32()) for feature in self.features])
 
-    def register(self, session: Session) -> tuple[int, int]:
-        """Insert recipe and feature set on their first use; return the numbers of both."""
+    def register(self, session: Session) -> int:
+        """Insert recipe and feature set on their first use; return the id of the recipe."""
         recipe = register(session, self.spec)
         row = {
             "name": self.name,
@@ -91,8 +89,7 @@ class Embedding:
             "storage": FeatureStorage.FILES,
         }
         insert_new(session, FeatureSet, [row])
-        query = select(FeatureSet.id).where(FeatureSet.recipe_id == recipe.id)
-        return recipe.id, session.scalars(query).one()
+        return recipe.id
 
 
 def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | None) -> Embedding:
@@ -400,23 +397,16 @@ def _digest_of(session: Session, images: Select[int]) -> str:
     return digest.hexdigest()
 
 
-MOST_TOGETHER = 400
-"""Images whose embeddings wait for each other, to be written in one file, at most."""
-
 MOST_ROWS = 2_000_000
-"""Predictions that wait with them, at most."""
+"""Predictions that wait for each other where embeddings are written in one file, at most."""
 
 ROWS_AT_ONCE = 100_000
 
 _COLUMNS = ("run_id", "cell_id", "rank", "label_id", "probability")
 
 
-class TakenOverError(RuntimeError):
-    """Another process embedded an image while it was embedded here, too."""
-
-
 @dataclass(frozen=True)
-class Labelled:
+class PredictOutput:
     """What is said of the N cells of an image: K labels each, the most probable first.
 
     ``cell_ids`` (N,) ascend; ``label_ids`` and ``probabilities`` are (N, K), ``vectors``
@@ -430,158 +420,83 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Labeller:
-    """A model, the label id of each of its classes, how many are kept, and whether it embeds."""
+class Predict(ImageStage[int, PredictOutput]):
+    """The stage: it runs in this process. ``label_ids``: of the classes of ``model``.
 
+    ``embedding``: what else is made; its jobs are those of the recipe ``embedding_id``.
+    """
+
+    label = "predict"
+
+    artifacts: ArtifactFolder
     model: OpenModel
     label_ids: NDArray[np.int64]
     top_k: int
-    embeds: bool
+    embedding: Embedding | None = None
+    embedding_id: int | None = None
+    images_per_file: int = 1
 
-    def read(self, order: int) -> CellBlock:
+    def fetch(self, session: Session, tasks: Sequence[Task]) -> Mapping[int, int]:
+        """Return the ids of the images: their cells are read where they are labelled."""
+        return {task.image_id: task.image_id for task in tasks}
+
+    def read(self, task_input: int) -> CellBlock:
         """Return the cells of the image with this id."""
-        return self.model.reader(order)
+        return self.model.reader(task_input)
 
-    def compute(self, loaded: Sequence[CellBlock]) -> list[Labelled]:
+    def compute(self, loaded: Sequence[CellBlock]) -> list[PredictOutput]:
         """Return what is said of the cells of each image."""
-        return [self._labelled(cells) for cells in loaded]
+        outputs = []
+        for cells in loaded:
+            if self.embedding is not None:
+                chances, vectors = self.model.predict_and_embed(cells)
+            else:
+                chances, vectors = self.model.predict(cells), None
+            order = np.argsort(-chances, axis=1, kind="stable")[:, : self.top_k]
+            best = np.clip(np.take_along_axis(chances, order, axis=1), 0.0, 1.0)
+            ids = cells.cell_ids.cpu().numpy()
+            outputs.append(PredictOutput(ids, self.label_ids[order], best, vectors))
+        return outputs
 
-    def keep(self, made: Labelled) -> Labelled:
-        """Keep no file: files of features hold many images, and are written where rows are."""
-        return made
-
-    def _labelled(self, cells: CellBlock) -> Labelled:
-        if self.embeds:
-            chances, vectors = self.model.predict_and_embed(cells)
-        else:
-            chances, vectors = self.model.predict(cells), None
-        order = np.argsort(-chances, axis=1, kind="stable")[:, : self.top_k]
-        best = np.clip(np.take_along_axis(chances, order, axis=1), 0.0, 1.0)
-        return Labelled(cells.cell_ids.cpu().numpy(), self.label_ids[order], best, vectors)
-
-
-Pairs = Sequence[tuple[Task, Labelled]]
-
-
-@dataclass(frozen=True)
-class Target:
-    """The feature set that embeddings go to: what it is, and the numbers of its two rows."""
-
-    embedding: Embedding
-    recipe_id: int
-    set_id: int
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What is written of some images; ``embedded`` are those that ``files`` hold cells of."""
-
-    pairs: Pairs
-    embedded: Sequence[Task]
-    files: Sequence[WrittenFile]
-
-
-def predict_work(
-    workspace: Workspace, labeller: Labeller, tally: Tally, target: Target | None
-) -> Work[int, Labelled]:
-    """Return what is done with each image: rows, and files of embeddings if there is a target."""
-    writer = _Writer(workspace, tally, target)
-    return Work(
-        "predict",
-        lambda: labeller,
-        _orders,
-        writer.insert,
-        pack=writer.pack,
-        together=1 if target is None else _together(workspace, labeller),
-    )
-
-
-def _orders(_session: Session, tasks: Sequence[Task]) -> dict[int, int]:
-    return {task.job_id: task.image_id for task in tasks}
-
-
-def _together(workspace: Workspace, labeller: Labeller) -> int:
-    """Images that fill a file, by what the first ones hold."""
-    source_id = labeller.model.segment.id
-    query = select(Segmentation.n_cells).where(Segmentation.recipe_id == source_id).limit(1000)
-    with workspace.database.read() as session:
-        mean = session.scalar(select(func.avg(query.subquery().c.n_cells)))
-    cells = min(ROWS_OF_FILE, MOST_ROWS // labeller.top_k)
-    return max(1, min(MOST_TOGETHER, int(cells / max(1.0, float(mean or 0)))))
-
-
-@dataclass(frozen=True)
-class _Writer:
-    workspace: Workspace
-    tally: Tally
-    target: Target | None
-
-    def pack(self, pairs: Pairs) -> Packed:
-        """Write the embeddings of images that have none yet.
-
-        Raises:
-            StorageError: the disk is full, or the folder cannot be written.
-        """
-        if self.target is None:
-            return Packed(pairs, (), ())
-        tasks = [task for task, _ in pairs]
-        with self.workspace.database.read() as session:
-            images = open_beside(session, self.target.recipe_id, tasks)
-        mine = [(task, made) for task, made in pairs if task.image_id in images]
-        files = self._files(self.target.embedding.schema, [made for _, made in mine])
-        return Packed(pairs, [task for task, _ in mine], files)
-
-    def _files(self, schema: pa.Schema, made: Sequence[Labelled]) -> Sequence[WrittenFile]:
-        vectors = [one.vectors for one in made if one.vectors is not None and len(one.cell_ids)]
-        if not vectors:
+    def write_together(
+        self, run: RunCounter, done: Sequence[tuple[Task, PredictOutput]]
+    ) -> Sequence[WrittenFile]:
+        """Write the embeddings of some images."""
+        if self.embedding is None or run.recipe_id != self.embedding_id:
             return ()
-        cell_ids = np.concatenate([one.cell_ids for one in made])
-        order = np.argsort(cell_ids)
-        values = np.concatenate(vectors)[order]
-        arrays = [pa.array(column) for column in values.T]
-        writer = FeatureWriter(self.workspace.artifacts, schema)
-        try:
-            writer.write(cell_ids[order], pa.RecordBatch.from_arrays(arrays, schema=schema))
-            writer.finish()
-        finally:
-            writer.abandon()
-        return writer.files
+        ids = [output.cell_ids for _, output in done]
+        vectors = [output.vectors.T for _, output in done if output.vectors is not None]
+        return write_features(self.artifacts, self.embedding.schema, ids, vectors)
 
-    def insert(self, session: Session, packed: Packed) -> None:
-        """Write the predictions, and say of the files whose embeddings they are.
-
-        Raises:
-            TakenOverError: a file holds cells that another process has embedded since.
-        """
-        waiting: list[tuple[Any, ...]] = []
-        for _, made in packed.pairs:
-            waiting += _rows(self.tally.run_id, made)
-            if len(waiting) >= ROWS_AT_ONCE:
-                bulk_insert(session, Prediction, _COLUMNS, waiting)
-                waiting = []
-        bulk_insert(session, Prediction, _COLUMNS, waiting)
-        if self.target is not None:
-            self._register(session, self.target, packed)
-        self.tally.add(session, sum(len(made.cell_ids) for _, made in packed.pairs))
-
-    def _register(self, session: Session, target: Target, packed: Packed) -> None:
-        run_id = self.tally.run_id
-        closed = close_beside(session, run_id, target.recipe_id, packed.embedded)
-        if len(closed) < len(packed.embedded):
-            raise TakenOverError("Another process embedded some of these images meanwhile.")
-        artifacts = self.workspace.artifacts
-        register_files(session, artifacts, target.set_id, run_id, packed.files)
-
-
-def _rows(run_id: int, made: Labelled) -> list[tuple[Any, ...]]:
-    cells, kept = made.label_ids.shape
-    columns = (
-        np.repeat(made.cell_ids, kept).tolist(),
-        np.tile(np.arange(1, kept + 1), cells).tolist(),
-        made.label_ids.ravel().tolist(),
-        made.probabilities.ravel().tolist(),
-    )
-    return [(run_id, *row) for row in zip(*columns, strict=True)]
+    def insert(
+        self,
+        session: Session,
+        run: RunCounter,
+        done: Sequence[tuple[Task, PredictOutput]],
+        files: Sequence[WrittenFile],
+    ) -> int:
+        """Write the predictions; of the embeddings, whose they are."""
+        if run.recipe_id == self.embedding_id:
+            found = set_of_recipe(session, run.recipe_id)
+            assert found is not None
+            register_files(session, self.artifacts, found.id, run.run_id, files)
+        else:
+            waiting: list[tuple[Any, ...]] = []
+            for _, output in done:
+                cells, kept = output.label_ids.shape
+                waiting += zip(
+                    repeat(run.run_id, cells * kept),
+                    np.repeat(output.cell_ids, kept).tolist(),
+                    np.tile(np.arange(1, kept + 1), cells).tolist(),
+                    output.label_ids.ravel().tolist(),
+                    output.probabilities.ravel().tolist(),
+                    strict=True,
+                )
+                if len(waiting) >= ROWS_AT_ONCE:
+                    bulk_insert(session, Prediction, _COLUMNS, waiting)
+                    waiting = []
+            bulk_insert(session, Prediction, _COLUMNS, waiting)
+        return sum(len(output.cell_ids) for _, output in done)
 
 
 @dataclass(frozen=True)
@@ -642,19 +557,14 @@ def predict(
         plan = make_plan(session, workspace, params, model)
     with workspace.database.begin() as session:
         recipe = register(session, plan.spec)
-        target = None if plan.embedding is None else _target(session, plan)
-        state = progressed(session, recipe.id, plan.images, unseen=plan.unseen)
+        embedding_id = None if plan.embedding is None else plan.embedding.register(session)
+        state = count_images(session, recipe.id, plan.images, unseen=plan.unseen)
         todo = state.todo + state.failed
         earlier = _latest(session, recipe.id)
     unfinished = earlier if earlier is not None and earlier.status is not Status.DONE else None
     if earlier is not None and unfinished is None and todo == 0:
-        return _result(plan, recipe, earlier.id, plan.ready, Outcome(), 0)
-    return _run(workspace, plan, recipe, target, unfinished, plan.ready - todo)
-
-
-def _target(session: Session, plan: Plan) -> Target:
-    assert plan.embedding is not None
-    return Target(plan.embedding, *plan.embedding.register(session))
+        return _result(plan, recipe, earlier.id, plan.ready, RunCounter(earlier.id, recipe.id))
+    return _run(workspace, plan, recipe, embedding_id, unfinished, plan.ready - todo)
 
 
 def _latest(session: Session, recipe_id: int) -> Run | None:
@@ -666,13 +576,21 @@ def _run(
     workspace: Workspace,
     plan: Plan,
     recipe: Recipe,
-    target: Target | None,
+    embedding_id: int | None,
     unfinished: Run | None,
     earlier: int,
 ) -> PredictResult:
-    outcome = Outcome()
-    cells = 0
-    labeller = Labeller(plan.model, plan.label_ids, plan.top_k, target is not None)
+    stage = Predict(workspace.artifacts, plan.model, plan.label_ids, plan.top_k)
+    recipes = [recipe.id]
+    if embedding_id is not None:
+        most = min(ROWS_OF_FILE, MOST_ROWS // plan.top_k)
+        with workspace.database.read() as session:
+            per_file = images_per_file(session, plan.model.segment.id, most)
+        stage = replace(
+            stage, embedding=plan.embedding, embedding_id=embedding_id, images_per_file=per_file
+        )
+        recipes.append(embedding_id)
+    did: RunCounter | None = None
     try:
         with running(
             workspace.database,
@@ -682,22 +600,22 @@ def _run(
             query=plan.query,
             resume=None if unfinished is None else unfinished.id,
         ) as run:
+            did = RunCounter(run.id, recipe.id)
             _keep_plates(workspace, run, plan)
-            tally = Tally(run.id, recipe.id)
-            outcome = work_through(
-                workspace.database,
-                workspace.progress,
-                predict_work(workspace, labeller, tally, target),
+            scope = JobScope(dict.fromkeys(recipes, run.id), plan.images, plan.unseen)
+            with workspace.database.begin() as session:
                 # A run is whole or not finished: what failed is tried again.
-                Share(run.id, recipe.id, plan.images, unseen=plan.unseen, again=True),
-            )
-            cells = tally.cells
-            run.result = _summary(workspace, plan, run, recipe, outcome)
+                requeue_failed(session, scope)
+            counters = run_jobs(workspace, stage, scope)
+            did = counters[recipe.id]
+            failures = [failure for one in counters.values() for failure in one.failures]
+            did.failures = list(dict.fromkeys(failures))
+            run.result = _summary(workspace, plan, run, recipe, did)
             # A run that lacks images is not finished: the next call goes on with it.
-            fail_if_any(outcome.failed, outcome.done, "labelled")
+            fail_if_any(len(did.failures), did.images, "labelled")
     except JobsFailedError:
-        return _result(plan, recipe, run.id, earlier, outcome, cells)
-    return _result(plan, recipe, run.id, earlier, outcome, cells)
+        assert did is not None
+    return _result(plan, recipe, did.run_id, earlier, did)
 
 
 def _keep_plates(workspace: Workspace, run: RunHandle, plan: Plan) -> None:
@@ -711,7 +629,7 @@ def _keep_plates(workspace: Workspace, run: RunHandle, plan: Plan) -> None:
 
 
 def _summary(
-    workspace: Workspace, plan: Plan, run: RunHandle, recipe: Recipe, outcome: Outcome
+    workspace: Workspace, plan: Plan, run: RunHandle, recipe: Recipe, did: RunCounter
 ) -> dict[str, Any]:
     """The whole run, earlier attempts included."""
     mine = and_(Job.run_id == run.id, Job.recipe_id == recipe.id, Job.status == Status.DONE)
@@ -720,13 +638,13 @@ def _summary(
         cells = session.scalar(
             select(func.count()).where(Prediction.run_id == run.id, Prediction.rank == 1)
         )
-    counts = {"images": images, "failed": outcome.failed, "cells": cells}
+    counts = {"images": images, "failed": len(did.failures), "cells": cells}
     named = {"feature_set": plan.embedding.name} if plan.embedding else {}
     return {**counts, **named, "notes": list(plan.notes)}
 
 
 def _result(
-    plan: Plan, recipe: Recipe, run_id: int, earlier: int, outcome: Outcome, cells: int
+    plan: Plan, recipe: Recipe, run_id: int, earlier: int, did: RunCounter
 ) -> PredictResult:
     return PredictResult(
         run_id=run_id,
@@ -736,9 +654,9 @@ def _result(
         selected=plan.selected,
         waiting=plan.selected - plan.ready,
         earlier=earlier,
-        done=outcome.done,
-        failures=tuple(outcome.failures),
-        cells=cells,
+        done=did.images,
+        failures=tuple(did.failures),
+        cells=did.cells,
         feature_set=plan.embedding.name if plan.embedding else None,
         notes=plan.notes,
     )

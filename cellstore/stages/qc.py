@@ -43,11 +43,12 @@ from ..db.models import (
 from ..db.quality_models import CellFlag, ImageFlag, ImageQuality
 from ..db.statements import insert_from
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
-from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
-from ..jobs.execute import Forecast, Share, Work, execute, work_through
+from ..errors import ImageError, UnknownNameError, UserInputError
+from ..jobs.execute import Forecast, forecast, run_jobs
+from ..jobs.image_stage import ImageStage, RunCounter
 from ..jobs.lookup import find_recipe
-from ..jobs.planes import FileOrder, channel_orders, open_file
-from ..jobs.queue import Outcome, Progressed, Task, progressed
+from ..jobs.planes import ChannelFile, channel_files, open_file
+from ..jobs.queue import ImageCounts, JobScope, Task, count_images
 from ..jobs.recipes import RecipeSpec, register
 from ..jobs.runs import running
 from ..jobs.selection import images_of, is_current
@@ -124,8 +125,6 @@ class QcResult:
 
 PIXELS_VERSION = 1
 
-Order = tuple[tuple[str, FileOrder], ...]
-Planes = list[tuple[str, NDArray[Any]]]
 Qualities = list[tuple[str, PlaneQuality]]
 
 
@@ -136,28 +135,46 @@ def quality_spec() -> RecipeSpec:
 
 
 @dataclass(frozen=True)
-class QualitySteps:
-    """Makes a :class:`QualityStep` in a worker."""
+class MeasureQuality(ImageStage[Sequence[ChannelFile], Qualities]):
+    """The part of the stage that goes image by image: the quality of each channel, as rows."""
 
-    def __call__(self) -> QualityStep:
-        """Return it."""
-        return QualityStep()
+    label = "look at pixels"
 
+    def fetch(self, session: Session, tasks: Sequence[Task]) -> Mapping[int, Sequence[ChannelFile]]:
+        """Return by image id the files of its channels."""
+        return channel_files(session, [task.image_id for task in tasks])
 
-class QualityStep:
-    """Opens the files of an image and measures each channel; writes no file."""
-
-    def read(self, order: Order) -> Planes:
+    def read(self, task_input: Sequence[ChannelFile]) -> list[tuple[str, NDArray[Any]]]:
         """Return the plane (H, W) of each channel."""
-        return [(channel, open_file(file)) for channel, file in order]
+        return [(file.channel, open_file(file)) for file in task_input]
 
-    def compute(self, loaded: Sequence[Planes]) -> list[Qualities]:
+    def compute(self, loaded: Sequence[Any]) -> list[Qualities]:
         """Return the quality of each channel of each image."""
         return [[(channel, _quality(channel, plane)) for channel, plane in one] for one in loaded]
 
-    def keep(self, made: Qualities) -> Qualities:
-        """Keep no file: the rows are all there is."""
-        return made
+    def insert(
+        self,
+        session: Session,
+        run: RunCounter,
+        done: Sequence[tuple[Task, Qualities]],
+        files: Any,
+    ) -> int:
+        """Write a row for each channel."""
+        rows = [
+            {
+                "image_id": task.image_id,
+                "content_sha256": task.content_sha256,
+                "channel": channel,
+                **asdict(quality),
+                "recipe_id": run.recipe_id,
+                "run_id": run.run_id,
+            }
+            for task, qualities in done
+            for channel, quality in qualities
+        ]
+        if rows:
+            session.execute(insert(ImageQuality), rows)
+        return 0
 
 
 def _quality(channel: str, plane: NDArray[Any]) -> PlaneQuality:
@@ -167,30 +184,6 @@ def _quality(channel: str, plane: NDArray[Any]) -> PlaneQuality:
         raise ImageError(
             f"Channel {channel} has no pixel that is a number. Export the field again."
         ) from error
-
-
-def quality_work(run_id: int, recipe_id: int) -> Work[Order, Qualities]:
-    """Return what is done with each image, in the name of a run."""
-
-    def fetch(session: Session, tasks: Sequence[Task]) -> Mapping[int, Order | CellstoreError]:
-        orders = channel_orders(session, [task.image_id for task in tasks])
-        return {task.job_id: orders[task.image_id] for task in tasks}
-
-    def insert_rows(session: Session, pairs: Sequence[tuple[Task, Qualities]]) -> None:
-        keys = {"recipe_id": recipe_id, "run_id": run_id}
-        rows = [
-            {**_key(task), "channel": channel, **asdict(quality), **keys}
-            for task, qualities in pairs
-            for channel, quality in qualities
-        ]
-        if rows:
-            session.execute(insert(ImageQuality), rows)
-
-    return Work("look at pixels", QualitySteps(), fetch, insert_rows)
-
-
-def _key(task: Task) -> dict[str, Any]:
-    return {"image_id": task.image_id, "content_sha256": task.content_sha256}
 
 
 MIN_CELLS = 50
@@ -577,7 +570,7 @@ class _Plan:
     plates: tuple[str, ...]
     quality: Recipe
     flagging: Recipe
-    state: Progressed
+    state: ImageCounts
 
 
 def qc(
@@ -599,7 +592,7 @@ def qc(
     Raises:
         UnknownNameError: no such recipe, plate or well.
         UserInputError: a limit is out of range, or the condition cannot be read.
-        StorageError, KeyboardInterrupt, RunCancelledError: see ``runs.work.work_through``.
+        StorageError, KeyboardInterrupt, RunCancelledError: see ``jobs.execute.run_jobs``.
     """
     params = _checked(params or QcParams())
     with workspace.database.read() as session:
@@ -612,7 +605,7 @@ def qc(
     if not plan.plates:
         return QcResult(None, False, None, None, plan.state.selected, plan.state.waiting)
     if earlier is not None:
-        result = _result(workspace, earlier, plan, Outcome())
+        result = _result(workspace, earlier, plan, RunCounter(earlier, plan.quality.id))
         return replace(result, already_done=True)
     return _run(workspace, plan, resources)
 
@@ -629,9 +622,7 @@ def _checked(params: QcParams) -> QcParams:
 
 def _forecast(workspace: Workspace, images: Select[int], resources: Resources) -> QcResult:
     spec = quality_spec()
-    found = execute(
-        workspace, spec, images, lambda tally: quality_work(0, 0), resources=resources, dry_run=True
-    )
+    found = forecast(workspace, MeasureQuality(), spec, images, resources)
     return QcResult(
         None,
         False,
@@ -662,7 +653,7 @@ def _plan(
         tuple(sorted(plates)),
         quality,
         register(session, spec),
-        progressed(session, quality.id, images),
+        count_images(session, quality.id, images),
     )
 
 
@@ -744,15 +735,17 @@ def _done(recipe_id: int | None) -> Any:
 
 
 def _run(workspace: Workspace, plan: _Plan, resources: Resources) -> QcResult:
-    outcome = Outcome()
+    did = RunCounter(0, plan.quality.id)
     with running(workspace.database, plan.flagging) as run:
         if plan.state.todo:
-            work = quality_work(run.id, plan.quality.id)
-            share = Share(run.id, plan.quality.id, plan.images)
-            outcome = work_through(workspace.database, workspace.progress, work, share, resources)
-        run.result = {"images": outcome.done, "failed": outcome.failed, "plates": plan.plates}
+            scope = JobScope({plan.quality.id: run.id}, plan.images)
+            did = run_jobs(workspace, MeasureQuality(), scope, resources)[plan.quality.id]
+        failed = len(did.failures)
+        run.result = {"images": did.images, "failed": failed, "plates": plan.plates}
         run.result["state"] = _flag(workspace, run.id, plan.plates)
-    return _result(workspace, run.id, plan, outcome)
+        if failed and not did.images and not plan.state.done:  # never the latest, then
+            run.error = f"None of the {failed} images could be looked at."
+    return _result(workspace, run.id, plan, did)
 
 
 def _flag(workspace: Workspace, run_id: int, plates: Sequence[str]) -> str:
@@ -773,7 +766,7 @@ def _flag(workspace: Workspace, run_id: int, plates: Sequence[str]) -> str:
     return state
 
 
-def _result(workspace: Workspace, run_id: int, plan: _Plan, outcome: Outcome) -> QcResult:
+def _result(workspace: Workspace, run_id: int, plan: _Plan, did: RunCounter) -> QcResult:
     with workspace.database.read() as session:
         flagging = flagging_of(session, run_id)
         found = summaries(session, flagging, plan.plates)
@@ -784,8 +777,8 @@ def _result(workspace: Workspace, run_id: int, plan: _Plan, outcome: Outcome) ->
         measure_recipe=flagging.measure_id,
         selected=plan.state.selected,
         waiting=plan.state.waiting,
-        done=outcome.done,
-        failures=tuple(outcome.failures),
+        done=did.images,
+        failures=tuple(did.failures),
         failed_before=plan.state.failed,
         plates=found,
         notes=_notes(flagging, found),

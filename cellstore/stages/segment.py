@@ -1,39 +1,54 @@
-"""Segment: find the cells of every image that this recipe has not done yet."""
+"""Segment: find the cells of every image that this recipe has not done yet.
+
+The shape of all stages that go image by image: :func:`segment` selects the images and names the
+recipe; class :class:`Segment` fetches what a worker needs of an image, computes, and inserts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Select, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, and_, select
+from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import ArtifactFolder, StoredFile
-from ..config import EVERYTHING, THIS_PROCESS, Resources, SegmentParams, Selection, as_parameters
+from ..config import (
+    EVERYTHING,
+    THIS_PROCESS,
+    ImageInput,
+    Resources,
+    SegmentParams,
+    Selection,
+    as_parameters,
+)
 from ..db.bulk import in_lists
-from ..db.models import Image, Plate, Recipe, Segmentation, Well
+from ..db.models import Artifact, Image, Plate, Recipe, Segmentation, Well
 from ..enums import ArtifactKind, Stage
-from ..errors import CellstoreError, ImageError, UserInputError
+from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..extras import need
-from ..io.image_files import encode_tiff
-from ..jobs.execute import JobsResult, Tally, Work, execute
+from ..io.image_files import encode_tiff, project
+from ..jobs.execute import JobsResult, execute, forecast
+from ..jobs.image_stage import ImageStage, RunCounter
 from ..jobs.lookup import find_recipe
 from ..jobs.planes import (
-    PlaneOrder,
+    ChannelFile,
     cell_rows,
+    channel_files,
     check_channels,
     choose_channels,
+    choose_files,
     insert_cells,
-    open_plane,
-    plane_orders,
+    open_file,
 )
-from ..jobs.queue import Task
-from ..jobs.recipes import RecipeSpec
+from ..jobs.queue import Task, requeue_done
+from ..jobs.recipes import RecipeSpec, register
 from ..jobs.runs import keep_file
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
@@ -42,127 +57,10 @@ from ..learn.segmentation_networks import find_network
 if TYPE_CHECKING:
     from ..analysis.segmentation import ModelFiles, SegmentationResult, Segmenter
 
-
-_SHOWN_PLATES = 3
-
-
-@dataclass(frozen=True)
-class SegmentOrder:
-    """One plane, or that of the cells and that of the nuclei; the diameter if it is settled."""
-
-    planes: tuple[PlaneOrder, ...]
-    diameter: float | None = None
-
-
-@dataclass
-class PlateDiameters:
-    """The median of the diameters that the recipe ``source`` used on each plate.
-
-    A plate's is settled with the first image that ``recipe_id`` did there: that more images are
-    segmented by ``source`` later on changes nothing.
-    """
-
-    source: Recipe
-    recipe_id: int | None = None
-    _known: dict[int, float | None] = field(default_factory=dict)
-
-    def of_plate(self, session: Session, plate_id: int) -> float | None:
-        """Return the diameter in pixels; ``None``: ``source`` has found no cells there."""
-        if plate_id not in self._known:
-            self._known[plate_id] = self._settled(session, plate_id) or self._median(
-                session, plate_id
-            )
-        return self._known[plate_id]
-
-    def check(self, session: Session, images: Select[int]) -> None:
-        """Refuse a selection with plates whose diameter is not known.
-
-        Raises:
-            UserInputError: with the plates, and what to do first.
-        """
-        chosen = images.subquery()
-        on_plates = select(Well.plate_id).join(Image, Image.well_id == Well.id)
-        on_plates = on_plates.join(chosen, chosen.c.id == Image.id)
-        plates = select(Plate.id, Plate.barcode).where(Plate.id.in_(on_plates))
-        rows = session.execute(plates.order_by(Plate.id)).all()
-        unknown = [row.barcode for row in rows if self.of_plate(session, row.id) is None]
-        if unknown:
-            more = ", ..." if len(unknown) > _SHOWN_PLATES else ""
-            shown = ", ".join(unknown[:_SHOWN_PLATES]) + more
-            raise UserInputError(
-                f"Recipe {self.source.id} has found no cells on {len(unknown)} of the plates "
-                f"({shown}), so their diameter is not known. Segment some images of each with that "
-                "recipe first."
-            )
-
-    def _settled(self, session: Session, plate_id: int) -> float | None:
-        if self.recipe_id is None:
-            return None
-        return session.scalar(_diameters(self.recipe_id, plate_id).order_by(Image.id).limit(1))
-
-    def _median(self, session: Session, plate_id: int) -> float | None:
-        query = _diameters(self.source.id, plate_id).where(Segmentation.n_cells > 0)
-        found = [value for value in session.scalars(query) if value is not None]
-        return float(np.median(found)) if found else None
-
-
-def _diameters(recipe_id: int, plate_id: int) -> Select[float | None]:
-    query = select(Segmentation.diameter).join(Image, is_current())
-    query = query.join(Well, Well.id == Image.well_id)
-    return query.where(Segmentation.recipe_id == recipe_id, Well.plate_id == plate_id)
-
-
-def segment_orders(
-    session: Session,
-    image_ids: Sequence[int],
-    params: SegmentParams,
-    diameters: PlateDiameters | None,
-) -> dict[int, SegmentOrder | CellstoreError]:
-    """Return by image id what a worker needs, or the error: the image lacks a channel."""
-    planes = [plane_orders(session, image_ids, plane) for plane in params.planes]
-    sizes = {} if diameters is None else _sizes(session, image_ids, diameters)
-    return {
-        image_id: _order([found[image_id] for found in planes], sizes.get(image_id))
-        for image_id in image_ids
-    }
-
-
-def _order(
-    planes: Sequence[PlaneOrder | CellstoreError], diameter: float | None
-) -> SegmentOrder | CellstoreError:
-    good = [plane for plane in planes if isinstance(plane, PlaneOrder)]
-    if len(good) == len(planes):
-        return SegmentOrder(tuple(good), diameter)
-    return next(plane for plane in planes if isinstance(plane, CellstoreError))
-
-
-def _sizes(
-    session: Session, image_ids: Sequence[int], diameters: PlateDiameters
-) -> dict[int, float | None]:
-    sizes = {}
-    for some in in_lists(image_ids):
-        plates = select(Image.id, Well.plate_id).join(Well, Well.id == Image.well_id)
-        for row in session.execute(plates.where(Image.id.in_(some))):
-            sizes[row.id] = diameters.of_plate(session, row.plate_id)
-    return sizes
-
-
-def open_planes(order: SegmentOrder) -> NDArray[np.float32]:
-    """Return the plane (H, W), or cells and nuclei (2, H, W); raises as ``open_plane`` does."""
-    planes = [open_plane(plane) for plane in order.planes]
-    if len(planes) == 1:
-        return planes[0]
-    if planes[0].shape != planes[1].shape:
-        raise ImageError(
-            f"The planes of cells and nuclei differ in size: {planes[0].shape} and "
-            f"{planes[1].shape} pixels."
-        )
-    return np.stack(planes)
-
-
 VERSION = 1
 GPU_BATCH = 8
 """Images that a GPU is given at once; halved when its memory does not hold them."""
+_SHOWN_PLATES = 3
 
 
 def segment(
@@ -178,81 +76,65 @@ def segment(
     """Segment the images of a selection that have their files; see SegmentParams.
 
     Masks and flows become files, every cell a row; a cell whose outline has no length is kept
-    and marked as excluded. Images done before by the same recipe are left alone.
+    and marked as excluded. Images done before by the same recipe are left alone, unless their
+    masks or flows are gone.
 
     Raises:
         MissingExtraError: Cellpose is not installed.
         UserInputError: no such model, run, plate, recipe or channel, parameters out of range, or
             plates whose diameter the recipe of ``diameter_from`` does not know.
     """
-    plan = make_plan(workspace, params or SegmentParams(), selection, weights_dir, device)
-
-    def work_of(tally: Tally) -> Work[SegmentOrder, Found]:
-        return segment_work(plan.params, plan.steps, tally, plan.source)
-
-    return execute(
-        workspace,
-        plan.spec,
-        plan.images,
-        work_of,
-        resources=resources,
-        dry_run=dry_run,
-        parent_id=plan.made_by,
+    stage, images = open_segment(
+        workspace, params or SegmentParams(), selection, weights_dir, device
     )
+    if dry_run:
+        return forecast(workspace, stage, stage.recipe, images, resources)
+    with workspace.database.begin() as session:
+        recipe = register(session, stage.recipe)
+    stage = replace(stage, recipe_id=recipe.id, plate_diameters={})
+    return execute(workspace, stage, [recipe], images, resources, stage.made_by)[0]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done: the recipe, the images, what loads the network in a worker.
-
-    ``source``: the recipe whose diameters are used, if any; ``made_by``: the run of this store
-    that made the network, if it is one.
-    """
-
-    params: SegmentParams
-    spec: RecipeSpec
-    images: Select[int]
-    steps: SegmentSteps
-    source: Recipe | None
-    made_by: int | None
-
-
-def make_plan(
+def open_segment(
     workspace: Workspace,
     params: SegmentParams,
     selection: Selection,
     weights_dir: Path | None,
     device: str,
-) -> Plan:
-    """Find the network, the images and the channels, before any work begins.
+) -> tuple[Segment, Select[int]]:
+    """Find the network, the recipe and the images, before any work begins.
 
     Raises:
         as :func:`segment`.
     """
     need("segment")
     network = find_network(workspace, params.model, weights_dir)
+    source = None
     with workspace.database.read() as session:
         params = replace(params, channels=choose_channels(session, params.channels))
         for plane in params.planes:
             check_channels(session, plane)
-        source = _source(session, params)
+        if params.diameter_from is not None:
+            if params.diameter is not None:
+                raise UserInputError("Give --diameter or --diameter-from, not both.")
+            source = find_recipe(session, Stage.SEGMENT, params.diameter_from)
         images = images_of(session, selection)
-        if source is not None:
-            PlateDiameters(source).check(session, images)
-    steps = SegmentSteps(network.files, params, device, workspace.artifacts)
-    spec = segment_spec(params, network.files, source)
-    return Plan(params, spec, images, steps, source, network.run_id)
+        gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
+        stage = Segment(
+            params=params,
+            files=network.files,
+            device=device,
+            artifacts=workspace.artifacts,
+            recipe=segment_recipe(params, network.files, source),
+            made_by=network.run_id,
+            diameters_of=source.id if source else None,
+            batch=GPU_BATCH if gpu else 1,
+        )
+        stage.check_diameters(session, images)
+    return stage, images
 
 
-def _source(session: Session, params: SegmentParams) -> Recipe | None:
-    if params.diameter_from is None:
-        return None
-    if params.diameter is not None:
-        raise UserInputError("Give --diameter or --diameter-from, not both.")
-    return find_recipe(session, Stage.SEGMENT, params.diameter_from)
-
-
-def segment_spec(
+def segment_recipe(
     params: SegmentParams, files: ModelFiles, source: Recipe | None = None
 ) -> RecipeSpec:
     """Return what decides the result: the network, the options, where the diameters are from."""
@@ -265,8 +147,19 @@ def segment_spec(
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is left to write of an image once its files are on disk."""
+class SegmentInput:
+    """The files of the plane, or of that of the cells and that of the nuclei.
+
+    ``diameter`` in pixels, if it is settled.
+    """
+
+    planes: Sequence[Sequence[ChannelFile]]
+    diameter: float | None = None
+
+
+@dataclass(frozen=True)
+class SegmentOutput:
+    """What is left to write of an image once its files are on disk: a row for each cell."""
 
     mask: StoredFile
     flow: StoredFile
@@ -274,100 +167,205 @@ class Found:
     cells: list[dict[str, Any]]
 
 
-class Loaded(NamedTuple):
-    """An image that was opened, and the diameter of its cells if it is settled."""
-
-    image: NDArray[np.float32]
-    diameter: float | None
-
-
 @dataclass(frozen=True)
-class SegmentSteps:
-    """Loads the network in a worker."""
+class Segment(ImageStage[SegmentInput, SegmentOutput]):
+    """The stage.
 
-    files: ModelFiles
+    ``made_by``: the run of this store that made the network, if it is one. ``diameters_of``: a
+    recipe; every image gets the median of the diameters that it used on the image's plate.
+    ``recipe_id``: where ``recipe`` is in the database, if it is.
+    """
+
+    label = "segment"
+
     params: SegmentParams
+    files: ModelFiles
     device: str
     artifacts: ArtifactFolder
+    recipe: RecipeSpec
+    made_by: int | None = None
+    diameters_of: int | None = None
+    batch: int = 1
+    recipe_id: int | None = None
+    plate_diameters: dict[int, float | None] = field(default_factory=dict)
 
-    def __call__(self) -> SegmentStep:
-        """Return what segments with it."""
+    # --- in the database: what a worker needs ----------------------------------------------------
+
+    def fetch(
+        self, session: Session, tasks: Sequence[Task]
+    ) -> Mapping[int, SegmentInput | CellstoreError]:
+        """Return by image id the files of its planes and its diameter; an image may lack one."""
+        return self.inputs(session, [task.image_id for task in tasks])
+
+    def inputs(
+        self, session: Session, image_ids: Sequence[int]
+    ) -> dict[int, SegmentInput | CellstoreError]:
+        """Return what :meth:`fetch` does, for images without a job."""
+        diameters: dict[int, float | None] = {}
+        for some in in_lists(image_ids) if self.diameters_of is not None else ():
+            plates = select(Image.id, Well.plate_id).join(Well, Well.id == Image.well_id)
+            for row in session.execute(plates.where(Image.id.in_(some))):
+                diameters[row.id] = self._diameter(session, row.plate_id)
+        found: dict[int, SegmentInput | CellstoreError] = {}
+        for image_id, files in channel_files(session, image_ids).items():
+            try:
+                planes = [choose_files(files, plane) for plane in self.params.planes]
+                found[image_id] = SegmentInput(planes, diameters.get(image_id))
+            except UnknownNameError as error:
+                found[image_id] = error
+        return found
+
+    def check_diameters(self, session: Session, images: Select[int]) -> None:
+        """Refuse a selection with plates whose diameter is asked for and not known.
+
+        Raises:
+            UserInputError: with the plates, and what to do first.
+        """
+        if self.diameters_of is None:
+            return
+        chosen = images.subquery()
+        on_plates = select(Well.plate_id).join(Image, Image.well_id == Well.id)
+        on_plates = on_plates.join(chosen, chosen.c.id == Image.id)
+        plates = select(Plate.id, Plate.barcode).where(Plate.id.in_(on_plates))
+        rows = session.execute(plates.order_by(Plate.id)).all()
+        unknown = [row.barcode for row in rows if self._diameter(session, row.id) is None]
+        if unknown:
+            more = ", ..." if len(unknown) > _SHOWN_PLATES else ""
+            shown = ", ".join(unknown[:_SHOWN_PLATES]) + more
+            raise UserInputError(
+                f"Recipe {self.diameters_of} has found no cells on {len(unknown)} of the plates "
+                f"({shown}), so their diameter is not known. Segment some images of each with that "
+                "recipe first."
+            )
+
+    def _diameter(self, session: Session, plate_id: int) -> float | None:
+        """Return the diameter of a plate in pixels; ``None``: ``diameters_of`` has no cells there.
+
+        The first image that is done settles it: that ``diameters_of`` does more images later on
+        changes nothing.
+        """
+        if plate_id not in self.plate_diameters:
+            used = (
+                select(Segmentation.diameter)
+                .join(Image, is_current())
+                .join(Well, Well.id == Image.well_id)
+                .where(Well.plate_id == plate_id)
+                .order_by(Image.id)
+            )
+            settled = session.scalar(used.where(Segmentation.recipe_id == self.recipe_id).limit(1))
+            if settled is None:
+                of_source = used.where(
+                    Segmentation.recipe_id == self.diameters_of, Segmentation.n_cells > 0
+                )
+                found = [value for value in session.scalars(of_source) if value is not None]
+                settled = float(np.median(found)) if found else None
+            self.plate_diameters[plate_id] = settled
+        return self.plate_diameters[plate_id]
+
+    # --- in a worker: from files to files ---------------------------------------------------------
+
+    @cached_property
+    def segmenter(self) -> Segmenter:
+        """The network."""
         from ..analysis.segmentation import load_segmenter
 
-        segmenter = load_segmenter(
+        return load_segmenter(
             self.files,
             flow_threshold=self.params.flow_threshold,
             cellprob_threshold=self.params.cellprob_threshold,
             diameter=self.params.diameter,
             device=self.device,
-            sizes_given=self.params.diameter_from is not None,
+            sizes_given=self.diameters_of is not None,
         )
-        return SegmentStep(segmenter, self.artifacts)
 
+    def load(self) -> None:
+        """Load the network."""
+        _ = self.segmenter
 
-@dataclass(frozen=True)
-class SegmentStep:
-    """Opens the planes of an image, finds its cells, writes masks and flows."""
+    def read(self, task_input: SegmentInput) -> tuple[NDArray[np.float32], float | None]:
+        """Return the plane (H, W), or cells and nuclei (2, H, W), and the diameter."""
+        planes = [
+            project([open_file(file) for file in files], plane.projection)
+            for files, plane in zip(task_input.planes, self.params.planes, strict=True)
+        ]
+        if len(planes) == 1:
+            return planes[0], task_input.diameter
+        if planes[0].shape != planes[1].shape:
+            raise ImageError(
+                f"The planes of cells and nuclei differ in size: {planes[0].shape} and "
+                f"{planes[1].shape} pixels."
+            )
+        return np.stack(planes), task_input.diameter
 
-    segmenter: Segmenter
-    artifacts: ArtifactFolder
+    def compute(self, loaded: Sequence[Any]) -> list[SegmentationResult]:
+        """Return masks and flows of each image."""
+        diameters = [diameter for _, diameter in loaded if diameter is not None]
+        return self.segmenter.segment_batch([image for image, _ in loaded], diameters or None)
 
-    def read(self, order: SegmentOrder) -> Loaded:
-        """Return the planes, (H, W) or (2, H, W), and the diameter."""
-        return Loaded(open_planes(order), order.diameter)
-
-    def compute(self, loaded: Sequence[Loaded]) -> list[SegmentationResult]:
-        """Return the cells of each image."""
-        images = [item.image for item in loaded]
-        sizes = [item.diameter for item in loaded if item.diameter is not None]
-        return self.segmenter.segment_batch(images, sizes or None)
-
-    def keep(self, made: SegmentationResult) -> Found:
+    def write(self, result: SegmentationResult) -> SegmentOutput:
         """Write masks and flows."""
-        return Found(
-            self.artifacts.write(ArtifactKind.MASK, encode_tiff(made.masks), ".tif"),
-            self.artifacts.write(ArtifactKind.FLOW, encode_tiff(made.flows), ".tif"),
-            made.diameter,
-            cell_rows(made.masks),
+        return SegmentOutput(
+            self.artifacts.write(ArtifactKind.MASK, encode_tiff(result.masks), ".tif"),
+            self.artifacts.write(ArtifactKind.FLOW, encode_tiff(result.flows), ".tif"),
+            result.diameter,
+            cell_rows(result.masks),
         )
 
+    # --- in the database: rows -------------------------------------------------------------------
 
-def segment_work(
-    params: SegmentParams, steps: SegmentSteps, tally: Tally, source: Recipe | None = None
-) -> Work[SegmentOrder, Found]:
-    """Return what is done with each image; ``source``: the recipe whose diameters are used."""
-    sizes = None if source is None else PlateDiameters(source, tally.recipe_id)
+    def insert(
+        self,
+        session: Session,
+        run: RunCounter,
+        done: Sequence[tuple[Task, SegmentOutput]],
+        files: Any,
+    ) -> int:
+        """Write a segmentation for each image and a row for each cell."""
+        for task, output in done:
+            mask_id = keep_file(session, output.mask)
+            flow_id = keep_file(session, output.flow)
+            known = session.scalars(
+                select(Segmentation).where(
+                    Segmentation.image_id == task.image_id,
+                    Segmentation.recipe_id == run.recipe_id,
+                    Segmentation.content_sha256 == task.content_sha256,
+                )
+            ).one_or_none()
+            if known is not None:  # its files were gone
+                if known.mask_artifact_id != mask_id:
+                    raise ImageError(
+                        f"The masks of {task.name} were lost, and the new ones differ from them, "
+                        "so they do not fit the cells in the database. Put the file back from a "
+                        "backup, or segment with other options, for example another --diameter."
+                    )
+                known.flow_artifact_id = flow_id
+                continue
+            row = Segmentation(
+                image_id=task.image_id,
+                recipe_id=run.recipe_id,
+                content_sha256=task.content_sha256,
+                run_id=run.run_id,
+                n_cells=len(output.cells),
+                diameter=output.diameter,
+                mask_artifact_id=mask_id,
+                flow_artifact_id=flow_id,
+                created_at=datetime.now(UTC),
+            )
+            insert_cells(session, row, output.cells)
+        return sum(len(output.cells) for _, output in done)
 
-    def fetch(
-        session: Session, tasks: Sequence[Task]
-    ) -> Mapping[int, SegmentOrder | CellstoreError]:
-        ids = [task.image_id for task in tasks]
-        orders = segment_orders(session, ids, params, sizes)
-        return {task.job_id: orders[task.image_id] for task in tasks}
-
-    def insert(session: Session, pairs: Sequence[tuple[Task, Found]]) -> None:
-        for task, found in pairs:
-            _insert(session, task, tally, found)
-            tally.add(session, len(found.cells))
-
-    return Work("segment", steps, fetch, insert, batch=_batch(steps.device))
-
-
-def _batch(device: str) -> int:
-    gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
-    return GPU_BATCH if gpu else 1
-
-
-def _insert(session: Session, task: Task, tally: Tally, found: Found) -> None:
-    row = Segmentation(
-        image_id=task.image_id,
-        recipe_id=tally.recipe_id,
-        content_sha256=task.content_sha256,
-        run_id=tally.run_id,
-        n_cells=len(found.cells),
-        diameter=found.diameter,
-        mask_artifact_id=keep_file(session, found.mask),
-        flow_artifact_id=keep_file(session, found.flow),
-        created_at=datetime.now(UTC),
-    )
-    insert_cells(session, row, found.cells)
+    def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
+        """Open the jobs of images again whose masks or flows are gone."""
+        mask, flow = aliased(Artifact), aliased(Artifact)
+        chosen = images.subquery()
+        query = (
+            select(Image.id, mask.path.label("mask"), flow.path.label("flow"))
+            .join(chosen, chosen.c.id == Image.id)
+            .join(Segmentation, and_(is_current(), Segmentation.recipe_id == recipe_id))
+            .join(mask, mask.id == Segmentation.mask_artifact_id)
+            .join(flow, flow.id == Segmentation.flow_artifact_id)
+        )
+        rows = session.execute(query).all()
+        gone = self.artifacts.missing([path for row in rows for path in (row.mask, row.flow)])
+        lost = [row.id for row in rows if row.mask in gone or row.flow in gone]
+        return requeue_done(session, recipe_id, lost)

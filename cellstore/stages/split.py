@@ -985,7 +985,7 @@ def _plate_of(row: SplitRow, barcodes: Sequence[str]) -> str:
     if len(barcodes) == 1:
         return barcodes[0]
     raise UserInputError(
-        f"{row.place}: well {row.well} of which plate? The store has {len(barcodes)} plates, and "
+        f"{row.where}: well {row.well} of which plate? The store has {len(barcodes)} plates, and "
         "the table no column 'plate'. Add it."
     )
 
@@ -1046,9 +1046,9 @@ def _take(matched: _Matched, row: SplitRow, found: Iterable[_Found], allow_missi
         elif not here and not allow_missing:
             matched.missing_files.add(item.image_id)
         elif matched.sides.setdefault(item.image_id, (item, row.subset))[1] is not row.subset:
-            matched.twice.append(f"{item.key[0]} {item.well} site {item.key[3]} ({row.place})")
+            matched.twice.append(f"{item.key[0]} {item.well} site {item.key[3]} ({row.where})")
     if not some:
-        matched.without_image.append(row.place)
+        matched.without_image.append(row.where)
 
 
 def _check(matched: _Matched, field: LabelField) -> None:

@@ -42,7 +42,7 @@ from ..errors import (
 )
 from ..extras import need
 from ..jobs.lookup import RUN_WORDS, find_run, find_split
-from ..jobs.queue import bury_runs, shown_worker
+from ..jobs.queue import close_dead_runs, shown_worker
 from ..jobs.recipes import RecipeSpec, fingerprint, register
 from ..jobs.runs import (
     RunHandle,
@@ -704,7 +704,7 @@ def order_of(workspace: Workspace, reference: str) -> Order:
 
     """
     with workspace.database.begin() as session:
-        bury_runs(session)
+        close_dead_runs(session)
     with workspace.database.read() as session:
         run = _find(session, reference)
         recipe = session.get_one(Recipe, run.recipe_id)
@@ -782,7 +782,7 @@ def choose_beginning(workspace: Workspace, plan: Plan, order: Order, *, force: b
     if done is not None:
         return Beginning(done)
     with workspace.database.begin() as session:
-        bury_runs(session)
+        close_dead_runs(session)
         runs = _unfinished(session, plan)
         busy = next((run for run in runs if run.status is Status.RUNNING), None)
         kept = [run for run in runs if files_of(session, run.id, ArtifactKind.TRAINING_STATE)]

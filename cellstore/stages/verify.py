@@ -35,7 +35,7 @@ from ..enums import ArtifactKind, Status
 from ..errors import ImageError, StorageError
 from ..io.image_files import decode_tiff
 from ..jobs.executors import cores
-from ..jobs.queue import bury_runs
+from ..jobs.queue import close_dead_runs
 from ..jobs.workspace import Workspace
 from ..progress import track
 from ..query.feature_files import FileFacts, stream_ids
@@ -346,7 +346,7 @@ def _oldest_running(workspace: Workspace) -> float:
         Run.status == Status.RUNNING, Run.started_at > now - timedelta(days=1)
     )
     with workspace.database.begin() as session:
-        bury_runs(session)
+        close_dead_runs(session)
         found = session.scalar(query)
     return (found or now).timestamp()
 

@@ -13,7 +13,8 @@ from screens import small_screen
 
 from cellstore.errors import QueryError
 from cellstore.jobs.workspace import Workspace, create_workspace
-from cellstore.query.engine import Limits, Questions, open_questions
+from cellstore.query.engine import Questions, open_questions
+from cellstore.query.guard import Limits
 
 ROW = "(9, 'x', 'y')"
 WRITING = [
@@ -27,7 +28,7 @@ WRITING = [
     "CREATE SECRET s (TYPE s3)",
     "CREATE TYPE mood AS ENUM ('a')",
     "ALTER TABLE plates DROP COLUMN batch",
-    "DROP VIEW image_votes",
+    "DROP VIEW votes",
     "COMMENT ON TABLE plates IS 'x'",
     "COPY plates TO 'out.csv'",
     "COPY (SELECT 1) TO '/tmp/out.parquet'",
@@ -143,7 +144,7 @@ def root(_sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def questions(root: Path) -> Iterator[Questions]:
     workspace, _ = create_workspace(root, None)
     with open_questions(workspace, Limits(seconds=20)) as questions:
-        questions.ask("SELECT * FROM image_votes")  # snapshots are there to be stolen
+        questions.ask("SELECT * FROM votes")  # snapshots are there to be stolen
         yield questions
     workspace.database.close()
 

@@ -26,7 +26,7 @@ from cellstore.enums import (
 )
 from cellstore.jobs.workspace import Workspace
 from cellstore.query.engine import open_questions
-from cellstore.query.views import ORDER
+from cellstore.query.relations import VIEWS
 
 LABELS = ("DMSO", "taxol", "zinc", "Ångström")
 SIDES = (Subset.TRAIN, Subset.VALIDATION, Subset.TEST, Subset.TEST, None)
@@ -54,9 +54,9 @@ def test_every_view_equals_plain_sql_on_the_database(
     flags = add_plate(Factory(workspace), labels, random)
     rules = random_rules(random, flags)
     with open_questions(workspace, rules=rules) as questions:
-        ours = {name: questions.ask(f"SELECT * FROM {name}") for name in ORDER}
+        ours = {name: questions.ask(f"SELECT * FROM {name}") for name in VIEWS}
     with plain_views(workspace, rules) as database:
-        for name in ORDER:
+        for name in VIEWS:
             columns = ", ".join(f'"{column}"' for column in ours[name].column_names)
             rows = database.execute(text(f"SELECT {columns} FROM {name}")).all()
             told = [tuple(row.values()) for row in ours[name].to_pylist()]

@@ -11,7 +11,6 @@ from screens import SmallScreen, small_screen
 from cellstore.enums import ImageFlagReason, Stage, Status
 from cellstore.errors import QueryError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.query.engine import tokens
 from cellstore.query.saved_queries import own_folder, parsed, shipped_questions
 from cellstore.store import Store
 
@@ -108,7 +107,6 @@ def test_a_question_names_what_its_head_describes(name: str) -> None:
     used = set(re.findall(r"\$(\w+)", question.query))
     assert used == {item.name for item in question.parameters}
     assert all(len(line) <= 100 for line in question.text.splitlines())
-    assert tokens(question.query)
 
 
 def test_mistakes_are_sentences_with_a_hint(sqlite_workspace: Workspace) -> None:

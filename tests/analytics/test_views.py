@@ -15,6 +15,8 @@ from cellstore.enums import Control, GroupLevel, Stage, Subset
 from cellstore.jobs.workspace import Workspace
 from cellstore.query.engine import open_questions
 
+VOTES = "SELECT * FROM votes WHERE level = 'image'"
+
 
 def ask(workspace: Workspace, sql: str) -> list[dict[str, Any]]:
     with open_questions(workspace) as questions:
@@ -23,7 +25,7 @@ def ask(workspace: Workspace, sql: str) -> list[dict[str, Any]]:
 
 
 def by_well(screen: SmallScreen, rows: list[dict[str, Any]], vote: str) -> dict[str, Any]:
-    """Rows of image_votes by the name of the well."""
+    """Rows of votes by the name of the well."""
     names = {image.id: name for name, image in screen.images.items()}
     return {names[row["image_id"]]: row for row in rows if row["vote"] == vote}
 
@@ -32,7 +34,7 @@ def test_hard_votes_count_cells_and_break_ties_by_probability_then_label(
     workspace: Workspace,
 ) -> None:
     screen = small_screen(workspace)
-    hard = by_well(screen, ask(workspace, "SELECT * FROM image_votes"), "hard")
+    hard = by_well(screen, ask(workspace, VOTES), "hard")
     names = ("winner", "votes", "runner_up", "runner_up_votes", "n_cells", "tie", "correct")
     assert {well: tuple(row[name] for name in names) for well, row in hard.items()} == {
         "B01": ("DMSO", 2.0, "taxol", 1.0, 3, False, True),
@@ -41,12 +43,14 @@ def test_hard_votes_count_cells_and_break_ties_by_probability_then_label(
         "B04": ("taxol", 1.0, None, 0.0, 1, False, True),
     }
     assert hard["B01"]["share"] == pytest.approx(2 / 3)
-    assert [hard[well]["truth_place"] for well in ("B01", "B02", "B03")] == [1, 1, 2]
+    query = "SELECT * FROM scored_predictions WHERE level = 'image'"
+    scored = by_well(screen, ask(workspace, query), "hard")
+    assert [scored[well]["truth_rank"] for well in ("B01", "B02", "B03")] == [1, 1, 2]
 
 
 def test_soft_votes_add_up_probabilities_of_every_rank(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    soft = by_well(screen, ask(workspace, "SELECT * FROM image_votes"), "soft")
+    soft = by_well(screen, ask(workspace, VOTES), "soft")
     found = {well: (row["winner"], row["tie"]) for well, row in soft.items()}
     assert found == {
         "B01": ("taxol", False),
@@ -61,7 +65,7 @@ def test_soft_votes_add_up_probabilities_of_every_rank(workspace: Workspace) -> 
 
 def test_median_votes_count_a_choice_that_was_not_stored_as_none(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    found = by_well(screen, ask(workspace, "SELECT * FROM image_votes"), "median")
+    found = by_well(screen, ask(workspace, VOTES), "median")
     names = ("winner", "votes", "runner_up_votes", "tie")
     assert {well: tuple(row[name] for name in names) for well, row in found.items()} == {
         "B01": ("DMSO", 0.5, 0.4, False),  # of 0.1 0.5 0.6, and of 0.3 0.4 0.9
@@ -73,16 +77,19 @@ def test_median_votes_count_a_choice_that_was_not_stored_as_none(workspace: Work
     run = make.run(Stage.PREDICT, split_id=screen.split.id, parent_id=screen.train_run.id)
     choices = [[(taxol, 0.8)], [(dmso, 0.6)], [(taxol, 0.6)]]
     make.predict(run, make.cells_of(screen.segmentations["B01"]), choices)
-    query = "SELECT label, probability FROM image_label_medians WHERE run_id = ? ORDER BY label"
+    query = """
+        SELECT label, votes FROM label_votes
+        WHERE run_id = ? AND level = 'image' AND vote = 'median' ORDER BY label
+    """
     with open_questions(workspace) as questions:
         rows = questions.ask(query, [run.id]).to_pylist()
     # of 0, 0, 0.6 and of 0, 0.6, 0.8
-    assert [(row["label"], row["probability"]) for row in rows] == [("DMSO", 0.0), ("taxol", 0.6)]
+    assert [(row["label"], row["votes"]) for row in rows] == [("DMSO", 0.0), ("taxol", 0.6)]
 
 
 def test_truth_is_the_split_or_else_the_treatment(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    rows = by_well(screen, ask(workspace, "SELECT * FROM image_votes"), "hard")
+    rows = by_well(screen, ask(workspace, VOTES), "hard")
     found = {well: (row["subset"], row["truth"]) for well, row in rows.items()}
     assert found == {
         "B01": ("test", "DMSO"),
@@ -94,7 +101,7 @@ def test_truth_is_the_split_or_else_the_treatment(workspace: Workspace) -> None:
 
 def test_an_image_abstains_with_few_cells_or_a_close_vote(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    query = "SELECT * FROM image_votes"
+    query = VOTES
     with open_questions(workspace, rules=VoteRules(min_cells=2, min_margin=0.3)) as questions:
         rows = questions.ask(query).to_pylist()
         scores = questions.ask("FROM accuracy WHERE level = 'image' AND subset = 'test'")
@@ -112,7 +119,7 @@ def test_an_image_abstains_with_few_cells_or_a_close_vote(workspace: Workspace) 
     assert found["hard"] == (1, 1, 2)
 
 
-def test_controls_are_left_out_of_the_verdicts(workspace: Workspace) -> None:
+def test_controls_are_left_out_of_the_scores(workspace: Workspace) -> None:
     make = Factory(workspace)
     plate, labels = make.plate(), {name: make.label(name) for name in ("DMSO", "taxol")}
     dmso = make.treatment("DMSO", control=Control.NEGATIVE)
@@ -124,7 +131,9 @@ def test_controls_are_left_out_of_the_verdicts(workspace: Workspace) -> None:
     for image in images:
         found = make.segmentation(image, make.run(Stage.SEGMENT), 1)
         make.predict(run, make.cells_of(found), [[(labels["taxol"], 1.0)]])
-    query = "SELECT control, correct FROM verdicts WHERE level = 'image' AND vote = 'hard'"
+    query = (
+        "SELECT control, correct FROM scored_predictions WHERE level = 'image' AND vote = 'hard'"
+    )
     assert sorted(row["correct"] for row in ask(workspace, query)) == [False, True]
     with open_questions(workspace, rules=VoteRules(controls=False)) as questions:
         rows = questions.ask(query).to_pylist()
@@ -154,7 +163,7 @@ def test_excluded_cells_have_no_vote(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     cells = screen.factory.cells(screen.segmentations["B03"], 2, excluded="perimeter is 0")
     screen.factory.predict(screen.predict_run, cells, [[(screen.labels["taxol"], 1.0)]] * 2)
-    rows = by_well(screen, ask(workspace, "SELECT * FROM image_votes"), "hard")
+    rows = by_well(screen, ask(workspace, VOTES), "hard")
     assert (rows["B03"]["winner"], rows["B03"]["n_cells"]) == ("DMSO", 2)
     assert ask(workspace, "SELECT n FROM accuracy WHERE level = 'cell' AND subset = 'test'") == [
         {"n": 7}
@@ -175,7 +184,8 @@ def test_well_votes_join_the_cells_of_all_images_of_a_side(workspace: Workspace)
     for image, votes in zip(images, ([dmso], [taxol, taxol], [dmso] * 5), strict=True):
         cells = make.cells_of(make.segmentation(image, source, len(votes)))
         make.predict(run, cells, [[(label, 0.9)] for label in votes])
-    query = "SELECT subset, winner, votes, n_cells, correct FROM well_votes WHERE vote = 'hard'"
+    columns = "subset, winner, votes, n_cells, correct"
+    query = f"SELECT {columns} FROM votes WHERE level = 'well' AND vote = 'hard'"
     rows = {row.pop("subset"): tuple(row.values()) for row in ask(workspace, query)}
     assert rows == {"test": ("taxol", 2.0, 3, True), "train": ("DMSO", 5.0, 5, False)}
     seen = ask(workspace, "SELECT DISTINCT well_in_training, split FROM lineage")
@@ -275,12 +285,14 @@ def test_votes_equal_plain_sql_on_the_database(workspace: Workspace, seed: int) 
     with workspace.database.read() as session:
         counts = [tuple(row) for row in session.execute(text(plain))]
     ours = ask(
-        workspace, "SELECT run_id, image_id, label, cells, probability FROM image_label_votes"
+        workspace,
+        "SELECT run_id, unit_id, label, cells, probability FROM label_votes "
+        "WHERE level = 'image' AND vote = 'hard'",
     )
     assert sorted(tuple(row.values()) for row in ours) == [
         (*row[:4], pytest.approx(row[4])) for row in sorted(counts)
     ]
-    for row in ask(workspace, "SELECT * FROM image_votes WHERE vote <> 'median'"):
+    for row in ask(workspace, f"{VOTES} AND vote <> 'median'"):
         mine = [c for c in counts if (c[0], c[1]) == (row["run_id"], row["image_id"])]
         weight = 3 if row["vote"] == "hard" else 4
         best = sorted(mine, key=lambda c: (-round(c[weight], 9), -round(c[4], 9), c[2].encode()))
@@ -289,17 +301,17 @@ def test_votes_equal_plain_sql_on_the_database(workspace: Workspace, seed: int) 
         assert row["tie"] == ties
 
 
-def test_short_answers_are_those_of_the_votes(workspace: Workspace) -> None:
+def test_kept_votes_are_those_that_are_counted_anew(workspace: Workspace) -> None:
     small_screen(workspace)
-    columns = ask(workspace, "SELECT * FROM image_answers LIMIT 1")[0]
-    shown = ", ".join(columns)
     rules = VoteRules(min_cells=2, min_margin=0.3)
     for rule in (VoteRules(), rules):
+        with open_questions(workspace, rules=rule, only_image_votes=True) as questions:
+            kept = questions.ask(f"{VOTES} AND vote <> 'median' ORDER BY ALL").to_pylist()
+            assert questions.ask("SELECT * FROM votes WHERE level = 'well'").num_rows == 0
         with open_questions(workspace, rules=rule) as questions:
-            short = questions.ask(f"SELECT {shown} FROM image_answers ORDER BY ALL").to_pylist()
-            votes = f"SELECT {shown} FROM image_votes WHERE vote <> 'median' ORDER BY ALL"
-            assert short == questions.ask(votes).to_pylist()
-            assert len(short) == 8
+            query = f"{VOTES} AND vote <> 'median' ORDER BY ALL"
+            assert kept == questions.ask(query).to_pylist()
+            assert len(kept) == 8
 
 
 def test_a_well_on_two_sides_is_held_against_the_same_side(workspace: Workspace) -> None:

@@ -124,7 +124,7 @@ def test_an_answer_larger_than_memory_allows_is_written_as_it_comes(cellstore, s
 
 
 def test_a_plan_is_lines_of_80_characters(cellstore, store):
-    said = cellstore("sql", "SELECT * FROM image_votes WHERE run_id = $run", "--param", "run=1",
+    said = cellstore("sql", "SELECT * FROM votes WHERE run_id = $run", "--param", "run=1",
                      "--explain", "--store", store)  # fmt: skip
     lines = said.out.splitlines()
     assert all(len(line) <= 80 for line in lines)

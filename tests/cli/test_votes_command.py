@@ -62,7 +62,7 @@ def test_ties_wells_and_rules(cellstore, screen: SmallScreen) -> None:
         ("B03", "close"),
         ("B04", "few cells"),
     ]
-    assert (ruled["abstained"], ruled["sides"]) == (
+    assert (ruled["abstained"], ruled["subsets"]) == (
         2,
         [{"subset": "test", "n": 1, "correct": 1, "accuracy": 1.0}],
     )
@@ -115,4 +115,4 @@ def test_words_that_are_none(sqlite_workspace: Workspace) -> None:
     with pytest.raises(UnknownNameError, match="plate"):
         count_votes(sqlite_workspace, level="plate")
     nobody = count_votes(sqlite_workspace, rules=VoteRules(min_cells=99))
-    assert (nobody.abstained, nobody.sides, nobody.accuracy) == (4, (), None)
+    assert (nobody.abstained, nobody.subsets, nobody.accuracy) == (4, (), None)

@@ -290,6 +290,23 @@ def test_any_bytes_are_told_from_an_index(tmp_path: Path, junk: bytes, head: byt
             read_harmony(path)
 
 
+@pytest.mark.parametrize("version", [5, 7])
+def test_the_size_of_a_pixel_is_read(tmp_path: Path, version: int) -> None:
+    sizes = "".join(
+        f'<ImageResolution{axis} Unit="m">5.979760809567617E-07</ImageResolution{axis}>'
+        for axis in "XY"
+    )
+    images, maps = [image(1), image(2)], ""
+    if version == 5:
+        images = [text.replace("<Row>", f"{sizes}<Row>") for text in images]
+    else:
+        maps = f'<Map><Entry ChannelID="1">{sizes}</Entry></Map>'
+    (field,) = fields(index(tmp_path, images, maps=maps))
+    assert field.pixel_size == 0.597976081
+    narrow = index(tmp_path, [text.replace("ResolutionY", "ResolutionZ") for text in images])
+    assert [field.pixel_size for field in fields(narrow)] == [None]
+
+
 def test_a_folder_with_an_index_is_as_good_as_the_index(tmp_path: Path) -> None:
     (tmp_path / "Images").mkdir()
     path = index(tmp_path / "Images", [image(1)])
@@ -365,6 +382,7 @@ def test_the_real_index_says_what_the_real_table_says() -> None:
         assert key == ("BR00121482", 1, 1, 1, 1, 1, "r01c01f01")
     by_number = [sorted((file.number, file.name) for file in of.files) for of in (record, row)]
     assert by_number[0] == by_number[1]
+    assert record.pixel_size == row.pixel_size == 0.597976081
     assert [number for number, _ in by_number[0]] == [1, 2, 3, 4, 5, 6]
     assert {file.number: file.channel for file in record.files}[5] == "HOECHST 33342"
     jump = {"1": "Mito", "2": "AGP", "3": "RNA", "4": "ER", "5": "DNA"}

@@ -319,6 +319,18 @@ def test_columns_of_time_points(tmp_path: Path, column: str) -> None:
     assert (refused.reason, refused.detail) == ("not a whole number", f"{column} is '48h'")
 
 
+def test_columns_without_a_field_of_their_own_are_handed_on(tmp_path: Path) -> None:
+    row = LOADDATA | {"Metadata_Source": "source_4", "Metadata_empty": "NA", "Note": "x"}
+    sizes = {f"Metadata_ImageResolution{axis}": "5.979760809567617E-07" for axis in "XY"}
+    image = only_image(table(tmp_path, row | sizes))
+    assert (image.pixel_size, image.metadata) == (0.597976081, {"Source": "source_4"})
+    assert only_image(table(tmp_path, LOADDATA)).metadata is None
+    first, second = read(table(tmp_path, row, row | {"Metadata_Site": "5"}))
+    assert isinstance(first, ImageRecord)
+    assert isinstance(second, ImageRecord)
+    assert first.metadata is second.metadata
+
+
 names = st.text(st.characters(categories=["L", "Nd", "Pc", "Zs"]), min_size=1, max_size=8).map(
     lambda text: f"x{text}x"
 )

@@ -17,11 +17,11 @@ from realdata import real_data
 
 from cellstore.enums import Projection
 from cellstore.errors import ImageError, UserInputError
+from cellstore.io.filenames import is_safe_name
 from cellstore.io.image_files import (
     ImageFolder,
     decode_tiff,
     encode_tiff,
-    is_safe_name,
     probe,
     project,
     read_plane,

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cellstore.errors import ImageError
+from cellstore.io.filenames import is_safe_name
 from cellstore.io.image_files import (
     ImageFolder,
     Stack,
     StackPage,
     has_more_pages,
-    is_safe_name,
     probe,
     read_plane,
     read_stack,

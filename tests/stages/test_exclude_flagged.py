@@ -202,7 +202,7 @@ def test_a_report_on_flagged_images_alone_says_so(sqlite_workspace: Workspace) -
 
 def test_the_views_of_questions_take_the_flags_of_one_run(workspace: Workspace) -> None:
     _, run = flagged_screen(workspace)
-    question = "SELECT count(*) AS n FROM voters"
+    question = "SELECT count(*) AS n FROM eligible_cells"
     with open_questions(workspace) as questions:
         assert questions.ask(question)["n"].to_pylist() == [10]
     with open_questions(workspace, rules=VoteRules(exclude_flagged=str(run.id))) as questions:

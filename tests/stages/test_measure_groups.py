@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, update
 from test_segment_measure import Bench, bench
 
 from cellstore.analysis.features import GROUPS, measure_channels
@@ -29,13 +29,14 @@ from cellstore.db.models import (
 from cellstore.enums import FeatureStorage, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff
+from cellstore.jobs.image_stage import RunCounter
 from cellstore.query import feature_files
 from cellstore.query.cells import CellSource, choose_recipes, read_cells
 from cellstore.query.feature_files import open_set
 from cellstore.stages import measure as measure_rows
 from cellstore.stages import measure as measure_step
 from cellstore.stages.ingest.ingest import ingest
-from cellstore.stages.measure import MeasureResult, measure
+from cellstore.stages.measure import Measure, MeasureResult, measure
 from cellstore.stages.segment import segment
 from cellstore.stages.verify import verify
 
@@ -222,25 +223,47 @@ def test_what_the_first_group_had_done_is_left_for_the_second(cells: Bench) -> N
 def test_an_image_that_another_process_measured_meanwhile_is_not_written_twice(
     cells: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between writing the file and closing the jobs, somebody else closes one of them."""
-    packs = []
+    """Between writing the file and closing the jobs, one of them becomes another process's."""
+    original = Measure.write_together
+    written = []
 
-    def pack(self: Any, pairs: Any) -> Any:
-        packed = original(self, pairs)
-        packs.append(len(pairs))
-        if len(packs) == 1:
-            measure(cells.workspace, INTENSITY, Selection(limit=1))
-        return packed
+    def write_together(self: Measure, run: RunCounter, done: Any) -> Any:
+        written.append(len(done))
+        if len(written) == 2:
+            with cells.workspace.database.begin() as session:
+                taken = (Job.recipe_id == run.recipe_id, Job.image_id == 1)
+                session.execute(
+                    update(Job).where(*taken).values(worker="another", status=Status.DONE)
+                )
+        return original(self, run, done)
 
-    original = measure_rows._Writer.pack
-    monkeypatch.setattr(measure_rows._Writer, "pack", pack)
+    monkeypatch.setattr(Measure, "write_together", write_together)
     result = measure(cells.workspace, MeasureParams(features=("basic", "intensity")))
     (intensity,) = result.others
     assert (result.done, result.cells, intensity.done, intensity.cells) == (3, 9, 2, 6)
+    assert written == [3, 3, 3, 2]
     with cells.workspace.database.read() as session:
-        assert session.scalar(select(func.sum(FeatureFile.n_rows))) == 9
+        assert session.scalar(select(func.sum(FeatureFile.n_rows))) == 6
     assert cells.count(CellFeatures) == 9
     assert verify(cells.workspace).problems == ()
+
+
+def test_a_file_of_features_that_is_gone_is_made_again(cells: Bench) -> None:
+    measure(cells.workspace, INTENSITY, Selection(limit=1))
+    whole = measure(cells.workspace, INTENSITY)
+    before = [values_of(cells, whole, image) for image in (1, 2, 3)]
+    with cells.workspace.database.read() as session:
+        files = session.execute(select(Artifact.path, FeatureFile.n_rows).join(FeatureFile)).all()
+    (lost,) = [file.path for file in files if file.n_rows == 6]
+    cells.workspace.artifacts.locate(lost).unlink()
+    expected = measure(cells.workspace, INTENSITY, dry_run=True).forecast
+    assert expected is not None
+    assert expected.images == 2
+    again = measure(cells.workspace, INTENSITY)
+    assert (again.done, again.cells) == (2, 6)
+    assert [values_of(cells, whole, image) for image in (1, 2, 3)] == before
+    assert verify(cells.workspace).ok
+    assert measure(cells.workspace, INTENSITY).run_id is None
 
 
 def test_an_image_that_cannot_be_read_fails_alone_for_every_group(cells: Bench) -> None:

@@ -44,7 +44,6 @@ from cellstore.errors import (
     UserInputError,
 )
 from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
 from cellstore.query.cells import CellSource, as_text, cells_query
 from cellstore.stages.predict import PredictResult, predict
@@ -267,10 +266,8 @@ def test_cells_that_are_not_measured_name_the_command(built: Path, opened: Opene
     other = as_parameters(SegmentParams.of("published", channels=("DNA",)))
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(Stage.SEGMENT, 1, other))
-    with running(workspace.database, recipe):
-        pass
     with pytest.raises(UserInputError, match=r"not measured yet\. Run: cellstore measure"):
-        train(workspace, TINY, device="cpu")
+        train(workspace, TINY, segmentation=str(recipe.id), device="cpu")
     with workspace.database.read() as session:
         measured = session.scalars(select(Recipe).where(Recipe.stage == Stage.MEASURE)).one()
     with pytest.raises(UserInputError, match="did not read the cells"):

@@ -40,6 +40,7 @@ from cellstore.jobs.workspace import Workspace
 from cellstore.learn import models
 from cellstore.learn.checkpoints import load_checkpoint
 from cellstore.learn.normalising import ControlStatistics, PlateScaler, WhiteLevels
+from cellstore.query import feature_output
 from cellstore.query.feature_files import FEATURE_COLUMNS, SetReader, open_set
 from cellstore.report.scoring import report
 from cellstore.stages import predict as predict_module
@@ -256,7 +257,7 @@ def test_a_killed_run_leaves_no_half_embedding(
     workspace = opened(built)
     run_id = craft(workspace)
     params = replace(EVERYTHING, embedding="seen")
-    monkeypatch.setattr(predict_module, "MOST_TOGETHER", 2)
+    monkeypatch.setattr(feature_output, "MOST_IMAGES", 2)
     with monkeypatch.context() as patch:
         if moment == "compute":
             fail_at(patch, 4, KeyboardInterrupt())
@@ -269,6 +270,7 @@ def test_a_killed_run_leaves_no_half_embedding(
         cells = session.scalar(select(func.coalesce(func.sum(FeatureFile.n_rows), 0)))
         jobs = select(func.count()).select_from(Job)
         of_set = jobs.join(FeatureSet, FeatureSet.recipe_id == Job.recipe_id)
+        of_set = of_set.where(Job.status == Status.DONE)
         embedded = session.scalar(of_set.where(FeatureSet.name == "seen"))
     assert before == cells == 4 * (embedded or 0) < 24
     result = predict(workspace, params, device="cpu")

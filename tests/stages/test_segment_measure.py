@@ -23,10 +23,12 @@ from cellstore.enums import Projection, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff, encode_tiff
 from cellstore.jobs.workspace import Workspace
+from cellstore.query.cells import choose_recipes
 from cellstore.stages.ingest.ingest import ingest, refresh
 from cellstore.stages.measure import measure
 from cellstore.stages.segment import segment
 from cellstore.stages.status import status
+from cellstore.stages.verify import verify
 
 SHAPE = (40, 50)
 
@@ -104,6 +106,58 @@ def test_the_same_recipe_does_an_image_once_and_another_goes_beside(bench: Bench
     assert segment(bench.workspace, other).done == 3
     assert bench.count(Segmentation) == 6
     assert bench.count(Job, Job.attempts != 1) == 0
+
+
+@pytest.mark.parametrize("column", [Segmentation.mask_artifact_id, Segmentation.flow_artifact_id])
+def test_masks_and_flows_that_are_gone_are_made_again(bench: Bench, column: Any) -> None:
+    segment(bench.workspace, bench.params)
+    measure(bench.workspace)
+    with bench.workspace.database.read() as session:
+        path = session.scalars(
+            select(Artifact.path)
+            .join(Segmentation, column == Artifact.id)
+            .order_by(Segmentation.id)
+        ).first()
+    assert path is not None
+    lost = bench.workspace.artifacts.locate(path)
+    data = lost.read_bytes()
+    sharing = 3 if column is Segmentation.flow_artifact_id else 1
+    lost.unlink()
+    expected = segment(bench.workspace, bench.params, dry_run=True).forecast
+    assert expected is not None
+    again = segment(bench.workspace, bench.params)
+    assert (again.done, again.failures) == (expected.images, ())
+    assert 1 <= again.done <= sharing
+    assert lost.read_bytes() == data
+    assert (bench.count(Segmentation), bench.count(Cell), bench.count(CellFeatures)) == (3, 9, 9)
+    assert segment(bench.workspace, bench.params).run_id is None
+    assert measure(bench.workspace).run_id is None
+    assert verify(bench.workspace).ok
+
+
+def test_masks_that_come_out_differently_do_not_take_the_place_of_lost_ones(bench: Bench) -> None:
+    segment(bench.workspace, bench.params)
+    for path in bench.workspace.artifacts.root.glob("mask/*/*"):
+        path.unlink()
+    bench.network.level = 170.0
+    again = segment(bench.workspace, bench.params)
+    assert again.done == 0
+    assert "the new ones differ" in again.failures[0][1]
+    assert (bench.count(Segmentation), bench.count(Cell)) == (3, 9)
+
+
+def test_a_run_that_made_nothing_is_never_the_default(bench: Bench) -> None:
+    made = segment(bench.workspace, bench.params)
+    measured = measure(bench.workspace)
+    for site in (1, 2, 3):
+        bench.file(site, 1).write_bytes(b"changed since")
+    nothing = segment(bench.workspace, replace(bench.params, diameter=20.0))
+    assert (nothing.done, len(nothing.failures)) == (0, 3)
+    assert bench.count(Run, Run.id == nothing.run_id, Run.status == Status.FAILED) == 1
+    with bench.workspace.database.read() as session:
+        segmentation, measurement = choose_recipes(session, None, None)
+        assert (segmentation.id, measurement.id) == (made.recipe_id, measured.recipe_id)
+    assert measure(bench.workspace, dry_run=True).selected == 3
 
 
 def test_where_the_network_lies_does_not_change_the_recipe(bench: Bench, tmp_path: Path) -> None:

@@ -5,17 +5,14 @@ WITH counted AS (
     FROM cells GROUP BY segmentation_id
 )
 SELECT
-    p.barcode AS plate, w.name AS well, t.pert_iname, s.recipe_id,
+    i.plate, i.well, i.treatment, s.recipe_id AS recipe,
     count(*) AS images,
     CAST(sum(coalesce(c.cells, 0)) AS BIGINT) AS cells,
     CAST(sum(coalesce(c.excluded, 0)) AS BIGINT) AS excluded,
-    avg(coalesce(c.cells, 0)) AS cells_per_image
+    avg(coalesce(c.cells, 0)) AS per_image
 FROM segmentations AS s
-JOIN images AS i ON i.id = s.image_id
-JOIN wells AS w ON w.id = i.well_id
-JOIN plates AS p ON p.id = w.plate_id
-LEFT JOIN treatments AS t ON t.id = w.treatment_id
+JOIN image_table AS i ON i.image_id = s.image_id
 LEFT JOIN counted AS c ON c.segmentation_id = s.id
-WHERE $plate IS NULL OR p.barcode = $plate
-GROUP BY p.barcode, w.id, w.name, w.row, w."column", t.pert_iname, s.recipe_id
-ORDER BY p.barcode, w.row, w."column", s.recipe_id
+WHERE $plate IS NULL OR i.plate = $plate
+GROUP BY i.plate, i.well, i.well_row, i.well_column, i.treatment, s.recipe_id
+ORDER BY i.plate, i.well_row, i.well_column, s.recipe_id

@@ -1,9 +1,9 @@
--- Which label was taken for which, the most frequent mistake first.
+-- The confusion matrix: which label was predicted for which, the most frequent mistake first.
 -- :run (predict run) = latest  Whose labels.
--- :subset (text) = test  Side of the split: train, validation, test or outside.
+-- :subset (text) = test  Subset of the split: train, validation, test or outside.
 -- :level (text) = image  Of what: cell, image or well.
--- :vote (text) = hard  hard or soft.
--- :all (yes or no) = no  With what was right, too.
+-- :vote (text) = hard  hard, soft or median.
+-- :all (yes or no) = no  Right answers, too.
 SELECT truth, predicted, n
 FROM confusion
 WHERE

@@ -1,10 +1,7 @@
--- Images that a quality-control run holds to be odd, and why: the value and what was usual.
+-- Images that a quality-control run flagged, and why: the value and what was usual.
 -- :run (qc run) = latest  Whose flags.
-SELECT
-    p.barcode AS plate, w.name AS well, i.site, f.reason, f.channel, f.value, f.low, f.high
+SELECT i.plate, i.well, i.site, f.reason, f.channel, f.value, f.low, f.high
 FROM image_flags AS f
-JOIN images AS i ON i.id = f.image_id
-JOIN wells AS w ON w.id = i.well_id
-JOIN plates AS p ON p.id = w.plate_id
+JOIN image_table AS i ON i.image_id = f.image_id
 WHERE f.run_id = $run
-ORDER BY p.barcode, w.row, w."column", i.site, f.reason, f.channel
+ORDER BY i.plate, i.well_row, i.well_column, i.site, f.reason, f.channel

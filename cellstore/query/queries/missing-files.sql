@@ -1,8 +1,6 @@
 -- Image files that a table names and that have not been found.
-SELECT p.barcode AS plate, w.name AS well, i.site, l.channel, l.name AS file, l.uri
+SELECT l.plate, l.well, l.site, l.channel, l.name AS file, l.uri
 FROM image_locations AS l
-JOIN images AS i ON i.id = l.image_id
-JOIN wells AS w ON w.id = i.well_id
-JOIN plates AS p ON p.id = w.plate_id
+JOIN image_table AS i ON i.image_id = l.image_id
 WHERE NOT l.seen
-ORDER BY p.barcode, w.row, w."column", i.site, l.position
+ORDER BY l.plate, i.well_row, i.well_column, l.site, l.position

@@ -1,9 +1,10 @@
--- Where the labels of a plate come from: run, code, split, weights, and what was segmented how.
+-- Where the labels of a plate come from: its images, the split, and the networks by the beginnings
+-- of their sha256. All columns: SELECT * FROM lineage.
 -- :plate (text)  The barcode.
 -- :run (predict run) = latest  Whose labels.
 SELECT
-    well, site, truth, n_cells, subset, well_in_training, current, train_run_id,
-    checkpoint_sha256, segment_recipe_id, weights_sha256, code_version, "user", started_at
+    well, site, truth, n_cells, subset, well_in_training, current, train_run_id AS trained,
+    left(checkpoint_sha256, 8) AS network, left(weights_sha256, 8) AS segmented
 FROM lineage
 WHERE run_id = $run AND plate = $plate
 ORDER BY image_id, segmentation_id

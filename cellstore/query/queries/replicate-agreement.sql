@@ -1,21 +1,22 @@
 -- How far the wells of a treatment get the same label from a run, whatever that is: the share of
 -- its wells whose label is the most frequent one. Only treatments with several wells.
 -- :run (predict run) = latest  Whose labels.
--- :vote (text) = hard  hard or soft.
+-- :vote (text) = hard  hard, soft or median.
 WITH labelled AS (
-    SELECT t.pert_iname, v.winner, count(*) AS wells
-    FROM well_votes AS v
-    JOIN wells AS w ON w.id = v.well_id
-    JOIN treatments AS t ON t.id = w.treatment_id
-    WHERE v.run_id = $run AND v.vote = $vote AND v.winner IS NOT NULL
-    GROUP BY t.pert_iname, v.winner
+    SELECT t.treatment, v.winner, count(*) AS wells
+    FROM votes AS v
+    JOIN well_table AS t ON t.well_id = v.well_id
+    WHERE
+        v.run_id = $run AND v.level = 'well' AND v.vote = $vote AND v.winner IS NOT NULL
+        AND t.treatment IS NOT NULL
+    GROUP BY t.treatment, v.winner
 )
 SELECT
-    pert_iname,
+    treatment,
     CAST(sum(wells) AS BIGINT) AS wells,
     arg_max(winner, (wells, winner)) AS most_frequent,
     max(wells) / sum(wells) AS agreement
 FROM labelled
-GROUP BY pert_iname
+GROUP BY treatment
 HAVING sum(wells) > 1
-ORDER BY agreement, pert_iname
+ORDER BY agreement, treatment

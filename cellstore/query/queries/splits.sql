@@ -1,4 +1,4 @@
--- Every split: its sides with their images, wells and labels.
+-- Every split: its subsets with their images, wells and labels.
 SELECT
     s.name AS split, s.protocol, s.field, s.group_level, m.subset,
     count(*) AS images,

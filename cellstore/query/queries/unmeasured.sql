@@ -1,13 +1,10 @@
 -- Images with cells that no recipe has measured with the built-in features. Cells of other
 -- tools have their measurements in feature sets instead.
 -- Mend with: cellstore measure.
-SELECT
-    p.barcode AS plate, w.name AS well, i.site, s.recipe_id, count(*) AS unmeasured
+SELECT i.plate, i.well, i.site, s.recipe_id AS recipe, count(*) AS unmeasured
 FROM cells AS c
 JOIN segmentations AS s ON s.id = c.segmentation_id
-JOIN images AS i ON i.id = s.image_id
-JOIN wells AS w ON w.id = i.well_id
-JOIN plates AS p ON p.id = w.plate_id
+JOIN image_table AS i ON i.image_id = s.image_id
 WHERE c.id NOT IN (SELECT cell_id FROM features)
-GROUP BY p.barcode, w.name, w.row, w."column", i.id, i.site, s.recipe_id
-ORDER BY p.barcode, w.row, w."column", i.site, s.recipe_id
+GROUP BY i.plate, i.well, i.well_row, i.well_column, i.image_id, i.site, s.recipe_id
+ORDER BY i.plate, i.well_row, i.well_column, i.site, s.recipe_id

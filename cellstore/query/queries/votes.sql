@@ -2,12 +2,10 @@
 -- :run (predict run) = latest  Whose labels.
 -- :vote (text) = hard  hard: each cell has one vote; soft: with its probabilities; or median.
 -- :plate (text) = nothing  Only this plate.
-SELECT
-    p.barcode AS plate, w.name AS well, i.site, v.winner, v.share, v.n_cells,
-    v.runner_up, v.tie, v.truth, v.correct
-FROM image_votes AS v
-JOIN images AS i ON i.id = v.image_id
-JOIN wells AS w ON w.id = i.well_id
-JOIN plates AS p ON p.id = w.plate_id
-WHERE v.run_id = $run AND v.vote = $vote AND ($plate IS NULL OR p.barcode = $plate)
-ORDER BY p.barcode, w.row, w."column", i.site, i.plane, i.time_point
+SELECT v.plate, v.well, v.site, v.winner, v.share, v.n_cells, v.runner_up, v.tie, v.truth, v.correct
+FROM votes AS v
+JOIN image_table AS i ON i.image_id = v.image_id
+WHERE
+    v.run_id = $run AND v.level = 'image' AND v.vote = $vote
+    AND ($plate IS NULL OR v.plate = $plate)
+ORDER BY v.plate, i.well_row, i.well_column, v.site, i.plane, i.time_point

@@ -1,11 +1,8 @@
 -- Wells that were segmented, and in which no recipe has found a cell.
-SELECT
-    p.barcode AS plate, w.name AS well, t.pert_iname, count(DISTINCT i.id) AS images
-FROM wells AS w
-JOIN plates AS p ON p.id = w.plate_id
-JOIN images AS i ON i.well_id = w.id
+SELECT t.plate, t.well, t.treatment, count(DISTINCT i.id) AS images
+FROM well_table AS t
+JOIN images AS i ON i.well_id = t.well_id
 JOIN segmentations AS s ON s.image_id = i.id
-LEFT JOIN treatments AS t ON t.id = w.treatment_id
-GROUP BY p.barcode, w.id, w.name, w.row, w."column", t.pert_iname
+GROUP BY t.plate, t.well, t.well_row, t.well_column, t.treatment
 HAVING sum(s.n_cells) = 0
-ORDER BY p.barcode, w.row, w."column"
+ORDER BY t.plate, t.well_row, t.well_column

@@ -1,6 +1,6 @@
--- How often the answer is right: one row per predict run, side of the split, level and vote.
--- level and vote as in verdicts; n counts the answers, abstained those that were withheld (not in
--- n), accuracy is correct / n. See report for intervals and baselines.
+-- How often the answer is right: one row per predict run, subset of the split, level and vote.
+-- level and vote as in scored_predictions; n counts the answers, abstained those that were withheld
+-- (not in n), accuracy is correct / n. See report for intervals and baselines.
 SELECT
     run_id,
     subset,
@@ -10,5 +10,5 @@ SELECT
     count(*) FILTER (WHERE correct) AS correct,
     avg(CAST(correct AS INTEGER)) AS accuracy,
     count(*) FILTER (WHERE abstained IS NOT NULL) AS abstained
-FROM verdicts
+FROM scored_predictions
 GROUP BY run_id, subset, level, vote

@@ -1,7 +1,7 @@
--- Which label was taken for which: one row per predict run, side, level, vote, truth and
--- predicted label, with the number n of cells, images or wells. Pairs that never occur have no row.
--- Withheld answers (abstained) do not count.
+-- The confusion matrix: one row per predict run, subset, level, vote, true label and answer, with
+-- the number n of cells, images or wells. Pairs that never occur have no row. Withheld answers
+-- (abstained) do not count.
 SELECT run_id, subset, level, vote, truth, predicted, count(*) AS n
-FROM verdicts
+FROM scored_predictions
 WHERE abstained IS NULL
 GROUP BY run_id, subset, level, vote, truth, predicted

@@ -1,9 +1,9 @@
--- Every image beside every predict run: its side of the run's split and its true label.
+-- Every image beside every predict run: its subset of the run's split and its true label.
 -- One row per run (run_id) and image (image_id). subset is train, validation, test, or outside
 -- where the split does not name the image; truth is the split's label, else the value of the
 -- treatment in the split's field, else null. well_in_training: the network was trained on an
--- image of this very well. control: what the treatment of the well is a control of, else null.
-WITH asked AS (
+-- image of this very well. control: what the well is a control of, else null.
+WITH predicting AS (
     SELECT r.id AS run_id, coalesce(r.split_id, trained.split_id) AS split_id
     FROM runs AS r
     LEFT JOIN runs AS trained ON trained.id = r.parent_id
@@ -16,11 +16,14 @@ training_wells AS (
     WHERE m.subset = 'train'
 )
 SELECT
-    asked.run_id,
+    predicting.run_id,
     i.id AS image_id,
     i.well_id,
     w.plate_id,
-    asked.split_id,
+    pl.barcode AS plate,
+    w.name AS well,
+    i.site,
+    predicting.split_id,
     coalesce(m.subset, 'outside') AS subset,
     coalesce(
         l.value,
@@ -28,11 +31,13 @@ SELECT
     ) AS truth,
     tw.well_id IS NOT NULL AS well_in_training,
     t.control
-FROM asked
+FROM predicting
 CROSS JOIN images AS i
-LEFT JOIN splits AS s ON s.id = asked.split_id
-LEFT JOIN split_members AS m ON m.split_id = asked.split_id AND m.image_id = i.id
-LEFT JOIN labels AS l ON l.id = m.label_id
-LEFT JOIN wells AS w ON w.id = i.well_id
+JOIN wells AS w ON w.id = i.well_id
+JOIN plates AS pl ON pl.id = w.plate_id
 LEFT JOIN treatments AS t ON t.id = w.treatment_id
-LEFT JOIN training_wells AS tw ON tw.split_id = asked.split_id AND tw.well_id = i.well_id
+LEFT JOIN splits AS s ON s.id = predicting.split_id
+LEFT JOIN split_members AS m ON m.split_id = predicting.split_id AND m.image_id = i.id
+LEFT JOIN labels AS l ON l.id = m.label_id
+LEFT JOIN training_wells AS tw
+    ON tw.split_id = predicting.split_id AND tw.well_id = i.well_id

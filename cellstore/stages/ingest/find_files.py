@@ -20,7 +20,7 @@ from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
 from ...io.image_files import ImageFolder, ImageInfo, probe
 from ...io.uris import exists, is_remote, join, shown, stat
-from ...jobs.queue import reopen
+from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
 from .account import Account
 
@@ -163,21 +163,19 @@ class FileFinder:
         """
         problems: list[tuple[str, str]] = []
         projection = files.get(PROJECTION_CHANNEL) or KnownFile(None, PROJECTION_CHANNEL, "")
-        uri = self._locate(projection, plate, problems, core_name)
-        wanted = [(projection, uri)]
+        uri, is_known = self._locate(projection, plate, problems, core_name)
+        wanted = [(projection, uri, is_known)]
         if uri is None and projection.sha256 is None:
-            wanted = [(file, self._locate(file, plate, problems)) for file in files.values()]
+            wanted = [(file, *self._locate(file, plate, problems)) for file in files.values()]
         seen: list[SeenFile] = []
-        for file, found in wanted:
-            if found is None:
-                continue
+        for file, uri, is_known in wanted:
             try:
-                info = _probe_changed(file, found)
+                info = None if uri is None else _probe_changed(file, uri, is_known=is_known)
             except (ImageError, StorageError, UserInputError, OSError) as error:
                 problems.append(("image cannot be read", str(error)))
                 continue
-            if info is not None:
-                seen.append(SeenFile(file, found, info))
+            if uri is not None and info is not None:
+                seen.append(SeenFile(file, uri, info))
         return seen, problems
 
     def _locate(
@@ -186,8 +184,12 @@ class FileFinder:
         plate: str,
         problems: list[tuple[str, str]],
         core_name: str | None = None,
-    ) -> str | None:
-        """Return where a file is, or the projection of ``core_name``, if we can look there."""
+    ) -> tuple[str | None, bool]:
+        """Return where a file is, or the projection of ``core_name``; None: we cannot look there.
+
+        And whether that is where the store knows it to be.
+        """
+        known = None if file.folder is None else join(file.folder, file.name)
         if self._folder is not None:
             try:
                 if core_name is None:
@@ -195,31 +197,29 @@ class FileFinder:
                 else:
                     path = self._folder.find_projection(core_name, plate)
                 if path is not None:
-                    return str(path)
+                    return str(path), str(path) == known
             except ImageError as error:
                 problems.append(("file name is not unique", str(error)))
-        if file.folder is None:
-            return None
-        uri = join(file.folder, file.name)
-        if is_remote(uri):
-            return uri if self._look is Look.EVERYWHERE else None
-        is_here = file.folder in self._here and (file.sha256 is not None or exists(uri))
-        return uri if is_here else None
+        if known is None:
+            return None, False
+        if is_remote(known):
+            return known if self._look is Look.EVERYWHERE else None, True
+        is_here = file.folder in self._here and (file.sha256 is not None or exists(known))
+        return known if is_here else None, True
 
 
-def _probe_changed(file: KnownFile, uri: str) -> ImageInfo | None:
+def _probe_changed(file: KnownFile, uri: str, *, is_known: bool) -> ImageInfo | None:
     """Return what is known of a file now, None if it has neither moved nor changed.
 
     The same size and time spare the hashing.
     """
-    is_in_place = file.folder is not None and join(file.folder, file.name) == uri
-    if is_in_place and file.sha256 is not None and not is_remote(uri):
+    if is_known and file.sha256 is not None and not is_remote(uri):
         found = stat(uri)
         if (found.size_bytes, found.mtime_ns) == (file.size_bytes, file.modified_ns):
             return None
     info = probe(uri)
     now = (info.sha256, info.mtime_ns)
-    return None if is_in_place and now == (file.sha256, file.modified_ns) else info
+    return None if is_known and now == (file.sha256, file.modified_ns) else info
 
 
 def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> None:
@@ -259,7 +259,7 @@ def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> Non
         content = content_digest([(file.channel, file.sha256) for file in known.values()])
         digests.append({"id": image, "content_sha256": content})
     session.execute(update(Image), digests)
-    reopen(session, Job.image_id.in_(list(seen)))  # what failed may work now
+    requeue(session, Job.image_id.in_(list(seen)))  # what failed may work now
 
 
 def content_digest(files: Sequence[tuple[str, str | None]]) -> str | None:

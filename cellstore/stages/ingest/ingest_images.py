@@ -24,7 +24,7 @@ from ...db.models import Image, ImageFile, Plate, Well
 from ...enums import PROJECTION_CHANNEL
 from ...errors import UserInputError
 from ...io.filenames import format_well
-from ...io.folders import read_folder
+from ...io.folders import FolderImages, read_folder
 from ...io.harmony import read_harmony
 from ...io.layouts import Layout, read_images
 from ...io.platemaps import Aliases, flaw_of, read_annotation
@@ -56,7 +56,7 @@ ImageKey = tuple[int, int, int, int]
 class ImageSource:
     """Where records of images come from, and what is said about them elsewhere.
 
-    ``files`` are read beside the source; ``notes`` are complete when all records were read.
+    ``files`` are read beside the source.
 
     Raises:
         BadTableError: a table of treatments cannot be read.
@@ -78,18 +78,43 @@ class ImageSource:
             *(self.annotation.files if self.annotation else ()),
             *([params.aliases] if params.aliases else ()),
         )
-        self.notes = list(self.annotation.notes if self.annotation else ())
+        self._notes = list(self.annotation.notes if self.annotation else ())
+        self._folder: FolderImages | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the source; complete when all records were read."""
+        return [*self._notes, *(self._folder.notes if self._folder else ())]
 
     def records(self) -> Iterator[ImageRecord | Refusal]:
-        """Yield the records with their treatments, and what cannot be used.
+        """Return the records with their treatments, and what cannot be used, one by one.
 
         Raises:
-            BadTableError: the source cannot be read to its end.
+            BadTableError: the source is unreadable, or turns out to be.
         """
-        rows = self._read()
-        if self.annotation is None and self.aliases is None:
-            yield from rows
-            return
+        params, channels = self.params, dict(self.params.channels)
+        rows: Iterator[ImageRecord | Refusal]
+        if self.layout is Layout.HARMONY:
+            rows = read_harmony(self.path, params.plate, channels=channels)
+        elif self.path.is_dir():
+            rows = self._folder = read_folder(
+                self.path,
+                self.layout.value,
+                pattern=params.pattern,
+                plate=params.plate,
+                channels=channels,
+            )
+        else:
+            table = open_table(self.path)
+            self._notes += table.notes
+            rows = read_images(table, self.layout, params.plate, channels=channels)
+        # Without a detour for the million rows of a table that says all by itself.
+        has_more = self.annotation is not None or self.aliases is not None
+        return self._with_treatments(rows) if has_more else rows
+
+    def _with_treatments(
+        self, rows: Iterator[ImageRecord | Refusal]
+    ) -> Iterator[ImageRecord | Refusal]:
         for row in rows:
             if isinstance(row, Refusal):
                 yield row
@@ -105,25 +130,6 @@ class ImageSource:
             if self.aliases is not None and treatment is not None:
                 treatment = self.aliases.apply(treatment)
             yield row._replace(treatment=treatment)
-
-    def _read(self) -> Iterator[ImageRecord | Refusal]:
-        params, channels = self.params, dict(self.params.channels)
-        if self.layout is Layout.HARMONY:
-            yield from read_harmony(self.path, params.plate, channels=channels)
-        elif self.path.is_dir():
-            folder = read_folder(
-                self.path,
-                self.layout.value,
-                pattern=params.pattern,
-                plate=params.plate,
-                channels=channels,
-            )
-            yield from folder
-            self.notes += folder.notes
-        else:
-            table = open_table(self.path)
-            self.notes += table.notes
-            yield from read_images(table, self.layout, params.plate, channels=channels)
 
 
 def ingest_images(
@@ -152,7 +158,13 @@ def ingest_images(
                 while batch := list(islice(rows, BATCH)):
                     _write_batch(session, writer, batch, account)
                     workspace.progress.advance(len(batch))
-                _note_the_rest(session, writer, source, account)
+                # What is known only when all records were read.
+                for path, refusal in source.annotation.issues if source.annotation else ():
+                    account.problem(*refusal, file=writable(path.name))
+                for spelling in suspicious_spellings(session, writer.treatments):
+                    account.suspicious(None, spelling.reason, spelling.detail)
+                account.notes += source.notes
+                account.flush(session)
             if source.params.strict:
                 account.check_strict()
     finally:
@@ -201,18 +213,6 @@ def _was_written(
         writer.forget()
         return False
     return True
-
-
-def _note_the_rest(
-    session: Session, writer: RowWriter, source: ImageSource, account: Account
-) -> None:
-    """Say what is known only when all records were read."""
-    for path, refusal in source.annotation.issues if source.annotation else ():
-        account.problem(*refusal, file=writable(path.name))
-    for spelling in suspicious_spellings(session, writer.treatments):
-        account.suspicious(None, spelling.reason, spelling.detail)
-    account.notes += source.notes
-    account.flush(session)
 
 
 class RowWriter:
@@ -414,7 +414,11 @@ class RowWriter:
         known.update(zip(new, ids, strict=True))
         made_of = dict(zip(ids, new.values(), strict=True))
         images = [
-            (image, *key, record.core_name or _core_name(record))
+            (
+                image,
+                *key,
+                record.core_name or f"r{record.row:02d}c{record.column:02d}f{record.site:02d}",
+            )
             for image, (key, record) in zip(ids, new.items(), strict=True)
         ]
         folders = self._folder_ids
@@ -513,10 +517,6 @@ class RowWriter:
             return True
         uri = self._maps.apply(ref.folder or "")
         return not is_remote(uri) and Path(join(uri, ref.name)).is_file()
-
-
-def _core_name(record: ImageRecord) -> str:
-    return f"r{record.row:02d}c{record.column:02d}f{record.site:02d}"
 
 
 def _distinct(files: tuple[FileRef, ...]) -> Iterable[FileRef]:

@@ -1,5 +1,5 @@
--- What predict runs said, beside the place of the cell: one row per predict run, cell and stored
--- choice, as in predictions, with the image of the cell and whether the cell is excluded.
+-- What predict runs said, with the image of each cell: one row per predict run, cell and stored
+-- choice, as in predictions, and whether the cell is excluded.
 SELECT
     p.run_id,
     s.image_id,

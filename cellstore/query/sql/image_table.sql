@@ -1,0 +1,31 @@
+-- Every image by the names that people use: one row per image, with the treatment of its well.
+-- n_cells is what the segmentation made last of its present bytes has found; null: none was made.
+WITH latest AS (
+    SELECT s.image_id, arg_max(s.n_cells, s.id) AS n_cells
+    FROM segmentations AS s
+    JOIN images AS i ON i.id = s.image_id
+    WHERE s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256
+    GROUP BY s.image_id
+)
+SELECT
+    p.barcode AS plate,
+    w.name AS well,
+    i.site,
+    i.plane,
+    i.time_point,
+    t.pert_iname AS treatment,
+    t.target,
+    t.control,
+    l.n_cells,
+    p.batch,
+    i.core_name,
+    w."row" AS well_row,
+    w."column" AS well_column,
+    i.id AS image_id,
+    w.id AS well_id,
+    p.id AS plate_id
+FROM images AS i
+JOIN wells AS w ON w.id = i.well_id
+JOIN plates AS p ON p.id = w.plate_id
+LEFT JOIN treatments AS t ON t.id = w.treatment_id
+LEFT JOIN latest AS l ON l.image_id = i.id

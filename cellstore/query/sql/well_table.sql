@@ -1,0 +1,24 @@
+-- Every well by the names that people use: one row per well, with its treatment and the number of
+-- its images. n_cells is the sum over its images, as in image_table.
+WITH counted AS (
+    SELECT well_id, count(*) AS n_images, CAST(sum(n_cells) AS BIGINT) AS n_cells
+    FROM image_table
+    GROUP BY well_id
+)
+SELECT
+    p.barcode AS plate,
+    w.name AS well,
+    t.pert_iname AS treatment,
+    t.target,
+    t.control,
+    coalesce(c.n_images, 0) AS n_images,
+    c.n_cells,
+    p.batch,
+    w."row" AS well_row,
+    w."column" AS well_column,
+    w.id AS well_id,
+    p.id AS plate_id
+FROM wells AS w
+JOIN plates AS p ON p.id = w.plate_id
+LEFT JOIN treatments AS t ON t.id = w.treatment_id
+LEFT JOIN counted AS c ON c.well_id = w.id
