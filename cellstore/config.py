@@ -77,6 +77,7 @@ def flag(item: Field) -> str:
 
 def type_of(item: Field) -> Any:
     """Return the type of a field without its ``None``."""
+    assert not isinstance(item.type, str), "its module imports annotations from __future__"
     if isinstance(item.type, UnionType):
         return next(kind for kind in get_args(item.type) if kind is not type(None))
     return item.type
@@ -112,7 +113,7 @@ def read_list(item: Field, texts: Iterable[str]) -> tuple[Any, ...]:
     """Return the value of an option that is a list, from what was typed.
 
     Raises:
-        UserInputError: a pair has no ``=``, or nothing on one side of it.
+        UserInputError: a pair has no ``=``, or nothing before or after it.
     """
     words = list(texts)
     if words == [item.metadata["empty"]]:

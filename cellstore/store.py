@@ -145,13 +145,13 @@ class Store:
         self.close()
 
     def ingest(self, source: str | Path, params: IngestParams | None = None) -> IngestResult:
-        """Bring a table, an index, a database or a folder in; see ``stages.ingest.ingest``."""
+        """Bring a table, an index, a database or a folder in; see ``stages.ingest.ingest.ingest``."""
         from .stages.ingest.ingest import ingest
 
         return ingest(self.workspace, Path(source), params)
 
     def refresh(self, selection: Selection = EVERYTHING) -> RefreshResult:
-        """Look again at the image files that are known; see ``stages.ingest.refresh``."""
+        """Look again at the image files that are known; see ``stages.ingest.ingest.refresh``."""
         from .stages.ingest.ingest import refresh
 
         return refresh(self.workspace, selection)
@@ -189,7 +189,7 @@ class Store:
         weights_dir: str | Path | None = None,
         device: str = "auto",
     ) -> PreviewResult:
-        """Segment a few images and draw what is found; see ``stages.segment.preview``."""
+        """Segment a few images and draw what is found; see ``report.segment_preview.preview``."""
         from .report.segment_preview import preview
 
         return preview(
@@ -279,7 +279,7 @@ class Store:
         recipe: str | None = None,
         limit: int = 100,
     ) -> JobsList:
-        """List jobs, the newest first, and count them all; see ``stages.jobs.list_jobs``."""
+        """List jobs, the newest first, and count them all; see ``stages.manage_jobs.list_jobs``."""
         from .stages.manage_jobs import list_jobs
 
         return list_jobs(self.workspace, stage=stage, status=status, recipe=recipe, limit=limit)
@@ -287,7 +287,7 @@ class Store:
     def retry(
         self, *, stage: str | None = None, run: str | None = None, image: str | None = None
     ) -> RetryResult:
-        """Give failed jobs another try; see ``stages.jobs.retry``."""
+        """Give failed jobs another try; see ``stages.manage_jobs.retry``."""
         from .stages.manage_jobs import retry
 
         return retry(self.workspace, stage=stage, run=run, image=image)
@@ -347,7 +347,7 @@ class Store:
         return import_split(self.workspace, name, paths, field, group_level, allow_missing)
 
     def list_splits(self) -> tuple[SplitLine, ...]:
-        """Return all splits with their sides, the oldest first."""
+        """Return all splits with their subsets, the oldest first."""
         from .stages.split import list_splits
 
         return list_splits(self.workspace)
@@ -359,7 +359,7 @@ class Store:
         return show_split(self.workspace, name)
 
     def check_split(self, name: str | None = None) -> CheckResult:
-        """Return every way in which a split lets the test side be seen in training."""
+        """Return every way in which a split lets test images be seen in training."""
         from .stages.split import check_split
 
         return check_split(self.workspace, name)
@@ -388,7 +388,7 @@ class Store:
         force: bool = False,
         resume: str | None = None,
     ) -> TrainResult:
-        """Train a network on the training side of a split; see ``stages.train.train``."""
+        """Train a network on the training images of a split; see ``stages.train.train``."""
         from .stages.train import train
 
         return train(
@@ -414,9 +414,9 @@ class Store:
         force: bool = False,
         predict: bool = True,
     ) -> tuple[BaselineResult, ...]:
-        """Train baselines and label the test side; see ``stages.baselines.train_baselines``.
+        """Train baselines and label the test images; see ``stages.train_baselines``.
 
-        Without a test side, or without ``predict``, nothing is labelled.
+        Without test images, or without ``predict``, nothing is labelled.
         """
         from .stages.train_baselines import train_baselines
 
@@ -509,7 +509,7 @@ class Store:
         rules: VoteRules | None = None,
         force: bool = False,
     ) -> Comparison:
-        """Say where two predict runs differ, and which is right; see ``stages.report.compare``."""
+        """Say where two predict runs differ, and which is right; see ``report.comparison.compare``."""
         from .report.comparison import compare
 
         return compare(
@@ -533,7 +533,7 @@ class Store:
     ) -> VotesResult:
         """Return the label of every image, or well, by the vote of its cells.
 
-        See ``stages.votes.count_votes``.
+        See ``report.votes.count_votes``.
         """
         from .report.votes import count_votes
 
@@ -564,7 +564,7 @@ class Store:
         return audit_run(self.workspace, run)
 
     def audit_artifact(self, name: str) -> ArtifactAudit:
-        """Return what a file is to the store, and what came of it; see ``stages.audit``."""
+        """Return what a file is to the store, and what came of it; see ``report.audit``."""
         from .report.audit import audit_artifact
 
         return audit_artifact(self.workspace, name)
@@ -600,7 +600,7 @@ class Store:
         device: str = "auto",
         weights: str | Path | None = None,
     ) -> Check:
-        """Redo a run beside the store, and compare; see ``stages.repro.check``."""
+        """Redo a run beside the store, and compare; see ``report.redo.check``."""
         from .report.redo import Done, check
 
         def carry_out(workspace: Workspace, order: Order, where: str | None) -> Done:
@@ -654,7 +654,7 @@ class Store:
         return saved_questions(self.workspace)[0]
 
     def question(self, name: str) -> SavedQuestion:
-        """Return one saved question; see ``analytics.saved.find_question``."""
+        """Return one saved question; see ``query.saved_queries.find_question``."""
         from .query.saved_queries import find_question
 
         return find_question(self.workspace, name)
@@ -662,7 +662,7 @@ class Store:
     def question_values(
         self, question: SavedQuestion, given: Mapping[str, object]
     ) -> dict[str, object]:
-        """Return what is bound to the parameters of a question; see ``analytics.binding.bound``."""
+        """Return what is bound to the parameters of a question; see ``query.saved_queries.bound``."""
         from .query.saved_queries import bound
 
         return bound(self.workspace, question, given)

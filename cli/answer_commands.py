@@ -90,18 +90,18 @@ def votes(
     output.write((_for_people(rows) if on_screen else rows).to_reader(), answer)
 
 
-def _headline(result: VotesResult, tell: Callable[[str], None]) -> None:
+def _headline(result: VotesResult, show: Callable[[str], None]) -> None:
     noun = "image" if result.level == "image" else "well"
     counts = f"{count(result.units, noun)}, {count(result.ties, 'tie')}"
     counts += f", {count(result.abstained, 'abstention')}"
-    tell(f"Run {result.run_id}, {result.vote} vote: {counts}")
-    for side in result.subsets:
-        trained = " - the network was trained on these" if side.subset == "train" else ""
-        share = f"{100 * (side.accuracy or 0):.2f} %"
-        tell(f"{side.subset}: {side.correct:,} of {side.n:,} right ({share}){trained}")
+    show(f"Run {result.run_id}, {result.vote} vote: {counts}")
+    for item in result.subsets:
+        trained = " - the network was trained on these" if item.subset == "train" else ""
+        share = f"{100 * (item.accuracy or 0):.2f} %"
+        show(f"{item.subset}: {item.correct:,} of {item.n:,} right ({share}){trained}")
     for note in result.notes:
-        tell(note)
-    tell("")
+        show(note)
+    show("")
 
 
 def _for_people(rows: pa.Table) -> pa.Table:
@@ -446,14 +446,14 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
         f"{count(found.n, found.level)} of {count(found.wells, 'well')} that both have labelled\n"
     )
 
-    def side(item: ComparedRun) -> tuple[object, ...]:
+    def cells(item: ComparedRun) -> tuple[object, ...]:
         accuracy = (percent(item.accuracy), interval(item.low, item.high))
         return (item.run_id, item.train_run_id, cut(item.split, 22), item.correct, *accuracy,
                 item.wells_seen)  # fmt: skip
 
     output.table(
         ("run", "train run", "split", "right", "accuracy", "95 % interval", "wells seen"),
-        [side(found.first), side(found.second)],
+        [cells(found.first), cells(found.second)],
     )
     typer.echo("")
     output.table(

@@ -231,7 +231,7 @@ def _known(file: KnownFile) -> None:
         [
             ("known as", file.kind),
             ("name", file.name),
-            ("place", file.place),
+            ("where", file.place),
             ("size", size),
             *(("", line) for line in file.about),
             ("runs", runs or "-"),
@@ -489,7 +489,7 @@ def _runs(runs: Any) -> str:
 
 
 def _short(digest: str | None) -> str:
-    """Return the start of a sha256, enough to tell it from others."""
+    """Return the start of a sha256, enough to know it by."""
     return digest[:SHORT] if digest else "-"
 
 

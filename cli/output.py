@@ -198,7 +198,7 @@ def table_text(
 ) -> str:
     """Return aligned columns, numbers to the right, in lines of at most ``room`` characters.
 
-    Long cells are cut; where that is not enough the last columns are left out, and named.
+    Long cells are cut; where that is not enough the last columns are dropped, and named.
     """
     numeric = [True] * len(headers)
     cells: list[list[str]] = []
@@ -279,7 +279,7 @@ class Answer:
 
 
 def check_output(output: Path, *, replace: bool) -> None:
-    """Refuse a file that would take the place of another, or lie in a folder that is not there.
+    """Refuse a file that would replace another, or lie in a folder that is not there.
 
     Raises:
         UserInputError: it is so.

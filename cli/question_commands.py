@@ -220,7 +220,7 @@ def ask(
 
     Each is a file of SQL that can be read, copied and changed. Your own ones are files
     questions/NAME.sql in the folder of the store; one that has the name of a question of
-    cellstore is asked in its place.
+    cellstore is asked instead of it.
 
     \b
     Example:
@@ -242,7 +242,7 @@ def ask(
             typer.echo(question.text.rstrip("\n"))
             return
         if question.replaces:
-            say(f"Asking your own {question.path}, in place of the one of cellstore.")
+            say(f"Asking your own {question.path}, instead of the one of cellstore.")
         values = store.question_values(question, given)
         limits = Limits(seconds=seconds, memory_mb=memory)
         _answer(store, question.query, values, limits, answer)
@@ -279,7 +279,7 @@ def _list_questions(store: Store, common: Common) -> None:
     else:
         rows = []
         for item in found:
-            own = "your own, in place of the one of this name" if item.replaces else "yours"
+            own = "your own, instead of the one of this name" if item.replaces else "yours"
             mark = "" if item.path is None else f" ({own})"
             rows.append((item.name, _first_sentence(item.words) + mark))
         output.definitions(rows)

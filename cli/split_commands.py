@@ -217,7 +217,7 @@ def _show_split(result: SplitResult) -> None:
             ("predicts", f"{result.field}, {output.count(result.classes, 'class', 'classes')}"),
             ("images", result.images),
             *((f"  {subset}", number) for subset, number in result.counts.items()),
-            ("wells on both sides", result.wells_on_both_sides),
+            ("wells in two subsets", result.wells_on_both_sides),
             ("frozen", "yes, a run relies on it" if result.frozen else "no"),
             ("fingerprint", result.fingerprint[:12]),
             *_excluded(result.left_out),
@@ -239,13 +239,13 @@ def _show_folds(name: str, results: Sequence[SplitResult]) -> None:
             ("folds", f"{len(results)}, {name}-1 to {name}-{len(results)}"),
             ("protocol", _protocol(first)),
             ("predicts", f"{first.field}, {output.count(first.classes, 'class', 'classes')}"),
-            ("images", f"{first.images:,}, each in one test side"),
+            ("images", f"{first.images:,}, each tested once"),
             *_excluded(first.left_out),
         ]
     )
     typer.echo()
     output.table(
-        ("split", "train", "validation", "test", "wells on both sides"),
+        ("split", "train", "validation", "test", "wells in two subsets"),
         [(r.name, *r.counts.values(), r.wells_on_both_sides) for r in results],
     )
     _warn(results)
@@ -254,7 +254,7 @@ def _show_folds(name: str, results: Sequence[SplitResult]) -> None:
 def _warn(results: Sequence[SplitResult]) -> None:
     if any(result.leaking for result in results):
         say(
-            "Careful: wells are on both sides. Scores under this split are those of wells that "
+            "Careful: some wells are in training and in test. Scores under this split are those of wells that "
             "were already seen. See: cellstore split check"
         )
 
@@ -329,8 +329,8 @@ def check(
 ) -> None:
     """Look for what lets the test images be seen in training.
 
-    A line for each finding. Leaks: wells, equal image files, or one compound under two names on
-    both sides. Warnings: classes that are missing in a subset, or that their plate or well
+    A line for each finding. Leaks: wells, equal image files, or one compound under two names
+    in training and in test. Warnings: classes that are missing in a subset, or that their plate or well
     position alone gives away. Ends with 1 if there is a leak.
 
     \b
@@ -365,8 +365,8 @@ def _show_check(result: CheckResult) -> None:
     ]
     if result.wells:
         wells = f"{result.wells_on_both_sides:,} of {result.wells:,}"
-        rows.append(("wells on both sides", wells))
-    rows.append(("classes on both sides", classes))
+        rows.append(("wells in two subsets", wells))
+    rows.append(("classes in two subsets", classes))
     if result.unseen:
         rows.append(("bytes not compared", f"{output.count(result.unseen, 'image')} without files"))
     if result.refused:

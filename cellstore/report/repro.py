@@ -236,7 +236,7 @@ def _orders_predict(session: Session, run: Run, recipe: Recipe) -> Order | None:
     if params.split is not None:
         query = select(Split.name).where(Split.fingerprint == params.split).order_by(Split.id)
         name = session.scalar(query.limit(1))
-        doubts = () if name else ("the split whose side it labelled is deleted",)
+        doubts = () if name else ("the split whose subset it labelled is deleted",)
         params = replace(params, split=name or params.split)
     return Order(params, {"run": str(run.parent_id)}, doubts)
 

@@ -22,7 +22,6 @@ from ..artifacts import ArtifactFolder, StoredFile
 from ..config import (
     EVERYTHING,
     THIS_PROCESS,
-    ImageInput,
     Resources,
     SegmentParams,
     Selection,

@@ -27,7 +27,7 @@ def test_the_list_has_words_and_own_questions(cellstore, store):
     assert "(yours)" in out
     assert "your own, in" in out
     said = cellstore("ask", "plates", "--store", store)
-    assert "in place of the one of cellstore" in said.err
+    assert "instead of the one of cellstore" in said.err
     names = {item["name"] for item in cellstore("ask", "--json", "--store", store).json}
     assert {"mine", "accuracy", "stale"} <= names
 

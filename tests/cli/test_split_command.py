@@ -15,7 +15,7 @@ def test_what_is_left_out_is_said(cellstore, store, tmp_path):
     made = cellstore("split", "create", "by-well", *sizes, "--store", store)
     assert "missing files" in made.out
     assert "without a label" in made.out
-    assert "wells on both sides  0" in made.out
+    assert "wells in two subsets  0" in made.out
     assert "no validation subset" in made.err
     again = cellstore("split", "create", "by-well", *sizes, "--store", store)
     assert "nothing has changed" in again.err
@@ -57,7 +57,7 @@ def test_folds_are_listed_and_deleted_together(cellstore, store):
         "split", "create", "x", "--folds", "2", "--test-size", "0.2", "--store", store, code=2
     )
     assert "2, cv-1 to cv-2" in made.out
-    assert "12, each in one test side" in made.out
+    assert "12, each tested once" in made.out
     listed = cellstore("split", "list", "--store", store)
     assert [line.split()[0] for line in listed.out.splitlines()[2:]] == ["cv-1", "cv-2"]
     assert max(map(len, listed.out.splitlines())) <= 80
@@ -90,7 +90,7 @@ def test_a_table_of_others_is_imported_and_checked(cellstore, store, tmp_path):
     made = cellstore(*words)
     assert "protocol               imported, by image" in made.out
     assert "rows without an image  1, first theirs.csv, line 5" in made.out
-    assert "Careful: wells are on both sides" in made.err
+    assert "Careful: some wells are in training and in test" in made.err
     refused = cellstore(*words[:2], "kept", *words[3:], "--group", "well", code=2)
     assert "one side only" in refused.err
     found = cellstore("split", "check", "theirs", "--store", store, code=1)
