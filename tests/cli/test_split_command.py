@@ -61,7 +61,7 @@ def test_folds_are_listed_and_deleted_together(cellstore, store):
     listed = cellstore("split", "list", "--store", store)
     assert [line.split()[0] for line in listed.out.splitlines()[2:]] == ["cv-1", "cv-2"]
     assert max(map(len, listed.out.splitlines())) <= 80
-    assert "fold                 2 of cv" in cellstore("split", "show", "--store", store).out
+    assert "fold                  2 of cv" in cellstore("split", "show", "--store", store).out
     kept = cellstore("split", "delete", "cv", "--store", store, stdin="n\n", code=1)
     assert "Delete cv-1, cv-2 (24 images assigned)?" in kept.err
     assert len(cellstore("split", "list", "--store", store, "--json").json) == 2
@@ -74,7 +74,7 @@ def test_a_class_is_cut_and_images_are_chosen_by_a_condition(cellstore, store):
     made = draw(
         cellstore, store, "cut", "--downsample", "DMSO=3", "--where", "pert_iname <> 'taxol'"
     )
-    assert "DMSO, downsampled    3 of 4 images" in made.out
+    assert "DMSO, downsampled     3 of 4 images" in made.out
     assert "pert_iname, 2 classes" in made.out
     for word in ("DMSO", "=3", "none=1", "DMSO=few"):
         cellstore("split", "create", "x", "--downsample", word, "--store", store, code=2)
@@ -97,7 +97,7 @@ def test_a_table_of_others_is_imported_and_checked(cellstore, store, tmp_path):
     leak = [line for line in found.out.splitlines() if line.startswith("leak")]
     assert leak == ["leak     1 of 2 wells is on both sides."]
     table = cellstore("split", "check", "--csv", "theirs.csv", code=1)  # needs no store
-    assert "rows                   4" in table.out
+    assert "rows                    4" in table.out
     assert "'Aspirin' (test) = 'aspirin' (train)" in table.out
     assert max(map(len, table.out.splitlines())) <= 80
     cellstore("split", "check", "theirs", "--csv", "theirs.csv", code=2)
