@@ -27,7 +27,8 @@ from typing import Any
 from sqlalchemy import event, func, select, text
 
 from cellstore.db.bulk import bulk_insert
-from cellstore.db.models import (
+from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
+from cellstore.models import (
     METADATA,
     Artifact,
     Cell,
@@ -41,11 +42,11 @@ from cellstore.db.models import (
     Run,
     RunArtifact,
     Segmentation,
+    Split,
+    SplitMember,
     Treatment,
     Well,
 )
-from cellstore.db.split_models import Split, SplitMember
-from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
 from cellstore.report.audit import audit_artifact, audit_cell, audit_image, audit_run, audit_well
 from cellstore.settings import StoreSettings
 
@@ -86,7 +87,7 @@ def build(workspace: Workspace, n_images: int, n_cells: int, n_runs: int) -> Non
     n_wells = -(-n_images // SITES)
     plates = -(-n_wells // WELLS)
     writer.write(Plate, ("id", "barcode"), ((n, f"BR{n:05d}") for n in range(1, plates + 1)))
-    columns = ("id", "identity", "kind", "pert_iname")
+    columns = ("id", "identity", "kind", "name")
     kinds = ((n, f"c{n}", "compound", f"compound-{n}") for n in range(1, CLASSES + 1))
     writer.write(Treatment, columns, kinds)
     labels = ((n, "pert_iname", f"compound-{n}") for n in range(1, CLASSES + 1))
@@ -95,7 +96,7 @@ def build(workspace: Workspace, n_images: int, n_cells: int, n_runs: int) -> Non
         (n + 1, n // WELLS + 1, *place(n % WELLS), name(n % WELLS), n % CLASSES + 1)
         for n in range(n_wells)
     )
-    writer.write(Well, ("id", "plate_id", "row", "column", "name", "treatment_id"), wells)
+    writer.write(Well, ("id", "plate_id", "well_row", "well_column", "name", "treatment_id"), wells)
     images = (
         (n + 1, n // SITES + 1, n % SITES + 1, 1, 1, core(n), sha("image", n))
         for n in range(n_images)
@@ -145,7 +146,7 @@ def lineage(writer: Writer, n_images: int, n_runs: int) -> None:
     )
     columns = ("id", "stage", "version", "parameters", "weights_sha256", "fingerprint")
     writer.write(Recipe, (*columns, "created_at"), recipes)
-    split = (1, "main", 2, "grouped", "pert_iname", "well", 0, "SELECT 1", sha(1), "{}", MOMENT)
+    split = (1, "main", 2, "grouped", "perturbation", "well", 0, "SELECT 1", sha(1), "{}", MOMENT)
     columns = ("id", "name", "recipe_id", "protocol", "field", "group_level", "seed", "query")
     writer.write(Split, (*columns, "fingerprint", "left_out", "created_at"), [split])
     sides = ("train", "train", "train", "validation", "test")
@@ -160,7 +161,7 @@ def lineage(writer: Writer, n_images: int, n_runs: int) -> None:
         for n, stage in enumerate(stages, start=1)
     ]
     columns = ("id", "stage", "recipe_id", "parent_id", "split_id", "status", "command")
-    columns = (*columns, "code_version", "environment", "host", "user", "started_at")
+    columns = (*columns, "code_version", "environment", "host", "user_name", "started_at")
     for some in (runs[:3], runs[3:]):  # parents before their children
         writer.write(Run, columns, some)
 
@@ -187,7 +188,7 @@ def found(writer: Writer, n_images: int, per_image: int) -> None:
         for n in range(n_images)
         for label in range(1, per_image + 1)
     )
-    columns = ("id", "segmentation_id", "label", "min_row", "min_col", "max_row", "max_col")
+    columns = ("id", "segmentation_id", "object_number", "min_row", "min_col", "max_row", "max_col")
     writer.write(Cell, (*columns, "centroid_row", "centroid_col"), cells)
 
 

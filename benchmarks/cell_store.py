@@ -13,7 +13,12 @@ from numpy.typing import NDArray
 from sqlalchemy import func, insert, select
 
 from cellstore.config import MeasureParams, SegmentParams, SplitParams, as_parameters
-from cellstore.db.models import (
+from cellstore.enums import ArtifactKind, PerturbationKind, Stage
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import keep_file, running
+from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.models import (
     Cell,
     CellFeatures,
     Folder,
@@ -24,11 +29,6 @@ from cellstore.db.models import (
     Treatment,
     Well,
 )
-from cellstore.enums import ArtifactKind, Perturbation, Stage
-from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import keep_file, running
-from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.split import create_split
 
@@ -112,7 +112,7 @@ def _insert_images(
 ) -> None:
     with workspace.database.begin() as session:
         kinds = [
-            Treatment(identity=f"t{i}", kind=Perturbation.COMPOUND, pert_iname=f"t{i}")
+            Treatment(identity=f"t{i}", kind=PerturbationKind.COMPOUND, name=f"t{i}")
             for i in range(treatments)
         ]
         place = Folder(uri=str(folder))
@@ -216,7 +216,7 @@ def _cells(segmentations: Any, fields: Sequence[Field]) -> Iterator[dict[str, An
                 "centroid_row": (box[0] + box[2]) / 2,
                 "centroid_col": (box[1] + box[3]) / 2,
             }
-            keys = {"segmentation_id": segmentation_id, "label": label, "excluded": None}
+            keys = {"segmentation_id": segmentation_id, "object_number": label, "excluded": None}
             yield keys | middle | dict(zip(names, box, strict=True))
 
 

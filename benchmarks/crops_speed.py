@@ -217,11 +217,11 @@ def batches_of(root: Path, size: int, batch: int = BATCH, sides: int = 1, **more
     """The batches of the training side of a store (``sides=3``: of all of it)."""
     from sqlalchemy import select
 
-    from cellstore.db.split_models import Split
     from cellstore.enums import Subset
     from cellstore.jobs.workspace import open_workspace
     from cellstore.learn.batches import BlockReader, training_batches
     from cellstore.learn.normalising import Scaler
+    from cellstore.models import Split
     from cellstore.query.cells import (
         CellSource,
         choose_recipes,

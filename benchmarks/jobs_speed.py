@@ -32,14 +32,14 @@ from sqlalchemy.orm import Session
 
 from cellstore.analysis.segmentation import find_model
 from cellstore.config import SegmentParams
-from cellstore.db.models import Image, Job, Label, Plate, Well
-from cellstore.enums import LabelField, Stage, Status
+from cellstore.enums import TARGET, Stage, Status
 from cellstore.jobs.execute import run_jobs
 from cellstore.jobs.image_stage import ImageStage, RunCounter
 from cellstore.jobs.queue import JobScope, Task
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Job, Label, Plate, Well
 from cellstore.stages.segment import segment_recipe
 from cellstore.store import Store
 
@@ -70,7 +70,7 @@ class NoWork(ImageStage[str, str]):
         self, session: Session, run: RunCounter, done: Sequence[tuple[Task, str]], files: Any
     ) -> int:
         """Write a label for each image."""
-        rows = [{"field": LabelField.TARGET, "value": f"{run.run_id} {name}"} for _, name in done]
+        rows = [{"field": TARGET, "value": f"{run.run_id} {name}"} for _, name in done]
         session.execute(insert(Label), rows)
         return 0
 

@@ -24,8 +24,8 @@ import killing
 from jobs_speed import postgres
 from sqlalchemy import func, select
 
-from cellstore.db.models import Job
 from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.models import Job
 from cellstore.stages.verify import verify
 
 

@@ -32,7 +32,7 @@ DRAWN = 20
 CELLS, SIZE = 225, 1080
 TURNS = 3
 PROPERTIES = (
-    "label",
+    "object_number",
     "area",
     "area_convex",
     "perimeter",
@@ -141,13 +141,15 @@ def by_scikit_image(fields: Sequence[Field]) -> int:
     from skimage.measure import regionprops_table
 
     tables = (regionprops_table(m, c[0], properties=PROPERTIES) for m, c in fields)
-    return sum(len(table["label"]) for table in tables)
+    return sum(len(table["object_number"]) for table in tables)
 
 
 def by_cellstore(fields: Sequence[Field]) -> int:
     from cellstore.analysis.features import measure_cells
 
-    return sum(len(measure_cells(masks, channels[0])["label"]) for masks, channels in fields)
+    return sum(
+        len(measure_cells(masks, channels[0])["object_number"]) for masks, channels in fields
+    )
 
 
 def by_group(group: str) -> Callable[[Sequence[Field]], int]:
@@ -155,7 +157,7 @@ def by_group(group: str) -> Callable[[Sequence[Field]], int]:
         from cellstore.analysis.features import measure_channels
 
         tables = (measure_channels(group, m, {"A": c[0]}) for m, c in fields)
-        return sum(len(table["label"]) for table in tables)
+        return sum(len(table["object_number"]) for table in tables)
 
     return measured
 

@@ -28,7 +28,21 @@ from cellstore.config import (
     as_parameters,
 )
 from cellstore.db.bulk import bulk_insert
-from cellstore.db.models import (
+from cellstore.enums import (
+    PERTURBATION,
+    ArtifactKind,
+    Control,
+    FeatureStorage,
+    GroupLevel,
+    PerturbationKind,
+    Stage,
+    Subset,
+)
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import keep_file, running
+from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.models import (
     Cell,
     CellFeatures,
     FeatureSet,
@@ -40,24 +54,11 @@ from cellstore.db.models import (
     Prediction,
     RunMetric,
     Segmentation,
+    Split,
+    SplitMember,
     Treatment,
     Well,
 )
-from cellstore.db.split_models import Split, SplitMember
-from cellstore.enums import (
-    ArtifactKind,
-    Control,
-    FeatureStorage,
-    GroupLevel,
-    LabelField,
-    Perturbation,
-    Stage,
-    Subset,
-)
-from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import keep_file, running
-from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.query.feature_files import FEATURE_COLUMNS
 
 COLUMNS = 24
@@ -122,7 +123,7 @@ def _insert_images(workspace: Workspace, folder: Path, design: Design) -> list[t
     compounds, targets = _names(design)
     with workspace.database.begin() as session:
         kinds = [_treatment(*pair) for pair in zip(compounds, targets, strict=True)]
-        labels = [Label(field=LabelField.PERT_INAME, value=name) for name in compounds]
+        labels = [Label(field=PERTURBATION, value=name) for name in compounds]
         place = Folder(uri=str(folder))
         plates = [Plate(barcode=f"BR{116990 + i:08d}") for i in range(design.plates + 1)]
         session.add_all([*kinds, *labels, place, *plates])
@@ -135,10 +136,9 @@ def _insert_images(workspace: Workspace, folder: Path, design: Design) -> list[t
 def _treatment(name: str, target: str) -> Treatment:
     return Treatment(
         identity=f"compound|{name}",
-        kind=Perturbation.COMPOUND,
-        pert_iname=name,
+        kind=PerturbationKind.COMPOUND,
+        name=name,
         target=target or None,
-        control=None if target else Control.NEGATIVE,
     )
 
 
@@ -150,13 +150,15 @@ def _insert_plate(
     rows = [
         {
             "plate_id": plate.id,
-            "row": position // COLUMNS + 1,
-            "column": position % COLUMNS + 1,
+            "well_row": position // COLUMNS + 1,
+            "well_column": position % COLUMNS + 1,
             "name": f"{chr(65 + position // COLUMNS)}{position % COLUMNS + 1:02d}",
             "treatment_id": kinds[order[position] if order[position] < len(kinds) else 0],
         }
         for position in range(design.wells)
     ]
+    for row in rows:
+        row["control"] = Control.NEGATIVE if row["treatment_id"] == kinds[0] else None
     session.execute(insert(Well), rows)
     wells = session.execute(select(Well.id, Well.name).where(Well.plate_id == plate.id)).all()
     images = [
@@ -279,7 +281,7 @@ def _images_of(workspace: Workspace, design: Design) -> list[tuple[int, str, int
 
 
 def _write_cells(session: Session, rows: Any, fields: Sequence[Field]) -> None:
-    names = ("segmentation_id", "label", "min_row", "min_col", "max_row", "max_col")
+    names = ("segmentation_id", "object_number", "min_row", "min_col", "max_row", "max_col")
     part: list[tuple[Any, ...]] = []
     for segmentation, image, number in rows:
         boxes = fields[image % FIELDS].boxes
@@ -342,7 +344,7 @@ def _insert_split(workspace: Workspace, classes: list[tuple[int, str]], *, leak:
             name="leave-plate-out",
             recipe_id=recipe.id,
             protocol="leave-plate-out",
-            field=LabelField.PERT_INAME,
+            field=PERTURBATION,
             group_level=GroupLevel.IMAGE if leak else GroupLevel.PLATE,
             seed=0,
             query="SELECT id FROM images",

@@ -25,11 +25,10 @@ from typing import Any
 from sqlalchemy import insert, select, text
 from sqlalchemy.orm import Session
 
-from cellstore.db.models import Image, Label, Plate, Recipe, Treatment, Well
-from cellstore.db.split_models import Split, SplitMember
 from cellstore.db.statements import insert_new
-from cellstore.enums import GroupLevel, LabelField, Perturbation, Stage, Subset
+from cellstore.enums import PERTURBATION, GroupLevel, PerturbationKind, Stage, Subset
 from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.models import Image, Label, Plate, Recipe, Split, SplitMember, Treatment, Well
 
 WELLS, SITES, TREATMENTS = 384, 9, 40
 
@@ -78,7 +77,7 @@ def compare(workspace: Workspace, images: int) -> None:
 
 def fill(session: Session, images: int) -> None:
     drugs = [
-        {"identity": f"t{n}", "kind": Perturbation.COMPOUND, "pert_iname": f"t{n}"}
+        {"identity": f"t{n}", "kind": PerturbationKind.COMPOUND, "pert_iname": f"t{n}"}
         for n in range(TREATMENTS)
     ]
     session.execute(insert(Treatment), drugs)
@@ -90,8 +89,8 @@ def fill(session: Session, images: int) -> None:
         wells = [
             {
                 "plate_id": plate.id,
-                "row": n // 24 + 1,
-                "column": n % 24 + 1,
+                "well_row": n // 24 + 1,
+                "well_column": n % 24 + 1,
                 "name": f"W{n}",
                 "treatment_id": treatments[n % TREATMENTS],
             }
@@ -101,7 +100,7 @@ def fill(session: Session, images: int) -> None:
         ids = session.scalars(select(Well.id).where(Well.plate_id == plate.id)).all()
         fields = [{"well_id": i, "site": s, "core_name": "x"} for i in ids for s in range(SITES)]
         session.execute(insert(Image), fields)
-    session.add(Label(field=LabelField.PERT_INAME, value="t"))
+    session.add(Label(field=PERTURBATION, value="t"))
     parameters: dict[str, Any] = {}
     moment = datetime.now(UTC)
     stage = {"stage": Stage.SPLIT, "version": 1, "parameters": parameters}
@@ -146,7 +145,7 @@ def new_split(level: GroupLevel, recipe_id: int) -> Split:
         name="s",
         recipe_id=recipe_id,
         protocol="grouped",
-        field=LabelField.PERT_INAME,
+        field=PERTURBATION,
         group_level=level,
         seed=0,
         query="",

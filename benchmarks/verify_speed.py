@@ -24,12 +24,12 @@ from jobs_speed import fill
 from sqlalchemy import select
 
 from cellstore.analysis.rendering import render_nuclei
-from cellstore.db.models import Image, Segmentation
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.planes import cell_rows, insert_cells
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import keep_file, running
+from cellstore.models import Image, Segmentation
 from cellstore.store import Store
 
 SIZE, DRAWN = 1080, 6

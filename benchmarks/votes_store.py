@@ -19,12 +19,11 @@ from numpy.typing import NDArray
 from sqlalchemy import select
 
 from cellstore.config import PredictParams, SegmentParams, TrainParams, as_parameters
-from cellstore.db.models import Image, Label, Plate, Treatment, Well
-from cellstore.db.split_models import Split
-from cellstore.enums import GroupLevel, LabelField, Perturbation, Stage, Subset
+from cellstore.enums import PERTURBATION, GroupLevel, PerturbationKind, Stage, Subset
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.models import Image, Label, Plate, Split, Treatment, Well
 
 LABELS = 250
 WELLS = 384
@@ -69,10 +68,10 @@ def _insert_images(workspace: Workspace, images: int) -> NDArray[np.int64]:
     with workspace.database.begin() as session:
         names = [f"compound {i:03d}" for i in range(LABELS)]
         kinds = [
-            Treatment(identity=f"compound|{name}", kind=Perturbation.COMPOUND, pert_iname=name)
+            Treatment(identity=f"compound|{name}", kind=PerturbationKind.COMPOUND, name=name)
             for name in names
         ]
-        labels = [Label(field=LabelField.PERT_INAME, value=name) for name in names]
+        labels = [Label(field=PERTURBATION, value=name) for name in names]
         plates = [
             Plate(barcode=f"BR{116990 + i:08d}") for i in range(-(-images // (WELLS * SITES)))
         ]
@@ -99,8 +98,8 @@ def _wells(plates: list[Plate], kinds: list[int], images: int) -> Iterator[Well]
         row, column = divmod(number % WELLS, COLUMNS)
         yield Well(
             plate_id=plates[number // WELLS].id,
-            row=row + 1,
-            column=column + 1,
+            well_row=row + 1,
+            well_column=column + 1,
             name=f"{chr(65 + row)}{column + 1:02d}",
             treatment_id=kinds[number * 7 % LABELS],
         )
@@ -111,7 +110,7 @@ def _split(recipe_id: int) -> Split:
         name="drawn",
         recipe_id=recipe_id,
         protocol="published",
-        field=LabelField.PERT_INAME,
+        field=PERTURBATION,
         group_level=GroupLevel.IMAGE,
         seed=0,
         query="SELECT id FROM images",
@@ -163,7 +162,7 @@ def _insert_cells(db: sqlite3.Connection, image_of: NDArray[np.int64], run: int)
     starts = np.cumsum(counts) - counts
     labels = np.arange(image_of.size) - starts[image_of] + 1
     statement = (
-        "INSERT INTO cells (id, segmentation_id, label, min_row, min_col, max_row, max_col,"
+        "INSERT INTO cells (id, segmentation_id, object_number, min_row, min_col, max_row, max_col,"
         " centroid_row, centroid_col) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
     )
     for part in _parts(image_of.size):

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args
 
-from .enums import GroupLevel, LabelField, Look, Projection, Subset
+from .enums import PERTURBATION, GroupLevel, Look, Projection, Subset
 from .errors import UnknownNameError, UserInputError
 
 Field = dataclasses.Field[Any]
@@ -218,7 +218,7 @@ _WELLS: dict[str, Any] = {
 }
 _WHERE: dict[str, Any] = {
     "help": "Only images that meet this condition, over plate, batch, well, row, column, site, "
-    "plane, time_point, image, image_id, pert_iname, target, kind, control, identifier.",
+    "plane, time_point, image, image_id, perturbation, target, kind, control, identifier.",
     "metavar": "SQL",
 }
 _LIMIT: dict[str, Any] = {
@@ -540,13 +540,16 @@ class SplitParams(Params):
         "study; fields of one well are in both subsets, so scores are too good.",
         choices=("grouped", "published"),
     )
-    field: LabelField = option(
-        LabelField.PERT_INAME, "What is to be predicted: compound name or target gene."
+    field: str = option(
+        PERTURBATION,
+        "What is to be predicted: perturbation (compound, gene), treatment (with dose), target, or "
+        "a metadata column of wells or plates.",
+        metavar="NAME",
     )
     group_level: GroupLevel = option(
         GroupLevel.WELL,
-        "What stays together in one subset (grouped protocol). treatment excludes whole compounds "
-        "from training, so it needs a coarser --field.",
+        "What stays together in one subset (grouped protocol). perturbation excludes whole "
+        "compounds from training, so it needs a coarser --field.",
         name="--group",
     )
     test_size: float = option(0.2, "Share of the groups that test.", metavar="X", min=0.0, max=1.0)

@@ -30,7 +30,7 @@ class Status(StrEnum):
 
 
 class Subset(StrEnum):
-    """The side of a split."""
+    """Which part of a split an image belongs to."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -43,11 +43,11 @@ class GroupLevel(StrEnum):
     IMAGE = "image"
     WELL = "well"
     PLATE = "plate"
-    TREATMENT = "treatment"
+    PERTURBATION = "perturbation"  # all doses of it
 
 
-class Perturbation(StrEnum):
-    """What kind of treatment a well got."""
+class PerturbationKind(StrEnum):
+    """What kind of thing acts on the cells; ``none``: the well is untreated."""
 
     COMPOUND = "compound"
     ORF = "orf"
@@ -57,17 +57,34 @@ class Perturbation(StrEnum):
 
 
 class Control(StrEnum):
-    """The role of a treatment in the assay."""
+    """The role of a well in the assay."""
 
-    NEGATIVE = "negcon"
-    POSITIVE = "poscon"
+    NEGATIVE = "negative"
+    POSITIVE = "positive"
 
 
-class LabelField(StrEnum):
-    """Columns of a treatment that can be predicted."""
+class Level(StrEnum):
+    """What an annotation or an exclusion is about."""
 
-    PERT_INAME = "pert_iname"
-    TARGET = "target"
+    PLATE = "plate"
+    WELL = "well"
+    IMAGE = "image"
+    CELL = "cell"
+
+
+class AnnotationKind(StrEnum):
+    """What a person says: a class, that something does not count, or a remark."""
+
+    LABEL = "label"
+    EXCLUSION = "exclusion"
+    NOTE = "note"
+
+
+class Origin(StrEnum):
+    """How a result came into the store: this program made it, or somebody brought it."""
+
+    OBSERVED = "observed"
+    DECLARED = "declared"
 
 
 class Projection(StrEnum):
@@ -137,3 +154,6 @@ PROJECTION_CHANNEL = "projection"
 
 EXCLUDED_NO_PERIMETER = "perimeter is 0"
 """Reason of a cell so small that its outline has no length."""
+
+PERTURBATION, TREATMENT, TARGET = "perturbation", "treatment", "target"
+"""Label fields that every store has; any metadata column of plates or wells is one too."""

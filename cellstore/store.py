@@ -35,7 +35,7 @@ from .config import (
     TrainSetup,
     VoteRules,
 )
-from .enums import GroupLevel, LabelField, Subset
+from .enums import PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError
 from .progress import Progress
 from .settings import find_store
@@ -123,7 +123,7 @@ class Store:
         return self.workspace.settings.root
 
     def session(self) -> AbstractContextManager[Session]:
-        """Open a database session for reading with the classes of :mod:`cellstore.db.models`.
+        """Open a database session for reading with the classes of :mod:`cellstore.models`.
 
         Writing goes through the other methods, which keep files, rows and lineage together.
         """
@@ -145,7 +145,7 @@ class Store:
         self.close()
 
     def ingest(self, source: str | Path, params: IngestParams | None = None) -> IngestResult:
-        """Bring a table, an index, a database or a folder in; see ``stages.ingest.ingest.ingest``."""
+        """Bring a table, an index, a database or a folder in; see ``stages.ingest.ingest``."""
         from .stages.ingest.ingest import ingest
 
         return ingest(self.workspace, Path(source), params)
@@ -336,7 +336,7 @@ class Store:
         name: str,
         tables: Sequence[str | Path],
         *,
-        field: LabelField = LabelField.PERT_INAME,
+        field: str = PERTURBATION,
         group_level: GroupLevel = GroupLevel.IMAGE,
         allow_missing: bool = False,
     ) -> SplitResult:
@@ -509,7 +509,7 @@ class Store:
         rules: VoteRules | None = None,
         force: bool = False,
     ) -> Comparison:
-        """Say where two predict runs differ, and which is right; see ``report.comparison.compare``."""
+        """Say where two predict runs differ, and which is right; see ``report.comparison``."""
         from .report.comparison import compare
 
         return compare(
@@ -662,7 +662,7 @@ class Store:
     def question_values(
         self, question: SavedQuestion, given: Mapping[str, object]
     ) -> dict[str, object]:
-        """Return what is bound to the parameters of a question; see ``query.saved_queries.bound``."""
+        """Return what is bound to the parameters of a question."""
         from .query.saved_queries import bound
 
         return bound(self.workspace, question, given)

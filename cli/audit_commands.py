@@ -343,7 +343,7 @@ def _place(change: TreatmentChange) -> str:
 def _treatment(found: TreatmentFact | None) -> str:
     if found is None:
         return "none"
-    parts = [found.pert_iname]
+    parts = [found.name]
     parts += [f"target {found.target}"] if found.target else []
     parts += [found.identifier] if found.identifier else []
     return ", ".join(parts) + (f" ({found.control})" if found.control else "")

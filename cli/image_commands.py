@@ -82,7 +82,7 @@ def segment(
       cellstore segment --channels DNA --diameter 35 --workers 2
       cellstore segment --model cyto3 --channels RNA --nuclei DNA
       cellstore segment --preset published
-      cellstore segment --where "pert_iname = 'DMSO'" --dry-run
+      cellstore segment --where "perturbation = 'DMSO'" --dry-run
     """
     if preview is not None and (dry_run or resources.workers > 1 or resources.scheduler):
         raise typer.BadParameter(

@@ -147,7 +147,7 @@ def sql(
 
     \b
     Example:
-      cellstore sql "SELECT pert_iname, count(*) FROM wells
+      cellstore sql "SELECT t.name, count(*) FROM wells
                      JOIN treatments t ON t.id = treatment_id GROUP BY 1"
       cellstore sql 'SELECT * FROM wells WHERE name = $well' --param well=D14
       cellstore sql --file big.sql --format parquet --output answer.parquet

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cellstore.config import SplitParams
-from cellstore.enums import GroupLevel, LabelField
+from cellstore.enums import GroupLevel
 from cellstore.errors import UserInputError
 
 from . import output
@@ -35,7 +35,7 @@ NameArgument = Annotated[
 NewNameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="What the split is called.", show_default=False)
 ]
-FieldOption = Annotated[LabelField, FieldOf(SplitParams)]
+FieldOption = Annotated[str, FieldOf(SplitParams)]
 AllowMissingOption = Annotated[bool, FieldOf(SplitParams)]
 SHOWN_CLASSES = 5
 """How many of the excluded classes are named; --json lists all."""
@@ -50,13 +50,13 @@ def create(
     """Assign the images to train, validation and test.
 
     The split is stored as rows under its name, and never changes once a run relies on it: the
-    database refuses. It refuses a well (plate, treatment) in two subsets as well.
+    database refuses. It refuses a well (plate, perturbation) in two subsets as well.
 
     \b
     Example:
       cellstore split create by-well --where "batch = '2026_03'" --min-images 6
       cellstore split create by-plate --group plate --test-plates P7,P8
-      cellstore split create new-drugs --group treatment --field target
+      cellstore split create new-drugs --group perturbation --field target
       cellstore split create five --folds 5 --downsample DMSO=median
       cellstore split create as-published --preset published --allow-missing
     """
@@ -254,8 +254,8 @@ def _show_folds(name: str, results: Sequence[SplitResult]) -> None:
 def _warn(results: Sequence[SplitResult]) -> None:
     if any(result.leaking for result in results):
         say(
-            "Careful: some wells are in training and in test. Scores under this split are those of wells that "
-            "were already seen. See: cellstore split check"
+            "Careful: some wells are in training and in test. Scores under this split are those of "
+            "wells that were already seen. See: cellstore split check"
         )
 
 
@@ -312,7 +312,7 @@ def check(
         ),
     ] = None,
     field: Annotated[
-        LabelField | None,
+        str | None,
         typer.Option(
             help="What a table (--csv) is to predict. Default: the target, if it has one.",
             show_default=False,
@@ -330,8 +330,8 @@ def check(
     """Look for what lets the test images be seen in training.
 
     A line for each finding. Leaks: wells, equal image files, or one compound under two names
-    in training and in test. Warnings: classes that are missing in a subset, or that their plate or well
-    position alone gives away. Ends with 1 if there is a leak.
+    in training and in test. Warnings: classes that are missing in a subset, or that their plate or
+    well position alone gives away. Ends with 1 if there is a leak.
 
     \b
     Example:

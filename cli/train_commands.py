@@ -345,7 +345,7 @@ def predict(
     Example:
       cellstore predict
       cellstore predict --run 7 --subset all --plate BR00116991 --embedding seen_by_7
-      cellstore predict --subset all --where "pert_iname = 'DMSO'" --all-probabilities
+      cellstore predict --subset all --where "perturbation = 'DMSO'" --all-probabilities
     """
     if params.all_probabilities and "top_k" in common.typed:
         raise UserInputError("--all-probabilities keeps every label: leave out --top-k.")

@@ -18,7 +18,7 @@ config = context.config
 def target_metadata() -> Any:
     """Return the tables to compare with; looked up by name, never imported by a revision."""
     given = config.attributes.get("target_metadata")
-    return given or importlib.import_module("cellstore.db.models").Base.metadata
+    return given or importlib.import_module("cellstore.models").Base.metadata
 
 
 def migrate(connection: Connection) -> None:

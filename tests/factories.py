@@ -16,15 +16,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import select
 
-from cellstore.db.models import (
+from cellstore.enums import (
+    PERTURBATION,
+    ArtifactKind,
+    CellFlagReason,
+    Control,
+    FeatureStorage,
+    GroupLevel,
+    ImageFlagReason,
+    PerturbationKind,
+    Stage,
+    Status,
+    Subset,
+)
+from cellstore.jobs.runs import keep_file
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import (
     Artifact,
+    Base,
     Cell,
     CellFeatures,
+    CellFlag,
     FeatureFile,
     FeatureSet,
     Folder,
     Image,
     ImageFile,
+    ImageFlag,
+    ImageQuality,
     Job,
     Label,
     Plate,
@@ -35,28 +54,12 @@ from cellstore.db.models import (
     RunArtifact,
     RunMetric,
     Segmentation,
+    Split,
+    SplitMember,
     Treatment,
     Well,
     WellChange,
 )
-from cellstore.db.quality_models import CellFlag, ImageFlag, ImageQuality
-from cellstore.db.split_models import Split, SplitMember
-from cellstore.db.types import Base
-from cellstore.enums import (
-    ArtifactKind,
-    CellFlagReason,
-    Control,
-    FeatureStorage,
-    GroupLevel,
-    ImageFlagReason,
-    LabelField,
-    Perturbation,
-    Stage,
-    Status,
-    Subset,
-)
-from cellstore.jobs.runs import keep_file
-from cellstore.jobs.workspace import Workspace
 
 MOMENT = datetime(2026, 3, 4, 5, 6, 7, 89, tzinfo=UTC)
 NUMBERS = count(1)
@@ -105,23 +108,24 @@ class Factory:
     def treatment(self, name: str = "DMSO", target: str | None = None, **more: Any) -> Treatment:
         values: dict[str, Any] = {
             "identity": f"compound|{name}|{next(NUMBERS)}",
-            "kind": Perturbation.COMPOUND,
-            "pert_iname": name,
+            "kind": PerturbationKind.COMPOUND,
+            "name": name,
             "target": target,
-            "control": Control.NEGATIVE if name == "DMSO" else None,
         }
         return self.add(Treatment(**{**values, **more}))
 
-    def well(self, plate: Plate, row: int, column: int, treatment: Treatment | None = None) -> Well:
-        return self.add(
-            Well(
-                plate_id=plate.id,
-                row=row,
-                column=column,
-                name=well_name(row, column),
-                treatment_id=treatment.id if treatment else None,
-            )
-        )
+    def well(
+        self, plate: Plate, row: int, column: int, treatment: Treatment | None = None, **more: Any
+    ) -> Well:
+        values: dict[str, Any] = {
+            "plate_id": plate.id,
+            "well_row": row,
+            "well_column": column,
+            "name": well_name(row, column),
+            "treatment_id": treatment.id if treatment else None,
+            "control": Control.NEGATIVE if treatment and treatment.name == "DMSO" else None,
+        }
+        return self.add(Well(**{**values, **more}))
 
     def well_change(
         self, well: Well, new: Treatment, run: Run | None = None, **more: Any
@@ -142,7 +146,7 @@ class Factory:
 
     def image(self, well: Well, site: int = 1, *, missing: bool = False, **more: Any) -> Image:
         """An image with one file; ``missing``: its bytes have not been found."""
-        core = more.pop("core_name", f"r{well.row:02d}c{well.column:02d}f{site:02d}")
+        core = more.pop("core_name", f"r{well.well_row:02d}c{well.well_column:02d}f{site:02d}")
         digest = None if missing else sha(f"image {well.id} {site}")
         image = self.add(
             Image(well_id=well.id, site=site, core_name=core, content_sha256=digest, **more)
@@ -211,7 +215,7 @@ class Factory:
             "code_version": "0.1.0+gabc",
             "environment": {"python": "3.11"},
             "host": "bench",
-            "user": "ada",
+            "user_name": "ada",
             "started_at": started,
             "ended_at": None if status == Status.RUNNING else started + timedelta(seconds=30),
         }
@@ -279,7 +283,7 @@ class Factory:
         """The cells of a segmentation in the order of their labels."""
         with self.workspace.database.read() as session:
             query = session.query(Cell).filter_by(segmentation_id=segmentation.id)
-            return query.order_by(Cell.label).all()
+            return query.order_by(Cell.object_number).all()
 
     def quality(
         self,
@@ -398,7 +402,7 @@ class Factory:
             ]
         )
 
-    def label(self, value: str, field: LabelField = LabelField.PERT_INAME) -> Label:
+    def label(self, value: str, field: str = PERTURBATION) -> Label:
         return self.add(Label(field=field, value=value))
 
     def split(
@@ -413,7 +417,7 @@ class Factory:
             "name": name,
             "recipe_id": more.pop("recipe_id", None) or self.recipe(Stage.SPLIT).id,
             "protocol": "grouped",
-            "field": LabelField.PERT_INAME,
+            "field": PERTURBATION,
             "group_level": group_level,
             "seed": 0,
             "query": "SELECT 1",
@@ -474,7 +478,7 @@ def _cell(segmentation_id: int, label: int, excluded: str | None) -> Cell:
     row, column = 10 * (label // 6), 10 * (label % 6)
     return Cell(
         segmentation_id=segmentation_id,
-        label=label,
+        object_number=label,
         min_row=row,
         min_col=column,
         max_row=row + 8,

@@ -8,9 +8,9 @@ from pathlib import Path
 from factories import Factory
 from sqlalchemy import select
 
-from cellstore.db.models import Cell, Image
 from cellstore.enums import Stage
 from cellstore.jobs.workspace import open_workspace
+from cellstore.models import Cell, Image
 from cellstore.settings import StoreSettings
 
 Columns = Callable[[Sequence[Cell]], dict[str, list[float]]]

@@ -25,13 +25,13 @@ from threshold import ThresholdSegmenter
 
 from cellstore.analysis.segmentation import ModelFiles, SegmentationResult
 from cellstore.config import IngestParams, Resources, SegmentParams
-from cellstore.db.models import Artifact, Cell, Image, Job, Segmentation
 from cellstore.enums import Stage
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.execute import JobsResult, execute
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.selection import images_of
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Artifact, Cell, Image, Job, Segmentation
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.segment import Segment
 from cellstore.store import Store
@@ -116,7 +116,7 @@ def rows_of(workspace: Workspace) -> Rows:
             Segmentation.n_cells,
             mask.c.sha256,
             flow.c.sha256,
-            Cell.label,
+            Cell.object_number,
             Cell.min_row,
             Cell.min_col,
             Cell.max_row,
@@ -129,7 +129,7 @@ def rows_of(workspace: Workspace) -> Rows:
         .join(mask, mask.c.id == Segmentation.mask_artifact_id)
         .join(flow, flow.c.id == Segmentation.flow_artifact_id)
         .outerjoin(Cell, Cell.segmentation_id == Segmentation.id)
-        .order_by(Image.core_name, Segmentation.id, Cell.label)
+        .order_by(Image.core_name, Segmentation.id, Cell.object_number)
     )
     with workspace.database.read() as session:
         return [tuple(row) for row in session.execute(query)]

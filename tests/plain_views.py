@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from sqlalchemy import Connection, text
 
 from cellstore.config import VoteRules
-from cellstore.db.models import CellFeatures
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import CellFeatures
 from cellstore.query.relations import VIEWS, view_query
 
 COUNTS = """

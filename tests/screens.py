@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from factories import Factory, sha
 
-from cellstore.db.models import Image, Label, Plate, Run, Segmentation
-from cellstore.db.split_models import Split
 from cellstore.enums import ArtifactKind, GroupLevel, Stage, Subset
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Label, Plate, Run, Segmentation, Split
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from screens import small_screen
 from sqlalchemy import text
 from unguarded import unguarded
 
-from cellstore.db.models import Cell, IngestFile, Segmentation, Well
-from cellstore.db.split_models import SplitMember
-from cellstore.enums import ImageFlagReason, LabelField, Stage, Status, Subset
+from cellstore.enums import TARGET, ImageFlagReason, Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Cell, IngestFile, Segmentation, SplitMember, Well
 from cellstore.query.engine import open_questions
 from cellstore.report.audit import audit_cell, audit_image, audit_run, audit_well, votes_query
 from cellstore_cli.audit_commands import show_audit
@@ -116,11 +115,11 @@ def test_a_corrected_treatment_beside_the_frozen_label(workspace: Workspace) -> 
     found = audit_image(workspace, "BR1/B01/1")
     assert (found.treatment, found.target) == ("barasertib", "AURKB")
     assert [
-        (item.old and item.old.pert_iname, item.new and item.new.pert_iname, item.file, item.line)
+        (item.old and item.old.name, item.new and item.new.name, item.file, item.line)
         for item in found.treatment_history
     ] == [("DMSO", "taxol", "first.csv", None), ("taxol", "barasertib", "map.csv", 7)]
     (label,) = found.frozen_labels
-    assert (label.split, label.side, label.field) == ("main", "test", "pert_iname")
+    assert (label.split, label.side, label.field) == ("main", "test", "perturbation")
     assert (label.label, label.now, label.differs) == ("DMSO", "barasertib", True)
     assert label.since is not None
     assert (label.since.run_id, label.since.line) == (run_id, 7)
@@ -180,9 +179,9 @@ def test_a_change_of_another_field_leaves_a_label_right(workspace: Workspace) ->
     with workspace.database.read() as session:
         well = session.get_one(Well, screen.images["B02"].well_id)
     change = make.well_change(well, make.treatment("taxol", "TUBB1"))
-    by_target = make.label("TUBB", LabelField.TARGET)
+    by_target = make.label("TUBB", TARGET)
     members = [(screen.images["B02"], Subset.TRAIN, by_target)]
-    make.split(members, name="targets", field=LabelField.TARGET)
+    make.split(members, name="targets", field=TARGET)
     found = audit_well(workspace, "BR1/B02")
     assert [(item.split, item.now, item.differs) for item in found.frozen_labels] == [
         ("main", "taxol", False),
@@ -199,7 +198,7 @@ def test_a_well(workspace: Workspace) -> None:
     assert (found.plate, found.well, found.history) == ("BR1", "B02", ())
     assert found.images == (screen.images["B02"].id,)
     assert found.treatment is not None
-    assert (found.treatment.pert_iname, found.treatment.target) == ("taxol", "TUBB")
+    assert (found.treatment.name, found.treatment.target) == ("taxol", "TUBB")
     with pytest.raises(UnknownNameError, match="plate 'BR9'"):
         audit_well(workspace, "BR9/B02")
     with pytest.raises(UnknownNameError, match="well 'H12'"):
@@ -222,7 +221,7 @@ def test_what_another_tool_found(workspace: Workspace, capsys: pytest.CaptureFix
             created_at=MOMENT,
         )
     )
-    cell = make.add(Cell(segmentation_id=found.id, label=1))
+    cell = make.add(Cell(segmentation_id=found.id, object_number=1))
     audit = audit_cell(workspace, cell.id)
     assert (audit.box, audit.centroid, audit.excluded) == (None, None, None)
     one = audit.segmentation

@@ -16,11 +16,11 @@ from factories import Factory, sha
 from screens import SmallScreen, small_screen
 from sqlalchemy import event, select, text
 
-from cellstore.db.models import IngestFile, Recipe
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.jobs.lookup import find_well, places_find_image, run_in
+from cellstore.jobs.lookup import find_image, find_well, run_in
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import IngestFile, Recipe
 from cellstore.report.audit import (
     audit_anything,
     audit_artifact,
@@ -59,7 +59,7 @@ def test_an_image_by_what_people_type(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     with workspace.database.read() as session:
         for name in TYPED:
-            assert places_find_image(session, name).id == screen.images["B02"].id, name
+            assert find_image(session, name).id == screen.images["B02"].id, name
 
 
 def test_an_image_by_the_start_of_a_sha256(workspace: Workspace) -> None:
@@ -69,9 +69,9 @@ def test_an_image_by_the_start_of_a_sha256(workspace: Workspace) -> None:
     with workspace.database.read() as session:
         for digest in (image.content_sha256 or "", of_file):
             for typed in (digest, digest[:12], digest[:7].upper()):
-                assert places_find_image(session, typed).id == image.id
+                assert find_image(session, typed).id == image.id
         with pytest.raises(UnknownNameError):
-            places_find_image(session, (image.content_sha256 or "")[:5])  # too short to be meant
+            find_image(session, (image.content_sha256 or "")[:5])  # too short to be meant
 
 
 def test_what_is_not_there_is_answered_with_what_is_near(workspace: Workspace) -> None:
@@ -84,7 +84,7 @@ def test_what_is_not_there_is_answered_with_what_is_near(workspace: Workspace) -
             ("BR1/H02/1", "well 'H02'"),
         ):
             with pytest.raises(UnknownNameError, match=re.escape(hint)):
-                places_find_image(session, name)
+                find_image(session, name)
 
 
 def test_a_name_of_several_images_says_how_to_choose(workspace: Workspace) -> None:
@@ -95,8 +95,8 @@ def test_a_name_of_several_images_says_how_to_choose(workspace: Workspace) -> No
     deeper = make.image(well, 1, plane=2)
     with workspace.database.read() as session:
         with pytest.raises(UserInputError, match=rf"\(id {deeper.id}\)"):
-            places_find_image(session, "BR1/B01/1")
-        assert places_find_image(session, str(deeper.id)).plane == 2
+            find_image(session, "BR1/B01/1")
+        assert find_image(session, str(deeper.id)).plane == 2
 
 
 def test_a_well_by_what_people_type(workspace: Workspace) -> None:

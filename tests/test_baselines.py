@@ -29,7 +29,7 @@ def meta(model: str, labels: int, columns: int) -> BaselineMeta:
     names = tuple(f"f{i}" for i in range(columns))
     scaler = Scaler(names, (0.0,) * columns, (1.0,) * columns)
     values = tuple(f"label {i}" for i in range(labels))
-    return BaselineMeta(model, values, "pert_iname", scaler, {"train": "0" * 64}, "basic")
+    return BaselineMeta(model, values, "perturbation", scaler, {"train": "0" * 64}, "basic")
 
 
 def reopened(kind: str, model: Any, labels: int, columns: int) -> Any:

@@ -32,10 +32,10 @@ def rows_of(group: str, masks: np.ndarray, plane: np.ndarray) -> list[dict[str, 
     """What is measured on channel ``X``, a dictionary per cell, without the channel's name."""
     columns = measure_channels(group, masks, {"X": plane})
     names = [f"{feature.name}_X" for feature in GROUPS[group].features]
-    assert list(columns) == ["label", *names]
+    assert list(columns) == ["object_number", *names]
     return [
         {name.removesuffix("_X"): float(columns[name][i]) for name in names}
-        for i in range(len(columns["label"]))
+        for i in range(len(columns["object_number"]))
     ]
 
 
@@ -179,7 +179,7 @@ def test_columns_go_channel_by_channel() -> None:
     masks = np.ones((4, 4), dtype=np.uint8)
     columns = measure_channels("intensity", masks, {"DNA": masks, "RNA": masks * 2})
     expected = [feature.name for feature in GROUPS["intensity"].columns(["DNA", "RNA"])]
-    assert list(columns) == ["label", *expected]
+    assert list(columns) == ["object_number", *expected]
     assert columns["mean_intensity_DNA"].tolist() == [1]
     assert columns["mean_intensity_RNA"].tolist() == [2]
 

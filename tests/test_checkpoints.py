@@ -30,7 +30,7 @@ def meta(**changes) -> CheckpointMeta:
     usual = CheckpointMeta(
         shape=SHAPE,
         labels=("DMSO", "a", "b"),
-        field="pert_iname",
+        field="perturbation",
         scaler=Scaler(tuple(f"f{i}" for i in range(14)), (1.5,) * 14, (2.0,) * 14),
         crop_size=32,
         fingerprints={"split": "abc", "train": "def"},

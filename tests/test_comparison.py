@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 import pytest
 from factories import Factory
 
-from cellstore.db.models import Image, Run, Segmentation
-from cellstore.db.split_models import Split
-from cellstore.enums import GroupLevel, LabelField, Stage, Subset
+from cellstore.enums import TARGET, GroupLevel, Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Run, Segmentation, Split
 from cellstore.report.comparison import compare
 from cellstore.report.scoring import report
 
@@ -116,7 +115,7 @@ def test_the_test_side_stands_before_validation(sqlite_workspace: Workspace) -> 
 def test_wells_known_to_one_run_favour_it(sqlite_workspace: Workspace) -> None:
     screen = Screen(sqlite_workspace)
     with sqlite_workspace.database.read() as session:
-        from cellstore.db.models import Well
+        from cellstore.models import Well
 
         well = session.get_one(Well, screen.images["a2"].well_id)
     screen.images["a9"] = screen.make.image(well, site=9)
@@ -151,9 +150,9 @@ def test_questions_that_differ_are_not_compared(sqlite_workspace: Workspace) -> 
     screen = Screen(sqlite_workspace)
     main = screen.split("main", sides("a1 b1", "a2 b2"))
     one = screen.labelled(main, says("a2=a b2=b"))
-    genes = screen.split("genes", sides("a1 b1", "a2 b2"), field=LabelField.TARGET)
+    genes = screen.split("genes", sides("a1 b1", "a2 b2"), field=TARGET)
     other = screen.labelled(genes, says("a2=a b2=b"))
-    with pytest.raises(UserInputError, match=r"predicts pert_iname and run .* target"):
+    with pytest.raises(UserInputError, match=r"predicts perturbation and run .* target"):
         compare(sqlite_workspace, str(one.id), str(other.id))
     with pytest.raises(UserInputError, match="name another run"):
         report(sqlite_workspace, str(one.id), compare=str(one.id))

@@ -9,12 +9,12 @@ import pytest
 from factories import Factory
 from sqlalchemy import update
 
-from cellstore.db.models import Cell, FeatureFile, FeatureSet, Image, Recipe, Segmentation
 from cellstore.enums import ArtifactKind, Stage, Subset
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.jobs.selection import images_of, segmented
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import choose_branches
+from cellstore.models import Cell, FeatureFile, FeatureSet, Image, Recipe, Segmentation
 from cellstore.query.cells import (
     CellSource,
     choose_recipes,

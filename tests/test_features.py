@@ -82,7 +82,11 @@ def check_like_skimage(masks: np.ndarray, intensity: np.ndarray) -> None:
     cells, boxes = measure_cells(masks, intensity), cell_boxes(masks)
     exact = intensity if intensity.dtype == bool else intensity.astype(np.float64)
     regions = regionprops(masks, intensity_image=exact)
-    assert cells["label"].tolist() == boxes["label"].tolist() == [r.label for r in regions]
+    assert (
+        cells["object_number"].tolist()
+        == boxes["object_number"].tolist()
+        == [r.label for r in regions]
+    )
     for position, region in enumerate(regions):
         row = {name: column[position] for name, column in cells.items()}
         for name, attribute in SKIMAGE.items():
@@ -143,7 +147,7 @@ def test_a_rectangle_has_its_analytic_values() -> None:
     masks, intensity = two_cells()
     cells = measure_cells(masks, intensity)
     row = {name: cells[name][1] for name in cells}
-    assert cells["label"].tolist() == [3, 7]
+    assert cells["object_number"].tolist() == [3, 7]
     assert row["area"] == row["convex_area"] == 24
     assert (row["centroid_y"], row["centroid_x"]) == (3.5, 3.5)
     assert (row["min_intensity"], row["max_intensity"]) == (2 * 12 + 1, 5 * 12 + 6)
@@ -161,7 +165,7 @@ def test_a_rectangle_has_its_analytic_values() -> None:
 
 def test_boxes_are_half_open_and_in_label_order() -> None:
     boxes = cell_boxes(two_cells()[0])
-    names = ("label", "min_row", "min_col", "max_row", "max_col")
+    names = ("object_number", "min_row", "min_col", "max_row", "max_col")
     assert [boxes[name].tolist() for name in names] == [[3, 7], [8, 2], [8, 1], [10, 6], [10, 7]]
     assert boxes["centroid_row"].tolist() == pytest.approx([26 / 3, 3.5])
     assert boxes["min_row"].dtype == np.int64
@@ -259,7 +263,7 @@ def test_a_huge_label_costs_no_memory() -> None:
     masks = np.zeros((4, 4), dtype=np.uint32)
     masks[1:3, 1:3] = 2**32 - 1
     masks[0, 0] = 9
-    assert measure_cells(masks, masks)["label"].tolist() == [9, 2**32 - 1]
+    assert measure_cells(masks, masks)["object_number"].tolist() == [9, 2**32 - 1]
     assert measure_cells(masks, masks)["perimeter"].tolist() == [0, 4]
 
 

@@ -22,7 +22,6 @@ from tinyjobs import (
     write_label,
 )
 
-from cellstore.db.models import Image, Job
 from cellstore.enums import Stage, Status
 from cellstore.errors import CellstoreError, ImageError
 from cellstore.jobs import execute, queue
@@ -32,6 +31,7 @@ from cellstore.jobs.queue import JobScope, Task, count_images
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Job
 from cellstore.stages.manage_jobs import list_jobs, retry
 
 

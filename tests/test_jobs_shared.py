@@ -24,7 +24,6 @@ from tinyjobs import (
 )
 
 from cellstore.config import Resources
-from cellstore.db.models import Job, Run
 from cellstore.enums import Stage, Status
 from cellstore.errors import RunCancelledError, StorageError, UserInputError
 from cellstore.jobs import execute, queue
@@ -32,6 +31,7 @@ from cellstore.jobs.image_stage import RunCounter
 from cellstore.jobs.queue import Owner, Task
 from cellstore.jobs.recipes import register
 from cellstore.jobs.workspace import Workspace, open_workspace
+from cellstore.models import Job, Run
 from cellstore.settings import StoreSettings
 from cellstore.stages.manage_jobs import cancel, list_jobs
 

@@ -71,7 +71,7 @@ def test_a_shared_plate_is_a_leak_only_where_plates_are_split(level, severity) -
         (TEST, "fk 866", GroupLevel.WELL, LEAK),  # two classes that are one, on two sides
         (TRAIN, "fk 866", GroupLevel.WELL, WARNING),  # on one side
         (TEST, "FK-866", GroupLevel.WELL, WARNING),  # one class
-        (TEST, "FK-866", GroupLevel.TREATMENT, LEAK),  # a compound was to be on one side
+        (TEST, "FK-866", GroupLevel.PERTURBATION, LEAK),  # a compound was to be on one side
     ],
 )
 def test_two_spellings_of_one_compound(side, label, level, severity) -> None:
@@ -139,7 +139,8 @@ def test_compounds_on_both_sides_stand_in_for_their_target() -> None:
     finding = by_kind(leaks(rows))[LeakKind.COMPOUND]
     assert (finding.severity, finding.examples) == (WARNING, ("taxol",))
     assert (
-        by_kind(leaks(rows, group_level=GroupLevel.TREATMENT))[LeakKind.COMPOUND].severity is LEAK
+        by_kind(leaks(rows, group_level=GroupLevel.PERTURBATION))[LeakKind.COMPOUND].severity
+        is LEAK
     )
     # Where the class is the compound, that is what is wanted.
     named = [Member(m.subset, m.compound.name or "", m.plate, m.well, m.compound) for m in rows]
@@ -216,7 +217,7 @@ def test_the_worst_comes_first_examples_are_few_and_counts_are_whole() -> None:
 def test_rows_without_wells_are_checked_for_their_compounds_alone() -> None:
     compound = Compound(identifier="BRD-K70586315-001-02-4")
     rows = [Member(TRAIN, "KCNN1", compound=compound), Member(TEST, "KCNN1", compound=compound)]
-    check = leaks(rows, group_level=GroupLevel.TREATMENT)
+    check = leaks(rows, group_level=GroupLevel.PERTURBATION)
     assert [finding.kind for finding in check.findings] == [LeakKind.COMPOUND]
     assert check.findings[0].examples == ("BRD-K70586315-001-02-4",)
     assert (check.n_wells, check.plates_on_both_sides) == (0, 0)

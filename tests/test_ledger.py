@@ -6,7 +6,6 @@ import pytest
 from factories import Factory
 from sqlalchemy import func, select, update
 
-from cellstore.db.models import Artifact, Job, Recipe, Run, RunArtifact
 from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs import runs
@@ -14,6 +13,7 @@ from cellstore.jobs.lookup import find_recipe, find_run
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import RunHandle, attach, keep_file, running
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Artifact, Job, Recipe, Run, RunArtifact
 
 ELSEWHERE = "other-host|77|0123456789ab|5|alone-01234567"
 
@@ -38,7 +38,7 @@ def test_a_run_is_there_while_it_runs_and_done_afterwards(workspace: Workspace):
     assert (after.seed, after.query) == (7, "SELECT 1")
     assert after.ended_at >= after.started_at
     assert after.host
-    assert after.user
+    assert after.user_name
     assert after.environment["python"]
     assert after.code_version.startswith("0.")
 

@@ -13,11 +13,11 @@ from factories import Factory
 from numpy.typing import NDArray
 
 from cellstore.config import ImageInput
-from cellstore.db.models import Image, ImageFile
 from cellstore.errors import ImageError
 from cellstore.io.image_files import encode_tiff, probe
 from cellstore.jobs.planes import read_image
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, ImageFile
 
 PLANE = np.arange(12, dtype=np.uint16).reshape(3, 4)
 REMOTE = "memory://bucket/P1"

@@ -18,9 +18,9 @@ from factories import Factory
 
 from cellstore.analysis import statistics
 from cellstore.config import VoteRules
-from cellstore.db.models import Image, Label, Plate, Run, Treatment, Well
 from cellstore.enums import GroupLevel, Stage, Subset
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Label, Plate, Run, Treatment, Well
 from cellstore.report.comparison import compare
 from cellstore.report.scoring import report
 

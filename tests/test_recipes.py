@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select
 
 from cellstore.config import SegmentParams, as_parameters
-from cellstore.db.models import Recipe, RecipeInput
 from cellstore.enums import Stage
 from cellstore.errors import UserInputError
 from cellstore.jobs.recipes import RecipeSpec, fingerprint, register
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Recipe, RecipeInput
 
 SPEC = RecipeSpec(Stage.SEGMENT, 1, {"model": "m", "diameter": None}, "a" * 64)
 VALUES = st.recursive(

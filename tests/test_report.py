@@ -16,13 +16,12 @@ from unguarded import unguarded
 
 from cellstore import extras
 from cellstore.config import VoteRules
-from cellstore.db.models import ImageFile, Segmentation, Well
-from cellstore.db.split_models import SplitMember
 from cellstore.enums import ArtifactKind, GroupLevel, Stage, Status, Subset
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.runs import keep_file
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import ImageFile, Segmentation, SplitMember, Well
 from cellstore.report.drawing import plate_layout
 from cellstore.report.report_page import write_report
 from cellstore.report.scoring import report

@@ -9,11 +9,11 @@ from factories import Factory
 from screens import SmallScreen, small_screen
 
 from cellstore.config import VoteRules
-from cellstore.db.models import Recipe, Run
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UserInputError
 from cellstore.jobs.lookup import run_in
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Recipe, Run
 from cellstore.report.comparison import compare
 from cellstore.report.report_page import write_report
 from cellstore.report.scoring import BaselineScore, against_nulls, report

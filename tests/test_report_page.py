@@ -13,10 +13,10 @@ from screens import small_screen
 from sqlalchemy import delete, update
 
 from cellstore.config import VoteRules
-from cellstore.db.models import Cell, CellFeatures, FeatureSet, Recipe, Run, RunMetric, Segmentation
 from cellstore.enums import Stage, Subset
 from cellstore.errors import UnknownNameError
 from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.models import Cell, CellFeatures, FeatureSet, Recipe, Run, RunMetric, Segmentation
 from cellstore.query.engine import open_questions
 from cellstore.report import report_page
 from cellstore.report.drawing import plain, short, svg
@@ -77,7 +77,7 @@ def named_screen(workspace: Workspace, names: tuple[str, ...]) -> None:
     make = Factory(workspace)
     labels = [make.label(name) for name in names]
     plate = make.plate(names[0][:255], batch=names[1])
-    segmented = make.run(Stage.SEGMENT, command=names[2], host=names[3], user=names[4])
+    segmented = make.run(Stage.SEGMENT, command=names[2], host=names[3], user_name=names[4])
     members, cells = [], []
     for column, name in enumerate(names, start=1):
         treatment = make.treatment(name, names[0] if column < 4 else names[column - 1])
@@ -95,7 +95,7 @@ def named_screen(workspace: Workspace, names: tuple[str, ...]) -> None:
         make.recipe(Stage.TRAIN, parameters={names[0]: names[1]}),
         split_id=split.id,
         command=names[0],
-        user=names[1],
+        user_name=names[1],
         query=names[2],
         environment={names[3]: names[4]},
     )

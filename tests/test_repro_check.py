@@ -13,10 +13,10 @@ from factories import MOMENT, sha
 from screens import VOTES, SmallScreen, small_screen
 from sqlalchemy import func, insert, select
 
-from cellstore.db.models import METADATA, Label, Prediction, Run
 from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import METADATA, Label, Prediction, Run
 from cellstore.report.redo import Differences, Done, Wanted, check, merged, scratch_store
 from cellstore.report.repro import DIFFERENT, EQUAL, IDENTICAL, IMPOSSIBLE, Check, Order, repro
 
@@ -199,7 +199,7 @@ def test_all_steps_in_order_as_a_script(workspace: Workspace) -> None:
     make = screen.factory
     hostile = "maps\nrm -rf ~ `x`.csv"
     table = make.run(Stage.INGEST, command="cellstore ingest 'a b.csv'", started_at=MOMENT)
-    from cellstore.db.models import IngestFile
+    from cellstore.models import IngestFile
 
     counts = dict.fromkeys(("n_rows", "n_created", "n_updated", "n_unchanged", "n_refused"), 0)
     make.add(

@@ -22,7 +22,7 @@ from cellstore.config import (
     TrainParams,
     as_parameters,
 )
-from cellstore.enums import GroupLevel, LabelField, Projection, Stage, Subset
+from cellstore.enums import GroupLevel, Projection, Stage, Subset
 from cellstore.jobs.recipes import RecipeSpec, fingerprint
 from cellstore.report.repro import Order, selection_of, typed_words, words_of
 from cellstore_cli.app import app
@@ -107,7 +107,7 @@ measurements = st.builds(
 splits = st.builds(
     SplitParams,
     protocol=st.sampled_from(("grouped", "published")),
-    field=st.sampled_from(LabelField),
+    field=st.sampled_from(("perturbation", "target", "cell_line")),
     group_level=st.sampled_from(GroupLevel),
     test_size=shares,
     validation_size=shares,

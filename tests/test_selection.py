@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from cellstore.config import Selection
-from cellstore.db.models import Image
 from cellstore.errors import CellstoreError, UnknownNameError, UserInputError
 from cellstore.jobs.conditions import condition
 from cellstore.jobs.selection import images_of
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image
 
 
 @pytest.fixture
@@ -49,14 +49,14 @@ def chosen(workspace: Workspace, selection: Selection) -> list[int]:
         (Selection(plates=("P1",), wells=("A01", "B1")), [1, 2, 5, 6]),
         (Selection(limit=3), [1, 2, 3]),
         (Selection(wells=("A02", "B01"), limit=3), [3, 4, 5]),
-        (Selection(where="pert_iname = 'DMSO'"), [1, 2]),
+        (Selection(where="perturbation = 'DMSO'"), [1, 2]),
         (Selection(where="plate = 'P''2' or row = 2"), [5, 6, 7, 8]),
         (Selection(where="target is null and site = 2"), [2, 6]),
         (Selection(where="not (well like 'A%')"), [5, 6]),
-        (Selection(where="lower(pert_iname) in ('dmso', 'x') -- and so on"), [1, 2]),
+        (Selection(where="lower(perturbation) in ('dmso', 'x') -- and so on"), [1, 2]),
         (Selection(where="column between 2 and 9"), [3, 4]),
         (Selection(where="site <> 1 AND control IS NOT NULL"), [2]),
-        (Selection(where="control = 'negcon' and site >= -1"), [1, 2]),
+        (Selection(where="control = 'negative' and site >= -1"), [1, 2]),
         (Selection(where="batch ilike 'B_'", limit=1), [1]),
         (Selection(where="row = column", limit=4), [1, 2, 7, 8]),
         (Selection(where="false"), []),
@@ -101,7 +101,7 @@ def test_anything_else_is_refused(where: str, says: str):
 
 
 def test_unknown_names_are_told_with_those_there_are(plates: Workspace):
-    with pytest.raises(UnknownNameError, match="pert_iname"):
+    with pytest.raises(UnknownNameError, match="perturbation"):
         chosen(plates, Selection(where="pert_name = 'DMSO'"))
     with pytest.raises(UnknownNameError, match="A01"):
         chosen(plates, Selection(wells=("A09",)))
@@ -116,7 +116,7 @@ def test_no_text_is_more_than_a_sentence_of_refusal(text: str):
         assert not compiled.params or "'" not in str(compiled)
 
 
-@given(st.sampled_from(["plate", "image", "pert_iname"]), st.text(max_size=20))
+@given(st.sampled_from(["plate", "image", "perturbation"]), st.text(max_size=20))
 def test_a_quoted_value_is_bound_as_it_is(column: str, value: str):
     value = value.replace("\0", "").replace("\\", "")
     found = condition(f"{column} = '{value.replace(chr(39), chr(39) * 2)}'")

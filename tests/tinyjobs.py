@@ -12,8 +12,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from cellstore.config import THIS_PROCESS, Resources
-from cellstore.db.models import Image, Job, Label
-from cellstore.enums import LabelField, Stage, Status
+from cellstore.enums import TARGET, Stage, Status
 from cellstore.errors import CellstoreError
 from cellstore.jobs.execute import run_jobs
 from cellstore.jobs.image_stage import ImageStage, RunCounter
@@ -21,6 +20,7 @@ from cellstore.jobs.queue import JobScope, Task, count_images
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Job, Label
 
 SPEC = RecipeSpec(Stage.SEGMENT, 1, {"test": True})
 
@@ -36,7 +36,7 @@ def name_of(task: Task) -> str:
 
 def write_label(session: Session, task: Task, result: str) -> None:
     # Any row does: what matters is that it comes and goes with the job.
-    session.add(Label(field=LabelField.TARGET, value=result))
+    session.add(Label(field=TARGET, value=result))
 
 
 @dataclass(frozen=True)

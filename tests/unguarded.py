@@ -20,9 +20,7 @@ def unguarded(workspace: Workspace) -> Iterator[Session]:
             yield session
             return
         query = text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
-        triggers = [
-            row for row in session.execute(query).all() if not row.name.startswith("predictions")
-        ]
+        triggers = [row for row in session.execute(query).all() if "_keep_" not in row.name]
         for row in triggers:
             session.execute(text(f"DROP TRIGGER {row.name}"))
         yield session

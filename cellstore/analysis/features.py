@@ -571,8 +571,8 @@ def measure_cells(masks: NDArray[Any] | Regions, intensity: NDArray[Any]) -> Col
 
     Returns
     -------
-    ``label`` (int64) and one float64 column for each of ``FEATURES``, a row per cell, by
-    ascending label. No cell: columns of length 0.
+    ``object_number`` (int64) and one float64 column for each of ``FEATURES``, a row per cell, by
+    ascending object number. No cell: columns of length 0.
 
     Raises
     ------
@@ -582,7 +582,7 @@ def measure_cells(masks: NDArray[Any] | Regions, intensity: NDArray[Any]) -> Col
 
     """
     regions = _regions(masks)
-    return {"label": regions.labels, **_basic(regions, intensity)}
+    return {"object_number": regions.labels, **_basic(regions, intensity)}
 
 
 def measure_channels(
@@ -590,21 +590,21 @@ def measure_channels(
 ) -> Columns:
     """Measure every cell on each of some ``channels``: planes (H, W) by name.
 
-    ``group``: ``intensity`` or ``texture``. Returns ``label`` and float64 columns
+    ``group``: ``intensity`` or ``texture``. Returns ``object_number`` and float64 columns
     ``<feature>_<channel>``, channel by channel, otherwise as :func:`measure_cells`; what a cell
     does not have is NaN. Raises as :func:`measure_cells`.
     """
     regions = _regions(masks)
-    return {"label": regions.labels, **_by_channel(group, regions, channels)}
+    return {"object_number": regions.labels, **_by_channel(group, regions, channels)}
 
 
 def cell_boxes(masks: NDArray[Any]) -> Columns:
     """Where the cells of an image are; needs no intensities.
 
-    ``masks`` as in :func:`measure_cells`. Returns ``label``, ``min_row``, ``min_col``,
+    ``masks`` as in :func:`measure_cells`. Returns ``object_number``, ``min_row``, ``min_col``,
     ``max_row``, ``max_col`` (int64, the box is half open) and ``centroid_row``,
-    ``centroid_col``, ``perimeter`` (float64), a row per cell, by ascending label. A cell whose
-    ``perimeter`` is 0 is too small to count.
+    ``centroid_col``, ``perimeter`` (float64), a row per cell, by ascending object number. A cell
+    whose ``perimeter`` is 0 is too small to count.
 
     Raises ``ImageError`` for masks that cannot be used.
     """
@@ -613,7 +613,7 @@ def cell_boxes(masks: NDArray[Any]) -> Columns:
     box = dict(zip(("min_row", "min_col", "max_row", "max_col"), shape.box, strict=True))
     rows, cols = shape.centroid
     return {
-        "label": regions.labels,
+        "object_number": regions.labels,
         **box,
         "centroid_row": rows,
         "centroid_col": cols,

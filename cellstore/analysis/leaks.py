@@ -352,7 +352,7 @@ def _shared_compounds(
         sides[group] |= {subset for subset, _ in uses}
         for _, label in uses:
             of_label[label].add(group)
-    by_treatment = level is GroupLevel.TREATMENT
+    by_treatment = level is GroupLevel.PERTURBATION
     coarser = any(len(groups) > 1 for groups in of_label.values())
     found = sorted(names[group] for group, on in sides.items() if len(on) > 1)
     found = found if by_treatment or coarser else []  # else the class is the compound
@@ -378,7 +378,7 @@ def _renamed(
             continue
         uses = set().union(*(seen.compounds[compound] for compound in compounds))
         on_sides = len({subset for subset, _ in uses}) > 1
-        counts = len({label for _, label in uses}) > 1 or level is GroupLevel.TREATMENT
+        counts = len({label for _, label in uses}) > 1 or level is GroupLevel.PERTURBATION
         severity = LeakSeverity.LEAK if on_sides and counts else LeakSeverity.WARNING
         shown = f" ({key})" if kind is LeakKind.STRUCTURE else ""
         found[severity].append(_equal(seen, compounds) + shown)

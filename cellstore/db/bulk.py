@@ -10,7 +10,7 @@ from sqlalchemy import ARRAY, BigInteger, any_, bindparam, func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from .types import Base
+from ..models import Base
 
 IN_AT_ONCE = 5_000
 """Values of one ``IN`` list; both databases take more, but not without limit."""

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, inspect, text
 
 from ..errors import SchemaError
-from .models import METADATA
+from ..models import METADATA
 from .session import Database, _translated
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0006"
+HEAD = "0001"
 """The newest revision. Written here, because every command compares it and Alembic loads slowly."""
+
+BEFORE_THE_FIRST = ("0002", "0003", "0004", "0005", "0006")
+"""Revisions of stores from before the first release; their tables cannot be brought over."""
 
 VERSION_TABLE = "alembic_version"
 
@@ -98,6 +101,12 @@ def _refuse_unknown(database: Database) -> None:
         raise SchemaError(
             f"The database {database.shown} has tables ({', '.join(tables[:3])}, ...) but no mark "
             "of their schema. Restore it from a backup, or use a database without tables."
+        )
+    if found in BEFORE_THE_FIRST:
+        raise SchemaError(
+            f"The store {database.shown} was made by a cellstore from before the first release "
+            f"(schema {found}) and cannot be brought up to date. Make a new one with cellstore "
+            "init, and ingest your data again."
         )
     if found is not None and not _knows(found):
         raise SchemaError(

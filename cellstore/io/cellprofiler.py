@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from ..enums import Perturbation, Severity
+from ..enums import PerturbationKind, Severity
 from ..errors import BadTableError, StorageError, UserInputError, first_line
 from .filenames import (
     PLANE_COLUMNS,
@@ -383,9 +383,9 @@ def _treatment(values: Values) -> TreatmentRecord | None:
 
     found = treatment_of(get)
     kind = (get("Metadata_pert_type") or "").lower()
-    if found is None or kind not in list(Perturbation):
+    if found is None or kind not in list(PerturbationKind):
         return found
-    return replace(found, kind=Perturbation(kind))
+    return replace(found, kind=PerturbationKind(kind))
 
 
 class _Images:

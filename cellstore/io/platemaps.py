@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..enums import Control, Perturbation
+from ..enums import Control, PerturbationKind
 from ..errors import BadTableError, UserInputError
 from .filenames import parse_well
 from .records import LONGEST, Refusal, TreatmentRecord
@@ -41,7 +41,7 @@ _CONTROL = ("Metadata_control_type", "Metadata_pert_type")
 _KIND = ("Metadata_perturbation", "Metadata_Perturbation", "Metadata_modality")
 _CHEMISTRY = ("Metadata_InChIKey", "Metadata_smiles", "Metadata_pubchem_cid")
 _JCP_NUMBER = re.compile(r"JCP2022_([0-9])[0-9]{5}", re.ASCII)
-_JCP_KINDS = {"8": Perturbation.CRISPR, "9": Perturbation.ORF}
+_JCP_KINDS = {"8": PerturbationKind.CRISPR, "9": PerturbationKind.ORF}
 _JCP_NOTHING = frozenset({"JCP2022_999999", "JCP2022_UNKNOWN"})
 """How JUMP writes an empty well and one of which nothing is known."""
 
@@ -59,10 +59,10 @@ def treatment_of(get: Callable[..., str | None]) -> TreatmentRecord | None:
         return None
     inchikey, smiles, pubchem_cid = (get(column) for column in _CHEMISTRY)
     number = _JCP_NUMBER.fullmatch(get(_JCP) or "")
-    kind = _JCP_KINDS.get(number[1] if number else "", Perturbation.COMPOUND)
+    kind = _JCP_KINDS.get(number[1] if number else "", PerturbationKind.COMPOUND)
     written = (get(*_KIND) or "").lower()
     return TreatmentRecord(
-        kind=Perturbation(written) if written in list(Perturbation) else kind,
+        kind=PerturbationKind(written) if written in list(PerturbationKind) else kind,
         pert_iname=name,
         target=target_of(get(*_TARGET)),
         control=control_of(get(*_CONTROL), name),
@@ -91,9 +91,9 @@ def control_of(control_type: str | None, pert_iname: str) -> Control | None:
     if pert_iname.upper() == DMSO:
         return Control.NEGATIVE
     text = (control_type or "").lower()
-    if text.startswith("poscon"):
+    if text.startswith(("poscon", "positive")):
         return Control.POSITIVE
-    return Control.NEGATIVE if text.startswith("negcon") else None
+    return Control.NEGATIVE if text.startswith(("negcon", "negative")) else None
 
 
 def flaw_of(record: TreatmentRecord) -> str | None:
@@ -219,10 +219,10 @@ def _position(table: TextTable, name: str) -> int | None:
 
 _ROLES = {"negcon": Control.NEGATIVE, "poscon": Control.POSITIVE, "trt": None, "empty": None}
 _MODALITIES = {
-    "compound": Perturbation.COMPOUND,
-    "crispr": Perturbation.CRISPR,
-    "orf": Perturbation.ORF,
-    "any": Perturbation.NONE,
+    "compound": PerturbationKind.COMPOUND,
+    "crispr": PerturbationKind.CRISPR,
+    "orf": PerturbationKind.ORF,
+    "any": PerturbationKind.NONE,
 }
 
 
@@ -292,7 +292,7 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
         name = get("pert_iname") or target or sample
         if name is None:
             yield TreatmentRow(row.line, None)
-        elif sample is None and not (kind is Perturbation.COMPOUND and name.upper() == DMSO):
+        elif sample is None and not (kind is PerturbationKind.COMPOUND and name.upper() == DMSO):
             yield Refusal(row.line, "no broad_sample", f"{name} cannot be joined")
         else:
             control = control_of(get("control_type"), name)
@@ -341,7 +341,7 @@ def jump_crispr(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
         else:
             target = symbol if row.get("NCBI_Gene_ID") else None
             record = TreatmentRecord(
-                Perturbation.CRISPR, symbol, target=target, identifier=identifier
+                PerturbationKind.CRISPR, symbol, target=target, identifier=identifier
             )
             yield _storable(row.line, record)
 
@@ -367,17 +367,17 @@ def jump_controls(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
             detail = f"pert_type {role!r} and modality {modality!r} of {identifier}"
             yield Refusal(row.line, "not a known control", detail)
         else:
-            kind = Perturbation.NONE if role == "empty" else _MODALITIES[modality]
+            kind = PerturbationKind.NONE if role == "empty" else _MODALITIES[modality]
             record = TreatmentRecord(kind, name, control=_ROLES[role], identifier=identifier)
             yield _storable(row.line, record)
 
 
-def _kind_of(table: TextTable) -> Perturbation:
+def _kind_of(table: TextTable) -> PerturbationKind:
     """Return what the treatments of a table are, by its columns."""
     names = {column.removeprefix(PREFIX) for column in table.columns}
     if names & {"pert_iname", "smiles", "InChIKey", "pubchem_cid"}:
-        return Perturbation.COMPOUND
-    return Perturbation.CRISPR if "target_sequence" in names else Perturbation.ORF
+        return PerturbationKind.COMPOUND
+    return PerturbationKind.CRISPR if "target_sequence" in names else PerturbationKind.ORF
 
 
 def _storable(line: int, record: TreatmentRecord) -> TreatmentRow | Refusal:
@@ -498,8 +498,8 @@ def _read_treatments(path: Path, issues: list[Issue]) -> _Treatments:
     table = open_table(path)
     by_sample: dict[str, TreatmentRecord] = {}
     untreated = None
-    if _kind_of(table) is Perturbation.COMPOUND:
-        untreated = TreatmentRecord(Perturbation.COMPOUND, DMSO, control=Control.NEGATIVE)
+    if _kind_of(table) is PerturbationKind.COMPOUND:
+        untreated = TreatmentRecord(PerturbationKind.COMPOUND, DMSO, control=Control.NEGATIVE)
     for row in treatment_rows(table):
         if isinstance(row, Refusal):
             issues.append(Issue(path, row))
@@ -571,7 +571,7 @@ def _map_row(row: _Row, genotypes: bool) -> _MapRow | Refusal:
     # 'NF1 Null' of gene NF1; the wild type is the negative control.
     name = f"{gene} {genotype}" if gene else genotype
     control = Control.NEGATIVE if genotype.upper() == "WT" else None
-    record = TreatmentRecord(Perturbation.GENOTYPE, name, target=gene, control=control)
+    record = TreatmentRecord(PerturbationKind.GENOTYPE, name, target=gene, control=control)
     flaw = flaw_of(record)
     return Refusal(line, LONG_NAME, flaw) if flaw else found._replace(record=record)
 

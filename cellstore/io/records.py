@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..enums import Control, Perturbation
+from ..enums import Control, PerturbationKind
 
 LONGEST = 255
 """Characters of a name that every database and file system can keep."""
@@ -33,7 +33,7 @@ class TreatmentRecord:
     Several targets are each there once, sorted, with ``|`` between them.
     """
 
-    kind: Perturbation
+    kind: PerturbationKind
     pert_iname: str
     target: str | None = None
     control: Control | None = None

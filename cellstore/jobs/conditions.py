@@ -6,6 +6,7 @@ expressions with bound values. What is not listed here never reaches the databas
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,41 +15,40 @@ from sqlalchemy import ColumnElement, String, and_, false, func, not_, null, or_
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 
-from ..db.models import Image, Plate, Treatment, Well
 from ..errors import UnknownNameError, UserInputError
+from ..models import Image, Plate, Treatment, Well
 
 COLUMNS: Mapping[str, Any] = {
     "plate": Plate.barcode,
     "batch": Plate.batch,
     "well": Well.name,
-    "row": Well.row,
-    "column": Well.column,
+    "well_row": Well.well_row,
+    "well_column": Well.well_column,
     "site": Image.site,
     "plane": Image.plane,
     "time_point": Image.time_point,
     "image": Image.core_name,
     "image_id": Image.id,
-    "pert_iname": Treatment.pert_iname,
+    "perturbation": Treatment.name,
     "target": Treatment.target,
     "kind": Treatment.kind,
-    "control": Treatment.control,
+    "control": Well.control,
     "identifier": Treatment.identifier,
 }
 """What a condition may name."""
 
 _COMPARISONS: Mapping[type[exp.Expression], Callable[[Any, Any], Any]] = {
-    exp.EQ: lambda left, right: left == right,
-    exp.NEQ: lambda left, right: left != right,
-    exp.GT: lambda left, right: left > right,
-    exp.GTE: lambda left, right: left >= right,
-    exp.LT: lambda left, right: left < right,
-    exp.LTE: lambda left, right: left <= right,
+    exp.EQ: operator.eq,
+    exp.NEQ: operator.ne,
+    exp.GT: operator.gt,
+    exp.GTE: operator.ge,
+    exp.LT: operator.lt,
+    exp.LTE: operator.le,
     exp.Like: lambda left, right: left.like(right),
     exp.ILike: lambda left, right: left.ilike(right),
     exp.Is: lambda left, right: left.is_(right),
 }
-
-_EXAMPLE = "\"plate = 'P1' AND column <= 12 AND pert_iname <> 'DMSO'\""
+_EXAMPLE = "\"plate = 'P1' AND well_column <= 12 AND perturbation <> 'DMSO'\""
 
 
 def condition(text: str) -> ColumnElement[bool]:
@@ -100,90 +100,65 @@ def _condition(node: Any) -> ColumnElement[bool]:
 
 def _comparison(node: Any) -> Any:
     if isinstance(node, exp.In) and node.expressions and not node.args.get("query"):
-        left = _compared(node.this)
+        left = _column(node.this)
         return left.in_([_value(item, left) for item in node.expressions])
     if isinstance(node, exp.Between):
-        left = _compared(node.this)
+        left = _column(node.this)
         return left.between(_value(node.args["low"], left), _value(node.args["high"], left))
     compare = _COMPARISONS.get(type(node))
     if compare is None:
         raise _refused(node.sql(), "this is no comparison that is known here")
-    left = _compared(node.this)
-    _check_kind(node, left)
-    return compare(left, _operand(node.expression, left))
-
-
-def _check_kind(node: Any, left: Any) -> None:
+    left = _column(node.this)
     if isinstance(node, exp.Like | exp.ILike) and not _is_text(left):
         raise _refused(node.sql(), "LIKE is for columns of text")
     if isinstance(node, exp.Is) and not isinstance(node.expression, exp.Null):
         raise _refused(node.sql(), "IS goes with NULL; compare values with =")
+    if not isinstance(node.expression, exp.Column | exp.Lower | exp.Upper):
+        return compare(left, _value(node.expression, left))
+    right = _column(node.expression)
+    if _is_text(left) is not _is_text(right):
+        raise _refused(node.expression.sql(), "text and numbers cannot be compared")
+    return compare(left, right)
 
 
 def _is_text(column: Any) -> bool:
     return isinstance(column.type, String)
 
 
-def _compared(node: Any) -> Any:
+def _column(node: Any) -> Any:
     """A column, or ``lower`` or ``upper`` of one."""
     match node:
         case exp.Paren():
-            return _compared(node.this)
+            return _column(node.this)
         case exp.Lower() | exp.Upper():
-            inner = _compared(node.this)
+            inner = _column(node.this)
             if not _is_text(inner):
                 raise _refused(node.sql(), "lower and upper are for columns of text")
-            change = func.lower if isinstance(node, exp.Lower) else func.upper
-            return change(inner, type_=String)
+            return getattr(func, node.key)(inner, type_=String)
         case exp.Column() if len(node.parts) == 1:
-            return _column(node.name)
+            name = node.name.lower()
+            if name not in COLUMNS:
+                raise UnknownNameError.of("column", node.name, COLUMNS)
+            # These two are compared by the value that is stored.
+            return COLUMNS[name].cast(String) if name in {"kind", "control"} else COLUMNS[name]
     raise _refused(node.sql(), "the left side of a comparison is the name of a column")
-
-
-def _column(name: str) -> Any:
-    found = COLUMNS.get(name.lower())
-    if found is None:
-        raise UnknownNameError.of("column", name, COLUMNS)
-    if name.lower() in {"kind", "control"}:  # compared by the value that is stored
-        return found.cast(String)
-    return found
-
-
-def _operand(node: Any, left: Any) -> Any:
-    if not isinstance(node, exp.Column | exp.Lower | exp.Upper):
-        return _value(node, left)
-    right = _compared(node)
-    if _is_text(left) is not _is_text(right):
-        raise _refused(node.sql(), "text and numbers cannot be compared")
-    return right
 
 
 def _value(node: Any, left: Any) -> Any:
     """A plain value, of the kind of the column ``left``."""
     if isinstance(node, exp.Null):
         return null()
-    value = _plain(node)
-    if isinstance(value, str) is not _is_text(left):
+    literal = node.this if isinstance(node, exp.Neg) else node
+    if isinstance(node, exp.Column):
+        raise _refused(node.sql(), f"{node.sql()} is no value; put text in single quotes")
+    if not isinstance(literal, exp.Literal) or (literal is not node and literal.is_string):
+        raise _refused(node.sql(), "this is no plain value")
+    if literal.is_string is not _is_text(left):
         kind = "text; put it in single quotes" if _is_text(left) else "a number"
         raise _refused(node.sql(), f"the column takes {kind}")
-    if not isinstance(value, str) and abs(value) >= 2**63:
+    if literal.is_string:
+        return literal.this
+    number = int(literal.this) if literal.this.isdecimal() else float(literal.this)
+    if abs(number) >= 2**63:
         raise _refused(node.sql(), "the number is too large")
-    return value
-
-
-def _plain(node: Any) -> Any:
-    match node:
-        case exp.Neg() if isinstance(node.this, exp.Literal) and not node.this.is_string:
-            return -_number(node.this)
-        case exp.Literal():
-            return node.this if node.is_string else _number(node)
-        case exp.Column():
-            raise _refused(node.sql(), f"{node.sql()} is no value; put text in single quotes")
-    raise _refused(node.sql(), "this is no plain value")
-
-
-def _number(node: exp.Literal) -> int | float:
-    try:
-        return int(node.this)
-    except ValueError:
-        return float(node.this)
+    return number if literal is node else -number

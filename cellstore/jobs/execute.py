@@ -14,10 +14,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from ..config import THIS_PROCESS, Resources
-from ..db.models import Job, Recipe
 from ..db.session import Database
 from ..enums import Status
 from ..errors import CellstoreError, ConflictError, DatabaseError, RunCancelledError, StorageError
+from ..models import Job, Recipe
 from . import queue
 from .executors import Answers, Crash, Failure, Success, Workers, open_workers
 from .image_stage import ImageStage, RunCounter

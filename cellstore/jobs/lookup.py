@@ -1,4 +1,4 @@
-"""Which image of the store a file of masks belongs to, told by its name and its folders."""
+"""Images, wells, runs, recipes and splits by what people type."""
 
 from __future__ import annotations
 
@@ -6,24 +6,18 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Select, and_, exists, or_, select
+from sqlalchemy import ColumnElement, and_, exists, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from ..artifacts import sha256_of
-from ..db.models import Folder, Image, ImageFile, Job, Plate, Recipe, Run, Well
-from ..db.session import Database
-from ..db.split_models import Split
 from ..enums import Stage, Status
-from ..errors import ImageError, UnknownNameError, UserInputError
-from ..io.filenames import core_file_name, parse_well
-from ..io.mask_files import MaskFile, black_and_white, read_labels
-from ..io.uris import writable
+from ..errors import UnknownNameError, UserInputError
+from ..io.filenames import parse_well
+from ..models import Image, ImageFile, Job, Plate, Recipe, Run, Split, Well
 
 SHORTEST_SHA256 = 6
 """Hexadecimal digits that name a file at least; fewer are as likely a word or a number."""
 
+RUN_WORDS = ("latest", "last")
 _HEX = re.compile(rf"[0-9a-f]{{{SHORTEST_SHA256},64}}")
 _LISTED = 6
 _NEAR = 3
@@ -52,7 +46,7 @@ def hex_start(text: str) -> str | None:
     return lowered if _HEX.fullmatch(lowered) else None
 
 
-def places_find_image(session: Session, text: str) -> Image:
+def find_image(session: Session, text: str) -> Image:
     """Return the image that ``text`` names.
 
     Accepts ``PLATE/A01/1`` (plate, well, site; spaces do as well, and the plate may be left out
@@ -66,120 +60,121 @@ def places_find_image(session: Session, text: str) -> Image:
 
     """
     text = readable(text)
-    for query in _image_queries(session, text):
-        found = list(session.scalars(query.distinct().limit(_LISTED)))
+    for named in _conditions(session, text):
+        found = _images(session, named, _LISTED)
         if len(found) == 1:
             return found[0]
         if found:
-            raise UserInputError(_places_several(session, text, found))
-    raise _unknown_image(session, text)
+            query = select(Image.id, Plate.barcode, Image.core_name)
+            query = query.join(Well, Well.id == Image.well_id).join(Plate)
+            shown = [image.id for image in found[: _LISTED - 1]]
+            rows = session.execute(query.where(Image.id.in_(shown)).order_by(Image.id)).all()
+            twice = len({(row.barcode, row.core_name) for row in rows}) < len(rows)
+            names = ", ".join(
+                f"{row.barcode}/{row.core_name}" + (f" (id {row.id})" if twice else "")
+                for row in rows
+            )
+            more = ", ..." if len(found) == _LISTED else ""
+            raise UserInputError(
+                f"{text!r} names several images: {names}{more}. Name one of them, or its id."
+            )
+    words = _typed(session, text)
+    if words is not None and words.barcode is not None and words.position() is not None:
+        plate, well = _well_named(session, words)
+        sites = session.scalars(select(Image.site).where(Image.well_id == well.id).distinct())
+        raise UnknownNameError.of(f"site of well {plate.barcode}/{well.name}", words.site, sites)
+    near = neighbours(session, Image.core_name, (_parts(text) or [text])[-1])
+    if not near:
+        raise UnknownNameError.of("image", text, near)
+    raise UnknownNameError(
+        f"Unknown image {text!r}. Did you mean {' or '.join(near)}? Images are named by {_FORMS}."
+    )
 
 
-class _Words(NamedTuple):
-    """``PLATE/A01/1`` taken apart; a plate that is not named is the only one."""
+class _Typed(NamedTuple):
+    """``PLATE/A01/1`` taken apart."""
 
     barcode: str | None
     well: str
     site: str | None = None
 
+    def position(self) -> tuple[int, int] | None:
+        """Row and column, if the well is written like one."""
+        try:
+            return parse_well(self.well)
+        except UserInputError:
+            return None
 
-def _taken_apart(text: str) -> list[str]:
+
+def _parts(text: str) -> list[str]:
     parts = text.split("/") if "/" in text else text.split()
     return [part.strip() for part in parts if part.strip()]
-
-
-def _image_queries(session: Session, text: str) -> Iterator[Select[Image]]:
-    base = select(Image).join(Well, Well.id == Image.well_id).join(Plate)
-    parts = _taken_apart(text)
-    if text.isdecimal() and len(text) < 19:
-        yield base.where(Image.id == int(text))
-    words = _words_of_image(session, parts)
-    if words is not None and words.site is not None:
-        place = _at(words)
-        if place is not None:
-            yield base.where(*place, Image.site == int(words.site))
-    if len(parts) == 2:
-        yield base.where(Plate.barcode == parts[0], Image.core_name == parts[1])
-        if words is None and _is_site(parts[1]) and (well := _as_well(parts[0])) is not None:
-            place = Well.row == well[0], Well.column == well[1]  # on whichever plate
-            yield base.where(*place, Image.site == int(parts[1]))
-    yield base.where(Image.core_name == text)
-    yield base.where(_has_file(ImageFile.name == text))
-    if "/" in text or "\\" in text:
-        yield base.where(_has_file(ImageFile.name == re.split(r"[/\\]", text)[-1]))
-    start = hex_start(text)
-    if start is not None:
-        yield base.where(
-            Image.content_sha256.is_not(None), starts_with(Image.content_sha256, start)
-        )
-        yield base.where(_has_file(starts_with(ImageFile.sha256, start)))
-
-
-def _words_of_image(session: Session, parts: Sequence[str]) -> _Words | None:
-    if len(parts) == 3 and _is_site(parts[2]):
-        return _Words(parts[0], parts[1], parts[2])
-    if len(parts) == 2 and _is_site(parts[1]) and (plate := only_plate(session)) is not None:
-        return _Words(plate.barcode, parts[0], parts[1])
-    return None
 
 
 def _is_site(text: str) -> bool:
     return text.isdecimal() and len(text) < 10
 
 
-def _at(words: _Words) -> tuple[ColumnElement[bool], ...] | None:
-    try:
-        row, column = parse_well(words.well)
-    except UserInputError:
-        return None
-    return Plate.barcode == words.barcode, Well.row == row, Well.column == column
+def _typed(session: Session, text: str) -> _Typed | None:
+    """The plate, the well and the site of a text; a plate that is not named is the only one."""
+    parts = _parts(text)
+    if len(parts) == 3 and _is_site(parts[2]):
+        return _Typed(*parts)
+    if len(parts) == 2 and _is_site(parts[1]) and (plate := only_plate(session)) is not None:
+        return _Typed(plate.barcode, *parts)
+    return None
 
 
-def _has_file(condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    return Image.id.in_(select(ImageFile.image_id).where(condition))
+def _as_well(text: str) -> tuple[int, int] | None:
+    """Row and column of a text; not of ``0101``, which is as likely an id."""
+    return None if text.isdecimal() else _Typed(None, text).position()
 
 
-def _places_several(session: Session, text: str, found: Sequence[Image]) -> str:
-    names = ", ".join(_full_names(session, found[: _LISTED - 1]))
-    more = ", ..." if len(found) == _LISTED else ""
-    return f"{text!r} names several images: {names}{more}. Name one of them, or its id."
+def _images(session: Session, named: ColumnElement[bool], limit: int) -> Sequence[Image]:
+    query = select(Image).join(Well, Well.id == Image.well_id).join(Plate).where(named)
+    return session.scalars(query.distinct().limit(limit)).all()
 
 
-def _full_names(session: Session, images: Sequence[Image]) -> list[str]:
-    query = select(Image.id, Plate.barcode, Image.core_name).join(Well, Well.id == Image.well_id)
-    query = query.join(Plate, Plate.id == Well.plate_id)
-    rows = session.execute(query.where(Image.id.in_([item.id for item in images])))
-    full = {row.id: f"{row.barcode}/{row.core_name}" for row in rows}
-    twice = len(set(full.values())) < len(full)
-    return [f"{name} (id {key})" if twice else name for key, name in sorted(full.items())]
+def _conditions(session: Session, text: str) -> Iterator[ColumnElement[bool]]:
+    """What ``text`` may mean, the likeliest first, as conditions on images, wells and plates."""
 
+    def has_file(condition: ColumnElement[bool]) -> ColumnElement[bool]:
+        return Image.id.in_(select(ImageFile.image_id).where(condition))
 
-def _unknown_image(session: Session, text: str) -> UnknownNameError:
-    words = _words_of_image(session, _taken_apart(text))
-    if words is not None and words.barcode is not None and _at(words) is not None:
-        plate, well = _well_named(session, words)
-        sites = session.scalars(select(Image.site).where(Image.well_id == well.id).distinct())
-        return UnknownNameError.of(f"site of well {plate.barcode}/{well.name}", words.site, sites)
-    near = neighbours(session, Image.core_name, _taken_apart(text)[-1] if text else text)
-    if not near:
-        return UnknownNameError.of("image", text, near)
-    return UnknownNameError(
-        f"Unknown image {text!r}. Did you mean {' or '.join(near)}? Images are named by {_FORMS}."
-    )
+    parts, words = _parts(text), _typed(session, text)
+    if text.isdecimal() and len(text) < 19:
+        yield Image.id == int(text)
+    if words is not None and (well := words.position()) is not None and words.site is not None:
+        of_well = and_(
+            Plate.barcode == words.barcode, Well.well_row == well[0], Well.well_column == well[1]
+        )
+        yield and_(of_well, Image.site == int(words.site))
+    if len(parts) == 2:
+        yield and_(Plate.barcode == parts[0], Image.core_name == parts[1])
+        if words is None and _is_site(parts[1]) and (well := _as_well(parts[0])) is not None:
+            on_any_plate = and_(Well.well_row == well[0], Well.well_column == well[1])
+            yield and_(on_any_plate, Image.site == int(parts[1]))
+    yield Image.core_name == text
+    yield has_file(ImageFile.name == text)
+    if "/" in text or "\\" in text:
+        yield has_file(ImageFile.name == re.split(r"[/\\]", text)[-1])
+    if (start := hex_start(text)) is not None:
+        known = Image.content_sha256.is_not(None)
+        yield and_(known, starts_with(Image.content_sha256, start))
+        yield has_file(starts_with(ImageFile.sha256, start))
 
 
 def neighbours(session: Session, column: Any, text: str) -> list[str]:
     """Return the names that stand beside ``text`` in the index of a column."""
     after = select(column).where(column >= text).distinct().order_by(column).limit(_NEAR)
     before = select(column).where(column < text).distinct().order_by(column.desc()).limit(_NEAR)
+
+    def in_common(name: str) -> int:
+        pairs = enumerate(zip(name.lower(), text.lower(), strict=False))
+        return next((i for i, (a, b) in pairs if a != b), min(len(name), len(text)))
+
     found = [*session.scalars(before), *session.scalars(after)]
-    # Those that begin most like it.
-    return sorted(found, key=lambda name: -_shared(name, text))[:_NEAR]
-
-
-def _shared(one: str, other: str) -> int:
-    pairs = enumerate(zip(one.lower(), other.lower(), strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return sorted(found, key=in_common, reverse=True)[:_NEAR]
 
 
 def only_plate(session: Session) -> Plate | None:
@@ -199,71 +194,57 @@ def find_well(session: Session, text: str) -> tuple[Plate, Well]:
 
     """
     text = readable(text)
-    parts = _taken_apart(text)
-    if len(parts) == 1 and (well := _as_well(parts[0])) is not None:
-        plate = only_plate(session)
-        if plate is None:
-            raise _of_which_plate(session, parts[0], well)
-        return _well_named(session, _Words(plate.barcode, parts[0]))
+    parts = _parts(text)
+    if len(parts) == 1 and (position := _as_well(parts[0])) is not None:
+        if (plate := only_plate(session)) is not None:
+            return _well_named(session, _Typed(plate.barcode, parts[0]))
+        query = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).order_by(Plate.id)
+        on = query.where(Well.well_row == position[0], Well.well_column == position[1]).limit(
+            _LISTED
+        )
+        plates = [f"{barcode}/{parts[0]}" for barcode in session.scalars(on)]
+        if not plates:
+            raise UnknownNameError(f"No plate has a well {parts[0]!r} with images.")
+        raise UserInputError(f"Well {parts[0]!r} of which plate? Name one: {', '.join(plates)}.")
     if len(parts) == 2 and not _is_site(parts[1]) and _as_well(parts[1]) is not None:
-        return _well_named(session, _Words(parts[0], parts[1]))
-    return _well_of_image(session, text)
+        return _well_named(session, _Typed(parts[0], parts[1]))
+    # Not by number: that of an image says nothing about wells.
+    named = () if text.isdecimal() else _conditions(session, text)
+    for images in (_images(session, condition, 2) for condition in named):
+        if len(images) == 1:
+            well = session.get_one(Well, images[0].well_id)
+            return session.get_one(Plate, well.plate_id), well
+    raise UserInputError(f"A well is named PLATE/A01, not {text!r}.")
 
 
 def looks_like_well(text: str) -> bool:
     """Whether a text is written like a well, with a plate or without."""
-    parts = _taken_apart(text)
+    parts = _parts(text)
     return 1 <= len(parts) <= 2 and not _is_site(parts[-1]) and _as_well(parts[-1]) is not None
 
 
-def _as_well(text: str) -> tuple[int, int] | None:
-    if text.isdecimal():
-        return None  # "0101" may be a well, and is as likely an id
-    try:
-        return parse_well(text)
-    except UserInputError:
-        return None
+def find_plate(session: Session, barcode: str | None) -> Plate:
+    """Return the plate with this barcode.
 
-
-def _of_which_plate(session: Session, text: str, well: tuple[int, int]) -> UserInputError:
-    row, column = well
-    query = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).order_by(Plate.id)
-    on = query.where(Well.row == row, Well.column == column).limit(_LISTED)
-    plates = [f"{barcode}/{text}" for barcode in session.scalars(on)]
-    if not plates:
-        return UnknownNameError(f"No plate has a well {text!r} with images.")
-    return UserInputError(f"Well {text!r} of which plate? Name one: {', '.join(plates)}.")
-
-
-def _well_named(session: Session, words: _Words) -> tuple[Plate, Well]:
-    plate = session.scalars(select(Plate).where(Plate.barcode == words.barcode)).first()
+    Raises:
+        UnknownNameError: with the plates that there are.
+    """
+    plate = session.scalars(select(Plate).where(Plate.barcode == barcode)).first()
     if plate is None:
         known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(500))
-        raise UnknownNameError.of("plate", words.barcode, known)
+        raise UnknownNameError.of("plate", barcode, known)
+    return plate
+
+
+def _well_named(session: Session, words: _Typed) -> tuple[Plate, Well]:
+    plate = find_plate(session, words.barcode)
     row, column = parse_well(words.well)
-    place = (Well.plate_id == plate.id, Well.row == row, Well.column == column)
-    well = session.scalars(select(Well).where(*place)).first()
+    on_plate = select(Well).where(Well.plate_id == plate.id)
+    well = session.scalars(on_plate.where(Well.well_row == row, Well.well_column == column)).first()
     if well is None:
         known = session.scalars(select(Well.name).where(Well.plate_id == plate.id).limit(1536))
         raise UnknownNameError.of("well", words.well, known)
     return plate, well
-
-
-def _well_of_image(session: Session, text: str) -> tuple[Plate, Well]:
-    image = None
-    # Not by number: that of an image says nothing about wells.
-    if not text.isdecimal():
-        queries = _image_queries(session, text)
-        found = (list(session.scalars(query.distinct().limit(2))) for query in queries)
-        image = next((images[0] for images in found if len(images) == 1), None)
-    if image is None:
-        raise UserInputError(f"A well is named PLATE/A01, not {text!r}.")
-    well = session.get_one(Well, image.well_id)
-    return session.get_one(Plate, well.plate_id), well
-
-
-RUN_WORDS = ("latest", "last")
-_FILLERS = ("run", "the")
 
 
 def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Run:
@@ -276,20 +257,36 @@ def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Ru
 
     Raises:
         UnknownNameError: there is none.
+        UserInputError: it is no number, or a run of another stage is wanted.
 
     """
-    reference, typed = _words(reference)
-    if typed is not None:
-        stages = _agreed(typed, stages)
+    words = [word for word in re.split(r"[\s_:-]+", reference.strip().lower()) if word]
+    words = [word for word in words if word not in ("run", "the")]
+    typed = [Stage(word) for word in words if word in list(Stage)]
+    others = [word for word in words if word not in list(Stage)]
+    if len(words) == 1 and others:
+        reference = others[0]
+    elif len(typed) == 1 and len(others) <= 1:
+        reference = (others or [RUN_WORDS[0]])[0]
+        if stages and typed[0] not in stages:
+            wanted = " or ".join(stage.value for stage in stages)
+            raise UserInputError(f"A {wanted} run is wanted here, not a {typed[0].value} run.")
+        stages = typed
     query = select(Run).order_by(Run.id.desc())
     if stages:
         query = query.where(Run.stage.in_(stages))
     if reference in RUN_WORDS:
-        done = query.where(Run.status == Status.DONE)
-        ordered = done.order_by(None).order_by(_of_baseline(), Run.id.desc()) if stages else done
-        found = session.scalars(ordered.limit(1)).first()
+        chosen = query.where(Run.status == Status.DONE)
+        if stages:
+            chosen = chosen.order_by(None).order_by(_is_of_baseline(), Run.id.desc())
     else:
-        found = session.scalars(query.where(Run.id == _number(reference)).limit(1)).first()
+        number = reference.strip().lstrip("#")
+        if not number.isdecimal() or len(number) > 18:
+            raise UserInputError(
+                f"A run is named by its number, 'latest' or 'latest predict', not {reference!r}."
+            )
+        chosen = query.where(Run.id == int(number))
+    found = session.scalars(chosen.limit(1)).first()
     if found is None:
         kind = f"{' or '.join(stage.value for stage in stages)} run" if stages else "run"
         known = [run.id for run in session.scalars(query.limit(5))]
@@ -297,27 +294,7 @@ def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Ru
     return found
 
 
-def _words(reference: str) -> tuple[str, Stage | None]:
-    """What of ``latest predict`` names a run, and the stage if there is one."""
-    parts = [part for part in re.split(r"[\s_:-]+", reference.strip().lower()) if part]
-    parts = [part for part in parts if part not in _FILLERS]
-    stages = [Stage(part) for part in parts if part in list(Stage)]
-    others = [part for part in parts if part not in list(Stage)]
-    if len(parts) == 1 and others:
-        return others[0], None
-    if len(stages) == 1 and len(others) <= 1:
-        return (others or [RUN_WORDS[0]])[0], stages[0]
-    return reference, None
-
-
-def _agreed(typed: Stage, stages: Sequence[Stage]) -> Sequence[Stage]:
-    if stages and typed not in stages:
-        wanted = " or ".join(stage.value for stage in stages)
-        raise UserInputError(f"A {wanted} run is wanted here, not a {typed.value} run.")
-    return (typed,)
-
-
-def _of_baseline() -> ColumnElement[bool]:
+def _is_of_baseline() -> ColumnElement[bool]:
     """Whether a run trained a baseline, or labelled with one."""
     trained = aliased(Run)
     query = select(trained.id).join(Recipe, Recipe.id == trained.recipe_id)
@@ -365,190 +342,3 @@ def find_split(session: Session, name: str | None) -> Split:
     if found is None:
         raise UnknownNameError.of("split", name, [item.name for item in session.scalars(query)])
     return found
-
-
-def _number(text: str) -> int:
-    word = text.strip().lstrip("#")
-    if not word.isdecimal() or len(word) > 18:
-        raise UserInputError(
-            f"A run is named by its number, 'latest' or 'latest predict', not {text!r}."
-        )
-    return int(word)
-
-
-_ENDINGS = (".tif", ".tiff", ".TIF", ".TIFF", ".png", ".PNG", ".ome.tif", ".ome.tiff")
-_SHOWN = 3
-
-
-class FoundImage(NamedTuple):
-    """An image of the store; height and width in pixels where one of its files was seen."""
-
-    id: int
-    content_sha256: str | None
-    plate_id: int
-    plate: str
-    well: str
-    site: int
-    plane: int
-    time_point: int
-    shape: tuple[int, int] | None
-
-    def __str__(self) -> str:
-        return f"{self.plate}/{self.well}/{self.site}"
-
-
-class NoMatch(NamedTuple):
-    """Why a file of masks belongs to no image: a reason to count by, and its details."""
-
-    reason: str
-    detail: str
-
-
-class Labelled(NamedTuple):
-    """Masks (H, W) with the image of the store that they are of."""
-
-    image: FoundImage
-    labels: NDArray[np.uint32]
-
-
-def read_masks_of(
-    database: Database, mask: MaskFile, *, plate: str | None = None, binary: bool = False
-) -> Labelled | NoMatch:
-    """Find the image of a file of masks, read the file, and compare the two.
-
-    ``plate`` limits the images, ``binary`` takes each connected part of a black and white mask
-    for one object.
-    """
-    try:
-        sha256 = sha256_of(mask.path)
-        with database.read() as session:
-            image = find_image(session, mask, plate)
-            known = _is_an_image(session, sha256)
-        if isinstance(image, NoMatch):
-            return image
-        if known:
-            return NoMatch("this is an image", "the file is one of the images of the store")
-        labels = _labels(mask, binary)
-    except ImageError as error:
-        return NoMatch("not a label image", writable(str(error)))
-    except OSError as error:
-        return NoMatch("cannot be read", str(error.strerror))
-    if image.shape is not None and image.shape != labels.shape:
-        shapes = f"masks of {_pixels(labels.shape)} pixels, image {image} of {_pixels(image.shape)}"
-        return NoMatch("another shape than the image", shapes)
-    return Labelled(image, labels)
-
-
-def check_plate(session: Session, plate: str | None) -> None:
-    """Refuse a barcode that no plate of the store has.
-
-    Raises:
-        UnknownNameError: with the plates that there are.
-    """
-    if plate is None or session.scalar(select(Plate.id).where(Plate.barcode == plate)):
-        return
-    known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(500))
-    raise UnknownNameError.of("plate", plate, known)
-
-
-def find_image(session: Session, mask: MaskFile, plate: str | None) -> FoundImage | NoMatch:
-    """Return the image of ``mask``: by the name of any of its files, else by core file name.
-
-    Where several images have the name, the ``plate`` decides, else a folder that is named like a
-    plate, else the folder of the image files.
-    """
-    on_plate = plate or _plate_of_folders(session, mask)
-    for stem in mask.stems:
-        ids = _by_file_name(session, stem, on_plate) or _by_core_name(session, stem, on_plate)
-        if len(ids) > 1:
-            ids = _beside(session, ids, mask) or ids
-        if len(ids) == 1:
-            return _image(session, ids[0])
-        if ids:
-            return _several(session, ids)
-    where = f" on plate {on_plate}" if on_plate else ""
-    return NoMatch("no such image", f"no image{where} has a file or a name like {mask.stems[0]!r}")
-
-
-def _by_file_name(session: Session, stem: str, plate: str | None) -> list[int]:
-    names = [stem + ending for ending in _ENDINGS]
-    query = select(Image.id).join(ImageFile, ImageFile.image_id == Image.id)
-    return _ids(session, query.where(ImageFile.name.in_(names)), plate)
-
-
-def _by_core_name(session: Session, stem: str, plate: str | None) -> list[int]:
-    parsed = core_file_name(stem)
-    names = {stem, parsed.core} if parsed else {stem}
-    query = select(Image.id).where(Image.core_name.in_(names))
-    if parsed and parsed.plane is not None:
-        query = query.where(Image.plane == parsed.plane)
-    if parsed and parsed.time_point is not None:
-        query = query.where(Image.time_point == parsed.time_point)
-    return _ids(session, query, plate)
-
-
-def _ids(session: Session, query: Select[Any], plate: str | None) -> list[int]:
-    if plate is not None:
-        query = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
-        query = query.where(Plate.barcode == plate)
-    # More than a few are not looked at: a name that so many images have says nothing.
-    return list(session.scalars(query.distinct().order_by(Image.id).limit(5000)))
-
-
-def _plate_of_folders(session: Session, mask: MaskFile) -> str | None:
-    """Return the plate that the nearest folder is named like ('BR00117035__2021-05-02T...')."""
-    parts = [writable(part.split("__")[0]) for part in reversed(mask.path.parent.parts)]
-    known = set(session.scalars(select(Plate.barcode).where(Plate.barcode.in_(parts))))
-    return next((part for part in parts if part in known), None)
-
-
-def _beside(session: Session, ids: Sequence[int], mask: MaskFile) -> list[int]:
-    query = (
-        select(ImageFile.image_id)
-        .join(Folder, Folder.id == ImageFile.folder_id)
-        .where(ImageFile.image_id.in_(ids), Folder.uri == writable(str(mask.path.parent)))
-    )
-    return list(session.scalars(query.distinct()))
-
-
-def _image(session: Session, image_id: int) -> FoundImage:
-    place = (Plate.id, Plate.barcode, Well.name, Image.site, Image.plane, Image.time_point)
-    query = select(Image.content_sha256, *place).where(
-        Image.id == image_id, Well.id == Image.well_id, Plate.id == Well.plate_id
-    )
-    row = session.execute(query).one()
-    shapes = select(ImageFile.height, ImageFile.width).where(
-        ImageFile.image_id == image_id, ImageFile.height.is_not(None)
-    )
-    shape = session.execute(shapes.order_by(ImageFile.position).limit(1)).first()
-    found = None if shape is None else (shape.height or 0, shape.width or 0)
-    return FoundImage(image_id, *row, found)
-
-
-def _several(session: Session, ids: Sequence[int]) -> NoMatch:
-    shown = ", ".join(str(_image(session, image_id)) for image_id in ids[:_SHOWN])
-    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
-    return NoMatch(
-        "several images have this name",
-        f"{shown}{more}; put the masks of each plate into a folder named like it, or give --plate",
-    )
-
-
-def _labels(mask: MaskFile, binary: bool) -> NDArray[np.uint32]:
-    from ..analysis.label_images import labels_in_pieces, parts
-
-    labels = read_labels(mask.path, binary=binary)
-    if binary:
-        return parts(labels)
-    if labels.max(initial=0) == 1 and labels_in_pieces(labels):
-        raise ImageError(black_and_white(mask.path.name))
-    return labels
-
-
-def _is_an_image(session: Session, sha256: str) -> bool:
-    query = select(ImageFile.id).where(ImageFile.sha256 == sha256).limit(1)
-    return session.scalar(query) is not None
-
-
-def _pixels(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

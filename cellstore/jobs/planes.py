@@ -14,12 +14,12 @@ from sqlalchemy.orm import Session
 from ..artifacts import ArtifactFolder
 from ..config import ImageInput
 from ..db.bulk import in_lists
-from ..db.models import Artifact, Cell, ImageFile, Segmentation
 from ..db.session import Database
 from ..enums import EXCLUDED_NO_PERIMETER, PROJECTION_CHANNEL
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project, read_plane
 from ..io.uris import is_remote, local_path
+from ..models import Artifact, Cell, ImageFile, Segmentation
 
 NUCLEAR = re.compile("dna|dapi|hoechst", re.IGNORECASE)
 """What the names of channels of nuclei have in them."""

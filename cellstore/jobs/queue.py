@@ -40,10 +40,10 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from ..db.bulk import in_lists
-from ..db.models import Image, Job, Plate, Run, Well
 from ..db.statements import insert_from
 from ..enums import Status
 from ..errors import UserInputError
+from ..models import Image, Job, Plate, Run, Well
 
 ENV_LEASE = "CELLSTORE_LEASE_SECONDS"
 LEASE_SECONDS = 60.0

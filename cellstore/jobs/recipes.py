@@ -11,10 +11,10 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..db.models import Recipe, RecipeInput
 from ..db.statements import insert_new
 from ..enums import Stage
 from ..errors import UserInputError
+from ..models import Recipe, RecipeInput
 
 
 @dataclass(frozen=True)

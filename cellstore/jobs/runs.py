@@ -22,11 +22,11 @@ from sqlalchemy import and_, delete, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
-from ..db.models import Artifact, Job, Recipe, Run, RunArtifact
 from ..db.session import Database
 from ..db.statements import insert_new
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import JobsFailedError, RunCancelledError, StoreError, UserInputError
+from ..models import Artifact, Job, Recipe, Run, RunArtifact
 from .queue import Owner, close_dead_runs, shown_worker
 
 PACKAGES = ("cellstore", "numpy", "cellpose", "scikit-image", "torch", "torchvision", "duckdb")
@@ -81,7 +81,7 @@ def running(
             code_version=code_version(),
             environment=environment(),
             host=socket.gethostname()[:255],
-            user=_user(),
+            user_name=_user(),
             process=owner,
             started_at=datetime.now(UTC),
         )

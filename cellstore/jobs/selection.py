@@ -6,9 +6,9 @@ from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..config import EVERYTHING, Selection
-from ..db.models import Image, Plate, Segmentation, Treatment, Well
 from ..errors import UnknownNameError
-from .lookup import well_name
+from ..models import Image, Plate, Segmentation, Treatment, Well
+from .lookup import find_plate, well_name
 
 
 def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int]:
@@ -24,7 +24,7 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
     if selection.plates or selection.wells or selection.where is not None:
         query = query.join(Well, Well.id == Image.well_id)
     if selection.plates:
-        ids = [_plate(session, barcode) for barcode in selection.plates]
+        ids = [find_plate(session, barcode).id for barcode in selection.plates]
         query = query.where(Well.plate_id.in_(ids))
     if selection.wells:
         query = query.where(Well.name.in_([_well(session, name) for name in selection.wells]))
@@ -57,14 +57,6 @@ def is_current() -> ColumnElement[bool]:
 def segmented(images: Select[int], recipe_id: int) -> Select[int]:
     """Return those of ``images`` that a segment recipe has done, as their bytes are now."""
     return images.join(Segmentation, is_current()).where(Segmentation.recipe_id == recipe_id)
-
-
-def _plate(session: Session, barcode: str) -> int:
-    found = session.scalar(select(Plate.id).where(Plate.barcode == barcode))
-    if found is None:
-        known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(500))
-        raise UnknownNameError.of("plate", barcode, known)
-    return found
 
 
 def _well(session: Session, name: str) -> str:

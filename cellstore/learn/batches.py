@@ -21,10 +21,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..config import ImageInput
-from ..db.models import Image, Plate, Well
 from ..errors import ImageError, StorageError, UnknownNameError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
+from ..models import Image, Plate, Well
 from ..query.cells import (
     CellRows,
     CellSource,

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
 
-from ..db.models import Image, ImageFile, Segmentation
-from ..db.split_models import SplitMember
 from ..enums import PROJECTION_CHANNEL
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.selection import is_current
+from ..models import Image, ImageFile, Segmentation, SplitMember
 from ..query.cells import CellSource
 
 MASK, FLOW, TABULAR = BRANCHES = ("mask", "flow", "tabular")

@@ -11,10 +11,19 @@ from numpy.typing import NDArray
 from sqlalchemy import distinct, func, select
 from sqlalchemy.orm import Session, aliased
 
-from ..db.models import Artifact, Image, Label, Recipe, RecipeInput, Run, RunArtifact, Well
-from ..db.split_models import SplitMember
 from ..enums import ArtifactKind, Stage, Subset
 from ..jobs.workspace import Workspace
+from ..models import (
+    Artifact,
+    Image,
+    Label,
+    Recipe,
+    RecipeInput,
+    Run,
+    RunArtifact,
+    SplitMember,
+    Well,
+)
 from ..query.cells import (
     CellSource,
     check_cells,
@@ -152,7 +161,7 @@ class PlaceReader:
         if self._meta.model == CELLCOUNT:
             return count_rows([n_cells])
         if self._meta.model == POSITION:
-            query = select(Well.row, Well.column).join(Image, Image.well_id == Well.id)
+            query = select(Well.well_row, Well.well_column).join(Image, Image.well_id == Well.id)
             place: Any = session.execute(query.where(Image.id == image_id)).one()
             return np.array([tuple(place)], dtype=np.float64)
         return np.empty((1, 0))

@@ -15,11 +15,11 @@ from sqlalchemy.orm import Session
 from torch import Tensor
 
 from ..config import ImageInput
-from ..db.models import Artifact, Recipe, Run, RunArtifact
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import StorageError, UserInputError
 from ..jobs.planes import check_channels
 from ..jobs.workspace import Workspace
+from ..models import Artifact, Recipe, Run, RunArtifact
 from ..query.cells import CellSource, input_of, plane_of
 from ..query.feature_files import find_feature_set, open_set
 from .baselines import BASELINES, load_baseline

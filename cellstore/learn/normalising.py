@@ -17,13 +17,12 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from ..config import ImageInput
-from ..db.models import Image, Plate, Segmentation, Treatment, Well
 from ..db.session import Database
-from ..db.split_models import SplitMember
 from ..enums import Control, Subset
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.selection import is_current
+from ..models import Image, Plate, Segmentation, SplitMember, Well
 from ..query.cells import CellSource, is_unflagged_image, read_cells, stream_features
 from ..query.feature_files import SetReader
 from .crops import white_level
@@ -544,8 +543,7 @@ def _images(source: CellSource, barcode: str | None = None) -> Select[Any]:
 
 
 def _control_images(source: CellSource, barcode: str) -> Select[Any]:
-    query = _images(source, barcode).join(Treatment, Treatment.id == Well.treatment_id)
-    return query.where(Treatment.control == Control.NEGATIVE)
+    return _images(source, barcode).where(Well.control == Control.NEGATIVE)
 
 
 def _rows(

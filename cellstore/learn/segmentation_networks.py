@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..db.models import Artifact, RunArtifact
 from ..enums import ArtifactKind, Stage
 from ..errors import UserInputError
 from ..jobs.lookup import find_run
 from ..jobs.workspace import Workspace
+from ..models import Artifact, RunArtifact
 
 if TYPE_CHECKING:
     from ..analysis.segmentation import ModelFiles

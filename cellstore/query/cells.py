@@ -19,26 +19,27 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder
 from ..config import ImageInput
-from ..db.models import (
+from ..enums import FeatureStorage, Projection, Stage, Status, Subset
+from ..errors import ImageError, UnknownNameError, UserInputError
+from ..jobs.lookup import RUN_WORDS, find_recipe, has_results, run_in
+from ..jobs.planes import read_artifact_image
+from ..jobs.selection import is_current
+from ..models import (
     Cell,
     CellFeatures,
+    CellFlag,
     FeatureSet,
     Image,
+    ImageFlag,
     Job,
     Plate,
     Recipe,
     RecipeInput,
     Run,
     Segmentation,
+    SplitMember,
     Well,
 )
-from ..db.quality_models import CellFlag, ImageFlag
-from ..db.split_models import SplitMember
-from ..enums import FeatureStorage, Projection, Stage, Status, Subset
-from ..errors import ImageError, UnknownNameError, UserInputError
-from ..jobs.lookup import RUN_WORDS, find_recipe, has_results, run_in
-from ..jobs.planes import read_artifact_image
-from ..jobs.selection import is_current
 from .feature_files import BUILT_IN, FEATURE_COLUMNS, ReadableSet, SetReader, find_feature_set
 
 NEWEST = "latest"
@@ -201,7 +202,7 @@ def cells_query(source: CellSource) -> Select[Any]:
     """
     current = and_(is_current(), Segmentation.recipe_id == source.segment_id)
     query = (
-        select(Image.id.label("image_id"), Cell.id.label("cell_id"), Cell.label.label("label"))
+        select(Image.id.label("image_id"), Cell.id.label("cell_id"), Cell.object_number)
         .add_columns(*(getattr(Cell, name) for name in _BOX))
         .select_from(Image)
         .join(Segmentation, current)
@@ -312,7 +313,7 @@ def read_cells(
         rows, values = list(compress(rows, there)), values[there]
     return CellRows(
         _column(rows, "cell_id"),
-        _column(rows, "label"),
+        _column(rows, "object_number"),
         _boxes(rows),
         values,
         rows[0].get("label_id") if rows else None,

@@ -25,11 +25,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..artifacts import PART, ArtifactFolder, StoredFile, sync_folder
-from ..db.models import Artifact, CellFeatures, FeatureFile, FeatureSet
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
 from ..jobs.runs import attach, keep_file
+from ..models import Artifact, CellFeatures, FeatureFile, FeatureSet
 
 FEATUREFILES_CELL_ID = "cell_id"
 ROWS_OF_FILE = 50_000

@@ -14,7 +14,9 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder
-from ..db.models import (
+from ..jobs.queue import requeue_done
+from ..jobs.selection import is_current
+from ..models import (
     Artifact,
     Cell,
     FeatureFile,
@@ -24,8 +26,6 @@ from ..db.models import (
     RunArtifact,
     Segmentation,
 )
-from ..jobs.queue import requeue_done
-from ..jobs.selection import is_current
 from .feature_files import FeatureWriter, SetFile, SetReader, WrittenFile
 
 MOST_IMAGES = 400

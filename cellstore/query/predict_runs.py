@@ -5,10 +5,10 @@ from __future__ import annotations
 from sqlalchemy import and_, select
 from sqlalchemy.orm import Session
 
-from ..db.models import Cell, Prediction, Run, Segmentation
 from ..enums import Stage, Status
 from ..errors import UnknownNameError
 from ..jobs.lookup import run_in
+from ..models import Cell, Prediction, Run, Segmentation
 from .cells import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 
 

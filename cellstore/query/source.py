@@ -13,10 +13,9 @@ import duckdb
 from sqlalchemy import BigInteger, Boolean, Column, Float, Integer, Table
 from sqlalchemy.types import JSON
 
-from ..db.models import METADATA
 from ..db.session import Database
-from ..db.types import UtcDateTime
 from ..errors import DatabaseError, MissingExtraError
+from ..models import METADATA, UtcDateTime
 from .guard import quoted
 
 TABLES: dict[str, Table] = dict(METADATA.tables)

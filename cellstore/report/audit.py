@@ -14,14 +14,30 @@ from sqlalchemy import Row, Select, func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
-from ..db.models import (
+from ..enums import TARGET, ArtifactKind, Control, Stage, Status, Subset
+from ..errors import UnknownNameError, UserInputError
+from ..jobs.lookup import (
+    RUN_WORDS,
+    find_image,
+    find_well,
+    hex_start,
+    looks_like_well,
+    neighbours,
+    readable,
+    run_in,
+    starts_with,
+)
+from ..jobs.workspace import Workspace
+from ..models import (
     Artifact,
     Cell,
     CellFeatures,
+    CellFlag,
     FeatureFile,
     FeatureSet,
     Image,
     ImageFile,
+    ImageFlag,
     IngestFile,
     Job,
     Label,
@@ -32,26 +48,12 @@ from ..db.models import (
     Run,
     RunArtifact,
     Segmentation,
+    Split,
+    SplitMember,
     Treatment,
     Well,
     WellChange,
 )
-from ..db.quality_models import CellFlag, ImageFlag
-from ..db.split_models import Split, SplitMember
-from ..enums import ArtifactKind, LabelField, Stage, Status, Subset
-from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import (
-    RUN_WORDS,
-    find_well,
-    hex_start,
-    looks_like_well,
-    neighbours,
-    places_find_image,
-    readable,
-    run_in,
-    starts_with,
-)
-from ..jobs.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class TreatmentFact:
     """What was done to a well, in a few words."""
 
     kind: str
-    pert_iname: str
+    name: str
     target: str | None
     control: str | None
     identifier: str | None
@@ -450,7 +452,7 @@ def audit_cell(workspace: Workspace, cell_id: int) -> CellAudit:
             cell_id=cell.id,
             image=f"{session.get_one(Plate, well.plate_id).barcode}/{image.core_name}",
             image_id=image.id,
-            label=cell.label,
+            label=cell.object_number,
             box=_box(cell),
             centroid=_centroid(cell),
             excluded=cell.excluded,
@@ -670,7 +672,7 @@ def audit_well(workspace: Workspace, text: str) -> WellAudit:
 def treatment_of(session: Session, well: Well) -> TreatmentFact | None:
     """Return what a well has now, or None."""
     row = session.get(Treatment, well.treatment_id) if well.treatment_id else None
-    return None if row is None else _fact(row)
+    return None if row is None else _fact(row, well.control)
 
 
 def well_history(session: Session, well_id: int) -> tuple[TreatmentChange, ...]:
@@ -732,7 +734,7 @@ def changed_wells(session: Session, run_id: int) -> int:
 
 def _frozen(
     split: str,
-    field: LabelField,
+    field: str,
     side: Subset,
     label: str,
     treatment: TreatmentFact | None,
@@ -741,7 +743,7 @@ def _frozen(
     now = _value(treatment, field)
     return FrozenLabel(
         split=split,
-        field=LabelField(field).value,
+        field=field,
         side=Subset(side).value,
         label=label,
         now=now,
@@ -750,27 +752,27 @@ def _frozen(
     )
 
 
-def _last_change(history: Sequence[TreatmentChange], field: LabelField) -> TreatmentChange | None:
+def _last_change(history: Sequence[TreatmentChange], field: str) -> TreatmentChange | None:
     changes = [item for item in history if _value(item.old, field) != _value(item.new, field)]
     return changes[-1] if changes else None
 
 
-def _value(treatment: TreatmentFact | None, field: LabelField) -> str | None:
+def _value(treatment: TreatmentFact | None, field: str) -> str | None:
     if treatment is None:
         return None
-    return treatment.target if field == LabelField.TARGET else treatment.pert_iname
+    return treatment.target if field == TARGET else treatment.name
 
 
 def _by_id(session: Session, treatment_id: int | None) -> TreatmentFact | None:
     return None if treatment_id is None else _fact(session.get_one(Treatment, treatment_id))
 
 
-def _fact(row: Treatment) -> TreatmentFact:
+def _fact(row: Treatment, control: Control | None = None) -> TreatmentFact:
     return TreatmentFact(
         kind=row.kind.value,
-        pert_iname=row.pert_iname,
+        name=row.name,
         target=row.target,
-        control=row.control.value if row.control else None,
+        control=text_of(control),
         identifier=row.identifier,
     )
 
@@ -788,7 +790,7 @@ def audit_run(workspace: Workspace, reference: str) -> RunAudit:
         return RunAudit(
             run=run_fact(run),
             ended_at=moment(run.ended_at),
-            user=run.user,
+            user=run.user_name,
             host=run.host,
             command=run.command,
             code_version=run.code_version,
@@ -1235,7 +1237,7 @@ def _labelling(
     return Labelling(
         run_id=run.id,
         started_at=run.started_at.isoformat(),
-        user=run.user,
+        user=run.user_name,
         host=run.host,
         code_version=run.code_version,
         train_run_id=run.parent_id,
@@ -1286,8 +1288,8 @@ def _side_and_truth(
         return Subset(member.subset).value, member.value
     if treatment is None:
         return "outside", None
-    by_target = split.field == LabelField.TARGET
-    return "outside", treatment.target if by_target else treatment.pert_iname
+    by_target = split.field == TARGET
+    return "outside", treatment.target if by_target else treatment.name
 
 
 def _well_sides(session: Session, split: Split | None, well_id: int) -> tuple[str, ...]:
@@ -1318,7 +1320,7 @@ def audit_image(workspace: Workspace, text: str) -> ImageAudit:
         UserInputError: several have it.
     """
     with workspace.database.read() as session:
-        image = places_find_image(session, text)
+        image = find_image(session, text)
         well = session.get_one(Well, image.well_id)
         plate = session.get_one(Plate, well.plate_id)
         treatment = session.get(Treatment, well.treatment_id) if well.treatment_id else None
@@ -1334,9 +1336,9 @@ def audit_image(workspace: Workspace, text: str) -> ImageAudit:
             time_point=image.time_point,
             core_name=image.core_name,
             content_sha256=image.content_sha256,
-            treatment=treatment.pert_iname if treatment else None,
+            treatment=treatment.name if treatment else None,
             target=treatment.target if treatment else None,
-            control=text_of(treatment.control) if treatment else None,
+            control=text_of(well.control),
             treatment_history=history,
             frozen_labels=frozen_labels(session, well.id, image.id, now, history),
             files=files,

@@ -141,13 +141,13 @@ NAMES = {
     SELECT i.id, p.barcode || '/' || w.name || '/' || i.site AS name FROM images AS i
     JOIN wells AS w ON w.id = i.well_id JOIN plates AS p ON p.id = w.plate_id
     JOIN (SELECT unnest(?::BIGINT[]) AS id) AS asked ON asked.id = i.id
-    ORDER BY p.barcode, w."row", w."column", i.site, i.id
+    ORDER BY p.barcode, w.well_row, w.well_column, i.site, i.id
     """,
     "well": """
     SELECT w.id, p.barcode || '/' || w.name AS name FROM wells AS w
     JOIN plates AS p ON p.id = w.plate_id
     JOIN (SELECT unnest(?::BIGINT[]) AS id) AS asked ON asked.id = w.id
-    ORDER BY p.barcode, w."row", w."column"
+    ORDER BY p.barcode, w.well_row, w.well_column
     """,
 }
 RECIPES = """
@@ -215,7 +215,7 @@ def compare_subjects(
     """Compare two predict runs; see :func:`compare`."""
     if first.run.id == second.run.id:
         raise UserInputError(f"Both are run {first.run.id}: name another run to compare it with.")
-    labels = [subject.split.field.value for subject in (first, second)]
+    labels = [subject.split.field for subject in (first, second)]
     if labels[0] != labels[1]:
         raise UserInputError(
             f"Run {first.run.id} predicts {labels[0]} and run {second.run.id} {labels[1]}: their "

@@ -16,11 +16,10 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import write_atomically
-from ..db.models import Recipe, Run, Segmentation
-from ..db.split_models import Split
 from ..enums import ArtifactKind, Stage
 from ..extras import need
 from ..jobs.workspace import Workspace
+from ..models import Recipe, Run, Segmentation, Split
 from ..settings import check_not_of_a_store
 from .audit import (
     ArtifactAudit,
@@ -189,7 +188,7 @@ def _of_cell(audit: CellAudit, image: ImageAudit) -> Lineage:
 
 def _of_well(audit: WellAudit) -> Lineage:
     graph = Lineage("well")
-    name = audit.treatment.pert_iname if audit.treatment else None
+    name = audit.treatment.name if audit.treatment else None
     treatment = _treatment(graph, name, audit.history)
     graph.add("well", "well", f"{audit.plate}/{audit.well}", f"{len(audit.images)} images")
     graph.link(treatment, "well")
@@ -278,7 +277,7 @@ def _run_up(session: Session, graph: Lineage, run: Run) -> str:
         f"run {run.id}",
         run.stage.value,
         f"run {run.id}, {run.started_at:%Y-%m-%d}",
-        f"by {run.user}",
+        f"by {run.user_name}",
         run.code_version,
     )
     if run.parent_id is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..db.split_models import Split
+from ..models import Split
 from ..query.engine import Questions
 from .scoring import Subject
 

@@ -16,14 +16,13 @@ from sqlalchemy.orm import Session
 from ..analysis.overlay import Limits, grey_limits, outline_overlay, to_grey
 from ..artifacts import write_atomically
 from ..config import ImageInput
-from ..db.models import Image, Plate, Recipe, Run, Segmentation, Well
-from ..db.quality_models import ImageFlag
 from ..enums import CellFlagReason, ImageFlagReason
 from ..errors import CellstoreError, UserInputError
 from ..extras import need
 from ..jobs.planes import read_image
 from ..jobs.selection import is_current
 from ..jobs.workspace import Workspace
+from ..models import Image, ImageFlag, Plate, Recipe, Run, Segmentation, Well
 from ..query.cells import plane_of, read_masks
 from ..settings import check_not_of_a_store
 from ..stages.qc import (
@@ -143,7 +142,7 @@ def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, 
 def _plate_maps(session: Session, flagging: Flagging, barcode: str) -> list[PlateMap]:
     """The maps of a plate; a number that no well has, or that is 0 everywhere, has none."""
     plate_id = session.scalars(select(Plate.id).where(Plate.barcode == barcode)).one()
-    query = select(Image.id, Well.row, Well.column).join(Well, Well.id == Image.well_id)
+    query = select(Image.id, Well.well_row, Well.well_column).join(Well, Well.id == Image.well_id)
     rows = session.execute(query.where(Well.plate_id == plate_id))
     positions = {image_id: (row, column) for image_id, row, column in rows}
     flags = select(ImageFlag.reason, ImageFlag.channel, ImageFlag.image_id)

@@ -21,16 +21,25 @@ from sqlalchemy.orm import Session
 from ..artifacts import BorrowingFolder
 from ..config import PredictParams, TrainParams
 from ..db.bulk import in_lists
-from ..db.models import (
+from ..db.session import connect, sqlite_url
+from ..enums import ArtifactKind, FeatureStorage, Stage, Status
+from ..errors import CellstoreError, UserInputError
+from ..jobs.lookup import run_in
+from ..jobs.runs import code_version, environment
+from ..jobs.workspace import Workspace
+from ..models import (
     METADATA,
     Artifact,
+    Base,
     Cell,
     CellFeatures,
+    CellFlag,
     FeatureFile,
     FeatureSet,
     Folder,
     Image,
     ImageFile,
+    ImageFlag,
     Job,
     Label,
     Plate,
@@ -41,18 +50,11 @@ from ..db.models import (
     RunArtifact,
     RunMetric,
     Segmentation,
+    Split,
+    SplitMember,
     Treatment,
     Well,
 )
-from ..db.quality_models import CellFlag, ImageFlag
-from ..db.session import connect, sqlite_url
-from ..db.split_models import Split, SplitMember
-from ..db.types import Base
-from ..enums import ArtifactKind, FeatureStorage, Stage, Status
-from ..errors import CellstoreError, UserInputError
-from ..jobs.lookup import run_in
-from ..jobs.runs import code_version, environment
-from ..jobs.workspace import Workspace
 from ..settings import StoreSettings
 from .repro import (
     DIFFERENT,

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from ..analysis.overlay import outline_overlay, to_grey
 from ..artifacts import write_atomically
 from ..config import VoteRules
-from ..db.models import Recipe, Segmentation
 from ..errors import CellstoreError, UnknownNameError
 from ..extras import need
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
+from ..models import Recipe, Segmentation
 from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions
 from ..query.guard import quoted
@@ -628,10 +628,10 @@ SHOWN_PLATES = 12
 USUAL_FEATURES = ("area", "mean_intensity")
 """Features that are shown if none is named, and they were measured."""
 WELLS = """
-    SELECT p.barcode AS plate, w.id, w."row", w."column"
+    SELECT p.barcode AS plate, w.id, w.well_row, w.well_column
     FROM wells AS w JOIN plates AS p ON p.id = w.plate_id
     WHERE w.plate_id IN (SELECT plate_id FROM wells WHERE list_contains(?, id))
-    ORDER BY p.barcode, w."row", w."column"
+    ORDER BY p.barcode, w.well_row, w.well_column
 """
 USED_CELLS = """
     WITH used AS (
@@ -678,7 +678,7 @@ def plate_maps(
     plates: dict[str, dict[int, WellPosition]] = defaultdict(dict)
     well_ids = sorted({row["well_id"] for row in images})
     for row in questions.ask(WELLS, [well_ids]).to_pylist():
-        plates[row["plate"]][row["id"]] = (row["row"], row["column"])
+        plates[row["plate"]][row["id"]] = (row["well_row"], row["well_column"])
     maps = [
         [
             PlateMap(

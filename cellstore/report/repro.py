@@ -23,7 +23,10 @@ from ..config import (
     spelled,
     unspeakable,
 )
-from ..db.models import (
+from ..enums import FeatureStorage, Stage, Status
+from ..jobs.lookup import run_in
+from ..jobs.workspace import Workspace
+from ..models import (
     FeatureFile,
     FeatureSet,
     Image,
@@ -33,11 +36,8 @@ from ..db.models import (
     RecipeInput,
     Run,
     Segmentation,
+    Split,
 )
-from ..db.split_models import Split
-from ..enums import FeatureStorage, Stage, Status
-from ..jobs.lookup import run_in
-from ..jobs.workspace import Workspace
 from ..query.cells import plane_of
 
 Params = SegmentParams | MeasureParams | SplitParams | TrainParams | BaselineParams | PredictParams

@@ -19,13 +19,12 @@ from sqlalchemy.orm import aliased
 from ..analysis import statistics
 from ..analysis.statistics import WellTest, bootstrap_interval, mcnemar_over_wells
 from ..config import VoteRules
-from ..db.models import Recipe, Run
-from ..db.split_models import Split
 from ..enums import Stage, Status, Subset
 from ..errors import UserInputError
 from ..jobs.workspace import Workspace
 from ..learn.baselines import BASELINES, NULLS
 from ..learn.inputs import leak_of
+from ..models import Recipe, Run, Split
 from ..query.engine import Questions, open_questions
 from ..query.predict_runs import flags_on, predict_run
 
@@ -581,14 +580,14 @@ def scored(
     baselines = score_rivals(questions, subject, subsets, answers)
     n_wells = np.unique(images.given.well).size
     beats, against = against_nulls(baselines, subject.baseline, n_wells, split.name)
-    targets = read_targets(questions, split.field.value)
+    targets = read_targets(questions, split.field)
     return ReportResult(
         run_id=run.id,
         train_run_id=run.parent_id,
         split=split.name,
         protocol=split.protocol,
         group_level=str(split.group_level.value),
-        field=str(split.field.value),
+        field=str(split.field),
         subsets=subsets,
         classes=classes,
         chance=1 / max(1, classes),
@@ -865,14 +864,14 @@ def notes_on(
 # Classes, targets, plates and wells
 
 TARGETS = """
-    SELECT DISTINCT pert_iname, target FROM treatments
-    WHERE pert_iname IS NOT NULL AND target IS NOT NULL
+    SELECT DISTINCT name, target FROM treatments
+    WHERE name IS NOT NULL AND target IS NOT NULL
 """
 WELLS = """
     SELECT w.id, p.barcode AS plate, w.name FROM wells AS w
     JOIN plates AS p ON p.id = w.plate_id
     JOIN (SELECT unnest(?::BIGINT[]) AS id) AS asked ON asked.id = w.id
-    ORDER BY p.barcode, w."row", w."column"
+    ORDER BY p.barcode, w.well_row, w.well_column
 """
 SEPARATOR = "|"
 """Between the genes of a compound that has several, as the readers of plate maps write it."""
@@ -883,11 +882,11 @@ Targets = Mapping[str, frozenset[str]]
 
 def read_targets(questions: Questions, field: str) -> Targets:
     """Return the genes of each compound; none where labels are genes themselves."""
-    if field != "pert_iname":
+    if field != "perturbation":
         return {}
     found: dict[str, set[str]] = defaultdict(set)
     for row in questions.ask(TARGETS).to_pylist():
-        found[row["pert_iname"]] |= set(row["target"].split(SEPARATOR)) - {""}
+        found[row["name"]] |= set(row["target"].split(SEPARATOR)) - {""}
     return {label: frozenset(genes) for label, genes in found.items() if genes}
 
 

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 from ..analysis.overlay import captioned, contact_sheet, outline_overlay, png, shrunk_overlay
 from ..artifacts import write_atomically
 from ..config import EVERYTHING, SegmentParams, Selection
-from ..db.models import Image, Plate, Well
 from ..errors import CellstoreError, UserInputError, first_line
 from ..jobs.workspace import Workspace
+from ..models import Image, Plate, Well
 from ..progress import track
 from ..stages.segment import open_segment
 
@@ -126,7 +126,8 @@ def _sample(session: Session, images: Select[int], count: int) -> tuple[int, dic
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
         .join(there, there.c.id == Image.id)
-        .order_by(Well.row, Well.column, Image.site, Image.time_point, Image.plane, Image.id)
+        .order_by(Well.well_row, Well.well_column)
+        .order_by(Image.site, Image.time_point, Image.plane, Image.id)
     )
     sample = {}
     for (plate_id, available), number in zip(chosen, wanted, strict=True):

@@ -27,7 +27,7 @@ QUERY = """
     FROM votes AS v
     {joined}
     WHERE v.run_id = $run AND v.level = '{level}' AND v.vote = '{vote}'
-    ORDER BY v.plate, w."row", w."column", {order}
+    ORDER BY v.plate, w.well_row, w.well_column, {order}
 """
 PARTS = {
     "image": {

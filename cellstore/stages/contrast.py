@@ -16,7 +16,6 @@ from ..analysis import contrasts as ops
 from ..analysis.contrasts import Contrast, Verdict
 from ..analysis.draws import Lowest, even_shares, lots
 from ..config import ContrastParams, Selection, as_parameters
-from ..db.models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, Well
 from ..enums import Control, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..extras import need
@@ -25,6 +24,7 @@ from ..jobs.runs import running
 from ..jobs.selection import images_of
 from ..jobs.workspace import Workspace
 from ..learn.inputs import teacher_of
+from ..models import Cell, Image, Plate, Recipe, Run, Segmentation, Treatment, Well
 from ..query.cells import (
     CellSource,
     as_text,
@@ -108,7 +108,7 @@ class _Wells:
 
 def _wells(session: Session, params: ContrastParams) -> list[_Wells]:
     """Treatments on plates: a row for each pair, with how many wells."""
-    keys = (Well.plate_id, Treatment.id, Treatment.pert_iname, Treatment.control)
+    keys = (Well.plate_id, Treatment.id, Treatment.name, Well.control)
     query = (
         select(*keys, func.count())
         .join(Treatment, Treatment.id == Well.treatment_id)
@@ -127,7 +127,7 @@ def _control(wells: Sequence[_Wells], params: ContrastParams) -> Group:
     if not chosen and wanted is None:
         raise UserInputError(
             "No treatment is marked as negative control. Name one with --control, or mark it as "
-            "negcon in the treatment table."
+            "negcon (negative control) in the treatment table."
         )
     if not chosen:
         raise UnknownNameError.of("treatment", wanted, sorted({w.name for w in wells}))

@@ -22,7 +22,14 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import PART, ArtifactFolder
 from ..db.bulk import in_lists
-from ..db.models import (
+from ..enums import FeatureStorage, Stage
+from ..errors import StorageError, UnknownNameError, UserInputError
+from ..extras import need
+from ..io.tables import disarmed
+from ..jobs.lookup import find_recipe, has_results
+from ..jobs.selection import is_current
+from ..jobs.workspace import Workspace
+from ..models import (
     Artifact,
     Cell,
     CellFeatures,
@@ -39,13 +46,6 @@ from ..db.models import (
     Treatment,
     Well,
 )
-from ..enums import FeatureStorage, Stage
-from ..errors import StorageError, UnknownNameError, UserInputError
-from ..extras import need
-from ..io.tables import disarmed
-from ..jobs.lookup import find_recipe, has_results
-from ..jobs.selection import is_current
-from ..jobs.workspace import Workspace
 from ..query.cells import input_of
 from ..query.feature_files import FEATURE_COLUMNS, find_feature_set
 
@@ -184,7 +184,7 @@ IMAGE_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
 """What all cells of an image share."""
 
 CELL_COLUMNS: tuple[tuple[str, str, pa.DataType], ...] = (
-    ("Metadata_ObjectNumber", "label", pa.int64()),
+    ("Metadata_ObjectNumber", "object_number", pa.int64()),
     ("Metadata_MinRow", "min_row", pa.int64()),
     ("Metadata_MinCol", "min_col", pa.int64()),
     ("Metadata_MaxRow", "max_row", pa.int64()),
@@ -309,7 +309,7 @@ class Reader:
 
     def _images_of(self, plate: Plate) -> Iterator[Any]:
         # By image, so that a plate costs its own images and not all segmentations of the recipe.
-        order = (Well.row, Well.column, Image.site, Image.plane, Image.time_point)
+        order = (Well.well_row, Well.well_column, Image.site, Image.plane, Image.time_point)
         ids = select(Image.id).join(Well, Well.id == Image.well_id).where(Well.plate_id == plate.id)
         query = _images(self.exported, [plate])
         for some in in_lists(self.session.scalars(ids.order_by(*order)).all()):
@@ -427,7 +427,7 @@ def _meets(metadata: Any, group: int, ids: np.ndarray[Any, Any]) -> bool:
 def _images(exported: Exported, plates: Sequence[Plate]) -> Select[Any]:
     """Return the query of the images on ``plates`` that have cells, in their order."""
     treatment = (
-        *(Treatment.kind, Treatment.pert_iname, Treatment.target, Treatment.control),
+        *(Treatment.kind, Treatment.name, Treatment.target, Well.control),
         *(Treatment.identifier, Treatment.inchikey, Treatment.smiles, Treatment.pubchem_cid),
     )
     return (
@@ -440,7 +440,8 @@ def _images(exported: Exported, plates: Sequence[Plate]) -> Select[Any]:
         .outerjoin(Treatment, Treatment.id == Well.treatment_id)
         .where(Segmentation.recipe_id == exported.segment_id, Segmentation.n_cells > 0)
         .where(Well.plate_id.in_([plate.id for plate in plates]))
-        .order_by(Well.row, Well.column, Image.site, Image.plane, Image.time_point, Segmentation.id)
+        .order_by(Well.well_row, Well.well_column)
+        .order_by(Image.site, Image.plane, Image.time_point, Segmentation.id)
     )
 
 

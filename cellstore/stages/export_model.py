@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..db.models import Image, Recipe, RecipeInput, Run, RunMetric, Segmentation
-from ..db.split_models import Split, SplitMember
 from ..enums import Stage, Subset
 from ..errors import ImageError, StorageError, UserInputError
 from ..extras import need
@@ -24,6 +22,7 @@ from ..jobs.selection import segmented
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
 from ..learn.models import OpenModel, know_plates, open_model
+from ..models import Image, Recipe, RecipeInput, Run, RunMetric, Segmentation, Split, SplitMember
 from ..query.cells import plate_of, read_cells
 from ..query.feature_files import SetReader, set_of_recipe
 

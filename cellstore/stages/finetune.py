@@ -19,18 +19,19 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
 from ..config import FinetuneParams, ImageInput, as_parameters
-from ..db.models import Recipe, Run, RunMetric
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import ImageError, UserInputError
 from ..extras import need
 from ..io.image_files import decode_tiff, encode_tiff
 from ..io.mask_files import mask_files
-from ..jobs.lookup import NoMatch, check_plate, read_masks_of
+from ..jobs.lookup import find_plate
+from ..jobs.mask_matching import NoMatch, read_masks_of
 from ..jobs.planes import check_channels, choose_channels, read_image
 from ..jobs.recipes import RecipeSpec, fingerprint, register
 from ..jobs.runs import RunHandle, attach, keep_file, running
 from ..jobs.workspace import Workspace
 from ..learn.segmentation_networks import OF_A_RUN, SIZE_MODEL, Network, find_network
+from ..models import Recipe, Run, RunMetric
 from ..progress import track
 
 if TYPE_CHECKING:
@@ -216,7 +217,8 @@ def finetune(
     _check(params)
     start = find_network(workspace, params.model, weights_dir)
     with workspace.database.read() as session:
-        check_plate(session, plate)
+        if plate is not None:
+            find_plate(session, plate)
         params = replace(params, channels=choose_channels(session, params.channels))
         for plane in params.planes:
             check_channels(session, plane)

@@ -9,12 +9,12 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, exists, func, select, true, update
 from sqlalchemy.orm import Session
 
-from ..db.models import Image, Job, Plate, Recipe, Run, Well
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import find_recipe, places_find_image, run_in
+from ..jobs.lookup import find_image, find_recipe, run_in
 from ..jobs.queue import content, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
+from ..models import Image, Job, Plate, Recipe, Run, Well
 
 STAGES = (Stage.SEGMENT, Stage.MEASURE, Stage.QC, Stage.PREDICT)
 """The stages that go image by image."""
@@ -226,7 +226,7 @@ def retry(
         if run is not None:
             which.append(Job.run_id == run_in(session, run, STAGES).id)
         if image is not None:
-            which.append(Job.image_id == places_find_image(session, image).id)
+            which.append(Job.image_id == find_image(session, image).id)
         # The bytes that an image had before are of no use to try again.
         current = and_(Image.id == Job.image_id, content() == Job.content_sha256)
         which.append(exists().where(current))

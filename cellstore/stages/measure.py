@@ -34,16 +34,6 @@ from ..config import (
     as_parameters,
 )
 from ..db.bulk import bulk_insert, in_lists
-from ..db.models import (
-    Artifact,
-    Cell,
-    CellFeatures,
-    FeatureSet,
-    Image,
-    ImageFile,
-    Recipe,
-    Segmentation,
-)
 from ..db.statements import insert_new
 from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
@@ -56,6 +46,16 @@ from ..jobs.queue import Task
 from ..jobs.recipes import RecipeSpec, fingerprint, register
 from ..jobs.selection import images_of, is_current, segmented
 from ..jobs.workspace import Workspace
+from ..models import (
+    Artifact,
+    Cell,
+    CellFeatures,
+    FeatureSet,
+    Image,
+    ImageFile,
+    Recipe,
+    Segmentation,
+)
 from ..query.cells import current_segmentation, last_with_masks, plane_of
 from ..query.feature_files import ROWS_OF_FILE, WrittenFile, register_files, set_of_recipe
 from ..query.feature_output import images_per_file, requeue_lost_features, write_features
@@ -289,9 +289,9 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
                 masks[image_id] = (number, (path, sha256))
         files = channel_files(session, ids)
         cells = (
-            select(Cell.label, Cell.id)
+            select(Cell.object_number, Cell.id)
             .where(Cell.segmentation_id == bindparam("segmentation"))
-            .order_by(Cell.label)
+            .order_by(Cell.object_number)
         )
         found: dict[int, MeasureInput | CellstoreError] = {}
         for task in tasks:
@@ -357,7 +357,7 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
             else:
                 channels = dict(zip(group.channels, planes, strict=True))
                 columns = measure_channels(group.name, regions, channels)
-            rows = [column for name, column in columns.items() if name != "label"]
+            rows = [column for name, column in columns.items() if name != "object_number"]
             values[recipe_id] = np.stack(rows)[:, order]
         return MeasureOutput(task_input.cell_ids[order], values)
 

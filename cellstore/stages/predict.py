@@ -19,23 +19,8 @@ from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
 from ..config import PredictParams, as_parameters
 from ..db.bulk import bulk_insert
-from ..db.models import (
-    Cell,
-    FeatureFile,
-    FeatureSet,
-    Image,
-    Job,
-    Label,
-    Plate,
-    Prediction,
-    Recipe,
-    Run,
-    Segmentation,
-    Well,
-)
-from ..db.split_models import Split, SplitMember
 from ..db.statements import insert_new
-from ..enums import ArtifactKind, FeatureStorage, LabelField, Stage, Status, Subset
+from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import JobsFailedError, UnknownNameError, UserInputError
 from ..extras import need
 from ..jobs.execute import run_jobs
@@ -49,6 +34,22 @@ from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
 from ..learn.models import OpenModel, know_plates, open_model
 from ..learn.normalising import describe_plates
+from ..models import (
+    Cell,
+    FeatureFile,
+    FeatureSet,
+    Image,
+    Job,
+    Label,
+    Plate,
+    Prediction,
+    Recipe,
+    Run,
+    Segmentation,
+    Split,
+    SplitMember,
+    Well,
+)
 from ..query.cells import CellSource, as_text, cells_query
 from ..query.feature_files import ROWS_OF_FILE, WrittenFile, register_files, set_of_recipe
 from ..query.feature_output import images_per_file, write_features
@@ -320,7 +321,7 @@ def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
 
 
 def _label_ids(session: Session, meta: ModelMeta) -> NDArray[np.int64]:
-    query = select(Label.value, Label.id).where(Label.field == LabelField(meta.field))
+    query = select(Label.value, Label.id).where(Label.field == meta.field)
     known = dict(session.execute(query).all())
     gone = [value for value in meta.labels if value not in known]
     if gone:

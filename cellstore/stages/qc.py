@@ -27,20 +27,6 @@ from sqlalchemy.orm import Session
 from ..analysis.quality import WHITE_NOISE_SLOPE, Limits, PlaneQuality, plane_quality, robust_limits
 from ..config import EVERYTHING, THIS_PROCESS, QcParams, Resources, Selection, as_parameters
 from ..db.bulk import bulk_insert
-from ..db.models import (
-    Cell,
-    CellFeatures,
-    Image,
-    ImageFile,
-    Job,
-    Plate,
-    Recipe,
-    RecipeInput,
-    Run,
-    Segmentation,
-    Well,
-)
-from ..db.quality_models import CellFlag, ImageFlag, ImageQuality
 from ..db.statements import insert_from
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
 from ..errors import ImageError, UnknownNameError, UserInputError
@@ -53,6 +39,22 @@ from ..jobs.recipes import RecipeSpec, register
 from ..jobs.runs import running
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
+from ..models import (
+    Cell,
+    CellFeatures,
+    CellFlag,
+    Image,
+    ImageFile,
+    ImageFlag,
+    ImageQuality,
+    Job,
+    Plate,
+    Recipe,
+    RecipeInput,
+    Run,
+    Segmentation,
+    Well,
+)
 from ..query.cells import last_with_masks
 
 
@@ -527,7 +529,14 @@ def flagged_images(
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
         .where(Plate.barcode.in_(barcodes))
-        .order_by(Plate.barcode, Well.row, Well.column, Image.site, Image.plane, Image.time_point)
+        .order_by(
+            Plate.barcode,
+            Well.well_row,
+            Well.well_column,
+            Image.site,
+            Image.plane,
+            Image.time_point,
+        )
         .order_by(Image.id, ImageFlag.reason, ImageFlag.channel)
     )
     for row in session.execute(query.execution_options(yield_per=1_000)):

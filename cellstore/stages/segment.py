@@ -28,7 +28,6 @@ from ..config import (
     as_parameters,
 )
 from ..db.bulk import in_lists
-from ..db.models import Artifact, Image, Plate, Recipe, Segmentation, Well
 from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..extras import need
@@ -52,6 +51,7 @@ from ..jobs.runs import keep_file
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..learn.segmentation_networks import find_network
+from ..models import Artifact, Image, Plate, Recipe, Segmentation, Well
 
 if TYPE_CHECKING:
     from ..analysis.segmentation import ModelFiles, SegmentationResult, Segmenter

@@ -40,10 +40,9 @@ from ..analysis.splitting import (
 )
 from ..config import Selection, SplitParams, as_parameters
 from ..db.bulk import in_lists
-from ..db.models import Image, ImageFile, Label, Plate, Recipe, Run, Segmentation, Treatment, Well
-from ..db.split_models import Split, SplitGroup, SplitMember
+from ..db.fields import check_field, field_column
 from ..db.statements import insert_new
-from ..enums import GroupLevel, LabelField, Stage, Subset
+from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..extras import need
 from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
@@ -52,6 +51,20 @@ from ..jobs.recipes import RecipeSpec, register
 from ..jobs.runs import running
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
+from ..models import (
+    Image,
+    ImageFile,
+    Label,
+    Plate,
+    Recipe,
+    Run,
+    Segmentation,
+    Split,
+    SplitGroup,
+    SplitMember,
+    Treatment,
+    Well,
+)
 from ..query.cells import (
     as_text,
     check_plates,
@@ -192,16 +205,13 @@ def checked(params: SplitParams) -> SplitParams:
 
 
 def with_known_words(params: SplitParams) -> SplitParams:
-    """Return ``params`` with its field and group level as what they name.
+    """Return ``params`` with its group level as what it names.
 
     Raises:
-        UnknownNameError: there is no such field or level.
+        UnknownNameError: there is no such level.
     """
-    _known("label field", params.field, list(LabelField))
     _known("group level", params.group_level, list(GroupLevel))
-    return replace(
-        params, field=LabelField(params.field), group_level=GroupLevel(params.group_level)
-    )
+    return replace(params, group_level=GroupLevel(params.group_level))
 
 
 def _known(kind: str, value: str, known: Sequence[str]) -> None:
@@ -220,10 +230,11 @@ def _check_published(params: SplitParams) -> None:
 
 
 def _check_level(params: SplitParams) -> None:
-    if params.group_level is GroupLevel.TREATMENT and params.field is LabelField.PERT_INAME:
+    if params.group_level is GroupLevel.PERTURBATION and params.field == PERTURBATION:
         raise UserInputError(
-            "By treatment, each compound is on one side only, so compounds cannot be the classes: "
-            "none would be both trained and tested. Predict something coarser: --field target."
+            "By perturbation, each compound is in one subset only, so compounds cannot be the "
+            "classes: none would be both trained and tested. Predict something coarser: --field "
+            "target."
         )
     named = params.test_plates or params.validation_plates
     if not named:
@@ -282,7 +293,7 @@ class Candidate:
                 return self.key[0]
             case GroupLevel.WELL:
                 return f"{self.key[0]}/{self.well}"
-            case GroupLevel.TREATMENT:
+            case GroupLevel.PERTURBATION:
                 return self.compound
         return "/".join(map(str, self.key))
 
@@ -316,9 +327,10 @@ def read_pool(session: Session, params: SplitParams, segment_id: int | None) -> 
 
     Raises:
         UserInputError: there are none, or their cells cannot be counted.
-        UnknownNameError: no such plate, column or quality-control run.
+        UnknownNameError: no such field, plate, column or quality-control run.
 
     """
+    check_field(session, params.field)
     chosen = images_of(session, Selection(plates=params.plates, where=params.where))
     qc = _qc_run(session, params, chosen)
     query = _candidates_query(params, qc)
@@ -328,7 +340,7 @@ def read_pool(session: Session, params: SplitParams, segment_id: int | None) -> 
         left_out |= _counts_flagged(session, params, qc, len(found), chosen)
     if not found:
         raise UserInputError(_nothing_to_split(params, left_out))
-    if params.group_level is GroupLevel.TREATMENT:
+    if params.group_level is GroupLevel.PERTURBATION:
         found = _with_compounds(session, query, found)
     if segment_id is not None:
         found = _with_cells(session, query, found, segment_id)
@@ -347,15 +359,15 @@ def _qc_run(session: Session, params: SplitParams, chosen: Select[int]) -> Run |
 
 
 def _candidates_query(params: SplitParams, qc: Run | None) -> Select[Any]:
-    label = getattr(Treatment, params.field.value)
+    label = field_column(params.field)
     query = (
-        select(Image.id.label("image_id"), Plate.barcode, Well.row, Well.column)
+        select(Image.id.label("image_id"), Plate.barcode, Well.well_row, Well.well_column)
         .add_columns(Well.name.label("well"), Image.site, Image.plane, Image.time_point)
         .add_columns(label.label("label"))
         .select_from(Image)
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
-        .join(Treatment, Treatment.id == Well.treatment_id)
+        .outerjoin(Treatment, Treatment.id == Well.treatment_id)
         .where(label.is_not(None))
     )
     if params.plates:
@@ -375,7 +387,7 @@ def _candidates(session: Session, query: Select[Any]) -> list[Candidate]:
     return [
         Candidate(
             row.image_id,
-            (row.barcode, row.row, row.column, row.site, row.plane, row.time_point),
+            (row.barcode, row.well_row, row.well_column, row.site, row.plane, row.time_point),
             row.well,
             row.label,
         )
@@ -385,9 +397,7 @@ def _candidates(session: Session, query: Select[Any]) -> list[Candidate]:
 
 def compound_of(treatment: Any) -> Compound:
     """Return what a row of ``treatments`` says of its compound."""
-    return Compound(
-        treatment.pert_iname, treatment.identifier, treatment.inchikey, treatment.smiles
-    )
+    return Compound(treatment.name, treatment.identifier, treatment.inchikey, treatment.smiles)
 
 
 def _with_compounds(
@@ -430,11 +440,12 @@ def _counts_flagged(
 
 
 def _counts_left_out(session: Session, chosen: Select[int], params: SplitParams) -> dict[str, int]:
-    label = getattr(Treatment, params.field.value)
+    label = field_column(params.field)
     base = (
         select(func.count(Image.id))
         .select_from(Image)
         .join(Well, Well.id == Image.well_id)
+        .join(Plate, Plate.id == Well.plate_id)
         .outerjoin(Treatment, Treatment.id == Well.treatment_id)
         .where(Image.id.in_(chosen))
     )
@@ -448,7 +459,7 @@ def _counts_left_out(session: Session, chosen: Select[int], params: SplitParams)
 def _nothing_to_split(params: SplitParams, left_out: Mapping[str, int]) -> str:
     if left_out["missing_files"]:
         return (
-            f"All {left_out['missing_files']} images with a {params.field.value} miss files. "
+            f"All {left_out['missing_files']} images with a {params.field} miss files. "
             "Ingest again with --images, or split without the pixels with --allow-missing."
         )
     if left_out.get("flagged"):
@@ -458,7 +469,7 @@ def _nothing_to_split(params: SplitParams, left_out: Mapping[str, int]) -> str:
         )
     if left_out["without_label"]:
         return (
-            f"None of the {left_out['without_label']} images has a {params.field.value}. Ingest a "
+            f"None of the {left_out['without_label']} images has a {params.field}. Ingest a "
             "table that has it, or choose another --field."
         )
     if params.where is not None:
@@ -555,7 +566,7 @@ def _line(session: Session, split: Split, runs: int) -> SplitLine:
         name=split.name,
         protocol=split.protocol,
         group_level=split.group_level.value,
-        field=split.field.value,
+        field=split.field,
         train=counts.get(Subset.TRAIN, 0),
         validation=counts.get(Subset.VALIDATION, 0),
         test=counts.get(Subset.TEST, 0),
@@ -582,7 +593,7 @@ def result_of(session: Session, split: Split) -> SplitResult:
     return SplitResult(
         name=split.name,
         protocol=split.protocol,
-        field=split.field.value,
+        field=split.field,
         group_level=split.group_level.value,
         seed=split.seed,
         fingerprint=split.fingerprint,
@@ -633,7 +644,7 @@ class Drawn:
     def fingerprint(self) -> str:
         """The SHA-256 of what the split is: its members, their sides and labels."""
         params = self.params
-        digest = hashlib.sha256(repr((self.protocol, params.field.value, params.seed)).encode())
+        digest = hashlib.sha256(repr((self.protocol, params.field, params.seed)).encode())
         digest.update(params.group_level.value.encode())
         for item, side in self.members:
             digest.update(repr((item.key, item.label, side.value)).encode())
@@ -873,7 +884,7 @@ def _assigned(
     if params.test_plates:
         sides = (params.test_plates, params.validation_plates)
         return [named_split(images, seed, *sides, validation)]
-    by_class = params.group_level is GroupLevel.TREATMENT
+    by_class = params.group_level is GroupLevel.PERTURBATION
     return [grouped_split(images, seed, params.test_size, validation, balance, by_class)]
 
 
@@ -909,7 +920,7 @@ def import_split(
     workspace: Workspace,
     name: str,
     paths: Sequence[Path],
-    field: LabelField = LabelField.PERT_INAME,
+    field: str = PERTURBATION,
     group_level: GroupLevel = GroupLevel.IMAGE,
     allow_missing: bool = False,
 ) -> SplitResult:
@@ -932,6 +943,7 @@ def import_split(
     tables = read_split_tables([Path(path) for path in paths])
     check_not_empty(tables)
     with workspace.database.read() as session:
+        check_field(session, params.field)
         matched = _match(session, tables, params.field, allow_missing)
     _check(matched, params.field)
     members = tuple(sorted(matched.sides.values(), key=lambda item: item[0].key))
@@ -939,7 +951,7 @@ def import_split(
     drawn = Drawn(name, params, _query(name), members, left_out, imported=True)
     parameters = {
         "protocol": IMPORTED,
-        "field": params.field.value,
+        "field": params.field,
         "group_level": params.group_level.value,
         "files": dict(tables.digests),
     }
@@ -953,9 +965,7 @@ def _query(name: str) -> str:
     return as_text(members.join(Split, Split.id == SplitMember.split_id).where(Split.name == name))
 
 
-def _match(
-    session: Session, tables: SplitTables, field: LabelField, allow_missing: bool
-) -> _Matched:
+def _match(session: Session, tables: SplitTables, field: str, allow_missing: bool) -> _Matched:
     matched = _Matched()
     barcodes = list(session.scalars(select(Plate.barcode).order_by(Plate.id)))
     by_plate: dict[str, list[SplitRow]] = defaultdict(list)
@@ -990,12 +1000,12 @@ def _plate_of(row: SplitRow, barcodes: Sequence[str]) -> str:
     )
 
 
-def _images(field: LabelField) -> Select[Any]:
-    label = getattr(Treatment, field.value)
+def _images(field: str) -> Select[Any]:
+    label = field_column(field)
     return (
         select(Image.id, Image.site, Image.plane, Image.time_point, Image.content_sha256)
-        .add_columns(Plate.barcode, Well.row, Well.column, Well.name.label("well"))
-        .add_columns(Treatment.identifier, Treatment.pert_iname, label.label("label"))
+        .add_columns(Plate.barcode, Well.well_row, Well.well_column, Well.name.label("well"))
+        .add_columns(Treatment.identifier, Treatment.name, label.label("label"))
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
         .outerjoin(Treatment, Treatment.id == Well.treatment_id)
@@ -1004,12 +1014,12 @@ def _images(field: LabelField) -> Select[Any]:
 
 def _found(session: Session, query: Select[Any]) -> Iterator[_Found]:
     for row in session.execute(query):
-        key = (row.barcode, row.row, row.column, row.site, row.plane, row.time_point)
+        key = (row.barcode, row.well_row, row.well_column, row.site, row.plane, row.time_point)
         item = Candidate(row.id, key, row.well, row.label or "")
-        yield item, row.content_sha256 is not None, row.identifier, row.pert_iname or ""
+        yield item, row.content_sha256 is not None, row.identifier, row.name or ""
 
 
-def _on_plate(session: Session, barcode: str, field: LabelField) -> dict[str | None, list[_Found]]:
+def _on_plate(session: Session, barcode: str, field: str) -> dict[str | None, list[_Found]]:
     wells: dict[str | None, list[_Found]] = defaultdict(list)
     for found in _found(session, _images(field).where(Plate.barcode == barcode)):
         wells[found[0].well].append(found)
@@ -1020,19 +1030,19 @@ def _match_treatments(
     session: Session,
     matched: _Matched,
     rows: Sequence[SplitRow],
-    field: LabelField,
+    field: str,
     allow_missing: bool,
 ) -> None:
     identifiers = {row.identifier for row in rows if row.identifier is not None}
     names = {row.name for row in rows if row.identifier is None}
     by_key: dict[tuple[str, str | None], list[_Found]] = defaultdict(list)
-    for column, values in ((Treatment.identifier, identifiers), (Treatment.pert_iname, names)):
+    for column, values in ((Treatment.identifier, identifiers), (Treatment.name, names)):
         for found in _found(session, _images(field).where(column.in_(values))):
             by_key[column.key, found[2] if column is Treatment.identifier else found[3]].append(
                 found
             )
     for row in rows:
-        key = ("pert_iname", row.name) if row.identifier is None else ("identifier", row.identifier)
+        key = ("name", row.name) if row.identifier is None else ("identifier", row.identifier)
         wanted = [c for c in by_key.get(key, ()) if row.plate in (None, c[0].key[0])]
         _take(matched, row, wanted, allow_missing)
 
@@ -1051,7 +1061,7 @@ def _take(matched: _Matched, row: SplitRow, found: Iterable[_Found], allow_missi
         matched.without_image.append(row.where)
 
 
-def _check(matched: _Matched, field: LabelField) -> None:
+def _check(matched: _Matched, field: str) -> None:
     if matched.twice:
         raise UserInputError(
             f"{len(matched.twice)} times an image is put on two sides, first {matched.twice[0]}. "
@@ -1066,7 +1076,7 @@ def _check(matched: _Matched, field: LabelField) -> None:
         )
     if matched.without_label:
         raise UserInputError(
-            f"None of the images that the tables name has a {field.value}. Choose another --field."
+            f"None of the images that the tables name has a {field}. Choose another --field."
         )
     raise UserInputError(
         "No row of the tables names an image of this store. Compare plates and wells with: "
@@ -1110,7 +1120,7 @@ def check_split(workspace: Workspace, name: str | None = None) -> CheckResult:
 
 def check_tables(
     paths: Sequence[Path],
-    field: LabelField | None = None,
+    field: str | None = None,
     group_level: GroupLevel = GroupLevel.WELL,
 ) -> CheckResult:
     """Look for what the split tables of others give away, without a store.
@@ -1126,7 +1136,7 @@ def check_tables(
     tables = read_split_tables(paths)
     check_not_empty(tables)
     has_target = any(row.target is not None for row in tables.rows)
-    wanted = field or (LabelField.TARGET if has_target else LabelField.PERT_INAME)
+    wanted = field or (TARGET if has_target else PERTURBATION)
     members = [
         Member(row.subset, label, row.plate, row.well, compound_in(row))
         for row in tables.rows
@@ -1140,7 +1150,7 @@ def check_tables(
         ]
     if not members:
         raise UserInputError(
-            f"No row of the tables has a {wanted.value}, or plate and well. Choose another "
+            f"No row of the tables has a {wanted}, or plate and well. Choose another "
             "--field, or add a table that has it."
         )
     names = ", ".join(path.name for path in paths)
@@ -1154,9 +1164,9 @@ def compound_in(row: SplitRow) -> Compound:
     return Compound(row.name, row.identifier, row.inchikey, row.smiles)
 
 
-def label_in(row: SplitRow, field: LabelField) -> str | None:
+def label_in(row: SplitRow, field: str) -> str | None:
     """Return the class of a row of a split table; a compound may have an identifier only."""
-    return row.target if field is LabelField.TARGET else row.name or row.identifier
+    return row.target if field == TARGET else row.name or row.identifier
 
 
 def _result(name: str, protocol: str, level: GroupLevel, found: SplitCheck) -> CheckResult:
@@ -1189,7 +1199,7 @@ def _members(session: Session, split_id: int) -> Iterator[Member]:
     )
     query = (
         select(counts.c.subset, counts.c.images, Label.value, Well.name.label("well"))
-        .add_columns(Plate.barcode, Treatment.pert_iname, Treatment.identifier)
+        .add_columns(Plate.barcode, Treatment.name, Treatment.identifier)
         .add_columns(Treatment.inchikey, Treatment.smiles)
         .select_from(counts)
         .join(Label, Label.id == counts.c.label_id)

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from ..db.models import (
+from ..enums import FeatureStorage, Stage, Status
+from ..jobs.selection import is_current
+from ..jobs.workspace import Workspace
+from ..models import (
+    Base,
     Cell,
     CellFeatures,
     FeatureFile,
     FeatureSet,
     Image,
+    ImageFlag,
     Job,
     Plate,
     Prediction,
@@ -21,15 +26,10 @@ from ..db.models import (
     Run,
     RunMetric,
     Segmentation,
+    Split,
     Treatment,
     Well,
 )
-from ..db.quality_models import ImageFlag
-from ..db.split_models import Split
-from ..db.types import Base
-from ..enums import FeatureStorage, Stage, Status
-from ..jobs.selection import is_current
-from ..jobs.workspace import Workspace
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,6 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
 from ..config import ImageInput, TrainParams, TrainSetup, as_parameters
-from ..db.models import Recipe, Run, RunMetric
-from ..db.split_models import Split, SplitMember
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
@@ -65,6 +63,7 @@ from ..learn.normalising import (
     fit_scaler,
     fit_whites,
 )
+from ..models import Recipe, Run, RunMetric, Split, SplitMember
 from ..progress import Progress, Silent
 from ..query.cells import (
     CellSource,
@@ -1061,7 +1060,7 @@ def describe(plan: Plan, model: Model, recipe: Recipe) -> CheckpointMeta:
     return CheckpointMeta(
         shape=model.net.shape,
         labels=tuple(plan.labels),
-        field=plan.split.field.value,
+        field=plan.split.field,
         scaler=model.fitted.scaler,
         crop_size=plan.params.crop_size,
         fingerprints={

@@ -17,8 +17,6 @@ from sqlalchemy.orm import Session
 
 from ..analysis import draws
 from ..config import BaselineParams
-from ..db.models import Image, Recipe, Run, Well
-from ..db.split_models import Split, SplitMember
 from ..enums import ArtifactKind, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..extras import need
@@ -47,6 +45,7 @@ from ..learn.normalising import (
     describe_plates,
     fit_scaler,
 )
+from ..models import Image, Recipe, Run, Split, SplitMember, Well
 from ..query.cells import (
     CellSource,
     ImageBlock,
@@ -199,7 +198,7 @@ class WellOf:
 def training_wells(session: Session, plan: Plan) -> list[WellOf]:
     """Return the wells of the training images that have cells, by id."""
     query = (
-        select(Well.id, Well.row, Well.column, SplitMember.label_id, SplitMember.image_id)
+        select(Well.id, Well.well_row, Well.well_column, SplitMember.label_id, SplitMember.image_id)
         .join(Image, Image.well_id == Well.id)
         .join(SplitMember, SplitMember.image_id == Image.id)
         .where(SplitMember.split_id == plan.split.id, SplitMember.subset == Subset.TRAIN)
@@ -538,7 +537,7 @@ def _meta(plan: Plan, kind: str, fitted: Fitted, recipe: Recipe) -> BaselineMeta
     return BaselineMeta(
         model=kind,
         labels=tuple(plan.labels),
-        field=plan.split.field.value,
+        field=plan.split.field,
         scaler=fitted.scaler,
         fingerprints={
             "train": recipe.fingerprint,

@@ -19,7 +19,13 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder, sha256_of
 from ..db.bulk import in_lists
-from ..db.models import (
+from ..enums import ArtifactKind, Status
+from ..errors import ImageError, StorageError
+from ..io.image_files import decode_tiff
+from ..jobs.executors import cores
+from ..jobs.queue import close_dead_runs
+from ..jobs.workspace import Workspace
+from ..models import (
     Artifact,
     Cell,
     FeatureFile,
@@ -31,12 +37,6 @@ from ..db.models import (
     Segmentation,
     Well,
 )
-from ..enums import ArtifactKind, Status
-from ..errors import ImageError, StorageError
-from ..io.image_files import decode_tiff
-from ..jobs.executors import cores
-from ..jobs.queue import close_dead_runs
-from ..jobs.workspace import Workspace
 from ..progress import track
 from ..query.feature_files import FileFacts, stream_ids
 
@@ -152,14 +152,16 @@ def _cells_of(session: Session, masks: list[int]) -> dict[int, list[_Cells]]:
 
 
 def _labels(session: Session, segmentations: list[int]) -> dict[int, list[int]]:
-    query = select(Cell.segmentation_id, Cell.label)
+    query = select(Cell.segmentation_id, Cell.object_number)
     found: dict[int, list[int]] = {}
     for some in in_lists(segmentations):
         rows = session.execute(
-            query.where(Cell.segmentation_id.in_(some)).order_by(Cell.segmentation_id, Cell.label)
+            query.where(Cell.segmentation_id.in_(some)).order_by(
+                Cell.segmentation_id, Cell.object_number
+            )
         )
         for number, group in groupby(rows, key=lambda row: row.segmentation_id):
-            found[number] = [row.label for row in group]
+            found[number] = [row.object_number for row in group]
     return found
 
 

@@ -2,9 +2,14 @@
 
 Revision: 0001
 Follows:
+
+Triggers keep what was said as it was said, and splits as they were drawn. On SQLite, whoever
+makes a table anew (``batch_alter_table``) loses its triggers and has to make them again.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -14,486 +19,818 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-
 BIG_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-
-# Predictions are append only: what a run once said stays, whoever holds the connection.
-SQLITE_GUARD = """
-CREATE TRIGGER predictions_keep_{verb} BEFORE {verb} ON predictions
-BEGIN SELECT RAISE(ABORT, 'predictions are append-only'); END
-"""
-POSTGRESQL_FUNCTION = """
-CREATE FUNCTION predictions_keep() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN RAISE EXCEPTION 'predictions are append-only'; END $$
-"""
-POSTGRESQL_GUARD = """
-CREATE TRIGGER predictions_keep BEFORE UPDATE OR DELETE OR TRUNCATE ON predictions
-FOR EACH STATEMENT EXECUTE FUNCTION predictions_keep()
-"""
+FLOAT = sa.Float(precision=53)
+MOMENT = sa.DateTime(timezone=True)
+NAME = sa.String(length=255)
+SHA256 = sa.String(length=64)
+WORD = sa.String(length=20)
 
 
-def guard_predictions() -> None:
+def refers(table: str, column: str, other: str, *, nullable: bool = False) -> sa.Column[int]:
+    key = sa.ForeignKey(f"{other}.id", name=f"fk_{table}_{column}_{other}")
+    return sa.Column(column, BIG_ID, key, nullable=nullable)
+
+
+def only(condition: str) -> dict[str, Any]:
+    """Make an index one of those rows alone that meet ``condition``."""
+    return {"sqlite_where": sa.text(condition), "postgresql_where": sa.text(condition)}
+
+
+# What was once said stays, whoever holds the connection.
+APPEND_ONLY = ("predictions", "image_predictions", "annotations", "events")
+
+FROZEN = "split is frozen"
+TOGETHER = "split keeps each group on one side"
+NO_GROUP = "split member is in no group"
+FIXED = "split keeps its protocol and group level"
+TAKEN = "split is there already"
+MEANT = "split says what it is about"
+
+GROUPED = "('well', 'plate', 'perturbation')"
+GROUP_OF = """
+    SELECT CASE s.group_level WHEN 'well' THEN i.well_id WHEN 'plate' THEN w.plate_id
+        ELSE w.treatment_id END
+    FROM splits s CROSS JOIN images i JOIN wells w ON w.id = i.well_id
+    WHERE s.id = NEW.split_id AND i.id = NEW.image_id
+"""
+
+
+def frozen(split_id: str) -> str:
+    return f"EXISTS (SELECT 1 FROM splits WHERE id = {split_id} AND frozen_at IS NOT NULL)"
+
+
+def refuse_where(condition: str, reason: str) -> str:
+    return f"SELECT RAISE(ABORT, '{reason}') WHERE {condition};"
+
+
+KEEP_TOGETHER = f"""
+    {refuse_where(f"({GROUP_OF}) IS NULL", NO_GROUP)}
+    {
+    refuse_where(
+        "EXISTS (SELECT 1 FROM split_groups WHERE split_id = NEW.split_id "
+        f"AND group_id = ({GROUP_OF}) AND subset <> NEW.subset)",
+        TOGETHER,
+    )
+}
+    INSERT INTO split_groups (split_id, group_id, subset)
+    SELECT NEW.split_id, ({GROUP_OF}), NEW.subset WHERE NOT EXISTS (
+        SELECT 1 FROM split_groups WHERE split_id = NEW.split_id AND group_id = ({GROUP_OF}));
+"""
+IS_GROUPED = f"(SELECT group_level FROM splits WHERE id = NEW.split_id) IN {GROUPED}"
+# What a split is about: where its images were, what its classes were called, who relied on it.
+IMAGE_MOVES = "EXISTS (SELECT 1 FROM split_members WHERE image_id = OLD.id)"
+WELL_MOVES = """EXISTS (SELECT 1 FROM images i JOIN split_members m ON m.image_id = i.id
+    WHERE i.well_id = OLD.id)"""
+CLASS_CHANGES = "EXISTS (SELECT 1 FROM split_members WHERE label_id = OLD.id)"
+FREEZE = """
+    UPDATE splits SET frozen_at = NEW.started_at WHERE id = NEW.split_id AND frozen_at IS NULL;
+"""
+
+# Name: when, and what. No DELETE trigger hears of what INSERT OR REPLACE takes away, so INSERT
+# triggers see to it: a new split that already has members or runs was there before.
+SQLITE = {
+    "split_members_frozen_insert": (
+        "AFTER INSERT ON split_members",
+        refuse_where(frozen("NEW.split_id"), FROZEN),
+    ),
+    "split_members_frozen_update": (
+        "BEFORE UPDATE ON split_members",
+        refuse_where(f"{frozen('OLD.split_id')} OR {frozen('NEW.split_id')}", FROZEN),
+    ),
+    "split_members_frozen_delete": (
+        "BEFORE DELETE ON split_members",
+        refuse_where(frozen("OLD.split_id"), FROZEN),
+    ),
+    "split_members_together_insert": (
+        f"AFTER INSERT ON split_members WHEN {IS_GROUPED}",
+        KEEP_TOGETHER,
+    ),
+    "split_members_together_update": (
+        f"AFTER UPDATE OF split_id, image_id, subset ON split_members WHEN {IS_GROUPED}",
+        KEEP_TOGETHER,
+    ),
+    "split_groups_together_insert": (
+        "BEFORE INSERT ON split_groups",
+        refuse_where(
+            "EXISTS (SELECT 1 FROM split_groups WHERE split_id = NEW.split_id "
+            "AND group_id = NEW.group_id AND subset <> NEW.subset)",
+            TOGETHER,
+        ),
+    ),
+    "split_groups_together_update": (
+        "BEFORE UPDATE ON split_groups",
+        refuse_where("1", TOGETHER),
+    ),
+    "split_groups_together_delete": (
+        "BEFORE DELETE ON split_groups",
+        refuse_where(
+            "EXISTS (SELECT 1 FROM split_members WHERE split_id = OLD.split_id)", TOGETHER
+        ),
+    ),
+    "splits_taken_insert": (
+        "AFTER INSERT ON splits",
+        refuse_where(
+            "EXISTS (SELECT 1 FROM split_members WHERE split_id = NEW.id) "
+            "OR EXISTS (SELECT 1 FROM runs WHERE split_id = NEW.id)",
+            TAKEN,
+        ),
+    ),
+    "splits_frozen_update": (
+        "BEFORE UPDATE ON splits WHEN OLD.frozen_at IS NOT NULL",
+        refuse_where("1", FROZEN),
+    ),
+    "splits_fixed_update": (
+        "BEFORE UPDATE OF id, protocol, group_level ON splits",
+        refuse_where(
+            "OLD.id <> NEW.id OR OLD.protocol <> NEW.protocol "
+            "OR OLD.group_level <> NEW.group_level",
+            FIXED,
+        ),
+    ),
+    "splits_frozen_delete": (
+        "BEFORE DELETE ON splits WHEN OLD.frozen_at IS NOT NULL",
+        refuse_where("1", FROZEN),
+    ),
+    "images_stay_update": (
+        "BEFORE UPDATE OF well_id ON images WHEN OLD.well_id <> NEW.well_id",
+        refuse_where(IMAGE_MOVES, MEANT),
+    ),
+    "wells_stay_update": (
+        "BEFORE UPDATE OF plate_id ON wells WHEN OLD.plate_id <> NEW.plate_id",
+        refuse_where(WELL_MOVES, MEANT),
+    ),
+    "labels_stay_update": (
+        "BEFORE UPDATE OF field, value ON labels",
+        refuse_where(CLASS_CHANGES, MEANT),
+    ),
+    "runs_stay_update": (
+        "BEFORE UPDATE OF split_id ON runs WHEN OLD.split_id IS NOT NULL",
+        refuse_where("NEW.split_id IS NOT OLD.split_id", MEANT),
+    ),
+    "runs_freeze_insert": ("AFTER INSERT ON runs WHEN NEW.split_id IS NOT NULL", FREEZE),
+    "runs_freeze_update": (
+        "AFTER UPDATE OF split_id ON runs WHEN NEW.split_id IS NOT NULL",
+        FREEZE,
+    ),
+}
+
+
+def raising(reason: str) -> str:
+    return f"RAISE EXCEPTION '{reason}' USING ERRCODE = 'integrity_constraint_violation';"
+
+
+# FOR SHARE: who freezes the split waits for who is adding to it, and the other way round.
+# ON CONFLICT DO NOTHING waits for who says the side of the same group at this moment.
+POSTGRESQL = {
+    "split_members_guard": (
+        "AFTER INSERT OR UPDATE OR DELETE ON split_members FOR EACH ROW",
+        f"""
+DECLARE
+    moment timestamptz;
+    grouped boolean;
+    member_group bigint;
+BEGIN
+    IF TG_OP <> 'INSERT' THEN
+        SELECT frozen_at INTO moment FROM splits WHERE id = OLD.split_id FOR SHARE;
+        IF moment IS NOT NULL THEN {raising(FROZEN)} END IF;
+    END IF;
+    IF TG_OP = 'DELETE' THEN RETURN NULL; END IF;
+    SELECT frozen_at, group_level IN {GROUPED} INTO moment, grouped
+        FROM splits WHERE id = NEW.split_id FOR SHARE;
+    IF moment IS NOT NULL THEN {raising(FROZEN)} END IF;
+    IF NOT grouped THEN RETURN NULL; END IF;
+    member_group := ({GROUP_OF});
+    IF member_group IS NULL THEN {raising(NO_GROUP)} END IF;
+    INSERT INTO split_groups (split_id, group_id, subset)
+        VALUES (NEW.split_id, member_group, NEW.subset) ON CONFLICT DO NOTHING;
+    PERFORM 1 FROM split_groups WHERE split_id = NEW.split_id AND group_id = member_group
+        AND subset <> NEW.subset;
+    IF FOUND THEN {raising(TOGETHER)} END IF;
+    RETURN NULL;
+END""",
+    ),
+    "split_groups_guard": (
+        "BEFORE UPDATE OR DELETE ON split_groups FOR EACH ROW",
+        f"""
+BEGIN
+    IF TG_OP = 'DELETE' THEN
+        PERFORM 1 FROM split_members WHERE split_id = OLD.split_id LIMIT 1;
+        IF NOT FOUND THEN RETURN OLD; END IF;
+    END IF;
+    {raising(TOGETHER)}
+END""",
+    ),
+    "splits_guard": (
+        "BEFORE UPDATE OR DELETE ON splits FOR EACH ROW",
+        f"""
+BEGIN
+    IF OLD.frozen_at IS NOT NULL THEN {raising(FROZEN)} END IF;
+    IF TG_OP = 'DELETE' THEN RETURN OLD; END IF;
+    IF (OLD.id, OLD.protocol, OLD.group_level) <> (NEW.id, NEW.protocol, NEW.group_level) THEN
+        {raising(FIXED)}
+    END IF;
+    RETURN NEW;
+END""",
+    ),
+    "images_stay": (
+        "BEFORE UPDATE OF well_id ON images FOR EACH ROW WHEN (OLD.well_id <> NEW.well_id)",
+        f"BEGIN IF {IMAGE_MOVES} THEN {raising(MEANT)} END IF; RETURN NEW; END",
+    ),
+    "wells_stay": (
+        "BEFORE UPDATE OF plate_id ON wells FOR EACH ROW WHEN (OLD.plate_id <> NEW.plate_id)",
+        f"BEGIN IF {WELL_MOVES} THEN {raising(MEANT)} END IF; RETURN NEW; END",
+    ),
+    "labels_stay": (
+        "BEFORE UPDATE OF field, value ON labels FOR EACH ROW",
+        f"BEGIN IF {CLASS_CHANGES} THEN {raising(MEANT)} END IF; RETURN NEW; END",
+    ),
+    "runs_stay": (
+        "BEFORE UPDATE OF split_id ON runs FOR EACH ROW WHEN (OLD.split_id IS NOT NULL)",
+        f"""
+BEGIN
+    IF NEW.split_id IS DISTINCT FROM OLD.split_id THEN {raising(MEANT)} END IF;
+    RETURN NEW;
+END""",
+    ),
+    "runs_freeze": (
+        "AFTER INSERT OR UPDATE OF split_id ON runs FOR EACH ROW WHEN (NEW.split_id IS NOT NULL)",
+        f"BEGIN {FREEZE} RETURN NULL; END",
+    ),
+}
+EMPTIED = ("splits", "split_members", "split_groups")
+EMPTIED_BODY = f"""
+BEGIN
+    PERFORM 1 FROM splits WHERE frozen_at IS NOT NULL LIMIT 1;
+    IF FOUND THEN {raising(FROZEN)} END IF;
+    RETURN NULL;
+END"""
+
+
+def guard() -> None:
     if op.get_bind().dialect.name == "sqlite":
-        for verb in ("UPDATE", "DELETE"):
-            op.execute(SQLITE_GUARD.format(verb=verb))
+        for table in APPEND_ONLY:
+            for verb in ("UPDATE", "DELETE"):
+                op.execute(
+                    f"CREATE TRIGGER {table}_keep_{verb} BEFORE {verb} ON {table} "
+                    f"BEGIN SELECT RAISE(ABORT, '{table} are append-only'); END"
+                )
+        for name, (when, body) in SQLITE.items():
+            op.execute(f"CREATE TRIGGER {name} {when} BEGIN {body} END")
         return
-    op.execute(POSTGRESQL_FUNCTION)
-    op.execute(POSTGRESQL_GUARD)
+    for table in APPEND_ONLY:
+        make_function(f"{table}_keep", f"BEGIN RAISE EXCEPTION '{table} are append-only'; END")
+        op.execute(
+            f"CREATE TRIGGER {table}_keep BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+            f"FOR EACH STATEMENT EXECUTE FUNCTION {table}_keep()"
+        )
+    for name, (when, body) in POSTGRESQL.items():
+        make_function(name, body)
+        op.execute(f"CREATE TRIGGER {name} {when} EXECUTE FUNCTION {name}()")
+    make_function("splits_emptied", EMPTIED_BODY)
+    for table in EMPTIED:
+        op.execute(
+            f"CREATE TRIGGER {table}_emptied BEFORE TRUNCATE ON {table} "
+            "FOR EACH STATEMENT EXECUTE FUNCTION splits_emptied()"
+        )
+
+
+def make_function(name: str, body: str) -> None:
+    op.execute(f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ {body} $$")
+
+
+def unguard() -> None:
+    """Drop the triggers; on SQLite they go with their tables, but some of them look at others."""
+    if op.get_bind().dialect.name == "sqlite":
+        for table in APPEND_ONLY:
+            for verb in ("UPDATE", "DELETE"):
+                op.execute(f"DROP TRIGGER {table}_keep_{verb}")
+        for name in SQLITE:
+            op.execute(f"DROP TRIGGER {name}")
+        return
+    functions = [*(f"{table}_keep" for table in APPEND_ONLY), *POSTGRESQL, "splits_emptied"]
+    for name in functions:
+        op.execute(f"DROP FUNCTION {name}() CASCADE")
 
 
 def upgrade() -> None:
     op.create_table(
+        "annotations",
+        sa.Column("id", BIG_ID, nullable=False),
+        sa.Column("level", WORD, nullable=False),
+        sa.Column("row_id", BIG_ID, nullable=False),
+        sa.Column("kind", WORD, nullable=False),
+        sa.Column("field", NAME),
+        sa.Column("value", sa.Text()),
+        sa.Column("reason", sa.Text()),
+        sa.Column("user_name", NAME, nullable=False),
+        sa.Column("created_at", MOMENT, nullable=False),
+        refers("annotations", "undoes_id", "annotations", nullable=True),
+        sa.PrimaryKeyConstraint("id", name="pk_annotations"),
+    )
+    op.create_index("ix_annotations_level_annotations_row_id", "annotations", ["level", "row_id"])
+    op.create_index("ix_annotations_undoes_id", "annotations", ["undoes_id"])
+    op.create_table(
         "artifacts",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column(
-            "kind",
-            sa.String(length=20),
-            nullable=False,
-        ),
+        sa.Column("kind", WORD, nullable=False),
         sa.Column("path", sa.Text(), nullable=False),
-        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("sha256", SHA256, nullable=False),
         sa.Column("size_bytes", BIG_ID, nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_artifacts")),
-        sa.UniqueConstraint("path", name=op.f("uq_artifacts_path")),
-        sa.UniqueConstraint("sha256", "kind", name=op.f("uq_artifacts_sha256_kind")),
+        sa.Column("created_at", MOMENT, nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_artifacts"),
+        sa.UniqueConstraint("path", name="uq_artifacts_path"),
+        sa.UniqueConstraint("sha256", "kind", name="uq_artifacts_sha256_kind"),
+    )
+    op.create_table(
+        "folders",
+        sa.Column("id", BIG_ID, nullable=False),
+        sa.Column("uri", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_folders"),
+        sa.UniqueConstraint("uri", name="uq_folders_uri"),
     )
     op.create_table(
         "labels",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column(
-            "field",
-            sa.String(length=20),
-            nullable=False,
-        ),
-        sa.Column("value", sa.String(length=255), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_labels")),
-        sa.UniqueConstraint("field", "value", name=op.f("uq_labels_field_value")),
+        sa.Column("field", NAME, nullable=False),
+        sa.Column("value", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_labels"),
+        sa.UniqueConstraint("field", "value", name="uq_labels_field_value"),
     )
     op.create_table(
         "plates",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("barcode", sa.String(length=255), nullable=False),
-        sa.Column("batch", sa.String(length=255), nullable=True),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_plates")),
-        sa.UniqueConstraint("barcode", name=op.f("uq_plates_barcode")),
+        sa.Column("barcode", NAME, nullable=False),
+        sa.Column("batch", NAME),
+        sa.Column("cell_line", NAME),
+        sa.Column("time_point", NAME),
+        sa.Column("metadata", sa.JSON()),
+        sa.PrimaryKeyConstraint("id", name="pk_plates"),
+        sa.UniqueConstraint("barcode", name="uq_plates_barcode"),
     )
     op.create_table(
         "recipes",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column(
-            "stage",
-            sa.String(length=20),
-            nullable=False,
-        ),
+        sa.Column("stage", WORD, nullable=False),
         sa.Column("version", sa.Integer(), nullable=False),
         sa.Column("parameters", sa.JSON(), nullable=False),
-        sa.Column("weights_sha256", sa.String(length=64), nullable=True),
-        sa.Column("fingerprint", sa.String(length=64), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_recipes")),
-        sa.UniqueConstraint("stage", "fingerprint", name=op.f("uq_recipes_stage_fingerprint")),
+        sa.Column("weights_sha256", SHA256),
+        sa.Column("fingerprint", SHA256, nullable=False),
+        sa.Column("created_at", MOMENT, nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_recipes"),
+        sa.UniqueConstraint("stage", "fingerprint", name="uq_recipes_stage_fingerprint"),
     )
     op.create_table(
         "treatments",
         sa.Column("id", BIG_ID, nullable=False),
         sa.Column("identity", sa.Text(), nullable=False),
-        sa.Column(
-            "kind",
-            sa.String(length=20),
-            nullable=False,
-        ),
-        sa.Column("pert_iname", sa.String(length=255), nullable=False),
-        sa.Column("target", sa.String(length=255), nullable=True),
-        sa.Column(
-            "control",
-            sa.String(length=20),
-            nullable=True,
-        ),
-        sa.Column("identifier", sa.String(length=255), nullable=True),
-        sa.Column("inchikey", sa.String(length=255), nullable=True),
-        sa.Column("smiles", sa.Text(), nullable=True),
-        sa.Column("pubchem_cid", sa.String(length=255), nullable=True),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_treatments")),
-        sa.UniqueConstraint("identity", name=op.f("uq_treatments_identity")),
+        sa.Column("kind", WORD, nullable=False),
+        sa.Column("name", NAME, nullable=False),
+        sa.Column("target", sa.Text()),
+        sa.Column("identifier", NAME),
+        sa.Column("inchikey", NAME),
+        sa.Column("smiles", sa.Text()),
+        sa.Column("pubchem_cid", NAME),
+        sa.PrimaryKeyConstraint("id", name="pk_treatments"),
+        sa.UniqueConstraint("identity", name="uq_treatments_identity"),
     )
-    op.create_index(op.f("ix_treatments_pert_iname"), "treatments", ["pert_iname"])
-
+    op.create_index("ix_treatments_identifier", "treatments", ["identifier"])
+    op.create_index("ix_treatments_name", "treatments", ["name"])
     op.create_table(
         "feature_sets",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("name", sa.String(length=255), nullable=False),
-        sa.Column("recipe_id", BIG_ID, nullable=False),
+        sa.Column("name", NAME, nullable=False),
+        refers("feature_sets", "recipe_id", "recipes"),
         sa.Column("columns", sa.JSON(), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["recipe_id"], ["recipes.id"], name=op.f("fk_feature_sets_recipe_id_recipes")
-        ),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_feature_sets")),
-        sa.UniqueConstraint("name", name=op.f("uq_feature_sets_name")),
-        sa.UniqueConstraint("recipe_id", name=op.f("uq_feature_sets_recipe_id")),
+        sa.Column("storage", WORD, nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_feature_sets"),
+        sa.UniqueConstraint("name", name="uq_feature_sets_name"),
+        sa.UniqueConstraint("recipe_id", name="uq_feature_sets_recipe_id"),
     )
     op.create_table(
         "recipe_inputs",
-        sa.Column("recipe_id", BIG_ID, nullable=False),
-        sa.Column("input_id", BIG_ID, nullable=False),
-        sa.ForeignKeyConstraint(
-            ["input_id"], ["recipes.id"], name=op.f("fk_recipe_inputs_input_id_recipes")
-        ),
-        sa.ForeignKeyConstraint(
-            ["recipe_id"], ["recipes.id"], name=op.f("fk_recipe_inputs_recipe_id_recipes")
-        ),
-        sa.PrimaryKeyConstraint("recipe_id", "input_id", name=op.f("pk_recipe_inputs")),
+        refers("recipe_inputs", "recipe_id", "recipes"),
+        refers("recipe_inputs", "input_id", "recipes"),
+        sa.PrimaryKeyConstraint("recipe_id", "input_id", name="pk_recipe_inputs"),
     )
-    op.create_index(op.f("ix_recipe_inputs_input_id"), "recipe_inputs", ["input_id"])
-
+    op.create_index("ix_recipe_inputs_input_id", "recipe_inputs", ["input_id"])
     op.create_table(
         "splits",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("name", sa.String(length=255), nullable=False),
-        sa.Column("recipe_id", BIG_ID, nullable=False),
-        sa.Column("protocol", sa.String(length=255), nullable=False),
-        sa.Column(
-            "field",
-            sa.String(length=20),
-            nullable=False,
-        ),
-        sa.Column(
-            "group_level",
-            sa.String(length=20),
-            nullable=False,
-        ),
+        sa.Column("name", NAME, nullable=False),
+        refers("splits", "recipe_id", "recipes"),
+        sa.Column("protocol", NAME, nullable=False),
+        sa.Column("field", NAME, nullable=False),
+        sa.Column("group_level", WORD, nullable=False),
         sa.Column("seed", sa.Integer(), nullable=False),
         sa.Column("query", sa.Text(), nullable=False),
-        sa.Column("fingerprint", sa.String(length=64), nullable=False),
+        sa.Column("fingerprint", SHA256, nullable=False),
         sa.Column("left_out", sa.JSON(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("frozen_at", sa.DateTime(timezone=True), nullable=True),
-        sa.ForeignKeyConstraint(
-            ["recipe_id"], ["recipes.id"], name=op.f("fk_splits_recipe_id_recipes")
-        ),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_splits")),
-        sa.UniqueConstraint("name", name=op.f("uq_splits_name")),
+        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("frozen_at", MOMENT),
+        sa.Column("family", NAME),
+        sa.Column("fold", sa.Integer()),
+        sa.PrimaryKeyConstraint("id", name="pk_splits"),
+        sa.UniqueConstraint("name", name="uq_splits_name"),
     )
     op.create_table(
         "wells",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("plate_id", BIG_ID, nullable=False),
-        sa.Column("row", sa.Integer(), nullable=False),
-        sa.Column("column", sa.Integer(), nullable=False),
-        sa.Column("name", sa.String(length=255), nullable=False),
-        sa.Column("treatment_id", BIG_ID, nullable=True),
-        sa.ForeignKeyConstraint(["plate_id"], ["plates.id"], name=op.f("fk_wells_plate_id_plates")),
-        sa.ForeignKeyConstraint(
-            ["treatment_id"], ["treatments.id"], name=op.f("fk_wells_treatment_id_treatments")
+        refers("wells", "plate_id", "plates"),
+        sa.Column("well_row", sa.Integer(), nullable=False),
+        sa.Column("well_column", sa.Integer(), nullable=False),
+        sa.Column("name", NAME, nullable=False),
+        refers("wells", "treatment_id", "treatments", nullable=True),
+        sa.Column("control", WORD),
+        sa.Column("metadata", sa.JSON()),
+        sa.PrimaryKeyConstraint("id", name="pk_wells"),
+        sa.UniqueConstraint(
+            "plate_id", "well_row", "well_column", name="uq_wells_plate_id_well_row_well_column"
         ),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_wells")),
-        sa.UniqueConstraint("plate_id", "row", "column", name=op.f("uq_wells_plate_id_row_column")),
     )
-    op.create_index(op.f("ix_wells_treatment_id"), "wells", ["treatment_id"])
-
+    op.create_index("ix_wells_treatment_id", "wells", ["treatment_id"])
     op.create_table(
         "images",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("well_id", BIG_ID, nullable=False),
+        refers("images", "well_id", "wells"),
         sa.Column("site", sa.Integer(), nullable=False),
         sa.Column("plane", sa.Integer(), nullable=False),
         sa.Column("time_point", sa.Integer(), nullable=False),
-        sa.Column("core_name", sa.String(length=255), nullable=False),
-        sa.Column("content_sha256", sa.String(length=64), nullable=True),
-        sa.ForeignKeyConstraint(["well_id"], ["wells.id"], name=op.f("fk_images_well_id_wells")),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_images")),
+        sa.Column("core_name", NAME, nullable=False),
+        sa.Column("content_sha256", SHA256),
+        sa.Column("pixel_size", FLOAT),
+        sa.PrimaryKeyConstraint("id", name="pk_images"),
         sa.UniqueConstraint(
-            "well_id",
-            "site",
-            "plane",
-            "time_point",
-            name=op.f("uq_images_well_id_site_plane_time_point"),
+            "well_id", "site", "plane", "time_point", name="uq_images_well_id_site_plane_time_point"
         ),
     )
-    op.create_index(op.f("ix_images_core_name"), "images", ["core_name"])
-
+    op.create_index(
+        "ix_images_content_sha256",
+        "images",
+        ["content_sha256"],
+        **only("content_sha256 IS NOT NULL"),
+    )
+    op.create_index("ix_images_core_name", "images", ["core_name"])
     op.create_table(
         "runs",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column(
-            "stage",
-            sa.String(length=20),
-            nullable=False,
-        ),
-        sa.Column("recipe_id", BIG_ID, nullable=False),
-        sa.Column("parent_id", BIG_ID, nullable=True),
-        sa.Column("split_id", BIG_ID, nullable=True),
-        sa.Column(
-            "status",
-            sa.String(length=20),
-            nullable=False,
-        ),
-        sa.Column("seed", sa.Integer(), nullable=True),
+        sa.Column("stage", WORD, nullable=False),
+        refers("runs", "recipe_id", "recipes"),
+        refers("runs", "parent_id", "runs", nullable=True),
+        refers("runs", "split_id", "splits", nullable=True),
+        sa.Column("status", WORD, nullable=False),
+        sa.Column("origin", WORD, nullable=False),
+        sa.Column("seed", sa.Integer()),
         sa.Column("command", sa.Text(), nullable=False),
-        sa.Column("query", sa.Text(), nullable=True),
-        sa.Column("code_version", sa.String(length=255), nullable=False),
+        sa.Column("query", sa.Text()),
+        sa.Column("code_version", NAME, nullable=False),
         sa.Column("environment", sa.JSON(), nullable=False),
-        sa.Column("host", sa.String(length=255), nullable=False),
-        sa.Column("user", sa.String(length=255), nullable=False),
-        sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("result", sa.JSON(), nullable=True),
-        sa.Column("error", sa.Text(), nullable=True),
-        sa.ForeignKeyConstraint(["parent_id"], ["runs.id"], name=op.f("fk_runs_parent_id_runs")),
-        sa.ForeignKeyConstraint(
-            ["recipe_id"], ["recipes.id"], name=op.f("fk_runs_recipe_id_recipes")
-        ),
-        sa.ForeignKeyConstraint(["split_id"], ["splits.id"], name=op.f("fk_runs_split_id_splits")),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_runs")),
+        sa.Column("host", NAME, nullable=False),
+        sa.Column("user_name", NAME, nullable=False),
+        sa.Column("process", NAME),
+        sa.Column("started_at", MOMENT, nullable=False),
+        sa.Column("ended_at", MOMENT),
+        sa.Column("result", sa.JSON()),
+        sa.Column("error", sa.Text()),
+        sa.PrimaryKeyConstraint("id", name="pk_runs"),
     )
-    op.create_index(op.f("ix_runs_parent_id"), "runs", ["parent_id"])
-    op.create_index(op.f("ix_runs_split_id"), "runs", ["split_id"])
-    op.create_index(op.f("ix_runs_stage_runs_recipe_id"), "runs", ["stage", "recipe_id"])
-
+    op.create_index("ix_runs_parent_id", "runs", ["parent_id"])
+    op.create_index("ix_runs_split_id", "runs", ["split_id"])
+    op.create_index("ix_runs_stage_runs_recipe_id", "runs", ["stage", "recipe_id"])
+    op.create_table(
+        "split_groups",
+        refers("split_groups", "split_id", "splits"),
+        sa.Column("group_id", BIG_ID, nullable=False, autoincrement=False),
+        sa.Column("subset", WORD, nullable=False),
+        sa.PrimaryKeyConstraint("split_id", "group_id", name="pk_split_groups"),
+    )
+    op.create_table(
+        "events",
+        sa.Column("id", BIG_ID, nullable=False),
+        sa.Column("created_at", MOMENT, nullable=False),
+        sa.Column("user_name", NAME, nullable=False),
+        sa.Column("command", sa.Text(), nullable=False),
+        refers("events", "run_id", "runs", nullable=True),
+        sa.Column("reason", sa.Text()),
+        sa.Column("file", sa.Text()),
+        sa.Column("line", BIG_ID),
+        sa.Column("table_name", NAME, nullable=False),
+        sa.Column("row_id", BIG_ID),
+        sa.Column("old", sa.JSON()),
+        sa.Column("new", sa.JSON()),
+        sa.Column("previous_sha256", SHA256),
+        sa.Column("sha256", SHA256, nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_events"),
+    )
+    op.create_index("ix_events_run_id", "events", ["run_id"])
+    op.create_index("ix_events_table_name_events_row_id", "events", ["table_name", "row_id"])
+    op.create_table(
+        "feature_files",
+        refers("feature_files", "feature_set_id", "feature_sets"),
+        refers("feature_files", "artifact_id", "artifacts"),
+        refers("feature_files", "run_id", "runs"),
+        sa.Column("n_rows", sa.Integer(), nullable=False),
+        sa.Column("first_cell_id", BIG_ID, nullable=False),
+        sa.Column("last_cell_id", BIG_ID, nullable=False),
+        sa.PrimaryKeyConstraint("feature_set_id", "artifact_id", name="pk_feature_files"),
+    )
+    op.create_index("ix_feature_files_artifact_id", "feature_files", ["artifact_id"])
+    op.create_index("ix_feature_files_run_id", "feature_files", ["run_id"])
     op.create_table(
         "image_files",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("image_id", BIG_ID, nullable=False),
-        sa.Column("channel", sa.String(length=255), nullable=False),
+        refers("image_files", "image_id", "images"),
+        sa.Column("channel", NAME, nullable=False),
         sa.Column("position", sa.Integer(), nullable=False),
-        sa.Column("name", sa.String(length=255), nullable=False),
-        sa.Column("uri", sa.Text(), nullable=True),
-        sa.Column("sha256", sa.String(length=64), nullable=True),
-        sa.Column("size_bytes", BIG_ID, nullable=True),
-        sa.Column("modified_ns", BIG_ID, nullable=True),
-        sa.Column("height", sa.Integer(), nullable=True),
-        sa.Column("width", sa.Integer(), nullable=True),
-        sa.Column("dtype", sa.String(length=255), nullable=True),
-        sa.ForeignKeyConstraint(
-            ["image_id"], ["images.id"], name=op.f("fk_image_files_image_id_images")
-        ),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_image_files")),
-        sa.UniqueConstraint("image_id", "channel", name=op.f("uq_image_files_image_id_channel")),
+        sa.Column("name", NAME, nullable=False),
+        refers("image_files", "folder_id", "folders", nullable=True),
+        sa.Column("sha256", SHA256),
+        sa.Column("size_bytes", BIG_ID),
+        sa.Column("modified_ns", BIG_ID),
+        sa.Column("height", sa.Integer()),
+        sa.Column("width", sa.Integer()),
+        sa.Column("dtype", NAME),
+        sa.PrimaryKeyConstraint("id", name="pk_image_files"),
+        sa.UniqueConstraint("image_id", "channel", name="uq_image_files_image_id_channel"),
     )
-    op.create_index(op.f("ix_image_files_name"), "image_files", ["name"])
-    op.create_index(op.f("ix_image_files_sha256"), "image_files", ["sha256"])
-
+    op.create_index("ix_image_files_name", "image_files", ["name"])
+    op.create_index(
+        "ix_image_files_sha256", "image_files", ["sha256"], **only("sha256 IS NOT NULL")
+    )
+    op.create_table(
+        "image_flags",
+        refers("image_flags", "run_id", "runs"),
+        refers("image_flags", "image_id", "images"),
+        sa.Column("reason", WORD, nullable=False),
+        sa.Column("channel", NAME, nullable=False),
+        sa.Column("value", FLOAT, nullable=False),
+        sa.Column("low", FLOAT),
+        sa.Column("high", FLOAT),
+        sa.PrimaryKeyConstraint("run_id", "image_id", "reason", "channel", name="pk_image_flags"),
+    )
+    op.create_index("ix_image_flags_image_id", "image_flags", ["image_id"])
+    op.create_table(
+        "image_predictions",
+        refers("image_predictions", "run_id", "runs"),
+        refers("image_predictions", "image_id", "images"),
+        sa.Column("rank", sa.Integer(), nullable=False, autoincrement=False),
+        refers("image_predictions", "label_id", "labels"),
+        sa.Column("probability", FLOAT, nullable=False),
+        sa.PrimaryKeyConstraint("run_id", "image_id", "rank", name="pk_image_predictions"),
+        sa.CheckConstraint(
+            "probability >= 0 AND probability <= 1", name=op.f("ck_image_predictions_probability")
+        ),
+        sa.CheckConstraint("rank >= 1", name=op.f("ck_image_predictions_rank")),
+    )
+    op.create_index("ix_image_predictions_image_id", "image_predictions", ["image_id"])
+    op.create_table(
+        "image_quality",
+        refers("image_quality", "image_id", "images"),
+        refers("image_quality", "recipe_id", "recipes"),
+        sa.Column("content_sha256", SHA256, nullable=False),
+        sa.Column("channel", NAME, nullable=False),
+        refers("image_quality", "run_id", "runs"),
+        sa.Column("power_log_log_slope", FLOAT),
+        sa.Column("sharpness", FLOAT),
+        sa.Column("saturated", FLOAT, nullable=False),
+        sa.Column("maximal", FLOAT, nullable=False),
+        sa.Column("background", FLOAT, nullable=False),
+        sa.Column("median", FLOAT, nullable=False),
+        sa.Column("mean", FLOAT, nullable=False),
+        sa.Column("std", FLOAT, nullable=False),
+        sa.PrimaryKeyConstraint(
+            "image_id", "recipe_id", "content_sha256", "channel", name="pk_image_quality"
+        ),
+    )
+    op.create_index("ix_image_quality_run_id", "image_quality", ["run_id"])
+    op.create_table(
+        "ingest_files",
+        sa.Column("id", BIG_ID, nullable=False),
+        refers("ingest_files", "run_id", "runs"),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("sha256", SHA256, nullable=False),
+        sa.Column("size_bytes", BIG_ID, nullable=False),
+        sa.Column("layout", NAME, nullable=False),
+        sa.Column("n_rows", BIG_ID, nullable=False),
+        sa.Column("n_created", BIG_ID, nullable=False),
+        sa.Column("n_updated", BIG_ID, nullable=False),
+        sa.Column("n_unchanged", BIG_ID, nullable=False),
+        sa.Column("n_refused", BIG_ID, nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_ingest_files"),
+    )
+    op.create_index("ix_ingest_files_name", "ingest_files", ["name"])
+    op.create_index("ix_ingest_files_run_id", "ingest_files", ["run_id"])
+    op.create_index("ix_ingest_files_sha256", "ingest_files", ["sha256"])
+    op.create_table(
+        "ingest_issues",
+        sa.Column("id", BIG_ID, nullable=False),
+        refers("ingest_issues", "run_id", "runs"),
+        sa.Column("severity", WORD, nullable=False),
+        sa.Column("file", sa.Text(), nullable=False),
+        sa.Column("line", BIG_ID),
+        sa.Column("reason", NAME, nullable=False),
+        sa.Column("detail", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_ingest_issues"),
+    )
+    op.create_index("ix_ingest_issues_run_id", "ingest_issues", ["run_id"])
     op.create_table(
         "jobs",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("recipe_id", BIG_ID, nullable=False),
-        sa.Column("image_id", BIG_ID, nullable=False),
-        sa.Column("content_sha256", sa.String(length=64), nullable=False),
-        sa.Column("run_id", BIG_ID, nullable=False),
-        sa.Column(
-            "status",
-            sa.String(length=20),
-            nullable=False,
-        ),
+        refers("jobs", "recipe_id", "recipes"),
+        refers("jobs", "image_id", "images"),
+        sa.Column("content_sha256", SHA256, nullable=False),
+        refers("jobs", "run_id", "runs"),
+        sa.Column("status", WORD, nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
-        sa.Column("worker", sa.String(length=255), nullable=True),
-        sa.Column("lease_until", sa.Float(precision=53), nullable=True),
-        sa.Column("seconds", sa.Float(precision=53), nullable=True),
-        sa.Column("error", sa.Text(), nullable=True),
-        sa.ForeignKeyConstraint(["image_id"], ["images.id"], name=op.f("fk_jobs_image_id_images")),
-        sa.ForeignKeyConstraint(
-            ["recipe_id"], ["recipes.id"], name=op.f("fk_jobs_recipe_id_recipes")
-        ),
-        sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_jobs_run_id_runs")),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_jobs")),
+        sa.Column("deaths", sa.Integer(), nullable=False),
+        sa.Column("worker", NAME),
+        sa.Column("lease_until", FLOAT),
+        sa.Column("not_before", FLOAT),
+        sa.Column("seconds", FLOAT),
+        sa.Column("digest", SHA256),
+        sa.Column("error", sa.Text()),
+        sa.PrimaryKeyConstraint("id", name="pk_jobs"),
         sa.UniqueConstraint(
             "recipe_id",
             "image_id",
             "content_sha256",
-            name=op.f("uq_jobs_recipe_id_image_id_content_sha256"),
+            name="uq_jobs_recipe_id_image_id_content_sha256",
         ),
     )
-    op.create_index(op.f("ix_jobs_image_id"), "jobs", ["image_id"])
-    op.create_index(
-        op.f("ix_jobs_recipe_id_jobs_status_jobs_id"), "jobs", ["recipe_id", "status", "id"]
-    )
-    op.create_index(op.f("ix_jobs_run_id"), "jobs", ["run_id"])
-
+    op.create_index("ix_jobs_image_id", "jobs", ["image_id"])
+    op.create_index("ix_jobs_recipe_id_jobs_status_jobs_id", "jobs", ["recipe_id", "status", "id"])
+    op.create_index("ix_jobs_run_id", "jobs", ["run_id"])
     op.create_table(
         "run_artifacts",
-        sa.Column("run_id", BIG_ID, nullable=False),
-        sa.Column("artifact_id", BIG_ID, nullable=False),
-        sa.ForeignKeyConstraint(
-            ["artifact_id"], ["artifacts.id"], name=op.f("fk_run_artifacts_artifact_id_artifacts")
-        ),
-        sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_run_artifacts_run_id_runs")),
-        sa.PrimaryKeyConstraint("run_id", "artifact_id", name=op.f("pk_run_artifacts")),
+        refers("run_artifacts", "run_id", "runs"),
+        refers("run_artifacts", "artifact_id", "artifacts"),
+        sa.PrimaryKeyConstraint("run_id", "artifact_id", name="pk_run_artifacts"),
     )
-    op.create_index(op.f("ix_run_artifacts_artifact_id"), "run_artifacts", ["artifact_id"])
-
+    op.create_index("ix_run_artifacts_artifact_id", "run_artifacts", ["artifact_id"])
     op.create_table(
         "run_metrics",
-        sa.Column("run_id", BIG_ID, nullable=False),
-        sa.Column("epoch", sa.Integer(), autoincrement=False, nullable=False),
-        sa.Column("name", sa.String(length=255), nullable=False),
-        sa.Column("value", sa.Float(precision=53), nullable=True),
-        sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_run_metrics_run_id_runs")),
-        sa.PrimaryKeyConstraint("run_id", "epoch", "name", name=op.f("pk_run_metrics")),
+        refers("run_metrics", "run_id", "runs"),
+        sa.Column("epoch", sa.Integer(), nullable=False, autoincrement=False),
+        sa.Column("name", NAME, nullable=False),
+        sa.Column("value", FLOAT),
+        sa.PrimaryKeyConstraint("run_id", "epoch", "name", name="pk_run_metrics"),
     )
     op.create_table(
         "segmentations",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("image_id", BIG_ID, nullable=False),
-        sa.Column("recipe_id", BIG_ID, nullable=False),
-        sa.Column("content_sha256", sa.String(length=64), nullable=False),
-        sa.Column("run_id", BIG_ID, nullable=False),
+        refers("segmentations", "image_id", "images"),
+        refers("segmentations", "recipe_id", "recipes"),
+        sa.Column("content_sha256", SHA256),
+        refers("segmentations", "run_id", "runs"),
         sa.Column("n_cells", sa.Integer(), nullable=False),
-        sa.Column("diameter", sa.Float(precision=53), nullable=False),
-        sa.Column("mask_artifact_id", BIG_ID, nullable=False),
-        sa.Column("flow_artifact_id", BIG_ID, nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.ForeignKeyConstraint(
-            ["flow_artifact_id"],
-            ["artifacts.id"],
-            name=op.f("fk_segmentations_flow_artifact_id_artifacts"),
-        ),
-        sa.ForeignKeyConstraint(
-            ["image_id"], ["images.id"], name=op.f("fk_segmentations_image_id_images")
-        ),
-        sa.ForeignKeyConstraint(
-            ["mask_artifact_id"],
-            ["artifacts.id"],
-            name=op.f("fk_segmentations_mask_artifact_id_artifacts"),
-        ),
-        sa.ForeignKeyConstraint(
-            ["recipe_id"], ["recipes.id"], name=op.f("fk_segmentations_recipe_id_recipes")
-        ),
-        sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_segmentations_run_id_runs")),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_segmentations")),
+        sa.Column("diameter", FLOAT),
+        refers("segmentations", "mask_artifact_id", "artifacts", nullable=True),
+        refers("segmentations", "flow_artifact_id", "artifacts", nullable=True),
+        sa.Column("created_at", MOMENT, nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_segmentations"),
         sa.UniqueConstraint(
             "image_id",
             "recipe_id",
             "content_sha256",
-            name=op.f("uq_segmentations_image_id_recipe_id_content_sha256"),
+            name="uq_segmentations_image_id_recipe_id_content_sha256",
         ),
     )
+    op.create_index("ix_segmentations_flow_artifact_id", "segmentations", ["flow_artifact_id"])
+    op.create_index("ix_segmentations_mask_artifact_id", "segmentations", ["mask_artifact_id"])
+    op.create_index("ix_segmentations_recipe_id", "segmentations", ["recipe_id"])
+    op.create_index("ix_segmentations_run_id", "segmentations", ["run_id"])
     op.create_index(
-        op.f("ix_segmentations_flow_artifact_id"), "segmentations", ["flow_artifact_id"]
+        "uq_segmentations_of_unknown_bytes",
+        "segmentations",
+        ["image_id", "recipe_id"],
+        unique=True,
+        **only("content_sha256 IS NULL"),
     )
-    op.create_index(
-        op.f("ix_segmentations_mask_artifact_id"), "segmentations", ["mask_artifact_id"]
-    )
-    op.create_index(op.f("ix_segmentations_recipe_id"), "segmentations", ["recipe_id"])
-    op.create_index(op.f("ix_segmentations_run_id"), "segmentations", ["run_id"])
-
     op.create_table(
         "split_members",
-        sa.Column("split_id", BIG_ID, nullable=False),
-        sa.Column("image_id", BIG_ID, nullable=False),
-        sa.Column(
-            "subset",
-            sa.String(length=20),
-            nullable=False,
-        ),
-        sa.Column("label_id", BIG_ID, nullable=False),
-        sa.ForeignKeyConstraint(
-            ["image_id"], ["images.id"], name=op.f("fk_split_members_image_id_images")
-        ),
-        sa.ForeignKeyConstraint(
-            ["label_id"], ["labels.id"], name=op.f("fk_split_members_label_id_labels")
-        ),
-        sa.ForeignKeyConstraint(
-            ["split_id"], ["splits.id"], name=op.f("fk_split_members_split_id_splits")
-        ),
-        sa.PrimaryKeyConstraint("split_id", "image_id", name=op.f("pk_split_members")),
+        refers("split_members", "split_id", "splits"),
+        refers("split_members", "image_id", "images"),
+        sa.Column("subset", WORD, nullable=False),
+        refers("split_members", "label_id", "labels"),
+        sa.PrimaryKeyConstraint("split_id", "image_id", name="pk_split_members"),
     )
-    op.create_index(op.f("ix_split_members_image_id"), "split_members", ["image_id"])
-
+    op.create_index("ix_split_members_image_id", "split_members", ["image_id"])
+    op.create_table(
+        "well_changes",
+        sa.Column("id", BIG_ID, nullable=False),
+        refers("well_changes", "run_id", "runs"),
+        refers("well_changes", "well_id", "wells"),
+        refers("well_changes", "old_treatment_id", "treatments", nullable=True),
+        refers("well_changes", "new_treatment_id", "treatments", nullable=True),
+        sa.Column("file", sa.Text(), nullable=False),
+        sa.Column("line", BIG_ID),
+        sa.Column("changed_at", MOMENT, nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_well_changes"),
+    )
+    op.create_index("ix_well_changes_run_id", "well_changes", ["run_id"])
+    op.create_index("ix_well_changes_well_id", "well_changes", ["well_id"])
     op.create_table(
         "cells",
         sa.Column("id", BIG_ID, nullable=False),
-        sa.Column("segmentation_id", BIG_ID, nullable=False),
-        sa.Column("label", sa.Integer(), nullable=False),
-        sa.Column("min_row", sa.Integer(), nullable=False),
-        sa.Column("min_col", sa.Integer(), nullable=False),
-        sa.Column("max_row", sa.Integer(), nullable=False),
-        sa.Column("max_col", sa.Integer(), nullable=False),
-        sa.Column("centroid_row", sa.Float(precision=53), nullable=False),
-        sa.Column("centroid_col", sa.Float(precision=53), nullable=False),
-        sa.Column("excluded", sa.String(length=255), nullable=True),
-        sa.ForeignKeyConstraint(
-            ["segmentation_id"],
-            ["segmentations.id"],
-            name=op.f("fk_cells_segmentation_id_segmentations"),
-        ),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_cells")),
+        refers("cells", "segmentation_id", "segmentations"),
+        sa.Column("object_number", sa.Integer(), nullable=False),
+        sa.Column("min_row", sa.Integer()),
+        sa.Column("min_col", sa.Integer()),
+        sa.Column("max_row", sa.Integer()),
+        sa.Column("max_col", sa.Integer()),
+        sa.Column("centroid_row", FLOAT),
+        sa.Column("centroid_col", FLOAT),
+        sa.Column("excluded", NAME),
+        sa.PrimaryKeyConstraint("id", name="pk_cells"),
         sa.UniqueConstraint(
-            "segmentation_id", "label", name=op.f("uq_cells_segmentation_id_label")
+            "segmentation_id", "object_number", name="uq_cells_segmentation_id_object_number"
         ),
     )
+    op.create_table(
+        "cell_flags",
+        refers("cell_flags", "run_id", "runs"),
+        refers("cell_flags", "cell_id", "cells"),
+        sa.Column("reason", WORD, nullable=False),
+        sa.Column("value", FLOAT),
+        sa.PrimaryKeyConstraint("run_id", "cell_id", "reason", name="pk_cell_flags"),
+    )
+    op.create_index("ix_cell_flags_cell_id", "cell_flags", ["cell_id"])
     op.create_table(
         "features",
-        sa.Column("cell_id", BIG_ID, nullable=False),
-        sa.Column("recipe_id", BIG_ID, nullable=False),
-        sa.Column("run_id", BIG_ID, nullable=False),
-        sa.Column("area", sa.Float(precision=53), nullable=True),
-        sa.Column("convex_area", sa.Float(precision=53), nullable=True),
-        sa.Column("perimeter", sa.Float(precision=53), nullable=True),
-        sa.Column("eccentricity", sa.Float(precision=53), nullable=True),
-        sa.Column("mean_intensity", sa.Float(precision=53), nullable=True),
-        sa.Column("min_intensity", sa.Float(precision=53), nullable=True),
-        sa.Column("max_intensity", sa.Float(precision=53), nullable=True),
-        sa.Column("major_axis_length", sa.Float(precision=53), nullable=True),
-        sa.Column("minor_axis_length", sa.Float(precision=53), nullable=True),
-        sa.Column("orientation", sa.Float(precision=53), nullable=True),
-        sa.Column("solidity", sa.Float(precision=53), nullable=True),
-        sa.Column("extent", sa.Float(precision=53), nullable=True),
-        sa.Column("centroid_y", sa.Float(precision=53), nullable=True),
-        sa.Column("centroid_x", sa.Float(precision=53), nullable=True),
-        sa.ForeignKeyConstraint(["cell_id"], ["cells.id"], name=op.f("fk_features_cell_id_cells")),
-        sa.ForeignKeyConstraint(
-            ["recipe_id"], ["recipes.id"], name=op.f("fk_features_recipe_id_recipes")
-        ),
-        sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_features_run_id_runs")),
-        sa.PrimaryKeyConstraint("cell_id", "recipe_id", name=op.f("pk_features")),
+        refers("features", "cell_id", "cells"),
+        refers("features", "recipe_id", "recipes"),
+        refers("features", "run_id", "runs"),
+        sa.Column("area", FLOAT),
+        sa.Column("convex_area", FLOAT),
+        sa.Column("perimeter", FLOAT),
+        sa.Column("eccentricity", FLOAT),
+        sa.Column("mean_intensity", FLOAT),
+        sa.Column("min_intensity", FLOAT),
+        sa.Column("max_intensity", FLOAT),
+        sa.Column("major_axis_length", FLOAT),
+        sa.Column("minor_axis_length", FLOAT),
+        sa.Column("orientation", FLOAT),
+        sa.Column("solidity", FLOAT),
+        sa.Column("extent", FLOAT),
+        sa.Column("centroid_y", FLOAT),
+        sa.Column("centroid_x", FLOAT),
+        sa.PrimaryKeyConstraint("cell_id", "recipe_id", name="pk_features"),
     )
-    op.create_index(op.f("ix_features_run_id"), "features", ["run_id"])
-
+    op.create_index("ix_features_run_id", "features", ["run_id"])
     op.create_table(
         "predictions",
-        sa.Column("run_id", BIG_ID, nullable=False),
-        sa.Column("cell_id", BIG_ID, nullable=False),
-        sa.Column("rank", sa.Integer(), autoincrement=False, nullable=False),
-        sa.Column("label_id", BIG_ID, nullable=False),
-        sa.Column("probability", sa.Float(precision=53), nullable=False),
+        refers("predictions", "run_id", "runs"),
+        refers("predictions", "cell_id", "cells"),
+        sa.Column("rank", sa.Integer(), nullable=False, autoincrement=False),
+        refers("predictions", "label_id", "labels"),
+        sa.Column("probability", FLOAT, nullable=False),
+        sa.PrimaryKeyConstraint("run_id", "cell_id", "rank", name="pk_predictions"),
         sa.CheckConstraint(
             "probability >= 0 AND probability <= 1", name=op.f("ck_predictions_probability")
         ),
         sa.CheckConstraint("rank >= 1", name=op.f("ck_predictions_rank")),
-        sa.ForeignKeyConstraint(
-            ["cell_id"], ["cells.id"], name=op.f("fk_predictions_cell_id_cells")
-        ),
-        sa.ForeignKeyConstraint(
-            ["label_id"], ["labels.id"], name=op.f("fk_predictions_label_id_labels")
-        ),
-        sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_predictions_run_id_runs")),
-        sa.PrimaryKeyConstraint("run_id", "cell_id", "rank", name=op.f("pk_predictions")),
     )
-    op.create_index(op.f("ix_predictions_cell_id"), "predictions", ["cell_id"])
-
-    guard_predictions()
+    op.create_index("ix_predictions_cell_id", "predictions", ["cell_id"])
+    guard()
 
 
 def downgrade() -> None:
-    op.drop_table("predictions")
-    op.drop_table("features")
-    op.drop_table("cells")
-    op.drop_table("split_members")
-    op.drop_table("segmentations")
-    op.drop_table("run_metrics")
-    op.drop_table("run_artifacts")
-    op.drop_table("jobs")
-    op.drop_table("image_files")
-    op.drop_table("runs")
-    op.drop_table("images")
-    op.drop_table("wells")
-    op.drop_table("splits")
-    op.drop_table("recipe_inputs")
-    op.drop_table("feature_sets")
-    op.drop_table("treatments")
-    op.drop_table("recipes")
-    op.drop_table("plates")
-    op.drop_table("labels")
-    op.drop_table("artifacts")
-    if op.get_bind().dialect.name != "sqlite":
-        op.execute("DROP FUNCTION predictions_keep()")
+    unguard()
+    for table in reversed(TABLES):
+        op.drop_table(table)
+
+
+TABLES = (
+    "annotations",
+    "artifacts",
+    "folders",
+    "labels",
+    "plates",
+    "recipes",
+    "treatments",
+    "feature_sets",
+    "recipe_inputs",
+    "splits",
+    "wells",
+    "images",
+    "runs",
+    "split_groups",
+    "events",
+    "feature_files",
+    "image_files",
+    "image_flags",
+    "image_predictions",
+    "image_quality",
+    "ingest_files",
+    "ingest_issues",
+    "jobs",
+    "run_artifacts",
+    "run_metrics",
+    "segmentations",
+    "split_members",
+    "well_changes",
+    "cells",
+    "cell_flags",
+    "features",
+    "predictions",
+)

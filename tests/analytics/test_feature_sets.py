@@ -11,10 +11,10 @@ from factories import Factory
 from screens import small_screen
 from sqlalchemy import select, update
 
-from cellstore.db.models import Artifact, Cell, FeatureFile, Image, Recipe, Segmentation
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.errors import QueryError, StorageError
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Artifact, Cell, FeatureFile, Image, Recipe, Segmentation
 from cellstore.query.engine import open_questions
 
 NOT_KNOWN = {"content_sha256": None, "mask_artifact_id": None, "flow_artifact_id": None}
@@ -56,10 +56,10 @@ def test_a_set_in_files_is_asked_by_its_name(workspace: Workspace, imported: Imp
     imported.make.feature_files("cp", imported.cells, columns, imported.segment, rows_of_file=2)
     rows = ask(
         workspace,
-        "SELECT c.label, f.* EXCLUDE (cell_id) FROM cp AS f JOIN cells AS c ON c.id = f.cell_id "
-        "ORDER BY c.label",
+        "SELECT c.object_number, f.* EXCLUDE (cell_id) FROM cp AS f "
+        "JOIN cells AS c ON c.id = f.cell_id ORDER BY c.object_number",
     )
-    assert [row["label"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["object_number"] for row in rows] == [1, 2, 3, 4, 5]
     assert {name: [row[name] for row in rows] for name in columns} == columns
     with open_questions(workspace) as questions:
         assert questions.columns("cp") == [

@@ -14,7 +14,6 @@ from plain_views import plain_views
 from sqlalchemy import text
 
 from cellstore.config import VoteRules
-from cellstore.db.models import Image, Label, Run
 from cellstore.enums import (
     ArtifactKind,
     CellFlagReason,
@@ -25,6 +24,7 @@ from cellstore.enums import (
     Subset,
 )
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Label, Run
 from cellstore.query.engine import open_questions
 from cellstore.query.relations import VIEWS
 

@@ -11,10 +11,10 @@ from factories import Factory
 from screens import VOTES, small_screen
 from sqlalchemy import Engine, text
 
-from cellstore.db.models import METADATA
 from cellstore.enums import Stage, Status
 from cellstore.errors import DatabaseError, QueryError, UnknownNameError
 from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.models import METADATA
 from cellstore.query.engine import Questions, open_questions
 from cellstore.query.guard import Limits
 from cellstore.query.relations import VIEWS, view
@@ -55,7 +55,7 @@ def test_values_come_out_as_they_went_in(workspace: Workspace) -> None:
     assert row["started_at"] == screen.train_run.started_at
     assert row["environment"] == '{"python": "3.11"}'
     assert row["result"] is None  # also where SQLAlchemy wrote the JSON value null
-    assert row["user"] == "ada"
+    assert row["user_name"] == "ada"
 
 
 def test_a_text_after_thousands_of_nulls_is_read(workspace: Workspace) -> None:

@@ -11,7 +11,7 @@ from screens import SmallScreen, small_screen
 from sqlalchemy import text
 
 from cellstore.config import VoteRules
-from cellstore.enums import Control, GroupLevel, Stage, Subset
+from cellstore.enums import GroupLevel, Stage, Subset
 from cellstore.jobs.workspace import Workspace
 from cellstore.query.engine import open_questions
 
@@ -122,7 +122,7 @@ def test_an_image_abstains_with_few_cells_or_a_close_vote(workspace: Workspace) 
 def test_controls_are_left_out_of_the_scores(workspace: Workspace) -> None:
     make = Factory(workspace)
     plate, labels = make.plate(), {name: make.label(name) for name in ("DMSO", "taxol")}
-    dmso = make.treatment("DMSO", control=Control.NEGATIVE)
+    dmso = make.treatment("DMSO")
     wells = [make.well(plate, 1, 1, dmso), make.well(plate, 1, 2, make.treatment("taxol"))]
     images = [make.image(well) for well in wells]
     truths = list(labels.values())
@@ -254,7 +254,7 @@ def test_lineage_names_every_step(workspace: Workspace) -> None:
         "checkpoint_sha256": sha("model"),
         "n_cells": 3,
         "current": True,
-        "user": "ada",
+        "user_name": "ada",
     }
     assert {key: row[key] for key in expected} == expected
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from foreign_cells import add_foreign_cells
 
-from cellstore.db.models import Cell
+from cellstore.models import Cell
 
 pytest.importorskip("sklearn")
 pytest.importorskip("torch")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from screens import SmallScreen, small_screen
 
-from cellstore.db.models import Run
 from cellstore.enums import Stage
+from cellstore.models import Run
 from cellstore.store import Store
 
 IN = ("--store", "store")

@@ -7,10 +7,10 @@ import os
 import pytest
 from factories import Factory
 
-from cellstore.db.models import Image
 from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.runs import keep_file
+from cellstore.models import Image
 from cellstore.store import Store
 
 

@@ -26,7 +26,7 @@ def test_predict_says_what_it_did_and_what_the_model_has_met(cellstore, trained:
     facts = dict(line.split("  ", 1) for line in said.out.splitlines() if "  " in line)
     assert facts["images labelled"].strip() == "1"
     assert facts["cells labelled"].strip() == "2"
-    words = ("--subset", "all", "--all-probabilities", "--where", "pert_iname = 'taxol'")
+    words = ("--subset", "all", "--all-probabilities", "--where", "perturbation = 'taxol'")
     result = cellstore("predict", *words, "--json", *STORE).json
     assert (result["done"], result["cells"]) == (4, 8)
     assert [note for note in result["notes"] if "was trained on" in note]

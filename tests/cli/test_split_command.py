@@ -72,10 +72,10 @@ def test_folds_are_listed_and_deleted_together(cellstore, store):
 
 def test_a_class_is_cut_and_images_are_chosen_by_a_condition(cellstore, store):
     made = draw(
-        cellstore, store, "cut", "--downsample", "DMSO=3", "--where", "pert_iname <> 'taxol'"
+        cellstore, store, "cut", "--downsample", "DMSO=3", "--where", "perturbation <> 'taxol'"
     )
     assert "DMSO, downsampled     3 of 4 images" in made.out
-    assert "pert_iname, 2 classes" in made.out
+    assert "perturbation, 2 classes" in made.out
     for word in ("DMSO", "=3", "none=1", "DMSO=few"):
         cellstore("split", "create", "x", "--downsample", word, "--store", store, code=2)
     assert "downsampled" not in draw(cellstore, store, "all", "--downsample", "none").out

@@ -8,10 +8,10 @@ from sqlalchemy import select
 from sqlalchemy.exc import DataError, IntegrityError
 
 from cellstore.db.bulk import bulk_insert, in_lists, take_ids, wide_cache
-from cellstore.db.models import Folder, Plate, Well
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Folder, Plate, Well
 
-COLUMNS = ("id", "plate_id", "row", "column", "name")
+COLUMNS = ("id", "plate_id", "well_row", "well_column", "name")
 
 
 def test_rows_come_out_as_they_went_in(workspace: Workspace) -> None:

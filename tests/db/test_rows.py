@@ -8,20 +8,38 @@ from typing import Any
 
 import pytest
 from factories import MOMENT, Factory
-from sqlalchemy import delete, func, select, text, update
+from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 from unguarded import unguarded
 
-from cellstore.db.models import (
+from cellstore.db.statements import insert_new
+from cellstore.enums import (
+    AnnotationKind,
+    ArtifactKind,
+    ImageFlagReason,
+    Level,
+    Severity,
+    Stage,
+    Subset,
+)
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import (
     METADATA,
+    Annotation,
     Artifact,
+    Base,
     Cell,
     CellFeatures,
+    CellFlag,
+    Event,
     FeatureFile,
     FeatureSet,
     Folder,
     Image,
     ImageFile,
+    ImageFlag,
+    ImagePrediction,
+    ImageQuality,
     IngestFile,
     IngestIssue,
     Job,
@@ -34,16 +52,13 @@ from cellstore.db.models import (
     RunArtifact,
     RunMetric,
     Segmentation,
+    Split,
+    SplitGroup,
+    SplitMember,
     Treatment,
     Well,
     WellChange,
 )
-from cellstore.db.quality_models import CellFlag, ImageFlag, ImageQuality
-from cellstore.db.split_models import Split, SplitGroup, SplitMember
-from cellstore.db.statements import insert_new
-from cellstore.db.types import Base
-from cellstore.enums import ArtifactKind, ImageFlagReason, Severity, Stage, Subset
-from cellstore.jobs.workspace import Workspace
 
 TABLES = sorted(
     (mapper.class_ for mapper in Base.registry.mappers), key=lambda table: table.__name__
@@ -51,7 +66,8 @@ TABLES = sorted(
 
 
 def values_of(row: Base) -> dict[str, Any]:
-    return {column.key: getattr(row, column.key) for column in row.__mapper__.columns}
+    key_of = row.__mapper__.get_property_by_column
+    return {column.name: getattr(row, key_of(column).key) for column in row.__table__.columns}
 
 
 def fill(workspace: Workspace) -> dict[type[Base], Base]:
@@ -80,6 +96,12 @@ def fill(workspace: Workspace) -> dict[type[Base], Base]:
             run_id=predict.id, cell_id=cells[0].id, rank=1, label_id=label.id, probability=0.75
         )
         session.add(row)
+        session.add(
+            ImagePrediction(
+                run_id=predict.id, image_id=image.id, rank=1, label_id=label.id, probability=0.5
+            )
+        )
+    fill_what_people_do(make, well)
     fill_what_an_ingest_writes(make, well, cells[0])
     qc = make.run(Stage.QC)
     make.quality(image, qc)
@@ -87,6 +109,32 @@ def fill(workspace: Workspace) -> dict[type[Base], Base]:
     make.flag_cell(qc, cells[1])
     with workspace.database.read() as session:
         return {table: session.scalars(select(table).limit(1)).one() for table in TABLES}
+
+
+def fill_what_people_do(make: Factory, well: Well) -> None:
+    note = make.add(
+        Annotation(
+            level=Level.WELL,
+            row_id=well.id,
+            kind=AnnotationKind.NOTE,
+            reason="dust",
+            user_name="ada",
+            created_at=MOMENT,
+        )
+    )
+    make.add(
+        Event(
+            created_at=MOMENT,
+            user_name="ada",
+            command="cellstore ingest map.txt",
+            run_id=make.run(Stage.INGEST).id,
+            table_name="wells",
+            row_id=note.row_id,
+            old={"treatment_id": None},
+            new={"treatment_id": well.treatment_id},
+            sha256="0" * 64,
+        )
+    )
 
 
 def fill_what_an_ingest_writes(make: Factory, well: Well, cell: Cell) -> None:
@@ -156,7 +204,7 @@ def test_writing_a_row_twice_is_harmless(workspace: Workspace):
 NATURAL_KEYS: dict[type[Base], tuple[str, ...]] = {
     Plate: ("barcode",),
     Treatment: ("identity",),
-    Well: ("plate_id", "row", "column"),
+    Well: ("plate_id", "well_row", "well_column"),
     Image: ("well_id", "site", "plane", "time_point"),
     Folder: ("uri",),
     ImageFile: ("image_id", "channel"),
@@ -164,7 +212,7 @@ NATURAL_KEYS: dict[type[Base], tuple[str, ...]] = {
     Job: ("recipe_id", "image_id", "content_sha256"),
     Artifact: ("sha256", "kind"),
     Segmentation: ("image_id", "recipe_id", "content_sha256"),
-    Cell: ("segmentation_id", "label"),
+    Cell: ("segmentation_id", "object_number"),
     FeatureSet: ("name",),
     Label: ("field", "value"),
     Split: ("name",),
@@ -176,7 +224,7 @@ def test_the_natural_key_is_unique_whatever_the_id(workspace: Workspace, table: 
     values = values_of(fill(workspace)[table])
     values["id"] = 1_000
     with pytest.raises(IntegrityError), workspace.database.begin() as session:
-        session.add(table(**values))
+        session.execute(insert(table.__table__).values(**values))
 
 
 def test_tables_without_an_id_have_a_natural_primary_key():
@@ -196,8 +244,9 @@ def test_tables_without_an_id_have_a_natural_primary_key():
         CellFlag: {"run_id", "cell_id", "reason"},
         RunMetric: {"run_id", "epoch", "name"},
         Prediction: {"run_id", "cell_id", "rank"},
+        ImagePrediction: {"run_id", "image_id", "rank"},
     }
-    append_only = {Run, IngestFile, IngestIssue, WellChange}
+    append_only = {Run, IngestFile, IngestIssue, WellChange, Annotation, Event}
     assert without | set(NATURAL_KEYS) | append_only == set(TABLES)
 
 
@@ -244,9 +293,9 @@ def refuses_a_dangling(
     workspace: Workspace, rows: dict[type[Base], Base], table: type[Base], column: str
 ) -> None:
     row = rows[table]
-    if table is Prediction:
+    if table in (Prediction, ImagePrediction):
         values = values_of(row) | {"rank": 9, column: 999_999}
-        action: Callable[..., Any] = lambda session: session.add(Prediction(**values))  # noqa: E731
+        action: Callable[..., Any] = lambda session: session.add(table(**values))  # noqa: E731
     else:
         keys = [
             getattr(table, key.name) == getattr(row, key.name)
@@ -288,7 +337,7 @@ def test_enums_are_kept_by_value(workspace: Workspace):
         fields = set(session.scalars(text("SELECT field FROM labels")))
         back = set(session.scalars(select(Run.stage)))
     assert stages == {"ingest", "segment", "measure", "qc", "train", "predict"}
-    assert (sides, fields) == ({"test"}, {"pert_iname"})
+    assert (sides, fields) == ({"test"}, {"perturbation"})
     assert {stage.value for stage in back} == stages
     assert Stage.QC in back
 

@@ -15,10 +15,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, make_url, text
 
 from cellstore.db import migrate
-from cellstore.db.models import METADATA
 from cellstore.db.session import Database, connect, parse_url
 from cellstore.errors import DatabaseError, SchemaError, StorageError, UserInputError
 from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
+from cellstore.models import METADATA
 from cellstore.settings import StoreSettings
 
 NAMES = re.compile(r"^(pk|fk|uq|ix|ck)_[a-z0-9_]+$")
@@ -89,7 +89,7 @@ def test_a_newer_schema_is_refused_with_the_command(workspace):
 
 def test_an_older_schema_is_refused_with_the_command(workspace, monkeypatch):
     monkeypatch.setattr(migrate, "head", lambda: "9999")
-    with pytest.raises(SchemaError, match=r"older schema 0006.*cellstore db upgrade"):
+    with pytest.raises(SchemaError, match=r"older schema 0001.*cellstore db upgrade"):
         open_workspace(workspace.settings)
 
 

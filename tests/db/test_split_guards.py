@@ -11,13 +11,10 @@ from factories import MOMENT, Factory
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
-from cellstore.db import migrate
-from cellstore.db.models import Image, Run, Well
-from cellstore.db.session import connect, parse_url
-from cellstore.db.split_models import Split, SplitGroup, SplitMember
 from cellstore.enums import GroupLevel, Stage, Subset
 from cellstore.errors import UserInputError
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Run, Split, SplitGroup, SplitMember, Well
 
 SIDES = "one side only"
 FROZEN = "A run relies on this split.*cellstore split create NAME"
@@ -80,7 +77,7 @@ def plates(workspace: Workspace) -> Plates:
         # Wells by number: P1 a, P1 b, P2 a, P2 b. The first trains, the last tests.
         (GroupLevel.WELL, 0, 2, "test"),
         (GroupLevel.PLATE, 1, 1, "test"),
-        (GroupLevel.TREATMENT, 2, 1, "test"),
+        (GroupLevel.PERTURBATION, 2, 1, "test"),
     ],
 )
 def test_a_group_cannot_sit_on_two_sides(plates: Plates, level, well, site, side) -> None:
@@ -116,7 +113,7 @@ def test_a_well_may_be_on_other_sides_of_other_splits(plates: Plates) -> None:
 
 
 def test_an_image_without_a_treatment_is_in_no_split_by_treatment(plates: Plates) -> None:
-    split = plates.split(GroupLevel.TREATMENT, "t--e")
+    split = plates.split(GroupLevel.PERTURBATION, "t--e")
     plates.run("UPDATE wells SET treatment_id = NULL WHERE id = :id", id=plates.wells[1].id)
     with pytest.raises(UserInputError, match="without a treatment"):
         plates.insert(split, 1, 1, "train")
@@ -251,7 +248,12 @@ def test_a_member_costs_no_more_in_a_large_group(workspace: Workspace) -> None:
     plate, label = make.plate(), make.label("a")
     with workspace.database.begin() as session:
         wells = [
-            {"plate_id": plate.id, "row": n // 24 + 1, "column": n % 24 + 1, "name": f"W{n}"}
+            {
+                "plate_id": plate.id,
+                "well_row": n // 24 + 1,
+                "well_column": n % 24 + 1,
+                "name": f"W{n}",
+            }
             for n in range(300)
         ]
         session.execute(insert(Well), wells)
@@ -271,64 +273,6 @@ def test_a_member_costs_no_more_in_a_large_group(workspace: Workspace) -> None:
         session.execute(insert(SplitMember), rows)
     guarded = time.perf_counter() - started
     assert guarded < 8, guarded  # 0.1 s on SQLite, 0.3 s on PostgreSQL, where nobody else works
-
-
-OLD_ROWS = """
-INSERT INTO plates (id, barcode) VALUES (1, 'P1');
-INSERT INTO wells (id, plate_id, "row", "column", name) VALUES (1, 1, 1, 1, 'A01');
-INSERT INTO images (id, well_id, site, plane, time_point, core_name) VALUES
-    (1, 1, 1, 1, 1, 'a'), (2, 1, 2, 1, 1, 'b'), (3, 1, 3, 1, 1, 'c');
-INSERT INTO recipes (id, stage, version, parameters, fingerprint, created_at)
-    VALUES (1, 'split', 1, '{}', 'r', '2026-01-01 00:00:00+00:00');
-INSERT INTO labels (id, field, value) VALUES (1, 'pert_iname', 'DMSO');
-INSERT INTO splits (id, name, recipe_id, protocol, field, group_level, seed, query, fingerprint,
-    left_out, created_at) VALUES
-    (1, 'w', 1, 'grouped', 'pert_iname', 'well', 0, 'q', 'f', '{}', '2026-01-01 00:00:00+00:00'),
-    (2, 'p', 1, 'grouped', 'pert_iname', 'plate', 0, 'q', 'g', '{}', '2026-01-01 00:00:00+00:00'),
-    (3, 'i', 1, 'published', 'pert_iname', 'image', 0, 'q', 'h', '{}', '2026-01-01 00:00:00+00:00');
-INSERT INTO split_members (split_id, image_id, subset, label_id) VALUES
-    (1, 1, 'test', 1), (1, 2, 'train', 1), (2, 1, 'train', 1), (3, 1, 'train', 1),
-    (3, 2, 'test', 1);
-INSERT INTO runs (id, stage, recipe_id, status, command, code_version, environment, host, "user",
-    started_at, split_id)
-    VALUES (1, 'train', 1, 'done', 'x', '0', '{}', 'h', 'u', '2026-01-02 00:00:00+00:00', 3)
-"""
-
-
-def test_splits_of_the_schema_before_are_kept_and_guarded(empty_database) -> None:
-    database = connect(parse_url(empty_database()))
-    migrate.upgrade(database, "0004")
-    with database.begin() as session:
-        for statement in OLD_ROWS.split(";"):
-            session.execute(text(statement))
-    migrate.upgrade(database)
-    with database.read() as session:
-        groups = session.execute(
-            select(SplitGroup.split_id, SplitGroup.group_id, SplitGroup.subset)
-        )
-        # Split 1 had its well on two sides already, which the upgrade leaves as it is.
-        assert sorted(map(tuple, groups)) == [(1, 1, Subset.TEST), (2, 1, Subset.TRAIN)]
-        assert session.scalar(select(func.count()).select_from(SplitMember)) == 5
-        used = session.scalars(select(Split.name).where(Split.frozen_at.is_not(None)))
-        assert used.all() == ["i"]
-    for split, side in ((1, "train"), (2, "test")):
-        with pytest.raises(UserInputError, match=SIDES), database.begin() as session:
-            session.execute(text(f"INSERT INTO split_members VALUES ({split}, 3, '{side}', 1)"))
-    with pytest.raises(UserInputError, match=FROZEN), database.begin() as session:
-        session.execute(text("INSERT INTO split_members VALUES (3, 3, 'train', 1)"))
-    migrate.downgrade(database, "0004")
-    with database.begin() as session:
-        session.execute(text("INSERT INTO split_members VALUES (3, 3, 'train', 1)"))
-    migrate.upgrade(database)
-    assert migrate.differences(database) == []
-    database.close()
-
-
-def test_older_code_can_read_a_split_by_treatment_after_a_downgrade(plates: Plates) -> None:
-    plates.split(GroupLevel.TREATMENT, "t--e", frozen_at=MOMENT)
-    migrate.downgrade(plates.workspace.database, "0004")
-    with plates.workspace.database.read() as session:
-        assert session.scalars(text("SELECT group_level FROM splits")).all() == ["well"]
 
 
 @pytest.mark.parametrize("frozen_at", [None, MOMENT], ids=["open", "frozen"])
@@ -363,8 +307,9 @@ def test_no_later_migration_lost_a_trigger(workspace: Workspace) -> None:
     assert found == (ON_SQLITE if workspace.database.is_sqlite else ON_POSTGRESQL)
 
 
+APPEND_ONLY = ("predictions", "image_predictions", "annotations", "events")
 ON_SQLITE = {
-    *("predictions_keep_UPDATE", "predictions_keep_DELETE"),
+    *(f"{table}_keep_{verb}" for table in APPEND_ONLY for verb in ("UPDATE", "DELETE")),
     *("split_members_frozen_insert", "split_members_frozen_update", "split_members_frozen_delete"),
     *("split_members_together_insert", "split_members_together_update"),
     *("split_groups_together_insert", "split_groups_together_update"),
@@ -373,7 +318,8 @@ ON_SQLITE = {
     *("images_stay_update", "wells_stay_update", "labels_stay_update", "runs_stay_update"),
 }
 ON_POSTGRESQL = {
-    *("predictions_keep", "split_members_guard", "split_groups_guard", "splits_guard"),
+    *(f"{table}_keep" for table in APPEND_ONLY),
+    *("split_members_guard", "split_groups_guard", "splits_guard"),
     *("images_stay", "wells_stay", "labels_stay", "runs_stay"),
     *("runs_freeze", "splits_emptied", "split_members_emptied", "split_groups_emptied"),
 }

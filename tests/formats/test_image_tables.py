@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from published_metadata import PLATE, compound_annotation, write_published_metadata
 from realdata import real_data
 
-from cellstore.enums import Control, Perturbation
+from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.filenames import format_well
 from cellstore.io.image_tables import read_loaddata, read_published
@@ -76,7 +76,7 @@ def test_a_published_row(tmp_path: Path) -> None:
     assert (image.plate, image.row, image.column, image.site) == ("BR1", 2, 7, 4)
     assert image.core_name == "r02c07f04"
     assert image.files == (FileRef("RNA", 3, "r02c07f04p01-ch3sk1fk1fl1.tiff", None),)
-    assert image.treatment == TreatmentRecord(Perturbation.COMPOUND, "AMG900", "AURKA")
+    assert image.treatment == TreatmentRecord(PerturbationKind.COMPOUND, "AMG900", "AURKA")
 
 
 def test_treatment_columns_of_loaddata(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_treatment_columns_of_loaddata(tmp_path: Path) -> None:
         "Metadata_control_type": "poscon_diverse",
     }
     assert only_image(table(tmp_path, row)).treatment == TreatmentRecord(
-        Perturbation.COMPOUND, "TC-S-7004", "DYRK1A", Control.POSITIVE, "BRD-1"
+        PerturbationKind.COMPOUND, "TC-S-7004", "DYRK1A", Control.POSITIVE, "BRD-1"
     )
 
 
@@ -217,7 +217,7 @@ def test_targets_by_any_of_their_columns(
 ) -> None:
     row = LOADDATA | {"Metadata_pert_iname": "NAD+", column: written}
     assert only_image(table(tmp_path, row)).treatment == TreatmentRecord(
-        Perturbation.COMPOUND, "NAD+", target
+        PerturbationKind.COMPOUND, "NAD+", target
     )
 
 

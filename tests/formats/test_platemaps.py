@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from realdata import real_data
 
-from cellstore.enums import Control, Perturbation
+from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.platemaps import PlateAnnotation, read_annotation
 from cellstore.io.records import TreatmentRecord
@@ -42,7 +42,7 @@ def issues(annotation: PlateAnnotation) -> list[tuple[str, int, str]]:
 
 def test_a_compound_well(tmp_path: Path) -> None:
     assert well(annotate(tmp_path, "A1\tBRD-1\n")) == TreatmentRecord(
-        Perturbation.COMPOUND,
+        PerturbationKind.COMPOUND,
         "AMG900",
         target="AURKA",
         control=Control.POSITIVE,
@@ -75,7 +75,7 @@ def test_an_empty_sample_is_an_empty_well_in_other_maps(tmp_path: Path) -> None:
     annotation = annotate(tmp_path, "A1\t\nA2\tccsb-1\n", ORFS)
     assert annotation.for_well("any", 1, 1) is None
     orf = well(annotation, 2)
-    assert (orf.kind, orf.pert_iname, orf.target) == (Perturbation.ORF, "KCNN1", "KCNN1")
+    assert (orf.kind, orf.pert_iname, orf.target) == (PerturbationKind.ORF, "KCNN1", "KCNN1")
     assert annotation.issues == ()
 
 
@@ -97,9 +97,9 @@ def test_each_map_of_a_mixed_folder_has_its_own_kind(
     tmp_path: Path, order: tuple[str, ...]
 ) -> None:
     found = read_annotation(mixed(tmp_path), [tmp_path / name for name in order])
-    assert well(found, 1, "001").kind is Perturbation.COMPOUND
+    assert well(found, 1, "001").kind is PerturbationKind.COMPOUND
     assert well(found, 2, "001").pert_iname == "DMSO"
-    assert well(found, 1, "1053601756").kind is Perturbation.ORF
+    assert well(found, 1, "1053601756").kind is PerturbationKind.ORF
     assert found.for_well("1053601756", 1, 2) is None
     assert found.issues == ()
 
@@ -140,8 +140,10 @@ def test_a_map_of_genotypes_needs_no_treatment_table(tmp_path: Path) -> None:
     )
     found = read_annotation(path)
     assert [found.for_well("any", 3, column) for column in (6, 7, 8)] == [
-        TreatmentRecord(Perturbation.GENOTYPE, "NF1 WT", target="NF1", control=Control.NEGATIVE),
-        TreatmentRecord(Perturbation.GENOTYPE, "NF1 Null", target="NF1"),
+        TreatmentRecord(
+            PerturbationKind.GENOTYPE, "NF1 WT", target="NF1", control=Control.NEGATIVE
+        ),
+        TreatmentRecord(PerturbationKind.GENOTYPE, "NF1 Null", target="NF1"),
         None,
     ]
     assert found.notes == ("map.csv: seed_density is not kept",)
@@ -205,7 +207,7 @@ def test_rows_of_barcodes_that_cannot_be_used(tmp_path: Path) -> None:
         ("barcode_platemap.csv", 5, "no barcode or map name"),
         ("barcode_platemap.csv", 6, "no barcode or map name"),
     ]
-    assert well(found, 1, "001").kind is Perturbation.COMPOUND
+    assert well(found, 1, "001").kind is PerturbationKind.COMPOUND
 
 
 def test_tables_that_are_no_annotation(tmp_path: Path) -> None:
@@ -308,7 +310,7 @@ def test_the_orf_table_of_a_later_edition() -> None:
         [real_data("jump_target/JUMP-Target-1_orf_metadata.tsv")],
     )
     found = Counter(item and item.kind for item in annotation.maps.popitem()[1].wells.values())
-    assert found == {None: 4, Perturbation.ORF: 380}
+    assert found == {None: 4, PerturbationKind.ORF: 380}
 
 
 @pytest.mark.real

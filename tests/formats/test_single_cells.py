@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from realdata import real_data
 
-from cellstore.enums import Control, Perturbation, Severity
+from cellstore.enums import Control, PerturbationKind, Severity
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.objects import ObjectSource
 from cellstore.io.records import ImageRecord
@@ -137,7 +137,7 @@ def test_place_exclusion_files_and_treatment_of_our_own_export(target: Path) -> 
     )
     assert first.treatment is not None
     assert second.treatment is not None
-    assert first.treatment.kind is Perturbation.CRISPR
+    assert first.treatment.kind is PerturbationKind.CRISPR
     assert second.treatment.control is Control.NEGATIVE
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from realdata import real_data
 
-from cellstore.enums import Control, Perturbation
+from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, CellstoreError
 from cellstore.io.platemaps import (
     Aliases,
@@ -71,10 +71,10 @@ def test_the_layout_is_told_from_the_columns(columns: str, layouts: list[str]) -
 
 def test_kinds_of_treatment_tables(tmp_path: Path) -> None:
     kinds = {
-        "broad_sample,pert_iname\nx,y\n": Perturbation.COMPOUND,
-        "broad_sample,gene,InChIKey\nx,y,K\n": Perturbation.COMPOUND,
-        "broad_sample,gene,target_sequence\nx,y,ACGT\n": Perturbation.CRISPR,
-        "broad_sample,gene\nx,y\n": Perturbation.ORF,
+        "broad_sample,pert_iname\nx,y\n": PerturbationKind.COMPOUND,
+        "broad_sample,gene,InChIKey\nx,y,K\n": PerturbationKind.COMPOUND,
+        "broad_sample,gene,target_sequence\nx,y,ACGT\n": PerturbationKind.CRISPR,
+        "broad_sample,gene\nx,y\n": PerturbationKind.ORF,
     }
     for text, kind in kinds.items():
         (record,) = records(treatment_rows(table(tmp_path, text)))
@@ -87,10 +87,10 @@ def test_only_dmso_may_have_no_sample(tmp_path: Path) -> None:
     found = list(treatment_rows(table(tmp_path, text)))
     assert reasons(found) == [(3, "no broad_sample")]
     assert records(found) == [
-        TreatmentRecord(Perturbation.COMPOUND, "DMSO", control=Control.NEGATIVE),
+        TreatmentRecord(PerturbationKind.COMPOUND, "DMSO", control=Control.NEGATIVE),
         None,
-        TreatmentRecord(Perturbation.COMPOUND, "AURKA", target="AURKA", identifier="BRD-1"),
-        TreatmentRecord(Perturbation.COMPOUND, "BRD-2", identifier="BRD-2"),
+        TreatmentRecord(PerturbationKind.COMPOUND, "AURKA", target="AURKA", identifier="BRD-1"),
+        TreatmentRecord(PerturbationKind.COMPOUND, "BRD-2", identifier="BRD-2"),
     ]
 
 
@@ -108,8 +108,8 @@ def test_reagents_without_a_gene_have_no_target(tmp_path: Path) -> None:
     )
     found = list(jump_crispr(table(tmp_path, text)))
     assert records(found) == [
-        TreatmentRecord(Perturbation.CRISPR, "no-guide", identifier="J1"),
-        TreatmentRecord(Perturbation.CRISPR, "A2M", target="A2M", identifier="J2"),
+        TreatmentRecord(PerturbationKind.CRISPR, "no-guide", identifier="J1"),
+        TreatmentRecord(PerturbationKind.CRISPR, "A2M", target="A2M", identifier="J2"),
     ]
     assert reasons(found) == [(4, "no treatment"), (5, "no treatment")]
 
@@ -121,8 +121,8 @@ def test_controls(tmp_path: Path) -> None:
     )
     found = list(jump_controls(table(tmp_path, text)))
     assert records(found) == [
-        TreatmentRecord(Perturbation.CRISPR, "PLK1", control=Control.POSITIVE, identifier="J1"),
-        TreatmentRecord(Perturbation.NONE, "Empty", identifier="J2"),
+        TreatmentRecord(PerturbationKind.CRISPR, "PLK1", control=Control.POSITIVE, identifier="J1"),
+        TreatmentRecord(PerturbationKind.NONE, "Empty", identifier="J2"),
     ]
     assert reasons(found) == [
         (4, "not a known control"),
@@ -131,7 +131,7 @@ def test_controls(tmp_path: Path) -> None:
     ]
 
 
-ME = TreatmentRecord(Perturbation.COMPOUND, "ME0328", target="PARP3", identifier="BRD-1")
+ME = TreatmentRecord(PerturbationKind.COMPOUND, "ME0328", target="PARP3", identifier="BRD-1")
 
 
 def aliases(folder: Path, text: str) -> Aliases:
@@ -150,7 +150,7 @@ def test_aliases_rename(tmp_path: Path, header: str) -> None:
         "BRD-1",
     )
     assert found.apply(ME) is renamed
-    other = TreatmentRecord(Perturbation.COMPOUND, "x")
+    other = TreatmentRecord(PerturbationKind.COMPOUND, "x")
     assert found.apply(other) is other
 
 

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from sqlalchemy import select
 
-from cellstore.db.models import Recipe
-from cellstore.db.split_models import Split
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import attach, keep_file, running
@@ -18,6 +16,7 @@ from cellstore.learn.branches import TABULAR
 from cellstore.learn.checkpoints import CheckpointMeta, save_net
 from cellstore.learn.networks import FusionNet, NetShape, build_net
 from cellstore.learn.normalising import FeatureScaler, Scaler
+from cellstore.models import Recipe, Split
 from cellstore.query.feature_files import FEATURE_COLUMNS
 
 WIDTH = 5
@@ -48,7 +47,7 @@ def craft(
     """
     shape = NetShape(len(labels), len(scaler.names), projection_width=WIDTH, branches=branches)
     tensors = save_net(awake(build_net(shape, seed=seed), crop_size).state_dict())
-    made = CheckpointMeta(shape, labels, "pert_iname", scaler, crop_size, {"train": "x"}, **meta)
+    made = CheckpointMeta(shape, labels, "perturbation", scaler, crop_size, {"train": "x"}, **meta)
     write = workspace.artifacts.write
     with workspace.database.begin() as session:
         split = session.scalars(select(Split).order_by(Split.id.desc())).first()

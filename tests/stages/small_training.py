@@ -18,7 +18,13 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from cellstore.config import SegmentParams, SplitParams, TrainParams, as_parameters
-from cellstore.db.models import (
+from cellstore.enums import ArtifactKind, PerturbationKind, Stage, Subset
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.planes import cell_rows
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import keep_file, running
+from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
+from cellstore.models import (
     Artifact,
     Cell,
     Folder,
@@ -33,12 +39,6 @@ from cellstore.db.models import (
     Treatment,
     Well,
 )
-from cellstore.enums import ArtifactKind, Perturbation, Stage, Subset
-from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.planes import cell_rows
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import keep_file, running
-from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
 from cellstore.progress import Silent
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.settings import StoreSettings
@@ -71,9 +71,9 @@ def build(workspace: Workspace, images: Path) -> None:
         plate = Plate(barcode="P1")
         session.add(plate)
         session.flush()
-        kinds = [Perturbation.COMPOUND] * 2
+        kinds = [PerturbationKind.COMPOUND] * 2
         rows = [
-            Treatment(identity=name, kind=kind, pert_iname=name)
+            Treatment(identity=name, kind=kind, name=name)
             for name, kind in zip(("DMSO", "drug"), kinds, strict=True)
         ]
         session.add_all(rows)
@@ -94,7 +94,11 @@ def build(workspace: Workspace, images: Path) -> None:
 def add_image(session: Session, folder: Path, plate_id: int, treatment_id: int, index: int) -> int:
     column = index + 1
     well = Well(
-        plate_id=plate_id, row=1, column=column, name=f"A{column:02d}", treatment_id=treatment_id
+        plate_id=plate_id,
+        well_row=1,
+        well_column=column,
+        name=f"A{column:02d}",
+        treatment_id=treatment_id,
     )
     session.add(well)
     session.flush()

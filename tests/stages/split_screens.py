@@ -7,10 +7,9 @@ import hashlib
 from sqlalchemy import select
 
 from cellstore.config import SplitParams
-from cellstore.db.models import Image, Plate, Treatment, Well
-from cellstore.db.split_models import Split, SplitMember
-from cellstore.enums import GroupLevel, LabelField, Perturbation, Subset
+from cellstore.enums import TARGET, GroupLevel, PerturbationKind, Subset
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Plate, Split, SplitMember, Treatment, Well
 
 TARGETS = {"aspirin": "PTGS1", "ibuprofen": "PTGS1", "naproxen": "PTGS1"}
 TARGETS |= {"taxol": "TUBB", "colchicine": "TUBB", "vinblastine": "TUBB"}
@@ -23,8 +22,8 @@ def fill(workspace: Workspace, *layouts: str, names: dict[str, str] | None = Non
         for name in sorted({name for layout in layouts for name in layout.split()}):
             treatment = Treatment(
                 identity=name,
-                kind=Perturbation.COMPOUND,
-                pert_iname=name,
+                kind=PerturbationKind.COMPOUND,
+                name=name,
                 target=TARGETS.get(name),
                 inchikey=(names or {}).get(name),
             )
@@ -36,7 +35,7 @@ def fill(workspace: Workspace, *layouts: str, names: dict[str, str] | None = Non
             session.add(plate)
             session.flush()
             for column, name in enumerate(layout.split(), start=1):
-                place = {"row": 1, "column": column, "name": f"A{column:02d}"}
+                place = {"well_row": 1, "well_column": column, "name": f"A{column:02d}"}
                 well = Well(plate_id=plate.id, treatment_id=ids[name], **place)
                 session.add(well)
                 session.flush()
@@ -49,7 +48,7 @@ def fill(workspace: Workspace, *layouts: str, names: dict[str, str] | None = Non
 def sides(workspace: Workspace, name: str) -> dict[str, Subset]:
     """The side of each image, named ``P1 A01 1 aspirin``."""
     query = (
-        select(Plate.barcode, Well.name, Image.site, Treatment.pert_iname, SplitMember.subset)
+        select(Plate.barcode, Well.name, Image.site, Treatment.name, SplitMember.subset)
         .join(Image, Image.id == SplitMember.image_id)
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
@@ -69,4 +68,4 @@ def parts(workspace: Workspace, name: str, word: int) -> dict[str, set[Subset]]:
 
 
 DRUGS = "aspirin ibuprofen naproxen taxol colchicine vinblastine"
-BY_TREATMENT = SplitParams(group_level=GroupLevel.TREATMENT, field=LabelField.TARGET)
+BY_TREATMENT = SplitParams(group_level=GroupLevel.PERTURBATION, field=TARGET)

@@ -11,11 +11,11 @@ from factories import FEATURE_COLUMNS, Factory
 from sqlalchemy import select, update
 
 from cellstore.config import BaselineParams, ContrastParams
-from cellstore.db.models import Cell, CellFeatures, Image, Plate, Recipe, Run, Treatment, Well
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.models import open_model
+from cellstore.models import Cell, CellFeatures, Image, Plate, Recipe, Run, Treatment, Well
 from cellstore.stages.contrast import ContrastResult, ContrastRow, contrast
 from cellstore.stages.train_baselines import train_baselines
 
@@ -116,7 +116,7 @@ def test_nothing_is_compared_twice_unless_something_changed(sqlite_workspace: Wo
     assert not contrast(sqlite_workspace, replace(FAST, seed=1)).already_done
     # A corrected table: a well has another treatment, and "once" has two.
     with sqlite_workspace.database.begin() as session:
-        name = select(Treatment.id).where(Treatment.pert_iname == "nothing")
+        name = select(Treatment.id).where(Treatment.name == "nothing")
         last = select(Well.id).where(Well.treatment_id.in_(name)).order_by(Well.id.desc()).limit(1)
         once = screen.treatments["once"].id
         well = update(Well).where(Well.id == session.scalars(last).one())
@@ -187,7 +187,7 @@ def test_what_cannot_be_compared_is_said(sqlite_workspace: Workspace) -> None:
     with pytest.raises(UnknownNameError, match="feature set 'cp'"):
         contrast(sqlite_workspace, replace(FAST, features="cp"))
     with sqlite_workspace.database.begin() as session:
-        session.execute(update(Treatment).values(control=None))
+        session.execute(update(Well).values(control=None))
     assert "No treatment is marked as negative control" in refused()
 
 
@@ -197,7 +197,7 @@ def test_a_baseline_reads_features_as_differences_to_the_controls_of_the_plate(
     pytest.importorskip("torch")
     screen = Screen(sqlite_workspace)
     with sqlite_workspace.database.read() as session:
-        query = select(Image, Treatment.pert_iname).join(Well, Well.id == Image.well_id)
+        query = select(Image, Treatment.name).join(Well, Well.id == Image.well_id)
         images = session.execute(query.join(Treatment, Treatment.id == Well.treatment_id)).all()
     labels = {name: screen.make.label(name) for name in ("DMSO", "strong")}
     members = [(i, Subset.TRAIN, labels[name]) for i, name in images if name in labels]

@@ -13,11 +13,10 @@ from small_training import TINY, Opener
 from sqlalchemy import select
 
 from cellstore.config import SplitParams, TrainParams, VoteRules
-from cellstore.db.models import Cell, Image, Job, Recipe, RecipeInput, Run, Segmentation
-from cellstore.db.split_models import Split
 from cellstore.enums import CellFlagReason, ImageFlagReason, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Cell, Image, Job, Recipe, RecipeInput, Run, Segmentation, Split
 from cellstore.query.engine import open_questions
 from cellstore.report.report_page import write_report
 from cellstore.report.scoring import report
@@ -219,7 +218,7 @@ def trainable(workspace: Workspace) -> tuple[Factory, Run, list[int]]:
     make = Factory(workspace)
     with workspace.database.read() as session:
         segment = session.scalars(select(Recipe).where(Recipe.stage == Stage.SEGMENT)).one()
-        first = select(Cell).where(Cell.label == 1).order_by(Cell.id)
+        first = select(Cell).where(Cell.object_number == 1).order_by(Cell.id)
         cells = session.scalars(first).all()
         images = session.scalars(select(Image).order_by(Image.id)).all()
     run = qc_run(make, ["P1"], segment)

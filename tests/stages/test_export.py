@@ -15,10 +15,10 @@ from factories import FEATURE_COLUMNS, MOMENT, Factory
 from screens import SmallScreen, small_screen
 
 from cellstore import extras
-from cellstore.db.models import Artifact, FeatureFile, FeatureSet, Image, Recipe, Run, Segmentation
 from cellstore.enums import ArtifactKind, Control, FeatureStorage, Stage
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Artifact, FeatureFile, FeatureSet, Image, Recipe, Run, Segmentation
 from cellstore.stages import export as reading
 from cellstore.stages.export import ExportFormat, export
 
@@ -61,9 +61,8 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
         inchikey="RCINICONZNJXQF",
         smiles="C=O",
         pubchem_cid="36314",
-        control=Control.POSITIVE,
     )
-    well = make.well(make.plate("001", "2026_03"), 2, 3, treatment)
+    well = make.well(make.plate("001", "2026_03"), 2, 3, treatment, control=Control.POSITIVE)
     image = make.image(well, 4, plane=5, time_point=6, core_name="r02c03f04")
     make.image_file(image, "ER", missing=True)
     run = make.run(Stage.SEGMENT)
@@ -83,7 +82,7 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
         "Metadata_pert_type": "compound",
         "Metadata_pert_iname": "taxol",
         "Metadata_target": "TUBB",
-        "Metadata_control_type": "poscon",
+        "Metadata_control_type": "positive",
         "Metadata_broad_sample": "BRD-1",
         "Metadata_InChIKey": "RCINICONZNJXQF",
         "Metadata_smiles": "C=O",

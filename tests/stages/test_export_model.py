@@ -19,13 +19,13 @@ from small_training import Opener, said
 from sqlalchemy import select, update
 
 from cellstore.config import BaselineParams, PredictParams
-from cellstore.db.models import ImageFile, Run, Treatment
 from cellstore.enums import Control
 from cellstore.errors import StorageError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import TABULAR
 from cellstore.learn.networks import NetShape, build_net
 from cellstore.learn.normalising import ControlStatistics, PlateScaler
+from cellstore.models import ImageFile, Run, Well
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.export_model import export_model
 from cellstore.stages.exported_classifier import Classifier, Network
@@ -148,7 +148,7 @@ def test_a_model_of_plates_knows_the_plate_of_its_example(
     known = PlateScaler({"elsewhere": ControlStatistics((1.0,) * n, (2.0,) * n, 9)}, PLAIN)
     with workspace.database.begin() as session:
         session.execute(
-            update(Treatment).where(Treatment.pert_iname == "DMSO").values(control=Control.NEGATIVE)
+            update(Well).where(Well.treatment.has(name="DMSO")).values(control=Control.NEGATIVE)
         )
     run = str(craft(workspace, known))
     expected = rows_of(workspace, run)

@@ -12,8 +12,6 @@ from small_training import Opener, pixels
 from sqlalchemy import select, update
 
 from cellstore.config import ImageInput
-from cellstore.db.models import FeatureSet, Image, ImageFile, Recipe, Treatment
-from cellstore.db.split_models import SplitMember
 from cellstore.enums import Stage, Subset
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -28,6 +26,7 @@ from cellstore.learn.normalising import (
     fit_whites,
     plates_of,
 )
+from cellstore.models import FeatureSet, Image, ImageFile, Recipe, SplitMember, Well
 from cellstore.query.cells import CellSource
 from cellstore.query.feature_files import open_set
 
@@ -111,7 +110,7 @@ def test_a_plate_without_controls_is_named(plates: Plates) -> None:
         assert isinstance(scaler, PlateScaler)
         with pytest.raises(UserInputError, match="'P3' has 0 measured cells of neg"):
             add_plates(session, source, scaler, ["P3"])
-        session.execute(update(Treatment).values(control=None))
+        session.execute(update(Well).values(control=None))
         with pytest.raises(UserInputError, match=r"'P1' has 0 .* on the training side.* negcon"):
             fit_scaler(session, source, "plate-controls")
 

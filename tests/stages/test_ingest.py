@@ -12,7 +12,12 @@ from realdata import real_data
 from sqlalchemy import func, select
 
 from cellstore.config import IngestParams
-from cellstore.db.models import (
+from cellstore.enums import Severity, Status
+from cellstore.errors import BadTableError, UserInputError
+from cellstore.io.image_files import encode_tiff
+from cellstore.jobs.lookup import find_image
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import (
     Folder,
     Image,
     ImageFile,
@@ -23,11 +28,6 @@ from cellstore.db.models import (
     Well,
     WellChange,
 )
-from cellstore.enums import Severity, Status
-from cellstore.errors import BadTableError, UserInputError
-from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.lookup import places_find_image
-from cellstore.jobs.workspace import Workspace
 from cellstore.stages.ingest.ingest import ingest
 
 CHANNELS = ("RNA", "DNA")
@@ -65,7 +65,7 @@ def count(workspace: Workspace, table: type) -> int:
 
 def dump(workspace: Workspace) -> dict[str, list[tuple[object, ...]]]:
     """All that an ingest writes but for its own account, by natural names instead of ids."""
-    wells = select(Plate.barcode, Well.name, Treatment.pert_iname, Treatment.target)
+    wells = select(Plate.barcode, Well.name, Treatment.name, Treatment.target)
     of_plate = wells.join(Well, Well.plate_id == Plate.id)
     images = select(
         Plate.barcode, Well.name, Image.site, Image.plane, Image.time_point, Image.core_name
@@ -92,10 +92,10 @@ def test_rows_become_plates_wells_treatments_images_files(
     tables = (Plate, Well, Treatment, Image, ImageFile)
     assert [count(workspace, item) for item in tables] == [1, 1, 1, 2, 4]
     with workspace.database.read() as session:
-        image = places_find_image(session, "r01c02f02")
+        image = find_image(session, "r01c02f02")
         assert (image.site, image.content_sha256) == (2, None)
-        assert places_find_image(session, "P1/A2/2").id == image.id
-        assert places_find_image(session, "r01c02f02p01-ch2sk1fk1fl1.tiff").id == image.id
+        assert find_image(session, "P1/A2/2").id == image.id
+        assert find_image(session, "r01c02f02p01-ch2sk1fk1fl1.tiff").id == image.id
 
 
 def test_a_second_ingest_changes_nothing_and_is_recorded(
@@ -143,11 +143,11 @@ def test_changed_bytes_are_noticed(workspace: Workspace, tmp_path: Path) -> None
         write_image(folder, f"r01c02f01p01-ch{number}sk1fk1fl1.tiff", number)
     ingest(workspace, table, IngestParams(images=folder))
     with workspace.database.read() as session:
-        before = places_find_image(session, "r01c02f01").content_sha256
+        before = find_image(session, "r01c02f01").content_sha256
     write_image(folder, "r01c02f01p01-ch1sk1fk1fl1.tiff", 77, (8, 5))
     assert ingest(workspace, table, IngestParams(images=folder)).updated == 1
     with workspace.database.read() as session:
-        assert places_find_image(session, "r01c02f01").content_sha256 not in (None, before)
+        assert find_image(session, "r01c02f01").content_sha256 not in (None, before)
 
 
 def test_a_projection_stands_for_the_channels_that_were_expected(
@@ -192,7 +192,7 @@ def test_a_corrected_table_changes_the_treatment_and_says_what_changed(
         old = session.get_one(Treatment, change.old_treatment_id)
         new = session.get_one(Treatment, change.new_treatment_id)
         assert session.scalars(select(Well)).one().treatment_id == new.id
-    assert (old.pert_iname, new.pert_iname) == ("DMSO", "aloxistatin")
+    assert (old.name, new.name) == ("DMSO", "aloxistatin")
     assert (change.file, change.line, change.run_id) == ("u.csv", 2, later.run_id)
     # The first table, byte by byte the same, does not undo the correction.
     back = ingest(workspace, tmp_path / "t.csv")
@@ -248,8 +248,8 @@ def test_the_published_table_of_2867_rows(workspace: Workspace, tmp_path: Path) 
     assert (result.wells, result.images) == (319, 2867)
     with workspace.database.read() as session:
         joined = select(func.count()).select_from(Image).join(Well).join(Treatment)
-        assert session.scalar(joined.where(Treatment.pert_iname == "DMSO")) == 509
-        assert session.scalar(select(func.count(Treatment.pert_iname.distinct()))) == 250
+        assert session.scalar(joined.where(Treatment.name == "DMSO")) == 509
+        assert session.scalar(select(func.count(Treatment.name.distinct()))) == 250
 
 
 @pytest.mark.real
@@ -277,5 +277,6 @@ def test_a_plate_map_says_what_was_done_to_the_wells(
     result = ingest(sqlite_workspace, write_table(tmp_path / "t.csv", [row]), params)
     assert result.created == 1
     with sqlite_workspace.database.read() as session:
-        treatment = session.scalars(select(Treatment)).one()
-        assert (treatment.pert_iname, treatment.control) == ("DMSO", "negcon")
+        well = session.scalars(select(Well)).one()
+        assert well.treatment is not None
+        assert (well.treatment.name, well.control) == ("DMSO", "negative")

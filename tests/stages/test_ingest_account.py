@@ -14,7 +14,10 @@ from sqlalchemy import delete, func, select, text
 from test_ingest import CHANNELS, count, dump, loaddata, write_image, write_table
 
 from cellstore.config import IngestParams
-from cellstore.db.models import (
+from cellstore.enums import Look, Severity, Status
+from cellstore.errors import CellstoreError, UserInputError
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import (
     Folder,
     Image,
     ImageFile,
@@ -25,9 +28,6 @@ from cellstore.db.models import (
     Run,
     Well,
 )
-from cellstore.enums import Look, Severity, Status
-from cellstore.errors import CellstoreError, UserInputError
-from cellstore.jobs.workspace import Workspace
 from cellstore.stages.ingest.account import FileIdentity, UndoneError
 from cellstore.stages.ingest.dry_run import preview
 from cellstore.stages.ingest.ingest import IngestResult, ingest

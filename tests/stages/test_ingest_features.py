@@ -16,7 +16,13 @@ import pytest
 from realdata import real_data
 from sqlalchemy import func, select
 
-from cellstore.db.models import (
+from cellstore.enums import FeatureStorage, Severity, Stage
+from cellstore.errors import BadTableError, StorageError, UserInputError
+from cellstore.io.layouts import Layout
+from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import running
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import (
     Artifact,
     Cell,
     FeatureFile,
@@ -31,12 +37,6 @@ from cellstore.db.models import (
     Treatment,
     Well,
 )
-from cellstore.enums import FeatureStorage, Severity, Stage
-from cellstore.errors import BadTableError, StorageError, UserInputError
-from cellstore.io.layouts import Layout
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import running
-from cellstore.jobs.workspace import Workspace
 from cellstore.query import feature_files
 from cellstore.stages.ingest.account import Account
 from cellstore.stages.ingest.ingest_features import FeaturesDone, ingest_features
@@ -116,16 +116,16 @@ def stored(workspace: Workspace, name: str = "cellprofiler") -> list[Found]:
             rows = zip(*(table[column].to_pylist() for column in columns), strict=True)
             values |= dict(zip(ids, rows, strict=True))
         cells = session.execute(
-            select(Cell.id, Cell.label, Image.site, Well.name)
+            select(Cell.id, Cell.object_number, Image.site, Well.name)
             .join(Segmentation, Segmentation.id == Cell.segmentation_id)
             .join(Image, Image.id == Segmentation.image_id)
             .join(Well, Well.id == Image.well_id)
             .join(RecipeInput, RecipeInput.input_id == Segmentation.recipe_id)
             .where(RecipeInput.recipe_id == found.recipe_id)
-            .order_by(Well.name, Image.site, Cell.label)
+            .order_by(Well.name, Image.site, Cell.object_number)
         ).all()
         assert {cell.id for cell in cells} == set(values)
-        return [Found(cell.name, cell.site, cell.label, values[cell.id]) for cell in cells]
+        return [Found(cell.name, cell.site, cell.object_number, values[cell.id]) for cell in cells]
 
 
 def counts(workspace: Workspace) -> dict[str, int]:
@@ -173,7 +173,7 @@ def test_segmentations_of_others_have_no_masks_and_unknown_bytes(
         (found,) = session.scalars(select(Segmentation))
         assert (found.n_cells, found.content_sha256, found.mask_artifact_id) == (2, None, None)
         assert found.recipe_id == done.segmentation
-        (cell, _) = session.scalars(select(Cell).order_by(Cell.label))
+        (cell, _) = session.scalars(select(Cell).order_by(Cell.object_number))
         assert (cell.min_row, cell.centroid_row, cell.excluded) == (None, None, None)
         feature_set = session.scalars(select(FeatureSet)).one()
         assert feature_set.storage is FeatureStorage.FILES
@@ -424,13 +424,13 @@ def test_single_cells_bring_treatments_boxes_and_exclusions(
         Found("A02", 1, 4, (8, None)),
     ]
     with workspace.database.read() as session:
-        first, second = session.scalars(select(Cell).order_by(Cell.label))
+        first, second = session.scalars(select(Cell).order_by(Cell.object_number))
         box = (first.min_row, first.min_col, first.max_row, first.max_col)
         assert (box, first.centroid_row, first.centroid_col) == ((1, 2, 5, 6), 2.5, 3.5)
         assert (first.excluded, second.excluded) == (None, "perimeter is 0")
         assert second.min_row is None
         names = session.scalars(
-            select(Treatment.pert_iname).join(Well, Well.treatment_id == Treatment.id)
+            select(Treatment.name).join(Well, Well.treatment_id == Treatment.id)
         )
         assert set(names) == {"taxol", "DMSO"}
     again = ingest(workspace, path, Layout.SINGLE_CELLS)
@@ -474,7 +474,7 @@ def test_the_field_of_the_study(workspace: Workspace) -> None:
     done = ingest(workspace, real_data("cytotable/BR00116991-A01-1"))
     assert (done.cells, done.columns) == (92, 2_048)
     with workspace.database.read() as session:
-        cell = session.scalars(select(Cell).where(Cell.label == 1)).one()
+        cell = session.scalars(select(Cell).where(Cell.object_number == 1)).one()
         box = (cell.min_row, cell.min_col, cell.max_row, cell.max_col)
         image = session.scalars(select(Image)).one()
     assert box == (7, 208, 98, 275)

@@ -13,8 +13,8 @@ import pytest
 from test_ingest import count, dump, loaddata, write_image, write_table
 
 from cellstore.config import IngestParams
-from cellstore.db.models import Image, IngestFile
 from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
+from cellstore.models import Image, IngestFile
 from cellstore.settings import StoreSettings
 from cellstore.stages.ingest import ingest_images as images
 from cellstore.stages.ingest.ingest import ingest

@@ -19,7 +19,12 @@ from sqlalchemy import func, select
 
 from cellstore.analysis.features import FEATURES
 from cellstore.config import IngestParams
-from cellstore.db.models import (
+from cellstore.enums import Severity, Stage
+from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.io.image_files import decode_tiff, probe
+from cellstore.jobs.mask_matching import NoMatch
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import (
     Artifact,
     Cell,
     CellFeatures,
@@ -30,11 +35,6 @@ from cellstore.db.models import (
     Recipe,
     Segmentation,
 )
-from cellstore.enums import Severity, Stage
-from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.io.image_files import decode_tiff, probe
-from cellstore.jobs.lookup import NoMatch
-from cellstore.jobs.workspace import Workspace
 from cellstore.stages.ingest.account import Account, Brought, UndoneError
 from cellstore.stages.ingest.dry_run import preview
 from cellstore.stages.ingest.ingest_masks import MaskReader, ingest_masks
@@ -133,7 +133,7 @@ def test_masks_become_a_segmentation_and_its_cells(bench: Bench) -> None:
     assert (bench.counts, result.cells) == ((1, 1, 0, 0), 4)
     with bench.workspace.database.read() as session:
         found = session.scalars(select(Segmentation)).one()
-        cells = session.scalars(select(Cell).order_by(Cell.label)).all()
+        cells = session.scalars(select(Cell).order_by(Cell.object_number)).all()
         recipe = session.get_one(Recipe, found.recipe_id)
         artifact = session.get_one(Artifact, found.mask_artifact_id)
     masks = decode_tiff(bench.workspace.artifacts.read(artifact.path, artifact.sha256))
@@ -143,7 +143,7 @@ def test_masks_become_a_segmentation_and_its_cells(bench: Bench) -> None:
     assert (found.run_id, found.n_cells, found.flow_artifact_id) == (bench.account.run_id, 4, None)
     # Areas 36, 36, 96 and 1: the median is the diameter of a disc of 36 pixels.
     assert found.diameter == pytest.approx(2 * (36 / np.pi) ** 0.5)
-    assert [cell.label for cell in cells] == [3, 4, 9, 300]
+    assert [cell.object_number for cell in cells] == [3, 4, 9, 300]
     assert [cell.excluded for cell in cells] == [None, None, "perimeter is 0", None]
     assert (cells[3].min_row, cells[3].min_col, cells[3].max_row, cells[3].max_col) == (
         10,
@@ -168,8 +168,8 @@ def test_they_are_measured_like_our_own(bench: Bench) -> None:
 def assert_measured(workspace: Workspace, masks: NDArray[Any], pixels: NDArray[Any]) -> None:
     """The table ``features`` holds what scikit-image says of each label."""
     with workspace.database.read() as session:
-        query = select(Cell.label, CellFeatures).join(Cell, Cell.id == CellFeatures.cell_id)
-        found = {row.label: row.CellFeatures for row in session.execute(query)}
+        query = select(Cell.object_number, CellFeatures).join(Cell, Cell.id == CellFeatures.cell_id)
+        found = {row.object_number: row.CellFeatures for row in session.execute(query)}
     regions = regionprops(masks.astype(np.int64), intensity_image=pixels.astype(np.float32))
     assert sorted(found) == [region.label for region in regions]
     for region in regions:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event, select
 
-from cellstore.db.models import Plate, Run
 from cellstore.enums import Status
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Plate, Run
 from cellstore.stages.ingest.ingest import ingest
 
 HEADER = "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site\n"

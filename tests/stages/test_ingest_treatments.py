@@ -14,12 +14,11 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from cellstore.config import IngestParams
-from cellstore.db.models import IngestIssue, Plate, Treatment, Well, WellChange
-from cellstore.db.types import Base
 from cellstore.enums import Control, Severity, Stage, Subset
 from cellstore.errors import UserInputError
 from cellstore.io.layouts import Layout
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Base, IngestIssue, Plate, Treatment, Well, WellChange
 from cellstore.stages.ingest.account import Account
 from cellstore.stages.ingest.ingest_treatments import ingest_treatments
 
@@ -77,11 +76,12 @@ class Bench:
 
     def treated(self) -> dict[str, tuple[str, str | None, Control | None]]:
         """Name, target and role of the treatment of each well that has one."""
-        query = select(Plate.barcode, Well.name, Treatment).join(Plate).join(Treatment)
+        query = select(Plate.barcode, Well.name, Treatment, Well.control)
+        query = query.join(Plate).join(Treatment)
         with self.reading() as session:
             return {
-                f"{barcode} {well}": (row.pert_iname, row.target, row.control)
-                for barcode, well, row in session.execute(query)
+                f"{barcode} {well}": (row.name, row.target, control)
+                for barcode, well, row, control in session.execute(query)
             }
 
     def count(self, table: type[Base]) -> int:
@@ -151,8 +151,7 @@ def test_a_corrected_annotation_is_told_from_what_was(bench: Bench) -> None:
 
 
 def test_labels_of_a_split_stay_as_they_were_frozen(bench: Bench) -> None:
-    from cellstore.db.models import Label
-    from cellstore.db.split_models import SplitMember
+    from cellstore.models import Label, SplitMember
 
     bench.map()
     image = bench.make.image(bench.wells[0])

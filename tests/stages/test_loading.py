@@ -11,13 +11,12 @@ import torch
 from small_training import Opener, pixels
 from sqlalchemy import select
 
-from cellstore.db.models import Cell, Image
-from cellstore.db.split_models import Split
 from cellstore.errors import ImageError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import batches as batches_module
 from cellstore.learn.batches import BlockReader, training_batches
 from cellstore.learn.normalising import Scaler
+from cellstore.models import Cell, Image, Split
 from cellstore.query.cells import (
     CellSource,
     ImageBlock,

@@ -23,18 +23,6 @@ from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from cellstore.config import PredictParams, SegmentParams, SplitParams, as_parameters
-from cellstore.db.models import (
-    Artifact,
-    Cell,
-    CellFeatures,
-    ImageFile,
-    Job,
-    Prediction,
-    Recipe,
-    Run,
-    Segmentation,
-)
-from cellstore.db.split_models import Split, SplitMember
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import (
     ImageError,
@@ -45,6 +33,19 @@ from cellstore.errors import (
 )
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import (
+    Artifact,
+    Cell,
+    CellFeatures,
+    ImageFile,
+    Job,
+    Prediction,
+    Recipe,
+    Run,
+    Segmentation,
+    Split,
+    SplitMember,
+)
 from cellstore.query.cells import CellSource, as_text, cells_query
 from cellstore.stages.predict import PredictResult, predict
 from cellstore.stages.split import create_split

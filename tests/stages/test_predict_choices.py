@@ -17,7 +17,14 @@ from sqlalchemy import func, select, update
 from unguarded import unguarded
 
 from cellstore.config import PredictParams, SplitParams
-from cellstore.db.models import (
+from cellstore.enums import Control, ImageFlagReason, Stage, Status, Subset
+from cellstore.errors import CellstoreError, StorageError, UnknownNameError, UserInputError
+from cellstore.jobs.runs import running
+from cellstore.jobs.workspace import Workspace
+from cellstore.learn import models
+from cellstore.learn.checkpoints import load_checkpoint
+from cellstore.learn.normalising import ControlStatistics, PlateScaler, WhiteLevels
+from cellstore.models import (
     Artifact,
     Cell,
     CellFeatures,
@@ -30,16 +37,10 @@ from cellstore.db.models import (
     Run,
     RunArtifact,
     Segmentation,
-    Treatment,
+    Split,
+    SplitMember,
+    Well,
 )
-from cellstore.db.split_models import Split, SplitMember
-from cellstore.enums import Control, ImageFlagReason, Stage, Status, Subset
-from cellstore.errors import CellstoreError, StorageError, UnknownNameError, UserInputError
-from cellstore.jobs.runs import running
-from cellstore.jobs.workspace import Workspace
-from cellstore.learn import models
-from cellstore.learn.checkpoints import load_checkpoint
-from cellstore.learn.normalising import ControlStatistics, PlateScaler, WhiteLevels
 from cellstore.query import feature_output
 from cellstore.query.feature_files import FEATURE_COLUMNS, SetReader, open_set
 from cellstore.report.scoring import report
@@ -90,7 +91,7 @@ def test_any_images_can_be_labelled(built: Path, opened: Opener) -> None:
     assert wells(split="other") == side(workspace, "other", Subset.TEST)
     assert wells(split="other", subset=None) == side(workspace, "other", *Subset)
     assert wells(subset=None, wells=("A02", "A05")) == {"A02", "A05"}
-    assert wells(subset=None, where="pert_iname = 'drug'") == {"A02", "A04", "A06"}
+    assert wells(subset=None, where="perturbation = 'drug'") == {"A02", "A04", "A06"}
     assert wells(subset=None, where="column > 2", limit=2) == {"A03", "A04"}
     # The limit counts images of the side, not the first images of the store.
     assert len(wells(limit=1)) == 1
@@ -313,7 +314,7 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
         predict(workspace, device="cpu")
     with workspace.database.begin() as session:
         session.execute(
-            update(Treatment).where(Treatment.pert_iname == "DMSO").values(control=Control.NEGATIVE)
+            update(Well).where(Well.treatment.has(name="DMSO")).values(control=Control.NEGATIVE)
         )
     result = predict(workspace, EVERYTHING, device="cpu")
     assert result.notes[-1].endswith("normalised against their own negative controls: P1.")
@@ -359,7 +360,7 @@ def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
     make = Factory(workspace)
     qc = make.run(Stage.QC)
     with workspace.database.begin() as session:
-        session.execute(update(Treatment).values(control=Control.NEGATIVE))
+        session.execute(update(Well).values(control=Control.NEGATIVE))
         image = session.scalars(select(Image)).first()
         recipe = session.get_one(Recipe, run_of(workspace, run).recipe_id)
         recipe.parameters = {**recipe.parameters, "exclude_flagged": qc.id}

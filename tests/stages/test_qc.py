@@ -17,12 +17,21 @@ from test_ingest import loaddata, write_table
 
 from cellstore import extras
 from cellstore.config import IngestParams, QcParams, Resources, Selection
-from cellstore.db.models import Image, ImageFile, Job, Recipe, Run, Segmentation
-from cellstore.db.quality_models import CellFlag, ImageFlag, ImageQuality
 from cellstore.enums import Stage, Status
 from cellstore.errors import MissingExtraError, UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import (
+    CellFlag,
+    Image,
+    ImageFile,
+    ImageFlag,
+    ImageQuality,
+    Job,
+    Recipe,
+    Run,
+    Segmentation,
+)
 from cellstore.report.qc_page import write_page, write_picture
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.qc import QcResult, list_flags, qc
@@ -340,7 +349,7 @@ def test_nothing_in_the_page_executes_or_is_fetched(
         for file in session.scalars(select(ImageFile)):
             file.channel = f'"><img src=x onerror=alert(2)>$x${file.channel}'
         for run in session.scalars(select(Run)):
-            run.user = HOSTILE
+            run.user_name = HOSTILE
     text, page = read_page(bench, qc(sqlite_workspace), tmp_path / "qc.html")
     assert not set(page.tags) & {"script", "iframe", "object", "embed", "link", "form"}
     assert page.handlers == []

@@ -10,10 +10,19 @@ from factories import Factory
 from sqlalchemy import select, update
 
 from cellstore.config import QcParams
-from cellstore.db.models import Cell, CellFeatures, Image, ImageFile, Plate, Run, Segmentation
-from cellstore.db.quality_models import CellFlag, ImageFlag
 from cellstore.enums import EXCLUDED_NO_PERIMETER, Stage
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import (
+    Cell,
+    CellFeatures,
+    CellFlag,
+    Image,
+    ImageFile,
+    ImageFlag,
+    Plate,
+    Run,
+    Segmentation,
+)
 from cellstore.stages.qc import Flagging, flag_plate
 
 PARAMS = QcParams(min_images=5)
@@ -49,7 +58,7 @@ class Bench:
         return sorted((row.site, row.reason.value, row.channel, row.value) for row in rows)
 
     def of_cells(self, run: Run) -> list[tuple[Any, ...]]:
-        query = select(Segmentation.image_id, Cell.label, CellFlag.reason, CellFlag.value)
+        query = select(Segmentation.image_id, Cell.object_number, CellFlag.reason, CellFlag.value)
         query = query.join(Cell, Cell.segmentation_id == Segmentation.id).join(CellFlag)
         with self.workspace.database.read() as session:
             rows = session.execute(query.where(CellFlag.run_id == run.id)).all()

@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import update
 
-from cellstore.db.models import Cell, CellFeatures, Image, ImageFile, Segmentation, Treatment
-from cellstore.enums import Control, Perturbation, Stage
+from cellstore.enums import Control, PerturbationKind, Stage
 from cellstore.io.records import TreatmentRecord
 from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.models import Cell, CellFeatures, Image, ImageFile, Segmentation, Treatment
 from cellstore.stages.export import ExportFormat, export
 from cellstore.stages.ingest.ingest import ingest
-from cellstore.stages.ingest.ingest_treatments import identity
+from cellstore.stages.ingest.ingest_treatments import _row, identity
 
 MISSING = {"", "NA", "N/A", "NaN", "nan", "<NA>", "None"}
 """Texts that say that there is none, in every table."""
@@ -52,7 +52,7 @@ def treatments(draw: st.DrawFn) -> TreatmentRecord:
     name = draw(TEXT)
     roles = [Control.NEGATIVE] if name.upper() == "DMSO" else [None, *Control]
     return TreatmentRecord(
-        kind=draw(st.sampled_from(list(Perturbation))),
+        kind=draw(st.sampled_from(list(PerturbationKind))),
         pert_iname=name,
         target=draw(MAYBE),
         control=draw(st.sampled_from(roles)),
@@ -142,8 +142,7 @@ def _treatment(
         return None
     key = identity(record)
     if key not in known:
-        values = {name: getattr(record, name) for name in record.__slots__}
-        known[key] = make.add(Treatment(identity=key, **values))
+        known[key] = make.add(Treatment(**_row(key, record)))
     return known[key]
 
 
@@ -164,7 +163,11 @@ def _cells(
     make: Factory, masks: Segmentation, cells: dict[int, Any], recipe: int, run: int
 ) -> None:
     facts = [
-        Cell(segmentation_id=masks.id, label=label, **{k: v for k, v in cell.items() if k in BOX})
+        Cell(
+            segmentation_id=masks.id,
+            object_number=label,
+            **{k: v for k, v in cell.items() if k in BOX},
+        )
         for label, cell in cells.items()
     ]
     made = make.add_all(facts)
@@ -245,7 +248,7 @@ EXAMPLE = {
         "wells": {
             (1, 2): {
                 "treatment": TreatmentRecord(
-                    Perturbation.COMPOUND, '=a, "b"\nµ', "HDAC1", Control.POSITIVE, "BRD-1"
+                    PerturbationKind.COMPOUND, '=a, "b"\nµ', "HDAC1", Control.POSITIVE, "BRD-1"
                 ),
                 "images": [
                     {

@@ -13,11 +13,11 @@ import pytest
 from sqlalchemy import select
 
 from cellstore.config import Resources
-from cellstore.db.models import Job
 from cellstore.enums import Status
 from cellstore.errors import StorageError, StoreError, UserInputError
 from cellstore.jobs import executors
 from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.models import Job
 from cellstore.stages.verify import verify
 
 pytestmark = pytest.mark.heavy

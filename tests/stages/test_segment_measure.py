@@ -18,11 +18,11 @@ from threshold import ThresholdSegmenter, use_threshold
 from cellstore import artifacts
 from cellstore.analysis.features import FEATURES
 from cellstore.config import IngestParams, MeasureParams, SegmentParams
-from cellstore.db.models import Artifact, Cell, CellFeatures, Job, Recipe, Run, Segmentation
 from cellstore.enums import Projection, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff, encode_tiff
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Artifact, Cell, CellFeatures, Job, Recipe, Run, Segmentation
 from cellstore.query.cells import choose_recipes
 from cellstore.stages.ingest.ingest import ingest, refresh
 from cellstore.stages.measure import measure
@@ -90,7 +90,7 @@ def test_cells_become_rows_and_masks_become_files(bench: Bench) -> None:
         mask = session.get_one(Artifact, found.mask_artifact_id)
         masks = decode_tiff(bench.workspace.artifacts.read(mask.path, mask.sha256))
         cells = session.scalars(
-            select(Cell).where(Cell.segmentation_id == found.id).order_by(Cell.label)
+            select(Cell).where(Cell.segmentation_id == found.id).order_by(Cell.object_number)
         ).all()
     assert masks.max() == len(cells) == 3
     assert [cell.excluded for cell in cells] == [None, None, "perimeter is 0"]
@@ -328,7 +328,7 @@ def test_features_equal_regionprops_on_the_segmented_plane(bench: Bench) -> None
     plane = np.median(np.stack(planes), axis=0).astype(np.float32)
     masks = ThresholdSegmenter().segment(plane).masks
     with bench.workspace.database.read() as session:
-        query = select(CellFeatures, Cell.label).join(Cell).join(Segmentation)
+        query = select(CellFeatures, Cell.object_number).join(Cell).join(Segmentation)
         rows = session.execute(query.where(Segmentation.image_id == 1)).all()
     assert len(rows) == 3
     for row, label in rows:

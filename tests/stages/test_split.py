@@ -13,11 +13,20 @@ from sqlalchemy.orm import Session
 
 from cellstore.analysis.leaks import LeakKind, LeakSeverity
 from cellstore.config import IngestParams, SplitParams
-from cellstore.db.models import Image, ImageFile, Label, Plate, Run, Treatment, Well
-from cellstore.db.split_models import Split, SplitMember
-from cellstore.enums import GroupLevel, LabelField, Perturbation, Stage, Subset
+from cellstore.enums import TARGET, GroupLevel, PerturbationKind, Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace, create_workspace
+from cellstore.models import (
+    Image,
+    ImageFile,
+    Label,
+    Plate,
+    Run,
+    Split,
+    SplitMember,
+    Treatment,
+    Well,
+)
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.split import check_split, create_split, show_split
 
@@ -47,7 +56,7 @@ def fill(
 
 def treatment(session: Session, name: str) -> int:
     row = session.scalars(select(Treatment).where(Treatment.identity == name)).one_or_none()
-    row = row or Treatment(identity=name, kind=Perturbation.COMPOUND, pert_iname=name)
+    row = row or Treatment(identity=name, kind=PerturbationKind.COMPOUND, name=name)
     session.add(row)
     session.flush()
     return row.id
@@ -57,7 +66,11 @@ def add_well(
     session: Session, plate_id: int, column: int, treatment_id: int | None, sites: int
 ) -> None:
     well = Well(
-        plate_id=plate_id, row=1, column=column, name=f"A{column:02d}", treatment_id=treatment_id
+        plate_id=plate_id,
+        well_row=1,
+        well_column=column,
+        name=f"A{column:02d}",
+        treatment_id=treatment_id,
     )
     session.add(well)
     session.flush()
@@ -202,8 +215,8 @@ def test_one_plate_can_be_chosen_and_left_out(sqlite_workspace: Workspace) -> No
     ("params", "message"),
     [
         (SplitParams(protocol="random"), "Unknown split protocol 'random'"),
-        (SplitParams(field="color"), "Unknown label field 'color'"),  # type: ignore[arg-type]
-        (SplitParams(field=LabelField.TARGET), "None of the 24 images has a target"),
+        (SplitParams(field="color"), "Unknown label field 'color'"),
+        (SplitParams(field=TARGET), "None of the 24 images has a target"),
         (SplitParams(test_size=1.5), "shares"),
     ],
 )
@@ -257,7 +270,7 @@ def test_check_names_same_bytes_and_two_spellings(sqlite_workspace: Workspace) -
 def test_the_published_study_as_a_split(workspace: Workspace, tmp_path: Path) -> None:
     table = write_published_metadata(real_data("cpjump1"), tmp_path / "metadata.csv")
     ingest(workspace, table, IngestParams(plate=PLATE))
-    with pytest.raises(UserInputError, match="All 2867 images with a pert_iname miss files"):
+    with pytest.raises(UserInputError, match="All 2867 images with a perturbation miss files"):
         create_split(workspace, "published", PUBLISHED)
     result = create_split(workspace, "published", replace(PUBLISHED, allow_missing=True))
     assert (result.images, result.classes) == (2376, 250)

@@ -11,11 +11,10 @@ from sqlalchemy import select, text, update
 
 from cellstore.analysis.leaks import LeakSeverity
 from cellstore.config import SplitParams
-from cellstore.db.models import Image, Recipe, Run, Treatment
-from cellstore.db.split_models import Split, SplitGroup
-from cellstore.enums import GroupLevel, LabelField, Stage, Subset
+from cellstore.enums import TARGET, GroupLevel, Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Recipe, Run, Split, SplitGroup, Treatment
 from cellstore.stages.split import (
     check_split,
     create_folds,
@@ -30,9 +29,7 @@ def test_a_compound_is_on_one_side_under_all_its_names(workspace: Workspace) -> 
     fill(workspace, f"{DRUGS} ASA Taxol", f"{DRUGS} ASA Taxol", names=one)
     with workspace.database.begin() as session:
         for name, target in (("ASA", "PTGS1"), ("Taxol", "TUBB")):
-            session.execute(
-                update(Treatment).where(Treatment.pert_iname == name).values(target=target)
-            )
+            session.execute(update(Treatment).where(Treatment.name == name).values(target=target))
     for seed in range(4):
         name = f"drugs {seed}"
         create_split(workspace, name, SplitParams(**{**vars(BY_TREATMENT), "seed": seed}))
@@ -48,7 +45,7 @@ def test_a_compound_is_on_one_side_under_all_its_names(workspace: Workspace) -> 
 def test_by_treatment_the_class_must_be_coarser(sqlite_workspace: Workspace) -> None:
     fill(sqlite_workspace, DRUGS)
     with pytest.raises(UserInputError, match="--field target"):
-        create_split(sqlite_workspace, "s", SplitParams(group_level=GroupLevel.TREATMENT))
+        create_split(sqlite_workspace, "s", SplitParams(group_level=GroupLevel.PERTURBATION))
 
 
 def test_plates_are_named(workspace: Workspace) -> None:
@@ -94,7 +91,7 @@ def test_folds_are_a_family_all_or_none(workspace: Workspace) -> None:
 
 def test_a_condition_chooses_the_images_and_is_kept(workspace: Workspace) -> None:
     fill(workspace, "aspirin taxol DMSO", "aspirin taxol DMSO", "aspirin taxol DMSO")
-    condition = "batch = 'B1' AND pert_iname <> 'DMSO' OR plate = 'P3' AND column <= 2"
+    condition = "batch = 'B1' AND perturbation <> 'DMSO' OR plate = 'P3' AND well_column <= 2"
     result = create_split(workspace, "s", SplitParams(where=condition, validation_size=0))
     assert {image.split()[3] for image in sides(workspace, "s")} == {"aspirin", "taxol"}
     assert result.images == 12
@@ -108,10 +105,12 @@ def test_a_condition_chooses_the_images_and_is_kept(workspace: Workspace) -> Non
 
 def test_a_pattern_chooses_the_same_images_on_both_databases(workspace: Workspace) -> None:
     fill(workspace, *["Taxol taxol taxotere aspirin"] * 2)
-    params = SplitParams(where="pert_iname LIKE 'tax%'", validation_size=0)
+    params = SplitParams(where="perturbation LIKE 'tax%'", validation_size=0)
     create_split(workspace, "s", params)
     assert parts(workspace, "s", 3).keys() == {"taxol", "taxotere"}
-    create_split(workspace, "any", SplitParams(where="pert_iname ILIKE 'tax%'", validation_size=0))
+    create_split(
+        workspace, "any", SplitParams(where="perturbation ILIKE 'tax%'", validation_size=0)
+    )
     assert parts(workspace, "any", 3).keys() == {"Taxol", "taxol", "taxotere"}
 
 
@@ -136,7 +135,7 @@ def test_the_same_on_both_databases_and_for_ever(workspace: Workspace) -> None:
         "well": SplitParams(seed=1),
         "cut": SplitParams(seed=1, downsample=cut),
         "plate": SplitParams(seed=1, group_level=GroupLevel.PLATE),
-        "treatment": SplitParams(seed=1, group_level=GroupLevel.TREATMENT, field=LabelField.TARGET),
+        "treatment": SplitParams(seed=1, group_level=GroupLevel.PERTURBATION, field=TARGET),
         "published": SplitParams(seed=1, protocol="published"),
     }
     found = {

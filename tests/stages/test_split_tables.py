@@ -12,11 +12,10 @@ from unguarded import unguarded
 
 from cellstore.analysis.leaks import LeakKind
 from cellstore.config import SplitParams
-from cellstore.db.models import Image, Recipe, Treatment, Well
-from cellstore.db.split_models import SplitMember
-from cellstore.enums import GroupLevel, LabelField, Subset
+from cellstore.enums import TARGET, GroupLevel, Subset
 from cellstore.errors import BadTableError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Recipe, SplitMember, Treatment, Well
 from cellstore.stages.split import (
     check_split,
     check_tables,
@@ -92,7 +91,7 @@ def test_images_whose_bytes_are_unknown_are_told_by_the_check(sqlite_workspace) 
 def test_a_table_of_treatments_needs_no_wells(workspace: Workspace, tmp_path: Path) -> None:
     fill(workspace, "aspirin taxol", "aspirin taxol")
     table = write(tmp_path / "s.tsv", "subset\tpert_iname", "train\taspirin", "test\ttaxol")
-    result = import_split(workspace, "s", [table], group_level=GroupLevel.TREATMENT)
+    result = import_split(workspace, "s", [table], group_level=GroupLevel.PERTURBATION)
     assert parts(workspace, "s", 3) == {"aspirin": {Subset.TRAIN}, "taxol": {Subset.TEST}}
     assert result.images == 8
 
@@ -160,7 +159,7 @@ def test_tables_are_checked_without_a_store(tmp_path: Path) -> None:
         LeakKind.SPELLING,
     }
     with pytest.raises(UserInputError, match="has a target"):
-        check_tables([table], LabelField.TARGET)
+        check_tables([table], TARGET)
 
 
 def test_wells_on_both_sides_are_found_without_knowing_what_they_got(tmp_path: Path) -> None:
@@ -176,7 +175,7 @@ def test_a_correction_after_the_split_is_found_by_the_check(workspace: Workspace
     assert check_split(workspace, "s").leaks == 0
     sides_by_name = parts(workspace, "s", 3)
     with workspace.database.begin() as session:
-        ids = dict(session.execute(select(Treatment.pert_iname, Treatment.id)).all())
+        ids = dict(session.execute(select(Treatment.name, Treatment.id)).all())
         one, other = (
             next(name for name, on in sides_by_name.items() if on == {side})
             for side in (Subset.TRAIN, Subset.TEST)

@@ -10,7 +10,9 @@ from factories import Factory
 from screens import small_screen
 from sqlalchemy import func, select, update
 
-from cellstore.db.models import (
+from cellstore.enums import ArtifactKind, ImageFlagReason, Stage, Status
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import (
     Artifact,
     Cell,
     CellFeatures,
@@ -22,8 +24,6 @@ from cellstore.db.models import (
     Run,
     Well,
 )
-from cellstore.enums import ArtifactKind, ImageFlagReason, Stage, Status
-from cellstore.jobs.workspace import Workspace
 from cellstore.stages.status import status
 from cellstore.stages.verify import verify
 

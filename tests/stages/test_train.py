@@ -24,7 +24,10 @@ from small_training import (
 from sqlalchemy import select, text
 
 from cellstore.config import SplitParams
-from cellstore.db.models import (
+from cellstore.enums import Stage, Status, Subset
+from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.io.image_files import decode_tiff
+from cellstore.models import (
     Artifact,
     Cell,
     CellFeatures,
@@ -33,11 +36,8 @@ from cellstore.db.models import (
     Run,
     RunMetric,
     Segmentation,
+    SplitMember,
 )
-from cellstore.db.split_models import SplitMember
-from cellstore.enums import Stage, Status, Subset
-from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.io.image_files import decode_tiff
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split, show_split
@@ -118,7 +118,7 @@ def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: O
                 decode_tiff(workspace.artifacts.read(flow.path, flow.sha256)),
                 pixels(found.image_id - 1).astype(np.float32),
                 np.array([[c.min_row, c.min_col, c.max_row, c.max_col] for c in cells]),
-                np.array([cell.label for cell in cells]),
+                np.array([cell.object_number for cell in cells]),
                 meta.crop_size,
             )
             ids = torch.tensor([cell.id for cell in cells])

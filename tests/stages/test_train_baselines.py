@@ -12,12 +12,11 @@ from small_training import Opener, cells_of, checkpoint, run_of, said
 from sqlalchemy import delete, select, text
 
 from cellstore.config import BaselineParams, SplitParams
-from cellstore.db.models import CellFeatures, Image, Label, Recipe
-from cellstore.db.split_models import Split, SplitMember
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.baselines import BASELINES, FOREST, LOGISTIC, NULLS
+from cellstore.models import CellFeatures, Image, Label, Recipe, Split, SplitMember
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split
@@ -92,7 +91,7 @@ def test_the_logistic_baseline_is_that_of_scikit_learn(built: Path, opened: Open
 
 def cell_labels(workspace: Workspace, cells: dict[int, list[float]]) -> list[str]:
     query = text(
-        "SELECT c.id, t.pert_iname FROM cells c JOIN segmentations g ON g.id = c.segmentation_id "
+        "SELECT c.id, t.name FROM cells c JOIN segmentations g ON g.id = c.segmentation_id "
         "JOIN images i ON i.id = g.image_id JOIN wells w ON w.id = i.well_id "
         "JOIN treatments t ON t.id = w.treatment_id"
     )

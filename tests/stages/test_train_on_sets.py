@@ -16,12 +16,11 @@ from sqlalchemy import func, select, update
 
 from cellstore.analysis.features import GROUPS
 from cellstore.config import MeasureParams, PredictParams, Selection
-from cellstore.db.models import Cell, FeatureSet, Image, Job, Recipe, Segmentation
-from cellstore.db.split_models import SplitMember
 from cellstore.enums import Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import batches
+from cellstore.models import Cell, FeatureSet, Image, Job, Recipe, Segmentation, SplitMember
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.measure import measure
 from cellstore.stages.predict import predict

@@ -11,14 +11,13 @@ from small_training import Opener, StopsAfter, Trained, checkpoint
 from sqlalchemy import select, update
 
 from cellstore.config import TrainParams, TrainSetup, as_parameters
-from cellstore.db.models import Image, ImageFile, Label, Recipe, Run
-from cellstore.db.split_models import SplitMember
 from cellstore.enums import Stage, Subset
 from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.batches import SAMPLERS
 from cellstore.learn.normalising import INTENSITIES, NORMALISATIONS
 from cellstore.learn.training import LOSSES, MONITORS, PRECISIONS, SCHEDULES
+from cellstore.models import Image, ImageFile, Label, Recipe, Run, SplitMember
 from cellstore.stages import train as train_module
 from cellstore.stages.predict import predict
 from cellstore.stages.train import train

@@ -18,11 +18,11 @@ from small_training import Opener, StopsAfter, Trained, build, checkpoint, run_o
 from sqlalchemy import select, update
 
 from cellstore.config import SplitParams
-from cellstore.db.models import Cell, Recipe, Run, RunArtifact, RunMetric
 from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import RunCancelledError, StoreError, UnknownNameError, UserInputError
 from cellstore.jobs.runs import files_of
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Cell, Recipe, Run, RunArtifact, RunMetric
 from cellstore.stages import train as train_module
 from cellstore.stages import verify as verifying
 from cellstore.stages.manage_jobs import cancel

@@ -17,11 +17,11 @@ from small_training import TINY, Opener, Trained, checkpoint
 from sqlalchemy import func, select
 from team_training import TOGETHER, environment, telling
 
-from cellstore.db.models import Run, RunMetric
 from cellstore.enums import Stage, Status
 from cellstore.errors import TeamError, UserInputError
 from cellstore.learn import training
 from cellstore.learn.training import Team
+from cellstore.models import Run, RunMetric
 from cellstore.stages import train as train_module
 from cellstore.stages.train import make_plan, share_of_batch, train
 

@@ -6,10 +6,10 @@ import pytest
 from factories import Factory
 from sqlalchemy import event, func, select
 
-from cellstore.db.models import Treatment, Well, WellChange
-from cellstore.enums import Control, Perturbation, Stage
+from cellstore.enums import Control, PerturbationKind, Stage
 from cellstore.io.records import TreatmentRecord
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Treatment, Well, WellChange
 from cellstore.stages.ingest import ingest_treatments as writer_module
 from cellstore.stages.ingest.ingest_treatments import (
     TreatmentWriter,
@@ -18,7 +18,7 @@ from cellstore.stages.ingest.ingest_treatments import (
 )
 
 AMG = TreatmentRecord(
-    Perturbation.COMPOUND,
+    PerturbationKind.COMPOUND,
     "AMG900",
     target="AURKA",
     control=Control.POSITIVE,
@@ -27,8 +27,8 @@ AMG = TreatmentRecord(
     smiles="CC",
     pubchem_cid="11",
 )
-NAME_ONLY = TreatmentRecord(Perturbation.COMPOUND, "AMG900")
-TAXOL = TreatmentRecord(Perturbation.COMPOUND, "taxol", target="TUBB")
+NAME_ONLY = TreatmentRecord(PerturbationKind.COMPOUND, "AMG900")
+TAXOL = TreatmentRecord(PerturbationKind.COMPOUND, "taxol", target="TUBB")
 
 
 class Screen:
@@ -51,9 +51,10 @@ class Screen:
 
     def treatment(self, well: int = 0) -> TreatmentRecord | None:
         with self.workspace.database.read() as session:
-            found = session.get_one(Well, self.wells[well]).treatment_id
-            row = session.get(Treatment, found) if found else None
-            return writer_module.record_of(row) if row else None
+            found = session.get_one(Well, self.wells[well])
+            if found.treatment is None:
+                return None
+            return replace(writer_module.record_of(found.treatment), control=found.control)
 
     def changes(self) -> list[tuple[str | None, str | None, str, int | None]]:
         with self.workspace.database.read() as session:
@@ -69,7 +70,7 @@ class Screen:
 
 
 def _name(row: Treatment | None) -> str | None:
-    return row.pert_iname if row else None
+    return row.name if row else None
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_treatment_is_one_row_whoever_asks(screen: Screen) -> None:
         assert first == again
         assert len(set(first.values())) == 2
         row = session.get_one(Treatment, first[AMG])
-        assert writer_module.record_of(row) == AMG
+        assert writer_module.record_of(row) == replace(AMG, control=None)
         assert row.identity == identity(AMG)
 
 
@@ -95,8 +96,8 @@ def test_whatever_differs_is_another_treatment(field: str) -> None:
 
 
 def test_a_bar_in_a_name_makes_no_two_treatments_one() -> None:
-    left = TreatmentRecord(Perturbation.COMPOUND, "a|b", identifier="c")
-    right = TreatmentRecord(Perturbation.COMPOUND, "a", identifier="b|c")
+    left = TreatmentRecord(PerturbationKind.COMPOUND, "a|b", identifier="c")
+    right = TreatmentRecord(PerturbationKind.COMPOUND, "a", identifier="b|c")
     assert identity(left) != identity(right)
 
 
@@ -145,7 +146,7 @@ def test_a_row_that_says_more_replaces(screen: Screen, more: TreatmentRecord) ->
 
 def test_a_corrected_value_keeps_what_the_row_leaves_open(screen: Screen) -> None:
     screen.say(AMG, new=True)
-    assert screen.say(TreatmentRecord(Perturbation.COMPOUND, "AMG900", target="AURKB"))
+    assert screen.say(TreatmentRecord(PerturbationKind.COMPOUND, "AMG900", target="AURKB"))
     assert screen.treatment() == replace(AMG, target="AURKB")
 
 
@@ -158,14 +159,14 @@ def test_another_compound_takes_nothing_from_the_one_before(screen: Screen) -> N
 
 def test_another_sample_of_a_name_takes_nothing_either(screen: Screen) -> None:
     screen.say(AMG, new=True)
-    other = TreatmentRecord(Perturbation.COMPOUND, "AMG900", identifier="BRD-2")
+    other = TreatmentRecord(PerturbationKind.COMPOUND, "AMG900", identifier="BRD-2")
     screen.say(other)
     assert screen.treatment() == other
 
 
 def test_the_sample_stays_where_its_name_is_corrected(screen: Screen) -> None:
     screen.say(AMG, new=True)
-    screen.say(TreatmentRecord(Perturbation.COMPOUND, "AMG-900", identifier="BRD-1"))
+    screen.say(TreatmentRecord(PerturbationKind.COMPOUND, "AMG-900", identifier="BRD-1"))
     assert screen.treatment() == replace(AMG, pert_iname="AMG-900")
 
 

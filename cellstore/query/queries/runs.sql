@@ -4,7 +4,7 @@
 SELECT
     id AS run, stage, status, parent_id AS from_run,
     strftime(started_at, '%Y-%m-%d %H:%M') AS started,
-    epoch(ended_at - started_at) AS seconds, "user"
+    epoch(ended_at - started_at) AS seconds, user_name AS user
 FROM runs
 WHERE $stage IS NULL OR stage = $stage
 ORDER BY id DESC

@@ -6,5 +6,5 @@ SELECT r.plate, r.well, any_value(r.truth) AS truth, count(*) AS images
 FROM run_images AS r
 JOIN wells AS w ON w.id = r.well_id
 WHERE r.run_id = $run AND r.subset = $subset AND r.well_in_training
-GROUP BY r.plate, r.well, w.id, w.row, w."column"
-ORDER BY r.plate, w.row, w."column"
+GROUP BY r.plate, r.well, w.id, w.well_row, w.well_column
+ORDER BY r.plate, w.well_row, w.well_column

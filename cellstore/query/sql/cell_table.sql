@@ -28,7 +28,7 @@ SELECT
     i.target,
     i.control,
     c.id AS cell_id,
-    c.label,
+    c.object_number,
     c.excluded,
     f.* EXCLUDE (cell_id, recipe_id, run_id),
     i.image_id,

@@ -24,7 +24,7 @@ SELECT
     i.site,
     i.core_name,
     r.started_at,
-    r."user",
+    r.user_name,
     r.host,
     r.code_version,
     r.parent_id AS train_run_id,

@@ -6,7 +6,7 @@ SELECT
     ri.plate,
     ri.well,
     ri.site,
-    t.pert_iname AS treatment,
+    t.name AS treatment,
     ri.control,
     p.cell_id,
     l.value AS label,

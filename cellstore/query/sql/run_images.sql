@@ -1,7 +1,7 @@
 -- Every image beside every predict run: its subset of the run's split and its true label.
 -- One row per run (run_id) and image (image_id). subset is train, validation, test, or outside
--- where the split does not name the image; truth is the split's label, else the value of the
--- treatment in the split's field, else null. well_in_training: the network was trained on an
+-- where the split does not name the image; truth is the split's label, else what its well
+-- has in the split's field, else null. well_in_training: the network was trained on an
 -- image of this very well. control: what the well is a control of, else null.
 WITH predicting AS (
     SELECT r.id AS run_id, coalesce(r.split_id, trained.split_id) AS split_id
@@ -27,10 +27,20 @@ SELECT
     coalesce(m.subset, 'outside') AS subset,
     coalesce(
         l.value,
-        CASE s.field WHEN 'pert_iname' THEN t.pert_iname WHEN 'target' THEN t.target END
+        CASE s.field
+            WHEN 'perturbation' THEN t.name
+            WHEN 'target' THEN t.target
+            WHEN 'batch' THEN pl.batch
+            WHEN 'cell_line' THEN pl.cell_line
+            WHEN 'time_point' THEN pl.time_point
+            ELSE coalesce(
+                json_extract_string(w.metadata, '$."' || s.field || '"'),
+                json_extract_string(pl.metadata, '$."' || s.field || '"')
+            )
+        END
     ) AS truth,
     tw.well_id IS NOT NULL AS well_in_training,
-    t.control
+    w.control
 FROM predicting
 CROSS JOIN images AS i
 JOIN wells AS w ON w.id = i.well_id

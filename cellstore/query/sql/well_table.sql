@@ -8,14 +8,14 @@ WITH counted AS (
 SELECT
     p.barcode AS plate,
     w.name AS well,
-    t.pert_iname AS treatment,
+    t.name AS treatment,
     t.target,
-    t.control,
+    w.control,
     coalesce(c.n_images, 0) AS n_images,
     c.n_cells,
     p.batch,
-    w."row" AS well_row,
-    w."column" AS well_column,
+    w.well_row,
+    w.well_column,
     w.id AS well_id,
     p.id AS plate_id
 FROM wells AS w

@@ -15,10 +15,10 @@ from sqlalchemy.orm import Session
 
 from ...artifacts import CHUNK, sha256_of
 from ...db.bulk import bulk_insert, in_lists
-from ...db.models import IngestFile, IngestIssue, Run, Well, WellChange
 from ...enums import Severity, Stage, Status
 from ...errors import CellstoreError
 from ...io.uris import writable
+from ...models import IngestFile, IngestIssue, Run, Well, WellChange
 
 SHOWN = 1_000
 """Issues of a file that are kept in memory to be shown; table ``ingest_issues`` has them all."""

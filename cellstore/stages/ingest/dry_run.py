@@ -14,7 +14,7 @@ from ...errors import UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import SourceKind
 from ...io.records import Refusal
-from ...jobs.lookup import NoMatch
+from ...jobs.mask_matching import NoMatch
 from ...jobs.workspace import Workspace
 from .account import SHOWN, Issue
 from .ingest import choose_layout

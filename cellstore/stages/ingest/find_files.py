@@ -14,7 +14,6 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from ...db.bulk import in_lists, one_ingest_at_a_time
-from ...db.models import Folder, Image, ImageFile, Job, Plate, Well
 from ...db.statements import insert_new
 from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
@@ -22,6 +21,7 @@ from ...io.image_files import ImageFolder, ImageInfo, probe
 from ...io.uris import exists, is_remote, join, shown, stat
 from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
+from ...models import Folder, Image, ImageFile, Job, Plate, Well
 from .account import Account
 
 LOOKED_AT = 200

@@ -13,7 +13,6 @@ from sqlalchemy.orm import Session
 
 from ...config import EVERYTHING, IngestParams, Selection
 from ...db.bulk import in_lists, one_ingest_at_a_time
-from ...db.models import Image, Recipe, Run, Well
 from ...enums import Look, Severity, Stage
 from ...errors import UnknownNameError, UserInputError
 from ...io.layouts import Layout, SourceKind, detect
@@ -22,6 +21,7 @@ from ...jobs.recipes import RecipeSpec, register
 from ...jobs.runs import running
 from ...jobs.selection import images_of
 from ...jobs.workspace import Workspace
+from ...models import Image, Recipe, Run, Well
 from .account import (
     Account,
     Brought,

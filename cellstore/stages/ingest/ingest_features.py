@@ -19,7 +19,6 @@ from sqlalchemy.orm import Session
 
 from ...artifacts import ArtifactFolder
 from ...db.bulk import bulk_insert, in_lists, take_ids
-from ...db.models import Artifact, Cell, FeatureFile, FeatureSet, Recipe, RecipeInput, Segmentation
 from ...enums import FeatureStorage, Severity, Stage
 from ...errors import BadTableError, StorageError, UserInputError
 from ...io.cellprofiler import open_cellprofiler
@@ -31,6 +30,7 @@ from ...io.single_cells import open_single_cells
 from ...io.uris import PathMap
 from ...jobs.recipes import RecipeSpec, register
 from ...jobs.workspace import Workspace
+from ...models import Artifact, Cell, FeatureFile, FeatureSet, Recipe, RecipeInput, Segmentation
 from ...query.feature_files import FeatureWriter, register_files, stored_values
 from ...query.feature_sets import check_set_name
 from .account import SHOWN, Account, FileIdentity
@@ -44,7 +44,7 @@ DEFAULT_NAMES = {
 }
 _ISSUES_AT_ONCE = 5_000
 _IMAGES_AT_ONCE = 1_000
-_CELL = ("id", "segmentation_id", "label", *BOX, *CENTRE, "excluded")
+_CELL = ("id", "segmentation_id", "object_number", *BOX, *CENTRE, "excluded")
 _UNKNOWN = -1
 
 Chosen = npt.NDArray[np.bool_]
@@ -481,7 +481,7 @@ class _CellWriter:
         """Return the id of each cell, -1 where its image has no cell of that number."""
         segmentations = [known[image] for image in self._images[cells].tolist()]
         by_key: dict[tuple[int, int], int] = {}
-        query = select(Cell.segmentation_id, Cell.label, Cell.id)
+        query = select(Cell.segmentation_id, Cell.object_number, Cell.id)
         for some in in_lists(set(segmentations)):
             for row in self._session.execute(query.where(Cell.segmentation_id.in_(some))):
                 by_key[row[0], row[1]] = row[2]

@@ -20,7 +20,6 @@ from sqlalchemy.orm import Session
 
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, one_ingest_at_a_time, take_ids, wide_cache
-from ...db.models import Image, ImageFile, Plate, Well
 from ...enums import PROJECTION_CHANNEL
 from ...errors import UserInputError
 from ...io.filenames import format_well
@@ -32,6 +31,7 @@ from ...io.records import LONGEST, FileRef, ImageRecord, Refusal, TreatmentRecor
 from ...io.tables import open_table
 from ...io.uris import PathMap, is_remote, join, writable
 from ...jobs.workspace import Workspace
+from ...models import Image, ImageFile, Plate, Well
 from .account import Account, Brought
 from .find_files import KnownFile, folder_id, known_files, look_at_files
 from .ingest_treatments import TreatmentWriter, suspicious_spellings
@@ -42,7 +42,7 @@ BATCH = 10_000
 MANY_WELLS = 200_000
 """Wells whose ids are remembered; a file that goes on past them asks the database again."""
 
-_WELL = ("id", "plate_id", "row", "column", "name")
+_WELL = ("id", "plate_id", "well_row", "well_column", "name")
 _IMAGE = ("id", "well_id", "site", "plane", "time_point", "core_name")
 _FILE = ("image_id", "channel", "position", "name", "folder_id")
 
@@ -320,7 +320,7 @@ class RowWriter:
         batches = {record.plate: record.batch for record in records}
         self._find_plates({barcode: batches[barcode] for barcode, _, _ in missing})
         barcodes = {self._plate_ids[barcode]: barcode for barcode, _, _ in missing}
-        query = select(Well.plate_id, Well.row, Well.column, Well.id)
+        query = select(Well.plate_id, Well.well_row, Well.well_column, Well.id)
         for some in in_lists(barcodes):
             for plate, row, column, well in self._session.execute(
                 query.where(Well.plate_id.in_(some))

@@ -14,17 +14,18 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from ...config import ImageInput, IngestParams, as_parameters
-from ...db.models import Artifact, Image, Recipe, Segmentation
 from ...enums import ArtifactKind, Stage
 from ...errors import UserInputError
 from ...extras import need
 from ...io.image_files import encode_tiff
 from ...io.mask_files import MaskFile, MaskFolder
-from ...jobs.lookup import FoundImage, NoMatch, check_plate, read_masks_of
+from ...jobs.lookup import find_plate
+from ...jobs.mask_matching import FoundImage, NoMatch, read_masks_of
 from ...jobs.planes import cell_rows, check_channels, insert_cells
 from ...jobs.recipes import RecipeSpec, fingerprint, register
 from ...jobs.runs import keep_file
 from ...jobs.workspace import Workspace
+from ...models import Artifact, Image, Recipe, Segmentation
 from .account import Account, Brought
 
 VERSION = 1
@@ -115,7 +116,8 @@ class MaskReader:
         self.recipes: dict[str | None, int] = {}
         with workspace.database.read() as session:
             check_channels(session, self._plane)
-            check_plate(session, params.plate)
+            if params.plate is not None:
+                find_plate(session, params.plate)
 
     def read(self, file: MaskFile) -> FoundMasks:
         """Find the image of a file, read the file, and compare the two."""

@@ -7,7 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -19,10 +19,8 @@ from sqlalchemy.orm import Session
 from ...analysis.leaks import normalised_name
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, take_ids
-from ...db.models import Plate, Treatment, Well, WellChange
 from ...db.statements import insert_new
-from ...db.types import Base
-from ...enums import Perturbation
+from ...enums import Control, PerturbationKind
 from ...errors import UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import Layout
@@ -44,6 +42,7 @@ from ...io.records import Refusal, TreatmentRecord
 from ...io.tables import TextTable, open_table
 from ...io.uris import writable
 from ...jobs.workspace import Workspace
+from ...models import Base, Plate, Treatment, Well, WellChange
 from .account import Account
 
 
@@ -114,23 +113,29 @@ CACHED = 200_000
 READABLE = 255
 """Characters of each part of an identity; a list of targets may be longer than an index takes."""
 
-_FIELDS = tuple(field.name for field in fields(TreatmentRecord))
+_COLUMNS = {
+    field.name: "name" if field.name == "pert_iname" else field.name
+    for field in fields(TreatmentRecord)
+    if field.name != "control"
+}
+"""Fields of a record to columns of ``treatments``; ``control`` is a column of ``wells``."""
 
 
 def identity(record: TreatmentRecord) -> str:
     """Return the natural identity of a treatment: readable, then a digest of all that it says.
 
-    Two treatments that differ in anything (a corrected SMILES, a control type) are two rows.
+    Two treatments that differ in anything (a corrected SMILES, a target) are two rows; a control
+    is what a well is, and no part of it.
     """
     parts = (record.kind.value, record.pert_iname, record.identifier, record.target)
-    said = json.dumps(astuple(record), ensure_ascii=True)
+    said = json.dumps([getattr(record, name) for name in _COLUMNS], ensure_ascii=True)
     digest = hashlib.sha256(said.encode()).hexdigest()[:32]
     return "|".join([*((part or "")[:READABLE] for part in parts), digest])
 
 
 def record_of(row: Treatment) -> TreatmentRecord:
     """Return what a row of table ``treatments`` says."""
-    return TreatmentRecord(**{name: getattr(row, name) for name in _FIELDS})
+    return TreatmentRecord(**{name: getattr(row, column) for name, column in _COLUMNS.items()})
 
 
 class TreatmentWriter:
@@ -147,6 +152,8 @@ class TreatmentWriter:
         self._ids: dict[TreatmentRecord, int] = {}
         self._records: dict[int, TreatmentRecord] = {}
         self._wells: dict[int, int | None] = {}
+        self._controls: dict[int, Control | None] = {}
+        self._without_control: dict[int, tuple[TreatmentRecord, TreatmentRecord]] = {}
         # What is known and what is said, by object: the treatment that results, None: no news.
         self._compared: dict[tuple[int, int], tuple[TreatmentRecord, TreatmentRecord | None]] = {}
         self.used: set[int] = set()
@@ -155,7 +162,17 @@ class TreatmentWriter:
     def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
         """Return the row of each treatment, made where it is new."""
         self._make_room()
-        return self._ids_of(set(records))
+        given = {record: self._plain(record) for record in records}
+        ids = self._ids_of(set(given.values()))
+        return {record: ids[plain] for record, plain in given.items()}
+
+    def _plain(self, record: TreatmentRecord) -> TreatmentRecord:
+        """Return ``record`` without its control; the same object for the same object."""
+        known = self._without_control.get(id(record))
+        if known is None or known[0] is not record:
+            plain = record if record.control is None else replace(record, control=None)
+            known = self._without_control[id(record)] = record, plain
+        return known[1]
 
     def _ids_of(self, wanted: set[TreatmentRecord]) -> dict[TreatmentRecord, int]:
         # Nothing may be forgotten here: what a caller has just looked up is still needed.
@@ -176,7 +193,13 @@ class TreatmentWriter:
         """
         self._make_room()
         self._look_up(wanted)
-        news = {well: new for well, said in wanted.items() if (new := self._new(well, said[0]))}
+        plain = {well: self._plain(said) for well, (said, _) in wanted.items()}
+        controls = {
+            well: control
+            for well, (said, _) in wanted.items()
+            if (control := self._control(well, said)) is not self._controls[well]
+        }
+        news = {well: new for well, said in plain.items() if (new := self._new(well, said))}
         # By object: readers hand the same treatment out again and again, and hashing costs.
         distinct = {id(record): record for record in news.values()}
         ids = self._ids_of(set(distinct.values()))
@@ -184,8 +207,26 @@ class TreatmentWriter:
         targets = {well: rows[id(record)] for well, record in news.items()}
         self._record_changes(targets, {well: wanted[well][1] for well in targets}, new_wells)
         self._point(targets)
+        self._set_controls(controls)
         self.used.update(found for well in wanted if (found := self._wells[well]) is not None)
-        return set(targets)
+        return set(targets) | controls.keys()
+
+    def _control(self, well_id: int, said: TreatmentRecord) -> Control | None:
+        """Return the control that a well is to be: what is left open of the same sample stays."""
+        present = self._wells[well_id]
+        if said.control is not None or present is None:
+            return said.control
+        known = replace(self._records[present], control=self._controls[well_id])
+        return completed(said, known).control
+
+    def _set_controls(self, controls: Mapping[int, Control | None]) -> None:
+        self._controls.update(controls)
+        if controls:
+            connection = self._session.connection()
+            mark = "?" if connection.dialect.name == "sqlite" else "%s"
+            statement = f"UPDATE wells SET control = {mark} WHERE id = {mark}"  # noqa: S608
+            rows = [(control and control.value, well) for well, control in controls.items()]
+            connection.exec_driver_sql(statement, rows)
 
     def _new(self, well_id: int, said: TreatmentRecord) -> TreatmentRecord | None:
         """Return the treatment that a well is to get, or None where it stays."""
@@ -203,6 +244,7 @@ class TreatmentWriter:
     def _make_room(self) -> None:
         if len(self._wells) > CACHED:
             self._wells.clear()
+            self._without_control.clear()
         if len(self._ids) > CACHED:
             self._ids.clear()
         if len(self._compared) > CACHED:
@@ -214,8 +256,9 @@ class TreatmentWriter:
     def _look_up(self, wells: Iterable[int]) -> None:
         unknown = [well for well in wells if well not in self._wells]
         for some in in_lists(unknown):
-            query = select(Well.id, Well.treatment_id).where(Well.id.in_(some))
-            self._wells.update((row[0], row[1]) for row in self._session.execute(query))
+            query = select(Well.id, Well.treatment_id, Well.control).where(Well.id.in_(some))
+            for well, treatment, control in self._session.execute(query):
+                self._wells[well], self._controls[well] = treatment, control
         pointed = {found for well in unknown if (found := self._wells[well]) is not None}
         for ids in in_lists(pointed - self._records.keys()):
             rows = self._session.scalars(select(Treatment).where(Treatment.id.in_(ids)))
@@ -272,7 +315,7 @@ class TreatmentWriter:
 
 
 def _row(key: str, record: TreatmentRecord) -> dict[str, Any]:
-    return {"identity": key, **asdict(record)}
+    return {"identity": key} | {column: getattr(record, name) for name, column in _COLUMNS.items()}
 
 
 def _table(model: type[Base]) -> Any:
@@ -302,8 +345,8 @@ def suspicious_spellings(session: Session, treatment_ids: Collection[int]) -> li
     ]
 
 
-_WriterKey = tuple[Perturbation, str]
-_Named = Row[Perturbation, str, str | None, str | None]
+_WriterKey = tuple[PerturbationKind, str]
+_Named = Row[PerturbationKind, str, str | None, str | None]
 
 
 def _groups(
@@ -313,15 +356,15 @@ def _groups(
     names: dict[_WriterKey, set[str]] = defaultdict(set)
     for row in _named(session, treatment_ids):
         if key := key_of(row):
-            names[key].add(row.pert_iname)
+            names[key].add(row.name)
     for row in session.execute(_NAMED.where(exists().where(Well.treatment_id == Treatment.id))):
         key = key_of(row)
         if key in names:
-            names[key].add(row.pert_iname)
+            names[key].add(row.name)
     return sorted(sorted(same) for same in names.values() if len(same) > 1)
 
 
-_NAMED = select(Treatment.kind, Treatment.pert_iname, Treatment.inchikey, Treatment.smiles)
+_NAMED = select(Treatment.kind, Treatment.name, Treatment.inchikey, Treatment.smiles)
 
 
 def _named(session: Session, treatment_ids: Collection[int]) -> Iterator[_Named]:
@@ -330,7 +373,7 @@ def _named(session: Session, treatment_ids: Collection[int]) -> Iterator[_Named]
 
 
 def _by_name(row: _Named) -> _WriterKey | None:
-    name = normalised_name(row.pert_iname)
+    name = normalised_name(row.name)
     return (row.kind, name) if name else None
 
 
@@ -376,6 +419,7 @@ class Corrections:
         """Bring rows in; one that says something else of a sample than an earlier is refused."""
         said = list(self._first_said(rows))
         known = self._load([record for _, record in said])
+        self._add_controls(known, [record for _, record in said])
         corrected = {
             treatment: (record, line)
             for line, record in said
@@ -422,8 +466,23 @@ class Corrections:
             self._add(found, Treatment.identifier.in_(some))
         names = [item.pert_iname for item in records if item.identifier is None]
         for some in in_lists(names):
-            self._add(found, Treatment.pert_iname.in_(some) & Treatment.identifier.is_(None))
+            self._add(found, Treatment.name.in_(some) & Treatment.identifier.is_(None))
         return found
+
+    def _add_controls(self, known: _Known, said: Sequence[TreatmentRecord]) -> None:
+        """Say of each treatment what its wells are; without wells it is what the table says."""
+        ids = [key for record in said for key in known[_key(record)]]
+        controls: dict[int, set[Control | None]] = defaultdict(set)
+        for some in in_lists(ids):
+            query = select(Well.treatment_id, Well.control).where(Well.treatment_id.in_(some))
+            for treatment, control in self._session.execute(query.distinct()):
+                if treatment is not None:
+                    controls[treatment].add(control)
+        for record in said:
+            for key, old in known[_key(record)].items():
+                present = controls.get(key, {record.control})
+                control = present.pop() if len(present) == 1 else None
+                known[_key(record)][key] = replace(old, control=control)
 
     def _add(self, found: _Known, condition: ColumnElement[bool]) -> None:
         for row in self._session.scalars(select(Treatment).where(condition)):
@@ -465,7 +524,7 @@ def _key(record: TreatmentRecord) -> _Key:
 PLATES_AT_ONCE = 100
 """Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
 
-_WELL = ("id", "plate_id", "row", "column", "name")
+_WELL = ("id", "plate_id", "well_row", "well_column", "name")
 _Wells = dict[tuple[int, Position], tuple[int, int | None]]
 """Well id and treatment id by plate and position."""
 
@@ -574,7 +633,7 @@ class MappedWells:
         self._account.unchanged += len(found.wells) - len(created | updated)
 
     def _wells(self, plates: Sequence[int]) -> _Wells:
-        query = select(Well.plate_id, Well.row, Well.column, Well.id, Well.treatment_id)
+        query = select(Well.plate_id, Well.well_row, Well.well_column, Well.id, Well.treatment_id)
         rows = self._session.execute(query.where(Well.plate_id.in_(plates)))
         return {(row[0], (row[1], row[2])): (row[3], row[4]) for row in rows}
 
