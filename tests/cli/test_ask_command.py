@@ -147,19 +147,19 @@ def evil_names(store: Path) -> None:
 
 def test_names_are_data_in_every_format(cellstore, store):
     evil_names(store)
-    query = "SELECT pert_iname, target FROM treatments ORDER BY id"
+    query = "SELECT name AS perturbation, target FROM treatments ORDER BY id"
     for words in (("sql", query), ("ask", "treatments")):
         rows = cellstore(*words, "--json", "--store", store).json
-        assert {row["pert_iname"] for row in rows} >= set(EVIL)
+        assert {row["perturbation"] for row in rows} >= set(EVIL)
         text = cellstore(*words, "--format", "csv", "--store", store).out
         read = list(csv.DictReader(io.StringIO(text, newline="")))
-        assert {row["pert_iname"] for row in read} >= set(EVIL)
+        assert {row["perturbation"] for row in read} >= set(EVIL)
         shown = cellstore(*words, "--store", store).out
         assert "\x1b" not in shown
         assert "\t" not in shown
         safe = cellstore(*words, "--format", "csv", "--for-spreadsheet", "--store", store).out
         for row in csv.DictReader(io.StringIO(safe, newline="")):
-            assert not row["pert_iname"].startswith(("=", "+", "-", "@", "\t"))
+            assert not row["perturbation"].startswith(("=", "+", "-", "@", "\t"))
 
 
 def test_a_column_cannot_be_named_into_the_terminal(cellstore, store):
