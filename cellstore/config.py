@@ -352,6 +352,12 @@ class IngestParams(Params):
         "What stain each channel (number or name) shows, for example 1=Mito,2=DNA.",
         metavar="OLD=NEW,...",
     )
+    pixel_size: float | None = option(
+        None,
+        "Micrometres per pixel, for images whose files do not say it.",
+        metavar="UM",
+        min=0.0,
+    )
     platemap: Path | None = option(
         None,
         "Which treatment each well got: a table, or a folder of them with --barcodes.",

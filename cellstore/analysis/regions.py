@@ -101,17 +101,12 @@ def find_regions(masks: NDArray[Any]) -> Regions:
     masks = np.ascontiguousarray(masks)
     if masks.ndim != 2:
         raise ImageError(f"Masks must be one plane, these have the shape {masks.shape}.")
-    if not np.issubdtype(masks.dtype, np.integer):
-        raise _not_masks()
     begins = np.ones(masks.shape, dtype=bool)
     np.not_equal(masks[:, 1:], masks[:, :-1], out=begins[:, 1:])
     segments = np.flatnonzero(begins)
-    return _by_cell(masks, segments, masks.ravel()[segments])
-
-
-def _by_cell(masks: NDArray[Any], segments: Integers, values: NDArray[Any]) -> Regions:
-    if values.size and values.min() < 0:
-        raise _not_masks()
+    values = masks.ravel()[segments]
+    if not np.issubdtype(masks.dtype, np.integer) or (values.size and values.min() < 0):
+        raise ImageError("Masks must be whole numbers from 0; segment this image again.")
     if masks.dtype.itemsize > 2 and (values.size == 0 or values.max() <= _NARROW):
         # Comparing and sorting narrow numbers is several times faster.
         masks, values = masks.astype(np.uint16), values.astype(np.uint16)
@@ -123,10 +118,6 @@ def _by_cell(masks: NDArray[Any], segments: Integers, values: NDArray[Any]) -> R
     lengths = np.diff(segments, append=masks.size)[picked]
     labels = values[first].astype(np.int64)
     return Regions(masks, labels, segments, picked, rows, cols, lengths, first)
-
-
-def _not_masks() -> ImageError:
-    return ImageError("Masks must be whole numbers from 0; segment this image again.")
 
 
 def check_plane(plane: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -162,7 +153,10 @@ def perimeters(regions: Regions) -> Floats:
     """Return the length (N,) of the outline of each cell, in pixels; holes count."""
     if len(regions) == 0:
         return np.empty(0)
-    marks = _marked(regions)
+    masks = regions.masks
+    # Masks with a rim of one pixel, in which only the outlines of the cells are left.
+    marks = np.zeros((masks.shape[0] + 2, masks.shape[1] + 2), dtype=masks.dtype)
+    np.multiply(masks, _touches(regions, rim=True), out=marks[1:-1, 1:-1])
     flat, width = marks.ravel(), marks.shape[1]
     at = np.flatnonzero(flat)
     values = flat[at]
@@ -173,10 +167,6 @@ def perimeters(regions: Regions) -> Floats:
     ):
         for step in steps:
             codes += np.uint8(weight) * (flat[at + step] == values)
-    return _lengths(regions, values, codes)
-
-
-def _lengths(regions: Regions, values: NDArray[Any], codes: NDArray[np.uint8]) -> Floats:
     kinds = np.zeros(64, dtype=np.int64)
     for kind, sums in enumerate((_STRAIGHT, _SLANTED, _MIXED), start=1):
         kinds[list(sums)] = kind
@@ -185,14 +175,6 @@ def _lengths(regions: Regions, values: NDArray[Any], codes: NDArray[np.uint8]) -
     counts = counts.reshape(-1, 4)
     lengths: Floats = counts[:, 1:] @ np.array([1, sqrt(2), (1 + sqrt(2)) / 2])
     return lengths
-
-
-def _marked(regions: Regions) -> NDArray[Any]:
-    """Masks (H + 2, W + 2) in which only the outlines of the cells are left."""
-    masks = regions.masks
-    marks = np.zeros((masks.shape[0] + 2, masks.shape[1] + 2), dtype=masks.dtype)
-    np.multiply(masks, _touches(regions, rim=True), out=marks[1:-1, 1:-1])
-    return marks
 
 
 def _touches(regions: Regions, *, rim: bool) -> NDArray[np.bool_]:
@@ -228,23 +210,20 @@ def convex_areas(regions: Regions) -> Integers:
     """Return the number of pixels (N,) of the convex hull of each cell."""
     if len(regions) == 0:
         return regions.labels
-    cells, rows, left, right = _row_extremes(regions)
-    low = _inner_columns(*_profile(cells, rows, left))
-    high = _inner_columns(*_profile(cells, rows, -right))
-    # Both are bounds of the same rows of the same cells; the right one is mirrored.
-    widths = -high[1] - low[1] + 1
-    return np.bincount(low[0], widths, minlength=len(regions)).astype(np.int64)
-
-
-def _row_extremes(regions: Regions) -> tuple[Integers, Integers, Integers, Integers]:
-    """First and last column of each cell in each of its rows: cell, row, left, right."""
+    # First and last column of each cell in each of its rows.
     cells, rows = regions.cells, regions.rows
     begins = np.ones(len(rows), dtype=bool)
     begins[1:] = (cells[1:] != cells[:-1]) | (rows[1:] != rows[:-1])
     first = np.flatnonzero(begins)
     last = np.append(first[1:], len(rows)) - 1
+    left = regions.cols[first]
     right = regions.cols[last] + regions.lengths[last] - 1
-    return cells[first], rows[first], regions.cols[first], right
+    cells, rows = cells[first], rows[first]
+    low = _inner_columns(*_profile(cells, rows, left))
+    high = _inner_columns(*_profile(cells, rows, -right))
+    # Both are bounds of the same rows of the same cells; the right one is mirrored.
+    widths = -high[1] - low[1] + 1
+    return np.bincount(low[0], widths, minlength=len(regions)).astype(np.int64)
 
 
 def _profile(cells: Integers, rows: Integers, left: Integers) -> tuple[Integers, ...]:
@@ -260,27 +239,20 @@ def _profile(cells: Integers, rows: Integers, left: Integers) -> tuple[Integers,
     return cell[order], y[order], x[order]
 
 
-def _corners(cell: Integers, y: Integers, x: Integers) -> tuple[Integers, ...]:
-    """Keep the corners of the left side of each hull.
-
-    A point on or right of the line between two other points is no corner, whether or not these
-    two are; so all such points can go at once, until there are none.
-    """
+def _inner_columns(cell: Integers, y: Integers, x: Integers) -> tuple[Integers, Integers]:
+    """The first column inside the hull in each row from top to bottom: cell, column."""
+    # Keep the corners of the left side of each hull. A point on or right of the line between two
+    # other points is no corner, whether or not these two are: all such points can go at once.
     while True:
         inner = (cell[:-2] == cell[1:-1]) & (cell[2:] == cell[1:-1])
         above, below = y[1:-1] - y[:-2], y[2:] - y[1:-1]
         bend = (x[1:-1] - x[:-2]) * below - (x[2:] - x[1:-1]) * above
         drop = inner & (bend >= 0)
         if not drop.any():
-            return cell, y, x
+            break
         keep = np.ones(len(y), dtype=bool)
         keep[1:-1] = ~drop
         cell, y, x = cell[keep], y[keep], x[keep]
-
-
-def _inner_columns(cell: Integers, y: Integers, x: Integers) -> tuple[Integers, Integers]:
-    """The first column inside the hull in each row from top to bottom: cell, column."""
-    cell, y, x = _corners(cell, y, x)
     side = np.flatnonzero(cell[1:] == cell[:-1])
     top, dy, dx = y[side], y[side + 1] - y[side], x[side + 1] - x[side]
     # Pixel rows are the even heights; each side has those from its upper corner, excluded at odd

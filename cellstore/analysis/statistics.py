@@ -6,7 +6,6 @@ All functions raise ``UserInputError`` where there is nothing to score or length
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,12 +152,6 @@ def _sums_of_some(sizes: NDArray[np.int64]) -> NDArray[np.float64]:
     return chance
 
 
-def accuracy(truth: ArrayLike, predicted: ArrayLike) -> float:
-    """Share of predictions that are right."""
-    truth, predicted = _pair(truth, predicted)
-    return float(np.mean(truth == predicted))
-
-
 @dataclass(frozen=True)
 class ClassCounts:
     """How often each of K classes is true, answered, and both: (K,) counts each."""
@@ -182,6 +175,19 @@ class ClassCounts:
         """``2 correct / (support + predicted)``; NaN for a class that is neither."""
         return _ratio(2 * self.correct, self.support + self.predicted)
 
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall over the classes that are true somewhere (Brodersen et al. 2010)."""
+        return float(np.nanmean(self.recall))
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the classes that are true or answered somewhere.
+
+        F1 is 2 TP / (2 TP + FP + FN), as in scikit-learn's ``f1_score(average="macro")``.
+        """
+        return float(np.nanmean(self.f1))
+
 
 def class_counts(truth: ArrayLike, predicted: ArrayLike, classes: int) -> ClassCounts:
     """Count per class. ``truth`` and ``predicted`` are (N,) class numbers from 0 to K - 1.
@@ -192,60 +198,6 @@ def class_counts(truth: ArrayLike, predicted: ArrayLike, classes: int) -> ClassC
     right = truth[truth == predicted]
     found = (np.bincount(codes, minlength=classes) for codes in (truth, predicted, right))
     return ClassCounts(*found)
-
-
-def confusion_matrix(
-    truth: ArrayLike, predicted: ArrayLike, labels: Sequence[Any]
-) -> NDArray[np.int64]:
-    """(K, K) counts: row is the true class, column the predicted one, in the order of ``labels``.
-
-    Raises ``UserInputError`` if a value is not among ``labels``.
-    """
-    truth, predicted = _pair(truth, predicted)
-    names = np.asarray(list(labels))
-    rows, columns = _places(truth, names), _places(predicted, names)
-    size = len(names)
-    return np.bincount(rows * size + columns, minlength=size * size).reshape(size, size)
-
-
-def balanced_accuracy(truth: ArrayLike, predicted: ArrayLike) -> float:
-    """Mean recall over the classes that occur in ``truth`` (Brodersen et al. 2010)."""
-    return balanced_of(_counts(truth, predicted))
-
-
-def balanced_of(counts: ClassCounts) -> float:
-    """Return the balanced accuracy of counts; see :func:`balanced_accuracy`."""
-    return float(np.nanmean(counts.recall))
-
-
-def macro_f1(truth: ArrayLike, predicted: ArrayLike) -> float:
-    """Mean F1 over the classes of ``truth`` and ``predicted``.
-
-    F1 is 2 TP / (2 TP + FP + FN), as in scikit-learn's ``f1_score(average="macro")``.
-    """
-    return macro_f1_of(_counts(truth, predicted))
-
-
-def macro_f1_of(counts: ClassCounts) -> float:
-    """Return the macro-F1 of counts; see :func:`macro_f1`."""
-    return float(np.nanmean(counts.f1))
-
-
-def top_k_accuracy(truth: ArrayLike, probabilities: ArrayLike, k: int = 5) -> float:
-    """Share of rows whose true class is among the ``k`` most probable.
-
-    ``truth`` is (N,) class indices, ``probabilities`` (N, K). Of equal probabilities the lower
-    index comes first.
-    """
-    table = np.asarray(probabilities, dtype=np.float64)
-    truth = np.asarray(truth)
-    if table.ndim != 2 or k < 1:
-        raise UserInputError("Top-k needs a (rows, classes) table and k of 1 or more.")
-    _pair(truth, table[:, 0])
-    if not np.isin(truth, np.arange(table.shape[1])).all():
-        raise UserInputError(f"A true class is not among the {table.shape[1]} of the table.")
-    first = np.argsort(-table, axis=1, kind="stable")[:, :k]
-    return float(np.mean((first == truth[:, None]).any(axis=1)))
 
 
 def log_loss(probability: ArrayLike) -> float:
@@ -310,22 +262,6 @@ def majority_baseline(train_truth: ArrayLike, test_truth: ArrayLike) -> tuple[An
     values, counts = np.unique(_filled(train_truth), return_counts=True)
     majority = values[np.argmax(counts)]
     return majority.item(), float(np.mean(_filled(test_truth) == majority))
-
-
-def _counts(truth: ArrayLike, predicted: ArrayLike) -> ClassCounts:
-    truth, predicted = _pair(truth, predicted)
-    names, codes = np.unique(np.concatenate([truth, predicted]), return_inverse=True)
-    return class_counts(codes[: truth.size], codes[truth.size :], names.size)
-
-
-def _places(values: NDArray[Any], names: NDArray[Any]) -> NDArray[np.int64]:
-    order = np.argsort(names, kind="stable")
-    found = np.searchsorted(names, values, sorter=order)
-    places: NDArray[np.int64] = order[np.minimum(found, names.size - 1)]
-    missing = np.unique(values[names[places] != values])
-    if missing.size:
-        raise UserInputError(f"Not among the classes to be counted: {missing.astype(str).tolist()}")
-    return places
 
 
 def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float64]:
