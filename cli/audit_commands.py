@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,31 +13,14 @@ from cellstore.errors import UserInputError
 
 from . import output
 from .options import Common, Device, DeviceOption, HtmlOption, command
-from .output import moment, say
+from .output import say
 
 if TYPE_CHECKING:
-    from cellstore.report.audit import (
-        ArtifactAudit,
-        Came,
-        CellAudit,
-        FlagFact,
-        FrozenLabel,
-        ImageAudit,
-        KnownFile,
-        Labelling,
-        RunAudit,
-        SegmentationFact,
-        TreatmentChange,
-        TreatmentFact,
-        WellAudit,
-    )
+    from cellstore.report.audit import Audit
     from cellstore.report.repro import Check, Repro
     from cellstore.store import Store
 
 ANYTHING = "anything"
-SHORT = 12
-SHOWN_VOTES = 5
-SHOWN_NAMES = 6
 
 
 class Guessing(TyperGroup):
@@ -192,309 +175,18 @@ def audit_anything(
     _audit(common, html, lambda store: store.audit(" ".join(name)))
 
 
-def _audit(common: Common, html: Path | None, find: Callable[[Store], Any]) -> None:
+def _audit(common: Common, html: Path | None, find: Callable[[Store], Audit]) -> None:
+    from cellstore.report.audit_text import audit_text
+
     with common.open(quiet=True) as store:
         result = find(store)
         page = None if html is None else store.lineage_page(result, html)
     if common.as_json:
-        output.print_json(result)
+        output.print_json(result.record)
         return
-    show_audit(result)
+    typer.echo(audit_text(result), nl=False)
     if page is not None:
         typer.echo(f"\nlineage: {page}")
-
-
-def show_audit(result: Any) -> None:
-    """Print an audit, whatever of."""
-    show: dict[str, Callable[[Any], None]] = {
-        "ImageAudit": _image,
-        "WellAudit": _well,
-        "CellAudit": _cell,
-        "RunAudit": _run,
-        "ArtifactAudit": _artifact,
-    }
-    show[type(result).__name__](result)
-
-
-def _artifact(result: ArtifactAudit) -> None:
-    """Tell what a file is, who made it, and what came of it."""
-    output.pairs([("sha256", result.sha256), *([("file", result.hashed)] if result.hashed else [])])
-    for known in result.known:
-        typer.echo("")
-        _known(known)
-
-
-def _known(file: KnownFile) -> None:
-    size = "unknown" if file.size_bytes is None else f"{file.size_bytes:,} bytes"
-    runs = ", ".join(f"{run.id} ({run.stage}, {run.started_at[:10]})" for run in file.runs)
-    output.pairs(
-        [
-            ("known as", file.kind),
-            ("name", file.name),
-            ("where", file.place),
-            ("size", size),
-            *(("", line) for line in file.about),
-            ("runs", runs or "-"),
-        ],
-        wrap=True,
-    )
-    _came(file.came)
-
-
-def _came(found: Sequence[Came]) -> None:
-    """Tell what came of something."""
-    if not found:
-        typer.echo("\nNothing has come of it yet.")
-        return
-    typer.echo("\nwhat came of it")
-    output.pairs((f"  {item.what}", _counted(item)) for item in found)
-
-
-def _counted(item: Came) -> str:
-    names = ", ".join(item.names[:SHOWN_NAMES]) or ", ".join(map(str, item.runs[:SHOWN_NAMES]))
-    more = len(item.names or item.runs) - SHOWN_NAMES
-    by = "" if item.names or not names else "run " if len(item.runs) == 1 else "runs "
-    extra = f", and {more} more" if more > 0 else ""
-    return f"{item.count:,}" + (f" ({by}{names}{extra})" if names else "")
-
-
-def _image(result: ImageAudit) -> None:
-    """Tell who labelled an image, and from what."""
-    treatment = result.treatment or "unknown"
-    target = f", target {result.target}" if result.target else ""
-    role = f" ({result.control})" if result.control else ""
-    files = output.count(len(result.files), "file")
-    missing = f", {result.missing_files} missing" if result.missing_files else ""
-    output.pairs(
-        [
-            ("image", f"{result.plate}/{result.well}/{result.site} {result.core_name}"),
-            ("id", result.image_id),
-            ("treatment", f"{treatment}{target}{role}"),
-            ("files", f"{files}{missing}"),
-            ("content", _short(result.content_sha256)),
-        ],
-        wrap=True,
-    )
-    _history(result.treatment_history, result.frozen_labels)
-    _flags(result.flags)
-    for found in result.segmentations:
-        _segmentation(found)
-    if not result.labellings:
-        typer.echo("\nNo run has labelled this image yet.")
-    for labelling in result.labellings:
-        _labelling(labelling)
-    _came(result.came)
-
-
-def _well(result: WellAudit) -> None:
-    """Tell what a well has, what it had, and since when."""
-    output.pairs(
-        [
-            ("well", f"{result.plate}/{result.well}"),
-            ("id", result.well_id),
-            ("treatment", _treatment(result.treatment)),
-            ("images", len(result.images)),
-        ],
-        wrap=True,
-    )
-    _history(result.history, result.frozen_labels)
-    _came(result.came)
-
-
-def _history(changes: Sequence[TreatmentChange], labels: Sequence[FrozenLabel]) -> None:
-    """Tell how a treatment changed, and where a split keeps another label than the well has."""
-    if changes:
-        typer.echo("\ntreatment history")
-        rows = [
-            (
-                *(moment(item.changed_at), item.run_id, _place(item)),
-                *(_treatment(item.old), _treatment(item.new)),
-            )
-            for item in changes
-        ]
-        output.table(("when", "run", "file", "before", "after"), rows)
-    for label in labels:
-        if label.differs:
-            typer.echo(_frozen(label))
-
-
-def _frozen(label: FrozenLabel) -> str:
-    text = f"label in split {label.split}: {label.label}; the well now has: {label.now or 'none'}"
-    since = label.since
-    return text if since is None else f"{text}, since run {since.run_id} ({_place(since)})"
-
-
-def _flags(flags: Sequence[FlagFact]) -> None:
-    """Tell what the last quality control that found something odd said of it."""
-    for flag in [item for item in flags if item.run_id == flags[-1].run_id]:
-        channel = f" in {flag.channel}" if flag.channel else ""
-        text = f"flagged by qc run {flag.run_id}: {flag.reason}{channel}"
-        if flag.value is not None:
-            text += f", {output.cell(flag.value)}"
-        if flag.low is not None or flag.high is not None:
-            text += f" (usual is {output.span(flag.low, flag.high)})"
-        typer.echo(output.cell(text))
-
-
-def _place(change: TreatmentChange) -> str:
-    return change.file if change.line is None else f"{change.file}, line {change.line}"
-
-
-def _treatment(found: TreatmentFact | None) -> str:
-    if found is None:
-        return "none"
-    parts = [found.name]
-    parts += [f"target {found.target}"] if found.target else []
-    parts += [found.identifier] if found.identifier else []
-    return ", ".join(parts) + (f" ({found.control})" if found.control else "")
-
-
-def _segmentation(found: SegmentationFact) -> None:
-    typer.echo(
-        f"\nsegmentation {found.id} by run {found.run_id}{'' if found.current else ' (stale)'}"
-    )
-    network = f"{found.parameters.get('model', '-')} ({_short(found.weights_sha256)})"
-    diameter = "unknown" if found.diameter is None else f"{found.diameter:.1f} pixels"
-    output.pairs(
-        [
-            ("  cells", f"{found.n_cells:,}"),
-            ("  when", moment(found.made_at)),
-            ("  recipe", f"{found.recipe_id} ({_short(found.fingerprint)})"),
-            ("  found by", found.imported) if found.imported else ("  network", network),
-            ("  masks", "known" if found.has_masks else "unknown"),
-            ("  diameter", diameter),
-        ],
-        wrap=True,
-    )
-
-
-def _labelling(found: Labelling) -> None:
-    typer.echo(f"\nlabelled by run {found.run_id}")
-    seen = "was in training" if found.well_in_training else "was not in training"
-    verdict = {True: "right", False: "wrong", None: "cannot be judged"}[found.correct]
-    output.pairs(
-        [
-            ("  when", moment(found.started_at)),
-            ("  by", f"{found.user} on {found.host}, cellstore {found.code_version}"),
-            ("  network", f"run {found.train_run_id}, {_shorts(found.checkpoints)}"),
-            ("  split", f"{found.split} ({found.protocol}): this image is {found.side}"),
-            ("  its well", seen),
-            ("  segmentation", ", ".join(map(str, found.segmentation_ids))),
-            ("  cells", f"{found.n_cells:,}"),
-            ("  votes", _votes(found)),
-            ("  winner", f"{found.winner}{' (a tie)' if found.tie else ''}"),
-            ("  by probability", found.soft_winner),
-            ("  truth", f"{found.truth or 'unknown'}: {verdict}"),
-        ],
-        wrap=True,
-    )
-
-
-def _votes(found: Labelling) -> str:
-    shown = [f"{vote.label} {vote.cells}" for vote in found.votes[:SHOWN_VOTES]]
-    more = len(found.votes) - len(shown)
-    return ", ".join(shown) + (f", and {more} more" if more else "")
-
-
-def _cell(result: CellAudit) -> None:
-    """Tell where a cell comes from, what was measured, and what was predicted."""
-    box, centre = result.box, result.centroid
-    output.pairs(
-        [
-            ("cell", f"{result.cell_id}, label {result.label} of {result.image}"),
-            (
-                "box",
-                f"rows {box[0]} to {box[2]}, columns {box[1]} to {box[3]}" if box else "unknown",
-            ),
-            ("centre", f"row {centre[0]:.1f}, column {centre[1]:.1f}" if centre else "unknown"),
-            ("excluded", result.excluded or "no"),
-        ],
-        wrap=True,
-    )
-    _flags(result.flags)
-    _segmentation(result.segmentation)
-    for recipe, values in result.features.items():
-        typer.echo(f"\nmeasured by {recipe}")
-        output.pairs((f"  {name.replace('_', ' ')}", value) for name, value in values.items())
-    if not result.choices:
-        typer.echo("\nNo run has labelled this cell yet.")
-        return
-    typer.echo("")
-    rows = [(item.run_id, item.rank, item.label, item.probability) for item in result.choices]
-    output.table(("run", "rank", "label", "probability"), rows)
-
-
-def _run(result: RunAudit) -> None:
-    """Tell what a run was made from, and what it made."""
-    recipe = result.recipe
-    output.pairs(
-        [
-            ("run", f"{result.run.id}: {result.run.stage}, {result.run.status}"),
-            ("when", f"{moment(result.run.started_at)} to {moment(result.ended_at)}"),
-            ("by", f"{result.user} on {result.host}"),
-            ("command", result.command),
-            ("code", result.code_version),
-            ("seed", result.seed),
-            ("error", result.error),
-            ("recipe", f"{recipe.id} ({_short(recipe.fingerprint)})"),
-            ("weights", _short(recipe.weights_sha256)),
-            ("split", _split(result)),
-            ("parents", _runs(result.parents)),
-            ("children", _runs(result.children)),
-            ("jobs", ", ".join(f"{n} {status}" for status, n in result.jobs.items()) or "-"),
-        ],
-        wrap=True,
-    )
-    for title, values in (("parameters", recipe.parameters), ("result", result.result or {})):
-        typer.echo(f"{title}:")
-        output.tree(output.plain(values), indent=1)
-    for source in result.inputs:
-        typer.echo(f"reads: {source.stage} recipe {source.id} ({_short(source.fingerprint)})")
-    _ingested(result)
-    if result.came:
-        _came(result.came)
-    if result.artifacts:
-        rows = [(a.kind, _short(a.sha256), a.size_bytes, a.path) for a in result.artifacts[:20]]
-        output.table(("file", "sha256", "bytes", "path"), rows)
-        if len(result.artifacts) > len(rows):
-            say(f"and {len(result.artifacts) - len(rows)} more files (all with --json)")
-
-
-def _ingested(result: RunAudit) -> None:
-    """Tell which files an ingest read, and what became of their rows."""
-    if not result.ingested:
-        return
-    headers = ("read", "as", "sha256", "rows", "created", "updated", "unchanged", "refused")
-    rows = [
-        (
-            *(file.name, file.layout, _short(file.sha256), file.rows),
-            *(file.created, file.updated, file.unchanged, file.refused),
-        )
-        for file in result.ingested
-    ]
-    output.table(headers, rows)
-    if result.changed_wells:
-        typer.echo(f"{output.count(result.changed_wells, 'well')} got another treatment")
-
-
-def _split(result: RunAudit) -> str:
-    if result.split is None:
-        return "-"
-    counts = ", ".join(f"{number} {side}" for side, number in result.split_counts.items())
-    return f"{result.split} ({counts})"
-
-
-def _runs(runs: Any) -> str:
-    return ", ".join(f"{run.id} ({run.stage})" for run in runs) or "-"
-
-
-def _short(digest: str | None) -> str:
-    """Return the start of a sha256, enough to know it by."""
-    return digest[:SHORT] if digest else "-"
-
-
-def _shorts(digests: tuple[str, ...]) -> str:
-    return ", ".join(map(_short, digests)) or "-"
 
 
 CANNOT, SAME = "cannot be redone", "identical"

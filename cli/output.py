@@ -111,34 +111,20 @@ def span(low: float | None, high: float | None) -> str:
     return f"{cell(low)} to {cell(high)}"
 
 
-def moment(text: str | None) -> str:
-    """Return an ISO moment in UTC to the second."""
-    return f"{text[:19].replace('T', ' ')} UTC" if text else "?"
-
-
 def wrapped(text: str, margin: str = "") -> None:
     """Print a sentence in lines that fit a terminal."""
     typer.echo(textwrap.fill(cell(text), WIDTH, initial_indent=margin, subsequent_indent=margin))
 
 
-def pairs(rows: Mapping[str, Any] | Iterable[tuple[str, Any]], *, wrap: bool = False) -> None:
-    """Print names and values, one pair a line; whole numbers get their thousands marked.
-
-    ``wrap``: what is too long for a line goes on below.
-    """
+def pairs(rows: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
+    """Print names and values, one pair a line; whole numbers get their thousands marked."""
     shown = [
         (name, f"{value:,}" if type(value) is int and name not in _NUMBERS else cell(value))
         for name, value in (rows.items() if isinstance(rows, Mapping) else rows)
     ]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
-        lead = f"{name:<{width}}{GAP}"
-        lines = [value]
-        if wrap:
-            lines = textwrap.wrap(value, WIDTH - len(lead), break_on_hyphens=False) or [""]
-        typer.echo(f"{lead}{lines[0]}".rstrip())
-        for line in lines[1:]:
-            typer.echo(f"{' ' * len(lead)}{line}")
+        typer.echo(f"{name:<{width}}{GAP}{value}".rstrip())
 
 
 _NUMBERS = ("run", "id", "recipe", "trained in run", "predict run", "train run", "seed")
@@ -167,23 +153,6 @@ def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
             typer.echo(f"{GAP * 2}{cell(where)}: {cell(detail)}")
         if number > SHOWN_PER_REASON:
             typer.echo(f"{GAP * 2}and {number - SHOWN_PER_REASON} more (all with --json)")
-
-
-def tree(value: Mapping[str, Any], indent: int = 0) -> None:
-    """Print a nested result: names and values, lists of records as tables."""
-    margin = GAP * indent
-    for name, item in value.items():
-        title = name.replace("_", " ")
-        if isinstance(item, Mapping):
-            typer.echo(f"{margin}{title}:")
-            tree(item, indent + 1)
-        elif isinstance(item, list) and item and all(isinstance(row, Mapping) for row in item):
-            typer.echo(f"{margin}{title}:")
-            headers = list(item[0])
-            table(headers, [[row.get(key) for key in headers] for row in item])
-        else:
-            parts = item if isinstance(item, list) else [item]
-            typer.echo(f"{margin}{title}: {', '.join(map(cell, parts)) or '-'}")
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 
 COUNT = (
-    "SELECT t.name AS treatment, count(*) AS wells FROM wells JOIN treatments t ON t.id = treatment_id "
-    "GROUP BY 1 ORDER BY 1"
+    "SELECT t.name AS treatment, count(*) AS wells FROM wells "
+    "JOIN treatments t ON t.id = treatment_id GROUP BY 1 ORDER BY 1"
 )
 ROWS = [("DMSO", 2), ("aspirin", 2), ("taxol", 2)]
 

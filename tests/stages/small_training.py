@@ -242,10 +242,12 @@ def checkpoint(workspace: Workspace, run_id: int) -> tuple[bytes, dict[str, Any]
     with workspace.database.read() as session:
         files = {item.path.rpartition(".")[2]: item for item in session.scalars(query)}
     assert {item.kind for item in files.values()} == {ArtifactKind.CHECKPOINT}
+    assert len(files) == 2
     data = {
         suffix: workspace.artifacts.read(item.path, item.sha256) for suffix, item in files.items()
     }
-    return data["safetensors"], json.loads(data["json"])
+    record = json.loads(data.pop("json"))
+    return data.popitem()[1], record
 
 
 def said(workspace: Workspace, run_id: int) -> list[tuple[int, int, str, float]]:
