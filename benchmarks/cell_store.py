@@ -125,8 +125,8 @@ def _insert_images(
             row, column = divmod(position, 24 if sites == 1 else 1000)
             well = Well(
                 plate_id=plate.id,
-                row=row + 1,
-                column=column + 1,
+                well_row=row + 1,
+                well_column=column + 1,
                 name=f"{chr(65 + row)}{column + 1:02d}",
                 treatment_id=kinds[(number // plates) % treatments].id,
             )

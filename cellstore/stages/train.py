@@ -809,7 +809,7 @@ def summary(plan: Plan, training: Training, fitted: Fitted) -> dict[str, Any]:
     notes, flagged = list(plan.notes), cells.flagged
     if plan.validation is Subset.TEST:
         notes.append(
-            "As published, the test subset also chose the epoch, and its wells are in training "
+            "As published, the test subset also decided when to stop, and its wells are in training "
             "too: scores are those of wells already seen."
         )
     if plan.untaught:
