@@ -24,7 +24,7 @@ from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import Cell, CellFeatures, Image, ImageFile, Segmentation, Treatment
 from cellstore.stages.export import ExportFormat, export
 from cellstore.stages.ingest.ingest import ingest
-from cellstore.stages.ingest.ingest_treatments import _row, identity
+from cellstore.stages.ingest.ingest_treatments import identity, treatment_row
 
 MISSING = {"", "NA", "N/A", "NaN", "nan", "<NA>", "None"}
 """Texts that say that there is none, in every table."""
@@ -142,7 +142,7 @@ def _treatment(
         return None
     key = identity(record)
     if key not in known:
-        known[key] = make.add(Treatment(**_row(key, record)))
+        known[key] = make.add(Treatment(**treatment_row(record)))
     return known[key]
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, Row, exists, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, exists, insert, select, update
 from sqlalchemy.orm import Session
 
 from ...analysis.leaks import normalised_name
@@ -28,7 +27,6 @@ from ...io.platemaps import (
     Aliases,
     PlateAnnotation,
     PlateMap,
-    PlateRow,
     Position,
     TreatmentRow,
     completed,
@@ -45,661 +43,24 @@ from ...jobs.workspace import Workspace
 from ...models import Base, Plate, Treatment, Well, WellChange
 from .account import Account
 
-
-def write_plates(
-    session: Session, rows: Sequence[PlateRow], seen: dict[str, str | None], account: Account
-) -> list[int]:
-    """Make plates, or set the batch of those that are there; return their ids.
-
-    ``seen`` holds the batch of each plate of the rows before, and is added to: a plate of two
-    batches is refused the second time. A changed batch is noted as suspicious.
-    """
-    known = _plates_batches(session, [row.barcode for row in rows])
-    new: dict[str, str | None] = {}
-    changed: list[dict[str, str | None]] = []
-    for row in rows:
-        if row.barcode in seen:
-            _seen_before(row, seen[row.barcode], account)
-            continue
-        seen[row.barcode] = row.batch
-        if row.barcode not in known:
-            new[row.barcode] = row.batch
-            account.created += 1
-        elif row.batch in (None, known[row.barcode]):
-            account.unchanged += 1
-        else:
-            _note_change(row, known[row.barcode], account)
-            changed.append({"code": row.barcode, "new": row.batch})
-    insert_new(session, Plate, [{"barcode": code, "batch": batch} for code, batch in new.items()])
-    for item in changed:  # of a whole project some hundred at most
-        statement = update(Plate).where(Plate.barcode == item["code"])
-        session.execute(statement.values(batch=item["new"]))
-    return _plates_ids(session, [row.barcode for row in rows])
-
-
-def _seen_before(row: PlateRow, batch: str | None, account: Account) -> None:
-    if batch == row.batch:
-        account.unchanged += 1
-    else:
-        detail = f"{row.barcode} is of batch {batch} already, not of {row.batch}"
-        account.refuse(row.line, "plate twice", detail)
-
-
-def _note_change(row: PlateRow, old: str | None, account: Account) -> None:
-    account.updated += 1
-    if old is not None:
-        detail = f"{row.barcode}: the batch was {old}, and is {row.batch} now"
-        account.suspicious(row.line, "another batch", detail)
-
-
-def _plates_batches(session: Session, barcodes: Sequence[str]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for some in in_lists(barcodes):
-        query = select(Plate.barcode, Plate.batch).where(Plate.barcode.in_(some))
-        found.update((row[0], row[1]) for row in session.execute(query))
-    return found
-
-
-def _plates_ids(session: Session, barcodes: Sequence[str]) -> list[int]:
-    found: list[int] = []
-    for some in in_lists(barcodes):
-        found += session.scalars(select(Plate.id).where(Plate.barcode.in_(some)))
-    return found
-
-
+ROWS_AT_ONCE = 2_000
+PLATES_AT_ONCE = 100
+"""Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
+WELLS_AT_ONCE = 20_000
+"""Wells that are pointed elsewhere at a time: a control may be in a million."""
 CACHED = 200_000
 """Wells (and treatments) that a writer remembers: some 500 plates."""
-
 READABLE = 255
 """Characters of each part of an identity; a list of targets may be longer than an index takes."""
 
-_COLUMNS = {
-    field.name: "name" if field.name == "pert_iname" else field.name
-    for field in fields(TreatmentRecord)
-    if field.name != "control"
-}
-"""Fields of a record to columns of ``treatments``; ``control`` is a column of ``wells``."""
-
-
-def identity(record: TreatmentRecord) -> str:
-    """Return the natural identity of a treatment: readable, then a digest of all that it says.
-
-    Two treatments that differ in anything (a corrected SMILES, a target) are two rows; a control
-    is what a well is, and no part of it.
-    """
-    parts = (record.kind.value, record.pert_iname, record.identifier, record.target)
-    said = json.dumps([getattr(record, name) for name in _COLUMNS], ensure_ascii=True)
-    digest = hashlib.sha256(said.encode()).hexdigest()[:32]
-    return "|".join([*((part or "")[:READABLE] for part in parts), digest])
-
-
-def record_of(row: Treatment) -> TreatmentRecord:
-    """Return what a row of table ``treatments`` says."""
-    return TreatmentRecord(**{name: getattr(row, column) for name, column in _COLUMNS.items()})
-
-
-class TreatmentWriter:
-    """Finds or makes treatments and points wells to them, in the caller's transaction.
-
-    Made for one ``file`` of one run. It remembers what it has seen of treatments and wells, so it
-    must not outlive a transaction that was rolled back.
-    """
-
-    def __init__(self, session: Session, run_id: int, file: str) -> None:
-        self._session = session
-        self._run_id = run_id
-        self._file = file
-        self._ids: dict[TreatmentRecord, int] = {}
-        self._records: dict[int, TreatmentRecord] = {}
-        self._wells: dict[int, int | None] = {}
-        self._controls: dict[int, Control | None] = {}
-        self._without_control: dict[int, tuple[TreatmentRecord, TreatmentRecord]] = {}
-        # What is known and what is said, by object: the treatment that results, None: no news.
-        self._compared: dict[tuple[int, int], tuple[TreatmentRecord, TreatmentRecord | None]] = {}
-        self.used: set[int] = set()
-        """The treatments that the wells have which the file speaks of."""
-
-    def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
-        """Return the row of each treatment, made where it is new."""
-        self._make_room()
-        given = {record: self._plain(record) for record in records}
-        ids = self._ids_of(set(given.values()))
-        return {record: ids[plain] for record, plain in given.items()}
-
-    def _plain(self, record: TreatmentRecord) -> TreatmentRecord:
-        """Return ``record`` without its control; the same object for the same object."""
-        known = self._without_control.get(id(record))
-        if known is None or known[0] is not record:
-            plain = record if record.control is None else replace(record, control=None)
-            known = self._without_control[id(record)] = record, plain
-        return known[1]
-
-    def _ids_of(self, wanted: set[TreatmentRecord]) -> dict[TreatmentRecord, int]:
-        # Nothing may be forgotten here: what a caller has just looked up is still needed.
-        unknown = [record for record in wanted if record not in self._ids]
-        self._find_or_make({identity(record): record for record in unknown})
-        return {record: self._ids[record] for record in wanted}
-
-    def assign(
-        self,
-        wanted: Mapping[int, tuple[TreatmentRecord, int | None]],
-        new_wells: Container[int],
-    ) -> set[int]:
-        """Point wells to the treatments that a file gives them; return those that changed.
-
-        ``wanted`` is {well id: (treatment, line of the file)}. A treatment that says less than
-        what the well has, or the same, changes nothing; one that says more or other replaces it,
-        which table ``well_changes`` records but for ``new_wells``, made in this run.
-        """
-        self._make_room()
-        self._look_up(wanted)
-        plain = {well: self._plain(said) for well, (said, _) in wanted.items()}
-        controls = {
-            well: control
-            for well, (said, _) in wanted.items()
-            if (control := self._control(well, said)) is not self._controls[well]
-        }
-        news = {well: new for well, said in plain.items() if (new := self._new(well, said))}
-        # By object: readers hand the same treatment out again and again, and hashing costs.
-        distinct = {id(record): record for record in news.values()}
-        ids = self._ids_of(set(distinct.values()))
-        rows = {key: ids[record] for key, record in distinct.items()}
-        targets = {well: rows[id(record)] for well, record in news.items()}
-        self._record_changes(targets, {well: wanted[well][1] for well in targets}, new_wells)
-        self._point(targets)
-        self._set_controls(controls)
-        self.used.update(found for well in wanted if (found := self._wells[well]) is not None)
-        return set(targets) | controls.keys()
-
-    def _control(self, well_id: int, said: TreatmentRecord) -> Control | None:
-        """Return the control that a well is to be: what is left open of the same sample stays."""
-        present = self._wells[well_id]
-        if said.control is not None or present is None:
-            return said.control
-        known = replace(self._records[present], control=self._controls[well_id])
-        return completed(said, known).control
-
-    def _set_controls(self, controls: Mapping[int, Control | None]) -> None:
-        self._controls.update(controls)
-        if controls:
-            connection = self._session.connection()
-            mark = "?" if connection.dialect.name == "sqlite" else "%s"
-            statement = f"UPDATE wells SET control = {mark} WHERE id = {mark}"  # noqa: S608
-            rows = [(control and control.value, well) for well, control in controls.items()]
-            connection.exec_driver_sql(statement, rows)
-
-    def _new(self, well_id: int, said: TreatmentRecord) -> TreatmentRecord | None:
-        """Return the treatment that a well is to get, or None where it stays."""
-        present = self._wells[well_id]
-        if present is None:
-            return said
-        earlier, new = self._compared.get((present, id(said)), (None, None))
-        if earlier is not said:
-            known = self._records[present]
-            complete = completed(said, known)
-            new = None if complete == known else complete
-            self._compared[present, id(said)] = said, new
-        return new
-
-    def _make_room(self) -> None:
-        if len(self._wells) > CACHED:
-            self._wells.clear()
-            self._without_control.clear()
-        if len(self._ids) > CACHED:
-            self._ids.clear()
-        if len(self._compared) > CACHED:
-            self._compared.clear()
-        if len(self._records) > CACHED:
-            self._records.clear()
-            self._wells.clear()
-
-    def _look_up(self, wells: Iterable[int]) -> None:
-        unknown = [well for well in wells if well not in self._wells]
-        for some in in_lists(unknown):
-            query = select(Well.id, Well.treatment_id, Well.control).where(Well.id.in_(some))
-            for well, treatment, control in self._session.execute(query):
-                self._wells[well], self._controls[well] = treatment, control
-        pointed = {found for well in unknown if (found := self._wells[well]) is not None}
-        for ids in in_lists(pointed - self._records.keys()):
-            rows = self._session.scalars(select(Treatment).where(Treatment.id.in_(ids)))
-            for row in rows:
-                self._records[row.id] = record_of(row)
-
-    def _find_or_make(self, records: Mapping[str, TreatmentRecord]) -> None:
-        self._find(records)
-        new = [_row(key, item) for key, item in records.items() if item not in self._ids]
-        if new:
-            insert_new(self._session, Treatment, new)
-            self._find({row["identity"]: records[row["identity"]] for row in new})
-
-    def _find(self, records: Mapping[str, TreatmentRecord]) -> None:
-        for identities in in_lists(list(records)):
-            query = select(Treatment.identity, Treatment.id)
-            for key, row_id in self._session.execute(
-                query.where(Treatment.identity.in_(identities))
-            ):
-                self._ids[records[key]] = row_id
-                self._records[row_id] = records[key]
-
-    def _point(self, targets: Mapping[int, int]) -> None:
-        self._wells.update(targets)
-        if targets:
-            connection = self._session.connection()
-            mark = "?" if connection.dialect.name == "sqlite" else "%s"
-            statement = f"UPDATE wells SET treatment_id = {mark} WHERE id = {mark}"  # noqa: S608
-            # Straight to the driver: of a million images it is a hundred thousand wells.
-            rows = [(found, well) for well, found in targets.items()]
-            connection.exec_driver_sql(statement, rows)
-
-    def _record_changes(
-        self,
-        targets: Mapping[int, int],
-        lines: Mapping[int, int | None],
-        new_wells: Container[int],
-    ) -> None:
-        rows = [
-            {
-                "run_id": self._run_id,
-                "well_id": well,
-                "old_treatment_id": self._wells[well],
-                "new_treatment_id": found,
-                "file": self._file,
-                "line": lines[well],
-                "changed_at": datetime.now(UTC),
-            }
-            for well, found in targets.items()
-            if well not in new_wells
-        ]
-        if rows:
-            self._session.connection().execute(insert(_table(WellChange)), rows)
-
-
-def _row(key: str, record: TreatmentRecord) -> dict[str, Any]:
-    return {"identity": key} | {column: getattr(record, name) for name, column in _COLUMNS.items()}
-
-
-def _table(model: type[Base]) -> Any:
-    return model.__table__
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """Names that look like one treatment; ``detail`` says which, and how to make them one."""
-
-    reason: str
-    detail: str
-
-
-def suspicious_spellings(session: Session, treatment_ids: Collection[int]) -> list[Spelling]:
-    """Return what looks like two names of one treatment, if ``treatment_ids`` have one of them.
-
-    Compared with all treatments that a well has: names that differ in nothing but case, spaces,
-    hyphens or underscores, and two names of one structure. Each group of names comes once.
-    """
-    spelled = _groups(session, treatment_ids, _by_name)
-    built = _groups(session, treatment_ids, _by_structure)
-    other = [names for names in built if len({normalised_name(name) for name in names}) > 1]
-    return [
-        *(Spelling("one name in two spellings", _how_to_merge(names)) for names in spelled),
-        *(Spelling("one structure under two names", _how_to_merge(names)) for names in other),
-    ]
-
-
-_WriterKey = tuple[PerturbationKind, str]
-_Named = Row[PerturbationKind, str, str | None, str | None]
-
-
-def _groups(
-    session: Session, treatment_ids: Collection[int], key_of: Callable[[_Named], _WriterKey | None]
-) -> list[list[str]]:
-    """Return the names, sorted, of each key that ``treatment_ids`` have and that has several."""
-    names: dict[_WriterKey, set[str]] = defaultdict(set)
-    for row in _named(session, treatment_ids):
-        if key := key_of(row):
-            names[key].add(row.name)
-    for row in session.execute(_NAMED.where(exists().where(Well.treatment_id == Treatment.id))):
-        key = key_of(row)
-        if key in names:
-            names[key].add(row.name)
-    return sorted(sorted(same) for same in names.values() if len(same) > 1)
-
-
-_NAMED = select(Treatment.kind, Treatment.name, Treatment.inchikey, Treatment.smiles)
-
-
-def _named(session: Session, treatment_ids: Collection[int]) -> Iterator[_Named]:
-    for some in in_lists(treatment_ids):
-        yield from session.execute(_NAMED.where(Treatment.id.in_(some)))
-
-
-def _by_name(row: _Named) -> _WriterKey | None:
-    name = normalised_name(row.name)
-    return (row.kind, name) if name else None
-
-
-def _by_structure(row: _Named) -> _WriterKey | None:
-    structure = row.inchikey or row.smiles
-    return (row.kind, structure) if structure else None
-
-
-def _how_to_merge(names: list[str]) -> str:
-    kept, *others = names
-    rows = " and ".join(f"{other},{kept}" for other in others)
-    return (
-        f"{' and '.join(map(repr, names))} look like one. If they are, ingest again with --alias "
-        f"FILE, a table with the header alias,name and the row {rows}."
-    )
-
-
-WELLS_AT_ONCE = 20_000
-"""Wells that are pointed elsewhere at a time: a control may be in a million."""
-
-_Key = tuple[str, ...]
-"""What names a sample: its identifier, else its kind and name."""
-
-_Known = dict[_Key, dict[int, TreatmentRecord]]
-"""Treatments by id that the store has of each sample, the oldest first."""
-
-
-class Corrections:
-    """Makes new treatments, and points the wells of corrected ones to what they are now."""
-
-    def __init__(
-        self, session: Session, run_id: int, account: Account, aliases: Aliases | None
-    ) -> None:
-        self._session = session
-        self._account = account
-        self._aliases = aliases
-        self._writer = TreatmentWriter(session, run_id, account.file)
-        self._seen: dict[_Key, int] = {}
-        self.treatments: set[int] = set()
-        """The treatments that the table speaks of."""
-
-    def write(self, rows: Sequence[TreatmentRow]) -> None:
-        """Bring rows in; one that says something else of a sample than an earlier is refused."""
-        said = list(self._first_said(rows))
-        known = self._load([record for _, record in said])
-        self._add_controls(known, [record for _, record in said])
-        corrected = {
-            treatment: (record, line)
-            for line, record in said
-            for treatment, old in known[_key(record)].items()
-            if completed(record, old) != old
-        }
-        moved = self._point(corrected)
-        wanted = [self._counted(record, known[_key(record)], moved) for _, record in said]
-        self.treatments.update(self._writer.ids(wanted).values())
-
-    def _first_said(self, rows: Sequence[TreatmentRow]) -> Iterator[tuple[int, TreatmentRecord]]:
-        for line, given in rows:
-            if given is None:
-                self._account.unchanged += 1
-                continue
-            record = self._aliases.apply(given) if self._aliases else given
-            key, said = _key(record), hash(record)
-            if key not in self._seen:
-                self._seen[key] = said
-                yield line, record
-            elif self._seen[key] == said:
-                self._account.unchanged += 1
-            else:
-                detail = f"{record.identifier or record.pert_iname} is described otherwise before"
-                self._account.refuse(line, "broad_sample twice", detail)
-
-    def _counted(
-        self, record: TreatmentRecord, present: Mapping[int, TreatmentRecord], moved: set[int]
-    ) -> TreatmentRecord:
-        """Return the treatment as it is to be now, and count what that means."""
-        complete = completed(record, present[max(present)]) if present else record
-        if not present:
-            self._account.created += 1
-        elif complete in present.values() and not moved & present.keys():
-            self._account.unchanged += 1
-        else:
-            self._account.updated += 1
-        return complete
-
-    def _load(self, records: Sequence[TreatmentRecord]) -> _Known:
-        found: _Known = defaultdict(dict)
-        identifiers = [item.identifier for item in records if item.identifier is not None]
-        for some in in_lists(identifiers):
-            self._add(found, Treatment.identifier.in_(some))
-        names = [item.pert_iname for item in records if item.identifier is None]
-        for some in in_lists(names):
-            self._add(found, Treatment.name.in_(some) & Treatment.identifier.is_(None))
-        return found
-
-    def _add_controls(self, known: _Known, said: Sequence[TreatmentRecord]) -> None:
-        """Say of each treatment what its wells are; without wells it is what the table says."""
-        ids = [key for record in said for key in known[_key(record)]]
-        controls: dict[int, set[Control | None]] = defaultdict(set)
-        for some in in_lists(ids):
-            query = select(Well.treatment_id, Well.control).where(Well.treatment_id.in_(some))
-            for treatment, control in self._session.execute(query.distinct()):
-                if treatment is not None:
-                    controls[treatment].add(control)
-        for record in said:
-            for key, old in known[_key(record)].items():
-                present = controls.get(key, {record.control})
-                control = present.pop() if len(present) == 1 else None
-                known[_key(record)][key] = replace(old, control=control)
-
-    def _add(self, found: _Known, condition: ColumnElement[bool]) -> None:
-        for row in self._session.scalars(select(Treatment).where(condition)):
-            record = record_of(row)
-            found[_key(record)][row.id] = record
-
-    def _point(self, corrected: Mapping[int, tuple[TreatmentRecord, int | None]]) -> set[int]:
-        """Point wells to corrected treatments; return the treatments that they had."""
-        moved: set[int] = set()
-        for some in in_lists(corrected):
-            for wells in self._wells(some):
-                said = {well: corrected[old] for well, old in wells.items()}
-                moved |= {wells[well] for well in self._writer.assign(said, ())}
-        return moved
-
-    def _wells(self, treatments: Sequence[int]) -> Iterator[dict[int, int]]:
-        """Yield the wells of some treatments, in pieces by id: what changes meanwhile is past."""
-        last = 0
-        while True:
-            query = (
-                select(Well.id, Well.treatment_id)
-                .where(Well.treatment_id.in_(treatments), Well.id > last)
-                .order_by(Well.id)
-                .limit(WELLS_AT_ONCE)
-            )
-            found = {row[0]: row[1] for row in self._session.execute(query) if row[1] is not None}
-            if not found:
-                return
-            yield found
-            last = max(found)
-
-
-def _key(record: TreatmentRecord) -> _Key:
-    if record.identifier is not None:
-        return (record.identifier,)
-    return record.kind.value, record.pert_iname
-
-
-PLATES_AT_ONCE = 100
-"""Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
-
-_WELL = ("id", "plate_id", "well_row", "well_column", "name")
-_Wells = dict[tuple[int, Position], tuple[int, int | None]]
-"""Well id and treatment id by plate and position."""
-
-
-class MappedWells:
-    """Applies plate maps, in the caller's transaction."""
-
-    def __init__(
-        self, session: Session, run_id: int, params: IngestParams, account: Account
-    ) -> None:
-        self._session = session
-        self._run_id = run_id
-        self._params = params
-        self._account = account
-        self._aliases = Aliases.read(params.aliases) if params.aliases else None
-        self.treatments: set[int] = set()
-        """The treatments that the wells have now of which the maps speak."""
-
-    def ingest(self, source: Path) -> tuple[int, ...]:
-        """Point the wells of the plates of the maps in ``source``; return these plates (ids).
-
-        Raises:
-            BadTableError: a table cannot be used as a plate map, or what goes with it.
-            UserInputError: it is not said which plates a map is for, or the store has none.
-        """
-        annotation = read_annotation(source, self._params.compounds, self._params.barcodes)
-        plates = self._plates(source, annotation)
-        self._account.notes += annotation.notes
-        self._refuse(annotation)
-        for found in annotation.maps.values():
-            self._account.rows += len(found.wells)
-            self._apply(found, plates.get(found.name, ()))
-        return tuple(sorted(plate for some in plates.values() for plate in some))
-
-    def _refuse(self, annotation: PlateAnnotation) -> None:
-        """Refuse the rows of maps that cannot be used; those of other tables are problems."""
-        maps = {found.path for found in annotation.maps.values()}
-        for path, refusal in annotation.issues:
-            if path in maps:
-                self._account.rows += 1
-                self._account.refuse(*refusal, file=writable(path.name))
-            else:
-                self._account.problem(*refusal, file=writable(path.name))
-
-    def _plates(self, source: Path, annotation: PlateAnnotation) -> Mapping[str, Sequence[int]]:
-        """Return the plates (ids) of the store that use each map."""
-        barcodes = annotation.barcodes
-        if barcodes is None:
-            if self._params.plate is None:
-                raise UserInputError(
-                    f"Which plates is {source.name} for? Say it with --plate NAME, or with "
-                    "--barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
-                )
-            barcodes = {self._params.plate: next(iter(annotation.maps))}
-        known = self._known(list(barcodes))
-        if not known:
-            raise UserInputError(
-                f"The store has none of the plates that {source.name} is for "
-                f"({', '.join(sorted(barcodes)[:3])}). Ingest their images first."
-            )
-        return self._by_map(annotation, barcodes, known)
-
-    def _by_map(
-        self, annotation: PlateAnnotation, barcodes: Mapping[str, str], known: Mapping[str, int]
-    ) -> Mapping[str, Sequence[int]]:
-        found: dict[str, list[int]] = defaultdict(list)
-        unmapped: dict[str, list[str]] = defaultdict(list)
-        for barcode, plate in known.items():
-            name = barcodes[barcode]
-            if name in annotation.maps:
-                found[name].append(plate)
-            else:
-                unmapped[name].append(barcode)
-        for name, missing in sorted(unmapped.items()):
-            detail = f"{', '.join(sorted(missing))} use {name}, which was not given"
-            self._account.problem(None, "no such plate map", detail)
-        if len(known) < len(barcodes):
-            absent = len(barcodes) - len(known)
-            self._account.notes.append(f"{absent} of {len(barcodes)} plates are not in the store")
-        return found
-
-    def _known(self, barcodes: Sequence[str]) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for some in in_lists(barcodes):
-            query = select(Plate.barcode, Plate.id).where(Plate.barcode.in_(some))
-            found.update((row[0], row[1]) for row in self._session.execute(query))
-        return found
-
-    def _apply(self, found: PlateMap, plates: Sequence[int]) -> None:
-        writer = TreatmentWriter(self._session, self._run_id, writable(found.path.name))
-        created: set[Position] = set()
-        updated: set[Position] = set()
-        pieces = iter(plates)
-        while some := list(islice(pieces, PLATES_AT_ONCE)):
-            wells = self._wells(some)
-            self._note_emptied(found, some, wells)
-            made = self._make(found, some, wells)
-            changed = writer.assign(self._wanted(found, some, {**wells, **made}), _ids(made))
-            created |= {position for _, position in made}
-            updated |= {key[1] for key, (well, _) in wells.items() if well in changed}
-        if not plates:
-            self._account.notes.append(f"no plate of the store uses the plate map {found.name}")
-        self.treatments |= writer.used
-        self._account.updated += len(updated)
-        self._account.created += len(created - updated)
-        self._account.unchanged += len(found.wells) - len(created | updated)
-
-    def _wells(self, plates: Sequence[int]) -> _Wells:
-        query = select(Well.plate_id, Well.well_row, Well.well_column, Well.id, Well.treatment_id)
-        rows = self._session.execute(query.where(Well.plate_id.in_(plates)))
-        return {(row[0], (row[1], row[2])): (row[3], row[4]) for row in rows}
-
-    def _make(self, found: PlateMap, plates: Sequence[int], wells: _Wells) -> _Wells:
-        """Make the wells that have a treatment and are not there."""
-        treated = [position for position, record in found.wells.items() if record is not None]
-        new = [(plate, at) for plate in plates for at in treated if (plate, at) not in wells]
-        ids = take_ids(self._session, Well, len(new))
-        rows = [
-            (well, plate, *position, format_well(*position))
-            for well, (plate, position) in zip(ids, new, strict=True)
-        ]
-        bulk_insert(self._session, Well, _WELL, rows)
-        return {key: (well, None) for key, well in zip(new, ids, strict=True)}
-
-    def _wanted(
-        self, found: PlateMap, plates: Sequence[int], wells: _Wells
-    ) -> dict[int, tuple[TreatmentRecord, int | None]]:
-        return {
-            wells[plate, position][0]: (self._named(record), found.lines[position])
-            for plate in plates
-            for position, record in found.wells.items()
-            if record is not None
-        }
-
-    def _named(self, record: TreatmentRecord) -> TreatmentRecord:
-        return self._aliases.apply(record) if self._aliases else record
-
-    def _note_emptied(self, found: PlateMap, plates: Sequence[int], wells: _Wells) -> None:
-        for plate, position in _emptied(found, plates, wells):
-            self._account.suspicious(
-                found.lines[position],
-                "an empty well that has a treatment",
-                f"well {format_well(*position)} of plate {self._barcode(plate)} is empty on the "
-                "map, and keeps the treatment that it has",
-                file=writable(found.path.name),
-            )
-
-    def _barcode(self, plate: int) -> str:
-        return self._session.get_one(Plate, plate).barcode
-
-
-def _emptied(
-    found: PlateMap, plates: Sequence[int], wells: _Wells
-) -> Iterator[tuple[int, Position]]:
-    empty = [position for position, record in found.wells.items() if record is None]
-    for plate in plates:
-        for position in empty:
-            if wells.get((plate, position), (0, None))[1] is not None:
-                yield plate, position
-
-
-def _ids(wells: _Wells) -> set[int]:
-    return {well for well, _ in wells.values()}
-
-
-BATCH = 2_000
-"""Rows that are written at a time."""
-
-T = TypeVar("T")
-
-_READERS: Mapping[Layout, Callable[[TextTable], Iterator[TreatmentRow | Refusal]]] = {
+_READERS = {
     Layout.TREATMENT_TABLE: treatment_rows,
     Layout.JUMP_CRISPR: jump_crispr,
     Layout.JUMP_CONTROLS: jump_controls,
 }
+_WELL = ("id", "plate_id", "well_row", "well_column", "name")
+
+T = TypeVar("T")
 
 
 def ingest_treatments(
@@ -724,83 +85,593 @@ def ingest_treatments(
         BadTableError: a table lacks columns, or tables do not fit each other.
         UserInputError: it is not said which plates a map is for, or none of them is in the store.
     """
-    with _progress(workspace):
+    workspace.progress.start("ingest", 0)
+    try:
+        aliases = Aliases.read(params.aliases) if params.aliases else Aliases({})
         if layout is Layout.PLATEMAP:
-            mapped = MappedWells(session, run_id, params, account)
-            plates = mapped.ingest(source)
-            _note_spellings(session, mapped.treatments, account)
-            return plates
+            return _ingest_maps(session, run_id, source, params, aliases, account)
+        if layout is not Layout.JUMP_PLATES and layout not in _READERS:
+            raise UserInputError(
+                f"{layout.value} is no layout of treatments. Choose another --layout."
+            )
         table = open_table(source)
         account.notes += table.notes
         if layout is Layout.JUMP_PLATES:
-            return _plates(workspace, session, table, account)
-        _treatments(workspace, session, run_id, table, layout, params, account)
-    return ()
-
-
-@contextmanager
-def _progress(workspace: Workspace) -> Iterator[None]:
-    workspace.progress.start("ingest", 0)
-    try:
-        yield
+            return _ingest_plates(workspace, session, table, account)
+        treatments: set[int] = set()
+        corrections = _Corrections(session, run_id, account, aliases)
+        for rows in _usable(workspace, session, account, _READERS[layout](table)):
+            treatments |= corrections.write(rows)
+        _note_spellings(session, treatments, account)
+        return ()
     finally:
         workspace.progress.finish()
 
 
-def _plates(
+def _usable(
+    workspace: Workspace, session: Session, account: Account, rows: Iterable[T | Refusal]
+) -> Iterator[list[T]]:
+    """Yield the rows that can be used, some at a time; count all, and refuse the others."""
+    left = iter(rows)
+    while some := list(islice(left, ROWS_AT_ONCE)):
+        account.rows += len(some)
+        usable: list[T] = []
+        for row in some:
+            if isinstance(row, Refusal):
+                account.refuse(row.line, row.reason, row.detail)
+            else:
+                usable.append(row)
+        yield usable
+        # Under --strict the whole file is undone, and its issues are written anew.
+        account.flush(session)
+        workspace.progress.advance(len(some))
+
+
+# ---- Plates ----
+
+
+def _ingest_plates(
     workspace: Workspace, session: Session, table: TextTable, account: Account
 ) -> tuple[int, ...]:
+    """Make plates, or set the batch of those that are there; return their ids.
+
+    A plate of two batches is refused the second time; a changed batch is noted as suspicious.
+    """
     found: list[int] = []
     seen: dict[str, str | None] = {}
-    for batch in _batches(jump_plates(table)):
-        rows = list(_usable(batch, account))
-        found += write_plates(session, rows, seen, account)
-        _advance(workspace, session, account, len(batch))
+    for rows in _usable(workspace, session, account, jump_plates(table)):
+        known: dict[str, Plate] = {}
+        for some in in_lists({row.barcode for row in rows}):
+            for plate in session.scalars(select(Plate).where(Plate.barcode.in_(some))):
+                known[plate.barcode] = plate
+        for line, barcode, batch, metadata in rows:
+            if barcode in seen and batch != seen[barcode]:
+                detail = f"{barcode} is of batch {seen[barcode]} already, not of {batch}"
+                account.refuse(line, "plate twice", detail)
+                continue
+            seen[barcode] = batch
+            if barcode not in known:
+                known[barcode] = Plate(barcode=barcode, batch=batch, metadata_=metadata or None)
+                session.add(known[barcode])
+                account.created += 1
+                continue
+            plate = known[barcode]
+            merged = {**(plate.metadata_ or {}), **metadata}
+            if batch in (None, plate.batch) and merged == (plate.metadata_ or {}):
+                account.unchanged += 1
+                continue
+            if batch is not None and plate.batch not in (None, batch):
+                detail = f"{barcode}: the batch was {plate.batch}, and is {batch} now"
+                account.suspicious(line, "another batch", detail)
+            plate.batch, plate.metadata_ = batch or plate.batch, merged or None
+            account.updated += 1
+        session.flush()
+        found += [plate.id for plate in known.values()]
     return tuple(found)
 
 
-def _treatments(
-    workspace: Workspace,
+# ---- Plate maps ----
+
+
+def _ingest_maps(
     session: Session,
     run_id: int,
-    table: TextTable,
-    layout: Layout,
+    source: Path,
     params: IngestParams,
+    aliases: Aliases,
+    account: Account,
+) -> tuple[int, ...]:
+    """Point the wells of the plates of the maps in ``source``; return these plates (ids).
+
+    Raises:
+        BadTableError: a table cannot be used as a plate map, or what goes with it.
+        UserInputError: it is not said which plates a map is for, or the store has none.
+    """
+    annotation = read_annotation(source, params.compounds, params.barcodes)
+    plates = _plates_of_maps(session, source, annotation, params.plate, account)
+    account.notes += annotation.notes
+    map_files = {found.path for found in annotation.maps.values()}
+    for path, refusal in annotation.issues:
+        if path in map_files:
+            account.rows += 1
+            account.refuse(*refusal, file=writable(path.name))
+        else:  # a row of another table
+            account.problem(*refusal, file=writable(path.name))
+    treatments: set[int] = set()
+    for found in annotation.maps.values():
+        account.rows += len(found.wells)
+        writer = TreatmentWriter(session, run_id, writable(found.path.name))
+        _apply_map(session, writer, found, plates.get(found.name, []), aliases, account)
+        treatments |= writer.used
+    _note_spellings(session, treatments, account)
+    return tuple(sorted(plate for some in plates.values() for plate in some))
+
+
+def _plates_of_maps(
+    session: Session,
+    source: Path,
+    annotation: PlateAnnotation,
+    plate: str | None,
+    account: Account,
+) -> dict[str, list[int]]:
+    """Return the plates (ids) of the store that use each map."""
+    barcodes = annotation.barcodes
+    if barcodes is None and plate is None:
+        raise UserInputError(
+            f"Which plates is {source.name} for? Say it with --plate NAME, or with "
+            "--barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
+        )
+    if barcodes is None:
+        barcodes = {str(plate): next(iter(annotation.maps))}
+    found: dict[str, list[int]] = defaultdict(list)
+    unmapped: dict[str, list[str]] = defaultdict(list)
+    known = 0
+    for some in in_lists(list(barcodes)):
+        query = select(Plate.barcode, Plate.id).where(Plate.barcode.in_(some))
+        for barcode, key in session.execute(query):
+            known += 1
+            name = barcodes[barcode]
+            if name in annotation.maps:
+                found[name].append(key)
+            else:
+                unmapped[name].append(barcode)
+    if not known:
+        raise UserInputError(
+            f"The store has none of the plates that {source.name} is for "
+            f"({', '.join(sorted(barcodes)[:3])}). Ingest their images first."
+        )
+    for name, missing in sorted(unmapped.items()):
+        detail = f"{', '.join(sorted(missing))} use {name}, which was not given"
+        account.problem(None, "no such plate map", detail)
+    if known < len(barcodes):
+        absent = len(barcodes) - known
+        account.notes.append(f"{absent} of {len(barcodes)} plates are not in the store")
+    return found
+
+
+def _apply_map(
+    session: Session,
+    writer: TreatmentWriter,
+    plate_map: PlateMap,
+    plates: Sequence[int],
+    aliases: Aliases,
     account: Account,
 ) -> None:
-    if layout not in _READERS:
-        raise UserInputError(f"{layout.value} is no layout of treatments. Choose another --layout.")
-    aliases = Aliases.read(params.aliases) if params.aliases else None
-    corrections = Corrections(session, run_id, account, aliases)
-    for batch in _batches(_READERS[layout](table)):
-        corrections.write(list(_usable(batch, account)))
-        _advance(workspace, session, account, len(batch))
-    _note_spellings(session, corrections.treatments, account)
+    """Point the wells of ``plates`` to their treatments; make those that are not there."""
+    if not plates:
+        account.notes.append(f"no plate of the store uses the plate map {plate_map.name}")
+    treated = {at: aliases.apply(r) for at, r in plate_map.wells.items() if r is not None}
+    created: set[Position] = set()
+    updated: set[Position] = set()
+    for start in range(0, len(plates), PLATES_AT_ONCE):
+        some = plates[start : start + PLATES_AT_ONCE]
+        wells: dict[tuple[int, Position], int] = {}
+        query = select(
+            Well.plate_id, Well.well_row, Well.well_column, Well.id, Well.treatment_id
+        ).where(Well.plate_id.in_(some))
+        for plate, row, column, well, treatment in session.execute(query):
+            wells[plate, (row, column)] = well
+            if treatment is not None and (row, column) in plate_map.wells.keys() - treated.keys():
+                _note_emptied(session, plate_map, plate, (row, column), account)
+        new = [(plate, at) for plate in some for at in treated if (plate, at) not in wells]
+        made = dict(zip(new, take_ids(session, Well, len(new)), strict=True))
+        rows = [(well, plate, *at, format_well(*at)) for (plate, at), well in made.items()]
+        bulk_insert(session, Well, _WELL, rows)
+        all_wells = {**wells, **made}
+        wanted = {
+            all_wells[plate, at]: (record, plate_map.lines[at])
+            for plate in some
+            for at, record in treated.items()
+        }
+        changed = writer.assign(wanted, set(made.values()))
+        changed |= _keep_metadata(
+            session,
+            {
+                well: plate_map.metadata[at]
+                for (_, at), well in all_wells.items()
+                if at in plate_map.metadata
+            },
+        )
+        created |= {at for _, at in made}
+        updated |= {at for (_, at), well in wells.items() if well in changed}
+    account.updated += len(updated)
+    account.created += len(created - updated)
+    account.unchanged += len(plate_map.wells) - len(created | updated)
 
 
-def _usable(batch: Sequence[T | Refusal], account: Account) -> Iterator[T]:
-    """Yield the rows that can be used; count all of them, and refuse the others."""
-    account.rows += len(batch)
-    for row in batch:
-        if isinstance(row, Refusal):
-            account.refuse(row.line, row.reason, row.detail)
-        else:
-            yield row
+def _note_emptied(
+    session: Session, plate_map: PlateMap, plate: int, at: Position, account: Account
+) -> None:
+    barcode = session.get_one(Plate, plate).barcode
+    account.suspicious(
+        plate_map.lines[at],
+        "an empty well that has a treatment",
+        f"well {format_well(*at)} of plate {barcode} is empty on the map, and keeps the treatment "
+        "that it has",
+        file=writable(plate_map.path.name),
+    )
 
 
-def _advance(workspace: Workspace, session: Session, account: Account, rows: int) -> None:
-    # Under --strict the whole file is undone, and its issues are written anew.
-    account.flush(session)
-    workspace.progress.advance(rows)
+def _keep_metadata(session: Session, metadata: Mapping[int, Mapping[str, str]]) -> set[int]:
+    """Add what a table says of wells beyond our columns; return the wells of which it is news."""
+    rows: list[dict[str, Any]] = []
+    for some in in_lists(list(metadata)):
+        query = select(Well.id, Well.metadata_).where(Well.id.in_(some))
+        for well, old in session.execute(query):
+            new = {**(old or {}), **metadata[well]}
+            if new != (old or {}):
+                rows.append({"well": well, "new": new})
+    if rows:
+        table = _table(Well)
+        statement = update(table).where(table.c.id == bindparam("well"))
+        session.connection().execute(statement.values(metadata=bindparam("new")), rows)
+    return {row["well"] for row in rows}
+
+
+# ---- Tables of treatments ----
+
+_Sample = tuple[str, ...]
+"""What names a sample: its identifier, else its kind and name."""
+_Use = tuple[int, Control | None]
+"""A treatment, and a role that wells have which got it."""
+_Uses = dict[_Use, TreatmentRecord]
+
+
+class _Corrections:
+    """Makes new treatments, and points the wells of corrected ones to what they are now."""
+
+    def __init__(self, session: Session, run_id: int, account: Account, aliases: Aliases) -> None:
+        self._session = session
+        self._account = account
+        self._aliases = aliases
+        self._writer = TreatmentWriter(session, run_id, account.file)
+        self._seen: dict[_Sample, int] = {}
+
+    def write(self, rows: Sequence[TreatmentRow]) -> set[int]:
+        """Bring rows in; one that says something else of a sample than an earlier is refused.
+
+        Returns the treatments (ids) that the rows speak of.
+        """
+        said = list(self._first_said(rows))
+        known = self._known([record for _, record in said])
+        corrected = {
+            key: (record, line)
+            for line, record in said
+            for key, old in known[_sample(record)].items()
+            if completed(record, old) != old
+        }
+        moved = self._point(corrected)
+        wanted = []
+        for _, record in said:
+            present = known[_sample(record)]
+            complete = record
+            if present:
+                latest = max(treatment for treatment, _ in present)
+                olds = [old for (treatment, _), old in present.items() if treatment == latest]
+                complete = completed(record, olds[0])
+            if not present:
+                self._account.created += 1
+            elif complete in present.values() and not moved & present.keys():
+                self._account.unchanged += 1
+            else:
+                self._account.updated += 1
+            wanted.append(complete)
+        return set(self._writer.ids(wanted).values())
+
+    def _first_said(self, rows: Sequence[TreatmentRow]) -> Iterator[tuple[int, TreatmentRecord]]:
+        for line, given in rows:
+            if given is None:
+                self._account.unchanged += 1
+                continue
+            record = self._aliases.apply(given)
+            sample, digest = _sample(record), hash(record)
+            if sample not in self._seen:
+                self._seen[sample] = digest
+                yield line, record
+            elif self._seen[sample] == digest:
+                self._account.unchanged += 1
+            else:
+                detail = f"{record.identifier or record.pert_iname} is described otherwise before"
+                self._account.refuse(line, "broad_sample twice", detail)
+
+    def _known(self, said: Sequence[TreatmentRecord]) -> dict[_Sample, _Uses]:
+        """Return what the store has of each sample."""
+        identifiers = [record.identifier for record in said if record.identifier is not None]
+        names = [record.pert_iname for record in said if record.identifier is None]
+        conditions: list[ColumnElement[bool]] = []
+        conditions += [Treatment.identifier.in_(some) for some in in_lists(identifiers)]
+        unnamed = Treatment.identifier.is_(None)
+        conditions += [Treatment.name.in_(some) & unnamed for some in in_lists(names)]
+        rows = {
+            row.id: record_of(row)
+            for condition in conditions
+            for row in self._session.scalars(select(Treatment).where(condition))
+        }
+        controls: dict[int, set[Control | None]] = defaultdict(set)
+        for some in in_lists(list(rows)):
+            query = select(Well.treatment_id, Well.control).where(Well.treatment_id.in_(some))
+            for treatment, control in self._session.execute(query.distinct()):
+                controls[treatment or 0].add(control)
+        by_table = {_sample(record): record.control for record in said}
+        found: dict[_Sample, _Uses] = defaultdict(dict)
+        for treatment, record in rows.items():
+            sample = _sample(record)
+            # Where it has no wells, its role is what the table says.
+            for control in controls.get(treatment, {by_table.get(sample)}):
+                found[sample][treatment, control] = replace(record, control=control)
+        return found
+
+    def _point(self, corrected: Mapping[_Use, tuple[TreatmentRecord, int | None]]) -> set[_Use]:
+        """Point wells to corrected treatments; return what they had."""
+        moved: set[_Use] = set()
+        for some in in_lists(sorted({treatment for treatment, _ in corrected})):
+            last = 0
+            while True:  # in pieces by id: what changes meanwhile is past
+                query = (
+                    select(Well.id, Well.treatment_id, Well.control)
+                    .where(Well.treatment_id.in_(some), Well.id > last)
+                    .order_by(Well.id)
+                    .limit(WELLS_AT_ONCE)
+                )
+                rows = self._session.execute(query)
+                wells: dict[int, Any] = {well: (had, control) for well, had, control in rows}
+                if not wells:
+                    break
+                said = {well: corrected[use] for well, use in wells.items() if use in corrected}
+                moved |= {wells[well] for well in self._writer.assign(said, ())}
+                last = max(wells)
+        return moved
+
+
+def _sample(record: TreatmentRecord) -> _Sample:
+    if record.identifier is not None:
+        return (record.identifier,)
+    return record.kind.value, record.pert_iname
+
+
+# ---- The treatments of wells ----
+
+_COLUMNS = {
+    field.name: "name" if field.name == "pert_iname" else field.name
+    for field in fields(TreatmentRecord)
+    if field.name != "control"
+}
+"""Fields of a record to columns of ``treatments``; ``control`` is a column of ``wells``."""
+
+
+def identity(record: TreatmentRecord) -> str:
+    """Return the natural identity of a treatment: readable, then a digest of all that it says.
+
+    Two treatments that differ in anything (a corrected SMILES, a target) are two rows; a control
+    is what a well is, and no part of it.
+    """
+    parts = (record.kind.value, record.pert_iname, record.identifier, record.target)
+    values = json.dumps([getattr(record, name) for name in _COLUMNS], ensure_ascii=True)
+    digest = hashlib.sha256(values.encode()).hexdigest()[:32]
+    return "|".join([*((part or "")[:READABLE] for part in parts), digest])
+
+
+def record_of(row: Treatment) -> TreatmentRecord:
+    """Return what a row of table ``treatments`` says."""
+    return TreatmentRecord(**{name: getattr(row, column) for name, column in _COLUMNS.items()})
+
+
+def treatment_row(record: TreatmentRecord) -> dict[str, Any]:
+    """Return the columns of the row of a treatment."""
+    values = {column: getattr(record, name) for name, column in _COLUMNS.items()}
+    return {"identity": identity(record), **values}
+
+
+class TreatmentWriter:
+    """Finds or makes treatments and points wells to them, in the caller's transaction.
+
+    Made for one ``file`` of one run. It remembers what it has seen of treatments and wells, so it
+    must not outlive a transaction that was rolled back.
+    """
+
+    def __init__(self, session: Session, run_id: int, file: str) -> None:
+        self._session = session
+        self._run_id = run_id
+        self._file = file
+        self._ids: dict[TreatmentRecord, int] = {}
+        self._records: dict[int, TreatmentRecord] = {}
+        self._wells: dict[int, tuple[int | None, Control | None]] = {}
+        # What is known and what is said, by object: the treatment that results, None: no news.
+        self._compared: dict[
+            tuple[int, Control | None, int], tuple[TreatmentRecord, TreatmentRecord | None]
+        ] = {}
+        self.used: set[int] = set()
+        """The treatments that the wells have which the file speaks of."""
+
+    def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
+        """Return the row of each treatment, made where it is new."""
+        self._make_room()
+        return self._find_or_make(set(records))
+
+    def assign(
+        self,
+        wanted: Mapping[int, tuple[TreatmentRecord, int | None]],
+        new_wells: Container[int],
+    ) -> set[int]:
+        """Point wells to the treatments that a file gives them; return those that changed.
+
+        ``wanted`` is {well id: (treatment, line of the file)}. A treatment that says less than
+        what the well has, or the same, changes nothing; one that says more or other replaces it,
+        which table ``well_changes`` records but for ``new_wells``, made in this run.
+        """
+        self._make_room()
+        self._look_up(wanted)
+        news = {well: new for well, (said, _) in wanted.items() if (new := self._new(well, said))}
+        # By object: readers hand the same treatment out again and again, and hashing costs.
+        distinct = {id(record): record for record in news.values()}
+        ids = self._find_or_make(set(distinct.values()))
+        by_object = {key: ids[record] for key, record in distinct.items()}
+        targets = {well: (by_object[id(new)], new.control) for well, new in news.items()}
+        changes = [
+            {
+                "run_id": self._run_id,
+                "well_id": well,
+                "old_treatment_id": self._wells[well][0],
+                "new_treatment_id": treatment,
+                "file": self._file,
+                "line": wanted[well][1],
+                "changed_at": datetime.now(UTC),
+            }
+            for well, (treatment, _) in targets.items()
+            if well not in new_wells and treatment != self._wells[well][0]
+        ]
+        connection = self._session.connection()
+        if changes:
+            connection.execute(insert(_table(WellChange)), changes)
+        if targets:
+            mark = "?" if connection.dialect.name == "sqlite" else "%s"
+            statement = (
+                f"UPDATE wells SET treatment_id = {mark}, control = {mark} WHERE id = {mark}"  # noqa: S608
+            )
+            # Straight to the driver: of a million images it is a hundred thousand wells.
+            rows = [
+                (key, control and control.value, well) for well, (key, control) in targets.items()
+            ]
+            connection.exec_driver_sql(statement, rows)
+        self._wells.update(targets)
+        self.used.update(found for well in wanted if (found := self._wells[well][0]) is not None)
+        return set(targets)
+
+    def _new(self, well: int, said: TreatmentRecord) -> TreatmentRecord | None:
+        """Return the treatment (and role) that a well is to get, or None where it stays."""
+        treatment, control = self._wells[well]
+        if treatment is None:
+            return said
+        key = (treatment, control, id(said))
+        earlier, new = self._compared.get(key, (None, None))
+        if earlier is not said:
+            known = replace(self._records[treatment], control=control)
+            complete = completed(said, known)
+            new = None if complete == known else complete
+            self._compared[key] = said, new
+        return new
+
+    def _make_room(self) -> None:
+        for cache in (self._wells, self._ids, self._compared, self._records):
+            if len(cache) > CACHED:
+                self._wells.clear()  # they are looked up together with their treatments
+                cache.clear()
+
+    def _look_up(self, wells: Iterable[int]) -> None:
+        unknown = [well for well in wells if well not in self._wells]
+        for some in in_lists(unknown):
+            query = select(Well.id, Well.treatment_id, Well.control).where(Well.id.in_(some))
+            for well, treatment, control in self._session.execute(query):
+                self._wells[well] = treatment, control
+        pointed = {found for well in unknown if (found := self._wells[well][0]) is not None}
+        for ids in in_lists(pointed - self._records.keys()):
+            for row in self._session.scalars(select(Treatment).where(Treatment.id.in_(ids))):
+                self._records[row.id] = record_of(row)
+
+    def _find_or_make(self, wanted: set[TreatmentRecord]) -> dict[TreatmentRecord, int]:
+        # Nothing may be forgotten here: what a caller has just looked up is still needed.
+        keys = {record: identity(record) for record in wanted if record not in self._ids}
+        plain = {key: replace(record, control=None) for record, key in keys.items()}
+        found = self._find(plain)
+        new = [
+            {
+                "identity": key,
+                **{column: getattr(record, name) for name, column in _COLUMNS.items()},
+            }
+            for key, record in plain.items()
+            if key not in found
+        ]
+        if new:
+            insert_new(self._session, Treatment, new)
+            found |= self._find({row["identity"]: plain[row["identity"]] for row in new})
+        self._ids.update((record, found[key]) for record, key in keys.items())
+        return {record: self._ids[record] for record in wanted}
+
+    def _find(self, plain: Mapping[str, TreatmentRecord]) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for some in in_lists(list(plain)):
+            query = select(Treatment.identity, Treatment.id).where(Treatment.identity.in_(some))
+            for key, treatment in self._session.execute(query):
+                found[key] = treatment
+                self._records[treatment] = plain[key]
+        return found
+
+
+def _table(model: type[Base]) -> Any:
+    return model.__table__
+
+
+# ---- Names that look like one ----
+
+
+class Spelling(NamedTuple):
+    """Names that look like one treatment; ``detail`` says which, and how to make them one."""
+
+    reason: str
+    detail: str
+
+
+def suspicious_spellings(session: Session, treatment_ids: Collection[int]) -> list[Spelling]:
+    """Return what looks like two names of one treatment, if ``treatment_ids`` have one of them.
+
+    Compared with all treatments that a well has: names that differ in nothing but case, spaces,
+    hyphens or underscores, and two names of one structure. Each group of names comes once.
+    """
+    names: dict[tuple[str, PerturbationKind, str], set[str]] = defaultdict(set)
+    spelled, built = "one name in two spellings", "one structure under two names"
+
+    def keys(row: Any) -> Iterator[tuple[str, PerturbationKind, str]]:
+        if name := normalised_name(row.name):
+            yield spelled, row.kind, name
+        if structure := row.inchikey or row.smiles:
+            yield built, row.kind, structure
+
+    query = select(Treatment.kind, Treatment.name, Treatment.inchikey, Treatment.smiles)
+    for some in in_lists(treatment_ids):
+        for row in session.execute(query.where(Treatment.id.in_(some))):
+            for key in keys(row):
+                names[key].add(row.name)
+    for row in session.execute(query.where(exists().where(Well.treatment_id == Treatment.id))):
+        for key in keys(row):
+            if key in names:
+                names[key].add(row.name)
+    found = []
+    for reason in (spelled, built):
+        for same in sorted(sorted(some) for key, some in names.items() if key[0] == reason):
+            distinct = same if reason is spelled else {normalised_name(name) for name in same}
+            if len(same) < 2 or len(distinct) < 2:
+                continue
+            kept, *others = same
+            rows = " and ".join(f"{other},{kept}" for other in others)
+            detail = (
+                f"{' and '.join(map(repr, same))} look like one. If they are, ingest again with "
+                f"--alias FILE, a table with the header alias,name and the row {rows}."
+            )
+            found.append(Spelling(reason, detail))
+    return found
 
 
 def _note_spellings(session: Session, treatments: set[int], account: Account) -> None:
-    for spelling in suspicious_spellings(session, treatments):
-        account.suspicious(None, spelling.reason, spelling.detail)
+    for reason, detail in suspicious_spellings(session, treatments):
+        account.suspicious(None, reason, detail)
     account.flush(session)
-
-
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, BATCH)):
-        yield batch
