@@ -555,6 +555,13 @@ class Predict(ImageStage[int, PredictOutput]):
         vectors = [output.vectors.T for _, output in done if output.vectors is not None]
         return write_features(self.artifacts, self.embedding.schema, ids, vectors)
 
+    def digest(self, recipe_id: int, output: PredictOutput) -> str:
+        """Return the digest of labels and probabilities (N, K), or of the embeddings (N, width)."""
+        if recipe_id == self.embedding_id and output.vectors is not None:
+            return hashlib.sha256(output.vectors.tobytes()).hexdigest()
+        rows = output.label_ids.tobytes() + output.probabilities.tobytes()
+        return hashlib.sha256(rows).hexdigest()
+
     def insert(
         self,
         session: Session,
