@@ -73,6 +73,10 @@ class NoWork(ImageStage[str, str]):
         session.execute(insert(Label), rows)
         return 0
 
+    def digest(self, recipe_id: int, output: str) -> str:
+        """Return a digest of the name."""
+        return hashlib.sha256(output.encode()).hexdigest()
+
 
 def go(workspace: Workspace, spec: RecipeSpec, hold: str | None = None) -> int:
     with workspace.database.begin() as session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import repeat
@@ -393,6 +394,10 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
             assert found is not None
             register_files(session, self.artifacts, found.id, run.run_id, files)
         return sum(len(output.cell_ids) for _, output in done)
+
+    def digest(self, recipe_id: int, output: MeasureOutput) -> str:
+        """Return the digest of the values (F, N), float64, by ascending cell id."""
+        return hashlib.sha256(output.values[recipe_id].tobytes()).hexdigest()
 
     def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
         """Open the jobs of images again whose file of features is gone."""

@@ -6,6 +6,8 @@ recipe; class :class:`Segment` fetches what a worker needs of an image, computes
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -351,6 +353,11 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
             )
             insert_cells(session, row, output.cells)
         return sum(len(output.cells) for _, output in done)
+
+    def digest(self, recipe_id: int, output: SegmentOutput) -> str:
+        """Return the digest of the files and of all cells."""
+        rows = [output.mask.sha256, output.flow.sha256, output.diameter, output.cells]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
     def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
         """Open the jobs of images again whose masks or flows are gone."""

@@ -809,8 +809,8 @@ def summary(plan: Plan, training: Training, fitted: Fitted) -> dict[str, Any]:
     notes, flagged = list(plan.notes), cells.flagged
     if plan.validation is Subset.TEST:
         notes.append(
-            "As published, the test subset also chose the epoch, and its wells are in training "
-            "too: scores are those of wells already seen."
+            "As published, the test subset also decided when to stop, and its wells are in "
+            "training too: scores are those of wells already seen."
         )
     if plan.untaught:
         notes.append(
