@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cellstore.errors import StorageError, UserInputError
-from cellstore.learn.models import NETWORK, ModelRecord, load_model, save_net
 from cellstore.learn.networks import FusionNet, NetShape, build_net
 from cellstore.learn.normalising import Scaler
+from cellstore.learn.trained_models import NETWORK, ModelRecord, load_model, save_net
 
 SHAPE = NetShape(n_classes=3, n_features=14)
 

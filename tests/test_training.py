@@ -14,9 +14,9 @@ from training_loop import PLAIN, fit
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.learn.augmentation import seed_of
 from cellstore.learn.crops import CellBlock
-from cellstore.learn.models import predict_batch
 from cellstore.learn.networks import FusionNet, NetShape, build_net
 from cellstore.learn.normalising import Scaler
+from cellstore.learn.trained_models import predict_batch
 from cellstore.learn.training import (
     EpochMetrics,
     FocalLoss,

@@ -26,7 +26,7 @@ from ..query.cells import plate_of, read_cells
 from ..query.feature_files import SetReader, set_of_recipe
 
 if TYPE_CHECKING:
-    from ..learn.models import ModelRecord, OpenModel
+    from ..learn.trained_models import ModelRecord, OpenModel
 
 
 EXAMPLE = '''\
@@ -152,7 +152,7 @@ def export_model(
     from safetensors.torch import save
 
     from ..learn.baselines import NULLS
-    from ..learn.models import open_model
+    from ..learn.trained_models import open_model
 
     with workspace.database.read() as session:
         trained = find_run(session, run, Stage.TRAIN)
@@ -185,7 +185,7 @@ def export_model(
             "example": {"plate": plate, "cells": cells},
         }
         data = workspace.artifacts.read(model.file.path, model.file.sha256)
-    classifier = files("cellstore.stages").joinpath("exported_classifier.py")
+    classifier = files("cellstore.learn").joinpath("exported_classifier.py")
     text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
     contents = {
         file: data,
@@ -217,7 +217,7 @@ def _example(
     """
     from torch import empty, float64, from_numpy, int64
 
-    from ..learn.models import fit_new_plates
+    from ..learn.trained_models import fit_new_plates
 
     segmented_images = segmented(select(Image.id), model.segment.id)
     with_cells = segmented_images.where(Segmentation.n_cells > 0).order_by(Image.id)

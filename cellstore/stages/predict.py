@@ -55,7 +55,7 @@ from ..query.feature_sets import check_set_name
 
 if TYPE_CHECKING:
     from ..learn.crops import CellBlock
-    from ..learn.models import OpenModel
+    from ..learn.trained_models import OpenModel
 
 VERSION = 1
 EMBEDDING_VERSION = 1
@@ -143,7 +143,7 @@ def predict(
     """
     need("train")
     from ..analysis.devices import pick_device
-    from ..learn.models import open_model
+    from ..learn.trained_models import open_model
 
     params, chosen = params or PredictParams(), str(pick_device(device))
     with workspace.database.read() as session:
@@ -271,7 +271,7 @@ def make_plan(
     on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
     on_plates = on_plates.join(Image, Image.well_id == Well.id).where(Image.id.in_(images))
     barcodes = sorted(session.scalars(on_plates.distinct()))
-    from ..learn.models import fit_new_plates
+    from ..learn.trained_models import fit_new_plates
 
     model, plates = fit_new_plates(session, workspace, model, barcodes)
     fitted = None
@@ -447,7 +447,7 @@ def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | 
         UserInputError: the model has no embedding, or the name is bad or taken.
 
     """
-    from ..learn.models import NetworkModel
+    from ..learn.trained_models import NetworkModel
 
     run_id = model.run.id
     if not isinstance(model.model, NetworkModel):
@@ -530,7 +530,7 @@ class Predict(ImageStage[int, PredictOutput]):
 
     def compute(self, loaded: Sequence[CellBlock]) -> list[PredictOutput]:
         """Return the labels of the cells of each image."""
-        from ..learn.models import NetworkModel
+        from ..learn.trained_models import NetworkModel
 
         outputs = []
         for cells in loaded:

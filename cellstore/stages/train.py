@@ -398,7 +398,7 @@ def keep_model(
     The rows of the files are written when the run is closed. The state of the last epoch is
     forgotten then; its paths will be in the list that is returned.
     """
-    from ..learn.models import NETWORK, ModelRecord, write_model
+    from ..learn.trained_models import NETWORK, ModelRecord, write_model
 
     cells = plan.cells
     record = ModelRecord(
@@ -696,8 +696,8 @@ def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
 
 def fit_inputs(workspace: Workspace, plan: Plan) -> Fitted:
     """Fit what features, and intensities by plate, are scaled by."""
-    from ..learn.models import planes_of
     from ..learn.normalising import PLATE, Scaler, fit_intensities, fit_scaler
+    from ..learn.trained_models import planes_of
 
     source, also = plan.cells.source, (plan.validation,)
     scaler, scale = Scaler((), (), ()), None

@@ -159,8 +159,8 @@ def _spec(params: BaselineParams, cells: TrainingCells, kind: str) -> RecipeSpec
 
 
 def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) -> BaselineResult:
-    from ..learn.models import ModelRecord, write_model
     from ..learn.normalising import describe_plates
+    from ..learn.trained_models import ModelRecord, write_model
 
     cells = fitting.cells
     with workspace.database.begin() as session:

@@ -13,9 +13,9 @@ from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import attach, keep_file, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import TABULAR
-from cellstore.learn.models import NETWORK, ModelRecord, save_net
 from cellstore.learn.networks import FusionNet, NetShape, build_net
 from cellstore.learn.normalising import Scaler
+from cellstore.learn.trained_models import NETWORK, ModelRecord, save_net
 from cellstore.models import Recipe, Split
 from cellstore.query.feature_files import FEATURE_COLUMNS
 

@@ -269,7 +269,7 @@ def run_of(workspace: Workspace, run_id: int) -> Run:
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
     """Make the ``call``-th batch of predictions end in ``error``."""
-    from cellstore.learn import models
+    from cellstore.learn import trained_models as models
 
     real, calls = models.predict_batch, iter(range(1, 1000))
 

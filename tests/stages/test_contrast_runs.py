@@ -14,7 +14,7 @@ from cellstore.config import BaselineParams, ContrastParams
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.learn.models import open_model
+from cellstore.learn.trained_models import open_model
 from cellstore.models import Cell, CellFeatures, Image, Plate, Recipe, Run, Treatment, Well
 from cellstore.stages.contrast import ContrastResult, ContrastRow, contrast
 from cellstore.stages.train_baselines import train_baselines

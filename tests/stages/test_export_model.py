@@ -24,12 +24,12 @@ from cellstore.enums import Control
 from cellstore.errors import StorageError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import TABULAR
+from cellstore.learn.exported_classifier import Classifier, Network
 from cellstore.learn.networks import NetShape, build_net
 from cellstore.learn.normalising import Scale
 from cellstore.models import ImageFile, Run, Well
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.export_model import export_model
-from cellstore.stages.exported_classifier import Classifier, Network
 from cellstore.stages.predict import predict
 from cellstore.stages.train_baselines import train_baselines
 

@@ -21,7 +21,7 @@ from cellstore.enums import Control, ImageFlagReason, Stage, Status, Subset
 from cellstore.errors import CellstoreError, StorageError, UnknownNameError, UserInputError
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
-from cellstore.learn import models
+from cellstore.learn import trained_models as models
 from cellstore.learn.normalising import IntensityScale, Scale
 from cellstore.models import (
     Artifact,

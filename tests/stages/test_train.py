@@ -95,7 +95,7 @@ def test_the_scaler_knows_the_training_side_only(trained: Trained, opened: Opene
 @pytest.mark.heavy
 def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: Opener) -> None:
     from cellstore.learn.crops import CellBlock, Pictures, cut_crops, resized
-    from cellstore.learn.models import load_model, predict_batch
+    from cellstore.learn.trained_models import load_model, predict_batch
 
     workspace = opened(trained.root)
     result = predict(workspace, device="cpu")

@@ -73,7 +73,7 @@ def no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_pixels")
 def test_features_without_masks_train_a_tabular_network(built: Path, opened: Opener) -> None:
     from cellstore.learn.crops import CellBlock
-    from cellstore.learn.models import load_model, predict_batch
+    from cellstore.learn.trained_models import load_model, predict_batch
 
     workspace = opened(built)
     cells = imported(workspace)
