@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row, Select, func, select
+from sqlalchemy import ColumnElement, Row, Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
+from ..db.fields import wells_changed
 from ..enums import TARGET, ArtifactKind, Control, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
@@ -33,6 +34,7 @@ from ..models import (
     Cell,
     CellFeatures,
     CellFlag,
+    Event,
     FeatureFile,
     FeatureSet,
     Image,
@@ -52,7 +54,6 @@ from ..models import (
     SplitMember,
     Treatment,
     Well,
-    WellChange,
 )
 
 
@@ -149,7 +150,7 @@ class TreatmentChange:
     old: TreatmentFact | None
     new: TreatmentFact | None
     changed_at: str
-    run_id: int
+    run_id: int | None
     file: str
     line: int | None
 
@@ -607,13 +608,12 @@ def came_of_runs(session: Session, run_ids: Collection[int]) -> tuple[Came, ...]
     n_found, n_cells = session.execute(found.where(Segmentation.run_id.in_(run_ids))).one()
     files = select(func.count(), func.sum(FeatureFile.n_rows))
     n_files, n_rows = session.execute(files.where(FeatureFile.run_id.in_(run_ids))).one()
-    wells = select(func.count(WellChange.well_id.distinct()))
     made = [
         Came("segmentations", n_found),
         Came("cells", n_cells or 0),
         Came("feature files", n_files),
         Came("cells in feature files", n_rows or 0),
-        Came("wells with another treatment", _number(session, wells, run_ids)),
+        Came("wells with another treatment", changed_wells(session, Event.run_id.in_(run_ids))),
     ]
     children = select(Run.stage, Run.id).where(Run.parent_id.in_(run_ids)).order_by(Run.id)
     by_stage: dict[Stage, list[int]] = {}
@@ -623,14 +623,9 @@ def came_of_runs(session: Session, run_ids: Collection[int]) -> tuple[Came, ...]
     return _some([*made, _images_labelled(session, by_stage.get(Stage.PREDICT, ()))])
 
 
-def _number(session: Session, query: Select[int], run_ids: Collection[int]) -> int:
-    return session.scalar(query.where(WellChange.run_id.in_(run_ids))) or 0
-
-
 def images_of_wells_changed_by(run_ids: Collection[int]) -> Select[int]:
     """Return the query of the images in wells that got another treatment by ingest runs."""
-    wells = select(WellChange.well_id).where(WellChange.run_id.in_(run_ids))
-    return select(Image.id).where(Image.well_id.in_(wells))
+    return select(Image.id).where(Image.well_id.in_(wells_changed(Event.run_id.in_(run_ids))))
 
 
 def recipes_with_weights(session: Session, sha256: str) -> list[Recipe]:
@@ -677,18 +672,35 @@ def treatment_of(session: Session, well: Well) -> TreatmentFact | None:
 
 def well_history(session: Session, well_id: int) -> tuple[TreatmentChange, ...]:
     """Return the changes of a well's treatment, the first one first."""
-    query = select(WellChange).where(WellChange.well_id == well_id).order_by(WellChange.id)
-    return tuple(
-        TreatmentChange(
-            old=_by_id(session, change.old_treatment_id),
-            new=_by_id(session, change.new_treatment_id),
-            changed_at=change.changed_at.isoformat(),
-            run_id=change.run_id,
-            file=change.file,
-            line=change.line,
-        )
-        for change in session.scalars(query)
+    well = session.get_one(Well, well_id)
+    parts = well.treatment.parts if well.treatment else []
+    of_well = and_(Event.table_name == "wells", Event.row_id == well_id)
+    of_parts = and_(
+        Event.table_name == "perturbations",
+        Event.row_id.in_([part.perturbation_id for part in parts]),
     )
+    changes = []
+    for event in session.scalars(select(Event).where(or_(of_well, of_parts)).order_by(Event.id)):
+        old, new = event.old or {}, event.new or {}
+        facts: list[TreatmentFact | None]
+        if event.table_name == "perturbations" and well.treatment:
+            now = _fact(well.treatment)
+            facts = [replace(now, target=values.get("target")) for values in (old, new)]
+        elif "treatment_id" in new:
+            facts = [_by_id(session, values["treatment_id"]) for values in (old, new)]
+        else:
+            continue
+        changes.append(
+            TreatmentChange(
+                old=facts[0],
+                new=facts[1],
+                changed_at=event.created_at.isoformat(),
+                run_id=event.run_id,
+                file=event.file or "",
+                line=event.line,
+            )
+        )
+    return tuple(changes)
 
 
 def frozen_labels(
@@ -726,10 +738,10 @@ def ingested(session: Session, run_id: int) -> tuple[IngestFact, ...]:
     )
 
 
-def changed_wells(session: Session, run_id: int) -> int:
-    """Return how many wells have another treatment since a run."""
-    query = select(func.count(WellChange.well_id.distinct()))
-    return session.scalar(query.where(WellChange.run_id == run_id)) or 0
+def changed_wells(session: Session, condition: ColumnElement[bool]) -> int:
+    """Return how many wells have another treatment by events that meet ``condition``."""
+    wells = wells_changed(condition).subquery()
+    return session.scalar(select(func.count()).select_from(wells)) or 0
 
 
 def _frozen(
@@ -767,13 +779,18 @@ def _by_id(session: Session, treatment_id: int | None) -> TreatmentFact | None:
     return None if treatment_id is None else _fact(session.get_one(Treatment, treatment_id))
 
 
+def _identifiers(row: Treatment) -> str | None:
+    known = [part.perturbation.identifier for part in row.parts]
+    return " + ".join(filter(None, known)) or None
+
+
 def _fact(row: Treatment, control: Control | None = None) -> TreatmentFact:
     return TreatmentFact(
-        kind=row.kind.value,
+        kind=" + ".join(part.perturbation.kind.value for part in row.parts),
         name=row.name,
         target=row.target,
         control=text_of(control),
-        identifier=row.identifier,
+        identifier=_identifiers(row),
     )
 
 
@@ -808,7 +825,7 @@ def audit_run(workspace: Workspace, reference: str) -> RunAudit:
             jobs=_job_counts(session, run.id),
             artifacts=artifacts_of(session, run.id),
             ingested=ingested(session, run.id),
-            changed_wells=changed_wells(session, run.id),
+            changed_wells=changed_wells(session, Event.run_id == run.id),
             came=came_of_runs(session, [run.id]),
         )
 

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import PART, ArtifactFolder
 from ..db.bulk import in_lists
+from ..db.fields import of_parts
 from ..enums import FeatureStorage, Stage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..extras import need
@@ -38,6 +39,7 @@ from ..models import (
     Folder,
     Image,
     ImageFile,
+    Perturbation,
     Plate,
     Recipe,
     RecipeInput,
@@ -427,8 +429,9 @@ def _meets(metadata: Any, group: int, ids: np.ndarray[Any, Any]) -> bool:
 def _images(exported: Exported, plates: Sequence[Plate]) -> Select[Any]:
     """Return the query of the images on ``plates`` that have cells, in their order."""
     treatment = (
-        *(Treatment.kind, Treatment.name, Treatment.target, Well.control),
-        *(Treatment.identifier, Treatment.inchikey, Treatment.smiles, Treatment.pubchem_cid),
+        *(of_parts(Perturbation.kind), Treatment.name, Treatment.target, Well.control),
+        *map(of_parts, (Perturbation.identifier, Perturbation.inchikey)),
+        *map(of_parts, (Perturbation.smiles, Perturbation.pubchem_cid)),
     )
     return (
         select(Image.id, Segmentation.id.label("segmentation_id"), Segmentation.n_cells)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from sqlalchemy import ColumnElement, Row, exists, insert, select, update
+from sqlalchemy import ColumnElement, Row, exists, select, update
 from sqlalchemy.orm import Session
 
 from ...analysis.leaks import normalised_name
@@ -42,8 +39,9 @@ from ...io.records import Refusal, TreatmentRecord
 from ...io.tables import TextTable, open_table
 from ...io.uris import writable
 from ...jobs.workspace import Workspace
-from ...models import Base, Plate, Treatment, Well, WellChange
+from ...models import Perturbation, Plate, TreatmentPart, Well
 from .account import Account
+from .write_treatments import TreatmentWriter, records_of
 
 
 def write_plates(
@@ -107,221 +105,6 @@ def _plates_ids(session: Session, barcodes: Sequence[str]) -> list[int]:
     return found
 
 
-CACHED = 200_000
-"""Wells (and treatments) that a writer remembers: some 500 plates."""
-
-READABLE = 255
-"""Characters of each part of an identity; a list of targets may be longer than an index takes."""
-
-_COLUMNS = {
-    field.name: "name" if field.name == "pert_iname" else field.name
-    for field in fields(TreatmentRecord)
-    if field.name != "control"
-}
-"""Fields of a record to columns of ``treatments``; ``control`` is a column of ``wells``."""
-
-
-def identity(record: TreatmentRecord) -> str:
-    """Return the natural identity of a treatment: readable, then a digest of all that it says.
-
-    Two treatments that differ in anything (a corrected SMILES, a target) are two rows; a control
-    is what a well is, and no part of it.
-    """
-    parts = (record.kind.value, record.pert_iname, record.identifier, record.target)
-    said = json.dumps([getattr(record, name) for name in _COLUMNS], ensure_ascii=True)
-    digest = hashlib.sha256(said.encode()).hexdigest()[:32]
-    return "|".join([*((part or "")[:READABLE] for part in parts), digest])
-
-
-def record_of(row: Treatment) -> TreatmentRecord:
-    """Return what a row of table ``treatments`` says."""
-    return TreatmentRecord(**{name: getattr(row, column) for name, column in _COLUMNS.items()})
-
-
-class TreatmentWriter:
-    """Finds or makes treatments and points wells to them, in the caller's transaction.
-
-    Made for one ``file`` of one run. It remembers what it has seen of treatments and wells, so it
-    must not outlive a transaction that was rolled back.
-    """
-
-    def __init__(self, session: Session, run_id: int, file: str) -> None:
-        self._session = session
-        self._run_id = run_id
-        self._file = file
-        self._ids: dict[TreatmentRecord, int] = {}
-        self._records: dict[int, TreatmentRecord] = {}
-        self._wells: dict[int, int | None] = {}
-        self._controls: dict[int, Control | None] = {}
-        self._without_control: dict[int, tuple[TreatmentRecord, TreatmentRecord]] = {}
-        # What is known and what is said, by object: the treatment that results, None: no news.
-        self._compared: dict[tuple[int, int], tuple[TreatmentRecord, TreatmentRecord | None]] = {}
-        self.used: set[int] = set()
-        """The treatments that the wells have which the file speaks of."""
-
-    def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
-        """Return the row of each treatment, made where it is new."""
-        self._make_room()
-        given = {record: self._plain(record) for record in records}
-        ids = self._ids_of(set(given.values()))
-        return {record: ids[plain] for record, plain in given.items()}
-
-    def _plain(self, record: TreatmentRecord) -> TreatmentRecord:
-        """Return ``record`` without its control; the same object for the same object."""
-        known = self._without_control.get(id(record))
-        if known is None or known[0] is not record:
-            plain = record if record.control is None else replace(record, control=None)
-            known = self._without_control[id(record)] = record, plain
-        return known[1]
-
-    def _ids_of(self, wanted: set[TreatmentRecord]) -> dict[TreatmentRecord, int]:
-        # Nothing may be forgotten here: what a caller has just looked up is still needed.
-        unknown = [record for record in wanted if record not in self._ids]
-        self._find_or_make({identity(record): record for record in unknown})
-        return {record: self._ids[record] for record in wanted}
-
-    def assign(
-        self,
-        wanted: Mapping[int, tuple[TreatmentRecord, int | None]],
-        new_wells: Container[int],
-    ) -> set[int]:
-        """Point wells to the treatments that a file gives them; return those that changed.
-
-        ``wanted`` is {well id: (treatment, line of the file)}. A treatment that says less than
-        what the well has, or the same, changes nothing; one that says more or other replaces it,
-        which table ``well_changes`` records but for ``new_wells``, made in this run.
-        """
-        self._make_room()
-        self._look_up(wanted)
-        plain = {well: self._plain(said) for well, (said, _) in wanted.items()}
-        controls = {
-            well: control
-            for well, (said, _) in wanted.items()
-            if (control := self._control(well, said)) is not self._controls[well]
-        }
-        news = {well: new for well, said in plain.items() if (new := self._new(well, said))}
-        # By object: readers hand the same treatment out again and again, and hashing costs.
-        distinct = {id(record): record for record in news.values()}
-        ids = self._ids_of(set(distinct.values()))
-        rows = {key: ids[record] for key, record in distinct.items()}
-        targets = {well: rows[id(record)] for well, record in news.items()}
-        self._record_changes(targets, {well: wanted[well][1] for well in targets}, new_wells)
-        self._point(targets)
-        self._set_controls(controls)
-        self.used.update(found for well in wanted if (found := self._wells[well]) is not None)
-        return set(targets) | controls.keys()
-
-    def _control(self, well_id: int, said: TreatmentRecord) -> Control | None:
-        """Return the control that a well is to be: what is left open of the same sample stays."""
-        present = self._wells[well_id]
-        if said.control is not None or present is None:
-            return said.control
-        known = replace(self._records[present], control=self._controls[well_id])
-        return completed(said, known).control
-
-    def _set_controls(self, controls: Mapping[int, Control | None]) -> None:
-        self._controls.update(controls)
-        if controls:
-            connection = self._session.connection()
-            mark = "?" if connection.dialect.name == "sqlite" else "%s"
-            statement = f"UPDATE wells SET control = {mark} WHERE id = {mark}"  # noqa: S608
-            rows = [(control and control.value, well) for well, control in controls.items()]
-            connection.exec_driver_sql(statement, rows)
-
-    def _new(self, well_id: int, said: TreatmentRecord) -> TreatmentRecord | None:
-        """Return the treatment that a well is to get, or None where it stays."""
-        present = self._wells[well_id]
-        if present is None:
-            return said
-        earlier, new = self._compared.get((present, id(said)), (None, None))
-        if earlier is not said:
-            known = self._records[present]
-            complete = completed(said, known)
-            new = None if complete == known else complete
-            self._compared[present, id(said)] = said, new
-        return new
-
-    def _make_room(self) -> None:
-        if len(self._wells) > CACHED:
-            self._wells.clear()
-            self._without_control.clear()
-        if len(self._ids) > CACHED:
-            self._ids.clear()
-        if len(self._compared) > CACHED:
-            self._compared.clear()
-        if len(self._records) > CACHED:
-            self._records.clear()
-            self._wells.clear()
-
-    def _look_up(self, wells: Iterable[int]) -> None:
-        unknown = [well for well in wells if well not in self._wells]
-        for some in in_lists(unknown):
-            query = select(Well.id, Well.treatment_id, Well.control).where(Well.id.in_(some))
-            for well, treatment, control in self._session.execute(query):
-                self._wells[well], self._controls[well] = treatment, control
-        pointed = {found for well in unknown if (found := self._wells[well]) is not None}
-        for ids in in_lists(pointed - self._records.keys()):
-            rows = self._session.scalars(select(Treatment).where(Treatment.id.in_(ids)))
-            for row in rows:
-                self._records[row.id] = record_of(row)
-
-    def _find_or_make(self, records: Mapping[str, TreatmentRecord]) -> None:
-        self._find(records)
-        new = [_row(key, item) for key, item in records.items() if item not in self._ids]
-        if new:
-            insert_new(self._session, Treatment, new)
-            self._find({row["identity"]: records[row["identity"]] for row in new})
-
-    def _find(self, records: Mapping[str, TreatmentRecord]) -> None:
-        for identities in in_lists(list(records)):
-            query = select(Treatment.identity, Treatment.id)
-            for key, row_id in self._session.execute(
-                query.where(Treatment.identity.in_(identities))
-            ):
-                self._ids[records[key]] = row_id
-                self._records[row_id] = records[key]
-
-    def _point(self, targets: Mapping[int, int]) -> None:
-        self._wells.update(targets)
-        if targets:
-            connection = self._session.connection()
-            mark = "?" if connection.dialect.name == "sqlite" else "%s"
-            statement = f"UPDATE wells SET treatment_id = {mark} WHERE id = {mark}"  # noqa: S608
-            # Straight to the driver: of a million images it is a hundred thousand wells.
-            rows = [(found, well) for well, found in targets.items()]
-            connection.exec_driver_sql(statement, rows)
-
-    def _record_changes(
-        self,
-        targets: Mapping[int, int],
-        lines: Mapping[int, int | None],
-        new_wells: Container[int],
-    ) -> None:
-        rows = [
-            {
-                "run_id": self._run_id,
-                "well_id": well,
-                "old_treatment_id": self._wells[well],
-                "new_treatment_id": found,
-                "file": self._file,
-                "line": lines[well],
-                "changed_at": datetime.now(UTC),
-            }
-            for well, found in targets.items()
-            if well not in new_wells
-        ]
-        if rows:
-            self._session.connection().execute(insert(_table(WellChange)), rows)
-
-
-def _row(key: str, record: TreatmentRecord) -> dict[str, Any]:
-    return {"identity": key} | {column: getattr(record, name) for name, column in _COLUMNS.items()}
-
-
-def _table(model: type[Base]) -> Any:
-    return model.__table__
-
-
 @dataclass(frozen=True)
 class Spelling:
     """Names that look like one treatment; ``detail`` says which, and how to make them one."""
@@ -357,19 +140,25 @@ def _groups(
     for row in _named(session, treatment_ids):
         if key := key_of(row):
             names[key].add(row.name)
-    for row in session.execute(_NAMED.where(exists().where(Well.treatment_id == Treatment.id))):
+    for row in session.execute(
+        _NAMED.where(exists().where(Well.treatment_id == TreatmentPart.treatment_id))
+    ):
         key = key_of(row)
         if key in names:
             names[key].add(row.name)
     return sorted(sorted(same) for same in names.values() if len(same) > 1)
 
 
-_NAMED = select(Treatment.kind, Treatment.name, Treatment.inchikey, Treatment.smiles)
+_NAMED = (
+    select(Perturbation.kind, Perturbation.name, Perturbation.inchikey, Perturbation.smiles)
+    .join(TreatmentPart, TreatmentPart.perturbation_id == Perturbation.id)
+    .distinct()
+)
 
 
 def _named(session: Session, treatment_ids: Collection[int]) -> Iterator[_Named]:
     for some in in_lists(treatment_ids):
-        yield from session.execute(_NAMED.where(Treatment.id.in_(some)))
+        yield from session.execute(_NAMED.where(TreatmentPart.treatment_id.in_(some)))
 
 
 def _by_name(row: _Named) -> _WriterKey | None:
@@ -450,7 +239,11 @@ class Corrections:
         self, record: TreatmentRecord, present: Mapping[int, TreatmentRecord], moved: set[int]
     ) -> TreatmentRecord:
         """Return the treatment as it is to be now, and count what that means."""
-        complete = completed(record, present[max(present)]) if present else record
+        complete = record
+        if present:
+            # A name that is given back finds the perturbation that it had before.
+            named = [key for key in present if present[key].pert_iname == record.pert_iname]
+            complete = completed(record, present[max(named or present)])
         if not present:
             self._account.created += 1
         elif complete in present.values() and not moved & present.keys():
@@ -463,10 +256,10 @@ class Corrections:
         found: _Known = defaultdict(dict)
         identifiers = [item.identifier for item in records if item.identifier is not None]
         for some in in_lists(identifiers):
-            self._add(found, Treatment.identifier.in_(some))
+            self._add(found, Perturbation.identifier.in_(some))
         names = [item.pert_iname for item in records if item.identifier is None]
         for some in in_lists(names):
-            self._add(found, Treatment.name.in_(some) & Treatment.identifier.is_(None))
+            self._add(found, Perturbation.name.in_(some) & Perturbation.identifier.is_(None))
         return found
 
     def _add_controls(self, known: _Known, said: Sequence[TreatmentRecord]) -> None:
@@ -485,9 +278,8 @@ class Corrections:
                 known[_key(record)][key] = replace(old, control=control)
 
     def _add(self, found: _Known, condition: ColumnElement[bool]) -> None:
-        for row in self._session.scalars(select(Treatment).where(condition)):
-            record = record_of(row)
-            found[_key(record)][row.id] = record
+        for treatment, record in records_of(self._session, condition).items():
+            found[_key(record)][treatment] = record
 
     def _point(self, corrected: Mapping[int, tuple[TreatmentRecord, int | None]]) -> set[int]:
         """Point wells to corrected treatments; return the treatments that they had."""
