@@ -68,10 +68,11 @@ class IngestParams:
     is the barcode where the source names none. ``images``: the folder in which files are searched
     by name; ``maps``: (old, new) beginnings of folders; ``look``: which files are looked at.
     ``channels``: (number or name, name wanted). ``pattern``: file names as a regular expression
-    with named groups. ``platemap``, ``compounds`` and ``barcodes`` say what was done to each well,
-    ``aliases`` which names are one. ``name``: of the feature set or of the masks; ``binary``:
-    masks of 0 and one other value are taken apart into their connected pieces. ``strict``: one
-    refused row undoes the whole source. ``reread``: read it anew, even if it was read before.
+    with named groups. ``pixel_size``: micrometres per pixel. ``platemap``, ``compounds`` and
+    ``barcodes`` say what was done to each well, ``aliases`` which names are one. ``name``: of the
+    feature set or of the masks; ``binary``: masks of 0 and one other value are taken apart into
+    their connected pieces. ``strict``: one refused row undoes the whole source. ``reread``: read
+    it anew, even if it was read before.
     """
 
     kind: str | None = None
@@ -82,6 +83,7 @@ class IngestParams:
     look: Look = Look.HERE
     channels: tuple[tuple[str, str], ...] = ()
     pattern: str | None = None
+    pixel_size: float | None = None
     platemap: Path | None = None
     compounds: tuple[Path, ...] = ()
     barcodes: Path | None = None

@@ -11,6 +11,7 @@ Stages are imported when they are called, so that a store opens without torch or
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,8 @@ from .progress import Progress
 from .settings import StoreSettings, find_store
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from .analysis.features import FeatureGroup
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
@@ -99,6 +102,13 @@ class Store(Answers):
     def root(self) -> Path:
         """The folder of the store."""
         return self.workspace.settings.root
+
+    def session(self) -> AbstractContextManager[Session]:
+        """Open a database session for reading with the classes of :mod:`cellstore.models`.
+
+        Writing goes through the other methods, which keep files, rows and lineage together.
+        """
+        return self.workspace.database.read()
 
     def close(self) -> None:
         """Give the database connections back."""

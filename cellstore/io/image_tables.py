@@ -178,6 +178,42 @@ def _check_length(limit: int, *texts: str | None) -> None:
             raise RowRefusedError("name too long", f"{text[:40]!r}... has {len(text)} characters")
 
 
+def read_image_table(
+    table: TextTable,
+    plate: str | None = None,
+    batch: str | None = None,
+    channels: Mapping[str, str] | None = None,
+    *,
+    needs_treatment: bool = False,
+) -> Iterator[ImageRecord | Refusal]:
+    """Yield the images of a table, one record or refusal per data row.
+
+    Columns: ``FileName_Orig*`` or ``FileName_*``, ``PathName_*``, ``Metadata_Plate``,
+    ``Metadata_Well`` (or ``Metadata_Row`` and ``Metadata_Col``), ``Metadata_Site``; optional
+    ``Metadata_Batch`` and the treatment (``Metadata_pert_iname``, ``Metadata_target`` or
+    ``Metadata_gene``, ``Metadata_broad_sample``, ``Metadata_control_type``). Well and site may
+    come from the core file name, too (``r01c01f01`` is field 1 of A01). A channel whose file name
+    is empty was not taken. Plane and time point are read from the first of ``PLANE_COLUMNS`` and
+    ``TIME_COLUMNS`` that says it. ``Frame_*``: the page of a file, from 0; rows with a
+    ``Series_*`` above 0 are refused.
+
+    ``plate`` is needed only without ``Metadata_Plate``; ``channels`` gives a channel, by its
+    Phenix number or its name here, another name. ``needs_treatment``: a row without one is
+    refused, as the published study has none.
+
+    Raises:
+        BadTableError: a column is missing.
+        UnknownNameError: ``channels`` renames a channel that is not there.
+        UserInputError: ``channels`` gives two channels one name.
+    """
+    table.require(
+        *(["Metadata_pert_iname"] if needs_treatment else []),
+        *([] if plate else ["Metadata_Plate"]),
+    )
+    reader = _ImageReader(table, plate, batch, channels or {}, needs_treatment=needs_treatment)
+    return reader.records()
+
+
 class _ImageReader:
     """Turns the rows of a table into records.
 
@@ -235,7 +271,7 @@ class _ImageReader:
             except RowRefusedError as refused:
                 yield Refusal(line, *refused.args)
                 continue
-            files = tuple([_new(FileRef, (*file, folders[index])) for index, *file in named])
+            files = tuple([_new(FileRef, (*file, folders[index])) for index, file in named])
             yield _new(ImageRecord, (line, plate, batch, *where, files, treatment, *others))
 
     def _read_plate(
@@ -273,8 +309,11 @@ class _ImageReader:
 
     def _read_field(
         self, picked: tuple[str, ...]
-    ) -> tuple[tuple[int, int, int, int, int, str | None], tuple[_NamedFile, ...]]:
-        """Return row, column, site, plane, time point and core file name; and the files."""
+    ) -> tuple[
+        tuple[int, int, int, int, int, str | None],
+        list[tuple[int, tuple[str, int | None, str]]],
+    ]:
+        """Return row, column, site, plane, time point, core file name; files by channel index."""
         start = len(self._where_columns.names)
         well, site, plane, time_point = self._where(picked[:start])
         files, name = self._read_files(picked[start : start + len(self._channels)])
@@ -294,7 +333,8 @@ class _ImageReader:
             raise RowRefusedError("no site", "neither Metadata_Site nor a file name like r01c01f01")
         plane = _FIRST if plane is None else plane
         time_point = _FIRST if time_point is None else time_point
-        return (*well, site, plane, time_point, name.core if name else None), tuple(files)
+        where = (*well, site, plane, time_point, name.core if name else None)
+        return where, [(index, tuple(file)) for index, *file in files]  # type: ignore[misc]
 
     def _read_files(self, picked: Sequence[str]) -> tuple[list[_NamedFile], PhenixName | None]:
         """Return the files of a row, and what their Phenix names agree on."""
@@ -470,51 +510,3 @@ def _rename(
             f"({', '.join(item.name for item in renamed)}). Give each channel its own."
         )
     return renamed, numbers
-
-
-def read_loaddata(
-    table: TextTable,
-    plate: str | None = None,
-    batch: str | None = None,
-    channels: Mapping[str, str] | None = None,
-) -> Iterator[ImageRecord | Refusal]:
-    """Yield the images of a LoadData table, one record or refusal per data row.
-
-    Columns: ``FileName_Orig*`` or ``FileName_*``, ``PathName_*``, ``Metadata_Plate``,
-    ``Metadata_Well`` (or ``Metadata_Row`` and ``Metadata_Col``), ``Metadata_Site``; optional
-    ``Metadata_Batch`` and the treatment (``Metadata_pert_iname``, ``Metadata_target`` or
-    ``Metadata_gene``, ``Metadata_broad_sample``, ``Metadata_control_type``). A channel whose
-    file name is empty was not taken. Plane and time point are read from the first of
-    ``names.PLANE_COLUMNS`` and ``names.TIME_COLUMNS`` that says it. ``Frame_*``: the page of a
-    file, from 0; rows with a ``Series_*`` above 0 are refused. ``plate`` is needed only
-    without ``Metadata_Plate``; ``channels`` gives a channel, by its Phenix number or its name
-    here, another name.
-
-    Raises:
-        BadTableError: a column is missing.
-        UnknownNameError: ``channels`` renames a channel that is not there.
-    """
-    if plate is None:
-        table.require("Metadata_Plate")
-    return _ImageReader(table, plate, batch, channels or {}, needs_treatment=False).records()
-
-
-def read_published(
-    table: TextTable,
-    plate: str | None = None,
-    batch: str | None = None,
-    channels: Mapping[str, str] | None = None,
-) -> Iterator[ImageRecord | Refusal]:
-    """Yield the images of a published-style table, one record or refusal per data row.
-
-    Columns: ``FileName_OrigRNA`` (or another ``FileName_*``), ``Metadata_pert_iname``, optional
-    ``Metadata_target``. Well and site come from the core file name (``r01c01f01`` is field 1 of
-    A01). A row without treatment is refused: the study has none. ``plate`` is needed only
-    without ``Metadata_Plate``; ``channels`` renames, by Phenix number or by name.
-
-    Raises:
-        BadTableError: a column is missing.
-        UnknownNameError: ``channels`` renames a channel that is not there.
-    """
-    table.require("Metadata_pert_iname", *([] if plate else ["Metadata_Plate"]))
-    return _ImageReader(table, plate, batch, channels or {}, needs_treatment=True).records()

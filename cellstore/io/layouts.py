@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import BadTableError, UserInputError
 from . import image_files
-from .image_tables import FILE_PREFIX, read_loaddata, read_published
+from .image_tables import FILE_PREFIX, read_image_table
 from .records import ImageRecord, Refusal
 from .tables import TextTable, nearest_columns, read_columns
 
@@ -143,9 +143,8 @@ def read_images(
         raise UserInputError(
             f"{table.path.name} does not say which plate it is. Name it with --plate."
         )
-    if layout is Layout.LOADDATA:
-        return read_loaddata(table, plate, batch, channels)
-    return read_published(table, plate, batch, channels)
+    is_published = layout is Layout.PUBLISHED
+    return read_image_table(table, plate, batch, channels, needs_treatment=is_published)
 
 
 def _preferred(found: Sequence[Layout]) -> Sequence[Layout]:

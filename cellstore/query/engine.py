@@ -41,7 +41,14 @@ from .guard import (
     run_limited,
 )
 from .relations import COUNTS, KEPT, PREDICTIONS, RANKED, VIEWS, tables_read, view_query
-from .source import TABLES, Columns, Source, columns_of, open_source
+from .source import (
+    TABLES,
+    Columns,
+    Source,
+    columns_of,
+    feed_predictions_of_image,
+    open_source,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +60,18 @@ ROWS = 65_536
 
 _SET_FOLDER = ArtifactKind.FEATURES.value
 _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
+
+
+_OF_IMAGE = {
+    "images": "WHERE t.well_id = (SELECT well_id FROM images WHERE id = {image})",
+    "split_members": (
+        "WHERE t.image_id IN (SELECT id FROM images WHERE well_id ="
+        " (SELECT well_id FROM images WHERE id = {image}))"
+    ),
+    "segmentations": "WHERE t.image_id = {image}",
+    "cells": "JOIN segmentations AS s ON s.id = t.segmentation_id WHERE s.image_id = {image}",
+}
+"""What is read of these tables where one image is asked about: of the well what votes depend on."""
 
 
 class Answer:
@@ -102,13 +121,16 @@ def open_questions(
     rules: VoteRules | None = None,
     runs: Collection[int] | None = None,
     only_image_votes: bool = False,
+    image: int | None = None,
 ) -> Iterator[Questions]:
     """Open a store for questions.
 
     ``rules``: how cells vote in the views; by default every cell that is not excluded does.
     ``runs``: the predict runs that are asked about; what others said is not read, as if they had
     said nothing. ``only_image_votes``: of the votes only the hard and soft ones of images are asked
-    for, whose winners are kept; the others are left out.
+    for, whose winners are kept; the others are left out. ``image``: the one image (by id) whose
+    votes are asked for; then nothing is copied, and of images, cells and predictions only those of
+    its well or itself are there.
 
     Raises:
         DatabaseError: the database cannot be reached.
@@ -134,6 +156,7 @@ def open_questions(
             lambda: stack.enter_context(_connection(limits, cache, readable)),
             rules or VoteRules(),
             only_image_votes=only_image_votes,
+            image=image,
         )
 
 
@@ -185,6 +208,7 @@ class Questions:
         rules: VoteRules,
         *,
         only_image_votes: bool = False,
+        image: int | None = None,
     ) -> None:
         self._source = source
         self._artifacts = artifacts
@@ -194,8 +218,10 @@ class Questions:
         self._connect_full = connect_full
         self._rules = rules
         self._only_image_votes = only_image_votes
+        self._image = image
         # Votes among cells that are not flagged are counted anew: flags may be added.
-        self._kept = set(KEPT) if rules.unflagged_by is None else {PREDICTIONS}
+        counted_anew = image is not None or rules.unflagged_by is not None
+        self._kept = {PREDICTIONS} if counted_anew else set(KEPT)
         self._declared: set[str] = set()
         self._loaded: set[str] = set()
 
@@ -237,6 +263,15 @@ class Questions:
         statement = parsed(self._full, sql)
         assert statement is not None
         return self._collected(self._answer(statement, _bound(parameters)))
+
+    def rows_ours(self, sql: str, parameters: Parameters | None = None) -> list[dict[str, Any]]:
+        """Return the few rows of such an answer, without Arrow, whose import takes longer."""
+        statement = parsed(self._full, sql)
+        assert statement is not None
+        self._load(statement.tables)
+        answer = self._full.execute(sql, _bound(parameters))
+        names = [column[0] for column in answer.description or ()]
+        return [dict(zip(names, row, strict=True)) for row in answer.fetchall()]
 
     def stream(self, sql: str, parameters: Parameters | None = None) -> Answer:
         """Return the answer of one reading statement piece by piece, however large it is.
@@ -324,10 +359,14 @@ class Questions:
         for name in sorted(names):
             if name in self._loaded:  # perhaps by one before it
                 continue
-            if name in TABLES and name not in WRITERS:
-                self._source.feed_table(
-                    self._full, f"CREATE TABLE {quoted(name)} AS FROM {{rows}}", name
-                )
+            statement = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
+            if self._image is not None and name == PREDICTIONS:
+                feed_predictions_of_image(self._source, self._full, statement, self._image)
+            elif name in TABLES and (name not in WRITERS or self._image is not None):
+                condition = ""
+                if self._image is not None:
+                    condition = _OF_IMAGE.get(name, "").format(image=int(self._image))
+                self._source.feed_table(self._full, statement, name, condition)
             elif name in WRITERS and (name in TABLES or name in self._kept):
                 self._load_big(name)
             elif name in VIEWS or name in self._sets:

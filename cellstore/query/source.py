@@ -218,6 +218,11 @@ PREDICTION_COLUMNS: Columns = {
 }
 """The columns of ``predictions_with_image``; those of table ``predictions`` are among them."""
 
+_PREDICTION_VALUES = (
+    *("p.run_id", "s.image_id", "p.cell_id", "c.excluded IS NOT NULL AS excluded"),
+    *("p.rank", "p.label_id", "p.probability"),
+)
+
 # Two questions, each of which an index answers at once.
 _BOUNDS = """
     (SELECT
@@ -233,6 +238,18 @@ def feed_predictions(
     """Carry out ``statement`` as :meth:`Source.feed` does, with what these runs said so far."""
     numbers = ", ".join(str(int(run)) for run in runs)
     _feed_predictions(source, target, statement, [f"p.run_id IN ({numbers})"])
+
+
+def feed_predictions_of_image(
+    source: Source, target: duckdb.DuckDBPyConnection, statement: str, image_id: int
+) -> None:
+    """Carry out ``statement`` so with what all runs said of one image: every step by an index."""
+    join = "CROSS JOIN" if source.database.is_sqlite else "JOIN"
+    origin = f"""segmentations AS s
+        {join} cells AS c ON c.segmentation_id = s.id
+        {join} predictions AS p ON p.cell_id = c.id
+        WHERE s.image_id = {int(image_id)}"""
+    source.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, [origin])
 
 
 def feed_ended_run(
@@ -262,8 +279,6 @@ def _feed_predictions(
 ) -> None:
     # SQLite joins in the order that is written with CROSS JOIN: from the predictions on.
     join = "CROSS JOIN" if source.database.is_sqlite else "JOIN"
-    values = ["p.run_id", "s.image_id", "p.cell_id", "c.excluded IS NOT NULL AS excluded"]
-    values += ["p.rank", "p.label_id", "p.probability"]
     origins = [
         f"""predictions AS p
         {join} cells AS c ON c.id = p.cell_id
@@ -271,4 +286,4 @@ def _feed_predictions(
         WHERE {condition}"""
         for condition in conditions
     ]
-    source.feed(target, statement, PREDICTION_COLUMNS, values, origins)
+    source.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)

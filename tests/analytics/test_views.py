@@ -328,3 +328,13 @@ def test_a_well_on_two_sides_is_held_against_the_same_side(workspace: Workspace)
             make.predict(run, cells, [[(taxol, 1.0)]])
     rows = ask(workspace, "FROM disagreements WHERE level = 'well' AND vote = 'hard'")
     assert len(rows) == 2
+
+
+def test_the_votes_of_one_image_are_those_among_all(workspace: Workspace) -> None:
+    screen = small_screen(workspace)
+    query = "SELECT * FROM votes WHERE level = 'image' AND unit_id = ? ORDER BY run_id, vote"
+    for image in screen.images.values():
+        with open_questions(workspace) as questions:
+            among_all = questions.ask(query, [image.id]).to_pylist()
+        with open_questions(workspace, image=image.id) as questions:
+            assert questions.rows_ours(query, [image.id]) == among_all

@@ -12,7 +12,7 @@ from realdata import real_data
 
 from cellstore.errors import BadTableError, UnknownNameError, UserInputError
 from cellstore.io.harmony import index_of, is_harmony, read_harmony
-from cellstore.io.image_tables import read_loaddata
+from cellstore.io.image_tables import read_image_table
 from cellstore.io.records import ImageRecord, Refusal
 from cellstore.io.tables import open_table
 
@@ -375,7 +375,7 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused_in_words_that_are(tmp_path:
 def test_the_real_index_says_what_the_real_table_says() -> None:
     folder = real_data("pe2loaddata/Version1")
     (record,) = fields(folder / "Index.idx.xml")
-    (row,) = read_loaddata(open_table(folder / "load_data_version1.csv"))
+    (row,) = read_image_table(open_table(folder / "load_data_version1.csv"))
     assert isinstance(row, ImageRecord)
     for of in (record, row):
         key = (of.plate, of.row, of.column, of.site, of.plane, of.time_point, of.core_name)

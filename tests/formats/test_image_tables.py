@@ -13,7 +13,7 @@ from realdata import real_data
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.filenames import format_well
-from cellstore.io.image_tables import read_loaddata, read_published
+from cellstore.io.image_tables import read_image_table
 from cellstore.io.layouts import Layout, layout_of, read_images
 from cellstore.io.records import FileRef, ImageRecord, Refusal, TreatmentRecord
 from cellstore.io.tables import open_table
@@ -175,7 +175,7 @@ def test_layouts_are_told_from_the_columns(tmp_path: Path) -> None:
 
 def test_a_table_of_neither_shape_says_what_each_needs(tmp_path: Path) -> None:
     path = table(tmp_path, {"Filename_OrigRNA": "x", "Metadata_pert": "y"})
-    with pytest.raises(BadTableError, match=r"FileName_OrigRNA.*LoadData.*'Filename_OrigRNA'"):
+    with pytest.raises(BadTableError, match=r"LoadData.*FileName_OrigRNA.*'Filename_OrigRNA'"):
         layout_of(open_table(path))
 
 
@@ -189,9 +189,9 @@ def test_missing_columns_and_missing_plate(tmp_path: Path) -> None:
     with pytest.raises(UserInputError, match="--plate"):
         read_images(bare)
     with pytest.raises(BadTableError, match="'Metadata_Plate'"):
-        read_loaddata(bare)
+        read_image_table(bare)
     with pytest.raises(BadTableError, match="'Metadata_pert_iname'"):
-        read_published(open_table(table(tmp_path, LOADDATA)), "p")
+        read_image_table(open_table(table(tmp_path, LOADDATA)), "p", needs_treatment=True)
 
 
 def test_one_channel_in_two_columns(tmp_path: Path) -> None:

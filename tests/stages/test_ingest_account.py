@@ -7,7 +7,9 @@ import os
 from itertools import count as numbers
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, func, select, text
@@ -353,6 +355,67 @@ def test_a_plane_that_the_table_says_is_a_plane(workspace: Workspace, tmp_path: 
     ]
     result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
     assert (result.created, result.refused) == (3, 0)
+
+
+def sizes(workspace: Workspace) -> list[float | None]:
+    with workspace.database.read() as session:
+        return list(session.scalars(select(Image.pixel_size).order_by(Image.site)))
+
+
+def test_the_size_of_a_pixel_comes_from_the_table_the_file_or_the_user(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    resolution = {f"Metadata_ImageResolution{axis}": "" for axis in "XY"}
+    rows = [loaddata(1) | dict.fromkeys(resolution, "3.25E-07"), loaddata(2) | resolution]
+    table = write_table(tmp_path / "t.csv", rows)
+    ingest(workspace, table)
+    assert sizes(workspace) == [0.325, None]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for site in (1, 2):
+        for number in (1, 2):
+            tifffile.imwrite(
+                folder / f"r01c02f{site:02d}p01-ch{number}sk1fk1fl1.tiff",
+                np.full((4, 5), site + number, np.uint16),
+                ome=True,
+                metadata={"axes": "YX", "PhysicalSizeX": 0.65, "PhysicalSizeY": 0.65},
+            )
+    assert ingest(workspace, table, IngestParams(images=folder)).missing_images == 0
+    assert sizes(workspace) == [0.325, 0.65]
+    given = ingest(workspace, table, IngestParams(pixel_size=0.65))
+    assert (given.updated, given.unchanged, sizes(workspace)) == (1, 1, [0.65, 0.65])
+    with pytest.raises(UserInputError, match="micrometres per pixel"):
+        ingest(workspace, table, IngestParams(pixel_size=-1.0))
+
+
+def test_metadata_columns_are_kept_with_the_plate_or_the_well(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    def row(well: str, site: int, passage: str, focus: str) -> dict[str, str]:
+        names = {
+            key: value.replace("r01c02", "r01c03") if well == "A03" else value
+            for key, value in loaddata(site).items()
+        }
+        more = {"Source": "source_4", "cell_line": "A549", "passage": passage, "focus": focus}
+        more = {f"Metadata_{key}": value for key, value in more.items()}
+        return names | {"Metadata_Well": well} | more
+
+    rows = [row("A02", 1, "7", "0.1"), row("A02", 2, "7", "0.2"), row("A03", 1, "8", "0.1")]
+    result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
+    assert [note for note in result.notes if "focus" in note] == [
+        "not kept, because they differ between the images of a well: focus"
+    ]
+    more = [row("A03", 1, "9", "0.1") | {"Metadata_Source": "source_5"}]
+    again = ingest(workspace, write_table(tmp_path / "u.csv", more))
+    assert again.notes == ("wells that have other metadata now: 1",)
+    with workspace.database.read() as session:
+        plate = session.scalars(select(Plate)).one()
+        wells = session.execute(select(Well.name, Well.metadata_).order_by(Well.name)).all()
+    assert (plate.cell_line, plate.metadata_) == ("A549", {"Source": "source_4"})
+    assert [tuple(well) for well in wells] == [
+        ("A02", {"passage": "7"}),
+        ("A03", {"passage": "9", "Source": "source_5", "focus": "0.1"}),
+    ]
 
 
 @pytest.mark.parametrize(

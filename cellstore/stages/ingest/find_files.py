@@ -259,6 +259,17 @@ def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> Non
         content = content_digest([(file.channel, file.sha256) for file in known.values()])
         digests.append({"id": image, "content_sha256": content})
     session.execute(update(Image), digests)
+    # What a table or a person has said of the size of a pixel goes before what files say.
+    sizes = {
+        image: file.info.pixel_size
+        for image, files in seen.items()
+        for file in files
+        if file.info.pixel_size is not None
+    }
+    unknown = select(Image.id).where(Image.id.in_(sizes), Image.pixel_size.is_(None))
+    rows = [{"id": image, "pixel_size": sizes[image]} for image in session.scalars(unknown)]
+    if rows:
+        session.execute(update(Image), rows)
     requeue(session, Job.image_id.in_(list(seen)))  # what failed may work now
 
 

@@ -177,6 +177,7 @@ def choose_layout(source: Path, params: IngestParams) -> Layout:
     named = layout.kind in (SourceKind.FEATURES, SourceKind.MASKS)
     wrong = [
         *(["--name"] if params.name is not None and not named else []),
+        *(["--pixel-size"] if params.pixel_size and layout.kind is not SourceKind.IMAGES else []),
         *(["--binary-masks"] if params.binary and layout.kind is not SourceKind.MASKS else []),
     ]
     if wrong:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -43,8 +44,18 @@ BATCH = 10_000
 MANY_WELLS = 200_000
 """Wells whose ids are remembered; a file that goes on past them asks the database again."""
 
+_PLATE_COLUMNS = {
+    name: column
+    for column, names in {
+        "cell_line": ("cell_line", "Cell_Line", "CellLine", "cell_line_name"),
+        "time_point": ("time_point", "Time_Point"),
+    }.items()
+    for name in names
+}
+"""Metadata columns that are columns of ``plates``."""
+
 _WELL = ("id", "plate_id", "well_row", "well_column", "name")
-_IMAGE = ("id", "well_id", "site", "plane", "time_point", "core_name")
+_IMAGE = ("id", "well_id", "site", "plane", "time_point", "core_name", "pixel_size")
 _FILE = ("image_id", "channel", "position", "name", "folder_id")
 
 WellKey = tuple[str, int, int]
@@ -61,7 +72,7 @@ class ImageSource:
 
     Raises:
         BadTableError: a table of treatments cannot be read.
-        UserInputError: treatments are given, but not which well got which.
+        UserInputError: treatments are given, but not which well got which; or no pixel size.
     """
 
     def __init__(self, path: Path, layout: Layout, params: IngestParams) -> None:
@@ -74,6 +85,8 @@ class ImageSource:
                 "--compounds and --barcodes go with a plate map: give --platemap, too, or ingest "
                 "the table of treatments by itself."
             )
+        if params.pixel_size is not None and not 0 < params.pixel_size < float("inf"):
+            raise UserInputError("--pixel-size is the micrometres per pixel, like 0.598.")
         self.aliases = Aliases.read(params.aliases) if params.aliases is not None else None
         self.files = (
             *(self.annotation.files if self.annotation else ()),
@@ -110,12 +123,10 @@ class ImageSource:
             self._notes += table.notes
             rows = read_images(table, self.layout, params.plate, channels=channels)
         # Without a detour for the million rows of a table that says all by itself.
-        has_more = self.annotation is not None or self.aliases is not None
-        return self._with_treatments(rows) if has_more else rows
+        beside = (self.annotation, self.aliases, params.pixel_size)
+        return rows if beside == (None, None, None) else self._completed(rows)
 
-    def _with_treatments(
-        self, rows: Iterator[ImageRecord | Refusal]
-    ) -> Iterator[ImageRecord | Refusal]:
+    def _completed(self, rows: Iterator[ImageRecord | Refusal]) -> Iterator[ImageRecord | Refusal]:
         for row in rows:
             if isinstance(row, Refusal):
                 yield row
@@ -130,7 +141,8 @@ class ImageSource:
                 treatment = found or treatment
             if self.aliases is not None and treatment is not None:
                 treatment = self.aliases.apply(treatment)
-            yield row._replace(treatment=treatment)
+            size = self.params.pixel_size or row.pixel_size
+            yield row._replace(treatment=treatment, pixel_size=size)
 
 
 def ingest_images(
@@ -164,6 +176,7 @@ def ingest_images(
                     account.problem(*refusal, file=writable(path.name))
                 for spelling in suspicious_spellings(session, writer.treatments):
                     account.suspicious(None, spelling.reason, spelling.detail)
+                writer.write_metadata()
                 account.notes += source.notes
                 account.flush(session)
             if source.params.strict:
@@ -239,6 +252,9 @@ class RowWriter:
         self._well_ids: dict[WellKey, int] = {}
         self._folder_ids: dict[str | None, int | None] = {None: None}
         self._treatment_of: dict[WellKey, tuple[TreatmentRecord, int]] = {}
+        self._metadata: dict[int, Mapping[str, str]] = {}
+        self._differing: set[str] = set()
+        """Metadata columns that differ between images of one well."""
         self._first_new: int | None = None
         self.plates: set[int] = set()
         self.images = array("q")
@@ -256,6 +272,7 @@ class RowWriter:
         for folder in {ref.folder for record in records for ref in record.files}:
             if folder is not None and folder not in self._folder_ids:
                 self._folder_ids[folder] = folder_id(self._session, self._maps.apply(folder))
+        self._collect_metadata(records, wells)
         images, made_of = self._find_images(records, wells, new_wells)
         known = [
             (image, record, well)
@@ -263,6 +280,9 @@ class RowWriter:
             if made_of.get(image) is not record
         ]
         changed, refused = self._complete([(image, record) for image, record, _ in known])
+        changed |= self._resize(
+            {image: record for image, record, _ in known if id(record) not in refused}
+        )
         self._account.created += len(made_of)
         for image, record, well in known:
             if id(record) in refused:
@@ -414,14 +434,10 @@ class RowWriter:
             self._first_new = ids[0]
         known.update(zip(new, ids, strict=True))
         made_of = dict(zip(ids, new.values(), strict=True))
-        images = [
-            (
-                image,
-                *key,
-                record.core_name or f"r{record.row:02d}c{record.column:02d}f{record.site:02d}",
-            )
-            for image, (key, record) in zip(ids, new.items(), strict=True)
-        ]
+        images: list[tuple[Any, ...]] = []
+        for image, (key, record) in zip(ids, new.items(), strict=True):
+            core_name = f"r{record.row:02d}c{record.column:02d}f{record.site:02d}"
+            images.append((image, *key, record.core_name or core_name, record.pixel_size))
         folders = self._folder_ids
         files = [
             (image, ref.channel, ref.number or order, ref.name, folders[ref.folder])
@@ -469,6 +485,99 @@ class RowWriter:
         if moved:
             self._session.execute(update(ImageFile), moved)
         return changed, refused
+
+    def _resize(self, known: Mapping[int, ImageRecord]) -> set[int]:
+        """Give images that were there the pixel size of their records; return the changed."""
+        sizes = {image: r.pixel_size for image, r in known.items() if r.pixel_size is not None}
+        changed: set[int] = set()
+        for some in in_lists(sizes):
+            query = select(Image.id, Image.pixel_size).where(Image.id.in_(some))
+            for image, size in self._session.execute(query):
+                if size != sizes[image]:
+                    changed.add(image)
+        if changed:
+            rows = [{"id": image, "pixel_size": sizes[image]} for image in sorted(changed)]
+            self._session.execute(update(Image), rows)
+        return changed
+
+    def _collect_metadata(self, records: Sequence[ImageRecord], wells: Sequence[int]) -> None:
+        if len(self._metadata) > MANY_WELLS:
+            self.write_metadata()
+        for record, well in zip(records, wells, strict=True):
+            found = record.metadata
+            if found is None:
+                continue
+            known = self._metadata.setdefault(well, found)
+            # By object first: readers hand the same columns out again and again.
+            if known is not found and known != found:
+                self._metadata[well] = both = {**found, **known}
+                self._differing |= {key for key, text in found.items() if both[key] != text}
+
+    def write_metadata(self) -> None:
+        """Keep the metadata columns of the records: with the plate what its wells share.
+
+        A plate keeps the value that it has; what wells say otherwise is kept with them. What
+        differs between the images of one well cannot be kept, and a note says so.
+        """
+        plates: dict[int, list[int]] = defaultdict(list)
+        for some in in_lists(self._metadata):
+            query = select(Well.plate_id, Well.id).where(Well.id.in_(some))
+            for plate_id, well in self._session.execute(query):
+                plates[plate_id].append(well)
+        of_wells: dict[int, dict[str, str]] = {}
+        for some in in_lists(plates):
+            for plate in self._session.scalars(select(Plate).where(Plate.id.in_(some))):
+                wells = {well: self._metadata[well] for well in plates[plate.id]}
+                common = self._complete_plate(plate, list(wells.values()))
+                for well, found in wells.items():
+                    own = {
+                        key: text
+                        for key, text in found.items()
+                        if key not in self._differing and common.get(key) != text
+                    }
+                    if own:
+                        of_wells[well] = own
+        self._session.flush()
+        n_changed = 0
+        for some in in_lists(of_wells):
+            rows = []
+            query_wells = select(Well.id, Well.metadata_).where(Well.id.in_(some))
+            for well, before in self._session.execute(query_wells).all():
+                after = {**(before or {}), **of_wells[well]}
+                if after != before:
+                    rows.append({"id": well, "metadata_": after})
+                    n_changed += before is not None
+            if rows:
+                self._session.execute(update(Well), rows)
+        if n_changed:
+            self._account.notes.append(f"wells that have other metadata now: {n_changed:,}")
+        if self._differing:
+            names = ", ".join(sorted(self._differing)[:5])
+            more = ", ..." if len(self._differing) > 5 else ""
+            self._account.notes.append(
+                f"not kept, because they differ between the images of a well: {names}{more}"
+            )
+        self._metadata.clear()
+
+    def _complete_plate(self, plate: Plate, wells: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        """Give a plate what its wells share and it lacks; return what holds for it now."""
+        columns = {key: getattr(plate, column) for key, column in _PLATE_COLUMNS.items()}
+        common = {**(plate.metadata_ or {}), **columns}
+        new: dict[str, str] = {}
+        for key in sorted({key for found in wells for key in found} - self._differing):
+            texts = {found.get(key) for found in wells}
+            text = next(iter(texts))
+            # Of one well alone nothing tells that the others are like it.
+            if len(texts) > 1 or len(wells) == 1 or text is None or common.get(key):
+                continue
+            common[key] = text
+            if key in _PLATE_COLUMNS:
+                setattr(plate, _PLATE_COLUMNS[key], text)
+            else:
+                new[key] = text
+        if new:
+            plate.metadata_ = {**(plate.metadata_ or {}), **new}
+        return common
 
     def _is_another_field(
         self, image: int, record: ImageRecord, files: Mapping[str, KnownFile]
