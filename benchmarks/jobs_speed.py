@@ -33,8 +33,7 @@ from sqlalchemy.orm import Session
 from cellstore.analysis.segmentation import find_model
 from cellstore.config import SegmentParams
 from cellstore.enums import TARGET, Stage, Status
-from cellstore.jobs.execute import run_jobs
-from cellstore.jobs.image_stage import ImageStage, RunCounter
+from cellstore.jobs.execute import ImageStage, RunCounter, run_jobs
 from cellstore.jobs.queue import JobScope, Task
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running

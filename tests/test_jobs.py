@@ -25,8 +25,7 @@ from tinyjobs import (
 from cellstore.enums import Stage, Status
 from cellstore.errors import CellstoreError, ImageError
 from cellstore.jobs import execute, queue
-from cellstore.jobs.execute import run_jobs
-from cellstore.jobs.image_stage import RunCounter
+from cellstore.jobs.execute import RunCounter, run_jobs
 from cellstore.jobs.queue import JobScope, Task, count_images
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running

@@ -27,7 +27,7 @@ from cellstore.config import Resources
 from cellstore.enums import Stage, Status
 from cellstore.errors import RunCancelledError, StorageError, UserInputError
 from cellstore.jobs import execute, queue
-from cellstore.jobs.image_stage import RunCounter
+from cellstore.jobs.execute import RunCounter
 from cellstore.jobs.queue import Owner, Task
 from cellstore.jobs.recipes import register
 from cellstore.jobs.workspace import Workspace, open_workspace

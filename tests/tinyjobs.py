@@ -14,8 +14,7 @@ from sqlalchemy.orm import Session
 from cellstore.config import THIS_PROCESS, Resources
 from cellstore.enums import TARGET, Stage, Status
 from cellstore.errors import CellstoreError
-from cellstore.jobs.execute import run_jobs
-from cellstore.jobs.image_stage import ImageStage, RunCounter
+from cellstore.jobs.execute import ImageStage, RunCounter, run_jobs
 from cellstore.jobs.queue import JobScope, Task, count_images
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running

@@ -1,35 +1,25 @@
-"""CellProfiler's measurements of objects, as CSV files or in SQLite, joined to cells.
+"""CellProfiler's measurements of objects: what its tables and columns are, and their join to cells.
 
 Tables of objects (Cells, Nuclei, Cytoplasm) come in one CSV file each, in one per folder (a site
-each), or in one SQLite file. First the keys of all rows are read and joined; the measurements
-follow in batches, by row number: SQLite has them by rowid, CSV files are moved once into a
-temporary Arrow file.
+each), or in one SQLite file: ``cellprofiler_csv`` and ``cellprofiler_sqlite`` read the keys of all
+rows, which are joined here; the measurements follow in batches, by row number.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import sqlite3
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.ipc
 
 from ..enums import PerturbationKind, Severity
-from ..errors import BadTableError, StorageError, UserInputError, first_line
+from ..errors import BadTableError, UserInputError
 from .filenames import (
     PLANE_COLUMNS,
     TIME_COLUMNS,
@@ -40,7 +30,7 @@ from .filenames import (
     parse_well,
     wellsite_name,
 )
-from .image_files import SQLITE
+from .image_tables import ORIGINAL, RowRefusedError
 from .objects import (
     BOX,
     CENTRE,
@@ -49,17 +39,13 @@ from .objects import (
     ObjectBatch,
     ObjectSource,
     RowIssue,
-    SourceFile,
-    as_numbers,
     batch_rows,
     column_values,
     first_of_each,
-    whole_numbers,
-    without_nan,
 )
 from .platemaps import TREATMENT_COLUMNS, treatment_of
 from .records import FileRef, ImageRecord, Refusal, TreatmentRecord
-from .tables import MISSING, TextTable, open_table
+from .tables import MISSING
 
 TOOL = "CellProfiler"
 IMAGE_NUMBER, OBJECT_NUMBER, TABLE_NUMBER = "ImageNumber", "ObjectNumber", "TableNumber"
@@ -70,9 +56,9 @@ UNKNOWN = -1
 
 COMPARTMENTS = ("Cells", "Nuclei", "Cytoplasm")
 
-_IMAGE = "image"
+IMAGE_TABLE = "image"
 _NOT_OBJECTS = frozenset(
-    {_IMAGE, "experiment", "load_data", "load_data_with_illum", "relationship"}
+    {IMAGE_TABLE, "experiment", "load_data", "load_data_with_illum", "relationship"}
 )
 _COMPARTMENT = re.compile(r"(?P<name>cells?|nuclei|nucleus|cytoplasm)(?P<rest>_.+)?", re.IGNORECASE)
 _CANONICAL = {"cell": "Cells", "nucleus": "Nuclei"}
@@ -211,18 +197,16 @@ def _object_number(table: str, columns: Iterable[str]) -> str | None:
 
 # ---- Which image a row of an image table is ----
 
-FILE, FOLDER = "FileName_", "PathName_"
+FILE, FOLDER, METADATA = "FileName_", "PathName_", "Metadata_"
 WELLS = ("Metadata_Well", "Metadata_well")
 SITES = ("Metadata_Site", "Metadata_site", "Metadata_FieldID", "Metadata_Field")
 PLATES = ("Metadata_Plate", "Metadata_plate", "Metadata_Barcode", "Metadata_PlateBarcode")
 ROWS, COLUMNS = ("Metadata_Row",), ("Metadata_Col", "Metadata_Column")
-_BATCHES = ("Metadata_Batch",)
-_CORE_NAME = ("Metadata_CoreName",)
-_NEEDED = frozenset(
-    {*WELLS, *SITES, *PLATES, *ROWS, *COLUMNS, *PLANE_COLUMNS, *TIME_COLUMNS, *_BATCHES}
-    | {*_CORE_NAME, *TREATMENT_COLUMNS}
+_BATCH, _CORE_NAME = "Metadata_Batch", "Metadata_CoreName"
+_KNOWN = frozenset(
+    {*WELLS, *SITES, *PLATES, *ROWS, *COLUMNS, *PLANE_COLUMNS, *TIME_COLUMNS, *TREATMENT_COLUMNS}
+    | {_BATCH, _CORE_NAME}
 )
-_ORIGINAL = "Orig"
 _DRAWN = re.compile(r"Illum|Outline|Overlay", re.IGNORECASE)
 _NO_VALUE = MISSING | {"None"}
 _LARGEST_SITE = 1_000_000
@@ -231,16 +215,16 @@ _SITE_FOLDER = re.compile(r"(?P<plate>.+)-(?P<well>[A-Z]{1,2}[0-9]{1,2})-(?P<sit
 NO_PLATE = "no plate"
 """Reason of a row that does not say which plate it is of."""
 
-Values = Mapping[str, str | None]
-
-
-class _RefusedError(Exception):
-    """The row is no image; becomes a ``Refusal``."""
-
 
 def is_needed(column: str) -> bool:
     """Whether a column (without ``Image_``) is read to know which image a row is."""
-    return column in _NEEDED or column.startswith((FILE, FOLDER))
+    return column in _KNOWN or column.startswith((FILE, FOLDER))
+
+
+def about_image(column: str) -> str | None:
+    """Return the name, without ``Image_``, of a column of an image table that is read."""
+    plain = column.removeprefix("Image_")
+    return plain if is_needed(plain) or plain.startswith(METADATA) else None
 
 
 def channels_of(columns: Iterable[str]) -> tuple[str, ...]:
@@ -250,13 +234,12 @@ def channels_of(columns: Iterable[str]) -> tuple[str, ...]:
     """
     named = [name.removeprefix(FILE) for name in columns if name.startswith(FILE)]
     images = [name for name in named if not _DRAWN.search(name)]
-    original = [name for name in images if name.startswith(_ORIGINAL)]
-    return tuple(original or images)
+    return tuple([name for name in images if name.startswith(ORIGINAL)] or images)
 
 
 def image_record(
     line: int,
-    values: Values,
+    values: Mapping[str, str | None],
     channels: Sequence[str],
     plate: str | None = None,
     folder: str | None = None,
@@ -266,63 +249,70 @@ def image_record(
     What the columns say goes before what the file names say, and that before the name of the
     ``folder`` of the table (``<plate>-<well>-<site>``).
     """
+    stripped = {name: (text or "").strip() for name, text in values.items()}
+    texts = {name: text for name, text in stripped.items() if text not in _NO_VALUE}
     try:
-        return _record(line, values, channels, plate, folder)
-    except _RefusedError as refused:
+        return _record(line, texts, channels, plate, folder)
+    except RowRefusedError as refused:
         return Refusal(line, *refused.args)
 
 
 def _record(
-    line: int, values: Values, channels: Sequence[str], plate: str | None, folder: str | None
+    line: int,
+    texts: Mapping[str, str],
+    channels: Sequence[str],
+    plate: str | None,
+    folder: str | None,
 ) -> ImageRecord:
-    files = tuple(_files(values, channels))
-    well, site, core, own_plate, scan = _from_names(files, folder)
-    text = _first(values, WELLS)
-    row, column = _first(values, ROWS), _first(values, COLUMNS)
-    if text is None and row and column:
-        text = f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
-    written = well if text is None else _parsed_well(text)
-    if text is None and written is None:
-        raise _RefusedError("no well", "neither a well column nor a file name with a well")
-    if written is None:
-        raise _RefusedError("not a well", f"{text!r}: write wells like A01")
-    named = _first(values, PLATES) or own_plate
-    if named and plate and named != plate:
-        raise _RefusedError("another plate", f"plate {named}, not {plate}")
-    barcode = named or plate or scan
-    if barcode is None:
-        raise _RefusedError(NO_PLATE, "nothing says which plate it is; name it with --plate")
-    number = _whole(values, SITES)
-    number = site if number is None else number
-    if number is None:
-        raise _RefusedError("no site", "neither Metadata_Site nor a file name with a field")
-    plane, time_point = _whole(values, PLANE_COLUMNS), _whole(values, TIME_COLUMNS)
-    return ImageRecord(
-        line=line,
-        plate=barcode,
-        batch=_first(values, _BATCHES),
-        row=written[0],
-        column=written[1],
-        site=number,
-        plane=1 if plane is None else plane,
-        time_point=1 if time_point is None else time_point,
-        core_name=_first(values, _CORE_NAME) or (core if written == well else None),
-        files=files,
-        treatment=_treatment(values),
-    )
-
-
-def _files(values: Values, channels: Sequence[str]) -> Iterator[FileRef]:
+    files = []
     for channel in channels:
-        name = _first(values, (FILE + channel,))
+        name = texts.get(FILE + channel)
         if name is None:
             continue
         if not is_safe_name(name):
-            raise _RefusedError("file name with a folder in it", f"{channel}: {name!r}")
+            raise RowRefusedError("file name with a folder in it", f"{channel}: {name!r}")
         phenix = core_file_name(name)
-        plain = channel.removeprefix(_ORIGINAL) or channel
+        plain = channel.removeprefix(ORIGINAL) or channel
         number = phenix.channel if phenix else None
-        yield FileRef(plain, number, name, _first(values, (FOLDER + channel,)))
+        files.append(FileRef(plain, number, name, texts.get(FOLDER + channel)))
+    names = _from_names(files, folder)
+    text = _first(texts, WELLS)
+    row, column = _first(texts, ROWS), _first(texts, COLUMNS)
+    if text is None and row and column:
+        text = f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
+    well = names.well if text is None else _parsed_well(text)
+    if well is None and text is None:
+        raise RowRefusedError("no well", "neither a well column nor a file name with a well")
+    if well is None:
+        raise RowRefusedError("not a well", f"{text!r}: write wells like A01")
+    written = _first(texts, PLATES) or names.plate
+    if written and plate and written != plate:
+        raise RowRefusedError("another plate", f"plate {written}, not {plate}")
+    barcode = written or plate or names.scan
+    if barcode is None:
+        raise RowRefusedError(NO_PLATE, "nothing says which plate it is; name it with --plate")
+    site, plane, time_point = (
+        _whole(texts, columns) for columns in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
+    )
+    site = names.site if site is None else site
+    if site is None:
+        raise RowRefusedError("no site", "neither Metadata_Site nor a file name with a field")
+    core = names.core if well == names.well else None
+    others = {name for name in texts if name.startswith(METADATA) and name not in _KNOWN}
+    return ImageRecord(
+        line=line,
+        plate=barcode,
+        batch=texts.get(_BATCH),
+        row=well[0],
+        column=well[1],
+        site=site,
+        plane=1 if plane is None else plane,
+        time_point=1 if time_point is None else time_point,
+        core_name=texts.get(_CORE_NAME, core),
+        files=tuple(files),
+        treatment=_treatment(texts),
+        metadata={name.removeprefix(METADATA): texts[name] for name in sorted(others)} or None,
+    )
 
 
 class _Named(NamedTuple):
@@ -357,38 +347,30 @@ def _parsed_well(text: str) -> tuple[int, int] | None:
         return None
 
 
-def _first(values: Values, columns: Iterable[str]) -> str | None:
-    for column in columns:
-        text = (values.get(column) or "").strip()
-        if text not in _NO_VALUE:
-            return text
-    return None
+def _first(texts: Mapping[str, str], columns: Iterable[str]) -> str | None:
+    return next((texts[column] for column in columns if column in texts), None)
 
 
-def _whole(values: Values, columns: Sequence[str]) -> int | None:
-    text = _first(values, columns)
+def _whole(texts: Mapping[str, str], columns: Sequence[str]) -> int | None:
+    text = _first(texts, columns)
     if text is None:
         return None
     digits = text.removesuffix(".0")
     if not (digits.isascii() and digits.isdigit() and int(digits) <= _LARGEST_SITE):
-        raise _RefusedError("not a whole number", f"{columns[0]} is {text!r}")
+        raise RowRefusedError("not a whole number", f"{columns[0]} is {text!r}")
     return int(digits)
 
 
-def _treatment(values: Values) -> TreatmentRecord | None:
+def _treatment(texts: Mapping[str, str]) -> TreatmentRecord | None:
     """Return the treatment of a row; pycytominer's ``pert_type`` may name its kind."""
-
-    def get(*columns: str) -> str | None:
-        return _first(values, columns)
-
-    found = treatment_of(get)
-    kind = (get("Metadata_pert_type") or "").lower()
+    found = treatment_of(lambda *columns: _first(texts, columns))
+    kind = texts.get("Metadata_pert_type", "").lower()
     if found is None or kind not in list(PerturbationKind):
         return found
     return replace(found, kind=PerturbationKind(kind))
 
 
-class _Images:
+class ImageIndex:
     """Adds images to a source; finds them by group (a folder, a TableNumber) and ImageNumber."""
 
     def __init__(self, source: ObjectSource) -> None:
@@ -544,9 +526,7 @@ def _cell_keys(image: Integers, number: Integers) -> Integers:
     return np.asarray((image << 32) | usable, np.int64)
 
 
-def _add_cells(
-    source: ObjectSource, tables: Sequence[TableKeys], texts: Iterable[str] = ()
-) -> None:
+def add_cells(source: ObjectSource, tables: Sequence[TableKeys], texts: Iterable[str] = ()) -> None:
     """Make the rows of ``tables`` the cells of ``source``; ``texts`` are features of words."""
     if not tables:
         return
@@ -590,544 +570,3 @@ def _add_cells(
                 yield batch(*waiting.popleft())
 
     source.batches = batches
-
-
-# ---- CSV files ----
-
-_DEEPEST = 6
-
-
-class _CsvFile(NamedTuple):
-    """One CSV file: ``name`` is relative to the source, ``columns`` are called as in CellProfiler.
-
-    ``kind`` is what it is about ('Cells'), ``folder`` the index of its folder.
-    """
-
-    name: str
-    kind: str
-    folder: int
-    table: TextTable
-    columns: list[str]
-
-
-def is_cellprofiler_folder(path: Path) -> bool:
-    """Whether a folder has CellProfiler's ``Image.csv``, itself or in subfolders."""
-    tables = _csv_files(path) if path.is_dir() else iter(())
-    first = next((table for table in tables if _kind(table).lower() == _IMAGE), None)
-    try:
-        columns = _columns(open_table(first, empty=True)) if first else ["none"]
-    except UserInputError:
-        return False
-    return not columns or IMAGE_NUMBER in columns
-
-
-def open_cellprofiler(path: Path, plate: str | None = None) -> ObjectSource:
-    """Open a folder of CSV files, or an SQLite database; close the source after use.
-
-    ``plate`` is the barcode where the tables name none.
-
-    Raises:
-        BadTableError: there is no such table, several segmentations, or damage.
-        UserInputError: nothing says which plate it is.
-    """
-    source = ObjectSource(TOOL, own_images=True)
-    if not path.is_dir():
-        _open_sqlite(source, path, plate)
-        return source
-    try:
-        _open_folder(source, path, plate)
-    except BaseException:
-        source.close()
-        raise
-    return source
-
-
-def _open_folder(source: ObjectSource, root: Path, plate: str | None) -> None:
-    folders: dict[Path, int] = {}
-    files: list[_CsvFile] = []
-    for path in _csv_files(root):
-        table = open_table(path, empty=True)
-        folder = folders.setdefault(path.parent, len(folders))
-        name = path.relative_to(root).as_posix()
-        files.append(_CsvFile(name, _kind(path), folder, table, _columns(table)))
-    of_images = [f for f in files if f.kind.lower() == _IMAGE and IMAGE_NUMBER in f.columns]
-    kinds: dict[str, list[_CsvFile]] = {}
-    for file in files:
-        if object_columns(file.kind, file.columns):
-            kinds.setdefault(file.kind, []).append(file)
-    if not of_images and not kinds:
-        raise BadTableError(f"{root} has no Image.csv of CellProfiler, nor tables of objects.")
-    images = _Images(source)
-    folder_names = [folder.name for folder in folders]
-    for file in of_images:
-        _add_images(source, images, file, plate, folder_names[file.folder])
-    images.check_plate(root.name)
-    merged = [
-        object_columns(kind, list(dict.fromkeys(name for file in own for name in file.columns)))
-        for kind, own in kinds.items()
-    ]
-    chosen, note = choose_tables([columns for columns in merged if columns], root.name)
-    source.notes += [note] if note else []
-    target = Path(tempfile.mkdtemp(prefix="cellstore-"))
-    source.close = lambda: shutil.rmtree(target, ignore_errors=True)
-    tables = [
-        _spooled(source, columns, kinds[columns.name], target / f"{number}.arrow", images)
-        for number, columns in enumerate(chosen)
-    ]
-    for file in files:
-        if not file.columns:
-            source.files.append(SourceFile(file.name, file.table.path, 0))
-            _note(source, file, None, "empty file", "the file has 0 bytes")
-    _add_cells(source, tables)
-
-
-def _csv_files(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        here = Path(folder)
-        folders.sort()
-        if len(here.relative_to(root).parts) >= _DEEPEST:
-            folders.clear()
-        yield from (
-            here / name for name in sorted(names) if name.lower().endswith((".csv", ".csv.gz"))
-        )
-
-
-def _kind(path: Path) -> str:
-    return table_name(Path(path.name.removesuffix(".gz").removesuffix(".GZ")).stem)
-
-
-def _columns(table: TextTable) -> list[str]:
-    """Return the columns; of two header lines (cytominer-database has them) the first has objects.
-
-    A table of that kind says ``Cells`` and ``Area`` for what is ``Cells_Area`` elsewhere.
-    """
-    if len(table.headers) < 2:
-        return list(table.columns)
-    owners, measures = ([name.strip() for name in header] for header in table.headers)
-    return [
-        measure
-        if owner.lower() in (_IMAGE, "object") or measure == IMAGE_NUMBER
-        else feature_name(owner, measure)
-        for owner, measure in zip(owners, measures, strict=True)
-    ]
-
-
-def _add_images(
-    source: ObjectSource, images: _Images, file: _CsvFile, plate: str | None, folder: str
-) -> None:
-    needed: dict[str, int] = {}
-    for at, name in enumerate(file.columns):
-        if is_needed(plain := name.removeprefix("Image_")):
-            needed.setdefault(plain, at)
-    channels = channels_of(needed)
-    number_at = file.columns.index(IMAGE_NUMBER)
-    rows = 0
-    for row in file.table.rows():
-        rows += 1
-        if isinstance(row, Refusal):
-            images.add(file.name, row.line, file.folder, UNKNOWN, row)
-            continue
-        values = {name: row.cells[at] for name, at in needed.items()}
-        number = int(whole_numbers(pa.array([row.cells[number_at]]))[0])
-        record = image_record(row.line, values, channels, plate, folder)
-        images.add(file.name, row.line, file.folder, number, record)
-    source.files.append(SourceFile(file.name, file.table.path, rows))
-    if rows == 0:
-        _note(source, file, None, "no rows", "the image table has a header only")
-
-
-def _note(source: ObjectSource, file: _CsvFile, line: int | None, reason: str, detail: str) -> None:
-    source.issues.append(RowIssue(Severity.PROBLEM, file.name, [line], reason, detail))
-
-
-def _spooled(
-    source: ObjectSource,
-    columns: ObjectColumns,
-    files: Sequence[_CsvFile],
-    target: Path,
-    images: _Images,
-) -> TableKeys:
-    """Move the features of all ``files`` of one kind to ``target``; return the keys of their rows.
-
-    Raises:
-        BadTableError: a file is damaged.
-        StorageError: the temporary folder is full.
-    """
-    spool = _Spool(target, list(columns.features))
-    keys = {"image": IMAGE_NUMBER, "number": columns.object_number, **columns.parents}
-    parts: dict[str, list[Integers]] = {key: [] for key in ("file", "line", *keys)}
-    for file in files:
-        rows = 0
-        odd: _Odd = {}
-        wanted = {*keys.values(), *columns.features}
-        used = [(at, name) for at, name in enumerate(file.columns) if name in wanted]
-        positions = [at for at, _ in used]
-        for batch in file.table.batches(positions, numbers=positions):
-            lines = np.asarray(batch.lines, np.int64)
-            rows += len(lines) + len(batch.refused)
-            source.issues += [
-                RowIssue(Severity.REFUSED, file.name, [line], reason, detail)
-                for line, reason, detail in batch.refused
-            ]
-            found: dict[str, pa.Array] = {}
-            for (_, name), values in zip(used, batch.columns, strict=True):
-                if name in found:
-                    _compare(name, found[name], values, lines, odd)
-                else:
-                    found[name] = values
-            for key, name in keys.items():
-                nothing = np.full(len(lines), UNKNOWN, np.int64)
-                parts[key].append(whole_numbers(found[name]) if name in found else nothing)
-            parts["image"][-1] = images.find(file.folder, parts["image"][-1])
-            parts["file"].append(np.full(len(lines), len(source.files), np.int64))
-            parts["line"].append(lines)
-            spool.append(
-                {name: _numbers(name, found[name], lines, odd) for name in columns.features
-                 if name in found}, len(lines),
-            )  # fmt: skip
-        if rows == 0:
-            _note(source, file, None, "no rows", "the file has a header only")
-        for what, (count, line) in odd.items():
-            _note(source, file, line, "odd value", f"{what} in {count} rows")
-        source.files.append(SourceFile(file.name, file.table.path, rows))
-    spool.finish()
-    whole = {
-        key: np.concatenate(some) if some else np.empty(0, np.int64) for key, some in parts.items()
-    }
-    parents = {role: whole[role] for role in columns.parents}
-    return TableKeys(
-        columns, whole["image"], whole["number"], parents, whole["file"], whole["line"], spool.read
-    )
-
-
-_Odd = dict[str, tuple[int, int]]
-"""How many rows of a file have something odd, and the line of the first."""
-
-
-def _numbers(name: str, values: pa.Array, lines: Integers, odd: _Odd) -> pa.Array:
-    numbers, words = as_numbers(values)
-    if words is not None:
-        _count(odd, f"{name} is not a number", lines, words)
-    return numbers
-
-
-def _compare(name: str, first: pa.Array, again: pa.Array, lines: Integers, odd: _Odd) -> None:
-    other = pc.fill_null(pc.not_equal(as_numbers(first)[0], as_numbers(again)[0]), False)
-    if pc.any(other).as_py():
-        _count(odd, f"{name} comes twice, the first is used", lines, other)
-
-
-def _count(odd: _Odd, what: str, lines: Integers, where: pa.Array) -> None:
-    chosen = lines[where.to_numpy(zero_copy_only=False).astype(bool)]
-    count, first = odd.get(what, (0, int(chosen[0])))
-    odd[what] = count + len(chosen), first
-
-
-class _Spool:
-    """Numbers in a temporary Arrow file; its rows are read by their number, from 0."""
-
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self._path = path
-        self._schema = pa.schema([(name, pa.float64()) for name in names])
-        self._starts: list[int] = []
-        self._rows = 0
-        self._file: Any = None
-        self._writer: Any = None
-
-    def append(self, columns: Mapping[str, pa.Array], rows: int) -> None:
-        """Add rows; those columns of the spool that ``columns`` lacks are null."""
-        arrays = [columns.get(f.name, None) for f in self._schema]
-        whole = pa.RecordBatch.from_arrays(
-            [pa.nulls(rows, pa.float64()) if array is None else array for array in arrays],
-            schema=self._schema,
-        )
-        step = batch_rows(len(arrays))
-        with self._writing():
-            if self._writer is None:
-                self._file = pa.OSFile(str(self._path), "wb")
-                self._writer = pa.ipc.new_file(self._file, self._schema)
-            for start in range(0, rows, step):
-                self._starts.append(self._rows + start)
-                self._writer.write_batch(whole.slice(start, step))
-        self._rows += rows
-
-    def finish(self) -> None:
-        """End writing; from now on rows can be read."""
-        if self._writer is not None:
-            with self._writing():
-                self._writer.close()
-                self._file.close()
-
-    def read(self, rows: Integers) -> pa.RecordBatch:
-        """Return ``rows``, in any order, repeated or not."""
-        if len(rows) == 0 or self._rows == 0:
-            nothing = [pa.array([], pa.float64()) for _ in self._schema]
-            return pa.RecordBatch.from_arrays(nothing, schema=self._schema)
-        part_of = np.searchsorted(np.asarray(self._starts), rows, side="right") - 1
-        parts = np.unique(part_of)
-        with pa.OSFile(str(self._path)) as source, pa.ipc.open_file(source) as reader:
-            batches = [reader.get_batch(int(part)) for part in parts]
-        offsets = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        positions = rows - np.asarray(self._starts)[part_of]
-        positions += offsets[np.searchsorted(parts, part_of)]
-        table = pa.Table.from_batches(batches)
-        if len(positions) != table.num_rows or not (np.diff(positions) == 1).all():
-            table = table.take(pa.array(positions))
-        columns = [without_nan(column.combine_chunks()) for column in table.columns]
-        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StorageError(
-                f"The temporary folder {self._path.parent.parent} cannot be written "
-                f"({first_line(error)}). Free some space there, or name another in TMPDIR."
-            ) from error
-
-
-# ---- SQLite ----
-
-_TEXT_TYPES = ("CHAR", "CLOB", "TEXT")
-_NOT_A_NUMBER = ("nan", "-nan", "")
-
-
-@dataclass
-class SqliteTable:
-    """A table of objects; ``rowids`` of its rows in their order, ``odd`` columns hold text, too."""
-
-    path: Path
-    name: str
-    columns: ObjectColumns
-    texts: frozenset[str]
-    has_table_number: bool
-    rowids: Integers = field(default_factory=lambda: np.empty(0, np.int64))
-    odd: set[str] = field(default_factory=set)
-
-    def keys(self, groups: Mapping[str | None, int], images: _Images, file: int) -> TableKeys:
-        """Read the keys of all rows; ``groups`` are the TableNumbers that the images have.
-
-        Raises:
-            BadTableError: the file is damaged, or the table has no row numbers.
-        """
-        parents = self.columns.parents
-        group = _quoted(TABLE_NUMBER) if self.has_table_number else "NULL"
-        numbers = [IMAGE_NUMBER, self.columns.object_number, *parents.values()]
-        listed = ["rowid", f"CAST({group} AS TEXT)"]
-        listed += [f"CAST({_quoted(name)} AS INTEGER)" for name in numbers]
-        # Names come from the file itself and are quoted.
-        query = f"SELECT {', '.join(listed)} FROM {_quoted(self.name)} ORDER BY rowid"  # noqa: S608
-        with _adbc(self.path) as cursor:
-            rowid, texts, image, number, *others = _fetch(cursor, query, 65_536).columns
-        self.rowids = rowid.cast(pa.int64()).to_numpy()
-        encoded = texts.cast(pa.string()).dictionary_encode()
-        codes = [groups.get(text, UNKNOWN) for text in encoded.dictionary.to_pylist()]
-        at = pc.fill_null(encoded.indices, len(codes)).to_numpy(zero_copy_only=False)
-        of_rows = np.array([*codes, groups.get(None, UNKNOWN)], np.int64)[at]
-        return TableKeys(
-            self.columns,
-            images.find(of_rows, whole_numbers(image)),
-            whole_numbers(number),
-            {role: whole_numbers(some) for role, some in zip(parents, others, strict=True)},
-            np.full(len(self.rowids), file, np.int64),
-            self.rowids,
-            self.read,
-        )
-
-    def read(self, rows: Integers) -> pa.RecordBatch:
-        """Return the features of ``rows`` (counted from 0, in any order, repeated or not).
-
-        Numbers are float64, exactly as they are stored; the text 'nan' is null.
-
-        Raises:
-            BadTableError: the file is damaged.
-        """
-        wanted = self.rowids[rows]
-        asked = np.unique(wanted)
-        names = list(self.columns.features)
-        plain = [name for name in names if name not in self.odd]
-        values = [
-            _quoted(name) if name in self.texts else f"nullif({_quoted(name)}, 'nan')"
-            for name in plain
-        ]
-        with _adbc(self.path) as cursor:
-            table = _fetch(cursor, self._query(values, asked), len(asked))
-            columns = dict(zip(plain, table.columns[1:], strict=True))
-            self.odd |= {
-                name
-                for name, found in columns.items()
-                if name not in self.texts and not _is_number(found.type)
-            }
-            for name in sorted(self.odd):  # a copy: another thread may add to it
-                columns[name] = self._odd_column(cursor, name, asked)
-        types = [pa.string() if name in self.texts else pa.float64() for name in names]
-        arrays = [columns[name].cast(kind) for name, kind in zip(names, types, strict=True)]
-        found = pa.RecordBatch.from_arrays(arrays, names=names)
-        positions = np.searchsorted(table.column(0).to_numpy(), wanted)
-        if len(positions) == found.num_rows and (np.diff(positions) == 1).all():
-            return found
-        return found.take(pa.array(positions))
-
-    def _odd_column(self, cursor: Any, name: str, asked: Integers) -> pa.Array:
-        """Read a column of numbers that also holds text: 'inf' is a number, 'nan' is none."""
-        column = _quoted(name)
-        # Numbers come before all texts in SQLite's order, so this tells them apart.
-        parts = (
-            f"CASE WHEN {column} < '' THEN {column} END",
-            f"CASE WHEN {column} >= '' THEN CAST({column} AS TEXT) END",
-        )
-        table = _fetch(cursor, self._query(parts, asked), len(asked))
-        numbers = table.column(1).cast(pa.float64())
-        texts = as_numbers(table.column(2).cast(pa.string()))[0]
-        return pc.coalesce(numbers, without_nan(texts))
-
-    def _query(self, values: Iterable[str], asked: Integers) -> str:
-        # Names come from the file itself and are quoted; the row numbers are ours.
-        rows = "0"
-        if len(asked):
-            first, last = int(asked[0]), int(asked[-1])
-            rows = f"rowid BETWEEN {first} AND {last}"
-            if last - first >= 2 * len(asked):
-                rows = f"rowid IN ({','.join(map(str, asked.tolist()))})"
-        listed = ", ".join(["rowid", *values])
-        return f"SELECT {listed} FROM {_quoted(self.name)} WHERE {rows} ORDER BY rowid"  # noqa: S608
-
-
-def is_cellprofiler_sqlite(path: Path) -> bool:
-    """Whether a file is an SQLite database with a table of images."""
-    try:
-        with path.open("rb") as file:
-            if file.read(len(SQLITE)) != SQLITE:
-                return False
-        return _image_table(_sqlite_tables(path)) is not None
-    except (OSError, BadTableError):
-        return False
-
-
-def _open_sqlite(source: ObjectSource, path: Path, plate: str | None) -> None:
-    tables = _sqlite_tables(path)
-    image_table = _image_table(tables)
-    if image_table is None:
-        raise BadTableError(f"{path} has no table Image of CellProfiler with an {IMAGE_NUMBER}.")
-    images = _Images(source)
-    groups = _add_sqlite_images(source, images, path, image_table, tables[image_table], plate)
-    images.check_plate(path.name)
-    found: dict[str, SqliteTable] = {}
-    for name, columns in tables.items():
-        sorted_columns = object_columns(name, list(columns))
-        if sorted_columns:
-            texts = {c for c, kind in columns.items() if any(text in kind for text in _TEXT_TYPES)}
-            found[sorted_columns.name] = SqliteTable(
-                path, name, sorted_columns, frozenset(texts), TABLE_NUMBER in columns
-            )
-    chosen, note = choose_tables([table.columns for table in found.values()], path.name)
-    source.notes += [note] if note else []
-    used = [found[columns.name] for columns in chosen]
-    keys = []
-    for number, table in enumerate(used, start=1):
-        keys.append(table.keys(groups, images, number))
-        source.files.append(SourceFile(f"{path.name}:{table.name}", path, len(table.rowids)))
-    texts_of = (table.columns.features.get(name) for table in used for name in table.texts)
-    _add_cells(source, keys, [name for name in texts_of if name])
-
-
-def _sqlite_tables(path: Path) -> dict[str, dict[str, str]]:
-    """Return the declared type of each column of each table (not of views)."""
-    with _sqlite(path) as db:
-        names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type='table'")]
-        return {
-            name: {
-                row[1]: row[2].upper() for row in db.execute(f"PRAGMA table_info({_quoted(name)})")
-            }
-            for name in names
-        }
-
-
-def _image_table(tables: Mapping[str, Mapping[str, str]]) -> str | None:
-    found = (
-        name
-        for name, columns in tables.items()
-        if table_name(name).lower() == _IMAGE and IMAGE_NUMBER in columns
-    )
-    return next(found, None)
-
-
-def _add_sqlite_images(
-    source: ObjectSource,
-    images: _Images,
-    path: Path,
-    name: str,
-    columns: Iterable[str],
-    plate: str | None,
-) -> dict[str | None, int]:
-    """Add the rows of the image table; return the number that each TableNumber got."""
-    present = list(columns)
-    group = _quoted(TABLE_NUMBER) if TABLE_NUMBER in present else "NULL"
-    needed = [column for column in present if is_needed(column.removeprefix("Image_"))]
-    listed = ["rowid", f"CAST({group} AS TEXT)", _quoted(IMAGE_NUMBER)]
-    listed += [f"CAST({_quoted(column)} AS TEXT)" for column in needed]
-    query = f"SELECT {', '.join(listed)} FROM {_quoted(name)} ORDER BY rowid"  # noqa: S608
-    plain = [column.removeprefix("Image_") for column in needed]
-    channels = channels_of(column.removeprefix("Image_") for column in present)
-    groups: dict[str | None, int] = {}
-    file = f"{path.name}:{name}"
-    with _sqlite(path) as db:
-        for line, code, number, *values in db.execute(query):
-            whole = number if isinstance(number, int) else UNKNOWN
-            record = image_record(line, dict(zip(plain, values, strict=True)), channels, plate)
-            images.add(file, line, groups.setdefault(code, len(groups)), whole, record)
-    source.files.append(SourceFile(file, path, len(source.images)))
-    return groups
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _fetch(cursor: Any, query: str, rows: int) -> pa.RecordBatch:
-    # ADBC takes the types from its first batch of rows: let that be all of them.
-    cursor.adbc_statement.set_options(**{"adbc.sqlite.query.batch_rows": str(2 * rows + 2)})
-    cursor.execute(query)
-    table = cursor.fetch_arrow_table().combine_chunks()
-    columns = [
-        column.chunk(0) if column.num_chunks else pa.array([], column.type)
-        for column in table.columns
-    ]
-    # Values of one name may be asked for twice, so by position, not by name.
-    return pa.RecordBatch.from_arrays(columns, names=[str(n) for n in range(len(columns))])
-
-
-@contextmanager
-def _adbc(path: Path) -> Iterator[Any]:
-    from adbc_driver_manager import Error
-    from adbc_driver_sqlite import dbapi
-
-    try:
-        with dbapi.connect(_uri(path)) as connection, connection.cursor() as cursor:
-            yield cursor
-    except (Error, pa.ArrowInvalid, pa.ArrowIOError) as error:
-        raise _damaged(path, error) from error
-
-
-@contextmanager
-def _sqlite(path: Path) -> Iterator[sqlite3.Connection]:
-    try:
-        with closing(sqlite3.connect(_uri(path), uri=True)) as db:
-            yield db
-    except sqlite3.Error as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> BadTableError:
-    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return BadTableError(f"{path} cannot be read as SQLite ({reason}). Copy or export it again.")
-
-
-def _uri(path: Path) -> str:
-    # immutable is not said: a tool may still be writing; mode=ro never makes a file.
-    return f"file:{quote(str(path.resolve()))}?mode=ro"

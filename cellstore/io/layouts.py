@@ -156,7 +156,7 @@ def _preferred(found: Sequence[Layout]) -> Sequence[Layout]:
 
 
 def _of_folder(path: Path) -> Iterator[Layout]:
-    from .cellprofiler import is_cellprofiler_folder
+    from .cellprofiler_csv import is_cellprofiler_folder
     from .folders import folder_layouts
     from .harmony import is_harmony
     from .platemaps import table_layouts
@@ -183,7 +183,7 @@ def _tables_in(folder: Path) -> list[Path]:
 def _of_file(path: Path) -> Iterator[Layout]:
     head = _head(path)
     if head.startswith(image_files.SQLITE):
-        from .cellprofiler import is_cellprofiler_sqlite
+        from .cellprofiler_sqlite import is_cellprofiler_sqlite
 
         yield from [Layout.CELLPROFILER_SQLITE] if is_cellprofiler_sqlite(path) else []
         return

@@ -234,11 +234,12 @@ class TreatmentRow(NamedTuple):
 
 
 class PlateRow(NamedTuple):
-    """A plate and the batch it was made in."""
+    """A plate, the batch it was made in, and what other columns say of it."""
 
     line: int
     barcode: str
     batch: str | None
+    metadata: dict[str, str]
 
 
 class Issue(NamedTuple):
@@ -302,14 +303,14 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
 
 
 def jump_plates(table: TextTable) -> Iterator[PlateRow | Refusal]:
-    """Yield the plates of ``plate.csv``; their source and their type are not kept.
+    """Yield the plates of ``plate.csv``; their source and their type are metadata.
 
     Raises:
         BadTableError: a column is missing.
     """
-    columns = ("Plate", "Batch")
-    table.require(*(PREFIX + name for name in columns))
-    for row in _rows(table, columns):
+    table.require(*(PREFIX + name for name in ("Plate", "Batch")))
+    others = [name for name in ("Source", "PlateType") if PREFIX + name in table.columns]
+    for row in _rows(table, ("Plate", "Batch", *others)):
         if isinstance(row, Refusal):
             yield row
             continue
@@ -319,7 +320,8 @@ def jump_plates(table: TextTable) -> Iterator[PlateRow | Refusal]:
         elif max(len(barcode), len(batch or "")) > LONGEST:
             yield Refusal(row.line, LONG_NAME, f"more than {LONGEST} characters")
         else:
-            yield PlateRow(row.line, barcode, batch)
+            metadata = {name: text for name in others if (text := row.get(name))}
+            yield PlateRow(row.line, barcode, batch, metadata)
 
 
 def jump_crispr(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
@@ -389,20 +391,24 @@ def _storable(line: int, record: TreatmentRecord) -> TreatmentRow | Refusal:
 
 _MAP_SUFFIXES = frozenset({".txt", ".csv", ".tsv"})
 _BARCODES = "barcode_platemap"
+_MAP_COLUMNS = ("plate_map_name", "well_position", SAMPLE, "gene_name", "genotype")
+_POSITION_AGAIN = ("WellRow", "WellCol")
+"""Columns that say nothing that ``well_position`` does not; all others are metadata of the well."""
 
 
 @dataclass(frozen=True)
 class PlateMap:
     """The treatments of one plate map by position; None: the well is empty.
 
-    ``lines``: the line of ``path`` that says so. A row with a sample that no treatment table has
-    is in neither.
+    ``lines``: the line of ``path`` that says so; ``metadata``: what other columns say of the well.
+    A row with a sample that no treatment table has is in none of them.
     """
 
     name: str
     path: Path
     wells: dict[Position, TreatmentRecord | None] = field(default_factory=dict)
     lines: dict[Position, int] = field(default_factory=dict)
+    metadata: dict[Position, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,6 +455,7 @@ class _MapRow(NamedTuple):
     line: int
     map_name: str | None
     position: Position
+    metadata: dict[str, str]
     sample: str | None = None
     record: TreatmentRecord | None = None
 
@@ -532,13 +539,12 @@ def _read_maps(
             f"{path.name} has sample codes only; add --compounds FILE with broad_sample and "
             "pert_iname."
         )
-    if "seed_density" in table.columns:
-        notes.append(f"{writable(path.name)}: seed_density is not kept")
-    columns = ("plate_map_name", "well_position", SAMPLE, "gene_name", "genotype")
+    known = {*_MAP_COLUMNS, *_POSITION_AGAIN, *(PREFIX + name for name in _MAP_COLUMNS)}
+    others = [name for name in table.columns if name and name not in known | table.repeated]
     stem = Path(path.name.removesuffix(".gz")).stem
     by_map: dict[str, list[_MapRow]] = defaultdict(list)
-    for row in _rows(table, columns):
-        found = row if isinstance(row, Refusal) else _map_row(row, genotypes)
+    for row in _rows(table, (*_MAP_COLUMNS, *others)):
+        found = row if isinstance(row, Refusal) else _map_row(row, genotypes, others)
         if isinstance(found, Refusal):
             issues.append(Issue(path, found))
         else:
@@ -556,13 +562,14 @@ def _read_maps(
         issues += [Issue(path, refusal) for refusal in refusals]
 
 
-def _map_row(row: _Row, genotypes: bool) -> _MapRow | Refusal:
+def _map_row(row: _Row, genotypes: bool, others: Sequence[str]) -> _MapRow | Refusal:
     line, get = row
     try:
         position = parse_well(get("well_position") or "")
     except UserInputError as error:
         return Refusal(line, "not a well", str(error))
-    found = _MapRow(line, get("plate_map_name"), position)
+    metadata = {name.removeprefix(PREFIX): text for name in others if (text := get(name))}
+    found = _MapRow(line, get("plate_map_name"), position, metadata)
     if not genotypes:
         return found._replace(sample=get(SAMPLE))
     genotype, gene = get("genotype"), get("gene_name")
@@ -585,7 +592,7 @@ def _fill(
     untreated = None
     if len(tables) == 1 or max(shared, default=0):
         untreated = tables[shared.index(max(shared))].untreated
-    for line, _, position, sample, genotype in rows:
+    for line, _, position, metadata, sample, genotype in rows:
         record = genotype or untreated
         if sample is not None:
             known = [t.by_sample[sample] for t in tables if sample in t.by_sample]
@@ -601,6 +608,8 @@ def _fill(
         else:
             plate_map.wells[position] = record
             plate_map.lines[position] = line
+            if metadata:
+                plate_map.metadata[position] = metadata
 
 
 def _read_barcodes(path: Path, maps: Mapping[str, PlateMap], issues: list[Issue]) -> dict[str, str]:

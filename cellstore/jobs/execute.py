@@ -1,4 +1,10 @@
-"""One run of a stage that goes image by image, from its recipes to its results."""
+"""A stage that goes image by image, and one run of it, from its recipes to its results.
+
+A stage is told apart from its neighbours by four things: which images it selects and by which
+recipe (the function that is named like the stage), what it fetches of an image from the database,
+what it computes, and what it inserts. Between them travel a task, its input and its output. The
+rest is the same for all, and here.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +12,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, TypeVar
 
 from sqlalchemy import Select, func, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,11 +26,13 @@ from ..errors import CellstoreError, ConflictError, DatabaseError, RunCancelledE
 from ..models import Job, Recipe
 from . import queue
 from .executors import Answers, Crash, Failure, Success, Workers, open_workers
-from .image_stage import ImageStage, RunCounter
 from .queue import JobScope, Owner, Task, count_images, lease_seconds
 from .recipes import RecipeSpec, known_recipe
 from .runs import running
 from .workspace import Workspace
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
 
 WAIT_SECONDS = 0.5
 CHUNK_SECONDS = 2.0
@@ -34,6 +42,76 @@ MOST_CONFLICTS = 5
 """How often rows are written again because another transaction stood in the way."""
 MOST_WRITTEN = 64
 """Images whose rows are written in one transaction at most, when they come in that fast."""
+
+
+@dataclass
+class RunCounter:
+    """The run in whose name the jobs of a recipe are done, and how much of it is done."""
+
+    run_id: int
+    recipe_id: int
+    images: int = 0
+    cells: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+
+class ImageStage(Generic[Input, Output]):
+    """A stage that goes image by image; see ``Segment`` in ``stages/segment.py`` for one.
+
+    ``load``, ``read``, ``compute`` and ``write`` run in a worker, outside any transaction: in a
+    thread of this process, or in other processes, to which a copy of the stage is sent. So a stage
+    is a frozen dataclass that pickles. The other methods run where the database is.
+    """
+
+    label: ClassVar[str]
+
+    batch: int = 1
+    """Images that ``compute`` is given at once."""
+
+    images_per_file: int = 1
+    """Images whose results wait for each other, to be written in one file by ``write_together``."""
+
+    def load(self) -> None:
+        """Load what the work needs, a network for example; once in each worker."""
+
+    def fetch(
+        self, session: Session, tasks: Sequence[Task]
+    ) -> Mapping[int, Input | CellstoreError]:
+        """Return by image id what a worker needs, or the error that makes the image fail."""
+        raise NotImplementedError
+
+    def read(self, task_input: Input) -> Any:
+        """Open the files of one image."""
+        raise NotImplementedError
+
+    def compute(self, loaded: Sequence[Any]) -> Sequence[Any]:
+        """Work on the images of a batch; a result for each, in their order."""
+        raise NotImplementedError
+
+    def write(self, result: Any) -> Output:
+        """Write the files of one image; return all that its rows need."""
+        output: Output = result
+        return output
+
+    def write_together(self, run: RunCounter, done: Sequence[tuple[Task, Output]]) -> Any:
+        """Write the files that hold many images; return what ``insert`` needs to know of them."""
+
+    def insert(
+        self, session: Session, run: RunCounter, done: Sequence[tuple[Task, Output]], files: Any
+    ) -> int:
+        """Write the rows of some images and one recipe; return how many cells they are of.
+
+        The transaction also closes the jobs of these images, whose files are written. ``files`` is
+        what ``write_together`` returned.
+        """
+        raise NotImplementedError
+
+    def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
+        """Open those jobs again whose rows are there but whose files are gone; return how many.
+
+        A job is believed to be done of its files as well as of its rows.
+        """
+        return 0
 
 
 @dataclass(frozen=True)
@@ -293,7 +371,7 @@ class _Loop:
                 if room > 0:
                     self._submit(room)
                 if room <= 0 or self.workers.in_flight():
-                    self._take_in()
+                    self._take_in([stopped, cancelled], briefly=room > 0)
                 elif self.ready:
                     self._write(everything=True)
                 elif self._nothing_left():
@@ -301,7 +379,7 @@ class _Loop:
                 else:
                     stopped.wait(WAIT_SECONDS)
             while self.workers.in_flight():
-                self._take_in()
+                self._take_in([], briefly=False)
             self._write(everything=True)
         if cancelled.is_set():
             runs = ", ".join(str(run) for run in sorted(set(self.scope.runs.values())))
@@ -320,7 +398,8 @@ class _Loop:
         if self.seconds is not None:
             wanted = int(CHUNK_SECONDS / max(self.seconds, 1e-6))
             # Smaller towards the end, so that all workers end at the same time.
-            fair = self.left // (2 * max(1, room + len(self.workers.in_flight())))
+            slots = 2 * max(1, room + len(self.workers.in_flight()))
+            fair = self.left if self.workers.computes_here else self.left // slots
             size = max(1, min(LARGEST_CHUNK, wanted, fair) // batch) * batch
         tasks = self._reserve(room * size)
         if not tasks:
@@ -352,9 +431,9 @@ class _Loop:
             with self.database.begin() as session:
                 self.enqueued_to = queue.enqueue(session, self.scope, self.enqueued_to)
 
-    def _take_in(self) -> None:
-        """Wait for a chunk, and write what has come."""
-        for tasks, answers in self.workers.finished(WAIT_SECONDS):
+    def _take_in(self, stops: Sequence[threading.Event], *, briefly: bool) -> None:
+        """Wait for a chunk, or for one of ``stops``, and write what has come."""
+        for tasks, answers in self.workers.finished(stops, briefly=briefly):
             if isinstance(answers, Crash):
                 self._record_crash(tasks, answers)
             else:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     Executor,
@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..config import Resources
 from ..errors import (
@@ -38,8 +38,10 @@ from ..errors import (
     UserInputError,
     first_line,
 )
-from .image_stage import ImageStage
 from .queue import Task
+
+if TYPE_CHECKING:
+    from .execute import ImageStage
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -49,12 +51,13 @@ CHUNKS = 2
 MOST_FALSE_STARTS = 10
 """After so many deaths before it could do anything, a worker is not started again."""
 
+POLL_SECONDS = 0.5
 CONNECT_SECONDS = 10
 DESERTED_SECONDS = 60
 """How long a Dask cluster may be without any worker."""
 DESERTED_POLL = 0.5
 
-Stage = ImageStage[Any, Any]
+Stage: TypeAlias = "ImageStage[Any, Any]"
 _here = threading.local()  # networks are not shared by threads
 
 
@@ -101,6 +104,7 @@ class Crash:
 
 
 Answers = list[Success | Failure]
+Finished = tuple[Sequence[Task], Answers | Crash]
 
 
 def work_on(given: Stage | bytes, inputs: Sequence[Any]) -> Answers:
@@ -114,14 +118,14 @@ def work_on(given: Stage | bytes, inputs: Sequence[Any]) -> Answers:
     stage: Stage = _here.stage
     batches = [inputs[i : i + stage.batch] for i in range(0, len(inputs), stage.batch)]
     if len(batches) == 1:
-        return _written(stage, *_computed(stage, _read(stage, batches[0])))
+        return _written(stage, *_computed(stage, _attempts(stage.read, batches[0])))
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        coming = reader.submit(_read, stage, batches[0])
+        coming = reader.submit(_attempts, stage.read, batches[0])
         written: list[Future[Answers]] = []
         for number in range(len(batches)):
             loaded = coming.result()
             if number + 1 < len(batches):
-                coming = reader.submit(_read, stage, batches[number + 1])
+                coming = reader.submit(_attempts, stage.read, batches[number + 1])
             written.append(writer.submit(_written, stage, *_computed(stage, loaded)))
         return [answer for future in written for answer in future.result()]
 
@@ -138,21 +142,28 @@ def load_stage(given: Stage | bytes) -> CellstoreError | None:
     return None
 
 
-def _read(stage: Stage, inputs: Sequence[Any]) -> list[Any]:
-    return [_attempt(stage.read, one) for one in inputs]
+def _attempts(function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Any]:
+    """Call a function with each argument; a failure takes the place of what cannot be done."""
+    results = []
+    for argument in arguments:
+        try:
+            results.append(function(argument))
+        except Exception as error:
+            results.append(Failure.of(error))
+    return results
 
 
 def _computed(stage: Stage, loaded: Sequence[Any]) -> tuple[list[Any], float]:
     """What the images of a batch give, those that could be read; and the seconds for each."""
     started = time.perf_counter()
     good = [item for item in loaded if not isinstance(item, Failure)]
-    made: Any = _attempt(stage.compute, good) if good else []
-    if isinstance(made, Failure):
-        made = [made]
-        if len(good) > 1:  # one of them spoils the batch: each for itself, so that it fails alone
-            alone = (_attempt(stage.compute, [item]) for item in good)
-            made = [one if isinstance(one, Failure) else one[0] for one in alone]
-    results = iter(made)
+    made = _attempts(stage.compute, [good] if good else [])
+    if made and isinstance(made[0], Failure) and len(good) > 1:
+        # One of them spoils the batch: each for itself, so that it fails alone.
+        made = _attempts(stage.compute, [[item] for item in good])
+    results = iter(
+        [one for part in made for one in ([part] if isinstance(part, Failure) else part)]
+    )
     answers = [item if isinstance(item, Failure) else next(results) for item in loaded]
     return answers, (time.perf_counter() - started) / max(1, len(loaded))
 
@@ -174,13 +185,6 @@ def _written(stage: Stage, results: Sequence[Any], seconds: float) -> Answers:
     return answers
 
 
-def _attempt(function: Callable[[Any], Any], argument: Any) -> Any:
-    try:
-        return function(argument)
-    except Exception as error:
-        return Failure.of(error)
-
-
 class Workers(Protocol):
     """Workers and the chunks that they have. ``computes_here``: in this process, not beside it."""
 
@@ -199,8 +203,11 @@ class Workers(Protocol):
     def in_flight(self) -> list[Sequence[Task]]:
         """Return the chunks that have not been answered."""
 
-    def finished(self, seconds: float) -> Iterator[tuple[Sequence[Task], Answers | Crash]]:
-        """Wait up to ``seconds`` for a worker; yield the chunks that are over, oldest first."""
+    def finished(self, stops: Sequence[threading.Event], *, briefly: bool) -> list[Finished]:
+        """Wait for a worker, or for one of ``stops``; return the chunks that are over, in order.
+
+        ``briefly``: only for a moment, because another worker has nothing to do.
+        """
 
     def close(self, *, drop: bool) -> None:
         """End the workers; ``drop``: what is in flight is not waited for."""
@@ -289,13 +296,14 @@ class LocalWorkers:
         """Return the chunks of all workers."""
         return [tasks for worker in self._workers for _, tasks in worker.chunks]
 
-    def finished(self, seconds: float) -> Iterator[tuple[Sequence[Task], Answers | Crash]]:
+    def finished(self, stops: Sequence[threading.Event], *, briefly: bool) -> list[Finished]:
         """Wait for the first worker; of one that died, the oldest chunk is what it died of."""
         oldest = [worker.chunks[0][0] for worker in self._workers if worker.chunks]
         if None not in oldest:
             waited_for: list[Future[Any]] = [future for future in oldest if future is not None]
             waited_for += [w.loading for w in self._workers if not w.loading.done()]
-            wait(waited_for, seconds, FIRST_COMPLETED)
+            _wait(waited_for, stops, briefly)
+        finished: list[Finished] = []
         for worker in self._workers:
             crashed = False
             while worker.chunks:
@@ -304,12 +312,13 @@ class LocalWorkers:
                     break
                 worker.chunks.pop(0)
                 if future is None or crashed or isinstance(future.exception(), BrokenProcessPool):
-                    yield tasks, Crash(suspect=not crashed and future is not None)
+                    finished.append((tasks, Crash(suspect=not crashed and future is not None)))
                     crashed = True
                 else:
-                    yield tasks, future.result()
+                    finished.append((tasks, future.result()))
             if crashed:
                 worker.start()
+        return finished
 
     def close(self, *, drop: bool) -> None:
         """End all workers; processes that are to be dropped are killed, a thread ends alone."""
@@ -318,6 +327,16 @@ class LocalWorkers:
                 for process in list((worker.pool._processes or {}).values()):
                     process.kill()
             worker.pool.shutdown(wait=not (drop and self.computes_here), cancel_futures=drop)
+
+
+def _wait(
+    futures: Sequence[Future[Any]], stops: Sequence[threading.Event], briefly: bool
+) -> set[Future[Any]]:
+    """Wait for one of ``futures`` or ``stops``; return the futures that are done."""
+    while True:
+        done, _ = wait(futures, POLL_SECONDS, FIRST_COMPLETED)
+        if done or briefly or not futures or any(stop.is_set() for stop in stops):
+            return done
 
 
 def set_up_process(threads: int) -> None:
@@ -399,11 +418,12 @@ class DaskCluster:
         """Return the chunks that the scheduler has."""
         return [tasks for _, tasks in self._chunks]
 
-    def finished(self, seconds: float) -> Iterator[tuple[Sequence[Task], Answers | Crash]]:
+    def finished(self, stops: Sequence[threading.Event], *, briefly: bool) -> list[Finished]:
         """Wait for a chunk. Errors of an image are answers; others are the cluster's own."""
         from distributed.scheduler import KilledWorker
 
-        done, _ = wait([future for future, _ in self._chunks], seconds, FIRST_COMPLETED)
+        finished: list[Finished] = []
+        done = _wait([future for future, _ in self._chunks], stops, briefly)
         over = [chunk for chunk in self._chunks if chunk[0] in done]
         self._chunks = [chunk for chunk in self._chunks if chunk[0] not in done]
         for future, tasks in over:
@@ -411,7 +431,7 @@ class DaskCluster:
                 raise self._gone()
             error = future.exception()
             if isinstance(error, KilledWorker):
-                yield tasks, Crash(suspect=True)
+                finished.append((tasks, Crash(suspect=True)))
             elif error is not None:
                 raise StoreError(
                     f"The Dask cluster at {self._address} cannot do this work "
@@ -419,7 +439,8 @@ class DaskCluster:
                     "as this machine."
                 ) from error
             else:
-                yield tasks, future.result()
+                finished.append((tasks, future.result()))
+        return finished
 
     def close(self, *, drop: bool) -> None:
         """Leave the cluster as it is."""

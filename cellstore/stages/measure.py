@@ -38,8 +38,7 @@ from ..db.statements import insert_new
 from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project
-from ..jobs.execute import JobsResult, execute, forecast
-from ..jobs.image_stage import ImageStage, RunCounter
+from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
 from ..jobs.lookup import find_recipe
 from ..jobs.planes import ChannelFile, channel_files, check_channels, choose_files, open_file
 from ..jobs.queue import Task

@@ -23,8 +23,7 @@ from ..db.statements import insert_new
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import JobsFailedError, UnknownNameError, UserInputError
 from ..extras import need
-from ..jobs.execute import run_jobs
-from ..jobs.image_stage import ImageStage, RunCounter
+from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_run, find_split
 from ..jobs.queue import JobScope, Task, count_images, requeue_failed
 from ..jobs.recipes import RecipeSpec, fingerprint, register

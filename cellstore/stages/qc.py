@@ -30,8 +30,7 @@ from ..db.bulk import bulk_insert
 from ..db.statements import insert_from
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
 from ..errors import ImageError, UnknownNameError, UserInputError
-from ..jobs.execute import Forecast, forecast, run_jobs
-from ..jobs.image_stage import ImageStage, RunCounter
+from ..jobs.execute import Forecast, ImageStage, RunCounter, forecast, run_jobs
 from ..jobs.lookup import find_recipe
 from ..jobs.planes import ChannelFile, channel_files, open_file
 from ..jobs.queue import ImageCounts, JobScope, Task, count_images

@@ -33,8 +33,7 @@ from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..extras import need
 from ..io.image_files import encode_tiff, project
-from ..jobs.execute import JobsResult, execute, forecast
-from ..jobs.image_stage import ImageStage, RunCounter
+from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
 from ..jobs.lookup import find_recipe
 from ..jobs.planes import (
     ChannelFile,

@@ -17,11 +17,8 @@ from hypothesis import strategies as st
 
 from cellstore.enums import Severity
 from cellstore.errors import BadTableError, CellstoreError, UserInputError
-from cellstore.io.cellprofiler import (
-    is_cellprofiler_folder,
-    is_cellprofiler_sqlite,
-    open_cellprofiler,
-)
+from cellstore.io.cellprofiler_csv import is_cellprofiler_folder, open_cellprofiler_folder
+from cellstore.io.cellprofiler_sqlite import is_cellprofiler_sqlite, open_cellprofiler_sqlite
 from cellstore.io.objects import ObjectSource, RowIssue
 from cellstore.io.records import ImageRecord, Refusal
 
@@ -47,9 +44,14 @@ def write_sqlite(path: Path, tables: dict[str, tuple[str, Sequence[Sequence[obje
     return path
 
 
+def open_source(path: Path, plate: str | None = None) -> ObjectSource:
+    open_it = open_cellprofiler_folder if path.is_dir() else open_cellprofiler_sqlite
+    return open_it(path, plate)
+
+
 @contextmanager
 def opened(path: Path, plate: str | None = None) -> Iterator[ObjectSource]:
-    source = open_cellprofiler(path, plate)
+    source = open_source(path, plate)
     try:
         yield source
     finally:
@@ -226,7 +228,7 @@ def test_two_segmentations_side_by_side_are_not_guessed_at(tmp_path: Path) -> No
     for name in ("Cells_One", "Cells_Two"):
         write_csv(tmp_path / f"{name}.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, 1]])
     with pytest.raises(BadTableError, match="Cells_One, Cells_Two"):
-        open_cellprofiler(tmp_path)
+        open_source(tmp_path)
 
 
 def test_tables_of_many_folders_are_one_with_the_union_of_their_columns(tmp_path: Path) -> None:
@@ -377,7 +379,7 @@ def test_what_no_table_names_needs_a_plate(tmp_path: Path) -> None:
     )
     write_csv(tmp_path / "Cells.csv", [["ImageNumber", "ObjectNumber", "A"], [1, 1, 1]])
     with pytest.raises(UserInputError, match="--plate"):
-        open_cellprofiler(tmp_path)
+        open_source(tmp_path)
     with opened(tmp_path, "P9") as source:
         (image,) = images(source)
         assert image.plate == "P9"
@@ -412,12 +414,12 @@ def test_what_is_no_cellprofiler(tmp_path: Path) -> None:
     path = write_sqlite(tmp_path / "a.sqlite", {"other": ("a", [(1,)])})
     assert not is_cellprofiler_sqlite(path)
     with pytest.raises(BadTableError):
-        open_cellprofiler(path)
+        open_source(path)
     damaged = tmp_path / "b.sqlite"
     damaged.write_bytes(path.read_bytes()[:100] + b"\xff" * 4000)
     assert not is_cellprofiler_sqlite(damaged)
     with pytest.raises(BadTableError, match="cannot be read"):
-        open_cellprofiler(damaged)
+        open_source(damaged)
 
 
 TEXT = st.sampled_from(["1", "2", "3", "7", "0", "-1", "nan", "", "x", "1.5", "1e9", "é", '"'])

@@ -10,7 +10,8 @@ import pytest
 from realdata import real_data
 from test_cellprofiler import check_accounts, notices, opened, reasons, refused, whole
 
-from cellstore.io.cellprofiler import is_cellprofiler_folder, is_cellprofiler_sqlite
+from cellstore.io.cellprofiler_csv import is_cellprofiler_folder
+from cellstore.io.cellprofiler_sqlite import is_cellprofiler_sqlite
 
 
 @pytest.mark.real

@@ -17,7 +17,7 @@ from test_cellprofiler import (
     write_sqlite,
 )
 
-from cellstore.io.cellprofiler import is_cellprofiler_sqlite
+from cellstore.io.cellprofiler_sqlite import is_cellprofiler_sqlite
 
 CELLS = '"TableNumber" TEXT, "ImageNumber" BIGINT, "ObjectNumber" BIGINT, "Cells_A" FLOAT'
 IMAGES = (

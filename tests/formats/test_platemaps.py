@@ -146,7 +146,8 @@ def test_a_map_of_genotypes_needs_no_treatment_table(tmp_path: Path) -> None:
         TreatmentRecord(PerturbationKind.GENOTYPE, "NF1 Null", target="NF1"),
         None,
     ]
-    assert found.notes == ("map.csv: seed_density is not kept",)
+    (read,) = found.maps.values()
+    assert read.metadata == {(3, column): {"seed_density": "500"} for column in (6, 7, 8)}
 
 
 def test_what_cannot_be_used_is_listed_with_file_and_line(tmp_path: Path) -> None:

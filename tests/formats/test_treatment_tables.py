@@ -95,9 +95,12 @@ def test_only_dmso_may_have_no_sample(tmp_path: Path) -> None:
 
 
 def test_plates_keep_their_text(tmp_path: Path) -> None:
-    text = "Metadata_Plate,Metadata_Batch\n001,B1\n1053601756,NA\n,B1\n"
+    text = "Metadata_Plate,Metadata_Batch,Metadata_PlateType\n001,B1,ORF\n1053601756,NA,\n,B1,ORF\n"
     found = list(jump_plates(table(tmp_path, text)))
-    assert found[:2] == [PlateRow(2, "001", "B1"), PlateRow(3, "1053601756", None)]
+    assert found[:2] == [
+        PlateRow(2, "001", "B1", {"PlateType": "ORF"}),
+        PlateRow(3, "1053601756", None, {}),
+    ]
     assert reasons(found) == [(4, "no plate")]
 
 

@@ -25,7 +25,9 @@ from cellstore.stages.export import ExportFormat, export
 
 @pytest.fixture
 def screen(workspace: Workspace) -> SmallScreen:
-    return small_screen(workspace)
+    screen = small_screen(workspace)
+    screen.factory.job(screen.measure_run, screen.images["B01"])
+    return screen
 
 
 def rows_of(workspace: Workspace, folder: Path, **options: Any) -> list[dict[str, Any]]:
@@ -68,6 +70,7 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
     run = make.run(Stage.SEGMENT)
     (cell,) = make.cells_of(make.segmentation(image, run, 1))
     measured = make.run(Stage.MEASURE, make.recipe(Stage.MEASURE, inputs=[recipe_of(make, run)]))
+    make.job(measured, image)
     make.features([cell], measured, area=64.0)
     (row,) = rows_of(workspace, tmp_path)
     features = {f"Cells_{name}": 1.0 for name in FEATURE_COLUMNS} | {"Cells_area": 64.0}
@@ -170,7 +173,8 @@ def test_odd_texts_are_exact_unless_a_spreadsheet_is_meant(
     for number, name in enumerate(ODD, start=1):
         image = make.image(make.well(plate, 1, number, make.treatment(name)))
         make.segmentation(image, run, 1)
-    make.run(Stage.MEASURE, make.recipe(Stage.MEASURE, inputs=[recipe_of(make, run)]))
+    measured = make.run(Stage.MEASURE, make.recipe(Stage.MEASURE, inputs=[recipe_of(make, run)]))
+    make.job(measured, image)
     found = {}
     for safe in (False, True):
         out = tmp_path / f"{safe}.csv"
@@ -354,8 +358,8 @@ def test_what_fails_leaves_the_old_file_and_no_other(
             raise OSError(28, "No space left on device")
         return original(*_)
 
-    original = reading.Reader._files
-    monkeypatch.setattr(reading.Reader, "_files", full)
+    original = reading._batch
+    monkeypatch.setattr(reading, "_batch", full)
     with pytest.raises(StorageError, match="No space left on device"):
         export(screen.factory.workspace, out, format=form, force=True)
     assert [path.name for path in out.parent.iterdir()] == ["cells"]

@@ -378,7 +378,7 @@ def test_a_source_that_breaks_in_the_middle_leaves_nothing(
 ) -> None:
     path = sqlite_source(tmp_path / "a.sqlite", 3)
     monkeypatch.setattr("cellstore.io.cellprofiler.batch_rows", lambda _: 2)
-    from cellstore.io.cellprofiler import SqliteTable
+    from cellstore.io.cellprofiler_sqlite import SqliteTable
 
     read = SqliteTable.read
 

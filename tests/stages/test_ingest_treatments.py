@@ -143,6 +143,20 @@ def test_a_map_treats_the_wells_that_are_there_and_makes_the_others(bench: Bench
     ]
 
 
+def test_other_columns_of_a_map_are_metadata_of_the_wells(bench: Bench) -> None:
+    text = "well_position,broad_sample,solvent,Metadata_dose\nA1,BRD-1,DMSO,5\nB1,,water,\n"
+    assert counts(bench.map(text=text)) == (1, 1, 0, 0)
+    assert counts(bench.map(text=text)) == (0, 0, 2, 0)
+    assert counts(bench.map(text=text.replace("water", "DMSO"))) == (0, 1, 1, 0)
+    with bench.reading() as session:
+        found = {well.name: well.metadata_ for well in session.scalars(select(Well))}
+    assert found == {
+        "A01": {"solvent": "DMSO", "dose": "5"},
+        "A02": None,
+        "B01": {"solvent": "DMSO"},
+    }
+
+
 def test_a_map_once_more_changes_nothing(bench: Bench) -> None:
     bench.map()
     assert counts(bench.map()) == (0, 0, 3, 0)
@@ -324,6 +338,19 @@ def test_whatever_came_before_a_table_once_more_changes_nothing(bench: Bench, se
         assert (bench.treated(), bench.count(Event)) == (wells, changes)
 
 
+def test_other_columns_of_plates_are_their_metadata(bench: Bench) -> None:
+    head = "Metadata_Source,Metadata_Batch,Metadata_Plate,Metadata_PlateType\n"
+    table = bench.file("plate.csv", f"{head}source_4,B1,P1,ORF\nsource_4,B1,P2,\n")
+    assert counts(bench.ingest(table, Layout.JUMP_PLATES)) == (1, 1, 0, 0)
+    assert counts(bench.ingest(table, Layout.JUMP_PLATES)) == (0, 0, 2, 0)
+    with bench.reading() as session:
+        found = {plate.barcode: plate.metadata_ for plate in session.scalars(select(Plate))}
+    assert found == {
+        "P1": {"Source": "source_4", "PlateType": "ORF"},
+        "P2": {"Source": "source_4"},
+    }
+
+
 def test_plates_and_batches(bench: Bench) -> None:
     head = "Metadata_Source,Metadata_Batch,Metadata_Plate,Metadata_PlateType\n"
     text = f"{head}s,B1,P1,ORF\ns,B1,001,ORF\ns,B1,001,ORF\ns,B2,001,ORF\ns,B1,,ORF\n"
@@ -400,9 +427,9 @@ def test_the_dataset_tables_of_jump(sqlite_workspace: Workspace, tmp_path: Path)
     assert counts(bench.ingest(plates, Layout.JUMP_PLATES)) == (0, 0, 2525, 0)
     reagents = real_data("jump_datasets/crispr.csv.gz")
     assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (7977, 0, 0, 0)
-    # Of the 18 controls the 3 of CRISPR are reagents that are there already.
+    # Of the 18 controls the 3 of CRISPR are reagents that are there already, and no well has them.
     controls = real_data("jump_datasets/perturbation_control.csv")
-    assert counts(bench.ingest(controls, Layout.JUMP_CONTROLS)) == (15, 3, 0, 0)
+    assert counts(bench.ingest(controls, Layout.JUMP_CONTROLS)) == (15, 0, 3, 0)
     assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (0, 0, 7977, 0)
 
 

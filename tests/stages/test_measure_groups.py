@@ -17,7 +17,7 @@ from cellstore.config import ImageInput, IngestParams, MeasureParams, Resources,
 from cellstore.enums import FeatureStorage, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff
-from cellstore.jobs.image_stage import RunCounter
+from cellstore.jobs.execute import RunCounter
 from cellstore.models import (
     Artifact,
     Cell,

@@ -21,7 +21,8 @@ from ...artifacts import ArtifactFolder
 from ...db.bulk import bulk_insert, in_lists, take_ids
 from ...enums import FeatureStorage, Severity, Stage
 from ...errors import BadTableError, StorageError, UserInputError
-from ...io.cellprofiler import open_cellprofiler
+from ...io.cellprofiler_csv import open_cellprofiler_folder
+from ...io.cellprofiler_sqlite import open_cellprofiler_sqlite
 from ...io.layouts import Layout
 from ...io.objects import BOX, CENTRE, DTYPES, Integers, ObjectBatch, ObjectSource, first_of_each
 from ...io.records import LONGEST, ImageRecord, Refusal
@@ -41,6 +42,11 @@ DEFAULT_NAMES = {
     Layout.CELLPROFILER_CSV: "cellprofiler",
     Layout.CELLPROFILER_SQLITE: "cellprofiler",
     Layout.SINGLE_CELLS: "single_cells",
+}
+_READERS = {
+    Layout.CELLPROFILER_CSV: open_cellprofiler_folder,
+    Layout.CELLPROFILER_SQLITE: open_cellprofiler_sqlite,
+    Layout.SINGLE_CELLS: open_single_cells,
 }
 _ISSUES_AT_ONCE = 5_000
 _IMAGES_AT_ONCE = 1_000
@@ -95,8 +101,7 @@ def ingest_features(
         StorageError: a file cannot be written.
     """
     name = check_set_name(name or DEFAULT_NAMES[layout])
-    open_source = open_single_cells if layout is Layout.SINGLE_CELLS else open_cellprofiler
-    opened = open_source(source, plate)
+    opened = _READERS[layout](source, plate)
     accounts = _Accounts(session, run_id, opened)
     pool = ThreadPoolExecutor(1)  # hashes the files meanwhile
     progress = workspace.progress

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, Row, exists, select, update
+from sqlalchemy import ColumnElement, bindparam, exists, select, update
 from sqlalchemy.orm import Session
 
 from ...analysis.leaks import normalised_name
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, take_ids
-from ...db.statements import insert_new
 from ...enums import Control, PerturbationKind
 from ...errors import UserInputError
 from ...io.filenames import format_well
@@ -25,7 +23,6 @@ from ...io.platemaps import (
     Aliases,
     PlateAnnotation,
     PlateMap,
-    PlateRow,
     Position,
     TreatmentRow,
     completed,
@@ -43,455 +40,20 @@ from ...models import Perturbation, Plate, TreatmentPart, Well
 from .account import Account
 from .write_treatments import TreatmentWriter, records_of
 
-
-def write_plates(
-    session: Session, rows: Sequence[PlateRow], seen: dict[str, str | None], account: Account
-) -> list[int]:
-    """Make plates, or set the batch of those that are there; return their ids.
-
-    ``seen`` holds the batch of each plate of the rows before, and is added to: a plate of two
-    batches is refused the second time. A changed batch is noted as suspicious.
-    """
-    known = _plates_batches(session, [row.barcode for row in rows])
-    new: dict[str, str | None] = {}
-    changed: list[dict[str, str | None]] = []
-    for row in rows:
-        if row.barcode in seen:
-            _seen_before(row, seen[row.barcode], account)
-            continue
-        seen[row.barcode] = row.batch
-        if row.barcode not in known:
-            new[row.barcode] = row.batch
-            account.created += 1
-        elif row.batch in (None, known[row.barcode]):
-            account.unchanged += 1
-        else:
-            _note_change(row, known[row.barcode], account)
-            changed.append({"code": row.barcode, "new": row.batch})
-    insert_new(session, Plate, [{"barcode": code, "batch": batch} for code, batch in new.items()])
-    for item in changed:  # of a whole project some hundred at most
-        statement = update(Plate).where(Plate.barcode == item["code"])
-        session.execute(statement.values(batch=item["new"]))
-    return _plates_ids(session, [row.barcode for row in rows])
-
-
-def _seen_before(row: PlateRow, batch: str | None, account: Account) -> None:
-    if batch == row.batch:
-        account.unchanged += 1
-    else:
-        detail = f"{row.barcode} is of batch {batch} already, not of {row.batch}"
-        account.refuse(row.line, "plate twice", detail)
-
-
-def _note_change(row: PlateRow, old: str | None, account: Account) -> None:
-    account.updated += 1
-    if old is not None:
-        detail = f"{row.barcode}: the batch was {old}, and is {row.batch} now"
-        account.suspicious(row.line, "another batch", detail)
-
-
-def _plates_batches(session: Session, barcodes: Sequence[str]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for some in in_lists(barcodes):
-        query = select(Plate.barcode, Plate.batch).where(Plate.barcode.in_(some))
-        found.update((row[0], row[1]) for row in session.execute(query))
-    return found
-
-
-def _plates_ids(session: Session, barcodes: Sequence[str]) -> list[int]:
-    found: list[int] = []
-    for some in in_lists(barcodes):
-        found += session.scalars(select(Plate.id).where(Plate.barcode.in_(some)))
-    return found
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """Names that look like one treatment; ``detail`` says which, and how to make them one."""
-
-    reason: str
-    detail: str
-
-
-def suspicious_spellings(session: Session, treatment_ids: Collection[int]) -> list[Spelling]:
-    """Return what looks like two names of one treatment, if ``treatment_ids`` have one of them.
-
-    Compared with all treatments that a well has: names that differ in nothing but case, spaces,
-    hyphens or underscores, and two names of one structure. Each group of names comes once.
-    """
-    spelled = _groups(session, treatment_ids, _by_name)
-    built = _groups(session, treatment_ids, _by_structure)
-    other = [names for names in built if len({normalised_name(name) for name in names}) > 1]
-    return [
-        *(Spelling("one name in two spellings", _how_to_merge(names)) for names in spelled),
-        *(Spelling("one structure under two names", _how_to_merge(names)) for names in other),
-    ]
-
-
-_WriterKey = tuple[PerturbationKind, str]
-_Named = Row[PerturbationKind, str, str | None, str | None]
-
-
-def _groups(
-    session: Session, treatment_ids: Collection[int], key_of: Callable[[_Named], _WriterKey | None]
-) -> list[list[str]]:
-    """Return the names, sorted, of each key that ``treatment_ids`` have and that has several."""
-    names: dict[_WriterKey, set[str]] = defaultdict(set)
-    for row in _named(session, treatment_ids):
-        if key := key_of(row):
-            names[key].add(row.name)
-    for row in session.execute(
-        _NAMED.where(exists().where(Well.treatment_id == TreatmentPart.treatment_id))
-    ):
-        key = key_of(row)
-        if key in names:
-            names[key].add(row.name)
-    return sorted(sorted(same) for same in names.values() if len(same) > 1)
-
-
-_NAMED = (
-    select(Perturbation.kind, Perturbation.name, Perturbation.inchikey, Perturbation.smiles)
-    .join(TreatmentPart, TreatmentPart.perturbation_id == Perturbation.id)
-    .distinct()
-)
-
-
-def _named(session: Session, treatment_ids: Collection[int]) -> Iterator[_Named]:
-    for some in in_lists(treatment_ids):
-        yield from session.execute(_NAMED.where(TreatmentPart.treatment_id.in_(some)))
-
-
-def _by_name(row: _Named) -> _WriterKey | None:
-    name = normalised_name(row.name)
-    return (row.kind, name) if name else None
-
-
-def _by_structure(row: _Named) -> _WriterKey | None:
-    structure = row.inchikey or row.smiles
-    return (row.kind, structure) if structure else None
-
-
-def _how_to_merge(names: list[str]) -> str:
-    kept, *others = names
-    rows = " and ".join(f"{other},{kept}" for other in others)
-    return (
-        f"{' and '.join(map(repr, names))} look like one. If they are, ingest again with --alias "
-        f"FILE, a table with the header alias,name and the row {rows}."
-    )
-
-
+ROWS_AT_ONCE = 2_000
+PLATES_AT_ONCE = 100
+"""Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
 WELLS_AT_ONCE = 20_000
 """Wells that are pointed elsewhere at a time: a control may be in a million."""
 
-_Key = tuple[str, ...]
-"""What names a sample: its identifier, else its kind and name."""
-
-_Known = dict[_Key, dict[int, TreatmentRecord]]
-"""Treatments by id that the store has of each sample, the oldest first."""
-
-
-class Corrections:
-    """Makes new treatments, and points the wells of corrected ones to what they are now."""
-
-    def __init__(
-        self, session: Session, run_id: int, account: Account, aliases: Aliases | None
-    ) -> None:
-        self._session = session
-        self._account = account
-        self._aliases = aliases
-        self._writer = TreatmentWriter(session, run_id, account.file)
-        self._seen: dict[_Key, int] = {}
-        self.treatments: set[int] = set()
-        """The treatments that the table speaks of."""
-
-    def write(self, rows: Sequence[TreatmentRow]) -> None:
-        """Bring rows in; one that says something else of a sample than an earlier is refused."""
-        said = list(self._first_said(rows))
-        known = self._load([record for _, record in said])
-        self._add_controls(known, [record for _, record in said])
-        corrected = {
-            treatment: (record, line)
-            for line, record in said
-            for treatment, old in known[_key(record)].items()
-            if completed(record, old) != old
-        }
-        moved = self._point(corrected)
-        wanted = [self._counted(record, known[_key(record)], moved) for _, record in said]
-        self.treatments.update(self._writer.ids(wanted).values())
-
-    def _first_said(self, rows: Sequence[TreatmentRow]) -> Iterator[tuple[int, TreatmentRecord]]:
-        for line, given in rows:
-            if given is None:
-                self._account.unchanged += 1
-                continue
-            record = self._aliases.apply(given) if self._aliases else given
-            key, said = _key(record), hash(record)
-            if key not in self._seen:
-                self._seen[key] = said
-                yield line, record
-            elif self._seen[key] == said:
-                self._account.unchanged += 1
-            else:
-                detail = f"{record.identifier or record.pert_iname} is described otherwise before"
-                self._account.refuse(line, "broad_sample twice", detail)
-
-    def _counted(
-        self, record: TreatmentRecord, present: Mapping[int, TreatmentRecord], moved: set[int]
-    ) -> TreatmentRecord:
-        """Return the treatment as it is to be now, and count what that means."""
-        complete = record
-        if present:
-            # A name that is given back finds the perturbation that it had before.
-            named = [key for key in present if present[key].pert_iname == record.pert_iname]
-            complete = completed(record, present[max(named or present)])
-        if not present:
-            self._account.created += 1
-        elif complete in present.values() and not moved & present.keys():
-            self._account.unchanged += 1
-        else:
-            self._account.updated += 1
-        return complete
-
-    def _load(self, records: Sequence[TreatmentRecord]) -> _Known:
-        found: _Known = defaultdict(dict)
-        identifiers = [item.identifier for item in records if item.identifier is not None]
-        for some in in_lists(identifiers):
-            self._add(found, Perturbation.identifier.in_(some))
-        names = [item.pert_iname for item in records if item.identifier is None]
-        for some in in_lists(names):
-            self._add(found, Perturbation.name.in_(some) & Perturbation.identifier.is_(None))
-        return found
-
-    def _add_controls(self, known: _Known, said: Sequence[TreatmentRecord]) -> None:
-        """Say of each treatment what its wells are; without wells it is what the table says."""
-        ids = [key for record in said for key in known[_key(record)]]
-        controls: dict[int, set[Control | None]] = defaultdict(set)
-        for some in in_lists(ids):
-            query = select(Well.treatment_id, Well.control).where(Well.treatment_id.in_(some))
-            for treatment, control in self._session.execute(query.distinct()):
-                if treatment is not None:
-                    controls[treatment].add(control)
-        for record in said:
-            for key, old in known[_key(record)].items():
-                present = controls.get(key, {record.control})
-                control = present.pop() if len(present) == 1 else None
-                known[_key(record)][key] = replace(old, control=control)
-
-    def _add(self, found: _Known, condition: ColumnElement[bool]) -> None:
-        for treatment, record in records_of(self._session, condition).items():
-            found[_key(record)][treatment] = record
-
-    def _point(self, corrected: Mapping[int, tuple[TreatmentRecord, int | None]]) -> set[int]:
-        """Point wells to corrected treatments; return the treatments that they had."""
-        moved: set[int] = set()
-        for some in in_lists(corrected):
-            for wells in self._wells(some):
-                said = {well: corrected[old] for well, old in wells.items()}
-                moved |= {wells[well] for well in self._writer.assign(said, ())}
-        return moved
-
-    def _wells(self, treatments: Sequence[int]) -> Iterator[dict[int, int]]:
-        """Yield the wells of some treatments, in pieces by id: what changes meanwhile is past."""
-        last = 0
-        while True:
-            query = (
-                select(Well.id, Well.treatment_id)
-                .where(Well.treatment_id.in_(treatments), Well.id > last)
-                .order_by(Well.id)
-                .limit(WELLS_AT_ONCE)
-            )
-            found = {row[0]: row[1] for row in self._session.execute(query) if row[1] is not None}
-            if not found:
-                return
-            yield found
-            last = max(found)
-
-
-def _key(record: TreatmentRecord) -> _Key:
-    if record.identifier is not None:
-        return (record.identifier,)
-    return record.kind.value, record.pert_iname
-
-
-PLATES_AT_ONCE = 100
-"""Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
-
-_WELL = ("id", "plate_id", "well_row", "well_column", "name")
-_Wells = dict[tuple[int, Position], tuple[int, int | None]]
-"""Well id and treatment id by plate and position."""
-
-
-class MappedWells:
-    """Applies plate maps, in the caller's transaction."""
-
-    def __init__(
-        self, session: Session, run_id: int, params: IngestParams, account: Account
-    ) -> None:
-        self._session = session
-        self._run_id = run_id
-        self._params = params
-        self._account = account
-        self._aliases = Aliases.read(params.aliases) if params.aliases else None
-        self.treatments: set[int] = set()
-        """The treatments that the wells have now of which the maps speak."""
-
-    def ingest(self, source: Path) -> tuple[int, ...]:
-        """Point the wells of the plates of the maps in ``source``; return these plates (ids).
-
-        Raises:
-            BadTableError: a table cannot be used as a plate map, or what goes with it.
-            UserInputError: it is not said which plates a map is for, or the store has none.
-        """
-        annotation = read_annotation(source, self._params.compounds, self._params.barcodes)
-        plates = self._plates(source, annotation)
-        self._account.notes += annotation.notes
-        self._refuse(annotation)
-        for found in annotation.maps.values():
-            self._account.rows += len(found.wells)
-            self._apply(found, plates.get(found.name, ()))
-        return tuple(sorted(plate for some in plates.values() for plate in some))
-
-    def _refuse(self, annotation: PlateAnnotation) -> None:
-        """Refuse the rows of maps that cannot be used; those of other tables are problems."""
-        maps = {found.path for found in annotation.maps.values()}
-        for path, refusal in annotation.issues:
-            if path in maps:
-                self._account.rows += 1
-                self._account.refuse(*refusal, file=writable(path.name))
-            else:
-                self._account.problem(*refusal, file=writable(path.name))
-
-    def _plates(self, source: Path, annotation: PlateAnnotation) -> Mapping[str, Sequence[int]]:
-        """Return the plates (ids) of the store that use each map."""
-        barcodes = annotation.barcodes
-        if barcodes is None:
-            if self._params.plate is None:
-                raise UserInputError(
-                    f"Which plates is {source.name} for? Say it with --plate NAME, or with "
-                    "--barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
-                )
-            barcodes = {self._params.plate: next(iter(annotation.maps))}
-        known = self._known(list(barcodes))
-        if not known:
-            raise UserInputError(
-                f"The store has none of the plates that {source.name} is for "
-                f"({', '.join(sorted(barcodes)[:3])}). Ingest their images first."
-            )
-        return self._by_map(annotation, barcodes, known)
-
-    def _by_map(
-        self, annotation: PlateAnnotation, barcodes: Mapping[str, str], known: Mapping[str, int]
-    ) -> Mapping[str, Sequence[int]]:
-        found: dict[str, list[int]] = defaultdict(list)
-        unmapped: dict[str, list[str]] = defaultdict(list)
-        for barcode, plate in known.items():
-            name = barcodes[barcode]
-            if name in annotation.maps:
-                found[name].append(plate)
-            else:
-                unmapped[name].append(barcode)
-        for name, missing in sorted(unmapped.items()):
-            detail = f"{', '.join(sorted(missing))} use {name}, which was not given"
-            self._account.problem(None, "no such plate map", detail)
-        if len(known) < len(barcodes):
-            absent = len(barcodes) - len(known)
-            self._account.notes.append(f"{absent} of {len(barcodes)} plates are not in the store")
-        return found
-
-    def _known(self, barcodes: Sequence[str]) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for some in in_lists(barcodes):
-            query = select(Plate.barcode, Plate.id).where(Plate.barcode.in_(some))
-            found.update((row[0], row[1]) for row in self._session.execute(query))
-        return found
-
-    def _apply(self, found: PlateMap, plates: Sequence[int]) -> None:
-        writer = TreatmentWriter(self._session, self._run_id, writable(found.path.name))
-        created: set[Position] = set()
-        updated: set[Position] = set()
-        pieces = iter(plates)
-        while some := list(islice(pieces, PLATES_AT_ONCE)):
-            wells = self._wells(some)
-            self._note_emptied(found, some, wells)
-            made = self._make(found, some, wells)
-            changed = writer.assign(self._wanted(found, some, {**wells, **made}), _ids(made))
-            created |= {position for _, position in made}
-            updated |= {key[1] for key, (well, _) in wells.items() if well in changed}
-        if not plates:
-            self._account.notes.append(f"no plate of the store uses the plate map {found.name}")
-        self.treatments |= writer.used
-        self._account.updated += len(updated)
-        self._account.created += len(created - updated)
-        self._account.unchanged += len(found.wells) - len(created | updated)
-
-    def _wells(self, plates: Sequence[int]) -> _Wells:
-        query = select(Well.plate_id, Well.well_row, Well.well_column, Well.id, Well.treatment_id)
-        rows = self._session.execute(query.where(Well.plate_id.in_(plates)))
-        return {(row[0], (row[1], row[2])): (row[3], row[4]) for row in rows}
-
-    def _make(self, found: PlateMap, plates: Sequence[int], wells: _Wells) -> _Wells:
-        """Make the wells that have a treatment and are not there."""
-        treated = [position for position, record in found.wells.items() if record is not None]
-        new = [(plate, at) for plate in plates for at in treated if (plate, at) not in wells]
-        ids = take_ids(self._session, Well, len(new))
-        rows = [
-            (well, plate, *position, format_well(*position))
-            for well, (plate, position) in zip(ids, new, strict=True)
-        ]
-        bulk_insert(self._session, Well, _WELL, rows)
-        return {key: (well, None) for key, well in zip(new, ids, strict=True)}
-
-    def _wanted(
-        self, found: PlateMap, plates: Sequence[int], wells: _Wells
-    ) -> dict[int, tuple[TreatmentRecord, int | None]]:
-        return {
-            wells[plate, position][0]: (self._named(record), found.lines[position])
-            for plate in plates
-            for position, record in found.wells.items()
-            if record is not None
-        }
-
-    def _named(self, record: TreatmentRecord) -> TreatmentRecord:
-        return self._aliases.apply(record) if self._aliases else record
-
-    def _note_emptied(self, found: PlateMap, plates: Sequence[int], wells: _Wells) -> None:
-        for plate, position in _emptied(found, plates, wells):
-            self._account.suspicious(
-                found.lines[position],
-                "an empty well that has a treatment",
-                f"well {format_well(*position)} of plate {self._barcode(plate)} is empty on the "
-                "map, and keeps the treatment that it has",
-                file=writable(found.path.name),
-            )
-
-    def _barcode(self, plate: int) -> str:
-        return self._session.get_one(Plate, plate).barcode
-
-
-def _emptied(
-    found: PlateMap, plates: Sequence[int], wells: _Wells
-) -> Iterator[tuple[int, Position]]:
-    empty = [position for position, record in found.wells.items() if record is None]
-    for plate in plates:
-        for position in empty:
-            if wells.get((plate, position), (0, None))[1] is not None:
-                yield plate, position
-
-
-def _ids(wells: _Wells) -> set[int]:
-    return {well for well, _ in wells.values()}
-
-
-BATCH = 2_000
-"""Rows that are written at a time."""
-
-T = TypeVar("T")
-
-_READERS: Mapping[Layout, Callable[[TextTable], Iterator[TreatmentRow | Refusal]]] = {
+_READERS = {
     Layout.TREATMENT_TABLE: treatment_rows,
     Layout.JUMP_CRISPR: jump_crispr,
     Layout.JUMP_CONTROLS: jump_controls,
 }
+_WELL = ("id", "plate_id", "well_row", "well_column", "name")
+
+T = TypeVar("T")
 
 
 def ingest_treatments(
@@ -516,83 +78,424 @@ def ingest_treatments(
         BadTableError: a table lacks columns, or tables do not fit each other.
         UserInputError: it is not said which plates a map is for, or none of them is in the store.
     """
-    with _progress(workspace):
+    workspace.progress.start("ingest", 0)
+    try:
+        aliases = Aliases.read(params.aliases) if params.aliases else Aliases({})
         if layout is Layout.PLATEMAP:
-            mapped = MappedWells(session, run_id, params, account)
-            plates = mapped.ingest(source)
-            _note_spellings(session, mapped.treatments, account)
-            return plates
+            return _ingest_maps(session, run_id, source, params, aliases, account)
+        if layout is not Layout.JUMP_PLATES and layout not in _READERS:
+            raise UserInputError(
+                f"{layout.value} is no layout of treatments. Choose another --layout."
+            )
         table = open_table(source)
         account.notes += table.notes
         if layout is Layout.JUMP_PLATES:
-            return _plates(workspace, session, table, account)
-        _treatments(workspace, session, run_id, table, layout, params, account)
-    return ()
-
-
-@contextmanager
-def _progress(workspace: Workspace) -> Iterator[None]:
-    workspace.progress.start("ingest", 0)
-    try:
-        yield
+            return _ingest_plates(workspace, session, table, account)
+        treatments: set[int] = set()
+        corrections = _Corrections(session, run_id, account, aliases)
+        for rows in _usable(workspace, session, account, _READERS[layout](table)):
+            treatments |= corrections.write(rows)
+        _note_spellings(session, treatments, account)
+        return ()
     finally:
         workspace.progress.finish()
 
 
-def _plates(
+def _usable(
+    workspace: Workspace, session: Session, account: Account, rows: Iterable[T | Refusal]
+) -> Iterator[list[T]]:
+    """Yield the rows that can be used, some at a time; count all, and refuse the others."""
+    left = iter(rows)
+    while some := list(islice(left, ROWS_AT_ONCE)):
+        account.rows += len(some)
+        usable: list[T] = []
+        for row in some:
+            if isinstance(row, Refusal):
+                account.refuse(row.line, row.reason, row.detail)
+            else:
+                usable.append(row)
+        yield usable
+        # Under --strict the whole file is undone, and its issues are written anew.
+        account.flush(session)
+        workspace.progress.advance(len(some))
+
+
+# ---- Plates ----
+
+
+def _ingest_plates(
     workspace: Workspace, session: Session, table: TextTable, account: Account
 ) -> tuple[int, ...]:
+    """Make plates, or set the batch of those that are there; return their ids.
+
+    A plate of two batches is refused the second time; a changed batch is noted as suspicious.
+    """
     found: list[int] = []
     seen: dict[str, str | None] = {}
-    for batch in _batches(jump_plates(table)):
-        rows = list(_usable(batch, account))
-        found += write_plates(session, rows, seen, account)
-        _advance(workspace, session, account, len(batch))
+    for rows in _usable(workspace, session, account, jump_plates(table)):
+        known: dict[str, Plate] = {}
+        for some in in_lists({row.barcode for row in rows}):
+            for plate in session.scalars(select(Plate).where(Plate.barcode.in_(some))):
+                known[plate.barcode] = plate
+        for line, barcode, batch, metadata in rows:
+            if barcode in seen and batch != seen[barcode]:
+                detail = f"{barcode} is of batch {seen[barcode]} already, not of {batch}"
+                account.refuse(line, "plate twice", detail)
+                continue
+            seen[barcode] = batch
+            if barcode not in known:
+                known[barcode] = Plate(barcode=barcode, batch=batch, metadata_=metadata or None)
+                session.add(known[barcode])
+                account.created += 1
+                continue
+            plate = known[barcode]
+            merged = {**(plate.metadata_ or {}), **metadata}
+            if batch in (None, plate.batch) and merged == (plate.metadata_ or {}):
+                account.unchanged += 1
+                continue
+            if batch is not None and plate.batch not in (None, batch):
+                detail = f"{barcode}: the batch was {plate.batch}, and is {batch} now"
+                account.suspicious(line, "another batch", detail)
+            plate.batch, plate.metadata_ = batch or plate.batch, merged or None
+            account.updated += 1
+        session.flush()
+        found += [plate.id for plate in known.values()]
     return tuple(found)
 
 
-def _treatments(
-    workspace: Workspace,
+# ---- Plate maps ----
+
+
+def _ingest_maps(
     session: Session,
     run_id: int,
-    table: TextTable,
-    layout: Layout,
+    source: Path,
     params: IngestParams,
+    aliases: Aliases,
+    account: Account,
+) -> tuple[int, ...]:
+    """Point the wells of the plates of the maps in ``source``; return these plates (ids).
+
+    Raises:
+        BadTableError: a table cannot be used as a plate map, or what goes with it.
+        UserInputError: it is not said which plates a map is for, or the store has none.
+    """
+    annotation = read_annotation(source, params.compounds, params.barcodes)
+    plates = _plates_of_maps(session, source, annotation, params.plate, account)
+    account.notes += annotation.notes
+    map_files = {found.path for found in annotation.maps.values()}
+    for path, refusal in annotation.issues:
+        if path in map_files:
+            account.rows += 1
+            account.refuse(*refusal, file=writable(path.name))
+        else:  # a row of another table
+            account.problem(*refusal, file=writable(path.name))
+    treatments: set[int] = set()
+    for found in annotation.maps.values():
+        account.rows += len(found.wells)
+        writer = TreatmentWriter(session, run_id, writable(found.path.name))
+        _apply_map(session, writer, found, plates.get(found.name, []), aliases, account)
+        treatments |= writer.used
+    _note_spellings(session, treatments, account)
+    return tuple(sorted(plate for some in plates.values() for plate in some))
+
+
+def _plates_of_maps(
+    session: Session,
+    source: Path,
+    annotation: PlateAnnotation,
+    plate: str | None,
+    account: Account,
+) -> dict[str, list[int]]:
+    """Return the plates (ids) of the store that use each map."""
+    barcodes = annotation.barcodes
+    if barcodes is None and plate is None:
+        raise UserInputError(
+            f"Which plates is {source.name} for? Say it with --plate NAME, or with "
+            "--barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
+        )
+    if barcodes is None:
+        barcodes = {str(plate): next(iter(annotation.maps))}
+    found: dict[str, list[int]] = defaultdict(list)
+    unmapped: dict[str, list[str]] = defaultdict(list)
+    known = 0
+    for some in in_lists(list(barcodes)):
+        query = select(Plate.barcode, Plate.id).where(Plate.barcode.in_(some))
+        for barcode, key in session.execute(query):
+            known += 1
+            name = barcodes[barcode]
+            if name in annotation.maps:
+                found[name].append(key)
+            else:
+                unmapped[name].append(barcode)
+    if not known:
+        raise UserInputError(
+            f"The store has none of the plates that {source.name} is for "
+            f"({', '.join(sorted(barcodes)[:3])}). Ingest their images first."
+        )
+    for name, missing in sorted(unmapped.items()):
+        detail = f"{', '.join(sorted(missing))} use {name}, which was not given"
+        account.problem(None, "no such plate map", detail)
+    if known < len(barcodes):
+        absent = len(barcodes) - known
+        account.notes.append(f"{absent} of {len(barcodes)} plates are not in the store")
+    return found
+
+
+def _apply_map(
+    session: Session,
+    writer: TreatmentWriter,
+    plate_map: PlateMap,
+    plates: Sequence[int],
+    aliases: Aliases,
     account: Account,
 ) -> None:
-    if layout not in _READERS:
-        raise UserInputError(f"{layout.value} is no layout of treatments. Choose another --layout.")
-    aliases = Aliases.read(params.aliases) if params.aliases else None
-    corrections = Corrections(session, run_id, account, aliases)
-    for batch in _batches(_READERS[layout](table)):
-        corrections.write(list(_usable(batch, account)))
-        _advance(workspace, session, account, len(batch))
-    _note_spellings(session, corrections.treatments, account)
+    """Point the wells of ``plates`` to their treatments; make those that are not there."""
+    if not plates:
+        account.notes.append(f"no plate of the store uses the plate map {plate_map.name}")
+    treated = {at: aliases.apply(r) for at, r in plate_map.wells.items() if r is not None}
+    created: set[Position] = set()
+    updated: set[Position] = set()
+    for start in range(0, len(plates), PLATES_AT_ONCE):
+        some = plates[start : start + PLATES_AT_ONCE]
+        wells: dict[tuple[int, Position], int] = {}
+        query = select(
+            Well.plate_id, Well.well_row, Well.well_column, Well.id, Well.treatment_id
+        ).where(Well.plate_id.in_(some))
+        for plate, row, column, well, treatment in session.execute(query):
+            wells[plate, (row, column)] = well
+            if treatment is not None and (row, column) in plate_map.wells.keys() - treated.keys():
+                _note_emptied(session, plate_map, plate, (row, column), account)
+        new = [(plate, at) for plate in some for at in treated if (plate, at) not in wells]
+        made = dict(zip(new, take_ids(session, Well, len(new)), strict=True))
+        rows = [(well, plate, *at, format_well(*at)) for (plate, at), well in made.items()]
+        bulk_insert(session, Well, _WELL, rows)
+        all_wells = {**wells, **made}
+        wanted = {
+            all_wells[plate, at]: (record, plate_map.lines[at])
+            for plate in some
+            for at, record in treated.items()
+        }
+        changed = writer.assign(wanted, set(made.values()))
+        changed |= _keep_metadata(
+            session,
+            {
+                well: plate_map.metadata[at]
+                for (_, at), well in all_wells.items()
+                if at in plate_map.metadata
+            },
+        )
+        created |= {at for _, at in made}
+        updated |= {at for (_, at), well in wells.items() if well in changed}
+    account.updated += len(updated)
+    account.created += len(created - updated)
+    account.unchanged += len(plate_map.wells) - len(created | updated)
 
 
-def _usable(batch: Sequence[T | Refusal], account: Account) -> Iterator[T]:
-    """Yield the rows that can be used; count all of them, and refuse the others."""
-    account.rows += len(batch)
-    for row in batch:
-        if isinstance(row, Refusal):
-            account.refuse(row.line, row.reason, row.detail)
-        else:
-            yield row
+def _note_emptied(
+    session: Session, plate_map: PlateMap, plate: int, at: Position, account: Account
+) -> None:
+    barcode = session.get_one(Plate, plate).barcode
+    account.suspicious(
+        plate_map.lines[at],
+        "an empty well that has a treatment",
+        f"well {format_well(*at)} of plate {barcode} is empty on the map, and keeps the treatment "
+        "that it has",
+        file=writable(plate_map.path.name),
+    )
 
 
-def _advance(workspace: Workspace, session: Session, account: Account, rows: int) -> None:
-    # Under --strict the whole file is undone, and its issues are written anew.
-    account.flush(session)
-    workspace.progress.advance(rows)
+def _keep_metadata(session: Session, metadata: Mapping[int, Mapping[str, str]]) -> set[int]:
+    """Add what a table says of wells beyond our columns; return the wells of which it is news."""
+    rows: list[dict[str, Any]] = []
+    for some in in_lists(list(metadata)):
+        query = select(Well.id, Well.metadata_).where(Well.id.in_(some))
+        for well, old in session.execute(query):
+            new = {**(old or {}), **metadata[well]}
+            if new != (old or {}):
+                rows.append({"well": well, "new": new})
+    if rows:
+        table: Any = Well.__table__
+        statement = update(table).where(table.c.id == bindparam("well"))
+        session.connection().execute(statement.values(metadata=bindparam("new")), rows)
+    return {row["well"] for row in rows}
+
+
+# ---- Tables of treatments ----
+
+_Sample = tuple[str, ...]
+"""What names a sample: its identifier, else its kind and name."""
+_Use = tuple[int, Control | None]
+"""A treatment, and a role that wells have which got it."""
+_Uses = dict[_Use, TreatmentRecord]
+
+
+class _Corrections:
+    """Makes new treatments, and points the wells of corrected ones to what they are now."""
+
+    def __init__(self, session: Session, run_id: int, account: Account, aliases: Aliases) -> None:
+        self._session = session
+        self._account = account
+        self._aliases = aliases
+        self._writer = TreatmentWriter(session, run_id, account.file)
+        self._seen: dict[_Sample, int] = {}
+
+    def write(self, rows: Sequence[TreatmentRow]) -> set[int]:
+        """Bring rows in; one that says something else of a sample than an earlier is refused.
+
+        Returns the treatments (ids) that the rows speak of.
+        """
+        said = list(self._first_said(rows))
+        known = self._known([record for _, record in said])
+        corrected = {
+            key: (record, line)
+            for line, record in said
+            for key, old in known[_sample(record)].items()
+            if completed(record, old) != old
+        }
+        moved = self._point(corrected)
+        wanted = []
+        for _, record in said:
+            present = known[_sample(record)]
+            complete = record
+            if present:
+                # A name that is given back finds the perturbation that it had before.
+                named = [use for use, old in present.items() if old.pert_iname == record.pert_iname]
+                latest = max(treatment for treatment, _ in named or present)
+                olds = [old for (treatment, _), old in present.items() if treatment == latest]
+                complete = completed(record, olds[0])
+            if not present:
+                self._account.created += 1
+            elif complete in present.values() and not moved & present.keys():
+                self._account.unchanged += 1
+            else:
+                self._account.updated += 1
+            wanted.append(complete)
+        return set(self._writer.ids(wanted).values())
+
+    def _first_said(self, rows: Sequence[TreatmentRow]) -> Iterator[tuple[int, TreatmentRecord]]:
+        for line, given in rows:
+            if given is None:
+                self._account.unchanged += 1
+                continue
+            record = self._aliases.apply(given)
+            sample, digest = _sample(record), hash(record)
+            if sample not in self._seen:
+                self._seen[sample] = digest
+                yield line, record
+            elif self._seen[sample] == digest:
+                self._account.unchanged += 1
+            else:
+                detail = f"{record.identifier or record.pert_iname} is described otherwise before"
+                self._account.refuse(line, "broad_sample twice", detail)
+
+    def _known(self, said: Sequence[TreatmentRecord]) -> dict[_Sample, _Uses]:
+        """Return what the store has of each sample."""
+        identifiers = [record.identifier for record in said if record.identifier is not None]
+        names = [record.pert_iname for record in said if record.identifier is None]
+        conditions: list[ColumnElement[bool]] = []
+        conditions += [Perturbation.identifier.in_(some) for some in in_lists(identifiers)]
+        unnamed = Perturbation.identifier.is_(None)
+        conditions += [Perturbation.name.in_(some) & unnamed for some in in_lists(names)]
+        rows: dict[int, TreatmentRecord] = {}
+        for condition in conditions:
+            rows |= records_of(self._session, condition)
+        controls: dict[int, set[Control | None]] = defaultdict(set)
+        for some in in_lists(list(rows)):
+            query = select(Well.treatment_id, Well.control).where(Well.treatment_id.in_(some))
+            for treatment, control in self._session.execute(query.distinct()):
+                controls[treatment or 0].add(control)
+        by_table = {_sample(record): record.control for record in said}
+        found: dict[_Sample, _Uses] = defaultdict(dict)
+        for treatment, record in rows.items():
+            sample = _sample(record)
+            # Where it has no wells, its role is what the table says.
+            for control in controls.get(treatment, {by_table.get(sample)}):
+                found[sample][treatment, control] = replace(record, control=control)
+        return found
+
+    def _point(self, corrected: Mapping[_Use, tuple[TreatmentRecord, int | None]]) -> set[_Use]:
+        """Point wells to corrected treatments; return what they had."""
+        moved: set[_Use] = set()
+        for some in in_lists(sorted({treatment for treatment, _ in corrected})):
+            last = 0
+            while True:  # in pieces by id: what changes meanwhile is past
+                query = (
+                    select(Well.id, Well.treatment_id, Well.control)
+                    .where(Well.treatment_id.in_(some), Well.id > last)
+                    .order_by(Well.id)
+                    .limit(WELLS_AT_ONCE)
+                )
+                rows = self._session.execute(query)
+                wells: dict[int, Any] = {well: (had, control) for well, had, control in rows}
+                if not wells:
+                    break
+                said = {well: corrected[use] for well, use in wells.items() if use in corrected}
+                moved |= {wells[well] for well in self._writer.assign(said, ())}
+                last = max(wells)
+        return moved
+
+
+def _sample(record: TreatmentRecord) -> _Sample:
+    if record.identifier is not None:
+        return (record.identifier,)
+    return record.kind.value, record.pert_iname
+
+
+# ---- Names that look like one ----
+
+
+class Spelling(NamedTuple):
+    """Names that look like one treatment; ``detail`` says which, and how to make them one."""
+
+    reason: str
+    detail: str
+
+
+def suspicious_spellings(session: Session, treatment_ids: Collection[int]) -> list[Spelling]:
+    """Return what looks like two names of one treatment, if ``treatment_ids`` have one of them.
+
+    Compared with all treatments that a well has: names that differ in nothing but case, spaces,
+    hyphens or underscores, and two names of one structure. Each group of names comes once.
+    """
+    names: dict[tuple[str, PerturbationKind, str], set[str]] = defaultdict(set)
+    spelled, built = "one name in two spellings", "one structure under two names"
+
+    def keys(row: Any) -> Iterator[tuple[str, PerturbationKind, str]]:
+        if name := normalised_name(row.name):
+            yield spelled, row.kind, name
+        if structure := row.inchikey or row.smiles:
+            yield built, row.kind, structure
+
+    columns = (Perturbation.kind, Perturbation.name, Perturbation.inchikey, Perturbation.smiles)
+    query = select(*columns).join(TreatmentPart).distinct()
+    for some in in_lists(treatment_ids):
+        for row in session.execute(query.where(TreatmentPart.treatment_id.in_(some))):
+            for key in keys(row):
+                names[key].add(row.name)
+    for row in session.execute(
+        query.where(exists().where(Well.treatment_id == TreatmentPart.treatment_id))
+    ):
+        for key in keys(row):
+            if key in names:
+                names[key].add(row.name)
+    found = []
+    for reason in (spelled, built):
+        for same in sorted(sorted(some) for key, some in names.items() if key[0] == reason):
+            distinct = same if reason is spelled else {normalised_name(name) for name in same}
+            if len(same) < 2 or len(distinct) < 2:
+                continue
+            kept, *others = same
+            rows = " and ".join(f"{other},{kept}" for other in others)
+            detail = (
+                f"{' and '.join(map(repr, same))} look like one. If they are, ingest again with "
+                f"--alias FILE, a table with the header alias,name and the row {rows}."
+            )
+            found.append(Spelling(reason, detail))
+    return found
 
 
 def _note_spellings(session: Session, treatments: set[int], account: Account) -> None:
-    for spelling in suspicious_spellings(session, treatments):
-        account.suspicious(None, spelling.reason, spelling.detail)
+    for reason, detail in suspicious_spellings(session, treatments):
+        account.suspicious(None, reason, detail)
     account.flush(session)
-
-
-def _batches(items: Iterable[T]) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, BATCH)):
-        yield batch

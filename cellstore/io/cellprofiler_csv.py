@@ -1,0 +1,342 @@
+"""CellProfiler's tables as CSV files in a folder and its subfolders.
+
+Rows of several tables are joined by number, and CSV files have no way to a row by its number: their
+measurements are moved once into a temporary Arrow file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+
+from ..enums import Severity
+from ..errors import BadTableError, StorageError, UserInputError, first_line
+from .cellprofiler import (
+    IMAGE_NUMBER,
+    IMAGE_TABLE,
+    TOOL,
+    UNKNOWN,
+    ImageIndex,
+    ObjectColumns,
+    TableKeys,
+    about_image,
+    add_cells,
+    channels_of,
+    choose_tables,
+    feature_name,
+    image_record,
+    object_columns,
+    table_name,
+)
+from .objects import (
+    Integers,
+    ObjectSource,
+    RowIssue,
+    SourceFile,
+    as_numbers,
+    batch_rows,
+    whole_numbers,
+    without_nan,
+)
+from .records import Refusal
+from .tables import TextTable, open_table
+
+_DEEPEST = 6
+
+
+class _CsvFile(NamedTuple):
+    """One CSV file: ``name`` is relative to the source, ``columns`` are called as in CellProfiler.
+
+    ``kind`` is what it is about ('Cells'), ``folder`` the index of its folder.
+    """
+
+    name: str
+    kind: str
+    folder: int
+    table: TextTable
+    columns: list[str]
+
+
+def is_cellprofiler_folder(path: Path) -> bool:
+    """Whether a folder has CellProfiler's ``Image.csv``, itself or in subfolders."""
+    tables = _csv_files(path) if path.is_dir() else iter(())
+    first = next((table for table in tables if _kind(table).lower() == IMAGE_TABLE), None)
+    try:
+        columns = _columns(open_table(first, empty=True)) if first else ["none"]
+    except UserInputError:
+        return False
+    return not columns or IMAGE_NUMBER in columns
+
+
+def open_cellprofiler_folder(path: Path, plate: str | None = None) -> ObjectSource:
+    """Open a folder of CSV files; close the source after use.
+
+    ``plate`` is the barcode where the tables name none.
+
+    Raises:
+        BadTableError: there is no such table, several segmentations, or damage.
+        UserInputError: nothing says which plate it is.
+        StorageError: the temporary folder is full.
+    """
+    source = ObjectSource(TOOL, own_images=True)
+    try:
+        _open_folder(source, path, plate)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def _open_folder(source: ObjectSource, root: Path, plate: str | None) -> None:
+    folders: dict[Path, int] = {}
+    files: list[_CsvFile] = []
+    for path in _csv_files(root):
+        table = open_table(path, empty=True)
+        folder = folders.setdefault(path.parent, len(folders))
+        name = path.relative_to(root).as_posix()
+        files.append(_CsvFile(name, _kind(path), folder, table, _columns(table)))
+    of_images = [f for f in files if f.kind.lower() == IMAGE_TABLE and IMAGE_NUMBER in f.columns]
+    kinds: dict[str, list[_CsvFile]] = {}
+    for file in files:
+        if object_columns(file.kind, file.columns):
+            kinds.setdefault(file.kind, []).append(file)
+    if not of_images and not kinds:
+        raise BadTableError(f"{root} has no Image.csv of CellProfiler, nor tables of objects.")
+    images = ImageIndex(source)
+    folder_names = [folder.name for folder in folders]
+    for file in of_images:
+        _add_images(source, images, file, plate, folder_names[file.folder])
+    images.check_plate(root.name)
+    merged = [
+        object_columns(kind, list(dict.fromkeys(name for file in own for name in file.columns)))
+        for kind, own in kinds.items()
+    ]
+    chosen, note = choose_tables([columns for columns in merged if columns], root.name)
+    source.notes += [note] if note else []
+    target = Path(tempfile.mkdtemp(prefix="cellstore-"))
+    source.close = lambda: shutil.rmtree(target, ignore_errors=True)
+    tables = [
+        _spooled(source, columns, kinds[columns.name], target / f"{number}.arrow", images)
+        for number, columns in enumerate(chosen)
+    ]
+    for file in files:
+        if not file.columns:
+            source.files.append(SourceFile(file.name, file.table.path, 0))
+            _note(source, file, None, "empty file", "the file has 0 bytes")
+    add_cells(source, tables)
+
+
+def _csv_files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        folders.sort()
+        if len(here.relative_to(root).parts) >= _DEEPEST:
+            folders.clear()
+        yield from (
+            here / name for name in sorted(names) if name.lower().endswith((".csv", ".csv.gz"))
+        )
+
+
+def _kind(path: Path) -> str:
+    return table_name(Path(path.name.removesuffix(".gz").removesuffix(".GZ")).stem)
+
+
+def _columns(table: TextTable) -> list[str]:
+    """Return the columns; of two header lines (cytominer-database has them) the first has objects.
+
+    A table of that kind says ``Cells`` and ``Area`` for what is ``Cells_Area`` elsewhere.
+    """
+    if len(table.headers) < 2:
+        return list(table.columns)
+    owners, measures = ([name.strip() for name in header] for header in table.headers)
+    return [
+        measure
+        if owner.lower() in (IMAGE_TABLE, "object") or measure == IMAGE_NUMBER
+        else feature_name(owner, measure)
+        for owner, measure in zip(owners, measures, strict=True)
+    ]
+
+
+def _add_images(
+    source: ObjectSource, images: ImageIndex, file: _CsvFile, plate: str | None, folder: str
+) -> None:
+    needed: dict[str, int] = {}
+    for at, name in enumerate(file.columns):
+        if plain := about_image(name):
+            needed.setdefault(plain, at)
+    channels = channels_of(needed)
+    number_at = file.columns.index(IMAGE_NUMBER)
+    rows = 0
+    for row in file.table.rows():
+        rows += 1
+        if isinstance(row, Refusal):
+            images.add(file.name, row.line, file.folder, UNKNOWN, row)
+            continue
+        values = {name: row.cells[at] for name, at in needed.items()}
+        number = int(whole_numbers(pa.array([row.cells[number_at]]))[0])
+        record = image_record(row.line, values, channels, plate, folder)
+        images.add(file.name, row.line, file.folder, number, record)
+    source.files.append(SourceFile(file.name, file.table.path, rows))
+    if rows == 0:
+        _note(source, file, None, "no rows", "the image table has a header only")
+
+
+def _note(source: ObjectSource, file: _CsvFile, line: int | None, reason: str, detail: str) -> None:
+    source.issues.append(RowIssue(Severity.PROBLEM, file.name, [line], reason, detail))
+
+
+def _spooled(
+    source: ObjectSource,
+    columns: ObjectColumns,
+    files: Sequence[_CsvFile],
+    target: Path,
+    images: ImageIndex,
+) -> TableKeys:
+    """Move the features of all ``files`` of one kind to ``target``; return the keys of their rows.
+
+    Raises:
+        BadTableError: a file is damaged.
+        StorageError: the temporary folder is full.
+    """
+    spool = _Spool(target, list(columns.features))
+    keys = {"image": IMAGE_NUMBER, "number": columns.object_number, **columns.parents}
+    parts: dict[str, list[Integers]] = {key: [] for key in ("file", "line", *keys)}
+    for file in files:
+        rows = 0
+        odd: _Odd = {}
+        wanted = {*keys.values(), *columns.features}
+        used = [(at, name) for at, name in enumerate(file.columns) if name in wanted]
+        positions = [at for at, _ in used]
+        for batch in file.table.batches(positions, numbers=positions):
+            lines = np.asarray(batch.lines, np.int64)
+            rows += len(lines) + len(batch.refused)
+            source.issues += [
+                RowIssue(Severity.REFUSED, file.name, [line], reason, detail)
+                for line, reason, detail in batch.refused
+            ]
+            found: dict[str, pa.Array] = {}
+            for (_, name), values in zip(used, batch.columns, strict=True):
+                if name in found:
+                    _compare(name, found[name], values, lines, odd)
+                else:
+                    found[name] = values
+            for key, name in keys.items():
+                nothing = np.full(len(lines), UNKNOWN, np.int64)
+                parts[key].append(whole_numbers(found[name]) if name in found else nothing)
+            parts["image"][-1] = images.find(file.folder, parts["image"][-1])
+            parts["file"].append(np.full(len(lines), len(source.files), np.int64))
+            parts["line"].append(lines)
+            spool.append(
+                {name: _numbers(name, found[name], lines, odd) for name in columns.features
+                 if name in found}, len(lines),
+            )  # fmt: skip
+        if rows == 0:
+            _note(source, file, None, "no rows", "the file has a header only")
+        for what, (count, line) in odd.items():
+            _note(source, file, line, "odd value", f"{what} in {count} rows")
+        source.files.append(SourceFile(file.name, file.table.path, rows))
+    spool.finish()
+    whole = {
+        key: np.concatenate(some) if some else np.empty(0, np.int64) for key, some in parts.items()
+    }
+    parents = {role: whole[role] for role in columns.parents}
+    return TableKeys(
+        columns, whole["image"], whole["number"], parents, whole["file"], whole["line"], spool.read
+    )
+
+
+_Odd = dict[str, tuple[int, int]]
+"""How many rows of a file have something odd, and the line of the first."""
+
+
+def _numbers(name: str, values: pa.Array, lines: Integers, odd: _Odd) -> pa.Array:
+    numbers, words = as_numbers(values)
+    if words is not None:
+        _count(odd, f"{name} is not a number", lines, words)
+    return numbers
+
+
+def _compare(name: str, first: pa.Array, again: pa.Array, lines: Integers, odd: _Odd) -> None:
+    other = pc.fill_null(pc.not_equal(as_numbers(first)[0], as_numbers(again)[0]), False)
+    if pc.any(other).as_py():
+        _count(odd, f"{name} comes twice, the first is used", lines, other)
+
+
+def _count(odd: _Odd, what: str, lines: Integers, where: pa.Array) -> None:
+    chosen = lines[where.to_numpy(zero_copy_only=False).astype(bool)]
+    count, first = odd.get(what, (0, int(chosen[0])))
+    odd[what] = count + len(chosen), first
+
+
+class _Spool:
+    """Numbers in a temporary Arrow file; its rows are read by their number, from 0."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._path = path
+        self._schema = pa.schema([(name, pa.float64()) for name in names])
+        self._starts: list[int] = []
+        self._rows = 0
+        self._file: Any = None
+        self._writer: Any = None
+
+    def append(self, columns: Mapping[str, pa.Array], rows: int) -> None:
+        """Add rows; those columns of the spool that ``columns`` lacks are null."""
+        arrays = [columns.get(f.name, None) for f in self._schema]
+        whole = pa.RecordBatch.from_arrays(
+            [pa.nulls(rows, pa.float64()) if array is None else array for array in arrays],
+            schema=self._schema,
+        )
+        step = batch_rows(len(arrays))
+        with self._writing():
+            if self._writer is None:
+                self._file = pa.OSFile(str(self._path), "wb")
+                self._writer = pa.ipc.new_file(self._file, self._schema)
+            for start in range(0, rows, step):
+                self._starts.append(self._rows + start)
+                self._writer.write_batch(whole.slice(start, step))
+        self._rows += rows
+
+    def finish(self) -> None:
+        """End writing; from now on rows can be read."""
+        if self._writer is not None:
+            with self._writing():
+                self._writer.close()
+                self._file.close()
+
+    def read(self, rows: Integers) -> pa.RecordBatch:
+        """Return ``rows``, in any order, repeated or not."""
+        if len(rows) == 0 or self._rows == 0:
+            nothing = [pa.array([], pa.float64()) for _ in self._schema]
+            return pa.RecordBatch.from_arrays(nothing, schema=self._schema)
+        part_of = np.searchsorted(np.asarray(self._starts), rows, side="right") - 1
+        parts = np.unique(part_of)
+        with pa.OSFile(str(self._path)) as source, pa.ipc.open_file(source) as reader:
+            batches = [reader.get_batch(int(part)) for part in parts]
+        offsets = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        positions = rows - np.asarray(self._starts)[part_of]
+        positions += offsets[np.searchsorted(parts, part_of)]
+        table = pa.Table.from_batches(batches)
+        if len(positions) != table.num_rows or not (np.diff(positions) == 1).all():
+            table = table.take(pa.array(positions))
+        columns = [without_nan(column.combine_chunks()) for column in table.columns]
+        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"The temporary folder {self._path.parent.parent} cannot be written "
+                f"({first_line(error)}). Free some space there, or name another in TMPDIR."
+            ) from error
