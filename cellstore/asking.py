@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .query.engine import Questions
     from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
-    from .report.audit import ArtifactAudit, Audit, CellAudit, ImageAudit, RunAudit, WellAudit
+    from .report.audit import Audit
     from .report.comparison import Comparison
     from .report.redo import Done
     from .report.repro import Check, Order, Repro
@@ -140,31 +140,31 @@ class Answers:
             leave_out_flagged=leave_out_flagged,
         )
 
-    def audit_image(self, image: str) -> ImageAudit:
+    def audit_image(self, image: str) -> Audit:
         """Return every run that labelled an image, and what it was labelled from."""
         from .report.audit import audit_image
 
         return audit_image(self.workspace, image)
 
-    def audit_well(self, well: str) -> WellAudit:
+    def audit_well(self, well: str) -> Audit:
         """Return what was done to a well, when that was corrected, and what its images show."""
         from .report.audit import audit_well
 
         return audit_well(self.workspace, well)
 
-    def audit_cell(self, cell_id: int) -> CellAudit:
+    def audit_cell(self, cell_id: int) -> Audit:
         """Return where a cell comes from and every prediction about it."""
         from .report.audit import audit_cell
 
         return audit_cell(self.workspace, cell_id)
 
-    def audit_run(self, run: str = "latest") -> RunAudit:
+    def audit_run(self, run: str = "latest") -> Audit:
         """Return what a run was made from, and what it made."""
         from .report.audit import audit_run
 
         return audit_run(self.workspace, run)
 
-    def audit_artifact(self, name: str) -> ArtifactAudit:
+    def audit_artifact(self, name: str) -> Audit:
         """Return what a file is to the store, and what came of it; see ``stages.audit``."""
         from .report.audit import audit_artifact
 
@@ -176,7 +176,7 @@ class Answers:
 
         return audit_anything(self.workspace, name)
 
-    def lineage_page(self, audit: Audit | CellAudit, html: str | Path) -> Path:
+    def lineage_page(self, audit: Audit, html: str | Path) -> Path:
         """Write a page with a picture of where the audited thing comes from, and what came of it.
 
         ``parameters`` fill its ``?`` (a sequence) or ``$name`` (a mapping). ``rows``: only that

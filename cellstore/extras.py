@@ -9,7 +9,7 @@ from .errors import MissingExtraError
 MODULES = {
     "segment": ("cellpose", "skimage", "scipy", "safetensors"),
     "segment-sam": ("cellpose", "segment_anything", "skimage", "scipy", "safetensors"),
-    "train": ("torch", "torchvision", "lightning", "sklearn", "safetensors"),
+    "train": ("torch", "torchvision", "lightning", "sklearn", "skops", "safetensors"),
     "report": ("matplotlib", "jinja2", "networkx"),
     "postgres": ("psycopg", "adbc_driver_postgresql"),
     "cloud": ("fsspec", "s3fs"),

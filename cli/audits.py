@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from cellstore.store import Store
 
-from . import render, tell_audit
+from . import render
 from .context import open_store, sentences
 from .options import JsonOption, StoreOption
+
+if TYPE_CHECKING:
+    from cellstore.report.audit import Audit
 
 ANYTHING = "anything"
 
@@ -196,11 +199,13 @@ def audit_anything(
         _show(opened, opened.audit(" ".join(name)), html, as_json=as_json)
 
 
-def _show(opened: Store, result: Any, html: Path | None, *, as_json: bool) -> None:
+def _show(opened: Store, result: Audit, html: Path | None, *, as_json: bool) -> None:
+    from cellstore.report.audit_text import audit_text
+
     page = None if html is None else opened.lineage_page(result, html)
     if as_json:
-        render.as_json(result)
+        render.as_json(result.record)
         return
-    tell_audit.tell(result)
+    typer.echo(audit_text(result), nl=False)
     if page is not None:
         typer.echo(f"\nlineage: {page}")

@@ -12,8 +12,14 @@ from cellstore.config import TrainParams
 from cellstore.progress import Silent
 from cellstore.store import Store
 
-PARAMS = TrainParams(
-    branches=("tabular",), batch_size=3, epochs=5, patience=9, learning_rate=0.01, crop_size=8
+PARAMS = TrainParams.of(
+    "published",
+    branches=("tabular",),
+    batch_size=3,
+    epochs=5,
+    patience=9,
+    learning_rate=0.01,
+    crop_size=8,
 )
 """Five short epochs of a network that looks at features only."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,24 +37,23 @@ def environment(rank: int, port: int) -> dict[str, str]:
     return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in numbers.items()}}
 
 
-def telling(out: Path) -> Callable[..., Any]:
+def told_to(out: Path) -> Any:
     """The loop, which writes down the losses and the network that it ended with."""
-    real = training.fit
+    real = training.Training.run
 
-    def fit(net: Any, *rest: Any, **more: Any) -> Any:
-        result = real(net, *rest, **more)
+    def run(self: training.Training, *given: Any) -> Iterator[training.EpochMetrics]:
+        yield from real(self, *given)
         digest = hashlib.sha256()
-        for value in net.state_dict().values():
+        for value in self.net.state_dict().values():
             digest.update(value.numpy().tobytes())
-        losses = [(e.train_loss, e.validation_loss) for e in result.epochs]
+        losses = [(e.train_loss, e.validation_loss) for e in self.epochs]
         out.write_text(json.dumps({"losses": losses, "network": digest.hexdigest()}))
-        return result
 
-    return fit
+    return run
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    training.fit = telling(Path(sys.argv[2]))
+    training.Training.run = told_to(Path(sys.argv[2]))
     with Store.open(sys.argv[1]) as store:
         store.train(TOGETHER, device="cpu")

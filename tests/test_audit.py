@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from typing import Any
 
 import pytest
 from factories import MOMENT, Factory, sha
@@ -16,13 +16,36 @@ from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, IngestFile, Segmentation, SplitMember, Well
 from cellstore.query.engine import open_questions
-from cellstore.report.audit import audit_cell, audit_image, audit_run, audit_well, votes_query
-from cellstore_cli import tell_audit as tell
+from cellstore.report.audit import (
+    Audit,
+    audit_cell,
+    audit_image,
+    audit_run,
+    audit_well,
+    votes_query,
+)
+from cellstore.report.audit_text import audit_text
+
+
+class Values:
+    """A record with its values as attributes, and those of its parts."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.record = record
+
+    def __getattr__(self, name: str) -> Any:
+        return _values(self.record[name])
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_values(item) for item in value)
+    return Values(value) if isinstance(value, dict) else value
 
 
 def test_an_image_with_everything(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    found = audit_image(workspace, "BR1/B02/1")
+    found = Values(audit_image(workspace, "BR1/B02/1").record)
     assert (found.plate, found.well, found.site, found.core_name) == ("BR1", "B02", 1, "r02c02f01")
     assert (found.treatment, found.target, found.control) == ("taxol", "TUBB", None)
     assert [(file.channel, len(file.sha256 or "")) for file in found.files] == [("DNA", 64)]
@@ -40,15 +63,15 @@ def test_an_image_with_everything(workspace: Workspace) -> None:
     assert (one.user, one.host, one.code_version) == ("ada", "bench", "0.1.0+gabc")
     assert one.started_at == screen.predict_run.started_at.isoformat()
     assert set(one.checkpoints) == {sha("model"), sha("model json")}
-    assert (one.split, one.side, one.well_sides) == ("main", "test", ("test",))
+    assert (one.split, one.subset, one.well_subsets) == ("main", "test", ("test",))
     assert one.well_in_training is False
     assert one.segment_weights == (sha("cellpose weights"),)
     # one cell each: a draw that the sum of the probabilities decides
-    assert [(votes.label, votes.cells) for votes in one.votes] == [("taxol", 1), ("DMSO", 1)]
-    assert [votes.probability for votes in one.votes] == pytest.approx([1.1, 0.8])
+    assert list(one.votes.record.items()) == [("taxol", 1), ("DMSO", 1)]
+    assert one.probabilities.record == pytest.approx({"taxol": 1.1, "DMSO": 0.8})
     assert (one.winner, one.soft_winner, one.tie) == ("taxol", "taxol", True)
     assert (one.truth, one.correct, one.n_cells) == ("taxol", True, 2)
-    json.dumps(asdict(found), allow_nan=False)
+    json.dumps(found.record, allow_nan=False)
 
 
 def test_every_run_that_labelled_the_image_is_listed(workspace: Workspace) -> None:
@@ -58,7 +81,7 @@ def test_every_run_that_labelled_the_image_is_listed(workspace: Workspace) -> No
     newer = make.segmentation(image, make.run(Stage.SEGMENT), 1, content_sha256=sha("old bytes"))
     again = make.run(Stage.PREDICT, parent_id=screen.train_run.id, split_id=screen.split.id)
     make.predict(again, make.cells_of(newer), [[(screen.labels["taxol"], 0.9)]])
-    found = audit_image(workspace, str(image.id))
+    found = Values(audit_image(workspace, str(image.id)).record)
     assert [item.run_id for item in found.labellings] == [screen.predict_run.id, again.id]
     assert [item.winner for item in found.labellings] == ["DMSO", "taxol"]
     assert [item.segmentation_ids for item in found.labellings] == [
@@ -82,16 +105,16 @@ def test_a_well_on_both_sides_is_named(workspace: Workspace) -> None:
                 label_id=screen.labels["DMSO"].id,
             )
         )
-    (one,) = audit_image(workspace, "BR1/r02c01f01").labellings
-    assert (one.well_sides, one.well_in_training) == (("train", "test"), True)
+    (one,) = Values(audit_image(workspace, "BR1/r02c01f01").record).labellings
+    assert (one.well_subsets, one.well_in_training) == (("train", "test"), True)
 
 
 def test_an_image_outside_the_split_and_one_without_files(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    (one,) = audit_image(workspace, "r02c04f01").labellings
-    assert (one.side, one.truth, one.correct) == ("outside", "taxol", True)
+    (one,) = Values(audit_image(workspace, "r02c04f01").record).labellings
+    assert (one.subset, one.truth, one.correct) == ("outside", "taxol", True)
     screen.factory.image(screen.factory.well(screen.plate, 8, 1), missing=True)
-    bare = audit_image(workspace, "r08c01f01")
+    bare = Values(audit_image(workspace, "r08c01f01").record)
     assert (bare.treatment, bare.content_sha256, bare.missing_files) == (None, None, 1)
     assert (bare.labellings, bare.segmentations) == ((), ())
 
@@ -112,43 +135,43 @@ def corrected(workspace: Workspace) -> int:
 
 def test_a_corrected_treatment_beside_the_frozen_label(workspace: Workspace) -> None:
     run_id = corrected(workspace)
-    found = audit_image(workspace, "BR1/B01/1")
+    found = Values(audit_image(workspace, "BR1/B01/1").record)
     assert (found.treatment, found.target) == ("barasertib", "AURKB")
     assert [
         (item.old and item.old.name, item.new and item.new.name, item.file, item.line)
         for item in found.treatment_history
     ] == [("DMSO", "taxol", "first.csv", None), ("taxol", "barasertib", "map.csv", 7)]
     (label,) = found.frozen_labels
-    assert (label.split, label.side, label.field) == ("main", "test", "perturbation")
+    assert (label.split, label.subset, label.field) == ("main", "test", "perturbation")
     assert (label.label, label.now, label.differs) == ("DMSO", "barasertib", True)
     assert label.since is not None
     assert (label.since.run_id, label.since.line) == (run_id, 7)
     # What the network was asked is what the split froze.
     assert [item.truth for item in found.labellings] == ["DMSO"]
-    json.dumps(asdict(found), allow_nan=False)
+    json.dumps(found.record, allow_nan=False)
 
 
-def test_a_corrected_treatment_is_told(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def words(audit: Audit) -> str:
+    """The text of an audit, in one line; no line of it is wider than a terminal."""
+    text = audit_text(audit)
+    assert max(map(len, text.splitlines())) <= 80
+    return " ".join(text.split())
+
+
+def test_a_corrected_treatment_is_told(workspace: Workspace) -> None:
     run_id = corrected(workspace)
     wanted = (
         "label in split main: DMSO; the well now has: barasertib, "
         f"since run {run_id} (map.csv, line 7)"
     )
-    tell.image(audit_image(workspace, "BR1/B01/1"))
-    assert wanted in capsys.readouterr().out
-    tell.well(audit_well(workspace, "BR1/B1"))
-    told = capsys.readouterr().out
-    assert wanted in told
-    assert "taxol, target TUBB" in told
-    tell.image(audit_image(workspace, "BR1/B02/1"))
-    assert "the well now has" not in capsys.readouterr().out
+    assert wanted in words(audit_image(workspace, "BR1/B01/1"))
+    text = words(audit_well(workspace, "BR1/B1"))
+    assert wanted in text
+    assert "new name taxol, kind compound, target TUBB" in text
+    assert "the well now has" not in words(audit_image(workspace, "BR1/B02/1"))
 
 
-def test_an_ingest_names_its_files_and_the_wells_it_changed(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_ingest_names_its_files_and_the_wells_it_changed(workspace: Workspace) -> None:
     run_id = corrected(workspace)
     counts = {"n_rows": 9, "n_created": 1, "n_updated": 2, "n_unchanged": 4, "n_refused": 2}
     Factory(workspace).add(
@@ -161,16 +184,16 @@ def test_an_ingest_names_its_files_and_the_wells_it_changed(
             **counts,
         )
     )
-    found = audit_run(workspace, str(run_id))
+    audit = audit_run(workspace, str(run_id))
+    found = Values(audit.record)
     (file,) = found.ingested
     assert (file.name, file.sha256, file.layout) == ("map.csv", sha("map"), "platemap")
     assert (file.rows, file.created, file.updated, file.unchanged, file.refused) == (9, 1, 2, 4, 2)
     assert found.changed_wells == 1
-    tell.run(found)
-    told = capsys.readouterr().out
-    assert "map.csv" in told
-    assert "1 well got another treatment" in told
-    json.dumps(asdict(found), allow_nan=False)
+    text = words(audit)
+    assert "map.csv platemap" in text
+    assert "changed wells 1" in text
+    json.dumps(found.record, allow_nan=False)
 
 
 def test_a_change_of_another_field_leaves_a_label_right(workspace: Workspace) -> None:
@@ -182,7 +205,7 @@ def test_a_change_of_another_field_leaves_a_label_right(workspace: Workspace) ->
     by_target = make.label("TUBB", TARGET)
     members = [(screen.images["B02"], Subset.TRAIN, by_target)]
     make.split(members, name="targets", field=TARGET)
-    found = audit_well(workspace, "BR1/B02")
+    found = Values(audit_well(workspace, "BR1/B02").record)
     assert [(item.split, item.now, item.differs) for item in found.frozen_labels] == [
         ("main", "taxol", False),
         ("targets", "TUBB1", True),
@@ -194,8 +217,8 @@ def test_a_change_of_another_field_leaves_a_label_right(workspace: Workspace) ->
 
 def test_a_well(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    found = audit_well(workspace, "BR1/b2")
-    assert (found.plate, found.well, found.history) == ("BR1", "B02", ())
+    found = Values(audit_well(workspace, "BR1/b2").record)
+    assert (found.plate, found.well, found.treatment_history) == ("BR1", "B02", ())
     assert found.images == (screen.images["B02"].id,)
     assert found.treatment is not None
     assert (found.treatment.name, found.treatment.target) == ("taxol", "TUBB")
@@ -208,7 +231,7 @@ def test_a_well(workspace: Workspace) -> None:
             audit_well(workspace, text_)
 
 
-def test_what_another_tool_found(workspace: Workspace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_another_tool_found(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     make = screen.factory
     recipe = make.recipe(Stage.SEGMENT, parameters={"imported": "CellProfiler", "name": "cp"})
@@ -222,7 +245,8 @@ def test_what_another_tool_found(workspace: Workspace, capsys: pytest.CaptureFix
         )
     )
     cell = make.add(Cell(segmentation_id=found.id, object_number=1))
-    audit = audit_cell(workspace, cell.id)
+    found_cell = audit_cell(workspace, cell.id)
+    audit = Values(found_cell.record)
     assert (audit.box, audit.centroid, audit.excluded) == (None, None, None)
     one = audit.segmentation
     assert (one.diameter, one.has_masks, one.current, one.imported) == (
@@ -231,17 +255,14 @@ def test_what_another_tool_found(workspace: Workspace, capsys: pytest.CaptureFix
         True,
         "CellProfiler",
     )
-    tell.cell(audit)
-    told = capsys.readouterr().out
-    assert "CellProfiler" in told
-    assert told.count("unknown") == 4  # box, centre, masks, diameter
-    tell.image(audit_image(workspace, "BR1/A01/1"))
-    assert "CellProfiler" in capsys.readouterr().out
+    text = words(found_cell)
+    assert "imported CellProfiler" in text
+    assert "box - " in text
+    assert "has masks no" in text
+    assert "imported CellProfiler" in words(audit_image(workspace, "BR1/A01/1"))
 
 
-def test_flags_are_told_of_the_last_run_that_found_something(
-    workspace: Workspace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flags_are_those_of_finished_runs(workspace: Workspace) -> None:
     make = Factory(workspace)
     image = make.image(make.well(make.plate("P1"), 1, 1))
     [cell] = make.cells_of(make.segmentation(image, make.run(Stage.SEGMENT), 1))
@@ -251,17 +272,14 @@ def test_flags_are_told_of_the_last_run_that_found_something(
     make.flag_image(second, image, ImageFlagReason.OUT_OF_FOCUS, "DNA", -4.25)
     make.flag_image(unfinished, image, ImageFlagReason.SATURATED, "DNA")
     make.flag_cell(third, cell)
-    found = audit_image(workspace, str(image.id))
+    audit = audit_image(workspace, str(image.id))
+    found = Values(audit.record)
     assert [(flag.run_id, flag.reason, flag.channel) for flag in found.flags] == [
         (first.id, "no cells", None),
         (second.id, "out of focus", "DNA"),
     ]
-    tell.image(found)
-    told = capsys.readouterr().out
-    assert f"flagged by qc run {second.id}: out of focus in DNA, -4.25 (usual is 2 or more)" in told
-    assert f"qc run {first.id}:" not in told
-    tell.cell(audit_cell(workspace, cell.id))
-    assert f"flagged by qc run {third.id}: touches the border" in capsys.readouterr().out
+    assert f"{second.id} out of focus DNA -4.25 2 -" in words(audit)
+    assert f"{third.id} touches the border" in words(audit_cell(workspace, cell.id))
 
 
 def test_audits_and_views_agree(workspace: Workspace) -> None:
@@ -269,7 +287,7 @@ def test_audits_and_views_agree(workspace: Workspace) -> None:
     with open_questions(workspace) as questions:
         rows = questions.ask("SELECT * FROM votes WHERE level = 'image'").to_pylist()
     for image in screen.images.values():
-        for one in audit_image(workspace, str(image.id)).labellings:
+        for one in Values(audit_image(workspace, str(image.id)).record).labellings:
             votes = {row["vote"]: row for row in rows if row["image_id"] == image.id}
             assert one.winner == votes["hard"]["winner"]
             assert one.soft_winner == votes["soft"]["winner"]
@@ -291,11 +309,11 @@ def test_names_that_fit_nothing_or_several(workspace: Workspace) -> None:
 def test_a_cell(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     cell = screen.factory.cells_of(screen.segmentations["B01"])[2]
-    found = audit_cell(workspace, cell.id)
-    assert (found.image, found.label, found.excluded) == ("BR1/r02c01f01", 3, None)
+    found = Values(audit_cell(workspace, cell.id).record)
+    assert (found.image, found.object_number, found.excluded) == ("BR1/r02c01f01", 3, None)
     assert found.box == (0, 30, 8, 38)
     assert found.segmentation.id == screen.segmentations["B01"].id
-    assert found.features[f"recipe {screen.measure_run.recipe_id}"]["area"] == 64.0
+    assert found.record["features"][f"recipe {screen.measure_run.recipe_id}"]["area"] == 64.0
     assert [(item.rank, item.label, item.probability) for item in found.choices] == [
         (1, "taxol", 0.9),
         (2, "DMSO", 0.1),
@@ -308,17 +326,17 @@ def test_a_run_walks_both_ways(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     screen.factory.job(screen.predict_run, screen.images["B01"])
     screen.factory.job(screen.predict_run, screen.images["B02"], Status.FAILED, error="no pixels")
-    found = audit_run(workspace, "latest")
-    assert (found.run.id, found.run.stage) == (screen.predict_run.id, "predict")
-    assert [run.id for run in found.parents] == [screen.train_run.id]
+    found = Values(audit_run(workspace, "latest").record)
+    assert (found.run_id, found.stage) == (screen.predict_run.id, "predict")
+    assert [run.run_id for run in found.parents] == [screen.train_run.id]
     assert [recipe.stage for recipe in found.inputs] == ["segment", "measure", "train"]
-    assert found.jobs == {"done": 1, "failed": 1}
-    assert found.split_counts == {"train": 2, "validation": 0, "test": 3}
-    above = audit_run(workspace, str(screen.train_run.id))
-    assert [run.id for run in above.children] == [screen.predict_run.id]
+    assert found.jobs.record == {"done": 1, "failed": 1}
+    assert found.split_counts.record == {"train": 2, "validation": 0, "test": 3}
+    above = Values(audit_run(workspace, str(screen.train_run.id)).record)
+    assert [run.run_id for run in above.children] == [screen.predict_run.id]
     assert {item.sha256 for item in above.artifacts} == {sha("model"), sha("model json")}
     assert above.query == "SELECT cells.id FROM cells"
-    json.dumps([asdict(found), asdict(above)], allow_nan=False)
+    json.dumps([found.record, above.record], allow_nan=False)
     with pytest.raises(UnknownNameError):
         audit_run(workspace, "77")
 
@@ -381,4 +399,4 @@ def test_a_well_and_site_on_several_plates_are_listed(workspace: Workspace) -> N
         make.image(make.well(make.plate(barcode), 5, 5), 2)
     with pytest.raises(UserInputError, match="names several images: P1/r05c05f02, P2/r05c05f02"):
         audit_image(workspace, "E05/2")
-    assert audit_image(workspace, "P2/E05/2").plate == "P2"
+    assert audit_image(workspace, "P2/E05/2").record["plate"] == "P2"

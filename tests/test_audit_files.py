@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,11 @@ def table_of(screen: SmallScreen, name: str = "map.csv", digest: str = "map") ->
             run_id=run.id, name=name, sha256=sha(digest), size_bytes=9, layout="platemap", **counts
         )
     )
+
+
+def downstream(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What came of something, by what it is."""
+    return {item["what"]: item for item in record["downstream"]}
 
 
 TYPED = (
@@ -144,27 +148,30 @@ def test_a_checkpoint_and_what_came_of_it(workspace: Workspace) -> None:
     screen.factory.job(screen.predict_run, screen.images["B01"])
     digest = sha("model")
     found = audit_artifact(workspace, digest[:6])
-    (known,) = found.known
-    assert (found.sha256, known.kind) == (digest, "checkpoint")
-    assert [run.id for run in known.runs] == [screen.train_run.id]
-    came = {item.what: item for item in known.came}
-    assert came["predict runs"].runs == (screen.predict_run.id,)
-    assert came["images labelled"].count == 1
-    for name in (known.place, f"{digest}.safetensors", str(known.key), digest):
-        assert audit_artifact(workspace, str(name)).sha256 == digest
-    json.dumps(asdict(found), allow_nan=False)
+    (known,) = found.record["known"]
+    assert (found.record["sha256"], known["kind"]) == (digest, "checkpoint")
+    assert [run["run_id"] for run in known["runs"]] == [screen.train_run.id]
+    came = downstream(known)
+    assert came["predict runs"]["runs"] == [screen.predict_run.id]
+    assert came["images labelled"]["count"] == 1
+    for name in (known["path"], f"{digest}.safetensors", str(known["key"]), digest):
+        assert audit_artifact(workspace, str(name)).record["sha256"] == digest
+    json.dumps(found.record, allow_nan=False)
 
 
 def test_a_mask_and_an_image_file(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     image = screen.images["B01"]
-    file = audit_artifact(workspace, "r02c01f01-DNA.tiff").known[0]
-    assert (file.kind, file.about) == ("image file", ("channel DNA of image BR1/B01/1 r02c01f01",))
-    came = {item.what: item for item in file.came}
-    assert (came["segmentations"].count, came["cells"].count) == (1, 3)
-    assert (came["measured cells"].count, came["labelled cells"].count) == (3, 3)
-    assert came["splits"].names == ("main",)
-    assert came["trainings on these splits"].runs == (screen.train_run.id,)
+    file = audit_artifact(workspace, "r02c01f01-DNA.tiff").record["known"][0]
+    assert (file["kind"], file["about"]) == (
+        "image file",
+        ["channel DNA of image BR1/B01/1 r02c01f01"],
+    )
+    came = downstream(file)
+    assert (came["segmentations"]["count"], came["cells"]["count"]) == (1, 3)
+    assert (came["measured cells"]["count"], came["labelled cells"]["count"]) == (3, 3)
+    assert came["splits"]["names"] == ["main"]
+    assert came["trainings on these splits"]["runs"] == [screen.train_run.id]
     with workspace.database.read() as session:
         mask = session.execute(
             text(
@@ -173,21 +180,21 @@ def test_a_mask_and_an_image_file(workspace: Workspace) -> None:
             ),
             {"image": image.id},
         ).scalar_one()
-    (known,) = audit_artifact(workspace, mask).known
-    assert (known.kind, known.about) == ("mask", ("of image BR1/r02c01f01",))
-    assert [run.id for run in known.runs] == [screen.segment_run.id]
-    assert known.came == file.came
+    (known,) = audit_artifact(workspace, mask).record["known"]
+    assert (known["kind"], known["about"]) == ("mask", ["of image BR1/r02c01f01"])
+    assert [run["run_id"] for run in known["runs"]] == [screen.segment_run.id]
+    assert known["downstream"] == file["downstream"]
 
 
 def test_weights_and_all_that_was_made_with_them(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    (known,) = audit_artifact(workspace, sha("cellpose weights")[:8]).known
-    assert (known.kind, known.name) == ("weights", "test")
-    assert [run.id for run in known.runs] == [screen.segment_run.id]
-    came = {item.what: item for item in known.came}
-    assert (came["segmentations"].count, came["cells"].count) == (6, 10)
-    assert came["train runs"].runs == (screen.train_run.id,)
-    assert came["predict runs"].runs == (screen.predict_run.id,)
+    (known,) = audit_artifact(workspace, sha("cellpose weights")[:8]).record["known"]
+    assert (known["kind"], known["name"]) == ("weights", "test")
+    assert [run["run_id"] for run in known["runs"]] == [screen.segment_run.id]
+    came = downstream(known)
+    assert (came["segmentations"]["count"], came["cells"]["count"]) == (6, 10)
+    assert came["train runs"]["runs"] == [screen.train_run.id]
+    assert came["predict runs"]["runs"] == [screen.predict_run.id]
 
 
 def test_an_ingested_table_and_the_wells_it_changed(workspace: Workspace) -> None:
@@ -197,10 +204,10 @@ def test_an_ingested_table_and_the_wells_it_changed(workspace: Workspace) -> Non
         _, well = find_well(session, "BR1/B01")
         run = run_in(session, str(table.run_id))
     screen.factory.well_change(well, screen.factory.treatment("new"), run, file="map.csv")
-    (known,) = audit_artifact(workspace, "map.csv").known
-    assert known.kind == "ingested table"
-    assert [run.id for run in known.runs] == [table.run_id]
-    came = {item.what: item.count for item in known.came}
+    (known,) = audit_artifact(workspace, "map.csv").record["known"]
+    assert known["kind"] == "ingested table"
+    assert [run["run_id"] for run in known["runs"]] == [table.run_id]
+    came = {what: item["count"] for what, item in downstream(known).items()}
     assert came["wells with another treatment"] == 1
     assert came["labelled cells of these wells"] == 3
     table_of(screen, digest="another")
@@ -219,9 +226,9 @@ def test_a_file_of_features(workspace: Workspace) -> None:
             text("SELECT sha256 FROM artifacts WHERE kind = :kind"),
             {"kind": ArtifactKind.FEATURES.value},
         ).scalar_one()
-    (known,) = audit_artifact(workspace, digest[:9]).known
-    assert "of feature set cp: 3 cells" in known.about[0]
-    assert [run.stage for run in known.runs] == ["ingest"]
+    (known,) = audit_artifact(workspace, digest[:9]).record["known"]
+    assert "of feature set cp: 3 cells" in known["about"][0]
+    assert [run["stage"] for run in known["runs"]] == ["ingest"]
 
 
 def test_a_file_on_disk_is_looked_up_by_its_bytes(workspace: Workspace, tmp_path: Path) -> None:
@@ -230,7 +237,7 @@ def test_a_file_on_disk_is_looked_up_by_its_bytes(workspace: Workspace, tmp_path
     path = tmp_path / "renamed.csv"
     path.write_text("the bytes")
     found = audit_artifact(workspace, str(path))
-    assert (found.hashed, found.known[0].key) == (str(path), table.id)
+    assert (found.record["hashed"], found.record["known"][0]["key"]) == (str(path), table.id)
     changed = tmp_path / "map.csv"
     changed.write_text("other bytes")
     with pytest.raises(UnknownNameError, match=f"known with sha256 {table.sha256[:12]}"):
@@ -256,11 +263,11 @@ def test_the_same_digits_of_two_files_list_both(workspace: Workspace) -> None:
 def test_a_name_without_a_kind(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     for name, kind in (
-        *(("BR1/B02/1", "ImageAudit"), ("r02c02f01", "ImageAudit"), ("BR1/B02", "WellAudit")),
-        *(("latest train", "RunAudit"), (f"#{screen.train_run.id}", "RunAudit")),
-        (sha("model")[:8], "ArtifactAudit"),
+        *(("BR1/B02/1", "image"), ("r02c02f01", "image"), ("BR1/B02", "well")),
+        *(("latest train", "run"), (f"#{screen.train_run.id}", "run")),
+        (sha("model")[:8], "artifact"),
     ):
-        assert type(audit_anything(workspace, name)).__name__ == kind, name
+        assert audit_anything(workspace, name).kind == kind, name
     with pytest.raises(UserInputError, match=r"number of what.*audit image 3"):
         audit_anything(workspace, "3")
 
@@ -373,7 +380,7 @@ def test_counts_are_those_of_what_was_asked_for(workspace: Workspace) -> None:
     make = Factory(workspace)
     run = make.run(Stage.SEGMENT)
     make.segmentation(screen.images["B02"], run, 5)
-    came = {item.what: item.count for item in audit_image(workspace, "BR1/B01/1").came}
-    assert came["cells"] == 3
-    well = {item.what: item.count for item in audit_well(workspace, "BR1/B02").came}
-    assert well["cells"] == 7
+    came = downstream(audit_image(workspace, "BR1/B01/1").record)
+    assert came["cells"]["count"] == 3
+    well = downstream(audit_well(workspace, "BR1/B02").record)
+    assert well["cells"]["count"] == 7

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cellstore.errors import UnknownNameError
+from cellstore.learn.augmentation import MOVES, augmented, check_augmentations, moved
 from cellstore.learn.crops import CellBlock
-from cellstore.learn.training import MOVES, augmented, check_augmentations, moved
 
 ALL = ("flips", "rotations", "intensity")
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.learn import baselines
-from cellstore.learn.baselines import BaselineMeta, ForestConfig, load_model, save_model
+from cellstore.learn.baselines import ForestConfig, save_estimator
+from cellstore.learn.models import ModelRecord, load_model
 from cellstore.learn.normalising import Scaler
 
 linear_model = pytest.importorskip("sklearn.linear_model")
@@ -25,27 +26,27 @@ def some_cells(n_classes: int, n: int = 300) -> tuple[NDArray[np.float32], NDArr
     return rows.astype(np.float32), classes
 
 
-def meta(model: str, labels: int, columns: int) -> BaselineMeta:
+def meta(model: str, labels: int, columns: int) -> ModelRecord:
     names = tuple(f"f{i}" for i in range(columns))
     scaler = Scaler(names, (0.0,) * columns, (1.0,) * columns)
     values = tuple(f"label {i}" for i in range(labels))
-    return BaselineMeta(model, values, "perturbation", scaler, {"train": "0" * 64}, "basic")
+    return ModelRecord(model, values, "perturbation", scaler, {"train": "0" * 64}, "basic")
 
 
 def reopened(kind: str, model: Any, labels: int, columns: int) -> Any:
     record = json.loads(json.dumps(meta(kind, labels, columns).to_json()))
-    found, read = load_model(save_model(model), record)
+    found, read = load_model(save_estimator(model), record)
     assert read == meta(kind, labels, columns)
-    return found
+    return found.estimator
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_a_stored_logistic_model_says_what_scikit_learn_says(n_classes: int) -> None:
     rows, classes = some_cells(n_classes)
     theirs = linear_model.LogisticRegression(max_iter=1000).fit(rows.astype(float), classes)
-    model, converged = baselines.fit_linear(rows, classes)
+    model, converged = baselines.fit_logistic(rows, classes)
     assert converged
-    ours = reopened("logistic", model, n_classes, 5).predict(rows)
+    ours = reopened("logistic", model, n_classes, 5).predict_proba(rows)
     np.testing.assert_allclose(ours, theirs.predict_proba(rows.astype(float)), rtol=0, atol=1e-12)
 
 
@@ -56,18 +57,18 @@ def test_a_stored_forest_says_what_scikit_learn_says(n_classes: int) -> None:
         n_estimators=20, max_depth=16, min_samples_leaf=5, random_state=3
     ).fit(rows, classes)
     model = baselines.fit_forest(rows, classes, 3, ForestConfig(trees=20))
-    ours = reopened("forest", model, n_classes, 5).predict(rows)
+    ours = reopened("forest", model, n_classes, 5).predict_proba(rows)
     np.testing.assert_allclose(ours, theirs.predict_proba(rows), rtol=0, atol=1e-12)
 
 
 def test_a_logistic_model_that_did_not_converge_says_so() -> None:
     rows, classes = some_cells(3)
-    assert not baselines.fit_linear(rows, classes, baselines.LogisticConfig(steps=1))[1]
+    assert not baselines.fit_logistic(rows, classes, steps=1)[1]
 
 
 def test_the_majority_is_a_share_for_each_class() -> None:
-    model = reopened("majority", baselines.fit_constant([6, 3, 1]), 3, 0)
-    said = model.predict(np.empty((2, 0)))
+    model = reopened("majority", baselines.fit_majority(np.repeat([0, 1, 2], [6, 3, 1])), 3, 0)
+    said = model.predict_proba(np.empty((2, 0)))
     np.testing.assert_allclose(said, [[0.6, 0.3, 0.1]] * 2)
 
 
@@ -75,11 +76,9 @@ def test_a_class_may_have_neither_many_cells_nor_few() -> None:
     cells = np.array([[10, 11, 12], [50, 55, 60], [250, 260, 300]]).ravel()
     classes = np.repeat([0, 1, 2], 3)
     rows = baselines.count_rows(cells)
-    scaler = Scaler.fit(baselines.COUNT, [rows])
-    model, _ = baselines.fit_linear(
-        scaler.transform(rows), classes, baselines.LogisticConfig(strength=0.01)
-    )
-    said = model.predict(scaler.transform(baselines.count_rows([9, 57, 400])))
+    scaler = Scaler.fit(baselines.COUNT_COLUMNS, [rows])
+    model, _ = baselines.fit_logistic(scaler.transform(rows), classes, strength=0.01)
+    said = model.predict_proba(scaler.transform(baselines.count_rows([9, 57, 400])))
     assert said.argmax(axis=1).tolist() == [0, 1, 2]
 
 
@@ -89,11 +88,11 @@ def test_positions_are_learned_by_heart_and_guessed_from_their_neighbours() -> N
     scattered = np.random.default_rng(0).permutation(96) % 24  # 24 treatments, 4 wells each
     config = ForestConfig(depth=None, smallest_leaf=1, all_columns=True)
     by_heart = baselines.fit_forest(places, scattered, 0, config)
-    assert np.mean(by_heart.predict(places).argmax(axis=1) == scattered) > 0.95
+    assert np.mean(by_heart.predict_proba(places).argmax(axis=1) == scattered) > 0.95
     halves = (columns > 6).astype(np.int64)  # a treatment on each half of the plate
     known = (rows + columns) % 2 == 0
     by_place = baselines.fit_forest(places[known], halves[known], 0, config)
-    assert np.mean(by_place.predict(places[~known]).argmax(axis=1) == halves[~known]) > 0.9
+    assert np.mean(by_place.predict_proba(places[~known]).argmax(axis=1) == halves[~known]) > 0.9
 
 
 def test_names_are_chosen_alone_or_as_a_group() -> None:
@@ -110,15 +109,36 @@ def test_a_damaged_checkpoint_is_one_sentence() -> None:
     forest = baselines.fit_forest(rows, classes, 0, ForestConfig(trees=2))
     record = meta("forest", 3, 5).to_json()
     with pytest.raises(StorageError, match="damaged"):
-        load_model(save_model(forest)[:-9], record)
+        load_model(save_estimator(forest)[:-9], record)
     with pytest.raises(StorageError, match="damaged or of another model"):
-        load_model(save_model(forest), meta("logistic", 3, 5).to_json())
+        load_model(save_estimator(forest), meta("logistic", 3, 5).to_json())
     with pytest.raises(StorageError, match="classes are not those"):
-        load_model(save_model(forest), meta("forest", 4, 5).to_json())
-    forest.left[forest.left > np.arange(len(forest.left))] = 0
-    with pytest.raises(StorageError, match="leads back"):
-        load_model(save_model(forest), record)
-    with pytest.raises(UserInputError, match="does not describe a baseline"):
-        load_model(save_model(forest), {"model": "forest"})
-    with pytest.raises(UnknownNameError, match="'pickle'"):
+        load_model(save_estimator(forest), meta("forest", 4, 5).to_json())
+    for name, value, message in (
+        ("children_left", 0, "leads back"),
+        ("children_right", 99_999, "out of it"),
+        ("feature", 5, "a column that is not there"),
+    ):
+        broken = baselines.fit_forest(rows, classes, 0, ForestConfig(trees=2))
+        getattr(broken.estimators_[1].tree_, name)[0] = value
+        with pytest.raises(StorageError, match=message):
+            load_model(save_estimator(broken), record)
+    with pytest.raises(UserInputError, match="does not describe a model"):
+        load_model(save_estimator(forest), {"model": "forest"})
+    with pytest.raises(UserInputError, match="'pickle', which this cellstore does not know"):
         load_model(b"", record | {"model": "pickle"})
+
+
+def test_a_file_that_holds_anything_else_is_not_opened() -> None:
+    skops = pytest.importorskip("skops.io")
+    strange = skops.dumps(print)
+    with pytest.raises(StorageError, match="damaged or of another model"):
+        load_model(strange, meta("logistic", 3, 5).to_json())
+
+
+def test_the_same_model_is_the_same_file() -> None:
+    rows, classes = some_cells(3)
+    config = ForestConfig(trees=3)
+    one, other = (baselines.fit_forest(rows, classes, 0, config) for _ in range(2))
+    assert save_estimator(one) == save_estimator(other)
+    assert save_estimator(one) != save_estimator(baselines.fit_forest(rows, classes, 1, config))

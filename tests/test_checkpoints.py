@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cellstore.errors import StorageError, UserInputError
-from cellstore.learn.checkpoints import CheckpointMeta, load_checkpoint, save_net
+from cellstore.learn.models import NETWORK, ModelRecord, load_model, save_net
 from cellstore.learn.networks import FusionNet, NetShape, build_net
 from cellstore.learn.normalising import Scaler
 
@@ -26,8 +26,9 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return masks, flows, features
 
 
-def meta(**changes) -> CheckpointMeta:
-    usual = CheckpointMeta(
+def meta(**changes) -> ModelRecord:
+    usual = ModelRecord(
+        NETWORK,
         shape=SHAPE,
         labels=("DMSO", "a", "b"),
         field="perturbation",
@@ -40,8 +41,9 @@ def meta(**changes) -> CheckpointMeta:
 
 def test_a_checkpoint_comes_back_whole(net: FusionNet) -> None:
     record = json.loads(json.dumps(meta().to_json()))
-    again, read = load_checkpoint(save_net(net.state_dict()), record)
+    model, read = load_model(save_net(net.state_dict()), record)
     assert read == meta()
+    again = model.net
     assert not again.training
     with torch.no_grad():
         masks, flows, features = inputs()
@@ -54,9 +56,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(net: FusionNet) -> None:
     other = meta(shape=dataclasses.replace(SHAPE, projection_width=8)).to_json()
     for damaged in (b"", tensors[:-10], b"\xff" * 100, tensors[:4] + b"\xff" * 8 + tensors[12:]):
         with pytest.raises(StorageError, match="damaged"):
-            load_checkpoint(damaged, record)
-    with pytest.raises(StorageError, match="another network"):
-        load_checkpoint(tensors, other)
+            load_model(damaged, record)
+    with pytest.raises(StorageError, match="of another model"):
+        load_model(tensors, other)
 
 
 @pytest.mark.parametrize("key", ["shape", "labels", "field", "scaler", "crop", "fingerprints"])
@@ -64,10 +66,10 @@ def test_a_damaged_record_is_refused(key: str) -> None:
     record = meta().to_json()
     whole = record.pop(key)
     with pytest.raises(UserInputError):
-        CheckpointMeta.from_json(record)
+        ModelRecord.from_json(record)
     if not isinstance(whole, str):
         with pytest.raises(UserInputError):
-            CheckpointMeta.from_json({**record, key: 7})
+            ModelRecord.from_json({**record, key: 7})
 
 
 def test_labels_and_features_must_fit_the_network() -> None:

@@ -8,7 +8,7 @@ from torchvision.transforms.v2.functional import resize
 
 from cellstore.errors import ImageError
 from cellstore.learn import crops as crops_module
-from cellstore.learn.crops import Pictures, Windows, cell_crops, cut_windows, resized, white_level
+from cellstore.learn.crops import PackedCrops, Pictures, cut_crops, image_scale, resized
 
 
 def image() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -24,6 +24,10 @@ def image() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 LABELS = np.array([4, 9, 2])
 BOXES = np.array([[2, 3, 12, 10], [4, 9, 15, 26], [20, 30, 30, 40]])
+
+
+def cell_crops(masks, flows, projection, boxes, labels, size) -> dict[str, torch.Tensor]:
+    return resized(cut_crops(Pictures(masks, flows, projection), boxes, labels), size)
 
 
 def naive(masks, flows, projection, box, label, size) -> torch.Tensor:
@@ -49,16 +53,16 @@ def test_crops_are_those_of_a_plain_crop_and_resize(size: int) -> None:
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
-def windows(**more) -> Windows:
+def packed(**more) -> PackedCrops:
     masks, flows, projection = image()
-    return cut_windows(Pictures(masks, flows, projection, **more), BOXES, LABELS)
+    return cut_crops(Pictures(masks, flows, projection, **more), BOXES, LABELS)
 
 
 @pytest.mark.parametrize("size", [4, 10, 32, 120])
 def test_an_accelerator_makes_the_same_crops(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crops_module, "_PADDED_AT_ONCE", 8 * 2 * 10 * 17)  # two cells at once
-    in_turn = resized(windows(), size)
-    at_once = crops_module.resized_at_once(windows(), size, "cpu")
+    in_turn = resized(packed(), size)
+    at_once = crops_module.resized_at_once(packed(), size, "cpu")
     assert in_turn.keys() == at_once.keys() == {"mask", "flow"}
     for name, crops in in_turn.items():
         torch.testing.assert_close(at_once[name], crops, atol=1e-6, rtol=0)
@@ -75,18 +79,18 @@ def test_weights_are_those_of_torch(old: int, new: int) -> None:
     torch.testing.assert_close(out[0], expected[0, 0, :, :new], atol=1e-6, rtol=0)
 
 
-def test_many_windows_are_resized_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = resized(windows(), 10)
+def test_many_crops_are_resized_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = resized(packed(), 10)
     monkeypatch.setattr(crops_module, "_PIXELS_AT_ONCE", 200)
-    for name, crops in resized(windows(), 10).items():
+    for name, crops in resized(packed(), 10).items():
         assert torch.equal(crops, expected[name])
 
 
-def test_windows_can_be_gathered() -> None:
-    all_of_them = windows()
+def test_crops_can_be_gathered() -> None:
+    all_of_them = packed()
     index = np.array([2, 0, 2])
     parts = [index[:1], index[:0], index[1:]]
-    again = Windows.gather([(all_of_them, part) for part in parts])
+    again = PackedCrops.gather([(all_of_them, part) for part in parts])
     for name, crops in resized(again, 10).items():
         assert torch.equal(crops, resized(all_of_them, 10)[name][index])
     assert again.nbytes == (100 + 70 + 100) * (1 + 4 + 4)
@@ -94,7 +98,7 @@ def test_windows_can_be_gathered() -> None:
 
 def test_channels_of_the_image_are_not_masked() -> None:
     light = np.full((30, 40), 100), np.full((30, 40), 30)
-    crops = resized(windows(channels=light, whites=(1.0, 400.0, 10.0)), 8)
+    crops = resized(packed(channels=light, intensity_scale=(1.0, 400.0, 10.0)), 8)
     expected = torch.tensor([2 * 100 / 400 - 1, 1.0])  # brighter than white is white
     torch.testing.assert_close(
         crops["image"], expected[None, :, None, None].expand(3, 2, 8, 8), atol=1e-6, rtol=0
@@ -102,7 +106,7 @@ def test_channels_of_the_image_are_not_masked() -> None:
 
 
 @pytest.mark.parametrize("kind", ["noise", "flat", "two hot pixels", "few pixels"])
-def test_the_white_level_is_the_percentile_of_numpy(kind: str) -> None:
+def test_the_intensity_scale_is_the_percentile_of_numpy(kind: str) -> None:
     rng = np.random.default_rng(1)
     light = {
         "noise": rng.normal(300, 50, (200, 300)).astype(np.float32),
@@ -111,7 +115,7 @@ def test_the_white_level_is_the_percentile_of_numpy(kind: str) -> None:
         "few pixels": rng.random((2, 3)),
     }[kind]
     expected = np.percentile(light, 99.9) or light.max()
-    assert white_level(light) == pytest.approx(expected, rel=1e-6)
+    assert image_scale(light) == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_flows_there_are_mask_crops_only() -> None:

@@ -12,9 +12,16 @@ from screens import small_screen
 
 from cellstore.jobs.lookup import find_well
 from cellstore.jobs.workspace import Workspace
-from cellstore.report.audit import audit_artifact, audit_cell, audit_image, audit_run, audit_well
+from cellstore.report.audit import (
+    Lineage,
+    audit_artifact,
+    audit_cell,
+    audit_image,
+    audit_run,
+    audit_well,
+)
 from cellstore.report.drawing import plain
-from cellstore.report.lineage_page import BOX, Lineage, lineage_of, place, write_lineage
+from cellstore.report.lineage_page import BOX, lay_out, write_lineage
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("networkx")
@@ -94,13 +101,13 @@ def test_names_are_text_and_nothing_else(
 
 def test_what_led_to_a_label(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    graph = lineage_of(workspace, audit_image(workspace, "BR1/B01/1"))
+    graph = audit_image(workspace, "BR1/B01/1").lineage
     above: set[str] = set()
     level = {f"label {screen.predict_run.id}"}
     while level:
-        level = {source for source, target in graph.edges if target in level}
+        level = {source for source, target in graph.arrows if target in level}
         above |= level
-    kinds = {graph.nodes[key].kind for key in above}
+    kinds = {graph.boxes[key][0] for key in above}
     assert kinds == {
         *("file", "image", "segmentation", "weights", "predict", "checkpoint", "train"),
         *("split", "treatment"),
@@ -115,12 +122,12 @@ def test_boxes_stand_below_what_led_to_them_and_never_on_each_other() -> None:
     graph.link("c", "d", "e")
     graph.link("a", "e")  # past two layers
     graph.link("f", "g")
-    places, paths, size = place(graph)
-    for source, target in graph.edges:
-        assert places[source][1] + BOX[1] < places[target][1]
-    boxes = [places[key] for key in graph.nodes]
+    positions, paths, size = lay_out(graph)
+    for source, target in graph.arrows:
+        assert positions[source][1] + BOX[1] < positions[target][1]
+    boxes = [positions[key] for key in graph.boxes]
     for i, (x, y) in enumerate(boxes):
         assert BOX[0] / 2 <= x <= size[0] - BOX[0] / 2
         assert all(abs(x - u) > BOX[0] or abs(y - v) > BOX[1] for u, v in boxes[i + 1 :])
     assert max(map(len, paths)) == 4
-    assert not re.search(r"\bnan\b", str(places))
+    assert not re.search(r"\bnan\b", str(positions))

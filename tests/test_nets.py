@@ -12,14 +12,14 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import nn
+from training_loop import fit
 
-from cellstore.config import TrainParams, TrainSetup
+from cellstore.config import TrainParams
 from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.learn.augmentation import seed_of
 from cellstore.learn.branches import BRANCHES, check_branches
 from cellstore.learn.crops import CellBlock
 from cellstore.learn.networks import FusionNet, ImageBranch, NetShape, build_net
-from cellstore.learn.training import fit, seed_of
-from cellstore.stages.train import fit_config
 
 SHAPE = NetShape(n_classes=3, n_features=14)
 
@@ -149,9 +149,9 @@ def test_shapes_and_a_step_of_the_whole_are_those_of_the_published_network() -> 
     batch = CellBlock({"mask": masks, "flow": flows}, features, labels, labels)
     before = {name: value.clone() for name, value in theirs.named_parameters()}
 
-    params = TrainParams()
-    config = fit_config(dataclasses.replace(params, epochs=1, batch_size=6), TrainSetup(), "cpu")
-    fit(ours, lambda _: [batch], lambda _: [batch], config)
+    params = TrainParams.of("published")
+    once = dataclasses.replace(params, epochs=1, batch_size=6)
+    fit(ours, lambda _: [batch], lambda _: [batch], once)
 
     optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-4, weight_decay=1e-4)
     with torch.random.fork_rng():  # the same drop-outs

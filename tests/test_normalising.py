@@ -9,27 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cellstore.errors import UserInputError
-from cellstore.learn.crops import white_level
-from cellstore.learn.normalising import (
-    ControlStatistics,
-    PlateScaler,
-    Scaler,
-    WhiteLevels,
-    read_scaler,
-    white_of_plate,
-)
+from cellstore.learn.crops import image_scale
+from cellstore.learn.normalising import IntensityScale, Scale, Scaler, fit_scale
 
 NAMES = ("a", "b")
 
 
-def fitted(plates: dict[str, tuple[list, list]], names=NAMES, *, gaps=False) -> PlateScaler:
+def fitted(plates: dict[str, tuple[list, list]], names=NAMES, *, gaps=False) -> Scaler:
     """A scaler of plates, each with its control rows and all its rows."""
     controls = {
-        barcode: ControlStatistics.fit(names, [rows], gaps=gaps)
-        for barcode, (rows, _) in plates.items()
+        barcode: fit_scale(names, [rows], gaps=gaps) for barcode, (rows, _) in plates.items()
     }
     blocks = ((barcode, rows) for barcode, (_, rows) in plates.items())
-    return PlateScaler.fit(names, controls, blocks, gaps=gaps)
+    return Scaler.fit_plates(names, controls, blocks, gaps=gaps)
 
 
 def test_features_are_standardised_by_the_controls_of_their_plate_then_as_a_whole() -> None:
@@ -37,12 +29,12 @@ def test_features_are_standardised_by_the_controls_of_their_plate_then_as_a_whol
     one = [[1, 5], [3, 15]], [[1, 5], [3, 15], [6, 10]]
     two = [[10, 0], [30, 2]], [[10, 0], [30, 2], [20, 3]]
     scaler = fitted({"P1": one, "P2": two})
-    assert scaler.plates["P1"] == ControlStatistics((2.0, 10.0), (1.0, 5.0), 2)
-    assert scaler.plates["P2"] == ControlStatistics((20.0, 1.0), (10.0, 1.0), 2)
+    assert scaler.plates["P1"] == Scale((2.0, 10.0), (1.0, 5.0), 2)
+    assert scaler.plates["P2"] == Scale((20.0, 1.0), (10.0, 1.0), 2)
     # Against the controls, a: -1 1 4, -1 1 0 (mean 4/6), b: -1 1 0, -1 1 2 (mean 2/6).
     normalised = np.array([[-1, -1], [1, 1], [4, 0], [-1, -1], [1, 1], [0, 2]], float)
-    assert scaler.after.mean == pytest.approx([4 / 6, 2 / 6])
-    assert scaler.after.scale == pytest.approx(normalised.std(axis=0))
+    assert scaler.mean == pytest.approx([4 / 6, 2 / 6])
+    assert scaler.scale == pytest.approx(normalised.std(axis=0))
     expected = (normalised - normalised.mean(axis=0)) / normalised.std(axis=0)
     found = np.concatenate([scaler.transform(one[1], "P1"), scaler.transform(two[1], "P2")])
     assert found.dtype == np.float32
@@ -71,19 +63,20 @@ def test_what_changes_a_whole_plate_changes_no_normalised_value(
 
 def test_blocks_of_controls_are_as_one() -> None:
     rows = np.random.default_rng(1).normal(5, 3, (50, 2))
-    whole = ControlStatistics.fit(NAMES, [rows])
-    pieces = ControlStatistics.fit(NAMES, [rows[:1], rows[1:1], rows[1:20], rows[20:]])
-    assert whole.mean == pytest.approx(rows.mean(axis=0))
-    assert whole.scale == pytest.approx(rows.std(axis=0))
-    assert pieces.mean == pytest.approx(whole.mean)
-    assert pieces.scale == pytest.approx(whole.scale)
+    whole = fit_scale(NAMES, [rows])
+    pieces = fit_scale(NAMES, [rows[:1], rows[1:1], rows[1:20], rows[20:]])
+    for found, expected, of_pieces in zip(
+        whole[:2], (rows.mean(axis=0), rows.std(axis=0)), pieces[:2], strict=True
+    ):
+        assert found == pytest.approx(expected)
+        assert of_pieces == pytest.approx(found)
     assert whole.cells == pieces.cells == 50
 
 
 def test_a_feature_in_which_the_controls_do_not_vary_is_only_shifted() -> None:
     scaler = fitted({"P1": ([[0.1, 1], [0.1, 2]], [[0.1, 1], [2.1, 2], [4.1, 3]])})
-    assert scaler.plates["P1"].scale == (1.0, 0.5)
-    assert scaler.after.mean[0] == pytest.approx(2.0)
+    assert scaler.plates["P1"][1] == (1.0, 0.5)
+    assert scaler.mean[0] == pytest.approx(2.0)
 
 
 def test_gaps_are_left_out_and_become_the_mean() -> None:
@@ -93,10 +86,10 @@ def test_gaps_are_left_out_and_become_the_mean() -> None:
     two = [[0, nan, nan], [2, nan, nan]], [[0, nan, 7], [2, nan, 8]]
     scaler = fitted({"P1": one, "P2": two}, ("a", "never", "b"), gaps=True)
     assert scaler.names == ("a", "b")
-    assert scaler.plates["P1"] == ControlStatistics((2.0, 5.0), (1.0, 1.0), 3)
+    assert scaler.plates["P1"] == Scale((2.0, 5.0), (1.0, 1.0), 3)
     # No control of P2 has b: its values there say nothing, and count as the mean.
     assert scaler.transform([[2, 7], [nan, nan]], "P2")[:, 1].tolist() == [0, 0]
-    again = read_scaler(json.loads(json.dumps(scaler.to_json(), allow_nan=False)))
+    again = Scaler.from_json(json.loads(json.dumps(scaler.to_json(), allow_nan=False)))
     np.testing.assert_array_equal(again.transform([[2, 7]], "P2"), scaler.transform([[2, 7]], "P2"))
 
 
@@ -105,48 +98,47 @@ def test_a_plate_without_statistics_is_named() -> None:
     for plate in ("P9", None):
         with pytest.raises(UserInputError, match=f"no control cells of plate {plate!r}"):
             scaler.transform([[1, 2]], plate)
-    more = scaler.with_own({"P9": ControlStatistics((2.0, 3.0), (1.0, 1.0), 2)})
+    more = scaler.with_own({"P9": Scale((2.0, 3.0), (1.0, 1.0), 2)})
     assert (more.own, scaler.own) == (("P9",), ())
     np.testing.assert_array_equal(more.transform([[1, 2]], "P9"), scaler.transform([[1, 2]], "P1"))
 
 
 def test_a_scaler_is_its_record_and_nothing_else() -> None:
     plain = Scaler(("a",), (1.0,), (2.0,))
-    assert read_scaler(json.loads(json.dumps(plain.to_json()))) == plain
+    assert Scaler.from_json(json.loads(json.dumps(plain.to_json()))) == plain
     scaler = fitted({"P1": ([[1, 2], [3, 4]], [[1, 2], [3, 4]])})
     scaler = scaler.with_own({"P2": scaler.plates["P1"]})
     record = json.loads(json.dumps(scaler.to_json()))
-    assert read_scaler(record) == scaler
+    assert Scaler.from_json(record) == scaler
     short = {"mean": [1.0], "scale": [1.0], "cells": 2}
     for key, value in (
-        ("kind", "other"),
-        ("after", {}),
-        ("plates", None),
+        ("names", ["a"]),
+        ("mean", [1.0, math.inf]),
+        ("plates", 7),
         ("plates", {"P1": {}}),
         ("plates", {"P1": short}),
         ("plates", {"P1": {"mean": [1, 1], "scale": [0, 1], "cells": 2}}),
         ("own", 7),
     ):
         with pytest.raises(UserInputError):
-            read_scaler({**record, key: value})
+            Scaler.from_json({**record, key: value})
     with pytest.raises(UserInputError):
-        read_scaler(7)  # type: ignore[arg-type]
+        Scaler.from_json(7)  # type: ignore[arg-type]
 
 
-def test_the_white_of_a_plate_is_the_median_of_its_images() -> None:
+def test_the_intensity_that_becomes_one_is_a_high_percentile() -> None:
     plane = np.arange(1001).reshape(7, 143)
-    assert white_level(plane) == pytest.approx(999.0)
+    assert image_scale(plane) == pytest.approx(999.0)
     almost_black = np.zeros((100, 100))
     almost_black[0, 0] = 7
-    assert white_level(almost_black) == 7
-    assert white_of_plate([[1, 10], [5, 20], [100, 0]]) == (5, 10)
+    assert image_scale(almost_black) == 7
 
 
-def test_white_levels_are_their_record_and_nothing_else() -> None:
-    whites = WhiteLevels({"P1": (1.5, 2.0)}).with_own({"P2": (3.0, 4.0)})
-    assert whites.own == ("P2",)
-    record = json.loads(json.dumps(whites.to_json()))
-    assert WhiteLevels.from_json(record) == whites
+def test_intensity_scales_are_their_record_and_nothing_else() -> None:
+    scale = IntensityScale({"P1": (1.5, 2.0)}).with_own({"P2": (3.0, 4.0)})
+    assert scale.own == ("P2",)
+    record = json.loads(json.dumps(scale.to_json()))
+    assert IntensityScale.from_json(record) == scale
     for wrong in ({}, {**record, "plates": 7}, {**record, "plates": {"P1": [math.inf]}}):
         with pytest.raises(UserInputError):
-            WhiteLevels.from_json(wrong)
+            IntensityScale.from_json(wrong)

@@ -27,9 +27,11 @@ from cellstore.errors import ImageError, UnknownNameError, UserInputError
 pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 torch = pytest.importorskip("torch")
 
+from tiny_network import DIAM_MEAN, new_network, save_network  # noqa: E402
+
 from cellstore.analysis import cellpose as cellpose_module  # noqa: E402
 from cellstore.analysis.rendering import PlateDesign, render_field  # noqa: E402
-from cellstore.learn import shipped_network  # noqa: E402
+from cellstore.learn import finetuning  # noqa: E402
 
 
 class Trap:
@@ -45,7 +47,7 @@ class Trap:
 @pytest.fixture(scope="session")
 def untrained(tmp_path_factory):
     path = tmp_path_factory.mktemp("network") / "mine.pt"
-    shipped_network.save_network(shipped_network.new_network(0), path)
+    save_network(new_network(0), path)
     return path
 
 
@@ -368,31 +370,19 @@ def test_an_estimate_is_never_below_the_smallest_diameter():
 # --- training ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_turning_a_sample_turns_its_flows(seed):
-    masks = np.zeros((64, 64), int)
-    masks[8:30, 10:50], masks[40:60, 5:20] = 1, 2
-    sample = shipped_network.Sample(
-        np.stack([masks, masks]).astype(np.float32), shipped_network._target(masks)
-    )
-    turned = shipped_network.turned(np.random.default_rng(seed), sample)
-    expected = shipped_network._target(np.ascontiguousarray(turned.image[0]).astype(int))
-    np.testing.assert_array_equal(turned.target[0], expected[0])
-    assert np.abs(turned.target[1:] - expected[1:]).mean() < 0.02
-
-
 @pytest.mark.heavy
-def test_a_few_steps_lower_the_loss_on_their_own_crops():
-    params = shipped_network.TrainingParams(steps=1, batch=2, fresh=2, seed=3)
-    batch = next(shipped_network.batches(params))
-    small = [
-        shipped_network.Sample(s.image[:, :64, :64].copy(), s.target[:, :64, :64].copy())
-        for s in batch
-    ]
-    net = shipped_network.new_network(0)
+def test_a_few_steps_lower_the_loss_on_their_own_crops(demo_field):
+    from cellpose.dynamics import masks_to_flows
+
+    image, masks = (part[:64, :64] for part in demo_field)
+    flows = masks_to_flows(masks.astype(np.int64), device=torch.device("cpu"))
+    planes = np.stack([image / image.max(), np.zeros_like(image)]).astype(np.float32)
+    target = np.concatenate([masks[None] > 0, flows]).astype(np.float32)
+    batch = [finetuning.Sample(planes, target)] * 2
+    net = new_network(0)
     optimiser = torch.optim.AdamW(net.parameters(), 1e-3)
     device = torch.device("cpu")
-    losses = [shipped_network.train_step(net, optimiser, small, device) for _ in range(6)]
+    losses = [finetuning.train_step(net, optimiser, batch, device) for _ in range(6)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -465,6 +455,6 @@ def test_the_network_loader_is_the_one_cellpose_offers(untrained):
 
     ours = cellpose_module.load_network(untrained, "cpu")
     theirs = CellposeModel(pretrained_model=str(untrained), device=torch.device("cpu"))
-    assert ours.diam_mean == theirs.diam_mean == shipped_network.DIAM_MEAN
+    assert ours.diam_mean == theirs.diam_mean == DIAM_MEAN
     for one, other in zip(ours.net.parameters(), theirs.net.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -10,9 +10,10 @@ from cellstore.errors import ImageError, UserInputError
 torch = pytest.importorskip("torch")
 pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 
+from tiny_network import new_network, save_network  # noqa: E402
+
 from cellstore.analysis.cellpose import TILES, Batches  # noqa: E402
 from cellstore.analysis.rendering import render_nuclei  # noqa: E402
-from cellstore.learn import shipped_network  # noqa: E402
 
 
 class Card:
@@ -149,7 +150,7 @@ def test_no_images_give_no_results():
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
     path = tmp_path_factory.mktemp("network") / "mine.pt"
-    shipped_network.save_network(shipped_network.new_network(0), path)
+    save_network(new_network(0), path)
     return load_segmenter(ModelFiles("mine", path, None, "0" * 64), diameter=17.0, device="cpu")
 
 

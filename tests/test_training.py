@@ -9,27 +9,27 @@ import numpy as np
 import pytest
 import torch
 from sklearn.preprocessing import StandardScaler
+from training_loop import PLAIN, fit
 
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
+from cellstore.learn.augmentation import seed_of
 from cellstore.learn.crops import CellBlock
+from cellstore.learn.models import predict_batch
 from cellstore.learn.networks import FusionNet, NetShape, build_net
 from cellstore.learn.normalising import Scaler
 from cellstore.learn.training import (
     EpochMetrics,
-    FitConfig,
     FocalLoss,
-    Schedule,
     TrainingState,
     balanced_weights,
     check_device,
-    fit,
+    check_params,
     make_loss,
-    predict_batch,
-    seed_of,
+    rate_factor,
 )
 
 SHAPE = NetShape(n_classes=3, n_features=2, attention_width=16, projection_width=16, dropout=0.1)
-CONFIG = FitConfig(learning_rate=2e-3, max_epochs=2, patience=2, device="cpu", seed=1)
+CONFIG = PLAIN
 
 
 @pytest.fixture(autouse=True)
@@ -81,13 +81,13 @@ def tiny() -> Tiny:
 def test_the_published_network_learns_three_classes() -> None:
     train, validation = in_batches(cells(96, 1), 24), in_batches(cells(24, 2), 24)
     net = build_net(SHAPE, seed=0)
-    config = dataclasses.replace(CONFIG, learning_rate=2e-4, max_epochs=4, patience=4)
+    config = dataclasses.replace(CONFIG, learning_rate=2e-4, epochs=4, patience=4)
     result = fit(net, lambda _: train, lambda _: validation, config)
     assert result.epochs[-1].train_loss < 0.8 * result.epochs[0].train_loss
-    best = result.epochs[result.best_epoch - 1]
+    best = result.epochs[result.best]
     assert best.validation_loss == min(epoch.validation_loss for epoch in result.epochs)
     assert best.validation_accuracy > 0.8
-    net.load_state_dict(result.state)
+    net.load_state_dict(result.best_state)
     probabilities = np.concatenate([predict_batch(net, batch) for batch in validation])
     truth = cells(24, 2).labels.numpy()
     assert np.mean(probabilities.argmax(axis=1) == truth) == pytest.approx(best.validation_accuracy)
@@ -98,8 +98,10 @@ def test_same_seed_same_training() -> None:
     batch = cells(8, 1)
 
     def state(seed: int) -> dict[str, torch.Tensor]:
-        config = dataclasses.replace(CONFIG, seed=seed, max_epochs=1)
-        return fit(build_net(SHAPE, seed=0), lambda _: [batch], lambda _: [batch], config).state
+        config = dataclasses.replace(CONFIG, seed=seed, epochs=1)
+        return fit(
+            build_net(SHAPE, seed=0), lambda _: [batch], lambda _: [batch], config
+        ).best_state
 
     first, same, other = state(1), state(1), state(2)
     assert all(torch.equal(first[name], same[name]) for name in first)
@@ -113,7 +115,7 @@ def test_loss_is_label_smoothing_cross_entropy_and_rate_halves_every_five_epochs
         net,
         lambda _: [batch],
         lambda _: [batch],
-        dataclasses.replace(CONFIG, max_epochs=11, patience=99, learning_rate=1e-4),
+        dataclasses.replace(CONFIG, epochs=11, patience=99, learning_rate=1e-4),
     )
     rates = [epoch.learning_rate for epoch in result.epochs]
     assert rates == pytest.approx([1e-4] * 5 + [5e-5] * 5 + [2.5e-5])
@@ -129,7 +131,7 @@ def test_running_statistics_are_means_over_the_first_batches() -> None:
     net.layer = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 3))
     block = cells(48, 0)
     batches = in_batches(block, 12)
-    fit(net, lambda _: batches, lambda _: batches, dataclasses.replace(CONFIG, max_epochs=1))
+    fit(net, lambda _: batches, lambda _: batches, dataclasses.replace(CONFIG, epochs=1))
     norm = net.layer[0]
     torch.testing.assert_close(norm.running_mean, block.features.mean(dim=0))
     variances = torch.stack([batch.features.var(dim=0) for batch in batches])
@@ -138,14 +140,14 @@ def test_running_statistics_are_means_over_the_first_batches() -> None:
     # From the tenth batch on the usual rate holds: ten of one mean, then one of another.
     other = dataclasses.replace(batches[0], features=batches[0].features + 1)
     many = [batches[0]] * 10 + [other]
-    fit(net, lambda _: many, lambda _: batches, dataclasses.replace(CONFIG, max_epochs=1))
+    fit(net, lambda _: many, lambda _: batches, dataclasses.replace(CONFIG, epochs=1))
     torch.testing.assert_close(norm.running_mean, batches[0].features.mean(dim=0) + 0.1)
 
 
 def test_a_step_is_that_of_adam_with_weight_decay() -> None:
     batch = cells(12, 0)
     ours, plain = tiny(), tiny()
-    config = dataclasses.replace(CONFIG, max_epochs=1, weight_decay=0.3)
+    config = dataclasses.replace(CONFIG, epochs=1, weight_decay=0.3)
     fit(ours, lambda _: [batch, batch], lambda _: [batch], config)
     torch.manual_seed(seed_of(config.seed, 0, 0))
     optimizer = torch.optim.Adam(plain.parameters(), lr=2e-3, weight_decay=0.3)
@@ -166,20 +168,20 @@ def test_it_stops_early_and_gives_back_the_best_epoch() -> None:
         tiny(),
         lambda _: [train] * 5,
         lambda _: [validation],
-        dataclasses.replace(CONFIG, max_epochs=50, patience=3, learning_rate=0.05),
+        dataclasses.replace(CONFIG, epochs=50, patience=3, learning_rate=0.05),
         lambda epoch, _: seen.append(epoch),
     )
     assert result.stopped_early
-    assert len(result.epochs) == result.best_epoch + 3
-    assert seen == list(result.epochs)
+    assert len(result.epochs) == result.best + 4
+    assert seen == result.epochs
     assert [epoch.epoch for epoch in seen] == list(range(1, len(seen) + 1))
     net = tiny()
-    net.load_state_dict(result.state)
+    net.load_state_dict(result.best_state)
     probabilities = torch.from_numpy(predict_batch(net, validation))
     loss = torch.nn.functional.cross_entropy(
         probabilities.log(), validation.labels, label_smoothing=0.1
     )
-    assert float(loss) == pytest.approx(seen[result.best_epoch - 1].validation_loss, rel=1e-5)
+    assert float(loss) == pytest.approx(seen[result.best].validation_loss, rel=1e-5)
 
 
 def test_epochs_are_counted_for_the_batches_and_metrics_are_per_cell() -> None:
@@ -226,8 +228,8 @@ def test_what_cannot_be_trained_on_is_refused() -> None:
     unlabelled = dataclasses.replace(good, labels=good.labels - 1)
     endless = dataclasses.replace(good, features=good.features * math.inf)
     for train, validation, message in [
-        ([], [good], "no cells on the training side"),
-        ([good], [], "no cells on the validation side"),
+        ([], [good], "no cells in the training subset"),
+        ([good], [], "no cells in the validation subset"),
         ([one], [good], "one cell"),
         ([unlabelled], [good], "no label"),
         ([endless], [good], "lower learning rate"),
@@ -238,7 +240,7 @@ def test_what_cannot_be_trained_on_is_refused() -> None:
 
 def test_a_training_goes_on_from_any_epoch_as_if_there_had_been_no_break() -> None:
     block = cells(24, 0)
-    config = dataclasses.replace(CONFIG, max_epochs=5, patience=9, schedule="cosine")
+    config = dataclasses.replace(CONFIG, epochs=5, patience=9, schedule="cosine")
     kept: list[bytes] = []
 
     def run(start: TrainingState | None = None, net: Tiny | None = None):
@@ -247,16 +249,16 @@ def test_a_training_goes_on_from_any_epoch_as_if_there_had_been_no_break() -> No
             lambda _: in_batches(block, 5),
             lambda _: [block],
             config,
-            lambda _, snapshot: kept.append(snapshot().to_bytes()),
+            lambda _, training: kept.append(training.state().to_bytes()),
             start=start,
         )
 
     whole = run()
     for epoch in (1, 4, 5):  # 5: only what is done at the end was left
         again = run(TrainingState.from_bytes(kept[epoch - 1]))
-        torch.testing.assert_close(again.state, whole.state, rtol=0, atol=0)
+        torch.testing.assert_close(again.best_state, whole.best_state, rtol=0, atol=0)
         assert without_time(again.epochs) == without_time(whole.epochs)
-        assert again.best_epoch == whole.best_epoch
+        assert again.best == whole.best
     with pytest.raises(StorageError, match="another network"):
         run(TrainingState.from_bytes(kept[0]), tiny())
     for damaged in (b"", kept[0][:-9], b"\xff" * 99):
@@ -272,14 +274,14 @@ def with_norm() -> Tiny:
     return net
 
 
-def without_time(epochs: tuple[EpochMetrics, ...]) -> list[EpochMetrics]:
+def without_time(epochs: list[EpochMetrics]) -> list[EpochMetrics]:
     return [dataclasses.replace(epoch, seconds=0.0) for epoch in epochs]
 
 
 def test_the_best_epoch_is_that_of_the_monitor() -> None:
     # Labels of validation are turned by one and then back again: the loss is lowest at the start,
     # the accuracy after all was learned.
-    train, config = cells(12, 0), dataclasses.replace(CONFIG, learning_rate=0.05, max_epochs=4)
+    train, config = cells(12, 0), dataclasses.replace(CONFIG, learning_rate=0.05, epochs=4)
     turned = dataclasses.replace(train, labels=(train.labels + 1) % 3)
     sides = [train, turned, turned, train]
     config = dataclasses.replace(config, patience=4)
@@ -289,7 +291,7 @@ def test_the_best_epoch_is_that_of_the_monitor() -> None:
         result = fit(tiny(), lambda _: [train] * 20, lambda epoch: [sides[epoch]], chosen)
         key = {"loss": lambda e: -e.validation_loss, "accuracy": lambda e: e.validation_accuracy}
         found = max(result.epochs, key=key[monitor])
-        assert result.best_epoch == found.epoch
+        assert result.best + 1 == found.epoch
         return found
 
     assert best("accuracy").validation_accuracy == 1
@@ -297,17 +299,19 @@ def test_the_best_epoch_is_that_of_the_monitor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
+    ("given", "expected"),
     [
-        (Schedule("step", 12, 0, 5, 0.5), [1] * 5 + [0.5] * 5 + [0.25] * 2),
-        (Schedule("step", 4, 1, 2, 0.1), [0.5, 1, 0.1, 0.1]),
-        (Schedule("cosine", 4), [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
-        (Schedule("cosine", 5, 3), [0.25, 0.5, 0.75, 1, 0.5]),
-        (Schedule("constant", 4, 2), [1 / 3, 2 / 3, 1, 1]),
+        (("step", 12, 0, 5, 0.5), [1] * 5 + [0.5] * 5 + [0.25] * 2),
+        (("step", 4, 1, 2, 0.1), [0.5, 1, 0.1, 0.1]),
+        (("cosine", 4), [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
+        (("cosine", 5, 3), [0.25, 0.5, 0.75, 1, 0.5]),
+        (("constant", 4, 2), [1 / 3, 2 / 3, 1, 1]),
     ],
 )
-def test_rates_of_the_schedules(schedule: Schedule, expected: list[float]) -> None:
-    found = [schedule.factor(epoch) for epoch in range(schedule.epochs)]
+def test_rates_of_the_schedules(given: tuple, expected: list[float]) -> None:
+    names = ("schedule", "epochs", "warmup_epochs", "step_size", "gamma")
+    params = dataclasses.replace(CONFIG, **dict(zip(names, given, strict=False)))
+    found = [rate_factor(params, epoch) for epoch in range(params.epochs)]
     assert found == pytest.approx(expected)
 
 
@@ -329,9 +333,14 @@ def test_weights_balance_the_classes_and_losses_are_means_over_weights() -> None
     assert balanced_weights([6, 2, 0]) == pytest.approx((8 / 12, 2.0, 1.0))
     block = cells(13, 0)
     block = dataclasses.replace(block, labels=(torch.arange(13) > 8).long())
-    weighted = dataclasses.replace(CONFIG, class_weights=(0.5, 4.0, 1.0), max_epochs=1)
+    short = dataclasses.replace(CONFIG, epochs=1)
+    weights = (0.5, 4.0, 1.0)
+
+    def parts(size: int):
+        return lambda _: in_batches(block, size)
+
     loss = [
-        fit(tiny(), lambda _: [block], lambda _, n=n: in_batches(block, n), weighted)
+        fit(tiny(), lambda _: [block], parts(n), short, class_weights=weights)
         .epochs[0]
         .validation_loss
         for n in (13, 5)
@@ -349,13 +358,13 @@ def test_every_recipe_trains(precision: str) -> None:
         warmup_epochs=1,
         augment=("flips", "rotations", "intensity"),
         precision=precision,
-        max_epochs=8,
+        epochs=8,
         patience=8,
         learning_rate=0.05,
     )
     result = fit(tiny(), lambda _: [block] * 3, lambda _: [block], config)
     assert result.epochs[-1].validation_accuracy == 1
-    assert {value.dtype for value in result.state.values()} == {torch.float32}
+    assert {value.dtype for value in result.best_state.values()} == {torch.float32}
 
 
 def test_augmentation_is_for_training_and_new_at_each_step() -> None:
@@ -378,11 +387,8 @@ def test_augmentation_is_for_training_and_new_at_each_step() -> None:
 
 def test_settings_that_make_no_sense_are_refused() -> None:
     for wrong in (
-        {"learning_rate": 0},
-        {"patience": 0},
-        {"batch_size": 1},
+        {"learning_rate": 0.0},
         {"label_smoothing": 1.0},
-        {"weight_decay": -1},
         {"schedule": "stairs"},
         {"warmup_epochs": 50},
         {"loss": "hinge"},
@@ -390,15 +396,15 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         {"monitor": "luck"},
     ):
         with pytest.raises(UserInputError):
-            FitConfig(**wrong)
+            check_params(dataclasses.replace(CONFIG, **wrong))
     with pytest.raises(UserInputError, match="Use auto, cpu or cuda"):
-        fit(tiny(), lambda _: [], lambda _: [], FitConfig(device="abacus"))
+        fit(tiny(), lambda _: [], lambda _: [], device="abacus")
 
 
 def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserInputError, match="no usable CUDA device"):
-        fit(tiny(), lambda _: [], lambda _: [], FitConfig(device="cuda"))
+        fit(tiny(), lambda _: [], lambda _: [], device="cuda")
 
 
 def test_a_precision_that_is_not_possible_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

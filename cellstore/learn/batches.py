@@ -1,4 +1,8 @@
-"""Batches of cells as training takes them: read ahead, shuffled, on the device of the network."""
+"""Batches of cells as training takes them: read ahead, shuffled, on the device of the network.
+
+Threads read ahead, and not torch's DataLoader: its workers are processes, to which every cell would
+be copied, and which could not keep the crops of an epoch for the next one.
+"""
 
 from __future__ import annotations
 
@@ -7,66 +11,58 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from itertools import repeat
 from pathlib import Path, PurePosixPath
-from queue import Empty, Full, Queue
-from threading import Event, Lock, Thread
-from typing import Any, Generic, Protocol, Self, TypeVar
+from threading import Lock
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..config import ImageInput
 from ..errors import ImageError, StorageError, UnknownNameError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
-from ..models import Image, Plate, Well
 from ..query.cells import (
-    CellRows,
     CellSource,
     ImageBlock,
     current_segmentation,
+    plate_of,
     read_cells,
     read_flows,
     read_masks,
 )
-from ..query.feature_files import ReadableSet, SetReader
+from ..query.feature_files import SetReader
 from .branches import BRANCHES, FLOW, IMAGE, MASK, TABULAR
 from .crops import (
     UNKNOWN_LABEL,
     CellBlock,
-    CutCells,
+    CellCrops,
+    PackedCrops,
     Pictures,
-    Windows,
     crop_cells,
-    cut_windows,
-    no_windows,
-    without_pixels,
+    cut_crops,
 )
-from .normalising import FeatureScaler
+from .normalising import Scaler
 
 T = TypeVar("T")
 S = TypeVar("S")
 
-_LOOK_AROUND = 0.1
-"""Seconds after which a thread that cannot hand over looks whether it is still wanted."""
 
+def prefetch(items: Iterable[S], make: Callable[[S], T], threads: int) -> Generator[T, None, None]:
+    """Yield ``make(item)`` for all ``items`` in their order, ``threads`` of them in the making.
 
-def read_ahead(ids: Iterable[S], read: Callable[[S], T], workers: int) -> Generator[T, None, None]:
-    """Yield ``read(id)`` for all ``ids`` in their order, ``workers`` of them in the making.
-
-    At most ``workers + 1`` results wait, or are being made, beside the one that was yielded.
+    At most ``threads + 1`` results wait, or are being made, beside the one that was yielded.
     """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="cellstore-read")
     waiting: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="cellstore-prefetch")
     try:
-        for one in ids:
-            waiting.append(pool.submit(read, one))
-            if len(waiting) > workers:
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -74,85 +70,27 @@ def read_ahead(ids: Iterable[S], read: Callable[[S], T], workers: int) -> Genera
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@dataclass(frozen=True)
-class _End:
-    """The last thing in a queue, with the error that ended it, if one did."""
-
-    error: BaseException | None = None
-
-
-class Ahead(Generic[T]):
-    """Iterate over it to get what ``items`` yields, made by a thread up to ``depth`` items ahead.
-
-    Beside those, one item is in the making. ``items`` is closed when it is exhausted, and when the
-    taker closes the iterator, an error passes through it, or it is forgotten.
-    """
-
-    def __init__(self, items: Generator[T, None, None] | Iterator[T], depth: int = 1) -> None:
-        self._items = items
-        self._queue: Queue[T | _End] = Queue(depth)
-        self._unwanted = Event()
-
-    def __iter__(self) -> Generator[T, None, None]:
-        """Start the thread, and yield what it makes."""
-        thread = Thread(target=self._make, name="cellstore-ahead", daemon=True)
-        thread.start()
-        try:
-            while not isinstance(found := self._queue.get(), _End):
-                yield found
-                del found  # it may be a gigabyte, and the next one is coming
-            if found.error is not None:
-                raise found.error
-        finally:
-            self._unwanted.set()
-            self._clear()
-            thread.join()
-
-    def _clear(self) -> None:
-        try:
-            while True:
-                self._queue.get_nowait()
-        except Empty:
-            return
-
-    def _make(self) -> None:
-        end = _End()
-        try:
-            for item in self._items:
-                if not self._hand_over(item):
-                    break
-                del item
-        except BaseException as error:
-            end = _End(error)
-        finally:
-            _close(self._items)
-        self._hand_over(end)
-
-    def _hand_over(self, item: T | _End) -> bool:
-        while not self._unwanted.is_set():
-            try:
-                self._queue.put(item, timeout=_LOOK_AROUND)
-            except Full:
-                continue
-            return True
-        return False
-
-
-def _close(items: Any) -> None:
-    close = getattr(items, "close", None)
-    if close is not None:
-        close()
-
-
 CELLS, CLASSES, CAPPED = SAMPLERS = ("cells", "classes", "capped")
 """Each cell once; every class as often; the largest class no more often than the second."""
 
-_DRAWING = 1
-"""Keeps these numbers apart from those that shuffle blocks, which come of the same seed."""
+BUFFER_CELLS = 32_768
+"""Cells that are mixed: those of some 200 images. 1.4 GB of crops of 70 x 70 pixels."""
+
+BUFFER_BYTES = 2 << 30
+"""More than this is not mixed, however few cells it is."""
+
+_FIRST_BATCHES = 4
+"""The buffer starts with as many batches, not to keep an epoch waiting, and grows to its size."""
+
+_BLOCKS, _CELLS, _SAMPLING = range(3)
+"""Keep random numbers apart that come of the same seed and epoch."""
 
 
-@dataclass(frozen=True)
-class Block:
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(list(key)))
+
+
+class Block(NamedTuple):
     """Cells that are read together, those of an image, all of one class."""
 
     block_id: int
@@ -184,7 +122,7 @@ class Drawn:
     """The cells of an epoch: ``counts`` by block id, and :meth:`of` for the cells themselves."""
 
     def __init__(self, blocks: Sequence[Block], sampler: str, seed: int, epoch: int) -> None:
-        self._key = (seed, epoch, _DRAWING)
+        self._key = (seed, epoch, _SAMPLING)
         self._sizes = {block.block_id: block.n_cells for block in blocks}
         self._times: dict[int, tuple[int, int]] = {}
         by_label: dict[int, list[Block]] = {}
@@ -192,19 +130,17 @@ class Drawn:
             by_label.setdefault(block.label, []).append(block)
         totals = {label: sum(b.n_cells for b in some) for label, some in by_label.items()}
         for label, quota in sorted(quotas(sampler, totals).items()):
-            self._deal(by_label[label], *divmod(quota, totals[label]))
+            # Each cell ``whole`` times, and ``rest`` of all cells of the class once more.
+            whole, rest = divmod(quota, totals[label])
+            sizes = [block.n_cells for block in by_label[label]]
+            generator = _generator(*self._key, label + 1)
+            more = generator.multivariate_hypergeometric(sizes, rest, method="marginals")
+            for block, count in zip(by_label[label], more.tolist(), strict=True):
+                self._times[block.block_id] = (whole, count)
         self.counts = {
             block_id: whole * self._sizes[block_id] + rest
             for block_id, (whole, rest) in self._times.items()
         }
-
-    def _deal(self, blocks: Sequence[Block], whole: int, rest: int) -> None:
-        """Each cell ``whole`` times, and ``rest`` of all cells of the class once more."""
-        generator = _sampling_generator(*self._key, blocks[0].label + 1)
-        sizes = [block.n_cells for block in blocks]
-        shares = generator.multivariate_hypergeometric(sizes, rest, method="marginals")
-        for block, share in zip(blocks, shares.tolist(), strict=True):
-            self._times[block.block_id] = (whole, share)
 
     def of(self, block_id: int) -> NDArray[np.int64] | None:
         """The positions of the drawn cells in their block, (M,); ``None``: each cell once."""
@@ -212,59 +148,13 @@ class Drawn:
         size = self._sizes[block_id]
         if (whole, rest) in ((1, 0), (0, size)):
             return None
-        generator = _sampling_generator(*self._key, 0, block_id)
+        generator = _generator(*self._key, 0, block_id)
         more = np.sort(generator.choice(size, rest, replace=False, shuffle=False))
         index: NDArray[np.int64] = np.concatenate([np.tile(np.arange(size), whole), more])
         return index
 
 
-def _sampling_generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(list(key)))
-
-
-BUFFER_CELLS = 32_768
-"""Cells that are mixed: those of some 200 images. 1.4 GB of windows of 70 x 70 pixels."""
-
-BUFFER_BYTES = 2 << 30
-"""More than this is not mixed, however few cells it is."""
-
-_FIRST_BATCHES = 4
-"""The buffer starts with as many batches, not to keep an epoch waiting, and grows to its size."""
-
-
-class Cells(Protocol):
-    """Cells that can be taken from blocks: :class:`~cellstore.learn.crops.CutCells`."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        ...
-
-    def take(self, index: NDArray[np.int64]) -> Self:
-        """The cells at these positions, as a copy."""
-        ...
-
-    @classmethod
-    def gather(cls, parts: Sequence[tuple[Self, NDArray[np.int64]]]) -> Self:
-        """The cells at some positions of each of one or more blocks, as a copy."""
-        ...
-
-
-C = TypeVar("C", bound=Cells)
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """What one process reads in an epoch: the ids of its blocks, and the sizes of its batches."""
-
-    drawn: Drawn
-    order: list[int]
-    sizes: list[int]
-
-
-class BlockShuffle(Generic[C]):
+class BlockShuffle:
     """Call it with an epoch to get batches of cells.
 
     While shuffling, the order of blocks is drawn from (seed, epoch), and batches are drawn at
@@ -273,7 +163,7 @@ class BlockShuffle(Generic[C]):
     by twice the buffer, a block and a batch, however many blocks there are. Without shuffling,
     cells come in the order of ``blocks`` and epochs are alike.
 
-    ``sampler`` says how often a cell is read in an epoch, see :mod:`cellstore.learn.batches`.
+    ``sampler`` says how often a cell is read in an epoch, see :func:`quotas`.
 
     Every batch has ``batch_size`` cells but the last, which has 2 to ``batch_size + 1``, since
     batch normalisation cannot train on one. A single cell comes alone only if there is no other.
@@ -294,7 +184,7 @@ class BlockShuffle(Generic[C]):
     def __init__(
         self,
         blocks: Sequence[Block],
-        read_all: Callable[[Iterable[int]], Iterator[C]],
+        read_all: Callable[[Iterable[int]], Iterator[CellCrops]],
         batch_size: int = 512,
         seed: int = 0,
         *,
@@ -313,14 +203,14 @@ class BlockShuffle(Generic[C]):
 
     def count(self, epoch: int = 0) -> int:
         """The number of batches of an epoch."""
-        return len(self._plan(epoch).sizes)
+        return len(self._plan(epoch)[2])
 
-    def __call__(self, epoch: int = 0) -> Generator[C, None, None]:
+    def __call__(self, epoch: int = 0) -> Generator[CellCrops, None, None]:
         """The batches of an epoch; same seed, epoch and blocks, same batches."""
-        plan = self._plan(epoch)
-        pool: _Pool[C] = _Pool(_generator(self.seed, epoch, 1) if self.shuffle else None)
-        blocks = self._read(plan)
-        for number, size in enumerate(plan.sizes):
+        drawn, ids, batch_sizes = self._plan(epoch)
+        pool = _Pool(_generator(self.seed, epoch, _CELLS) if self.shuffle else None)
+        blocks = self._read(drawn, ids)
+        for number, size in enumerate(batch_sizes):
             mixed = min(self.buffer_cells, self.batch_size * (_FIRST_BATCHES + number))
             while pool.cells < size or (
                 self.shuffle and pool.cells < mixed and pool.nbytes < self.buffer_bytes
@@ -331,57 +221,65 @@ class BlockShuffle(Generic[C]):
                 pool.add(block)
             yield pool.draw(size)
 
-    def _plan(self, epoch: int) -> _Epoch:
+    def _plan(self, epoch: int) -> tuple[Drawn, list[int], list[int]]:
+        """The cells of an epoch; for this process the ids of blocks and the sizes of batches."""
         drawn = Drawn(self.blocks, self.sampler, self.seed, epoch)
         ids = [block.block_id for block in self.blocks if drawn.counts.get(block.block_id)]
         if self.shuffle:
-            ids = [ids[i] for i in _generator(self.seed, epoch, 0).permutation(len(ids))]
+            ids = [ids[i] for i in _generator(self.seed, epoch, _BLOCKS).permutation(len(ids))]
         rank, world = self.share
-        shares = _dealt([(i, drawn.counts[i]) for i in ids], world)
-        totals = [sum(drawn.counts[i] for i in share) for share in shares]
-        sizes = _full_sizes(totals[0], self.batch_size) if world == 1 else self._equal(totals)
-        return _Epoch(drawn, shares[rank], sizes)
+        shares: list[list[int]] = [[] for _ in range(world)]
+        totals = [0] * world
+        for block_id in ids:  # to whichever process has the fewest cells
+            least = totals.index(min(totals))
+            shares[least].append(block_id)
+            totals[least] += drawn.counts[block_id]
+        total, batch_size = totals[rank], self.batch_size
+        if world > 1:  # as many batches as all others have
+            number = -(-max(totals) // batch_size)
+            if min(totals) < number * (2 if self.shuffle else 1):
+                raise UserInputError(
+                    f"There are too few images to share out to {world} processes: one would get "
+                    f"{min(totals)} cells, another {max(totals)}. Train with fewer devices, or "
+                    "with smaller batches."
+                )
+            size, rest = divmod(total, number)
+            sizes = [size + (i < rest) for i in range(number)]
+        elif total == 0:
+            sizes = []
+        else:
+            full = max(0, (total - 2) // batch_size)
+            sizes = [batch_size] * full + [total - full * batch_size]
+        return drawn, shares[rank], sizes
 
-    def _equal(self, totals: Sequence[int]) -> list[int]:
-        """The sizes of the batches of this process: as many batches as all others have."""
-        number = -(-max(totals) // self.batch_size)
-        if min(totals) < number * (2 if self.shuffle else 1):
-            raise UserInputError(
-                f"There are too few images to share out to {len(totals)} processes: one would get "
-                f"{min(totals)} cells, another {max(totals)}. Train with fewer devices, or with "
-                "smaller batches."
-            )
-        size, rest = divmod(totals[self.share[0]], number)
-        return [size + (i < rest) for i in range(number)]
-
-    def _read(self, plan: _Epoch) -> Iterator[C]:
+    def _read(self, drawn: Drawn, ids: Sequence[int]) -> Iterator[CellCrops]:
         expected = {block.block_id: block.n_cells for block in self.blocks}
-        for block_id, cells in zip(plan.order, self.read_all(plan.order), strict=True):
+        for block_id, cells in zip(ids, self.read_all(ids), strict=True):
             if len(cells) != expected[block_id]:
                 raise ImageError(
                     "The cells of an image changed while the network was training. Train again."
                 )
-            index = plan.drawn.of(block_id)
+            index = drawn.of(block_id)
             yield cells if index is None else cells.take(index)
 
 
-class _Pool(Generic[C]):
+class _Pool:
     """Blocks of which cells are drawn; what is left of a block is copied when half is gone."""
 
     def __init__(self, generator: np.random.Generator | None) -> None:
         self.generator = generator
-        self.blocks: list[C] = []
+        self.blocks: list[CellCrops] = []
         self.left: list[NDArray[np.int64]] = []
         self.cells = 0
         self.nbytes = 0
 
-    def add(self, block: C) -> None:
+    def add(self, block: CellCrops) -> None:
         self.blocks.append(block)
         self.left.append(np.arange(len(block)))
         self.cells += len(block)
         self.nbytes += block.nbytes
 
-    def draw(self, size: int) -> C:
+    def draw(self, size: int) -> CellCrops:
         """Return so many cells, at random or the first ones."""
         ends = np.cumsum([len(index) for index in self.left])
         if self.generator is None:
@@ -391,74 +289,27 @@ class _Pool(Generic[C]):
         bounds = np.searchsorted(chosen, [0, *ends])
         parts = []
         for number in np.flatnonzero(np.diff(bounds)).tolist():
-            start = ends[number] - len(self.left[number])
-            parts.append(self._take(number, chosen[bounds[number] : bounds[number + 1]] - start))
-        drawn = type(self.blocks[0]).gather(parts)
-        self._forget()
-        return drawn
-
-    def _take(self, number: int, places: NDArray[np.int64]) -> tuple[C, NDArray[np.int64]]:
-        index = self.left[number]
-        there = np.zeros(len(index), dtype=bool)
-        there[places] = True
-        self.left[number] = index[~there]
-        self.cells -= len(places)
-        return self.blocks[number], index[there]
-
-    def _forget(self) -> None:
-        for number, (block, index) in enumerate(zip(self.blocks, self.left, strict=True)):
+            index = self.left[number]
+            start = ends[number] - len(index)
+            taken = np.zeros(len(index), dtype=bool)
+            taken[chosen[bounds[number] : bounds[number + 1]] - start] = True
+            self.left[number] = index[~taken]
+            parts.append((self.blocks[number], index[taken]))
+        self.cells -= size
+        drawn = CellCrops.gather(parts)
+        kept: list[tuple[CellCrops, NDArray[np.int64]]] = []
+        for block, index in zip(self.blocks, self.left, strict=True):
             if 0 < 2 * len(index) <= len(block):
-                self.blocks[number] = block.take(index)
-                self.left[number] = np.arange(len(index))
-        kept = [i for i, index in enumerate(self.left) if len(index)]
-        self.blocks = [self.blocks[i] for i in kept]
-        self.left = [self.left[i] for i in kept]
+                kept.append((block.take(index), np.arange(len(index))))
+            elif len(index):
+                kept.append((block, index))
+        self.blocks, self.left = [block for block, _ in kept], [index for _, index in kept]
         self.nbytes = sum(block.nbytes for block in self.blocks)
-
-
-def _dealt(blocks: Sequence[tuple[int, int]], world: int) -> list[list[int]]:
-    """The ids of ``blocks`` (id, cells) in their order, each to whoever has the fewest cells."""
-    shares: list[list[int]] = [[] for _ in range(world)]
-    totals = [0] * world
-    for block_id, cells in blocks:
-        least = totals.index(min(totals))
-        shares[least].append(block_id)
-        totals[least] += cells
-    return shares
-
-
-def _full_sizes(total: int, batch_size: int) -> list[int]:
-    if total == 0:
-        return []
-    full = max(0, (total - 2) // batch_size)
-    return [batch_size] * full + [total - full * batch_size]
-
-
-def _generator(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(list(key)))
-
-
-def mixing(batches: Sequence[NDArray[Any]], seed: int = 0) -> float:
-    """Return how well ``batches`` mix groups: 1 is as well as a perfect shuffle does.
-
-    ``batches`` are the groups (images, classes, plates) of the cells of each batch, (B,). In a
-    batch there are effectively 1 / sum(p^2) groups, p the share of each (the inverse Simpson
-    index; Hill 1973, order 2). What is returned is the mean over all batches, divided by the mean
-    over batches of the same sizes into which the same cells were dealt at random.
-    """
-    everything = np.concatenate(batches)
-    shuffled = everything[_generator(seed).permutation(len(everything))]
-    dealt = np.split(shuffled, np.cumsum([len(batch) for batch in batches])[:-1])
-    return float(np.mean([*map(_effective, batches)]) / np.mean([*map(_effective, dealt)]))
-
-
-def _effective(groups: NDArray[Any]) -> float:
-    shares = np.unique(groups, return_counts=True)[1] / len(groups)
-    return float(1 / (shares**2).sum())
+        return drawn
 
 
 MOST = 64 << 30
-"""No more than this is kept unless asked for: a plate of 384 wells as windows takes some 20 GB."""
+"""No more than this is kept unless asked for: the crops of a plate of 384 wells take some 20 GB."""
 
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -466,52 +317,40 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 def default_memory() -> int:
     """Bytes of cells to keep between epochs: a quarter of what this process may have."""
-    return min(memory_there() // 4, MOST)
+    return min(available_memory() // 4, MOST)
 
 
-def memory_there() -> int:
+def available_memory() -> int:
     """Bytes of memory of this machine, or of the container or job that this process is in."""
-    return min([_physical(), *_limits()])
-
-
-def _physical() -> int:
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (AttributeError, OSError, ValueError):
-        return 4 << 30  # a system that does not tell
-
-
-def _limits() -> list[int]:
-    """The limits of the control groups of this process, each within the ones before."""
-    texts = [path.read_text().strip() for path in _limit_files() if path.is_file()]
-    return [int(text) for text in texts if text.isdigit()]
-
-
-def _limit_files() -> Iterator[Path]:
+        found = [4 << 30]  # a system that does not tell
     lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.is_file() else []
-    for _, controllers, place in (line.split(":", 2) for line in lines):
+    for _, controllers, folder in (line.split(":", 2) for line in lines):
         if controllers == "":  # version 2: one tree
             root, name = GROUPS, "memory.max"
         elif "memory" in controllers.split(","):
             root, name = GROUPS / "memory", "memory.limit_in_bytes"
         else:
             continue
-        group = PurePosixPath(place.lstrip("/"))
-        yield from (root / part / name for part in (group, *group.parents))
+        group = PurePosixPath(folder.lstrip("/"))
+        for part in (group, *group.parents):  # each is within the ones above
+            path = root / part / name
+            text = path.read_text().strip() if path.is_file() else "max"
+            found += [int(text)] if text.isdigit() else []
+    return min(found)
 
 
-Whites = Mapping[str, Sequence[float]]
-"""By plate barcode the intensities that become 1: of the plane, then of each channel."""
-
-
-class BlockReader:
+class CellReader:
     """Call it with an image id to get the cells of that image, ready for a network.
 
     Features are the columns of ``scaler``, scaled by it; ``classes`` gives the class index of a
     label id; ``branches`` are those of the network, ``channels`` what branch ``image`` looks at;
-    ``whites`` are the white levels of some plates, images of others have their own. Each image is
-    decoded once, and the windows of its cells are kept while all that is kept fits ``kept_bytes``
-    (default: a quarter of the memory, :func:`default_memory`). Several threads may call it.
+    ``intensity_scale``: by plate the intensities that become 1, of the plane and of each channel;
+    images of other plates have their own. Each image is decoded once, and the crops of its cells
+    are kept while all that is kept fits ``kept_bytes`` (default: a quarter of the memory,
+    :func:`default_memory`). Several threads may call it. Crops come on ``device``.
 
     Raises:
         UserInputError: ``scaler`` names a measurement that is not there any more.
@@ -523,78 +362,82 @@ class BlockReader:
         workspace: Workspace,
         source: CellSource,
         plane: ImageInput,
-        scaler: FeatureScaler,
+        scaler: Scaler,
         crop_size: int,
         classes: Mapping[int, int] | None = None,
+        *,
         kept_bytes: int | None = None,
         branches: Sequence[str] = BRANCHES,
         channels: Sequence[str] = (),
-        whites: Whites | None = None,
+        intensity_scale: Mapping[str, Sequence[float]] | None = None,
+        device: str = "cpu",
     ) -> None:
         self.workspace, self.source, self.plane = workspace, source, plane
         self.scaler, self.crop_size, self.classes = scaler, crop_size, classes or {}
         self.branches, self.channels = tuple(branches), tuple(channels)
-        self.whites = whites or {}
-        _check_columns(scaler.names, source.features)
-        self._values = SetReader(source.features.files or ())
-        self._kept: dict[int, CutCells] = {}
+        self.intensity_scale, self.device = intensity_scale or {}, device
+        features = source.features
+        gone = [name for name in scaler.names if name not in set(features.columns)]
+        if gone and features.in_table:
+            raise UserInputError(
+                "The network reads measurements that this cellstore does not make: "
+                f"{', '.join(gone[:5])}. Train again."
+            )
+        if gone:
+            raise UserInputError(
+                f"Feature set {features.name!r} no longer has {len(gone)} columns that the network "
+                f"reads: {', '.join(gone[:5])}. Train again."
+            )
+        self._values = SetReader(features.files or ())
+        self._kept: dict[int, CellCrops] = {}
         self._room = default_memory() if kept_bytes is None else kept_bytes
         self._lock = Lock()
 
     def __call__(self, image_id: int) -> CellBlock:
         """Return the cells of an image, by cell id; raises as :meth:`cut` does."""
-        return crop_cells(self.cut(image_id), self.crop_size)
+        return crop_cells(self.cut(image_id), self.crop_size, self.device)
 
-    def cut(self, image_id: int) -> CutCells:
-        """Return the cells of an image, by cell id, whose windows are not resized yet.
+    def cut(self, image_id: int) -> CellCrops:
+        """Return the cells of an image, by cell id, whose crops are not resized yet.
 
         Raises:
             ImageError: its pixels or masks cannot be read or do not fit each other.
 
         """
         found = self._kept.get(image_id)
-        if found is None:
-            found = self._read(image_id)
-            self._keep(image_id, found)
+        if found is not None:
+            return found
+        found = self.read(image_id)
+        with self._lock:
+            if image_id not in self._kept and found.nbytes <= self._room:
+                self._kept[image_id], self._room = found, self._room - found.nbytes
         return found
 
-    def _keep(self, image_id: int, cells: CutCells) -> None:
-        with self._lock:
-            if image_id not in self._kept and cells.nbytes <= self._room:
-                self._kept[image_id], self._room = cells, self._room - cells.nbytes
-
-    def _read(self, image_id: int) -> CutCells:
+    def read(self, image_id: int) -> CellCrops:
+        """Return what :meth:`cut` does, from the database and the files."""
+        columns, in_table = self.scaler.names, self.source.features.in_table
         with self.workspace.database.read() as session:
-            rows = self._rows(session, image_id)
-            barcode = _barcode(session, image_id)
-            windows = self._windows(session, image_id, rows, barcode)
-        features = self.scaler.transform(rows.features, barcode)
-        label = UNKNOWN_LABEL
-        if rows.label_id is not None:
-            label = self.classes.get(rows.label_id, UNKNOWN_LABEL)
+            # The open files of a feature set are for one thread at a time.
+            with nullcontext() if in_table else self._lock:
+                rows = read_cells(session, self.source, image_id, columns, self._values)
+            plate = plate_of(session, image_id)
+            if self.branches == (TABULAR,):
+                crops = PackedCrops(np.zeros((len(rows), 2), np.int64), {})
+            elif len(rows) == 0:
+                none = np.empty((0, 2), np.int64)
+                crops = PackedCrops.empty(none, self.branches, len(self.channels))
+            elif rows.boxes is None:
+                raise ImageError(
+                    "The boxes of these cells are unknown, so they cannot be cut out of the image. "
+                    "If you have their masks, run: cellstore ingest masks DIR"
+                )
+            else:
+                crops = cut_crops(self._pictures(session, image_id, plate), rows.boxes, rows.labels)
+        label = self.classes.get(rows.label_id or UNKNOWN_LABEL, UNKNOWN_LABEL)
         labels = np.full(len(rows), label, dtype=np.int64)
-        return CutCells(windows, features, labels, rows.cell_ids)
+        return CellCrops(crops, self.scaler.transform(rows.features, plate), labels, rows.cell_ids)
 
-    def _rows(self, session: Session, image_id: int) -> CellRows:
-        columns = self.scaler.names
-        if self.source.features.in_table:
-            return read_cells(session, self.source, image_id, columns)
-        with self._lock:  # its open files are for one at a time
-            return read_cells(session, self.source, image_id, columns, self._values)
-
-    def _windows(self, session: Session, image_id: int, rows: CellRows, barcode: str) -> Windows:
-        if self.branches == (TABULAR,):
-            return without_pixels(len(rows))
-        if len(rows) == 0:
-            return no_windows(self.branches, len(self.channels))
-        if rows.boxes is None:
-            raise ImageError(
-                "The boxes of these cells are unknown, so they cannot be cut out of the image. "
-                "If you have their masks, run: cellstore ingest masks DIR"
-            )
-        return cut_windows(self._pictures(session, image_id, barcode), rows.boxes, rows.labels)
-
-    def _pictures(self, session: Session, image_id: int, barcode: str) -> Pictures:
+    def _pictures(self, session: Session, image_id: int, plate: str) -> Pictures:
         artifacts, database = self.workspace.artifacts, self.workspace.database
         found = current_segmentation(session, self.source.segment_id, image_id)
         try:
@@ -606,102 +449,28 @@ class BlockReader:
         plane = read_image(database, image_id, self.plane) if MASK in self.branches else None
         names = self.channels if IMAGE in self.branches else ()
         channels = tuple(read_image(database, image_id, ImageInput((name,))) for name in names)
-        whites = self.whites.get(barcode)
-        return Pictures(masks, flows, plane, channels, None if whites is None else tuple(whites))
+        scale = self.intensity_scale.get(plate)
+        return Pictures(masks, flows, plane, channels, None if scale is None else tuple(scale))
 
 
-def _barcode(session: Session, image_id: int) -> str:
-    query = (
-        select(Plate.barcode)
-        .join(Well, Well.plate_id == Plate.id)
-        .join(Image, Image.well_id == Well.id)
-    )
-    return session.scalars(query.where(Image.id == image_id)).one()
+MOST_THREADS = 8
 
 
-def _check_columns(names: Sequence[str], features: ReadableSet) -> None:
-    known = frozenset(features.columns)
-    gone = [name for name in names if name not in known]
-    if not gone:
-        return
-    some = ", ".join(gone[:5])
-    if features.in_table:
-        raise UserInputError(
-            f"The network reads measurements that this cellstore does not make: {some}. "
-            "Train again."
-        )
-    raise UserInputError(
-        f"Feature set {features.name!r} no longer has {len(gone)} columns that the network reads: "
-        f"{some}. Train again."
-    )
-
-
-MOST_READERS = 8
+def reading_threads() -> int:
+    """Threads that read images: half the cores that this process may use, 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(MOST_THREADS, (cores or 1) // 2))
 
 
 class Batches:
     """Call it with the number of an epoch, from 0, to get the batches of that epoch.
 
-    A thread makes the next batch while this one is used. ``waited`` are the seconds that whoever
-    took the batches of the latest epoch has waited for them.
-    """
+    They are the cells of ``blocks``, which ``reader`` reads; ``more`` is that of
+    :class:`BlockShuffle`. A thread makes the next batch while this one is used. ``waited`` are the
+    seconds that whoever took the batches of the latest epoch has waited for them. Batches are the
+    same on any machine, with any number of threads and any memory.
 
-    def __init__(self, shuffle: BlockShuffle[CutCells], crop_size: int, device: str) -> None:
-        self._shuffle, self._crop_size, self._device = shuffle, crop_size, device
-        self.waited = 0.0
-
-    def count(self, epoch: int = 0) -> int:
-        """The number of batches of an epoch."""
-        return self._shuffle.count(epoch)
-
-    def __call__(self, epoch: int) -> Generator[CellBlock, None, None]:
-        """Yield the batches of an epoch; the same ones when asked again."""
-        self.waited = 0.0
-        batches = iter(Ahead(self._made(epoch)))
-        try:
-            while (batch := self._next(batches)) is not None:
-                yield batch
-                del batch
-        finally:
-            batches.close()
-
-    def _next(self, batches: Iterator[CellBlock]) -> CellBlock | None:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        self.waited += time.perf_counter() - start
-        return batch
-
-    def _made(self, epoch: int) -> Iterator[CellBlock]:
-        with _current(self._device):
-            for cells in self._shuffle(epoch):
-                yield crop_cells(cells, self._crop_size, self._device)
-
-
-def _current(device: str) -> AbstractContextManager[Any]:
-    """Make ``device`` that of this thread, which otherwise also takes memory on the first one."""
-    on_cuda = torch.device(device).type == "cuda"
-    return torch.cuda.device(device) if on_cuda else nullcontext()
-
-
-def training_batches(
-    reader: BlockReader,
-    blocks: Sequence[ImageBlock],
-    *,
-    batch_size: int,
-    seed: int = 0,
-    shuffle: bool = True,
-    sampler: str = CELLS,
-    share: tuple[int, int] = (0, 1),
-    device: str = "cpu",
-    buffer_cells: int = BUFFER_CELLS,
-) -> Batches:
-    """Return the batches of the cells of ``blocks``, which ``reader`` reads.
-
-    ``shuffle``: the training side, else cells come in the order of ``blocks``. ``sampler``,
-    ``share`` and ``buffer_cells`` are those of :class:`~cellstore.learn.batches.BlockShuffle`.
-    Batches are the same on any machine, with any number of threads and any memory.
-
-    Memory: what ``reader`` keeps, twice the buffer of windows that are shuffled, three batches,
+    Memory: what ``reader`` keeps, twice the buffer of crops that are shuffled, three batches,
     and an image for each reading thread and one more.
 
     Raises, when batches are taken:
@@ -710,29 +479,42 @@ def training_batches(
         UserInputError: there are too few images for a ``share``.
 
     """
-    counted = [
-        Block(block.image_id, reader.classes.get(block.label_id, -1), block.n_cells)
-        for block in blocks
-    ]
-    threads = reading_threads()
 
-    def read_all(image_ids: Iterable[int]) -> Iterator[CutCells]:
-        return read_ahead(image_ids, reader.cut, threads)
+    def __init__(self, reader: CellReader, blocks: Sequence[ImageBlock], **more: Any) -> None:
+        counted = [
+            Block(block.image_id, reader.classes.get(block.label_id, -1), block.n_cells)
+            for block in blocks
+        ]
+        threads = reading_threads()
+        self.shuffle = BlockShuffle(counted, lambda ids: prefetch(ids, reader.cut, threads), **more)
+        self.reader, self.waited = reader, 0.0
 
-    shuffled = BlockShuffle(
-        counted,
-        read_all,
-        batch_size,
-        seed,
-        shuffle=shuffle,
-        sampler=sampler,
-        share=share,
-        buffer_cells=buffer_cells,
-    )
-    return Batches(shuffled, reader.crop_size, device)
+    def count(self, epoch: int = 0) -> int:
+        """The number of batches of an epoch."""
+        return self.shuffle.count(epoch)
 
+    def __call__(self, epoch: int) -> Generator[CellBlock, None, None]:
+        """Yield the batches of an epoch; the same ones when asked again."""
+        self.waited = 0.0
+        device, cells = self.reader.device, self.shuffle(epoch)
+        # Else the thread would take memory on the first GPU, too.
+        current = torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
 
-def reading_threads() -> int:
-    """Threads that read images: half the cores that this process may use, 1 to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(MOST_READERS, (cores or 1) // 2))
+        def make(_: None) -> CellBlock | None:
+            with current:
+                some = next(cells, None)
+                return None if some is None else crop_cells(some, self.reader.crop_size, device)
+
+        batches = prefetch(repeat(None), make, 1)
+        try:
+            while True:
+                start = time.perf_counter()
+                batch = next(batches)
+                self.waited += time.perf_counter() - start
+                if batch is None:
+                    return
+                yield batch
+                del batch  # it may be a gigabyte, and the next one is coming
+        finally:
+            batches.close()
+            cells.close()

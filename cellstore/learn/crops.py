@@ -1,4 +1,4 @@
-"""Cells as a network sees them: crops of the mask image and of the flow image.
+"""Cells as a network sees them: crops of the mask image, of the flow image and of channels.
 
 The mask image has four channels: the cell itself, its outline, the other cells, and the
 projected intensity inside the cell. It is derived here and not stored.
@@ -6,7 +6,7 @@ projected intensity inside the cell. It is derived here and not stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -32,14 +32,14 @@ LIGHT = "light"
 """Layer of intensities inside the cell. The codes of branch ``mask`` are layer ``mask``."""
 
 EDGE_BIT, OWN_BIT = 1, 2
-"""Bits of a code: a pixel of the outline of a cell, of the cell of this window; bit 0: of any."""
+"""Bits of a code: a pixel of the outline of a cell, of the cell of this crop; bit 0: of any."""
 
 Flat = NDArray[Any]
 
 
 @dataclass(frozen=True)
-class Windows:
-    """The windows of N cells, end to end: P pixels in all, row by row.
+class PackedCrops:
+    """The crops of N cells as they were cut, each of its own size, end to end: P pixels in all.
 
     ``sizes`` (N, 2) int64 are rows and columns of each; ``layers`` (K, P) by name, those that the
     branches need: ``mask`` uint8 codes, ``light`` float32 from 0 to 1, ``flow`` uint8 (K = 4),
@@ -70,31 +70,51 @@ class Windows:
         return sum(layer.nbytes for layer in self.layers.values())
 
     @classmethod
-    def gather(cls, parts: Sequence[tuple[Windows, NDArray[np.int64]]]) -> Windows:
-        """The cells at some positions, (M,), of each of one or more windows, as a copy."""
-        spans = [
-            (
-                windows,
-                zip(windows.starts[index].tolist(), windows.ends[index].tolist(), strict=True),
-            )
-            for windows, index in parts
+    def empty(
+        cls, sizes: NDArray[np.int64], branches: Sequence[str], n_channels: int = 0
+    ) -> PackedCrops:
+        """Room for crops of some sizes, with the layers of ``branches``, in one piece of memory."""
+        pixels = int(sizes.prod(axis=1).sum())
+        kinds: list[tuple[str, str, int, Any]] = [  # the widest numbers first
+            (IMAGE, IMAGE, n_channels, np.float32),
+            (MASK, LIGHT, 1, np.float32),
+            (FLOW, FLOW, 4, np.uint8),
+            (MASK, MASK, 1, np.uint8),
         ]
-        chosen = [(windows, a, b) for windows, some in spans for a, b in some]
+        kinds = [kind for kind in kinds if kind[0] in branches]
+        lengths = [channels * pixels * np.dtype(kind).itemsize for *_, channels, kind in kinds]
+        pieces = np.split(np.empty(sum(lengths), np.uint8), np.cumsum(lengths)[:-1])
         layers = {
-            name: np.concatenate([empty[:, :0], *(w.layers[name][:, a:b] for w, a, b in chosen)], 1)
+            name: piece.view(kind).reshape(channels, pixels)
+            for piece, (_, name, channels, kind) in zip(pieces, kinds, strict=False)
+        }
+        return cls(sizes, layers)
+
+    @classmethod
+    def gather(cls, parts: Sequence[tuple[PackedCrops, NDArray[np.int64]]]) -> PackedCrops:
+        """The cells at some positions, (M,), of each of one or more packs, as a copy."""
+        chosen = [
+            (packed, start, end)
+            for packed, index in parts
+            for start, end in zip(
+                packed.starts[index].tolist(), packed.ends[index].tolist(), strict=True
+            )
+        ]
+        layers = {
+            name: np.concatenate([empty[:, :0], *(p.layers[name][:, a:b] for p, a, b in chosen)], 1)
             for name, empty in parts[0][0].layers.items()
         }
-        return cls(np.concatenate([windows.sizes[index] for windows, index in parts]), layers)
+        return cls(np.concatenate([packed.sizes[index] for packed, index in parts]), layers)
 
 
 @dataclass(frozen=True)
-class CutCells:
-    """N cells whose windows are not resized yet, as numpy arrays.
+class CellCrops:
+    """N cells whose crops are not resized yet, as numpy arrays.
 
     ``features`` (N, F) float32, ``labels`` (N,) int64 class indices, ``cell_ids`` (N,) int64.
     """
 
-    windows: Windows
+    crops: PackedCrops
     features: NDArray[np.float32]
     labels: NDArray[np.int64]
     cell_ids: NDArray[np.int64]
@@ -106,17 +126,17 @@ class CutCells:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         few = self.features.nbytes + self.labels.nbytes + self.cell_ids.nbytes
-        return self.windows.nbytes + few
+        return self.crops.nbytes + few
 
-    def take(self, index: NDArray[np.int64]) -> CutCells:
+    def take(self, index: NDArray[np.int64]) -> CellCrops:
         """The cells at the positions ``index``, (M,), as a copy."""
-        return CutCells.gather([(self, index)])
+        return CellCrops.gather([(self, index)])
 
     @classmethod
-    def gather(cls, parts: Sequence[tuple[CutCells, NDArray[np.int64]]]) -> CutCells:
+    def gather(cls, parts: Sequence[tuple[CellCrops, NDArray[np.int64]]]) -> CellCrops:
         """The cells at some positions, (M,), of each of one or more blocks, as a copy."""
         return cls(
-            Windows.gather([(block.windows, index) for block, index in parts]),
+            PackedCrops.gather([(block.crops, index) for block, index in parts]),
             np.concatenate([block.features[index] for block, index in parts]),
             np.concatenate([block.labels[index] for block, index in parts]),
             np.concatenate([block.cell_ids[index] for block, index in parts]),
@@ -129,18 +149,51 @@ class Pictures:
 
     ``masks`` (H, W) integers, 0 is background; ``flows`` (H, W, 4) uint8, the three channels of
     Cellpose's flow rendering and the cell probability; ``plane`` (H, W) intensities; ``channels``
-    (H, W) intensities each. ``whites`` are the intensities that become 1, of the plane and of each
-    channel; without them it is the 99.9th percentile of each.
+    (H, W) intensities each. ``intensity_scale``: the intensities that become 1, of the plane and of
+    each channel; without it, the 99.9th percentile of each.
+
+    Raises
+    ------
+    ImageError
+        The arrays do not fit each other, or hold values that are not finite.
+
     """
 
     masks: NDArray[Any]
     flows: NDArray[Any] | None = None
     plane: NDArray[Any] | None = None
     channels: tuple[NDArray[Any], ...] = ()
-    whites: tuple[float, ...] | None = None
+    intensity_scale: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        given, masks, flows = self.intensity_scale, self.masks, self.flows
+        if given is not None and len(given) != 1 + len(self.channels):
+            raise ImageError(
+                f"There are {len(given)} intensity scales for a plane and {len(self.channels)} "
+                "channels. Train again."
+            )
+        for plane in (self.plane, *self.channels):
+            if plane is None:
+                continue
+            if masks.ndim != 2 or np.shape(plane) != masks.shape:
+                raise ImageError(
+                    f"Masks {masks.shape} and image {np.shape(plane)} do not fit each other; "
+                    "segment this image again, or ingest masks that belong to it."
+                )
+            if not np.isfinite(plane).all():
+                raise ImageError("The image holds values that are not finite numbers.")
+        if flows is not None and flows.shape != (*masks.shape, 4):
+            raise ImageError(
+                f"Masks {masks.shape} and flows {flows.shape} do not fit each other; segment this "
+                "image again."
+            )
+        if flows is not None and flows.dtype != np.uint8:
+            raise ImageError(
+                f"Flows must be uint8, these are {flows.dtype}; segment this image again."
+            )
 
 
-def cut_windows(pictures: Pictures, boxes: NDArray[Any], labels: NDArray[Any]) -> Windows:
+def cut_crops(pictures: Pictures, boxes: NDArray[Any], object_numbers: NDArray[Any]) -> PackedCrops:
     """Cut the cells of one image out by their bounding boxes.
 
     Parameters
@@ -149,122 +202,75 @@ def cut_windows(pictures: Pictures, boxes: NDArray[Any], labels: NDArray[Any]) -
         The image. Without ``plane`` there is no branch ``mask``.
     boxes
         (N, 4) integers: ``min_row``, ``min_col``, ``max_row``, ``max_col``, half open.
-    labels
+    object_numbers
         (N,) the value of each cell in ``masks``.
 
     Raises
     ------
     ImageError
-        The arrays do not fit each other, a box is empty or reaches out of the image, or does not
-        hold its cell.
+        A box is empty or reaches out of the image, or does not hold its cell.
 
     """
+    masks, plane, channels = pictures.masks, pictures.plane, pictures.channels
     boxes = np.asarray(boxes, dtype=np.int64).reshape(-1, 4)
-    _check_pictures(pictures)
-    _check_boxes(boxes, labels, pictures.masks.shape)
-    sizes = boxes[:, 2:] - boxes[:, :2]
-    cut = Windows(sizes, _empty_layers(pictures, int(sizes.prod(axis=1).sum())))
-    codes, whites = _cells_and_edges(pictures.masks), _white_levels(pictures)
-    spans = zip(boxes.tolist(), cut.starts.tolist(), cut.ends.tolist(), labels, strict=True)
-    for (top, left, bottom, right), start, end, label in spans:
-        window = np.s_[top:bottom, left:right]
-        own = pictures.masks[window] == label
+    if len(boxes) != len(object_numbers):
+        raise ImageError(f"There are {len(boxes)} boxes for {len(object_numbers)} cells.")
+    inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= masks.shape).all()
+    if not inside or (boxes[:, :2] >= boxes[:, 2:]).any():
+        raise ImageError(
+            f"A box is empty or reaches out of the image of {masks.shape[0]} x {masks.shape[1]} "
+            "pixels; segment this image again."
+        )
+    scales = pictures.intensity_scale
+    if scales is None:
+        scales = tuple(0.0 if p is None else image_scale(p) for p in (plane, *channels))
+    looked_at = ((MASK, plane), (FLOW, pictures.flows), (IMAGE, channels or None))
+    branches = [name for name, given in looked_at if given is not None]
+    cut = PackedCrops.empty(boxes[:, 2:] - boxes[:, :2], branches, len(channels))
+    codes = _cells_and_edges(masks)
+    spans = zip(boxes.tolist(), cut.starts.tolist(), cut.ends.tolist(), object_numbers, strict=True)
+    for (top, left, bottom, right), start, end, number in spans:
+        box = np.s_[top:bottom, left:right]
+        own = masks[box] == number
         if not own.any():
-            raise ImageError(f"Cell {label} is not in its box; segment this image again.")
+            raise ImageError(f"Cell {number} is not in its box; segment this image again.")
         shape = (-1, *own.shape)
-        places = {name: layer[:, start:end].reshape(shape) for name, layer in cut.layers.items()}
-        _fill(places, pictures, window, whites, own, codes)
+        out = {name: layer[:, start:end].reshape(shape) for name, layer in cut.layers.items()}
+        if plane is not None:
+            np.left_shift(own, OWN_BIT, out=out[MASK][0], dtype=np.uint8, casting="unsafe")
+            out[MASK][0] |= codes[box]
+            _scale(plane[box], scales[0], out[LIGHT][0])
+            out[LIGHT][0] *= own
+        if pictures.flows is not None:
+            out[FLOW][...] = pictures.flows[box].transpose(2, 0, 1)
+        for channel, scale, target in zip(channels, scales[1:], out.get(IMAGE, ()), strict=True):
+            _scale(channel[box], scale, target)
     return cut
 
 
-def _empty_layers(pictures: Pictures, pixels: int) -> dict[str, Flat]:
-    """Layers in one piece of memory, the widest numbers first."""
-    kinds: list[tuple[str, int, Any]] = []
-    if pictures.channels:
-        kinds.append((IMAGE, len(pictures.channels), np.float32))
-    if pictures.plane is not None:
-        kinds.append((LIGHT, 1, np.float32))
-    if pictures.flows is not None:
-        kinds.append((FLOW, 4, np.uint8))
-    if pictures.plane is not None:
-        kinds.append((MASK, 1, np.uint8))
-    sizes = [channels * pixels * np.dtype(kind).itemsize for _, channels, kind in kinds]
-    pieces = np.split(np.empty(sum(sizes), np.uint8), np.cumsum(sizes)[:-1])
-    return {
-        name: piece.view(kind).reshape(channels, pixels)
-        for piece, (name, channels, kind) in zip(pieces, kinds, strict=False)
-    }
-
-
-def _fill(
-    places: Mapping[str, NDArray[Any]],
-    pictures: Pictures,
-    window: Any,
-    whites: Sequence[float],
-    own: NDArray[np.bool_],
-    codes: NDArray[np.uint8],
-) -> None:
-    """Write the layers (K, h, w) of one cell, cut by ``window``, to their places."""
-    if pictures.plane is not None:
-        np.left_shift(own, OWN_BIT, out=places[MASK][0], dtype=np.uint8, casting="unsafe")
-        places[MASK][0] |= codes[window]
-        _scale(pictures.plane[window], whites[0], places[LIGHT][0])
-        places[LIGHT][0] *= own
-    if pictures.flows is not None:
-        places[FLOW][...] = pictures.flows[window].transpose(2, 0, 1)
-    for number, channel in enumerate(pictures.channels):
-        _scale(channel[window], whites[1 + number], places[IMAGE][number])
-
-
-def _scale(light: NDArray[Any], white: float, out: NDArray[np.float32]) -> None:
-    if white <= 0:
+def _scale(intensities: NDArray[Any], scale: float, out: NDArray[np.float32]) -> None:
+    if scale <= 0:
         out[...] = 0
         return
-    np.divide(light, white, out=out, casting="unsafe")
+    np.divide(intensities, scale, out=out, casting="unsafe")
     np.minimum(out, 1, out=out)
     np.maximum(out, 0, out=out)
 
 
-def _white_levels(pictures: Pictures) -> Sequence[float]:
-    planes = (pictures.plane, *pictures.channels)
-    for plane in planes:
-        if plane is not None and not np.isfinite(plane).all():
-            raise ImageError("The image holds values that are not finite numbers.")
-    if pictures.whites is not None:
-        return pictures.whites
-    return [0.0 if plane is None else white_level(plane) for plane in planes]
-
-
-def no_windows(branches: Iterable[str], n_channels: int = 0) -> Windows:
-    """Windows of no cell, with the layers of ``branches``."""
-    kinds: dict[str, dict[str, Flat]] = {
-        MASK: {MASK: np.empty((1, 0), np.uint8), LIGHT: np.empty((1, 0), np.float32)},
-        FLOW: {FLOW: np.empty((4, 0), np.uint8)},
-        IMAGE: {IMAGE: np.empty((n_channels, 0), np.float32)},
-    }
-    layers = {key: layer for name in branches for key, layer in kinds.get(name, {}).items()}
-    return Windows(np.empty((0, 2), np.int64), layers)
-
-
-def without_pixels(count: int) -> Windows:
-    """Windows of ``count`` cells of which nothing is seen, for networks that look at none."""
-    return Windows(np.zeros((count, 2), np.int64), {})
-
-
-def white_level(intensities: NDArray[Any]) -> float:
+def image_scale(intensities: NDArray[Any]) -> float:
     """The intensity that becomes 1: the 99.9th percentile, or the maximum if that is 0.
 
     As ``numpy.percentile`` (linear interpolation), but only the brightest pixels are sorted.
     """
     flat = np.ravel(intensities)
-    place = INTENSITY_PERCENTILE / 100 * (flat.size - 1)
-    needed = flat.size - int(place)
+    position = INTENSITY_PERCENTILE / 100 * (flat.size - 1)
+    needed = flat.size - int(position)
     brightest = flat[flat >= np.percentile(flat[::_SAMPLED], _SAFE_PERCENTILE)]
     if len(brightest) < needed:
         brightest = flat
     brightest = np.sort(brightest)
     low, high = float(brightest[-needed]), float(brightest[min(1 - needed, -1)])
-    return low + (high - low) * (place - int(place)) or float(brightest[-1])
+    return low + (high - low) * (position - int(position)) or float(brightest[-1])
 
 
 def _cells_and_edges(masks: NDArray[Any]) -> NDArray[np.uint8]:
@@ -289,42 +295,6 @@ def _cells_and_edges(masks: NDArray[Any]) -> NDArray[np.uint8]:
     return codes
 
 
-def _check_pictures(pictures: Pictures) -> None:
-    masks, flows, whites = pictures.masks, pictures.flows, pictures.whites
-    if whites is not None and len(whites) != 1 + len(pictures.channels):
-        raise ImageError(
-            f"There are {len(whites)} white levels for a plane and {len(pictures.channels)} "
-            "channels. Train again."
-        )
-    planes = [plane for plane in (pictures.plane, *pictures.channels) if plane is not None]
-    for plane in planes:
-        if masks.ndim != 2 or np.shape(plane) != masks.shape:
-            raise ImageError(
-                f"Masks {masks.shape} and image {np.shape(plane)} do not fit each other; segment "
-                "this image again, or ingest masks that belong to it."
-            )
-    if flows is None:
-        return
-    if flows.shape != (*masks.shape, 4):
-        raise ImageError(
-            f"Masks {masks.shape} and flows {flows.shape} do not fit each other; segment this "
-            "image again."
-        )
-    if flows.dtype != np.uint8:
-        raise ImageError(f"Flows must be uint8, these are {flows.dtype}; segment this image again.")
-
-
-def _check_boxes(boxes: NDArray[np.int64], labels: NDArray[Any], shape: tuple[int, ...]) -> None:
-    if len(boxes) != len(labels):
-        raise ImageError(f"There are {len(boxes)} boxes for {len(labels)} cells.")
-    inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= shape).all()
-    if not inside or (boxes[:, :2] >= boxes[:, 2:]).any():
-        raise ImageError(
-            f"A box is empty or reaches out of the image of {shape[0]} x {shape[1]} pixels; "
-            "segment this image again."
-        )
-
-
 CROP_MEAN = 0.5
 CROP_STD = 0.5
 """Normalisation of every channel in the published study: 0..1 becomes -1..1."""
@@ -333,7 +303,7 @@ _PIXELS_AT_ONCE = 1 << 15
 """Pixels that are made floats at once on a CPU: about what its cache holds."""
 
 _PADDED_AT_ONCE = 1 << 26
-"""Numbers of windows that are padded to one size at once on an accelerator: 256 MB."""
+"""Numbers of crops that are padded to one size at once on an accelerator: 256 MB."""
 
 _COLUMNS, _ROWS = 32, 56
 """New pixels of a band; with fewer, calls cost more than what they save."""
@@ -341,7 +311,9 @@ _COLUMNS, _ROWS = 32, 56
 Spans = list[tuple[int, int]]
 
 
-def resized(windows: Windows, size: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def resized(
+    packed: PackedCrops, size: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """Return crops by image branch, (N, C, size, size) float32 from -1 to 1, on ``device``.
 
     The aspect ratio is not kept. Channels of ``mask`` are the cell, its outline, the other cells
@@ -352,28 +324,30 @@ def resized(windows: Windows, size: int, device: torch.device | str = "cpu") -> 
     if size < 1:
         raise UserInputError(f"The size of a crop must be 1 pixel or more, not {size}.")
     if torch.device(device).type == "cpu":
-        return _in_turn(windows, size)
-    return resized_at_once(windows, size, device)
+        return _in_turn(packed, size)
+    return resized_at_once(packed, size, device)
 
 
-def resized_at_once(windows: Windows, size: int, device: torch.device | str) -> dict[str, Tensor]:
+def resized_at_once(
+    packed: PackedCrops, size: int, device: torch.device | str
+) -> dict[str, Tensor]:
     """As :func:`resized`, with cells of like sizes padded to one size, for accelerators."""
-    channels = _channels(windows.layers)
-    shape = (len(windows), size, size)
+    channels = _channels(packed.layers)
+    shape = (len(packed), size, size)
     made = {
         name: torch.empty((shape[0], len(own), *shape[1:]), device=device)
         for name, own in channels.items()
     }
     if not channels:
         return made
-    flat = _floats({name: _sent(layer, device) for name, layer in windows.layers.items()})
-    sizes, starts = (_sent(part, device) for part in (windows.sizes, windows.starts))
-    for group in _of_like_sizes(windows.sizes, len(flat)):
+    flat = _floats({name: _sent(layer, device) for name, layer in packed.layers.items()})
+    sizes, starts = (_sent(part, device) for part in (packed.sizes, packed.starts))
+    for group in _of_like_sizes(packed.sizes, len(flat)):
         index = _sent(group, device)
-        lengths, (rows, columns) = sizes[index], windows.sizes[group].max(axis=0).tolist()
-        places = _places(starts[index], lengths[:, 1], rows, columns)
-        # Beyond a window are pixels of other cells; their weights are 0.
-        padded = flat[:, places.clamp_(max=flat.shape[1] - 1)].transpose(0, 1)
+        lengths, (rows, columns) = sizes[index], packed.sizes[group].max(axis=0).tolist()
+        positions = _positions(starts[index], lengths[:, 1], rows, columns)
+        # Beyond a crop are pixels of other cells; their weights are 0.
+        padded = flat[:, positions.clamp_(max=flat.shape[1] - 1)].transpose(0, 1)
         widened = padded @ _weights(lengths[:, 1], columns, size).mT[:, None]
         crops = _weights(lengths[:, 0], rows, size)[:, None] @ widened
         for name, own in channels.items():
@@ -381,18 +355,18 @@ def resized_at_once(windows: Windows, size: int, device: torch.device | str) -> 
     return made
 
 
-def _in_turn(windows: Windows, size: int) -> dict[str, Tensor]:
-    channels = _channels(windows.layers)
+def _in_turn(packed: PackedCrops, size: int) -> dict[str, Tensor]:
+    channels = _channels(packed.layers)
     # numpy asks for huge pages, torch does not: a third of the time goes with fresh memory.
     made = {
-        name: torch.from_numpy(np.empty((len(windows), len(own), size, size), np.float32))
+        name: torch.from_numpy(np.empty((len(packed), len(own), size, size), np.float32))
         for name, own in channels.items()
     }
-    spans = list(zip(windows.starts.tolist(), windows.ends.tolist(), strict=True))
-    sizes = windows.sizes.tolist()
+    spans = list(zip(packed.starts.tolist(), packed.ends.tolist(), strict=True))
+    sizes = packed.sizes.tolist()
     for first, last in _runs(spans) if channels else ():
         start, end = spans[first][0], spans[last - 1][1]
-        flat = _floats({n: torch.from_numpy(x[:, start:end]) for n, x in windows.layers.items()})
+        flat = _floats({n: torch.from_numpy(x[:, start:end]) for n, x in packed.layers.items()})
         for cell in range(first, last):
             (rows, columns), (a, b) = sizes[cell], spans[cell]
             lines = flat[:, a - start : b - start].reshape(-1, columns)
@@ -505,8 +479,8 @@ def _sent(array: NDArray[np.generic], device: torch.device | str) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def _places(starts: Tensor, widths: Tensor, rows: int, columns: int) -> Tensor:
-    """(N, rows, columns): where the pixels of each window are in (P,)."""
+def _positions(starts: Tensor, widths: Tensor, rows: int, columns: int) -> Tensor:
+    """(N, rows, columns): where the pixels of each crop are in (P,)."""
     down = torch.arange(rows, device=starts.device)[:, None]
     across = torch.arange(columns, device=starts.device)
     return starts[:, None, None] + down * widths[:, None, None] + across
@@ -577,52 +551,8 @@ class CellBlock:
         )
 
 
-def cell_crops(
-    masks: NDArray[Any],
-    flows: NDArray[Any] | None,
-    projection: NDArray[Any],
-    boxes: NDArray[Any],
-    labels: NDArray[Any],
-    size: int = 224,
-) -> dict[str, Tensor]:
-    """Crop the cells of one image by their bounding boxes.
-
-    Parameters
-    ----------
-    masks
-        (H, W) integers, 0 is background.
-    flows
-        (H, W, 4) uint8: the three channels of Cellpose's flow rendering, the cell probability.
-        ``None``: they are unknown or of no interest.
-    projection
-        (H, W) intensities of any numeric type. They are divided by the 99.9th percentile of the
-        image and cut at 0 and 1.
-    boxes
-        (N, 4) integers: ``min_row``, ``min_col``, ``max_row``, ``max_col``, half open.
-    labels
-        (N,) the value of each cell in ``masks``.
-    size
-        Side of a crop in pixels. The aspect ratio is not kept: resizing is that of torchvision's
-        ``Resize`` (bilinear, with antialiasing where it shrinks).
-
-    Returns
-    -------
-    Crops by branch, ``mask`` and, if there are flows, ``flow``: each (N, 4, size, size) float32
-    from -1 to 1.
-
-    Raises
-    ------
-    ImageError
-        The arrays do not fit each other, a box is empty or reaches out of the image, or does not
-        hold its cell.
-
-    """
-    windows = cut_windows(Pictures(masks, flows, projection), boxes, labels)
-    return resized(windows, size)
-
-
-def crop_cells(cells: CutCells, size: int, device: torch.device | str = "cpu") -> CellBlock:
-    """Resize the windows of ``cells`` to ``size`` pixels, on ``device``."""
+def crop_cells(cells: CellCrops, size: int, device: torch.device | str = "cpu") -> CellBlock:
+    """Resize the crops of ``cells`` to ``size`` pixels, on ``device``."""
     few = (torch.from_numpy(part) for part in (cells.features, cells.labels, cells.cell_ids))
-    crops = resized(cells.windows, size, device)
+    crops = resized(cells.crops, size, device)
     return CellBlock(crops, *(part.to(device, non_blocking=True) for part in few))

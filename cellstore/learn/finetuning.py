@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from cellpose.dynamics import masks_to_flows
 from cellpose.metrics import average_precision
+from cellpose.resnet_torch import CPnet
 from cellpose.transforms import normalize_img, random_rotate_and_resize
 from cellpose.utils import diameters
 
@@ -31,7 +32,6 @@ from ..analysis.cellpose import (
     load_network,
     padded,
 )
-from .shipped_network import Sample, half_precision, train_step
 
 if TYPE_CHECKING:
     from cellpose.models import CellposeModel
@@ -64,6 +64,14 @@ class FinetuneConfig:
     batch: int = 8
     seed: int = 0
     device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``image``: (2, H, W) float32. ``target``: (3, H, W) float32: cell or not, flow y, flow x."""
+
+    image: NDArray[np.float32]
+    target: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -112,11 +120,11 @@ def finetune(
     start: Path,
     examples: Prepared,
     config: FinetuneConfig,
-    tell: Callable[[int, float], None],
+    on_epoch: Callable[[int, float], None],
 ) -> bytes:
     """Return the state of the network in ``start``, trained further on ``examples``.
 
-    ``tell`` hears the number of each epoch, from 1, and its mean loss.
+    ``on_epoch`` hears the number of each epoch, from 1, and its mean loss.
     """
     model = load_network(start, config.device)
     steps = -(-len(examples) * CROPS_PER_IMAGE // config.batch)
@@ -132,8 +140,25 @@ def finetune(
             for batch in _batches(examples, model.diam_mean, config.batch):
                 losses.append(train_step(model.net, optimiser, batch, model.device))
                 schedule.step()
-            tell(epoch, float(np.mean(losses)))
+            on_epoch(epoch, float(np.mean(losses)))
     return state_bytes(model)
+
+
+def train_step(
+    net: CPnet, optimiser: torch.optim.Optimizer, batch: list[Sample], device: torch.device
+) -> float:
+    """One update of ``net``; returns the loss."""
+    net.train()
+    image = torch.from_numpy(np.stack([s.image for s in batch])).to(device)
+    target = torch.from_numpy(np.stack([s.target for s in batch])).to(device)
+    predicted = net(image)[0]
+    flow = torch.nn.functional.mse_loss(predicted[:, :2], 5 * target[:, 1:]) / 2
+    cell = torch.nn.functional.binary_cross_entropy_with_logits(predicted[:, 2], target[:, 0])
+    loss = flow + cell
+    optimiser.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    return float(loss.item())
 
 
 @contextmanager
@@ -156,6 +181,14 @@ def state_bytes(model: CellposeModel) -> bytes:
     state, buffer = half_precision(model.net), io.BytesIO()
     torch.save(state | {"diam_labels": state["diam_mean"].clone()}, buffer)
     return buffer.getvalue()
+
+
+def half_precision(net: CPnet) -> dict[str, torch.Tensor]:
+    """The state of ``net`` with its floats in half precision, on the CPU."""
+    return {
+        name: value.detach().cpu().half() if value.is_floating_point() else value.cpu()
+        for name, value in net.state_dict().items()
+    }
 
 
 def _batches(examples: Prepared, diam_mean: float, batch: int) -> Iterator[list[Sample]]:

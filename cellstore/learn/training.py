@@ -1,4 +1,4 @@
-"""Training of a network, as one readable loop on Lightning Fabric."""
+"""Training of a network: loss, learning rate, the processes that train together, and the loop."""
 
 from __future__ import annotations
 
@@ -8,154 +8,71 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import product
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from ..analysis.devices import pick_device
+from ..config import TrainParams
 from ..errors import RunCancelledError, StorageError, UnknownNameError, UserInputError, first_line
-from .branches import FLOW, IMAGE, MASK
-from .crops import CROP_MEAN, CROP_STD, UNKNOWN_LABEL, CellBlock
+from .augmentation import augmented, check_augmentations, seed_of
+from .batches import SAMPLERS
+from .crops import UNKNOWN_LABEL, CellBlock
 from .networks import FusionNet
+from .normalising import INTENSITIES, NORMALISATIONS
 
-FLIPS, ROTATIONS, INTENSITY = AUGMENTATIONS = ("flips", "rotations", "intensity")
-
-BRIGHTEST = 1.25
-"""Grey values are multiplied by a factor from 1 / 1.25 to 1.25, evenly drawn on a log scale."""
-
-_MASK_INTENSITY = 3
-"""The channel of the mask crop that holds grey values."""
-
-Move = tuple[bool, bool, bool]
-"""Whether a picture is transposed, then mirrored top-bottom, then left-right."""
-
-MOVES: tuple[Move, ...] = tuple((t, u, m) for t, u, m in product((False, True), repeat=3))
-"""The eight symmetries of a square; those that do not transpose come first."""
-
-_TURNS = (0, 5, 3, 6)
-"""Positions in ``MOVES`` of no turn and of turns by 90, 180 and 270 degrees clockwise."""
-
-
-def check_augmentations(kinds: Sequence[str]) -> tuple[str, ...]:
-    """Return ``kinds`` in the order of ``AUGMENTATIONS``; ``UnknownNameError`` for another name."""
-    for kind in kinds:
-        if kind not in AUGMENTATIONS:
-            raise UnknownNameError.of("augmentation", kind, AUGMENTATIONS)
-    return tuple(kind for kind in AUGMENTATIONS if kind in kinds)
-
-
-def augmented(cells: CellBlock, kinds: Sequence[str], entropy: Sequence[int]) -> CellBlock:
-    """Return ``cells`` with their crops changed, on the device where they are.
-
-    ``entropy`` are whole numbers of 0 or more, for example seed, epoch and step: the same numbers
-    and cells give the same crops. Features, labels and ids stay.
-    """
-    if not kinds or not cells.crops:
-        return cells
-    generator = torch.Generator().manual_seed(seed_of(*entropy))
-    crops = dict(cells.crops)
-    moves = _drawn_moves(len(cells), kinds, generator)
-    if moves is not None:
-        crops = {name: _moved(stack, moves, name == FLOW) for name, stack in crops.items()}
-    if INTENSITY in kinds:
-        crops = {name: _brightened(stack, name, generator) for name, stack in crops.items()}
-    return CellBlock(crops, cells.features, cells.labels, cells.cell_ids)
-
-
-def seed_of(*entropy: int) -> int:
-    """A seed of 63 bits for torch, mixed from whole numbers of 0 or more."""
-    words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
-    return (int(words[0]) << 31) ^ int(words[1])
-
-
-def _drawn_moves(count: int, kinds: Sequence[str], generator: torch.Generator) -> Tensor | None:
-    """(N,) int64 positions in ``MOVES``, on the CPU."""
-    flips, rotations = FLIPS in kinds, ROTATIONS in kinds
-    if flips and rotations:
-        return torch.randint(len(MOVES), (count,), generator=generator)
-    if flips:
-        return torch.randint(len(MOVES) // 2, (count,), generator=generator)
-    if rotations:
-        return torch.tensor(_TURNS)[torch.randint(len(_TURNS), (count,), generator=generator)]
-    return None
-
-
-def _moved(stack: Tensor, moves: Tensor, is_flow: bool) -> Tensor:
-    """Crops (N, C, S, S), each moved by its own of ``MOVES``."""
-    made = stack.clone()
-    for place, move in enumerate(MOVES):
-        chosen = torch.nonzero(moves == place).flatten()
-        if place and len(chosen):
-            chosen = chosen.to(stack.device)
-            made[chosen] = moved(stack[chosen], move, is_flow=is_flow)
-    return made
-
-
-def moved(stack: Tensor, move: Move, *, is_flow: bool = False) -> Tensor:
-    """Crops (N, C, S, S) moved by one symmetry; of a flow crop the hues follow."""
-    transposed, upside_down, mirrored = move
-    turned = stack.transpose(-1, -2) if transposed else stack
-    axes = [axis for axis, wanted in ((-2, upside_down), (-1, mirrored)) if wanted]
-    turned = turned.flip(axes) if axes else turned
-    if not is_flow:
-        return turned
-    colours = _flow_colours(move).to(stack)
-    hues = torch.einsum("ij,njhw->nihw", colours, turned[:, :3])
-    return torch.cat([hues, turned[:, 3:]], dim=1)
-
-
-def _flow_colours(move: Move) -> Tensor:
-    """(3, 3): what a move makes of the red, green and blue of a flow rendering.
-
-    Cellpose (``plot.dx_to_circ``) paints a vector (dy, dx) of length 2 m and angle a (that of
-    -dy, -dx) as m (1 + cos(a + k 2 pi / 3)) for k of 0, 1, 2: linear in m, m cos(a) and m sin(a).
-    A move of the picture is a linear map of (dy, dx), hence of the colours. White stays white, so
-    it holds for crops normalised alike in all channels, too.
-    """
-    transposed, upside_down, mirrored = move
-    vectors = torch.eye(2, dtype=torch.float64)
-    if transposed:
-        vectors = vectors.flip(0)
-    signs = torch.tensor([-1.0 if upside_down else 1.0, -1.0 if mirrored else 1.0])
-    change = torch.eye(3, dtype=torch.float64)
-    change[1:, 1:] = signs.double()[:, None] * vectors
-    angles = torch.arange(3, dtype=torch.float64) * (2 * math.pi / 3)
-    paint = torch.stack([torch.ones(3, dtype=torch.float64), angles.cos(), -angles.sin()], dim=1)
-    colours: Tensor = paint @ change @ torch.linalg.inv(paint)
-    return colours
-
-
-def _brightened(stack: Tensor, name: str, generator: torch.Generator) -> Tensor:
-    """Grey values times a factor of the cell, and for the image branch of the channel, too."""
-    if name not in (MASK, IMAGE):
-        return stack
-    first = 0 if name == IMAGE else _MASK_INTENSITY
-    grey = stack[:, first:]
-    drawn = torch.rand((*grey.shape[:2], 1, 1), generator=generator)
-    factors = torch.exp((2 * drawn - 1) * math.log(BRIGHTEST)).to(stack)
-    values = (grey * CROP_STD + CROP_MEAN).mul(factors).clamp(0, 1)
-    return torch.cat([stack[:, :first], (values - CROP_MEAN) / CROP_STD], dim=1)
-
+T = TypeVar("T")
 
 CROSS_ENTROPY, FOCAL = LOSSES = ("cross-entropy", "focal")
+STEP, COSINE, CONSTANT = SCHEDULES = ("step", "cosine", "constant")
+LOSS, ACCURACY = MONITORS = ("loss", "accuracy")
+
+PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+"""What Lightning calls them: mixed precision keeps the weights in 32 bits."""
 
 FOCUS = 2.0
 """The exponent of the focal loss (Lin et al. 2017)."""
+
+
+def check_params(params: TrainParams) -> None:
+    """Refuse what could not be trained, before anything is read.
+
+    Raises:
+        UnknownNameError, UserInputError: a parameter is unknown or out of range.
+
+    """
+    for kind, value, known in (
+        ("schedule", params.schedule, SCHEDULES),
+        ("loss", params.loss, LOSSES),
+        ("monitor", params.monitor, MONITORS),
+        ("sampler", params.sampler, SAMPLERS),
+        ("normalisation", params.normalise, NORMALISATIONS),
+        ("intensity", params.intensity, INTENSITIES),
+    ):
+        if value not in known:
+            raise UnknownNameError.of(kind, value, known)
+    if params.learning_rate <= 0 or not 0 <= params.label_smoothing < 1:
+        raise UserInputError(
+            "The learning rate must be above 0 and the label smoothing from 0 to below 1."
+        )
+    if not 0 <= params.warmup_epochs < params.epochs:
+        raise UserInputError(
+            f"The warm-up must be shorter than the training: {params.warmup_epochs} of "
+            f"{params.epochs} epochs are not. Give fewer epochs of warm-up, or more in all."
+        )
+    check_augmentations(params.augment)
 
 
 def balanced_weights(cells: Sequence[int]) -> tuple[float, ...]:
@@ -203,57 +120,29 @@ class FocalLoss(nn.Module):
     def forward(self, scores: Tensor, labels: Tensor) -> Tensor:
         """The loss, a scalar."""
         known = labels != UNKNOWN_LABEL
-        places = torch.where(known, labels, 0)  # picking rows would wait for an accelerator
+        index = torch.where(known, labels, 0)  # picking rows would wait for an accelerator
         logs = torch.log_softmax(scores.float(), dim=1)
         target = torch.full_like(logs, self.smoothing / scores.shape[1])
-        target[torch.arange(len(labels), device=labels.device), places] += 1 - self.smoothing
+        target[torch.arange(len(labels), device=labels.device), index] += 1 - self.smoothing
         weight = torch.ones_like(logs[0]) if self.weight is None else self.weight
         each = (target * weight * (1 - logs.exp()) ** self.focus * -logs).sum(dim=1)
-        return (each * known).sum() / (weight[places] * known).sum()
+        return (each * known).sum() / (weight[index] * known).sum()
 
 
-STEP, COSINE, CONSTANT = SCHEDULES = ("step", "cosine", "constant")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How the learning rate goes over ``epochs`` epochs.
+def rate_factor(params: TrainParams, epoch: int) -> float:
+    """What the learning rate is multiplied by in an epoch, counted from 0.
 
     ``step``: times ``gamma`` after every ``step_size`` epochs, as torch's ``StepLR``. ``cosine``:
     from 1 to 0 along half a cosine (Loshchilov and Hutter 2017), over the epochs after the
-    warm-up. ``constant``: as it is. In ``warmup`` epochs it rises to that in equal steps.
+    warm-up. ``constant``: as it is. In the warm-up it rises to that in equal steps.
     """
-
-    kind: str = STEP
-    epochs: int = 50
-    warmup: int = 0
-    step_size: int = 5
-    gamma: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.kind not in SCHEDULES:
-            raise UnknownNameError.of("schedule", self.kind, SCHEDULES)
-        if not 0 <= self.warmup < self.epochs:
-            raise UserInputError(
-                f"The warm-up must be shorter than the training: {self.warmup} of "
-                f"{self.epochs} epochs are not. Give fewer epochs of warm-up, or more in all."
-            )
-
-    def factor(self, epoch: int) -> float:
-        """What the learning rate is multiplied by in an epoch, counted from 0."""
-        rise = min(1.0, (epoch + 1) / (self.warmup + 1))
-        if self.kind == STEP:
-            return rise * self.gamma ** (epoch // self.step_size)
-        if self.kind == COSINE and epoch >= self.warmup:
-            done = (epoch - self.warmup) / (self.epochs - self.warmup)
-            return (1 + math.cos(math.pi * done)) / 2
-        return rise
-
-
-PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-"""What Lightning calls them: mixed precision keeps the weights in 32 bits."""
-
-T = TypeVar("T")
+    rise = min(1.0, (epoch + 1) / (params.warmup_epochs + 1))
+    if params.schedule == STEP:
+        return rise * params.gamma ** (epoch // params.step_size)
+    if params.schedule == COSINE and epoch >= params.warmup_epochs:
+        done = (epoch - params.warmup_epochs) / (params.epochs - params.warmup_epochs)
+        return (1 + math.cos(math.pi * done)) / 2
+    return rise
 
 
 @dataclass(frozen=True)
@@ -261,6 +150,47 @@ class Team:
     """The processes that train one network together; of most trainings, this one alone."""
 
     fabric: Fabric
+
+    @classmethod
+    def open(cls, device: str, precision: str = "32", devices: int = 1) -> Team:
+        """Return the team of this process; the others, if any, have been started when it is back.
+
+        ``devices`` are those of this host; under torchrun or SLURM it has to be what they say, or
+        1, which leaves it to them.
+
+        Raises ``UserInputError`` for a device, precision or number of devices that is not there.
+        """
+        check_device(device, precision, devices)
+        with quiet():
+            under_slurm = SLURMEnvironment.detect()
+        here, hosts = devices, 1
+        if TorchElasticEnvironment.detect():
+            here = int(os.environ["LOCAL_WORLD_SIZE"])
+            hosts = int(os.environ["WORLD_SIZE"]) // here
+        elif under_slurm:
+            hosts = int(os.environ.get("SLURM_NNODES", "1"))
+            here = int(os.environ["SLURM_NTASKS"]) // hosts
+        if devices not in (1, here):
+            raise UserInputError(
+                f"There are {here} processes on this host already, for as many devices; leave "
+                f"--devices {devices} out."
+            )
+        try:
+            with quiet():
+                fabric = Fabric(
+                    accelerator=pick_device(device).type,
+                    devices=here,
+                    num_nodes=hosts,
+                    strategy="ddp" if here * hosts > 1 else "auto",
+                    precision=PRECISIONS[precision],
+                )
+                fabric.launch()
+        except MisconfigurationException as error:  # for example in a notebook
+            raise UserInputError(
+                f"{here * hosts} processes cannot train together here ({first_line(error)}). Run "
+                "the command cellstore train, or a script, or use one device."
+            ) from error
+        return cls(fabric)
 
     @property
     def size(self) -> int:
@@ -301,52 +231,18 @@ class Team:
                 made = make()
             except BaseException as raised:
                 error = raised
-        told: Any = self.fabric.broadcast((made, error and (str(error) or "it stopped")))
+        sent: Any = self.fabric.broadcast((made, error and (str(error) or "it stopped")))
         if error is not None:
             raise error
-        if told[1] is not None:
-            raise RunCancelledError(f"The first process of this training ended: {told[1]}")
-        answer: T = told[0]
+        if sent[1] is not None:
+            raise RunCancelledError(f"The first process of this training ended: {sent[1]}")
+        answer: T = sent[0]
         return answer
 
 
 def is_first() -> bool:
     """Whether this process is the first of those that trained together last, or was alone."""
     return getattr(rank_zero_only, "rank", 0) in (None, 0)
-
-
-def open_fabric(device: str, precision: str = "32", devices: int = 1) -> Fabric:
-    """Return the Fabric of this process; the others, if any, have been started when it is back.
-
-    ``devices`` are those of this host; under torchrun or SLURM it has to be what they say, or 1,
-    which leaves it to them.
-
-    Raises ``UserInputError`` for a device, precision or number of devices that is not there.
-    """
-    check_device(device, precision, devices)
-    here, hosts = _from_environment() or (devices, 1)
-    if devices not in (1, here):
-        raise UserInputError(
-            f"There are {here} processes on this host already, for as many devices; leave "
-            f"--devices {devices} out."
-        )
-    strategy = "ddp" if here * hosts > 1 else "auto"
-    try:
-        with quiet():
-            fabric = Fabric(
-                accelerator=pick_device(device).type,
-                devices=here,
-                num_nodes=hosts,
-                strategy=strategy,
-                precision=PRECISIONS[precision],
-            )
-            fabric.launch()
-    except MisconfigurationException as error:  # for example in a notebook
-        raise UserInputError(
-            f"{here * hosts} processes cannot train together here ({first_line(error)}). Run the "
-            "command cellstore train, or a script, or use one device."
-        ) from error
-    return fabric
 
 
 def check_device(device: str, precision: str, devices: int) -> None:
@@ -367,19 +263,6 @@ def check_device(device: str, precision: str, devices: int) -> None:
         )
 
 
-def _from_environment() -> tuple[int, int] | None:
-    """Processes of each host, and hosts, where a launcher has started the processes."""
-    if TorchElasticEnvironment.detect():
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        return here, int(os.environ["WORLD_SIZE"]) // here
-    with quiet():
-        under_slurm = SLURMEnvironment.detect()
-    if under_slurm:
-        hosts = int(os.environ.get("SLURM_NNODES", "1"))
-        return int(os.environ["SLURM_NTASKS"]) // hosts, hosts
-    return None
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's remarks about hardware and settings off the terminal."""
@@ -397,106 +280,39 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-_HEADER = "cellstore"
-
-
 @dataclass(frozen=True)
 class TrainingState:
-    """Tensors (on the CPU) by name, and a record of plain JSON values."""
+    """All that a training needs to be resumed: tensors (on the CPU) by name, and plain values."""
 
     tensors: Mapping[str, Tensor]
     record: Mapping[str, Any]
 
     def to_bytes(self) -> bytes:
-        """The file; the record stands in its header."""
+        """Return a safetensors file; the record stands in its header."""
         text = json.dumps(dict(self.record), sort_keys=True)
         whole = {name: value.contiguous() for name, value in self.tensors.items()}
-        return save_tensors(whole, {_HEADER: text})
+        return save_tensors(whole, {"cellstore": text})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TrainingState:
-        """The state in a file; no code in it is run. Raises ``StorageError`` if it is damaged."""
+        """Return the state in a file; no code in it is run.
+
+        Raises ``StorageError`` if it is damaged.
+        """
         try:
             size = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + size])
-            return cls(load_tensors(data), json.loads(header["__metadata__"][_HEADER]))
+            return cls(load_tensors(data), json.loads(header["__metadata__"]["cellstore"]))
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"The state of a training is damaged ({first_line(error)}). Check the store with "
                 "'cellstore verify', and train anew with --force."
             ) from error
 
-    def beside(self, record: Mapping[str, Any]) -> TrainingState:
-        """The same state with more in its record."""
-        return TrainingState(self.tensors, {**self.record, **record})
-
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors whose names begin with ``prefix`` and a dot, without both."""
         start = f"{prefix}."
         return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
-
-
-Batches = Callable[[int], Iterable[CellBlock]]
-"""The batches of an epoch, counted from 0."""
-
-LOSS, ACCURACY = MONITORS = ("loss", "accuracy")
-"""What of the validation side says which epoch is the best."""
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How to train. Defaults are the published ones, but ``max_epochs`` and ``patience``.
-
-    The study stopped after 13 epochs by early stopping and does not give its patience.
-    ``schedule``, ``warmup_epochs``, ``step_size`` and ``gamma`` decide the learning rate of each
-    epoch (:class:`~cellstore.learn.training.Schedule`), ``loss`` and ``class_weights`` (one for
-    each class) what is made small, ``augment`` how crops are changed at each step
-    (:mod:`~cellstore.learn.training`). ``monitor`` of the validation side chooses the epoch.
-    ``device`` is ``auto``, ``cpu`` or ``cuda``, ``precision`` ``32``, ``bf16`` or ``16``.
-    ``compile``: the network is compiled first. ``batch_size`` is for whoever makes the batches.
-    """
-
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
-    step_size: int = 5
-    gamma: float = 0.5
-    label_smoothing: float = 0.1
-    max_epochs: int = 50
-    patience: int = 5
-    batch_size: int = 512
-    device: str = "auto"
-    seed: int = 0
-    schedule: str = STEP
-    warmup_epochs: int = 0
-    loss: str = CROSS_ENTROPY
-    class_weights: tuple[float, ...] | None = None
-    augment: tuple[str, ...] = ()
-    monitor: str = LOSS
-    precision: str = "32"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.weight_decay < 0 or not 0 <= self.label_smoothing < 1:
-            raise UserInputError(
-                "The learning rate must be above 0, the weight decay 0 or more and the label "
-                "smoothing from 0 to below 1."
-            )
-        if min(self.max_epochs, self.patience, self.step_size) < 1 or self.batch_size < 2:
-            raise UserInputError(
-                "Epochs, patience and step size must be 1 or more, the batch size 2 or more."
-            )
-        if self.monitor not in MONITORS:
-            raise UnknownNameError.of("monitor", self.monitor, MONITORS)
-        check_augmentations(self.augment)
-        make_loss(self.loss, self.label_smoothing, self.class_weights)
-        self.rates  # noqa: B018 - an unknown schedule is refused here, not in the first epoch
-
-    @property
-    def rates(self) -> Schedule:
-        """How the learning rate goes."""
-        return Schedule(
-            self.schedule, self.max_epochs, self.warmup_epochs, self.step_size, self.gamma
-        )
 
 
 @dataclass(frozen=True)
@@ -516,176 +332,145 @@ class EpochMetrics:
     seconds: float
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """The tensors (on the CPU) of the best epoch by ``FitConfig.monitor``, and all epochs."""
-
-    state: dict[str, Tensor]
-    best_epoch: int
-    epochs: tuple[EpochMetrics, ...]
-    stopped_early: bool
+BatchesOf = Callable[[int], Iterable[CellBlock]]
+"""The batches of an epoch, counted from 0."""
 
 
-Snapshot = Callable[[], TrainingState]
-"""Gives what :func:`fit` needs to go on from here."""
+class Training:
+    """A network that is being trained, in place; iterate over :meth:`run` for its epochs.
 
-OnEpoch = Callable[[EpochMetrics, Snapshot], None]
-
-
-def fit(
-    net: FusionNet,
-    train_batches: Batches,
-    validation_batches: Batches,
-    config: FitConfig,
-    on_epoch: OnEpoch = lambda _, __: None,
-    *,
-    on_step: Callable[[], None] = lambda: None,
-    start: TrainingState | None = None,
-    fabric: Fabric | None = None,
-) -> FitResult:
-    """Train ``net`` in place until the monitor is no better for ``config.patience`` epochs.
-
-    Adam on the loss (which is that of validation, too); running statistics of batch normalisation
-    are means over the first ten batches (see ``_Norms``). ``train_batches(epoch)`` gives batches
-    of two cells or more, with labels of 0 or more. ``on_step`` is called after every training
-    batch, ``on_epoch`` after every epoch; what the latter's snapshot gives is a ``start`` from
-    which the rest of the epochs comes out as if there had been no break. On a CPU with a fixed
-    number of threads, the same seed, network and batches give the same result: random numbers of
-    an epoch depend on the seed and the epoch only; they are torch's own, so threads of one process
-    must not train at once. Nothing is printed, no file is written, and Ctrl-C comes out as
-    ``KeyboardInterrupt``.
-
-    ``fabric``: of several processes (:func:`~cellstore.learn.training.open_fabric`), each of which
-    calls this with batches of its own cells, as many of them as the others have; only the first
-    calls ``on_epoch``. Metrics are those of all cells, on every process.
-
-    Raises ``UserInputError`` for an unknown device, a precision that is not possible, a side
-    without cells, a batch of one cell or of cells without a label, or a loss that is no longer
-    finite; ``StorageError`` for a ``start`` of another network.
+    ``epochs`` are those that are over, ``best`` the index of the best by ``params.monitor``, and
+    ``best_state`` its tensors (on the CPU). Of several processes each makes one of these, with
+    batches of its own cells, as many of them as the others have; metrics are those of all cells.
     """
-    fabric = fabric or open_fabric(config.device, config.precision)
-    with torch.random.fork_rng(devices=_cuda_devices(fabric)):
-        trainer = _Trainer(fabric, net, config)
-        if start is not None:
-            trainer.restore(start)
-        try:
-            return trainer.run(train_batches, validation_batches, on_epoch, on_step)
-        except Exception as error:
-            raise _explained(error, config) from error
-        finally:
-            trainer.norms.restore()
 
-
-def _explained(error: Exception, config: FitConfig) -> Exception:
-    if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return UserInputError(
-            f"The network cannot be compiled here ({first_line(error)}). Leave --compile out."
-        )
-    return error
-
-
-def predict_batch(net: FusionNet, batch: CellBlock) -> NDArray[np.float64]:
-    """Class probabilities of the cells of ``batch``, (N, n_classes) float64, rows adding to 1.
-
-    Runs on the device of ``net``, which is put into evaluation mode. No cell: (0, n_classes).
-    """
-    if len(batch) == 0:
-        return np.empty((0, net.shape.n_classes))
-    net.eval()
-    batch = batch.to(next(net.parameters()).device)
-    with torch.inference_mode():
-        scores = net(batch.crops, batch.features)
-    probabilities: NDArray[np.float64] = torch.softmax(scores.double().cpu(), dim=1).numpy()
-    return probabilities
-
-
-class _Trainer:
-    def __init__(self, fabric: Fabric, net: FusionNet, config: FitConfig) -> None:
-        self.fabric, self.config, self.plain = fabric, config, net
+    def __init__(
+        self,
+        net: FusionNet,
+        params: TrainParams,
+        team: Team,
+        class_weights: Sequence[float] | None = None,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.net, self.params, self.team, self.compiled = net, params, team, compiled
         self.adam = torch.optim.Adam(
-            net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            net.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay
         )
-        module: Any = torch.compile(net) if config.compile else net
+        module: Any = torch.compile(net) if compiled else net
         with quiet():
-            self.net, self.optimizer = fabric.setup(module, self.adam)
-        self.norms = _Norms(net)
-        self.loss = make_loss(config.loss, config.label_smoothing, config.class_weights)
-        self.loss.to(fabric.device)
+            self.wrapped, self.optimizer = team.fabric.setup(module, self.adam)
+        self.loss = make_loss(params.loss, params.label_smoothing, class_weights)
+        self.loss.to(team.fabric.device)
         self.epochs: list[EpochMetrics] = []
         self.best, self.best_state = 0, dict[str, Tensor]()
+        self.steps = 0
 
     def run(
         self,
-        train: Batches,
-        validation: Batches,
-        on_epoch: OnEpoch,
-        on_step: Callable[[], None],
-    ) -> FitResult:
-        while len(self.epochs) < self.config.max_epochs and not self._has_waited():
-            number = len(self.epochs)
-            self.epochs.append(self._epoch(number, train, validation, on_step))
-            if number == 0 or self._is_better(self.epochs[-1], self.epochs[self.best]):
-                self.best, self.best_state = number, _copy(self.plain)
-            self._tell(on_epoch)
-        return FitResult(
-            self.best_state, self.best + 1, tuple(self.epochs), stopped_early=self._has_waited()
-        )
+        train_batches: BatchesOf,
+        validation_batches: BatchesOf,
+        on_step: Callable[[int, int], None] = lambda _epoch, _step: None,
+    ) -> Generator[EpochMetrics, None, None]:
+        """Train until no epoch is better than the best for ``patience`` epochs; yield each epoch.
 
-    def _has_waited(self) -> bool:
+        Adam on the loss, which is that of validation, too. ``train_batches`` has batches of two
+        cells or more, with labels of 0 or more. ``on_step`` hears the numbers of the epoch and the
+        step, from 0, after every training batch. On a CPU with a fixed number of threads, the same
+        seed, network and batches give the same result: random numbers of an epoch depend on the
+        seed and the epoch only; they are torch's own, so threads of one process must not train at
+        once.
+
+        Raises ``UserInputError`` for a subset without cells, a batch of one cell or of cells
+        without a label, a loss that is no longer finite, or a network that cannot be compiled.
+        """
+        fabric, params, rank = self.team.fabric, self.params, self.team.rank
+        # Running statistics of batch normalisation start at 0 and 1 and are moving averages of
+        # rate 0.1. In a deep network what is left of the start multiplies over the layers, so that
+        # for a hundred steps evaluation is at chance however well the network has learned. A rate
+        # of 1/k at step k, down to the usual one, removes the start, as Adam's bias correction
+        # does. Training itself does not read these statistics.
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+        norms = [(m, m.momentum or 0.0) for m in self.net.modules() if isinstance(m, kinds)]
+        on_gpu: list[Any] = [fabric.device] if fabric.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=on_gpu):
+                while len(self.epochs) < params.epochs and not self.stopped_early:
+                    number, began = len(self.epochs), time.perf_counter()
+                    torch.manual_seed(seed_of(params.seed, number, rank))
+                    rate = params.learning_rate * rate_factor(params, number)
+                    for group in self.adam.param_groups:
+                        group["lr"] = rate
+
+                    self.wrapped.train()
+                    sums = torch.zeros(5, dtype=torch.float64, device=fabric.device)
+                    for step, cells in enumerate(train_batches(number)):
+                        if len(cells) < 2:
+                            raise UserInputError(
+                                "A training batch holds one cell; training needs two or more."
+                            )
+                        seen = augmented(
+                            cells.to(fabric.device),
+                            params.augment,
+                            (params.seed, number, step, rank),
+                        )
+                        self.steps += 1
+                        for layer, usual in norms:
+                            layer.momentum = max(1 / self.steps, usual)
+                        self.optimizer.zero_grad()
+                        loss, counts = self._loss(self.wrapped, seen)
+                        fabric.backward(loss)
+                        self.optimizer.step()
+                        sums += counts
+                        on_step(number, step)
+                    trained = self._mean(sums, "training")
+
+                    if self.team.size > 1:  # all keep the running statistics of the first process
+                        for value in self.net.buffers():
+                            torch.distributed.broadcast(value, 0)
+                    self.wrapped.eval()
+                    # Wrapped for several processes, a network waits for the others at each batch,
+                    # and they may have fewer.
+                    alone = self.team.size == 1
+                    net = self.wrapped if alone else self.net
+                    sums = torch.zeros(5, dtype=torch.float64, device=fabric.device)
+                    with torch.no_grad(), nullcontext() if alone else fabric.autocast():
+                        for cells in validation_batches(number):
+                            sums += self._loss(net, cells.to(fabric.device))[1]
+                    validated = self._mean(sums, "validation")
+
+                    seconds = time.perf_counter() - began
+                    epoch = EpochMetrics(number + 1, *trained, *validated, rate, seconds)
+                    self.epochs.append(epoch)
+                    best = self.epochs[self.best]
+                    better = epoch.validation_loss < best.validation_loss
+                    if params.monitor == ACCURACY:
+                        better = epoch.validation_accuracy > best.validation_accuracy
+                    if better or number == 0:
+                        self.best, self.best_state = number, _copy(self.net)
+                    yield epoch
+        except Exception as error:
+            compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+            if self.compiled and compiler:
+                raise UserInputError(
+                    f"The network cannot be compiled here ({first_line(error)}). Leave --compile "
+                    "out."
+                ) from error
+            raise
+        finally:
+            for layer, usual in norms:
+                layer.momentum = usual
+
+    @property
+    def stopped_early(self) -> bool:
         """Whether there was no better epoch for as long as patience lasts."""
-        return len(self.epochs) - 1 - self.best >= self.config.patience
+        return len(self.epochs) - 1 - self.best >= self.params.patience
 
-    def _is_better(self, epoch: EpochMetrics, other: EpochMetrics) -> bool:
-        if self.config.monitor == ACCURACY:
-            return epoch.validation_accuracy > other.validation_accuracy
-        return epoch.validation_loss < other.validation_loss
-
-    def _epoch(
-        self, number: int, train: Batches, validation: Batches, on_step: Callable[[], None]
-    ) -> EpochMetrics:
-        start = time.perf_counter()
-        torch.manual_seed(seed_of(self.config.seed, number, self.fabric.global_rank))
-        rate = self.config.learning_rate * self.config.rates.factor(number)
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        trained = self._mean(self._trained(number, train(number), on_step), "training")
-        self._share_running_statistics()
-        validated = self._mean(self._validated(validation(number)), "validation")
-        return EpochMetrics(number + 1, *trained, *validated, rate, time.perf_counter() - start)
-
-    def _trained(
-        self, number: int, batches: Iterable[CellBlock], on_step: Callable[[], None]
-    ) -> Iterable[Tensor]:
-        self.net.train()
-        for step, batch in enumerate(batches):
-            if len(batch) < 2:
-                raise UserInputError("A training batch holds one cell; training needs two or more.")
-            entropy = (self.config.seed, number, step, self.fabric.global_rank)
-            seen = augmented(batch.to(self.fabric.device), self.config.augment, entropy)
-            self.norms.step()
-            self.optimizer.zero_grad()
-            loss, tally = self._scored(self.net, seen)
-            self.fabric.backward(loss)
-            self.optimizer.step()
-            yield tally
-            on_step()
-
-    def _validated(self, batches: Iterable[CellBlock]) -> Iterable[Tensor]:
-        # Wrapped for several processes, a network waits for the others at each batch, and they
-        # may have fewer.
-        alone = self.fabric.world_size == 1
-        net = self.net if alone else self.plain
-        self.net.eval()
-        with torch.no_grad(), nullcontext() if alone else self.fabric.autocast():
-            for batch in batches:
-                yield self._scored(net, batch.to(self.fabric.device))[1]
-
-    def _scored(self, net: Any, batch: CellBlock) -> tuple[Tensor, Tensor]:
-        """The loss, and what :meth:`_mean` adds up: nothing is waited for on an accelerator."""
-        scores, labels = net(batch.crops, batch.features), batch.labels
-        loss = self.loss(scores, labels)
+    def _loss(self, net: Any, cells: CellBlock) -> tuple[Tensor, Tensor]:
+        """The loss, and what :meth:`_mean` needs, so that nothing waits for an accelerator."""
+        scores, labels = net(cells.crops, cells.features), cells.labels
+        loss, weights = self.loss(scores, labels), self.loss.weight
         known = labels >= 0
-        weights = self.loss.weight
         weight = known.sum()
         if weights is not None:
             weight = (weights[torch.where(known, labels, 0)] * known).sum()
@@ -693,103 +478,59 @@ class _Trainer:
         parts = (loss.detach().double() * weight, weight, right, known.sum(), (~known).sum())
         return loss, torch.stack([part.double() for part in parts])
 
-    def _mean(self, tallies: Iterable[Tensor], side: str) -> tuple[float, float]:
+    def _mean(self, sums: Tensor, subset: str) -> tuple[float, float]:
         """Loss and accuracy per cell over all batches of all processes."""
-        total = torch.zeros(5, dtype=torch.float64, device=self.fabric.device)
-        for tally in tallies:
-            total += tally
-        if self.fabric.world_size > 1:
-            torch.distributed.all_reduce(total)
-        loss, weight, right, cells, unknown = total.tolist()
+        if self.team.size > 1:
+            torch.distributed.all_reduce(sums)
+        loss, weight, right, cells, unknown = sums.tolist()
         if unknown:
-            raise UserInputError("Some cells to train on have no label; leave them out.")
+            raise UserInputError("Some cells to train on have no label; exclude them.")
         if cells == 0:
             raise UserInputError(
-                f"There are no cells on the {side} side; segment and measure its images, or make "
-                "another split."
+                f"There are no cells in the {subset} subset; segment and measure its images, or "
+                "make another split."
             )
         if not math.isfinite(loss):
             raise UserInputError(
-                f"The {side} loss is not finite in epoch {len(self.epochs) + 1}; try a lower "
+                f"The {subset} loss is not finite in epoch {len(self.epochs) + 1}; try a lower "
                 "learning rate."
             )
         return loss / weight, right / cells
 
-    def _share_running_statistics(self) -> None:
-        """Give every process those of the first, with which the network is kept."""
-        if self.fabric.world_size > 1:
-            for value in self.plain.buffers():
-                torch.distributed.broadcast(value, 0)
-
-    def _tell(self, on_epoch: OnEpoch) -> None:
-        error: BaseException | None = None
-        if self.fabric.is_global_zero:
-            try:
-                on_epoch(self.epochs[-1], self.snapshot)
-            except BaseException as raised:
-                error = raised
-        if self.fabric.world_size > 1 and self.fabric.broadcast(error is not None):
-            error = error or RunCancelledError("The first process of this training has stopped.")
-        if error is not None:
-            raise error
-
-    def snapshot(self) -> TrainingState:
-        tensors = {f"net.{name}": value for name, value in _copy(self.plain).items()}
+    def state(self, **more: Any) -> TrainingState:
+        """What :meth:`resume` needs to go on after the last epoch as if there had been no break."""
+        tensors = {f"net.{name}": value for name, value in _copy(self.net).items()}
         if self.best != len(self.epochs) - 1:
             tensors |= {f"best.{name}": value for name, value in self.best_state.items()}
-        for place, values in self.adam.state_dict()["state"].items():
-            kept = {f"adam.{place}.{name}": _to_cpu(value) for name, value in values.items()}
-            tensors |= kept
+        for index, values in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{index}.{name}": _to_cpu(value) for name, value in values.items()}
         record = {
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "best": self.best,
-            "norm_steps": self.norms.steps,
-            "precision": self.fabric.strategy.precision.state_dict(),
+            "steps": self.steps,
+            "precision": self.team.fabric.strategy.precision.state_dict(),
         }
-        return TrainingState(tensors, record)
+        return TrainingState(tensors, record | more)
 
-    def restore(self, state: TrainingState) -> None:
+    def resume(self, state: TrainingState) -> None:
+        """Go on from ``state``; raises ``StorageError`` if it is of another network."""
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in state.part("adam").items():
-            place, _, what = name.partition(".")
-            moments.setdefault(int(place), {})[what] = value
+            index, _, what = name.partition(".")
+            moments.setdefault(int(index), {})[what] = value
         groups = self.adam.state_dict()["param_groups"]
         try:
-            self.plain.load_state_dict(state.part("net"))
+            self.net.load_state_dict(state.part("net"))
             self.adam.load_state_dict({"state": moments, "param_groups": groups})
             self.epochs = [EpochMetrics(**epoch) for epoch in state.record["epochs"]]
-            self.best, self.norms.steps = state.record["best"], state.record["norm_steps"]
-            self.fabric.strategy.precision.load_state_dict(state.record["precision"])
+            self.best, self.steps = state.record["best"], state.record["steps"]
+            self.team.fabric.strategy.precision.load_state_dict(state.record["precision"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"The state of a training is of another network ({first_line(error)}). Train "
                 "anew with --force."
             ) from error
-        self.best_state = state.part("best") or _copy(self.plain)
-
-
-class _Norms:
-    """Makes running statistics of batch normalisation plain means over the first batches.
-
-    They start at 0 and 1 and are moving averages of rate 0.1. In a deep network what is left of
-    the start multiplies over the layers, so that for a hundred steps evaluation is at chance
-    however well the network has learned. A rate of 1/k at step k, down to the usual one, removes
-    the start, as Adam's bias correction does. Training itself does not read these statistics.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-        self.layers = [(m, m.momentum or 0.0) for m in net.modules() if isinstance(m, kinds)]
-        self.steps = 0
-
-    def step(self) -> None:
-        self.steps += 1
-        for layer, usual in self.layers:
-            layer.momentum = max(1 / self.steps, usual)
-
-    def restore(self) -> None:
-        for layer, usual in self.layers:
-            layer.momentum = usual
+        self.best_state = state.part("best") or _copy(self.net)
 
 
 def _copy(net: nn.Module) -> dict[str, Tensor]:
@@ -798,7 +539,3 @@ def _copy(net: nn.Module) -> dict[str, Tensor]:
 
 def _to_cpu(value: Tensor) -> Tensor:
     return value.detach().cpu().clone()
-
-
-def _cuda_devices(fabric: Fabric) -> list[Any]:
-    return [fabric.device] if fabric.device.type == "cuda" else []

@@ -277,7 +277,7 @@ def compare_trainings(then: Session, now: Session, runs: tuple[int, int]) -> Dif
     for session, run_id in zip((then, now), runs, strict=True):
         query = select(Artifact.sha256).join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
         query = query.where(Artifact.kind == ArtifactKind.CHECKPOINT, RunArtifact.run_id == run_id)
-        query = query.where(Artifact.path.like("%.safetensors")).order_by(Artifact.id)
+        query = query.where(Artifact.path.not_like("%.json")).order_by(Artifact.id)
         tensors.append(session.scalars(query).first() or "none")
         values = select(RunMetric.epoch, RunMetric.name, RunMetric.value)
         values = values.where(RunMetric.run_id == run_id, RunMetric.name.not_in(TIMES))

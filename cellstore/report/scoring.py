@@ -23,7 +23,7 @@ from ..enums import Stage, Status, Subset
 from ..errors import UserInputError
 from ..jobs.workspace import Workspace
 from ..learn.baselines import BASELINES, NULLS
-from ..learn.inputs import leak_of
+from ..learn.training_cells import feature_leak, measure_recipe_of
 from ..models import Recipe, Run, Split
 from ..query.engine import Questions, open_questions
 from ..query.predict_runs import flags_on, predict_run
@@ -418,7 +418,9 @@ def find_subject(
             notes,
             baseline=None if taught is None else taught.parameters.get("baseline"),
             rivals={name: rivals[name] for name in BASELINES if name in rivals},
-            feature_leak=None if parent is None else leak_of(session, parent, split_id),
+            feature_leak=None
+            if parent is None
+            else feature_leak(session, measure_recipe_of(session, parent), split_id),
         )
 
 

@@ -21,13 +21,12 @@ from ..jobs.lookup import find_run
 from ..jobs.selection import segmented
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
-from ..learn.models import OpenModel, know_plates, open_model
 from ..models import Image, Recipe, RecipeInput, Run, RunMetric, Segmentation, Split, SplitMember
 from ..query.cells import plate_of, read_cells
 from ..query.feature_files import SetReader, set_of_recipe
 
 if TYPE_CHECKING:
-    from ..learn.crops import CellBlock
+    from ..learn.models import ModelRecord, OpenModel
 
 
 EXAMPLE = '''\
@@ -39,14 +38,14 @@ from classifier import Classifier
 from safetensors.torch import load_file
 
 here = Path(__file__).parent
-classifier = Classifier.load(here)
+classifier = Classifier(here)
 
 cells = load_file(here / "cells.safetensors")
 crops = {name[6:]: values for name, values in cells.items() if name.startswith("crops.")}
 plate = classifier.record["example"]["plate"]
-chances = classifier(crops, cells["features"], plate)
+probabilities = classifier(crops, cells["features"], plate)
 
-for cell, row in zip(cells["cell_ids"].tolist(), chances, strict=True):
+for cell, row in zip(cells["cell_ids"].tolist(), probabilities, strict=True):
     best = row.argsort(descending=True)[:3].tolist()
     print(f"cell {cell}:", ", ".join(f"{classifier.labels[i]} {row[i]:.6f}" for i in best))
 '''
@@ -56,7 +55,7 @@ CROPS: Mapping[str, Sequence[str]] = {
         "the cell itself, 0 or 1",
         "its inner outline, 0 or 1",
         "other cells, 0 or 1",
-        "the intensity of the segmented plane inside the cell, divided by its white level",
+        "the intensity of the segmented plane inside the cell, divided by its intensity scale",
     ),
     "flow": (
         "red of Cellpose's flow image / 255",
@@ -67,25 +66,15 @@ CROPS: Mapping[str, Sequence[str]] = {
 }
 """The channels of the crops of each branch, in their order."""
 
-_CUT = (
+CUT = (
     "The bounding box of the cell, cut out of the image and resized to size x size pixels, "
     "bilinear and with antialiasing where it shrinks (torchvision's Resize); the aspect ratio is "
     "not kept. Values from 0 to 1; (x - mean) / std is done by classifier.py."
 )
-_WHITE = (
-    "The white level is the 99.9th percentile of the whole image; with 'whites' in this file it is "
-    "that of the plate: first of the segmented plane, then of each of 'channels'."
+SCALE = (
+    "The intensity scale is the 99.9th percentile of the whole image; with 'intensity_scale' in "
+    "this file it is that of the plate: first of the segmented plane, then of each of 'channels'."
 )
-
-
-def crop_rules(branches: Sequence[str], channels: Sequence[str]) -> dict[str, Any]:
-    """Return how the crops are made that a network looks at."""
-    pictures = [name for name in branches if name != "tabular"]
-    if not pictures:
-        return {}
-    planes = [f"channel {name}, divided by its white level, not masked" for name in channels]
-    of_branch = {name: list(CROPS.get(name, planes)) for name in pictures}
-    return {"channels": of_branch, "cut": _CUT, "white": _WHITE}
 
 
 def readme(record: Mapping[str, Any]) -> str:
@@ -98,17 +87,18 @@ def readme(record: Mapping[str, Any]) -> str:
 Kind: {record["model"]}. It tells {len(labels)} classes ({record["field"]}) apart:
 {", ".join(labels[:10])}{", ..." if len(labels) > 10 else ""}.
 
-Trained by cellstore {lineage["code_version"]} in run {lineage["train_run"]}, on the training side
-of split {split["name"]!r} ({split["protocol"]}, grouped by {split["group_level"]}). What it was
-worth there, and what each recipe did, is in `model.json` under `lineage`. On other assays, other
-staining or other microscopes it may be worth nothing: test it on wells whose treatment you know.
+Trained by cellstore {lineage["code_version"]} in run {lineage["train_run"]}, on the training
+subset of split {split["name"]!r} ({split["protocol"]}, grouped by {split["group_level"]}). What it
+was worth there, and what each recipe did, is in `model.json` under `lineage`. On other assays,
+other staining or other microscopes it may be worth nothing: test it on wells whose treatment you
+know.
 
 ## Files
 
-- `model.safetensors`: the tensors. `model.json`: labels, scales, how crops are made, lineage.
+- `{record["file"]}`: what was learned. `model.json`: labels, scales, how crops are made, lineage.
   Both are numbers and text. Reading them runs no code.
 - `classifier.py`: puts them together. Read it before you run it; it needs torch, torchvision and
-  safetensors.
+  safetensors{"" if record["model"] == "network" else ", scikit-learn and skops"}.
 - `cells.safetensors`: {record["example"]["cells"]} cells as they go into the model, and
   `example.py`, which labels them: `python example.py`.
 
@@ -124,10 +114,9 @@ Out comes the probability of each class, (N, {len(labels)}), in the order of `la
 """
 
 
-FORMAT = 1
 EXAMPLE_CELLS = 3
 NO_CELLS = "No image with measured cells could be read, so the example has no cells."
-_IMAGES_TRIED = 8
+IMAGES_TRIED = 8
 
 
 @dataclass(frozen=True)
@@ -141,16 +130,6 @@ class ExportedModel:
     cells: int
     files: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Example:
-    """A few cells of one plate as they go into ``model``, which knows this plate."""
-
-    model: OpenModel
-    tensors: dict[str, Any]
-    plate: str | None
-    cells: int
 
 
 def export_model(
@@ -170,127 +149,124 @@ def export_model(
 
     """
     need("train")
+    from safetensors.torch import save
+
+    from ..learn.baselines import NULLS
+    from ..learn.models import open_model
+
     with workspace.database.read() as session:
         trained = find_run(session, run, Stage.TRAIN)
-        target = _free(output or Path(f"model-{trained.id}"))
+        target = (output or Path(f"model-{trained.id}")).absolute()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserInputError(
+                f"{target} is there already and not empty. Name a new folder with --output."
+            )
         model = open_model(session, workspace, trained)
-        _check_kind(model)
-        example = _example(session, workspace, model)
-        record = _record(session, example)
-        tensors = model.checkpoint.tensors
-        data = workspace.artifacts.read(tensors.path, tensors.sha256)
-    contents = _contents(record, data, example)
+        kind = model.record.model
+        if kind in NULLS:
+            raise UserInputError(
+                f"Training run {trained.id} is the null baseline {kind!r}: it is what others are "
+                "compared with here, and of no use elsewhere. Name another run."
+            )
+        model, tensors, plate = _example(session, workspace, model)
+        cells = len(tensors["cell_ids"])
+        found = set_of_recipe(session, model.measure.id)
+        columns = {item["name"]: item for item in (found.columns if found else [])}
+        file = f"model.{model.file.path.rpartition('.')[2]}"
+        record = {
+            **model.json,
+            **model.record.to_json(),
+            "file": file,
+            "columns": [
+                dict(columns.get(name, {"name": name})) for name in model.record.scaler.names
+            ],
+            "crops": _crop_rules(model.record),
+            "lineage": _lineage(session, trained),
+            "example": {"plate": plate, "cells": cells},
+        }
+        data = workspace.artifacts.read(model.file.path, model.file.sha256)
+    classifier = files("cellstore.stages").joinpath("exported_classifier.py")
+    text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
+    contents = {
+        file: data,
+        "model.json": text.encode(),
+        "classifier.py": classifier.read_bytes(),
+        "cells.safetensors": save(tensors),
+        "example.py": EXAMPLE.encode(),
+        "README.md": readme(record).encode(),
+    }
     _write(target, contents)
     return ExportedModel(
         path=str(target),
         train_run_id=trained.id,
-        model=record["model"],
-        classes=len(model.labels),
-        cells=example.cells,
+        model=kind,
+        classes=len(model.record.labels),
+        cells=cells,
         files=tuple(contents),
-        notes=() if example.cells else (NO_CELLS,),
+        notes=() if cells else (NO_CELLS,),
     )
 
 
-def _free(target: Path) -> Path:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserInputError(
-            f"{target} is there already and not empty. Name a new folder with --output."
-        )
-    return target.absolute()
+def _example(
+    session: Session, workspace: Workspace, model: OpenModel
+) -> tuple[OpenModel, dict[str, Any], str | None]:
+    """Crops from 0 to 1 and features as measured, of the first cells of an image, and its plate.
 
+    Of the test subset if there are some, else of any image that can be read. The model that is
+    returned knows this plate.
+    """
+    from torch import empty, float64, from_numpy, int64
 
-def _check_kind(model: OpenModel) -> None:
-    from ..learn.baselines import NULLS
+    from ..learn.models import fit_new_plates
 
-    kind = model.checkpoint.record.get("model")
-    if kind in NULLS:
-        raise UserInputError(
-            f"Training run {model.run.id} is the null baseline {kind!r}: it is what others are "
-            "compared with here, and of no use elsewhere. Name another run."
-        )
-
-
-def _example(session: Session, workspace: Workspace, model: OpenModel) -> _Example:
-    """Cells of the test side if there are some, else of any image that can be read."""
-    for image_id in _images(session, model):
+    segmented_images = segmented(select(Image.id), model.segment.id)
+    with_cells = segmented_images.where(Segmentation.n_cells > 0).order_by(Image.id)
+    members = select(SplitMember.image_id).where(SplitMember.split_id == model.run.split_id)
+    test = with_cells.where(Image.id.in_(members.where(SplitMember.subset == Subset.TEST)))
+    tried = [
+        image_id
+        for query in (test, with_cells)
+        for image_id in session.scalars(query.limit(IMAGES_TRIED))
+    ]
+    for image_id in dict.fromkeys(tried):
         plate = plate_of(session, image_id)
         try:
-            known, _ = know_plates(session, workspace, model, [plate])
-            cells = known.reader(image_id)
+            fitted, _ = fit_new_plates(session, workspace, model, [plate])
+            cells = fitted.reader(image_id)
         except (ImageError, UserInputError):
             continue  # what is wrong with one image is no reason to export nothing
-        if len(cells):
-            tensors = _first_cells(session, known, image_id, cells)
-            return _Example(known, tensors, plate, len(tensors["cell_ids"]))
-    return _Example(model, _no_cells(model), None, 0)
+        if not len(cells):
+            continue
+        reader = SetReader(fitted.source.features.files or ())
+        rows = read_cells(session, fitted.source, image_id, fitted.record.scaler.names, reader)
+        crop = model.json.get("crop", {})
+        tensors = {
+            # In 64 bits, so that the way back ends at the very numbers that the network reads here.
+            f"crops.{name}": crops[:EXAMPLE_CELLS].double() * crop["std"] + crop["mean"]
+            for name, crops in cells.crops.items()
+        }
+        tensors["cell_ids"] = cells.cell_ids[:EXAMPLE_CELLS].contiguous()
+        tensors["features"] = from_numpy(rows.features[:EXAMPLE_CELLS].copy())
+        return fitted, tensors, plate
+    record, size = model.record, model.record.crop_size
+    shape = record.shape
+    pictures = {} if shape is None else shape.pictures
+    nothing = {f"crops.{name}": empty(0, n, size, size) for name, n in pictures.items()}
+    nothing["cell_ids"] = empty(0, dtype=int64)
+    nothing["features"] = empty(0, len(record.scaler.names), dtype=float64)
+    return model, nothing, None
 
 
-def _images(session: Session, model: OpenModel) -> list[int]:
-    done = segmented(select(Image.id), model.segment.id).where(Segmentation.n_cells > 0)
-    members = select(SplitMember.image_id).where(SplitMember.split_id == model.run.split_id)
-    test = done.where(Image.id.in_(members.where(SplitMember.subset == Subset.TEST)))
-    found = [
-        *session.scalars(test.order_by(Image.id).limit(_IMAGES_TRIED)),
-        *session.scalars(done.order_by(Image.id).limit(_IMAGES_TRIED)),
+def _crop_rules(record: ModelRecord) -> dict[str, Any]:
+    """How the crops are made that a network looks at."""
+    pictures = [name for name in record.branches if name != TABULAR]
+    if not pictures:
+        return {}
+    planes = [
+        f"channel {name}, divided by its intensity scale, not masked" for name in record.channels
     ]
-    return list(dict.fromkeys(found))
-
-
-def _first_cells(
-    session: Session, model: OpenModel, image_id: int, cells: CellBlock
-) -> dict[str, Any]:
-    """Crops from 0 to 1 and features as measured, of the first cells of an image."""
-    from torch import from_numpy
-
-    reader = None if model.source.features.files is None else SetReader(model.source.features.files)
-    names = model.meta.scaler.names
-    rows = read_cells(session, model.source, image_id, names, reader)
-    crop = model.checkpoint.record.get("crop", {})
-    tensors = {
-        # In 64 bits, so that the way back ends at the very numbers that the network reads here.
-        f"crops.{name}": crops[:EXAMPLE_CELLS].double() * crop["std"] + crop["mean"]
-        for name, crops in cells.crops.items()
-    }
-    tensors["cell_ids"] = cells.cell_ids[:EXAMPLE_CELLS].contiguous()
-    tensors["features"] = from_numpy(rows.features[:EXAMPLE_CELLS].copy())
-    return tensors
-
-
-def _no_cells(model: OpenModel) -> dict[str, Any]:
-    from torch import empty, float64, int64
-
-    meta, size = model.meta, model.meta.crop_size
-    channels = {"image": len(meta.channels)}
-    crops = {
-        f"crops.{name}": empty(0, channels.get(name, len(CROPS["mask"])), size, size)
-        for name in meta.branches
-        if name != TABULAR
-    }
-    features = empty(0, len(meta.scaler.names), dtype=float64)
-    return {**crops, "cell_ids": empty(0, dtype=int64), "features": features}
-
-
-def _record(session: Session, example: _Example) -> dict[str, Any]:
-    """All that stands in ``model.json``: the record of the checkpoint, and what explains it."""
-    model, meta = example.model, example.model.meta
-    kept = {**model.checkpoint.record, **meta.to_json()}
-    return {
-        **kept,
-        "format": FORMAT,
-        "model": kept.get("model", "network"),
-        "columns": _columns(session, model),
-        "crops": crop_rules(meta.branches, meta.channels),
-        "lineage": _lineage(session, model.run),
-        "example": {"plate": example.plate, "cells": example.cells},
-    }
-
-
-def _columns(session: Session, model: OpenModel) -> list[dict[str, Any]]:
-    """What is known of the measurements that the model reads, in their order."""
-    found = set_of_recipe(session, model.measure.id)
-    known = {item["name"]: item for item in (found.columns if found else [])}
-    return [dict(known.get(name, {"name": name})) for name in model.meta.scaler.names]
+    of_branch = {name: list(CROPS.get(name, planes)) for name in pictures}
+    return {"channels": of_branch, "cut": CUT, "scale": SCALE}
 
 
 def _lineage(session: Session, run: Run) -> dict[str, Any]:
@@ -298,6 +274,13 @@ def _lineage(session: Session, run: Run) -> dict[str, Any]:
     metrics = select(RunMetric).where(RunMetric.run_id == run.id)
     best = (run.result or {}).get("best_epoch")
     values = session.scalars(metrics.where(RunMetric.epoch == best)) if best is not None else ()
+    recipes, waiting = dict[int, Recipe](), [session.get_one(Recipe, run.recipe_id)]
+    while waiting:  # a recipe and all that it reads from, each once
+        recipe = waiting.pop()
+        recipes[recipe.id] = recipe
+        query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
+        inputs = session.scalars(query.where(RecipeInput.recipe_id == recipe.id))
+        waiting += [item for item in inputs if item.id not in recipes]
     return {
         "train_run": run.id,
         "code_version": run.code_version,
@@ -312,47 +295,20 @@ def _lineage(session: Session, run: Run) -> dict[str, Any]:
             "group_level": split.group_level.value,
             "seed": split.seed,
         },
-        "recipes": _recipes(session, session.get_one(Recipe, run.recipe_id)),
-    }
-
-
-def _recipes(session: Session, recipe: Recipe) -> list[dict[str, Any]]:
-    """A recipe and all that it reads from, each once."""
-    found, left = {}, [recipe]
-    while left:
-        item = left.pop()
-        found[item.id] = item
-        query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
-        inputs = session.scalars(query.where(RecipeInput.recipe_id == item.id))
-        left += [one for one in inputs if one.id not in found]
-    return [
-        {
-            "stage": item.stage.value,
-            "fingerprint": item.fingerprint,
-            "weights_sha256": item.weights_sha256,
-            "parameters": item.parameters,
-        }
-        for item in found.values()
-    ]
-
-
-def _contents(record: Mapping[str, Any], tensors: bytes, example: _Example) -> dict[str, bytes]:
-    from safetensors.torch import save
-
-    classifier = files("cellstore.stages").joinpath("exported_classifier.py")
-    text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False)
-    return {
-        "model.safetensors": tensors,
-        "model.json": text.encode(),
-        "classifier.py": classifier.read_bytes(),
-        "cells.safetensors": save(example.tensors),
-        "example.py": EXAMPLE.encode(),
-        "README.md": readme(record).encode(),
+        "recipes": [
+            {
+                "stage": item.stage.value,
+                "fingerprint": item.fingerprint,
+                "weights_sha256": item.weights_sha256,
+                "parameters": item.parameters,
+            }
+            for item in recipes.values()
+        ],
     }
 
 
 def _write(target: Path, contents: Mapping[str, bytes]) -> None:
-    """Write a folder beside its place, then move it there."""
+    """Write a folder under a temporary name, then give it its own."""
     part = target.parent / f".part-{uuid.uuid4().hex}"
     try:
         part.mkdir(parents=True)
@@ -362,6 +318,6 @@ def _write(target: Path, contents: Mapping[str, bytes]) -> None:
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise StorageError(
-            f"{target} cannot be written: {error.strerror}. Free some space, mend the permissions "
-            "or name another folder with --output."
+            f"{target} cannot be written: {error.strerror}. Free some space, correct the "
+            "permissions or name another folder with --output."
         ) from error

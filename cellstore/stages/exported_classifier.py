@@ -1,7 +1,8 @@
-"""A classifier of cells, made of model.safetensors and model.json by torch and torchvision alone.
+"""A classifier of cells, made of the two files of an exported model.
 
-This file comes with an exported model and needs no cellstore. The two files of the model hold
-numbers and text: reading them runs no code.
+This file comes with the model and needs no cellstore: torch and torchvision for a network
+(model.safetensors), scikit-learn and skops for another model (model.skops). Reading the files runs
+no code from them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torchvision import models
 
 TABULAR = "tabular"
 
+TRUSTED = ["sklearn.tree._tree.Tree"]
+"""What skops does not trust by itself. scikit-learn follows the numbers in it without a look."""
+
 
 class Classifier:
     """Call it with the cells of one plate to get the probability of each class.
@@ -26,20 +30,27 @@ class Classifier:
     ``record`` is model.json.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], record: Mapping[str, Any]) -> None:
-        self.record, self.labels = record, tuple(record["labels"])
-        self.scaler = Scaler(record["scaler"])
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        self.labels = tuple(self.record["labels"])
+        self.scaler = Scaler(self.record["scaler"])
         self.features = self.scaler.names
-        self.kind, self.tensors = record.get("model", "network"), tensors
-        if self.kind == "network":
-            self.network = Network(record["shape"]).eval()
-            self.network.load_state_dict(tensors)
+        self.network: Network | None = None
+        if self.record["model"] == "network":
+            self.network = Network(self.record["shape"]).eval()
+            self.network.load_state_dict(load_file(folder / "model.safetensors"))
+        else:
+            import skops.io
 
-    @classmethod
-    def load(cls, folder: str | Path) -> Classifier:
-        """Return the classifier of a folder."""
-        text = (Path(folder) / "model.json").read_text(encoding="utf-8")
-        return cls(load_file(Path(folder) / "model.safetensors"), json.loads(text))
+            self.estimator = skops.io.load(folder / "model.skops", trusted=TRUSTED)
+            for tree in (item.tree_ for item in getattr(self.estimator, "estimators_", ())):
+                here, leaf = range(tree.node_count), tree.children_left < 0
+                for child in (tree.children_left, tree.children_right):
+                    if not ((child > here) & (child < tree.node_count) | leaf).all():
+                        raise ValueError("The trees of this model are damaged. Do not use it.")
+                if not ((tree.feature < len(self.features)) & (tree.feature >= 0) | leaf).all():
+                    raise ValueError("The trees of this model are damaged. Do not use it.")
 
     def __call__(
         self, crops: Mapping[str, Tensor], features: Tensor, plate: str | None = None
@@ -50,51 +61,32 @@ class Classifier:
         ``features`` (N, F) are as measured, in the order of ``self.features``; ``plate`` is the
         barcode, for a model that normalises plate by plate.
         """
-        with torch.inference_mode():
-            scaled = self.scaler(features.double(), plate).float()
-            if self.kind == "network":
-                return self._by_network(crops, scaled)
-            return self._by_trees(scaled) if self.kind == "forest" else self._by_line(scaled)
-
-    def _by_network(self, crops: Mapping[str, Tensor], features: Tensor) -> Tensor:
-        crop = self.record["crop"]
+        scaled = self.scaler(features.double(), plate).float()
+        if not len(scaled):
+            return torch.empty(0, len(self.labels), dtype=torch.float64)
+        if self.network is None:
+            return torch.from_numpy(self.estimator.predict_proba(scaled.numpy()))
+        crop = self.record.get("crop")
         normal = {
             name: ((values.double() - crop["mean"]) / crop["std"]).float()
             for name, values in crops.items()
         }
-        scores: Tensor = self.network(normal, features)
+        with torch.inference_mode():
+            scores: Tensor = self.network(normal, scaled)
         return torch.softmax(scores.double(), dim=1)
-
-    def _by_line(self, features: Tensor) -> Tensor:
-        lines, intercepts = self.tensors["coefficients"], self.tensors["intercepts"]
-        return torch.softmax(features.double() @ lines.T + intercepts, dim=1)
-
-    def _by_trees(self, features: Tensor) -> Tensor:
-        t, total = self.tensors, torch.zeros(len(features), len(self.labels), dtype=torch.float64)
-        for row, values in enumerate(features):
-            for root in t["roots"].tolist():
-                at = root
-                while int(t["left"][at]) != at:
-                    low = bool(values[t["feature"][at]].double() <= t["threshold"][at])
-                    at = int(t["left" if low else "right"][at])
-                span = slice(int(t["starts"][at]), int(t["starts"][at + 1]))
-                counts = t["counts"][span].double()
-                total[row, t["classes"][span].long()] += counts / counts.sum()
-        return total / len(t["roots"])
 
 
 class Scaler:
     """Measurements (N, F) of a plate to what the model reads; a value that is not there counts 0.
 
-    ``(x - mean) / scale`` of the training side; before that, where the model is of the kind
-    "plate-controls", of the control cells of the plate.
+    ``(x - mean) / scale`` of the training subset; before that, where the model knows plates, of the
+    control cells of the plate.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        self.plates: Mapping[str, Any] | None = record.get("plates")
-        after = record["after"] if self.plates is not None else record
-        self.names = tuple(after["names"])
-        self.mean, self.scale = _numbers(after["mean"]), _numbers(after["scale"])
+        self.plates: Mapping[str, Any] | None = record["plates"]
+        self.names = tuple(record["names"])
+        self.mean, self.scale = _numbers(record["mean"]), _numbers(record["scale"])
 
     def __call__(self, rows: Tensor, plate: str | None) -> Tensor:
         """Return the rows scaled, (N, F) float64."""

@@ -1,4 +1,4 @@
-"""The stage: label the images of a selection, in one run that is whole when it is done."""
+"""Predict: label the images of a selection, in one run that is whole when it is done."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from ..extras import need
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_run, find_split
 from ..jobs.queue import JobScope, Task, count_images, requeue_failed
-from ..jobs.recipes import RecipeSpec, fingerprint, register
-from ..jobs.runs import RunHandle, attach, fail_if_any, keep_file, running
+from ..jobs.recipes import RecipeSpec, digest_of_images, known_recipe, register
+from ..jobs.runs import attach, fail_if_any, keep_file, running
 from ..jobs.selection import first_of, images_of, segmented
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
-from ..learn.models import OpenModel, know_plates, open_model
+from ..learn.models import NetworkModel, OpenModel, fit_new_plates, open_model
 from ..learn.normalising import describe_plates
 from ..models import (
     Cell,
@@ -56,11 +56,354 @@ from ..query.feature_sets import check_set_name
 
 if TYPE_CHECKING:
     from ..learn.crops import CellBlock
-    from ..learn.models import ModelMeta
 
-
+VERSION = 1
 EMBEDDING_VERSION = 1
 LAYER = "projection"
+
+MOST_ROWS = 2_000_000
+"""Predictions that wait for each other where embeddings are written in one file, at most."""
+
+ROWS_AT_ONCE = 100_000
+
+COLUMNS = ("run_id", "cell_id", "rank", "label_id", "probability")
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """What a predict run did.
+
+    ``selected`` images were asked for; ``waiting`` of them have no measured cells yet;
+    ``earlier`` were labelled before, by this run or one of the same recipe; ``done`` now.
+    ``cells`` were labelled now. ``run_id``: where the predictions are. ``split`` is that of the
+    training run. ``feature_set``: where the embeddings are. ``notes`` are sentences that a reader
+    of the labels has to know.
+    """
+
+    run_id: int
+    recipe_id: int
+    train_run_id: int
+    split: str
+    selected: int
+    waiting: int
+    earlier: int
+    done: int
+    failures: tuple[tuple[str, str], ...]
+    cells: int
+    feature_set: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is labelled, by which model. ``images``: those of the ``selected`` ones that can be.
+
+    ``unseen``: no image is opened, so it does not matter whether its files are there. ``plates``
+    is what was fitted to plates that the training has not seen. ``notes`` are sentences that a
+    reader of the labels has to know.
+    """
+
+    model: OpenModel
+    split: Split
+    label_ids: NDArray[np.int64]
+    top_k: int
+    images: Select[int]
+    selected: int
+    ready: int
+    unseen: bool
+    query: str
+    plates: Mapping[str, Any]
+    notes: tuple[str, ...]
+    spec: RecipeSpec
+    embedding: Embedding | None
+
+
+def predict(
+    workspace: Workspace,
+    params: PredictParams | None = None,
+    *,
+    run: str = "latest",
+    device: str = "auto",
+) -> PredictResult:
+    """Label the cells of a selection of images with the model of a training run.
+
+    Rows are appended, never changed. An interrupted run of the same checkpoint and images is
+    resumed. Where more images have been measured since, a new run labels all of them, so that
+    every finished run is whole.
+
+    Raises:
+        MissingExtraError: torch and the like are not installed.
+        UnknownNameError: no such training run, split, plate, well or channel, a label of the model
+            is gone, or the feature set is.
+        UserInputError: the run has no checkpoint, none of the images has measured cells, the
+            feature set is not the one that the model was trained on, a plate has no control cells
+            to be normalised against, or the embedding cannot have its name.
+        StorageError: the checkpoint is damaged.
+
+    """
+    need("train")
+    from ..analysis.devices import pick_device
+
+    params, chosen = params or PredictParams(), str(pick_device(device))
+    with workspace.database.read() as session:
+        trained = find_run(session, run, Stage.TRAIN)
+        model = open_model(session, workspace, trained, chosen)
+        plan = make_plan(session, workspace, params, model)
+    with workspace.database.begin() as session:
+        recipe = register(session, plan.spec)
+        embedding_id = None if plan.embedding is None else plan.embedding.register(session)
+        counted = count_images(session, recipe.id, plan.images, unseen=plan.unseen)
+        todo = counted.todo + counted.failed
+        query = select(Run).where(Run.recipe_id == recipe.id, Run.stage == Stage.PREDICT)
+        latest = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
+        most = min(ROWS_OF_FILE, MOST_ROWS // plan.top_k)
+        per_file = images_per_file(session, model.segment.id, most) if embedding_id else 1
+    unfinished = latest if latest is not None and latest.status is not Status.DONE else None
+    if latest is not None and unfinished is None and todo == 0:
+        did = RunCounter(latest.id, recipe.id)
+    else:
+        stage = Predict(
+            workspace.artifacts,
+            model=plan.model,
+            label_ids=plan.label_ids,
+            top_k=plan.top_k,
+            embedding=plan.embedding,
+            embedding_id=embedding_id,
+            images_per_file=per_file,
+        )
+        did = _run(workspace, plan, stage, recipe, unfinished)
+    return PredictResult(
+        run_id=did.run_id,
+        recipe_id=recipe.id,
+        train_run_id=trained.id,
+        split=plan.split.name,
+        selected=plan.selected,
+        waiting=plan.selected - plan.ready,
+        earlier=plan.ready - todo,
+        done=did.images,
+        failures=tuple(did.failures),
+        cells=did.cells,
+        feature_set=plan.embedding.name if plan.embedding else None,
+        notes=plan.notes,
+    )
+
+
+def _run(
+    workspace: Workspace, plan: Plan, stage: Predict, recipe: Recipe, unfinished: Run | None
+) -> RunCounter:
+    """Label what is left, in a new run or in an unfinished one; return what was done."""
+    recipes = [recipe.id] + ([stage.embedding_id] if stage.embedding_id is not None else [])
+    did: RunCounter | None = None
+    try:
+        with running(
+            workspace.database,
+            recipe,
+            parent_id=plan.model.run.id,
+            split_id=plan.split.id,
+            query=plan.query,
+            resume=None if unfinished is None else unfinished.id,
+        ) as run:
+            if plan.plates:
+                text = json.dumps(plan.plates, indent=1, sort_keys=True, allow_nan=False)
+                file = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
+                with workspace.database.begin() as session:
+                    attach(session, run.id, keep_file(session, file))
+            scope = JobScope(dict.fromkeys(recipes, run.id), plan.images, plan.unseen)
+            with workspace.database.begin() as session:
+                # A run is whole or not finished: what failed is tried again.
+                requeue_failed(session, scope)
+            counters = run_jobs(workspace, stage, scope)
+            did = counters[recipe.id]
+            failures = [failure for one in counters.values() for failure in one.failures]
+            did.failures = list(dict.fromkeys(failures))
+            # The whole run, earlier attempts included.
+            mine = and_(Job.run_id == run.id, Job.recipe_id == recipe.id, Job.status == Status.DONE)
+            labelled = and_(Prediction.run_id == run.id, Prediction.rank == 1)
+            with workspace.database.read() as session:
+                run.result = {
+                    "images": session.scalar(select(func.count()).select_from(Job).where(mine)),
+                    "failed": len(did.failures),
+                    "cells": session.scalar(select(func.count()).where(labelled)),
+                    **({"feature_set": plan.embedding.name} if plan.embedding else {}),
+                    "notes": list(plan.notes),
+                }
+            # A run that lacks images is not finished: the next call goes on with it.
+            fail_if_any(len(did.failures), did.images, "labelled")
+    except JobsFailedError:
+        assert did is not None
+    return did
+
+
+def make_plan(
+    session: Session, workspace: Workspace, params: PredictParams, model: OpenModel
+) -> Plan:
+    """Return the plan.
+
+    Raises:
+        UnknownNameError: no such plate, well or split, or a label of the model is gone.
+        UserInputError: none of the images has measured cells, or the embedding cannot have its
+            name.
+
+    """
+    if params.top_k < 1:
+        raise UserInputError(f"Top-k must be 1 or more, not {params.top_k}.")
+    if params.subset is not None and params.subset not in list(Subset):
+        raise UnknownNameError.of("subset", params.subset, list(Subset))
+    record, source = model.record, replace(model.source, plates=params.plates)
+    split = session.get_one(Split, model.run.split_id)
+    selected, source, asked = _select(session, params, split, source)
+    unseen = record.branches == (TABULAR,)
+    images = _measured(segmented(selected, source.segment_id), source, pixels=not unseen)
+    ready = _count(session, images)
+    if ready == 0:
+        raise UserInputError(_nothing_to_label(params, _count(session, selected), model.run.id))
+    query = cells_query(source)
+    if params.wells or params.where is not None or params.limit is not None:
+        query = query.where(Image.id.in_(selected))
+
+    values = select(Label.value, Label.id).where(Label.field == record.field)
+    labels = dict(session.execute(values).all())
+    gone = [value for value in record.labels if value not in labels]
+    if gone:
+        raise UnknownNameError.of("label", gone[0], labels)
+
+    on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
+    on_plates = on_plates.join(Image, Image.well_id == Well.id).where(Image.id.in_(images))
+    barcodes = sorted(session.scalars(on_plates.distinct()))
+    model, plates = fit_new_plates(session, workspace, model, barcodes)
+    fitted = None
+    if plates:
+        fitted = hashlib.sha256(json.dumps(plates, sort_keys=True).encode()).hexdigest()
+
+    parameters = as_parameters(params) | {"images": digest_of_images(session, images)}
+    if params.split is not None:
+        parameters["split"] = asked.fingerprint
+    if params.all_probabilities:
+        del parameters["top_k"]
+    if source.features.mark is not None:
+        parameters["feature_files"] = source.features.mark
+    if fitted is not None:
+        parameters["fitted_plates"] = fitted
+    inputs = (session.get_one(Recipe, model.run.recipe_id), model.segment, model.measure)
+    notes = _seen_notes(session, model.run, split, images, ready)
+    notes += describe_plates(model.record.scaler, model.record.intensity_scale, barcodes)
+    embedding = None
+    if params.embedding is not None:
+        embedding = plan_embedding(session, params.embedding, model, fitted)
+    n_labels = len(record.labels)
+    return Plan(
+        model=model,
+        split=split,
+        label_ids=np.array([labels[value] for value in record.labels], dtype=np.int64),
+        top_k=n_labels if params.all_probabilities else min(params.top_k, n_labels),
+        images=images,
+        selected=_count(session, selected),
+        ready=ready,
+        unseen=unseen,
+        query=as_text(query),
+        plates=plates,
+        notes=tuple(notes),
+        spec=RecipeSpec(Stage.PREDICT, VERSION, parameters, model.file.sha256, inputs),
+        embedding=embedding,
+    )
+
+
+def _select(
+    session: Session, params: PredictParams, split: Split, source: CellSource
+) -> tuple[Select[int], CellSource, Split]:
+    """Return the images that are asked for, whose cells they are of, and the split that is meant.
+
+    ``split``: that of the training run.
+    """
+    asked = split if params.split is None else find_split(session, params.split)
+    selected = images_of(session, params.selection)
+    if params.subset is not None or params.split is not None:
+        members = select(SplitMember.image_id).where(SplitMember.split_id == asked.id)
+        if params.subset is not None:
+            members = members.where(SplitMember.subset == params.subset)
+        selected = selected.where(Image.id.in_(members))
+        source = replace(source, split_id=asked.id, subset=params.subset)
+    if params.limit is not None:
+        selected = first_of(session, selected, params.limit)
+    return selected, source, asked
+
+
+def _measured(images: Select[int], source: CellSource, *, pixels: bool) -> Select[int]:
+    """Those of ``images``, joined to their segmentations, whose cells are measured.
+
+    An image without cells is measured, too. ``pixels``: not those that have not been seen.
+    """
+    measured = aliased(Job)  # the jobs of this stage are looked up around it
+    of_recipe = and_(measured.recipe_id == source.measure_id, measured.image_id == Image.id)
+    done = exists().where(
+        of_recipe,
+        measured.content_sha256 == Image.content_sha256,
+        measured.status == Status.DONE,
+    )
+    if source.features.in_table:
+        return images.where(done)
+    # Imported features have no jobs: then cells within the range of cells of a file are known. One
+    # that is, and has no row there, is labelled as an image without cells.
+    imported = ~exists().where(measured.recipe_id == source.measure_id)
+    file = and_(
+        Cell.segmentation_id == Segmentation.id,
+        FeatureSet.recipe_id == source.measure_id,
+        FeatureFile.feature_set_id == FeatureSet.id,
+        Cell.id.between(FeatureFile.first_cell_id, FeatureFile.last_cell_id),
+    )
+    in_files = or_(Segmentation.n_cells == 0, exists().where(file).correlate(Segmentation))
+    found = images.where(or_(done, and_(imported, in_files)))
+    return found.where(Image.content_sha256.is_not(None)) if pixels else found
+
+
+def _count(session: Session, images: Select[int], *more: ColumnElement[bool]) -> int:
+    named = select(func.count()).select_from(Image).where(Image.id.in_(images), *more)
+    return session.scalar(named) or 0
+
+
+def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
+    if selected == 0:
+        split = "the run's split" if params.split is None else f"split {params.split!r}"
+        where = "in the store" if params.subset is None and params.split is None else f"in {split}"
+        subset = "" if params.subset is None else f" in the {params.subset} subset"
+        return (
+            f"There is no image{subset} {where} to label that meets every condition. Choose "
+            "another subset, or other plates, wells or conditions."
+        )
+    return (
+        f"None of the {selected} images has cells measured by the recipes of training run "
+        f"{run_id}. Run: cellstore segment, then: cellstore measure; or ingest their features"
+    )
+
+
+def _seen_notes(
+    session: Session, trained: Run, split: Split, images: Select[int], ready: int
+) -> list[str]:
+    """Sentences on images that the model has met before: their labels prove nothing."""
+    # Lists that are made once: asked image by image, a join would walk the split for each.
+    members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
+    trained_on = members.where(SplitMember.subset == Subset.TRAIN)
+    other = aliased(Image)
+    wells = select(other.well_id).where(other.id.in_(trained_on))
+    is_train, in_well = Image.id.in_(trained_on), Image.well_id.in_(wells)
+    stopped_by = (trained.result or {}).get("validation_side")
+    stopped = Image.id.in_(members.where(SplitMember.subset == stopped_by))
+    counts = [
+        (_count(session, images, is_train), f"training run {trained.id} was trained on"),
+        (
+            _count(session, images, ~is_train, in_well),
+            f"are of wells that training run {trained.id} has seen",
+        ),
+        (
+            _count(session, images, stopped) if stopped_by else 0,
+            f"were used to decide when to stop training run {trained.id}",
+        ),
+    ]
+    return [
+        f"{number:,} of the {ready:,} images {what}: labels of these say little about new wells."
+        for number, what in counts
+        if number
+    ]
 
 
 @dataclass(frozen=True)
@@ -99,40 +442,22 @@ def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | 
 
     Raises:
         UserInputError: the model has no embedding, or the name is bad or taken.
-    """
-    from ..learn.models import NetworkModel
 
+    """
+    run_id = model.run.id
     if not isinstance(model.model, NetworkModel):
         raise UserInputError(
-            f"Training run {model.run.id} is a baseline and has no embedding. Name the run of a "
+            f"Training run {run_id} is a baseline and has no embedding. Name the run of a "
             "network, or leave --embedding out."
         )
     check_set_name(name, "--embedding")
     parameters = {"embedding": LAYER, "width": model.model.width}
     if plates is not None:
         parameters |= {"fitted_plates": plates}
-    sha256 = model.checkpoint.tensors.sha256
-    spec = RecipeSpec(Stage.MEASURE, EMBEDDING_VERSION, parameters, sha256, (model.segment,))
-    _check_taken(session, name, model.run.id, spec)
-    features = tuple(_feature(i, model.run.id) for i in range(model.model.width))
-    return Embedding(name, spec, features)
-
-
-def _feature(index: int, run_id: int) -> Feature:
-    return Feature(
-        name=f"embedding_{index:03d}",
-        dtype="float32",
-        unit="1",
-        source=f"cellstore predict: {LAYER} of the network of training run {run_id}",
-        formula="",
-        description="What the classifier reads of a cell: 0 or more, meaningless alone.",
+    spec = RecipeSpec(
+        Stage.MEASURE, EMBEDDING_VERSION, parameters, model.file.sha256, (model.segment,)
     )
-
-
-def _check_taken(session: Session, name: str, run_id: int, spec: RecipeSpec) -> None:
-    recipe = session.scalars(
-        select(Recipe).where(Recipe.fingerprint == fingerprint(spec), Recipe.stage == spec.stage)
-    ).one_or_none()
+    recipe = known_recipe(session, spec)
     mine = None if recipe is None else set_of_recipe(session, recipe.id)
     if mine is not None and mine.name != name:
         raise UserInputError(
@@ -145,269 +470,23 @@ def _check_taken(session: Session, name: str, run_id: int, spec: RecipeSpec) -> 
             f"Feature set {name!r} is there already, and is not the embedding of training run "
             f"{run_id} on these plates. Give another --embedding name."
         )
-
-
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The model of the training run, and the images to label; ``unseen``: it opens none.
-
-    ``split`` is that of the training run. ``plates`` is what was fitted to plates that the training
-    has not seen. ``notes`` are sentences that a reader of the labels has to know.
-    """
-
-    params: PredictParams
-    model: OpenModel
-    split: Split
-    label_ids: NDArray[np.int64]
-    images: Select[int]
-    selected: int
-    ready: int
-    unseen: bool
-    query: str
-    plates: Mapping[str, Any]
-    notes: tuple[str, ...]
-    spec: RecipeSpec
-    embedding: Embedding | None
-
-    @property
-    def trained(self) -> Run:
-        """The training run."""
-        return self.model.run
-
-    @property
-    def top_k(self) -> int:
-        """How many labels are kept of a cell."""
-        n_labels = len(self.label_ids)
-        return n_labels if self.params.all_probabilities else min(self.params.top_k, n_labels)
-
-
-def check_params(params: PredictParams) -> PredictParams:
-    """Return ``params``, if they can be used.
-
-    Raises:
-        UserInputError, UnknownNameError: they cannot.
-    """
-    if params.top_k < 1:
-        raise UserInputError(f"Top-k must be 1 or more, not {params.top_k}.")
-    if params.subset is not None and params.subset not in list(Subset):
-        raise UnknownNameError.of("side", params.subset, list(Subset))
-    return params
-
-
-def make_plan(
-    session: Session, workspace: Workspace, params: PredictParams, model: OpenModel
-) -> Plan:
-    """Return the plan.
-
-    Raises:
-        UnknownNameError: no such plate, well or split, or a label of the model is gone.
-        UserInputError: none of the images has measured cells, or the embedding cannot have its
-            name.
-    """
-    split = session.get_one(Split, model.run.split_id)
-    chosen, source = _chosen(session, params, split, model.source)
-    unseen = model.meta.branches == (TABULAR,)
-    images = _measured(segmented(chosen, source.segment_id), source, not unseen)
-    selected, ready = (_count(session, query) for query in (chosen, images))
-    if ready == 0:
-        raise UserInputError(_nothing_to_label(params, selected, model.run.id))
-    label_ids = _label_ids(session, model.meta)
-    barcodes = _plates_of(session, images)
-    model, plates = know_plates(session, workspace, model, barcodes)
-    notes = _seen(session, model.run, split, images, ready)
-    notes += describe_plates(model.meta.scaler, model.meta.whites, barcodes)
-    mark = _mark(plates)
-    embedding = None
-    if params.embedding is not None:
-        embedding = plan_embedding(session, params.embedding, model, mark)
-    return Plan(
-        params,
-        model,
-        split,
-        label_ids,
-        images,
-        selected,
-        ready,
-        unseen,
-        _text(params, source, chosen),
-        plates,
-        tuple(notes),
-        _spec(session, params, model, images, source, mark),
-        embedding,
-    )
-
-
-def _chosen(
-    session: Session, params: PredictParams, split: Split, source: CellSource
-) -> tuple[Select[int], CellSource]:
-    """The images that are asked for, and the cells of the side and the plates that they are of."""
-    chosen = images_of(session, params.selection)
-    asked = split if params.split is None else find_split(session, params.split)
-    source = replace(source, plates=params.plates)
-    if params.subset is not None or params.split is not None:
-        members = select(SplitMember.image_id).where(SplitMember.split_id == asked.id)
-        if params.subset is not None:
-            members = members.where(SplitMember.subset == params.subset)
-        chosen = chosen.where(Image.id.in_(members))
-        source = replace(source, split_id=asked.id, subset=params.subset)
-    if params.limit is not None:
-        chosen = first_of(session, chosen, params.limit)
-    return chosen, source
-
-
-def _text(params: PredictParams, source: CellSource, chosen: Select[int]) -> str:
-    """The query of the cells, as it is kept with the run."""
-    query = cells_query(source)
-    if params.wells or params.where is not None or params.limit is not None:
-        query = query.where(Image.id.in_(chosen))
-    return as_text(query)
-
-
-def _measured(images: Select[int], source: CellSource, pixels: bool) -> Select[int]:
-    """Those of ``images``, joined to their segmentations, whose cells are measured.
-
-    An image without cells is measured, too. ``pixels``: not those that have not been seen.
-    """
-    measured = aliased(Job)  # the jobs of this stage are looked up around it
-    done = and_(
-        measured.recipe_id == source.measure_id,
-        measured.image_id == Image.id,
-        measured.content_sha256 == Image.content_sha256,
-        measured.status == Status.DONE,
-    )
-    if source.features.in_table:
-        return images.where(exists().where(done))
-    imported = ~exists().where(measured.recipe_id == source.measure_id)
-    found = images.where(or_(exists().where(done), and_(imported, _in_files(source))))
-    return found.where(Image.content_sha256.is_not(None)) if pixels else found
-
-
-def _in_files(source: CellSource) -> ColumnElement[bool]:
-    """Whether cells of a segmentation are within the range of cells of a file of the feature set.
-
-    One that is, and has no row there, is labelled as an image without cells.
-    """
-    file = and_(
-        Cell.segmentation_id == Segmentation.id,
-        FeatureSet.recipe_id == source.measure_id,
-        FeatureFile.feature_set_id == FeatureSet.id,
-        Cell.id.between(FeatureFile.first_cell_id, FeatureFile.last_cell_id),
-    )
-    return or_(Segmentation.n_cells == 0, exists().where(file).correlate(Segmentation))
-
-
-def _count(session: Session, images: Select[int], *more: ColumnElement[bool]) -> int:
-    named = select(func.count()).select_from(Image).where(Image.id.in_(images), *more)
-    return session.scalar(named) or 0
-
-
-def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
-    if selected == 0:
-        split = "the run's split" if params.split is None else f"split {params.split!r}"
-        where = "in the store" if params.subset is None and params.split is None else f"in {split}"
-        side = "" if params.subset is None else f" on the {params.subset} side"
-        return (
-            f"There is no image{side} {where} to label that meets every condition. Choose another "
-            "side, or other plates, wells or conditions."
+    features = tuple(
+        Feature(
+            name=f"embedding_{index:03d}",
+            dtype="float32",
+            unit="1",
+            source=f"cellstore predict: {LAYER} of the network of training run {run_id}",
+            formula="",
+            description="What the classifier reads of a cell: 0 or more, meaningless alone.",
         )
-    return (
-        f"None of the {selected} images has cells measured by the recipes of training run "
-        f"{run_id}. Run: cellstore segment, then: cellstore measure; or ingest their features"
+        for index in range(model.model.width)
     )
-
-
-def _label_ids(session: Session, meta: ModelMeta) -> NDArray[np.int64]:
-    query = select(Label.value, Label.id).where(Label.field == meta.field)
-    known = dict(session.execute(query).all())
-    gone = [value for value in meta.labels if value not in known]
-    if gone:
-        raise UnknownNameError.of("label", gone[0], known)
-    return np.array([known[value] for value in meta.labels], dtype=np.int64)
-
-
-def _plates_of(session: Session, images: Select[int]) -> list[str]:
-    query = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
-    query = query.join(Image, Image.well_id == Well.id).where(Image.id.in_(images)).distinct()
-    return sorted(session.scalars(query))
-
-
-def _seen(
-    session: Session, trained: Run, split: Split, images: Select[int], ready: int
-) -> list[str]:
-    """Sentences on images that the model has met before: what it says of them proves nothing."""
-    # Lists that are made once: asked image by image, a join would walk the split for each.
-    members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
-    trained_on = members.where(SplitMember.subset == Subset.TRAIN)
-    other = aliased(Image)
-    wells = select(other.well_id).where(other.id.in_(trained_on))
-    is_train, in_well = Image.id.in_(trained_on), Image.well_id.in_(wells)
-    side = (trained.result or {}).get("validation_side")
-    chose = Image.id.in_(members.where(SplitMember.subset == side))
-    counts = [
-        (_count(session, images, is_train), "training run {} was trained on"),
-        (_count(session, images, ~is_train, in_well), "are of wells that training run {} has seen"),
-        (_count(session, images, chose) if side else 0, "chose the epoch of training run {}"),
-    ]
-    return [
-        f"{number:,} of the {ready:,} images {what.format(trained.id)}: labels of these say "
-        "little about new wells."
-        for number, what in counts
-        if number
-    ]
-
-
-def _mark(plates: Mapping[str, Any]) -> str | None:
-    if not plates:
-        return None
-    return hashlib.sha256(json.dumps(plates, sort_keys=True).encode()).hexdigest()
-
-
-def _spec(
-    session: Session,
-    params: PredictParams,
-    model: OpenModel,
-    images: Select[int],
-    source: CellSource,
-    mark: str | None,
-) -> RecipeSpec:
-    parameters = as_parameters(params) | {"images": _digest_of(session, images)}
-    if params.split is not None:
-        parameters["split"] = find_split(session, params.split).fingerprint
-    if params.all_probabilities:
-        del parameters["top_k"]
-    if source.features.mark is not None:
-        parameters["feature_files"] = source.features.mark
-    if mark is not None:
-        parameters["fitted_plates"] = mark
-    inputs = (session.get_one(Recipe, model.run.recipe_id), model.segment, model.measure)
-    sha256 = model.checkpoint.tensors.sha256
-    return RecipeSpec(Stage.PREDICT, VERSION, parameters, sha256, inputs)
-
-
-def _digest_of(session: Session, images: Select[int]) -> str:
-    """What the images of the selection hold: with more of them, a run of its own labels all."""
-    digest = hashlib.sha256()
-    query = select(Image.content_sha256, Image.id).where(Image.id.in_(images))
-    ordered = query.order_by(Image.content_sha256, Image.id).execution_options(yield_per=10_000)
-    for content, image_id in session.execute(ordered):
-        digest.update(f"{content or image_id}\n".encode())
-    return digest.hexdigest()
-
-
-MOST_ROWS = 2_000_000
-"""Predictions that wait for each other where embeddings are written in one file, at most."""
-
-ROWS_AT_ONCE = 100_000
-
-_COLUMNS = ("run_id", "cell_id", "rank", "label_id", "probability")
+    return Embedding(name, spec, features)
 
 
 @dataclass(frozen=True)
 class PredictOutput:
-    """What is said of the N cells of an image: K labels each, the most probable first.
+    """The labels of the N cells of an image: K each, the most probable first.
 
     ``cell_ids`` (N,) ascend; ``label_ids`` and ``probabilities`` are (N, K), ``vectors``
     (N, width), if embeddings are wanted.
@@ -445,15 +524,16 @@ class Predict(ImageStage[int, PredictOutput]):
         return self.model.reader(task_input)
 
     def compute(self, loaded: Sequence[CellBlock]) -> list[PredictOutput]:
-        """Return what is said of the cells of each image."""
+        """Return the labels of the cells of each image."""
         outputs = []
         for cells in loaded:
-            if self.embedding is not None:
-                chances, vectors = self.model.predict_and_embed(cells)
+            model, vectors = self.model.model, None
+            if self.embedding is not None and isinstance(model, NetworkModel):
+                probabilities, vectors = model.predict_and_embed(cells)
             else:
-                chances, vectors = self.model.predict(cells), None
-            order = np.argsort(-chances, axis=1, kind="stable")[:, : self.top_k]
-            best = np.clip(np.take_along_axis(chances, order, axis=1), 0.0, 1.0)
+                probabilities = model.predict(cells)
+            order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
+            best = np.clip(np.take_along_axis(probabilities, order, axis=1), 0.0, 1.0)
             ids = cells.cell_ids.cpu().numpy()
             outputs.append(PredictOutput(ids, self.label_ids[order], best, vectors))
         return outputs
@@ -493,170 +573,7 @@ class Predict(ImageStage[int, PredictOutput]):
                     strict=True,
                 )
                 if len(waiting) >= ROWS_AT_ONCE:
-                    bulk_insert(session, Prediction, _COLUMNS, waiting)
+                    bulk_insert(session, Prediction, COLUMNS, waiting)
                     waiting = []
-            bulk_insert(session, Prediction, _COLUMNS, waiting)
+            bulk_insert(session, Prediction, COLUMNS, waiting)
         return sum(len(output.cell_ids) for _, output in done)
-
-
-@dataclass(frozen=True)
-class PredictResult:
-    """What a predict run did.
-
-    ``selected`` images were asked for; ``waiting`` of them have no measured cells yet;
-    ``earlier`` were labelled before, by this run or one of the same recipe; ``done`` now.
-    ``cells`` were labelled now. ``run_id``: where the predictions are. ``split`` is that of the
-    training run. ``feature_set``: where the embeddings are. ``notes`` are sentences that a reader
-    of the labels has to know.
-    """
-
-    run_id: int
-    recipe_id: int
-    train_run_id: int
-    split: str
-    selected: int
-    waiting: int
-    earlier: int
-    done: int
-    failures: tuple[tuple[str, str], ...]
-    cells: int
-    feature_set: str | None = None
-    notes: tuple[str, ...] = ()
-
-
-def predict(
-    workspace: Workspace,
-    params: PredictParams | None = None,
-    *,
-    run: str = "latest",
-    device: str = "auto",
-) -> PredictResult:
-    """Label the cells of a selection of images with the model of a training run.
-
-    Rows are appended, never changed. An interrupted run of the same checkpoint and images is gone
-    on with. Where more images have been measured since, a new run labels all of them, so that
-    every finished run is whole.
-
-    Raises:
-        MissingExtraError: torch and the like are not installed.
-        UnknownNameError: no such training run, split, plate, well or channel, a label of the model
-            is gone, or the feature set is.
-        UserInputError: the run has no checkpoint, none of the images has measured cells, the
-            feature set is not the one that the model was trained on, a plate has no control cells
-            to be normalised against, or the embedding cannot have its name.
-        StorageError: the checkpoint is damaged.
-
-    """
-    need("train")
-    from ..analysis.devices import pick_device
-
-    params, chosen = check_params(params or PredictParams()), str(pick_device(device))
-    with workspace.database.read() as session:
-        trained = find_run(session, run, Stage.TRAIN)
-        model = open_model(session, workspace, trained, chosen)
-        plan = make_plan(session, workspace, params, model)
-    with workspace.database.begin() as session:
-        recipe = register(session, plan.spec)
-        embedding_id = None if plan.embedding is None else plan.embedding.register(session)
-        state = count_images(session, recipe.id, plan.images, unseen=plan.unseen)
-        todo = state.todo + state.failed
-        earlier = _latest(session, recipe.id)
-    unfinished = earlier if earlier is not None and earlier.status is not Status.DONE else None
-    if earlier is not None and unfinished is None and todo == 0:
-        return _result(plan, recipe, earlier.id, plan.ready, RunCounter(earlier.id, recipe.id))
-    return _run(workspace, plan, recipe, embedding_id, unfinished, plan.ready - todo)
-
-
-def _latest(session: Session, recipe_id: int) -> Run | None:
-    query = select(Run).where(Run.recipe_id == recipe_id, Run.stage == Stage.PREDICT)
-    return session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-
-
-def _run(
-    workspace: Workspace,
-    plan: Plan,
-    recipe: Recipe,
-    embedding_id: int | None,
-    unfinished: Run | None,
-    earlier: int,
-) -> PredictResult:
-    stage = Predict(workspace.artifacts, plan.model, plan.label_ids, plan.top_k)
-    recipes = [recipe.id]
-    if embedding_id is not None:
-        most = min(ROWS_OF_FILE, MOST_ROWS // plan.top_k)
-        with workspace.database.read() as session:
-            per_file = images_per_file(session, plan.model.segment.id, most)
-        stage = replace(
-            stage, embedding=plan.embedding, embedding_id=embedding_id, images_per_file=per_file
-        )
-        recipes.append(embedding_id)
-    did: RunCounter | None = None
-    try:
-        with running(
-            workspace.database,
-            recipe,
-            parent_id=plan.trained.id,
-            split_id=plan.split.id,
-            query=plan.query,
-            resume=None if unfinished is None else unfinished.id,
-        ) as run:
-            did = RunCounter(run.id, recipe.id)
-            _keep_plates(workspace, run, plan)
-            scope = JobScope(dict.fromkeys(recipes, run.id), plan.images, plan.unseen)
-            with workspace.database.begin() as session:
-                # A run is whole or not finished: what failed is tried again.
-                requeue_failed(session, scope)
-            counters = run_jobs(workspace, stage, scope)
-            did = counters[recipe.id]
-            failures = [failure for one in counters.values() for failure in one.failures]
-            did.failures = list(dict.fromkeys(failures))
-            run.result = _summary(workspace, plan, run, recipe, did)
-            # A run that lacks images is not finished: the next call goes on with it.
-            fail_if_any(len(did.failures), did.images, "labelled")
-    except JobsFailedError:
-        assert did is not None
-    return _result(plan, recipe, did.run_id, earlier, did)
-
-
-def _keep_plates(workspace: Workspace, run: RunHandle, plan: Plan) -> None:
-    """Keep what was fitted to plates that the training has not seen, as a file of the run."""
-    if not plan.plates:
-        return
-    text = json.dumps(plan.plates, indent=1, sort_keys=True, allow_nan=False)
-    file = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
-    with workspace.database.begin() as session:
-        attach(session, run.id, keep_file(session, file))
-
-
-def _summary(
-    workspace: Workspace, plan: Plan, run: RunHandle, recipe: Recipe, did: RunCounter
-) -> dict[str, Any]:
-    """The whole run, earlier attempts included."""
-    mine = and_(Job.run_id == run.id, Job.recipe_id == recipe.id, Job.status == Status.DONE)
-    with workspace.database.read() as session:
-        images = session.scalar(select(func.count()).select_from(Job).where(mine))
-        cells = session.scalar(
-            select(func.count()).where(Prediction.run_id == run.id, Prediction.rank == 1)
-        )
-    counts = {"images": images, "failed": len(did.failures), "cells": cells}
-    named = {"feature_set": plan.embedding.name} if plan.embedding else {}
-    return {**counts, **named, "notes": list(plan.notes)}
-
-
-def _result(
-    plan: Plan, recipe: Recipe, run_id: int, earlier: int, did: RunCounter
-) -> PredictResult:
-    return PredictResult(
-        run_id=run_id,
-        recipe_id=recipe.id,
-        train_run_id=plan.trained.id,
-        split=plan.split.name,
-        selected=plan.selected,
-        waiting=plan.selected - plan.ready,
-        earlier=earlier,
-        done=did.images,
-        failures=tuple(did.failures),
-        cells=did.cells,
-        feature_set=plan.embedding.name if plan.embedding else None,
-        notes=plan.notes,
-    )

@@ -111,7 +111,7 @@ def test_a_screen_from_images_to_an_audit(cellstore, model, store, tmp_path):
     (seen,) = cellstore("sql", SEEN, "--json", *at).json
     image = seen["image_id"]
     told = cellstore("audit", "image", image, *at).out
-    assert "was in training" in told
+    assert "well in training  yes" in told
     assert "votes" in told
     assert cellstore("audit", "image", image, "--json", *at).json["labellings"][0]["n_cells"] == 16
     assert "perimeter" in cellstore("audit", "cell", 1, *at).out

@@ -13,9 +13,9 @@ from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import attach, keep_file, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import TABULAR
-from cellstore.learn.checkpoints import CheckpointMeta, save_net
+from cellstore.learn.models import NETWORK, ModelRecord, save_net
 from cellstore.learn.networks import FusionNet, NetShape, build_net
-from cellstore.learn.normalising import FeatureScaler, Scaler
+from cellstore.learn.normalising import Scaler
 from cellstore.models import Recipe, Split
 from cellstore.query.feature_files import FEATURE_COLUMNS
 
@@ -30,7 +30,7 @@ PLAIN = Scaler(FEATURE_COLUMNS, (100.0,) * len(FEATURE_COLUMNS), (1000.0,) * len
 
 def craft(
     workspace: Workspace,
-    scaler: FeatureScaler = PLAIN,
+    scaler: Scaler = PLAIN,
     *,
     seed: int = 1,
     number: int = 0,
@@ -47,7 +47,16 @@ def craft(
     """
     shape = NetShape(len(labels), len(scaler.names), projection_width=WIDTH, branches=branches)
     tensors = save_net(awake(build_net(shape, seed=seed), crop_size).state_dict())
-    made = CheckpointMeta(shape, labels, "perturbation", scaler, crop_size, {"train": "x"}, **meta)
+    made = ModelRecord(
+        NETWORK,
+        labels,
+        "perturbation",
+        scaler,
+        {"train": "x"},
+        shape=shape,
+        crop_size=crop_size,
+        **meta,
+    )
     write = workspace.artifacts.write
     with workspace.database.begin() as session:
         split = session.scalars(select(Split).order_by(Split.id.desc())).first()
@@ -63,7 +72,7 @@ def craft(
         recipe = register(session, RecipeSpec(Stage.TRAIN, 1, parameters, None, tuple(inputs)))
     with running(workspace.database, recipe, split_id=split.id) as run:
         file = write(ArtifactKind.CHECKPOINT, tensors, ".safetensors")
-        kept = made.to_json() | {"tensors_sha256": file.sha256} | (record or {})
+        kept = made.to_json() | {"model_sha256": file.sha256} | (record or {})
         text = write(ArtifactKind.CHECKPOINT, json.dumps(kept).encode(), ".json")
         with workspace.database.begin() as session:
             for one in (file, text):

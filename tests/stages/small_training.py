@@ -48,7 +48,7 @@ from cellstore.stages.train import TrainResult, train
 
 SIZE = 32
 BOXES = ((2, 2, 8, 8), (2, 14, 9, 22), (16, 3, 23, 12), (18, 18, 28, 27))
-TINY = TrainParams(crop_size=32, batch_size=8, epochs=2, learning_rate=1e-3)
+TINY = TrainParams.of("published", crop_size=32, batch_size=8, epochs=2, learning_rate=1e-3)
 WELLS = 3
 """Wells of each of two treatments, one image each: one to train, to validate and to test."""
 
@@ -234,10 +234,12 @@ def checkpoint(workspace: Workspace, run_id: int) -> tuple[bytes, dict[str, Any]
     with workspace.database.read() as session:
         files = {item.path.rpartition(".")[2]: item for item in session.scalars(query)}
     assert {item.kind for item in files.values()} == {ArtifactKind.CHECKPOINT}
+    assert len(files) == 2
     data = {
         suffix: workspace.artifacts.read(item.path, item.sha256) for suffix, item in files.items()
     }
-    return data["safetensors"], json.loads(data["json"])
+    record = json.loads(data.pop("json"))
+    return data.popitem()[1], record
 
 
 def said(workspace: Workspace, run_id: int) -> list[tuple[int, int, str, float]]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from cellstore.errors import StorageError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import TABULAR
 from cellstore.learn.networks import NetShape, build_net
-from cellstore.learn.normalising import ControlStatistics, PlateScaler
+from cellstore.learn.normalising import Scale
 from cellstore.models import ImageFile, Run, Well
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.export_model import export_model
@@ -68,7 +69,7 @@ def run_example(folder: Path) -> dict[int, dict[str, float]]:
 
 def said_by(folder: Path) -> dict[int, dict[str, float]]:
     """The same without a process of its own."""
-    classifier, cells = Classifier.load(folder), load_file(folder / "cells.safetensors")
+    classifier, cells = Classifier(folder), load_file(folder / "cells.safetensors")
     crops = {name[6:]: values for name, values in cells.items() if name.startswith("crops.")}
     chances = classifier(crops, cells["features"], classifier.record["example"]["plate"])
     return {
@@ -112,7 +113,10 @@ def test_baselines_on_features_can_be_taken_elsewhere(
     run = str(train_baselines(workspace, [kind], BaselineParams(trees=3))[0].run_id)
     expected = rows_of(workspace, run)
     result = export_model(workspace, run, tmp_path / "model")
-    assert (result.files, result.cells, result.model) == (FILES, 3, kind)
+    files = ("model.skops", *FILES[1:])
+    assert (result.files, result.cells, result.model) == (files, 3, kind)
+    if kind == "forest":
+        assert len(run_example(tmp_path / "model")) == 3
     for cell, labels in said_by(tmp_path / "model").items():
         assert labels == pytest.approx(expected[cell], abs=1e-6)
 
@@ -145,7 +149,7 @@ def test_a_model_of_plates_knows_the_plate_of_its_example(
 ) -> None:
     workspace = opened(built)
     n = len(FEATURE_COLUMNS)
-    known = PlateScaler({"elsewhere": ControlStatistics((1.0,) * n, (2.0,) * n, 9)}, PLAIN)
+    known = replace(PLAIN, plates={"elsewhere": Scale((1.0,) * n, (2.0,) * n, 9)})
     with workspace.database.begin() as session:
         session.execute(
             update(Well).where(Well.treatment.has(name="DMSO")).values(control=Control.NEGATIVE)
@@ -157,7 +161,7 @@ def test_a_model_of_plates_knows_the_plate_of_its_example(
     assert len(found) == 3
     for cell, labels in found.items():
         assert labels == pytest.approx(expected[cell], abs=1e-5)
-    classifier = Classifier.load(tmp_path / "model")
+    classifier = Classifier(tmp_path / "model")
     with pytest.raises(ValueError, match="no control cells of plate 'P9'"):
         classifier({}, torch.zeros(1, n), "P9")
 

@@ -13,13 +13,14 @@ pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 
 from sqlalchemy import select  # noqa: E402
 from test_ingest import loaddata, write_table  # noqa: E402
+from tiny_network import new_network, save_network  # noqa: E402
 
 from cellstore.config import FinetuneParams, ImageInput, IngestParams, SegmentParams  # noqa: E402
 from cellstore.enums import ArtifactKind, Stage, Status  # noqa: E402
 from cellstore.errors import StorageError, UnknownNameError, UserInputError  # noqa: E402
 from cellstore.io.image_files import encode_tiff  # noqa: E402
 from cellstore.jobs.workspace import Workspace  # noqa: E402
-from cellstore.learn import finetuning, shipped_network  # noqa: E402
+from cellstore.learn import finetuning  # noqa: E402
 from cellstore.learn.segmentation_networks import find_network  # noqa: E402
 from cellstore.models import Artifact, Run, RunArtifact  # noqa: E402
 from cellstore.stages.finetune import (  # noqa: E402
@@ -68,7 +69,7 @@ class Lesson:
 
     def network(self, seed: int = 0) -> str:
         path = self.masks.parent / "start.pt"
-        shipped_network.save_network(shipped_network.new_network(seed), path)
+        save_network(new_network(seed), path)
         return str(path)
 
 

@@ -16,14 +16,13 @@ from cellstore.enums import Stage, Subset
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.normalising import (
-    PlateScaler,
+    IntensityScale,
     Scaler,
-    WhiteLevels,
+    add_intensities,
     add_plates,
-    add_whites,
     describe_plates,
+    fit_intensities,
     fit_scaler,
-    fit_whites,
     plates_of,
 )
 from cellstore.models import FeatureSet, Image, ImageFile, Recipe, SplitMember, Well
@@ -86,17 +85,16 @@ def test_controls_of_the_training_side_count_and_those_of_plates_that_are_not_in
     source = plates.source()
     with plates.workspace.database.read() as session:
         scaler = fit_scaler(session, source, "plate-controls", (Subset.VALIDATION,))
-        assert isinstance(scaler, PlateScaler)
         more = add_plates(session, source, scaler, ["P4"])
     # P1: 1 and 3, not the test wells 100 and 900; P2, only in validation: its own, 10 and 30.
-    assert {name: (p.mean, p.scale, p.cells) for name, p in more.plates.items()} == {
+    assert more.plates == {
         "P1": ((2.0,), (1.0,), 2),
         "P2": ((20.0,), (10.0,), 2),
         "P4": ((7.0,), (1.0,), 2),
     }
     assert (scaler.own, more.own) == (("P2",), ("P2", "P4"))
     # What comes out is scaled as the training side is: -1, 1, 3 and 5 have mean 2.
-    assert (scaler.after.mean, scaler.after.scale) == ((2.0,), (pytest.approx(5**0.5),))
+    assert (scaler.mean, scaler.scale) == ((2.0,), (pytest.approx(5**0.5),))
     assert more.transform([[50.0]], "P2") == pytest.approx((3 - 2) / 5**0.5)
     (note,) = describe_plates(more, None)
     assert note.endswith("are normalised against their own negative controls: P2, P4.")
@@ -107,11 +105,10 @@ def test_a_plate_without_controls_is_named(plates: Plates) -> None:
     source = plates.source()
     with plates.workspace.database.begin() as session:
         scaler = fit_scaler(session, source, "plate-controls")
-        assert isinstance(scaler, PlateScaler)
         with pytest.raises(UserInputError, match="'P3' has 0 measured cells of neg"):
             add_plates(session, source, scaler, ["P3"])
         session.execute(update(Well).values(control=None))
-        with pytest.raises(UserInputError, match=r"'P1' has 0 .* on the training side.* negcon"):
+        with pytest.raises(UserInputError, match=r"'P1' has 0 .* in the training subset.* negcon"):
             fit_scaler(session, source, "plate-controls")
 
 
@@ -137,31 +134,31 @@ def store(built: Path, opened: Opener) -> tuple[Workspace, CellSource]:
     return workspace, CellSource(segment, measure, split_id)
 
 
-def white(index: int) -> float:
+def bright(index: int) -> float:
     return float(np.percentile(pixels(index), 99.9))
 
 
-def test_the_white_of_a_plate_comes_from_its_training_images(
+def test_the_intensity_scale_of_a_plate_comes_from_its_training_images(
     store: tuple[Workspace, CellSource],
 ) -> None:
     workspace, source = store
     with workspace.database.read() as session:
         side = select(SplitMember.image_id).where(SplitMember.subset == Subset.TRAIN)
         named = session.scalars(select(Image.core_name).where(Image.id.in_(side))).all()
-        whites = fit_whites(session, workspace.database, source, PLANES, (Subset.VALIDATION,))
-        more = add_whites(session, workspace.database, source, PLANES, whites, ["P1"])
+        scale = fit_intensities(session, workspace.database, source, PLANES, (Subset.VALIDATION,))
+        more = add_intensities(session, workspace.database, source, PLANES, scale, ["P1"])
     training = [int(name[4:6]) - 1 for name in named]
     assert 0 < len(training) < 6
-    expected = np.median([white(index) for index in training])
-    assert whites.plates == {"P1": (expected, expected)}
-    assert whites.own == ()
-    everything = np.median([white(index) for index in range(6)])
+    expected = np.median([bright(index) for index in training])
+    assert scale.plates == {"P1": (expected, expected)}
+    assert scale.own == ()
+    everything = np.median([bright(index) for index in range(6)])
     assert more.plates == {"P1": (everything, everything)}
     (note,) = describe_plates(Scaler((), (), ()), more)
-    assert note.endswith("have the white level of their own images: P1.")
+    assert note.endswith("have the intensity scale of their own images: P1.")
 
 
-def test_images_that_cannot_be_read_say_nothing_of_the_white(
+def test_images_that_cannot_be_read_do_not_count(
     store: tuple[Workspace, CellSource],
 ) -> None:
     workspace, source = store
@@ -169,14 +166,14 @@ def test_images_that_cannot_be_read_say_nothing_of_the_white(
     with workspace.database.begin() as session:
         session.execute(update(ImageFile).where(ImageFile.image_id != 3).values(sha256=None))
     nothing = fit_of(workspace, source)
-    assert nothing.plates["P1"][0] == white(2)
+    assert nothing.plates["P1"][0] == bright(2)
     with workspace.database.begin() as session:
         session.execute(update(ImageFile).values(sha256=None))
     with pytest.raises(ImageError, match="No image of plate 'P1' can be read"):
         fit_of(workspace, source)
 
 
-def fit_of(workspace: Workspace, source: CellSource) -> WhiteLevels:
+def fit_of(workspace: Workspace, source: CellSource) -> IntensityScale:
     with workspace.database.read() as session:
-        empty = WhiteLevels({})
-        return add_whites(session, workspace.database, source, PLANES[:1], empty, ["P1"])
+        empty = IntensityScale({})
+        return add_intensities(session, workspace.database, source, PLANES[:1], empty, ["P1"])

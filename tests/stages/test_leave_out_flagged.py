@@ -242,8 +242,8 @@ def test_a_network_does_not_see_what_is_flagged(built: Path, opened: Opener) -> 
         trained = session.get_one(Run, found.run_id)
         recipe = session.get_one(Recipe, trained.recipe_id)
         before = session.get_one(Recipe, session.get_one(Run, usual.run_id).recipe_id)
-    assert recipe.parameters["leave_out_flagged"] == run.id
-    assert "leave_out_flagged" not in before.parameters
+    assert recipe.parameters["exclude_flagged"] == run.id
+    assert before.parameters["exclude_flagged"] is None
     assert trained.query is not None
     assert "cell_flags" in trained.query
     again = train(workspace, LEFT_OUT, device="cpu")

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from cellstore.errors import ImageError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import batches as batches_module
-from cellstore.learn.batches import BlockReader, training_batches
+from cellstore.learn.batches import Batches, CellReader
 from cellstore.learn.normalising import Scaler
 from cellstore.models import Cell, Image, Split
 from cellstore.query.cells import (
@@ -44,7 +44,7 @@ class Plates:
         return self.scaler.transform(rows, plate)
 
 
-def reader_of(workspace: Workspace, **more: Any) -> tuple[BlockReader, list[ImageBlock]]:
+def reader_of(workspace: Workspace, **more: Any) -> tuple[CellReader, list[ImageBlock]]:
     with workspace.database.read() as session:
         segment, measure = choose_recipes(session, None, None)
         split = session.scalars(select(Split)).one()
@@ -53,7 +53,7 @@ def reader_of(workspace: Workspace, **more: Any) -> tuple[BlockReader, list[Imag
         scaler = Scaler.fit(FEATURE_COLUMNS, stream_features(session, source))
     classes = {label: i for i, label in enumerate(sorted({b.label_id for b in blocks}))}
     more = {"scaler": scaler, "crop_size": 8, "classes": classes} | more
-    return BlockReader(workspace, source, plane_of(segment), **more), blocks
+    return CellReader(workspace, source, plane_of(segment), **more), blocks
 
 
 def same(left: Any, right: Any) -> bool:
@@ -69,7 +69,7 @@ def test_batches_do_not_depend_on_threads_nor_on_memory(
     for threads, kept in ((1, 0), (3, 1 << 30)):
         monkeypatch.setattr(batches_module, "reading_threads", lambda n=threads: n)
         reader, blocks = reader_of(workspace, kept_bytes=kept)
-        batches = training_batches(reader, blocks, batch_size=5, seed=3)
+        batches = Batches(reader, blocks, batch_size=5, seed=3)
         found.append([batch for epoch in (0, 1) for batch in batches(epoch)])
         assert len(found[-1]) == 2 * batches.count(0)
     assert all(same(*pair) for pair in zip(*found, strict=True))
@@ -77,7 +77,7 @@ def test_batches_do_not_depend_on_threads_nor_on_memory(
 
 def test_without_shuffling_batches_are_the_blocks_in_their_order(workspace: Workspace) -> None:
     reader, blocks = reader_of(workspace)
-    batches = training_batches(reader, blocks, batch_size=4, shuffle=False)
+    batches = Batches(reader, blocks, batch_size=4, shuffle=False)
     for batch, block in zip(batches(0), blocks, strict=True):
         assert same(batch, reader(block.image_id))
         assert set(batch.labels.tolist()) == {reader.classes[block.label_id]}
@@ -85,9 +85,7 @@ def test_without_shuffling_batches_are_the_blocks_in_their_order(workspace: Work
 
 def test_processes_share_an_epoch(workspace: Workspace) -> None:
     reader, blocks = reader_of(workspace)
-    shares = [
-        list(training_batches(reader, blocks, batch_size=4, share=(rank, 2))(0)) for rank in (0, 1)
-    ]
+    shares = [list(Batches(reader, blocks, batch_size=4, share=(rank, 2))(0)) for rank in (0, 1)]
     assert len(shares[0]) == len(shares[1])
     ids = [i for share in shares for batch in share for i in batch.cell_ids.tolist()]
     assert len(ids) == len(set(ids)) == sum(block.n_cells for block in blocks)
@@ -99,7 +97,7 @@ def test_who_takes_batches_learns_how_long_it_waited(
     reader, blocks = reader_of(workspace)
     clock: Iterator[int] = iter(range(1000))
     monkeypatch.setattr(batches_module.time, "perf_counter", lambda: float(next(clock)))
-    batches = training_batches(reader, blocks, batch_size=4)
+    batches = Batches(reader, blocks, batch_size=4)
     assert batches.waited == 0
     count = len(list(batches(0)))
     assert batches.waited == count + 1  # a second for each batch, and to see that there is none
@@ -109,19 +107,19 @@ def test_an_image_that_cannot_be_read_ends_the_epoch(workspace: Workspace) -> No
     reader, blocks = reader_of(workspace)
     wrong = [replace(blocks[0], n_cells=blocks[0].n_cells + 1), *blocks[1:]]
     with pytest.raises(ImageError, match="changed while the network was training"):
-        list(training_batches(reader, wrong, batch_size=4)(0))
+        list(Batches(reader, wrong, batch_size=4)(0))
     for file in (workspace.artifacts.root).rglob("*.tif"):
         file.unlink()
     with pytest.raises(ImageError, match="cannot be read"):
-        list(training_batches(reader_of(workspace)[0], blocks, batch_size=4)(0))
+        list(Batches(reader_of(workspace)[0], blocks, batch_size=4)(0))
 
 
 def test_an_image_is_opened_once_while_it_fits_in_memory(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, real = [], BlockReader._read
+    read, real = [], CellReader.read
     monkeypatch.setattr(
-        BlockReader, "_read", lambda self, image_id: read.append(image_id) or real(self, image_id)
+        CellReader, "read", lambda self, image_id: read.append(image_id) or real(self, image_id)
     )
     reader, blocks = reader_of(workspace)
     one = reader.cut(blocks[0].image_id).nbytes
@@ -129,18 +127,18 @@ def test_an_image_is_opened_once_while_it_fits_in_memory(
         read.clear()
         reader, blocks = reader_of(workspace, kept_bytes=kept)
         for epoch in range(3):
-            list(training_batches(reader, blocks, batch_size=4)(epoch))
+            list(Batches(reader, blocks, batch_size=4)(epoch))
         counts = [read.count(block.image_id) for block in blocks]
         assert set(counts) == ({times} if times else {1, 3})
 
 
-def test_channels_have_the_white_level_of_their_plate(workspace: Workspace) -> None:
-    whites = {"P1": (5000.0, 1000.0), "P2": (1.0, 1.0)}
+def test_channels_have_the_intensity_scale_of_their_plate(workspace: Workspace) -> None:
+    scale = {"P1": (5000.0, 1000.0), "P2": (1.0, 1.0)}
     more = {"branches": ("mask", "image", "tabular"), "channels": ("dna",)}
-    reader, blocks = reader_of(workspace, **more, whites=whites)
+    reader, blocks = reader_of(workspace, **more, intensity_scale=scale)
     own, _ = reader_of(workspace, **more)
     cells = reader.cut(blocks[0].image_id)
-    rows, columns = cells.windows.sizes[0]
+    rows, columns = cells.crops.sizes[0]
     with workspace.database.read() as session:
         cell = session.get_one(Cell, int(cells.cell_ids[0]))
         name = session.get_one(Image, blocks[0].image_id).core_name
@@ -150,7 +148,7 @@ def test_channels_have_the_white_level_of_their_plate(workspace: Workspace) -> N
         (1000, cells),
         (np.percentile(light, 99.9), own.cut(blocks[0].image_id)),
     ):
-        layer = found.windows.layers["image"][0, : rows * columns].reshape(rows, columns)
+        layer = found.crops.layers["image"][0, : rows * columns].reshape(rows, columns)
         np.testing.assert_allclose(layer, np.minimum(window / white, 1), rtol=1e-6)
     assert reader(blocks[0].image_id).crops.keys() == {"mask", "image"}
 
@@ -171,9 +169,9 @@ def test_a_quarter_of_the_memory_is_kept_that_a_container_may_have(
     monkeypatch.setattr(batches_module, "GROUPS", tmp_path)
     monkeypatch.setattr(batches_module, "OWN_GROUPS", own)
     limit.write_text("max\n")
-    assert batches_module.memory_there() > 1 << 28  # of the machine
+    assert batches_module.available_memory() > 1 << 28  # of the machine
     own.write_text("0::/\n")
-    assert batches_module.memory_there() > 1 << 28
+    assert batches_module.available_memory() > 1 << 28
     limit.write_text("1000000\n")
     assert batches_module.default_memory() == 250_000
     # A job within: its own limit counts, and those that it is within.

@@ -178,12 +178,12 @@ def test_cells_that_change_under_a_training_end_it(
 ) -> None:
     from cellstore.learn import batches
 
-    workspace, real = opened(built), batches.BlockReader.cut
+    workspace, real = opened(built), batches.CellReader.cut
 
-    def shrunk(reader: batches.BlockReader, image_id: int) -> object:
+    def shrunk(reader: batches.CellReader, image_id: int) -> object:
         return real(reader, image_id).take(np.array([0, 1]))
 
-    monkeypatch.setattr(batches.BlockReader, "cut", shrunk)
+    monkeypatch.setattr(batches.CellReader, "cut", shrunk)
     with pytest.raises(ImageError, match="changed while the network was training"):
         train(workspace, TINY, device="cpu")
 
@@ -258,7 +258,7 @@ def test_a_split_without_cells_names_the_commands(built: Path, opened: Opener) -
 def test_a_split_without_a_validation_side_says_how_to_get_one(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     create_split(workspace, "two", SplitParams(validation_size=0.0))
-    with pytest.raises(UserInputError, match="no image on its validation side"):
+    with pytest.raises(UserInputError, match="no image in its validation subset"):
         train(workspace, TINY, split="two", device="cpu")
 
 

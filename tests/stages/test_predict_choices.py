@@ -22,8 +22,7 @@ from cellstore.errors import CellstoreError, StorageError, UnknownNameError, Use
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import models
-from cellstore.learn.checkpoints import load_checkpoint
-from cellstore.learn.normalising import ControlStatistics, PlateScaler, WhiteLevels
+from cellstore.learn.normalising import IntensityScale, Scale
 from cellstore.models import (
     Artifact,
     Cell,
@@ -92,17 +91,18 @@ def test_any_images_can_be_labelled(built: Path, opened: Opener) -> None:
     assert wells(split="other", subset=None) == side(workspace, "other", *Subset)
     assert wells(subset=None, wells=("A02", "A05")) == {"A02", "A05"}
     assert wells(subset=None, where="perturbation = 'drug'") == {"A02", "A04", "A06"}
-    assert wells(subset=None, where="column > 2", limit=2) == {"A03", "A04"}
+    assert wells(subset=None, where="well_column > 2", limit=2) == {"A03", "A04"}
     # The limit counts images of the side, not the first images of the store.
     assert len(wells(limit=1)) == 1
-    with pytest.raises(UserInputError, match="no image on the test side in the run's split"):
-        wells(wells=("A02",), where="column = 3")
+    with pytest.raises(UserInputError, match="no image in the test subset in the run's split"):
+        wells(wells=("A02",), where="well_column = 3")
 
 
 def test_the_query_of_a_run_names_its_cells(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     craft(workspace)
-    params = PredictParams(subset=None, where="column > 2", limit=2, wells=("A03", "A05", "A06"))
+    some = ("A03", "A05", "A06")
+    params = PredictParams(subset=None, where="well_column > 2", limit=2, wells=some)
     result = predict(workspace, params, device="cpu")
     with workspace.database.read() as session:
         query = run_of(workspace, result.run_id).query or ""
@@ -147,7 +147,7 @@ def test_what_the_model_has_met_is_said(built: Path, opened: Opener) -> None:
     end = "labels of these say little about new wells."
     assert result.notes == (
         f"2 of the 6 images training run {run} was trained on: {end}",
-        f"2 of the 6 images chose the epoch of training run {run}: {end}",
+        f"2 of the 6 images were used to decide when to stop training run {run}: {end}",
     )
     assert (run_of(workspace, result.run_id).result or {})["notes"] == list(result.notes)
     with unguarded(workspace) as session:
@@ -181,8 +181,9 @@ def expected_vectors(workspace: Workspace, run_id: int) -> dict[int, list[float]
         columns = [getattr(CellFeatures, name) for name in FEATURE_COLUMNS]
         cells = select(CellFeatures.cell_id, *columns).join(Cell, Cell.id == CellFeatures.cell_id)
         found = session.execute(cells.where(Cell.excluded.is_(None))).all()
-    net, meta = load_checkpoint(files["safetensors"], json.loads(files["json"]))
+    model, meta = models.load_model(files["safetensors"], json.loads(files["json"]))
     features = torch.from_numpy(meta.scaler.transform(np.array([row[1:] for row in found], float)))
+    net = model.net  # type: ignore[union-attr]
     with torch.no_grad():
         fused = net.get_submodule("tabular_branch")(features)
         vectors = net.projection(fused * net.attention(fused))
@@ -307,9 +308,9 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
     built: Path, opened: Opener
 ) -> None:
     n = len(FEATURE_COLUMNS)
-    elsewhere = ControlStatistics((1.0,) * n, (2.0,) * n, 9)
+    elsewhere = Scale((1.0,) * n, (2.0,) * n, 9)
     workspace = opened(built)
-    run = craft(workspace, PlateScaler({"elsewhere": elsewhere}, PLAIN))
+    run = craft(workspace, replace(PLAIN, plates={"elsewhere": elsewhere}))
     with pytest.raises(UserInputError, match="'P1' has 0 measured cells of negative controls"):
         predict(workspace, device="cpu")
     with workspace.database.begin() as session:
@@ -343,8 +344,8 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
     assert record["scale"] == pytest.approx(scale.tolist())
     assert record["cells"] == 12
     # The same as a network whose scaler knows this plate.
-    known = ControlStatistics(tuple(record["mean"]), tuple(record["scale"]), 12)
-    craft(workspace, PlateScaler({"P1": known}, PLAIN))
+    known = Scale(tuple(record["mean"]), tuple(record["scale"]), 12)
+    craft(workspace, replace(PLAIN, plates={"P1": known}))
     other = predict(workspace, EVERYTHING, device="cpu")
     assert other.train_run_id != run
     assert said(workspace, other.run_id) == said(workspace, result.run_id)
@@ -356,14 +357,14 @@ def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
 ) -> None:
     n = len(FEATURE_COLUMNS)
     workspace = opened(built)
-    run = craft(workspace, PlateScaler({"no": ControlStatistics((1.0,) * n, (2.0,) * n, 9)}, PLAIN))
+    run = craft(workspace, replace(PLAIN, plates={"no": Scale((1.0,) * n, (2.0,) * n, 9)}))
     make = Factory(workspace)
     qc = make.run(Stage.QC)
     with workspace.database.begin() as session:
         session.execute(update(Well).values(control=Control.NEGATIVE))
         image = session.scalars(select(Image)).first()
         recipe = session.get_one(Recipe, run_of(workspace, run).recipe_id)
-        recipe.parameters = {**recipe.parameters, "leave_out_flagged": qc.id}
+        recipe.parameters = {**recipe.parameters, "exclude_flagged": qc.id}
     assert image is not None
     make.flag_image(qc, image, ImageFlagReason.OUT_OF_FOCUS)
     result = predict(workspace, EVERYTHING, device="cpu")
@@ -380,19 +381,19 @@ def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
 
 def test_a_plate_that_training_has_not_seen_has_its_own_white(built: Path, opened: Opener) -> None:
     workspace = opened(built)
-    whites = [float(np.percentile(pixels(index), 99.9)) for index in range(6)]
-    given: dict[str, WhiteLevels | None] = {
+    scales = [float(np.percentile(pixels(index), 99.9)) for index in range(6)]
+    given: dict[str, IntensityScale | None] = {
         "of each image": None,
-        "unseen": WhiteLevels({"elsewhere": (1.0,)}),
-        "known": WhiteLevels({"P1": (float(np.median(whites)),)}),
-        "twice as bright": WhiteLevels({"P1": (2 * float(np.median(whites)),)}),
+        "unseen": IntensityScale({"elsewhere": (1.0,)}),
+        "known": IntensityScale({"P1": (float(np.median(scales)),)}),
+        "twice as bright": IntensityScale({"P1": (2 * float(np.median(scales)),)}),
     }
     found, notes = {}, {}
     for seed, (name, levels) in enumerate(given.items()):
-        run = craft(workspace, number=seed, branches=("mask", "tabular"), whites=levels)
+        run = craft(workspace, number=seed, branches=("mask", "tabular"), intensity_scale=levels)
         result = predict(workspace, EVERYTHING, run=str(run), device="cpu")
         found[name] = said(workspace, result.run_id)
-        notes[name] = [note for note in result.notes if "white level of their own" in note]
+        notes[name] = [note for note in result.notes if "intensity scale of their own" in note]
     assert found["unseen"] == found["known"]
     assert [name for name, said_of in notes.items() if said_of] == ["unseen"]
     assert notes["unseen"][0].endswith("images: P1.")
@@ -424,7 +425,7 @@ Spoil = Callable[[Workspace], None]
     ("made", "spoil", "error", "words"),
     [
         ({}, unfinished, UserInputError, "is failed and has no checkpoint. Train again, or"),
-        ({"record": {"tensors_sha256": "0" * 64}}, None, StorageError, "do not belong together"),
+        ({"record": {"model_sha256": "0" * 64}}, None, StorageError, "do not belong together"),
         ({"record": {"shape": None}}, None, UserInputError, "does not describe"),
         ({"record": {"model": "oracle"}}, None, UserInputError, "of kind 'oracle', which this"),
         ({"labels": ("DMSO", "nope")}, None, UnknownNameError, "Unknown label 'nope'"),

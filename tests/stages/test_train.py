@@ -94,14 +94,13 @@ def test_the_scaler_knows_the_training_side_only(trained: Trained, opened: Opene
 
 @pytest.mark.heavy
 def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: Opener) -> None:
-    from cellstore.learn.checkpoints import load_checkpoint
-    from cellstore.learn.crops import CellBlock, cell_crops
-    from cellstore.learn.training import predict_batch
+    from cellstore.learn.crops import CellBlock, Pictures, cut_crops, resized
+    from cellstore.learn.models import load_model, predict_batch
 
     workspace = opened(trained.root)
     result = predict(workspace, device="cpu")
     tensors, record = checkpoint(workspace, trained.result.run_id)
-    net, meta = load_checkpoint(tensors, record)
+    model, meta = load_model(tensors, record)
     expected = {}
     # Image by image, as the stage does: a network of two epochs is so steep that the rounding of
     # another batch size shows in its answers.
@@ -113,14 +112,16 @@ def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: O
                 .order_by(Cell.id)
             ).all()
             flow = session.get_one(Artifact, found.flow_artifact_id)
-            crops = cell_crops(
-                masks(),
-                decode_tiff(workspace.artifacts.read(flow.path, flow.sha256)),
-                pixels(found.image_id - 1).astype(np.float32),
+            packed = cut_crops(
+                Pictures(
+                    masks(),
+                    decode_tiff(workspace.artifacts.read(flow.path, flow.sha256)),
+                    pixels(found.image_id - 1).astype(np.float32),
+                ),
                 np.array([[c.min_row, c.min_col, c.max_row, c.max_col] for c in cells]),
                 np.array([cell.object_number for cell in cells]),
-                meta.crop_size,
             )
+            crops = resized(packed, meta.crop_size)
             ids = torch.tensor([cell.id for cell in cells])
             values = [
                 session.scalars(select(CellFeatures).where(CellFeatures.cell_id == cell.id)).one()
@@ -128,7 +129,7 @@ def test_the_checkpoint_alone_rebuilds_what_was_said(trained: Trained, opened: O
             ]
             table = [[getattr(row, name) for name in meta.scaler.names] for row in values]
             scaled = torch.from_numpy(meta.scaler.transform(table))
-            chances = predict_batch(net, CellBlock(crops, scaled, ids, ids))
+            chances = predict_batch(model.net, CellBlock(crops, scaled, ids, ids))
             expected |= {cell.id: row for cell, row in zip(cells, chances, strict=True)}
     rows = said(workspace, result.run_id)
     assert len(rows) == 2 * 8

@@ -133,11 +133,11 @@ def test_shuffled_labels_keep_wells_together(built: Path, opened: Opener) -> Non
     notes = {item.notes[-1] for item in found}
     # two wells of two classes: both keep their label, or neither does
     assert notes == {
-        f"Of 2 wells, {n} got their own label back when labels were shuffled." for n in (0, 2)
+        f"By chance {n} of 2 wells kept their true label when labels were shuffled." for n in (0, 2)
     }
     straight = one(workspace, LOGISTIC)
-    swapped = next(item for item in found if ", 0 got" in item.notes[-1])
-    same = next(item for item in found if ", 2 got" in item.notes[-1])
+    swapped = next(item for item in found if "chance 0 of" in item.notes[-1])
+    same = next(item for item in found if "chance 2 of" in item.notes[-1])
     assert same.checkpoint_sha256 == straight.checkpoint_sha256
     assert swapped.checkpoint_sha256 != straight.checkpoint_sha256
 
@@ -157,7 +157,7 @@ def test_labels_are_shuffled_among_the_wells_that_are_learned_from(
     # A cell of each class is drawn: of one of three wells, and of the fourth.
     for seed in range(6):
         found = one(workspace, "shuffled", replace(FEW, max_cells=2, seed=seed))
-        assert found.notes[-1].startswith("Of 2 wells")
+        assert " of 2 wells kept" in found.notes[-1]
         assert checkpoint(workspace, found.run_id)[1]["labels"] == ["DMSO", "drug"]
 
 
@@ -198,5 +198,5 @@ def test_what_cannot_be_done_is_said(built: Path, opened: Opener) -> None:
         train_baselines(workspace, ["majority"])
     with workspace.database.begin() as session:
         session.execute(delete(SplitMember))
-    with pytest.raises(UserInputError, match="training side of split 'by-well' has measured cells"):
+    with pytest.raises(UserInputError, match="subset of split 'by-well' has measured cells"):
         train_baselines(workspace, ["majority"])

@@ -72,9 +72,8 @@ def no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_pixels")
 def test_features_without_masks_train_a_tabular_network(built: Path, opened: Opener) -> None:
-    from cellstore.learn.checkpoints import load_checkpoint
     from cellstore.learn.crops import CellBlock
-    from cellstore.learn.training import predict_batch
+    from cellstore.learn.models import load_model, predict_batch
 
     workspace = opened(built)
     cells = imported(workspace)
@@ -94,12 +93,12 @@ def test_features_without_masks_train_a_tabular_network(built: Path, opened: Ope
     there = side_of(workspace, cells, Subset.TEST)
     mine = [cell for cell, wanted in zip(cells, there, strict=True) if wanted]
     assert {row[0] for row in rows} == {cell.id for cell in mine}
-    net, meta = load_checkpoint(tensors, record)
+    model, meta = load_model(tensors, record)
     values = [[cell.id, np.nan if g is None else g] for cell, g in zip(cells, gaps, strict=True)]
     table = np.array(values, dtype=np.float64)[there]
     ids = torch.tensor([cell.id for cell in mine])
     chances = predict_batch(
-        net, CellBlock({}, torch.from_numpy(meta.scaler.transform(table)), ids, ids)
+        model.net, CellBlock({}, torch.from_numpy(meta.scaler.transform(table)), ids, ids)
     )
     by_cell = {cell.id: row for cell, row in zip(mine, chances, strict=True)}
     for cell_id, _rank, label, probability in rows:

@@ -14,11 +14,11 @@ from cellstore.config import TrainParams, TrainSetup, as_parameters
 from cellstore.enums import Stage, Subset
 from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
+from cellstore.learn import training_logs
 from cellstore.learn.batches import SAMPLERS
 from cellstore.learn.normalising import INTENSITIES, NORMALISATIONS
 from cellstore.learn.training import LOSSES, MONITORS, PRECISIONS, SCHEDULES
 from cellstore.models import Image, ImageFile, Label, Recipe, Run, SplitMember
-from cellstore.stages import train as train_module
 from cellstore.stages.predict import predict
 from cellstore.stages.train import train
 
@@ -52,7 +52,8 @@ def test_the_parameters_of_a_recipe_are_those_that_it_had(trained: Trained, open
     with workspace.database.read() as session:
         recipe = session.get_one(Recipe, trained.result.recipe_id)
     unnamed = {"features", "branches", "leave_out_flagged"}
-    assert recipe.parameters.keys() == (PUBLISHED.keys() - unnamed) | {"split", "cells"}
+    whole = {"split", "cells", "branches", "channels", "augment", "exclude_flagged"}
+    assert recipe.parameters.keys() == (PUBLISHED.keys() - unnamed) | whole
     assert recipe.version == 1
 
 
@@ -67,7 +68,7 @@ def test_options_override_a_recipe() -> None:
 
 
 @pytest.mark.heavy
-def test_the_compact_recipe_looks_at_channels_by_the_white_of_their_plate(
+def test_the_compact_recipe_looks_at_channels_by_the_scale_of_their_plate(
     built: Path, opened: Opener
 ) -> None:
     workspace = opened(built)
@@ -87,7 +88,7 @@ def test_the_compact_recipe_looks_at_channels_by_the_white_of_their_plate(
     assert record["channels"] == ["DNA"]
     assert record["shape"]["plane_channels"] == 1
     assert record["shape"]["backbone"] == "shufflenet_v2_x0_5"
-    assert [len(levels) for levels in record["whites"]["plates"].values()] == [2]
+    assert [len(levels) for levels in record["intensity_scale"]["plates"].values()] == [2]
     assert record["parameters"]["augment"] == ["flips", "intensity", "rotations"]
     predicted = predict(workspace, run=str(result.run_id), device="cpu")
     assert predicted.cells == 8
@@ -155,7 +156,7 @@ def test_logs_are_written_beside_the_store_or_their_package_is_named(
     lines = (tmp_path / "logs" / "csv" / "metrics.csv").read_text().splitlines()
     assert len(lines) == 1 + result.epochs
     assert {"step", "validation_loss"} <= set(lines[0].split(","))
-    monkeypatch.setattr(train_module, "find_spec", lambda _: None)
+    monkeypatch.setattr(training_logs, "find_spec", lambda _: None)
     for kind in ("tensorboard", "mlflow"):
         with pytest.raises(MissingExtraError, match=f"pip install {kind}"):
             train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=(kind,)))
@@ -197,7 +198,7 @@ def relabel(workspace: Workspace, side: Subset, value: str) -> None:
 def test_classes_that_cannot_be_learned_are_told(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     relabel(workspace, Subset.VALIDATION, "other")
-    refused(workspace, "No class on the validation side", UserInputError)
+    refused(workspace, "No class in the validation subset", UserInputError)
     with workspace.database.begin() as session:
         known = session.scalars(select(Label).where(Label.value == "drug")).one()
         first = select(Image.id).order_by(Image.id)
@@ -208,11 +209,11 @@ def test_classes_that_cannot_be_learned_are_told(built: Path, opened: Opener) ->
         )
     result = train(workspace, replace(PARAMS, epochs=1), device="cpu")
     assert result.images == {"train": 2, "validation": 1}
-    note = "1 images of the validation side were left out: their classes are not on the training"
-    assert result.notes == (f"{note} side.",)
+    note = "1 images of the validation subset were excluded: their classes are not in the training"
+    assert result.notes == (f"{note} subset.",)
 
 
-def test_a_training_side_of_one_class_is_refused(built: Path, opened: Opener) -> None:
+def test_a_training_subset_of_one_class_is_refused(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     relabel(workspace, Subset.TRAIN, "DMSO")
     refused(workspace, "of one class, 'DMSO': there is nothing to tell apart", CellstoreError)

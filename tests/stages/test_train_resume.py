@@ -169,14 +169,14 @@ def test_a_run_that_another_process_took_further_is_not_spoilt(
     """Both were told to go on with it; the other was faster."""
     workspace = opened(built)
     run_id = broken_off(workspace)
-    new_model = train_module.new_model
+    make_training = train_module.make_training
 
     def meanwhile(act: Any) -> Any:
         def then(*given: Any) -> Any:
             with monkeypatch.context() as patched:
-                patched.setattr(train_module, "new_model", new_model)
+                patched.setattr(train_module, "make_training", make_training)
                 act()
-            return new_model(*given)
+            return make_training(*given)
 
         return then
 
@@ -185,13 +185,13 @@ def test_a_run_that_another_process_took_further_is_not_spoilt(
             train(replace(workspace, progress=StopsAfter(1)), resume=str(run_id), device="cpu")
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_module, "new_model", meanwhile(one_more_epoch))
+        patched.setattr(train_module, "make_training", meanwhile(one_more_epoch))
         with pytest.raises(StoreError, match=f"in the meantime.*--resume {run_id}"):
             train(workspace, resume=str(run_id), device="cpu")
     done: list[TrainResult] = []
     finish = meanwhile(lambda: done.append(train(workspace, resume=str(run_id), device="cpu")))
     with monkeypatch.context() as patched:
-        patched.setattr(train_module, "new_model", finish)
+        patched.setattr(train_module, "make_training", finish)
         with pytest.raises(UserInputError, match="finished by another process"):
             train(workspace, resume=str(run_id), device="cpu")
     assert run_of(workspace, run_id).status is Status.DONE
@@ -204,7 +204,7 @@ def test_a_training_that_goes_on_keeps_what_was_fitted(
 ) -> None:
     workspace = opened(built)
     run_id = broken_off(workspace)
-    monkeypatch.setattr(train_module, "_model_fit", lambda *_: pytest.fail("fitted again"))
+    monkeypatch.setattr(train_module, "fit_inputs", lambda *_: pytest.fail("fitted again"))
     assert train(workspace, resume=str(run_id), device="cpu").epochs == PARAMS.epochs
 
 

@@ -15,15 +15,14 @@ import pytest
 import team_training
 from small_training import TINY, Opener, Trained, checkpoint
 from sqlalchemy import func, select
-from team_training import TOGETHER, environment, telling
+from team_training import TOGETHER, environment, told_to
 
 from cellstore.enums import Stage, Status
 from cellstore.errors import TeamError, UserInputError
 from cellstore.learn import training
 from cellstore.learn.training import Team
 from cellstore.models import Run, RunMetric
-from cellstore.stages import train as train_module
-from cellstore.stages.train import make_plan, share_of_batch, train
+from cellstore.stages.train import check_agreed, make_plan, share_of_batch, train
 
 
 def free_port() -> int:
@@ -42,7 +41,7 @@ def test_two_processes_end_with_one_network_and_write_once(
     second = {**os.environ, **environment(1, port)}
     for name, value in environment(0, port).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(training, "fit", telling(tmp_path / "0"))
+    monkeypatch.setattr(training.Training, "run", told_to(tmp_path / "0"))
     with subprocess.Popen([*words, str(tmp_path / "1")], env=second) as process:
         result = train(workspace, TOGETHER, device="cpu")
         assert process.wait(timeout=60) == 0
@@ -76,6 +75,6 @@ def test_processes_that_found_other_things_do_not_train(trained: Trained, opened
         def of_first(self, work: Callable[[], str]) -> str:
             return work()
 
-    train_module._check_agreed(cast(Team, Alone()), plan)
+    check_agreed(cast(Team, Alone()), plan.spec)
     with pytest.raises(TeamError, match="asked for different things"):
-        train_module._check_agreed(cast(Team, Second()), plan)
+        check_agreed(cast(Team, Second()), plan.spec)

@@ -1,6 +1,6 @@
 """Train the network that comes with cellstore, on rendered fields only.
 
-    python -m cellstore.learn.shipped_network --steps 440 --seed 1 --out cellstore-nuclei.pt
+    python benchmarks/train_shipped_network.py --steps 440 --seed 1 --out cellstore-nuclei.pt
 
 writes the network (float16 state dict of a standard Cellpose 3 network, which
 ``CellposeModel(pretrained_model=...)`` loads as it is) and, beside it, its size model; the model
@@ -28,9 +28,16 @@ from cellpose.resnet_torch import CPnet
 from cellpose.transforms import normalize99, resize_image
 from cellpose.utils import diameters
 
-from ..analysis.cellpose import CHANNELS, SizeModel, fit_size_model, load_network, save_size_model
-from ..analysis.devices import pick_device
-from ..analysis.rendering import LARGEST, SMALLEST, TrainingField, render_nuclei
+from cellstore.analysis.cellpose import (
+    CHANNELS,
+    SizeModel,
+    fit_size_model,
+    load_network,
+    save_size_model,
+)
+from cellstore.analysis.devices import pick_device
+from cellstore.analysis.rendering import LARGEST, SMALLEST, TrainingField, render_nuclei
+from cellstore.learn.finetuning import Sample, half_precision, train_step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,14 +79,6 @@ class TrainingParams:
     size_fields: int = 300
     """Fields the size model is fitted to (0: make no size model)."""
     seed: int = 1
-
-
-@dataclass(frozen=True)
-class Sample:
-    """``image``: (2, H, W) float32. ``target``: (3, H, W) float32: cell or not, flow y, flow x."""
-
-    image: NDArray[np.float32]
-    target: NDArray[np.float32]
 
 
 def train(
@@ -128,23 +127,6 @@ def new_network(seed: int) -> CPnet:
     """An untrained standard network, made on the CPU so that the seed fixes it everywhere."""
     torch.manual_seed(seed)
     return CPnet(list(CHANNELS), 3, sz=3, diam_mean=DIAM_MEAN)
-
-
-def train_step(
-    net: CPnet, optimiser: torch.optim.Optimizer, batch: list[Sample], device: torch.device
-) -> float:
-    """One update of ``net``; returns the loss."""
-    net.train()
-    image = torch.from_numpy(np.stack([s.image for s in batch])).to(device)
-    target = torch.from_numpy(np.stack([s.target for s in batch])).to(device)
-    predicted = net(image)[0]
-    flow = torch.nn.functional.mse_loss(predicted[:, :2], 5 * target[:, 1:]) / 2
-    cell = torch.nn.functional.binary_cross_entropy_with_logits(predicted[:, 2], target[:, 0])
-    loss = flow + cell
-    optimiser.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimiser.step()
-    return float(loss.item())
 
 
 def batches(params: TrainingParams) -> Iterator[list[Sample]]:
@@ -208,14 +190,6 @@ def cropped(rng: np.random.Generator, sample: Sample) -> Sample:
 def save_network(net: CPnet, path: Path) -> None:
     """Write the state of ``net`` with its floats in half precision."""
     torch.save(half_precision(net), path)
-
-
-def half_precision(net: CPnet) -> dict[str, torch.Tensor]:
-    """The state of ``net`` with its floats in half precision, on the CPU."""
-    return {
-        name: value.detach().cpu().half() if value.is_floating_point() else value.cpu()
-        for name, value in net.state_dict().items()
-    }
 
 
 def train_size_model(network: Path, params: TrainingParams, device: str = "auto") -> SizeModel:

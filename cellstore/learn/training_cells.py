@@ -1,0 +1,233 @@
+"""What is learned from which cells of which split: what networks and baselines have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import distinct, func, select
+from sqlalchemy.orm import Session, aliased
+
+from ..enums import ArtifactKind, Stage, Subset
+from ..jobs.lookup import find_split
+from ..jobs.recipes import digest_of_images
+from ..jobs.workspace import Workspace
+from ..models import (
+    Artifact,
+    Image,
+    Label,
+    Recipe,
+    RecipeInput,
+    Run,
+    RunArtifact,
+    Split,
+    SplitMember,
+)
+from ..query.cells import (
+    CellSource,
+    Flagged,
+    ImageBlock,
+    check_cells,
+    check_plates,
+    choose_recipes,
+    count_flagged,
+    count_unseen,
+    find_qc_run,
+    list_blocks,
+    recipes_of_set,
+    unseen_note,
+)
+from ..query.feature_files import open_set
+
+Names = tuple[str | None, str | None, str | None]
+"""Of the split, the segmentation and the measurement; none: the latest."""
+
+
+@dataclass(frozen=True)
+class TrainingCells:
+    """Everything that is known before the first cell is read.
+
+    ``labels``: label ids by value, in the order of a model's outputs. ``blocks``: by subset the
+    images that have cells, ``members``: how many images are in it. ``flagged``: what quality
+    control has taken away from the subsets that are learned from or validated on. ``notes`` are
+    sentences that a reader of the scores has to know. ``parameters`` and ``inputs`` are those of
+    the recipe; ``local`` are parameters that mean something in this store only.
+    """
+
+    split: Split
+    segment: Recipe
+    measure: Recipe
+    source: CellSource
+    labels: dict[str, int]
+    blocks: dict[Subset, tuple[ImageBlock, ...]]
+    members: dict[Subset, int]
+    flagged: Flagged | None
+    notes: tuple[str, ...]
+    parameters: dict[str, Any]
+    local: dict[str, Any]
+    inputs: tuple[Recipe, ...]
+
+    def fingerprints(self, trained: Recipe) -> dict[str, str]:
+        """Return what a model comes from, for the record beside it."""
+        return {
+            "train": trained.fingerprint,
+            "split": self.split.fingerprint,
+            "segment": self.segment.fingerprint,
+            "measure": self.measure.fingerprint,
+        }
+
+
+def validation_subset(split: Split) -> Subset:
+    """Return the subset that stops a training: as published, the test subset does that, too."""
+    return Subset.TEST if split.protocol == "published" else Subset.VALIDATION
+
+
+def find_training_cells(
+    session: Session,
+    workspace: Workspace,
+    names: Names,
+    features: str | None,
+    exclude_flagged: str | None,
+) -> TrainingCells:
+    """Return what there is to learn from.
+
+    ``features``: the name of a feature set; ``None``: the built-in measurements last used.
+    ``exclude_flagged``: a quality-control run whose flagged images and cells do not count.
+
+    Raises:
+        UnknownNameError: no such split, recipe, feature set or quality-control run.
+        UserInputError: the recipes do not belong together, or quality control has not looked at
+            these plates or these cells.
+
+    """
+    split_name, segmentation, measurement = names
+    split = find_split(session, split_name)
+    if features is None:
+        segment, measure = choose_recipes(session, segmentation, measurement)
+    else:
+        segment, measure = recipes_of_set(session, features, segmentation, measurement)
+    found = open_set(session, workspace.artifacts, measure.id)
+    source = CellSource(segment.id, measure.id, split.id, features=found)
+    notes: list[str] = []
+    inputs = [session.get_one(Recipe, split.recipe_id), segment, measure]
+    if exclude_flagged is not None:
+        members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
+        qc = find_qc_run(session, exclude_flagged)
+        check_plates(session, qc, members)
+        check_cells(session, qc, segment.id)
+        unseen = count_unseen(session, qc, members)
+        notes += [unseen_note(qc, unseen)] if unseen else []
+        inputs.append(session.get_one(Recipe, qc.recipe_id))
+        source = replace(source, unflagged_by=qc.id)
+    leak = feature_leak(session, measure, split.id)
+    notes += [leak] if leak else []
+    blocks = list_blocks(session, source)
+    labels = (
+        select(Label.value, Label.id)
+        .join(SplitMember, SplitMember.label_id == Label.id)
+        .where(SplitMember.split_id == split.id, SplitMember.subset == Subset.TRAIN)
+        .distinct()
+    )
+    counts = select(SplitMember.subset, func.count()).where(SplitMember.split_id == split.id)
+    used = (Subset.TRAIN, validation_subset(split))
+    images = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
+    cells = digest_of_images(session, images, {b.image_id: b.n_cells for b in blocks})
+    parameters: dict[str, Any] = {"split": split.fingerprint, "cells": cells}
+    if not found.in_table:
+        parameters |= {"feature_files": found.mark, "gaps": "mean of the training subset"}
+    return TrainingCells(
+        split=split,
+        segment=segment,
+        measure=measure,
+        source=source,
+        # By value: the numbers of labels differ from store to store.
+        labels=dict(sorted(session.execute(labels).all())),
+        blocks={subset: tuple(b for b in blocks if b.subset is subset) for subset in Subset},
+        members=dict(session.execute(counts.group_by(SplitMember.subset)).all()),
+        flagged=count_flagged(session, source, blocks, used),
+        notes=tuple(notes),
+        parameters=parameters,
+        local={"exclude_flagged": source.unflagged_by},
+        inputs=tuple(inputs),
+    )
+
+
+def excluded_columns(features: Sequence[str], kept: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the columns without a value in the training subset, and a sentence on them."""
+    gone = [name for name in features if name not in set(kept)]
+    if not gone:
+        return [], []
+    what = f"{len(gone)} columns of the feature set have no value in the training subset"
+    return gone, [f"{what} and were excluded: {', '.join(gone[:5])}."]
+
+
+def result_from(run: Run, session: Session, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a finished training run kept, as the fields of its result; ``known`` of them."""
+    kept = {name: value for name, value in (run.result or {}).items() if name in known}
+    kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
+    split = session.scalars(select(Split.name).where(Split.id == run.split_id)).one()
+    return {"run_id": run.id, "recipe_id": run.recipe_id, "split": split, **kept}
+
+
+def teacher_of(session: Session, measure: Recipe) -> Run | None:
+    """Return the training whose network made the features of a recipe; None: none did."""
+    if "embedding" not in measure.parameters:
+        return None
+    query = (
+        select(Run)
+        .join(RunArtifact, RunArtifact.run_id == Run.id)
+        .join(Artifact, Artifact.id == RunArtifact.artifact_id)
+        .where(Artifact.kind == ArtifactKind.CHECKPOINT, Run.stage == Stage.TRAIN)
+        .where(Artifact.sha256 == measure.weights_sha256)
+        .order_by(Run.id)
+    )
+    return session.scalars(query.limit(1)).first()
+
+
+def measure_recipe_of(session: Session, trained: Run) -> Recipe | None:
+    """Return the recipe of the features that a training has read."""
+    query = (
+        select(Recipe)
+        .join(RecipeInput, RecipeInput.input_id == Recipe.id)
+        .where(RecipeInput.recipe_id == trained.recipe_id, Recipe.stage == Stage.MEASURE)
+    )
+    return session.scalars(query.limit(1)).first()
+
+
+def feature_leak(session: Session, measure: Recipe | None, split_id: int) -> str | None:
+    """Say whether features were learned on wells that a split does not train on.
+
+    An embedding knows the labels of the wells that its network was trained on, or stopped by; so
+    does one by a network that has learned from another's embedding.
+    """
+    teachers: list[Run] = []
+    while measure is not None and (teacher := teacher_of(session, measure)) is not None:
+        if teacher.split_id not in (None, split_id):
+            teachers.append(teacher)
+        measure = measure_recipe_of(session, teacher)
+    if not teachers:
+        return None
+    mine, theirs = aliased(SplitMember), aliased(SplitMember)
+    image, other = aliased(Image), aliased(Image)
+    taught = (
+        select(other.well_id)
+        .join(theirs, theirs.image_id == other.id)
+        .where(theirs.split_id.in_([run.split_id for run in teachers]))
+        .where(theirs.subset != Subset.TEST)
+    )
+    query = (
+        select(func.count(distinct(image.well_id)))
+        .join(mine, mine.image_id == image.id)
+        .where(mine.split_id == split_id, mine.subset != Subset.TRAIN)
+        .where(image.well_id.in_(taught))
+    )
+    number = session.scalar(query) or 0
+    if number == 0:
+        return None
+    runs = " and ".join(str(run.id) for run in teachers)
+    return (
+        f"A leak: the features are an embedding by training run {runs}, which learned the labels "
+        f"of {number:,} wells that this split does not train on. Scores are too good; use the "
+        "split of that training."
+    )
