@@ -155,7 +155,9 @@ def _add_image(session: Any, well: Well, site: int, place: Folder, path: Path, f
 
 def _insert_cells(workspace: Workspace, fields: Sequence[Field]) -> None:
     with workspace.database.begin() as session:
-        recipe = register(session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams())))
+        recipe = register(
+            session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams.of("published")))
+        )
         spec = RecipeSpec(Stage.MEASURE, 1, as_parameters(MeasureParams()), None, (recipe,))
         measured = register(session, spec)
     with (

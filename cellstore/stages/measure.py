@@ -196,12 +196,12 @@ def _groups(
         raise UserInputError(f"Name a group of features: {', '.join(GROUPS)}.")
     if unknown := [name for name in names if name not in GROUPS]:
         raise UnknownNameError.of("group of features", unknown[0], GROUPS)
-    plane = params.image or plane_of(source)
+    plane = params.plane or plane_of(source)
     check_channels(session, plane)
     found = []
     for group in (GROUPS[name] for name in names):
         if group.per_channel:
-            channels = _channels(session, params.image, images)
+            channels = _channels(session, params.plane, images)
             parameters: dict[str, Any] = {
                 "group": group.name,
                 "channels": list(channels),
@@ -210,7 +210,7 @@ def _groups(
             recipe = RecipeSpec(Stage.MEASURE, CHANNEL_VERSION, parameters, None, (source,))
             found.append(MeasuredGroup(group, None, channels, recipe))
         else:
-            parameters = {"image": as_parameters(plane), "features": list(FEATURE_NAMES)}
+            parameters = as_parameters(plane) | {"features": list(FEATURE_NAMES)}
             recipe = RecipeSpec(Stage.MEASURE, VERSION, parameters, None, (source,))
             found.append(MeasuredGroup(group, plane, (), recipe))
     return found
