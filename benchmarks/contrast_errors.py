@@ -14,7 +14,7 @@ import argparse
 
 import numpy as np
 
-from cellstore.analysis.contrasts import Contrast, Verdict, contrast, judge
+from cellstore.analysis.contrasts import Contrast, Difference, contrast, judge
 
 SETTINGS = [(treated, control) for treated in (2, 4) for control in (8, 32)]
 NULLS, FEATURES = 20, 10
@@ -41,8 +41,8 @@ def share(wells: int, control: int, spread: float, times: int, cells: int) -> tu
         found = compared(generator, wells, rows, cells)
         controls = rows[: control * cells]
         nulls = [compared(generator, wells, controls, cells).auc for _ in range(NULLS)]
-        alone += judge(found, []) is Verdict.YES
-        both += judge(found, nulls) is Verdict.YES
+        alone += judge(found, []) is Difference.YES
+        both += judge(found, nulls) is Difference.YES
     return alone / times, both / times
 
 

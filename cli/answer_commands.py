@@ -468,7 +468,7 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
         low, high = 100 * found.difference_low, 100 * found.difference_high
         points += f" (95 % interval over wells: {low:+.1f} to {high:+.1f})"
     typer.echo(f"\nrun {first} minus run {second}: {points} points")
-    output.wrapped(found.verdict)
+    output.wrapped(found.conclusion)
     for warning in found.warnings:
         output.wrapped(f"Careful: {warning}")
     if not found.recipes:

@@ -282,9 +282,9 @@ def _show_check(result: Check, common: Common) -> None:
     if common.as_json:
         output.print_json(result)
     else:
-        rows = {"run": f"{result.run_id}: {result.stage}", "result": result.verdict}
-        if result.verdict != CANNOT:
-            rows["result"] += ", bit for bit" if result.verdict == SAME else ""
+        rows = {"run": f"{result.run_id}: {result.stage}", "result": result.outcome}
+        if result.outcome != CANNOT:
+            rows["result"] += ", bit for bit" if result.outcome == SAME else ""
             rows |= {
                 "compared": f"{result.compared:,} {result.what}",
                 "different": f"{result.differ:,}",
@@ -297,9 +297,9 @@ def _show_check(result: Check, common: Common) -> None:
         output.pairs(rows)
         for line in result.differences:
             typer.echo(f"  {output.cell(line)}")
-        lead = "because" if result.verdict == CANNOT else "note"
+        lead = "because" if result.outcome == CANNOT else "note"
         for reason in result.reasons:
             typer.echo(f"{lead}: {output.cell(reason)}")
-    code = EXIT_CODES.get(result.verdict, 0)
+    code = EXIT_CODES.get(result.outcome, 0)
     if code:
         raise typer.Exit(code)

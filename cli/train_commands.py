@@ -316,7 +316,7 @@ def _show_contrast(result: ContrastResult) -> None:
         known = row.low is not None and row.high is not None
         bounds = f"{row.low:.3f} to {row.high:.3f}" if known else "-"
         counts = (row.wells or None, row.cells or None)
-        return (row.treatment, row.verdict, *counts, accuracy, auc, bounds, chance)
+        return (row.treatment, row.different, *counts, accuracy, auc, bounds, chance)
 
     headers = ("treatment", "differs", "wells", "cells", "accuracy", "AUC", "95 % interval")
     output.table((*headers, "chance"), map(cells, result.rows))

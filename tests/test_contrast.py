@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cellstore.analysis.contrasts import Contrast, Verdict, _interval, _wins, contrast, judge
+from cellstore.analysis.contrasts import Contrast, Difference, _interval, _wins, contrast, judge
 from cellstore.errors import UserInputError
 
 pytest.importorskip("sklearn")
@@ -113,9 +113,9 @@ def found(auc: float, low: float) -> Contrast:
 
 def test_a_treatment_must_be_above_chance_and_above_controls_among_themselves() -> None:
     nulls = [0.4, 0.5, 0.6] * 7
-    assert judge(found(0.7, 0.55), nulls) is Verdict.YES
-    assert judge(found(0.7, 0.49), nulls) is Verdict.NO
-    assert judge(found(0.58, 0.55), nulls) is Verdict.NO
-    assert judge(found(0.58, 0.55), []) is Verdict.YES
+    assert judge(found(0.7, 0.55), nulls) is Difference.YES
+    assert judge(found(0.7, 0.49), nulls) is Difference.NO
+    assert judge(found(0.58, 0.55), nulls) is Difference.NO
+    assert judge(found(0.58, 0.55), []) is Difference.YES
     # Two control wells may be less alike than any: that is no reason to believe anything.
-    assert judge(found(0.45, 0.51), [0.3]) is Verdict.NO
+    assert judge(found(0.45, 0.51), [0.3]) is Difference.NO

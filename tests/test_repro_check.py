@@ -76,26 +76,26 @@ def by_hand(screen: SmallScreen, change: Callable[[float], float] = lambda p: p)
     return carry_out
 
 
-def verdict(workspace: Workspace, screen: SmallScreen, change: Any) -> Check:
+def outcome(workspace: Workspace, screen: SmallScreen, change: Any) -> Check:
     return check(workspace, str(screen.predict_run.id), by_hand(screen, change))
 
 
 def test_the_same_numbers_are_identical_and_nothing_is_written(workspace: Workspace) -> None:
     screen = labelled_screen(workspace)
     before = everything(workspace)
-    found = verdict(workspace, screen, lambda p: p)
-    assert (found.verdict, found.compared, found.differ) == (IDENTICAL, 16, 0)
+    found = outcome(workspace, screen, lambda p: p)
+    assert (found.outcome, found.compared, found.differ) == (IDENTICAL, 16, 0)
     assert (found.largest, found.differences) == (0.0, ())
     assert everything(workspace) == before
 
 
 def test_numbers_within_and_outside_the_tolerance(workspace: Workspace) -> None:
     screen = labelled_screen(workspace)
-    near = verdict(workspace, screen, lambda p: p - 5e-5)
-    assert (near.verdict, near.differ) == (EQUAL, 0)
+    near = outcome(workspace, screen, lambda p: p - 5e-5)
+    assert (near.outcome, near.differ) == (EQUAL, 0)
     assert near.largest == pytest.approx(5e-5)
-    far = verdict(workspace, screen, lambda p: p - 2e-3 if p == 0.9 else p)
-    assert (far.verdict, far.differ, far.compared) == (DIFFERENT, 1, 16)
+    far = outcome(workspace, screen, lambda p: p - 2e-3 if p == 0.9 else p)
+    assert (far.outcome, far.differ, far.compared) == (DIFFERENT, 1, 16)
     assert far.largest == pytest.approx(2e-3)
     assert far.differences[0].endswith("taxol: 0.9 before, 0.898 now")
 
@@ -110,19 +110,19 @@ def test_why_a_run_cannot_be_redone(workspace: Workspace) -> None:
         return Done(None, (("BR1/r02c01f01", "no pixels"),))
 
     found = check(workspace, str(screen.predict_run.id), gone)
-    assert (found.verdict, found.reasons[0]) == (
+    assert (found.outcome, found.reasons[0]) == (
         IMPOSSIBLE,
         "a.tiff cannot be opened. Put it back.",
     )
     found = check(workspace, str(screen.predict_run.id), failed)
-    assert found.verdict == IMPOSSIBLE
+    assert found.outcome == IMPOSSIBLE
     assert found.reasons[0] == "1 of 4 images failed"
     assert "BR1/r02c01f01: no pixels" in found.reasons
 
 
 def test_other_versions_are_named_where_it_matters(workspace: Workspace) -> None:
     screen = labelled_screen(workspace)
-    found = verdict(workspace, screen, lambda p: p - 2e-3)
+    found = outcome(workspace, screen, lambda p: p - 2e-3)
     assert any("made by cellstore 0.1.0+gabc" in reason for reason in found.reasons)
     assert any(reason.startswith("python was 3.11, is 3.") for reason in found.reasons)
 

@@ -28,7 +28,7 @@ FOLDS = 5
 RESAMPLES = 1000
 
 
-class Verdict(StrEnum):
+class Difference(StrEnum):
     """Whether a treatment looks different from control."""
 
     YES = "yes"
@@ -99,14 +99,14 @@ def contrast(
     )
 
 
-def judge(found: Contrast, nulls: list[float]) -> Verdict:
+def judge(found: Contrast, nulls: list[float]) -> Difference:
     """Return whether a treatment looks different from control.
 
     It does, if the interval of its AUC is above 0.5 and its AUC above 95 % of those of control
     wells against control wells (``nulls``), where there are any. An AUC below 0.5 is no difference.
     """
     usual = max(0.5, float(np.quantile(nulls, 0.95))) if nulls else 0.5
-    return Verdict.YES if found.low > 0.5 and found.auc > usual else Verdict.NO
+    return Difference.YES if found.low > 0.5 and found.auc > usual else Difference.NO
 
 
 def _held_out(

@@ -1,7 +1,7 @@
 """How good an image is: what is measured on one plane, and what is odd among many.
 
-A plane is (H, W), any real dtype, in the grey levels of its file. Nothing here is a verdict on one
-image alone but saturation: whether a field is out of focus, too bright or too empty is told by
+A plane is (H, W), any real dtype, in the grey levels of its file. Only saturation is
+judged on one image alone: whether a field is out of focus, too bright or too empty is found by
 comparing it with the others of its plate (:func:`robust_limits`).
 """
 

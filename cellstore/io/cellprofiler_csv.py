@@ -126,7 +126,7 @@ def _open_folder(source: ObjectSource, root: Path, plate: str | None) -> None:
     target = Path(tempfile.mkdtemp(prefix="cellstore-"))
     source.close = lambda: shutil.rmtree(target, ignore_errors=True)
     tables = [
-        _spooled(source, columns, kinds[columns.name], target / f"{number}.arrow", images)
+        _buffered(source, columns, kinds[columns.name], target / f"{number}.arrow", images)
         for number, columns in enumerate(chosen)
     ]
     for file in files:
@@ -195,7 +195,7 @@ def _note(source: ObjectSource, file: _CsvFile, line: int | None, reason: str, d
     source.issues.append(RowIssue(Severity.PROBLEM, file.name, [line], reason, detail))
 
 
-def _spooled(
+def _buffered(
     source: ObjectSource,
     columns: ObjectColumns,
     files: Sequence[_CsvFile],
@@ -208,7 +208,7 @@ def _spooled(
         BadTableError: a file is damaged.
         StorageError: the temporary folder is full.
     """
-    spool = _Spool(target, list(columns.features))
+    buffer = _ArrowBuffer(target, list(columns.features))
     keys = {"image": IMAGE_NUMBER, "number": columns.object_number, **columns.parents}
     parts: dict[str, list[Integers]] = {key: [] for key in ("file", "line", *keys)}
     for file in files:
@@ -236,7 +236,7 @@ def _spooled(
             parts["image"][-1] = images.find(file.folder, parts["image"][-1])
             parts["file"].append(np.full(len(lines), len(source.files), np.int64))
             parts["line"].append(lines)
-            spool.append(
+            buffer.append(
                 {name: _numbers(name, found[name], lines, odd) for name in columns.features
                  if name in found}, len(lines),
             )  # fmt: skip
@@ -245,13 +245,13 @@ def _spooled(
         for what, (count, line) in odd.items():
             _note(source, file, line, "odd value", f"{what} in {count} rows")
         source.files.append(SourceFile(file.name, file.table.path, rows))
-    spool.finish()
+    buffer.finish()
     whole = {
         key: np.concatenate(some) if some else np.empty(0, np.int64) for key, some in parts.items()
     }
     parents = {role: whole[role] for role in columns.parents}
     return TableKeys(
-        columns, whole["image"], whole["number"], parents, whole["file"], whole["line"], spool.read
+        columns, whole["image"], whole["number"], parents, whole["file"], whole["line"], buffer.read
     )
 
 
@@ -278,7 +278,7 @@ def _count(odd: _Odd, what: str, lines: Integers, where: pa.Array) -> None:
     odd[what] = count + len(chosen), first
 
 
-class _Spool:
+class _ArrowBuffer:
     """Numbers in a temporary Arrow file; its rows are read by their number, from 0."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
@@ -290,7 +290,7 @@ class _Spool:
         self._writer: Any = None
 
     def append(self, columns: Mapping[str, pa.Array], rows: int) -> None:
-        """Add rows; those columns of the spool that ``columns`` lacks are null."""
+        """Add rows; those columns of the buffer that ``columns`` lacks are null."""
         arrays = [columns.get(f.name, None) for f in self._schema]
         whole = pa.RecordBatch.from_arrays(
             [pa.nulls(rows, pa.float64()) if array is None else array for array in arrays],

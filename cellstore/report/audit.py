@@ -340,10 +340,10 @@ def _labellings(session: Session, graph: Lineage, image: Image, treatment_box: s
             if split is not None:
                 named = graph.add(f"split {split.id}", "split", split.name, split.protocol)
                 graph.link(treatment_box, named, train)
-        verdict = {True: "right", False: "wrong", None: "truth unknown"}[correct]
+        truth = {True: "right", False: "wrong", None: "truth unknown"}[correct]
         knows = "well was in training" if seen else "well was not in training"
         votes = f"{counts[winner]} of {sum(counts.values())} cells"
-        graph.link(box, graph.add(f"label {run_id}", "label", winner, votes, verdict, knows))
+        graph.link(box, graph.add(f"label {run_id}", "label", winner, votes, truth, knows))
     return found
 
 

@@ -87,7 +87,7 @@ class Comparison:
     counts equal labels, right or wrong. ``difference`` is the accuracy of the first minus that of
     the second, with ``difference_low`` and ``difference_high`` by drawing whole wells.
     ``not_compared`` counts the units that only one of them has answered. ``better`` is the number
-    of the run that is better by the test at 5 %, or ``None``; ``verdict`` says it in words.
+    of the run that is better by the test at 5 %, or ``None``; ``conclusion`` says it in words.
     ``warnings`` say why the two may not be comparable. ``differing`` holds the first
     ``len(differing)`` of ``n_differing`` units whose labels differ.
     """
@@ -108,7 +108,7 @@ class Comparison:
     difference_high: float | None
     test: McNemar
     better: int | None
-    verdict: str
+    conclusion: str
     not_compared: int = 0
     recipes: tuple[RecipeDifference, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -260,10 +260,10 @@ def compare_subjects(
         f"run {first.run.id} has more right in {test.first:,} wells, run {second.run.id} in "
         f"{test.second:,} (McNemar's test over wells: p = {test.p_value:.2g})"
     )
-    verdict = f"Neither run is shown to be better: {wells}."
+    conclusion = f"Neither run is shown to be better: {wells}."
     if better is not None:
         worse = second.run.id if sign == 1 else first.run.id
-        verdict = f"Run {better} is better than run {worse}: {wells}."
+        conclusion = f"Run {better} is better than run {worse}: {wells}."
     differs = np.flatnonzero(pair.first != pair.second)
     return Comparison(
         level=level,
@@ -288,7 +288,7 @@ def compare_subjects(
             "where chance decides in each well which run is which.",
         ),
         better=better,
-        verdict=verdict,
+        conclusion=conclusion,
         not_compared=pair.not_compared,
         recipes=recipes_apart(questions, first.run.id, second.run.id),
         warnings=_warnings(questions, (first, second), seen, pair, level),

@@ -487,10 +487,10 @@ def check(
         impossible = True
         reasons.insert(0, str(error))
     if impossible:
-        verdict = IMPOSSIBLE
+        outcome = IMPOSSIBLE
         found, same = Differences("nothing", 0.0), False
     else:
-        verdict = DIFFERENT if found.differ else EQUAL if found.largest else IDENTICAL
+        outcome = DIFFERENT if found.differ else EQUAL if found.largest else IDENTICAL
         if run.stage is Stage.SPLIT and found.differ and not same:
             reasons.append("the images or treatments of the store are others than then")
         # Of a sample of the images a prediction has a recipe of its own.
@@ -499,7 +499,7 @@ def check(
     return Check(
         run_id=run.id,
         stage=run.stage.value,
-        verdict=verdict,
+        outcome=outcome,
         what=found.what,
         compared=found.compared,
         differ=found.differ,
@@ -507,7 +507,7 @@ def check(
         tolerance=found.tolerance,
         same_recipe=same,
         differences=tuple(found.first),
-        reasons=() if verdict == IDENTICAL and same else tuple(reasons),
+        reasons=() if outcome == IDENTICAL and same else tuple(reasons),
         seconds=round(time.monotonic() - began, 1),
     )
 

@@ -117,7 +117,7 @@ class Check:
 
     run_id: int
     stage: str
-    verdict: str
+    outcome: str
     what: str
     compared: int
     differ: int

@@ -12,7 +12,7 @@ from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session
 
 from ..analysis import contrasts
-from ..analysis.contrasts import Contrast, Verdict
+from ..analysis.contrasts import Contrast, Difference
 from ..analysis.draws import Lowest, even_shares, lots
 from ..config import ContrastParams, Selection, as_parameters
 from ..enums import Control, Stage
@@ -51,13 +51,13 @@ class ContrastRow:
     ``wells`` and ``cells`` of the treatment, ``control_wells`` and ``control_cells`` of its
     control, on ``plates`` plates that have both; cells as they were drawn. ``auc`` is bounded by
     ``low`` and ``high`` (95 % bootstrap interval over wells), and ``usual`` is what it stays below
-    19 times of 20 where control wells are compared with control wells. ``verdict``: yes, no, or too
-    few wells, which ``note`` explains. ``null``: control wells against control wells; ``auc`` is
-    then their median, and ``low`` to ``high`` holds 95 % of them.
+    19 times of 20 where control wells are compared with control wells. ``different``: yes, no, or
+    too few wells, which ``note`` explains. ``null``: control wells against control wells; ``auc``
+    is then their median, and ``low`` to ``high`` holds 95 % of them.
     """
 
     treatment: str
-    verdict: str
+    different: str
     null: bool = False
     wells: int = 0
     control_wells: int = 0
@@ -327,7 +327,7 @@ class _Comparison:
             "columns": len(self.source.features.columns),
             "treatments": len(rows),
             "tested": len(tested),
-            "different": sum(row.verdict == Verdict.YES.value for row in rows),
+            "different": sum(row.different == Difference.YES.value for row in rows),
             "rows": [asdict(row) for row in (*rows, *self._chance_rows())],
             "notes": _notes(tested, len(groups)),
         }
@@ -335,7 +335,7 @@ class _Comparison:
     def _row(self, group: Group) -> ContrastRow:
         if not group.plate_ids:
             note = "none of its plates has control wells"
-            return ContrastRow(group.name, Verdict.TOO_FEW.value, note=note)
+            return ContrastRow(group.name, Difference.TOO_FEW.value, note=note)
         most = self.params.max_cells
         if self.pool is None or self.pool[0] != group.plate_ids:
             control = replace(self.control, plate_ids=group.plate_ids)
@@ -351,7 +351,7 @@ class _Comparison:
                 short, what = pool.n_wells, "control well"
             return ContrastRow(
                 treatment=group.name,
-                verdict=Verdict.TOO_FEW.value,
+                different=Difference.TOO_FEW.value,
                 wells=treated.n_wells,
                 control_wells=pool.n_wells,
                 plates=plates,
@@ -364,7 +364,7 @@ class _Comparison:
         many = "plate of it has" if group.lost == 1 else "plates of it have"
         return ContrastRow(
             treatment=group.name,
-            verdict=contrasts.judge(found, areas).value,
+            different=contrasts.judge(found, areas).value,
             wells=found.treated_wells,
             control_wells=found.control_wells,
             plates=plates,
@@ -444,7 +444,7 @@ class _Comparison:
             low, usual, high = np.quantile(areas, [0.025, 0.95, 0.975]).tolist()
             yield ContrastRow(
                 treatment=f"{self.control.name} vs {self.control.name}",
-                verdict="chance",
+                different="chance",
                 null=True,
                 wells=wells,
                 auc=float(np.median(areas)),

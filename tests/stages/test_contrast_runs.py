@@ -82,20 +82,20 @@ def test_what_differs_is_told_from_what_does_not(workspace: Workspace) -> None:
     result = contrast(workspace, FAST)
     assert result.rows[0].treatment == "strong"
     rows = by_name(result)
-    assert (rows["strong"].verdict, rows["strong"].auc) == ("yes", pytest.approx(1, abs=0.01))
+    assert (rows["strong"].different, rows["strong"].auc) == ("yes", pytest.approx(1, abs=0.01))
     assert (rows["strong"].wells, rows["strong"].plates) == (4, 2)
     assert (rows["strong"].cells, rows["strong"].control_cells) == (48, 48)
     # On the first plate more often than controls are, and plates differ: that gives nothing away.
-    assert rows["nothing"].verdict == "no"
+    assert rows["nothing"].different == "no"
     assert rows["nothing"].auc == pytest.approx(0.5, abs=0.2)
-    assert (rows["once"].verdict, rows["once"].auc, rows["once"].wells) == (
+    assert (rows["once"].different, rows["once"].auc, rows["once"].wells) == (
         "too few wells",
         None,
         1,
     )
     assert rows["once"].note == "1 well with cells on plates that have both: none can be held out"
     chance = rows["DMSO vs DMSO"]
-    assert (chance.null, chance.verdict, chance.wells) == (True, "chance", 4)
+    assert (chance.null, chance.different, chance.wells) == (True, "chance", 4)
     assert chance.note == "5 times 4 control wells against the others"
     assert (result.control, result.treatments, result.tested, result.different) == ("DMSO", 3, 2, 1)
     run = run_of(workspace, result.run_id)
@@ -136,7 +136,7 @@ def test_which_treatments_and_which_control(sqlite_workspace: Workspace) -> None
     some = replace(FAST, treatments=("nothing", "strong"), pooled=True)
     assert contrast(sqlite_workspace, some).rows[0].wells == 8
     other = contrast(sqlite_workspace, replace(FAST, control="strong", treatments=("DMSO",)))
-    assert [(row.treatment, row.verdict) for row in other.rows[:1]] == [("DMSO", "yes")]
+    assert [(row.treatment, row.different) for row in other.rows[:1]] == [("DMSO", "yes")]
     assert other.control == "strong"
     one_plate = contrast(sqlite_workspace, replace(FAST, plates=("P2",)))
     assert by_name(one_plate)["strong"].wells == 2
@@ -169,7 +169,7 @@ def test_features_of_another_tool(sqlite_workspace: Workspace) -> None:
     screen.make.feature_files("cp", cells, columns, screen.recipe_of(screen.segment))
     result = contrast(sqlite_workspace, replace(FAST, features="cp"))
     assert (result.feature_set, result.columns) == ("cp", 2)
-    assert by_name(result)["strong"].verdict == "yes"
+    assert by_name(result)["strong"].different == "yes"
 
 
 def test_what_cannot_be_compared_is_said(sqlite_workspace: Workspace) -> None:

@@ -75,7 +75,7 @@ def test_a_run_comes_out_the_same_and_the_store_is_as_it_was(
 ) -> None:
     before = contents(done)
     found = checked(done, run)
-    assert (found.verdict, found.differ, found.same_recipe) == ("identical", 0, True), found
+    assert (found.outcome, found.differ, found.same_recipe) == ("identical", 0, True), found
     assert (found.what, found.reasons) == (what, ())
     assert found.compared > 0
     assert contents(done) == before
@@ -83,7 +83,7 @@ def test_a_run_comes_out_the_same_and_the_store_is_as_it_was(
 
 def test_a_part_of_the_images_of_a_run(done: Workspace) -> None:
     whole, part = checked(done, "6"), checked(done, "6", images=1)
-    assert (part.verdict, part.reasons) == ("identical", ())
+    assert (part.outcome, part.reasons) == ("identical", ())
     assert part.compared * 2 == whole.compared
 
 
@@ -131,7 +131,7 @@ def test_files_that_moved_are_the_reason(
     with workspace.database.begin() as session:
         session.execute(text("UPDATE folders SET uri = '/gone'"))
     found = checked(workspace, "2", images=1)
-    assert found.verdict == "cannot be redone"
+    assert found.outcome == "cannot be redone"
     assert any("/gone" in reason for reason in found.reasons)
 
 
@@ -140,7 +140,7 @@ def test_what_was_changed_by_hand_is_different(built: Path, opened: Opener) -> N
     with workspace.database.begin() as session:
         session.execute(text("UPDATE features SET area = area + 1 WHERE cell_id = 1"))
     found = checked(workspace, "2", images=6)
-    assert (found.verdict, found.differ) == ("different", 1)
+    assert (found.outcome, found.differ) == ("different", 1)
     assert found.differences[0].startswith("area of cell 1: ")
 
 
@@ -151,7 +151,7 @@ def test_a_treatment_that_was_corrected_since_makes_another_split(
     with workspace.database.begin() as session:
         session.execute(text("UPDATE wells SET treatment_id = 1 WHERE id = 2"))
     found = checked(workspace, "3")
-    assert (found.verdict, found.same_recipe) == ("different", False)
+    assert (found.outcome, found.same_recipe) == ("different", False)
     assert "the images or treatments of the store are others than then" in found.reasons
 
 
@@ -161,7 +161,7 @@ def test_the_command_and_its_exit_codes(done: Workspace, tmp_path: Path) -> None
 
     same = said("3", "--check")
     assert (same.exit_code, "identical, bit for bit" in same.stdout) == (0, True)
-    assert json.loads(said("3", "--check", "--json").stdout)["verdict"] == "identical"
+    assert json.loads(said("3", "--check", "--json").stdout)["outcome"] == "identical"
     assert said("99", "--check").exit_code == 2
     assert said("3", "--images", "2").exit_code == 2
     path = tmp_path / "redo.sh"
