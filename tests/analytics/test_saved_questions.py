@@ -65,7 +65,7 @@ def test_every_question_answers_on_both_databases(workspace: Workspace) -> None:
     assert wells["confident-mistakes"] == ["B01", "B03"]
     assert wells["unlabelled"] == ["A01", "A02"]
     assert [(r["wells"], r["images"], r["cells"]) for r in answers["plates"]] == [(6, 6, 10)]
-    assert [(r["pert_iname"], r["images"]) for r in answers["treatments"]] == [
+    assert [(r["perturbation"], r["images"]) for r in answers["treatments"]] == [
         ("taxol", 4),
         ("DMSO", 2),
     ]
