@@ -339,9 +339,7 @@ def show_command(root: Path, workspace: Workspace, repeats: int) -> None:
         for _ in range(repeats):
             began = time.perf_counter()
             program = [sys.executable, "-m", "cellstore_cli", *words]
-            code = (
-                "import sys; from cellstore_cli.main import run; sys.argv[0] = 'cellstore'; run()"
-            )
+            code = "import sys; from cellstore_cli.app import run; sys.argv[0] = 'cellstore'; run()"
             subprocess.run([program[0], "-c", code, *words], check=True, capture_output=True)
             taken.append(time.perf_counter() - began)
         print(f"{what:<40}  {statistics.median(taken):6.2f} s", flush=True)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sqlalchemy import func, insert, select
 
 from cellstore.config import MeasureParams, SegmentParams, SplitParams, as_parameters
-from cellstore.enums import ArtifactKind, PerturbationKind, Stage
+from cellstore.enums import ArtifactKind, PerturbationKind, Stage, Status
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import keep_file, running
@@ -24,6 +24,7 @@ from cellstore.models import (
     Folder,
     Image,
     ImageFile,
+    Job,
     Plate,
     Segmentation,
     Treatment,
@@ -125,8 +126,8 @@ def _insert_images(
             row, column = divmod(position, 24 if sites == 1 else 1000)
             well = Well(
                 plate_id=plate.id,
-                row=row + 1,
-                column=column + 1,
+                well_row=row + 1,
+                well_column=column + 1,
                 name=f"{chr(65 + row)}{column + 1:02d}",
                 treatment_id=kinds[(number // plates) % treatments].id,
             )
@@ -154,7 +155,9 @@ def _add_image(session: Any, well: Well, site: int, place: Folder, path: Path, f
 
 def _insert_cells(workspace: Workspace, fields: Sequence[Field]) -> None:
     with workspace.database.begin() as session:
-        recipe = register(session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams())))
+        recipe = register(
+            session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams.of("published")))
+        )
         spec = RecipeSpec(Stage.MEASURE, 1, as_parameters(MeasureParams()), None, (recipe,))
         measured = register(session, spec)
     with (
@@ -179,6 +182,8 @@ def _insert_cells(workspace: Workspace, fields: Sequence[Field]) -> None:
         keys = {"recipe_id": measured.id, "run_id": run.id}
         for some in _in_parts(_features(first, count)):
             session.execute(insert(CellFeatures), [{**row, **keys} for row in some])
+        done = [{"image_id": i, "content_sha256": content} for i, content in images]
+        session.execute(insert(Job), [{**row, **keys, "status": Status.DONE} for row in done])
 
 
 def _keep(session: Any, workspace: Workspace, field: Field) -> tuple[int, int]:

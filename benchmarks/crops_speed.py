@@ -16,7 +16,7 @@ kept in memory. They take turns; speeds are medians of the rounds, ratios are of
 the medians of all rounds are printed. Where others use the machine, look at the ratios of CPU time.
 
 Mixing: how many images, classes and plates there effectively are in a batch, divided by what a
-perfect shuffle would give (see ``cellstore.learn.batches.mixing``).
+perfect shuffle would give (see :func:`mixing`).
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def batches_of(root: Path, size: int, batch: int = BATCH, sides: int = 1, **more
 
     from cellstore.enums import Subset
     from cellstore.jobs.workspace import open_workspace
-    from cellstore.learn.batches import BlockReader, training_batches
+    from cellstore.learn.batches import Batches, CellReader
     from cellstore.learn.normalising import Scaler
     from cellstore.models import Split
     from cellstore.query.cells import (
@@ -241,12 +241,12 @@ def batches_of(root: Path, size: int, batch: int = BATCH, sides: int = 1, **more
         blocks = list_blocks(session, source)
         scaler = Scaler.fit(FEATURE_COLUMNS, stream_features(session, source))
     classes = {label: i for i, label in enumerate(sorted({b.label_id for b in blocks}))}
-    reader = BlockReader(
+    reader = CellReader(
         workspace, source, plane_of(segment), scaler, size, classes, kept_bytes=kept_bytes
     )
     chosen = [b for b in blocks if sides == 3 or b.subset is Subset.TRAIN]
     reader.cut(chosen[0].image_id)  # what is imported at first use is no work
-    return training_batches(reader, chosen, batch_size=batch, **more)
+    return Batches(reader, chosen, batch_size=batch, **more)
 
 
 # ------------------------------------------------------------------ mixing
@@ -260,21 +260,39 @@ def mixing_table(images: int = 2293, classes: int = 250, plates: int = 4) -> str
         groups = np.concatenate([*mixed(images, buffer)])
         sizes = np.arange(512, len(groups), 512)
         kinds = (groups, groups // 9 % classes, groups * plates // images)
-        from cellstore.learn.batches import mixing
-
         found = (mixing(np.split(kind, sizes)) for kind in kinds)
         lines.append(f"{buffer:26,}" + "".join(f"{value:9.2f}" for value in found))
     return "\n".join(lines)
 
 
+def mixing(batches: Sequence[np.ndarray], seed: int = 0) -> float:
+    """How well ``batches`` mix groups: 1 is as well as a perfect shuffle does.
+
+    ``batches`` are the groups (images, classes, plates) of the cells of each batch, (B,). In a
+    batch there are effectively 1 / sum(p^2) groups, p the share of each (the inverse Simpson
+    index; Hill 1973, order 2). What is returned is the mean over all batches, divided by the mean
+    over batches of the same sizes into which the same cells were dealt at random.
+    """
+
+    def effective(groups: np.ndarray) -> float:
+        shares = np.unique(groups, return_counts=True)[1] / len(groups)
+        return float(1 / (shares**2).sum())
+
+    everything = np.concatenate(batches)
+    shuffled = everything[np.random.default_rng(seed).permutation(len(everything))]
+    dealt = np.split(shuffled, np.cumsum([len(batch) for batch in batches])[:-1])
+    return float(np.mean([*map(effective, batches)]) / np.mean([*map(effective, dealt)]))
+
+
 def mixed(images: int, buffer_cells: int) -> Iterator[np.ndarray]:
     """The image of each cell, batch by batch."""
     from cellstore.learn.batches import Block, BlockShuffle
-    from cellstore.learn.crops import CutCells, without_pixels
+    from cellstore.learn.crops import CellCrops, PackedCrops
 
-    def cells(image: int) -> CutCells:
+    def cells(image: int) -> CellCrops:
         one = np.full(CELLS, image)
-        return CutCells(without_pixels(CELLS), np.zeros((CELLS, 0), np.float32), one, one)
+        nothing = PackedCrops(np.zeros((CELLS, 2), np.int64), {})
+        return CellCrops(nothing, np.zeros((CELLS, 0), np.float32), one, one)
 
     blocks = [Block(image, 0, CELLS) for image in range(images)]
     shuffle = BlockShuffle(blocks, lambda ids: map(cells, ids), 512, buffer_cells=buffer_cells)

@@ -178,12 +178,11 @@ def main() -> None:
 def network(given: argparse.Namespace, features: str) -> TrainParams:
     """How the network of this benchmark learns."""
     if given.tabular:
-        return TrainParams(
-            features=features, branches=("tabular",), epochs=60, patience=20,
+        return TrainParams.of(
+            "published", features=features, branches=("tabular",), epochs=60, patience=20,
             batch_size=64, learning_rate=3e-3,
         )  # fmt: skip
-    return TrainParams.of(
-        "compact",
+    return TrainParams(
         features=features,
         epochs=given.epochs,
         crop_size=given.crop_size,

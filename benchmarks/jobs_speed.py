@@ -73,6 +73,10 @@ class NoWork(ImageStage[str, str]):
         session.execute(insert(Label), rows)
         return 0
 
+    def digest(self, recipe_id: int, output: str) -> str:
+        """Return a digest of the name."""
+        return hashlib.sha256(output.encode()).hexdigest()
+
 
 def go(workspace: Workspace, spec: RecipeSpec, hold: str | None = None) -> int:
     with workspace.database.begin() as session:
@@ -186,7 +190,7 @@ def measured(root: Path, database: str | None, jobs: int, images: int, repeat: i
     line(name, "killed: back after", killed(root / "small"), "")
     with Store.create(root / "large", database and database.format("large")) as store:
         fill(store.workspace, images)
-        params = SegmentParams()
+        params = SegmentParams.of("published")
         close_all(store.workspace, segment_recipe(params, find_model(params.model)))
         took = [timed(store.segment) for _ in range(repeat)]
         line(name, f"nothing to do, {images:,} images", statistics.median(took), "")

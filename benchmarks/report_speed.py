@@ -21,7 +21,7 @@ from pathlib import Path
 
 from report_store import add_design, design_of, make_store
 
-COMMAND = [sys.executable, "-c", "from cellstore_cli.main import app; app()", "report"]
+COMMAND = [sys.executable, "-c", "from cellstore_cli.app import app; app()", "report"]
 
 
 def measured(words: list[str]) -> tuple[float, float, float]:

@@ -204,7 +204,9 @@ def _insert_cells(
     workspace: Workspace, fields: Sequence[Field], design: Design, rng: np.random.Generator
 ) -> Cells:
     with workspace.database.begin() as session:
-        recipe = register(session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams())))
+        recipe = register(
+            session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams.of("published")))
+        )
         spec = RecipeSpec(Stage.MEASURE, 1, as_parameters(MeasureParams()), None, (recipe,))
         measured = register(session, spec)
         session.add(_basic_set(measured.id))

@@ -113,7 +113,7 @@ def in_store(folder: Path, name: str, workers: int) -> None:
     from cellstore.config import Resources, SegmentParams
     from cellstore.store import Store
 
-    params = SegmentParams(diameter=DIAMETER, flow_threshold=0.4, cellprob_threshold=0.0)
+    params = SegmentParams(diameter=DIAMETER, channels=())
     with Store.open(folder / name) as store:
         result = store.segment(params, resources=Resources(workers=workers), device="cpu")
         assert result.failures == (), result.failures

@@ -130,7 +130,7 @@ def _insert_members(workspace: Workspace, truth: NDArray[np.int64]) -> None:
 
 def _make_runs(workspace: Workspace) -> tuple[int, list[int]]:
     """Return the segmentation run and two predict runs, ended; their rows are to come."""
-    segmented = _run(workspace, Stage.SEGMENT, as_parameters(SegmentParams()))
+    segmented = _run(workspace, Stage.SEGMENT, as_parameters(SegmentParams.of("published")))
     trained = [
         _run(workspace, Stage.TRAIN, as_parameters(TrainParams(seed=seed)), split_id=1)
         for seed in (0, 1)

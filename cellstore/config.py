@@ -1,19 +1,262 @@
-"""Frozen settings: the parameters of the stages.
+"""What can be chosen: the parameters of every stage, each declared once.
 
-The defaults of the stages are those of the published pipeline.
+A field says its default, and what the command line needs to know of it: help, range, choices. The
+command line, its help, ``docs/commands.md`` and the commands that ``cellstore repro`` prints are
+made from these fields. To add an option, add a field here, and use it.
 """
 
-from __future__ import annotations
+# No "from __future__ import annotations": the command line reads the types of the fields.
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Self, get_args
 
 from .enums import PERTURBATION, GroupLevel, Look, Projection, Subset
 from .errors import UnknownNameError, UserInputError
 
+Field = dataclasses.Field[Any]
+
 DEFAULT_MODEL = "cellstore-nuclei"
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    name: str | None = None,
+    metavar: str | None = None,
+    min: float | None = None,
+    max: float | None = None,
+    choices: Sequence[str] = (),
+    section: str | None = None,
+    repeated: bool = False,
+    pair: str = "first",
+    empty: str = "none",
+    nothing: str | None = None,
+    negatable: bool = False,
+) -> Any:
+    """Declare a field of a dataclass that is an option of the command line, too.
+
+    ``name``: of the option, where it is not that of the field. ``section``: its heading in the
+    help. A list is written with commas, or, if ``repeated``, one value at a time; ``empty`` is the
+    word for a list of none. A ``pair`` is cut at the ``first`` or at the ``last`` ``=``.
+    ``nothing``: the word for ``None``. ``negatable``: there is a ``--no-...``, too.
+    """
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "name": name,
+            "metavar": metavar,
+            "min": min,
+            "max": max,
+            "choices": choices,
+            "section": section,
+            "repeated": repeated,
+            "pair": pair,
+            "empty": empty,
+            "nothing": nothing,
+            "negatable": negatable,
+        },
+    )
+
+
+def options_of(kind: Any) -> list[Field]:
+    """Return the fields of a dataclass that are options."""
+    return [item for item in fields(kind) if "help" in item.metadata]
+
+
+def flag(item: Field) -> str:
+    """Return the name of a field on the command line, such as ``--crop-size``."""
+    return item.metadata["name"] or "--" + item.name.replace("_", "-")
+
+
+def type_of(item: Field) -> Any:
+    """Return the type of a field without its ``None``."""
+    assert not isinstance(item.type, str), "its module imports annotations from __future__"
+    if isinstance(item.type, UnionType):
+        return next(kind for kind in get_args(item.type) if kind is not type(None))
+    return item.type
+
+
+def spelled(item: Field, value: Any) -> list[str]:
+    """Return the words of a command line that ask for a value of an option."""
+    name, known = flag(item), item.metadata
+    if isinstance(value, bool):
+        no = [f"--no-{name.removeprefix('--')}"] if known["negatable"] else []
+        return [name] if value else no
+    if value is None:
+        texts = [known["nothing"]] if known["nothing"] else []
+    elif not isinstance(value, tuple):
+        texts = [repr(float(value)) if type_of(item) is float else str(value)]
+    elif not value:
+        texts = [] if value == item.default else [known["empty"]]
+    else:
+        texts = ["=".join(part) if isinstance(part, tuple) else str(part) for part in value]
+        texts = texts if known["repeated"] else [",".join(texts)]
+    return [f"{name}={text}" for text in texts]  # with "=": a value may begin with a dash
+
+
+def unspeakable(item: Field, value: Any) -> list[str]:
+    """Return the names in a list that a command line cannot hold."""
+    if item.metadata["repeated"] or not isinstance(value, tuple):
+        return []
+    alone = [item.metadata["empty"]] if value == (item.metadata["empty"],) else []
+    return alone + [text for text in value if "," in text or text != text.strip() or not text]
+
+
+def read_list(item: Field, texts: Iterable[str]) -> tuple[Any, ...]:
+    """Return the value of an option that is a list, from what was typed.
+
+    Raises:
+        UserInputError: a pair has no ``=``, or nothing before or after it.
+    """
+    words = list(texts)
+    if words == [item.metadata["empty"]]:
+        return ()
+    if not item.metadata["repeated"]:
+        words = [part.strip() for text in words for part in text.split(",") if part.strip()]
+    kind = get_args(type_of(item))[0]
+    if kind is str or kind is Path:
+        return tuple(kind(word) for word in words)
+    pairs = []
+    for word in words:
+        cut = word.partition if item.metadata["pair"] == "first" else word.rpartition
+        old, _, new = (part.strip() for part in cut("="))
+        if not (old and new):
+            raise UserInputError(f"Write {flag(item)} {item.metadata['metavar']}, not {word!r}.")
+        pairs.append((old, new))
+    return tuple(pairs)
+
+
+class Params:
+    """What all parameters have in common: they are checked when they are made.
+
+    Raises:
+        UnknownNameError: a value is none of the choices.
+        UserInputError: a number is out of its range.
+    """
+
+    def __post_init__(self) -> None:
+        for item in options_of(self):
+            value, known, noun = getattr(self, item.name), item.metadata, _noun(item)
+            for word in value if isinstance(value, tuple) else (value,):
+                if word is not None and known["choices"] and word not in known["choices"]:
+                    raise UnknownNameError.of(noun, word, known["choices"])
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                low, high = known["min"], known["max"]
+                if low is not None and value < low:
+                    raise UserInputError(f"The {noun} is at least {low:g}, not {value:g}.")
+                if high is not None and value > high:
+                    raise UserInputError(f"The {noun} is at most {high:g}, not {value:g}.")
+
+    @classmethod
+    def of(cls, preset: str | None = None, **given: Any) -> Self:
+        """Return the values of one of :data:`PRESETS`, but for those that are ``given``.
+
+        Raises:
+            UnknownNameError: there is no such preset.
+        """
+        if preset is None:
+            return cls(**given)
+        if preset not in PRESETS:
+            raise UnknownNameError.of("preset", preset, PRESETS)
+        return cls(**{**PRESETS[preset].get(cls, {}), **given})
+
+    @classmethod
+    def from_recipe(cls, stored: Mapping[str, Any], **changes: Any) -> Self:
+        """Return the parameters that a recipe holds, but for the ``changes``.
+
+        The other way round: :func:`as_parameters`. What is no field is left aside.
+        """
+        values: dict[str, Any] = {}
+        for item in fields(cls):  # type: ignore[arg-type]
+            if item.name not in stored:
+                continue
+            value, kind = stored[item.name], type_of(item)
+            if isinstance(value, list):
+                value = tuple(tuple(part) if isinstance(part, list) else part for part in value)
+            elif value is not None and isinstance(kind, type) and issubclass(kind, StrEnum):
+                value = kind(value)
+            values[item.name] = value
+        return cls(**values | changes)
+
+
+def _noun(item: Field) -> str:
+    return flag(item).removeprefix("--").replace("-", " ")
+
+
+def as_parameters(params: Any) -> dict[str, Any]:
+    """Return all parameters of a dataclass as plain JSON values, fit for a recipe."""
+    return asdict(params)
+
+
+CELLS = "Which cells"
+NETWORK = "The network"
+LEARNING = "How it learns"
+HARDWARE = "How it is carried out"
+BASELINES = "Instead of a network"
+SECTIONS = (CELLS, NETWORK, LEARNING, HARDWARE, BASELINES)
+"""Headings of the help, in their order."""
+
+# What several dataclasses declare alike.
+_PLATES: dict[str, Any] = {
+    "help": "Only this plate; may be given several times. Default: all plates.",
+    "name": "--plate",
+    "metavar": "BARCODE",
+    "repeated": True,
+}
+_WELLS: dict[str, Any] = {
+    "help": "Only this well, like D14; may be given several times.",
+    "name": "--well",
+    "metavar": "WELL",
+    "repeated": True,
+}
+_WHERE: dict[str, Any] = {
+    "help": "Only images that meet this condition, over plate, batch, well, row, column, site, "
+    "plane, time_point, image, image_id, perturbation, target, kind, control, identifier.",
+    "metavar": "SQL",
+}
+_LIMIT: dict[str, Any] = {
+    "help": "Only the first N images, for a first try.",
+    "metavar": "N",
+    "min": 1,
+}
+_EXCLUDE_FLAGGED: dict[str, Any] = {
+    "help": "Exclude the images and cells that this quality-control run (cellstore qc) has "
+    "flagged: its number, or latest.",
+    "metavar": "RUN|latest",
+    "section": CELLS,
+}
+_FEATURES: dict[str, Any] = {
+    "help": "The feature set that is read, also one ingested from another tool. Default: the "
+    "built-in measurements last used.",
+    "metavar": "NAME",
+    "section": CELLS,
+}
+_NORMALISE: dict[str, Any] = {
+    "help": "Compare features with the training subset, or first with the negative controls of "
+    "their plate.",
+    "choices": ("train", "plate-controls"),
+    "section": LEARNING,
+}
+_SEED: dict[str, Any] = {"metavar": "N", "min": 0}
+_MODEL = (
+    "cellstore-nuclei (comes with cellstore), Cellpose's cyto, cyto2, cyto3 or nuclei (with "
+    "Cellpose 4: cpsam), fetched on first use; the file of your own; or run:N, what 'cellstore "
+    "finetune' made in run N."
+)
+_CHANNELS: dict[str, Any] = {
+    "help": "Channels that show the cells, by name, with commas between; first-three: the first "
+    "three. Default: the channel of the nuclei (DNA, DAPI, Hoechst), if there is one.",
+    "metavar": "A,B,...",
+    "empty": "first-three",
+}
+_PROJECTION: dict[str, Any] = {"help": "How several channels become one picture."}
 
 
 @dataclass(frozen=True)
@@ -29,16 +272,12 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which images a command is about: all that meet every condition; the first ``limit``.
+    """Which images a command is about: all that meet every condition; the first ``limit``."""
 
-    ``wells`` are names like ``D14``. ``where`` is an SQL condition on the columns that
-    ``cellstore.jobs.conditions`` lists.
-    """
-
-    plates: tuple[str, ...] = ()
-    wells: tuple[str, ...] = ()
-    where: str | None = None
-    limit: int | None = None
+    plates: tuple[str, ...] = option((), **_PLATES)
+    wells: tuple[str, ...] = option((), **_WELLS)
+    where: str | None = option(None, **_WHERE)
+    limit: int | None = option(None, **_LIMIT)
 
 
 EVERYTHING = Selection()
@@ -47,13 +286,14 @@ EVERYTHING = Selection()
 
 @dataclass(frozen=True)
 class Resources:
-    """Who works: ``workers`` processes of this machine (1: this process), or a Dask cluster.
+    """Who works: processes of this machine, or a Dask cluster."""
 
-    ``scheduler`` is the address of a Dask scheduler, like ``tcp://host:8786``.
-    """
-
-    workers: int = 1
-    scheduler: str | None = None
+    workers: int = option(1, "Processes that work at once; 1: this one alone.", metavar="N", min=1)
+    scheduler: str | None = option(
+        None,
+        "Let the workers of this Dask scheduler work, for example tcp://host:8786.",
+        metavar="ADDRESS",
+    )
 
 
 THIS_PROCESS = Resources()
@@ -61,366 +301,605 @@ THIS_PROCESS = Resources()
 
 
 @dataclass(frozen=True)
-class IngestParams:
-    """How to read a source, and what goes with it.
+class Sources:
+    """Which rows a stage reads: a split by name, recipes by number or start of the fingerprint."""
 
-    ``layout`` forces a reader, ``kind`` its sort (images, treatments, features, masks). ``plate``
-    is the barcode where the source names none. ``images``: the folder in which files are searched
-    by name; ``maps``: (old, new) beginnings of folders; ``look``: which files are looked at.
-    ``channels``: (number or name, name wanted). ``pattern``: file names as a regular expression
-    with named groups. ``pixel_size``: micrometres per pixel. ``platemap``, ``compounds`` and
-    ``barcodes`` say what was done to each well, ``aliases`` which names are one. ``name``: of the
-    feature set or of the masks; ``binary``: masks of 0 and one other value are taken apart into
-    their connected pieces. ``strict``: one refused row undoes the whole source. ``reread``: read
-    it anew, even if it was read before.
+    split: str | None = option(
+        None, "The split. Default: the latest.", metavar="NAME", section=CELLS
+    )
+    segmentation: str | None = option(
+        None,
+        "Which segmentation: number or start of the fingerprint, as 'cellstore status' lists "
+        "them. Default: the last used.",
+        metavar="RECIPE",
+        section=CELLS,
+    )
+    measurement: str | None = option(
+        None,
+        "Which measurement, as 'cellstore status' lists them. Default: the last used.",
+        metavar="RECIPE",
+        section=CELLS,
+    )
+
+
+@dataclass(frozen=True)
+class IngestParams(Params):
+    """How to read a source, and what goes with it. ``kind``: images, treatments, features, masks.
+
+    ``channels``: (number or name, name wanted). ``maps``: (old, new) beginnings of folders.
     """
 
     kind: str | None = None
-    layout: str | None = None
-    plate: str | None = None
-    images: Path | None = None
-    maps: tuple[tuple[str, str], ...] = ()
-    look: Look = Look.HERE
-    channels: tuple[tuple[str, str], ...] = ()
-    pattern: str | None = None
-    pixel_size: float | None = None
-    platemap: Path | None = None
-    compounds: tuple[Path, ...] = ()
-    barcodes: Path | None = None
-    aliases: Path | None = None
-    name: str | None = None
-    binary: bool = False
-    strict: bool = False
-    reread: bool = False
-
-
-LATER = {"later": True}
-"""Marks a field that recipes did not have at first: unwritten, and uncounted, at its default.
-
-So the recipes that were made without it keep their fingerprints, and their images are not done
-again; see :func:`as_parameters`.
-"""
-
-
-def later(default: Any) -> Any:
-    """Return a field marked ``LATER``; for classes that have a field called ``field``."""
-    return field(default=default, metadata=LATER)
+    images: Path | None = option(
+        None, "Folder in which image files are found by name.", metavar="DIR"
+    )
+    maps: tuple[tuple[str, str], ...] = option(
+        (),
+        "Folders of the source that begin with OLD are at NEW here; may be given several times. "
+        "NEW may be s3://... or another object store.",
+        name="--map",
+        metavar="OLD=NEW",
+        repeated=True,
+    )
+    look: Look = option(
+        Look.HERE,
+        "Which image files to read and hash now: those on this machine, also those in object "
+        "stores, or none.",
+    )
+    plate: str | None = option(None, "The plate, for sources that name none.", metavar="BARCODE")
+    channels: tuple[tuple[str, str], ...] = option(
+        (),
+        "What stain each channel (number or name) shows, for example 1=Mito,2=DNA.",
+        metavar="OLD=NEW,...",
+    )
+    pixel_size: float | None = option(
+        None,
+        "Micrometres per pixel, for images whose files do not say it.",
+        metavar="UM",
+        min=0.0,
+    )
+    platemap: Path | None = option(
+        None,
+        "Which treatment each well got: a table, or a folder of them with --barcodes.",
+        metavar="FILE",
+    )
+    compounds: tuple[Path, ...] = option(
+        (),
+        "What the treatments of the platemap are: names, targets, structures; may be given "
+        "several times.",
+        metavar="FILE",
+        repeated=True,
+    )
+    barcodes: Path | None = option(None, "Which platemap each plate has.", metavar="FILE")
+    aliases: Path | None = option(
+        None,
+        "Names that are one: a table with the columns alias and name.",
+        name="--alias",
+        metavar="FILE",
+    )
+    name: str | None = option(None, "Name of the feature set, or of the masks.", metavar="NAME")
+    pattern: str | None = option(
+        None,
+        "How image files are named, with groups named plate, well (or row and col), site, "
+        "channel, plane, time.",
+        metavar="REGEX",
+    )
+    binary: bool = option(
+        False,
+        "Masks are black and white: each connected piece is a cell.",
+        name="--binary-masks",
+    )
+    layout: str | None = option(
+        None, "Force a reader. Default: recognised by the content, and shown.", metavar="NAME"
+    )
+    strict: bool = option(False, "One refused row, and nothing of the source is kept.")
+    reread: bool = option(False, "Read a source again that was read before, as it is now.")
 
 
 @dataclass(frozen=True)
-class SegmentParams:
-    """Cellpose. ``diameter`` in pixels, ``None``: estimated for each image.
+class SegmentParams(Params):
+    """Cellpose, on one plane of each image or on two.
 
-    ``nuclei``: a second plane for the network, that of the nuclei of the cells in ``image``.
-    ``diameter_from``: a segment recipe; every image gets the median of the diameters that this
-    recipe used on the image's plate.
+    ``channels``: ``None`` becomes the channel of the nuclei; none: see :class:`ImageInput`.
+    ``nuclei``: channels of a second plane, for networks that look at two. ``diameter_from``: every
+    image gets the median of the diameters that this segmentation used on the image's plate.
     """
 
-    model: str = DEFAULT_MODEL
-    flow_threshold: float = 0.7
-    cellprob_threshold: float = -5.0
-    diameter: float | None = None
-    image: ImageInput = ImageInput()
-    nuclei: ImageInput | None = field(default=None, metadata=LATER)
-    diameter_from: str | None = field(default=None, metadata=LATER)
+    model: str = option(DEFAULT_MODEL, f"The network: {_MODEL}", metavar="NAME|FILE|run:N")
+    flow_threshold: float = option(
+        0.4, "Higher keeps cells whose shape fits the network's flows less well.", metavar="X"
+    )
+    cellprob_threshold: float = option(
+        0.0, "Lower finds more and larger cells, also dim ones.", metavar="X"
+    )
+    diameter: float | None = option(
+        None,
+        "Diameter of the cells. Default: estimated for each image.",
+        metavar="PIXELS",
+        min=1.0,
+    )
+    diameter_from: str | None = option(
+        None,
+        "Take, on each plate, the median of the diameters that this segmentation used there: "
+        "number or start of the fingerprint, as 'cellstore status' lists them.",
+        metavar="RECIPE",
+    )
+    channels: tuple[str, ...] | None = option(None, **_CHANNELS)
+    projection: Projection = option(Projection.MEDIAN, **_PROJECTION)
+    nuclei: tuple[str, ...] = option(
+        (),
+        "Channels of the nuclei, a second picture for networks that look at two (cyto, cyto2, "
+        "cyto3, cpsam). Default: none.",
+        metavar="A,B,...",
+    )
+
+    @property
+    def planes(self) -> tuple[ImageInput, ...]:
+        """The plane of the cells, and that of the nuclei if there is one."""
+        wanted = [self.channels or (), *([self.nuclei] if self.nuclei else [])]
+        return tuple(ImageInput(channels, self.projection) for channels in wanted)
 
 
 @dataclass(frozen=True)
-class FinetuneParams:
-    """A network that learns from corrected masks. ``model``: the one it starts from.
+class FinetuneParams(Params):
+    """A network that learns from corrected masks. The planes are as for :class:`SegmentParams`."""
 
-    ``image`` and ``nuclei``: the planes, as for :class:`SegmentParams`. ``held_out``: the share of
-    the wells that only tells whether the new network is better. ``binary``: masks are black and
-    white, each connected part one cell.
-    """
+    model: str = option(
+        DEFAULT_MODEL,
+        "The network to start from: as for 'cellstore segment'.",
+        metavar="NAME|FILE|run:N",
+    )
+    epochs: int = option(50, "Passes over the images.", metavar="N", min=1)
+    learning_rate: float = option(5e-4, "Largest step of AdamW.", metavar="X", min=0.0)
+    held_out: float = option(
+        0.2,
+        "Share of the wells that is not learned from, only used to judge the network.",
+        metavar="X",
+        min=0.0,
+        max=0.9,
+    )
+    channels: tuple[str, ...] | None = option(None, **_CHANNELS)
+    projection: Projection = option(Projection.MEDIAN, **_PROJECTION)
+    nuclei: tuple[str, ...] = option(
+        (), "Channels of the nuclei, a second picture. Default: none.", metavar="A,B,..."
+    )
+    binary: bool = option(
+        False,
+        "Masks are black and white: each connected piece is a cell.",
+        name="--binary-masks",
+    )
+    seed: int = option(0, "Same seed, same network.", **_SEED)
 
-    model: str = DEFAULT_MODEL
-    epochs: int = 50
-    learning_rate: float = 5e-4
-    held_out: float = 0.2
-    image: ImageInput = ImageInput()
-    nuclei: ImageInput | None = None
-    binary: bool = False
-    seed: int = 0
+    @property
+    def planes(self) -> tuple[ImageInput, ...]:
+        """The plane of the cells, and that of the nuclei if there is one."""
+        wanted = [self.channels or (), *([self.nuclei] if self.nuclei else [])]
+        return tuple(ImageInput(channels, self.projection) for channels in wanted)
 
 
 @dataclass(frozen=True)
-class MeasureParams:
-    """Measurements: groups of features, of which each is a recipe of its own.
+class MeasureParams(Params):
+    """Measurements: groups of features, of which each is a recipe of its own."""
 
-    ``image`` is the plane of the intensities of group ``basic``; ``None``: the segmented one. The
-    other groups are measured on each of its channels; none: on all that the images have.
-    """
+    features: tuple[str, ...] = option(
+        ("basic",),
+        "Groups of features: basic, intensity, texture; --list shows what is in them.",
+        metavar="A,B,...",
+    )
+    channels: tuple[str, ...] | None = option(
+        None,
+        "Channels whose intensity is measured; first-three: the first three. Default: of group "
+        "basic what was segmented, of the other groups each channel there is.",
+        metavar="A,B,...",
+        empty="first-three",
+    )
+    projection: Projection = option(
+        Projection.MEDIAN, "How the --channels become one picture for group basic."
+    )
 
-    image: ImageInput | None = None
-    features: tuple[str, ...] = ("basic",)
+    @property
+    def plane(self) -> ImageInput | None:
+        """The plane of the intensities of group ``basic``; ``None``: the segmented one."""
+        return None if self.channels is None else ImageInput(self.channels, self.projection)
 
 
 @dataclass(frozen=True)
-class QcParams:
+class QcParams(Params):
     """What quality control holds to be odd, against the other images or cells of the plate.
 
-    ``outlier`` and ``cell_outlier``: how many robust standard deviations from the plate's median
-    an image, or the logarithm of a cell's area, may be. ``saturated``: the share of the pixels of
-    a channel that may be at white. ``noise``: a channel that varies less than is usual, and whose
-    power spectrum rises more steeply, is noise (white noise: 1, real fields: -3 to -0.4).
-    ``border``: cells that touch the border are odd. ``min_images``: a plate with fewer says
-    nothing about what is usual on it. These numbers are our choice, made so that few images of a
-    good plate are flagged; see docs/explanation.md.
+    These numbers are our choice, made so that few images of a good plate are flagged; see
+    docs/explanation.md.
     """
 
-    outlier: float = 5.0
-    cell_outlier: float = 5.0
-    saturated: float = 0.01
-    noise: float = 0.5
-    border: bool = True
-    min_images: int = 8
+    outlier: float = option(
+        5.0,
+        "How far an image may be from the plate's median: focus, background, number and area of "
+        "cells, in robust standard deviations.",
+        metavar="X",
+    )
+    cell_outlier: float = option(
+        5.0, "The same for a cell, by the logarithm of its area.", metavar="X"
+    )
+    saturated: float = option(
+        0.01, "Share of a channel's pixels that may be white.", metavar="X", min=0.0, max=1.0
+    )
+    noise: float = option(
+        0.5,
+        "A channel that varies little, and whose power spectrum is as flat as this, is noise "
+        "(white noise: 1, real fields: -3 to -0.4).",
+        metavar="X",
+    )
+    border: bool = option(True, "Flag cells that touch the border.", negatable=True)
+    min_images: int = option(
+        8, "Plates with fewer images are not judged: too few to know what is usual.",
+        metavar="N", min=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class SplitParams:
-    """Who trains and who tests. Sizes are shares of the groups (wells, images, plates, treatments).
+class SplitParams(Params):
+    """Who trains and who tests. Sizes are shares of the groups (wells, images, plates, ...)."""
 
-    ``leave_out_flagged``: a quality-control run (a number, or ``latest``) whose flagged images are
-    left out. ``where``: an SQL condition, as in :class:`Selection`. ``test_plates`` and
-    ``validation_plates``: plates that are on that side, where whole plates are split. ``folds``:
-    how many parts test in turn; the next part validates, and the sizes do not count.
-
-    ``downsample``: pairs of a class and how much of it is kept (``second-largest``, ``median``, or
-    a number as text); ``None``: the largest class is cut to the groups of the second largest;
-    none at all: nothing is cut. ``downsample_by``: whether that counts ``image`` or ``cell``.
-    ``min_images``: classes with fewer images are left out.
-    """
-
-    protocol: str = "grouped"
-    field: str = PERTURBATION
-    group_level: GroupLevel = GroupLevel.WELL
-    test_size: float = 0.2
-    validation_size: float = 0.2
-    seed: int = 0
-    plates: tuple[str, ...] = ()
-    allow_missing: bool = False
-    leave_out_flagged: str | None = None
-    where: str | None = later(None)
-    test_plates: tuple[str, ...] = later(())
-    validation_plates: tuple[str, ...] = later(())
-    folds: int | None = later(None)
-    downsample: tuple[tuple[str, str], ...] | None = later(None)
-    downsample_by: str = later("image")
-    min_images: int = later(0)
+    protocol: str = option(
+        "grouped",
+        "grouped: a well (--group) is in one subset only. published: by image, as in the published "
+        "study; fields of one well are in both subsets, so scores are too good.",
+        choices=("grouped", "published"),
+    )
+    field: str = option(
+        PERTURBATION,
+        "What is to be predicted: perturbation (compound, gene), treatment (with dose), target, or "
+        "a metadata column of wells or plates.",
+        metavar="NAME",
+    )
+    group_level: GroupLevel = option(
+        GroupLevel.WELL,
+        "What stays together in one subset (grouped protocol). perturbation excludes whole "
+        "compounds from training, so it needs a coarser --field.",
+        name="--group",
+    )
+    test_size: float = option(0.2, "Share of the groups that test.", metavar="X", min=0.0, max=1.0)
+    validation_size: float = option(
+        0.2,
+        "Share of the groups that stop the training (grouped protocol). 0: none.",
+        metavar="X",
+        min=0.0,
+        max=1.0,
+    )
+    test_plates: tuple[str, ...] = option(
+        (), "These plates test, with --group plate.", metavar="A,B,..."
+    )
+    validation_plates: tuple[str, ...] = option(
+        (), "These plates validate. Default: drawn from the others.", metavar="C,..."
+    )
+    folds: int | None = option(
+        None,
+        "Cross-validation: make the splits NAME-1 to NAME-K. Each image tests in one of them; the "
+        "fold after the one that tests validates.",
+        metavar="K",
+        min=2,
+    )
+    seed: int = option(0, "Same seed, same split.", **_SEED)
+    plates: tuple[str, ...] = option((), **_PLATES)
+    where: str | None = option(None, **_WHERE)
+    downsample: tuple[tuple[str, str], ...] | None = option(
+        None,
+        "Cut a class to a number of images, to second-largest or to median; may be given several "
+        "times. none: cut nothing. Default: the class with most groups (wells) is cut to the "
+        "groups of the second.",
+        metavar="CLASS=SIZE",
+        repeated=True,
+        pair="last",
+    )
+    downsample_by: str = option(
+        "image",
+        "What the sizes of --downsample count; whole images are dropped.",
+        choices=("image", "cell"),
+    )
+    min_images: int = option(0, "Exclude classes with fewer images.", metavar="N", min=0)
+    allow_missing: bool = option(False, "Also images whose files are not here yet.")
+    exclude_flagged: str | None = option(None, **_EXCLUDE_FLAGGED)
 
 
 @dataclass(frozen=True)
-class TrainParams:
-    """A network and its training; by default the published ones. ``crop_size`` in pixels.
+class TrainParams(Params):
+    """A network and its training.
 
-    ``recipe``: the set of values that the others began from (:data:`TRAIN_RECIPES`); make one with
-    :meth:`of`. ``features``: the name of a feature set; ``None``: the built-in measurements used
-    last. ``branches``: some of ``mask``, ``flow``, ``image`` and ``tabular``; ``None``: the three
-    published ones, or those of them that what is known of the cells can feed. ``channels`` of the
-    image that branch ``image`` looks at; none named: all. ``leave_out_flagged``: a quality-control
-    run (a number, or ``latest``) whose flagged images and cells are left out.
-
-    ``backbone``: a classifier of torchvision. ``augment``: some of ``flips``, ``rotations``,
-    ``intensity``. ``loss``: ``cross-entropy`` or ``focal``, weighted by class if ``class_weights``.
-    ``sampler``: every cell once in an epoch (``cells``), every class as often as the others
-    (``classes``), or a class that is larger than all others only as often as the second largest
-    (``capped``). ``schedule``: ``step`` (times ``gamma`` after every ``step_size`` epochs),
-    ``cosine`` or ``constant``, after ``warmup_epochs``. ``monitor``: ``loss`` or ``accuracy`` of
-    the validation side chooses the epoch. ``precision``: ``32``, ``bf16`` or ``16``.
-    ``normalise``: features as the training side is spread (``train``), or against the negative
-    controls of their plate (``plate-controls``). ``intensity``: white is that of the ``image``, or
-    that of the ``plate``.
+    The defaults are for some thousand cells; docs/training.md says why, with numbers.
+    ``TrainParams.of("published")`` is the network of the study, trained as published.
     """
 
-    crop_size: int = 224
-    batch_size: int = 512
-    epochs: int = 50
-    patience: int = 5
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-4
-    step_size: int = 5
-    gamma: float = 0.5
-    label_smoothing: float = 0.1
-    dropout: float = 0.5
-    weights: str = "none"
-    seed: int = 0
-    features: str | None = None
-    branches: tuple[str, ...] | None = None
-    leave_out_flagged: str | None = None
-    recipe: str = field(default="published", metadata=LATER)
-    channels: tuple[str, ...] = field(default=(), metadata=LATER)
-    backbone: str = field(default="efficientnet_b0", metadata=LATER)
-    augment: tuple[str, ...] = field(default=(), metadata=LATER)
-    loss: str = field(default="cross-entropy", metadata=LATER)
-    class_weights: bool = field(default=False, metadata=LATER)
-    sampler: str = field(default="cells", metadata=LATER)
-    schedule: str = field(default="step", metadata=LATER)
-    warmup_epochs: int = field(default=0, metadata=LATER)
-    monitor: str = field(default="loss", metadata=LATER)
-    precision: str = field(default="32", metadata=LATER)
-    normalise: str = field(default="train", metadata=LATER)
-    intensity: str = field(default="image", metadata=LATER)
+    features: str | None = option(None, **_FEATURES)
+    exclude_flagged: str | None = option(None, **_EXCLUDE_FLAGGED)
+    branches: tuple[str, ...] | None = option(
+        None,
+        "What the network looks at: some of mask, flow, image (channels) and tabular (features). "
+        "Default: mask, flow and tabular, or those of them that are known of the cells.",
+        metavar="A,B,...",
+        section=NETWORK,
+    )
+    channels: tuple[str, ...] = option(
+        (), "The channels of the branch image. Default: all.", metavar="A,B,...", section=NETWORK
+    )
+    backbone: str = option(
+        "resnet18",
+        "What looks at crops: a classifier of torchvision, for example efficientnet_b0, resnet18, "
+        "mobilenet_v3_small, convnext_tiny.",
+        metavar="NAME",
+        section=NETWORK,
+    )
+    weights: str = option(
+        "none",
+        "What the backbone starts from: chance, ImageNet, or a file of its weights.",
+        metavar="none|imagenet|FILE",
+        section=NETWORK,
+    )
+    crop_size: int = option(
+        64, "Crops of cells are scaled to this.", metavar="PIXELS", min=1, section=NETWORK
+    )
+    dropout: float = option(
+        0.5, "Dropout of the tabular branch.", metavar="X", min=0.0, max=1.0, section=NETWORK
+    )
+    epochs: int = option(
+        40, "At most this many passes over the cells.", metavar="N", min=1, section=LEARNING
+    )
+    patience: int = option(
+        10, "Stop after this many epochs without a better one.", metavar="N", min=1,
+        section=LEARNING,
+    )  # fmt: skip
+    monitor: str = option(
+        "loss",
+        "What of the validation subset makes an epoch better.",
+        choices=("loss", "accuracy"),
+        section=LEARNING,
+    )
+    batch_size: int = option(64, "Cells per step.", metavar="N", min=2, section=LEARNING)
+    sampler: str = option(
+        "classes",
+        "How often cells are read in an epoch: each once (cells); each class as often as the "
+        "others (classes); the largest class only as often as the second (capped).",
+        choices=("cells", "classes", "capped"),
+        section=LEARNING,
+    )
+    augment: tuple[str, ...] = option(
+        ("flips", "rotations", "intensity"),
+        "Change crops at each step: some of flips, rotations and intensity; or none.",
+        metavar="A,B,...",
+        section=LEARNING,
+    )
+    loss: str = option(
+        "cross-entropy",
+        "What is made small.",
+        choices=("cross-entropy", "focal"),
+        section=LEARNING,
+    )
+    class_weights: bool = option(
+        False,
+        "Weigh classes in the loss by how rare they are.",
+        negatable=True,
+        section=LEARNING,
+    )
+    label_smoothing: float = option(
+        0.1,
+        "Smoothing of the labels in the loss.",
+        metavar="X",
+        min=0.0,
+        max=1.0,
+        section=LEARNING,
+    )
+    learning_rate: float = option(5e-4, "Step of Adam.", metavar="X", min=0.0, section=LEARNING)
+    schedule: str = option(
+        "cosine",
+        "How the step changes: smaller after every --step-size epochs (step), along a cosine, or "
+        "not at all.",
+        choices=("step", "cosine", "constant"),
+        section=LEARNING,
+    )
+    step_size: int = option(
+        5, "Epochs until schedule step makes the step smaller.", metavar="N", min=1,
+        section=LEARNING,
+    )  # fmt: skip
+    gamma: float = option(
+        0.5, "How much smaller schedule step makes it.", metavar="X", min=0.0, section=LEARNING
+    )
+    warmup_epochs: int = option(
+        2, "Epochs in which the step rises first.", metavar="N", min=0, section=LEARNING
+    )
+    weight_decay: float = option(
+        1e-4, "Weight decay of Adam.", metavar="X", min=0.0, section=LEARNING
+    )
+    normalise: str = option("train", **_NORMALISE)
+    intensity: str = option(
+        "plate",
+        "White in a crop is the white of its image, or that of its plate.",
+        choices=("image", "plate"),
+        section=LEARNING,
+    )
+    precision: str = option(
+        "32",
+        "Bits of the numbers; fewer are faster on most GPUs.",
+        choices=("32", "bf16", "16"),
+        section=LEARNING,
+    )
+    seed: int = option(0, "Same seed, same start.", **_SEED, section=LEARNING)
 
     @classmethod
-    def of(cls, recipe: str, **given: Any) -> TrainParams:
-        """Return the values of a recipe, but for those that are ``given``.
+    def of(cls, preset: str | None = None, **given: Any) -> Self:
+        """Return the values of a preset, but for those that are ``given``.
 
-        Its warm-up is shorter than the training where only the ``epochs`` are given.
-
-        Raises:
-            UnknownNameError: there is no such recipe.
+        The warm-up is shorter than the training where only the ``epochs`` are given.
         """
-        if recipe not in TRAIN_RECIPES:
-            raise UnknownNameError.of("recipe", recipe, TRAIN_RECIPES)
-        chosen = TRAIN_RECIPES[recipe]
-        warmup = min(chosen.warmup_epochs, max(0, given.get("epochs", chosen.epochs) - 1))
-        return replace(chosen, **{"warmup_epochs": warmup, **given})
-
-
-TRAIN_RECIPES: Mapping[str, TrainParams] = {
-    "published": TrainParams(),
-    "compact": TrainParams(
-        recipe="compact",
-        crop_size=64,
-        batch_size=64,
-        epochs=40,
-        patience=10,
-        learning_rate=5e-4,
-        backbone="resnet18",
-        augment=("flips", "rotations", "intensity"),
-        sampler="classes",
-        schedule="cosine",
-        warmup_epochs=2,
-        intensity="plate",
-    ),
-}
-"""Recipes of networks: the one of the study, and one for few cells, with our reasons:
-
-a cell of some 30 pixels gains nothing from being blown up to 224, and a small crop is read and
-learned ten times as fast; a residual network of 18 layers learns from some thousand cells, in
-batches small enough to take many steps; a cell may lie in any direction; no class should win by
-its number; the rate falls to nothing along a cosine instead of by guessed steps; and how bright a
-cell is, compared with the others of its plate, is an effect and not a nuisance.
-"""
+        chosen = super().of(preset, **given)
+        if "warmup_epochs" in given or chosen.warmup_epochs < chosen.epochs:
+            return chosen
+        return dataclasses.replace(chosen, warmup_epochs=chosen.epochs - 1)
 
 
 @dataclass(frozen=True)
-class TrainSetup:
-    """How a training is carried out; none of it changes what is learned, so no recipe has it.
+class TrainSetup(Params):
+    """How a training is carried out; none of it changes what is learned, so no recipe has it."""
 
-    ``devices``: how many of this host learn together. ``compile``: the network is compiled first.
-    ``logs``: some of ``csv``, ``tensorboard`` and ``mlflow``, written to ``log_dir`` (default:
-    ``logs/run-N`` in the current folder), which is no part of the store.
-    """
-
-    devices: int = 1
-    compile: bool = False
-    logs: tuple[str, ...] = ()
-    log_dir: Path | None = None
-
-
-@dataclass(frozen=True)
-class BaselineParams:
-    """Classical models and null baselines; see ``cellstore.learn.baselines``.
-
-    At most ``max_cells`` cells of the training side are learned from, as many of each class as can
-    be. ``strength`` is the penalty of the logistic models (1 / C of scikit-learn); ``trees``,
-    ``depth`` and ``smallest_leaf`` are those of the forest. ``features``, ``normalise`` and
-    ``leave_out_flagged`` as for :class:`TrainParams`.
-    """
-
-    max_cells: int = 50_000
-    seed: int = 0
-    strength: float = 1.0
-    trees: int = 100
-    depth: int = 16
-    smallest_leaf: int = 5
-    features: str | None = None
-    normalise: str = "train"
-    leave_out_flagged: str | None = None
+    devices: int = option(
+        1,
+        "GPUs of this host that learn together, a process each. Under torchrun or SLURM, also on "
+        "several hosts, leave it out.",
+        metavar="N",
+        min=1,
+        section=HARDWARE,
+    )
+    compile: bool = option(
+        False, "Compile the network first: minutes, then faster steps.", section=HARDWARE
+    )
+    logs: tuple[str, ...] = option(
+        (),
+        "Write metrics for other programs, too: some of csv, tensorboard and mlflow.",
+        name="--log",
+        metavar="A,B,...",
+        section=HARDWARE,
+    )
+    log_dir: Path | None = option(
+        None, "Folder of these files. Default: logs/run-N, here.", metavar="DIR", section=HARDWARE
+    )
 
 
 @dataclass(frozen=True)
-class ContrastParams:
-    """Which treatments are compared with which control, and how.
+class BaselineParams(Params):
+    """Classical models and null baselines; see ``cellstore.learn.baselines``."""
 
-    See ``cellstore.analysis.contrasts``.
-
-    ``treatments``: names; none: all. ``control``: a name; ``None``: what is marked as negative
-    control. ``pooled``: all treatments as one. ``max_cells`` of each side at most; ``nulls``: how
-    often control wells are compared with control wells.
-    """
-
-    treatments: tuple[str, ...] = ()
-    control: str | None = None
-    features: str | None = None
-    plates: tuple[str, ...] = ()
-    pooled: bool = False
-    folds: int = 5
-    max_cells: int = 2_000
-    nulls: int = 20
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class VoteRules:
-    """How the cells of an image, or of a well, vote.
-
-    It abstains with fewer than ``min_cells`` cells, or where the share of the winner is less than
-    ``min_margin`` (0 to 1) above that of the runner-up. ``controls``: whether wells with controls
-    are scored. ``unflagged_by``: a quality-control run; what it has flagged has no vote.
-
-    Raises:
-        UserInputError: a rule is out of range.
-    """
-
-    min_cells: int = 1
-    min_margin: float = 0.0
-    controls: bool = True
-    unflagged_by: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.min_cells < 1:
-            raise UserInputError(f"At least 1 cell votes, not {self.min_cells}.")
-        if not 0 <= self.min_margin <= 1:
-            raise UserInputError(f"A margin is a share from 0 to 1, not {self.min_margin:g}.")
+    features: str | None = option(None, **_FEATURES)
+    normalise: str = option("train", **_NORMALISE)
+    exclude_flagged: str | None = option(None, **_EXCLUDE_FLAGGED)
+    seed: int = option(0, "Same seed, same baseline.", **_SEED, section=LEARNING)
+    max_cells: int = option(
+        50_000,
+        "With --baseline: learn from this many cells at most, as many of each class as can be.",
+        metavar="N",
+        min=1,
+        section=BASELINES,
+    )
+    strength: float = option(
+        1.0,
+        "With --baseline: penalty of the logistic models (1 / C of scikit-learn).",
+        metavar="X",
+        min=0.0,
+        section=BASELINES,
+    )
+    trees: int = option(
+        100, "With --baseline: trees of the forest.", metavar="N", min=1, section=BASELINES
+    )
+    depth: int = option(
+        16, "With --baseline: depth of its trees.", metavar="N", min=1, section=BASELINES
+    )
+    smallest_leaf: int = option(
+        5, "With --baseline: cells in its smallest leaf.", metavar="N", min=1, section=BASELINES
+    )
 
 
 @dataclass(frozen=True)
-class PredictParams:
+class ContrastParams(Params):
+    """Which treatments are compared with which control, and how."""
+
+    treatments: tuple[str, ...] = option(
+        (),
+        "Compare only this treatment; may be given several times. Default: all.",
+        name="--treatment",
+        metavar="NAME",
+        repeated=True,
+    )
+    control: str | None = option(
+        None,
+        "Compare with this treatment. Default: what is marked as negative control.",
+        metavar="NAME",
+    )
+    pooled: bool = option(False, "Compare all treatments as one, as the study did.")
+    features: str | None = option(None, **{**_FEATURES, "section": None})
+    plates: tuple[str, ...] = option((), **_PLATES)
+    folds: int = option(5, "Parts in which wells are held out in turn.", metavar="N", min=2)
+    max_cells: int = option(
+        2_000,
+        "Compare at most this many cells of a treatment, and of control, evenly from their wells.",
+        metavar="N",
+        min=2,
+    )
+    nulls: int = option(
+        20, "How often control wells are compared with control wells.", metavar="N", min=0
+    )
+    seed: int = option(0, "Same seed, same cells and folds.", **_SEED)
+
+
+@dataclass(frozen=True)
+class VoteRules(Params):
+    """How the cells of an image, or of a well, vote. ``exclude_flagged``: flagged cells do not."""
+
+    min_cells: int = option(1, "An image or well of fewer cells has no answer.", metavar="N", min=1)
+    min_margin: float = option(
+        0.0,
+        "An image or well has no answer where the first label has not SHARE (0 to 1) of the vote "
+        "more than the second.",
+        metavar="SHARE",
+        min=0.0,
+        max=1.0,
+    )
+    controls: bool = option(True, "Whether control wells count.", negatable=True)
+    exclude_flagged: str | None = option(None, **{**_EXCLUDE_FLAGGED, "section": None})
+
+
+@dataclass(frozen=True)
+class PredictParams(Params):
     """What to label, and what to keep of it.
 
-    ``subset``: a side of the run's split, or of another named ``split``; ``None``: every image, or
-    every image of ``split`` where one is named. ``plates``, ``wells``, ``where`` and ``limit``
-    choose among these, as in :class:`Selection`. ``top_k`` labels are kept per cell, or
-    ``all_probabilities``. ``embedding``: the name of a feature set for the embedding of each cell.
+    ``subset``: of the run's split, or of another named ``split``; ``None``: every image, or every
+    image of ``split`` where one is named.
     """
 
-    subset: Subset | None = Subset.TEST
-    plates: tuple[str, ...] = ()
-    top_k: int = 5
-    wells: tuple[str, ...] = field(default=(), metadata=LATER)
-    where: str | None = field(default=None, metadata=LATER)
-    limit: int | None = field(default=None, metadata=LATER)
-    split: str | None = field(default=None, metadata=LATER)
-    all_probabilities: bool = field(default=False, metadata=LATER)
-    embedding: str | None = field(default=None, metadata=LATER)
+    subset: Subset | None = option(
+        Subset.TEST,
+        "Which subset of the run's split (or of --split) is labelled, or all images.",
+        nothing="all",
+    )
+    split: str | None = option(
+        None,
+        "The split whose --subset is meant. Default: the one of the run.",
+        metavar="NAME",
+    )
+    plates: tuple[str, ...] = option((), **_PLATES)
+    wells: tuple[str, ...] = option((), **_WELLS)
+    where: str | None = option(None, **_WHERE)
+    limit: int | None = option(None, **_LIMIT)
+    top_k: int = option(
+        5, "Keep this many labels per cell, the most probable first.", metavar="N", min=1
+    )
+    all_probabilities: bool = option(False, "Keep the probability of every label instead.")
+    embedding: str | None = option(
+        None,
+        "Keep what the network's last layer reads of each cell as a feature set of this name, for "
+        "train, export and sql.",
+        metavar="NAME",
+    )
 
     @property
     def selection(self) -> Selection:
-        """The images that plates, wells and condition name; the limit counts those of the side."""
+        """The images that plates, wells and condition name; the limit counts those of a subset."""
         return Selection(self.plates, self.wells, self.where)
 
 
-def as_parameters(params: Any) -> dict[str, Any]:
-    """Return a dataclass of parameters as plain JSON values, fit for a recipe.
-
-    A field marked ``LATER`` is left out while it has its default.
-    """
-    unused = {
-        item.name
-        for item in fields(params)
-        if item.metadata.get("later") and getattr(params, item.name) == item.default
+PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
+    "published": {
+        SegmentParams: {"flow_threshold": 0.7, "cellprob_threshold": -5.0, "channels": ()},
+        SplitParams: {"protocol": "published"},
+        TrainParams: {
+            "backbone": "efficientnet_b0",
+            "crop_size": 224,
+            "batch_size": 512,
+            "epochs": 50,
+            "patience": 5,
+            "learning_rate": 1e-4,
+            "schedule": "step",
+            "warmup_epochs": 0,
+            "augment": (),
+            "sampler": "cells",
+            "intensity": "image",
+        },
     }
-    return {name: value for name, value in asdict(params).items() if name not in unused}
+}
+"""Sets of values under one name: ``published`` is the study that cellstore generalises."""

@@ -83,11 +83,11 @@ def commands(plates: DemoPlates) -> list[list[str]]:
     return [
         ["init", str(plates.store)],
         ["ingest", str(plates.metadata), "--images", str(plates.images), *store],
-        ["segment", *store],
+        ["segment", "--preset", "published", *store],
         ["measure", *store],
         ["split", "create", SPLIT, "--validation-size", "0.25", "--test-size", "0.25", *store],
         ["split", "check", SPLIT, *store],
-        ["train", "--split", SPLIT, *_training(), *store],
+        ["train", "--split", SPLIT, "--preset", "published", *_training(), *store],
         ["predict", *store],
         ["train", "--split", SPLIT, "--baseline", "null", *store],
         ["report", "--html", str(plates.report), *store],

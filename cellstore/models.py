@@ -138,7 +138,11 @@ class Plate(Base):
 
 
 class Treatment(Base):
-    """What was done to a well. ``identity`` is kind, name and identifier in one text."""
+    """What was done to a well.
+
+    ``identity`` is a readable beginning and a digest of all other columns: two rows that differ in
+    anything, a corrected target for example, are two treatments.
+    """
 
     __tablename__ = "treatments"
 

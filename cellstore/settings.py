@@ -45,33 +45,23 @@ def find_store(given: Path | None = None) -> StoreSettings:
         StoreNotFoundError: there is none.
 
     """
-    named = given or _from_environment()
-    if named is not None:
-        return _read_marker(_holding(named))
+    named = given or os.environ.get(ENV_STORE)
     start = Path.cwd()
-    for folder in (start, *start.parents):
-        if (folder / MARKER).is_file():
-            return _read_marker(folder)
-    raise StoreNotFoundError(
-        f"No store in {start} or in a folder above it. Make one with: cellstore init, "
-        "or name one with --store DIR."
-    )
-
-
-def _from_environment() -> Path | None:
-    value = os.environ.get(ENV_STORE)
-    return Path(value) if value else None
-
-
-def _holding(folder: Path) -> Path:
-    if (folder / MARKER).is_file():
-        return folder
-    raise StoreNotFoundError(
-        f"{folder} is not a store. Make one there with: cellstore init {folder}"
-    )
-
-
-def _read_marker(folder: Path) -> StoreSettings:
+    if named:
+        folder = Path(named)
+        if not (folder / MARKER).is_file():
+            raise StoreNotFoundError(
+                f"{folder} is not a store. Make one there with: cellstore init {folder}"
+            )
+    else:
+        above = (item for item in (start, *start.parents) if (item / MARKER).is_file())
+        found = next(above, None)
+        if found is None:
+            raise StoreNotFoundError(
+                f"No store in {start} or in a folder above it. Make one with: cellstore init, "
+                "or name one with --store DIR."
+            )
+        folder = found
     database = os.environ.get(ENV_DATABASE) or written_database(folder)
     return StoreSettings(folder.resolve(), database)
 
@@ -100,10 +90,10 @@ def check_not_of_a_store(path: Path) -> None:
     Raises:
         UserInputError: ``path`` is the database, the marker, an artifact or the cache of a store.
     """
-    place = path.resolve()
-    for root in place.parents:
+    target = path.resolve()
+    for root in target.parents:
         if not (root / MARKER).is_file():
             continue
-        first = place.relative_to(root).parts[0]
+        first = target.relative_to(root).parts[0]
         if first in (MARKER, "artifacts", "cache") or first.startswith(SQLITE_NAME):
             raise UserInputError(f"{path} is part of the store {root}. Name another file.")

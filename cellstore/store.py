@@ -10,18 +10,18 @@ Stages are imported when they are called, so that a store opens without torch or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from .asking import Answers
 from .config import (
     EVERYTHING,
     THIS_PROCESS,
     BaselineParams,
+    ContrastParams,
     FinetuneParams,
     IngestParams,
     MeasureParams,
@@ -33,18 +33,33 @@ from .config import (
     SplitParams,
     TrainParams,
     TrainSetup,
+    VoteRules,
 )
 from .enums import PERTURBATION, GroupLevel, Subset
+from .errors import UnknownNameError
 from .progress import Progress
-from .settings import StoreSettings, find_store
+from .settings import find_store
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from sqlalchemy.orm import Session
 
     from .analysis.features import FeatureGroup
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
+    from .query.describe import RelationWords
+    from .query.engine import Questions
+    from .query.guard import Limits
+    from .query.saved_queries import SavedQuestion
+    from .report.audit import Audit
+    from .report.comparison import Comparison
+    from .report.repro import Check, Order, Repro
+    from .report.scoring import ReportResult
     from .report.segment_preview import PreviewResult
+    from .report.votes import VotesResult
+    from .stages.contrast import ContrastResult
+    from .stages.export import ExportResult
+    from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
     from .stages.ingest.ingest import IngestResult, RefreshResult
     from .stages.manage_jobs import JobsList, RetryResult
@@ -52,11 +67,13 @@ if TYPE_CHECKING:
     from .stages.predict import PredictResult
     from .stages.qc import FlaggedImage, QcResult
     from .stages.split import CheckResult, Deleted, SplitLine, SplitResult
+    from .stages.status import StatusResult
     from .stages.train import TrainResult
     from .stages.train_baselines import BaselineResult
+    from .stages.verify import VerifyResult
 
 
-class Store(Answers):
+class Store:
     """An open store. Use it in a ``with`` block, or call :meth:`close`."""
 
     def __init__(self, workspace: Workspace) -> None:
@@ -82,7 +99,9 @@ class Store(Answers):
         """
         from .jobs.workspace import open_workspace
 
-        settings = _with_database(find_store(Path(path) if path else None), database)
+        settings = find_store(Path(path) if path else None)
+        if database is not None:
+            settings = replace(settings, database=database)
         return cls(open_workspace(settings, progress))
 
     @classmethod
@@ -132,7 +151,7 @@ class Store(Answers):
         return ingest(self.workspace, Path(source), params)
 
     def refresh(self, selection: Selection = EVERYTHING) -> RefreshResult:
-        """Look again at the image files that are known; see ``stages.ingest.refresh``."""
+        """Look again at the image files that are known; see ``stages.ingest.ingest.refresh``."""
         from .stages.ingest.ingest import refresh
 
         return refresh(self.workspace, selection)
@@ -154,7 +173,7 @@ class Store(Answers):
             self.workspace,
             params or SegmentParams(),
             selection,
-            weights_dir=_path(weights_dir),
+            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
             resources=resources,
             dry_run=dry_run,
@@ -170,7 +189,7 @@ class Store(Answers):
         weights_dir: str | Path | None = None,
         device: str = "auto",
     ) -> PreviewResult:
-        """Segment a few images and draw what is found; see ``stages.segment.preview``."""
+        """Segment a few images and draw what is found; see ``report.segment_preview.preview``."""
         from .report.segment_preview import preview
 
         return preview(
@@ -179,7 +198,7 @@ class Store(Answers):
             selection,
             count=count,
             folder=Path(folder),
-            weights_dir=_path(weights_dir),
+            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
 
@@ -260,7 +279,7 @@ class Store(Answers):
         recipe: str | None = None,
         limit: int = 100,
     ) -> JobsList:
-        """List jobs, the newest first, and count them all; see ``stages.jobs.list_jobs``."""
+        """List jobs, the newest first, and count them all; see ``stages.manage_jobs.list_jobs``."""
         from .stages.manage_jobs import list_jobs
 
         return list_jobs(self.workspace, stage=stage, status=status, recipe=recipe, limit=limit)
@@ -268,7 +287,7 @@ class Store(Answers):
     def retry(
         self, *, stage: str | None = None, run: str | None = None, image: str | None = None
     ) -> RetryResult:
-        """Give failed jobs another try; see ``stages.jobs.retry``."""
+        """Give failed jobs another try; see ``stages.manage_jobs.retry``."""
         from .stages.manage_jobs import retry
 
         return retry(self.workspace, stage=stage, run=run, image=image)
@@ -296,7 +315,7 @@ class Store(Answers):
             [Path(path) for path in masks],
             params or FinetuneParams(),
             plate=plate,
-            weights_dir=_path(weights_dir),
+            weights_dir=None if weights_dir is None else Path(weights_dir),
             device=device,
         )
 
@@ -328,7 +347,7 @@ class Store(Answers):
         return import_split(self.workspace, name, paths, field, group_level, allow_missing)
 
     def list_splits(self) -> tuple[SplitLine, ...]:
-        """Return all splits with their sides, the oldest first."""
+        """Return all splits with their subsets, the oldest first."""
         from .stages.split import list_splits
 
         return list_splits(self.workspace)
@@ -340,7 +359,7 @@ class Store(Answers):
         return show_split(self.workspace, name)
 
     def check_split(self, name: str | None = None) -> CheckResult:
-        """Return every way in which a split lets the test side be seen in training."""
+        """Return every way in which a split lets test images be seen in training."""
         from .stages.split import check_split
 
         return check_split(self.workspace, name)
@@ -369,7 +388,7 @@ class Store(Answers):
         force: bool = False,
         resume: str | None = None,
     ) -> TrainResult:
-        """Train a network on the training side of a split; see ``stages.train.train``."""
+        """Train a network on the training images of a split; see ``stages.train.train``."""
         from .stages.train import train
 
         return train(
@@ -395,9 +414,9 @@ class Store(Answers):
         force: bool = False,
         predict: bool = True,
     ) -> tuple[BaselineResult, ...]:
-        """Train baselines and label the test side; see ``stages.baselines.train_baselines``.
+        """Train baselines and label the test images; see ``stages.train_baselines``.
 
-        Without a test side, or without ``predict``, nothing is labelled.
+        Without test images, or without ``predict``, nothing is labelled.
         """
         from .stages.train_baselines import train_baselines
 
@@ -425,10 +444,313 @@ class Store(Answers):
 
         return predict(self.workspace, params or PredictParams(), run=run, device=device)
 
+    def contrast(
+        self,
+        params: ContrastParams | None = None,
+        *,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        force: bool = False,
+    ) -> ContrastResult:
+        """Say which treatments look different from control; see ``stages.contrast.contrast``."""
+        from .stages.contrast import contrast
 
-def _path(given: str | Path | None) -> Path | None:
-    return None if given is None else Path(given)
+        return contrast(
+            self.workspace,
+            params or ContrastParams(),
+            segmentation=segmentation,
+            measurement=measurement,
+            force=force,
+        )
+
+    def report(
+        self,
+        run: str = "latest",
+        *,
+        compare: str | None = None,
+        rules: VoteRules | None = None,
+        html: str | Path | None = None,
+        force: bool = False,
+        maps: Sequence[str] = (),
+    ) -> ReportResult:
+        """Score a predict run, and write the page ``html`` if it is asked for.
+
+        ``compare`` and ``rules``: see ``report.scoring.report``. ``maps``: the features on the
+        plate maps of the page.
+        """
+        from .report.report_page import write_report
+        from .report.scoring import report
+
+        if html is None:
+            return report(self.workspace, run, compare=compare, rules=rules, force=force)
+
+        def redo(run_id: int) -> str:
+            return self.repro(str(run_id)).script
+
+        return write_report(
+            self.workspace,
+            run,
+            Path(html),
+            compare=compare,
+            rules=rules,
+            force=force,
+            maps=maps,
+            redo=redo,
+        )
+
+    def compare(
+        self,
+        first: str,
+        second: str,
+        *,
+        level: str = "image",
+        vote: str = "hard",
+        limit: int | None = None,
+        rules: VoteRules | None = None,
+        force: bool = False,
+    ) -> Comparison:
+        """Say where two predict runs differ, and which is right; see ``report.comparison``."""
+        from .report.comparison import compare
+
+        return compare(
+            self.workspace,
+            first,
+            second,
+            level=level,
+            vote=vote,
+            limit=limit,
+            rules=rules,
+            force=force,
+        )
+
+    def votes(
+        self,
+        run: str = "latest",
+        *,
+        level: str = "image",
+        vote: str = "hard",
+        rules: VoteRules | None = None,
+    ) -> VotesResult:
+        """Return the label of every image, or well, by the vote of its cells.
+
+        See ``report.votes.count_votes``.
+        """
+        from .report.votes import count_votes
+
+        return count_votes(self.workspace, run, level=level, vote=vote, rules=rules)
+
+    def audit_image(self, image: str) -> Audit:
+        """Return every run that labelled an image, and what it was labelled from."""
+        from .report.audit import audit_image
+
+        return audit_image(self.workspace, image)
+
+    def audit_well(self, well: str) -> Audit:
+        """Return what was done to a well, when that was corrected, and what its images show."""
+        from .report.audit import audit_well
+
+        return audit_well(self.workspace, well)
+
+    def audit_cell(self, cell_id: int) -> Audit:
+        """Return where a cell comes from and every prediction about it."""
+        from .report.audit import audit_cell
+
+        return audit_cell(self.workspace, cell_id)
+
+    def audit_run(self, run: str = "latest") -> Audit:
+        """Return what a run was made from, and what it made."""
+        from .report.audit import audit_run
+
+        return audit_run(self.workspace, run)
+
+    def audit_artifact(self, name: str) -> Audit:
+        """Return what a file is to the store, and what came of it; see ``report.audit``."""
+        from .report.audit import audit_artifact
+
+        return audit_artifact(self.workspace, name)
+
+    def audit(self, name: str) -> Audit:
+        """Return the audit of whatever ``name`` names: an image, a well, a run or a file."""
+        from .report.audit import audit_anything
+
+        return audit_anything(self.workspace, name)
+
+    def lineage_page(self, audit: Audit, html: str | Path) -> Path:
+        """Write a page with a picture of where the audited thing comes from, and what came of it.
+
+        Raises:
+            MissingExtraError: matplotlib or jinja2 is not installed.
+            StorageError: the file cannot be written.
+        """
+        from .report.lineage_page import write_lineage
+
+        return write_lineage(self.workspace, audit, Path(html))
+
+    def repro(self, run: str = "latest") -> Repro:
+        """Return the commands and versions that redo a run, and all that it relies on."""
+        from .report.repro import repro
+
+        return repro(self.workspace, run)
+
+    def check_run(
+        self,
+        run: str = "latest",
+        *,
+        images: int | None = None,
+        device: str = "auto",
+        weights: str | Path | None = None,
+    ) -> Check:
+        """Redo a run beside the store, and compare; see ``report.redo.check``."""
+        from .report.redo import Done, check
+
+        def carry_out(workspace: Workspace, order: Order, where: str | None) -> Done:
+            return Done(*_carry_out(Store(workspace), order, where, device))
+
+        path = None if weights is None else Path(weights)
+        return check(self.workspace, run, carry_out, images=images, weights=path)
+
+    def sql(
+        self,
+        query: str,
+        parameters: Sequence[object] | Mapping[str, object] | None = None,
+        limits: Limits | None = None,
+    ) -> pa.Table:
+        """Answer a question in SQL (DuckDB, read only) as an Arrow table.
+
+        ``parameters`` fill its ``?`` or ``$name``.
+
+        Raises:
+            QueryError: the question is wrong, would do more than read, or takes too much.
+
+        """
+        with self.open_questions(limits) as questions:
+            return questions.ask(query, parameters)
+
+    def open_questions(self, limits: Limits | None = None) -> AbstractContextManager[Questions]:
+        """Open the store for several questions about one moment, or for answers of any size."""
+        from .query.engine import open_questions
+
+        return open_questions(self.workspace, limits)
+
+    def ask(self, name: str, /, **parameters: object) -> pa.Table:
+        """Answer a saved question as an Arrow table; see :meth:`questions`.
+
+        Raises:
+            UnknownNameError: there is none of that name, it has no such parameter, or there is no
+                such run.
+            QueryError: it is an own question, and wrong.
+
+        """
+        question = self.question(name)
+        return self.sql(question.query, self.question_values(question, parameters))
+
+    def questions(self) -> list[SavedQuestion]:
+        """Return the saved questions: those of cellstore, and the store's own.
+
+        Own ones are files ``questions/NAME.sql`` in the folder of the store.
+        """
+        from .query.saved_queries import saved_questions
+
+        return saved_questions(self.workspace)[0]
+
+    def question(self, name: str) -> SavedQuestion:
+        """Return one saved question; see ``query.saved_queries.find_question``."""
+        from .query.saved_queries import find_question
+
+        return find_question(self.workspace, name)
+
+    def question_values(
+        self, question: SavedQuestion, given: Mapping[str, object]
+    ) -> dict[str, object]:
+        """Return what is bound to the parameters of a question."""
+        from .query.saved_queries import bound
+
+        return bound(self.workspace, question, given)
+
+    def question_problems(self) -> list[str]:
+        """Say which own questions cannot be asked, and why."""
+        from .query.saved_queries import saved_questions
+
+        return saved_questions(self.workspace)[1]
+
+    def schema(self) -> list[RelationWords]:
+        """Return every table, view and feature set in words, with all of their columns."""
+        from .query.describe import described
+
+        with self.open_questions() as questions:
+            return described(questions)
+
+    def export(
+        self,
+        out: str | Path,
+        *,
+        format: str = "parquet",  # noqa: A002 - as on the command line
+        features: str | None = None,
+        segmentation: str | None = None,
+        measurement: str | None = None,
+        plates: tuple[str, ...] = (),
+        for_spreadsheet: bool = False,
+        force: bool = False,
+    ) -> ExportResult:
+        """Write every current cell with its measurements; see ``stages.export.export``."""
+        from .stages.export import ExportFormat, export
+
+        if format not in list(ExportFormat):
+            raise UnknownNameError.of("format", format, [item.value for item in ExportFormat])
+        return export(
+            self.workspace,
+            Path(out),
+            format=ExportFormat(format),
+            features=features,
+            segmentation=segmentation,
+            measurement=measurement,
+            plates=plates,
+            for_spreadsheet=for_spreadsheet,
+            force=force,
+        )
+
+    def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
+        """Write a folder with a trained model; see ``stages.export_model.export_model``."""
+        from .stages.export_model import export_model
+
+        return export_model(self.workspace, run, None if output is None else Path(output))
+
+    def status(self) -> StatusResult:
+        """Count what is in the store, what is stale, and which jobs failed and why."""
+        from .stages.status import status
+
+        return status(self.workspace)
+
+    def verify(self, *, fix: bool = False, minutes: float = 10.0) -> VerifyResult:
+        """Compare the files with the database; see ``stages.verify.verify``."""
+        from .stages.verify import verify
+
+        return verify(self.workspace, fix=fix, minutes=minutes)
 
 
-def _with_database(settings: StoreSettings, database: str | None) -> StoreSettings:
-    return settings if database is None else replace(settings, database=database)
+def _carry_out(
+    store: Store, order: Order, where: str | None, device: str
+) -> tuple[int | None, tuple[tuple[str, str], ...]]:
+    """Do what an order says on a store; return the number of the run, and which images failed."""
+    params: Any = order.params
+    names = order.names
+    sources: Any = {name: names.get(name) for name in ("split", "segmentation", "measurement")}
+    match params:
+        case SegmentParams():
+            result: Any = store.segment(params, Selection(where=where), device=device)
+        case MeasureParams():
+            images = Selection(where=where)
+            result = store.measure(params, images, segmentation=sources["segmentation"])
+        case SplitParams():
+            if params.folds is None:
+                return store.create_split(names["name"], params).run_id, ()
+            return store.create_folds(names["name"], params)[0].run_id, ()
+        case TrainParams():
+            return store.train(params, **sources, device=device, force=True).run_id, ()
+        case BaselineParams():
+            kinds = [names["baseline"]]
+            made = store.train_baselines(kinds, params, **sources, force=True, predict=False)
+            return made[0].run_id, ()
+        case _:
+            result = store.predict(params, run=names["run"], device=device)
+    return result.run_id, tuple(result.failures)

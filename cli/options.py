@@ -1,145 +1,202 @@
-"""Options and small types that several commands share."""
+"""Options of commands, made from the fields of dataclasses; see :mod:`cellstore.config`."""
 
-from __future__ import annotations
+# No "from __future__ import annotations": the types of the fields are read.
 
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
-from cellstore.config import Selection, VoteRules
-from cellstore.errors import UserInputError
+from cellstore.config import (
+    PRESETS,
+    SECTIONS,
+    Field,
+    Params,
+    Sources,
+    flag,
+    option,
+    options_of,
+    read_list,
+    type_of,
+)
+from cellstore.store import Store
 
-StoreOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--store",
+from .output import listener
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command can be told. ``typed``: the names of all options that were typed."""
+
+    store: Path | None = option(
+        None,
+        "The store. Default: $CELLSTORE_STORE, else the nearest folder upwards that is one.",
         metavar="DIR",
-        help="The store. Default: $CELLSTORE_STORE, else the nearest folder upwards that is one.",
-        show_default=False,
-    ),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON for programs instead of text for people.")
-]
-PlatesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plate",
-        metavar="BARCODE",
-        help="Only this plate; may be given several times. Default: all plates.",
-        show_default=False,
-    ),
-]
-LimitOption = Annotated[
-    int | None,
-    typer.Option(
-        "--limit",
-        min=1,
-        metavar="N",
-        help="Only the first N images, for a first try.",
-        show_default=False,
-    ),
-]
-WellsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--well",
-        metavar="WELL",
-        help="Only this well, like D14; may be given several times.",
-        show_default=False,
-    ),
-]
-WhereOption = Annotated[
-    str | None,
-    typer.Option(
-        "--where",
-        metavar="SQL",
-        help="Only images that meet this condition, over plate, batch, well, row, column, site, "
-        "plane, time_point, image, image_id, perturbation, target, kind, control, identifier.",
-        show_default=False,
-    ),
-]
-WorkersOption = Annotated[
-    int,
-    typer.Option(
-        "--workers", min=1, metavar="N", help="Processes that work at once; 1: this one alone."
-    ),
-]
-SchedulerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="Let the workers of this Dask scheduler work, for example tcp://host:8786.",
-        show_default=False,
-    ),
-]
-DryRunOption = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Only say how many images there are to do, and how long."),
-]
-LeaveOutOption = Annotated[
-    bool,
-    typer.Option(
-        "--leave-out-flagged",
-        help="Leave out what quality control (cellstore qc) has flagged. Kept with the result.",
-    ),
-]
-QcRunOption = Annotated[
-    str | None,
-    typer.Option(
-        "--qc-run",
-        metavar="RUN",
-        help="Whose flags --leave-out-flagged means. Default: the newest finished qc run.",
-        show_default=False,
-    ),
-]
-MinCellsOption = Annotated[
-    int,
-    typer.Option(
-        "--min-cells", min=1, metavar="N", help="An image or well of fewer cells has no answer."
-    ),
-]
-MinMarginOption = Annotated[
-    float,
-    typer.Option(
-        "--min-margin",
-        min=0.0,
-        max=1.0,
-        metavar="SHARE",
-        help="An image or well has no answer where the first label has not SHARE (0 to 1) of the "
-        "vote more than the second.",
-    ),
-]
-ControlsOption = Annotated[
-    bool, typer.Option("--controls/--no-controls", help="Whether control wells count.")
-]
-ChannelsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--channels",
-        metavar="A,B,...",
-        help="Channels to look at, by name, with commas between. Default: the first three.",
-        show_default=False,
-    ),
-]
+    )
+    as_json: bool = option(
+        False, "Print JSON for programs instead of text for people.", name="--json"
+    )
+    typed: frozenset[str] = frozenset()
+
+    def open(self, *, quiet: bool = False) -> Store:
+        """Open the store, with a progress bar unless JSON is wanted or it is ``quiet``."""
+        return Store.open(self.store, progress=listener(quiet=quiet or self.as_json))
 
 
-class Level(StrEnum):
-    """Whose cells vote."""
+@dataclass(frozen=True)
+class FieldOf:
+    """Marks a parameter of a command as the option that is declared by a field of its name."""
 
-    IMAGE = "image"
-    WELL = "well"
+    kind: type
 
 
-class Vote(StrEnum):
-    """How cells vote."""
+def command(
+    app: typer.Typer, name: str, **more: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command.
 
-    HARD = "hard"
-    SOFT = "soft"
-    MEDIAN = "median"
+    A parameter whose type is a dataclass becomes an option for each of its fields, and the
+    function gets the filled object; see also :class:`FieldOf`. Options that were not typed are
+    filled in by ``--preset``, if the command has that, else by the defaults of the dataclass.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        app.command(name, cls=Sectioned, **more)(_with_options(function))
+        return function
+
+    return register
+
+
+def _with_options(function: Callable[..., None]) -> Callable[..., None]:
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {}
+    alone: dict[str, Field] = {}
+    shown: dict[str, inspect.Parameter] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        of = next(
+            (mark for mark in getattr(kind, "__metadata__", ()) if type(mark) is FieldOf), None
+        )
+        if is_dataclass(kind):
+            groups[parameter.name] = kind
+        elif of is not None:
+            item = next(item for item in options_of(of.kind) if item.name == parameter.name)
+            alone[parameter.name] = item
+            shown[parameter.name] = _parameter(item)
+        elif kind is not typer.Context:
+            shown[parameter.name] = parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY)
+        for item in options_of(kind) if is_dataclass(kind) and kind is not Common else ():
+            shown.setdefault(item.name, _parameter(item))
+    if Common in groups.values():  # last in the help
+        shown |= {item.name: _parameter(item) for item in options_of(Common)}
+
+    @wraps(function)
+    def filled(context: typer.Context, **values: Any) -> None:
+        typed = {name for name in values if _is_typed(context, name)}
+        arguments = {name: value for name, value in values.items() if name in hints}
+        arguments |= {"context": context} if "context" in hints else {}
+        for name, item in alone.items():
+            arguments[name] = _read(item, values[name]) if name in typed else item.default
+        for name, kind in groups.items():
+            mine = [item for item in options_of(kind) if item.name in typed]
+            given = {item.name: _read(item, values[item.name]) for item in mine}
+            if kind is Common:
+                store = given.get("store") or _store_before(context)
+                arguments[name] = Common(store, values["as_json"], frozenset(typed))
+            elif issubclass(kind, Params):
+                arguments[name] = kind.of(values.get("preset"), **given)
+            else:
+                arguments[name] = kind(**given)
+        function(**arguments)
+
+    context = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    every = [context, *sorted(shown.values(), key=lambda item: item.name != "preset")]
+    filled.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    filled.__annotations__ = {item.name: item.annotation for item in every}
+    return filled
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+
+def _store_before(context: typer.Context) -> Path | None:
+    """The store that was named before the command."""
+    parent: Any = context.parent
+    while parent is not None and parent.params.get("store") is None:
+        parent = parent.parent
+    return None if parent is None else parent.params["store"]
+
+
+def _parameter(item: Field) -> inspect.Parameter:
+    kind, known = type_of(item), item.metadata
+    default: Any = item.default
+    names = [flag(item)]
+    if known["negatable"]:
+        names = [f"{names[0]}/--no-{names[0].removeprefix('--')}"]
+    if get_origin(kind) is tuple:
+        kind, default = list[str], list(default or ()) or None
+    elif known["nothing"]:
+        kind = Literal.__getitem__((*(word.value for word in kind), known["nothing"]))
+        default = known["nothing"] if default is None else default.value
+    elif known["choices"]:
+        kind = Literal.__getitem__(tuple(known["choices"]))
+    setting = typer.Option(
+        *names,
+        help=known["help"],
+        metavar=known["metavar"],
+        min=known["min"],
+        max=known["max"],
+        rich_help_panel=known["section"],
+        show_default=default is not None,
+    )
+    optional: Any = kind if default is not None else kind | None
+    annotation: Any = Annotated[optional, setting]
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _read(item: Field, value: Any) -> Any:
+    """Return the value of a field from what Typer made of the words."""
+    kind = type_of(item)
+    if get_origin(kind) is tuple:
+        return read_list(item, value)
+    if item.metadata["nothing"]:
+        return None if value == item.metadata["nothing"] else kind(value)
+    return value
+
+
+class Sectioned(TyperCommand):
+    """A command whose help lists its options by section, those without one first."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options."""
+        for title, records in self._sections(ctx):
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def _sections(self, ctx: Any) -> Iterator[tuple[str, list[Any]]]:
+        params = self.get_params(ctx)
+        sections = {getattr(p, "rich_help_panel", None) for p in params} - {None}
+        parts: dict[str, list[Any]] = {title: [] for title in ("Arguments", "Options", *SECTIONS)}
+        for param in params:
+            title = getattr(param, "rich_help_panel", None) if len(sections) > 1 else None
+            kind = "Arguments" if param.param_type_name == "argument" else "Options"
+            parts[title or kind].append(param)
+        for title, members in parts.items():
+            records = [record for p in members if (record := p.get_help_record(ctx)) is not None]
+            if records:
+                yield title, records
 
 
 class Device(StrEnum):
@@ -153,31 +210,37 @@ class Device(StrEnum):
 DeviceOption = Annotated[
     Device, typer.Option("--device", help="Where the network runs; auto takes a GPU if it can.")
 ]
-
-
-def selection(
-    plates: list[str] | None, wells: list[str] | None, where: str | None, limit: int | None
-) -> Selection:
-    """Return the images that the options name."""
-    return Selection(tuple(plates or ()), tuple(wells or ()), where, limit)
-
-
-def vote_rules(min_cells: int, min_margin: float, controls: bool) -> VoteRules:
-    """Return what the options say about who has an answer."""
-    return VoteRules(min_cells=min_cells, min_margin=min_margin, controls=controls)
-
-
-def leave_out(wanted: bool, run: str | None) -> str | None:
-    """Return the quality-control run whose flags are left out, if any.
-
-    Raises:
-        UserInputError: a run is named, and nothing is to be left out.
-    """
-    if run is not None and not wanted:
-        raise UserInputError("--qc-run names whose flags count: give --leave-out-flagged, too.")
-    return (run or "latest") if wanted else None
-
-
-def names(text: str | None) -> tuple[str, ...]:
-    """Return the words of ``A,B,C``."""
-    return tuple(word.strip() for word in (text or "").split(",") if word.strip())
+SegmentationOption = Annotated[str | None, FieldOf(Sources)]
+MeasurementOption = Annotated[str | None, FieldOf(Sources)]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Only say how many images there are to do, and how long."),
+]
+WeightsDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights-dir",
+        metavar="DIR",
+        help="Folder that holds the named networks, for machines without internet access.",
+        show_default=False,
+    ),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="|".join(PRESETS),
+        help="published: all values as in the published study. Other options then change single "
+        "values.",
+        show_default=False,
+    ),
+]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Also write a page with pictures: one file that needs nothing else.",
+        show_default=False,
+    ),
+]

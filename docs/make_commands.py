@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 from typer.testing import CliRunner
 
-from cellstore_cli.main import app
+from cellstore_cli.app import app
 
 TARGET = Path(__file__).with_name("commands.md")
 HEAD = """# Commands
@@ -24,15 +25,11 @@ def paths() -> Iterator[tuple[str, ...]]:
     yield from _below(typer.main.get_command(app), ())
 
 
-def _below(command: object, words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+def _below(command: Any, words: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     yield words
-    for name in _names(command):
-        yield from _below(command.commands[name], (*words, name))  # type: ignore[attr-defined]
-
-
-def _names(command: object) -> list[str]:
-    lister = getattr(command, "list_commands", None)
-    return list(lister(None)) if lister is not None else []
+    if hasattr(command, "list_commands"):
+        for name in command.list_commands(None):
+            yield from _below(command.get_command(None, name), (*words, name))
 
 
 def page() -> str:

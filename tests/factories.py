@@ -470,7 +470,7 @@ class Factory:
 
 
 DEFAULT_PARAMETERS: dict[Stage, dict[str, Any]] = {
-    Stage.SEGMENT: {"model": "test", "image": {"channels": [], "projection": "median"}},
+    Stage.SEGMENT: {"model": "test", "channels": [], "projection": "median"},
 }
 
 

@@ -73,7 +73,9 @@ def segment_slowly(
     """Run the stage ``segment`` with the threshold in place of a network."""
     files = ModelFiles("threshold", PROGRAM, None, "0" * 64)
     spec = RecipeSpec(Stage.SEGMENT, 1, {"threshold": 100})
-    stage = SegmentSlowly(SegmentParams(), files, "cpu", workspace.artifacts, spec, seconds=seconds)
+    stage = SegmentSlowly(
+        SegmentParams.of("published"), files, "cpu", workspace.artifacts, spec, seconds=seconds
+    )
     with workspace.database.begin() as session:
         images = images_of(session)
         recipe = register(session, spec)

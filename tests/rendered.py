@@ -65,6 +65,6 @@ def fill(
     network = folder / "truth.pt"
     network.write_bytes(b"the truth")
     ingest(workspace, plates.metadata, IngestParams(images=plates.images))
-    segment(workspace, SegmentParams(model=str(network)))
+    segment(workspace, SegmentParams.of("published", model=str(network)))
     measure(workspace)
     return plates

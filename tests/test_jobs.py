@@ -45,6 +45,12 @@ def test_each_image_is_done_once(workspace: Workspace):
     assert left(workspace) == 3
     assert go(workspace).images == 3
     assert labels(workspace) == ["P1/r01c01f01", "P1/r01c02f01", "P1/r01c03f01"]
+    with workspace.database.read() as session:
+        jobs = session.execute(select(Job.digest, Job.recipe_id).order_by(Job.id)).all()
+    names = labels(workspace)
+    assert [job.digest for job in jobs] == [
+        sha(f"{job.recipe_id} {name}") for job, name in zip(jobs, names, strict=True)
+    ]
     assert (left(workspace), go(workspace).images) == (0, 0)
 
 

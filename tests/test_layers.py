@@ -34,7 +34,7 @@ def imported_by(code: str) -> set[str]:
 def test_the_core_needs_no_extra():
     stages = sorted(path.stem for path in (ROOT / "cellstore" / "stages").iterdir())
     stages = [stage for stage in stages if not stage.startswith("_")]
-    lines = ["import cellstore, cellstore.store, cellstore.demo, cellstore_cli.main"]
+    lines = ["import cellstore, cellstore.store, cellstore.demo, cellstore_cli.app"]
     lines += [f"import cellstore.stages.{stage}" for stage in stages]
     found = imported_by("\n".join(lines))
     assert "cellstore.stages.train" in found
@@ -42,8 +42,8 @@ def test_the_core_needs_no_extra():
 
 
 def test_the_command_line_starts_light():
-    found = imported_by("import cellstore, cellstore.store, cellstore_cli.main")
-    assert "cellstore_cli.main" in found
+    found = imported_by("import cellstore, cellstore.store, cellstore_cli.app")
+    assert "cellstore_cli.app" in found
     assert found.isdisjoint({*HEAVY, "pandas", "numpy", "duckdb", "pyarrow", "sqlalchemy", "rich"})
 
 

@@ -30,8 +30,8 @@ PLATES = PlateDesign(
     treated_wells=1,
     n_channels=3,
 )
-NETWORK = TrainParams(
-    branches=("tabular",), epochs=60, patience=20, batch_size=64, learning_rate=3e-3
+NETWORK = TrainParams.of(
+    "published", branches=("tabular",), epochs=60, patience=20, batch_size=64, learning_rate=3e-3
 )
 
 

@@ -18,9 +18,10 @@ from cellstore.errors import UnknownNameError
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import Cell, CellFeatures, FeatureSet, Recipe, Run, RunMetric, Segmentation
 from cellstore.query.engine import open_questions
-from cellstore.report import report_page
+from cellstore.report import report_figures
 from cellstore.report.drawing import plain, short, svg
-from cellstore.report.report_page import confusion_figures, pictures, plate_maps, write_report
+from cellstore.report.report_figures import confusion_figures
+from cellstore.report.report_page import pictures, plate_maps, write_report
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -187,21 +188,21 @@ GENES = {"a": "G2", "b": "G2", "c": "G1", "d": None}
 
 
 def test_mistakes_within_a_gene_are_told_apart() -> None:
-    found = report_page.confusion_of(PAIRS, GENES)
+    found = report_figures.confusion_of(PAIRS, GENES)
     assert found.labels == ("d", "c", "a", "b")  # without a gene first, then gene by gene
     assert found.counts.tolist() == [[4, 0, 0, 0], [0, 0, 1, 0], [0, 0, 3, 2], [1, 0, 0, 0]]
     assert (found.wrong, found.same_gene, found.grouped) == (4, 2, True)
-    assert found.mix_ups[0] == report_page.MixUp("a", "b", 2, "G2")
+    assert found.mix_ups[0] == report_figures.MixUp("a", "b", 2, "G2")
     assert [item.gene for item in found.mix_ups[1:]] == [None, None]
-    genes = report_page.by_gene(found)
+    genes = report_figures.by_gene(found)
     assert genes.labels == ("d", "G1", "G2")
     assert genes.counts.tolist() == [[4, 0, 0], [0, 0, 1], [1, 0, 5]]
-    assert report_page.most_confused(found, 2) == [2, 3]
+    assert report_figures.most_confused(found, 2) == [2, 3]
 
 
 def test_hue_says_what_an_answer_is_and_opacity_how_frequent() -> None:
-    found = report_page.confusion_of(PAIRS, GENES)
-    picture = report_page.confusion_colours(found)
+    found = report_figures.confusion_of(PAIRS, GENES)
+    picture = report_figures.confusion_colours(found)
     right, same, other, none = picture[2, 2], picture[2, 3], picture[3, 0], picture[0, 1]
     assert len({tuple(item[:3]) for item in (right, same, other)}) == 3
     assert right[3] > same[3] > 0.18  # 3 and 2 of 5
@@ -211,7 +212,7 @@ def test_hue_says_what_an_answer_is_and_opacity_how_frequent() -> None:
 def test_of_many_classes_the_most_confused_have_names() -> None:
     names = [f"c{i:03d}" for i in range(120)]
     pairs = [(name, name) for name in names] + [("c007", "c099")] * 3 + [("c050", "c051")]
-    found = report_page.confusion_of(pairs, {name: f"g{i // 2}" for i, name in enumerate(names)})
+    found = report_figures.confusion_of(pairs, {name: f"g{i // 2}" for i, name in enumerate(names)})
     drawn = confusion_figures(found)
     assert [named for _, _, named in drawn] == [True, False]
     assert ">c007</text>" in drawn[0][1]
@@ -219,7 +220,7 @@ def test_of_many_classes_the_most_confused_have_names() -> None:
     assert "120 classes" in drawn[1][0]
     assert len(drawn[1][1]) < 30_000
     assert [
-        named for _, _, named in confusion_figures(report_page.confusion_of(pairs[:40], {}))
+        named for _, _, named in confusion_figures(report_figures.confusion_of(pairs[:40], {}))
     ] == [True]
 
 

@@ -65,6 +65,9 @@ class Tiny(ImageStage[Task, str]):
             self.write_row(session, task, result)
         return len(done)
 
+    def digest(self, recipe_id: int, output: str) -> str:
+        return sha(f"{recipe_id} {output}")
+
 
 def fill(workspace: Workspace, number: int = 3) -> list[Image]:
     make = Factory(workspace)

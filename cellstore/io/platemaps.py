@@ -435,6 +435,11 @@ class PlateAnnotation:
         found = self.map_of(plate)
         return None if found is None else found.wells.get((row, column))
 
+    def metadata_of(self, plate: str, row: int, column: int) -> Mapping[str, str]:
+        """Return what other columns of the map say of a well."""
+        found = self.map_of(plate)
+        return {} if found is None else found.metadata.get((row, column), {})
+
     def map_of(self, plate: str) -> PlateMap | None:
         """Return the map that a plate uses, or None."""
         if self.barcodes is None:

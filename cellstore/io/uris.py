@@ -68,7 +68,7 @@ class PathMap:
 
         ``file://`` before a folder means nothing and is left away.
         """
-        plain = _plain(folder)
+        plain = _plain(folder) if self._olds else ""
         for old in self._olds:
             rest = plain.removeprefix(old)
             whole = old.endswith("/") or rest[:1] in {"", "/"}

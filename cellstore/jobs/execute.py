@@ -106,6 +106,10 @@ class ImageStage(Generic[Input, Output]):
         """
         raise NotImplementedError
 
+    def digest(self, recipe_id: int, output: Output) -> str:
+        """Return the sha256 of the rows that ``insert`` writes of one image, kept with its job."""
+        raise NotImplementedError
+
     def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
         """Open those jobs again whose rows are there but whose files are gone; return how many.
 
@@ -520,8 +524,13 @@ class _Loop:
             if done:
                 written.append((run, done, self.stage.write_together(run, done)))
         seconds = sum(answer.seconds for _, answer in ready) / len(ready)
+        digests = {
+            task.jobs[run.recipe_id]: self.stage.digest(run.recipe_id, output)
+            for run, done, _ in written
+            for task, output in done
+        }
         with self.database.begin() as session:
-            ours = queue.close(session, self.owner, [task for task, _ in ready], seconds)
+            ours = queue.close(session, self.owner, digests, seconds)
             if sum(map(len, ours.values())) < sum(len(task.jobs) for task, _ in ready):
                 raise _LostError(ours)
             cells = [self.stage.insert(session, *each) for each in written]

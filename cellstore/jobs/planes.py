@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +16,13 @@ from ..config import ImageInput
 from ..db.bulk import in_lists
 from ..db.session import Database
 from ..enums import EXCLUDED_NO_PERIMETER, PROJECTION_CHANNEL
-from ..errors import ImageError, UnknownNameError
+from ..errors import ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project, read_plane
 from ..io.uris import is_remote, local_path
 from ..models import Artifact, Cell, ImageFile, Segmentation
+
+NUCLEAR = re.compile("dna|dapi|hoechst", re.IGNORECASE)
+"""What the names of channels of nuclei have in them."""
 
 DEFAULT_CHANNELS = 3
 """The published pipeline looks at the median of the first three channels."""
@@ -107,6 +111,24 @@ def check_channels(session: Session, wanted: ImageInput) -> None:
         if session.scalar(there.limit(1)) is None:
             known = session.scalars(select(ImageFile.channel).distinct())
             raise UnknownNameError.of("channel", name, sorted(known))
+
+
+def choose_channels(session: Session, named: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Return the channels that show the cells: the ``named`` ones, else that of the nuclei.
+
+    Raises:
+        UserInputError: none is named, and not exactly one channel of the store has such a name.
+    """
+    if named is not None:
+        return named
+    known = sorted(session.scalars(select(ImageFile.channel).distinct()))
+    nuclear = [name for name in known if NUCLEAR.search(name)]
+    if len(known) < 2 or len(nuclear) == 1:
+        return tuple(nuclear or known)
+    raise UserInputError(
+        "Which channels show the cells? Name them with --channels. This store has: "
+        f"{', '.join(known)}."
+    )
 
 
 def read_artifact_image(

@@ -362,9 +362,11 @@ def renew(session: Session, scope: JobScope, owner: Owner, lease: float) -> bool
 
 
 def close(
-    session: Session, owner: Owner, tasks: Sequence[Task], seconds: float
+    session: Session, owner: Owner, digests: Mapping[int, str], seconds: float
 ) -> dict[int, list[int]]:
     """Close jobs as done; return by image those recipes whose jobs were ours, by unchanged bytes.
+
+    ``digests``: by job the digest of the rows that are written with it.
 
     After a lease ran out a job may be another worker's: what was computed is then dropped.
     ``seconds``: what one image took.
@@ -372,7 +374,7 @@ def close(
     unchanged = exists().where(Image.id == Job.image_id, content() == Job.content_sha256)
     done = (
         update(Job)
-        .where(Job.id.in_([job for task in tasks for job in task.jobs.values()]))
+        .where(Job.id.in_(digests))
         .where(_held(owner), unchanged)
         .values(status=Status.DONE, seconds=seconds, lease_until=None, error=None)
         .returning(Job.image_id, Job.recipe_id)
@@ -380,6 +382,8 @@ def close(
     closed: dict[int, list[int]] = {}
     for image_id, recipe_id in session.execute(done):
         closed.setdefault(image_id, []).append(recipe_id)
+    rows = [{"id": job, "digest": digest} for job, digest in digests.items()]
+    session.execute(update(Job), rows)  # of jobs that are not ours it is undone
     return closed
 
 

@@ -62,7 +62,7 @@ class _Known:
 def choose_branches(
     session: Session, source: CellSource, wanted: Sequence[str] | None
 ) -> tuple[tuple[str, ...], str | None]:
-    """Return the branches of a network on ``source``, and a sentence where some were left out.
+    """Return the branches of a network on ``source``, and a sentence where some are excluded.
 
     Default: all three, or those that the segmentations of its split can feed.
 

@@ -25,7 +25,6 @@ from ..jobs.selection import is_current
 from ..models import Image, Plate, Segmentation, SplitMember, Well
 from ..query.cells import CellSource, is_unflagged_image, read_cells, stream_features
 from ..query.feature_files import SetReader
-from .crops import image_scale
 
 Numbers = NDArray[np.float64]
 
@@ -455,6 +454,8 @@ def _plate_intensities(
     # By content: as good as drawn, and the same on every database.
     query = _images(source, barcode).where(Image.content_sha256.is_not(None))
     chosen = query.order_by(Image.content_sha256, Image.id).limit(IMAGES_LOOKED_AT)
+    from .crops import image_scale  # torch loads slowly
+
     of_images, problems = [], []
     for image_id in session.scalars(chosen).all():
         try:

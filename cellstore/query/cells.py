@@ -405,10 +405,10 @@ def read_flows(session: Session, artifacts: ArtifactFolder, found: Segmentation)
 
 def plane_of(segment: Recipe) -> ImageInput:
     """Return the plane that a segment recipe looked at; of other tools': the default plane."""
-    named = segment.parameters.get("image")
-    if named is None:
+    named = segment.parameters
+    if "projection" not in named:
         return ImageInput()
-    return ImageInput(tuple(named["channels"]), Projection(named["projection"]))
+    return ImageInput(tuple(named["channels"] or ()), Projection(named["projection"]))
 
 
 def recipes_of_set(

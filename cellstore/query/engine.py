@@ -220,7 +220,7 @@ class Questions:
         self._only_image_votes = only_image_votes
         self._image = image
         # Votes among cells that are not flagged are counted anew: flags may be added.
-        counted_anew = image is not None or rules.unflagged_by is not None
+        counted_anew = image is not None or rules.exclude_flagged is not None
         self._kept = {PREDICTIONS} if counted_anew else set(KEPT)
         self._declared: set[str] = set()
         self._loaded: set[str] = set()

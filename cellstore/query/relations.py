@@ -102,8 +102,8 @@ def view_query(name: str, rules: VoteRules) -> str:
             f"{'true' if rules.controls else 'false'} AS controls"
         )
     query = view(name).query
-    if rules.unflagged_by is not None and name in ("eligible_cells", "eligible_predictions"):
-        query += _UNFLAGGED.replace("{run}", str(int(rules.unflagged_by)))
+    if rules.exclude_flagged is not None and name in ("eligible_cells", "eligible_predictions"):
+        query += _UNFLAGGED.replace("{run}", str(int(rules.exclude_flagged)))
     return query
 
 

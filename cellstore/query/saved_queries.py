@@ -12,7 +12,7 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from ..enums import Stage
-from ..errors import QueryError, StorageError, UnknownNameError, UserInputError
+from ..errors import QueryError, UnknownNameError, UserInputError
 from ..jobs.lookup import run_in
 from ..jobs.workspace import Workspace
 from .guard import MAX_CHARACTERS
@@ -45,17 +45,6 @@ RESERVED = frozenset(
 )
 """Options of ``cellstore ask`` itself."""
 
-EXAMPLE = """\
--- Wells of a treatment: say here in a sentence what the question asks.
--- :treatment (text) = DMSO  Its name.
--- :plate (text) = nothing  Only this plate.
-SELECT p.barcode AS plate, w.name AS well, t.target
-FROM wells AS w
-JOIN plates AS p ON p.id = w.plate_id
-JOIN treatments AS t ON t.id = w.treatment_id
-WHERE t.name = $treatment AND ($plate IS NULL OR p.barcode = $plate)
-ORDER BY p.barcode, w.well_row, w.well_column
-"""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 _PARAMETER = re.compile(
@@ -147,27 +136,6 @@ def checked_name(name: str) -> str:
             "plates-of-may"
         )
     return name
-
-
-def new_question(workspace: Workspace, name: str, beginning: str | None = None) -> Path:
-    """Write a file to go on from: a copy of the question ``beginning``, or an example.
-
-    Raises:
-        UserInputError: the name cannot be one, or there is an own question of that name.
-        UnknownNameError: there is no question ``beginning``.
-        StorageError: the file cannot be written.
-    """
-    text = find_question(workspace, beginning).text if beginning else EXAMPLE
-    path = own_folder(workspace) / f"{checked_name(name)}.sql"
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise UserInputError(f"{path} is there already. Give another name.") from error
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
-    return path
 
 
 def _own(workspace: Workspace, name: str) -> SavedQuestion:

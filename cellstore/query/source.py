@@ -16,7 +16,6 @@ from sqlalchemy.types import JSON
 from ..db.session import Database
 from ..errors import DatabaseError, MissingExtraError
 from ..models import METADATA, UtcDateTime
-from .guard import quoted
 
 TABLES: dict[str, Table] = dict(METADATA.tables)
 """All tables by name."""
@@ -57,6 +56,7 @@ class Source:
         import adbc_driver_manager as adbc
 
         self.database = database
+        self._is_sqlite = database.is_sqlite
         self._adbc = adbc
         with self._explained():
             # The driver itself: its DB-API layer imports pandas, half a second for a short answer.
@@ -64,7 +64,7 @@ class Source:
             self._connection = adbc.AdbcConnection(self._handle)
             self._connection.set_autocommit(False)
             begin = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
-            if database.is_sqlite:
+            if self._is_sqlite:
                 begin = "SELECT count(*) FROM alembic_version"  # the moment begins with a read
             with self._stream(begin):
                 pass
@@ -99,10 +99,8 @@ class Source:
         with the names and types of ``columns``. Of several origins each is read through a
         connection of its own, side by side: only for rows that nobody changes any more.
         """
-        first = f"{_types_of(columns)} UNION ALL SELECT 0, " if self.database.is_sqlite else None
-        cast = ", ".join(
-            f"CAST({quoted(name)} AS {kind}) AS {quoted(name)}" for name, kind in columns.items()
-        )
+        first = f"{_types_of(columns)} UNION ALL SELECT 0, " if self._is_sqlite else None
+        cast = ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in columns.items())
         where = ' WHERE "first" = 0' if first else ""
         parts = []
         with ExitStack() as stack:
@@ -115,7 +113,7 @@ class Source:
                 name = f"stream {number}"
                 target.register(name, stream)
                 stack.callback(target.unregister, name)
-                parts.append(f"SELECT {cast} FROM {quoted(name)}{where}")  # noqa: S608
+                parts.append(f'SELECT {cast} FROM "{name}"{where}')  # noqa: S608
             target.execute(statement.replace("{rows}", f"({' UNION ALL '.join(parts)})"))
 
     def feed_table(
@@ -126,8 +124,14 @@ class Source:
         ``condition`` is SQL of ours, to follow ``FROM table AS t``.
         """
         table = TABLES[name]
-        values = [_value(column, self.database.is_sqlite) for column in table.columns]
-        origin = f"{quoted(name)} AS t {condition}"
+        # JSON is text in DuckDB, and its null is no value. Names are those of the models.
+        text = "t.{0}" if self._is_sqlite else "CAST(t.{0} AS text)"
+        json = f"nullif({text}, 'null') AS {{0}}"
+        values = [
+            (json if isinstance(column.type, JSON) else "t.{0}").format(f'"{column.name}"')
+            for column in table.columns
+        ]
+        origin = f'"{name}" AS t {condition}'
         self.feed(target, statement, columns_of(table), values, [origin])
 
     @contextmanager
@@ -136,7 +140,7 @@ class Source:
         with self._explained():
             statement = self._adbc.AdbcStatement(self._connection)
             try:
-                if self.database.is_sqlite:
+                if self._is_sqlite:
                     statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
                 statement.set_sql_query(query)
                 stream = statement.execute_query()[0]
@@ -193,18 +197,9 @@ def _types_of(columns: Columns) -> str:
 
     SQLite types values, not columns, and ADBC takes a column's type from its first rows.
     """
-    values = (
-        f"{_TYPE_GIVERS.get(kind, repr(''))} AS {quoted(name)}" for name, kind in columns.items()
-    )
+    empty = "''"
+    values = (f'{_TYPE_GIVERS.get(kind, empty)} AS "{name}"' for name, kind in columns.items())
     return f'SELECT 1 AS "first", {", ".join(values)}'
-
-
-def _value(column: Column[Any], is_sqlite: bool) -> str:
-    name = f"t.{quoted(column.name)}"
-    if not isinstance(column.type, JSON):
-        return name
-    text = name if is_sqlite else f"CAST({name} AS text)"
-    return f"nullif({text}, 'null') AS {quoted(column.name)}"
 
 
 PREDICTION_COLUMNS: Columns = {

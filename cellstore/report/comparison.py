@@ -175,7 +175,6 @@ def compare(
     limit: int | None = None,
     rules: VoteRules | None = None,
     force: bool = False,
-    leave_out_flagged: str | None = None,
 ) -> Comparison:
     """Put two predict runs (numbers or ``latest``) side by side.
 
@@ -194,8 +193,8 @@ def compare(
         raise UnknownNameError.of("level", level, LEVELS)
     if vote not in VOTES:
         raise UnknownNameError.of("vote", vote, VOTES)
-    one = find_subject(workspace, first, leave_out_flagged, rules)
-    other = find_subject(workspace, second, leave_out_flagged, rules)
+    one = find_subject(workspace, first, rules)
+    other = find_subject(workspace, second, rules)
     about = {one.run.id, other.run.id}
     with open_questions(workspace, rules=one.rules, runs=about) as questions:
         return compare_subjects(

@@ -407,7 +407,7 @@ class Done:
     failures: tuple[tuple[str, str], ...] = ()
 
 
-CarryOut = Callable[[Workspace, Stage, Order, str | None], Done]
+CarryOut = Callable[[Workspace, Order, str | None], Done]
 """Runs an order on a store; the text is a condition on its images (``--where``), if any."""
 
 
@@ -465,7 +465,7 @@ def check(
             if where is not None and isinstance(order.params, PredictParams):
                 asked = f"({order.params.where}) AND {where}" if order.params.where else where
                 order = replace(order, params=replace(order.params, where=asked, limit=None))
-            done = carry_out(redone, run.stage, order, where)
+            done = carry_out(redone, order, where)
             reasons += [f"{name}: {reason}" for name, reason in done.failures[:SHOWN]]
             if done.run_id is None or done.failures:
                 impossible = True
@@ -585,7 +585,7 @@ def _needs(
             return Wanted(chosen, segmented=segmented, with_cells=segmented), chosen, True
         case Stage.SPLIT:
             images = sample(select(Image.id), None)
-            qc = recipe.parameters.get("leave_out_flagged")
+            qc = recipe.parameters.get("exclude_flagged")
             return Wanted(images, segmented=segmented, qc=qc, splits=False), images, False
         case Stage.TRAIN:
             members = select(SplitMember.image_id).where(SplitMember.split_id == run.split_id)
@@ -607,7 +607,7 @@ def _needs(
         with_cells=of_segment,
         measured=[] if measure is None else [measure.id],
         files_of=files,
-        qc=stored.get("leave_out_flagged"),
+        qc=stored.get("exclude_flagged"),
     )
     return wanted, chosen, sampled
 

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..config import (
-    TRAIN_RECIPES,
     BaselineParams,
-    ImageInput,
     MeasureParams,
     PredictParams,
     SegmentParams,
     SplitParams,
     TrainParams,
+    flag,
+    options_of,
+    spelled,
+    unspeakable,
 )
-from ..enums import FeatureStorage, GroupLevel, Projection, Stage, Status, Subset
+from ..enums import FeatureStorage, Stage, Status
 from ..jobs.lookup import run_in
 from ..jobs.workspace import Workspace
-from ..learn.branches import BRANCHES
 from ..models import (
     FeatureFile,
     FeatureSet,
@@ -141,49 +142,24 @@ def order_of(session: Session, run: Run, recipe: Recipe) -> Order | None:
     return None if read is None else read(session, run, recipe)
 
 
-def _known(kind: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
-    names = {item.name for item in fields(kind)}
-    values = {name: value for name, value in stored.items() if name in names}
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-
-
-def _orders_plane(stored: Mapping[str, Any]) -> ImageInput:
-    return ImageInput(tuple(stored["channels"]), Projection(stored["projection"]))
-
-
 def _orders_segment(_session: Session, _run: Run, recipe: Recipe) -> Order | None:
-    stored = recipe.parameters
-    if "imported" in stored:
+    if "imported" in recipe.parameters:
         return None
-    values = _known(SegmentParams, stored)
-    values["image"] = _orders_plane(stored["image"])
-    if values.get("nuclei") is not None:
-        values["nuclei"] = _orders_plane(stored["nuclei"])
-    if values.get("diameter_from") is not None:
-        values["diameter_from"] = values["diameter_from"][:MARK]
-    return Order(SegmentParams(**values))
+    params = SegmentParams.from_recipe(recipe.parameters)
+    if params.diameter_from is not None:
+        params = replace(params, diameter_from=params.diameter_from[:MARK])
+    return Order(params)
 
 
 def _orders_measure(session: Session, _run: Run, recipe: Recipe) -> Order | None:
     stored = recipe.parameters
-    if "group" in stored:
-        channels = ImageInput(tuple(stored["channels"]))
-        params = MeasureParams(channels, (stored["group"],))
-    elif "image" in stored:
-        segment = input_of(session, recipe, Stage.SEGMENT)
-        plane = _orders_plane(stored["image"])
-        same = segment is not None and plane == _plane_of(segment)
-        params = MeasureParams(None if same else plane)
-        if not same and not plane.channels:
-            doubt = "it looked at the first channels, not at what was segmented: from Python only"
-            return Order(params, _named(session, recipe), (doubt,))
-    else:
+    if "imported" in stored or "channels" not in stored:
         return None
+    params = MeasureParams.from_recipe(stored, features=(stored.get("group", "basic"),))
+    segment = input_of(session, recipe, Stage.SEGMENT)
+    if "group" not in stored and segment is not None and params.plane == plane_of(segment):
+        params = MeasureParams()
     return Order(params, _named(session, recipe))
-
-
-def _plane_of(segment: Recipe) -> ImageInput | None:
-    return plane_of(segment) if "image" in segment.parameters else None
 
 
 def _named(session: Session, recipe: Recipe) -> dict[str, str]:
@@ -208,13 +184,10 @@ def _orders_split(session: Session, run: Run, recipe: Recipe) -> Order | None:
     stored = recipe.parameters
     if "files" in stored or "seed" not in stored:  # the tables of others
         return None
-    values = _known(SplitParams, stored)
-    values["group_level"] = GroupLevel(stored["group_level"])
-    if values.get("downsample") is not None:
-        values["downsample"] = tuple((label, size) for label, size in stored["downsample"])
-    if stored.get("leave_out_flagged") is not None:
-        values["leave_out_flagged"] = str(stored["leave_out_flagged"])
-    params = SplitParams(**values)
+    flagged = stored["exclude_flagged"]
+    params = SplitParams.from_recipe(
+        stored, exclude_flagged=None if flagged is None else str(flagged)
+    )
     result = run.result or {}
     query = select(Split).where(Split.recipe_id == recipe.id).order_by(Split.id)
     made = session.scalars(query).all()
@@ -238,36 +211,32 @@ def _orders_train(session: Session, run: Run, recipe: Recipe) -> Order | None:
     stored = recipe.parameters
     split = session.get(Split, run.split_id) if run.split_id else None
     names = _named(session, recipe) | ({"split": split.name} if split else {})
-    flagged = stored.get("leave_out_flagged")
+    flagged = stored.get("exclude_flagged")
     more = {
         "features": _set_name(session, recipe),
-        "leave_out_flagged": None if flagged is None else str(flagged),
+        "exclude_flagged": None if flagged is None else str(flagged),
     }
     if "baseline" in stored:
-        kind = str(stored["baseline"])
-        params = BaselineParams(**_known(BaselineParams, stored) | more)
-        return Order(params, names | {"baseline": kind})
-    values = {"branches": BRANCHES} | _known(TrainParams, stored) | more
+        params = BaselineParams.from_recipe(stored, **more)
+        return Order(params, names | {"baseline": str(stored["baseline"])})
+    doubts: tuple[str, ...] = ()
     if stored.get("weights") == FROM_FILE:
         doubt = (
             "it began from a file of weights that the store does not hold: put the path of the "
             f"file with sha256 {recipe.weights_sha256} in place of --weights=file"
         )
-        return Order(TrainParams(**values), names, (doubt,))
-    return Order(TrainParams(**values), names)
+        doubts = (doubt,)
+    return Order(TrainParams.from_recipe(stored, **more), names, doubts)
 
 
 def _orders_predict(session: Session, run: Run, recipe: Recipe) -> Order | None:
     stored = recipe.parameters
-    values = _known(PredictParams, stored)
-    if values.get("subset") is not None:
-        values["subset"] = Subset(values["subset"])
-    params = PredictParams(**values)
+    params = PredictParams.from_recipe(stored)
     doubts: tuple[str, ...] = ()
     if params.split is not None:
         query = select(Split.name).where(Split.fingerprint == params.split).order_by(Split.id)
         name = session.scalar(query.limit(1))
-        doubts = () if name else ("the split whose side it labelled is deleted",)
+        doubts = () if name else ("the split whose subset it labelled is deleted",)
         params = replace(params, split=name or params.split)
     return Order(params, {"run": str(run.parent_id)}, doubts)
 
@@ -281,204 +250,46 @@ _READ: Mapping[Stage, Callable[[Session, Run, Recipe], Order | None]] = {
 }
 
 
-NONE = "none"
+_BEGIN: Mapping[type, tuple[str, ...]] = {
+    SegmentParams: ("segment",),
+    MeasureParams: ("measure",),
+    SplitParams: ("split", "create"),
+    TrainParams: ("train",),
+    BaselineParams: ("train", "--no-predict"),
+    PredictParams: ("predict",),
+}
+_NAMES = ("baseline", "split", "segmentation", "measurement", "run")
 
 
 def words_of(order: Order) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the words of the command after ``cellstore``, and what they cannot say."""
-    spell = _SPELLED[type(order.params)]
-    words, doubts = spell(order.params, order.names)
-    return tuple(words), (*order.doubts, *doubts)
+    params, names = order.params, order.names
+    words = list(_BEGIN[type(params)])
+    words += [f"--{name}={names[name]}" for name in _NAMES if name in names]
+    doubts = list(order.doubts)
+    for item in options_of(params):
+        if item.name in _settled(params):
+            continue
+        value = getattr(params, item.name)
+        words += spelled(item, value)
+        doubts += [
+            f"{flag(item)} cannot hold the name {text!r}: this step can be redone from Python only"
+            for text in unspeakable(item, value)
+        ]
+    if isinstance(params, SplitParams):
+        words += ["--", names["name"]]
+    return tuple(words), tuple(doubts)
 
 
-def _option(name: str, value: Any) -> list[str]:
-    # With "=", so that a value may begin with a dash.
-    return [] if value is None else [f"--{name}={value}"]
-
-
-def _number(value: float) -> str:
-    return repr(float(value))
-
-
-def _listed(name: str, values: Sequence[str]) -> list[str]:
-    return [f"--{name}={','.join(values)}"] if values else []
-
-
-def _commas(what: str, values: Iterable[str]) -> list[str]:
-    """Doubts about names that a list with commas cannot hold."""
-    return [
-        f"{what} {value!r} has a comma or space at its end, which a list cannot hold: "
-        "this step can be redone from Python only"
-        for value in values
-        if "," in value or value != value.strip() or not value
-    ]
-
-
-def _segment(params: SegmentParams, _names: dict[str, str]) -> tuple[list[str], list[str]]:
-    image, nuclei = params.image, params.nuclei
-    words = [
-        "segment",
-        *_option("model", params.model),
-        *_option("flow-threshold", _number(params.flow_threshold)),
-        *_option("cellprob-threshold", _number(params.cellprob_threshold)),
-        *([] if params.diameter is None else _option("diameter", _number(params.diameter))),
-        *_option("diameter-from", params.diameter_from),
-        *_plane(image),
-        *([] if nuclei is None else _listed("nuclei", nuclei.channels)),
-    ]
-    doubts = _commas("channel", (*image.channels, *(nuclei.channels if nuclei else ())))
-    if nuclei is not None and (nuclei.projection != image.projection or not nuclei.channels):
-        doubts.append("the planes of cells and nuclei are projected in two ways, from Python only")
-    return words, doubts
-
-
-def _plane(image: ImageInput) -> list[str]:
-    return [*_listed("channels", image.channels), f"--projection={image.projection}"]
-
-
-def _measure(params: MeasureParams, names: dict[str, str]) -> tuple[list[str], list[str]]:
-    words = [
-        "measure",
-        *_listed("features", params.features),
-        *([] if params.image is None else _plane(params.image)),
-        *_option("segmentation", names.get("segmentation")),
-    ]
-    channels = () if params.image is None else params.image.channels
-    return words, _commas("channel", channels)
-
-
-def _split(params: SplitParams, names: dict[str, str]) -> tuple[list[str], list[str]]:
-    size = None if params.folds is not None else _number(params.test_size)
-    words = [
-        *("split", "create"),
-        f"--protocol={params.protocol}",
-        f"--field={params.field}",
-        *_of_groups(params),
-        *_option("test-size", size),
-        *_listed("test-plates", params.test_plates),
-        *_listed("validation-plates", params.validation_plates),
-        *_option("folds", params.folds),
-        *_option("seed", params.seed),
-        *(f"--plate={plate}" for plate in params.plates),
-        *_option("where", params.where),
-        *_cuts(params),
-        *_option("downsample-by", params.downsample_by),
-        *_option("min-images", params.min_images),
-        *(["--allow-missing"] if params.allow_missing else []),
-        *_left_out(params.leave_out_flagged),
-        *("--", names["name"]),
-    ]
-    return words, _commas("plate", (*params.test_plates, *params.validation_plates))
-
-
-def _of_groups(params: SplitParams) -> list[str]:
-    """What the published protocol settles: it splits single images, and none validates."""
-    if params.protocol == "published":
-        return []
-    size = _number(params.validation_size)
-    return [f"--group={params.group_level}", f"--validation-size={size}"]
-
-
-def _cuts(params: SplitParams) -> list[str]:
-    if params.downsample is None:
-        return []
-    cuts = [f"--downsample={label}={size}" for label, size in params.downsample]
-    return cuts or [f"--downsample={NONE}"]
-
-
-def _left_out(run: str | None) -> list[str]:
-    return [] if run is None else ["--leave-out-flagged", f"--qc-run={run}"]
-
-
-def _sources(names: dict[str, str]) -> list[str]:
-    return [
-        word
-        for name in ("split", "segmentation", "measurement")
-        for word in _option(name, names.get(name))
-    ]
-
-
-def _train(params: TrainParams, names: dict[str, str]) -> tuple[list[str], list[str]]:
-    weights = "--class-weights" if params.class_weights else "--no-class-weights"
-    words = [
-        "train",
-        f"--recipe={params.recipe}",
-        *_sources(names),
-        *_option("features", params.features),
-        *_left_out(params.leave_out_flagged),
-        *([] if params.branches is None else [f"--branches={','.join(params.branches)}"]),
-        *_listed("channels", params.channels),
-        f"--backbone={params.backbone}",
-        f"--weights={params.weights}",
-        f"--crop-size={params.crop_size}",
-        f"--dropout={_number(params.dropout)}",
-        f"--epochs={params.epochs}",
-        f"--patience={params.patience}",
-        f"--monitor={params.monitor}",
-        f"--batch-size={params.batch_size}",
-        f"--sampler={params.sampler}",
-        f"--augment={','.join(params.augment) or NONE}",
-        f"--loss={params.loss}",
-        weights,
-        f"--label-smoothing={_number(params.label_smoothing)}",
-        f"--learning-rate={_number(params.learning_rate)}",
-        f"--schedule={params.schedule}",
-        f"--warmup-epochs={params.warmup_epochs}",
-        f"--weight-decay={_number(params.weight_decay)}",
-        f"--normalise={params.normalise}",
-        f"--intensity={params.intensity}",
-        f"--precision={params.precision}",
-        f"--seed={params.seed}",
-    ]
-    usual = TRAIN_RECIPES.get(params.recipe, TrainParams())
-    unsaid = [n for n in ("step_size", "gamma") if getattr(params, n) != getattr(usual, n)]
-    doubts = [f"{name} is {getattr(params, name)}, from Python only" for name in unsaid]
-    return words, [*doubts, *_commas("channel", params.channels)]
-
-
-def _baseline(params: BaselineParams, names: dict[str, str]) -> tuple[list[str], list[str]]:
-    words = [
-        "train",
-        f"--baseline={names['baseline']}",
-        "--no-predict",
-        *_sources(names),
-        *_option("features", params.features),
-        *_left_out(params.leave_out_flagged),
-        f"--max-cells={params.max_cells}",
-        f"--normalise={params.normalise}",
-        f"--seed={params.seed}",
-    ]
-    usual = BaselineParams()
-    fixed = ("strength", "trees", "depth", "smallest_leaf")
-    unsaid = [name for name in fixed if getattr(params, name) != getattr(usual, name)]
-    return words, [f"{name} is {getattr(params, name)}, from Python only" for name in unsaid]
-
-
-def _predict(params: PredictParams, names: dict[str, str]) -> tuple[list[str], list[str]]:
-    kept = ["--all-probabilities"] if params.all_probabilities else [f"--top-k={params.top_k}"]
-    words = [
-        "predict",
-        *_option("run", names.get("run")),
-        f"--subset={params.subset or 'all'}",
-        *_option("split", params.split),
-        *(f"--plate={plate}" for plate in params.plates),
-        *(f"--well={well}" for well in params.wells),
-        *_option("where", params.where),
-        *_option("limit", params.limit),
-        *kept,
-        *_option("embedding", params.embedding),
-    ]
-    return words, []
-
-
-_SPELLED: dict[type, Callable[[Any, dict[str, str]], tuple[list[str], list[str]]]] = {
-    SegmentParams: _segment,
-    MeasureParams: _measure,
-    SplitParams: _split,
-    TrainParams: _train,
-    BaselineParams: _baseline,
-    PredictParams: _predict,
-}
+def _settled(params: Params) -> tuple[str, ...]:
+    """The options that follow from others, and are refused beside them."""
+    if isinstance(params, SplitParams) and params.protocol == "published":
+        return ("group_level", "validation_size")
+    if isinstance(params, SplitParams) and params.folds is not None:
+        return ("test_size",)
+    if isinstance(params, PredictParams) and params.all_probabilities:
+        return ("top_k",)
+    return ()
 
 
 WIDE = 96
@@ -615,7 +426,7 @@ def _before(session: Session, run: Run) -> Iterator[Run]:
     if run.parent_id is not None:
         yield session.get_one(Run, run.parent_id)
     recipe = session.get_one(Recipe, run.recipe_id)
-    flagged = recipe.parameters.get("leave_out_flagged")
+    flagged = recipe.parameters.get("exclude_flagged")
     if isinstance(flagged, int):
         yield session.get_one(Run, flagged)
     if run.split_id is not None:

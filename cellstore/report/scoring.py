@@ -290,15 +290,13 @@ def report(
     compare: str | None = None,
     rules: VoteRules | None = None,
     force: bool = False,
-    leave_out_flagged: str | None = None,
 ) -> ReportResult:
     """Score a predict run (a number or ``latest``) against the labels of its split.
 
     Images that the network was trained on count only with ``force``, and the result says so.
     ``compare``: another predict run to put beside it, on the images that both have labelled.
-    ``rules`` say which images and wells have an answer. ``leave_out_flagged``: a quality-control
-    run (a number or ``latest``); what it has flagged has no vote, and the result says how much that
-    is.
+    ``rules`` say which images and wells have an answer; what a quality-control run has flagged has
+    no vote if they say so, and the result says how much that is.
 
     Raises:
         UnknownNameError: there is no such predict run, or quality-control run.
@@ -306,14 +304,7 @@ def report(
             an answer by ``rules``; or the quality-control run has not looked at these images or
             cells.
     """
-    with gathered(
-        workspace,
-        run,
-        compare=compare,
-        rules=rules,
-        force=force,
-        leave_out_flagged=leave_out_flagged,
-    ) as (_, _, result, _):
+    with gathered(workspace, run, compare=compare, rules=rules, force=force) as (_, _, result, _):
         return result
 
 
@@ -325,15 +316,14 @@ def gathered(
     compare: str | None = None,
     rules: VoteRules | None = None,
     force: bool = False,
-    leave_out_flagged: str | None = None,
 ) -> Iterator[tuple[Questions, Subject, ReportResult, pa.Table]]:
     """Open the store for the report on a run, with the report and the votes of its images.
 
     Of the votes: one row per image and vote that has an answer, with the columns of ``VOTES_OF``
     and ``correct``. Arguments as in :func:`report`.
     """
-    subject = find_subject(workspace, run, leave_out_flagged, rules)
-    other = None if compare is None else find_subject(workspace, compare, None, subject.rules)
+    subject = find_subject(workspace, run, rules)
+    other = None if compare is None else find_subject(workspace, compare, subject.rules)
     about = {item.run.id for item in (subject, other) if item is not None}
     about |= {rival.id for rivals in subject.rivals.values() for rival in rivals}
     with open_questions(workspace, rules=subject.rules, runs=about) as questions:
@@ -361,8 +351,8 @@ def gathered(
 class Subject:
     """The predict run that a report is about, with the split that it is measured by.
 
-    ``rules`` say which images and cells have a vote: ``rules.unflagged_by`` is the quality-control
-    run whose flagged ones have none, if any. ``baseline``: which it labelled with, if with one;
+    ``rules`` say which images and cells have a vote: ``rules.exclude_flagged`` is the number of the
+    quality-control run whose flagged ones have none. ``baseline``: which it labelled with, if any;
     ``rivals``: finished runs of the baselines of its split, the newest first; ``feature_leak``:
     that its features know labels of the scored images, if they do.
     """
@@ -376,17 +366,16 @@ class Subject:
     rivals: dict[str, list[Run]]
     feature_leak: str | None
 
+    @property
+    def qc_run_id(self) -> int | None:
+        """The quality-control run whose flagged images and cells have no vote."""
+        flagged = self.rules.exclude_flagged
+        return None if flagged is None else int(flagged)
 
-def find_subject(
-    workspace: Workspace,
-    reference: str,
-    leave_out_flagged: str | None = None,
-    rules: VoteRules | None = None,
-) -> Subject:
+
+def find_subject(workspace: Workspace, reference: str, rules: VoteRules | None = None) -> Subject:
     """Return the predict run of this name; a train run stands for its latest predict run."""
     rules = rules or VoteRules()
-    if leave_out_flagged is None and rules.unflagged_by is not None:
-        leave_out_flagged = str(rules.unflagged_by)
     with workspace.database.read() as session:
         run = predict_run(session, reference)
         parent = session.get(Run, run.parent_id) if run.parent_id else None
@@ -395,7 +384,7 @@ def find_subject(
             raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
         recipe = session.get_one(Recipe, run.recipe_id)
         taught = None if parent is None else session.get_one(Recipe, parent.recipe_id)
-        qc, notes = flags_on(session, leave_out_flagged, run)
+        qc, notes = flags_on(session, rules.exclude_flagged, run)
         trained = aliased(Run)
         kind = Recipe.parameters["baseline"].as_string()
         query = (
@@ -414,7 +403,7 @@ def find_subject(
             run,
             session.get_one(Split, split_id),
             recipe.parameters.get("top_k"),
-            replace(rules, unflagged_by=qc),
+            replace(rules, exclude_flagged=None if qc is None else str(qc)),
             notes,
             baseline=None if taught is None else taught.parameters.get("baseline"),
             rivals={name: rivals[name] for name in BASELINES if name in rivals},
@@ -430,11 +419,11 @@ def chosen_subsets(counts: Mapping[str, int], subject: Subject, *, force: bool) 
     Raises:
         UserInputError: there are none, or only training images and ``force`` is off.
     """
-    run_id, qc_run = subject.run.id, subject.rules.unflagged_by
+    run_id, qc_run = subject.run.id, subject.qc_run_id
     if not counts and qc_run is not None:
         raise UserInputError(
             f"Quality-control run {qc_run} has flagged all images that run {run_id} has labelled. "
-            "Score them without --leave-out-flagged."
+            "Score them without --exclude-flagged."
         )
     if not counts and not subject.rules.controls:
         raise UserInputError(
@@ -586,7 +575,7 @@ def scored(
         return scores_of(part, majority, top=top)
 
     flagged = (0, 0)
-    if rules.unflagged_by is not None:
+    if subject.qc_run_id is not None:
         row = questions.ask(ALL_IMAGES, [run.id, list(subsets), rules.controls]).to_pylist()[0]
         flagged = (row["images"] - images.unit.size, row["cells"] - cells.unit.size)
     scores = scores_of(answers, majority, top=top)
@@ -613,7 +602,7 @@ def scored(
         leak=leak,
         notes=notes_on(questions, subject, counts, subsets, flagged),
         scores=scores,
-        qc_run_id=rules.unflagged_by,
+        qc_run_id=subject.qc_run_id,
         images_flagged=flagged[0],
         cells_flagged=flagged[1],
         baselines=baselines,
@@ -857,10 +846,10 @@ def notes_on(
         )
     if not rules.controls:
         notes.append("Control wells are left out.")
-    if rules.unflagged_by is not None:
+    if subject.qc_run_id is not None:
         notes += subject.qc_notes
         notes.append(
-            f"Left out, because quality-control run {rules.unflagged_by} flagged them: "
+            f"Left out, because quality-control run {subject.qc_run_id} flagged them: "
             f"{flagged[0]:,} images and {flagged[1]:,} cells, those of the images included."
         )
     if run.status == Status.DONE:

@@ -89,7 +89,6 @@ def count_votes(
     level: str = "image",
     vote: str = "hard",
     rules: VoteRules | None = None,
-    leave_out_flagged: str | None = None,
 ) -> VotesResult:
     """Let the cells of every image, or well, vote, as a predict run has labelled them.
 
@@ -110,9 +109,9 @@ def count_votes(
     with workspace.database.read() as session:
         found = predict_run(session, run)
         run_id, status = found.id, Status(found.status)
-        flags, notes = flags_on(session, leave_out_flagged, found)
+        flags, notes = flags_on(session, rules.exclude_flagged, found)
     if flags is not None:
-        rules = replace(rules, unflagged_by=flags)
+        rules = replace(rules, exclude_flagged=str(flags))
     if status != Status.DONE:
         notes += (f"The run is {status.value}, so images may be missing here.",)
     query = QUERY.format(level=level, vote=vote, **PARTS[level])

@@ -8,7 +8,7 @@ import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +26,7 @@ from ..io.image_files import decode_tiff, encode_tiff
 from ..io.mask_files import mask_files
 from ..jobs.lookup import find_plate
 from ..jobs.mask_matching import NoMatch, read_masks_of
-from ..jobs.planes import check_channels, read_image
+from ..jobs.planes import check_channels, choose_channels, read_image
 from ..jobs.recipes import RecipeSpec, fingerprint, register
 from ..jobs.runs import RunHandle, attach, keep_file, running
 from ..jobs.workspace import Workspace
@@ -143,8 +143,7 @@ class Opened:
 
     workspace: Workspace
     examples: tuple[Example, ...]
-    image: ImageInput
-    nuclei: ImageInput | None
+    planes: tuple[ImageInput, ...]
 
     def __iter__(self) -> Iterator[Corrected]:
         for example in self.examples:
@@ -160,10 +159,8 @@ class Opened:
         return Corrected(pixels, masks.astype(np.int64))
 
     def _pixels(self, image_id: int) -> NDArray[np.float32]:
-        cells = read_image(self.workspace.database, image_id, self.image)
-        if self.nuclei is None:
-            return cells
-        return np.stack([cells, read_image(self.workspace.database, image_id, self.nuclei)])
+        found = [read_image(self.workspace.database, image_id, plane) for plane in self.planes]
+        return found[0] if len(found) == 1 else np.stack(found)
 
 
 VERSION = 1
@@ -222,9 +219,9 @@ def finetune(
     with workspace.database.read() as session:
         if plate is not None:
             find_plate(session, plate)
-        check_channels(session, params.image)
-        if params.nuclei is not None:
-            check_channels(session, params.nuclei)
+        params = replace(params, channels=choose_channels(session, params.channels))
+        for plane in params.planes:
+            check_channels(session, plane)
     sides = find_examples(workspace, masks, params, plate)
     spec = _spec(params, start, sides)
     earlier = None if force else _finished(workspace, spec)
@@ -274,8 +271,7 @@ def _train(
     from ..learn.finetuning import FinetuneConfig, precision
 
     training, held_out = (
-        Opened(workspace, side, params.image, params.nuclei)
-        for side in (sides.training, sides.held_out)
+        Opened(workspace, side, params.planes) for side in (sides.training, sides.held_out)
     )
     before = precision(start.files.network, held_out, device) if sides.held_out else None
     config = FinetuneConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import repeat
@@ -195,12 +196,12 @@ def _groups(
         raise UserInputError(f"Name a group of features: {', '.join(GROUPS)}.")
     if unknown := [name for name in names if name not in GROUPS]:
         raise UnknownNameError.of("group of features", unknown[0], GROUPS)
-    plane = params.image or plane_of(source)
+    plane = params.plane or plane_of(source)
     check_channels(session, plane)
     found = []
     for group in (GROUPS[name] for name in names):
         if group.per_channel:
-            channels = _channels(session, params.image, images)
+            channels = _channels(session, params.plane, images)
             parameters: dict[str, Any] = {
                 "group": group.name,
                 "channels": list(channels),
@@ -209,7 +210,7 @@ def _groups(
             recipe = RecipeSpec(Stage.MEASURE, CHANNEL_VERSION, parameters, None, (source,))
             found.append(MeasuredGroup(group, None, channels, recipe))
         else:
-            parameters = {"image": as_parameters(plane), "features": list(FEATURE_NAMES)}
+            parameters = as_parameters(plane) | {"features": list(FEATURE_NAMES)}
             recipe = RecipeSpec(Stage.MEASURE, VERSION, parameters, None, (source,))
             found.append(MeasuredGroup(group, plane, (), recipe))
     return found
@@ -393,6 +394,10 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
             assert found is not None
             register_files(session, self.artifacts, found.id, run.run_id, files)
         return sum(len(output.cell_ids) for _, output in done)
+
+    def digest(self, recipe_id: int, output: MeasureOutput) -> str:
+        """Return the digest of the values (F, N), float64, by ascending cell id."""
+        return hashlib.sha256(output.values[recipe_id].tobytes()).hexdigest()
 
     def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
         """Open the jobs of images again whose file of features is gone."""

@@ -31,7 +31,6 @@ from ..jobs.runs import attach, fail_if_any, keep_file, running
 from ..jobs.selection import first_of, images_of, segmented
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
-from ..learn.models import NetworkModel, OpenModel, fit_new_plates, open_model
 from ..learn.normalising import describe_plates
 from ..models import (
     Cell,
@@ -56,6 +55,7 @@ from ..query.feature_sets import check_set_name
 
 if TYPE_CHECKING:
     from ..learn.crops import CellBlock
+    from ..learn.models import OpenModel
 
 VERSION = 1
 EMBEDDING_VERSION = 1
@@ -143,6 +143,7 @@ def predict(
     """
     need("train")
     from ..analysis.devices import pick_device
+    from ..learn.models import open_model
 
     params, chosen = params or PredictParams(), str(pick_device(device))
     with workspace.database.read() as session:
@@ -270,6 +271,8 @@ def make_plan(
     on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
     on_plates = on_plates.join(Image, Image.well_id == Well.id).where(Image.id.in_(images))
     barcodes = sorted(session.scalars(on_plates.distinct()))
+    from ..learn.models import fit_new_plates
+
     model, plates = fit_new_plates(session, workspace, model, barcodes)
     fitted = None
     if plates:
@@ -444,6 +447,8 @@ def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | 
         UserInputError: the model has no embedding, or the name is bad or taken.
 
     """
+    from ..learn.models import NetworkModel
+
     run_id = model.run.id
     if not isinstance(model.model, NetworkModel):
         raise UserInputError(
@@ -525,6 +530,8 @@ class Predict(ImageStage[int, PredictOutput]):
 
     def compute(self, loaded: Sequence[CellBlock]) -> list[PredictOutput]:
         """Return the labels of the cells of each image."""
+        from ..learn.models import NetworkModel
+
         outputs = []
         for cells in loaded:
             model, vectors = self.model.model, None
@@ -547,6 +554,13 @@ class Predict(ImageStage[int, PredictOutput]):
         ids = [output.cell_ids for _, output in done]
         vectors = [output.vectors.T for _, output in done if output.vectors is not None]
         return write_features(self.artifacts, self.embedding.schema, ids, vectors)
+
+    def digest(self, recipe_id: int, output: PredictOutput) -> str:
+        """Return the digest of labels and probabilities (N, K), or of the embeddings (N, width)."""
+        if recipe_id == self.embedding_id and output.vectors is not None:
+            return hashlib.sha256(output.vectors.tobytes()).hexdigest()
+        rows = output.label_ids.tobytes() + output.probabilities.tobytes()
+        return hashlib.sha256(rows).hexdigest()
 
     def insert(
         self,

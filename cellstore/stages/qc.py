@@ -177,6 +177,10 @@ class MeasureQuality(ImageStage[Sequence[ChannelFile], Qualities]):
             session.execute(insert(ImageQuality), rows)
         return 0
 
+    def digest(self, recipe_id: int, output: Qualities) -> str:
+        """Return the digest of the numbers of all channels."""
+        return hashlib.sha256(repr(output).encode()).hexdigest()
+
 
 def _quality(channel: str, plane: NDArray[Any]) -> PlaneQuality:
     try:

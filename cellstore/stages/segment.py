@@ -6,6 +6,8 @@ recipe; class :class:`Segment` fetches what a worker needs of an image, computes
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -22,7 +24,6 @@ from ..artifacts import ArtifactFolder, StoredFile
 from ..config import (
     EVERYTHING,
     THIS_PROCESS,
-    ImageInput,
     Resources,
     SegmentParams,
     Selection,
@@ -40,6 +41,7 @@ from ..jobs.planes import (
     cell_rows,
     channel_files,
     check_channels,
+    choose_channels,
     choose_files,
     insert_cells,
     open_file,
@@ -109,9 +111,9 @@ def open_segment(
     network = find_network(workspace, params.model, weights_dir)
     source = None
     with workspace.database.read() as session:
-        check_channels(session, params.image)
-        if params.nuclei is not None:
-            check_channels(session, params.nuclei)
+        params = replace(params, channels=choose_channels(session, params.channels))
+        for plane in params.planes:
+            check_channels(session, plane)
         if params.diameter_from is not None:
             if params.diameter is not None:
                 raise UserInputError("Give --diameter or --diameter-from, not both.")
@@ -187,12 +189,6 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
     recipe_id: int | None = None
     plate_diameters: dict[int, float | None] = field(default_factory=dict)
 
-    @property
-    def planes(self) -> list[ImageInput]:
-        """The plane of the cells, and that of the nuclei if there is one."""
-        image, nuclei = self.params.image, self.params.nuclei
-        return [image] if nuclei is None else [image, nuclei]
-
     # --- in the database: what a worker needs ----------------------------------------------------
 
     def fetch(
@@ -213,7 +209,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         found: dict[int, SegmentInput | CellstoreError] = {}
         for image_id, files in channel_files(session, image_ids).items():
             try:
-                planes = [choose_files(files, plane) for plane in self.planes]
+                planes = [choose_files(files, plane) for plane in self.params.planes]
                 found[image_id] = SegmentInput(planes, diameters.get(image_id))
             except UnknownNameError as error:
                 found[image_id] = error
@@ -290,7 +286,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         """Return the plane (H, W), or cells and nuclei (2, H, W), and the diameter."""
         planes = [
             project([open_file(file) for file in files], plane.projection)
-            for files, plane in zip(task_input.planes, self.planes, strict=True)
+            for files, plane in zip(task_input.planes, self.params.planes, strict=True)
         ]
         if len(planes) == 1:
             return planes[0], task_input.diameter
@@ -357,6 +353,11 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
             )
             insert_cells(session, row, output.cells)
         return sum(len(output.cells) for _, output in done)
+
+    def digest(self, recipe_id: int, output: SegmentOutput) -> str:
+        """Return the digest of the files and of all cells."""
+        rows = [output.mask.sha256, output.flow.sha256, output.diameter, output.cells]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
     def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
         """Open the jobs of images again whose masks or flows are gone."""

@@ -350,9 +350,9 @@ def read_pool(session: Session, params: SplitParams, segment_id: int | None) -> 
 
 
 def _qc_run(session: Session, params: SplitParams, chosen: Select[int]) -> Run | None:
-    if params.leave_out_flagged is None:
+    if params.exclude_flagged is None:
         return None
-    run = find_qc_run(session, params.leave_out_flagged)
+    run = find_qc_run(session, params.exclude_flagged)
     seen = select(Image.id).where(Image.id.in_(chosen), Image.content_sha256.is_not(None))
     check_plates(session, run, seen)
     return run
@@ -465,7 +465,7 @@ def _nothing_to_split(params: SplitParams, left_out: Mapping[str, int]) -> str:
     if left_out.get("flagged"):
         return (
             f"All {left_out['flagged']} images are flagged by quality-control run "
-            f"{left_out['qc_run']}. Split without --leave-out-flagged."
+            f"{left_out['qc_run']}. Split without --exclude-flagged."
         )
     if left_out["without_label"]:
         return (
@@ -633,12 +633,18 @@ class Drawn:
     left_out: dict[str, Any]
     family: str | None = None
     fold: int | None = None
+    imported: bool = False
+
+    @property
+    def protocol(self) -> str:
+        """How the images were assigned."""
+        return IMPORTED if self.imported else self.params.protocol
 
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of what the split is: its members, their sides and labels."""
         params = self.params
-        digest = hashlib.sha256(repr((params.protocol, params.field, params.seed)).encode())
+        digest = hashlib.sha256(repr((self.protocol, params.field, params.seed)).encode())
         digest.update(params.group_level.value.encode())
         for item, side in self.members:
             digest.update(repr((item.key, item.label, side.value)).encode())
@@ -718,7 +724,7 @@ def _new_split(drawn: Drawn, recipe: Recipe) -> Split:
     return Split(
         name=drawn.name,
         recipe_id=recipe.id,
-        protocol=drawn.params.protocol,
+        protocol=drawn.protocol,
         field=drawn.params.field,
         group_level=drawn.params.group_level,
         seed=drawn.params.seed,
@@ -838,9 +844,7 @@ def _inputs(session: Session, pool: Pool, segment: Recipe | None) -> tuple[Recip
 
 
 def _parameters(params: SplitParams, pool: Pool) -> dict[str, Any]:
-    parameters = as_parameters(params)
-    del parameters["leave_out_flagged"]  # unless it is asked for, a split is as it always was
-    return parameters if pool.qc is None else {**parameters, "leave_out_flagged": pool.qc.id}
+    return as_parameters(params) | {"exclude_flagged": pool.qc.id if pool.qc else None}
 
 
 def _assign(pool: Pool, params: SplitParams) -> tuple[Assignment, ...]:
@@ -935,7 +939,7 @@ def import_split(
 
     """
     name = checked_name(name)
-    params = with_known_words(SplitParams(protocol=IMPORTED, field=field, group_level=group_level))
+    params = with_known_words(SplitParams(field=field, group_level=group_level))
     tables = read_split_tables([Path(path) for path in paths])
     check_not_empty(tables)
     with workspace.database.read() as session:
@@ -943,7 +947,8 @@ def import_split(
         matched = _match(session, tables, params.field, allow_missing)
     _check(matched, params.field)
     members = tuple(sorted(matched.sides.values(), key=lambda item: item[0].key))
-    drawn = Drawn(name, params, _query(name), members, _left_out(tables, matched))
+    left_out = _left_out(tables, matched)
+    drawn = Drawn(name, params, _query(name), members, left_out, imported=True)
     parameters = {
         "protocol": IMPORTED,
         "field": params.field,

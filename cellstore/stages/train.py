@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -454,7 +454,7 @@ def make_plan(
         )
     with workspace.database.read() as session:
         cells = find_training_cells(
-            session, workspace, names, params.features, params.leave_out_flagged
+            session, workspace, names, params.features, params.exclude_flagged
         )
         branches, note = choose_branches(session, cells.source, params.branches)
         channels: tuple[str, ...] = ()
@@ -473,7 +473,7 @@ def make_plan(
         "augment": sorted(params.augment),
         **cells.parameters,
     }
-    del parameters["features"], parameters["leave_out_flagged"]
+    del parameters["features"], parameters["exclude_flagged"]
     return Plan(
         params=params,
         cells=cells,
@@ -514,7 +514,7 @@ def check_subsets(plan: Plan) -> None:
         if cells.flagged is not None and cells.flagged.images:
             what = (
                 f"a measured cell that quality-control run {cells.flagged.run_id} has not flagged. "
-                "Train without --leave-out-flagged, or make quality control less strict: "
+                "Train without --exclude-flagged, or make quality control less strict: "
                 "cellstore qc --help"
             )
         elif features.in_table:
@@ -611,12 +611,12 @@ def find_unfinished(workspace: Workspace, reference: str) -> tuple[Run, Recipe, 
         segment = input_of(session, recipe, Stage.SEGMENT)
         features = set_of_recipe(session, measure.id)
         in_files = features is not None and features.storage is FeatureStorage.FILES
-        known = {item.name for item in fields(TrainParams)}
-        values = {name: value for name, value in stored.items() if name in known}
-        values |= {name: tuple(values[name]) for name in ("branches", "channels", "augment")}
-        values["features"] = features.name if features is not None and in_files else None
         qc = stored["exclude_flagged"]
-        params = TrainParams(**values, leave_out_flagged=None if qc is None else str(qc))
+        params = TrainParams.from_recipe(
+            stored,
+            features=features.name if features is not None and in_files else None,
+            exclude_flagged=None if qc is None else str(qc),
+        )
         names = (session.get_one(Split, run.split_id).name, str(segment.id), str(measure.id))
         return run, recipe, params, names
 
@@ -809,8 +809,8 @@ def summary(plan: Plan, training: Training, fitted: Fitted) -> dict[str, Any]:
     notes, flagged = list(plan.notes), cells.flagged
     if plan.validation is Subset.TEST:
         notes.append(
-            "As published, the test subset also chose the epoch, and its wells are in training "
-            "too: scores are those of wells already seen."
+            "As published, the test subset also decided when to stop, and its wells are in "
+            "training too: scores are those of wells already seen."
         )
     if plan.untaught:
         notes.append(

@@ -131,7 +131,7 @@ def train_baselines(
     names: Names = (split, segmentation, measurement)
     with workspace.database.read() as session:
         cells = find_training_cells(
-            session, workspace, names, params.features, params.leave_out_flagged
+            session, workspace, names, params.features, params.exclude_flagged
         )
     fitting = Fitting(workspace, params, cells)
     results = []

@@ -252,7 +252,7 @@ def test_a_question_spills_half_of_the_free_disk_at_most(
 
 ALONE = """
 
-from cellstore_cli.main import run
+from cellstore_cli.app import run
 run()
 """
 
@@ -283,4 +283,4 @@ def test_a_question_that_does_not_hear_is_ended_with_the_program(root: Path) -> 
     assert "did not stop when told to" in said.stderr
 
 
-SHORT_GRACE = "import cellstore_cli.confined as c; c.GRACE_SECONDS = 1.0\n" + ALONE
+SHORT_GRACE = "import cellstore_cli.question_commands as c; c.GRACE_SECONDS = 1.0\n" + ALONE

@@ -68,7 +68,7 @@ def random_rules(random: Random, flags: Run) -> VoteRules:
         min_cells=random.randint(1, 3),
         min_margin=random.choice([0.0, 0.25, 0.5]),
         controls=random.random() < 0.5,
-        unflagged_by=random.choice([None, flags.id]),
+        exclude_flagged=random.choice([None, str(flags.id)]),
     )
 
 

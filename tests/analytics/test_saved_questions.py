@@ -17,6 +17,19 @@ from cellstore.store import Store
 NAMES = [item.name for item in shipped_questions()]
 
 
+EXAMPLE = """\
+-- Wells of a treatment: say here in a sentence what the question asks.
+-- :treatment (text) = DMSO  Its name.
+-- :plate (text) = nothing  Only this plate.
+SELECT p.barcode AS plate, w.name AS well, t.target
+FROM wells AS w
+JOIN plates AS p ON p.id = w.plate_id
+JOIN treatments AS t ON t.id = w.treatment_id
+WHERE t.pert_iname = $treatment AND ($plate IS NULL OR p.barcode = $plate)
+ORDER BY p.barcode, w.row, w."column"
+"""
+
+
 def filled(workspace: Workspace) -> tuple[Store, SmallScreen, dict[str, dict[str, Any]]]:
     """A store in which every saved question has something to say, and what each needs."""
     screen = small_screen(workspace)
@@ -140,13 +153,10 @@ def test_a_value_is_never_part_of_the_question(sqlite_workspace: Workspace) -> N
 def test_own_questions_come_from_a_folder_and_win(sqlite_workspace: Workspace) -> None:
     store, _, _ = filled(sqlite_workspace)
     folder = own_folder(sqlite_workspace)
-    made = store.new_question("my-wells")
-    assert made == folder / "my-wells.sql"
+    folder.mkdir()
+    (folder / "my-wells.sql").write_text(EXAMPLE)
     assert store.ask("my-wells", treatment="taxol").num_rows == 4
-    with pytest.raises(UserInputError, match="there already"):
-        store.new_question("my-wells")
-    copied = store.new_question("plates", "plates")
-    copied.write_text("-- Mine.\nSELECT 1 AS mine\n")
+    (folder / "plates.sql").write_text("-- Mine.\nSELECT 1 AS mine\n")
     assert store.ask("plates").to_pylist() == [{"mine": 1}]
     found = {item.name: item for item in store.questions()}
     assert found["plates"].replaces
@@ -158,7 +168,8 @@ def test_own_questions_come_from_a_folder_and_win(sqlite_workspace: Workspace) -
 
 def test_an_own_question_can_only_read_either(sqlite_workspace: Workspace) -> None:
     store, _, _ = filled(sqlite_workspace)
-    store.new_question("evil").write_text("-- Evil.\nDELETE FROM plates\n")
+    own_folder(sqlite_workspace).mkdir()
+    (own_folder(sqlite_workspace) / "evil.sql").write_text("-- Evil.\nDELETE FROM plates\n")
     with pytest.raises(QueryError, match="can only read"):
         store.ask("evil")
 
@@ -171,8 +182,6 @@ def test_names_lead_nowhere_else(sqlite_workspace: Workspace, name: str) -> None
     (sqlite_workspace.settings.root / "secret.sql").write_text("-- Secret.\nSELECT 42")
     with pytest.raises(UnknownNameError):
         store.ask(name)
-    with pytest.raises(UserInputError):
-        store.new_question(name)
 
 
 def test_a_link_out_of_the_folder_is_not_followed(sqlite_workspace: Workspace) -> None:

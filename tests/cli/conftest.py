@@ -15,7 +15,7 @@ from foreign_cells import add_foreign_cells, by_id
 from typer.testing import CliRunner
 
 from cellstore.io.image_files import encode_tiff
-from cellstore_cli.main import app
+from cellstore_cli.app import app
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,9 @@
-"""ask, schema, and what else sql can do: files, parameters, large answers, a prompt."""
+"""ask, schema, and what else sql can do: files, parameters, large answers."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
-import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet
@@ -22,14 +19,15 @@ def test_the_list_has_words_and_own_questions(cellstore, store):
     out = cellstore("ask", "--store", store).out
     assert all(len(line) <= 80 for line in out.splitlines())
     assert "accuracy" in out
-    said = cellstore("ask", "--new", "mine", "--from", "plates", "--store", store)
-    assert said.err.startswith("Written: ")
-    cellstore("ask", "--new", "plates", "--from", "plates", "--store", store)
+    text = cellstore("ask", "plates", "--sql", "--store", store).out
+    (store / "questions").mkdir()
+    for name in ("mine", "plates"):
+        (store / "questions" / f"{name}.sql").write_text(text)
     out = cellstore("ask", "--store", store).out
     assert "(yours)" in out
     assert "your own, in" in out
     said = cellstore("ask", "plates", "--store", store)
-    assert "in place of the one of cellstore" in said.err
+    assert "instead of the one of cellstore" in said.err
     names = {item["name"] for item in cellstore("ask", "--json", "--store", store).json}
     assert {"mine", "accuracy", "stale"} <= names
 
@@ -60,7 +58,6 @@ def test_the_question_behind_a_name_can_be_read(cellstore, store):
         (("disagreements",), "needs --runs"),
         (("accuracy", "votes"), "One question at a time"),
         (("--run", "3"), "of which question"),
-        (("--new", "../x"), "cannot name a question"),
         (("plates", "--for-spreadsheet"), "--format csv"),
     ],
 )
@@ -150,19 +147,19 @@ def evil_names(store: Path) -> None:
 
 def test_names_are_data_in_every_format(cellstore, store):
     evil_names(store)
-    query = "SELECT pert_iname, target FROM treatments ORDER BY id"
+    query = "SELECT name AS perturbation, target FROM treatments ORDER BY id"
     for words in (("sql", query), ("ask", "treatments")):
         rows = cellstore(*words, "--json", "--store", store).json
-        assert {row["pert_iname"] for row in rows} >= set(EVIL)
+        assert {row["perturbation"] for row in rows} >= set(EVIL)
         text = cellstore(*words, "--format", "csv", "--store", store).out
         read = list(csv.DictReader(io.StringIO(text, newline="")))
-        assert {row["pert_iname"] for row in read} >= set(EVIL)
+        assert {row["perturbation"] for row in read} >= set(EVIL)
         shown = cellstore(*words, "--store", store).out
         assert "\x1b" not in shown
         assert "\t" not in shown
         safe = cellstore(*words, "--format", "csv", "--for-spreadsheet", "--store", store).out
         for row in csv.DictReader(io.StringIO(safe, newline="")):
-            assert not row["pert_iname"].startswith(("=", "+", "-", "@", "\t"))
+            assert not row["perturbation"].startswith(("=", "+", "-", "@", "\t"))
 
 
 def test_a_column_cannot_be_named_into_the_terminal(cellstore, store):
@@ -172,57 +169,22 @@ def test_a_column_cannot_be_named_into_the_terminal(cellstore, store):
     assert "\x1b" not in said.err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminal")
-def test_the_prompt_answers_and_lives_on_after_a_mistake(store, tmp_path):
-    import pty
+def test_sql_without_a_question_says_how_to_ask_one(cellstore, store, monkeypatch):
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
 
-    child, terminal = pty.fork()
-    if child == 0:
-        program = "from cellstore_cli.main import run; run()"
-        os.environ |= {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "dumb"}
-        words = [sys.executable, "-c", program, "sql", "--store", str(store)]
-        os.execv(sys.executable, words)
-    try:
-        said = until(terminal, b"cellstore> ")
-        os.write(terminal, b"SELECT 40 +\r")
-        os.write(terminal, b"2 AS answer;\r")
-        said = until(terminal, b"42")
-        os.write(terminal, b"SELEC 1;\r")
-        said = until(terminal, b"Error: ")
-        os.write(terminal, b".schema plates\r")
-        said = until(terminal, b"barcode")
-        assert b"Traceback" not in said
-        os.write(terminal, b".quit\r")
-        deadline = time.monotonic() + 20
-        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-            drain(terminal)
-        assert ended == (child, 0)
-        child = 0
-    finally:
-        if child:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-        os.close(terminal)
-    assert "SELEC 1;" in (tmp_path / "state" / "cellstore" / "questions").read_text()
+    monkeypatch.setattr("cellstore_cli.question_commands.sys.stdin", Terminal())
+    assert "for example: cellstore sql" in told(store)
 
 
-def drain(terminal: int) -> bytes:
-    import select
+def told(store: Path) -> str:
+    """What ``sql`` says to a person at a terminal."""
+    from cellstore.errors import UserInputError
+    from cellstore_cli.options import Common
+    from cellstore_cli.output import Answer
+    from cellstore_cli.question_commands import sql
 
-    if not select.select([terminal], [], [], 0.1)[0]:
-        return b""
-    try:
-        return os.read(terminal, 65_536)
-    except OSError:
-        return b""
-
-
-def until(terminal: int, wanted: bytes) -> bytes:
-    said, deadline = b"", time.monotonic() + 30
-    while wanted not in said:
-        assert time.monotonic() < deadline, said
-        piece = drain(terminal)
-        if b"\x1b[6n" in piece:
-            os.write(terminal, b"\x1b[1;1R")  # a terminal says where its cursor is
-        said += piece
-    return said
+    with pytest.raises(UserInputError) as error:
+        sql(Answer(), Common(store))
+    return str(error.value)

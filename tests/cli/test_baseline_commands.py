@@ -70,7 +70,7 @@ def test_what_is_refused(cellstore, with_set: Path) -> None:
         ("--baseline", "tree"): "Unknown baseline 'tree'",
         ("--baseline", ","): "Name a baseline: majority",
         ("--baseline", "null", "--epochs", 3): "Baselines have no option --epochs",
-        ("--max-cells", 3): "--max-cells is an option of baselines",
+        ("--max-cells", 3): "--max-cells needs --baseline",
     }
     for words, sentence in refused.items():
         assert sentence in cellstore("train", *words, *SETS, *IN, code=2).err

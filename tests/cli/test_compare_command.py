@@ -77,7 +77,7 @@ def test_the_report_fits_80_columns_and_shows_the_other_run(
         "min_cells": 3,
         "min_margin": 0.0,
         "controls": True,
-        "unflagged_by": None,
+        "exclude_flagged": None,
     }
 
 

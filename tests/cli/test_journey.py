@@ -60,7 +60,7 @@ def test_a_screen_from_images_to_an_audit(cellstore, model, store, tmp_path):
     made = cellstore(
         "split", "create", "as-published", "--protocol", "published", "--test-size", "0.5", *at
     )
-    assert "Careful: wells are on both sides" in made.err
+    assert "Careful: some wells are in training and in test" in made.err
     assert (
         "there already"
         in cellstore(

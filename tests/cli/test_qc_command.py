@@ -7,9 +7,10 @@ import re
 import numpy as np
 
 from cellstore.io.image_files import encode_tiff
-from cellstore_cli.render import span
+from cellstore_cli.output import span
 
 FEW = ("--min-images", "5")
+FLAGGED = ("--exclude-flagged", "latest")
 
 
 def saturate(screen, name):
@@ -77,14 +78,16 @@ def test_a_failed_image_ends_with_1(cellstore, store, screen):
 def test_a_split_leaves_out_and_says_what(cellstore, store, screen):
     ready(cellstore, store, screen)
     sizes = ("--test-size", "0.5", "--validation-size", "0", "--store", store)
-    early = cellstore("split", "create", "early", "--leave-out-flagged", *sizes, code=2)
+    early = cellstore("split", "create", "early", *FLAGGED, *sizes, code=2)
     assert "cellstore qc" in early.err
     run = cellstore("qc", *FEW, "--store", store, "--json").json["run_id"]
-    made = cellstore("split", "create", "clean", "--leave-out-flagged", *sizes)
+    made = cellstore("split", "create", "clean", *FLAGGED, *sizes)
     assert f"qc run {run}" in made.out
-    assert "1 image left out" in made.out
-    odd = cellstore("split", "create", "x", "--qc-run", str(run), *sizes, code=2)
-    assert "give --leave-out-flagged, too" in odd.err
+    assert "1 image excluded" in made.out
+    named = cellstore("split", "create", "named", "--exclude-flagged", run, *sizes, "--json").json
+    assert named["left_out"]["qc_run"] == run
+    unknown = cellstore("split", "create", "x", "--exclude-flagged", 99, *sizes, code=2)
+    assert "99" in unknown.err
 
 
 def test_limits_in_words():

@@ -15,8 +15,8 @@ def test_what_is_left_out_is_said(cellstore, store, tmp_path):
     made = cellstore("split", "create", "by-well", *sizes, "--store", store)
     assert "missing files" in made.out
     assert "without a label" in made.out
-    assert "wells on both sides  0" in made.out
-    assert "no validation side" in made.err
+    assert "wells in two subsets  0" in made.out
+    assert "no validation subset" in made.err
     again = cellstore("split", "create", "by-well", *sizes, "--store", store)
     assert "nothing has changed" in again.err
     other = cellstore("split", "create", "by-well", "--seed", "5", *sizes, "--store", store, code=2)
@@ -57,11 +57,11 @@ def test_folds_are_listed_and_deleted_together(cellstore, store):
         "split", "create", "x", "--folds", "2", "--test-size", "0.2", "--store", store, code=2
     )
     assert "2, cv-1 to cv-2" in made.out
-    assert "12, each in one test side" in made.out
+    assert "12, each tested once" in made.out
     listed = cellstore("split", "list", "--store", store)
     assert [line.split()[0] for line in listed.out.splitlines()[2:]] == ["cv-1", "cv-2"]
     assert max(map(len, listed.out.splitlines())) <= 80
-    assert "fold                 2 of cv" in cellstore("split", "show", "--store", store).out
+    assert "fold                  2 of cv" in cellstore("split", "show", "--store", store).out
     kept = cellstore("split", "delete", "cv", "--store", store, stdin="n\n", code=1)
     assert "Delete cv-1, cv-2 (24 images assigned)?" in kept.err
     assert len(cellstore("split", "list", "--store", store, "--json").json) == 2
@@ -74,7 +74,7 @@ def test_a_class_is_cut_and_images_are_chosen_by_a_condition(cellstore, store):
     made = draw(
         cellstore, store, "cut", "--downsample", "DMSO=3", "--where", "perturbation <> 'taxol'"
     )
-    assert "DMSO, downsampled    3 of 4 images" in made.out
+    assert "DMSO, downsampled     3 of 4 images" in made.out
     assert "perturbation, 2 classes" in made.out
     for word in ("DMSO", "=3", "none=1", "DMSO=few"):
         cellstore("split", "create", "x", "--downsample", word, "--store", store, code=2)
@@ -90,14 +90,14 @@ def test_a_table_of_others_is_imported_and_checked(cellstore, store, tmp_path):
     made = cellstore(*words)
     assert "protocol               imported, by image" in made.out
     assert "rows without an image  1, first theirs.csv, line 5" in made.out
-    assert "Careful: wells are on both sides" in made.err
+    assert "Careful: some wells are in training and in test" in made.err
     refused = cellstore(*words[:2], "kept", *words[3:], "--group", "well", code=2)
     assert "one side only" in refused.err
     found = cellstore("split", "check", "theirs", "--store", store, code=1)
     leak = [line for line in found.out.splitlines() if line.startswith("leak")]
     assert leak == ["leak     1 of 2 wells is on both sides."]
     table = cellstore("split", "check", "--csv", "theirs.csv", code=1)  # needs no store
-    assert "rows                   4" in table.out
+    assert "rows                    4" in table.out
     assert "'Aspirin' (test) = 'aspirin' (train)" in table.out
     assert max(map(len, table.out.splitlines())) <= 80
     cellstore("split", "check", "theirs", "--csv", "theirs.csv", code=2)

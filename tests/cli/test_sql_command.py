@@ -13,8 +13,8 @@ import pyarrow.parquet
 import pytest
 
 COUNT = (
-    "SELECT pert_iname, count(*) AS wells FROM wells JOIN treatments t ON t.id = treatment_id "
-    "GROUP BY 1 ORDER BY 1"
+    "SELECT t.name AS treatment, count(*) AS wells FROM wells "
+    "JOIN treatments t ON t.id = treatment_id GROUP BY 1 ORDER BY 1"
 )
 ROWS = [("DMSO", 2), ("aspirin", 2), ("taxol", 2)]
 
@@ -22,14 +22,14 @@ ROWS = [("DMSO", 2), ("aspirin", 2), ("taxol", 2)]
 def test_a_table_for_people(cellstore, store):
     lines = cellstore("sql", COUNT, "--store", store).out.splitlines()
     assert lines == [
-        "pert_iname  wells",
-        "----------  -----",
-        *(f"{name:<10}  {number:>5}" for name, number in ROWS),
+        "treatment  wells",
+        "---------  -----",
+        *(f"{name:<9}  {number:>5}" for name, number in ROWS),
     ]
 
 
 def test_json_and_csv_for_programs(cellstore, store):
-    wanted = [{"pert_iname": name, "wells": number} for name, number in ROWS]
+    wanted = [{"treatment": name, "wells": number} for name, number in ROWS]
     assert cellstore("sql", COUNT, "--json", "--store", store).json == wanted
     assert cellstore("sql", COUNT, "--format", "json", "--store", store).json == wanted
     text = cellstore("sql", COUNT, "--format", "csv", "--store", store).out
@@ -97,7 +97,7 @@ def test_control_characters_do_not_reach_the_terminal(cellstore, store):
 
 SIGNALLED = """
 import signal, threading, time
-from cellstore_cli.main import run
+from cellstore_cli.app import run
 
 def tell():
     for _ in range(60):

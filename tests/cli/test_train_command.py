@@ -1,4 +1,4 @@
-"""The command train: recipes, going on with a run, and what is said of it."""
+"""The command train: presets, going on with a run, and what is said of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cellstore.stages import train
-from cellstore_cli.main import app
+from cellstore_cli.app import app
 
 pytest.importorskip("torch")
 
@@ -16,13 +16,13 @@ QUICK = ("--features", "cp", "--epochs", 3, "--batch-size", 4, "--device", "cpu"
 IN = ("--store", "store")
 
 
-def test_recipes_are_shown_side_by_side(cellstore) -> None:
-    lines = cellstore("train", "--list-recipes").out.splitlines()
-    assert lines[0].split() == ["option", "published", "compact"]
+def test_presets_are_shown_side_by_side(cellstore) -> None:
+    lines = cellstore("train", "--list-presets").out.splitlines()
+    assert lines[0].split() == ["option", "default", "published"]
     values = {line.split()[0]: line.split()[1:] for line in lines[2:]}
-    assert values["crop-size"] == ["224", "64"]
-    assert values["backbone"] == ["efficientnet_b0", "resnet18"]
-    assert values["augment"] == ["none", "flips,rotations,intensity"]
+    assert values["crop-size"] == ["64", "224"]
+    assert values["backbone"] == ["resnet18", "efficientnet_b0"]
+    assert values["augment"] == ["flips,rotations,intensity", "none"]
     assert max(map(len, lines)) <= 80
 
 
@@ -39,7 +39,7 @@ def test_the_help_lists_options_by_section(cellstore) -> None:
     ]
     from typer.main import get_command
 
-    command = get_command(app).commands["train"]
+    command = get_command(app).get_command(None, "train")
     for option in (name for param in command.params for name in param.opts):
         assert option in said
 
@@ -53,14 +53,14 @@ def test_a_run_that_was_stopped_is_resumed_by_its_number(
 
     with monkeypatch.context() as patched:
         patched.setattr(train.Teller, "epoch", stop)
-        stopped = cellstore("train", *QUICK, "--recipe", "compact", *IN, code=130)
+        stopped = cellstore("train", *QUICK, *IN, code=130)
     command = re.search(
         r"^Go on with: cellstore (train --resume (\d+))$", stopped.err, re.MULTILINE
     )
     assert command is not None
     words, run = command[1].split(), command[2]
-    told = cellstore(*words, "--epochs", 9, "--recipe", "compact", *IN, code=2).err
-    assert "leave --epochs, --recipe away" in told
+    told = cellstore(*words, "--epochs", 9, "--preset", "published", *IN, code=2).err
+    assert "leave out --epochs, --preset" in told
     trained = cellstore(*words, "--device", "cpu", *IN)
     assert trained.out.startswith(f"Run {run} went on after epoch 1.")
     table = trained.out.splitlines()[-5:]
@@ -68,5 +68,5 @@ def test_a_run_that_was_stopped_is_resumed_by_its_number(
     assert [line.split()[0] for line in table[2:]] == ["1", "2", "3"]
     assert max(map(len, table)) <= 80
     assert f"Run {run} is finished" in cellstore(*words, *IN, code=2).err
-    told = cellstore("train", "--recipe", "large", *IN, code=2).err
-    assert told.startswith("Error: Unknown recipe 'large'. Known: published, compact")
+    told = cellstore("train", "--preset", "large", *IN, code=2).err
+    assert told == "Error: Unknown preset 'large'. Known: published.\n"

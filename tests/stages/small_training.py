@@ -82,7 +82,9 @@ def build(workspace: Workspace, images: Path) -> None:
             add_image(session, images, plate.id, rows[index % 2].id, index)
             for index in range(2 * WELLS)
         ]
-        recipe = register(session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams())))
+        recipe = register(
+            session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams.of("published")))
+        )
     with running(workspace.database, recipe) as run, workspace.database.begin() as session:
         for image_id in ids:
             add_masks(session, workspace, image_id, recipe.id, run.id)

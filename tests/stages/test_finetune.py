@@ -15,7 +15,7 @@ from sqlalchemy import select  # noqa: E402
 from test_ingest import loaddata, write_table  # noqa: E402
 from tiny_network import new_network, save_network  # noqa: E402
 
-from cellstore.config import FinetuneParams, ImageInput, IngestParams, SegmentParams  # noqa: E402
+from cellstore.config import FinetuneParams, IngestParams, SegmentParams  # noqa: E402
 from cellstore.enums import ArtifactKind, Stage, Status  # noqa: E402
 from cellstore.errors import StorageError, UnknownNameError, UserInputError  # noqa: E402
 from cellstore.io.image_files import encode_tiff  # noqa: E402
@@ -154,8 +154,8 @@ def test_nothing_is_held_out_if_nothing_is_asked_for() -> None:
         ({"learning_rate": float("nan")}, "above 0"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"held_out": 1.0}, "from 0 to 1"),
-        ({"image": ImageInput(("Mito",))}, "Mito"),
-        ({"nuclei": ImageInput(("Mito",))}, "Mito"),
+        ({"channels": ("Mito",)}, "Mito"),
+        ({"nuclei": ("Mito",)}, "Mito"),
         ({"model": "run:7"}, "finetune run"),
         ({"model": "cyt03"}, "cyto3"),
     ],
@@ -202,7 +202,11 @@ def test_the_new_network_is_kept_and_can_be_used(lesson: Lesson) -> None:
             select(Artifact.kind).join(RunArtifact).where(RunArtifact.run_id == run.id)
         ).all()
     assert sorted(kinds) == [ArtifactKind.MASK] * 3 + [ArtifactKind.NETWORK]
-    made = segment(lesson.workspace, SegmentParams(model=result.model, diameter=17.0), device="cpu")
+    made = segment(
+        lesson.workspace,
+        SegmentParams.of("published", model=result.model, diameter=17.0),
+        device="cpu",
+    )
     assert made.done == 4
     with lesson.workspace.database.read() as session:
         assert session.get_one(Run, made.run_id).parent_id == result.run_id
@@ -238,7 +242,7 @@ def test_a_network_of_the_store_that_was_changed_is_not_used(lesson: Lesson) -> 
     path = find_network(lesson.workspace, result.model).files.network
     path.write_bytes(path.read_bytes() + b"!")
     with pytest.raises(StorageError, match="not what was written"):
-        segment(lesson.workspace, SegmentParams(model=result.model, diameter=17.0))
+        segment(lesson.workspace, SegmentParams.of("published", model=result.model, diameter=17.0))
 
 
 def test_a_run_of_another_stage_made_no_network(lesson: Lesson) -> None:

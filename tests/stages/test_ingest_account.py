@@ -418,6 +418,20 @@ def test_metadata_columns_are_kept_with_the_plate_or_the_well(
     ]
 
 
+def test_other_columns_of_a_plate_map_beside_the_images_are_kept(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    names = tmp_path / "compounds.csv"
+    names.write_text("broad_sample,pert_iname\nBRD-1,taxol\n")
+    wells = tmp_path / "map.csv"
+    wells.write_text("well_position,broad_sample,solvent\nA02,BRD-1,water\n")
+    params = IngestParams(platemap=wells, compounds=(names,))
+    ingest(sqlite_workspace, write_table(tmp_path / "t.csv", [loaddata(1)]), params)
+    with sqlite_workspace.database.read() as session:
+        found = session.scalars(select(Well).where(Well.name == "A02")).one()
+        assert (found.metadata_ or {})["solvent"] == "water"
+
+
 @pytest.mark.parametrize(
     ("params", "option"),
     [(IngestParams(name="mine"), "--name"), (IngestParams(binary=True), "--binary-masks")],

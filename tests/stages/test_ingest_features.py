@@ -297,6 +297,17 @@ def test_two_rows_of_one_field_have_one_set_of_cells(workspace: Workspace, tmp_p
     assert [item.values for item in stored(workspace)] == [(5.0,)]
 
 
+def test_other_metadata_of_images_is_kept_with_their_wells(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    folder = tmp_path / "P1-C05-3"
+    folder.mkdir()
+    _write(folder / "Image.csv", [["ImageNumber", "Metadata_Solvent"], [1, "DMSO"]])
+    ingest(sqlite_workspace, tmp_path)
+    with sqlite_workspace.database.read() as session:
+        assert session.scalars(select(Well)).one().metadata_ == {"Solvent": "DMSO"}
+
+
 def test_images_without_objects_are_still_images(workspace: Workspace, tmp_path: Path) -> None:
     folder = tmp_path / "P1-C05-3"
     folder.mkdir()

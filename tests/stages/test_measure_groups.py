@@ -13,7 +13,7 @@ from sqlalchemy import delete, func, select, update
 from test_segment_measure import Bench, bench
 
 from cellstore.analysis.features import GROUPS, measure_channels
-from cellstore.config import ImageInput, IngestParams, MeasureParams, Resources, Selection
+from cellstore.config import IngestParams, MeasureParams, Resources, Selection
 from cellstore.enums import FeatureStorage, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff
@@ -278,7 +278,7 @@ def test_an_image_that_cannot_be_read_fails_alone_for_every_group(cells: Bench) 
 
 
 def test_channels_are_those_that_are_named(cells: Bench) -> None:
-    rna = MeasureParams(ImageInput(("rna",)), ("basic", "intensity"))
+    rna = MeasureParams(("basic", "intensity"), ("rna",))
     result = measure(cells.workspace, rna)
     (intensity,) = result.others
     names = [column["name"] for column in feature_set(cells, intensity.feature_set).columns]
@@ -293,7 +293,7 @@ def test_channels_are_those_that_are_named(cells: Bench) -> None:
 
 
 def test_the_same_channels_by_name_or_by_default_are_one_recipe(cells: Bench) -> None:
-    named = MeasureParams(ImageInput(("dna", "RNA", "DNA")), ("intensity",))
+    named = MeasureParams(("intensity",), ("dna", "RNA", "DNA"))
     assert (
         measure(cells.workspace, named).recipe_id == measure(cells.workspace, INTENSITY).recipe_id
     )
@@ -306,7 +306,7 @@ def test_the_same_channels_by_name_or_by_default_are_one_recipe(cells: Bench) ->
             MeasureParams(features=("textures",)),
             "group of features 'textures'. Known: basic, intensity, texture",
         ),
-        (MeasureParams(ImageInput(("DAN",)), ("intensity",)), "channel 'DAN'. Known: DNA"),
+        (MeasureParams(("intensity",), ("DAN",)), "channel 'DAN'. Known: DNA"),
     ],
 )
 def test_an_unknown_name_is_one_sentence(cells: Bench, params: MeasureParams, message: str) -> None:

@@ -22,7 +22,7 @@ from small_training import (
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.exc import DBAPIError
 
-from cellstore.config import ImageInput, PredictParams, SegmentParams, SplitParams, as_parameters
+from cellstore.config import PredictParams, SegmentParams, SplitParams, as_parameters
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import (
     ImageError,
@@ -264,7 +264,7 @@ def test_a_split_without_a_validation_side_says_how_to_get_one(built: Path, open
 
 def test_cells_that_are_not_measured_name_the_command(built: Path, opened: Opener) -> None:
     workspace = opened(built)
-    other = as_parameters(SegmentParams(image=ImageInput(("DNA",))))
+    other = as_parameters(SegmentParams.of("published", channels=("DNA",)))
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(Stage.SEGMENT, 1, other))
     with pytest.raises(UserInputError, match=r"not measured yet\. Run: cellstore measure"):

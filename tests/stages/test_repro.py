@@ -20,7 +20,7 @@ from cellstore.jobs.workspace import Workspace
 from cellstore.report.repro import Check, repro
 from cellstore.stages.predict import predict
 from cellstore.store import Store
-from cellstore_cli.main import app
+from cellstore_cli.app import app
 
 TABULAR = replace(TINY, branches=("tabular",), epochs=3)
 

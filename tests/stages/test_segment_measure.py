@@ -17,7 +17,7 @@ from threshold import ThresholdSegmenter, use_threshold
 
 from cellstore import artifacts
 from cellstore.analysis.features import FEATURES
-from cellstore.config import ImageInput, IngestParams, MeasureParams, SegmentParams
+from cellstore.config import IngestParams, MeasureParams, SegmentParams
 from cellstore.enums import Projection, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import decode_tiff, encode_tiff
@@ -70,7 +70,9 @@ class Bench:
 def bench(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     model, network = use_threshold(monkeypatch, tmp_path)
     table = write_table(tmp_path / "t.csv", [loaddata(site) for site in (1, 2, 3)])
-    made = Bench(workspace, tmp_path / "images", table, SegmentParams(model=model), network)
+    made = Bench(
+        workspace, tmp_path / "images", table, SegmentParams.of("published", model=model), network
+    )
     made.images.mkdir()
     for site in (1, 2, 3):
         for channel in (1, 2):
@@ -100,7 +102,7 @@ def test_the_same_recipe_does_an_image_once_and_another_goes_beside(bench: Bench
     segment(bench.workspace, bench.params)
     again = segment(bench.workspace, bench.params)
     assert (again.run_id, again.done, bench.network.seen) == (None, 0, 3)
-    other = SegmentParams(model=bench.params.model, diameter=20.0)
+    other = SegmentParams.of("published", model=bench.params.model, diameter=20.0)
     assert segment(bench.workspace, other).done == 3
     assert bench.count(Segmentation) == 6
     assert bench.count(Job, Job.attempts != 1) == 0
@@ -163,9 +165,9 @@ def test_where_the_network_lies_does_not_change_the_recipe(bench: Bench, tmp_pat
     moved = tmp_path / "elsewhere" / "threshold.pt"
     moved.parent.mkdir()
     moved.write_bytes(Path(bench.params.model).read_bytes())
-    assert segment(bench.workspace, SegmentParams(model=str(moved))).run_id is None
+    assert segment(bench.workspace, SegmentParams.of("published", model=str(moved))).run_id is None
     moved.write_bytes(b"other weights")
-    assert segment(bench.workspace, SegmentParams(model=str(moved))).done == 3
+    assert segment(bench.workspace, SegmentParams.of("published", model=str(moved))).done == 3
 
 
 def test_a_truncated_image_fails_alone_and_is_tried_again(bench: Bench) -> None:
@@ -304,14 +306,17 @@ def test_an_interrupted_run_gives_its_job_back(
     ("change", "words"),
     [
         ({"model": "cyto9"}, "cyto"),
-        ({"image": ImageInput(("Mito",))}, "DNA, RNA"),
+        ({"channels": ("Mito",)}, "DNA, RNA"),
     ],
 )
 def test_unknown_names_are_refused_before_any_row(
     bench: Bench, change: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserInputError, match=words):
-        segment(bench.workspace, SegmentParams(**{"model": bench.params.model, **change}))
+        segment(
+            bench.workspace,
+            SegmentParams.of("published", **{"model": bench.params.model, **change}),
+        )
     assert bench.count(Recipe, Recipe.stage == Stage.SEGMENT) == 0
 
 
@@ -340,7 +345,7 @@ def test_measuring_again_does_nothing_and_another_plane_goes_beside(bench: Bench
     segment(bench.workspace, bench.params)
     measure(bench.workspace)
     assert measure(bench.workspace).run_id is None
-    dna = MeasureParams(ImageInput(("DNA",), Projection.MEAN))
+    dna = MeasureParams(channels=("DNA",), projection=Projection.MEAN)
     assert measure(bench.workspace, dna).cells == 9
     assert bench.count(CellFeatures) == 18
 

@@ -16,7 +16,7 @@ from test_ingest import loaddata, write_table
 from threshold import ThresholdSegmenter, use_threshold
 
 from cellstore.analysis.overlay import CAPTION_HEIGHT, OUTLINE_COLOUR
-from cellstore.config import ImageInput, IngestParams, SegmentParams, Selection
+from cellstore.config import IngestParams, SegmentParams, Selection
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.workspace import Workspace
@@ -42,7 +42,7 @@ class Screen:
 
     def __init__(self, workspace: Workspace, folder: Path, model: str) -> None:
         self.workspace = workspace
-        self.params = SegmentParams(model=model)
+        self.params = SegmentParams.of("published", model=model)
         self.images = folder / "images"
         self.folder = folder
         for number, plate in enumerate(PLATES):
@@ -105,7 +105,7 @@ def screen(workspace: Workspace, tmp_path: Path, network: ThresholdSegmenter) ->
 def test_cells_and_nuclei_go_to_the_network_together(
     screen: Screen, network: ThresholdSegmenter
 ) -> None:
-    both = replace(screen.params, image=ImageInput(("RNA",)), nuclei=ImageInput(("DNA",)))
+    both = replace(screen.params, channels=("RNA",), nuclei=("DNA",))
     assert segment(screen.workspace, both).done == 6
     assert network.planes == 3
     assert segment(screen.workspace, both).run_id is None
@@ -115,7 +115,7 @@ def test_cells_and_nuclei_go_to_the_network_together(
 
 def test_a_channel_of_nuclei_that_is_not_there_is_refused(screen: Screen) -> None:
     with pytest.raises(UnknownNameError, match="DNA"):
-        segment(screen.workspace, replace(screen.params, nuclei=ImageInput(("DAPI",))))
+        segment(screen.workspace, replace(screen.params, nuclei=("DAPI",)))
 
 
 # --- diameters of another recipe ---------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(
 
 
 def test_a_preview_of_nothing(workspace: Workspace, tmp_path: Path, network: Any) -> None:
-    params = SegmentParams(model=str(tmp_path / "threshold.pt"))
+    params = SegmentParams.of("published", model=str(tmp_path / "threshold.pt"))
     result = preview(workspace, params, folder=tmp_path / "a")
     assert (result.images, result.sheet, result.available) == ((), None, 0)
     assert not (tmp_path / "a").exists()

@@ -241,6 +241,8 @@ def _write_images(
             scratch.shown.clear()
             scratch.flush(session)
             account.flush(session)
+    writer.write_metadata()
+    source.notes += scratch.notes
     images = np.array(found, np.int64)
     # Of several rows that are the same field the first counts: a field has one set of cells.
     again = ~first_of_each(images) & (images != _UNKNOWN)

@@ -130,7 +130,7 @@ class ImageSource:
             if isinstance(row, Refusal):
                 yield row
                 continue
-            treatment = row.treatment
+            treatment, metadata = row.treatment, row.metadata
             if self.annotation is not None:
                 if not self.annotation.knows(row.plate):
                     detail = f"no map is named for plate {row.plate}"
@@ -138,10 +138,12 @@ class ImageSource:
                     continue
                 found = self.annotation.for_well(row.plate, row.row, row.column)
                 treatment = found or treatment
+                if more := self.annotation.metadata_of(row.plate, row.row, row.column):
+                    metadata = {**(metadata or {}), **more}
             if self.aliases is not None and treatment is not None:
                 treatment = self.aliases.apply(treatment)
             size = self.params.pixel_size or row.pixel_size
-            yield row._replace(treatment=treatment, pixel_size=size)
+            yield row._replace(treatment=treatment, pixel_size=size, metadata=metadata)
 
 
 def ingest_images(
@@ -271,7 +273,6 @@ class RowWriter:
         for folder in {ref.folder for record in records for ref in record.files}:
             if folder is not None and folder not in self._folder_ids:
                 self._folder_ids[folder] = folder_id(self._session, self._maps.apply(folder))
-        self._collect_metadata(records, wells)
         images, made_of = self._find_images(records, wells, new_wells)
         known = [
             (image, record, well)
@@ -291,6 +292,8 @@ class RowWriter:
             else:
                 self._account.unchanged += 1
                 self.unchanged.append(image)
+        # From here on nothing is undone: what is remembered is of rows that are there.
+        self._collect_metadata(records, wells)
         self.plates |= {self._plate_ids[barcode] for barcode in {r.plate for r in records}}
         self.images.extend(images)
         of_record = dict(zip(map(id, records), images, strict=True))

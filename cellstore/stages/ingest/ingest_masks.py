@@ -184,7 +184,7 @@ class MaskReader:
             "name": self._name,
             "objects": kind,
             "binary": self._params.binary,
-            "image": as_parameters(self._plane),
+            **as_parameters(self._plane),
         }
         return RecipeSpec(Stage.SEGMENT, VERSION, parameters)
 

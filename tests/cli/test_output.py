@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from cellstore.progress import Progress, track
-from cellstore_cli import progress, render
-from cellstore_cli.progress import Bar
+from cellstore_cli import output
+from cellstore_cli.output import Bar
 
 
 def test_columns_are_aligned_numbers_to_the_right():
-    assert render.table_text(("name", "n"), [("a", 5), ("bcdef", 10)]).splitlines() == [
+    assert output.table_text(("name", "n"), [("a", 5), ("bcdef", 10)]).splitlines() == [
         "name    n",
         "-----  --",
         "a       5",
@@ -24,14 +24,14 @@ def test_columns_are_aligned_numbers_to_the_right():
 
 def test_long_cells_are_cut_only_where_there_is_no_room():
     rows = [("x" * 100, 1)]
-    assert "x" * 100 in render.table_text(("name", "n"), rows)
-    cut = render.table_text(("name", "n"), rows, room=40).splitlines()
+    assert "x" * 100 in output.table_text(("name", "n"), rows)
+    cut = output.table_text(("name", "n"), rows, room=40).splitlines()
     assert all(len(line) <= 40 for line in cut)
     assert "…" in cut[2]
 
 
 def test_a_table_without_rows_is_its_headers():
-    assert render.table_text(("name", "n"), []).splitlines() == ["name  n", "----  -"]
+    assert output.table_text(("name", "n"), []).splitlines() == ["name  n", "----  -"]
 
 
 @pytest.mark.parametrize(
@@ -39,25 +39,25 @@ def test_a_table_without_rows_is_its_headers():
     [(None, "-"), (0.123456, "0.1235"), ("a\nb\x1b[31m", "a b [31m"), (True, "True"), (3, "3")],
 )
 def test_a_cell_is_one_line_without_control_characters(value, shown):
-    assert render.cell(value) == shown
+    assert output.cell(value) == shown
 
 
 def test_numbers_that_are_none_are_null():
-    assert render.plain({"a": [math.nan, math.inf, 1.5]}) == {"a": [None, None, 1.5]}
+    assert output.plain({"a": [math.nan, math.inf, 1.5]}) == {"a": [None, None, 1.5]}
 
 
 @pytest.mark.parametrize(
     ("number", "said"), [(0, "0 images"), (1, "1 image"), (1234, "1,234 images")]
 )
 def test_counts_are_said_as_people_do(number, said):
-    assert render.count(number, "image") == said
+    assert output.count(number, "image") == said
 
 
 @pytest.fixture
 def screen(monkeypatch) -> io.StringIO:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    monkeypatch.setattr("rich.console.Console", lambda **_: console)
     return text
 
 

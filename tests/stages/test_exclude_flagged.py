@@ -72,7 +72,7 @@ def test_a_split_leaves_flagged_images_out_and_says_which_run(workspace: Workspa
     for image in flagged:
         plate.make.flag_image(run, image, ImageFlagReason.NO_CELLS)
         plate.make.flag_image(run, image, ImageFlagReason.SATURATED, "DNA")
-    result = create_split(workspace, "clean", SplitParams(leave_out_flagged="latest"))
+    result = create_split(workspace, "clean", SplitParams(exclude_flagged="latest"))
     assert result.images == 6
     assert (result.left_out["flagged"], result.left_out["qc_run"]) == (2, run.id)
     with workspace.database.read() as session:
@@ -81,7 +81,7 @@ def test_a_split_leaves_flagged_images_out_and_says_which_run(workspace: Workspa
         inputs = session.scalars(
             select(RecipeInput.input_id).where(RecipeInput.recipe_id == recipe.id)
         ).all()
-    assert recipe.parameters["leave_out_flagged"] == run.id
+    assert recipe.parameters["exclude_flagged"] == run.id
     assert inputs == [run.recipe_id]
     assert "image_flags" in split.query
 
@@ -97,7 +97,7 @@ def test_unasked_a_split_is_as_it_always_was(workspace: Workspace) -> None:
     with workspace.database.read() as session:
         recipes = session.scalars(select(Recipe).where(Recipe.stage == Stage.SPLIT)).all()
     assert len(recipes) == 1
-    assert "leave_out_flagged" not in recipes[0].parameters
+    assert recipes[0].parameters["exclude_flagged"] is None
 
 
 def test_the_named_run_counts_else_the_newest_finished_one(sqlite_workspace: Workspace) -> None:
@@ -105,33 +105,33 @@ def test_the_named_run_counts_else_the_newest_finished_one(sqlite_workspace: Wor
     old, new = (qc_run(plate.make, ["P1"]) for _ in range(2))
     unfinished = qc_run(plate.make, ["P1"], status=Status.RUNNING)
     plate.make.flag_image(old, plate.images[0], ImageFlagReason.NO_CELLS)
-    newest = create_split(sqlite_workspace, "a", SplitParams(leave_out_flagged="latest"))
+    newest = create_split(sqlite_workspace, "a", SplitParams(exclude_flagged="latest"))
     assert (newest.left_out["qc_run"], newest.left_out["flagged"]) == (new.id, 0)
-    named = create_split(sqlite_workspace, "b", SplitParams(leave_out_flagged=str(old.id)))
+    named = create_split(sqlite_workspace, "b", SplitParams(exclude_flagged=str(old.id)))
     assert (named.left_out["qc_run"], named.left_out["flagged"]) == (old.id, 1)
     with pytest.raises(UserInputError, match=r"is running, so its flags are not whole"):
-        create_split(sqlite_workspace, "c", SplitParams(leave_out_flagged=str(unfinished.id)))
+        create_split(sqlite_workspace, "c", SplitParams(exclude_flagged=str(unfinished.id)))
 
 
 def test_images_that_a_run_knew_nothing_of_are_kept_and_counted(workspace: Workspace) -> None:
     plate = Plate(workspace)
     run = qc_run(plate.make, ["P1"])
     look_at(plate.make, run, plate.images[:5])
-    result = create_split(workspace, "a", SplitParams(leave_out_flagged="latest"))
+    result = create_split(workspace, "a", SplitParams(exclude_flagged="latest"))
     assert (result.images, result.left_out["unseen_by_qc"]) == (8, 3)
 
 
 def test_without_a_run_the_sentence_says_what_to_do(sqlite_workspace: Workspace) -> None:
     Plate(sqlite_workspace)
     with pytest.raises(UnknownNameError, match=r"not been run yet.*cellstore qc"):
-        create_split(sqlite_workspace, "a", SplitParams(leave_out_flagged="latest"))
+        create_split(sqlite_workspace, "a", SplitParams(exclude_flagged="latest"))
 
 
 def test_a_plate_that_was_not_looked_at_is_refused(sqlite_workspace: Workspace) -> None:
     plate = Plate(sqlite_workspace)
     qc_run(plate.make, ["another"])
     with pytest.raises(UserInputError, match=r"has not looked at plate P1.*cellstore qc"):
-        create_split(sqlite_workspace, "a", SplitParams(leave_out_flagged="latest"))
+        create_split(sqlite_workspace, "a", SplitParams(exclude_flagged="latest"))
 
 
 def test_where_everything_is_flagged_nothing_is_left_to_split(sqlite_workspace: Workspace) -> None:
@@ -139,8 +139,8 @@ def test_where_everything_is_flagged_nothing_is_left_to_split(sqlite_workspace: 
     run = qc_run(plate.make, ["P1"])
     for image in plate.images:
         plate.make.flag_image(run, image, ImageFlagReason.NO_CELLS)
-    with pytest.raises(UserInputError, match=r"All 8 images are flagged.*--leave-out-flagged"):
-        create_split(sqlite_workspace, "a", SplitParams(leave_out_flagged="latest"))
+    with pytest.raises(UserInputError, match=r"All 8 images are flagged.*--exclude-flagged"):
+        create_split(sqlite_workspace, "a", SplitParams(exclude_flagged="latest"))
 
 
 def flagged_screen(workspace: Workspace) -> tuple[SmallScreen, Run]:
@@ -158,7 +158,7 @@ def test_flagged_cells_and_images_have_no_vote(workspace: Workspace) -> None:
     look_at(screen.factory, run, [screen.images[name] for name in ("B01", "B02", "B03")])
     everything = report(workspace)
     assert (everything.qc_run_id, everything.images, everything.cells) == (None, 3, 7)
-    found = report(workspace, leave_out_flagged="latest")
+    found = report(workspace, rules=VoteRules(exclude_flagged="latest"))
     # B01 is left with the cell that says taxol, and is wrong; B02 is right by its first cell.
     assert (found.images, found.cells, found.wells) == (2, 3, 2)
     assert (found.score("image", "hard").correct, found.score("image", "hard").n) == (1, 2)
@@ -175,7 +175,7 @@ def test_flagged_cells_and_images_have_no_vote(workspace: Workspace) -> None:
 def test_the_page_says_what_was_left_out(sqlite_workspace: Workspace, tmp_path: Path) -> None:
     _, run = flagged_screen(sqlite_workspace)
     target = tmp_path / "report.html"
-    write_report(sqlite_workspace, "latest", target, leave_out_flagged=str(run.id))
+    write_report(sqlite_workspace, "latest", target, rules=VoteRules(exclude_flagged=str(run.id)))
     text = " ".join(target.read_text(encoding="utf-8").split())
     assert f"quality-control run {run.id} flagged them: 1 images and 4 cells" in text
     assert "2 images with 3 cells in 2 wells" in text
@@ -185,10 +185,10 @@ def test_a_report_refuses_flags_of_other_cells(sqlite_workspace: Workspace) -> N
     screen = small_screen(sqlite_workspace)
     no_cells = qc_run(screen.factory, ["BR1"])
     with pytest.raises(UserInputError, match=r"looked at no cells.*--segmentation"):
-        report(sqlite_workspace, leave_out_flagged=str(no_cells.id))
+        report(sqlite_workspace, rules=VoteRules(exclude_flagged=str(no_cells.id)))
     other = qc_run(screen.factory, ["BR1"], screen.factory.recipe(Stage.SEGMENT))
     with pytest.raises(UserInputError, match=r"looked at the cells of segment recipe"):
-        report(sqlite_workspace, leave_out_flagged=str(other.id))
+        report(sqlite_workspace, rules=VoteRules(exclude_flagged=str(other.id)))
 
 
 def test_a_report_on_flagged_images_alone_says_so(sqlite_workspace: Workspace) -> None:
@@ -196,7 +196,7 @@ def test_a_report_on_flagged_images_alone_says_so(sqlite_workspace: Workspace) -
     for name in ("B01", "B02", "B04"):
         screen.factory.flag_image(run, screen.images[name], ImageFlagReason.NO_CELLS)
     with pytest.raises(UserInputError, match=r"has flagged all images that run"):
-        report(sqlite_workspace, leave_out_flagged="latest")
+        report(sqlite_workspace, rules=VoteRules(exclude_flagged="latest"))
 
 
 def test_the_views_of_questions_take_the_flags_of_one_run(workspace: Workspace) -> None:
@@ -204,13 +204,13 @@ def test_the_views_of_questions_take_the_flags_of_one_run(workspace: Workspace) 
     question = "SELECT count(*) AS n FROM eligible_cells"
     with open_questions(workspace) as questions:
         assert questions.ask(question)["n"].to_pylist() == [10]
-    with open_questions(workspace, rules=VoteRules(unflagged_by=run.id)) as questions:
+    with open_questions(workspace, rules=VoteRules(exclude_flagged=str(run.id))) as questions:
         assert questions.ask(question)["n"].to_pylist() == [6]
-    with open_questions(workspace, rules=VoteRules(unflagged_by=run.id + 99)) as questions:
+    with open_questions(workspace, rules=VoteRules(exclude_flagged=str(run.id + 99))) as questions:
         assert questions.ask(question)["n"].to_pylist() == [10]
 
 
-LEFT_OUT = TrainParams(**{**TINY.__dict__, "leave_out_flagged": "latest"})
+LEFT_OUT = TrainParams(**{**TINY.__dict__, "exclude_flagged": "latest"})
 
 
 def trainable(workspace: Workspace) -> tuple[Factory, Run, list[int]]:

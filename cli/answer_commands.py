@@ -1,0 +1,506 @@
+"""Commands that say what runs answer, and how well: votes, report, compare."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+
+from cellstore.config import VoteRules
+from cellstore.errors import UserInputError
+
+from . import output
+from .options import Common, HtmlOption, command
+from .output import Answer, Format, count, cut, interval, percent, say
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from cellstore.report.comparison import ComparedRun, Comparison
+    from cellstore.report.scoring import BaselineScore, ReportResult, Score
+    from cellstore.report.votes import VotesResult
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+FEW = 3
+NAME_WIDTH = 16
+SHOWN_DIFFERENCES = 20
+SHOWN_OPTIONS = 8
+
+Item = TypeVar("Item")
+
+LevelOption = Annotated[
+    Literal["image", "well"],
+    typer.Option("--level", help="Whether the cells of images or of wells vote."),
+]
+VoteOption = Annotated[
+    Literal["hard", "soft", "median"],
+    typer.Option(
+        "--vote",
+        help="hard: each cell counts once, for its first choice; soft: with its probabilities; "
+        "median: of the probabilities that the cells gave.",
+    ),
+]
+
+
+@command(app, "votes")
+def votes(
+    rules: VoteRules,
+    answer: Answer,
+    common: Common,
+    run: Annotated[
+        str, typer.Option("--run", metavar="RUN", help="The predict run, by number, or 'latest'.")
+    ] = "latest",
+    level: LevelOption = "image",
+    vote: VoteOption = "hard",
+    ties: Annotated[bool, typer.Option("--ties", help="Show those with a tie only.")] = False,
+) -> None:
+    """Show the label of every image by the vote of its cells.
+
+    One row per image, or per well and subset of the split. A tie goes to the label with the higher
+    summed probability, then to the first in the alphabet, and is always marked. --json gives the
+    summary and the rows; --format json the rows only.
+
+    \b
+    Example:
+      cellstore votes --run 8
+      cellstore votes --level well --vote soft --min-cells 20 --min-margin 0.1
+      cellstore votes --ties --format csv --output ties.csv
+    """
+    answer.check()
+    with common.open() as store:
+        result = store.votes(run, level=level, vote=vote, rules=rules)
+    rows = result.table.filter(result.table["tie"]) if ties else result.table
+    if common.as_json:
+        found = {item.name: getattr(result, item.name) for item in fields(result)}
+        found |= {"accuracy": result.accuracy, "votes": rows.slice(0, answer.limit).to_pylist()}
+        del found["table"]
+        if answer.output is None:
+            output.print_json(found)
+        else:
+            save(output.json_text(found), answer.output)
+        return
+    on_screen = answer.format is Format.TABLE
+    _headline(result, typer.echo if on_screen and answer.output is None else say)
+    output.write((_for_people(rows) if on_screen else rows).to_reader(), answer)
+
+
+def _headline(result: VotesResult, show: Callable[[str], None]) -> None:
+    noun = "image" if result.level == "image" else "well"
+    counts = f"{count(result.units, noun)}, {count(result.ties, 'tie')}"
+    counts += f", {count(result.abstained, 'abstention')}"
+    show(f"Run {result.run_id}, {result.vote} vote: {counts}")
+    for item in result.subsets:
+        trained = " - the network was trained on these" if item.subset == "train" else ""
+        share = f"{100 * (item.accuracy or 0):.2f} %"
+        show(f"{item.subset}: {item.correct:,} of {item.n:,} right ({share}){trained}")
+    for note in result.notes:
+        show(note)
+    show("")
+
+
+def _for_people(rows: pa.Table) -> pa.Table:
+    """Return what of the votes fits 80 columns; other formats have all columns."""
+    import pyarrow as pa
+
+    shown = []
+    for row in rows.to_pylist():
+        names = {name: cut(row[name] or "", NAME_WIDTH - 2) for name in ("winner", "truth")}
+        right = {True: "yes", False: "no", None: ""}[row["correct"]]
+        note = row["abstained"] or ("tie" if row["tie"] else "")
+        where = {name: row[name] for name in ("plate", "well", "site") if name in row}
+        share = None if row["share"] is None else round(row["share"], 2)
+        counted = {"share": share, "cells": row["cells"]}
+        shown.append({**where, "winner": names["winner"], **counted, "truth": names["truth"],
+                      "right": right, "note": note})  # fmt: skip
+    return pa.Table.from_pylist(shown) if shown else rows.select(["plate", "well", "winner"])
+
+
+@command(app, "report")
+def report(
+    rules: VoteRules,
+    common: Common,
+    run: Annotated[
+        str, typer.Option(metavar="RUN", help="The predict run, by number, or 'latest'.")
+    ] = "latest",
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            metavar="RUN",
+            help="Put another predict run beside it; see cellstore compare.",
+            show_default=False,
+        ),
+    ] = None,
+    html: HtmlOption = None,
+    maps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="FEATURE",
+            help="A feature on the plate maps of the page, for example area; may be given again.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Also score images that the network was trained on; marked."),
+    ] = False,
+) -> None:
+    """Score a predict run: majority votes against the truth.
+
+    The cells of an image vote; the winner is compared with the treatment of its well.
+
+    \b
+    Example:
+      cellstore report
+      cellstore report --run 8 --html report.html --map area --map eccentricity
+      cellstore report --run 8 --compare 5 --min-cells 20 --no-controls
+    """
+    if maps and html is None:
+        raise UserInputError("The maps are on the page. Name a file for it too: --html report.html")
+    with common.open() as store:
+        result = store.report(
+            run, compare=compare, rules=rules, html=html, maps=maps or (), force=force
+        )
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show_report(result)
+
+
+def _show_report(result: ReportResult) -> None:
+    best = result.score("image", "hard")
+    bounds = "one well only, so no interval"
+    if best.low is not None:
+        bounds = f"95 % interval over wells: {interval(best.low, best.high)}"
+    typer.echo(f"{percent(best.accuracy)} of {count(best.n, 'image')} are right ({bounds})")
+    nulls = [i for i in result.baselines if i.null and (i.level, i.vote) == ("image", "hard")]
+    if nulls:
+        most = max(nulls, key=lambda item: item.accuracy)
+        typer.echo(f"the best null baseline ({most.baseline}): {percent(most.accuracy)}")
+    typer.echo("")
+    silent = f"{best.abstained:,} of {result.images:,} images (hard vote)"
+    output.pairs(
+        {
+            "predict run": result.run_id,
+            "train run": result.train_run_id,
+            "split": f"{result.split} ({result.protocol}, by {result.group_level})",
+            "scored": f"{', '.join(result.subsets)}; {output.cell(result.field)}",
+            "cells": result.cells,
+            "images": result.images,
+            "wells": f"{result.wells:,} ({result.wells_seen:,} seen in training)",
+            "classes": result.classes,
+            "chance": percent(result.chance),
+            "always the same": result.majority_label,
+            **({"without answer": silent} if best.abstained else {}),
+        }
+    )
+    typer.echo("")
+    _show_scores(result.scores)
+    parts = {
+        "Without the wells that were seen in training": result.unseen,
+        "Without control wells": result.without_controls,
+    }
+    for title, scores in parts.items():
+        if scores:
+            typer.echo(f"{title}:")
+            _show_part(scores)
+    _show_baselines(result.baselines)
+    _show_groups(result)
+    if result.comparison is not None:
+        typer.echo(f"Beside run {result.comparison.second.run_id}:")
+        _show_comparison(result.comparison, shown=2 * FEW)
+        typer.echo("")
+    output.wrapped(result.against_nulls)
+    output.wrapped(result.leak)
+    for note in result.notes:
+        say(note)
+    if result.html:
+        typer.echo(f"report: {result.html}")
+
+
+def _show_scores(found: Sequence[Score]) -> None:
+    """Print the scores in two tables, since one would be too wide."""
+    silent = any(score.abstained for score in found)
+    output.table(
+        (
+            *("per", "vote", "n", *(["silent"] if silent else [])),
+            *("right", "accuracy", "95 % interval", "ties"),
+        ),
+        [
+            (
+                *(score.level, score.vote, score.n, *([score.abstained] if silent else [])),
+                *(score.correct, percent(score.accuracy), interval(score.low, score.high)),
+                score.ties,
+            )
+            for score in found
+        ],
+    )
+    typer.echo("")
+    output.table(
+        ("per", "vote", "majority", "balanced", "macro F1", "top 5", "log loss", "ECE"),
+        [
+            (
+                *(score.level, score.vote, percent(score.majority)),
+                *(percent(score.balanced_accuracy), f"{score.macro_f1:.3f}", percent(score.top_5)),
+                *("-" if score.log_loss is None else f"{score.log_loss:.3f}", f"{score.ece:.3f}"),
+            )
+            for score in found
+        ],
+    )
+    missing = [score.log_loss_missing for score in found if score.level == "cell"]
+    if missing and missing[0]:
+        output.wrapped(f"No log loss: {missing[0]}")
+    typer.echo("")
+
+
+def _show_part(found: Sequence[Score]) -> None:
+    output.table(
+        ("per", "vote", "n", "accuracy", "95 % interval", "balanced", "macro F1"),
+        [
+            (
+                *(score.level, score.vote, score.n, percent(score.accuracy)),
+                *(interval(score.low, score.high), percent(score.balanced_accuracy)),
+                f"{score.macro_f1:.3f}",
+            )
+            for score in found
+            if score.vote == "hard"
+        ],
+    )
+    typer.echo("")
+
+
+def _show_baselines(found: Sequence[BaselineScore]) -> None:
+    """Print what a score has to beat: a row per baseline, by hard votes."""
+    from cellstore.report.scoring import by_baseline
+
+    if not found:
+        return
+    rows = []
+    for row in by_baseline(found):
+        first, image = next(iter(row.values())), row.get("image")
+        bounds = interval(image.low, image.high) if image else "-"
+        scored = [
+            percent(item.accuracy if item else None)
+            for item in map(row.get, ("image", "well", "cell"))
+        ]
+        rows.append((first.baseline, first.run_id, scored[0], bounds, *scored[1:]))
+    output.table(("baseline", "run", "per image", "95 % interval", "per well", "per cell"), rows)
+    typer.echo("")
+
+
+def _show_groups(result: ReportResult) -> None:
+    """Print the best and the worst classes, plates and genes."""
+    _show_best_and_worst(
+        ("class", "images", "right", "same gene", "recall", "95 % interval", "precision"),
+        [item for item in result.by_class if item.support],
+        lambda item: (item.label, item.f1),
+        lambda item: (
+            *(item.support, item.correct, item.same_target, percent(item.recall)),
+            *(interval(item.low, item.high), percent(item.precision)),
+        ),
+    )
+    heads = ("images", "wells", "right", "same gene", "accuracy", "95 % interval")
+    for kind, groups in (("plate", result.by_plate), ("target gene", result.by_target)):
+        if kind == "plate" or len(groups) > 1:
+            _show_best_and_worst(
+                (kind, *heads),
+                groups,
+                lambda item: (item.name, item.accuracy),
+                lambda item: (
+                    *(item.n, item.wells, item.correct, item.same_target),
+                    *(percent(item.accuracy), interval(item.low, item.high)),
+                ),
+            )
+
+
+def _show_best_and_worst(
+    heads: Sequence[str],
+    found: Sequence[Item],
+    key: Callable[[Item], tuple[str, float]],
+    cells: Callable[[Item], tuple[Any, ...]],
+) -> None:
+    if not found:
+        return
+    ranked = sorted(found, key=lambda item: (-key(item)[1], key(item)[0]))
+    few = ranked if len(ranked) <= 2 * FEW else [*ranked[:FEW], *ranked[-FEW:]]
+    output.table(heads, [(cut(key(item)[0], NAME_WIDTH), *cells(item)) for item in few])
+    left = len(ranked) - len(few)
+    if left:
+        typer.echo(f"the best and the worst; {left:,} between them (all with --json or --html)")
+    typer.echo("")
+
+
+@command(app, "compare")
+def compare(
+    first: Annotated[
+        str, typer.Argument(metavar="RUN", help="A predict run, by number, or 'latest'.")
+    ],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.")],
+    rules: VoteRules,
+    common: Common,
+    level: LevelOption = "image",
+    vote: VoteOption = "hard",
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            min=0,
+            help="List only the first N that differ. Default: 20 as text, all as JSON or CSV.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Also compare images that a network was trained on; marked."),
+    ] = False,
+    form: Annotated[
+        Literal["text", "csv", "json"],
+        typer.Option("--format", help="How it is written; csv: only what differs."),
+    ] = "text",
+    out: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Write to a file.", show_default=False),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Replace the file of --output if it is there.")
+    ] = False,
+    for_spreadsheet: Annotated[
+        bool,
+        typer.Option(
+            "--for-spreadsheet",
+            help="CSV: put a ' before texts that a spreadsheet would run as formulas.",
+        ),
+    ] = False,
+) -> None:
+    """Say where two predict runs differ, and which of them is right.
+
+    They are compared on the images that both have labelled. McNemar's test takes each well once,
+    because images of a well are alike.
+
+    \b
+    Example:
+      cellstore compare 8 12
+      cellstore compare 8 12 --level well --vote soft
+      cellstore compare 8 12 --format csv --output differing.csv
+    """
+    form = "json" if common.as_json else form
+    if out is not None:
+        output.check_output(out, replace=replace)
+    if out is not None and form == "text":
+        raise UserInputError("Text is for reading: choose --format csv or json for a file.")
+    with common.open(quiet=form == "json") as store:
+        found = store.compare(
+            first,
+            second,
+            level=level,
+            vote=vote,
+            limit=SHOWN_DIFFERENCES if limit is None and form == "text" else limit,
+            rules=rules,
+            force=force,
+        )
+    if form == "text":
+        _show_comparison(found)
+        return
+    text = output.json_text(found)
+    if form == "csv":
+        text = _as_csv(found, for_spreadsheet=for_spreadsheet)
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        save(text, out)
+
+
+def _as_csv(found: Comparison, *, for_spreadsheet: bool) -> str:
+    from cellstore.io.tables import disarmed_name
+
+    columns = ("unit_id", "name", "truth", "first", "second", "right")
+    target = io.StringIO()
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow(columns)
+    for item in found.differing:
+        row = [str(getattr(item, name)) for name in columns]
+        writer.writerow([disarmed_name(text) for text in row] if for_spreadsheet else row)
+    return target.getvalue()
+
+
+def save(text: str, path: Path) -> None:
+    """Write a text to a file, all or nothing."""
+    from cellstore.artifacts import write_atomically
+
+    write_atomically(path, text.encode())
+    say(f"written to {path}")
+
+
+def _show_comparison(found: Comparison, shown: int | None = None) -> None:
+    """Print where two runs differ; only the first ``shown`` of the differences, if it is given."""
+    first, second = found.first.run_id, found.second.run_id
+    typer.echo(
+        f"{count(found.n, found.level)} of {count(found.wells, 'well')} that both have labelled\n"
+    )
+
+    def cells(item: ComparedRun) -> tuple[object, ...]:
+        accuracy = (percent(item.accuracy), interval(item.low, item.high))
+        return (item.run_id, item.train_run_id, cut(item.split, 22), item.correct, *accuracy,
+                item.wells_seen)  # fmt: skip
+
+    output.table(
+        ("run", "train run", "split", "right", "accuracy", "95 % interval", "wells seen"),
+        [cells(found.first), cells(found.second)],
+    )
+    typer.echo("")
+    output.table(
+        ("", f"{second} right", f"{second} wrong"),
+        [
+            (f"{first} right", found.both_right, found.only_first),
+            (f"{first} wrong", found.only_second, found.both_wrong),
+        ],
+    )
+    points = f"{100 * found.difference:+.1f}"
+    if found.difference_low is not None and found.difference_high is not None:
+        low, high = 100 * found.difference_low, 100 * found.difference_high
+        points += f" (95 % interval over wells: {low:+.1f} to {high:+.1f})"
+    typer.echo(f"\nrun {first} minus run {second}: {points} points")
+    output.wrapped(found.verdict)
+    for warning in found.warnings:
+        output.wrapped(f"Careful: {warning}")
+    if not found.recipes:
+        typer.echo("Their recipes are the same.")
+    else:
+        typer.echo("")
+        output.table(
+            ("option", f"run {first}", f"run {second}"),
+            [
+                (cut(item.what, 30), cut(item.first or "-", 22), cut(item.second or "-", 22))
+                for item in found.recipes[:SHOWN_OPTIONS]
+            ],
+        )
+        more = len(found.recipes) - SHOWN_OPTIONS
+        if more > 0:
+            typer.echo(f"and {count(more, 'more option')} (all with --json)")
+    listed = found.differing[:shown]
+    if not listed:
+        return
+    right = {"first": first, "second": second, "neither": "-"}
+    typer.echo("")
+    output.table(
+        (found.level, "truth", f"run {first}", f"run {second}", "right"),
+        [
+            (
+                cut(item.name, 22),
+                *(cut(text, 15) for text in (item.truth, item.first, item.second)),
+                right[item.right],
+            )
+            for item in listed
+        ],
+    )
+    more = found.n_differing - len(listed)
+    if more > 0:
+        typer.echo(f"and {more:,} more in which they differ (all with --json, or --format csv)")

@@ -1,0 +1,499 @@
+"""Commands that go image by image: segment, measure, qc; and finetune, which teaches segment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cellstore.config import (
+    FinetuneParams,
+    MeasureParams,
+    QcParams,
+    Resources,
+    SegmentParams,
+    Selection,
+)
+from cellstore.enums import CellFlagReason, ImageFlagReason
+
+from . import output
+from .options import (
+    Common,
+    Device,
+    DeviceOption,
+    DryRunOption,
+    HtmlOption,
+    PresetOption,
+    SegmentationOption,
+    WeightsDirOption,
+    command,
+)
+from .output import say
+
+if TYPE_CHECKING:
+    from cellstore.jobs.execute import Forecast, JobsResult
+    from cellstore.report.segment_preview import PreviewResult
+    from cellstore.stages.finetune import FinetuneResult
+    from cellstore.stages.qc import QcResult
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+SHOWN_FAILURES = 10
+PREVIEW_FOLDER = Path("cellstore-preview")
+
+
+@command(app, "segment")
+def segment(
+    params: SegmentParams,
+    selection: Selection,
+    resources: Resources,
+    common: Common,
+    preset: PresetOption = None,
+    preview: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Segment only N images from all over the selection, keep nothing, and write "
+            "pictures of what was found.",
+            show_default=False,
+        ),
+    ] = None,
+    preview_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where --preview puts its pictures.")
+    ] = PREVIEW_FOLDER,
+    dry_run: DryRunOption = False,
+    weights_dir: WeightsDirOption = None,
+    device: DeviceOption = Device.AUTO,
+) -> None:
+    """Find the cells in every image, with Cellpose.
+
+    Images that were done with the same options are left alone, so that a run that was stopped
+    goes on where it was: several may run at once, on PostgreSQL also on several machines. An
+    image that fails is named at the end; the others are done. The thresholds are Cellpose's own;
+    --preset published has those of the published study.
+
+    \b
+    Example:
+      cellstore segment --preview 6
+      cellstore segment --channels DNA --diameter 35 --workers 2
+      cellstore segment --model cyto3 --channels RNA --nuclei DNA
+      cellstore segment --preset published
+      cellstore segment --where "perturbation = 'DMSO'" --dry-run
+    """
+    if preview is not None and (dry_run or resources.workers > 1 or resources.scheduler):
+        raise typer.BadParameter(
+            "--preview looks at a few images in this process. Leave out --dry-run, --workers and "
+            "--scheduler."
+        )
+    with common.open() as store:
+        if preview is not None:
+            shown = store.preview(
+                params,
+                selection,
+                count=preview,
+                folder=preview_dir,
+                weights_dir=weights_dir,
+                device=device.value,
+            )
+        else:
+            result = store.segment(
+                params,
+                selection,
+                weights_dir=weights_dir,
+                device=device.value,
+                resources=resources,
+                dry_run=dry_run,
+            )
+    if preview is not None:
+        _show_preview(shown, common)
+        return
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show_jobs(result, "segmented", "cells found")
+    _end_jobs([result], "segmented")
+
+
+def _show_preview(result: PreviewResult, common: Common) -> None:
+    """Print what a preview found, and how to go on; ends with 1 if an image failed."""
+    problems = [(item.name, item.problem) for item in result.images if item.problem is not None]
+    if common.as_json:
+        output.print_json(result)
+    elif not result.images:
+        typer.echo("Nothing to show: no image of the selection has its files.")
+    else:
+        rows = [
+            (
+                item.name,
+                item.cells,
+                *(None if x is None else round(x, 1) for x in (item.diameter, item.seconds)),
+            )
+            for item in result.images
+            if item.problem is None
+        ]
+        output.table(["image", "cells", "diameter", "seconds"], rows)
+        list_failures(problems)
+        if result.sheet is not None:
+            typer.echo(f"\nLook at {result.sheet}, and at the pictures beside it.")
+        typer.echo(
+            "Nothing was kept. Cells split or merged: add --diameter. Too few cells, or\n"
+            "outlines too wide: see --cellprob-threshold. When it looks right, run the same\n"
+            f"command without --preview for {output.count(result.available, 'image')}."
+        )
+    if problems:
+        raise typer.Exit(1)
+
+
+def _show_jobs(result: JobsResult, verb: str, cells: str) -> None:
+    """Print what a stage did image by image, or would do."""
+    if result.forecast is not None:
+        _show_forecast(result, result.forecast, verb)
+        return
+    if result.run_id is None:
+        typer.echo(f"Nothing to do: {_why_nothing(result, verb)}")
+    else:
+        shown = {
+            "run": result.run_id,
+            "recipe": result.recipe_id,
+            f"images {verb}": result.done,
+            cells: result.cells,
+        }
+        output.pairs(shown | _left_alone(result))
+    list_failures(result.failures)
+
+
+def _left_alone(result: JobsResult | QcResult) -> dict[str, int]:
+    numbers = {"images missing files": result.waiting, "failed before": result.failed_before}
+    return {name: number for name, number in numbers.items() if number}
+
+
+def _why_nothing(result: JobsResult | QcResult, verb: str) -> str:
+    if result.selected == 0:
+        return "no image is selected. See what there is with: cellstore status"
+    there = result.selected - result.waiting - result.failed_before
+    parts = [f"{output.count(there, 'image')} {verb} already with these options"]
+    if result.failed_before:
+        parts.append(f"{result.failed_before:,} failed before")
+    if not result.waiting:
+        return f"{', '.join(parts)}."
+    parts.append(f"{output.count(result.waiting, 'image')} still without files")
+    return f"{', '.join(parts)}. Ingest again with --images to fill them in."
+
+
+def _show_forecast(result: JobsResult | QcResult, forecast: Forecast, verb: str) -> None:
+    """Print how many images there are to do, and how long that may take."""
+    time = "unknown: no image has been through this stage yet. Try some with --limit 5"
+    if forecast.seconds is not None and forecast.per_image is not None:
+        time = (
+            f"about {_duration(forecast.seconds)} with {output.count(forecast.workers, 'worker')} "
+            f"({forecast.per_image:.3g} s an image, as {forecast.basis} took)"
+        )
+    not_done = result.waiting + result.failed_before + forecast.images
+    output.pairs(
+        {
+            "images selected": result.selected,
+            f"{verb} already": result.selected - not_done,
+            "missing files": result.waiting,
+            "failed before": result.failed_before,
+            "to do": forecast.images,
+            "time": time,
+        }
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def list_failures(failures: Sequence[tuple[str, str]]) -> None:
+    """Print the first images that failed, and why."""
+    for name, reason in failures[:SHOWN_FAILURES]:
+        typer.echo(f"failed {output.cell(name)}: {output.cell(reason)}")
+    if len(failures) > SHOWN_FAILURES:
+        typer.echo(f"and {len(failures) - SHOWN_FAILURES} more: see cellstore jobs --failed")
+
+
+def end_with_failures(failed: int, done: int, verb: str, again: str = "cellstore retry") -> None:
+    """End with 1 if images failed."""
+    if failed:
+        say(
+            f"Error: {failed} of {output.count(failed + done, 'image')} could not be {verb}; "
+            f"the others are done. To try them again: {again}"
+        )
+        raise typer.Exit(1)
+
+
+def _end_jobs(results: Sequence[JobsResult | QcResult], verb: str) -> None:
+    """End with 1 if images failed in any of several runs over the same images, now or before."""
+    if any(result.forecast is not None for result in results):
+        return
+    failed = {name for result in results for name, _ in result.failures}
+    end_with_failures(len(failed), max(result.done for result in results), verb)
+    before = max(result.failed_before for result in results)
+    if before:
+        say(
+            f"Error: {output.count(before, 'image')} failed before, left alone now. See why with: "
+            "cellstore jobs --failed. Another try: cellstore retry"
+        )
+        raise typer.Exit(1)
+
+
+@command(app, "measure")
+def measure(
+    params: MeasureParams,
+    selection: Selection,
+    resources: Resources,
+    common: Common,
+    segmentation: SegmentationOption = None,
+    dry_run: DryRunOption = False,
+    listed: Annotated[
+        bool, typer.Option("--list", help="Only list all features: unit, source and formula.")
+    ] = False,
+) -> None:
+    """Measure every cell that was found: area, shape, intensity, texture.
+
+    The values are those of scikit-image, lengths in pixels. Each group of features is a feature
+    set: basic is table 'features', the others are tables of their own to 'cellstore sql', with a
+    column for each feature and channel. Cells whose perimeter is 0 are kept and marked as
+    excluded.
+
+    \b
+    Example:
+      cellstore measure
+      cellstore measure --features basic,intensity --channels DNA,RNA --workers 2
+      cellstore measure --list
+    """
+    if listed:
+        _list_features(common)
+        return
+    with common.open() as store:
+        result = store.measure(
+            params, selection, segmentation=segmentation, resources=resources, dry_run=dry_run
+        )
+    results = (result, *result.others)
+    if common.as_json:
+        output.print_json(result)
+    elif len(results) == 1:
+        _show_jobs(result, "measured", "cells measured")
+    else:
+        for one in results:
+            typer.echo(f"{one.group}: feature set {one.feature_set}")
+            _show_jobs(one, "measured", "cells measured")
+            typer.echo()
+    _end_jobs(results, "measured")
+
+
+def _list_features(common: Common) -> None:
+    from cellstore.stages.measure import list_groups
+
+    groups = list_groups()
+    if common.as_json:
+        output.print_json(groups)
+        return
+    for group in groups:
+        typer.echo(f"{group.name}: {group.description}\n")
+        ending = "_*" if group.per_channel else ""
+        rows = [(f"{f.name}{ending}", f.unit, f.formula, f.source) for f in group.features]
+        output.table(("feature", "unit", "formula", "source"), rows)
+        typer.echo()
+    typer.echo("*: each channel. All that is known of them: cellstore measure --list --json")
+
+
+@command(app, "qc")
+def qc(
+    params: QcParams,
+    selection: Selection,
+    resources: Resources,
+    common: Common,
+    segmentation: SegmentationOption = None,
+    listed: Annotated[
+        bool, typer.Option("--list", help="List the flagged images with reason and value.")
+    ] = False,
+    html: HtmlOption = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Also write the maps of one plate as a picture.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Flag images and cells that are odd on their plate; delete nothing.
+
+    Images: out of focus, saturated, odd background, nothing but noise, odd number or size of
+    cells, no cells. Cells: odd area, cut by the border. Flags are kept beside the images. They
+    count only where you ask for it: split create, train, report, compare and votes have
+    --exclude-flagged. Each image is opened once, whatever the limits.
+
+    \b
+    Example:
+      cellstore qc
+      cellstore qc --plate BR00116991 --html qc.html
+      cellstore qc --outlier 4 --list
+    """
+    with common.open() as store:
+        result = store.qc(
+            params,
+            selection,
+            segmentation=segmentation,
+            html=None if dry_run else html,
+            plot=None if dry_run else plot,
+            resources=resources,
+            dry_run=dry_run,
+        )
+        if listed:
+            result = replace(result, flags=store.flagged_images(result))
+    if common.as_json:
+        output.print_json(result)
+    elif result.forecast is not None:
+        _show_forecast(result, result.forecast, "looked at")
+    elif result.run_id is None:
+        typer.echo(f"Nothing to look at: {_why_nothing(result, 'looked at')}")
+    else:
+        _show_qc(result, listed=listed)
+    _end_jobs([result], "looked at")
+
+
+def _show_qc(result: QcResult, *, listed: bool) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing has changed since run {result.run_id}, which found:")
+    else:
+        shown = {"run": result.run_id, "images looked at now": result.done}
+        output.pairs(shown | _left_alone(result))
+    typer.echo("")
+    images = {
+        ImageFlagReason.OUT_OF_FOCUS: "focus",
+        ImageFlagReason.SATURATED: "white",
+        ImageFlagReason.BACKGROUND: "background",
+        ImageFlagReason.NO_SIGNAL: "noise",
+        ImageFlagReason.CELL_COUNT: "count",
+        ImageFlagReason.CELL_AREA: "area",
+        ImageFlagReason.NO_CELLS: "empty",
+    }
+    output.table(
+        ["plate", "images", "flagged", *images.values()],
+        [
+            [plate.plate, plate.seen, plate.flagged, *_numbers(plate.by_reason, images)]
+            for plate in result.plates
+        ],
+    )
+    if result.segment_recipe is not None:
+        typer.echo("")
+        cells = {CellFlagReason.AREA: "odd area", CellFlagReason.BORDER: "at border"}
+        rows = [
+            [
+                *(plate.plate, plate.cells, plate.cells_flagged),
+                *(*_numbers(plate.cells_by_reason, cells), plate.excluded),
+            ]
+            for plate in result.plates
+        ]
+        output.table(["plate", "cells", "flagged", *cells.values(), "perimeter 0"], rows)
+    if listed and not result.flags:
+        typer.echo("\nNo image is flagged.")
+    elif listed:
+        typer.echo("")
+        flags = [
+            (
+                f"{flag.plate}/{flag.well}/{flag.site}",
+                *(flag.reason, flag.channel or None, flag.value),
+                output.span(flag.low, flag.high),
+            )
+            for flag in result.flags
+        ]
+        output.table(["image", "reason", "channel", "value", "usual"], flags)
+    for note in result.notes:
+        say(note)
+    list_failures(result.failures)
+    for name, path in (("page", result.html), ("picture", result.picture)):
+        if path:
+            typer.echo(f"{name}: {path}")
+
+
+def _numbers(
+    found: Mapping[str, int], reasons: Mapping[ImageFlagReason, str] | Mapping[CellFlagReason, str]
+) -> list[int]:
+    return [found.get(reason.value, 0) for reason in reasons]
+
+
+@command(app, "finetune")
+def finetune(
+    masks: Annotated[
+        list[Path],
+        typer.Option(
+            "--masks",
+            metavar="DIR|FILE",
+            help="Corrected label images (TIFF, PNG or NPY), named like their images; may be given "
+            "several times.",
+            show_default=False,
+        ),
+    ],
+    params: FinetuneParams,
+    common: Common,
+    plate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BARCODE",
+            help="The plate of the masks, where several have images of these names.",
+            show_default=False,
+        ),
+    ] = None,
+    weights_dir: WeightsDirOption = None,
+    device: DeviceOption = Device.AUTO,
+) -> None:
+    """Teach a Cellpose network with masks that you corrected.
+
+    The masks are matched to images as 'cellstore ingest' matches them. Some wells are held out:
+    the average precision (IoU 0.5) on them before and after says whether the new network is
+    better. It is kept in the store, and 'cellstore segment --model run:N' uses it.
+
+    \b
+    Example:
+      cellstore finetune --masks corrected/ --channels DNA
+      cellstore finetune --masks corrected/ --model cyto3 --channels RNA --nuclei DNA
+    """
+    with common.open() as store:
+        result = store.finetune(
+            masks, params, plate=plate, weights_dir=weights_dir, device=device.value
+        )
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show_finetune(result)
+
+
+def _show_finetune(result: FinetuneResult) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} learned from these masks already.")
+    before, after, error = result.before, result.after, result.size_error
+    output.pairs(
+        {
+            "run": result.run_id,
+            "started from": result.start,
+            "images learned from": result.images,
+            "cells learned from": result.cells,
+            "images held out": result.held_out,
+            "AP before": "not known" if before is None else f"{before:.3f}",
+            "AP after": "not known" if after is None else f"{after:.3f}",
+            "diameter estimate": "none" if error is None else f"{error:.0%} off (median)",
+        }
+    )
+    for item in result.refused[:SHOWN_FAILURES]:
+        say(f"Not used: {item['file']}: {item['reason']}")
+    if len(result.refused) > SHOWN_FAILURES:
+        say(f"and {len(result.refused) - SHOWN_FAILURES} more files.")
+    if before is None or after is None:
+        say("No image was held out, so nobody knows whether the new network is better.")
+    elif after < before:
+        say("The new network is worse on the held-out images. More masks, or fewer --epochs, help.")
+    size = "" if error is not None else " --diameter PIXELS"
+    say(f"Next: cellstore segment --model {result.model}{size} --preview 6")

@@ -1,0 +1,221 @@
+"""Commands that bring the outside world in: ingest, refresh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cellstore.config import IngestParams, Selection
+from cellstore.enums import Severity
+from cellstore.errors import UserInputError
+
+from . import output
+from .options import Common, command
+from .output import say
+
+if TYPE_CHECKING:
+    from cellstore.stages.ingest.account import Issue
+    from cellstore.stages.ingest.dry_run import Preview
+    from cellstore.stages.ingest.ingest import IngestResult
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+MASKS = "masks"
+KINDS = ("images", "treatments", "features", MASKS)
+SHOWN_FILES = 20
+_TITLES = {
+    Severity.REFUSED: "Rows that were refused:",
+    Severity.PROBLEM: "What could not be used:",
+    Severity.SUSPICIOUS: "What looks wrong:",
+}
+
+
+@command(app, "ingest")
+def ingest(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[KIND] SOURCE",
+            help="The table, index, database or folder; before it, if you like, what it holds: "
+            "images, treatments, features or masks.",
+        ),
+    ],
+    params: IngestParams,
+    common: Common,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what each file would become.")
+    ] = False,
+) -> None:
+    """Bring images, treatments, features or masks in, however they were exported.
+
+    \b
+    images      LoadData CSV of CellProfiler and JUMP, the published table, Harmony's
+                Index.idx.xml, bare folders (Phenix, Cellomics, any with --pattern)
+    treatments  plate maps with compound, ORF or CRISPR tables, JUMP's dataset tables
+    features    CellProfiler CSV folders and SQLite, CytoTable and pycytominer Parquet
+    masks       label images of any tool, matched to images by name
+
+    Rows that cannot be used are listed with their line numbers, kept in the table
+    ingest_issues, and the command then ends with 1; the others are stored. Doing it again
+    changes nothing, but for what was missing or has been corrected.
+
+    \b
+    Example:
+      cellstore ingest load_data.csv --images /data/plate1 --platemap map.txt \\
+          --compounds compounds.tsv
+      cellstore ingest measurements.sqlite --name cellprofiler
+      cellstore ingest masks outlines/
+      cellstore ingest /data/plate1 --dry-run
+    """
+    *kinds, source = words
+    if len(words) > 2 or (kinds and kinds[0] not in KINDS):
+        raise UserInputError(
+            f"Give one source, after one of {', '.join(KINDS)} if you like. "
+            f"These are {len(words)} words: {' '.join(words)}"
+        )
+    params = replace(params, kind=kinds[0] if kinds else None)
+    if dry_run:
+        _preview(Path(source), params, common)
+        return
+    from cellstore.stages.ingest.account import UndoneError
+
+    with common.open() as store:
+        try:
+            result = store.ingest(source, params)
+        except UndoneError as error:
+            if common.as_json:
+                output.print_json({"undone": True, "issues": error.issues})
+            else:
+                _show_issues(error.issues)
+            raise
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show(result)
+    if result.rows and result.refused == result.rows:
+        say("Error: No row could be used; the reasons are above.")
+        raise typer.Exit(2)
+    if any(severity is not Severity.SUSPICIOUS for severity, _, _ in result.reasons):
+        raise typer.Exit(1)
+
+
+def _preview(source: Path, params: IngestParams, common: Common) -> None:
+    from cellstore.stages.ingest.dry_run import preview
+
+    masks = MASKS in (params.kind, params.layout)
+    if masks:  # only they are looked up in a store
+        with common.open(quiet=True) as store:
+            found = preview(source, params, store.workspace)
+    else:
+        found = preview(source, params)
+    if common.as_json:
+        output.print_json(found)
+    else:
+        _show_preview(found)
+    if found.refused:
+        raise typer.Exit(1)
+
+
+def _show_preview(found: Preview) -> None:
+    masks = found.layout == MASKS
+    channels = ", ".join(f"{name} ({number:,})" for name, number in sorted(found.channels.items()))
+    least = "at least " if found.at_least else ""
+    output.pairs(
+        {
+            "layout": found.layout,
+            "rows": found.rows,
+            "refused": found.refused,
+            "plates": ", ".join(sorted(found.plates)[:5]) or "none",
+            "wells": f"{least}{len(found.wells):,}",
+            "images": f"{least}{found.images:,}",
+            **({} if masks else {"channels": channels or "none"}),
+        }
+    )
+    columns = ["file", "plate", "well", "site", "plane", "time_point"]
+    columns += ["objects", "cells"] if masks else ["channel", "treatment"]
+    rows = [
+        ["" if (value := getattr(row, name)) is None else value for name in columns]
+        for row in found.files[:SHOWN_FILES]
+    ]
+    if rows:
+        output.table(columns, rows)
+    _show_issues(found.issues)
+    say("Nothing was written: this was a dry run.")
+
+
+def _show(result: IngestResult) -> None:
+    for note in result.notes:
+        say(note)
+    shown = {
+        "read as": result.layout,
+        "rows": result.rows,
+        "created": result.created,
+        "updated": result.updated,
+        "unchanged": result.unchanged,
+        "refused": result.refused,
+    }
+    if result.cells:
+        shown["cells"] = result.cells
+    if result.feature_set:
+        shown["feature set"] = result.feature_set
+    rows = [*shown.items(), *(("segmentation", recipe) for recipe in result.segmentations)]
+    if result.plates:
+        wells = f"{output.count(result.plates, 'plate')}, {output.count(result.wells, 'well')}"
+        images = f"{output.count(result.images, 'image')} ({result.missing_images:,} without files)"
+        rows.append(("its plates now have", f"{wells}, {images}"))
+    output.pairs([*rows, ("run", result.run_id)])
+    if result.unchanged == result.rows and not result.notes and not result.reasons:
+        typer.echo("Nothing has changed: all of this was in the store already.")
+    _show_issues(result.issues)
+    if result.reasons:
+        question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
+        say(f'All of them: cellstore sql "{question}"')
+
+
+def _show_issues(issues: Sequence[Issue]) -> None:
+    for severity, title in _TITLES.items():
+        found = [
+            (item.file if item.line is None else f"{item.file}, line {item.line}", item)
+            for item in issues
+            if item.severity is severity
+        ]
+        if found:
+            typer.echo(title)
+            output.grouped([(where, item.reason, item.detail) for where, item in found])
+
+
+@command(app, "refresh")
+def refresh(selection: Selection, common: Common) -> None:
+    """Look again at the image files that the store knows, and find which have changed.
+
+    Files of another size or time are read and hashed. What was derived from bytes that have
+    changed is out of date from now on: 'cellstore status' counts it, and the next run of each
+    stage makes just that again. Ends with 1 if a file cannot be read.
+
+    \b
+    Example:
+      cellstore refresh
+      cellstore refresh --plate BR00116991
+    """
+    with common.open() as store:
+        result = store.refresh(selection)
+    if common.as_json:
+        output.print_json(result)
+    else:
+        output.pairs(
+            {
+                "run": result.run_id,
+                "images looked at": result.images,
+                "changed": result.changed,
+                "problems": result.n_problems,
+            }
+        )
+        _show_issues(result.problems)
+        if result.changed:
+            say("See what is out of date with: cellstore status")
+    if result.n_problems:
+        raise typer.Exit(1)

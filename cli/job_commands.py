@@ -1,0 +1,359 @@
+"""Commands that look after a store and its work: status, jobs, retry, cancel, verify, doctor."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import output
+from .options import Common, command
+from .output import say
+
+if TYPE_CHECKING:
+    from cellstore.stages.manage_jobs import JobsList
+    from cellstore.stages.status import RecipeStatus, StatusResult
+    from cellstore.stages.verify import VerifyResult
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+class JobStage(StrEnum):
+    """The stages that go image by image."""
+
+    SEGMENT = "segment"
+    MEASURE = "measure"
+    QC = "qc"
+    PREDICT = "predict"
+
+
+StageOption = Annotated[
+    JobStage | None, typer.Option("--stage", help="Only jobs of this stage.", show_default=False)
+]
+
+
+@command(app, "status")
+def status(common: Common) -> None:
+    """Show what is in the store, what is done, what is out of date, and what failed.
+
+    \b
+    Example:
+      cellstore status
+    """
+    with common.open(quiet=True) as store:
+        result = store.status()
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show_status(result)
+
+
+def _show_status(result: StatusResult) -> None:
+    flagged = f"{result.flagged_images:,} (by qc run {result.qc_run_id})"
+    output.pairs(
+        {
+            "store": result.store,
+            "database": result.database,
+            "plates": result.plates,
+            "wells": result.wells,
+            "treatments": result.treatments,
+            "images": f"{result.images:,} ({result.missing_images:,} miss files)",
+            "  segmented": result.segmented,
+            "  measured": result.measured,
+            **({} if result.qc_run_id is None else {"  flagged": flagged}),
+            "cells": f"{result.cells:,} ({result.excluded:,} excluded)",
+            "measurements": result.features,
+            "splits": result.splits,
+            "runs": result.runs,
+            "predictions": result.predictions,
+        }
+    )
+    if result.recipes:
+        typer.echo("")
+        output.table(
+            ("recipe", "stage", "fingerprint", "done", "to do", "failed", "stale", ""),
+            [
+                (
+                    *(r.recipe_id, r.stage, r.fingerprint[:12], r.done, r.todo, r.failed, r.stale),
+                    _relations(r),
+                )
+                for r in result.recipes
+            ],
+        )
+    if result.feature_sets:
+        typer.echo("")
+        sets = [(s.name, s.storage, s.columns, s.cells) for s in result.feature_sets]
+        output.table(("feature set", "kept in", "features", "cells"), sets)
+    for run in result.broken_off:
+        say(
+            f"Training run {run.run_id} was stopped after {output.count(run.epochs, 'epoch')}. "
+            f"To go on with it: cellstore train --resume {run.run_id}"
+        )
+    if any(recipe.failed for recipe in result.recipes):
+        say("Some images failed. See why with: cellstore jobs --failed")
+
+
+def _relations(recipe: RecipeStatus) -> str:
+    parts = [] if recipe.reads is None else [f"of {recipe.reads}"]
+    if recipe.replaced_by is not None:
+        parts.append(f"replaced by {recipe.replaced_by}")
+    return ", ".join(parts)
+
+
+@command(app, "jobs")
+def jobs(
+    common: Common,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="List the images that failed, and why.")
+    ] = False,
+    running: Annotated[
+        bool, typer.Option("--running", help="List what is being worked on, and by whom.")
+    ] = False,
+    pending: Annotated[bool, typer.Option("--pending", help="List what is open.")] = False,
+    stage: StageOption = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Only jobs of this recipe: number or start of the fingerprint.",
+            show_default=False,
+        ),
+    ] = None,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show all that is known of an error.")
+    ] = False,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="List at most N jobs.")] = 100,
+) -> None:
+    """Show the state of the work, image by image.
+
+    A job is one image's share of a recipe. It is pending, running, done, or failed. Without
+    options: how many of each there are. A failed job is left alone until 'cellstore retry'.
+
+    \b
+    Example:
+      cellstore jobs
+      cellstore jobs --failed --traceback
+      cellstore jobs --running --stage segment
+    """
+    wanted = {"failed": failed, "running": running, "pending": pending}
+    chosen = [name for name, on in wanted.items() if on]
+    if len(chosen) > 1:
+        raise typer.BadParameter("Choose one of --failed, --running and --pending.")
+    state = chosen[0] if chosen else None
+    with common.open(quiet=True) as store:
+        result = store.jobs(
+            stage=stage.value if stage else None,
+            status=state,
+            recipe=recipe,
+            limit=limit if state or common.as_json else 0,
+        )
+    if common.as_json:
+        output.print_json(result)
+    elif state is None:
+        _show_counts(result)
+    else:
+        _show_jobs(result, state, traceback=traceback)
+
+
+def _show_counts(result: JobsList) -> None:
+    if not result.counts:
+        typer.echo("No image has been worked on yet. Begin with: cellstore segment")
+        return
+    output.table(
+        ("recipe", "stage", "pending", "running", "done", "failed", "s/image"),
+        [
+            (c.recipe_id, c.stage, c.pending, c.running, c.done, c.failed, c.seconds)
+            for c in result.counts
+        ],
+    )
+    if any(count.failed for count in result.counts):
+        say("See why with: cellstore jobs --failed. Try again with: cellstore retry")
+
+
+def _show_jobs(result: JobsList, state: str, *, traceback: bool) -> None:
+    if not result.jobs:
+        typer.echo(f"No job is {state}." if state != "failed" else "No image has failed.")
+        return
+    if state == "failed":
+        for job in result.jobs:
+            tries = output.count(job.attempts, "try", "tries")
+            typer.echo(f"{job.stage} (recipe {job.recipe_id}) {output.cell(job.image)}, {tries}:")
+            reason = job.reason or "no reason was kept"
+            for line in (job.error or "").splitlines() if traceback else [reason]:
+                typer.echo(f"  {output.cell(line)}")
+        say("Try them again with: cellstore retry")
+    elif state == "running":
+        output.table(
+            ("job", "stage", "image", "worker", "tries", "lease s"),
+            [(j.job_id, j.stage, j.image, j.worker, j.attempts, j.lease) for j in result.jobs],
+        )
+    else:
+        output.table(
+            ("job", "stage", "image", "tries", "next try in s", "last error"),
+            [(j.job_id, j.stage, j.image, j.attempts, j.wait, j.reason) for j in result.jobs],
+        )
+    if result.more:
+        typer.echo(f"and {result.more:,} more (see --limit)")
+
+
+@command(app, "retry")
+def retry(
+    common: Common,
+    stage: StageOption = None,
+    run: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Only what failed in this run.", show_default=False),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMAGE",
+            help="Only this image: core file name, PLATE/WELL/SITE, file name or id.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Give images that failed another try.
+
+    Opens their jobs again; the command of the stage, which is shown, then does them.
+
+    \b
+    Example:
+      cellstore retry
+      cellstore retry --stage segment --image P1/A01/2
+    """
+    with common.open(quiet=True) as store:
+        result = store.retry(stage=stage.value if stage else None, run=run, image=image)
+    if common.as_json:
+        output.print_json(result)
+    elif not result.jobs:
+        typer.echo("No image has failed.")
+    else:
+        typer.echo(f"{output.count(result.jobs, 'job is', 'jobs are')} open again. Now run:")
+        for words in result.commands:
+            typer.echo(f"  {output.cell(words)}")
+
+
+@command(app, "cancel")
+def cancel(
+    common: Common,
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]", help="The run. Default: all that are running.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Ask running commands to end, here or on other machines.
+
+    They finish the images in hand, within seconds begin no new ones, and end. A training ends
+    at once, and keeps its last whole epoch. What is done is kept; the same command goes on later.
+
+    \b
+    Example:
+      cellstore cancel
+      cellstore cancel 12
+    """
+    with common.open(quiet=True) as store:
+        runs = store.cancel(run)
+    if common.as_json:
+        output.print_json({"cancelled": runs})
+    elif runs:
+        typer.echo(f"Cancelled: run {', '.join(map(str, runs))}")
+    else:
+        typer.echo("Nothing is running.")
+
+
+@command(app, "verify")
+def verify(
+    common: Common,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Remove files that the database does not know.")
+    ] = False,
+    older_than: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            metavar="MINUTES",
+            help="Unknown files younger than this may belong to a running command: left alone.",
+        ),
+    ] = 10.0,
+) -> None:
+    """Compare all files of the store with the database.
+
+    Every file is read and compared with its sha256, every mask with the cells found in it.
+    Files that the database does not know are left by a crash. Ends with 1 if something is wrong.
+
+    \b
+    Example:
+      cellstore verify
+      cellstore verify --fix
+    """
+    with common.open() as store:
+        result = store.verify(fix=fix, minutes=older_than)
+    if common.as_json:
+        output.print_json({"ok": result.ok, **output.plain(result)})
+    else:
+        _show_verify(result)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+def _show_verify(result: VerifyResult) -> None:
+    output.pairs(
+        {
+            "files checked": result.files,
+            "masks checked": result.segmentations,
+            "problems": len(result.problems),
+            "unknown files": f"{len(result.orphans):,} ({result.removed:,} removed)",
+        }
+    )
+    for problem in result.problems:
+        typer.echo(f"{problem.path}\n  {output.cell(problem.reason)}")
+    for path in result.orphans:
+        typer.echo(f"{'removed' if result.removed else 'unknown'}: {output.cell(path)}")
+    if result.young:
+        say(
+            f"{output.count(result.young, 'unknown file')} left alone: so new that a running "
+            "command may be writing them."
+        )
+    if result.orphans and not result.removed:
+        say("Remove the unknown files with: cellstore verify --fix")
+    if result.problems:
+        say("Put the files back from a backup; what is derived can be made again.")
+
+
+@command(app, "doctor")
+def doctor(common: Common) -> None:
+    """Check the installation, and the store if there is one.
+
+    Packages (each is imported for real), device, networks, and whether the database answers.
+
+    Ends with 1 if something is broken. Optional parts that are absent are not.
+
+    \b
+    Example:
+      cellstore doctor
+    """
+    from cellstore.errors import StoreNotFoundError
+    from cellstore.settings import find_store
+    from cellstore.stages.doctor import doctor as examine
+
+    settings: Any = None
+    try:
+        settings = find_store(common.store)
+    except StoreNotFoundError:
+        if common.store is not None:
+            raise
+    result = examine(settings)
+    if common.as_json:
+        output.print_json({"ok": result.ok, **output.plain(result)})
+    else:
+        for found in result.findings:
+            name, detail = output.cell(found.name), output.cell(found.detail)
+            typer.echo(f"{found.state:<7} {found.topic}: {name}  {detail}")
+        broken = sum(found.state == "broken" for found in result.findings)
+        say(f"{output.count(broken, 'thing is', 'things are')} broken." if broken else "All well.")
+    if not result.ok:
+        raise typer.Exit(1)

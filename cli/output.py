@@ -1,0 +1,484 @@
+"""What commands print: names and values, tables of 80 columns, JSON, CSV, Parquet, progress."""
+
+# No "from __future__ import annotations": the types of Answer's fields are read.
+
+import json
+import math
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+
+import typer
+
+from cellstore.config import option
+from cellstore.errors import UserInputError
+from cellstore.progress import Progress, Silent
+from cellstore.settings import check_not_of_a_store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+WIDTH = 80
+GAP = "  "
+MIN_COLUMN = 6
+"""No column is cut to fewer characters."""
+SHOWN_PER_REASON = 10
+SHOWN_ROWS = 1000
+
+
+def say(text: str) -> None:
+    """Tell a person something, beside the data on stdout."""
+    typer.echo(text, err=True)
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as what JSON knows; NaN and infinities become null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, datetime | date):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).hex()
+    return str(value)
+
+
+def json_text(value: Any) -> str:
+    """Return a result, or a list of rows, as JSON."""
+    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def print_json(value: Any) -> None:
+    """Print a result, or a list of rows, as JSON."""
+    typer.echo(json_text(value), nl=False)
+
+
+def cell(value: Any) -> str:
+    """Return a value as one line of text without control characters."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.6g}"
+    text = str(plain(value))
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+def cut(value: Any, width: int) -> str:
+    """Return a value as one line of at most ``width`` characters."""
+    text = cell(value)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """Return ``1 image`` or ``2 images``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share as a percentage."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Return the bounds of a share as percentages."""
+    return "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def span(low: float | None, high: float | None) -> str:
+    """Return ``1 to 2``, ``1 or more`` or ``2 or less``."""
+    if low is None or high is None:
+        return f"{cell(low)} or more" if high is None else f"{cell(high)} or less"
+    return f"{cell(low)} to {cell(high)}"
+
+
+def wrapped(text: str, margin: str = "") -> None:
+    """Print a sentence in lines that fit a terminal."""
+    typer.echo(textwrap.fill(cell(text), WIDTH, initial_indent=margin, subsequent_indent=margin))
+
+
+def pairs(rows: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
+    """Print names and values, one pair a line; whole numbers get their thousands marked."""
+    shown = [
+        (name, f"{value:,}" if type(value) is int and name not in _NUMBERS else cell(value))
+        for name, value in (rows.items() if isinstance(rows, Mapping) else rows)
+    ]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        typer.echo(f"{name:<{width}}{GAP}{value}".rstrip())
+
+
+_NUMBERS = ("run", "id", "recipe", "trained in run", "predict run", "train run", "seed")
+"""Names of values that are numbers of something, not counts."""
+
+
+def definitions(rows: Iterable[tuple[str, str]], width: int = 24) -> None:
+    """Print names, and what they mean beside them in lines that fit a terminal."""
+    for name, words in rows:
+        shown = cell(name)
+        lines = textwrap.wrap(cell(words), WIDTH - width - len(GAP)) or [""]
+        if len(shown) > width - len(GAP):
+            typer.echo(f"{GAP}{shown}")
+            shown = ""
+        for index, line in enumerate(lines):
+            typer.echo(f"{GAP}{shown if index == 0 else '':<{width}}{line}".rstrip())
+
+
+def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
+    """Print problems (where, reason, detail) by reason, the first few lines of each."""
+    reasons = Counter(reason for _, reason, _ in problems)
+    for reason, number in reasons.most_common():
+        typer.echo(f"{GAP}{cell(reason)}: {count(number, 'row')}")
+        matching = [problem for problem in problems if problem[1] == reason]
+        for where, _, detail in matching[:SHOWN_PER_REASON]:
+            typer.echo(f"{GAP * 2}{cell(where)}: {cell(detail)}")
+        if number > SHOWN_PER_REASON:
+            typer.echo(f"{GAP * 2}and {number - SHOWN_PER_REASON} more (all with --json)")
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print aligned columns; on a terminal they are made to fit, in a pipe never."""
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(table_text(headers, rows, room), nl=False)
+
+
+# Not rich's Table, which takes 1.8 s for a thousand rows of ten columns.
+def table_text(
+    headers: Sequence[str], rows: Iterable[Sequence[Any]], room: int | None = None
+) -> str:
+    """Return aligned columns, numbers to the right, in lines of at most ``room`` characters.
+
+    Long cells are cut; where that is not enough the last columns are dropped, and named.
+    """
+    numeric = [True] * len(headers)
+    cells: list[list[str]] = []
+    for row in rows:
+        numeric = [was and _is_number(value) for was, value in zip(numeric, row, strict=True)]
+        cells.append([cell(value) for value in row])
+    widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
+    shown = len(widths)
+    if room is not None:
+        least = [min(width, MIN_COLUMN) for width in widths]
+        while shown > 1 and sum(least[:shown]) + len(GAP) * (shown - 1) > room:
+            shown -= 1
+        widths = widths[:shown]
+        excess = sum(widths) + len(GAP) * (shown - 1) - room
+        while excess > 0 and max(widths) > MIN_COLUMN:
+            widths[widths.index(max(widths))] -= 1
+            excess -= 1
+    lines = [list(headers), ["-" * width for width in widths], *cells]
+    text = []
+    for line in lines:
+        pieces = [
+            f"{cut(value, width):>{width}}" if number and cells else f"{cut(value, width):<{width}}"
+            for value, width, number in zip(line, widths, numeric, strict=False)
+        ]
+        text.append(GAP.join(pieces).rstrip())
+    if shown < len(headers):
+        missing = ", ".join(cell(name) for name in headers[shown:])
+        text.append(cut(f"No room for: {missing}", room or WIDTH))
+    return "\n".join(text) + "\n"
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    return value is None or number
+
+
+class Format(StrEnum):
+    """How an answer is written."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+    PARQUET = "parquet"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How the rows of an answer are written, and where to."""
+
+    limit: int | None = option(
+        None,
+        "Only the first N rows. Default: 1,000 of a table, all in other formats.",
+        metavar="N",
+        min=0,
+    )
+    format: Format = option(Format.TABLE, "How the answer is written.")
+    output: Path | None = option(
+        None, "Write the answer to a file. Needed for parquet.", metavar="FILE"
+    )
+    replace: bool = option(False, "Replace the file of --output if it is there.")
+    for_spreadsheet: bool = option(
+        False, "CSV: put a ' before texts that a spreadsheet would run as formulas."
+    )
+
+    def check(self) -> None:
+        """Refuse what cannot be written, before any work.
+
+        Raises:
+            UserInputError: Parquet on the screen, a spreadsheet of something else than CSV, or a
+                file that is there already, or that has no folder.
+        """
+        if self.output is not None:
+            check_output(self.output, replace=self.replace)
+        if self.format is Format.PARQUET and self.output is None:
+            raise UserInputError("Parquet is no text to print. Write it with --output FILE.")
+        if self.for_spreadsheet and self.format is not Format.CSV:
+            raise UserInputError("Only CSV is opened in spreadsheets: add --format csv.")
+
+
+def check_output(output: Path, *, replace: bool) -> None:
+    """Refuse a file that would replace another, or lie in a folder that is not there.
+
+    Raises:
+        UserInputError: it is so.
+    """
+    check_not_of_a_store(output)
+    if output.is_dir():
+        raise UserInputError(f"{output} is a folder. Name a file in it.")
+    if output.exists() and output.is_file() and not replace:
+        raise UserInputError(f"{output} is there already. Name another file, or add --replace.")
+    if not output.parent.is_dir():
+        raise UserInputError(f"There is no folder {output.parent}. Make it, or name another.")
+
+
+class Batches(Protocol):
+    """An answer that comes piece by piece."""
+
+    @property
+    def schema(self) -> "pa.Schema":
+        """The columns."""
+
+    def __iter__(self) -> "Iterator[pa.RecordBatch]":
+        """Yield the pieces."""
+
+
+def write(answer: Batches, wanted: Answer) -> None:
+    """Write an answer as it comes; a table holds the first rows only, all else all rows."""
+    limit = wanted.limit
+    if limit is None and wanted.format is Format.TABLE:
+        limit = SHOWN_ROWS
+    taken = _First(answer, limit)
+    writers = {
+        Format.TABLE: _write_table,
+        Format.CSV: _write_csv,
+        Format.JSON: _write_json,
+        Format.PARQUET: _write_parquet,
+    }
+    with _opened(wanted.output) as file:
+        writers[wanted.format](answer.schema, taken, file, wanted)
+    if wanted.output is not None:
+        say(f"{count(taken.rows, 'row')} written to {wanted.output}")
+    if taken.more and wanted.limit is None:
+        say(
+            f"These are the first {taken.rows:,} rows; there are more. To see more: --limit N, or "
+            "all of them with --format csv."
+        )
+
+
+class _First:
+    """The batches of an answer up to so many rows; ``more``: there were others."""
+
+    def __init__(self, answer: "Iterable[pa.RecordBatch]", limit: int | None) -> None:
+        self._answer = answer
+        self._limit = limit
+        self.rows = 0
+        self.more = False
+
+    def __iter__(self) -> "Iterator[pa.RecordBatch]":
+        for batch in self._answer:
+            left = batch.num_rows if self._limit is None else self._limit - self.rows
+            self.more = left < batch.num_rows
+            kept = batch.slice(0, left) if self.more else batch
+            self.rows += kept.num_rows
+            if kept.num_rows:
+                yield kept
+            if self.more:
+                return
+
+
+@contextmanager
+def _opened(output: Path | None) -> Iterator[BinaryIO]:
+    if output is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    from cellstore.artifacts import open_atomically
+
+    with open_atomically(output) as file:
+        yield file
+
+
+def _rows(batch: "pa.RecordBatch") -> Iterable[Sequence[Any]]:
+    # Not to_pylist() of the batch: two columns of the same name are two columns.
+    return zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def _write_table(
+    schema: "pa.Schema", batches: "Iterable[pa.RecordBatch]", file: BinaryIO, wanted: Answer
+) -> None:
+    on_screen = wanted.output is None and sys.stdout.isatty()
+    room = shutil.get_terminal_size().columns if on_screen else None
+    headers = [cell(name) for name in schema.names]
+    rows = [row for batch in batches for row in _rows(batch)]
+    file.write(table_text(headers, rows, room).encode(errors="replace"))
+
+
+def _write_json(
+    schema: "pa.Schema", batches: "Iterable[pa.RecordBatch]", file: BinaryIO, _: Answer
+) -> None:
+    seen: Counter[str] = Counter()
+    names = []
+    for name in schema.names:  # a second column x becomes x_2
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    file.write(b"[")
+    separator = "\n  "
+    for batch in batches:
+        for row in _rows(batch):
+            record = plain(dict(zip(names, row, strict=True)))
+            text = json.dumps(record, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+            file.write(f"{separator}{text}".encode(errors="replace"))
+            separator = ",\n  "
+    file.write(b"]\n" if separator == "\n  " else b"\n]\n")
+
+
+def _write_csv(
+    schema: "pa.Schema", batches: "Iterable[pa.RecordBatch]", file: BinaryIO, wanted: Answer
+) -> None:
+    import pyarrow as pa
+    import pyarrow.csv
+
+    def shaped(batch: "pa.RecordBatch") -> "pa.RecordBatch":
+        columns = [_flat(column) for column in batch.columns]
+        flat = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+        if not wanted.for_spreadsheet:
+            return flat
+        from cellstore.io.tables import disarmed
+
+        return disarmed(flat)
+
+    nothing = [pa.array([], item.type) for item in schema]
+    empty = pa.RecordBatch.from_arrays(nothing, schema=schema)
+    with pyarrow.csv.CSVWriter(file, shaped(empty).schema) as writer:
+        for batch in batches:
+            writer.write_batch(shaped(batch))
+
+
+def _flat(column: "pa.Array") -> "pa.Array":
+    """Return a column with lists, records and bytes as JSON texts: CSV knows no such values."""
+    import pyarrow as pa
+
+    kind = column.type
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    if number or pa.types.is_string(kind) or pa.types.is_decimal(kind):
+        return column
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return column
+    values = [plain(value) for value in column.to_pylist()]
+    texts = [
+        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for value in values
+    ]
+    return pa.array(texts, pa.string())
+
+
+def _write_parquet(
+    schema: "pa.Schema", batches: "Iterable[pa.RecordBatch]", file: BinaryIO, _: Answer
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise UserInputError(
+            f"Parquet cannot hold this answer: {str(error).splitlines()[0]}. Cast the column to "
+            "text, or take another --format."
+        ) from error
+
+
+def listener(*, quiet: bool) -> Progress:
+    """Return what shows progress: a bar on a terminal, elsewhere only what is worth a line."""
+    if quiet:
+        return Silent()
+    return Bar() if sys.stderr.isatty() else Notes()
+
+
+class Notes(Silent):
+    """Writes the notes to stderr, for logs and pipes, and draws no bar."""
+
+    def note(self, text: str) -> None:
+        """Write one line."""
+        say(text)
+
+
+class Bar:
+    """A bar on stderr: what is done, how much is left, and how long that will take."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+        self._progress: Any = None
+        self._tasks: list[Any] = []
+
+    def start(self, label: str, total: int | None) -> None:
+        """Show a bar for ``total`` steps; work inside other work gets a bar below it."""
+        from rich import progress
+
+        if self._progress is None:
+            self._progress = progress.Progress(
+                progress.SpinnerColumn(),
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(bar_width=None),
+                progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(),
+                progress.TextColumn("left"),
+                progress.TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+                expand=True,
+            )
+            self._progress.start()
+        self._tasks.append(self._progress.add_task(label, total=total))
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the innermost bar on."""
+        if self._tasks:
+            self._progress.advance(self._tasks[-1], steps)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, highlight=False, markup=False)
+
+    def finish(self) -> None:
+        """Take the innermost bar away."""
+        if not self._tasks:
+            return
+        self._progress.remove_task(self._tasks.pop())
+        if not self._tasks:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,461 @@
+"""Commands that take questions: sql, ask, schema; and export, which hands all cells out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from cellstore.config import Selection
+from cellstore.errors import UnknownNameError, UserInputError
+
+from . import output
+from .options import Common, FieldOf, MeasurementOption, SegmentationOption, command
+from .output import Answer, Format, say
+
+if TYPE_CHECKING:
+    from cellstore.query.describe import RelationWords
+    from cellstore.query.guard import Limits
+    from cellstore.store import Store
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+SecondsOption = Annotated[
+    float, typer.Option("--seconds", min=0.1, metavar="S", help="Stop a question after this time.")
+]
+MemoryOption = Annotated[
+    int,
+    typer.Option(
+        "--memory", min=64, metavar="MB", help="Memory of a question; more goes to the disk."
+    ),
+]
+GRACE_SECONDS = 15.0
+SLACK_MB = 1536
+"""What the rest of the program may take: Arrow, the tables that are read live, new copies."""
+
+
+@contextmanager
+def confined(limits: Limits, spill: Path) -> Iterator[None]:
+    """Hold this process to ``limits``, the memory with some slack, the time with some grace.
+
+    DuckDB does not count a text while a function makes it (``repeat('x', 4000000000)``), and does
+    not stop when told to while it plans. Here the operating system refuses memory, and a clock
+    ends the program, which takes its part of the folder ``spill`` along.
+    """
+
+    def end() -> None:
+        say(
+            f"Error: The question took longer than {limits.seconds:g} seconds and did not stop "
+            "when told to, so the program ends. Ask for less, or allow more time with --seconds."
+        )
+        for folder in spill.glob(f"{os.getpid()}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        sys.stdout.flush()
+        os._exit(2)
+
+    clock = threading.Timer(limits.seconds + GRACE_SECONDS, end)
+    clock.daemon = True
+    clock.start()
+    try:
+        with _memory(limits.memory_mb + SLACK_MB):
+            yield
+    finally:
+        clock.cancel()
+
+
+@contextmanager
+def _memory(megabytes: int) -> Iterator[None]:
+    if sys.platform != "linux":  # elsewhere the limit is not kept, or there is none
+        yield
+        return
+    import resource
+
+    lines = Path("/proc/self/status").read_text().splitlines()
+    taken = next((int(line.split()[1]) for line in lines if line.startswith("VmData:")), 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = (taken << 10) + (megabytes << 20)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _answer(
+    store: Store, query: str, parameters: Mapping[str, object], limits: Limits, answer: Answer
+) -> None:
+    spill = store.workspace.settings.cache / "spill"
+    with confined(limits, spill), store.open_questions(limits) as questions:
+        output.write(questions.stream(query, parameters), answer)
+
+
+def _checked(answer: Answer, common: Common) -> Answer:
+    """Return the answer that is wanted; ``--json`` is the same as ``--format json``."""
+    answer = replace(answer, format=Format.JSON) if common.as_json else answer
+    answer.check()
+    return answer
+
+
+@command(app, "sql")
+def sql(
+    answer: Answer,
+    common: Common,
+    query: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[QUERY]", help="The question; '-' reads it from stdin.", show_default=False
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", metavar="FILE", help="Read the question from a file.", show_default=False
+        ),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            metavar="NAME=VALUE",
+            help="The value of $NAME in the question; may be given several times. Numbers, true, "
+            "false, null and [1,2] are such; all else, and what stands in double quotes, is text.",
+            show_default=False,
+        ),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Only show how the question would be answered.")
+    ] = False,
+    seconds: SecondsOption = 600.0,
+    memory: MemoryOption = 2048,
+) -> None:
+    """Ask the store a question in SQL.
+
+    All tables and views are there by their plain names (in words: cellstore schema). The
+    dialect is DuckDB's. Questions only read: no writing, no files, no network.
+
+    \b
+    Example:
+      cellstore sql "SELECT t.name, count(*) FROM wells
+                     JOIN treatments t ON t.id = treatment_id GROUP BY 1"
+      cellstore sql 'SELECT * FROM wells WHERE name = $well' --param well=D14
+      cellstore sql --file big.sql --format parquet --output answer.parquet
+    """
+    from cellstore.query.guard import Limits
+
+    answer = _checked(answer, common)
+    parameters = dict(map(_parameter, param or ()))
+    limits = Limits(seconds=seconds, memory_mb=memory)
+    question = _question(query, file)
+    with common.open(quiet=True) as store:
+        if explain:
+            with store.open_questions(limits) as questions:
+                typer.echo(questions.plan(question, parameters))
+        else:
+            _answer(store, question, parameters, limits, answer)
+
+
+def _question(query: str | None, file: Path | None) -> str:
+    if file is not None and query is not None:
+        raise UserInputError("The question is given twice: as QUERY and as --file.")
+    if file is not None and str(file) != "-":
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+            raise UserInputError(f"{file} cannot be read: {reason}.") from error
+    if query is None and file is None and sys.stdin.isatty():
+        raise UserInputError(
+            'Give a question, for example: cellstore sql "FROM plates". Many that you may want are '
+            "there already: cellstore ask"
+        )
+    return sys.stdin.read() if query in (None, "-") else query
+
+
+def _parameter(text: str) -> tuple[str, object]:
+    name, mark, value = text.partition("=")
+    if not mark or not name.isidentifier():
+        raise UserInputError(f"--param takes NAME=VALUE, like run=3, not {text!r}.")
+
+    def no_number(text: str) -> Any:
+        raise ValueError(text)  # NaN and Infinity are texts
+
+    try:
+        return name, json.loads(value, parse_constant=no_number)
+    except ValueError:
+        return name, value
+
+
+@command(app, "ask", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def ask(
+    context: typer.Context,
+    answer: Answer,
+    common: Common,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME] [--PARAMETER VALUE]...",
+            help="The question, and values for what it takes. Without a name: lists all.",
+            show_default=False,
+        ),
+    ] = None,
+    show_sql: Annotated[
+        bool, typer.Option("--sql", help="Only print the question and what it takes.")
+    ] = False,
+    seconds: SecondsOption = 600.0,
+    memory: MemoryOption = 2048,
+) -> None:
+    """Ask a saved question, or list them.
+
+    Each is a file of SQL that can be read, copied and changed. Your own ones are files
+    questions/NAME.sql in the folder of the store; one that has the name of a question of
+    cellstore is asked instead of it.
+
+    \b
+    Example:
+      cellstore ask
+      cellstore ask accuracy --run 3
+      cellstore ask disagreements --runs 3,5 --format csv
+      cellstore ask accuracy --sql
+    """
+    from cellstore.query.guard import Limits
+
+    name, given = _name_and_values([*(words or ()), *context.args])
+    answer = _checked(answer, common)
+    with common.open(quiet=True) as store:
+        if name is None:
+            _list_questions(store, common)
+            return
+        question = store.question(name)
+        if show_sql:
+            typer.echo(question.text.rstrip("\n"))
+            return
+        if question.replaces:
+            say(f"Asking your own {question.path}, instead of the one of cellstore.")
+        values = store.question_values(question, given)
+        limits = Limits(seconds=seconds, memory_mb=memory)
+        _answer(store, question.query, values, limits, answer)
+
+
+def _name_and_values(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """Return the name of a question and its parameters; one without a value means yes."""
+    names: list[str] = []
+    given: dict[str, str] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            names.append(word)
+            continue
+        key, mark, value = word[2:].partition("=")
+        if not mark:
+            value = left.pop(0) if left and not left[0].startswith("--") else "yes"
+        given[key.replace("-", "_")] = value
+    if len(names) > 1:
+        raise UserInputError(
+            f"One question at a time: {names[0]!r} or {names[1]!r}? Values follow their "
+            "parameter: --run 3."
+        )
+    if given and not names:
+        raise UserInputError(f"--{next(iter(given))} of which question? List them: cellstore ask")
+    return (names[0] if names else None), given
+
+
+def _list_questions(store: Store, common: Common) -> None:
+    found = store.questions()
+    if common.as_json:
+        output.print_json(found)
+    else:
+        rows = []
+        for item in found:
+            own = "your own, instead of the one of this name" if item.replaces else "yours"
+            mark = "" if item.path is None else f" ({own})"
+            rows.append((item.name, _first_sentence(item.words) + mark))
+        output.definitions(rows)
+        typer.echo("\nAsk one: cellstore ask accuracy. Read one: cellstore ask accuracy --sql")
+    for problem in store.question_problems():
+        say(f"Not listed: {problem}")
+
+
+def _first_sentence(words: str) -> str:
+    head, mark, _ = words.partition(". ")
+    return f"{head}." if mark else head
+
+
+@command(app, "schema")
+def schema(
+    common: Common,
+    table: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[TABLE]",
+            help="A table, view or feature set. Default: an overview of all.",
+            show_default=False,
+        ),
+    ] = None,
+    form: Annotated[
+        Literal["text", "json", "mermaid"],
+        typer.Option(
+            "--format", help="mermaid: a diagram of the tables and of what refers to what."
+        ),
+    ] = "text",
+) -> None:
+    """Say what every table, view and column is, in words.
+
+    \b
+    Example:
+      cellstore schema
+      cellstore schema cells
+      cellstore schema --format mermaid
+    """
+    with common.open(quiet=True) as store:
+        every = store.schema()
+    chosen = every
+    if table is not None:
+        chosen = [item for item in every if item.name.lower() == table.lower()]
+    if not chosen:
+        raise UnknownNameError.of("table", table, [item.name for item in every])
+    if common.as_json or form == "json":
+        output.print_json(chosen)
+    elif form == "mermaid":
+        from cellstore.query.describe import diagram
+
+        typer.echo(diagram(chosen))
+    elif table is None:
+        titles = {"table": "Tables", "view": "Views", "feature set": "Feature sets"}
+        for kind, title in titles.items():
+            found = [item for item in every if item.kind == kind]
+            if found:
+                typer.echo(f"{title}:")
+                output.definitions((item.name, _first_sentence(item.words)) for item in found)
+                typer.echo("")
+        typer.echo("The columns of one of them: cellstore schema NAME")
+    else:
+        _show_relation(chosen[0], every)
+
+
+def _show_relation(item: RelationWords, every: Sequence[RelationWords]) -> None:
+    """Print one table, view or feature set with its columns."""
+    typer.echo(f"{output.cell(item.name)} ({item.kind})")
+    output.wrapped(item.words, output.GAP)
+    typer.echo("")
+    rows = []
+    for column in item.columns:
+        marks = [{"TIMESTAMP WITH TIME ZONE": "TIMESTAMPTZ"}.get(column.type, column.type)]
+        marks += ["key"] if column.key else []
+        marks += [f"refers to {column.refers_to}"] if column.refers_to else []
+        rows.append((column.name, f"{column.words} [{', '.join(marks)}]"))
+    output.definitions(rows)
+    others = [
+        f"{other.name}.{column.name}"
+        for other in every
+        if other.kind == "table"
+        for column in other.columns
+        if column.refers_to == f"{item.name}.id"
+    ]
+    if others:
+        typer.echo("\nReferred to by:")
+        output.wrapped(", ".join(others), output.GAP)
+
+
+class ExportFormat(StrEnum):
+    """What an export is written as."""
+
+    PARQUET = "parquet"
+    CSV = "csv"
+    ANNDATA = "anndata"
+
+
+_ENDINGS = {
+    ".csv": ExportFormat.CSV,
+    ".h5ad": ExportFormat.ANNDATA,
+    ".parquet": ExportFormat.PARQUET,
+    ".pq": ExportFormat.PARQUET,
+}
+
+
+@command(app, "export")
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
+    common: Common,
+    form: Annotated[
+        ExportFormat | None,
+        typer.Option(
+            "--format",
+            help="Default: by the ending of OUT: .csv, .h5ad (AnnData), .parquet.",
+            show_default=False,
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The feature set. Default: what was measured or ingested last.",
+            show_default=False,
+        ),
+    ] = None,
+    segmentation: SegmentationOption = None,
+    measurement: MeasurementOption = None,
+    plates: Annotated[tuple[str, ...], FieldOf(Selection)] = (),
+    for_spreadsheet: Annotated[
+        bool,
+        typer.Option(
+            "--for-spreadsheet",
+            help="CSV: put a ' before texts that a spreadsheet would run as formulas. Such a "
+            "table no longer reads back as it was.",
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Write a table with a row per cell, for pycytominer and other tools.
+
+    Columns are those of pycytominer: Metadata_Plate, Metadata_Well, Metadata_Site, ..., then
+    the features, built-in ones as Cells_area and so on. Excluded cells are rows, too, with the
+    reason in Metadata_Excluded. Ingesting the table into another store gives the same cells.
+
+    \b
+    Example:
+      cellstore export cells.parquet
+      cellstore export cells.csv --plate BR00117035 --features my_profiles
+    """
+    written = form or _ENDINGS.get(out.suffix.lower())
+    if written is None:
+        raise UserInputError(
+            f"The ending of {out.name} is none of {', '.join(_ENDINGS)}. Choose a format with "
+            "--format."
+        )
+    with common.open() as store:
+        result = store.export(
+            out,
+            format=written.value,
+            features=features,
+            segmentation=segmentation,
+            measurement=measurement,
+            plates=plates,
+            for_spreadsheet=for_spreadsheet,
+            force=force,
+        )
+    if common.as_json:
+        output.print_json(result)
+        return
+    output.pairs(
+        {
+            "written": result.path,
+            "format": result.format,
+            "cells": result.cells,
+            "features": f"{result.features:,} of {result.feature_set or 'the built-in ones'}",
+            "recipes": f"segment {result.segment_recipe}, measure {result.measure_recipe}",
+            "plates": result.plates,
+        }
+    )

@@ -1,0 +1,167 @@
+"""Commands that make a store and look after its schema: init, db, demo."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import output
+from .options import Common, command
+from .output import say
+
+if TYPE_CHECKING:
+    from cellstore.jobs.workspace import Workspace
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+db = typer.Typer(
+    help="Look at the schema of a store and bring it up to date.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(db, name="db")
+
+
+@command(app, "init")
+def init(
+    common: Common,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="The folder; made if it is not there. Default: here."),
+    ] = None,
+    database: Annotated[
+        str | None,
+        typer.Option(
+            "--database",
+            metavar="URL",
+            envvar="CELLSTORE_DATABASE_URL",
+            help="A PostgreSQL database, for teams. Default: a SQLite file in the folder.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Make a new, empty store in a folder.
+
+    The folder gets cellstore.toml (which marks it as a store), the database and, later, the
+    files that cellstore writes. Your images stay where they are. An existing store is kept.
+
+    \b
+    Example:
+      cellstore init my-screen
+      cellstore init my-screen --database postgresql://me@server/screen
+    """
+    from cellstore.jobs.workspace import create_workspace
+
+    workspace, created = create_workspace(folder or common.store or Path(), database)
+    root, shown = workspace.settings.root, workspace.database.shown
+    workspace.database.close()
+    if common.as_json:
+        output.print_json({"store": root, "database": shown, "created": created})
+        return
+    typer.echo(f"{'Made the store' if created else 'There is already a store:'} {root}")
+    output.pairs({"database": shown})
+    if created:
+        say(f"Next: cellstore --store {folder or '.'} ingest METADATA.csv --images FOLDER")
+
+
+@command(app, "demo")
+def demo(
+    context: typer.Context,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where the demo goes; a new folder.")
+    ] = Path("cellstore-demo"),
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Same seed, same plates.")] = 1,
+) -> None:
+    """Render a small screen and run every stage on it.
+
+    Plates of drawn cells under six treatments are segmented, measured, split, learned and
+    predicted; each command is shown before it runs. Takes under 5 minutes on 2 cores, and ends
+    with the path of a report.
+
+    \b
+    Example:
+      cellstore demo
+    """
+    from cellstore.demo import audit_command, commands, render_plates
+
+    def run(words: list[str]) -> None:
+        say(f"\n$ cellstore {shlex.join(words)}")
+        code = context.find_root().command.main(words, "cellstore", standalone_mode=False)
+        if code and words[:2] != ["split", "check"]:  # whose 1 is an answer, not a failure
+            raise typer.Exit(code)
+
+    say(f"Rendering the plates into {folder}")
+    plates = render_plates(folder, seed=seed, progress=output.listener(quiet=False))
+    for words in commands(plates):
+        run(words)
+    run(audit_command(plates))
+    say("\nThe demo is done. Open its report in a browser:")
+    typer.echo(plates.report)
+    say(f"Ask it more, for example: cellstore sql 'FROM accuracy' --store {plates.store}")
+
+
+@command(db, "upgrade")
+def db_upgrade(common: Common) -> None:
+    """Bring the schema of the store up to date.
+
+    Back the database up first. All or nothing: an upgrade that fails changes nothing.
+
+    \b
+    Example:
+      cellstore db upgrade
+    """
+    from cellstore.db import migrate
+
+    database = _connected(common).database
+    before = migrate.current(database)
+    migrate.upgrade(database)
+    after = migrate.current(database)
+    say("The schema was up to date." if before == after else f"Upgraded from {before}.")
+    typer.echo(after)
+
+
+@command(db, "check")
+def db_check(common: Common) -> None:
+    """Compare the tables of the store with what cellstore needs.
+
+    Ends with 1 if they differ, and lists how.
+
+    \b
+    Example:
+      cellstore db check
+    """
+    from cellstore.db import migrate
+
+    database = _connected(common).database
+    migrate.ensure_current(database)
+    found = migrate.differences(database)
+    for difference in found:
+        typer.echo(difference)
+    if found:
+        say(f"{output.count(len(found), 'difference')}. Was the database changed by hand?")
+        raise typer.Exit(1)
+    typer.echo("The schema is as it should be.")
+
+
+@command(db, "current")
+def db_current(common: Common) -> None:
+    """Print the schema revision of the store and of cellstore.
+
+    \b
+    Example:
+      cellstore db current
+    """
+    from cellstore.db import migrate
+
+    current = migrate.current(_connected(common).database)
+    output.pairs({"store": current or "none", "cellstore": migrate.head()})
+
+
+def _connected(common: Common) -> Workspace:
+    """Open a store whatever its schema."""
+    from cellstore.jobs.workspace import connect_workspace
+    from cellstore.settings import find_store
+
+    return connect_workspace(find_store(common.store))

@@ -1,0 +1,399 @@
+"""Commands about splits: create, import, list, show, check, delete."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cellstore.config import SplitParams
+from cellstore.enums import GroupLevel
+from cellstore.errors import UserInputError
+
+from . import output
+from .options import Common, FieldOf, PresetOption, command
+from .output import say
+
+if TYPE_CHECKING:
+    from cellstore.analysis.leaks import Finding
+    from cellstore.stages.split import CheckResult, SplitResult
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+split = typer.Typer(
+    help="Say which images train a network and which ones test it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(split, name="split")
+
+NameArgument = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="The split. Default: the latest.")
+]
+NewNameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="What the split is called.", show_default=False)
+]
+FieldOption = Annotated[str, FieldOf(SplitParams)]
+AllowMissingOption = Annotated[bool, FieldOf(SplitParams)]
+SHOWN_CLASSES = 5
+"""How many of the excluded classes are named; --json lists all."""
+MARGIN = 9
+"""Width of the column of severities: ``warning`` and a gap."""
+
+
+@command(split, "create")
+def create(
+    name: NewNameArgument, params: SplitParams, common: Common, preset: PresetOption = None
+) -> None:
+    """Assign the images to train, validation and test.
+
+    The split is stored as rows under its name, and never changes once a run relies on it: the
+    database refuses. It refuses a well (plate, perturbation) in two subsets as well.
+
+    \b
+    Example:
+      cellstore split create by-well --where "batch = '2026_03'" --min-images 6
+      cellstore split create by-plate --group plate --test-plates P7,P8
+      cellstore split create new-drugs --group perturbation --field target
+      cellstore split create five --folds 5 --downsample DMSO=median
+      cellstore split create as-published --preset published --allow-missing
+    """
+    if params.folds is not None and "test_size" in common.typed:
+        raise UserInputError("With --folds K each fold tests one part of K: leave out --test-size.")
+    settled = {"group_level": "--group", "validation_size": "--validation-size"}
+    typed = [flag for field, flag in settled.items() if field in common.typed]
+    if params.protocol == "published" and typed:
+        raise UserInputError(
+            "The published protocol splits single images, without a validation subset: leave out "
+            f"{' and '.join(typed)}, or choose --protocol grouped."
+        )
+    with common.open() as store:
+        if params.folds is None:
+            made: tuple[SplitResult, ...] = (store.create_split(name, params),)
+        else:
+            made = store.create_folds(name, params)
+    if common.as_json:
+        output.print_json(made if params.folds else made[0])
+    elif params.folds:
+        _show_folds(name, made)
+    else:
+        _show_split(made[0])
+    _say_if_there(made, common)
+
+
+@command(split, "import")
+def import_(
+    name: NewNameArgument,
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE",
+            help="Tables with a column split, and tables that say which wells they mean.",
+            show_default=False,
+        ),
+    ],
+    common: Common,
+    field: FieldOption = SplitParams.field,
+    group: Annotated[
+        GroupLevel,
+        typer.Option(help="What the split keeps in one subset. image: it promises nothing."),
+    ] = GroupLevel.IMAGE,
+    allow_missing: AllowMissingOption = False,
+) -> None:
+    """Keep a split that others made, as tables.
+
+    A row says the subset (train, validation, test) of images: by plate, well and site, or by
+    treatment (broad_sample, pert_iname). JUMP-CP's datasplits name treatments with their cell line
+    and time point; give the table that says which wells those are as a further FILE. Rows without
+    an image in the store are counted.
+
+    \b
+    Example:
+      cellstore split import theirs split.csv
+      cellstore split import jump split_example_1.csv cpjump1_metadata.csv.gz
+    """
+    with common.open() as store:
+        result = store.import_split(
+            name, files, field=field, group_level=group, allow_missing=allow_missing
+        )
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show_split(result)
+    _say_if_there((result,), common)
+
+
+@command(split, "list")
+def list_(common: Common) -> None:
+    """List all splits, with the images of each subset and the runs that rely on them.
+
+    \b
+    Example:
+      cellstore split list
+    """
+    with common.open(quiet=True) as store:
+        lines = store.list_splits()
+    if common.as_json:
+        output.print_json(lines)
+        return
+    if not lines:
+        typer.echo("There is no split yet. Make one with: cellstore split create NAME")
+        return
+    rows = [
+        (
+            line.name,
+            f"by {line.group_level}" if line.protocol == "grouped" else line.protocol,
+            *(line.field, line.train, line.validation, line.test, line.runs),
+            "yes" if line.frozen else "no",
+        )
+        for line in lines
+    ]
+    headers = ("split", "how", "predicts", "train", "validation", "test", "runs", "frozen")
+    output.table(headers, rows)
+
+
+@command(split, "show")
+def show(common: Common, name: NameArgument = None) -> None:
+    """Show the subsets of a split, and what was excluded.
+
+    \b
+    Example:
+      cellstore split show by-well
+    """
+    with common.open(quiet=True) as store:
+        result = store.show_split(name)
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show_split(result)
+
+
+@command(split, "delete")
+def delete(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="The split, or the name that its folds share.", show_default=False
+        ),
+    ],
+    common: Common,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a split that no run uses. One that a run relies on stays.
+
+    \b
+    Example:
+      cellstore split delete by-well
+    """
+    with common.open(quiet=True) as store:
+        found = store.deletable_split(name)
+        words = f"{', '.join(found.names)} ({output.count(found.images, 'image')} assigned)"
+        if not yes and not typer.confirm(f"Delete {words}?", err=True):
+            say("Nothing was deleted.")
+            raise typer.Exit(1)
+        result = store.delete_split(name)
+    if common.as_json:
+        output.print_json(result)
+    else:
+        typer.echo(f"Deleted {words}. The images themselves are as they were.")
+
+
+def _say_if_there(made: Sequence[SplitResult], common: Common) -> None:
+    if not common.as_json and not any(result.created for result in made):
+        were = "This split was" if len(made) == 1 else "These splits were"
+        say(f"{were} there already; nothing has changed.")
+
+
+def _show_split(result: SplitResult) -> None:
+    """Print a split; what makes it less useful goes to stderr."""
+    fold = [] if result.family is None else [("fold", f"{result.fold} of {result.family}")]
+    output.pairs(
+        [
+            ("split", result.name),
+            ("protocol", _protocol(result)),
+            *fold,
+            ("predicts", f"{result.field}, {output.count(result.classes, 'class', 'classes')}"),
+            ("images", result.images),
+            *((f"  {subset}", number) for subset, number in result.counts.items()),
+            ("wells in two subsets", result.wells_on_both_sides),
+            ("frozen", "yes, a run relies on it" if result.frozen else "no"),
+            ("fingerprint", result.fingerprint[:12]),
+            *_excluded(result.left_out),
+        ]
+    )
+    if result.protocol == "grouped" and not result.counts["validation"]:
+        say(
+            "Careful: there is no validation subset, so `cellstore train` cannot use this split. A "
+            f"class needs three {result.group_level}s or more to have one."
+        )
+    _warn([result])
+
+
+def _show_folds(name: str, results: Sequence[SplitResult]) -> None:
+    """Print the folds of a cross-validation: what they share, then a line for each."""
+    first = results[0]
+    output.pairs(
+        [
+            ("folds", f"{len(results)}, {name}-1 to {name}-{len(results)}"),
+            ("protocol", _protocol(first)),
+            ("predicts", f"{first.field}, {output.count(first.classes, 'class', 'classes')}"),
+            ("images", f"{first.images:,}, each tested once"),
+            *_excluded(first.left_out),
+        ]
+    )
+    typer.echo()
+    output.table(
+        ("split", "train", "validation", "test", "wells in two subsets"),
+        [(r.name, *r.counts.values(), r.wells_on_both_sides) for r in results],
+    )
+    _warn(results)
+
+
+def _warn(results: Sequence[SplitResult]) -> None:
+    if any(result.leaking for result in results):
+        say(
+            "Careful: some wells are in training and in test. Scores under this split are those of "
+            "wells that were already seen. See: cellstore split check"
+        )
+
+
+def _protocol(result: SplitResult) -> str:
+    drawn = "" if result.protocol == "imported" else f", seed {result.seed}"
+    return f"{result.protocol}, by {result.group_level}{drawn}"
+
+
+def _excluded(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what was excluded, and why."""
+    shown = []
+    if "qc_run" in found:
+        unseen = output.count(found.get("unseen_by_qc", 0), "image")
+        kept = f"; {unseen} kept that it has not looked at" if found.get("unseen_by_qc") else ""
+        shown.append(("flags of", f"qc run {found['qc_run']}{kept}"))
+    titles = {
+        "without_label": "without a label",
+        "missing_files": "missing files",
+        "flagged": "flagged by qc",
+    }
+    for name, title in titles.items():
+        if found.get(name):
+            shown.append((title, f"{output.count(found[name], 'image')} excluded"))
+    titles = {"rows_without_image": "rows without an image", "rows_refused": "rows not usable"}
+    for name, title in titles.items():
+        rows = found.get(name)
+        if rows and rows["count"]:
+            shown.append((title, f"{rows['count']:,}, first {rows['examples'][0]}"))
+    for label, cut in found.get("downsampled", {}).items():
+        shown.append((f"{label}, downsampled", f"{cut['after']} of {cut['before']} images"))
+    by_reason: dict[str, list[str]] = {}
+    for item in found.get("classes", []):
+        by_reason.setdefault(item["reason"], []).append(item["label"])
+    for reason, labels in by_reason.items():
+        more = ", ..." if len(labels) > SHOWN_CLASSES else ""
+        named = f"{', '.join(labels[:SHOWN_CLASSES])}{more}"
+        shown.append((f"{output.count(len(labels), 'class', 'classes')} excluded", reason))
+        shown += [("", line) for line in textwrap.wrap(named, 56)]
+    return shown
+
+
+@command(split, "check")
+def check(
+    common: Common,
+    name: NameArgument = None,
+    csv: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--csv",
+            metavar="FILE",
+            help="Check a split table instead, without a store; may be given several times, as the "
+            "files of `split import`.",
+            show_default=False,
+        ),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(
+            help="What a table (--csv) is to predict. Default: the target, if it has one.",
+            show_default=False,
+        ),
+    ] = None,
+    group: Annotated[
+        GroupLevel | None,
+        typer.Option(
+            help="What a table (--csv) should keep in one subset. Default: well.",
+            show_default=False,
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="End with 1 on warnings, too.")] = False,
+) -> None:
+    """Look for what lets the test images be seen in training.
+
+    A line for each finding. Leaks: wells, equal image files, or one compound under two names
+    in training and in test. Warnings: classes that are missing in a subset, or that their plate or
+    well position alone gives away. Ends with 1 if there is a leak.
+
+    \b
+    Example:
+      cellstore split check by-well
+      cellstore split check --csv split.csv --csv wells.csv --strict
+    """
+    if csv:
+        from cellstore.stages.split import check_tables
+
+        if name is not None:
+            raise UserInputError("Name a split of the store, or tables with --csv, not both.")
+        result = check_tables(csv, field, group or GroupLevel.WELL)
+    else:
+        if field or group:
+            raise UserInputError("--field and --group are for tables: add --csv FILE.")
+        with common.open(quiet=True) as store:
+            result = store.check_split(name)
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show_check(result)
+    if result.leaks or (strict and result.warnings):
+        raise typer.Exit(1)
+
+
+def _show_check(result: CheckResult) -> None:
+    classes = f"{result.labels_on_both_sides:,} of {result.labels:,}"
+    rows: list[tuple[str, Any]] = [
+        ("split", f"{result.split} ({result.protocol}, by {result.group_level})"),
+        ("rows", result.rows) if result.rows else ("images", result.images),
+    ]
+    if result.wells:
+        wells = f"{result.wells_on_both_sides:,} of {result.wells:,}"
+        rows.append(("wells in two subsets", wells))
+    rows.append(("classes in two subsets", classes))
+    if result.unseen:
+        rows.append(("bytes not compared", f"{output.count(result.unseen, 'image')} without files"))
+    if result.refused:
+        rows.append(("rows not usable", result.refused))
+    output.pairs(rows)
+    if result.findings:
+        typer.echo()
+    for finding in result.findings:
+        typer.echo(f"{finding.severity.value:<{MARGIN}}{finding.message}")
+        typer.echo(" " * MARGIN + _examples(finding))
+    if not result.leaks:
+        typer.echo("No leak found: the test images are not seen in training.")
+    if result.rows:
+        unknown = "" if result.wells else "wells, plates and "
+        typer.echo(f"Tables do not name {unknown}image files, so these were not compared.")
+
+
+def _examples(finding: Finding) -> str:
+    """As many examples as fit on a line, one at least, cut if need be."""
+    room = output.WIDTH - MARGIN
+    shown = ""
+    for number, text in enumerate(map(output.cell, finding.examples), start=1):
+        longer = f"{shown}, {text}" if shown else text
+        more = ", ..." if number < finding.count else ""
+        if shown and len(longer + more) > room:
+            return f"{shown}, ..."
+        shown = longer
+    if len(shown) > room:
+        return output.cut(shown, room)
+    return f"{shown}, ..." if finding.count > len(finding.examples) else shown

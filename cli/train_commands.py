@@ -1,0 +1,424 @@
+"""Commands about learning: train, contrast, predict, export-model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cellstore.config import (
+    BASELINES,
+    PRESETS,
+    BaselineParams,
+    ContrastParams,
+    PredictParams,
+    Sources,
+    TrainParams,
+    TrainSetup,
+    options_of,
+)
+from cellstore.errors import UserInputError
+
+from . import output
+from .image_commands import end_with_failures, list_failures
+from .options import (
+    Common,
+    Device,
+    DeviceOption,
+    MeasurementOption,
+    PresetOption,
+    SegmentationOption,
+    command,
+)
+from .output import say
+
+if TYPE_CHECKING:
+    from cellstore.stages.contrast import ContrastResult, ContrastRow
+    from cellstore.stages.predict import PredictResult
+    from cellstore.stages.train import TrainResult
+    from cellstore.stages.train_baselines import BaselineResult
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+EPOCH_COLUMNS = {
+    "epoch": "epoch",
+    "train_loss": "loss",
+    "train_accuracy": "accuracy",
+    "validation_loss": "val. loss",
+    "validation_accuracy": "val. accuracy",
+    "learning_rate": "rate",
+    "seconds": "seconds",
+    "waited": "waited",
+}
+"""Metrics of an epoch and their heads, which fit 80 columns."""
+
+_ANYWAY = {"device", "store", "as_json"}
+_WITH_RESUME = _ANYWAY | {"resume"} | {item.name for item in options_of(TrainSetup)}
+_OF_BASELINES = {"baseline", "no_predict", "force"} | {
+    item.name for kind in (Sources, BaselineParams) for item in options_of(kind)
+}
+
+
+@command(app, "train")
+def train(
+    params: TrainParams,
+    sources: Sources,
+    setup: TrainSetup,
+    baselines: BaselineParams,
+    common: Common,
+    preset: PresetOption = None,
+    list_presets: Annotated[
+        bool,
+        typer.Option("--list-presets", help="Show the values with and without --preset, and end."),
+    ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with a run that was stopped, after its last whole epoch, with its own "
+            "options; 'latest': the last such run.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Train again, even if this was trained or begun already."),
+    ] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Train no network but what it has to beat: logistic, forest, or a null baseline "
+            "(majority, shuffled, cellcount, position); with commas between, or 'null' for all "
+            "four, or 'all'. They label the test images at once, for the report.",
+            rich_help_panel=BASELINES,
+            show_default=False,
+        ),
+    ] = None,
+    no_predict: Annotated[
+        bool,
+        typer.Option(
+            "--no-predict",
+            help="With --baseline: do not label the test images.",
+            rich_help_panel=BASELINES,
+        ),
+    ] = False,
+    device: DeviceOption = Device.AUTO,
+) -> None:
+    """Train a network on the training images of a split.
+
+    It sees crops of each cell and its measurements. Metrics of every epoch are kept in the
+    database; the checkpoint of the best epoch is kept as a file of the store. The defaults suit
+    some thousand cells; --preset published is the network of the study, trained as published.
+    Cells of another tool may have no masks: then the network reads their features only, and the
+    result says so. A value that their tool did not measure counts as the mean of its column in the
+    training images.
+
+    A training that was stopped goes on, after its last whole epoch, when the same command is
+    given again, or with --resume.
+
+    \b
+    Example:
+      cellstore train --split by-well --epochs 20
+      cellstore train --split by-well --branches mask,image
+      cellstore train --split by-well --features cellprofiler --branches tabular
+      cellstore train --split as-published --preset published
+      cellstore train --resume 7
+      cellstore train --split by-well --baseline null,logistic
+    """
+    if list_presets:
+        _show_presets()
+        return
+    if baseline is not None:
+        _refuse(common, common.typed - _OF_BASELINES - _ANYWAY, "Baselines have no option {flags}.")
+        kinds = [word.strip() for word in baseline.split(",") if word.strip()]
+        with common.open() as store:
+            made = store.train_baselines(
+                kinds, baselines, **asdict(sources), force=force, predict=not no_predict
+            )
+        if common.as_json:
+            output.print_json(made)
+        else:
+            _show_baselines(made)
+        return
+    only = {
+        item.name for item in options_of(BaselineParams) if item.metadata["section"] == BASELINES
+    }
+    _refuse(common, common.typed & (only | {"no_predict"}), "{flags} needs --baseline.")
+    if resume is not None:
+        sentence = "--resume goes on with the options of the run itself: leave out {flags}."
+        _refuse(common, common.typed - _WITH_RESUME, sentence)
+    _say_processors(device, setup.devices)
+    with common.open() as store:
+        result = store.train(
+            params,
+            **asdict(sources),
+            device=device.value,
+            setup=setup,
+            force=force,
+            resume=resume,
+        )
+    from cellstore.learn.training import is_first
+
+    if not is_first():  # of several processes that train together, one prints
+        return
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show_train(result)
+
+
+def _refuse(common: Common, names: set[str] | frozenset[str], sentence: str) -> None:
+    if names:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+        raise UserInputError(sentence.format(flags=flags))
+
+
+def _show_presets() -> None:
+    def shown(value: Any) -> str:
+        if isinstance(value, tuple):
+            return ",".join(value) or "none"
+        return {True: "yes", False: "no", None: "none"}.get(value) or output.cell(value)
+
+    every = [TrainParams(), *(TrainParams.of(name) for name in PRESETS)]
+    rows = [
+        [item.name.replace("_", "-"), *(shown(getattr(values, item.name)) for values in every)]
+        for item in options_of(TrainParams)
+    ]
+    output.table(["option", "default", *PRESETS], rows)
+
+
+def _say_processors(device: Device, devices: int) -> None:
+    """Say that several devices are processes on a CPU, before they begin."""
+    if devices == 1 or "LOCAL_RANK" in os.environ:  # set by the first process, or a launcher
+        return
+    from cellstore.analysis.devices import pick_device
+
+    if pick_device(device.value).type == "cpu":
+        say(f"No GPU is used: {devices} processes share the CPU. One may be as fast.")
+
+
+def _show_train(result: TrainResult) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} was trained with these options already.")
+    elif result.resumed_after:
+        typer.echo(f"Run {result.run_id} went on after epoch {result.resumed_after}.")
+    features = result.feature_set or "built-in"
+    unread = "" if "tabular" in result.branches else " (says which cells; not read)"
+    output.pairs(
+        {
+            "run": result.run_id,
+            "split": result.split,
+            "feature set": features + unread,
+            "branches": ", ".join(result.branches),
+            "classes": result.classes,
+            **{f"{subset} images": number for subset, number in result.images.items()},
+            **{f"{subset} cells": number for subset, number in result.cells.items()},
+            "epochs": result.epochs,
+            "best epoch": result.best_epoch,
+        }
+    )
+    if result.metrics:
+        rows = [[row.get(name) for name in EPOCH_COLUMNS] for row in result.metrics]
+        whole = [
+            [int(x) if x is not None and float(x).is_integer() else x for x in row] for row in rows
+        ]
+        output.table(list(EPOCH_COLUMNS.values()), whole)
+    for note in result.notes:
+        say(note)
+
+
+def _show_baselines(results: Sequence[BaselineResult]) -> None:
+    first = results[0]
+    output.pairs(
+        {
+            "split": first.split,
+            "classes": first.classes,
+            "training images": first.images,
+            "training cells": first.cells,
+        }
+    )
+    typer.echo("")
+    output.table(
+        ("baseline", "kind", "train run", "learned from", "predict run", ""),
+        [
+            (
+                item.baseline,
+                "null" if item.null else "classical",
+                *(item.run_id, f"{item.rows:,}", item.predict_run_id),
+                "was there already" if item.already_done else "",
+            )
+            for item in results
+        ],
+    )
+    for note in dict.fromkeys(note for item in results for note in item.notes):
+        say(note)
+    if first.predict_run_id is not None:
+        typer.echo("\nThey stand beside the score of every run of this split: cellstore report")
+
+
+@command(app, "contrast")
+def contrast(
+    params: ContrastParams,
+    common: Common,
+    segmentation: SegmentationOption = None,
+    measurement: MeasurementOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare again, even if nothing has changed.")
+    ] = False,
+) -> None:
+    """Say which treatments look different from control at all.
+
+    A logistic regression learns to tell cells of a treatment from control cells of the same
+    plates, as many of each, by their measurements. It is trained on some wells and tested on
+    others. AUC 0.5: cannot be told from control; 1: always. The last rows compare control wells
+    with control wells: that is chance.
+
+    \b
+    Example:
+      cellstore contrast
+      cellstore contrast --treatment taxol --control DMSO
+      cellstore contrast --pooled
+    """
+    with common.open() as store:
+        result = store.contrast(
+            params, segmentation=segmentation, measurement=measurement, force=force
+        )
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show_contrast(result)
+
+
+def _show_contrast(result: ContrastResult) -> None:
+    if result.already_done:
+        typer.echo(f"Nothing to do: run {result.run_id} has compared these cells already.")
+    output.pairs(
+        {
+            "run": result.run_id,
+            "control": result.control,
+            "feature set": result.feature_set or "built-in",
+            "measurements": result.columns,
+            "different": f"{result.different} of {result.tested} that could be compared",
+        }
+    )
+    typer.echo("")
+
+    def cells(row: ContrastRow) -> tuple[Any, ...]:
+        accuracy, auc, chance = (
+            None if value is None else f"{value:.3f}"
+            for value in (row.accuracy, row.auc, row.usual)
+        )
+        known = row.low is not None and row.high is not None
+        bounds = f"{row.low:.3f} to {row.high:.3f}" if known else "-"
+        counts = (row.wells or None, row.cells or None)
+        return (row.treatment, row.verdict, *counts, accuracy, auc, bounds, chance)
+
+    headers = ("treatment", "differs", "wells", "cells", "accuracy", "AUC", "95 % interval")
+    output.table((*headers, "chance"), map(cells, result.rows))
+    for row in result.rows:
+        if row.note:
+            typer.echo(f"{row.treatment}: {row.note}")
+    for note in result.notes:
+        say(note)
+
+
+@command(app, "predict")
+def predict(
+    params: PredictParams,
+    common: Common,
+    run: Annotated[
+        str, typer.Option(metavar="RUN", help="The train run, by number, or 'latest'.")
+    ] = "latest",
+    device: DeviceOption = Device.AUTO,
+) -> None:
+    """Label every cell of some images with a trained network or baseline.
+
+    Predictions are added, never changed: each run keeps its own. The same model and cells give
+    the same rows. To go on with a run that was stopped, give the same command again.
+
+    \b
+    Example:
+      cellstore predict
+      cellstore predict --run 7 --subset all --plate BR00116991 --embedding seen_by_7
+      cellstore predict --subset all --where "perturbation = 'DMSO'" --all-probabilities
+    """
+    if params.all_probabilities and "top_k" in common.typed:
+        raise UserInputError("--all-probabilities keeps every label: leave out --top-k.")
+    with common.open() as store:
+        result = store.predict(params, run=run, device=device.value)
+    if common.as_json:
+        output.print_json(result)
+    else:
+        _show_predict(result)
+    end_with_failures(len(result.failures), result.done, "labelled", "the same command")
+
+
+def _show_predict(result: PredictResult) -> None:
+    if result.done == 0 and not result.failures:
+        typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
+    output.pairs(
+        {
+            "run": result.run_id,
+            "trained in run": result.train_run_id,
+            "split": result.split,
+            "images labelled": result.done,
+            "labelled before": result.earlier,
+            "without measured cells": result.waiting,
+            "cells labelled": result.cells,
+            **({"feature set": result.feature_set} if result.feature_set else {}),
+        }
+    )
+    for note in result.notes:
+        say(note)
+    list_failures(result.failures)
+
+
+@command(app, "export-model")
+def export_model(
+    common: Common,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="The train run, by number, or 'latest'.")
+    ] = "latest",
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="The folder to write, new or empty. Default: model-RUN here.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write a trained model as a folder that opens without this store, and without cellstore.
+
+    In it: the tensors (safetensors), a record of all that the model needs to know (JSON: labels,
+    scales, crops, where it comes from), the Python source that puts both together with torch and
+    torchvision alone, three cells and an example that labels them. Nothing in the two files of
+    the model is code.
+
+    \b
+    Example:
+      cellstore export-model 7 --output my-model
+      cd my-model && python example.py
+    """
+    with common.open() as store:
+        result = store.export_model(run, folder)
+    if common.as_json:
+        output.print_json(result)
+        return
+    output.pairs(
+        {
+            "written": result.path,
+            "trained in run": result.train_run_id,
+            "model": result.model,
+            "classes": result.classes,
+            "files": ", ".join(result.files),
+        }
+    )
+    for note in result.notes:
+        say(note)
