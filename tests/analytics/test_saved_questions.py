@@ -25,7 +25,7 @@ SELECT p.barcode AS plate, w.name AS well, t.target
 FROM wells AS w
 JOIN plates AS p ON p.id = w.plate_id
 JOIN treatments AS t ON t.id = w.treatment_id
-WHERE t.pert_iname = $treatment AND ($plate IS NULL OR p.barcode = $plate)
+WHERE t.name = $treatment AND ($plate IS NULL OR p.barcode = $plate)
 ORDER BY p.barcode, w.row, w."column"
 """
 
