@@ -36,6 +36,7 @@ from cellstore.models import (
     ImageFile,
     Job,
     Label,
+    Perturbation,
     Plate,
     Prediction,
     Recipe,
@@ -45,6 +46,7 @@ from cellstore.models import (
     Split,
     SplitMember,
     Treatment,
+    TreatmentPart,
     Well,
 )
 from cellstore.report.audit import audit_artifact, audit_cell, audit_image, audit_run, audit_well
@@ -87,10 +89,15 @@ def build(workspace: Workspace, n_images: int, n_cells: int, n_runs: int) -> Non
     n_wells = -(-n_images // SITES)
     plates = -(-n_wells // WELLS)
     writer.write(Plate, ("id", "barcode"), ((n, f"BR{n:05d}") for n in range(1, plates + 1)))
-    columns = ("id", "identity", "kind", "name")
-    kinds = ((n, f"c{n}", "compound", f"compound-{n}") for n in range(1, CLASSES + 1))
+    numbers = range(1, CLASSES + 1)
+    names = ((n, "compound", f"compound-{n}") for n in numbers)
+    writer.write(Perturbation, ("id", "kind", "name"), names)
+    columns = ("id", "identity", "name", "name_with_dose", "perturbations_key")
+    kinds = ((n, f"c{n}", f"compound-{n}", f"compound-{n}", n) for n in numbers)
     writer.write(Treatment, columns, kinds)
-    labels = ((n, "pert_iname", f"compound-{n}") for n in range(1, CLASSES + 1))
+    parts = ((n, 1, n) for n in numbers)
+    writer.write(TreatmentPart, ("treatment_id", "position", "perturbation_id"), parts)
+    labels = ((n, "perturbation", f"compound-{n}") for n in range(1, CLASSES + 1))
     writer.write(Label, ("id", "field", "value"), labels)
     wells = (
         (n + 1, n // WELLS + 1, *place(n % WELLS), name(n % WELLS), n % CLASSES + 1)

@@ -25,13 +25,18 @@ from cellstore.models import (
     Image,
     ImageFile,
     Job,
+    Perturbation,
     Plate,
     Segmentation,
     Treatment,
+    TreatmentPart,
     Well,
 )
 from cellstore.query.feature_files import FEATURE_COLUMNS
+from cellstore.stages.ingest.write_treatments import Part, PerturbationKey, treatment_values
 from cellstore.stages.split import create_split
+
+COMPOUND = PerturbationKind.COMPOUND
 
 SITES = 9
 CELL_ROWS = 20_000
@@ -113,7 +118,14 @@ def _insert_images(
 ) -> None:
     with workspace.database.begin() as session:
         kinds = [
-            Treatment(identity=f"t{i}", kind=PerturbationKind.COMPOUND, name=f"t{i}")
+            Treatment(
+                **treatment_values([Part(PerturbationKey(COMPOUND, f"t{i}", None))]),
+                parts=[
+                    TreatmentPart(
+                        position=1, perturbation=Perturbation(kind=COMPOUND, name=f"t{i}")
+                    )
+                ],
+            )
             for i in range(treatments)
         ]
         place = Folder(uri=str(folder))

@@ -50,6 +50,7 @@ from cellstore.models import (
     Image,
     ImageFile,
     Label,
+    Perturbation,
     Plate,
     Prediction,
     RunMetric,
@@ -57,9 +58,13 @@ from cellstore.models import (
     Split,
     SplitMember,
     Treatment,
+    TreatmentPart,
     Well,
 )
 from cellstore.query.feature_files import FEATURE_COLUMNS
+from cellstore.stages.ingest.write_treatments import Part, PerturbationKey, treatment_values
+
+COMPOUND = PerturbationKind.COMPOUND
 
 COLUMNS = 24
 ROWS_AT_ONCE = 100_000
@@ -134,11 +139,11 @@ def _insert_images(workspace: Workspace, folder: Path, design: Design) -> list[t
 
 
 def _treatment(name: str, target: str) -> Treatment:
+    named = Perturbation(kind=COMPOUND, name=name, target=target or None)
     return Treatment(
-        identity=f"compound|{name}",
-        kind=PerturbationKind.COMPOUND,
-        name=name,
+        **treatment_values([Part(PerturbationKey(COMPOUND, name, None))]),
         target=target or None,
+        parts=[TreatmentPart(position=1, perturbation=named)],
     )
 
 

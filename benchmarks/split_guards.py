@@ -26,7 +26,7 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.orm import Session
 
 from cellstore.db.statements import insert_new
-from cellstore.enums import PERTURBATION, GroupLevel, PerturbationKind, Stage, Subset
+from cellstore.enums import PERTURBATION, GroupLevel, Stage, Subset
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import Image, Label, Plate, Recipe, Split, SplitMember, Treatment, Well
 
@@ -77,7 +77,12 @@ def compare(workspace: Workspace, images: int) -> None:
 
 def fill(session: Session, images: int) -> None:
     drugs = [
-        {"identity": f"t{n}", "kind": PerturbationKind.COMPOUND, "pert_iname": f"t{n}"}
+        {
+            "identity": f"t{n}",
+            "name": f"t{n}",
+            "name_with_dose": f"t{n}",
+            "perturbations_key": n,
+        }
         for n in range(TREATMENTS)
     ]
     session.execute(insert(Treatment), drugs)

@@ -23,7 +23,19 @@ from cellstore.enums import PERTURBATION, GroupLevel, PerturbationKind, Stage, S
 from cellstore.jobs.recipes import RecipeSpec, register
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace, create_workspace
-from cellstore.models import Image, Label, Plate, Split, Treatment, Well
+from cellstore.models import (
+    Image,
+    Label,
+    Perturbation,
+    Plate,
+    Split,
+    Treatment,
+    TreatmentPart,
+    Well,
+)
+from cellstore.stages.ingest.write_treatments import Part, PerturbationKey, treatment_values
+
+COMPOUND = PerturbationKind.COMPOUND
 
 LABELS = 250
 WELLS = 384
@@ -68,7 +80,12 @@ def _insert_images(workspace: Workspace, images: int) -> NDArray[np.int64]:
     with workspace.database.begin() as session:
         names = [f"compound {i:03d}" for i in range(LABELS)]
         kinds = [
-            Treatment(identity=f"compound|{name}", kind=PerturbationKind.COMPOUND, name=name)
+            Treatment(
+                **treatment_values([Part(PerturbationKey(COMPOUND, name, None))]),
+                parts=[
+                    TreatmentPart(position=1, perturbation=Perturbation(kind=COMPOUND, name=name))
+                ],
+            )
             for name in names
         ]
         labels = [Label(field=PERTURBATION, value=name) for name in names]

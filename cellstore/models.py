@@ -137,25 +137,84 @@ class Plate(Base):
     wells: Mapped[list[Well]] = relationship(back_populates="plate", order_by="Well.id")
 
 
-class Treatment(Base):
-    """What was done to a well.
+class Perturbation(Base):
+    """A thing that acts on cells: a compound, a gene that is made more or less of, a genotype.
 
-    ``identity`` is a readable beginning and a digest of all other columns: two rows that differ in
-    anything, a corrected target for example, are two treatments.
+    ``identifier`` is that of a sample or reagent (``broad_sample``, ``Metadata_JCP2022``): two
+    samples of one compound are two rows. Several targets have ``|`` between them.
+    """
+
+    __tablename__ = "perturbations"
+    __table_args__ = (
+        UniqueConstraint("kind", "name", "identifier"),
+        Index(
+            "uq_perturbations_without_identifier",
+            "kind",
+            "name",
+            unique=True,
+            **_only("identifier IS NULL"),
+        ),
+    )
+
+    id: Mapped[Id]
+    kind: Mapped[PerturbationKind] = mapped_column(by_value(PerturbationKind))
+    name: Mapped[Name] = mapped_column(index=True)
+    identifier: Mapped[Name | None] = mapped_column(index=True)
+    target: Mapped[str | None] = mapped_column(Text)  # may be a long list
+    inchikey: Mapped[Name | None]
+    smiles: Mapped[str | None] = mapped_column(Text)
+    pubchem_cid: Mapped[Name | None]
+    parts: Mapped[list[TreatmentPart]] = relationship(back_populates="perturbation")
+    treatments: Mapped[list[Treatment]] = relationship(
+        secondary="treatment_parts", back_populates="perturbations", viewonly=True
+    )
+
+
+class Treatment(Base):
+    """What was done to a well: one or more perturbations, each with its dose (``parts``).
+
+    ``identity`` says the parts in one text. Three columns repeat what the parts say, for those
+    who read many rows: ``name`` is the names of the perturbations with ``" + "`` between them,
+    ``name_with_dose`` the same with doses, ``target`` all their targets. ``perturbations_key`` is
+    the same number for all doses of the same perturbations, in every store.
     """
 
     __tablename__ = "treatments"
 
     id: Mapped[Id]
     identity: Mapped[str] = mapped_column(Text, unique=True)
-    kind: Mapped[PerturbationKind] = mapped_column(by_value(PerturbationKind))
-    name: Mapped[Name] = mapped_column(index=True)
-    target: Mapped[str | None] = mapped_column(Text)  # may be a long list
-    identifier: Mapped[Name | None] = mapped_column(index=True)
-    inchikey: Mapped[Name | None]
-    smiles: Mapped[str | None] = mapped_column(Text)
-    pubchem_cid: Mapped[Name | None]
+    name: Mapped[str] = mapped_column(Text, index=True)
+    name_with_dose: Mapped[str] = mapped_column(Text)
+    target: Mapped[str | None] = mapped_column(Text)
+    perturbations_key: Mapped[int] = mapped_column(BigInteger)
+    parts: Mapped[list[TreatmentPart]] = relationship(
+        back_populates="treatment", order_by="TreatmentPart.position"
+    )
+    perturbations: Mapped[list[Perturbation]] = relationship(
+        secondary="treatment_parts",
+        order_by="TreatmentPart.position",
+        back_populates="treatments",
+        viewonly=True,
+    )
     wells: Mapped[list[Well]] = relationship(back_populates="treatment", order_by="Well.id")
+
+
+class TreatmentPart(Base):
+    """A perturbation of a treatment with its dose; null where it is not known.
+
+    Molar doses are in ``uM``, others in the unit they came in; ``dose_original`` is as written.
+    """
+
+    __tablename__ = "treatment_parts"
+
+    treatment_id: Mapped[int] = refers_to("treatments.id", primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    perturbation_id: Mapped[int] = refers_to("perturbations.id", index=True)
+    dose: Mapped[float | None]
+    dose_unit: Mapped[Name | None]
+    dose_original: Mapped[Name | None]
+    treatment: Mapped[Treatment] = relationship(back_populates="parts")
+    perturbation: Mapped[Perturbation] = relationship(back_populates="parts")
 
 
 class Well(Base):
@@ -590,21 +649,6 @@ class IngestIssue(Base):
     run: Mapped[Run] = relationship(back_populates="issues")
 
 
-class WellChange(Base):
-    """A later table said something else of a well: what it had, what it has, who said so where."""
-
-    __tablename__ = "well_changes"
-
-    id: Mapped[Id]
-    run_id: Mapped[int] = refers_to("runs.id", index=True)
-    well_id: Mapped[int] = refers_to("wells.id", index=True)
-    old_treatment_id: Mapped[int | None] = refers_to("treatments.id")
-    new_treatment_id: Mapped[int | None] = refers_to("treatments.id")
-    file: Mapped[str] = mapped_column(Text)
-    line: Mapped[int | None] = mapped_column(BigId)
-    changed_at: Mapped[datetime]
-
-
 class RunMetric(Base):
     """A metric of a run at an epoch, for example ``validation_loss``."""
 
@@ -766,9 +810,10 @@ class SplitMember(Base):
 class SplitGroup(Base):
     """The one subset of a group in a split: what keeps a well, plate or perturbation together.
 
-    ``group_id`` is the id of the well, plate or treatment, as the group level of the split says;
-    splits by image have no groups. Triggers write these rows as members come in, and refuse a
-    member of another subset, so that no two programs at once can put a group into two.
+    ``group_id`` is the id of the well or plate, or ``treatments.perturbations_key``, as the group
+    level of the split says; splits by image have no groups. Triggers write these rows as members
+    come in, and refuse a member of another subset, so that no two programs at once can put a group
+    into two.
     """
 
     __tablename__ = "split_groups"

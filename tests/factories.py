@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from cellstore.enums import (
     PERTURBATION,
@@ -37,6 +38,7 @@ from cellstore.models import (
     Cell,
     CellFeatures,
     CellFlag,
+    Event,
     FeatureFile,
     FeatureSet,
     Folder,
@@ -46,6 +48,7 @@ from cellstore.models import (
     ImageQuality,
     Job,
     Label,
+    Perturbation,
     Plate,
     Prediction,
     Recipe,
@@ -57,9 +60,10 @@ from cellstore.models import (
     Split,
     SplitMember,
     Treatment,
+    TreatmentPart,
     Well,
-    WellChange,
 )
+from cellstore.stages.ingest.write_treatments import Part, PerturbationKey, treatment_values
 
 MOMENT = datetime(2026, 3, 4, 5, 6, 7, 89, tzinfo=UTC)
 NUMBERS = count(1)
@@ -84,6 +88,24 @@ def well_name(row: int, column: int) -> str:
     return f"{chr(64 + row)}{column:02d}"
 
 
+def treatment(session: Session, name: str, **values: Any) -> Treatment:
+    """A treatment of one perturbation; another sample where the name is there otherwise."""
+    values = {"kind": PerturbationKind.COMPOUND, "identifier": None} | values
+    key = PerturbationKey(values["kind"], name, values["identifier"])
+    known = session.scalars(select(Perturbation).filter_by(**key._asdict())).one_or_none()
+    if known is not None and any(getattr(known, item) != values[item] for item in values):
+        key = key._replace(identifier=f"sample {next(NUMBERS)}")
+        known = None
+    if known is not None:
+        return known.treatments[0]
+    perturbation = Perturbation(**values | key._asdict())
+    row = Treatment(**treatment_values([Part(key)]), target=values.get("target"))
+    row.parts.append(TreatmentPart(position=1, perturbation=perturbation))
+    session.add(row)
+    session.flush()
+    return row
+
+
 class Factory:
     """Makes rows in one store. Every method inserts at once and returns the row."""
 
@@ -106,13 +128,9 @@ class Factory:
         return self.add(Plate(barcode=barcode or f"P{next(NUMBERS):03d}", batch=batch))
 
     def treatment(self, name: str = "DMSO", target: str | None = None, **more: Any) -> Treatment:
-        values: dict[str, Any] = {
-            "identity": f"compound|{name}|{next(NUMBERS)}",
-            "kind": PerturbationKind.COMPOUND,
-            "name": name,
-            "target": target,
-        }
-        return self.add(Treatment(**{**values, **more}))
+        """A treatment of one perturbation; another sample where the name is there otherwise."""
+        with self.workspace.database.begin() as session:
+            return treatment(session, name, target=target, **more)
 
     def well(
         self, plate: Plate, row: int, column: int, treatment: Treatment | None = None, **more: Any
@@ -127,22 +145,25 @@ class Factory:
         }
         return self.add(Well(**{**values, **more}))
 
-    def well_change(
-        self, well: Well, new: Treatment, run: Run | None = None, **more: Any
-    ) -> WellChange:
-        """A file gave ``well`` another treatment: the change on record, and the well itself."""
+    def well_change(self, well: Well, new: Treatment, run: Run | None = None, **more: Any) -> Event:
+        """A file gave ``well`` another treatment: the event, and the well itself."""
+        run = run or self.run(Stage.INGEST)
         values: dict[str, Any] = {
-            "run_id": (run or self.run(Stage.INGEST)).id,
-            "well_id": well.id,
-            "old_treatment_id": well.treatment_id,
-            "new_treatment_id": new.id,
+            "created_at": MOMENT,
+            "user_name": run.user_name,
+            "command": run.command,
+            "run_id": run.id,
+            "table_name": "wells",
+            "row_id": well.id,
+            "old": {"treatment_id": well.treatment_id},
+            "new": {"treatment_id": new.id},
             "file": "platemap.csv",
             "line": 2,
-            "changed_at": MOMENT,
+            "sha256": "0" * 64,
         }
         with self.workspace.database.begin() as session:
             session.get_one(Well, well.id).treatment_id = new.id
-        return self.add(WellChange(**{**values, **more}))
+        return self.add(Event(**{**values, **more}))
 
     def image(self, well: Well, site: int = 1, *, missing: bool = False, **more: Any) -> Image:
         """An image with one file; ``missing``: its bytes have not been found."""

@@ -50,15 +50,15 @@ def chosen(workspace: Workspace, selection: Selection) -> list[int]:
         (Selection(limit=3), [1, 2, 3]),
         (Selection(wells=("A02", "B01"), limit=3), [3, 4, 5]),
         (Selection(where="perturbation = 'DMSO'"), [1, 2]),
-        (Selection(where="plate = 'P''2' or row = 2"), [5, 6, 7, 8]),
+        (Selection(where="plate = 'P''2' or well_row = 2"), [5, 6, 7, 8]),
         (Selection(where="target is null and site = 2"), [2, 6]),
         (Selection(where="not (well like 'A%')"), [5, 6]),
         (Selection(where="lower(perturbation) in ('dmso', 'x') -- and so on"), [1, 2]),
-        (Selection(where="column between 2 and 9"), [3, 4]),
+        (Selection(where="well_column between 2 and 9"), [3, 4]),
         (Selection(where="site <> 1 AND control IS NOT NULL"), [2]),
         (Selection(where="control = 'negative' and site >= -1"), [1, 2]),
         (Selection(where="batch ilike 'B_'", limit=1), [1]),
-        (Selection(where="row = column", limit=4), [1, 2, 7, 8]),
+        (Selection(where="well_row = well_column", limit=4), [1, 2, 7, 8]),
         (Selection(where="false"), []),
     ],
     ids=repr,
@@ -82,7 +82,7 @@ def test_images_that_meet_every_condition(plates: Workspace, selection: Selectio
         ("site = 'abc'", "takes a number"),
         ("site IN (1, 'x')", "takes a number"),
         ("plate = 5", "takes text"),
-        ("row > 'A'", "takes a number"),
+        ("well_row > 'A'", "takes a number"),
         ("site LIKE '1'", "LIKE is for columns of text"),
         ("site IS 5", "IS goes with NULL"),
         ("lower(site) = 'a'", "for columns of text"),
@@ -102,7 +102,7 @@ def test_anything_else_is_refused(where: str, says: str):
 
 def test_unknown_names_are_told_with_those_there_are(plates: Workspace):
     with pytest.raises(UnknownNameError, match="perturbation"):
-        chosen(plates, Selection(where="pert_name = 'DMSO'"))
+        chosen(plates, Selection(where="perturbatoin = 'DMSO'"))
     with pytest.raises(UnknownNameError, match="A01"):
         chosen(plates, Selection(wells=("A09",)))
     with pytest.raises(UnknownNameError, match="P1"):

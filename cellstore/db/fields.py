@@ -1,18 +1,19 @@
-"""What can be predicted of a well: the fields that labels have."""
+"""What is said of a well: the fields that labels have, and the parts of its treatment."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy import ColumnElement, Select, String, cast, func, select
 from sqlalchemy.orm import Session
 
-from ..enums import PERTURBATION, TARGET
+from ..enums import PERTURBATION, TARGET, TREATMENT
 from ..errors import UnknownNameError
-from ..models import Plate, Treatment, Well
+from ..models import Event, Perturbation, Plate, Treatment, TreatmentPart, Well
 
 _COLUMNS: dict[str, Any] = {
     PERTURBATION: Treatment.name,
+    TREATMENT: Treatment.name_with_dose,
     TARGET: Treatment.target,
     "batch": Plate.batch,
     "cell_line": Plate.cell_line,
@@ -23,8 +24,8 @@ _COLUMNS: dict[str, Any] = {
 def field_column(field: str) -> ColumnElement[str | None]:
     """Return what a query of wells with their plate and treatment selects as their label.
 
-    ``field`` is ``perturbation``, ``target``, a text column of ``plates``, or else a key of the
-    metadata of wells or plates; the well goes before its plate.
+    ``field`` is ``perturbation``, ``treatment`` (with dose), ``target``, a text column of
+    ``plates``, or else a key of the metadata of wells or plates; the well goes before its plate.
     """
     column: ColumnElement[str | None] | None = _COLUMNS.get(field)
     if column is not None:
@@ -43,8 +44,44 @@ def check_field(session: Session, field: str) -> None:
         return
     known = set(_COLUMNS)
     for table in (Well, Plate):
-        rows: Select[Any] = select(table.metadata_).where(table.metadata_.is_not(None)).distinct()
-        for metadata in session.scalars(rows):
+        for metadata in session.scalars(
+            select(table.metadata_).where(table.metadata_.is_not(None))
+        ):
             known.update(metadata)
     if field not in known:
         raise UnknownNameError.of("label field", field, sorted(known))
+
+
+def of_parts(column: Any) -> ColumnElement[str | None]:
+    """Return the values of a column of ``perturbations`` for a treatment, with ``|`` between them.
+
+    For queries that have table ``treatments``; null where no part has a value.
+    """
+    values = (
+        select(func.aggregate_strings(cast(column, String), "|"))
+        .select_from(TreatmentPart)
+        .join(Perturbation, Perturbation.id == TreatmentPart.perturbation_id)
+        .where(TreatmentPart.treatment_id == Treatment.id)
+        .correlate(Treatment)
+    )
+    return values.scalar_subquery()
+
+
+def wells_changed(*conditions: ColumnElement[bool]) -> Select[Any]:
+    """Return the query of the ids of wells that got another treatment by events.
+
+    ``conditions`` are on table ``events``. A perturbation that is described otherwise changes all
+    wells that have it.
+    """
+    moved = select(Event.row_id).where(
+        Event.table_name == "wells",
+        Event.new["treatment_id"].as_integer().is_not(None),
+        *conditions,
+    )
+    corrected = (
+        select(Well.id)
+        .join(TreatmentPart, TreatmentPart.treatment_id == Well.treatment_id)
+        .join(Event, Event.row_id == TreatmentPart.perturbation_id)
+        .where(Event.table_name == "perturbations", *conditions)
+    )
+    return select(moved.union(corrected).subquery().c.row_id.label("well_id"))

@@ -22,11 +22,11 @@ _NEW = "Make a new one with: cellstore split create NAME"
 SENTENCES: Mapping[str, str] = {
     FROZEN: f"A run relies on this split, so it can neither change nor be deleted. {_NEW}",
     TOGETHER: (
-        "In this split a well (plate, treatment: its group level) is on one side only, and this "
+        "In this split a well (plate, perturbation: its group level) is on one side only, and this "
         f"would put one on two sides or move it. {_NEW}"
     ),
     NO_GROUP: (
-        "This split goes by treatment, and an image without a treatment cannot be in it. "
+        "This split goes by perturbation, and an image without a treatment cannot be in it. "
         "Give its well a treatment first: cellstore ingest TABLE"
     ),
     FIXED: f"The protocol and the group level of a split never change. {_NEW}",

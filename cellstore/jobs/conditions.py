@@ -15,8 +15,9 @@ from sqlalchemy import ColumnElement, String, and_, false, func, not_, null, or_
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 
+from ..db.fields import of_parts
 from ..errors import UnknownNameError, UserInputError
-from ..models import Image, Plate, Treatment, Well
+from ..models import Image, Perturbation, Plate, Treatment, Well
 
 COLUMNS: Mapping[str, Any] = {
     "plate": Plate.barcode,
@@ -30,10 +31,11 @@ COLUMNS: Mapping[str, Any] = {
     "image": Image.core_name,
     "image_id": Image.id,
     "perturbation": Treatment.name,
+    "treatment": Treatment.name_with_dose,
     "target": Treatment.target,
-    "kind": Treatment.kind,
+    "kind": of_parts(Perturbation.kind),
     "control": Well.control,
-    "identifier": Treatment.identifier,
+    "identifier": of_parts(Perturbation.identifier),
 }
 """What a condition may name."""
 

@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
-from ..db.fields import field_column
+from ..db.fields import field_column, wells_changed
 from ..enums import TARGET, ArtifactKind, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
@@ -34,6 +34,7 @@ from ..models import (
     Cell,
     CellFeatures,
     CellFlag,
+    Event,
     FeatureFile,
     FeatureSet,
     Image,
@@ -52,7 +53,6 @@ from ..models import (
     SplitMember,
     Treatment,
     Well,
-    WellChange,
 )
 from ..query.engine import open_questions
 
@@ -337,9 +337,9 @@ def _treatment(found: Treatment | None) -> Record | None:
         return None
     return {
         "name": found.name,
-        "kind": found.kind.value,
+        "kind": "|".join(item.kind.value for item in found.perturbations),
         "target": found.target,
-        "identifier": found.identifier,
+        "identifier": "|".join(item.identifier or "" for item in found.perturbations) or None,
     }
 
 
@@ -348,20 +348,34 @@ def _treatment_history(session: Session, graph: Lineage, well: Well) -> tuple[li
     name = well.treatment.name if well.treatment else "unknown"
     box = graph.add("treatment", "treatment", name)
     history: list[Record] = []
-    query = select(WellChange).where(WellChange.well_id == well.id).order_by(WellChange.id)
-    for change in session.scalars(query):
-        old, new = (
-            None if number is None else session.get_one(Treatment, number)
-            for number in (change.old_treatment_id, change.new_treatment_id)
-        )
+    parts = [part.perturbation_id for part in well.treatment.parts] if well.treatment else []
+    of_well = and_(Event.table_name == "wells", Event.row_id == well.id)
+    of_parts = and_(Event.table_name == "perturbations", Event.row_id.in_(parts))
+    for event in session.scalars(select(Event).where(or_(of_well, of_parts)).order_by(Event.id)):
+        values = (event.old or {}, event.new or {})
+        old: Record | None
+        new: Record | None
+        if event.table_name == "perturbations":
+            present = _treatment(well.treatment) or {}
+            old, new = ({**present, "target": item.get("target")} for item in values)
+        elif "treatment_id" in values[1]:
+            old, new = (
+                None
+                if (number := item["treatment_id"]) is None
+                # What it is called now; other columns that were corrected are events themselves.
+                else _treatment(session.get_one(Treatment, number))
+                for item in values
+            )
+        else:  # another control
+            continue
         history.append(
             {
-                "changed_at": change.changed_at.isoformat(),
-                "run_id": change.run_id,
-                "file": change.file,
-                "line": change.line,
-                "old": _treatment(old),
-                "new": _treatment(new),
+                "changed_at": event.created_at.isoformat(),
+                "run_id": event.run_id,
+                "file": event.file,
+                "line": event.line,
+                "old": old,
+                "new": new,
             }
         )
     for number, item in enumerate(history[-MOST_BOXES:]):
@@ -542,7 +556,7 @@ def audit_run(workspace: Workspace, reference: str) -> Audit:
         if run.split is not None:
             members |= {Subset(s).value: n for s, n in session.execute(subsets)}
         jobs = select(Job.status, func.count()).where(Job.run_id == run.id).group_by(Job.status)
-        changed = select(func.count(WellChange.well_id.distinct()))
+        changed = wells_changed(Event.run_id == run.id).subquery()
         downstream = _downstream_of_runs(session, [run.id])
         record = {
             **_run(run),
@@ -556,7 +570,7 @@ def audit_run(workspace: Workspace, reference: str) -> Audit:
             "query": run.query,
             "error": run.error,
             "split": run.split.name if run.split else None,
-            "changed_wells": session.scalar(changed.where(WellChange.run_id == run.id)) or 0,
+            "changed_wells": session.scalar(select(func.count()).select_from(changed)) or 0,
             "split_counts": members,
             "jobs": {Status(status).value: number for status, number in session.execute(jobs)},
             "result": run.result,
@@ -765,7 +779,8 @@ def _downstream_of_runs(session: Session, run_ids: Collection[int]) -> list[Reco
     n_found, n_cells = session.execute(segmented.where(Segmentation.run_id.in_(run_ids))).one()
     files = select(func.count(), func.sum(FeatureFile.n_rows))
     n_files, n_rows = session.execute(files.where(FeatureFile.run_id.in_(run_ids))).one()
-    wells = select(func.count(WellChange.well_id.distinct())).where(WellChange.run_id.in_(run_ids))
+    changed = wells_changed(Event.run_id.in_(run_ids)).subquery()
+    wells = select(func.count()).select_from(changed)
     by_stage: dict[Stage, list[int]] = defaultdict(list)
     children = select(Run.stage, Run.id).where(Run.parent_id.in_(run_ids)).order_by(Run.id)
     for stage, run_id in session.execute(children):
@@ -981,8 +996,9 @@ def _known(session: Session, row: FileRow) -> Record:
                 f"{file.n_created:,} new, {file.n_updated:,} updated, "
                 f"{file.n_unchanged:,} unchanged, {file.n_refused:,} refused"
             )
-        wells = select(WellChange.well_id).where(WellChange.run_id.in_(runs))
-        relabelled = select(Image.id).where(Image.well_id.in_(wells))
+        relabelled = select(Image.id).where(
+            Image.well_id.in_(wells_changed(Event.run_id.in_(runs)))
+        )
         downstream = _downstream_of_runs(session, runs)
         for item in _downstream_of_images(session, relabelled):
             downstream.append({**item, "what": f"{item['what']} of these wells"})

@@ -42,6 +42,7 @@ from ..models import (
     ImageFlag,
     Job,
     Label,
+    Perturbation,
     Plate,
     Prediction,
     Recipe,
@@ -53,6 +54,7 @@ from ..models import (
     Split,
     SplitMember,
     Treatment,
+    TreatmentPart,
     Well,
 )
 from ..settings import StoreSettings
@@ -127,7 +129,9 @@ def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
     for model in (
         Folder,
         Plate,
+        Perturbation,
         Treatment,
+        TreatmentPart,
         Well,
         Recipe,
         RecipeInput,

@@ -48,14 +48,14 @@ IMAGE_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
     "Metadata_Plane": ("i.plane", pa.int64()),
     "Metadata_Timepoint": ("i.time_point", pa.int64()),
     "Metadata_CoreName": ("i.core_name", pa.string()),
-    "Metadata_pert_type": ("t.kind", pa.string()),
+    "Metadata_pert_type": ("tp.kind", pa.string()),
     "Metadata_pert_iname": ("t.name", pa.string()),
     "Metadata_target": ("t.target", pa.string()),
     "Metadata_control_type": ("w.control", pa.string()),
-    "Metadata_broad_sample": ("t.identifier", pa.string()),
-    "Metadata_InChIKey": ("t.inchikey", pa.string()),
-    "Metadata_smiles": ("t.smiles", pa.string()),
-    "Metadata_pubchem_cid": ("t.pubchem_cid", pa.string()),
+    "Metadata_broad_sample": ("tp.identifier", pa.string()),
+    "Metadata_InChIKey": ("tp.inchikey", pa.string()),
+    "Metadata_smiles": ("tp.smiles", pa.string()),
+    "Metadata_pubchem_cid": ("tp.pubchem_cid", pa.string()),
     "Metadata_ImageNumber": ("row_number() OVER ({order})", pa.int64()),
 }
 """What all cells of an image share: name, where it is from, type."""
@@ -83,6 +83,18 @@ IMAGES = """
     JOIN image_table AS i ON i.image_id = s.image_id
     JOIN wells AS w ON w.id = i.well_id
     LEFT JOIN treatments AS t ON t.id = w.treatment_id
+    LEFT JOIN (
+        SELECT
+            part.treatment_id,
+            string_agg(p.kind, '|' ORDER BY part.position) AS kind,
+            string_agg(p.identifier, '|' ORDER BY part.position) AS identifier,
+            string_agg(p.inchikey, '|' ORDER BY part.position) AS inchikey,
+            string_agg(p.smiles, '|' ORDER BY part.position) AS smiles,
+            string_agg(p.pubchem_cid, '|' ORDER BY part.position) AS pubchem_cid
+        FROM treatment_parts AS part
+        JOIN perturbations AS p ON p.id = part.perturbation_id
+        GROUP BY part.treatment_id
+    ) AS tp ON tp.treatment_id = t.id
     WHERE s.recipe_id = $segment AND s.n_cells > 0 AND list_contains($plates, i.plate)
         AND (s.content_sha256 IS NULL OR s.content_sha256 = m.content_sha256)
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -95,7 +96,7 @@ def list_jobs(
         which = _which(session, stage, recipe)
         asked = which if status is None else and_(which, Job.status == _status(status))
         rows = session.execute(_rows(session, asked).limit(limit)).all() if limit else []
-        total = session.scalar(_counted(asked)) or 0 if limit else 0
+        total = session.scalar(_joined(select(func.count(Job.id)), asked)) or 0 if limit else 0
         return JobsList(
             tuple(JobCounts(Stage(row[0]).value, *row[1:]) for row in _counts(session, which)),
             tuple(_row(row) for row in rows),
@@ -115,20 +116,15 @@ def _which(session: Session, stage: str | None, recipe: str | None) -> ColumnEle
     if stage is not None:
         chosen = and_(chosen, Recipe.stage == _stage(stage))
     if recipe is not None:
-        stages = (_stage(stage),) if stage else STAGES
-        ids = [found.id for item in stages if (found := _recipe(session, item, recipe))]
+        ids = []
+        for item in (_stage(stage),) if stage else STAGES:
+            with suppress(UnknownNameError):
+                ids.append(find_recipe(session, item, recipe).id)
         if not ids:
             known = select(Recipe.id).where(Recipe.stage.in_(STAGES)).order_by(Recipe.id)
             raise UnknownNameError.of("recipe", recipe, session.scalars(known))
         chosen = and_(chosen, Recipe.id.in_(ids))
     return chosen
-
-
-def _recipe(session: Session, stage: Stage, reference: str) -> Recipe | None:
-    try:
-        return find_recipe(session, stage, reference)
-    except UnknownNameError:
-        return None
 
 
 def _stage(name: str) -> Stage:
@@ -141,10 +137,6 @@ def _stage(name: str) -> Stage:
 def _joined(query: Select[Any], which: ColumnElement[bool]) -> Select[Any]:
     current = and_(Image.id == Job.image_id, content() == Job.content_sha256)
     return query.join(Recipe, Recipe.id == Job.recipe_id).join(Image, current).where(which)
-
-
-def _counted(which: ColumnElement[bool]) -> Select[int]:
-    return _joined(select(func.count(Job.id)), which)
 
 
 def _rows(session: Session, which: ColumnElement[bool]) -> Select[Any]:
@@ -181,24 +173,20 @@ def _row(row: Any) -> JobRow:
         attempts=row.attempts,
         deaths=row.deaths,
         worker=shown_worker(row.worker) or None,
-        lease=_float(row.lease),
-        wait=_float(row.wait),
+        lease=None if row.lease is None else round(float(row.lease), 1),
+        wait=None if row.wait is None else round(float(row.wait), 1),
         seconds=row.seconds,
         reason=lines[-1] if lines else None,
         error=row.error,
     )
 
 
-def _float(value: Any) -> float | None:
-    return None if value is None else round(float(value), 1)
-
-
 def _counts(session: Session, which: ColumnElement[bool]) -> Any:
-    tallies = (
+    by_status = (
         func.count().filter(Job.status == status)
         for status in (Status.PENDING, Status.RUNNING, Status.DONE, Status.FAILED)
     )
-    query: Any = select(Recipe.stage, Recipe.id, *tallies, func.avg(Job.seconds))
+    query: Any = select(Recipe.stage, Recipe.id, *by_status, func.avg(Job.seconds))
     return session.execute(
         _joined(query.select_from(Job), which).group_by(Recipe.stage, Recipe.id).order_by(Recipe.id)
     )

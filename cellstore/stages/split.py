@@ -40,7 +40,7 @@ from ..analysis.splitting import (
 )
 from ..config import Selection, SplitParams, as_parameters
 from ..db.bulk import in_lists
-from ..db.fields import check_field, field_column
+from ..db.fields import check_field, field_column, of_parts
 from ..db.statements import insert_new
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
@@ -55,6 +55,7 @@ from ..models import (
     Image,
     ImageFile,
     Label,
+    Perturbation,
     Plate,
     Recipe,
     Run,
@@ -63,6 +64,7 @@ from ..models import (
     SplitGroup,
     SplitMember,
     Treatment,
+    TreatmentPart,
     Well,
 )
 from ..query.cells import (
@@ -395,8 +397,17 @@ def _candidates(session: Session, query: Select[Any]) -> list[Candidate]:
     ]
 
 
+_COMPOUND = (
+    Treatment.name,
+    *(
+        of_parts(column).label(column.key)
+        for column in (Perturbation.identifier, Perturbation.inchikey, Perturbation.smiles)
+    ),
+)
+
+
 def compound_of(treatment: Any) -> Compound:
-    """Return what a row of ``treatments`` says of its compound."""
+    """Return what a row with the columns ``_COMPOUND`` says of a compound."""
     return Compound(treatment.name, treatment.identifier, treatment.inchikey, treatment.smiles)
 
 
@@ -405,7 +416,7 @@ def _with_compounds(
 ) -> list[Candidate]:
     of_image = query.with_only_columns(Image.id, Treatment.id)
     used = query.with_only_columns(Treatment.id).distinct()
-    rows = session.scalars(select(Treatment).where(Treatment.id.in_(used)))
+    rows = session.execute(select(Treatment.id, *_COMPOUND).where(Treatment.id.in_(used)))
     compounds = {row.id: compound_of(row) for row in rows}
     same = SameCompounds(compounds.values())
     names = {key: same.group(compound) or "" for key, compound in compounds.items()}
@@ -1005,7 +1016,8 @@ def _images(field: str) -> Select[Any]:
     return (
         select(Image.id, Image.site, Image.plane, Image.time_point, Image.content_sha256)
         .add_columns(Plate.barcode, Well.well_row, Well.well_column, Well.name.label("well"))
-        .add_columns(Treatment.identifier, Treatment.name, label.label("label"))
+        .add_columns(of_parts(Perturbation.identifier).label("identifier"))
+        .add_columns(Treatment.name, label.label("label"))
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
         .outerjoin(Treatment, Treatment.id == Well.treatment_id)
@@ -1036,11 +1048,15 @@ def _match_treatments(
     identifiers = {row.identifier for row in rows if row.identifier is not None}
     names = {row.name for row in rows if row.identifier is None}
     by_key: dict[tuple[str, str | None], list[_Found]] = defaultdict(list)
-    for column, values in ((Treatment.identifier, identifiers), (Treatment.name, names)):
-        for found in _found(session, _images(field).where(column.in_(values))):
-            by_key[column.key, found[2] if column is Treatment.identifier else found[3]].append(
-                found
-            )
+    sampled = (
+        select(TreatmentPart.treatment_id)
+        .join(Perturbation, Perturbation.id == TreatmentPart.perturbation_id)
+        .where(Perturbation.identifier.in_(identifiers))
+    )
+    for found in _found(session, _images(field).where(Treatment.id.in_(sampled))):
+        by_key["identifier", found[2]].append(found)
+    for found in _found(session, _images(field).where(Treatment.name.in_(names))):
+        by_key["name", found[3]].append(found)
     for row in rows:
         key = ("name", row.name) if row.identifier is None else ("identifier", row.identifier)
         wanted = [c for c in by_key.get(key, ()) if row.plate in (None, c[0].key[0])]
@@ -1199,8 +1215,7 @@ def _members(session: Session, split_id: int) -> Iterator[Member]:
     )
     query = (
         select(counts.c.subset, counts.c.images, Label.value, Well.name.label("well"))
-        .add_columns(Plate.barcode, Treatment.name, Treatment.identifier)
-        .add_columns(Treatment.inchikey, Treatment.smiles)
+        .add_columns(Plate.barcode, *_COMPOUND)
         .select_from(counts)
         .join(Label, Label.id == counts.c.label_id)
         .join(Well, Well.id == counts.c.well_id)

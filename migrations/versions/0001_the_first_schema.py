@@ -50,8 +50,9 @@ MEANT = "split says what it is about"
 GROUPED = "('well', 'plate', 'perturbation')"
 GROUP_OF = """
     SELECT CASE s.group_level WHEN 'well' THEN i.well_id WHEN 'plate' THEN w.plate_id
-        ELSE w.treatment_id END
+        ELSE t.perturbations_key END
     FROM splits s CROSS JOIN images i JOIN wells w ON w.id = i.well_id
+    LEFT JOIN treatments t ON t.id = w.treatment_id
     WHERE s.id = NEW.split_id AND i.id = NEW.image_id
 """
 
@@ -358,6 +359,30 @@ def upgrade() -> None:
         sa.UniqueConstraint("field", "value", name="uq_labels_field_value"),
     )
     op.create_table(
+        "perturbations",
+        sa.Column("id", BIG_ID, nullable=False),
+        sa.Column("kind", WORD, nullable=False),
+        sa.Column("name", NAME, nullable=False),
+        sa.Column("identifier", NAME),
+        sa.Column("target", sa.Text()),
+        sa.Column("inchikey", NAME),
+        sa.Column("smiles", sa.Text()),
+        sa.Column("pubchem_cid", NAME),
+        sa.PrimaryKeyConstraint("id", name="pk_perturbations"),
+        sa.UniqueConstraint(
+            "kind", "name", "identifier", name="uq_perturbations_kind_name_identifier"
+        ),
+    )
+    op.create_index("ix_perturbations_identifier", "perturbations", ["identifier"])
+    op.create_index("ix_perturbations_name", "perturbations", ["name"])
+    op.create_index(
+        "uq_perturbations_without_identifier",
+        "perturbations",
+        ["kind", "name"],
+        unique=True,
+        **only("identifier IS NULL"),
+    )
+    op.create_table(
         "plates",
         sa.Column("id", BIG_ID, nullable=False),
         sa.Column("barcode", NAME, nullable=False),
@@ -384,17 +409,13 @@ def upgrade() -> None:
         "treatments",
         sa.Column("id", BIG_ID, nullable=False),
         sa.Column("identity", sa.Text(), nullable=False),
-        sa.Column("kind", WORD, nullable=False),
-        sa.Column("name", NAME, nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("name_with_dose", sa.Text(), nullable=False),
         sa.Column("target", sa.Text()),
-        sa.Column("identifier", NAME),
-        sa.Column("inchikey", NAME),
-        sa.Column("smiles", sa.Text()),
-        sa.Column("pubchem_cid", NAME),
+        sa.Column("perturbations_key", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_treatments"),
         sa.UniqueConstraint("identity", name="uq_treatments_identity"),
     )
-    op.create_index("ix_treatments_identifier", "treatments", ["identifier"])
     op.create_index("ix_treatments_name", "treatments", ["name"])
     op.create_table(
         "feature_sets",
@@ -433,6 +454,17 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_splits"),
         sa.UniqueConstraint("name", name="uq_splits_name"),
     )
+    op.create_table(
+        "treatment_parts",
+        refers("treatment_parts", "treatment_id", "treatments"),
+        sa.Column("position", sa.Integer(), nullable=False, autoincrement=False),
+        refers("treatment_parts", "perturbation_id", "perturbations"),
+        sa.Column("dose", FLOAT),
+        sa.Column("dose_unit", NAME),
+        sa.Column("dose_original", NAME),
+        sa.PrimaryKeyConstraint("treatment_id", "position", name="pk_treatment_parts"),
+    )
+    op.create_index("ix_treatment_parts_perturbation_id", "treatment_parts", ["perturbation_id"])
     op.create_table(
         "wells",
         sa.Column("id", BIG_ID, nullable=False),
@@ -716,20 +748,6 @@ def upgrade() -> None:
     )
     op.create_index("ix_split_members_image_id", "split_members", ["image_id"])
     op.create_table(
-        "well_changes",
-        sa.Column("id", BIG_ID, nullable=False),
-        refers("well_changes", "run_id", "runs"),
-        refers("well_changes", "well_id", "wells"),
-        refers("well_changes", "old_treatment_id", "treatments", nullable=True),
-        refers("well_changes", "new_treatment_id", "treatments", nullable=True),
-        sa.Column("file", sa.Text(), nullable=False),
-        sa.Column("line", BIG_ID),
-        sa.Column("changed_at", MOMENT, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_well_changes"),
-    )
-    op.create_index("ix_well_changes_run_id", "well_changes", ["run_id"])
-    op.create_index("ix_well_changes_well_id", "well_changes", ["well_id"])
-    op.create_table(
         "cells",
         sa.Column("id", BIG_ID, nullable=False),
         refers("cells", "segmentation_id", "segmentations"),
@@ -805,12 +823,14 @@ TABLES = (
     "artifacts",
     "folders",
     "labels",
+    "perturbations",
     "plates",
     "recipes",
     "treatments",
     "feature_sets",
     "recipe_inputs",
     "splits",
+    "treatment_parts",
     "wells",
     "images",
     "runs",
@@ -828,7 +848,6 @@ TABLES = (
     "run_metrics",
     "segmentations",
     "split_members",
-    "well_changes",
     "cells",
     "cell_flags",
     "features",

@@ -44,6 +44,7 @@ from cellstore.models import (
     IngestIssue,
     Job,
     Label,
+    Perturbation,
     Plate,
     Prediction,
     Recipe,
@@ -56,8 +57,8 @@ from cellstore.models import (
     SplitGroup,
     SplitMember,
     Treatment,
+    TreatmentPart,
     Well,
-    WellChange,
 )
 
 TABLES = sorted(
@@ -102,7 +103,7 @@ def fill(workspace: Workspace) -> dict[type[Base], Base]:
             )
         )
     fill_what_people_do(make, well)
-    fill_what_an_ingest_writes(make, well, cells[0])
+    fill_what_an_ingest_writes(make, cells[0])
     qc = make.run(Stage.QC)
     make.quality(image, qc)
     make.flag_image(qc, image, ImageFlagReason.CELL_COUNT)
@@ -137,7 +138,7 @@ def fill_what_people_do(make: Factory, well: Well) -> None:
     )
 
 
-def fill_what_an_ingest_writes(make: Factory, well: Well, cell: Cell) -> None:
+def fill_what_an_ingest_writes(make: Factory, cell: Cell) -> None:
     run = make.run(Stage.INGEST)
     counts = dict.fromkeys(("n_created", "n_updated", "n_unchanged", "n_refused"), 0)
     make.add(
@@ -154,18 +155,6 @@ def fill_what_an_ingest_writes(make: Factory, well: Well, cell: Cell) -> None:
     make.add(
         IngestIssue(
             run_id=run.id, severity=Severity.REFUSED, file="t.csv", line=2, reason="r", detail="d"
-        )
-    )
-    new = make.treatment("ibuprofen")
-    make.add(
-        WellChange(
-            run_id=run.id,
-            well_id=well.id,
-            old_treatment_id=well.treatment_id,
-            new_treatment_id=new.id,
-            file="t.csv",
-            line=2,
-            changed_at=MOMENT,
         )
     )
     with make.workspace.database.read() as session:
@@ -203,6 +192,7 @@ def test_writing_a_row_twice_is_harmless(workspace: Workspace):
 
 NATURAL_KEYS: dict[type[Base], tuple[str, ...]] = {
     Plate: ("barcode",),
+    Perturbation: ("kind", "name", "identifier"),
     Treatment: ("identity",),
     Well: ("plate_id", "well_row", "well_column"),
     Image: ("well_id", "site", "plane", "time_point"),
@@ -244,9 +234,10 @@ def test_tables_without_an_id_have_a_natural_primary_key():
         CellFlag: {"run_id", "cell_id", "reason"},
         RunMetric: {"run_id", "epoch", "name"},
         Prediction: {"run_id", "cell_id", "rank"},
+        TreatmentPart: {"treatment_id", "position"},
         ImagePrediction: {"run_id", "image_id", "rank"},
     }
-    append_only = {Run, IngestFile, IngestIssue, WellChange, Annotation, Event}
+    append_only = {Run, IngestFile, IngestIssue, Annotation, Event}
     assert without | set(NATURAL_KEYS) | append_only == set(TABLES)
 
 

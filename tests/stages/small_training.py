@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factories import treatment
 from numpy.typing import NDArray
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from cellstore.config import SegmentParams, SplitParams, TrainParams, as_parameters
-from cellstore.enums import ArtifactKind, PerturbationKind, Stage, Subset
+from cellstore.enums import ArtifactKind, Stage, Subset
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.planes import cell_rows
 from cellstore.jobs.recipes import RecipeSpec, register
@@ -36,7 +37,6 @@ from cellstore.models import (
     Run,
     RunArtifact,
     Segmentation,
-    Treatment,
     Well,
 )
 from cellstore.progress import Silent
@@ -71,13 +71,7 @@ def build(workspace: Workspace, images: Path) -> None:
         plate = Plate(barcode="P1")
         session.add(plate)
         session.flush()
-        kinds = [PerturbationKind.COMPOUND] * 2
-        rows = [
-            Treatment(identity=name, kind=kind, name=name)
-            for name, kind in zip(("DMSO", "drug"), kinds, strict=True)
-        ]
-        session.add_all(rows)
-        session.flush()
+        rows = [treatment(session, name) for name in ("DMSO", "drug")]
         ids = [
             add_image(session, images, plate.id, rows[index % 2].id, index)
             for index in range(2 * WELLS)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 
+from factories import treatment
 from sqlalchemy import select
 
 from cellstore.config import SplitParams
-from cellstore.enums import TARGET, GroupLevel, PerturbationKind, Subset
+from cellstore.enums import TARGET, GroupLevel, Subset
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Plate, Split, SplitMember, Treatment, Well
 
@@ -20,16 +21,10 @@ def fill(workspace: Workspace, *layouts: str, names: dict[str, str] | None = Non
     with workspace.database.begin() as session:
         ids: dict[str, int] = {}
         for name in sorted({name for layout in layouts for name in layout.split()}):
-            treatment = Treatment(
-                identity=name,
-                kind=PerturbationKind.COMPOUND,
-                name=name,
-                target=TARGETS.get(name),
-                inchikey=(names or {}).get(name),
+            made = treatment(
+                session, name, target=TARGETS.get(name), inchikey=(names or {}).get(name)
             )
-            session.add(treatment)
-            session.flush()
-            ids[name] = treatment.id
+            ids[name] = made.id
         for number, layout in enumerate(layouts, start=1):
             plate = Plate(barcode=f"P{number}", batch=f"B{(number + 1) // 2}")
             session.add(plate)

@@ -18,6 +18,7 @@ from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.lookup import find_image
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
+    Event,
     Folder,
     Image,
     ImageFile,
@@ -26,7 +27,6 @@ from cellstore.models import (
     Run,
     Treatment,
     Well,
-    WellChange,
 )
 from cellstore.stages.ingest.ingest import ingest
 
@@ -188,15 +188,19 @@ def test_a_corrected_table_changes_the_treatment_and_says_what_changed(
     later = ingest(workspace, table)
     assert (later.rows, later.updated, later.refused) == (1, 1, 0)
     with workspace.database.read() as session:
-        change = session.scalars(select(WellChange)).one()
-        old = session.get_one(Treatment, change.old_treatment_id)
-        new = session.get_one(Treatment, change.new_treatment_id)
-        assert session.scalars(select(Well)).one().treatment_id == new.id
-    assert (old.name, new.name) == ("DMSO", "aloxistatin")
+        change = session.scalars(select(Event)).one()
+        well = session.scalars(select(Well)).one()
+        assert change.old == {"treatment_id": 1, "treatment": "DMSO", "control": "negative"}
+        assert change.new == {
+            "treatment_id": well.treatment_id,
+            "treatment": "aloxistatin",
+            "control": None,
+        }
+    assert (change.table_name, change.row_id) == ("wells", well.id)
     assert (change.file, change.line, change.run_id) == ("u.csv", 2, later.run_id)
     # The first table, byte by byte the same, does not undo the correction.
     back = ingest(workspace, tmp_path / "t.csv")
-    assert (back.unchanged, count(workspace, WellChange)) == (2, 1)
+    assert (back.unchanged, count(workspace, Event)) == (2, 1)
     assert "1 well has a newer label from another table; kept" in " ".join(back.notes)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from factories import Factory
@@ -18,7 +19,7 @@ from cellstore.enums import Control, Severity, Stage, Subset
 from cellstore.errors import UserInputError
 from cellstore.io.layouts import Layout
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Base, IngestIssue, Plate, Treatment, Well, WellChange
+from cellstore.models import Base, Event, IngestIssue, Perturbation, Plate, Treatment, Well
 from cellstore.stages.ingest.account import Account
 from cellstore.stages.ingest.ingest_treatments import ingest_treatments
 
@@ -88,18 +89,18 @@ class Bench:
         with self.reading() as session:
             return session.scalar(select(func.count()).select_from(table)) or 0
 
-    def changes(self) -> list[tuple[str, str | None, str | None, str, int | None]]:
+    def changes(self) -> list[tuple[str, str | None, str | None, str | None, int | None]]:
+        """Well or perturbation, old and new treatment or target, file and line."""
         with self.reading() as session:
-            rows = session.scalars(select(WellChange).order_by(WellChange.well_id, WellChange.id))
             return [
                 (
-                    session.get_one(Well, row.well_id).name,
-                    _target(session, row.old_treatment_id),
-                    _target(session, row.new_treatment_id),
+                    _name(session, row),
+                    _value(row.old),
+                    _value(row.new),
                     row.file,
                     row.line,
                 )
-                for row in rows
+                for row in session.scalars(select(Event).order_by(Event.id))
             ]
 
     @contextmanager
@@ -108,8 +109,14 @@ class Bench:
             yield session
 
 
-def _target(session: Session, treatment: int | None) -> str | None:
-    return session.get_one(Treatment, treatment).target if treatment else None
+def _name(session: Session, row: Event) -> str:
+    table = Well if row.table_name == "wells" else Perturbation
+    return str(session.get_one(table, row.row_id).name)
+
+
+def _value(values: dict[str, Any] | None) -> str | None:
+    said = values or {}
+    return said.get("treatment", said.get("target"))
 
 
 def counts(account: Account) -> tuple[int, int, int, int]:
@@ -131,8 +138,8 @@ def test_a_map_treats_the_wells_that_are_there_and_makes_the_others(bench: Bench
         "P1 B01": ("DMSO", None, Control.NEGATIVE),
     }
     assert bench.changes() == [
-        ("A01", None, "AURKA", "map.csv", 2),
-        ("A02", None, None, "map.csv", 3),
+        ("A01", None, "AMG900", "map.csv", 2),
+        ("A02", None, "taxol", "map.csv", 3),
     ]
 
 
@@ -153,15 +160,15 @@ def test_other_columns_of_a_map_are_metadata_of_the_wells(bench: Bench) -> None:
 def test_a_map_once_more_changes_nothing(bench: Bench) -> None:
     bench.map()
     assert counts(bench.map()) == (0, 0, 3, 0)
-    assert (bench.count(Treatment), bench.count(WellChange), bench.count(Well)) == (3, 2, 3)
+    assert (bench.count(Treatment), bench.count(Event), bench.count(Well)) == (3, 2, 3)
 
 
 def test_a_corrected_annotation_is_told_from_what_was(bench: Bench) -> None:
     bench.map()
     assert counts(bench.map(COMPOUNDS.replace("AURKA", "AURKB"))) == (0, 1, 2, 0)
     assert bench.treated()["P1 A01"] == ("AMG900", "AURKB", Control.POSITIVE)
-    assert bench.changes()[1] == ("A01", "AURKA", "AURKB", "map.csv", 2)
-    assert bench.count(Treatment) == 4
+    assert bench.changes()[-1] == ("AMG900", "AURKA", "AURKB", "map.csv", 2)
+    assert bench.count(Treatment) == 3
 
 
 def test_labels_of_a_split_stay_as_they_were_frozen(bench: Bench) -> None:
@@ -262,7 +269,7 @@ def test_a_corrected_table_reaches_the_wells(bench: Bench) -> None:
     corrected = COMPOUNDS.replace("AURKA", "AURKB").replace(",DMSO,,", ",DMSO,,")
     assert counts(bench.table(corrected)) == (0, 1, 2, 0)
     assert bench.treated()["P1 A01"] == ("AMG900", "AURKB", Control.POSITIVE)
-    assert bench.changes()[1] == ("A01", "AURKA", "AURKB", "table.csv", 2)
+    assert bench.changes()[-1] == ("AMG900", "AURKA", "AURKB", "table.csv", 2)
     assert counts(bench.table(corrected)) == (0, 0, 3, 0)
 
 
@@ -272,8 +279,7 @@ def test_a_correction_can_be_taken_back(bench: Bench) -> None:
     assert counts(bench.table(COMPOUNDS)) == (0, 1, 2, 0)
     assert counts(bench.table(COMPOUNDS)) == (0, 0, 3, 0)
     assert bench.treated()["P1 A01"][1] == "AURKA"
-    assert [item[1:3] for item in bench.changes() if item[0] == "A01"] == [
-        (None, "AURKA"),
+    assert [item[1:3] for item in bench.changes() if item[0] == "AMG900"] == [
         ("AURKA", "AURKB"),
         ("AURKB", "AURKA"),
     ]
@@ -326,10 +332,10 @@ def test_whatever_came_before_a_table_once_more_changes_nothing(bench: Bench, se
     for _ in range(4):
         table = random_table(dice)
         bench.table(table)
-        wells, changes = bench.treated(), bench.count(WellChange)
+        wells, changes = bench.treated(), bench.count(Event)
         again = bench.table(table)
         assert (again.created, again.updated) == (0, 0)
-        assert (bench.treated(), bench.count(WellChange)) == (wells, changes)
+        assert (bench.treated(), bench.count(Event)) == (wells, changes)
 
 
 def test_other_columns_of_plates_are_their_metadata(bench: Bench) -> None:
@@ -371,7 +377,7 @@ def test_controls_complete_the_reagents(bench: Bench) -> None:
     controls = bench.file("control.csv", f"{head}J1,poscon,PLK1,crispr\nJ9,empty,Empty,any\n")
     assert counts(bench.ingest(reagents, Layout.JUMP_CRISPR)) == (2, 0, 0, 0)
     with bench.reading() as session:
-        plk1 = session.scalars(select(Treatment).where(Treatment.identifier == "J1")).one()
+        plk1 = session.scalars(select(Treatment).where(Treatment.name == "PLK1")).one()
     well = bench.make.well(bench.plate, 3, 3, plk1)
     assert counts(bench.ingest(controls, Layout.JUMP_CONTROLS)) == (1, 1, 0, 0)
     assert bench.treated() == {f"P1 {well.name}": ("PLK1", "PLK1", Control.POSITIVE)}

@@ -32,6 +32,7 @@ from cellstore.models import (
     Run,
     Segmentation,
 )
+from cellstore.query.cells import find_qc_run
 from cellstore.report.qc_page import write_page, write_picture
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.qc import QcResult, list_flags, qc
@@ -123,6 +124,19 @@ def local(sqlite_workspace: Workspace, tmp_path: Path) -> Bench:
 
 def flags(bench: Bench, result: QcResult) -> list[tuple[int, str, str]]:
     return [(flag.site, flag.reason, flag.channel) for flag in list_flags(bench.workspace, result)]
+
+
+def test_a_run_that_could_look_at_no_image_is_never_the_latest(bench: Bench) -> None:
+    for site in SITES:
+        bench.file(site).write_bytes(b"changed since")
+    result = qc(bench.workspace)
+    assert (result.done, len(result.failures)) == (0, len(SITES))
+    assert bench.count(Run, Run.stage == Stage.QC, Run.status == Status.FAILED) == 1
+    with (
+        bench.workspace.database.read() as session,
+        pytest.raises(UnknownNameError, match="Quality control has not been run yet"),
+    ):
+        find_qc_run(session)
 
 
 def test_a_blurred_field_is_flagged_in_its_channel(bench: Bench) -> None:

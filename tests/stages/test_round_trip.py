@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factories import FEATURE_COLUMNS, Factory
+from factories import FEATURE_COLUMNS, Factory, treatment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import update
@@ -24,7 +24,7 @@ from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import Cell, CellFeatures, Image, ImageFile, Segmentation, Treatment
 from cellstore.stages.export import ExportFormat, export
 from cellstore.stages.ingest.ingest import ingest
-from cellstore.stages.ingest.ingest_treatments import identity, treatment_row
+from cellstore.stages.ingest.write_treatments import DESCRIBED
 
 MISSING = {"", "NA", "N/A", "NaN", "nan", "<NA>", "None"}
 """Texts that say that there is none, in every table."""
@@ -140,10 +140,14 @@ def _treatment(
 ) -> Treatment | None:
     if record is None:
         return None
-    key = identity(record)
-    if key not in known:
-        known[key] = make.add(Treatment(**treatment_row(record)))
-    return known[key]
+    with make.workspace.database.begin() as session:
+        return treatment(
+            session,
+            record.pert_iname,
+            kind=record.kind,
+            identifier=record.identifier,
+            **{name: getattr(record, name) for name in DESCRIBED},
+        )
 
 
 def _files(make: Factory, image: Image, files: dict[str, str | None]) -> None:

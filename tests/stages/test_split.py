@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import factories
 import pytest
 from published_metadata import PLATE, write_published_metadata
 from realdata import real_data
@@ -13,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from cellstore.analysis.leaks import LeakKind, LeakSeverity
 from cellstore.config import IngestParams, SplitParams
-from cellstore.enums import TARGET, GroupLevel, PerturbationKind, Stage, Subset
+from cellstore.enums import TARGET, GroupLevel, Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
@@ -55,11 +56,8 @@ def fill(
 
 
 def treatment(session: Session, name: str) -> int:
-    row = session.scalars(select(Treatment).where(Treatment.identity == name)).one_or_none()
-    row = row or Treatment(identity=name, kind=PerturbationKind.COMPOUND, name=name)
-    session.add(row)
-    session.flush()
-    return row.id
+    row = session.scalars(select(Treatment).where(Treatment.name == name)).one_or_none()
+    return (row or factories.treatment(session, name)).id
 
 
 def add_well(

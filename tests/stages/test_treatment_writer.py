@@ -1,20 +1,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from factories import Factory
 from sqlalchemy import event, func, select
 
+from cellstore.db.events import event_digest
 from cellstore.enums import Control, PerturbationKind, Stage
 from cellstore.io.records import TreatmentRecord
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Treatment, Well, WellChange
-from cellstore.stages.ingest import ingest_treatments as writer_module
-from cellstore.stages.ingest.ingest_treatments import (
+from cellstore.models import Event, Treatment, Well
+from cellstore.stages.ingest import write_treatments as writer_module
+from cellstore.stages.ingest.ingest_treatments import suspicious_spellings
+from cellstore.stages.ingest.write_treatments import (
+    Part,
+    PerturbationKey,
     TreatmentWriter,
-    identity,
-    suspicious_spellings,
+    records_of,
+    treatment_values,
 )
 
 AMG = TreatmentRecord(
@@ -54,23 +59,20 @@ class Screen:
             found = session.get_one(Well, self.wells[well])
             if found.treatment is None:
                 return None
-            return replace(writer_module.record_of(found.treatment), control=found.control)
+            (record,) = records_of(session, Treatment.id == found.treatment_id).values()
+            return replace(record, control=found.control)
 
-    def changes(self) -> list[tuple[str | None, str | None, str, int | None]]:
+    def changes(self) -> list[tuple[str, dict[str, Any], dict[str, Any], str | None, int | None]]:
+        """Table, old values, new values, file and line of each event, row numbers aside."""
         with self.workspace.database.read() as session:
             return [
-                (
-                    _name(session.get(Treatment, row.old_treatment_id or 0)),
-                    _name(session.get(Treatment, row.new_treatment_id or 0)),
-                    row.file,
-                    row.line,
-                )
-                for row in session.scalars(select(WellChange).order_by(WellChange.id))
+                (row.table_name, _named(row.old), _named(row.new), row.file, row.line)
+                for row in session.scalars(select(Event).order_by(Event.id))
             ]
 
 
-def _name(row: Treatment | None) -> str | None:
-    return row.name if row else None
+def _named(values: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (values or {}).items() if name != "treatment_id"}
 
 
 @pytest.fixture
@@ -84,21 +86,44 @@ def test_a_treatment_is_one_row_whoever_asks(screen: Screen) -> None:
         again = TreatmentWriter(session, screen.run.id, "b").ids([TAXOL, replace(AMG)])
         assert first == again
         assert len(set(first.values())) == 2
-        row = session.get_one(Treatment, first[AMG])
-        assert writer_module.record_of(row) == replace(AMG, control=None)
-        assert row.identity == identity(AMG)
+        assert records_of(session, Treatment.id == first[AMG]) == {
+            first[AMG]: replace(AMG, control=None)
+        }
 
 
-@pytest.mark.parametrize("field", ["target", "identifier", "inchikey", "smiles", "pubchem_cid"])
-def test_whatever_differs_is_another_treatment(field: str) -> None:
-    assert identity(replace(AMG, **{field: "other"})) != identity(AMG)
-    assert identity(replace(AMG, **{field: None})) != identity(AMG)
+def identity(*parts: Part) -> str:
+    return str(treatment_values(parts)["identity"])
+
+
+def test_kind_name_identifier_and_dose_make_a_treatment() -> None:
+    key = PerturbationKey(PerturbationKind.COMPOUND, "AMG900", "BRD-1")
+    other = [
+        Part(key._replace(kind=PerturbationKind.ORF)),
+        Part(key._replace(name="taxol")),
+        Part(key._replace(identifier=None)),
+        Part.of(key, 5, "uM"),
+        Part.of(key, 5, "%"),
+        Part.of(key, 10, "uM"),
+    ]
+    assert len({identity(part) for part in (Part(key), *other)}) == 7
+
+
+def test_neither_order_nor_unit_makes_another_treatment() -> None:
+    amg = PerturbationKey(PerturbationKind.COMPOUND, "AMG900", "BRD-1")
+    taxol = PerturbationKey(PerturbationKind.COMPOUND, "taxol", None)
+    one = treatment_values([Part.of(amg, 5000, "nM"), Part.of(taxol, 0.5, "%")])
+    assert one == treatment_values([Part.of(taxol, 0.5, "%"), Part.of(amg, 5, "\u00b5M")])
+    assert (one["name"], one["name_with_dose"]) == ("AMG900 + taxol", "AMG900 5 uM + taxol 0.5 %")
+    assert (
+        one["perturbations_key"] == treatment_values([Part(taxol), Part(amg)])["perturbations_key"]
+    )
+    assert one["perturbations_key"] != treatment_values([Part(taxol)])["perturbations_key"]
 
 
 def test_a_bar_in_a_name_makes_no_two_treatments_one() -> None:
-    left = TreatmentRecord(PerturbationKind.COMPOUND, "a|b", identifier="c")
-    right = TreatmentRecord(PerturbationKind.COMPOUND, "a", identifier="b|c")
-    assert identity(left) != identity(right)
+    left = PerturbationKey(PerturbationKind.COMPOUND, "a|b", "c")
+    right = PerturbationKey(PerturbationKind.COMPOUND, "a", "b|c")
+    assert identity(Part(left)) != identity(Part(right))
 
 
 def test_a_well_without_treatment_gets_one(screen: Screen) -> None:
@@ -110,7 +135,9 @@ def test_a_well_without_treatment_gets_one(screen: Screen) -> None:
 
 def test_an_old_well_that_gets_its_first_treatment_is_on_record(screen: Screen) -> None:
     screen.say(AMG, line=3)
-    assert screen.changes() == [(None, "AMG900", "map.txt", 3)]
+    old = {"treatment": None, "control": None}
+    new = {"treatment": "AMG900", "control": "positive"}
+    assert screen.changes() == [("wells", old, new, "map.txt", 3)]
 
 
 @pytest.mark.parametrize(
@@ -136,12 +163,48 @@ def test_a_row_that_says_less_makes_no_treatment(screen: Screen) -> None:
         assert session.scalar(select(func.count()).select_from(Treatment)) == 1
 
 
-@pytest.mark.parametrize("more", [AMG, replace(NAME_ONLY, target="AURKA")])
-def test_a_row_that_says_more_replaces(screen: Screen, more: TreatmentRecord) -> None:
+def test_a_row_that_names_the_sample_replaces(screen: Screen) -> None:
     screen.say(NAME_ONLY, new=True)
+    assert screen.say(AMG, line=9) == {screen.wells[0]}
+    assert screen.treatment() == AMG
+    ((table, old, new, *where),) = screen.changes()
+    assert (table, old, new) == ("wells", {"control": None}, {"control": "positive"})
+    assert where == ["map.txt", 9]
+
+
+def test_a_row_that_says_more_describes_the_perturbation(screen: Screen) -> None:
+    more = replace(NAME_ONLY, target="AURKA")
+    screen.say(NAME_ONLY, new=True)
+    screen.say(NAME_ONLY, new=True, well=1)
     assert screen.say(more, line=9) == {screen.wells[0]}
-    assert screen.treatment() == more
-    assert screen.changes() == [("AMG900", "AMG900", "map.txt", 9)]
+    assert screen.treatment() == screen.treatment(1) == more
+    assert screen.changes() == [
+        ("perturbations", {"target": None}, {"target": "AURKA"}, "map.txt", 9)
+    ]
+    with screen.workspace.database.read() as session:
+        assert session.scalars(select(Treatment.target)).all() == ["AURKA"]
+
+
+def test_the_first_that_a_file_says_counts(screen: Screen) -> None:
+    with screen.workspace.database.begin() as session:
+        writer = TreatmentWriter(session, screen.run.id, "f")
+        for well, target in zip(screen.wells, ("AURKA", "AURKB"), strict=True):
+            writer.assign({well: (replace(NAME_ONLY, target=target), well)}, {well})
+        ((line, detail),) = writer.disagreements.values()
+    assert (line, "AURKA, and AURKB" in detail) == (screen.wells[1], True)
+    assert screen.treatment(1) == replace(NAME_ONLY, target="AURKA")
+
+
+def test_events_are_a_chain(screen: Screen) -> None:
+    screen.say(AMG)
+    screen.say(TAXOL)
+    with screen.workspace.database.read() as session:
+        first, second = session.scalars(select(Event).order_by(Event.id))
+    assert (first.previous_sha256, second.previous_sha256) == (None, first.sha256)
+    for row in (first, second):
+        values = {item.name: getattr(row, item.name) for item in Event.__table__.columns}
+        assert event_digest(values, row.previous_sha256) == row.sha256
+    assert (second.user_name, second.command) == (screen.run.user_name, screen.run.command)
 
 
 def test_a_corrected_value_keeps_what_the_row_leaves_open(screen: Screen) -> None:
@@ -154,7 +217,9 @@ def test_another_compound_takes_nothing_from_the_one_before(screen: Screen) -> N
     screen.say(AMG, new=True)
     screen.say(TAXOL)
     assert screen.treatment() == TAXOL
-    assert screen.changes() == [("AMG900", "taxol", "map.txt", 7)]
+    old = {"treatment": "AMG900", "control": "positive"}
+    new = {"treatment": "taxol", "control": None}
+    assert screen.changes() == [("wells", old, new, "map.txt", 7)]
 
 
 def test_another_sample_of_a_name_takes_nothing_either(screen: Screen) -> None:
@@ -185,7 +250,8 @@ def test_one_writer_remembers_what_it_did(screen: Screen) -> None:
         assert writer.assign({well: (NAME_ONLY, 2)}, {well}) == set()
         assert writer.assign({well: (TAXOL, 3)}, ()) == {well}
         assert writer.used == set(writer.ids([AMG, TAXOL]).values())
-    assert screen.changes() == [("AMG900", "taxol", "f", 3)]
+    ((table, _, new, *where),) = screen.changes()
+    assert (table, new["treatment"], where) == ("wells", "taxol", ["f", 3])
 
 
 def test_a_full_memory_forgets_and_asks_again(
@@ -215,8 +281,8 @@ def test_a_batch_costs_a_few_statements(screen: Screen) -> None:
         TreatmentWriter(session, screen.run.id, "f").assign(wanted, set(wells))
         once = len(statements)
         TreatmentWriter(session, screen.run.id, "f").assign(wanted, set(wells))
-    assert 0 < once <= 6
-    assert len(statements) - once <= 2
+    assert 0 < once <= 12
+    assert len(statements) - once <= 4
 
 
 def spelled(workspace: Workspace, *names: str, **more: str) -> list[str]:

@@ -29,6 +29,7 @@ SELECT
         l.value,
         CASE s.field
             WHEN 'perturbation' THEN t.name
+            WHEN 'treatment' THEN t.name_with_dose
             WHEN 'target' THEN t.target
             WHEN 'batch' THEN pl.batch
             WHEN 'cell_line' THEN pl.cell_line

@@ -15,10 +15,11 @@ from sqlalchemy.orm import Session
 
 from ...artifacts import CHUNK, sha256_of
 from ...db.bulk import bulk_insert, in_lists
+from ...db.fields import wells_changed
 from ...enums import Severity, Stage, Status
 from ...errors import CellstoreError
 from ...io.uris import writable
-from ...models import IngestFile, IngestIssue, Run, Well, WellChange
+from ...models import Event, IngestFile, IngestIssue, Run, Well
 
 SHOWN = 1_000
 """Issues of a file that are kept in memory to be shown; table ``ingest_issues`` has them all."""
@@ -223,8 +224,8 @@ def find_earlier(session: Session, recipe_id: int) -> Run | None:
 
 def corrected_since(session: Session, run_id: int, plates: Sequence[int]) -> int:
     """Return how many wells of ``plates`` (ids) have got another treatment since a run."""
-    query = select(func.count(WellChange.well_id.distinct())).join(Well)
-    later = query.where(WellChange.run_id > run_id)
+    changed = wells_changed(Event.run_id > run_id).subquery()
+    later = select(func.count(Well.id)).where(Well.id.in_(select(changed.c.well_id)))
     return sum(
         session.scalar(later.where(Well.plate_id.in_(some))) or 0 for some in in_lists(plates)
     )

@@ -35,7 +35,8 @@ from ...jobs.workspace import Workspace
 from ...models import Image, ImageFile, Plate, Well
 from .account import Account, Brought
 from .find_files import KnownFile, folder_id, known_files, look_at_files
-from .ingest_treatments import TreatmentWriter, suspicious_spellings
+from .ingest_treatments import suspicious_spellings
+from .write_treatments import TreatmentWriter
 
 BATCH = 10_000
 """Records that are written at a time."""

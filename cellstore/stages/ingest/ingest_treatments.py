@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
-from datetime import UTC, datetime
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import ColumnElement, bindparam, exists, insert, select, update
+from sqlalchemy import ColumnElement, bindparam, exists, select, update
 from sqlalchemy.orm import Session
 
 from ...analysis.leaks import normalised_name
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, take_ids
-from ...db.statements import insert_new
 from ...enums import Control, PerturbationKind
 from ...errors import UserInputError
 from ...io.filenames import format_well
@@ -40,18 +36,15 @@ from ...io.records import Refusal, TreatmentRecord
 from ...io.tables import TextTable, open_table
 from ...io.uris import writable
 from ...jobs.workspace import Workspace
-from ...models import Base, Plate, Treatment, Well, WellChange
+from ...models import Perturbation, Plate, TreatmentPart, Well
 from .account import Account
+from .write_treatments import TreatmentWriter, records_of
 
 ROWS_AT_ONCE = 2_000
 PLATES_AT_ONCE = 100
 """Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
 WELLS_AT_ONCE = 20_000
 """Wells that are pointed elsewhere at a time: a control may be in a million."""
-CACHED = 200_000
-"""Wells (and treatments) that a writer remembers: some 500 plates."""
-READABLE = 255
-"""Characters of each part of an identity; a list of targets may be longer than an index takes."""
 
 _READERS = {
     Layout.TREATMENT_TABLE: treatment_rows,
@@ -322,7 +315,7 @@ def _keep_metadata(session: Session, metadata: Mapping[int, Mapping[str, str]]) 
             if new != (old or {}):
                 rows.append({"well": well, "new": new})
     if rows:
-        table = _table(Well)
+        table: Any = Well.__table__
         statement = update(table).where(table.c.id == bindparam("well"))
         session.connection().execute(statement.values(metadata=bindparam("new")), rows)
     return {row["well"] for row in rows}
@@ -366,7 +359,9 @@ class _Corrections:
             present = known[_sample(record)]
             complete = record
             if present:
-                latest = max(treatment for treatment, _ in present)
+                # A name that is given back finds the perturbation that it had before.
+                named = [use for use, old in present.items() if old.pert_iname == record.pert_iname]
+                latest = max(treatment for treatment, _ in named or present)
                 olds = [old for (treatment, _), old in present.items() if treatment == latest]
                 complete = completed(record, olds[0])
             if not present:
@@ -399,14 +394,12 @@ class _Corrections:
         identifiers = [record.identifier for record in said if record.identifier is not None]
         names = [record.pert_iname for record in said if record.identifier is None]
         conditions: list[ColumnElement[bool]] = []
-        conditions += [Treatment.identifier.in_(some) for some in in_lists(identifiers)]
-        unnamed = Treatment.identifier.is_(None)
-        conditions += [Treatment.name.in_(some) & unnamed for some in in_lists(names)]
-        rows = {
-            row.id: record_of(row)
-            for condition in conditions
-            for row in self._session.scalars(select(Treatment).where(condition))
-        }
+        conditions += [Perturbation.identifier.in_(some) for some in in_lists(identifiers)]
+        unnamed = Perturbation.identifier.is_(None)
+        conditions += [Perturbation.name.in_(some) & unnamed for some in in_lists(names)]
+        rows: dict[int, TreatmentRecord] = {}
+        for condition in conditions:
+            rows |= records_of(self._session, condition)
         controls: dict[int, set[Control | None]] = defaultdict(set)
         for some in in_lists(list(rows)):
             query = select(Well.treatment_id, Well.control).where(Well.treatment_id.in_(some))
@@ -449,178 +442,6 @@ def _sample(record: TreatmentRecord) -> _Sample:
     return record.kind.value, record.pert_iname
 
 
-# ---- The treatments of wells ----
-
-_COLUMNS = {
-    field.name: "name" if field.name == "pert_iname" else field.name
-    for field in fields(TreatmentRecord)
-    if field.name != "control"
-}
-"""Fields of a record to columns of ``treatments``; ``control`` is a column of ``wells``."""
-
-
-def identity(record: TreatmentRecord) -> str:
-    """Return the natural identity of a treatment: readable, then a digest of all that it says.
-
-    Two treatments that differ in anything (a corrected SMILES, a target) are two rows; a control
-    is what a well is, and no part of it.
-    """
-    parts = (record.kind.value, record.pert_iname, record.identifier, record.target)
-    values = json.dumps([getattr(record, name) for name in _COLUMNS], ensure_ascii=True)
-    digest = hashlib.sha256(values.encode()).hexdigest()[:32]
-    return "|".join([*((part or "")[:READABLE] for part in parts), digest])
-
-
-def record_of(row: Treatment) -> TreatmentRecord:
-    """Return what a row of table ``treatments`` says."""
-    return TreatmentRecord(**{name: getattr(row, column) for name, column in _COLUMNS.items()})
-
-
-def treatment_row(record: TreatmentRecord) -> dict[str, Any]:
-    """Return the columns of the row of a treatment."""
-    values = {column: getattr(record, name) for name, column in _COLUMNS.items()}
-    return {"identity": identity(record), **values}
-
-
-class TreatmentWriter:
-    """Finds or makes treatments and points wells to them, in the caller's transaction.
-
-    Made for one ``file`` of one run. It remembers what it has seen of treatments and wells, so it
-    must not outlive a transaction that was rolled back.
-    """
-
-    def __init__(self, session: Session, run_id: int, file: str) -> None:
-        self._session = session
-        self._run_id = run_id
-        self._file = file
-        self._ids: dict[TreatmentRecord, int] = {}
-        self._records: dict[int, TreatmentRecord] = {}
-        self._wells: dict[int, tuple[int | None, Control | None]] = {}
-        # What is known and what is said, by object: the treatment that results, None: no news.
-        self._compared: dict[
-            tuple[int, Control | None, int], tuple[TreatmentRecord, TreatmentRecord | None]
-        ] = {}
-        self.used: set[int] = set()
-        """The treatments that the wells have which the file speaks of."""
-
-    def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
-        """Return the row of each treatment, made where it is new."""
-        self._make_room()
-        return self._find_or_make(set(records))
-
-    def assign(
-        self,
-        wanted: Mapping[int, tuple[TreatmentRecord, int | None]],
-        new_wells: Container[int],
-    ) -> set[int]:
-        """Point wells to the treatments that a file gives them; return those that changed.
-
-        ``wanted`` is {well id: (treatment, line of the file)}. A treatment that says less than
-        what the well has, or the same, changes nothing; one that says more or other replaces it,
-        which table ``well_changes`` records but for ``new_wells``, made in this run.
-        """
-        self._make_room()
-        self._look_up(wanted)
-        news = {well: new for well, (said, _) in wanted.items() if (new := self._new(well, said))}
-        # By object: readers hand the same treatment out again and again, and hashing costs.
-        distinct = {id(record): record for record in news.values()}
-        ids = self._find_or_make(set(distinct.values()))
-        by_object = {key: ids[record] for key, record in distinct.items()}
-        targets = {well: (by_object[id(new)], new.control) for well, new in news.items()}
-        changes = [
-            {
-                "run_id": self._run_id,
-                "well_id": well,
-                "old_treatment_id": self._wells[well][0],
-                "new_treatment_id": treatment,
-                "file": self._file,
-                "line": wanted[well][1],
-                "changed_at": datetime.now(UTC),
-            }
-            for well, (treatment, _) in targets.items()
-            if well not in new_wells and treatment != self._wells[well][0]
-        ]
-        connection = self._session.connection()
-        if changes:
-            connection.execute(insert(_table(WellChange)), changes)
-        if targets:
-            mark = "?" if connection.dialect.name == "sqlite" else "%s"
-            statement = (
-                f"UPDATE wells SET treatment_id = {mark}, control = {mark} WHERE id = {mark}"  # noqa: S608
-            )
-            # Straight to the driver: of a million images it is a hundred thousand wells.
-            rows = [
-                (key, control and control.value, well) for well, (key, control) in targets.items()
-            ]
-            connection.exec_driver_sql(statement, rows)
-        self._wells.update(targets)
-        self.used.update(found for well in wanted if (found := self._wells[well][0]) is not None)
-        return set(targets)
-
-    def _new(self, well: int, said: TreatmentRecord) -> TreatmentRecord | None:
-        """Return the treatment (and role) that a well is to get, or None where it stays."""
-        treatment, control = self._wells[well]
-        if treatment is None:
-            return said
-        key = (treatment, control, id(said))
-        earlier, new = self._compared.get(key, (None, None))
-        if earlier is not said:
-            known = replace(self._records[treatment], control=control)
-            complete = completed(said, known)
-            new = None if complete == known else complete
-            self._compared[key] = said, new
-        return new
-
-    def _make_room(self) -> None:
-        for cache in (self._wells, self._ids, self._compared, self._records):
-            if len(cache) > CACHED:
-                self._wells.clear()  # they are looked up together with their treatments
-                cache.clear()
-
-    def _look_up(self, wells: Iterable[int]) -> None:
-        unknown = [well for well in wells if well not in self._wells]
-        for some in in_lists(unknown):
-            query = select(Well.id, Well.treatment_id, Well.control).where(Well.id.in_(some))
-            for well, treatment, control in self._session.execute(query):
-                self._wells[well] = treatment, control
-        pointed = {found for well in unknown if (found := self._wells[well][0]) is not None}
-        for ids in in_lists(pointed - self._records.keys()):
-            for row in self._session.scalars(select(Treatment).where(Treatment.id.in_(ids))):
-                self._records[row.id] = record_of(row)
-
-    def _find_or_make(self, wanted: set[TreatmentRecord]) -> dict[TreatmentRecord, int]:
-        # Nothing may be forgotten here: what a caller has just looked up is still needed.
-        keys = {record: identity(record) for record in wanted if record not in self._ids}
-        plain = {key: replace(record, control=None) for record, key in keys.items()}
-        found = self._find(plain)
-        new = [
-            {
-                "identity": key,
-                **{column: getattr(record, name) for name, column in _COLUMNS.items()},
-            }
-            for key, record in plain.items()
-            if key not in found
-        ]
-        if new:
-            insert_new(self._session, Treatment, new)
-            found |= self._find({row["identity"]: plain[row["identity"]] for row in new})
-        self._ids.update((record, found[key]) for record, key in keys.items())
-        return {record: self._ids[record] for record in wanted}
-
-    def _find(self, plain: Mapping[str, TreatmentRecord]) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for some in in_lists(list(plain)):
-            query = select(Treatment.identity, Treatment.id).where(Treatment.identity.in_(some))
-            for key, treatment in self._session.execute(query):
-                found[key] = treatment
-                self._records[treatment] = plain[key]
-        return found
-
-
-def _table(model: type[Base]) -> Any:
-    return model.__table__
-
-
 # ---- Names that look like one ----
 
 
@@ -646,12 +467,15 @@ def suspicious_spellings(session: Session, treatment_ids: Collection[int]) -> li
         if structure := row.inchikey or row.smiles:
             yield built, row.kind, structure
 
-    query = select(Treatment.kind, Treatment.name, Treatment.inchikey, Treatment.smiles)
+    columns = (Perturbation.kind, Perturbation.name, Perturbation.inchikey, Perturbation.smiles)
+    query = select(*columns).join(TreatmentPart).distinct()
     for some in in_lists(treatment_ids):
-        for row in session.execute(query.where(Treatment.id.in_(some))):
+        for row in session.execute(query.where(TreatmentPart.treatment_id.in_(some))):
             for key in keys(row):
                 names[key].add(row.name)
-    for row in session.execute(query.where(exists().where(Well.treatment_id == Treatment.id))):
+    for row in session.execute(
+        query.where(exists().where(Well.treatment_id == TreatmentPart.treatment_id))
+    ):
         for key in keys(row):
             if key in names:
                 names[key].add(row.name)
