@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cellstore.stages import train
 from cellstore_cli.app import app
+from cellstore_cli.output import Notes, say
 
 pytest.importorskip("torch")
 
@@ -48,11 +48,13 @@ def test_the_help_lists_options_by_section(cellstore) -> None:
 def test_a_run_that_was_stopped_is_resumed_by_its_number(
     cellstore, with_set: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    def stop(_: Notes, text: str) -> None:
+        if text.startswith("epoch "):
+            raise KeyboardInterrupt
+        say(text)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train.Teller, "epoch", stop)
+        patched.setattr(Notes, "note", stop)
         stopped = cellstore("train", *QUICK, *IN, code=130)
     command = re.search(
         r"^Go on with: cellstore (train --resume (\d+))$", stopped.err, re.MULTILINE
