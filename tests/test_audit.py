@@ -16,13 +16,13 @@ from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, IngestFile, Segmentation, SplitMember, Well
 from cellstore.query.engine import open_questions
+from cellstore.query.source import predictions_of_image
 from cellstore.report.audit import (
     Audit,
     audit_cell,
     audit_image,
     audit_run,
     audit_well,
-    votes_query,
 )
 from cellstore.report.audit_text import audit_text
 
@@ -342,16 +342,14 @@ def test_a_run_walks_both_ways(workspace: Workspace) -> None:
 
 
 def _plan(workspace: Workspace) -> str:
-    compiled = votes_query(3).compile(
-        workspace.database.engine, compile_kwargs={"literal_binds": True}
-    )
     sqlite = workspace.database.is_sqlite
+    query = f"SELECT p.run_id FROM {predictions_of_image(3, is_sqlite=sqlite)}"
     with workspace.database.read() as session:
         if not sqlite:
             # On a tiny table a scan is right; the question is whether an index can serve.
             session.execute(text("SET LOCAL enable_seqscan = off"))
         explain = "EXPLAIN QUERY PLAN" if sqlite else "EXPLAIN"
-        return "\n".join(str(tuple(row)) for row in session.execute(text(f"{explain} {compiled}")))
+        return "\n".join(str(tuple(row)) for row in session.execute(text(f"{explain} {query}")))
 
 
 def test_votes_are_found_by_index(workspace: Workspace) -> None:
@@ -388,7 +386,8 @@ def _steps(workspace: Workspace, image_id: int) -> int:
         raw = session.connection().connection.driver_connection
         assert raw is not None
         raw.set_progress_handler(tick, 1)
-        session.execute(votes_query(image_id)).all()
+        origin = predictions_of_image(image_id, is_sqlite=True)
+        session.execute(text(f"SELECT p.run_id FROM {origin}")).all()
         raw.set_progress_handler(None, 0)
     return count
 

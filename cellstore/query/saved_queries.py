@@ -32,8 +32,6 @@ RESERVED = frozenset(
         "format",
         "output",
         "json",
-        "new",
-        "from",
         "store",
         "seconds",
         "memory",
@@ -44,7 +42,6 @@ RESERVED = frozenset(
     ]
 )
 """Options of ``cellstore ask`` itself."""
-
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 _PARAMETER = re.compile(
@@ -124,30 +121,16 @@ def find_question(workspace: Workspace, name: str) -> SavedQuestion:
     return found[name]
 
 
-def checked_name(name: str) -> str:
-    """Return a name that a saved question can have.
-
-    Raises:
-        UserInputError: it cannot.
-    """
-    if len(name) > 100 or not _NAME.fullmatch(name):
-        raise UserInputError(
-            f"{name!r} cannot name a question. Use small letters, digits and -, a letter first: "
-            "plates-of-may"
-        )
-    return name
-
-
 def _own(workspace: Workspace, name: str) -> SavedQuestion:
     folder = own_folder(workspace)
-    path = folder / f"{checked_name(name)}.sql"
+    path = folder / f"{name}.sql"
+    if len(name) > 100 or not _NAME.fullmatch(name):
+        raise QueryError(
+            f"{path} cannot be asked: {name!r} is no name of a question. Use small letters, digits "
+            "and -, a letter first: plates-of-may"
+        )
     if not path.resolve().is_relative_to(folder.resolve()):
         raise QueryError(f"{path} leads out of its folder. Put the file itself there.")
-    shipped = {item.name for item in shipped_questions()}
-    return parsed(name, _text(path), path=path, replaces=name in shipped)
-
-
-def _text(path: Path) -> str:
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(MAX_CHARACTERS + 1)
@@ -156,7 +139,8 @@ def _text(path: Path) -> str:
         raise QueryError(f"The question {path} cannot be read: {reason}.") from error
     if len(text) > MAX_CHARACTERS:
         raise QueryError(f"The question {path} is longer than {MAX_CHARACTERS:,} characters.")
-    return text
+    shipped = {item.name for item in shipped_questions()}
+    return parsed(name, text, path=path, replaces=name in shipped)
 
 
 def parsed(
@@ -170,7 +154,15 @@ def parsed(
     """
     lines = text.splitlines()
     length = next((i for i, line in enumerate(lines) if not line.startswith("--")), len(lines))
-    words, described = _split([line[2:] for line in lines[:length]])
+    words: list[str] = []
+    described: list[str] = []
+    for line in (line[2:] for line in lines[:length]):
+        if line.strip().startswith(":"):
+            described.append(line.strip())
+        elif described and line.startswith("   "):  # goes on with the parameter above it
+            described[-1] += f" {line.strip()}"
+        elif line.strip():
+            words.append(line.strip())
     if not words:
         raise QueryError(
             f"The question {path or name} does not say what it asks. Begin its file with a line "
@@ -178,29 +170,15 @@ def parsed(
         )
     parameters = tuple(_parameter(path or name, line) for line in described)
     query = "\n".join(lines[length:]).strip()
-    return SavedQuestion(name, words, parameters, query, text, path, replaces)
+    return SavedQuestion(name, " ".join(words), parameters, query, text, path, replaces)
 
 
-def _split(head: list[str]) -> tuple[str, list[str]]:
-    """Return the words of a head, and a line for each parameter; deeper lines go on with one."""
-    words: list[str] = []
-    described: list[str] = []
-    for line in head:
-        if line.strip().startswith(":"):
-            described.append(line.strip())
-        elif described and line.startswith("   "):
-            described[-1] += f" {line.strip()}"
-        else:
-            words.append(line.strip())
-    return " ".join(word for word in words if word), described
-
-
-def _parameter(place: object, line: str) -> SavedParameter:
+def _parameter(file: object, line: str) -> SavedParameter:
     match = _PARAMETER.fullmatch(line)
     kind = match["kind"] if match else ""
     if match is None or kind not in KINDS or match["name"] in RESERVED:
         raise QueryError(
-            f"The question {place} describes a parameter as {line!r}. Write it like "
+            f"The question {file} describes a parameter as {line!r}. Write it like "
             f"':run (predict run) = latest  Whose labels.'; kinds are {', '.join(KINDS)}."
         )
     default = match["default"]
@@ -242,50 +220,33 @@ def _value(
     session: Session, question: SavedQuestion, item: SavedParameter, given: object
 ) -> object:
     if given is None and item.default is None:
+        example = "3,5" if item.kind == "two predict runs" else "3"
         raise UserInputError(
-            f"The question {question.name} needs --{item.name}: {item.words} "
-            f"Example: cellstore ask {question.name} --{item.name} {_example(item)}"
+            f"The question {question.name} needs --{item.name}: {item.words} Example: cellstore "
+            f"ask {question.name} --{item.name} {example if item.kind in _STAGES else 'VALUE'}"
         )
     if given is None or given == NOTHING == item.default:
         return None
     if item.kind == "two predict runs":
-        return _runs(session, item, given)
+        names = given if isinstance(given, list | tuple) else str(given).split(",")
+        found = [run_in(session, str(name).strip(), _STAGES[item.kind]).id for name in names]
+        if len(found) != 2 or found[0] == found[1]:
+            raise UserInputError(f"--{item.name} takes two different runs, like 3,5.")
+        return found
     if item.kind in _STAGES:
-        return _run(session, item, given)
-    return _plain(item, given)
-
-
-def _example(item: SavedParameter) -> str:
-    return "3,5" if item.kind == "two predict runs" else "3" if item.kind in _STAGES else "VALUE"
-
-
-def _run(session: Session, item: SavedParameter, given: object) -> int:
-    return run_in(session, str(given), _STAGES[item.kind]).id
-
-
-def _runs(session: Session, item: SavedParameter, given: object) -> list[int]:
-    names = given if isinstance(given, list | tuple) else str(given).split(",")
-    found = [_run(session, item, str(name).strip()) for name in names]
-    if len(found) != 2 or found[0] == found[1]:
-        raise UserInputError(f"--{item.name} takes two different runs, like 3,5.")
-    return found
-
-
-def _plain(item: SavedParameter, given: object) -> object:
+        return run_in(session, str(given), _STAGES[item.kind]).id
     text = str(given).strip()
     try:
         if item.kind == "whole number":
-            return _small(int(text))
-        if item.kind == "number":
+            number = int(text)
+            if abs(number) < 1 << 63:
+                return number
+        elif item.kind == "number":
             return float(text)
-        if item.kind == "yes or no":
+        elif item.kind == "yes or no":
             return _TRUTH[text.lower()]
-    except (ValueError, KeyError) as error:
-        raise UserInputError(f"--{item.name} is a {item.kind}, not {text!r}.") from error
-    return str(given)
-
-
-def _small(number: int) -> int:
-    if abs(number) >= 1 << 63:
-        raise ValueError(number)
-    return number
+        else:
+            return str(given)
+    except (ValueError, KeyError):
+        pass
+    raise UserInputError(f"--{item.name} is a {item.kind}, not {text!r}.")

@@ -238,13 +238,18 @@ def feed_predictions(
 def feed_predictions_of_image(
     source: Source, target: duckdb.DuckDBPyConnection, statement: str, image_id: int
 ) -> None:
-    """Carry out ``statement`` so with what all runs said of one image: every step by an index."""
-    join = "CROSS JOIN" if source.database.is_sqlite else "JOIN"
-    origin = f"""segmentations AS s
+    """Carry out ``statement`` so with what all runs said of one image."""
+    origin = predictions_of_image(image_id, is_sqlite=source.database.is_sqlite)
+    source.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, [origin])
+
+
+def predictions_of_image(image_id: int, *, is_sqlite: bool) -> str:
+    """Return what follows FROM to read them: every step goes through an index."""
+    join = "CROSS JOIN" if is_sqlite else "JOIN"
+    return f"""segmentations AS s
         {join} cells AS c ON c.segmentation_id = s.id
         {join} predictions AS p ON p.cell_id = c.id
         WHERE s.image_id = {int(image_id)}"""
-    source.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, [origin])
 
 
 def feed_ended_run(

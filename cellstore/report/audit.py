@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, Select, and_, case, cast, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
@@ -54,6 +54,7 @@ from ..models import (
     Treatment,
     Well,
 )
+from ..query.engine import open_questions
 
 KINDS = ("image", "well", "cell", "run", "artifact")
 SHORT = 10
@@ -135,10 +136,10 @@ def audit_image(workspace: Workspace, text: str) -> Audit:
         UserInputError: several have it.
     """
     with workspace.database.read() as session:
-        return _image(session, find_image(session, text))
+        return _image(workspace, session, find_image(session, text))
 
 
-def _image(session: Session, image: Image) -> Audit:
+def _image(workspace: Workspace, session: Session, image: Image) -> Audit:
     well, treatment = image.well, image.well.treatment
     name = f"{well.plate.barcode}/{well.name}/{image.site}"
     graph = Lineage("image")
@@ -212,7 +213,7 @@ def _image(session: Session, image: Image) -> Audit:
             for file in image.files
         ],
         "segmentations": [_segmentation(found) for found in image.segmentations],
-        "labellings": _labellings(session, graph, image, treatment_box),
+        "labellings": _labellings(workspace, session, graph, image, treatment_box),
         "downstream": downstream,
     }
     return Audit("image", f"Image {name}", record, graph)
@@ -240,46 +241,41 @@ def _segmentation(found: Segmentation) -> Record:
     }
 
 
-EXACT = 10**12
-"""Summed probabilities are compared as whole numbers of 1e-12, as the relation ``votes`` does."""
+_VOTES = """
+    SELECT run_id, vote, winner, tie, n_cells, subset, truth, correct FROM votes
+    WHERE level = 'image' AND vote <> 'median' AND unit_id = $image
+"""
+_LABEL_VOTES = """
+    SELECT run_id, label, cells, probability FROM label_votes
+    WHERE level = 'image' AND vote = 'hard' AND unit_id = $image
+    ORDER BY run_id, votes DESC, probability DESC, position
+"""
+_USED = """
+    SELECT DISTINCT p.run_id, c.segmentation_id
+    FROM eligible_predictions AS p JOIN cells AS c ON c.id = p.cell_id WHERE p.image_id = $image
+"""
+_OF_WELL = "SELECT DISTINCT run_id, subset FROM run_images WHERE subset <> 'outside'"
 
 
-def votes_query(image_id: int) -> Select[int, int, str, int, int]:
-    """Return the query of the votes of an image's cells; every step goes through an index.
-
-    A row per run, segmentation and label: cells of which it is the first choice, and the summed
-    probability in steps of 1e-12.
-    """
-    first = func.sum(case((Prediction.rank == 1, 1), else_=0))
-    probability = func.sum(cast(func.round(Prediction.probability * EXACT), BigInteger))
-    return (
-        select(Prediction.run_id, Segmentation.id, Label.value, first, probability)
-        .join(Cell, Cell.id == Prediction.cell_id)
-        .join(Segmentation, Segmentation.id == Cell.segmentation_id)
-        .join(Label, Label.id == Prediction.label_id)
-        .where(Segmentation.image_id == image_id, Cell.excluded.is_(None))
-        .group_by(Prediction.run_id, Segmentation.id, Label.value)
-    )
-
-
-def _labellings(session: Session, graph: Lineage, image: Image, treatment_box: str) -> list[Record]:
+def _labellings(
+    workspace: Workspace, session: Session, graph: Lineage, image: Image, treatment_box: str
+) -> list[Record]:
     """What each predict run said of an image, the oldest run first.
 
     ``winner`` is the label of the hard vote, ``soft_winner`` that of the summed probabilities;
     ``subset`` that of the image in the split (``outside``: in none), ``well_subsets`` all in which
     its well has images.
     """
-    cells: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    weight: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    used: dict[int, set[int]] = defaultdict(set)
-    for run_id, segmentation_id, label, first, probability in session.execute(
-        votes_query(image.id)
-    ):
-        cells[run_id][label] += int(first)
-        weight[run_id][label] += int(probability)
-        used[run_id].add(segmentation_id)
+    with open_questions(workspace, image=image.id) as questions:
+        values = {"image": image.id}
+        votes = {(row["run_id"], row["vote"]): row for row in questions.rows_ours(_VOTES, values)}
+        labels = questions.rows_ours(_LABEL_VOTES, values)
+        used = {
+            (row["run_id"], row["segmentation_id"]) for row in questions.rows_ours(_USED, values)
+        }
+        of_well = {(row["run_id"], row["subset"]) for row in questions.rows_ours(_OF_WELL)}
     found = []
-    for run_id in sorted(cells):
+    for run_id in sorted({number for number, _ in votes}):
         run = session.get_one(Run, run_id)
         split = run.split or (run.parent.split if run.parent else None)
         checkpoints = [
@@ -287,23 +283,12 @@ def _labellings(session: Session, graph: Lineage, image: Image, treatment_box: s
             for file in (run.parent.artifacts if run.parent else ())
             if file.kind is ArtifactKind.CHECKPOINT
         ]
-        subset, truth, well_subsets = "outside", None, []
-        if split is not None:
-            well = image.well
-            truth = _label_now(session, well, split.field)
-            members = select(SplitMember).join(Image, Image.id == SplitMember.image_id)
-            members = members.where(SplitMember.split_id == split.id, Image.well_id == well.id)
-            inside = list(session.scalars(members))
-            well_subsets = [s.value for s in Subset if s in {member.subset for member in inside}]
-            for member in inside:
-                if member.image_id == image.id:
-                    subset, truth = member.subset.value, member.label.value
-        counts, sums = cells[run_id], weight[run_id]
-        # Ties are broken by the summed probability, then by the label, as in the relation votes.
-        ranked = sorted(counts, key=lambda name: (-counts[name], -sums[name], name))
-        winner, seen = ranked[0], Subset.TRAIN.value in well_subsets
-        correct = None if truth is None else winner == truth
-        segmentations = [item for item in image.segmentations if item.id in used[run_id]]
+        hard, soft = votes[run_id, "hard"], votes[run_id, "soft"]
+        own = [row for row in labels if row["run_id"] == run_id]
+        well_subsets = [s.value for s in Subset if (run_id, s.value) in of_well]
+        winner, seen = hard["winner"], Subset.TRAIN.value in well_subsets
+        correct = hard["correct"]
+        segmentations = [item for item in image.segmentations if (run_id, item.id) in used]
         found.append(
             {
                 "run_id": run_id,
@@ -315,19 +300,19 @@ def _labellings(session: Session, graph: Lineage, image: Image, treatment_box: s
                 "checkpoints": checkpoints,
                 "split": split.name if split else None,
                 "protocol": split.protocol if split else None,
-                "subset": subset,
+                "subset": hard["subset"],
                 "well_subsets": well_subsets,
                 "well_in_training": seen,
                 "segmentation_ids": [item.id for item in segmentations],
                 "segment_recipes": [item.recipe_id for item in segmentations],
                 "segment_weights": [item.recipe.weights_sha256 or "" for item in segmentations],
-                "n_cells": sum(counts.values()),
-                "votes": {name: counts[name] for name in ranked},
-                "probabilities": {name: sums[name] / EXACT for name in ranked},
+                "n_cells": hard["n_cells"],
+                "votes": {row["label"]: row["cells"] for row in own},
+                "probabilities": {row["label"]: row["probability"] for row in own},
                 "winner": winner,
-                "soft_winner": min(sums, key=lambda name: (-sums[name], name)),
-                "tie": len(ranked) > 1 and counts[winner] == counts[ranked[1]],
-                "truth": truth,
+                "soft_winner": soft["winner"],
+                "tie": hard["tie"],
+                "truth": hard["truth"],
                 "correct": correct,
             }
         )
@@ -342,8 +327,8 @@ def _labellings(session: Session, graph: Lineage, image: Image, treatment_box: s
                 graph.link(treatment_box, named, train)
         truth = {True: "right", False: "wrong", None: "truth unknown"}[correct]
         knows = "well was in training" if seen else "well was not in training"
-        votes = f"{counts[winner]} of {sum(counts.values())} cells"
-        graph.link(box, graph.add(f"label {run_id}", "label", winner, votes, truth, knows))
+        most = f"{own[0]['cells']} of {hard['n_cells']} cells"
+        graph.link(box, graph.add(f"label {run_id}", "label", winner, most, truth, knows))
     return found
 
 
@@ -500,7 +485,7 @@ def audit_cell(workspace: Workspace, cell_id: int) -> Audit:
             )
         image = cell.segmentation.image
         name = f"{image.well.plate.barcode}/{image.core_name}"
-        graph = _image(session, image).lineage
+        graph = _image(workspace, session, image).lineage
         number = f"object {cell.object_number}"
         graph.subject = graph.add("cell", "cell", f"cell {cell.id}", number)
         graph.link(f"segmentation {cell.segmentation_id}", "cell")

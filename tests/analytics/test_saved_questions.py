@@ -25,8 +25,8 @@ SELECT p.barcode AS plate, w.name AS well, t.target
 FROM wells AS w
 JOIN plates AS p ON p.id = w.plate_id
 JOIN treatments AS t ON t.id = w.treatment_id
-WHERE t.pert_iname = $treatment AND ($plate IS NULL OR p.barcode = $plate)
-ORDER BY p.barcode, w.row, w."column"
+WHERE t.name = $treatment AND ($plate IS NULL OR p.barcode = $plate)
+ORDER BY p.barcode, w.well_row, w.well_column
 """
 
 
@@ -78,7 +78,7 @@ def test_every_question_answers_on_both_databases(workspace: Workspace) -> None:
     assert wells["confident-mistakes"] == ["B01", "B03"]
     assert wells["unlabelled"] == ["A01", "A02"]
     assert [(r["wells"], r["images"], r["cells"]) for r in answers["plates"]] == [(6, 6, 10)]
-    assert [(r["pert_iname"], r["images"]) for r in answers["treatments"]] == [
+    assert [(r["treatment"], r["images"]) for r in answers["treatments"]] == [
         ("taxol", 4),
         ("DMSO", 2),
     ]
