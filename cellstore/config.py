@@ -150,9 +150,9 @@ class Params:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 low, high = known["min"], known["max"]
                 if low is not None and value < low:
-                    raise UserInputError(f"The {noun} is at least {low:g}, not {value:g}.")
+                    raise UserInputError(f"{flag(item)} must be at least {low:g}, not {value:g}.")
                 if high is not None and value > high:
-                    raise UserInputError(f"The {noun} is at most {high:g}, not {value:g}.")
+                    raise UserInputError(f"{flag(item)} must be at most {high:g}, not {value:g}.")
 
     @classmethod
     def of(cls, preset: str | None = None, **given: Any) -> Self:

@@ -243,12 +243,8 @@ def _check(params: FinetuneParams) -> None:
             "Fine-tuning works with Cellpose 3. Install cellstore in an environment of its own "
             "with: pip install 'cellstore[segment]'"
         )
-    if params.epochs < 1:
-        raise UserInputError(f"There must be at least one epoch, not {params.epochs}.")
     if not (math.isfinite(params.learning_rate) and params.learning_rate > 0):
         raise UserInputError(f"The learning rate must be above 0, not {params.learning_rate}.")
-    if not 0 <= params.held_out < 1:
-        raise UserInputError(f"The held-out share must be from 0 to 1, not {params.held_out}.")
 
 
 def _spec(params: FinetuneParams, start: Network, sides: Sides) -> RecipeSpec:

@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_refused(cook: Any, words: tuple[str, ...], sentenc
 def test_the_same_is_refused_from_python() -> None:
     with pytest.raises(UnknownNameError, match=r"Unknown loss 'x'. Known: cross-entropy, focal"):
         TrainParams(loss="x")
-    with pytest.raises(UserInputError, match="The epochs is at least 1, not 0"):
+    with pytest.raises(UserInputError, match="--epochs must be at least 1, not 0"):
         TrainParams(epochs=0)
 
 

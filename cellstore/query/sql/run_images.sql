@@ -35,8 +35,8 @@ SELECT
             WHEN 'cell_line' THEN pl.cell_line
             WHEN 'time_point' THEN pl.time_point
             ELSE coalesce(
-                json_extract_string(w.metadata, '$."' || s.field || '"'),
-                json_extract_string(pl.metadata, '$."' || s.field || '"')
+                (w.metadata ->> s.field),
+                (pl.metadata ->> s.field)
             )
         END
     ) AS truth,
