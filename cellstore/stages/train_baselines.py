@@ -32,14 +32,7 @@ from ..learn.training_cells import (
     result_from,
 )
 from ..models import Image, Run, SplitMember, Well
-from ..query.cells import (
-    as_text,
-    cells_query,
-    list_blocks,
-    places_of,
-    read_values,
-    stream_groups,
-)
+from ..query.cells import as_text, cells_query, list_blocks, places_of, read_values, stream_groups
 
 VERSION = 1
 USED = {
