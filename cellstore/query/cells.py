@@ -49,7 +49,7 @@ _VALUES_AT_ONCE = 4_000_000
 class CellSource:
     """Whose cells: found by one recipe, measured by another, on a split or on plates.
 
-    ``subset``: one side of the split. Without ``split_id`` and ``plates``: all images.
+    ``subset``: one subset of the split. Without ``split_id`` and ``plates``: all images.
     ``features``: where the measurements are; a cell that is not among them is left out.
     ``unflagged_by``: a quality-control run, whose flagged images and cells are left out.
     """
@@ -65,7 +65,7 @@ class CellSource:
 
 @dataclass(frozen=True)
 class ImageBlock:
-    """An image that has cells, its place in the split, and how many cells it has."""
+    """An image that has cells, its subset and label in the split, and how many cells it has."""
 
     image_id: int
     content_sha256: str | None
@@ -94,7 +94,7 @@ class CellRows:
 
 
 def cells_query(source: CellSource) -> Select[Any]:
-    """Return the query of all cells of ``source`` with boxes, measurements, side and label.
+    """Return the query of all cells of ``source`` with boxes, measurements, subset and label.
 
     Measurements that are in files are not in the answer; read them by cell id.
     """
@@ -164,14 +164,14 @@ class Flagged:
 
 
 def count_flagged(
-    session: Session, source: CellSource, blocks: Sequence[ImageBlock], sides: Sequence[Subset]
+    session: Session, source: CellSource, blocks: Sequence[ImageBlock], subsets: Sequence[Subset]
 ) -> Flagged | None:
-    """Return how much more there would be than ``blocks`` on some sides if flags did not count."""
+    """Return how much more than ``blocks`` some subsets would have if flags did not count."""
     if source.unflagged_by is None:
         return None
     everything = list_blocks(session, replace(source, unflagged_by=None))
     before, after = (
-        [b.n_cells for b in some if b.subset in sides] for some in (everything, blocks)
+        [b.n_cells for b in some if b.subset in subsets] for some in (everything, blocks)
     )
     return Flagged(source.unflagged_by, len(before) - len(after), sum(before) - sum(after))
 
@@ -471,14 +471,14 @@ def read_values(
 
 
 @dataclass(frozen=True)
-class Places:
+class WellsAndPlates:
     """Where N cells are: ``wells`` (N,) ids of wells, ``plates`` (N,) barcodes."""
 
     wells: Ids
     plates: NDArray[np.str_]
 
 
-def places_of(session: Session, cell_ids: Ids) -> Places:
+def wells_and_plates(session: Session, cell_ids: Ids) -> WellsAndPlates:
     """Return the wells and plates of cells, whose (N,) ids ascend."""
     query = (
         select(Well.id, Plate.barcode)
@@ -495,7 +495,7 @@ def places_of(session: Session, cell_ids: Ids) -> Places:
         for well, plate in session.execute(query.where(Cell.id.in_(ids))):
             wells.append(well)
             plates.append(plate)
-    return Places(np.array(wells, dtype=np.int64), np.array(plates, dtype=np.str_))
+    return WellsAndPlates(np.array(wells, dtype=np.int64), np.array(plates, dtype=np.str_))
 
 
 def _in_parts(cell_ids: Ids) -> Iterator[tuple[int, list[int]]]:
