@@ -104,6 +104,10 @@ def definitions(rules: VoteRules, *, sqlite: bool) -> dict[str, str]:
     found["vote_options"] = found["vote_options"].replace("AS DOUBLE)", "AS DOUBLE PRECISION)")
     for name in ("eligible_cells", "eligible_predictions"):
         found[name] = found[name].replace("NOT EXISTS (FROM", "NOT EXISTS (SELECT 1 FROM")
+    for table in ("w", "pl"):
+        path = f"""({table}.metadata, '$."' || s.field || '"')"""
+        plain = f"json_extract{path}" if sqlite else f"({table}.metadata ->> s.field)"
+        found["run_images"] = found["run_images"].replace(f"json_extract_string{path}", plain)
     found["image_label_counts"] = COUNTS
     found["label_counts"] = found["label_counts"].replace(
         "CAST(sum(CAST(round(c.probability * 1e12) AS BIGINT)) AS DOUBLE) / 1e12",

@@ -250,8 +250,8 @@ def test_a_set_in_files_is_read_by_name_only(workspace: Workspace) -> None:
         texture = session.get_one(Recipe, wide.recipe_id)
         with pytest.raises(UserInputError, match="not measured yet"):
             choose_recipes(session, str(screen.segment.id), None)
-    make.run(Stage.MEASURE, basic)
-    make.run(Stage.MEASURE, texture)
+    for recipe in (basic, texture):
+        make.job(make.run(Stage.MEASURE, recipe), screen.images[0])
     with workspace.database.read() as session:
         assert choose_recipes(session, None, None)[1].id == basic.id
         assert recipes_of_set(session, "texture", None, None)[1].id == texture.id

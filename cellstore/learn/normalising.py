@@ -23,8 +23,9 @@ from ..errors import ImageError, UnknownNameError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.selection import is_current
 from ..models import Image, Plate, Segmentation, SplitMember, Well
-from ..query.cells import CellSource, is_unflagged_image, read_cells, stream_features
+from ..query.cells import CellSource, read_cells, stream_features
 from ..query.feature_files import SetReader
+from ..query.qc_runs import is_unflagged_image
 
 Numbers = NDArray[np.float64]
 

@@ -28,17 +28,13 @@ from ..query.cells import (
     CellSource,
     Flagged,
     ImageBlock,
-    check_cells,
-    check_plates,
     choose_recipes,
     count_flagged,
-    count_unseen,
-    find_qc_run,
     list_blocks,
     recipes_of_set,
-    unseen_note,
 )
 from ..query.feature_files import open_set
+from ..query.qc_runs import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 
 Names = tuple[str | None, str | None, str | None]
 """Of the split, the segmentation and the measurement; none: the latest."""

@@ -13,25 +13,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Select, and_, exists, func, select
+from sqlalchemy import ColumnElement, Select, and_, func, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder
 from ..config import ImageInput
-from ..enums import FeatureStorage, Projection, Stage, Status, Subset
+from ..enums import FeatureStorage, Projection, Stage, Subset
 from ..errors import ImageError, UnknownNameError, UserInputError
-from ..jobs.lookup import RUN_WORDS, find_recipe, has_results, run_in
+from ..jobs.lookup import find_recipe, has_results
 from ..jobs.planes import read_artifact_image
 from ..jobs.selection import is_current
 from ..models import (
     Cell,
     CellFeatures,
-    CellFlag,
     FeatureSet,
     Image,
-    ImageFlag,
-    Job,
     Plate,
     Recipe,
     RecipeInput,
@@ -41,106 +38,7 @@ from ..models import (
     Well,
 )
 from .feature_files import BUILT_IN, FEATURE_COLUMNS, ReadableSet, SetReader, find_feature_set
-
-NEWEST = "latest"
-"""Names the newest finished quality-control run."""
-
-
-def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
-    """Return a finished quality-control run by its number; ``latest``: the newest.
-
-    Raises:
-        UnknownNameError: there is none.
-        UserInputError: it is not finished.
-    """
-    if reference in RUN_WORDS and not _has_finished(session):
-        raise UnknownNameError(
-            "Quality control has not been run yet, so nothing is flagged. Run: cellstore qc"
-        )
-    found = run_in(session, reference, (Stage.QC,))
-    if found.status != Status.DONE:
-        raise UserInputError(
-            f"Quality-control run {found.id} is {Status(found.status).value}, so its flags are not "
-            "whole. Run: cellstore qc, or name another run."
-        )
-    return found
-
-
-def _has_finished(session: Session) -> bool:
-    query = select(Run.id).where(Run.stage == Stage.QC, Run.status == Status.DONE)
-    return session.scalar(query.limit(1)) is not None
-
-
-def check_plates(session: Session, run: Run, images: Select[int]) -> None:
-    """Refuse a quality-control run that has not looked at every plate of ``images``.
-
-    Raises:
-        UserInputError: with the plates that it has not looked at.
-    """
-    on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
-    wanted = session.scalars(on_plates.where(Image.id.in_(images)).distinct())
-    missing = sorted(set(wanted) - set(plates_of(run)))
-    if missing:
-        raise UserInputError(
-            f"Quality-control run {run.id} has not looked at plate {', '.join(missing[:5])}"
-            f"{' and others' if len(missing) > 5 else ''}. Run: cellstore qc"
-        )
-
-
-def count_unseen(session: Session, run: Run, images: Select[int]) -> int:
-    """Return how many of ``images`` a quality-control run knew nothing of, so flagged none."""
-    looked_at = (
-        select(Job.id)
-        .join(Recipe, Recipe.id == Job.recipe_id)
-        .join(RecipeInput, RecipeInput.input_id == Recipe.id)
-        .where(RecipeInput.recipe_id == run.recipe_id, Recipe.stage == Stage.QC)
-        .where(Job.status == Status.DONE, Job.run_id <= run.id, Job.image_id == Image.id)
-        .where(Job.content_sha256 == Image.content_sha256)
-    )
-    query = select(func.count()).select_from(Image).where(Image.id.in_(images))
-    return session.scalar(query.where(~looked_at.exists())) or 0
-
-
-def unseen_note(run: Run, unseen: int) -> str:
-    """Return the sentence on images that a quality-control run knew nothing of."""
-    return (
-        f"Quality-control run {run.id} has not looked at {unseen:,} of the images, so none of them "
-        "was left out. Run: cellstore qc"
-    )
-
-
-def check_cells(session: Session, run: Run, segment_id: int) -> None:
-    """Refuse a quality-control run that has looked at the cells of another segmentation, or none.
-
-    Raises:
-        UserInputError: with the command that looks at them.
-    """
-    query = select(RecipeInput.input_id).join(Recipe, Recipe.id == RecipeInput.input_id)
-    query = query.where(RecipeInput.recipe_id == run.recipe_id, Recipe.stage == Stage.SEGMENT)
-    seen = session.scalar(query)
-    if seen == segment_id:
-        return
-    what = "no cells" if seen is None else f"the cells of segment recipe {seen}"
-    raise UserInputError(
-        f"Quality-control run {run.id} looked at {what}, not at those of segment recipe "
-        f"{segment_id}. Run: cellstore qc --segmentation {segment_id}"
-    )
-
-
-def plates_of(run: Run) -> Sequence[str]:
-    """Return the barcodes of the plates that a quality-control run looked at."""
-    return tuple((run.result or {}).get("plates", ()))
-
-
-def is_unflagged_image(run_id: int) -> ColumnElement[bool]:
-    """Return the condition on ``images`` that a run has flagged none of its channels."""
-    return ~exists().where(ImageFlag.image_id == Image.id, ImageFlag.run_id == run_id)
-
-
-def is_unflagged_cell(run_id: int) -> ColumnElement[bool]:
-    """Return the condition on ``cells`` that a run has not flagged it."""
-    return ~exists().where(CellFlag.cell_id == Cell.id, CellFlag.run_id == run_id)
-
+from .qc_runs import is_unflagged_cell, is_unflagged_image
 
 _BOX = ("min_row", "min_col", "max_row", "max_col")
 _CELLS_ROWS_AT_ONCE = 10_000
@@ -151,7 +49,7 @@ _VALUES_AT_ONCE = 4_000_000
 class CellSource:
     """Whose cells: found by one recipe, measured by another, on a split or on plates.
 
-    ``subset``: one side of the split. Without ``split_id`` and ``plates``: all images.
+    ``subset``: one subset of the split. Without ``split_id`` and ``plates``: all images.
     ``features``: where the measurements are; a cell that is not among them is left out.
     ``unflagged_by``: a quality-control run, whose flagged images and cells are left out.
     """
@@ -167,7 +65,7 @@ class CellSource:
 
 @dataclass(frozen=True)
 class ImageBlock:
-    """An image that has cells, its place in the split, and how many cells it has."""
+    """An image that has cells, its subset and label in the split, and how many cells it has."""
 
     image_id: int
     content_sha256: str | None
@@ -196,7 +94,7 @@ class CellRows:
 
 
 def cells_query(source: CellSource) -> Select[Any]:
-    """Return the query of all cells of ``source`` with boxes, measurements, side and label.
+    """Return the query of all cells of ``source`` with boxes, measurements, subset and label.
 
     Measurements that are in files are not in the answer; read them by cell id.
     """
@@ -266,14 +164,14 @@ class Flagged:
 
 
 def count_flagged(
-    session: Session, source: CellSource, blocks: Sequence[ImageBlock], sides: Sequence[Subset]
+    session: Session, source: CellSource, blocks: Sequence[ImageBlock], subsets: Sequence[Subset]
 ) -> Flagged | None:
-    """Return how much more there would be than ``blocks`` on some sides if flags did not count."""
+    """Return how much more than ``blocks`` some subsets would have if flags did not count."""
     if source.unflagged_by is None:
         return None
     everything = list_blocks(session, replace(source, unflagged_by=None))
     before, after = (
-        [b.n_cells for b in some if b.subset in sides] for some in (everything, blocks)
+        [b.n_cells for b in some if b.subset in subsets] for some in (everything, blocks)
     )
     return Flagged(source.unflagged_by, len(before) - len(after), sum(before) - sum(after))
 
@@ -573,14 +471,14 @@ def read_values(
 
 
 @dataclass(frozen=True)
-class Places:
+class WellsAndPlates:
     """Where N cells are: ``wells`` (N,) ids of wells, ``plates`` (N,) barcodes."""
 
     wells: Ids
     plates: NDArray[np.str_]
 
 
-def places_of(session: Session, cell_ids: Ids) -> Places:
+def wells_and_plates(session: Session, cell_ids: Ids) -> WellsAndPlates:
     """Return the wells and plates of cells, whose (N,) ids ascend."""
     query = (
         select(Well.id, Plate.barcode)
@@ -597,7 +495,7 @@ def places_of(session: Session, cell_ids: Ids) -> Places:
         for well, plate in session.execute(query.where(Cell.id.in_(ids))):
             wells.append(well)
             plates.append(plate)
-    return Places(np.array(wells, dtype=np.int64), np.array(plates, dtype=np.str_))
+    return WellsAndPlates(np.array(wells, dtype=np.int64), np.array(plates, dtype=np.str_))
 
 
 def _in_parts(cell_ids: Ids) -> Iterator[tuple[int, list[int]]]:

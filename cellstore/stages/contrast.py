@@ -29,10 +29,10 @@ from ..query.cells import (
     as_text,
     cells_query,
     choose_recipes,
-    places_of,
     read_values,
     recipes_of_set,
     stream_groups,
+    wells_and_plates,
 )
 from ..query.feature_files import open_set
 
@@ -396,7 +396,7 @@ class _Comparison:
             drawn = lowest.drawn(even_shares(lowest.kept, most)).values()
             ids = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
             values = read_values(session, source, ids, columns)
-            places = places_of(session, ids)
+            places = wells_and_plates(session, ids)
         return Cells(ids, values, places.wells, places.plates)
 
     def _compare(self, treated: Cells, control: Cells) -> Contrast | None:

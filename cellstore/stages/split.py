@@ -67,14 +67,8 @@ from ..models import (
     TreatmentPart,
     Well,
 )
-from ..query.cells import (
-    as_text,
-    check_plates,
-    count_unseen,
-    find_qc_run,
-    is_unflagged_image,
-    last_with_masks,
-)
+from ..query.cells import as_text, last_with_masks
+from ..query.qc_runs import check_plates, count_unseen, find_qc_run, is_unflagged_image
 
 PUBLISHED = "published"
 GROUPED = "grouped"

@@ -36,9 +36,9 @@ from ..query.cells import (
     as_text,
     cells_query,
     list_blocks,
-    places_of,
     read_values,
     stream_groups,
+    wells_and_plates,
 )
 
 VERSION = 1
@@ -357,7 +357,7 @@ class Fitting:
             ids = np.sort(np.concatenate(list(drawn.values())))
             label_of = {i: label for label, some in drawn.items() for i in some.tolist()}
             values = read_values(session, source, ids, scaler.names)
-            places = places_of(session, ids)
+            places = wells_and_plates(session, ids)
         rows = np.empty(values.shape, dtype=np.float32)
         for plate in np.unique(places.plates).tolist():
             there = places.plates == plate

@@ -25,6 +25,8 @@ SELECT
     i.well,
     i.site,
     i.treatment,
+    i.dose,
+    i.dose_unit,
     i.target,
     i.control,
     c.id AS cell_id,

@@ -14,6 +14,8 @@ SELECT
     i.plane,
     i.time_point,
     t.name AS treatment,
+    d.dose,
+    d.dose_unit,
     t.target,
     w.control,
     l.n_cells,
@@ -28,4 +30,10 @@ FROM images AS i
 JOIN wells AS w ON w.id = i.well_id
 JOIN plates AS p ON p.id = w.plate_id
 LEFT JOIN treatments AS t ON t.id = w.treatment_id
+LEFT JOIN (
+    SELECT treatment_id, max(dose) AS dose, max(dose_unit) AS dose_unit
+    FROM treatment_parts
+    GROUP BY treatment_id
+    HAVING count(*) = 1
+) AS d ON d.treatment_id = t.id
 LEFT JOIN latest AS l ON l.image_id = i.id

@@ -7,6 +7,8 @@ SELECT
     ri.well,
     ri.site,
     t.name AS treatment,
+    d.dose,
+    d.dose_unit,
     ri.control,
     p.cell_id,
     l.value AS label,
@@ -21,4 +23,10 @@ JOIN labels AS l ON l.id = p.label_id
 JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = p.image_id
 JOIN wells AS w ON w.id = ri.well_id
 LEFT JOIN treatments AS t ON t.id = w.treatment_id
+LEFT JOIN (
+    SELECT treatment_id, max(dose) AS dose, max(dose_unit) AS dose_unit
+    FROM treatment_parts
+    GROUP BY treatment_id
+    HAVING count(*) = 1
+) AS d ON d.treatment_id = t.id
 WHERE p.rank = 1

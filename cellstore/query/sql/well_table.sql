@@ -9,6 +9,8 @@ SELECT
     p.barcode AS plate,
     w.name AS well,
     t.name AS treatment,
+    d.dose,
+    d.dose_unit,
     t.target,
     w.control,
     coalesce(c.n_images, 0) AS n_images,
@@ -21,4 +23,10 @@ SELECT
 FROM wells AS w
 JOIN plates AS p ON p.id = w.plate_id
 LEFT JOIN treatments AS t ON t.id = w.treatment_id
+LEFT JOIN (
+    SELECT treatment_id, max(dose) AS dose, max(dose_unit) AS dose_unit
+    FROM treatment_parts
+    GROUP BY treatment_id
+    HAVING count(*) = 1
+) AS d ON d.treatment_id = t.id
 LEFT JOIN counted AS c ON c.well_id = w.id

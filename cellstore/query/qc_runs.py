@@ -1,0 +1,123 @@
+"""Quality-control runs: which one is meant, what it has looked at, and what it has flagged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import ColumnElement, Select, exists, func, select
+from sqlalchemy.orm import Session
+
+from ..enums import Stage, Status
+from ..errors import UnknownNameError, UserInputError
+from ..jobs.lookup import RUN_WORDS, run_in
+from ..models import (
+    Cell,
+    CellFlag,
+    Image,
+    ImageFlag,
+    Job,
+    Plate,
+    Recipe,
+    RecipeInput,
+    Run,
+    Well,
+)
+
+NEWEST = "latest"
+"""Names the newest finished quality-control run."""
+
+
+def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
+    """Return a finished quality-control run by its number; ``latest``: the newest.
+
+    Raises:
+        UnknownNameError: there is none.
+        UserInputError: it is not finished.
+    """
+    if reference in RUN_WORDS and not _has_finished(session):
+        raise UnknownNameError(
+            "Quality control has not been run yet, so nothing is flagged. Run: cellstore qc"
+        )
+    found = run_in(session, reference, (Stage.QC,))
+    if found.status != Status.DONE:
+        raise UserInputError(
+            f"Quality-control run {found.id} is {Status(found.status).value}, so its flags are not "
+            "whole. Run: cellstore qc, or name another run."
+        )
+    return found
+
+
+def _has_finished(session: Session) -> bool:
+    query = select(Run.id).where(Run.stage == Stage.QC, Run.status == Status.DONE)
+    return session.scalar(query.limit(1)) is not None
+
+
+def check_plates(session: Session, run: Run, images: Select[int]) -> None:
+    """Refuse a quality-control run that has not looked at every plate of ``images``.
+
+    Raises:
+        UserInputError: with the plates that it has not looked at.
+    """
+    on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
+    wanted = session.scalars(on_plates.where(Image.id.in_(images)).distinct())
+    missing = sorted(set(wanted) - set(plates_of(run)))
+    if missing:
+        raise UserInputError(
+            f"Quality-control run {run.id} has not looked at plate {', '.join(missing[:5])}"
+            f"{' and others' if len(missing) > 5 else ''}. Run: cellstore qc"
+        )
+
+
+def count_unseen(session: Session, run: Run, images: Select[int]) -> int:
+    """Return how many of ``images`` a quality-control run knew nothing of, so flagged none."""
+    looked_at = (
+        select(Job.id)
+        .join(Recipe, Recipe.id == Job.recipe_id)
+        .join(RecipeInput, RecipeInput.input_id == Recipe.id)
+        .where(RecipeInput.recipe_id == run.recipe_id, Recipe.stage == Stage.QC)
+        .where(Job.status == Status.DONE, Job.run_id <= run.id, Job.image_id == Image.id)
+        .where(Job.content_sha256 == Image.content_sha256)
+    )
+    query = select(func.count()).select_from(Image).where(Image.id.in_(images))
+    return session.scalar(query.where(~looked_at.exists())) or 0
+
+
+def unseen_note(run: Run, unseen: int) -> str:
+    """Return the sentence on images that a quality-control run knew nothing of."""
+    return (
+        f"Quality-control run {run.id} has not looked at {unseen:,} of the images, so none of them "
+        "was left out. Run: cellstore qc"
+    )
+
+
+def check_cells(session: Session, run: Run, segment_id: int) -> None:
+    """Refuse a quality-control run that has looked at the cells of another segmentation, or none.
+
+    Raises:
+        UserInputError: with the command that looks at them.
+    """
+    query = select(RecipeInput.input_id).join(Recipe, Recipe.id == RecipeInput.input_id)
+    query = query.where(RecipeInput.recipe_id == run.recipe_id, Recipe.stage == Stage.SEGMENT)
+    seen = session.scalar(query)
+    if seen == segment_id:
+        return
+    what = "no cells" if seen is None else f"the cells of segment recipe {seen}"
+    raise UserInputError(
+        f"Quality-control run {run.id} looked at {what}, not at those of segment recipe "
+        f"{segment_id}. Run: cellstore qc --segmentation {segment_id}"
+    )
+
+
+def plates_of(run: Run) -> Sequence[str]:
+    """Return the barcodes of the plates that a quality-control run looked at."""
+    return tuple((run.result or {}).get("plates", ()))
+
+
+def is_unflagged_image(run_id: int) -> ColumnElement[bool]:
+    """Return the condition on ``images`` that a run has flagged none of its channels."""
+    return ~exists().where(ImageFlag.image_id == Image.id, ImageFlag.run_id == run_id)
+
+
+def is_unflagged_cell(run_id: int) -> ColumnElement[bool]:
+    """Return the condition on ``cells`` that a run has not flagged it."""
+    return ~exists().where(CellFlag.cell_id == Cell.id, CellFlag.run_id == run_id)
