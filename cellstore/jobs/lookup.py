@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, aliased
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.filenames import parse_well
-from ..models import Image, ImageFile, Job, Plate, Recipe, Run, Split, Well
+from ..models import CellFeatures, Image, ImageFile, Job, Plate, Recipe, Run, Split, Well
 
 SHORTEST_SHA256 = 6
 """Hexadecimal digits that name a file at least; fewer are as likely a word or a number."""
@@ -309,7 +309,8 @@ def find_run(session: Session, reference: str, stage: Stage) -> Run:
 
 def has_results() -> ColumnElement[bool]:
     """Whether a run has done any image: one that made nothing is never taken by default."""
-    return exists().where(Job.run_id == Run.id, Job.status == Status.DONE)
+    job = exists().where(Job.run_id == Run.id, Job.status == Status.DONE)
+    return or_(job, exists().where(CellFeatures.run_id == Run.id))
 
 
 def find_recipe(session: Session, stage: Stage, reference: str) -> Recipe:

@@ -246,8 +246,6 @@ def make_plan(
             name.
 
     """
-    if params.top_k < 1:
-        raise UserInputError(f"Top-k must be 1 or more, not {params.top_k}.")
     if params.subset is not None and params.subset not in list(Subset):
         raise UnknownNameError.of("subset", params.subset, list(Subset))
     record, source = model.record, replace(model.source, plates=params.plates)

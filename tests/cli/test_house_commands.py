@@ -91,7 +91,7 @@ def test_verify_finds_a_changed_and_a_lost_file(cellstore, store, masked):
 
 def test_verify_compares_masks_with_cells(cellstore, store, masked):
     with Store.open(store) as opened, opened.workspace.database.begin() as session:
-        session.connection().exec_driver_sql("DELETE FROM cells WHERE label = 2")
+        session.connection().exec_driver_sql("DELETE FROM cells WHERE object_number = 2")
     said = cellstore("verify", "--store", store, code=1)
     assert "the mask has 2 cells, the database 1" in said.out
     assert "P1/r01c01f01" in said.out

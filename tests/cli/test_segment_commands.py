@@ -88,7 +88,7 @@ def test_finetune_says_whether_it_was_worth_it(cellstore, store, monkeypatch, ch
         *("--channels", "DNA", "--epochs", "3"),
     )
     assert [str(path) for path in seen["masks"]] == ["a", "b.tif"]
-    assert (seen["params"].image.channels, seen["params"].epochs) == (("DNA",), 3)
+    assert (seen["params"].channels, seen["params"].epochs) == (("DNA",), 3)
     for word in words:
         assert word in said.out + said.err
 

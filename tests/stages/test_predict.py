@@ -220,13 +220,21 @@ def test_a_damaged_checkpoint_is_not_used(trained: Trained, opened: Opener) -> N
         (lambda w: train(w, segmentation="99"), UnknownNameError, "Unknown segment recipe '99'"),
         (lambda w: train(w, measurement="99"), UnknownNameError, "Unknown measure recipe '99'"),
         (lambda w: train(w, replace(TINY, weights="/no/file")), UserInputError, "no file of weig"),
-        (lambda w: train(w, replace(TINY, epochs=0)), UserInputError, "must be 1 or more"),
+        (
+            lambda w: train(w, replace(TINY, epochs=0)),
+            UserInputError,
+            "--epochs must be at least 1",
+        ),
         (lambda w: train(w, replace(TINY, crop_size=0)), UserInputError, "crop size"),
         (lambda w: train(w, TINY, device="tpu"), UserInputError, "Unknown device 'tpu'"),
         (lambda w: predict(w, run="99"), UnknownNameError, "Unknown train run '99'"),
         (lambda w: predict(w, run="x"), UserInputError, "named by its number, 'latest'"),
         (lambda w: predict(w, PredictParams(plates=("P9",))), UnknownNameError, "plate 'P9'"),
-        (lambda w: predict(w, PredictParams(top_k=0)), UserInputError, "Top-k"),
+        (
+            lambda w: predict(w, PredictParams(top_k=0)),
+            UserInputError,
+            "--top-k must be at least 1",
+        ),
         (lambda w: predict(w, device="tpu"), UserInputError, "Unknown device 'tpu'"),
     ],
 )

@@ -62,7 +62,9 @@ class Bench:
         query = query.join(Cell, Cell.segmentation_id == Segmentation.id).join(CellFlag)
         with self.workspace.database.read() as session:
             rows = session.execute(query.where(CellFlag.run_id == run.id)).all()
-        return sorted((row.image_id, row.label, row.reason.value, row.value) for row in rows)
+        return sorted(
+            (row.image_id, row.object_number, row.reason.value, row.value) for row in rows
+        )
 
     def cells(self, counts: Sequence[int], areas: Sequence[float] | None = None) -> None:
         """So many cells in each image, of areas that go round."""
