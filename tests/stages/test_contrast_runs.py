@@ -183,7 +183,7 @@ def test_what_cannot_be_compared_is_said(sqlite_workspace: Workspace) -> None:
     assert "Unknown treatment 'strung'" in refused(treatments=("strung",))
     assert "Unknown treatment 'water'" in refused(control="water")
     assert "Unknown plate 'P9'" in refused(plates=("P9",))
-    assert "2 folds or more" in refused(folds=1)
+    assert "--folds must be at least 2" in refused(folds=1)
     with pytest.raises(UnknownNameError, match="feature set 'cp'"):
         contrast(sqlite_workspace, replace(FAST, features="cp"))
     with sqlite_workspace.database.begin() as session:
