@@ -129,6 +129,7 @@ def fill(workspace: Workspace, screen: dict[str, Any]) -> None:
                 )
                 _files(make, made, image["files"])
                 masks = make.segmentation(made, found, content_sha256=None)
+                make.job(measured, made)
                 _cells(make, masks, image["cells"], measured.recipe_id, measured.id)
 
 
