@@ -13,6 +13,7 @@ from factories import MOMENT, sha
 from screens import VOTES, SmallScreen, small_screen
 from sqlalchemy import func, insert, select
 
+from cellstore.config import PredictParams
 from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -43,8 +44,9 @@ def labelled_screen(workspace: Workspace) -> SmallScreen:
 def by_hand(screen: SmallScreen, change: Callable[[float], float] = lambda p: p) -> Any:
     """What labels cells as ``VOTES`` has them, with other probabilities if need be."""
 
-    def carry_out(redone: Workspace, stage: Stage, order: Order, where: str | None) -> Done:
-        assert (stage, order.names["run"]) == (Stage.PREDICT, str(screen.train_run.id))
+    def carry_out(redone: Workspace, order: Order, where: str | None) -> Done:
+        assert isinstance(order.params, PredictParams)
+        assert order.names["run"] == str(screen.train_run.id)
         with redone.database.begin() as session:
             old = session.get_one(Run, screen.predict_run.id)
             new = Run(
