@@ -44,7 +44,7 @@ def test_another_seed_gives_other_pixels():
     )
 
 
-@pytest.mark.parametrize("treatment", TREATMENTS, ids=lambda t: t.name)
+@pytest.mark.parametrize("treatment", TREATMENTS, ids=lambda t: t.pert_iname)
 def test_without_effect_a_treated_well_is_the_same_as_a_control_well(treatment):
     silent = dataclasses.replace(SMALL, effect=0.0)
     spec = spec_of(SMALL, treatment.pert_iname)

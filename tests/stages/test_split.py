@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import factories
 import pytest
@@ -212,18 +213,18 @@ def test_one_plate_can_be_chosen_and_left_out(sqlite_workspace: Workspace) -> No
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (SplitParams(protocol="random"), "Unknown split protocol 'random'"),
-        (SplitParams(field="color"), "Unknown label field 'color'"),
-        (SplitParams(field=TARGET), "None of the 24 images has a target"),
-        (SplitParams(test_size=1.5), "shares"),
+        ({"protocol": "random"}, "Unknown protocol 'random'"),
+        ({"field": "color"}, "Unknown label field 'color'"),
+        ({"field": TARGET}, "None of the 24 images has a target"),
+        ({"test_size": 1.5}, "--test-size must be at most 1"),
     ],
 )
 def test_wrong_parameters_are_one_sentence(
-    sqlite_workspace: Workspace, params: SplitParams, message: str
+    sqlite_workspace: Workspace, params: dict[str, Any], message: str
 ) -> None:
     fill(sqlite_workspace, DESIGN)
     with pytest.raises(UserInputError, match=message):
-        create_split(sqlite_workspace, "s", params)
+        create_split(sqlite_workspace, "s", SplitParams(**params))
     assert count(sqlite_workspace, Run) == 0
 
 
