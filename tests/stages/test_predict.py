@@ -225,7 +225,11 @@ def test_a_damaged_checkpoint_is_not_used(trained: Trained, opened: Opener) -> N
             UserInputError,
             "--epochs must be at least 1",
         ),
-        (lambda w: train(w, replace(TINY, crop_size=0)), UserInputError, "crop size"),
+        (
+            lambda w: train(w, replace(TINY, crop_size=0)),
+            UserInputError,
+            "--crop-size must be at least 1",
+        ),
         (lambda w: train(w, TINY, device="tpu"), UserInputError, "Unknown device 'tpu'"),
         (lambda w: predict(w, run="99"), UnknownNameError, "Unknown train run '99'"),
         (lambda w: predict(w, run="x"), UserInputError, "named by its number, 'latest'"),

@@ -78,7 +78,7 @@ def treatment_values(parts: Sequence[Part]) -> dict[str, Any]:
         "identity": f"{readable[:READABLE]}#{digest}",
         "name": " + ".join(names),
         "name_with_dose": " + ".join(
-            f"{name} {dose}".strip() for name, dose in zip(names, doses, strict=True)
+            f"{name} {dose}" if dose else name for name, dose in zip(names, doses, strict=True)
         ),
         # 63 bits of a digest: a whole number that every database takes.
         "perturbations_key": int.from_bytes(
