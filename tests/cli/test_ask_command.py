@@ -160,7 +160,7 @@ def test_names_are_data_in_every_format(cellstore, store):
         assert "\t" not in shown
         safe = cellstore(*words, "--format", "csv", "--for-spreadsheet", "--store", store).out
         for row in csv.DictReader(io.StringIO(safe, newline="")):
-            assert not row["perturbation"].startswith(("=", "+", "-", "@", "\t"))
+            assert not row[column].startswith(("=", "+", "-", "@", "\t"))
 
 
 def test_a_column_cannot_be_named_into_the_terminal(cellstore, store):
