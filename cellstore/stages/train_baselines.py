@@ -18,8 +18,7 @@ from ..config import BaselineParams
 from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..extras import need
-from ..jobs.recipes import RecipeSpec, finished_run, register
-from ..jobs.runs import attach, keep_file, running
+from ..jobs.runs import RecipeSpec, attach, finished_run, keep_file, register, running
 from ..jobs.workspace import Workspace
 from ..learn import baselines
 from ..learn.baselines import NULLS, ON_FEATURES, ForestConfig, choose
