@@ -403,18 +403,18 @@ def _seen_notes(
     stopped_by = (trained.result or {}).get("validation_side")
     stopped = Image.id.in_(members.where(SplitMember.subset == stopped_by))
     counts = [
-        (_count(session, images, is_train), f"training run {trained.id} was trained on"),
+        (_count(session, images, is_train), f"were used to train run {trained.id}"),
         (
             _count(session, images, ~is_train, in_well),
-            f"are of wells that training run {trained.id} has seen",
+            f"are from wells that run {trained.id} was trained on",
         ),
         (
             _count(session, images, stopped) if stopped_by else 0,
-            f"were used to decide when to stop training run {trained.id}",
+            f"decided when the training of run {trained.id} stopped",
         ),
     ]
     return [
-        f"{number:,} of the {ready:,} images {what}: labels of these say little about new wells."
+        f"{number:,} of the {ready:,} images {what}. Accuracy on them tells little about new wells."
         for number, what in counts
         if number
     ]

@@ -316,8 +316,8 @@ class Fitting:
         classes = self._classes([given[well] for well in cells.wells.tolist()])
         same = int((before == after).sum())
         note = (
-            f"By chance {same:,} of {len(labels):,} wells kept their true label when labels were "
-            "shuffled."
+            f"Labels were shuffled between wells; {same:,} of {len(labels):,} wells got their own "
+            "label back by chance."
         )
         fitted = self._linear(cells.rows, classes, cells.scaler)
         return replace(fitted, notes=(*fitted.notes, note))
