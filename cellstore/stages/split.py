@@ -39,16 +39,14 @@ from ..analysis.splitting import (
     published_split,
 )
 from ..config import Selection, SplitParams, as_parameters
-from ..db.bulk import in_lists
+from ..db.bulk import in_lists, insert_new
 from ..db.fields import check_field, field_column, of_parts
-from ..db.statements import insert_new
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..extras import need
 from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
 from ..jobs.lookup import find_split
-from ..jobs.recipes import RecipeSpec, register
-from ..jobs.runs import running
+from ..jobs.runs import RecipeSpec, register, running
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..models import (

@@ -36,14 +36,17 @@ from ..errors import (
 from ..extras import need
 from ..jobs.lookup import RUN_WORDS, find_run
 from ..jobs.queue import close_dead_runs, shown_worker
-from ..jobs.recipes import RecipeSpec, fingerprint, finished_run, register
 from ..jobs.runs import (
+    RecipeSpec,
     RunHandle,
     attach,
     check_still_ours,
     files_of,
+    fingerprint,
+    finished_run,
     forget_files,
     keep_file,
+    register,
     running,
 )
 from ..jobs.workspace import Workspace

@@ -18,8 +18,7 @@ from ..config import BaselineParams
 from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..extras import need
-from ..jobs.recipes import RecipeSpec, finished_run, register
-from ..jobs.runs import attach, keep_file, running
+from ..jobs.runs import RecipeSpec, attach, finished_run, keep_file, register, running
 from ..jobs.workspace import Workspace
 from ..learn import baselines
 from ..learn.baselines import NULLS, ON_FEATURES, ForestConfig, choose
@@ -317,8 +316,8 @@ class Fitting:
         classes = self._classes([given[well] for well in cells.wells.tolist()])
         same = int((before == after).sum())
         note = (
-            f"By chance {same:,} of {len(labels):,} wells kept their true label when labels were "
-            "shuffled."
+            f"Labels were shuffled between wells; {same:,} of {len(labels):,} wells got their own "
+            "label back by chance."
         )
         fitted = self._linear(cells.rows, classes, cells.scaler)
         return replace(fitted, notes=(*fitted.notes, note))

@@ -9,8 +9,7 @@ import torch
 from sqlalchemy import select
 
 from cellstore.enums import ArtifactKind, Stage
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import attach, keep_file, running
+from cellstore.jobs.runs import RecipeSpec, attach, keep_file, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import TABULAR
 from cellstore.learn.networks import FusionNet, NetShape, build_net

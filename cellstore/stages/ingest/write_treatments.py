@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from ...db.bulk import in_lists
+from ...db.bulk import in_lists, insert_new
 from ...db.events import Change, record_run_events
-from ...db.statements import insert_new
 from ...enums import Control, PerturbationKind
 from ...io.doses import dose_text, normalised_dose
 from ...io.platemaps import completed
