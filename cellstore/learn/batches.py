@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from ..config import ImageInput
-from ..errors import ImageError, StorageError, UnknownNameError, UserInputError
+from ..errors import ImageError, StorageError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..query.cells import (
@@ -70,9 +70,6 @@ def prefetch(items: Iterable[S], make: Callable[[S], T], threads: int) -> Genera
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-CELLS, CLASSES, CAPPED = SAMPLERS = ("cells", "classes", "capped")
-"""Each cell once; every class as often; the largest class no more often than the second."""
-
 BUFFER_CELLS = 32_768
 """Cells that are mixed: those of some 200 images. 1.4 GB of crops of 70 x 70 pixels."""
 
@@ -104,15 +101,11 @@ def quotas(sampler: str, counts: Mapping[int, int]) -> dict[int, int]:
     ``cells``: all. ``classes``: as many of each, together as many as there are, but for the
     remainder of the division; cells of small classes come several times. ``capped``: all, but of
     the class that is larger than all others only as many as the second largest has.
-
-    Raises ``UnknownNameError`` for another sampler.
     """
-    if sampler not in SAMPLERS:
-        raise UnknownNameError.of("sampler", sampler, SAMPLERS)
     there = {label: count for label, count in counts.items() if count}
-    if sampler == CLASSES and there:
+    if sampler == "classes" and there:
         return dict.fromkeys(there, sum(there.values()) // len(there))
-    if sampler == CAPPED and len(there) > 1:
+    if sampler == "capped" and len(there) > 1:
         cap = sorted(there.values())[-2]
         return {label: min(count, cap) for label, count in there.items()}
     return there
@@ -189,7 +182,7 @@ class BlockShuffle:
         seed: int = 0,
         *,
         shuffle: bool = True,
-        sampler: str = CELLS,
+        sampler: str = "cells",
         share: tuple[int, int] = (0, 1),
         buffer_cells: int = BUFFER_CELLS,
         buffer_bytes: int = BUFFER_BYTES,

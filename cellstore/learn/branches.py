@@ -24,19 +24,6 @@ ALL_BRANCHES = (MASK, FLOW, IMAGE, TABULAR)
 """What a network may look at, in the order in which it puts together what it saw."""
 
 
-def check_branches(names: Sequence[str]) -> tuple[str, ...]:
-    """Return ``names`` in the order of ``ALL_BRANCHES``.
-
-    Raises ``UnknownNameError`` for a name that is none of them, ``UserInputError`` for no name.
-    """
-    for name in names:
-        if name not in ALL_BRANCHES:
-            raise UnknownNameError.of("branch", name, ALL_BRANCHES)
-    if not names:
-        raise UserInputError(f"A network needs one branch or more of {', '.join(ALL_BRANCHES)}.")
-    return tuple(name for name in ALL_BRANCHES if name in names)
-
-
 @dataclass(frozen=True)
 class _Known:
     """Of how many images the cells are known, of how many the pixels and masks, the flows too."""
@@ -49,7 +36,7 @@ class _Known:
     def possible(self) -> tuple[str, ...]:
         """What a network may look at; channels are cut by the boxes of masks."""
         more = (IMAGE,) if self.masks == self.images else ()
-        return check_branches((*self.branches, *more))
+        return tuple(name for name in ALL_BRANCHES if name in (*self.branches, *more))
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -67,14 +54,13 @@ def choose_branches(
     Default: all three, or those that the segmentations of its split can feed.
 
     Raises:
-        UnknownNameError: there is no such branch.
         UserInputError: a branch that is wanted cannot be fed.
 
     """
     known = _known(session, source)
     if wanted is None:
         return known.branches, _left_out(known)
-    chosen = check_branches(wanted)
+    chosen = tuple(wanted)
     if not set(chosen) <= set(known.possible):
         raise UserInputError(
             f"{_lack(known)} Use --branches {','.join(known.branches)}, or ingest what is missing."

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from ..config import ImageInput
 from ..db.session import Database
 from ..enums import Control, Subset
-from ..errors import ImageError, UnknownNameError, UserInputError
+from ..errors import ImageError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.selection import is_current
 from ..models import Image, Plate, Segmentation, SplitMember, Well
@@ -47,12 +47,6 @@ class Scale(NamedTuple):
         scaled: NDArray[np.float64] = (rows - np.array(self.mean)) / np.array(self.scale)
         return scaled
 
-
-TRAIN, PLATE_CONTROLS = NORMALISATIONS = ("train", "plate-controls")
-"""Features as the training subset is spread, or first against the controls of their plate."""
-
-IMAGE, PLATE = INTENSITIES = ("image", "plate")
-"""Whose intensity becomes 1 in crops: that of their image, or that of their plate."""
 
 FEWEST_CONTROLS = 2
 """Control cells that a plate must have: one alone has no deviation."""
@@ -270,22 +264,20 @@ class IntensityScale:
 
 
 def fit_scaler(
-    session: Session, source: CellSource, normalise: str = TRAIN, also: Sequence[Subset] = ()
+    session: Session, source: CellSource, normalise: str = "train", also: Sequence[Subset] = ()
 ) -> Scaler:
     """Fit a scaler to all columns of ``source.features`` on the training subset of its split.
 
-    ``normalise``: one of ``NORMALISATIONS``. ``also``: other subsets whose plates will be read.
+    ``normalise``: as the training subset is spread (``train``), or first against the negative
+    controls of their plate (``plate-controls``). ``also``: other subsets whose plates will be read.
 
     Raises:
-        UnknownNameError: there is no such normalisation.
         UserInputError: there are no cells, a value is not finite, or a plate has no control cells.
 
     """
-    if normalise not in NORMALISATIONS:
-        raise UnknownNameError.of("normalisation", normalise, NORMALISATIONS)
     columns, gaps = source.features.columns, not source.features.in_table
     training = replace(source, subset=Subset.TRAIN)
-    if normalise == TRAIN:
+    if normalise == "train":
         return Scaler.fit(columns, stream_features(session, training, columns), gaps=gaps)
     plates = plates_of(session, training)
     controls = _controls(session, training, plates, columns)

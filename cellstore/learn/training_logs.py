@@ -8,24 +8,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtraError, StorageError, UnknownNameError, first_line
+from ..errors import MissingExtraError, StorageError, first_line
 
-CSV, TENSORBOARD, MLFLOW = LOGS = ("csv", "tensorboard", "mlflow")
-
-PACKAGES = {TENSORBOARD: ("tensorboard", "tensorboardX"), MLFLOW: ("mlflow",)}
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
 """Packages of which one must be there; ``csv`` needs none."""
 
 
 def check_logs(kinds: Sequence[str]) -> None:
-    """Refuse a kind of log that is unknown, or whose package is not installed.
+    """Refuse a kind of log whose package is not installed.
 
     Raises:
-        UnknownNameError, MissingExtraError
+        MissingExtraError
 
     """
     for kind in kinds:
-        if kind not in LOGS:
-            raise UnknownNameError.of("kind of log", kind, LOGS)
         packages = PACKAGES.get(kind, ())
         if packages and not any(find_spec(name) for name in packages):
             raise MissingExtraError(
@@ -57,7 +53,7 @@ class TrainingLogs:
         try:
             for kind in kinds:
                 self.loggers[kind] = logger = _open(kind, folder, run_id)
-                if kind != CSV:  # which has no room for them
+                if kind != "csv":  # which has no room for them
                     logger.log_hyperparams({name: str(value) for name, value in parameters.items()})
         except OSError as error:
             raise StorageError(
@@ -85,12 +81,12 @@ class TrainingLogs:
 def _open(kind: str, folder: Path, run_id: int) -> Any:
     own = folder / kind
     own.mkdir(parents=True, exist_ok=True)
-    if kind == MLFLOW:
+    if kind == "mlflow":
         from lightning.pytorch.loggers import MLFlowLogger
 
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{own.resolve()}/mlflow.db"
         return MLFlowLogger("cellstore", f"run {run_id}", tracking_uri=uri)
-    if kind == TENSORBOARD:
+    if kind == "tensorboard":
         from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
         for old in own.glob("events.out.tfevents.*"):

@@ -268,7 +268,7 @@ def words_of(order: Order) -> tuple[tuple[str, ...], tuple[str, ...]]:
     words += [f"--{name}={names[name]}" for name in _NAMES if name in names]
     doubts = list(order.doubts)
     for item in options_of(params):
-        if item.name in _settled(params):
+        if item.name in params.settled:
             continue
         value = getattr(params, item.name)
         words += spelled(item, value)
@@ -279,17 +279,6 @@ def words_of(order: Order) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if isinstance(params, SplitParams):
         words += ["--", names["name"]]
     return tuple(words), tuple(doubts)
-
-
-def _settled(params: Params) -> tuple[str, ...]:
-    """The options that follow from others, and are refused beside them."""
-    if isinstance(params, SplitParams) and params.protocol == "published":
-        return ("group_level", "validation_size")
-    if isinstance(params, SplitParams) and params.folds is not None:
-        return ("test_size",)
-    if isinstance(params, PredictParams) and params.all_probabilities:
-        return ("top_k",)
-    return ()
 
 
 WIDE = 96

@@ -180,8 +180,6 @@ def contrast(
     """
     need("train")
     params = params or ContrastParams()
-    if params.folds < 2 or params.max_cells < 2 or params.nulls < 0:
-        raise UserInputError("A contrast needs 2 folds or more, and 2 cells or more of each.")
     with workspace.database.read() as session:
         if params.features is None:
             segment, measure = choose_recipes(session, segmentation, measurement)

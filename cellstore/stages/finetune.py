@@ -242,8 +242,6 @@ def _check(params: FinetuneParams) -> None:
             "Fine-tuning works with Cellpose 3. Install cellstore in an environment of its own "
             "with: pip install 'cellstore[segment]'"
         )
-    if not (math.isfinite(params.learning_rate) and params.learning_rate > 0):
-        raise UserInputError(f"The learning rate must be above 0, not {params.learning_rate}.")
 
 
 def _spec(params: FinetuneParams, start: Network, sides: Sides) -> RecipeSpec:

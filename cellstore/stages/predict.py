@@ -259,8 +259,6 @@ def make_plan(
             name.
 
     """
-    if params.subset is not None and params.subset not in list(Subset):
-        raise UnknownNameError.of("subset", params.subset, list(Subset))
     record, source = model.record, replace(model.source, plates=params.plates)
     split = session.get_one(Split, model.run.split_id)
     selected, source, asked = _select(session, params, split, source)

@@ -193,7 +193,7 @@ def train(
 
     """
     need("train")
-    from ..learn.training import Team, check_device, check_params
+    from ..learn.training import Team, check_device
     from ..learn.training_logs import check_logs
 
     # What to train, and whether it can be done, before anything is written.
@@ -205,7 +205,6 @@ def train(
         weights_sha256 = begun.weights_sha256  # the file is not needed any more
     check_device(device, params.precision, setup.devices)
     check_logs(setup.logs)
-    check_params(params)
     plan = make_plan(workspace, params, names, weights_sha256)
     if unfinished is not None:
         check_same(unfinished, begun, plan)
@@ -292,7 +291,7 @@ def make_batches(
     workspace: Workspace, plan: Plan, fitted: Fitted, team: Team
 ) -> tuple[Batches, Batches]:
     """Return the batches that this process reads, to train on and to validate by."""
-    from ..learn.batches import CELLS, Batches, CellReader, default_memory
+    from ..learn.batches import Batches, CellReader, default_memory
 
     params, cells, scale = plan.params, plan.cells, fitted.intensity_scale
     reader = CellReader(
@@ -316,7 +315,7 @@ def make_batches(
             seed=params.seed,
             share=(team.rank, team.size),
             shuffle=subset is Subset.TRAIN,
-            sampler=params.sampler if subset is Subset.TRAIN else CELLS,
+            sampler=params.sampler if subset is Subset.TRAIN else "cells",
         )
         for subset in (Subset.TRAIN, plan.validation)
     )
@@ -450,11 +449,6 @@ def make_plan(
                 "'imagenet'."
             )
         weights_sha256 = sha256_of(path)
-    if params.channels and IMAGE not in (params.branches or ()):
-        raise UserInputError(
-            "Channels are looked at by the branch image: name it, too, for example with "
-            "--branches mask,flow,image,tabular."
-        )
     with workspace.database.read() as session:
         cells = find_training_cells(
             session, workspace, names, params.features, params.exclude_flagged
@@ -473,7 +467,6 @@ def make_plan(
         "weights": params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else FROM_FILE,
         "branches": list(branches),
         "channels": list(channels),
-        "augment": sorted(params.augment),
         **cells.parameters,
     }
     del parameters["features"], parameters["exclude_flagged"]
@@ -699,7 +692,7 @@ def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
 
 def fit_inputs(workspace: Workspace, plan: Plan) -> Fitted:
     """Fit what features, and intensities by plate, are scaled by."""
-    from ..learn.normalising import PLATE, Scaler, fit_intensities, fit_scaler
+    from ..learn.normalising import Scaler, fit_intensities, fit_scaler
     from ..learn.trained_models import planes_of
 
     source, also = plan.cells.source, (plan.validation,)
@@ -707,7 +700,7 @@ def fit_inputs(workspace: Workspace, plan: Plan) -> Fitted:
     with workspace.database.read() as session:
         if TABULAR in plan.branches:
             scaler = fit_scaler(session, source, plan.params.normalise, also)
-        if plan.params.intensity == PLATE and plan.branches != (TABULAR,):
+        if plan.params.intensity == "plate" and plan.branches != (TABULAR,):
             planes = planes_of(plan.cells.segment, plan.channels)
             scale = fit_intensities(session, workspace.database, source, planes, also)
     return Fitted(scaler, scale)

@@ -235,8 +235,6 @@ class Fitting:
         self.class_of = {label_id: index for index, label_id in enumerate(self.labels.values())}
         self.drawn_cells = cache(self._draw_cells)
         name = repr(cells.split.name)
-        if params.strength <= 0:
-            raise UserInputError("The penalty (--strength) must be above 0.")
         if not self.blocks:
             features = cells.source.features
             what = f"cells in feature set {features.name!r}"

@@ -15,9 +15,6 @@ from cellstore.enums import Stage, Subset
 from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import training_logs
-from cellstore.learn.batches import SAMPLERS
-from cellstore.learn.normalising import INTENSITIES, NORMALISATIONS
-from cellstore.learn.training import LOSSES, MONITORS, PRECISIONS, SCHEDULES
 from cellstore.models import Image, ImageFile, Label, Recipe, Run, SplitMember
 from cellstore.stages.predict import predict
 from cellstore.stages.train import train
@@ -86,19 +83,19 @@ def refused(workspace: Workspace, match: str, error: type[Exception], **changes:
 def test_what_cannot_be_trained_is_told_before_a_run_begins(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     unknown = {
-        "loss": ("loss", LOSSES),
-        "sampler": ("sampler", SAMPLERS),
-        "schedule": ("schedule", SCHEDULES),
-        "precision": ("precision", tuple(PRECISIONS)),
-        "monitor": ("monitor", MONITORS),
-        "normalise": ("normalise", NORMALISATIONS),
-        "intensity": ("intensity", INTENSITIES),
+        "loss": "cross-entropy, focal",
+        "sampler": "cells, classes, capped",
+        "schedule": "step, cosine, constant",
+        "precision": "32, bf16, 16",
+        "monitor": "loss, accuracy",
+        "normalise": "train, plate-controls",
+        "intensity": "image, plate",
     }
-    for name, (kind, known) in unknown.items():
-        match = f"Unknown {kind} 'x'. Known: {', '.join(known)}"
-        refused(workspace, match, UnknownNameError, **{name: "x"})
-    refused(workspace, "Unknown augmentation 'x'", UnknownNameError, augment=("x",))
-    refused(workspace, "Unknown branch 'x'", UnknownNameError, branches=("x",))
+    for name, known in unknown.items():
+        refused(workspace, f"Unknown {name} 'x'. Known: {known}", UnknownNameError, **{name: "x"})
+    refused(workspace, "Unknown name for --augment 'x'", UnknownNameError, augment=("x",))
+    refused(workspace, "Unknown name for --branches 'x'", UnknownNameError, branches=("x",))
+    refused(workspace, "one branch or more", UserInputError, branches=())
     pictures = ("image", "tabular")
     refused(
         workspace, "Unknown channel 'ER'. Known: DNA", UnknownNameError,
@@ -141,7 +138,7 @@ def test_logs_are_written_beside_the_store_or_their_package_is_named(
     for kind in ("tensorboard", "mlflow"):
         with pytest.raises(MissingExtraError, match=f"pip install {kind}"):
             train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=(kind,)))
-    with pytest.raises(UnknownNameError, match="Unknown kind of log 'wandb'"):
+    with pytest.raises(UnknownNameError, match="Unknown name for --log 'wandb'"):
         train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=("wandb",)))
 
 
