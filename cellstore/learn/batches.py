@@ -339,11 +339,11 @@ class CellReader:
     """Call it with an image id to get the cells of that image, ready for a network.
 
     Features are the columns of ``scaler``, scaled by it; ``classes`` gives the class index of a
-    label id; ``branches`` are those of the network, ``channels`` what branch ``image`` looks at;
-    ``intensity_scale``: by plate the intensities that become 1, of the plane and of each channel;
-    images of other plates have their own. Each image is decoded once, and the crops of its cells
-    are kept while all that is kept fits ``kept_bytes`` (default: a quarter of the memory,
-    :func:`default_memory`). Several threads may call it. Crops come on ``device``.
+    label id; ``branches`` are those of the network, ``channels`` what branch ``image`` looks at.
+    Images of plates whose intensities the scaler does not know have their own. Each image is
+    decoded once, and the crops of its cells are kept while all that is kept fits ``kept_bytes``
+    (default: a quarter of the memory, :func:`default_memory`). Several threads may call it. Crops
+    come on ``device``.
 
     Raises:
         UserInputError: ``scaler`` names a measurement that is not there any more.
@@ -362,13 +362,12 @@ class CellReader:
         kept_bytes: int | None = None,
         branches: Sequence[str] = BRANCHES,
         channels: Sequence[str] = (),
-        intensity_scale: Mapping[str, Sequence[float]] | None = None,
         device: str = "cpu",
     ) -> None:
         self.workspace, self.source, self.plane = workspace, source, plane
         self.scaler, self.crop_size, self.classes = scaler, crop_size, classes or {}
         self.branches, self.channels = tuple(branches), tuple(channels)
-        self.intensity_scale, self.device = intensity_scale or {}, device
+        self.device = device
         features = source.features
         gone = [name for name in scaler.names if name not in set(features.columns)]
         if gone and features.in_table:
@@ -442,8 +441,7 @@ class CellReader:
         plane = read_image(database, image_id, self.plane) if MASK in self.branches else None
         names = self.channels if IMAGE in self.branches else ()
         channels = tuple(read_image(database, image_id, ImageInput((name,))) for name in names)
-        scale = self.intensity_scale.get(plate)
-        return Pictures(masks, flows, plane, channels, None if scale is None else tuple(scale))
+        return Pictures(masks, flows, plane, channels, (self.scaler.intensities or {}).get(plate))
 
 
 MOST_THREADS = 8

@@ -183,7 +183,9 @@ class NewSplit:
 
     name: str
     protocol: str
-    params: SplitParams
+    field: str
+    group_level: GroupLevel
+    seed: int
     query: str
     members: tuple[tuple[Candidate, Subset], ...]
     excluded: dict[str, Any]
@@ -193,9 +195,8 @@ class NewSplit:
     @property
     def fingerprint(self) -> str:
         """The SHA-256 of what the split is: its members, their subsets and labels."""
-        params = self.params
-        digest = hashlib.sha256(repr((self.protocol, params.field, params.seed)).encode())
-        digest.update(params.group_level.value.encode())
+        digest = hashlib.sha256(repr((self.protocol, self.field, self.seed)).encode())
+        digest.update(self.group_level.value.encode())
         for item, subset in self.members:
             digest.update(repr((item.key, item.label, subset.value)).encode())
         return digest.hexdigest()
@@ -287,7 +288,9 @@ def _create(
         NewSplit(
             name,
             params.protocol,
-            params,
+            params.field,
+            params.group_level,
+            params.seed,
             as_text(query),
             tuple((candidates[i], subset) for i, subset in sorted(assignment.subsets.items())),
             excluded
@@ -482,22 +485,24 @@ def import_split(
 
     """
     name = _checked_name(name)
-    params = SplitParams(field=field, group_level=group_level)
+    if group_level not in list(GroupLevel):
+        raise UnknownNameError.of("group level", group_level, list(GroupLevel))
+    group_level = GroupLevel(group_level)
     tables = read_split_tables([Path(path) for path in paths])
     check_not_empty(tables)
     with workspace.database.read() as session:
-        check_field(session, params.field)
-        members, excluded = _match(session, tables, params.field, allow_missing)
+        check_field(session, field)
+        members, excluded = _match(session, tables, field, allow_missing)
     query: Any = (
         select(SplitMember.image_id, SplitMember.subset, SplitMember.label_id)
         .join(Split, Split.id == SplitMember.split_id)
         .where(Split.name == name)
     )
-    new = NewSplit(name, "imported", params, as_text(query), members, excluded)
+    new = NewSplit(name, "imported", field, group_level, 0, as_text(query), members, excluded)
     parameters = {
         "protocol": "imported",
-        "field": params.field,
-        "group_level": params.group_level.value,
+        "field": field,
+        "group_level": group_level.value,
         "files": dict(tables.digests),
         "split": new.fingerprint,
     }
@@ -615,7 +620,7 @@ def _keep(
         UserInputError: a name is taken by another split, or the database refuses a split that
             has a group in two subsets.
     """
-    names, family, params = [item.name for item in new], new[0].family, new[0].params
+    names, family = [item.name for item in new], new[0].family
     with workspace.database.begin() as session:
         known = {s.name: s for s in session.scalars(select(Split).where(Split.name.in_(names)))}
         for item in new:
@@ -637,7 +642,7 @@ def _keep(
         if not missing:
             return tuple(_result(session, known[name]) for name in names)
         recipe = register(session, spec)
-    with running(workspace.database, recipe, seed=params.seed, query=new[0].query) as run:
+    with running(workspace.database, recipe, seed=new[0].seed, query=new[0].query) as run:
         try:
             with workspace.database.begin() as session:
                 for item in missing:
@@ -659,14 +664,13 @@ def _keep(
 
 
 def _insert(session: Session, new: NewSplit, recipe: Recipe) -> None:
-    params = new.params
     split = Split(
         name=new.name,
         recipe_id=recipe.id,
         protocol=new.protocol,
-        field=params.field,
-        group_level=params.group_level,
-        seed=params.seed,
+        field=new.field,
+        group_level=new.group_level,
+        seed=new.seed,
         query=new.query,
         fingerprint=new.fingerprint,
         excluded=new.excluded,
@@ -678,8 +682,8 @@ def _insert(session: Session, new: NewSplit, recipe: Recipe) -> None:
     session.add(split)
     session.flush()
     values = sorted({item.label for item, _ in new.members})
-    insert_new(session, Label, [{"field": params.field, "value": value} for value in values])
-    known = select(Label.value, Label.id).where(Label.field == params.field)
+    insert_new(session, Label, [{"field": new.field, "value": value} for value in values])
+    known = select(Label.value, Label.id).where(Label.field == new.field)
     ids = dict(session.execute(known).all())
     rows = [
         {

@@ -14,7 +14,7 @@ from cellstore.config import TrainParams, TrainSetup, as_parameters
 from cellstore.enums import Stage, Subset
 from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.learn import training_logs
+from cellstore.learn import training as training_module
 from cellstore.models import Image, ImageFile, Label, Recipe, Run, SplitMember
 from cellstore.stages.predict import predict
 from cellstore.stages.train import train
@@ -66,7 +66,7 @@ def test_the_default_network_looks_at_channels_by_the_scale_of_their_plate(
     assert record["channels"] == ["DNA"]
     assert record["shape"]["plane_channels"] == 1
     assert record["shape"]["backbone"] == "shufflenet_v2_x0_5"
-    assert [len(levels) for levels in record["intensity_scale"]["plates"].values()] == [2]
+    assert [len(levels) for levels in record["scaler"]["intensities"].values()] == [2]
     assert record["parameters"]["augment"] == ["flips", "intensity", "rotations"]
     predicted = predict(workspace, run=str(result.run_id), device="cpu")
     assert predicted.cells == 8
@@ -134,7 +134,7 @@ def test_logs_are_written_beside_the_store_or_their_package_is_named(
     lines = (tmp_path / "logs" / "csv" / "metrics.csv").read_text().splitlines()
     assert len(lines) == 1 + result.epochs
     assert {"step", "validation_loss"} <= set(lines[0].split(","))
-    monkeypatch.setattr(training_logs, "find_spec", lambda _: None)
+    monkeypatch.setattr(training_module, "find_spec", lambda _: None)
     for kind in ("tensorboard", "mlflow"):
         with pytest.raises(MissingExtraError, match=f"pip install {kind}"):
             train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=(kind,)))
