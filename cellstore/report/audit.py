@@ -55,6 +55,7 @@ from ..models import (
     Well,
 )
 from ..query.engine import open_questions
+from ..query.exclusions import why_excluded
 
 KINDS = ("image", "well", "cell", "run", "artifact")
 SHORT = 10
@@ -510,7 +511,7 @@ def audit_cell(workspace: Workspace, cell_id: int) -> Audit:
             "object_number": cell.object_number,
             "box": None if None in box else box,
             "centroid": None if None in centroid else centroid,
-            "excluded": cell.excluded,
+            "excluded": next(iter(why_excluded(session, cell)), None),
             "flags": [
                 {"run_id": item.run_id, "reason": item.reason.value, "value": item.value}
                 for item in session.scalars(flags.order_by(CellFlag.run_id, CellFlag.reason))

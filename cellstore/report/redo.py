@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..jobs.runs import code_version, environment
 from ..jobs.workspace import Workspace
 from ..models import (
     METADATA,
+    Annotation,
     Artifact,
     Base,
     Cell,
@@ -82,7 +84,8 @@ class Wanted:
 
     ``images`` by id; ``segmented``: recipes whose segmentations come along, ``with_cells`` those
     of them whose cells do; ``measured``: recipes whose measurements do; ``files_of``: runs whose
-    files do; ``qc``: the run whose flags count; ``splits``: whether splits are there already.
+    files do; ``qc``: the run whose flags count; ``splits``: whether splits are there already;
+    ``until``: annotations made later do not count.
     """
 
     images: Sequence[int]
@@ -92,6 +95,7 @@ class Wanted:
     files_of: Collection[int] = ()
     qc: int | None = None
     splits: bool = True
+    until: datetime | None = None
 
 
 @contextmanager
@@ -141,6 +145,7 @@ def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
         FeatureSet,
     ):
         copy(model)
+    copy(Annotation, *() if wanted.until is None else (Annotation.created_at <= wanted.until,))
     if not wanted.splits:
         writer.execute(update(Run).values(split_id=None))
         writer.execute(delete(Split))
@@ -462,7 +467,7 @@ def check(
     ]
     found, same, impossible = Differences("nothing", 0.0), False, False
     try:
-        with scratch_store(workspace, wanted) as redone:
+        with scratch_store(workspace, replace(wanted, until=run.started_at)) as redone:
             where = None
             if sampled and run.stage in (Stage.SEGMENT, Stage.MEASURE, Stage.PREDICT):
                 where = f"image_id IN ({', '.join(map(str, chosen))})"
