@@ -17,8 +17,7 @@ from ...enums import Look, Severity, Stage
 from ...errors import UnknownNameError, UserInputError
 from ...io.layouts import Layout, SourceKind, detect
 from ...io.uris import PathMap, shown, writable
-from ...jobs.recipes import RecipeSpec, register
-from ...jobs.runs import running
+from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.selection import images_of
 from ...jobs.workspace import Workspace
 from ...models import Image, Recipe, Run, Well

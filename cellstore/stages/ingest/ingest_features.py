@@ -30,7 +30,7 @@ from ...io.single_cells import TOOL as SINGLE_CELLS
 from ...io.single_cells import open_single_cells
 from ...io.tables import LONGEST, Refusal
 from ...io.uris import PathMap
-from ...jobs.recipes import RecipeSpec, register
+from ...jobs.runs import RecipeSpec, register
 from ...jobs.workspace import Workspace
 from ...models import Artifact, Cell, FeatureFile, FeatureSet, Recipe, RecipeInput, Segmentation
 from ...query.feature_files import FeatureWriter, register_files, stored_values

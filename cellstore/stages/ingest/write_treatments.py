@@ -14,9 +14,8 @@ from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
 
 from ...analysis.leaks import normalised_name
-from ...db.bulk import in_lists
+from ...db.bulk import in_lists, insert_new
 from ...db.events import Change, record_run_events
-from ...db.statements import insert_new
 from ...enums import Control, PerturbationKind
 from ...io.platemaps import TreatmentRecord, completed, target_of
 from ...models import Perturbation, Plate, Treatment, TreatmentPart, Well
