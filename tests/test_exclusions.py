@@ -193,10 +193,10 @@ def test_a_split_names_no_excluded_image_and_says_how_many(workspace: Workspace)
     for well in wells:
         make.image(well)
     before = create_split(workspace, "before")
-    assert (before.images, before.left_out["excluded"]) == (8, 0)
+    assert (before.images, before.excluded["annotated"]) == (8, 0)
     with excluded(make, Level.WELL, wells[0].id), excluded(make, Level.WELL, wells[1].id):
         during = create_split(workspace, "during")
-    assert (during.images, during.left_out["excluded"]) == (6, 2)
+    assert (during.images, during.excluded["annotated"]) == (6, 2)
     after = create_split(workspace, "after")
     assert (after.images, after.fingerprint) == (8, before.fingerprint)
     with (

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, CompoundSelect, Select, and_, exists, func, or_, select, union
 from sqlalchemy.orm import Session, aliased
 
-from ..enums import Level, Stage, Status
+from ..enums import ExclusionSource, Level, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import RUN_WORDS, run_in
 from ..models import (
@@ -148,7 +148,10 @@ def excluded_images() -> CompoundSelect[int]:
 
 def cell_counts(qc_run: int | None = None) -> ColumnElement[bool]:
     """Return the condition that a row of ``cells`` counts, where its image does (see there)."""
-    return _not_excluded(Level.CELL, Cell.id, qc_run)
+    # The exclusions by the segmentation are this column. PostgreSQL would read all of them for the
+    # cells of one image.
+    later = EXCLUSIONS.c.source != ExclusionSource.SEGMENTATION.value
+    return and_(Cell.excluded.is_(None), _not_excluded(Level.CELL, Cell.id, qc_run, later))
 
 
 def why_excluded(session: Session, cell: Cell) -> list[str]:
@@ -172,10 +175,12 @@ def why_excluded(session: Session, cell: Cell) -> list[str]:
     ]
 
 
-def _not_excluded(level: Level, row_id: Any, qc_run: int | None) -> ColumnElement[bool]:
+def _not_excluded(
+    level: Level, row_id: Any, qc_run: int | None, *conditions: ColumnElement[bool]
+) -> ColumnElement[bool]:
     found = EXCLUSIONS.c
     # Flags are the only exclusions that name a run.
     counted: ColumnElement[bool] = found.run_id.is_(None)
     if qc_run is not None:
         counted = or_(counted, found.run_id == qc_run)
-    return ~exists().where(found.level == level.value, found.id == row_id, counted)
+    return ~exists().where(found.level == level.value, found.id == row_id, counted, *conditions)
