@@ -533,8 +533,8 @@ class Segmentation(Base):
 class Cell(Base):
     """One region of a mask; the box is half open, in pixels.
 
-    ``excluded``: why the segmentation, or the table that brought it, excludes it; ``EXCLUSIONS`` has
-    the reasons that came later, too.
+    ``excluded``: why the segmentation, or the table that brought it, excludes it; ``EXCLUSIONS``
+    has the reasons that came later, too.
     ``object_number`` is its value in the mask. Box and centre are null where another tool found
     the cell and does not say.
     """

@@ -9,13 +9,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from factories import MOMENT, Factory
+from factories import Factory
 from screens import SmallScreen, small_screen
 from sqlalchemy import select
 
 from cellstore.config import SplitParams, VoteRules
 from cellstore.enums import (
-    AnnotationKind,
     CellFlagReason,
     ImageFlagReason,
     Level,
@@ -23,7 +22,7 @@ from cellstore.enums import (
 )
 from cellstore.errors import UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import EXCLUSIONS, Annotation, Run
+from cellstore.models import EXCLUSIONS, Run
 from cellstore.query.cells import CellSource, list_blocks, read_cells
 from cellstore.query.engine import open_questions
 from cellstore.report.audit import audit_cell
@@ -34,38 +33,12 @@ from cellstore.stages.split import create_split
 from cellstore.stages.status import status
 
 
-def exclude(make: Factory, level: Level, row_id: int, reason: str | None = "debris") -> Annotation:
-    return make.add(
-        Annotation(
-            level=level,
-            row_id=row_id,
-            kind=AnnotationKind.EXCLUSION,
-            reason=reason,
-            user_name="ada",
-            created_at=MOMENT,
-        )
-    )
-
-
-def undo(make: Factory, earlier: Annotation) -> None:
-    make.add(
-        Annotation(
-            level=earlier.level,
-            row_id=earlier.row_id,
-            kind=earlier.kind,
-            user_name="ada",
-            created_at=MOMENT,
-            undoes_id=earlier.id,
-        )
-    )
-
-
 @contextmanager
 def excluded(make: Factory, level: Level, row_id: int) -> Iterator[None]:
     """Exclude something for a while."""
-    found = exclude(make, level, row_id)
+    found = make.exclude(level, row_id)
     yield
-    undo(make, found)
+    make.undo(found)
 
 
 def rows(workspace: Workspace, sql: str) -> list[dict[str, Any]]:
@@ -91,9 +64,9 @@ def test_the_relation_says_what_why_and_who(workspace: Workspace) -> None:
     qc = make.run(Stage.QC)
     make.flag_image(qc, screen.images["B02"], ImageFlagReason.CELL_COUNT)
     make.flag_cell(qc, cells[0], CellFlagReason.BORDER)
-    well = exclude(make, Level.WELL, screen.images["B03"].well_id)
-    bare = exclude(make, Level.CELL, cells[1].id, reason=None)
-    undo(make, exclude(make, Level.PLATE, screen.plate.id))
+    well = make.exclude(Level.WELL, screen.images["B03"].well_id)
+    bare = make.exclude(Level.CELL, cells[1].id, reason=None)
+    make.undo(make.exclude(Level.PLATE, screen.plate.id))
     wanted = {
         ("cell", small.id, "perimeter is 0", "segmentation", None, None),
         ("image", screen.images["B02"].id, "cell count", "quality", qc.id, None),
@@ -135,7 +108,7 @@ def test_votes_and_report_leave_out_what_is_excluded(workspace: Workspace, level
 
 def test_the_answer_does_not_depend_on_the_copies(workspace: Workspace) -> None:
     screen = small_screen(workspace)
-    exclude(screen.factory, Level.WELL, screen.images["B01"].well_id)
+    screen.factory.exclude(Level.WELL, screen.images["B01"].well_id)
     first = count_votes(workspace).table
     for path in (workspace.settings.cache / "snapshots").iterdir():
         path.unlink()
@@ -230,7 +203,7 @@ def test_tables_export_audit_and_status_say_why(workspace: Workspace, tmp_path: 
     all_cells = status(workspace).cells
     nothing = dict.fromkeys(("cells", "images", "status", "status images"), 0)
     assert reasons() == {**nothing, "eligible": all_cells, "audit": False}
-    well, one = exclude(make, Level.WELL, image.well_id), exclude(make, Level.CELL, cell.id)
+    well, one = make.exclude(Level.WELL, image.well_id), make.exclude(Level.CELL, cell.id)
     gone = n_cells + 1
     assert reasons() == {
         "cells": gone,
@@ -240,6 +213,6 @@ def test_tables_export_audit_and_status_say_why(workspace: Workspace, tmp_path: 
         "eligible": all_cells - gone,
         "audit": True,
     }
-    undo(make, well)
-    undo(make, one)
+    make.undo(well)
+    make.undo(one)
     assert reasons() == {**nothing, "eligible": all_cells, "audit": False}

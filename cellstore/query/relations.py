@@ -98,7 +98,10 @@ def view_query(name: str, rules: VoteRules) -> str:
             f"CAST({float(rules.min_margin)!r} AS DOUBLE) AS min_margin, "
             f"{'true' if rules.controls else 'false'} AS controls"
         )
-    return view(name).query
+    query = view(name).query
+    if name == LATER and rules.exclude_flagged is not None:
+        query += f"OR run_id = {int(rules.exclude_flagged)}\n"
+    return query
 
 
 def tables_read(connection: duckdb.DuckDBPyConnection, query: str) -> set[str]:

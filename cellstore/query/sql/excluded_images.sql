@@ -1,6 +1,6 @@
 -- The images of later_exclusions: one row per image that is excluded itself or with its well or
--- plate, and why; where there are several reasons, that of an annotation.
-SELECT image_id, arg_min(reason, source || reason) AS reason, min(source) AS source
+-- plate, and why: of several reasons the first in the alphabet.
+SELECT image_id, min(reason) AS reason, min(source) AS source
 FROM (
     SELECT id AS image_id, reason, source FROM later_exclusions WHERE level = 'image'
     UNION ALL
