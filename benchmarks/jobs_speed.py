@@ -35,8 +35,7 @@ from cellstore.config import SegmentParams
 from cellstore.enums import TARGET, Stage, Status
 from cellstore.jobs.execute import ImageStage, RunCounter, run_jobs
 from cellstore.jobs.queue import JobScope, Task
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import running
+from cellstore.jobs.runs import RecipeSpec, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Job, Label, Plate, Well
 from cellstore.stages.segment import segment_recipe

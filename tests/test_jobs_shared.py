@@ -29,7 +29,7 @@ from cellstore.errors import RunCancelledError, StorageError, UserInputError
 from cellstore.jobs import execute, queue
 from cellstore.jobs.execute import RunCounter
 from cellstore.jobs.queue import Owner, Task
-from cellstore.jobs.recipes import register
+from cellstore.jobs.runs import register
 from cellstore.jobs.workspace import Workspace, open_workspace
 from cellstore.models import Job, Run
 from cellstore.settings import StoreSettings

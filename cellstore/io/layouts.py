@@ -9,9 +9,8 @@ from pathlib import Path
 
 from ..errors import BadTableError, UserInputError
 from . import image_files
-from .image_tables import FILE_PREFIX, read_image_table
-from .records import ImageRecord, Refusal
-from .tables import TextTable, nearest_columns, read_columns
+from .image_tables import FILE_PREFIX, ImageRecord, read_image_table
+from .tables import Refusal, TextTable, nearest_columns, read_columns
 
 _PUBLISHED = "a published table FileName_OrigRNA and Metadata_pert_iname"
 _LOADDATA = (

@@ -27,8 +27,7 @@ from ..models import Job, Recipe
 from . import queue
 from .executors import Answers, Crash, Failure, Success, Workers, open_workers
 from .queue import JobScope, Owner, Task, count_images, lease_seconds
-from .recipes import RecipeSpec, known_recipe
-from .runs import running
+from .runs import RecipeSpec, known_recipe, running
 from .workspace import Workspace
 
 Input = TypeVar("Input")

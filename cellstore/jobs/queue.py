@@ -39,8 +39,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from ..db.bulk import in_lists
-from ..db.statements import insert_from
+from ..db.bulk import in_lists, insert_from
 from ..enums import Status
 from ..errors import UserInputError
 from ..models import Image, Job, Plate, Run, Well

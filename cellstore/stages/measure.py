@@ -34,8 +34,7 @@ from ..config import (
     Selection,
     as_parameters,
 )
-from ..db.bulk import bulk_insert, in_lists
-from ..db.statements import insert_new
+from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project
@@ -43,7 +42,7 @@ from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
 from ..jobs.lookup import find_recipe
 from ..jobs.planes import ChannelFile, channel_files, check_channels, choose_files, open_file
 from ..jobs.queue import Task
-from ..jobs.recipes import RecipeSpec, fingerprint, register
+from ..jobs.runs import RecipeSpec, fingerprint, register
 from ..jobs.selection import images_of, is_current, segmented
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -57,8 +56,15 @@ from ..models import (
     Segmentation,
 )
 from ..query.cells import current_segmentation, last_with_masks, plane_of
-from ..query.feature_files import ROWS_OF_FILE, WrittenFile, register_files, set_of_recipe
-from ..query.feature_output import images_per_file, requeue_lost_features, write_features
+from ..query.feature_files import (
+    ROWS_OF_FILE,
+    WrittenFile,
+    images_per_file,
+    register_files,
+    requeue_lost_features,
+    set_of_recipe,
+    write_features,
+)
 
 VERSION = 2
 """Of group ``basic``. 2: means are taken in 64 bits."""

@@ -47,8 +47,7 @@ from ..jobs.planes import (
     open_file,
 )
 from ..jobs.queue import Task, requeue_done
-from ..jobs.recipes import RecipeSpec, register
-from ..jobs.runs import keep_file
+from ..jobs.runs import RecipeSpec, keep_file, register
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..learn.segmentation_networks import find_network

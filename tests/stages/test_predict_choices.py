@@ -40,7 +40,7 @@ from cellstore.models import (
     SplitMember,
     Well,
 )
-from cellstore.query import feature_output
+from cellstore.query import feature_files
 from cellstore.query.feature_files import FEATURE_COLUMNS, SetReader, open_set
 from cellstore.report.scoring import report
 from cellstore.stages import predict as predict_module
@@ -259,7 +259,7 @@ def test_a_killed_run_leaves_no_half_embedding(
     workspace = opened(built)
     run_id = craft(workspace)
     params = replace(EVERYTHING, embedding="seen")
-    monkeypatch.setattr(feature_output, "MOST_IMAGES", 2)
+    monkeypatch.setattr(feature_files, "MOST_IMAGES", 2)
     with monkeypatch.context() as patch:
         if moment == "compute":
             fail_at(patch, 4, KeyboardInterrupt())
