@@ -223,17 +223,19 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
             f"{path.name} only says which plate uses which plate map. Give the folder of the plate "
             "maps, and this file with --barcodes."
         )
-    needs = "A plate map needs a well and a treatment column (well_position and broad_sample)"
+    needs = (
+        f"{path.name}: I do not recognise this table. A plate map needs a well and a treatment "
+        "column (well_position and broad_sample)"
+    )
     files = any(column.lower().startswith("filename") for column in columns)
     if not files and any("well" in column.lower() for column in columns):
         yours = ", ".join(name for name in columns[:8] if name)
         more = ", ..." if len(columns) > 8 else ""
         return BadTableError(
-            f"I do not recognise this table. {needs}; yours has {yours}{more}. Rename its columns, "
+            f"{needs}; yours has {yours}{more}. Rename its columns, "
             "or choose a reader with --layout."
         )
     wanted = [column for column in _WANTED if column not in columns]
     return BadTableError(
-        f"I do not recognise this table. {needs}, {_OTHERS}. {nearest_columns(wanted, columns)} "
-        "Or choose a reader with --layout."
+        f"{needs}, {_OTHERS}. {nearest_columns(wanted, columns)} Or choose a reader with --layout."
     )
