@@ -353,7 +353,7 @@ def _insert_split(workspace: Workspace, classes: list[tuple[int, str]], *, leak:
             seed=0,
             query="SELECT id FROM images",
             fingerprint="5" * 64,
-            left_out={},
+            excluded={},
             created_at=datetime.now(UTC),
             frozen_at=None,
         )

@@ -155,7 +155,7 @@ def new_split(level: GroupLevel, recipe_id: int) -> Split:
         seed=0,
         query="",
         fingerprint="0" * 64,
-        left_out={},
+        excluded={},
         created_at=datetime.now(UTC),
     )
 

@@ -131,7 +131,7 @@ def _split(recipe_id: int) -> Split:
         seed=0,
         query="SELECT id FROM images",
         fingerprint="5" * 64,
-        left_out={},
+        excluded={},
         created_at=datetime.now(UTC),
         frozen_at=None,
     )

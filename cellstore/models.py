@@ -777,7 +777,7 @@ class Split(Base):
     seed: Mapped[int]
     query: Mapped[str] = mapped_column(Text)
     fingerprint: Mapped[Sha256]
-    left_out: Mapped[dict[str, Any]]
+    excluded: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
     frozen_at: Mapped[datetime | None]
     family: Mapped[Name | None]

@@ -21,8 +21,8 @@ from .filenames import (
     looks_like_a_mask,
 )
 from .image_files import SUFFIXES, is_inside, read_stack
-from .image_tables import ChannelNames, RowRefusedError
-from .records import FileRef, ImageRecord, Refusal
+from .image_tables import ChannelNames, FileRef, ImageRecord, RowRefusedError
+from .tables import Refusal
 from .uris import page_name, writable
 
 _SAMPLE = 1000

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
+from typing import NamedTuple
 
 from ..errors import BadTableError, UnknownNameError, UserInputError
 from .filenames import (
@@ -18,9 +19,8 @@ from .filenames import (
     parse_well,
 )
 from .image_files import micrometres
-from .platemaps import TREATMENT_COLUMNS, treatment_of
-from .records import LONGEST, FileRef, ImageRecord, Refusal, TreatmentRecord
-from .tables import MISSING, TextTable, nearest_columns
+from .platemaps import TREATMENT_COLUMNS, TreatmentRecord, treatment_of
+from .tables import LONGEST, MISSING, Refusal, TextTable, nearest_columns
 from .uris import page_name
 
 FILE_PREFIX = "FileName_"
@@ -50,6 +50,41 @@ _new = tuple.__new__
 
 _NamedFile = tuple[int, str, int | None, str]
 """Index of the channel in the table, its name, its Phenix number, and the name of the file."""
+
+
+class FileRef(NamedTuple):
+    """One channel of an image, as a table names it.
+
+    ``channel`` is the name of the stain ('RNA'), ``number`` the channel number of a Phenix file
+    name, ``folder`` the ``PathName_*`` of the row as written, which may be on another machine.
+    """
+
+    channel: str
+    number: int | None
+    name: str
+    folder: str | None = None
+
+
+class ImageRecord(NamedTuple):
+    """One field of view from line ``line`` of a table; row, column, site as numbers.
+
+    ``row`` and ``column`` count from 1; ``site``, ``plane`` and ``time_point`` are as written.
+    ``pixel_size`` is in micrometres; ``metadata`` are the columns that have no field of their own.
+    """
+
+    line: int
+    plate: str
+    batch: str | None
+    row: int
+    column: int
+    site: int
+    plane: int
+    time_point: int
+    core_name: str | None
+    files: tuple[FileRef, ...]
+    treatment: TreatmentRecord | None
+    pixel_size: float | None = None
+    metadata: Mapping[str, str] | None = None
 
 
 class RowRefusedError(Exception):

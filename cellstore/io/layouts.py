@@ -9,9 +9,8 @@ from pathlib import Path
 
 from ..errors import BadTableError, UserInputError
 from . import image_files
-from .image_tables import FILE_PREFIX, read_image_table
-from .records import ImageRecord, Refusal
-from .tables import TextTable, nearest_columns, read_columns
+from .image_tables import FILE_PREFIX, ImageRecord, read_image_table
+from .tables import Refusal, TextTable, nearest_columns, read_columns
 
 _PUBLISHED = "a published table FileName_OrigRNA and Metadata_pert_iname"
 _LOADDATA = (
@@ -258,17 +257,20 @@ def _unknown_table(path: Path, columns: Sequence[str]) -> BadTableError:
             f"{path.name} only says which plate uses which plate map. Give the folder of the plate "
             "maps, and this file with --barcodes."
         )
-    needs = "A plate map needs a well and a treatment column (well_position and broad_sample)"
+    needs = (
+        f"{path.name}: I do not recognise this table. A plate map needs a well and a treatment "
+        "column (well_position and broad_sample)"
+    )
     files = any(column.lower().startswith("filename") for column in columns)
     if not files and any("well" in column.lower() for column in columns):
         yours = ", ".join(name for name in columns[:8] if name)
         more = ", ..." if len(columns) > 8 else ""
         return BadTableError(
-            f"I do not recognise this table. {needs}; yours has {yours}{more}. Rename its columns, "
+            f"{needs}; yours has {yours}{more}. Rename its columns, "
             "or choose a reader with --layout."
         )
     return BadTableError(
-        f"I do not recognise this table. {needs}, {_LOADDATA}, {_PUBLISHED}, {_OTHERS}. "
+        f"{needs}, {_LOADDATA}, {_PUBLISHED}, {_OTHERS}. "
         f"{_nearest(columns, (*_WANTED, 'well_position', 'broad_sample'))} "
         "Or choose a reader with --layout."
     )

@@ -17,8 +17,7 @@ from typing import NamedTuple
 from ..enums import Control, PerturbationKind
 from ..errors import BadTableError, UserInputError
 from .filenames import parse_well
-from .records import LONGEST, Refusal, TreatmentRecord
-from .tables import TextTable, cell_text, nearest_columns, open_table
+from .tables import LONGEST, Refusal, TextTable, cell_text, nearest_columns, open_table
 from .uris import writable
 
 DMSO = "DMSO"
@@ -30,6 +29,25 @@ LONG_NAME = "a name that cannot be stored"
 
 Position = tuple[int, int]
 """Row and column of a well, both from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class TreatmentRecord:
+    """What was done to a well.
+
+    ``identifier`` is the ``broad_sample`` of JUMP tables, or else their ``Metadata_JCP2022``.
+    Several targets are each there once, sorted, with ``|`` between them.
+    """
+
+    kind: PerturbationKind
+    pert_iname: str
+    target: str | None = None
+    control: Control | None = None
+    identifier: str | None = None
+    inchikey: str | None = None
+    smiles: str | None = None
+    pubchem_cid: str | None = None
+
 
 # ---- The treatment that one row names ----
 

@@ -400,7 +400,7 @@ def _seen_notes(
     other = aliased(Image)
     wells = select(other.well_id).where(other.id.in_(trained_on))
     is_train, in_well = Image.id.in_(trained_on), Image.well_id.in_(wells)
-    stopped_by = (trained.result or {}).get("validation_side")
+    stopped_by = (trained.result or {}).get("validation_subset")
     stopped = Image.id.in_(members.where(SplitMember.subset == stopped_by))
     counts = [
         (_count(session, images, is_train), f"were used to train run {trained.id}"),

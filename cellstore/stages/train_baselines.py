@@ -78,7 +78,7 @@ class BaselineResult:
     checkpoint_sha256: str
     notes: tuple[str, ...]
     feature_set: str | None = None
-    columns_left_out: tuple[str, ...] = ()
+    columns_excluded: tuple[str, ...] = ()
     qc_run_id: int | None = None
     predict_run_id: int | None = None
 
@@ -201,7 +201,7 @@ def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) 
             "rows": fitted.rows,
             "notes": notes + column_notes,
             "feature_set": cells.source.features.name if kind in ON_FEATURES else None,
-            "columns_left_out": excluded,
+            "columns_excluded": excluded,
             "qc_run_id": cells.source.unflagged_by,
             "checkpoint_sha256": files[0].sha256,
         }

@@ -43,7 +43,7 @@ def test_baselines_label_at_once_and_stand_in_the_report(cellstore, with_set: Pa
         words[0]: words for words in lines if len(words) == 5 and words[1] in ("null", "classical")
     }
     assert list(rows) == ["position", "logistic"]
-    assert rows["logistic"][3] == "36"  # cells of the training side
+    assert rows["logistic"][3] == "36"  # cells of the training subset
     wells = cellstore("sql", WELLS, *IN, "--json").json
     assert rows["position"][3] == str(wells[0]["n"])
     again = cellstore("train", "--baseline", "position,logistic", *SETS, *IN, "--json").json

@@ -28,7 +28,8 @@ from cellstore.io.filenames import (
 )
 from cellstore.io.folders import folder_layouts, read_folder
 from cellstore.io.image_files import encode_tiff, probe
-from cellstore.io.records import ImageRecord, Refusal
+from cellstore.io.image_tables import ImageRecord
+from cellstore.io.tables import Refusal
 
 GREY = encode_tiff(np.zeros((3, 4), np.uint16))
 

@@ -12,9 +12,8 @@ from realdata import real_data
 
 from cellstore.errors import BadTableError, UnknownNameError, UserInputError
 from cellstore.io.harmony import index_of, is_harmony, read_harmony
-from cellstore.io.image_tables import read_image_table
-from cellstore.io.records import ImageRecord, Refusal
-from cellstore.io.tables import open_table
+from cellstore.io.image_tables import ImageRecord, read_image_table
+from cellstore.io.tables import Refusal, open_table
 
 V5 = "http://www.perkinelmer.com/PEHH/HarmonyV5"
 V7 = "43B2A954-E3C3-47E1-B392-6635266B0DD3/HarmonyV7"

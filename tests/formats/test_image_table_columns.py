@@ -6,9 +6,9 @@ import pytest
 from test_image_tables import LOADDATA, PHENIX, only_image, only_refusal, read, table
 
 from cellstore.errors import BadTableError, UserInputError
+from cellstore.io.image_tables import ImageRecord
 from cellstore.io.layouts import read_images
-from cellstore.io.records import ImageRecord, Refusal
-from cellstore.io.tables import open_table
+from cellstore.io.tables import Refusal, open_table
 
 
 def named_files(path: Path) -> list[list[str]]:

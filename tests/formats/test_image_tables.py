@@ -13,10 +13,10 @@ from realdata import real_data
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.filenames import format_well
-from cellstore.io.image_tables import read_image_table
+from cellstore.io.image_tables import FileRef, ImageRecord, read_image_table
 from cellstore.io.layouts import Layout, layout_of, read_images
-from cellstore.io.records import FileRef, ImageRecord, Refusal, TreatmentRecord
-from cellstore.io.tables import open_table
+from cellstore.io.platemaps import TreatmentRecord
+from cellstore.io.tables import Refusal, open_table
 
 LOADDATA = {
     "Metadata_Plate": "001",

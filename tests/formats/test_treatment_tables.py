@@ -15,6 +15,7 @@ from cellstore.errors import BadTableError, CellstoreError
 from cellstore.io.platemaps import (
     Aliases,
     PlateRow,
+    TreatmentRecord,
     TreatmentRow,
     completed,
     jump_controls,
@@ -24,8 +25,7 @@ from cellstore.io.platemaps import (
     table_layouts,
     treatment_rows,
 )
-from cellstore.io.records import Refusal, TreatmentRecord
-from cellstore.io.tables import TextTable, open_table
+from cellstore.io.tables import Refusal, TextTable, open_table
 
 
 def table(folder: Path, text: str) -> TextTable:

@@ -76,7 +76,7 @@ def craft(
         with workspace.database.begin() as session:
             for one in (file, text):
                 attach(session, run.id, keep_file(session, one))
-        run.result = {"validation_side": "validation", "best_epoch": 1}
+        run.result = {"validation_subset": "validation", "best_epoch": 1}
     return run.id
 
 

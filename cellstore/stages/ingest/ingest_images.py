@@ -26,16 +26,15 @@ from ...errors import UserInputError
 from ...io.filenames import format_well
 from ...io.folders import FolderImages, read_folder
 from ...io.harmony import read_harmony
+from ...io.image_tables import FileRef, ImageRecord
 from ...io.layouts import Layout, read_images
-from ...io.platemaps import Aliases, flaw_of, read_annotation
-from ...io.records import LONGEST, FileRef, ImageRecord, Refusal, TreatmentRecord
-from ...io.tables import open_table
+from ...io.platemaps import Aliases, TreatmentRecord, flaw_of, read_annotation
+from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import PathMap, is_remote, join, writable
 from ...jobs.workspace import Workspace
 from ...models import Image, ImageFile, Plate, Well
 from .account import Account, Brought
 from .find_files import KnownFile, folder_id, known_files, look_at_files
-from .ingest_treatments import suspicious_spellings
 from .write_treatments import TreatmentWriter
 
 BATCH = 10_000
@@ -148,7 +147,7 @@ class ImageSource:
 
 
 def ingest_images(
-    workspace: Workspace, run_id: int, source: ImageSource, account: Account, total: int
+    workspace: Workspace, source: ImageSource, account: Account, total: int
 ) -> Brought:
     """Bring the records of a source in, as one transaction, then look at their files.
 
@@ -166,9 +165,7 @@ def ingest_images(
         with workspace.database.begin() as session:
             one_ingest_at_a_time(session)
             with wide_cache(session):
-                writer = RowWriter(
-                    session, run_id, account.file, account, PathMap(source.params.maps)
-                )
+                writer = RowWriter(session, account, PathMap(source.params.maps))
                 rows = source.records()
                 while batch := list(islice(rows, BATCH)):
                     _write_batch(session, writer, batch, account)
@@ -176,9 +173,7 @@ def ingest_images(
                 # What is known only when all records were read.
                 for path, refusal in source.annotation.issues if source.annotation else ():
                     account.problem(*refusal, file=writable(path.name))
-                for spelling in suspicious_spellings(session, writer.treatments):
-                    account.suspicious(None, spelling.reason, spelling.detail)
-                writer.write_metadata()
+                writer.finish()
                 account.notes += source.notes
                 account.flush(session)
             if source.params.strict:
@@ -241,15 +236,11 @@ class RowWriter:
     def __init__(
         self,
         session: Session,
-        run_id: int,
-        file: str,
         account: Account,
         maps: PathMap | None = None,
     ) -> None:
-        self._session, self._run_id, self._file = session, run_id, file
-        self._account, self._maps = account, maps or PathMap(())
-        self._treatments = TreatmentWriter(session, run_id, file)
-        self._used_treatments: set[int] = set()
+        self._session, self._account, self._maps = session, account, maps or PathMap(())
+        self._treatments = TreatmentWriter(session, account)
         self._plate_ids: dict[str, int] = {}
         self._well_ids: dict[WellKey, int] = {}
         self._folder_ids: dict[str | None, int | None] = {None: None}
@@ -302,18 +293,17 @@ class RowWriter:
             None if id(record) in refused else of_record.get(id(record)) for record in records_given
         ]
 
-    @property
-    def treatments(self) -> set[int]:
-        """The treatments that the file has given to wells."""
-        return self._used_treatments | self._treatments.used
-
     def forget(self) -> None:
         """Ask the database again: what this writer wrote last was undone."""
         self._plate_ids.clear()
         self._well_ids.clear()
         self._folder_ids = {None: None}
-        self._used_treatments |= self._treatments.used
-        self._treatments = TreatmentWriter(self._session, self._run_id, self._file)
+        self._treatments.forget()
+
+    def finish(self) -> None:
+        """Keep the metadata of the records, and report what looks wrong with their treatments."""
+        self._write_metadata()
+        self._treatments.report()
 
     def _keep_storable(self, records: Sequence[ImageRecord]) -> Sequence[ImageRecord]:
         """Return the records whose names a database can hold; refuse the others."""
@@ -505,7 +495,7 @@ class RowWriter:
 
     def _collect_metadata(self, records: Sequence[ImageRecord], wells: Sequence[int]) -> None:
         if len(self._metadata) > MANY_WELLS:
-            self.write_metadata()
+            self._write_metadata()
         for record, well in zip(records, wells, strict=True):
             found = record.metadata
             if found is None:
@@ -516,7 +506,7 @@ class RowWriter:
                 self._metadata[well] = both = {**found, **known}
                 self._differing |= {key for key, text in found.items() if both[key] != text}
 
-    def write_metadata(self) -> None:
+    def _write_metadata(self) -> None:
         """Keep the metadata columns of the records: with the plate what its wells share.
 
         A plate keeps the value that it has; what wells say otherwise is kept with them. What
