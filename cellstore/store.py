@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
     from .report.comparison import Comparison
-    from .report.repro import Check, Order, Repro
+    from .report.redo import Check
+    from .report.repro import Repro, RunOptions
     from .report.scoring import ReportResult
     from .report.segment_preview import PreviewResult
     from .report.votes import VotesResult
@@ -539,41 +540,15 @@ class Store:
 
         return count_votes(self.workspace, run, level=level, vote=vote, rules=rules)
 
-    def audit_image(self, image: str) -> Audit:
-        """Return every run that labelled an image, and what it was labelled from."""
-        from .report.audit import audit_image
+    def audit(self, name: str, kind: str | None = None) -> Audit:
+        """Return what an image, a well, a cell, a run or a file comes from, and what came of it.
 
-        return audit_image(self.workspace, image)
-
-    def audit_well(self, well: str) -> Audit:
-        """Return what was done to a well, when that was corrected, and what its images show."""
-        from .report.audit import audit_well
-
-        return audit_well(self.workspace, well)
-
-    def audit_cell(self, cell_id: int) -> Audit:
-        """Return where a cell comes from and every prediction about it."""
-        from .report.audit import audit_cell
-
-        return audit_cell(self.workspace, cell_id)
-
-    def audit_run(self, run: str = "latest") -> Audit:
-        """Return what a run was made from, and what it made."""
-        from .report.audit import audit_run
-
-        return audit_run(self.workspace, run)
-
-    def audit_artifact(self, name: str) -> Audit:
-        """Return what a file is to the store, and what came of it; see ``report.audit``."""
-        from .report.audit import audit_artifact
-
-        return audit_artifact(self.workspace, name)
-
-    def audit(self, name: str) -> Audit:
-        """Return the audit of whatever ``name`` names: an image, a well, a run or a file."""
+        ``kind``: ``image``, ``well``, ``cell``, ``run`` or ``artifact``; without it, whatever has
+        that name. See ``report.audit``.
+        """
         from .report.audit import audit_anything
 
-        return audit_anything(self.workspace, name)
+        return audit_anything(self.workspace, name, kind)
 
     def lineage_page(self, audit: Audit, html: str | Path) -> Path:
         """Write a page with a picture of where the audited thing comes from, and what came of it.
@@ -603,8 +578,8 @@ class Store:
         """Redo a run beside the store, and compare; see ``report.redo.check``."""
         from .report.redo import Done, check
 
-        def carry_out(workspace: Workspace, order: Order, where: str | None) -> Done:
-            return Done(*_carry_out(Store(workspace), order, where, device))
+        def carry_out(workspace: Workspace, options: RunOptions, where: str | None) -> Done:
+            return Done(*_carry_out(Store(workspace), options, where, device))
 
         path = None if weights is None else Path(weights)
         return check(self.workspace, run, carry_out, images=images, weights=path)
@@ -729,11 +704,11 @@ class Store:
 
 
 def _carry_out(
-    store: Store, order: Order, where: str | None, device: str
+    store: Store, options: RunOptions, where: str | None, device: str
 ) -> tuple[int | None, tuple[tuple[str, str], ...]]:
-    """Do what an order says on a store; return the number of the run, and which images failed."""
-    params: Any = order.params
-    names = order.names
+    """Do on a store what a run was asked to do; return the new run, and which images failed."""
+    params: Any = options.params
+    names = options.inputs
     sources: Any = {name: names.get(name) for name in ("split", "segmentation", "measurement")}
     match params:
         case SegmentParams():

@@ -295,7 +295,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
         )
     check_channels(session, ImageInput(record.channels))
     features = open_set(session, workspace.artifacts, measure.id)
-    source = CellSource(segment.id, measure.id, features=features)
+    source = CellSource(segment.id, measure.id, features=features, annotated=True)
     reader = make_reader(workspace, source, segment, record, model.device)
     return OpenModel(run, file, json_record, segment, measure, source, model, record, reader)
 
@@ -315,9 +315,10 @@ def fit_new_plates(
 
     """
     known, record = found.record.scaler, found.record
-    # What the training excluded as flagged does not say how a plate is spread either.
+    # What is excluded, or was flagged for the training, does not say how a plate is spread either.
     recipe = session.get_one(Recipe, found.run.recipe_id)
-    usual = replace(found.source, unflagged_by=recipe.parameters.get("exclude_flagged"))
+    flagged = recipe.parameters.get("exclude_flagged")
+    usual = replace(found.source, unflagged_by=flagged, annotated=False)
     planes = planes_of(found.segment, record.channels)
     scaler = add_plates(session, workspace.database, usual, planes, known, plates)
     before, after, added = known.to_json(), scaler.to_json(), dict[str, Any]()

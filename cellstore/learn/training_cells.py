@@ -34,8 +34,8 @@ from ..query.cells import (
     list_blocks,
     recipes_of_set,
 )
+from ..query.exclusions import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 from ..query.feature_files import open_set
-from ..query.qc_runs import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from ..artifacts import PART, ArtifactFolder, StoredFile, sync_folder
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
-from ..jobs.queue import requeue_done
 from ..jobs.runs import attach, keep_file
 from ..jobs.selection import is_current
 from ..models import (
@@ -617,44 +616,56 @@ def write_features(
     return writer.files
 
 
-def requeue_lost_features(session: Session, artifacts: ArtifactFolder, recipe_id: int) -> int:
-    """Open the jobs again whose features were in files that are gone; return how many.
-
-    The rows of these files go, too.
-    """
+def _files_of_recipe(
+    session: Session, artifacts: ArtifactFolder, recipe_id: int
+) -> tuple[list[SetFile], list[tuple[int, SetFile]]]:
+    """The files of features of a recipe: those that are there, and those that are gone by id."""
     rows = session.execute(
-        select(FeatureFile, Artifact)
+        select(Artifact.id, Artifact.path, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
+        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
         .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
-        .join(Artifact, Artifact.id == FeatureFile.artifact_id)
         .where(FeatureSet.recipe_id == recipe_id)
     ).all()
-    gone = artifacts.missing(file.path for _, file in rows)
-    lost = [row for row in rows if row.Artifact.path in gone]
+    gone = artifacts.missing(row.path for row in rows)
+    there, lost = [], []
+    for row in rows:
+        file = SetFile(artifacts.locate(row.path), row.first_cell_id, row.last_cell_id)
+        if row.path in gone:
+            lost.append((row.id, file))
+        else:
+            there.append(file)
+    return there, lost
+
+
+def images_of_lost_files(
+    session: Session, artifacts: ArtifactFolder, recipe_id: int
+) -> set[int] | None:
+    """Return the images whose features were in files that are gone; None: no file is gone."""
+    there, lost = _files_of_recipe(session, artifacts, recipe_id)
     if not lost:
-        return 0
-    kept = [
-        SetFile(artifacts.locate(file.path), found.first_cell_id, found.last_cell_id)
-        for found, file in rows
-        if file.path not in gone
-    ]
-    reader = SetReader(kept)
+        return None
+    reader = SetReader(there)
     images: set[int] = set()
-    for found, _ in lost:
+    for _, file in lost:
         cells = (
             select(Cell.id, Segmentation.image_id)
             .join(Segmentation, Segmentation.id == Cell.segmentation_id)
             .join(RecipeInput, RecipeInput.input_id == Segmentation.recipe_id)
             .join(Image, is_current())
             .where(RecipeInput.recipe_id == recipe_id)
-            .where(Cell.id.between(found.first_cell_id, found.last_cell_id))
+            .where(Cell.id.between(file.first_cell_id, file.last_cell_id))
             .order_by(Cell.id)
         )
         for block in session.execute(cells.execution_options(yield_per=50_000)).partitions():
-            ids = np.array([row.id for row in block], dtype=np.int64)
-            there, _ = reader(ids, ())
-            images.update(block[index].image_id for index in np.flatnonzero(~there))
-    files = [file.id for _, file in lost]
+            found, _ = reader(np.array([row.id for row in block], dtype=np.int64), ())
+            images.update(block[index].image_id for index in np.flatnonzero(~found))
+    return images
+
+
+def forget_lost_files(session: Session, artifacts: ArtifactFolder, recipe_id: int) -> None:
+    """Delete the rows of the files of features that are gone."""
+    _, lost = _files_of_recipe(session, artifacts, recipe_id)
+    ids = [artifact_id for artifact_id, _ in lost]
     for table in (FeatureFile, RunArtifact):
-        session.execute(delete(table).where(table.artifact_id.in_(files)))
-    session.execute(delete(Artifact).where(Artifact.id.in_(files)))
-    return requeue_done(session, recipe_id, images)
+        session.execute(delete(table).where(table.artifact_id.in_(ids)))
+    session.execute(delete(Artifact).where(Artifact.id.in_(ids)))

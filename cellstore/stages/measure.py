@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from typing import Any
@@ -59,9 +59,10 @@ from ..query.cells import current_segmentation, last_with_masks, plane_of
 from ..query.feature_files import (
     ROWS_OF_FILE,
     WrittenFile,
+    forget_lost_files,
+    images_of_lost_files,
     images_per_file,
     register_files,
-    requeue_lost_features,
     set_of_recipe,
     write_features,
 )
@@ -405,6 +406,12 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         """Return the digest of the values (F, N), float64, by ascending cell id."""
         return hashlib.sha256(output.values[recipe_id].tobytes()).hexdigest()
 
-    def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
-        """Open the jobs of images again whose file of features is gone."""
-        return requeue_lost_features(session, self.artifacts, recipe_id)
+    def find_lost(
+        self, session: Session, recipe_id: int, images: Select[int]
+    ) -> Collection[int] | None:
+        """Return the images whose file of features is gone."""
+        return images_of_lost_files(session, self.artifacts, recipe_id)
+
+    def forget_lost(self, session: Session, recipe_id: int) -> None:
+        """Delete the rows of the files of features that are gone."""
+        forget_lost_files(session, self.artifacts, recipe_id)

@@ -56,7 +56,7 @@ from ..models import (
     Well,
 )
 from ..query.cells import as_text, last_with_masks
-from ..query.qc_runs import check_plates, count_unseen, find_qc_run, is_unflagged_image
+from ..query.exclusions import check_plates, count_unseen, find_qc_run, image_counts
 
 CREATE_VERSION = IMPORT_VERSION = 1
 EXAMPLES = 5
@@ -327,6 +327,7 @@ def _images(field: str, *columns: Any) -> Select[Any]:
 
 def _candidates(params: SplitParams, qc: Run | None) -> Select[Any]:
     query = _images(params.field).where(field_column(params.field).is_not(None))
+    query = query.where(image_counts(None if qc is None else qc.id))
     if params.plates:
         query = query.where(Plate.barcode.in_(sorted(params.plates)))
     if params.where is not None:
@@ -335,8 +336,6 @@ def _candidates(params: SplitParams, qc: Run | None) -> Select[Any]:
         query = query.where(condition(params.where))
     if not params.allow_missing:
         query = query.where(Image.content_sha256.is_not(None))
-    if qc is not None:
-        query = query.where(is_unflagged_image(qc.id))
     return query
 
 
@@ -350,6 +349,7 @@ def _count_excluded(
     counts = {
         "without_label": session.scalar(images.where(label.is_(None))) or 0,
         "missing_files": 0 if params.allow_missing else session.scalar(images.where(missing)) or 0,
+        "annotated": session.scalar(images.where(~image_counts())) or 0,
     }
     if qc is not None:
         with_flagged = select(func.count()).select_from(_candidates(params, None).subquery())
@@ -373,6 +373,11 @@ def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
         return (
             f"All {excluded['flagged']} images are flagged by quality-control run "
             f"{excluded['qc_run']}. Split without --exclude-flagged."
+        )
+    if excluded["annotated"]:
+        return (
+            f"All {excluded['annotated']} images are excluded by annotations. Undo some of these, "
+            "or choose other images."
         )
     if excluded["without_label"]:
         return (

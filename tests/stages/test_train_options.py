@@ -40,7 +40,8 @@ def test_options_override_a_preset() -> None:
     small = TrainParams.of("published", crop_size=32, augment=("flips",))
     assert (small.crop_size, small.augment, small.backbone) == (32, ("flips",), "efficientnet_b0")
     assert TrainParams.of(epochs=2).warmup_epochs == 1
-    assert TrainParams.of(epochs=2, warmup_epochs=2).warmup_epochs == 2
+    with pytest.raises(UserInputError, match="warm-up must be shorter"):
+        TrainParams.of(epochs=2, warmup_epochs=2)
     with pytest.raises(UnknownNameError, match=r"Unknown preset 'tiny'. Known: published"):
         TrainParams.of("tiny")
     assert TrainParams.from_recipe(as_parameters(small)) == small
