@@ -153,17 +153,18 @@ class Params:
         for item in options_of(self):
             value, known, kind = getattr(self, item.name), item.metadata, type_of(item)
             choices: Sequence[str] = known["choices"]
-            if isinstance(kind, type) and issubclass(kind, StrEnum) and value is not None:
+            if isinstance(kind, type) and issubclass(kind, StrEnum):
                 choices = [member.value for member in kind]
-            many = isinstance(value, tuple)
-            noun = f"name for {flag(item)}" if many else flag(item)[2:].replace("-", " ")
-            for word in value if many else (value,):
-                if word is not None and choices and word not in choices:
-                    raise UnknownNameError.of(noun, word, choices)
-            if choices and many:  # the same names are the same choice
-                self._settle(**{item.name: tuple(word for word in choices if word in value)})
-            elif choices and value is not None:
-                self._settle(**{item.name: kind(value)})
+            if choices and value is not None:
+                many = isinstance(value, tuple)
+                for word in value if many else (value,):
+                    if word not in choices:
+                        noun = flag(item)[2:].replace("-", " ")
+                        noun = f"name for {flag(item)}" if many else noun
+                        raise UnknownNameError.of(noun, word, choices)
+                # In one order and of one type, so that equal choices are one recipe.
+                same = tuple(w for w in choices if w in value) if many else kind(value)
+                self._settle(**{item.name: same})
             if not isinstance(value, int | float) or isinstance(value, bool):
                 continue
             if not math.isfinite(value):

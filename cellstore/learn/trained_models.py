@@ -315,6 +315,8 @@ def fit_new_plates(
 
     """
     known, record = found.record.scaler, found.record
+    if known.plates is None and known.intensities is None:
+        return found, {}
     # What is excluded, or was flagged for the training, does not say how a plate is spread either.
     recipe = session.get_one(Recipe, found.run.recipe_id)
     flagged = recipe.parameters.get("exclude_flagged")
