@@ -70,8 +70,8 @@ def contrast(
     ``wells`` (N,) name the well of each cell, ``plates`` (N,) its plate. Rows are standardised
     plate by plate, over treated and control cells, of which there should be as many on each plate:
     plates may differ by more than any treatment does, and this takes no label. In each fold they
-    are standardised as its training cells are. A value that is NaN becomes 0, the mean. There are at
-    most as many folds as there are treated wells, or control wells.
+    are standardised as its training cells are. A value that is NaN becomes 0, the mean. There are
+    at most as many folds as there are treated wells, or control wells.
 
     Raises ``UserInputError`` where one well only is treated, or is control.
     """
