@@ -401,7 +401,7 @@ class CellReader:
             return found
         found = self.read(image_id)
         with self._lock:
-            if image_id not in self._kept and found.nbytes <= self._room:
+            if self._room and image_id not in self._kept and found.nbytes <= self._room:
                 self._kept[image_id], self._room = found, self._room - found.nbytes
         return found
 

@@ -276,15 +276,38 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
     """Return the model of a training run on a device (``cpu`` or ``cuda``).
 
     Raises:
-        UserInputError: the run has no checkpoint or one of an unknown kind, or the feature set is
-            not the one that it was trained on.
+        UserInputError: the run is not at its end, has no checkpoint or one of an unknown kind, or
+            the feature set is not the one that it was trained on.
         UnknownNameError: the feature set is gone, or no image has a channel that it looks at.
         StorageError: the checkpoint is damaged.
 
     """
-    file, json_record = find_checkpoint(session, workspace, run)
+    query = (
+        select(Artifact)
+        .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
+        .where(RunArtifact.run_id == run.id, Artifact.kind == ArtifactKind.CHECKPOINT)
+    )
+    files = {item.path.endswith(".json"): item for item in session.scalars(query)}
+    if run.status is not Status.DONE or len(files) < 2:
+        raise UserInputError(
+            f"Training run {run.id} is {run.status.value} and has no checkpoint. "
+            "Train again, or name another run with --run."
+        )
+    file, text = files[False], files[True]
+    try:
+        written = json.loads(workspace.artifacts.read(text.path, text.sha256))
+    except ValueError:
+        written = None
+    if not isinstance(written, dict):
+        raise StorageError(
+            f"The record of the checkpoint of run {run.id} is not JSON. Train again."
+        )
+    if written.get("model_sha256") != file.sha256:
+        raise StorageError(
+            f"The two files of the checkpoint of run {run.id} do not belong together. Train again."
+        )
     data = workspace.artifacts.read(file.path, file.sha256)
-    model, record = load_model(data, json_record, device)
+    model, record = load_model(data, written, device)
     recipe = session.get_one(Recipe, run.recipe_id)
     segment = input_of(session, recipe, Stage.SEGMENT)
     measure = input_of(session, recipe, Stage.MEASURE)
@@ -297,7 +320,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
     features = open_set(session, workspace.artifacts, measure.id)
     source = CellSource(segment.id, measure.id, features=features, annotated=True)
     reader = make_reader(workspace, source, segment, record, model.device)
-    return OpenModel(run, file, json_record, segment, measure, source, model, record, reader)
+    return OpenModel(run, file, written, segment, measure, source, model, record, reader)
 
 
 def fit_new_plates(
@@ -385,40 +408,3 @@ def make_reader(
         return CellBlock({}, features, labels, torch.from_numpy(ids))
 
     return read
-
-
-def find_checkpoint(
-    session: Session, workspace: Workspace, run: Run
-) -> tuple[Artifact, Mapping[str, Any]]:
-    """Return the file of the model of a training run, and the record that stands beside it.
-
-    Raises:
-        UserInputError: it has none, or is not at its end.
-        StorageError: the record is damaged, or is of another model.
-
-    """
-    query = (
-        select(Artifact)
-        .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
-        .where(RunArtifact.run_id == run.id, Artifact.kind == ArtifactKind.CHECKPOINT)
-    )
-    files = {item.path.endswith(".json"): item for item in session.scalars(query)}
-    if run.status is not Status.DONE or len(files) < 2:
-        raise UserInputError(
-            f"Training run {run.id} is {run.status.value} and has no checkpoint. "
-            "Train again, or name another run with --run."
-        )
-    model, text = files[False], files[True]
-    try:
-        record = json.loads(workspace.artifacts.read(text.path, text.sha256))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise StorageError(
-            f"The record of the checkpoint of run {run.id} is not JSON. Train again."
-        )
-    if record.get("model_sha256") != model.sha256:
-        raise StorageError(
-            f"The two files of the checkpoint of run {run.id} do not belong together. Train again."
-        )
-    return model, record
