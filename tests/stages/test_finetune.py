@@ -151,7 +151,7 @@ def test_nothing_is_held_out_if_nothing_is_asked_for() -> None:
     ("change", "words"),
     [
         ({"epochs": 0}, "--epochs must be at least 1"),
-        ({"learning_rate": float("nan")}, "above 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be a number"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"held_out": 1.0}, "--held-out must be at most 0.9"),
         ({"channels": ("Mito",)}, "Mito"),
