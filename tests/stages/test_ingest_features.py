@@ -16,6 +16,7 @@ import pytest
 from realdata import real_data
 from sqlalchemy import func, select
 
+from cellstore.config import IngestParams
 from cellstore.enums import FeatureStorage, Severity, Stage
 from cellstore.errors import BadTableError, StorageError, UserInputError
 from cellstore.io.layouts import Layout
@@ -56,7 +57,7 @@ def ingest(
     with running(workspace.database, recipe) as run, workspace.database.begin() as session:
         account = Account(run.id, source.name)
         return ingest_features(
-            workspace, session, run.id, source, layout, name=name, plate=plate, account=account
+            workspace, session, source, layout, IngestParams(name=name, plate=plate), account
         )
 
 
@@ -171,7 +172,7 @@ def test_segmentations_of_others_have_no_masks_and_unknown_bytes(
     with workspace.database.read() as session:
         (found,) = session.scalars(select(Segmentation))
         assert (found.n_cells, found.content_sha256, found.mask_artifact_id) == (2, None, None)
-        assert found.recipe_id == done.segmentation
+        assert found.recipe_id == done.segmentations[0]
         (cell, _) = session.scalars(select(Cell).order_by(Cell.object_number))
         assert (cell.min_row, cell.centroid_row, cell.excluded) == (None, None, None)
         feature_set = session.scalars(select(FeatureSet)).one()
@@ -259,9 +260,7 @@ def test_other_columns_under_the_same_name_are_refused(
 ) -> None:
     ingest(workspace, site(tmp_path / "a", 1, [10]))
     before = counts(workspace)
-    with pytest.raises(
-        UserInputError, match=r"lacks Cells_AreaShape_Area; has besides Cells_Other"
-    ):
+    with pytest.raises(UserInputError, match=r"lacks Cells_AreaShape_Area; also has Cells_Other"):
         ingest(workspace, site(tmp_path / "b", 2, [10], [*HEADER[:2], "Other"]))
     assert counts(workspace) == before
 

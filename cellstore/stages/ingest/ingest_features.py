@@ -18,6 +18,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from ...artifacts import ArtifactFolder
+from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, take_ids
 from ...enums import FeatureStorage, Severity, Stage
 from ...errors import BadTableError, StorageError, UserInputError
@@ -35,7 +36,7 @@ from ...jobs.workspace import Workspace
 from ...models import Artifact, Cell, FeatureFile, FeatureSet, Recipe, RecipeInput, Segmentation
 from ...query.feature_files import FeatureWriter, register_files, stored_values
 from ...query.feature_sets import check_set_name
-from .account import Account, FileIdentity
+from .account import Account, Brought, FileIdentity
 from .ingest_images import RowWriter
 
 VERSION = 1
@@ -57,53 +58,44 @@ _UNKNOWN = -1
 Chosen = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class FeaturesDone:
+@dataclass(frozen=True, kw_only=True)
+class FeaturesDone(Brought):
     """What a source of features brought; ``accounts`` has one per file (closed).
 
-    ``feature_set`` is None where the source has images only; ``segmentation`` is the id of the
+    ``feature_set`` is None where the source has images only; ``segmentations`` has the id of the
     recipe that its cells belong to.
     """
 
-    feature_set: str | None
-    segmentation: int | None
     columns: int
-    plates: tuple[int, ...]
     new_images: int
-    cells: int
     unchanged: int
     accounts: tuple[Account, ...]
-    notes: tuple[str, ...]
 
 
 def ingest_features(
     workspace: Workspace,
     session: Session,
-    run_id: int,
     source: Path,
     layout: Layout,
-    *,
-    name: str | None,
-    plate: str | None,
+    params: IngestParams,
     account: Account,
-    maps: PathMap | None = None,
     identity: FileIdentity | None = None,
 ) -> FeaturesDone:
     """Bring the objects and features of ``source`` in, in the open transaction of ``session``.
 
     The rows of each file are accounted for in an account of its own; ``account`` gets the notes.
-    ``name`` is the feature set (default: that of the tool), ``plate`` the barcode where the source
-    names none; ``identity`` is that of a ``source`` that was looked at. Files of features are
-    written at once, their rows count with the transaction.
+    The feature set has the name of the tool where ``params`` give none; ``identity`` is that of a
+    ``source`` that was looked at. Files of features are written at once, their rows count with
+    the transaction.
 
     Raises:
         BadTableError: the source is damaged, or holds no objects that can be told apart.
         UserInputError: no plate is known, or the feature set has other columns.
         StorageError: a file cannot be written.
     """
-    name = check_set_name(name or DEFAULT_NAMES[layout])
-    opened = _READERS[layout](source, plate)
-    accounts = _Accounts(session, run_id, opened)
+    name = check_set_name(params.name or DEFAULT_NAMES[layout])
+    opened = _READERS[layout](source, params.plate)
+    accounts = _Accounts(session, account.run_id, opened)
     pool = ThreadPoolExecutor(1)  # hashes the files meanwhile
     progress = workspace.progress
     progress.start("ingest", len(opened.object_number))
@@ -112,11 +104,15 @@ def ingest_features(
         paths = sorted({file.path for file in opened.files} - known.keys())
         asked = {path: pool.submit(FileIdentity.of, path) for path in paths}
         accounts.add_issues()
-        images, plates = _write_images(session, run_id, opened, accounts, maps)
+        images, plates = _write_images(
+            session, account.run_id, opened, accounts, PathMap(params.maps)
+        )
         target = cells = None
         if len(opened.object_number):  # a set without cells would only be in the way
             target = _target_set(session, opened, name)
-            cells = _CellWriter(workspace, session, run_id, opened, target, images, accounts)
+            cells = _CellWriter(
+                workspace, session, account.run_id, opened, target, images, accounts
+            )
             cells.write()
         accounts.add_issues()  # some are found while the values are read
         for file, of_file in zip(opened.files, accounts.of_files, strict=True):
@@ -129,14 +125,13 @@ def ingest_features(
     account.notes.extend(opened.notes)
     return FeaturesDone(
         feature_set=target.name if target else None,
-        segmentation=target.segment_id if target else None,
+        segmentations=(target.segment_id,) if target else (),
         columns=len(opened.schema),
         plates=tuple(sorted(plates)),
         new_images=cells.new_images if cells else 0,
         cells=cells.created if cells else 0,
         unchanged=cells.unchanged if cells else 0,
         accounts=tuple(accounts.of_files),
-        notes=tuple(opened.notes),
     )
 
 
@@ -246,7 +241,7 @@ def _write_images(
     again = ~first_of_each(images) & (images != _UNKNOWN)
     for number in np.flatnonzero(again):
         file, row = source.images[number]
-        detail = "an earlier row is the same field: the cells of this one are left out"
+        detail = "an earlier row is the same field: the cells of this one are not stored"
         accounts.by_name[file].problem(row.line, "same field twice", detail)
     images[again] = _UNKNOWN
     return images, writer.plates
@@ -319,13 +314,15 @@ def _known_set(
     session: Session, found: FeatureSet, source: ObjectSource, new: Mapping[str, str]
 ) -> _TargetSet:
     if found.storage is not FeatureStorage.FILES:
-        raise UserInputError(f"Feature set {found.name!r} is measured here. Give another --name.")
+        raise UserInputError(
+            f"Feature set {found.name!r} was measured by cellstore. Give another --name."
+        )
     old = {item["name"]: item["dtype"] for item in found.columns}
     words = [n for n in old if n in new and (old[n] == "string") != (new[n] == "string")]
     differences = [
         ("lacks", [name for name in old if name not in new]),
-        ("has besides", [name for name in new if name not in old]),
-        ("has of another type", words),
+        ("also has", [name for name in new if name not in old]),
+        ("has another type for", words),
     ]
     parts = [
         f"{verb} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
