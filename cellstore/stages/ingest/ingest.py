@@ -124,7 +124,6 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
                         brought = ingest_features(
                             workspace, session, source, layout, params, account, identity
                         )
-                        account.gather(brought.accounts)
                     else:
                         from .ingest_treatments import ingest_treatments
 
