@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..jobs.runs import code_version, environment
 from ..jobs.workspace import Workspace
 from ..models import (
     METADATA,
+    Annotation,
     Artifact,
     Base,
     Cell,
@@ -244,10 +246,12 @@ class Wanted:
 
     ``images`` by id; ``segmented``: recipes whose segmentations come along, ``with_cells`` those
     of them whose cells do; ``measured``: recipes whose measurements do; ``files_of``: runs whose
-    files do; ``qc``: the run whose flags count; ``splits``: whether splits are there already.
+    files do; ``qc``: the run whose flags count; ``splits``: whether splits are there already;
+    ``until``: annotations made later do not count.
     """
 
     images: Sequence[int]
+    until: datetime
     segmented: Collection[int] = ()
     with_cells: Collection[int] = ()
     measured: Collection[int] = ()
@@ -296,6 +300,7 @@ def _needs(
     wanted = Wanted(
         tuple(session.scalars(on_plates.where(Well.plate_id.in_(plates)).order_by(Image.id)))
         or chosen,
+        run.started_at,
         segmented=segmented,
         with_cells=[] if run.stage in (Stage.SEGMENT, Stage.SPLIT) else segmented,
         measured=[] if measure is None else [measure.id],
@@ -341,6 +346,7 @@ def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
     small = (Folder, Plate, Perturbation, Treatment, TreatmentPart, Well, Recipe, RecipeInput)
     for model in (*small, Label, Split, Run, FeatureSet):
         copy(model)
+    copy(Annotation, Annotation.created_at <= wanted.until)
     if not wanted.splits:
         writer.execute(update(Run).values(split_id=None))
         writer.execute(delete(Split))

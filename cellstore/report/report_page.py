@@ -129,10 +129,9 @@ USED_CELLS = """
         WHERE p.run_id = ? AND p.rank = 1
     ),
     found AS (
-        SELECT c.id, s.image_id, i.well_id FROM cells AS c
-        JOIN segmentations AS s ON s.id = c.segmentation_id
-        JOIN images AS i ON i.id = s.image_id
-        WHERE c.excluded IS NULL AND s.id IN (SELECT segmentation_id FROM used)
+        SELECT c.cell_id AS id, c.image_id, i.well_id FROM eligible_cells AS c
+        JOIN images AS i ON i.id = c.image_id
+        WHERE c.segmentation_id IN (SELECT segmentation_id FROM used)
     )
 """
 NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT", "BOOLEAN", "HUGEINT")
