@@ -267,26 +267,6 @@ class Issue(NamedTuple):
     refusal: Refusal
 
 
-def table_layouts(columns: Sequence[str]) -> list[str]:
-    """Return the layouts of annotations that a table with these columns may have."""
-    present = set(columns)
-    names = {column.removeprefix(PREFIX) for column in columns}
-    # Tables of images, cells or splits name samples and targets, too.
-    others = {"well_position", "Well", "Plate", "Row", "Col", "Site", "ImageNumber"}
-    others |= {"split", "experiment_type"}
-    files = any(column.startswith(("FileName_", "Image_FileName_")) for column in columns)
-    described = bool(names & {"pert_iname", "gene"})
-    plates = {f"{PREFIX}Plate", f"{PREFIX}Batch"}
-    tests = {
-        "platemap": "well_position" in names and bool(names & {SAMPLE, "genotype"}),
-        "treatment-table": SAMPLE in names and described and not names & others and not files,
-        "jump-plates": plates <= present <= plates | {f"{PREFIX}Source", f"{PREFIX}PlateType"},
-        "jump-crispr": {"JCP2022", "NCBI_Gene_ID", "Symbol"} == names,
-        "jump-controls": {"JCP2022", "pert_type", "Name", "modality"} <= names,
-    }
-    return [layout for layout, fits in tests.items() if fits]
-
-
 def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
     """Yield one treatment, or why it is none, per data row.
 

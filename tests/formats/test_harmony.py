@@ -82,12 +82,12 @@ def test_the_channels_of_a_field_are_one_record(tmp_path: Path) -> None:
     path = index(
         tmp_path, [image(1), image(2), image(1, field=2), image(1, row=3, plane=4, time=2)]
     )
-    records = fields(path, batch="B")
-    told = [(r.plate, r.batch, r.row, r.column, r.site, r.plane, r.time_point) for r in records]
+    records = fields(path)
+    told = [(r.plate, r.row, r.column, r.site, r.plane, r.time_point) for r in records]
     assert told == [
-        ("BR1", "B", 1, 2, 1, 1, 1),
-        ("BR1", "B", 1, 2, 2, 1, 1),
-        ("BR1", "B", 3, 2, 1, 4, 3),
+        ("BR1", 1, 2, 1, 1, 1),
+        ("BR1", 1, 2, 2, 1, 1),
+        ("BR1", 3, 2, 1, 4, 3),
     ]
     assert [record.core_name for record in records] == ["r01c02f01", "r01c02f02", "r03c02f01"]
     assert [(file.channel, file.number, file.name) for file in records[0].files] == [

@@ -12,6 +12,7 @@ from realdata import real_data
 
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, CellstoreError
+from cellstore.io.layouts import table_layouts
 from cellstore.io.platemaps import (
     Aliases,
     PlateRow,
@@ -22,7 +23,6 @@ from cellstore.io.platemaps import (
     jump_crispr,
     jump_plates,
     read_annotation,
-    table_layouts,
     treatment_rows,
 )
 from cellstore.io.tables import Refusal, TextTable, open_table

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, bindparam, select, update
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from ...config import IngestParams
@@ -37,6 +37,7 @@ from ...io.uris import writable
 from ...jobs.workspace import Workspace
 from ...models import Perturbation, Plate, Well
 from .account import Account
+from .ingest_images import keep_well_metadata
 from .write_treatments import TreatmentWriter, records_of
 
 ROWS_AT_ONCE = 2_000
@@ -273,14 +274,14 @@ def _apply_map(
             for at, record in treated.items()
         }
         changed = writer.assign(wanted, set(made.values()))
-        changed |= _keep_metadata(
+        changed |= keep_well_metadata(
             session,
             {
                 well: plate_map.metadata[at]
                 for (_, at), well in all_wells.items()
                 if at in plate_map.metadata
             },
-        )
+        )[0]
         created |= {at for _, at in made}
         updated |= {at for (_, at), well in wells.items() if well in changed}
     account.updated += len(updated)
@@ -299,22 +300,6 @@ def _note_emptied(
         "that it has",
         file=writable(plate_map.path.name),
     )
-
-
-def _keep_metadata(session: Session, metadata: Mapping[int, Mapping[str, str]]) -> set[int]:
-    """Add what a table says of wells beyond our columns; return the wells of which it is news."""
-    rows: list[dict[str, Any]] = []
-    for some in in_lists(list(metadata)):
-        query = select(Well.id, Well.metadata_).where(Well.id.in_(some))
-        for well, old in session.execute(query):
-            new = {**(old or {}), **metadata[well]}
-            if new != (old or {}):
-                rows.append({"well": well, "new": new})
-    if rows:
-        table: Any = Well.__table__
-        statement = update(table).where(table.c.id == bindparam("well"))
-        session.connection().execute(statement.values(metadata=bindparam("new")), rows)
-    return {row["well"] for row in rows}
 
 
 # ---- Tables of treatments ----
