@@ -9,7 +9,7 @@ from ..enums import Stage, Status
 from ..errors import UnknownNameError
 from ..jobs.lookup import run_in
 from ..models import Cell, Prediction, Run, Segmentation
-from .qc_runs import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
+from .exclusions import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 
 
 def predict_run(session: Session, reference: str) -> Run:
