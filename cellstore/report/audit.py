@@ -268,12 +268,13 @@ def _labellings(
     """
     with open_questions(workspace, image=image.id) as questions:
         values = {"image": image.id}
-        votes = {(row["run_id"], row["vote"]): row for row in questions.rows_ours(_VOTES, values)}
-        labels = questions.rows_ours(_LABEL_VOTES, values)
-        used = {
-            (row["run_id"], row["segmentation_id"]) for row in questions.rows_ours(_USED, values)
+        votes = {
+            (row["run_id"], row["vote"]): row
+            for row in questions.ask_ours(_VOTES, values).records()
         }
-        of_well = {(row["run_id"], row["subset"]) for row in questions.rows_ours(_OF_WELL)}
+        labels = questions.ask_ours(_LABEL_VOTES, values).records()
+        used = set(questions.ask_ours(_USED, values).rows())
+        of_well = {(row["run_id"], row["subset"]) for row in questions.ask_ours(_OF_WELL).records()}
     found = []
     for run_id in sorted({number for number, _ in votes}):
         run = session.get_one(Run, run_id)
