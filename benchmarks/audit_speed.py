@@ -155,7 +155,7 @@ def lineage(writer: Writer, n_images: int, n_runs: int) -> None:
     writer.write(Recipe, (*columns, "created_at"), recipes)
     split = (1, "main", 2, "grouped", "perturbation", "well", 0, "SELECT 1", sha(1), "{}", MOMENT)
     columns = ("id", "name", "recipe_id", "protocol", "field", "group_level", "seed", "query")
-    writer.write(Split, (*columns, "fingerprint", "left_out", "created_at"), [split])
+    writer.write(Split, (*columns, "fingerprint", "excluded", "created_at"), [split])
     sides = ("train", "train", "train", "validation", "test")
     members = ((1, n + 1, sides[n // SITES % 5], n // SITES % CLASSES + 1) for n in range(n_images))
     writer.write(SplitMember, ("split_id", "image_id", "subset", "label_id"), members)

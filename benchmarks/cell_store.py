@@ -15,8 +15,7 @@ from sqlalchemy import func, insert, select
 from cellstore.config import MeasureParams, SegmentParams, SplitParams, as_parameters
 from cellstore.enums import ArtifactKind, PerturbationKind, Stage, Status
 from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import keep_file, running
+from cellstore.jobs.runs import RecipeSpec, keep_file, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
     Cell,

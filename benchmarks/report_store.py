@@ -39,8 +39,7 @@ from cellstore.enums import (
     Subset,
 )
 from cellstore.io.image_files import encode_tiff
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import keep_file, running
+from cellstore.jobs.runs import RecipeSpec, keep_file, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
     Cell,
@@ -354,7 +353,7 @@ def _insert_split(workspace: Workspace, classes: list[tuple[int, str]], *, leak:
             seed=0,
             query="SELECT id FROM images",
             fingerprint="5" * 64,
-            left_out={},
+            excluded={},
             created_at=datetime.now(UTC),
             frozen_at=None,
         )

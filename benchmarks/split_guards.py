@@ -25,7 +25,7 @@ from typing import Any
 from sqlalchemy import insert, select, text
 from sqlalchemy.orm import Session
 
-from cellstore.db.statements import insert_new
+from cellstore.db.bulk import insert_new
 from cellstore.enums import PERTURBATION, GroupLevel, Stage, Subset
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import Image, Label, Plate, Recipe, Split, SplitMember, Treatment, Well
@@ -155,7 +155,7 @@ def new_split(level: GroupLevel, recipe_id: int) -> Split:
         seed=0,
         query="",
         fingerprint="0" * 64,
-        left_out={},
+        excluded={},
         created_at=datetime.now(UTC),
     )
 

@@ -27,8 +27,7 @@ from cellstore.analysis.rendering import render_nuclei
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.planes import cell_rows, insert_cells
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import keep_file, running
+from cellstore.jobs.runs import RecipeSpec, keep_file, register, running
 from cellstore.models import Image, Segmentation
 from cellstore.store import Store
 

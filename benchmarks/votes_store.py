@@ -20,8 +20,7 @@ from sqlalchemy import select
 
 from cellstore.config import PredictParams, SegmentParams, TrainParams, as_parameters
 from cellstore.enums import PERTURBATION, GroupLevel, PerturbationKind, Stage, Subset
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import running
+from cellstore.jobs.runs import RecipeSpec, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
     Image,
@@ -132,7 +131,7 @@ def _split(recipe_id: int) -> Split:
         seed=0,
         query="SELECT id FROM images",
         fingerprint="5" * 64,
-        left_out={},
+        excluded={},
         created_at=datetime.now(UTC),
         frozen_at=None,
     )

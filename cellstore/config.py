@@ -217,8 +217,9 @@ _WELLS: dict[str, Any] = {
     "repeated": True,
 }
 _WHERE: dict[str, Any] = {
-    "help": "Only images that meet this condition, over plate, batch, well, row, column, site, "
-    "plane, time_point, image, image_id, perturbation, target, kind, control, identifier.",
+    "help": "Only images that meet this condition, over plate, batch, well, well_row, "
+    "well_column, site, plane, time_point, image, image_id, perturbation, treatment, target, "
+    "kind, control, identifier.",
     "metavar": "SQL",
 }
 _LIMIT: dict[str, Any] = {

@@ -432,8 +432,7 @@ class Job(Base):
     """One image's share of a recipe, for the bytes that the image had (``content_sha256``).
 
     ``attempts`` counts its starts, ``deaths`` those that ended with the worker. ``seconds`` is what
-    the work took. Moments (``lease_until``, ``not_before``) are seconds since 1970. ``digest`` is
-    the sha256 of the rows that it wrote.
+    the work took. ``digest`` is the sha256 of the rows that it wrote.
     """
 
     __tablename__ = "jobs"
@@ -451,8 +450,8 @@ class Job(Base):
     attempts: Mapped[int] = mapped_column(default=0)
     deaths: Mapped[int] = mapped_column(default=0)
     worker: Mapped[Name | None]
-    lease_until: Mapped[float | None]
-    not_before: Mapped[float | None]
+    lease_until: Mapped[datetime | None]
+    not_before: Mapped[datetime | None]
     seconds: Mapped[float | None]
     digest: Mapped[Sha256 | None]
     error: Mapped[str | None] = mapped_column(Text)
@@ -778,7 +777,7 @@ class Split(Base):
     seed: Mapped[int]
     query: Mapped[str] = mapped_column(Text)
     fingerprint: Mapped[Sha256]
-    left_out: Mapped[dict[str, Any]]
+    excluded: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
     frozen_at: Mapped[datetime | None]
     family: Mapped[Name | None]

@@ -565,41 +565,15 @@ class Store:
             ties_only=ties_only,
         )
 
-    def audit_image(self, image: str) -> Audit:
-        """Return every run that labelled an image, and what it was labelled from."""
-        from .report.audit import audit_image
+    def audit(self, name: str, kind: str | None = None) -> Audit:
+        """Return what an image, a well, a cell, a run or a file comes from, and what came of it.
 
-        return audit_image(self.workspace, image)
-
-    def audit_well(self, well: str) -> Audit:
-        """Return what was done to a well, when that was corrected, and what its images show."""
-        from .report.audit import audit_well
-
-        return audit_well(self.workspace, well)
-
-    def audit_cell(self, cell_id: int) -> Audit:
-        """Return where a cell comes from and every prediction about it."""
-        from .report.audit import audit_cell
-
-        return audit_cell(self.workspace, cell_id)
-
-    def audit_run(self, run: str = "latest") -> Audit:
-        """Return what a run was made from, and what it made."""
-        from .report.audit import audit_run
-
-        return audit_run(self.workspace, run)
-
-    def audit_artifact(self, name: str) -> Audit:
-        """Return what a file is to the store, and what came of it; see ``report.audit``."""
-        from .report.audit import audit_artifact
-
-        return audit_artifact(self.workspace, name)
-
-    def audit(self, name: str) -> Audit:
-        """Return the audit of whatever ``name`` names: an image, a well, a run or a file."""
+        ``kind``: ``image``, ``well``, ``cell``, ``run`` or ``artifact``; without it, whatever has
+        that name. See ``report.audit``.
+        """
         from .report.audit import audit_anything
 
-        return audit_anything(self.workspace, name)
+        return audit_anything(self.workspace, name, kind)
 
     def lineage_page(self, audit: Audit, html: str | Path) -> Path:
         """Write a page with a picture of where the audited thing comes from, and what came of it.

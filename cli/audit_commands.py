@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from cellstore.errors import UserInputError
 
@@ -16,170 +14,59 @@ from .options import Common, Device, DeviceOption, HtmlOption, command
 from .output import say
 
 if TYPE_CHECKING:
-    from cellstore.report.audit import Audit
     from cellstore.report.repro import Check, Repro
-    from cellstore.store import Store
-
-ANYTHING = "anything"
-
-
-class Guessing(TyperGroup):
-    """Takes a name without a kind for that of whatever has it."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the kinds; what guesses is no name to type."""
-        return [name for name in super().list_commands(ctx) if name != ANYTHING]
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command: the one that is named, else the one that guesses."""
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            args = [ANYTHING, *args]
-        return super().resolve_command(ctx, args)
-
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-audit = typer.Typer(
-    cls=Guessing,
-    help="Show where a label comes from, and what came of a file: for an image, a well, a cell, "
-    "a run, or any file that the store knows.\n\n"
-    "Without a kind, a name is that of whatever has it: cellstore audit BR00116991/F15/8",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(audit, name="audit")
+KINDS = ("image", "well", "cell", "run", "artifact")
 
 
-@audit.callback()
-def root(
-    store: Annotated[
-        Path | None,
-        typer.Option("--store", metavar="DIR", help="The store.", show_default=False),
-    ] = None,
-) -> None:
-    """Take what stands before the kind."""
-
-
-@command(audit, "image")
-def audit_image(
-    image: Annotated[
-        str,
+@command(app, "audit")
+def audit(
+    common: Common,
+    what: Annotated[
+        list[str],
         typer.Argument(
-            metavar="IMAGE",
-            help="PLATE/A01/1, r01c01f01, PLATE/r01c01f01, a file name, an id, or the start of a "
-            "sha256.",
+            metavar="NAME",
+            help="What is audited; put its kind before it where several things may have the name.",
         ),
     ],
-    common: Common,
     html: HtmlOption = None,
 ) -> None:
-    """Show every run that labelled an image, and from what.
+    """Show where a label comes from, and what came of a file.
 
-    When, by whom, by which code and network, whether its well was in training, which
-    segmentation, how many cells, the votes, the winner, the truth; and what came of the image.
+    \b
+    KIND      NAME
+    image     PLATE/A01/1 (plate, well, site), r01c01f01, PLATE/r01c01f01,
+              a file name, an id, or the start of a sha256
+    well      PLATE/A01; A01 where there is one plate
+    cell      the id in table cells
+    run       its number, latest (the default), or "latest predict"
+    artifact  any file that the store wrote or read: the start of its sha256
+              (6 digits or more), its path or name, or a file on this machine
+
+    Of an image: every run that labelled it, by whom, with which code and network, whether its
+    well was used in training, the segmentation, the votes, the winner and the truth. Of a well:
+    its treatment and every correction of it. Of a run: what it was made from and what it made.
+    Of a file: who made it, and everything that was made from it.
 
     \b
     Example:
+      cellstore audit BR00116991/F15/8 --html f15.html
       cellstore audit image r06c15f08
-      cellstore audit image BR00116991/F15/8 --html f15.html
-    """
-    _audit(common, html, lambda store: store.audit_image(image))
-
-
-@command(audit, "well")
-def audit_well(
-    well: Annotated[
-        str, typer.Argument(metavar="WELL", help="PLATE/A01; A01 where there is one plate.")
-    ],
-    common: Common,
-    html: HtmlOption = None,
-) -> None:
-    """Show what was done to a well, when that was corrected, and what its images show.
-
-    \b
-    Example:
-      cellstore audit well BR00116991/D14
-    """
-    _audit(common, html, lambda store: store.audit_well(well))
-
-
-@command(audit, "cell")
-def audit_cell(
-    cell: Annotated[
-        int, typer.Argument(metavar="CELL", min=1, max=2**63 - 1, help="The id in the table cells.")
-    ],
-    common: Common,
-    html: HtmlOption = None,
-) -> None:
-    """Show where a cell comes from and what was predicted.
-
-    \b
-    Example:
       cellstore audit cell 4711
-    """
-    _audit(common, html, lambda store: store.audit_cell(cell))
-
-
-@command(audit, "run")
-def audit_run(
-    common: Common,
-    run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help="The run, by number, or 'latest', or 'latest predict'."),
-    ] = "latest",
-    html: HtmlOption = None,
-) -> None:
-    """Show what a run was made from, and what it made.
-
-    \b
-    Example:
-      cellstore audit run 3
       cellstore audit run "latest train"
-    """
-    _audit(common, html, lambda store: store.audit_run(run))
-
-
-@command(audit, "artifact")
-def audit_artifact(
-    file: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE",
-            help="The start of a sha256 (6 digits or more), a path or name, the id of an artifact, "
-            "or a file on this machine, which is looked up by its bytes.",
-        ),
-    ],
-    common: Common,
-    html: HtmlOption = None,
-) -> None:
-    """Show what a file is to the store, who made it, and all that came of it.
-
-    Masks, flows, checkpoints and feature files, image files, ingested tables, and weights of
-    networks: any file that the store wrote or read.
-
-    \b
-    Example:
-      cellstore audit artifact 3f9a1c
-      cellstore audit artifact BR00116991.csv
       cellstore audit artifact ~/Downloads/model.safetensors
     """
-    _audit(common, html, lambda store: store.audit_artifact(file))
+    from cellstore.report.audit import audit_text
 
-
-@command(audit, ANYTHING, hidden=True)
-def audit_anything(
-    name: Annotated[list[str], typer.Argument(metavar="NAME", help="What is audited.")],
-    common: Common,
-    html: HtmlOption = None,
-) -> None:
-    """Show where something comes from, and what came of it, whatever it is."""
-    _audit(common, html, lambda store: store.audit(" ".join(name)))
-
-
-def _audit(common: Common, html: Path | None, find: Callable[[Store], Audit]) -> None:
-    from cellstore.report.audit_text import audit_text
-
+    kind = what[0] if what[0] in KINDS else None
+    name = " ".join(what[1:] if kind else what)
+    if kind and not name:
+        if kind != "run":
+            raise UserInputError(f"Name the {kind}: cellstore audit {kind} NAME.")
+        name = "latest"
     with common.open(quiet=True) as store:
-        result = find(store)
+        result = store.audit(name, kind)
         page = None if html is None else store.lineage_page(result, html)
     if common.as_json:
         output.print_json(result.record)

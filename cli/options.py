@@ -107,7 +107,7 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
             mine = [item for item in options_of(kind) if item.name in typed]
             given = {item.name: _read(item, values[item.name]) for item in mine}
             if kind is Common:
-                store = given.get("store") or _store_before(context)
+                store = given.get("store") or context.find_root().params.get("store")
                 arguments[name] = Common(store, values["as_json"], frozenset(typed))
             elif issubclass(kind, Params):
                 arguments[name] = kind.of(values.get("preset"), **given)
@@ -127,14 +127,6 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
 def _is_typed(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
-
-
-def _store_before(context: typer.Context) -> Path | None:
-    """The store that was named before the command."""
-    parent: Any = context.parent
-    while parent is not None and parent.params.get("store") is None:
-        parent = parent.parent
-    return None if parent is None else parent.params["store"]
 
 
 def _parameter(item: Field) -> inspect.Parameter:

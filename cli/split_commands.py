@@ -217,10 +217,10 @@ def _show_split(result: SplitResult) -> None:
             ("predicts", f"{result.field}, {output.count(result.classes, 'class', 'classes')}"),
             ("images", result.images),
             *((f"  {subset}", number) for subset, number in result.counts.items()),
-            ("wells in two subsets", result.wells_on_both_sides),
+            ("wells in two subsets", result.wells_in_both_subsets),
             ("frozen", "yes, a run relies on it" if result.frozen else "no"),
             ("fingerprint", result.fingerprint[:12]),
-            *_excluded(result.left_out),
+            *_excluded(result.excluded),
         ]
     )
     if result.protocol == "grouped" and not result.counts["validation"]:
@@ -240,13 +240,13 @@ def _show_folds(name: str, results: Sequence[SplitResult]) -> None:
             ("protocol", _protocol(first)),
             ("predicts", f"{first.field}, {output.count(first.classes, 'class', 'classes')}"),
             ("images", f"{first.images:,}, each tested once"),
-            *_excluded(first.left_out),
+            *_excluded(first.excluded),
         ]
     )
     typer.echo()
     output.table(
         ("split", "train", "validation", "test", "wells in two subsets"),
-        [(r.name, *r.counts.values(), r.wells_on_both_sides) for r in results],
+        [(r.name, *r.counts.values(), r.wells_in_both_subsets) for r in results],
     )
     _warn(results)
 
@@ -358,13 +358,13 @@ def check(
 
 
 def _show_check(result: CheckResult) -> None:
-    classes = f"{result.labels_on_both_sides:,} of {result.labels:,}"
+    classes = f"{result.labels_in_both_subsets:,} of {result.labels:,}"
     rows: list[tuple[str, Any]] = [
         ("split", f"{result.split} ({result.protocol}, by {result.group_level})"),
         ("rows", result.rows) if result.rows else ("images", result.images),
     ]
     if result.wells:
-        wells = f"{result.wells_on_both_sides:,} of {result.wells:,}"
+        wells = f"{result.wells_in_both_subsets:,} of {result.wells:,}"
         rows.append(("wells in two subsets", wells))
     rows.append(("classes in two subsets", classes))
     if result.unseen:

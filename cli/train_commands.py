@@ -271,12 +271,13 @@ def contrast(
         bool, typer.Option("--force", help="Compare again, even if nothing has changed.")
     ] = False,
 ) -> None:
-    """Say which treatments look different from control at all.
+    """Show which treatments change the cells at all, compared with control wells.
 
-    A logistic regression learns to tell cells of a treatment from control cells of the same
-    plates, as many of each, by their measurements. It is trained on some wells and tested on
-    others. AUC 0.5: cannot be told from control; 1: always. The last rows compare control wells
-    with control wells: that is chance.
+    A logistic regression learns to distinguish cells of a treatment from as many control cells of
+    the same plates, by their measurements. It is trained on some wells and tested on other wells.
+    An AUC of 0.5 means that treated cells look like control cells, an AUC of 1 that they are
+    always recognised. The last rows compare control wells with other control wells: they show
+    what chance looks like.
 
     \b
     Example:
@@ -396,10 +397,10 @@ def export_model(
 ) -> None:
     """Write a trained model as a folder that opens without this store, and without cellstore.
 
-    In it: the tensors (safetensors), a record of all that the model needs to know (JSON: labels,
-    scales, crops, where it comes from), the Python source that puts both together with torch and
-    torchvision alone, three cells and an example that labels them. Nothing in the two files of
-    the model is code.
+    The folder holds the trained model (model.safetensors of a network, model.skops of a
+    baseline), a JSON file with everything else that it needs (labels, scales, crops, origin), the
+    Python source that loads both, three cells, and an example that labels them. A network needs
+    torch and torchvision, a baseline scikit-learn and skops. The model files contain no code.
 
     \b
     Example:

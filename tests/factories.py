@@ -443,7 +443,7 @@ class Factory:
             "seed": 0,
             "query": "SELECT 1",
             "fingerprint": sha(f"split {number}"),
-            "left_out": {},
+            "excluded": {},
             "created_at": MOMENT,
             "frozen_at": None,
         }

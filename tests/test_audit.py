@@ -22,9 +22,9 @@ from cellstore.report.audit import (
     audit_cell,
     audit_image,
     audit_run,
+    audit_text,
     audit_well,
 )
-from cellstore.report.audit_text import audit_text
 
 
 class Values:

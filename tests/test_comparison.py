@@ -172,5 +172,5 @@ def test_a_truth_that_was_corrected_is_left_out(sqlite_workspace: Workspace) -> 
     with pytest.raises(UserInputError, match=r"true label .* in split old than in new"):
         compare(sqlite_workspace, str(one.id), str(other.id))
     found = compare(sqlite_workspace, str(one.id), str(more.id))
-    # b2 is on both test sides, a2 outside of the newer split, which is as good.
+    # b2 is on both test subsets, a2 outside of the newer split, which is as good.
     assert (found.n, found.both_right, found.better) == (2, 2, None)

@@ -98,17 +98,17 @@ def test_other_seeds_give_other_folds() -> None:
 def test_classes_that_some_fold_could_not_train_are_left_out_of_all() -> None:
     images = plate({"a": 4, "b": 4, "two": 2})
     found = folds(images, seed=0, count=4)
-    assert {one.left_out for one in found} == {found[0].left_out}
-    assert [item.label for item in found[0].left_out] == ["two"]
+    assert {one.excluded for one in found} == {found[0].excluded}
+    assert [item.label for item in found[0].excluded] == ["two"]
     without = folds(images, seed=0, count=4, validation=False)
-    assert without[0].left_out == ()
+    assert without[0].excluded == ()
     assert VALIDATION not in without[0].subsets.values()
 
 
 @pytest.mark.parametrize(
     ("images", "count", "message"),
     [
-        (plate({"a": 3, "b": 3}), 2, "2 folds cannot be 3 sides"),
+        (plate({"a": 3, "b": 3}), 2, "2 folds cannot be 3 subsets"),
         (plate({"a": 3, "b": 3}), 9, "6 groups to put into 9 folds"),
         (plate({"a": 9, "b": 2}), 3, "Only 1 classes have enough groups"),
         (plates("ab", "ab"), 3, "2 groups to put into 3 folds"),
@@ -136,13 +136,13 @@ def test_named_plates_are_on_their_sides() -> None:
 
 def test_a_class_that_no_named_plate_has_is_left_out() -> None:
     split = named_split(plates("abx", "ab", "ab"), 0, ["P2"], validation_size=0)
-    assert [(item.label, item.image_ids) for item in split.left_out] == [("x", (2,))]
+    assert [(item.label, item.image_ids) for item in split.excluded] == [("x", (2,))]
 
 
 @pytest.mark.parametrize(
     ("test", "validation", "message"),
     [
-        (["P1"], ["P1"], "On two sides at once: 'P1'"),
+        (["P1"], ["P1"], "In two subsets at once: 'P1'"),
         (["P9"], [], "None of the images to split is on 'P9'. Those with images: 'P1', 'P2'"),
         (["P1", "P2"], [], "None is left to train"),
     ],

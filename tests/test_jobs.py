@@ -27,8 +27,7 @@ from cellstore.errors import CellstoreError, ImageError
 from cellstore.jobs import execute, queue
 from cellstore.jobs.execute import RunCounter, run_jobs
 from cellstore.jobs.queue import JobScope, Task, count_images
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import running
+from cellstore.jobs.runs import RecipeSpec, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Job
 from cellstore.stages.manage_jobs import list_jobs, retry

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from factories import Factory
@@ -29,7 +30,7 @@ from cellstore.errors import RunCancelledError, StorageError, UserInputError
 from cellstore.jobs import execute, queue
 from cellstore.jobs.execute import RunCounter
 from cellstore.jobs.queue import Owner, Task
-from cellstore.jobs.recipes import register
+from cellstore.jobs.runs import register
 from cellstore.jobs.workspace import Workspace, open_workspace
 from cellstore.models import Job, Run
 from cellstore.settings import StoreSettings
@@ -40,6 +41,10 @@ from cellstore.stages.manage_jobs import cancel, list_jobs
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "WAIT_SECONDS", 0.02)
     monkeypatch.setattr(queue, "FIRST_WAIT", 0.01)
+
+
+def soon(seconds: float) -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=seconds)
 
 
 def test_a_stop_between_compute_and_write_leaves_the_job_open(workspace: Workspace):
@@ -156,7 +161,7 @@ def test_the_job_of_a_killed_worker_comes_back(workspace: Workspace):
         recipe = register(session, SPEC)
     dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
     job = Factory(workspace).job(
-        dead, images[0], Status.RUNNING, worker="dead", lease_until=time.time() - 1, attempts=1
+        dead, images[0], Status.RUNNING, worker="dead", lease_until=soon(-1), attempts=1
     )
     assert go(workspace).images == 1
     with workspace.database.read() as session:
@@ -178,7 +183,7 @@ def test_the_job_of_a_process_that_is_gone_comes_back_at_once(workspace: Workspa
     gone = Owner(here.host, process.pid or 0, here.machine, "1", "x")
     process.join()
     dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
-    far = time.time() + 1000
+    far = soon(1000)
     Factory(workspace).job(dead, image, Status.RUNNING, worker=gone.text, lease_until=far)
     assert go(workspace).images == 1
 
@@ -197,7 +202,7 @@ def test_a_process_that_had_others_compute_does_not_blame_the_image(workspace: W
         recipe = register(session, SPEC)
     leader = Owner("elsewhere", 1, "another machine", "1", "workers-1").text
     dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
-    late = time.time() - 1
+    late = soon(-1)
     job = Factory(workspace).job(
         dead, image, Status.RUNNING, worker=leader, lease_until=late, attempts=1
     )
@@ -217,7 +222,7 @@ def test_a_job_over_which_workers_die_has_failed_in_the_end(workspace: Workspace
         image,
         Status.RUNNING,
         worker="dead",
-        lease_until=time.time() - 1,
+        lease_until=soon(-1),
         attempts=queue.MOST_DEATHS,
         deaths=queue.MOST_DEATHS - 1,
     )
@@ -233,7 +238,7 @@ def test_a_job_in_other_hands_is_waited_for(sqlite_workspace: Workspace):
         recipe = register(session, SPEC)
     other = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
     Factory(workspace).job(
-        other, image, Status.RUNNING, worker="other", lease_until=time.time() + 0.4, attempts=1
+        other, image, Status.RUNNING, worker="other", lease_until=soon(0.4), attempts=1
     )
     started = time.monotonic()
     assert go(workspace).images == 1

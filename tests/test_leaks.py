@@ -43,7 +43,7 @@ def test_a_clean_split_has_no_finding() -> None:
     )
     assert check.findings == ()
     assert (check.n_images, check.n_wells, check.n_labels) == (4, 4, 2)
-    assert (check.wells_on_both_sides, check.labels_on_both_sides) == (0, 2)
+    assert (check.wells_in_both_subsets, check.labels_in_both_subsets) == (0, 2)
 
 
 def test_a_well_and_a_file_on_both_sides() -> None:
@@ -52,7 +52,7 @@ def test_a_well_and_a_file_on_both_sides() -> None:
     assert found.keys() == {LeakKind.WELL, LeakKind.FILE, LeakKind.PLATE}
     well, file = found[LeakKind.WELL], found[LeakKind.FILE]
     assert (well.severity, well.count, well.examples) == (LEAK, 1, ("P1 A01",))
-    assert well.message == "1 of 2 wells is on both sides."
+    assert well.message == "1 of 2 wells is in both subsets."
     assert (file.severity, file.examples) == (LEAK, ("x",))
 
 
@@ -68,10 +68,10 @@ def test_a_shared_plate_is_a_leak_only_where_plates_are_split(level, severity) -
 @pytest.mark.parametrize(
     ("side", "label", "level", "severity"),
     [
-        (TEST, "fk 866", GroupLevel.WELL, LEAK),  # two classes that are one, on two sides
-        (TRAIN, "fk 866", GroupLevel.WELL, WARNING),  # on one side
+        (TEST, "fk 866", GroupLevel.WELL, LEAK),  # two classes that are one, in two subsets
+        (TRAIN, "fk 866", GroupLevel.WELL, WARNING),  # in one subset
         (TEST, "FK-866", GroupLevel.WELL, WARNING),  # one class
-        (TEST, "FK-866", GroupLevel.PERTURBATION, LEAK),  # a compound was to be on one side
+        (TEST, "FK-866", GroupLevel.PERTURBATION, LEAK),  # a compound was to be in one subset
     ],
 )
 def test_two_spellings_of_one_compound(side, label, level, severity) -> None:
@@ -220,7 +220,7 @@ def test_rows_without_wells_are_checked_for_their_compounds_alone() -> None:
     check = leaks(rows, group_level=GroupLevel.PERTURBATION)
     assert [finding.kind for finding in check.findings] == [LeakKind.COMPOUND]
     assert check.findings[0].examples == ("BRD-K70586315-001-02-4",)
-    assert (check.n_wells, check.plates_on_both_sides) == (0, 0)
+    assert (check.n_wells, check.plates_in_both_subsets) == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["ME-0328", "ME0328", "me 0328", "ME_0328", "ME‐0328"])  # noqa: RUF001

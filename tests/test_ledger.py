@@ -10,8 +10,7 @@ from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs import runs
 from cellstore.jobs.lookup import find_recipe, find_run
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import RunHandle, attach, keep_file, running
+from cellstore.jobs.runs import RecipeSpec, RunHandle, attach, keep_file, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Job, Recipe, Run, RunArtifact
 

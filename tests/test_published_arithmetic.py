@@ -2,7 +2,7 @@
 
 Two plates, six compounds, seven test images of six wells. Each cell gives each compound some
 32nds; a letter stands for a kind of cell. The split goes by image, as that of the published study,
-and a field of well P1/A03 is on the training side.
+and a field of well P1/A03 is on the training subset.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from cellstore.config import SegmentParams, as_parameters
 from cellstore.enums import Stage
 from cellstore.errors import UserInputError
-from cellstore.jobs.recipes import RecipeSpec, fingerprint, register
+from cellstore.jobs.runs import RecipeSpec, fingerprint, register
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Recipe, RecipeInput
 

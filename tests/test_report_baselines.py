@@ -73,7 +73,7 @@ def test_a_baseline_that_has_labelled_a_part_is_not_compared(sqlite_workspace: W
     assert report(sqlite_workspace).baselines == ()
     whole = add_baseline(screen, "position", DMSO_EVERYWHERE)
     add_baseline(screen, "position", {"B02": "DMSO"})  # wrong, so it would be easy to beat
-    add_baseline(screen, "position", {"A01": "DMSO"})  # of the training side only
+    add_baseline(screen, "position", {"A01": "DMSO"})  # of the training subset only
     add_baseline(screen, "position", DMSO_EVERYWHERE, Status.RUNNING)
     found = [item for item in report(sqlite_workspace).baselines if item.level == "image"]
     assert [(i.run_id, i.n) for i in found] == [(whole.id, 3)]

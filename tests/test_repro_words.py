@@ -23,7 +23,7 @@ from cellstore.config import (
     as_parameters,
 )
 from cellstore.enums import GroupLevel, Projection, Stage, Subset
-from cellstore.jobs.recipes import RecipeSpec, fingerprint
+from cellstore.jobs.runs import RecipeSpec, fingerprint
 from cellstore.report.repro import Order, selection_of, typed_words, words_of
 from cellstore_cli.app import app
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 from factories import Factory
@@ -12,7 +13,7 @@ from sqlalchemy import select
 
 from cellstore.config import Selection
 from cellstore.errors import CellstoreError, UnknownNameError, UserInputError
-from cellstore.jobs.conditions import condition
+from cellstore.jobs.conditions import COLUMNS, condition
 from cellstore.jobs.selection import images_of
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image
@@ -98,6 +99,11 @@ def test_anything_else_is_refused(where: str, says: str):
         condition(where)
     assert says in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_the_help_names_every_column_of_a_condition():
+    (text,) = (f.metadata["help"] for f in dataclasses.fields(Selection) if f.name == "where")
+    assert text.endswith(f"over {', '.join(COLUMNS)}.")
 
 
 def test_unknown_names_are_told_with_those_there_are(plates: Workspace):

@@ -52,7 +52,7 @@ def test_published_split_downsamples_the_largest_class_and_stratifies() -> None:
     images = plate({"DMSO": 20, "a": 4, "b": 3})
     split = published_split(images, seed=1)
     assert split.downsampled == {"DMSO": (60, 12)}
-    assert split.left_out == ()
+    assert split.excluded == ()
     sides = Counter((images[i].label, side) for i, side in split.subsets.items())
     # A fifth of 12, 12 and 9 images; 7 test images in all.
     assert sum(n for (_, side), n in sides.items() if side is Subset.TEST) == 7
@@ -99,7 +99,7 @@ def test_labels_with_one_image_are_named() -> None:
 def test_labels_that_miss_a_side_are_named() -> None:
     # Shares of a fifth are 7.8, 7.8 and 0.4 images: the 16 are dealt 8, 8 and 0.
     images = plate({"a": 39, "b": 39, "few": 2}, sites=1)
-    with pytest.raises(UserInputError, match=r"both sides: 'few'"):
+    with pytest.raises(UserInputError, match=r"both subsets: 'few'"):
         published_split(images, seed=0)
 
 
@@ -137,7 +137,7 @@ def test_no_group_is_ever_on_two_sides(wells, seed, sizes, balance) -> None:
     labels = sides_of(images, split, "label")
     assert labels.keys() == splittable
     assert all({Subset.TRAIN, Subset.TEST} <= sides for sides in labels.values())
-    assert {entry.label for entry in split.left_out} == wells.keys() - splittable
+    assert {entry.label for entry in split.excluded} == wells.keys() - splittable
 
 
 def test_validation_gets_a_group_of_three_and_not_of_two() -> None:
@@ -146,8 +146,8 @@ def test_validation_gets_a_group_of_three_and_not_of_two() -> None:
     labels = sides_of(images, split, "label")
     assert labels["three"] == set(Subset)
     assert labels["two"] == {Subset.TRAIN, Subset.TEST}
-    assert [(entry.label, len(entry.image_ids)) for entry in split.left_out] == [("alone", 3)]
-    assert "one group only" in split.left_out[0].reason
+    assert [(entry.label, len(entry.image_ids)) for entry in split.excluded] == [("alone", 3)]
+    assert "one group only" in split.excluded[0].reason
     no_validation = grouped_split(images, seed=0, validation_size=0)
     assert Subset.VALIDATION not in no_validation.subsets.values()
 
@@ -181,7 +181,7 @@ def test_plates_that_hold_several_classes_are_dealt_whole() -> None:
     split = grouped_split(images, seed=0)
     assert all(len(sides) == 1 for sides in sides_of(images, split, "group").values())
     assert all(sides == set(Subset) for sides in sides_of(images, split, "label").values())
-    assert [entry.label for entry in split.left_out] == ["rare"]
+    assert [entry.label for entry in split.excluded] == ["rare"]
     with pytest.raises(UserInputError, match="finer group level"):
         grouped_split([image for image in images if image.group == "plate1"], seed=0)
 
@@ -205,5 +205,5 @@ def test_published_split_of_the_published_plate(seed: int) -> None:
 def test_most_labels_of_the_published_plate_have_one_well() -> None:
     split = grouped_split(published_plate(), seed=0)
     # 236 of the study's 250 labels; the table's one spelling of ME-0328 joins two of them.
-    assert len(split.left_out) == 234
-    assert all("one group only" in entry.reason for entry in split.left_out)
+    assert len(split.excluded) == 234
+    assert all("one group only" in entry.reason for entry in split.excluded)

@@ -63,7 +63,7 @@ def test_every_stage_has_a_method():
     methods = {name for name, _ in inspect.getmembers(Store, inspect.isfunction)}
     assert {
         *("ingest", "segment", "measure", "create_split", "show_split", "check_split", "train"),
-        *("predict", "report", "audit_image", "audit_cell", "audit_run", "sql", "status"),
+        *("predict", "report", "audit", "sql", "status"),
         *("verify", "close"),
     } <= methods
 

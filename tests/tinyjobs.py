@@ -16,8 +16,7 @@ from cellstore.enums import TARGET, Stage, Status
 from cellstore.errors import CellstoreError
 from cellstore.jobs.execute import ImageStage, RunCounter, run_jobs
 from cellstore.jobs.queue import JobScope, Task, count_images
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import running
+from cellstore.jobs.runs import RecipeSpec, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Job, Label
 

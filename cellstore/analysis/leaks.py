@@ -98,7 +98,7 @@ class LeakKind(StrEnum):
 
 
 class LeakSeverity(StrEnum):
-    """How bad it is: the test side is seen in training, scores may mislead, or worth knowing."""
+    """How bad it is: the test subset is seen in training, scores may mislead, or worth knowing."""
 
     LEAK = "leak"
     WARNING = "warning"
@@ -107,7 +107,7 @@ class LeakSeverity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Images of one well that are on one side under one label.
+    """Images of one well that are in one subset under one label.
 
     ``well`` and ``plate`` are names; the same well name on two plates is two wells. ``None``: not
     known, as in a table that splits compounds, or wells without saying what they got.
@@ -134,15 +134,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class SplitCheck:
-    """All findings (none: nothing found), worst first, and how much the sides share."""
+    """All findings (none: nothing found), worst first, and how much the subsets share."""
 
     findings: tuple[Finding, ...]
     n_images: int
     n_wells: int
     n_labels: int
-    wells_on_both_sides: int
-    labels_on_both_sides: int
-    plates_on_both_sides: int
+    wells_in_both_subsets: int
+    labels_in_both_subsets: int
+    plates_in_both_subsets: int
 
 
 @dataclass
@@ -187,17 +187,17 @@ def leaks(
     group_level: GroupLevel = GroupLevel.WELL,
     examples: int = 5,
 ) -> SplitCheck:
-    """Look for what lets the test side be seen in training, or lets a score mislead.
+    """Look for what lets the test subset be seen in training, or lets a score mislead.
 
-    ``files``: the SHA-256 and the side of image files, at least of those that are the same.
-    "Both sides" means at least two of train, validation and test. Leaks: wells, files (and, where
-    the split is by plate or by treatment, those) on both sides; a compound on both sides under
+    ``files``: the SHA-256 and the subset of image files, at least of those that are the same.
+    "Both subsets" means at least two of train, validation and test. Leaks: wells, files (and, where
+    the split is by plate or by treatment, those) in both subsets; a compound in both subsets under
     two labels, because its names are spelled otherwise or have one structure (InChIKey, SMILES,
-    identifier). Warnings: the same within one label or side; a class that train or test lacks; a
-    compound on both sides where a class has several, so that compounds may be recognised in place
+    identifier). Warnings: the same within one label or subset; a class that train or test lacks; a
+    compound in both subsets where a class has several, so that compounds may be recognised in place
     of their class; a class on one plate only while others are elsewhere; a class of whose test
     wells most are told by their position: the training wells in that position of other plates are
-    of that class more than of any other. That plates are on both sides is a remark.
+    of that class more than of any other. That plates are in both subsets is a remark.
 
     Memory grows with wells and compounds, not with images.
     """
@@ -221,9 +221,9 @@ def leaks(
         n_images=seen.images,
         n_wells=len(seen.wells),
         n_labels=len(seen.labels),
-        wells_on_both_sides=sum(len(sides) > 1 for sides in seen.wells.values()),
-        labels_on_both_sides=sum(len(sides) > 1 for sides in seen.labels.values()),
-        plates_on_both_sides=sum(len(sides) > 1 for sides in seen.plates.values()),
+        wells_in_both_subsets=sum(len(sides) > 1 for sides in seen.wells.values()),
+        labels_in_both_subsets=sum(len(sides) > 1 for sides in seen.labels.values()),
+        plates_in_both_subsets=sum(len(sides) > 1 for sides in seen.plates.values()),
     )
 
 
@@ -244,7 +244,7 @@ def _are(count: int) -> str:
 def _wells(seen: _Seen, examples: int) -> Finding:
     found = [" ".join(place) for place, sides in sorted(seen.wells.items()) if len(sides) > 1]
     count = _number(len(seen.wells), "well")
-    message = f"{len(found):,} of {count} {_are(len(found))} on both sides."
+    message = f"{len(found):,} of {count} {_are(len(found))} in both subsets."
     return _finding(LeakSeverity.LEAK, LeakKind.WELL, found, message, examples)
 
 
@@ -253,7 +253,9 @@ def _files(files: Iterable[tuple[str, Subset]], examples: int) -> Finding:
     for digest, subset in files:
         sides[digest].add(subset)
     found = sorted(digest for digest, on in sides.items() if len(on) > 1)
-    message = f"{_number(len(found), 'image file')} {_are(len(found))} on both sides, byte by byte."
+    message = (
+        f"{_number(len(found), 'image file')} {_are(len(found))} in both subsets, byte by byte."
+    )
     return _finding(LeakSeverity.LEAK, LeakKind.FILE, found, message, examples)
 
 
@@ -261,7 +263,7 @@ def _plates(seen: _Seen, level: GroupLevel, examples: int) -> Finding:
     found = sorted(plate for plate, sides in seen.plates.items() if len(sides) > 1)
     severity = LeakSeverity.LEAK if level is GroupLevel.PLATE else LeakSeverity.REMARK
     count = _number(len(seen.plates), "plate")
-    message = f"{len(found):,} of {count} {_are(len(found))} on both sides."
+    message = f"{len(found):,} of {count} {_are(len(found))} in both subsets."
     return _finding(severity, LeakKind.PLATE, found, message, examples)
 
 
@@ -358,7 +360,7 @@ def _shared_compounds(
     found = found if by_treatment or coarser else []  # else the class is the compound
     severity = LeakSeverity.LEAK if by_treatment else LeakSeverity.WARNING
     message = (
-        f"{len(found):,} of {_number(len(sides), 'compound')} {_are(len(found))} on both sides"
+        f"{len(found):,} of {_number(len(sides), 'compound')} {_are(len(found))} in both subsets"
         + ("." if by_treatment else ", not only their class.")
     )
     return _finding(severity, LeakKind.COMPOUND, found, message, examples)
@@ -390,7 +392,7 @@ def _renamed(
             if kind is LeakKind.SPELLING
             else f"{goes} by more than one name"
         )
-        where = ", on both sides." if severity is LeakSeverity.LEAK else "."
+        where = ", in both subsets." if severity is LeakSeverity.LEAK else "."
         yield _finding(severity, kind, items, f"{count} {how}{where}", examples)
 
 

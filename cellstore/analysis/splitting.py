@@ -29,8 +29,8 @@ class SplitImage:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
-    """Images of a class that are on no side, and why."""
+class ExcludedClass:
+    """Images of a class that are in no subset, and why."""
 
     label: str
     image_ids: tuple[int, ...]
@@ -41,13 +41,13 @@ class LeftOut:
 class Assignment:
     """The outcome of a split.
 
-    ``subsets`` says the side of each image, by ascending image id. ``left_out`` lists classes
+    ``subsets`` says the subset of each image, by ascending image id. ``excluded`` lists classes
     that could not be split. ``downsampled`` gives the number of images before and after for each
     class that was cut.
     """
 
     subsets: Mapping[int, Subset]
-    left_out: tuple[LeftOut, ...] = ()
+    excluded: tuple[ExcludedClass, ...] = ()
     downsampled: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -104,14 +104,14 @@ def is_mixed(groups: Mapping[str, Sequence[str]]) -> bool:
 
 def left_out(
     pool: Sequence[SplitImage], good: set[str], reason: str | None = None
-) -> tuple[LeftOut, ...]:
+) -> tuple[ExcludedClass, ...]:
     """Return the classes that are not ``good``, each with its images and why it is out."""
     images: dict[str, list[SplitImage]] = defaultdict(list)
     for image in pool:
         if image.label not in good:
             images[image.label].append(image)
     return tuple(
-        LeftOut(label, ids(images[label]), reason or _reason(images[label]))
+        ExcludedClass(label, ids(images[label]), reason or _reason(images[label]))
         for label in sorted(images)
     )
 
@@ -123,8 +123,8 @@ def ids(images: Iterable[SplitImage]) -> tuple[int, ...]:
 
 def _reason(images: Sequence[SplitImage]) -> str:
     if len({image.group for image in images}) == 1:
-        return "has one group only, which cannot be on both sides"
-    return "its groups fell on one side; try another seed"
+        return "has one group only, which cannot be in both subsets"
+    return "its groups fell in one subset; try another seed"
 
 
 SECOND_LARGEST = "second-largest"
@@ -145,8 +145,8 @@ class Cap:
 
 def enough(
     images: Iterable[SplitImage], minimum: int
-) -> tuple[list[SplitImage], tuple[LeftOut, ...]]:
-    """Return the images of classes that have ``minimum`` images or more, and those left out.
+) -> tuple[list[SplitImage], tuple[ExcludedClass, ...]]:
+    """Return the images of classes that have ``minimum`` images or more, and those excluded.
 
     Raises ``UserInputError`` where fewer than two classes have enough.
     """
@@ -234,7 +234,7 @@ def _kept(images: Sequence[SplitImage], seed: int, limit: int, by_cells: bool) -
     if not kept:
         raise UserInputError(
             f"Not one image of {images[0].label!r} fits into {limit} "
-            f"{'cells' if by_cells else 'images'}. Allow more, or leave the class out with --where."
+            f"{'cells' if by_cells else 'images'}. Allow more, or exclude the class with --where."
         )
     return kept
 
@@ -252,25 +252,25 @@ def _one_of_each_group_first(images: Sequence[SplitImage], seed: int) -> list[Sp
 def folds(
     images: Iterable[SplitImage], seed: int, count: int, validation: bool = True
 ) -> list[Assignment]:
-    """Return ``count`` splits that share their images and whose test sides partition them.
+    """Return ``count`` splits that share their images and whose test subsets partition them.
 
     Groups are dealt into ``count`` parts. Split i tests part i, validates on part i + 1 (the first
     one after the last) and trains on the others; without ``validation`` it trains on that, too.
 
     Where each group is of one class, the groups of a class are dealt one by one to successive
     parts, going on where the class before ended; a class with fewer than three groups (two
-    without validation) is left out. Else (plates) ``StratifiedGroupKFold`` deals them, groups
+    without validation) is excluded. Else (plates) ``StratifiedGroupKFold`` deals them, groups
     that are alike in the order drawn by ``seed``. Classes that some split would test without
-    having trained on them are left out of all.
+    having trained on them are excluded from all.
 
-    Raises ``UserInputError``: there are fewer parts than sides, fewer groups than parts, or fewer
+    Raises ``UserInputError``: there are fewer parts than subsets, fewer groups than parts, or fewer
     than two classes are left.
     """
     pool = ordered(images)
     sides = 3 if validation else 2
     if count < sides:
         raise UserInputError(
-            f"{count} folds cannot be {sides} sides: ask for {sides} folds or more"
+            f"{count} folds cannot be {sides} subsets: ask for {sides} folds or more"
             f"{', or for none to validate with --validation-size 0' if validation else ''}."
         )
     groups = groups_by_label(pool)
@@ -313,7 +313,7 @@ def _stratified(pool: Sequence[SplitImage], seed: int, count: int) -> dict[str, 
     groups = [numbers[image.group] for image in pool]
     parts: dict[str, int] = {}
     with warnings.catch_warnings():
-        # Of classes with fewer images than parts; they are left out by name if need be.
+        # Of classes with fewer images than parts; they are excluded by name if need be.
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
         splitter = StratifiedGroupKFold(n_splits=count, shuffle=False)
         for part, (_, tested) in enumerate(splitter.split(labels, labels, groups)):
@@ -354,12 +354,16 @@ def _trained_wherever_tested(
     }
 
 
-def _left_out(pool: Sequence[SplitImage], good: set[str], sides: int) -> tuple[LeftOut, ...]:
+def _left_out(pool: Sequence[SplitImage], good: set[str], sides: int) -> tuple[ExcludedClass, ...]:
     return left_out(pool, good, f"needs {sides} groups, in different folds, to be trained in each")
 
 
 def _split(
-    placed: Mapping[int, int], tested: int, count: int, validation: bool, out: tuple[LeftOut, ...]
+    placed: Mapping[int, int],
+    tested: int,
+    count: int,
+    validation: bool,
+    out: tuple[ExcludedClass, ...],
 ) -> Assignment:
     subsets = {key: _side(part, tested, count, validation) for key, part in placed.items()}
     return Assignment(subsets, out)
@@ -370,11 +374,11 @@ def published_split(images: Iterable[SplitImage], seed: int, test_size: float = 
 
     A class that is larger than every other is down-sampled to the size of the second largest;
     then ``StratifiedShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)``. Groups
-    are not looked at, so images of one well are on both sides: scores are those of wells already
-    seen. The study stopped early on the same 20 %, so its test side is its validation side too.
+    are not looked at, so images of one well are in both subsets: scores are those of wells already
+    seen. The study stopped early on the same 20 %, so its test subset is its validation subset too.
 
     Raises ``UserInputError`` for fewer than two classes, a class with a single image, a class
-    that would have no image on one side, or a ``test_size`` not between 0 and 1.
+    that would have no image in train or test, or a ``test_size`` not between 0 and 1.
     """
     pool = ordered(images)
     _check_share(test_size)
@@ -398,14 +402,14 @@ def grouped_split(
 ) -> Assignment:
     """Split whole groups (wells by default), each class apart.
 
-    A class with g groups gives ``max(1, round(g * test_size))`` of them to the test side,
-    ``max(1, round(g * validation_size))`` to the validation side if g is 3 or more and
+    A class with g groups gives ``max(1, round(g * test_size))`` of them to the test subset,
+    ``max(1, round(g * validation_size))`` to the validation subset if g is 3 or more and
     ``validation_size`` is not 0, and the rest, at least one, to training. A class with one group
-    cannot be on both sides and is left out. With ``balance``, a class with more groups than any
+    cannot be in both subsets and is excluded. With ``balance``, a class with more groups than any
     other is first down-sampled to the number of groups of the second.
 
     Where a group holds several classes (plates), groups are dealt without regard to classes,
-    nothing is down-sampled, and classes absent from train or test are left out afterwards.
+    nothing is down-sampled, and classes absent from train or test are excluded afterwards.
     ``by_class``: such a group (a compound with two targets) is dealt with the class of most of
     its images instead.
 
@@ -433,13 +437,13 @@ def named_split(
     validation: Sequence[str] = (),
     validation_size: float = 0.1,
 ) -> Assignment:
-    """Put the groups ``test`` and ``validation`` (plates) on those sides, and train on the others.
+    """Put the groups ``test`` and ``validation`` (plates) in those subsets; train on the others.
 
     Without ``validation``, ``max(1, round(g * validation_size))`` of the g groups are drawn from
     the others, unless ``validation_size`` is 0 or one group only is left to train. Classes absent
-    from train or test are left out.
+    from train or test are excluded.
 
-    Raises ``UserInputError``: a group is on two sides or has no images, or none is left to train.
+    Raises ``UserInputError``: a group is in two subsets or has no images, or none is left to train.
     """
     pool = ordered(images)
     groups = _all_groups(pool)
@@ -475,7 +479,7 @@ def cut_by_groups(
 def _check_named(groups: Sequence[str], test: Sequence[str], validation: Sequence[str]) -> None:
     twice = sorted(set(test) & set(validation))
     if twice:
-        raise UserInputError(f"On two sides at once: {some(twice)}. Name each on one side.")
+        raise UserInputError(f"In two subsets at once: {some(twice)}. Name each once.")
     absent = sorted({*test, *validation} - set(groups))
     if absent:
         raise UserInputError(
@@ -501,7 +505,7 @@ def _check_classes(pool: Sequence[SplitImage]) -> None:
     if single:
         raise UserInputError(
             "A class needs two images or more to train and to test. These have a single image: "
-            f"{some(single)}. Ingest more of them, or split by well, which leaves them out."
+            f"{some(single)}. Ingest more of them, or split by well, which excludes them."
         )
 
 
@@ -529,7 +533,7 @@ def _stratified_test(pool: Sequence[SplitImage], seed: int, test_size: float) ->
     if min(n_test, len(pool) - n_test) < len(set(labels)):
         raise UserInputError(
             f"{len(pool)} images with a test share of {test_size:g} cannot have all of "
-            f"{len(set(labels))} classes on both sides. Ingest more images or leave classes out."
+            f"{len(set(labels))} classes in both subsets. Ingest more images or exclude classes."
         )
     splitter = StratifiedShuffleSplit(n_splits=1, test_size=test_size, random_state=seed)
     _, test = next(splitter.split(labels, labels))
@@ -541,8 +545,8 @@ def _check_both_sides(pool: Sequence[SplitImage], subsets: Mapping[int, Subset])
     absent = sorted(label for label, seen in sides.items() if len(seen) < 2)
     if absent:
         raise UserInputError(
-            f"Too few images to be on both sides: {some(absent)}. "
-            "Leave them out with --min-images, ingest more of them, or ask for a larger test share."
+            f"Too few images to be in both subsets: {some(absent)}. "
+            "Exclude them with --min-images, ingest more of them, or ask for a larger test share."
         )
 
 

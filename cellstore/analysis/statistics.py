@@ -255,7 +255,7 @@ def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: 
 
 
 def majority_baseline(train_truth: ArrayLike, test_truth: ArrayLike) -> tuple[Any, float]:
-    """The most frequent class of the training side, and its accuracy on the test side.
+    """The most frequent class of the training subset, and its accuracy on the test subset.
 
     Of equally frequent classes the first in sorted order counts.
     """

@@ -1,4 +1,4 @@
-"""Rows by the million: plain tuples, no object each. The caller knows that the rows are new."""
+"""Inserting many rows, and what SQLite and PostgreSQL spell differently about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from sqlalchemy import ARRAY, BigInteger, any_, bindparam, func, select, text
+from sqlalchemy import ARRAY, BigInteger, Select, any_, bindparam, func, select, text, true
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -29,7 +30,7 @@ def bulk_insert(
     columns: Sequence[str],
     rows: Sequence[tuple[Any, ...]],
 ) -> None:
-    """Insert ``rows``: one prepared statement on SQLite, COPY on PostgreSQL.
+    """Insert new ``rows``: one prepared statement on SQLite, COPY on PostgreSQL.
 
     Values must be what the driver takes as it is: text, numbers, None (an enum is its text; a
     moment is text in ISO format, in UTC).
@@ -105,6 +106,32 @@ def _check_references(
                     f"{table.__tablename__}.{name} refers to rows that are not there"
                 )
                 raise IntegrityError(str(query), None, error)
+
+
+def insert_new(session: Session, table: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+    """Insert those ``rows`` whose keys are not there yet.
+
+    All rows must have the same columns.
+    """
+    if rows:
+        statement = _insert(session, table).on_conflict_do_nothing()
+        session.connection().execute(statement, list(rows))
+
+
+def insert_from(
+    session: Session, table: type[Base], columns: Sequence[str], rows: Select[Any]
+) -> None:
+    """Insert what the query ``rows`` yields, but for rows whose keys are there already."""
+    # WHERE true: SQLite cannot tell ON CONFLICT from a join condition without it.
+    statement = _insert(session, table).from_select(list(columns), rows.where(true()))
+    session.execute(statement.on_conflict_do_nothing())
+
+
+def _insert(session: Session, table: type[Base]) -> Any:
+    target: Any = table.__table__
+    if session.get_bind().dialect.name == "sqlite":
+        return sqlite.insert(target)
+    return postgresql.insert(target)
 
 
 def take_ids(session: Session, table: type[Base], count: int) -> Sequence[int]:

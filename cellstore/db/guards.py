@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from ..errors import UserInputError
 
 FROZEN = "split is frozen"
-TOGETHER = "split keeps each group on one side"
+TOGETHER = "split keeps each group in one subset"
 NO_GROUP = "split member is in no group"
 FIXED = "split keeps its protocol and group level"
 TAKEN = "split is there already"
@@ -22,8 +22,8 @@ _NEW = "Make a new one with: cellstore split create NAME"
 SENTENCES: Mapping[str, str] = {
     FROZEN: f"A run relies on this split, so it can neither change nor be deleted. {_NEW}",
     TOGETHER: (
-        "In this split a well (plate, perturbation: its group level) is on one side only, and this "
-        f"would put one on two sides or move it. {_NEW}"
+        "In this split a well (plate, perturbation: its group level) is in one subset only, and "
+        f"this would put one in two subsets or move it. {_NEW}"
     ),
     NO_GROUP: (
         "This split goes by perturbation, and an image without a treatment cannot be in it. "

@@ -30,7 +30,7 @@ from .filenames import (
     parse_well,
     wellsite_name,
 )
-from .image_tables import ORIGINAL, RowRefusedError
+from .image_tables import ORIGINAL, FileRef, ImageRecord, RowRefusedError
 from .objects import (
     BOX,
     CENTRE,
@@ -43,9 +43,8 @@ from .objects import (
     column_values,
     first_of_each,
 )
-from .platemaps import TREATMENT_COLUMNS, treatment_of
-from .records import FileRef, ImageRecord, Refusal, TreatmentRecord
-from .tables import MISSING
+from .platemaps import TREATMENT_COLUMNS, TreatmentRecord, treatment_of
+from .tables import MISSING, Refusal
 
 TOOL = "CellProfiler"
 IMAGE_NUMBER, OBJECT_NUMBER, TABLE_NUMBER = "ImageNumber", "ObjectNumber", "TableNumber"

@@ -48,8 +48,7 @@ from .objects import (
     whole_numbers,
     without_nan,
 )
-from .records import Refusal
-from .tables import TextTable, open_table
+from .tables import Refusal, TextTable, open_table
 
 _DEEPEST = 6
 

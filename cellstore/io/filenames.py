@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..enums import PROJECTION_CHANNEL
 from ..errors import UserInputError
-from .records import LONGEST
+from .tables import LONGEST
 
 ROWS, COLUMNS = 32, 48
 """Rows and columns of a 1536-well plate, the largest there is."""

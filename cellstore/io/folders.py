@@ -20,9 +20,9 @@ from .filenames import (
     is_safe_name,
     looks_like_a_mask,
 )
-from .image_files import SUFFIXES, is_inside, read_stack
-from .image_tables import ChannelNames, RowRefusedError
-from .records import FileRef, ImageRecord, Refusal
+from .image_files import SUFFIXES, Stack, is_inside, read_stack
+from .image_tables import ChannelNames, FileRef, ImageRecord, RowRefusedError
+from .tables import Refusal
 from .uris import page_name, writable
 
 _SAMPLE = 1000
@@ -33,8 +33,11 @@ _DATED = re.compile(r"__[0-9]{4}-[0-9]{2}-[0-9]{2}T.*", re.ASCII)
 _NO_PLATE = frozenset({"", "image", "images", "tif", "tiff", "tiffs", "png", "raw"})
 _ZARR = frozenset({".zgroup", ".zattrs", ".zarray", "zarr.json"})
 
-_Fields = dict[tuple[str, int, int, int, int, int], ImageRecord]
-"""Fields with the files found so far, by plate, row, column, site, plane and time point."""
+_FieldKey = tuple[str, int, int, int, int, int]
+"""Plate, row, column, site, plane and time point."""
+
+_Fields = dict[_FieldKey, ImageRecord]
+"""Fields with the files found so far."""
 
 
 def folder_layouts(folder: Path) -> list[str]:
@@ -59,19 +62,21 @@ def read_folder(
     *,
     pattern: str | None = None,
     plate: str | None = None,
-    batch: str | None = None,
     channels: Mapping[str, str] | None = None,
-) -> FolderImages:
-    """Return the fields of all images below a folder, each with all channels of its subfolder.
+    notes: list[str] | None = None,
+) -> Iterator[ImageRecord | Refusal]:
+    """Yield the fields of all images below a folder, each with all channels of its subfolder.
 
     ``layout`` is one of ``READERS`` or ``pattern-folder``, which needs ``pattern``. The plate is
     ``plate``, else what the names say, else the name of the subfolder. ``channels`` renames by
     number or name. The line of a record or refusal is the position of its (first) file in the
     scan, from 1. Files of several pages become channels and planes, named like
-    'stack.tiff#page=2'.
+    'stack.tiff#page=2'. What was passed over without being refused is added to ``notes``.
 
     Raises:
-        UserInputError: no such folder, an unknown layout, no pattern or a wrong one.
+        UnknownNameError: when all is read, and a channel to be renamed was not there.
+        UserInputError: no such folder, an unknown layout, no pattern or a wrong one; when all is
+            read, and there was no image, or two channels got one name.
     """
     if not folder.is_dir():
         raise UserInputError(f"{folder} is not a folder. Give the folder that has the images.")
@@ -84,77 +89,54 @@ def read_folder(
         known = ", ".join([*READERS, PATTERN])
         raise UserInputError(f"{layout!r} is no layout of a folder of images. Known: {known}.")
     read = NamePattern(pattern) if layout == PATTERN and pattern else READERS[layout]
-    return FolderImages(folder.resolve(), read, plate, batch, channels)
+    return _FolderReader(folder.resolve(), read, plate, channels).records(notes)
 
 
-class FolderImages(Iterator[ImageRecord | Refusal]):
-    """The records and refusals of a folder, read while they are asked for.
-
-    ``notes`` says, of what has been read so far, what a user should know.
-
-    Raises:
-        UnknownNameError: when all is read, and a channel to be renamed was not there.
-        UserInputError: when all is read, and there was no image; or two channels got one name.
-    """
+class _FolderReader:
+    """Reads the names of the images below ``root`` with ``read``."""
 
     def __init__(
-        self,
-        folder: Path,
-        read: NameReader,
-        plate: str | None,
-        batch: str | None,
-        channels: Mapping[str, str] | None,
+        self, root: Path, read: NameReader, plate: str | None, channels: Mapping[str, str] | None
     ) -> None:
-        self._folder, self._read_name = folder, read
-        self._plate, self._batch = plate, batch
+        self._root, self._read, self._plate = root, read, plate
         self._names = ChannelNames(channels)
-        self._ignored: Counter[str] = Counter()
-        self._line = 0
-        self._items = self._scan()
 
-    def __next__(self) -> ImageRecord | Refusal:
-        """Return the next record or refusal."""
-        return next(self._items)
+    def records(self, notes: list[str] | None) -> Iterator[ImageRecord | Refusal]:
+        """Yield the fields, folder by folder.
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What was passed over without being refused."""
-        if not self._ignored:
-            return ()
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self._ignored.most_common(6))
-        return (f"passed over, no images: {kinds}",)
-
-    def _scan(self) -> Iterator[ImageRecord | Refusal]:
-        for found in _walk(self._folder):
-            self._ignored.update(found.ignored)
+        Names of microscopes begin with the well, so that one well at a time is in memory.
+        """
+        ignored: Counter[str] = Counter()
+        line = 0
+        for found in _walk(self._root):
+            ignored.update(found.ignored)
             if found.problem is not None:
-                self._line += 1
+                line += 1
                 reason, detail = found.problem
-                yield Refusal(self._line, reason, writable(detail))
-            yield from self._read_files(found.folder, found.images)
-        if not self._line:
+                yield Refusal(line, reason, writable(detail))
+            fields: _Fields = {}
+            well: tuple[str | None, int, int] | None = None
+            for name in found.images:
+                line += 1
+                try:
+                    parts = self._parse(found.folder / name)
+                    this_well = (parts.plate, parts.row, parts.column)
+                    if not isinstance(self._read, NamePattern) and well != this_well:
+                        yield from fields.values()
+                        well, fields = this_well, {}
+                    self._add(fields, line, found.folder, name, parts)
+                except RowRefusedError as refused:
+                    reason, detail = refused.args
+                    yield Refusal(line, reason, writable(detail))
+            yield from fields.values()
+        if not line:
             raise UserInputError(
-                f"{self._folder} holds no TIFF or PNG images. Give the folder that has them."
+                f"{self._root} holds no TIFF or PNG images. Give the folder that has them."
             )
         self._names.check_used()
-
-    def _read_files(self, folder: Path, names: list[str]) -> Iterator[ImageRecord | Refusal]:
-        """Names of microscopes begin with the well, so that one well at a time is in memory."""
-        fields: _Fields = {}
-        well: tuple[str | None, int, int] | None = None
-        for name in names:
-            self._line += 1
-            try:
-                parts = self._parse(folder / name)
-                this_well = (parts.plate, parts.row, parts.column)
-                if not isinstance(self._read_name, NamePattern) and well != this_well:
-                    yield from fields.values()
-                    well, fields = this_well, {}
-                self._add(fields, folder, name, parts)
-            except RowRefusedError as refused:
-                reason, detail = refused.args
-                yield Refusal(self._line, reason, writable(detail))
-        yield from fields.values()
+        if ignored and notes is not None:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(6))
+            notes.append(f"passed over, no images: {kinds}")
 
     def _parse(self, path: Path) -> ImageName:
         if writable(str(path)) != str(path):
@@ -165,43 +147,43 @@ class FolderImages(Iterator[ImageRecord | Refusal]):
         if not is_safe_name(path.name):
             raise RowRefusedError("name not understood", repr(str(path)))
         text = path.name
-        if isinstance(self._read_name, NamePattern) and self._read_name.wants_path:
-            text = path.relative_to(self._folder).as_posix()
+        if isinstance(self._read, NamePattern) and self._read.wants_path:
+            text = path.relative_to(self._root).as_posix()
         try:
-            parts = self._read_name(text)
+            parts = self._read(text)
         except UserInputError as error:
             raise RowRefusedError("name not understood", f"{path}: {error}") from error
         if parts is None:
             raise RowRefusedError("name not understood", str(path))
         return parts
 
-    def _add(self, fields: _Fields, folder: Path, name: str, parts: ImageName) -> None:
+    def _add(self, fields: _Fields, line: int, folder: Path, name: str, parts: ImageName) -> None:
         """Add the file, or each of its pages, to its field; all of them or none."""
         plate = self._plate or parts.plate or _plate_of(folder)
         if not plate:
             raise RowRefusedError("no plate", f"{folder}: name the plate with --plate")
-        files = []
-        for page, file in self._channels_of(folder, name, parts):
-            plane, time_point = (_FIRST if number is None else number for number in page)
+        try:
+            stack = read_stack(folder / name)
+        except ImageError as error:
+            raise RowRefusedError("image cannot be read", str(error)) from error
+        files: list[tuple[_FieldKey, FileRef]] = []
+        for position, file in self._pages(stack, folder, name, parts):
+            plane, time_point = (_FIRST if number is None else number for number in position)
             key = (plate, parts.row, parts.column, parts.site, plane, time_point)
             known = fields[key].files if key in fields else ()
             if any(file.channel.lower() == other.channel.lower() for other in known):
                 raise RowRefusedError("channel twice", f"{folder / name}: {file.channel}")
             files.append((key, file))
         for key, file in files:
-            empty = ImageRecord(self._line, plate, self._batch, *key[1:], parts.core_name, (), None)
+            empty = ImageRecord(line, plate, None, *key[1:], parts.core_name, (), None)
             field = fields.get(key, empty)
             in_order = sorted((*field.files, file), key=lambda ref: ref.number or 0)
             fields[key] = field._replace(files=tuple(in_order))
 
-    def _channels_of(
-        self, folder: Path, name: str, parts: ImageName
+    def _pages(
+        self, stack: Stack | None, folder: Path, name: str, parts: ImageName
     ) -> Iterator[tuple[tuple[int | None, int | None], FileRef]]:
         """Yield (plane, time point) and channel of a file, or of each page of a stack."""
-        try:
-            stack = read_stack(folder / name)
-        except ImageError as error:
-            raise RowRefusedError("image cannot be read", str(error)) from error
         if stack is None:
             channel = self._names.name(parts.number, parts.channel or "C1")
             file = FileRef(channel, parts.number, name, str(folder))

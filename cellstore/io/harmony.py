@@ -17,8 +17,8 @@ from xml.parsers import expat
 from ..errors import BadTableError, UserInputError
 from .filenames import core_file_name, format_well, is_safe_name
 from .image_files import micrometres
-from .image_tables import ChannelNames, RowRefusedError
-from .records import LONGEST, FileRef, ImageRecord, Refusal
+from .image_tables import ChannelNames, FileRef, ImageRecord, RowRefusedError
+from .tables import LONGEST, Refusal
 from .uris import join, writable
 
 INDEX_NAMES = ("Index.idx.xml", "Index.xml")
@@ -75,7 +75,6 @@ def index_of(path: Path) -> Path | None:
 def read_harmony(
     path: Path,
     plate: str | None = None,
-    batch: str | None = None,
     channels: Mapping[str, str] | None = None,
 ) -> Iterator[ImageRecord | Refusal]:
     """Yield the fields of a Harmony index, each with all its channels, in the order of the file.
@@ -95,16 +94,14 @@ def read_harmony(
         raise BadTableError(
             f"{path} is no Harmony index. Give the Index.idx.xml that lies beside the images."
         )
-    return _HarmonyIndex(file, plate, batch, ChannelNames(channels)).records()
+    return _HarmonyIndex(file, plate, ChannelNames(channels)).records()
 
 
 class _HarmonyIndex:
     """An index that is being read, and what came before its images."""
 
-    def __init__(
-        self, path: Path, plate: str | None, batch: str | None, names: ChannelNames
-    ) -> None:
-        self._path, self._wanted_plate, self._batch, self._names = path, plate, batch, names
+    def __init__(self, path: Path, plate: str | None, names: ChannelNames) -> None:
+        self._path, self._wanted_plate, self._names = path, plate, names
         self._plates: list[str] = []
         self._channels: dict[int, str] = {}
         self._pixel_sizes: dict[int, float] = {}
@@ -185,7 +182,7 @@ class _HarmonyIndex:
         return ImageRecord(
             line=element.line,
             plate=self._plate(),
-            batch=self._batch,
+            batch=None,
             row=row,
             column=column,
             site=site,

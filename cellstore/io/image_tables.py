@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
+from typing import NamedTuple
 
 from ..errors import BadTableError, UnknownNameError, UserInputError
 from .filenames import (
@@ -18,9 +19,8 @@ from .filenames import (
     parse_well,
 )
 from .image_files import micrometres
-from .platemaps import TREATMENT_COLUMNS, treatment_of
-from .records import LONGEST, FileRef, ImageRecord, Refusal, TreatmentRecord
-from .tables import MISSING, TextTable, nearest_columns
+from .platemaps import TREATMENT_COLUMNS, TreatmentRecord, treatment_of
+from .tables import LONGEST, MISSING, Refusal, TextTable, nearest_columns
 from .uris import page_name
 
 FILE_PREFIX = "FileName_"
@@ -28,12 +28,15 @@ ORIGINAL = "Orig"
 """JUMP names raw images ``FileName_OrigDNA`` and flat fields ``FileName_IllumDNA``."""
 
 _PLATE_COLUMNS = ("Metadata_Plate", "Metadata_Batch")
-_WELL_COLUMNS = ("Metadata_Well", "Metadata_Row", "Metadata_Col", "Metadata_Column")
+_WELL_COLUMNS, _COLUMN_COLUMNS = ("Metadata_Well",), ("Metadata_Col", "Metadata_Column")
 _SITE_COLUMNS = ("Metadata_Site", "Metadata_FieldID")
 _PIXEL_COLUMNS = ("Metadata_ImageResolutionX", "Metadata_ImageResolutionY")
 """Metres per pixel, as Harmony has it and pe2loaddata passes it on."""
 
-_WHERE_COLUMNS = (*_WELL_COLUMNS, *_SITE_COLUMNS, *PLANE_COLUMNS, *TIME_COLUMNS)
+_WHERE_COLUMNS = (
+    *(*_WELL_COLUMNS, "Metadata_Row", *_COLUMN_COLUMNS),
+    *(*_SITE_COLUMNS, *PLANE_COLUMNS, *TIME_COLUMNS),
+)
 
 _FIRST = 1
 _MAX_NUMBER = 1_000_000
@@ -48,8 +51,40 @@ _CHANNELS_REMEMBERED = 1000
 _new = tuple.__new__
 """Makes a named tuple from a tuple in half the time: there are millions."""
 
-_NamedFile = tuple[int, str, int | None, str]
-"""Index of the channel in the table, its name, its Phenix number, and the name of the file."""
+
+class FileRef(NamedTuple):
+    """One channel of an image, as a table names it.
+
+    ``channel`` is the name of the stain ('RNA'), ``number`` the channel number of a Phenix file
+    name, ``folder`` the ``PathName_*`` of the row as written, which may be on another machine.
+    """
+
+    channel: str
+    number: int | None
+    name: str
+    folder: str | None = None
+
+
+class ImageRecord(NamedTuple):
+    """One field of view from line ``line`` of a table; row, column, site as numbers.
+
+    ``row`` and ``column`` count from 1; ``site``, ``plane`` and ``time_point`` are as written.
+    ``pixel_size`` is in micrometres; ``metadata`` are the columns that have no field of their own.
+    """
+
+    line: int
+    plate: str
+    batch: str | None
+    row: int
+    column: int
+    site: int
+    plane: int
+    time_point: int
+    core_name: str | None
+    files: tuple[FileRef, ...]
+    treatment: TreatmentRecord | None
+    pixel_size: float | None = None
+    metadata: Mapping[str, str] | None = None
 
 
 class RowRefusedError(Exception):
@@ -137,8 +172,8 @@ class _Channel:
 class _Columns:
     """Those of ``columns`` that a table has; ``pick`` takes their cells out of a row at once."""
 
-    def __init__(self, table: TextTable, columns: Sequence[str]) -> None:
-        found = {column: table.position(column) for column in dict.fromkeys(columns)}
+    def __init__(self, table: TextTable, columns: Iterable[str | None]) -> None:
+        found = {column: table.position(column) for column in columns if column}
         present = {column: index for column, index in found.items() if index is not None}
         self.names = tuple(present)
         indexes = tuple(present.values())
@@ -154,22 +189,36 @@ class _Columns:
         return {name: text for name, text in texts if text not in MISSING}
 
 
-def _first(texts: Mapping[str, str], columns: Sequence[str]) -> str | None:
+def first_text(texts: Mapping[str, str], columns: Iterable[str]) -> str | None:
     """Return the first of the columns that has a value."""
     return next((texts[column] for column in columns if column in texts), None)
 
 
-def _whole(texts: Mapping[str, str], columns: Sequence[str]) -> int | None:
-    """Return ``_first`` as a whole number; '3.0', as pandas writes integers, is 3."""
-    for column in columns:
-        if column in texts:
-            digits = texts[column].removesuffix(".0")
-            if digits.isascii() and digits.isdigit():
-                significant = digits.lstrip("0") or "0"
-                if len(significant) <= 7 and int(significant) <= _MAX_NUMBER:
-                    return int(significant)
-            raise RowRefusedError("not a whole number", f"{column} is {texts[column][:50]!r}")
-    return None
+def whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | None:
+    """Return ``first_text`` as a whole number; '3.0', as pandas writes integers, is 3.
+
+    Raises:
+        RowRefusedError: it is none.
+    """
+    column = next((column for column in columns if column in texts), None)
+    if column is None:
+        return None
+    digits = texts[column].removesuffix(".0")
+    significant = digits.lstrip("0") or "0"
+    plain = digits.isascii() and digits.isdigit() and len(significant) <= 7
+    if not plain or int(significant) > _MAX_NUMBER:
+        raise RowRefusedError("not a whole number", f"{column} is {texts[column][:50]!r}")
+    return int(significant)
+
+
+def written_well(
+    texts: Mapping[str, str], wells: Iterable[str], columns: Iterable[str]
+) -> str | None:
+    """Return the well of a row as text: of one of ``wells``, else of a row and a column."""
+    row, column = texts.get("Metadata_Row"), first_text(texts, columns)
+    if (well := first_text(texts, wells)) is None and row and column:
+        return f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
+    return well
 
 
 def _check_length(limit: int, *texts: str | None) -> None:
@@ -181,7 +230,6 @@ def _check_length(limit: int, *texts: str | None) -> None:
 def read_image_table(
     table: TextTable,
     plate: str | None = None,
-    batch: str | None = None,
     channels: Mapping[str, str] | None = None,
     *,
     needs_treatment: bool = False,
@@ -198,19 +246,21 @@ def read_image_table(
     ``Series_*`` above 0 are refused.
 
     ``plate`` is needed only without ``Metadata_Plate``; ``channels`` gives a channel, by its
-    Phenix number or its name here, another name. ``needs_treatment``: a row without one is
-    refused, as the published study has none.
+    Phenix number or its name here, another name: a number alone never names a stain.
+    ``needs_treatment``: a row without one is refused, as the published study has none.
 
     Raises:
         BadTableError: a column is missing.
         UnknownNameError: ``channels`` renames a channel that is not there.
-        UserInputError: ``channels`` gives two channels one name.
+        UserInputError: a table without ``Metadata_Plate`` and no ``plate``; ``channels`` gives
+            two channels one name.
     """
-    table.require(
-        *(["Metadata_pert_iname"] if needs_treatment else []),
-        *([] if plate else ["Metadata_Plate"]),
-    )
-    reader = _ImageReader(table, plate, batch, channels or {}, needs_treatment=needs_treatment)
+    table.require(*(["Metadata_pert_iname"] if needs_treatment else []))
+    if plate is None and table.position("Metadata_Plate") is None:
+        raise UserInputError(
+            f"{table.path.name} does not say which plate it is. Name it with --plate."
+        )
+    reader = _ImageReader(table, plate, channels or {}, needs_treatment=needs_treatment)
     return reader.records()
 
 
@@ -225,31 +275,31 @@ class _ImageReader:
         self,
         table: TextTable,
         plate: str | None,
-        batch: str | None,
         wanted: Mapping[str, str],
         *,
         needs_treatment: bool,
     ) -> None:
-        self._table, self._wanted_plate, self._batch = table, plate, batch
+        self._table, self._wanted_plate = table, plate
         self._needs_treatment = needs_treatment
-        self._channels, self._numbers = _rename(table, _find_channels(table), wanted)
-        folders = [channel.folder for channel in self._channels if channel.folder]
+        self._channels, self._numbers = _find_channels(table, wanted)
+        folders = [channel.folder for channel in self._channels]
         self._plate_columns = _Columns(table, [*_PLATE_COLUMNS, *folders])
-        self._where_columns = _Columns(table, _WHERE_COLUMNS)
-        files = [channel.file for channel in self._channels]
-        pages = [c for channel in self._channels for c in (channel.frame, channel.series) if c]
-        self._has_pages = bool(pages)
-        self._field_columns = _Columns(table, [*_WHERE_COLUMNS, *files, *pages])
+        self._has_pages = any(channel.frame or channel.series for channel in self._channels)
+        of_files = [
+            column
+            for channel in self._channels
+            for column in (channel.file, channel.frame, channel.series)
+        ]
+        self._field_columns = _Columns(table, [*_WHERE_COLUMNS, *of_files])
         self._treatment_columns = _Columns(table, TREATMENT_COLUMNS)
         read = {*_PLATE_COLUMNS, *_WHERE_COLUMNS, *TREATMENT_COLUMNS}
+        # A column that is there twice cannot be told apart; the notes of the table say so.
         others = [
             column
             for column in table.columns
-            if column.startswith("Metadata_") and column not in read
+            if column.startswith("Metadata_") and column not in read | table.repeated
         ]
-        # A column that is there twice cannot be told apart; the notes of the table say so.
-        self._other_columns = _Columns(table, [c for c in others if others.count(c) == 1])
-        self._where = lru_cache(maxsize=_REMEMBERED)(self._read_where)
+        self._other_columns = _Columns(table, others)
 
     def records(self) -> Iterator[ImageRecord | Refusal]:
         """Yield one record or refusal per data row, in the order of the file."""
@@ -285,27 +335,11 @@ class _ImageReader:
         plate = written or wanted
         if plate is None:
             raise RowRefusedError("no plate", "Metadata_Plate is empty")
-        batch = texts.get("Metadata_Batch") or self._batch
+        batch = texts.get("Metadata_Batch")
         folders = tuple(texts.get(channel.folder or "") for channel in self._channels)
         _check_length(LONGEST, plate, batch)
         _check_length(_LONGEST_FOLDER, *folders)
         return plate, batch, folders
-
-    def _read_where(
-        self, picked: tuple[str, ...]
-    ) -> tuple[tuple[int, int] | None, int | None, int | None, int | None]:
-        """Return well, site, plane and time point; None where no column says it."""
-        texts = self._where_columns.texts(picked)
-        well = texts.get("Metadata_Well")
-        row, column = texts.get("Metadata_Row"), _first(texts, _WELL_COLUMNS[2:])
-        if well is None and row and column:
-            well = f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
-        try:
-            position = None if well is None else parse_well(well)
-        except UserInputError as error:
-            raise RowRefusedError("not a well", str(error)) from error
-        numbers = (_whole(texts, some) for some in (_SITE_COLUMNS, PLANE_COLUMNS, TIME_COLUMNS))
-        return (position, *numbers)  # type: ignore[return-value]
 
     def _read_field(
         self, picked: tuple[str, ...]
@@ -314,11 +348,16 @@ class _ImageReader:
         list[tuple[int, tuple[str, int | None, str]]],
     ]:
         """Return row, column, site, plane, time point, core file name; files by channel index."""
-        start = len(self._where_columns.names)
-        well, site, plane, time_point = self._where(picked[:start])
-        files, name = self._read_files(picked[start : start + len(self._channels)])
-        if self._has_pages:
-            files = self._on_pages(files, self._field_columns.texts(picked))
+        texts = self._field_columns.texts(picked)
+        written = written_well(texts, _WELL_COLUMNS, _COLUMN_COLUMNS)
+        try:
+            well = None if written is None else parse_well(written)
+        except UserInputError as error:
+            raise RowRefusedError("not a well", str(error)) from error
+        site, plane, time_point = (
+            whole_number(texts, some) for some in (_SITE_COLUMNS, PLANE_COLUMNS, TIME_COLUMNS)
+        )
+        files, name = self._read_files(texts)
         if name is not None:
             if well is not None and well != (name.row, name.column):
                 detail = f"well {format_well(*well)}, file of {format_well(name.row, name.column)}"
@@ -333,62 +372,66 @@ class _ImageReader:
             raise RowRefusedError("no site", "neither Metadata_Site nor a file name like r01c01f01")
         plane = _FIRST if plane is None else plane
         time_point = _FIRST if time_point is None else time_point
-        where = (*well, site, plane, time_point, name.core if name else None)
-        return where, [(index, tuple(file)) for index, *file in files]  # type: ignore[misc]
+        return (*well, site, plane, time_point, name.core if name else None), files
 
-    def _read_files(self, picked: Sequence[str]) -> tuple[list[_NamedFile], PhenixName | None]:
-        """Return the files of a row, and what their Phenix names agree on."""
-        files: list[_NamedFile] = []
-        agreed: PhenixName | None = None
+    def _read_files(
+        self, texts: Mapping[str, str]
+    ) -> tuple[list[tuple[int, tuple[str, int | None, str]]], PhenixName | None]:
+        """Return the files of a row by channel index, and what their Phenix names agree on.
+
+        A file is the name of its channel, its Phenix number and its own name, with the page in a
+        row or channel that has other pages than the first.
+        """
+        files: list[tuple[int, tuple[str, int | None, str]]] = []
+        agreed: tuple[PhenixName, tuple[int, ...]] | None = None
+        frames: dict[int, int | None] = {}
         for index, channel in enumerate(self._channels):
-            text = picked[index].strip()
-            if text in MISSING:
+            text = texts.get(channel.file)
+            if text is None:
                 continue
             _check_length(LONGEST, text)
             if not is_safe_name(text):
                 raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
             name = core_file_name(text)
-            if name is None:
-                files.append((index, channel.name, None, text))
-                continue
-            agreed = agreed or name
-            if not _is_same_field(name, agreed):
-                detail = f"{name.core} beside {agreed.core}"
-                raise RowRefusedError("files of different fields", detail)
-            number = name.channel
-            renamed = channel.name if number is None else self._numbers.get(number, channel.name)
-            files.append((index, renamed, number, text))
+            renamed, number = channel.name, name.channel if name else None
+            if name is not None:
+                # r1c1f1 is r01c01f01, and no plane or time point means the first.
+                plane = _FIRST if name.plane is None else name.plane
+                time_point = _FIRST if name.time_point is None else name.time_point
+                field = name.row, name.column, name.field, plane, time_point
+                agreed = agreed or (name, field)
+                if field != agreed[1]:
+                    detail = f"{name.core} beside {agreed[0].core}"
+                    raise RowRefusedError("files of different fields", detail)
+                if number is not None:
+                    renamed = self._numbers.get(number, channel.name)
+            files.append((index, (renamed, number, text)))
+            if self._has_pages:
+                if series := whole_number(texts, (channel.series or "",)):
+                    detail = (
+                        f"{channel.series} is {series}: export each image of the file by itself"
+                    )
+                    raise RowRefusedError("another series of a file", detail)
+                frames[index] = whole_number(texts, (channel.frame or "",))
         if not files:
             raise RowRefusedError("no image file", "every FileName column is empty")
-        names = [file[1] for file in files]
+        names = [file[0] for _, file in files]
         if len(set(names)) < len(names):
             raise RowRefusedError("two files of one channel", ", ".join(names))
-        return files, agreed
-
-    def _on_pages(self, files: Sequence[_NamedFile], texts: Mapping[str, str]) -> list[_NamedFile]:
-        """Return the files with their pages, in a row or channel that has others than the first."""
-        frames: list[int | None] = []
-        for index, *_ in files:
-            channel = self._channels[index]
-            if series := _whole(texts, (channel.series or "",)):
-                detail = f"{channel.series} is {series}: export each image of the file by itself"
-                raise RowRefusedError("another series of a file", detail)
-            frames.append(_whole(texts, (channel.frame or "",)))
-        found: list[_NamedFile] = []
-        for (index, channel_name, number, file), frame in zip(files, frames, strict=True):
-            name = file
-            if frame is not None and (any(frames) or self._channels[index].paged):
+        for position, (index, file) in enumerate(files if self._has_pages else ()):
+            frame = frames[index]
+            if frame is not None and (any(frames.values()) or self._channels[index].paged):
                 try:
-                    name = page_name(file, frame + 1)
+                    paged = page_name(file[2], frame + 1)
                 except UserInputError as error:
                     raise RowRefusedError("no such page", str(error)) from error
-                _check_length(LONGEST, name)
-            found.append((index, channel_name, number, name))
-        return found
+                _check_length(LONGEST, paged)
+                files[position] = index, (*file[:2], paged)
+        return files, agreed and agreed[0]
 
     def _read_treatment(self, picked: tuple[str, ...]) -> TreatmentRecord | None:
         texts = self._treatment_columns.texts(picked)
-        treatment = treatment_of(lambda *columns: _first(texts, columns))
+        treatment = treatment_of(lambda *columns: first_text(texts, columns))
         if treatment is None and self._needs_treatment:
             raise RowRefusedError("no treatment", "Metadata_pert_iname is empty")
         return treatment
@@ -403,29 +446,19 @@ class _ImageReader:
         return size, {key.removeprefix("Metadata_"): text for key, text in texts.items()} or None
 
 
-def _is_same_field(one: PhenixName, other: PhenixName) -> bool:
-    if (one.core, one.plane, one.time_point) == (other.core, other.plane, other.time_point):
-        return True
-    # r1c1f1 is r01c01f01, and no plane or time point means the first.
-    numbers = [
-        (name.row, name.column, name.field, _numbered(name.plane), _numbered(name.time_point))
-        for name in (one, other)
-    ]
-    return numbers[0] == numbers[1]
+def _find_channels(
+    table: TextTable, wanted: Mapping[str, str]
+) -> tuple[tuple[_Channel, ...], Mapping[int, str]]:
+    """Return the image channels by the names that are wanted, and names by Phenix number.
 
-
-def _numbered(number: int | None) -> int:
-    return _FIRST if number is None else number
-
-
-def _find_channels(table: TextTable) -> tuple[_Channel, ...]:
-    """Return the image channels of a table in the order of its columns.
-
-    Where there are ``FileName_Orig*`` columns, only these are images; flat fields
-    (``FileName_Illum*``) never are.
+    The channels are in the order of the columns. Where there are ``FileName_Orig*`` columns, only
+    these are images; flat fields (``FileName_Illum*``) never are.
 
     Raises:
         BadTableError: there is no such column, or two of them are one channel.
+        UnknownNameError: a key of ``wanted`` is neither a channel nor the number of one; to know
+            that, the table is read until all numbers came.
+        UserInputError: two channels would get one name.
     """
     columns = [column for column in table.columns if column.startswith(FILE_PREFIX)]
     original = [column for column in columns if column.startswith(FILE_PREFIX + ORIGINAL)]
@@ -436,77 +469,49 @@ def _find_channels(table: TextTable) -> tuple[_Channel, ...]:
             f"{nearest_columns([FILE_PREFIX + 'OrigDNA'], table.columns)}"
         )
     table.require(*chosen)
+    by_key = {key.strip().lower(): name for key, name in wanted.items()}
     channels = []
+    found: list[str] = []
     for column in chosen:
         suffix = column.removeprefix(FILE_PREFIX)
         others = (prefix + suffix for prefix in ("PathName_", "Frame_", "Series_"))
         folder, frame, series = (item if item in table.columns else None for item in others)
-        name = suffix.removeprefix(ORIGINAL) or suffix
+        found.append(suffix.removeprefix(ORIGINAL) or suffix)
+        name = by_key.get(found[-1].lower(), found[-1])
         channels.append(_Channel(name, column, folder, frame, series))
-    names = [channel.name.lower() for channel in channels]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    names = [name.lower() for name in found]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise BadTableError(
             f"{table.path.name} has two FileName columns for the channel {', '.join(repeated)}. "
             "Remove or rename the one that is not meant."
         )
-    paged = _paged_columns(table, {channel.frame for channel in channels if channel.frame})
-    return tuple(replace(channel, paged=channel.frame in paged) for channel in channels)
-
-
-def _paged_columns(table: TextTable, frames: set[str]) -> set[str | None]:
-    """Return those columns of frames that have one above 0 anywhere in the table.
-
-    The first plane of a stack has the frame 0, as all files of one page have.
-    """
-    paged: set[str | None] = set()
-    columns = _Columns(table, sorted(frames))
-    for row in table.rows() if frames else ():
-        if not isinstance(row, Refusal):
-            texts = columns.texts(columns.pick(row.cells))
-            paged |= {column for column, text in texts.items() if text.strip("0.")}
-            if len(paged) == len(frames):
-                break
-    return paged
-
-
-def _rename(
-    table: TextTable, found: Sequence[_Channel], wanted: Mapping[str, str]
-) -> tuple[tuple[_Channel, ...], Mapping[int, str]]:
-    """Return the channels by the names that are wanted, and names by Phenix channel number.
-
-    Raises:
-        UnknownNameError: a key of ``wanted`` is neither a channel nor the number of one; to know
-            that, the table is read until all numbers came.
-        UserInputError: two channels would get one name.
-    """
-    names = {channel.name.lower(): channel.name for channel in found}
-    by_key = {key.strip().lower(): name for key, name in wanted.items()}
-    originals = {key.strip().lower(): key for key in wanted}
+    if len({channel.name.lower() for channel in channels}) < len(channels):
+        raise UserInputError(
+            f"{table.path.name} would have two channels of one name "
+            f"({', '.join(channel.name for channel in channels)}). Give each channel its own."
+        )
     numbers = {
         int(key): name
         for key, name in by_key.items()
         if key not in names and key.isascii() and key.isdigit() and len(key) <= 4
     }
+    # Only the table tells which Phenix numbers its files have, and which channels have other
+    # frames than 0: the first plane of a stack has the frame 0, as all files of one page have.
     seen: set[int] = set()
-    columns = _Columns(table, [channel.file for channel in found])
-    for row in table.rows() if numbers else ():
-        if not isinstance(row, Refusal):
-            phenix = [core_file_name(text.strip()) for text in columns.pick(row.cells)]
-            seen |= {name.channel for name in phenix if name and name.channel is not None}
-            if seen.issuperset(numbers):
-                break
-    unknown = [
-        originals[key]
-        for key in by_key
-        if key not in names and not (key.isdigit() and int(key) in seen)
-    ]
-    for key in unknown:
-        raise UnknownNameError.of("channel", key, [*names.values(), *sorted(seen)])
-    renamed = tuple(replace(item, name=by_key.get(item.name.lower(), item.name)) for item in found)
-    if len({item.name.lower() for item in renamed}) < len(renamed):
-        raise UserInputError(
-            f"{table.path.name} would have two channels of one name "
-            f"({', '.join(item.name for item in renamed)}). Give each channel its own."
-        )
-    return renamed, numbers
+    paged: set[str | None] = set()
+    files = _Columns(table, chosen if numbers else ())
+    frames = _Columns(table, [channel.frame for channel in channels])
+    for row in table.rows() if numbers or frames.names else ():
+        if isinstance(row, Refusal):
+            continue
+        phenix = [core_file_name(text.strip()) for text in files.pick(row.cells)]
+        seen |= {name.channel for name in phenix if name and name.channel is not None}
+        texts = frames.texts(frames.pick(row.cells))
+        paged |= {column for column, text in texts.items() if text.strip("0.")}
+        if seen.issuperset(numbers) and len(paged) == len(frames.names):
+            break
+    for key in wanted:
+        plain = key.strip().lower()
+        if plain not in names and not (plain.isdigit() and int(plain) in seen):
+            raise UnknownNameError.of("channel", key.strip(), [*found, *sorted(seen)])
+    return tuple(replace(item, paged=item.frame in paged) for item in channels), numbers

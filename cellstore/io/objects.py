@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..enums import Severity
-from .records import ImageRecord, Refusal
-from .tables import MISSING_NUMBERS
+from .image_tables import ImageRecord
+from .tables import MISSING_NUMBERS, Refusal
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -17,8 +17,7 @@ from typing import NamedTuple
 from ..enums import Control, PerturbationKind
 from ..errors import BadTableError, UserInputError
 from .filenames import parse_well
-from .records import LONGEST, Refusal, TreatmentRecord
-from .tables import TextTable, cell_text, nearest_columns, open_table
+from .tables import LONGEST, Refusal, TextTable, cell_text, nearest_columns, open_table
 from .uris import writable
 
 DMSO = "DMSO"
@@ -30,6 +29,25 @@ LONG_NAME = "a name that cannot be stored"
 
 Position = tuple[int, int]
 """Row and column of a well, both from 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class TreatmentRecord:
+    """What was done to a well.
+
+    ``identifier`` is the ``broad_sample`` of JUMP tables, or else their ``Metadata_JCP2022``.
+    Several targets are each there once, sorted, with ``|`` between them.
+    """
+
+    kind: PerturbationKind
+    pert_iname: str
+    target: str | None = None
+    control: Control | None = None
+    identifier: str | None = None
+    inchikey: str | None = None
+    smiles: str | None = None
+    pubchem_cid: str | None = None
+
 
 # ---- The treatment that one row names ----
 
@@ -247,26 +265,6 @@ class Issue(NamedTuple):
 
     path: Path
     refusal: Refusal
-
-
-def table_layouts(columns: Sequence[str]) -> list[str]:
-    """Return the layouts of annotations that a table with these columns may have."""
-    present = set(columns)
-    names = {column.removeprefix(PREFIX) for column in columns}
-    # Tables of images, cells or splits name samples and targets, too.
-    others = {"well_position", "Well", "Plate", "Row", "Col", "Site", "ImageNumber"}
-    others |= {"split", "experiment_type"}
-    files = any(column.startswith(("FileName_", "Image_FileName_")) for column in columns)
-    described = bool(names & {"pert_iname", "gene"})
-    plates = {f"{PREFIX}Plate", f"{PREFIX}Batch"}
-    tests = {
-        "platemap": "well_position" in names and bool(names & {SAMPLE, "genotype"}),
-        "treatment-table": SAMPLE in names and described and not names & others and not files,
-        "jump-plates": plates <= present <= plates | {f"{PREFIX}Source", f"{PREFIX}PlateType"},
-        "jump-crispr": {"JCP2022", "NCBI_Gene_ID", "Symbol"} == names,
-        "jump-controls": {"JCP2022", "pert_type", "Name", "modality"} <= names,
-    }
-    return [layout for layout, fits in tests.items() if fits]
 
 
 def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:

@@ -46,8 +46,7 @@ from .objects import (
     whole_numbers,
     without_nan,
 )
-from .records import Refusal
-from .tables import TextTable, open_table, read_columns
+from .tables import Refusal, TextTable, open_table, read_columns
 
 EXCLUDED = "Metadata_Excluded"
 TOOL = "single cells"

@@ -19,8 +19,7 @@ from pathlib import Path
 from ..enums import Subset
 from ..errors import BadTableError, UserInputError
 from .filenames import format_well, parse_well
-from .records import Refusal
-from .tables import cell_text, nearest_columns, open_table, read_columns
+from .tables import Refusal, cell_text, nearest_columns, open_table, read_columns
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "split": ("split", "subset", "side", "set"),

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from ..errors import BadTableError, UserInputError
-from .records import Refusal
 
 if TYPE_CHECKING:  # Arrow is slow to import, and a plate map does without
     import pyarrow as pa
+
+LONGEST = 255
+"""Characters of a name that every database and file system can keep."""
 
 QUOTED_LINES = 100
 """A quoted cell of more lines is taken for a quote that was never closed."""
@@ -53,6 +55,14 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _DELIMITERS = "\t,;"
 _HEADER_LINES = 5
 _COLUMN_SIGNS = ("ImageNumber", "ObjectNumber", "Metadata_", "FileName_", "AreaShape_")
+
+
+class Refusal(NamedTuple):
+    """A row that cannot be used: the line it starts at, a reason to count by, and its details."""
+
+    line: int
+    reason: str
+    detail: str
 
 
 class TableRow(NamedTuple):

@@ -3,45 +3,75 @@
 A stage is told apart from its neighbours by four things: which images it selects and by which
 recipe (the function that is named like the stage), what it fetches of an image from the database,
 what it computes, and what it inserts. Between them travel a task, its input and its output. The
-rest is the same for all, and here.
+rest is the same for all, and here: reserve jobs, have workers compute them, write what comes back.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+import time
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from multiprocessing import connection, get_context, parent_process
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 from sqlalchemy import Select, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from ..config import THIS_PROCESS, Resources
-from ..db.session import Database
+from ..db.bulk import in_lists
 from ..enums import Status
-from ..errors import CellstoreError, ConflictError, DatabaseError, RunCancelledError, StorageError
+from ..errors import (
+    CellstoreError,
+    ConflictError,
+    DatabaseError,
+    RunCancelledError,
+    StorageError,
+    StoreError,
+    UserInputError,
+    first_line,
+)
 from ..models import Job, Recipe
 from . import queue
-from .executors import Answers, Crash, Failure, Success, Workers, open_workers
 from .queue import JobScope, Owner, Task, count_images, lease_seconds
-from .recipes import RecipeSpec, known_recipe
-from .runs import running
+from .runs import RecipeSpec, known_recipe, running
 from .workspace import Workspace
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
 
 WAIT_SECONDS = 0.5
+POLL_SECONDS = 0.5
 CHUNK_SECONDS = 2.0
 """How long a worker should be busy with one chunk: long enough to hide the way there and back."""
 LARGEST_CHUNK = 64
+CHUNKS = 2
+"""Chunks that a worker has: one at work, one that waits behind it."""
 MOST_CONFLICTS = 5
 """How often rows are written again because another transaction stood in the way."""
 MOST_WRITTEN = 64
 """Images whose rows are written in one transaction at most, when they come in that fast."""
+MOST_FALSE_STARTS = 10
+"""After so many deaths before it could do anything, a worker is not started again."""
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+# --- what a stage is, and what it returns ---------------------------------------------------------
 
 
 @dataclass
@@ -110,12 +140,16 @@ class ImageStage(Generic[Input, Output]):
         """Return the sha256 of the rows that ``insert`` writes of one image, kept with its job."""
         raise NotImplementedError
 
-    def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
-        """Open those jobs again whose rows are there but whose files are gone; return how many.
+    def find_lost(
+        self, session: Session, recipe_id: int, images: Select[int]
+    ) -> Collection[int] | None:
+        """Return the images whose rows are there but whose files are gone; None: no file is gone.
 
         A job is believed to be done of its files as well as of its rows.
         """
-        return 0
+
+    def forget_lost(self, session: Session, recipe_id: int) -> None:
+        """Delete the rows of files that are gone, when the jobs of their images open again."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +203,17 @@ def execute(
     Raises:
         StorageError, KeyboardInterrupt, RunCancelledError: see :func:`run_jobs`.
     """
-    with workspace.database.begin() as session:
-        for recipe in recipes:
-            stage.requeue_lost(session, recipe.id, images)
+    with workspace.database.read() as session:
+        lost = {recipe.id: stage.find_lost(session, recipe.id, images) for recipe in recipes}
         counts = [count_images(session, recipe.id, images) for recipe in recipes]
+    if any(found is not None for found in lost.values()):
+        with workspace.database.begin() as session:
+            for recipe_id, found in lost.items():
+                jobs = queue.done_jobs(session, recipe_id, found or ())
+                for some in in_lists(jobs):
+                    queue.requeue(session, Job.id.in_(some), Status.DONE)
+                stage.forget_lost(session, recipe_id)
+            counts = [count_images(session, recipe.id, images) for recipe in recipes]
     counters: dict[int, RunCounter] = {}
     with ExitStack() as stack:
         runs = {
@@ -215,40 +256,39 @@ def forecast(
     resources: Resources,
 ) -> JobsResult:
     """Return what :func:`execute` would do, by what past jobs of the recipe or the stage took."""
-    with workspace.database.begin() as session:
-        recipe, basis = known_recipe(session, spec), "this recipe"
+    with workspace.database.read() as session:
+        recipe = known_recipe(session, spec)
         recipe_id = 0 if recipe is None else recipe.id  # 0: has done nothing
-        stage.requeue_lost(session, recipe_id, images)
+        lost = stage.find_lost(session, recipe_id, images) or ()
         counted = count_images(session, recipe_id, images)
-        per_image = _mean_seconds(session, recipe_id)
-        if per_image is None:
-            query = (
-                select(Job.recipe_id)
-                .join(Recipe, Recipe.id == Job.recipe_id)
-                .where(Recipe.stage == spec.stage, Job.status == Status.DONE)
-                .order_by(Job.id.desc())
-            )
-            if (other := session.scalar(query.limit(1))) is not None:
-                per_image, basis = _mean_seconds(session, other), f"recipe {other}"
-        session.rollback()  # nothing is changed
+        todo = counted.todo + len(queue.done_jobs(session, recipe_id, lost))
+        others = (
+            select(Job.recipe_id)
+            .join(Recipe, Recipe.id == Job.recipe_id)
+            .where(Recipe.stage == spec.stage, Job.status == Status.DONE)
+            .order_by(Job.id.desc())
+        )
+        per_image, basis = None, "this recipe"
+        for known in (recipe_id, session.scalar(others.limit(1))):
+            if per_image is None and known is not None:
+                done = select(Job.seconds).where(Job.recipe_id == known, Job.status == Status.DONE)
+                last = done.order_by(Job.id.desc()).limit(1000).subquery()
+                per_image = session.scalar(select(func.avg(last.c.seconds)))
+                basis = "this recipe" if known == recipe_id else f"recipe {known}"
     workers = max(1, resources.workers)
-    seconds = None if per_image is None else per_image * counted.todo / workers
+    seconds = None if per_image is None else per_image * todo / workers
+    basis_known = None if per_image is None else basis
     return JobsResult(
         None,
         None,
         counted.selected,
         counted.waiting,
         failed_before=counted.failed,
-        forecast=Forecast(
-            counted.todo, workers, per_image, seconds, None if per_image is None else basis
-        ),
+        forecast=Forecast(todo, workers, per_image, seconds, basis_known),
     )
 
 
-def _mean_seconds(session: Session, recipe_id: int) -> float | None:
-    done = (Job.recipe_id == recipe_id, Job.status == Status.DONE)
-    last = select(Job.seconds).where(*done).order_by(Job.id.desc()).limit(1000).subquery()
-    return session.scalar(select(func.avg(last.c.seconds)))
+# --- this process: reserve, submit, write ---------------------------------------------------------
 
 
 def run_jobs(
@@ -263,78 +303,25 @@ def run_jobs(
     way no job is lost.
 
     Raises:
+        UserInputError: fewer than one worker, or no address of a scheduler.
+        MissingExtraError: a Dask scheduler, and Dask is not installed.
+        StoreError: the scheduler does not answer.
         StorageError: the disk is full or read-only; the jobs in hand are given back.
         KeyboardInterrupt: it was stopped.
         RunCancelledError: somebody cancelled the run.
     """
     lease = lease_seconds()
-    with workspace.database.begin() as session:
-        queue.reclaim_expired(session, scope)
-        todo = max(
-            count_images(session, recipe_id, scope.images, unseen=scope.unseen).todo
-            for recipe_id in scope.runs
-        )
-    workers = open_workers(stage, resources)
-    owner = Owner.of_this_process(computes=workers.computes_here)
-    loop = _Loop(workspace, stage, scope, workers, owner, lease, todo)
-    workspace.progress.start(stage.label, todo)
-    finished = False
-    try:
-        with _heartbeat(workspace.database, scope, owner, lease) as cancelled:
-            loop.run(cancelled)
-        finished = True
-    finally:
-        workspace.progress.finish()
-        workers.close(drop=not finished)
-        # What is in hand is given back. If that fails, the leases will run out by themselves.
-        with suppress(CellstoreError), workspace.database.begin() as session:
-            queue.release(session, scope, owner)
+    if resources.workers < 1:
+        raise UserInputError("There must be at least one worker. Give --workers 1 or more.")
+    if resources.scheduler is not None:
+        from .dask_cluster import DaskCluster
+
+        workers: Workers = DaskCluster(stage, resources.scheduler)
+    else:
+        workers = LocalWorkers(stage, resources.workers)
+    loop = _Loop(workspace, stage, scope, workers, lease)
+    loop.run()
     return loop.counters
-
-
-@contextmanager
-def _heartbeat(
-    database: Database, scope: JobScope, owner: Owner, lease: float
-) -> Iterator[threading.Event]:
-    """Renew leases while the block runs; yield an event that ``cellstore cancel`` sets."""
-    over, cancelled = threading.Event(), threading.Event()
-
-    def beat() -> None:
-        while not over.wait(min(5.0, lease / 4)):
-            # A beat that fails is tried again; if all fail, closing the job finds out.
-            with suppress(CellstoreError, SQLAlchemyError), database.begin() as session:
-                if queue.renew(session, scope, owner, lease):
-                    cancelled.set()
-
-    thread = threading.Thread(target=beat, daemon=True, name="cellstore-heartbeat")
-    thread.start()
-    try:
-        yield cancelled
-    finally:
-        over.set()
-        thread.join()
-
-
-@contextmanager
-def _stop_signals(say: Callable[[], None]) -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets; the second one is KeyboardInterrupt."""
-    stopped = threading.Event()
-
-    def stop(_number: int, _frame: object) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-        say()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped  # only the main thread hears of signals
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _LostError(Exception):
@@ -354,47 +341,88 @@ class _Loop:
         stage: ImageStage[Any, Any],
         scope: JobScope,
         workers: Workers,
-        owner: Owner,
         lease: float,
-        left: int,
     ) -> None:
         self.database, self.progress = workspace.database, workspace.progress
-        self.stage, self.scope, self.workers = stage, scope, workers
-        self.owner, self.lease, self.left = owner, lease, left
+        self.stage, self.scope, self.workers, self.lease = stage, scope, workers, lease
+        self.owner = Owner.of_this_process(computes=workers.computes_here)
         self.counters = {recipe: RunCounter(run, recipe) for recipe, run in scope.runs.items()}
-        self.ready: list[tuple[Task, Success]] = []
+        self.left = 0
+        self.chunks = 0
+        """Chunks that the workers have."""
+        self.ready: list[tuple[Task, Any, float]] = []
+        """Outputs whose rows are not written, with the seconds that they took."""
         self.enqueued_to: int | None = 0
         self.seconds: float | None = None
-        self.stopping = False
+        self.stop, self.over = threading.Event(), threading.Event()
+        self.cancelled = False
 
-    def run(self, cancelled: threading.Event) -> None:
-        """Work until nothing is left, or somebody stops it."""
-        with _stop_signals(self._say_stopping) as stopped:
-            while not (stopped.is_set() or cancelled.is_set()):
-                room = self.workers.room()
-                if room > 0:
-                    self._submit(room)
-                if room <= 0 or self.workers.in_flight():
-                    self._take_in([stopped, cancelled], briefly=room > 0)
-                elif self.ready:
-                    self._write(everything=True)
-                elif self._nothing_left():
+    def run(self) -> None:
+        """Work until nothing is left, or somebody stops it; give back what is in hand."""
+        with self.database.read() as session:
+            images, unseen = self.scope.images, self.scope.unseen
+            counts = [count_images(session, r, images, unseen=unseen) for r in self.scope.runs]
+        self.left = max(counted.todo for counted in counts)
+        self.progress.start(self.stage.label, self.left)
+        heartbeat = threading.Thread(target=self._beat, daemon=True, name="cellstore-heartbeat")
+        heartbeat.start()
+        handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # no other hears of signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, self._on_signal)
+        finished = False
+        try:
+            self._work()
+            finished = True
+        finally:
+            for handled, handler in handlers.items():
+                signal.signal(handled, handler)
+            self.over.set()
+            heartbeat.join()
+            self.progress.finish()
+            self.workers.close(drop=not finished)
+            # If that fails, the leases will run out by themselves.
+            with suppress(CellstoreError), self.database.begin() as session:
+                queue.release(session, self.scope, self.owner)
+
+    def _beat(self) -> None:
+        """Renew the leases until it is over; stop where ``cellstore cancel`` asks for it."""
+        while not self.over.wait(min(5.0, self.lease / 4)):
+            # A beat that fails is tried again; if all fail, closing the job finds out.
+            with suppress(CellstoreError, SQLAlchemyError), self.database.begin() as session:
+                if queue.renew(session, self.scope, self.owner, self.lease):
+                    self.cancelled = True
+                    self.stop.set()
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        """Stop at the first Ctrl-C or SIGTERM; at the second one drop what is in hand."""
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        self.stop.set()
+        self.progress.note("Stopping when the images in hand are done; Ctrl-C again drops them.")
+
+    def _work(self) -> None:
+        while not self.stop.is_set():
+            room = self.workers.room()
+            if room > 0:
+                self._submit(room)
+            if room <= 0 or self.chunks:
+                self._take_in(briefly=room > 0)
+            elif self.ready:
+                self._write(everything=True)
+            else:
+                with self.database.begin() as session:
+                    left = queue.reclaim_expired(session, self.scope, self.owner)
+                if not left:
                     return
-                else:
-                    stopped.wait(WAIT_SECONDS)
-            while self.workers.in_flight():
-                self._take_in([], briefly=False)
-            self._write(everything=True)
-        if cancelled.is_set():
+                self.stop.wait(WAIT_SECONDS)
+        while self.chunks:
+            self._take_in(briefly=False)
+        self._write(everything=True)
+        if self.cancelled:
             runs = ", ".join(str(run) for run in sorted(set(self.scope.runs.values())))
             raise RunCancelledError(f"Run {runs} was cancelled; what is done is kept.")
         raise KeyboardInterrupt
-
-    def _say_stopping(self) -> None:
-        self.stopping = True
-        count = sum(len(tasks) for tasks in self.workers.in_flight())
-        images = "1 image" if count == 1 else f"{count} images"
-        self.progress.note(f"Stopping when {images} in hand are done; Ctrl-C again drops them.")
 
     def _submit(self, room: int) -> None:
         """Keep the workers busy: reserve jobs and submit them, a chunk for each that has room."""
@@ -402,12 +430,19 @@ class _Loop:
         if self.seconds is not None:
             wanted = int(CHUNK_SECONDS / max(self.seconds, 1e-6))
             # Smaller towards the end, so that all workers end at the same time.
-            slots = 2 * max(1, room + len(self.workers.in_flight()))
+            slots = 2 * max(1, room + self.chunks)
             fair = self.left if self.workers.computes_here else self.left // slots
             size = max(1, min(LARGEST_CHUNK, wanted, fair) // batch) * batch
-        tasks = self._reserve(room * size)
-        if not tasks:
-            return
+        tasks: list[Task] = []
+        while not tasks:
+            with self.database.begin() as session:
+                wanted_images = (self.scope, self.owner, self.lease, room * size)
+                tasks = queue.reserve(session, *wanted_images)
+                if not tasks:
+                    if self.enqueued_to is None:
+                        return
+                    self.enqueued_to = queue.enqueue(session, self.scope, self.enqueued_to)
+                    tasks = queue.reserve(session, *wanted_images)
         self.left -= len(tasks)
         with self.database.read() as session:
             inputs = self.stage.fetch(session, tasks)
@@ -424,43 +459,33 @@ class _Loop:
         chunks += [others[start : start + size] for start in range(0, len(others), size)]
         for chunk in chunks:
             self.workers.submit(chunk, [inputs[task.image_id] for task in chunk])
+        self.chunks += len(chunks)
 
-    def _reserve(self, number: int) -> list[Task]:
-        """Reserve jobs, making those of the next images where none is open."""
-        while True:
-            with self.database.begin() as session:
-                found = queue.reserve(session, self.scope, self.owner, self.lease, number)
-            if found or self.enqueued_to is None:
-                return found
-            with self.database.begin() as session:
-                self.enqueued_to = queue.enqueue(session, self.scope, self.enqueued_to)
-
-    def _take_in(self, stops: Sequence[threading.Event], *, briefly: bool) -> None:
-        """Wait for a chunk, or for one of ``stops``, and write what has come."""
-        for tasks, answers in self.workers.finished(stops, briefly=briefly):
+    def _take_in(self, *, briefly: bool) -> None:
+        """Wait for a chunk, or for a stop, and write what has come."""
+        for tasks, answers in self.workers.finished(self.stop, briefly=briefly):
+            self.chunks -= 1
             if isinstance(answers, Crash):
                 self._record_crash(tasks, answers)
-            else:
-                self._sort(tasks, answers)
-        self._write(everything=False)
-
-    def _sort(self, tasks: Sequence[Task], answers: Answers) -> None:
-        for task, answer in zip(tasks, answers, strict=True):
-            if isinstance(answer, Success):
-                self.ready.append((task, answer))
-                known = answer.seconds if self.seconds is None else self.seconds
-                self.seconds = 0.8 * known + 0.2 * answer.seconds
-            elif answer.stops is None:
-                self._fail(task, answer)
-        for answer in answers:
-            if isinstance(answer, Failure) and answer.stops is not None:
+            elif isinstance(answers, CellstoreError):
                 self._write(everything=True)  # what is done is not lost
-                raise answer.stops
+                raise answers
+            else:
+                outputs, seconds = answers
+                known = seconds if self.seconds is None else self.seconds
+                for task, output in zip(tasks, outputs, strict=True):
+                    if isinstance(output, Failure):
+                        self._fail(task, output)
+                    else:
+                        self.ready.append((task, output, seconds))
+                        known = 0.8 * known + 0.2 * seconds
+                        self.seconds = known
+        self._write(everything=False)
 
     def _record_crash(self, tasks: Sequence[Task], crash: Crash) -> None:
         """The chunk in the hands of a dead worker counts as tried, one that waited does not."""
         with self.database.begin() as session:
-            if not crash.suspect or self.stopping:
+            if not crash.suspect or self.stop.is_set():
                 queue.release(session, self.scope, self.owner, tasks)
                 return
             given_up = [t for t in tasks if not queue.record_crash(session, self.owner, t)]
@@ -482,48 +507,50 @@ class _Loop:
         self.progress.advance()
 
     def _write(self, *, everything: bool) -> None:
+        """Write files, then rows, closing the jobs; leave those that are no longer ours."""
         together = self.stage.images_per_file
         size = together if together > 1 else MOST_WRITTEN
-        while self.ready and (everything or len(self.ready) >= together):
-            piece, self.ready = self.ready[:size], self.ready[size:]
-            self._write_together(piece)
-
-    def _write_together(self, ready: list[tuple[Task, Success]]) -> None:
-        """Write files, then rows, closing the jobs; leave those that are no longer ours."""
-        conflicts, number = 0, len(ready)
-        while ready:
+        conflicts, alone = 0, 0
+        while self.ready and (everything or alone or len(self.ready) >= together):
+            piece = self.ready[: 1 if alone else size]
+            number = len(piece)
             try:
-                self._write_now(ready)
-                break
+                self._write_now(piece)
             except _LostError as lost:
-                ready = [
-                    (replace(task, jobs={recipe: task.jobs[recipe] for recipe in ours}), answer)
-                    for task, answer in ready
+                kept = [
+                    (replace(task, jobs={recipe: task.jobs[recipe] for recipe in ours}), *rest)
+                    for task, *rest in piece
                     if (ours := lost.ours.get(task.image_id))
                 ]
+                self.progress.advance(number - len(kept))
+                alone = max(0, alone - (number - len(kept)))
+                self.ready[:number] = kept
+                continue
             except ConflictError:
                 conflicts += 1
                 if conflicts >= MOST_CONFLICTS:
                     raise
+                continue
             except (StorageError, DatabaseError):
                 raise
             except Exception as error:
-                if len(ready) == 1:
-                    self._fail(ready[0][0], Failure.of(error))
-                    return
-                for one in ready:  # rows of one of them cannot be written: the others can
-                    self._write_together([one])
-                return
-        self.progress.advance(number)
+                if number > 1:  # rows of one of them cannot be written: the others can
+                    alone = number
+                    continue
+                self._fail(piece[0][0], Failure.of(error))
+            else:
+                self.progress.advance(number)
+            del self.ready[:number]
+            conflicts, alone = 0, max(0, alone - 1)
 
-    def _write_now(self, ready: Sequence[tuple[Task, Success]]) -> None:
+    def _write_now(self, ready: Sequence[tuple[Task, Any, float]]) -> None:
         """Files first, then the rows of all recipes in one transaction, which closes the jobs."""
         written = []
         for run in self.counters.values():
-            done = [(t, answer.output) for t, answer in ready if run.recipe_id in t.jobs]
+            done = [(task, output) for task, output, _ in ready if run.recipe_id in task.jobs]
             if done:
                 written.append((run, done, self.stage.write_together(run, done)))
-        seconds = sum(answer.seconds for _, answer in ready) / len(ready)
+        seconds = sum(took for _, _, took in ready) / len(ready)
         digests = {
             task.jobs[run.recipe_id]: self.stage.digest(run.recipe_id, output)
             for run, done, _ in written
@@ -531,15 +558,271 @@ class _Loop:
         }
         with self.database.begin() as session:
             ours = queue.close(session, self.owner, digests, seconds)
-            if sum(map(len, ours.values())) < sum(len(task.jobs) for task, _ in ready):
+            if sum(map(len, ours.values())) < sum(len(task.jobs) for task, _, _ in ready):
                 raise _LostError(ours)
             cells = [self.stage.insert(session, *each) for each in written]
         for (run, done, _), number in zip(written, cells, strict=True):
             run.images += len(done)
             run.cells += number
 
-    def _nothing_left(self) -> bool:
-        """Whether nobody else has jobs of ours that may come back; frees those of the dead."""
-        with self.database.begin() as session:
-            queue.reclaim_expired(session, self.scope)
-            return not queue.held_by_others(session, self.scope, self.owner)
+
+# --- workers --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one image failed: a sentence, and all that is known. ``may_pass``: not its own fault."""
+
+    sentence: str
+    detail: str
+    may_pass: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        """Return what is kept of an error: of an unexpected one, its traceback."""
+        known = isinstance(error, CellstoreError)
+        detail = str(error) if known else "".join(traceback.format_exception(error))
+        may_pass = not known or isinstance(error.__cause__, OSError)
+        return cls(first_line(error), detail, may_pass)
+
+
+@dataclass(frozen=True)
+class Crash:
+    """A worker is gone. ``suspect``: it was working on this very chunk."""
+
+    suspect: bool
+
+
+Answers: TypeAlias = tuple[list[Any], float]
+"""The output or the ``Failure`` of each image of a chunk, and the seconds that one took."""
+
+Finished: TypeAlias = tuple[Sequence[Task], Answers | Crash | CellstoreError]
+"""The error is one that the next image would meet, too: a full disk, a network that is damaged."""
+
+
+class Workers(Protocol):
+    """Workers and the chunks that they have. ``computes_here``: in this process, not beside it."""
+
+    computes_here: bool
+
+    def room(self) -> int:
+        """Return how many chunks more may be submitted, so that nobody waits.
+
+        Raises:
+            CellstoreError: a worker cannot load the stage, or dies whenever it tries.
+        """
+
+    def submit(self, tasks: Sequence[Task], inputs: Sequence[Any]) -> None:
+        """Give a chunk to the worker that has least to do."""
+
+    def finished(self, stop: threading.Event, *, briefly: bool) -> list[Finished]:
+        """Wait for a worker, or for ``stop``; return the chunks that are over, in order.
+
+        ``briefly``: only for a moment, because another worker has nothing to do.
+        """
+
+    def close(self, *, drop: bool) -> None:
+        """End the workers; ``drop``: what is in flight is not waited for."""
+
+
+@dataclass
+class _Worker:
+    """A pool of one thread or process, how it loads the stage, and its chunks, the oldest first.
+
+    A pool for each, so that a death is one worker's and tells which chunk it had in its hands:
+    libraries that start workers again (loky) only say that one of them died.
+    """
+
+    pool: Executor
+    loading: Future[None]
+    chunks: list[tuple[Future[Answers], Sequence[Task]]] = field(default_factory=list)
+    false_starts: int = 0
+
+
+class LocalWorkers:
+    """One thread of this process, or some processes, which are started again when they died."""
+
+    def __init__(self, stage: ImageStage[Any, Any], workers: int) -> None:
+        self.computes_here = workers == 1
+        self._given = stage if self.computes_here else pickle.dumps(stage)
+        self._threads = max(1, cores() // workers)
+        self._workers = [self._start() for _ in range(workers)]
+
+    def _start(self, false_starts: int = 0) -> _Worker:
+        if self.computes_here:
+            pool: Executor = ThreadPoolExecutor(1, thread_name_prefix="cellstore-worker")
+        else:  # "spawn": torch and threads do not survive a fork
+            pool = ProcessPoolExecutor(
+                1, get_context("spawn"), initializer=set_up_process, initargs=(self._threads,)
+            )
+        return _Worker(pool, pool.submit(load_stage, self._given), false_starts=false_starts)
+
+    def room(self) -> int:
+        """One chunk at work and one that waits, for each worker that has loaded the stage."""
+        room = 0
+        for worker in self._workers:
+            if worker.loading.done():
+                if isinstance(worker.loading.exception(), BrokenProcessPool):
+                    continue  # started again when its chunks are taken back
+                worker.loading.result()
+                room += max(0, CHUNKS - len(worker.chunks))
+        return room
+
+    def submit(self, tasks: Sequence[Task], inputs: Sequence[Any]) -> None:
+        """Give a chunk to the worker that has the fewest."""
+        ready = [index for index, worker in enumerate(self._workers) if worker.loading.done()]
+        index = min(ready, key=lambda index: len(self._workers[index].chunks))
+        worker = self._workers[index]
+        try:
+            future = worker.pool.submit(work_on, self._given, inputs)
+        except BrokenProcessPool as error:
+            if worker.chunks:  # it died of the first of them; this one waits behind it
+                future = Future()
+                future.set_exception(error)
+            else:
+                worker = self._workers[index] = self._start()
+                future = worker.pool.submit(work_on, self._given, inputs)
+        worker.chunks.append((future, tasks))
+
+    def finished(self, stop: threading.Event, *, briefly: bool) -> list[Finished]:
+        """Wait for the first worker; of one that died, the oldest chunk is what it died of."""
+        waited_for: list[Future[Any]] = [w.chunks[0][0] for w in self._workers if w.chunks]
+        waited_for += [worker.loading for worker in self._workers if not worker.loading.done()]
+        wait_for_one(waited_for, stop, briefly=briefly)
+        finished: list[Finished] = []
+        for index, worker in enumerate(self._workers):
+            never_loaded = worker.loading.done() and isinstance(
+                worker.loading.exception(), BrokenProcessPool
+            )
+            dead, suspect = never_loaded, not never_loaded
+            while worker.chunks:
+                future, tasks = worker.chunks[0]
+                if not (dead or future.done()):
+                    break
+                worker.chunks.pop(0)
+                error = future.exception() if future.done() else None
+                if not future.done() or isinstance(error, BrokenProcessPool):
+                    finished.append((tasks, Crash(suspect)))
+                    dead, suspect = True, False
+                elif isinstance(error, CellstoreError):
+                    finished.append((tasks, error))
+                else:
+                    finished.append((tasks, future.result()))
+            if dead:
+                false_starts = worker.false_starts + 1 if never_loaded else 0
+                if false_starts >= MOST_FALSE_STARTS:
+                    raise StoreError(
+                        "Workers die while they start: killed, or out of memory. Free some memory, "
+                        "or give fewer --workers. A Python script that asks for workers must do so "
+                        "below if __name__ == '__main__':"
+                    )
+                self._workers[index] = self._start(false_starts)
+        return finished
+
+    def close(self, *, drop: bool) -> None:
+        """End all workers; processes that are to be dropped are killed, a thread ends alone."""
+        for worker in self._workers:
+            if drop and isinstance(worker.pool, ProcessPoolExecutor):
+                for process in list((worker.pool._processes or {}).values()):
+                    process.kill()
+            worker.pool.shutdown(wait=not (drop and self.computes_here), cancel_futures=drop)
+
+
+def wait_for_one(
+    futures: Sequence[Future[Any]], stop: threading.Event, *, briefly: bool
+) -> set[Future[Any]]:
+    """Wait for one of ``futures`` or for ``stop``; return the futures that are done."""
+    while True:
+        done, _ = wait(futures, POLL_SECONDS, FIRST_COMPLETED)
+        if done or briefly or not futures or stop.is_set():
+            return done
+
+
+_here = threading.local()  # networks are not shared by threads
+
+
+def work_on(given: ImageStage[Any, Any] | bytes, inputs: Sequence[Any]) -> Answers:
+    """Do in a worker what a stage does with each of ``inputs``; return the outputs in their order.
+
+    While a batch is computed, the next one is read and the files of the last one are written.
+
+    Raises:
+        CellstoreError: the stage cannot be loaded, or a file cannot be written.
+    """
+    load_stage(given)
+    started = time.perf_counter()
+    stage: ImageStage[Any, Any] = _here.stage
+    batches = [inputs[i : i + stage.batch] for i in range(0, len(inputs), stage.batch)]
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        coming = reader.submit(_each, stage.read, batches[0])
+        written: list[Future[list[Any]]] = []
+        for batch in (*batches[1:], []):
+            loaded = coming.result()
+            if batch:
+                coming = reader.submit(_each, stage.read, batch)
+            good = [item for item in loaded if not isinstance(item, Failure)]
+            made = _each(stage.compute, [good] if good else [])
+            if made and isinstance(made[0], Failure) and len(good) > 1:
+                # One of them spoils the batch: each for itself, so that it fails alone.
+                made = _each(stage.compute, [[item] for item in good])
+            parts = ([part] if isinstance(part, Failure) else part for part in made)
+            computed = iter([result for part in parts for result in part])
+            results = [item if isinstance(item, Failure) else next(computed) for item in loaded]
+            written.append(writer.submit(_each, stage.write, results, StorageError))
+        outputs = [output for future in written for output in future.result()]
+    return outputs, (time.perf_counter() - started) / len(inputs)
+
+
+def _each(
+    function: Callable[[Any], Any],
+    arguments: Sequence[Any],
+    fatal: type[Exception] | tuple[()] = (),
+) -> list[Any]:
+    """Call a function with each argument; a ``Failure`` takes the place of what cannot be done."""
+    results = []
+    for argument in arguments:
+        if isinstance(argument, Failure):
+            results.append(argument)
+            continue
+        try:
+            results.append(function(argument))
+        except fatal:
+            raise
+        except Exception as error:
+            results.append(Failure.of(error))
+    return results
+
+
+def load_stage(given: ImageStage[Any, Any] | bytes) -> None:
+    """Load a stage in this worker, so that its first chunk need not."""
+    if getattr(_here, "given", None) != given:
+        stage: ImageStage[Any, Any] = (
+            pickle.loads(given) if isinstance(given, bytes) else given  # noqa: S301 - the parent's
+        )
+        stage.load()
+        _here.given, _here.stage = given, stage
+
+
+def set_up_process(threads: int) -> None:
+    """Prepare a process that only works: few threads, no Ctrl-C, no life without its parent."""
+    for name in THREADS:
+        os.environ.setdefault(name, str(threads))
+    # Ctrl-C, and the SIGTERM that clusters send to all of a job, are for the parent to answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def die_with_parent() -> None:
+        parent = parent_process()
+        if parent is not None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True, name="cellstore-parent").start()
+
+
+def cores() -> int:
+    """Return the processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1

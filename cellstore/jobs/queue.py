@@ -12,23 +12,21 @@ import hashlib
 import os
 import random
 import socket
-import time
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    Float,
+    Interval,
     Select,
     and_,
     case,
-    cast,
     exists,
-    extract,
     func,
     literal,
     null,
@@ -39,11 +37,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from ..db.bulk import in_lists
-from ..db.statements import insert_from
+from ..db.bulk import in_lists, insert_from
 from ..enums import Status
 from ..errors import UserInputError
-from ..models import Image, Job, Plate, Run, Well
+from ..models import Image, Job, Plate, Run, UtcDateTime, Well
 
 ENV_LEASE = "CELLSTORE_LEASE_SECONDS"
 LEASE_SECONDS = 60.0
@@ -174,18 +171,14 @@ class ImageCounts:
     """How far a recipe has come with the images of a selection, by their present bytes.
 
     ``selected = waiting + done + failed + todo``: ``waiting`` miss files, ``failed`` are left
-    alone until ``cellstore retry``.
+    alone until ``cellstore retry``, a worker may take those ``todo``.
     """
 
     selected: int
     waiting: int
     done: int
     failed: int
-
-    @property
-    def todo(self) -> int:
-        """Images that a worker may take."""
-        return self.selected - self.waiting - self.done - self.failed
+    todo: int
 
 
 def lease_seconds() -> float:
@@ -201,12 +194,12 @@ def lease_seconds() -> float:
     raise UserInputError(f"{ENV_LEASE} should be a number of seconds, 1 or more, not {text!r}.")
 
 
-def now(session: Session) -> ColumnElement[float]:
-    """Return the moment, in seconds, by the clock that all who share the database share."""
+def now(session: Session, plus: float = 0.0) -> ColumnElement[datetime]:
+    """Return the moment ``plus`` seconds from now, by the clock of all who share the database."""
     session.connection()  # waits for the lock of SQLite: the moment is that after it
     if session.get_bind().dialect.name == "sqlite":
-        return literal(time.time())
-    return cast(extract("epoch", func.clock_timestamp()), Float(53))
+        return literal(datetime.now(UTC) + timedelta(seconds=plus), UtcDateTime())
+    return func.clock_timestamp() + literal(timedelta(seconds=plus), Interval())
 
 
 def content() -> ColumnElement[str]:
@@ -231,7 +224,8 @@ def count_images(
         func.count().filter(Job.status == Status.DONE),
         func.count().filter(Job.status == Status.FAILED),
     )
-    return ImageCounts(*session.execute(query).one())
+    selected, waiting, done, failed = session.execute(query).one()
+    return ImageCounts(selected, waiting, done, failed, selected - waiting - done - failed)
 
 
 def enqueue(session: Session, scope: JobScope, after: int) -> int | None:
@@ -271,56 +265,51 @@ def reserve(
     free = and_(
         Job.status == Status.PENDING, or_(Job.not_before.is_(None), Job.not_before <= moment)
     )
-    ids: list[int] = []
-    images: list[int] = []
+    columns = (Job.id, Job.recipe_id, Job.image_id, Job.content_sha256, Job.attempts, Job.deaths)
+    found: list[Any] = []
     for recipe_id in scope.runs:
-        chosen = select(Job.id, Job.image_id).where(
-            Job.recipe_id == recipe_id, free, _among(scope.images)
-        )
-        if images:
-            chosen = chosen.where(Job.image_id.in_(images))
+        chosen = select(*columns).where(Job.recipe_id == recipe_id, free, _among(scope.images))
+        if found:
+            chosen = chosen.where(Job.image_id.in_([row.image_id for row in found]))
         # Rows that another worker reserves just now are passed over, so that neither waits.
         chosen = chosen.order_by(Job.id).limit(number).with_for_update(skip_locked=True)
-        rows = session.execute(chosen).all()
-        ids += [row.id for row in rows]
-        images = images or [row.image_id for row in rows]
-    if not ids:
+        jobs = chosen.subquery()
+        named = (
+            select(jobs, Plate.barcode, Image.core_name)
+            .join(Image, Image.id == jobs.c.image_id)
+            .join(Well, Well.id == Image.well_id)
+            .join(Plate, Plate.id == Well.plate_id)
+            .order_by(jobs.c.id)
+        )
+        found += session.execute(named)
+    if not found:
         return []
-    runs = case(dict(scope.runs), value=Job.recipe_id)
     claim = (
         update(Job)
-        .where(Job.id.in_(ids), free)
+        .where(Job.id.in_([row.id for row in found]), free)
         .values(
             status=Status.RUNNING,
-            run_id=runs if len(scope.runs) > 1 else next(iter(scope.runs.values())),
+            run_id=case(dict(scope.runs), value=Job.recipe_id),
             worker=owner.text,
             attempts=Job.attempts + 1,
-            lease_until=moment + lease,
+            lease_until=now(session, lease),
             not_before=None,
         )
         .returning(Job.id)
     )
-    return _tasks(session, list(session.scalars(claim)))
-
-
-def _tasks(session: Session, job_ids: Sequence[int]) -> list[Task]:
-    columns = (Job.id, Job.recipe_id, Job.image_id, Job.content_sha256, Job.attempts, Job.deaths)
-    rows = session.execute(
-        select(*columns, Plate.barcode, Image.core_name)
-        .join(Image, Image.id == Job.image_id)
-        .join(Well, Well.id == Image.well_id)
-        .join(Plate, Plate.id == Well.plate_id)
-        .where(Job.id.in_(job_ids))
-        .order_by(Job.id)
-    )
+    claimed = set(session.scalars(claim))
     tasks: dict[int, Task] = {}
-    for job, recipe, image, digest, attempts, deaths, barcode, core in rows:
-        known = tasks.get(image) or Task(image, digest, f"{barcode}/{core}", {}, 0, 0)
-        tasks[image] = replace(
-            known,
-            jobs={**known.jobs, recipe: job},
-            tries=max(known.tries, attempts - deaths),
-            deaths=max(known.deaths, deaths),
+    for row in found:
+        if row.id not in claimed:
+            continue
+        tries, deaths, jobs_of_image = row.attempts + 1 - row.deaths, row.deaths, {}
+        if (other := tasks.get(row.image_id)) is not None:
+            tries, deaths = max(other.tries, tries), max(other.deaths, deaths)
+            jobs_of_image = dict(other.jobs)
+        jobs_of_image[row.recipe_id] = row.id
+        name = f"{row.barcode}/{row.core_name}"
+        tasks[row.image_id] = Task(
+            row.image_id, row.content_sha256, name, jobs_of_image, tries, deaths
         )
     return list(tasks.values())
 
@@ -333,17 +322,6 @@ def _among(images: Select[int]) -> ColumnElement[bool]:
     return found.scalar_subquery().is_(true())
 
 
-def held_by_others(session: Session, scope: JobScope, owner: Owner) -> bool:
-    """Whether other workers have jobs of the scope in hand, or one waits for its next try."""
-    query = select(Job.id).where(
-        Job.recipe_id.in_(scope.runs),
-        Job.status.in_((Status.PENDING, Status.RUNNING)),
-        or_(Job.status == Status.PENDING, Job.worker != owner.text),
-        _among(scope.images),
-    )
-    return session.scalar(query.limit(1)) is not None
-
-
 def _held(owner: Owner) -> ColumnElement[bool]:
     """Whether a job is still ours: after a lease ran out it may be another worker's."""
     return and_(Job.worker == owner.text, Job.status == Status.RUNNING)
@@ -354,7 +332,7 @@ def renew(session: Session, scope: JobScope, owner: Owner, lease: float) -> bool
     # Rows that are being closed just now are passed over, so that neither waits for the other.
     held = select(Job.id).where(Job.recipe_id.in_(scope.runs), _held(owner))
     ids = held.with_for_update(skip_locked=True)
-    until = now(session) + lease
+    until = now(session, lease)
     session.execute(update(Job).where(Job.id.in_(ids)).values(lease_until=until))
     runs = set(scope.runs.values())
     cancelled = select(Run.id).where(Run.id.in_(runs), Run.status == Status.CANCELLED)
@@ -403,13 +381,12 @@ def fail(session: Session, owner: Owner, task: Task, reason: str, *, may_pass: b
     ``may_pass``: the error is not one of the image itself.
     """
     again = may_pass and task.tries < MOST_FAILURES
-    later = now(session) + wait_after(task.tries) if again else null()
     session.execute(
         update(Job)
         .where(Job.id.in_(task.jobs.values()), _held(owner))
         .values(
             status=Status.PENDING if again else Status.FAILED,
-            not_before=later,
+            not_before=now(session, wait_after(task.tries)) if again else null(),
             lease_until=None,
             error=reason,
         )
@@ -433,19 +410,19 @@ def _after_crash(session: Session) -> dict[str, Any]:
     """The values of jobs whose worker died: pending again after a while, failed in the end."""
     last = Job.deaths + 1 >= MOST_DEATHS
     reason = f"Its worker died {MOST_DEATHS} times: killed, out of memory, or crashed."
-    wait = case((Job.deaths >= 5, LONGEST_WAIT), else_=FIRST_WAIT * (Job.deaths + 1))
+    waits = {deaths: now(session, FIRST_WAIT * (deaths + 1)) for deaths in range(MOST_DEATHS - 1)}
     return {
         "status": case((last, Status.FAILED.value), else_=Status.PENDING.value),
         "error": case((last, reason), else_=Job.error),
         "deaths": Job.deaths + 1,
-        "not_before": case((last, null()), else_=now(session) + wait),
+        "not_before": case(waits, value=Job.deaths, else_=null()),
         "lease_until": None,
         "worker": None,
     }
 
 
-def reclaim_expired(session: Session, scope: JobScope) -> int:
-    """Free the jobs of workers that are gone; return how many.
+def reclaim_expired(session: Session, scope: JobScope, owner: Owner) -> bool:
+    """Free the jobs of workers that are gone; return whether any is left to do or to wait for.
 
     A worker is gone when its lease has run out, or at once when it was a process of this machine
     that is no more; never while it lives there. Its run, if nothing else closed it, has failed.
@@ -453,33 +430,36 @@ def reclaim_expired(session: Session, scope: JobScope) -> int:
     """
     running = and_(Job.recipe_id.in_(scope.runs), Job.status == Status.RUNNING)
     names = session.scalars(select(Job.worker).where(running).distinct())
-    owners = {name: owner for name in names if (owner := Owner.parse(name))}
-    dead = [name for name, owner in owners.items() if owner.is_alive() is False]
-    alive = [name for name, owner in owners.items() if owner.is_alive()]
-    leading = [name for name, owner in owners.items() if not owner.mark.startswith(ALONE)]
+    owners = {name: known for name in names if (known := Owner.parse(name))}
+    dead = [name for name, known in owners.items() if known.is_alive() is False]
+    alive = [name for name, known in owners.items() if known.is_alive()]
+    leading = [name for name, known in owners.items() if not known.mark.startswith(ALONE)]
     late = and_(Job.lease_until < now(session), Job.worker.not_in(alive))
     gone = and_(running, or_(late, Job.worker.in_(dead)))
     # What somebody closes just now is not gone.
     found = select(Job.id, Job.run_id).where(gone).with_for_update(skip_locked=True)
     rows = session.execute(found).all()
-    if not rows:
-        return 0
-    freed = 0
     for ids in in_lists([row.id for row in rows]):
         these = and_(Job.id.in_(ids), gone)
-        given_back: Any = session.execute(
-            update(Job).where(these, Job.worker.in_(leading)).values(**_AS_IF_NEVER_RESERVED)
+        given_back = and_(these, Job.worker.in_(leading))
+        session.execute(update(Job).where(given_back).values(**_AS_IF_NEVER_RESERVED))
+        session.execute(update(Job).where(these).values(**_after_crash(session)))
+    if rows:
+        still_working = exists().where(running, Job.run_id == Run.id)
+        session.execute(
+            update(Run)
+            .where(Run.id.in_({row.run_id for row in rows}), Run.status == Status.RUNNING)
+            .where(~still_working)
+            .values(status=Status.FAILED, error="Its process died.")
         )
-        crashed: Any = session.execute(update(Job).where(these).values(**_after_crash(session)))
-        freed += int(given_back.rowcount + crashed.rowcount)
-    still_working = exists().where(running, Job.run_id == Run.id)
-    session.execute(
-        update(Run)
-        .where(Run.id.in_({row.run_id for row in rows}), Run.status == Status.RUNNING)
-        .where(~still_working)
-        .values(status=Status.FAILED, error="Its process died.")
+    in_other_hands = and_(Job.status == Status.RUNNING, Job.worker != owner.text)
+    left = select(Job.id).where(
+        Job.recipe_id.in_(scope.runs),
+        Job.status.in_((Status.PENDING, Status.RUNNING)),
+        or_(Job.status == Status.PENDING, in_other_hands),
+        _among(scope.images),
     )
-    return freed
+    return session.scalar(left.limit(1)) is not None
 
 
 def close_dead_runs(session: Session) -> None:
@@ -510,14 +490,12 @@ def requeue_failed(session: Session, scope: JobScope) -> int:
     return requeue(session, and_(Job.recipe_id.in_(scope.runs), _among(scope.images)))
 
 
-def requeue_done(session: Session, recipe_id: int, image_ids: Collection[int]) -> int:
-    """Open the jobs again by which images were done, by their present bytes; return how many."""
-    current = exists().where(Image.id == Job.image_id, content() == Job.content_sha256)
-    return sum(
-        requeue(
-            session,
-            and_(Job.recipe_id == recipe_id, Job.image_id.in_(some), current),
-            Status.DONE,
-        )
-        for some in in_lists(image_ids)
-    )
+def done_jobs(session: Session, recipe_id: int, image_ids: Collection[int]) -> list[int]:
+    """Return the ids of the jobs by which images were done, by their present bytes."""
+    current = and_(Image.id == Job.image_id, content() == Job.content_sha256)
+    query = select(Job.id).join(Image, current)
+    query = query.where(Job.recipe_id == recipe_id, Job.status == Status.DONE)
+    found: list[int] = []
+    for some in in_lists(image_ids):
+        found += session.scalars(query.where(Job.image_id.in_(some)))
+    return found

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, aliased
 
 from ..enums import ArtifactKind, Stage, Subset
 from ..jobs.lookup import find_split
-from ..jobs.recipes import digest_of_images
+from ..jobs.runs import digest_of_images
 from ..jobs.workspace import Workspace
 from ..models import (
     Artifact,

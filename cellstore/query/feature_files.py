@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from sqlalchemy import select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import PART, ArtifactFolder, StoredFile, sync_folder
@@ -29,7 +29,18 @@ from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
 from ..jobs.runs import attach, keep_file
-from ..models import Artifact, CellFeatures, FeatureFile, FeatureSet
+from ..jobs.selection import is_current
+from ..models import (
+    Artifact,
+    Cell,
+    CellFeatures,
+    FeatureFile,
+    FeatureSet,
+    Image,
+    RecipeInput,
+    RunArtifact,
+    Segmentation,
+)
 
 FEATUREFILES_CELL_ID = "cell_id"
 ROWS_OF_FILE = 50_000
@@ -564,3 +575,97 @@ def _place(
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:
     numbers: NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy()
     return numbers
+
+
+MOST_IMAGES = 400
+"""Images whose features wait for each other, to be written in one file, at most."""
+
+
+def images_per_file(session: Session, segment_id: int, most_cells: int) -> int:
+    """Return how many images fill a file of ``most_cells``, by what the first ones hold."""
+    query = select(Segmentation.n_cells).where(Segmentation.recipe_id == segment_id).limit(1000)
+    mean = session.scalar(select(func.avg(query.subquery().c.n_cells)))
+    return max(1, min(MOST_IMAGES, int(most_cells / max(1.0, float(mean or 0)))))
+
+
+def write_features(
+    artifacts: ArtifactFolder,
+    schema: pa.Schema,
+    cell_ids: Sequence[NDArray[np.int64]],
+    values: Sequence[NDArray[np.float64 | np.float32]],
+) -> Sequence[WrittenFile]:
+    """Write the features of some images: ``cell_ids`` (N,) and ``values`` (F, N) of each.
+
+    A value that is not a number is null: averages in SQL pass over it.
+
+    Raises:
+        StorageError: the disk is full, or the folder cannot be written.
+    """
+    if not any(len(ids) for ids in cell_ids):
+        return ()
+    ids = np.concatenate(cell_ids)
+    order = np.argsort(ids)
+    rows = np.concatenate(values, axis=1)[:, order]
+    arrays = [pa.array(row, from_pandas=True) for row in rows]
+    writer = FeatureWriter(artifacts, schema)
+    try:
+        writer.write(ids[order], pa.RecordBatch.from_arrays(arrays, schema=schema))
+        writer.finish()
+    finally:
+        writer.abandon()
+    return writer.files
+
+
+def _files_of_recipe(
+    session: Session, artifacts: ArtifactFolder, recipe_id: int
+) -> tuple[list[SetFile], list[tuple[int, SetFile]]]:
+    """The files of features of a recipe: those that are there, and those that are gone by id."""
+    rows = session.execute(
+        select(Artifact.id, Artifact.path, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
+        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
+        .where(FeatureSet.recipe_id == recipe_id)
+    ).all()
+    gone = artifacts.missing(row.path for row in rows)
+    there, lost = [], []
+    for row in rows:
+        file = SetFile(artifacts.locate(row.path), row.first_cell_id, row.last_cell_id)
+        if row.path in gone:
+            lost.append((row.id, file))
+        else:
+            there.append(file)
+    return there, lost
+
+
+def images_of_lost_files(
+    session: Session, artifacts: ArtifactFolder, recipe_id: int
+) -> set[int] | None:
+    """Return the images whose features were in files that are gone; None: no file is gone."""
+    there, lost = _files_of_recipe(session, artifacts, recipe_id)
+    if not lost:
+        return None
+    reader = SetReader(there)
+    images: set[int] = set()
+    for _, file in lost:
+        cells = (
+            select(Cell.id, Segmentation.image_id)
+            .join(Segmentation, Segmentation.id == Cell.segmentation_id)
+            .join(RecipeInput, RecipeInput.input_id == Segmentation.recipe_id)
+            .join(Image, is_current())
+            .where(RecipeInput.recipe_id == recipe_id)
+            .where(Cell.id.between(file.first_cell_id, file.last_cell_id))
+            .order_by(Cell.id)
+        )
+        for block in session.execute(cells.execution_options(yield_per=50_000)).partitions():
+            found, _ = reader(np.array([row.id for row in block], dtype=np.int64), ())
+            images.update(block[index].image_id for index in np.flatnonzero(~found))
+    return images
+
+
+def forget_lost_files(session: Session, artifacts: ArtifactFolder, recipe_id: int) -> None:
+    """Delete the rows of the files of features that are gone."""
+    _, lost = _files_of_recipe(session, artifacts, recipe_id)
+    ids = [artifact_id for artifact_id, _ in lost]
+    for table in (FeatureFile, RunArtifact):
+        session.execute(delete(table).where(table.artifact_id.in_(ids)))
+    session.execute(delete(Artifact).where(Artifact.id.in_(ids)))

@@ -1,16 +1,19 @@
-"""Where something comes from and what came of it: an image, a well, a cell, a run or a file."""
+"""The history of an image, a well, a cell, a run or a file: what it comes from, what came of it."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, func, or_, select
+from sqlalchemy import Select, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
@@ -102,30 +105,61 @@ class Audit:
     lineage: Lineage
 
 
-def audit_anything(workspace: Workspace, text: str) -> Audit:
-    """Return the audit of what ``text`` names: a file on disk, a run, a well, an image, a file.
+def audit_anything(workspace: Workspace, text: str, kind: str | None = None) -> Audit:
+    """Return the audit of what ``text`` names; without a ``kind``, of whatever has that name.
 
     Raises:
-        UnknownNameError: it names nothing.
-        UserInputError: it is a number, which may be that of anything; or several have that name.
+        UnknownNameError: nothing has that name.
+        UserInputError: it is a number without a kind; or several things have that name.
     """
-    word = readable(text)
-    if word.isdecimal():
-        ways = ", ".join(f"cellstore audit {kind} {word}" for kind in KINDS if kind != "well")
-        raise UserInputError(f"{word} is the number of what? Say one of: {ways}.")
-    if _on_disk(word) is not None:
+    name = readable(text)
+    by_kind = {
+        "image": audit_image,
+        "well": audit_well,
+        "cell": audit_cell,
+        "run": audit_run,
+        "artifact": audit_artifact,
+    }
+    if kind is not None:
+        return by_kind[kind](workspace, text)
+    if name.isdecimal():
+        ways = ", ".join(f"cellstore audit {kind} {name}" for kind in KINDS if kind != "well")
+        raise UserInputError(f"{name} is the number of what? Use one of: {ways}.")
+    if _on_disk(name) is not None:
         return audit_artifact(workspace, text)
-    if word.lower().startswith(("#", "run ", *RUN_WORDS)):
-        return audit_run(workspace, word)
-    if looks_like_well(word):
-        return audit_well(workspace, word)
+    if name.lower().startswith(("#", "run ", *RUN_WORDS)):
+        return audit_run(workspace, name)
+    if looks_like_well(name):
+        return audit_well(workspace, name)
     try:
-        return audit_image(workspace, word)
+        return audit_image(workspace, name)
     except UnknownNameError as unknown_image:
         try:
-            return audit_artifact(workspace, word)
+            return audit_artifact(workspace, name)
         except UnknownNameError:
             raise unknown_image from None
+
+
+def _record(row: Any, *names: str) -> Record:
+    """Columns of a row as JSON knows them."""
+    found = {name: getattr(row, name) for name in names}
+    for name, value in found.items():
+        if isinstance(value, Enum):
+            found[name] = value.value
+        elif isinstance(value, datetime):
+            found[name] = value.isoformat()
+    return found
+
+
+RUN = ("stage", "status", "started_at")
+RECIPE = ("id", "stage", "version", "fingerprint", "weights_sha256", "parameters")
+
+
+def _run(run: Run, *more: str) -> Record:
+    return {"run_id": run.id, **_record(run, *RUN, *more)}
+
+
+# Images, wells and cells
 
 
 def audit_image(workspace: Workspace, text: str) -> Audit:
@@ -156,61 +190,43 @@ def _image(workspace: Workspace, session: Session, image: Image) -> Audit:
     one = select(Image.id).where(Image.id == image.id)
     frozen, notes = _frozen_labels(session, well, history, one)
     for found in image.segmentations:
-        recipe = found.recipe
-        model = str(recipe.parameters.get("model") or recipe.parameters.get("imported") or "")
+        stored = found.recipe.parameters
+        model = str(stored.get("model") or stored.get("imported") or "")
         when = f"run {found.run_id}, {found.created_at:%Y-%m-%d}"
         box = f"segmentation {found.id}"
         graph.add(box, "segmentation", when, f"{found.n_cells:,} cells", model)
         graph.link("image", box)
-        if recipe.weights_sha256:
-            weights = f"weights {recipe.weights_sha256}"
-            graph.link(graph.add(weights, "weights", model, _short(recipe.weights_sha256)), box)
+        if (digest := found.recipe.weights_sha256) is not None:
+            graph.link(graph.add(f"weights {digest}", "weights", model, _short(digest)), box)
     downstream = _downstream_of_images(session, one)
     for item in downstream:
         if item["what"] in ("measured cells", "feature sets"):
             graph.add(item["what"], "measurement", *_counted(item))
             for found in image.segmentations:
                 graph.link(f"segmentation {found.id}", item["what"])
-    flag = ImageFlag
-    flags = select(flag).join(Run, Run.id == flag.run_id)
-    flags = flags.where(flag.image_id == image.id, Run.status == Status.DONE)
+    flags = select(ImageFlag).join(Run, Run.id == ImageFlag.run_id)
+    flags = flags.where(ImageFlag.image_id == image.id, Run.status == Status.DONE)
+    flags = flags.order_by(ImageFlag.run_id, ImageFlag.reason, ImageFlag.channel)
     record = {
         "image_id": image.id,
         "plate": well.plate.barcode,
         "well": well.name,
-        "site": image.site,
-        "plane": image.plane,
-        "time_point": image.time_point,
-        "core_name": image.core_name,
-        "pixel_size": image.pixel_size,
+        **_record(image, "site", "plane", "time_point", "core_name", "pixel_size"),
         "content_sha256": image.content_sha256,
         "treatment": treatment.name if treatment else None,
         "target": treatment.target if treatment else None,
-        "control": well.control.value if well.control else None,
+        **_record(well, "control"),
         "missing_files": missing,
         "notes": notes,
         "treatment_history": history,
         "frozen_labels": frozen,
         "flags": [
-            {
-                "run_id": item.run_id,
-                "reason": item.reason.value,
-                "channel": item.channel or None,
-                "value": item.value,
-                "low": item.low,
-                "high": item.high,
-            }
-            for item in session.scalars(flags.order_by(flag.run_id, flag.reason, flag.channel))
+            _record(flag, "run_id", "reason", "channel", "value", "low", "high")
+            | {"channel": flag.channel or None}
+            for flag in session.scalars(flags)
         ],
         "files": [
-            {
-                "channel": file.channel,
-                "name": file.name,
-                "uri": file.uri,
-                "sha256": file.sha256,
-                "size_bytes": file.size_bytes,
-            }
-            for file in image.files
+            _record(file, "channel", "name", "uri", "sha256", "size_bytes") for file in image.files
         ],
         "segmentations": [_segmentation(found) for found in image.segmentations],
         "labellings": _labellings(workspace, session, graph, image, treatment_box),
@@ -225,15 +241,10 @@ def _segmentation(found: Segmentation) -> Record:
     Of cells that another tool found, ``imported`` names the tool, and the diameter may be unknown.
     """
     return {
-        "id": found.id,
-        "run_id": found.run_id,
-        "recipe_id": found.recipe_id,
-        "fingerprint": found.recipe.fingerprint,
-        "weights_sha256": found.recipe.weights_sha256,
-        "parameters": found.recipe.parameters,
+        **_record(found, "id", "run_id", "recipe_id"),
+        **_record(found.recipe, "fingerprint", "weights_sha256", "parameters"),
         "made_at": found.created_at.isoformat(),
-        "n_cells": found.n_cells,
-        "diameter": found.diameter,
+        **_record(found, "n_cells", "diameter"),
         # Unknown bytes count as current: nothing can contradict them.
         "current": found.content_sha256 in (None, found.image.content_sha256),
         "has_masks": found.mask_artifact_id is not None,
@@ -260,7 +271,7 @@ _OF_WELL = "SELECT DISTINCT run_id, subset FROM run_images WHERE subset <> 'outs
 def _labellings(
     workspace: Workspace, session: Session, graph: Lineage, image: Image, treatment_box: str
 ) -> list[Record]:
-    """What each predict run said of an image, the oldest run first.
+    """What each predict run answered for an image, the oldest run first.
 
     ``winner`` is the label of the hard vote, ``soft_winner`` that of the summed probabilities;
     ``subset`` that of the image in the split (``outside``: in none), ``well_subsets`` all in which
@@ -268,37 +279,32 @@ def _labellings(
     """
     with open_questions(workspace, image=image.id) as questions:
         values = {"image": image.id}
-        votes = {
-            (row["run_id"], row["vote"]): row
-            for row in questions.ask_ours(_VOTES, values).records()
-        }
+        rows = questions.ask_ours(_VOTES, values).records()
+        votes = {(row["run_id"], row["vote"]): row for row in rows}
         labels = questions.ask_ours(_LABEL_VOTES, values).records()
-        used = set(questions.ask_ours(_USED, values).rows())
-        of_well = {(row["run_id"], row["subset"]) for row in questions.ask_ours(_OF_WELL).records()}
+        used = list(questions.ask_ours(_USED, values).rows())
+        of_well = list(questions.ask_ours(_OF_WELL).rows())
     found = []
     for run_id in sorted({number for number, _ in votes}):
         run = session.get_one(Run, run_id)
         split = run.split or (run.parent.split if run.parent else None)
-        checkpoints = [
-            file.sha256
-            for file in (run.parent.artifacts if run.parent else ())
-            if file.kind is ArtifactKind.CHECKPOINT
-        ]
-        hard, soft = votes[run_id, "hard"], votes[run_id, "soft"]
+        hard = votes[run_id, "hard"]
         own = [row for row in labels if row["run_id"] == run_id]
         well_subsets = [s.value for s in Subset if (run_id, s.value) in of_well]
-        winner, seen = hard["winner"], Subset.TRAIN.value in well_subsets
-        correct = hard["correct"]
+        seen = Subset.TRAIN.value in well_subsets
         segmentations = [item for item in image.segmentations if (run_id, item.id) in used]
         found.append(
             {
                 "run_id": run_id,
                 "started_at": run.started_at.isoformat(),
                 "user": run.user_name,
-                "host": run.host,
-                "code_version": run.code_version,
+                **_record(run, "host", "code_version"),
                 "train_run_id": run.parent_id,
-                "checkpoints": checkpoints,
+                "checkpoints": [
+                    file.sha256
+                    for file in (run.parent.artifacts if run.parent else ())
+                    if file.kind is ArtifactKind.CHECKPOINT
+                ],
                 "split": split.name if split else None,
                 "protocol": split.protocol if split else None,
                 "subset": hard["subset"],
@@ -310,11 +316,9 @@ def _labellings(
                 "n_cells": hard["n_cells"],
                 "votes": {row["label"]: row["cells"] for row in own},
                 "probabilities": {row["label"]: row["probability"] for row in own},
-                "winner": winner,
-                "soft_winner": soft["winner"],
-                "tie": hard["tie"],
-                "truth": hard["truth"],
-                "correct": correct,
+                "winner": hard["winner"],
+                "soft_winner": votes[run_id, "soft"]["winner"],
+                **{key: hard[key] for key in ("tie", "truth", "correct")},
             }
         )
         box = _run_box(graph, run)
@@ -326,10 +330,11 @@ def _labellings(
             if split is not None:
                 named = graph.add(f"split {split.id}", "split", split.name, split.protocol)
                 graph.link(treatment_box, named, train)
-        truth = {True: "right", False: "wrong", None: "truth unknown"}[correct]
-        knows = "well was in training" if seen else "well was not in training"
+        truth = {True: "right", False: "wrong", None: "truth unknown"}[hard["correct"]]
+        known = "well was in training" if seen else "well was not in training"
         most = f"{own[0]['cells']} of {hard['n_cells']} cells"
-        graph.link(box, graph.add(f"label {run_id}", "label", winner, most, truth, knows))
+        answer = graph.add(f"label {run_id}", "label", hard["winner"], most, truth, known)
+        graph.link(box, answer)
     return found
 
 
@@ -354,29 +359,23 @@ def _treatment_history(session: Session, graph: Lineage, well: Well) -> tuple[li
     of_parts = and_(Event.table_name == "perturbations", Event.row_id.in_(parts))
     for event in session.scalars(select(Event).where(or_(of_well, of_parts)).order_by(Event.id)):
         values = (event.old or {}, event.new or {})
-        old: Record | None
-        new: Record | None
+        states: list[Record | None]
         if event.table_name == "perturbations":
-            present = _treatment(well.treatment) or {}
-            old, new = ({**present, "target": item.get("target")} for item in values)
+            now = _treatment(well.treatment) or {}
+            states = [{**now, "target": item.get("target")} for item in values]
         elif "treatment_id" in values[1]:
-            old, new = (
-                None
-                if (number := item["treatment_id"]) is None
-                # What it is called now; other columns that were corrected are events themselves.
-                else _treatment(session.get_one(Treatment, number))
-                for item in values
-            )
+            # What it is called now; other columns that were corrected are events themselves.
+            states = [
+                _treatment(session.get(Treatment, item["treatment_id"] or 0)) for item in values
+            ]
         else:  # another control
             continue
         history.append(
             {
                 "changed_at": event.created_at.isoformat(),
-                "run_id": event.run_id,
-                "file": event.file,
-                "line": event.line,
-                "old": old,
-                "new": new,
+                **_record(event, "run_id", "file", "line"),
+                "old": states[0],
+                "new": states[1],
             }
         )
     for number, item in enumerate(history[-MOST_BOXES:]):
@@ -384,11 +383,6 @@ def _treatment_history(session: Session, graph: Lineage, well: Well) -> tuple[li
         when = f"run {item['run_id']}, {item['changed_at'][:10]}"
         graph.link(graph.add(f"table {number}", "table", item["file"], line, when), box)
     return history, box
-
-
-def _label_now(session: Session, well: Well, label_field: str) -> str | None:
-    query = select(field_column(label_field)).select_from(Well).join(Plate).outerjoin(Treatment)
-    return session.scalar(query.where(Well.id == well.id))
 
 
 def _frozen_labels(
@@ -408,16 +402,16 @@ def _frozen_labels(
     )
     found, notes = [], []
     for split, label_field, subset, label in session.execute(query):
-        key = "target" if label_field == TARGET else "name"
-        now = _label_now(session, well, label_field)
-        changes = [
-            item for item in history if (item["old"] or {}).get(key) != (item["new"] or {}).get(key)
-        ]
+        labelled = select(field_column(label_field)).select_from(Well).join(Plate)
+        now = session.scalar(labelled.outerjoin(Treatment).where(Well.id == well.id))
         since = None
         if now != label:
+            key = "target" if label_field == TARGET else "name"
             text = f"label in split {split}: {label}; the well now has: {now or 'none'}"
-            if changes:
-                since = {name: changes[-1][name] for name in ("run_id", "file", "line")}
+            for item in history:  # the last change of this field counts
+                if (item["old"] or {}).get(key) != (item["new"] or {}).get(key):
+                    since = {name: item[name] for name in ("run_id", "file", "line")}
+            if since is not None:
                 line = "" if since["line"] is None else f", line {since['line']}"
                 text += f", since run {since['run_id']} ({since['file']}{line})"
             notes.append(text)
@@ -457,7 +451,7 @@ def audit_well(workspace: Workspace, text: str) -> Audit:
             "well_id": well.id,
             "plate": plate.barcode,
             "well": well.name,
-            "control": well.control.value if well.control else None,
+            **_record(well, "control"),
             "treatment": _treatment(well.treatment),
             "images": ids,
             "notes": notes,
@@ -468,42 +462,41 @@ def audit_well(workspace: Workspace, text: str) -> Audit:
         return Audit("well", f"Well {name}", record, graph)
 
 
-def audit_cell(workspace: Workspace, cell_id: int) -> Audit:
-    """Return a cell, its masks, its measurements and what every run said about it.
+def audit_cell(workspace: Workspace, cell_id: int | str) -> Audit:
+    """Return a cell, its masks, its measurements and what every run predicted for it.
 
     ``box`` is min row, min col, max row, max col (half open) in pixels; it and ``centroid`` are
-    null where another tool found the cell and does not say.
+    null where another tool found the cell and does not report them.
 
     Raises:
         UnknownNameError: there is no such cell.
     """
     with workspace.database.read() as session:
-        cell = session.get(Cell, cell_id)
+        number = str(cell_id).strip()
+        known = number.isdecimal() and len(number) < 19
+        cell = session.get(Cell, int(number)) if known else None
         if cell is None:
             raise UnknownNameError(
-                f"There is no cell {cell_id}. See which there are with: "
-                "cellstore sql 'FROM cells LIMIT 5'"
+                f"There is no cell {number}. A cell is named by its id in table cells; see some "
+                "with: cellstore sql 'FROM cells LIMIT 5'"
             )
         image = cell.segmentation.image
         name = f"{image.well.plate.barcode}/{image.core_name}"
         graph = _image(workspace, session, image).lineage
-        number = f"object {cell.object_number}"
-        graph.subject = graph.add("cell", "cell", f"cell {cell.id}", number)
+        graph.subject = graph.add("cell", "cell", f"cell {cell.id}", f"object {cell.object_number}")
         graph.link(f"segmentation {cell.segmentation_id}", "cell")
         for choice in cell.predictions:
             if choice.rank == 1:
-                run = f"run {choice.run_id}"
                 text = f"{choice.label.value}, {choice.probability:.2f}"
                 own = graph.add(f"choice {choice.run_id}", "label", text, "this cell alone")
-                graph.link("cell", run, own)
+                graph.link("cell", f"run {choice.run_id}", own)
         box = [cell.min_row, cell.min_col, cell.max_row, cell.max_col]
         centroid = [cell.centroid_row, cell.centroid_col]
         keys = ("cell_id", "recipe_id", "run_id")
-        measured = [
-            column.name for column in CellFeatures.__table__.columns if column.name not in keys
-        ]
+        measured = [c.name for c in CellFeatures.__table__.columns if c.name not in keys]
         flags = select(CellFlag).join(Run, Run.id == CellFlag.run_id)
         flags = flags.where(CellFlag.cell_id == cell.id, Run.status == Status.DONE)
+        flags = flags.order_by(CellFlag.run_id, CellFlag.reason)
         record = {
             "cell_id": cell.id,
             "image": name,
@@ -513,18 +506,16 @@ def audit_cell(workspace: Workspace, cell_id: int) -> Audit:
             "centroid": None if None in centroid else centroid,
             "excluded": cell.excluded,
             "flags": [
-                {"run_id": item.run_id, "reason": item.reason.value, "value": item.value}
-                for item in session.scalars(flags.order_by(CellFlag.run_id, CellFlag.reason))
+                _record(flag, "run_id", "reason", "value") for flag in session.scalars(flags)
             ],
             "segmentation": _segmentation(cell.segmentation),
             "features": {
-                f"recipe {row.recipe_id}": {key: getattr(row, key) for key in measured}
+                f"recipe {row.recipe_id}": _record(row, *measured)
                 for row in sorted(cell.features, key=lambda row: row.recipe_id)
             },
             "choices": [
                 {
-                    "run_id": choice.run_id,
-                    "rank": choice.rank,
+                    **_record(choice, "run_id", "rank"),
                     "label": choice.label.value,
                     "probability": choice.probability,
                 }
@@ -532,6 +523,9 @@ def audit_cell(workspace: Workspace, cell_id: int) -> Audit:
             ],
         }
         return Audit("cell", f"Cell {cell.id} of {name}", record, graph)
+
+
+# Runs
 
 
 def audit_run(workspace: Workspace, reference: str) -> Audit:
@@ -546,60 +540,55 @@ def audit_run(workspace: Workspace, reference: str) -> Audit:
     with workspace.database.read() as session:
         run = run_in(session, reference)
         graph = Lineage(f"run {run.id}")
-        _add_run(session, graph, run)
-        parents, parent = [], run.parent
+        parents: list[Run] = []
+        below, parent = _run_box(graph, run), run.parent
+        _add_recipes(session, graph, run.recipe, below)
         while parent is not None:
-            parents.append(_run(parent))
+            parents.append(parent)
+            graph.link(_result_box(graph, parent), below)
+            below = _run_box(graph, parent)
+            _add_recipes(session, graph, parent.recipe, below)
             parent = parent.parent
-        subsets = select(SplitMember.subset, func.count()).group_by(SplitMember.subset)
-        subsets = subsets.where(SplitMember.split_id == run.split_id)
+        first = parents[-1] if parents else run
+        if first.split is not None:
+            split = first.split
+            graph.link(graph.add(f"split {split.id}", "split", split.name, split.protocol), below)
+        inputs: dict[int, Recipe] = {}
+        level = list(run.recipe.inputs)
+        while level:
+            inputs |= {recipe.id: recipe for recipe in level}
+            level = [up for recipe in level for up in recipe.inputs if up.id not in inputs]
         members = {} if run.split is None else {s.value: 0 for s in Subset}
         if run.split is not None:
-            members |= {Subset(s).value: n for s, n in session.execute(subsets)}
+            subsets = select(SplitMember.subset, func.count()).group_by(SplitMember.subset)
+            counts = session.execute(subsets.where(SplitMember.split_id == run.split_id))
+            members |= {Subset(s).value: n for s, n in counts}
         jobs = select(Job.status, func.count()).where(Job.run_id == run.id).group_by(Job.status)
         changed = wells_changed(Event.run_id == run.id).subquery()
-        downstream = _downstream_of_runs(session, [run.id])
+        downstream = _downstream(session, runs=[run.id])
         record = {
-            **_run(run),
-            "ended_at": None if run.ended_at is None else run.ended_at.isoformat(),
+            **_run(run, "ended_at"),
             "user": run.user_name,
-            "host": run.host,
-            "origin": run.origin.value,
-            "command": run.command,
-            "code_version": run.code_version,
-            "seed": run.seed,
-            "query": run.query,
-            "error": run.error,
+            **_record(run, "host", "origin", "command", "code_version", "seed", "query", "error"),
             "split": run.split.name if run.split else None,
             "changed_wells": session.scalar(select(func.count()).select_from(changed)) or 0,
             "split_counts": members,
             "jobs": {Status(status).value: number for status, number in session.execute(jobs)},
-            "result": run.result,
-            "environment": run.environment,
-            "recipe": _recipe(run.recipe),
-            "inputs": [_recipe(item) for item in _recipes_above(session, run.recipe)],
-            "parents": parents,
+            **_record(run, "result", "environment"),
+            "recipe": _record(run.recipe, *RECIPE),
+            "inputs": [_record(inputs[number], *RECIPE) for number in sorted(inputs)],
+            "parents": [_run(item) for item in parents],
             "children": [_run(child) for child in run.children],
             "ingested": [
-                {
-                    "name": file.name,
-                    "layout": file.layout,
-                    "sha256": file.sha256,
-                    "rows": file.n_rows,
-                    "created": file.n_created,
-                    "updated": file.n_updated,
-                    "unchanged": file.n_unchanged,
-                    "refused": file.n_refused,
+                _record(file, "name", "layout", "sha256")
+                | {
+                    name: getattr(file, f"n_{name}")
+                    for name in ("rows", "created", "updated", "unchanged", "refused")
                 }
                 for file in run.files
             ],
             "artifacts": [
-                {
-                    "kind": file.kind.value,
-                    "path": file.path,
-                    "sha256": file.sha256,
-                    "size_bytes": file.size_bytes,
-                }
+                _record(file, "kind", "path", "sha256", "size_bytes")
                 for file in sorted(run.artifacts, key=lambda file: file.id)
             ],
             "downstream": downstream,
@@ -615,49 +604,6 @@ def audit_run(workspace: Workspace, reference: str) -> Audit:
         own = [item for item in downstream if not item["what"].endswith(" runs")]
         _add_downstream(graph, graph.subject, own)
         return Audit("run", f"Run {run.id}: {run.stage.value}", record, graph)
-
-
-def _run(run: Run) -> Record:
-    return {
-        "run_id": run.id,
-        "stage": run.stage.value,
-        "status": run.status.value,
-        "started_at": run.started_at.isoformat(),
-    }
-
-
-def _recipe(recipe: Recipe) -> Record:
-    return {
-        "id": recipe.id,
-        "stage": recipe.stage.value,
-        "version": recipe.version,
-        "fingerprint": recipe.fingerprint,
-        "weights_sha256": recipe.weights_sha256,
-        "parameters": recipe.parameters,
-    }
-
-
-def _recipes_above(session: Session, recipe: Recipe) -> list[Recipe]:
-    """The recipes that a recipe reads from, all the way up, by id."""
-    above = (
-        select(RecipeInput.input_id).where(RecipeInput.recipe_id == recipe.id).cte(recursive=True)
-    )
-    more = select(RecipeInput.input_id).join(above, RecipeInput.recipe_id == above.c.input_id)
-    every = above.union(more)
-    query = select(Recipe).where(Recipe.id.in_(select(every.c.input_id))).order_by(Recipe.id)
-    return list(session.scalars(query))
-
-
-def _add_run(session: Session, graph: Lineage, run: Run) -> None:
-    """Add a run and all that led to it."""
-    box = _run_box(graph, run)
-    if run.parent is not None:
-        _add_run(session, graph, run.parent)
-        graph.link(_result_box(graph, run.parent), box)
-    elif run.split is not None:
-        split = graph.add(f"split {run.split_id}", "split", run.split.name, run.split.protocol)
-        graph.link(split, box)
-    _add_recipes(session, graph, run.recipe, box)
 
 
 def _run_box(graph: Lineage, run: Run, *lines: str) -> str:
@@ -700,12 +646,10 @@ def _add_recipes(session: Session, graph: Lineage, recipe: Recipe, target: str) 
 
 def _came(
     what: str, count: int | None, runs: Iterable[int] = (), names: Iterable[str] = ()
-) -> Record:
-    return {"what": what, "count": count or 0, "runs": sorted(runs), "names": list(names)}
-
-
-def _some(found: Iterable[Record]) -> list[Record]:
-    return [item for item in found if item["count"]]
+) -> list[Record]:
+    """One record, or none where there is nothing."""
+    found = {"what": what, "count": count or 0, "runs": sorted(runs), "names": list(names)}
+    return [found] if count else []
 
 
 def _downstream_of_images(session: Session, images: Select[int]) -> list[Record]:
@@ -717,13 +661,9 @@ def _downstream_of_images(session: Session, images: Select[int]) -> list[Record]
     cells = cells.where(Segmentation.image_id.in_(images))
     measured = select(CellFeatures.run_id, func.count()).group_by(CellFeatures.run_id)
     by_measure = session.execute(measured.where(CellFeatures.cell_id.in_(cells))).all()
-    sets = (
-        select(FeatureSet.name, Job.run_id)
-        .join(FeatureSet, FeatureSet.recipe_id == Job.recipe_id)
-        .where(Job.image_id.in_(images), Job.status == Status.DONE)
-        .distinct()
-    )
-    in_sets = session.execute(sets).all()
+    sets = select(FeatureSet.name, Job.run_id).distinct()
+    sets = sets.join(FeatureSet, FeatureSet.recipe_id == Job.recipe_id)
+    in_sets = session.execute(sets.where(Job.image_id.in_(images), Job.status == Status.DONE)).all()
     set_names = sorted({name for name, _ in in_sets})
     named = select(Split.id, Split.name).join(SplitMember, SplitMember.split_id == Split.id)
     named = named.where(SplitMember.image_id.in_(images)).distinct().order_by(Split.id)
@@ -733,75 +673,50 @@ def _downstream_of_images(session: Session, images: Select[int]) -> list[Record]
     labelled = select(Prediction.run_id, func.count()).group_by(Prediction.run_id)
     labelled = labelled.where(Prediction.cell_id.in_(cells), Prediction.rank == 1)
     by_predict = session.execute(labelled).all()
-    return _some(
-        [
-            _came("segmentations", n_found, session.scalars(by)),
-            _came("cells", n_cells),
-            _came("measured cells", sum(n for _, n in by_measure), (run for run, _ in by_measure)),
-            _came("feature sets", len(set_names), {run for _, run in in_sets}, set_names),
-            _came("splits", len(splits), names=[name for _, name in splits]),
-            _came("trainings on these splits", len(trainings), trainings),
-            _came("labelled cells", sum(n for _, n in by_predict), (run for run, _ in by_predict)),
-        ]
-    )
+    return [
+        *_came("segmentations", n_found, session.scalars(by)),
+        *_came("cells", n_cells),
+        *_came("measured cells", sum(n for _, n in by_measure), (run for run, _ in by_measure)),
+        *_came("feature sets", len(set_names), {run for _, run in in_sets}, set_names),
+        *_came("splits", len(splits), names=[name for _, name in splits]),
+        *_came("trainings on these splits", len(trainings), trainings),
+        *_came("labelled cells", sum(n for _, n in by_predict), (run for run, _ in by_predict)),
+    ]
 
 
-def _downstream_of_recipes(session: Session, recipe_ids: Collection[int]) -> list[Record]:
-    """What came of some recipes, and of those that read what they wrote."""
-    below = set(recipe_ids)
-    level = set(recipe_ids)
+def _downstream(
+    session: Session, *, runs: Iterable[int] = (), recipes: Iterable[int] = ()
+) -> list[Record]:
+    """What came of runs, or of recipes and of all recipes that read what they wrote."""
+    run_ids, below = list(runs), set(recipes)
+    level = set(below)
     while level:
         query = select(RecipeInput.recipe_id).where(RecipeInput.input_id.in_(level))
         level = set(session.scalars(query)) - below
         below |= level
-    by_stage: dict[Stage, list[int]] = defaultdict(list)
-    runs = select(Run.stage, Run.id).where(Run.recipe_id.in_(below)).order_by(Run.id)
-    for stage, run_id in session.execute(runs):
-        by_stage[Stage(stage)].append(run_id)
     segmented = select(func.count(), func.sum(Segmentation.n_cells))
-    n_found, n_cells = session.execute(segmented.where(Segmentation.recipe_id.in_(below))).one()
-    named = select(FeatureSet.name).where(FeatureSet.recipe_id.in_(below)).order_by(FeatureSet.id)
-    sets = session.scalars(named).all()
-    stages = (Stage.SPLIT, Stage.TRAIN, Stage.PREDICT)
-    return _some(
-        [
-            _came("segmentations", n_found, by_stage[Stage.SEGMENT]),
-            _came("cells", n_cells),
-            _came("feature sets", len(sets), names=sets),
-            *(_came(f"{s.value} runs", len(by_stage[s]), by_stage[s]) for s in stages),
-            _came("images labelled", _images_labelled(session, by_stage[Stage.PREDICT])),
-        ]
-    )
-
-
-def _downstream_of_runs(session: Session, run_ids: Collection[int]) -> list[Record]:
-    """What runs made themselves, and what relies on their results."""
-    segmented = select(func.count(), func.sum(Segmentation.n_cells))
-    n_found, n_cells = session.execute(segmented.where(Segmentation.run_id.in_(run_ids))).one()
+    made = Segmentation.recipe_id.in_(below) if below else Segmentation.run_id.in_(run_ids)
+    n_found, n_cells = session.execute(segmented.where(made)).one()
     files = select(func.count(), func.sum(FeatureFile.n_rows))
     n_files, n_rows = session.execute(files.where(FeatureFile.run_id.in_(run_ids))).one()
-    changed = wells_changed(Event.run_id.in_(run_ids)).subquery()
-    wells = select(func.count()).select_from(changed)
+    named = select(FeatureSet.name).where(FeatureSet.recipe_id.in_(below)).order_by(FeatureSet.id)
+    sets = session.scalars(named).all()
+    changed = select(func.count()).select_from(wells_changed(Event.run_id.in_(run_ids)).subquery())
     by_stage: dict[Stage, list[int]] = defaultdict(list)
-    children = select(Run.stage, Run.id).where(Run.parent_id.in_(run_ids)).order_by(Run.id)
-    for stage, run_id in session.execute(children):
+    later = Run.recipe_id.in_(below) if below else Run.parent_id.in_(run_ids)
+    for stage, run_id in session.execute(select(Run.stage, Run.id).where(later).order_by(Run.id)):
         by_stage[Stage(stage)].append(run_id)
-    return _some(
-        [
-            _came("segmentations", n_found),
-            _came("cells", n_cells),
-            _came("feature files", n_files),
-            _came("cells in feature files", n_rows),
-            _came("wells with another treatment", session.scalar(wells)),
-            *(_came(f"{stage.value} runs", len(ids), ids) for stage, ids in by_stage.items()),
-            _came("images labelled", _images_labelled(session, by_stage[Stage.PREDICT])),
-        ]
-    )
-
-
-def _images_labelled(session: Session, runs: Collection[int]) -> int:
-    query = select(func.count()).where(Job.run_id.in_(runs), Job.status == Status.DONE)
-    return session.scalar(query) or 0
+    labelled = select(func.count()).where(Job.run_id.in_(by_stage.get(Stage.PREDICT, [])))
+    return [
+        *_came("segmentations", n_found),
+        *_came("cells", n_cells),
+        *_came("feature sets", len(sets), names=sets),
+        *_came("feature files", n_files),
+        *_came("cells in feature files", n_rows),
+        *_came("wells with another treatment", session.scalar(changed)),
+        *(_came(f"{stage.value} runs", len(ids), ids)[0] for stage, ids in by_stage.items()),
+        *_came("images labelled", session.scalar(labelled.where(Job.status == Status.DONE))),
+    ]
 
 
 BOX_KINDS = {
@@ -814,12 +729,13 @@ BOX_KINDS = {
     "feature": "measurement",
     "measure": "measurement",
 }
+"""The kind of a box by what is in its name; the first that fits."""
 
 
 def _add_downstream(graph: Lineage, source: str, found: Sequence[Record]) -> None:
     for item in found:
         what = item["what"]
-        kind = next((kind for word, kind in BOX_KINDS.items() if word in what), "result")
+        kind = next((kind for part, kind in BOX_KINDS.items() if part in what), "result")
         graph.link(source, graph.add(f"{source}: {what}", kind, *_counted(item)))
 
 
@@ -837,10 +753,10 @@ def _short(digest: str | None) -> str | None:
 LISTED = 8
 MOST = 50
 """Rows of each kind that are looked at: more have one name or one start only by mistake."""
-IMAGE_FILE, TABLE, WEIGHTS = "image file", "ingested table", "weights"
+WROTE, IMAGE_FILE, TABLE, WEIGHTS = "artifact", "image file", "ingested table", "weights"
 
-FileRow = Artifact | ImageFile | IngestFile | Recipe
-"""A row that knows a file; a recipe knows that of the weights it began from."""
+File = tuple[str, Any, str]
+"""Which table knows a file, its row there, and the sha256. A recipe knows the weights it uses."""
 
 
 def audit_artifact(workspace: Workspace, text: str) -> Audit:
@@ -858,12 +774,12 @@ def audit_artifact(workspace: Workspace, text: str) -> Audit:
     digest = None if path is None else sha256_of(path)
     text = readable(text)
     with workspace.database.read() as session:
-        found = _rows_named(session, text) if digest is None else _rows_by(session, digest)
-        different = {_sha256(row): row for row in found}
+        found = _files_named(session, text) if digest is None else _files_by(session, digest)
+        different = {file[2]: file for file in found}
         if not found:
             raise _unknown_file(session, text, digest)
         if len(different) > 1:
-            shown = [f"{_kind(row)} {_name(row)} ({d[:12]})" for d, row in different.items()]
+            shown = [f"{_kind(file)} {_name(file)} ({d[:12]})" for d, file in different.items()]
             more = ", ..." if len(shown) > LISTED else ""
             raise UserInputError(
                 f"{text!r} names several files: {', '.join(shown[:LISTED])}{more}. "
@@ -871,20 +787,18 @@ def audit_artifact(workspace: Workspace, text: str) -> Audit:
             )
         (sha256,) = different
         # One row of each kind; of image files each, for they are of several images.
-        rows = {
-            (_kind(row), row.id if isinstance(row, ImageFile) else None): row
-            for row in reversed(_rows_by(session, sha256))
-        }
-        known = [_known(session, row) for row in reversed(rows.values())]
+        files: dict[tuple[str, int | None], File] = {}
+        for file in _files_by(session, sha256):
+            files.setdefault((_kind(file), file[1].id if file[0] == IMAGE_FILE else None), file)
+        known = [_known(session, file) for file in files.values()]
         graph = Lineage("bytes")
         graph.add("bytes", "file", known[0]["name"], _short(sha256))
-        kinds = {kind.value for kind in ArtifactKind}
-        for item in known:
+        for (source, _, _), item in zip(files.values(), known, strict=True):
             key = f"known {item['kind']} {item['key']}"
             graph.add(key, item["kind"], *item["about"][:2])
             for run in item["runs"][:MOST_BOXES]:
                 box = _run_box(graph, session.get_one(Run, run["run_id"]))
-                graph.link(*((box, "bytes") if item["kind"] in kinds else ("bytes", box)))
+                graph.link(*((box, "bytes") if source == WROTE else ("bytes", box)))
             graph.link("bytes", key)
             _add_downstream(graph, key, item["downstream"])
         record = {
@@ -906,8 +820,9 @@ def _on_disk(text: str) -> Path | None:
 
 def _unknown_file(session: Session, text: str, digest: str | None) -> UnknownNameError:
     if digest is not None:
-        same = [_sha256(row)[:12] for row in _rows_of_name(session, re.split(r"[/\\]", text)[-1])]
-        hint = f" A file of that name was known with sha256 {', '.join(same[:3])}." if same else ""
+        files = _files_of_name(session, re.split(r"[/\\]", text)[-1])
+        same = ", ".join(sha256[:12] for _, _, sha256 in files[:3])
+        hint = f" A file of that name was known with sha256 {same}." if same else ""
         return UnknownNameError(
             f"The store knows no file with the bytes of {text} (sha256 {digest[:12]}).{hint}"
         )
@@ -922,129 +837,227 @@ def _unknown_file(session: Session, text: str, digest: str | None) -> UnknownNam
     )
 
 
-def _rows_named(session: Session, text: str) -> list[FileRow]:
-    """The rows that ``text`` may mean: by id, path, name, or the start of a sha256."""
-    found: list[FileRow] = []
+def _files_named(session: Session, text: str) -> list[File]:
+    """The files that ``text`` may mean: by id, path, name, or the start of a sha256."""
+    artifact = None
     if text.isdecimal() and len(text) < 19:
-        found += session.scalars(select(Artifact).where(Artifact.id == int(text)))
-    found = found or list(session.scalars(select(Artifact).where(Artifact.path == text)))
+        artifact = session.get(Artifact, int(text))
+    if artifact is None:
+        artifact = session.scalars(select(Artifact).where(Artifact.path == text)).first()
+    if artifact is not None:
+        return [(WROTE, artifact, artifact.sha256)]
     name = re.split(r"[/\\]", text)[-1]
-    found = found or _rows_of_name(session, text) or _rows_of_name(session, name)
+    found = _files_of_name(session, text) or _files_of_name(session, name)
     start = hex_start(name.partition(".")[0])
-    return found or ([] if start is None else _rows_by(session, start))
+    return found or ([] if start is None else _files_by(session, start))
 
 
-def _rows_of_name(session: Session, name: str) -> list[FileRow]:
+def _files_of_name(session: Session, name: str) -> list[File]:
     images = select(ImageFile).where(ImageFile.name == name, ImageFile.sha256.is_not(None))
     tables = select(IngestFile).where(IngestFile.name == name).order_by(IngestFile.id)
-    return [*session.scalars(images.limit(MOST)), *session.scalars(tables.limit(MOST))]
+    return [
+        *((IMAGE_FILE, row, row.sha256 or "") for row in session.scalars(images.limit(MOST))),
+        *((TABLE, row, row.sha256) for row in session.scalars(tables.limit(MOST))),
+    ]
 
 
-def _rows_by(session: Session, digits: str) -> list[FileRow]:
-    """The rows of files by their sha256, or by its start."""
-
-    def has(column: Any) -> ColumnElement[bool]:
-        same: ColumnElement[bool] = column == digits
-        return same if len(digits) == 64 else starts_with(column, digits)
-
-    queries: tuple[Select[Any], ...] = (
-        select(Artifact).where(has(Artifact.sha256)),
-        select(ImageFile).where(has(ImageFile.sha256)),
-        select(IngestFile).where(has(IngestFile.sha256)).order_by(IngestFile.id),
-        select(Recipe).where(has(Recipe.weights_sha256)).order_by(Recipe.id),
+def _files_by(session: Session, digits: str) -> list[File]:
+    """The files by their sha256, or by its start."""
+    sources: tuple[tuple[str, Any, Any], ...] = (
+        (WROTE, Artifact, Artifact.sha256),
+        (IMAGE_FILE, ImageFile, ImageFile.sha256),
+        (TABLE, IngestFile, IngestFile.sha256),
+        (WEIGHTS, Recipe, Recipe.weights_sha256),
     )
-    return [row for query in queries for row in session.scalars(query.limit(MOST))]
+    found: list[File] = []
+    for source, table, column in sources:
+        named = column == digits if len(digits) == 64 else starts_with(column, digits)
+        query = select(table, column).where(named).order_by(table.id).limit(MOST)
+        found += [(source, row, digest) for row, digest in session.execute(query)]
+    return found
 
 
-def _kind(row: FileRow) -> str:
-    if isinstance(row, Artifact):
-        return row.kind.value
-    return {ImageFile: IMAGE_FILE, IngestFile: TABLE, Recipe: WEIGHTS}[type(row)]
+def _kind(file: File) -> str:
+    source, row, _ = file
+    return str(row.kind.value) if source == WROTE else source
 
 
-def _sha256(row: FileRow) -> str:
-    return (row.weights_sha256 if isinstance(row, Recipe) else row.sha256) or ""
-
-
-def _name(row: FileRow) -> str:
-    if isinstance(row, Artifact):
-        return row.path.rpartition("/")[2]
-    if isinstance(row, Recipe):
+def _name(file: File) -> str:
+    source, row, _ = file
+    if source == WEIGHTS:
         named = row.parameters.get("model", row.parameters.get("weights"))
         return str(named or f"{row.stage.value} recipe {row.id}")
-    return row.name
+    return str(row.path.rpartition("/")[2] if source == WROTE else row.name)
 
 
-def _known(session: Session, row: FileRow) -> Record:
+def _known(session: Session, file: File) -> Record:
     """A file as one row knows it: what it is, where, of what, by which runs, and what came of it.
 
     ``key`` is the id of the row.
     """
+    source, row, sha256 = file
     about: list[str] = []
     runs: set[int] = set()
-    path = row.uri if isinstance(row, ImageFile) else None
-    if isinstance(row, ImageFile):
+    recipes: set[int] = set()
+    images: Select[Any] | None = None
+    if source == IMAGE_FILE:
         image = row.image
         well = f"{image.well.plate.barcode}/{image.well.name}"
         about = [f"channel {row.channel} of image {well}/{image.site} {image.core_name}"]
-        downstream = _downstream_of_images(session, select(Image.id).where(Image.id == image.id))
-    elif isinstance(row, IngestFile):
-        same = select(IngestFile).where(IngestFile.sha256 == row.sha256).order_by(IngestFile.id)
-        for file in session.scalars(same):
-            runs.add(file.run_id)
+        images = select(Image.id).where(Image.id == image.id)
+    elif source == TABLE:
+        same = select(IngestFile).where(IngestFile.sha256 == sha256).order_by(IngestFile.id)
+        for read in session.scalars(same):
+            runs.add(read.run_id)
             about.append(
-                f"run {file.run_id} read it as {file.layout}: {file.n_rows:,} rows, "
-                f"{file.n_created:,} new, {file.n_updated:,} updated, "
-                f"{file.n_unchanged:,} unchanged, {file.n_refused:,} refused"
+                f"run {read.run_id} read it as {read.layout}: {read.n_rows:,} rows, "
+                f"{read.n_created:,} new, {read.n_updated:,} updated, "
+                f"{read.n_unchanged:,} unchanged, {read.n_refused:,} refused"
             )
-        relabelled = select(Image.id).where(
-            Image.well_id.in_(wells_changed(Event.run_id.in_(runs)))
-        )
-        downstream = _downstream_of_runs(session, runs)
-        for item in _downstream_of_images(session, relabelled):
-            downstream.append({**item, "what": f"{item['what']} of these wells"})
-    elif isinstance(row, Recipe):
-        same_weights = select(Recipe).where(Recipe.weights_sha256 == row.weights_sha256)
-        recipes = session.scalars(same_weights.order_by(Recipe.id)).all()
-        for recipe in recipes:
+    elif source == WEIGHTS:
+        using = select(Recipe).where(Recipe.weights_sha256 == sha256).order_by(Recipe.id)
+        for recipe in session.scalars(using):
+            recipes.add(recipe.id)
             runs.update(run.id for run in recipe.runs)
             short = recipe.fingerprint[:12]
             about.append(f"{recipe.stage.value} recipe {recipe.id} ({short}) uses it")
-        downstream = _downstream_of_recipes(session, [recipe.id for recipe in recipes])
     else:
-        path = row.path
         runs = {run.id for run in row.runs}
         if row.kind in (ArtifactKind.MASK, ArtifactKind.FLOW):
             masks = row.kind is ArtifactKind.MASK
             column = Segmentation.mask_artifact_id if masks else Segmentation.flow_artifact_id
             found = session.scalars(select(Segmentation).where(column == row.id).limit(MOST)).all()
             runs.update(item.run_id for item in found)
-            images = [item.image for item in found]
-            about = [f"of image {i.well.plate.barcode}/{i.core_name}" for i in images]
-            ids = select(Image.id).where(Image.id.in_([image.id for image in images]))
-            downstream = _downstream_of_images(session, ids)
+            drawn = [item.image for item in found]
+            about = [f"of image {i.well.plate.barcode}/{i.core_name}" for i in drawn]
+            images = select(Image.id).where(Image.id.in_([image.id for image in drawn]))
         elif row.kind is ArtifactKind.FEATURES:
             parts = session.scalars(select(FeatureFile).where(FeatureFile.artifact_id == row.id))
-            recipe_ids = []
             for part in parts:
                 runs.add(part.run_id)
-                recipe_ids.append(part.feature_set.recipe_id)
+                recipes.add(part.feature_set.recipe_id)
                 about.append(
                     f"of feature set {part.feature_set.name}: {part.n_rows:,} cells, "
                     f"ids {part.first_cell_id} to {part.last_cell_id}"
                 )
-            downstream = _downstream_of_recipes(session, recipe_ids)
-        else:
-            downstream = _downstream_of_runs(session, runs)
+    if images is not None:
+        downstream = _downstream_of_images(session, images)
+    elif recipes:
+        downstream = _downstream(session, recipes=recipes)
+    else:
+        downstream = _downstream(session, runs=runs)
+    if source == TABLE:
+        relabelled = Image.well_id.in_(wells_changed(Event.run_id.in_(runs)))
+        for item in _downstream_of_images(session, select(Image.id).where(relabelled)):
+            downstream.append({**item, "what": f"{item['what']} of these wells"})
     by = select(Run).where(Run.id.in_(runs)).order_by(Run.id)
     return {
-        "kind": _kind(row),
+        "kind": _kind(file),
         "key": row.id,
-        "name": _name(row),
-        "path": path,
-        "sha256": _sha256(row),
-        "size_bytes": None if isinstance(row, Recipe) else row.size_bytes,
+        "name": _name(file),
+        "path": row.path if source == WROTE else row.uri if source == IMAGE_FILE else None,
+        "sha256": sha256,
+        "size_bytes": None if source == WEIGHTS else row.size_bytes,
         "about": about,
         "runs": [_run(run) for run in session.scalars(by)],
         "downstream": downstream,
     }
+
+
+# As text
+
+WIDTH = 80
+SHOWN = 20
+"""Records of a list."""
+GAP = "  "
+
+
+def audit_text(audit: Audit) -> str:
+    """Return the record of an audit as lines of 80 characters at most, where names allow it."""
+    record = {name: value for name, value in audit.record.items() if name != "notes"}
+    lines = [audit.title, *_lines(record, "")]
+    for note in audit.record.get("notes", ()):
+        lines += ["", *textwrap.wrap(note, WIDTH)]
+    printable = ("".join(char if char.isprintable() else " " for char in line) for line in lines)
+    return "\n".join(printable) + "\n"
+
+
+def is_part(value: Any) -> bool:
+    """Whether a value is a record, or a list of records."""
+    return isinstance(value, Mapping) or (
+        isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    )
+
+
+def _lines(record: Mapping[str, Any], margin: str) -> Iterable[str]:
+    """Values, then the parts of a record, each below its name.
+
+    The records of a list are a table if that fits, else one below the other, without what is
+    unknown.
+    """
+    parts = {name: value for name, value in record.items() if is_part(value)}
+    values = {k: v for k, v in record.items() if k not in parts and v not in ([], {})}
+    width = max((len(name) for name in values), default=0)
+    for name, value in values.items():
+        lead = f"{margin}{name.replace('_', ' '):<{width}}{GAP}"
+        room = max(20, WIDTH - len(lead))
+        for line in textwrap.wrap(shown(name, value), room, break_on_hyphens=False) or [""]:
+            yield f"{lead}{line}".rstrip()
+            lead = " " * len(lead)
+    for name, part in parts.items():
+        if not part:
+            continue
+        yield ""
+        yield f"{margin}{name.replace('_', ' ')}"
+        if isinstance(part, Mapping):
+            yield from _lines(part, margin + GAP)
+            continue
+        rows = part[:SHOWN]
+        cells = [[key.replace("_", " ") for key in rows[0]]]
+        cells += [[shown(key, value) for key, value in row.items()] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        nested = any(isinstance(value, list) and is_part(value) for value in rows[0].values())
+        if not nested and len(margin) + sum(widths) + len(GAP) * len(widths) <= WIDTH:
+            for row in cells:
+                texts = (f"{GAP}{text:<{w}}" for text, w in zip(row, widths, strict=True))
+                yield (margin + "".join(texts)).rstrip()
+        else:
+            for number, row in enumerate(rows):
+                if number:
+                    yield ""
+                known = {
+                    key: shown(key, value) if isinstance(value, Mapping) else value
+                    for key, value in row.items()
+                    if value is not None
+                }
+                yield from _lines(known, margin + GAP)
+        if len(part) > SHOWN:
+            yield f"{margin}{GAP}and {len(part) - SHOWN:,} more (all with --json)"
+
+
+def shown(name: str, value: Any, *, digits: int = 12, most: int = 6) -> str:
+    """Return a value as one line: ``digits`` of a sha256, ``most`` items of a list or record."""
+    if isinstance(value, Mapping | list):
+        if isinstance(value, Mapping):
+            pairs = [(f"{key.replace('_', ' ')} ", key, item) for key, item in value.items()]
+        else:
+            pairs = [("", name, item) for item in value]
+        texts = [
+            lead + shown(key, item, digits=digits, most=most) for lead, key, item in pairs[:most]
+        ]
+        more = [f"and {len(pairs) - most} more"] if len(pairs) > most else []
+        return ", ".join([*texts, *more]) or "-"
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not name.endswith("id"):
+        return f"{value:,}"
+    text = str(value)
+    if name.endswith(("sha256", "fingerprint", "checkpoints", "weights")):
+        text = text[:digits]
+    elif name.endswith("_at"):
+        text = text[:19].replace("T", " ")
+    return text

@@ -13,7 +13,7 @@ from ..artifacts import write_atomically
 from ..extras import need
 from ..jobs.workspace import Workspace
 from ..settings import check_not_of_a_store
-from .audit import Audit, Lineage
+from .audit import Audit, Lineage, is_part, shown
 from .drawing import BLUE, GREY, INK, ORANGE, render, short, svg
 
 if TYPE_CHECKING:
@@ -38,14 +38,18 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
     for key, value in audit.record.items():
         title = key.replace("_", " ")
         if isinstance(value, dict):
-            values += [(f"{title} {name}".replace("_", " "), _text(x)) for name, x in value.items()]
-        elif not isinstance(value, list) or not value or not isinstance(value[0], dict):
-            values.append((title, _text(value)))
-        else:
-            rows = [[_text(x) for x in row.values()] for row in value[:ROWS]]
+            named = {f"{title} {name}".replace("_", " "): (name, x) for name, x in value.items()}
+            values += [(lead, shown(*item, digits=64, most=LISTED)) for lead, item in named.items()]
+        elif is_part(value):
+            rows = [
+                [shown(name, x, digits=64, most=LISTED) for name, x in row.items()]
+                for row in value[:ROWS]
+            ]
             heads = [name.replace("_", " ") for name in value[0]]
             more = len(value) - len(rows)
             tables.append({"title": title, "heads": heads, "rows": rows, "more": more})
+        else:
+            values.append((title, shown(key, value, digits=64, most=LISTED)))
     content = {
         "title": audit.title,
         "picture": draw_lineage(audit.lineage),
@@ -60,20 +64,6 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
     check_not_of_a_store(path)
     write_atomically(path, render("lineage.html.j2", content).encode("utf-8", "replace"))
     return path
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        shown = "; ".join(_text(item) for item in value[:LISTED])
-        more = len(value) - LISTED
-        return f"{shown}; and {more} more" if more > 0 else shown
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 BOX = (1.95, 0.92)

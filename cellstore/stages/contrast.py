@@ -18,8 +18,7 @@ from ..config import ContrastParams, Selection, as_parameters
 from ..enums import Control, Stage
 from ..errors import UnknownNameError, UserInputError
 from ..extras import need
-from ..jobs.recipes import RecipeSpec, digest_of_images, finished_run, register
-from ..jobs.runs import running
+from ..jobs.runs import RecipeSpec, digest_of_images, finished_run, register, running
 from ..jobs.selection import images_of
 from ..jobs.workspace import Workspace
 from ..learn.training_cells import teacher_of

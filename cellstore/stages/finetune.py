@@ -27,8 +27,7 @@ from ..io.mask_files import mask_files
 from ..jobs.lookup import find_plate
 from ..jobs.mask_matching import NoMatch, read_masks_of
 from ..jobs.planes import check_channels, choose_channels, read_image
-from ..jobs.recipes import RecipeSpec, fingerprint, register
-from ..jobs.runs import RunHandle, attach, keep_file, running
+from ..jobs.runs import RecipeSpec, RunHandle, attach, fingerprint, keep_file, register, running
 from ..jobs.workspace import Workspace
 from ..learn.segmentation_networks import OF_A_RUN, SIZE_MODEL, Network, find_network
 from ..models import Recipe, Run, RunMetric

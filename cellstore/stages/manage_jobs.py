@@ -152,8 +152,9 @@ def _rows(session: Session, which: ColumnElement[bool]) -> Select[Any]:
         Job.attempts,
         Job.deaths,
         Job.worker,
-        (Job.lease_until - moment).label("lease"),
-        (Job.not_before - moment).label("wait"),
+        Job.lease_until,
+        Job.not_before,
+        moment.label("moment"),
         Job.seconds,
         Job.error,
     )
@@ -173,12 +174,16 @@ def _row(row: Any) -> JobRow:
         attempts=row.attempts,
         deaths=row.deaths,
         worker=shown_worker(row.worker) or None,
-        lease=None if row.lease is None else round(float(row.lease), 1),
-        wait=None if row.wait is None else round(float(row.wait), 1),
+        lease=_seconds_until(row.lease_until, row.moment),
+        wait=_seconds_until(row.not_before, row.moment),
         seconds=row.seconds,
         reason=lines[-1] if lines else None,
         error=row.error,
     )
+
+
+def _seconds_until(moment: datetime | None, now: datetime) -> float | None:
+    return None if moment is None else round((moment - now).total_seconds(), 1)
 
 
 def _counts(session: Session, which: ColumnElement[bool]) -> Any:

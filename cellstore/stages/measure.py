@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from typing import Any
@@ -34,8 +34,7 @@ from ..config import (
     Selection,
     as_parameters,
 )
-from ..db.bulk import bulk_insert, in_lists
-from ..db.statements import insert_new
+from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project
@@ -43,7 +42,7 @@ from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
 from ..jobs.lookup import find_recipe
 from ..jobs.planes import ChannelFile, channel_files, check_channels, choose_files, open_file
 from ..jobs.queue import Task
-from ..jobs.recipes import RecipeSpec, fingerprint, register
+from ..jobs.runs import RecipeSpec, fingerprint, register
 from ..jobs.selection import images_of, is_current, segmented
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -57,8 +56,16 @@ from ..models import (
     Segmentation,
 )
 from ..query.cells import current_segmentation, last_with_masks, plane_of
-from ..query.feature_files import ROWS_OF_FILE, WrittenFile, register_files, set_of_recipe
-from ..query.feature_output import images_per_file, requeue_lost_features, write_features
+from ..query.feature_files import (
+    ROWS_OF_FILE,
+    WrittenFile,
+    forget_lost_files,
+    images_of_lost_files,
+    images_per_file,
+    register_files,
+    set_of_recipe,
+    write_features,
+)
 
 VERSION = 2
 """Of group ``basic``. 2: means are taken in 64 bits."""
@@ -399,6 +406,12 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         """Return the digest of the values (F, N), float64, by ascending cell id."""
         return hashlib.sha256(output.values[recipe_id].tobytes()).hexdigest()
 
-    def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
-        """Open the jobs of images again whose file of features is gone."""
-        return requeue_lost_features(session, self.artifacts, recipe_id)
+    def find_lost(
+        self, session: Session, recipe_id: int, images: Select[int]
+    ) -> Collection[int] | None:
+        """Return the images whose file of features is gone."""
+        return images_of_lost_files(session, self.artifacts, recipe_id)
+
+    def forget_lost(self, session: Session, recipe_id: int) -> None:
+        """Delete the rows of the files of features that are gone."""
+        forget_lost_files(session, self.artifacts, recipe_id)

@@ -18,16 +18,23 @@ from sqlalchemy.orm import Session, aliased
 from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
 from ..config import PredictParams, as_parameters
-from ..db.bulk import bulk_insert
-from ..db.statements import insert_new
+from ..db.bulk import bulk_insert, insert_new
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import JobsFailedError, UnknownNameError, UserInputError
 from ..extras import need
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_run, find_split
 from ..jobs.queue import JobScope, Task, count_images, requeue_failed
-from ..jobs.recipes import RecipeSpec, digest_of_images, known_recipe, register
-from ..jobs.runs import attach, fail_if_any, keep_file, running
+from ..jobs.runs import (
+    RecipeSpec,
+    attach,
+    digest_of_images,
+    fail_if_any,
+    keep_file,
+    known_recipe,
+    register,
+    running,
+)
 from ..jobs.selection import first_of, images_of, segmented
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
@@ -49,8 +56,14 @@ from ..models import (
     Well,
 )
 from ..query.cells import CellSource, as_text, cells_query
-from ..query.feature_files import ROWS_OF_FILE, WrittenFile, register_files, set_of_recipe
-from ..query.feature_output import images_per_file, write_features
+from ..query.feature_files import (
+    ROWS_OF_FILE,
+    WrittenFile,
+    images_per_file,
+    register_files,
+    set_of_recipe,
+    write_features,
+)
 from ..query.feature_sets import check_set_name
 
 if TYPE_CHECKING:
@@ -387,21 +400,21 @@ def _seen_notes(
     other = aliased(Image)
     wells = select(other.well_id).where(other.id.in_(trained_on))
     is_train, in_well = Image.id.in_(trained_on), Image.well_id.in_(wells)
-    stopped_by = (trained.result or {}).get("validation_side")
+    stopped_by = (trained.result or {}).get("validation_subset")
     stopped = Image.id.in_(members.where(SplitMember.subset == stopped_by))
     counts = [
-        (_count(session, images, is_train), f"training run {trained.id} was trained on"),
+        (_count(session, images, is_train), f"were used to train run {trained.id}"),
         (
             _count(session, images, ~is_train, in_well),
-            f"are of wells that training run {trained.id} has seen",
+            f"are from wells that run {trained.id} was trained on",
         ),
         (
             _count(session, images, stopped) if stopped_by else 0,
-            f"were used to decide when to stop training run {trained.id}",
+            f"decided when the training of run {trained.id} stopped",
         ),
     ]
     return [
-        f"{number:,} of the {ready:,} images {what}: labels of these say little about new wells."
+        f"{number:,} of the {ready:,} images {what}. Accuracy on them tells little about new wells."
         for number, what in counts
         if number
     ]

@@ -26,16 +26,14 @@ from sqlalchemy.orm import Session
 
 from ..analysis.quality import WHITE_NOISE_SLOPE, Limits, PlaneQuality, plane_quality, robust_limits
 from ..config import EVERYTHING, THIS_PROCESS, QcParams, Resources, Selection, as_parameters
-from ..db.bulk import bulk_insert
-from ..db.statements import insert_from
+from ..db.bulk import bulk_insert, insert_from
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..jobs.execute import Forecast, ImageStage, RunCounter, forecast, run_jobs
 from ..jobs.lookup import find_recipe
 from ..jobs.planes import ChannelFile, channel_files, open_file
 from ..jobs.queue import ImageCounts, JobScope, Task, count_images
-from ..jobs.recipes import RecipeSpec, register
-from ..jobs.runs import running
+from ..jobs.runs import RecipeSpec, register, running
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..models import (

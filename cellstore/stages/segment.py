@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -46,9 +46,8 @@ from ..jobs.planes import (
     insert_cells,
     open_file,
 )
-from ..jobs.queue import Task, requeue_done
-from ..jobs.recipes import RecipeSpec, register
-from ..jobs.runs import keep_file
+from ..jobs.queue import Task
+from ..jobs.runs import RecipeSpec, keep_file, register
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..learn.segmentation_networks import find_network
@@ -359,18 +358,19 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         rows = [output.mask.sha256, output.flow.sha256, output.diameter, output.cells]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
-    def requeue_lost(self, session: Session, recipe_id: int, images: Select[int]) -> int:
-        """Open the jobs of images again whose masks or flows are gone."""
+    def find_lost(
+        self, session: Session, recipe_id: int, images: Select[int]
+    ) -> Collection[int] | None:
+        """Return the images whose masks or flows are gone."""
         mask, flow = aliased(Artifact), aliased(Artifact)
         chosen = images.subquery()
         query = (
-            select(Image.id, mask.path.label("mask"), flow.path.label("flow"))
+            select(Image.id, mask.path, flow.path)
             .join(chosen, chosen.c.id == Image.id)
             .join(Segmentation, and_(is_current(), Segmentation.recipe_id == recipe_id))
             .join(mask, mask.id == Segmentation.mask_artifact_id)
             .join(flow, flow.id == Segmentation.flow_artifact_id)
         )
-        rows = session.execute(query).all()
-        gone = self.artifacts.missing([path for row in rows for path in (row.mask, row.flow)])
-        lost = [row.id for row in rows if row.mask in gone or row.flow in gone]
-        return requeue_done(session, recipe_id, lost)
+        rows = session.connection().execute(query).all()
+        gone = self.artifacts.missing([path for _, *paths in rows for path in paths])
+        return [image_id for image_id, *paths in rows if gone.intersection(paths)] if gone else None

@@ -28,7 +28,7 @@ from ..analysis.splitting import (
     SECOND_LARGEST,
     Assignment,
     Cap,
-    LeftOut,
+    ExcludedClass,
     SplitImage,
     balanced,
     cut_by_groups,
@@ -39,16 +39,14 @@ from ..analysis.splitting import (
     published_split,
 )
 from ..config import Selection, SplitParams, as_parameters
-from ..db.bulk import in_lists
+from ..db.bulk import in_lists, insert_new
 from ..db.fields import check_field, field_column, of_parts
-from ..db.statements import insert_new
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..extras import need
 from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
 from ..jobs.lookup import find_split
-from ..jobs.recipes import RecipeSpec, register
-from ..jobs.runs import running
+from ..jobs.runs import RecipeSpec, register, running
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -79,7 +77,7 @@ IMPORTED = "imported"
 class SplitResult:
     """A split as it stands.
 
-    ``counts`` are images by side; ``left_out`` says what is on no side and why. ``leaking``: wells
+    ``counts`` are images by subset; ``excluded``: what is in no subset and why. ``leaking``: wells
     that train also test, so scores are those of wells already seen. ``created``: by this call,
     in run ``run_id``. ``family`` and ``fold``: which cross-validation it is a fold of.
     """
@@ -96,8 +94,8 @@ class SplitResult:
     classes: int
     images: int
     counts: dict[str, int]
-    wells_on_both_sides: int
-    left_out: dict[str, Any]
+    wells_in_both_subsets: int
+    excluded: dict[str, Any]
     query: str
     run_id: int | None = None
     family: str | None = None
@@ -106,7 +104,7 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class SplitLine:
-    """A split in a list: images by side, and how many runs name it."""
+    """A split in a list: images by subset, and how many runs name it."""
 
     name: str
     protocol: str
@@ -144,10 +142,10 @@ class CheckResult:
     group_level: str
     images: int
     wells: int
-    wells_on_both_sides: int
+    wells_in_both_subsets: int
     labels: int
-    labels_on_both_sides: int
-    plates_on_both_sides: int
+    labels_in_both_subsets: int
+    plates_in_both_subsets: int
     leaks: int
     warnings: int
     findings: tuple[Finding, ...]
@@ -236,7 +234,7 @@ def _check_level(params: SplitParams) -> None:
     if not named:
         return
     if params.group_level is not GroupLevel.PLATE:
-        raise UserInputError("Plates are named for a side where whole plates are: --group plate.")
+        raise UserInputError("Plates are named for a subset where whole plates are: --group plate.")
     if params.folds is not None:
         raise UserInputError("With --folds each plate tests in turn: name none, or leave it out.")
     if not params.test_plates:
@@ -298,12 +296,12 @@ class Candidate:
 class Pool:
     """All candidates in the order of their keys, the query that found them, and who is not there.
 
-    ``qc``: the run whose flagged images are left out; ``segment``: the recipe whose cells count.
+    ``qc``: the run whose flagged images are excluded; ``segment``: the recipe whose cells count.
     """
 
     candidates: tuple[Candidate, ...]
     query: Select[Any]
-    left_out: Mapping[str, int]
+    excluded: Mapping[str, int]
     qc: Run | None = None
     segment_id: int | None = None
 
@@ -331,18 +329,18 @@ def read_pool(session: Session, params: SplitParams, segment_id: int | None) -> 
     qc = _qc_run(session, params, chosen)
     query = _candidates_query(params, qc)
     found = _candidates(session, query)
-    left_out = _counts_left_out(session, chosen, params)
+    excluded = _counts_excluded(session, chosen, params)
     if qc is not None:
-        left_out |= _counts_flagged(session, params, qc, len(found), chosen)
+        excluded |= _counts_flagged(session, params, qc, len(found), chosen)
     if not found:
-        raise UserInputError(_nothing_to_split(params, left_out))
+        raise UserInputError(_nothing_to_split(params, excluded))
     if params.group_level is GroupLevel.PERTURBATION:
         found = _with_compounds(session, query, found)
     if segment_id is not None:
         found = _with_cells(session, query, found, segment_id)
     # Not by id, so that every store draws alike.
     ordered = tuple(sorted(found, key=lambda item: item.key))
-    return Pool(ordered, query, left_out, qc, segment_id)
+    return Pool(ordered, query, excluded, qc, segment_id)
 
 
 def _qc_run(session: Session, params: SplitParams, chosen: Select[int]) -> Run | None:
@@ -444,7 +442,7 @@ def _counts_flagged(
     return {"flagged": number - unflagged, "qc_run": qc.id, "unseen_by_qc": unseen}
 
 
-def _counts_left_out(session: Session, chosen: Select[int], params: SplitParams) -> dict[str, int]:
+def _counts_excluded(session: Session, chosen: Select[int], params: SplitParams) -> dict[str, int]:
     label = field_column(params.field)
     base = (
         select(func.count(Image.id))
@@ -461,20 +459,20 @@ def _counts_left_out(session: Session, chosen: Select[int], params: SplitParams)
     }
 
 
-def _nothing_to_split(params: SplitParams, left_out: Mapping[str, int]) -> str:
-    if left_out["missing_files"]:
+def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
+    if excluded["missing_files"]:
         return (
-            f"All {left_out['missing_files']} images with a {params.field} miss files. "
+            f"All {excluded['missing_files']} images with a {params.field} miss files. "
             "Ingest again with --images, or split without the pixels with --allow-missing."
         )
-    if left_out.get("flagged"):
+    if excluded.get("flagged"):
         return (
-            f"All {left_out['flagged']} images are flagged by quality-control run "
-            f"{left_out['qc_run']}. Split without --exclude-flagged."
+            f"All {excluded['flagged']} images are flagged by quality-control run "
+            f"{excluded['qc_run']}. Split without --exclude-flagged."
         )
-    if left_out["without_label"]:
+    if excluded["without_label"]:
         return (
-            f"None of the {left_out['without_label']} images has a {params.field}. Ingest a "
+            f"None of the {excluded['without_label']} images has a {params.field}. Ingest a "
             "table that has it, or choose another --field."
         )
     if params.where is not None:
@@ -584,7 +582,7 @@ def _line(session: Session, split: Split, runs: int) -> SplitLine:
 
 
 def counts_of(session: Session, split_id: int) -> dict[Subset, int]:
-    """Return the images on each side; by the primary key, so only this split's rows are read."""
+    """Return the images in each subset; by the primary key, so only this split's rows are read."""
     query = select(SplitMember.subset, func.count()).where(SplitMember.split_id == split_id)
     return dict(session.execute(query.group_by(SplitMember.subset)).all())
 
@@ -608,8 +606,8 @@ def result_of(session: Session, split: Split) -> SplitResult:
         classes=session.scalar(classes) or 0,
         images=sum(found.values()),
         counts={side.value: found.get(side, 0) for side in Subset},
-        wells_on_both_sides=shared,
-        left_out=split.left_out,
+        wells_in_both_subsets=shared,
+        excluded=split.excluded,
         query=split.query,
         family=split.family,
         fold=split.fold,
@@ -635,7 +633,7 @@ class Drawn:
     params: SplitParams
     query: str
     members: tuple[tuple[Candidate, Subset], ...]
-    left_out: dict[str, Any]
+    excluded: dict[str, Any]
     family: str | None = None
     fold: int | None = None
     imported: bool = False
@@ -647,7 +645,7 @@ class Drawn:
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of what the split is: its members, their sides and labels."""
+        """The SHA-256 of what the split is: its members, their subsets and labels."""
         params = self.params
         digest = hashlib.sha256(repr((self.protocol, params.field, params.seed)).encode())
         digest.update(params.group_level.value.encode())
@@ -661,7 +659,7 @@ def keep(workspace: Workspace, drawn: Sequence[Drawn], spec: RecipeSpec) -> tupl
 
     Raises:
         UserInputError: a name is taken by another split, or the database refuses a split that
-            has a group on two sides.
+            has a group in two subsets.
     """
     with workspace.database.begin() as session:
         there = {item.name: _existing(session, item) for item in drawn}
@@ -735,7 +733,7 @@ def _new_split(drawn: Drawn, recipe: Recipe) -> Split:
         seed=drawn.params.seed,
         query=drawn.query,
         fingerprint=drawn.fingerprint,
-        left_out=drawn.left_out,
+        excluded=drawn.excluded,
         created_at=datetime.now(UTC),
         frozen_at=None,
         family=drawn.family,
@@ -775,10 +773,10 @@ class _Drawing:
 
 
 def create_split(workspace: Workspace, name: str, params: SplitParams | None = None) -> SplitResult:
-    """Assign the images that have a treatment to sides, and keep that under ``name``.
+    """Assign the images that have a treatment to subsets, and keep that under ``name``.
 
     The same images and parameters give the same split in every store. Protocol ``published``
-    works by image, so wells are on both sides; ``grouped`` keeps groups together.
+    works by image, so wells are in both subsets; ``grouped`` keeps groups together.
 
     Raises:
         UserInputError: the name is taken by another split, or the images cannot be split.
@@ -797,8 +795,8 @@ def create_split(workspace: Workspace, name: str, params: SplitParams | None = N
 def create_folds(workspace: Workspace, name: str, params: SplitParams) -> tuple[SplitResult, ...]:
     """Make the splits ``NAME-1`` to ``NAME-k`` of a cross-validation, all or none.
 
-    Their test sides partition the images; of each, the next fold's test side validates. They are
-    one family, and share the images, the classes and what is left out.
+    Their test subsets partition the images; of each, the next fold's test subset validates. They
+    are one family, and share the images, the classes and what is excluded.
 
     Raises:
         UserInputError: a name is taken by another split, or the images cannot be split so.
@@ -822,7 +820,7 @@ def _drawn(drawing: _Drawing, names: Sequence[str], family: str | None = None) -
             params,
             as_text(pool.query),
             tuple((pool.candidates[i], side) for i, side in sorted(assignment.subsets.items())),
-            {**pool.left_out, **_left_out_by(assignment)},
+            {**pool.excluded, **_excluded_by(assignment)},
             family,
             number if family else None,
         )
@@ -857,7 +855,7 @@ def _assign(pool: Pool, params: SplitParams) -> tuple[Assignment, ...]:
         SplitImage(index, item.label, item.group(params.group_level), item.cells)
         for index, item in enumerate(pool.candidates)
     ]
-    out: tuple[LeftOut, ...] = ()
+    out: tuple[ExcludedClass, ...] = ()
     if params.min_images:
         images, out = enough(images, params.min_images)
     cut: dict[str, tuple[int, int]] = {}
@@ -869,7 +867,7 @@ def _assign(pool: Pool, params: SplitParams) -> tuple[Assignment, ...]:
     return tuple(
         replace(
             found,
-            left_out=(*out, *found.left_out),
+            excluded=(*out, *found.excluded),
             downsampled={**cut, **found.downsampled},
         )
         for found in _assigned(images, params, balance=by_default)
@@ -893,8 +891,8 @@ def _assigned(
     return [grouped_split(images, seed, params.test_size, validation, balance, by_class)]
 
 
-def _left_out_by(assignment: Assignment) -> dict[str, Any]:
-    classes = [_class_left_out(item) for item in assignment.left_out]
+def _excluded_by(assignment: Assignment) -> dict[str, Any]:
+    classes = [_class_excluded(item) for item in assignment.excluded]
     cut = {
         label: {"before": before, "after": after}
         for label, (before, after) in assignment.downsampled.items()
@@ -902,7 +900,7 @@ def _left_out_by(assignment: Assignment) -> dict[str, Any]:
     return {"classes": classes, "downsampled": cut}
 
 
-def _class_left_out(item: LeftOut) -> dict[str, Any]:
+def _class_excluded(item: ExcludedClass) -> dict[str, Any]:
     return {"label": item.label, "images": len(item.image_ids), "reason": item.reason}
 
 
@@ -912,7 +910,7 @@ SHOWN = 5
 
 @dataclass
 class _Matched:
-    """What became of the rows: a side for each image, and what has none."""
+    """What became of the rows: a subset for each image, and what has none."""
 
     sides: dict[int, tuple[Candidate, Subset]] = field(default_factory=dict)
     without_image: list[str] = field(default_factory=list)
@@ -931,15 +929,15 @@ def import_split(
 ) -> SplitResult:
     """Keep the split that tables say (see ``formats.splits``) under ``name``, as ``imported``.
 
-    A row puts on its side all images that it names: by plate, well and site as far as it says
+    A row puts in its subset all images that it names: by plate, well and site as far as it says
     them; without a well those of its treatment (``identifier``, else ``pert_iname``), on its plate
     if it says one. Labels are those of the store. ``group_level``: what the split promises to keep
     together, which the database then guards; by default nothing.
 
     Raises:
-        UserInputError: the name is taken; no row has an image; an image is put on two sides; a
-            group is on two sides and ``group_level`` says it must not be.
-        BadTableError: no table says the sides, or of what.
+        UserInputError: the name is taken; no row has an image; an image is put in two subsets; a
+            group is in two subsets and ``group_level`` says it must not be.
+        BadTableError: no table says the subsets, or of what.
         UnknownNameError: there is no such field or group level.
 
     """
@@ -952,8 +950,8 @@ def import_split(
         matched = _match(session, tables, params.field, allow_missing)
     _check(matched, params.field)
     members = tuple(sorted(matched.sides.values(), key=lambda item: item[0].key))
-    left_out = _left_out(tables, matched)
-    drawn = Drawn(name, params, _query(name), members, left_out, imported=True)
+    excluded = _excluded(tables, matched)
+    drawn = Drawn(name, params, _query(name), members, excluded, imported=True)
     parameters = {
         "protocol": IMPORTED,
         "field": params.field,
@@ -1074,7 +1072,7 @@ def _take(matched: _Matched, row: SplitRow, found: Iterable[_Found], allow_missi
 def _check(matched: _Matched, field: str) -> None:
     if matched.twice:
         raise UserInputError(
-            f"{len(matched.twice)} times an image is put on two sides, first {matched.twice[0]}. "
+            f"{len(matched.twice)} times an image is put in two subsets, first {matched.twice[0]}. "
             "See what the tables share with: cellstore split check --csv FILE, then mend them."
         )
     if matched.sides:
@@ -1094,7 +1092,7 @@ def _check(matched: _Matched, field: str) -> None:
     )
 
 
-def _left_out(tables: SplitTables, matched: _Matched) -> dict[str, Any]:
+def _excluded(tables: SplitTables, matched: _Matched) -> dict[str, Any]:
     return {
         "without_label": len(matched.without_label),
         "missing_files": len(matched.missing_files),
@@ -1187,10 +1185,10 @@ def _result(name: str, protocol: str, level: GroupLevel, found: SplitCheck) -> C
         group_level=level.value,
         images=found.n_images,
         wells=found.n_wells,
-        wells_on_both_sides=found.wells_on_both_sides,
+        wells_in_both_subsets=found.wells_in_both_subsets,
         labels=found.n_labels,
-        labels_on_both_sides=found.labels_on_both_sides,
-        plates_on_both_sides=found.plates_on_both_sides,
+        labels_in_both_subsets=found.labels_in_both_subsets,
+        plates_in_both_subsets=found.plates_in_both_subsets,
         leaks=severities.count(LeakSeverity.LEAK),
         warnings=severities.count(LeakSeverity.WARNING),
         findings=found.findings,
@@ -1198,7 +1196,7 @@ def _result(name: str, protocol: str, level: GroupLevel, found: SplitCheck) -> C
 
 
 def _members(session: Session, split_id: int) -> Iterator[Member]:
-    """Yield the images of each well, side and label as one; the database counts them."""
+    """Yield the images of each well, subset and label as one; the database counts them."""
     keys = (SplitMember.subset, SplitMember.label_id, Image.well_id)
     counts = (
         select(*keys, func.count().label("images"))
@@ -1229,7 +1227,7 @@ def _unseen(session: Session, split_id: int) -> int:
 
 
 def _same_files(session: Session, split_id: int) -> Iterator[tuple[str, Subset]]:
-    """Yield the digest and the sides of files that are in images of several sides."""
+    """Yield the digest and the subsets of files that are in images of several subsets."""
     several = (
         select(ImageFile.sha256)
         .join(SplitMember, SplitMember.image_id == ImageFile.image_id)

@@ -36,14 +36,17 @@ from ..errors import (
 from ..extras import need
 from ..jobs.lookup import RUN_WORDS, find_run
 from ..jobs.queue import close_dead_runs, shown_worker
-from ..jobs.recipes import RecipeSpec, fingerprint, finished_run, register
 from ..jobs.runs import (
+    RecipeSpec,
     RunHandle,
     attach,
     check_still_ours,
     files_of,
+    fingerprint,
+    finished_run,
     forget_files,
     keep_file,
+    register,
     running,
 )
 from ..jobs.workspace import Workspace
@@ -84,9 +87,9 @@ class TrainResult:
     """A finished training.
 
     ``images``, ``cells`` and ``images_without_cells`` count by subset (``train``,
-    ``validation``); ``validation_side`` is the subset of the split that stopped the training.
+    ``validation``); ``validation_subset`` is the subset of the split that stopped the training.
     ``metrics`` has one record per epoch. ``already_done``: the run was there before this call.
-    ``notes`` are sentences that a reader of the scores has to know. ``columns_left_out`` of the
+    ``notes`` are sentences that a reader of the scores has to know. ``columns_excluded`` of the
     feature set have no value in the training subset. ``qc_run_id``: the quality-control run whose
     ``images_flagged`` (whole) and ``cells_flagged`` (those of such images included) were excluded.
     ``resumed_after``: the epoch after which the run was resumed last; 0: it never was.
@@ -101,7 +104,7 @@ class TrainResult:
     images: dict[str, int]
     cells: dict[str, int]
     images_without_cells: dict[str, int]
-    validation_side: str
+    validation_subset: str
     epochs: int
     best_epoch: int
     stopped_early: bool
@@ -110,7 +113,7 @@ class TrainResult:
     notes: tuple[str, ...]
     feature_set: str | None = None
     branches: tuple[str, ...] = BRANCHES
-    columns_left_out: tuple[str, ...] = ()
+    columns_excluded: tuple[str, ...] = ()
     qc_run_id: int | None = None
     images_flagged: int = 0
     cells_flagged: int = 0
@@ -839,13 +842,13 @@ def summary(plan: Plan, training: Training, fitted: Fitted) -> dict[str, Any]:
         "images": {name: len(some) for name, some in blocks.items()},
         "cells": {name: sum(b.n_cells for b in some) for name, some in blocks.items()},
         "images_without_cells": without,
-        "validation_side": plan.validation.value,
+        "validation_subset": plan.validation.value,
         "epochs": len(training.epochs),
         "best_epoch": training.best + 1,
         "stopped_early": training.stopped_early,
         "feature_set": cells.source.features.name,
         "branches": list(plan.branches),
-        "columns_left_out": excluded,
+        "columns_excluded": excluded,
         "notes": notes,
     }
     if flagged:

@@ -18,8 +18,7 @@ from ..config import BaselineParams
 from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..extras import need
-from ..jobs.recipes import RecipeSpec, finished_run, register
-from ..jobs.runs import attach, keep_file, running
+from ..jobs.runs import RecipeSpec, attach, finished_run, keep_file, register, running
 from ..jobs.workspace import Workspace
 from ..learn import baselines
 from ..learn.baselines import NULLS, ON_FEATURES, ForestConfig, choose
@@ -79,7 +78,7 @@ class BaselineResult:
     checkpoint_sha256: str
     notes: tuple[str, ...]
     feature_set: str | None = None
-    columns_left_out: tuple[str, ...] = ()
+    columns_excluded: tuple[str, ...] = ()
     qc_run_id: int | None = None
     predict_run_id: int | None = None
 
@@ -202,7 +201,7 @@ def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) 
             "rows": fitted.rows,
             "notes": notes + column_notes,
             "feature_set": cells.source.features.name if kind in ON_FEATURES else None,
-            "columns_left_out": excluded,
+            "columns_excluded": excluded,
             "qc_run_id": cells.source.unflagged_by,
             "checkpoint_sha256": files[0].sha256,
         }
@@ -317,8 +316,8 @@ class Fitting:
         classes = self._classes([given[well] for well in cells.wells.tolist()])
         same = int((before == after).sum())
         note = (
-            f"By chance {same:,} of {len(labels):,} wells kept their true label when labels were "
-            "shuffled."
+            f"Labels were shuffled between wells; {same:,} of {len(labels):,} wells got their own "
+            "label back by chance."
         )
         fitted = self._linear(cells.rows, classes, cells.scaler)
         return replace(fitted, notes=(*fitted.notes, note))

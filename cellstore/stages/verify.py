@@ -22,7 +22,7 @@ from ..db.bulk import in_lists
 from ..enums import ArtifactKind, Status
 from ..errors import ImageError, StorageError
 from ..io.image_files import decode_tiff
-from ..jobs.executors import cores
+from ..jobs.execute import cores
 from ..jobs.queue import close_dead_runs
 from ..jobs.workspace import Workspace
 from ..models import (

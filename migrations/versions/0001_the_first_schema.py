@@ -41,7 +41,7 @@ def only(condition: str) -> dict[str, Any]:
 APPEND_ONLY = ("predictions", "image_predictions", "annotations", "events")
 
 FROZEN = "split is frozen"
-TOGETHER = "split keeps each group on one side"
+TOGETHER = "split keeps each group in one subset"
 NO_GROUP = "split member is in no group"
 FIXED = "split keeps its protocol and group level"
 TAKEN = "split is there already"
@@ -182,7 +182,7 @@ def raising(reason: str) -> str:
 
 
 # FOR SHARE: who freezes the split waits for who is adding to it, and the other way round.
-# ON CONFLICT DO NOTHING waits for who says the side of the same group at this moment.
+# ON CONFLICT DO NOTHING waits for who says the subset of the same group at this moment.
 POSTGRESQL = {
     "split_members_guard": (
         "AFTER INSERT OR UPDATE OR DELETE ON split_members FOR EACH ROW",
@@ -446,7 +446,7 @@ def upgrade() -> None:
         sa.Column("seed", sa.Integer(), nullable=False),
         sa.Column("query", sa.Text(), nullable=False),
         sa.Column("fingerprint", SHA256, nullable=False),
-        sa.Column("left_out", sa.JSON(), nullable=False),
+        sa.Column("excluded", sa.JSON(), nullable=False),
         sa.Column("created_at", MOMENT, nullable=False),
         sa.Column("frozen_at", MOMENT),
         sa.Column("family", NAME),
@@ -676,8 +676,8 @@ def upgrade() -> None:
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("deaths", sa.Integer(), nullable=False),
         sa.Column("worker", NAME),
-        sa.Column("lease_until", FLOAT),
-        sa.Column("not_before", FLOAT),
+        sa.Column("lease_until", MOMENT),
+        sa.Column("not_before", MOMENT),
         sa.Column("seconds", FLOAT),
         sa.Column("digest", SHA256),
         sa.Column("error", sa.Text()),

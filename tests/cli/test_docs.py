@@ -19,15 +19,15 @@ spec.loader.exec_module(make_commands)
 PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
 init, ingest, refresh, segment, measure, qc, contrast, split create, split import, split list,
-split delete, split show, split check, train, predict, votes, report, compare, audit image,
-audit well, audit cell, audit run, audit artifact, repro, ask, sql, schema, export, status, jobs,
-retry, cancel, finetune, export-model, verify, doctor, demo, db upgrade, db check, db current
+split delete, split show, split check, train, predict, votes, report, compare, audit, repro, ask,
+sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
+db upgrade, db check, db current
 """
 
 
 def test_all_commands_are_there():
     wanted = {name.strip() for name in WANTED.replace("\n", " ").split(",")}
-    groups = {"split", "audit", "db"}
+    groups = {"split", "db"}
     assert {" ".join(path) for path in PATHS} == wanted | groups
 
 
@@ -40,7 +40,7 @@ def test_the_page_of_commands_is_up_to_date():
 def test_every_command_has_help_with_an_example(cellstore, path):
     said = cellstore(*path, "--help").out
     assert all(len(line) <= 88 for line in said.splitlines())
-    if path[0] not in ("split", "audit", "db") or len(path) > 1:
+    if path[0] not in ("split", "db") or len(path) > 1:
         assert f"cellstore {' '.join(path)}" in said.split("Example:")[1]
         described = said.split("Options:")[1]
         for option in re.findall(r"^  (--[a-z-]+).*$", described, re.MULTILINE):

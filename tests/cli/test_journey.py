@@ -67,7 +67,7 @@ def test_a_screen_from_images_to_an_audit(cellstore, model, store, tmp_path):
             "split", "create", "as-published", "--protocol", "published", "--test-size", "0.5", *at
         ).err
     )
-    assert cellstore("split", "show", *at, "--json").json["wells_on_both_sides"] > 0
+    assert cellstore("split", "show", *at, "--json").json["wells_in_both_subsets"] > 0
     assert "well" in cellstore("split", "check", "as-published", *at, code=1).out
 
     trained = cellstore(

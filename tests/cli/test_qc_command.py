@@ -85,7 +85,7 @@ def test_a_split_leaves_out_and_says_what(cellstore, store, screen):
     assert f"qc run {run}" in made.out
     assert "1 image excluded" in made.out
     named = cellstore("split", "create", "named", "--exclude-flagged", run, *sizes, "--json").json
-    assert named["left_out"]["qc_run"] == run
+    assert named["excluded"]["qc_run"] == run
     unknown = cellstore("split", "create", "x", "--exclude-flagged", 99, *sizes, code=2)
     assert "99" in unknown.err
 

@@ -1,4 +1,4 @@
-"""split: what is on each side, and nothing left out in silence."""
+"""split: what is on each subset, and nothing left out in silence."""
 
 from __future__ import annotations
 
@@ -92,10 +92,10 @@ def test_a_table_of_others_is_imported_and_checked(cellstore, store, tmp_path):
     assert "rows without an image  1, first theirs.csv, line 5" in made.out
     assert "Careful: some wells are in training and in test" in made.err
     refused = cellstore(*words[:2], "kept", *words[3:], "--group", "well", code=2)
-    assert "one side only" in refused.err
+    assert "one subset only" in refused.err
     found = cellstore("split", "check", "theirs", "--store", store, code=1)
     leak = [line for line in found.out.splitlines() if line.startswith("leak")]
-    assert leak == ["leak     1 of 2 wells is on both sides."]
+    assert leak == ["leak     1 of 2 wells is in both subsets."]
     table = cellstore("split", "check", "--csv", "theirs.csv", code=1)  # needs no store
     assert "rows                    4" in table.out
     assert "'Aspirin' (test) = 'aspirin' (train)" in table.out
@@ -117,7 +117,7 @@ def test_a_pipeline_may_stop_at_warnings(cellstore, tmp_path):
     (tmp_path / "t.csv").write_text(
         "split,plate,well,pert_iname\ntrain,P1,A01,DMSO\ntest,P1,A02,DMSO\n"
     )
-    cellstore(*words, "--strict", code=0)  # a plate on both sides is only a remark
+    cellstore(*words, "--strict", code=0)  # a plate in both subsets is only a remark
 
 
 def test_the_published_protocol_takes_no_group(cellstore, store):

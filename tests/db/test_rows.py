@@ -12,7 +12,7 @@ from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, StatementError
 from unguarded import unguarded
 
-from cellstore.db.statements import insert_new
+from cellstore.db.bulk import insert_new
 from cellstore.enums import (
     AnnotationKind,
     ArtifactKind,

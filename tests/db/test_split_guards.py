@@ -16,7 +16,7 @@ from cellstore.errors import UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Run, Split, SplitGroup, SplitMember, Well
 
-SIDES = "one side only"
+ONE_SUBSET = "one subset only"
 FROZEN = "A run relies on this split.*cellstore split create NAME"
 
 
@@ -82,15 +82,15 @@ def plates(workspace: Workspace) -> Plates:
 )
 def test_a_group_cannot_sit_on_two_sides(plates: Plates, level, well, site, side) -> None:
     split = plates.split(level, "t--e")
-    with pytest.raises(UserInputError, match=SIDES):
+    with pytest.raises(UserInputError, match=ONE_SUBSET):
         plates.insert(split, well, site, side)
     assert plates.count(SplitMember) == plates.count(SplitGroup) == 2
     plates.insert(split, well, site, "train")
-    with pytest.raises(UserInputError, match=SIDES):
+    with pytest.raises(UserInputError, match=ONE_SUBSET):
         plates.run("UPDATE split_members SET subset = 'test' WHERE subset = 'train'")
-    with pytest.raises(UserInputError, match=SIDES):
+    with pytest.raises(UserInputError, match=ONE_SUBSET):
         plates.run("UPDATE split_groups SET subset = 'test'")
-    with pytest.raises(UserInputError, match=SIDES):
+    with pytest.raises(UserInputError, match=ONE_SUBSET):
         plates.run("DELETE FROM split_groups")
     assert (plates.count(SplitMember), plates.count(SplitGroup)) == (3, 2)
 
@@ -171,12 +171,12 @@ def test_replace_is_no_way_around(sqlite_workspace: Workspace) -> None:
     plates = Plates(sqlite_workspace)
     free = plates.split(GroupLevel.WELL, "t--e")
     for well, site in ((0, 1), (0, 2)):
-        with pytest.raises(UserInputError, match=SIDES):
+        with pytest.raises(UserInputError, match=ONE_SUBSET):
             plates.insert(free, well, site, "test", how="INSERT OR REPLACE")
     group = (
         "INSERT OR REPLACE INTO split_groups SELECT split_id, group_id, 'test' FROM split_groups"
     )
-    with pytest.raises(UserInputError, match=SIDES):
+    with pytest.raises(UserInputError, match=ONE_SUBSET):
         plates.run(group)
     again = "INSERT OR REPLACE INTO splits SELECT * FROM splits"
     with pytest.raises(UserInputError, match="there already"):
@@ -222,7 +222,7 @@ def test_two_programs_at_once_cannot_put_a_well_on_two_sides(postgres_workspace:
         first.execute(insert(SplitMember).values(image_id=one, subset=Subset.TRAIN, **row))
         with pytest.raises(Exception, match="lock timeout"):
             insert_within(plates, "200ms", image_id=two, subset=Subset.TEST, **row)
-    with pytest.raises(UserInputError, match=SIDES):
+    with pytest.raises(UserInputError, match=ONE_SUBSET):
         plates.insert(split, 0, 2, "test")
 
 

@@ -19,8 +19,9 @@ from cellstore.enums import Severity
 from cellstore.errors import BadTableError, CellstoreError, UserInputError
 from cellstore.io.cellprofiler_csv import is_cellprofiler_folder, open_cellprofiler_folder
 from cellstore.io.cellprofiler_sqlite import is_cellprofiler_sqlite, open_cellprofiler_sqlite
+from cellstore.io.image_tables import ImageRecord
 from cellstore.io.objects import ObjectSource, RowIssue
-from cellstore.io.records import ImageRecord, Refusal
+from cellstore.io.tables import Refusal
 
 IMAGE = [["ImageNumber", "Metadata_Plate", "Metadata_Well", "Metadata_Site"], [1, "P1", "A01", 1]]
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cellstore.io.doses import dose_text, normalised_dose
+from cellstore.stages.ingest.write_treatments import dose_text, normalised_dose
 
 
 @pytest.mark.parametrize(

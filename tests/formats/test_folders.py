@@ -28,7 +28,8 @@ from cellstore.io.filenames import (
 )
 from cellstore.io.folders import folder_layouts, read_folder
 from cellstore.io.image_files import encode_tiff, probe
-from cellstore.io.records import ImageRecord, Refusal
+from cellstore.io.image_tables import ImageRecord
+from cellstore.io.tables import Refusal
 
 GREY = encode_tiff(np.zeros((3, 4), np.uint16))
 
@@ -64,9 +65,9 @@ def test_a_phenix_folder(tmp_path: Path) -> None:
     folder = "BR1__2021-05-02T16_02_51-Measurement1/Images"
     names = [f"r01c02f0{field}p01-ch{n}sk2fk1fl1.tiff" for field in (1, 2) for n in (1, 10, 2)]
     make(tmp_path, *(f"{folder}/{name}" for name in names))
-    first, second = records(tmp_path, PHENIX, batch="B")
-    key = (first.plate, first.batch, first.row, first.column, first.site, first.plane)
-    assert (*key, first.time_point, first.core_name) == ("BR1", "B", 1, 2, 1, 1, 2, "r01c02f01")
+    first, second = records(tmp_path, PHENIX)
+    key = (first.plate, first.row, first.column, first.site, first.plane)
+    assert (*key, first.time_point, first.core_name) == ("BR1", 1, 2, 1, 1, 2, "r01c02f01")
     assert channels(first) == [("ch1", 1), ("ch2", 2), ("ch10", 10)]
     assert (second.site, second.line, first.line) == (2, 4, 1)
     assert {file.folder for file in first.files} == {str(tmp_path.resolve() / folder)}
@@ -189,13 +190,14 @@ def test_names_that_are_not_utf_8_are_refused_in_words_that_are(
         pytest.skip("this file system takes no such names")
     make(tmp_path, str(odd), "P/A02.tif")
     odd.with_suffix(".t\udcff").touch()
-    found = read_folder(tmp_path, PATTERN, pattern=r"(?P<well>A\d\d)")
+    notes: list[str] = []
+    found = read_folder(tmp_path, PATTERN, pattern=r"(?P<well>A\d\d)", notes=notes)
     refused, good = sorted(found, key=lambda item: isinstance(item, ImageRecord))
     assert isinstance(refused, Refusal)
     assert isinstance(good, ImageRecord)
     assert (refused.reason, good.column) == ("name not understood", 2)
     assert "?" in refused.detail
-    "".join([refused.detail, *found.notes]).encode()
+    "".join([refused.detail, *notes]).encode()
 
 
 def test_a_well_is_told_before_the_next_one_is_looked_at(
@@ -219,10 +221,10 @@ def test_other_files_are_counted_not_refused(tmp_path: Path) -> None:
     make(
         tmp_path, "P/.DS_Store", "P/._r01c01f01p01-ch2.tiff", ".cache/r01c01f01p01-ch3.tiff", "P/x"
     )
-    images = read_folder(tmp_path, PHENIX)
-    assert images.notes == ()
+    notes: list[str] = []
+    images = read_folder(tmp_path, PHENIX, notes=notes)
     assert [len(item.files) for item in images if isinstance(item, ImageRecord)] == [1]
-    (passed,) = images.notes
+    (passed,) = notes
     assert "no images" in passed
     for part in ("2 .xml", "1 .db", "2 hidden", "1 without a suffix"):
         assert part in passed

@@ -12,9 +12,8 @@ from realdata import real_data
 
 from cellstore.errors import BadTableError, UnknownNameError, UserInputError
 from cellstore.io.harmony import index_of, is_harmony, read_harmony
-from cellstore.io.image_tables import read_image_table
-from cellstore.io.records import ImageRecord, Refusal
-from cellstore.io.tables import open_table
+from cellstore.io.image_tables import ImageRecord, read_image_table
+from cellstore.io.tables import Refusal, open_table
 
 V5 = "http://www.perkinelmer.com/PEHH/HarmonyV5"
 V7 = "43B2A954-E3C3-47E1-B392-6635266B0DD3/HarmonyV7"
@@ -83,12 +82,12 @@ def test_the_channels_of_a_field_are_one_record(tmp_path: Path) -> None:
     path = index(
         tmp_path, [image(1), image(2), image(1, field=2), image(1, row=3, plane=4, time=2)]
     )
-    records = fields(path, batch="B")
-    told = [(r.plate, r.batch, r.row, r.column, r.site, r.plane, r.time_point) for r in records]
+    records = fields(path)
+    told = [(r.plate, r.row, r.column, r.site, r.plane, r.time_point) for r in records]
     assert told == [
-        ("BR1", "B", 1, 2, 1, 1, 1),
-        ("BR1", "B", 1, 2, 2, 1, 1),
-        ("BR1", "B", 3, 2, 1, 4, 3),
+        ("BR1", 1, 2, 1, 1, 1),
+        ("BR1", 1, 2, 2, 1, 1),
+        ("BR1", 3, 2, 1, 4, 3),
     ]
     assert [record.core_name for record in records] == ["r01c02f01", "r01c02f02", "r03c02f01"]
     assert [(file.channel, file.number, file.name) for file in records[0].files] == [

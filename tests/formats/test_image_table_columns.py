@@ -6,9 +6,8 @@ import pytest
 from test_image_tables import LOADDATA, PHENIX, only_image, only_refusal, read, table
 
 from cellstore.errors import BadTableError, UserInputError
-from cellstore.io.layouts import read_images
-from cellstore.io.records import ImageRecord, Refusal
-from cellstore.io.tables import open_table
+from cellstore.io.image_tables import ImageRecord, read_image_table
+from cellstore.io.tables import Refusal, open_table
 
 
 def named_files(path: Path) -> list[list[str]]:
@@ -87,7 +86,7 @@ def test_tables_put_together_repeat_their_header(tmp_path: Path) -> None:
 def test_channels_get_the_names_that_are_wanted(
     tmp_path: Path, channels: dict[str, str] | None, names: list[str]
 ) -> None:
-    (image,) = read_images(open_table(table(tmp_path, PHENIX)), channels=channels)
+    (image,) = read_image_table(open_table(table(tmp_path, PHENIX)), channels=channels)
     assert isinstance(image, ImageRecord)
     assert [file.channel for file in image.files] == names
     assert [file.number for file in image.files] == [5, 1]
@@ -96,14 +95,14 @@ def test_channels_get_the_names_that_are_wanted(
 @pytest.mark.parametrize("key", ["2", "RNA"])
 def test_a_channel_that_is_not_there_cannot_be_named(tmp_path: Path, key: str) -> None:
     with pytest.raises(UserInputError, match=rf"channel '{key}'\. Known: DNA"):
-        read_images(open_table(table(tmp_path, PHENIX)), channels={key: "x"})
+        read_image_table(open_table(table(tmp_path, PHENIX)), channels={key: "x"})
 
 
 def test_two_channels_cannot_get_one_name(tmp_path: Path) -> None:
     opened = open_table(table(tmp_path, PHENIX))
     with pytest.raises(UserInputError, match="two channels of one name"):
-        read_images(opened, channels={"Mito": "dna"})
-    (row,) = read_images(opened, channels={"1": "DNA"})
+        read_image_table(opened, channels={"Mito": "dna"})
+    (row,) = read_image_table(opened, channels={"1": "DNA"})
     assert isinstance(row, Refusal)
     assert row.reason == "two files of one channel"
 
@@ -111,6 +110,6 @@ def test_two_channels_cannot_get_one_name(tmp_path: Path) -> None:
 def test_a_channel_number_of_a_late_row_is_known(tmp_path: Path) -> None:
     late = PHENIX | {"FileName_OrigMito": "r02c07f04p01-ch6sk1fk1fl1.tiff"}
     path = table(tmp_path, *[PHENIX] * 30, late)
-    *_, last = read_images(open_table(path), channels={"6": "Brightfield"})
+    *_, last = read_image_table(open_table(path), channels={"6": "Brightfield"})
     assert isinstance(last, ImageRecord)
     assert [file.channel for file in last.files] == ["DNA", "Brightfield"]

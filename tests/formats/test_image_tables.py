@@ -13,10 +13,10 @@ from realdata import real_data
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.filenames import format_well
-from cellstore.io.image_tables import read_image_table
-from cellstore.io.layouts import Layout, layout_of, read_images
-from cellstore.io.records import FileRef, ImageRecord, Refusal, TreatmentRecord
-from cellstore.io.tables import open_table
+from cellstore.io.image_tables import FileRef, ImageRecord, read_image_table
+from cellstore.io.layouts import Layout, detect
+from cellstore.io.platemaps import TreatmentRecord
+from cellstore.io.tables import Refusal, open_table
 
 LOADDATA = {
     "Metadata_Plate": "001",
@@ -48,7 +48,8 @@ def table(folder: Path, *rows: dict[str, str]) -> Path:
 
 
 def read(path: Path, plate: str | None = None) -> list[ImageRecord | Refusal]:
-    return list(read_images(open_table(path), plate=plate))
+    is_published = detect(path) is Layout.PUBLISHED
+    return list(read_image_table(open_table(path), plate, needs_treatment=is_published))
 
 
 def only_image(path: Path, plate: str | None = None) -> ImageRecord:
@@ -166,7 +167,7 @@ def test_an_integer_written_by_pandas_is_an_integer(tmp_path: Path) -> None:
 
 def test_layouts_are_told_from_the_columns(tmp_path: Path) -> None:
     def layout(*rows: dict[str, str]) -> Layout:
-        return layout_of(open_table(table(tmp_path, *rows)))
+        return detect(table(tmp_path, *rows))
 
     assert layout(LOADDATA) is Layout.LOADDATA
     assert layout(PUBLISHED) is Layout.PUBLISHED
@@ -176,19 +177,12 @@ def test_layouts_are_told_from_the_columns(tmp_path: Path) -> None:
 def test_a_table_of_neither_shape_says_what_each_needs(tmp_path: Path) -> None:
     path = table(tmp_path, {"Filename_OrigRNA": "x", "Metadata_pert": "y"})
     with pytest.raises(BadTableError, match=r"LoadData.*FileName_OrigRNA.*'Filename_OrigRNA'"):
-        layout_of(open_table(path))
-
-
-def test_only_tables_of_images_are_read(tmp_path: Path) -> None:
-    with pytest.raises(UserInputError, match="cannot be read as platemap"):
-        read_images(open_table(table(tmp_path, LOADDATA)), Layout.PLATEMAP)
+        detect(path)
 
 
 def test_missing_columns_and_missing_plate(tmp_path: Path) -> None:
     bare = open_table(table(tmp_path, PUBLISHED))
     with pytest.raises(UserInputError, match="--plate"):
-        read_images(bare)
-    with pytest.raises(BadTableError, match="'Metadata_Plate'"):
         read_image_table(bare)
     with pytest.raises(BadTableError, match="'Metadata_pert_iname'"):
         read_image_table(open_table(table(tmp_path, LOADDATA)), "p", needs_treatment=True)
@@ -390,7 +384,7 @@ def test_damage_loses_no_row(tmp_path: Path, data: st.DataObject) -> None:
     try:
         opened = open_table(path)
         lines = [row.line for row in opened.rows()]
-        records = list(read_images(opened))
+        records = list(read_image_table(opened))
     except UserInputError:
         return
     assert [record.line for record in records] == lines

@@ -16,8 +16,8 @@ from realdata import real_data
 
 from cellstore.enums import Control, PerturbationKind, Severity
 from cellstore.errors import BadTableError, UserInputError
+from cellstore.io.image_tables import ImageRecord
 from cellstore.io.objects import ObjectSource
-from cellstore.io.records import ImageRecord
 from cellstore.io.single_cells import is_single_cells, open_single_cells
 
 CELLS: dict[str, list[Any]] = {

@@ -17,8 +17,7 @@ from realdata import real_data
 
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io import tables as tables_module
-from cellstore.io.records import Refusal
-from cellstore.io.tables import QUOTED_LINES, TableRow, cell_text, open_table, read_columns
+from cellstore.io.tables import QUOTED_LINES, Refusal, TableRow, cell_text, open_table, read_columns
 
 
 def write(folder: Path, data: bytes, name: str = "table.csv") -> Path:

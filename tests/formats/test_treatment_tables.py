@@ -12,20 +12,20 @@ from realdata import real_data
 
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, CellstoreError
+from cellstore.io.layouts import table_layouts
 from cellstore.io.platemaps import (
     Aliases,
     PlateRow,
+    TreatmentRecord,
     TreatmentRow,
     completed,
     jump_controls,
     jump_crispr,
     jump_plates,
     read_annotation,
-    table_layouts,
     treatment_rows,
 )
-from cellstore.io.records import Refusal, TreatmentRecord
-from cellstore.io.tables import TextTable, open_table
+from cellstore.io.tables import Refusal, TextTable, open_table
 
 
 def table(folder: Path, text: str) -> TextTable:

@@ -9,8 +9,7 @@ import torch
 from sqlalchemy import select
 
 from cellstore.enums import ArtifactKind, Stage
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import attach, keep_file, running
+from cellstore.jobs.runs import RecipeSpec, attach, keep_file, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import TABULAR
 from cellstore.learn.networks import FusionNet, NetShape, build_net
@@ -77,7 +76,7 @@ def craft(
         with workspace.database.begin() as session:
             for one in (file, text):
                 attach(session, run.id, keep_file(session, one))
-        run.result = {"validation_side": "validation", "best_epoch": 1}
+        run.result = {"validation_subset": "validation", "best_epoch": 1}
     return run.id
 
 

@@ -22,8 +22,7 @@ from cellstore.config import SegmentParams, SplitParams, TrainParams, as_paramet
 from cellstore.enums import ArtifactKind, Stage, Subset
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.planes import cell_rows
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import keep_file, running
+from cellstore.jobs.runs import RecipeSpec, keep_file, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace, open_workspace
 from cellstore.models import (
     Artifact,

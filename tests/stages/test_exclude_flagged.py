@@ -74,7 +74,7 @@ def test_a_split_leaves_flagged_images_out_and_says_which_run(workspace: Workspa
         plate.make.flag_image(run, image, ImageFlagReason.SATURATED, "DNA")
     result = create_split(workspace, "clean", SplitParams(exclude_flagged="latest"))
     assert result.images == 6
-    assert (result.left_out["flagged"], result.left_out["qc_run"]) == (2, run.id)
+    assert (result.excluded["flagged"], result.excluded["qc_run"]) == (2, run.id)
     with workspace.database.read() as session:
         split = session.scalars(select(Split)).one()
         recipe = session.get_one(Recipe, split.recipe_id)
@@ -93,7 +93,7 @@ def test_unasked_a_split_is_as_it_always_was(workspace: Workspace) -> None:
     plate.make.flag_image(run, plate.images[0], ImageFlagReason.NO_CELLS)
     after = create_split(workspace, "b")
     assert (after.images, after.fingerprint) == (8, before.fingerprint)
-    assert "flagged" not in after.left_out
+    assert "flagged" not in after.excluded
     with workspace.database.read() as session:
         recipes = session.scalars(select(Recipe).where(Recipe.stage == Stage.SPLIT)).all()
     assert len(recipes) == 1
@@ -106,9 +106,9 @@ def test_the_named_run_counts_else_the_newest_finished_one(sqlite_workspace: Wor
     unfinished = qc_run(plate.make, ["P1"], status=Status.RUNNING)
     plate.make.flag_image(old, plate.images[0], ImageFlagReason.NO_CELLS)
     newest = create_split(sqlite_workspace, "a", SplitParams(exclude_flagged="latest"))
-    assert (newest.left_out["qc_run"], newest.left_out["flagged"]) == (new.id, 0)
+    assert (newest.excluded["qc_run"], newest.excluded["flagged"]) == (new.id, 0)
     named = create_split(sqlite_workspace, "b", SplitParams(exclude_flagged=str(old.id)))
-    assert (named.left_out["qc_run"], named.left_out["flagged"]) == (old.id, 1)
+    assert (named.excluded["qc_run"], named.excluded["flagged"]) == (old.id, 1)
     with pytest.raises(UserInputError, match=r"is running, so its flags are not whole"):
         create_split(sqlite_workspace, "c", SplitParams(exclude_flagged=str(unfinished.id)))
 
@@ -118,7 +118,7 @@ def test_images_that_a_run_knew_nothing_of_are_kept_and_counted(workspace: Works
     run = qc_run(plate.make, ["P1"])
     look_at(plate.make, run, plate.images[:5])
     result = create_split(workspace, "a", SplitParams(exclude_flagged="latest"))
-    assert (result.images, result.left_out["unseen_by_qc"]) == (8, 3)
+    assert (result.images, result.excluded["unseen_by_qc"]) == (8, 3)
 
 
 def test_without_a_run_the_sentence_says_what_to_do(sqlite_workspace: Workspace) -> None:

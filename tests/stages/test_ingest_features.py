@@ -19,8 +19,7 @@ from sqlalchemy import func, select
 from cellstore.enums import FeatureStorage, Severity, Stage
 from cellstore.errors import BadTableError, StorageError, UserInputError
 from cellstore.io.layouts import Layout
-from cellstore.jobs.recipes import RecipeSpec, register
-from cellstore.jobs.runs import running
+from cellstore.jobs.runs import RecipeSpec, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
     Artifact,

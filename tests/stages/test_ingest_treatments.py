@@ -57,7 +57,6 @@ class Bench:
             self.plates = ingest_treatments(
                 self.workspace,
                 session,
-                run.id,
                 source,
                 layout,
                 params or IngestParams(),

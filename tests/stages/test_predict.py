@@ -31,7 +31,7 @@ from cellstore.errors import (
     UnknownNameError,
     UserInputError,
 )
-from cellstore.jobs.recipes import RecipeSpec, register
+from cellstore.jobs.runs import RecipeSpec, register
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
     Artifact,

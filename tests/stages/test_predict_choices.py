@@ -40,7 +40,7 @@ from cellstore.models import (
     SplitMember,
     Well,
 )
-from cellstore.query import feature_output
+from cellstore.query import feature_files
 from cellstore.query.feature_files import FEATURE_COLUMNS, SetReader, open_set
 from cellstore.report.scoring import report
 from cellstore.stages import predict as predict_module
@@ -144,10 +144,10 @@ def test_what_the_model_has_met_is_said(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     run = craft(workspace)
     result = predict(workspace, EVERYTHING, device="cpu")
-    end = "labels of these say little about new wells."
+    end = "Accuracy on them tells little about new wells."
     assert result.notes == (
-        f"2 of the 6 images training run {run} was trained on: {end}",
-        f"2 of the 6 images were used to decide when to stop training run {run}: {end}",
+        f"2 of the 6 images were used to train run {run}. {end}",
+        f"2 of the 6 images decided when the training of run {run} stopped. {end}",
     )
     assert (run_of(workspace, result.run_id).result or {})["notes"] == list(result.notes)
     with unguarded(workspace) as session:
@@ -158,7 +158,7 @@ def test_what_the_model_has_met_is_said(built: Path, opened: Opener) -> None:
         assert tested is not None
         tested.well_id, tested.site = well, 2  # type: ignore[assignment]
     (note,) = predict(workspace, PredictParams(top_k=2), device="cpu").notes
-    assert note.startswith(f"1 of the 2 images are of wells that training run {run} has seen")
+    assert note.startswith(f"1 of the 2 images are from wells that run {run} was trained on")
 
 
 def vectors_of(workspace: Workspace, name: str) -> dict[int, list[float]]:
@@ -259,7 +259,7 @@ def test_a_killed_run_leaves_no_half_embedding(
     workspace = opened(built)
     run_id = craft(workspace)
     params = replace(EVERYTHING, embedding="seen")
-    monkeypatch.setattr(feature_output, "MOST_IMAGES", 2)
+    monkeypatch.setattr(feature_files, "MOST_IMAGES", 2)
     with monkeypatch.context() as patch:
         if moment == "compute":
             fail_at(patch, 4, KeyboardInterrupt())

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from cellstore.enums import Control, PerturbationKind, Stage
-from cellstore.io.records import TreatmentRecord
+from cellstore.io.platemaps import TreatmentRecord
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import Cell, CellFeatures, Image, ImageFile, Segmentation, Treatment
 from cellstore.stages.export import ExportFormat, export

@@ -108,8 +108,8 @@ def test_a_grouped_split_keeps_wells_together(workspace: Workspace) -> None:
     fill(workspace, DESIGN)
     result = create_split(workspace, "by-well", SplitParams(seed=3))
     assert result.counts == {"train": 6, "validation": 6, "test": 6}
-    assert (result.classes, result.wells_on_both_sides, result.leaking) == (3, 0, False)
-    assert result.left_out["downsampled"] == {"DMSO": {"before": 12, "after": 6}}
+    assert (result.classes, result.wells_in_both_subsets, result.leaking) == (3, 0, False)
+    assert result.excluded["downsampled"] == {"DMSO": {"before": 12, "after": 6}}
     wells: dict[str, set[Subset]] = {}
     for core_name, side in sides(workspace, "by-well").items():
         wells.setdefault(core_name[:6], set()).add(side)
@@ -125,8 +125,8 @@ def test_the_published_protocol_names_its_leak(workspace: Workspace) -> None:
     assert result.counts == {"train": 14, "validation": 0, "test": 4}
     assert result.leaking
     check = check_split(workspace)
-    assert check.wells_on_both_sides == result.wells_on_both_sides > 0
-    assert check.labels_on_both_sides == 3
+    assert check.wells_in_both_subsets == result.wells_in_both_subsets > 0
+    assert check.labels_in_both_subsets == 3
     assert [finding.kind for finding in check.findings] == [LeakKind.WELL, LeakKind.PLATE]
     assert (check.leaks, check.warnings) == (1, 0)
 
@@ -175,7 +175,7 @@ def test_images_without_files_or_treatment_stay_out_and_are_counted(workspace: W
         lost = session.scalars(select(Image).where(Image.core_name == "r01c07f01")).one()
         lost.content_sha256 = None
     result = create_split(workspace, "s", SplitParams())
-    assert (result.left_out["missing_files"], result.left_out["without_label"]) == (1, 2)
+    assert (result.excluded["missing_files"], result.excluded["without_label"]) == (1, 2)
     assert "r01c07f01" not in sides(workspace, "s")
     create_split(workspace, "all", SplitParams(allow_missing=True))
     assert "r01c07f01" in sides(workspace, "all")
@@ -184,7 +184,7 @@ def test_images_without_files_or_treatment_stay_out_and_are_counted(workspace: W
 def test_a_class_in_one_well_is_left_out_by_name(sqlite_workspace: Workspace) -> None:
     fill(sqlite_workspace, {**DESIGN, "lonely": 1})
     result = create_split(sqlite_workspace, "s", SplitParams())
-    (left,) = result.left_out["classes"]
+    (left,) = result.excluded["classes"]
     assert (left["label"], left["images"]) == ("lonely", 2)
     assert result.classes == 3
 
@@ -196,7 +196,7 @@ def test_whole_plates_are_left_out_where_labels_repeat(sqlite_workspace: Workspa
     result = create_split(sqlite_workspace, "by-plate", params)
     assert result.counts == {"train": 4, "validation": 4, "test": 4}
     check = check_split(sqlite_workspace)
-    assert (check.plates_on_both_sides, check.labels_on_both_sides) == (0, 2)
+    assert (check.plates_in_both_subsets, check.labels_in_both_subsets) == (0, 2)
     one = create_split(sqlite_workspace, "one", replace(PUBLISHED, plates=("P2",), test_size=0.5))
     assert one.images == 4
 
@@ -274,10 +274,10 @@ def test_the_published_study_as_a_split(workspace: Workspace, tmp_path: Path) ->
     result = create_split(workspace, "published", replace(PUBLISHED, allow_missing=True))
     assert (result.images, result.classes) == (2376, 250)
     assert result.counts == {"train": 1900, "validation": 0, "test": 476}
-    assert result.left_out["downsampled"] == {"DMSO": {"before": 509, "after": 18}}
+    assert result.excluded["downsampled"] == {"DMSO": {"before": 509, "after": 18}}
     check = check_split(workspace, "published")
-    assert (check.labels_on_both_sides, check.labels) == (250, 250)
-    assert check.wells_on_both_sides > 200
+    assert (check.labels_in_both_subsets, check.labels) == (250, 250)
+    assert check.wells_in_both_subsets > 200
     kinds = {LeakKind.WELL, LeakKind.SPELLING, LeakKind.PLATE}
     assert kinds == {finding.kind for finding in check.findings}
     dmso = (

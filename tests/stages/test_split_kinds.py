@@ -168,11 +168,11 @@ def test_classes_are_cut_and_left_out(workspace: Workspace) -> None:
     params = SplitParams(downsample=cut, min_images=4)
     result = create_split(workspace, "s", params)
     # 10, 6, 6 images; the median of 6 and 6; as many wells as possible keep one.
-    assert result.left_out["downsampled"] == {
+    assert result.excluded["downsampled"] == {
         "DMSO": {"before": 10, "after": 6},
         "taxol": {"before": 6, "after": 5},
     }
-    assert [item["label"] for item in result.left_out["classes"]] == ["colchicine"]
+    assert [item["label"] for item in result.excluded["classes"]] == ["colchicine"]
     wells = Counter(image.split()[1] for image in sides(workspace, "s") if "DMSO" in image)
     assert sorted(wells.values()) == [1, 1, 1, 1, 2]
 
@@ -193,7 +193,7 @@ def test_cells_are_counted_from_the_last_segmentation(workspace: Workspace) -> N
     make.segmentation(images[-1], run, n_cells=2)
     # DMSO has 3+3 and six times 2 cells, aspirin and taxol 8.
     result = create_split(workspace, "s", params)
-    after = result.left_out["downsampled"]["DMSO"]["after"]
+    after = result.excluded["downsampled"]["DMSO"]["after"]
     assert after in (3, 4)  # 8 cells at most
     with workspace.database.read() as session:
         recipe = session.get_one(Recipe, session.scalars(select(Split.recipe_id)).one())

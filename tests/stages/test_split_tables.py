@@ -54,11 +54,11 @@ def test_a_table_of_wells_and_sites_becomes_a_split(workspace: Workspace, tmp_pa
         "P2 A02 1 taxol": Subset.TRAIN,
         "P2 A02 2 taxol": Subset.TRAIN,
     }
-    assert result.left_out["rows_without_image"] == {
+    assert result.excluded["rows_without_image"] == {
         "count": 2,
         "examples": ["split.csv, line 6", "split.csv, line 7"],
     }
-    assert result.left_out["rows_refused"]["count"] == 2
+    assert result.excluded["rows_refused"]["count"] == 2
     assert not import_split(workspace, "theirs", [table]).created
     check = check_split(workspace, "theirs")
     assert (check.leaks, check.unseen) == (1, 0)
@@ -67,7 +67,7 @@ def test_a_table_of_wells_and_sites_becomes_a_split(workspace: Workspace, tmp_pa
         assert len(session.execute(text(show_split(workspace).query)).all()) == 5
         recipe = session.scalars(select(Recipe)).one()
         assert recipe.parameters["files"].keys() == {"split.csv"}
-    with pytest.raises(UserInputError, match="one side only"):
+    with pytest.raises(UserInputError, match="one subset only"):
         import_split(workspace, "kept", [table], group_level=GroupLevel.WELL)
     assert [line.name for line in list_splits(workspace)] == ["theirs"]
 
@@ -120,7 +120,7 @@ def test_tables_are_joined_by_what_both_have(sqlite_workspace: Workspace, tmp_pa
         "P2 A01 1 aspirin": Subset.TEST,
         "P2 A01 2 aspirin": Subset.TEST,
     }
-    assert "no row of wells.csv" in result.left_out["rows_refused"]["examples"][0]
+    assert "no row of wells.csv" in result.excluded["rows_refused"]["examples"][0]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_tables_are_joined_by_what_both_have(sqlite_workspace: Workspace, tmp_pa
         (["split,colour", "train,red"], "does not say what it splits"),
         (["split,well", "train,A01"], "of which plate"),
         (["split,plate,well", "train,P9,A01"], "names an image of this store"),
-        (["split,plate,well", "train,P1,A01", "test,P1,A01"], "put on two sides, first P1 A01"),
+        (["split,plate,well", "train,P1,A01", "test,P1,A01"], "put in two subsets, first P1 A01"),
         (["split,plate,well", "later,P1,A01"], "'later' is not train"),
     ],
     ids=range(6),
@@ -207,13 +207,13 @@ def test_the_splits_of_jump(sqlite_workspace: Workspace) -> None:
     split = folder / "representation_learning_split_example_1.csv"
     wells = folder / "cpjump1_metadata.csv.gz"
     alone = check_tables([split])
-    assert (alone.rows, alone.labels, alone.labels_on_both_sides, alone.leaks) == (
+    assert (alone.rows, alone.labels, alone.labels_in_both_subsets, alone.leaks) == (
         3272,
         178,
         160,
         0,
     )
     joined = check_tables([split, wells])
-    assert (joined.rows, joined.wells, joined.wells_on_both_sides) == (14265, 14265, 0)
+    assert (joined.rows, joined.wells, joined.wells_in_both_subsets) == (14265, 14265, 0)
     (spelled,) = (item for item in joined.findings if item.kind is LeakKind.SPELLING)
     assert spelled.examples == ("'ME-0328' (test, validation) = 'ME0328' (test, validation)",)

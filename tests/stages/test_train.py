@@ -52,7 +52,7 @@ def test_the_network_reads_the_measurements_of_the_registry() -> None:
 
 def test_a_training_is_a_run_with_its_query_and_metrics(trained: Trained, opened: Opener) -> None:
     workspace, result = opened(trained.root), trained.result
-    assert (result.classes, result.epochs, result.validation_side) == (2, 2, "validation")
+    assert (result.classes, result.epochs, result.validation_subset) == (2, 2, "validation")
     assert (result.already_done, result.notes) == (False, ())
     assert result.images == {"train": 2, "validation": 2}
     run = run_of(workspace, result.run_id)
@@ -175,7 +175,7 @@ def test_the_published_protocol_validates_on_its_test_side_and_says_so(
     workspace = opened(built)
     create_split(workspace, "published", SplitParams(protocol="published", test_size=0.34))
     result = train(workspace, replace(TINY, epochs=1), split="published", device="cpu")
-    assert result.validation_side == "test"
+    assert result.validation_subset == "test"
     assert result.images == {"train": 3, "validation": 3}
     assert "already seen" in result.notes[0]
 

@@ -133,11 +133,12 @@ def test_shuffled_labels_keep_wells_together(built: Path, opened: Opener) -> Non
     notes = {item.notes[-1] for item in found}
     # two wells of two classes: both keep their label, or neither does
     assert notes == {
-        f"By chance {n} of 2 wells kept their true label when labels were shuffled." for n in (0, 2)
+        f"Labels were shuffled between wells; {n} of 2 wells got their own label back by chance."
+        for n in (0, 2)
     }
     straight = one(workspace, LOGISTIC)
-    swapped = next(item for item in found if "chance 0 of" in item.notes[-1])
-    same = next(item for item in found if "chance 2 of" in item.notes[-1])
+    swapped = next(item for item in found if "wells; 0 of" in item.notes[-1])
+    same = next(item for item in found if "wells; 2 of" in item.notes[-1])
     assert same.checkpoint_sha256 == straight.checkpoint_sha256
     assert swapped.checkpoint_sha256 != straight.checkpoint_sha256
 
@@ -157,7 +158,7 @@ def test_labels_are_shuffled_among_the_wells_that_are_learned_from(
     # A cell of each class is drawn: of one of three wells, and of the fourth.
     for seed in range(6):
         found = one(workspace, "shuffled", replace(FEW, max_cells=2, seed=seed))
-        assert " of 2 wells kept" in found.notes[-1]
+        assert " of 2 wells got" in found.notes[-1]
         assert checkpoint(workspace, found.run_id)[1]["labels"] == ["DMSO", "drug"]
 
 

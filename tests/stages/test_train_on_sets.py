@@ -157,7 +157,7 @@ def test_the_scaler_of_a_set_knows_the_training_side_only(built: Path, opened: O
     texts = ["x"] * len(cells)
     add_set(workspace, cells, holes=holes, elsewhere=elsewhere, texts=texts)
     result = train(workspace, replace(TINY, epochs=1, features="cp"), device="cpu")
-    assert result.columns_left_out == ("elsewhere",)
+    assert result.columns_excluded == ("elsewhere",)
     assert [note for note in result.notes if "1 columns of the feature set have no value" in note]
     _, record = checkpoint(workspace, result.run_id)
     assert record["scaler"]["names"] == ["number", "holes"]

@@ -8,17 +8,18 @@ from factories import Factory
 from sqlalchemy import event, func, select
 
 from cellstore.db.events import event_digest
-from cellstore.enums import Control, PerturbationKind, Stage
-from cellstore.io.records import TreatmentRecord
+from cellstore.enums import Control, PerturbationKind, Severity, Stage
+from cellstore.io.platemaps import TreatmentRecord
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Treatment, Well
 from cellstore.stages.ingest import write_treatments as writer_module
-from cellstore.stages.ingest.ingest_treatments import suspicious_spellings
+from cellstore.stages.ingest.account import Account
 from cellstore.stages.ingest.write_treatments import (
     Part,
     PerturbationKey,
     TreatmentWriter,
     records_of,
+    suspicious_spellings,
     treatment_values,
 )
 
@@ -51,7 +52,7 @@ class Screen:
     ) -> set[int]:
         chosen = self.wells[well]
         with self.workspace.database.begin() as session:
-            writer = TreatmentWriter(session, self.run.id, "map.txt")
+            writer = TreatmentWriter(session, Account(self.run.id, "map.txt"))
             return writer.assign({chosen: (record, line)}, {chosen} if new else set())
 
     def treatment(self, well: int = 0) -> TreatmentRecord | None:
@@ -82,8 +83,8 @@ def screen(workspace: Workspace) -> Screen:
 
 def test_a_treatment_is_one_row_whoever_asks(screen: Screen) -> None:
     with screen.workspace.database.begin() as session:
-        first = TreatmentWriter(session, screen.run.id, "a").ids([AMG, TAXOL, AMG])
-        again = TreatmentWriter(session, screen.run.id, "b").ids([TAXOL, replace(AMG)])
+        first = TreatmentWriter(session, Account(screen.run.id, "a")).ids([AMG, TAXOL, AMG])
+        again = TreatmentWriter(session, Account(screen.run.id, "b")).ids([TAXOL, replace(AMG)])
         assert first == again
         assert len(set(first.values())) == 2
         assert records_of(session, Treatment.id == first[AMG]) == {
@@ -187,11 +188,16 @@ def test_a_row_that_says_more_describes_the_perturbation(screen: Screen) -> None
 
 def test_the_first_that_a_file_says_counts(screen: Screen) -> None:
     with screen.workspace.database.begin() as session:
-        writer = TreatmentWriter(session, screen.run.id, "f")
+        account = Account(screen.run.id, "f")
+        writer = TreatmentWriter(session, account)
         for well, target in zip(screen.wells, ("AURKA", "AURKB"), strict=True):
             writer.assign({well: (replace(NAME_ONLY, target=target), well)}, {well})
-        ((line, detail),) = writer.disagreements.values()
-    assert (line, "AURKA, and AURKB" in detail) == (screen.wells[1], True)
+        writer.report()
+        plate = session.get_one(Well, screen.wells[1]).plate.barcode
+    ((severity, file, line, reason, detail),) = account.shown
+    assert (severity, file, line) == (Severity.SUSPICIOUS, "f", screen.wells[1])
+    assert reason == "described in two ways"
+    assert f"the target of AMG900 is AURKA on an earlier line, and AURKB in {plate}/A02:" in detail
     assert screen.treatment(1) == replace(NAME_ONLY, target="AURKA")
 
 
@@ -245,7 +251,7 @@ def test_what_is_new_in_this_run_is_no_change(screen: Screen) -> None:
 def test_one_writer_remembers_what_it_did(screen: Screen) -> None:
     well = screen.wells[0]
     with screen.workspace.database.begin() as session:
-        writer = TreatmentWriter(session, screen.run.id, "f")
+        writer = TreatmentWriter(session, Account(screen.run.id, "f"))
         assert writer.assign({well: (AMG, 1)}, {well}) == {well}
         assert writer.assign({well: (NAME_ONLY, 2)}, {well}) == set()
         assert writer.assign({well: (TAXOL, 3)}, ()) == {well}
@@ -260,7 +266,7 @@ def test_a_full_memory_forgets_and_asks_again(
     monkeypatch.setattr(writer_module, "CACHED", 0)
     records = [replace(TAXOL, identifier=f"BRD-{number}") for number in range(3)]
     with screen.workspace.database.begin() as session:
-        writer = TreatmentWriter(session, screen.run.id, "f")
+        writer = TreatmentWriter(session, Account(screen.run.id, "f"))
         first = [writer.ids([record])[record] for record in records]
         assert first == [writer.ids(records)[record] for record in records]
         for well in screen.wells:
@@ -278,9 +284,9 @@ def test_a_batch_costs_a_few_statements(screen: Screen) -> None:
     engine = screen.workspace.database.engine
     event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
     with screen.workspace.database.begin() as session:
-        TreatmentWriter(session, screen.run.id, "f").assign(wanted, set(wells))
+        TreatmentWriter(session, Account(screen.run.id, "f")).assign(wanted, set(wells))
         once = len(statements)
-        TreatmentWriter(session, screen.run.id, "f").assign(wanted, set(wells))
+        TreatmentWriter(session, Account(screen.run.id, "f")).assign(wanted, set(wells))
     assert 0 < once <= 12
     assert len(statements) - once <= 4
 
@@ -293,7 +299,7 @@ def spelled(workspace: Workspace, *names: str, **more: str) -> list[str]:
     for column, treatment in enumerate(made, start=1):
         make.well(plate, 1, column, treatment)
     with workspace.database.read() as session:
-        return [found.detail for found in suspicious_spellings(session, {made[0].id})]
+        return [detail for _, detail in suspicious_spellings(session, {made[0].id})]
 
 
 def test_two_spellings_are_reported_once_with_what_to_do(workspace: Workspace) -> None:

@@ -152,6 +152,14 @@ class Account:
         bulk_insert(session, IngestIssue, _ISSUE_COLUMNS, rows)
         self.pending.clear()
 
+    def take_issues(self, other: Account) -> None:
+        """Move what ``other`` says of its rows here."""
+        for issue in other.pending:
+            self._add(issue)
+        other.pending.clear()
+        other.shown.clear()
+        other.reasons.clear()
+
     def gather(self, others: Iterable[Account]) -> None:
         """Add what the accounts of several files of one source say."""
         for other in others:

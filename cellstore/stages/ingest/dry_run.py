@@ -13,7 +13,7 @@ from ...enums import Severity
 from ...errors import UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import SourceKind
-from ...io.records import Refusal
+from ...io.tables import Refusal
 from ...jobs.mask_matching import NoMatch
 from ...jobs.workspace import Workspace
 from .account import SHOWN, Issue

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
-from ...db.bulk import in_lists, one_ingest_at_a_time
-from ...db.statements import insert_new
+from ...db.bulk import in_lists, insert_new, one_ingest_at_a_time
 from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
 from ...io.image_files import ImageFolder, ImageInfo, probe

@@ -17,8 +17,7 @@ from ...enums import Look, Severity, Stage
 from ...errors import UnknownNameError, UserInputError
 from ...io.layouts import Layout, SourceKind, detect
 from ...io.uris import PathMap, shown, writable
-from ...jobs.recipes import RecipeSpec, register
-from ...jobs.runs import running
+from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.selection import images_of
 from ...jobs.workspace import Workspace
 from ...models import Image, Recipe, Run, Well
@@ -107,7 +106,7 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
             if earlier is not None:
                 brought = _read_again(workspace, kind, params, earlier, account)
             elif images is not None:
-                brought = ingest_images(workspace, run.id, images, account, identity.lines)
+                brought = ingest_images(workspace, images, account, identity.lines)
             elif kind is SourceKind.MASKS:
                 from .ingest_masks import ingest_masks
 
@@ -117,7 +116,7 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
                     workspace, run.id, source, layout, params, account, identity
                 )
             else:
-                brought = _ingest_treatments(workspace, run.id, source, layout, params, account)
+                brought = _ingest_treatments(workspace, source, layout, params, account)
         except UndoneError:
             # The rows are undone; the reasons stay, to be asked for.
             account.pending = list(account.shown)
@@ -254,7 +253,6 @@ def _images_of_plates(session: Session, plates: Sequence[int]) -> NDArray[np.int
 
 def _ingest_treatments(
     workspace: Workspace,
-    run_id: int,
     source: Path,
     layout: Layout,
     params: IngestParams,
@@ -264,7 +262,7 @@ def _ingest_treatments(
 
     with workspace.database.begin() as session:
         one_ingest_at_a_time(session)
-        plates = ingest_treatments(workspace, session, run_id, source, layout, params, account)
+        plates = ingest_treatments(workspace, session, source, layout, params, account)
         if params.strict:
             account.check_strict()
     return Brought(plates)

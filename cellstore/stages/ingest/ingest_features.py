@@ -23,18 +23,19 @@ from ...enums import FeatureStorage, Severity, Stage
 from ...errors import BadTableError, StorageError, UserInputError
 from ...io.cellprofiler_csv import open_cellprofiler_folder
 from ...io.cellprofiler_sqlite import open_cellprofiler_sqlite
+from ...io.image_tables import ImageRecord
 from ...io.layouts import Layout
 from ...io.objects import BOX, CENTRE, DTYPES, Integers, ObjectBatch, ObjectSource, first_of_each
-from ...io.records import LONGEST, ImageRecord, Refusal
 from ...io.single_cells import TOOL as SINGLE_CELLS
 from ...io.single_cells import open_single_cells
+from ...io.tables import LONGEST, Refusal
 from ...io.uris import PathMap
-from ...jobs.recipes import RecipeSpec, register
+from ...jobs.runs import RecipeSpec, register
 from ...jobs.workspace import Workspace
 from ...models import Artifact, Cell, FeatureFile, FeatureSet, Recipe, RecipeInput, Segmentation
 from ...query.feature_files import FeatureWriter, register_files, stored_values
 from ...query.feature_sets import check_set_name
-from .account import SHOWN, Account, FileIdentity
+from .account import Account, FileIdentity
 from .ingest_images import RowWriter
 
 VERSION = 1
@@ -215,7 +216,7 @@ def _write_images(
     """Bring the images in; return the id of each, -1 where it has no cells, and their plates."""
     # Images without rows of their own are counted for no file.
     scratch = Account(run_id, source.files[0].name)
-    writer = RowWriter(session, run_id, source.files[0].name, scratch, maps)
+    writer = RowWriter(session, scratch, maps)
     found: list[int] = []
     for file, rows in groupby(source.images, key=lambda row: row[0]):
         contents = [content for _, content in rows]
@@ -235,13 +236,10 @@ def _write_images(
                 account.updated += scratch.updated - before.updated
                 account.unchanged += scratch.unchanged - before.unchanged
                 account.refused += scratch.refused - before.refused
-            account.reasons += scratch.reasons
-            account.shown += scratch.shown[: SHOWN - len(account.shown)]
-            scratch.reasons.clear()
-            scratch.shown.clear()
-            scratch.flush(session)
+            account.take_issues(scratch)
             account.flush(session)
-    writer.write_metadata()
+    writer.finish()
+    accounts.of_files[0].take_issues(scratch)
     source.notes += scratch.notes
     images = np.array(found, np.int64)
     # Of several rows that are the same field the first counts: a field has one set of cells.

@@ -22,8 +22,7 @@ from ...io.mask_files import MaskFile, MaskFolder
 from ...jobs.lookup import find_plate
 from ...jobs.mask_matching import FoundImage, NoMatch, read_masks_of
 from ...jobs.planes import cell_rows, check_channels, insert_cells
-from ...jobs.recipes import RecipeSpec, fingerprint, register
-from ...jobs.runs import keep_file
+from ...jobs.runs import RecipeSpec, fingerprint, keep_file, register
 from ...jobs.workspace import Workspace
 from ...models import Artifact, Image, Recipe, Segmentation
 from .account import Account, Brought

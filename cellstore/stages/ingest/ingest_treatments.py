@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, bindparam, exists, select, update
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
-from ...analysis.leaks import normalised_name
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, take_ids
-from ...enums import Control, PerturbationKind
+from ...enums import Control
 from ...errors import UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import Layout
@@ -24,6 +23,7 @@ from ...io.platemaps import (
     PlateAnnotation,
     PlateMap,
     Position,
+    TreatmentRecord,
     TreatmentRow,
     completed,
     jump_controls,
@@ -32,12 +32,12 @@ from ...io.platemaps import (
     read_annotation,
     treatment_rows,
 )
-from ...io.records import Refusal, TreatmentRecord
-from ...io.tables import TextTable, open_table
+from ...io.tables import Refusal, TextTable, open_table
 from ...io.uris import writable
 from ...jobs.workspace import Workspace
-from ...models import Perturbation, Plate, TreatmentPart, Well
+from ...models import Perturbation, Plate, Well
 from .account import Account
+from .ingest_images import keep_well_metadata
 from .write_treatments import TreatmentWriter, records_of
 
 ROWS_AT_ONCE = 2_000
@@ -59,7 +59,6 @@ T = TypeVar("T")
 def ingest_treatments(
     workspace: Workspace,
     session: Session,
-    run_id: int,
     source: Path,
     layout: Layout,
     params: IngestParams,
@@ -82,7 +81,7 @@ def ingest_treatments(
     try:
         aliases = Aliases.read(params.aliases) if params.aliases else Aliases({})
         if layout is Layout.PLATEMAP:
-            return _ingest_maps(session, run_id, source, params, aliases, account)
+            return _ingest_maps(session, source, params, aliases, account)
         if layout is not Layout.JUMP_PLATES and layout not in _READERS:
             raise UserInputError(
                 f"{layout.value} is no layout of treatments. Choose another --layout."
@@ -91,11 +90,11 @@ def ingest_treatments(
         account.notes += table.notes
         if layout is Layout.JUMP_PLATES:
             return _ingest_plates(workspace, session, table, account)
-        treatments: set[int] = set()
-        corrections = _Corrections(session, run_id, account, aliases)
+        corrections = _Corrections(session, account, aliases)
         for rows in _usable(workspace, session, account, _READERS[layout](table)):
-            treatments |= corrections.write(rows)
-        _note_spellings(session, treatments, account)
+            corrections.write(rows)
+        corrections.writer.report()
+        account.flush(session)
         return ()
     finally:
         workspace.progress.finish()
@@ -168,7 +167,6 @@ def _ingest_plates(
 
 def _ingest_maps(
     session: Session,
-    run_id: int,
     source: Path,
     params: IngestParams,
     aliases: Aliases,
@@ -190,13 +188,12 @@ def _ingest_maps(
             account.refuse(*refusal, file=writable(path.name))
         else:  # a row of another table
             account.problem(*refusal, file=writable(path.name))
-    treatments: set[int] = set()
     for found in annotation.maps.values():
         account.rows += len(found.wells)
-        writer = TreatmentWriter(session, run_id, writable(found.path.name))
+        writer = TreatmentWriter(session, account, writable(found.path.name))
         _apply_map(session, writer, found, plates.get(found.name, []), aliases, account)
-        treatments |= writer.used
-    _note_spellings(session, treatments, account)
+        writer.report()
+    account.flush(session)
     return tuple(sorted(plate for some in plates.values() for plate in some))
 
 
@@ -277,14 +274,14 @@ def _apply_map(
             for at, record in treated.items()
         }
         changed = writer.assign(wanted, set(made.values()))
-        changed |= _keep_metadata(
+        changed |= keep_well_metadata(
             session,
             {
                 well: plate_map.metadata[at]
                 for (_, at), well in all_wells.items()
                 if at in plate_map.metadata
             },
-        )
+        )[0]
         created |= {at for _, at in made}
         updated |= {at for (_, at), well in wells.items() if well in changed}
     account.updated += len(updated)
@@ -305,22 +302,6 @@ def _note_emptied(
     )
 
 
-def _keep_metadata(session: Session, metadata: Mapping[int, Mapping[str, str]]) -> set[int]:
-    """Add what a table says of wells beyond our columns; return the wells of which it is news."""
-    rows: list[dict[str, Any]] = []
-    for some in in_lists(list(metadata)):
-        query = select(Well.id, Well.metadata_).where(Well.id.in_(some))
-        for well, old in session.execute(query):
-            new = {**(old or {}), **metadata[well]}
-            if new != (old or {}):
-                rows.append({"well": well, "new": new})
-    if rows:
-        table: Any = Well.__table__
-        statement = update(table).where(table.c.id == bindparam("well"))
-        session.connection().execute(statement.values(metadata=bindparam("new")), rows)
-    return {row["well"] for row in rows}
-
-
 # ---- Tables of treatments ----
 
 _Sample = tuple[str, ...]
@@ -333,18 +314,15 @@ _Uses = dict[_Use, TreatmentRecord]
 class _Corrections:
     """Makes new treatments, and points the wells of corrected ones to what they are now."""
 
-    def __init__(self, session: Session, run_id: int, account: Account, aliases: Aliases) -> None:
+    def __init__(self, session: Session, account: Account, aliases: Aliases) -> None:
         self._session = session
         self._account = account
         self._aliases = aliases
-        self._writer = TreatmentWriter(session, run_id, account.file)
+        self.writer = TreatmentWriter(session, account)
         self._seen: dict[_Sample, int] = {}
 
-    def write(self, rows: Sequence[TreatmentRow]) -> set[int]:
-        """Bring rows in; one that says something else of a sample than an earlier is refused.
-
-        Returns the treatments (ids) that the rows speak of.
-        """
+    def write(self, rows: Sequence[TreatmentRow]) -> None:
+        """Bring rows in; one that says something else of a sample than an earlier is refused."""
         said = list(self._first_said(rows))
         known = self._known([record for _, record in said])
         corrected = {
@@ -371,7 +349,7 @@ class _Corrections:
             else:
                 self._account.updated += 1
             wanted.append(complete)
-        return set(self._writer.ids(wanted).values())
+        self.writer.ids(wanted)
 
     def _first_said(self, rows: Sequence[TreatmentRow]) -> Iterator[tuple[int, TreatmentRecord]]:
         for line, given in rows:
@@ -431,7 +409,7 @@ class _Corrections:
                 if not wells:
                     break
                 said = {well: corrected[use] for well, use in wells.items() if use in corrected}
-                moved |= {wells[well] for well in self._writer.assign(said, ())}
+                moved |= {wells[well] for well in self.writer.assign(said, ())}
                 last = max(wells)
         return moved
 
@@ -440,62 +418,3 @@ def _sample(record: TreatmentRecord) -> _Sample:
     if record.identifier is not None:
         return (record.identifier,)
     return record.kind.value, record.pert_iname
-
-
-# ---- Names that look like one ----
-
-
-class Spelling(NamedTuple):
-    """Names that look like one treatment; ``detail`` says which, and how to make them one."""
-
-    reason: str
-    detail: str
-
-
-def suspicious_spellings(session: Session, treatment_ids: Collection[int]) -> list[Spelling]:
-    """Return what looks like two names of one treatment, if ``treatment_ids`` have one of them.
-
-    Compared with all treatments that a well has: names that differ in nothing but case, spaces,
-    hyphens or underscores, and two names of one structure. Each group of names comes once.
-    """
-    names: dict[tuple[str, PerturbationKind, str], set[str]] = defaultdict(set)
-    spelled, built = "one name in two spellings", "one structure under two names"
-
-    def keys(row: Any) -> Iterator[tuple[str, PerturbationKind, str]]:
-        if name := normalised_name(row.name):
-            yield spelled, row.kind, name
-        if structure := row.inchikey or row.smiles:
-            yield built, row.kind, structure
-
-    columns = (Perturbation.kind, Perturbation.name, Perturbation.inchikey, Perturbation.smiles)
-    query = select(*columns).join(TreatmentPart).distinct()
-    for some in in_lists(treatment_ids):
-        for row in session.execute(query.where(TreatmentPart.treatment_id.in_(some))):
-            for key in keys(row):
-                names[key].add(row.name)
-    for row in session.execute(
-        query.where(exists().where(Well.treatment_id == TreatmentPart.treatment_id))
-    ):
-        for key in keys(row):
-            if key in names:
-                names[key].add(row.name)
-    found = []
-    for reason in (spelled, built):
-        for same in sorted(sorted(some) for key, some in names.items() if key[0] == reason):
-            distinct = same if reason is spelled else {normalised_name(name) for name in same}
-            if len(same) < 2 or len(distinct) < 2:
-                continue
-            kept, *others = same
-            rows = " and ".join(f"{other},{kept}" for other in others)
-            detail = (
-                f"{' and '.join(map(repr, same))} look like one. If they are, ingest again with "
-                f"--alias FILE, a table with the header alias,name and the row {rows}."
-            )
-            found.append(Spelling(reason, detail))
-    return found
-
-
-def _note_spellings(session: Session, treatments: set[int], account: Account) -> None:
-    for reason, detail in suspicious_spellings(session, treatments):
-        account.suspicious(None, reason, detail)
-    account.flush(session)

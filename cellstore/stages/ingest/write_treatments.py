@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
 
-from ...db.bulk import in_lists
+from ...analysis.leaks import normalised_name
+from ...db.bulk import in_lists, insert_new
 from ...db.events import Change, record_run_events
-from ...db.statements import insert_new
 from ...enums import Control, PerturbationKind
-from ...io.doses import dose_text, normalised_dose
-from ...io.platemaps import completed
-from ...io.records import TreatmentRecord
-from ...models import Perturbation, Treatment, TreatmentPart, Well
+from ...io.platemaps import TreatmentRecord, completed, target_of
+from ...models import Perturbation, Plate, Treatment, TreatmentPart, Well
+from .account import Account
 
 CACHED = 200_000
 """Wells (and treatments) that a writer remembers: some 500 plates."""
@@ -28,6 +29,40 @@ READABLE = 500
 
 DESCRIBED = ("target", "inchikey", "smiles", "pubchem_cid")
 """What tables say of a perturbation beyond what names it; a later table may say it otherwise."""
+
+_NAMED_WELLS = 5
+"""Wells that a message names."""
+
+# ---- Doses and the identity of a treatment ----
+
+MICROMOLAR = "uM"
+_MOLAR = {"M": 1e6, "mM": 1e3, "uM": 1.0, "nM": 1e-3, "pM": 1e-6, "fM": 1e-9}
+_SPELLINGS = {"mol/l": "M", "mmol/l": "mM", "umol/l": "uM", "nmol/l": "nM", "pmol/l": "pM"}
+
+
+def normalised_dose(dose: float, unit: str | None) -> tuple[float, str | None]:
+    """Return a dose and its unit: molar ones in ``uM``, all others as they are.
+
+    ``5000 nM``, ``5 µM`` and ``0.005 mmol/L`` are all ``(5.0, "uM")``. Twelve digits are kept, so
+    that one dose in two units is one number.
+
+    Raises:
+        ValueError: the dose is negative, infinite or no number.
+    """
+    if not math.isfinite(dose) or dose < 0:
+        raise ValueError(f"{dose} is no dose")
+    # The micro sign and the Greek letter look alike.
+    plain = (unit or "").strip().replace("\u00b5", "u").replace("\u03bc", "u")
+    plain = _SPELLINGS.get(plain.lower(), plain)
+    factor = _MOLAR.get(plain)
+    if factor is None:
+        return float(dose), plain or None
+    return float(f"{dose * factor:.12g}"), MICROMOLAR
+
+
+def dose_text(dose: float | None, unit: str | None) -> str:
+    """Return a dose as it is shown: ``5 uM``; an empty text where none is known."""
+    return "" if dose is None else f"{dose:.12g} {unit or ''}".strip()
 
 
 class PerturbationKey(NamedTuple):
@@ -61,30 +96,24 @@ def treatment_values(parts: Sequence[Part]) -> dict[str, Any]:
     same perturbation are one treatment.
     """
     ordered = sorted(
-        parts,
-        key=lambda part: (
-            [key or "" for key in part.perturbation],
-            part.unit or "",
-            part.dose or 0.0,
-        ),
+        (([text or "" for text in part.perturbation], part) for part in parts),
+        key=lambda item: (item[0], item[1].unit or "", item[1].dose or 0.0),
     )
-    names = [part.perturbation.name for part in ordered]
-    doses = [dose_text(part.dose, part.unit) for part in ordered]
-    keys = [[key or "" for key in part.perturbation] for part in ordered]
+    keys = [key for key, _ in ordered]
+    doses = [dose_text(part.dose, part.unit) for _, part in ordered]
     dosed = list(zip(keys, doses, strict=True))
+    names = [name for _, name, _ in keys]
     readable = " + ".join("|".join([*key, dose]).rstrip("|") for key, dose in dosed)
     digest = hashlib.sha256(json.dumps(dosed).encode()).hexdigest()[:32]
+    compounds = hashlib.sha256(json.dumps(keys).encode()).digest()
     return {
         "identity": f"{readable[:READABLE]}#{digest}",
         "name": " + ".join(names),
         "name_with_dose": " + ".join(
-            f"{name} {dose}" if dose else name for name, dose in zip(names, doses, strict=True)
+            f"{name} {dose}".rstrip() for name, dose in zip(names, doses, strict=True)
         ),
         # 63 bits of a digest: a whole number that every database takes.
-        "perturbations_key": int.from_bytes(
-            hashlib.sha256(json.dumps(keys).encode()).digest()[:8], "big"
-        )
-        >> 1,
+        "perturbations_key": int.from_bytes(compounds[:8], "big") >> 1,
     }
 
 
@@ -99,48 +128,68 @@ def records_of(session: Session, condition: ColumnElement[bool]) -> dict[int, Tr
         .join(Perturbation, Perturbation.id == TreatmentPart.perturbation_id)
         .where(condition)
     )
-    found: dict[int, TreatmentRecord] = {}
-    several: set[int] = set()
+    found: dict[int, list[Perturbation]] = defaultdict(list)
     for treatment, row in session.execute(query):
-        if treatment in found:
-            several.add(treatment)
-        found[treatment] = TreatmentRecord(
-            row.kind,
-            row.name,
-            identifier=row.identifier,
-            **{name: getattr(row, name) for name in DESCRIBED},
-        )
-    return {key: record for key, record in found.items() if key not in several}
+        found[treatment].append(row)
+    return {treatment: _record(rows[0]) for treatment, rows in found.items() if len(rows) == 1}
+
+
+def _record(row: Perturbation) -> TreatmentRecord:
+    described = {name: getattr(row, name) for name in DESCRIBED}
+    return TreatmentRecord(row.kind, row.name, identifier=row.identifier, **described)
+
+
+def _key(record: TreatmentRecord) -> PerturbationKey:
+    return PerturbationKey(record.kind, record.pert_iname, record.identifier)
+
+
+# ---- Writing ----
+
+
+class _Disagreement(NamedTuple):
+    """A perturbation that a file describes in two ways: what it says first, and then."""
+
+    key: PerturbationKey
+    column: str
+    first: str
+    other: str
 
 
 class TreatmentWriter:
     """Finds or makes treatments and points wells to them, in the caller's transaction.
 
-    Made for one ``file`` of one run. It remembers what it has seen of treatments and wells, so it
-    must not outlive a transaction that was rolled back.
+    Made for one ``file`` (else that of ``account``). It remembers what it has seen of treatments
+    and wells: ``forget`` that after a rollback.
     """
 
-    def __init__(self, session: Session, run_id: int, file: str) -> None:
-        self._session = session
-        self._run_id = run_id
-        self._file = file
+    def __init__(self, session: Session, account: Account, file: str | None = None) -> None:
+        self._session, self._account = session, account
+        self._file = file or account.file
         self._perturbations: dict[PerturbationKey, Perturbation] = {}
         self._treatments: dict[PerturbationKey, int] = {}
         self._records: dict[int, TreatmentRecord] = {}
         self._wells: dict[int, tuple[int | None, Control | None]] = {}
-        self._said: dict[tuple[PerturbationKey, str], str] = {}
+        self._described: dict[tuple[PerturbationKey, str], str] = {}
         self._corrected: set[PerturbationKey] = set()
+        self._disagreements: dict[_Disagreement, tuple[int | None, dict[int, None]]] = {}
+        """The first line that says otherwise, and the wells that it is said of."""
         self.used: set[int] = set()
         """The treatments that the wells have which the file speaks of."""
-        self.disagreements: dict[PerturbationKey, tuple[int | None, str]] = {}
-        """Perturbations of which the file says two things: where, and what. The first counts."""
+
+    def forget(self) -> None:
+        """Ask the database again: what was written last was undone."""
+        for cache in (self._wells, self._records, self._treatments, self._perturbations):
+            cache.clear()  # together, as they are looked up together
 
     def ids(self, records: Iterable[TreatmentRecord]) -> dict[TreatmentRecord, int]:
         """Return the row of each treatment, made where it is new and corrected where it is not."""
-        self._make_room()
+        if len(self._records) > CACHED:
+            self.forget()
         found = list(records)
         self._find_or_make([(record, record, None) for record in found])
-        return {record: self._treatments[_key(record)] for record in found}
+        ids = {record: self._treatments[_key(record)] for record in found}
+        self.used.update(ids.values())
+        return ids
 
     def assign(
         self,
@@ -154,17 +203,27 @@ class TreatmentWriter:
         perturbation, or another control, is given to the well. Both are events, but for
         ``new_wells``, made in this run.
         """
-        self._make_room()
-        self._look_up(wanted)
+        if max(len(self._wells), len(self._records)) > CACHED:
+            self.forget()
+        unknown = [well for well in wanted if well not in self._wells]
+        for some in in_lists(unknown):
+            query = select(Well.id, Well.treatment_id, Well.control).where(Well.id.in_(some))
+            for well, treatment, control in self._session.execute(query):
+                self._wells[well] = treatment, control
+        pointed = {found for well in unknown if (found := self._wells[well][0]) is not None}
+        for ids in in_lists(pointed - self._records.keys()):
+            self._records |= records_of(self._session, Treatment.id.in_(ids))
         # By object: readers hand the same treatment out again and again, and hashing costs.
         cases: dict[tuple[int | None, Control | None, int], TreatmentRecord] = {}
         entries = []
         for well, (said, line) in wanted.items():
-            case = (*self._wells[well], id(said))
-            if case not in cases:
-                cases[case] = self._completed(said, *self._wells[well])
-                entries.append((said, cases[case], line))
-        self._find_or_make(entries)
+            present, control = self._wells[well]
+            if (present, control, id(said)) not in cases:
+                known = None if present is None else self._records.get(present)
+                full = completed(said, replace(known, control=control)) if known else said
+                cases[present, control, id(said)] = full
+                entries.append((said, full, line))
+        disagreeing = self._find_or_make(entries)
         targets: dict[int, tuple[int, Control | None]] = {}
         changed: set[int] = set()
         for well, (said, _) in wanted.items():
@@ -180,85 +239,107 @@ class TreatmentWriter:
                 changed.add(well)
             elif key in self._corrected and well not in new_wells:
                 changed.add(well)
-        lines = {well: wanted[well][1] for well in targets if well not in new_wells}
-        self._point(targets, lines)
+            for disagreement in disagreeing.get(id(said), ()):
+                self._disagreements[disagreement][1][well] = None
+        self._point(targets, {w: wanted[w][1] for w in targets if w not in new_wells})
         self.used.update(found for well in wanted if (found := self._wells[well][0]) is not None)
         return changed
 
-    def _completed(
-        self, said: TreatmentRecord, treatment: int | None, control: Control | None
-    ) -> TreatmentRecord:
-        known = None if treatment is None else self._records.get(treatment)
-        return said if known is None else completed(said, replace(known, control=control))
-
-    def _make_room(self) -> None:
-        # All at once: they are looked up together.
-        caches = (self._wells, self._records, self._treatments, self._perturbations)
-        if any(len(cache) > CACHED for cache in caches):
-            for cache in caches:
-                cache.clear()
-
-    def _look_up(self, wells: Iterable[int]) -> None:
-        unknown = [well for well in wells if well not in self._wells]
-        for some in in_lists(unknown):
-            query = select(Well.id, Well.treatment_id, Well.control).where(Well.id.in_(some))
-            for well, treatment, control in self._session.execute(query):
-                self._wells[well] = treatment, control
-        pointed = {found for well in unknown if (found := self._wells[well][0]) is not None}
-        for ids in in_lists(pointed - self._records.keys()):
-            self._records |= records_of(self._session, Treatment.id.in_(ids))
+    def report(self) -> None:
+        """Say in the account what the file describes in two ways, and names that look like one."""
+        for (key, column, first, other), (line, wells) in self._disagreements.items():
+            query = select(Plate.barcode, Well.name).join(Plate, Plate.id == Well.plate_id)
+            first_wells = Well.id.in_(list(wells)[:_NAMED_WELLS])
+            rows = self._session.execute(query.where(first_wells).order_by(Well.id))
+            names = [f"{plate}/{well}" for plate, well in rows]
+            more = f" and {len(wells) - len(names):,} more" if len(wells) > len(names) else ""
+            detail = (
+                f"the {column} of {key.name} is {first} on an earlier line, and {other} in "
+                f"{', '.join(names)}{more}: {first} is kept. Correct the table, and ingest it again"
+            )
+            self._account.suspicious(line, "described in two ways", detail, file=self._file)
+        self._disagreements.clear()
+        for reason, detail in suspicious_spellings(self._session, self.used):
+            self._account.suspicious(None, reason, detail, file=self._file)
 
     def _find_or_make(
         self, entries: Sequence[tuple[TreatmentRecord, TreatmentRecord, int | None]]
-    ) -> None:
-        """Make what is new of (what is said, the same completed, line); correct what is not."""
+    ) -> dict[int, list[_Disagreement]]:
+        """Make what is new of (what is said, the same completed, line); correct what is not.
+
+        Returns by ``id()`` of what is said how it disagrees with an earlier line of the file.
+        """
+        session = self._session
         full: dict[PerturbationKey, TreatmentRecord] = {}
         for _, record, _ in entries:
             full.setdefault(_key(record), record)
-        unknown = {key: record for key, record in full.items() if key not in self._perturbations}
-        self._find(unknown)
-        new = {key: item for key, item in unknown.items() if key not in self._perturbations}
-        rows = [
-            key._asdict() | {name: getattr(record, name) for name in DESCRIBED}
-            for key, record in new.items()
-        ]
-        insert_new(self._session, Perturbation, rows)
-        self._find(new)
-        changes = [
-            change
-            for said, record, line in entries
-            if (change := self._correct(_key(record), said, line)) is not None
-        ]
-        record_run_events(self._session, self._run_id, changes, file=self._file)
-        self._find_treatments([key for key in full if key not in self._treatments])
+        absent = {key: record for key, record in full.items() if key not in self._perturbations}
+        for _ in ("look for them", "and again when they are made"):
+            for names in in_lists({key.name for key in absent}):
+                query = select(Perturbation).where(Perturbation.name.in_(names))
+                for row in session.scalars(query):
+                    key = PerturbationKey(row.kind, row.name, row.identifier)
+                    if absent.pop(key, None):
+                        self._perturbations[key] = row
+            rows = [
+                key._asdict() | {name: getattr(record, name) for name in DESCRIBED}
+                for key, record in absent.items()
+            ]
+            insert_new(session, Perturbation, rows)
+        disagreeing: dict[int, list[_Disagreement]] = {}
+        changes = []
+        for said, record, line in entries:
+            change, disagreements = self._correct(_key(record), said, line)
+            changes += [change] if change else []
+            if disagreements:
+                disagreeing[id(said)] = disagreements
+        record_run_events(session, self._account.run_id, changes, file=self._file)
 
-    def _find(self, keys: Iterable[PerturbationKey]) -> None:
-        wanted = set(keys)
-        for names in in_lists({key.name for key in wanted}):
-            query = select(Perturbation).where(Perturbation.name.in_(names))
-            for row in self._session.scalars(query):
-                key = PerturbationKey(row.kind, row.name, row.identifier)
-                if key in wanted:
-                    self._perturbations[key] = row
+        values = {key: treatment_values([Part(key)]) for key in full if key not in self._treatments}
+        by_identity = {row["identity"]: key for key, row in values.items()}
+        made: list[PerturbationKey] = []
+        while by_identity:
+            for some in in_lists(by_identity):
+                ids = select(Treatment.identity, Treatment.id).where(Treatment.identity.in_(some))
+                for identity, number in session.execute(ids):
+                    self._treatments[by_identity.pop(identity)] = number
+            if made:
+                break
+            made = list(by_identity.values())
+            rows = [values[key] | {"target": self._perturbations[key].target} for key in made]
+            insert_new(session, Treatment, rows)
+        parts = [
+            {
+                "treatment_id": self._treatments[key],
+                "position": 1,
+                "perturbation_id": self._perturbations[key].id,
+            }
+            for key in made
+        ]
+        insert_new(session, TreatmentPart, parts)
+        for key in values:
+            self._records.setdefault(self._treatments[key], _record(self._perturbations[key]))
+        return disagreeing
 
     def _correct(
         self, key: PerturbationKey, said: TreatmentRecord, line: int | None
-    ) -> Change | None:
+    ) -> tuple[Change | None, list[_Disagreement]]:
         """Take over what a table says of a perturbation; the first that a file says counts."""
         row = self._perturbations[key]
         new: dict[str, Any] = {}
+        disagreements = []
         for name in DESCRIBED:
             value = getattr(said, name)
             if value is None:
                 continue
-            first = self._said.setdefault((key, name), value)
+            first = self._described.setdefault((key, name), value)
             if first != value:
-                detail = f"{key.name}: {name} is {first}, and {value} on another line"
-                self.disagreements.setdefault(key, (line, detail))
+                disagreements.append(_Disagreement(key, name, first, value))
+                self._disagreements.setdefault(disagreements[-1], (line, {}))
             elif value != getattr(row, name):
                 new[name] = value
         if not new:
-            return None
+            return None, disagreements
         old = {name: getattr(row, name) for name in new}
         for name, value in new.items():
             setattr(row, name, value)
@@ -268,44 +349,9 @@ class TreatmentWriter:
         self._records |= records_of(self._session, treatments)
         if "target" in new:
             for treatment in self._session.scalars(select(Treatment).where(treatments)):
-                treatment.target = targets_of([part.perturbation for part in treatment.parts])
-        return Change("perturbations", row.id, old, new, line)
-
-    def _find_treatments(self, keys: Sequence[PerturbationKey]) -> None:
-        """Find or make the treatments of one perturbation without dose."""
-        rows = {key: treatment_values([Part(key)]) for key in keys}
-        by_identity = {row["identity"]: key for key, row in rows.items()}
-
-        def find() -> None:
-            for some in in_lists(by_identity):
-                query = select(Treatment.identity, Treatment.id)
-                for text, number in self._session.execute(
-                    query.where(Treatment.identity.in_(some))
-                ):
-                    self._treatments[by_identity[text]] = number
-
-        find()
-        new = [key for key in keys if key not in self._treatments]
-        if new:
-            values = [rows[key] | {"target": self._perturbations[key].target} for key in new]
-            insert_new(self._session, Treatment, values)
-            find()
-            parts = [
-                {
-                    "treatment_id": self._treatments[key],
-                    "position": 1,
-                    "perturbation_id": self._perturbations[key].id,
-                }
-                for key in new
-            ]
-            insert_new(self._session, TreatmentPart, parts)
-        missing = [key for key in keys if self._treatments[key] not in self._records]
-        for key in missing:
-            row = self._perturbations[key]
-            described = {name: getattr(row, name) for name in DESCRIBED}
-            self._records[self._treatments[key]] = TreatmentRecord(
-                key.kind, key.name, identifier=key.identifier, **described
-            )
+                targets = [part.perturbation.target or "" for part in treatment.parts]
+                treatment.target = target_of("|".join(targets))
+        return Change("perturbations", row.id, old, new, line), disagreements
 
     def _point(
         self,
@@ -325,23 +371,15 @@ class TreatmentWriter:
         connection.exec_driver_sql(statement, rows)
         changes = []
         for well, line in lines.items():
-            before, after = self._said_of(self._wells[well]), self._said_of(targets[well])
-            different = [name for name in before if before[name] != after[name]]
-            changes.append(
-                Change(
-                    "wells",
-                    well,
-                    {name: before[name] for name in different},
-                    {name: after[name] for name in different},
-                    line,
-                )
-            )
-        record_run_events(self._session, self._run_id, changes, file=self._file)
+            before, after = (self._event_values(*found[well]) for found in (self._wells, targets))
+            names = [name for name in before if before[name] != after[name]]
+            old, new = ({name: values[name] for name in names} for values in (before, after))
+            changes.append(Change("wells", well, old, new, line))
+        record_run_events(self._session, self._account.run_id, changes, file=self._file)
         self._wells.update(targets)
 
-    def _said_of(self, well: tuple[int | None, Control | None]) -> dict[str, Any]:
+    def _event_values(self, treatment: int | None, control: Control | None) -> dict[str, Any]:
         """Return what an event says of a well: its columns, and the name of its treatment."""
-        treatment, control = well
         known = None if treatment is None else self._records.get(treatment)
         name = known and known.pert_iname
         if treatment is not None and known is None:  # of several perturbations
@@ -353,11 +391,45 @@ class TreatmentWriter:
         }
 
 
-def _key(record: TreatmentRecord) -> PerturbationKey:
-    return PerturbationKey(record.kind, record.pert_iname, record.identifier)
+# ---- Names that look like one ----
 
 
-def targets_of(perturbations: Iterable[Perturbation]) -> str | None:
-    """Return all targets of some perturbations, each once, sorted, with ``|`` between them."""
-    found = {target for row in perturbations for target in (row.target or "").split("|")} - {""}
-    return "|".join(sorted(found)) or None
+def suspicious_spellings(session: Session, treatments: Collection[int]) -> list[tuple[str, str]]:
+    """Return what looks like two names of one treatment, if ``treatments`` (ids) have one of them.
+
+    Compared with all treatments that a well has: names that differ in nothing but case, spaces,
+    hyphens or underscores, and two names of one structure. Each group of names comes once, as a
+    reason and a detail, which says how to make them one.
+    """
+    spelled, built = "one name in two spellings", "one structure under two names"
+    names: dict[tuple[str, PerturbationKind, str], set[str]] = {}
+    columns = (Perturbation.kind, Perturbation.name, Perturbation.inchikey, Perturbation.smiles)
+    query = select(*columns).join(TreatmentPart).distinct()
+    mine = [
+        row
+        for some in in_lists(treatments)
+        for row in session.execute(query.where(TreatmentPart.treatment_id.in_(some)))
+    ]
+    used = exists().where(Well.treatment_id == TreatmentPart.treatment_id)
+    for rows, is_mine in ((mine, True), (session.execute(query.where(used)), False)):
+        for row in rows:
+            for reason, text in (
+                (spelled, normalised_name(row.name)),
+                (built, row.inchikey or row.smiles),
+            ):
+                if text and (is_mine or (reason, row.kind, text) in names):
+                    names.setdefault((reason, row.kind, text), set()).add(row.name)
+    found = []
+    for reason in (spelled, built):
+        for same in sorted(sorted(some) for key, some in names.items() if key[0] == reason):
+            distinct = same if reason is spelled else {normalised_name(name) for name in same}
+            if len(same) < 2 or len(distinct) < 2:
+                continue
+            kept, *others = same
+            pairs = " and ".join(f"{other},{kept}" for other in others)
+            detail = (
+                f"{' and '.join(map(repr, same))} look like one. If they are, ingest again with "
+                f"--alias FILE, a table with the header alias,name and the row {pairs}."
+            )
+            found.append((reason, detail))
+    return found
