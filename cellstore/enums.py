@@ -80,6 +80,14 @@ class AnnotationKind(StrEnum):
     NOTE = "note"
 
 
+class ExclusionSource(StrEnum):
+    """Who says that something does not count."""
+
+    SEGMENTATION = "segmentation"
+    QUALITY = "quality"
+    ANNOTATION = "annotation"
+
+
 class Origin(StrEnum):
     """How a result came into the store: this program made it, or somebody brought it."""
 

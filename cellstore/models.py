@@ -17,8 +17,10 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
 from sqlalchemy import (
+    DDL,
     BigInteger,
     CheckConstraint,
+    Column,
     DateTime,
     Dialect,
     Enum,
@@ -28,8 +30,10 @@ from sqlalchemy import (
     Integer,
     MetaData,
     String,
+    Table,
     Text,
     UniqueConstraint,
+    event,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -526,14 +530,20 @@ class Segmentation(Base):
 
 
 class Cell(Base):
-    """One region of a mask; the box is half open, in pixels; ``excluded``: why it does not count.
+    """One region of a mask; the box is half open, in pixels.
 
+    ``excluded``: why the segmentation, or the table that brought it, excludes it; ``EXCLUSIONS``
+    has the reasons that came later, too.
     ``object_number`` is its value in the mask. Box and centre are null where another tool found
     the cell and does not say.
     """
 
     __tablename__ = "cells"
-    __table_args__ = (UniqueConstraint("segmentation_id", "object_number"),)
+    __table_args__ = (
+        UniqueConstraint("segmentation_id", "object_number"),
+        # Few cells are excluded, and the view ``exclusions`` reads no others.
+        Index(None, "id", "excluded", **_only("excluded IS NOT NULL")),
+    )
 
     id: Mapped[Id]
     segmentation_id: Mapped[int] = refers_to("segmentations.id")
@@ -876,3 +886,42 @@ class Event(Base):
 
 METADATA = Base.metadata
 """All tables, for migrations."""
+
+EXCLUSIONS_VIEW = """
+CREATE VIEW exclusions AS
+SELECT CAST('cell' AS VARCHAR(20)) AS level, id, CAST(excluded AS TEXT) AS reason,
+    CAST('segmentation' AS VARCHAR(20)) AS source, CAST(NULL AS BIGINT) AS run_id,
+    CAST(NULL AS BIGINT) AS annotation_id
+FROM cells WHERE excluded IS NOT NULL
+UNION ALL
+SELECT CAST('image' AS VARCHAR(20)), image_id, CAST(reason AS TEXT),
+    CAST('quality' AS VARCHAR(20)), run_id, CAST(NULL AS BIGINT)
+FROM image_flags
+UNION ALL
+SELECT CAST('cell' AS VARCHAR(20)), cell_id, CAST(reason AS TEXT),
+    CAST('quality' AS VARCHAR(20)), run_id, CAST(NULL AS BIGINT)
+FROM cell_flags
+UNION ALL
+SELECT level, row_id, CAST(coalesce(reason, 'excluded by ' || user_name) AS TEXT),
+    CAST('annotation' AS VARCHAR(20)), CAST(NULL AS BIGINT), id
+FROM annotations AS a
+WHERE kind = 'exclusion' AND undoes_id IS NULL
+    AND NOT EXISTS (SELECT 1 FROM annotations AS later WHERE later.undoes_id = a.id)
+"""
+event.listen(METADATA, "after_create", DDL(EXCLUSIONS_VIEW))  # type: ignore[no-untyped-call]
+
+EXCLUSIONS = Table(
+    "exclusions",
+    MetaData(),
+    Column("level", String(20)),
+    Column("id", BigId),
+    Column("reason", Text),
+    Column("source", String(20)),
+    Column("run_id", BigId),
+    Column("annotation_id", BigId),
+)
+"""A view: what does not count. One row per reason; ``id`` is that of the plate, well, image or cell
+(``level``). ``source`` is ``segmentation`` (the cell was excluded when it was found, as those whose
+outline has the length 0), ``quality`` (a flag of the quality-control run ``run_id``, which counts
+only where that run is asked for) or ``annotation`` (a person said so: ``annotation_id``). What
+excludes a well excludes its images and their cells."""

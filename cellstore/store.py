@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
     from .report.comparison import Comparison
-    from .report.repro import Check, Order, Repro
+    from .report.redo import Check
+    from .report.repro import Repro, RunOptions
     from .report.scoring import ReportResult
     from .report.segment_preview import PreviewResult
     from .report.votes import VotesResult
@@ -603,8 +604,8 @@ class Store:
         """Redo a run beside the store, and compare; see ``report.redo.check``."""
         from .report.redo import Done, check
 
-        def carry_out(workspace: Workspace, order: Order, where: str | None) -> Done:
-            return Done(*_carry_out(Store(workspace), order, where, device))
+        def carry_out(workspace: Workspace, options: RunOptions, where: str | None) -> Done:
+            return Done(*_carry_out(Store(workspace), options, where, device))
 
         path = None if weights is None else Path(weights)
         return check(self.workspace, run, carry_out, images=images, weights=path)
@@ -729,11 +730,11 @@ class Store:
 
 
 def _carry_out(
-    store: Store, order: Order, where: str | None, device: str
+    store: Store, options: RunOptions, where: str | None, device: str
 ) -> tuple[int | None, tuple[tuple[str, str], ...]]:
-    """Do what an order says on a store; return the number of the run, and which images failed."""
-    params: Any = order.params
-    names = order.names
+    """Do on a store what a run was asked to do; return the new run, and which images failed."""
+    params: Any = options.params
+    names = options.inputs
     sources: Any = {name: names.get(name) for name in ("split", "segmentation", "measurement")}
     match params:
         case SegmentParams():

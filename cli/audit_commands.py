@@ -14,7 +14,8 @@ from .options import Common, Device, DeviceOption, HtmlOption, command
 from .output import say
 
 if TYPE_CHECKING:
-    from cellstore.report.repro import Check, Repro
+    from cellstore.report.redo import Check
+    from cellstore.report.repro import Repro
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 KINDS = ("image", "well", "cell", "run", "artifact")

@@ -61,6 +61,7 @@ def _show_status(result: StatusResult) -> None:
             "images": f"{result.images:,} ({result.missing_images:,} miss files)",
             "  segmented": result.segmented,
             "  measured": result.measured,
+            **({"  excluded": result.excluded_images} if result.excluded_images else {}),
             **({} if result.qc_run_id is None else {"  flagged": flagged}),
             "cells": f"{result.cells:,} ({result.excluded:,} excluded)",
             "measurements": result.features,

@@ -274,6 +274,7 @@ def _excluded(found: dict[str, Any]) -> list[tuple[str, str]]:
     titles = {
         "without_label": "without a label",
         "missing_files": "missing files",
+        "annotated": "excluded by annotations",
         "flagged": "flagged by qc",
     }
     for name, title in titles.items():

@@ -19,12 +19,14 @@ from sqlalchemy.orm import Session
 
 from cellstore.enums import (
     PERTURBATION,
+    AnnotationKind,
     ArtifactKind,
     CellFlagReason,
     Control,
     FeatureStorage,
     GroupLevel,
     ImageFlagReason,
+    Level,
     PerturbationKind,
     Stage,
     Status,
@@ -33,6 +35,7 @@ from cellstore.enums import (
 from cellstore.jobs.runs import keep_file
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
+    Annotation,
     Artifact,
     Base,
     Cell,
@@ -338,6 +341,25 @@ class Factory:
         self, run: Run, cell: Cell, reason: CellFlagReason = CellFlagReason.BORDER
     ) -> CellFlag:
         return self.add(CellFlag(run_id=run.id, cell_id=cell.id, reason=reason, value=None))
+
+    def exclude(
+        self, level: Level, row_id: int, reason: str | None = "debris", **more: Any
+    ) -> Annotation:
+        """A person says that something does not count."""
+        return self.add(
+            Annotation(
+                level=level,
+                row_id=row_id,
+                kind=AnnotationKind.EXCLUSION,
+                reason=reason,
+                user_name="ada",
+                created_at=MOMENT,
+                **more,
+            )
+        )
+
+    def undo(self, earlier: Annotation) -> Annotation:
+        return self.exclude(earlier.level, earlier.row_id, None, undoes_id=earlier.id)
 
     def feature_set(self, recipe: Recipe, name: str = "basic") -> FeatureSet:
         columns = [

@@ -149,6 +149,8 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
 
 SAME_SUBSET = "coalesce(m.subset, '') = coalesce(c.subset, '')"
 EARLY = (
+    "later_exclusions",
+    "excluded_images",
     "image_table",
     "run_images",
     "vote_options",

@@ -334,7 +334,7 @@ def test_pictures_are_of_wells_apart_and_the_same_each_time(sqlite_workspace: Wo
     with open_questions(sqlite_workspace) as questions:
         found = pictures(sqlite_workspace, questions, run.id, rows)
         assert pictures(sqlite_workspace, questions, run.id, rows) == found
-    shares = [item.share for item in found.wrong]
+    shares = [item["share"] for item in found["wrong"]]
     assert shares == pytest.approx([0.65, 0.63, 0.61, 0.59, 0.57, 0.55])  # the second of each well
-    assert found.right == found.samples == ()
-    assert all(item.problem for item in found.wrong)
+    assert found["right"] == found["samples"] == []
+    assert all(item["problem"] for item in found["wrong"])

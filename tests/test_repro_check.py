@@ -18,8 +18,19 @@ from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import METADATA, Label, Prediction, Run
-from cellstore.report.redo import Differences, Done, Wanted, check, merged, scratch_store
-from cellstore.report.repro import DIFFERENT, EQUAL, IDENTICAL, IMPOSSIBLE, Check, Order, repro
+from cellstore.report.redo import (
+    DIFFERENT,
+    EQUAL,
+    IDENTICAL,
+    IMPOSSIBLE,
+    Check,
+    Differences,
+    Done,
+    Wanted,
+    check,
+    scratch_store,
+)
+from cellstore.report.repro import RunOptions, repro
 
 LABELLED = ("B01", "B02", "B03", "B04")
 
@@ -44,9 +55,9 @@ def labelled_screen(workspace: Workspace) -> SmallScreen:
 def by_hand(screen: SmallScreen, change: Callable[[float], float] = lambda p: p) -> Any:
     """What labels cells as ``VOTES`` has them, with other probabilities if need be."""
 
-    def carry_out(redone: Workspace, order: Order, where: str | None) -> Done:
-        assert isinstance(order.params, PredictParams)
-        assert order.names["run"] == str(screen.train_run.id)
+    def carry_out(redone: Workspace, options: RunOptions, where: str | None) -> Done:
+        assert isinstance(options.params, PredictParams)
+        assert options.inputs["run"] == str(screen.train_run.id)
         with redone.database.begin() as session:
             old = session.get_one(Run, screen.predict_run.id)
             new = Run(
@@ -177,14 +188,16 @@ def test_the_environment_does_not_lead_a_redo_to_the_real_database(
         assert made.database.is_sqlite
 
 
-def test_two_series_side_by_side() -> None:
-    old = [(1, ("a",)), (3, ("b",)), (4, ("c",))]
-    new = [(2, ("x",)), (3, ("y",))]
-    assert list(merged(old, new)) == [
-        (1, ("a",), None),
-        (2, None, ("x",)),
-        (3, ("b",), ("y",)),
-        (4, ("c",), None),
+def test_two_series_are_compared_by_key() -> None:
+    old = [(1, "a", None), (3, "b", None), (4, "c", None)]
+    new = [(2, "x", None), (3, "y", None), (4, "c", None)]
+    found = Differences("texts", 0.0)
+    found.count_all("thing {}", old, new)
+    assert (found.compared, found.differ) == (4, 3)
+    assert found.first == [
+        "thing 1: a before, nothing now",
+        "thing 2: nothing before, x now",
+        "thing 3: b before, y now",
     ]
 
 
@@ -192,7 +205,7 @@ def test_numbers_that_are_none() -> None:
     nan = float("nan")
     found = Differences("numbers", 1e-4)
     for then, now in ((nan, nan), (1.0, nan), (None, 1.0), (1.0, float("inf"))):
-        found.count("x", then, now)
+        found.count("x", (1, "", then), (1, "", now))
     assert (found.compared, found.differ) == (4, 3)
 
 

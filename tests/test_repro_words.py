@@ -24,7 +24,7 @@ from cellstore.config import (
 )
 from cellstore.enums import GroupLevel, Projection, Stage, Subset
 from cellstore.jobs.runs import RecipeSpec, fingerprint
-from cellstore.report.repro import Order, selection_of, typed_words, words_of
+from cellstore.report.repro import RunOptions, selection_of, typed_words, words_of
 from cellstore_cli.app import app
 
 
@@ -185,7 +185,7 @@ FEW = settings(max_examples=15, deadline=None)
 @given(params=segments)
 @FEW
 def test_segment(asked: Any, params: SegmentParams) -> None:
-    spelled, doubts = words_of(Order(params))
+    spelled, doubts = words_of(RunOptions(params))
     method, args, _ = asked(spelled)
     assert (method, args[0], doubts) == ("segment", params, ())
     assert marks(args[0]) == marks(params)
@@ -194,7 +194,7 @@ def test_segment(asked: Any, params: SegmentParams) -> None:
 @given(params=measurements)
 @FEW
 def test_measure(asked: Any, params: MeasureParams) -> None:
-    spelled, _ = words_of(Order(params, {"segmentation": "0a1b"}))
+    spelled, _ = words_of(RunOptions(params, {"segmentation": "0a1b"}))
     method, args, more = asked(spelled)
     assert (method, args[0], more["segmentation"]) == ("measure", params, "0a1b")
 
@@ -202,7 +202,7 @@ def test_measure(asked: Any, params: MeasureParams) -> None:
 @given(params=splits, name=words)
 @FEW
 def test_split(asked: Any, params: SplitParams, name: str) -> None:
-    spelled, _ = words_of(Order(params, {"name": name}))
+    spelled, _ = words_of(RunOptions(params, {"name": name}))
     method, args, _ = asked(spelled)
     assert method == "create_split"
     assert args[0] == name
@@ -220,7 +220,7 @@ def as_kept(params: SplitParams) -> SplitParams:
 @pytest.mark.parametrize("folds", [2, 5])
 def test_folds(asked: Any, folds: int) -> None:
     params = SplitParams(folds=folds, validation_size=0.0)
-    spelled, _ = words_of(Order(params, {"name": "five"}))
+    spelled, _ = words_of(RunOptions(params, {"name": "five"}))
     method, args, _ = asked(spelled)
     assert (method, args) == ("create_folds", ("five", params))
 
@@ -228,7 +228,7 @@ def test_folds(asked: Any, folds: int) -> None:
 @given(params=trainings)
 @FEW
 def test_train(asked: Any, params: TrainParams) -> None:
-    spelled, doubts = words_of(Order(params, SOURCES))
+    spelled, doubts = words_of(RunOptions(params, SOURCES))
     method, args, more = asked(spelled)
     assert (method, args[0], doubts) == ("train", params, ())
     assert {name: more[name] for name in SOURCES} == SOURCES
@@ -238,7 +238,7 @@ def test_train(asked: Any, params: TrainParams) -> None:
 @given(params=baselines)
 @FEW
 def test_baseline(asked: Any, params: BaselineParams) -> None:
-    spelled, doubts = words_of(Order(params, BASELINE))
+    spelled, doubts = words_of(RunOptions(params, BASELINE))
     method, args, more = asked(spelled)
     assert (method, args, doubts) == ("train_baselines", (["logistic"], params), ())
     assert {name: more[name] for name in SOURCES} == SOURCES
@@ -249,7 +249,7 @@ def test_baseline(asked: Any, params: BaselineParams) -> None:
 def test_predict(asked: Any, params: PredictParams, everything: bool) -> None:
     if everything:
         params = PredictParams(subset=params.subset, all_probabilities=True)
-    spelled, _ = words_of(Order(params, {"run": "12"}))
+    spelled, _ = words_of(RunOptions(params, {"run": "12"}))
     method, args, more = asked(spelled)
     assert (method, args[0], more["run"]) == ("predict", params, "12")
 
@@ -262,7 +262,7 @@ def test_what_a_command_cannot_say_is_said() -> None:
         ),
         (SegmentParams(channels=(" DNA",)), "--channels cannot hold the name ' DNA'"),
     ):
-        (told,) = words_of(Order(params, BASELINE))[1]
+        (told,) = words_of(RunOptions(params, BASELINE))[1]
         assert doubt in told
 
 

@@ -24,8 +24,8 @@ from ..jobs.planes import read_image
 from ..jobs.selection import is_current
 from ..models import Image, Plate, Segmentation, SplitMember, Well
 from ..query.cells import CellSource, read_cells, stream_features
+from ..query.exclusions import image_counts
 from ..query.feature_files import SetReader
-from ..query.qc_runs import is_unflagged_image
 
 Numbers = NDArray[np.float64]
 
@@ -393,12 +393,10 @@ def _images(source: CellSource, barcode: str | None = None) -> Select[Any]:
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
         .join(Segmentation, is_current())
-        .where(Segmentation.recipe_id == source.segment_id)
+        .where(Segmentation.recipe_id == source.segment_id, image_counts(source.unflagged_by))
     )
     if barcode is not None:
         query = query.where(Plate.barcode == barcode)
-    if source.unflagged_by is not None:
-        query = query.where(is_unflagged_image(source.unflagged_by))
     if source.split_id is not None:
         member = SplitMember.image_id == Image.id
         query = query.join(SplitMember, member).where(SplitMember.split_id == source.split_id)

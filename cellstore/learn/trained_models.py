@@ -326,7 +326,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
         )
     check_channels(session, ImageInput(record.channels))
     features = open_set(session, workspace.artifacts, measure.id)
-    source = CellSource(segment.id, measure.id, features=features)
+    source = CellSource(segment.id, measure.id, features=features, annotated=True)
     reader = make_reader(workspace, source, segment, record, model.device)
     return OpenModel(run, file, json_record, segment, measure, source, model, record, reader)
 
@@ -346,9 +346,10 @@ def fit_new_plates(
 
     """
     record, added = found.record, dict[str, Any]()
-    # What the training excluded as flagged does not say how a plate is spread either.
+    # What is excluded, or was flagged for the training, does not say how a plate is spread either.
     recipe = session.get_one(Recipe, found.run.recipe_id)
-    usual = replace(found.source, unflagged_by=recipe.parameters.get("exclude_flagged"))
+    flagged = recipe.parameters.get("exclude_flagged")
+    usual = replace(found.source, unflagged_by=flagged, annotated=False)
     if record.scaler.plates is not None:
         new = [plate for plate in plates if plate not in record.scaler.plates]
         scaler = add_plates(session, usual, record.scaler, new)

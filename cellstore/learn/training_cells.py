@@ -33,8 +33,8 @@ from ..query.cells import (
     list_blocks,
     recipes_of_set,
 )
+from ..query.exclusions import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 from ..query.feature_files import open_set
-from ..query.qc_runs import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 
 Names = tuple[str | None, str | None, str | None]
 """Of the split, the segmentation and the measurement; none: the latest."""

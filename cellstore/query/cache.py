@@ -64,6 +64,12 @@ _NOTHING_OF_WELLS = """
 """
 """What the votes that are not kept would be made from."""
 
+_NO_LATER_EXCLUSIONS = """
+    CREATE TABLE later_exclusions (level VARCHAR, id BIGINT);
+    CREATE TABLE excluded_images (image_id BIGINT);
+"""
+"""The copies of votes are for stores without any; else votes are counted anew."""
+
 
 @dataclass(frozen=True)
 class RunMark:
@@ -205,6 +211,7 @@ class Copies:
             return
         base = PREDICTIONS if table == COUNTS else COUNTS
         own.execute(f"CREATE VIEW {base} AS FROM {reading_files([self._copy(base, run, own)])}")
+        own.execute(_NO_LATER_EXCLUSIONS)
         if table == RANKED:
             self.source.feed_table(own, "CREATE TABLE labels AS FROM {rows}", "labels")
             own.execute(_NOTHING_OF_WELLS)

@@ -37,8 +37,8 @@ from ..models import (
     SplitMember,
     Well,
 )
+from .exclusions import cell_counts, image_counts
 from .feature_files import BUILT_IN, FEATURE_COLUMNS, ReadableSet, SetReader, find_feature_set
-from .qc_runs import is_unflagged_cell, is_unflagged_image
 
 _BOX = ("min_row", "min_col", "max_row", "max_col")
 _CELLS_ROWS_AT_ONCE = 10_000
@@ -51,7 +51,9 @@ class CellSource:
 
     ``subset``: one subset of the split. Without ``split_id`` and ``plates``: all images.
     ``features``: where the measurements are; a cell that is not among them is left out.
-    ``unflagged_by``: a quality-control run, whose flagged images and cells are left out.
+    Cells that are excluded are left out. ``unflagged_by``: a quality-control run, whose flagged
+    images and cells are left out, too. ``annotated``: what annotations exclude is read all the
+    same, as for predictions: these stay right when an exclusion is undone, and votes leave it out.
     """
 
     segment_id: int
@@ -61,6 +63,7 @@ class CellSource:
     plates: tuple[str, ...] = ()
     features: ReadableSet = BUILT_IN
     unflagged_by: int | None = None
+    annotated: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,13 @@ def cells_query(source: CellSource) -> Select[Any]:
         .select_from(Image)
         .join(Segmentation, current)
         .join(Cell, Cell.segmentation_id == Segmentation.id)
-        .where(Cell.excluded.is_(None))
     )
+    if source.annotated:
+        query = query.where(Cell.excluded.is_(None))
+    else:
+        query = query.where(image_counts(source.unflagged_by), cell_counts(source.unflagged_by))
     if source.features.in_table:
         query = _with_measurements(query, source)
-    if source.unflagged_by is not None:
-        run_id = source.unflagged_by
-        query = query.where(is_unflagged_image(run_id), is_unflagged_cell(run_id))
     return _of_split(_of_plates(query, source), source)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from ..models import METADATA
 from .engine import Questions
 from .relations import VIEWS, view
 from .source import TABLES
@@ -67,7 +68,8 @@ def _table(questions: Questions, name: str) -> RelationWords:
         refers = next((key.target_fullname for key in declared.foreign_keys), None)
         words = column_words(name, column)
         columns.append(ColumnWords(column, kind, words, declared.primary_key, refers))
-    return RelationWords(name, "table", written_words()[name]["about"], tuple(columns))
+    kind = "table" if name in METADATA.tables else "view"
+    return RelationWords(name, kind, written_words()[name]["about"], tuple(columns))
 
 
 def _view(questions: Questions, name: str) -> RelationWords:

@@ -27,6 +27,7 @@ from ..config import VoteOptions
 from ..enums import ArtifactKind
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
+from ..models import EXCLUSIONS
 from .cache import RANKED_COPIED, WRITERS, Copies, RunMark, final_states, reading_files
 from .feature_sets import SetRelation, list_sets
 from .guard import (
@@ -40,7 +41,7 @@ from .guard import (
     quoted,
     run_limited,
 )
-from .relations import COUNTS, KEPT, PREDICTIONS, RANKED, VIEWS, tables_read, view_query
+from .relations import COUNTS, KEPT, LATER, PREDICTIONS, RANKED, VIEWS, tables_read, view_query
 from .source import (
     TABLES,
     Columns,
@@ -106,7 +107,8 @@ class Answer:
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
         """Yield the rows."""
-        while some := self._limited(lambda: self._result.fetchmany(ROWS_AT_ONCE)):
+        result = self._result
+        while some := self._limited(lambda: result.fetchmany(ROWS_AT_ONCE)):
             yield from some
 
     def records(self) -> list[dict[str, Any]]:
@@ -132,7 +134,8 @@ class Answer:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the rows as batches of Arrow."""
-        while (batch := self._limited(lambda: next(self._reader, None))) is not None:
+        reader = self._reader
+        while (batch := self._limited(lambda: next(reader, None))) is not None:
             yield batch
 
     def table(self) -> pa.Table:
@@ -268,9 +271,6 @@ class Questions:
         self._vote_options = vote_options
         self._only_image_votes = only_image_votes
         self._image = image
-        # Votes among cells that are not flagged are counted anew: flags may be added.
-        counted_anew = image is not None or vote_options.exclude_flagged is not None
-        self._kept = {PREDICTIONS} if counted_anew else set(KEPT)
         self._declared: set[str] = set()
         self._loaded: set[str] = set()
 
@@ -282,6 +282,15 @@ class Questions:
     @cached_property
     def _full(self) -> duckdb.DuckDBPyConnection:
         return self._connect_full()
+
+    @cached_property
+    def _kept(self) -> set[str]:
+        """The views whose copies can be used: those of votes know of no later exclusion."""
+        if self._image is None:
+            self._load({LATER})
+            if not self._full.execute(f"FROM {LATER} LIMIT 1").fetchall():
+                return set(KEPT)
+        return {PREDICTIONS}
 
     @cached_property
     def _sets(self) -> dict[str, SetRelation]:
@@ -398,6 +407,14 @@ class Questions:
                 if self._image is not None:
                     condition = _OF_IMAGE.get(name, "").format(image=int(self._image))
                 self._source.feed_table(self._full, statement, name, condition)
+            elif name == LATER:
+                # From the database, for the sake of time: of all exclusions few are made later.
+                own = "WHERE t.source = 'annotation'"
+                self._source.feed_table(self._full, statement, EXCLUSIONS.name, own)
+                if (run := self._vote_options.exclude_flagged) is not None:
+                    own = f"WHERE t.source = 'quality' AND t.run_id = {int(run)}"
+                    statement = f"INSERT INTO {name} FROM {{rows}}"
+                    self._source.feed_table(self._full, statement, EXCLUSIONS.name, own)
             elif name in WRITERS and (name in TABLES or name in self._kept):
                 self._load_big(name)
             elif name in VIEWS or name in self._sets:
@@ -410,7 +427,7 @@ class Questions:
         """Return the columns of what is a table where there are no rows."""
         if name in TABLES:
             return columns_of(TABLES[name])
-        if name in self._kept:
+        if name in KEPT:
             return KEPT[name]
         if name not in VIEWS and name in self._sets and not self._sets[name].in_table:
             return self._sets[name].columns

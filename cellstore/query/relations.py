@@ -29,6 +29,8 @@ VIEWS = (
     "vote_options",
     "eligible_cells",
     "eligible_predictions",
+    "excluded_images",
+    "later_exclusions",
     "predictions_with_image",
     "image_label_counts",
     "label_counts",
@@ -38,6 +40,7 @@ VIEWS = (
 )
 """All views: first those that people ask for, then what these are made of."""
 
+LATER = "later_exclusions"
 PREDICTIONS = "predictions_with_image"
 COUNTS = "image_label_counts"
 RANKED = "ranked_votes"
@@ -66,12 +69,6 @@ KEPT: dict[str, Columns] = {
     },
 }
 """Views of which copies are kept: their columns."""
-
-# Added to the two views that say who votes, where flagged cells and images do not.
-_UNFLAGGED = """
-    AND NOT EXISTS (FROM image_flags AS f WHERE f.run_id = {run} AND f.image_id = p.image_id)
-    AND NOT EXISTS (FROM cell_flags AS f WHERE f.run_id = {run} AND f.cell_id = p.cell_id)
-"""
 
 
 @dataclass(frozen=True)
@@ -102,8 +99,8 @@ def view_query(name: str, options: VoteOptions) -> str:
             f"{'true' if options.controls else 'false'} AS controls"
         )
     query = view(name).query
-    if options.exclude_flagged is not None and name in ("eligible_cells", "eligible_predictions"):
-        query += _UNFLAGGED.replace("{run}", str(int(options.exclude_flagged)))
+    if name == LATER and options.exclude_flagged is not None:
+        query += f"OR run_id = {int(options.exclude_flagged)}\n"
     return query
 
 

@@ -15,10 +15,10 @@ from sqlalchemy.types import JSON
 
 from ..db.session import Database
 from ..errors import DatabaseError, MissingExtraError
-from ..models import METADATA, UtcDateTime
+from ..models import EXCLUSIONS, METADATA, UtcDateTime
 
-TABLES: dict[str, Table] = dict(METADATA.tables)
-"""All tables by name."""
+TABLES: dict[str, Table] = {**METADATA.tables, EXCLUSIONS.name: EXCLUSIONS}
+"""All tables by name, and the view that the database itself has."""
 
 BATCH_ROWS = 65_536
 

@@ -58,6 +58,7 @@ from ..models import (
     Well,
 )
 from ..query.engine import open_questions
+from ..query.exclusions import why_excluded
 
 KINDS = ("image", "well", "cell", "run", "artifact")
 SHORT = 10
@@ -504,7 +505,7 @@ def audit_cell(workspace: Workspace, cell_id: int | str) -> Audit:
             "object_number": cell.object_number,
             "box": None if None in box else box,
             "centroid": None if None in centroid else centroid,
-            "excluded": cell.excluded,
+            "excluded": next(iter(why_excluded(session, cell)), None),
             "flags": [
                 _record(flag, "run_id", "reason", "value") for flag in session.scalars(flags)
             ],

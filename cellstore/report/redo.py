@@ -1,6 +1,6 @@
 """Redo a run in a store of its own, and compare; what carries it out is handed in.
 
-The stages are not called from here: who asks for the redo passes what runs an order on a store.
+The stages are not called from here: the caller passes the function that runs a stage on a store.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sqlalchemy import Select, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import BorrowingFolder
-from ..config import PredictParams, TrainParams
+from ..config import PredictParams, SegmentParams, TrainParams
 from ..db.bulk import in_lists
 from ..db.session import connect, sqlite_url
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status
@@ -29,6 +30,7 @@ from ..jobs.runs import code_version, environment
 from ..jobs.workspace import Workspace
 from ..models import (
     METADATA,
+    Annotation,
     Artifact,
     Base,
     Cell,
@@ -58,22 +60,184 @@ from ..models import (
     Well,
 )
 from ..settings import StoreSettings
-from .repro import (
-    DIFFERENT,
-    EQUAL,
-    FROM_FILE,
-    IDENTICAL,
-    IMPOSSIBLE,
-    Check,
-    Order,
-    input_of,
-    order_of,
-)
+from .repro import FROM_FILE, RunOptions, input_of, options_of_run
 
-SCRATCH_ROWS = 5_000
-"""Rows that are copied at once."""
-
+ROWS = 5_000
+"""Rows that are copied or compared at once."""
 IMAGES = 500
+SHOWN = 5
+SAMPLE = 5
+"""Images that are segmented or measured again, where nobody says how many."""
+
+TOLERANCE = 1e-4
+"""Of probabilities and metrics: what 32-bit sums in another order change at most, with room."""
+TOLERANCE_OF_FEATURES = 1e-9
+"""Of measurements, relative: they are sums in 64 bits."""
+TIMES = ("seconds", "waited")
+"""Metrics of a training that are about the machine."""
+PACKAGES = ("python", "platform", "numpy", "torch", "torchvision", "cellpose", "scikit-image")
+"""What of the environment decides the last bits of numbers."""
+
+IDENTICAL, EQUAL, DIFFERENT = "identical", "equal within tolerance", "different"
+IMPOSSIBLE = "cannot be redone"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What came of redoing a run beside the store.
+
+    ``compared`` of ``what`` were compared, ``differ`` of them differ: the first are described in
+    ``differences``. ``largest`` is the largest difference of a number, to be held against
+    ``tolerance``. ``same_recipe``: the recipe of the redone run has the same fingerprint.
+    ``reasons``: why it cannot be redone, or why it may differ.
+    """
+
+    run_id: int
+    stage: str
+    outcome: str = IMPOSSIBLE
+    what: str = "nothing"
+    compared: int = 0
+    differ: int = 0
+    largest: float = 0.0
+    tolerance: float = 0.0
+    same_recipe: bool = False
+    differences: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What carrying out a run came to: the number of the new run, and images that failed."""
+
+    run_id: int | None
+    failures: tuple[tuple[str, str], ...] = ()
+
+
+CarryOut = Callable[[Workspace, RunOptions, str | None], Done]
+"""Does a run on a store; the text is a condition on its images (``--where``), if any."""
+
+
+def check(
+    workspace: Workspace,
+    reference: str,
+    carry_out: CarryOut,
+    *,
+    images: int | None = None,
+    weights: Path | None = None,
+) -> Check:
+    """Redo a run beside the store, and compare the result with what is stored.
+
+    ``images``: so many of its images alone (of segment and measure runs 5, of predict runs all).
+    ``weights``: the file that a training began from, or the network of a segmentation. Nothing is
+    written to the store.
+
+    Raises:
+        UnknownNameError: there is no such run.
+        UserInputError: the run is not finished, or its stage cannot be redone beside the store.
+    """
+    began = time.monotonic()
+    with workspace.database.read() as session:
+        run = run_in(session, reference)
+        if run.status is not Status.DONE:
+            raise UserInputError(
+                f"Run {run.id} is {run.status.value}: only a finished run is redone."
+            )
+        recipe = session.get_one(Recipe, run.recipe_id)
+        options = options_of_run(session, run, recipe)
+        if options is None:
+            raise UserInputError(
+                f"A run of stage {run.stage.value} like run {run.id} is not redone beside the "
+                "store: its inputs are files outside it. See how it is done with: "
+                f"cellstore repro {run.id}"
+            )
+        if weights is not None:
+            options = _with_weights(options, weights)
+        wanted, chosen, sampled = _needs(session, run, recipe, images)
+    found, here = Check(run.id, run.stage.value), environment()
+    reasons = list(options.doubts)
+    if run.code_version != code_version():
+        reasons.append(f"made by cellstore {run.code_version}, redone by {code_version()}")
+    reasons += [
+        f"{name} was {run.environment[name]}, is {here.get(name, 'gone')}"
+        for name in PACKAGES
+        if name in run.environment and run.environment[name] != here.get(name)
+    ]
+    try:
+        result, same_recipe, problems = _redone(
+            workspace, run.id, options, wanted, chosen if sampled else None, carry_out
+        )
+        reasons = problems + reasons
+        if result is not None:
+            outcome = DIFFERENT if result.differ else EQUAL if result.largest else IDENTICAL
+            found = replace(
+                found,
+                outcome=outcome,
+                what=result.what,
+                compared=result.compared,
+                differ=result.differ,
+                largest=result.largest,
+                tolerance=result.tolerance,
+                same_recipe=same_recipe,
+                differences=tuple(result.first),
+            )
+    except CellstoreError as error:
+        reasons.insert(0, str(error))
+    if found.outcome != IMPOSSIBLE and not found.same_recipe:
+        if run.stage is Stage.SPLIT and found.differ:
+            reasons.append("the images or treatments of the store are others than then")
+        # Of a sample of the images a prediction has a recipe of its own.
+        if not (sampled and run.stage is Stage.PREDICT):
+            reasons.append("what it reads is not what it was: its recipe has another fingerprint")
+    if found.outcome == IDENTICAL and found.same_recipe:
+        reasons = []
+    seconds = round(time.monotonic() - began, 1)
+    return replace(found, reasons=tuple(reasons), seconds=seconds)
+
+
+def _with_weights(options: RunOptions, weights: Path) -> RunOptions:
+    params = options.params
+    if isinstance(params, TrainParams) and params.weights == FROM_FILE:
+        return replace(options, params=replace(params, weights=str(weights)), doubts=())
+    if isinstance(params, SegmentParams):
+        return replace(options, params=replace(params, model=str(weights)))
+    raise UserInputError("This run began from no file of weights: omit --weights.")
+
+
+def _redone(
+    workspace: Workspace,
+    run_id: int,
+    options: RunOptions,
+    wanted: Wanted,
+    sample: Sequence[int] | None,
+    carry_out: CarryOut,
+) -> tuple[Differences | None, bool, list[str]]:
+    """Redo a run and compare; whether both recipes are the same, and why there is no comparison.
+
+    ``sample``: the images it is redone for, if these are a part of them.
+    """
+    where = None if sample is None else f"image_id IN ({', '.join(map(str, sample))})"
+    if where is not None and isinstance(options.params, PredictParams):
+        asked = options.params.where
+        asked = f"({asked}) AND {where}" if asked else where
+        options = replace(options, params=replace(options.params, where=asked, limit=None))
+    with scratch_store(workspace, wanted) as redone:
+        done = carry_out(redone, options, where)
+        problems = [f"{name}: {reason}" for name, reason in done.failures[:SHOWN]]
+        if done.failures:
+            of = len(wanted.images if sample is None else sample)
+            return None, False, [f"{len(done.failures)} of {of} images failed", *problems]
+        if done.run_id is not None:
+            with workspace.database.read() as then, redone.database.read() as now:
+                old, new = then.get_one(Run, run_id), now.get_one(Run, done.run_id)
+                both = (workspace, then, old, old.recipe), (redone, now, new, new.recipe)
+                result = _compare(both, options, sample)
+                if result.compared:
+                    return result, old.recipe.fingerprint == new.recipe.fingerprint, []
+        return None, False, ["there is nothing to compare"]
+
+
+# The store in which the run is redone
 
 
 @dataclass(frozen=True)
@@ -82,16 +246,69 @@ class Wanted:
 
     ``images`` by id; ``segmented``: recipes whose segmentations come along, ``with_cells`` those
     of them whose cells do; ``measured``: recipes whose measurements do; ``files_of``: runs whose
-    files do; ``qc``: the run whose flags count; ``splits``: whether splits are there already.
+    files do; ``qc``: the run whose flags count; ``splits``: whether splits are there already;
+    ``until``: annotations made later do not count.
     """
 
     images: Sequence[int]
+    until: datetime
     segmented: Collection[int] = ()
     with_cells: Collection[int] = ()
     measured: Collection[int] = ()
     files_of: Collection[int] = ()
     qc: int | None = None
     splits: bool = True
+
+
+def _needs(
+    session: Session, run: Run, recipe: Recipe, number: int | None
+) -> tuple[Wanted, tuple[int, ...], bool]:
+    """What a run needs to be redone, the images it is redone for, whether these are a part.
+
+    A sample is spread over the images of the run.
+    """
+    images = select(Job.image_id).where(Job.run_id == run.id, Job.recipe_id == run.recipe_id)
+    images = images.where(Job.status == Status.DONE)
+    if run.stage is Stage.SEGMENT:
+        images = select(Segmentation.image_id).where(Segmentation.run_id == run.id)
+    elif run.stage is Stage.SPLIT:
+        images = select(Image.id)
+    elif run.stage is Stage.TRAIN:
+        images = select(SplitMember.image_id).where(SplitMember.split_id == run.split_id)
+    every = sorted(session.scalars(images))
+    chosen = tuple(every)
+    by_image = run.stage in (Stage.SEGMENT, Stage.MEASURE)
+    if by_image or run.stage is Stage.PREDICT:
+        number = min(number or (SAMPLE if by_image else len(every)), len(every))
+        chosen = tuple(every[i * len(every) // number] for i in range(number))
+    # A prediction reads cells as the training did.
+    read = recipe
+    if run.stage is Stage.PREDICT:
+        assert run.parent is not None
+        read = run.parent.recipe
+    stored = read.parameters
+    segment, measure = (input_of(session, read, s) for s in (Stage.SEGMENT, Stage.MEASURE))
+    segmented = [] if segment is None else [segment.id]
+    # Where whole plates decide how, all their images.
+    whole = stored.get("normalise", "train") != "train" or stored.get("intensity") == "plate"
+    plates: set[int] = set()
+    if whole or (run.stage is Stage.SEGMENT and segmented):
+        for some in in_lists(list(chosen), ROWS):
+            query = select(Well.plate_id).join(Image, Image.well_id == Well.id)
+            plates |= set(session.scalars(query.where(Image.id.in_(some)).distinct()))
+    on_plates = select(Image.id).join(Well, Well.id == Image.well_id)
+    wanted = Wanted(
+        tuple(session.scalars(on_plates.where(Well.plate_id.in_(plates)).order_by(Image.id)))
+        or chosen,
+        run.started_at,
+        segmented=segmented,
+        with_cells=[] if run.stage in (Stage.SEGMENT, Stage.SPLIT) else segmented,
+        measured=[] if measure is None else [measure.id],
+        files_of=[] if run.parent_id is None else [run.parent_id],
+        qc=stored.get("exclude_flagged"),
+        splits=run.stage is not Stage.SPLIT,
+    )
+    return wanted, chosen, by_image or len(chosen) < len(every)
 
 
 @contextmanager
@@ -117,8 +334,8 @@ def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
         query = select(table).where(*conditions)
         if model is Run:
             query = query.order_by(Run.id)  # parents before children
-        result = reader.execute(query.execution_options(yield_per=SCRATCH_ROWS))
-        for part in result.mappings().partitions(SCRATCH_ROWS):
+        result = reader.execute(query.execution_options(yield_per=ROWS))
+        for part in result.mappings().partitions(ROWS):
             writer.execute(insert(table), [dict(row) for row in part])
 
     def copy_artifacts(ids: Select[Any]) -> None:
@@ -126,21 +343,10 @@ def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
         copy(Artifact, Artifact.id.in_(set(reader.scalars(ids)) - there))
 
     # What does not grow with the images, and the wells.
-    for model in (
-        Folder,
-        Plate,
-        Perturbation,
-        Treatment,
-        TreatmentPart,
-        Well,
-        Recipe,
-        RecipeInput,
-        Label,
-        Split,
-        Run,
-        FeatureSet,
-    ):
+    small = (Folder, Plate, Perturbation, Treatment, TreatmentPart, Well, Recipe, RecipeInput)
+    for model in (*small, Label, Split, Run, FeatureSet):
         copy(model)
+    copy(Annotation, Annotation.created_at <= wanted.until)
     if not wanted.splits:
         writer.execute(update(Run).values(split_id=None))
         writer.execute(delete(Split))
@@ -172,17 +378,12 @@ def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
     copy(FeatureFile, FeatureFile.feature_set_id.in_(sets))
 
 
-SHOWN = 5
-ROWS = 10_000
+# What is compared
 
-TOLERANCE = 1e-4
-"""Of probabilities and metrics: what 32-bit sums in another order change at most, with room."""
-
-TOLERANCE_OF_FEATURES = 1e-9
-"""Of measurements, relative: they are sums in 64 bits."""
-
-TIMES = ("seconds", "waited")
-"""Metrics of a training that are about the machine."""
+Value = tuple[Any, str, float | None]
+"""Key, text and number of one thing; two are the same if text and number are."""
+Stored = tuple[Workspace, Session, Run, Recipe]
+"""A store, its session, and the run there with its recipe."""
 
 
 @dataclass
@@ -191,436 +392,180 @@ class Differences:
 
     what: str
     tolerance: float
+    relative: bool = False
     compared: int = 0
     differ: int = 0
     largest: float = 0.0
     first: list[str] = field(default_factory=list)
 
-    def count(self, named: str, then: Any, now: Any, *, relative: bool = False) -> None:
-        """Compare one thing: numbers within the tolerance, everything else for equality."""
+    def count(self, named: str, then: Value | None, now: Value | None) -> None:
+        """Compare one thing: texts for equality, numbers within the tolerance; None: not there."""
         self.compared += 1
-        if then == now:
-            return
-        if isinstance(then, float) and isinstance(now, float):
-            if math.isnan(then) and math.isnan(now):
+        if then is not None and now is not None and then[1] == now[1]:
+            before, after = then[2], now[2]
+            if before == after:
                 return
-            gap = abs(then - now)
-            if relative and math.isfinite(gap):
-                gap /= max(abs(then), abs(now))
-            self.largest = max(self.largest, gap if math.isfinite(gap) else math.inf)
-            if gap <= self.tolerance:
-                return
+            if before is not None and after is not None:
+                if math.isnan(before) and math.isnan(after):
+                    return
+                gap = abs(before - after)
+                if self.relative and math.isfinite(gap):
+                    gap /= max(abs(before), abs(after))
+                self.largest = max(self.largest, gap if math.isfinite(gap) else math.inf)
+                if gap <= self.tolerance:
+                    return
+            named = ", ".join(part for part in (named, then[1]) if part)
+            then, now = (None, "", before), (None, "", after)
         self.differ += 1
         if len(self.first) < SHOWN:
-            before, after = (
-                "nothing" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x)
-                for x in (then, now)
+            texts = []
+            for value in (then, now):
+                _, text, number = value or (None, "", None)
+                known = (text, "" if number is None else f"{number:.6g}")
+                texts.append(" ".join(part for part in known if part) or "nothing")
+            self.first.append(f"{named}: {texts[0]} before, {texts[1]} now")
+
+    def count_all(self, named: str, then: Iterable[Value], now: Iterable[Value]) -> None:
+        """Compare two series that ascend by key; ``named`` is filled with the key."""
+        olds, news = iter(then), iter(now)
+        old, new = next(olds, None), next(news, None)
+        while old is not None or new is not None:
+            only_old = new is None or (old is not None and old[0] < new[0])
+            only_new = old is None or (new is not None and new[0] < old[0])
+            first, second = None if only_new else old, None if only_old else new
+            key = (first or second or ("",))[0]
+            parts = key if isinstance(key, tuple) else (key,)
+            self.count(named.format(*parts), first, second)
+            old = old if only_new else next(olds, None)
+            new = new if only_old else next(news, None)
+
+
+def _compare(
+    both: tuple[Stored, Stored], options: RunOptions, images: Sequence[int] | None
+) -> Differences:
+    """Compare what a run made with what its repetition made; ``images``: of these alone."""
+    (_, then, run, recipe), (_, now, _, _) = both
+    source = input_of(then, recipe, Stage.SEGMENT)
+    # Of cells that both stores have: rows were copied with their ids.
+    cells = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
+    if images is not None:
+        cells = cells.where(Segmentation.image_id.in_(images))
+    if source is not None:
+        cells = cells.where(Segmentation.recipe_id == source.id)
+    query: Any
+    match run.stage:
+        case Stage.PREDICT:
+            found = Differences("predictions", TOLERANCE)
+            query = select(Prediction.cell_id, Prediction.rank, Label.value, Prediction.probability)
+            query = query.join(Label, Label.id == Prediction.label_id)
+            query = query.order_by(Prediction.cell_id, Prediction.rank)
+            if images is not None:
+                query = query.where(Prediction.cell_id.in_(cells))
+            predicted = (
+                ((tuple(row[:2]), *row[2:]) for row in _rows(one, query, Prediction.run_id))
+                for one in both
             )
-            self.first.append(f"{named}: {before} before, {after} now")
-
-
-Keyed = tuple[Any, tuple[Any, ...]]
-
-
-def merged(
-    then: Iterable[Keyed], now: Iterable[Keyed]
-) -> Iterator[tuple[Any, tuple[Any, ...] | None, tuple[Any, ...] | None]]:
-    """Yield each key of two series that ascend by key, with the values of both; None: not there."""
-    olds, news = iter(then), iter(now)
-    old, new = next(olds, None), next(news, None)
-    while old is not None or new is not None:
-        if new is None or (old is not None and old[0] < new[0]):
-            assert old is not None
-            yield old[0], old[1], None
-            old = next(olds, None)
-        elif old is None or new[0] < old[0]:
-            yield new[0], None, new[1]
-            new = next(news, None)
-        else:
-            yield old[0], old[1], new[1]
-            old, new = next(olds, None), next(news, None)
-
-
-def _rows(session: Session, query: Select[*tuple[Any, ...]], keys: int = 1) -> Iterator[Keyed]:
-    """Rows of a query that is ordered by its first ``keys`` columns."""
-    for row in session.execute(query.execution_options(yield_per=ROWS)):
-        yield (row[0] if keys == 1 else tuple(row[:keys])), tuple(row[keys:])
-
-
-def compare_predictions(
-    then: Session, now: Session, runs: tuple[int, int], cells: Select[Any] | None
-) -> Differences:
-    """Compare labels and probabilities of each cell and rank; ``cells``: of these alone."""
-    found = Differences("predictions", TOLERANCE)
-    query = select(Prediction.cell_id, Prediction.rank, Label.value, Prediction.probability)
-    query = query.join(Label, Label.id == Prediction.label_id)
-    query = query.order_by(Prediction.cell_id, Prediction.rank)
-    old = query.where(Prediction.run_id == runs[0])
-    if cells is not None:
-        old = old.where(Prediction.cell_id.in_(cells))
-    new = query.where(Prediction.run_id == runs[1])
-    for (cell, rank), before, after in merged(_rows(then, old, 2), _rows(now, new, 2)):
-        named = f"cell {cell}, rank {rank}"
-        if before is None or after is None:
-            found.count(named, before and before[0], after and after[0])
-        elif before[0] != after[0]:
-            found.count(named, f"{before[0]} {before[1]:.4f}", f"{after[0]} {after[1]:.4f}")
-        else:
-            found.count(f"{named}, {before[0]}", before[1], after[1])
+            found.count_all("cell {}, rank {}", *predicted)
+        case Stage.TRAIN:
+            found = Differences("checkpoints and metrics", TOLERANCE)
+            query = select(Artifact.sha256).join(
+                RunArtifact, RunArtifact.artifact_id == Artifact.id
+            )
+            query = query.where(Artifact.kind == ArtifactKind.CHECKPOINT)
+            query = query.where(Artifact.path.not_like("%.json")).order_by(Artifact.id)
+            tensors = [next(_rows(one, query, RunArtifact.run_id), ("none",))[0] for one in both]
+            found.compared = 1
+            if tensors[0] != tensors[1]:
+                found.largest = math.ulp(1.0)  # not the same bits, whatever the metrics are
+                texts = [sha256[:12] for sha256 in tensors]
+                found.first.append(f"checkpoint: sha256 {texts[0]} before, {texts[1]} now")
+            query = select(RunMetric.epoch, RunMetric.name, RunMetric.value)
+            query = query.where(RunMetric.name.not_in(TIMES))
+            metrics = (
+                sorted(((e, n), "", v) for e, n, v in _rows(one, query, RunMetric.run_id))
+                for one in both
+            )
+            found.count_all("epoch {}, {}", *metrics)
+            if tensors[0] != tensors[1] and found.compared == 1:
+                found.differ += 1  # a baseline has no metrics that could decide
+        case Stage.SEGMENT:
+            found = Differences("images' masks", 0.0)
+            query = select(Segmentation.image_id, Segmentation.n_cells, Artifact.sha256)
+            query = query.outerjoin(Artifact, Artifact.id == Segmentation.mask_artifact_id)
+            query = query.order_by(Segmentation.image_id)
+            if images is not None:
+                query = query.where(Segmentation.image_id.in_(images))
+            masks = (
+                (
+                    (image, f"{n_cells} cells in masks {(sha256 or 'unknown')[:12]}", None)
+                    for image, n_cells, sha256 in _rows(one, query, Segmentation.run_id)
+                )
+                for one in both
+            )
+            found.count_all("image {}", *masks)
+        case Stage.SPLIT:
+            found = Differences("members of the split", 0.0)
+            name = options.inputs["name"]
+            made = select(Split).where(Split.recipe_id == recipe.id).order_by(Split.id)
+            splits = [split for split in then.scalars(made) if name in (split.family, split.name)]
+            if not splits:
+                raise UserInputError("The split is deleted, so there is nothing to compare with.")
+            query = select(SplitMember.image_id, SplitMember.subset, Label.value)
+            query = query.join(Label, Label.id == SplitMember.label_id)
+            query = query.order_by(SplitMember.image_id)
+            for split in splits:
+                again = now.scalars(select(Split).where(Split.name == split.name)).one()
+                members = (
+                    (
+                        (image, f"{subset.value} {label}", None)
+                        for image, subset, label in session.execute(
+                            query.where(SplitMember.split_id == item.id)
+                        )
+                    )
+                    for session, item in ((then, split), (now, again))
+                )
+                found.count_all("image {}", *members)
+                marks = [(None, item.fingerprint, None) for item in (split, again)]
+                found.count(f"fingerprint of {split.name}", *marks)
+        case _:
+            found = Differences("measurements", TOLERANCE_OF_FEATURES, relative=True)
+            found.count_all("{1} of cell {0}", *(_measurements(one, cells) for one in both))
     return found
 
 
-def compare_trainings(then: Session, now: Session, runs: tuple[int, int]) -> Differences:
-    """Compare the tensors of the checkpoints by sha256; where they differ, the metrics decide."""
-    found = Differences("checkpoints and metrics", TOLERANCE)
-    tensors, metrics = [], []
-    for session, run_id in zip((then, now), runs, strict=True):
-        query = select(Artifact.sha256).join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
-        query = query.where(Artifact.kind == ArtifactKind.CHECKPOINT, RunArtifact.run_id == run_id)
-        query = query.where(Artifact.path.not_like("%.json")).order_by(Artifact.id)
-        tensors.append(session.scalars(query).first() or "none")
-        values = select(RunMetric.epoch, RunMetric.name, RunMetric.value)
-        values = values.where(RunMetric.run_id == run_id, RunMetric.name.not_in(TIMES))
-        metrics.append(sorted(_rows(session, values, 2), key=lambda row: row[0]))
-    before, after = tensors
-    if before == after:
-        found.count("checkpoint", before, after)
-    else:
-        found.compared += 1
-        found.largest = math.ulp(1.0)  # not the same bits, whatever the metrics say
-        found.first.append(f"checkpoint: sha256 {before[:12]} before, {after[:12]} now")
-    for (epoch, name), first, second in merged(*metrics):
-        found.count(f"{name} of epoch {epoch}", first and first[0], second and second[0])
-    if before != after and found.compared == 1:  # a baseline has no metrics that could decide
-        found.differ += 1
-    return found
+def _rows(one: Stored, query: Select[Any], run: Any) -> Iterator[Any]:
+    """The rows of a query that are of the run; ``run`` is their column of run ids."""
+    _, session, its_run, _ = one
+    mine = query.where(run == its_run.id)
+    yield from session.execute(mine.execution_options(yield_per=ROWS))
 
 
-def compare_masks(
-    then: Session, now: Session, runs: tuple[int, int], images: Sequence[int]
-) -> Differences:
-    """Compare the masks of images by sha256, and how many cells they have."""
-    found = Differences("images' masks", 0.0)
-    query = select(Segmentation.image_id, Artifact.sha256, Segmentation.n_cells)
-    query = query.outerjoin(Artifact, Artifact.id == Segmentation.mask_artifact_id)
-    query = query.where(Segmentation.image_id.in_(images)).order_by(Segmentation.image_id)
-    old, new = (
-        _rows(session, query.where(Segmentation.run_id == run_id))
-        for session, run_id in zip((then, now), runs, strict=True)
-    )
-    for image, before, after in merged(old, new):
-        masks = [
-            row and f"{row[1]} cells in masks {(row[0] or 'unknown')[:12]}"
-            for row in (before, after)
-        ]
-        found.count(f"image {image}", *masks)
-    return found
-
-
-def compare_features(
-    workspaces: tuple[Workspace, Workspace],
-    then: Session,
-    now: Session,
-    recipes: tuple[int, int],
-    cells: Select[Any],
-) -> Differences:
-    """Compare the measurements of cells, value by value, in the table or in files."""
-    found = Differences("measurements", TOLERANCE_OF_FEATURES)
-    stored = select(FeatureSet).where(FeatureSet.recipe_id == recipes[0])
-    feature_set = then.scalars(stored).one_or_none()
-    if feature_set is not None and feature_set.storage is FeatureStorage.FILES:
-        names = [str(column["name"]) for column in feature_set.columns]
-        ids = sorted(then.scalars(cells))
-        old, new = (
-            _rows_of_files(workspace, session, recipe, ids, names)
-            for workspace, session, recipe in zip(workspaces, (then, now), recipes, strict=True)
-        )
+def _measurements(one: Stored, cells: Select[Any]) -> Iterator[Value]:
+    """The measurements of cells by cell and name, from the table or from files."""
+    workspace, session, _, recipe = one
+    rows: Iterable[Sequence[Any]]
+    stored = session.scalars(select(FeatureSet).where(FeatureSet.recipe_id == recipe.id)).first()
+    if stored is not None and stored.storage is FeatureStorage.FILES:
+        names = sorted(str(column["name"]) for column in stored.columns)
+        ids = sorted(session.scalars(cells))
+        files = select(Artifact.path).join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        files = files.where(FeatureFile.feature_set_id == stored.id)
+        if ids:
+            files = files.where(FeatureFile.first_cell_id <= ids[-1])
+            files = files.where(FeatureFile.last_cell_id >= ids[0])
+        found: list[Sequence[Any]] = []
+        for path in session.scalars(files):
+            columns, kept = ["cell_id", *names], [("cell_id", "in", ids)]
+            table = pq.read_table(workspace.artifacts.locate(path), columns=columns, filters=kept)
+            found += zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+        rows = sorted(found, key=lambda row: row[0])
     else:
         keys = ("cell_id", "recipe_id", "run_id")
-        names = [c.name for c in CellFeatures.__table__.columns if c.name not in keys]
+        names = sorted(c.name for c in CellFeatures.__table__.columns if c.name not in keys)
         query = select(CellFeatures.cell_id, *(getattr(CellFeatures, name) for name in names))
+        query = query.where(CellFeatures.recipe_id == recipe.id, CellFeatures.cell_id.in_(cells))
         query = query.order_by(CellFeatures.cell_id)
-        mine = query.where(CellFeatures.recipe_id == recipes[0], CellFeatures.cell_id.in_(cells))
-        old = _rows(then, mine)
-        new = _rows(now, query.where(CellFeatures.recipe_id == recipes[1]))
-    for cell, before, after in merged(old, new):
-        if before is None or after is None:
-            measured = ("measured", None) if after is None else (None, "measured")
-            found.count(f"cell {cell}", *measured)
-            continue
-        for name, first, second in zip(names, before, after, strict=True):
-            found.count(f"{name} of cell {cell}", first, second, relative=True)
-    return found
-
-
-def _rows_of_files(
-    workspace: Workspace, session: Session, recipe_id: int, cells: list[int], names: list[str]
-) -> Iterator[Keyed]:
-    if not cells:
-        return
-    query = (
-        select(Artifact.path)
-        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
-        .where(FeatureSet.recipe_id == recipe_id)
-        .where(FeatureFile.first_cell_id <= cells[-1], FeatureFile.last_cell_id >= cells[0])
-    )
-    rows: list[Keyed] = []
-    for path in session.scalars(query):
-        columns = ["cell_id", *names]
-        wanted = [("cell_id", "in", cells)]
-        table = pq.read_table(workspace.artifacts.locate(path), columns=columns, filters=wanted)
-        values = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
-        rows += [(row[0], row[1:]) for row in values]
-    yield from sorted(rows, key=lambda row: row[0])
-
-
-def compare_splits(then: Session, now: Session, recipe: Recipe, name: str) -> Differences:
-    """Compare the subset and the label of each image of a split, or of all its folds."""
-    found = Differences("members of the split", 0.0)
-    made = select(Split).where(Split.recipe_id == recipe.id).order_by(Split.id)
-    mine = [split for split in then.scalars(made) if name in (split.family, split.name)]
-    if not mine:
-        raise UserInputError("The split is deleted, so there is nothing to compare with.")
-    query = select(SplitMember.image_id, SplitMember.subset, Label.value)
-    query = query.join(Label, Label.id == SplitMember.label_id)
-    query = query.join(Image, Image.id == SplitMember.image_id).order_by(SplitMember.image_id)
-    for split in mine:
-        again = now.scalars(select(Split).where(Split.name == split.name)).one()
-        old = _rows(then, query.where(SplitMember.split_id == split.id))
-        new = _rows(now, query.where(SplitMember.split_id == again.id))
-        for image, before, after in merged(old, new):
-            members = [row and f"{row[0].value} {row[1]}" for row in (before, after)]
-            found.count(f"image {image}", *members)
-        found.count(f"fingerprint of {split.name}", split.fingerprint, again.fingerprint)
-    return found
-
-
-SAMPLE = 5
-"""Images that are segmented or measured again, where nobody says how many."""
-
-PACKAGES = ("python", "platform", "numpy", "torch", "torchvision", "cellpose", "scikit-image")
-"""What of the environment decides the last bits of numbers."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """What carrying out an order came to: the number of the new run, and images that failed."""
-
-    run_id: int | None
-    failures: tuple[tuple[str, str], ...] = ()
-
-
-CarryOut = Callable[[Workspace, Order, str | None], Done]
-"""Runs an order on a store; the text is a condition on its images (``--where``), if any."""
-
-
-def check(
-    workspace: Workspace,
-    reference: str,
-    carry_out: CarryOut,
-    *,
-    images: int | None = None,
-    weights: Path | None = None,
-) -> Check:
-    """Redo a run beside the store, and compare what it says with what is stored.
-
-    ``images``: so many of its images alone (of segment and measure runs 5, of predict runs all).
-    ``weights``: the file that a training began from, or the network of a segmentation. Nothing is
-    written to the store.
-
-    Raises:
-        UnknownNameError: there is no such run.
-        UserInputError: the run is not finished, or its stage cannot be redone beside the store.
-    """
-    began = time.monotonic()
-    with workspace.database.read() as session:
-        run = run_in(session, reference)
-        if run.status is not Status.DONE:
-            raise UserInputError(
-                f"Run {run.id} is {run.status.value}: only a finished run is redone."
-            )
-        recipe = session.get_one(Recipe, run.recipe_id)
-        order = order_of(session, run, recipe)
-        if order is None:
-            raise UserInputError(
-                f"A run of stage {run.stage.value} like run {run.id} is not redone beside the "
-                "store: its inputs are files outside it. See how it is done with: "
-                f"cellstore repro {run.id}"
-            )
-        if weights is not None:
-            order = _with_weights(order, weights)
-        wanted, chosen, sampled = _needs(session, run, recipe, images)
-    reasons, here = list(order.doubts), environment()
-    if run.code_version != code_version():
-        reasons.append(f"made by cellstore {run.code_version}, redone by {code_version()}")
-    other = [name for name in PACKAGES if run.environment.get(name, "") != here.get(name)]
-    reasons += [
-        f"{name} was {run.environment[name]}, is {here.get(name, 'gone')}"
-        for name in other
-        if name in run.environment
-    ]
-    found, same, impossible = Differences("nothing", 0.0), False, False
-    try:
-        with scratch_store(workspace, wanted) as redone:
-            where = None
-            if sampled and run.stage in (Stage.SEGMENT, Stage.MEASURE, Stage.PREDICT):
-                where = f"image_id IN ({', '.join(map(str, chosen))})"
-            if where is not None and isinstance(order.params, PredictParams):
-                asked = f"({order.params.where}) AND {where}" if order.params.where else where
-                order = replace(order, params=replace(order.params, where=asked, limit=None))
-            done = carry_out(redone, order, where)
-            reasons += [f"{name}: {reason}" for name, reason in done.failures[:SHOWN]]
-            if done.run_id is None or done.failures:
-                impossible = True
-                if done.failures:
-                    failed = len(done.failures)
-                    reasons.insert(0, f"{failed} of {len(chosen)} images failed")
-            else:
-                found, same = _compared(
-                    workspace, redone, run, done.run_id, order, chosen, sampled=sampled
-                )
-                if not found.compared:
-                    impossible = True
-                    reasons.insert(0, "there is nothing to compare")
-    except CellstoreError as error:
-        impossible = True
-        reasons.insert(0, str(error))
-    if impossible:
-        outcome = IMPOSSIBLE
-        found, same = Differences("nothing", 0.0), False
-    else:
-        outcome = DIFFERENT if found.differ else EQUAL if found.largest else IDENTICAL
-        if run.stage is Stage.SPLIT and found.differ and not same:
-            reasons.append("the images or treatments of the store are others than then")
-        # Of a sample of the images a prediction has a recipe of its own.
-        if not same and not (sampled and run.stage is Stage.PREDICT):
-            reasons.append("what it reads is not what it was: its recipe has another fingerprint")
-    return Check(
-        run_id=run.id,
-        stage=run.stage.value,
-        outcome=outcome,
-        what=found.what,
-        compared=found.compared,
-        differ=found.differ,
-        largest=found.largest,
-        tolerance=found.tolerance,
-        same_recipe=same,
-        differences=tuple(found.first),
-        reasons=() if outcome == IDENTICAL and same else tuple(reasons),
-        seconds=round(time.monotonic() - began, 1),
-    )
-
-
-def _compared(
-    workspace: Workspace,
-    redone: Workspace,
-    run: Run,
-    new_id: int,
-    order: Order,
-    images: Sequence[int],
-    *,
-    sampled: bool,
-) -> tuple[Differences, bool]:
-    """Compare a run with its repetition; also whether their recipes have one fingerprint."""
-    with workspace.database.read() as then, redone.database.read() as now:
-        old, new = (
-            session.get_one(Recipe, session.get_one(Run, number).recipe_id)
-            for session, number in ((then, run.id), (now, new_id))
-        )
-        runs = (run.id, new_id)
-        source = input_of(then, old, Stage.SEGMENT)
-        cells = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
-        cells = cells.where(Segmentation.image_id.in_(images))
-        if source is not None:
-            cells = cells.where(Segmentation.recipe_id == source.id)
-        match run.stage:
-            case Stage.PREDICT:
-                found = compare_predictions(then, now, runs, cells if sampled else None)
-            case Stage.TRAIN:
-                found = compare_trainings(then, now, runs)
-            case Stage.SEGMENT:
-                found = compare_masks(then, now, runs, images)
-            case Stage.SPLIT:
-                found = compare_splits(then, now, old, order.names["name"])
-            case _:
-                recipes = (old.id, new.id)
-                found = compare_features((workspace, redone), then, now, recipes, cells)
-        return found, old.fingerprint == new.fingerprint
-
-
-def _with_weights(order: Order, weights: Path) -> Order:
-    params: Any = order.params
-    if isinstance(params, TrainParams) and params.weights == FROM_FILE:
-        return replace(order, params=replace(params, weights=str(weights)), doubts=())
-    if hasattr(params, "flow_threshold"):
-        return replace(order, params=replace(params, model=str(weights)))
-    raise UserInputError("This run began from no file of weights: leave --weights away.")
-
-
-def _needs(
-    session: Session, run: Run, recipe: Recipe, number: int | None
-) -> tuple[Wanted, tuple[int, ...], bool]:
-    """What a run needs to be redone, the images it is redone for, whether these are a part.
-
-    A sample is spread over the images of the run.
-    """
-
-    def sample(query: Select[Any], number: int | None) -> tuple[int, ...]:
-        ids = sorted(session.scalars(query))
-        if number is None or number >= len(ids):
-            return tuple(ids)
-        return tuple(ids[i * len(ids) // number] for i in range(number))
-
-    source = input_of(session, recipe, Stage.SEGMENT)
-    segmented = [] if source is None else [source.id]
-    of_jobs = select(Job.image_id).where(Job.run_id == run.id, Job.recipe_id == run.recipe_id)
-    of_jobs = of_jobs.where(Job.status == Status.DONE)
-    match run.stage:
-        case Stage.SEGMENT:
-            of_run = select(Segmentation.image_id).where(Segmentation.run_id == run.id)
-            chosen = sample(of_run, number or SAMPLE)
-            # Where it reads another segmentation, the diameters of whole plates count.
-            images = chosen if source is None else _with_plates(session, chosen)
-            files = [] if run.parent_id is None else [run.parent_id]
-            return Wanted(images, segmented=segmented, files_of=files), chosen, True
-        case Stage.MEASURE:
-            chosen = sample(of_jobs, number or SAMPLE)
-            return Wanted(chosen, segmented=segmented, with_cells=segmented), chosen, True
-        case Stage.SPLIT:
-            images = sample(select(Image.id), None)
-            qc = recipe.parameters.get("exclude_flagged")
-            return Wanted(images, segmented=segmented, qc=qc, splits=False), images, False
-        case Stage.TRAIN:
-            members = select(SplitMember.image_id).where(SplitMember.split_id == run.split_id)
-            chosen, sampled, trained, files = sample(members, None), False, recipe, []
-        case _:
-            chosen = sample(of_jobs, number)
-            sampled = len(chosen) < len(sample(of_jobs, None))
-            assert run.parent_id is not None
-            trained = session.get_one(Recipe, session.get_one(Run, run.parent_id).recipe_id)
-            files = [run.parent_id]
-    # What it takes to read cells as the training did: where whole plates decide how, all of them.
-    stored = trained.parameters
-    by_plate = stored.get("normalise", "train") != "train" or stored.get("intensity") == "plate"
-    segment, measure = (input_of(session, trained, s) for s in (Stage.SEGMENT, Stage.MEASURE))
-    of_segment = [] if segment is None else [segment.id]
-    wanted = Wanted(
-        _with_plates(session, chosen) if by_plate else chosen,
-        segmented=of_segment,
-        with_cells=of_segment,
-        measured=[] if measure is None else [measure.id],
-        files_of=files,
-        qc=stored.get("exclude_flagged"),
-    )
-    return wanted, chosen, sampled
-
-
-def _with_plates(session: Session, images: Sequence[int]) -> tuple[int, ...]:
-    """All images of the plates that some are on."""
-    plates: set[int] = set()
-    for some in in_lists(list(images), SCRATCH_ROWS):
-        query = select(Well.plate_id).join(Image, Image.well_id == Well.id)
-        plates |= set(session.scalars(query.where(Image.id.in_(some)).distinct()))
-    every = select(Image.id).join(Well, Well.id == Image.well_id)
-    return tuple(session.scalars(every.where(Well.plate_id.in_(plates)).order_by(Image.id)))
+        rows = session.execute(query.execution_options(yield_per=ROWS))
+    for cell, *values in rows:
+        for name, value in zip(names, values, strict=True):
+            yield (cell, name), "", value

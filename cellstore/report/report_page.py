@@ -6,15 +6,15 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..analysis.overlay import outline_overlay, to_grey
 from ..artifacts import write_atomically
 from ..config import VoteOptions
 from ..errors import CellstoreError, UnknownNameError
@@ -30,21 +30,15 @@ from .comparison import Comparison, Difference
 from .drawing import (
     LARGE_MAP,
     SMALL_MAP,
-    WIDEST,
     PlateMap,
     WellPosition,
     colour_limits,
-    jpeg,
-    middle,
+    field_picture,
     plate_map_svg,
     render,
-    smaller,
 )
 from .report_figures import class_content, score_figures, training_curves
 from .scoring import HEADLINE, ReportResult, Subject, by_baseline, image_rows, open_report
-
-if TYPE_CHECKING:
-    pass
 
 LISTED = 12
 """Rows of a table that are shown at once; the others unfold."""
@@ -135,10 +129,9 @@ USED_CELLS = """
         WHERE p.run_id = ? AND p.rank = 1
     ),
     found AS (
-        SELECT c.id, s.image_id, i.well_id FROM cells AS c
-        JOIN segmentations AS s ON s.id = c.segmentation_id
-        JOIN images AS i ON i.id = s.image_id
-        WHERE c.excluded IS NULL AND s.id IN (SELECT segmentation_id FROM used)
+        SELECT c.cell_id AS id, c.image_id, i.well_id FROM eligible_cells AS c
+        JOIN images AS i ON i.id = c.image_id
+        WHERE c.segmentation_id IN (SELECT segmentation_id FROM used)
     )
 """
 NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT", "BOOLEAN", "HUGEINT")
@@ -262,58 +255,19 @@ VOTES = """
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Example:
-    """An image of the report. ``picture`` is a data URI, or ``None`` with the reason why not.
-
-    ``kind`` is right, wrong or different; then ``difference`` says what two runs made of it.
-    """
-
-    title: str
-    kind: str
-    truth: str
-    winner: str
-    share: float | None
-    tie: bool
-    votes: tuple[tuple[str, int], ...]
-    more_votes: int
-    n_cells: int
-    picture: str | None
-    problem: str | None
-    difference: Difference | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The middle of an image at full size, bare and with outlines."""
-
-    title: str
-    n_cells: int
-    bare: str
-    outlined: str
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """All images of a report."""
-
-    wrong: tuple[Example, ...]
-    right: tuple[Example, ...]
-    different: tuple[Example, ...]
-    samples: tuple[Sample, ...]
-
-
 def pictures(
     workspace: Workspace,
     questions: Questions,
     run_id: int,
     images: Sequence[Row],
     comparison: Comparison | None = None,
-) -> Pictures:
-    """Return the most confident mistakes, some hits and samples, and what two runs differ in.
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the most confident mistakes, some hits, what two runs differ in, and some samples.
 
     ``images`` are rows of the votes, every vote of each image. What is drawn by chance is the same
-    for the same run.
+    for the same run. Of ``wrong``, ``right`` and ``different`` images: ``picture`` is a data URI,
+    or None with the ``problem``. Of ``samples``: the middle at full size, ``bare`` and
+    ``outlined``.
     """
     draw = random.Random(run_id)  # noqa: S311 - which pictures are shown is no secret
     soft = [row for row in images if row["vote"] == "soft" and row["correct"] is not None]
@@ -323,7 +277,7 @@ def pictures(
     draw.shuffle(drawn)
     mistakes = [row for row in soft if not row["correct"]]
     mistakes.sort(key=lambda row: (-(row["confidence"] or 0), row["unit_id"]))
-    differences = {item.unit_id: item for item in _some_differences(comparison)}
+    differences = _some_differences(comparison)
     by_id = {row["unit_id"]: row for row in soft}
     chosen = {
         "wrong": _wells_apart(mistakes, MISTAKES),
@@ -336,44 +290,50 @@ def pictures(
         votes[image_id].append((label, cells))
     ties = {row["unit_id"] for row in images if row["vote"] == "hard" and row["tie"]}
     ids = list(dict.fromkeys([*shown, *(row["unit_id"] for row in drawn[: 20 * SAMPLES])]))
-    found_images = questions.ask_ours(IMAGES, [ids, run_id]).records()
-    known: dict[int, Row] = {item["image_id"]: item for item in found_images}
-    examples: dict[str, tuple[Example, ...]] = {}
+    images_asked = questions.ask_ours(IMAGES, [ids, run_id]).records()
+    for item in images_asked:
+        item["title"] = f"{item['plate']} {item['well']}, site {item['site']}"
+    known = {item["image_id"]: item for item in images_asked}
+    found: dict[str, list[dict[str, Any]]] = {"samples": []}
     for kind, rows in chosen.items():
-        found = []
+        found[kind] = []
         for row in rows:
             image = row["unit_id"]
             picture, problem = None, None
             try:
-                plane, masks = _pixels(workspace, known[image]["segmentation_id"])
-                step = -(-max(plane.shape) // WIDEST)
-                picture = jpeg(outline_overlay(smaller(plane, step), masks[::step, ::step]))
+                picture = field_picture(*_pixels(workspace, known[image]["segmentation_id"]))
             except CellstoreError as error:
                 problem = str(error)
-            found.append(
-                Example(
-                    title=_title(known[image]),
-                    kind=kind,
-                    truth=row["truth"],
-                    winner=row["predicted"],
-                    share=row["confidence"],
-                    tie=image in ties,
-                    votes=tuple(votes[image][:SHOWN_VOTES]),
-                    more_votes=sum(cells for _, cells in votes[image][SHOWN_VOTES:]),
-                    n_cells=sum(cells for _, cells in votes[image]),
-                    picture=picture,
-                    problem=problem,
-                    difference=differences[image] if kind == "different" else None,
-                )
+            found[kind].append(
+                {
+                    "title": known[image]["title"],
+                    "kind": kind,
+                    "truth": row["truth"],
+                    "winner": row["predicted"],
+                    "share": row["confidence"],
+                    "tie": image in ties,
+                    "votes": votes[image][:SHOWN_VOTES],
+                    "more_votes": sum(cells for _, cells in votes[image][SHOWN_VOTES:]),
+                    "n_cells": sum(cells for _, cells in votes[image]),
+                    "picture": picture,
+                    "problem": problem,
+                    "difference": differences[image] if kind == "different" else None,
+                }
             )
-        examples[kind] = tuple(found)
-    # One of each plate before the second of any.
+    # One of each plate before the second of any; the first that can be opened.
     plates: dict[str, list[Row]] = defaultdict(list)
     for row in drawn:
         if row["unit_id"] in known:
             plates[known[row["unit_id"]]["plate"]].append(known[row["unit_id"]])
     mixed = [row for rows in zip_longest(*plates.values()) for row in rows if row is not None]
-    return Pictures(**examples, samples=_samples(workspace, mixed))
+    for row in mixed[: 3 * SAMPLES]:
+        if len(found["samples"]) < SAMPLES:
+            with suppress(CellstoreError):
+                plane, masks = _pixels(workspace, row["segmentation_id"])
+                bare = field_picture(plane, detail=True)
+                outlined = field_picture(plane, masks, detail=True)
+                found["samples"].append({**row, "bare": bare, "outlined": outlined})
+    return found
 
 
 def _wells_apart(rows: Sequence[Row], number: int) -> list[Row]:
@@ -387,16 +347,16 @@ def _wells_apart(rows: Sequence[Row], number: int) -> list[Row]:
     return [*first.values(), *(row for row in rows if row["unit_id"] not in ids)][:number]
 
 
-def _some_differences(comparison: Comparison | None) -> list[Difference]:
+def _some_differences(comparison: Comparison | None) -> dict[int, Difference]:
     """Return some images that two runs differ in: one after the other of each kind, wells apart."""
     if comparison is None or comparison.level != "image":
-        return []
+        return {}
     kinds: dict[str, dict[str, Difference]] = {"first": {}, "second": {}, "neither": {}}
     for item in comparison.differing:
         kinds[item.right].setdefault(item.name.rsplit("/", 1)[0], item)
     pairs = zip_longest(kinds["first"].values(), kinds["second"].values())
     some = [item for pair in pairs for item in pair if item is not None]
-    return [*some, *kinds["neither"].values()][:DIFFERENT]
+    return {item.unit_id: item for item in [*some, *kinds["neither"].values()][:DIFFERENT]}
 
 
 def _pixels(
@@ -406,28 +366,7 @@ def _pixels(
         found = session.get_one(Segmentation, segmentation_id)
         wanted = plane_of(session.get_one(Recipe, found.recipe_id))
         masks = read_masks(session, workspace.artifacts, found)
-    return read_image(workspace.database, found.image_id, wanted), masks.astype(np.int64)
-
-
-def _title(row: Row) -> str:
-    return f"{row['plate']} {row['well']}, site {row['site']}"
-
-
-def _samples(workspace: Workspace, rows: Sequence[Row]) -> tuple[Sample, ...]:
-    """The middles of the first images that can be opened."""
-    samples: list[Sample] = []
-    for row in rows[: 3 * SAMPLES]:
-        if len(samples) == SAMPLES:
-            break
-        try:
-            plane, masks = _pixels(workspace, row["segmentation_id"])
-        except CellstoreError:
-            continue
-        window = tuple(middle(length) for length in plane.shape)
-        bare = np.repeat(to_grey(plane)[window][..., None], 3, axis=-1)
-        outlined = outline_overlay(plane, masks)[window]
-        samples.append(Sample(_title(row), row["n_cells"], jpeg(bare), jpeg(outlined)))
-    return tuple(samples)
+    return read_image(workspace.database, found.image_id, wanted), masks
 
 
 # Origin

@@ -306,6 +306,17 @@ ALL_IMAGES = """
     JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = s.image_id
     WHERE p.run_id = ? AND p.rank = 1 AND c.excluded IS NULL AND ri.truth IS NOT NULL
         AND list_contains(?, ri.subset) AND (? OR ri.control IS NULL)
+        AND NOT EXISTS (
+            FROM excluded_images AS e WHERE e.image_id = s.image_id AND e.source = 'annotation'
+        )
+        AND NOT EXISTS (
+            FROM later_exclusions AS e
+            WHERE e.level = 'cell' AND e.id = p.cell_id AND e.source = 'annotation'
+        )
+"""
+ANNOTATED = """
+    SELECT level, count(DISTINCT id) AS n FROM later_exclusions WHERE source = 'annotation'
+    GROUP BY level ORDER BY level
 """
 UNLABELLED = """
     SELECT count(*) AS images FROM split_members AS m
@@ -882,6 +893,9 @@ def notes_on(
             f"Left out, because quality-control run {subject.qc_run_id} flagged them: "
             f"{flagged[0]:,} images and {flagged[1]:,} cells, those of the images included."
         )
+    if annotated := questions.ask_ours(ANNOTATED).records():
+        named = ", ".join(f"{row['n']:,} {row['level']}{'s'[: row['n'] != 1]}" for row in annotated)
+        notes.append(f"Excluded by annotations, so that their cells have no vote: {named}.")
     if run.status == Status.DONE:
         values = [subject.split.id, list(subsets), run.id]
         ((unlabelled,),) = questions.ask_ours(UNLABELLED, values).rows()

@@ -17,7 +17,7 @@ from ..jobs.lookup import run_in
 from ..jobs.workspace import Workspace
 from ..models import Cell, Prediction, Run, Segmentation
 from ..query.engine import Answer, open_questions
-from ..query.qc_runs import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
+from ..query.exclusions import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 
 if TYPE_CHECKING:
     import pyarrow as pa

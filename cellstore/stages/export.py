@@ -61,16 +61,16 @@ IMAGE_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
 """What all cells of an image share: name, where it is from, type."""
 
 CELL_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
-    "Metadata_ObjectNumber": ("object_number", pa.int64()),
-    "Metadata_MinRow": ("min_row", pa.int64()),
-    "Metadata_MinCol": ("min_col", pa.int64()),
-    "Metadata_MaxRow": ("max_row", pa.int64()),
-    "Metadata_MaxCol": ("max_col", pa.int64()),
-    "Metadata_CentroidRow": ("centroid_row", pa.float64()),
-    "Metadata_CentroidCol": ("centroid_col", pa.float64()),
-    "Metadata_Excluded": ("excluded", pa.string()),
+    "Metadata_ObjectNumber": ("c.object_number", pa.int64()),
+    "Metadata_MinRow": ("c.min_row", pa.int64()),
+    "Metadata_MinCol": ("c.min_col", pa.int64()),
+    "Metadata_MaxRow": ("c.max_row", pa.int64()),
+    "Metadata_MaxCol": ("c.max_col", pa.int64()),
+    "Metadata_CentroidRow": ("c.centroid_row", pa.float64()),
+    "Metadata_CentroidCol": ("c.centroid_col", pa.float64()),
+    "Metadata_Excluded": ("coalesce(c.excluded, x.reason, n.excluded)", pa.string()),
 }
-"""Name, column of table ``cells``, type."""
+"""Name, what it is in ``CELLS``, type."""
 
 _TYPES = {"int64": pa.int64(), "string": pa.string()}
 
@@ -113,8 +113,11 @@ CELLS = """
     FROM cells AS c
     JOIN (
         SELECT unnest($segmentations::BIGINT[]) AS segmentation_id,
-            unnest($numbers::BIGINT[]) AS number
+            unnest($numbers::BIGINT[]) AS number, unnest($excluded::VARCHAR[]) AS excluded
     ) AS n ON n.segmentation_id = c.segmentation_id
+    LEFT JOIN (
+        SELECT id, min(reason) AS reason FROM later_exclusions WHERE level = 'cell' GROUP BY id
+    ) AS x ON x.id = c.id
     LEFT JOIN ({features}) AS f ON f.cell_id = c.id
     ORDER BY n.number, c.object_number
 """
@@ -317,7 +320,8 @@ class _Images:
             for name, (source, _) in IMAGE_COLUMNS.items()
         )
         self.table = questions.ask_ours(
-            f"SELECT {columns}, i.image_id, s.id AS segmentation_id, s.n_cells {IMAGES} {ORDER}",
+            f"SELECT {columns}, i.image_id, i.excluded, s.id AS segmentation_id, s.n_cells "
+            f"{IMAGES} {ORDER}",
             values,
         ).table()
         self.cells = int(pc.sum(self.table["n_cells"]).as_py() or 0)
@@ -376,7 +380,7 @@ def _batch(
     questions: Questions, images: _Images, some: pa.Table, measured: _Measured, schema: pa.Schema
 ) -> pa.Table:
     """Return the rows of all cells of a group of images."""
-    columns = [f"c.{quoted(source)}" for source, _ in CELL_COLUMNS.values()]
+    columns = [source for source, _ in CELL_COLUMNS.values()]
     for name, field in zip(measured.columns, measured.schema, strict=True):
         value = f"f.{quoted(name)}"
         # A gap is one thing: not a number, which one database keeps and the other does not.
@@ -387,6 +391,7 @@ def _batch(
         {
             "segmentations": some["segmentation_id"].to_pylist(),
             "numbers": list(range(some.num_rows)),
+            "excluded": some["excluded"].to_pylist(),
         },
     ).table()
     number = cells["number"]

@@ -53,6 +53,7 @@ from ..models import (
     Well,
 )
 from ..query.cells import last_with_masks
+from ..query.exclusions import cell_counts, image_counts
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def channels_of(session: Session, flagging: Flagging, plate_id: int) -> list[Cha
         select(ImageQuality.channel, ImageQuality.image_id, *columns)
         .join(Image, looked_at(flagging.quality_id))
         .join(Well, Well.id == Image.well_id)
-        .where(Well.plate_id == plate_id)
+        .where(Well.plate_id == plate_id, image_counts())
         .order_by(ImageQuality.image_id)
     )
     by_channel: dict[str, list[Row]] = {}
@@ -339,7 +340,7 @@ def _by_counts(session: Session, flagging: Flagging, plate_id: int) -> Iterator[
 
 def counts_by_image(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Numbers]:
     """Return the segmented images of a plate, and how many cells count in each."""
-    counted = func.count(Cell.id).filter(Cell.excluded.is_(None))
+    counted = func.count(Cell.id).filter(cell_counts())
     query = _segmentations(flagging, plate_id)
     query = query.outerjoin(Cell, Cell.segmentation_id == Segmentation.id)
     rows = session.execute(query.with_only_columns(Image.id, counted).group_by(Image.id)).all()
@@ -378,7 +379,7 @@ def _areas(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Id
         _segmentations(flagging, plate_id)
         .join(Cell, Cell.segmentation_id == Segmentation.id)
         .join(CellFeatures, measured)
-        .where(Cell.excluded.is_(None), CellFeatures.area > 0)
+        .where(cell_counts(), CellFeatures.area > 0)
         .with_only_columns(Image.id, Cell.id, CellFeatures.area)
         .order_by(Image.id)
     )
@@ -430,7 +431,7 @@ def _flag_border(session: Session, flagging: Flagging, plate_id: int) -> None:
         _segmentations(flagging, plate_id)
         .join(Cell, Cell.segmentation_id == Segmentation.id)
         .join(sizes, sizes.c.image_id == Image.id)
-        .where(Cell.excluded.is_(None), at_edge)
+        .where(cell_counts(), at_edge)
         .with_only_columns(*columns)
     )
     insert_from(session, CellFlag, _CELL_COLUMNS, rows)
@@ -442,6 +443,7 @@ def _segmentations(flagging: Flagging, plate_id: int) -> Select[Any]:
         .join(Segmentation, is_current())
         .join(Well, Well.id == Image.well_id)
         .where(Well.plate_id == plate_id, Segmentation.recipe_id == flagging.segment_id)
+        .where(image_counts())
     )
 
 
@@ -510,8 +512,8 @@ def _cells(session: Session, flagging: Flagging, on_plates: ColumnElement[bool])
     mine = and_(CellFlag.cell_id == Cell.id, CellFlag.run_id == flagging.run_id)
     flags = found.join(CellFlag, mine)
     return _Cells(
-        _counted(session, found.where(Cell.excluded.is_(None)), Cell.id),
-        _counted(session, found.where(Cell.excluded.is_not(None)), Cell.id),
+        _counted(session, found.where(image_counts(), cell_counts()), Cell.id),
+        _counted(session, found.where(~and_(image_counts(), cell_counts())), Cell.id),
         _counted(session, flags, Cell.id),
         _by_reason(session, flags, CellFlag.reason, Cell.id),
     )

@@ -66,7 +66,7 @@ from ..models import (
     Well,
 )
 from ..query.cells import as_text, last_with_masks
-from ..query.qc_runs import check_plates, count_unseen, find_qc_run, is_unflagged_image
+from ..query.exclusions import check_plates, count_unseen, find_qc_run, image_counts
 
 PUBLISHED = "published"
 GROUPED = "grouped"
@@ -362,7 +362,7 @@ def _candidates_query(params: SplitParams, qc: Run | None) -> Select[Any]:
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
         .outerjoin(Treatment, Treatment.id == Well.treatment_id)
-        .where(label.is_not(None))
+        .where(label.is_not(None), image_counts(None if qc is None else qc.id))
     )
     if params.plates:
         query = query.where(Plate.barcode.in_(sorted(params.plates)))
@@ -372,8 +372,6 @@ def _candidates_query(params: SplitParams, qc: Run | None) -> Select[Any]:
         query = query.where(condition(params.where))
     if not params.allow_missing:
         query = query.where(Image.content_sha256.is_not(None))
-    if qc is not None:
-        query = query.where(is_unflagged_image(qc.id))
     return query
 
 
@@ -456,6 +454,7 @@ def _counts_excluded(session: Session, chosen: Select[int], params: SplitParams)
     return {
         "without_label": session.scalar(base.where(label.is_(None))) or 0,
         "missing_files": 0 if params.allow_missing else session.scalar(base.where(missing)) or 0,
+        "annotated": session.scalar(base.where(~image_counts())) or 0,
     }
 
 
@@ -469,6 +468,11 @@ def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
         return (
             f"All {excluded['flagged']} images are flagged by quality-control run "
             f"{excluded['qc_run']}. Split without --exclude-flagged."
+        )
+    if excluded["annotated"]:
+        return (
+            f"All {excluded['annotated']} images are excluded by annotations. Undo some of these, "
+            "or choose other images."
         )
     if excluded["without_label"]:
         return (

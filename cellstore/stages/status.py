@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from ..enums import FeatureStorage, Stage, Status
+from ..enums import FeatureStorage, Level, Stage, Status
 from ..jobs.selection import is_current
 from ..jobs.workspace import Workspace
 from ..models import (
+    EXCLUSIONS,
     Base,
     Cell,
     CellFeatures,
@@ -30,6 +31,7 @@ from ..models import (
     Treatment,
     Well,
 )
+from ..query.exclusions import excluded_images
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ class BrokenOff:
 
 @dataclass(frozen=True)
 class StatusResult:
-    """What is in a store. ``cells`` counts all recipes; ``excluded`` those that do not count.
+    """What is in a store.
 
+    ``cells`` counts all recipes; ``excluded`` and ``excluded_images`` are those that do not count,
+    whatever quality control has flagged.
     ``segmented`` and ``measured`` are images that at least one recipe has done for their
     present bytes, or whose cells and features another tool gave. ``features`` counts the rows of
     the built-in measurements; ``feature_sets`` are all sets. ``flagged_images`` are those of the
@@ -107,6 +111,7 @@ class StatusResult:
     qc_run_id: int | None = None
     flagged_images: int = 0
     broken_off: tuple[BrokenOff, ...] = ()
+    excluded_images: int = 0
 
 
 def status(workspace: Workspace) -> StatusResult:
@@ -124,7 +129,7 @@ def status(workspace: Workspace) -> StatusResult:
             segmented=_images_done(session, Stage.SEGMENT, select(Recipe.id)),
             measured=_images_done(session, Stage.MEASURE, _inputs_of_imported_sets()),
             cells=_count(session, Cell),
-            excluded=_count(session, Cell, Cell.excluded.is_not(None)),
+            excluded=_excluded_cells(session),
             features=_count(session, CellFeatures),
             splits=_count(session, Split),
             runs=_count(session, Run),
@@ -134,7 +139,19 @@ def status(workspace: Workspace) -> StatusResult:
             qc_run_id=qc_run_id,
             flagged_images=_flagged(session, qc_run_id),
             broken_off=_broken_off(session),
+            excluded_images=session.scalar(
+                select(func.count()).select_from(excluded_images().subquery())
+            )
+            or 0,
         )
+
+
+def _excluded_cells(session: Session) -> int:
+    own = select(EXCLUSIONS.c.id).where(EXCLUSIONS.c.level == Level.CELL.value)
+    of_images = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
+    of_images = of_images.where(Segmentation.image_id.in_(excluded_images()))
+    both = own.where(EXCLUSIONS.c.run_id.is_(None)).union(of_images).subquery()
+    return session.scalar(select(func.count()).select_from(both)) or 0
 
 
 def _broken_off(session: Session) -> tuple[BrokenOff, ...]:

@@ -268,6 +268,31 @@ BEGIN
 END"""
 
 
+# Every column has the same type in each part: only then SQLite looks rows up in the parts instead
+# of reading them all.
+EXCLUSIONS = """
+CREATE VIEW exclusions AS
+SELECT CAST('cell' AS VARCHAR(20)) AS level, id, CAST(excluded AS TEXT) AS reason,
+    CAST('segmentation' AS VARCHAR(20)) AS source, CAST(NULL AS BIGINT) AS run_id,
+    CAST(NULL AS BIGINT) AS annotation_id
+FROM cells WHERE excluded IS NOT NULL
+UNION ALL
+SELECT CAST('image' AS VARCHAR(20)), image_id, CAST(reason AS TEXT),
+    CAST('quality' AS VARCHAR(20)), run_id, CAST(NULL AS BIGINT)
+FROM image_flags
+UNION ALL
+SELECT CAST('cell' AS VARCHAR(20)), cell_id, CAST(reason AS TEXT),
+    CAST('quality' AS VARCHAR(20)), run_id, CAST(NULL AS BIGINT)
+FROM cell_flags
+UNION ALL
+SELECT level, row_id, CAST(coalesce(reason, 'excluded by ' || user_name) AS TEXT),
+    CAST('annotation' AS VARCHAR(20)), CAST(NULL AS BIGINT), id
+FROM annotations AS a
+WHERE kind = 'exclusion' AND undoes_id IS NULL
+    AND NOT EXISTS (SELECT 1 FROM annotations AS later WHERE later.undoes_id = a.id)
+"""
+
+
 def guard() -> None:
     if op.get_bind().dialect.name == "sqlite":
         for table in APPEND_ONLY:
@@ -764,6 +789,9 @@ def upgrade() -> None:
             "segmentation_id", "object_number", name="uq_cells_segmentation_id_object_number"
         ),
     )
+    op.create_index(
+        "ix_cells_id_cells_excluded", "cells", ["id", "excluded"], **only("excluded IS NOT NULL")
+    )
     op.create_table(
         "cell_flags",
         refers("cell_flags", "run_id", "runs"),
@@ -809,11 +837,13 @@ def upgrade() -> None:
         sa.CheckConstraint("rank >= 1", name=op.f("ck_predictions_rank")),
     )
     op.create_index("ix_predictions_cell_id", "predictions", ["cell_id"])
+    op.execute(EXCLUSIONS)
     guard()
 
 
 def downgrade() -> None:
     unguard()
+    op.execute("DROP VIEW exclusions")
     for table in reversed(TABLES):
         op.drop_table(table)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from screens import small_screen
 
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import METADATA
 from cellstore.query.describe import RelationWords, diagram, written_words
 from cellstore.query.relations import VIEWS
 from cellstore.query.source import TABLES
@@ -58,7 +59,7 @@ def test_a_feature_set_says_what_was_measured(workspace: Workspace) -> None:
 def test_the_diagram_has_every_table_and_reference(sqlite_workspace: Workspace) -> None:
     text = diagram(Store(sqlite_workspace).schema())
     assert text.startswith("erDiagram\n")
-    for name, table in TABLES.items():
+    for name, table in METADATA.tables.items():
         assert f"  {name} {{" in text
         for column in table.columns:
             for key in column.foreign_keys:

@@ -19,6 +19,7 @@ from cellstore.enums import (
     CellFlagReason,
     GroupLevel,
     ImageFlagReason,
+    Level,
     Stage,
     Status,
     Subset,
@@ -102,6 +103,10 @@ def add_plate(make: Factory, labels: list[Label], random: Random) -> Run:
             make.flag_image(flags, image, ImageFlagReason.OUT_OF_FOCUS)
         for cell in cells[: random.randint(0, 1)]:
             make.flag_cell(flags, cell, CellFlagReason.BORDER)
+            if random.random() < 0.3:
+                make.exclude(Level.CELL, cell.id)
+    make.exclude(Level.WELL, wells[0].id)
+    make.undo(make.exclude(Level.PLATE, plate.id))
     return flags
 
 

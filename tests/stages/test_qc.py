@@ -32,7 +32,7 @@ from cellstore.models import (
     Run,
     Segmentation,
 )
-from cellstore.query.qc_runs import find_qc_run
+from cellstore.query.exclusions import find_qc_run
 from cellstore.report.qc_page import write_page, write_picture
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.qc import QcResult, list_flags, qc

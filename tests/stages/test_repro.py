@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from cellstore.config import MeasureParams, PredictParams, SplitParams
 from cellstore.jobs import execute, queue
 from cellstore.jobs.workspace import Workspace
-from cellstore.report.repro import Check, repro
+from cellstore.report.redo import Check
+from cellstore.report.repro import repro
 from cellstore.stages.predict import predict
 from cellstore.store import Store
 from cellstore_cli.app import app

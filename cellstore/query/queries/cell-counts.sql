@@ -1,8 +1,10 @@
 -- Cells of each well by each segmentation recipe: in all, per image, and how many are excluded.
 -- :plate (text) = nothing  Only this plate.
 WITH counted AS (
-    SELECT segmentation_id, count(*) AS cells, count(excluded) AS excluded
-    FROM cells GROUP BY segmentation_id
+    SELECT c.segmentation_id, count(*) AS cells, count(*) - count(e.cell_id) AS excluded
+    FROM cells AS c
+    LEFT JOIN eligible_cells AS e ON e.cell_id = c.id
+    GROUP BY c.segmentation_id
 )
 SELECT
     i.plate, i.well, i.treatment, s.recipe_id AS recipe,

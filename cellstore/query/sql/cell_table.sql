@@ -31,7 +31,7 @@ SELECT
     i.control,
     c.id AS cell_id,
     c.object_number,
-    c.excluded,
+    coalesce(c.excluded, x.reason, i.excluded) AS excluded,
     f.* EXCLUDE (cell_id, recipe_id, run_id),
     i.image_id,
     i.well_id,
@@ -42,4 +42,7 @@ JOIN latest AS l ON l.segmentation_id = c.segmentation_id
 JOIN image_table AS i ON i.image_id = l.image_id
 JOIN segmentations AS s ON s.id = c.segmentation_id
 LEFT JOIN measured AS m ON m.segment_recipe_id = s.recipe_id AND m.place = 1
+LEFT JOIN (
+    SELECT id, min(reason) AS reason FROM later_exclusions WHERE level = 'cell' GROUP BY id
+) AS x ON x.id = c.id
 LEFT JOIN features AS f ON f.cell_id = c.id AND f.recipe_id = m.measure_recipe_id

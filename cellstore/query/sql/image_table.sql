@@ -1,5 +1,6 @@
 -- Every image by the names that people use: one row per image, with the treatment of its well.
 -- n_cells is what the segmentation made last of its present bytes has found; null: none was made.
+-- excluded says why an image does not count (null: it does), itself or with its well or plate.
 WITH latest AS (
     SELECT s.image_id, arg_max(s.n_cells, s.id) AS n_cells
     FROM segmentations AS s
@@ -19,6 +20,7 @@ SELECT
     t.target,
     w.control,
     l.n_cells,
+    x.reason AS excluded,
     p.batch,
     i.core_name,
     w.well_row,
@@ -37,3 +39,4 @@ LEFT JOIN (
     HAVING count(*) = 1
 ) AS d ON d.treatment_id = t.id
 LEFT JOIN latest AS l ON l.image_id = i.id
+LEFT JOIN excluded_images AS x ON x.image_id = i.id

@@ -1,5 +1,6 @@
 -- What predict runs said, with the image of each cell: one row per predict run, cell and stored
--- choice, as in predictions, and whether the cell is excluded.
+-- choice, as in predictions, and whether the segmentation
+-- excluded the cell.
 SELECT
     p.run_id,
     s.image_id,

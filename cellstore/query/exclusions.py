@@ -1,20 +1,24 @@
-"""Quality-control runs: which one is meant, what it has looked at, and what it has flagged."""
+"""What does not count, and the quality-control run whose flags are asked for.
+
+The view ``exclusions`` of the database says all of it. Whatever counts images or cells asks
+:func:`image_counts` and :func:`cell_counts`; DuckDB asks ``later_exclusions`` (``query/sql``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import ColumnElement, Select, exists, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, CompoundSelect, Select, and_, exists, func, or_, select, union
+from sqlalchemy.orm import Session, aliased
 
-from ..enums import Stage, Status
+from ..enums import ExclusionSource, Level, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import RUN_WORDS, run_in
 from ..models import (
+    EXCLUSIONS,
     Cell,
-    CellFlag,
     Image,
-    ImageFlag,
     Job,
     Plate,
     Recipe,
@@ -113,11 +117,70 @@ def plates_of(run: Run) -> Sequence[str]:
     return tuple((run.result or {}).get("plates", ()))
 
 
-def is_unflagged_image(run_id: int) -> ColumnElement[bool]:
-    """Return the condition on ``images`` that a run has flagged none of its channels."""
-    return ~exists().where(ImageFlag.image_id == Image.id, ImageFlag.run_id == run_id)
+def image_counts(qc_run: int | None = None) -> ColumnElement[bool]:
+    """Return the condition that a row of ``images`` counts: no exclusion of it, its well or plate.
+
+    ``qc_run``: what this quality-control run has flagged does not count either.
+    """
+    own = aliased(Well)
+    plate = select(own.plate_id).where(own.id == Image.well_id).correlate(Image).scalar_subquery()
+    return and_(
+        _not_excluded(Level.IMAGE, Image.id, qc_run),
+        _not_excluded(Level.WELL, Image.well_id, qc_run),
+        _not_excluded(Level.PLATE, plate, qc_run),
+    )
 
 
-def is_unflagged_cell(run_id: int) -> ColumnElement[bool]:
-    """Return the condition on ``cells`` that a run has not flagged it."""
-    return ~exists().where(CellFlag.cell_id == Cell.id, CellFlag.run_id == run_id)
+def excluded_images() -> CompoundSelect[int]:
+    """Return the query of the ids of all images that do not count, whatever was flagged."""
+    found = EXCLUSIONS.c
+    ids = {
+        level: select(found.id).where(found.level == level.value, found.run_id.is_(None))
+        for level in (Level.IMAGE, Level.WELL, Level.PLATE)
+    }
+    of_plates = select(Image.id).join(Well, Well.id == Image.well_id)
+    return union(
+        ids[Level.IMAGE],
+        select(Image.id).where(Image.well_id.in_(ids[Level.WELL])),
+        of_plates.where(Well.plate_id.in_(ids[Level.PLATE])),
+    )
+
+
+def cell_counts(qc_run: int | None = None) -> ColumnElement[bool]:
+    """Return the condition that a row of ``cells`` counts, where its image does (see there)."""
+    # The exclusions by the segmentation are this column. PostgreSQL would read all of them for the
+    # cells of one image.
+    later = EXCLUSIONS.c.source != ExclusionSource.SEGMENTATION.value
+    return and_(Cell.excluded.is_(None), _not_excluded(Level.CELL, Cell.id, qc_run, later))
+
+
+def why_excluded(session: Session, cell: Cell) -> list[str]:
+    """Return why a cell does not count: first its own reasons, then those of its image, ..."""
+    image = cell.segmentation.image
+    ids = {
+        Level.CELL: cell.id,
+        Level.IMAGE: image.id,
+        Level.WELL: image.well_id,
+        Level.PLATE: image.well.plate_id,
+    }
+    found = EXCLUSIONS.c
+    return [
+        reason
+        for level, row_id in ids.items()
+        for reason in session.scalars(
+            select(found.reason)
+            .where(found.level == level.value, found.id == row_id, found.run_id.is_(None))
+            .order_by(found.source.desc(), found.annotation_id)
+        )
+    ]
+
+
+def _not_excluded(
+    level: Level, row_id: Any, qc_run: int | None, *conditions: ColumnElement[bool]
+) -> ColumnElement[bool]:
+    found = EXCLUSIONS.c
+    # Flags are the only exclusions that name a run.
+    counted: ColumnElement[bool] = found.run_id.is_(None)
+    if qc_run is not None:
+        counted = or_(counted, found.run_id == qc_run)
+    return ~exists().where(found.level == level.value, found.id == row_id, counted, *conditions)
