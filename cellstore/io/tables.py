@@ -15,7 +15,7 @@ import io
 import re
 import zlib
 from collections import Counter, deque
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, repeat
@@ -63,6 +63,13 @@ class Refusal(NamedTuple):
     line: int
     reason: str
     detail: str
+
+
+class RowRefusedError(Exception):
+    """A row, element or file cannot be used. Its arguments are the reason and the detail.
+
+    Never leaves this package: readers make a ``Refusal`` of it.
+    """
 
 
 class TableRow(NamedTuple):
@@ -436,6 +443,11 @@ def cell_text(cells: Sequence[str], position: int | None) -> str | None:
     return None if text in MISSING else text
 
 
+def first_text(texts: Mapping[str, str], columns: Iterable[str]) -> str | None:
+    """Return the first of the columns that has a value."""
+    return next((texts[column] for column in columns if column in texts), None)
+
+
 def nearest_columns(absent: Sequence[str], present: Sequence[str]) -> str:
     """Return a sentence with the present columns that look most like the absent ones."""
     lower = {name.lower(): name for name in present if name}
@@ -470,11 +482,11 @@ def _with_header(path: Path, encoding: str, text: io.TextIOBase) -> TextTable:
             for item, name in zip(columns, below, strict=True)
         )
         headers, end = (written, second), end + more
-        notes.append("two header lines: the first was taken for the objects of the columns")
+        notes.append("two header lines: the first names the object of each column")
     repeated = {name for name, count in Counter(columns).items() if name and count > 1}
     if repeated:
         names = ", ".join(map(repr, sorted(repeated)[:5]))
-        notes.append(f"columns that are there more than once, and not used: {names}")
+        notes.append(f"columns that occur more than once, not used: {names}")
     return TextTable(
         path, columns, delimiter, encoding, tuple(notes), headers, end, frozenset(repeated)
     )

@@ -323,11 +323,11 @@ class _Images:
             f"SELECT {columns}, i.image_id, i.excluded, s.id AS segmentation_id, s.n_cells "
             f"{IMAGES} {ORDER}",
             values,
-        )
+        ).table()
         self.cells = int(pc.sum(self.table["n_cells"]).as_py() or 0)
         self.schema = pa.schema(_fields(IMAGE_COLUMNS))
         found = questions.ask_ours(CHANNELS.format(images=IMAGES), values)
-        channels = found["channel"].to_pylist()
+        channels = [channel for (channel,) in found.rows()]
         self._questions = questions
         self._file_columns = [
             *((f"Image_FileName_{channel}", channel, "name") for channel in channels),
@@ -349,7 +349,7 @@ class _Images:
     def files(self, some: pa.Table) -> list[pa.Array]:
         """Return name and folder of each channel, for a group of images."""
         ids = some["image_id"].to_pylist()
-        rows = self._questions.ask_ours(FILES, {"images": ids}).to_pylist()
+        rows = self._questions.ask_ours(FILES, {"images": ids}).records()
         known = {(row["image_id"], row["channel"]): row for row in rows}
         return [
             pa.array([known.get((i, channel), {}).get(what) for i in ids], pa.string())
@@ -393,7 +393,7 @@ def _batch(
             "numbers": list(range(some.num_rows)),
             "excluded": some["excluded"].to_pylist(),
         },
-    )
+    ).table()
     number = cells["number"]
     own = len(CELL_COLUMNS)
     arrays = [some[name].take(number) for name in images.schema.names]

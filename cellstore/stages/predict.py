@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -443,7 +443,7 @@ class Embedding:
         row = {
             "name": self.name,
             "recipe_id": recipe.id,
-            "columns": [feature.to_json() for feature in self.features],
+            "columns": [asdict(feature) for feature in self.features],
             "storage": FeatureStorage.FILES,
         }
         insert_new(session, FeatureSet, [row])
