@@ -31,15 +31,14 @@ from typing import Any
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
-from cellstore.analysis.segmentation import find_model
-from cellstore.config import SegmentParams
+from cellstore.config import EVERYTHING, SegmentParams
 from cellstore.enums import TARGET, ArtifactKind, Stage, Status
 from cellstore.jobs.execute import ImageStage, RunCounter, run_jobs
 from cellstore.jobs.queue import JobScope, Task
 from cellstore.jobs.runs import RecipeSpec, register, running
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Image, Job, Label, Plate, Segmentation, Well
-from cellstore.stages.segment import segment_recipe
+from cellstore.stages.segment import open_segment
 from cellstore.store import Store
 
 
@@ -217,7 +216,8 @@ def measured(root: Path, database: str | None, jobs: int, images: int, repeat: i
     with Store.create(root / "large", database and database.format("large")) as store:
         fill(store.workspace, images)
         params = SegmentParams.of("published")
-        close_all(store.workspace, segment_recipe(params, find_model(params.model)))
+        stage, _ = open_segment(store.workspace, params, EVERYTHING, None, "cpu")
+        close_all(store.workspace, stage.recipe)
         took = [timed(partial(store.segment, params)) for _ in range(repeat)]
         line(name, f"nothing to do, {images:,} images", statistics.median(took), "")
 

@@ -32,7 +32,7 @@ DRAWN = 20
 CELLS, SIZE = 225, 1080
 TURNS = 3
 PROPERTIES = (
-    "object_number",
+    "label",
     "area",
     "area_convex",
     "perimeter",

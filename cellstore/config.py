@@ -942,7 +942,7 @@ class ContrastParams(Params):
 
 
 @dataclass(frozen=True)
-class VoteRules(Params):
+class VoteOptions(Params):
     """How the cells of an image, or of a well, vote. ``exclude_flagged``: flagged cells do not."""
 
     min_cells: int = option(1, "An image or well of fewer cells has no answer.", metavar="N", min=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ def test_every_feature_says_what_it_is() -> None:
         columns = [feature.name for feature in group.columns(["DNA", "RNA"])]
         assert len(set(columns)) == len(columns) >= len(group.features)
         for feature in group.features:
-            said = feature.to_json()
+            said = asdict(feature)
             assert all(said.values()), feature.name
             assert said["dtype"] == "float64"
     assert GROUPS["basic"].features is FEATURES

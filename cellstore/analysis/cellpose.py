@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +38,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+@dataclass
 class Batches:
     """Calls a network with as many images as fit into the memory of its device.
 
@@ -46,9 +47,8 @@ class Batches:
     that then work are kept, so that a small card is found out once.
     """
 
-    def __init__(self, images: int, tiles: int = TILES) -> None:
-        self.images = images
-        self.tiles = tiles
+    images: int
+    tiles: int = TILES
 
     def run(self, items: Sequence[T], call: Callable[[Sequence[T], int], list[R]]) -> list[R]:
         """Return what ``call(some items, tiles)`` makes of all items, in their order.
@@ -59,31 +59,24 @@ class Batches:
         """
         made: list[R] = []
         while len(made) < len(items):
-            made += self._some(items[len(made) : len(made) + self.images], call)
+            left = items[len(made) : len(made) + self.images]
+            images, tiles, results = len(left), self.tiles, None
+            while results is None:
+                try:
+                    results = call(left[:images], tiles)
+                except torch.cuda.OutOfMemoryError as error:
+                    if images == tiles == 1:
+                        raise ImageError(
+                            "The image does not fit into the memory of the GPU, even alone. "
+                            "Segment it with --device cpu."
+                        ) from error
+                    torch.cuda.empty_cache()
+                    images, tiles = (images // 2, tiles) if images > 1 else (1, tiles // 2)
+            self.tiles = tiles
+            if images < len(left):
+                self.images = images
+            made += results
         return made
-
-    def _some(self, items: Sequence[T], call: Callable[[Sequence[T], int], list[R]]) -> list[R]:
-        """What ``call`` makes of the first of ``items``, as many as fit."""
-        images, tiles = len(items), self.tiles
-        while True:
-            try:
-                made = call(items[:images], tiles)
-            except torch.cuda.OutOfMemoryError as error:
-                if images == tiles == 1:
-                    raise ImageError(
-                        "The image does not fit into the memory of the GPU, even alone. "
-                        "Segment it with --device cpu."
-                    ) from error
-            else:
-                self._keep(images, tiles, tried=len(items))
-                return made
-            torch.cuda.empty_cache()
-            images, tiles = (images // 2, tiles) if images > 1 else (1, tiles // 2)
-
-    def _keep(self, images: int, tiles: int, tried: int) -> None:
-        self.tiles = tiles
-        if images < tried:
-            self.images = images
 
 
 SMALLEST_DIAMETER = 5.0
@@ -283,7 +276,7 @@ class CellposeSegmenter:
         self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
     ) -> list[SegmentationResult]:
         """Find the cells of each image; see :class:`~.segmentation.Segmenter`."""
-        planes = [padded(checked_planes(image), self._planes) for image in images]
+        planes = [checked_planes(image, self._planes) for image in images]
         given: Sequence[float | None] = diameters or [None] * len(planes)
         items = list(zip(planes, given, strict=True))
         return [
@@ -298,12 +291,29 @@ class CellposeSegmenter:
         stack = np.stack([planes for planes, _ in items])
         given = [diameter for _, diameter in items if diameter is not None]
         diameters = given or self.diameters(stack, tiles)
-        if len(set(diameters)) == 1:
-            return list(self._found(stack, diameters[0], tiles))
-        return [
-            next(self._found(plane[None], diameter, tiles))
-            for plane, diameter in zip(stack, diameters, strict=True)
-        ]
+        # Images that are scaled alike go through the network together, others one by one.
+        alike = len(set(diameters)) == 1
+        results = []
+        for part, diameter in zip([stack] if alike else stack[:, None], diameters, strict=False):
+            count, shape = len(part), part.shape[1:3]
+            masks, (colours, flow, logit), _ = self._model.eval(
+                part,
+                channel_axis=3,
+                diameter=diameter,
+                batch_size=tiles * count,
+                **self._thresholds,
+            )
+            masks, logit = masks.reshape(count, *shape), logit.reshape(count, *shape)
+            flow = flow.reshape(2, count, *shape)
+            for index in range(count):
+                # Cellpose scales the colours of a stack as one picture; alone each has its own
+                # scale.
+                rgb = colours.reshape(*shape, 3) if count == 1 else dx_to_circ(flow[:, index])
+                bounded = np.clip(logit[index].astype(np.float64), -60, 60)
+                probability = np.rint(255 * (1.0 / (1.0 + np.exp(-bounded)))).astype(np.uint8)
+                flows = np.concatenate([rgb, probability[..., None]], axis=-1, dtype=np.uint8)
+                results.append(SegmentationResult(consecutive(masks[index]), flows, diameter))
+        return results
 
     def diameters(self, stack: NDArray[np.float32], tiles: int) -> list[float]:
         """Return the cell diameter in pixels of each image of ``stack`` (n, H, W, planes).
@@ -335,39 +345,15 @@ class CellposeSegmenter:
             found.append(measured or self._size_model.diam_mean)
         return found
 
-    def _found(
-        self, stack: NDArray[np.float32], diameter: float, tiles: int
-    ) -> Iterator[SegmentationResult]:
-        count, shape = len(stack), stack.shape[1:3]
-        masks, (colours, flow, logit), _ = self._model.eval(
-            stack, channel_axis=3, diameter=diameter, batch_size=tiles * count, **self._thresholds
-        )
-        masks, logit = masks.reshape(count, *shape), logit.reshape(count, *shape)
-        flow = flow.reshape(2, count, *shape)
-        for index in range(count):
-            # Cellpose scales the colours of a stack as one picture; alone each has its own scale.
-            rgb = colours.reshape(*shape, 3) if count == 1 else dx_to_circ(flow[:, index])
-            flows = rendered_flows(rgb, logit[index])
-            yield SegmentationResult(consecutive(masks[index]), flows, diameter)
-
 
 def load_network(path: Path, device: str = "auto") -> CellposeModel:
     """The network in ``path`` on ``device`` (``auto``, ``cpu``, ``cuda``).
 
     Raises UserInputError if the file is not a standard Cellpose 3 network.
     """
-    _check_network(path)
-    chosen = pick_device(device)
-    # Without mkldnn: plain torch uses oneDNN by itself, and does not convert the network per call.
-    return CellposeModel(
-        pretrained_model=str(path), device=chosen, gpu=chosen.type != "cpu", mkldnn=False
-    )
-
-
-def _check_network(path: Path) -> None:
-    """Look at names and shapes first: Cellpose itself would load a foreign file in part."""
     from cellpose.resnet_torch import CPnet  # not in Cellpose 4
 
+    # Names and shapes first: Cellpose itself would load a foreign file in part.
     state = read_state(path)
     if "W2" in state:
         raise UserInputError(
@@ -383,6 +369,11 @@ def _check_network(path: Path) -> None:
             f"{path} is not a standard Cellpose 3 network with two input planes. "
             "Choose another file, or a name such as cellstore-nuclei."
         )
+    chosen = pick_device(device)
+    # Without mkldnn: plain torch uses oneDNN by itself, and does not convert the network per call.
+    return CellposeModel(
+        pretrained_model=str(path), device=chosen, gpu=chosen.type != "cpu", mkldnn=False
+    )
 
 
 def load_sam_network(path: Path, device: str = "auto") -> CellposeModel:
@@ -390,7 +381,16 @@ def load_sam_network(path: Path, device: str = "auto") -> CellposeModel:
 
     Raises UserInputError if the file is something else.
     """
-    _check_sam_network(path)
+    # Cellpose 4 loads whatever names match; a foreign file would leave random weights.
+    names = {name.removeprefix("module.") for name in read_state(path)}
+    if "W2" not in names:
+        raise UserInputError(
+            f"{path} is not a Cellpose 4 network, and Cellpose 4 is installed. Choose another "
+            "network, such as cpsam; Cellpose 3 networks run where cellstore is installed with: "
+            "pip install 'cellstore[segment]'"
+        )
+    if "encoder.patch_embed.proj.weight" not in names or "encoder.cls_token" in names:
+        raise UserInputError(f"{path} is not a Cellpose-SAM network. Choose one such as cpsam.")
     chosen = pick_device(device)
     return CellposeModel(
         pretrained_model=str(path),
@@ -401,40 +401,24 @@ def load_sam_network(path: Path, device: str = "auto") -> CellposeModel:
     )
 
 
-def _check_sam_network(path: Path) -> None:
-    """Cellpose 4 loads whatever names match; a foreign file would leave random weights."""
-    state: dict[str, Any] = read_state(path)
-    names = {name.removeprefix("module.") for name in state}
-    if "W2" not in names:
-        raise UserInputError(
-            f"{path} is not a Cellpose 4 network, and Cellpose 4 is installed. Choose another "
-            "network, such as cpsam; Cellpose 3 networks run where cellstore is installed with: "
-            "pip install 'cellstore[segment]'"
-        )
-    if "encoder.patch_embed.proj.weight" not in names or "encoder.cls_token" in names:
-        raise UserInputError(f"{path} is not a Cellpose-SAM network. Choose one such as cpsam.")
-
-
-def checked_planes(image: NDArray[np.float32]) -> NDArray[np.float32]:
+def checked_planes(image: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
     """``image``, (H, W) or (2, H, W), as (H, W, 1 or 2), float32, finite.
+
+    Planes of zeros follow its own, up to ``planes`` of them.
 
     Raises:
         ImageError: it is something else.
     """
-    planes = np.asarray(image, dtype=np.float32)
-    stacked = planes[None] if planes.ndim == 2 else planes
+    given = np.asarray(image, dtype=np.float32)
+    stacked = given[None] if given.ndim == 2 else given
     if stacked.ndim != 3 or len(stacked) > 2 or min(stacked.shape[1:]) < 2:
-        raise ImageError(f"Segmentation needs one or two grey planes, not {planes.shape} values.")
-    if planes.ndim == 3 and len(planes) != 2:
-        raise ImageError(f"Two planes are (2, H, W), not {planes.shape}.")
-    if not np.isfinite(planes).all():
+        raise ImageError(f"Segmentation needs one or two grey planes, not {given.shape} values.")
+    if given.ndim == 3 and len(given) != 2:
+        raise ImageError(f"Two planes are (2, H, W), not {given.shape}.")
+    if not np.isfinite(given).all():
         raise ImageError("The image holds values that are not finite numbers.")
-    return np.ascontiguousarray(np.moveaxis(stacked, 0, -1))
-
-
-def padded(image: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
-    """``image`` (H, W, n) with planes of zeros behind its own, up to ``planes`` of them."""
-    return np.pad(image, [(0, 0), (0, 0), (0, max(0, planes - image.shape[-1]))])
+    padding = [(0, 0), (0, 0), (0, max(0, planes - len(stacked)))]
+    return np.pad(np.moveaxis(stacked, 0, -1), padding)
 
 
 def consecutive(masks: NDArray[Any]) -> NDArray[np.uint16] | NDArray[np.uint32]:
@@ -444,14 +428,6 @@ def consecutive(masks: NDArray[Any]) -> NDArray[np.uint16] | NDArray[np.uint32]:
     labels = labels.reshape(masks.shape)
     few = labels.max() <= np.iinfo(np.uint16).max
     return labels.astype(np.uint16) if few else labels.astype(np.uint32)
-
-
-def rendered_flows(rgb: NDArray[np.uint8], logit: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Cellpose's colours (H, W, 3) and the cell probability as ``round(255 * sigmoid(logit))``."""
-    probability = 1.0 / (1.0 + np.exp(-np.clip(logit.astype(np.float64), -60, 60)))
-    return np.concatenate(
-        [rgb, np.rint(255 * probability).astype(np.uint8)[..., None]], axis=-1, dtype=np.uint8
-    )
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ published study.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import cos, pi, sin
 from typing import Any, Literal
@@ -21,18 +21,21 @@ from .regions import (
     Floats,
     Integers,
     Regions,
-    Shape,
+    boxes,
+    centroids,
     check_plane,
     convex_areas,
     edge_pixels,
+    ellipses,
     find_regions,
     perimeters,
 )
 
-IntensityColumns = dict[str, NDArray[Any]]
+Columns = dict[str, NDArray[Any]]
+"""A value for each cell, by name of the column."""
 
 
-def brief(regions: Regions, flat: NDArray[Any]) -> IntensityColumns:
+def brief(regions: Regions, flat: NDArray[Any]) -> Columns:
     """Return mean, minimum and maximum of the pixels ``flat`` (H * W,) of each cell."""
     return {
         "mean_intensity": integrated(regions, flat) / regions.areas,
@@ -59,7 +62,7 @@ def _reduced(
     return reduced
 
 
-def intensities(regions: Regions, flat: NDArray[Any]) -> IntensityColumns:
+def intensities(regions: Regions, flat: NDArray[Any]) -> Columns:
     """Return the columns of group ``intensity`` (without a channel's name) of a plane (H * W,).
 
     A value that does not exist is NaN.
@@ -85,7 +88,7 @@ def _spread(values: Floats, mean: Floats, offsets: Integers) -> Floats:
     return spread
 
 
-def _quantiles(pixels: NDArray[Any], offsets: Integers) -> IntensityColumns:
+def _quantiles(pixels: NDArray[Any], offsets: Integers) -> Columns:
     """Quartiles and median absolute deviation; ``pixels`` by cell, cell i from ``offsets[i]``."""
     found = np.empty((4, len(offsets) - 1))
     # The stable sort counts narrow whole numbers, and merges what falls and then rises.
@@ -111,14 +114,14 @@ def _displacement(regions: Regions, values: Floats, total: Floats) -> Floats:
     rows, cols = np.divmod(regions.places, regions.masks.shape[1])
     n = np.diff(regions.offsets)
     squares = np.zeros(len(regions))
-    for place, middle in zip((rows, cols), Shape(regions).centroid, strict=True):
+    for place, middle in zip((rows, cols), centroids(regions), strict=True):
         # About the centroid, so that nothing cancels.
         moment = values * (place - np.repeat(middle, n))
         squares += np.add.reduceat(moment, regions.offsets[:-1]) ** 2
     return _divided(np.sqrt(squares), np.abs(total))
 
 
-def _edge(regions: Regions, flat: NDArray[Any]) -> IntensityColumns:
+def _edge(regions: Regions, flat: NDArray[Any]) -> Columns:
     cells, at = edge_pixels(regions)
     number = np.bincount(cells, minlength=len(regions))
     there = np.flatnonzero(number)
@@ -168,14 +171,6 @@ class Feature:
     formula: str
     description: str
 
-    def to_json(self) -> dict[str, str]:
-        """The fields by name, as a feature set lists them."""
-        return asdict(self)
-
-    def of_channel(self, channel: str) -> Feature:
-        """The same feature measured on one channel."""
-        return replace(self, name=f"{self.name}_{channel}")
-
 
 @dataclass(frozen=True)
 class FeatureGroup:
@@ -193,7 +188,11 @@ class FeatureGroup:
         """The columns of the group, channel by channel."""
         if not self.per_channel:
             return self.features
-        return tuple(item.of_channel(name) for name in channels for item in self.features)
+        return tuple(
+            replace(item, name=f"{item.name}_{channel}")
+            for channel in channels
+            for item in self.features
+        )
 
 
 def _registry_basic(name: str, unit: str, source: str, formula: str, description: str) -> Feature:
@@ -418,8 +417,6 @@ GROUPS: dict[str, FeatureGroup] = {
 """The registry: every group by name."""
 
 
-TextureColumns = dict[str, NDArray[Any]]
-
 LEVELS = 32
 """Grey levels of a cell; fewer than 8 lose texture, many more leave few pairs for each."""
 
@@ -428,7 +425,7 @@ _ANGLES = (0.0, pi / 4, pi / 2, 3 * pi / 4)
 _PROPERTIES = ("contrast", "dissimilarity", "homogeneity", "energy", "correlation", "entropy")
 
 
-def textures(regions: Regions, flat: NDArray[Any]) -> TextureColumns:
+def textures(regions: Regions, flat: NDArray[Any]) -> Columns:
     """Return the columns of group ``texture`` (without a channel's name) of a plane (H * W,).
 
     NaN where a cell has no two pixels of that distance.
@@ -441,7 +438,8 @@ def textures(regions: Regions, flat: NDArray[Any]) -> TextureColumns:
     if len(regions) == 0:
         return found
     pairs = _Pairs(regions, flat)
-    for cells in _chunks(len(regions)):
+    for start in range(0, len(regions), _CELLS_AT_ONCE):
+        cells = slice(start, min(len(regions), start + _CELLS_AT_ONCE))
         for distance in TEXTURE_DISTANCES:
             values = _mean_over_angles(pairs, cells, distance)
             for name, of_cells in zip(_PROPERTIES, values, strict=True):
@@ -483,7 +481,9 @@ class _Pairs:
 
     def counts(self, cells: slice, distance: int, angle: float) -> NDArray[np.int64]:
         """How often grey levels are neighbours in some cells: (n, LEVELS, LEVELS), symmetric."""
-        step = self._step(distance, angle)
+        # The neighbour that skimage.feature.graycomatrix looks at.
+        down, right = round(sin(angle) * distance), round(cos(angle) * distance)
+        step = down * self.width + right
         here = self.places[self.offsets[cells.start] : self.offsets[cells.stop]]
         own, there = self.cells[here], self.cells[here + step]
         key = (
@@ -493,11 +493,6 @@ class _Pairs:
         number = cells.stop - cells.start
         counts = np.bincount(key, minlength=number * LEVELS**2).reshape(number, LEVELS, LEVELS)
         return counts + counts.transpose(0, 2, 1)
-
-    def _step(self, distance: int, angle: float) -> int:
-        # The neighbour that skimage.feature.graycomatrix looks at.
-        down, right = round(sin(angle) * distance), round(cos(angle) * distance)
-        return down * self.width + right
 
 
 def _mean_over_angles(pairs: _Pairs, cells: slice, distance: int) -> Floats:
@@ -545,13 +540,6 @@ def _correlation(counts: NDArray[np.int64], p: Floats) -> Floats:
     return found
 
 
-def _chunks(number: int) -> Iterator[slice]:
-    for start in range(0, number, _CELLS_AT_ONCE):
-        yield slice(start, min(number, start + _CELLS_AT_ONCE))
-
-
-Columns = dict[str, NDArray[Any]]
-
 _PER_CHANNEL: Mapping[str, Callable[[Regions, NDArray[Any]], Columns]] = {
     "intensity": intensities,
     "texture": textures,
@@ -581,8 +569,23 @@ def measure_cells(masks: NDArray[Any] | Regions, intensity: NDArray[Any]) -> Col
         intensity is not finite.
 
     """
-    regions = _regions(masks)
-    return {"object_number": regions.labels, **_basic(regions, intensity)}
+    regions = masks if isinstance(masks, Regions) else find_regions(masks)
+    flat = check_plane(intensity, regions.masks.shape)
+    convex = convex_areas(regions)
+    top, left, bottom, right = boxes(regions)
+    rows, cols = centroids(regions)
+    found: Columns = {
+        "area": regions.areas.astype(np.float64),
+        "convex_area": convex.astype(np.float64),
+        "perimeter": perimeters(regions),
+        **ellipses(regions),
+        **brief(regions, flat),
+        "solidity": regions.areas / convex,
+        "extent": regions.areas / ((bottom - top) * (right - left)),
+        "centroid_y": rows,
+        "centroid_x": cols,
+    }
+    return {"object_number": regions.labels, **{name: found[name] for name in FEATURE_NAMES}}
 
 
 def measure_channels(
@@ -594,8 +597,13 @@ def measure_channels(
     ``<feature>_<channel>``, channel by channel, otherwise as :func:`measure_cells`; what a cell
     does not have is NaN. Raises as :func:`measure_cells`.
     """
-    regions = _regions(masks)
-    return {"object_number": regions.labels, **_by_channel(group, regions, channels)}
+    regions = masks if isinstance(masks, Regions) else find_regions(masks)
+    measure, names = _PER_CHANNEL[group], [item.name for item in GROUPS[group].features]
+    found: Columns = {"object_number": regions.labels}
+    for channel, plane in channels.items():
+        columns = measure(regions, check_plane(plane, regions.masks.shape))
+        found |= {f"{name}_{channel}": columns[name] for name in names}
+    return found
 
 
 def cell_boxes(masks: NDArray[Any]) -> Columns:
@@ -609,47 +617,12 @@ def cell_boxes(masks: NDArray[Any]) -> Columns:
     Raises ``ImageError`` for masks that cannot be used.
     """
     regions = find_regions(masks)
-    shape = Shape(regions)
-    box = dict(zip(("min_row", "min_col", "max_row", "max_col"), shape.box, strict=True))
-    rows, cols = shape.centroid
+    names = ("min_row", "min_col", "max_row", "max_col")
+    rows, cols = centroids(regions)
     return {
         "object_number": regions.labels,
-        **box,
+        **dict(zip(names, boxes(regions), strict=True)),
         "centroid_row": rows,
         "centroid_col": cols,
         "perimeter": perimeters(regions),
     }
-
-
-def _regions(masks: NDArray[Any] | Regions) -> Regions:
-    return masks if isinstance(masks, Regions) else find_regions(masks)
-
-
-def _basic(regions: Regions, plane: NDArray[Any]) -> Columns:
-    flat = check_plane(plane, regions.masks.shape)
-    shape, convex = Shape(regions), convex_areas(regions)
-    top, left, bottom, right = shape.box
-    found: Columns = {
-        "area": regions.areas.astype(np.float64),
-        "convex_area": convex.astype(np.float64),
-        "perimeter": perimeters(regions),
-        "eccentricity": shape.eccentricity,
-        **brief(regions, flat),
-        "major_axis_length": 4 * np.sqrt(shape.eigenvalues[0]),
-        "minor_axis_length": 4 * np.sqrt(shape.eigenvalues[1]),
-        "orientation": shape.orientation,
-        "solidity": regions.areas / convex,
-        "extent": regions.areas / ((bottom - top) * (right - left)),
-        "centroid_y": shape.centroid[0],
-        "centroid_x": shape.centroid[1],
-    }
-    return {name: found[name] for name in FEATURE_NAMES}
-
-
-def _by_channel(group: str, regions: Regions, channels: Mapping[str, NDArray[Any]]) -> Columns:
-    measure, names = _PER_CHANNEL[group], [item.name for item in GROUPS[group].features]
-    found: Columns = {}
-    for channel, plane in channels.items():
-        columns = measure(regions, check_plane(plane, regions.masks.shape))
-        found |= {f"{name}_{channel}": columns[name] for name in names}
-    return found

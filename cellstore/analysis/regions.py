@@ -20,42 +20,30 @@ _NARROW = np.iinfo(np.uint16).max
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """The N cells of ``masks`` (H, W) by ascending label, and their R runs.
+    """The N cells of ``masks`` (H, W) by ascending label, and their R runs of pixels in a row.
 
-    ``labels`` (N,). ``segments`` (S,): where in the flat image a run of equal values begins, of
-    the background too. ``picked`` (R,): the segments that are runs of cells, by cell and place;
-    ``rows``, ``cols`` (their first pixel) and ``lengths`` (R,). ``first`` (N,): the first run of
-    each cell, ``cells`` (R,): the cell of each run, from 0.
+    ``labels`` and ``areas`` (N,): number in the masks, and pixels, of each cell. ``begins`` (H, W):
+    whether a pixel has another value than the one to its left, if there is one. ``segments`` (S,):
+    where in the flat image a run of equal values begins, of the background too. ``picked`` (R,):
+    the segments that are runs of cells, by cell and place; ``rows``, ``cols`` (their first pixel),
+    ``lengths`` and ``cells`` (R,): the cell of each run, from 0. ``first`` (N,): the first run of
+    each cell.
     """
 
     masks: NDArray[Any]
     labels: Integers
+    areas: Integers
+    begins: NDArray[np.bool_]
     segments: Integers
     picked: Integers
     rows: Integers
     cols: Integers
     lengths: Integers
+    cells: Integers
     first: Integers
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @cached_property
-    def cells(self) -> Integers:
-        """The cell of each run, from 0."""
-        return np.repeat(np.arange(len(self)), self.n_runs)
-
-    @cached_property
-    def n_runs(self) -> Integers:
-        """How many runs each cell has."""
-        number: Integers = np.diff(self.first, append=len(self.rows))
-        return number
-
-    @cached_property
-    def areas(self) -> Integers:
-        """How many pixels each cell has."""
-        areas: Integers = self.total(self.lengths)
-        return areas
 
     @cached_property
     def offsets(self) -> Integers:
@@ -69,13 +57,6 @@ class Regions:
         before: Integers = np.cumsum(self.lengths) - self.lengths
         start = self.rows * self.masks.shape[1] + self.cols - before
         return np.repeat(start, self.lengths) + np.arange(self.lengths.sum())
-
-    @cached_property
-    def begins(self) -> NDArray[np.bool_]:
-        """(H, W) whether a pixel has another value than the one to its left, if there is one."""
-        begins = np.zeros(self.masks.size, dtype=bool)
-        begins[self.segments] = True
-        return begins.reshape(self.masks.shape)
 
     def total(self, of_runs: NDArray[Any]) -> Any:
         """Return the sum over the runs of each cell."""
@@ -117,7 +98,11 @@ def find_regions(masks: NDArray[Any]) -> Regions:
     rows, cols = np.divmod(segments[picked], max(1, masks.shape[1]))
     lengths = np.diff(segments, append=masks.size)[picked]
     labels = values[first].astype(np.int64)
-    return Regions(masks, labels, segments, picked, rows, cols, lengths, first)
+    areas = np.add.reduceat(lengths, first) if first.size else lengths
+    cells = np.repeat(np.arange(len(first)), np.diff(first, append=len(rows)))
+    return Regions(
+        masks, labels, areas, begins, segments, picked, rows, cols, lengths, cells, first
+    )
 
 
 def check_plane(plane: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -219,28 +204,29 @@ def convex_areas(regions: Regions) -> Integers:
     left = regions.cols[first]
     right = regions.cols[last] + regions.lengths[last] - 1
     cells, rows = cells[first], rows[first]
-    low = _inner_columns(*_profile(cells, rows, left))
-    high = _inner_columns(*_profile(cells, rows, -right))
+    low = _hull_side(cells, rows, left)
+    high = _hull_side(cells, rows, -right)
     # Both are bounds of the same rows of the same cells; the right one is mirrored.
     widths = -high[1] - low[1] + 1
     return np.bincount(low[0], widths, minlength=len(regions)).astype(np.int64)
 
 
-def _profile(cells: Integers, rows: Integers, left: Integers) -> tuple[Integers, ...]:
-    """Leftmost points of the diamonds, in half pixels: cell, y, x by cell and y, each y once."""
+def _hull_side(cells: Integers, rows: Integers, left: Integers) -> tuple[Integers, Integers]:
+    """The first column inside the hull in each row from top to bottom: cell, column.
+
+    ``left``: the first column of a cell in each of its ``rows``. A pixel is a diamond, whose tips
+    are half a pixel from its centre.
+    """
+    # Leftmost points of the diamonds, in half pixels: cell, y, x by cell and y, each y once.
     cell = np.repeat(cells, 3)
     y = (2 * rows[:, None] + np.array([-1, 0, 1])).ravel()
     x = (2 * left[:, None] + np.array([0, -1, 0])).ravel()
     # The lower tip of a row's diamond and the upper tip of the next row's are at one height.
     twin = np.flatnonzero((y[1:] == y[:-1]) & (cell[1:] == cell[:-1]))
-    order = np.ones(len(y), dtype=bool)
+    once = np.ones(len(y), dtype=bool)
     x[twin] = np.minimum(x[twin], x[twin + 1])
-    order[twin + 1] = False
-    return cell[order], y[order], x[order]
-
-
-def _inner_columns(cell: Integers, y: Integers, x: Integers) -> tuple[Integers, Integers]:
-    """The first column inside the hull in each row from top to bottom: cell, column."""
+    once[twin + 1] = False
+    cell, y, x = cell[once], y[once], x[once]
     # Keep the corners of the left side of each hull. A point on or right of the line between two
     # other points is no corner, whether or not these two are: all such points can go at once.
     while True:
@@ -266,72 +252,51 @@ def _inner_columns(cell: Integers, y: Integers, x: Integers) -> tuple[Integers, 
     return cell[side][of], -(-numerator // (2 * dy[of]))
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Boxes, centroids and second moments of the cells of ``regions``, (N,) each."""
-
-    regions: Regions
-
-    @cached_property
-    def box(self) -> tuple[Integers, Integers, Integers, Integers]:
-        """``min_row, min_col, max_row, max_col``, half open."""
-        runs = self.regions
-        if len(runs) == 0:
-            return runs.labels, runs.labels, runs.labels, runs.labels
-        last = runs.first + runs.n_runs - 1
-        min_col = np.minimum.reduceat(runs.cols, runs.first)
-        max_col = np.maximum.reduceat(runs.cols + runs.lengths, runs.first)
-        return runs.rows[runs.first], min_col, runs.rows[last] + 1, max_col
-
-    @cached_property
-    def centroid(self) -> tuple[Floats, Floats]:
-        """Row and column of the centroid."""
-        runs = self.regions
-        rows = runs.total(runs.lengths * runs.rows)
-        cols = runs.total(_along(runs.cols, runs.lengths))
-        return rows / runs.areas, cols / runs.areas
-
-    @cached_property
-    def inertia(self) -> tuple[Floats, Floats, Floats]:
-        """``a, b, c`` of the inertia tensor [[a, b], [b, c]] per pixel, as scikit-image has it.
-
-        Moments are taken about the pixel next to the centroid, where they are small whole numbers,
-        and moved to the centroid after: nothing cancels.
-        """
-        runs, n = self.regions, self.regions.lengths
-        middle = [np.rint(value).astype(np.int64)[runs.cells] for value in self.centroid]
-        rows, cols = runs.rows - middle[0], runs.cols - middle[1]
-        along, areas = _along(cols, n), runs.areas
-        mean_row, mean_col = runs.total(n * rows) / areas, runs.total(along) / areas
-        squares = n * cols**2 + cols * n * (n - 1) + (n - 1) * n * (2 * n - 1) // 6
-        of_rows = runs.total(n * rows**2) / areas - mean_row**2
-        of_cols = runs.total(squares) / areas - mean_col**2
-        mixed = runs.total(rows * along) / areas - mean_row * mean_col
-        return of_cols, -mixed, of_rows
-
-    @cached_property
-    def eigenvalues(self) -> tuple[Floats, Floats]:
-        """The larger and the smaller eigenvalue of the inertia tensor."""
-        a, b, c = self.inertia
-        middle, half = (a + c) / 2, np.hypot((a - c) / 2, b)
-        return middle + half, np.maximum(middle - half, 0)
-
-    @cached_property
-    def eccentricity(self) -> Floats:
-        """0 for a disc, towards 1 for a line; 0 for a single pixel."""
-        large, small = self.eigenvalues
-        ratio = np.divide(small, large, out=np.ones_like(large), where=large > 0)
-        found: Floats = np.sqrt(1 - ratio)
-        return found
-
-    @cached_property
-    def orientation(self) -> Floats:
-        """Angle of the long axis from the row axis, -pi/2..pi/2."""
-        a, b, c = self.inertia
-        round_ones = np.where(b < 0, np.pi / 4, -np.pi / 4)
-        return np.where(a == c, round_ones, 0.5 * np.arctan2(-2 * b, c - a))
+def boxes(regions: Regions) -> tuple[Integers, Integers, Integers, Integers]:
+    """Return ``min_row, min_col, max_row, max_col`` (N,) of the cells, half open."""
+    if len(regions) == 0:
+        return regions.labels, regions.labels, regions.labels, regions.labels
+    rows, cols, first = regions.rows, regions.cols, regions.first
+    last = np.append(first[1:], len(rows)) - 1
+    min_col = np.minimum.reduceat(cols, first)
+    max_col = np.maximum.reduceat(cols + regions.lengths, first)
+    return rows[first], min_col, rows[last] + 1, max_col
 
 
-def _along(cols: Integers, lengths: Integers) -> Integers:
-    """Sum of the columns of runs of ``lengths`` pixels that begin at ``cols``."""
-    return lengths * cols + lengths * (lengths - 1) // 2
+def centroids(regions: Regions) -> tuple[Floats, Floats]:
+    """Return row and column (N,) of the centroid of the cells."""
+    n = regions.lengths
+    rows = regions.total(n * regions.rows)
+    cols = regions.total(n * regions.cols + n * (n - 1) // 2)
+    return rows / regions.areas, cols / regions.areas
+
+
+def ellipses(regions: Regions) -> dict[str, Floats]:
+    """Return what describes the ellipses that have the second moments of the cells, (N,) each.
+
+    ``major_axis_length`` and ``minor_axis_length`` in pixels; ``eccentricity``, 0 for a disc and
+    for a single pixel, towards 1 for a line; ``orientation``, the angle of the long axis from the
+    row axis, -pi/2..pi/2.
+    """
+    # Moments are taken about the pixel next to the centroid, where they are small whole numbers,
+    # and moved to the centroid after: nothing cancels.
+    n, areas = regions.lengths, regions.areas
+    middle = [np.rint(value).astype(np.int64)[regions.cells] for value in centroids(regions)]
+    rows, cols = regions.rows - middle[0], regions.cols - middle[1]
+    along = n * cols + n * (n - 1) // 2
+    mean_row, mean_col = regions.total(n * rows) / areas, regions.total(along) / areas
+    squares = n * cols**2 + cols * n * (n - 1) + (n - 1) * n * (2 * n - 1) // 6
+    # The inertia tensor [[a, b], [b, c]] per pixel, as scikit-image has it, and its eigenvalues.
+    a = regions.total(squares) / areas - mean_col**2
+    b = -(regions.total(rows * along) / areas - mean_row * mean_col)
+    c = regions.total(n * rows**2) / areas - mean_row**2
+    half = np.hypot((a - c) / 2, b)
+    large, small = (a + c) / 2 + half, np.maximum((a + c) / 2 - half, 0)
+    ratio = np.divide(small, large, out=np.ones_like(large), where=large > 0)
+    round_ones = np.where(b < 0, np.pi / 4, -np.pi / 4)
+    return {
+        "eccentricity": np.sqrt(1 - ratio),
+        "major_axis_length": 4 * np.sqrt(large),
+        "minor_axis_length": 4 * np.sqrt(small),
+        "orientation": np.where(a == c, round_ones, 0.5 * np.arctan2(-2 * b, c - a)),
+    }

@@ -142,11 +142,29 @@ def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> M
     Raises UnknownNameError for an unknown name, UserInputError if a file cannot be had, or if the
     network is one for the other generation of Cellpose.
     """
-    check_generation(model)
+    published = PUBLISHED_MODELS.get(model)
+    if model == DEFAULT_MODEL or published is not None:
+        # A network that cannot run here is refused before it is fetched.
+        wanted, found = published.generation if published else 3, installed_generation()
+        if found in EXTRAS and found != wanted:
+            usable = DEFAULT_MODEL if found == 3 else "cpsam"
+            raise UserInputError(
+                f"The network {model} needs Cellpose {wanted}, and Cellpose {found} is installed "
+                f"here. Use --model {usable}, or install cellstore in an environment of its own "
+                f"with: pip install 'cellstore[{EXTRAS[wanted]}]'"
+            )
     if model == DEFAULT_MODEL:
-        return _shipped(weights_dir)
-    if model in PUBLISHED_MODELS:
-        return _published(model, weights_dir or cellpose_folder())
+        folder = weights_dir or Path(str(resources.files("cellstore.weights")))
+        network = folder / f"{DEFAULT_MODEL}.pt"
+        if not network.is_file():
+            raise UserInputError(
+                f"The network {network.name} is missing from {folder}. Install cellstore again."
+            )
+        return describe(DEFAULT_MODEL, network, _size_model_beside(network))
+    if published is not None:
+        folder = weights_dir or cellpose_folder()
+        paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
+        return describe(model, paths[0], paths[1] if len(paths) > 1 else None)
     path = Path(model).expanduser()
     if path.is_file():
         return describe(str(path), path, _size_model_beside(path))
@@ -161,24 +179,6 @@ def installed_generation() -> int | None:
         return int(version("cellpose").partition(".")[0])
     except (PackageNotFoundError, ValueError):
         return None
-
-
-def check_generation(model: str) -> None:
-    """Refuse a name whose network the installed Cellpose cannot run, before it is fetched.
-
-    Raises UserInputError with a network that can be used here, and what to install for this one.
-    """
-    published = PUBLISHED_MODELS.get(model)
-    if model != DEFAULT_MODEL and published is None:
-        return
-    wanted, found = published.generation if published else 3, installed_generation()
-    if found in EXTRAS and found != wanted:
-        usable = DEFAULT_MODEL if found == 3 else "cpsam"
-        raise UserInputError(
-            f"The network {model} needs Cellpose {wanted}, and Cellpose {found} is installed here. "
-            f"Use --model {usable}, or install cellstore in an environment of its own with: "
-            f"pip install 'cellstore[{EXTRAS[wanted]}]'"
-        )
 
 
 def cellpose_folder() -> Path:
@@ -217,22 +217,6 @@ def load_segmenter(
         raise MissingExtraError.of(error.name or "cellpose", extra) from error
 
 
-def _shipped(weights_dir: Path | None) -> ModelFiles:
-    folder = weights_dir or Path(str(resources.files("cellstore.weights")))
-    network = folder / f"{DEFAULT_MODEL}.pt"
-    if not network.is_file():
-        raise UserInputError(
-            f"The network {network.name} is missing from {folder}. Install cellstore again."
-        )
-    return describe(DEFAULT_MODEL, network, _size_model_beside(network))
-
-
-def _published(name: str, folder: Path) -> ModelFiles:
-    published = PUBLISHED_MODELS[name]
-    paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
-    return describe(name, paths[0], paths[1] if len(paths) > 1 else None)
-
-
 def _size_model_beside(network: Path) -> Path | None:
     stems = (str(network), str(network.with_suffix("")))
     names = [f"{stem}_size{suffix}" for stem in stems for suffix in (".npz", ".npy")]
@@ -241,43 +225,39 @@ def _size_model_beside(network: Path) -> Path | None:
 
 def describe(name: str, network: Path, size_model: Path | None) -> ModelFiles:
     """The files of a network by the ``name`` it goes by, with their sha256."""
-    digest = _sha256(network)
+    digests = []
+    for path in (network,) if size_model is None else (network, size_model):
+        try:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise UserInputError(f"Cannot read {path}: {error.strerror}.") from error
     if size_model is not None:
-        digest = hashlib.sha256((digest + _sha256(size_model)).encode("ascii")).hexdigest()
-    return ModelFiles(name, network, size_model, digest)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserInputError(f"Cannot read {path}: {error.strerror}.") from error
+        digests = [hashlib.sha256("".join(digests).encode("ascii")).hexdigest()]
+    return ModelFiles(name, network, size_model, digests[0])
 
 
 def _fetched(url: str, target: Path) -> Path:
     if target.is_file():
         return target
+    partial = None
     try:
-        _download(url, target)
-    except OSError as error:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # With certificates checked: Cellpose's own download switches that off.
+        with (
+            urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT) as source,  # noqa: S310 - https
+            tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file,
+        ):
+            partial = Path(file.name)
+            shutil.copyfileobj(source, file)
+        partial.replace(target)
+    except BaseException as error:
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise UserInputError(
             f"Could not download {url} ({error}). Fetch it on a machine with internet access "
             f"and put it at {target}, or use --model {DEFAULT_MODEL}, which needs no download."
         ) from error
     return target
-
-
-def _download(url: str, target: Path) -> None:
-    """Fetch ``url`` with certificates checked (Cellpose's own download switches that off)."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT) as source,  # noqa: S310 - https
-        tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as partial,
-    ):
-        try:
-            shutil.copyfileobj(source, partial)
-        except BaseException:
-            Path(partial.name).unlink()
-            raise
-    Path(partial.name).replace(target)

@@ -19,7 +19,7 @@ from ..enums import EXCLUDED_NO_PERIMETER, PROJECTION_CHANNEL
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project, read_plane
 from ..io.uris import is_remote, local_path
-from ..models import Artifact, Cell, ImageFile, Segmentation
+from ..models import Artifact, Cell, Folder, ImageFile, Segmentation
 
 NUCLEAR = re.compile("dna|dapi|hoechst", re.IGNORECASE)
 """What the names of channels of nuclei have in them."""
@@ -54,11 +54,15 @@ def read_image(database: Database, image_id: int, wanted: ImageInput) -> NDArray
 def channel_files(session: Session, image_ids: Sequence[int]) -> dict[int, list[ChannelFile]]:
     """Return by image id the files of all its channels, in their order."""
     files: dict[int, list[ChannelFile]] = {image_id: [] for image_id in image_ids}
+    columns = (ImageFile.image_id, ImageFile.channel, ImageFile.name, Folder.uri, ImageFile.sha256)
+    query = select(*columns, ImageFile.size_bytes, ImageFile.modified_ns)
+    query = query.outerjoin(Folder, Folder.id == ImageFile.folder_id)
+    query = query.order_by(ImageFile.position, ImageFile.channel)
     for some in in_lists(image_ids):
-        query = select(ImageFile).where(ImageFile.image_id.in_(some))
-        for file in session.scalars(query.order_by(ImageFile.position, ImageFile.channel)):
-            known = (file.uri, file.sha256, file.size_bytes, file.modified_ns)
-            files[file.image_id].append(ChannelFile(file.channel, file.name, *known))
+        rows = session.execute(query.where(ImageFile.image_id.in_(some)))
+        for image_id, channel, name, folder, sha256, size, modified in rows:
+            uri = None if folder is None else f"{folder.rstrip('/')}/{name}"  # as ImageFile.uri
+            files[image_id].append(ChannelFile(channel, name, uri, sha256, size, modified))
     return files
 
 

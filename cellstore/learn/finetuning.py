@@ -30,7 +30,6 @@ from ..analysis.cellpose import (
     consecutive,
     fit_size_model,
     load_network,
-    padded,
 )
 from ..config import FinetuneParams
 
@@ -276,4 +275,4 @@ def precision(network: Path, examples: Iterable[Corrected], device: str, iou: fl
 
 def _planes(item: Corrected) -> NDArray[np.float32]:
     """The planes (H, W, 2) of an image as the network takes them."""
-    return padded(checked_planes(item.image), CHANNELS[0])
+    return checked_planes(item.image, CHANNELS[0])

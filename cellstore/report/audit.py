@@ -280,10 +280,11 @@ def _labellings(
     """
     with open_questions(workspace, image=image.id) as questions:
         values = {"image": image.id}
-        votes = {(row["run_id"], row["vote"]): row for row in questions.rows_ours(_VOTES, values)}
-        labels = questions.rows_ours(_LABEL_VOTES, values)
-        used = [tuple(row.values()) for row in questions.rows_ours(_USED, values)]
-        of_well = [tuple(row.values()) for row in questions.rows_ours(_OF_WELL)]
+        rows = questions.ask_ours(_VOTES, values).records()
+        votes = {(row["run_id"], row["vote"]): row for row in rows}
+        labels = questions.ask_ours(_LABEL_VOTES, values).records()
+        used = list(questions.ask_ours(_USED, values).rows())
+        of_well = list(questions.ask_ours(_OF_WELL).rows())
     found = []
     for run_id in sorted({number for number, _ in votes}):
         run = session.get_one(Run, run_id)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..analysis.overlay import Limits, grey_limits, outline_overlay, to_grey
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -50,25 +52,38 @@ WIDEST = 460
 """Pixels of a picture on a page."""
 
 
-def smaller(plane: NDArray[np.float32], step: int) -> NDArray[np.float32]:
-    """Return the means of squares of ``step`` pixels, in the shape of ``plane[::step, ::step]``."""
-    missing = [(0, -length % step) for length in plane.shape]
-    padded = np.pad(plane, missing, mode="edge")
-    rows, columns = padded.shape[0] // step, padded.shape[1] // step
-    means: NDArray[np.float32] = padded.reshape(rows, step, columns, step).mean(axis=(1, 3))
-    return means
+def field_picture(
+    plane: NDArray[np.generic],
+    masks: NDArray[np.integer[Any]] | None = None,
+    limits: Limits | None = None,
+    *,
+    detail: bool = False,
+) -> str:
+    """Return a field of view as the data URI of a JPEG.
 
-
-def middle(length: int, wanted: int = WIDEST) -> slice:
-    """Return the middle ``wanted`` pixels of a side of ``length`` pixels."""
-    start = max(0, (length - wanted) // 2)
-    return slice(start, start + wanted)
-
-
-def jpeg(picture: NDArray[np.uint8]) -> str:
-    """Return a picture, (H, W) or (H, W, 3), as the data URI of a JPEG."""
+    ``plane`` (H, W) in grey levels, ``masks`` (H, W) of the cells whose outlines are drawn,
+    ``limits`` the grey levels of black and white. The whole field is shown smaller; with
+    ``detail`` its middle at full size.
+    """
     from imagecodecs import jpeg8_encode
 
+    limits = limits or grey_limits(plane)
+    if detail:
+        starts = [max(0, (length - WIDEST) // 2) for length in plane.shape]
+        window = tuple(slice(start, start + WIDEST) for start in starts)
+        plane, masks = plane[window], None if masks is None else masks[window]
+    else:
+        # Means of squares of pixels, in the shape of plane[::step, ::step].
+        step = -(-max(plane.shape) // WIDEST)
+        missing = [(0, -length % step) for length in plane.shape]
+        padded = np.pad(plane.astype(np.float32), missing, mode="edge")
+        rows, columns = padded.shape[0] // step, padded.shape[1] // step
+        plane = padded.reshape(rows, step, columns, step).mean(axis=(1, 3))
+        masks = None if masks is None else masks[::step, ::step]
+    if masks is None:
+        picture = to_grey(plane, limits)
+    else:
+        picture = outline_overlay(plane, masks.astype(np.int64), limits=limits)
     data = jpeg8_encode(np.ascontiguousarray(picture), level=85)
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 

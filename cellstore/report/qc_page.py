@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..analysis.overlay import Limits, grey_limits, outline_overlay, to_grey
+from ..analysis.overlay import Limits, grey_limits
 from ..artifacts import write_atomically
 from ..config import ImageInput
 from ..enums import CellFlagReason, ImageFlagReason
@@ -36,17 +36,14 @@ from ..stages.qc import (
     flagging_of,
 )
 from .drawing import (
-    WIDEST,
     PlateMap,
     WellPosition,
     brief,
     colour_limits,
-    jpeg,
-    middle,
+    field_picture,
     plate_map_svg,
     plate_maps_png,
     render,
-    smaller,
 )
 
 SHOWN_PLATES = 8
@@ -225,23 +222,37 @@ def _excess(flag: FlaggedImage) -> float:
     return min((abs(flag.value - limit) / max(abs(limit), 1e-9) for limit in limits), default=0.0)
 
 
-@dataclass(frozen=True)
-class Field:
-    """A field of an example: ``picture`` is a data URI, or None with the reason why not."""
-
-    title: str
-    picture: str | None
-    problem: str | None
-
-
 def _example(
     workspace: Workspace, flagging: Flagging, plate_id: int, flag: FlaggedImage
 ) -> dict[str, Any]:
     """An odd field, and a usual one of its plate in the same grey levels.
 
-    Focus is seen in the middle at full size, everything else in the whole field.
+    Focus is seen in the middle at full size, everything else in the whole field with outlines.
+    ``picture`` of a field is a data URI, or None with the ``problem``.
     """
     detail = flag.reason == ImageFlagReason.OUT_OF_FOCUS.value
+    limits: Limits | None = None
+
+    def field(image_id: int, title: str) -> dict[str, Any]:
+        nonlocal limits
+        masks = None
+        try:
+            plane = read_image(workspace.database, image_id, channels)
+            if not detail:
+                with workspace.database.read() as session:
+                    current = select(Segmentation).join(Image, is_current())
+                    current = current.where(Image.id == image_id)
+                    current = current.where(Segmentation.recipe_id == flagging.segment_id)
+                    found = session.scalars(current).one_or_none()
+                    if found is not None and found.mask_artifact_id is not None:
+                        masks = read_masks(session, workspace.artifacts, found)
+        except CellstoreError as error:
+            return {"title": title, "picture": None, "problem": str(error)}
+        limits = limits or grey_limits(plane)
+        if masks is not None and masks.shape != plane.shape:
+            masks = None
+        return {"title": title, "picture": field_picture(plane, masks, limits, detail=detail)}
+
     with workspace.database.read() as session:
         usual_id = _usual_image(session, flagging, plate_id, flag)
         if flag.channel:
@@ -250,19 +261,14 @@ def _example(
             channels = ImageInput()
         else:
             channels = plane_of(session.get_one(Recipe, flagging.segment_id))
-        usual_name = None
+        usual_name = ""
         if usual_id is not None:
             query = select(Plate.barcode, Well.name, Image.site)
             query = query.join(Well, Well.plate_id == Plate.id).join(Image)
             barcode, well, site = session.execute(query.where(Image.id == usual_id)).one()
             usual_name = f"{barcode} {well}, site {site}"
-    limits, usual = None, None
-    if usual_id is not None and usual_name is not None:
-        usual, limits = _field(
-            workspace, flagging, usual_id, usual_name, channels, None, detail=detail
-        )
-    name = f"{flag.plate} {flag.well}, site {flag.site}"
-    odd, _ = _field(workspace, flagging, flag.image_id, name, channels, limits, detail=detail)
+    usual = None if usual_id is None else field(usual_id, usual_name)  # its grey levels count
+    odd = field(flag.image_id, f"{flag.plate} {flag.well}, site {flag.site}")
     return {"flag": flag, "odd": odd, "usual": usual, "detail": detail}
 
 
@@ -284,44 +290,6 @@ def _usual_image(
         return None
     distances = np.abs(values[known] - np.median(values[known]))
     return int(ids[known][np.argmin(distances)])
-
-
-def _field(
-    workspace: Workspace,
-    flagging: Flagging,
-    image_id: int,
-    title: str,
-    channels: ImageInput,
-    limits: Limits | None,
-    *,
-    detail: bool,
-) -> tuple[Field, Limits | None]:
-    """A field as a picture, with the outlines of its cells if these are known, and grey levels."""
-    masks = None
-    try:
-        plane = read_image(workspace.database, image_id, channels)
-        if not detail:
-            with workspace.database.read() as session:
-                query = select(Segmentation).join(Image, is_current()).where(Image.id == image_id)
-                query = query.where(Segmentation.recipe_id == flagging.segment_id)
-                found = session.scalars(query).one_or_none()
-                if found is not None and found.mask_artifact_id is not None:
-                    masks = read_masks(session, workspace.artifacts, found)
-    except CellstoreError as error:
-        return Field(title, None, str(error)), limits
-    limits = limits or grey_limits(plane)
-    if detail:
-        rows, columns = (middle(length) for length in plane.shape)
-        picture = to_grey(plane[rows, columns], limits)
-    else:
-        step = -(-max(plane.shape) // WIDEST)
-        small = smaller(plane, step)
-        if masks is None or masks.shape != plane.shape:
-            picture = to_grey(small, limits)
-        else:
-            outlines = masks[::step, ::step].astype(np.int64)
-            picture = outline_overlay(small, outlines, limits=limits)
-    return Field(title, jpeg(picture), None), limits
 
 
 def _usual(flag: FlaggedImage) -> str:

@@ -6,17 +6,17 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..analysis.overlay import outline_overlay, to_grey
 from ..artifacts import write_atomically
-from ..config import VoteRules
+from ..config import VoteOptions
 from ..errors import CellstoreError, UnknownNameError
 from ..extras import need
 from ..jobs.planes import read_image
@@ -30,21 +30,15 @@ from .comparison import Comparison, Difference
 from .drawing import (
     LARGE_MAP,
     SMALL_MAP,
-    WIDEST,
     PlateMap,
     WellPosition,
     colour_limits,
-    jpeg,
-    middle,
+    field_picture,
     plate_map_svg,
     render,
-    smaller,
 )
 from .report_figures import class_content, score_figures, training_curves
-from .scoring import HEADLINE, ReportResult, Subject, by_baseline, gathered
-
-if TYPE_CHECKING:
-    pass
+from .scoring import HEADLINE, ReportResult, Subject, by_baseline, image_rows, open_report
 
 LISTED = 12
 """Rows of a table that are shown at once; the others unfold."""
@@ -56,7 +50,7 @@ def write_report(
     path: Path,
     *,
     compare: str | None = None,
-    rules: VoteRules | None = None,
+    vote_options: VoteOptions | None = None,
     force: bool = False,
     maps: Sequence[str] = (),
     redo: Callable[[int], str] | None = None,
@@ -73,14 +67,14 @@ def write_report(
         UserInputError: there is nothing to report on.
     """
     need("report")
-    with gathered(
+    with open_report(
         workspace,
         run,
         compare=compare,
-        rules=rules,
+        vote_options=vote_options,
         force=force,
-    ) as (questions, subject, result, votes):
-        run_id, images = subject.run.id, votes.to_pylist()
+    ) as (questions, subject, result, answers):
+        run_id, images = subject.run.id, image_rows(answers)
         hard = [row for row in images if row["vote"] == "hard"]
         best = result.score(*HEADLINE)
         unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)
@@ -161,7 +155,7 @@ def plate_maps(
             right[row["well_id"]].append(row["correct"])
     accuracy = {well: 100 * sum(some) / len(some) for well, some in right.items()}
     count = "SELECT well_id, count(*) / count(DISTINCT image_id) AS value FROM found GROUP BY 1"
-    counted = questions.ask(f"{USED_CELLS} {count}", [run_id]).to_pylist()
+    counted = questions.ask_ours(f"{USED_CELLS} {count}", [run_id]).records()
     cells = {row["well_id"]: row["value"] for row in counted}
     measures = [
         ("Accuracy", "images with the right label, %", accuracy, (0.0, 100.0)),
@@ -172,7 +166,7 @@ def plate_maps(
         measures.append((column, unit, values, colour_limits(values.values())))
     plates: dict[str, dict[int, WellPosition]] = defaultdict(dict)
     well_ids = sorted({row["well_id"] for row in images})
-    for row in questions.ask(WELLS, [well_ids]).to_pylist():
+    for row in questions.ask_ours(WELLS, [well_ids]).records():
         plates[row["plate"]][row["id"]] = (row["well_row"], row["well_column"])
     maps = [
         [
@@ -196,7 +190,8 @@ def _feature_means(
 ) -> dict[tuple[str, str], dict[int, float]]:
     """The means of features by well id, each by its set and column."""
     columns: dict[str, tuple[str, str]] = {}  # a bare name means the newest set
-    for name in questions.ask("SELECT name FROM feature_sets ORDER BY id DESC")["name"].to_pylist():
+    sets = questions.ask_ours("SELECT name FROM feature_sets ORDER BY id DESC").records()
+    for name in (item["name"] for item in sets):
         try:
             known = questions.columns(name)
         except UnknownNameError:  # a set that is hidden by a table of that name
@@ -222,7 +217,7 @@ def _feature_means(
             f"{USED_CELLS} SELECT found.well_id, {values} FROM found "  # noqa: S608 - names are quoted
             f"JOIN {quoted(name)} AS f ON f.cell_id = found.id GROUP BY 1"
         )
-        for row in questions.ask(query, [run_id]).to_pylist():
+        for row in questions.ask_ours(query, [run_id]).records():
             for number, column in enumerate(chosen):
                 if row[f"v{number}"] is not None:
                     means[name, column][row["well_id"]] = row[f"v{number}"]
@@ -260,58 +255,19 @@ VOTES = """
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Example:
-    """An image of the report. ``picture`` is a data URI, or ``None`` with the reason why not.
-
-    ``kind`` is right, wrong or different; then ``difference`` says what two runs made of it.
-    """
-
-    title: str
-    kind: str
-    truth: str
-    winner: str
-    share: float | None
-    tie: bool
-    votes: tuple[tuple[str, int], ...]
-    more_votes: int
-    n_cells: int
-    picture: str | None
-    problem: str | None
-    difference: Difference | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The middle of an image at full size, bare and with outlines."""
-
-    title: str
-    n_cells: int
-    bare: str
-    outlined: str
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """All images of a report."""
-
-    wrong: tuple[Example, ...]
-    right: tuple[Example, ...]
-    different: tuple[Example, ...]
-    samples: tuple[Sample, ...]
-
-
 def pictures(
     workspace: Workspace,
     questions: Questions,
     run_id: int,
     images: Sequence[Row],
     comparison: Comparison | None = None,
-) -> Pictures:
-    """Return the most confident mistakes, some hits and samples, and what two runs differ in.
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the most confident mistakes, some hits, what two runs differ in, and some samples.
 
     ``images`` are rows of the votes, every vote of each image. What is drawn by chance is the same
-    for the same run.
+    for the same run. Of ``wrong``, ``right`` and ``different`` images: ``picture`` is a data URI,
+    or None with the ``problem``. Of ``samples``: the middle at full size, ``bare`` and
+    ``outlined``.
     """
     draw = random.Random(run_id)  # noqa: S311 - which pictures are shown is no secret
     soft = [row for row in images if row["vote"] == "soft" and row["correct"] is not None]
@@ -321,7 +277,7 @@ def pictures(
     draw.shuffle(drawn)
     mistakes = [row for row in soft if not row["correct"]]
     mistakes.sort(key=lambda row: (-(row["confidence"] or 0), row["unit_id"]))
-    differences = {item.unit_id: item for item in _some_differences(comparison)}
+    differences = _some_differences(comparison)
     by_id = {row["unit_id"]: row for row in soft}
     chosen = {
         "wrong": _wells_apart(mistakes, MISTAKES),
@@ -330,47 +286,54 @@ def pictures(
     }
     shown = [row["unit_id"] for rows in chosen.values() for row in rows]
     votes: dict[int, list[tuple[str, int]]] = defaultdict(list)
-    for row in questions.ask(VOTES, [run_id, shown]).to_pylist():
-        votes[row["image_id"]].append((row["label"], row["cells"]))
+    for image_id, label, cells in questions.ask_ours(VOTES, [run_id, shown]).rows():
+        votes[image_id].append((label, cells))
     ties = {row["unit_id"] for row in images if row["vote"] == "hard" and row["tie"]}
     ids = list(dict.fromkeys([*shown, *(row["unit_id"] for row in drawn[: 20 * SAMPLES])]))
-    known = {row["image_id"]: row for row in questions.ask(IMAGES, [ids, run_id]).to_pylist()}
-    examples: dict[str, tuple[Example, ...]] = {}
+    images_asked = questions.ask_ours(IMAGES, [ids, run_id]).records()
+    for item in images_asked:
+        item["title"] = f"{item['plate']} {item['well']}, site {item['site']}"
+    known = {item["image_id"]: item for item in images_asked}
+    found: dict[str, list[dict[str, Any]]] = {"samples": []}
     for kind, rows in chosen.items():
-        found = []
+        found[kind] = []
         for row in rows:
             image = row["unit_id"]
             picture, problem = None, None
             try:
-                plane, masks = _pixels(workspace, known[image]["segmentation_id"])
-                step = -(-max(plane.shape) // WIDEST)
-                picture = jpeg(outline_overlay(smaller(plane, step), masks[::step, ::step]))
+                picture = field_picture(*_pixels(workspace, known[image]["segmentation_id"]))
             except CellstoreError as error:
                 problem = str(error)
-            found.append(
-                Example(
-                    title=_title(known[image]),
-                    kind=kind,
-                    truth=row["truth"],
-                    winner=row["predicted"],
-                    share=row["confidence"],
-                    tie=image in ties,
-                    votes=tuple(votes[image][:SHOWN_VOTES]),
-                    more_votes=sum(cells for _, cells in votes[image][SHOWN_VOTES:]),
-                    n_cells=sum(cells for _, cells in votes[image]),
-                    picture=picture,
-                    problem=problem,
-                    difference=differences[image] if kind == "different" else None,
-                )
+            found[kind].append(
+                {
+                    "title": known[image]["title"],
+                    "kind": kind,
+                    "truth": row["truth"],
+                    "winner": row["predicted"],
+                    "share": row["confidence"],
+                    "tie": image in ties,
+                    "votes": votes[image][:SHOWN_VOTES],
+                    "more_votes": sum(cells for _, cells in votes[image][SHOWN_VOTES:]),
+                    "n_cells": sum(cells for _, cells in votes[image]),
+                    "picture": picture,
+                    "problem": problem,
+                    "difference": differences[image] if kind == "different" else None,
+                }
             )
-        examples[kind] = tuple(found)
-    # One of each plate before the second of any.
+    # One of each plate before the second of any; the first that can be opened.
     plates: dict[str, list[Row]] = defaultdict(list)
     for row in drawn:
         if row["unit_id"] in known:
             plates[known[row["unit_id"]]["plate"]].append(known[row["unit_id"]])
     mixed = [row for rows in zip_longest(*plates.values()) for row in rows if row is not None]
-    return Pictures(**examples, samples=_samples(workspace, mixed))
+    for row in mixed[: 3 * SAMPLES]:
+        if len(found["samples"]) < SAMPLES:
+            with suppress(CellstoreError):
+                plane, masks = _pixels(workspace, row["segmentation_id"])
+                bare = field_picture(plane, detail=True)
+                outlined = field_picture(plane, masks, detail=True)
+                found["samples"].append({**row, "bare": bare, "outlined": outlined})
+    return found
 
 
 def _wells_apart(rows: Sequence[Row], number: int) -> list[Row]:
@@ -384,16 +347,16 @@ def _wells_apart(rows: Sequence[Row], number: int) -> list[Row]:
     return [*first.values(), *(row for row in rows if row["unit_id"] not in ids)][:number]
 
 
-def _some_differences(comparison: Comparison | None) -> list[Difference]:
+def _some_differences(comparison: Comparison | None) -> dict[int, Difference]:
     """Return some images that two runs differ in: one after the other of each kind, wells apart."""
     if comparison is None or comparison.level != "image":
-        return []
+        return {}
     kinds: dict[str, dict[str, Difference]] = {"first": {}, "second": {}, "neither": {}}
     for item in comparison.differing:
         kinds[item.right].setdefault(item.name.rsplit("/", 1)[0], item)
     pairs = zip_longest(kinds["first"].values(), kinds["second"].values())
     some = [item for pair in pairs for item in pair if item is not None]
-    return [*some, *kinds["neither"].values()][:DIFFERENT]
+    return {item.unit_id: item for item in [*some, *kinds["neither"].values()][:DIFFERENT]}
 
 
 def _pixels(
@@ -403,28 +366,7 @@ def _pixels(
         found = session.get_one(Segmentation, segmentation_id)
         wanted = plane_of(session.get_one(Recipe, found.recipe_id))
         masks = read_masks(session, workspace.artifacts, found)
-    return read_image(workspace.database, found.image_id, wanted), masks.astype(np.int64)
-
-
-def _title(row: Row) -> str:
-    return f"{row['plate']} {row['well']}, site {row['site']}"
-
-
-def _samples(workspace: Workspace, rows: Sequence[Row]) -> tuple[Sample, ...]:
-    """The middles of the first images that can be opened."""
-    samples: list[Sample] = []
-    for row in rows[: 3 * SAMPLES]:
-        if len(samples) == SAMPLES:
-            break
-        try:
-            plane, masks = _pixels(workspace, row["segmentation_id"])
-        except CellstoreError:
-            continue
-        window = tuple(middle(length) for length in plane.shape)
-        bare = np.repeat(to_grey(plane)[window][..., None], 3, axis=-1)
-        outlined = outline_overlay(plane, masks)[window]
-        samples.append(Sample(_title(row), row["n_cells"], jpeg(bare), jpeg(outlined)))
-    return tuple(samples)
+    return read_image(workspace.database, found.image_id, wanted), masks
 
 
 # Origin
@@ -483,15 +425,15 @@ def origin_of(questions: Questions, subject: Subject) -> dict[str, Any]:
         ]
 
     run_id = subject.run.id
-    runs = questions.ask(RUNS_BEHIND, [run_id, run_id]).to_pylist()
+    runs = questions.ask_ours(RUNS_BEHIND, [run_id, run_id]).records()
     ids = [row["id"] for row in runs]
-    recipes = questions.ask(RECIPES_BEHIND, [run_id, ids, subject.split.id]).to_pylist()
+    recipes = questions.ask_ours(RECIPES_BEHIND, [run_id, ids, subject.split.id]).records()
     shown = runs[-SHOWN_RUNS:]
     return {
         "split": subject.split,
         "runs": [{**row, "environment": pairs(row["environment"])} for row in shown],
         "more_runs": len(runs) - len(shown),
         "recipes": [{**row, "parameters": pairs(row["parameters"])} for row in recipes],
-        "files": questions.ask(NETWORK_FILES, [ids]).to_pylist(),
+        "files": questions.ask_ours(NETWORK_FILES, [ids]).records(),
         "commands": list(dict.fromkeys(row["command"] for row in runs)),
     }

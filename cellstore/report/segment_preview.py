@@ -16,6 +16,7 @@ from ..analysis.overlay import captioned, contact_sheet, outline_overlay, png, s
 from ..artifacts import write_atomically
 from ..config import EVERYTHING, SegmentParams, Selection
 from ..errors import CellstoreError, UserInputError, first_line
+from ..jobs.queue import Task
 from ..jobs.workspace import Workspace
 from ..models import Image, Plate, Well
 from ..progress import track
@@ -76,7 +77,8 @@ def preview(
     )
     with workspace.database.read() as session:
         available, sample = _sample(session, selected, count)
-        inputs = stage.inputs(session, [*sample])
+        tasks = [Task(image_id, "", name, {}, 0, 0) for image_id, name in sample.items()]
+        inputs = stage.fetch(session, tasks)
     images: list[PreviewImage] = []
     small: list[NDArray[np.uint8]] = []
     for image_id, name in track(workspace.progress, "preview", len(sample), sample.items()):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import repeat
 from typing import Any
 
@@ -42,7 +41,7 @@ from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
 from ..jobs.lookup import find_recipe
 from ..jobs.planes import ChannelFile, channel_files, check_channels, choose_files, open_file
 from ..jobs.queue import Task
-from ..jobs.runs import RecipeSpec, fingerprint, register
+from ..jobs.runs import RecipeSpec, digest_of_numbers, fingerprint, register
 from ..jobs.selection import images_of, is_current, segmented
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -112,24 +111,46 @@ def measure(
     """
     params = params or MeasureParams()
     with workspace.database.read() as session:
-        source = _segmentation(session, segmentation)
+        if segmentation is None:
+            source = last_with_masks(session)
+        else:
+            source = find_recipe(session, Stage.SEGMENT, segmentation)
+            cells = exists().where(Segmentation.recipe_id == source.id)
+            masks = cells.where(Segmentation.mask_artifact_id.is_not(None))
+            if session.scalar(select(cells)) and not session.scalar(select(masks)):
+                raise UserInputError(
+                    f"Another tool found the cells of segment recipe {source.id} and their masks "
+                    "are unknown, so they cannot be measured. If you have the masks, run: "
+                    "cellstore ingest masks DIR"
+                )
         images = segmented(images_of(session, selection), source.id)
         groups = _groups(session, params, source, images)
-        in_files = any(not group.in_table for group in groups)
+        in_files = any(group.group is not BASIC_GROUP for group in groups)
         together = images_per_file(session, source.id, ROWS_OF_FILE) if in_files else 1
     stage = Measure(workspace.artifacts, source.id, {}, together)
     if dry_run:
         results = [forecast(workspace, stage, group.recipe, images, resources) for group in groups]
     else:
+        recipes = []
         with workspace.database.begin() as session:
-            recipes = [group.register(session) for group in groups]
+            for group in groups:
+                recipe = register(session, group.recipe)
+                in_table = group.group is BASIC_GROUP
+                row = {
+                    "name": group.feature_set,
+                    "recipe_id": recipe.id,
+                    "columns": [asdict(feature) for feature in group.features],
+                    "storage": FeatureStorage.TABLE if in_table else FeatureStorage.FILES,
+                }
+                insert_new(session, FeatureSet, [row])
+                recipes.append(recipe)
         by_recipe = {recipe.id: group for recipe, group in zip(recipes, groups, strict=True)}
         stage = replace(stage, groups=by_recipe)
         results = execute(workspace, stage, recipes, images, resources)
     first, *others = (
         MeasureResult(
             **{field.name: getattr(result, field.name) for field in fields(JobsResult)},
-            group=group.name,
+            group=group.group.name,
             feature_set=group.feature_set,
         )
         for group, result in zip(groups, results, strict=True)
@@ -137,61 +158,20 @@ def measure(
     return replace(first, others=tuple(others))
 
 
-def _segmentation(session: Session, reference: str | None) -> Recipe:
-    if reference is None:
-        return last_with_masks(session)
-    found = find_recipe(session, Stage.SEGMENT, reference)
-    cells = exists().where(Segmentation.recipe_id == found.id)
-    masks = cells.where(Segmentation.mask_artifact_id.is_not(None))
-    if session.scalar(select(cells)) and not session.scalar(select(masks)):
-        raise UserInputError(
-            f"Another tool found the cells of segment recipe {found.id} and their masks are "
-            "unknown, so they cannot be measured. If you have the masks, run: cellstore ingest "
-            "masks DIR"
-        )
-    return found
-
-
 @dataclass(frozen=True)
 class MeasuredGroup:
-    """One group: measured on ``plane`` (``basic``), or on each of ``channels``; and its recipe."""
+    """One group: measured on ``plane`` (``basic``), or on each of ``channels``.
+
+    ``basic`` fills table ``features``, the others files. ``features`` are the columns, in their
+    order, of the ``feature_set`` of this name.
+    """
 
     group: FeatureGroup
     plane: ImageInput | None
     channels: tuple[str, ...]
     recipe: RecipeSpec
-
-    @property
-    def name(self) -> str:
-        """The name of the group."""
-        return self.group.name
-
-    @property
-    def in_table(self) -> bool:
-        """Whether the values go to table ``features``, not to files."""
-        return self.group is BASIC_GROUP
-
-    @property
-    def features(self) -> tuple[Feature, ...]:
-        """The columns, in their order."""
-        return self.group.columns(self.channels)
-
-    @property
-    def feature_set(self) -> str:
-        """The name of the feature set."""
-        return f"{self.name}_{fingerprint(self.recipe)[:8]}"
-
-    def register(self, session: Session) -> Recipe:
-        """Return the recipe; insert it and the feature set that it fills on their first use."""
-        recipe = register(session, self.recipe)
-        row = {
-            "name": self.feature_set,
-            "recipe_id": recipe.id,
-            "columns": [feature.to_json() for feature in self.features],
-            "storage": FeatureStorage.TABLE if self.in_table else FeatureStorage.FILES,
-        }
-        insert_new(session, FeatureSet, [row])
-        return recipe
+    features: tuple[Feature, ...]
+    feature_set: str
 
 
 def _groups(
@@ -207,19 +187,18 @@ def _groups(
     check_channels(session, plane)
     found = []
     for group in (GROUPS[name] for name in names):
+        channels: tuple[str, ...] = ()
         if group.per_channel:
             channels = _channels(session, params.plane, images)
-            parameters: dict[str, Any] = {
-                "group": group.name,
-                "channels": list(channels),
-                "features": [feature.name for feature in group.features],
-            }
-            recipe = RecipeSpec(Stage.MEASURE, CHANNEL_VERSION, parameters, None, (source,))
-            found.append(MeasuredGroup(group, None, channels, recipe))
+            version, parameters = CHANNEL_VERSION, {"group": group.name, "channels": list(channels)}
+            parameters["features"] = [feature.name for feature in group.features]
         else:
-            parameters = as_parameters(plane) | {"features": list(FEATURE_NAMES)}
-            recipe = RecipeSpec(Stage.MEASURE, VERSION, parameters, None, (source,))
-            found.append(MeasuredGroup(group, plane, (), recipe))
+            version, parameters = VERSION, as_parameters(plane) | {"features": list(FEATURE_NAMES)}
+        recipe = RecipeSpec(Stage.MEASURE, version, parameters, None, (source,))
+        of_group = None if group.per_channel else plane
+        name = f"{group.name}_{fingerprint(recipe)[:8]}"
+        columns = group.columns(channels)
+        found.append(MeasuredGroup(group, of_group, channels, recipe, columns, name))
     return found
 
 
@@ -326,15 +305,11 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
     def read(self, task_input: MeasureInput) -> tuple[MeasureInput, Plane, dict[str, Plane]]:
         """Return the masks (H, W) and the channels (H, W) by name, each file opened once."""
         masks = decode_tiff(self.artifacts.read(*task_input.mask))
-        wanted = {
-            file
-            for recipe_id in task_input.groups
-            for file in self._files(self.groups[recipe_id], task_input.files)
-        }
+        wanted: set[ChannelFile] = set()
+        for group in (self.groups[recipe_id] for recipe_id in task_input.groups):
+            plane = group.plane or ImageInput(group.channels)
+            wanted.update(choose_files(task_input.files, plane))
         return task_input, masks, {file.channel: open_file(file) for file in sorted(wanted)}
-
-    def _files(self, group: MeasuredGroup, files: Sequence[ChannelFile]) -> list[ChannelFile]:
-        return choose_files(files, group.plane or ImageInput(group.channels))
 
     def compute(self, loaded: Sequence[Any]) -> list[MeasureOutput]:
         """Return the measurements of each image.
@@ -342,38 +317,36 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         Raises:
             ImageError: masks, planes and cells do not fit each other.
         """
-        return [self._measured(*one) for one in loaded]
-
-    def _measured(
-        self, task_input: MeasureInput, masks: Plane, opened: Mapping[str, Plane]
-    ) -> MeasureOutput:
-        regions = find_regions(masks)
-        if not np.array_equal(regions.labels, task_input.labels):
-            raise ImageError(
-                f"The masks of {task_input.name} and its cells in the database differ. "
-                "See what is wrong with: cellstore verify"
-            )
-        order = np.argsort(task_input.cell_ids)
-        values = {}
-        for recipe_id in task_input.groups:
-            group = self.groups[recipe_id]
-            files = self._files(group, task_input.files)
-            planes = [opened[file.channel] for file in files]
-            if group.plane is not None:
-                columns = measure_cells(regions, project(planes, group.plane.projection))
-            else:
-                channels = dict(zip(group.channels, planes, strict=True))
-                columns = measure_channels(group.name, regions, channels)
-            rows = [column for name, column in columns.items() if name != "object_number"]
-            values[recipe_id] = np.stack(rows)[:, order]
-        return MeasureOutput(task_input.cell_ids[order], values)
+        outputs = []
+        for task_input, masks, opened in loaded:
+            regions = find_regions(masks)
+            if not np.array_equal(regions.labels, task_input.labels):
+                raise ImageError(
+                    f"The masks of {task_input.name} and its cells in the database differ. "
+                    "See what is wrong with: cellstore verify"
+                )
+            order = np.argsort(task_input.cell_ids)
+            values = {}
+            for recipe_id in task_input.groups:
+                group = self.groups[recipe_id]
+                files = choose_files(task_input.files, group.plane or ImageInput(group.channels))
+                planes = [opened[file.channel] for file in files]
+                if group.plane is not None:
+                    columns = measure_cells(regions, project(planes, group.plane.projection))
+                else:
+                    channels = dict(zip(group.channels, planes, strict=True))
+                    columns = measure_channels(group.group.name, regions, channels)
+                rows = [column for name, column in columns.items() if name != "object_number"]
+                values[recipe_id] = np.stack(rows)[:, order]
+            outputs.append(MeasureOutput(task_input.cell_ids[order], values))
+        return outputs
 
     def write_together(
         self, run: RunCounter, done: Sequence[tuple[Task, MeasureOutput]]
     ) -> Sequence[WrittenFile]:
         """Write the file of a group that is kept in files."""
         group = self.groups[run.recipe_id]
-        if group.in_table:
+        if group.group is BASIC_GROUP:
             return ()
         schema = pa.schema([(feature.name, pa.float64()) for feature in group.features])
         ids = [output.cell_ids for _, output in done]
@@ -388,7 +361,7 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         files: Sequence[WrittenFile],
     ) -> int:
         """Write a row for each cell, or one for each file."""
-        if self.groups[run.recipe_id].in_table:
+        if self.groups[run.recipe_id].group is BASIC_GROUP:
             names = [feature.name for feature in BASIC_GROUP.features]
             rows: list[tuple[Any, ...]] = []
             for _, output in done:
@@ -404,7 +377,7 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
 
     def digest(self, recipe_id: int, output: MeasureOutput) -> str:
         """Return the digest of the values (F, N), float64, by ascending cell id."""
-        return hashlib.sha256(output.values[recipe_id].tobytes()).hexdigest()
+        return digest_of_numbers(output.values[recipe_id])
 
     def find_lost(
         self, session: Session, recipe_id: int, images: Select[int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from ..jobs.runs import (
     RecipeSpec,
     attach,
     digest_of_images,
+    digest_of_numbers,
     fail_if_any,
     keep_file,
     known_recipe,
@@ -440,7 +441,7 @@ class Embedding:
         row = {
             "name": self.name,
             "recipe_id": recipe.id,
-            "columns": [feature.to_json() for feature in self.features],
+            "columns": [asdict(feature) for feature in self.features],
             "storage": FeatureStorage.FILES,
         }
         insert_new(session, FeatureSet, [row])
@@ -561,9 +562,8 @@ class Predict(ImageStage[int, PredictOutput]):
     def digest(self, recipe_id: int, output: PredictOutput) -> str:
         """Return the digest of labels and probabilities (N, K), or of the embeddings (N, width)."""
         if recipe_id == self.embedding_id and output.vectors is not None:
-            return hashlib.sha256(output.vectors.tobytes()).hexdigest()
-        rows = output.label_ids.tobytes() + output.probabilities.tobytes()
-        return hashlib.sha256(rows).hexdigest()
+            return digest_of_numbers(output.vectors)
+        return digest_of_numbers(output.label_ids, output.probabilities)
 
     def insert(
         self,

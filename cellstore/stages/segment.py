@@ -6,8 +6,6 @@ recipe; class :class:`Segment` fetches what a worker needs of an image, computes
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -47,7 +45,7 @@ from ..jobs.planes import (
     open_file,
 )
 from ..jobs.queue import Task
-from ..jobs.runs import RecipeSpec, keep_file, register
+from ..jobs.runs import RecipeSpec, digest, keep_file, register
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..learn.segmentation_networks import find_network
@@ -108,41 +106,34 @@ def open_segment(
     """
     need("segment")
     network = find_network(workspace, params.model, weights_dir)
-    source = None
     with workspace.database.read() as session:
         params = replace(params, channels=choose_channels(session, params.channels))
         for plane in params.planes:
             check_channels(session, plane)
+        # What decides the result. The network counts by its bytes; where it lay on this machine
+        # does not.
+        named = as_parameters(params) | {"model": Path(network.files.name).name}
+        inputs: tuple[Recipe, ...] = ()
         if params.diameter_from is not None:
             if params.diameter is not None:
                 raise UserInputError("Give --diameter or --diameter-from, not both.")
-            source = find_recipe(session, Stage.SEGMENT, params.diameter_from)
-        images = images_of(session, selection)
+            inputs = (find_recipe(session, Stage.SEGMENT, params.diameter_from),)
+            named["diameter_from"] = inputs[0].fingerprint
         gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
         stage = Segment(
             params=params,
             files=network.files,
             device=device,
             artifacts=workspace.artifacts,
-            recipe=segment_recipe(params, network.files, source),
+            recipe=RecipeSpec(Stage.SEGMENT, VERSION, named, network.files.sha256, inputs),
             made_by=network.run_id,
-            diameters_of=source.id if source else None,
+            diameters_of=inputs[0].id if inputs else None,
             batch=GPU_BATCH if gpu else 1,
         )
-        stage.check_diameters(session, images)
+        images = images_of(session, selection)
+        if inputs:
+            stage.check_diameters(session, images)
     return stage, images
-
-
-def segment_recipe(
-    params: SegmentParams, files: ModelFiles, source: Recipe | None = None
-) -> RecipeSpec:
-    """Return what decides the result: the network, the options, where the diameters are from."""
-    # The network counts by its bytes; where it lay on this machine does not.
-    named = as_parameters(params) | {"model": Path(files.name).name}
-    if source is None:
-        return RecipeSpec(Stage.SEGMENT, VERSION, named, files.sha256)
-    named |= {"diameter_from": source.fingerprint}
-    return RecipeSpec(Stage.SEGMENT, VERSION, named, files.sha256, (source,))
 
 
 @dataclass(frozen=True)
@@ -194,12 +185,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         self, session: Session, tasks: Sequence[Task]
     ) -> Mapping[int, SegmentInput | CellstoreError]:
         """Return by image id the files of its planes and its diameter; an image may lack one."""
-        return self.inputs(session, [task.image_id for task in tasks])
-
-    def inputs(
-        self, session: Session, image_ids: Sequence[int]
-    ) -> dict[int, SegmentInput | CellstoreError]:
-        """Return what :meth:`fetch` does, for images without a job."""
+        image_ids = [task.image_id for task in tasks]
         diameters: dict[int, float | None] = {}
         for some in in_lists(image_ids) if self.diameters_of is not None else ():
             plates = select(Image.id, Well.plate_id).join(Well, Well.id == Image.well_id)
@@ -220,8 +206,6 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         Raises:
             UserInputError: with the plates, and what to do first.
         """
-        if self.diameters_of is None:
-            return
         chosen = images.subquery()
         on_plates = select(Well.plate_id).join(Image, Image.well_id == Well.id)
         on_plates = on_plates.join(chosen, chosen.c.id == Image.id)
@@ -355,8 +339,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
 
     def digest(self, recipe_id: int, output: SegmentOutput) -> str:
         """Return the digest of the files and of all cells."""
-        rows = [output.mask.sha256, output.flow.sha256, output.diameter, output.cells]
-        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+        return digest([output.mask.sha256, output.flow.sha256, output.diameter, output.cells])
 
     def find_lost(
         self, session: Session, recipe_id: int, images: Select[int]

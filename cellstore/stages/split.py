@@ -30,6 +30,7 @@ from ..analysis.splitting import (
 )
 from ..config import Selection, SplitParams, as_parameters
 from ..db.bulk import in_lists, insert_new
+from ..db.events import Change, record_events
 from ..db.fields import check_field, field_column, of_parts
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
@@ -795,14 +796,20 @@ def delete_split(workspace: Workspace, name: str) -> Deleted:
 
     """
     with workspace.database.begin() as session:
-        result, ids = _deletable(session, name)
+        result, splits = _deletable(session, name)
+        gone = [
+            Change("splits", split.id, {"name": split.name, "fingerprint": split.fingerprint}, None)
+            for split in splits
+        ]
+        ids = [split.id for split in splits]
         for table in (SplitMember, SplitGroup):
             session.execute(delete(table).where(table.split_id.in_(ids)))
         session.execute(delete(Split).where(Split.id.in_(ids)))
+        record_events(session, gone)
         return result
 
 
-def _deletable(session: Session, name: str) -> tuple[Deleted, list[int]]:
+def _deletable(session: Session, name: str) -> tuple[Deleted, Sequence[Split]]:
     for named in (Split.name == name, Split.family == name):
         splits = session.scalars(select(Split).where(named).order_by(Split.id)).all()
         if splits:
@@ -827,7 +834,7 @@ def _deletable(session: Session, name: str) -> tuple[Deleted, list[int]]:
             )
     ids = [split.id for split in splits]
     images = select(func.count()).select_from(SplitMember).where(SplitMember.split_id.in_(ids))
-    return Deleted(tuple(split.name for split in splits), session.scalar(images) or 0), ids
+    return Deleted(tuple(split.name for split in splits), session.scalar(images) or 0), splits
 
 
 def check_split(workspace: Workspace, name: str | None = None) -> CheckResult:
