@@ -22,7 +22,7 @@ def test_presets_are_shown_side_by_side(cellstore) -> None:
     values = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     assert values["crop-size"] == ["64", "224"]
     assert values["backbone"] == ["resnet18", "efficientnet_b0"]
-    assert values["augment"] == ["flips,rotations,intensity", "none"]
+    assert values["augment"] == ["flips,intensity,rotations", "none"]
     assert max(map(len, lines)) <= 80
 
 
