@@ -29,6 +29,7 @@ from ..jobs.runs import (
     RecipeSpec,
     attach,
     digest_of_images,
+    digest_of_numbers,
     fail_if_any,
     keep_file,
     known_recipe,
@@ -569,9 +570,8 @@ class Predict(ImageStage[int, PredictOutput]):
     def digest(self, recipe_id: int, output: PredictOutput) -> str:
         """Return the digest of labels and probabilities (N, K), or of the embeddings (N, width)."""
         if recipe_id == self.embedding_id and output.vectors is not None:
-            return hashlib.sha256(output.vectors.tobytes()).hexdigest()
-        rows = output.label_ids.tobytes() + output.probabilities.tobytes()
-        return hashlib.sha256(rows).hexdigest()
+            return digest_of_numbers(output.vectors)
+        return digest_of_numbers(output.label_ids, output.probabilities)
 
     def insert(
         self,

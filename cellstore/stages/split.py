@@ -40,6 +40,7 @@ from ..analysis.splitting import (
 )
 from ..config import Selection, SplitParams, as_parameters
 from ..db.bulk import in_lists, insert_new
+from ..db.events import Change, record_events
 from ..db.fields import check_field, field_column, of_parts
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
@@ -511,6 +512,11 @@ def delete_split(workspace: Workspace, name: str) -> Deleted:
         for table in (SplitMember, SplitGroup):
             session.execute(delete(table).where(table.split_id.in_(ids)))
         session.execute(delete(Split).where(Split.id.in_(ids)))
+        gone = [
+            Change("splits", split.id, {"name": split.name, "fingerprint": split.fingerprint}, None)
+            for split in splits
+        ]
+        record_events(session, gone)
         return result
 
 
