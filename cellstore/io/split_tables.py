@@ -102,7 +102,7 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
     others = [table for table in tables if not names & set(table.columns)]
     if not splits:
         raise BadTableError(
-            f"{tables[0].path.name} has no column 'split' that says train, validation or test. "
+            f"{tables[0].path.name} has no column 'split' with train, validation or test. "
             f"{nearest_columns(COLUMNS['split'], read_columns(paths[0]))}"
         )
     rows: list[SplitRow] = []

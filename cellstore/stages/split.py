@@ -235,9 +235,9 @@ def _check_level(params: SplitParams) -> None:
     if not named:
         return
     if params.group_level is not GroupLevel.PLATE:
-        raise UserInputError("Plates are named for a subset where whole plates are: --group plate.")
+        raise UserInputError("Plates for a subset need a split by whole plates: --group plate.")
     if params.folds is not None:
-        raise UserInputError("With --folds each plate tests in turn: name none, or leave it out.")
+        raise UserInputError("With --folds every plate is tested in turn: name no plates.")
     if not params.test_plates:
         raise UserInputError("Name the plates that test, too: --test-plates A,B.")
 
@@ -462,7 +462,7 @@ def _counts_excluded(session: Session, chosen: Select[int], params: SplitParams)
 def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
     if excluded["missing_files"]:
         return (
-            f"All {excluded['missing_files']} images with a {params.field} miss files. "
+            f"All {excluded['missing_files']} images with a {params.field} lack their files. "
             "Ingest again with --images, or split without the pixels with --allow-missing."
         )
     if excluded.get("flagged"):
@@ -1089,8 +1089,8 @@ def _check(matched: _Matched, field: str) -> None:
         return
     if matched.missing_files:
         raise UserInputError(
-            f"All {len(matched.missing_files)} images that the tables name miss files. Ingest "
-            "again with --images, or import without the pixels: --allow-missing."
+            f"All {len(matched.missing_files)} images that the tables name lack their files. "
+            "Ingest again with --images, or import without the pixels: --allow-missing."
         )
     if matched.without_label:
         raise UserInputError(

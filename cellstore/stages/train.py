@@ -452,7 +452,7 @@ def make_plan(
         weights_sha256 = sha256_of(path)
     if params.channels and IMAGE not in (params.branches or ()):
         raise UserInputError(
-            "Channels are looked at by the branch image: name it, too, for example with "
+            "Only the branch image reads channels: add it, for example with "
             "--branches mask,flow,image,tabular."
         )
     with workspace.database.read() as session:
@@ -497,7 +497,7 @@ def check_subsets(plan: Plan) -> None:
     if len(cells.labels) == 1:
         raise UserInputError(
             f"All images in the training subset of split {name} are of one class, "
-            f"{next(iter(cells.labels))!r}: there is nothing to tell apart. Make another split."
+            f"{next(iter(cells.labels))!r}: there is nothing to learn. Make another split."
         )
     for subset, called in ((Subset.TRAIN, "training"), (plan.validation, plan.validation.value)):
         if cells.blocks[subset]:
@@ -747,8 +747,8 @@ def as_run(
         with workspace.database.read() as session:
             if session.scalar(known) != len(training.epochs):
                 raise StoreError(
-                    f"Another process has gone on with run {run.id} in the meantime. Go on from "
-                    f"where it is now with: cellstore train --resume {run.id}"
+                    f"Another process has continued run {run.id} in the meantime. Continue "
+                    f"it with: cellstore train --resume {run.id}"
                 )
         try:
             yield run
