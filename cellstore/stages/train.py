@@ -60,7 +60,7 @@ from ..learn.training_cells import (
     validation_subset,
 )
 from ..models import Recipe, Run, RunMetric, Split
-from ..progress import Silent
+from ..progress import Progress
 from ..query.cells import as_text, cells_query, input_of, plane_of
 from ..query.feature_files import set_of_recipe
 
@@ -339,7 +339,7 @@ def learn(
     from ..learn.training_logs import TrainingLogs
 
     team, (train_batches, validation_batches) = training.team, batches
-    progress = workspace.progress if run is not None else Silent()
+    progress = workspace.progress if run is not None else Progress()
     logs = TrainingLogs((), LOGS, 0, {}, progress.note)
     if run is not None and setup.logs:
         folder = setup.log_dir or LOGS / f"run-{run.id}"
