@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 GAP = "  "
-MIN_COLUMN = 6
+MIN_COLUMN = 10
 """No column is cut to fewer characters."""
 SHOWN_PER_REASON = 10
 SHOWN_ROWS = 1000
@@ -88,9 +88,15 @@ def cell(value: Any) -> str:
 
 
 def cut(value: Any, width: int) -> str:
-    """Return a value as one line of at most ``width`` characters."""
+    """Return a value as one line of at most ``width`` characters.
+
+    Names are cut in the middle, because barcodes and identifiers often differ at their end only.
+    """
     text = cell(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+    if len(text) <= width:
+        return text
+    end = 0 if " " in text else (width - 1) // 2
+    return text[: width - 1 - end] + "…" + text[len(text) - end :]
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
