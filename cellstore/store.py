@@ -33,7 +33,7 @@ from .config import (
     SplitParams,
     TrainParams,
     TrainSetup,
-    VoteRules,
+    VoteOptions,
 )
 from .enums import PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
     from .query.describe import RelationWords
-    from .query.engine import Questions
+    from .query.engine import Answer, Questions
     from .query.guard import Limits
     from .query.saved_queries import SavedQuestion
     from .report.audit import Audit
@@ -469,21 +469,23 @@ class Store:
         run: str = "latest",
         *,
         compare: str | None = None,
-        rules: VoteRules | None = None,
+        vote_options: VoteOptions | None = None,
         html: str | Path | None = None,
         force: bool = False,
         maps: Sequence[str] = (),
     ) -> ReportResult:
         """Score a predict run, and write the page ``html`` if it is asked for.
 
-        ``compare`` and ``rules``: see ``report.scoring.report``. ``maps``: the features on the
-        plate maps of the page.
+        ``compare`` and ``vote_options``: see ``report.scoring.report``. ``maps``: the features on
+        the plate maps of the page.
         """
         from .report.report_page import write_report
         from .report.scoring import report
 
         if html is None:
-            return report(self.workspace, run, compare=compare, rules=rules, force=force)
+            return report(
+                self.workspace, run, compare=compare, vote_options=vote_options, force=force
+            )
 
         def redo(run_id: int) -> str:
             return self.repro(str(run_id)).script
@@ -493,7 +495,7 @@ class Store:
             run,
             Path(html),
             compare=compare,
-            rules=rules,
+            vote_options=vote_options,
             force=force,
             maps=maps,
             redo=redo,
@@ -507,7 +509,7 @@ class Store:
         level: str = "image",
         vote: str = "hard",
         limit: int | None = None,
-        rules: VoteRules | None = None,
+        vote_options: VoteOptions | None = None,
         force: bool = False,
     ) -> Comparison:
         """Say where two predict runs differ, and which is right; see ``report.comparison``."""
@@ -520,7 +522,7 @@ class Store:
             level=level,
             vote=vote,
             limit=limit,
-            rules=rules,
+            vote_options=vote_options,
             force=force,
         )
 
@@ -530,15 +532,39 @@ class Store:
         *,
         level: str = "image",
         vote: str = "hard",
-        rules: VoteRules | None = None,
+        vote_options: VoteOptions | None = None,
     ) -> VotesResult:
         """Return the label of every image, or well, by the vote of its cells.
 
-        See ``report.votes.count_votes``.
+        See ``report.votes.open_votes``, which does not need all rows in memory.
         """
         from .report.votes import count_votes
 
-        return count_votes(self.workspace, run, level=level, vote=vote, rules=rules)
+        return count_votes(self.workspace, run, level=level, vote=vote, vote_options=vote_options)
+
+    def open_votes(
+        self,
+        run: str = "latest",
+        *,
+        level: str = "image",
+        vote: str = "hard",
+        vote_options: VoteOptions | None = None,
+        ties_only: bool = False,
+    ) -> AbstractContextManager[tuple[VotesResult, Answer]]:
+        """Open the votes for their summary and, row by row, the votes themselves.
+
+        See ``report.votes.open_votes``.
+        """
+        from .report.votes import open_votes
+
+        return open_votes(
+            self.workspace,
+            run,
+            level=level,
+            vote=vote,
+            vote_options=vote_options,
+            ties_only=ties_only,
+        )
 
     def audit(self, name: str, kind: str | None = None) -> Audit:
         """Return what an image, a well, a cell, a run or a file comes from, and what came of it.
@@ -599,7 +625,7 @@ class Store:
 
         """
         with self.open_questions(limits) as questions:
-            return questions.ask(query, parameters)
+            return questions.ask(query, parameters).table()
 
     def open_questions(self, limits: Limits | None = None) -> AbstractContextManager[Questions]:
         """Open the store for several questions about one moment, or for answers of any size."""

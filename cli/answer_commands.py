@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from cellstore.config import VoteRules
+from cellstore.config import VoteOptions
 from cellstore.errors import UserInputError
 
 from . import output
 from .options import Common, HtmlOption, command
-from .output import Answer, Format, count, cut, interval, percent, say
+from .output import AnswerOptions, Format, count, cut, interval, percent, say
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from cellstore.report.comparison import ComparedRun, Comparison
     from cellstore.report.scoring import BaselineScore, ReportResult, Score
     from cellstore.report.votes import VotesResult
@@ -50,8 +48,8 @@ VoteOption = Annotated[
 
 @command(app, "votes")
 def votes(
-    rules: VoteRules,
-    answer: Answer,
+    vote_options: VoteOptions,
+    answer: AnswerOptions,
     common: Common,
     run: Annotated[
         str, typer.Option("--run", metavar="RUN", help="The predict run, by number, or 'latest'.")
@@ -73,21 +71,24 @@ def votes(
       cellstore votes --ties --format csv --output ties.csv
     """
     answer.check()
-    with common.open() as store:
-        result = store.votes(run, level=level, vote=vote, rules=rules)
-    rows = result.table.filter(result.table["tie"]) if ties else result.table
-    if common.as_json:
-        found = {item.name: getattr(result, item.name) for item in fields(result)}
-        found |= {"accuracy": result.accuracy, "votes": rows.slice(0, answer.limit).to_pylist()}
-        del found["table"]
-        if answer.output is None:
-            output.print_json(found)
-        else:
-            save(output.json_text(found), answer.output)
-        return
-    on_screen = answer.format is Format.TABLE
-    _headline(result, typer.echo if on_screen and answer.output is None else say)
-    output.write((_for_people(rows) if on_screen else rows).to_reader(), answer)
+    with (
+        common.open() as store,
+        store.open_votes(
+            run, level=level, vote=vote, vote_options=vote_options, ties_only=ties
+        ) as (result, rows),
+    ):
+        if common.as_json:
+            found = {item.name: getattr(result, item.name) for item in fields(result)}
+            found |= {"accuracy": result.accuracy, "votes": rows.records()[: answer.limit]}
+            del found["table"]
+            if answer.output is None:
+                output.print_json(found)
+            else:
+                save(output.json_text(found), answer.output)
+            return
+        on_screen = answer.format is Format.TABLE and answer.output is None
+        _headline(result, typer.echo if on_screen else say)
+        output.write(rows, answer, _for_people)
 
 
 def _headline(result: VotesResult, show: Callable[[str], None]) -> None:
@@ -104,26 +105,23 @@ def _headline(result: VotesResult, show: Callable[[str], None]) -> None:
     show("")
 
 
-def _for_people(rows: pa.Table) -> pa.Table:
-    """Return what of the votes fits 80 columns; other formats have all columns."""
-    import pyarrow as pa
-
-    shown = []
-    for row in rows.to_pylist():
-        names = {name: cut(row[name] or "", NAME_WIDTH - 2) for name in ("winner", "truth")}
-        right = {True: "yes", False: "no", None: ""}[row["correct"]]
-        note = row["abstained"] or ("tie" if row["tie"] else "")
-        where = {name: row[name] for name in ("plate", "well", "site") if name in row}
-        share = None if row["share"] is None else round(row["share"], 2)
-        counted = {"share": share, "cells": row["cells"]}
-        shown.append({**where, "winner": names["winner"], **counted, "truth": names["truth"],
-                      "right": right, "note": note})  # fmt: skip
-    return pa.Table.from_pylist(shown) if shown else rows.select(["plate", "well", "winner"])
+def _for_people(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a vote fits 80 columns; other formats have all columns."""
+    share = row["share"]
+    return {
+        **{name: row[name] for name in ("plate", "well", "site") if name in row},
+        "winner": cut(row["winner"] or "", NAME_WIDTH - 2),
+        "share": None if share is None else round(share, 2),
+        "cells": row["cells"],
+        "truth": cut(row["truth"] or "", NAME_WIDTH - 2),
+        "right": {True: "yes", False: "no", None: ""}[row["correct"]],
+        "note": row["abstained"] or ("tie" if row["tie"] else ""),
+    }
 
 
 @command(app, "report")
 def report(
-    rules: VoteRules,
+    vote_options: VoteOptions,
     common: Common,
     run: Annotated[
         str, typer.Option(metavar="RUN", help="The predict run, by number, or 'latest'.")
@@ -166,7 +164,7 @@ def report(
         raise UserInputError("The maps are on the page. Name a file for it too: --html report.html")
     with common.open() as store:
         result = store.report(
-            run, compare=compare, rules=rules, html=html, maps=maps or (), force=force
+            run, compare=compare, vote_options=vote_options, html=html, maps=maps or (), force=force
         )
     if common.as_json:
         output.print_json(result)
@@ -343,7 +341,7 @@ def compare(
         str, typer.Argument(metavar="RUN", help="A predict run, by number, or 'latest'.")
     ],
     second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.")],
-    rules: VoteRules,
+    vote_options: VoteOptions,
     common: Common,
     level: LevelOption = "image",
     vote: VoteOption = "hard",
@@ -403,7 +401,7 @@ def compare(
             level=level,
             vote=vote,
             limit=SHOWN_DIFFERENCES if limit is None and form == "text" else limit,
-            rules=rules,
+            vote_options=vote_options,
             force=force,
         )
     if form == "text":

@@ -19,8 +19,7 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.ingest.account import Issue
-    from cellstore.stages.ingest.dry_run import Preview
-    from cellstore.stages.ingest.ingest import IngestResult
+    from cellstore.stages.ingest.ingest import IngestResult, Preview
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -40,7 +39,7 @@ def ingest(
         list[str],
         typer.Argument(
             metavar="[KIND] SOURCE",
-            help="The table, index, database or folder; before it, if you like, what it holds: "
+            help="The table, index, database or folder. Before it you may write what it holds: "
             "images, treatments, features or masks.",
         ),
     ],
@@ -50,7 +49,7 @@ def ingest(
         bool, typer.Option("--dry-run", help="Only show what each file would become.")
     ] = False,
 ) -> None:
-    """Bring images, treatments, features or masks in, however they were exported.
+    """Ingest images, treatments, features or masks, however they were exported.
 
     \b
     images      LoadData CSV of CellProfiler and JUMP, the published table, Harmony's
@@ -60,8 +59,8 @@ def ingest(
     masks       label images of any tool, matched to images by name
 
     Rows that cannot be used are listed with their line numbers, kept in the table
-    ingest_issues, and the command then ends with 1; the others are stored. Doing it again
-    changes nothing, but for what was missing or has been corrected.
+    ingest_issues, and the command then ends with 1; the others are stored. A second ingest
+    changes nothing, except what was missing or has been corrected.
 
     \b
     Example:
@@ -74,8 +73,8 @@ def ingest(
     *kinds, source = words
     if len(words) > 2 or (kinds and kinds[0] not in KINDS):
         raise UserInputError(
-            f"Give one source, after one of {', '.join(KINDS)} if you like. "
-            f"These are {len(words)} words: {' '.join(words)}"
+            f"Give one source; before it you may write {', '.join(KINDS[:-1])} or {KINDS[-1]}. "
+            f"You gave {len(words)} words: {' '.join(words)}"
         )
     params = replace(params, kind=kinds[0] if kinds else None)
     if dry_run:
@@ -104,7 +103,7 @@ def ingest(
 
 
 def _preview(source: Path, params: IngestParams, common: Common) -> None:
-    from cellstore.stages.ingest.dry_run import preview
+    from cellstore.stages.ingest.ingest import preview
 
     masks = MASKS in (params.kind, params.layout)
     if masks:  # only they are looked up in a store
@@ -173,7 +172,7 @@ def _show(result: IngestResult) -> None:
     _show_issues(result.issues)
     if result.reasons:
         question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
-        say(f'All of them: cellstore sql "{question}"')
+        say(f'To list all: cellstore sql "{question}"')
 
 
 def _show_issues(issues: Sequence[Issue]) -> None:
@@ -194,7 +193,7 @@ def refresh(selection: Selection, common: Common) -> None:
 
     Files of another size or time are read and hashed. What was derived from bytes that have
     changed is out of date from now on: 'cellstore status' counts it, and the next run of each
-    stage makes just that again. Ends with 1 if a file cannot be read.
+    stage computes just that again. Ends with 1 if a file cannot be read.
 
     \b
     Example:

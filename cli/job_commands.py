@@ -281,9 +281,10 @@ def verify(
         ),
     ] = 10.0,
 ) -> None:
-    """Compare all files of the store with the database.
+    """Look for damage in the store: its database, and all files that it knows.
 
-    Every file is read and compared with its sha256, every mask with the cells found in it.
+    Every file is read and compared with its sha256, every mask with the cells found in it, the
+    rows of every job with what it wrote, and every event with the one before it.
     Files that the database does not know are left by a crash. Ends with 1 if something is wrong.
 
     \b
@@ -306,6 +307,7 @@ def _show_verify(result: VerifyResult) -> None:
         {
             "files checked": result.files,
             "masks checked": result.segmentations,
+            "jobs checked": result.jobs,
             "problems": len(result.problems),
             "unknown files": f"{len(result.orphans):,} ({result.removed:,} removed)",
         }
@@ -322,7 +324,7 @@ def _show_verify(result: VerifyResult) -> None:
     if result.orphans and not result.removed:
         say("Remove the unknown files with: cellstore verify --fix")
     if result.problems:
-        say("Put the files back from a backup; what is derived can be made again.")
+        say("Put what is damaged back from a backup; what is derived can be made again.")
 
 
 @command(app, "doctor")

@@ -1,6 +1,6 @@
 """What commands print: names and values, tables of 80 columns, JSON, CSV, Parquet, progress."""
 
-# No "from __future__ import annotations": the types of Answer's fields are read.
+# No "from __future__ import annotations": the types of AnswerOptions' fields are read.
 
 import json
 import math
@@ -8,14 +8,14 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import typer
 
@@ -27,9 +27,11 @@ from cellstore.settings import check_not_of_a_store
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from cellstore.query.engine import Answer
+
 WIDTH = 80
 GAP = "  "
-MIN_COLUMN = 6
+MIN_COLUMN = 10
 """No column is cut to fewer characters."""
 SHOWN_PER_REASON = 10
 SHOWN_ROWS = 1000
@@ -86,9 +88,15 @@ def cell(value: Any) -> str:
 
 
 def cut(value: Any, width: int) -> str:
-    """Return a value as one line of at most ``width`` characters."""
+    """Return a value as one line of at most ``width`` characters.
+
+    Names are cut in the middle, because barcodes and identifiers often differ at their end only.
+    """
     text = cell(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
+    if len(text) <= width:
+        return text
+    end = 0 if " " in text else (width - 1) // 2
+    return text[: width - 1 - end] + "…" + text[len(text) - end :]
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
@@ -216,7 +224,7 @@ class Format(StrEnum):
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerOptions:
     """How the rows of an answer are written, and where to."""
 
     limit: int | None = option(
@@ -264,55 +272,61 @@ def check_output(output: Path, *, replace: bool) -> None:
         raise UserInputError(f"There is no folder {output.parent}. Make it, or name another.")
 
 
-class Batches(Protocol):
-    """An answer that comes piece by piece."""
+def write(
+    answer: "Answer",
+    wanted: AnswerOptions,
+    shown: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
+    """Write an answer as it comes; a table holds the first rows only, all else all rows.
 
-    @property
-    def schema(self) -> "pa.Schema":
-        """The columns."""
-
-    def __iter__(self) -> "Iterator[pa.RecordBatch]":
-        """Yield the pieces."""
-
-
-def write(answer: Batches, wanted: Answer) -> None:
-    """Write an answer as it comes; a table holds the first rows only, all else all rows."""
+    ``shown`` returns what a table shows of a row.
+    """
     limit = wanted.limit
     if limit is None and wanted.format is Format.TABLE:
         limit = SHOWN_ROWS
     taken = _First(answer, limit)
-    writers = {
-        Format.TABLE: _write_table,
-        Format.CSV: _write_csv,
-        Format.JSON: _write_json,
-        Format.PARQUET: _write_parquet,
-    }
     with _opened(wanted.output) as file:
-        writers[wanted.format](answer.schema, taken, file, wanted)
+        match wanted.format:
+            case Format.TABLE:
+                _write_table(taken, file, wanted, shown)
+            case Format.JSON:
+                _write_json(taken, file)
+            case Format.CSV:
+                _write_csv(taken, file, for_spreadsheet=wanted.for_spreadsheet)
+            case Format.PARQUET:
+                _write_parquet(taken, file)
     if wanted.output is not None:
-        say(f"{count(taken.rows, 'row')} written to {wanted.output}")
+        say(f"{count(taken.number, 'row')} written to {wanted.output}")
     if taken.more and wanted.limit is None:
         say(
-            f"These are the first {taken.rows:,} rows; there are more. To see more: --limit N, or "
-            "all of them with --format csv."
+            f"These are the first {taken.number:,} rows; there are more. To see more: --limit N, "
+            "or all of them with --format csv."
         )
 
 
 class _First:
-    """The batches of an answer up to so many rows; ``more``: there were others."""
+    """The first ``number`` rows of an answer; ``more``: there were others."""
 
-    def __init__(self, answer: "Iterable[pa.RecordBatch]", limit: int | None) -> None:
-        self._answer = answer
+    def __init__(self, answer: "Answer", limit: int | None) -> None:
+        self.answer = answer
         self._limit = limit
-        self.rows = 0
+        self.number = 0
         self.more = False
 
-    def __iter__(self) -> "Iterator[pa.RecordBatch]":
-        for batch in self._answer:
-            left = batch.num_rows if self._limit is None else self._limit - self.rows
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        for row in self.answer.rows():
+            self.more = self.number == self._limit
+            if self.more:
+                return
+            self.number += 1
+            yield row
+
+    def batches(self) -> "Iterator[pa.RecordBatch]":
+        for batch in self.answer.batches():
+            left = batch.num_rows if self._limit is None else self._limit - self.number
             self.more = left < batch.num_rows
             kept = batch.slice(0, left) if self.more else batch
-            self.rows += kept.num_rows
+            self.number += kept.num_rows
             if kept.num_rows:
                 yield kept
             if self.more:
@@ -331,59 +345,55 @@ def _opened(output: Path | None) -> Iterator[BinaryIO]:
         yield file
 
 
-def _rows(batch: "pa.RecordBatch") -> Iterable[Sequence[Any]]:
-    # Not to_pylist() of the batch: two columns of the same name are two columns.
-    return zip(*(column.to_pylist() for column in batch.columns), strict=True)
-
-
 def _write_table(
-    schema: "pa.Schema", batches: "Iterable[pa.RecordBatch]", file: BinaryIO, wanted: Answer
+    taken: _First,
+    file: BinaryIO,
+    wanted: AnswerOptions,
+    shown: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> None:
     on_screen = wanted.output is None and sys.stdout.isatty()
     room = shutil.get_terminal_size().columns if on_screen else None
-    headers = [cell(name) for name in schema.names]
-    rows = [row for batch in batches for row in _rows(batch)]
-    file.write(table_text(headers, rows, room).encode(errors="replace"))
+    names, rows = taken.answer.names, list(taken.rows())
+    if shown is not dict:
+        rows = [tuple(shown(dict(zip(names, row, strict=True))).values()) for row in rows]
+        names = list(shown(dict.fromkeys(names)))
+    file.write(table_text([cell(name) for name in names], rows, room).encode(errors="replace"))
 
 
-def _write_json(
-    schema: "pa.Schema", batches: "Iterable[pa.RecordBatch]", file: BinaryIO, _: Answer
-) -> None:
+def _write_json(taken: _First, file: BinaryIO) -> None:
     seen: Counter[str] = Counter()
     names = []
-    for name in schema.names:  # a second column x becomes x_2
+    for name in taken.answer.names:  # a second column x becomes x_2
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
     file.write(b"[")
     separator = "\n  "
-    for batch in batches:
-        for row in _rows(batch):
-            record = plain(dict(zip(names, row, strict=True)))
-            text = json.dumps(record, indent=2, ensure_ascii=False).replace("\n", "\n  ")
-            file.write(f"{separator}{text}".encode(errors="replace"))
-            separator = ",\n  "
+    for row in taken.rows():
+        record = plain(dict(zip(names, row, strict=True)))
+        text = json.dumps(record, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+        file.write(f"{separator}{text}".encode(errors="replace"))
+        separator = ",\n  "
     file.write(b"]\n" if separator == "\n  " else b"\n]\n")
 
 
-def _write_csv(
-    schema: "pa.Schema", batches: "Iterable[pa.RecordBatch]", file: BinaryIO, wanted: Answer
-) -> None:
+def _write_csv(taken: _First, file: BinaryIO, *, for_spreadsheet: bool) -> None:
     import pyarrow as pa
     import pyarrow.csv
 
     def shaped(batch: "pa.RecordBatch") -> "pa.RecordBatch":
         columns = [_flat(column) for column in batch.columns]
         flat = pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-        if not wanted.for_spreadsheet:
+        if not for_spreadsheet:
             return flat
         from cellstore.io.tables import disarmed
 
         return disarmed(flat)
 
+    schema = taken.answer.schema
     nothing = [pa.array([], item.type) for item in schema]
     empty = pa.RecordBatch.from_arrays(nothing, schema=schema)
     with pyarrow.csv.CSVWriter(file, shaped(empty).schema) as writer:
-        for batch in batches:
+        for batch in taken.batches():
             writer.write_batch(shaped(batch))
 
 
@@ -405,15 +415,13 @@ def _flat(column: "pa.Array") -> "pa.Array":
     return pa.array(texts, pa.string())
 
 
-def _write_parquet(
-    schema: "pa.Schema", batches: "Iterable[pa.RecordBatch]", file: BinaryIO, _: Answer
-) -> None:
+def _write_parquet(taken: _First, file: BinaryIO) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
-            for batch in batches:
+        with pyarrow.parquet.ParquetWriter(file, taken.answer.schema, compression="zstd") as writer:
+            for batch in taken.batches():
                 writer.write_batch(batch)
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
         raise UserInputError(

@@ -21,7 +21,7 @@ from cellstore.errors import UnknownNameError, UserInputError
 
 from . import output
 from .options import Common, FieldOf, MeasurementOption, SegmentationOption, command
-from .output import Answer, Format, say
+from .output import AnswerOptions, Format, say
 
 if TYPE_CHECKING:
     from cellstore.query.describe import RelationWords
@@ -94,14 +94,18 @@ def _memory(megabytes: int) -> Iterator[None]:
 
 
 def _answer(
-    store: Store, query: str, parameters: Mapping[str, object], limits: Limits, answer: Answer
+    store: Store,
+    query: str,
+    parameters: Mapping[str, object],
+    limits: Limits,
+    answer: AnswerOptions,
 ) -> None:
     spill = store.workspace.settings.cache / "spill"
     with confined(limits, spill), store.open_questions(limits) as questions:
-        output.write(questions.stream(query, parameters), answer)
+        output.write(questions.ask(query, parameters), answer)
 
 
-def _checked(answer: Answer, common: Common) -> Answer:
+def _checked(answer: AnswerOptions, common: Common) -> AnswerOptions:
     """Return the answer that is wanted; ``--json`` is the same as ``--format json``."""
     answer = replace(answer, format=Format.JSON) if common.as_json else answer
     answer.check()
@@ -110,7 +114,7 @@ def _checked(answer: Answer, common: Common) -> Answer:
 
 @command(app, "sql")
 def sql(
-    answer: Answer,
+    answer: AnswerOptions,
     common: Common,
     query: Annotated[
         str | None,
@@ -200,7 +204,7 @@ def _parameter(text: str) -> tuple[str, object]:
 @command(app, "ask", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def ask(
     context: typer.Context,
-    answer: Answer,
+    answer: AnswerOptions,
     common: Common,
     words: Annotated[
         list[str] | None,

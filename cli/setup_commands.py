@@ -112,12 +112,9 @@ def db_upgrade(common: Common) -> None:
     Example:
       cellstore db upgrade
     """
-    from cellstore.db import migrate
+    from cellstore.jobs.workspace import upgrade_schema
 
-    database = _connected(common).database
-    before = migrate.current(database)
-    migrate.upgrade(database)
-    after = migrate.current(database)
+    before, after = upgrade_schema(_connected(common).database)
     say("The schema was up to date." if before == after else f"Upgraded from {before}.")
     typer.echo(after)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from sqlalchemy import Connection, text
 
-from cellstore.config import VoteRules
+from cellstore.config import VoteOptions
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import CellFeatures
 from cellstore.query.relations import VIEWS, view_query
@@ -96,9 +96,9 @@ LAST = """
 """
 
 
-def definitions(rules: VoteRules, *, sqlite: bool) -> dict[str, str]:
+def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     """Return the query of every view, a view after those it reads."""
-    found = {name: view_query(name, rules) for name in VIEWS}
+    found = {name: view_query(name, vote_options) for name in VIEWS}
     binary = "" if sqlite else 'COLLATE "C"'
     placed = PLACED.format(binary=binary)
     found["vote_options"] = found["vote_options"].replace("AS DOUBLE)", "AS DOUBLE PRECISION)")
@@ -172,9 +172,9 @@ EARLY = (
 
 
 @contextmanager
-def plain_views(workspace: Workspace, rules: VoteRules) -> Iterator[Connection]:
+def plain_views(workspace: Workspace, vote_options: VoteOptions) -> Iterator[Connection]:
     """Open a connection to the database itself that has every view, for itself alone."""
-    found = definitions(rules, sqlite=workspace.database.is_sqlite)
+    found = definitions(vote_options, sqlite=workspace.database.is_sqlite)
     with workspace.database.engine.connect() as connection:
         for name, query in found.items():
             connection.execute(text(f"CREATE TEMPORARY VIEW {name} AS {query}"))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cellstore.io.filenames import format_well
-from cellstore.io.platemaps import PlateAnnotation, read_annotation
+from cellstore.io.platemaps import PlateAnnotation, TreatmentRecord, read_annotation
 
 PLATE = "BR00116991"
 LAST_WELL = (14, 7)
@@ -18,6 +18,13 @@ SITES, LAST_SITES = 9, 5
 COLUMNS = ("FileName_OrigRNA", "Metadata_pert_iname", "Metadata_target")
 RESPELLED_SAMPLE = "BRD-A63444178-001-01-5"
 """Well J11. CPJUMP1's cpjump1_metadata.csv spells its compound ME0328, and that of G05 ME-0328."""
+
+
+def treatment_of_well(
+    annotation: PlateAnnotation, plate: str, row: int, column: int
+) -> TreatmentRecord | None:
+    found = annotation.map_of(plate)
+    return None if found is None else found.wells.get((row, column))
 
 
 def compound_annotation(cpjump1: Path) -> PlateAnnotation:
@@ -36,7 +43,7 @@ def published_rows(cpjump1: Path, two_spellings: bool) -> Iterator[tuple[str, st
         for column in range(1, 25):
             if (row, column) > LAST_WELL:
                 return
-            treatment = annotation.for_well(PLATE, row, column)
+            treatment = treatment_of_well(annotation, PLATE, row, column)
             assert treatment is not None, format_well(row, column)
             respelled = two_spellings and treatment.identifier == RESPELLED_SAMPLE
             name = "ME0328" if respelled else treatment.pert_iname

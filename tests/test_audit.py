@@ -285,7 +285,7 @@ def test_flags_are_those_of_finished_runs(workspace: Workspace) -> None:
 def test_audits_and_views_agree(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     with open_questions(workspace) as questions:
-        rows = questions.ask("SELECT * FROM votes WHERE level = 'image'").to_pylist()
+        rows = questions.ask("SELECT * FROM votes WHERE level = 'image'").records()
     for image in screen.images.values():
         for one in Values(audit_image(workspace, str(image.id)).record).labellings:
             votes = {row["vote"]: row for row in rows if row["image_id"] == image.id}

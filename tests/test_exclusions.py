@@ -13,7 +13,7 @@ from factories import Factory
 from screens import SmallScreen, small_screen
 from sqlalchemy import select
 
-from cellstore.config import SplitParams, VoteRules
+from cellstore.config import SplitParams, VoteOptions
 from cellstore.enums import (
     CellFlagReason,
     ImageFlagReason,
@@ -43,7 +43,7 @@ def excluded(make: Factory, level: Level, row_id: int) -> Iterator[None]:
 
 def rows(workspace: Workspace, sql: str) -> list[dict[str, Any]]:
     with open_questions(workspace) as questions:
-        return questions.ask(sql).to_pylist()
+        return questions.ask(sql).records()
 
 
 def source_of(screen: SmallScreen, **more: Any) -> CellSource:
@@ -114,7 +114,7 @@ def test_the_answer_does_not_depend_on_the_copies(workspace: Workspace) -> None:
         path.unlink()
     assert count_votes(workspace).table.equals(first)
     with open_questions(workspace, image=screen.images["B01"].id) as questions:
-        assert questions.ask("FROM votes WHERE level = 'image'").num_rows == 0
+        assert questions.ask("FROM votes WHERE level = 'image'").table().num_rows == 0
 
 
 def test_training_reads_no_excluded_image_and_predicting_reads_all(workspace: Workspace) -> None:
@@ -145,12 +145,12 @@ def test_flags_count_beside_annotations_where_they_are_asked_for(workspace: Work
     make.flag_image(qc, screen.images["B02"], ImageFlagReason.CELL_COUNT)
     with excluded(make, Level.IMAGE, screen.images["B01"].id):
         assert count_votes(workspace).units == 3
-        rules = VoteRules(exclude_flagged=str(qc.id))
-        assert count_votes(workspace, rules=rules).units == 2
+        options = VoteOptions(exclude_flagged=str(qc.id))
+        assert count_votes(workspace, vote_options=options).units == 2
         assert len(images_read(workspace, source_of(screen, unflagged_by=qc.id))) == 3
-        found = report(workspace, rules=rules)
+        found = report(workspace, vote_options=options)
         assert (found.images_flagged, found.cells_flagged) == (1, 2)
-    assert count_votes(workspace, rules=rules).units == 3
+    assert count_votes(workspace, vote_options=options).units == 3
 
 
 def segment_recipe(screen: SmallScreen) -> Any:

@@ -6,9 +6,9 @@ import pytest
 from factories import Factory
 from sqlalchemy import func, select, update
 
+from cellstore.db import events
 from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.jobs import runs
 from cellstore.jobs.lookup import find_recipe, find_run
 from cellstore.jobs.runs import RecipeSpec, RunHandle, attach, keep_file, register, running
 from cellstore.jobs.workspace import Workspace
@@ -102,8 +102,8 @@ def test_a_run_can_be_gone_on_with(workspace: Workspace):
     ["postgresql://me:s3cret@host/name", "--database=postgresql://me:s3cret@host/name"],
 )
 def test_passwords_are_masked_in_the_command(monkeypatch, word: str):
-    monkeypatch.setattr(runs.sys, "argv", ["/somewhere/bin/cellstore", "init", word])
-    line = runs.command_line()
+    monkeypatch.setattr(events.sys, "argv", ["/somewhere/bin/cellstore", "init", word])
+    line = events.command_line()
     assert "s3cret" not in line
     assert line.startswith("cellstore init")
     assert "me:***@host" in line
@@ -124,8 +124,8 @@ def test_passwords_are_masked_in_the_command(monkeypatch, word: str):
 @pytest.mark.parametrize("option", [(), ("--database",), ("--database=",)])
 def test_no_way_to_type_a_password_reaches_the_ledger(monkeypatch, url: str, option):
     words = [f"{option[0]}{url}"] if option and option[0].endswith("=") else [*option, url]
-    monkeypatch.setattr(runs.sys, "argv", ["cellstore", "init", *words, "last"])
-    line = runs.command_line()
+    monkeypatch.setattr(events.sys, "argv", ["cellstore", "init", *words, "last"])
+    line = events.command_line()
     assert "s3" not in line
     assert "postgresql://me" in line
     assert "***" in line
@@ -141,11 +141,11 @@ def test_no_way_to_type_a_password_reaches_the_ledger(monkeypatch, url: str, opt
     ],
 )
 def test_words_without_a_password_are_kept_as_typed(word: str):
-    assert runs.without_passwords(word) == word
+    assert events.without_passwords(word) == word
 
 
 def test_a_url_inside_a_question_is_masked_and_the_rest_kept():
-    masked = runs.without_passwords("SELECT 'postgresql://me:s3cret@host/x' AS a, 'b@c' AS d")
+    masked = events.without_passwords("SELECT 'postgresql://me:s3cret@host/x' AS a, 'b@c' AS d")
     assert masked == "SELECT 'postgresql://me:***@host/x' AS a, 'b@c' AS d"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from factories import Factory
 
-from cellstore.config import VoteRules
+from cellstore.config import VoteOptions
 from cellstore.enums import GroupLevel, Stage, Subset
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Label, Plate, Run, Treatment, Well
@@ -282,7 +282,9 @@ def test_wells_seen_in_training_and_controls_are_told_apart(screen: Screen) -> N
     treated = next(i for i in found.without_controls if (i.level, i.vote) == ("image", "hard"))
     assert Fraction(treated.correct, treated.n) == Fraction(3, 6)  # without I1
     assert treated.balanced_accuracy == pytest.approx(float((Fraction(2, 3) + Fraction(1, 2)) / 3))
-    without = report(screen.workspace, str(screen.first.id), rules=VoteRules(controls=False))
+    without = report(
+        screen.workspace, str(screen.first.id), vote_options=VoteOptions(controls=False)
+    )
     assert without.score("image", "hard") == treated
     assert without.without_controls == ()
     assert {item.label for item in without.by_class if item.support} == {"alpha", "beta", "gamma"}
@@ -290,10 +292,12 @@ def test_wells_seen_in_training_and_controls_are_told_apart(screen: Screen) -> N
 
 def test_few_cells_and_close_votes_abstain(screen: Screen) -> None:
     run = str(screen.first.id)
-    few = report(screen.workspace, run, rules=VoteRules(min_cells=2)).score("image", "hard")
+    few = report(screen.workspace, run, vote_options=VoteOptions(min_cells=2)).score(
+        "image", "hard"
+    )
     # I4 and I7 have a single cell; of the others I1, I2, I5 are right.
     assert (few.n, few.correct, few.abstained, few.coverage) == (5, 3, 2, 5 / 7)
-    close = report(screen.workspace, run, rules=VoteRules(min_margin=0.4))
+    close = report(screen.workspace, run, vote_options=VoteOptions(min_margin=0.4))
     hard = close.score("image", "hard")
     # The winner leads by 1/3, 0, 1/3, 1, 1/3, 0 and 1: I4 and I7 are left, one of them right.
     assert (hard.n, hard.correct, hard.abstained) == (2, 1, 5)

@@ -15,7 +15,7 @@ from sqlalchemy import update
 from unguarded import unguarded
 
 from cellstore import extras
-from cellstore.config import VoteRules
+from cellstore.config import VoteOptions
 from cellstore.enums import ArtifactKind, GroupLevel, Stage, Status, Subset
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff
@@ -192,7 +192,7 @@ def test_a_run_that_has_labelled_controls_alone(sqlite_workspace: Workspace) -> 
     cells = screen.factory.cells_of(screen.segmentations["B01"])
     screen.factory.predict(run, cells, [[(screen.labels["DMSO"], 0.9)]] * 3)
     with pytest.raises(UserInputError, match="without --no-controls"):
-        report(sqlite_workspace, str(run.id), rules=VoteRules(controls=False))
+        report(sqlite_workspace, str(run.id), vote_options=VoteOptions(controls=False))
 
 
 def test_which_run_is_meant(sqlite_workspace: Workspace) -> None:

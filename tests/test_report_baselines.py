@@ -8,7 +8,7 @@ import pytest
 from factories import Factory
 from screens import SmallScreen, small_screen
 
-from cellstore.config import VoteRules
+from cellstore.config import VoteOptions
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UserInputError
 from cellstore.jobs.lookup import run_in
@@ -88,11 +88,11 @@ def test_a_baseline_that_would_abstain_is_scored_all_the_same(sqlite_workspace: 
     make.predict(run, cells, [[choice] for choice in said])
     # The run answers B01 alone, by 2 to 1 cells. The baseline is divided, 1 to 1 to 1: DMSO by
     # probability, which is right.
-    found = report(sqlite_workspace, rules=VoteRules(min_margin=0.2))
+    found = report(sqlite_workspace, vote_options=VoteOptions(min_margin=0.2))
     assert (found.score("image", "hard").n, found.score("image", "hard").abstained) == (1, 2)
     assert [(i.n, i.accuracy) for i in found.baselines if i.level == "image"] == [(1, 1.0)]
     with pytest.raises(UserInputError, match="Lower --min-cells or --min-margin"):
-        report(sqlite_workspace, rules=VoteRules(min_margin=0.5))
+        report(sqlite_workspace, vote_options=VoteOptions(min_margin=0.5))
 
 
 def test_a_report_on_a_baseline_does_not_compare_it_with_itself(

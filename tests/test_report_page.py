@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from screens import small_screen
 from sqlalchemy import delete, update
 
-from cellstore.config import VoteRules
+from cellstore.config import VoteOptions
 from cellstore.enums import Stage, Subset
 from cellstore.errors import UnknownNameError
 from cellstore.jobs.workspace import Workspace, create_workspace
@@ -125,7 +125,7 @@ def pages(sqlite_workspace: Workspace, tmp_path: Path) -> tuple[Page, Page]:
 
 def _first_predict(workspace: Workspace) -> str:
     with open_questions(workspace) as questions:
-        return str(questions.ask("SELECT min(id) FROM runs WHERE stage = 'predict'")[0][0])
+        return str(questions.ask("SELECT min(id) FROM runs WHERE stage = 'predict'").table()[0][0])
 
 
 def test_names_make_no_element_and_no_attribute(pages: tuple[Page, Page]) -> None:
@@ -260,7 +260,7 @@ def test_a_page_says_what_is_missing(sqlite_workspace: Workspace, tmp_path: Path
             session.execute(delete(table))
         session.execute(update(Segmentation).values(mask_artifact_id=None))
         session.execute(update(Cell).values(min_row=None, centroid_row=None))
-    words = write(sqlite_workspace, tmp_path, rules=VoteRules(min_cells=3)).words
+    words = write(sqlite_workspace, tmp_path, vote_options=VoteOptions(min_cells=3)).words
     for said in (
         "for fewer than 3 cells: 2 images abstain",
         "No feature is shown",
@@ -296,7 +296,9 @@ def test_where_two_runs_differ_is_shown(sqlite_workspace: Workspace, tmp_path: P
         cells = make.cells_of(screen.segmentations[name])
         make.predict(other, cells, [[(screen.labels["DMSO"], 0.9)]] * len(cells))
     first = str(screen.predict_run.id)
-    page = write(sqlite_workspace, tmp_path, compare=first, rules=VoteRules(controls=False))
+    page = write(
+        sqlite_workspace, tmp_path, compare=first, vote_options=VoteOptions(controls=False)
+    )
     assert "Control wells are left out." in page.words
     first, second = other.id, screen.predict_run.id
     assert f"Run {first} compared with run {second}" in page.words

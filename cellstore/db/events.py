@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import insert, select, text
@@ -20,10 +25,13 @@ _CHAIN_LOCK = 0xE7E4757
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A row that changes: the columns that do, before and after; ``line`` of the file says so."""
+    """A row that changes: the columns that do, before and after; ``line`` of the file says so.
+
+    Without ``row_id``: several rows, or what is no row.
+    """
 
     table_name: str
-    row_id: int
+    row_id: int | None
     old: dict[str, Any] | None
     new: dict[str, Any] | None
     line: int | None = None
@@ -33,29 +41,29 @@ def record_events(
     session: Session,
     changes: Iterable[Change],
     *,
-    user_name: str,
-    command: str,
     run_id: int | None = None,
     reason: str | None = None,
     file: str | None = None,
 ) -> None:
     """Append an event for each of ``changes``, in the caller's transaction.
 
-    Each event has the digest of the one before it in its own, so that none can be changed or taken
-    out without notice.
+    Who made them and with which command is that of the run, if ``run_id`` names one, else of this
+    process. Each event has the digest of the one before it in its own, so that none can be changed
+    or taken out without notice.
     """
     found = list(changes)
     if not found:
         return
     if session.get_bind().dialect.name != "sqlite":
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CHAIN_LOCK})
+    run = None if run_id is None else session.get_one(Run, run_id)
     previous = session.scalar(select(Event.sha256).order_by(Event.id.desc()).limit(1))
     rows = []
     for change in found:
         row: dict[str, Any] = {
             "created_at": datetime.now(UTC),
-            "user_name": user_name,
-            "command": command,
+            "user_name": user_name() if run is None else run.user_name,
+            "command": command_line() if run is None else run.command,
             "run_id": run_id,
             "reason": reason,
             "file": file,
@@ -70,21 +78,53 @@ def record_events(
     session.execute(insert(Event), rows)
 
 
-def record_run_events(
-    session: Session, run_id: int, changes: Iterable[Change], *, file: str | None = None
-) -> None:
-    """Append events that a run causes; it knows by whom and with which command."""
-    found = list(changes)
-    if not found:
-        return
-    run = session.get_one(Run, run_id)
-    record_events(
-        session, found, user_name=run.user_name, command=run.command, run_id=run_id, file=file
+def event_digest(row: dict[str, Any], previous: str | None) -> str:
+    """Return the digest of an event and of ``previous``, the digest of the one before it."""
+    said = {name: row[name] for name in row if name not in ("id", "created_at", "sha256")}
+    said |= {"created_at": row["created_at"].isoformat(), "previous_sha256": previous}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def broken_events(session: Session) -> Iterator[str]:
+    """Yield a sentence for each event that is not what was written, or misses the one before."""
+    previous = None
+    columns = Event.__table__.columns
+    query = select(*columns).order_by(Event.id).execution_options(yield_per=10_000)
+    for row in session.execute(query).mappings():
+        if row["previous_sha256"] != previous:
+            yield f"before event {row['id']} an event was taken out or changed"
+        if event_digest(dict(row), row["previous_sha256"]) != row["sha256"]:
+            yield f"event {row['id']} is not what was written"
+        previous = row["sha256"]
+
+
+def command_line() -> str:
+    """Return the command that was typed, without the passwords of database URLs."""
+    words = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
+    return shlex.join(without_passwords(word) for word in words)
+
+
+def without_passwords(word: str) -> str:
+    """Return a typed word with the passwords of every URL in it replaced by ``***``.
+
+    In a word that is a URL (or ``--option=URL``) a password may hold spaces and quotes.
+    """
+    # In a URL inside a longer text (an SQL question), spaces and quotes end the password.
+    inner = "" if re.match(r"(-[\w-]+=)?[\w+.-]+://", word) else r"\s'\""
+    masked = re.sub(
+        rf"([\w+.-]+://[^:/{inner}]*):[^{inner}\0]*@", r"\1:***@", word, flags=re.DOTALL
+    )
+    return re.sub(
+        rf"([?&][^?&=\s]*(?:pass|pwd|secret|scram)[^?&=\s]*=)[^&{inner}\0]+",
+        r"\1***",
+        masked,
+        flags=re.IGNORECASE,
     )
 
 
-def event_digest(row: dict[str, Any], previous: str | None) -> str:
-    """Return the digest of an event and of ``previous``, the digest of the one before it."""
-    said = {name: row[name] for name in sorted(row) if name not in ("id", "created_at", "sha256")}
-    said |= {"created_at": row["created_at"].isoformat(), "previous_sha256": previous}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def user_name() -> str:
+    """Return who runs this process."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"

@@ -29,6 +29,7 @@ UNWRITABLE = re.compile(
     r"disk is full|disk full|no space left|readonly database|read-only|disk i/o error"
 )
 CONFLICTS = ("40001", "40P01")  # PostgreSQL: serialization failure, deadlock
+DAMAGES_SHOWN = 20
 SQLITE_CACHE_KIB = 16_384  # of each connection; more makes no ingest faster, only trainings larger
 # libpq also takes secrets as parameters: password, passfile, sslpassword, scram_client_key, ...
 SECRET_PARAMETER = re.compile(r"pass|pwd|secret|scram_\w+_key", re.IGNORECASE)
@@ -62,6 +63,35 @@ class Database:
         """Yield a session for reading; nothing is committed."""
         with _translated(self), Session(self.engine) as session:
             yield session
+
+    def damage(self, *, quick: bool) -> list[str]:
+        """Return what is broken in the file of an embedded database, a sentence each.
+
+        ``quick``: whether indexes have all rows of their tables is not looked at. PostgreSQL looks
+        after its own files and references.
+
+        Raises:
+            DatabaseError: the file cannot be read at all.
+        """
+        if not self.is_sqlite:
+            return []
+        found: list[str] = []
+        with _translated(self), self.engine.connect() as connection:
+            pragma = "quick_check" if quick else "integrity_check"
+            try:
+                for (text,) in connection.exec_driver_sql(f"PRAGMA {pragma}({DAMAGES_SHOWN})"):
+                    # After "*** in database main ***" each line is a finding.
+                    lines = text.splitlines() if text != "ok" else []
+                    found += [line for line in lines if not line.startswith("***")]
+            except SqlDatabaseError as error:
+                found.append(str(error.orig))
+            if found:
+                return found
+            rows = connection.exec_driver_sql("PRAGMA foreign_key_check")
+            return [
+                f"row {number} of {table} refers to a row of {parent} that is not there"
+                for table, number, parent, _ in rows.fetchmany(DAMAGES_SHOWN)
+            ]
 
     def close(self) -> None:
         """Give all connections back."""
@@ -106,6 +136,11 @@ def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageErr
         return DatabaseError(
             f"Another program holds {database.shown} for longer than "
             f"{SQLITE_BUSY_MS // 1000} seconds. Wait for it to end, then run the command again."
+        )
+    if "malformed" in lowered or "not a database" in lowered or "corrupt" in lowered:
+        return DatabaseError(
+            f"The database {database.shown} is damaged: {text}. Put it back from a backup, then "
+            "see whether all is there with: cellstore verify"
         )
     return DatabaseError(f"The database {database.shown} failed: {text}.")
 

@@ -11,11 +11,11 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from ..enums import PerturbationKind, Severity
@@ -30,7 +30,7 @@ from .filenames import (
     parse_well,
     wellsite_name,
 )
-from .image_tables import ORIGINAL, FileRef, ImageRecord, RowRefusedError
+from .image_tables import ORIGINAL, FileRef, ImageRecord, whole_number, written_well
 from .objects import (
     BOX,
     CENTRE,
@@ -43,8 +43,8 @@ from .objects import (
     column_values,
     first_of_each,
 )
-from .platemaps import TREATMENT_COLUMNS, TreatmentRecord, treatment_of
-from .tables import MISSING, Refusal
+from .platemaps import TREATMENT_COLUMNS, treatment_of
+from .tables import MISSING, Refusal, RowRefusedError, first_text
 
 TOOL = "CellProfiler"
 IMAGE_NUMBER, OBJECT_NUMBER, TABLE_NUMBER = "ImageNumber", "ObjectNumber", "TableNumber"
@@ -177,10 +177,14 @@ def choose_tables(tables: Sequence[ObjectColumns], where: str) -> tuple[list[Obj
     if len(sets) > 1 or len({table.role for table in chosen}) < len(chosen):
         names = ", ".join(table.name for table in chosen)
         raise BadTableError(
-            f"{where} has several sets of objects ({names}). Move all but one of them out."
+            f"{where} has several sets of objects ({names}). Keep one, and move the others away."
         )
     left = [table.name for table in tables if table not in chosen]
-    note = f"left out, as they are no part of the cells: {', '.join(left)}" if left else ""
+    note = (
+        f"tables not used, because they do not describe the cells: {', '.join(left)}"
+        if left
+        else ""
+    )
     return sorted(chosen, key=lambda table: [*COMPARTMENTS, table.role].index(table.role)), note
 
 
@@ -208,7 +212,6 @@ _KNOWN = frozenset(
 )
 _DRAWN = re.compile(r"Illum|Outline|Overlay", re.IGNORECASE)
 _NO_VALUE = MISSING | {"None"}
-_LARGEST_SITE = 1_000_000
 _SITE_FOLDER = re.compile(r"(?P<plate>.+)-(?P<well>[A-Z]{1,2}[0-9]{1,2})-(?P<site>[0-9]+)")
 
 NO_PLATE = "no plate"
@@ -275,28 +278,31 @@ def _record(
         number = phenix.channel if phenix else None
         files.append(FileRef(plain, number, name, texts.get(FOLDER + channel)))
     names = _from_names(files, folder)
-    text = _first(texts, WELLS)
-    row, column = _first(texts, ROWS), _first(texts, COLUMNS)
-    if text is None and row and column:
-        text = f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
-    well = names.well if text is None else _parsed_well(text)
-    if well is None and text is None:
-        raise RowRefusedError("no well", "neither a well column nor a file name with a well")
+    text, well = written_well(texts, WELLS, COLUMNS), names.well
+    if text is not None:
+        try:
+            well = parse_well(text)
+        except UserInputError as error:
+            raise RowRefusedError("not a well", str(error)) from error
     if well is None:
-        raise RowRefusedError("not a well", f"{text!r}: write wells like A01")
-    written = _first(texts, PLATES) or names.plate
+        raise RowRefusedError("no well", "neither a well column nor a file name with a well")
+    written = first_text(texts, PLATES) or names.plate
     if written and plate and written != plate:
         raise RowRefusedError("another plate", f"plate {written}, not {plate}")
     barcode = written or plate or names.scan
     if barcode is None:
         raise RowRefusedError(NO_PLATE, "nothing says which plate it is; name it with --plate")
     site, plane, time_point = (
-        _whole(texts, columns) for columns in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
+        whole_number(texts, columns) for columns in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
     )
     site = names.site if site is None else site
     if site is None:
         raise RowRefusedError("no site", "neither Metadata_Site nor a file name with a field")
     core = names.core if well == names.well else None
+    treatment = treatment_of(texts)
+    kind = texts.get("Metadata_pert_type", "").lower()
+    if treatment is not None and kind in list(PerturbationKind):  # pycytominer names it there
+        treatment = replace(treatment, kind=PerturbationKind(kind))
     others = {name for name in texts if name.startswith(METADATA) and name not in _KNOWN}
     return ImageRecord(
         line=line,
@@ -309,7 +315,7 @@ def _record(
         time_point=1 if time_point is None else time_point,
         core_name=texts.get(_CORE_NAME, core),
         files=tuple(files),
-        treatment=_treatment(texts),
+        treatment=treatment,
         metadata={name.removeprefix(METADATA): texts[name] for name in sorted(others)} or None,
     )
 
@@ -333,40 +339,11 @@ def _from_names(files: Sequence[FileRef], folder: str | None) -> _Named:
         name = cellomics_name(file.name) or wellsite_name(file.name)
         if name is not None:
             return _Named((name.row, name.column), name.site, scan=name.plate)
-    match = _SITE_FOLDER.fullmatch(folder or "")
-    if match is not None and (well := _parsed_well(match["well"])):
-        return _Named(well, int(match["site"]), plate=match["plate"])
+    if match := _SITE_FOLDER.fullmatch(folder or ""):
+        with suppress(UserInputError):
+            well = parse_well(match["well"])
+            return _Named(well, int(match["site"]), plate=match["plate"])
     return _Named()
-
-
-def _parsed_well(text: str) -> tuple[int, int] | None:
-    try:
-        return parse_well(text)
-    except UserInputError:
-        return None
-
-
-def _first(texts: Mapping[str, str], columns: Iterable[str]) -> str | None:
-    return next((texts[column] for column in columns if column in texts), None)
-
-
-def _whole(texts: Mapping[str, str], columns: Sequence[str]) -> int | None:
-    text = _first(texts, columns)
-    if text is None:
-        return None
-    digits = text.removesuffix(".0")
-    if not (digits.isascii() and digits.isdigit() and int(digits) <= _LARGEST_SITE):
-        raise RowRefusedError("not a whole number", f"{columns[0]} is {text!r}")
-    return int(digits)
-
-
-def _treatment(texts: Mapping[str, str]) -> TreatmentRecord | None:
-    """Return the treatment of a row; pycytominer's ``pert_type`` may name its kind."""
-    found = treatment_of(lambda *columns: _first(texts, columns))
-    kind = texts.get("Metadata_pert_type", "").lower()
-    if found is None or kind not in list(PerturbationKind):
-        return found
-    return replace(found, kind=PerturbationKind(kind))
 
 
 class ImageIndex:
@@ -443,81 +420,64 @@ class TableKeys:
     read: Callable[[Integers], pa.RecordBatch]
 
 
-class _Join:
-    """Joins tables by image and object number: a cell has one row of each.
+def _join(source: ObjectSource, tables: Sequence[TableKeys]) -> list[Integers]:
+    """Return the row of each cell in each table; the object numbers are those of table 0.
 
-    The parents that Cytoplasm names (else those that Cells name, else equal numbers) decide.
-    Every row is part of a cell, or refused with its reason.
+    A cell has one row of each table. The parents that Cytoplasm names (else those that Cells
+    name, else equal numbers) decide. Every row is part of a cell, or refused with its reason.
     """
 
-    def __init__(self, source: ObjectSource, tables: Sequence[TableKeys]) -> None:
-        self._source = source
-        self._tables = tables
-        # Cytoplasm comes last, and names the objects of the others as its parents.
-        self._base = len(tables) - 1 if tables[-1].columns.role == "Cytoplasm" else 0
+    def refuse(table: TableKeys, rows: Integers, reason: str, detail: str) -> None:
+        for file in np.unique(table.file[rows]):
+            lines = table.line[rows[table.file[rows] == file]].tolist()
+            name = source.files[file].name
+            source.issues.append(RowIssue(Severity.REFUSED, name, lines, reason, detail))
 
-    def rows(self) -> list[Integers]:
-        """Return the row of each cell in each table; the object numbers are those of table 0."""
-        usable = [self._with_own_key(table) for table in self._tables]
-        rows = {self._base: usable[self._base]}
-        # Cells before Nuclei: they say which nucleus is theirs where Cytoplasm does not.
-        for number in range(len(self._tables)):
-            if number != self._base:
-                found, kept = self._partners(number, usable[number], rows)
-                rows = {other: chosen[kept] for other, chosen in rows.items()}
-                rows[number] = found
-        base = self._tables[self._base]
-        first = first_of_each(rows[0])
-        self._refuse(base, rows[self._base][~first], "duplicate key", "its cell has a row already")
-        rows = {number: chosen[first] for number, chosen in rows.items()}
-        for number, table in enumerate(self._tables):
-            if number != self._base:
-                idle = np.setdiff1d(usable[number], rows[number])
-                detail = f"no row of {base.columns.name} belongs to it"
-                self._refuse(table, idle, "not joined", detail)
-        return [rows[number] for number in range(len(self._tables))]
-
-    def _with_own_key(self, table: TableKeys) -> Integers:
-        """Return the rows of ``table`` that have a key of their own, in their order."""
+    usable: list[Integers] = []  # the rows of each table that have a key of their own
+    for table in tables:
         unknown = table.image == UNKNOWN
         why = "no image table has its ImageNumber"
-        self._refuse(table, np.flatnonzero(unknown), "image unknown", why)
+        refuse(table, np.flatnonzero(unknown), "image unknown", why)
         odd = ~unknown & ((table.number < 0) | (table.number >= LARGEST_NUMBER))
         why = "it is missing, or no whole number"
-        self._refuse(table, np.flatnonzero(odd), "no object number", why)
-        rows = np.flatnonzero(~unknown & ~odd)
-        first = first_of_each(_cell_keys(table.image[rows], table.number[rows]))
+        refuse(table, np.flatnonzero(odd), "no object number", why)
+        own = np.flatnonzero(~unknown & ~odd)
+        first = first_of_each(_cell_keys(table.image[own], table.number[own]))
         why = "an earlier row has the same numbers"
-        self._refuse(table, rows[~first], "duplicate key", why)
-        unique: Integers = rows[first]
-        return unique
-
-    def _partners(
-        self, number: int, usable: Integers, rows: dict[int, Integers]
-    ) -> tuple[Integers, npt.NDArray[np.bool_]]:
-        """Return the rows of table ``number`` that belong to ``rows``, and which have one."""
-        table, base = self._tables[number], self._tables[self._base]
+        refuse(table, own[~first], "duplicate key", why)
+        usable.append(own[first])
+    # Cytoplasm comes last, and names the objects of the others as its parents.
+    base_at = len(tables) - 1 if tables[-1].columns.role == "Cytoplasm" else 0
+    base = tables[base_at]
+    rows = {base_at: usable[base_at]}
+    # Cells before Nuclei: they say which nucleus is theirs where Cytoplasm does not.
+    for at, table in enumerate(tables):
+        if at == base_at:
+            continue
         role = table.columns.role
-        wanted_numbers = base.number[rows[self._base]]
-        for other in rows:
-            if role in self._tables[other].parents:
-                wanted_numbers = self._tables[other].parents[role][rows[other]]
+        numbers = base.number[rows[base_at]]
+        for other, chosen in rows.items():
+            if role in tables[other].parents:
+                numbers = tables[other].parents[role][chosen]
                 break
-        wanted = _cell_keys(base.image[rows[self._base]], wanted_numbers)
-        keys = _cell_keys(table.image[usable], table.number[usable])
+        wanted = _cell_keys(base.image[rows[base_at]], numbers)
+        keys = _cell_keys(table.image[usable[at]], table.number[usable[at]])
         order = np.argsort(keys, kind="stable")
         found = np.searchsorted(keys[order], wanted)
         found[found == len(keys)] = 0
         kept = keys[order][found] == wanted if len(keys) else np.zeros(len(wanted), bool)
         why = f"its object is not in table {table.columns.name}"
-        self._refuse(base, rows[self._base][~kept], "no parent", why)
-        return usable[order[found[kept]]] if len(keys) else usable[:0], kept
-
-    def _refuse(self, table: TableKeys, rows: Integers, reason: str, detail: str) -> None:
-        for file in np.unique(table.file[rows]):
-            lines = table.line[rows[table.file[rows] == file]].tolist()
-            name = self._source.files[file].name
-            self._source.issues.append(RowIssue(Severity.REFUSED, name, lines, reason, detail))
+        refuse(base, rows[base_at][~kept], "no parent", why)
+        rows = {other: chosen[kept] for other, chosen in rows.items()}
+        rows[at] = usable[at][order[found[kept]]] if len(keys) else usable[at][:0]
+    first = first_of_each(rows[0])
+    refuse(base, rows[base_at][~first], "duplicate key", "its cell has a row already")
+    rows = {at: chosen[first] for at, chosen in rows.items()}
+    for at, table in enumerate(tables):
+        if at != base_at:
+            idle = np.setdiff1d(usable[at], rows[at])
+            refuse(table, idle, "not joined", f"no row of {base.columns.name} belongs to it")
+    return [rows[at] for at in range(len(tables))]
 
 
 def _cell_keys(image: Integers, number: Integers) -> Integers:
@@ -529,7 +489,7 @@ def add_cells(source: ObjectSource, tables: Sequence[TableKeys], texts: Iterable
     """Make the rows of ``tables`` the cells of ``source``; ``texts`` are features of words."""
     if not tables:
         return
-    rows = _Join(source, tables).rows()
+    rows = _join(source, tables)
     names = [name for table in tables for name in table.columns.features.values()]
     texts = frozenset(texts)
     source.objects = tuple(table.columns.name for table in tables)

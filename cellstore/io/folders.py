@@ -21,8 +21,8 @@ from .filenames import (
     looks_like_a_mask,
 )
 from .image_files import SUFFIXES, Stack, is_inside, read_stack
-from .image_tables import ChannelNames, FileRef, ImageRecord, RowRefusedError
-from .tables import Refusal
+from .image_tables import ChannelNames, FileRef, ImageRecord
+from .tables import Refusal, RowRefusedError
 from .uris import page_name, writable
 
 _SAMPLE = 1000
@@ -136,7 +136,7 @@ class _FolderReader:
         self._names.check_used()
         if ignored and notes is not None:
             kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(6))
-            notes.append(f"passed over, no images: {kinds}")
+            notes.append(f"files that are no images, skipped: {kinds}")
 
     def _parse(self, path: Path) -> ImageName:
         if writable(str(path)) != str(path):

@@ -17,8 +17,8 @@ from xml.parsers import expat
 from ..errors import BadTableError, UserInputError
 from .filenames import core_file_name, format_well, is_safe_name
 from .image_files import micrometres
-from .image_tables import ChannelNames, FileRef, ImageRecord, RowRefusedError
-from .tables import LONGEST, Refusal
+from .image_tables import ChannelNames, FileRef, ImageRecord
+from .tables import LONGEST, Refusal, RowRefusedError
 from .uris import join, writable
 
 INDEX_NAMES = ("Index.idx.xml", "Index.xml")

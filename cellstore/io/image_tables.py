@@ -20,7 +20,15 @@ from .filenames import (
 )
 from .image_files import micrometres
 from .platemaps import TREATMENT_COLUMNS, TreatmentRecord, treatment_of
-from .tables import LONGEST, MISSING, Refusal, TextTable, nearest_columns
+from .tables import (
+    LONGEST,
+    MISSING,
+    Refusal,
+    RowRefusedError,
+    TextTable,
+    first_text,
+    nearest_columns,
+)
 from .uris import page_name
 
 FILE_PREFIX = "FileName_"
@@ -85,13 +93,6 @@ class ImageRecord(NamedTuple):
     treatment: TreatmentRecord | None
     pixel_size: float | None = None
     metadata: Mapping[str, str] | None = None
-
-
-class RowRefusedError(Exception):
-    """A row, element or file cannot be used. Its arguments are the reason and the detail.
-
-    Never leaves this package: readers make a ``Refusal`` of it.
-    """
 
 
 class ChannelNames:
@@ -187,11 +188,6 @@ class _Columns:
         """Return those picked cells that hold a value, by the name of their column."""
         texts = zip(self.names, map(str.strip, picked), strict=True)
         return {name: text for name, text in texts if text not in MISSING}
-
-
-def first_text(texts: Mapping[str, str], columns: Iterable[str]) -> str | None:
-    """Return the first of the columns that has a value."""
-    return next((texts[column] for column in columns if column in texts), None)
 
 
 def whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | None:
@@ -431,7 +427,7 @@ class _ImageReader:
 
     def _read_treatment(self, picked: tuple[str, ...]) -> TreatmentRecord | None:
         texts = self._treatment_columns.texts(picked)
-        treatment = treatment_of(lambda *columns: first_text(texts, columns))
+        treatment = treatment_of(texts)
         if treatment is None and self._needs_treatment:
             raise RowRefusedError("no treatment", "Metadata_pert_iname is empty")
         return treatment

@@ -17,7 +17,16 @@ from typing import NamedTuple
 from ..enums import Control, PerturbationKind
 from ..errors import BadTableError, UserInputError
 from .filenames import parse_well
-from .tables import LONGEST, Refusal, TextTable, cell_text, nearest_columns, open_table
+from .tables import (
+    LONGEST,
+    Refusal,
+    RowRefusedError,
+    TextTable,
+    cell_text,
+    first_text,
+    nearest_columns,
+    open_table,
+)
 from .uris import writable
 
 DMSO = "DMSO"
@@ -66,28 +75,25 @@ _JCP_NOTHING = frozenset({"JCP2022_999999", "JCP2022_UNKNOWN"})
 TREATMENT_COLUMNS = (_NAME, *_TARGET, *_IDENTIFIER, *_CONTROL, *_KIND, *_CHEMISTRY)
 
 
-def treatment_of(get: Callable[..., str | None]) -> TreatmentRecord | None:
-    """Return the treatment of a row; ``get`` gives the first known value of some columns.
+def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
+    """Return the treatment of a row by its known values, of ``TREATMENT_COLUMNS``.
 
     A row that names no perturbation but its ``Metadata_JCP2022`` is called by that. Its kind is
     the one that is written, else it is told by the first digit of that identifier.
     """
-    name = get(_NAME, _JCP)
+    name = first_text(texts, (_NAME, _JCP))
     if name is None or name in _JCP_NOTHING:
         return None
-    inchikey, smiles, pubchem_cid = (get(column) for column in _CHEMISTRY)
-    number = _JCP_NUMBER.fullmatch(get(_JCP) or "")
+    number = _JCP_NUMBER.fullmatch(texts.get(_JCP, ""))
     kind = _JCP_KINDS.get(number[1] if number else "", PerturbationKind.COMPOUND)
-    written = (get(*_KIND) or "").lower()
+    written = (first_text(texts, _KIND) or "").lower()
     return TreatmentRecord(
-        kind=PerturbationKind(written) if written in list(PerturbationKind) else kind,
-        pert_iname=name,
-        target=target_of(get(*_TARGET)),
-        control=control_of(get(*_CONTROL), name),
-        identifier=get(*_IDENTIFIER),
-        inchikey=inchikey,
-        smiles=smiles,
-        pubchem_cid=pubchem_cid,
+        PerturbationKind(written) if written in list(PerturbationKind) else kind,
+        name,
+        target_of(first_text(texts, _TARGET)),
+        control_of(first_text(texts, _CONTROL), name),
+        first_text(texts, _IDENTIFIER),
+        *map(texts.get, _CHEMISTRY),
     )
 
 
@@ -161,23 +167,33 @@ class Aliases:
         pairs = (("alias", "name"), ("from", "to"))
         columns = next((pair for pair in pairs if set(pair) <= set(table.columns)), pairs[0])
         table.require(*columns)
-
-        def bad(line: int, detail: str) -> BadTableError:
-            return BadTableError(
-                f"{path.name}, line {line}: {detail}. Correct this row of the alias table."
-            )
-
         given: dict[str, str] = {}
         for row in _rows(table, columns):
-            if isinstance(row, Refusal):
-                raise bad(row.line, row.detail)
-            alias, name = map(row.get, columns)
-            if alias is None or name is None:
-                raise bad(row.line, "both names are needed")
-            if given.setdefault(alias, name) != name:
-                raise bad(row.line, f"{alias!r} is {given[alias]!r} already")
+            detail = row.detail if isinstance(row, Refusal) else ""
+            if isinstance(row, _Row):
+                alias, name = map(row.texts.get, columns)
+                if alias is None or name is None:
+                    detail = "both names are needed"
+                elif given.setdefault(alias, name) != name:
+                    detail = f"{alias!r} is {given[alias]!r} already"
+            if detail:
+                raise BadTableError(
+                    f"{path.name}, line {row.line}: {detail}. Correct this row of the alias table."
+                )
         given = {alias: name for alias, name in given.items() if alias != name}
-        return cls({alias: _last_name(path, given, alias) for alias in given})
+        names = {}
+        for alias, name in given.items():
+            seen = {alias}
+            while name in given and name not in seen:
+                seen.add(name)
+                name = given[name]  # noqa: PLW2901 - the end of the chain
+            if name in given:
+                circle = ", ".join(map(repr, sorted(seen)))
+                raise BadTableError(
+                    f"{path.name}: {circle} are aliases of each other. Choose one name for them."
+                )
+            names[alias] = name
+        return cls(names)
 
     def apply(self, record: TreatmentRecord) -> TreatmentRecord:
         """Return the treatment under its name; the same object for the same treatment.
@@ -191,41 +207,22 @@ class Aliases:
         return self._done[record]
 
 
-def _last_name(path: Path, given: Mapping[str, str], alias: str) -> str:
-    name, seen = given[alias], {alias}
-    while name in given:
-        if name in seen:
-            circle = ", ".join(repr(item) for item in sorted(seen))
-            raise BadTableError(
-                f"{path.name}: {circle} are aliases of each other. Choose one name for them."
-            )
-        seen.add(name)
-        name = given[name]
-    return name
-
-
-Get = Callable[..., str | None]
-"""Gives, of one row, the first known value of some columns."""
-
-
 class _Row(NamedTuple):
+    """The known values of a row by column, without ``Metadata_``."""
+
     line: int
-    get: Get
+    texts: dict[str, str]
 
 
 def _rows(table: TextTable, names: Iterable[str]) -> Iterator[_Row | Refusal]:
     """Yield the rows of a table; each of the columns may have the prefix ``Metadata_``."""
-    positions = {name: _position(table, name) for name in names}
-
-    def getter(cells: Sequence[str]) -> Get:
-        def get(*wanted: str) -> str | None:
-            texts = (cell_text(cells, positions[name]) for name in wanted)
-            return next((text for text in texts if text is not None), None)
-
-        return get
-
+    positions = {name: at for name in names if (at := _position(table, name)) is not None}
     for row in table.rows():
-        yield row if isinstance(row, Refusal) else _Row(row.line, getter(row.cells))
+        if isinstance(row, Refusal):
+            yield row
+            continue
+        cells = ((name, cell_text(row.cells, at)) for name, at in positions.items())
+        yield _Row(row.line, {name: text for name, text in cells if text is not None})
 
 
 def _position(table: TextTable, name: str) -> int | None:
@@ -260,13 +257,6 @@ class PlateRow(NamedTuple):
     metadata: dict[str, str]
 
 
-class Issue(NamedTuple):
-    """A row of an annotation table that was not used, and the file it is in."""
-
-    path: Path
-    refusal: Refusal
-
-
 def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
     """Yield one treatment, or why it is none, per data row.
 
@@ -282,22 +272,82 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
         raise BadTableError(f"{table.path.name} has no column 'pert_iname' or 'gene'. {nearest}")
     chemistry = ("InChIKey", "smiles", "pubchem_cid")
     kind = _kind_of(table)
-    for row in _rows(table, (SAMPLE, "pert_iname", *TARGETS, "control_type", *chemistry)):
+
+    def record(texts: Mapping[str, str]) -> TreatmentRecord | None:
+        sample, target = texts.get(SAMPLE), target_of(first_text(texts, TARGETS))
+        name = texts.get("pert_iname") or target or sample
+        if name is None:
+            return None
+        if sample is None and not (kind is PerturbationKind.COMPOUND and name.upper() == DMSO):
+            raise RowRefusedError(
+                "no broad_sample", f"{name} cannot be matched to a well without it"
+            )
+        control = control_of(texts.get("control_type"), name)
+        return TreatmentRecord(kind, name, target, control, sample, *map(texts.get, chemistry))
+
+    return _records(table, (SAMPLE, "pert_iname", *TARGETS, "control_type", *chemistry), record)
+
+
+def jump_crispr(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
+    """Yield the reagents of ``crispr.csv``; one without a gene number has no target.
+
+    Raises:
+        BadTableError: a column is missing.
+    """
+
+    def record(texts: Mapping[str, str]) -> TreatmentRecord:
+        identifier, symbol = texts.get("JCP2022"), texts.get("Symbol")
+        if identifier is None or symbol is None:
+            detail = "Metadata_JCP2022 or Metadata_Symbol is empty"
+            raise RowRefusedError("no treatment", detail)
+        target = symbol if "NCBI_Gene_ID" in texts else None
+        return TreatmentRecord(PerturbationKind.CRISPR, symbol, target, identifier=identifier)
+
+    columns = ("JCP2022", "NCBI_Gene_ID", "Symbol")
+    table.require(*(PREFIX + name for name in columns))
+    return _records(table, columns, record)
+
+
+def jump_controls(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
+    """Yield the controls of ``perturbation_control.csv``; 'empty' is a well without treatment.
+
+    Raises:
+        BadTableError: a column is missing.
+    """
+
+    def record(texts: Mapping[str, str]) -> TreatmentRecord:
+        identifier, name = texts.get("JCP2022"), texts.get("Name")
+        role, modality = (texts.get(name, "").lower() for name in ("pert_type", "modality"))
+        if identifier is None or name is None:
+            detail = "Metadata_JCP2022 or Metadata_Name is empty"
+            raise RowRefusedError("no treatment", detail)
+        if role not in _ROLES or modality not in _MODALITIES:
+            detail = f"pert_type {role!r} and modality {modality!r} of {identifier}"
+            raise RowRefusedError("not a known control", detail)
+        kind = PerturbationKind.NONE if role == "empty" else _MODALITIES[modality]
+        return TreatmentRecord(kind, name, control=_ROLES[role], identifier=identifier)
+
+    columns = ("JCP2022", "pert_type", "Name", "modality")
+    table.require(*(PREFIX + name for name in columns))
+    return _records(table, columns, record)
+
+
+def _records(
+    table: TextTable,
+    columns: Iterable[str],
+    record_of: Callable[[Mapping[str, str]], TreatmentRecord | None],
+) -> Iterator[TreatmentRow | Refusal]:
+    for row in _rows(table, columns):
         if isinstance(row, Refusal):
             yield row
             continue
-        get = row.get
-        sample, target = get(SAMPLE), target_of(get(*TARGETS))
-        name = get("pert_iname") or target or sample
-        if name is None:
-            yield TreatmentRow(row.line, None)
-        elif sample is None and not (kind is PerturbationKind.COMPOUND and name.upper() == DMSO):
-            yield Refusal(row.line, "no broad_sample", f"{name} cannot be joined")
-        else:
-            control = control_of(get("control_type"), name)
-            about = (get(column) for column in chemistry)
-            record = TreatmentRecord(kind, name, target, control, sample, *about)
-            yield _storable(row.line, record)
+        try:
+            record = record_of(row.texts)
+        except RowRefusedError as refused:
+            yield Refusal(row.line, *refused.args)
+            continue
+        flaw = record and flaw_of(record)
+        yield Refusal(row.line, LONG_NAME, flaw) if flaw else TreatmentRow(row.line, record)
 
 
 def jump_plates(table: TextTable) -> Iterator[PlateRow | Refusal]:
@@ -307,69 +357,17 @@ def jump_plates(table: TextTable) -> Iterator[PlateRow | Refusal]:
         BadTableError: a column is missing.
     """
     table.require(*(PREFIX + name for name in ("Plate", "Batch")))
-    others = [name for name in ("Source", "PlateType") if PREFIX + name in table.columns]
-    for row in _rows(table, ("Plate", "Batch", *others)):
+    for row in _rows(table, ("Plate", "Batch", "Source", "PlateType")):
         if isinstance(row, Refusal):
             yield row
             continue
-        barcode, batch = row.get("Plate"), row.get("Batch")
+        barcode, batch = row.texts.pop("Plate", None), row.texts.pop("Batch", None)
         if barcode is None:
             yield Refusal(row.line, "no plate", "Metadata_Plate is empty")
         elif max(len(barcode), len(batch or "")) > LONGEST:
             yield Refusal(row.line, LONG_NAME, f"more than {LONGEST} characters")
         else:
-            metadata = {name: text for name in others if (text := row.get(name))}
-            yield PlateRow(row.line, barcode, batch, metadata)
-
-
-def jump_crispr(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
-    """Yield the reagents of ``crispr.csv``; one without a gene number has no target.
-
-    Raises:
-        BadTableError: a column is missing.
-    """
-    columns = ("JCP2022", "NCBI_Gene_ID", "Symbol")
-    table.require(*(PREFIX + name for name in columns))
-    for row in _rows(table, columns):
-        if isinstance(row, Refusal):
-            yield row
-            continue
-        identifier, symbol = row.get("JCP2022"), row.get("Symbol")
-        if identifier is None or symbol is None:
-            detail = "Metadata_JCP2022 or Metadata_Symbol is empty"
-            yield Refusal(row.line, "no treatment", detail)
-        else:
-            target = symbol if row.get("NCBI_Gene_ID") else None
-            record = TreatmentRecord(
-                PerturbationKind.CRISPR, symbol, target=target, identifier=identifier
-            )
-            yield _storable(row.line, record)
-
-
-def jump_controls(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
-    """Yield the controls of ``perturbation_control.csv``; 'empty' is a well without treatment.
-
-    Raises:
-        BadTableError: a column is missing.
-    """
-    columns = ("JCP2022", "pert_type", "Name", "modality")
-    table.require(*(PREFIX + name for name in columns))
-    for row in _rows(table, columns):
-        if isinstance(row, Refusal):
-            yield row
-            continue
-        identifier, name = row.get("JCP2022"), row.get("Name")
-        role, modality = ((row.get(name) or "").lower() for name in ("pert_type", "modality"))
-        if identifier is None or name is None:
-            detail = "Metadata_JCP2022 or Metadata_Name is empty"
-            yield Refusal(row.line, "no treatment", detail)
-        elif role not in _ROLES or modality not in _MODALITIES:
-            detail = f"pert_type {role!r} and modality {modality!r} of {identifier}"
-            yield Refusal(row.line, "not a known control", detail)
-        else:
-            kind = PerturbationKind.NONE if role == "empty" else _MODALITIES[modality]
-            record = TreatmentRecord(kind, name, control=_ROLES[role], identifier=identifier)
-            yield _storable(row.line, record)
+            yield PlateRow(row.line, barcode, batch, row.texts)
 
 
 def _kind_of(table: TextTable) -> PerturbationKind:
@@ -380,11 +378,6 @@ def _kind_of(table: TextTable) -> PerturbationKind:
     return PerturbationKind.CRISPR if "target_sequence" in names else PerturbationKind.ORF
 
 
-def _storable(line: int, record: TreatmentRecord) -> TreatmentRow | Refusal:
-    flaw = flaw_of(record)
-    return Refusal(line, LONG_NAME, flaw) if flaw else TreatmentRow(line, record)
-
-
 # ---- Plate maps ----
 
 _MAP_SUFFIXES = frozenset({".txt", ".csv", ".tsv"})
@@ -392,6 +385,24 @@ _BARCODES = "barcode_platemap"
 _MAP_COLUMNS = ("plate_map_name", "well_position", SAMPLE, "gene_name", "genotype")
 _POSITION_AGAIN = ("WellRow", "WellCol")
 """Columns that say nothing that ``well_position`` does not; all others are metadata of the well."""
+
+Issue = tuple[Path, Refusal]
+"""A row of an annotation table that was not used, and the file it is in."""
+
+
+class MapRow(NamedTuple):
+    """A well of a plate map. Every reader of maps yields these, whatever the shape of its table.
+
+    ``sample`` is what treatment tables are joined by; ``record`` is the treatment where the map
+    itself says it. A row with neither is an empty well.
+    """
+
+    line: int
+    map_name: str | None
+    position: Position
+    metadata: dict[str, str]
+    sample: str | None = None
+    record: TreatmentRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -424,20 +435,6 @@ class PlateAnnotation:
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
 
-    def knows(self, plate: str) -> bool:
-        """Tell whether there is a map for this plate."""
-        return self.map_of(plate) is not None
-
-    def for_well(self, plate: str, row: int, column: int) -> TreatmentRecord | None:
-        """Return the treatment of a well; None where it is empty or the maps do not have it."""
-        found = self.map_of(plate)
-        return None if found is None else found.wells.get((row, column))
-
-    def metadata_of(self, plate: str, row: int, column: int) -> Mapping[str, str]:
-        """Return what other columns of the map say of a well."""
-        found = self.map_of(plate)
-        return {} if found is None else found.metadata.get((row, column), {})
-
     def map_of(self, plate: str) -> PlateMap | None:
         """Return the map that a plate uses, or None."""
         if self.barcodes is None:
@@ -450,17 +447,6 @@ class _Treatments(NamedTuple):
 
     by_sample: dict[str, TreatmentRecord]
     untreated: TreatmentRecord | None
-
-
-class _MapRow(NamedTuple):
-    """A usable row of a plate map: its well, and either its sample or its treatment."""
-
-    line: int
-    map_name: str | None
-    position: Position
-    metadata: dict[str, str]
-    sample: str | None = None
-    record: TreatmentRecord | None = None
 
 
 def read_annotation(
@@ -483,12 +469,37 @@ def read_annotation(
         UserInputError: a file is missing or unreadable.
     """
     issues: list[Issue] = []
-    tables = [_read_treatments(path, issues) for path in treatments]
-    maps: dict[str, PlateMap] = {}
     notes: list[str] = []
-    paths = _map_files(platemap)
+    tables = [_read_treatments(path, issues) for path in treatments]
+    paths = [platemap]
+    if platemap.is_dir():
+        paths = [
+            path
+            for path in sorted(platemap.iterdir())
+            if Path(path.name.lower().removesuffix(".gz")).suffix in _MAP_SUFFIXES
+            and path.is_file()
+            and not path.name.startswith((_BARCODES, "."))
+        ]
+        if not paths:
+            raise UserInputError(f"{platemap} has no plate map (.txt, .csv or .tsv) in it.")
+    maps: dict[str, PlateMap] = {}
     for path in paths:
-        _read_maps(path, tables, maps, issues, notes)
+        stem = Path(path.name.removesuffix(".gz")).stem
+        by_map: dict[str, list[MapRow]] = defaultdict(list)
+        for row in _map_rows(path, bool(tables), notes):
+            if isinstance(row, Refusal):
+                issues.append((path, row))
+            else:
+                by_map[row.map_name or stem].append(row)
+        # A map all of whose rows are refused is a map.
+        for name, rows in (by_map or {stem: []}).items():
+            if name in maps:
+                raise BadTableError(
+                    f"{maps[name].path.name} and {path.name} both hold the plate map {name}. "
+                    "Remove the one that is not meant."
+                )
+            maps[name] = PlateMap(name, path)
+            issues += [(path, refusal) for refusal in _fill(maps[name], rows, tables)]
     if barcodes is None and platemap.is_dir():  # JUMP has it in the folder of maps, or above
         above = (platemap, platemap.resolve().parent)
         beside = (folder / f"{_BARCODES}.csv" for folder in above)
@@ -512,104 +523,85 @@ def _read_treatments(path: Path, issues: list[Issue]) -> _Treatments:
         untreated = TreatmentRecord(PerturbationKind.COMPOUND, DMSO, control=Control.NEGATIVE)
     for row in treatment_rows(table):
         if isinstance(row, Refusal):
-            issues.append(Issue(path, row))
+            issues.append((path, row))
         elif row.record is not None and row.record.identifier is None:
             untreated = row.record
         elif row.record is not None:
             sample = str(row.record.identifier)
             first = by_sample.setdefault(sample, row.record)
             if first != row.record:
-                detail = f"{sample} was {first.pert_iname} before"
-                issues.append(Issue(path, Refusal(row.line, "broad_sample twice", detail)))
+                detail = f"{sample} is {first.pert_iname} on an earlier line; kept"
+                issues.append((path, Refusal(row.line, "broad_sample twice", detail)))
     return _Treatments(by_sample, untreated)
 
 
-def _read_maps(
-    path: Path,
-    tables: Sequence[_Treatments],
-    maps: dict[str, PlateMap],
-    issues: list[Issue],
-    notes: list[str],
-) -> None:
+def _map_rows(path: Path, has_tables: bool, notes: list[str]) -> Iterator[MapRow | Refusal]:
+    """Yield the wells of a table with a row per well."""
     table = open_table(path)
     notes += [f"{writable(path.name)}: {note}" for note in table.notes]
     table.require("well_position")
     genotypes = SAMPLE not in table.columns and "genotype" in table.columns
     if not genotypes:
         table.require(SAMPLE)
-    if not genotypes and not tables:
+    if not genotypes and not has_tables:
         raise BadTableError(
             f"{path.name} has sample codes only; add --compounds FILE with broad_sample and "
             "pert_iname."
         )
     known = {*_MAP_COLUMNS, *_POSITION_AGAIN, *(PREFIX + name for name in _MAP_COLUMNS)}
     others = [name for name in table.columns if name and name not in known | table.repeated]
-    stem = Path(path.name.removesuffix(".gz")).stem
-    by_map: dict[str, list[_MapRow]] = defaultdict(list)
     for row in _rows(table, (*_MAP_COLUMNS, *others)):
-        found = row if isinstance(row, Refusal) else _map_row(row, genotypes, others)
-        if isinstance(found, Refusal):
-            issues.append(Issue(path, found))
+        if isinstance(row, Refusal):
+            yield row
+            continue
+        line, texts = row
+        try:
+            position = parse_well(texts.get("well_position", ""))
+        except UserInputError as error:
+            yield Refusal(line, "not a well", str(error))
+            continue
+        metadata = {name.removeprefix(PREFIX): texts[name] for name in others if name in texts}
+        found = MapRow(line, texts.get("plate_map_name"), position, metadata)
+        genotype, gene = texts.get("genotype"), texts.get("gene_name")
+        if not genotypes:
+            yield found._replace(sample=texts.get(SAMPLE))
+        elif genotype is None:
+            yield found
         else:
-            by_map[found.map_name or stem].append(found)
-    if not by_map:
-        by_map[stem] = []  # a map all of whose rows are refused is a map
-    for name, rows in by_map.items():
-        if name in maps:
-            raise BadTableError(
-                f"{maps[name].path.name} and {path.name} both hold the plate map {name}. "
-                "Remove the one that is not meant."
-            )
-        maps[name] = PlateMap(name, path)
-        refusals = _fill(maps[name], rows, () if genotypes else tables)
-        issues += [Issue(path, refusal) for refusal in refusals]
-
-
-def _map_row(row: _Row, genotypes: bool, others: Sequence[str]) -> _MapRow | Refusal:
-    line, get = row
-    try:
-        position = parse_well(get("well_position") or "")
-    except UserInputError as error:
-        return Refusal(line, "not a well", str(error))
-    metadata = {name.removeprefix(PREFIX): text for name in others if (text := get(name))}
-    found = _MapRow(line, get("plate_map_name"), position, metadata)
-    if not genotypes:
-        return found._replace(sample=get(SAMPLE))
-    genotype, gene = get("genotype"), get("gene_name")
-    if genotype is None:
-        return found
-    # 'NF1 Null' of gene NF1; the wild type is the negative control.
-    name = f"{gene} {genotype}" if gene else genotype
-    control = Control.NEGATIVE if genotype.upper() == "WT" else None
-    record = TreatmentRecord(PerturbationKind.GENOTYPE, name, target=gene, control=control)
-    flaw = flaw_of(record)
-    return Refusal(line, LONG_NAME, flaw) if flaw else found._replace(record=record)
+            # 'NF1 Null' of gene NF1; the wild type is the negative control.
+            name = f"{gene} {genotype}" if gene else genotype
+            control = Control.NEGATIVE if genotype.upper() == "WT" else None
+            record = TreatmentRecord(PerturbationKind.GENOTYPE, name, gene, control)
+            flaw = flaw_of(record)
+            yield Refusal(line, LONG_NAME, flaw) if flaw else found._replace(record=record)
 
 
 def _fill(
-    plate_map: PlateMap, rows: Sequence[_MapRow], tables: Sequence[_Treatments]
+    plate_map: PlateMap, rows: Sequence[MapRow], tables: Sequence[_Treatments]
 ) -> Iterator[Refusal]:
-    """Add the rows to the map; yield those that cannot be used."""
+    """Add the rows to the map, joined with treatments; yield those that cannot be used."""
     samples = {row.sample for row in rows if row.sample is not None}
     shared = [len(samples & table.by_sample.keys()) for table in tables]
     untreated = None
     if len(tables) == 1 or max(shared, default=0):
         untreated = tables[shared.index(max(shared))].untreated
-    for line, _, position, metadata, sample, genotype in rows:
-        record = genotype or untreated
+    for line, _, position, metadata, sample, record in rows:
+        treatment = record or untreated
         if sample is not None:
             known = [t.by_sample[sample] for t in tables if sample in t.by_sample]
-            record = known[0] if known else None
+            treatment = known[0] if known else None
             for more in known[1:]:
-                record = completed(record, more) if record else more
+                treatment = completed(treatment, more) if treatment else more
         if position in plate_map.wells:
             first = plate_map.lines[position]
             detail = f"this well is on the map already, on line {first}"
             yield Refusal(line, "well twice", detail)
-        elif sample is not None and record is None:
-            yield Refusal(line, "unknown broad_sample", f"{sample} is in no treatment row")
+        elif sample is not None and treatment is None:
+            yield Refusal(
+                line, "unknown broad_sample", f"{sample} is in none of the tables of treatments"
+            )
         else:
-            plate_map.wells[position] = record
+            plate_map.wells[position] = treatment
             plate_map.lines[position] = line
             if metadata:
                 plate_map.metadata[position] = metadata
@@ -622,15 +614,15 @@ def _read_barcodes(path: Path, maps: Mapping[str, PlateMap], issues: list[Issue]
     plates: dict[str, str] = {}
     for row in _rows(table, columns):
         if isinstance(row, Refusal):
-            issues.append(Issue(path, row))
+            issues.append((path, row))
             continue
-        plate, chosen = map(row.get, columns)
+        plate, chosen = map(row.texts.get, columns)
         if plate is None or chosen is None:
             refusal = Refusal(row.line, "no barcode or map name", "both are needed")
-            issues.append(Issue(path, refusal))
+            issues.append((path, refusal))
         elif plates.setdefault(plate, chosen) != chosen:
-            detail = f"{plate} uses {plates[plate]} already"
-            issues.append(Issue(path, Refusal(row.line, "barcode twice", detail)))
+            detail = f"{plate} has the plate map {plates[plate]} on an earlier line; kept"
+            issues.append((path, Refusal(row.line, "barcode twice", detail)))
     if not maps.keys() & set(plates.values()):
         named = ", ".join(sorted(set(plates.values()))[:3])
         raise BadTableError(
@@ -638,17 +630,3 @@ def _read_barcodes(path: Path, maps: Mapping[str, PlateMap], issues: list[Issue]
             f"The maps here are {', '.join(sorted(maps)[:3])}: rename them, or give others."
         )
     return plates
-
-
-def _map_files(platemap: Path) -> list[Path]:
-    if not platemap.is_dir():
-        return [platemap]
-    found = []
-    for path in sorted(platemap.iterdir()):
-        suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-        named = path.name.startswith((_BARCODES, "."))
-        if suffix in _MAP_SUFFIXES and path.is_file() and not named:
-            found.append(path)
-    if not found:
-        raise UserInputError(f"{platemap} has no plate map (.txt, .csv or .tsv) in it.")
-    return found

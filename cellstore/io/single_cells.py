@@ -29,6 +29,7 @@ from .cellprofiler import (
     place_columns,
 )
 from .image_files import PARQUET
+from .image_tables import ImageRecord
 from .objects import (
     BOX,
     CENTRE,
@@ -94,12 +95,13 @@ class _Columns:
     """What the columns of a table of single cells are.
 
     ``image`` maps names of CellProfiler's image table to columns, ``keys`` are those that tell
-    images apart.
+    images apart; ``others`` are what else is said of them, kept as metadata.
     """
 
     object_number: str | None
     image: Mapping[str, str]
     keys: tuple[str, ...]
+    others: tuple[str, ...]
     features: tuple[str, ...]
     place: Mapping[str, str]
     excluded: str | None
@@ -107,7 +109,7 @@ class _Columns:
     @property
     def of_image(self) -> list[str]:
         """All columns that say something about the image of a cell."""
-        return list(dict.fromkeys([*self.keys, *self.image.values()]))
+        return list(dict.fromkeys([*self.keys, *self.image.values(), *self.others]))
 
     @classmethod
     def of(cls, columns: Sequence[str]) -> _Columns:
@@ -134,6 +136,12 @@ class _Columns:
             next((name for name in _NUMBERS if name in present), None),
             image,
             tuple(dict.fromkeys(keys)),
+            tuple(
+                name
+                for name in columns
+                if name.startswith("Metadata_")
+                and name not in {*_NUMBERS, *image.values(), *keys, *place.values(), EXCLUDED}
+            ),
             tuple(name for name in columns if _is_measure(name)),
             place,
             EXCLUDED if EXCLUDED in present else None,
@@ -185,7 +193,9 @@ def open_single_cells(path: Path, plate: str | None = None) -> ObjectSource:
     source.schema = pa.schema([(name, DTYPES[dtype]) for name, dtype in types.items() if dtype])
     odd = [name for name, dtype in types.items() if dtype is None]
     if odd:
-        source.notes.append(f"left out, as they are neither numbers nor text: {', '.join(odd)}")
+        source.notes.append(
+            f"columns not used, because they are neither numbers nor text: {', '.join(odd)}"
+        )
     source.batches = lambda: _batches(table, columns, source.schema, kept)
     return source
 
@@ -202,6 +212,7 @@ def _find_cells(
             parts[0].append(images.find(batch, lines))
             parts[1].append(whole_numbers(batch.column(number)))
             parts[2].append(lines)
+    images.leave_varying()
     image, numbers, lines = (np.concatenate(some) for some in parts)
     contents = [content for _, content in source.images]
     if contents and all(isinstance(c, Refusal) and c.reason == NO_PLATE for c in contents):
@@ -246,19 +257,25 @@ class _RowImages:
         self._file = file
         self._columns = columns
         self._plate = plate
-        self._known: dict[tuple[str | None, ...], int] = {}
+        self._known: dict[tuple[str | None, ...], tuple[int, tuple[str | None, ...]]] = {}
+        self._varying: set[str] = set()
+        """Columns that have no single value per image."""
 
     def find(self, batch: pa.RecordBatch, lines: Integers) -> Integers:
         """Return the index of the image of each row."""
         code = np.zeros(batch.num_rows, np.int64)
         for name in self._columns.keys:
-            column = batch.column(name)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            encoded = pc.fill_null(column.cast(pa.string()), "").dictionary_encode()
-            own = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-            _, code = np.unique(code * (len(encoded.dictionary) + 1) + own, return_inverse=True)
+            own, count = _codes(batch.column(name))
+            _, code = np.unique(code * (count + 1) + own, return_inverse=True)
         _, first, image = np.unique(code, return_index=True, return_inverse=True)
+        for name in set(self._columns.others) - self._varying:
+            try:
+                own, count = _codes(batch.column(name))
+            except pa.ArrowNotImplementedError:  # lists
+                self._varying.add(name)
+                continue
+            if len(np.unique(image * (count + 1) + own)) > len(first):
+                self._varying.add(name)
         found = [self._image_of(batch, int(lines[row]), row) for row in first.tolist()]
         return np.array(found, np.int64)[image]
 
@@ -268,12 +285,42 @@ class _RowImages:
             value = batch.column(name)[row].as_py()
             values[name] = None if value is None else str(value)
         key = tuple(values[name] for name in self._columns.keys)
+        others = tuple(values[name] for name in self._columns.others)
         if key not in self._known:
-            self._known[key] = len(self._source.images)
+            self._known[key] = len(self._source.images), others
             plain = {plain: values[name] for plain, name in self._columns.image.items()}
+            plain |= dict(zip(self._columns.others, others, strict=True))
             content = image_record(line, plain, channels_of(plain), self._plate)
             self._source.images.append((self._file, content))
-        return self._known[key]
+        index, before = self._known[key]
+        if others != before:  # its cells go on from the batch before
+            named = zip(self._columns.others, others, before, strict=True)
+            self._varying |= {name for name, text, other in named if text != other}
+        return index
+
+    def leave_varying(self) -> None:
+        """Keep no column that has no single value per image, and note which these are."""
+        if not self._varying:
+            return
+        names = sorted(name.removeprefix("Metadata_") for name in self._varying)
+        for at, (file, content) in enumerate(self._source.images):
+            if isinstance(content, ImageRecord) and content.metadata:
+                kept = {name: text for name, text in content.metadata.items() if name not in names}
+                self._source.images[at] = file, content._replace(metadata=kept or None)
+        more = ", ..." if len(names) > 5 else ""
+        self._source.notes.append(
+            "metadata not kept, because the cells of one image have different values: "
+            f"{', '.join(names[:5])}{more}"
+        )
+
+
+def _codes(column: pa.Array) -> tuple[Integers, int]:
+    """Return a number for each value of a column, and how many different ones there are."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    encoded = pc.fill_null(column.cast(pa.string()), "").dictionary_encode()
+    codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    return codes, len(encoded.dictionary)
 
 
 def _batches(
@@ -399,7 +446,7 @@ class _TextCells:
         numbers, odd = as_numbers(texts)
         if odd is not None and name not in self._odd:
             self._odd.add(name)
-            why = f"{name} has texts among its numbers: they are left out"
+            why = f"{name} has text among its numbers: these values are empty in the store"
             self._note([None], "odd value", why)
         return numbers
 

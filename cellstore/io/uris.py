@@ -228,7 +228,7 @@ def _file_system(uri: str) -> Any:
     if scheme not in _READERS or "::" in uri:
         known = ", ".join(f"{name}://" for name in sorted(_READERS))
         raise UserInputError(
-            f"{shown(uri)} cannot be read: files are in folders or one of {known}. "
+            f"{shown(uri)} cannot be read: files must be in a folder or at {known}. "
             "Copy the files here, or use --map."
         )
     try:

@@ -6,15 +6,11 @@ execution of a recipe: its row is written first and closed whatever happens.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import platform
-import re
-import shlex
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +20,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Select, and_, delete, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
 from ..db.bulk import insert_new
+from ..db.events import Change, command_line, record_events, user_name
 from ..db.session import Database
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import JobsFailedError, RunCancelledError, StoreError, UserInputError
@@ -78,6 +77,15 @@ def digest(content: Any) -> str:
     except ValueError as error:
         raise UserInputError("A parameter is not a finite number. Give plain numbers.") from error
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_numbers(*arrays: NDArray[Any]) -> str:
+    """Return the sha256 of arrays of any shape, as float64: the same once a database had them."""
+    found = hashlib.sha256()
+    for array in arrays:
+        numbers = np.asarray(array, dtype=np.float64) + 0.0  # -0.0 is 0.0
+        found.update(np.where(np.isnan(numbers), np.nan, numbers).tobytes())
+    return found.hexdigest()
 
 
 def digest_of_images(
@@ -194,7 +202,7 @@ def running(
             code_version=code_version(),
             environment=environment(),
             host=socket.gethostname()[:255],
-            user_name=_user(),
+            user_name=user_name(),
             process=owner,
             started_at=datetime.now(UTC),
         )
@@ -203,6 +211,8 @@ def running(
             session.add(run)
             session.flush()
             resume = run.id
+            new = {"stage": run.stage.value, "status": run.status.value}
+            record_events(session, [Change("runs", run.id, None, new)], run_id=run.id)
     else:
         _resume(database, resume, owner, alone=alone)
     handle = RunHandle(resume, owner=owner if alone else None)
@@ -281,7 +291,7 @@ def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None
     """Open a run again, and keep who goes on with it by which code beside who began."""
     attempt = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "by": f"{_user()}@{socket.gethostname()}",
+        "by": f"{user_name()}@{socket.gethostname()}",
         "command": command_line(),
         "code_version": code_version(),
         **environment(),
@@ -298,6 +308,10 @@ def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None
             raise UserInputError(f"Run {run.id} was finished by another process in the meantime.")
         resumed = [*run.environment.get("resumed", []), attempt]
         run.environment = {**run.environment, "resumed": resumed}
+        change = Change(
+            "runs", run.id, {"status": run.status.value}, {"status": Status.RUNNING.value}
+        )
+        record_events(session, [change])
         run.status, run.ended_at, run.error = Status.RUNNING, None, None
         run.process = owner
 
@@ -332,30 +346,6 @@ def _another_at(session: Session, run_id: int) -> str | None:
         if owner and elsewhere and owner.is_alive() is not False:
             return text
     return None
-
-
-def command_line() -> str:
-    """Return the command that was typed, without the passwords of database URLs."""
-    words = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
-    return shlex.join(without_passwords(word) for word in words)
-
-
-def without_passwords(word: str) -> str:
-    """Return a typed word with the passwords of every URL in it replaced by ``***``.
-
-    In a word that is a URL (or ``--option=URL``) a password may hold spaces and quotes.
-    """
-    # In a URL inside a longer text (an SQL question), spaces and quotes end the password.
-    inner = "" if re.match(r"(-[\w-]+=)?[\w+.-]+://", word) else r"\s'\""
-    masked = re.sub(
-        rf"([\w+.-]+://[^:/{inner}]*):[^{inner}\0]*@", r"\1:***@", word, flags=re.DOTALL
-    )
-    return re.sub(
-        rf"([?&][^?&=\s]*(?:pass|pwd|secret|scram)[^?&=\s]*=)[^&{inner}\0]+",
-        r"\1***",
-        masked,
-        flags=re.IGNORECASE,
-    )
 
 
 @cache
@@ -393,13 +383,6 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"
 
 
 def fail_if_any(failed: int, done: int, what: str) -> None:

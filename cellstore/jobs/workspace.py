@@ -88,12 +88,32 @@ def _migrated(settings: StoreSettings) -> Workspace:
     workspace = Workspace(settings, connect(_url(settings)), ArtifactFolder(settings.artifacts))
     try:
         if migrate.current(workspace.database) is None:
-            migrate.upgrade(workspace.database)
+            upgrade_schema(workspace.database)
         migrate.ensure_current(workspace.database)
     except BaseException:
         workspace.database.close()
         raise
     return workspace
+
+
+def upgrade_schema(database: Database) -> tuple[str | None, str | None]:
+    """Bring the schema up to date; return its revision before and after.
+
+    Raises:
+        SchemaError: it is newer than this library, or its mark is lost.
+
+    """
+    before = migrate.current(database)
+    migrate.upgrade(database)
+    after = migrate.current(database)
+    if before != after:
+        from ..db.events import Change, record_events  # most commands upgrade nothing
+
+        old = None if before is None else {"version_num": before}
+        change = Change(migrate.VERSION_TABLE, None, old, {"version_num": after})
+        with database.begin() as session:
+            record_events(session, [change])
+    return before, after
 
 
 def _settings_of_existing(root: Path, database: str | None) -> StoreSettings:

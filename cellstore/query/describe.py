@@ -83,7 +83,7 @@ def _view(questions: Questions, name: str) -> RelationWords:
 
 
 def _sets(questions: Questions) -> list[RelationWords]:
-    rows = questions.ask("SELECT name, columns FROM feature_sets ORDER BY name").to_pylist()
+    rows = questions.ask_ours("SELECT name, columns FROM feature_sets ORDER BY name").records()
     known = set(questions.names) - {*TABLES, *VIEWS}
     return [_set(questions, row["name"], row["columns"]) for row in rows if row["name"] in known]
 

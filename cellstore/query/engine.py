@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import duckdb
 
 from ..artifacts import ArtifactFolder, BorrowingFolder
-from ..config import VoteRules
+from ..config import VoteOptions
 from ..enums import ArtifactKind
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-ROWS = 65_536
-"""The rows of one piece of an answer."""
+ROWS_AT_ONCE = 4_096
+ROWS_OF_BATCH = 65_536
 
 _SET_FOLDER = ArtifactKind.FEATURES.value
 _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
@@ -76,40 +76,91 @@ _OF_IMAGE = {
 
 
 class Answer:
-    """The batches of an answer; ``schema`` is known before the first.
+    """What a question is answered with: read it once, as rows, arrays or Arrow.
 
-    The limit is on the time that DuckDB takes, not on what is done between two pieces.
+    Nothing is asked before that. The limit is on the time that DuckDB takes, not on what is done
+    between two pieces. Only ``schema``, ``batches`` and ``table`` need Arrow, whose import takes
+    longer than a small question.
     """
 
     def __init__(
         self,
         connection: duckdb.DuckDBPyConnection,
-        seconds: float,
+        limits: Limits,
         statement: str,
         parameters: object,
     ) -> None:
         self._connection = connection
-        self._seconds = seconds
-        self._left = seconds
+        self._limits = limits
+        self._left = limits.seconds
+        self._statement = statement
+        self._parameters = parameters
 
+    @cached_property
+    def _result(self) -> duckdb.DuckDBPyConnection:
+        return self._limited(lambda: self._connection.execute(self._statement, self._parameters))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the columns."""
+        return [str(column[0]) for column in self._result.description or ()]
+
+    def rows(self) -> Iterator[tuple[Any, ...]]:
+        """Yield the rows."""
+        result = self._result
+        while some := self._limited(lambda: result.fetchmany(ROWS_AT_ONCE)):
+            yield from some
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the rows of a small answer, each with the names of its columns."""
+        return [dict(zip(self.names, row, strict=True)) for row in self.rows()]
+
+    def arrays(self) -> dict[str, Any]:
+        """Return the columns, each (N,); one with nulls is a masked array."""
+        return dict(self._limited(self._result.fetchnumpy))
+
+    @cached_property
+    def _reader(self) -> pa.RecordBatchReader:
         def begin() -> pa.RecordBatchReader:
-            relation = connection.sql(statement, params=parameters)
-            if relation is None:
-                raise QueryError("This statement has no answer; ask with SELECT.")
-            return relation.to_arrow_reader(ROWS)
+            relation = self._connection.sql(self._statement, params=self._parameters)
+            return relation.to_arrow_reader(ROWS_OF_BATCH)
 
-        self._reader = self._limited(begin)
-        self.schema: pa.Schema = self._reader.schema
+        return self._limited(begin)
 
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        """Yield what is left of the answer."""
-        while (batch := self._limited(lambda: next(self._reader, None))) is not None:
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns as Arrow has them."""
+        return self._reader.schema
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """Yield the rows as batches of Arrow."""
+        reader = self._reader
+        while (batch := self._limited(lambda: next(reader, None))) is not None:
             yield batch
+
+    def table(self) -> pa.Table:
+        """Return the whole answer as an Arrow table.
+
+        Raises:
+            QueryError: it is larger than the limits allow.
+        """
+        import pyarrow as pa
+
+        size, batches = 0, []
+        for batch in self.batches():
+            size += batch.nbytes
+            if size > self._limits.answer_mb << 20:
+                raise QueryError(
+                    f"The answer is larger than {self._limits.answer_mb} MB. "
+                    "Ask for fewer rows or columns, for example with LIMIT."
+                )
+            batches.append(batch)
+        return pa.Table.from_batches(batches, schema=self.schema)
 
     def _limited(self, work: Callable[[], T]) -> T:
         began = time.monotonic()
         try:
-            return run_limited(self._connection, self._left, work, allowed=self._seconds)
+            return run_limited(self._connection, self._left, work, allowed=self._limits.seconds)
         finally:
             self._left = max(0.0, self._left - (time.monotonic() - began))
 
@@ -119,14 +170,14 @@ def open_questions(
     workspace: Workspace,
     limits: Limits | None = None,
     *,
-    rules: VoteRules | None = None,
+    vote_options: VoteOptions | None = None,
     runs: Collection[int] | None = None,
     only_image_votes: bool = False,
     image: int | None = None,
 ) -> Iterator[Questions]:
     """Open a store for questions.
 
-    ``rules``: how cells vote in the views; by default every cell that is not excluded does.
+    ``vote_options``: how cells vote in the views; by default every cell that is not excluded does.
     ``runs``: the predict runs that are asked about; what others said is not read, as if they had
     said nothing. ``only_image_votes``: of the votes only the hard and soft ones of images are asked
     for, whose winners are kept; the others are left out. ``image``: the one image (by id) whose
@@ -155,7 +206,7 @@ def open_questions(
             limits,
             lambda: stack.enter_context(_connection(limits, cache, [])),
             lambda: stack.enter_context(_connection(limits, cache, readable)),
-            rules or VoteRules(),
+            vote_options or VoteOptions(),
             only_image_votes=only_image_votes,
             image=image,
         )
@@ -206,7 +257,7 @@ class Questions:
         limits: Limits,
         connect_empty: Callable[[], duckdb.DuckDBPyConnection],
         connect_full: Callable[[], duckdb.DuckDBPyConnection],
-        rules: VoteRules,
+        vote_options: VoteOptions,
         *,
         only_image_votes: bool = False,
         image: int | None = None,
@@ -217,7 +268,7 @@ class Questions:
         self._limits = limits
         self._connect_empty = connect_empty
         self._connect_full = connect_full
-        self._rules = rules
+        self._vote_options = vote_options
         self._only_image_votes = only_image_votes
         self._image = image
         self._declared: set[str] = set()
@@ -256,39 +307,35 @@ class Questions:
         """All that can stand behind FROM: tables, views and feature sets."""
         return [*TABLES, *VIEWS, *(item.name for item in self._sets.values())]
 
-    def ask(self, sql: str, parameters: Parameters | None = None) -> pa.Table:
-        """Return the answer of one reading statement; ``parameters`` fill its ``?`` or ``$name``.
+    def ask(self, sql: str, parameters: Parameters | None = None) -> Answer:
+        """Answer one reading statement of a user; ``parameters`` fill its ``?`` or ``$name``.
+
+        Read the answer before the next question is asked.
 
         Raises:
-            QueryError: the statement is wrong, would write, reads files, or takes too much.
+            QueryError: the statement is wrong, would write, reads files, or takes too much; also
+                while the answer is read.
             StorageError: the copies cannot be written.
-        """
-        return self._collected(self.stream(sql, parameters))
-
-    def ask_ours(self, sql: str, parameters: Parameters | None = None) -> pa.Table:
-        """Return the answer of a question that is part of cellstore: known to read, and right."""
-        statement = parsed(self._full, sql)
-        assert statement is not None
-        return self._collected(self._answer(statement, _bound(parameters)))
-
-    def rows_ours(self, sql: str, parameters: Parameters | None = None) -> list[dict[str, Any]]:
-        """Return the few rows of such an answer, without Arrow, whose import takes longer."""
-        statement = parsed(self._full, sql)
-        assert statement is not None
-        self._load(statement.tables)
-        answer = self._full.execute(sql, _bound(parameters))
-        names = [column[0] for column in answer.description or ()]
-        return [dict(zip(names, row, strict=True)) for row in answer.fetchall()]
-
-    def stream(self, sql: str, parameters: Parameters | None = None) -> Answer:
-        """Return the answer of one reading statement piece by piece, however large it is.
-
-        Ask nothing else before its last piece. Raises as :meth:`ask` does, also between pieces.
         """
         statement = only_reading(self._empty, sql)
         bound = _bound(parameters)
         self._check(statement, bound)
         return self._answer(statement, bound)
+
+    def ask_ours(self, sql: str, parameters: Parameters | None = None) -> Answer:
+        """Answer a question that is part of cellstore: known to read, and right."""
+        statement = parsed(self._full, sql)
+        assert statement is not None
+        return self._answer(statement, _bound(parameters))
+
+    def keep(self, name: str, sql: str, parameters: Parameters | None = None) -> None:
+        """Keep the answer of such a question as a table, for several questions about it."""
+        statement = parsed(self._full, sql)
+        assert statement is not None
+        self._load(statement.tables)
+        create = f"CREATE OR REPLACE TEMP TABLE {quoted(name)} AS {sql}"
+        self._full.execute(create, _bound(parameters))
+        self._loaded.add(name)
 
     def plan(self, sql: str, parameters: Parameters | None = None) -> str:
         """Return how a question would be answered: one step a line, what it reads below it.
@@ -297,7 +344,7 @@ class Questions:
         """
         statement = only_reading(self._empty, sql)
         answer = self.ask(f"EXPLAIN (FORMAT json) {statement.text}", parameters)
-        steps = json.loads(answer.column("explain_value")[-1].as_py())
+        steps = json.loads(answer.records()[-1]["explain_value"])
         return "\n".join(line for step in steps for line in _plan_lines(step, 0))
 
     def columns(self, name: str) -> list[tuple[str, str]]:
@@ -328,23 +375,9 @@ class Questions:
 
     def _answer(self, statement: Statement, bound: object) -> Answer:
         if not statement.tables or _DESCRIBES.match(statement.text):
-            return Answer(self._empty, self._limits.seconds, statement.text, bound)
+            return Answer(self._empty, self._limits, statement.text, bound)
         self._load(statement.tables)
-        return Answer(self._full, self._limits.seconds, statement.text, bound)
-
-    def _collected(self, answer: Answer) -> pa.Table:
-        import pyarrow as pa
-
-        size, batches = 0, []
-        for batch in answer:
-            size += batch.nbytes
-            if size > self._limits.answer_mb << 20:
-                raise QueryError(
-                    f"The answer is larger than {self._limits.answer_mb} MB. "
-                    "Ask for fewer rows or columns, for example with LIMIT."
-                )
-            batches.append(batch)
-        return pa.Table.from_batches(batches, schema=answer.schema)
+        return Answer(self._full, self._limits, statement.text, bound)
 
     def _declare(self, names: set[str]) -> None:
         """Make tables and views without rows, after those that they read."""
@@ -378,7 +411,7 @@ class Questions:
                 # From the database, for the sake of time: of all exclusions few are made later.
                 own = "WHERE t.source = 'annotation'"
                 self._source.feed_table(self._full, statement, EXCLUSIONS.name, own)
-                if (run := self._rules.exclude_flagged) is not None:
+                if (run := self._vote_options.exclude_flagged) is not None:
                     own = f"WHERE t.source = 'quality' AND t.run_id = {int(run)}"
                     statement = f"INSERT INTO {name} FROM {{rows}}"
                     self._source.feed_table(self._full, statement, EXCLUSIONS.name, own)
@@ -402,7 +435,7 @@ class Questions:
 
     def _query_of(self, name: str) -> str:
         if name in VIEWS:
-            return view_query(name, self._rules)
+            return view_query(name, self._vote_options)
         return self._sets[name].query(self._source, self._artifacts, self._full)
 
     def _load_big(self, name: str) -> None:

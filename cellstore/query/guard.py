@@ -269,7 +269,7 @@ def run_limited(
         deadline = time.monotonic() + seconds
         while not job.done() and (left := deadline - time.monotonic()) > 0:
             wait([job], min(left, POLL_SECONDS))
-        late = not job.done()
+        late = seconds <= 0 or not job.done()  # 0: earlier work has taken all of it
     finally:
         while not job.done():
             connection.interrupt()  # again and again: between two statements it is not heard

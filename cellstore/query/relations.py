@@ -8,7 +8,7 @@ from importlib.resources import files
 
 import duckdb
 
-from ..config import VoteRules
+from ..config import VoteOptions
 from .guard import parsed
 from .source import PREDICTION_COLUMNS, Columns
 
@@ -90,17 +90,17 @@ def view(name: str) -> View:
     return View(name, words, "\n".join(lines[length:]))
 
 
-def view_query(name: str, rules: VoteRules) -> str:
-    """Return the query of a view under these rules of the vote."""
+def view_query(name: str, options: VoteOptions) -> str:
+    """Return the query of a view under these options of the vote."""
     if name == "vote_options":
         return (
-            f"SELECT {int(rules.min_cells)} AS min_cells, "
-            f"CAST({float(rules.min_margin)!r} AS DOUBLE) AS min_margin, "
-            f"{'true' if rules.controls else 'false'} AS controls"
+            f"SELECT {int(options.min_cells)} AS min_cells, "
+            f"CAST({float(options.min_margin)!r} AS DOUBLE) AS min_margin, "
+            f"{'true' if options.controls else 'false'} AS controls"
         )
     query = view(name).query
-    if name == LATER and rules.exclude_flagged is not None:
-        query += f"OR run_id = {int(rules.exclude_flagged)}\n"
+    if name == LATER and options.exclude_flagged is not None:
+        query += f"OR run_id = {int(options.exclude_flagged)}\n"
     return query
 
 

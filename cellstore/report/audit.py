@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -280,10 +280,11 @@ def _labellings(
     """
     with open_questions(workspace, image=image.id) as questions:
         values = {"image": image.id}
-        votes = {(row["run_id"], row["vote"]): row for row in questions.rows_ours(_VOTES, values)}
-        labels = questions.rows_ours(_LABEL_VOTES, values)
-        used = [tuple(row.values()) for row in questions.rows_ours(_USED, values)]
-        of_well = [tuple(row.values()) for row in questions.rows_ours(_OF_WELL)]
+        rows = questions.ask_ours(_VOTES, values).records()
+        votes = {(row["run_id"], row["vote"]): row for row in rows}
+        labels = questions.ask_ours(_LABEL_VOTES, values).records()
+        used = list(questions.ask_ours(_USED, values).rows())
+        of_well = list(questions.ask_ours(_OF_WELL).rows())
     found = []
     for run_id in sorted({number for number, _ in votes}):
         run = session.get_one(Run, run_id)
@@ -970,6 +971,8 @@ WIDTH = 80
 SHOWN = 20
 """Records of a list."""
 GAP = "  "
+WRAPPED = 20
+"""Wider columns of a table are wrapped."""
 
 
 def audit_text(audit: Audit) -> str:
@@ -1017,10 +1020,20 @@ def _lines(record: Mapping[str, Any], margin: str) -> Iterable[str]:
         cells += [[shown(key, value) for key, value in row.items()] for row in rows]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         nested = any(isinstance(value, list) and is_part(value) for value in rows[0].values())
-        if not nested and len(margin) + sum(widths) + len(GAP) * len(widths) <= WIDTH:
+        # A table if that fits, with its widest columns wrapped.
+        wide = [width for width in widths if width > WRAPPED]
+        fixed = sum(widths) - sum(wide) + len(GAP) * len(widths) + len(margin)
+        room = (WIDTH - fixed) // max(1, len(wide))
+        if not nested and fixed <= WIDTH and room >= (WRAPPED if wide else 0):
+            widths = [min(width, room) if width > WRAPPED else width for width in widths]
             for row in cells:
-                texts = (f"{GAP}{text:<{w}}" for text, w in zip(row, widths, strict=True))
-                yield (margin + "".join(texts)).rstrip()
+                columns = (
+                    textwrap.wrap(text, width, break_on_hyphens=False)
+                    for text, width in zip(row, widths, strict=True)
+                )
+                for texts in zip_longest(*columns, fillvalue=""):
+                    padded = (f"{GAP}{t:<{w}}" for t, w in zip(texts, widths, strict=True))
+                    yield (margin + "".join(padded)).rstrip()
         else:
             for number, row in enumerate(rows):
                 if number:

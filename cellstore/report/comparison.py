@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..analysis.statistics import bootstrap_interval, difference_interval
-from ..config import VoteRules
+from ..config import VoteOptions
 from ..enums import Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.workspace import Workspace
 from ..query.engine import Questions, open_questions
-from .scoring import SEEN, VOTES, Subject, codes_of, find_subject, numbers_of, paired_test
+from .scoring import CLASS_NAMES, SEEN, Subject, find_subject, paired_test
+from .votes import LEVELS, SUBSETS, VOTES
 
 
 @dataclass(frozen=True)
@@ -116,21 +115,19 @@ class Comparison:
     differing: tuple[Difference, ...] = ()
 
 
-LEVELS = ("image", "well")
-SUBSETS = (Subset.TEST.value, "outside", Subset.VALIDATION.value, Subset.TRAIN.value)
-"""The subsets of a split, what is compared first standing first."""
 LONGEST = 60
 """Characters of an option that are shown."""
 
-# The level is written out, so that DuckDB leaves out the parts of the view that are not asked for.
-ANSWERS = {
-    level: f"""
-    SELECT unit_id, well_id, subset, truth, winner AS predicted, abstained IS NOT NULL AS abstained
-    FROM votes WHERE run_id = ? AND level = '{level}' AND vote = ? AND truth IS NOT NULL
-    ORDER BY unit_id, subset
-    """  # noqa: S608 - our own words
-    for level in LEVELS
-}
+# The level is written out, so that DuckDB skips the parts of the view that are not asked for.
+ANSWERS = f"""
+    SELECT v.unit_id, v.well_id, list_position({list(SUBSETS)}, v.subset) - 1 AS subset,
+        t.code AS truth, w.code AS answer, v.abstained IS NOT NULL AS abstained
+    FROM votes AS v
+    JOIN class_names AS t ON t.value = v.truth
+    JOIN class_names AS w ON w.value = v.winner
+    WHERE v.run_id = ? AND v.level = '{{level}}' AND v.vote = ?
+    ORDER BY v.unit_id, v.subset
+"""  # noqa: S608 - our own words
 SEGMENTED_BY = """
     SELECT DISTINCT s.recipe_id FROM predictions AS p JOIN cells AS c ON c.id = p.cell_id
     JOIN segmentations AS s ON s.id = c.segmentation_id WHERE p.run_id = ? AND p.rank = 1
@@ -173,7 +170,7 @@ def compare(
     level: str = "image",
     vote: str = "hard",
     limit: int | None = None,
-    rules: VoteRules | None = None,
+    vote_options: VoteOptions | None = None,
     force: bool = False,
 ) -> Comparison:
     """Put two predict runs (numbers or ``latest``) side by side.
@@ -193,10 +190,10 @@ def compare(
         raise UnknownNameError.of("level", level, LEVELS)
     if vote not in VOTES:
         raise UnknownNameError.of("vote", vote, VOTES)
-    one = find_subject(workspace, first, rules)
-    other = find_subject(workspace, second, rules)
+    one = find_subject(workspace, first, vote_options)
+    other = find_subject(workspace, second, vote_options)
     about = {one.run.id, other.run.id}
-    with open_questions(workspace, rules=one.rules, runs=about) as questions:
+    with open_questions(workspace, vote_options=one.vote_options, runs=about) as questions:
         return compare_subjects(
             questions, one, other, level=level, vote=vote, limit=limit, force=force
         )
@@ -215,13 +212,18 @@ def compare_subjects(
     """Compare two predict runs; see :func:`compare`."""
     if first.run.id == second.run.id:
         raise UserInputError(f"Both are run {first.run.id}: name another run to compare it with.")
-    labels = [subject.split.field for subject in (first, second)]
-    if labels[0] != labels[1]:
+    kinds = [subject.split.field for subject in (first, second)]
+    if kinds[0] != kinds[1]:
         raise UserInputError(
-            f"Run {first.run.id} predicts {labels[0]} and run {second.run.id} {labels[1]}: their "
+            f"Run {first.run.id} predicts {kinds[0]} and run {second.run.id} {kinds[1]}: their "
             "labels are of different kinds and cannot be compared."
         )
-    answers = [questions.ask(ANSWERS[level], [item.run.id, vote]) for item in (first, second)]
+    run_ids = [first.run.id, second.run.id]
+    questions.keep("class_names", CLASS_NAMES, [run_ids])
+    names = questions.ask_ours("SELECT value FROM class_names ORDER BY code").rows()
+    labels = [value for (value,) in names]
+    query = ANSWERS.format(level=level)
+    answers = [questions.ask_ours(query, [run_id, vote]).arrays() for run_id in run_ids]
     one_split = first.split.id == second.split.id
     pair = common_answers(*answers, one_split=one_split, force=force)
     if not pair.unit.size and pair.other_truth:
@@ -238,8 +240,8 @@ def compare_subjects(
     seen, compared = [], []
     right = (pair.truth == pair.first, pair.truth == pair.second)
     for subject, correct in zip((first, second), right, strict=True):
-        known = numbers_of(questions.ask(SEEN, [subject.run.id])["well_id"])
-        seen.append(np.intersect1d(pair.well, known))
+        known = questions.ask_ours(SEEN, [subject.run.id]).arrays()["well_id"]
+        seen.append(np.intersect1d(pair.well, known.astype(np.int64)))
         low, high = bootstrap_interval(correct, pair.well) or (None, None)
         compared.append(
             ComparedRun(
@@ -293,20 +295,19 @@ def compare_subjects(
         recipes=recipes_apart(questions, first.run.id, second.run.id),
         warnings=_warnings(questions, (first, second), seen, pair, level),
         n_differing=differs.size,
-        differing=_differences(questions, pair, differs, level, limit),
+        differing=_differences(questions, pair, differs, labels, level, limit),
     )
 
 
 @dataclass(frozen=True)
 class CommonAnswers:
-    """What two runs answered for the same N units: (N,) arrays of ids, and indices of ``labels``.
+    """What two runs answered for the same N units: (N,) ids, and (N,) numbers of labels.
 
     ``subsets`` of a split that any of the units is in. ``not_compared`` counts the units that only
     one of them has answered or that may not be compared, ``other_truth`` those of them whose truth
     is not the same for both.
     """
 
-    labels: list[str]
     unit: NDArray[np.int64]
     well: NDArray[np.int64]
     truth: NDArray[np.int64]
@@ -318,52 +319,53 @@ class CommonAnswers:
 
 
 def common_answers(
-    first: pa.Table, second: pa.Table, *, one_split: bool, force: bool
+    first: Mapping[str, NDArray[Any]],
+    second: Mapping[str, NDArray[Any]],
+    *,
+    one_split: bool,
+    force: bool,
 ) -> CommonAnswers:
     """Return what both have answered, of the best subset in which there is any.
 
     That is the test subset, else what a report would score in its place. What one split tests may
-    well be outside of another one, which is as new to its run.
+    well be outside of another one, which is as new to its run. ``first`` and ``second``: the
+    columns of ``ANSWERS``.
     """
-    every = np.union1d(first["unit_id"].to_numpy(), second["unit_id"].to_numpy()).size
-    tables, keys = [], []
+    every = np.union1d(first["unit_id"], second["unit_id"]).size
+    found, keys = [], []
     for answers in (first, second):
-        rows = answers.filter(pc.invert(answers["abstained"]))
+        numbers = {name: answers[name].astype(np.int64) for name in answers}
+        chosen = numbers["abstained"] == 0
+        key = numbers["unit_id"]
         if one_split:  # a well in two subsets has an answer in each
-            units = numbers_of(rows["unit_id"])
-            keys.append(units * len(SUBSETS) + codes_of(rows["subset"], SUBSETS))
+            key = key * len(SUBSETS) + numbers["subset"]
         else:  # of a well with two answers it cannot be said which one is meant
-            ids, counts = np.unique(rows["unit_id"].to_numpy(), return_counts=True)
-            rows = rows.filter(pc.is_in(rows["unit_id"], pa.array(ids[counts == 1])))
-            keys.append(rows["unit_id"].to_numpy())
-        tables.append(rows)
+            ids, counts = np.unique(key[chosen], return_counts=True)
+            chosen &= np.isin(key, ids[counts == 1])
+        found.append({name: values[chosen] for name, values in numbers.items()})
+        keys.append(key[chosen])
     _, in_first, in_second = np.intersect1d(
         keys[0], keys[1], assume_unique=True, return_indices=True
     )
-    one, other = tables[0].take(in_first), tables[1].take(in_second)
-    same = pc.equal(one["truth"], other["truth"])
-    other_truth = one.num_rows - int(pc.sum(same.cast(pa.int64())).as_py() or 0)
-    one, other = one.filter(same), other.filter(same)
-    if one.num_rows and not force:
-        rank = np.maximum(*(codes_of(rows["subset"], SUBSETS) for rows in (one, other)))
+    one = {name: values[in_first] for name, values in found[0].items()}
+    other = {name: values[in_second] for name, values in found[1].items()}
+    chosen = one["truth"] == other["truth"]
+    other_truth = int((~chosen).sum())
+    if chosen.any() and not force:
+        rank = np.maximum(one["subset"], other["subset"])
         if not one_split:
             rank[rank == SUBSETS.index("outside")] = SUBSETS.index(Subset.TEST.value)
-        best = min(int(rank.min()), SUBSETS.index(Subset.VALIDATION.value))
-        mask = pa.array(rank == best)
-        one, other = one.filter(mask), other.filter(mask)
-    columns = (one["truth"], one["predicted"], other["predicted"])
-    labels = sorted({str(value) for column in columns for value in pc.unique(column).to_pylist()})
-    truth, by_first, by_second = (codes_of(column, labels) for column in columns)
-    unit = numbers_of(one["unit_id"])
-    subsets = [pc.unique(rows["subset"]).to_pylist() for rows in (one, other)]
+        best = min(int(rank[chosen].min()), SUBSETS.index(Subset.VALIDATION.value))
+        chosen &= rank == best
+    unit = one["unit_id"][chosen]
+    subsets = np.union1d(one["subset"][chosen], other["subset"][chosen])
     return CommonAnswers(
-        labels=labels,
         unit=unit,
-        well=numbers_of(one["well_id"]),
-        truth=truth,
-        first=by_first,
-        second=by_second,
-        subsets=frozenset(subsets[0] + subsets[1]),
+        well=one["well_id"][chosen],
+        truth=one["truth"][chosen],
+        first=one["answer"][chosen],
+        second=other["answer"][chosen],
+        subsets=frozenset(SUBSETS[code] for code in subsets),
         not_compared=every - np.unique(unit).size,
         other_truth=other_truth,
     )
@@ -394,13 +396,13 @@ def _options(questions: Questions, run: int) -> dict[str, str]:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             found[name] = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
-    row = questions.ask(RUNS, [run]).to_pylist()[0]
+    (row,) = questions.ask_ours(RUNS, [run]).records()
     add("split", row["split"])
     add("train.seed", row["seed"])
     add("train.code", row["trained_by"])
     add("predict.code", row["predicted_by"])
     numbers: dict[str, int] = {}
-    for recipe in questions.ask(RECIPES, [run]).to_pylist():
+    for recipe in questions.ask_ours(RECIPES, [run]).records():
         stage = recipe["stage"]
         numbers[stage] = number = numbers.get(stage, 0) + 1
         name = stage if number == 1 else f"{stage}{number}"
@@ -431,9 +433,9 @@ def _warnings(
     both = np.intersect1d(seen[0], seen[1]).size
     if both:
         found.append(f"Both runs had seen {both:,} of these wells in training.")
-    used = [questions.ask(SEGMENTED_BY, [run])["recipe_id"].to_pylist() for run in runs]
+    used = [list(questions.ask_ours(SEGMENTED_BY, [run]).rows()) for run in runs]
     if used[0] != used[1]:
-        one, other_ids = (" and ".join(map(str, ids)) for ids in used)
+        one, other_ids = (" and ".join(str(recipe) for (recipe,) in rows) for rows in used)
         found.append(
             f"They label different cells: run {runs[0]} those of segmentation recipe {one}, run "
             f"{runs[1]} those of {other_ids}."
@@ -458,17 +460,18 @@ def _differences(
     questions: Questions,
     pair: CommonAnswers,
     differs: NDArray[np.int64],
+    labels: Sequence[str],
     level: str,
     limit: int | None,
 ) -> tuple[Difference, ...]:
     """Return the units in which the labels differ, in order of plate, row and column."""
     index_of = dict(zip(pair.unit[differs].tolist(), differs.tolist(), strict=True))
-    rows = questions.ask(NAMES[level], [list(index_of)]).to_pylist() if index_of else []
+    rows = questions.ask_ours(NAMES[level], [list(index_of)]).records() if index_of else []
     found = []
     for row in rows[:limit]:
         index = index_of[row["id"]]
         truth, first, second = (
-            pair.labels[codes[index]] for codes in (pair.truth, pair.first, pair.second)
+            labels[int(codes[index])] for codes in (pair.truth, pair.first, pair.second)
         )
         right = "first" if first == truth else "second" if second == truth else "neither"
         found.append(Difference(row["id"], row["name"], truth, first, second, right))

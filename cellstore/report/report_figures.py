@@ -151,7 +151,7 @@ def dot_plot(
 def training_curves(questions: Questions, run_id: int | None) -> str | None:
     """Loss and accuracy of a train run by epoch, of its training and its validation images."""
     metrics: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for row in questions.ask(METRICS, [run_id]).to_pylist():
+    for row in questions.ask_ours(METRICS, [run_id]).records():
         if row["value"] is not None:
             metrics[row["name"]].append((row["epoch"], row["value"]))
     if not any(name.endswith(("_loss", "_accuracy")) for name in metrics):

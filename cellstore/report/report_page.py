@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifacts import write_atomically
-from ..config import VoteRules
+from ..config import VoteOptions
 from ..errors import CellstoreError, UnknownNameError
 from ..extras import need
 from ..jobs.planes import read_image
@@ -38,7 +38,7 @@ from .drawing import (
     render,
 )
 from .report_figures import class_content, score_figures, training_curves
-from .scoring import HEADLINE, ReportResult, Subject, by_baseline, gathered
+from .scoring import HEADLINE, ReportResult, Subject, by_baseline, image_rows, open_report
 
 LISTED = 12
 """Rows of a table that are shown at once; the others unfold."""
@@ -50,7 +50,7 @@ def write_report(
     path: Path,
     *,
     compare: str | None = None,
-    rules: VoteRules | None = None,
+    vote_options: VoteOptions | None = None,
     force: bool = False,
     maps: Sequence[str] = (),
     redo: Callable[[int], str] | None = None,
@@ -67,14 +67,14 @@ def write_report(
         UserInputError: there is nothing to report on.
     """
     need("report")
-    with gathered(
+    with open_report(
         workspace,
         run,
         compare=compare,
-        rules=rules,
+        vote_options=vote_options,
         force=force,
-    ) as (questions, subject, result, votes):
-        run_id, images = subject.run.id, votes.to_pylist()
+    ) as (questions, subject, result, answers):
+        run_id, images = subject.run.id, image_rows(answers)
         hard = [row for row in images if row["vote"] == "hard"]
         best = result.score(*HEADLINE)
         unseen = next((x for x in result.unseen if (x.level, x.vote) == HEADLINE), None)
@@ -155,7 +155,7 @@ def plate_maps(
             right[row["well_id"]].append(row["correct"])
     accuracy = {well: 100 * sum(some) / len(some) for well, some in right.items()}
     count = "SELECT well_id, count(*) / count(DISTINCT image_id) AS value FROM found GROUP BY 1"
-    counted = questions.ask(f"{USED_CELLS} {count}", [run_id]).to_pylist()
+    counted = questions.ask_ours(f"{USED_CELLS} {count}", [run_id]).records()
     cells = {row["well_id"]: row["value"] for row in counted}
     measures = [
         ("Accuracy", "images with the right label, %", accuracy, (0.0, 100.0)),
@@ -166,7 +166,7 @@ def plate_maps(
         measures.append((column, unit, values, colour_limits(values.values())))
     plates: dict[str, dict[int, WellPosition]] = defaultdict(dict)
     well_ids = sorted({row["well_id"] for row in images})
-    for row in questions.ask(WELLS, [well_ids]).to_pylist():
+    for row in questions.ask_ours(WELLS, [well_ids]).records():
         plates[row["plate"]][row["id"]] = (row["well_row"], row["well_column"])
     maps = [
         [
@@ -190,7 +190,8 @@ def _feature_means(
 ) -> dict[tuple[str, str], dict[int, float]]:
     """The means of features by well id, each by its set and column."""
     columns: dict[str, tuple[str, str]] = {}  # a bare name means the newest set
-    for name in questions.ask("SELECT name FROM feature_sets ORDER BY id DESC")["name"].to_pylist():
+    sets = questions.ask_ours("SELECT name FROM feature_sets ORDER BY id DESC").records()
+    for name in (item["name"] for item in sets):
         try:
             known = questions.columns(name)
         except UnknownNameError:  # a set that is hidden by a table of that name
@@ -216,7 +217,7 @@ def _feature_means(
             f"{USED_CELLS} SELECT found.well_id, {values} FROM found "  # noqa: S608 - names are quoted
             f"JOIN {quoted(name)} AS f ON f.cell_id = found.id GROUP BY 1"
         )
-        for row in questions.ask(query, [run_id]).to_pylist():
+        for row in questions.ask_ours(query, [run_id]).records():
             for number, column in enumerate(chosen):
                 if row[f"v{number}"] is not None:
                     means[name, column][row["well_id"]] = row[f"v{number}"]
@@ -285,13 +286,14 @@ def pictures(
     }
     shown = [row["unit_id"] for rows in chosen.values() for row in rows]
     votes: dict[int, list[tuple[str, int]]] = defaultdict(list)
-    for row in questions.ask(VOTES, [run_id, shown]).to_pylist():
-        votes[row["image_id"]].append((row["label"], row["cells"]))
+    for image_id, label, cells in questions.ask_ours(VOTES, [run_id, shown]).rows():
+        votes[image_id].append((label, cells))
     ties = {row["unit_id"] for row in images if row["vote"] == "hard" and row["tie"]}
     ids = list(dict.fromkeys([*shown, *(row["unit_id"] for row in drawn[: 20 * SAMPLES])]))
-    known = {row["image_id"]: row for row in questions.ask(IMAGES, [ids, run_id]).to_pylist()}
-    for row in known.values():
-        row["title"] = f"{row['plate']} {row['well']}, site {row['site']}"
+    images_asked = questions.ask_ours(IMAGES, [ids, run_id]).records()
+    for item in images_asked:
+        item["title"] = f"{item['plate']} {item['well']}, site {item['site']}"
+    known = {item["image_id"]: item for item in images_asked}
     found: dict[str, list[dict[str, Any]]] = {"samples": []}
     for kind, rows in chosen.items():
         found[kind] = []
@@ -423,15 +425,15 @@ def origin_of(questions: Questions, subject: Subject) -> dict[str, Any]:
         ]
 
     run_id = subject.run.id
-    runs = questions.ask(RUNS_BEHIND, [run_id, run_id]).to_pylist()
+    runs = questions.ask_ours(RUNS_BEHIND, [run_id, run_id]).records()
     ids = [row["id"] for row in runs]
-    recipes = questions.ask(RECIPES_BEHIND, [run_id, ids, subject.split.id]).to_pylist()
+    recipes = questions.ask_ours(RECIPES_BEHIND, [run_id, ids, subject.split.id]).records()
     shown = runs[-SHOWN_RUNS:]
     return {
         "split": subject.split,
         "runs": [{**row, "environment": pairs(row["environment"])} for row in shown],
         "more_runs": len(runs) - len(shown),
         "recipes": [{**row, "parameters": pairs(row["parameters"])} for row in recipes],
-        "files": questions.ask(NETWORK_FILES, [ids]).to_pylist(),
+        "files": questions.ask_ours(NETWORK_FILES, [ids]).records(),
         "commands": list(dict.fromkeys(row["command"] for row in runs)),
     }

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from sqlalchemy import or_, select
 from sqlalchemy.orm import aliased
 
 from ..analysis import statistics
 from ..analysis.statistics import WellTest, bootstrap_interval, mcnemar_over_wells
-from ..config import VoteRules
-from ..enums import Stage, Status, Subset
+from ..config import VoteOptions
+from ..enums import PERTURBATION, Stage, Status, Subset
 from ..errors import UserInputError
 from ..jobs.workspace import Workspace
 from ..learn.baselines import BASELINES, NULLS
 from ..learn.training_cells import feature_leak, measure_recipe_of
 from ..models import Recipe, Run, Split
 from ..query.engine import Questions, open_questions
-from ..query.predict_runs import flags_on, predict_run
+from .votes import SUBSETS, VOTES, find_predict_run, with_flags
 
 if TYPE_CHECKING:
     from .comparison import Comparison
 
-EVERY_VOTE = VoteRules()
+EVERY_VOTE = VoteOptions()
 
 
 @dataclass(frozen=True)
@@ -191,8 +189,8 @@ class ReportResult:
     or nothing is left. ``without_controls`` are those without control wells; empty if there are
     none, or nothing is left. ``by_class``, ``by_plate`` and ``by_target`` (empty unless the labels
     are compounds with known genes) are in order of name, ``by_well`` in order of plate, row and
-    column. ``comparison``: the run beside another, if one was named. ``rules`` say which images and
-    wells have an answer.
+    column. ``comparison``: the run beside another, if one was named. ``vote_options`` say which
+    images and wells have an answer.
     """
 
     run_id: int
@@ -228,7 +226,7 @@ class ReportResult:
     by_well: tuple[WellScore, ...] = ()
     calibration: tuple[CalibrationBin, ...] = ()
     comparison: Comparison | None = None
-    rules: VoteRules = EVERY_VOTE
+    vote_options: VoteOptions = EVERY_VOTE
 
     def score(self, level: str, vote: str) -> Score:
         """Return the scores of one level and vote."""
@@ -244,7 +242,6 @@ def by_baseline(found: Sequence[BaselineScore]) -> list[dict[str, BaselineScore]
 
 
 HEADLINE = ("image", "hard")
-VOTES = ("hard", "soft", "median")
 KEYS = (*(("image", vote) for vote in VOTES), *(("well", vote) for vote in VOTES), ("cell", "hard"))
 """Level and vote of all scores, in the order in which they are shown."""
 TOP = 5
@@ -252,139 +249,117 @@ SIGNIFICANT = 0.05
 FEWEST_WELLS = 6
 """With fewer wells McNemar's test over wells cannot come to less than 5 %: 2 / 2**5 = 0.0625."""
 
-COLUMNS = """unit_id, well_id, plate_id, subset, truth, predicted, confidence, truth_rank,
-    truth_probability, tie, control IS NOT NULL AS control, abstained"""
-# Levels are written out, so that DuckDB leaves out the parts of the view that are not asked for;
-# one at a time takes a fifth less than both at once, and less memory.
-VOTES_OF = {
-    level: f"""
-    SELECT level, vote, {COLUMNS} FROM scored_predictions
-    WHERE run_id = ? AND level = '{level}' ORDER BY vote, unit_id, subset
-    """  # noqa: S608 - our own words
-    for level in ("image", "well")
-}
-CELLS = f"""
-    SELECT {COLUMNS} FROM scored_predictions
-    WHERE run_id = ? AND level = 'cell' AND list_contains(?, subset) ORDER BY unit_id
+CLASS_NAMES = """
+    SELECT value, row_number() OVER (ORDER BY value) - 1 AS code FROM (
+        SELECT value FROM labels
+        UNION SELECT truth FROM run_images WHERE list_contains(?, run_id) AND truth IS NOT NULL
+    )
+"""
+# Levels are written out, so that DuckDB skips the parts of the view that are not asked for; one at
+# a time takes a fifth less than both at once, and less memory. Labels are numbers in an answer: a
+# text per row would be most of its memory.
+ANSWERS = f"""
+    SELECT list_position({list(VOTES)}, s.vote) - 1 AS vote, s.unit_id, s.well_id, s.plate_id,
+        list_position({list(SUBSETS)}, s.subset) - 1 AS subset, t.code AS truth,
+        p.code AS predicted, coalesce(s.confidence, 'nan') AS confidence,
+        coalesce(s.truth_rank, 0) AS truth_rank,
+        coalesce(s.truth_probability, 'nan') AS probability, s.tie,
+        s.control IS NOT NULL AS control, s.abstained IS NOT NULL AS abstained
+    FROM scored_predictions AS s
+    JOIN class_names AS t ON t.value = s.truth
+    JOIN class_names AS p ON p.value = s.predicted
+    WHERE s.run_id = ? AND s.level = '{{level}}' AND list_contains(?, s.subset)
+    ORDER BY s.vote, s.unit_id, s.subset
 """  # noqa: S608 - our own words
-RIVAL_ANSWERS = {
-    level: f"""
+RIVAL_ANSWERS = """
     SELECT unit_id, predicted = truth AS correct FROM scored_predictions
     WHERE run_id = ? AND level = '{level}' AND vote = 'hard' AND list_contains(?, subset)
     ORDER BY unit_id, subset
-    """  # noqa: S608 - our own words
-    for level in ("image", "well", "cell")
-}
-TRAINING_LABELS = """
-    SELECT l.value FROM split_members AS m JOIN labels AS l ON l.id = m.label_id
-    WHERE m.split_id = ? AND m.subset = 'train'
 """
-CLASSES = "SELECT count(DISTINCT label_id) FROM split_members WHERE split_id = ?"
+ABOUT_RUN = """
+    SELECT
+        (SELECT count(DISTINCT label_id) FROM split_members WHERE split_id = $split) AS classes,
+        (
+            SELECT l.value FROM split_members AS m JOIN labels AS l ON l.id = m.label_id
+            WHERE m.split_id = $split AND m.subset = 'train'
+            GROUP BY l.value ORDER BY count(*) DESC, l.value LIMIT 1
+        ) AS majority
+"""
 SEEN = "SELECT DISTINCT well_id FROM run_images WHERE run_id = ? AND well_in_training"
-
-
-def report(
-    workspace: Workspace,
-    run: str = "latest",
-    *,
-    compare: str | None = None,
-    rules: VoteRules | None = None,
-    force: bool = False,
-) -> ReportResult:
-    """Score a predict run (a number or ``latest``) against the labels of its split.
-
-    Images that the network was trained on count only with ``force``, and the result says so.
-    ``compare``: another predict run to put beside it, on the images that both have labelled.
-    ``rules`` say which images and wells have an answer; what a quality-control run has flagged has
-    no vote if they say so, and the result says how much that is.
-
-    Raises:
-        UnknownNameError: there is no such predict run, or quality-control run.
-        UserInputError: the run has labelled nothing, or only images it was trained on; no image has
-            an answer by ``rules``; or the quality-control run has not looked at these images or
-            cells.
-    """
-    with gathered(workspace, run, compare=compare, rules=rules, force=force) as (_, _, result, _):
-        return result
-
-
-@contextmanager
-def gathered(
-    workspace: Workspace,
-    run: str = "latest",
-    *,
-    compare: str | None = None,
-    rules: VoteRules | None = None,
-    force: bool = False,
-) -> Iterator[tuple[Questions, Subject, ReportResult, pa.Table]]:
-    """Open the store for the report on a run, with the report and the votes of its images.
-
-    Of the votes: one row per image and vote that has an answer, with the columns of ``VOTES_OF``
-    and ``correct``. Arguments as in :func:`report`.
-    """
-    subject = find_subject(workspace, run, rules)
-    other = None if compare is None else find_subject(workspace, compare, subject.rules)
-    about = {item.run.id for item in (subject, other) if item is not None}
-    about |= {rival.id for rivals in subject.rivals.values() for rival in rivals}
-    with open_questions(workspace, rules=subject.rules, runs=about) as questions:
-        run_id = subject.run.id
-        votes = pa.concat_tables([questions.ask(query, [run_id]) for query in VOTES_OF.values()])
-        of_images = rows_of(votes, *HEADLINE)["subset"].value_counts().to_pylist()
-        counts = {row["values"]: row["counts"] for row in of_images}
-        subsets = chosen_subsets(counts, subject, force=force)
-        votes = votes.filter(pc.is_in(votes["subset"], pa.array(subsets)))
-        cells = questions.ask(CELLS, [run_id, list(subsets)])
-        result = scored(questions, subject, answers_of(votes, cells), counts, subsets)
-        if other is not None:
-            from .comparison import compare_subjects
-
-            compared = compare_subjects(questions, subject, other, force=force)
-            result = replace(result, comparison=compared)
-        images = votes.filter(
-            pc.and_(pc.equal(votes["level"], "image"), pc.is_null(votes["abstained"]))
+TARGETS = """
+    SELECT DISTINCT name, target FROM treatments
+    WHERE name IS NOT NULL AND target IS NOT NULL
+"""
+SEPARATOR = "|"
+"""Between the genes of a compound that has several, as the readers of plate maps write it."""
+WELLS = """
+    SELECT w.id, w.plate_id, p.barcode AS plate, w.name FROM wells AS w
+    JOIN plates AS p ON p.id = w.plate_id
+    JOIN (SELECT unnest(?::BIGINT[]) AS id) AS asked ON asked.id = w.id
+    ORDER BY p.barcode, w.well_row, w.well_column
+"""
+ALL_IMAGES = """
+    SELECT count(DISTINCT s.image_id) AS images, count(*) AS cells
+    FROM predictions AS p
+    JOIN cells AS c ON c.id = p.cell_id
+    JOIN segmentations AS s ON s.id = c.segmentation_id
+    JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = s.image_id
+    WHERE p.run_id = ? AND p.rank = 1 AND c.excluded IS NULL AND ri.truth IS NOT NULL
+        AND list_contains(?, ri.subset) AND (? OR ri.control IS NULL)
+        AND NOT EXISTS (
+            FROM excluded_images AS e WHERE e.image_id = s.image_id AND e.source = 'annotation'
         )
-        correct = pc.equal(images["predicted"], images["truth"])
-        yield questions, subject, result, images.append_column("correct", correct)
+        AND NOT EXISTS (
+            FROM later_exclusions AS e
+            WHERE e.level = 'cell' AND e.id = p.cell_id AND e.source = 'annotation'
+        )
+"""
+ANNOTATED = """
+    SELECT level, count(DISTINCT id) AS n FROM later_exclusions WHERE source = 'annotation'
+    GROUP BY level ORDER BY level
+"""
+UNLABELLED = """
+    SELECT count(*) AS images FROM split_members AS m
+    WHERE m.split_id = ? AND list_contains(?, m.subset) AND m.image_id NOT IN (
+        SELECT image_id FROM predictions_with_image WHERE run_id = ? AND NOT excluded
+    )
+"""
 
 
 @dataclass(frozen=True)
 class Subject:
     """The predict run that a report is about, with the split that it is measured by.
 
-    ``rules`` say which images and cells have a vote: ``rules.exclude_flagged`` is the number of the
-    quality-control run whose flagged ones have none. ``baseline``: which it labelled with, if any;
-    ``rivals``: finished runs of the baselines of its split, the newest first; ``feature_leak``:
-    that its features know labels of the scored images, if they do.
+    ``vote_options`` say which images and cells have a vote, ``qc_run_id`` the quality-control run
+    whose flagged ones have none. ``baseline``: which it labelled with, if any; ``rivals``: finished
+    runs of the baselines of its split, the newest first; ``feature_leak``: that its features know
+    labels of the scored images, if they do.
     """
 
     run: Run
     split: Split
     top_k: int | None
-    rules: VoteRules
+    vote_options: VoteOptions
+    qc_run_id: int | None
     qc_notes: tuple[str, ...]
     baseline: str | None
     rivals: dict[str, list[Run]]
     feature_leak: str | None
 
-    @property
-    def qc_run_id(self) -> int | None:
-        """The quality-control run whose flagged images and cells have no vote."""
-        flagged = self.rules.exclude_flagged
-        return None if flagged is None else int(flagged)
 
-
-def find_subject(workspace: Workspace, reference: str, rules: VoteRules | None = None) -> Subject:
+def find_subject(
+    workspace: Workspace, reference: str, vote_options: VoteOptions | None = None
+) -> Subject:
     """Return the predict run of this name; a train run stands for its latest predict run."""
-    rules = rules or VoteRules()
     with workspace.database.read() as session:
-        run = predict_run(session, reference)
+        run = find_predict_run(session, reference)
         parent = session.get(Run, run.parent_id) if run.parent_id else None
         split_id = run.split_id or (parent.split_id if parent else None)
         if split_id is None:
             raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
         recipe = session.get_one(Recipe, run.recipe_id)
         taught = None if parent is None else session.get_one(Recipe, parent.recipe_id)
-        qc, notes = flags_on(session, rules.exclude_flagged, run)
+        options, notes = with_flags(session, vote_options or VoteOptions(), run)
         trained = aliased(Run)
         kind = Recipe.parameters["baseline"].as_string()
         query = (
@@ -403,7 +378,8 @@ def find_subject(workspace: Workspace, reference: str, rules: VoteRules | None =
             run,
             session.get_one(Split, split_id),
             recipe.parameters.get("top_k"),
-            replace(rules, exclude_flagged=None if qc is None else str(qc)),
+            options,
+            None if options.exclude_flagged is None else int(options.exclude_flagged),
             notes,
             baseline=None if taught is None else taught.parameters.get("baseline"),
             rivals={name: rivals[name] for name in BASELINES if name in rivals},
@@ -413,19 +389,178 @@ def find_subject(workspace: Workspace, reference: str, rules: VoteRules | None =
         )
 
 
+@dataclass(frozen=True)
+class Answers:
+    """N answers of one level and vote beside their truth: (N,) arrays.
+
+    ``subset`` is an index of ``SUBSETS``; ``truth`` and ``predicted`` are indices of the sorted
+    ``labels``. ``probability`` is what was given to the truth, NaN where that is not known;
+    ``truth_rank`` the rank of the truth among the choices, counting from 1, 0 where it was not
+    among them. ``correct``: whether each answer is right, also where the vote abstained.
+    """
+
+    labels: tuple[str, ...]
+    unit: NDArray[np.int64]
+    well: NDArray[np.int64]
+    plate: NDArray[np.int64]
+    subset: NDArray[np.int64]
+    truth: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    probability: NDArray[np.float64]
+    truth_rank: NDArray[np.int64]
+    tie: NDArray[np.bool_]
+    control: NDArray[np.bool_]
+    abstained: NDArray[np.bool_]
+    correct: NDArray[np.bool_]
+
+    def where(self, mask: NDArray[np.bool_]) -> Answers:
+        """Return the answers for which ``mask`` is true."""
+        if mask.all():
+            return self
+        arrays = [item.name for item in fields(self) if item.name != "labels"]
+        return replace(self, **{name: getattr(self, name)[mask] for name in arrays})
+
+    @property
+    def given(self) -> Answers:
+        """Those that did not abstain."""
+        return self.where(~self.abstained)
+
+
+ByKey = Mapping[tuple[str, str], Answers]
+
+
+def read_answers(
+    questions: Questions, run_id: int, level: str, subsets: Sequence[str], labels: tuple[str, ...]
+) -> dict[tuple[str, str], Answers]:
+    """Return the answers of a run at one level, by level and vote, in order of unit."""
+    found = questions.ask_ours(ANSWERS.format(level=level), [run_id, list(subsets)]).arrays()
+    truth, predicted = found["truth"].astype(np.int64), found["predicted"].astype(np.int64)
+    every = Answers(
+        labels=labels,
+        unit=found["unit_id"].astype(np.int64),
+        well=found["well_id"].astype(np.int64),
+        plate=found["plate_id"].astype(np.int64),
+        subset=found["subset"].astype(np.int64),
+        truth=truth,
+        predicted=predicted,
+        # Sums of many shares may be a hair above 1.
+        confidence=np.clip(found["confidence"].astype(np.float64), 0, 1),
+        probability=np.clip(found["probability"].astype(np.float64), 0, 1),
+        truth_rank=found["truth_rank"].astype(np.int64),
+        tie=found["tie"].astype(bool),
+        control=found["control"].astype(bool),
+        abstained=found["abstained"].astype(bool),
+        correct=truth == predicted,
+    )
+    return {
+        (level, vote): every.where(found["vote"] == VOTES.index(vote))
+        for key_level, vote in KEYS
+        if key_level == level
+    }
+
+
+def report(
+    workspace: Workspace,
+    run: str = "latest",
+    *,
+    compare: str | None = None,
+    vote_options: VoteOptions | None = None,
+    force: bool = False,
+) -> ReportResult:
+    """Score a predict run (a number or ``latest``) against the labels of its split.
+
+    Images that the network was trained on count only with ``force``, and the result says so.
+    ``compare``: another predict run to put beside it, on the images that both have labelled.
+    ``vote_options`` say which images and wells have an answer; what a quality-control run has
+    flagged has no vote if they say so, and the result says how much that is.
+
+    Raises:
+        UnknownNameError: there is no such predict run, or quality-control run.
+        UserInputError: the run has labelled nothing, or only images it was trained on; no image has
+            an answer by ``vote_options``; or the quality-control run has not looked at these images
+            or cells.
+    """
+    with open_report(workspace, run, compare=compare, vote_options=vote_options, force=force) as (
+        _,
+        _,
+        result,
+        _,
+    ):
+        return result
+
+
+@contextmanager
+def open_report(
+    workspace: Workspace,
+    run: str = "latest",
+    *,
+    compare: str | None = None,
+    vote_options: VoteOptions | None = None,
+    force: bool = False,
+) -> Iterator[tuple[Questions, Subject, ReportResult, ByKey]]:
+    """Open the store for the report on a run; yield it with the answers that it scores.
+
+    Arguments and errors as in :func:`report`.
+    """
+    subject = find_subject(workspace, run, vote_options)
+    other = None if compare is None else find_subject(workspace, compare, subject.vote_options)
+    about = {item.run.id for item in (subject, other) if item is not None}
+    about |= {rival.id for rivals in subject.rivals.values() for rival in rivals}
+    with open_questions(workspace, vote_options=subject.vote_options, runs=about) as questions:
+        questions.keep("class_names", CLASS_NAMES, [list(about)])
+        names = questions.ask_ours("SELECT value FROM class_names ORDER BY code").rows()
+        labels = tuple(value for (value,) in names)
+        run_id = subject.run.id
+        votes = read_answers(questions, run_id, "image", SUBSETS, labels)
+        votes |= read_answers(questions, run_id, "well", SUBSETS, labels)
+        images = np.bincount(votes[HEADLINE].subset, minlength=len(SUBSETS))
+        counts = {name: int(n) for name, n in zip(SUBSETS, images, strict=True) if n}
+        subsets = chosen_subsets(counts, subject, force=force)
+        scored = [SUBSETS.index(name) for name in subsets]
+        answers = {key: item.where(np.isin(item.subset, scored)) for key, item in votes.items()}
+        answers |= read_answers(questions, run_id, "cell", subsets, labels)
+        result = score_answers(questions, subject, answers, counts, subsets)
+        if other is not None:
+            from .comparison import compare_subjects
+
+            compared = compare_subjects(questions, subject, other, force=force)
+            result = replace(result, comparison=compared)
+        yield questions, subject, result, answers
+
+
+def image_rows(answers: ByKey) -> list[dict[str, Any]]:
+    """Return the scored votes of images that have an answer, one record each."""
+    rows = []
+    for vote in VOTES:
+        given = answers["image", vote].given
+        columns = {
+            "unit_id": given.unit.tolist(),
+            "well_id": given.well.tolist(),
+            "truth": [given.labels[code] for code in given.truth.tolist()],
+            "predicted": [given.labels[code] for code in given.predicted.tolist()],
+            "confidence": given.confidence.tolist(),
+            "tie": given.tie.tolist(),
+            "correct": given.correct.tolist(),
+        }
+        for values in zip(*columns.values(), strict=True):
+            rows.append({"vote": vote, **dict(zip(columns, values, strict=True))})
+    return rows
+
+
 def chosen_subsets(counts: Mapping[str, int], subject: Subject, *, force: bool) -> tuple[str, ...]:
     """Return the subsets of the split to score, of those that have labelled images.
 
     Raises:
         UserInputError: there are none, or only training images and ``force`` is off.
     """
-    run_id, qc_run = subject.run.id, subject.qc_run_id
-    if not counts and qc_run is not None:
+    run_id = subject.run.id
+    if not counts and subject.qc_run_id is not None:
         raise UserInputError(
-            f"Quality-control run {qc_run} has flagged all images that run {run_id} has labelled. "
-            "Score them without --exclude-flagged."
+            f"Quality-control run {subject.qc_run_id} has flagged all images that run {run_id} has "
+            "labelled. Score them without --exclude-flagged."
         )
-    if not counts and not subject.rules.controls:
+    if not counts and not subject.vote_options.controls:
         raise UserInputError(
             f"Run {run_id} has labelled no image of a treated well whose truth is known. "
             "Score it without --no-controls."
@@ -447,115 +582,29 @@ def chosen_subsets(counts: Mapping[str, int], subject: Subject, *, force: bool) 
     )
 
 
-@dataclass(frozen=True)
-class Answers:
-    """N answers of one level and vote beside their truth: (N,) arrays.
-
-    ``truth`` and ``predicted`` are indices of the sorted ``labels``. ``probability`` is what was
-    given to the truth, NaN where that is not known; ``truth_rank`` the rank of the truth among the
-    choices, counting from 1, 0 where it was not among them.
-    """
-
-    labels: tuple[str, ...]
-    unit: NDArray[np.int64]
-    well: NDArray[np.int64]
-    plate: NDArray[np.int64]
-    truth: NDArray[np.int64]
-    predicted: NDArray[np.int64]
-    confidence: NDArray[np.float64]
-    probability: NDArray[np.float64]
-    truth_rank: NDArray[np.int64]
-    tie: NDArray[np.bool_]
-    control: NDArray[np.bool_]
-    abstained: NDArray[np.bool_]
-
-    @property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether each answer is right, also where the vote abstained."""
-        right: NDArray[np.bool_] = self.truth == self.predicted
-        return right
-
-    def where(self, mask: NDArray[np.bool_]) -> Answers:
-        """Return the answers for which ``mask`` is true."""
-        if mask.all():
-            return self
-        arrays = [item.name for item in fields(self) if item.name != "labels"]
-        return replace(self, **{name: getattr(self, name)[mask] for name in arrays})
-
-    @property
-    def given(self) -> Answers:
-        """Those that did not abstain."""
-        return self.where(~self.abstained)
-
-
-ByKey = Mapping[tuple[str, str], Answers]
-
-
-def answers_of(votes: pa.Table, cells: pa.Table) -> ByKey:
-    """Return the answers by level and vote, of rows of ``VOTES_OF`` and ``CELLS``."""
-    named = [table[name] for table in (votes, cells) for name in ("truth", "predicted")]
-    labels = tuple(sorted({str(x) for column in named for x in pc.unique(column).to_pylist()}))
-    answers = {}
-    for level, vote in KEYS:
-        rows = cells if level == "cell" else rows_of(votes, level, vote)
-        # Sums of many shares may be a hair above 1.
-        share, probability = (
-            np.clip(pc.fill_null(rows[name].cast(pa.float64()), np.nan).to_numpy(), 0, 1)
-            for name in ("confidence", "truth_probability")
-        )
-        answers[level, vote] = Answers(
-            labels=labels,
-            unit=numbers_of(rows["unit_id"]),
-            well=numbers_of(rows["well_id"]),
-            plate=numbers_of(rows["plate_id"]),
-            truth=codes_of(rows["truth"], labels),
-            predicted=codes_of(rows["predicted"], labels),
-            confidence=share,
-            probability=probability,
-            truth_rank=numbers_of(pc.fill_null(rows["truth_rank"], 0)),
-            tie=rows["tie"].to_numpy(),
-            control=rows["control"].to_numpy(),
-            abstained=pc.is_valid(rows["abstained"]).to_numpy(),
-        )
-    return answers
-
-
-def rows_of(votes: pa.Table, level: str, vote: str) -> pa.Table:
-    """Return the rows of one level and vote."""
-    return votes.filter(pc.and_(pc.equal(votes["level"], level), pc.equal(votes["vote"], vote)))
-
-
-def numbers_of(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return whole numbers as an array."""
-    return np.asarray(column.to_numpy(), dtype=np.int64)
-
-
-def codes_of(column: pa.ChunkedArray, labels: Sequence[str]) -> NDArray[np.int64]:
-    """Return the indices of texts in ``labels``."""
-    return numbers_of(pc.index_in(column.cast(pa.string()), pa.array(labels, pa.string())))
-
-
-def scored(
+def score_answers(
     questions: Questions,
     subject: Subject,
     answers: ByKey,
     counts: Mapping[str, int],
     subsets: tuple[str, ...],
 ) -> ReportResult:
-    """Return the report on ``answers``; ``counts``: labelled images by subset, of all subsets."""
-    run, split, rules = subject.run, subject.split, subject.rules
+    """Return the report on ``answers``; ``counts``: labelled images by subset, of all subsets.
+
+    Raises:
+        UserInputError: no image has an answer.
+    """
+    run, split, options = subject.run, subject.split, subject.vote_options
     images, cells = answers[HEADLINE], answers["cell", "hard"]
     if not images.given.unit.size:
         raise UserInputError(
             f"No image that run {run.id} has labelled has an answer by these rules. "
             "Lower --min-cells or --min-margin."
         )
-    classes = int(questions.ask(CLASSES, [split.id])[0][0].as_py())
-    training = questions.ask(TRAINING_LABELS, [split.id])["value"].to_pylist()
-    majority = str(statistics.majority_baseline(training, training)[0]) if training else None
-    enough_choices = subject.top_k is None or subject.top_k >= TOP
-    top = classes > TOP and enough_choices
-    known = questions.ask(SEEN, [run.id])["well_id"].to_numpy()
+    (about,) = questions.ask_ours(ABOUT_RUN, {"split": split.id}).records()
+    classes, majority = int(about["classes"]), about["majority"]
+    top = classes > TOP and (subject.top_k is None or subject.top_k >= TOP)
+    known = questions.ask_ours(SEEN, [run.id]).arrays()["well_id"].astype(np.int64)
     wells = np.unique(images.well)
     seen = int(np.isin(wells, known).sum())
     leak = f"None of the {wells.size:,} wells scored here was seen in training."
@@ -565,24 +614,35 @@ def scored(
             "learned from other images of the same wells. These scores are for wells that it "
             "knows, not for new ones."
         )
-
-    def scores_where(keep: Callable[[Answers], NDArray[np.bool_]]) -> tuple[Score, ...]:
-        """The scores of a part; empty if that is all there is, or nothing."""
-        masks = {key: keep(item) for key, item in answers.items()}
-        if all(mask.all() for mask in masks.values()):
-            return ()
-        part = {key: answers[key].where(mask) for key, mask in masks.items()}
-        return scores_of(part, majority, top=top)
-
     flagged = (0, 0)
     if subject.qc_run_id is not None:
-        row = questions.ask(ALL_IMAGES, [run.id, list(subsets), rules.controls]).to_pylist()[0]
+        values = [run.id, list(subsets), options.controls]
+        (row,) = questions.ask_ours(ALL_IMAGES, values).records()
         flagged = (row["images"] - images.unit.size, row["cells"] - cells.unit.size)
-    scores = scores_of(answers, majority, top=top)
+    parts: list[tuple[Score, ...]] = []
+    for masks in (
+        {key: ~np.isin(item.well, known) for key, item in answers.items()},
+        {key: ~item.control for key, item in answers.items()},
+    ):
+        every = all(mask.all() for mask in masks.values())  # then it says nothing new
+        part = {key: answers[key].where(mask) for key, mask in masks.items()}
+        parts.append(() if every else scores_of(part, majority, top=top))
     baselines = score_rivals(questions, subject, subsets, answers)
     n_wells = np.unique(images.given.well).size
     beats, against = against_nulls(baselines, subject.baseline, n_wells, split.name)
-    targets = read_targets(questions, split.field)
+    targets: dict[str, set[str]] = defaultdict(set)
+    if split.field == PERTURBATION:  # otherwise the labels are no compounds
+        for name, target in questions.ask_ours(TARGETS).rows():
+            targets[name] |= set(target.split(SEPARATOR)) - {""}
+    genes = [frozenset(targets.get(label, ())) for label in images.labels]
+    close = same_target(images, genes)
+    positions = questions.ask_ours(WELLS, [wells.tolist()]).records()
+    plates = {row["plate"]: images.plate == row["plate_id"] for row in positions}
+    codes: dict[str, list[int]] = defaultdict(list)  # a compound of several genes counts for each
+    for code in np.unique(images.truth).tolist():
+        for gene in genes[code]:
+            codes[gene].append(code)
+    by_gene = {gene: np.isin(images.truth, some) for gene, some in sorted(codes.items())}
     return ReportResult(
         run_id=run.id,
         train_run_id=run.parent_id,
@@ -601,21 +661,21 @@ def scored(
         leaks=seen > 0,
         leak=leak,
         notes=notes_on(questions, subject, counts, subsets, flagged),
-        scores=scores,
+        scores=scores_of(answers, majority, top=top),
         qc_run_id=subject.qc_run_id,
         images_flagged=flagged[0],
         cells_flagged=flagged[1],
         baselines=baselines,
         beats_nulls=beats,
         against_nulls=against,
-        unseen=scores_where(lambda item: ~np.isin(item.well, known)),
-        without_controls=scores_where(lambda item: ~item.control),
-        by_class=by_class(images, targets),
-        by_plate=by_plate(questions, images, targets),
-        by_target=by_target(images, targets),
-        by_well=by_well(questions, images, answers["well", "hard"], set(known.tolist())),
+        unseen=parts[0],
+        without_controls=parts[1],
+        by_class=by_class(images, close, genes),
+        by_plate=score_groups(images, close, plates),
+        by_target=score_groups(images, close, by_gene),
+        by_well=by_well(positions, images, answers["well", "hard"], set(known.tolist())),
         calibration=calibration_of(answers),
-        rules=rules,
+        vote_options=options,
     )
 
 
@@ -639,9 +699,8 @@ def scores_of(answers: ByKey, majority: str | None, *, top: bool) -> tuple[Score
         given = every.given
         if not given.unit.size:
             continue
-        right = given.correct
         counts = statistics.class_counts(given.truth, given.predicted, len(given.labels))
-        low, high = bootstrap_interval(right, given.well) or (None, None)
+        low, high = bootstrap_interval(given.correct, given.well) or (None, None)
         always = None
         if majority is not None:
             code = given.labels.index(majority) if majority in given.labels else -1
@@ -656,21 +715,21 @@ def scores_of(answers: ByKey, majority: str | None, *, top: bool) -> tuple[Score
             Score(
                 level=level,
                 vote=vote,
-                n=right.size,
-                correct=int(right.sum()),
-                accuracy=float(right.mean()),
+                n=given.unit.size,
+                correct=int(given.correct.sum()),
+                accuracy=float(given.correct.mean()),
                 low=low,
                 high=high,
                 majority=always,
                 balanced_accuracy=counts.balanced_accuracy,
                 macro_f1=counts.macro_f1,
                 top_5=float(np.mean(in_top)) if top else None,
-                ece=statistics.expected_calibration_error(given.confidence, right),
+                ece=statistics.calibration(given.confidence, given.correct).error,
                 ties=int(given.tie.sum()),
                 log_loss=None if missing else statistics.log_loss(given.probability),
                 log_loss_missing=missing,
                 abstained=int(every.abstained.sum()),
-                coverage=right.size / every.unit.size,
+                coverage=given.unit.size / every.unit.size,
             )
         )
     return tuple(found)
@@ -722,7 +781,7 @@ def score_rivals(
 ) -> tuple[BaselineScore, ...]:
     """Score the newest run of each baseline that has labelled all images that are scored.
 
-    A level of which it lacks some is left out. Where a rule lets a baseline abstain, its answer
+    A level of which it lacks some is skipped. Where an option lets a baseline abstain, its answer
     counts all the same: it is scored on the very images that are scored.
     """
     found: list[BaselineScore] = []
@@ -731,13 +790,14 @@ def score_rivals(
             scores = []
             for level in ("image", "well", "cell"):
                 own = answers[level, "hard"].given
-                rows = questions.ask(RIVAL_ANSWERS[level], [run.id, list(subsets)])
-                rows = rows.filter(pc.is_in(rows["unit_id"], pa.array(own.unit)))
-                if not own.unit.size or not np.array_equal(rows["unit_id"].to_numpy(), own.unit):
+                query = RIVAL_ANSWERS.format(level=level)
+                rows = questions.ask_ours(query, [run.id, list(subsets)]).arrays()
+                common = np.isin(rows["unit_id"], own.unit)
+                right = rows["correct"][common].astype(bool)
+                if not own.unit.size or not np.array_equal(rows["unit_id"][common], own.unit):
                     if level == "image":
                         break
                     continue
-                right = rows["correct"].to_numpy()
                 low, high = bootstrap_interval(right, own.well) or (None, None)
                 _, test, better = paired_test(own.correct, right, own.well)
                 scores.append(
@@ -797,36 +857,6 @@ def against_nulls(
     return True, f"Better per image than every null baseline: {named(nulls)}; {test}."
 
 
-# Notes
-
-ALL_IMAGES = """
-    SELECT count(DISTINCT s.image_id) AS images, count(*) AS cells
-    FROM predictions AS p
-    JOIN cells AS c ON c.id = p.cell_id
-    JOIN segmentations AS s ON s.id = c.segmentation_id
-    JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = s.image_id
-    WHERE p.run_id = ? AND p.rank = 1 AND c.excluded IS NULL AND ri.truth IS NOT NULL
-        AND list_contains(?, ri.subset) AND (? OR ri.control IS NULL)
-        AND NOT EXISTS (
-            FROM excluded_images AS e WHERE e.image_id = s.image_id AND e.source = 'annotation'
-        )
-        AND NOT EXISTS (
-            FROM later_exclusions AS e
-            WHERE e.level = 'cell' AND e.id = p.cell_id AND e.source = 'annotation'
-        )
-"""
-ANNOTATED = """
-    SELECT level, count(DISTINCT id) AS n FROM later_exclusions WHERE source = 'annotation'
-    GROUP BY level ORDER BY level
-"""
-UNLABELLED = """
-    SELECT count(*) AS images FROM split_members AS m
-    WHERE m.split_id = ? AND list_contains(?, m.subset) AND m.image_id NOT IN (
-        SELECT image_id FROM predictions_with_image WHERE run_id = ? AND NOT excluded
-    )
-"""
-
-
 def notes_on(
     questions: Questions,
     subject: Subject,
@@ -835,7 +865,7 @@ def notes_on(
     flagged: tuple[int, int],
 ) -> tuple[str, ...]:
     """Return what a reader must know of the scored images, a sentence each."""
-    run, rules = subject.run, subject.rules
+    run, options = subject.run, subject.vote_options
     notes = [subject.feature_leak] if subject.feature_leak else []
     trained_on = counts.get(Subset.TRAIN.value, 0)
     if Subset.TRAIN.value in subsets:
@@ -848,14 +878,14 @@ def notes_on(
         notes.append("Images that the split does not name are scored by their treatment.")
     if run.status != Status.DONE:
         notes.append(f"The run is {Status(run.status).value}, so images may be missing here.")
-    if rules.min_cells > 1:
-        notes.append(f"Images and wells with fewer than {rules.min_cells} cells have no answer.")
-    if rules.min_margin > 0:
+    if options.min_cells > 1:
+        notes.append(f"Images and wells with fewer than {options.min_cells} cells have no answer.")
+    if options.min_margin > 0:
         notes.append(
             "Images and wells have no answer where the share of the first label is less than "
-            f"{100 * rules.min_margin:g} % above that of the second."
+            f"{100 * options.min_margin:g} % above that of the second."
         )
-    if not rules.controls:
+    if not options.controls:
         notes.append("Control wells are left out.")
     if subject.qc_run_id is not None:
         notes += subject.qc_notes
@@ -863,53 +893,30 @@ def notes_on(
             f"Left out, because quality-control run {subject.qc_run_id} flagged them: "
             f"{flagged[0]:,} images and {flagged[1]:,} cells, those of the images included."
         )
-    if annotated := questions.rows_ours(ANNOTATED):
+    if annotated := questions.ask_ours(ANNOTATED).records():
         named = ", ".join(f"{row['n']:,} {row['level']}{'s'[: row['n'] != 1]}" for row in annotated)
         notes.append(f"Excluded by annotations, so that their cells have no vote: {named}.")
     if run.status == Status.DONE:
-        unlabelled = questions.ask(UNLABELLED, [subject.split.id, list(subsets), run.id])
-        images = unlabelled["images"][0].as_py()
-        if images:
+        values = [subject.split.id, list(subsets), run.id]
+        ((unlabelled,),) = questions.ask_ours(UNLABELLED, values).rows()
+        if unlabelled:
             notes.append(
-                f"{images:,} images of the scored subset have no label by this run, so no score "
-                "counts them: no cell was found in them, or the run was not asked to label them."
+                f"{unlabelled:,} images of the scored subset have no label by this run, so no "
+                "score counts them: no cell was found in them, or the run was not asked to label "
+                "them."
             )
     return tuple(notes)
 
 
 # Classes, targets, plates and wells
 
-TARGETS = """
-    SELECT DISTINCT name, target FROM treatments
-    WHERE name IS NOT NULL AND target IS NOT NULL
-"""
-WELLS = """
-    SELECT w.id, p.barcode AS plate, w.name FROM wells AS w
-    JOIN plates AS p ON p.id = w.plate_id
-    JOIN (SELECT unnest(?::BIGINT[]) AS id) AS asked ON asked.id = w.id
-    ORDER BY p.barcode, w.well_row, w.well_column
-"""
-SEPARATOR = "|"
-"""Between the genes of a compound that has several, as the readers of plate maps write it."""
 
-Targets = Mapping[str, frozenset[str]]
-"""The genes of each compound that has any."""
+def same_target(every: Answers, genes: Sequence[frozenset[str]]) -> NDArray[np.bool_]:
+    """Return (N,): whether the answer is another compound that shares a gene with the truth.
 
-
-def read_targets(questions: Questions, field: str) -> Targets:
-    """Return the genes of each compound; none where labels are genes themselves."""
-    if field != "perturbation":
-        return {}
-    found: dict[str, set[str]] = defaultdict(set)
-    for row in questions.ask(TARGETS).to_pylist():
-        found[row["name"]] |= set(row["target"].split(SEPARATOR)) - {""}
-    return {label: frozenset(genes) for label, genes in found.items() if genes}
-
-
-def same_target(every: Answers, targets: Targets) -> NDArray[np.bool_]:
-    """Return (N,): whether the answer is another compound that shares a gene with the truth."""
-    classes, none = len(every.labels), frozenset[str]()
-    genes = [targets.get(label, none) for label in every.labels]
+    ``genes``: those of each label, none where it is no compound.
+    """
+    classes = len(every.labels)
     pairs, pair_of = np.unique(every.truth * classes + every.predicted, return_inverse=True)
     shared = [
         truth != predicted and not genes[truth].isdisjoint(genes[predicted])
@@ -919,18 +926,19 @@ def same_target(every: Answers, targets: Targets) -> NDArray[np.bool_]:
     return close & ~every.abstained
 
 
-def by_class(every: Answers, targets: Targets) -> tuple[ClassScore, ...]:
+def by_class(
+    every: Answers, close: NDArray[np.bool_], genes: Sequence[frozenset[str]]
+) -> tuple[ClassScore, ...]:
     """Return the score of every label that is true or answered, in order of label."""
     given, size = every.given, len(every.labels)
     counts = statistics.class_counts(given.truth, given.predicted, size)
     abstained = np.bincount(every.truth[every.abstained], minlength=size)
-    close = np.bincount(every.truth[same_target(every, targets)], minlength=size)
+    same = np.bincount(every.truth[close], minlength=size)
     found = []
     for code, label in enumerate(given.labels):
         if not (counts.support[code] or counts.predicted[code] or abstained[code]):
             continue
-        own = given.truth == code
-        low, high, wells = _interval(given, own)
+        low, high, wells = _interval(given, given.truth == code)
         recall, precision = (
             None if np.isnan(shares[code]) else float(shares[code])
             for shares in (counts.recall, counts.precision)
@@ -938,14 +946,14 @@ def by_class(every: Answers, targets: Targets) -> tuple[ClassScore, ...]:
         found.append(
             ClassScore(
                 label=label,
-                target=SEPARATOR.join(sorted(targets[label])) if label in targets else None,
+                target=SEPARATOR.join(sorted(genes[code])) or None,
                 support=int(counts.support[code]),
                 predicted=int(counts.predicted[code]),
                 correct=int(counts.correct[code]),
                 recall=recall,
                 precision=precision,
                 f1=float(np.nan_to_num(counts.f1[code])),
-                same_target=int(close[code]),
+                same_target=int(same[code]),
                 wells=wells,
                 low=low,
                 high=high,
@@ -955,32 +963,10 @@ def by_class(every: Answers, targets: Targets) -> tuple[ClassScore, ...]:
     return tuple(found)
 
 
-def by_plate(questions: Questions, every: Answers, targets: Targets) -> tuple[GroupScore, ...]:
-    """Return the score of every plate with scored images, in order of barcode."""
-    rows = questions.ask("SELECT barcode, id FROM plates ORDER BY barcode").to_pylist()
-    scored_plates = set(np.unique(every.plate).tolist())
-    plates = {row["barcode"]: row["id"] for row in rows if row["id"] in scored_plates}
-    return _groups(every, targets, {name: every.plate == plate for name, plate in plates.items()})
-
-
-def by_target(every: Answers, targets: Targets) -> tuple[GroupScore, ...]:
-    """Return the score of the compounds of every gene, in order of gene; none without genes.
-
-    A compound of several genes counts for each of them.
-    """
-    codes: dict[str, list[int]] = defaultdict(list)
-    for code in np.unique(every.truth).tolist():
-        for gene in targets.get(every.labels[code], ()):
-            codes[gene].append(code)
-    masks = {gene: np.isin(every.truth, some) for gene, some in sorted(codes.items())}
-    return _groups(every, targets, masks)
-
-
-def _groups(
-    every: Answers, targets: Targets, masks: Mapping[str, NDArray[np.bool_]]
+def score_groups(
+    every: Answers, close: NDArray[np.bool_], masks: Mapping[str, NDArray[np.bool_]]
 ) -> tuple[GroupScore, ...]:
-    """The scores of parts of the images, each by its name; without those that have no answer."""
-    close = same_target(every, targets)
+    """Return the scores of parts of the images, each by its name; without those without answer."""
     found = []
     for name, mask in masks.items():
         given = mask & ~every.abstained
@@ -1007,9 +993,9 @@ def _groups(
 
 
 def by_well(
-    questions: Questions, every: Answers, wells: Answers, seen: set[int]
+    positions: Sequence[Mapping[str, Any]], every: Answers, wells: Answers, seen: set[int]
 ) -> tuple[WellScore, ...]:
-    """Return every scored well, in order of plate, row and column."""
+    """Return every scored well, in the order of ``positions``: plate, row and column."""
     given, votes = every.given, wells.given
     truth = dict(zip(every.well.tolist(), every.truth.tolist(), strict=True))
     number, right = Counter(given.well.tolist()), Counter(given.well[given.correct].tolist())
@@ -1017,7 +1003,7 @@ def by_well(
     for well, code in zip(votes.well.tolist(), votes.predicted.tolist(), strict=True):
         labels[well].add(code)
     found = []
-    for row in questions.ask(WELLS, [list(truth)]).to_pylist():
+    for row in positions:
         well = row["id"]
         # Two labels in two subsets of a split are no answer.
         answer = every.labels[min(labels[well])] if len(labels[well]) == 1 else None

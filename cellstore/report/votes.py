@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ..config import VoteRules
-from ..enums import Status, Subset
+from sqlalchemy import and_, select
+from sqlalchemy.orm import Session
+
+from ..config import VoteOptions
+from ..enums import Stage, Status, Subset
 from ..errors import UnknownNameError
+from ..jobs.lookup import run_in
 from ..jobs.workspace import Workspace
-from ..query.engine import open_questions
-from ..query.predict_runs import flags_on, predict_run
+from ..models import Cell, Prediction, Run, Segmentation
+from ..query.engine import Answer, open_questions
+from ..query.exclusions import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,7 +27,7 @@ VOTES = ("hard", "soft", "median")
 SUBSETS = (Subset.TEST.value, "outside", Subset.VALIDATION.value, Subset.TRAIN.value)
 """Subsets of a split, those that say most about new images first."""
 
-# Level and vote are written out, so that DuckDB leaves out the others.
+# Level and vote are written out, so that DuckDB skips the others.
 QUERY = """
     SELECT v.plate, v.well, {columns}, v.winner, v.votes, v.share, v.runner_up, v.margin,
         v.n_cells AS cells, v.tie, v.abstained, v.subset, v.truth, v.correct
@@ -41,24 +48,29 @@ PARTS = {
         "order": "v.subset",
     },
 }
+SUMMARY = """
+    SELECT subset, count(*) AS units, count(*) FILTER (tie) AS ties,
+        count(abstained) AS abstained, count(correct) AS n, count(*) FILTER (correct) AS correct
+    FROM counted_votes GROUP BY subset
+"""
 
 
 @dataclass(frozen=True)
 class SubsetVotes:
     """Answers of one subset of the split: ``n`` without abstentions and with a known truth.
 
-    ``accuracy``: ``correct / n``, None where nothing can be said.
+    ``accuracy``: ``correct / n``.
     """
 
     subset: str
     n: int
     correct: int
-    accuracy: float | None
+    accuracy: float
 
 
 @dataclass(frozen=True)
 class VotesResult:
-    """The votes of a predict run: one row of ``table`` per image, or well and subset of the split.
+    """The votes of a predict run; ``table`` holds their rows, where these were asked for.
 
     ``units``: how many images or wells there are, ``ties`` of which with a draw and ``abstained``
     without an answer. ``subsets``: those with a known truth, the test subset first if the run has
@@ -68,13 +80,13 @@ class VotesResult:
     run_id: int
     level: str
     vote: str
-    rules: VoteRules
+    vote_options: VoteOptions
     units: int
     ties: int
     abstained: int
     subsets: tuple[SubsetVotes, ...]
     notes: tuple[str, ...]
-    table: pa.Table = field(repr=False, compare=False)
+    table: pa.Table | None = field(default=None, repr=False, compare=False)
 
     @property
     def accuracy(self) -> float | None:
@@ -82,21 +94,25 @@ class VotesResult:
         return self.subsets[0].accuracy if self.subsets else None
 
 
-def count_votes(
+@contextmanager
+def open_votes(
     workspace: Workspace,
     run: str = "latest",
     *,
     level: str = "image",
     vote: str = "hard",
-    rules: VoteRules | None = None,
-) -> VotesResult:
+    vote_options: VoteOptions | None = None,
+    ties_only: bool = False,
+) -> Iterator[tuple[VotesResult, Answer]]:
     """Let the cells of every image, or well, vote, as a predict run has labelled them.
 
     ``vote``: hard (each cell counts once, for its first choice), soft (with its probabilities) or
-    median (of the probabilities that the cells gave). Columns of the table: plate, well, site and
-    image_id (or well_id), winner, votes (cells, summed probability, or the median), share (of the
-    cells), runner_up, margin (share above the runner-up's), cells, tie, abstained (few cells,
-    close, or null), subset, truth, correct. Ties are broken by summed probability, then label.
+    median (of the probabilities that the cells gave). The answer has one row per image, or well
+    and subset of the split: plate, well, site and image_id (or well_id), winner, votes (cells,
+    summed probability, or the median), share (of the cells), runner_up, margin (share above the
+    runner-up's), cells, tie, abstained (few cells, close, or null), subset, truth, correct. Ties
+    are broken by summed probability, then label. ``ties_only``: the answer has only rows with a
+    tie; the summary is of all.
 
     Raises:
         UnknownNameError: there is no such predict run, level, vote, or quality-control run.
@@ -105,39 +121,95 @@ def count_votes(
     for kind, given, known in (("level", level, LEVELS), ("vote", vote, VOTES)):
         if given not in known:
             raise UnknownNameError.of(kind, given, known)
-    rules = rules or VoteRules()
     with workspace.database.read() as session:
-        found = predict_run(session, run)
+        found = find_predict_run(session, run)
         run_id, status = found.id, Status(found.status)
-        flags, notes = flags_on(session, rules.exclude_flagged, found)
-    if flags is not None:
-        rules = replace(rules, exclude_flagged=str(flags))
+        options, notes = with_flags(session, vote_options or VoteOptions(), found)
     if status != Status.DONE:
         notes += (f"The run is {status.value}, so images may be missing here.",)
-    query = QUERY.format(level=level, vote=vote, **PARTS[level])
-    kept = level == "image" and vote != "median"
-    with open_questions(workspace, rules=rules, runs=[run_id], only_image_votes=kept) as questions:
-        table = questions.ask_ours(query, {"run": run_id})
-    correct_by_subset: dict[str, list[bool]] = {}
-    for subset, correct in zip(
-        table["subset"].to_pylist(), table["correct"].to_pylist(), strict=True
+    with open_questions(
+        workspace,
+        vote_options=options,
+        runs=[run_id],
+        only_image_votes=level == "image" and vote != "median",
+    ) as questions:
+        query = QUERY.format(level=level, vote=vote, **PARTS[level])
+        questions.keep("counted_votes", query, {"run": run_id})
+        counts = questions.ask_ours(SUMMARY).records()
+        by_subset = {row["subset"]: row for row in counts if row["n"]}
+        result = VotesResult(
+            run_id=run_id,
+            level=level,
+            vote=vote,
+            vote_options=options,
+            units=sum(row["units"] for row in counts),
+            ties=sum(row["ties"] for row in counts),
+            abstained=sum(row["abstained"] for row in counts),
+            subsets=tuple(
+                SubsetVotes(subset, row["n"], row["correct"], row["correct"] / row["n"])
+                for subset in SUBSETS
+                if (row := by_subset.get(subset))
+            ),
+            notes=notes,
+        )
+        yield result, questions.ask_ours(f"FROM counted_votes {'WHERE tie' if ties_only else ''}")
+
+
+def count_votes(
+    workspace: Workspace,
+    run: str = "latest",
+    *,
+    level: str = "image",
+    vote: str = "hard",
+    vote_options: VoteOptions | None = None,
+) -> VotesResult:
+    """Return what :func:`open_votes` yields, the rows as an Arrow table."""
+    with open_votes(workspace, run, level=level, vote=vote, vote_options=vote_options) as (
+        result,
+        answer,
     ):
-        if correct is not None:
-            correct_by_subset.setdefault(subset, []).append(correct)
-    subsets = tuple(
-        SubsetVotes(subset, len(some), sum(some), sum(some) / len(some))
-        for subset in SUBSETS
-        if (some := correct_by_subset.get(subset))
-    )
-    return VotesResult(
-        run_id=run_id,
-        level=level,
-        vote=vote,
-        rules=rules,
-        units=table.num_rows,
-        ties=sum(table["tie"].to_pylist()),
-        abstained=table.num_rows - table["abstained"].null_count,
-        subsets=subsets,
-        notes=notes,
-        table=table,
-    )
+        return replace(result, table=answer.table())
+
+
+def find_predict_run(session: Session, reference: str) -> Run:
+    """Return the predict run of this name; a train run stands for its latest predict run.
+
+    Raises:
+        UnknownNameError: there is no such run, or it has no predictions.
+    """
+    named = reference not in ("latest", "last")
+    run = run_in(session, reference, () if named else (Stage.PREDICT,))
+    if run.stage == Stage.TRAIN:
+        later = select(Run).where(Run.parent_id == run.id, Run.stage == Stage.PREDICT)
+        done = later.where(Run.status == Status.DONE).order_by(Run.id.desc()).limit(1)
+        run = session.scalars(done).first() or run
+    if run.stage != Stage.PREDICT:
+        raise UnknownNameError(
+            f"Run {run.id} ({Stage(run.stage).value}) has no predictions to report on. "
+            "Label images with a trained run first: cellstore predict"
+        )
+    return run
+
+
+def with_flags(
+    session: Session, options: VoteOptions, run: Run
+) -> tuple[VoteOptions, tuple[str, ...]]:
+    """Return the options with the number of the quality-control run, and what a reader must know.
+
+    Raises:
+        UnknownNameError: there is no such quality-control run.
+        UserInputError: it has not looked at what ``run`` has labelled.
+    """
+    if options.exclude_flagged is None:
+        return options, ()
+    qc = find_qc_run(session, options.exclude_flagged)
+    labelled = and_(Prediction.run_id == run.id, Prediction.rank == 1)
+    seen = select(Segmentation).join(Cell, Cell.segmentation_id == Segmentation.id)
+    seen = seen.join(Prediction, Prediction.cell_id == Cell.id).where(labelled)
+    images = seen.with_only_columns(Segmentation.image_id)
+    check_plates(session, qc, images)
+    for segment_id in session.scalars(seen.with_only_columns(Segmentation.recipe_id).distinct()):
+        check_cells(session, qc, segment_id)
+    unseen = count_unseen(session, qc, images)
+    notes = (unseen_note(qc, unseen),) if unseen else ()
+    return replace(options, exclude_flagged=str(qc.id)), notes

@@ -142,5 +142,11 @@ def _store(settings: StoreSettings | None) -> Iterator[Finding]:
         yield Finding("store", str(settings.root), "broken", str(error))
         return
     shown = workspace.database.shown
-    workspace.database.close()
     yield Finding("store", str(settings.root), "ok", shown)
+    try:
+        damage = workspace.database.damage(quick=True)
+    except CellstoreError as error:
+        damage = [str(error)]
+    workspace.database.close()
+    for reason in damage:
+        yield Finding("database", shown, "broken", f"{reason}. Put it back from a backup")

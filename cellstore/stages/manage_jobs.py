@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, exists, func, select, true, update
 from sqlalchemy.orm import Session
 
+from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_image, find_recipe, run_in
@@ -227,7 +228,12 @@ def retry(
             Run.id.in_(select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id))
         )
         typed = tuple(session.scalars(commands.order_by(Run.id)))
-        return RetryResult(requeue(session, and_(*which)), typed)
+        opened = requeue(session, and_(*which))
+        old = {"status": Status.FAILED.value, "number": opened}
+        if opened:
+            new = {"status": Status.PENDING.value, "number": opened}
+            record_events(session, [Change("jobs", None, old, new)])
+        return RetryResult(opened, typed)
 
 
 def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:
@@ -250,6 +256,8 @@ def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:
             .where(Run.id.in_(ids))
             .values(status=Status.CANCELLED, error="Cancelled.", ended_at=datetime.now(UTC))
         )
+        old, new = ({"status": item.value} for item in (Status.RUNNING, Status.CANCELLED))
+        record_events(session, [Change("runs", number, old, new) for number in ids])
         return ids
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import repeat
@@ -42,7 +41,7 @@ from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
 from ..jobs.lookup import find_recipe
 from ..jobs.planes import ChannelFile, channel_files, check_channels, choose_files, open_file
 from ..jobs.queue import Task
-from ..jobs.runs import RecipeSpec, fingerprint, register
+from ..jobs.runs import RecipeSpec, digest_of_numbers, fingerprint, register
 from ..jobs.selection import images_of, is_current, segmented
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -378,7 +377,7 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
 
     def digest(self, recipe_id: int, output: MeasureOutput) -> str:
         """Return the digest of the values (F, N), float64, by ascending cell id."""
-        return hashlib.sha256(output.values[recipe_id].tobytes()).hexdigest()
+        return digest_of_numbers(output.values[recipe_id])
 
     def find_lost(
         self, session: Session, recipe_id: int, images: Select[int]

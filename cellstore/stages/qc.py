@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from ..jobs.execute import Forecast, ImageStage, RunCounter, forecast, run_jobs
 from ..jobs.lookup import find_recipe
 from ..jobs.planes import ChannelFile, channel_files, open_file
 from ..jobs.queue import ImageCounts, JobScope, Task, count_images
-from ..jobs.runs import RecipeSpec, register, running
+from ..jobs.runs import RecipeSpec, digest, register, running
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -384,8 +384,8 @@ class MeasureQuality(ImageStage[Sequence[ChannelFile], Qualities]):
         return 0
 
     def digest(self, recipe_id: int, output: Qualities) -> str:
-        """Return the digest of the numbers of all channels."""
-        return hashlib.sha256(repr(output).encode()).hexdigest()
+        """Return the digest of the numbers of all channels, by name."""
+        return digest(sorted([channel, *astuple(quality)] for channel, quality in output))
 
 
 def _quality(channel: str, plane: NDArray[Any]) -> PlaneQuality:

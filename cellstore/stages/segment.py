@@ -6,8 +6,6 @@ recipe; class :class:`Segment` fetches what a worker needs of an image, computes
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -47,7 +45,7 @@ from ..jobs.planes import (
     open_file,
 )
 from ..jobs.queue import Task
-from ..jobs.runs import RecipeSpec, keep_file, register
+from ..jobs.runs import RecipeSpec, digest, keep_file, register
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..learn.segmentation_networks import find_network
@@ -341,8 +339,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
 
     def digest(self, recipe_id: int, output: SegmentOutput) -> str:
         """Return the digest of the files and of all cells."""
-        rows = [output.mask.sha256, output.flow.sha256, output.diameter, output.cells]
-        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+        return digest([output.mask.sha256, output.flow.sha256, output.diameter, output.cells])
 
     def find_lost(
         self, session: Session, recipe_id: int, images: Select[int]

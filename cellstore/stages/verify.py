@@ -1,4 +1,4 @@
-"""All files of a store against its database, and what no row names."""
+"""Whether a store is whole: its database, the rows that jobs wrote, and all files."""
 
 from __future__ import annotations
 
@@ -7,31 +7,40 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import and_, func, select
+from sqlalchemy.orm import Session, aliased
 
+from ..analysis.features import BASIC_GROUP
+from ..analysis.quality import PlaneQuality
 from ..artifacts import ArtifactFolder, sha256_of
 from ..db.bulk import in_lists
-from ..enums import ArtifactKind, Status
+from ..db.events import Change, broken_events, record_events
+from ..enums import ArtifactKind, FeatureStorage, Stage, Status
 from ..errors import ImageError, StorageError
 from ..io.image_files import decode_tiff
 from ..jobs.execute import cores
 from ..jobs.queue import close_dead_runs
+from ..jobs.runs import digest, digest_of_numbers
 from ..jobs.workspace import Workspace
 from ..models import (
     Artifact,
     Cell,
+    CellFeatures,
     FeatureFile,
     FeatureSet,
     Image,
+    ImageQuality,
+    Job,
     Plate,
+    Prediction,
+    Recipe,
     RecipeInput,
     Run,
     Segmentation,
@@ -43,7 +52,10 @@ from ..query.feature_files import FileFacts, stream_ids
 
 @dataclass(frozen=True)
 class Problem:
-    """A file that is not as it should be; ``path`` is relative to the artifacts folder."""
+    """What is not as it should be: a file, or the database (its address), or an image of it.
+
+    ``path`` of a file is relative to the artifacts folder.
+    """
 
     path: str
     reason: str
@@ -53,7 +65,8 @@ class Problem:
 class VerifyResult:
     """What was found. ``orphans`` are files that no row names; ``young`` may still get a row.
 
-    ``segmentations`` are those whose masks are known, ``feature_files`` the files of feature sets.
+    ``segmentations`` are those whose masks are known, ``feature_files`` the files of feature sets,
+    ``jobs`` those whose rows were compared with their digest.
     """
 
     files: int
@@ -63,6 +76,7 @@ class VerifyResult:
     young: int
     removed: int
     feature_files: int = 0
+    jobs: int = 0
 
     @property
     def ok(self) -> bool:
@@ -300,6 +314,110 @@ def _cells_among(workspace: Workspace, recipe_id: int, ids: NDArray[np.int64]) -
     return int(np.isin(ids, cells).sum())
 
 
+JOBS_BATCH = 200
+
+
+def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
+    """Count the jobs whose rows are in the database, and say whose are not what the job wrote.
+
+    What a job wrote into files is not looked at here: files have digests of their own.
+    """
+    in_files = select(FeatureSet.recipe_id).where(FeatureSet.storage == FeatureStorage.FILES)
+    which = and_(Job.status == Status.DONE, Job.digest.is_not(None), Job.recipe_id.not_in(in_files))
+    query = (
+        select(Job.id, Job.image_id, Job.recipe_id, Job.run_id, Job.content_sha256, Job.digest)
+        .add_columns(Recipe.stage, Plate.barcode, Image.core_name)
+        .join(Recipe, Recipe.id == Job.recipe_id)
+        .join(Image, Image.id == Job.image_id)
+        .join(Well, Well.id == Image.well_id)
+        .join(Plate, Plate.id == Well.plate_id)
+        .where(which)
+        .order_by(Job.id)
+        .limit(JOBS_BATCH)
+    )
+    with workspace.database.read() as session:
+        total = session.scalar(select(func.count()).select_from(Job).where(which)) or 0
+    problems: list[Problem] = []
+    last = 0
+    workspace.progress.start("verify rows", total)
+    try:
+        while True:
+            with workspace.database.read() as session:
+                jobs = session.execute(query.where(Job.id > last)).all()
+                problems += [
+                    Problem(
+                        f"{job.barcode}/{job.core_name}",
+                        f"rows of {job.stage.value} recipe {job.recipe_id} are not what its job "
+                        f"{job.id} (run {job.run_id}) wrote (digest differs)",
+                    )
+                    for job in jobs
+                    if _digest_of_rows(session, job) != job.digest
+                ]
+            if not jobs:
+                return total, problems
+            last = jobs[-1].id
+            workspace.progress.advance(len(jobs))
+    finally:
+        workspace.progress.finish()
+
+
+def _digest_of_rows(session: Session, job: Any) -> str:
+    """The digest of a job's rows as they are now, made as ``digest`` of its stage makes it."""
+    cells = (
+        select(Cell.id)
+        .join(Segmentation, Segmentation.id == Cell.segmentation_id)
+        .where(Segmentation.image_id == job.image_id)
+        .where(Segmentation.content_sha256 == job.content_sha256)
+    )
+    match job.stage:
+        case Stage.SEGMENT:
+            mask, flow = aliased(Artifact), aliased(Artifact)
+            found = session.execute(
+                select(Segmentation.id, mask.sha256, flow.sha256, Segmentation.diameter)
+                .outerjoin(mask, mask.id == Segmentation.mask_artifact_id)
+                .outerjoin(flow, flow.id == Segmentation.flow_artifact_id)
+                .where(Segmentation.image_id == job.image_id)
+                .where(Segmentation.recipe_id == job.recipe_id)
+                .where(Segmentation.content_sha256 == job.content_sha256)
+            ).one_or_none()
+            if found is None:
+                return ""
+            names = [c.name for c in Cell.__table__.columns if c.name not in CELL_KEYS]
+            rows = session.execute(
+                select(*(getattr(Cell, name) for name in names))
+                .where(Cell.segmentation_id == found.id)
+                .order_by(Cell.object_number)
+            )
+            return digest([*found[1:], [dict(zip(names, row, strict=True)) for row in rows]])
+        case Stage.MEASURE:
+            columns = [getattr(CellFeatures, feature.name) for feature in BASIC_GROUP.features]
+            values = session.execute(
+                select(*columns)
+                .where(CellFeatures.recipe_id == job.recipe_id, CellFeatures.cell_id.in_(cells))
+                .order_by(CellFeatures.cell_id)
+            )
+            table = np.array([tuple(row) for row in values], dtype=np.float64)
+            return digest_of_numbers(table.reshape(-1, len(columns)).T)
+        case Stage.PREDICT:
+            answers = session.execute(
+                select(Prediction.label_id, Prediction.probability)
+                .where(Prediction.run_id == job.run_id, Prediction.cell_id.in_(cells))
+                .order_by(Prediction.cell_id, Prediction.rank)
+            ).all()
+            labels, probabilities = zip(*answers, strict=True) if answers else ((), ())
+            return digest_of_numbers(np.array(labels), np.array(probabilities))
+        case _:
+            names = [field.name for field in fields(PlaneQuality)]
+            measured = session.execute(
+                select(ImageQuality.channel, *(getattr(ImageQuality, name) for name in names))
+                .where(ImageQuality.image_id == job.image_id)
+                .where(ImageQuality.recipe_id == job.recipe_id)
+                .where(ImageQuality.content_sha256 == job.content_sha256)
+            )
+            return digest(sorted(list(row) for row in measured))
+
+
+CELL_KEYS = ("id", "segmentation_id")
 BATCH = 500
 GRACE_MINUTES = 10.0
 
@@ -307,28 +425,43 @@ GRACE_MINUTES = 10.0
 def verify(
     workspace: Workspace, *, fix: bool = False, minutes: float = GRACE_MINUTES
 ) -> VerifyResult:
-    """Compare every file with its sha256, masks and features with their cells; look for orphans.
+    """Look at the database, and compare rows and files with their digests; look for orphans.
+
+    Masks and features are compared with their cells, and events must be the chain they were.
 
     ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
     younger than ``minutes`` are left alone, as a running command may be about to name them.
     """
+    broken = [
+        Problem(workspace.database.shown, reason)
+        for reason in workspace.database.damage(quick=False)
+    ]
     # The folder is listed before the rows are read: what a running command adds is no orphan.
     before = min(time.time() - 60 * minutes, _oldest_running(workspace))
     there = list(workspace.artifacts.walk())
     files, masks, problems = check_files(workspace)
     problems = _still_named(workspace, problems)
     features, odd = check_features(workspace, {problem.path for problem in problems})
+    jobs, changed = check_rows(workspace)
+    with workspace.database.read() as session:
+        events = [Problem(workspace.database.shown, reason) for reason in broken_events(session)]
     unnamed = _unnamed(workspace, there)
     old = [path for path in unnamed if _older(workspace.artifacts, path, before)]
     removed = sum(_remove(workspace.artifacts, path) for path in old) if fix else 0
+    if removed:
+        with workspace.database.begin() as session:
+            record_events(
+                session, [Change("artifacts", None, {"path": path}, None) for path in old]
+            )
     return VerifyResult(
         files=files,
         segmentations=masks,
-        problems=(*problems, *odd),
+        problems=(*broken, *problems, *odd, *changed, *events),
         orphans=tuple(old),
         young=len(unnamed) - len(old),
         removed=removed,
         feature_files=features,
+        jobs=jobs,
     )
 
 

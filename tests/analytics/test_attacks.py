@@ -144,18 +144,18 @@ def root(_sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def questions(root: Path) -> Iterator[Questions]:
     workspace, _ = create_workspace(root, None)
     with open_questions(workspace, Limits(seconds=20)) as questions:
-        questions.ask("SELECT * FROM votes")  # snapshots are there to be stolen
+        questions.ask("SELECT * FROM votes").table()  # snapshots are there to be stolen
         yield questions
     workspace.database.close()
 
 
 def refused(questions: Questions, sql: str) -> str:
     with pytest.raises(QueryError) as caught:
-        questions.ask(sql)
+        questions.ask(sql).table()
     said = str(caught.value)
     assert len(said.splitlines()) == 1
     assert len(said) < 600
-    assert questions.ask("SELECT count(*) AS n FROM plates").to_pylist() == [{"n": 1}]
+    assert questions.ask("SELECT count(*) AS n FROM plates").records() == [{"n": 1}]
     return said
 
 
@@ -195,7 +195,7 @@ def test_what_would_be_planned_for_minutes_is_refused_at_once(
     questions: Questions, sql: str
 ) -> None:
     with pytest.raises(QueryError, match="nested too deeply"):
-        questions.ask(sql)
+        questions.ask(sql).table()
 
 
 @pytest.mark.parametrize("sql", DEEP, ids=range(len(DEEP)))
@@ -219,7 +219,7 @@ def test_the_same_is_refused_beside_postgresql(postgres_workspace: Workspace) ->
 def test_values_are_bound_and_never_run(questions: Questions) -> None:
     evil = "x'; DROP TABLE plates; --"
     sql = "SELECT $v AS v, count(*) AS n FROM plates WHERE barcode = $v"
-    answer = questions.ask(sql, {"v": evil})
+    answer = questions.ask(sql, {"v": evil}).table()
     assert answer.to_pylist() == [{"v": evil, "n": 0}]
 
 

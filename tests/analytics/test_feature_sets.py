@@ -43,7 +43,7 @@ def imported(workspace: Workspace) -> Imported:
 
 def ask(workspace: Workspace, sql: str, parameters: Any = None) -> list[dict[str, Any]]:
     with open_questions(workspace) as questions:
-        rows: list[dict[str, Any]] = questions.ask(sql, parameters).to_pylist()
+        rows: list[dict[str, Any]] = questions.ask(sql, parameters).records()
     return rows
 
 
@@ -150,7 +150,7 @@ def test_a_set_without_files_has_no_rows(workspace: Workspace, imported: Importe
             assert file.feature_set_id == found.id
             session.delete(file)
     with open_questions(workspace) as questions:
-        answer = questions.ask("SELECT * FROM cp")
+        answer = questions.ask("SELECT * FROM cp").table()
     assert (answer.num_rows, answer.schema.types) == (0, [pa.int64(), pa.int64()])
 
 

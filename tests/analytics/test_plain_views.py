@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from plain_views import plain_views
 from sqlalchemy import text
 
-from cellstore.config import VoteRules
+from cellstore.config import VoteOptions
 from cellstore.enums import (
     ArtifactKind,
     CellFlagReason,
@@ -53,10 +53,10 @@ def test_every_view_equals_plain_sql_on_the_database(
 ) -> None:
     # The store grows with every example: what was copied in the last one is read again.
     flags = add_plate(Factory(workspace), labels, random)
-    rules = random_rules(random, flags)
-    with open_questions(workspace, rules=rules) as questions:
-        ours = {name: questions.ask(f"SELECT * FROM {name}") for name in VIEWS}
-    with plain_views(workspace, rules) as database:
+    vote_options = random_rules(random, flags)
+    with open_questions(workspace, vote_options=vote_options) as questions:
+        ours = {name: questions.ask(f"SELECT * FROM {name}").table() for name in VIEWS}
+    with plain_views(workspace, vote_options) as database:
         for name in VIEWS:
             columns = ", ".join(f'"{column}"' for column in ours[name].column_names)
             rows = database.execute(text(f"SELECT {columns} FROM {name}")).all()
@@ -64,8 +64,8 @@ def test_every_view_equals_plain_sql_on_the_database(
             alike(told, [tuple(row) for row in rows], name)
 
 
-def random_rules(random: Random, flags: Run) -> VoteRules:
-    return VoteRules(
+def random_rules(random: Random, flags: Run) -> VoteOptions:
+    return VoteOptions(
         min_cells=random.randint(1, 3),
         min_margin=random.choice([0.0, 0.25, 0.5]),
         controls=random.random() < 0.5,

@@ -22,7 +22,7 @@ from cellstore.query.relations import VIEWS, view
 
 def one(questions: Questions, sql: str, parameters: list[object] | None = None) -> object:
     """The single value of an answer."""
-    answer = questions.ask(sql, parameters)
+    answer = questions.ask(sql, parameters).table()
     assert (answer.num_rows, answer.num_columns) == (1, 1)
     return answer[0][0].as_py()
 
@@ -42,8 +42,8 @@ def test_every_table_has_the_rows_of_the_database(workspace: Workspace) -> None:
 def test_columns_are_typed_even_where_all_values_are_null(workspace: Workspace) -> None:
     Factory(workspace).plate("P1", batch=None)
     with open_questions(workspace) as questions:
-        plates = questions.ask("SELECT * FROM plates")
-        runs = questions.ask("SELECT started_at, environment, seed FROM runs")
+        plates = questions.ask("SELECT * FROM plates").table()
+        runs = questions.ask("SELECT started_at, environment, seed FROM runs").table()
     assert plates.schema.types == [pa.int64(), *[pa.string()] * 5]
     assert runs.schema.types == [pa.timestamp("us", tz="UTC"), pa.string(), pa.int32()]
 
@@ -51,7 +51,7 @@ def test_columns_are_typed_even_where_all_values_are_null(workspace: Workspace) 
 def test_values_come_out_as_they_went_in(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     with open_questions(workspace) as questions:
-        row = questions.ask("SELECT * FROM runs WHERE stage = 'train'").to_pylist()[0]
+        row = questions.ask("SELECT * FROM runs WHERE stage = 'train'").records()[0]
     assert row["started_at"] == screen.train_run.started_at
     assert row["environment"] == '{"python": "3.11"}'
     assert row["result"] is None  # also where SQLAlchemy wrote the JSON value null
@@ -83,11 +83,13 @@ def test_all_answers_belong_to_one_moment(workspace: Workspace) -> None:
 def test_only_the_tables_that_a_question_needs_are_read(workspace: Workspace) -> None:
     small_screen(workspace)
     with open_questions(workspace) as questions:
-        questions.ask("SELECT count(*) FROM plates -- not predictions")
-        questions.ask("SELECT 'cells' AS features FROM images")
-        questions.ask("WITH predictions AS (SELECT 1 AS x) SELECT * FROM predictions, plates")
+        questions.ask("SELECT count(*) FROM plates -- not predictions").table()
+        questions.ask("SELECT 'cells' AS features FROM images").table()
+        questions.ask(
+            "WITH predictions AS (SELECT 1 AS x) SELECT * FROM predictions, plates"
+        ).table()
         assert snapshot_files(workspace) == []
-        questions.ask("SELECT * FROM votes")
+        questions.ask("SELECT * FROM votes").table()
     assert {path.name.split("-")[0] for path in snapshot_files(workspace)} == {
         "image_label_counts",
         "predictions",
@@ -99,8 +101,10 @@ def test_a_column_that_is_named_like_a_table_is_none(sqlite_workspace: Workspace
     small_screen(sqlite_workspace)
     query = "SELECT n_cells AS cells, $run AS features FROM votes WHERE run_id = $run"
     with open_questions(sqlite_workspace) as questions:
-        assert questions.ask(query, {"run": -1}).num_rows == 0
-        assert questions.ask("WITH x AS (FROM plates) FROM x WHERE id = ?", [1]).num_rows == 1
+        assert questions.ask(query, {"run": -1}).table().num_rows == 0
+        assert (
+            questions.ask("WITH x AS (FROM plates) FROM x WHERE id = ?", [1]).table().num_rows == 1
+        )
     assert not [path for path in snapshot_files(sqlite_workspace) if path.name.startswith("cells")]
 
 
@@ -162,7 +166,7 @@ def test_lost_or_damaged_snapshots_change_nothing(sqlite_workspace: Workspace, h
     small_screen(sqlite_workspace)
     query = "SELECT * FROM votes ORDER BY ALL"
     with open_questions(sqlite_workspace) as questions:
-        before = questions.ask(query)
+        before = questions.ask(query).table()
     made = len(snapshot_files(sqlite_workspace))
     for path in snapshot_files(sqlite_workspace):
         if harm == "delete":
@@ -172,7 +176,7 @@ def test_lost_or_damaged_snapshots_change_nothing(sqlite_workspace: Workspace, h
         else:
             path.write_bytes(harmed(path.read_bytes(), harm))
     with open_questions(sqlite_workspace) as questions:
-        assert questions.ask(query).equals(before)
+        assert questions.ask(query).table().equals(before)
     copies = [path for path in snapshot_files(sqlite_workspace) if path.suffix == ".parquet"]
     assert len(copies) == made
     assert all(pq.read_table(path).num_rows for path in copies)
@@ -206,7 +210,7 @@ def test_parameters_are_bound(workspace: Workspace) -> None:
         votes = questions.ask(
             "SELECT * FROM votes WHERE run_id = $run AND level = 'image'",
             {"run": screen.predict_run.id},
-        )
+        ).table()
     assert votes.num_rows == 3 * 4
 
 
@@ -251,10 +255,10 @@ def test_what_is_more_than_reading_is_refused(
     root = sqlite_workspace.settings.root
     monkeypatch.chdir(root)
     with open_questions(sqlite_workspace) as questions:
-        questions.ask("SELECT * FROM votes")  # snapshots are there to be stolen
+        questions.ask("SELECT * FROM votes").table()  # snapshots are there to be stolen
         before = sorted(root.rglob("*"))
         with pytest.raises(QueryError) as caught:
-            questions.ask(sql)
+            questions.ask(sql).table()
         assert one(questions, "SELECT count(*) FROM plates") == 1
         assert sorted(root.rglob("*")) == before
     assert len(str(caught.value).splitlines()) == 1
@@ -268,13 +272,13 @@ def test_writing_inside_a_question_is_refused_before_it_runs(
         open_questions(sqlite_workspace) as questions,
         pytest.raises(QueryError, match="can only read"),
     ):
-        questions.ask(sql)
+        questions.ask(sql).table()
 
 
 def test_words_of_writing_in_texts_and_names_are_no_writing(sqlite_workspace: Workspace) -> None:
     sql = """SELECT 'drop' AS "insert", (SELECT 1 AS "update") AS x /* (delete */ -- (copy"""
     with open_questions(sqlite_workspace) as questions:
-        assert questions.ask(sql).to_pylist() == [{"insert": "drop", "x": 1}]
+        assert questions.ask(sql).records() == [{"insert": "drop", "x": 1}]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +295,7 @@ def test_brackets_and_columns_named_like_verbs_are_no_writing(
     sqlite_workspace: Workspace, sql: str, wanted: dict[str, object]
 ) -> None:
     with open_questions(sqlite_workspace) as questions:
-        assert questions.ask(sql).to_pylist() == [wanted]
+        assert questions.ask(sql).records() == [wanted]
 
 
 def test_what_others_leave_in_the_cache_cannot_be_read(sqlite_workspace: Workspace) -> None:
@@ -307,9 +311,9 @@ def test_what_others_leave_in_the_cache_cannot_be_read(sqlite_workspace: Workspa
         assert own.stat().st_mode & 0o777 == 0o700
         for path in (spill / "f.txt", own / "f.txt", own / ".." / "f.txt"):
             with pytest.raises(QueryError, match="no files"):
-                other.ask("SELECT * FROM read_text(?)", [str(path)])
+                other.ask("SELECT * FROM read_text(?)", [str(path)]).table()
             with pytest.raises(QueryError, match="no files"):
-                other.ask(f"SELECT * FROM read_text('{path}')")
+                other.ask(f"SELECT * FROM read_text('{path}')").table()
     assert [path.name for path in spill.iterdir()] == ["f.txt"]
 
 
@@ -323,7 +327,7 @@ def test_variables_of_the_program_are_out_of_reach(sqlite_workspace: Workspace) 
     secret = pa.table({"password": ["hunter2"]})
     assert secret.num_rows == 1
     with open_questions(sqlite_workspace) as questions, pytest.raises(QueryError):
-        questions.ask("SELECT * FROM secret")
+        questions.ask("SELECT * FROM secret").table()
 
 
 @pytest.mark.parametrize(
@@ -341,7 +345,7 @@ def test_a_mistake_is_one_sentence_with_a_hint(
     sqlite_workspace: Workspace, sql: str, hint: str
 ) -> None:
     with open_questions(sqlite_workspace) as questions, pytest.raises(QueryError) as caught:
-        questions.ask(sql)
+        questions.ask(sql).table()
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -350,7 +354,7 @@ def test_a_question_that_runs_forever_is_stopped(sqlite_workspace: Workspace) ->
     forever = "SELECT count(*) FROM range(100000000000) AS a(i), range(1000) WHERE i % 7919 = 5"
     with open_questions(sqlite_workspace, Limits(seconds=0.3)) as questions:
         with pytest.raises(QueryError, match=r"longer than 0\.3 seconds"):
-            questions.ask(forever)
+            questions.ask(forever).table()
         assert one(questions, "SELECT 1") == 1
 
 
@@ -359,7 +363,7 @@ def test_an_answer_that_never_ends_is_stopped(sqlite_workspace: Workspace) -> No
     endless = "SELECT i FROM range(100000000000) AS t(i) WHERE i % 1000 = 0"
     with open_questions(sqlite_workspace, Limits(seconds=0.3)) as questions:
         with pytest.raises(QueryError, match=r"longer than 0\.3 seconds"):
-            questions.ask(endless)
+            questions.ask(endless).table()
         assert one(questions, "SELECT 1") == 1
 
 
@@ -369,7 +373,7 @@ def test_a_mistake_found_after_the_first_rows_is_one_sentence(sqlite_workspace: 
         open_questions(sqlite_workspace) as questions,
         pytest.raises(QueryError, match="cannot be answered: odd row"),
     ):
-        questions.ask(query)
+        questions.ask(query).table()
 
 
 def test_an_answer_too_large_is_refused(sqlite_workspace: Workspace) -> None:
@@ -377,12 +381,12 @@ def test_an_answer_too_large_is_refused(sqlite_workspace: Workspace) -> None:
         open_questions(sqlite_workspace, Limits(answer_mb=1)) as questions,
         pytest.raises(QueryError, match="larger than 1 MB"),
     ):
-        questions.ask("SELECT i, i AS j FROM range(100000000) AS t(i)")
+        questions.ask("SELECT i, i AS j FROM range(100000000) AS t(i)").table()
 
 
 def test_show_and_describe_know_every_table_and_view(sqlite_workspace: Workspace) -> None:
     with open_questions(sqlite_workspace) as questions:
-        shown = set(questions.ask("SHOW TABLES")["name"].to_pylist())
+        shown = set(questions.ask("SHOW TABLES").table()["name"].to_pylist())
         types = dict(questions.columns("votes"))
         with pytest.raises(UnknownNameError, match="votes"):
             questions.columns("vote")

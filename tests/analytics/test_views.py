@@ -10,7 +10,7 @@ from factories import Factory, sha
 from screens import SmallScreen, small_screen
 from sqlalchemy import text
 
-from cellstore.config import VoteRules
+from cellstore.config import VoteOptions
 from cellstore.enums import GroupLevel, Stage, Subset
 from cellstore.jobs.workspace import Workspace
 from cellstore.query.engine import open_questions
@@ -20,7 +20,7 @@ VOTES = "SELECT * FROM votes WHERE level = 'image'"
 
 def ask(workspace: Workspace, sql: str) -> list[dict[str, Any]]:
     with open_questions(workspace) as questions:
-        rows: list[dict[str, Any]] = questions.ask(sql).to_pylist()
+        rows: list[dict[str, Any]] = questions.ask(sql).records()
     return rows
 
 
@@ -82,7 +82,7 @@ def test_median_votes_count_a_choice_that_was_not_stored_as_none(workspace: Work
         WHERE run_id = ? AND level = 'image' AND vote = 'median' ORDER BY label
     """
     with open_questions(workspace) as questions:
-        rows = questions.ask(query, [run.id]).to_pylist()
+        rows = questions.ask(query, [run.id]).records()
     # of 0, 0, 0.6 and of 0, 0.6, 0.8
     assert [(row["label"], row["votes"]) for row in rows] == [("DMSO", 0.0), ("taxol", 0.6)]
 
@@ -102,9 +102,11 @@ def test_truth_is_the_split_or_else_the_treatment(workspace: Workspace) -> None:
 def test_an_image_abstains_with_few_cells_or_a_close_vote(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     query = VOTES
-    with open_questions(workspace, rules=VoteRules(min_cells=2, min_margin=0.3)) as questions:
-        rows = questions.ask(query).to_pylist()
-        scores = questions.ask("FROM accuracy WHERE level = 'image' AND subset = 'test'")
+    with open_questions(
+        workspace, vote_options=VoteOptions(min_cells=2, min_margin=0.3)
+    ) as questions:
+        rows = questions.ask(query).records()
+        scores = questions.ask("FROM accuracy WHERE level = 'image' AND subset = 'test'").table()
     hard = by_well(screen, rows, "hard")
     names = ("winner", "margin", "abstained", "correct")
     assert {well: tuple(row[name] for name in names) for well, row in hard.items()} == {
@@ -135,10 +137,10 @@ def test_controls_are_left_out_of_the_scores(workspace: Workspace) -> None:
         "SELECT control, correct FROM scored_predictions WHERE level = 'image' AND vote = 'hard'"
     )
     assert sorted(row["correct"] for row in ask(workspace, query)) == [False, True]
-    with open_questions(workspace, rules=VoteRules(controls=False)) as questions:
-        rows = questions.ask(query).to_pylist()
+    with open_questions(workspace, vote_options=VoteOptions(controls=False)) as questions:
+        rows = questions.ask(query).records()
         assert rows == [{"control": None, "correct": True}]
-        assert questions.ask("SELECT DISTINCT control FROM run_images").num_rows == 2
+        assert questions.ask("SELECT DISTINCT control FROM run_images").table().num_rows == 2
 
 
 def test_two_runs_are_held_against_each_other(workspace: Workspace) -> None:
@@ -303,14 +305,14 @@ def test_votes_equal_plain_sql_on_the_database(workspace: Workspace, seed: int) 
 
 def test_kept_votes_are_those_that_are_counted_anew(workspace: Workspace) -> None:
     small_screen(workspace)
-    rules = VoteRules(min_cells=2, min_margin=0.3)
-    for rule in (VoteRules(), rules):
-        with open_questions(workspace, rules=rule, only_image_votes=True) as questions:
-            kept = questions.ask(f"{VOTES} AND vote <> 'median' ORDER BY ALL").to_pylist()
-            assert questions.ask("SELECT * FROM votes WHERE level = 'well'").num_rows == 0
-        with open_questions(workspace, rules=rule) as questions:
+    vote_options = VoteOptions(min_cells=2, min_margin=0.3)
+    for rule in (VoteOptions(), vote_options):
+        with open_questions(workspace, vote_options=rule, only_image_votes=True) as questions:
+            kept = questions.ask(f"{VOTES} AND vote <> 'median' ORDER BY ALL").records()
+            assert questions.ask("SELECT * FROM votes WHERE level = 'well'").table().num_rows == 0
+        with open_questions(workspace, vote_options=rule) as questions:
             query = f"{VOTES} AND vote <> 'median' ORDER BY ALL"
-            assert kept == questions.ask(query).to_pylist()
+            assert kept == questions.ask(query).records()
             assert len(kept) == 8
 
 
@@ -335,6 +337,6 @@ def test_the_votes_of_one_image_are_those_among_all(workspace: Workspace) -> Non
     query = "SELECT * FROM votes WHERE level = 'image' AND unit_id = ? ORDER BY run_id, vote"
     for image in screen.images.values():
         with open_questions(workspace) as questions:
-            among_all = questions.ask(query, [image.id]).to_pylist()
+            among_all = questions.ask(query, [image.id]).records()
         with open_questions(workspace, image=image.id) as questions:
-            assert questions.rows_ours(query, [image.id]) == among_all
+            assert questions.ask_ours(query, [image.id]).records() == among_all

@@ -183,9 +183,9 @@ def told(store: Path) -> str:
     """What ``sql`` says to a person at a terminal."""
     from cellstore.errors import UserInputError
     from cellstore_cli.options import Common
-    from cellstore_cli.output import Answer
+    from cellstore_cli.output import AnswerOptions
     from cellstore_cli.question_commands import sql
 
     with pytest.raises(UserInputError) as error:
-        sql(Answer(), Common(store))
+        sql(AnswerOptions(), Common(store))
     return str(error.value)

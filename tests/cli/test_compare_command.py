@@ -73,7 +73,7 @@ def test_the_report_fits_80_columns_and_shows_the_other_run(
     assert [(i["n"], i["abstained"]) for i in found["scores"] if i["level"] == "image"] == [
         (1, 2)
     ] * 3
-    assert found["rules"] == {
+    assert found["vote_options"] == {
         "min_cells": 3,
         "min_margin": 0.0,
         "controls": True,

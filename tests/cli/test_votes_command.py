@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from screens import SmallScreen, small_screen
 
-from cellstore.config import VoteRules
+from cellstore.config import VoteOptions
 from cellstore.enums import Stage, Status
 from cellstore.errors import UnknownNameError
 from cellstore.jobs.workspace import Workspace
@@ -114,5 +114,5 @@ def test_words_that_are_none(sqlite_workspace: Workspace) -> None:
         count_votes(sqlite_workspace, vote="majority")
     with pytest.raises(UnknownNameError, match="plate"):
         count_votes(sqlite_workspace, level="plate")
-    nobody = count_votes(sqlite_workspace, rules=VoteRules(min_cells=99))
+    nobody = count_votes(sqlite_workspace, vote_options=VoteOptions(min_cells=99))
     assert (nobody.abstained, nobody.subsets, nobody.accuracy) == (4, (), None)

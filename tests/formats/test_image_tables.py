@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from published_metadata import PLATE, compound_annotation, write_published_metadata
+from published_metadata import (
+    PLATE,
+    compound_annotation,
+    treatment_of_well,
+    write_published_metadata,
+)
 from realdata import real_data
 
 from cellstore.enums import Control, PerturbationKind
@@ -455,9 +460,9 @@ def test_the_published_study(tmp_path: Path, two_spellings: bool, labels: int, l
 @pytest.mark.real
 def test_folders_of_the_real_fields_agree_with_the_plate_map() -> None:
     annotation = compound_annotation(real_data("cpjump1"))
-    dmso = annotation.for_well(PLATE, 4, 14)
+    dmso = treatment_of_well(annotation, PLATE, 4, 14)
     assert dmso is not None
     assert dmso.control is Control.NEGATIVE
-    amg900 = annotation.for_well(PLATE, 14, 9)
+    amg900 = treatment_of_well(annotation, PLATE, 14, 9)
     assert amg900 is not None
     assert amg900.pert_iname == "AMG900"

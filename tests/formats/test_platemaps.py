@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from published_metadata import treatment_of_well
 from realdata import real_data
 
 from cellstore.enums import Control, PerturbationKind
@@ -30,13 +31,13 @@ def annotate(folder: Path, platemap: str, *tables: str) -> PlateAnnotation:
 
 
 def well(annotation: PlateAnnotation, column: int = 1, plate: str = "any") -> TreatmentRecord:
-    found = annotation.for_well(plate, 1, column)
+    found = treatment_of_well(annotation, plate, 1, column)
     assert found is not None
     return found
 
 
 def issues(annotation: PlateAnnotation) -> list[tuple[str, int, str]]:
-    return [(i.path.name, i.refusal.line, i.refusal.reason) for i in annotation.issues]
+    return [(path.name, refusal.line, refusal.reason) for path, refusal in annotation.issues]
 
 
 def test_a_compound_well(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_an_empty_sample_is_dmso_in_a_compound_map(tmp_path: Path, empty: str) -
 
 def test_an_empty_sample_is_an_empty_well_in_other_maps(tmp_path: Path) -> None:
     annotation = annotate(tmp_path, "A1\t\nA2\tccsb-1\n", ORFS)
-    assert annotation.for_well("any", 1, 1) is None
+    assert treatment_of_well(annotation, "any", 1, 1) is None
     orf = well(annotation, 2)
     assert (orf.kind, orf.pert_iname, orf.target) == (PerturbationKind.ORF, "KCNN1", "KCNN1")
     assert annotation.issues == ()
@@ -99,12 +100,13 @@ def test_each_map_of_a_mixed_folder_has_its_own_kind(
     assert well(found, 1, "001").kind is PerturbationKind.COMPOUND
     assert well(found, 2, "001").pert_iname == "DMSO"
     assert well(found, 1, "1053601756").kind is PerturbationKind.ORF
-    assert found.for_well("1053601756", 1, 2) is None
+    assert treatment_of_well(found, "1053601756", 1, 2) is None
     assert found.issues == ()
 
 
 def test_a_map_of_empty_wells_alone_is_not_guessed_to_be_dmso(tmp_path: Path) -> None:
-    assert annotate(tmp_path, "A1\t\n", COMPOUNDS, ORFS).for_well("any", 1, 1) is None
+    annotation = annotate(tmp_path, "A1\t\n", COMPOUNDS, ORFS)
+    assert treatment_of_well(annotation, "any", 1, 1) is None
 
 
 def test_of_two_tables_the_first_counts_and_the_second_fills_its_gaps(tmp_path: Path) -> None:
@@ -138,7 +140,7 @@ def test_a_map_of_genotypes_needs_no_treatment_table(tmp_path: Path) -> None:
         "C,6,C6,NF1,WT,500\nC,7,C7,NF1,Null,500\nC,8,C8,NF1,,500\n"
     )
     found = read_annotation(path)
-    assert [found.for_well("any", 3, column) for column in (6, 7, 8)] == [
+    assert [treatment_of_well(found, "any", 3, column) for column in (6, 7, 8)] == [
         TreatmentRecord(
             PerturbationKind.GENOTYPE, "NF1 WT", target="NF1", control=Control.NEGATIVE
         ),
@@ -180,11 +182,11 @@ def test_barcodes_choose_the_map_of_a_plate(tmp_path: Path) -> None:
     barcodes.write_text("Assay_Plate_Barcode,Plate_Map_Name\n001,one\n002,second\n003,third\n")
     annotation = read_annotation(folder, [tmp_path / "t.tsv"])
     names = [
-        found.pert_iname if (found := annotation.for_well(plate, 1, 1)) else None
+        found.pert_iname if (found := treatment_of_well(annotation, plate, 1, 1)) else None
         for plate in ("001", "002", "003", "004", "1")
     ]
     assert names == ["AMG900", "NAD+", None, None, None]
-    assert [annotation.knows(plate) for plate in ("001", "003")] == [True, False]
+    assert [annotation.map_of(plate) is not None for plate in ("001", "003")] == [True, False]
     assert annotation.issues == ()
     assert barcodes in annotation.files
 
@@ -293,11 +295,11 @@ def test_the_spellings_of_the_target_column(table: str, target: str) -> None:
     platemap = real_data(f"{MAPS}/platemap/JUMP-Target-1_compound_platemap.txt")
     barcodes = real_data(f"{MAPS}/barcode_platemap.csv")
     annotation = read_annotation(platemap, [real_data(table)], barcodes)
-    found = annotation.for_well("BR00116991", 1, 3)
+    found = treatment_of_well(annotation, "BR00116991", 1, 3)
     assert found is not None
     assert (found.pert_iname, found.target) == ("amlodipine", target)
-    assert not annotation.knows("BR00117006")  # an ORF plate
-    dmso = annotation.for_well("BR00116991", 1, 2)
+    assert annotation.map_of("BR00117006") is None  # an ORF plate
+    dmso = treatment_of_well(annotation, "BR00116991", 1, 2)
     assert dmso is not None
     assert (dmso.pert_iname, dmso.target, dmso.pubchem_cid) == ("DMSO", None, "679")
     assert annotation.issues == ()
@@ -325,12 +327,12 @@ def test_a_production_map_that_shares_few_samples_with_the_table() -> None:
     annotation = read_annotation(path / "platemap", [table])
     (found,) = annotation.maps.values()
     unknown = sum(sample != "" and sample not in known for sample in samples)
-    assert Counter(issue.refusal.reason for issue in annotation.issues) == {
+    assert Counter(refusal.reason for _, refusal in annotation.issues) == {
         "unknown broad_sample": unknown
     }
     assert len(found.wells) + unknown == len(samples) == 384
     assert sum(record is None for record in found.wells.values()) == samples.count("") == 18
-    assert annotation.knows("BR00117035")
+    assert annotation.map_of("BR00117035") is not None
 
 
 @pytest.mark.real
@@ -351,4 +353,4 @@ def test_the_genotypes_of_nf1(plate: str, wells: dict[str, int]) -> None:
     assert {
         item.control for item in found.wells.values() if item and item.pert_iname == "NF1 WT"
     } == {Control.NEGATIVE}
-    assert not annotation.knows("Plate_5_nf1_analysis")
+    assert annotation.map_of("Plate_5_nf1_analysis") is None

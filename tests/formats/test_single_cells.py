@@ -102,6 +102,27 @@ def test_text_features_of_a_csv_file(tmp_path: Path) -> None:
     assert values(source)["Cells_Class"] == ["big", None, "1"]
 
 
+def test_metadata_is_kept_or_named(target: Path) -> None:
+    more = {
+        "Metadata_Dose": ["5 uM", "5 uM", "1 uM"],
+        "Metadata_Cells_Location_X": [1.5, 2.5, 1.5],
+    }
+    source = open_single_cells(write(target, {**CELLS, **more}))
+    assert [record.metadata for record in records(source)] == [{"Dose": "5 uM"}, {"Dose": "1 uM"}]
+    (note,) = source.notes
+    assert note.endswith("the cells of one image have different values: Cells_Location_X")
+
+
+def test_metadata_that_changes_in_a_later_batch_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cellstore.io.single_cells.batch_rows", lambda _: 1)
+    more = {"Metadata_Dose": ["5 uM", "1 uM", "1 uM"]}
+    source = open_single_cells(write(tmp_path / "cells.parquet", {**CELLS, **more}))
+    assert [record.metadata for record in records(source)] == [None, None]
+    assert source.notes[0].endswith(": Dose")
+
+
 def test_place_exclusion_files_and_treatment_of_our_own_export(target: Path) -> None:
     own = {
         "Metadata_MinRow": [1, 2, 3],

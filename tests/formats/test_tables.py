@@ -171,7 +171,7 @@ def test_text_below_a_repeated_column_is_no_second_header(tmp_path: Path) -> Non
 
 def test_a_repeated_column_is_said_and_an_error_when_it_is_needed(tmp_path: Path) -> None:
     table = open_table(write(tmp_path, b"a,b,a\n1,2,3\n"))
-    assert "more than once, and not used: 'a'" in table.notes[0]
+    assert "more than once, not used: 'a'" in table.notes[0]
     assert table.position("b") == 1
     with pytest.raises(BadTableError, match="column 'a' more than once"):
         table.position("a")

@@ -176,7 +176,7 @@ def test_an_image_of_an_object_store_is_known_by_its_bytes(memory: Any) -> None:
 )
 def test_other_kinds_of_places_are_not_read(uri: str) -> None:
     for ask in (read_bytes, stat, exists):
-        with pytest.raises(UserInputError, match=r"folders or one of http://, https://"):
+        with pytest.raises(UserInputError, match=r"in a folder or at http://, https://"):
             ask(uri)
 
 

@@ -12,7 +12,7 @@ from screens import SmallScreen, small_screen
 from small_training import TINY, Opener
 from sqlalchemy import select
 
-from cellstore.config import SplitParams, TrainParams, VoteRules
+from cellstore.config import SplitParams, TrainParams, VoteOptions
 from cellstore.enums import CellFlagReason, ImageFlagReason, Stage, Status
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -158,7 +158,7 @@ def test_flagged_cells_and_images_have_no_vote(workspace: Workspace) -> None:
     look_at(screen.factory, run, [screen.images[name] for name in ("B01", "B02", "B03")])
     everything = report(workspace)
     assert (everything.qc_run_id, everything.images, everything.cells) == (None, 3, 7)
-    found = report(workspace, rules=VoteRules(exclude_flagged="latest"))
+    found = report(workspace, vote_options=VoteOptions(exclude_flagged="latest"))
     # B01 is left with the cell that says taxol, and is wrong; B02 is right by its first cell.
     assert (found.images, found.cells, found.wells) == (2, 3, 2)
     assert (found.score("image", "hard").correct, found.score("image", "hard").n) == (1, 2)
@@ -175,7 +175,9 @@ def test_flagged_cells_and_images_have_no_vote(workspace: Workspace) -> None:
 def test_the_page_says_what_was_left_out(sqlite_workspace: Workspace, tmp_path: Path) -> None:
     _, run = flagged_screen(sqlite_workspace)
     target = tmp_path / "report.html"
-    write_report(sqlite_workspace, "latest", target, rules=VoteRules(exclude_flagged=str(run.id)))
+    write_report(
+        sqlite_workspace, "latest", target, vote_options=VoteOptions(exclude_flagged=str(run.id))
+    )
     text = " ".join(target.read_text(encoding="utf-8").split())
     assert f"quality-control run {run.id} flagged them: 1 images and 4 cells" in text
     assert "2 images with 3 cells in 2 wells" in text
@@ -185,10 +187,10 @@ def test_a_report_refuses_flags_of_other_cells(sqlite_workspace: Workspace) -> N
     screen = small_screen(sqlite_workspace)
     no_cells = qc_run(screen.factory, ["BR1"])
     with pytest.raises(UserInputError, match=r"looked at no cells.*--segmentation"):
-        report(sqlite_workspace, rules=VoteRules(exclude_flagged=str(no_cells.id)))
+        report(sqlite_workspace, vote_options=VoteOptions(exclude_flagged=str(no_cells.id)))
     other = qc_run(screen.factory, ["BR1"], screen.factory.recipe(Stage.SEGMENT))
     with pytest.raises(UserInputError, match=r"looked at the cells of segment recipe"):
-        report(sqlite_workspace, rules=VoteRules(exclude_flagged=str(other.id)))
+        report(sqlite_workspace, vote_options=VoteOptions(exclude_flagged=str(other.id)))
 
 
 def test_a_report_on_flagged_images_alone_says_so(sqlite_workspace: Workspace) -> None:
@@ -196,18 +198,22 @@ def test_a_report_on_flagged_images_alone_says_so(sqlite_workspace: Workspace) -
     for name in ("B01", "B02", "B04"):
         screen.factory.flag_image(run, screen.images[name], ImageFlagReason.NO_CELLS)
     with pytest.raises(UserInputError, match=r"has flagged all images that run"):
-        report(sqlite_workspace, rules=VoteRules(exclude_flagged="latest"))
+        report(sqlite_workspace, vote_options=VoteOptions(exclude_flagged="latest"))
 
 
 def test_the_views_of_questions_take_the_flags_of_one_run(workspace: Workspace) -> None:
     _, run = flagged_screen(workspace)
     question = "SELECT count(*) AS n FROM eligible_cells"
     with open_questions(workspace) as questions:
-        assert questions.ask(question)["n"].to_pylist() == [10]
-    with open_questions(workspace, rules=VoteRules(exclude_flagged=str(run.id))) as questions:
-        assert questions.ask(question)["n"].to_pylist() == [6]
-    with open_questions(workspace, rules=VoteRules(exclude_flagged=str(run.id + 99))) as questions:
-        assert questions.ask(question)["n"].to_pylist() == [10]
+        assert questions.ask(question).table()["n"].to_pylist() == [10]
+    with open_questions(
+        workspace, vote_options=VoteOptions(exclude_flagged=str(run.id))
+    ) as questions:
+        assert questions.ask(question).table()["n"].to_pylist() == [6]
+    with open_questions(
+        workspace, vote_options=VoteOptions(exclude_flagged=str(run.id + 99))
+    ) as questions:
+        assert questions.ask(question).table()["n"].to_pylist() == [10]
 
 
 LEFT_OUT = TrainParams(**{**TINY.__dict__, "exclude_flagged": "latest"})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from published_metadata import PLATE, write_published_metadata
 from realdata import real_data
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, func, select
 
 from cellstore.config import IngestParams
 from cellstore.enums import Severity, Status
@@ -58,9 +58,9 @@ def write_image(folder: Path, name: str, value: int, shape: tuple[int, int] = (4
     return path
 
 
-def count(workspace: Workspace, table: type) -> int:
+def count(workspace: Workspace, table: type, *where: ColumnElement[bool]) -> int:
     with workspace.database.read() as session:
-        return session.scalar(select(func.count()).select_from(table)) or 0
+        return session.scalar(select(func.count()).select_from(table).where(*where)) or 0
 
 
 def dump(workspace: Workspace) -> dict[str, list[tuple[object, ...]]]:
@@ -188,7 +188,7 @@ def test_a_corrected_table_changes_the_treatment_and_says_what_changed(
     later = ingest(workspace, table)
     assert (later.rows, later.updated, later.refused) == (1, 1, 0)
     with workspace.database.read() as session:
-        change = session.scalars(select(Event)).one()
+        change = session.scalars(select(Event).where(Event.table_name == "wells")).one()
         well = session.scalars(select(Well)).one()
         assert change.old == {"treatment_id": 1, "treatment": "DMSO", "control": "negative"}
         assert change.new == {
@@ -200,7 +200,8 @@ def test_a_corrected_table_changes_the_treatment_and_says_what_changed(
     assert (change.file, change.line, change.run_id) == ("u.csv", 2, later.run_id)
     # The first table, byte by byte the same, does not undo the correction.
     back = ingest(workspace, tmp_path / "t.csv")
-    assert (back.unchanged, count(workspace, Event)) == (2, 1)
+    assert back.unchanged == 2
+    assert count(workspace, Event, Event.table_name == "wells") == 1
     assert "1 well has a newer label from another table; kept" in " ".join(back.notes)
 
 

@@ -31,8 +31,7 @@ from cellstore.models import (
     Well,
 )
 from cellstore.stages.ingest.account import FileIdentity, UndoneError
-from cellstore.stages.ingest.dry_run import preview
-from cellstore.stages.ingest.ingest import IngestResult, ingest
+from cellstore.stages.ingest.ingest import IngestResult, ingest, preview
 
 
 def balanced(result: IngestResult) -> bool:
@@ -201,7 +200,7 @@ def test_another_batch_of_a_plate_is_told(workspace: Workspace, tmp_path: Path) 
 
 def test_a_layout_of_another_kind_than_the_word_is_refused(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", [loaddata(1)])
-    with pytest.raises(UserInputError, match="Leave the word 'features' or the layout away"):
+    with pytest.raises(UserInputError, match="Remove the word 'features' or --layout"):
         preview(table, IngestParams(kind="features", layout="loaddata"))
 
 
@@ -403,11 +402,11 @@ def test_metadata_columns_are_kept_with_the_plate_or_the_well(
     rows = [row("A02", 1, "7", "0.1"), row("A02", 2, "7", "0.2"), row("A03", 1, "8", "0.1")]
     result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
     assert [note for note in result.notes if "focus" in note] == [
-        "not kept, because they differ between the images of a well: focus"
+        "metadata not kept, because the images of one well have different values: focus"
     ]
     more = [row("A03", 1, "9", "0.1") | {"Metadata_Source": "source_5"}]
     again = ingest(workspace, write_table(tmp_path / "u.csv", more))
-    assert again.notes == ("wells that have other metadata now: 1",)
+    assert again.notes == ("wells whose metadata was replaced: 1",)
     with workspace.database.read() as session:
         plate = session.scalars(select(Plate)).one()
         wells = session.execute(select(Well.name, Well.metadata_).order_by(Well.name)).all()
@@ -440,5 +439,5 @@ def test_an_option_that_would_mean_nothing_is_refused(
     tmp_path: Path, params: IngestParams, option: str
 ) -> None:
     table = write_table(tmp_path / "t.csv", [loaddata(1)])
-    with pytest.raises(UserInputError, match=f"{option} would mean nothing"):
+    with pytest.raises(UserInputError, match=f"does not use {option}"):
         preview(table, params)

@@ -6,7 +6,7 @@ import csv
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from realdata import real_data
 from sqlalchemy import func, select
 
+from cellstore.config import IngestParams
 from cellstore.enums import FeatureStorage, Severity, Stage
 from cellstore.errors import BadTableError, StorageError, UserInputError
 from cellstore.io.layouts import Layout
@@ -37,10 +38,19 @@ from cellstore.models import (
     Well,
 )
 from cellstore.query import feature_files
-from cellstore.stages.ingest.account import Account
-from cellstore.stages.ingest.ingest_features import FeaturesDone, ingest_features
+from cellstore.stages.ingest.account import Account, Brought
+from cellstore.stages.ingest.ingest_features import ingest_features
 
 HEADER = ["ImageNumber", "ObjectNumber", "AreaShape_Area"]
+
+
+@dataclass(frozen=True)
+class Done(Brought):
+    """What a source brought, the account of each file, and the images that got cells."""
+
+    account: Account = field(kw_only=True)
+    accounts: dict[str, tuple[int, int, int, int]] = field(kw_only=True)
+    new: int = field(kw_only=True)
 
 
 def ingest(
@@ -50,14 +60,20 @@ def ingest(
     *,
     name: str | None = None,
     plate: str | None = None,
-) -> FeaturesDone:
+) -> Done:
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(Stage.INGEST, 1, {"source": str(source)}))
     with running(workspace.database, recipe) as run, workspace.database.begin() as session:
         account = Account(run.id, source.name)
-        return ingest_features(
-            workspace, session, run.id, source, layout, name=name, plate=plate, account=account
-        )
+        params = IngestParams(name=name, plate=plate)
+        brought = ingest_features(workspace, session, source, layout, params, account)
+    with workspace.database.read() as session:
+        rows = session.scalars(select(IngestFile).where(IngestFile.run_id == run.id))
+        files = {
+            row.name: (row.n_created, row.n_updated, row.n_unchanged, row.n_refused) for row in rows
+        }
+        made = select(func.count(Segmentation.id)).where(Segmentation.run_id == run.id)
+        return Done(**vars(brought), account=account, accounts=files, new=session.scalar(made) or 0)
 
 
 def site(
@@ -136,23 +152,17 @@ def counts(workspace: Workspace) -> dict[str, int]:
         }
 
 
-def accounts(done: FeaturesDone) -> dict[str, tuple[int, int, int, int]]:
-    return {
-        item.file: (item.created, item.updated, item.unchanged, item.refused)
-        for item in done.accounts
-    }
+def n_columns(workspace: Workspace) -> int:
+    with workspace.database.read() as session:
+        return len(session.scalars(select(FeatureSet)).one().columns)
 
 
 def test_folders_become_images_cells_and_files(workspace: Workspace, tmp_path: Path) -> None:
     site(tmp_path / "cp", 1, [10, 11.5])
     site(tmp_path / "cp", 2, ["nan"])
     done = ingest(workspace, tmp_path / "cp")
-    assert (done.feature_set, done.columns, done.new_images, done.cells) == (
-        "cellprofiler",
-        1,
-        2,
-        3,
-    )
+    assert (done.feature_set, done.new, done.cells) == ("cellprofiler", 2, 3)
+    assert n_columns(workspace) == 1
     assert stored(workspace) == [
         Found("A01", 1, 1, (10.0,)),
         Found("A01", 1, 2, (11.5,)),
@@ -171,7 +181,7 @@ def test_segmentations_of_others_have_no_masks_and_unknown_bytes(
     with workspace.database.read() as session:
         (found,) = session.scalars(select(Segmentation))
         assert (found.n_cells, found.content_sha256, found.mask_artifact_id) == (2, None, None)
-        assert found.recipe_id == done.segmentation
+        assert found.recipe_id == done.segmentations[0]
         (cell, _) = session.scalars(select(Cell).order_by(Cell.object_number))
         assert (cell.min_row, cell.centroid_row, cell.excluded) == (None, None, None)
         feature_set = session.scalars(select(FeatureSet)).one()
@@ -193,7 +203,7 @@ def test_every_row_of_every_file_is_in_the_ledger(workspace: Workspace, tmp_path
     site(tmp_path, 1, [10, 11])
     _write(tmp_path / "P1-A01-1" / "Nuclei.csv", [HEADER, [1, 2, 5], [1, 7, 6], [9, 1, 7]])
     done = ingest(workspace, tmp_path)
-    assert accounts(done) == {
+    assert done.accounts == {
         "P1-A01-1/Image.csv": (1, 0, 0, 0),
         "P1-A01-1/Cells.csv": (1, 0, 0, 1),
         "P1-A01-1/Nuclei.csv": (1, 0, 0, 2),
@@ -219,8 +229,8 @@ def test_the_same_again_creates_nothing(workspace: Workspace, tmp_path: Path) ->
     before = counts(workspace)
     done = ingest(workspace, source)
     assert counts(workspace) == before
-    assert (done.cells, done.unchanged) == (0, 4)
-    assert accounts(done) == {
+    assert done.cells == 0
+    assert done.accounts == {
         "P1-A01-1/Image.csv": (0, 0, 1, 0),
         "P1-A01-2/Image.csv": (0, 0, 1, 0),
         "P1-A01-1/Cells.csv": (0, 0, 3, 0),
@@ -235,9 +245,9 @@ def test_other_values_for_an_image_are_refused(
     ingest(workspace, site(tmp_path, 1, [10, 11]))
     before = stored(workspace)
     done = ingest(workspace, site(tmp_path, 1, areas))
-    (account,) = [item for item in done.accounts if item.file.endswith("Cells.csv")]
-    assert (account.created, account.refused) == (0, 1)
-    (issue,) = account.shown
+    (counted,) = [item for name, item in done.accounts.items() if name.endswith("Cells.csv")]
+    assert (counted[0], counted[3]) == (0, 1)
+    (issue,) = done.account.shown
     assert (issue.line, issue.reason) == (1 + len(areas), "other values than before")
     assert "--name" in issue.detail
     assert stored(workspace) == before
@@ -249,7 +259,7 @@ def test_other_values_for_an_image_are_refused(
 def test_new_images_come_in_further_files(workspace: Workspace, tmp_path: Path) -> None:
     ingest(workspace, site(tmp_path, 1, [10]))
     done = ingest(workspace, site(tmp_path, 2, [20]))
-    assert (done.new_images, done.cells, done.unchanged) == (1, 1, 1)
+    assert (done.new, done.cells, done.account.unchanged) == (1, 1, 2)
     assert [(item.site, item.values) for item in stored(workspace)] == [(1, (10.0,)), (2, (20.0,))]
     assert counts(workspace)["feature_files"] == 2
 
@@ -259,9 +269,7 @@ def test_other_columns_under_the_same_name_are_refused(
 ) -> None:
     ingest(workspace, site(tmp_path / "a", 1, [10]))
     before = counts(workspace)
-    with pytest.raises(
-        UserInputError, match=r"lacks Cells_AreaShape_Area; has besides Cells_Other"
-    ):
+    with pytest.raises(UserInputError, match=r"lacks Cells_AreaShape_Area; also has Cells_Other"):
         ingest(workspace, site(tmp_path / "b", 2, [10], [*HEADER[:2], "Other"]))
     assert counts(workspace) == before
 
@@ -292,7 +300,7 @@ def test_two_rows_of_one_field_have_one_set_of_cells(workspace: Workspace, tmp_p
     _write(tmp_path / "Image.csv", [columns, [1, "P", "A01", 1], [2, "P", "A01", 1]])
     _write(tmp_path / "Cells.csv", [HEADER, [1, 1, 5], [2, 1, 6], [2, 2, 7]])
     done = ingest(workspace, tmp_path)
-    assert accounts(done) == {"Image.csv": (1, 0, 1, 0), "Cells.csv": (1, 0, 0, 2)}
+    assert done.accounts == {"Image.csv": (1, 0, 1, 0), "Cells.csv": (1, 0, 0, 2)}
     assert [item.values for item in stored(workspace)] == [(5.0,)]
 
 
@@ -345,13 +353,13 @@ def test_many_batches_and_files(
     monkeypatch.setattr(feature_files, "ROWS_OF_FILE", 20)
     path = sqlite_source(tmp_path / "a.sqlite", 25)
     done = ingest(workspace, path, Layout.CELLPROFILER_SQLITE)
-    assert (done.cells, done.new_images) == (50, 2)
+    assert (done.cells, done.new) == (50, 2)
     assert [(item.well, item.label, item.values) for item in stored(workspace)] == [
         (f"B0{i}", n, (i + n / 1000, float(n - 26))) for i in (1, 2) for n in range(1, 26)
     ]
     assert counts(workspace)["feature_files"] == 3  # 21 + 21 + 8
     again = ingest(workspace, path, Layout.CELLPROFILER_SQLITE)
-    assert (again.cells, again.unchanged) == (0, 50)
+    assert (again.cells, again.accounts["a.sqlite:Cells"][2]) == (0, 50)
 
 
 def test_csv_and_sqlite_of_the_same_cells_are_the_same(
@@ -367,7 +375,7 @@ def test_csv_and_sqlite_of_the_same_cells_are_the_same(
             names = [item[0].removeprefix(f"{table}_") for item in found.description]
             _write(folder / f"{table}.csv", [names, *found])
     done = ingest(workspace, folder)
-    assert (done.cells, done.unchanged) == (0, 8)
+    assert (done.cells, done.accounts["Cells.csv"]) == (0, (0, 0, 8, 0))
 
 
 def test_a_full_disk_leaves_nothing(
@@ -428,7 +436,7 @@ def test_single_cells_bring_treatments_boxes_and_exclusions(
     path = tmp_path / "cells.parquet"
     pq.write_table(table, path)
     done = ingest(workspace, path, Layout.SINGLE_CELLS)
-    assert accounts(done) == {"cells.parquet": (2, 0, 0, 0)}
+    assert done.accounts == {"cells.parquet": (2, 0, 0, 0)}
     assert stored(workspace, "single_cells") == [
         Found("A01", 1, 3, (7, "big")),
         Found("A02", 1, 4, (8, None)),
@@ -444,7 +452,7 @@ def test_single_cells_bring_treatments_boxes_and_exclusions(
         )
         assert set(names) == {"taxol", "DMSO"}
     again = ingest(workspace, path, Layout.SINGLE_CELLS)
-    assert accounts(again) == {"cells.parquet": (0, 0, 2, 0)}
+    assert again.accounts == {"cells.parquet": (0, 0, 2, 0)}
 
 
 def test_fractions_do_not_fit_a_set_of_whole_numbers(workspace: Workspace, tmp_path: Path) -> None:
@@ -470,9 +478,9 @@ def test_fractions_do_not_fit_a_set_of_whole_numbers(workspace: Workspace, tmp_p
 @pytest.mark.real
 def test_deliberate_defects_of_real_tables(workspace: Workspace) -> None:
     done = ingest(workspace, real_data("cytotable/data_b"))
-    assert (done.cells, done.columns, done.new_images) == (30, 1_741, 3)
+    assert (done.cells, n_columns(workspace), done.new) == (30, 1_741, 3)
     assert counts(workspace)["images"] == 5
-    assert sum(item.refused for item in done.accounts) == 43
+    assert done.account.refused == 43
     with workspace.database.read() as session:
         rows = session.scalar(select(func.sum(IngestFile.n_rows)))
     # 5 images; Cells 41, Nuclei 41, Cytoplasm 51
@@ -482,7 +490,7 @@ def test_deliberate_defects_of_real_tables(workspace: Workspace) -> None:
 @pytest.mark.real
 def test_the_field_of_the_study(workspace: Workspace) -> None:
     done = ingest(workspace, real_data("cytotable/BR00116991-A01-1"))
-    assert (done.cells, done.columns) == (92, 2_048)
+    assert (done.cells, n_columns(workspace)) == (92, 2_048)
     with workspace.database.read() as session:
         cell = session.scalars(select(Cell).where(Cell.object_number == 1)).one()
         box = (cell.min_row, cell.min_col, cell.max_row, cell.max_col)

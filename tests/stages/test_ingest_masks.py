@@ -36,7 +36,7 @@ from cellstore.models import (
     Segmentation,
 )
 from cellstore.stages.ingest.account import Account, Brought, UndoneError
-from cellstore.stages.ingest.dry_run import preview
+from cellstore.stages.ingest.ingest import preview
 from cellstore.stages.ingest.ingest_masks import MaskReader, ingest_masks
 from cellstore.stages.measure import measure
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cellstore.stages.ingest.dry_run import preview
+from cellstore.stages.ingest.ingest import preview
 
 
 def write(path: Path, count: int) -> Path:

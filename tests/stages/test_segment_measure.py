@@ -353,3 +353,21 @@ def test_measuring_again_does_nothing_and_another_plane_goes_beside(bench: Bench
 def test_measure_before_segment_says_what_to_run(bench: Bench) -> None:
     with pytest.raises(UnknownNameError, match="cellstore segment"):
         measure(bench.workspace)
+
+
+def test_verify_compares_rows_with_what_their_jobs_wrote(bench: Bench) -> None:
+    segment(bench.workspace, bench.params)
+    measure(bench.workspace)
+    found = verify(bench.workspace)
+    assert (found.problems, found.jobs) == ((), 6)
+    with bench.workspace.database.begin() as session:
+        cells = session.scalars(select(Cell).order_by(Cell.id)).all()
+        cells[0].max_row = 15
+        measured = session.scalars(select(CellFeatures).where(CellFeatures.cell_id == cells[-1].id))
+        measured.one().mean_intensity = 0.0
+    problems = verify(bench.workspace).problems
+    assert [problem.reason.split(" recipe")[0] for problem in problems] == [
+        "rows of segment",
+        "rows of measure",
+    ]
+    assert problems[0].path != problems[1].path

@@ -153,12 +153,10 @@ class Account:
         self.pending.clear()
 
     def take_issues(self, other: Account) -> None:
-        """Move what ``other`` says of its rows here."""
-        for issue in other.pending:
-            self._add(issue)
-        other.pending.clear()
-        other.shown.clear()
-        other.reasons.clear()
+        """Say what ``other`` says, too; its issues that were not written yet are written here."""
+        self.pending += other.pending
+        self.reasons.update(other.reasons)
+        self.shown += other.shown[: SHOWN - len(self.shown)]
 
     def gather(self, others: Iterable[Account]) -> None:
         """Add what the accounts of several files of one source say."""
@@ -168,8 +166,7 @@ class Account:
             self.updated += other.updated
             self.unchanged += other.unchanged
             self.refused += other.refused
-            self.reasons.update(other.reasons)
-            self.shown += other.shown[: SHOWN - len(self.shown)]
+            self.take_issues(other)
 
     def mark(self) -> Account:
         """Return the account as it is now, to return to."""

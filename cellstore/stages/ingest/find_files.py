@@ -78,6 +78,14 @@ def folder_id(session: Session, uri: str) -> int:
     return found
 
 
+class SeenFile(NamedTuple):
+    """A file that was looked at, and that is new or has changed."""
+
+    known: KnownFile
+    uri: str
+    info: ImageInfo
+
+
 def look_at_files(
     workspace: Workspace,
     images: NDArray[np.int64],
@@ -92,7 +100,7 @@ def look_at_files(
     """
     with workspace.database.read() as session:
         finder = FileFinder(session, folder, look)
-    if finder.is_idle or not len(images):
+    if look is Look.NOWHERE or not finder.can_find or not len(images):
         return frozenset()
     changed: set[int] = set()
     workspace.progress.start("look at files", len(images))
@@ -116,7 +124,8 @@ def look_at_files(
                 if seen or account.pending:
                     with workspace.database.begin() as session:
                         account.flush(session)
-                        _write_seen(session, seen)
+                        if seen:
+                            _write_seen(session, seen)
                 changed |= seen.keys()
                 workspace.progress.advance(len(some))
     finally:
@@ -124,16 +133,11 @@ def look_at_files(
     return frozenset(changed)
 
 
-class SeenFile(NamedTuple):
-    """A file that was looked at, and that is new or has changed."""
-
-    known: KnownFile
-    uri: str
-    info: ImageInfo
-
-
 class FileFinder:
-    """Finds the files of an image: by name in ``folder``, else where the store knows them to be."""
+    """Finds the files of an image: by name in ``folder``, else where the store knows them to be.
+
+    ``can_find`` is False where no file of the store could be found.
+    """
 
     def __init__(self, session: Session, folder: Path | None, look: Look) -> None:
         self._folder = ImageFolder(folder) if folder is not None else None
@@ -146,12 +150,7 @@ class FileFinder:
                     self._here.add(uri)
             except (OSError, ValueError):  # too long for a path, or with a NUL in it
                 continue
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no file of the store could be found by this finder."""
-        everywhere = self._look is Look.EVERYWHERE
-        return self._look is Look.NOWHERE or not (self._folder or self._here or everywhere)
+        self.can_find = bool(self._folder or self._here or look is Look.EVERYWHERE)
 
     def look(
         self, core_name: str, plate: str, files: Mapping[str, KnownFile]
@@ -168,12 +167,19 @@ class FileFinder:
             wanted = [(file, *self._locate(file, plate, problems)) for file in files.values()]
         seen: list[SeenFile] = []
         for file, uri, is_known in wanted:
+            if uri is None:
+                continue
             try:
-                info = None if uri is None else _probe_changed(file, uri, is_known=is_known)
+                if is_known and file.sha256 is not None and not is_remote(uri):
+                    # The same size and time spare the hashing.
+                    found = stat(uri)
+                    if (found.size_bytes, found.mtime_ns) == (file.size_bytes, file.modified_ns):
+                        continue
+                info = probe(uri)
             except (ImageError, StorageError, UserInputError, OSError) as error:
                 problems.append(("image cannot be read", str(error)))
                 continue
-            if uri is not None and info is not None:
+            if not is_known or (info.sha256, info.mtime_ns) != (file.sha256, file.modified_ns):
                 seen.append(SeenFile(file, uri, info))
         return seen, problems
 
@@ -207,27 +213,12 @@ class FileFinder:
         return known if is_here else None, True
 
 
-def _probe_changed(file: KnownFile, uri: str, *, is_known: bool) -> ImageInfo | None:
-    """Return what is known of a file now, None if it has neither moved nor changed.
-
-    The same size and time spare the hashing.
-    """
-    if is_known and file.sha256 is not None and not is_remote(uri):
-        found = stat(uri)
-        if (found.size_bytes, found.mtime_ns) == (file.size_bytes, file.modified_ns):
-            return None
-    info = probe(uri)
-    now = (info.sha256, info.mtime_ns)
-    return None if is_known and now == (file.sha256, file.modified_ns) else info
-
-
 def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> None:
     """Write what files are now, by image; what was derived from other bytes is stale from now."""
-    if not seen:
-        return
     one_ingest_at_a_time(session)
     folders: dict[str, int] = {}
     updates: list[dict[str, Any]] = []
+    sizes: dict[int, float] = {}
     for image, files in seen.items():
         for file in files:
             folder, _, name = file.uri.rpartition("/")
@@ -243,6 +234,8 @@ def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> Non
                 "width": file.info.width,
                 "dtype": file.info.dtype,
             }
+            if file.info.pixel_size is not None:
+                sizes[image] = file.info.pixel_size
             if file.known.id is not None:
                 updates.append({"id": file.known.id, **values})
                 continue
@@ -253,28 +246,18 @@ def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> Non
             insert_new(session, ImageFile, [row])
     if updates:
         session.execute(update(ImageFile), updates)
-    digests = []
+    # The content of an image is the sha256 over all its files, unknown while one is missing.
+    digests: list[dict[str, Any]] = []
     for image, known in known_files(session, seen).items():
-        content = content_digest([(file.channel, file.sha256) for file in known.values()])
-        digests.append({"id": image, "content_sha256": content})
+        content = sorted((file.channel, file.sha256 or "") for file in known.values())
+        text = "\n".join(f"{channel}\t{sha256}" for channel, sha256 in content)
+        complete = content and all(sha256 for _, sha256 in content)
+        digest = hashlib.sha256(text.encode()).hexdigest() if complete else None
+        digests.append({"id": image, "content_sha256": digest})
     session.execute(update(Image), digests)
     # What a table or a person has said of the size of a pixel goes before what files say.
-    sizes = {
-        image: file.info.pixel_size
-        for image, files in seen.items()
-        for file in files
-        if file.info.pixel_size is not None
-    }
     unknown = select(Image.id).where(Image.id.in_(sizes), Image.pixel_size.is_(None))
     rows = [{"id": image, "pixel_size": sizes[image]} for image in session.scalars(unknown)]
     if rows:
         session.execute(update(Image), rows)
     requeue(session, Job.image_id.in_(list(seen)))  # what failed may work now
-
-
-def content_digest(files: Sequence[tuple[str, str | None]]) -> str | None:
-    """Return the sha256 over (channel, sha256) of all files, None while one is missing."""
-    if not files or any(sha256 is None for _, sha256 in files):
-        return None
-    text = "\n".join(f"{channel}\t{sha256}" for channel, sha256 in sorted(files))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
 
 from ...config import EVERYTHING, IngestParams, Selection
 from ...db.bulk import in_lists, one_ingest_at_a_time
 from ...enums import Look, Severity, Stage
 from ...errors import UnknownNameError, UserInputError
+from ...io.filenames import format_well
 from ...io.layouts import Layout, SourceKind, detect
-from ...io.uris import PathMap, shown, writable
+from ...io.tables import Refusal
+from ...io.uris import shown, writable
+from ...jobs.mask_matching import NoMatch
 from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.selection import images_of
 from ...jobs.workspace import Workspace
 from ...models import Image, Recipe, Run, Well
 from .account import (
+    SHOWN,
     Account,
     Brought,
     FileIdentity,
@@ -108,29 +112,53 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
             elif images is not None:
                 brought = ingest_images(workspace, images, account, identity.lines)
             elif kind is SourceKind.MASKS:
-                from .ingest_masks import ingest_masks
+                from .ingest_masks import ingest_masks  # these are slow to import
 
                 brought = ingest_masks(workspace, run.id, source, params, account)
-            elif kind is SourceKind.FEATURES:
-                brought = _ingest_features(
-                    workspace, run.id, source, layout, params, account, identity
-                )
             else:
-                brought = _ingest_treatments(workspace, source, layout, params, account)
+                with workspace.database.begin() as session:
+                    one_ingest_at_a_time(session)
+                    if kind is SourceKind.FEATURES:
+                        from .ingest_features import ingest_features
+
+                        brought = ingest_features(
+                            workspace, session, source, layout, params, account, identity
+                        )
+                    else:
+                        from .ingest_treatments import ingest_treatments
+
+                        plates = ingest_treatments(
+                            workspace, session, source, layout, params, account
+                        )
+                        brought = Brought(plates)
+                    if params.strict:
+                        account.check_strict()
         except UndoneError:
             # The rows are undone; the reasons stay, to be asked for.
             account.pending = list(account.shown)
             with workspace.database.begin() as session:
                 account.flush(session)
             raise
-        if (
-            kind is not SourceKind.FEATURES or earlier is not None
-        ):  # each of their files has its own
+        # Each file of a source of features has an account of its own.
+        if kind is not SourceKind.FEATURES or earlier is not None:
             with workspace.database.begin() as session:
                 account.close(session, layout.value, identity)
-        kept = {name: value for name, value in asdict(brought).items() if value}
+        kept = {
+            name: value
+            for name in ("plates", "cells", "feature_set", "segmentations")
+            if (value := getattr(brought, name))
+        }
         run.result = {"plates": [], **account.counts, **kept}
-    wells, fields, missing = _count_images(workspace, brought.plates)
+    wells = fields = seen = 0
+    with workspace.database.read() as session:
+        for some in in_lists(brought.plates):
+            query = select(
+                func.count(Well.id.distinct()),
+                func.count(Image.id),
+                func.count(Image.content_sha256),
+            ).outerjoin(Image, Image.well_id == Well.id)
+            row = session.execute(query.where(Well.plate_id.in_(some))).one()
+            wells, fields, seen = wells + row[0], fields + row[1], seen + row[2]
     return IngestResult(
         run_id=run.id,
         source=account.file,
@@ -141,7 +169,7 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
         plates=len(brought.plates),
         wells=wells,
         images=fields,
-        missing_images=missing,
+        missing_images=fields - seen,
         cells=brought.cells,
         feature_set=brought.feature_set,
         segmentations=tuple(brought.segmentations),
@@ -170,8 +198,8 @@ def choose_layout(source: Path, params: IngestParams) -> Layout:
         layout = detect(source, kind)
     if kind is not None and layout.kind is not kind:
         raise UserInputError(
-            f"The layout {layout.value} is read as {layout.kind.value}, not as {kind.value}. "
-            f"Leave the word {kind.value!r} or the layout away."
+            f"The layout {layout.value} is for {layout.kind.value}, not for {kind.value}. "
+            f"Remove the word {kind.value!r} or --layout."
         )
     named = layout.kind in (SourceKind.FEATURES, SourceKind.MASKS)
     wrong = [
@@ -181,8 +209,8 @@ def choose_layout(source: Path, params: IngestParams) -> Layout:
     ]
     if wrong:
         raise UserInputError(
-            f"{source.name} is read as {layout.value}, where {' and '.join(wrong)} would mean "
-            "nothing. Leave it away, or write what the source holds (features, masks) before it."
+            f"{source.name} is read as {layout.value}, which does not use {' or '.join(wrong)}. "
+            f"Remove it, or name the content: cellstore ingest masks {source.name}"
         )
     return layout
 
@@ -224,7 +252,11 @@ def _read_again(
         repeat_issues(session, earlier.id, account)
         corrected = corrected_since(session, earlier.id, plates)
         later = updated_since(session, earlier, plates)
-        images = _images_of_plates(session, plates)
+        ids: list[int] = []
+        for some in in_lists(plates):
+            query = select(Image.id).join(Well, Well.id == Image.well_id)
+            ids += session.scalars(query.where(Well.plate_id.in_(some)))
+    images = np.sort(np.array(ids, np.int64))
     changed = look_at_files(workspace, images, params.images, params.look, account)
     account.updated = min(len(changed), account.rows - account.refused)
     account.unchanged = account.rows - account.refused - account.updated
@@ -240,79 +272,6 @@ def _read_again(
             "cellstore audit well PLATE/A01. To use the labels of this table, add --reread."
         )
     return Brought(plates)
-
-
-def _images_of_plates(session: Session, plates: Sequence[int]) -> NDArray[np.int64]:
-    found = [np.zeros(0, np.int64)]
-    for some in in_lists(plates):
-        query = select(Image.id).join(Well, Well.id == Image.well_id)
-        ids = session.scalars(query.where(Well.plate_id.in_(some)))
-        found.append(np.fromiter(ids, dtype=np.int64))
-    return np.sort(np.concatenate(found))
-
-
-def _ingest_treatments(
-    workspace: Workspace,
-    source: Path,
-    layout: Layout,
-    params: IngestParams,
-    account: Account,
-) -> Brought:
-    from .ingest_treatments import ingest_treatments
-
-    with workspace.database.begin() as session:
-        one_ingest_at_a_time(session)
-        plates = ingest_treatments(workspace, session, source, layout, params, account)
-        if params.strict:
-            account.check_strict()
-    return Brought(plates)
-
-
-def _ingest_features(
-    workspace: Workspace,
-    run_id: int,
-    source: Path,
-    layout: Layout,
-    params: IngestParams,
-    account: Account,
-    identity: FileIdentity,
-) -> Brought:
-    from .ingest_features import ingest_features  # Arrow is slow to import
-
-    with workspace.database.begin() as session:
-        one_ingest_at_a_time(session)
-        done = ingest_features(
-            workspace,
-            session,
-            run_id,
-            source,
-            layout,
-            name=params.name,
-            plate=params.plate,
-            account=account,
-            maps=PathMap(params.maps),
-            identity=identity,
-        )
-        account.gather(done.accounts)
-        if params.strict:
-            account.check_strict()
-    segmentations = () if done.segmentation is None else (done.segmentation,)
-    return Brought(done.plates, done.cells, done.feature_set, segmentations)
-
-
-def _count_images(workspace: Workspace, plates: Sequence[int]) -> tuple[int, int, int]:
-    """Return the wells and images of ``plates`` (ids), and how many images lack a file."""
-    wells = images = seen = 0
-    with workspace.database.read() as session:
-        for some in in_lists(plates):
-            query = select(
-                func.count(Well.id.distinct()),
-                func.count(Image.id),
-                func.count(Image.content_sha256),
-            ).outerjoin(Image, Image.well_id == Well.id)
-            row = session.execute(query.where(Well.plate_id.in_(some))).one()
-            wells, images, seen = wells + row[0], images + row[1], seen + row[2]
-    return wells, images, images - seen
 
 
 @dataclass(frozen=True)
@@ -351,3 +310,121 @@ def refresh(workspace: Workspace, selection: Selection = EVERYTHING) -> RefreshR
         run.result = {"images": len(images), "changed": len(changed), "problems": problems}
     some = tuple(issue for issue in account.shown if issue.severity is Severity.PROBLEM)
     return RefreshResult(run.id, len(images), len(changed), problems, some)
+
+
+# ---- Dry run ----
+
+MOST = 1_000_000
+"""Plates, wells and images are counted up to this many of each: they are held in memory."""
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """What one file would become: a channel of an image, or ``cells`` masks of an image."""
+
+    file: str
+    plate: str
+    well: str
+    site: int
+    plane: int
+    time_point: int
+    channel: str | None = None
+    treatment: str | None = None
+    objects: str | None = None
+    cells: int | None = None
+
+
+@dataclass
+class Preview:
+    """What a source would become: ``files`` are the first of them, ``images`` counts fields.
+
+    ``channels`` counts files by channel; ``refused`` rows would be left out, ``issues`` says why.
+    ``at_least``: there are more plates, wells or images than were counted.
+    """
+
+    source: str
+    layout: str
+    rows: int = 0
+    images: int = 0
+    refused: int = 0
+    at_least: bool = False
+    plates: set[str] = field(default_factory=set)
+    wells: set[tuple[str, str]] = field(default_factory=set)
+    channels: Counter[str] = field(default_factory=Counter)
+    files: list[PreviewRow] = field(default_factory=list)
+    issues: list[Issue] = field(default_factory=list)
+
+    def refuse(self, issue: Issue) -> None:
+        """Count a row that would be left out."""
+        self.refused += 1
+        if len(self.issues) < SHOWN:
+            self.issues.append(issue)
+
+    def add(self, known: set[Any], key: Hashable, rows: Sequence[PreviewRow]) -> None:
+        """Count the files of one image (``key``), and show them if there is room.
+
+        ``known`` are the images so far: each is counted once, as plates and wells are, in bounded
+        memory.
+        """
+        places = [(self.plates, row.plate) for row in rows]
+        wells = [(self.wells, (row.plate, row.well)) for row in rows]
+        for counted, item in ((known, key), *places, *wells):
+            if len(counted) < MOST:
+                counted.add(item)
+            elif item not in counted:
+                self.at_least = True
+        self.channels.update(row.channel for row in rows if row.channel is not None)
+        self.files += rows[: max(0, SHOWN - len(self.files))]
+        self.images = len(known)
+
+
+def preview(
+    source: Path, params: IngestParams | None = None, workspace: Workspace | None = None
+) -> Preview:
+    """Read images or masks and say what each file would become.
+
+    Masks need the ``workspace`` that has their images; images need none.
+
+    Raises:
+        BadTableError: the source cannot be read.
+        MissingExtraError: masks, and scikit-image is not installed.
+        UserInputError: the source holds features or treatments, or masks and no ``workspace``.
+    """
+    params = params or IngestParams()
+    layout = choose_layout(source, params)
+    found = Preview(source.name, layout.value)
+    images: set[Any] = set()
+    if layout.kind is SourceKind.IMAGES:
+        for row in ImageSource(source, layout, params).records():
+            found.rows += 1
+            if isinstance(row, Refusal):
+                found.refuse(Issue(Severity.REFUSED, found.source, *row))
+            else:
+                well = format_well(row.row, row.column)
+                where = (row.plate, well, row.site, row.plane, row.time_point)
+                treatment = row.treatment.pert_iname if row.treatment else None
+                files = [PreviewRow(ref.name, *where, ref.channel, treatment) for ref in row.files]
+                found.add(images, where, files)
+    elif layout.kind is not SourceKind.MASKS:
+        raise UserInputError(
+            f"A dry run is for images and masks only, and {source.name} is read as {layout.value} "
+            f"({layout.kind.value}). To ingest it, remove --dry-run."
+        )
+    elif workspace is None:
+        raise UserInputError(
+            "A dry run of masks needs the store that has their images. Name it with --store."
+        )
+    else:
+        from .ingest_masks import MaskReader
+
+        for masks in MaskReader(workspace, source, params).plan():
+            found.rows += 1
+            image, file = masks.image, masks.file
+            if isinstance(image, NoMatch):
+                found.refuse(Issue(Severity.REFUSED, file.name, None, *image))
+            else:
+                where = (image.plate, image.well, image.site, image.plane, image.time_point)
+                cells = len(masks.cells)
+                masks_row = PreviewRow(file.name, *where, objects=file.kind, cells=cells)
+                found.add(images, image.id, [masks_row])
+    return found

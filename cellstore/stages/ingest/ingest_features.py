@@ -18,6 +18,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from ...artifacts import ArtifactFolder
+from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, take_ids
 from ...enums import FeatureStorage, Severity, Stage
 from ...errors import BadTableError, StorageError, UserInputError
@@ -35,7 +36,7 @@ from ...jobs.workspace import Workspace
 from ...models import Artifact, Cell, FeatureFile, FeatureSet, Recipe, RecipeInput, Segmentation
 from ...query.feature_files import FeatureWriter, register_files, stored_values
 from ...query.feature_sets import check_set_name
-from .account import Account, FileIdentity
+from .account import Account, Brought, FileIdentity
 from .ingest_images import RowWriter
 
 VERSION = 1
@@ -57,53 +58,30 @@ _UNKNOWN = -1
 Chosen = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class FeaturesDone:
-    """What a source of features brought; ``accounts`` has one per file (closed).
-
-    ``feature_set`` is None where the source has images only; ``segmentation`` is the id of the
-    recipe that its cells belong to.
-    """
-
-    feature_set: str | None
-    segmentation: int | None
-    columns: int
-    plates: tuple[int, ...]
-    new_images: int
-    cells: int
-    unchanged: int
-    accounts: tuple[Account, ...]
-    notes: tuple[str, ...]
-
-
 def ingest_features(
     workspace: Workspace,
     session: Session,
-    run_id: int,
     source: Path,
     layout: Layout,
-    *,
-    name: str | None,
-    plate: str | None,
+    params: IngestParams,
     account: Account,
-    maps: PathMap | None = None,
     identity: FileIdentity | None = None,
-) -> FeaturesDone:
+) -> Brought:
     """Bring the objects and features of ``source`` in, in the open transaction of ``session``.
 
-    The rows of each file are accounted for in an account of its own; ``account`` gets the notes.
-    ``name`` is the feature set (default: that of the tool), ``plate`` the barcode where the source
-    names none; ``identity`` is that of a ``source`` that was looked at. Files of features are
-    written at once, their rows count with the transaction.
+    The rows of each file are accounted for in an account of its own; ``account`` gets the sum.
+    The feature set has the name of the tool where ``params`` give none; ``identity`` is that of a
+    ``source`` that was looked at. Files of features are written at once, their rows count with
+    the transaction.
 
     Raises:
         BadTableError: the source is damaged, or holds no objects that can be told apart.
         UserInputError: no plate is known, or the feature set has other columns.
         StorageError: a file cannot be written.
     """
-    name = check_set_name(name or DEFAULT_NAMES[layout])
-    opened = _READERS[layout](source, plate)
-    accounts = _Accounts(session, run_id, opened)
+    name = check_set_name(params.name or DEFAULT_NAMES[layout])
+    opened = _READERS[layout](source, params.plate)
+    accounts = _Accounts(session, account.run_id, opened)
     pool = ThreadPoolExecutor(1)  # hashes the files meanwhile
     progress = workspace.progress
     progress.start("ingest", len(opened.object_number))
@@ -112,11 +90,13 @@ def ingest_features(
         paths = sorted({file.path for file in opened.files} - known.keys())
         asked = {path: pool.submit(FileIdentity.of, path) for path in paths}
         accounts.add_issues()
-        images, plates = _write_images(session, run_id, opened, accounts, maps)
+        images, plates = _write_images(session, opened, accounts, PathMap(params.maps))
         target = cells = None
         if len(opened.object_number):  # a set without cells would only be in the way
             target = _target_set(session, opened, name)
-            cells = _CellWriter(workspace, session, run_id, opened, target, images, accounts)
+            cells = _CellWriter(
+                workspace, session, account.run_id, opened, target, images, accounts
+            )
             cells.write()
         accounts.add_issues()  # some are found while the values are read
         for file, of_file in zip(opened.files, accounts.of_files, strict=True):
@@ -126,18 +106,11 @@ def ingest_features(
         progress.finish()
         pool.shutdown(wait=True, cancel_futures=True)
         opened.close()
-    account.notes.extend(opened.notes)
-    return FeaturesDone(
-        feature_set=target.name if target else None,
-        segmentation=target.segment_id if target else None,
-        columns=len(opened.schema),
-        plates=tuple(sorted(plates)),
-        new_images=cells.new_images if cells else 0,
-        cells=cells.created if cells else 0,
-        unchanged=cells.unchanged if cells else 0,
-        accounts=tuple(accounts.of_files),
-        notes=tuple(opened.notes),
-    )
+    account.gather(accounts.of_files)
+    account.notes += opened.notes
+    if target is None or cells is None:
+        return Brought(sorted(plates))
+    return Brought(sorted(plates), cells.created, target.name, (target.segment_id,))
 
 
 def check_files(session: Session, artifacts: ArtifactFolder, name: str) -> None:
@@ -207,46 +180,34 @@ class _Accounts:
 
 
 def _write_images(
-    session: Session,
-    run_id: int,
-    source: ObjectSource,
-    accounts: _Accounts,
-    maps: PathMap | None,
+    session: Session, source: ObjectSource, accounts: _Accounts, maps: PathMap
 ) -> tuple[Integers, set[int]]:
     """Bring the images in; return the id of each, -1 where it has no cells, and their plates."""
     # Images without rows of their own are counted for no file.
-    scratch = Account(run_id, source.files[0].name)
+    scratch = Account(accounts.of_files[0].run_id, source.files[0].name)
     writer = RowWriter(session, scratch, maps)
     found: list[int] = []
     for file, rows in groupby(source.images, key=lambda row: row[0]):
         contents = [content for _, content in rows]
-        account = accounts.by_name[file]
-        scratch.file = file
-        for start in range(0, len(contents), _IMAGES_AT_ONCE):
-            some = contents[start : start + _IMAGES_AT_ONCE]
-            before = scratch.mark()
+        if source.own_images:
+            writer.account = accounts.by_name[file]
+        for some in in_lists(contents, _IMAGES_AT_ONCE):
             ids = iter(writer.write([row for row in some if isinstance(row, ImageRecord)]))
             for row in some:
                 image = None if isinstance(row, Refusal) else next(ids)
                 found.append(_UNKNOWN if image is None else image)
                 if source.own_images and isinstance(row, Refusal):
-                    account.refuse(*row)
-            if source.own_images:
-                account.created += scratch.created - before.created
-                account.updated += scratch.updated - before.updated
-                account.unchanged += scratch.unchanged - before.unchanged
-                account.refused += scratch.refused - before.refused
-            account.take_issues(scratch)
-            account.flush(session)
+                    writer.account.refuse(*row)
+            writer.account.flush(session)
     writer.finish()
+    source.notes += writer.account.notes
     accounts.of_files[0].take_issues(scratch)
-    source.notes += scratch.notes
     images = np.array(found, np.int64)
     # Of several rows that are the same field the first counts: a field has one set of cells.
     again = ~first_of_each(images) & (images != _UNKNOWN)
     for number in np.flatnonzero(again):
         file, row = source.images[number]
-        detail = "an earlier row is the same field: the cells of this one are left out"
+        detail = "an earlier row is the same field: the cells of this one are not stored"
         accounts.by_name[file].problem(row.line, "same field twice", detail)
     images[again] = _UNKNOWN
     return images, writer.plates
@@ -319,13 +280,15 @@ def _known_set(
     session: Session, found: FeatureSet, source: ObjectSource, new: Mapping[str, str]
 ) -> _TargetSet:
     if found.storage is not FeatureStorage.FILES:
-        raise UserInputError(f"Feature set {found.name!r} is measured here. Give another --name.")
+        raise UserInputError(
+            f"Feature set {found.name!r} was measured by cellstore. Give another --name."
+        )
     old = {item["name"]: item["dtype"] for item in found.columns}
     words = [n for n in old if n in new and (old[n] == "string") != (new[n] == "string")]
     differences = [
         ("lacks", [name for name in old if name not in new]),
-        ("has besides", [name for name in new if name not in old]),
-        ("has of another type", words),
+        ("also has", [name for name in new if name not in old]),
+        ("has another type for", words),
     ]
     parts = [
         f"{verb} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
@@ -377,7 +340,7 @@ class _CellWriter:
         self._images = images[source.image_index]
         self._accounts = accounts
         self._files: list[tuple[str, int, int]] | None = None
-        self.created = self.unchanged = self.new_images = 0
+        self.created = 0
 
     def write(self) -> None:
         """Bring all cells in.
@@ -432,7 +395,6 @@ class _CellWriter:
         ]
         if rows:
             self._session.execute(insert(Segmentation), rows)
-        self.new_images = len(rows)
         return {row["image_id"]: row["id"] for row in rows}
 
     def _create(
@@ -480,7 +442,6 @@ class _CellWriter:
             "give another --name"
         )
         self._accounts.refuse(cells[~same], "other values than before", detail)
-        self.unchanged += int(same.sum())
 
     def _known_cells(self, cells: Integers, known: Mapping[int, int]) -> Integers:
         """Return the id of each cell, -1 where its image has no cell of that number."""

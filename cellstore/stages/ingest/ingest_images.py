@@ -138,7 +138,7 @@ class ImageSource:
             if self.annotation is not None:
                 plate_map = self.annotation.map_of(row.plate)
                 if plate_map is None:
-                    detail = f"no map is named for plate {row.plate}"
+                    detail = f"the barcodes name no plate map for plate {row.plate}"
                     yield Refusal(row.line, "no plate map", detail)
                     continue
                 well = row.row, row.column
@@ -354,7 +354,9 @@ class RowWriter:
                 batch = batches[plate.barcode]
                 plate.batch = plate.batch or batch
                 if batch is not None and batch != plate.batch:
-                    detail = f"plate {plate.barcode} has batch {plate.batch}, {batch} here; kept"
+                    detail = (
+                        f"plate {plate.barcode}: {plate.batch} in the store, {batch} here; kept"
+                    )
                     self.account.problem(None, "another batch", detail)
         self.session.flush()
         barcodes = [b for b in batches if b in absent and b not in self._plate_ids]
@@ -532,12 +534,13 @@ class RowWriter:
         self.session.flush()
         n_changed = len(keep_well_metadata(self.session, of_wells)[1])
         if n_changed:
-            self.account.notes.append(f"wells that have other metadata now: {n_changed:,}")
+            self.account.notes.append(f"wells whose metadata was replaced: {n_changed:,}")
         if self._differing:
             names = ", ".join(sorted(self._differing)[:5])
             more = ", ..." if len(self._differing) > 5 else ""
             self.account.notes.append(
-                f"not kept, because they differ between the images of a well: {names}{more}"
+                "metadata not kept, because the images of one well have different values: "
+                f"{names}{more}"
             )
         self._metadata.clear()
 

@@ -190,7 +190,7 @@ class MaskReader:
 
 def other_masks(image: FoundImage) -> NoMatch:
     """Return why masks are refused of an image that has others by the same recipe."""
-    detail = f"{image} has other masks under this name already; give these another with --name"
+    detail = f"{image} has other masks of this name already; give these another name with --name"
     return NoMatch("other masks are there", detail)
 
 

@@ -22,6 +22,7 @@ from ...io.platemaps import (
     Aliases,
     PlateAnnotation,
     PlateMap,
+    PlateRow,
     Position,
     TreatmentRecord,
     TreatmentRow,
@@ -32,7 +33,7 @@ from ...io.platemaps import (
     read_annotation,
     treatment_rows,
 )
-from ...io.tables import Refusal, TextTable, open_table
+from ...io.tables import Refusal, open_table
 from ...io.uris import writable
 from ...jobs.workspace import Workspace
 from ...models import Perturbation, Plate, Well
@@ -82,18 +83,21 @@ def ingest_treatments(
         aliases = Aliases.read(params.aliases) if params.aliases else Aliases({})
         if layout is Layout.PLATEMAP:
             return _ingest_maps(session, source, params, aliases, account)
-        if layout is not Layout.JUMP_PLATES and layout not in _READERS:
-            raise UserInputError(
-                f"{layout.value} is no layout of treatments. Choose another --layout."
-            )
         table = open_table(source)
         account.notes += table.notes
         if layout is Layout.JUMP_PLATES:
-            return _ingest_plates(workspace, session, table, account)
-        corrections = _Corrections(session, account, aliases)
+            plates: dict[str, Plate] = {}
+            seen: dict[str, str | None] = {}
+            for plate_rows in _usable(workspace, session, account, jump_plates(table)):
+                _write_plates(session, plate_rows, plates, seen, account)
+            return tuple(plate.id for plate in plates.values())
+        writer = TreatmentWriter(session, account)
+        digests: dict[_Sample, int] = {}
         for rows in _usable(workspace, session, account, _READERS[layout](table)):
-            corrections.write(rows)
-        corrections.writer.report()
+            _write_treatments(
+                session, writer, _first_said(rows, aliases, digests, account), account
+            )
+        writer.report()
         account.flush(session)
         return ()
     finally:
@@ -110,7 +114,7 @@ def _usable(
         usable: list[T] = []
         for row in some:
             if isinstance(row, Refusal):
-                account.refuse(row.line, row.reason, row.detail)
+                account.refuse(*row)
             else:
                 usable.append(row)
         yield usable
@@ -119,58 +123,49 @@ def _usable(
         workspace.progress.advance(len(some))
 
 
-# ---- Plates ----
+def _write_plates(
+    session: Session,
+    rows: Sequence[PlateRow],
+    plates: dict[str, Plate],
+    seen: dict[str, str | None],
+    account: Account,
+) -> None:
+    """Make plates, or set the batch of those that are there; add them to ``plates``.
 
-
-def _ingest_plates(
-    workspace: Workspace, session: Session, table: TextTable, account: Account
-) -> tuple[int, ...]:
-    """Make plates, or set the batch of those that are there; return their ids.
-
-    A plate of two batches is refused the second time; a changed batch is noted as suspicious.
+    A plate of two batches is refused the second time (``seen`` has the first); a changed batch is
+    noted as suspicious.
     """
-    found: list[int] = []
-    seen: dict[str, str | None] = {}
-    for rows in _usable(workspace, session, account, jump_plates(table)):
-        known: dict[str, Plate] = {}
-        for some in in_lists({row.barcode for row in rows}):
-            for plate in session.scalars(select(Plate).where(Plate.barcode.in_(some))):
-                known[plate.barcode] = plate
-        for line, barcode, batch, metadata in rows:
-            if barcode in seen and batch != seen[barcode]:
-                detail = f"{barcode} is of batch {seen[barcode]} already, not of {batch}"
-                account.refuse(line, "plate twice", detail)
-                continue
-            seen[barcode] = batch
-            if barcode not in known:
-                known[barcode] = Plate(barcode=barcode, batch=batch, metadata_=metadata or None)
-                session.add(known[barcode])
-                account.created += 1
-                continue
-            plate = known[barcode]
-            merged = {**(plate.metadata_ or {}), **metadata}
-            if batch in (None, plate.batch) and merged == (plate.metadata_ or {}):
-                account.unchanged += 1
-                continue
-            if batch is not None and plate.batch not in (None, batch):
-                detail = f"{barcode}: the batch was {plate.batch}, and is {batch} now"
-                account.suspicious(line, "another batch", detail)
-            plate.batch, plate.metadata_ = batch or plate.batch, merged or None
-            account.updated += 1
-        session.flush()
-        found += [plate.id for plate in known.values()]
-    return tuple(found)
+    for some in in_lists({row.barcode for row in rows}):
+        for plate in session.scalars(select(Plate).where(Plate.barcode.in_(some))):
+            plates[plate.barcode] = plate
+    for line, barcode, batch, metadata in rows:
+        if seen.setdefault(barcode, batch) != batch:
+            detail = f"{barcode} has batch {seen[barcode]} on an earlier line, {batch} here"
+            account.refuse(line, "plate twice", detail)
+            continue
+        if barcode not in plates:
+            plates[barcode] = Plate(barcode=barcode, batch=batch, metadata_=metadata or None)
+            session.add(plates[barcode])
+            account.created += 1
+            continue
+        plate = plates[barcode]
+        merged = {**(plate.metadata_ or {}), **metadata}
+        if batch in (None, plate.batch) and merged == (plate.metadata_ or {}):
+            account.unchanged += 1
+            continue
+        if batch is not None and plate.batch not in (None, batch):
+            detail = f"{barcode}: the batch was {plate.batch}, and is {batch} now"
+            account.suspicious(line, "another batch", detail)
+        plate.batch, plate.metadata_ = batch or plate.batch, merged or None
+        account.updated += 1
+    session.flush()
 
 
 # ---- Plate maps ----
 
 
 def _ingest_maps(
-    session: Session,
-    source: Path,
-    params: IngestParams,
-    aliases: Aliases,
-    account: Account,
+    session: Session, source: Path, params: IngestParams, aliases: Aliases, account: Account
 ) -> tuple[int, ...]:
     """Point the wells of the plates of the maps in ``source``; return these plates (ids).
 
@@ -188,10 +183,20 @@ def _ingest_maps(
             account.refuse(*refusal, file=writable(path.name))
         else:  # a row of another table
             account.problem(*refusal, file=writable(path.name))
-    for found in annotation.maps.values():
-        account.rows += len(found.wells)
-        writer = TreatmentWriter(session, account, writable(found.path.name))
-        _apply_map(session, writer, found, plates.get(found.name, []), aliases, account)
+    for plate_map in annotation.maps.values():
+        account.rows += len(plate_map.wells)
+        if plate_map.name not in plates:
+            account.notes.append(f"no plate of the store uses the plate map {plate_map.name}")
+        writer = TreatmentWriter(session, account, writable(plate_map.path.name))
+        created: set[Position] = set()
+        updated: set[Position] = set()
+        for some in in_lists(plates.get(plate_map.name, ()), PLATES_AT_ONCE):
+            new, changed = _apply_map(session, writer, plate_map, some, aliases, account)
+            created |= new
+            updated |= changed
+        account.updated += len(updated)
+        account.created += len(created - updated)
+        account.unchanged += len(plate_map.wells) - len(created | updated)
         writer.report()
     account.flush(session)
     return tuple(sorted(plate for some in plates.values() for plate in some))
@@ -208,7 +213,7 @@ def _plates_of_maps(
     barcodes = annotation.barcodes
     if barcodes is None and plate is None:
         raise UserInputError(
-            f"Which plates is {source.name} for? Say it with --plate NAME, or with "
+            f"Which plates is {source.name} for? Name one with --plate, or all with "
             "--barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
         )
     if barcodes is None:
@@ -231,7 +236,7 @@ def _plates_of_maps(
             f"({', '.join(sorted(barcodes)[:3])}). Ingest their images first."
         )
     for name, missing in sorted(unmapped.items()):
-        detail = f"{', '.join(sorted(missing))} use {name}, which was not given"
+        detail = f"{', '.join(sorted(missing))} use the plate map {name}, which was not given"
         account.problem(None, "no such plate map", detail)
     if known < len(barcodes):
         absent = len(barcodes) - known
@@ -246,60 +251,46 @@ def _apply_map(
     plates: Sequence[int],
     aliases: Aliases,
     account: Account,
-) -> None:
-    """Point the wells of ``plates`` to their treatments; make those that are not there."""
-    if not plates:
-        account.notes.append(f"no plate of the store uses the plate map {plate_map.name}")
+) -> tuple[set[Position], set[Position]]:
+    """Point the wells of ``plates`` to their treatments; return those made, and those changed."""
     treated = {at: aliases.apply(r) for at, r in plate_map.wells.items() if r is not None}
-    created: set[Position] = set()
-    updated: set[Position] = set()
-    for start in range(0, len(plates), PLATES_AT_ONCE):
-        some = plates[start : start + PLATES_AT_ONCE]
-        wells: dict[tuple[int, Position], int] = {}
-        query = select(
-            Well.plate_id, Well.well_row, Well.well_column, Well.id, Well.treatment_id
-        ).where(Well.plate_id.in_(some))
-        for plate, row, column, well, treatment in session.execute(query):
-            wells[plate, (row, column)] = well
-            if treatment is not None and (row, column) in plate_map.wells.keys() - treated.keys():
-                _note_emptied(session, plate_map, plate, (row, column), account)
-        new = [(plate, at) for plate in some for at in treated if (plate, at) not in wells]
-        made = dict(zip(new, take_ids(session, Well, len(new)), strict=True))
-        rows = [(well, plate, *at, format_well(*at)) for (plate, at), well in made.items()]
-        bulk_insert(session, Well, _WELL, rows)
-        all_wells = {**wells, **made}
-        wanted = {
-            all_wells[plate, at]: (record, plate_map.lines[at])
-            for plate in some
-            for at, record in treated.items()
-        }
-        changed = writer.assign(wanted, set(made.values()))
-        changed |= keep_well_metadata(
-            session,
-            {
-                well: plate_map.metadata[at]
-                for (_, at), well in all_wells.items()
-                if at in plate_map.metadata
-            },
-        )[0]
-        created |= {at for _, at in made}
-        updated |= {at for (_, at), well in wells.items() if well in changed}
-    account.updated += len(updated)
-    account.created += len(created - updated)
-    account.unchanged += len(plate_map.wells) - len(created | updated)
-
-
-def _note_emptied(
-    session: Session, plate_map: PlateMap, plate: int, at: Position, account: Account
-) -> None:
-    barcode = session.get_one(Plate, plate).barcode
-    account.suspicious(
-        plate_map.lines[at],
-        "an empty well that has a treatment",
-        f"well {format_well(*at)} of plate {barcode} is empty on the map, and keeps the treatment "
-        "that it has",
-        file=writable(plate_map.path.name),
+    emptied = plate_map.wells.keys() - treated.keys()
+    wells: dict[tuple[int, Position], int] = {}
+    query = (
+        select(Well.plate_id, Well.well_row, Well.well_column, Well.id, Well.treatment_id)
+        .add_columns(Plate.barcode)
+        .join(Plate, Plate.id == Well.plate_id)
     )
+    for plate, row, column, well, treatment, barcode in session.execute(
+        query.where(Well.plate_id.in_(plates))
+    ):
+        wells[plate, (row, column)] = well
+        if treatment is not None and (row, column) in emptied:
+            account.suspicious(
+                plate_map.lines[row, column],
+                "an empty well that has a treatment",
+                f"well {format_well(row, column)} of plate {barcode} is empty on the map, but has "
+                "a treatment in the store; kept",
+                file=writable(plate_map.path.name),
+            )
+    new = [(plate, at) for plate in plates for at in treated if (plate, at) not in wells]
+    made = dict(zip(new, take_ids(session, Well, len(new)), strict=True))
+    rows = [(well, plate, *at, format_well(*at)) for (plate, at), well in made.items()]
+    bulk_insert(session, Well, _WELL, rows)
+    all_wells = {**wells, **made}
+    wanted = {
+        all_wells[plate, at]: (record, plate_map.lines[at])
+        for plate in plates
+        for at, record in treated.items()
+    }
+    changed = writer.assign(wanted, set(made.values()))
+    metadata = {
+        well: plate_map.metadata[at]
+        for (_, at), well in all_wells.items()
+        if at in plate_map.metadata
+    }
+    changed |= keep_well_metadata(session, metadata)[0]
+    return {at for _, at in made}, {at for (_, at), well in wells.items() if well in changed}
 
 
 # ---- Tables of treatments ----
@@ -308,113 +299,116 @@ _Sample = tuple[str, ...]
 """What names a sample: its identifier, else its kind and name."""
 _Use = tuple[int, Control | None]
 """A treatment, and a role that wells have which got it."""
-_Uses = dict[_Use, TreatmentRecord]
-
-
-class _Corrections:
-    """Makes new treatments, and points the wells of corrected ones to what they are now."""
-
-    def __init__(self, session: Session, account: Account, aliases: Aliases) -> None:
-        self._session = session
-        self._account = account
-        self._aliases = aliases
-        self.writer = TreatmentWriter(session, account)
-        self._seen: dict[_Sample, int] = {}
-
-    def write(self, rows: Sequence[TreatmentRow]) -> None:
-        """Bring rows in; one that says something else of a sample than an earlier is refused."""
-        said = list(self._first_said(rows))
-        known = self._known([record for _, record in said])
-        corrected = {
-            key: (record, line)
-            for line, record in said
-            for key, old in known[_sample(record)].items()
-            if completed(record, old) != old
-        }
-        moved = self._point(corrected)
-        wanted = []
-        for _, record in said:
-            present = known[_sample(record)]
-            complete = record
-            if present:
-                # A name that is given back finds the perturbation that it had before.
-                named = [use for use, old in present.items() if old.pert_iname == record.pert_iname]
-                latest = max(treatment for treatment, _ in named or present)
-                olds = [old for (treatment, _), old in present.items() if treatment == latest]
-                complete = completed(record, olds[0])
-            if not present:
-                self._account.created += 1
-            elif complete in present.values() and not moved & present.keys():
-                self._account.unchanged += 1
-            else:
-                self._account.updated += 1
-            wanted.append(complete)
-        self.writer.ids(wanted)
-
-    def _first_said(self, rows: Sequence[TreatmentRow]) -> Iterator[tuple[int, TreatmentRecord]]:
-        for line, given in rows:
-            if given is None:
-                self._account.unchanged += 1
-                continue
-            record = self._aliases.apply(given)
-            sample, digest = _sample(record), hash(record)
-            if sample not in self._seen:
-                self._seen[sample] = digest
-                yield line, record
-            elif self._seen[sample] == digest:
-                self._account.unchanged += 1
-            else:
-                detail = f"{record.identifier or record.pert_iname} is described otherwise before"
-                self._account.refuse(line, "broad_sample twice", detail)
-
-    def _known(self, said: Sequence[TreatmentRecord]) -> dict[_Sample, _Uses]:
-        """Return what the store has of each sample."""
-        identifiers = [record.identifier for record in said if record.identifier is not None]
-        names = [record.pert_iname for record in said if record.identifier is None]
-        conditions: list[ColumnElement[bool]] = []
-        conditions += [Perturbation.identifier.in_(some) for some in in_lists(identifiers)]
-        unnamed = Perturbation.identifier.is_(None)
-        conditions += [Perturbation.name.in_(some) & unnamed for some in in_lists(names)]
-        rows: dict[int, TreatmentRecord] = {}
-        for condition in conditions:
-            rows |= records_of(self._session, condition)
-        controls: dict[int, set[Control | None]] = defaultdict(set)
-        for some in in_lists(list(rows)):
-            query = select(Well.treatment_id, Well.control).where(Well.treatment_id.in_(some))
-            for treatment, control in self._session.execute(query.distinct()):
-                controls[treatment or 0].add(control)
-        by_table = {_sample(record): record.control for record in said}
-        found: dict[_Sample, _Uses] = defaultdict(dict)
-        for treatment, record in rows.items():
-            sample = _sample(record)
-            # Where it has no wells, its role is what the table says.
-            for control in controls.get(treatment, {by_table.get(sample)}):
-                found[sample][treatment, control] = replace(record, control=control)
-        return found
-
-    def _point(self, corrected: Mapping[_Use, tuple[TreatmentRecord, int | None]]) -> set[_Use]:
-        """Point wells to corrected treatments; return what they had."""
-        moved: set[_Use] = set()
-        for some in in_lists(sorted({treatment for treatment, _ in corrected})):
-            last = 0
-            while True:  # in pieces by id: what changes meanwhile is past
-                query = (
-                    select(Well.id, Well.treatment_id, Well.control)
-                    .where(Well.treatment_id.in_(some), Well.id > last)
-                    .order_by(Well.id)
-                    .limit(WELLS_AT_ONCE)
-                )
-                rows = self._session.execute(query)
-                wells: dict[int, Any] = {well: (had, control) for well, had, control in rows}
-                if not wells:
-                    break
-                said = {well: corrected[use] for well, use in wells.items() if use in corrected}
-                moved |= {wells[well] for well in self.writer.assign(said, ())}
-                last = max(wells)
-        return moved
 
 
 def _sample(record: TreatmentRecord) -> _Sample:
     if record.identifier is not None:
         return (record.identifier,)
     return record.kind.value, record.pert_iname
+
+
+def _first_said(
+    rows: Sequence[TreatmentRow], aliases: Aliases, digests: dict[_Sample, int], account: Account
+) -> list[tuple[int, TreatmentRecord]]:
+    """Return line and treatment of the rows that are the first of their sample.
+
+    One that says something else of a sample than an earlier row is refused. ``digests`` remembers
+    what the file says of each sample.
+    """
+    first = []
+    for line, given in rows:
+        if given is None:
+            account.unchanged += 1
+            continue
+        record = aliases.apply(given)
+        sample, digest = _sample(record), hash(record)
+        if sample not in digests:
+            digests[sample] = digest
+            first.append((line, record))
+        elif digests[sample] == digest:
+            account.unchanged += 1
+        else:
+            name = record.identifier or record.pert_iname
+            detail = f"{name} has another description on an earlier line"
+            account.refuse(line, "broad_sample twice", detail)
+    return first
+
+
+def _write_treatments(
+    session: Session,
+    writer: TreatmentWriter,
+    said: Sequence[tuple[int, TreatmentRecord]],
+    account: Account,
+) -> None:
+    """Make new treatments, and point the wells of corrected ones to what they are now."""
+    known = _known(session, [record for _, record in said])
+    corrected = {
+        use: (record, line)
+        for line, record in said
+        for use, old in known[_sample(record)].items()
+        if completed(record, old) != old
+    }
+    moved: set[_Use] = set()
+    for some in in_lists(sorted({treatment for treatment, _ in corrected})):
+        last = 0
+        while True:  # in pieces by id: what changes meanwhile is past
+            query = (
+                select(Well.id, Well.treatment_id, Well.control)
+                .where(Well.treatment_id.in_(some), Well.id > last)
+                .order_by(Well.id)
+                .limit(WELLS_AT_ONCE)
+            )
+            wells: dict[int, Any] = {
+                well: (had, control) for well, had, control in session.execute(query)
+            }
+            if not wells:
+                break
+            wanted = {well: corrected[use] for well, use in wells.items() if use in corrected}
+            moved |= {wells[well] for well in writer.assign(wanted, ())}
+            last = max(wells)
+    records = []
+    for _, record in said:
+        present = known[_sample(record)]
+        complete = record
+        if present:
+            # A name that is given back finds the perturbation that it had before.
+            named = [use for use, old in present.items() if old.pert_iname == record.pert_iname]
+            latest = max(treatment for treatment, _ in named or present)
+            olds = [old for (treatment, _), old in present.items() if treatment == latest]
+            complete = completed(record, olds[0])
+        if not present:
+            account.created += 1
+        elif complete in present.values() and not moved & present.keys():
+            account.unchanged += 1
+        else:
+            account.updated += 1
+        records.append(complete)
+    writer.ids(records)
+
+
+def _known(
+    session: Session, said: Sequence[TreatmentRecord]
+) -> Mapping[_Sample, dict[_Use, TreatmentRecord]]:
+    """Return what the store has of each sample."""
+    identifiers = [record.identifier for record in said if record.identifier is not None]
+    names = [record.pert_iname for record in said if record.identifier is None]
+    conditions: list[ColumnElement[bool]] = []
+    conditions += [Perturbation.identifier.in_(some) for some in in_lists(identifiers)]
+    unnamed = Perturbation.identifier.is_(None)
+    conditions += [Perturbation.name.in_(some) & unnamed for some in in_lists(names)]
+    rows: dict[int, TreatmentRecord] = {}
+    for condition in conditions:
+        rows |= records_of(session, condition)
+    controls: dict[int, set[Control | None]] = defaultdict(set)
+    for some in in_lists(rows):
+        query = select(Well.treatment_id, Well.control).where(Well.treatment_id.in_(some))
+        for treatment, control in session.execute(query.distinct()):
+            controls[treatment or 0].add(control)
+    by_table = {_sample(record): record.control for record in said}
+    found: dict[_Sample, dict[_Use, TreatmentRecord]] = defaultdict(dict)
+    for treatment, record in rows.items():
+        sample = _sample(record)
+        # Where it has no wells, its role is what the table says.
+        for control in controls.get(treatment, {by_table.get(sample)}):
+            found[sample][treatment, control] = replace(record, control=control)
+    return found

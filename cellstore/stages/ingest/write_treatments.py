@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from ...analysis.leaks import normalised_name
 from ...db.bulk import in_lists, insert_new
-from ...db.events import Change, record_run_events
+from ...db.events import Change, record_events
 from ...enums import Control, PerturbationKind
 from ...io.platemaps import TreatmentRecord, completed, target_of
 from ...models import Perturbation, Plate, Treatment, TreatmentPart, Well
@@ -254,8 +254,8 @@ class TreatmentWriter:
             names = [f"{plate}/{well}" for plate, well in rows]
             more = f" and {len(wells) - len(names):,} more" if len(wells) > len(names) else ""
             detail = (
-                f"the {column} of {key.name} is {first} on an earlier line, and {other} in "
-                f"{', '.join(names)}{more}: {first} is kept. Correct the table, and ingest it again"
+                f"{key.name} has the {column} {first} on an earlier line, but {other} in "
+                f"{', '.join(names)}{more}; {first} is kept. Correct the table and ingest it again"
             )
             self._account.suspicious(line, "described in two ways", detail, file=self._file)
         self._disagreements.clear()
@@ -293,7 +293,7 @@ class TreatmentWriter:
             changes += [change] if change else []
             if disagreements:
                 disagreeing[id(said)] = disagreements
-        record_run_events(session, self._account.run_id, changes, file=self._file)
+        record_events(session, changes, run_id=self._account.run_id, file=self._file)
 
         values = {key: treatment_values([Part(key)]) for key in full if key not in self._treatments}
         by_identity = {row["identity"]: key for key, row in values.items()}
@@ -375,7 +375,7 @@ class TreatmentWriter:
             names = [name for name in before if before[name] != after[name]]
             old, new = ({name: values[name] for name in names} for values in (before, after))
             changes.append(Change("wells", well, old, new, line))
-        record_run_events(self._session, self._account.run_id, changes, file=self._file)
+        record_events(self._session, changes, run_id=self._account.run_id, file=self._file)
         self._wells.update(targets)
 
     def _event_values(self, treatment: int | None, control: Control | None) -> dict[str, Any]:
