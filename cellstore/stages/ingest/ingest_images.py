@@ -513,6 +513,8 @@ class RowWriter:
         A plate keeps the value that it has; what wells say otherwise is kept with them. What
         differs between the images of one well cannot be kept, and a note says so.
         """
+        if not self._metadata:
+            return
         plates: dict[int, list[int]] = defaultdict(list)
         for some in in_lists(self._metadata):
             query = select(Well.plate_id, Well.id).where(Well.id.in_(some))
