@@ -443,8 +443,10 @@ class RowWriter:
             for order, ref in enumerate(_distinct(record.files), start=1):
                 folder = self._folder_ids[ref.folder]
                 old = files.get(ref.channel)
-                same = next((name for name, file in files.items() if file.name == ref.name), None)
-                if old is None and same is not None:  # one file is one channel
+                same = None
+                if old is None:
+                    same = next((key for key, file in files.items() if file.name == ref.name), None)
+                if same is not None:  # one file is one channel
                     self.account.suspicious(
                         record.line,
                         "one file under two channels",
