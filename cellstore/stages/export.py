@@ -30,7 +30,7 @@ from ..models import FeatureFile, FeatureSet, Plate, Recipe, RecipeInput, Run
 from ..query.cells import input_of
 from ..query.engine import Questions, open_questions
 from ..query.feature_files import FEATURE_COLUMNS, find_feature_set
-from ..query.guard import quoted
+from ..query.guard import literal, quoted
 
 PREFIX = "Cells_"
 """Before the name of a built-in feature: pycytominer takes what begins with a compartment."""
@@ -43,6 +43,8 @@ _MOST_CELLS, _MOST_IMAGES = 10_000, 500
 IMAGE_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
     "Metadata_Plate": ("i.plate", pa.string()),
     "Metadata_Batch": ("i.batch", pa.string()),
+    "Metadata_cell_line": ("pl.cell_line", pa.string()),
+    "Metadata_time_point": ("pl.time_point", pa.string()),
     "Metadata_Well": ("i.well", pa.string()),
     "Metadata_Site": ("i.site", pa.int64()),
     "Metadata_Plane": ("i.plane", pa.int64()),
@@ -51,6 +53,8 @@ IMAGE_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
     "Metadata_pert_type": ("tp.kind", pa.string()),
     "Metadata_pert_iname": ("t.name", pa.string()),
     "Metadata_target": ("t.target", pa.string()),
+    "Metadata_dose": ("i.dose", pa.float64()),
+    "Metadata_dose_unit": ("i.dose_unit", pa.string()),
     "Metadata_control_type": ("w.control", pa.string()),
     "Metadata_broad_sample": ("tp.identifier", pa.string()),
     "Metadata_InChIKey": ("tp.inchikey", pa.string()),
@@ -82,6 +86,7 @@ IMAGES = """
     JOIN images AS m ON m.id = s.image_id
     JOIN image_table AS i ON i.image_id = s.image_id
     JOIN wells AS w ON w.id = i.well_id
+    JOIN plates AS pl ON pl.id = w.plate_id
     LEFT JOIN treatments AS t ON t.id = w.treatment_id
     LEFT JOIN (
         SELECT
@@ -98,6 +103,13 @@ IMAGES = """
     WHERE s.recipe_id = $segment AND s.n_cells > 0 AND list_contains($plates, i.plate)
         AND (s.content_sha256 IS NULL OR s.content_sha256 = m.content_sha256)
 """
+METADATA = """
+    SELECT DISTINCT unnest(
+        json_keys(coalesce(w.metadata, '{{}}')) || json_keys(coalesce(pl.metadata, '{{}}'))
+    ) AS name
+    {images} ORDER BY name
+"""
+"""The names of the metadata of wells and plates that have no column of their own."""
 CHANNELS = """
     SELECT DISTINCT channel FROM image_files
     WHERE image_id IN (SELECT s.image_id {images}) ORDER BY channel
@@ -315,17 +327,22 @@ class _Images:
 
     def __init__(self, questions: Questions, segment_id: int, barcodes: list[str]) -> None:
         values = {"segment": segment_id, "plates": barcodes}
-        columns = ", ".join(
-            f"{source.format(order=ORDER)} AS {quoted(name)}"
-            for name, (source, _) in IMAGE_COLUMNS.items()
-        )
+        columns = {name: source.format(order=ORDER) for name, (source, _) in IMAGE_COLUMNS.items()}
+        fields = _fields(IMAGE_COLUMNS)
+        for (key,) in list(questions.ask_ours(METADATA.format(images=IMAGES), values).rows()):
+            name = f"Metadata_{key}"
+            if name not in columns and name not in CELL_COLUMNS:
+                text = literal(key)
+                columns[name] = f"coalesce(w.metadata ->> {text}, pl.metadata ->> {text})"
+                fields.append(pa.field(name, pa.string()))
+        listed = ", ".join(f"{source} AS {quoted(name)}" for name, source in columns.items())
         self.table = questions.ask_ours(
-            f"SELECT {columns}, i.image_id, i.excluded, s.id AS segmentation_id, s.n_cells "
+            f"SELECT {listed}, i.image_id, i.excluded, s.id AS segmentation_id, s.n_cells "
             f"{IMAGES} {ORDER}",
             values,
         ).table()
         self.cells = int(pc.sum(self.table["n_cells"]).as_py() or 0)
-        self.schema = pa.schema(_fields(IMAGE_COLUMNS))
+        self.schema = pa.schema(fields)
         found = questions.ask_ours(CHANNELS.format(images=IMAGES), values)
         channels = [channel for (channel,) in found.rows()]
         self._questions = questions

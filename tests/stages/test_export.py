@@ -13,12 +13,24 @@ import pyarrow.parquet as pq
 import pytest
 from factories import FEATURE_COLUMNS, MOMENT, Factory
 from screens import SmallScreen, small_screen
+from sqlalchemy import select
+from unguarded import unguarded
 
 from cellstore import extras
 from cellstore.enums import ArtifactKind, Control, FeatureStorage, Stage
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Artifact, FeatureFile, FeatureSet, Image, Recipe, Run, Segmentation
+from cellstore.models import (
+    Artifact,
+    FeatureFile,
+    FeatureSet,
+    Image,
+    Plate,
+    Recipe,
+    Run,
+    Segmentation,
+    TreatmentPart,
+)
 from cellstore.stages import export as reading
 from cellstore.stages.export import ExportFormat, export
 
@@ -77,6 +89,8 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
     assert row == {
         "Metadata_Plate": "001",
         "Metadata_Batch": "2026_03",
+        "Metadata_cell_line": None,
+        "Metadata_time_point": None,
         "Metadata_Well": "B03",
         "Metadata_Site": 4,
         "Metadata_Plane": 5,
@@ -85,6 +99,8 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
         "Metadata_pert_type": "compound",
         "Metadata_pert_iname": "taxol",
         "Metadata_target": "TUBB",
+        "Metadata_dose": None,
+        "Metadata_dose_unit": None,
         "Metadata_control_type": "positive",
         "Metadata_broad_sample": "BRD-1",
         "Metadata_InChIKey": "RCINICONZNJXQF",
@@ -105,6 +121,28 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
         "Image_PathName_ER": None,
         **features,
     }
+
+
+def test_doses_and_metadata_come_back_as_they_came(workspace: Workspace, tmp_path: Path) -> None:
+    make = Factory(workspace)
+    treatment = make.treatment("taxol")
+    with unguarded(workspace) as session:
+        part = session.scalars(select(TreatmentPart)).one()
+        part.dose, part.dose_unit = 5.0, "uM"
+    plate = make.add(Plate(barcode="P", cell_line="A549", metadata_={"media": "DMEM"}))
+    well = make.well(plate, 1, 1, treatment, metadata_={"seeding": "500", "Metadata's": "x"})
+    other = make.well(plate, 1, 2, metadata_={"media": "RPMI"})
+    run = make.run(Stage.SEGMENT)
+    measured = make.run(Stage.MEASURE, make.recipe(Stage.MEASURE, inputs=[recipe_of(make, run)]))
+    for image in (make.image(well), make.image(other)):
+        make.features(make.cells_of(make.segmentation(image, run, 1)), measured)
+        make.job(measured, image)
+    rows = rows_of(workspace, tmp_path)
+    names = ("dose", "dose_unit", "cell_line", "media", "seeding", "Metadata's")
+    assert [[row[f"Metadata_{name}"] for name in names] for row in rows] == [
+        [5.0, "uM", "A549", "DMEM", "500", "x"],
+        [None, None, "A549", "RPMI", None, None],
+    ]
 
 
 def cp_features(columns: list[str]) -> list[str]:
