@@ -59,7 +59,7 @@ from ..learn.training_cells import (
     validation_subset,
 )
 from ..models import Recipe, Run, RunMetric, Split
-from ..progress import Silent
+from ..progress import Progress
 from ..query.cells import as_text, cells_query, input_of, plane_of
 from ..query.feature_files import set_of_recipe
 
@@ -320,7 +320,7 @@ def learn(
     from ..learn.training import TrainingLogs
 
     team, (train_batches, validation_batches) = training.team, batches
-    progress = workspace.progress if run is not None else Silent()
+    progress = workspace.progress if run is not None else Progress()
     logs = TrainingLogs((), LOGS, 0, {}, progress.note)
     if run is not None and setup.logs:
         folder = setup.log_dir or LOGS / f"run-{run.id}"
@@ -469,7 +469,7 @@ def check_subsets(plan: Plan) -> None:
     if len(cells.labels) == 1:
         raise UserInputError(
             f"All images in the training subset of split {name} are of one class, "
-            f"{next(iter(cells.labels))!r}: there is nothing to tell apart. Make another split."
+            f"{next(iter(cells.labels))!r}: there is nothing to learn. Make another split."
         )
     for subset, called in ((Subset.TRAIN, "training"), (plan.validation, plan.validation.value)):
         if cells.blocks[subset]:
@@ -718,8 +718,8 @@ def as_run(
         with workspace.database.read() as session:
             if session.scalar(known) != len(training.epochs):
                 raise StoreError(
-                    f"Another process has resumed run {run.id} in the meantime. Resume it from "
-                    f"where it is now with: cellstore train --resume {run.id}"
+                    f"Another process has resumed run {run.id} in the meantime. Resume "
+                    f"it with: cellstore train --resume {run.id}"
                 )
         try:
             yield run
