@@ -8,6 +8,8 @@ made from these fields. To add an option, add a field here, and use it.
 # No "from __future__ import annotations": the command line reads the types of the fields.
 
 import dataclasses
+import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -31,6 +33,8 @@ def option(
     metavar: str | None = None,
     min: float | None = None,
     max: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
     choices: Sequence[str] = (),
     section: str | None = None,
     repeated: bool = False,
@@ -41,10 +45,12 @@ def option(
 ) -> Any:
     """Declare a field of a dataclass that is an option of the command line, too.
 
-    ``name``: of the option, where it is not that of the field. ``section``: its heading in the
-    help. A list is written with commas, or, if ``repeated``, one value at a time; ``empty`` is the
-    word for a list of none. A ``pair`` is cut at the ``first`` or at the ``last`` ``=``.
-    ``nothing``: the word for ``None``. ``negatable``: there is a ``--no-...``, too.
+    ``name``: of the option, where it is not that of the field. ``min`` and ``max`` may be reached,
+    ``above`` and ``below`` not. ``choices``: also of the names in a list, which are kept in this
+    order. ``section``: its heading in the help. A list is written with commas, or, if
+    ``repeated``, one value at a time; ``empty`` is the word for a list of none. A ``pair`` is cut
+    at the ``first`` or at the ``last`` ``=``. ``nothing``: the word for ``None``. ``negatable``:
+    there is a ``--no-...``, too.
     """
     return field(
         default=default,
@@ -54,6 +60,8 @@ def option(
             "metavar": metavar,
             "min": min,
             "max": max,
+            "above": above,
+            "below": below,
             "choices": choices,
             "section": section,
             "repeated": repeated,
@@ -138,21 +146,51 @@ class Params:
 
     Raises:
         UnknownNameError: a value is none of the choices.
-        UserInputError: a number is out of its range.
+        UserInputError: a number is out of its range, or the options contradict each other.
     """
 
     def __post_init__(self) -> None:
         for item in options_of(self):
-            value, known, noun = getattr(self, item.name), item.metadata, _noun(item)
-            for word in value if isinstance(value, tuple) else (value,):
-                if word is not None and known["choices"] and word not in known["choices"]:
-                    raise UnknownNameError.of(noun, word, known["choices"])
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                low, high = known["min"], known["max"]
-                if low is not None and value < low:
-                    raise UserInputError(f"{flag(item)} must be at least {low:g}, not {value:g}.")
-                if high is not None and value > high:
-                    raise UserInputError(f"{flag(item)} must be at most {high:g}, not {value:g}.")
+            value, known, kind = getattr(self, item.name), item.metadata, type_of(item)
+            choices: Sequence[str] = known["choices"]
+            if isinstance(kind, type) and issubclass(kind, StrEnum):
+                choices = [member.value for member in kind]
+            if choices and value is not None:
+                many = isinstance(value, tuple)
+                for word in value if many else (value,):
+                    if word not in choices:
+                        noun = flag(item)[2:].replace("-", " ")
+                        noun = f"name for {flag(item)}" if many else noun
+                        raise UnknownNameError.of(noun, word, choices)
+                # In one order and of one type, so that equal choices are one recipe.
+                same = tuple(w for w in choices if w in value) if many else kind(value)
+                self._settle(**{item.name: same})
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if not math.isfinite(value):
+                raise UserInputError(f"{flag(item)} must be a number, not {value:g}.")
+            for range_of, words, fits in (
+                ("min", "at least", operator.ge),
+                ("max", "at most", operator.le),
+                ("above", "above", operator.gt),
+                ("below", "below", operator.lt),
+            ):
+                bound = known[range_of]
+                if bound is not None and not fits(value, bound):
+                    raise UserInputError(f"{flag(item)} must be {words} {bound:g}, not {value:g}.")
+        self.check()
+
+    def check(self) -> None:
+        """Refuse options that contradict each other, and settle those that follow from others."""
+
+    @property
+    def settled(self) -> tuple[str, ...]:
+        """The options that follow from others, and are refused beside them."""
+        return ()
+
+    def _settle(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, preset: str | None = None, **given: Any) -> Self:
@@ -184,10 +222,6 @@ class Params:
                 value = kind(value)
             values[item.name] = value
         return cls(**values | changes)
-
-
-def _noun(item: Field) -> str:
-    return flag(item).removeprefix("--").replace("-", " ")
 
 
 def as_parameters(params: Any) -> dict[str, Any]:
@@ -451,7 +485,7 @@ class FinetuneParams(Params):
         metavar="NAME|FILE|run:N",
     )
     epochs: int = option(50, "Passes over the images.", metavar="N", min=1)
-    learning_rate: float = option(5e-4, "Largest step of AdamW.", metavar="X", min=0.0)
+    learning_rate: float = option(5e-4, "Largest step of AdamW.", metavar="X", above=0.0)
     held_out: float = option(
         0.2,
         "Share of the wells that is not learned from, only used to judge the network.",
@@ -559,13 +593,15 @@ class SplitParams(Params):
         "compounds from training, so it needs a coarser --field.",
         name="--group",
     )
-    test_size: float = option(0.2, "Share of the groups that test.", metavar="X", min=0.0, max=1.0)
+    test_size: float = option(
+        0.2, "Share of the groups that test.", metavar="X", above=0.0, below=1.0
+    )
     validation_size: float = option(
         0.2,
         "Share of the groups that stop the training (grouped protocol). 0: none.",
         metavar="X",
         min=0.0,
-        max=1.0,
+        below=1.0,
     )
     test_plates: tuple[str, ...] = option(
         (), "These plates test, with --group plate.", metavar="A,B,..."
@@ -601,6 +637,63 @@ class SplitParams(Params):
     allow_missing: bool = option(False, "Also images whose files are not here yet.")
     exclude_flagged: str | None = option(None, **_EXCLUDE_FLAGGED)
 
+    @property
+    def settled(self) -> tuple[str, ...]:
+        """The options that follow from the protocol, or from the number of folds."""
+        if self.protocol == "published":
+            return ("group_level", "validation_size")
+        return () if self.folds is None else ("test_size",)
+
+    def check(self) -> None:
+        """Refuse options that contradict each other, and settle those that follow from others."""
+        for label, size in self.downsample or ():
+            number = size.isdecimal() and 0 < int(size) < 2**31
+            if not number and size not in ("second-largest", "median"):
+                raise UserInputError(
+                    f"Cut {label!r} to {size!r}? Say --downsample {label}=N with a number, "
+                    f"{label}=second-largest or {label}=median."
+                )
+        if self.protocol == "published":
+            given = {item.name: item for item in options_of(self)}
+            for name in (
+                "test_plates",
+                "validation_plates",
+                "folds",
+                "downsample",
+                "downsample_by",
+            ):
+                if getattr(self, name) != given[name].default:
+                    raise UserInputError(
+                        f"The published protocol draws as the study did, without "
+                        f"{flag(given[name])}. Split by image without it: --group image."
+                    )
+            self._settle(group_level=GroupLevel.IMAGE, validation_size=0.0)
+            return
+        if self.group_level is GroupLevel.PERTURBATION and self.field == PERTURBATION:
+            raise UserInputError(
+                "By perturbation, each compound is in one subset only, so compounds cannot be the "
+                "classes: none would be both trained and tested. Predict something coarser: "
+                "--field target."
+            )
+        if self.test_plates or self.validation_plates:
+            if self.group_level is not GroupLevel.PLATE:
+                raise UserInputError(
+                    "Plates are named for a subset where whole plates are: --group plate."
+                )
+            if self.folds is not None:
+                raise UserInputError(
+                    "With --folds each plate tests in turn: name none, or leave out --folds."
+                )
+            if not self.test_plates:
+                raise UserInputError("Name the plates that test, too: --test-plates A,B.")
+        if self.folds is not None:
+            share = 1 / self.folds
+            self._settle(test_size=share, validation_size=share if self.validation_size else 0.0)
+        elif self.test_size + self.validation_size >= 1:
+            raise UserInputError(
+                "None is left to train: --test-size and --validation-size together must be below 1."
+            )
+
 
 @dataclass(frozen=True)
 class TrainParams(Params):
@@ -617,6 +710,7 @@ class TrainParams(Params):
         "What the network looks at: some of mask, flow, image (channels) and tabular (features). "
         "Default: mask, flow and tabular, or those of them that are known of the cells.",
         metavar="A,B,...",
+        choices=("mask", "flow", "image", "tabular"),
         section=NETWORK,
     )
     channels: tuple[str, ...] = option(
@@ -639,7 +733,7 @@ class TrainParams(Params):
         64, "Crops of cells are scaled to this.", metavar="PIXELS", min=1, section=NETWORK
     )
     dropout: float = option(
-        0.5, "Dropout of the tabular branch.", metavar="X", min=0.0, max=1.0, section=NETWORK
+        0.5, "Dropout of the tabular branch.", metavar="X", min=0.0, below=1.0, section=NETWORK
     )
     epochs: int = option(
         40, "At most this many passes over the cells.", metavar="N", min=1, section=LEARNING
@@ -663,9 +757,10 @@ class TrainParams(Params):
         section=LEARNING,
     )
     augment: tuple[str, ...] = option(
-        ("flips", "rotations", "intensity"),
+        ("flips", "intensity", "rotations"),
         "Change crops at each step: some of flips, rotations and intensity; or none.",
         metavar="A,B,...",
+        choices=("flips", "intensity", "rotations"),
         section=LEARNING,
     )
     loss: str = option(
@@ -685,10 +780,10 @@ class TrainParams(Params):
         "Smoothing of the labels in the loss.",
         metavar="X",
         min=0.0,
-        max=1.0,
+        below=1.0,
         section=LEARNING,
     )
-    learning_rate: float = option(5e-4, "Step of Adam.", metavar="X", min=0.0, section=LEARNING)
+    learning_rate: float = option(5e-4, "Step of Adam.", metavar="X", above=0.0, section=LEARNING)
     schedule: str = option(
         "cosine",
         "How the step changes: smaller after every --step-size epochs (step), along a cosine, or "
@@ -730,10 +825,27 @@ class TrainParams(Params):
 
         The warm-up is shorter than the training where only the ``epochs`` are given.
         """
-        chosen = super().of(preset, **given)
-        if "warmup_epochs" in given or chosen.warmup_epochs < chosen.epochs:
-            return chosen
-        return dataclasses.replace(chosen, warmup_epochs=chosen.epochs - 1)
+        usual = {"warmup_epochs": cls.warmup_epochs, **PRESETS.get(preset or "", {}).get(cls, {})}
+        if "epochs" in given and "warmup_epochs" not in given:
+            given["warmup_epochs"] = max(0, min(usual["warmup_epochs"], given["epochs"] - 1))
+        return super().of(preset, **given)
+
+    def check(self) -> None:
+        """Refuse options that contradict each other."""
+        if self.branches == ():
+            raise UserInputError(
+                "A network needs one branch or more: --branches mask,flow,image,tabular."
+            )
+        if self.channels and "image" not in (self.branches or ()):
+            raise UserInputError(
+                "Channels are looked at by the branch image: name it, too, for example with "
+                "--branches mask,flow,image,tabular."
+            )
+        if self.warmup_epochs >= self.epochs:
+            raise UserInputError(
+                f"The warm-up must be shorter than the training: {self.warmup_epochs} of "
+                f"{self.epochs} epochs are not. Give fewer epochs of warm-up, or more in all."
+            )
 
 
 @dataclass(frozen=True)
@@ -756,6 +868,7 @@ class TrainSetup(Params):
         "Write metrics for other programs, too: some of csv, tensorboard and mlflow.",
         name="--log",
         metavar="A,B,...",
+        choices=("csv", "tensorboard", "mlflow"),
         section=HARDWARE,
     )
     log_dir: Path | None = option(
@@ -782,7 +895,7 @@ class BaselineParams(Params):
         1.0,
         "With --baseline: penalty of the logistic models (1 / C of scikit-learn).",
         metavar="X",
-        min=0.0,
+        above=0.0,
         section=BASELINES,
     )
     trees: int = option(
@@ -877,6 +990,11 @@ class PredictParams(Params):
         "train, export and sql.",
         metavar="NAME",
     )
+
+    @property
+    def settled(self) -> tuple[str, ...]:
+        """With all probabilities, how many labels are kept is known."""
+        return ("top_k",) if self.all_probabilities else ()
 
     @property
     def selection(self) -> Selection:

@@ -13,7 +13,7 @@ from .artifacts import write_atomically
 from .errors import UserInputError
 from .extras import need
 from .io.image_files import encode_tiff
-from .progress import Progress, Silent, track
+from .progress import Progress, track
 from .store import Store
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def render_plates(
         raise UserInputError(
             f"{folder} holds a demo with other settings. Name another folder, or remove it."
         )
-    for spec in track(progress or Silent(), "render", len(design), design.fields()):
+    for spec in track(progress or Progress(), "render", len(design), design.fields()):
         _write_field(design, spec, plates)
     _write_if_new(plates.metadata, table)
     return plates

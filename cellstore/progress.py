@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class Progress(Protocol):
-    """A listener: one ``start`` per piece of work, then ``advance``, then ``finish``."""
+class Progress:
+    """A listener: one ``start`` per piece of work, then ``advance``, then ``finish``.
+
+    This one shows nothing; others override what they show.
+    """
 
     def start(self, label: str, total: int | None) -> None:
         """Begin a piece of work of ``total`` steps (``None``: unknown)."""
@@ -22,22 +25,6 @@ class Progress(Protocol):
 
     def finish(self) -> None:
         """The piece of work is over."""
-
-
-class Silent:
-    """The listener that shows nothing."""
-
-    def start(self, label: str, total: int | None) -> None:
-        """Ignore."""
-
-    def advance(self, steps: int = 1) -> None:
-        """Ignore."""
-
-    def note(self, text: str) -> None:
-        """Ignore."""
-
-    def finish(self) -> None:
-        """Ignore."""
 
 
 def track(progress: Progress, label: str, total: int | None, items: Iterable[T]) -> Iterator[T]:

@@ -161,14 +161,12 @@ def _show_jobs(result: JobsResult, verb: str, cells: str) -> None:
             "recipe": result.recipe_id,
             f"images {verb}": result.done,
             cells: result.cells,
+            "images missing files": result.waiting or None,
+            "failed before": result.failed_before or None,
         }
-        output.pairs(shown | _left_alone(result))
-    list_failures(result.failures)
-
-
-def _left_alone(result: JobsResult | QcResult) -> dict[str, int]:
-    numbers = {"images missing files": result.waiting, "failed before": result.failed_before}
-    return {name: number for name, number in numbers.items() if number}
+        output.pairs({name: value for name, value in shown.items() if value is not None})
+    if result.failures:
+        list_failures(result.failures)
 
 
 def _why_nothing(result: JobsResult | QcResult, verb: str) -> str:
@@ -236,7 +234,8 @@ def _end_jobs(results: Sequence[JobsResult | QcResult], verb: str) -> None:
     if any(result.forecast is not None for result in results):
         return
     failed = {name for result in results for name, _ in result.failures}
-    end_with_failures(len(failed), max(result.done for result in results), verb)
+    if failed:
+        end_with_failures(len(failed), max(result.done for result in results), verb)
     before = max(result.failed_before for result in results)
     if before:
         say(
@@ -368,8 +367,13 @@ def _show_qc(result: QcResult, *, listed: bool) -> None:
     if result.already_done:
         typer.echo(f"Nothing has changed since run {result.run_id}, which found:")
     else:
-        shown = {"run": result.run_id, "images looked at now": result.done}
-        output.pairs(shown | _left_alone(result))
+        shown = {
+            "run": result.run_id,
+            "images looked at now": result.done,
+            "images missing files": result.waiting or None,
+            "failed before": result.failed_before or None,
+        }
+        output.pairs({name: value for name, value in shown.items() if value is not None})
     typer.echo("")
     images = {
         ImageFlagReason.OUT_OF_FOCUS: "focus",

@@ -172,7 +172,7 @@ def _show(result: IngestResult) -> None:
     _show_issues(result.issues)
     if result.reasons:
         question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
-        say(f'All of them: cellstore sql "{question}"')
+        say(f'To list all: cellstore sql "{question}"')
 
 
 def _show_issues(issues: Sequence[Issue]) -> None:

@@ -25,6 +25,7 @@ from cellstore.config import (
     read_list,
     type_of,
 )
+from cellstore.errors import UserInputError
 from cellstore.store import Store
 
 from .output import listener
@@ -110,7 +111,13 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
                 store = given.get("store") or context.find_root().params.get("store")
                 arguments[name] = Common(store, values["as_json"], frozenset(typed))
             elif issubclass(kind, Params):
-                arguments[name] = kind.of(values.get("preset"), **given)
+                params = kind.of(values.get("preset"), **given)
+                settled = [flag(item) for item in mine if item.name in params.settled]
+                if settled:
+                    raise UserInputError(
+                        f"The other options decide this already: leave out {' and '.join(settled)}."
+                    )
+                arguments[name] = params
             else:
                 arguments[name] = kind(**given)
         function(**arguments)
@@ -142,9 +149,12 @@ def _parameter(item: Field) -> inspect.Parameter:
         default = known["nothing"] if default is None else default.value
     elif known["choices"]:
         kind = Literal.__getitem__(tuple(known["choices"]))
+    # Typer knows no ranges whose ends do not belong to them, so that the help has to say it.
+    bounds = [f"{name} {known[name]:g}" for name in ("above", "below") if known[name] is not None]
+    text = f"{known['help']} {' and '.join(bounds).capitalize()}." if bounds else known["help"]
     setting = typer.Option(
         *names,
-        help=known["help"],
+        help=text,
         metavar=known["metavar"],
         min=known["min"],
         max=known["max"],

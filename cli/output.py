@@ -21,7 +21,7 @@ import typer
 
 from cellstore.config import option
 from cellstore.errors import UserInputError
-from cellstore.progress import Progress, Silent
+from cellstore.progress import Progress
 from cellstore.settings import check_not_of_a_store
 
 if TYPE_CHECKING:
@@ -433,11 +433,11 @@ def _write_parquet(taken: _First, file: BinaryIO) -> None:
 def listener(*, quiet: bool) -> Progress:
     """Return what shows progress: a bar on a terminal, elsewhere only what is worth a line."""
     if quiet:
-        return Silent()
+        return Progress()
     return Bar() if sys.stderr.isatty() else Notes()
 
 
-class Notes(Silent):
+class Notes(Progress):
     """Writes the notes to stderr, for logs and pipes, and draws no bar."""
 
     def note(self, text: str) -> None:
@@ -445,7 +445,7 @@ class Notes(Silent):
         say(text)
 
 
-class Bar:
+class Bar(Progress):
     """A bar on stderr: what is done, how much is left, and how long that will take."""
 
     def __init__(self) -> None:

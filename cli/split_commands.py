@@ -60,15 +60,6 @@ def create(
       cellstore split create five --folds 5 --downsample DMSO=median
       cellstore split create as-published --preset published --allow-missing
     """
-    if params.folds is not None and "test_size" in common.typed:
-        raise UserInputError("With --folds K each fold tests one part of K: leave out --test-size.")
-    settled = {"group_level": "--group", "validation_size": "--validation-size"}
-    typed = [flag for field, flag in settled.items() if field in common.typed]
-    if params.protocol == "published" and typed:
-        raise UserInputError(
-            "The published protocol splits single images, without a validation subset: leave out "
-            f"{' and '.join(typed)}, or choose --protocol grouped."
-        )
     with common.open() as store:
         if params.folds is None:
             made: tuple[SplitResult, ...] = (store.create_split(name, params),)

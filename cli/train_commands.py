@@ -348,8 +348,6 @@ def predict(
       cellstore predict --run 7 --subset all --plate BR00116991 --embedding seen_by_7
       cellstore predict --subset all --where "perturbation = 'DMSO'" --all-probabilities
     """
-    if params.all_probabilities and "top_k" in common.typed:
-        raise UserInputError("--all-probabilities keeps every label: leave out --top-k.")
     with common.open() as store:
         result = store.predict(params, run=run, device=device.value)
     if common.as_json:

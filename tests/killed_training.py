@@ -9,7 +9,7 @@ import sys
 import torch
 
 from cellstore.config import TrainParams
-from cellstore.progress import Silent
+from cellstore.progress import Progress
 from cellstore.store import Store
 
 PARAMS = TrainParams.of(
@@ -24,7 +24,7 @@ PARAMS = TrainParams.of(
 """Five short epochs of a network that looks at features only."""
 
 
-class Kills(Silent):
+class Kills(Progress):
     """Ends the process at once, after so many epochs."""
 
     def __init__(self, epochs: int) -> None:

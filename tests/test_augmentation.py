@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellstore.errors import UnknownNameError
-from cellstore.learn.augmentation import MOVES, augmented, check_augmentations, moved
+from cellstore.learn.augmentation import MOVES, augmented, moved
 from cellstore.learn.crops import CellBlock
 
 ALL = ("flips", "rotations", "intensity")
@@ -102,11 +101,3 @@ def test_hues_follow_the_directions_that_they_show(move: tuple[bool, bool, bool]
     if mirrored:
         turned = turned[:, :, ::-1] * np.array([1, -1])[:, None, None]
     torch.testing.assert_close(moved(painted(field), move, is_flow=True), painted(turned))
-
-
-def test_kinds_are_named() -> None:
-    assert check_augmentations(("intensity", "flips")) == ("flips", "intensity")
-    with pytest.raises(UnknownNameError, match="Unknown augmentation 'flip'"):
-        check_augmentations(("flip",))
-    block = cells()
-    assert augmented(block, (), (0,)) is block

@@ -42,7 +42,7 @@ def test_a_clean_split_has_no_finding() -> None:
         files=[("x", TRAIN), ("x", TRAIN), ("y", TEST)],
     )
     assert check.findings == ()
-    assert (check.n_images, check.n_wells, check.n_labels) == (4, 4, 2)
+    assert (check.images, check.wells, check.labels) == (4, 4, 2)
     assert (check.wells_in_both_subsets, check.labels_in_both_subsets) == (0, 2)
 
 
@@ -220,7 +220,7 @@ def test_rows_without_wells_are_checked_for_their_compounds_alone() -> None:
     check = leaks(rows, group_level=GroupLevel.PERTURBATION)
     assert [finding.kind for finding in check.findings] == [LeakKind.COMPOUND]
     assert check.findings[0].examples == ("BRD-K70586315-001-02-4",)
-    assert (check.n_wells, check.plates_in_both_subsets) == (0, 0)
+    assert (check.wells, check.plates_in_both_subsets) == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["ME-0328", "ME0328", "me 0328", "ME_0328", "ME‐0328"])  # noqa: RUF001

@@ -17,7 +17,7 @@ from training_loop import fit
 from cellstore.config import TrainParams
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.learn.augmentation import seed_of
-from cellstore.learn.branches import BRANCHES, check_branches
+from cellstore.learn.branches import BRANCHES
 from cellstore.learn.crops import CellBlock
 from cellstore.learn.networks import FusionNet, ImageBranch, NetShape, build_net
 
@@ -222,9 +222,8 @@ def test_a_network_of_fewer_branches_has_them_only(branches: tuple[str, ...], wi
 
 def test_branches_are_named_and_ordered() -> None:
     assert NetShape(2, 2).branches == BRANCHES == ("mask", "flow", "tabular")
-    assert check_branches(["tabular", "mask", "mask"]) == ("mask", "tabular")
-    with pytest.raises(UnknownNameError, match="Unknown branch 'masks'"):
-        check_branches(["masks"])
+    params = TrainParams(branches=("tabular", "mask", "mask"), augment=("rotations", "flips"))
+    assert (params.branches, params.augment) == (("mask", "tabular"), ("flips", "rotations"))
     for wrong in ((), ("tabular", "mask"), ("mask", "mask")):
         with pytest.raises(UserInputError):
             NetShape(2, 2, branches=wrong)

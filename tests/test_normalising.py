@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from cellstore.errors import UserInputError
 from cellstore.learn.crops import image_scale
-from cellstore.learn.normalising import IntensityScale, Scale, Scaler, fit_scale
+from cellstore.learn.normalising import Scale, Scaler, fit_scale
 
 NAMES = ("a", "b")
 
@@ -98,8 +99,7 @@ def test_a_plate_without_statistics_is_named() -> None:
     for plate in ("P9", None):
         with pytest.raises(UserInputError, match=f"no control cells of plate {plate!r}"):
             scaler.transform([[1, 2]], plate)
-    more = scaler.with_own({"P9": Scale((2.0, 3.0), (1.0, 1.0), 2)})
-    assert (more.own, scaler.own) == (("P9",), ())
+    more = replace(scaler, plates={**scaler.plates, "P9": Scale((2.0, 3.0), (1.0, 1.0), 2)})
     np.testing.assert_array_equal(more.transform([[1, 2]], "P9"), scaler.transform([[1, 2]], "P1"))
 
 
@@ -107,7 +107,7 @@ def test_a_scaler_is_its_record_and_nothing_else() -> None:
     plain = Scaler(("a",), (1.0,), (2.0,))
     assert Scaler.from_json(json.loads(json.dumps(plain.to_json()))) == plain
     scaler = fitted({"P1": ([[1, 2], [3, 4]], [[1, 2], [3, 4]])})
-    scaler = scaler.with_own({"P2": scaler.plates["P1"]})
+    scaler = replace(scaler, intensities={"P1": (1.5, 2.0), "P2": (3.0, 4.0)}, own=("P2",))
     record = json.loads(json.dumps(scaler.to_json()))
     assert Scaler.from_json(record) == scaler
     short = {"mean": [1.0], "scale": [1.0], "cells": 2}
@@ -119,6 +119,8 @@ def test_a_scaler_is_its_record_and_nothing_else() -> None:
         ("plates", {"P1": short}),
         ("plates", {"P1": {"mean": [1, 1], "scale": [0, 1], "cells": 2}}),
         ("own", 7),
+        ("intensities", 7),
+        ("intensities", {"P1": [math.inf]}),
     ):
         with pytest.raises(UserInputError):
             Scaler.from_json({**record, key: value})
@@ -132,13 +134,3 @@ def test_the_intensity_that_becomes_one_is_a_high_percentile() -> None:
     almost_black = np.zeros((100, 100))
     almost_black[0, 0] = 7
     assert image_scale(almost_black) == 7
-
-
-def test_intensity_scales_are_their_record_and_nothing_else() -> None:
-    scale = IntensityScale({"P1": (1.5, 2.0)}).with_own({"P2": (3.0, 4.0)})
-    assert scale.own == ("P2",)
-    record = json.loads(json.dumps(scale.to_json()))
-    assert IntensityScale.from_json(record) == scale
-    for wrong in ({}, {**record, "plates": 7}, {**record, "plates": {"P1": [math.inf]}}):
-        with pytest.raises(UserInputError):
-            IntensityScale.from_json(wrong)

@@ -108,12 +108,6 @@ def test_unusable_questions_are_refused() -> None:
         published_split(plate({"a": 3}), seed=0)
     with pytest.raises(UserInputError, match="at least two classes"):
         published_split([], seed=0)
-    with pytest.raises(UserInputError, match="shares"):
-        published_split(plate({"a": 3, "b": 3}), seed=0, test_size=20)
-    with pytest.raises(UserInputError, match="shares"):
-        grouped_split(plate({"a": 3, "b": 3}), seed=0, test_size=0.5, validation_size=0.5)
-    with pytest.raises(UserInputError, match="more than once"):
-        grouped_split([SplitImage(1, "a"), SplitImage(1, "b")], seed=0)
     with pytest.raises(UserInputError, match="all of 3 classes"):
         published_split(plate({"a": 1, "b": 1, "c": 1}), seed=0, test_size=0.1)
 
@@ -123,16 +117,15 @@ def test_unusable_questions_are_refused() -> None:
     wells=st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 12), min_size=2),
     seed=st.integers(0, 99),
     sizes=st.tuples(st.floats(0.05, 0.45), st.floats(0, 0.4)),
-    balance=st.booleans(),
 )
-def test_no_group_is_ever_on_two_sides(wells, seed, sizes, balance) -> None:
+def test_no_group_is_ever_on_two_sides(wells, seed, sizes) -> None:
     images = plate(wells)
     splittable = {label for label, count in wells.items() if count > 1}
     if len(splittable) < 2:
         with pytest.raises(UserInputError, match="two groups that a split needs"):
-            grouped_split(images, seed, *sizes, balance=balance)
+            grouped_split(images, seed, *sizes)
         return
-    split = grouped_split(images, seed, *sizes, balance=balance)
+    split = grouped_split(images, seed, *sizes)
     assert all(len(sides) == 1 for sides in sides_of(images, split, "group").values())
     labels = sides_of(images, split, "label")
     assert labels.keys() == splittable
@@ -142,7 +135,7 @@ def test_no_group_is_ever_on_two_sides(wells, seed, sizes, balance) -> None:
 
 def test_validation_gets_a_group_of_three_and_not_of_two() -> None:
     images = plate({"three": 3, "two": 2, "alone": 1})
-    split = grouped_split(images, seed=0, balance=False)
+    split = grouped_split(images, seed=0)
     labels = sides_of(images, split, "label")
     assert labels["three"] == set(Subset)
     assert labels["two"] == {Subset.TRAIN, Subset.TEST}
@@ -160,15 +153,6 @@ def test_shares_are_those_asked_for() -> None:
         Subset.TEST: 2 * 5 * 3,
         Subset.VALIDATION: 2 * 2 * 3,
     }
-
-
-def test_balance_cuts_the_largest_class_by_whole_groups() -> None:
-    images = plate({"DMSO": 10, "a": 4, "b": 3})
-    split = grouped_split(images, seed=0)
-    assert split.downsampled == {"DMSO": (30, 12)}
-    kept = Counter(images[i].group for i in split.subsets if images[i].label == "DMSO")
-    assert set(kept.values()) == {3}
-    assert grouped_split(images, seed=0, balance=False).downsampled == {}
 
 
 def test_plates_that_hold_several_classes_are_dealt_whole() -> None:

@@ -1,7 +1,7 @@
 """Whether treated cells can be told from control cells at all, on wells never seen.
 
 The published sanity check: a logistic regression of treated against control cells on their
-features. Here no well is on both sides of a fold, since cells of one well are alike whatever was
+features. Here no well is in both parts of a fold, since cells of one well are alike whatever was
 done to it, and cells are balanced, so that 0.5 is chance. What chance looks like with so many wells
 is measured, too: by control wells against other control wells.
 """
@@ -22,7 +22,7 @@ Ids = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 FEWEST_WELLS = 2
-"""Wells that each side must have: with one, no other is left to learn from."""
+"""Wells that treated and control must have each: with one, no other is left to learn from."""
 
 FOLDS = 5
 RESAMPLES = 1000
@@ -42,7 +42,7 @@ class Contrast:
 
     ``accuracy``, ``balanced_accuracy`` and ``auc`` (area under the ROC curve: how often a treated
     cell looks more treated than a control cell) are of cells in folds that did not train; ``low``
-    and ``high`` bound ``auc``: 95 % bootstrap interval, drawing wells of each side.
+    and ``high`` bound ``auc``: 95 % bootstrap interval, drawing treated wells and control wells.
     """
 
     treated_wells: int
@@ -68,27 +68,27 @@ def contrast(
     """Cross-validate a logistic regression of ``treated`` (N,) on ``rows`` (N, F) by well.
 
     ``wells`` (N,) name the well of each cell, ``plates`` (N,) its plate. Rows are standardised
-    plate by plate, over cells of both sides, of which there should be as many on each plate: plates
-    may differ by more than any treatment does, and this takes no label. In each fold they are
-    standardised as its training cells are. A value that is NaN becomes 0, the mean. There are at
-    most as many folds as either side has wells.
+    plate by plate, over treated and control cells, of which there should be as many on each plate:
+    plates may differ by more than any treatment does, and this takes no label. In each fold they
+    are standardised as its training cells are. A value that is NaN becomes 0, the mean. There are
+    at most as many folds as there are treated wells, or control wells.
 
-    Raises ``UserInputError`` where a side has one well only.
+    Raises ``UserInputError`` where one well only is treated, or is control.
     """
-    sides = [np.unique(wells[treated == side]) for side in (True, False)]
-    smallest = min(len(side) for side in sides)
+    ours, theirs = (np.unique(wells[treated == which]) for which in (True, False))
+    smallest = min(len(ours), len(theirs))
     if smallest < FEWEST_WELLS:
-        raise UserInputError("Both sides need two wells or more to hold one out.")
+        raise UserInputError("Treated and control need two wells or more each to hold one out.")
     if plates is not None:
         rows = _by_plate(rows, plates)
     scores = _held_out(rows, treated, wells, min(folds, smallest), seed)
     wins, sizes = _wins(scores, treated, wells)
     low, high = _interval(wins, sizes, seed)
     said = scores > 0
-    recall = [float(np.mean(said[treated == side] == side)) for side in (True, False)]
+    recall = [float(np.mean(said[treated == which] == which)) for which in (True, False)]
     return Contrast(
-        treated_wells=len(sides[0]),
-        control_wells=len(sides[1]),
+        treated_wells=len(ours),
+        control_wells=len(theirs),
         treated_cells=int(treated.sum()),
         control_cells=int((~treated).sum()),
         accuracy=float(np.mean(said == treated)),
@@ -154,7 +154,7 @@ def _wins(scores: Numbers, treated: Flags, wells: Ids) -> tuple[Numbers, tuple[I
     (C,). The AUC is the sum of wins over the number of pairs of cells.
     """
     (ours, our_cells), (theirs, their_cells) = (
-        _by_well(scores[treated == side], wells[treated == side]) for side in (True, False)
+        _by_well(scores[treated == which], wells[treated == which]) for which in (True, False)
     )
     wins = np.empty((len(our_cells), len(their_cells)))
     starts = np.cumsum([0, *our_cells[:-1]])
@@ -172,7 +172,7 @@ def _by_well(scores: Numbers, wells: Ids) -> tuple[list[Numbers], Ids]:
 
 
 def _interval(wins: Numbers, sizes: tuple[Ids, Ids], seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the AUC, drawing wells of each side.
+    """95 % percentile bootstrap interval of the AUC, drawing treated wells and control wells.
 
     Where every treated cell is above every control cell, or below, all draws are alike and say
     nothing; then it is the interval of Clopper and Pearson (1934) for as many wells without error.

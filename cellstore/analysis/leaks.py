@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from ..enums import GroupLevel, Subset
@@ -55,14 +55,10 @@ class SameCompounds:
     def __init__(self, compounds: Iterable[Compound]) -> None:
         self._above: dict[str, str] = {}
         for compound in compounds:
-            self.add(compound)
-
-    def add(self, compound: Compound) -> None:
-        """Take note of what is one compound because of ``compound``."""
-        roots = sorted({self._root(key) for key in compound.keys})
-        # The first in the alphabet leads, so that the order of compounds does not matter.
-        for root in roots[1:]:
-            self._above[root] = roots[0]
+            roots = sorted({self._root(key) for key in compound.keys})
+            # The first in the alphabet leads, so that the order of compounds does not matter.
+            for root in roots[1:]:
+                self._above[root] = roots[0]
 
     def group(self, compound: Compound) -> str | None:
         """Return what all that are the same as ``compound`` share; ``None``: nothing is known."""
@@ -78,8 +74,6 @@ class SameCompounds:
         return key
 
 
-Place = tuple[str, str]
-"""Plate and well."""
 UNKNOWN = Compound()
 
 
@@ -137,48 +131,22 @@ class SplitCheck:
     """All findings (none: nothing found), worst first, and how much the subsets share."""
 
     findings: tuple[Finding, ...]
-    n_images: int
-    n_wells: int
-    n_labels: int
+    leaks: int
+    warnings: int
+    images: int
+    wells: int
+    labels: int
     wells_in_both_subsets: int
     labels_in_both_subsets: int
     plates_in_both_subsets: int
 
 
-@dataclass
-class _Seen:
-    """What the members are, by what they may share; nothing here grows with images or cells."""
-
-    images: int = 0
-    wells: dict[Place, set[Subset]] = field(default_factory=lambda: defaultdict(set))
-    plates: dict[str, set[Subset]] = field(default_factory=lambda: defaultdict(set))
-    labels: dict[str, set[Subset]] = field(default_factory=lambda: defaultdict(set))
-    places: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
-    trained: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
-    tested: dict[str, set[Place]] = field(default_factory=lambda: defaultdict(set))
-    compounds: dict[Compound, set[tuple[Subset, str]]] = field(
-        default_factory=lambda: defaultdict(set)
-    )
-
-    def add(self, member: Member) -> None:
-        self.images += member.images
-        if member.label is not None:
-            self.labels[member.label].add(member.subset)
-            self.compounds[member.compound].add((member.subset, member.label))
-        if member.plate is not None:
-            self.plates[member.plate].add(member.subset)
-        if member.plate is not None and member.well is not None:
-            self._add_place((member.plate, member.well), member)
-
-    def _add_place(self, place: Place, member: Member) -> None:
-        self.wells[place].add(member.subset)
-        if member.label is None:
-            return
-        self.places[member.label].add(place)
-        if member.subset is Subset.TRAIN:
-            self.trained[member.label].add(place)
-        if member.subset is Subset.TEST:
-            self.tested[member.label].add(place)
+SubsetsOf = dict[str, set[Subset]]
+Well = tuple[str, str]
+"""Plate and name of the well."""
+Uses = dict[Compound, set[tuple[Subset, str]]]
+"""In which subset and under which label each compound is."""
+BOTH = {Subset.TRAIN, Subset.TEST}
 
 
 def leaks(
@@ -201,36 +169,93 @@ def leaks(
 
     Memory grows with wells and compounds, not with images.
     """
-    seen = _Seen()
+    images = 0
+    wells: dict[Well, set[Subset]] = defaultdict(set)
+    plates: SubsetsOf = defaultdict(set)
+    labels: SubsetsOf = defaultdict(set)
+    digests: SubsetsOf = defaultdict(set)
+    wells_of: dict[str, dict[Subset, set[Well]]] = defaultdict(lambda: defaultdict(set))
+    compounds: Uses = defaultdict(set)
     for member in members:
-        seen.add(member)
-    found = [
-        _wells(seen, examples),
-        _files(files, examples),
-        _plates(seen, group_level, examples),
-        *_compounds(seen, group_level, examples),
-        _missing(seen, examples),
-        _on_one_plate(seen, examples),
-        _by_position(seen, examples),
+        images += member.images
+        if member.label is not None:
+            labels[member.label].add(member.subset)
+            compounds[member.compound].add((member.subset, member.label))
+        if member.plate is None:
+            continue
+        plates[member.plate].add(member.subset)
+        if member.well is not None:
+            well = (member.plate, member.well)
+            wells[well].add(member.subset)
+            if member.label is not None:
+                wells_of[member.label][member.subset].add(well)
+    for digest, subset in files:
+        digests[digest].add(subset)
+
+    findings: list[Finding] = []
+
+    def add(severity: LeakSeverity, kind: LeakKind, found: Sequence[str], message: str) -> None:
+        if found:
+            shown = tuple(found[:examples])
+            findings.append(Finding(severity, kind, message, len(found), shown))
+
+    shared = [" ".join(well) for well, subsets in sorted(wells.items()) if len(subsets) > 1]
+    message = f"{_of(len(shared), len(wells), 'well')} in both subsets."
+    add(LeakSeverity.LEAK, LeakKind.WELL, shared, message)
+
+    same = sorted(digest for digest, subsets in digests.items() if len(subsets) > 1)
+    message = f"{_number(len(same), 'image file')} {_are(len(same))} in both subsets, byte by byte."
+    add(LeakSeverity.LEAK, LeakKind.FILE, same, message)
+
+    on_plates = sorted(plate for plate, subsets in plates.items() if len(subsets) > 1)
+    severity = LeakSeverity.LEAK if group_level is GroupLevel.PLATE else LeakSeverity.REMARK
+    message = f"{_of(len(on_plates), len(plates), 'plate')} in both subsets."
+    add(severity, LeakKind.PLATE, on_plates, message)
+
+    for severity, kind, found, message in _compound_findings(compounds, group_level):
+        add(severity, kind, found, message)
+
+    lacking = [
+        f"{label}: not in {' and '.join(sorted(BOTH - subsets))}"
+        for label, subsets in sorted(labels.items())
+        if BOTH - subsets
     ]
-    ranks = list(LeakSeverity)
-    return SplitCheck(
-        findings=tuple(
-            sorted((f for f in found if f.count), key=lambda f: ranks.index(f.severity))
-        ),
-        n_images=seen.images,
-        n_wells=len(seen.wells),
-        n_labels=len(seen.labels),
-        wells_in_both_subsets=sum(len(sides) > 1 for sides in seen.wells.values()),
-        labels_in_both_subsets=sum(len(sides) > 1 for sides in seen.labels.values()),
-        plates_in_both_subsets=sum(len(sides) > 1 for sides in seen.plates.values()),
+    message = f"{_of(len(lacking), len(labels), 'class', 'classes')} missing in train or test."
+    add(LeakSeverity.WARNING, LeakKind.CLASS, lacking, message)
+
+    on_one = []
+    for label, by_subset in sorted(wells_of.items()):
+        mine = {plate for some in by_subset.values() for plate, _ in some}
+        if len(mine) == 1 and len(plates) > 1:
+            on_one.append(f"{label}: {min(mine)}")
+    message = (
+        f"{_of(len(on_one), len(wells_of), 'class', 'classes')} on one plate only: the plate gives "
+        "it away."
     )
+    add(LeakSeverity.WARNING, LeakKind.CONFOUNDED_PLATE, on_one, message)
 
+    tested = {label: some[Subset.TEST] for label, some in wells_of.items() if Subset.TEST in some}
+    trained = {label: some[Subset.TRAIN] for label, some in wells_of.items()}
+    by_position = _by_position(trained, tested)
+    message = (
+        f"{_of(len(by_position), len(tested), 'class', 'classes')} predicted by well position "
+        "alone."
+    )
+    add(LeakSeverity.WARNING, LeakKind.CONFOUNDED_POSITION, by_position, message)
 
-def _finding(
-    severity: LeakSeverity, kind: LeakKind, found: Sequence[str], message: str, examples: int
-) -> Finding:
-    return Finding(severity, kind, message, len(found), tuple(found[:examples]))
+    ranks = list(LeakSeverity)
+    severities = [finding.severity for finding in findings]
+    return SplitCheck(
+        findings=tuple(sorted(findings, key=lambda finding: ranks.index(finding.severity))),
+        leaks=severities.count(LeakSeverity.LEAK),
+        warnings=severities.count(LeakSeverity.WARNING),
+        images=images,
+        wells=len(wells),
+        labels=len(labels),
+        wells_in_both_subsets=len(shared),
+        labels_in_both_subsets=sum(len(subsets) > 1 for subsets in labels.values()),
+        plates_in_both_subsets=len(on_plates),
+    )
 
 
 def _number(count: int, noun: str, plural: str | None = None) -> str:
@@ -241,163 +266,94 @@ def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def _wells(seen: _Seen, examples: int) -> Finding:
-    found = [" ".join(place) for place, sides in sorted(seen.wells.items()) if len(sides) > 1]
-    count = _number(len(seen.wells), "well")
-    message = f"{len(found):,} of {count} {_are(len(found))} in both subsets."
-    return _finding(LeakSeverity.LEAK, LeakKind.WELL, found, message, examples)
+def _of(count: int, total: int, noun: str, plural: str | None = None) -> str:
+    """``3 of 8 wells are``."""
+    return f"{count:,} of {_number(total, noun, plural)} {_are(count)}"
 
 
-def _files(files: Iterable[tuple[str, Subset]], examples: int) -> Finding:
-    sides: dict[str, set[Subset]] = defaultdict(set)
-    for digest, subset in files:
-        sides[digest].add(subset)
-    found = sorted(digest for digest, on in sides.items() if len(on) > 1)
-    message = (
-        f"{_number(len(found), 'image file')} {_are(len(found))} in both subsets, byte by byte."
-    )
-    return _finding(LeakSeverity.LEAK, LeakKind.FILE, found, message, examples)
-
-
-def _plates(seen: _Seen, level: GroupLevel, examples: int) -> Finding:
-    found = sorted(plate for plate, sides in seen.plates.items() if len(sides) > 1)
-    severity = LeakSeverity.LEAK if level is GroupLevel.PLATE else LeakSeverity.REMARK
-    count = _number(len(seen.plates), "plate")
-    message = f"{len(found):,} of {count} {_are(len(found))} in both subsets."
-    return _finding(severity, LeakKind.PLATE, found, message, examples)
-
-
-def _missing(seen: _Seen, examples: int) -> Finding:
-    wanted = {Subset.TRAIN, Subset.TEST}
-    found = [
-        f"{label}: not in {' and '.join(sorted(wanted - sides))}"
-        for label, sides in sorted(seen.labels.items())
-        if wanted - sides
-    ]
-    count = _number(len(seen.labels), "class", "classes")
-    message = f"{len(found):,} of {count} {_are(len(found))} missing in train or test."
-    return _finding(LeakSeverity.WARNING, LeakKind.CLASS, found, message, examples)
-
-
-def _on_one_plate(seen: _Seen, examples: int) -> Finding:
-    found = []
-    for label, places in sorted(seen.places.items()):
-        plates = {plate for plate, _ in places}
-        if len(plates) == 1 and len(seen.plates) > 1:
-            found.append(f"{label}: {min(plates)}")
-    message = (
-        f"{len(found):,} of {_number(len(seen.places), 'class', 'classes')} {_are(len(found))} on "
-        "one plate only: the plate gives it away."
-    )
-    return _finding(LeakSeverity.WARNING, LeakKind.CONFOUNDED_PLATE, found, message, examples)
-
-
-def _by_position(seen: _Seen, examples: int) -> Finding:
+def _by_position(trained: Mapping[str, set[Well]], tested: Mapping[str, set[Well]]) -> list[str]:
     """Classes that a table of well positions would predict, made from the training wells."""
     holds: dict[str, dict[str, str]] = defaultdict(dict)
-    for label, places in seen.trained.items():
-        for plate, well in places:
+    for label, wells in trained.items():
+        for plate, well in wells:
             holds[well][plate] = label
+
+    def predicted(plate: str, well: str) -> str | None:
+        """The class that a position holds most on other plates, if it is one."""
+        others = (label for other, label in holds[well].items() if other != plate)
+        counts = Counter(others).most_common(2)
+        if not counts or (len(counts) == 2 and counts[0][1] == counts[1][1]):
+            return None
+        return counts[0][0]
+
     found = []
-    for label, places in sorted(seen.tested.items()):
-        told = sorted({well for plate, well in places if _held(holds[well], plate) == label})
-        if 2 * sum(well in told for _, well in places) > len(places):
+    for label, wells in sorted(tested.items()):
+        told = sorted({well for plate, well in wells if predicted(plate, well) == label})
+        if 2 * sum(well in told for _, well in wells) > len(wells):
             more = f" and {len(told) - 3} more" if len(told) > 3 else ""
             found.append(f"{label}: {' '.join(told[:3])}{more}")
-    message = (
-        f"{len(found):,} of {_number(len(seen.tested), 'class', 'classes')} {_are(len(found))} "
-        "predicted by well position alone."
-    )
-    return _finding(LeakSeverity.WARNING, LeakKind.CONFOUNDED_POSITION, found, message, examples)
+    return found
 
 
-def _held(labels: Mapping[str, str], plate: str) -> str | None:
-    """Return the class that one position holds most on other plates, if it is one."""
-    counts = Counter(label for other, label in labels.items() if other != plate).most_common(2)
-    if not counts or (len(counts) == 2 and counts[0][1] == counts[1][1]):
-        return None
-    return counts[0][0]
-
-
-def _compounds(seen: _Seen, level: GroupLevel, examples: int) -> Iterator[Finding]:
-    same = SameCompounds(seen.compounds)
-    yield _shared_compounds(seen, same, level, examples)
-    by_name: dict[str, set[Compound]] = defaultdict(set)
-    by_structure: dict[str, set[Compound]] = defaultdict(set)
-    for compound in seen.compounds:
-        if compound.name is None:
-            continue
-        by_name[normalised_name(compound.name)].add(compound)
-        for key in compound.structure:
-            by_structure[key].add(compound)
-    yield from _renamed(seen, LeakKind.SPELLING, by_name, level, examples)
-    otherwise = {
-        key: group
-        for key, group in by_structure.items()
-        if len({normalised_name(compound.name or "") for compound in group}) > 1
-    }
-    yield from _renamed(seen, LeakKind.STRUCTURE, otherwise, level, examples)
-
-
-def _shared_compounds(
-    seen: _Seen, same: SameCompounds, level: GroupLevel, examples: int
-) -> Finding:
-    sides: dict[str, set[Subset]] = defaultdict(set)
+def _compound_findings(
+    compounds: Uses, level: GroupLevel
+) -> Iterator[tuple[LeakSeverity, LeakKind, list[str], str]]:
+    """Compounds in both subsets, spelled in several ways, or of several names."""
+    same = SameCompounds(compounds)
+    subsets: SubsetsOf = defaultdict(set)
     names: dict[str, str] = {}
     of_label: dict[str, set[str]] = defaultdict(set)
-    for compound, uses in seen.compounds.items():
+    by_name: dict[str, set[Compound]] = defaultdict(set)
+    by_structure: dict[str, set[Compound]] = defaultdict(set)
+    for compound, uses in compounds.items():
         group = same.group(compound)
         if group is None:
             continue
         title = compound.name or compound.identifier or group
         names[group] = min(title, names.get(group, title))
-        sides[group] |= {subset for subset, _ in uses}
+        subsets[group] |= {subset for subset, _ in uses}
         for _, label in uses:
             of_label[label].add(group)
-    by_treatment = level is GroupLevel.PERTURBATION
-    coarser = any(len(groups) > 1 for groups in of_label.values())
-    found = sorted(names[group] for group, on in sides.items() if len(on) > 1)
-    found = found if by_treatment or coarser else []  # else the class is the compound
-    severity = LeakSeverity.LEAK if by_treatment else LeakSeverity.WARNING
-    message = (
-        f"{len(found):,} of {_number(len(sides), 'compound')} {_are(len(found))} in both subsets"
-        + ("." if by_treatment else ", not only their class.")
-    )
-    return _finding(severity, LeakKind.COMPOUND, found, message, examples)
+        if compound.name is not None:
+            by_name[normalised_name(compound.name)].add(compound)
+            for key in compound.structure:
+                by_structure[key].add(compound)
 
+    by_compound = level is GroupLevel.PERTURBATION
+    if by_compound or any(len(groups) > 1 for groups in of_label.values()):
+        found = sorted(names[group] for group, on in subsets.items() if len(on) > 1)
+        severity = LeakSeverity.LEAK if by_compound else LeakSeverity.WARNING
+        message = f"{_of(len(found), len(subsets), 'compound')} in both subsets"
+        message += "." if by_compound else ", not only their class."
+        yield severity, LeakKind.COMPOUND, found, message
 
-def _renamed(
-    seen: _Seen,
-    kind: LeakKind,
-    groups: Mapping[str, set[Compound]],
-    level: GroupLevel,
-    examples: int,
-) -> Iterator[Finding]:
-    found: dict[LeakSeverity, list[str]] = {LeakSeverity.LEAK: [], LeakSeverity.WARNING: []}
-    for key, compounds in sorted(groups.items()):
-        names = {compound.name for compound in compounds}
-        if len(names) < 2:
-            continue
-        uses = set().union(*(seen.compounds[compound] for compound in compounds))
-        on_sides = len({subset for subset, _ in uses}) > 1
-        counts = len({label for _, label in uses}) > 1 or level is GroupLevel.PERTURBATION
-        severity = LeakSeverity.LEAK if on_sides and counts else LeakSeverity.WARNING
-        shown = f" ({key})" if kind is LeakKind.STRUCTURE else ""
-        found[severity].append(_equal(seen, compounds) + shown)
-    for severity, items in found.items():
-        count = _number(len(items), "compound")
-        goes = "goes" if len(items) == 1 else "go"
-        how = (
-            f"{_are(len(items))} spelled in more than one way"
-            if kind is LeakKind.SPELLING
-            else f"{goes} by more than one name"
-        )
-        where = ", in both subsets." if severity is LeakSeverity.LEAK else "."
-        yield _finding(severity, kind, items, f"{count} {how}{where}", examples)
-
-
-def _equal(seen: _Seen, compounds: Iterable[Compound]) -> str:
-    sides: dict[str, set[Subset]] = defaultdict(set)
-    for compound in compounds:
-        sides[compound.name or ""] |= {subset for subset, _ in seen.compounds[compound]}
-    return " = ".join(f"{name!r} ({', '.join(sorted(on))})" for name, on in sorted(sides.items()))
+    several_names = {
+        key: equal
+        for key, equal in by_structure.items()
+        if len({normalised_name(compound.name or "") for compound in equal}) > 1
+    }
+    for kind, groups in ((LeakKind.SPELLING, by_name), (LeakKind.STRUCTURE, several_names)):
+        by_severity: dict[LeakSeverity, list[str]] = {
+            LeakSeverity.LEAK: [],
+            LeakSeverity.WARNING: [],
+        }
+        for key, equal in sorted(groups.items()):
+            of_name: SubsetsOf = defaultdict(set)
+            for compound in equal:
+                of_name[compound.name or ""] |= {subset for subset, _ in compounds[compound]}
+            if len(of_name) < 2:
+                continue
+            used = set().union(*of_name.values())
+            classes = {label for compound in equal for _, label in compounds[compound]}
+            leaking = len(used) > 1 and (len(classes) > 1 or by_compound)
+            named = (f"{name!r} ({', '.join(sorted(on))})" for name, on in sorted(of_name.items()))
+            shown = f" ({key})" if kind is LeakKind.STRUCTURE else ""
+            severity = LeakSeverity.LEAK if leaking else LeakSeverity.WARNING
+            by_severity[severity].append(" = ".join(named) + shown)
+        for severity, found in by_severity.items():
+            count = len(found)
+            how = f"{'goes' if count == 1 else 'go'} by more than one name"
+            if kind is LeakKind.SPELLING:
+                how = f"{_are(count)} spelled in more than one way"
+            where = ", in both subsets." if severity is LeakSeverity.LEAK else "."
+            yield severity, kind, found, f"{_number(count, 'compound')} {how}{where}"

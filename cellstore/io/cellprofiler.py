@@ -177,7 +177,7 @@ def choose_tables(tables: Sequence[ObjectColumns], where: str) -> tuple[list[Obj
     if len(sets) > 1 or len({table.role for table in chosen}) < len(chosen):
         names = ", ".join(table.name for table in chosen)
         raise BadTableError(
-            f"{where} has several sets of objects ({names}). Move all but one of them out."
+            f"{where} has several sets of objects ({names}). Keep one, and move the others away."
         )
     left = [table.name for table in tables if table not in chosen]
     note = (

@@ -242,7 +242,7 @@ def _buffered(
         if rows == 0:
             _note(source, file, None, "no rows", "the file has a header only")
         for what, (count, line) in odd.items():
-            _note(source, file, line, "odd value", f"{what} in {count} rows")
+            _note(source, file, line, "odd value", f"{what}: {count} rows")
         source.files.append(SourceFile(file.name, file.table.path, rows))
     buffer.finish()
     whole = {
@@ -268,7 +268,7 @@ def _numbers(name: str, values: pa.Array, lines: Integers, odd: _Odd) -> pa.Arra
 def _compare(name: str, first: pa.Array, again: pa.Array, lines: Integers, odd: _Odd) -> None:
     other = pc.fill_null(pc.not_equal(as_numbers(first)[0], as_numbers(again)[0]), False)
     if pc.any(other).as_py():
-        _count(odd, f"{name} comes twice, the first is used", lines, other)
+        _count(odd, f"{name} occurs twice with different values, the first is used", lines, other)
 
 
 def _count(odd: _Odd, what: str, lines: Integers, where: pa.Array) -> None:

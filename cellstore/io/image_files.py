@@ -158,7 +158,8 @@ def _read_header(
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     if head.startswith(_PNG_MAGIC):
-        _check_only_page(name, page)
+        if page not in {None, 1}:
+            raise ImageError(_no_page(name, page, 1))
         if len(head) < 26:
             raise ImageError(_unreadable(name))
         width, height, depth = struct.unpack(">IIB", head[16:25])
@@ -188,7 +189,8 @@ def _grey_pixels(name: str, stream: BinaryIO, page: int | None) -> NDArray[np.ge
     head = stream.read(len(_PNG_MAGIC))
     stream.seek(0)
     if head == _PNG_MAGIC:
-        _check_only_page(name, page)
+        if page not in {None, 1}:
+            raise ImageError(_no_page(name, page, 1))
         try:
             array = np.asarray(imagecodecs.png_decode(stream.read()))
         except Exception as error:  # imagecodecs has a class of its own for each codec
@@ -233,7 +235,8 @@ def _find_page(name: str, tiff: tifffile.TiffFile, page: int | None) -> tifffile
     count = len(tiff.pages)
     first = tiff.pages.first
     if count == 1:
-        _check_only_page(name, page)
+        if page not in {None, 1}:
+            raise ImageError(_no_page(name, page, 1))
         # Some programs describe one page and write the pixels of many behind it.
         shape = tiff.series[0].shape if tiff.is_shaped or tiff.is_imagej else ()
         pixels = first.imagelength * first.imagewidth * first.samplesperpixel
@@ -249,16 +252,15 @@ def _find_page(name: str, tiff: tifffile.TiffFile, page: int | None) -> tifffile
             "or export each plane as a file of its own."
         )
     if page > count:
-        raise ImageError(f"{name} has no page {page}, only {count}. Ingest it again.")
+        raise ImageError(_no_page(name, page, count))
     found = tiff.pages[page - 1]
     if not isinstance(found, tifffile.TiffPage):
         raise ImageError(_unreadable(name))
     return found
 
 
-def _check_only_page(name: str, page: int | None) -> None:
-    if page not in {None, 1}:
-        raise ImageError(f"{name} has no page {page}, only 1. Ingest it again.")
+def _no_page(name: str, page: int | None, count: int) -> str:
+    return f"{name} has no page {page}, only {count}. Ingest it again."
 
 
 def _shape_text(array: NDArray[np.generic]) -> str:

@@ -15,9 +15,10 @@ from .platemaps import PREFIX, SAMPLE
 from .tables import nearest_columns, read_columns
 
 _OTHERS = (
-    "a table of images (LoadData) FileName_Orig<channel>, Metadata_Plate, Metadata_Well and "
-    "Metadata_Site, a published table FileName_OrigRNA and Metadata_pert_iname, a treatment table "
-    "broad_sample and pert_iname or gene, single cells Metadata_Plate, Metadata_Well and features"
+    "A table of images (LoadData) needs FileName_Orig<channel>, Metadata_Plate, Metadata_Well and "
+    "Metadata_Site, or, as a published table, FileName_OrigRNA and Metadata_pert_iname; a table of "
+    "treatments broad_sample and pert_iname or gene; a table of single cells Metadata_Plate, "
+    "Metadata_Well and features."
 )
 _WANTED = (
     *("FileName_OrigRNA", "Metadata_pert_iname", "Metadata_Plate", "Metadata_Well"),
@@ -237,5 +238,5 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
         )
     wanted = [column for column in _WANTED if column not in columns]
     return BadTableError(
-        f"{needs}, {_OTHERS}. {nearest_columns(wanted, columns)} Or choose a reader with --layout."
+        f"{needs}. {_OTHERS} {nearest_columns(wanted, columns)} Or choose a reader with --layout."
     )

@@ -279,7 +279,9 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
         if name is None:
             return None
         if sample is None and not (kind is PerturbationKind.COMPOUND and name.upper() == DMSO):
-            raise RowRefusedError("no broad_sample", f"{name} cannot be joined")
+            raise RowRefusedError(
+                "no broad_sample", f"{name} cannot be matched to a well without it"
+            )
         control = control_of(texts.get("control_type"), name)
         return TreatmentRecord(kind, name, target, control, sample, *map(texts.get, chemistry))
 
@@ -528,7 +530,7 @@ def _read_treatments(path: Path, issues: list[Issue]) -> _Treatments:
             sample = str(row.record.identifier)
             first = by_sample.setdefault(sample, row.record)
             if first != row.record:
-                detail = f"{sample} was {first.pert_iname} before"
+                detail = f"{sample} is {first.pert_iname} on an earlier line; kept"
                 issues.append((path, Refusal(row.line, "broad_sample twice", detail)))
     return _Treatments(by_sample, untreated)
 
@@ -595,7 +597,9 @@ def _fill(
             detail = f"this well is on the map already, on line {first}"
             yield Refusal(line, "well twice", detail)
         elif sample is not None and treatment is None:
-            yield Refusal(line, "unknown broad_sample", f"{sample} is in no treatment row")
+            yield Refusal(
+                line, "unknown broad_sample", f"{sample} is in none of the tables of treatments"
+            )
         else:
             plate_map.wells[position] = treatment
             plate_map.lines[position] = line
@@ -617,7 +621,7 @@ def _read_barcodes(path: Path, maps: Mapping[str, PlateMap], issues: list[Issue]
             refusal = Refusal(row.line, "no barcode or map name", "both are needed")
             issues.append((path, refusal))
         elif plates.setdefault(plate, chosen) != chosen:
-            detail = f"{plate} uses {plates[plate]} already"
+            detail = f"{plate} has the plate map {plates[plate]} on an earlier line; kept"
             issues.append((path, Refusal(row.line, "barcode twice", detail)))
     if not maps.keys() & set(plates.values()):
         named = ", ".join(sorted(set(plates.values()))[:3])

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..enums import Subset
 from ..errors import BadTableError, UserInputError
@@ -80,7 +81,6 @@ class _Table:
     path: Path
     columns: list[str]
     rows: list[tuple[int, dict[str, str]]]
-    refusals: list[Refusal]
 
 
 def read_split_tables(paths: Sequence[Path]) -> SplitTables:
@@ -96,31 +96,30 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
     counts = Counter(name for header in headers for name in header)
     wanted = {name for names in COLUMNS.values() for name in names} | set(IDENTIFIERS)
     wanted |= {name for name, count in counts.items() if count > 1}
-    tables = [_read(path, wanted) for path in paths]
-    names = set(COLUMNS["split"])
-    splits = [table for table in tables if names & set(table.columns)]
-    others = [table for table in tables if not names & set(table.columns)]
+    splits: list[_Table] = []
+    others: list[_Table] = []
+    refusals: list[tuple[str, Refusal]] = []
+    digests = {}
+    for path in paths:
+        table = _read(path, wanted, refusals)
+        is_split = not set(COLUMNS["split"]).isdisjoint(table.columns)
+        (splits if is_split else others).append(table)
+        with path.open("rb") as stream:
+            digests[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     if not splits:
         raise BadTableError(
-            f"{tables[0].path.name} has no column 'split' that says train, validation or test. "
+            f"{paths[0].name} has no column 'split' that says train, validation or test. "
             f"{nearest_columns(COLUMNS['split'], read_columns(paths[0]))}"
         )
     rows: list[SplitRow] = []
-    refusals = [(table.path.name, refusal) for table in tables for refusal in table.refusals]
     for table in splits:
-        table.refusals = []
         for other in others:
-            _join(table, other)
-        refusals += [(table.path.name, refusal) for refusal in table.refusals]
+            _join(table, other, refusals)
         for item in _split_rows(table):
             if isinstance(item, Refusal):
                 refusals.append((table.path.name, item))
             else:
                 rows.append(item)
-    digests = {}
-    for path in paths:
-        with path.open("rb") as stream:
-            digests[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return SplitTables(tuple(rows), tuple(refusals), digests)
 
 
@@ -128,16 +127,16 @@ def _normalised(column: str) -> str:
     return column.removeprefix("Metadata_").replace("_", "").replace(" ", "").casefold()
 
 
-def _read(path: Path, wanted: set[str]) -> _Table:
+def _read(path: Path, wanted: set[str], refusals: list[tuple[str, Refusal]]) -> _Table:
     table = open_table(path)
     positions: dict[str, int] = {}
     for position, column in enumerate(table.columns):
         if _normalised(column) in wanted:
             positions.setdefault(_normalised(column), position)
-    found = _Table(path, list(positions), [], [])
+    found = _Table(path, list(positions), [])
     for row in table.rows():
         if isinstance(row, Refusal):
-            found.refusals.append(row)
+            refusals.append((path.name, row))
             continue
         cells = {name: cell_text(row.cells, position) for name, position in positions.items()}
         known = {name: sys.intern(text) for name, text in cells.items() if text is not None}
@@ -145,7 +144,7 @@ def _read(path: Path, wanted: set[str]) -> _Table:
     return found
 
 
-def _join(table: _Table, other: _Table) -> None:
+def _join(table: _Table, other: _Table, refusals: list[tuple[str, Refusal]]) -> None:
     """Add the columns of ``other`` to ``table``; a row comes once for each row that fits it."""
     common = [name for name in table.columns if name in other.columns]
     if not common:
@@ -161,7 +160,7 @@ def _join(table: _Table, other: _Table) -> None:
         found = partners.get(tuple(map(cells.get, common)), [])
         if not found:
             detail = f"line {line}: no row of {other.path.name} has the same {', '.join(common)}"
-            table.refusals.append(Refusal(line, "not in the other table", detail))
+            refusals.append((table.path.name, Refusal(line, "not in the other table", detail)))
         rows += [(line, {**partner, **cells}) for partner in found]
     table.columns = list(dict.fromkeys((*table.columns, *other.columns)))
     table.rows = rows
@@ -179,30 +178,26 @@ def _split_rows(table: _Table) -> Iterator[SplitRow | Refusal]:
             "broad_sample or pert_iname. Give a table that names the wells as a further FILE."
         )
     for line, cells in table.rows:
-        values = {what: cells.get(name) for what, name in names.items()}
-        row = _row(table.path.name, line, values)
-        if isinstance(row, Refusal) or names["identifier"] or not pairs:
-            yield row
+        values: dict[str, Any] = {what: cells.get(name) for what, name in names.items()}
+        written = values.pop("split") or ""
+        subset = SUBSETS.get(written.casefold())
+        if subset is None:
+            detail = f"line {line}: {written!r} is not train, validation, test"
+            yield Refusal(line, "unknown subset", detail)
             continue
-        for name in pairs:
-            if name in cells:
-                yield replace(row, identifier=cells[name])
-
-
-def _row(file: str, line: int, values: Mapping[str, str | None]) -> SplitRow | Refusal:
-    written = values["split"] or ""
-    subset = SUBSETS.get(written.casefold())
-    if subset is None:
-        detail = f"line {line}: {written!r} is not train, validation, test"
-        return Refusal(line, "unknown subset", detail)
-    try:
-        given = values["well"]
-        well = None if given is None else format_well(*parse_well(given))
-        site = None if values["site"] is None else int(values["site"])
-    except ValueError as error:
-        return Refusal(line, "unreadable well or site", f"line {line}: {error}")
-    more = {what: values[what] for what in ("name", "identifier", "target", "inchikey", "smiles")}
-    return SplitRow(file, line, subset, values["plate"], well, site, **more)
+        try:
+            if values["well"] is not None:
+                values["well"] = format_well(*parse_well(values["well"]))
+            if values["site"] is not None:
+                values["site"] = int(values["site"])
+        except ValueError as error:
+            yield Refusal(line, "unreadable well or site", f"line {line}: {error}")
+            continue
+        row = SplitRow(table.path.name, line, subset, **values)
+        if names["identifier"] or not pairs:
+            yield row
+        else:
+            yield from (replace(row, identifier=cells[name]) for name in pairs if name in cells)
 
 
 def check_not_empty(tables: SplitTables) -> None:

@@ -402,10 +402,28 @@ def open_table(path: Path, *, empty: bool = False) -> TextTable:
         BadTableError: the file is empty, has a header only, or is no text.
         UserInputError: there is no such file, or it may not be read.
     """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    encoding = "utf-8-sig"
+    endless = 0
     with _reading(path):
-        encoding = _encoding(path, empty=empty)
-        if encoding is None:
-            return TextTable(path, (), ",", "utf-8-sig")
+        with _open(path) as stream:
+            chunk = stream.read(_CHUNK)
+            if empty and not chunk.removeprefix(codecs.BOM_UTF8).strip():
+                return TextTable(path, (), ",", encoding)
+            _check_text(path, chunk)
+            while chunk:
+                endless = 0 if b"\n" in chunk or b"\r" in chunk else endless + 1
+                if endless >= _LONGEST_LINE:  # it would have to be held in memory as one line
+                    raise BadTableError(
+                        f"{path} has a line of more than 16 MiB. Give a table of rows."
+                    )
+                following = stream.read(_CHUNK)
+                if encoding == "utf-8-sig":
+                    try:
+                        decoder.decode(chunk, not following)
+                    except UnicodeDecodeError:
+                        encoding = "latin-1"
+                chunk = following
         with _open_text(path, encoding) as text:
             table = _with_header(path, encoding, text)
     if not empty:
@@ -475,7 +493,13 @@ def _with_header(path: Path, encoding: str, text: io.TextIOBase) -> TextTable:
     notes = []
     if encoding == "latin-1":
         notes.append("not valid UTF-8, so read as Latin-1: check letters like µ and é")
-    if _are_objects(columns, below):
+    # A line of the objects (again and again) above the line of the columns.
+    if (
+        len(columns) == len(below)
+        and (len(set(columns)) < len(columns) or "ImageNumber" in below)
+        and any(name.startswith(_COLUMN_SIGNS) for name in below)
+        and not any(name.startswith(_COLUMN_SIGNS) for name in columns)
+    ):
         counts = Counter(below)
         columns = tuple(
             f"{item}_{name}" if counts[name] > 1 else name
@@ -500,40 +524,6 @@ def _first_row(lines: Sequence[str], delimiter: str) -> tuple[tuple[str, ...], i
     except csv.Error:
         cells, end = next(csv.reader(lines[:1], delimiter=delimiter), []), 1
     return tuple(cells), end
-
-
-def _are_objects(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Tell whether the first line names the objects (again and again) of the columns below."""
-    return (
-        len(first) == len(second)
-        and (len(set(first)) < len(first) or "ImageNumber" in second)
-        and any(name.startswith(_COLUMN_SIGNS) for name in second)
-        and not any(name.startswith(_COLUMN_SIGNS) for name in first)
-    )
-
-
-def _encoding(path: Path, *, empty: bool) -> str | None:
-    """Return the encoding of the (unpacked) file, read to its end; None where it has no content."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    encoding = "utf-8-sig"
-    endless = 0
-    with _open(path) as stream:
-        chunk = stream.read(_CHUNK)
-        if empty and not chunk.removeprefix(codecs.BOM_UTF8).strip():
-            return None
-        _check_text(path, chunk)
-        while chunk:
-            endless = 0 if b"\n" in chunk or b"\r" in chunk else endless + 1
-            if endless >= _LONGEST_LINE:  # it would have to be held in memory as one line
-                raise BadTableError(f"{path} has a line of more than 16 MiB. Give a table of rows.")
-            following = stream.read(_CHUNK)
-            if encoding == "utf-8-sig":
-                try:
-                    decoder.decode(chunk, not following)
-                except UnicodeDecodeError:
-                    encoding = "latin-1"
-            chunk = following
-    return encoding
 
 
 def _check_text(path: Path, head: bytes) -> None:

@@ -15,7 +15,7 @@ from ..artifacts import ArtifactFolder, write_atomically
 from ..db import migrate
 from ..db.session import Database, connect, parse_url, sqlite_url, without_secrets
 from ..errors import StoreError, UserInputError
-from ..progress import Progress, Silent
+from ..progress import Progress
 from ..settings import ENV_DATABASE, MARKER, StoreSettings, find_store, written_database
 
 SQLITE_PAGE = 4096  # bytes, of a new database
@@ -28,7 +28,7 @@ class Workspace:
     settings: StoreSettings
     database: Database
     artifacts: ArtifactFolder
-    progress: Progress = field(default_factory=Silent)
+    progress: Progress = field(default_factory=Progress)
 
 
 def open_workspace(settings: StoreSettings, progress: Progress | None = None) -> Workspace:
@@ -56,7 +56,10 @@ def connect_workspace(settings: StoreSettings, progress: Progress | None = None)
             "or start a new store with: cellstore init"
         )
     return Workspace(
-        settings, _database(settings), ArtifactFolder(settings.artifacts), progress or Silent()
+        settings,
+        connect(_url(settings)),
+        ArtifactFolder(settings.artifacts),
+        progress or Progress(),
     )
 
 
@@ -82,7 +85,7 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
 
 
 def _migrated(settings: StoreSettings) -> Workspace:
-    workspace = Workspace(settings, _database(settings), ArtifactFolder(settings.artifacts))
+    workspace = Workspace(settings, connect(_url(settings)), ArtifactFolder(settings.artifacts))
     try:
         if migrate.current(workspace.database) is None:
             upgrade_schema(workspace.database)
@@ -154,10 +157,6 @@ def _url(settings: StoreSettings) -> URL:
     if settings.database is None:
         return sqlite_url(settings.sqlite)
     return parse_url(settings.database)
-
-
-def _database(settings: StoreSettings) -> Database:
-    return connect(_url(settings))
 
 
 def _shown(settings: StoreSettings) -> str:

@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UnknownNameError
 from .branches import FLOW, IMAGE, MASK
 from .crops import CROP_MEAN, CROP_STD, CellBlock
-
-FLIPS, ROTATIONS, INTENSITY = AUGMENTATIONS = ("flips", "rotations", "intensity")
 
 BRIGHTEST = 1.25
 """Grey values are multiplied by a factor from 1 / 1.25 to 1.25, evenly drawn on a log scale."""
@@ -32,14 +29,6 @@ _TURNS = (0, 5, 3, 6)
 """Positions in ``MOVES`` of no turn and of turns by 90, 180 and 270 degrees clockwise."""
 
 
-def check_augmentations(kinds: Sequence[str]) -> tuple[str, ...]:
-    """Return ``kinds`` in the order of ``AUGMENTATIONS``; ``UnknownNameError`` for another name."""
-    for kind in kinds:
-        if kind not in AUGMENTATIONS:
-            raise UnknownNameError.of("augmentation", kind, AUGMENTATIONS)
-    return tuple(kind for kind in AUGMENTATIONS if kind in kinds)
-
-
 def augmented(cells: CellBlock, kinds: Sequence[str], entropy: Sequence[int]) -> CellBlock:
     """Return ``cells`` with their crops changed, on the device where they are.
 
@@ -53,7 +42,7 @@ def augmented(cells: CellBlock, kinds: Sequence[str], entropy: Sequence[int]) ->
     moves = _drawn_moves(len(cells), kinds, generator)
     if moves is not None:
         crops = {name: _moved(stack, moves, name == FLOW) for name, stack in crops.items()}
-    if INTENSITY in kinds:
+    if "intensity" in kinds:
         crops = {name: _brightened(stack, name, generator) for name, stack in crops.items()}
     return CellBlock(crops, cells.features, cells.labels, cells.cell_ids)
 
@@ -66,7 +55,7 @@ def seed_of(*entropy: int) -> int:
 
 def _drawn_moves(count: int, kinds: Sequence[str], generator: torch.Generator) -> Tensor | None:
     """(N,) int64 positions in ``MOVES``, on the CPU."""
-    flips, rotations = FLIPS in kinds, ROTATIONS in kinds
+    flips, rotations = "flips" in kinds, "rotations" in kinds
     if flips and rotations:
         return torch.randint(len(MOVES), (count,), generator=generator)
     if flips:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from ..config import ImageInput
-from ..errors import ImageError, StorageError, UnknownNameError, UserInputError
+from ..errors import ImageError, StorageError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..query.cells import (
@@ -70,9 +70,6 @@ def prefetch(items: Iterable[S], make: Callable[[S], T], threads: int) -> Genera
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-CELLS, CLASSES, CAPPED = SAMPLERS = ("cells", "classes", "capped")
-"""Each cell once; every class as often; the largest class no more often than the second."""
-
 BUFFER_CELLS = 32_768
 """Cells that are mixed: those of some 200 images. 1.4 GB of crops of 70 x 70 pixels."""
 
@@ -104,15 +101,11 @@ def quotas(sampler: str, counts: Mapping[int, int]) -> dict[int, int]:
     ``cells``: all. ``classes``: as many of each, together as many as there are, but for the
     remainder of the division; cells of small classes come several times. ``capped``: all, but of
     the class that is larger than all others only as many as the second largest has.
-
-    Raises ``UnknownNameError`` for another sampler.
     """
-    if sampler not in SAMPLERS:
-        raise UnknownNameError.of("sampler", sampler, SAMPLERS)
     there = {label: count for label, count in counts.items() if count}
-    if sampler == CLASSES and there:
+    if sampler == "classes" and there:
         return dict.fromkeys(there, sum(there.values()) // len(there))
-    if sampler == CAPPED and len(there) > 1:
+    if sampler == "capped" and len(there) > 1:
         cap = sorted(there.values())[-2]
         return {label: min(count, cap) for label, count in there.items()}
     return there
@@ -189,7 +182,7 @@ class BlockShuffle:
         seed: int = 0,
         *,
         shuffle: bool = True,
-        sampler: str = CELLS,
+        sampler: str = "cells",
         share: tuple[int, int] = (0, 1),
         buffer_cells: int = BUFFER_CELLS,
         buffer_bytes: int = BUFFER_BYTES,
@@ -346,11 +339,11 @@ class CellReader:
     """Call it with an image id to get the cells of that image, ready for a network.
 
     Features are the columns of ``scaler``, scaled by it; ``classes`` gives the class index of a
-    label id; ``branches`` are those of the network, ``channels`` what branch ``image`` looks at;
-    ``intensity_scale``: by plate the intensities that become 1, of the plane and of each channel;
-    images of other plates have their own. Each image is decoded once, and the crops of its cells
-    are kept while all that is kept fits ``kept_bytes`` (default: a quarter of the memory,
-    :func:`default_memory`). Several threads may call it. Crops come on ``device``.
+    label id; ``branches`` are those of the network, ``channels`` what branch ``image`` looks at.
+    Images of plates whose intensities the scaler does not know have their own. Each image is
+    decoded once, and the crops of its cells are kept while all that is kept fits ``kept_bytes``
+    (default: a quarter of the memory, :func:`default_memory`). Several threads may call it. Crops
+    come on ``device``.
 
     Raises:
         UserInputError: ``scaler`` names a measurement that is not there any more.
@@ -369,13 +362,12 @@ class CellReader:
         kept_bytes: int | None = None,
         branches: Sequence[str] = BRANCHES,
         channels: Sequence[str] = (),
-        intensity_scale: Mapping[str, Sequence[float]] | None = None,
         device: str = "cpu",
     ) -> None:
         self.workspace, self.source, self.plane = workspace, source, plane
         self.scaler, self.crop_size, self.classes = scaler, crop_size, classes or {}
         self.branches, self.channels = tuple(branches), tuple(channels)
-        self.intensity_scale, self.device = intensity_scale or {}, device
+        self.device = device
         features = source.features
         gone = [name for name in scaler.names if name not in set(features.columns)]
         if gone and features.in_table:
@@ -409,7 +401,7 @@ class CellReader:
             return found
         found = self.read(image_id)
         with self._lock:
-            if image_id not in self._kept and found.nbytes <= self._room:
+            if self._room and image_id not in self._kept and found.nbytes <= self._room:
                 self._kept[image_id], self._room = found, self._room - found.nbytes
         return found
 
@@ -449,8 +441,7 @@ class CellReader:
         plane = read_image(database, image_id, self.plane) if MASK in self.branches else None
         names = self.channels if IMAGE in self.branches else ()
         channels = tuple(read_image(database, image_id, ImageInput((name,))) for name in names)
-        scale = self.intensity_scale.get(plate)
-        return Pictures(masks, flows, plane, channels, None if scale is None else tuple(scale))
+        return Pictures(masks, flows, plane, channels, (self.scaler.intensities or {}).get(plate))
 
 
 MOST_THREADS = 8

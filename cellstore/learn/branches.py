@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import Select, and_, func, select
 from sqlalchemy.orm import Session
 
 from ..enums import PROJECTION_CHANNEL
@@ -24,41 +24,6 @@ ALL_BRANCHES = (MASK, FLOW, IMAGE, TABULAR)
 """What a network may look at, in the order in which it puts together what it saw."""
 
 
-def check_branches(names: Sequence[str]) -> tuple[str, ...]:
-    """Return ``names`` in the order of ``ALL_BRANCHES``.
-
-    Raises ``UnknownNameError`` for a name that is none of them, ``UserInputError`` for no name.
-    """
-    for name in names:
-        if name not in ALL_BRANCHES:
-            raise UnknownNameError.of("branch", name, ALL_BRANCHES)
-    if not names:
-        raise UserInputError(f"A network needs one branch or more of {', '.join(ALL_BRANCHES)}.")
-    return tuple(name for name in ALL_BRANCHES if name in names)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """Of how many images the cells are known, of how many the pixels and masks, the flows too."""
-
-    images: int
-    masks: int
-    flows: int
-
-    @property
-    def possible(self) -> tuple[str, ...]:
-        """What a network may look at; channels are cut by the boxes of masks."""
-        more = (IMAGE,) if self.masks == self.images else ()
-        return check_branches((*self.branches, *more))
-
-    @property
-    def branches(self) -> tuple[str, ...]:
-        """What every image has. Flow crops are cut by the masks."""
-        masks = (MASK,) if self.masks == self.images else ()
-        flows = (FLOW,) if masks and self.flows == self.images else ()
-        return (*masks, *flows, TABULAR)
-
-
 def choose_branches(
     session: Session, source: CellSource, wanted: Sequence[str] | None
 ) -> tuple[tuple[str, ...], str | None]:
@@ -67,19 +32,30 @@ def choose_branches(
     Default: all three, or those that the segmentations of its split can feed.
 
     Raises:
-        UnknownNameError: there is no such branch.
         UserInputError: a branch that is wanted cannot be fed.
 
     """
-    known = _known(session, source)
-    if wanted is None:
-        return known.branches, _left_out(known)
-    chosen = check_branches(wanted)
-    if not set(chosen) <= set(known.possible):
-        raise UserInputError(
-            f"{_lack(known)} Use --branches {','.join(known.branches)}, or ingest what is missing."
-        )
-    return chosen, None
+    has_masks = and_(Segmentation.mask_artifact_id.is_not(None), Image.content_sha256.is_not(None))
+    has_flows = and_(has_masks, Segmentation.flow_artifact_id.is_not(None))
+    query = _images_with_cells(source).with_only_columns(
+        func.count(), func.count().filter(has_masks), func.count().filter(has_flows)
+    )
+    images, masks, flows = session.execute(query).one()
+    # What every image has. Flow crops and channels are cut by the masks.
+    known = tuple(
+        name
+        for name, number in ((MASK, masks), (FLOW, flows), (IMAGE, masks), (TABULAR, images))
+        if number == images
+    )
+    usual = tuple(name for name in known if name in BRANCHES)
+    lack = f"Of {images - flows} of the {images} images there are no flows."
+    if masks < images:
+        lack = f"Of {images - masks} of the {images} images the masks or the pixels are unknown."
+    if wanted is not None and not set(wanted) <= set(known):
+        raise UserInputError(f"{lack} Use --branches {','.join(usual)}, or ingest what is missing.")
+    if wanted is not None or usual == BRANCHES:
+        return tuple(wanted or usual), None
+    return usual, f"{lack} So the network looks at: {', '.join(usual)}."
 
 
 def choose_channels(session: Session, source: CellSource, wanted: Sequence[str]) -> tuple[str, ...]:
@@ -90,8 +66,16 @@ def choose_channels(session: Session, source: CellSource, wanted: Sequence[str])
         UserInputError: some images do not have it, or it is named twice.
 
     """
-    counts = _channels(session, source)
-    images = _known(session, source).images
+    images = _images_with_cells(source)
+    number = session.scalar(images.with_only_columns(func.count())) or 0
+    query = (
+        images.with_only_columns(ImageFile.channel, func.count())
+        .join(ImageFile, ImageFile.image_id == Image.id)
+        .where(ImageFile.channel != PROJECTION_CHANNEL)
+        .group_by(ImageFile.channel)
+        .order_by(func.min(ImageFile.position), ImageFile.channel)
+    )
+    counts: dict[str, int] = dict(session.execute(query).all())
     by_name = {name.lower(): name for name in counts}
     for name in wanted:
         if name.lower() not in by_name:
@@ -100,57 +84,20 @@ def choose_channels(session: Session, source: CellSource, wanted: Sequence[str])
     if len(set(chosen)) < len(chosen) or not chosen:
         raise UserInputError("Name each channel of the branch image once, with --channels A,B.")
     for name in chosen:
-        if counts[name] < images:
+        if counts[name] < number:
             raise UserInputError(
-                f"{images - counts[name]} of the {images} images of the split have no channel "
+                f"{number - counts[name]} of the {number} images of the split have no channel "
                 f"{name!r}. Name others with --channels, or ingest what is missing."
             )
     return chosen
 
 
-def _channels(session: Session, source: CellSource) -> dict[str, int]:
-    """By channel, in the order of their positions: how many images of the split have it."""
+def _images_with_cells(source: CellSource) -> Select[Any]:
+    """Ask for the images of the split in which the segmentation has found cells."""
     member = and_(SplitMember.image_id == Image.id, SplitMember.split_id == source.split_id)
-    query = (
-        select(ImageFile.channel, func.count())
-        .join(Image, Image.id == ImageFile.image_id)
-        .join(Segmentation, is_current())
-        .join(SplitMember, member)
-        .where(Segmentation.recipe_id == source.segment_id, Segmentation.n_cells > 0)
-        .where(ImageFile.channel != PROJECTION_CHANNEL)
-        .group_by(ImageFile.channel)
-        .order_by(func.min(ImageFile.position), ImageFile.channel)
-    )
-    return dict(session.execute(query).all())
-
-
-def _known(session: Session, source: CellSource) -> _Known:
-    masks = and_(Segmentation.mask_artifact_id.is_not(None), Image.content_sha256.is_not(None))
-    member = and_(SplitMember.image_id == Image.id, SplitMember.split_id == source.split_id)
-    query = (
-        select(
-            func.count(),
-            func.count().filter(masks),
-            func.count().filter(and_(masks, Segmentation.flow_artifact_id.is_not(None))),
-        )
-        .select_from(Image)
+    return (
+        select(Image)
         .join(Segmentation, is_current())
         .join(SplitMember, member)
         .where(Segmentation.recipe_id == source.segment_id, Segmentation.n_cells > 0)
     )
-    return _Known(*session.execute(query).one())
-
-
-def _left_out(known: _Known) -> str | None:
-    if known.branches == BRANCHES:
-        return None
-    return f"{_lack(known)} So the network looks at: {', '.join(known.branches)}."
-
-
-def _lack(known: _Known) -> str:
-    if known.masks < known.images:
-        return (
-            f"Of {known.images - known.masks} of the {known.images} images the masks or the pixels "
-            "are unknown."
-        )
-    return f"Of {known.images - known.flows} of the {known.images} images there are no flows."

@@ -323,9 +323,32 @@ def resized(
     """
     if size < 1:
         raise UserInputError(f"The size of a crop must be 1 pixel or more, not {size}.")
-    if torch.device(device).type == "cpu":
-        return _in_turn(packed, size)
-    return resized_at_once(packed, size, device)
+    if torch.device(device).type != "cpu":
+        return resized_at_once(packed, size, device)
+    channels = _channels(packed.layers)
+    # numpy asks for huge pages, torch does not: a third of the time goes with fresh memory.
+    made = {
+        name: torch.from_numpy(np.empty((len(packed), len(own), size, size), np.float32))
+        for name, own in channels.items()
+    }
+    spans = list(zip(packed.starts.tolist(), packed.ends.tolist(), strict=True))
+    sizes = packed.sizes.tolist()
+    for first, last in _runs(spans) if channels else ():
+        start, end = spans[first][0], spans[last - 1][1]
+        flat = _floats({n: torch.from_numpy(x[:, start:end]) for n, x in packed.layers.items()})
+        for cell in range(first, last):
+            (rows, columns), (a, b) = sizes[cell], spans[cell]
+            lines = flat[:, a - start : b - start].reshape(-1, columns)
+            widened = torch.empty((len(lines), size))
+            for band in _bands(columns, size, _COLUMNS):
+                torch.mm(lines[:, band.old], band.weights.mT, out=widened[:, band.new])
+            widened = widened.view(-1, rows, size)
+            for name, own in channels.items():
+                part, crop = widened[own.start : own.stop], made[name][cell]
+                for band in _bands(rows, size, _ROWS):
+                    weights = band.weights.expand(len(own), -1, -1)
+                    torch.bmm(weights, part[:, band.old], out=crop[:, band.new])
+    return made
 
 
 def resized_at_once(
@@ -353,42 +376,6 @@ def resized_at_once(
         for name, own in channels.items():
             made[name][index] = crops[:, own.start : own.stop]
     return made
-
-
-def _in_turn(packed: PackedCrops, size: int) -> dict[str, Tensor]:
-    channels = _channels(packed.layers)
-    # numpy asks for huge pages, torch does not: a third of the time goes with fresh memory.
-    made = {
-        name: torch.from_numpy(np.empty((len(packed), len(own), size, size), np.float32))
-        for name, own in channels.items()
-    }
-    spans = list(zip(packed.starts.tolist(), packed.ends.tolist(), strict=True))
-    sizes = packed.sizes.tolist()
-    for first, last in _runs(spans) if channels else ():
-        start, end = spans[first][0], spans[last - 1][1]
-        flat = _floats({n: torch.from_numpy(x[:, start:end]) for n, x in packed.layers.items()})
-        for cell in range(first, last):
-            (rows, columns), (a, b) = sizes[cell], spans[cell]
-            lines = flat[:, a - start : b - start].reshape(-1, columns)
-            widened = _widened(lines, size).view(-1, rows, size)
-            for name, own in channels.items():
-                _heightened(widened[own.start : own.stop], made[name][cell])
-    return made
-
-
-def _widened(lines: Tensor, size: int) -> Tensor:
-    """(L, size) from ``lines`` (L, columns)."""
-    widened = torch.empty((len(lines), size))
-    for band in _bands(lines.shape[1], size, _COLUMNS):
-        torch.mm(lines[:, band.old], band.weights.mT, out=widened[:, band.new])
-    return widened
-
-
-def _heightened(channels: Tensor, out: Tensor) -> None:
-    """Resize ``channels`` (C, rows, size) to (C, size, size)."""
-    for band in _bands(channels.shape[1], out.shape[1], _ROWS):
-        weights = band.weights.expand(len(channels), -1, -1)
-        torch.bmm(weights, channels[:, band.old], out=out[:, band.new])
 
 
 @dataclass(frozen=True)

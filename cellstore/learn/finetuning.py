@@ -31,6 +31,7 @@ from ..analysis.cellpose import (
     fit_size_model,
     load_network,
 )
+from ..config import FinetuneParams
 
 if TYPE_CHECKING:
     from cellpose.models import CellposeModel
@@ -49,20 +50,10 @@ SCALES = (0.5, 0.7, 1.0, 1.4)
 FEWEST_FOR_SIZES = 3
 """Images below which a size model could not be told from chance."""
 
+BATCH, WEIGHT_DECAY = 8, 1e-5
+
 RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1)
 """Penalties tried for the size model; few images need strong ones."""
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """How a network is fine-tuned. Same config, same machine, same images: same network."""
-
-    epochs: int = 50
-    learning_rate: float = 5e-4
-    weight_decay: float = 1e-5
-    batch: int = 8
-    seed: int = 0
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -118,25 +109,27 @@ class Prepared:
 def finetune(
     start: Path,
     examples: Prepared,
-    config: FinetuneConfig,
+    params: FinetuneParams,
+    device: str,
     on_epoch: Callable[[int, float], None],
 ) -> bytes:
     """Return the state of the network in ``start``, trained further on ``examples``.
 
-    ``on_epoch`` hears the number of each epoch, from 1, and its mean loss.
+    Same parameters, same machine, same images: same network. ``on_epoch`` hears the number of each
+    epoch, from 1, and its mean loss.
     """
-    model = load_network(start, config.device)
-    steps = -(-len(examples) * CROPS_PER_IMAGE // config.batch)
+    model = load_network(start, device)
+    steps = -(-len(examples) * CROPS_PER_IMAGE // BATCH)
     optimiser = torch.optim.AdamW(
-        model.net.parameters(), config.learning_rate, weight_decay=config.weight_decay
+        model.net.parameters(), params.learning_rate, weight_decay=WEIGHT_DECAY
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, config.learning_rate, total_steps=steps * config.epochs, pct_start=0.2
+        optimiser, params.learning_rate, total_steps=steps * params.epochs, pct_start=0.2
     )
-    with seeded(config.seed):
-        for epoch in range(1, config.epochs + 1):
+    with seeded(params.seed):
+        for epoch in range(1, params.epochs + 1):
             losses = []
-            for batch in _batches(examples, model.diam_mean, config.batch):
+            for batch in _batches(examples, model.diam_mean):
                 losses.append(train_step(model.net, optimiser, batch, model.device))
                 schedule.step()
             on_epoch(epoch, float(np.mean(losses)))
@@ -190,24 +183,21 @@ def half_precision(net: CPnet) -> dict[str, torch.Tensor]:
     }
 
 
-def _batches(examples: Prepared, diam_mean: float, batch: int) -> Iterator[list[Sample]]:
-    """Every image ``CROPS_PER_IMAGE`` times, in a new order."""
+def _batches(examples: Prepared, diam_mean: float) -> Iterator[list[Sample]]:
+    """Crops of every image, ``CROPS_PER_IMAGE`` times, in a new order."""
     order = np.random.permutation(np.repeat(np.arange(len(examples)), CROPS_PER_IMAGE))
-    for first in range(0, len(order), batch):
-        yield _crops(examples, order[first : first + batch], diam_mean)
-
-
-def _crops(examples: Prepared, numbers: NDArray[np.int_], diam_mean: float) -> list[Sample]:
-    side = crop_side(diam_mean)
-    images, targets = zip(*(examples.read(number) for number in numbers), strict=True)
-    planes, labels, _ = random_rotate_and_resize(
-        list(images),
-        Y=list(targets),
-        rescale=[examples.diameters[number] / diam_mean for number in numbers],
-        scale_range=0.5,
-        xy=(side, side),
-    )
-    return [Sample(image, target) for image, target in zip(planes, labels, strict=True)]
+    length = crop_side(diam_mean)
+    for first in range(0, len(order), BATCH):
+        numbers = order[first : first + BATCH]
+        images, targets = zip(*(examples.read(number) for number in numbers), strict=True)
+        planes, labels, _ = random_rotate_and_resize(
+            list(images),
+            Y=list(targets),
+            rescale=[examples.diameters[number] / diam_mean for number in numbers],
+            scale_range=0.5,
+            xy=(length, length),
+        )
+        yield [Sample(image, target) for image, target in zip(planes, labels, strict=True)]
 
 
 def crop_side(diam_mean: float) -> int:
@@ -218,7 +208,7 @@ def crop_side(diam_mean: float) -> int:
 def size_model_of(
     network: Path, examples: Iterable[Corrected], device: str
 ) -> tuple[SizeModel, float] | None:
-    """A size model for ``network``, and its median error, left-out image by left-out image.
+    """A size model for ``network``, and its median error on images that it was not fitted to.
 
     Each image is seen at several sizes. ``None``: there are too few images to tell whether it
     would be any good, or it is not (a factor of 2 off).
@@ -231,7 +221,7 @@ def size_model_of(
     if len(seen) < FEWEST_FOR_SIZES:
         return None
     styles, truth = (np.stack(part) for part in zip(*seen, strict=True))
-    errors = {ridge: _left_out_error(styles, truth, model.diam_mean, ridge) for ridge in RIDGES}
+    errors = {ridge: _held_out_error(styles, truth, model.diam_mean, ridge) for ridge in RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
     if errors[best] > np.log(2):
         return None
@@ -252,18 +242,18 @@ def _style(model: CellposeModel, item: Corrected, scale: float) -> NDArray[np.fl
     return np.asarray(found[-1], np.float32).ravel()
 
 
-def _left_out_error(
+def _held_out_error(
     styles: NDArray[np.float32], truth: NDArray[np.float64], diam_mean: float, ridge: float
 ) -> float:
     """Median of |log(estimate / truth)| of each image, fitted to the others."""
     errors = []
-    for left in range(len(truth)):
-        others = np.arange(len(truth)) != left
+    for held in range(len(truth)):
+        others = np.arange(len(truth)) != held
         fitted = fit_size_model(
             styles[others].reshape(-1, 256), truth[others].ravel(), diam_mean, ridge
         )
-        guesses = np.array([fitted.estimate(style) for style in styles[left]])
-        errors.append(np.abs(np.log(guesses / truth[left])))
+        guesses = np.array([fitted.estimate(style) for style in styles[held]])
+        errors.append(np.abs(np.log(guesses / truth[held])))
     return float(np.median(errors))
 
 

@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torchvision import models
 
 from ..errors import UnknownNameError, UserInputError, first_line
-from .branches import ALL_BRANCHES, BRANCHES, IMAGE, TABULAR, check_branches
+from .branches import ALL_BRANCHES, BRANCHES, IMAGE, TABULAR
 
 EFFICIENTNET_B0 = "efficientnet_b0"
 """What the published network has."""
@@ -236,8 +236,9 @@ class NetShape:
 
     def __post_init__(self) -> None:
         check_backbone(self.backbone)
-        if self.branches != check_branches(self.branches):
-            raise UserInputError(f"The branches of a network come in the order {ALL_BRANCHES}.")
+        in_order = tuple(name for name in ALL_BRANCHES if name in self.branches)
+        if not in_order or self.branches != in_order:
+            raise UserInputError(f"A network needs branches, in the order {ALL_BRANCHES}.")
         sizes = (
             self.n_classes,
             self.n_features if TABULAR in self.branches else 1,

@@ -8,7 +8,7 @@ no label of any treated cell. :func:`describe_plates` says so.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from ..config import ImageInput
 from ..db.session import Database
 from ..enums import Control, Subset
-from ..errors import ImageError, UnknownNameError, UserInputError
+from ..errors import ImageError, UserInputError
 from ..jobs.planes import read_image
 from ..jobs.selection import is_current
 from ..models import Image, Plate, Segmentation, SplitMember, Well
@@ -47,12 +47,6 @@ class Scale(NamedTuple):
         scaled: NDArray[np.float64] = (rows - np.array(self.mean)) / np.array(self.scale)
         return scaled
 
-
-TRAIN, PLATE_CONTROLS = NORMALISATIONS = ("train", "plate-controls")
-"""Features as the training subset is spread, or first against the controls of their plate."""
-
-IMAGE, PLATE = INTENSITIES = ("image", "plate")
-"""Whose intensity becomes 1 in crops: that of their image, or that of their plate."""
 
 FEWEST_CONTROLS = 2
 """Control cells that a plate must have: one alone has no deviation."""
@@ -114,19 +108,21 @@ def checked_rows(names: Sequence[str], block: ArrayLike, gaps: bool) -> Numbers:
 
 @dataclass(frozen=True)
 class Scaler:
-    """``(x - mean) / scale`` for each named column.
+    """``(x - mean) / scale`` for each named column, and the intensities that become 1 in crops.
 
     ``gaps``: a value that is not finite counts as not measured and becomes 0 (the mean); else it is
     an error. ``plates``: by barcode the scale of the control cells of a plate, by which its
-    features are normalised first; ``None``: all plates are alike. ``own``: those of them without an
-    image in the training subset.
+    features are normalised first; ``None``: all plates are alike. ``intensities``: by barcode, in
+    grey levels, that of the plane that was segmented, then that of each channel of the network;
+    ``None``: each image has its own. ``own``: the plates without an image in the training subset.
     """
 
-    names: tuple[str, ...]
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
+    names: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
     gaps: bool = False
     plates: Mapping[str, Scale] | None = None
+    intensities: Mapping[str, tuple[float, ...]] | None = None
     own: tuple[str, ...] = ()
 
     @classmethod
@@ -165,11 +161,6 @@ class Scaler:
             fitted, plates={plate: found.of_columns(kept) for plate, found in controls.items()}
         )
 
-    def with_own(self, plates: Mapping[str, Scale]) -> Scaler:
-        """Return the same with plates that are not in the training subset."""
-        own = tuple(sorted({*self.own, *plates}))
-        return replace(self, plates={**(self.plates or {}), **plates}, own=own)
-
     def transform(self, rows: ArrayLike, plate: str | None = None) -> NDArray[np.float32]:
         """Return the (N, F) ``rows`` of cells of one plate (its barcode), scaled, as float32.
 
@@ -188,7 +179,7 @@ class Scaler:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists, null for NaN."""
-        plates = None
+        plates = intensities = None
         if self.plates is not None:
             plates = {
                 plate: {
@@ -198,174 +189,129 @@ class Scaler:
                 }
                 for plate, found in self.plates.items()
             }
+        if self.intensities is not None:
+            intensities = {plate: list(values) for plate, values in self.intensities.items()}
         lists = {name: list(getattr(self, name)) for name in ("names", "mean", "scale", "own")}
-        return {**lists, "gaps": self.gaps, "plates": plates}
+        return {**lists, "gaps": self.gaps, "plates": plates, "intensities": intensities}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Scaler:
         """Return what :meth:`to_json` described; raises ``UserInputError`` if it is not one."""
+
+        def numbers(values: Iterable[float | None]) -> tuple[float, ...]:
+            return tuple(float("nan") if value is None else float(value) for value in values)
+
         try:
             names, own = (tuple(str(text) for text in record[key]) for key in ("names", "own"))
-            mean, scale = (
-                tuple(float(value) for value in record[key]) for key in ("mean", "scale")
-            )
-            plates = record["plates"]
+            mean, scale = numbers(record["mean"]), numbers(record["scale"])
+            plates, intensities = record["plates"], record["intensities"]
             if plates is not None:
-                plates = {str(plate): _scale(found) for plate, found in plates.items()}
+                plates = {
+                    str(plate): Scale(
+                        numbers(found["mean"]), numbers(found["scale"]), int(found["cells"])
+                    )
+                    for plate, found in plates.items()
+                }
+            if intensities is not None:
+                intensities = {str(plate): numbers(v) for plate, v in intensities.items()}
             gaps = bool(record["gaps"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserInputError(f"This is not a description of a scaler: {error!r}.") from error
         scales = [Scale(mean, scale, 0), *(plates or {}).values()]
         whole = np.isfinite([*mean, *scale]).all() and all(
-            len(numbers) == len(names) and not np.isinf(numbers).any()
+            len(values) == len(names) and not np.isinf(values).any()
             for one in scales
-            for numbers in (one.mean, one.scale)
+            for values in (one.mean, one.scale)
         )
         if not whole or any(value <= 0 for one in scales for value in one.scale):
             raise UserInputError("The scaler needs one finite mean and one scale above 0 per name.")
-        return cls(names, mean, scale, gaps, plates, own)
-
-
-def _scale(record: Mapping[str, Any]) -> Scale:
-    mean, scale = (
-        tuple(float("nan") if v is None else float(v) for v in record[key])
-        for key in ("mean", "scale")
-    )
-    return Scale(mean, scale, int(record["cells"]))
-
-
-@dataclass(frozen=True)
-class IntensityScale:
-    """The intensities that become 1 in crops, by barcode, in grey levels.
-
-    ``plates``: that of the plane that was segmented, then that of each channel of the network.
-    ``own``: the plates without an image in the training subset.
-    """
-
-    plates: Mapping[str, tuple[float, ...]]
-    own: tuple[str, ...] = ()
-
-    def with_own(self, plates: Mapping[str, tuple[float, ...]]) -> IntensityScale:
-        """Return the same with plates that are not in the training subset."""
-        return IntensityScale({**self.plates, **plates}, tuple(sorted({*self.own, *plates})))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values; :meth:`from_json` reads them back, also once they were JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> IntensityScale:
-        """Return what :meth:`to_json` described; raises ``UserInputError`` if it is not that."""
-        try:
-            plates = {
-                str(barcode): tuple(float(value) for value in values)
-                for barcode, values in record["plates"].items()
-            }
-            own = tuple(str(barcode) for barcode in record["own"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserInputError(f"This does not describe intensities: {error!r}.") from error
-        if not np.isfinite([value for values in plates.values() for value in values]).all():
+        if not np.isfinite([v for values in (intensities or {}).values() for v in values]).all():
             raise UserInputError("An intensity scale is not a finite number.")
-        return cls(plates, own)
+        return cls(names, mean, scale, gaps, plates, intensities, own)
 
 
-def fit_scaler(
-    session: Session, source: CellSource, normalise: str = TRAIN, also: Sequence[Subset] = ()
-) -> Scaler:
-    """Fit a scaler to all columns of ``source.features`` on the training subset of its split.
-
-    ``normalise``: one of ``NORMALISATIONS``. ``also``: other subsets whose plates will be read.
-
-    Raises:
-        UnknownNameError: there is no such normalisation.
-        UserInputError: there are no cells, a value is not finite, or a plate has no control cells.
-
-    """
-    if normalise not in NORMALISATIONS:
-        raise UnknownNameError.of("normalisation", normalise, NORMALISATIONS)
-    columns, gaps = source.features.columns, not source.features.in_table
-    training = replace(source, subset=Subset.TRAIN)
-    if normalise == TRAIN:
-        return Scaler.fit(columns, stream_features(session, training, columns), gaps=gaps)
-    plates = plates_of(session, training)
-    controls = _controls(session, training, plates, columns)
-    blocks = ((b, rows) for b in controls for rows in _features(session, training, b, columns))
-    scaler = Scaler.fit_plates(columns, controls, blocks, gaps=gaps)
-    return add_plates(session, source, scaler, _others(session, source, also, controls))
-
-
-def add_plates(
-    session: Session, source: CellSource, scaler: Scaler, plates: Sequence[str]
-) -> Scaler:
-    """Return ``scaler`` with plates that have no image in the training subset.
-
-    Their statistics are those of all their control cells, whatever a split says of them.
-
-    Raises:
-        UserInputError: a plate has no control cells.
-
-    """
-    everywhere = replace(source, split_id=None, subset=None, plates=())
-    return scaler.with_own(_controls(session, everywhere, plates, scaler.names))
-
-
-def fit_intensities(
+def fit_inputs(
     session: Session,
     database: Database,
     source: CellSource,
-    planes: Sequence[ImageInput],
+    normalise: str | None,
+    planes: Sequence[ImageInput] = (),
     also: Sequence[Subset] = (),
-) -> IntensityScale:
-    """Return the intensities of the plates of the training subset, from its images.
+) -> Scaler:
+    """Fit a scaler on the training subset of the split of ``source``.
 
-    ``planes``: the plane that was segmented, then one for each channel of the network. That of a
-    plate is the median over at most 32 images of it, always the same ones, of the 99.9th
-    percentile. Images that cannot be read do not count. ``also`` as for :func:`fit_scaler`.
+    ``normalise``: all columns of ``source.features``, as the training subset is spread (``train``),
+    or first against the negative controls of their plate (``plate-controls``); ``None``: no
+    column. ``planes``: the plane that was segmented, then one for each channel of the network,
+    whose intensities are scaled plate by plate; none: they are not. ``also``: other subsets whose
+    plates will be read.
+
+    The intensity of a plate is the median over at most 32 images of it, always the same ones, of
+    the 99.9th percentile. Images that cannot be read do not count.
 
     Raises:
         UnknownNameError: an image has no such channel.
+        UserInputError: there are no cells, a value is not finite, or a plate has no control cells.
         ImageError: no image of a plate can be read.
 
     """
-    training = replace(source, subset=Subset.TRAIN)
-    plates = plates_of(session, training)
-    found = {b: _plate_intensities(session, database, training, planes, b) for b in plates}
-    others = _others(session, source, also, found)
-    return add_intensities(session, database, source, planes, IntensityScale(found), others)
+    columns, gaps = source.features.columns, not source.features.in_table
+    training, scaler = replace(source, subset=Subset.TRAIN), Scaler()
+    by_plate = normalise == "plate-controls" or bool(planes)
+    plates = plates_of(session, training) if by_plate else []
+    if normalise == "train":
+        scaler = Scaler.fit(columns, stream_features(session, training, columns), gaps=gaps)
+    elif normalise is not None:
+        controls = _controls(session, training, plates, columns)
+        blocks = ((b, rows) for b in controls for rows in _features(session, training, b, columns))
+        scaler = Scaler.fit_plates(columns, controls, blocks, gaps=gaps)
+    if planes:
+        known = {b: _intensities(session, database, training, planes, b) for b in plates}
+        scaler = replace(scaler, intensities=known)
+    if not by_plate:
+        return scaler
+    others = {b for subset in also for b in plates_of(session, replace(source, subset=subset))}
+    return add_plates(session, database, source, planes, scaler, sorted(others - set(plates)))
 
 
-def add_intensities(
+def add_plates(
     session: Session,
     database: Database,
     source: CellSource,
     planes: Sequence[ImageInput],
-    scale: IntensityScale,
+    scaler: Scaler,
     plates: Sequence[str],
-) -> IntensityScale:
-    """Return ``scale`` with plates that are not in the training subset, from all their images.
+) -> Scaler:
+    """Return ``scaler`` with plates that have no image in the training subset.
 
-    Raises as :func:`fit_intensities` does.
+    Their statistics are those of all their control cells, and of all their images, whatever a split
+    says of them. Raises as :func:`fit_inputs` does.
     """
     everywhere = replace(source, split_id=None, subset=None, plates=())
-    return scale.with_own(
-        {b: _plate_intensities(session, database, everywhere, planes, b) for b in plates}
-    )
+    controls, intensities, own = scaler.plates, scaler.intensities, set(scaler.own)
+    if controls is not None:
+        new = [plate for plate in plates if plate not in controls]
+        found = _controls(session, everywhere, new, scaler.names)
+        controls, own = {**controls, **found}, own | found.keys()
+    if intensities is not None:
+        new = [plate for plate in plates if plate not in intensities]
+        bright = {b: _intensities(session, database, everywhere, planes, b) for b in new}
+        intensities, own = {**intensities, **bright}, own | bright.keys()
+    return replace(scaler, plates=controls, intensities=intensities, own=tuple(sorted(own)))
 
 
-def describe_plates(
-    scaler: Scaler, intensities: IntensityScale | None, plates: Collection[str] | None = None
-) -> list[str]:
+def describe_plates(scaler: Scaler, plates: Collection[str] | None = None) -> list[str]:
     """Return sentences on plates that are normalised by what is on themselves.
 
     ``plates``: of these only.
     """
     notes = []
-    for fitted, what in (
-        (scaler, "are normalised against their own negative controls"),
-        (intensities, "have the intensity scale of their own images"),
+    for known, what in (
+        (scaler.plates, "are normalised against their own negative controls"),
+        (scaler.intensities, "have the intensity scale of their own images"),
     ):
-        own = fitted.own if fitted is not None else ()
-        own = tuple(name for name in own if plates is None or name in plates)
+        own = [name for name in scaler.own if name in (known or ())]
+        own = [name for name in own if plates is None or name in plates]
         if own:
             more = f" and {len(own) - 5} more" if len(own) > 5 else ""
             some = ", ".join(own[:5]) + more
@@ -377,14 +323,6 @@ def plates_of(session: Session, source: CellSource) -> list[str]:
     """Return the barcodes of the plates of a source's images that were segmented, sorted."""
     found = session.scalars(_images(source).with_only_columns(Plate.barcode).distinct())
     return sorted(found)  # in Python: databases sort texts each in their own way
-
-
-def _others(
-    session: Session, source: CellSource, also: Sequence[Subset], known: Collection[str]
-) -> list[str]:
-    """The plates of some subsets that are not known yet."""
-    found = {b for subset in also for b in plates_of(session, replace(source, subset=subset))}
-    return sorted(found - set(known))
 
 
 def _images(source: CellSource, barcode: str | None = None) -> Select[Any]:
@@ -443,7 +381,7 @@ def _controls(
     return found
 
 
-def _plate_intensities(
+def _intensities(
     session: Session,
     database: Database,
     source: CellSource,

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from sqlalchemy import select
@@ -43,7 +42,7 @@ from .batches import CellReader
 from .branches import TABULAR
 from .crops import CROP_MEAN, CROP_STD, UNKNOWN_LABEL, CellBlock
 from .networks import FusionNet, NetShape, State
-from .normalising import IntensityScale, Scaler, add_intensities, add_plates
+from .normalising import Scaler, add_plates
 
 NETWORK = "network"
 
@@ -64,8 +63,8 @@ class ModelRecord:
     ``model``: ``network``, or the name of a baseline. ``labels`` are the classes in the order of
     its outputs, values of ``field``. ``scaler`` names the columns that it reads, of
     ``feature_set``. ``fingerprints`` name the recipes and the split that it comes from. Of networks
-    only: their ``shape``, the side of the crops in pixels, the ``channels`` of branch ``image``,
-    and the intensity scale of plates (``None``: each image has its own).
+    only: their ``shape``, the rows and columns of a crop in pixels, and the ``channels`` of branch
+    ``image``.
     """
 
     model: str
@@ -77,7 +76,6 @@ class ModelRecord:
     shape: NetShape | None = None
     crop_size: int = 1
     channels: tuple[str, ...] = ()
-    intensity_scale: IntensityScale | None = None
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -110,12 +108,10 @@ class ModelRecord:
             "feature_set": self.feature_set,
         }
         if self.shape is not None:
-            scale = self.intensity_scale
             record |= {
                 "shape": self.shape.to_json(),
                 "crop": {"size": self.crop_size, "mean": CROP_MEAN, "std": CROP_STD},
                 "channels": list(self.channels),
-                "intensity_scale": None if scale is None else scale.to_json(),
             }
         return record
 
@@ -129,12 +125,10 @@ class ModelRecord:
             model = str(record["model"])
             more: dict[str, Any] = {}
             if model == NETWORK:
-                scale = record["intensity_scale"]
                 more = {
                     "shape": NetShape.from_json(record["shape"]),
                     "crop_size": int(record["crop"]["size"]),
                     "channels": tuple(str(name) for name in record["channels"]),
-                    "intensity_scale": None if scale is None else IntensityScale.from_json(scale),
                 }
             elif model not in BASELINES:
                 raise UserInputError(
@@ -155,38 +149,46 @@ class ModelRecord:
             raise UserInputError(f"This does not describe a model: {error!r}.") from error
 
 
-class NetworkModel:
-    """A network on its device. ``width``: numbers in an embedding."""
+class Model:
+    """What was learned, ready to label cells: a ``net``, or an ``estimator`` of scikit-learn.
 
-    def __init__(self, net: FusionNet, device: str = "cpu") -> None:
-        self.net, self.device = net.eval().to(device), device
-        self.width = net.classifier.in_features
+    ``device``: where a network computes. ``width``: numbers in an embedding; 0: there is none.
+    """
 
-    def predict(self, cells: CellBlock) -> Numbers:
-        """Return probabilities, (N, K) float64, rows adding to 1, of the N cells of an image."""
-        return self.predict_and_embed(cells)[0]
+    def __init__(self, learned: FusionNet | Any, device: str = "cpu") -> None:
+        self.net: FusionNet | None = None
+        self.estimator: Any = learned
+        self.device, self.width = "cpu", 0
+        if isinstance(learned, FusionNet):
+            self.net, self.estimator, self.device = learned.eval().to(device), None, device
+            self.width = learned.classifier.in_features
 
-    def predict_and_embed(self, cells: CellBlock) -> tuple[Numbers, NDArray[np.float32]]:
-        """Return these, and the embedding of each cell, (N, width) float32.
+    def predict(self, cells: CellBlock) -> tuple[Numbers, NDArray[np.float32]]:
+        """Return what is said of all N cells of an image; an estimator may count them.
 
-        An embedding is what the last layer, the linear classifier, reads: the output of the
+        Probabilities, (N, K) float64, rows adding to 1, and embeddings, (N, width) float32: what
+        the last layer of a network, the linear classifier, reads, which is the output of the
         projection, made of all branches. Its numbers are 0 or more (ReLU) and have no unit.
         """
-        probabilities = [np.empty((0, self.net.shape.n_classes))]
         embeddings = [np.empty((0, self.width), dtype=np.float32)]
+        if self.net is None:
+            probabilities: Numbers = np.empty((0, len(self.estimator.classes_)))
+            if len(cells):
+                probabilities = self.estimator.predict_proba(cells.features.numpy())
+            return probabilities, np.empty((len(cells), 0), dtype=np.float32)
 
         def keep(_layer: object, given: tuple[Tensor, ...]) -> None:
             embeddings.append(given[0].float().cpu().numpy())
 
+        said = [np.empty((0, self.net.shape.n_classes))]
         hook = self.net.classifier.register_forward_pre_hook(keep)
         try:
             for start in range(0, len(cells), CELLS_PER_STEP):
                 end = min(start + CELLS_PER_STEP, len(cells))
-                some = cells.take(torch.arange(start, end))
-                probabilities.append(predict_batch(self.net, some))
+                said.append(predict_batch(self.net, cells.take(torch.arange(start, end))))
         finally:
             hook.remove()
-        return np.concatenate(probabilities), np.concatenate(embeddings)
+        return np.concatenate(said), np.concatenate(embeddings)
 
 
 def predict_batch(net: FusionNet, batch: CellBlock) -> Numbers:
@@ -204,41 +206,9 @@ def predict_batch(net: FusionNet, batch: CellBlock) -> Numbers:
     return probabilities
 
 
-class BaselineModel:
-    """An estimator of scikit-learn. It always sees all cells of an image: it may count them."""
-
-    device = "cpu"
-
-    def __init__(self, estimator: Any) -> None:
-        self.estimator = estimator
-
-    def predict(self, cells: CellBlock) -> Numbers:
-        """Return probabilities, (N, K) float64, rows adding to 1, of the N cells of an image."""
-        if len(cells) == 0:
-            return np.empty((0, len(self.estimator.classes_)))
-        found: Numbers = self.estimator.predict_proba(cells.features.numpy())
-        return found
-
-
-Model = NetworkModel | BaselineModel
-
-
 def save_net(state: State) -> bytes:
     """Return the tensors of a state dict as a safetensors file."""
     return save_tensors({name: value.detach().cpu().contiguous() for name, value in state.items()})
-
-
-def load_net(tensors: bytes, shape: NetShape) -> FusionNet:
-    """Return the network of a safetensors file, in evaluation mode, on the CPU.
-
-    Raises ``StorageError`` if the bytes are damaged or of another network.
-    """
-    net = FusionNet(shape)
-    try:
-        net.load_state_dict(load_tensors(tensors))
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise _damaged(first_line(error)) from error
-    return net.eval()
 
 
 def load_model(
@@ -250,23 +220,22 @@ def load_model(
     know, ``StorageError`` if the bytes are damaged or do not fit the record.
     """
     meta = ModelRecord.from_json(record)
-    if meta.shape is not None:
-        return NetworkModel(load_net(data, meta.shape), device), meta
     try:
-        estimator = load_estimator(data, meta.model)
-        answer = estimator.predict_proba(np.zeros((1, len(meta.scaler.names)), dtype=np.float32))
+        if meta.shape is not None:
+            learned: Any = FusionNet(meta.shape)
+            learned.load_state_dict(load_tensors(data))
+        else:
+            learned = load_estimator(data, meta.model)
+            row = np.zeros((1, len(meta.scaler.names)), dtype=np.float32)
+            answer = learned.predict_proba(row)
+            if answer.shape != (1, len(meta.labels)) or not np.isfinite(answer).all():
+                raise ValueError("its classes are not those of the record")
     except Exception as error:  # damaged bytes end in errors of many kinds
-        raise _damaged(first_line(error)) from error
-    if answer.shape != (1, len(meta.labels)) or not np.isfinite(answer).all():
-        raise _damaged("its classes are not those of the record")
-    return BaselineModel(estimator), meta
-
-
-def _damaged(reason: str) -> StorageError:
-    return StorageError(
-        f"The checkpoint is damaged or of another model ({reason}). "
-        "Check the store with 'cellstore verify', or train again."
-    )
+        raise StorageError(
+            f"The checkpoint is damaged or of another model ({first_line(error)}). "
+            "Check the store with 'cellstore verify', or train again."
+        ) from error
+    return Model(learned, device), meta
 
 
 def write_model(
@@ -307,15 +276,38 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
     """Return the model of a training run on a device (``cpu`` or ``cuda``).
 
     Raises:
-        UserInputError: the run has no checkpoint or one of an unknown kind, or the feature set is
-            not the one that it was trained on.
+        UserInputError: the run is not at its end, has no checkpoint or one of an unknown kind, or
+            the feature set is not the one that it was trained on.
         UnknownNameError: the feature set is gone, or no image has a channel that it looks at.
         StorageError: the checkpoint is damaged.
 
     """
-    file, json_record = find_checkpoint(session, workspace, run)
+    query = (
+        select(Artifact)
+        .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
+        .where(RunArtifact.run_id == run.id, Artifact.kind == ArtifactKind.CHECKPOINT)
+    )
+    files = {item.path.endswith(".json"): item for item in session.scalars(query)}
+    if run.status is not Status.DONE or len(files) < 2:
+        raise UserInputError(
+            f"Training run {run.id} is {run.status.value} and has no checkpoint. "
+            "Train again, or name another run with --run."
+        )
+    file, text = files[False], files[True]
+    try:
+        written = json.loads(workspace.artifacts.read(text.path, text.sha256))
+    except ValueError:
+        written = None
+    if not isinstance(written, dict):
+        raise StorageError(
+            f"The record of the checkpoint of run {run.id} is not JSON. Train again."
+        )
+    if written.get("model_sha256") != file.sha256:
+        raise StorageError(
+            f"The two files of the checkpoint of run {run.id} do not belong together. Train again."
+        )
     data = workspace.artifacts.read(file.path, file.sha256)
-    model, record = load_model(data, json_record, device)
+    model, record = load_model(data, written, device)
     recipe = session.get_one(Recipe, run.recipe_id)
     segment = input_of(session, recipe, Stage.SEGMENT)
     measure = input_of(session, recipe, Stage.MEASURE)
@@ -328,7 +320,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
     features = open_set(session, workspace.artifacts, measure.id)
     source = CellSource(segment.id, measure.id, features=features, annotated=True)
     reader = make_reader(workspace, source, segment, record, model.device)
-    return OpenModel(run, file, json_record, segment, measure, source, model, record, reader)
+    return OpenModel(run, file, written, segment, measure, source, model, record, reader)
 
 
 def fit_new_plates(
@@ -345,28 +337,22 @@ def fit_new_plates(
         ImageError: no image of a plate can be read.
 
     """
-    record, added = found.record, dict[str, Any]()
+    known, record = found.record.scaler, found.record
+    if known.plates is None and known.intensities is None:
+        return found, {}
     # What is excluded, or was flagged for the training, does not say how a plate is spread either.
     recipe = session.get_one(Recipe, found.run.recipe_id)
     flagged = recipe.parameters.get("exclude_flagged")
     usual = replace(found.source, unflagged_by=flagged, annotated=False)
-    if record.scaler.plates is not None:
-        new = [plate for plate in plates if plate not in record.scaler.plates]
-        scaler = add_plates(session, usual, record.scaler, new)
-        known = scaler.to_json()["plates"]
-        added["controls"] = {plate: known[plate] for plate in new if plate in known}
-        record = replace(record, scaler=scaler)
-    if record.intensity_scale is not None:
-        new = [plate for plate in plates if plate not in record.intensity_scale.plates]
-        planes = planes_of(found.segment, record.channels)
-        scale = add_intensities(
-            session, workspace.database, usual, planes, record.intensity_scale, new
-        )
-        added["intensity_scale"] = {plate: list(scale.plates[plate]) for plate in new}
-        record = replace(record, intensity_scale=scale)
-    added = {name: values for name, values in added.items() if values}
+    planes = planes_of(found.segment, record.channels)
+    scaler = add_plates(session, workspace.database, usual, planes, known, plates)
+    before, after, added = known.to_json(), scaler.to_json(), dict[str, Any]()
+    for name, kind in (("controls", "plates"), ("intensity_scale", "intensities")):
+        new = {plate: v for plate, v in (after[kind] or {}).items() if plate not in before[kind]}
+        added |= {name: new} if new else {}
     if not added:
         return found, added
+    record = replace(record, scaler=scaler)
     reader = make_reader(workspace, found.source, found.segment, record, found.model.device)
     return replace(found, record=record, reader=reader), added
 
@@ -392,7 +378,6 @@ def make_reader(
 
     """
     if record.model == NETWORK or record.model in ON_FEATURES:
-        scale = record.intensity_scale
         return CellReader(
             workspace,
             source,
@@ -402,7 +387,6 @@ def make_reader(
             kept_bytes=0,
             branches=record.branches,
             channels=record.channels,
-            intensity_scale=None if scale is None else scale.plates,
             device=device,
         )
     values = SetReader(source.features.files or ())
@@ -424,40 +408,3 @@ def make_reader(
         return CellBlock({}, features, labels, torch.from_numpy(ids))
 
     return read
-
-
-def find_checkpoint(
-    session: Session, workspace: Workspace, run: Run
-) -> tuple[Artifact, Mapping[str, Any]]:
-    """Return the file of the model of a training run, and the record that stands beside it.
-
-    Raises:
-        UserInputError: it has none, or is not at its end.
-        StorageError: the record is damaged, or is of another model.
-
-    """
-    query = (
-        select(Artifact)
-        .join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
-        .where(RunArtifact.run_id == run.id, Artifact.kind == ArtifactKind.CHECKPOINT)
-    )
-    files = {item.path.endswith(".json"): item for item in session.scalars(query)}
-    if run.status is not Status.DONE or len(files) < 2:
-        raise UserInputError(
-            f"Training run {run.id} is {run.status.value} and has no checkpoint. "
-            "Train again, or name another run with --run."
-        )
-    model, text = files[False], files[True]
-    try:
-        record = json.loads(workspace.artifacts.read(text.path, text.sha256))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise StorageError(
-            f"The record of the checkpoint of run {run.id} is not JSON. Train again."
-        )
-    if record.get("model_sha256") != model.sha256:
-        raise StorageError(
-            f"The two files of the checkpoint of run {run.id} do not belong together. Train again."
-        )
-    return model, record

@@ -1,4 +1,4 @@
-"""Training of a network: loss, learning rate, the processes that train together, and the loop."""
+"""Training of a network: loss, learning rate, the processes that train together, loop and logs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,53 +28,24 @@ from torch import Tensor, nn
 
 from ..analysis.devices import pick_device
 from ..config import TrainParams
-from ..errors import RunCancelledError, StorageError, UnknownNameError, UserInputError, first_line
-from .augmentation import augmented, check_augmentations, seed_of
-from .batches import SAMPLERS
+from ..errors import (
+    MissingExtraError,
+    RunCancelledError,
+    StorageError,
+    UserInputError,
+    first_line,
+)
+from .augmentation import augmented, seed_of
 from .crops import UNKNOWN_LABEL, CellBlock
 from .networks import FusionNet
-from .normalising import INTENSITIES, NORMALISATIONS
 
 T = TypeVar("T")
 
-CROSS_ENTROPY, FOCAL = LOSSES = ("cross-entropy", "focal")
-STEP, COSINE, CONSTANT = SCHEDULES = ("step", "cosine", "constant")
-LOSS, ACCURACY = MONITORS = ("loss", "accuracy")
-
-PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+PRECISIONS: Mapping[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 """What Lightning calls them: mixed precision keeps the weights in 32 bits."""
 
 FOCUS = 2.0
 """The exponent of the focal loss (Lin et al. 2017)."""
-
-
-def check_params(params: TrainParams) -> None:
-    """Refuse what could not be trained, before anything is read.
-
-    Raises:
-        UnknownNameError, UserInputError: a parameter is unknown or out of range.
-
-    """
-    for kind, value, known in (
-        ("schedule", params.schedule, SCHEDULES),
-        ("loss", params.loss, LOSSES),
-        ("monitor", params.monitor, MONITORS),
-        ("sampler", params.sampler, SAMPLERS),
-        ("normalisation", params.normalise, NORMALISATIONS),
-        ("intensity", params.intensity, INTENSITIES),
-    ):
-        if value not in known:
-            raise UnknownNameError.of(kind, value, known)
-    if params.learning_rate <= 0 or not 0 <= params.label_smoothing < 1:
-        raise UserInputError(
-            "The learning rate must be above 0 and the label smoothing from 0 to below 1."
-        )
-    if not 0 <= params.warmup_epochs < params.epochs:
-        raise UserInputError(
-            f"The warm-up must be shorter than the training: {params.warmup_epochs} of "
-            f"{params.epochs} epochs are not. Give fewer epochs of warm-up, or more in all."
-        )
-    check_augmentations(params.augment)
 
 
 def balanced_weights(cells: Sequence[int]) -> tuple[float, ...]:
@@ -90,16 +63,12 @@ def make_loss(
 ) -> nn.CrossEntropyLoss | FocalLoss:
     """The loss of class scores (N, K) and class indices (N,): its mean, weighted by class.
 
-    Cells of ``UNKNOWN_LABEL`` do not count. Raises ``UnknownNameError`` for another kind.
+    Cells of ``UNKNOWN_LABEL`` do not count.
     """
     weight = None if weights is None else torch.tensor(weights, dtype=torch.float32)
-    if kind == CROSS_ENTROPY:
-        return nn.CrossEntropyLoss(
-            weight=weight, ignore_index=UNKNOWN_LABEL, label_smoothing=smoothing
-        )
-    if kind == FOCAL:
+    if kind == "focal":
         return FocalLoss(smoothing, weight)
-    raise UnknownNameError.of("loss", kind, LOSSES)
+    return nn.CrossEntropyLoss(weight=weight, ignore_index=UNKNOWN_LABEL, label_smoothing=smoothing)
 
 
 class FocalLoss(nn.Module):
@@ -137,9 +106,9 @@ def rate_factor(params: TrainParams, epoch: int) -> float:
     warm-up. ``constant``: as it is. In the warm-up it rises to that in equal steps.
     """
     rise = min(1.0, (epoch + 1) / (params.warmup_epochs + 1))
-    if params.schedule == STEP:
+    if params.schedule == "step":
         return rise * params.gamma ** (epoch // params.step_size)
-    if params.schedule == COSINE and epoch >= params.warmup_epochs:
+    if params.schedule == "cosine" and epoch >= params.warmup_epochs:
         done = (epoch - params.warmup_epochs) / (params.epochs - params.warmup_epochs)
         return (1 + math.cos(math.pi * done)) / 2
     return rise
@@ -248,14 +217,10 @@ def is_first() -> bool:
 def check_device(device: str, precision: str, devices: int) -> None:
     """Raise ``UserInputError`` for a device, precision or number of devices that is not there."""
     on_cuda = pick_device(device).type == "cuda"
-    if precision not in PRECISIONS:
-        raise UnknownNameError.of("precision", precision, PRECISIONS)
     if precision == "16" and not on_cuda:
         raise UserInputError("Precision 16 needs a GPU; on a CPU use bf16, or 32 (the default).")
     if precision == "bf16" and on_cuda and not torch.cuda.is_bf16_supported():
         raise UserInputError("This GPU cannot compute in bf16; use precision 16 or 32.")
-    if devices < 1:
-        raise UserInputError(f"There must be one device or more, not {devices}.")
     if on_cuda and devices > torch.cuda.device_count():
         raise UserInputError(
             f"There are {torch.cuda.device_count()} GPUs here, not {devices}; give --devices "
@@ -444,7 +409,7 @@ class Training:
                     self.epochs.append(epoch)
                     best = self.epochs[self.best]
                     better = epoch.validation_loss < best.validation_loss
-                    if params.monitor == ACCURACY:
+                    if params.monitor == "accuracy":
                         better = epoch.validation_accuracy > best.validation_accuracy
                     if better or number == 0:
                         self.best, self.best_state = number, _copy(self.net)
@@ -539,3 +504,91 @@ def _copy(net: nn.Module) -> dict[str, Tensor]:
 
 def _to_cpu(value: Tensor) -> Tensor:
     return value.detach().cpu().clone()
+
+
+_LOG_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",)}
+"""Packages of which one must be there; ``csv`` needs none."""
+
+
+def check_logs(kinds: Sequence[str]) -> None:
+    """Refuse a kind of log whose package is not installed.
+
+    Raises:
+        MissingExtraError
+
+    """
+    for kind in kinds:
+        packages = _LOG_PACKAGES.get(kind, ())
+        if packages and not any(find_spec(name) for name in packages):
+            raise MissingExtraError(
+                f"A log for {kind} needs the package {packages[0]}, which is not installed. "
+                f"Install it with: pip install {packages[0]}"
+            )
+
+
+class TrainingLogs:
+    """Loggers that write to ``folder``, in which earlier logs of these kinds are replaced.
+
+    They write copies: one that fails is told of once through ``note`` and left alone from then on,
+    and the training goes on.
+
+    Raises:
+        StorageError: the folder cannot be written.
+
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[str],
+        folder: Path,
+        run_id: int,
+        parameters: Mapping[str, Any],
+        note: Callable[[str], None],
+    ) -> None:
+        self.note, self.loggers = note, dict[str, Any]()
+        try:
+            for kind in kinds:
+                self.loggers[kind] = logger = _open_log(kind, folder, run_id)
+                if kind != "csv":  # which has no room for them
+                    logger.log_hyperparams({name: str(value) for name, value in parameters.items()})
+        except OSError as error:
+            raise StorageError(
+                f"Logs cannot be written to {folder}: {error.strerror}. Name another folder with "
+                "--log-dir."
+            ) from error
+
+    def write(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of an epoch, by name."""
+        self._each(lambda logger: logger.log_metrics(dict(metrics), step=epoch))
+
+    def close(self, *, done: bool) -> None:
+        """Write what is still in memory."""
+        self._each(lambda logger: logger.finalize("success" if done else "failed"))
+
+    def _each(self, act: Callable[[Any], None]) -> None:
+        for kind, logger in list(self.loggers.items()):
+            try:
+                act(logger)
+            except Exception as error:  # whatever a server or a disk of another's may do
+                del self.loggers[kind]
+                self.note(f"The log for {kind} has ended: {first_line(error)}")
+
+
+def _open_log(kind: str, folder: Path, run_id: int) -> Any:
+    own = folder / kind
+    own.mkdir(parents=True, exist_ok=True)
+    if kind == "mlflow":
+        from lightning.pytorch.loggers import MLFlowLogger
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{own.resolve()}/mlflow.db"
+        return MLFlowLogger("cellstore", f"run {run_id}", tracking_uri=uri)
+    if kind == "tensorboard":
+        from lightning.fabric.loggers.tensorboard import TensorBoardLogger
+
+        for old in own.glob("events.out.tfevents.*"):
+            old.unlink()
+        return TensorBoardLogger(folder, name="", version=kind)
+    from lightning.fabric.loggers.csv_logs import CSVLogger
+
+    (own / "metrics.csv").unlink(missing_ok=True)
+    return CSVLogger(folder, name="", version=kind, flush_logs_every_n_steps=1)

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import distinct, func, select
 from sqlalchemy.orm import Session, aliased
 
+from ..config import BaselineParams, Sources, TrainParams
 from ..enums import ArtifactKind, Stage, Subset
 from ..jobs.lookup import find_split
 from ..jobs.runs import digest_of_images
@@ -35,9 +36,6 @@ from ..query.cells import (
 )
 from ..query.exclusions import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 from ..query.feature_files import open_set
-
-Names = tuple[str | None, str | None, str | None]
-"""Of the split, the segmentation and the measurement; none: the latest."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,13 @@ def validation_subset(split: Split) -> Subset:
 def find_training_cells(
     session: Session,
     workspace: Workspace,
-    names: Names,
-    features: str | None,
-    exclude_flagged: str | None,
+    sources: Sources,
+    params: TrainParams | BaselineParams,
 ) -> TrainingCells:
     """Return what there is to learn from.
 
-    ``features``: the name of a feature set; ``None``: the built-in measurements last used.
-    ``exclude_flagged``: a quality-control run whose flagged images and cells do not count.
+    ``params`` name the feature set (``None``: the built-in measurements last used) and the
+    quality-control run whose flagged images and cells do not count.
 
     Raises:
         UnknownNameError: no such split, recipe, feature set or quality-control run.
@@ -97,19 +94,19 @@ def find_training_cells(
             these plates or these cells.
 
     """
-    split_name, segmentation, measurement = names
-    split = find_split(session, split_name)
-    if features is None:
-        segment, measure = choose_recipes(session, segmentation, measurement)
+    split = find_split(session, sources.split)
+    recipes = (sources.segmentation, sources.measurement)
+    if params.features is None:
+        segment, measure = choose_recipes(session, *recipes)
     else:
-        segment, measure = recipes_of_set(session, features, segmentation, measurement)
+        segment, measure = recipes_of_set(session, params.features, *recipes)
     found = open_set(session, workspace.artifacts, measure.id)
     source = CellSource(segment.id, measure.id, split.id, features=found)
     notes: list[str] = []
     inputs = [session.get_one(Recipe, split.recipe_id), segment, measure]
-    if exclude_flagged is not None:
+    if params.exclude_flagged is not None:
         members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
-        qc = find_qc_run(session, exclude_flagged)
+        qc = find_qc_run(session, params.exclude_flagged)
         check_plates(session, qc, members)
         check_cells(session, qc, segment.id)
         unseen = count_unseen(session, qc, members)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -971,6 +971,8 @@ WIDTH = 80
 SHOWN = 20
 """Records of a list."""
 GAP = "  "
+WRAPPED = 20
+"""Wider columns of a table are wrapped."""
 
 
 def audit_text(audit: Audit) -> str:
@@ -1018,10 +1020,20 @@ def _lines(record: Mapping[str, Any], margin: str) -> Iterable[str]:
         cells += [[shown(key, value) for key, value in row.items()] for row in rows]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         nested = any(isinstance(value, list) and is_part(value) for value in rows[0].values())
-        if not nested and len(margin) + sum(widths) + len(GAP) * len(widths) <= WIDTH:
+        # A table if that fits, with its widest columns wrapped.
+        wide = [width for width in widths if width > WRAPPED]
+        fixed = sum(widths) - sum(wide) + len(GAP) * len(widths) + len(margin)
+        room = (WIDTH - fixed) // max(1, len(wide))
+        if not nested and fixed <= WIDTH and room >= (WRAPPED if wide else 0):
+            widths = [min(width, room) if width > WRAPPED else width for width in widths]
             for row in cells:
-                texts = (f"{GAP}{text:<{w}}" for text, w in zip(row, widths, strict=True))
-                yield (margin + "".join(texts)).rstrip()
+                columns = (
+                    textwrap.wrap(text, width, break_on_hyphens=False)
+                    for text, width in zip(row, widths, strict=True)
+                )
+                for texts in zip_longest(*columns, fillvalue=""):
+                    padded = (f"{GAP}{t:<{w}}" for t, w in zip(texts, widths, strict=True))
+                    yield (margin + "".join(padded)).rstrip()
         else:
             for number, row in enumerate(rows):
                 if number:

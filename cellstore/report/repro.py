@@ -186,16 +186,8 @@ def words_of(options: RunOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
     words = list(_COMMANDS[type(params)])
     words += [f"--{name}={value}" for name, value in inputs.items() if name != "name"]
     doubts = list(options.doubts)
-    # Options that follow from others, and are refused beside them.
-    settled: tuple[str, ...] = ()
-    if isinstance(params, SplitParams) and params.protocol == "published":
-        settled = ("group_level", "validation_size")
-    elif isinstance(params, SplitParams) and params.folds is not None:
-        settled = ("test_size",)
-    elif isinstance(params, PredictParams) and params.all_probabilities:
-        settled = ("top_k",)
     for item in options_of(params):
-        if item.name not in settled:
+        if item.name not in params.settled:
             value = getattr(params, item.name)
             words += spelled(item, value)
             doubts += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,21 +108,11 @@ class Group:
     excluding: bool = False
 
     @classmethod
-    def of(cls, name: str, wells: Sequence[TreatedWells]) -> Group:
-        """The group of some treatments on some plates."""
+    def of(cls, name: str, wells: Sequence[Any]) -> Group:
+        """The group of rows: plate, treatment, how many wells have it there."""
         treatments, plates = ({w.treatment_id for w in wells}, {w.plate_id for w in wells})
         number = sum(some.number for some in wells)
         return cls(name, tuple(sorted(treatments)), tuple(sorted(plates)), number)
-
-
-class TreatedWells(NamedTuple):
-    """A treatment on a plate: with how many wells."""
-
-    plate_id: int
-    treatment_id: int
-    name: str
-    control: Control | None
-    number: int
 
 
 @dataclass(frozen=True)
@@ -180,8 +170,6 @@ def contrast(
     """
     need("train")
     params = params or ContrastParams()
-    if params.folds < 2 or params.max_cells < 2 or params.nulls < 0:
-        raise UserInputError("A contrast needs 2 folds or more, and 2 cells or more of each.")
     with workspace.database.read() as session:
         if params.features is None:
             segment, measure = choose_recipes(session, segmentation, measurement)
@@ -227,17 +215,16 @@ def _result(run: Run, *, already_done: bool) -> ContrastResult:
 
 def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tuple[Group, ...]]:
     """Return the control, and what is compared with it."""
-    keys = (Well.plate_id, Treatment.id, Treatment.name, Well.control)
+    keys = (Well.plate_id, Treatment.id.label("treatment_id"), Treatment.name, Well.control)
     query = (
-        select(*keys, func.count())
+        select(*keys, func.count().label("number"))
         .join(Treatment, Treatment.id == Well.treatment_id)
         .join(Plate, Plate.id == Well.plate_id)
         .group_by(*keys)
     )
     if params.plates:
         query = query.where(Plate.barcode.in_(params.plates))
-    found = session.execute(query.order_by(Well.plate_id, Treatment.id))
-    wells = [TreatedWells(*row) for row in found]
+    wells = session.execute(query.order_by(Well.plate_id, Treatment.id)).all()
     if params.control is None:
         controls = [w for w in wells if w.control == Control.NEGATIVE]
     else:
@@ -264,7 +251,7 @@ def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tup
             pool = replace(pool, treatment_ids=control.treatment_ids, excluding=True)
         groups = [pool]
     else:
-        by_name: dict[str, list[TreatedWells]] = {name: [] for name in chosen}
+        by_name: dict[str, list[Any]] = {name: [] for name in chosen}
         for well in others:
             by_name.get(well.name, []).append(well)
         groups = [Group.of(name, some) for name, some in by_name.items()]

@@ -72,8 +72,8 @@ CUT = (
     "not kept. Values from 0 to 1; (x - mean) / std is done by classifier.py."
 )
 SCALE = (
-    "The intensity scale is the 99.9th percentile of the whole image; with 'intensity_scale' in "
-    "this file it is that of the plate: first of the segmented plane, then of each of 'channels'."
+    "The intensity scale is the 99.9th percentile of the whole image; with 'intensities' under "
+    "'scaler' it is that of the plate: first of the segmented plane, then of each of 'channels'."
 )
 
 

@@ -257,8 +257,6 @@ def make_plan(
             name.
 
     """
-    if params.subset is not None and params.subset not in list(Subset):
-        raise UnknownNameError.of("subset", params.subset, list(Subset))
     record, source = model.record, replace(model.source, plates=params.plates)
     split = session.get_one(Split, model.run.split_id)
     asked = split if params.split is None else find_split(session, params.split)
@@ -307,7 +305,7 @@ def make_plan(
         parameters["fitted_plates"] = fitted
     inputs = (session.get_one(Recipe, model.run.recipe_id), model.segment, model.measure)
     notes = _seen_notes(session, model.run, split, images, ready)
-    notes += describe_plates(model.record.scaler, model.record.intensity_scale, barcodes)
+    notes += describe_plates(model.record.scaler, barcodes)
     embedding = None
     if params.embedding is not None:
         embedding = plan_embedding(session, params.embedding, model, fitted)
@@ -445,10 +443,8 @@ def plan_embedding(session: Session, name: str, model: OpenModel, plates: str | 
         UserInputError: the model has no embedding, or the name is bad or taken.
 
     """
-    from ..learn.trained_models import NetworkModel
-
     run_id = model.run.id
-    if not isinstance(model.model, NetworkModel):
+    if not model.model.width:
         raise UserInputError(
             f"Training run {run_id} is a baseline and has no embedding. Name the run of a "
             "network, or leave --embedding out."
@@ -528,19 +524,15 @@ class Predict(ImageStage[int, PredictOutput]):
 
     def compute(self, loaded: Sequence[CellBlock]) -> list[PredictOutput]:
         """Return the labels of the cells of each image."""
-        from ..learn.trained_models import NetworkModel
-
         outputs = []
         for cells in loaded:
-            model, vectors = self.model.model, None
-            if self.embedding is not None and isinstance(model, NetworkModel):
-                probabilities, vectors = model.predict_and_embed(cells)
-            else:
-                probabilities = model.predict(cells)
+            probabilities, vectors = self.model.model.predict(cells)
             order = np.argsort(-probabilities, axis=1, kind="stable")[:, : self.top_k]
             best = np.clip(np.take_along_axis(probabilities, order, axis=1), 0.0, 1.0)
             ids = cells.cell_ids.cpu().numpy()
-            outputs.append(PredictOutput(ids, self.label_ids[order], best, vectors))
+            outputs.append(
+                PredictOutput(ids, self.label_ids[order], best, vectors if self.embedding else None)
+            )
         return outputs
 
     def write_together(

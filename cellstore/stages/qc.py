@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import (
-    ColumnElement,
     Float,
     Select,
     and_,
@@ -52,8 +50,23 @@ from ..models import (
     Segmentation,
     Well,
 )
+from ..progress import track
 from ..query.cells import last_with_masks
 from ..query.exclusions import cell_counts, image_counts
+
+PIXELS_VERSION = 1
+VERSION = 1
+MIN_CELLS = 50
+"""A plate with fewer cells says nothing about which area is usual."""
+
+_AT_ONCE = 20_000
+_IMAGE_COLUMNS = ("run_id", "image_id", "reason", "channel", "value", "low", "high")
+_CELL_COLUMNS = ("run_id", "cell_id", "reason", "value")
+
+Qualities = list[tuple[str, PlaneQuality]]
+Numbers = NDArray[np.float64]
+Ids = NDArray[np.int64]
+Row = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -123,9 +136,203 @@ class QcResult:
     forecast: Forecast | None = None
 
 
-PIXELS_VERSION = 1
+def qc(
+    workspace: Workspace,
+    params: QcParams | None = None,
+    selection: Selection = EVERYTHING,
+    *,
+    segmentation: str | None = None,
+    resources: Resources = THIS_PROCESS,
+    dry_run: bool = False,
+) -> QcResult:
+    """Measure the pixels of the selected images, and flag what is odd on their plates.
 
-Qualities = list[tuple[str, PlaneQuality]]
+    An image is opened once, whatever the limits. It is compared with all images of its plate that
+    have been looked at, not only with selected ones. Cells are those of one segment recipe
+    (default: the one used last, if any), their areas those of its last measurement. Where nothing
+    has changed since a run with the same limits, that run is returned.
+
+    Raises:
+        UnknownNameError: no such recipe, plate or well.
+        UserInputError: a limit is out of range, or the condition cannot be read.
+        StorageError, KeyboardInterrupt, RunCancelledError: see ``jobs.execute.run_jobs``.
+    """
+    params = params or QcParams()
+    if params.outlier <= 0 or params.cell_outlier <= 0:
+        raise UserInputError("The numbers of robust standard deviations must be above 0.")
+    if not 0 <= params.saturated <= 1:
+        raise UserInputError("The share of saturated pixels must be from 0 to 1.")
+    if params.min_images < 1:
+        raise UserInputError("The least number of images must be 1 or more.")
+    with workspace.database.read() as session:
+        images = images_of(session, selection)
+    if dry_run:
+        found = forecast(workspace, MeasureQuality(), quality_spec(), images, resources)
+        return QcResult(
+            None,
+            False,
+            None,
+            None,
+            found.selected,
+            found.waiting,
+            failed_before=found.failed_before,
+            forecast=found.forecast,
+        )
+    with workspace.database.begin() as session:
+        plan = _plan(session, params, images, segmentation)
+        earlier = _earlier(session, plan)
+    if not plan.plates:
+        return QcResult(None, False, None, None, plan.state.selected, plan.state.waiting)
+    did = RunCounter(earlier or 0, plan.quality.id)
+    if earlier is not None:
+        return replace(_result(workspace, earlier, plan, did), already_done=True)
+    with running(workspace.database, plan.flagging) as run:
+        if plan.state.todo:
+            scope = JobScope({plan.quality.id: run.id}, plan.images)
+            did = run_jobs(workspace, MeasureQuality(), scope, resources)[plan.quality.id]
+        failed = len(did.failures)
+        run.result = {"images": did.images, "failed": failed, "plates": plan.plates}
+        with workspace.database.read() as session:
+            flagging = flagging_of(session, run.id)
+            rows = select(Plate.id).where(Plate.barcode.in_(plan.plates)).order_by(Plate.barcode)
+            plate_ids = session.scalars(rows).all()
+            run.result["state"] = _state(session, flagging, plan.plates)
+        for plate_id in track(workspace.progress, "flag", len(plate_ids), plate_ids):
+            with workspace.database.begin() as session:
+                flag_plate(session, flagging, plate_id)
+        if failed and not did.images and not plan.state.done:  # never the latest, then
+            run.error = f"None of the {failed} images could be looked at."
+    return _result(workspace, run.id, plan, did)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be looked at: images, their plates, and by which recipes."""
+
+    images: Select[int]
+    plates: tuple[str, ...]
+    quality: Recipe
+    flagging: Recipe
+    state: ImageCounts
+
+
+def _plan(
+    session: Session, params: QcParams, images: Select[int], segmentation: str | None
+) -> _Plan:
+    quality = register(session, quality_spec())
+    segment: Recipe | None
+    if segmentation is not None:
+        segment = find_recipe(session, Stage.SEGMENT, segmentation)
+    else:
+        try:
+            segment = last_with_masks(session)
+        except UnknownNameError:  # then the cells that came last from another tool, if any
+            last = select(Recipe).join(Segmentation, Segmentation.recipe_id == Recipe.id)
+            segment = session.scalars(last.order_by(Segmentation.id.desc()).limit(1)).first()
+    inputs = [quality]
+    if segment is not None:
+        measure = _measure_of(session, segment)
+        inputs += [segment] if measure is None else [segment, measure]
+    spec = RecipeSpec(Stage.QC, VERSION, as_parameters(params), None, tuple(inputs))
+    seen = images.where(Image.content_sha256.is_not(None))
+    on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
+    plates = session.scalars(on_plates.where(Image.id.in_(seen)).distinct())
+    return _Plan(
+        images,
+        tuple(sorted(plates)),
+        quality,
+        register(session, spec),
+        count_images(session, quality.id, images),
+    )
+
+
+def _measure_of(session: Session, segment: Recipe) -> Recipe | None:
+    """The measure recipe of these cells that was used last and knows areas."""
+    areas = exists().where(CellFeatures.recipe_id == Recipe.id, CellFeatures.area.is_not(None))
+    query = (
+        select(Recipe)
+        .join(RecipeInput, RecipeInput.recipe_id == Recipe.id)
+        .join(Run, Run.recipe_id == Recipe.id)
+        .where(RecipeInput.input_id == segment.id, Recipe.stage == Stage.MEASURE, areas)
+        .order_by(Run.id.desc())
+    )
+    return session.scalars(query.limit(1)).first()
+
+
+def _earlier(session: Session, plan: _Plan) -> int | None:
+    """The newest finished run of these limits, if it saw these plates as they are now."""
+    if plan.state.todo:
+        return None
+    query = select(Run).where(Run.recipe_id == plan.flagging.id, Run.status == Status.DONE)
+    run = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
+    if run is None or run.result is None:
+        return None
+    plates = run.result["plates"]
+    if not set(plan.plates) <= set(plates):
+        return None
+    same = run.result["state"] == _state(session, flagging_of(session, run.id), plates)
+    return run.id if same else None
+
+
+def _state(session: Session, flagging: Flagging, plates: Sequence[str]) -> str:
+    """A digest of all that the flags of some plates depend on beside the recipe."""
+    segmented = and_(is_current(), Segmentation.recipe_id == flagging.segment_id)
+    query = (
+        select(Image.id, Image.content_sha256, Segmentation.id)
+        .join(Well, Well.id == Image.well_id)
+        .join(Plate, Plate.id == Well.plate_id)
+        .outerjoin(Segmentation, segmented)
+        .add_columns(_done(flagging.quality_id), _done(flagging.measure_id))
+        .where(Plate.barcode.in_(plates))
+        .order_by(Image.id, Segmentation.id)
+    )
+    digest = hashlib.sha256()
+    for row in session.execute(query.execution_options(yield_per=10_000)):
+        digest.update(repr(tuple(row)).encode())
+    return digest.hexdigest()
+
+
+def _done(recipe_id: int | None) -> Any:
+    job = exists().where(Job.recipe_id == recipe_id, Job.image_id == Image.id)
+    return job.where(Job.content_sha256 == Image.content_sha256, Job.status == Status.DONE)
+
+
+def _result(workspace: Workspace, run_id: int, plan: _Plan, did: RunCounter) -> QcResult:
+    with workspace.database.read() as session:
+        flagging = flagging_of(session, run_id)
+        found = summaries(session, flagging, plan.plates)
+    return QcResult(
+        run_id=run_id,
+        already_done=False,
+        segment_recipe=flagging.segment_id,
+        measure_recipe=flagging.measure_id,
+        selected=plan.state.selected,
+        waiting=plan.state.waiting,
+        done=did.images,
+        failures=tuple(did.failures),
+        failed_before=plan.state.failed,
+        plates=found,
+        notes=_notes(flagging, found),
+    )
+
+
+def _notes(flagging: Flagging, plates: Sequence[Any]) -> tuple[str, ...]:
+    notes = []
+    few = [plate.plate for plate in plates if plate.seen < flagging.params.min_images]
+    if few:
+        some = ", ".join(few[:5]) + (", ..." if len(few) > 5 else "")
+        notes.append(
+            f"Too few images to say what is usual on {some}: only saturated and empty images are "
+            f"flagged there. See --min-images, now {flagging.params.min_images}."
+        )
+    if flagging.segment_id is None:
+        notes.append("No cells yet, so only pixels were looked at. Run: cellstore segment")
+    elif flagging.measure_id is None:
+        notes.append("The cells are not measured, so their areas are unknown: cellstore measure")
+    return tuple(notes)
+
+
+# --- image by image: the quality of its pixels ----------------------------------------------------
 
 
 def quality_spec() -> RecipeSpec:
@@ -190,16 +397,7 @@ def _quality(channel: str, plane: NDArray[Any]) -> PlaneQuality:
         ) from error
 
 
-MIN_CELLS = 50
-"""A plate with fewer cells says nothing about which area is usual."""
-
-_AT_ONCE = 20_000
-_IMAGE_COLUMNS = ("run_id", "image_id", "reason", "channel", "value", "low", "high")
-_CELL_COLUMNS = ("run_id", "cell_id", "reason", "value")
-
-Numbers = NDArray[np.float64]
-Ids = NDArray[np.int64]
-Row = tuple[Any, ...]
+# --- plate by plate: what is odd ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -213,31 +411,78 @@ class Flagging:
     measure_id: int | None
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Values of images, ``image_ids`` (N,) and ``values`` (N,), and what they are of."""
-
-    image_ids: Ids
-    values: Numbers
-    reason: ImageFlagReason
-    channel: str = ""
-
-    def rows(self, run_id: int, low: float | None, high: float | None) -> Iterator[Row]:
-        """Yield a flag for each image that is below ``low`` or above ``high``."""
-        limits = Limits(-np.inf if low is None else low, np.inf if high is None else high)
-        outside = limits.outside(self.values)
-        pairs = zip(self.image_ids[outside].tolist(), self.values[outside].tolist(), strict=True)
-        for image_id, value in pairs:
-            yield run_id, image_id, self.reason.value, self.channel, value, low, high
+def flagging_of(session: Session, run_id: int) -> Flagging:
+    """Return by which limits, and from whose rows, a quality-control run flags."""
+    recipe = session.get_one(Recipe, session.get_one(Run, run_id).recipe_id)
+    query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
+    inputs = session.scalars(query.where(RecipeInput.recipe_id == recipe.id))
+    ids = {Stage(source.stage): source.id for source in inputs}
+    known = {field.name for field in fields(QcParams)} & recipe.parameters.keys()
+    params = QcParams(**{name: recipe.parameters[name] for name in known})
+    return Flagging(run_id, params, ids[Stage.QC], ids.get(Stage.SEGMENT), ids.get(Stage.MEASURE))
 
 
 def flag_plate(session: Session, flagging: Flagging, plate_id: int) -> None:
     """Write the flags of a plate's images and cells, as they are now."""
-    rows = list(_by_pixels(session, flagging, plate_id))
+    params, rows = flagging.params, list[Row]()
+
+    def usual(values: Numbers, *, log: bool = False) -> Limits | None:
+        """What is usual on the plate; None: there are too few images to say."""
+        if np.isfinite(values).sum() < params.min_images:
+            return None
+        return robust_limits(values, params.outlier, log=log)
+
+    def flag(
+        reason: ImageFlagReason, ids: Ids, values: Numbers, limits: Limits | None, channel: str = ""
+    ) -> None:
+        """Flag the images whose value is below or above its limits; None: no image is."""
+        if limits is None:
+            return
+        low, high = (x if np.isfinite(x) else None for x in (limits.low, limits.high))
+        outside = limits.outside(values)
+        for image_id, value in zip(ids[outside].tolist(), values[outside].tolist(), strict=True):
+            rows.append((flagging.run_id, image_id, reason.value, channel, value, low, high))
+
+    channels = channels_of(session, flagging, plate_id)
+    noisy: dict[int, list[float]] = {}
+    for item in channels:
+        ids, name, focus = item.image_ids, item.channel, usual(item.slopes)
+        blurred = None if focus is None else Limits(focus.low, np.inf)
+        flag(ImageFlagReason.OUT_OF_FOCUS, ids, item.slopes, blurred, name)
+        bright = usual(item.backgrounds)
+        flag(ImageFlagReason.BACKGROUND, ids, item.backgrounds, bright, name)
+        white = Limits(-np.inf, params.saturated)
+        flag(ImageFlagReason.SATURATED, ids, item.saturated, white, name)
+        # Noise is what has the power spectrum of noise, or none, and varies less than is usual: a
+        # spectrum alone would not tell it from small spots everywhere.
+        varying = usual(item.stds, log=True)
+        slopes = np.where(item.stds == 0, WHITE_NOISE_SLOPE, item.slopes)
+        dull = item.stds < (varying.low if varying else 0)
+        noise = np.where(dull & np.isfinite(slopes), slopes, -np.inf)
+        for image_id, slope in zip(ids.tolist(), noise.tolist(), strict=True):
+            noisy.setdefault(image_id, []).append(slope)
+    # An image is noise if all its channels are; its value is that of the least noisy one.
+    noisy_ids = np.array([*noisy], np.int64)
+    lowest = np.array([min(slopes) for slopes in noisy.values()], np.float64)
+    flag(ImageFlagReason.NO_SIGNAL, noisy_ids, lowest, Limits(-np.inf, params.noise))
     if flagging.segment_id is not None:
-        rows += _by_counts(session, flagging, plate_id)
-        rows += _by_areas(session, flagging, plate_id)
-        if flagging.params.border:
+        ids, counts = counts_by_image(session, flagging, plate_id)
+        none, some = counts == 0, counts > 0
+        flag(ImageFlagReason.NO_CELLS, ids[none], counts[none], Limits(1.0, np.inf))
+        number = usual(counts[some], log=True)
+        flag(ImageFlagReason.CELL_COUNT, ids[some], counts[some], number)
+        if flagging.measure_id is not None:
+            image_ids, cell_ids, areas = _areas(session, flagging, plate_id)
+            ids, medians = _medians(image_ids, areas)
+            flag(ImageFlagReason.CELL_AREA, ids, medians, usual(medians, log=True))
+            limits = robust_limits(areas, params.cell_outlier, log=True)
+            if limits is not None and len(areas) >= MIN_CELLS:
+                odd = limits.outside(areas)
+                cells = zip(cell_ids[odd].tolist(), areas[odd].tolist(), strict=True)
+                of_run = (flagging.run_id, CellFlagReason.AREA.value)
+                flags = [(of_run[0], cell, of_run[1], area) for cell, area in cells]
+                bulk_insert(session, CellFlag, _CELL_COLUMNS, flags)
+        if params.border:
             _flag_border(session, flagging, plate_id)
     bulk_insert(session, ImageFlag, _IMAGE_COLUMNS, rows)
 
@@ -252,49 +497,6 @@ class ChannelValues:
     backgrounds: Numbers
     saturated: Numbers
     stds: Numbers
-
-
-def _by_pixels(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
-    channels = channels_of(session, flagging, plate_id)
-    for found in channels:
-        yield from _by_channel(found, flagging)
-    yield from _without_signal(channels, flagging)
-
-
-def _by_channel(channel: ChannelValues, flagging: Flagging) -> Iterator[Row]:
-    run_id, params = flagging.run_id, flagging.params
-    keys = (channel.image_ids, channel.channel)
-    blurred = _Found(keys[0], channel.slopes, ImageFlagReason.OUT_OF_FOCUS, keys[1])
-    limits = _limits(blurred, params)
-    if limits is not None:
-        yield from blurred.rows(run_id, limits.low, None)
-    bright = _Found(keys[0], channel.backgrounds, ImageFlagReason.BACKGROUND, keys[1])
-    limits = _limits(bright, params)
-    if limits is not None:
-        yield from bright.rows(run_id, limits.low, limits.high)
-    white = _Found(keys[0], channel.saturated, ImageFlagReason.SATURATED, keys[1])
-    yield from white.rows(run_id, None, params.saturated)
-
-
-def _without_signal(channels: Sequence[ChannelValues], flagging: Flagging) -> Iterator[Row]:
-    """Flag the images whose channels are all noise; their value is the least noisy channel's.
-
-    Noise is what has the power spectrum of noise, or none, and varies less than is usual: a
-    spectrum alone would not tell it from small spots everywhere.
-    """
-    noisy: dict[int, list[float]] = {}
-    for channel in channels:
-        stds = _Found(channel.image_ids, channel.stds, ImageFlagReason.NO_SIGNAL)
-        limits = _limits(stds, flagging.params, log=True)
-        slopes = np.where(channel.stds == 0, WHITE_NOISE_SLOPE, channel.slopes)
-        dull = channel.stds < (limits.low if limits else 0)
-        noise = np.where(dull & np.isfinite(slopes), slopes, -np.inf)
-        for image_id, slope in zip(channel.image_ids.tolist(), noise.tolist(), strict=True):
-            noisy.setdefault(image_id, []).append(slope)
-    ids = np.array([*noisy], np.int64)
-    lowest = np.array([min(slopes) for slopes in noisy.values()], np.float64)
-    found = _Found(ids, lowest, ImageFlagReason.NO_SIGNAL)
-    yield from found.rows(flagging.run_id, None, flagging.params.noise)
 
 
 def channels_of(session: Session, flagging: Flagging, plate_id: int) -> list[ChannelValues]:
@@ -329,15 +531,6 @@ def looked_at(quality_id: int) -> Any:
     )
 
 
-def _by_counts(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
-    ids, counts = counts_by_image(session, flagging, plate_id)
-    empty = counts == 0
-    none = _Found(ids[empty], counts[empty], ImageFlagReason.NO_CELLS)
-    yield from none.rows(flagging.run_id, 1.0, None)
-    some = _Found(ids[~empty], counts[~empty], ImageFlagReason.CELL_COUNT)
-    yield from _odd(some, flagging)
-
-
 def counts_by_image(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Numbers]:
     """Return the segmented images of a plate, and how many cells count in each."""
     counted = func.count(Cell.id).filter(cell_counts())
@@ -346,17 +539,6 @@ def counts_by_image(session: Session, flagging: Flagging, plate_id: int) -> tupl
     rows = session.execute(query.with_only_columns(Image.id, counted).group_by(Image.id)).all()
     ids = np.array([row[0] for row in rows], dtype=np.int64)
     return ids, np.array([row[1] for row in rows], dtype=np.float64)
-
-
-def _by_areas(session: Session, flagging: Flagging, plate_id: int) -> Iterator[Row]:
-    """Flag cells by their area, and yield the flags of images by the median area of their cells."""
-    if flagging.measure_id is None:
-        return
-    image_ids, cell_ids, areas = _areas(session, flagging, plate_id)
-    if len(areas) >= MIN_CELLS:
-        _flag_areas(session, flagging, cell_ids, areas)
-    found = _Found(*_medians(image_ids, areas), ImageFlagReason.CELL_AREA)
-    yield from _odd(found, flagging)
 
 
 def areas_by_image(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Numbers]:
@@ -383,29 +565,11 @@ def _areas(session: Session, flagging: Flagging, plate_id: int) -> tuple[Ids, Id
         .with_only_columns(Image.id, Cell.id, CellFeatures.area)
         .order_by(Image.id)
     )
-    images, cells, areas = [], [], []
-    rows = session.execute(query.execution_options(yield_per=_AT_ONCE))
-    for block in rows.partitions():
-        image, cell, area = zip(*block, strict=True)
-        images.append(np.array(image, dtype=np.int64))
-        cells.append(np.array(cell, dtype=np.int64))
-        areas.append(np.array(area, dtype=np.float64))
-    none = np.empty(0, dtype=np.int64)
-    return (
-        np.concatenate([none, *images]),
-        np.concatenate([none, *cells]),
-        np.concatenate([none.astype(np.float64), *areas]),
-    )
-
-
-def _flag_areas(session: Session, flagging: Flagging, cell_ids: Ids, areas: Numbers) -> None:
-    limits = robust_limits(areas, flagging.params.cell_outlier, log=True)
-    if limits is None:
-        return
-    outside = limits.outside(areas)
-    pairs = zip(cell_ids[outside].tolist(), areas[outside].tolist(), strict=True)
-    rows = [(flagging.run_id, cell, CellFlagReason.AREA.value, area) for cell, area in pairs]
-    bulk_insert(session, CellFlag, _CELL_COLUMNS, rows)
+    parts = [np.empty((3, 0))]
+    for block in session.execute(query.execution_options(yield_per=_AT_ONCE)).partitions():
+        parts.append(np.array([tuple(row) for row in block], dtype=np.float64).T)
+    images, cells, areas = np.concatenate(parts, axis=1)  # ids are exact in float64, to 2**53
+    return images.astype(np.int64), cells.astype(np.int64), areas
 
 
 def _flag_border(session: Session, flagging: Flagging, plate_id: int) -> None:
@@ -447,76 +611,67 @@ def _segmentations(flagging: Flagging, plate_id: int) -> Select[Any]:
     )
 
 
-def _odd(found: _Found, flagging: Flagging) -> Iterator[Row]:
-    limits = _limits(found, flagging.params, log=True)
-    if limits is not None:
-        yield from found.rows(flagging.run_id, limits.low, limits.high)
-
-
-def _limits(found: _Found, params: QcParams, *, log: bool = False) -> Limits | None:
-    if np.isfinite(found.values).sum() < params.min_images:
-        return None
-    return robust_limits(found.values, params.outlier, log=log)
-
-
-Counts = Mapping[str, int]
+# --- what a run found -----------------------------------------------------------------------------
 
 
 def summaries(
     session: Session, flagging: Flagging, barcodes: Sequence[str]
 ) -> tuple[PlateSummary, ...]:
     """Return what a run found on each of some plates."""
-    on_plates = Plate.barcode.in_(barcodes)
-    images = _counted(session, _of_plates(Image.content_sha256.is_not(None), on_plates))
-    seen = _counted(
-        session, _of_plates(on_plates).join(ImageQuality, looked_at(flagging.quality_id))
-    )
-    flags = _of_plates(on_plates).join(ImageFlag, _flag_of(flagging.run_id))
-    flagged, by_reason = _counted(session, flags), _by_reason(session, flags, ImageFlag.reason)
-    cells = _cells(session, flagging, on_plates)
+    images = select(Plate.barcode).select_from(Image).join(Well, Well.id == Image.well_id)
+    images = images.join(Plate, Plate.id == Well.plate_id).where(Plate.barcode.in_(barcodes))
+
+    def count(query: Select[Any], what: Any, reason: Any = None) -> dict[Any, Any]:
+        """How many there are, by plate; with a ``reason``, by that too."""
+        keys = (Plate.barcode,) if reason is None else (Plate.barcode, reason)
+        counted = query.with_only_columns(*keys, func.count(what.distinct())).group_by(*keys)
+        found: dict[Any, Any] = {}
+        for barcode, *rest, number in session.execute(counted):
+            if rest:
+                found.setdefault(barcode, {})[rest[0].value] = number
+            else:
+                found[barcode] = number
+        return found
+
+    of_run = and_(ImageFlag.image_id == Image.id, ImageFlag.run_id == flagging.run_id)
+    flags = images.join(ImageFlag, of_run)
+    found = {
+        "images": count(images.where(Image.content_sha256.is_not(None)), Image.id),
+        "seen": count(images.join(ImageQuality, looked_at(flagging.quality_id)), Image.id),
+        "flagged": count(flags, Image.id),
+        "by_reason": count(flags, Image.id, ImageFlag.reason),
+    }
+    if flagging.segment_id is not None:
+        cells = images.join(Segmentation, is_current())
+        cells = cells.where(Segmentation.recipe_id == flagging.segment_id)
+        cells = cells.join(Cell, Cell.segmentation_id == Segmentation.id)
+        mine = and_(CellFlag.cell_id == Cell.id, CellFlag.run_id == flagging.run_id)
+        flags = cells.join(CellFlag, mine)
+        found |= {
+            "cells": count(cells.where(image_counts(), cell_counts()), Cell.id),
+            "excluded": count(cells.where(~and_(image_counts(), cell_counts())), Cell.id),
+            "cells_flagged": count(flags, Cell.id),
+            "cells_by_reason": count(flags, Cell.id, CellFlag.reason),
+        }
+    numbers = ("images", "seen", "flagged", "cells", "excluded", "cells_flagged")
+    reasons = ("by_reason", "cells_by_reason")
     return tuple(
         PlateSummary(
             plate=name,
-            images=images.get(name, 0),
-            seen=seen.get(name, 0),
-            flagged=flagged.get(name, 0),
-            by_reason=by_reason.get(name, {}),
-            cells=cells.counting.get(name, 0),
-            excluded=cells.excluded.get(name, 0),
-            cells_flagged=cells.flagged.get(name, 0),
-            cells_by_reason=cells.by_reason.get(name, {}),
+            **{key: found.get(key, {}).get(name, 0) for key in numbers},
+            **{key: found.get(key, {}).get(name, {}) for key in reasons},
         )
         for name in barcodes
     )
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """Cells by plate."""
-
-    counting: Counts
-    excluded: Counts
-    flagged: Counts
-    by_reason: Mapping[str, Counts]
-
-
-def _cells(session: Session, flagging: Flagging, on_plates: ColumnElement[bool]) -> _Cells:
-    if flagging.segment_id is None:
-        return _Cells({}, {}, {}, {})
-    found = (
-        _of_plates(on_plates)
-        .join(Segmentation, is_current())
-        .where(Segmentation.recipe_id == flagging.segment_id)
-        .join(Cell, Cell.segmentation_id == Segmentation.id)
-    )
-    mine = and_(CellFlag.cell_id == Cell.id, CellFlag.run_id == flagging.run_id)
-    flags = found.join(CellFlag, mine)
-    return _Cells(
-        _counted(session, found.where(image_counts(), cell_counts()), Cell.id),
-        _counted(session, found.where(~and_(image_counts(), cell_counts())), Cell.id),
-        _counted(session, flags, Cell.id),
-        _by_reason(session, flags, CellFlag.reason, Cell.id),
-    )
+def list_flags(workspace: Workspace, result: QcResult) -> tuple[FlaggedImage, ...]:
+    """Return all flags of images that a run has on the plates of ``result``."""
+    if result.run_id is None:
+        return ()
+    plates = [plate.plate for plate in result.plates]
+    with workspace.database.read() as session:
+        return tuple(flagged_images(session, result.run_id, plates))
 
 
 def flagged_images(
@@ -528,7 +683,7 @@ def flagged_images(
             *(Image.id, Plate.barcode, Well.name, Image.site, Image.core_name),
             *(ImageFlag.reason, ImageFlag.channel, ImageFlag.value, ImageFlag.low, ImageFlag.high),
         )
-        .join(ImageFlag, _flag_of(run_id))
+        .join(ImageFlag, and_(ImageFlag.image_id == Image.id, ImageFlag.run_id == run_id))
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
         .where(Plate.barcode.in_(barcodes))
@@ -545,278 +700,3 @@ def flagged_images(
     for row in session.execute(query.execution_options(yield_per=1_000)):
         place, limits = (row.name, row.site, row.core_name), (row.value, row.low, row.high)
         yield FlaggedImage(row.id, row.barcode, *place, row.reason.value, row.channel, *limits)
-
-
-def _flag_of(run_id: int) -> ColumnElement[bool]:
-    return and_(ImageFlag.image_id == Image.id, ImageFlag.run_id == run_id)
-
-
-def _of_plates(*where: ColumnElement[bool]) -> Select[Any]:
-    query = select(Plate.barcode).select_from(Image).join(Well, Well.id == Image.well_id)
-    return query.join(Plate, Plate.id == Well.plate_id).where(*where)
-
-
-def _counted(session: Session, query: Select[Any], what: Any = Image.id) -> dict[str, int]:
-    counted = query.with_only_columns(Plate.barcode, func.count(what.distinct()))
-    return dict(session.execute(counted.group_by(Plate.barcode)).all())
-
-
-def _by_reason(
-    session: Session, query: Select[Any], reason: Any, what: Any = Image.id
-) -> dict[str, dict[str, int]]:
-    counted = query.with_only_columns(Plate.barcode, reason, func.count(what.distinct()))
-    found: dict[str, dict[str, int]] = defaultdict(dict)
-    for barcode, why, number in session.execute(counted.group_by(Plate.barcode, reason)):
-        found[barcode][why.value] = number
-    return dict(found)
-
-
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be looked at: images, their plates, and by which recipes."""
-
-    images: Select[int]
-    plates: tuple[str, ...]
-    quality: Recipe
-    flagging: Recipe
-    state: ImageCounts
-
-
-def qc(
-    workspace: Workspace,
-    params: QcParams | None = None,
-    selection: Selection = EVERYTHING,
-    *,
-    segmentation: str | None = None,
-    resources: Resources = THIS_PROCESS,
-    dry_run: bool = False,
-) -> QcResult:
-    """Measure the pixels of the selected images, and flag what is odd on their plates.
-
-    An image is opened once, whatever the limits. It is compared with all images of its plate that
-    have been looked at, not only with selected ones. Cells are those of one segment recipe
-    (default: the one used last, if any), their areas those of its last measurement. Where nothing
-    has changed since a run with the same limits, that run is returned.
-
-    Raises:
-        UnknownNameError: no such recipe, plate or well.
-        UserInputError: a limit is out of range, or the condition cannot be read.
-        StorageError, KeyboardInterrupt, RunCancelledError: see ``jobs.execute.run_jobs``.
-    """
-    params = _checked(params or QcParams())
-    with workspace.database.read() as session:
-        images = images_of(session, selection)
-    if dry_run:
-        return _forecast(workspace, images, resources)
-    with workspace.database.begin() as session:
-        plan = _plan(session, params, images, segmentation)
-        earlier = _earlier(session, plan)
-    if not plan.plates:
-        return QcResult(None, False, None, None, plan.state.selected, plan.state.waiting)
-    if earlier is not None:
-        result = _result(workspace, earlier, plan, RunCounter(earlier, plan.quality.id))
-        return replace(result, already_done=True)
-    return _run(workspace, plan, resources)
-
-
-def _checked(params: QcParams) -> QcParams:
-    if params.outlier <= 0 or params.cell_outlier <= 0:
-        raise UserInputError("The numbers of robust standard deviations must be above 0.")
-    if not 0 <= params.saturated <= 1:
-        raise UserInputError("The share of saturated pixels must be from 0 to 1.")
-    if params.min_images < 1:
-        raise UserInputError("The least number of images must be 1 or more.")
-    return params
-
-
-def _forecast(workspace: Workspace, images: Select[int], resources: Resources) -> QcResult:
-    spec = quality_spec()
-    found = forecast(workspace, MeasureQuality(), spec, images, resources)
-    return QcResult(
-        None,
-        False,
-        None,
-        None,
-        found.selected,
-        found.waiting,
-        failed_before=found.failed_before,
-        forecast=found.forecast,
-    )
-
-
-def _plan(
-    session: Session, params: QcParams, images: Select[int], segmentation: str | None
-) -> _Plan:
-    quality = register(session, quality_spec())
-    segment = _segment(session, segmentation)
-    inputs = [quality]
-    if segment is not None:
-        measure = _measure_of(session, segment)
-        inputs += [segment] if measure is None else [segment, measure]
-    spec = RecipeSpec(Stage.QC, VERSION, as_parameters(params), None, tuple(inputs))
-    seen = images.where(Image.content_sha256.is_not(None))
-    on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
-    plates = session.scalars(on_plates.where(Image.id.in_(seen)).distinct())
-    return _Plan(
-        images,
-        tuple(sorted(plates)),
-        quality,
-        register(session, spec),
-        count_images(session, quality.id, images),
-    )
-
-
-def _segment(session: Session, segmentation: str | None) -> Recipe | None:
-    if segmentation is not None:
-        return find_recipe(session, Stage.SEGMENT, segmentation)
-    try:
-        return last_with_masks(session)
-    except UnknownNameError:
-        return _last_of_another_tool(session)
-
-
-def _last_of_another_tool(session: Session) -> Recipe | None:
-    """The segment recipe whose cells came last, if their masks are unknown; None: no cells."""
-    query = select(Recipe).join(Segmentation, Segmentation.recipe_id == Recipe.id)
-    return session.scalars(query.order_by(Segmentation.id.desc()).limit(1)).first()
-
-
-def _measure_of(session: Session, segment: Recipe) -> Recipe | None:
-    """The measure recipe of these cells that was used last and knows areas."""
-    areas = exists().where(CellFeatures.recipe_id == Recipe.id, CellFeatures.area.is_not(None))
-    query = (
-        select(Recipe)
-        .join(RecipeInput, RecipeInput.recipe_id == Recipe.id)
-        .join(Run, Run.recipe_id == Recipe.id)
-        .where(RecipeInput.input_id == segment.id, Recipe.stage == Stage.MEASURE, areas)
-        .order_by(Run.id.desc())
-    )
-    return session.scalars(query.limit(1)).first()
-
-
-def _earlier(session: Session, plan: _Plan) -> int | None:
-    """The newest finished run of these limits, if it saw these plates as they are now."""
-    if plan.state.todo:
-        return None
-    query = select(Run).where(Run.recipe_id == plan.flagging.id, Run.status == Status.DONE)
-    run = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-    if run is None or run.result is None:
-        return None
-    plates = run.result["plates"]
-    if not set(plan.plates) <= set(plates):
-        return None
-    same = run.result["state"] == _state(session, flagging_of(session, run.id), plates)
-    return run.id if same else None
-
-
-def flagging_of(session: Session, run_id: int) -> Flagging:
-    """Return by which limits, and from whose rows, a quality-control run flags."""
-    recipe = session.get_one(Recipe, session.get_one(Run, run_id).recipe_id)
-    query = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
-    inputs = session.scalars(query.where(RecipeInput.recipe_id == recipe.id))
-    ids = {Stage(source.stage): source.id for source in inputs}
-    known = {field.name for field in fields(QcParams)} & recipe.parameters.keys()
-    params = QcParams(**{name: recipe.parameters[name] for name in known})
-    return Flagging(run_id, params, ids[Stage.QC], ids.get(Stage.SEGMENT), ids.get(Stage.MEASURE))
-
-
-def _state(session: Session, flagging: Flagging, plates: Sequence[str]) -> str:
-    """A digest of all that the flags of some plates depend on beside the recipe."""
-    segmented = and_(is_current(), Segmentation.recipe_id == flagging.segment_id)
-    query = (
-        select(Image.id, Image.content_sha256, Segmentation.id)
-        .join(Well, Well.id == Image.well_id)
-        .join(Plate, Plate.id == Well.plate_id)
-        .outerjoin(Segmentation, segmented)
-        .add_columns(_done(flagging.quality_id), _done(flagging.measure_id))
-        .where(Plate.barcode.in_(plates))
-        .order_by(Image.id, Segmentation.id)
-    )
-    digest = hashlib.sha256()
-    for row in session.execute(query.execution_options(yield_per=10_000)):
-        digest.update(repr(tuple(row)).encode())
-    return digest.hexdigest()
-
-
-def _done(recipe_id: int | None) -> Any:
-    job = exists().where(Job.recipe_id == recipe_id, Job.image_id == Image.id)
-    return job.where(Job.content_sha256 == Image.content_sha256, Job.status == Status.DONE)
-
-
-def _run(workspace: Workspace, plan: _Plan, resources: Resources) -> QcResult:
-    did = RunCounter(0, plan.quality.id)
-    with running(workspace.database, plan.flagging) as run:
-        if plan.state.todo:
-            scope = JobScope({plan.quality.id: run.id}, plan.images)
-            did = run_jobs(workspace, MeasureQuality(), scope, resources)[plan.quality.id]
-        failed = len(did.failures)
-        run.result = {"images": did.images, "failed": failed, "plates": plan.plates}
-        run.result["state"] = _flag(workspace, run.id, plan.plates)
-        if failed and not did.images and not plan.state.done:  # never the latest, then
-            run.error = f"None of the {failed} images could be looked at."
-    return _result(workspace, run.id, plan, did)
-
-
-def _flag(workspace: Workspace, run_id: int, plates: Sequence[str]) -> str:
-    """Flag plate by plate; return the state that the plates were in."""
-    with workspace.database.read() as session:
-        flagging = flagging_of(session, run_id)
-        rows = session.execute(select(Plate.barcode, Plate.id).where(Plate.barcode.in_(plates)))
-        ids = dict(rows.all())
-        state = _state(session, flagging, plates)
-    workspace.progress.start("flag", len(plates))
-    try:
-        for barcode in plates:
-            with workspace.database.begin() as session:
-                flag_plate(session, flagging, ids[barcode])
-            workspace.progress.advance()
-    finally:
-        workspace.progress.finish()
-    return state
-
-
-def _result(workspace: Workspace, run_id: int, plan: _Plan, did: RunCounter) -> QcResult:
-    with workspace.database.read() as session:
-        flagging = flagging_of(session, run_id)
-        found = summaries(session, flagging, plan.plates)
-    return QcResult(
-        run_id=run_id,
-        already_done=False,
-        segment_recipe=flagging.segment_id,
-        measure_recipe=flagging.measure_id,
-        selected=plan.state.selected,
-        waiting=plan.state.waiting,
-        done=did.images,
-        failures=tuple(did.failures),
-        failed_before=plan.state.failed,
-        plates=found,
-        notes=_notes(flagging, found),
-    )
-
-
-def _notes(flagging: Flagging, plates: Sequence[Any]) -> tuple[str, ...]:
-    notes = []
-    few = [plate.plate for plate in plates if plate.seen < flagging.params.min_images]
-    if few:
-        some = ", ".join(few[:5]) + (", ..." if len(few) > 5 else "")
-        notes.append(
-            f"Too few images to say what is usual on {some}: only saturated and empty images are "
-            f"flagged there. See --min-images, now {flagging.params.min_images}."
-        )
-    if flagging.segment_id is None:
-        notes.append("No cells yet, so only pixels were looked at. Run: cellstore segment")
-    elif flagging.measure_id is None:
-        notes.append("The cells are not measured, so their areas are unknown: cellstore measure")
-    return tuple(notes)
-
-
-def list_flags(workspace: Workspace, result: QcResult) -> tuple[FlaggedImage, ...]:
-    """Return all flags of images that a run has on the plates of ``result``."""
-    if result.run_id is None:
-        return ()
-    plates = [plate.plate for plate in result.plates]
-    with workspace.database.read() as session:
-        return tuple(flagged_images(session, result.run_id, plates))

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
-from ..config import TrainParams, TrainSetup, as_parameters
+from ..config import Sources, TrainParams, TrainSetup, as_parameters
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
@@ -52,7 +52,6 @@ from ..jobs.runs import (
 from ..jobs.workspace import Workspace
 from ..learn.branches import BRANCHES, IMAGE, TABULAR, choose_branches, choose_channels
 from ..learn.training_cells import (
-    Names,
     TrainingCells,
     excluded_columns,
     find_training_cells,
@@ -60,13 +59,13 @@ from ..learn.training_cells import (
     validation_subset,
 )
 from ..models import Recipe, Run, RunMetric, Split
-from ..progress import Silent
+from ..progress import Progress
 from ..query.cells import as_text, cells_query, input_of, plane_of
 from ..query.feature_files import set_of_recipe
 
 if TYPE_CHECKING:
     from ..learn.batches import Batches
-    from ..learn.normalising import IntensityScale, Scaler
+    from ..learn.normalising import Scaler
     from ..learn.training import EpochMetrics, Team, Training, TrainingState
 
 VERSION = 1
@@ -138,29 +137,6 @@ class Plan:
     spec: RecipeSpec
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What is fitted to the training subset. No intensity scale: each image has its own."""
-
-    scaler: Scaler
-    intensity_scale: IntensityScale | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, for the state of a training."""
-        scale = self.intensity_scale
-        scales = None if scale is None else scale.to_json()
-        return {"scaler": self.scaler.to_json(), "intensity_scale": scales}
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Fitted:
-        """Return what :meth:`to_json` described."""
-        from ..learn.normalising import IntensityScale, Scaler
-
-        scale = record["intensity_scale"]
-        known = None if scale is None else IntensityScale.from_json(scale)
-        return cls(Scaler.from_json(record["scaler"]), known)
-
-
 def train(
     workspace: Workspace,
     params: TrainParams | None = None,
@@ -193,20 +169,19 @@ def train(
 
     """
     need("train")
-    from ..learn.training import Team, check_device, check_params
-    from ..learn.training_logs import check_logs
+    from ..learn.normalising import Scaler
+    from ..learn.training import Team, check_device, check_logs
 
     # What to train, and whether it can be done, before anything is written.
     params = params or TrainParams()
-    names: Names = (split, segmentation, measurement)
+    sources = Sources(split, segmentation, measurement)
     unfinished, weights_sha256 = None, None
     if resume is not None:
-        unfinished, begun, params, names = find_unfinished(workspace, resume)
+        unfinished, begun, params, sources = find_unfinished(workspace, resume)
         weights_sha256 = begun.weights_sha256  # the file is not needed any more
     check_device(device, params.precision, setup.devices)
     check_logs(setup.logs)
-    check_params(params)
-    plan = make_plan(workspace, params, names, weights_sha256)
+    plan = make_plan(workspace, params, sources, weights_sha256)
     if unfinished is not None:
         check_same(unfinished, begun, plan)
 
@@ -233,11 +208,11 @@ def train(
             # The scale of what the network reads is fitted once: a training that is resumed keeps
             # what it began with.
             if state is None:
-                fitted = team.of_first(lambda: fit_inputs(workspace, plan))
+                scaler = team.of_first(lambda: fit_scaler(workspace, plan))
             else:
-                fitted = Fitted.from_json(state.record["fitted"])
-            training = make_training(plan, fitted, state, setup, team)
-            batches = make_batches(workspace, plan, fitted, team)
+                scaler = Scaler.from_json(state.record["scaler"])
+            training = make_training(plan, len(scaler.names), state, setup, team)
+            batches = make_batches(workspace, plan, scaler, team)
 
             def registered() -> Recipe:
                 with workspace.database.begin() as session:
@@ -245,21 +220,28 @@ def train(
 
             recipe = team.of_first(registered)
             with as_run(workspace, plan, recipe, run_id, training, team) as run:
-                learn(workspace, plan, fitted, training, batches, setup, run)
+                learn(workspace, plan, scaler, training, batches, setup, run)
                 forgotten = (
                     []
                     if run is None
-                    else keep_model(workspace, plan, fitted, training, recipe, run, state)
+                    else keep_model(workspace, plan, scaler, training, recipe, run, state)
                 )
             for path in forgotten:
                 workspace.artifacts.remove(path)
-            return team.of_first(lambda: new_result(workspace, run))
+
+            def ended() -> TrainResult:
+                assert run is not None
+                with workspace.database.read() as session:
+                    found = result_of(session, session.get_one(Run, run.id))
+                return replace(found, already_done=False)
+
+            return team.of_first(ended)
     finally:
         team.leave()
 
 
 def make_training(
-    plan: Plan, fitted: Fitted, state: TrainingState | None, setup: TrainSetup, team: Team
+    plan: Plan, n_features: int, state: TrainingState | None, setup: TrainSetup, team: Team
 ) -> Training:
     """Return the network with its first weights, or with those of a ``state``, to be trained."""
     from ..learn.networks import NetShape, build_net
@@ -268,7 +250,7 @@ def make_training(
     params, labels = plan.params, plan.cells.labels
     shape = NetShape(
         len(labels),
-        len(fitted.scaler.names),
+        n_features,
         dropout=params.dropout,
         backbone=params.backbone,
         branches=plan.branches,
@@ -289,22 +271,21 @@ def make_training(
 
 
 def make_batches(
-    workspace: Workspace, plan: Plan, fitted: Fitted, team: Team
+    workspace: Workspace, plan: Plan, scaler: Scaler, team: Team
 ) -> tuple[Batches, Batches]:
     """Return the batches that this process reads, to train on and to validate by."""
-    from ..learn.batches import CELLS, Batches, CellReader, default_memory
+    from ..learn.batches import Batches, CellReader, default_memory
 
-    params, cells, scale = plan.params, plan.cells, fitted.intensity_scale
+    params, cells = plan.params, plan.cells
     reader = CellReader(
         workspace,
         cells.source,
         plane_of(cells.segment),
-        fitted.scaler,
+        scaler,
         params.crop_size,
         {label_id: index for index, label_id in enumerate(cells.labels.values())},
         branches=plan.branches,
         channels=plan.channels,
-        intensity_scale=None if scale is None else scale.plates,
         kept_bytes=default_memory() // team.size,  # as if all processes were on one host
         device=team.device,
     )
@@ -316,7 +297,7 @@ def make_batches(
             seed=params.seed,
             share=(team.rank, team.size),
             shuffle=subset is Subset.TRAIN,
-            sampler=params.sampler if subset is Subset.TRAIN else CELLS,
+            sampler=params.sampler if subset is Subset.TRAIN else "cells",
         )
         for subset in (Subset.TRAIN, plan.validation)
     )
@@ -326,7 +307,7 @@ def make_batches(
 def learn(
     workspace: Workspace,
     plan: Plan,
-    fitted: Fitted,
+    scaler: Scaler,
     training: Training,
     batches: tuple[Batches, Batches],
     setup: TrainSetup,
@@ -336,10 +317,10 @@ def learn(
 
     Training stops by itself where validation gets no better; see :class:`Training`.
     """
-    from ..learn.training_logs import TrainingLogs
+    from ..learn.training import TrainingLogs
 
     team, (train_batches, validation_batches) = training.team, batches
-    progress = workspace.progress if run is not None else Silent()
+    progress = workspace.progress if run is not None else Progress()
     logs = TrainingLogs((), LOGS, 0, {}, progress.note)
     if run is not None and setup.logs:
         folder = setup.log_dir or LOGS / f"run-{run.id}"
@@ -364,7 +345,7 @@ def learn(
     def keep(epoch: EpochMetrics) -> None:
         assert run is not None
         waited = train_batches.waited + validation_batches.waited
-        state = training.state(run=run.id, fitted=fitted.to_json())
+        state = training.state(run=run.id, scaler=scaler.to_json())
         logs.write(epoch.epoch, keep_epoch(workspace, run, epoch, waited, state))
         progress.finish()
         progress.note(
@@ -390,7 +371,7 @@ def learn(
 def keep_model(
     workspace: Workspace,
     plan: Plan,
-    fitted: Fitted,
+    scaler: Scaler,
     training: Training,
     recipe: Recipe,
     run: RunHandle,
@@ -408,13 +389,12 @@ def keep_model(
         NETWORK,
         labels=tuple(cells.labels),
         field=cells.split.field,
-        scaler=fitted.scaler,
+        scaler=scaler,
         fingerprints=cells.fingerprints(recipe),
         feature_set=cells.source.features.name,
         shape=training.net.shape,
         crop_size=plan.params.crop_size,
         channels=plan.channels,
-        intensity_scale=fitted.intensity_scale,
     )
     more = {
         "parameters": plan.spec.parameters,
@@ -422,7 +402,7 @@ def keep_model(
         "best_epoch": training.best + 1,
     }
     files = write_model(workspace, training.best_state, record, more)
-    run.result = summary(plan, training, fitted) | {
+    run.result = summary(plan, training, scaler) | {
         "checkpoint_sha256": files[0].sha256,
         "resumed_after": 0 if state is None else len(state.record["epochs"]),
     }
@@ -439,7 +419,7 @@ def keep_model(
 
 
 def make_plan(
-    workspace: Workspace, params: TrainParams, names: Names, weights_sha256: str | None = None
+    workspace: Workspace, params: TrainParams, sources: Sources, weights_sha256: str | None = None
 ) -> Plan:
     """Return the plan. ``weights_sha256``: of a file of weights that is not needed any more."""
     if weights_sha256 is None and params.weights not in (NO_WEIGHTS, IMAGENET):
@@ -450,15 +430,8 @@ def make_plan(
                 "'imagenet'."
             )
         weights_sha256 = sha256_of(path)
-    if params.channels and IMAGE not in (params.branches or ()):
-        raise UserInputError(
-            "Channels are looked at by the branch image: name it, too, for example with "
-            "--branches mask,flow,image,tabular."
-        )
     with workspace.database.read() as session:
-        cells = find_training_cells(
-            session, workspace, names, params.features, params.exclude_flagged
-        )
+        cells = find_training_cells(session, workspace, sources, params)
         branches, note = choose_branches(session, cells.source, params.branches)
         channels: tuple[str, ...] = ()
         if IMAGE in branches:
@@ -473,7 +446,6 @@ def make_plan(
         "weights": params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else FROM_FILE,
         "branches": list(branches),
         "channels": list(channels),
-        "augment": sorted(params.augment),
         **cells.parameters,
     }
     del parameters["features"], parameters["exclude_flagged"]
@@ -580,7 +552,9 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def find_unfinished(workspace: Workspace, reference: str) -> tuple[Run, Recipe, TrainParams, Names]:
+def find_unfinished(
+    workspace: Workspace, reference: str
+) -> tuple[Run, Recipe, TrainParams, Sources]:
     """Return a run that is not finished, and what it was asked to do; ``latest``: the last one.
 
     Raises:
@@ -620,8 +594,8 @@ def find_unfinished(workspace: Workspace, reference: str) -> tuple[Run, Recipe, 
             features=features.name if features is not None and in_files else None,
             exclude_flagged=None if qc is None else str(qc),
         )
-        names = (session.get_one(Split, run.split_id).name, str(segment.id), str(measure.id))
-        return run, recipe, params, names
+        split = session.get_one(Split, run.split_id)
+        return run, recipe, params, Sources(split.name, str(segment.id), str(measure.id))
 
 
 def check_same(run: Run, recipe: Recipe, plan: Plan) -> None:
@@ -697,20 +671,17 @@ def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
     return state
 
 
-def fit_inputs(workspace: Workspace, plan: Plan) -> Fitted:
+def fit_scaler(workspace: Workspace, plan: Plan) -> Scaler:
     """Fit what features, and intensities by plate, are scaled by."""
-    from ..learn.normalising import PLATE, Scaler, fit_intensities, fit_scaler
+    from ..learn.normalising import fit_inputs
     from ..learn.trained_models import planes_of
 
+    normalise = plan.params.normalise if TABULAR in plan.branches else None
+    by_plate = plan.params.intensity == "plate" and plan.branches != (TABULAR,)
+    planes = planes_of(plan.cells.segment, plan.channels) if by_plate else ()
     source, also = plan.cells.source, (plan.validation,)
-    scaler, scale = Scaler((), (), ()), None
     with workspace.database.read() as session:
-        if TABULAR in plan.branches:
-            scaler = fit_scaler(session, source, plan.params.normalise, also)
-        if plan.params.intensity == PLATE and plan.branches != (TABULAR,):
-            planes = planes_of(plan.cells.segment, plan.channels)
-            scale = fit_intensities(session, workspace.database, source, planes, also)
-    return Fitted(scaler, scale)
+        return fit_inputs(session, workspace.database, source, normalise, planes, also)
 
 
 @contextmanager
@@ -794,7 +765,7 @@ def keep_epoch(
     return values
 
 
-def summary(plan: Plan, training: Training, fitted: Fitted) -> dict[str, Any]:
+def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
     """Return what a run keeps of its training."""
     from ..learn.normalising import describe_plates
 
@@ -808,7 +779,7 @@ def summary(plan: Plan, training: Training, fitted: Fitted) -> dict[str, Any]:
     seen = {block.label_id for block in blocks["train"]}
     unseen = [value for value, label_id in cells.labels.items() if label_id not in seen]
     columns = cells.source.features.columns if TABULAR in plan.branches else ()
-    excluded, column_notes = excluded_columns(columns, fitted.scaler.names)
+    excluded, column_notes = excluded_columns(columns, scaler.names)
     notes, flagged = list(plan.notes), cells.flagged
     if plan.validation is Subset.TEST:
         notes.append(
@@ -830,7 +801,7 @@ def summary(plan: Plan, training: Training, fitted: Fitted) -> dict[str, Any]:
             f"Excluded, because quality-control run {flagged.run_id} flagged them: "
             f"{flagged.images:,} images and {flagged.cells:,} cells, those of the images included."
         )
-    notes += column_notes + describe_plates(fitted.scaler, fitted.intensity_scale)
+    notes += column_notes + describe_plates(scaler)
     if params.class_weights and params.sampler != "cells":
         notes.append(
             f"Small classes count twice: they are drawn more often (sampler {params.sampler}) and "
@@ -858,13 +829,6 @@ def summary(plan: Plan, training: Training, fitted: Fitted) -> dict[str, Any]:
             "cells_flagged": flagged.cells,
         }
     return kept
-
-
-def new_result(workspace: Workspace, run: RunHandle | None) -> TrainResult:
-    """Return the result of the run that has just ended."""
-    assert run is not None
-    with workspace.database.read() as session:
-        return replace(result_of(session, session.get_one(Run, run.id)), already_done=False)
 
 
 def result_of(session: Session, run: Run) -> TrainResult:

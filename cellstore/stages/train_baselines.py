@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..analysis import draws
-from ..config import BaselineParams
+from ..config import BaselineParams, Sources
 from ..enums import Stage, Subset
 from ..errors import UserInputError
 from ..extras import need
@@ -24,7 +23,6 @@ from ..learn import baselines
 from ..learn.baselines import NULLS, ON_FEATURES, ForestConfig, choose
 from ..learn.branches import TABULAR
 from ..learn.training_cells import (
-    Names,
     TrainingCells,
     excluded_columns,
     find_training_cells,
@@ -83,26 +81,6 @@ class BaselineResult:
     predict_run_id: int | None = None
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A baseline, what scales its input, and how many ``rows`` (cells, images, wells) it saw."""
-
-    estimator: Any
-    scaler: Any
-    rows: int
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class DrawnCells:
-    """Drawn cells: scaled features (N, F) float32, class indices (N,), ids of wells (N,)."""
-
-    rows: NDArray[np.float32]
-    classes: Ids
-    wells: Ids
-    scaler: Any
-
-
 def train_baselines(
     workspace: Workspace,
     kinds: Sequence[str],
@@ -127,17 +105,19 @@ def train_baselines(
     """
     need("train")
     chosen, params = choose(kinds), params or BaselineParams()
-    names: Names = (split, segmentation, measurement)
     with workspace.database.read() as session:
-        cells = find_training_cells(
-            session, workspace, names, params.features, params.exclude_flagged
-        )
+        sources = Sources(split, segmentation, measurement)
+        cells = find_training_cells(session, workspace, sources, params)
     fitting = Fitting(workspace, params, cells)
     results = []
     workspace.progress.start("train", len(chosen))
     try:
         for kind in chosen:
-            spec = _spec(params, cells, kind)
+            used = {name: getattr(params, name) for name in USED[kind]}
+            parameters = {"baseline": kind, **used, **cells.parameters}
+            if kind in ON_FEATURES:
+                parameters["normalise"] = params.normalise
+            spec = RecipeSpec(Stage.TRAIN, VERSION, parameters, None, cells.inputs, cells.local)
             with workspace.database.read() as session:
                 found = None if force else finished_run(session, spec, cells.split.id)
                 earlier = None if found is None else _result(session, found)
@@ -146,15 +126,6 @@ def train_baselines(
     finally:
         workspace.progress.finish()
     return tuple(results)
-
-
-def _spec(params: BaselineParams, cells: TrainingCells, kind: str) -> RecipeSpec:
-    """What decides the result of one baseline."""
-    parameters = {"baseline": kind, **{name: getattr(params, name) for name in USED[kind]}}
-    parameters |= cells.parameters
-    if kind in ON_FEATURES:
-        parameters["normalise"] = params.normalise
-    return RecipeSpec(Stage.TRAIN, VERSION, parameters, None, cells.inputs, cells.local)
 
 
 def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) -> BaselineResult:
@@ -171,22 +142,22 @@ def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) 
         seed=fitting.params.seed,
         query=as_text(cells_query(replace(cells.source, subset=Subset.TRAIN))),
     ) as run:
-        fitted = fitting.fit(kind)
+        estimator, scaler, rows, fit_notes = fitting.fit(kind)
         record = ModelRecord(
             model=kind,
             labels=tuple(fitting.labels),
             field=cells.split.field,
-            scaler=fitted.scaler,
+            scaler=scaler,
             fingerprints=cells.fingerprints(recipe),
             feature_set=cells.source.features.name,
         )
-        files = write_model(workspace, fitted.estimator, record, {"rows": fitted.rows})
+        files = write_model(workspace, estimator, record, {"rows": rows})
         with workspace.database.begin() as session:
             for file in files:
                 attach(session, run.id, keep_file(session, file))
         columns = cells.source.features.columns if kind in ON_FEATURES else ()
-        excluded, column_notes = excluded_columns(columns, fitted.scaler.names)
-        notes = [*cells.notes, *fitted.notes, *describe_plates(fitted.scaler, None)]
+        excluded, column_notes = excluded_columns(columns, scaler.names)
+        notes = [*cells.notes, *fit_notes, *describe_plates(scaler)]
         if fitting.without:
             some = ", ".join(fitting.without[:5])
             notes.append(f"{len(fitting.without)} classes have no cell to train on: {some}.")
@@ -198,7 +169,7 @@ def _train(workspace: Workspace, fitting: Fitting, kind: str, spec: RecipeSpec) 
             "classes_without_cells": fitting.without,
             "images": len(fitting.blocks),
             "cells": sum(block.n_cells for block in fitting.blocks),
-            "rows": fitted.rows,
+            "rows": rows,
             "notes": notes + column_notes,
             "feature_set": cells.source.features.name if kind in ON_FEATURES else None,
             "columns_excluded": excluded,
@@ -233,10 +204,8 @@ class Fitting:
         self.labels = {value: i for value, i in cells.labels.items() if i in seen}
         self.without = [value for value in cells.labels if value not in self.labels]
         self.class_of = {label_id: index for index, label_id in enumerate(self.labels.values())}
-        self.drawn_cells = cache(self._draw_cells)
+        self.drawn: tuple[Any, NDArray[np.float32], Ids, Ids] | None = None
         name = repr(cells.split.name)
-        if params.strength <= 0:
-            raise UserInputError("The penalty (--strength) must be above 0.")
         if not self.blocks:
             features = cells.source.features
             what = f"cells in feature set {features.name!r}"
@@ -257,98 +226,88 @@ class Fitting:
                 "--max-cells."
             )
 
-    def fit(self, kind: str) -> Fitted:
-        """Fit one baseline."""
-        fits: Mapping[str, Callable[[], Fitted]] = {
-            baselines.MAJORITY: self._majority,
-            baselines.SHUFFLED: self._shuffled,
-            baselines.CELLCOUNT: self._cellcount,
-            baselines.POSITION: self._position,
-            baselines.LOGISTIC: self._logistic,
-            baselines.FOREST: self._forest,
-        }
-        return fits[kind]()
+    def fit(self, kind: str) -> tuple[Any, Any, int, tuple[str, ...]]:
+        """Return an estimator, what scales its input, how many rows it learned from, and notes.
 
-    def _majority(self) -> Fitted:
+        Rows are cells, images or wells.
+        """
         from ..learn.normalising import Scaler
 
-        classes = self._classes([block.label_id for block in self.blocks])
-        return Fitted(baselines.fit_majority(classes), Scaler((), (), ()), len(classes))
+        params, scaler = self.params, Scaler()
+        if kind == baselines.MAJORITY:
+            classes = self._classes([block.label_id for block in self.blocks])
+            return baselines.fit_majority(classes), scaler, len(classes), ()
+        if kind == baselines.POSITION:
+            wells = self._wells()
+            chosen = self._draw({well_id: label_id for well_id, (label_id, *_) in wells.items()})
+            rows = np.array([wells[i][1:] for i in chosen], dtype=np.float32)
+            classes = self._classes([wells[i][0] for i in chosen])
+            # By heart: what always is in a well is to be known there, which small leaves alone can
+            # say.
+            config = ForestConfig(params.trees, depth=None, smallest_leaf=1, all_columns=True)
+            model = baselines.fit_forest(rows, classes, params.seed, config)
+            scaler = Scaler(baselines.POSITION_COLUMNS, (0.0, 0.0), (1.0, 1.0))
+            return model, scaler, len(rows), ()
+        notes: tuple[str, ...] = ()
+        if kind == baselines.CELLCOUNT:
+            # Cells count whether they are flagged or not: later, nobody will know which were.
+            with self.workspace.database.read() as session:
+                every = list_blocks(session, replace(self.source, unflagged_by=None))
+            images = {block.image_id for block in self.blocks}
+            counts = {block.image_id: block for block in every if block.image_id in images}
+            chosen = self._draw({image_id: block.label_id for image_id, block in counts.items()})
+            measured = baselines.count_rows([counts[image_id].n_cells for image_id in chosen])
+            scaler = Scaler.fit(baselines.COUNT_COLUMNS, [measured])
+            rows = scaler.transform(measured)
+            classes = self._classes([counts[image_id].label_id for image_id in chosen])
+        else:
+            self.drawn = self.drawn or self._draw_cells()
+            scaler, rows, classes, wells_of = self.drawn
+            if kind == baselines.SHUFFLED:
+                classes, notes = self._shuffled(wells_of)
+        if kind == baselines.FOREST:
+            config = ForestConfig(params.trees, params.depth, params.smallest_leaf)
+            model = baselines.fit_forest(rows, classes, params.seed, config)
+            return model, scaler, len(rows), notes
+        model, converged = baselines.fit_logistic(rows, classes, params.strength)
+        if not converged:
+            slow = (
+                f"Fitting had not converged after {baselines.STEPS} steps; a larger penalty "
+                "(--strength) makes it."
+            )
+            notes = (slow, *notes)
+        return model, scaler, len(rows), notes
 
-    def _cellcount(self) -> Fitted:
-        """Cells count whether they are flagged or not: later, nobody will know which were."""
-        from ..learn.normalising import Scaler
-
-        images = {block.image_id for block in self.blocks}
-        with self.workspace.database.read() as session:
-            every = list_blocks(session, replace(self.source, unflagged_by=None))
-        counts = {block.image_id: block for block in every if block.image_id in images}
-        chosen = self._drawn({block.image_id: block.label_id for block in counts.values()})
-        rows = baselines.count_rows([counts[image_id].n_cells for image_id in chosen])
-        scaler = Scaler.fit(baselines.COUNT_COLUMNS, [rows])
-        classes = self._classes([counts[image_id].label_id for image_id in chosen])
-        return self._linear(scaler.transform(rows), classes, scaler)
-
-    def _position(self) -> Fitted:
-        from ..learn.normalising import Scaler
-
-        wells = self._wells()
-        chosen = self._drawn({well_id: label_id for well_id, (label_id, *_) in wells.items()})
-        rows = np.array([wells[i][1:] for i in chosen], dtype=np.float32)
-        # By heart: what always is in a well is to be known there, which small leaves alone can say.
-        config = ForestConfig(self.params.trees, depth=None, smallest_leaf=1, all_columns=True)
-        classes = self._classes([wells[i][0] for i in chosen])
-        model = baselines.fit_forest(rows, classes, self.params.seed, config)
-        return Fitted(model, Scaler(baselines.POSITION_COLUMNS, (0.0, 0.0), (1.0, 1.0)), len(rows))
-
-    def _logistic(self) -> Fitted:
-        cells = self.drawn_cells()
-        return self._linear(cells.rows, cells.classes, cells.scaler)
-
-    def _shuffled(self) -> Fitted:
-        cells = self.drawn_cells()
+    def _shuffled(self, wells: Ids) -> tuple[Ids, tuple[str, ...]]:
+        """Classes of cells whose wells have exchanged their labels, and how many kept theirs."""
         # A class that went to wells without a drawn cell would be in no row.
-        drawn = frozenset(cells.wells.tolist())
+        drawn = frozenset(wells.tolist())
         labels = {well: label for well, (label, *_) in self._wells().items() if well in drawn}
         before = np.array(list(labels.values()))
         after = np.random.Generator(np.random.PCG64(self.params.seed)).permutation(before)
         given = dict(zip(labels, after.tolist(), strict=True))
-        classes = self._classes([given[well] for well in cells.wells.tolist()])
-        same = int((before == after).sum())
         note = (
-            f"Labels were shuffled between wells; {same:,} of {len(labels):,} wells got their own "
-            "label back by chance."
+            f"By chance {int((before == after).sum()):,} of {len(labels):,} wells kept their true "
+            "label when labels were shuffled."
         )
-        fitted = self._linear(cells.rows, classes, cells.scaler)
-        return replace(fitted, notes=(*fitted.notes, note))
+        return self._classes([given[well] for well in wells.tolist()]), (note,)
 
-    def _forest(self) -> Fitted:
-        cells, params = self.drawn_cells(), self.params
-        config = ForestConfig(params.trees, params.depth, params.smallest_leaf)
-        model = baselines.fit_forest(cells.rows, cells.classes, params.seed, config)
-        return Fitted(model, cells.scaler, len(cells.rows))
+    def _draw_cells(self) -> tuple[Any, NDArray[np.float32], Ids, Ids]:
+        """Draw cells evenly over the classes, and read what is to be known of them.
 
-    def _linear(self, rows: NDArray[np.float32], classes: Ids, scaler: Any) -> Fitted:
-        model, converged = baselines.fit_logistic(rows, classes, self.params.strength)
-        note = (
-            f"Fitting had not converged after {baselines.STEPS} steps; a larger penalty "
-            "(--strength) makes it."
-        )
-        return Fitted(model, scaler, len(rows), () if converged else (note,))
+        Returns a scaler, features (N, F) scaled by it, class indices (N,) and ids of wells (N,).
+        """
+        from ..learn.normalising import fit_inputs
 
-    def _draw_cells(self) -> DrawnCells:
-        """Draw cells evenly over the classes, and read what is to be known of them."""
-        from ..learn.normalising import fit_scaler
-
-        params, source = self.params, self.source
+        params, source, database = self.params, self.source, self.workspace.database
         counts: Counter[int] = Counter()
         for block in self.blocks:
             counts[block.label_id] += block.n_cells
         shares = draws.even_shares(counts, params.max_cells)
         lowest = draws.Lowest(shares, params.seed)
-        with self.workspace.database.read() as session:
+        with database.read() as session:
             also = (Subset.VALIDATION, Subset.TEST)
-            scaler = fit_scaler(session, source, params.normalise, also)
+            scaler = fit_inputs(session, database, source, params.normalise, also=also)
             query = cells_query(source)
             for groups, ids in stream_groups(session, query, source, SplitMember.label_id):
                 lowest.add(groups, ids)
@@ -356,13 +315,12 @@ class Fitting:
             ids = np.sort(np.concatenate(list(drawn.values())))
             label_of = {i: label for label, some in drawn.items() for i in some.tolist()}
             values = read_values(session, source, ids, scaler.names)
-            places = wells_and_plates(session, ids)
+            known = wells_and_plates(session, ids)
         rows = np.empty(values.shape, dtype=np.float32)
-        for plate in np.unique(places.plates).tolist():
-            there = places.plates == plate
-            rows[there] = scaler.transform(values[there], plate)
-        classes = self._classes([label_of[i] for i in ids.tolist()])
-        return DrawnCells(rows, classes, places.wells, scaler)
+        for plate in np.unique(known.plates).tolist():
+            on_plate = known.plates == plate
+            rows[on_plate] = scaler.transform(values[on_plate], plate)
+        return scaler, rows, self._classes([label_of[i] for i in ids.tolist()]), known.wells
 
     def _wells(self) -> dict[int, tuple[int, int, int]]:
         """Label, row and column of the wells of the training images that have cells, by id."""
@@ -385,7 +343,7 @@ class Fitting:
                     found.setdefault(well_id, (label_id, row, column))
         return found
 
-    def _drawn(self, labels: Mapping[int, int]) -> list[int]:
+    def _draw(self, labels: Mapping[int, int]) -> list[int]:
         """Images or wells, by their ids with their label, no more than there may be cells."""
         ids, groups = (np.array(list(x), dtype=np.int64) for x in (labels.keys(), labels.values()))
         lowest = draws.Lowest(self.params.max_cells, self.params.seed)

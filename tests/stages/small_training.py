@@ -38,7 +38,7 @@ from cellstore.models import (
     Segmentation,
     Well,
 )
-from cellstore.progress import Silent
+from cellstore.progress import Progress
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.settings import StoreSettings
 from cellstore.stages.measure import measure
@@ -197,7 +197,7 @@ def opened(tmp_path: Path) -> Iterator[Opener]:
         workspace.database.close()
 
 
-class StopsAfter(Silent):
+class StopsAfter(Progress):
     """A listener at which training ends, by default as by Ctrl-C; it keeps what it was told."""
 
     def __init__(self, epochs: int, stop: BaseException | None = None) -> None:

@@ -208,6 +208,6 @@ def test_a_baseline_reads_features_as_differences_to_the_controls_of_the_plate(
     with sqlite_workspace.database.read() as session:
         model = open_model(session, sqlite_workspace, session.get_one(Run, result.run_id))
         for image, _, label in members:
-            said = model.model.predict(model.reader(image.id)).argmax(axis=1)
+            said = model.model.predict(model.reader(image.id))[0].argmax(axis=1)
             right += [model.record.labels[index] == label.value for index in said]
     assert np.mean(right) > 0.98  # plates differ twenty times as much as treatments do

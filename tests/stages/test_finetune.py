@@ -83,9 +83,9 @@ def lesson(workspace: Workspace, tmp_path: Path) -> Lesson:
 
 def test_masks_are_matched_to_images_by_name(lesson: Lesson) -> None:
     lesson.correct(1, 2, 3, 4)
-    sides = find_examples(lesson.workspace, [lesson.masks], FinetuneParams(), None)
-    assert (len(sides.training), len(sides.held_out), sides.refused) == (3, 1, ())
-    assert {example.cells for example in sides.training} == {3}
+    examples = find_examples(lesson.workspace, [lesson.masks], FinetuneParams(), None)
+    assert (len(examples.training), len(examples.held_out), examples.refused) == (3, 1, ())
+    assert {example.cells for example in examples.training} == {3}
 
 
 def test_files_that_cannot_be_used_say_why(lesson: Lesson) -> None:
@@ -94,9 +94,9 @@ def test_files_that_cannot_be_used_say_why(lesson: Lesson) -> None:
     (lesson.masks / "r01c02f02_masks.tif").write_bytes(encode_tiff(labels(1)[:-2]))
     (lesson.masks / "r01c02f03_masks.tif").write_bytes(encode_tiff(np.zeros(SHAPE, np.uint16)))
     again = lesson.masks / "r01c02f01_masks.tif"
-    sides = find_examples(lesson.workspace, [lesson.masks, again], FinetuneParams(), None)
-    assert [example.file for example in sides.training] == ["r01c02f01_masks.tif"]
-    reasons = {item.file: item.reason.split(":")[0] for item in sides.refused}
+    examples = find_examples(lesson.workspace, [lesson.masks, again], FinetuneParams(), None)
+    assert [example.file for example in examples.training] == ["r01c02f01_masks.tif"]
+    reasons = {item.file: item.reason.split(":")[0] for item in examples.refused}
     assert reasons == {
         "r09c09f01_masks.tif": "no such image",
         "r01c02f02_masks.tif": "another shape than the image",
@@ -151,7 +151,7 @@ def test_nothing_is_held_out_if_nothing_is_asked_for() -> None:
     ("change", "words"),
     [
         ({"epochs": 0}, "--epochs must be at least 1"),
-        ({"learning_rate": float("nan")}, "above 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be a number"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"held_out": 1.0}, "--held-out must be at most 0.9"),
         ({"channels": ("Mito",)}, "Mito"),

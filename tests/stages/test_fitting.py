@@ -13,16 +13,13 @@ from sqlalchemy import select, update
 
 from cellstore.config import ImageInput
 from cellstore.enums import Stage, Subset
-from cellstore.errors import ImageError, UnknownNameError, UserInputError
+from cellstore.errors import ImageError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.normalising import (
-    IntensityScale,
     Scaler,
-    add_intensities,
     add_plates,
     describe_plates,
-    fit_intensities,
-    fit_scaler,
+    fit_inputs,
     plates_of,
 )
 from cellstore.models import FeatureSet, Image, ImageFile, Recipe, SplitMember, Well
@@ -82,10 +79,10 @@ def plates(workspace: Workspace) -> Plates:
 def test_controls_of_the_training_side_count_and_those_of_plates_that_are_not_in_it(
     plates: Plates,
 ) -> None:
-    source = plates.source()
-    with plates.workspace.database.read() as session:
-        scaler = fit_scaler(session, source, "plate-controls", (Subset.VALIDATION,))
-        more = add_plates(session, source, scaler, ["P4"])
+    source, database = plates.source(), plates.workspace.database
+    with database.read() as session:
+        scaler = fit_inputs(session, database, source, "plate-controls", (), (Subset.VALIDATION,))
+        more = add_plates(session, database, source, (), scaler, ["P4"])
     # P1: 1 and 3, not the test wells 100 and 900; P2, only in validation: its own, 10 and 30.
     assert more.plates == {
         "P1": ((2.0,), (1.0,), 2),
@@ -96,32 +93,32 @@ def test_controls_of_the_training_side_count_and_those_of_plates_that_are_not_in
     # What comes out is scaled as the training side is: -1, 1, 3 and 5 have mean 2.
     assert (scaler.mean, scaler.scale) == ((2.0,), (pytest.approx(5**0.5),))
     assert more.transform([[50.0]], "P2") == pytest.approx((3 - 2) / 5**0.5)
-    (note,) = describe_plates(more, None)
+    (note,) = describe_plates(more)
     assert note.endswith("are normalised against their own negative controls: P2, P4.")
-    assert describe_plates(Scaler((), (), ()), None) == []
+    assert describe_plates(Scaler()) == []
 
 
 def test_a_plate_without_controls_is_named(plates: Plates) -> None:
-    source = plates.source()
-    with plates.workspace.database.begin() as session:
-        scaler = fit_scaler(session, source, "plate-controls")
+    source, database = plates.source(), plates.workspace.database
+    with database.begin() as session:
+        scaler = fit_inputs(session, database, source, "plate-controls")
         with pytest.raises(UserInputError, match="'P3' has 0 measured cells of neg"):
-            add_plates(session, source, scaler, ["P3"])
+            add_plates(session, database, source, (), scaler, ["P3"])
         session.execute(update(Well).values(control=None))
         with pytest.raises(UserInputError, match=r"'P1' has 0 .* in the training subset.* negcon"):
-            fit_scaler(session, source, "plate-controls")
+            fit_inputs(session, database, source, "plate-controls")
 
 
 def test_the_usual_scaler_knows_no_plates(plates: Plates) -> None:
-    with plates.workspace.database.read() as session:
-        scaler = fit_scaler(session, plates.source())
-        with pytest.raises(UnknownNameError, match="Known: train, plate-controls"):
-            fit_scaler(session, plates.source(), "plate")
+    database = plates.workspace.database
+    with database.read() as session:
+        scaler = fit_inputs(session, database, plates.source(), "train")
         assert plates_of(session, plates.source()) == ["P1", "P2"]
     assert scaler == Scaler(("x",), (4.0,), (5**0.5,), gaps=True)
 
 
 PLANES = (ImageInput(), ImageInput(("DNA",)))
+NO_PLATES = Scaler(intensities={})
 
 
 @pytest.fixture
@@ -145,16 +142,17 @@ def test_the_intensity_scale_of_a_plate_comes_from_its_training_images(
     with workspace.database.read() as session:
         side = select(SplitMember.image_id).where(SplitMember.subset == Subset.TRAIN)
         named = session.scalars(select(Image.core_name).where(Image.id.in_(side))).all()
-        scale = fit_intensities(session, workspace.database, source, PLANES, (Subset.VALIDATION,))
-        more = add_intensities(session, workspace.database, source, PLANES, scale, ["P1"])
+        database, also = workspace.database, (Subset.VALIDATION,)
+        scale = fit_inputs(session, database, source, None, PLANES, also)
+        more = add_plates(session, database, source, PLANES, NO_PLATES, ["P1"])
     training = [int(name[4:6]) - 1 for name in named]
     assert 0 < len(training) < 6
     expected = np.median([bright(index) for index in training])
-    assert scale.plates == {"P1": (expected, expected)}
+    assert scale.intensities == {"P1": (expected, expected)}
     assert scale.own == ()
     everything = np.median([bright(index) for index in range(6)])
-    assert more.plates == {"P1": (everything, everything)}
-    (note,) = describe_plates(Scaler((), (), ()), more)
+    assert more.intensities == {"P1": (everything, everything)}
+    (note,) = describe_plates(more)
     assert note.endswith("have the intensity scale of their own images: P1.")
 
 
@@ -166,14 +164,13 @@ def test_images_that_cannot_be_read_do_not_count(
     with workspace.database.begin() as session:
         session.execute(update(ImageFile).where(ImageFile.image_id != 3).values(sha256=None))
     nothing = fit_of(workspace, source)
-    assert nothing.plates["P1"][0] == bright(2)
+    assert nothing.intensities["P1"][0] == bright(2)
     with workspace.database.begin() as session:
         session.execute(update(ImageFile).values(sha256=None))
     with pytest.raises(ImageError, match="No image of plate 'P1' can be read"):
         fit_of(workspace, source)
 
 
-def fit_of(workspace: Workspace, source: CellSource) -> IntensityScale:
+def fit_of(workspace: Workspace, source: CellSource) -> Scaler:
     with workspace.database.read() as session:
-        empty = IntensityScale({})
-        return add_intensities(session, workspace.database, source, PLANES[:1], empty, ["P1"])
+        return add_plates(session, workspace.database, source, PLANES[:1], NO_PLATES, ["P1"])

@@ -37,7 +37,7 @@ class Plates:
     """A scaler that writes down of which plates it was asked."""
 
     def __init__(self, scaler: Scaler) -> None:
-        self.scaler, self.names, self.plates = scaler, scaler.names, set()
+        self.scaler, self.names, self.plates, self.intensities = scaler, scaler.names, set(), None
 
     def transform(self, rows: Any, plate: str | None = None) -> np.ndarray:
         self.plates.add(plate)
@@ -135,8 +135,9 @@ def test_an_image_is_opened_once_while_it_fits_in_memory(
 def test_channels_have_the_intensity_scale_of_their_plate(workspace: Workspace) -> None:
     scale = {"P1": (5000.0, 1000.0), "P2": (1.0, 1.0)}
     more = {"branches": ("mask", "image", "tabular"), "channels": ("dna",)}
-    reader, blocks = reader_of(workspace, **more, intensity_scale=scale)
-    own, _ = reader_of(workspace, **more)
+    own, blocks = reader_of(workspace, **more)
+    scaler = replace(own.scaler, intensities=scale)
+    reader, _ = reader_of(workspace, **more, scaler=scaler)
     cells = reader.cut(blocks[0].image_id)
     rows, columns = cells.crops.sizes[0]
     with workspace.database.read() as session:

@@ -22,7 +22,7 @@ from cellstore.errors import CellstoreError, StorageError, UnknownNameError, Use
 from cellstore.jobs.runs import running
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import trained_models as models
-from cellstore.learn.normalising import IntensityScale, Scale
+from cellstore.learn.normalising import Scale
 from cellstore.models import (
     Artifact,
     Cell,
@@ -382,15 +382,16 @@ def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
 def test_a_plate_that_training_has_not_seen_has_its_own_white(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     scales = [float(np.percentile(pixels(index), 99.9)) for index in range(6)]
-    given: dict[str, IntensityScale | None] = {
+    given: dict[str, dict[str, tuple[float, ...]] | None] = {
         "of each image": None,
-        "unseen": IntensityScale({"elsewhere": (1.0,)}),
-        "known": IntensityScale({"P1": (float(np.median(scales)),)}),
-        "twice as bright": IntensityScale({"P1": (2 * float(np.median(scales)),)}),
+        "unseen": {"elsewhere": (1.0,)},
+        "known": {"P1": (float(np.median(scales)),)},
+        "twice as bright": {"P1": (2 * float(np.median(scales)),)},
     }
     found, notes = {}, {}
     for seed, (name, levels) in enumerate(given.items()):
-        run = craft(workspace, number=seed, branches=("mask", "tabular"), intensity_scale=levels)
+        scaler = replace(PLAIN, intensities=levels)
+        run = craft(workspace, scaler, number=seed, branches=("mask", "tabular"))
         result = predict(workspace, EVERYTHING, run=str(run), device="cpu")
         found[name] = said(workspace, result.run_id)
         notes[name] = [note for note in result.notes if "intensity scale of their own" in note]

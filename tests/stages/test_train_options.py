@@ -14,10 +14,7 @@ from cellstore.config import TrainParams, TrainSetup, as_parameters
 from cellstore.enums import Stage, Subset
 from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.learn import training_logs
-from cellstore.learn.batches import SAMPLERS
-from cellstore.learn.normalising import INTENSITIES, NORMALISATIONS
-from cellstore.learn.training import LOSSES, MONITORS, PRECISIONS, SCHEDULES
+from cellstore.learn import training as training_module
 from cellstore.models import Image, ImageFile, Label, Recipe, Run, SplitMember
 from cellstore.stages.predict import predict
 from cellstore.stages.train import train
@@ -43,7 +40,8 @@ def test_options_override_a_preset() -> None:
     small = TrainParams.of("published", crop_size=32, augment=("flips",))
     assert (small.crop_size, small.augment, small.backbone) == (32, ("flips",), "efficientnet_b0")
     assert TrainParams.of(epochs=2).warmup_epochs == 1
-    assert TrainParams.of(epochs=2, warmup_epochs=2).warmup_epochs == 2
+    with pytest.raises(UserInputError, match="warm-up must be shorter"):
+        TrainParams.of(epochs=2, warmup_epochs=2)
     with pytest.raises(UnknownNameError, match=r"Unknown preset 'tiny'. Known: published"):
         TrainParams.of("tiny")
     assert TrainParams.from_recipe(as_parameters(small)) == small
@@ -69,7 +67,7 @@ def test_the_default_network_looks_at_channels_by_the_scale_of_their_plate(
     assert record["channels"] == ["DNA"]
     assert record["shape"]["plane_channels"] == 1
     assert record["shape"]["backbone"] == "shufflenet_v2_x0_5"
-    assert [len(levels) for levels in record["intensity_scale"]["plates"].values()] == [2]
+    assert [len(levels) for levels in record["scaler"]["intensities"].values()] == [2]
     assert record["parameters"]["augment"] == ["flips", "intensity", "rotations"]
     predicted = predict(workspace, run=str(result.run_id), device="cpu")
     assert predicted.cells == 8
@@ -86,19 +84,19 @@ def refused(workspace: Workspace, match: str, error: type[Exception], **changes:
 def test_what_cannot_be_trained_is_told_before_a_run_begins(built: Path, opened: Opener) -> None:
     workspace = opened(built)
     unknown = {
-        "loss": ("loss", LOSSES),
-        "sampler": ("sampler", SAMPLERS),
-        "schedule": ("schedule", SCHEDULES),
-        "precision": ("precision", tuple(PRECISIONS)),
-        "monitor": ("monitor", MONITORS),
-        "normalise": ("normalise", NORMALISATIONS),
-        "intensity": ("intensity", INTENSITIES),
+        "loss": "cross-entropy, focal",
+        "sampler": "cells, classes, capped",
+        "schedule": "step, cosine, constant",
+        "precision": "32, bf16, 16",
+        "monitor": "loss, accuracy",
+        "normalise": "train, plate-controls",
+        "intensity": "image, plate",
     }
-    for name, (kind, known) in unknown.items():
-        match = f"Unknown {kind} 'x'. Known: {', '.join(known)}"
-        refused(workspace, match, UnknownNameError, **{name: "x"})
-    refused(workspace, "Unknown augmentation 'x'", UnknownNameError, augment=("x",))
-    refused(workspace, "Unknown branch 'x'", UnknownNameError, branches=("x",))
+    for name, known in unknown.items():
+        refused(workspace, f"Unknown {name} 'x'. Known: {known}", UnknownNameError, **{name: "x"})
+    refused(workspace, "Unknown name for --augment 'x'", UnknownNameError, augment=("x",))
+    refused(workspace, "Unknown name for --branches 'x'", UnknownNameError, branches=("x",))
+    refused(workspace, "one branch or more", UserInputError, branches=())
     pictures = ("image", "tabular")
     refused(
         workspace, "Unknown channel 'ER'. Known: DNA", UnknownNameError,
@@ -137,11 +135,11 @@ def test_logs_are_written_beside_the_store_or_their_package_is_named(
     lines = (tmp_path / "logs" / "csv" / "metrics.csv").read_text().splitlines()
     assert len(lines) == 1 + result.epochs
     assert {"step", "validation_loss"} <= set(lines[0].split(","))
-    monkeypatch.setattr(training_logs, "find_spec", lambda _: None)
+    monkeypatch.setattr(training_module, "find_spec", lambda _: None)
     for kind in ("tensorboard", "mlflow"):
         with pytest.raises(MissingExtraError, match=f"pip install {kind}"):
             train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=(kind,)))
-    with pytest.raises(UnknownNameError, match="Unknown kind of log 'wandb'"):
+    with pytest.raises(UnknownNameError, match="Unknown name for --log 'wandb'"):
         train(workspace, PARAMS, device="cpu", setup=TrainSetup(logs=("wandb",)))
 
 

@@ -204,7 +204,7 @@ def test_a_training_that_goes_on_keeps_what_was_fitted(
 ) -> None:
     workspace = opened(built)
     run_id = broken_off(workspace)
-    monkeypatch.setattr(train_module, "fit_inputs", lambda *_: pytest.fail("fitted again"))
+    monkeypatch.setattr(train_module, "fit_scaler", lambda *_: pytest.fail("fitted again"))
     assert train(workspace, resume=str(run_id), device="cpu").epochs == PARAMS.epochs
 
 

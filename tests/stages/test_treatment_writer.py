@@ -197,7 +197,7 @@ def test_the_first_that_a_file_says_counts(screen: Screen) -> None:
     ((severity, file, line, reason, detail),) = account.shown
     assert (severity, file, line) == (Severity.SUSPICIOUS, "f", screen.wells[1])
     assert reason == "described in two ways"
-    assert f"the target of AMG900 is AURKA on an earlier line, and AURKB in {plate}/A02:" in detail
+    assert f"AMG900 has the target AURKA on an earlier line, but AURKB in {plate}/A02;" in detail
     assert screen.treatment(1) == replace(NAME_ONLY, target="AURKA")
 
 

@@ -254,8 +254,8 @@ class TreatmentWriter:
             names = [f"{plate}/{well}" for plate, well in rows]
             more = f" and {len(wells) - len(names):,} more" if len(wells) > len(names) else ""
             detail = (
-                f"the {column} of {key.name} is {first} on an earlier line, and {other} in "
-                f"{', '.join(names)}{more}: {first} is kept. Correct the table, and ingest it again"
+                f"{key.name} has the {column} {first} on an earlier line, but {other} in "
+                f"{', '.join(names)}{more}; {first} is kept. Correct the table and ingest it again"
             )
             self._account.suspicious(line, "described in two ways", detail, file=self._file)
         self._disagreements.clear()
