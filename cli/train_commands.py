@@ -115,8 +115,8 @@ def train(
     database; the checkpoint of the best epoch is kept as a file of the store. The defaults suit
     some thousand cells; --preset published is the network of the study, trained as published.
     Cells of another tool may have no masks: then the network reads their features only, and the
-    result says so. A value that their tool did not measure counts as the mean of its column in the
-    training images.
+    result notes this. A value that their tool did not measure counts as the mean of its column
+    in the training images.
 
     A training that was stopped goes on, after its last whole epoch, when the same command is
     given again, or with --resume.
@@ -258,7 +258,7 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
     for note in dict.fromkeys(note for item in results for note in item.notes):
         say(note)
     if first.predict_run_id is not None:
-        typer.echo("\nThey stand beside the score of every run of this split: cellstore report")
+        typer.echo("\nCompare them with other runs of this split: cellstore report")
 
 
 @command(app, "contrast")

@@ -157,7 +157,7 @@ def contrast(
     measurement: str | None = None,
     force: bool = False,
 ) -> ContrastResult:
-    """Say of each treatment whether its cells can be told from control cells of the same plates.
+    """Test for each treatment whether its cells differ from control cells of the same plates.
 
     See ``cellstore.analysis.contrasts``. What was compared with the same options on the same cells
     is returned as it is, unless ``force``.
@@ -199,7 +199,7 @@ def contrast(
         if teacher is not None:
             note = (
                 f"These features are an embedding by training run {teacher.id}, which learned what "
-                "wells got: on wells of its split, a difference says nothing. Use measurements."
+                "wells got: a difference on wells of its split proves nothing. Use measurements."
             )
             run.result["notes"].insert(0, note)
     with workspace.database.read() as session:

@@ -469,7 +469,7 @@ def check_subsets(plan: Plan) -> None:
     if len(cells.labels) == 1:
         raise UserInputError(
             f"All images in the training subset of split {name} are of one class, "
-            f"{next(iter(cells.labels))!r}: there is nothing to tell apart. Make another split."
+            f"{next(iter(cells.labels))!r}: there is nothing to learn. Make another split."
         )
     for subset, called in ((Subset.TRAIN, "training"), (plan.validation, plan.validation.value)):
         if cells.blocks[subset]:
@@ -718,8 +718,8 @@ def as_run(
         with workspace.database.read() as session:
             if session.scalar(known) != len(training.epochs):
                 raise StoreError(
-                    f"Another process has gone on with run {run.id} in the meantime. Go on from "
-                    f"where it is now with: cellstore train --resume {run.id}"
+                    f"Another process has continued run {run.id} in the meantime. Continue "
+                    f"it with: cellstore train --resume {run.id}"
                 )
         try:
             yield run

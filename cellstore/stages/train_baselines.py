@@ -217,7 +217,7 @@ class Fitting:
         if len(self.labels) < 2:
             raise UserInputError(
                 f"The training subset of split {name} has cells of one class only "
-                f"({next(iter(self.labels))}), so there is nothing to tell apart. Make another "
+                f"({next(iter(self.labels))}), so there is nothing to learn. Make another "
                 "split."
             )
         if params.max_cells < len(self.labels):

@@ -236,7 +236,7 @@ def test_a_cancelled_training_ends_and_one_that_was_taken_over_too(
         with workspace.database.begin() as session:
             session.execute(update(Run).where(Run.id == run.id).values(process=ELSEWHERE))
 
-    with pytest.raises(StoreError, match="was gone on with by other-host:77"):
+    with pytest.raises(StoreError, match="was continued by other-host:77"):
         train(replace(workspace, progress=_Does(take_over)), resume=str(run.id), device="cpu")
     assert run_of(workspace, run.id).status is Status.RUNNING  # it is the other's
 

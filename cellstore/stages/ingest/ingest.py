@@ -114,7 +114,7 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
             elif kind is SourceKind.MASKS:
                 from .ingest_masks import ingest_masks  # these are slow to import
 
-                brought = ingest_masks(workspace, run.id, source, params, account)
+                brought = ingest_masks(workspace, source, params, account)
             else:
                 with workspace.database.begin() as session:
                     one_ingest_at_a_time(session)

@@ -443,8 +443,10 @@ class RowWriter:
             for order, ref in enumerate(_distinct(record.files), start=1):
                 folder = self._folder_ids[ref.folder]
                 old = files.get(ref.channel)
-                same = next((name for name, file in files.items() if file.name == ref.name), None)
-                if old is None and same is not None:  # one file is one channel
+                same = None
+                if old is None:
+                    same = next((key for key, file in files.items() if file.name == ref.name), None)
+                if same is not None:  # one file is one channel
                     self.account.suspicious(
                         record.line,
                         "one file under two channels",
@@ -513,6 +515,8 @@ class RowWriter:
         A plate keeps the value that it has; what wells say otherwise is kept with them. What
         differs between the images of one well cannot be kept, and a note says so.
         """
+        if not self._metadata:
+            return
         plates: dict[int, list[int]] = defaultdict(list)
         for some in in_lists(self._metadata):
             query = select(Well.plate_id, Well.id).where(Well.id.in_(some))
