@@ -241,9 +241,9 @@ def calibration(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Ca
     edges = np.linspace(0, 1, bins + 1)
     bin_of = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
     number = np.bincount(bin_of, minlength=bins)
-    said = np.bincount(bin_of, weights=confidence, minlength=bins)
+    confident = np.bincount(bin_of, weights=confidence, minlength=bins)
     right = np.bincount(bin_of, weights=correct.astype(np.float64), minlength=bins)
-    return Calibration(edges, number, _ratio(said, number), _ratio(right, number))
+    return Calibration(edges, number, _ratio(confident, number), _ratio(right, number))
 
 
 def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
@@ -279,7 +279,7 @@ def _pair(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[Any], NDArray[An
     one, two = _filled(first), _filled(second)
     if one.shape != two.shape:
         raise UserInputError(
-            f"There are {one.shape} values on one side and {two.shape} on the other."
+            f"There are {one.shape} values for the first run and {two.shape} for the second."
         )
     return one, two
 
