@@ -164,7 +164,7 @@ class Params:
                         raise UnknownNameError.of(noun, word, choices)
                 # In one order and of one type, so that equal choices are one recipe.
                 same = tuple(w for w in choices if w in value) if many else kind(value)
-                self._settle(**{item.name: same})
+                object.__setattr__(self, item.name, same)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 continue
             if not math.isfinite(value):

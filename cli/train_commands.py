@@ -79,7 +79,7 @@ def train(
         str | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with a run that was stopped, after its last whole epoch, with its own "
+            help="Resume a run that was stopped, after its last whole epoch, with its own "
             "options; 'latest': the last such run.",
             show_default=False,
         ),
@@ -118,7 +118,7 @@ def train(
     result notes this. A value that their tool did not measure counts as the mean of its column
     in the training images.
 
-    A training that was stopped goes on, after its last whole epoch, when the same command is
+    A training that was stopped is resumed after its last whole epoch when the same command is
     given again, or with --resume.
 
     \b
@@ -150,7 +150,7 @@ def train(
     }
     _refuse(common, common.typed & (only | {"no_predict"}), "{flags} needs --baseline.")
     if resume is not None:
-        sentence = "--resume goes on with the options of the run itself: leave out {flags}."
+        sentence = "--resume uses the options of the run itself: leave out {flags}."
         _refuse(common, common.typed - _WITH_RESUME, sentence)
     _say_processors(device, setup.devices)
     with common.open() as store:
@@ -206,7 +206,7 @@ def _show_train(result: TrainResult) -> None:
     if result.already_done:
         typer.echo(f"Nothing to do: run {result.run_id} was trained with these options already.")
     elif result.resumed_after:
-        typer.echo(f"Run {result.run_id} went on after epoch {result.resumed_after}.")
+        typer.echo(f"Run {result.run_id} was resumed after epoch {result.resumed_after}.")
     features = result.feature_set or "built-in"
     unread = "" if "tabular" in result.branches else " (says which cells; not read)"
     output.pairs(

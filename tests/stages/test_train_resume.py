@@ -1,4 +1,4 @@
-"""A training that was broken off: gone on with, it ends as if there had been no break."""
+"""A training that was broken off: resumed, it ends as if there had been no break."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def broken_off(workspace: Workspace, epochs: int = 2) -> int:
         train(replace(workspace, progress=listener), PARAMS, device="cpu")
     run = trainings(workspace)[-1]
     assert run.status is Status.CANCELLED
-    assert listener.told[-1] == f"Go on with: cellstore train --resume {run.id}"
+    assert listener.told[-1] == f"Resume it with: cellstore train --resume {run.id}"
     return run.id
 
 
