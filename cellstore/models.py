@@ -1,6 +1,6 @@
 """All tables of a store, in the order in which a screen fills them.
 
-Each docstring says what one row is. Keys that make writing a row twice harmless are unique
+Each docstring describes one row. Keys that make writing a row twice harmless are unique
 constraints; lineage is foreign keys, and every foreign key can be walked both ways::
 
     with store.session() as session:
@@ -251,7 +251,7 @@ class Image(Base):
     """One field of view at one time point and plane.
 
     ``content_sha256`` is the digest over the bytes of all its files; null while one is missing.
-    ``pixel_size`` is in micrometres, null where nothing says it.
+    ``pixel_size`` is in micrometres, null where unknown.
     """
 
     __tablename__ = "images"
@@ -322,7 +322,7 @@ class ImageFile(Base):
 
     @property
     def uri(self) -> str | None:
-        """Where the file was seen, else where a table says it is."""
+        """Where the file was found, else where a table expects it."""
         return None if self.folder is None else f"{self.folder.uri.rstrip('/')}/{self.name}"
 
 
@@ -674,7 +674,7 @@ class RunMetric(Base):
 
 
 class Prediction(Base):
-    """What one run said about one cell; rank 1 is its first choice. Append only (triggers)."""
+    """What one run predicted for one cell; rank 1 is its first choice. Append only (triggers)."""
 
     __tablename__ = "predictions"
     __table_args__ = (
@@ -693,7 +693,7 @@ class Prediction(Base):
 
 
 class ImagePrediction(Base):
-    """What one run said about a whole image, as a model that sees fields does. Append only."""
+    """What one run predicted for a whole image, as a model that sees fields does. Append only."""
 
     __tablename__ = "image_predictions"
     __table_args__ = (
@@ -837,7 +837,7 @@ class SplitGroup(Base):
 
 
 class Annotation(Base):
-    """What a person said of a plate, well, image or cell (``level``, ``row_id``). Append only.
+    """What a person noted about a plate, well, image or cell (``level``, ``row_id``). Append only.
 
     ``value`` is the label where ``kind`` is label (its ``field`` too), else null. A later row with
     ``undoes_id`` takes an earlier one back.
@@ -864,7 +864,7 @@ class Event(Base):
 
     ``old`` and ``new`` hold the columns that changed; ``file`` and ``line`` say where the new
     values come from. ``sha256`` is the digest of the row and of ``previous_sha256``, the digest of
-    the event before, so that none can be changed or left out without notice.
+    the event before, so that none can be changed or removed without notice.
     """
 
     __tablename__ = "events"

@@ -291,7 +291,7 @@ def _record(
         raise RowRefusedError("another plate", f"plate {written}, not {plate}")
     barcode = written or plate or names.scan
     if barcode is None:
-        raise RowRefusedError(NO_PLATE, "nothing says which plate it is; name it with --plate")
+        raise RowRefusedError(NO_PLATE, "the table does not name the plate; name it with --plate")
     site, plane, time_point = (
         whole_number(texts, columns) for columns in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
     )
