@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sqlalchemy import ARRAY, BigInteger, Select, any_, bindparam, func, select, text, true
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -119,8 +119,12 @@ def insert_new(
     They are dictionaries with the same keys each, or a query of values of ``columns``.
     """
     target: Any = table.__table__
-    is_sqlite = session.get_bind().dialect.name == "sqlite"
-    statement: Any = sqlite.insert(target) if is_sqlite else postgresql.insert(target)
+    if session.get_bind().dialect.name == "sqlite":
+        statement: Any = sqlite.insert(target)
+    else:
+        from sqlalchemy.dialects import postgresql  # loads slowly
+
+        statement = postgresql.insert(target)
     if isinstance(rows, Select):
         # WHERE true: SQLite cannot tell ON CONFLICT from a join condition without it.
         statement = statement.from_select(list(columns), rows.where(true()))
