@@ -164,7 +164,7 @@ class Params:
                         raise UnknownNameError.of(noun, word, choices)
                 # In one order and of one type, so that equal choices are one recipe.
                 same = tuple(w for w in choices if w in value) if many else kind(value)
-                self._settle(**{item.name: same})
+                object.__setattr__(self, item.name, same)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 continue
             if not math.isfinite(value):
@@ -678,12 +678,10 @@ class SplitParams(Params):
         if self.test_plates or self.validation_plates:
             if self.group_level is not GroupLevel.PLATE:
                 raise UserInputError(
-                    "Plates are named for a subset where whole plates are: --group plate."
+                    "Plates for a subset need a split by whole plates: --group plate."
                 )
             if self.folds is not None:
-                raise UserInputError(
-                    "With --folds each plate tests in turn: name none, or leave out --folds."
-                )
+                raise UserInputError("With --folds every plate is tested in turn: name no plates.")
             if not self.test_plates:
                 raise UserInputError("Name the plates that test, too: --test-plates A,B.")
         if self.folds is not None:
@@ -838,7 +836,7 @@ class TrainParams(Params):
             )
         if self.channels and "image" not in (self.branches or ()):
             raise UserInputError(
-                "Channels are looked at by the branch image: name it, too, for example with "
+                "Only the branch image reads channels: add it, for example with "
                 "--branches mask,flow,image,tabular."
             )
         if self.warmup_epochs >= self.epochs:

@@ -95,7 +95,7 @@ def commands(plates: DemoPlates) -> list[list[str]]:
 
 
 def audit_command(plates: DemoPlates) -> list[str]:
-    """Return the audit of the first image that was labelled; the store says which that is."""
+    """Return the audit of the first image that was labelled; the store knows which that is."""
     with Store.open(plates.store) as store:
         found = store.sql(
             "SELECT concat_ws('/', plate, well, site) AS image FROM lineage "

@@ -73,7 +73,7 @@ class Level(StrEnum):
 
 
 class AnnotationKind(StrEnum):
-    """What a person says: a class, that something does not count, or a remark."""
+    """What a person notes: a class, that something does not count, or a remark."""
 
     LABEL = "label"
     EXCLUSION = "exclusion"
@@ -81,7 +81,7 @@ class AnnotationKind(StrEnum):
 
 
 class ExclusionSource(StrEnum):
-    """Who says that something does not count."""
+    """Why something does not count."""
 
     SEGMENTATION = "segmentation"
     QUALITY = "quality"

@@ -1,6 +1,6 @@
 """All tables of a store, in the order in which a screen fills them.
 
-Each docstring says what one row is. Keys that make writing a row twice harmless are unique
+Each docstring describes one row. Keys that make writing a row twice harmless are unique
 constraints; lineage is foreign keys, and every foreign key can be walked both ways::
 
     with store.session() as session:
@@ -10,7 +10,7 @@ constraints; lineage is foreign keys, and every foreign key can be walked both w
 Sessions are for reading. Writing goes through the methods of ``Store``, which keep the account.
 """
 
-from __future__ import annotations
+# Without "from __future__ import annotations": SQLAlchemy would evaluate each text by itself.
 
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -118,8 +118,11 @@ def refers_to(column: str, **options: Any) -> Any:
 
 
 def _only(condition: str) -> dict[str, Any]:
-    """Return what makes an index one of those rows alone that meet ``condition``."""
-    return {"sqlite_where": text(condition), "postgresql_where": text(condition)}
+    """Return what makes an index one of those rows alone that meet ``condition``.
+
+    On PostgreSQL, too: the migration says so. Here it would load the code for that database.
+    """
+    return {"sqlite_where": text(condition)}
 
 
 Id = Annotated[int, mapped_column(BigId, primary_key=True)]
@@ -138,7 +141,7 @@ class Plate(Base):
     cell_line: Mapped[Name | None]
     time_point: Mapped[Name | None]
     metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata")
-    wells: Mapped[list[Well]] = relationship(back_populates="plate", order_by="Well.id")
+    wells: Mapped[list["Well"]] = relationship(back_populates="plate", order_by="Well.id")
 
 
 class Perturbation(Base):
@@ -168,8 +171,8 @@ class Perturbation(Base):
     inchikey: Mapped[Name | None]
     smiles: Mapped[str | None] = mapped_column(Text)
     pubchem_cid: Mapped[Name | None]
-    parts: Mapped[list[TreatmentPart]] = relationship(back_populates="perturbation")
-    treatments: Mapped[list[Treatment]] = relationship(
+    parts: Mapped[list["TreatmentPart"]] = relationship(back_populates="perturbation")
+    treatments: Mapped[list["Treatment"]] = relationship(
         secondary="treatment_parts", back_populates="perturbations", viewonly=True
     )
 
@@ -191,16 +194,16 @@ class Treatment(Base):
     name_with_dose: Mapped[str] = mapped_column(Text)
     target: Mapped[str | None] = mapped_column(Text)
     perturbations_key: Mapped[int] = mapped_column(BigInteger)
-    parts: Mapped[list[TreatmentPart]] = relationship(
+    parts: Mapped[list["TreatmentPart"]] = relationship(
         back_populates="treatment", order_by="TreatmentPart.position"
     )
-    perturbations: Mapped[list[Perturbation]] = relationship(
+    perturbations: Mapped[list["Perturbation"]] = relationship(
         secondary="treatment_parts",
         order_by="TreatmentPart.position",
         back_populates="treatments",
         viewonly=True,
     )
-    wells: Mapped[list[Well]] = relationship(back_populates="treatment", order_by="Well.id")
+    wells: Mapped[list["Well"]] = relationship(back_populates="treatment", order_by="Well.id")
 
 
 class TreatmentPart(Base):
@@ -217,8 +220,8 @@ class TreatmentPart(Base):
     dose: Mapped[float | None]
     dose_unit: Mapped[Name | None]
     dose_original: Mapped[Name | None]
-    treatment: Mapped[Treatment] = relationship(back_populates="parts")
-    perturbation: Mapped[Perturbation] = relationship(back_populates="parts")
+    treatment: Mapped["Treatment"] = relationship(back_populates="parts")
+    perturbation: Mapped["Perturbation"] = relationship(back_populates="parts")
 
 
 class Well(Base):
@@ -239,16 +242,16 @@ class Well(Base):
     treatment_id: Mapped[int | None] = refers_to("treatments.id", index=True)
     control: Mapped[Control | None] = mapped_column(by_value(Control))
     metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata")
-    plate: Mapped[Plate] = relationship(back_populates="wells")
-    treatment: Mapped[Treatment | None] = relationship(back_populates="wells")
-    images: Mapped[list[Image]] = relationship(back_populates="well", order_by="Image.id")
+    plate: Mapped["Plate"] = relationship(back_populates="wells")
+    treatment: Mapped["Treatment | None"] = relationship(back_populates="wells")
+    images: Mapped[list["Image"]] = relationship(back_populates="well", order_by="Image.id")
 
 
 class Image(Base):
     """One field of view at one time point and plane.
 
     ``content_sha256`` is the digest over the bytes of all its files; null while one is missing.
-    ``pixel_size`` is in micrometres, null where nothing says it.
+    ``pixel_size`` is in micrometres, null where unknown.
     """
 
     __tablename__ = "images"
@@ -265,18 +268,18 @@ class Image(Base):
     core_name: Mapped[Name] = mapped_column(index=True)
     content_sha256: Mapped[Sha256 | None]
     pixel_size: Mapped[float | None]
-    well: Mapped[Well] = relationship(back_populates="images")
-    files: Mapped[list[ImageFile]] = relationship(
+    well: Mapped["Well"] = relationship(back_populates="images")
+    files: Mapped[list["ImageFile"]] = relationship(
         back_populates="image", order_by="ImageFile.position"
     )
-    segmentations: Mapped[list[Segmentation]] = relationship(
+    segmentations: Mapped[list["Segmentation"]] = relationship(
         back_populates="image", order_by="Segmentation.id"
     )
-    jobs: Mapped[list[Job]] = relationship(back_populates="image")
-    quality: Mapped[list[ImageQuality]] = relationship(back_populates="image")
-    flags: Mapped[list[ImageFlag]] = relationship(back_populates="image")
-    split_members: Mapped[list[SplitMember]] = relationship(back_populates="image")
-    predictions: Mapped[list[ImagePrediction]] = relationship(back_populates="image")
+    jobs: Mapped[list["Job"]] = relationship(back_populates="image")
+    quality: Mapped[list["ImageQuality"]] = relationship(back_populates="image")
+    flags: Mapped[list["ImageFlag"]] = relationship(back_populates="image")
+    split_members: Mapped[list["SplitMember"]] = relationship(back_populates="image")
+    predictions: Mapped[list["ImagePrediction"]] = relationship(back_populates="image")
 
 
 class Folder(Base):
@@ -286,7 +289,7 @@ class Folder(Base):
 
     id: Mapped[Id]
     uri: Mapped[str] = mapped_column(Text, unique=True)
-    files: Mapped[list[ImageFile]] = relationship(back_populates="folder")
+    files: Mapped[list["ImageFile"]] = relationship(back_populates="folder")
 
 
 class ImageFile(Base):
@@ -314,12 +317,12 @@ class ImageFile(Base):
     height: Mapped[int | None]
     width: Mapped[int | None]
     dtype: Mapped[Name | None]
-    image: Mapped[Image] = relationship(back_populates="files")
-    folder: Mapped[Folder | None] = relationship(back_populates="files", lazy="joined")
+    image: Mapped["Image"] = relationship(back_populates="files")
+    folder: Mapped["Folder | None"] = relationship(back_populates="files", lazy="joined")
 
     @property
     def uri(self) -> str | None:
-        """Where the file was seen, else where a table says it is."""
+        """Where the file was found, else where a table expects it."""
         return None if self.folder is None else f"{self.folder.uri.rstrip('/')}/{self.name}"
 
 
@@ -339,22 +342,22 @@ class Recipe(Base):
     weights_sha256: Mapped[Sha256 | None]
     fingerprint: Mapped[Sha256]
     created_at: Mapped[datetime]
-    inputs: Mapped[list[Recipe]] = relationship(
+    inputs: Mapped[list["Recipe"]] = relationship(
         secondary="recipe_inputs",
         primaryjoin="Recipe.id == RecipeInput.recipe_id",
         secondaryjoin="Recipe.id == RecipeInput.input_id",
         viewonly=True,
     )
-    used_by: Mapped[list[Recipe]] = relationship(
+    used_by: Mapped[list["Recipe"]] = relationship(
         secondary="recipe_inputs",
         primaryjoin="Recipe.id == RecipeInput.input_id",
         secondaryjoin="Recipe.id == RecipeInput.recipe_id",
         viewonly=True,
     )
-    runs: Mapped[list[Run]] = relationship(back_populates="recipe", order_by="Run.id")
-    jobs: Mapped[list[Job]] = relationship(back_populates="recipe")
-    segmentations: Mapped[list[Segmentation]] = relationship(back_populates="recipe")
-    feature_set: Mapped[FeatureSet | None] = relationship(back_populates="recipe")
+    runs: Mapped[list["Run"]] = relationship(back_populates="recipe", order_by="Run.id")
+    jobs: Mapped[list["Job"]] = relationship(back_populates="recipe")
+    segmentations: Mapped[list["Segmentation"]] = relationship(back_populates="recipe")
+    feature_set: Mapped["FeatureSet | None"] = relationship(back_populates="recipe")
 
 
 class RecipeInput(Base):
@@ -410,24 +413,24 @@ class Run(Base):
     ended_at: Mapped[datetime | None]
     result: Mapped[dict[str, Any] | None]
     error: Mapped[str | None] = mapped_column(Text)
-    recipe: Mapped[Recipe] = relationship(back_populates="runs")
-    parent: Mapped[Run | None] = relationship(back_populates="children", remote_side="Run.id")
-    children: Mapped[list[Run]] = relationship(back_populates="parent", order_by="Run.id")
-    split: Mapped[Split | None] = relationship(back_populates="runs")
-    jobs: Mapped[list[Job]] = relationship(back_populates="run")
-    segmentations: Mapped[list[Segmentation]] = relationship(back_populates="run")
-    artifacts: Mapped[list[Artifact]] = relationship(
+    recipe: Mapped["Recipe"] = relationship(back_populates="runs")
+    parent: Mapped["Run | None"] = relationship(back_populates="children", remote_side="Run.id")
+    children: Mapped[list["Run"]] = relationship(back_populates="parent", order_by="Run.id")
+    split: Mapped["Split | None"] = relationship(back_populates="runs")
+    jobs: Mapped[list["Job"]] = relationship(back_populates="run")
+    segmentations: Mapped[list["Segmentation"]] = relationship(back_populates="run")
+    artifacts: Mapped[list["Artifact"]] = relationship(
         secondary="run_artifacts", back_populates="runs", viewonly=True
     )
-    metrics: Mapped[list[RunMetric]] = relationship(
+    metrics: Mapped[list["RunMetric"]] = relationship(
         back_populates="run", order_by="RunMetric.epoch"
     )
-    predictions: Mapped[list[Prediction]] = relationship(back_populates="run")
-    image_predictions: Mapped[list[ImagePrediction]] = relationship(back_populates="run")
-    image_flags: Mapped[list[ImageFlag]] = relationship(back_populates="run")
-    cell_flags: Mapped[list[CellFlag]] = relationship(back_populates="run")
-    files: Mapped[list[IngestFile]] = relationship(back_populates="run", order_by="IngestFile.id")
-    issues: Mapped[list[IngestIssue]] = relationship(
+    predictions: Mapped[list["Prediction"]] = relationship(back_populates="run")
+    image_predictions: Mapped[list["ImagePrediction"]] = relationship(back_populates="run")
+    image_flags: Mapped[list["ImageFlag"]] = relationship(back_populates="run")
+    cell_flags: Mapped[list["CellFlag"]] = relationship(back_populates="run")
+    files: Mapped[list["IngestFile"]] = relationship(back_populates="run", order_by="IngestFile.id")
+    issues: Mapped[list["IngestIssue"]] = relationship(
         back_populates="run", order_by="IngestIssue.id"
     )
 
@@ -459,9 +462,9 @@ class Job(Base):
     seconds: Mapped[float | None]
     digest: Mapped[Sha256 | None]
     error: Mapped[str | None] = mapped_column(Text)
-    recipe: Mapped[Recipe] = relationship(back_populates="jobs")
-    image: Mapped[Image] = relationship(back_populates="jobs")
-    run: Mapped[Run] = relationship(back_populates="jobs")
+    recipe: Mapped["Recipe"] = relationship(back_populates="jobs")
+    image: Mapped["Image"] = relationship(back_populates="jobs")
+    run: Mapped["Run"] = relationship(back_populates="jobs")
 
 
 class Artifact(Base):
@@ -476,7 +479,7 @@ class Artifact(Base):
     sha256: Mapped[Sha256]
     size_bytes: Mapped[int] = mapped_column(BigId)
     created_at: Mapped[datetime]
-    runs: Mapped[list[Run]] = relationship(
+    runs: Mapped[list["Run"]] = relationship(
         secondary="run_artifacts", back_populates="artifacts", viewonly=True
     )
 
@@ -519,12 +522,12 @@ class Segmentation(Base):
     mask_artifact_id: Mapped[int | None] = refers_to("artifacts.id", index=True)
     flow_artifact_id: Mapped[int | None] = refers_to("artifacts.id", index=True)
     created_at: Mapped[datetime]
-    image: Mapped[Image] = relationship(back_populates="segmentations")
-    recipe: Mapped[Recipe] = relationship(back_populates="segmentations")
-    run: Mapped[Run] = relationship(back_populates="segmentations")
-    mask: Mapped[Artifact | None] = relationship(foreign_keys=mask_artifact_id)
-    flow: Mapped[Artifact | None] = relationship(foreign_keys=flow_artifact_id)
-    cells: Mapped[list[Cell]] = relationship(
+    image: Mapped["Image"] = relationship(back_populates="segmentations")
+    recipe: Mapped["Recipe"] = relationship(back_populates="segmentations")
+    run: Mapped["Run"] = relationship(back_populates="segmentations")
+    mask: Mapped["Artifact | None"] = relationship(foreign_keys=mask_artifact_id)
+    flow: Mapped["Artifact | None"] = relationship(foreign_keys=flow_artifact_id)
+    cells: Mapped[list["Cell"]] = relationship(
         back_populates="segmentation", order_by="Cell.object_number"
     )
 
@@ -555,12 +558,12 @@ class Cell(Base):
     centroid_row: Mapped[float | None]
     centroid_col: Mapped[float | None]
     excluded: Mapped[Name | None]
-    segmentation: Mapped[Segmentation] = relationship(back_populates="cells")
-    features: Mapped[list[CellFeatures]] = relationship(back_populates="cell")
-    predictions: Mapped[list[Prediction]] = relationship(
+    segmentation: Mapped["Segmentation"] = relationship(back_populates="cells")
+    features: Mapped[list["CellFeatures"]] = relationship(back_populates="cell")
+    predictions: Mapped[list["Prediction"]] = relationship(
         back_populates="cell", order_by="Prediction.run_id, Prediction.rank"
     )
-    flags: Mapped[list[CellFlag]] = relationship(back_populates="cell")
+    flags: Mapped[list["CellFlag"]] = relationship(back_populates="cell")
 
 
 class FeatureSet(Base):
@@ -576,8 +579,8 @@ class FeatureSet(Base):
     recipe_id: Mapped[int] = refers_to("recipes.id", unique=True)
     columns: Mapped[list[dict[str, Any]]]
     storage: Mapped[FeatureStorage] = mapped_column(by_value(FeatureStorage))
-    recipe: Mapped[Recipe] = relationship(back_populates="feature_set")
-    files: Mapped[list[FeatureFile]] = relationship(back_populates="feature_set")
+    recipe: Mapped["Recipe"] = relationship(back_populates="feature_set")
+    files: Mapped[list["FeatureFile"]] = relationship(back_populates="feature_set")
 
 
 class FeatureFile(Base):
@@ -591,8 +594,8 @@ class FeatureFile(Base):
     n_rows: Mapped[int]
     first_cell_id: Mapped[int] = mapped_column(BigId)
     last_cell_id: Mapped[int] = mapped_column(BigId)
-    feature_set: Mapped[FeatureSet] = relationship(back_populates="files")
-    artifact: Mapped[Artifact] = relationship()
+    feature_set: Mapped["FeatureSet"] = relationship(back_populates="files")
+    artifact: Mapped["Artifact"] = relationship()
 
 
 class CellFeatures(Base):
@@ -617,8 +620,8 @@ class CellFeatures(Base):
     extent: Mapped[float | None]
     centroid_y: Mapped[float | None]
     centroid_x: Mapped[float | None]
-    cell: Mapped[Cell] = relationship(back_populates="features")
-    recipe: Mapped[Recipe] = relationship()
+    cell: Mapped["Cell"] = relationship(back_populates="features")
+    recipe: Mapped["Recipe"] = relationship()
 
 
 class IngestFile(Base):
@@ -640,7 +643,7 @@ class IngestFile(Base):
     n_updated: Mapped[int] = mapped_column(BigId)
     n_unchanged: Mapped[int] = mapped_column(BigId)
     n_refused: Mapped[int] = mapped_column(BigId)
-    run: Mapped[Run] = relationship(back_populates="files")
+    run: Mapped["Run"] = relationship(back_populates="files")
 
 
 class IngestIssue(Base):
@@ -655,7 +658,7 @@ class IngestIssue(Base):
     line: Mapped[int | None] = mapped_column(BigId)
     reason: Mapped[Name]
     detail: Mapped[str] = mapped_column(Text)
-    run: Mapped[Run] = relationship(back_populates="issues")
+    run: Mapped["Run"] = relationship(back_populates="issues")
 
 
 class RunMetric(Base):
@@ -667,11 +670,11 @@ class RunMetric(Base):
     epoch: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     name: Mapped[Name] = mapped_column(primary_key=True)
     value: Mapped[float | None]
-    run: Mapped[Run] = relationship(back_populates="metrics")
+    run: Mapped["Run"] = relationship(back_populates="metrics")
 
 
 class Prediction(Base):
-    """What one run said about one cell; rank 1 is its first choice. Append only (triggers)."""
+    """What one run predicted for one cell; rank 1 is its first choice. Append only (triggers)."""
 
     __tablename__ = "predictions"
     __table_args__ = (
@@ -684,13 +687,13 @@ class Prediction(Base):
     rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     label_id: Mapped[int] = refers_to("labels.id")
     probability: Mapped[float]
-    run: Mapped[Run] = relationship(back_populates="predictions")
-    cell: Mapped[Cell] = relationship(back_populates="predictions")
-    label: Mapped[Label] = relationship()
+    run: Mapped["Run"] = relationship(back_populates="predictions")
+    cell: Mapped["Cell"] = relationship(back_populates="predictions")
+    label: Mapped["Label"] = relationship()
 
 
 class ImagePrediction(Base):
-    """What one run said about a whole image, as a model that sees fields does. Append only."""
+    """What one run predicted for a whole image, as a model that sees fields does. Append only."""
 
     __tablename__ = "image_predictions"
     __table_args__ = (
@@ -703,9 +706,9 @@ class ImagePrediction(Base):
     rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     label_id: Mapped[int] = refers_to("labels.id")
     probability: Mapped[float]
-    run: Mapped[Run] = relationship(back_populates="image_predictions")
-    image: Mapped[Image] = relationship(back_populates="predictions")
-    label: Mapped[Label] = relationship()
+    run: Mapped["Run"] = relationship(back_populates="image_predictions")
+    image: Mapped["Image"] = relationship(back_populates="predictions")
+    label: Mapped["Label"] = relationship()
 
 
 class ImageQuality(Base):
@@ -729,7 +732,7 @@ class ImageQuality(Base):
     median: Mapped[float]
     mean: Mapped[float]
     std: Mapped[float]
-    image: Mapped[Image] = relationship(back_populates="quality")
+    image: Mapped["Image"] = relationship(back_populates="quality")
 
 
 class ImageFlag(Base):
@@ -748,8 +751,8 @@ class ImageFlag(Base):
     value: Mapped[float]
     low: Mapped[float | None]
     high: Mapped[float | None]
-    run: Mapped[Run] = relationship(back_populates="image_flags")
-    image: Mapped[Image] = relationship(back_populates="flags")
+    run: Mapped["Run"] = relationship(back_populates="image_flags")
+    image: Mapped["Image"] = relationship(back_populates="flags")
 
 
 class CellFlag(Base):
@@ -764,8 +767,8 @@ class CellFlag(Base):
     cell_id: Mapped[int] = refers_to("cells.id", primary_key=True, index=True)
     reason: Mapped[CellFlagReason] = mapped_column(by_value(CellFlagReason), primary_key=True)
     value: Mapped[float | None]
-    run: Mapped[Run] = relationship(back_populates="cell_flags")
-    cell: Mapped[Cell] = relationship(back_populates="flags")
+    run: Mapped["Run"] = relationship(back_populates="cell_flags")
+    cell: Mapped["Cell"] = relationship(back_populates="flags")
 
 
 class Split(Base):
@@ -792,10 +795,10 @@ class Split(Base):
     frozen_at: Mapped[datetime | None]
     family: Mapped[Name | None]
     fold: Mapped[int | None]
-    recipe: Mapped[Recipe] = relationship()
-    members: Mapped[list[SplitMember]] = relationship(back_populates="split")
-    groups: Mapped[list[SplitGroup]] = relationship(back_populates="split")
-    runs: Mapped[list[Run]] = relationship(back_populates="split", order_by="Run.id")
+    recipe: Mapped["Recipe"] = relationship()
+    members: Mapped[list["SplitMember"]] = relationship(back_populates="split")
+    groups: Mapped[list["SplitGroup"]] = relationship(back_populates="split")
+    runs: Mapped[list["Run"]] = relationship(back_populates="split", order_by="Run.id")
 
 
 class SplitMember(Base):
@@ -811,9 +814,9 @@ class SplitMember(Base):
     image_id: Mapped[int] = refers_to("images.id", primary_key=True, index=True)
     subset: Mapped[Subset] = mapped_column(by_value(Subset))
     label_id: Mapped[int] = refers_to("labels.id")
-    split: Mapped[Split] = relationship(back_populates="members")
-    image: Mapped[Image] = relationship(back_populates="split_members")
-    label: Mapped[Label] = relationship()
+    split: Mapped["Split"] = relationship(back_populates="members")
+    image: Mapped["Image"] = relationship(back_populates="split_members")
+    label: Mapped["Label"] = relationship()
 
 
 class SplitGroup(Base):
@@ -830,11 +833,11 @@ class SplitGroup(Base):
     split_id: Mapped[int] = refers_to("splits.id", primary_key=True)
     group_id: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=False)
     subset: Mapped[Subset] = mapped_column(by_value(Subset))
-    split: Mapped[Split] = relationship(back_populates="groups")
+    split: Mapped["Split"] = relationship(back_populates="groups")
 
 
 class Annotation(Base):
-    """What a person said of a plate, well, image or cell (``level``, ``row_id``). Append only.
+    """What a person noted about a plate, well, image or cell (``level``, ``row_id``). Append only.
 
     ``value`` is the label where ``kind`` is label (its ``field`` too), else null. A later row with
     ``undoes_id`` takes an earlier one back.
@@ -853,7 +856,7 @@ class Annotation(Base):
     user_name: Mapped[Name]
     created_at: Mapped[datetime]
     undoes_id: Mapped[int | None] = refers_to("annotations.id", index=True)
-    undoes: Mapped[Annotation | None] = relationship(remote_side="Annotation.id")
+    undoes: Mapped["Annotation | None"] = relationship(remote_side="Annotation.id")
 
 
 class Event(Base):
@@ -861,7 +864,7 @@ class Event(Base):
 
     ``old`` and ``new`` hold the columns that changed; ``file`` and ``line`` say where the new
     values come from. ``sha256`` is the digest of the row and of ``previous_sha256``, the digest of
-    the event before, so that none can be changed or left out without notice.
+    the event before, so that none can be changed or removed without notice.
     """
 
     __tablename__ = "events"
@@ -881,7 +884,7 @@ class Event(Base):
     new: Mapped[dict[str, Any] | None]
     previous_sha256: Mapped[Sha256 | None]
     sha256: Mapped[Sha256]
-    run: Mapped[Run | None] = relationship()
+    run: Mapped["Run | None"] = relationship()
 
 
 METADATA = Base.metadata

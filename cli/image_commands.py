@@ -239,8 +239,8 @@ def _end_jobs(results: Sequence[JobsResult | QcResult], verb: str) -> None:
     before = max(result.failed_before for result in results)
     if before:
         say(
-            f"Error: {output.count(before, 'image')} failed before, left alone now. See why with: "
-            "cellstore jobs --failed. Another try: cellstore retry"
+            f"Error: {output.count(before, 'image')} failed in an earlier run and were not "
+            "tried again. See why with: cellstore jobs --failed. To try again: cellstore retry"
         )
         raise typer.Exit(1)
 
@@ -457,7 +457,7 @@ def finetune(
     """Teach a Cellpose network with masks that you corrected.
 
     The masks are matched to images as 'cellstore ingest' matches them. Some wells are held out:
-    the average precision (IoU 0.5) on them before and after says whether the new network is
+    the average precision (IoU 0.5) on them before and after shows whether the new network is
     better. It is kept in the store, and 'cellstore segment --model run:N' uses it.
 
     \b

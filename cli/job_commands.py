@@ -58,7 +58,7 @@ def _show_status(result: StatusResult) -> None:
             "plates": result.plates,
             "wells": result.wells,
             "treatments": result.treatments,
-            "images": f"{result.images:,} ({result.missing_images:,} miss files)",
+            "images": f"{result.images:,} ({result.missing_images:,} without their files)",
             "  segmented": result.segmented,
             "  measured": result.measured,
             **({"  excluded": result.excluded_images} if result.excluded_images else {}),
@@ -248,7 +248,7 @@ def cancel(
 ) -> None:
     """Ask running commands to end, here or on other machines.
 
-    They finish the images in hand, within seconds begin no new ones, and end. A training ends
+    They finish their present images, begin no new ones, and end. A training ends
     at once, and keeps its last whole epoch. What is done is kept; the same command goes on later.
 
     \b

@@ -33,7 +33,7 @@ from .output import listener
 
 @dataclass(frozen=True)
 class Common:
-    """What every command can be told. ``typed``: the names of all options that were typed."""
+    """The options of every command. ``typed``: the names of all options that were typed."""
 
     store: Path | None = option(
         None,

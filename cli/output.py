@@ -252,7 +252,7 @@ class AnswerOptions:
         if self.output is not None:
             check_output(self.output, replace=self.replace)
         if self.format is Format.PARQUET and self.output is None:
-            raise UserInputError("Parquet is no text to print. Write it with --output FILE.")
+            raise UserInputError("Parquet cannot be printed. Write it to a file: --output FILE.")
         if self.for_spreadsheet and self.format is not Format.CSV:
             raise UserInputError("Only CSV is opened in spreadsheets: add --format csv.")
 

@@ -49,14 +49,14 @@ def confined(limits: Limits, spill: Path) -> Iterator[None]:
     """Hold this process to ``limits``, the memory with some slack, the time with some grace.
 
     DuckDB does not count a text while a function makes it (``repeat('x', 4000000000)``), and does
-    not stop when told to while it plans. Here the operating system refuses memory, and a clock
+    not stop on request while it plans. Here the operating system refuses memory, and a clock
     ends the program, which takes its part of the folder ``spill`` along.
     """
 
     def end() -> None:
         say(
             f"Error: The question took longer than {limits.seconds:g} seconds and did not stop "
-            "when told to, so the program ends. Ask for less, or allow more time with --seconds."
+            "on request, so the program ends. Ask for less, or allow more time with --seconds."
         )
         for folder in spill.glob(f"{os.getpid()}-*"):
             shutil.rmtree(folder, ignore_errors=True)

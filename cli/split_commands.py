@@ -95,9 +95,9 @@ def import_(
 ) -> None:
     """Keep a split that others made, as tables.
 
-    A row says the subset (train, validation, test) of images: by plate, well and site, or by
+    A row gives the subset (train, validation, test) of images: by plate, well and site, or by
     treatment (broad_sample, pert_iname). JUMP-CP's datasplits name treatments with their cell line
-    and time point; give the table that says which wells those are as a further FILE. Rows without
+    and time point; give the table that lists those wells as a further FILE. Rows without
     an image in the store are counted.
 
     \b

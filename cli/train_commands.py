@@ -79,7 +79,7 @@ def train(
         str | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with a run that was stopped, after its last whole epoch, with its own "
+            help="Resume a run that was stopped, after its last whole epoch, with its own "
             "options; 'latest': the last such run.",
             show_default=False,
         ),
@@ -115,10 +115,10 @@ def train(
     database; the checkpoint of the best epoch is kept as a file of the store. The defaults suit
     some thousand cells; --preset published is the network of the study, trained as published.
     Cells of another tool may have no masks: then the network reads their features only, and the
-    result says so. A value that their tool did not measure counts as the mean of its column in the
-    training images.
+    result notes this. A value that their tool did not measure counts as the mean of its column
+    in the training images.
 
-    A training that was stopped goes on, after its last whole epoch, when the same command is
+    A training that was stopped is resumed after its last whole epoch when the same command is
     given again, or with --resume.
 
     \b
@@ -150,7 +150,7 @@ def train(
     }
     _refuse(common, common.typed & (only | {"no_predict"}), "{flags} needs --baseline.")
     if resume is not None:
-        sentence = "--resume goes on with the options of the run itself: leave out {flags}."
+        sentence = "--resume uses the options of the run itself: leave out {flags}."
         _refuse(common, common.typed - _WITH_RESUME, sentence)
     _say_processors(device, setup.devices)
     with common.open() as store:
@@ -206,7 +206,7 @@ def _show_train(result: TrainResult) -> None:
     if result.already_done:
         typer.echo(f"Nothing to do: run {result.run_id} was trained with these options already.")
     elif result.resumed_after:
-        typer.echo(f"Run {result.run_id} went on after epoch {result.resumed_after}.")
+        typer.echo(f"Run {result.run_id} was resumed after epoch {result.resumed_after}.")
     features = result.feature_set or "built-in"
     unread = "" if "tabular" in result.branches else " (says which cells; not read)"
     output.pairs(
@@ -258,7 +258,7 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
     for note in dict.fromkeys(note for item in results for note in item.notes):
         say(note)
     if first.predict_run_id is not None:
-        typer.echo("\nThey stand beside the score of every run of this split: cellstore report")
+        typer.echo("\nCompare them with other runs of this split: cellstore report")
 
 
 @command(app, "contrast")

@@ -126,7 +126,7 @@ def test_a_run_by_what_people_type(workspace: Workspace) -> None:
             *(("train", train), ("Predict-latest", predict), (f"train {train}", train)),
         ):
             assert run_in(session, name).id == wanted, name
-        with pytest.raises(UserInputError, match="predict run is wanted"):
+        with pytest.raises(UserInputError, match="needs a predict run"):
             run_in(session, "latest train", (Stage.PREDICT,))
         for name in ("lastest", "predict 1 2", "", "train predict"):
             with pytest.raises(UserInputError):

@@ -159,7 +159,7 @@ def test_the_test_side_is_scored_alone(sqlite_workspace: Workspace) -> None:
     move(screen, "B01", Subset.TRAIN)
     found = report(sqlite_workspace)
     assert (found.subsets, found.images) == (("test",), 2)
-    assert "1 labelled training images are left out" in found.notes[0]
+    assert "1 labelled training images are excluded" in found.notes[0]
     move(screen, "B02 B03", Subset.VALIDATION)
     forced = report(sqlite_workspace, force=True)
     assert forced.subsets == ("outside", "train", "validation")

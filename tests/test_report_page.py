@@ -299,10 +299,10 @@ def test_where_two_runs_differ_is_shown(sqlite_workspace: Workspace, tmp_path: P
     page = write(
         sqlite_workspace, tmp_path, compare=first, vote_options=VoteOptions(controls=False)
     )
-    assert "Control wells are left out." in page.words
+    assert "Control wells are excluded." in page.words
     first, second = other.id, screen.predict_run.id
     assert f"Run {first} compared with run {second}" in page.words
-    assert f"Run {first} says DMSO, run {second} says taxol ✓" in page.words
+    assert f"Run {first} predicts DMSO, run {second} predicts taxol ✓" in page.words
     assert "#comparison" in page.values("a", "href")
 
 

@@ -84,14 +84,14 @@ def contrast(
     scores = _held_out(rows, treated, wells, min(folds, smallest), seed)
     wins, sizes = _wins(scores, treated, wells)
     low, high = _interval(wins, sizes, seed)
-    said = scores > 0
-    recall = [float(np.mean(said[treated == which] == which)) for which in (True, False)]
+    predicted = scores > 0
+    recall = [float(np.mean(predicted[treated == which] == which)) for which in (True, False)]
     return Contrast(
         treated_wells=len(ours),
         control_wells=len(theirs),
         treated_cells=int(treated.sum()),
         control_cells=int((~treated).sum()),
-        accuracy=float(np.mean(said == treated)),
+        accuracy=float(np.mean(predicted == treated)),
         balanced_accuracy=sum(recall) / 2,
         auc=float(wins.sum() / np.outer(*sizes).sum()),
         low=low,

@@ -47,8 +47,8 @@ def even_shares(counts: Mapping[Key, int], total: int) -> dict[Key, int]:
     shares: dict[Key, int] = {}
     left = total
     by_size = sorted(counts, key=lambda key: counts[key])
-    for place, key in enumerate(by_size):
-        shares[key] = min(counts[key], -(-left // (len(by_size) - place)))
+    for position, key in enumerate(by_size):
+        shares[key] = min(counts[key], -(-left // (len(by_size) - position)))
         left -= shares[key]
     return {key: shares[key] for key in counts}
 

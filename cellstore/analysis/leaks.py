@@ -164,8 +164,8 @@ def leaks(
     identifier). Warnings: the same within one label or subset; a class that train or test lacks; a
     compound in both subsets where a class has several, so that compounds may be recognised in place
     of their class; a class on one plate only while others are elsewhere; a class of whose test
-    wells most are told by their position: the training wells in that position of other plates are
-    of that class more than of any other. That plates are in both subsets is a remark.
+    wells most are predicted by their position: the training wells in that position of other plates
+    are of that class more than of any other. That plates are in both subsets is a remark.
 
     Memory grows with wells and compounds, not with images.
     """
@@ -288,10 +288,10 @@ def _by_position(trained: Mapping[str, set[Well]], tested: Mapping[str, set[Well
 
     found = []
     for label, wells in sorted(tested.items()):
-        told = sorted({well for plate, well in wells if predicted(plate, well) == label})
-        if 2 * sum(well in told for _, well in wells) > len(wells):
-            more = f" and {len(told) - 3} more" if len(told) > 3 else ""
-            found.append(f"{label}: {' '.join(told[:3])}{more}")
+        right = sorted({well for plate, well in wells if predicted(plate, well) == label})
+        if 2 * sum(well in right for _, well in wells) > len(wells):
+            more = f" and {len(right) - 3} more" if len(right) > 3 else ""
+            found.append(f"{label}: {' '.join(right[:3])}{more}")
     return found
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sqlalchemy import ARRAY, BigInteger, Select, any_, bindparam, func, select, text, true
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
@@ -131,6 +131,8 @@ def _insert(session: Session, table: type[Base]) -> Any:
     target: Any = table.__table__
     if session.get_bind().dialect.name == "sqlite":
         return sqlite.insert(target)
+    from sqlalchemy.dialects import postgresql  # loads slowly
+
     return postgresql.insert(target)
 
 

@@ -25,7 +25,7 @@ _CHAIN_LOCK = 0xE7E4757
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A row that changes: the columns that do, before and after; ``line`` of the file says so.
+    """A row that changes: the columns that do, before and after, and their ``line``.
 
     Without ``row_id``: several rows, or what is no row.
     """
@@ -80,9 +80,9 @@ def record_events(
 
 def event_digest(row: dict[str, Any], previous: str | None) -> str:
     """Return the digest of an event and of ``previous``, the digest of the one before it."""
-    said = {name: row[name] for name in row if name not in ("id", "created_at", "sha256")}
-    said |= {"created_at": row["created_at"].isoformat(), "previous_sha256": previous}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    content = {name: row[name] for name in row if name not in ("id", "created_at", "sha256")}
+    content |= {"created_at": row["created_at"].isoformat(), "previous_sha256": previous}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def broken_events(session: Session) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What is said of a well: the fields that labels have, and the parts of its treatment."""
+"""The label fields of wells, and the parts of their treatments."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def field_column(field: str) -> ColumnElement[str | None]:
     column: ColumnElement[str | None] | None = _COLUMNS.get(field)
     if column is not None:
         return column
-    said = (table.metadata_[field].as_string() for table in (Well, Plate))
-    return func.coalesce(*said)
+    values = (table.metadata_[field].as_string() for table in (Well, Plate))
+    return func.coalesce(*values)
 
 
 def check_field(session: Session, field: str) -> None:

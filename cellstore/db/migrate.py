@@ -1,4 +1,8 @@
-"""The schema of a store: bring it up to date, compare it, refuse a wrong one."""
+"""The schema of a store: bring it up to date, compare it, refuse a wrong one.
+
+Each command compares the revision; Alembic and the classes of the tables, which load slowly, are
+imported where they are needed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, inspect, text
 
 from ..errors import SchemaError
-from ..models import METADATA
 from .session import Database, _translated
 
 if TYPE_CHECKING:
@@ -68,6 +71,8 @@ def differences(database: Database) -> list[str]:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
+    from ..models import METADATA
+
     with _translated(database), database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         return [str(change) for change in compare_metadata(context, METADATA)]
@@ -116,6 +121,8 @@ def _refuse_unknown(database: Database) -> None:
 
 
 def _tables(database: Database) -> list[str]:
+    from ..models import METADATA
+
     with _translated(database), database.engine.connect() as connection:
         return sorted(set(inspect(connection).get_table_names()) & set(METADATA.tables))
 
@@ -157,6 +164,8 @@ def _check_references(connection: Connection) -> None:
 
 def _config(folder: str, connection: Connection) -> Config:
     from alembic.config import Config
+
+    from ..models import METADATA
 
     config = Config()
     config.set_main_option("script_location", folder.replace("%", "%%"))

@@ -121,7 +121,7 @@ def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageErr
         return StorageError(
             f"The database {database.shown} cannot be opened: {text}. Check that the file and its "
             "folder exist and that you may write to both, which cellstore needs for reading, too. "
-            "An archived store can be used from a copy in a place that can be written."
+            "An archived store can be used from a copy in a folder that can be written to."
         )
     if UNWRITABLE.search(lowered):
         return StorageError(

@@ -291,7 +291,7 @@ def _record(
         raise RowRefusedError("another plate", f"plate {written}, not {plate}")
     barcode = written or plate or names.scan
     if barcode is None:
-        raise RowRefusedError(NO_PLATE, "nothing says which plate it is; name it with --plate")
+        raise RowRefusedError(NO_PLATE, "the table does not name the plate; name it with --plate")
     site, plane, time_point = (
         whole_number(texts, columns) for columns in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
     )
@@ -364,7 +364,15 @@ class ImageIndex:
             content = Refusal(line, "duplicate key", f"an earlier row has {IMAGE_NUMBER} {number}")
         elif isinstance(content, ImageRecord):
             self._indices[group, number] = len(self._source.images)
-            self._note_disagreement(file, content)
+            well = content.row, content.column
+            for ref in content.files:
+                name = core_file_name(ref.name)
+                if name is not None and (name.row, name.column) != well:
+                    detail = f"well {format_well(*well)}, file {ref.name}"
+                    reason = "well and file name disagree"
+                    issue = RowIssue(Severity.SUSPICIOUS, file, [line], reason, detail)
+                    self._source.issues.append(issue)
+                    break
         self._source.images.append((file, content))
 
     def check_plate(self, where: str) -> None:
@@ -387,17 +395,6 @@ class ImageIndex:
         wanted = np.where(usable, (groups << 32) | number, UNKNOWN)
         found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         return np.where(keys[found] == wanted, images[found], UNKNOWN)
-
-    def _note_disagreement(self, file: str, record: ImageRecord) -> None:
-        for ref in record.files:
-            name = core_file_name(ref.name)
-            if name is not None and (name.row, name.column) != (record.row, record.column):
-                detail = f"well {format_well(record.row, record.column)}, file {ref.name}"
-                reason = "well and file name disagree"
-                self._source.issues.append(
-                    RowIssue(Severity.SUSPICIOUS, file, [record.line], reason, detail)
-                )
-                return
 
 
 # ---- Joining the tables to cells ----

@@ -19,7 +19,7 @@ from .filenames import core_file_name, format_well, is_safe_name
 from .image_files import micrometres
 from .image_tables import ChannelNames, FileRef, ImageRecord
 from .tables import LONGEST, Refusal, RowRefusedError
-from .uris import join, writable
+from .uris import exists, join, writable
 
 INDEX_NAMES = ("Index.idx.xml", "Index.xml")
 ROOT = "EvaluationInputData"
@@ -215,7 +215,8 @@ class _HarmonyIndex:
             # The images are beside the index, or in the folder Images beside it.
             own = self._path.resolve().parent
             folders = (own, own / "Images", own.parent / "Images")
-            self._folder = next((f for f in folders if _is_file(f / url)), own).as_posix()
+            found = (folder for folder in folders if exists(str(folder / url)))
+            self._folder = next(found, own).as_posix()
         if writable(self._folder) != self._folder:
             detail = f"{writable(self._folder)}: not UTF-8, rename it"
             raise RowRefusedError("folder name not understood", detail)
@@ -229,13 +230,6 @@ def _pixel_size(values: Mapping[str, str]) -> float | None:
         for name in ("ImageResolutionX", "ImageResolutionY")
     }
     return sizes.pop() if len(sizes) == 1 else None
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def _whole(values: Mapping[str, str], name: str, default: int | None) -> int:

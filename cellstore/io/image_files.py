@@ -586,7 +586,7 @@ class ImageFolder:
         if len(paths) > 1:
             some = ", ".join(str(path.relative_to(self.folder)) for path in paths[:3])
             raise ImageError(
-                f"{name} is in several places ({some}). Put each plate's images in a folder "
+                f"{name} is in several folders ({some}). Put each plate's images in a folder "
                 "named like the plate."
             )
         if not paths or page is None:

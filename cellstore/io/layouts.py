@@ -221,8 +221,8 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
         )
     if {"Assay_Plate_Barcode", "Plate_Map_Name"} <= set(columns):
         return BadTableError(
-            f"{path.name} only says which plate uses which plate map. Give the folder of the plate "
-            "maps, and this file with --barcodes."
+            f"{path.name} only lists which plate uses which plate map. Give the folder of the "
+            "plate maps, and this file with --barcodes."
         )
     needs = (
         f"{path.name}: I do not recognise this table. A plate map needs a well and a treatment "

@@ -108,7 +108,7 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
             digests[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     if not splits:
         raise BadTableError(
-            f"{paths[0].name} has no column 'split' that says train, validation or test. "
+            f"{paths[0].name} has no column 'split' with train, validation or test. "
             f"{nearest_columns(COLUMNS['split'], read_columns(paths[0]))}"
         )
     rows: list[SplitRow] = []

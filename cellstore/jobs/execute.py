@@ -399,7 +399,7 @@ class _Loop:
         if self.stop.is_set():
             raise KeyboardInterrupt
         self.stop.set()
-        self.progress.note("Stopping when the images in hand are done; Ctrl-C again drops them.")
+        self.progress.note("Stopping after the present images. Press Ctrl-C again to stop at once.")
 
     def _work(self) -> None:
         while not self.stop.is_set():

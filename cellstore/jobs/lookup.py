@@ -55,7 +55,7 @@ def find_image(session: Session, text: str) -> Image:
     digits of the sha256 of its content or of one of its files.
 
     Raises:
-        UnknownNameError: nothing has that name; the names nearby are told.
+        UnknownNameError: nothing has that name; similar names are listed.
         UserInputError: several images have it.
 
     """
@@ -270,7 +270,7 @@ def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Ru
         reference = (others or [RUN_WORDS[0]])[0]
         if stages and typed[0] not in stages:
             wanted = " or ".join(stage.value for stage in stages)
-            raise UserInputError(f"A {wanted} run is wanted here, not a {typed[0].value} run.")
+            raise UserInputError(f"This needs a {wanted} run, not a {typed[0].value} run.")
         stages = typed
     query = select(Run).order_by(Run.id.desc())
     if stages:

@@ -238,7 +238,7 @@ def check_still_ours(session: Session, run: RunHandle) -> None:
     status, process = session.execute(query).one()
     if process != run.owner:
         raise StoreError(
-            f"Run {run.id} was gone on with by {shown_worker(process)}, so this process ends."
+            f"Run {run.id} was continued by {shown_worker(process)}, so this process ends."
         )
     if status is Status.CANCELLED:
         raise RunCancelledError(f"Run {run.id} was cancelled.")

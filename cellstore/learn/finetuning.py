@@ -3,7 +3,7 @@
 The augmentation (any angle, mirrored, at 0.75 to 1.25 of the size) and the loss are Cellpose's
 (Stringer et al. 2021, doi:10.1038/s41592-020-01018-x). Its own loop, ``train_seg``, is not used:
 it seeds numpy's global generator, takes no seed, tells nobody how far it is, and leaves images
-with few cells out without a word.
+with few cells out without saying so.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def finetune(
 ) -> bytes:
     """Return the state of the network in ``start``, trained further on ``examples``.
 
-    Same parameters, same machine, same images: same network. ``on_epoch`` hears the number of each
+    Same parameters, same machine, same images: same network. ``on_epoch`` gets the number of each
     epoch, from 1, and its mean loss.
     """
     model = load_network(start, device)

@@ -197,23 +197,27 @@ class Scaler:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Scaler:
         """Return what :meth:`to_json` described; raises ``UserInputError`` if it is not one."""
-
-        def numbers(values: Iterable[float | None]) -> tuple[float, ...]:
-            return tuple(float("nan") if value is None else float(value) for value in values)
-
         try:
             names, own = (tuple(str(text) for text in record[key]) for key in ("names", "own"))
-            mean, scale = numbers(record["mean"]), numbers(record["scale"])
+            # numpy makes NaN of null
+            mean, scale = (
+                tuple(np.array(record[key], dtype=np.float64).tolist()) for key in ("mean", "scale")
+            )
             plates, intensities = record["plates"], record["intensities"]
             if plates is not None:
                 plates = {
                     str(plate): Scale(
-                        numbers(found["mean"]), numbers(found["scale"]), int(found["cells"])
+                        tuple(np.array(found["mean"], dtype=np.float64).tolist()),
+                        tuple(np.array(found["scale"], dtype=np.float64).tolist()),
+                        int(found["cells"]),
                     )
                     for plate, found in plates.items()
                 }
             if intensities is not None:
-                intensities = {str(plate): numbers(v) for plate, v in intensities.items()}
+                intensities = {
+                    str(plate): tuple(float(value) for value in values)
+                    for plate, values in intensities.items()
+                }
             gaps = bool(record["gaps"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserInputError(f"This is not a description of a scaler: {error!r}.") from error

@@ -49,7 +49,7 @@ NETWORK = "network"
 CELLS_PER_STEP = 128
 """Cells that go through a network at once.
 
-A constant, since what a network says of a cell differs in the sixth digit with how many others
+A constant, since the answer of a network for a cell differs in the sixth digit with how many others
 are in the batch: the same image always makes the same batches, so its rows are the same.
 """
 
@@ -164,7 +164,7 @@ class Model:
             self.width = learned.classifier.in_features
 
     def predict(self, cells: CellBlock) -> tuple[Numbers, NDArray[np.float32]]:
-        """Return what is said of all N cells of an image; an estimator may count them.
+        """Return the answers for all N cells of an image; an estimator may count them.
 
         Probabilities, (N, K) float64, rows adding to 1, and embeddings, (N, width) float32: what
         the last layer of a network, the linear classifier, reads, which is the output of the
@@ -180,15 +180,15 @@ class Model:
         def keep(_layer: object, given: tuple[Tensor, ...]) -> None:
             embeddings.append(given[0].float().cpu().numpy())
 
-        said = [np.empty((0, self.net.shape.n_classes))]
+        found = [np.empty((0, self.net.shape.n_classes))]
         hook = self.net.classifier.register_forward_pre_hook(keep)
         try:
             for start in range(0, len(cells), CELLS_PER_STEP):
                 end = min(start + CELLS_PER_STEP, len(cells))
-                said.append(predict_batch(self.net, cells.take(torch.arange(start, end))))
+                found.append(predict_batch(self.net, cells.take(torch.arange(start, end))))
         finally:
             hook.remove()
-        return np.concatenate(said), np.concatenate(embeddings)
+        return np.concatenate(found), np.concatenate(embeddings)
 
 
 def predict_batch(net: FusionNet, batch: CellBlock) -> Numbers:

@@ -340,7 +340,7 @@ class Training:
         """Train until no epoch is better than the best for ``patience`` epochs; yield each epoch.
 
         Adam on the loss, which is that of validation, too. ``train_batches`` has batches of two
-        cells or more, with labels of 0 or more. ``on_step`` hears the numbers of the epoch and the
+        cells or more, with labels of 0 or more. ``on_step`` gets the numbers of the epoch and the
         step, from 0, after every training batch. On a CPU with a fixed number of threads, the same
         seed, network and batches give the same result: random numbers of an epoch depend on the
         seed and the epoch only; they are torch's own, so threads of one process must not train at
@@ -478,7 +478,7 @@ class Training:
         return TrainingState(tensors, record | more)
 
     def resume(self, state: TrainingState) -> None:
-        """Go on from ``state``; raises ``StorageError`` if it is of another network."""
+        """Resume from ``state``; raises ``StorageError`` if it is of another network."""
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in state.part("adam").items():
             index, _, what = name.partition(".")
@@ -529,7 +529,7 @@ def check_logs(kinds: Sequence[str]) -> None:
 class TrainingLogs:
     """Loggers that write to ``folder``, in which earlier logs of these kinds are replaced.
 
-    They write copies: one that fails is told of once through ``note`` and left alone from then on,
+    They write copies: one that fails is reported once through ``note`` and not written any more,
     and the training goes on.
 
     Raises:

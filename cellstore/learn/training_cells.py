@@ -163,7 +163,7 @@ def result_from(run: Run, session: Session, known: Mapping[str, Any]) -> dict[st
     return {"run_id": run.id, "recipe_id": run.recipe_id, "split": split, **kept}
 
 
-def teacher_of(session: Session, measure: Recipe) -> Run | None:
+def training_of_features(session: Session, measure: Recipe) -> Run | None:
     """Return the training whose network made the features of a recipe; None: none did."""
     if "embedding" not in measure.parameters:
         return None
@@ -194,31 +194,31 @@ def feature_leak(session: Session, measure: Recipe | None, split_id: int) -> str
     An embedding knows the labels of the wells that its network was trained on, or stopped by; so
     does one by a network that has learned from another's embedding.
     """
-    teachers: list[Run] = []
-    while measure is not None and (teacher := teacher_of(session, measure)) is not None:
-        if teacher.split_id not in (None, split_id):
-            teachers.append(teacher)
-        measure = measure_recipe_of(session, teacher)
-    if not teachers:
+    trainings: list[Run] = []
+    while measure is not None and (training := training_of_features(session, measure)) is not None:
+        if training.split_id not in (None, split_id):
+            trainings.append(training)
+        measure = measure_recipe_of(session, training)
+    if not trainings:
         return None
     mine, theirs = aliased(SplitMember), aliased(SplitMember)
     image, other = aliased(Image), aliased(Image)
-    taught = (
+    learned_wells = (
         select(other.well_id)
         .join(theirs, theirs.image_id == other.id)
-        .where(theirs.split_id.in_([run.split_id for run in teachers]))
+        .where(theirs.split_id.in_([run.split_id for run in trainings]))
         .where(theirs.subset != Subset.TEST)
     )
     query = (
         select(func.count(distinct(image.well_id)))
         .join(mine, mine.image_id == image.id)
         .where(mine.split_id == split_id, mine.subset != Subset.TRAIN)
-        .where(image.well_id.in_(taught))
+        .where(image.well_id.in_(learned_wells))
     )
     number = session.scalar(query) or 0
     if number == 0:
         return None
-    runs = " and ".join(str(run.id) for run in teachers)
+    runs = " and ".join(str(run.id) for run in trainings)
     return (
         f"A leak: the features are an embedding by training run {runs}, which learned the labels "
         f"of {number:,} wells that this split does not train on. Scores are too good; use the "

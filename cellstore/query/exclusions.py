@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, CompoundSelect, Select, and_, exists, func, or_, select, union
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from ..enums import ExclusionSource, Level, Stage, Status
@@ -128,21 +128,6 @@ def image_counts(qc_run: int | None = None) -> ColumnElement[bool]:
         _not_excluded(Level.IMAGE, Image.id, qc_run),
         _not_excluded(Level.WELL, Image.well_id, qc_run),
         _not_excluded(Level.PLATE, plate, qc_run),
-    )
-
-
-def excluded_images() -> CompoundSelect[int]:
-    """Return the query of the ids of all images that do not count, whatever was flagged."""
-    found = EXCLUSIONS.c
-    ids = {
-        level: select(found.id).where(found.level == level.value, found.run_id.is_(None))
-        for level in (Level.IMAGE, Level.WELL, Level.PLATE)
-    }
-    of_plates = select(Image.id).join(Well, Well.id == Image.well_id)
-    return union(
-        ids[Level.IMAGE],
-        select(Image.id).where(Image.well_id.in_(ids[Level.WELL])),
-        of_plates.where(Well.plate_id.in_(ids[Level.PLATE])),
     )
 
 

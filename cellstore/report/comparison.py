@@ -228,8 +228,8 @@ def compare_subjects(
     pair = common_answers(*answers, one_split=one_split, force=force)
     if not pair.unit.size and pair.other_truth:
         raise UserInputError(
-            f"The true label of each {level} that both runs have answered is another one in split "
-            f"{first.split.name} than in {second.split.name}."
+            f"Split {first.split.name} and split {second.split.name} have different true labels "
+            f"for every {level} that both runs have labelled."
         )
     if not pair.unit.size:
         raise UserInputError(

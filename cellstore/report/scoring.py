@@ -577,7 +577,7 @@ def chosen_subsets(counts: Mapping[str, int], subject: Subject, *, force: bool) 
             return (subset,)
     raise UserInputError(
         f"Run {run_id} has only labelled the {counts[Subset.TRAIN.value]} images that its network "
-        "was trained on; their score says nothing about new images. Label the test images with "
+        "was trained on; their score tells nothing about new images. Label the test images with "
         "cellstore predict, or score these anyway with --force."
     )
 
@@ -598,7 +598,7 @@ def score_answers(
     images, cells = answers[HEADLINE], answers["cell", "hard"]
     if not images.given.unit.size:
         raise UserInputError(
-            f"No image that run {run.id} has labelled has an answer by these rules. "
+            f"No image that run {run.id} has labelled gets a label under these rules. "
             "Lower --min-cells or --min-margin."
         )
     (about,) = questions.ask_ours(ABOUT_RUN, {"split": split.id}).records()
@@ -871,7 +871,7 @@ def notes_on(
     if Subset.TRAIN.value in subsets:
         notes.append(f"Forced: {trained_on:,} of these images were used to train the network.")
     elif trained_on:
-        notes.append(f"{trained_on:,} labelled training images are left out (--force adds them).")
+        notes.append(f"{trained_on:,} labelled training images are excluded (--force adds them).")
     if Subset.VALIDATION.value in subsets:
         notes.append("Validation images are scored, and they decided when training stopped.")
     if "outside" in subsets:
@@ -886,7 +886,7 @@ def notes_on(
             f"{100 * options.min_margin:g} % above that of the second."
         )
     if not options.controls:
-        notes.append("Control wells are left out.")
+        notes.append("Control wells are excluded.")
     if subject.qc_run_id is not None:
         notes += subject.qc_notes
         notes.append(

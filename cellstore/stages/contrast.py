@@ -21,7 +21,7 @@ from ..extras import need
 from ..jobs.runs import RecipeSpec, digest_of_images, finished_run, register, running
 from ..jobs.selection import images_of
 from ..jobs.workspace import Workspace
-from ..learn.training_cells import teacher_of
+from ..learn.training_cells import training_of_features
 from ..models import Cell, Image, Plate, Run, Treatment, Well
 from ..query.cells import (
     CellSource,
@@ -157,7 +157,7 @@ def contrast(
     measurement: str | None = None,
     force: bool = False,
 ) -> ContrastResult:
-    """Say of each treatment whether its cells can be told from control cells of the same plates.
+    """Test for each treatment whether its cells differ from control cells of the same plates.
 
     See ``cellstore.analysis.contrasts``. What was compared with the same options on the same cells
     is returned as it is, unless ``force``.
@@ -190,16 +190,17 @@ def contrast(
         earlier = None if force else finished_run(session, spec)
         if earlier is not None:
             return _result(earlier, already_done=True)
-        teacher = teacher_of(session, measure)
+        training = training_of_features(session, measure)
     with workspace.database.begin() as session:
         recipe = register(session, spec)
     query = as_text(cells_query(source))
     with running(workspace.database, recipe, seed=params.seed, query=query) as run:
         run.result = _Comparison(workspace, params, source, control).result(groups)
-        if teacher is not None:
+        if training is not None:
             note = (
-                f"These features are an embedding by training run {teacher.id}, which learned what "
-                "wells got: on wells of its split, a difference says nothing. Use measurements."
+                f"These features are an embedding by training run {training.id}, which learned "
+                "what wells got: a difference on wells of its split proves nothing. Use "
+                "measurements."
             )
             run.result["notes"].insert(0, note)
     with workspace.database.read() as session:

@@ -202,7 +202,7 @@ def export(
         clash = sorted({field.name for field in measured.schema} & set(schema.names))
         if clash:
             raise UserInputError(
-                f"The feature {clash[0]!r} has the name of a column that says what a cell is. "
+                f"The feature {clash[0]!r} has the name of a column that identifies cells. "
                 "Ingest the features again with that column named otherwise."
             )
         schema = pa.schema([*schema, *measured.schema])

@@ -201,7 +201,7 @@ def find_examples(
             )
     if not examples:
         reasons = "; ".join(f"{item.file}: {item.reason}" for item in refused[:3])
-        raise UserInputError(f"None of the masks can be learned from. {reasons}")
+        raise UserInputError(f"None of the masks can be used for training. {reasons}")
     examples.sort(key=lambda example: example.image_id)
     training, held_out = divide(examples, params.held_out, params.seed)
     return Examples(tuple(training), tuple(held_out), tuple(refused))

@@ -265,8 +265,8 @@ def _running(session: Session, reference: str) -> Run:
     found = session.get_one(Run, run_in(session, reference).id)
     if found.stage not in LISTENING:
         raise UserInputError(
-            f"Run {found.id} is of the stage {found.stage.value}, which does not listen. Stop it "
-            "with Ctrl-C where it runs."
+            f"A {found.stage.value} run such as run {found.id} cannot be cancelled from here. Stop "
+            "it with Ctrl-C where it runs."
         )
     if found.status is not Status.RUNNING:
         raise UserInputError(f"Run {found.id} is {found.status.value}; nothing is running.")

@@ -367,7 +367,7 @@ def _count_excluded(
 def _nothing_to_split(params: SplitParams, excluded: Mapping[str, int]) -> str:
     if excluded["missing_files"]:
         return (
-            f"All {excluded['missing_files']} images with a {params.field} miss files. "
+            f"All {excluded['missing_files']} images with a {params.field} lack their files. "
             "Ingest again with --images, or split without the pixels with --allow-missing."
         )
     if excluded.get("flagged"):
@@ -541,7 +541,7 @@ def _match(
         )
     if not members and missing_files:
         raise UserInputError(
-            f"All {len(missing_files)} images that the tables name miss files. Ingest again with "
+            f"All {len(missing_files)} images that the tables name lack files. Ingest again with "
             "--images, or import without the pixels: --allow-missing."
         )
     if not members and without_label:

@@ -1,37 +1,17 @@
-"""Status: what is in a store, what is left to do, and what failed."""
+"""Status: what is in a store, what is left to do, and what failed.
+
+Counted in plain SQL: this command is asked often, and the classes of the tables load slowly.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC
 
-from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import DateTime, text
 
-from ..enums import FeatureStorage, Level, Stage, Status
-from ..jobs.selection import is_current
+from ..enums import Stage
 from ..jobs.workspace import Workspace
-from ..models import (
-    EXCLUSIONS,
-    Base,
-    Cell,
-    CellFeatures,
-    FeatureFile,
-    FeatureSet,
-    Image,
-    ImageFlag,
-    Job,
-    Plate,
-    Prediction,
-    Recipe,
-    RecipeInput,
-    Run,
-    RunMetric,
-    Segmentation,
-    Split,
-    Treatment,
-    Well,
-)
-from ..query.exclusions import excluded_images
 
 
 @dataclass(frozen=True)
@@ -114,210 +94,196 @@ class StatusResult:
     excluded_images: int = 0
 
 
+# An image is done by a recipe with a finished job for its present bytes; or another tool found its
+# cells ("given"). What a segmentation saw is unknown where it has no sha256.
+DONE = """
+    EXISTS (
+        SELECT 1 FROM jobs AS j JOIN recipes AS r ON r.id = j.recipe_id
+        WHERE j.image_id = i.id AND j.content_sha256 = i.content_sha256 AND j.status = 'done'
+            AND r.stage = '{stage}'
+    )
+"""
+GIVEN = """
+    EXISTS (
+        SELECT 1 FROM segmentations AS s
+        WHERE s.image_id = i.id
+            AND (s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256) {condition}
+    )
+"""
+# Segment recipes of feature sets that no job of ours fills.
+OF_OTHERS = """
+    AND s.recipe_id IN (
+        SELECT ri.input_id FROM recipe_inputs AS ri JOIN feature_sets AS f USING (recipe_id)
+        WHERE f.storage = 'files'
+            AND NOT EXISTS (SELECT 1 FROM jobs AS j WHERE j.recipe_id = f.recipe_id)
+    )
+"""
+EXCLUDED_IMAGES = """
+    SELECT id AS image_id FROM exclusions WHERE level = 'image' AND run_id IS NULL
+    UNION
+    SELECT i.id FROM images AS i JOIN exclusions AS e ON e.id = i.well_id WHERE e.level = 'well'
+    UNION
+    SELECT i.id FROM images AS i JOIN wells AS w ON w.id = i.well_id
+    JOIN exclusions AS e ON e.id = w.plate_id WHERE e.level = 'plate'
+"""
+COUNTS = f"""
+    WITH excluded AS ({EXCLUDED_IMAGES}),
+    qc AS (SELECT max(id) AS id FROM runs WHERE stage = 'qc' AND status = 'done')
+    SELECT
+        (SELECT count(*) FROM plates) AS plates,
+        (SELECT count(*) FROM wells) AS wells,
+        (SELECT count(*) FROM treatments) AS treatments,
+        (SELECT count(*) FROM images) AS images,
+        (SELECT count(*) FROM images WHERE content_sha256 IS NULL) AS missing_images,
+        (
+            SELECT count(*) FROM images AS i
+            WHERE {DONE.format(stage="segment")} OR {GIVEN.format(condition="")}
+        ) AS segmented,
+        (
+            SELECT count(*) FROM images AS i
+            WHERE {DONE.format(stage="measure")} OR {GIVEN.format(condition=OF_OTHERS)}
+        ) AS measured,
+        (SELECT count(*) FROM cells) AS cells,
+        (
+            SELECT count(*) FROM (
+                SELECT id FROM exclusions WHERE level = 'cell' AND run_id IS NULL
+                UNION
+                SELECT c.id FROM cells AS c
+                JOIN segmentations AS s ON s.id = c.segmentation_id
+                JOIN excluded ON excluded.image_id = s.image_id
+            ) AS of_both
+        ) AS excluded,
+        (SELECT count(*) FROM features) AS features,
+        (SELECT count(*) FROM splits) AS splits,
+        (SELECT count(*) FROM runs) AS runs,
+        (SELECT count(*) FROM predictions) AS predictions,
+        (SELECT id FROM qc) AS qc_run_id,
+        (
+            SELECT count(DISTINCT f.image_id) FROM image_flags AS f JOIN qc ON qc.id = f.run_id
+        ) AS flagged_images,
+        (SELECT count(*) FROM excluded) AS excluded_images
+"""  # noqa: S608 - no values
+RECIPES = """
+    SELECT r.stage, r.id, r.fingerprint,
+        count(*) FILTER (WHERE j.status = 'done' AND j.content_sha256 = i.content_sha256) AS done,
+        count(*) FILTER (WHERE j.status = 'done' AND j.content_sha256 <> i.content_sha256) AS stale,
+        count(*) FILTER (WHERE j.status = 'failed' AND j.content_sha256 = i.content_sha256)
+            AS failed,
+        count(*) FILTER (
+            WHERE j.status IN ('pending', 'running') AND j.content_sha256 = i.content_sha256
+        ) AS open
+    FROM jobs AS j
+    JOIN recipes AS r ON r.id = j.recipe_id
+    JOIN images AS i ON i.id = j.image_id
+    GROUP BY r.stage, r.id, r.fingerprint
+"""
+IMPORTED = """
+    SELECT r.id, r.fingerprint,
+        count(*) FILTER (
+            WHERE s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256
+        ) AS done,
+        count(*) AS n
+    FROM recipes AS r
+    JOIN segmentations AS s ON s.recipe_id = r.id
+    JOIN images AS i ON i.id = s.image_id
+    WHERE r.stage = 'segment' AND NOT EXISTS (SELECT 1 FROM jobs AS j WHERE j.recipe_id = r.id)
+    GROUP BY r.id, r.fingerprint
+"""
+# By measure recipe the segment recipe that it reads.
+READS = """
+    SELECT ri.recipe_id, ri.input_id FROM recipe_inputs AS ri
+    JOIN recipes AS r ON r.id = ri.recipe_id JOIN recipes AS source ON source.id = ri.input_id
+    WHERE r.stage = 'measure' AND source.stage = 'segment'
+"""
+# By segment recipe the images whose present bytes it has done, and whose masks are known.
+SEGMENTED = """
+    SELECT s.recipe_id, count(*) FROM segmentations AS s JOIN images AS i ON i.id = s.image_id
+    WHERE (s.content_sha256 IS NULL OR s.content_sha256 = i.content_sha256)
+        AND i.content_sha256 IS NOT NULL AND s.mask_artifact_id IS NOT NULL
+    GROUP BY s.recipe_id
+"""
+FEATURE_SETS = """
+    SELECT f.name, f.recipe_id, f.storage, json_array_length(f.columns) AS columns,
+        coalesce(measured.n, 0) + coalesce(written.n, 0) AS cells
+    FROM feature_sets AS f
+    LEFT JOIN (
+        SELECT recipe_id, count(*) AS n FROM features GROUP BY recipe_id
+    ) AS measured ON measured.recipe_id = f.recipe_id
+    LEFT JOIN (
+        SELECT feature_set_id, sum(n_rows) AS n FROM feature_files GROUP BY feature_set_id
+    ) AS written ON written.feature_set_id = f.id
+    ORDER BY f.id
+"""
+BROKEN_OFF = """
+    SELECT r.id, r.status, count(DISTINCT m.epoch) AS epochs, r.started_at
+    FROM runs AS r
+    JOIN recipes AS c ON c.id = r.recipe_id
+    LEFT JOIN run_metrics AS m ON m.run_id = r.id
+    WHERE r.stage = 'train' AND r.status IN ('failed', 'cancelled') AND {baseline} IS NULL
+        AND NOT EXISTS (
+            SELECT 1 FROM runs AS other
+            WHERE other.recipe_id = r.recipe_id AND other.split_id = r.split_id
+                AND other.status = 'done'
+        )
+    GROUP BY r.id, r.status, r.started_at
+    ORDER BY r.id
+"""
+
+
 def status(workspace: Workspace) -> StatusResult:
     """Count what is in a store."""
+    sqlite = workspace.database.is_sqlite
+    baseline = "json_extract(c.parameters, '$.baseline')" if sqlite else "c.parameters->>'baseline'"
+    broken_off = text(BROKEN_OFF.format(baseline=baseline))
     with workspace.database.read() as session:
-        qc_run_id = _newest_qc(session)
-        return StatusResult(
-            store=str(workspace.settings.root),
-            database=workspace.database.shown,
-            plates=_count(session, Plate),
-            wells=_count(session, Well),
-            treatments=_count(session, Treatment),
-            images=_count(session, Image),
-            missing_images=_count(session, Image, Image.content_sha256.is_(None)),
-            segmented=_images_done(session, Stage.SEGMENT, select(Recipe.id)),
-            measured=_images_done(session, Stage.MEASURE, _inputs_of_imported_sets()),
-            cells=_count(session, Cell),
-            excluded=_excluded_cells(session),
-            features=_count(session, CellFeatures),
-            splits=_count(session, Split),
-            runs=_count(session, Run),
-            predictions=_count(session, Prediction),
-            recipes=tuple(sorted(_recipes(session) + _imported(session), key=_number)),
-            feature_sets=_feature_sets(session),
-            qc_run_id=qc_run_id,
-            flagged_images=_flagged(session, qc_run_id),
-            broken_off=_broken_off(session),
-            excluded_images=session.scalar(
-                select(func.count()).select_from(excluded_images().subquery())
-            )
-            or 0,
+        counts = session.execute(text(COUNTS)).mappings().one()
+        jobs = session.execute(text(RECIPES)).all()
+        imported = session.execute(text(IMPORTED)).all()
+        reads = {row[0]: row[1] for row in session.execute(text(READS))}
+        segmented = {row[0]: row[1] for row in session.execute(text(SEGMENTED))}
+        last = session.scalar(
+            text("SELECT recipe_id FROM runs WHERE stage = 'segment' ORDER BY id DESC LIMIT 1")
         )
-
-
-def _excluded_cells(session: Session) -> int:
-    own = select(EXCLUSIONS.c.id).where(EXCLUSIONS.c.level == Level.CELL.value)
-    of_images = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
-    of_images = of_images.where(Segmentation.image_id.in_(excluded_images()))
-    both = own.where(EXCLUSIONS.c.run_id.is_(None)).union(of_images).subquery()
-    return session.scalar(select(func.count()).select_from(both)) or 0
-
-
-def _broken_off(session: Session) -> tuple[BrokenOff, ...]:
-    finished = aliased(Run)
-    query = (
-        select(Run, func.count(RunMetric.epoch.distinct()))
-        .join(Recipe, Recipe.id == Run.recipe_id)
-        .outerjoin(RunMetric, RunMetric.run_id == Run.id)
-        .where(Run.stage == Stage.TRAIN, Run.status.in_((Status.FAILED, Status.CANCELLED)))
-        .where(Recipe.parameters["baseline"].as_string().is_(None))
-        .where(
-            ~exists().where(
-                finished.recipe_id == Run.recipe_id,
-                finished.split_id == Run.split_id,
-                finished.status == Status.DONE,
-            )
-        )
-        .group_by(Run.id)
-        .order_by(Run.id)
-    )
-    return tuple(
-        BrokenOff(run.id, run.status.value, epochs, run.started_at.isoformat())
-        for run, epochs in session.execute(query)
-    )
-
-
-def _newest_qc(session: Session) -> int | None:
-    done = select(func.max(Run.id)).where(Run.stage == Stage.QC, Run.status == Status.DONE)
-    return session.scalar(done)
-
-
-def _flagged(session: Session, run_id: int | None) -> int:
-    images = select(func.count(ImageFlag.image_id.distinct())).where(ImageFlag.run_id == run_id)
-    return session.scalar(images) or 0
-
-
-def _count(session: Session, table: type[Base], *where: ColumnElement[bool]) -> int:
-    return session.scalar(select(func.count()).select_from(table).where(*where)) or 0
-
-
-def _images_done(session: Session, stage: Stage, imported: Select[int]) -> int:
-    """Images with a finished job, or with cells of a segment recipe that is among ``imported``."""
-    done = exists().where(_current(), Job.status == Status.DONE)
-    done = done.where(Job.recipe_id == Recipe.id, Recipe.stage == stage)
-    given = exists().where(is_current(), Segmentation.recipe_id.in_(imported))
-    return session.scalar(select(func.count()).select_from(Image).where(or_(done, given))) or 0
-
-
-def _inputs_of_imported_sets() -> Select[int]:
-    """Segment recipes of feature sets that no job of ours fills."""
-    query = select(RecipeInput.input_id)
-    query = query.join(FeatureSet, FeatureSet.recipe_id == RecipeInput.recipe_id)
-    query = query.where(FeatureSet.storage == FeatureStorage.FILES)
-    return query.where(~exists().where(Job.recipe_id == FeatureSet.recipe_id))
-
-
-def _feature_sets(session: Session) -> tuple[FeatureSetStatus, ...]:
-    in_table = select(FeatureSet.id, func.count()).group_by(FeatureSet.id)
-    in_table = in_table.join(CellFeatures, CellFeatures.recipe_id == FeatureSet.recipe_id)
-    in_files = select(FeatureFile.feature_set_id, func.sum(FeatureFile.n_rows))
-    in_files = in_files.group_by(FeatureFile.feature_set_id)
-    cells = dict(session.execute(in_table).all()) | dict(session.execute(in_files).all())
-    return tuple(
-        FeatureSetStatus(
-            found.name,
-            found.recipe_id,
-            found.storage.value,
-            len(found.columns),
-            int(cells.get(found.id, 0)),
-        )
-        for found in session.scalars(select(FeatureSet).order_by(FeatureSet.id))
-    )
-
-
-def _imported(session: Session) -> tuple[RecipeStatus, ...]:
-    """The segment recipes of other tools: no job of ours found their cells."""
-    current = _tally(is_current())
-    rows = session.execute(
-        select(Recipe.id, Recipe.fingerprint, current, func.count() - current)
-        .join(Segmentation, Segmentation.recipe_id == Recipe.id)
-        .join(Image, Image.id == Segmentation.image_id)
-        .where(Recipe.stage == Stage.SEGMENT, ~exists().where(Job.recipe_id == Recipe.id))
-        .group_by(Recipe.id, Recipe.fingerprint)
-    )
-    return tuple(
-        RecipeStatus(Stage.SEGMENT.value, number, mark, done, stale, 0, 0)
-        for number, mark, done, stale in rows
-    )
-
-
-def _number(recipe: RecipeStatus) -> int:
-    return recipe.recipe_id
-
-
-def _current() -> ColumnElement[bool]:
-    return and_(Job.image_id == Image.id, Job.content_sha256 == Image.content_sha256)
-
-
-def _recipes(session: Session) -> tuple[RecipeStatus, ...]:
-    current = Job.content_sha256 == Image.content_sha256
-    rows = session.execute(
-        select(
-            Recipe.stage,
-            Recipe.id,
-            Recipe.fingerprint,
-            _tally(and_(Job.status == Status.DONE, current)),
-            _tally(and_(Job.status == Status.DONE, Image.content_sha256 != Job.content_sha256)),
-            _tally(and_(Job.status == Status.FAILED, current)),
-            _tally(and_(Job.status.in_((Status.PENDING, Status.RUNNING)), current)),
-        )
-        .join(Job, Job.recipe_id == Recipe.id)
-        .join(Image, Image.id == Job.image_id)
-        .group_by(Recipe.stage, Recipe.id, Recipe.fingerprint)
-        .order_by(Recipe.id)
-    ).all()
-    seen = session.scalar(select(func.count(Image.content_sha256))) or 0
-    reads, last, segmented = _reads(session), _last_segment(session), _segmented(session)
-    found = []
-    for stage, number, mark, done, stale, failed, unfinished in rows:
-        source = reads.get(number)
-        ready = {Stage.SEGMENT: seen, Stage.QC: seen}.get(stage)
-        ready = segmented.get(source or 0, 0) if stage == Stage.MEASURE else ready
-        todo = unfinished if ready is None else max(0, ready - done - failed)
-        replaced = stage == Stage.SEGMENT and last != number
-        found.append(
+        sets = session.execute(text(FEATURE_SETS)).all()
+        trainings = session.execute(broken_off.columns(started_at=DateTime(timezone=True))).all()
+    seen = counts["images"] - counts["missing_images"]
+    recipes = [
+        RecipeStatus(Stage.SEGMENT.value, row.id, row.fingerprint, row.done, row.n - row.done, 0, 0)
+        for row in imported
+    ]
+    for row in jobs:
+        source = reads.get(row.id)
+        # How many images can be done; what is not known to be is what is open.
+        ready = {"segment": seen, "qc": seen, "measure": segmented.get(source, 0)}.get(row.stage)
+        todo = row.open if ready is None else max(0, ready - row.done - row.failed)
+        replaced = row.stage == Stage.SEGMENT.value and last != row.id
+        recipes.append(
             RecipeStatus(
-                Stage(stage).value,
-                number,
-                mark,
-                done,
-                stale,
-                failed,
-                unfinished,
-                todo,
-                source,
-                last if replaced else None,
+                *(row.stage, row.id, row.fingerprint, row.done, row.stale, row.failed, row.open),
+                todo=todo,
+                reads=source,
+                replaced_by=last if replaced else None,
             )
         )
-    return tuple(found)
-
-
-def _reads(session: Session) -> dict[int, int]:
-    """By measure recipe: the segment recipe that it reads."""
-    query = select(RecipeInput.recipe_id, RecipeInput.input_id)
-    measure = aliased(Recipe)
-    query = query.join(Recipe, Recipe.id == RecipeInput.input_id).join(
-        measure, measure.id == RecipeInput.recipe_id
+    return StatusResult(
+        store=str(workspace.settings.root),
+        database=workspace.database.shown,
+        **counts,
+        recipes=tuple(sorted(recipes, key=lambda recipe: recipe.recipe_id)),
+        feature_sets=tuple(
+            FeatureSetStatus(row.name, row.recipe_id, row.storage, row.columns, int(row.cells))
+            for row in sets
+        ),
+        broken_off=tuple(
+            BrokenOff(
+                row.id,
+                row.status,
+                row.epochs,
+                # SQLite keeps no zone; on PostgreSQL it is that of the session.
+                (
+                    row.started_at.replace(tzinfo=UTC) if sqlite else row.started_at.astimezone(UTC)
+                ).isoformat(),
+            )
+            for row in trainings
+        ),
     )
-    where = (Recipe.stage == Stage.SEGMENT, measure.stage == Stage.MEASURE)
-    return {row[0]: row[1] for row in session.execute(query.where(*where))}
-
-
-def _last_segment(session: Session) -> int | None:
-    query = select(Run.recipe_id).where(Run.stage == Stage.SEGMENT)
-    return session.scalar(query.order_by(Run.id.desc()).limit(1))
-
-
-def _segmented(session: Session) -> dict[int, int]:
-    """By segment recipe: images whose present bytes it has done, and that can be opened."""
-    query = select(Segmentation.recipe_id, func.count()).join(Image, is_current())
-    seen = query.where(
-        Image.content_sha256.is_not(None), Segmentation.mask_artifact_id.is_not(None)
-    )
-    rows = session.execute(seen.group_by(Segmentation.recipe_id))
-    return {row[0]: row[1] for row in rows}
-
-
-def _tally(condition: ColumnElement[bool]) -> ColumnElement[int]:
-    return func.count().filter(condition)

@@ -123,14 +123,14 @@ class TrainResult:
 class Plan:
     """What is trained on which cells. ``validation``: the subset of the split that stops it.
 
-    ``untaught``: how many of its images are of a class that is not in the training subset; they
+    ``unknown``: how many of its images are of a class that is not in the training subset; they
     are excluded.
     """
 
     params: TrainParams
     cells: TrainingCells
     validation: Subset
-    untaught: int
+    unknown: int
     branches: tuple[str, ...]
     channels: tuple[str, ...]
     notes: tuple[str, ...]
@@ -154,7 +154,7 @@ def train(
     Excluded cells do not count; features are scaled as the training subset is. Under the
     published protocol the test subset is the validation subset too, as in the study. A training
     that was finished with the same recipe is returned as it is, and one that was broken off after
-    an epoch is resumed, unless ``force``. ``resume``: the run to go on with (a number, or
+    an epoch is resumed, unless ``force``. ``resume``: the run to resume (a number, or
     ``latest``), by what it was asked to do; ``params`` and the names do not count then.
 
     With several devices this very program is run again for each, as Lightning does; on the others
@@ -191,7 +191,7 @@ def train(
             share_of_batch(params.batch_size, team.size)
             check_agreed(team, plan.spec)
 
-            # Where to begin: it is done, goes on in an unfinished run, or is new.
+            # Where to begin: it is done, is resumed in an unfinished run, or is new.
             run_id = None if unfinished is None else unfinished.id
             if unfinished is None and not force:
                 done, run_id = team.of_first(lambda: find_earlier(workspace, plan))
@@ -328,17 +328,17 @@ def learn(
         with workspace.database.read() as session:
             for record in metrics_of(session, run.id):
                 logs.write(int(record.pop("epoch")), record)
-    heard = time.monotonic()
+    checked = time.monotonic()
 
     def on_step(epoch: int, step: int) -> None:
-        nonlocal heard
+        nonlocal checked
         if step == 0:
             progress.start(f"epoch {epoch + 1}", train_batches.count(epoch))
         progress.advance()
         # Among several processes only the end of an epoch is where all can stop.
-        if run is None or team.size > 1 or time.monotonic() - heard < LISTEN_SECONDS:
+        if run is None or team.size > 1 or time.monotonic() - checked < LISTEN_SECONDS:
             return
-        heard = time.monotonic()
+        checked = time.monotonic()
         with workspace.database.read() as session:
             check_still_ours(session, run)
 
@@ -438,8 +438,8 @@ def make_plan(
             channels = choose_channels(session, cells.source, params.channels)
     validation = validation_subset(cells.split)
     validated = cells.blocks[validation]
-    taught = tuple(block for block in validated if block.label_id in cells.labels.values())
-    cells = replace(cells, blocks={**cells.blocks, validation: taught})
+    known = tuple(block for block in validated if block.label_id in cells.labels.values())
+    cells = replace(cells, blocks={**cells.blocks, validation: known})
     # A file of weights counts by its bytes; where it lay on this machine does not. The feature
     # set is named by the measure recipe.
     parameters = as_parameters(params) | {
@@ -453,7 +453,7 @@ def make_plan(
         params=params,
         cells=cells,
         validation=validation,
-        untaught=len(validated) - len(taught),
+        unknown=len(validated) - len(known),
         branches=branches,
         channels=channels,
         notes=((note,) if note else ()) + cells.notes,
@@ -469,12 +469,12 @@ def check_subsets(plan: Plan) -> None:
     if len(cells.labels) == 1:
         raise UserInputError(
             f"All images in the training subset of split {name} are of one class, "
-            f"{next(iter(cells.labels))!r}: there is nothing to tell apart. Make another split."
+            f"{next(iter(cells.labels))!r}: there is nothing to learn. Make another split."
         )
     for subset, called in ((Subset.TRAIN, "training"), (plan.validation, plan.validation.value)):
         if cells.blocks[subset]:
             continue
-        if subset is plan.validation and plan.untaught:
+        if subset is plan.validation and plan.unknown:
             raise UserInputError(
                 f"No class in the {called} subset of split {name} is in its training subset, too. "
                 "Make another split, without --allow-missing."
@@ -539,7 +539,7 @@ def check_agreed(team: Team, spec: RecipeSpec) -> None:
 def ended_by_sigterm() -> Iterator[None]:
     """Let SIGTERM, which clusters send before they kill, be the same as Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread hears of signals
+        yield  # only the main thread receives signals
         return
 
     def stop(_number: int, _frame: object) -> None:
@@ -693,12 +693,12 @@ def as_run(
     training: Training,
     team: Team,
 ) -> Iterator[RunHandle | None]:
-    """Record the training as a run, or as run ``run_id`` that goes on.
+    """Record the training as a run, or as run ``run_id`` that is resumed.
 
     On the processes of a team that write nothing there is none.
 
     Raises:
-        StoreError: another process has gone on with the run since its state was read.
+        StoreError: another process has resumed the run since its state was read.
         TeamError: another process of this training has ended.
 
     """
@@ -718,20 +718,20 @@ def as_run(
         with workspace.database.read() as session:
             if session.scalar(known) != len(training.epochs):
                 raise StoreError(
-                    f"Another process has gone on with run {run.id} in the meantime. Go on from "
-                    f"where it is now with: cellstore train --resume {run.id}"
+                    f"Another process has resumed run {run.id} in the meantime. Resume "
+                    f"it with: cellstore train --resume {run.id}"
                 )
         try:
             yield run
         except (KeyboardInterrupt, RunCancelledError):
-            workspace.progress.note(f"Go on with: cellstore train --resume {run.id}")
+            workspace.progress.note(f"Resume it with: cellstore train --resume {run.id}")
             raise
         except RuntimeError as error:
             if team.size == 1 or isinstance(error, CellstoreError):
                 raise
             raise TeamError(
                 "Another process of this training has ended, so it cannot go on. "
-                f"Go on with: cellstore train --resume {run.id}"
+                f"Resume it with: cellstore train --resume {run.id}"
             ) from error
 
 
@@ -745,7 +745,7 @@ def keep_epoch(
 
     Raises:
         RunCancelledError: the run was cancelled.
-        StoreError: another process goes on with it.
+        StoreError: another process has resumed it.
         StorageError: the disk is full.
 
     """
@@ -775,7 +775,7 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
     without = {
         name: cells.members.get(subset, 0) - len(blocks[name]) for name, subset in subsets.items()
     }
-    without["validation"] -= plan.untaught
+    without["validation"] -= plan.unknown
     seen = {block.label_id for block in blocks["train"]}
     unseen = [value for value, label_id in cells.labels.items() if label_id not in seen]
     columns = cells.source.features.columns if TABULAR in plan.branches else ()
@@ -786,9 +786,9 @@ def summary(plan: Plan, training: Training, scaler: Scaler) -> dict[str, Any]:
             "As published, the test subset also decided when to stop, and its wells are in "
             "training too: scores are those of wells already seen."
         )
-    if plan.untaught:
+    if plan.unknown:
         notes.append(
-            f"{plan.untaught} images of the validation subset were excluded: their classes are not "
+            f"{plan.unknown} images of the validation subset were excluded: their classes are not "
             "in the training subset."
         )
     if unseen:

@@ -217,7 +217,7 @@ class Fitting:
         if len(self.labels) < 2:
             raise UserInputError(
                 f"The training subset of split {name} has cells of one class only "
-                f"({next(iter(self.labels))}), so there is nothing to tell apart. Make another "
+                f"({next(iter(self.labels))}), so there is nothing to learn. Make another "
                 "split."
             )
         if params.max_cells < len(self.labels):
@@ -287,8 +287,8 @@ class Fitting:
         after = np.random.Generator(np.random.PCG64(self.params.seed)).permutation(before)
         given = dict(zip(labels, after.tolist(), strict=True))
         note = (
-            f"By chance {int((before == after).sum()):,} of {len(labels):,} wells kept their true "
-            "label when labels were shuffled."
+            f"Labels were shuffled between wells; {int((before == after).sum()):,} of "
+            f"{len(labels):,} wells got their own label back by chance."
         )
         return self._classes([given[well] for well in wells.tolist()]), (note,)
 

@@ -29,7 +29,7 @@ def test_predict_says_what_it_did_and_what_the_model_has_met(cellstore, trained:
     words = ("--subset", "all", "--all-probabilities", "--where", "perturbation = 'taxol'")
     result = cellstore("predict", *words, "--json", *STORE).json
     assert (result["done"], result["cells"]) == (4, 8)
-    assert [note for note in result["notes"] if "was trained on" in note]
+    assert [note for note in result["notes"] if "were used to train run" in note]
     count = cellstore("sql", "SELECT count(*) AS n FROM predictions", "--json", *STORE)
     assert count.json[0]["n"] == 2 * 3 + 8 * 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -40,7 +41,6 @@ votes
 votes --level well
 report
 jobs
-qc --list
 split list
 split show main
 split check main
@@ -49,7 +49,7 @@ measure --list
 
 
 def on_terminal(words: list[str]) -> tuple[int, list[str]]:
-    """Run a command with a pseudo terminal as its output; its exit code and its lines."""
+    """Run a command with a pseudo terminal as its stdout; its exit code and its lines."""
     reader, writer = pty.openpty()
     chunks: list[bytes] = []
 
@@ -64,7 +64,7 @@ def on_terminal(words: list[str]) -> tuple[int, list[str]]:
     with (
         os.fdopen(writer, "w", encoding="utf-8") as screen,
         contextlib.redirect_stdout(screen),
-        contextlib.redirect_stderr(screen),
+        contextlib.redirect_stderr(io.StringIO()),
     ):
         try:
             get_command(app).main(words, prog_name="cellstore")

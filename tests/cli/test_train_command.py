@@ -22,7 +22,7 @@ def test_presets_are_shown_side_by_side(cellstore) -> None:
     values = {line.split()[0]: line.split()[1:] for line in lines[2:]}
     assert values["crop-size"] == ["64", "224"]
     assert values["backbone"] == ["resnet18", "efficientnet_b0"]
-    assert values["augment"] == ["flips,rotations,intensity", "none"]
+    assert values["augment"] == ["flips,intensity,rotations", "none"]
     assert max(map(len, lines)) <= 80
 
 
@@ -57,14 +57,14 @@ def test_a_run_that_was_stopped_is_resumed_by_its_number(
         patched.setattr(Notes, "note", stop)
         stopped = cellstore("train", *QUICK, *IN, code=130)
     command = re.search(
-        r"^Go on with: cellstore (train --resume (\d+))$", stopped.err, re.MULTILINE
+        r"^Resume it with: cellstore (train --resume (\d+))$", stopped.err, re.MULTILINE
     )
     assert command is not None
     words, run = command[1].split(), command[2]
     told = cellstore(*words, "--epochs", 9, "--preset", "published", *IN, code=2).err
     assert "leave out --epochs, --preset" in told
     trained = cellstore(*words, "--device", "cpu", *IN)
-    assert trained.out.startswith(f"Run {run} went on after epoch 1.")
+    assert trained.out.startswith(f"Run {run} was resumed after epoch 1.")
     table = trained.out.splitlines()[-5:]
     assert table[0].split("  ")[0].strip() == "epoch"
     assert [line.split()[0] for line in table[2:]] == ["1", "2", "3"]

@@ -95,9 +95,7 @@ class Bench:
     def ingest(self, **options: Any) -> Brought:
         run = self.make.run(Stage.INGEST)
         self.account = Account(run.id, self.masks.name)
-        return ingest_masks(
-            self.workspace, run.id, self.masks, IngestParams(**options), self.account
-        )
+        return ingest_masks(self.workspace, self.masks, IngestParams(**options), self.account)
 
     @property
     def counts(self) -> tuple[int, int, int, int]:

@@ -210,7 +210,10 @@ def test_cells_are_counted_from_the_last_segmentation(workspace: Workspace) -> N
         ({"protocol": "published", "downsample": ()}, "without --downsample"),
         ({"test_plates": ("P1",)}, "--group plate"),
         ({"validation_plates": ("P1",), "group_level": "plate"}, "plates that test, too"),
-        ({"test_plates": ("P1",), "group_level": "plate", "folds": 3}, "each plate tests in turn"),
+        (
+            {"test_plates": ("P1",), "group_level": "plate", "folds": 3},
+            "every plate is tested",
+        ),
         ({"folds": 3}, "create_folds"),
         ({"where": "colour = 'red'"}, "Unknown column 'colour'"),
         ({"min_images": 99}, "have 99 images or more"),

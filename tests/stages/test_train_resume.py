@@ -1,4 +1,4 @@
-"""A training that was broken off: gone on with, it ends as if there had been no break."""
+"""A training that was broken off: resumed, it ends as if there had been no break."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def broken_off(workspace: Workspace, epochs: int = 2) -> int:
         train(replace(workspace, progress=listener), PARAMS, device="cpu")
     run = trainings(workspace)[-1]
     assert run.status is Status.CANCELLED
-    assert listener.told[-1] == f"Go on with: cellstore train --resume {run.id}"
+    assert listener.told[-1] == f"Resume it with: cellstore train --resume {run.id}"
     return run.id
 
 
@@ -236,7 +236,7 @@ def test_a_cancelled_training_ends_and_one_that_was_taken_over_too(
         with workspace.database.begin() as session:
             session.execute(update(Run).where(Run.id == run.id).values(process=ELSEWHERE))
 
-    with pytest.raises(StoreError, match="was gone on with by other-host:77"):
+    with pytest.raises(StoreError, match="was continued by other-host:77"):
         train(replace(workspace, progress=_Does(take_over)), resume=str(run.id), device="cpu")
     assert run_of(workspace, run.id).status is Status.RUNNING  # it is the other's
 

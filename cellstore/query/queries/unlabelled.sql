@@ -1,4 +1,4 @@
--- Images of which a predict run says nothing: no cell of theirs has a prediction.
+-- Images that a predict run has not labelled: none of their cells has a prediction.
 -- cells counts the cells that any recipe has found there.
 -- :run (predict run) = latest  Whose predictions.
 WITH labelled AS (

@@ -10,16 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import func, insert, literal, select
 from sqlalchemy.orm import Session
 
 from ...artifacts import CHUNK, sha256_of
-from ...db.bulk import bulk_insert, in_lists
-from ...db.fields import wells_changed
-from ...enums import Severity, Stage, Status
+from ...db.bulk import bulk_insert
+from ...enums import Severity
 from ...errors import CellstoreError
 from ...io.uris import writable
-from ...models import Event, IngestFile, IngestIssue, Run, Well
+from ...models import IngestFile, IngestIssue
 
 SHOWN = 1_000
 """Issues of a file that are kept in memory to be shown; table ``ingest_issues`` has them all."""
@@ -212,61 +210,3 @@ class Account:
         )
         session.add(row)
         session.flush()
-
-
-def find_earlier(session: Session, recipe_id: int) -> Run | None:
-    """Return the last run that read the very same files in the very same way.
-
-    What has been corrected since stays corrected: an old table that is ingested again, by habit or
-    by a clock, must not undo it. The ``result`` of the run is what it said of the source.
-    """
-    query = select(Run).where(
-        Run.recipe_id == recipe_id, Run.stage == Stage.INGEST, Run.status == Status.DONE
-    )
-    run = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-    return run if run is not None and run.result is not None else None
-
-
-def corrected_since(session: Session, run_id: int, plates: Sequence[int]) -> int:
-    """Return how many wells of ``plates`` (ids) have got another treatment since a run."""
-    changed = wells_changed(Event.run_id > run_id).subquery()
-    later = select(func.count(Well.id)).where(Well.id.in_(select(changed.c.well_id)))
-    return sum(
-        session.scalar(later.where(Well.plate_id.in_(some))) or 0 for some in in_lists(plates)
-    )
-
-
-def updated_since(session: Session, earlier: Run, plates: Sequence[int]) -> int | None:
-    """Return the last run that read another source since and updated rows of ``plates`` (ids)."""
-    query = select(Run.id, Run.result).where(
-        Run.stage == Stage.INGEST,
-        Run.status == Status.DONE,
-        Run.id > earlier.id,
-        Run.recipe_id != earlier.recipe_id,
-    )
-    found = None
-    for run_id, result in session.execute(query.order_by(Run.id)):
-        if result and result.get("updated") and set(plates) & set(result.get("plates", ())):
-            found = run_id
-    return found
-
-
-def repeat_issues(session: Session, run_id: int, account: Account) -> None:
-    """Say of this run, too, what run ``run_id`` said of the rows of the same source."""
-    columns = (
-        IngestIssue.severity,
-        IngestIssue.file,
-        IngestIssue.line,
-        IngestIssue.reason,
-        IngestIssue.detail,
-    )
-    of_rows = (IngestIssue.run_id == run_id, IngestIssue.line.is_not(None))
-    shown = session.execute(select(*columns).where(*of_rows).order_by(IngestIssue.id).limit(SHOWN))
-    account.shown += [Issue(*row) for row in shown]
-    kind = (IngestIssue.severity, IngestIssue.reason)
-    counts = select(*kind, func.count()).where(*of_rows).group_by(*kind)
-    for severity, reason, number in session.execute(counts):
-        account.reasons[Severity(severity), reason] += number
-    copied = select(literal(account.run_id), *columns).where(*of_rows).order_by(IngestIssue.id)
-    names = ["run_id", *(column.key for column in columns)]
-    session.execute(insert(IngestIssue).from_select(names, copied))

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, literal, select
+from sqlalchemy.orm import Session
 
 from ...config import EVERYTHING, IngestParams, Selection
 from ...db.bulk import in_lists, one_ingest_at_a_time
-from ...enums import Look, Severity, Stage
+from ...db.fields import wells_changed
+from ...enums import Look, Severity, Stage, Status
 from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import Layout, SourceKind, detect
@@ -23,21 +25,9 @@ from ...jobs.mask_matching import NoMatch
 from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.selection import images_of
 from ...jobs.workspace import Workspace
-from ...models import Image, Recipe, Run, Well
-from .account import (
-    SHOWN,
-    Account,
-    Brought,
-    FileIdentity,
-    Issue,
-    UndoneError,
-    corrected_since,
-    find_earlier,
-    repeat_issues,
-    updated_since,
-)
-from .find_files import look_at_files
-from .ingest_images import ImageSource, ingest_images
+from ...models import Event, Image, IngestIssue, Recipe, Run, Well
+from .account import SHOWN, Account, Brought, FileIdentity, Issue, UndoneError
+from .ingest_images import ImageSource, ingest_images, look_at_files
 
 VERSION = 2
 REFRESH_VERSION = 1
@@ -114,7 +104,7 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
             elif kind is SourceKind.MASKS:
                 from .ingest_masks import ingest_masks  # these are slow to import
 
-                brought = ingest_masks(workspace, run.id, source, params, account)
+                brought = ingest_masks(workspace, source, params, account)
             else:
                 with workspace.database.begin() as session:
                     one_ingest_at_a_time(session)
@@ -272,6 +262,64 @@ def _read_again(
             "cellstore audit well PLATE/A01. To use the labels of this table, add --reread."
         )
     return Brought(plates)
+
+
+def find_earlier(session: Session, recipe_id: int) -> Run | None:
+    """Return the last run that read the very same files in the very same way.
+
+    What has been corrected since stays corrected: an old table that is ingested again, by habit or
+    by a clock, must not undo it. The ``result`` of the run is what it said of the source.
+    """
+    query = select(Run).where(
+        Run.recipe_id == recipe_id, Run.stage == Stage.INGEST, Run.status == Status.DONE
+    )
+    run = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
+    return run if run is not None and run.result is not None else None
+
+
+def corrected_since(session: Session, run_id: int, plates: Sequence[int]) -> int:
+    """Return how many wells of ``plates`` (ids) have got another treatment since a run."""
+    changed = wells_changed(Event.run_id > run_id).subquery()
+    later = select(func.count(Well.id)).where(Well.id.in_(select(changed.c.well_id)))
+    return sum(
+        session.scalar(later.where(Well.plate_id.in_(some))) or 0 for some in in_lists(plates)
+    )
+
+
+def updated_since(session: Session, earlier: Run, plates: Sequence[int]) -> int | None:
+    """Return the last run that read another source since and updated rows of ``plates`` (ids)."""
+    query = select(Run.id, Run.result).where(
+        Run.stage == Stage.INGEST,
+        Run.status == Status.DONE,
+        Run.id > earlier.id,
+        Run.recipe_id != earlier.recipe_id,
+    )
+    found = None
+    for run_id, result in session.execute(query.order_by(Run.id)):
+        if result and result.get("updated") and set(plates) & set(result.get("plates", ())):
+            found = run_id
+    return found
+
+
+def repeat_issues(session: Session, run_id: int, account: Account) -> None:
+    """Say of this run, too, what run ``run_id`` said of the rows of the same source."""
+    columns = (
+        IngestIssue.severity,
+        IngestIssue.file,
+        IngestIssue.line,
+        IngestIssue.reason,
+        IngestIssue.detail,
+    )
+    of_rows = (IngestIssue.run_id == run_id, IngestIssue.line.is_not(None))
+    shown = session.execute(select(*columns).where(*of_rows).order_by(IngestIssue.id).limit(SHOWN))
+    account.shown += [Issue(*row) for row in shown]
+    kind = (IngestIssue.severity, IngestIssue.reason)
+    counts = select(*kind, func.count()).where(*of_rows).group_by(*kind)
+    for severity, reason, number in session.execute(counts):
+        account.reasons[Severity(severity), reason] += number
+    copied = select(literal(account.run_id), *columns).where(*of_rows).order_by(IngestIssue.id)
+    names = ["run_id", *(column.key for column in columns)]
+    session.execute(insert(IngestIssue).from_select(names, copied))
 
 
 @dataclass(frozen=True)

@@ -339,6 +339,8 @@ class _CellWriter:
         self._target = target
         self._images = images[source.image_index]
         self._accounts = accounts
+        self._segmentations: dict[int, int] = {}
+        """By image (id)."""
         self._files: list[tuple[str, int, int]] | None = None
         self.created = 0
 
@@ -350,39 +352,17 @@ class _CellWriter:
             StorageError: the disk is full.
         """
         artifacts, images = self._workspace.artifacts, self._images
-        known = self._known_segmentations()
-        is_known = np.isin(images, np.fromiter(known, np.int64, len(known)))
-        is_new = (images != _UNKNOWN) & ~is_known
-        made = self._make_segmentations(images[is_new])
-        lost = np.flatnonzero(images == _UNKNOWN)
-        self._accounts.refuse(lost, "image refused", "the row of its image could not be used")
-        writer = FeatureWriter(artifacts, self._target.schema)
-        try:
-            for batch in self._source.batches():
-                end = batch.start + batch.values.num_rows
-                cells = np.arange(batch.start, end)
-                self._create(writer, batch, cells[is_new[batch.start : end]], made)
-                self._compare(batch, cells[is_known[batch.start : end]], known)
-                self._workspace.progress.advance(len(cells))
-            writer.finish()
-        finally:
-            writer.abandon()
-        register_files(self._session, artifacts, self._target.id, self._run_id, writer.files)
-
-    def _known_segmentations(self) -> dict[int, int]:
-        """Return the segmentations of those images that the set has already."""
-        found: dict[int, int] = {}
-        wanted = np.unique(self._images[self._images != _UNKNOWN]).tolist()
+        known: list[int] = []
         query = select(Segmentation.image_id, Segmentation.id).where(
             Segmentation.recipe_id == self._target.segment_id
         )
-        for some in in_lists(wanted):
-            rows = self._session.execute(query.where(Segmentation.image_id.in_(some)))
-            found.update((image, segmentation) for image, segmentation in rows)
-        return found
-
-    def _make_segmentations(self, images: Integers) -> dict[int, int]:
-        found, counts = np.unique(images, return_counts=True)
+        for some in in_lists(np.unique(images[images != _UNKNOWN]).tolist()):
+            for image, key in self._session.execute(query.where(Segmentation.image_id.in_(some))):
+                self._segmentations[image] = key
+                known.append(image)
+        is_known = np.isin(images, np.array(known, np.int64))
+        is_new = (images != _UNKNOWN) & ~is_known
+        found, counts = np.unique(images[is_new], return_counts=True)
         ids = take_ids(self._session, Segmentation, len(found))
         shared = {
             "recipe_id": self._target.segment_id,
@@ -395,11 +375,23 @@ class _CellWriter:
         ]
         if rows:
             self._session.execute(insert(Segmentation), rows)
-        return {row["image_id"]: row["id"] for row in rows}
+        self._segmentations.update(zip(found.tolist(), ids, strict=True))
+        lost = np.flatnonzero(images == _UNKNOWN)
+        self._accounts.refuse(lost, "image refused", "the row of its image could not be used")
+        writer = FeatureWriter(artifacts, self._target.schema)
+        try:
+            for batch in self._source.batches():
+                end = batch.start + batch.values.num_rows
+                cells = np.arange(batch.start, end)
+                self._create(writer, batch, cells[is_new[batch.start : end]])
+                self._compare(batch, cells[is_known[batch.start : end]])
+                self._workspace.progress.advance(len(cells))
+            writer.finish()
+        finally:
+            writer.abandon()
+        register_files(self._session, artifacts, self._target.id, self._run_id, writer.files)
 
-    def _create(
-        self, writer: FeatureWriter, batch: ObjectBatch, cells: Integers, made: Mapping[int, int]
-    ) -> None:
+    def _create(self, writer: FeatureWriter, batch: ObjectBatch, cells: Integers) -> None:
         if len(cells) == 0:
             return
         ids = take_ids(self._session, Cell, len(cells))
@@ -410,7 +402,7 @@ class _CellWriter:
             excluded = [text[:LONGEST].replace("\0", "?") if text else None for text in texts]
         columns = [
             ids,
-            [made[image] for image in self._images[cells].tolist()],
+            [self._segmentations[image] for image in self._images[cells].tolist()],
             self._source.object_number[cells].tolist(),
             *_columns(batch.boxes[rows], whole=True),
             *_columns(batch.centres[rows], whole=False),
@@ -423,11 +415,19 @@ class _CellWriter:
             account.created += len(lines)
         self.created += len(cells)
 
-    def _compare(self, batch: ObjectBatch, cells: Integers, known: Mapping[int, int]) -> None:
+    def _compare(self, batch: ObjectBatch, cells: Integers) -> None:
         """Count cells of known images as unchanged, or refuse those that are other ones."""
         if len(cells) == 0:
             return
-        ids = self._known_cells(cells, known)
+        segmentations = [self._segmentations[image] for image in self._images[cells].tolist()]
+        by_key: dict[tuple[int, int], int] = {}
+        query = select(Cell.segmentation_id, Cell.object_number, Cell.id)
+        for some in in_lists(set(segmentations)):
+            for row in self._session.execute(query.where(Cell.segmentation_id.in_(some))):
+                by_key[row[0], row[1]] = row[2]
+        numbers = self._source.object_number[cells].tolist()
+        keys = zip(segmentations, numbers, strict=True)
+        ids = np.array([by_key.get(key, _UNKNOWN) for key in keys], np.int64)
         same = ids != _UNKNOWN
         rows = np.flatnonzero(same)
         order = rows[np.argsort(ids[rows], kind="stable")]
@@ -442,18 +442,6 @@ class _CellWriter:
             "give another --name"
         )
         self._accounts.refuse(cells[~same], "other values than before", detail)
-
-    def _known_cells(self, cells: Integers, known: Mapping[int, int]) -> Integers:
-        """Return the id of each cell, -1 where its image has no cell of that number."""
-        segmentations = [known[image] for image in self._images[cells].tolist()]
-        by_key: dict[tuple[int, int], int] = {}
-        query = select(Cell.segmentation_id, Cell.object_number, Cell.id)
-        for some in in_lists(set(segmentations)):
-            for row in self._session.execute(query.where(Cell.segmentation_id.in_(some))):
-                by_key[row[0], row[1]] = row[2]
-        numbers = self._source.object_number[cells].tolist()
-        keys = zip(segmentations, numbers, strict=True)
-        return np.array([by_key.get(key, _UNKNOWN) for key in keys], np.int64)
 
     def _equal(self, ids: Integers, values: pa.RecordBatch) -> Chosen:
         """Return which of the cells (ascending ids) have these very values in the files."""

@@ -52,7 +52,7 @@ class FoundMasks:
 
 
 def ingest_masks(
-    workspace: Workspace, run_id: int, folder: Path, params: IngestParams, account: Account
+    workspace: Workspace, folder: Path, params: IngestParams, account: Account
 ) -> Brought:
     """Keep the label images below ``folder`` as segmentations of the images they are named like.
 
@@ -85,7 +85,7 @@ def ingest_masks(
                 account.refuse(None, *found.image, file.name)
             else:
                 plates.add(found.image.plate_id)
-                cells += _keep(workspace, run_id, reader, found, account)
+                cells += _keep(workspace, reader, found, account)
             workspace.progress.advance()
             if number % _FLUSH_EVERY == 0 or number == len(reader.files):
                 with workspace.database.begin() as session:
@@ -194,9 +194,7 @@ def other_masks(image: FoundImage) -> NoMatch:
     return NoMatch("other masks are there", detail)
 
 
-def _keep(
-    workspace: Workspace, run_id: int, reader: MaskReader, found: FoundMasks, account: Account
-) -> int:
+def _keep(workspace: Workspace, reader: MaskReader, found: FoundMasks, account: Account) -> int:
     """Write masks that are new; return how many cells they brought."""
     assert not isinstance(found.image, NoMatch)
     with workspace.database.read() as session:
@@ -216,7 +214,7 @@ def _keep(
                     image_id=image.id,
                     recipe_id=recipe.id,
                     content_sha256=image.content_sha256,
-                    run_id=run_id,
+                    run_id=account.run_id,
                     n_cells=len(found.cells),
                     diameter=found.diameter,
                     mask_artifact_id=keep_file(session, stored),
