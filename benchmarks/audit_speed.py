@@ -163,12 +163,12 @@ def lineage(writer: Writer, n_images: int, n_runs: int) -> None:
         (
             *(n, stage, n, 3 if stage == "predict" else None),
             *(1 if stage in ("train", "predict") else None, "done", "bench", "0"),
-            *("{}", "h", "u", MOMENT),
+            *("{}", "h", "u", MOMENT, "observed"),
         )
         for n, stage in enumerate(stages, start=1)
     ]
     columns = ("id", "stage", "recipe_id", "parent_id", "split_id", "status", "command")
-    columns = (*columns, "code_version", "environment", "host", "user_name", "started_at")
+    columns = (*columns, "code_version", "environment", "host", "user_name", "started_at", "origin")
     for some in (runs[:3], runs[3:]):  # parents before their children
         writer.write(Run, columns, some)
 

@@ -79,12 +79,12 @@ def test_calibration_error_by_hand() -> None:
     # Ten bins: (0.8, 0.9] holds 0.9, 0.9, 0.85 of which 2 are right; (0.1, 0.2] holds 0.2, wrong.
     confidence, correct = [0.9, 0.9, 0.85, 0.2], [True, True, False, False]
     expected = 3 / 4 * abs(2 / 3 - 2.65 / 3) + 1 / 4 * 0.2
-    assert statistics.expected_calibration_error(confidence, correct, 10) == pytest.approx(expected)
+    assert statistics.calibration(confidence, correct, 10).error == pytest.approx(expected)
 
 
 def test_a_calibrated_prediction_has_no_error_and_edges_are_counted() -> None:
-    assert statistics.expected_calibration_error([1.0, 1.0, 0.0], [True, True, False]) == 0
-    assert statistics.expected_calibration_error([1.0, 0.0], [False, True]) == 1
+    assert statistics.calibration([1.0, 1.0, 0.0], [True, True, False]).error == 0
+    assert statistics.calibration([1.0, 0.0], [False, True]).error == 1
 
 
 def test_calibration_counts_every_answer_once() -> None:
@@ -137,18 +137,13 @@ def test_one_well_has_no_interval() -> None:
     assert bootstrap_interval([True, False], ["A01", "A01"]) is None
 
 
-def test_majority_is_that_of_the_training_side() -> None:
-    assert statistics.majority_baseline(["b", "b", "a"], ["a", "a", "b", "a"]) == ("b", 0.25)
-    assert statistics.majority_baseline([2, 1], [1])[0] == 1
-
-
 def test_nothing_to_score_and_unequal_lengths_are_refused() -> None:
     with pytest.raises(UserInputError, match="nothing to score"):
         statistics.class_counts([], [], 2)
-    with pytest.raises(UserInputError, match="on one side"):
+    with pytest.raises(UserInputError, match="in one column"):
         statistics.class_counts([0], [0, 1], 2)
     with pytest.raises(UserInputError, match="between 0 and 1"):
-        statistics.expected_calibration_error([1.2], [True])
+        statistics.calibration([1.2], [True])
 
 
 def test_the_difference_of_two_runs_keeps_the_images_of_a_well_together() -> None:

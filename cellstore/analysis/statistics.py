@@ -134,59 +134,38 @@ def exchange_test(gains: ArrayLike) -> float:
     total, reached = int(sizes.sum()), abs(int(values.sum()))
     if reached == 0:
         return 1.0
-    # Of the sizes, those with a plus add up to (total + sum) / 2.
-    ways = _sums_of_some(sizes)
-    return min(1.0, 2 * float(ways[(total + reached) // 2 :].sum()))
-
-
-def _sums_of_some(sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The probability of each sum, from 0 up, where each size is in it with probability 1/2."""
-    chance = np.zeros(int(sizes.sum()) + 1)
-    chance[0] = 1.0
+    # The probability of each sum, from 0 up, where each size is in it with probability 1/2.
+    ways = np.zeros(total + 1)
+    ways[0] = 1.0
     reach = 0
     for size in sizes.tolist():
-        half = chance[: reach + 1] / 2
-        chance[: reach + 1] = half
-        chance[size : reach + size + 1] += half
+        half = ways[: reach + 1] / 2
+        ways[: reach + 1] = half
+        ways[size : reach + size + 1] += half
         reach += size
-    return chance
+    # Of the sizes, those with a plus add up to (total + sum) / 2.
+    return min(1.0, 2 * float(ways[(total + reached) // 2 :].sum()))
 
 
 @dataclass(frozen=True)
 class ClassCounts:
-    """How often each of K classes is true, answered, and both: (K,) counts each."""
+    """How often each of K classes is true, answered, and both: (K,) counts, and their ratios.
+
+    ``recall`` is ``correct / support``, NaN for a class that is never true; ``precision`` is
+    ``correct / predicted``, NaN for one that is never answered; ``f1`` is ``2 correct / (support +
+    predicted)``, NaN for one that is neither. ``balanced_accuracy`` is the mean recall over the
+    classes that are true somewhere (Brodersen et al. 2010), ``macro_f1`` the mean F1 over those
+    that are true or answered somewhere, as in scikit-learn's ``f1_score(average="macro")``.
+    """
 
     support: NDArray[np.int64]
     predicted: NDArray[np.int64]
     correct: NDArray[np.int64]
-
-    @property
-    def recall(self) -> NDArray[np.float64]:
-        """``correct / support``; NaN for a class that is never true."""
-        return _ratio(self.correct, self.support)
-
-    @property
-    def precision(self) -> NDArray[np.float64]:
-        """``correct / predicted``; NaN for a class that is never answered."""
-        return _ratio(self.correct, self.predicted)
-
-    @property
-    def f1(self) -> NDArray[np.float64]:
-        """``2 correct / (support + predicted)``; NaN for a class that is neither."""
-        return _ratio(2 * self.correct, self.support + self.predicted)
-
-    @property
-    def balanced_accuracy(self) -> float:
-        """Mean recall over the classes that are true somewhere (Brodersen et al. 2010)."""
-        return float(np.nanmean(self.recall))
-
-    @property
-    def macro_f1(self) -> float:
-        """Mean F1 over the classes that are true or answered somewhere.
-
-        F1 is 2 TP / (2 TP + FP + FN), as in scikit-learn's ``f1_score(average="macro")``.
-        """
-        return float(np.nanmean(self.f1))
+    recall: NDArray[np.float64]
+    precision: NDArray[np.float64]
+    f1: NDArray[np.float64]
+    balanced_accuracy: float
+    macro_f1: float
 
 
 def class_counts(truth: ArrayLike, predicted: ArrayLike, classes: int) -> ClassCounts:
@@ -194,10 +173,22 @@ def class_counts(truth: ArrayLike, predicted: ArrayLike, classes: int) -> ClassC
 
     It needs memory for K counts, not for K x K as a confusion matrix does.
     """
-    truth, predicted = _pair(truth, predicted)
+    truth, predicted = _checked(truth, predicted)
     right = truth[truth == predicted]
-    found = (np.bincount(codes, minlength=classes) for codes in (truth, predicted, right))
-    return ClassCounts(*found)
+    true, answered, correct = (
+        np.bincount(codes, minlength=classes) for codes in (truth, predicted, right)
+    )
+    recall, f1 = _ratio(correct, true), _ratio(2 * correct, true + answered)
+    return ClassCounts(
+        support=true,
+        predicted=answered,
+        correct=correct,
+        recall=recall,
+        precision=_ratio(correct, answered),
+        f1=f1,
+        balanced_accuracy=float(np.nanmean(recall)),
+        macro_f1=float(np.nanmean(f1)),
+    )
 
 
 def log_loss(probability: ArrayLike) -> float:
@@ -206,7 +197,7 @@ def log_loss(probability: ArrayLike) -> float:
     ``probability`` is (N,) in 0..1. A probability below the smallest step of a double at 1
     (2.2e-16) counts as that, as in scikit-learn's ``log_loss``.
     """
-    given = _shares(probability)
+    (given,) = _checked(np.asarray(probability, dtype=np.float64), shares=True)
     smallest = np.finfo(np.float64).eps
     return float(-np.log(np.clip(given, smallest, 1 - smallest)).mean())
 
@@ -217,19 +208,15 @@ class Calibration:
 
     ``edges`` is (B + 1,): bin i is (edges[i], edges[i + 1]], the first includes 0. ``n`` counts the
     answers, ``confidence`` is their mean confidence and ``accuracy`` the share that is right, both
-    NaN where ``n`` is 0.
+    NaN where ``n`` is 0. ``error`` is the expected calibration error: the gap between confidence
+    and accuracy, averaged over answers (Guo et al. 2017, equation 3).
     """
 
     edges: NDArray[np.float64]
     n: NDArray[np.int64]
     confidence: NDArray[np.float64]
     accuracy: NDArray[np.float64]
-
-    @property
-    def error(self) -> float:
-        """Gap between confidence and accuracy, averaged over answers."""
-        gap = np.abs(self.confidence - self.accuracy) * self.n
-        return float(np.nansum(gap) / self.n.sum())
+    error: float
 
 
 def calibration(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Calibration:
@@ -237,55 +224,31 @@ def calibration(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Ca
 
     15 bins as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
     """
-    confidence, correct = _pair(_shares(confidence), correct)
+    given = np.asarray(confidence, dtype=np.float64)
+    given, right = _checked(given, correct, shares=True)
     edges = np.linspace(0, 1, bins + 1)
-    bin_of = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    bin_of = np.clip(np.searchsorted(edges, given, side="left") - 1, 0, bins - 1)
     number = np.bincount(bin_of, minlength=bins)
-    confident = np.bincount(bin_of, weights=confidence, minlength=bins)
-    right = np.bincount(bin_of, weights=correct.astype(np.float64), minlength=bins)
-    return Calibration(edges, number, _ratio(confident, number), _ratio(right, number))
-
-
-def expected_calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> float:
-    """Gap between confidence and accuracy, averaged over the bins of :func:`calibration`.
-
-    Guo et al. 2017, equation 3.
-    """
-    return calibration(confidence, correct, bins).error
-
-
-def majority_baseline(train_truth: ArrayLike, test_truth: ArrayLike) -> tuple[Any, float]:
-    """The most frequent class of the training subset, and its accuracy on the test subset.
-
-    Of equally frequent classes the first in sorted order counts.
-    """
-    values, counts = np.unique(_filled(train_truth), return_counts=True)
-    majority = values[np.argmax(counts)]
-    return majority.item(), float(np.mean(_filled(test_truth) == majority))
+    mean = _ratio(np.bincount(bin_of, weights=given, minlength=bins), number)
+    counted = np.bincount(bin_of, weights=right.astype(np.float64), minlength=bins)
+    accuracy = _ratio(counted, number)
+    gap = np.abs(mean - accuracy) * number
+    return Calibration(edges, number, mean, accuracy, float(np.nansum(gap) / number.sum()))
 
 
 def _ratio(above: NDArray[Any], below: NDArray[Any]) -> NDArray[np.float64]:
     return np.divide(above, below, out=np.full(below.shape, np.nan), where=below > 0)
 
 
-def _shares(values: ArrayLike) -> NDArray[np.float64]:
-    array = _filled(np.asarray(values, dtype=np.float64))
-    if not ((array >= 0) & (array <= 1)).all():
-        raise UserInputError("A probability or confidence is not between 0 and 1.")
-    return array
-
-
-def _pair(first: ArrayLike, second: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    one, two = _filled(first), _filled(second)
-    if one.shape != two.shape:
-        raise UserInputError(
-            f"There are {one.shape} values for the first run and {two.shape} for the second."
-        )
-    return one, two
-
-
-def _filled(values: ArrayLike) -> NDArray[Any]:
-    array = np.asarray(values)
-    if array.ndim != 1 or array.size == 0:
+def _checked(*values: ArrayLike, shares: bool = False) -> list[NDArray[Any]]:
+    """Return arrays (N,) of one length; ``shares``: the first holds numbers from 0 to 1."""
+    arrays = [np.asarray(item) for item in values]
+    if any(array.ndim != 1 or array.size == 0 for array in arrays):
         raise UserInputError("There is nothing to score; predict some images first.")
-    return array
+    if len({array.shape for array in arrays}) > 1:
+        raise UserInputError(
+            f"There are {arrays[0].size} values in one column and {arrays[1].size} in the other."
+        )
+    if shares and not ((arrays[0] >= 0) & (arrays[0] <= 1)).all():
+        raise UserInputError("A probability or confidence is not between 0 and 1.")
+    return arrays

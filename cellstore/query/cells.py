@@ -114,29 +114,21 @@ def cells_query(source: CellSource) -> Select[Any]:
     else:
         query = query.where(image_counts(source.unflagged_by), cell_counts(source.unflagged_by))
     if source.features.in_table:
-        query = _with_measurements(query, source)
-    return _of_split(_of_plates(query, source), source)
-
-
-def _with_measurements(query: Select[Any], source: CellSource) -> Select[Any]:
-    measured = and_(CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == source.measure_id)
-    columns = (getattr(CellFeatures, name) for name in FEATURE_COLUMNS)
-    return query.add_columns(*columns).join(CellFeatures, measured)
-
-
-def _of_plates(query: Select[Any], source: CellSource) -> Select[Any]:
-    if not source.plates:
-        return query
-    on_plate = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
-    return on_plate.where(Plate.barcode.in_(source.plates))
-
-
-def _of_split(query: Select[Any], source: CellSource) -> Select[Any]:
-    if source.split_id is None:
-        return query
-    member = and_(SplitMember.image_id == Image.id, SplitMember.split_id == source.split_id)
-    joined = query.add_columns(SplitMember.subset, SplitMember.label_id).join(SplitMember, member)
-    return joined if source.subset is None else joined.where(SplitMember.subset == source.subset)
+        measured = and_(
+            CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == source.measure_id
+        )
+        columns = (getattr(CellFeatures, name) for name in FEATURE_COLUMNS)
+        query = query.add_columns(*columns).join(CellFeatures, measured)
+    if source.plates:
+        query = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
+        query = query.where(Plate.barcode.in_(source.plates))
+    if source.split_id is not None:
+        member = and_(SplitMember.image_id == Image.id, SplitMember.split_id == source.split_id)
+        query = query.add_columns(SplitMember.subset, SplitMember.label_id)
+        query = query.join(SplitMember, member)
+        if source.subset is not None:
+            query = query.where(SplitMember.subset == source.subset)
+    return query
 
 
 def as_text(query: Select[Any]) -> str:
@@ -206,16 +198,20 @@ def read_cells(
     """
     query = cells_query(source).where(Image.id == image_id).order_by(Cell.id)
     rows = session.execute(query).mappings().all()
+    ids = np.array([row["cell_id"] for row in rows], dtype=np.int64)
     if source.features.files is None:
-        values = _columns(rows, columns, np.float64)
+        found = [[row[name] for name in columns] for row in rows]
+        values = np.array(found, dtype=np.float64).reshape(len(rows), len(columns))
     else:
         reader = reader or SetReader(source.features.files)
-        there, values = reader(_column(rows, "cell_id"), columns)
-        rows, values = list(compress(rows, there)), values[there]
+        there, values = reader(ids, columns)
+        rows, ids, values = list(compress(rows, there)), ids[there], values[there]
+    boxes = [[row[name] for name in _BOX] for row in rows]
+    known = not any(None in box for box in boxes)
     return CellRows(
-        _column(rows, "cell_id"),
-        _column(rows, "object_number"),
-        _boxes(rows),
+        ids,
+        np.array([row["object_number"] for row in rows], dtype=np.int64),
+        np.array(boxes, dtype=np.int64).reshape(len(rows), len(_BOX)) if known else None,
         values,
         rows[0].get("label_id") if rows else None,
     )
@@ -236,22 +232,6 @@ def stream_features(
     chosen = query.with_only_columns(*(getattr(CellFeatures, name) for name in columns))
     for block in session.execute(chosen).partitions():
         yield np.array([tuple(row) for row in block], dtype=np.float64)
-
-
-def _column(rows: Any, name: str) -> NDArray[np.int64]:
-    return np.array([row[name] for row in rows], dtype=np.int64)
-
-
-def _columns(rows: Any, names: Sequence[str], dtype: Any) -> NDArray[Any]:
-    table = [[row[name] for name in names] for row in rows]
-    return np.array(table, dtype=dtype).reshape(len(rows), len(names))
-
-
-def _boxes(rows: Any) -> NDArray[np.int64] | None:
-    if any(row[name] is None for row in rows for name in _BOX):
-        return None
-    boxes: NDArray[np.int64] = _columns(rows, _BOX, np.int64)
-    return boxes
 
 
 def plate_of(session: Session, image_id: int) -> str:

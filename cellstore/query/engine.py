@@ -1,55 +1,53 @@
 """Any question about a store, answered by DuckDB.
 
 Small tables are read live from the database; the rows that ended runs wrote into the big ones
-come from copies in files; a feature set is a relation under its own name. All that one
-``Questions`` answers belongs to one moment of the database, and a table, a view or a feature set
-is made when the first question names it.
+come from copies in Parquet files, made once per run; a feature set is a relation under its own
+name. All that one ``Questions`` answers belongs to one moment of the database, and a table, a view
+or a feature set is made when the first question names it.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 
-from ..artifacts import ArtifactFolder, BorrowingFolder
+from ..artifacts import BorrowingFolder
 from ..config import VoteOptions
-from ..enums import ArtifactKind
+from ..enums import ArtifactKind, Stage, Status
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
 from ..models import EXCLUSIONS
-from .cache import RANKED_COPIED, WRITERS, Copies, RunMark, final_states, reading_files
 from .feature_sets import SetRelation, list_sets
 from .guard import (
     Limits,
     Parameters,
     Statement,
+    literal,
     locked_connection,
     not_readable,
     only_reading,
     parsed,
     quoted,
+    reading_files,
     run_limited,
 )
-from .relations import COUNTS, KEPT, LATER, PREDICTIONS, RANKED, VIEWS, tables_read, view_query
-from .source import (
-    TABLES,
-    Columns,
-    Source,
-    columns_of,
-    feed_predictions_of_image,
-    open_source,
-)
+from .relations import COUNTS, KEPT, LATER, PREDICTIONS, RANKED, VIEWS, view, view_query
+from .source import COLUMNS, PREDICTION_COLUMNS, TABLES, Columns, Source, feed_predictions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,7 +57,6 @@ T = TypeVar("T")
 ROWS_AT_ONCE = 4_096
 ROWS_OF_BATCH = 65_536
 
-_SET_FOLDER = ArtifactKind.FEATURES.value
 _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
 
 
@@ -73,6 +70,63 @@ _OF_IMAGE = {
     "cells": "JOIN segmentations AS s ON s.id = t.segmentation_id WHERE s.image_id = {image}",
 }
 """What is read of these tables where one image is asked about: of the well what votes depend on."""
+
+# Copies
+
+FORMAT = 4
+"""Raised when the copies change, so that older ones are not read."""
+BYTES_AT_ONCE = 1 << 20
+ROWS_OF_GROUP = 122_880
+MAKING_MB = 500
+"""The memory in which a copy is made; what does not fit goes to the disk."""
+
+WRITERS = {
+    "cells": (Stage.SEGMENT, Stage.INGEST),
+    "features": (Stage.MEASURE,),
+    "predictions": (Stage.PREDICT,),
+    PREDICTIONS: (Stage.PREDICT,),
+    COUNTS: (Stage.PREDICT,),
+    RANKED: (Stage.PREDICT,),
+    "image_quality": (Stage.QC,),
+    "cell_flags": (Stage.QC,),
+}
+"""The big tables, and three views kept in the same way; the stages whose runs write them."""
+
+RANKED_COPIED = "level = 'image' AND vote <> 'median'"
+"""Which of the ranked votes are kept: those that most people ask for."""
+
+_CHAINS = {
+    COUNTS: ("eligible_predictions", COUNTS),
+    RANKED: ("label_counts", "label_medians", "label_votes", RANKED),
+}
+"""The views between the copy that a kept view is made from and itself."""
+
+_NOTHING_OF_WELLS = """
+    CREATE TABLE run_images (run_id BIGINT, image_id BIGINT, well_id BIGINT, subset VARCHAR);
+    CREATE TABLE eligible_predictions (
+        run_id BIGINT, image_id BIGINT, label_id BIGINT, probability DOUBLE
+    );
+"""
+"""What the votes that are not kept would be made from."""
+
+_NO_LATER_EXCLUSIONS = """
+    CREATE TABLE later_exclusions (level VARCHAR, id BIGINT);
+    CREATE TABLE excluded_images (image_id BIGINT);
+"""
+"""The copies of votes are for stores without any; else votes are counted anew."""
+
+
+@dataclass(frozen=True)
+class RunMark:
+    """What tells one ended run from any other, also after a store was made anew.
+
+    ``extent``: how much there is of what it wrote, where later runs may add to it.
+    """
+
+    id: int
+    started_at: str
+    ended_at: str
+    extent: str = ""
 
 
 class Answer:
@@ -88,7 +142,7 @@ class Answer:
         connection: duckdb.DuckDBPyConnection,
         limits: Limits,
         statement: str,
-        parameters: object,
+        parameters: Parameters | None,
     ) -> None:
         self._connection = connection
         self._limits = limits
@@ -189,57 +243,26 @@ def open_questions(
         MissingExtraError: the store is on PostgreSQL and its ADBC driver is not installed.
         StorageError: the cache folder cannot be made.
     """
-    limits = limits or Limits()
-    cache = workspace.settings.cache
-    artifacts = workspace.artifacts
-    copies = _made(cache / "snapshots")
-    roots = [artifacts.root]
-    if isinstance(artifacts, BorrowingFolder):
-        roots.append(artifacts.lender.root)
-    readable = [copies, *(root.resolve() / _SET_FOLDER for root in roots)]
+    folder = workspace.settings.cache
+    try:
+        for name in ("snapshots", "spill"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"The cache {folder} cannot be made: {error.strerror}. Mend the permissions."
+        ) from error
     with ExitStack() as stack:
-        source = stack.enter_context(open_source(workspace.database))
+        source = stack.enter_context(closing(Source(workspace.database)))
         yield Questions(
+            workspace,
             source,
-            artifacts,
-            Copies(source, copies, _made(cache / "spill"), runs),
-            limits,
-            lambda: stack.enter_context(_connection(limits, cache, [])),
-            lambda: stack.enter_context(_connection(limits, cache, readable)),
+            stack,
+            limits or Limits(),
             vote_options or VoteOptions(),
+            runs,
             only_image_votes=only_image_votes,
             image=image,
         )
-
-
-@contextmanager
-def _connection(
-    limits: Limits, cache: Path, readable: list[Path]
-) -> Iterator[duckdb.DuckDBPyConnection]:
-    parent = _made(cache / "spill")
-    try:
-        spill = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
-    except OSError as error:
-        raise _unusable(parent, error) from error
-    try:
-        with closing(locked_connection(limits, spill, readable)) as connection:
-            yield connection
-    finally:
-        shutil.rmtree(spill, ignore_errors=True)
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unusable(folder, error) from error
-    return folder.resolve()
-
-
-def _unusable(folder: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"The cache {folder} cannot be made: {error.strerror}. Mend the permissions."
-    )
 
 
 class Questions:
@@ -251,37 +274,42 @@ class Questions:
 
     def __init__(
         self,
+        workspace: Workspace,
         source: Source,
-        artifacts: ArtifactFolder,
-        copies: Copies,
+        stack: ExitStack,
         limits: Limits,
-        connect_empty: Callable[[], duckdb.DuckDBPyConnection],
-        connect_full: Callable[[], duckdb.DuckDBPyConnection],
         vote_options: VoteOptions,
+        predict_runs: Collection[int] | None,
         *,
-        only_image_votes: bool = False,
-        image: int | None = None,
+        only_image_votes: bool,
+        image: int | None,
     ) -> None:
         self._source = source
-        self._artifacts = artifacts
-        self._copies = copies
+        self._artifacts = workspace.artifacts
+        self._stack = stack
         self._limits = limits
-        self._connect_empty = connect_empty
-        self._connect_full = connect_full
         self._vote_options = vote_options
+        self._predict_runs = predict_runs
         self._only_image_votes = only_image_votes
         self._image = image
+        self._copies = (workspace.settings.cache / "snapshots").resolve()
+        self._spill = (workspace.settings.cache / "spill").resolve()
         self._declared: set[str] = set()
         self._loaded: set[str] = set()
 
     # Opened when they are needed: each takes as long as a small question.
     @cached_property
     def _empty(self) -> duckdb.DuckDBPyConnection:
-        return self._connect_empty()
+        return self._stack.enter_context(locked_connection(self._limits, self._spill))
 
     @cached_property
     def _full(self) -> duckdb.DuckDBPyConnection:
-        return self._connect_full()
+        roots = [self._artifacts.root]
+        if isinstance(self._artifacts, BorrowingFolder):
+            roots.append(self._artifacts.lender.root)
+        sets = [root.resolve() / ArtifactKind.FEATURES.value for root in roots]
+        locked = locked_connection(self._limits, self._spill, [self._copies, *sets])
+        return self._stack.enter_context(locked)
 
     @cached_property
     def _kept(self) -> set[str]:
@@ -318,15 +346,17 @@ class Questions:
             StorageError: the copies cannot be written.
         """
         statement = only_reading(self._empty, sql)
-        bound = _bound(parameters)
-        self._check(statement, bound)
-        return self._answer(statement, bound)
+        self._check(statement, parameters)
+        return self.ask_ours(statement, parameters)
 
-    def ask_ours(self, sql: str, parameters: Parameters | None = None) -> Answer:
+    def ask_ours(self, sql: str | Statement, parameters: Parameters | None = None) -> Answer:
         """Answer a question that is part of cellstore: known to read, and right."""
-        statement = parsed(self._full, sql)
+        statement = parsed(self._full, sql) if isinstance(sql, str) else sql
         assert statement is not None
-        return self._answer(statement, _bound(parameters))
+        if not statement.tables or _DESCRIBES.match(statement.text):
+            return Answer(self._empty, self._limits, statement.text, parameters)
+        self._load(statement.tables)
+        return Answer(self._full, self._limits, statement.text, parameters)
 
     def keep(self, name: str, sql: str, parameters: Parameters | None = None) -> None:
         """Keep the answer of such a question as a table, for several questions about it."""
@@ -334,7 +364,7 @@ class Questions:
         assert statement is not None
         self._load(statement.tables)
         create = f"CREATE OR REPLACE TEMP TABLE {quoted(name)} AS {sql}"
-        self._full.execute(create, _bound(parameters))
+        self._full.execute(create, parameters)
         self._loaded.add(name)
 
     def plan(self, sql: str, parameters: Parameters | None = None) -> str:
@@ -359,7 +389,7 @@ class Questions:
         rows = self._empty.execute(f"DESCRIBE {quoted(name)}").fetchall()
         return [(str(row[0]), str(row[1])) for row in rows]
 
-    def _check(self, statement: Statement, bound: object) -> None:
+    def _check(self, statement: Statement, parameters: Parameters | None) -> None:
         """Let DuckDB plan the question on the tables without rows, where no file is in reach."""
         named = statement.tables | statement.shown
         known = {*TABLES, *VIEWS}
@@ -371,13 +401,8 @@ class Questions:
         every = statement.lists_tables or not statement.tables <= known
         self._declare(known if every else named)
         text = statement.text if statement.explains else f"EXPLAIN {statement.text}"
-        run_limited(self._empty, self._limits.seconds, lambda: self._empty.execute(text, bound))
-
-    def _answer(self, statement: Statement, bound: object) -> Answer:
-        if not statement.tables or _DESCRIBES.match(statement.text):
-            return Answer(self._empty, self._limits, statement.text, bound)
-        self._load(statement.tables)
-        return Answer(self._full, self._limits, statement.text, bound)
+        empty = self._empty
+        run_limited(empty, self._limits.seconds, lambda: empty.execute(text, parameters))
 
     def _declare(self, names: set[str]) -> None:
         """Make tables and views without rows, after those that they read."""
@@ -389,8 +414,8 @@ class Questions:
                 listed = ", ".join(f"{quoted(item)} {kind}" for item, kind in columns.items())
                 self._empty.execute(f"CREATE TABLE {quoted(name)} ({listed})")
             elif name in VIEWS or name in self._sets:
-                query = self._query_of(name)
-                self._declare(tables_read(self._empty, query))
+                query, tables = self._query_of(name)
+                self._declare(tables)
                 self._empty.execute(f"CREATE VIEW {quoted(name)} AS {query}")
             self._declared.add(name)
 
@@ -401,7 +426,7 @@ class Questions:
                 continue
             statement = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
             if self._image is not None and name == PREDICTIONS:
-                feed_predictions_of_image(self._source, self._full, statement, self._image)
+                feed_predictions(self._source, self._full, statement, image=self._image)
             elif name in TABLES and (name not in WRITERS or self._image is not None):
                 condition = ""
                 if self._image is not None:
@@ -418,32 +443,36 @@ class Questions:
             elif name in WRITERS and (name in TABLES or name in self._kept):
                 self._load_big(name)
             elif name in VIEWS or name in self._sets:
-                query = self._query_of(name)
-                self._load(tables_read(self._full, query))
+                query, tables = self._query_of(name)
+                self._load(tables)
                 self._full.execute(f"CREATE VIEW {quoted(name)} AS {query}")
             self._loaded.add(name)
 
     def _columns_of(self, name: str) -> Columns | None:
         """Return the columns of what is a table where there are no rows."""
-        if name in TABLES:
-            return columns_of(TABLES[name])
-        if name in KEPT:
-            return KEPT[name]
+        if name in COLUMNS or name in KEPT:
+            return COLUMNS.get(name) or KEPT[name]
         if name not in VIEWS and name in self._sets and not self._sets[name].in_table:
             return self._sets[name].columns
         return None
 
-    def _query_of(self, name: str) -> str:
+    def _query_of(self, name: str) -> tuple[str, set[str]]:
+        """Return the query of a view or a feature set, and the tables and views that it reads."""
         if name in VIEWS:
-            return view_query(name, self._vote_options)
-        return self._sets[name].query(self._source, self._artifacts, self._full)
+            query = view_query(name, self._vote_options)
+        else:
+            query = self._sets[name].query(self._source, self._artifacts, self._full)
+        found = parsed(self._full, query)
+        assert found is not None
+        return query, found.tables
 
     def _load_big(self, name: str) -> None:
+        """Make one of the big tables, or of the views that are kept: copies and what is live."""
         ended, others = self._runs(name)
-        columns = columns_of(TABLES[name]) if name in TABLES else KEPT[name]
+        columns = COLUMNS.get(name) or KEPT[name]
         names = ", ".join(map(quoted, columns))
         parts = []
-        if paths := self._copies.of_ended(self._full, name, ended):
+        if paths := [self._copy(name, run) for run in ended]:
             parts.append(f"SELECT {names} FROM {reading_files(paths)}")  # noqa: S608
         if name in (COUNTS, RANKED):
             numbers = ", ".join(map(str, others))
@@ -451,13 +480,16 @@ class Questions:
             if name == RANKED and not self._only_image_votes:
                 live += f" OR NOT ({RANKED_COPIED})"
             if live != "false":
-                query = self._query_of(name)
-                self._load(tables_read(self._full, query))
+                query, tables = self._query_of(name)
+                self._load(tables)
                 parts.append(f"SELECT {names} FROM ({query}) WHERE {live}")  # noqa: S608
         elif others:
             live = quoted(f"live {name}")
             statement = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608
-            self._copies.feed_live(self._full, statement, name, others)
+            if name in (PREDICTIONS, "predictions"):
+                feed_predictions(self._source, self._full, statement, runs=others)
+            else:
+                self._source.feed_table(self._full, statement, name, rows_of_runs(name, others))
             parts.append(f"FROM {live}")
         if not parts:
             nulls = (f"CAST(NULL AS {kind}) AS {quoted(item)}" for item, kind in columns.items())
@@ -466,16 +498,27 @@ class Questions:
 
     def _runs(self, table: str) -> tuple[list[RunMark], list[int]]:
         """Return the runs whose rows of a big table are final, and the numbers of the others."""
+        predicts = Stage.PREDICT in WRITERS[table]
+        # A failed predict run may be resumed; a failed run of another stage never is.
+        final = [Status.DONE.value] if predicts else [Status.DONE.value, Status.FAILED.value]
         self._load({"runs"})
-        stages = [stage.value for stage in WRITERS[table]]
         query = """
             SELECT id, started_at::VARCHAR, ended_at::VARCHAR,
                 ended_at IS NOT NULL AND list_contains(?, status)
             FROM runs WHERE list_contains(?, stage) ORDER BY id
         """
-        found = self._full.execute(query, [final_states(table), stages]).fetchall()
-        rows = [row for row in found if self._copies.looked_at(table, row[0])]
-        extents = self._extents() if table == "cells" else {row[0]: "" for row in rows}
+        stages = [stage.value for stage in WRITERS[table]]
+        rows = self._full.execute(query, [final, stages]).fetchall()
+        if predicts and self._predict_runs is not None:
+            rows = [row for row in rows if row[0] in self._predict_runs]
+        extents = {row[0]: "" for row in rows}
+        if table == "cells":  # an ingest may add cells to those of another
+            self._load({"segmentations"})
+            found = self._full.execute("""
+                SELECT run_id, count(*) || ' images, ' || sum(n_cells) || ' cells'
+                FROM segmentations GROUP BY run_id
+            """)
+            extents = dict(found.fetchall())
         ended = [
             RunMark(row[0], row[1], row[2], extents[row[0]])
             for row in rows
@@ -483,21 +526,105 @@ class Questions:
         ]
         return ended, [row[0] for row in rows if not row[3]]
 
-    def _extents(self) -> dict[int, str]:
-        """How much there is of what each run found: an ingest may add cells to those of another."""
-        self._load({"segmentations"})
-        query = """
-            SELECT run_id, count(*) || ' images, ' || sum(n_cells) || ' cells' FROM segmentations
-            GROUP BY run_id
+    def _copy(self, table: str, run: RunMark) -> Path:
+        """Return the copy of what an ended run wrote into ``table``, made if there is none yet.
+
+        Raises:
+            StorageError: the folder cannot be written.
         """
-        return dict(self._full.execute(query).fetchall())
+        name = "predictions" if table == PREDICTIONS else table
+        mark = f"{FORMAT} {run.started_at} {run.ended_at} {run.extent} {self._made_from(table)}"
+        stem = f"{name}-run{run.id}-{hashlib.sha256(mark.encode()).hexdigest()[:16]}"
+        try:
+            self._copies.mkdir(parents=True, exist_ok=True)
+            for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
+                if path.name == _checked_name(stem, path):
+                    return path
+                path.unlink(missing_ok=True)  # it is not as it was written
+            return self._write_copy(stem, table, run)
+        except (OSError, duckdb.IOException) as error:
+            if isinstance(error, StorageError):
+                raise
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise StorageError(
+                f"The cache {self._copies} cannot be written: {reason}. Free some space or mend "
+                "the permissions, then ask again; the cache may also be deleted."
+            ) from error
+
+    def _made_from(self, table: str) -> str:
+        """Return all that a copy depends on, beside the run."""
+        if table in (PREDICTIONS, "predictions"):
+            return str(PREDICTION_COLUMNS)
+        if table not in KEPT:
+            return str(COLUMNS[table])
+        found = "".join(view(item).query for item in _CHAINS[table])
+        if table == RANKED:  # the alphabet decides ties, so that other labels make another copy
+            labels = self._source.fetch(self._full, "labels")
+            found += f"{self._made_from(COUNTS)} {sorted(map(str, labels))}"
+        return found
+
+    def _write_copy(self, stem: str, table: str, run: RunMark) -> Path:
+        """Write a copy under a temporary name, in a database of its own: no user asks there."""
+        handle, temporary = tempfile.mkstemp(dir=self._copies, prefix=".part-")
+        os.close(handle)
+        spill = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self._spill)
+        path = Path(temporary)
+        copy = (
+            f"COPY {{rows}} TO {literal(temporary)} "
+            f"(FORMAT parquet, COMPRESSION lz4, ROW_GROUP_SIZE {ROWS_OF_GROUP})"
+        )
+        try:
+            with closing(duckdb.connect(":memory:")) as own:
+                own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
+                own.execute(f"SET temp_directory = {literal(spill)}")
+                own.execute("SET preserve_insertion_order = false")
+                own.execute("SET TimeZone = 'UTC'")
+                if table in (PREDICTIONS, "predictions"):
+                    feed_predictions(self._source, own, copy, ended=run.id)
+                elif table not in KEPT:
+                    self._source.feed_table(own, copy, table, rows_of_runs(table, [run.id]))
+                else:
+                    base = PREDICTIONS if table == COUNTS else COUNTS
+                    rows = reading_files([self._copy(base, run)])
+                    own.execute(f"CREATE VIEW {base} AS FROM {rows}")
+                    own.execute(_NO_LATER_EXCLUSIONS)
+                    if table == RANKED:
+                        labels = "CREATE TABLE labels AS FROM {rows}"
+                        self._source.feed_table(own, labels, "labels")
+                        own.execute(_NOTHING_OF_WELLS)
+                    for name in _CHAINS[table]:
+                        own.execute(f"CREATE VIEW {name} AS {view(name).query}")
+                    kept = RANKED_COPIED if table == RANKED else "true"
+                    rows = f"(SELECT * FROM {table} WHERE {kept})"  # noqa: S608 - our own words
+                    own.execute(copy.replace("{rows}", rows))
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            return path.replace(self._copies / _checked_name(stem, path))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            shutil.rmtree(spill, ignore_errors=True)
 
 
-def _bound(given: Parameters | None) -> Any:
-    """Return bound values as DuckDB takes them."""
-    if given is None:
-        return None
-    return dict(given) if isinstance(given, Mapping) else list(given)
+def rows_of_runs(table: str, run_ids: Collection[int]) -> str:
+    """Return the SQL condition for the rows that these runs wrote into a big table."""
+    numbers = ", ".join(str(int(item)) for item in run_ids) or "-1"
+    if table == "cells":
+        return f"JOIN segmentations AS s ON s.id = t.segmentation_id WHERE s.run_id IN ({numbers})"
+    return f"WHERE t.run_id IN ({numbers})"
+
+
+def _checked_name(stem: str, path: Path) -> str:
+    """Return the name of a copy: with the checksum of its bytes; nothing if it is gone."""
+    checksum = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(BYTES_AT_ONCE):
+                checksum = zlib.crc32(block, checksum)
+    except FileNotFoundError:  # another process has just removed it
+        return ""
+    return f"{stem}-{checksum:08x}.parquet"
 
 
 WIDTH = 80

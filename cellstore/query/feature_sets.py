@@ -14,10 +14,9 @@ import duckdb
 from ..artifacts import ArtifactFolder
 from ..enums import FeatureStorage
 from ..errors import StorageError, UserInputError
-from .cache import reading_files
-from .guard import quoted
+from .guard import quoted, reading_files
 from .relations import VIEWS
-from .source import TABLES, Columns, Source
+from .source import COLUMNS, TABLES, Columns, Source
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _TYPES = {
@@ -117,7 +116,7 @@ def _relation(row: dict[str, Any]) -> SetRelation:
     columns = {"cell_id": "BIGINT"}
     try:
         for item in json.loads(row["columns"]):
-            if not in_table or item["name"] in TABLES["features"].columns:
+            if not in_table or item["name"] in COLUMNS["features"]:
                 columns[_unique(item["name"], columns)] = _TYPES[item["dtype"]]
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import duckdb
 
-from ..errors import QueryError
+from ..errors import QueryError, StorageError
 
 T = TypeVar("T")
 Parameters = Sequence[object] | Mapping[str, object]
@@ -73,14 +76,24 @@ class Statement:
     writes: bool = False
 
 
+@contextmanager
 def locked_connection(
-    limits: Limits, spill: Path, readable: Sequence[Path] = ()
-) -> duckdb.DuckDBPyConnection:
-    """Return a database in memory whose queries see no network and only files in two places.
+    limits: Limits, parent: Path, readable: Sequence[Path] = ()
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open a database in memory whose queries see no network and only files in two places.
 
-    These are ``spill``, which takes what does not fit into memory and must be of this connection
-    alone, and the folders ``readable``. No query can change these settings.
+    These are a folder of its own in ``parent``, which takes what does not fit into memory, and the
+    folders ``readable``. No query can change these settings.
+
+    Raises:
+        StorageError: ``parent`` cannot be written.
     """
+    try:
+        spill = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
+    except OSError as error:
+        raise StorageError(
+            f"The cache {parent} cannot be made: {error.strerror}. Mend the permissions."
+        ) from error
     connection = duckdb.connect(":memory:")
     room = min(SPILL_BYTES, shutil.disk_usage(spill).free // 2)
     folders = ", ".join(
@@ -101,8 +114,12 @@ def locked_connection(
         "max_expression_depth": "200",  # planning deeper ones may take minutes, and hears no stop
         "lock_configuration": "true",
     }
-    connection.execute("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
-    return connection
+    try:
+        connection.execute("; ".join(f"SET {name} = {value}" for name, value in settings.items()))
+        yield connection
+    finally:
+        connection.close()
+        shutil.rmtree(spill, ignore_errors=True)
 
 
 def literal(text: str) -> str:
@@ -113,6 +130,12 @@ def literal(text: str) -> str:
 def without_wildcards(path: Path) -> str:
     """Return a path as DuckDB takes it where it may hold wildcards."""
     return re.sub(r"([*?\[])", r"[\1]", str(path))
+
+
+def reading_files(paths: Sequence[Path]) -> str:
+    """Return the SQL that reads Parquet files by their plain names."""
+    names = ", ".join(literal(without_wildcards(path)) for path in paths)
+    return f"read_parquet([{names}])"
 
 
 def quoted(name: str) -> str:

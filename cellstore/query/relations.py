@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-import duckdb
-
 from ..config import VoteOptions
-from .guard import parsed
 from .source import PREDICTION_COLUMNS, Columns
 
 VIEWS = (
@@ -102,10 +99,3 @@ def view_query(name: str, options: VoteOptions) -> str:
     if name == LATER and options.exclude_flagged is not None:
         query += f"OR run_id = {int(options.exclude_flagged)}\n"
     return query
-
-
-def tables_read(connection: duckdb.DuckDBPyConnection, query: str) -> set[str]:
-    """Return the tables and views behind FROM in a query of ours."""
-    found = parsed(connection, query)
-    assert found is not None
-    return found.tables

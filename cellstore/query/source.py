@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from typing import Any
 from urllib.parse import quote
 
 import duckdb
-from sqlalchemy import BigInteger, Boolean, Column, Float, Integer, Table
+from sqlalchemy import BigInteger, Boolean, Float, Integer, Table
 from sqlalchemy.types import JSON
 
 from ..db.session import Database
@@ -32,40 +32,61 @@ CELLS_OF_READER = 250_000
 MOST_READERS = 8
 
 
-def column_type(column: Column[Any]) -> str:
-    """Return the type of a column in DuckDB. JSON is text there."""
-    types = (
-        (UtcDateTime, "TIMESTAMP WITH TIME ZONE"),
-        (Boolean, "BOOLEAN"),
-        (BigInteger, "BIGINT"),
-        (Integer, "INTEGER"),
-        (Float, "DOUBLE"),
-    )
-    return next((name for kind, name in types if isinstance(column.type, kind)), "VARCHAR")
-
-
-def columns_of(table: Table) -> Columns:
-    """Return the columns of a table in the order of the models."""
-    return {column.name: column_type(column) for column in table.columns}
+_TYPES = (
+    (UtcDateTime, "TIMESTAMP WITH TIME ZONE"),
+    (Boolean, "BOOLEAN"),
+    (BigInteger, "BIGINT"),
+    (Integer, "INTEGER"),
+    (Float, "DOUBLE"),
+)
+COLUMNS: dict[str, Columns] = {
+    name: {
+        column.name: next(
+            (kind for types, kind in _TYPES if isinstance(column.type, types)), "VARCHAR"
+        )
+        for column in table.columns
+    }
+    for name, table in TABLES.items()
+}
+"""The columns of each table, in the order of the models. JSON is text in DuckDB."""
 
 
 class Source:
     """One read transaction on a database; all that is read through it belongs to one moment."""
 
     def __init__(self, database: Database) -> None:
+        """Begin the transaction; end it with :meth:`close`.
+
+        Raises:
+            DatabaseError: the database cannot be reached or refuses.
+            MissingExtraError: PostgreSQL, and its ADBC driver is not installed.
+        """
         import adbc_driver_manager as adbc
 
         self.database = database
         self._is_sqlite = database.is_sqlite
         self._adbc = adbc
+        url = database.engine.url
+        # The drivers themselves: their DB-API layer imports pandas, half a second for a short
+        # answer.
+        if self._is_sqlite:
+            import adbc_driver_sqlite
+
+            driver = adbc_driver_sqlite._driver_path()
+            address = f"file:{quote(url.database or '')}?mode=ro"
+            begin = "SELECT count(*) FROM alembic_version"  # the moment begins with a read
+        else:
+            try:
+                import adbc_driver_postgresql
+            except ModuleNotFoundError as error:
+                raise MissingExtraError.of("adbc-driver-postgresql", "postgres") from error
+            driver = adbc_driver_postgresql._driver_path()
+            address = url.set(drivername="postgresql").render_as_string(hide_password=False)
+            begin = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
         with self._explained():
-            # The driver itself: its DB-API layer imports pandas, half a second for a short answer.
-            self._handle = adbc.AdbcDatabase(**_address(database))
+            self._handle = adbc.AdbcDatabase(driver=driver, uri=address)
             self._connection = adbc.AdbcConnection(self._handle)
             self._connection.set_autocommit(False)
-            begin = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
-            if self._is_sqlite:
-                begin = "SELECT count(*) FROM alembic_version"  # the moment begins with a read
             with self._stream(begin):
                 pass
 
@@ -99,7 +120,15 @@ class Source:
         with the names and types of ``columns``. Of several origins each is read through a
         connection of its own, side by side: only for rows that nobody changes any more.
         """
-        first = f"{_types_of(columns)} UNION ALL SELECT 0, " if self._is_sqlite else None
+        first = None
+        if self._is_sqlite:
+            # SQLite types values, not columns, and ADBC takes a column's type from its first rows:
+            # a first row gives every column its type.
+            empty = "''"
+            typed = (
+                f'{_TYPE_GIVERS.get(kind, empty)} AS "{name}"' for name, kind in columns.items()
+            )
+            first = f'SELECT 1 AS "first", {", ".join(typed)} UNION ALL SELECT 0, '
         cast = ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in columns.items())
         where = ' WHERE "first" = 0' if first else ""
         parts = []
@@ -107,7 +136,7 @@ class Source:
             for number, origin in enumerate(origins):
                 source = self
                 if len(origins) > 1:
-                    source = stack.enter_context(open_source(self.database))
+                    source = stack.enter_context(closing(Source(self.database)))
                 query = f"{first or 'SELECT '}{', '.join(values)} FROM {origin}"  # noqa: S608
                 stream = stack.enter_context(source._stream(query))
                 name = f"stream {number}"
@@ -132,7 +161,7 @@ class Source:
             for column in table.columns
         ]
         origin = f'"{name}" AS t {condition}'
-        self.feed(target, statement, columns_of(table), values, [origin])
+        self.feed(target, statement, COLUMNS[name], values, [origin])
 
     @contextmanager
     def _stream(self, query: str) -> Iterator[Any]:
@@ -158,48 +187,6 @@ class Source:
         except self._adbc.Error as error:
             lines = str(error).strip().splitlines() or ["no reason given"]
             raise DatabaseError(f"The database {self.database.shown} failed: {lines[0]}") from error
-
-
-@contextmanager
-def open_source(database: Database) -> Iterator[Source]:
-    """Open one read transaction on the database.
-
-    Raises:
-        DatabaseError: the database cannot be reached or refuses.
-        MissingExtraError: PostgreSQL, and its ADBC driver is not installed.
-    """
-    source = Source(database)
-    try:
-        yield source
-    finally:
-        source.close()
-
-
-def _address(database: Database) -> dict[str, str]:
-    if database.is_sqlite:
-        import adbc_driver_sqlite
-
-        path = database.engine.url.database or ""
-        return {"driver": adbc_driver_sqlite._driver_path(), "uri": f"file:{quote(path)}?mode=ro"}
-    try:
-        import adbc_driver_postgresql
-    except ModuleNotFoundError as error:
-        raise MissingExtraError.of("adbc-driver-postgresql", "postgres") from error
-    url = database.engine.url.set(drivername="postgresql")
-    return {
-        "driver": adbc_driver_postgresql._driver_path(),
-        "uri": url.render_as_string(hide_password=False),
-    }
-
-
-def _types_of(columns: Columns) -> str:
-    """Return a first row that gives every column its type.
-
-    SQLite types values, not columns, and ADBC takes a column's type from its first rows.
-    """
-    empty = "''"
-    values = (f'{_TYPE_GIVERS.get(kind, empty)} AS "{name}"' for name, kind in columns.items())
-    return f'SELECT 1 AS "first", {", ".join(values)}'
 
 
 PREDICTION_COLUMNS: Columns = {
@@ -228,62 +215,53 @@ _BOUNDS = """
 
 
 def feed_predictions(
-    source: Source, target: duckdb.DuckDBPyConnection, statement: str, runs: Sequence[int]
+    source: Source,
+    target: duckdb.DuckDBPyConnection,
+    statement: str,
+    *,
+    runs: Sequence[int] = (),
+    ended: int | None = None,
+    image: int | None = None,
 ) -> None:
-    """Carry out ``statement`` as :meth:`Source.feed` does, with what these runs said so far."""
-    numbers = ", ".join(str(int(run)) for run in runs)
-    _feed_predictions(source, target, statement, [f"p.run_id IN ({numbers})"])
+    """Carry out ``statement`` as :meth:`Source.feed` does, with rows of ``PREDICTION_COLUMNS``.
 
-
-def feed_predictions_of_image(
-    source: Source, target: duckdb.DuckDBPyConnection, statement: str, image_id: int
-) -> None:
-    """Carry out ``statement`` so with what all runs said of one image."""
-    origin = predictions_of_image(image_id, is_sqlite=source.database.is_sqlite)
-    source.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, [origin])
+    They are what some ``runs`` said so far, what an ``ended`` run said, in no certain order because
+    several connections read it, or what all runs said of one ``image``.
+    """
+    # SQLite joins in the order that is written with CROSS JOIN, so that every step goes through an
+    # index.
+    join = "CROSS JOIN" if source.database.is_sqlite else "JOIN"
+    joined = f"""predictions AS p
+        {join} cells AS c ON c.id = p.cell_id
+        {join} segmentations AS s ON s.id = c.segmentation_id"""
+    if image is not None:
+        origins = [predictions_of_image(image, is_sqlite=source.database.is_sqlite)]
+    elif ended is None:
+        numbers = ", ".join(str(int(run)) for run in runs)
+        origins = [f"{joined} WHERE p.run_id IN ({numbers})"]
+    else:
+        source.feed(
+            target,
+            "CREATE OR REPLACE TEMP TABLE bounds AS FROM {rows}",
+            {"low": "BIGINT", "high": "BIGINT"},
+            ["low", "high"],
+            [_BOUNDS % {"run": int(ended)}],
+        )
+        (row,) = target.execute("FROM bounds").fetchall()
+        low, end = (row[0], row[1] + 1) if row[0] is not None else (0, 1)
+        parts = max(1, min((end - low) // CELLS_OF_READER, MOST_READERS, os.cpu_count() or 1))
+        edges = [low + (end - low) * part // parts for part in range(parts + 1)]
+        origins = [
+            f"{joined} WHERE p.run_id = {int(ended)} AND p.cell_id BETWEEN {first} AND {last - 1}"
+            for first, last in pairwise(edges)
+        ]
+    source.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
 
 
 def predictions_of_image(image_id: int, *, is_sqlite: bool) -> str:
-    """Return what follows FROM to read them: every step goes through an index."""
+    """Return what follows FROM to read what was said of an image: each step goes by an index."""
     join = "CROSS JOIN" if is_sqlite else "JOIN"
     return f"""segmentations AS s
         {join} cells AS c ON c.segmentation_id = s.id
         {join} predictions AS p ON p.cell_id = c.id
         WHERE s.image_id = {int(image_id)}"""
-
-
-def feed_ended_run(
-    source: Source, target: duckdb.DuckDBPyConnection, statement: str, run: int
-) -> None:
-    """Do so with what an ended run said, in no certain order: several connections read it."""
-    source.feed(
-        target,
-        "CREATE OR REPLACE TEMP TABLE bounds AS FROM {rows}",
-        {"low": "BIGINT", "high": "BIGINT"},
-        ["low", "high"],
-        [_BOUNDS % {"run": int(run)}],
-    )
-    (row,) = target.execute("FROM bounds").fetchall()
-    low, end = (row[0], row[1] + 1) if row[0] is not None else (0, 1)
-    parts = max(1, min((end - low) // CELLS_OF_READER, MOST_READERS, os.cpu_count() or 1))
-    edges = [low + (end - low) * part // parts for part in range(parts + 1)]
-    ranges = [
-        f"p.run_id = {int(run)} AND p.cell_id BETWEEN {first} AND {last - 1}"
-        for first, last in pairwise(edges)
-    ]
-    _feed_predictions(source, target, statement, ranges)
-
-
-def _feed_predictions(
-    source: Source, target: duckdb.DuckDBPyConnection, statement: str, conditions: Sequence[str]
-) -> None:
-    # SQLite joins in the order that is written with CROSS JOIN: from the predictions on.
-    join = "CROSS JOIN" if source.database.is_sqlite else "JOIN"
-    origins = [
-        f"""predictions AS p
-        {join} cells AS c ON c.id = p.cell_id
-        {join} segmentations AS s ON s.id = c.segmentation_id
-        WHERE {condition}"""
-        for condition in conditions
-    ]
-    source.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)

@@ -174,6 +174,7 @@ def predict(
         most = min(ROWS_OF_FILE, MOST_ROWS // plan.top_k)
         per_file = images_per_file(session, model.segment.id, most) if embedding_id else 1
     unfinished = latest if latest is not None and latest.status is not Status.DONE else None
+    did: RunCounter | None = None
     if latest is not None and unfinished is None and todo == 0:
         did = RunCounter(latest.id, recipe.id)
     else:
@@ -186,7 +187,49 @@ def predict(
             embedding_id=embedding_id,
             images_per_file=per_file,
         )
-        did = _run(workspace, plan, stage, recipe, unfinished)
+        recipes = [recipe.id] + ([embedding_id] if embedding_id is not None else [])
+        try:
+            with running(
+                workspace.database,
+                recipe,
+                parent_id=plan.model.run.id,
+                split_id=plan.split.id,
+                query=plan.query,
+                resume=None if unfinished is None else unfinished.id,
+            ) as current:
+                if plan.plates:
+                    text = json.dumps(plan.plates, indent=1, sort_keys=True, allow_nan=False)
+                    file = workspace.artifacts.write(
+                        ArtifactKind.CHECKPOINT, text.encode(), ".json"
+                    )
+                    with workspace.database.begin() as session:
+                        attach(session, current.id, keep_file(session, file))
+                scope = JobScope(dict.fromkeys(recipes, current.id), plan.images, plan.unseen)
+                with workspace.database.begin() as session:
+                    # A run is whole or not finished: what failed is tried again.
+                    requeue_failed(session, scope)
+                counters = run_jobs(workspace, stage, scope)
+                did = counters[recipe.id]
+                failures = [failure for one in counters.values() for failure in one.failures]
+                did.failures = list(dict.fromkeys(failures))
+                # The whole run, earlier attempts included.
+                mine = and_(
+                    Job.run_id == current.id, Job.recipe_id == recipe.id, Job.status == Status.DONE
+                )
+                labelled = and_(Prediction.run_id == current.id, Prediction.rank == 1)
+                with workspace.database.read() as session:
+                    current.result = {
+                        "images": session.scalar(select(func.count()).select_from(Job).where(mine)),
+                        "failed": len(did.failures),
+                        "cells": session.scalar(select(func.count()).where(labelled)),
+                        **({"feature_set": plan.embedding.name} if plan.embedding else {}),
+                        "notes": list(plan.notes),
+                    }
+                # A run that lacks images is not finished: the next call goes on with it.
+                fail_if_any(len(did.failures), did.images, "labelled")
+        except JobsFailedError:
+            pass  # they are told of in the result
+    assert did is not None
     return PredictResult(
         run_id=did.run_id,
         recipe_id=recipe.id,
@@ -203,52 +246,6 @@ def predict(
     )
 
 
-def _run(
-    workspace: Workspace, plan: Plan, stage: Predict, recipe: Recipe, unfinished: Run | None
-) -> RunCounter:
-    """Label what is left, in a new run or in an unfinished one; return what was done."""
-    recipes = [recipe.id] + ([stage.embedding_id] if stage.embedding_id is not None else [])
-    did: RunCounter | None = None
-    try:
-        with running(
-            workspace.database,
-            recipe,
-            parent_id=plan.model.run.id,
-            split_id=plan.split.id,
-            query=plan.query,
-            resume=None if unfinished is None else unfinished.id,
-        ) as run:
-            if plan.plates:
-                text = json.dumps(plan.plates, indent=1, sort_keys=True, allow_nan=False)
-                file = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
-                with workspace.database.begin() as session:
-                    attach(session, run.id, keep_file(session, file))
-            scope = JobScope(dict.fromkeys(recipes, run.id), plan.images, plan.unseen)
-            with workspace.database.begin() as session:
-                # A run is whole or not finished: what failed is tried again.
-                requeue_failed(session, scope)
-            counters = run_jobs(workspace, stage, scope)
-            did = counters[recipe.id]
-            failures = [failure for one in counters.values() for failure in one.failures]
-            did.failures = list(dict.fromkeys(failures))
-            # The whole run, earlier attempts included.
-            mine = and_(Job.run_id == run.id, Job.recipe_id == recipe.id, Job.status == Status.DONE)
-            labelled = and_(Prediction.run_id == run.id, Prediction.rank == 1)
-            with workspace.database.read() as session:
-                run.result = {
-                    "images": session.scalar(select(func.count()).select_from(Job).where(mine)),
-                    "failed": len(did.failures),
-                    "cells": session.scalar(select(func.count()).where(labelled)),
-                    **({"feature_set": plan.embedding.name} if plan.embedding else {}),
-                    "notes": list(plan.notes),
-                }
-            # A run that lacks images is not finished: the next call goes on with it.
-            fail_if_any(len(did.failures), did.images, "labelled")
-    except JobsFailedError:
-        assert did is not None
-    return did
-
-
 def make_plan(
     session: Session, workspace: Workspace, params: PredictParams, model: OpenModel
 ) -> Plan:
@@ -262,7 +259,16 @@ def make_plan(
     """
     record, source = model.record, replace(model.source, plates=params.plates)
     split = session.get_one(Split, model.run.split_id)
-    selected, source, asked = _select(session, params, split, source)
+    asked = split if params.split is None else find_split(session, params.split)
+    selected = images_of(session, params.selection)
+    if params.subset is not None or params.split is not None:
+        members = select(SplitMember.image_id).where(SplitMember.split_id == asked.id)
+        if params.subset is not None:
+            members = members.where(SplitMember.subset == params.subset)
+        selected = selected.where(Image.id.in_(members))
+        source = replace(source, split_id=asked.id, subset=params.subset)
+    if params.limit is not None:
+        selected = first_of(session, selected, params.limit)
     unseen = record.branches == (TABULAR,)
     images = _measured(segmented(selected, source.segment_id), source, pixels=not unseen)
     ready = _count(session, images)
@@ -319,26 +325,6 @@ def make_plan(
         spec=RecipeSpec(Stage.PREDICT, VERSION, parameters, model.file.sha256, inputs),
         embedding=embedding,
     )
-
-
-def _select(
-    session: Session, params: PredictParams, split: Split, source: CellSource
-) -> tuple[Select[int], CellSource, Split]:
-    """Return the images that are asked for, whose cells they are of, and the split that is meant.
-
-    ``split``: that of the training run.
-    """
-    asked = split if params.split is None else find_split(session, params.split)
-    selected = images_of(session, params.selection)
-    if params.subset is not None or params.split is not None:
-        members = select(SplitMember.image_id).where(SplitMember.split_id == asked.id)
-        if params.subset is not None:
-            members = members.where(SplitMember.subset == params.subset)
-        selected = selected.where(Image.id.in_(members))
-        source = replace(source, split_id=asked.id, subset=params.subset)
-    if params.limit is not None:
-        selected = first_of(session, selected, params.limit)
-    return selected, source, asked
 
 
 def _measured(images: Select[int], source: CellSource, *, pixels: bool) -> Select[int]:

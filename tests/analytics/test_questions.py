@@ -390,7 +390,7 @@ def test_show_and_describe_know_every_table_and_view(sqlite_workspace: Workspace
         types = dict(questions.columns("votes"))
         with pytest.raises(UnknownNameError, match="votes"):
             questions.columns("vote")
-    assert shown == {*METADATA.tables, *VIEWS}
+    assert shown == {*METADATA.tables, "exclusions", *VIEWS}
     assert types["tie"] == "BOOLEAN"
     assert types["votes"] == "DOUBLE"
 
