@@ -251,6 +251,7 @@ def _checked_name(name: str, more: int = 0) -> str:
 def _create(
     workspace: Workspace, params: SplitParams, names: Sequence[str], family: str | None
 ) -> tuple[SplitResult, ...]:
+    """Find the images, assign them, and write the splits; ``family``: they are its folds."""
     with workspace.database.read() as session:
         check_field(session, params.field)
         chosen = images_of(session, Selection(plates=params.plates, where=params.where))
@@ -285,31 +286,35 @@ def _create(
         inputs = tuple(recipe for recipe in recipes if recipe is not None)
     spec = RecipeSpec(Stage.SPLIT, CREATE_VERSION, parameters, inputs=inputs)
     assignments, few, cut = _assign(candidates, params)
-    new = [
-        NewSplit(
-            name,
-            params.protocol,
-            params.field,
-            params.group_level,
-            params.seed,
-            as_text(query),
-            tuple((candidates[i], subset) for i, subset in sorted(assignment.subsets.items())),
-            excluded
-            | {
-                "classes": [
-                    {"label": item.label, "images": len(item.image_ids), "reason": item.reason}
-                    for item in (*few, *assignment.excluded)
-                ],
-                "downsampled": {
-                    label: {"before": before, "after": after}
-                    for label, (before, after) in {**cut, **assignment.downsampled}.items()
+    new = []
+    for number, (name, assignment) in enumerate(zip(names, assignments, strict=True), start=1):
+        out = (*few, *assignment.excluded)
+        downsampled = {
+            label: {"before": before, "after": after}
+            for label, (before, after) in {**cut, **assignment.downsampled}.items()
+        }
+        subsets = sorted(assignment.subsets.items())
+        new.append(
+            NewSplit(
+                name=name,
+                protocol=params.protocol,
+                field=params.field,
+                group_level=params.group_level,
+                seed=params.seed,
+                query=as_text(query),
+                members=tuple((candidates[position], subset) for position, subset in subsets),
+                excluded={
+                    **excluded,
+                    "classes": [
+                        {"label": c.label, "images": len(c.image_ids), "reason": c.reason}
+                        for c in out
+                    ],
+                    "downsampled": downsampled,
                 },
-            },
-            family,
-            number if family else None,
+                family=family,
+                fold=number if family else None,
+            )
         )
-        for number, (name, assignment) in enumerate(zip(names, assignments, strict=True), start=1)
-    ]
     return _keep(workspace, new, spec)
 
 
