@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 
 from ..errors import CellstoreError
 from ..extras import MODULES, missing_of
@@ -45,18 +44,13 @@ def doctor(settings: StoreSettings | None = None) -> DoctorResult:
     """Look at the installation and, if ``settings`` are given, at a store."""
     findings = [
         Finding("python", platform.python_version(), "ok", sys.executable),
-        *_core(),
+        *(_module("core", module) for module in CORE),
         *_extras(),
         *_device(),
         *_weights(),
         *_store(settings),
     ]
     return DoctorResult(tuple(findings))
-
-
-def _core() -> Iterator[Finding]:
-    for module in CORE:
-        yield _module("core", module)
 
 
 def _extras() -> Iterator[Finding]:
@@ -78,27 +72,18 @@ def _module(topic: str, name: str) -> Finding:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Finding(topic, name, "broken", f"import fails: {reason}")
-    return Finding(topic, name, "ok", _version(name))
-
-
-def _version(module: str) -> str:
     try:
-        return version(DISTRIBUTIONS.get(module, module.replace("_", "-")))
+        found = version(DISTRIBUTIONS.get(name, name.replace("_", "-")))
     except PackageNotFoundError:
-        return "version unknown"
-
-
-def _torch() -> ModuleType | None:
-    try:
-        return importlib.import_module("torch")
-    except Exception:
-        return None  # absent or broken: said under its extra
+        found = "version unknown"
+    return Finding(topic, name, "ok", found)
 
 
 def _device() -> Iterator[Finding]:
-    torch = _torch()
-    if torch is None:
-        return
+    try:
+        torch = importlib.import_module("torch")
+    except Exception:
+        return  # absent or broken: said under its extra
     if torch.cuda.is_available():
         yield Finding("device", "cuda", "ok", torch.cuda.get_device_name(0))
     else:
@@ -107,12 +92,23 @@ def _device() -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    from ..analysis.segmentation import PUBLISHED_MODELS, cellpose_folder, installed_generation
+    from ..analysis.segmentation import (
+        DEFAULT_MODEL,
+        PUBLISHED_MODELS,
+        cellpose_folder,
+        find_model,
+        installed_generation,
+    )
 
     folder = cellpose_folder()
     generation = installed_generation() or 3
     if generation == 3:
-        yield _shipped_weights()
+        try:
+            files = find_model(DEFAULT_MODEL)
+            shown = f"{files.network} ({files.sha256[:12]})"
+            yield Finding("weights", DEFAULT_MODEL, "ok", shown)
+        except CellstoreError as error:
+            yield Finding("weights", DEFAULT_MODEL, "broken", str(error))
     for name, published in PUBLISHED_MODELS.items():
         if published.generation != generation:
             continue
@@ -120,16 +116,6 @@ def _weights() -> Iterator[Finding]:
             yield Finding("weights", name, "ok", str(folder / published.network))
         else:
             yield Finding("weights", name, "absent", f"fetched into {folder} on first use")
-
-
-def _shipped_weights() -> Finding:
-    from ..analysis.segmentation import DEFAULT_MODEL, find_model
-
-    try:
-        files = find_model(DEFAULT_MODEL)
-    except CellstoreError as error:
-        return Finding("weights", DEFAULT_MODEL, "broken", str(error))
-    return Finding("weights", DEFAULT_MODEL, "ok", f"{files.network} ({files.sha256[:12]})")
 
 
 def _store(settings: StoreSettings | None) -> Iterator[Finding]:

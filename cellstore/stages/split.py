@@ -541,8 +541,8 @@ def _match(
             without_image.append(row.where)
     if twice:
         raise UserInputError(
-            f"{len(twice)} times an image is put in two subsets, first {twice[0]}. See what the "
-            "tables share with: cellstore split check --csv FILE, then mend them."
+            f"Rows that put an image in a second subset: {len(twice)}, first {twice[0]}. See what "
+            "the tables share with: cellstore split check --csv FILE, then mend them."
         )
     if not members and missing_files:
         raise UserInputError(
@@ -553,12 +553,14 @@ def _match(
         raise UserInputError(
             f"None of the images that the tables name has a {field}. Choose another --field."
         )
-    if not members:
-        raise UserInputError(
-            "No row of the tables names an image of this store. Compare plates and wells with: "
-            "cellstore sql 'SELECT barcode FROM plates', and ingest the images first."
-        )
     refused = [f"{file}, {refusal.detail}" for file, refusal in tables.refusals[:EXAMPLES]]
+    if not members:
+        lead = f"Refused: {refused[0]}. " if refused else ""
+        other = "other " if refused else ""
+        raise UserInputError(
+            f"{lead}No {other}row of the tables names an image of this store. Compare their plates "
+            "with those of: cellstore ask plates. Images are ingested first."
+        )
     excluded = {
         "without_label": len(without_label),
         "missing_files": len(missing_files),

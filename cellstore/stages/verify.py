@@ -197,16 +197,23 @@ class _Features:
 
     path: str
     name: str
-    said: FileFacts
+    recorded: FileFacts
     recipe_id: int
 
 
 def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Problem]]:
     """Count the files of feature sets, and say which do not fit their cells."""
+    query = (
+        select(Artifact.path, FeatureSet.name, FeatureSet.recipe_id)
+        .add_columns(FeatureFile.n_rows, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
+        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
+        .order_by(FeatureSet.recipe_id, FeatureFile.first_cell_id, Artifact.path)
+    )
     with workspace.database.read() as session:
         files = [
-            _Features(path, name, FileFacts(rows, first, last), recipe_id)
-            for path, name, rows, first, last, recipe_id in session.execute(_feature_rows())
+            _Features(path, name, FileFacts(*recorded), recipe_id)
+            for path, name, recipe_id, *recorded in session.execute(query)
         ]
     problems = []
     whole = [file for file in files if file.path not in broken]
@@ -223,30 +230,14 @@ def _with_earlier(files: Sequence[_Features]) -> Iterator[tuple[_Features, list[
     """Yield files, by set and first cell, with those before whose range reaches into theirs."""
     near: list[_Features] = []
     for file in files:
-        first = file.said.first_cell_id
+        first = file.recorded.first_cell_id
         near = [
             other
             for other in near
-            if other.recipe_id == file.recipe_id and other.said.last_cell_id >= first
+            if other.recipe_id == file.recipe_id and other.recorded.last_cell_id >= first
         ]
         yield file, near
         near = [*near, file]
-
-
-def _feature_rows() -> Any:
-    return (
-        select(
-            Artifact.path,
-            FeatureSet.name,
-            FeatureFile.n_rows,
-            FeatureFile.first_cell_id,
-            FeatureFile.last_cell_id,
-            FeatureSet.recipe_id,
-        )
-        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
-        .order_by(FeatureSet.recipe_id, FeatureFile.first_cell_id, Artifact.path)
-    )
 
 
 def _features_reason(
@@ -263,8 +254,8 @@ def _features_reason(
             twice += int(np.isin(ids, taken).sum())
     except StorageError as error:
         return str(error)
-    if facts != file.said:
-        return f"the file has {facts}, the database {file.said}"
+    if facts != file.recorded:
+        return f"the file has {facts}, the database {file.recorded}"
     if twice:
         return f"{twice} of its cells are in another file of the set, too"
     return f"{homeless} of its cells are not in the database" if homeless else None
