@@ -163,6 +163,11 @@ def open_atomically(target: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError) or isinstance(error, StorageError):
             raise
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            raise StorageError(
+                f"{target} cannot be written: {target.parent} is a file, or lies below one. "
+                "Name a folder."
+            ) from error
         raise StorageError(
             f"{target} cannot be written: {error.strerror}. Free some space or mend the "
             "permissions, then run the same command again; what is done stays done."

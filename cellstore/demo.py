@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from .progress import Progress, track
 from .store import Store
 
 if TYPE_CHECKING:
-    from .analysis.rendering import FieldSpec, PlateDesign
+    from .analysis.rendering import PlateDesign
 
 METADATA = "metadata.csv"
 CROP_SIZE = 40
@@ -61,25 +60,49 @@ def render_plates(
         StorageError: the folder cannot be written.
     """
     need("segment")
-    from .analysis.rendering import DEMO_TREATMENTS, PlateDesign
+    from .analysis.rendering import DEMO_TREATMENTS, PlateDesign, render_field
 
     treatments = DEMO_TREATMENTS[:classes]
     design = design or PlateDesign(seed=seed, effect=effect, treatments=treatments)
-    plates = _layout(folder, len(design))
+    folder = folder.resolve()
+    plates = DemoPlates(
+        folder=folder,
+        metadata=folder / METADATA,
+        images=folder / "images",
+        truth=folder / "truth",
+        store=folder / "store",
+        report=folder / "report.html",
+        fields=len(design),
+    )
     table = _table(design, plates).encode()
     if plates.metadata.exists() and plates.metadata.read_bytes() != table:
         raise UserInputError(
             f"{folder} holds a demo with other settings. Name another folder, or remove it."
         )
     for spec in track(progress or Progress(), "render", len(design), design.fields()):
-        _write_field(design, spec, plates)
-    _write_if_new(plates.metadata, table)
+        files = [spec.file_name(channel) for channel in range(1, design.n_channels + 1)]
+        targets = [plates.images / spec.plate / name for name in files]
+        targets.append(plates.truth / spec.plate / f"{spec.core_name}.tif")
+        if all(path.exists() for path in targets):
+            continue
+        field = render_field(design, spec)
+        for path, plane in zip(targets, (*field.channels, field.masks), strict=True):
+            if not path.exists():
+                write_atomically(path, encode_tiff(plane))
+    if not plates.metadata.exists():
+        write_atomically(plates.metadata, table)
     return plates
 
 
 def commands(plates: DemoPlates) -> list[list[str]]:
     """Return what a user would type, one list of words for each command, without the program."""
     store = ["--store", str(plates.store)]
+    training = [
+        *("--crop-size", str(CROP_SIZE)),
+        *("--batch-size", str(BATCH_SIZE)),
+        *("--epochs", str(EPOCHS)),
+        *("--learning-rate", str(LEARNING_RATE)),
+    ]
     return [
         ["init", str(plates.store)],
         ["ingest", str(plates.metadata), "--images", str(plates.images), *store],
@@ -87,7 +110,7 @@ def commands(plates: DemoPlates) -> list[list[str]]:
         ["measure", *store],
         ["split", "create", SPLIT, "--validation-size", "0.25", "--test-size", "0.25", *store],
         ["split", "check", SPLIT, *store],
-        ["train", "--split", SPLIT, "--preset", "published", *_training(), *store],
+        ["train", "--split", SPLIT, "--preset", "published", *training, *store],
         ["predict", *store],
         ["train", "--split", SPLIT, "--baseline", "null", *store],
         ["report", "--html", str(plates.report), *store],
@@ -104,28 +127,6 @@ def audit_command(plates: DemoPlates) -> list[str]:
     return ["audit", "image", str(found["image"][0]), "--store", str(plates.store)]
 
 
-def _training() -> list[str]:
-    return [
-        *("--crop-size", str(CROP_SIZE)),
-        *("--batch-size", str(BATCH_SIZE)),
-        *("--epochs", str(EPOCHS)),
-        *("--learning-rate", str(LEARNING_RATE)),
-    ]
-
-
-def _layout(folder: Path, fields: int) -> DemoPlates:
-    folder = folder.resolve()
-    return DemoPlates(
-        folder=folder,
-        metadata=folder / METADATA,
-        images=folder / "images",
-        truth=folder / "truth",
-        store=folder / "store",
-        report=folder / "report.html",
-        fields=fields,
-    )
-
-
 def _table(design: PlateDesign, plates: DemoPlates) -> str:
     """Return the LoadData table of all plates."""
     text = io.StringIO()
@@ -140,35 +141,13 @@ def _table(design: PlateDesign, plates: DemoPlates) -> str:
         ]
     )
     for spec in design.fields():
-        writer.writerow(_row(design, spec, plates))
+        writer.writerow(
+            [
+                *(spec.file_name(channel) for channel in range(1, len(channels) + 1)),
+                *[f"{plates.images.name}/{spec.plate}"] * len(channels),
+                *(spec.plate, spec.well, spec.site),
+                *(spec.treatment.pert_iname, spec.treatment.target),
+                "" if spec.treatment.target else "negcon",
+            ]
+        )
     return text.getvalue()
-
-
-def _row(design: PlateDesign, spec: FieldSpec, plates: DemoPlates) -> Iterator[str]:
-    count = len(design.channel_names)
-    yield from (spec.file_name(channel) for channel in range(1, count + 1))
-    yield from [f"{plates.images.name}/{spec.plate}"] * count
-    yield from (spec.plate, spec.well, str(spec.site))
-    control = "negcon" if not spec.treatment.target else ""
-    yield from (spec.treatment.pert_iname, spec.treatment.target, control)
-
-
-def _write_field(design: PlateDesign, spec: FieldSpec, plates: DemoPlates) -> None:
-    targets = [
-        plates.images / spec.plate / spec.file_name(channel)
-        for channel in range(1, design.n_channels + 1)
-    ]
-    truth = plates.truth / spec.plate / f"{spec.core_name}.tif"
-    if all(path.exists() for path in (*targets, truth)):
-        return
-    from .analysis.rendering import render_field
-
-    field = render_field(design, spec)
-    for path, plane in zip(targets, field.channels, strict=True):
-        _write_if_new(path, encode_tiff(plane))
-    _write_if_new(truth, encode_tiff(field.masks))
-
-
-def _write_if_new(path: Path, data: bytes) -> None:
-    if not path.exists():
-        write_atomically(path, data)

@@ -49,6 +49,8 @@ def find_store(given: Path | None = None) -> StoreSettings:
     start = Path.cwd()
     if named:
         folder = Path(named)
+        if folder.is_file():
+            raise StoreNotFoundError(f"{folder} is a file. Name the folder of the store.")
         if not (folder / MARKER).is_file():
             raise StoreNotFoundError(
                 f"{folder} is not a store. Make one there with: cellstore init {folder}"
@@ -77,7 +79,10 @@ def written_database(folder: Path) -> str | None:
     try:
         values = tomllib.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserInputError(f"{marker} cannot be read: {error}.") from error
+        raise UserInputError(
+            f"{marker} cannot be read: {error}. Put it back from a backup; for a store on SQLite "
+            "an empty file is enough."
+        ) from error
     database = values.get("database")
     if database is not None and not isinstance(database, str):
         raise UserInputError(f"{marker}: 'database' should be a URL in quotes.")

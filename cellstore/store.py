@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from sqlalchemy.orm import Session
 
-    from .analysis.features import FeatureGroup
     from .jobs.execute import JobsResult
     from .jobs.workspace import Workspace
     from .query.describe import RelationWords
@@ -223,13 +222,6 @@ class Store:
             resources=resources,
             dry_run=dry_run,
         )
-
-    @staticmethod
-    def feature_groups() -> tuple[FeatureGroup, ...]:
-        """Return what can be measured: every group with its features."""
-        from .stages.measure import list_groups
-
-        return list_groups()
 
     def qc(
         self,

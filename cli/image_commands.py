@@ -327,10 +327,10 @@ def qc(
     ] = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Flag images and cells that are odd on their plate; delete nothing.
+    """Flag images and cells that are unusual on their plate; delete nothing.
 
-    Images: out of focus, saturated, odd background, nothing but noise, odd number or size of
-    cells, no cells. Cells: odd area, cut by the border. Flags are kept beside the images. They
+    Images: out of focus, saturated, unusual background, only noise, unusual number or size
+    of cells, no cells. Cells: unusual area, cut by the border. Flags are rows of the run. They
     count only where you ask for it: split create, train, report, compare and votes have
     --exclude-flagged. Each image is opened once, whatever the limits.
 

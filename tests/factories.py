@@ -346,17 +346,9 @@ class Factory:
         self, level: Level, row_id: int, reason: str | None = "debris", **more: Any
     ) -> Annotation:
         """A person says that something does not count."""
-        return self.add(
-            Annotation(
-                level=level,
-                row_id=row_id,
-                kind=AnnotationKind.EXCLUSION,
-                reason=reason,
-                user_name="ada",
-                created_at=MOMENT,
-                **more,
-            )
-        )
+        values: dict[str, Any] = {"user_name": "ada", "created_at": MOMENT, **more}
+        kind = AnnotationKind.EXCLUSION
+        return self.add(Annotation(level=level, row_id=row_id, kind=kind, reason=reason, **values))
 
     def undo(self, earlier: Annotation) -> Annotation:
         return self.exclude(earlier.level, earlier.row_id, None, undoes_id=earlier.id)

@@ -6,6 +6,7 @@ The work itself is done by hand here; tests/stages/test_repro.py has it done by 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from screens import VOTES, SmallScreen, small_screen
 from sqlalchemy import func, insert, select
 
 from cellstore.config import PredictParams
-from cellstore.enums import ArtifactKind, Stage, Status
+from cellstore.enums import ArtifactKind, Level, Stage, Status
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import METADATA, Label, Prediction, Run
@@ -156,8 +157,10 @@ def test_a_scratch_store_holds_what_is_wanted_and_no_more(workspace: Workspace) 
     screen = labelled_screen(workspace)
     recipe, measure = screen.segment_run.recipe_id, screen.measure_run.recipe_id
     image = screen.images["B01"].id
+    for moment in (MOMENT, MOMENT + timedelta(days=1)):
+        screen.factory.exclude(Level.IMAGE, image, created_at=moment)
     wanted = Wanted(
-        [image], segmented=[recipe], with_cells=[recipe], measured=[measure],
+        [image], MOMENT, segmented=[recipe], with_cells=[recipe], measured=[measure],
         files_of=[screen.train_run.id],
     )  # fmt: skip
     before = everything(workspace)
@@ -172,7 +175,7 @@ def test_a_scratch_store_holds_what_is_wanted_and_no_more(workspace: Workspace) 
     assert (found["images"], found["segmentations"], found["cells"]) == (1, 1, 3)
     assert (found["features"], found["predictions"], found["split_members"]) == (3, 0, 1)
     assert found["artifacts"] == 4  # masks and flows of the image, two files of the checkpoint
-    assert found["jobs"] == 1
+    assert (found["jobs"], found["annotations"]) == (1, 1)
     for name in ("runs", "recipes", "wells", "labels", "splits"):
         assert found[name] == before[name], name
     assert everything(workspace) == before
@@ -184,7 +187,7 @@ def test_the_environment_does_not_lead_a_redo_to_the_real_database(
     labelled_screen(postgres_workspace)
     url = postgres_workspace.database.engine.url.render_as_string(hide_password=False)
     monkeypatch.setenv("CELLSTORE_DATABASE_URL", url)
-    with scratch_store(postgres_workspace, Wanted([])) as made:
+    with scratch_store(postgres_workspace, Wanted([], MOMENT)) as made:
         assert made.database.is_sqlite
 
 

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 import cellstore
-from cellstore.errors import QueryError, StoreNotFoundError
+from cellstore.errors import QueryError, StoreNotFoundError, UserInputError
 from cellstore.settings import StoreSettings, find_store
 from cellstore.store import Store
 
@@ -46,6 +46,14 @@ def test_no_store_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
         Store.open()
     with pytest.raises(StoreNotFoundError, match="is not a store"):
         Store.open(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreNotFoundError, match="is a file"):
+        Store.open(tmp_path / "file")
+    with pytest.raises(UserInputError, match="is a file"):
+        Store.create(tmp_path / "file")
+    (tmp_path / "cellstore.toml").write_text("=")
+    with pytest.raises(UserInputError, match="from a backup"):
+        Store.open(tmp_path)
 
 
 @pytest.mark.postgres

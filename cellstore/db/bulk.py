@@ -108,32 +108,29 @@ def _check_references(
                 raise IntegrityError(str(query), None, error)
 
 
-def insert_new(session: Session, table: type[Base], rows: Sequence[dict[str, Any]]) -> None:
+def insert_new(
+    session: Session,
+    table: type[Base],
+    rows: Sequence[dict[str, Any]] | Select[Any],
+    columns: Sequence[str] = (),
+) -> None:
     """Insert those ``rows`` whose keys are not there yet.
 
-    All rows must have the same columns.
+    They are dictionaries with the same keys each, or a query of values of ``columns``.
     """
-    if rows:
-        statement = _insert(session, table).on_conflict_do_nothing()
-        session.connection().execute(statement, list(rows))
-
-
-def insert_from(
-    session: Session, table: type[Base], columns: Sequence[str], rows: Select[Any]
-) -> None:
-    """Insert what the query ``rows`` yields, but for rows whose keys are there already."""
-    # WHERE true: SQLite cannot tell ON CONFLICT from a join condition without it.
-    statement = _insert(session, table).from_select(list(columns), rows.where(true()))
-    session.execute(statement.on_conflict_do_nothing())
-
-
-def _insert(session: Session, table: type[Base]) -> Any:
     target: Any = table.__table__
     if session.get_bind().dialect.name == "sqlite":
-        return sqlite.insert(target)
-    from sqlalchemy.dialects import postgresql  # loads slowly
+        statement: Any = sqlite.insert(target)
+    else:
+        from sqlalchemy.dialects import postgresql  # loads slowly
 
-    return postgresql.insert(target)
+        statement = postgresql.insert(target)
+    if isinstance(rows, Select):
+        # WHERE true: SQLite cannot tell ON CONFLICT from a join condition without it.
+        statement = statement.from_select(list(columns), rows.where(true()))
+        session.execute(statement.on_conflict_do_nothing())
+    elif rows:
+        session.connection().execute(statement.on_conflict_do_nothing(), list(rows))
 
 
 def take_ids(session: Session, table: type[Base], count: int) -> Sequence[int]:

@@ -142,7 +142,9 @@ def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageErr
             f"The database {database.shown} is damaged: {text}. Put it back from a backup, then "
             "see whether all is there with: cellstore verify"
         )
-    return DatabaseError(f"The database {database.shown} failed: {text}.")
+    unreachable = lowered.startswith("connection failed") or "name or service" in lowered
+    advice = " Check that its server runs and that the URL is right." if unreachable else ""
+    return DatabaseError(f"The database {database.shown} failed: {text.rstrip('.')}.{advice}")
 
 
 def parse_url(text: str) -> URL:

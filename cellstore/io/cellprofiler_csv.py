@@ -225,20 +225,24 @@ def _buffered(
             ]
             found: dict[str, pa.Array] = {}
             for (_, name), values in zip(used, batch.columns, strict=True):
-                if name in found:
-                    _compare(name, found[name], values, lines, odd)
-                else:
+                if name not in found:
                     found[name] = values
+                    continue
+                one, other = as_numbers(found[name])[0], as_numbers(values)[0]
+                what = f"{name} occurs twice with different values, the first is used"
+                _count(odd, what, lines, pc.fill_null(pc.not_equal(one, other), False))
             for key, name in keys.items():
                 nothing = np.full(len(lines), UNKNOWN, np.int64)
                 parts[key].append(whole_numbers(found[name]) if name in found else nothing)
             parts["image"][-1] = images.find(file.folder, parts["image"][-1])
             parts["file"].append(np.full(len(lines), len(source.files), np.int64))
             parts["line"].append(lines)
-            buffer.append(
-                {name: _numbers(name, found[name], lines, odd) for name in columns.features
-                 if name in found}, len(lines),
-            )  # fmt: skip
+            numbers: dict[str, pa.Array] = {}
+            for name in columns.features:
+                if name in found:
+                    numbers[name], words = as_numbers(found[name])
+                    _count(odd, f"{name} is not a number", lines, words)
+            buffer.append(numbers, len(lines))
         if rows == 0:
             _note(source, file, None, "no rows", "the file has a header only")
         for what, (count, line) in odd.items():
@@ -258,23 +262,11 @@ _Odd = dict[str, tuple[int, int]]
 """How many rows of a file have something odd, and the line of the first."""
 
 
-def _numbers(name: str, values: pa.Array, lines: Integers, odd: _Odd) -> pa.Array:
-    numbers, words = as_numbers(values)
-    if words is not None:
-        _count(odd, f"{name} is not a number", lines, words)
-    return numbers
-
-
-def _compare(name: str, first: pa.Array, again: pa.Array, lines: Integers, odd: _Odd) -> None:
-    other = pc.fill_null(pc.not_equal(as_numbers(first)[0], as_numbers(again)[0]), False)
-    if pc.any(other).as_py():
-        _count(odd, f"{name} occurs twice with different values, the first is used", lines, other)
-
-
-def _count(odd: _Odd, what: str, lines: Integers, where: pa.Array) -> None:
-    chosen = lines[where.to_numpy(zero_copy_only=False).astype(bool)]
-    count, first = odd.get(what, (0, int(chosen[0])))
-    odd[what] = count + len(chosen), first
+def _count(odd: _Odd, what: str, lines: Integers, where: pa.Array | None) -> None:
+    chosen = lines[:0] if where is None else lines[np.asarray(where).astype(bool)]
+    if len(chosen):
+        count, first = odd.get(what, (0, int(chosen[0])))
+        odd[what] = count + len(chosen), first
 
 
 class _ArrowBuffer:

@@ -22,7 +22,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from ..enums import Projection
-from ..errors import ImageError, UserInputError
+from ..errors import CellstoreError, ImageError, UserInputError
 from .uris import is_remote, local_path, page_name, read_bytes, shown, split_page, stat
 
 SQLITE = b"SQLite format 3\0"
@@ -111,18 +111,43 @@ def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.gener
     """
     uri = str(where)
     _, page = split_page(uri)
-    if is_remote(uri) or sha256 is not None:
-        data = read_bytes(uri)
-        if sha256 not in {None, _page_digest(hashlib.sha256(data).hexdigest(), page)}:
-            raise ImageError(f"{shown(uri)} has changed since it was ingested. Ingest it again.")
-        return _grey_pixels(shown(uri), io.BytesIO(data), page)
     try:
-        with local_path(uri).open("rb") as stream:
-            return _grey_pixels(uri, stream, page)
-    except ImageError:
+        if is_remote(uri) or sha256 is not None:
+            name, data = shown(uri), read_bytes(uri)
+            if sha256 not in {None, _page_digest(hashlib.sha256(data).hexdigest(), page)}:
+                raise ImageError(f"{name} has changed since it was ingested. Ingest it again.")
+            opened: BinaryIO = io.BytesIO(data)
+        else:
+            name, opened = uri, local_path(uri).open("rb")
+        with opened as stream:
+            head = stream.read(len(_PNG_MAGIC))
+            stream.seek(0)
+            if head == _PNG_MAGIC:
+                if page not in {None, 1}:
+                    raise ImageError(_no_page(name, page, 1))
+                try:
+                    array = np.asarray(imagecodecs.png_decode(stream.read()))
+                except Exception as error:  # imagecodecs has a class of its own for each codec
+                    raise ImageError(_unreadable(name)) from error
+            else:
+                array = tiff_pixels(name, stream, page)
+    except CellstoreError:
         raise
     except (OSError, ValueError) as error:
-        raise ImageError(_closed(uri, error)) from error
+        raise ImageError(_closed(shown(uri), error)) from error
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim == 2:
+        return array
+    # Two samples are grey and alpha; three or four are grey where the colours are equal.
+    samples = array.shape[2] if array.ndim == 3 else 0
+    colours = array[..., :3]
+    if samples == 2 or (samples in {3, 4} and (colours == colours[..., :1]).all()):
+        return np.ascontiguousarray(array[:, :, 0])
+    raise ImageError(
+        f"{name} has shape {_shape_text(array)} and is not one grey channel. "
+        "Export each channel as a grey image of its own."
+    )
 
 
 @lru_cache(maxsize=16)
@@ -178,38 +203,6 @@ def _read_header(
     if is_cut_off or dtype is None or 0 in (height, width):
         raise ImageError(_unreadable(name))
     return height, width, str(dtype), pixel_size
-
-
-def _grey_pixels(name: str, stream: BinaryIO, page: int | None) -> NDArray[np.generic]:
-    """Return the pixels (H, W) of an image, or of its page ``page``, from 1.
-
-    Raises:
-        ImageError: as ``_read_header``, or the colours of the image differ.
-    """
-    head = stream.read(len(_PNG_MAGIC))
-    stream.seek(0)
-    if head == _PNG_MAGIC:
-        if page not in {None, 1}:
-            raise ImageError(_no_page(name, page, 1))
-        try:
-            array = np.asarray(imagecodecs.png_decode(stream.read()))
-        except Exception as error:  # imagecodecs has a class of its own for each codec
-            raise ImageError(_unreadable(name)) from error
-    else:
-        array = tiff_pixels(name, stream, page)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim == 2:
-        return array
-    # Two samples are grey and alpha; three or four are grey where the colours are equal.
-    samples = array.shape[2] if array.ndim == 3 else 0
-    colours = array[..., :3]
-    if samples == 2 or (samples in {3, 4} and (colours == colours[..., :1]).all()):
-        return np.ascontiguousarray(array[:, :, 0])
-    raise ImageError(
-        f"{name} has shape {_shape_text(array)} and is not one grey channel. "
-        "Export each channel as a grey image of its own."
-    )
 
 
 def tiff_pixels(name: str, stream: BinaryIO, page: int | None = None) -> NDArray[np.generic]:

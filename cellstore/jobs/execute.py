@@ -324,14 +324,6 @@ def run_jobs(
     return loop.counters
 
 
-class _LostError(Exception):
-    """Some jobs are another worker's now, or their image has changed; ``ours`` are the others."""
-
-    def __init__(self, ours: Mapping[int, Sequence[int]]) -> None:
-        super().__init__()
-        self.ours = ours
-
-
 class _Loop:
     """Reserve, submit, take in, write: until nothing is left, here or in other hands."""
 
@@ -359,6 +351,8 @@ class _Loop:
 
     def run(self) -> None:
         """Work until nothing is left, or somebody stops it; give back what is in hand."""
+        with self.database.begin() as session:
+            queue.reclaim_expired(session, self.scope, self.owner)
         with self.database.read() as session:
             images, unseen = self.scope.images, self.scope.unseen
             counts = [count_images(session, r, images, unseen=unseen) for r in self.scope.runs]
@@ -515,17 +509,7 @@ class _Loop:
             piece = self.ready[: 1 if alone else size]
             number = len(piece)
             try:
-                self._write_now(piece)
-            except _LostError as lost:
-                kept = [
-                    (replace(task, jobs={recipe: task.jobs[recipe] for recipe in ours}), *rest)
-                    for task, *rest in piece
-                    if (ours := lost.ours.get(task.image_id))
-                ]
-                self.progress.advance(number - len(kept))
-                alone = max(0, alone - (number - len(kept)))
-                self.ready[:number] = kept
-                continue
+                ours = self._write_now(piece)
             except ConflictError:
                 conflicts += 1
                 if conflicts >= MOST_CONFLICTS:
@@ -538,13 +522,23 @@ class _Loop:
                     alone = number
                     continue
                 self._fail(piece[0][0], Failure.of(error))
+                ours = {}
             else:
-                self.progress.advance(number)
-            del self.ready[:number]
-            conflicts, alone = 0, max(0, alone - 1)
+                self.progress.advance(number - len(ours))
+            # What is left has lost some of its jobs to another worker: the others are tried again.
+            self.ready[:number] = [
+                (replace(task, jobs={recipe: task.jobs[recipe] for recipe in recipes}), *rest)
+                for task, *rest in piece
+                if (recipes := ours.get(task.image_id))
+            ]
+            conflicts, alone = 0, max(0, alone - (number - len(ours)))
 
-    def _write_now(self, ready: Sequence[tuple[Task, Any, float]]) -> None:
-        """Files first, then the rows of all recipes in one transaction, which closes the jobs."""
+    def _write_now(self, ready: Sequence[tuple[Task, Any, float]]) -> Mapping[int, Sequence[int]]:
+        """Files first, then the rows of all recipes in one transaction, which closes the jobs.
+
+        Where some jobs are another worker's now, or their image has changed, nothing is written;
+        returns by image the recipes whose jobs are still ours. Empty: nothing is left to write.
+        """
         written = []
         for run in self.counters.values():
             done = [(task, output) for task, output, _ in ready if run.recipe_id in task.jobs]
@@ -559,11 +553,13 @@ class _Loop:
         with self.database.begin() as session:
             ours = queue.close(session, self.owner, digests, seconds)
             if sum(map(len, ours.values())) < sum(len(task.jobs) for task, _, _ in ready):
-                raise _LostError(ours)
+                session.rollback()
+                return ours
             cells = [self.stage.insert(session, *each) for each in written]
         for (run, done, _), number in zip(written, cells, strict=True):
             run.images += len(done)
             run.cells += number
+        return {}
 
 
 # --- workers --------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Session
 
-from ..db.bulk import in_lists, insert_from
+from ..db.bulk import in_lists, insert_new
 from ..enums import Status
 from ..errors import UserInputError
 from ..models import Image, Job, Plate, Run, UtcDateTime, Well
@@ -249,7 +249,7 @@ def enqueue(session: Session, scope: JobScope, after: int) -> int | None:
         rows = rows.with_only_columns(
             literal(recipe_id), Image.id, content(), literal(run_id), *start
         )
-        insert_from(session, Job, columns, rows)
+        insert_new(session, Job, rows, columns)
     return int(last)
 
 

@@ -70,12 +70,15 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
     ``CELLSTORE_DATABASE_URL`` is taken, else the embedded one. What fails leaves nothing.
 
     Raises:
-        UserInputError: the URL is none of ours, or the store is on another database.
+        UserInputError: the URL is none of ours, the store is on another database, or ``root`` is
+            a file.
         StorageError: the folder cannot be written.
         SchemaError: the database holds a store of another version.
 
     """
     root = root.resolve()
+    if root.is_file():
+        raise UserInputError(f"{root} is a file. Name a folder for the store.")
     if (root / MARKER).is_file():
         return _migrated(_settings_of_existing(root, database)), False
     database = database or os.environ.get(ENV_DATABASE) or None

@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from ..config import ImageInput
 from ..errors import ImageError, StorageError, UserInputError
+from ..jobs.execute import cores
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..query.cells import (
@@ -449,8 +450,7 @@ MOST_THREADS = 8
 
 def reading_threads() -> int:
     """Threads that read images: half the cores that this process may use, 1 to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(MOST_THREADS, (cores or 1) // 2))
+    return max(1, min(MOST_THREADS, cores() // 2))
 
 
 class Batches:

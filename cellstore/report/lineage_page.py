@@ -66,7 +66,7 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
     return path
 
 
-BOX = (1.95, 0.92)
+BOX = (1.95, 1.0)
 """Inches of a box."""
 GAP = (0.25, 0.38)
 """Inches between boxes side by side, and between layers."""

@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 
 from ..analysis.quality import WHITE_NOISE_SLOPE, Limits, PlaneQuality, plane_quality, robust_limits
 from ..config import EVERYTHING, THIS_PROCESS, QcParams, Resources, Selection, as_parameters
-from ..db.bulk import bulk_insert, insert_from
+from ..db.bulk import bulk_insert, insert_new
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..jobs.execute import Forecast, ImageStage, RunCounter, forecast, run_jobs
@@ -598,7 +598,7 @@ def _flag_border(session: Session, flagging: Flagging, plate_id: int) -> None:
         .where(cell_counts(), at_edge)
         .with_only_columns(*columns)
     )
-    insert_from(session, CellFlag, _CELL_COLUMNS, rows)
+    insert_new(session, CellFlag, rows, _CELL_COLUMNS)
 
 
 def _segmentations(flagging: Flagging, plate_id: int) -> Select[Any]:

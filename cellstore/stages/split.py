@@ -251,6 +251,7 @@ def _checked_name(name: str, more: int = 0) -> str:
 def _create(
     workspace: Workspace, params: SplitParams, names: Sequence[str], family: str | None
 ) -> tuple[SplitResult, ...]:
+    """Find the images, assign them, and write the splits; ``family``: they are its folds."""
     with workspace.database.read() as session:
         check_field(session, params.field)
         chosen = images_of(session, Selection(plates=params.plates, where=params.where))
@@ -285,31 +286,35 @@ def _create(
         inputs = tuple(recipe for recipe in recipes if recipe is not None)
     spec = RecipeSpec(Stage.SPLIT, CREATE_VERSION, parameters, inputs=inputs)
     assignments, few, cut = _assign(candidates, params)
-    new = [
-        NewSplit(
-            name,
-            params.protocol,
-            params.field,
-            params.group_level,
-            params.seed,
-            as_text(query),
-            tuple((candidates[i], subset) for i, subset in sorted(assignment.subsets.items())),
-            excluded
-            | {
-                "classes": [
-                    {"label": item.label, "images": len(item.image_ids), "reason": item.reason}
-                    for item in (*few, *assignment.excluded)
-                ],
-                "downsampled": {
-                    label: {"before": before, "after": after}
-                    for label, (before, after) in {**cut, **assignment.downsampled}.items()
+    new = []
+    for number, (name, assignment) in enumerate(zip(names, assignments, strict=True), start=1):
+        out = (*few, *assignment.excluded)
+        downsampled = {
+            label: {"before": before, "after": after}
+            for label, (before, after) in {**cut, **assignment.downsampled}.items()
+        }
+        subsets = sorted(assignment.subsets.items())
+        new.append(
+            NewSplit(
+                name=name,
+                protocol=params.protocol,
+                field=params.field,
+                group_level=params.group_level,
+                seed=params.seed,
+                query=as_text(query),
+                members=tuple((candidates[position], subset) for position, subset in subsets),
+                excluded={
+                    **excluded,
+                    "classes": [
+                        {"label": c.label, "images": len(c.image_ids), "reason": c.reason}
+                        for c in out
+                    ],
+                    "downsampled": downsampled,
                 },
-            },
-            family,
-            number if family else None,
+                family=family,
+                fold=number if family else None,
+            )
         )
-        for number, (name, assignment) in enumerate(zip(names, assignments, strict=True), start=1)
-    ]
     return _keep(workspace, new, spec)
 
 
@@ -536,8 +541,8 @@ def _match(
             without_image.append(row.where)
     if twice:
         raise UserInputError(
-            f"{len(twice)} times an image is put in two subsets, first {twice[0]}. See what the "
-            "tables share with: cellstore split check --csv FILE, then mend them."
+            f"Rows that put an image in a second subset: {len(twice)}, first {twice[0]}. See what "
+            "the tables share with: cellstore split check --csv FILE, then mend them."
         )
     if not members and missing_files:
         raise UserInputError(
@@ -548,12 +553,14 @@ def _match(
         raise UserInputError(
             f"None of the images that the tables name has a {field}. Choose another --field."
         )
-    if not members:
-        raise UserInputError(
-            "No row of the tables names an image of this store. Compare plates and wells with: "
-            "cellstore sql 'SELECT barcode FROM plates', and ingest the images first."
-        )
     refused = [f"{file}, {refusal.detail}" for file, refusal in tables.refusals[:EXAMPLES]]
+    if not members:
+        lead = f"Refused: {refused[0]}. " if refused else ""
+        other = "other " if refused else ""
+        raise UserInputError(
+            f"{lead}No {other}row of the tables names an image of this store. Compare their plates "
+            "with those of: cellstore ask plates. Images are ingested first."
+        )
     excluded = {
         "without_label": len(without_label),
         "missing_files": len(missing_files),

@@ -22,7 +22,7 @@ from ..analysis.quality import PlaneQuality
 from ..artifacts import ArtifactFolder, sha256_of
 from ..db.bulk import in_lists
 from ..db.events import Change, broken_events, record_events
-from ..enums import ArtifactKind, FeatureStorage, Stage, Status
+from ..enums import FeatureStorage, Stage, Status
 from ..errors import ImageError, StorageError
 from ..io.image_files import decode_tiff
 from ..jobs.execute import cores
@@ -89,20 +89,12 @@ CHANGED = "the file is not what was written (sha256 differs)"
 
 
 @dataclass(frozen=True)
-class _Cells:
-    """What the database says of the cells in a mask: whose they are, and their labels."""
-
-    name: str
-    labels: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class _File:
-    """A stored file; ``cells`` of each segmentation that it is the mask of."""
+    """A stored file. ``cells``: of each segmentation that it is the mask of, image and numbers."""
 
     path: str
     sha256: str
-    cells: tuple[_Cells, ...]
+    cells: tuple[tuple[str, list[int]], ...]
 
 
 def check_files(workspace: Workspace) -> tuple[int, int, list[Problem]]:
@@ -134,52 +126,35 @@ def _checked(workspace: Workspace) -> Iterator[list[Problem]]:
 
 def _files(workspace: Workspace) -> Iterator[_File]:
     last = 0
-    columns = (Artifact.id, Artifact.path, Artifact.sha256, Artifact.kind)
-    while True:
-        query = select(*columns).where(Artifact.id > last).order_by(Artifact.id).limit(FILES_BATCH)
-        with workspace.database.read() as session:
-            rows = session.execute(query).all()
-            masks = [row.id for row in rows if row.kind == ArtifactKind.MASK]
-            cells = _cells_of(session, masks)
-        if not rows:
-            return
-        yield from (_File(row.path, row.sha256, tuple(cells.get(row.id, ()))) for row in rows)
-        last = rows[-1].id
-
-
-def _cells_of(session: Session, masks: list[int]) -> dict[int, list[_Cells]]:
-    """By artifact of a mask: the cells of each segmentation that has it."""
-    query = (
-        select(Segmentation.id, Segmentation.mask_artifact_id, Plate.barcode, Image.core_name)
+    columns = (Artifact.id, Artifact.path, Artifact.sha256)
+    query = select(*columns).order_by(Artifact.id).limit(FILES_BATCH)
+    cells_of_masks = (
+        select(Segmentation.mask_artifact_id, Segmentation.id, Plate.barcode, Image.core_name)
+        .add_columns(Cell.object_number)
         .join(Image, Image.id == Segmentation.image_id)
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
+        .outerjoin(Cell, Cell.segmentation_id == Segmentation.id)
+        .order_by(Segmentation.id, Cell.object_number)
     )
-    found: dict[int, list[_Cells]] = {}
-    for some in in_lists(masks):
-        rows = session.execute(query.where(Segmentation.mask_artifact_id.in_(some))).all()
-        labels = _labels(session, [row.id for row in rows])
-        for number, mask, barcode, core in rows:
-            cells = _Cells(f"{barcode}/{core}", tuple(labels.get(number, ())))
-            found.setdefault(mask or 0, []).append(cells)
-    return found
-
-
-def _labels(session: Session, segmentations: list[int]) -> dict[int, list[int]]:
-    query = select(Cell.segmentation_id, Cell.object_number)
-    found: dict[int, list[int]] = {}
-    for some in in_lists(segmentations):
-        rows = session.execute(
-            query.where(Cell.segmentation_id.in_(some)).order_by(
-                Cell.segmentation_id, Cell.object_number
-            )
-        )
-        for number, group in groupby(rows, key=lambda row: row.segmentation_id):
-            found[number] = [row.object_number for row in group]
-    return found
+    while True:
+        with workspace.database.read() as session:
+            files = session.execute(query.where(Artifact.id > last)).all()
+            ids = [row.id for row in files]
+            of_files = cells_of_masks.where(Segmentation.mask_artifact_id.in_(ids))
+            rows = session.execute(of_files).all()
+        if not files:
+            return
+        cells: dict[int | None, list[tuple[str, list[int]]]] = {}
+        for (mask, _, barcode, core), group in groupby(rows, key=lambda row: row[:4]):
+            numbers = [row.object_number for row in group if row.object_number is not None]
+            cells.setdefault(mask, []).append((f"{barcode}/{core}", numbers))
+        yield from (_File(row.path, row.sha256, tuple(cells.get(row.id, ()))) for row in files)
+        last = ids[-1]
 
 
 def _check(folder: ArtifactFolder, file: _File) -> list[Problem]:
+    """Say what is wrong with a file: its bytes, or the cells in a mask."""
     try:
         if not file.cells:
             found = sha256_of(folder.locate(file.path))
@@ -193,22 +168,18 @@ def _check(folder: ArtifactFolder, file: _File) -> list[Problem]:
         return [Problem(file.path, f"the file cannot be read ({error.strerror})")]
     if hashlib.sha256(data).hexdigest() != file.sha256:
         return [Problem(file.path, CHANGED)]
-    return _check_masks(file, data)
-
-
-def _check_masks(file: _File, data: bytes) -> list[Problem]:
     try:
         inside = labels_inside(decode_tiff(data))
     except ImageError as error:
-        return [Problem(file.path, f"{cells.name}: {error}") for cells in file.cells]
+        return [Problem(file.path, f"{image}: {error}") for image, _ in file.cells]
     return [
         Problem(
             file.path,
-            f"{cells.name}: the mask has {len(inside)} cells, the database {len(cells.labels)}, "
+            f"{image}: the mask has {len(inside)} cells, the database {len(numbers)}, "
             "or other labels",
         )
-        for cells in file.cells
-        if not np.array_equal(inside, cells.labels)
+        for image, numbers in file.cells
+        if not np.array_equal(inside, numbers)
     ]
 
 

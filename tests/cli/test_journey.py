@@ -147,7 +147,7 @@ def test_an_image_that_fails_fails_alone(cellstore, model, store, screen):
         (("segment", "--model", "cyto9"), "cyto"),
         (("segment", "--model", "no/such/file.pt"), "no/such/file.pt"),
         (("segment", "--plate", "P9"), "P1"),
-        (("segment", "--flow-threshold", "nan"), "finite"),
+        (("segment", "--flow-threshold", "nan"), "a number, not nan"),
         (("measure",), "cellstore segment"),
         (("split", "show", "mine"), "split"),
         (("split", "create", "x", "--plate", "P9"), "P1"),

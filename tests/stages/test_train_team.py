@@ -17,6 +17,7 @@ from small_training import TINY, Opener, Trained, checkpoint
 from sqlalchemy import func, select
 from team_training import TOGETHER, environment, told_to
 
+from cellstore.config import Sources
 from cellstore.enums import Stage, Status
 from cellstore.errors import TeamError, UserInputError
 from cellstore.learn import training
@@ -65,7 +66,7 @@ def test_a_batch_is_shared_out() -> None:
 def test_processes_that_found_other_things_do_not_train(trained: Trained, opened: Opener) -> None:
     """The first process resolved its plan before the split changed, this one after."""
     workspace = opened(trained.root)
-    plan = make_plan(workspace, TINY, (None, None, None))
+    plan = make_plan(workspace, TINY, Sources())
 
     class Second:
         def of_first(self, work: Callable[[], str]) -> str:
