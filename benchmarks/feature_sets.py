@@ -45,6 +45,8 @@ def main() -> None:
     if args.step is not None:
         STEPS[args.step](args.source, args.work)
         return
+    if args.work is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="feature-sets-", dir=args.work))
     try:
         source = args.source.resolve()

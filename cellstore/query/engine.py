@@ -96,7 +96,7 @@ RANKED_COPIED = "level = 'image' AND vote <> 'median'"
 """Which of the ranked votes are kept: those that most people ask for."""
 
 _CHAINS = {
-    COUNTS: ("eligible_predictions", COUNTS),
+    COUNTS: (COUNTS,),
     RANKED: ("label_counts", "label_medians", "label_votes", RANKED),
 }
 """The views between the copy that a kept view is made from and itself."""
@@ -109,11 +109,12 @@ _NOTHING_OF_WELLS = """
 """
 """What the votes that are not kept would be made from."""
 
-_NO_LATER_EXCLUSIONS = """
-    CREATE TABLE later_exclusions (level VARCHAR, id BIGINT);
-    CREATE TABLE excluded_images (image_id BIGINT);
+_ELIGIBLE = """
+    CREATE VIEW eligible_predictions AS
+    SELECT run_id, image_id, cell_id, rank, label_id, probability
+    FROM predictions_with_image WHERE NOT excluded
 """
-"""The copies of votes are for stores without any; else votes are counted anew."""
+"""The copies of votes are for stores without later exclusions; else votes are counted anew."""
 
 
 @dataclass(frozen=True)
@@ -557,7 +558,7 @@ class Questions:
             return str(PREDICTION_COLUMNS)
         if table not in KEPT:
             return str(COLUMNS[table])
-        found = "".join(view(item).query for item in _CHAINS[table])
+        found = _ELIGIBLE + "".join(view(item).query for item in _CHAINS[table])
         if table == RANKED:  # the alphabet decides ties, so that other labels make another copy
             labels = self._source.fetch(self._full, "labels")
             found += f"{self._made_from(COUNTS)} {sorted(map(str, labels))}"
@@ -587,8 +588,9 @@ class Questions:
                     base = PREDICTIONS if table == COUNTS else COUNTS
                     rows = reading_files([self._copy(base, run)])
                     own.execute(f"CREATE VIEW {base} AS FROM {rows}")
-                    own.execute(_NO_LATER_EXCLUSIONS)
-                    if table == RANKED:
+                    if table == COUNTS:
+                        own.execute(_ELIGIBLE)
+                    else:
                         labels = "CREATE TABLE labels AS FROM {rows}"
                         self._source.feed_table(own, labels, "labels")
                         own.execute(_NOTHING_OF_WELLS)
