@@ -133,10 +133,7 @@ def image_counts(qc_run: int | None = None) -> ColumnElement[bool]:
 
 def cell_counts(qc_run: int | None = None) -> ColumnElement[bool]:
     """Return the condition that a row of ``cells`` counts, where its image does (see there)."""
-    # The exclusions by the segmentation are this column. PostgreSQL would read all of them for the
-    # cells of one image.
-    later = EXCLUSIONS.c.source != ExclusionSource.SEGMENTATION.value
-    return and_(Cell.excluded.is_(None), _not_excluded(Level.CELL, Cell.id, qc_run, later))
+    return and_(Cell.excluded.is_(None), _not_excluded(Level.CELL, Cell.id, qc_run))
 
 
 def why_excluded(session: Session, cell: Cell) -> list[str]:
@@ -160,12 +157,14 @@ def why_excluded(session: Session, cell: Cell) -> list[str]:
     ]
 
 
-def _not_excluded(
-    level: Level, row_id: Any, qc_run: int | None, *conditions: ColumnElement[bool]
-) -> ColumnElement[bool]:
+def _not_excluded(level: Level, row_id: Any, qc_run: int | None) -> ColumnElement[bool]:
+    """Return the condition that neither a person nor this run excludes a row.
+
+    What the segmentation excludes is a column of ``cells``; PostgreSQL would read all of it for the
+    cells of one image.
+    """
     found = EXCLUSIONS.c
-    # Flags are the only exclusions that name a run.
-    counted: ColumnElement[bool] = found.run_id.is_(None)
+    counted: ColumnElement[bool] = found.source == ExclusionSource.ANNOTATION.value
     if qc_run is not None:
         counted = or_(counted, found.run_id == qc_run)
-    return ~exists().where(found.level == level.value, found.id == row_id, counted, *conditions)
+    return ~exists().where(found.level == level.value, found.id == row_id, counted)
