@@ -163,6 +163,8 @@ def open_atomically(target: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError) or isinstance(error, StorageError):
             raise
+        if isinstance(error, IsADirectoryError):
+            raise StorageError(f"{target} is a folder. Name a file.") from error
         if isinstance(error, FileExistsError | NotADirectoryError):
             raise StorageError(
                 f"{target} cannot be written: {target.parent} is a file, or lies below one. "

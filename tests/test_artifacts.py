@@ -115,3 +115,9 @@ def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path: Path):
     (tmp_path / "artifacts").write_text("in the way")
     with pytest.raises(StorageError, match=r"cannot be written.*is a file"):
         ArtifactFolder(tmp_path / "artifacts").write(ArtifactKind.MASK, b"data", ".tif")
+
+
+def test_a_folder_where_a_file_should_be_is_one_sentence(tmp_path: Path):
+    with pytest.raises(StorageError, match=r"is a folder\. Name a file"):
+        write_atomically(tmp_path, b"data")
+    assert list(tmp_path.iterdir()) == []

@@ -541,7 +541,7 @@ def _match(
             without_image.append(row.where)
     if twice:
         raise UserInputError(
-            f"Rows that put an image in a second subset: {len(twice)}, first {twice[0]}. See what "
+            f"Images that the tables put in two subsets: {len(twice)}, first {twice[0]}. See what "
             "the tables share with: cellstore split check --csv FILE, then mend them."
         )
     if not members and missing_files:

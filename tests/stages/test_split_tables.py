@@ -130,7 +130,10 @@ def test_tables_are_joined_by_what_both_have(sqlite_workspace: Workspace, tmp_pa
         (["split,colour", "train,red"], "does not say what it splits"),
         (["split,well", "train,A01"], "of which plate"),
         (["split,plate,well", "train,P9,A01"], "names an image of this store"),
-        (["split,plate,well", "train,P1,A01", "test,P1,A01"], "put in two subsets, first P1 A01"),
+        (
+            ["split,plate,well", "train,P1,A01", "test,P1,A01"],
+            "put in two subsets: 2, first P1 A01",
+        ),
         (["split,plate,well", "later,P1,A01"], "'later' is not train"),
     ],
     ids=range(6),
