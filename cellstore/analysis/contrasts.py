@@ -1,4 +1,4 @@
-"""Whether treated cells can be told from control cells at all, on wells never seen.
+"""Whether treated cells differ from control cells at all, on wells never seen.
 
 The published sanity check: a logistic regression of treated against control cells on their
 features. Here no well is in both parts of a fold, since cells of one well are alike whatever was

@@ -180,7 +180,7 @@ def robust_limits(values: NDArray[np.float64], width: float, *, log: bool = Fals
     These are 1.4826 times the median absolute deviation; where that is 0 (more than half of the
     values are equal), 1.2533 times the mean absolute deviation (Iglewicz and Hoaglin 1993).
     ``log``: of the logarithms, for values above 0 that differ by factors; the limits are in the
-    unit of ``values``. NaN is left out; None where nothing is left.
+    unit of ``values``. NaN is ignored; None where nothing is left.
     """
     known = values[np.isfinite(values)]
     if log:

@@ -1,6 +1,6 @@
 """A stage that goes image by image, and one run of it, from its recipes to its results.
 
-A stage is told apart from its neighbours by four things: which images it selects and by which
+A stage differs from the others in four things: which images it selects and by which
 recipe (the function that is named like the stage), what it fetches of an image from the database,
 what it computes, and what it inserts. Between them travel a task, its input and its output. The
 rest is the same for all, and here: reserve jobs, have workers compute them, write what comes back.

@@ -50,9 +50,9 @@ class CellSource:
     """Whose cells: found by one recipe, measured by another, on a split or on plates.
 
     ``subset``: one subset of the split. Without ``split_id`` and ``plates``: all images.
-    ``features``: where the measurements are; a cell that is not among them is left out.
-    Cells that are excluded are left out. ``unflagged_by``: a quality-control run, whose flagged
-    images and cells are left out, too. ``annotated``: what annotations exclude is read all the
+    ``features``: where the measurements are; a cell that is not among them is excluded.
+    Excluded cells are not read. ``unflagged_by``: a quality-control run, whose flagged
+    images and cells are not read either. ``annotated``: what annotations exclude is read all the
     same, as for predictions: these stay right when an exclusion is undone, and votes leave it out.
     """
 
@@ -151,7 +151,7 @@ def list_blocks(session: Session, source: CellSource) -> list[ImageBlock]:
 
 @dataclass(frozen=True)
 class Flagged:
-    """What was left out because a quality-control run had flagged it: images whole, and cells."""
+    """What is excluded because a quality-control run has flagged it: images whole, and cells."""
 
     run_id: int
     images: int

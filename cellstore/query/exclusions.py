@@ -90,7 +90,7 @@ def unseen_note(run: Run, unseen: int) -> str:
     """Return the sentence on images that a quality-control run knew nothing of."""
     return (
         f"Quality-control run {run.id} has not looked at {unseen:,} of the images, so none of them "
-        "was left out. Run: cellstore qc"
+        "was excluded. Run: cellstore qc"
     )
 
 
