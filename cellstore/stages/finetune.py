@@ -28,9 +28,9 @@ from ..jobs.mask_matching import NoMatch, read_masks_of
 from ..jobs.planes import check_channels, choose_channels, read_image
 from ..jobs.runs import RecipeSpec, attach, finished_run, keep_file, register, running
 from ..jobs.workspace import Workspace
-from ..learn.segmentation_networks import OF_A_RUN, SIZE_MODEL, Network, find_network
 from ..models import Run, RunMetric
 from ..progress import track
+from .segment import OF_A_RUN, SIZE_MODEL, Network, find_network
 
 if TYPE_CHECKING:
     from ..learn.finetuning import Corrected

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputErro
 from ..extras import need
 from ..io.image_files import encode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import find_recipe
+from ..jobs.lookup import find_recipe, find_run
 from ..jobs.planes import (
     ChannelFile,
     cell_rows,
@@ -48,8 +48,7 @@ from ..jobs.queue import Task
 from ..jobs.runs import RecipeSpec, digest, keep_file, register
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
-from ..learn.segmentation_networks import find_network
-from ..models import Artifact, Image, Plate, Recipe, Segmentation, Well
+from ..models import Artifact, Image, Plate, Recipe, RunArtifact, Segmentation, Well
 
 if TYPE_CHECKING:
     from ..analysis.segmentation import ModelFiles, SegmentationResult, Segmenter
@@ -58,6 +57,10 @@ VERSION = 1
 GPU_BATCH = 8
 """Images that a GPU is given at once; halved when its memory does not hold them."""
 _SHOWN_PLATES = 3
+OF_A_RUN = "run:"
+"""How a network of this store is named: ``run:12``, or ``run:latest``."""
+
+SIZE_MODEL = ".npz"
 
 
 def segment(
@@ -134,6 +137,43 @@ def open_segment(
         if inputs:
             stage.check_diameters(session, images)
     return stage, images
+
+
+class Network(NamedTuple):
+    """Where a network lies, and the finetune run that made it, if it is one of this store."""
+
+    files: ModelFiles
+    run_id: int | None
+
+
+def find_network(workspace: Workspace, model: str, weights_dir: Path | None = None) -> Network:
+    """Return the network that ``model`` names: a name, a file, or ``run:N``.
+
+    Raises:
+        UnknownNameError: there is no such name or run.
+        UserInputError: the file cannot be had, or the run made no network.
+        StorageError: a stored file is gone or changed.
+    """
+    from ..analysis.segmentation import describe, find_model
+
+    if not model.startswith(OF_A_RUN):
+        return Network(find_model(model, weights_dir), None)
+    with workspace.database.read() as session:
+        run = find_run(session, model.removeprefix(OF_A_RUN), Stage.FINETUNE)
+        files = _artifacts(session, run.id)
+    paths = {}
+    for artifact in files:
+        workspace.artifacts.read(artifact.path, artifact.sha256)  # that it is what was written
+        paths[artifact.path.endswith(SIZE_MODEL)] = workspace.artifacts.locate(artifact.path)
+    if False not in paths:
+        raise UserInputError(f"Run {run.id} did not end with a network. Choose another run.")
+    return Network(describe(f"{OF_A_RUN}{run.id}", paths[False], paths.get(True)), run.id)
+
+
+def _artifacts(session: Session, run_id: int) -> list[Artifact]:
+    query = select(Artifact).join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
+    query = query.where(RunArtifact.run_id == run_id, Artifact.kind == ArtifactKind.NETWORK)
+    return list(session.scalars(query.order_by(Artifact.id)))
 
 
 @dataclass(frozen=True)

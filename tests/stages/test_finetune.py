@@ -21,7 +21,6 @@ from cellstore.errors import StorageError, UnknownNameError, UserInputError  # n
 from cellstore.io.image_files import encode_tiff  # noqa: E402
 from cellstore.jobs.workspace import Workspace  # noqa: E402
 from cellstore.learn import finetuning  # noqa: E402
-from cellstore.learn.segmentation_networks import find_network  # noqa: E402
 from cellstore.models import Artifact, Run, RunArtifact  # noqa: E402
 from cellstore.stages.finetune import (  # noqa: E402
     Example,
@@ -30,7 +29,7 @@ from cellstore.stages.finetune import (  # noqa: E402
     finetune,
 )
 from cellstore.stages.ingest.ingest import ingest  # noqa: E402
-from cellstore.stages.segment import segment  # noqa: E402
+from cellstore.stages.segment import find_network, segment  # noqa: E402
 
 SHAPE = (48, 64)
 
