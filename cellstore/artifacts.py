@@ -168,7 +168,7 @@ def open_atomically(target: Path) -> Iterator[BinaryIO]:
         if isinstance(error, FileExistsError | NotADirectoryError):
             raise StorageError(
                 f"{target} cannot be written: {target.parent} is a file, or lies below one. "
-                "Name a folder."
+                "Name another folder, or move that file away; then run the same command again."
             ) from error
         raise StorageError(
             f"{target} cannot be written: {error.strerror}. Free some space or mend the "

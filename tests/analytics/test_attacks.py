@@ -280,7 +280,7 @@ def test_a_question_that_does_not_hear_is_ended_with_the_program(root: Path) -> 
     sql = f"WITH a0 AS NOT MATERIALIZED (SELECT 1 AS v), {', '.join(names)} FROM a30"
     said = ask_alone(root, SHORT_GRACE, sql, "--seconds", "0.3")
     assert said.returncode == 2
-    assert "did not stop when told to" in said.stderr
+    assert "did not stop on request" in said.stderr
 
 
 SHORT_GRACE = "import cellstore_cli.question_commands as c; c.GRACE_SECONDS = 1.0\n" + ALONE

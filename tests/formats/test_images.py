@@ -249,7 +249,7 @@ def test_the_folder_of_the_plate_decides_between_equal_names(tmp_path: Path) -> 
     assert folder.find("a.tif", plate="P1") == tmp_path.resolve() / "P1/a.tif"
     assert folder.find("a.tif", plate="P2") == tmp_path.resolve() / "P2__2021-05-02/Images/a.tif"
     for plate in (None, "P3"):
-        with pytest.raises(ImageError, match="several places"):
+        with pytest.raises(ImageError, match="is in several folders"):
             folder.find("a.tif", plate=plate)
 
 
