@@ -169,7 +169,9 @@ def test_a_truth_that_was_corrected_is_left_out(sqlite_workspace: Workspace) -> 
     other = screen.labelled(screen.split("new", sides("a1 b1", "a2")), says("a2=c"))
     screen.labels["a"] = kept
     more = screen.labelled(screen.split("newer", sides("b1", "b2 b3")), says("b2=b a2=a"))
-    with pytest.raises(UserInputError, match=r"^Split old and split new have different true labels for every image"):
+    with pytest.raises(
+        UserInputError, match=r"^Split old and split new have different true labels for every image"
+    ):
         compare(sqlite_workspace, str(one.id), str(other.id))
     found = compare(sqlite_workspace, str(one.id), str(more.id))
     # b2 is on both test subsets, a2 outside of the newer split, which is as good.

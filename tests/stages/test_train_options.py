@@ -102,7 +102,9 @@ def test_what_cannot_be_trained_is_told_before_a_run_begins(built: Path, opened:
         workspace, "Unknown channel 'ER'. Known: DNA", UnknownNameError,
         branches=pictures, channels=("ER",),
     )  # fmt: skip
-    refused(workspace, "Only the branch image reads channels: add it", UserInputError, channels=("DNA",))
+    refused(
+        workspace, "Only the branch image reads channels: add it", UserInputError, channels=("DNA",)
+    )
     refused(
         workspace, "each channel .* once", UserInputError,
         branches=pictures, channels=("DNA", "dna"),
