@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from typing import Any
 from urllib.parse import quote
@@ -120,7 +121,23 @@ class Source:
         with the names and types of ``columns``. Of several origins each is read through a
         connection of its own, side by side: only for rows that nobody changes any more.
         """
-        first = None
+        if len(origins) > 1:
+            # DuckDB itself reads one stream after the other.
+            def read(number: int) -> str:
+                with closing(Source(self.database)) as source, closing(target.cursor()) as own:
+                    part = f'"part {number}"'
+                    create = f"CREATE TABLE {part} AS FROM {{rows}}"
+                    source.feed(own, create, columns, values, [origins[number]])
+                return part
+
+            with ThreadPoolExecutor(len(origins)) as pool:
+                parts = list(pool.map(read, range(len(origins))))
+            rows = " UNION ALL ".join(f"FROM {part}" for part in parts)
+            target.execute(statement.replace("{rows}", f"({rows})"))
+            for part in parts:
+                target.execute(f"DROP TABLE {part}")
+            return
+        first = ""
         if self._is_sqlite:
             # SQLite types values, not columns, and ADBC takes a column's type from its first rows:
             # a first row gives every column its type.
@@ -131,19 +148,14 @@ class Source:
             first = f'SELECT 1 AS "first", {", ".join(typed)} UNION ALL SELECT 0, '
         cast = ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in columns.items())
         where = ' WHERE "first" = 0' if first else ""
-        parts = []
-        with ExitStack() as stack:
-            for number, origin in enumerate(origins):
-                source = self
-                if len(origins) > 1:
-                    source = stack.enter_context(closing(Source(self.database)))
-                query = f"{first or 'SELECT '}{', '.join(values)} FROM {origin}"  # noqa: S608
-                stream = stack.enter_context(source._stream(query))
-                name = f"stream {number}"
-                target.register(name, stream)
-                stack.callback(target.unregister, name)
-                parts.append(f'SELECT {cast} FROM "{name}"{where}')  # noqa: S608
-            target.execute(statement.replace("{rows}", f"({' UNION ALL '.join(parts)})"))
+        query = f"{first or 'SELECT '}{', '.join(values)} FROM {origins[0]}"  # noqa: S608
+        with self._stream(query) as stream:
+            target.register("stream", stream)
+            try:
+                rows = f'(SELECT {cast} FROM "stream"{where})'  # noqa: S608
+                target.execute(statement.replace("{rows}", rows))
+            finally:
+                target.unregister("stream")
 
     def feed_table(
         self, target: duckdb.DuckDBPyConnection, statement: str, name: str, condition: str = ""
