@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sqlalchemy import text
 from cellstore.config import VoteOptions
 from cellstore.enums import GroupLevel, Stage, Subset
 from cellstore.jobs.workspace import Workspace
+from cellstore.query import source
 from cellstore.query.engine import open_questions
 
 VOTES = "SELECT * FROM votes WHERE level = 'image'"
@@ -340,3 +342,19 @@ def test_the_votes_of_one_image_are_those_among_all(workspace: Workspace) -> Non
             among_all = questions.ask(query, [image.id]).records()
         with open_questions(workspace, image=image.id) as questions:
             assert questions.ask_ours(query, [image.id]).records() == among_all
+
+
+def test_predictions_that_are_read_side_by_side_are_the_same(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_screen(workspace)
+    query = "SELECT * FROM predictions ORDER BY run_id, cell_id, rank"
+    counts = "SELECT * FROM image_label_counts ORDER BY ALL"
+    with open_questions(workspace) as questions:
+        one = questions.ask(query).records(), questions.ask(counts).records()
+    assert one[0]
+    shutil.rmtree(workspace.settings.cache)
+    monkeypatch.setattr(source, "CELLS_OF_READER", 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    with open_questions(workspace) as questions:
+        assert (questions.ask(query).records(), questions.ask(counts).records()) == one
