@@ -431,9 +431,10 @@ def _as_csv(found: Comparison, *, for_spreadsheet: bool) -> str:
 
 def save(text: str, path: Path) -> None:
     """Write a text to a file, all or nothing."""
-    from cellstore.artifacts import write_atomically
+    from cellstore.artifacts import open_atomically
 
-    write_atomically(path, text.encode())
+    with open_atomically(path) as file:
+        file.write(text.encode())
     say(f"written to {path}")
 
 

@@ -26,11 +26,6 @@ BEFORE_THE_FIRST = ("0002", "0003", "0004", "0005", "0006")
 VERSION_TABLE = "alembic_version"
 
 
-def head() -> str:
-    """Return the revision that this library works with."""
-    return HEAD
-
-
 def current(database: Database) -> str | None:
     """Return the revision of the store, ``None`` if the database has none."""
     with _translated(database), database.engine.connect() as connection:
@@ -85,8 +80,8 @@ def ensure_current(database: Database) -> None:
         SchemaError: with the command that mends it.
 
     """
-    found, wanted = current(database), head()
-    if found == wanted:
+    found = current(database)
+    if found == HEAD:
         return
     _refuse_unknown(database)
     if found is None:
@@ -94,7 +89,7 @@ def ensure_current(database: Database) -> None:
             f"The database {database.shown} holds no store. Make one with: cellstore init"
         )
     raise SchemaError(
-        f"The store has the older schema {found}, this cellstore needs {wanted}. "
+        f"The store has the older schema {found}, this cellstore needs {HEAD}. "
         "Back it up, then run: cellstore db upgrade"
     )
 
@@ -115,7 +110,7 @@ def _refuse_unknown(database: Database) -> None:
         )
     if found is not None and not _knows(found):
         raise SchemaError(
-            f"The store has the schema {found}, which is newer than this cellstore ({head()}). "
+            f"The store has the schema {found}, which is newer than this cellstore ({HEAD}). "
             "Update cellstore with: pip install --upgrade cellstore"
         )
 

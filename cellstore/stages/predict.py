@@ -17,11 +17,10 @@ from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
-from ..config import PredictParams, as_parameters
+from ..config import PredictParams
 from ..db.bulk import bulk_insert, insert_new
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import JobsFailedError, UnknownNameError, UserInputError
-from ..extras import need
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_run, find_split
 from ..jobs.queue import JobScope, Task, count_images, requeue_failed
@@ -66,6 +65,7 @@ from ..query.feature_files import (
     write_features,
 )
 from ..query.feature_sets import check_set_name
+from ..settings import need
 
 if TYPE_CHECKING:
     from ..learn.crops import CellBlock
@@ -294,7 +294,7 @@ def make_plan(
     if plates:
         fitted = hashlib.sha256(json.dumps(plates, sort_keys=True).encode()).hexdigest()
 
-    parameters = as_parameters(params) | {"images": digest_of_images(session, images)}
+    parameters = asdict(params) | {"images": digest_of_images(session, images)}
     if params.split is not None:
         parameters["split"] = asked.fingerprint
     if params.all_probabilities:
