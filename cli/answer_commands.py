@@ -476,10 +476,7 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
         typer.echo("")
         output.table(
             ("option", f"run {first}", f"run {second}"),
-            [
-                (cut(item.what, 30), cut(item.first or "-", 22), cut(item.second or "-", 22))
-                for item in found.recipes[:SHOWN_OPTIONS]
-            ],
+            [(item.what, item.first, item.second) for item in found.recipes[:SHOWN_OPTIONS]],
         )
         more = len(found.recipes) - SHOWN_OPTIONS
         if more > 0:
@@ -491,14 +488,7 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
     typer.echo("")
     output.table(
         (found.level, "truth", f"run {first}", f"run {second}", "right"),
-        [
-            (
-                cut(item.name, 22),
-                *(cut(text, 15) for text in (item.truth, item.first, item.second)),
-                right[item.right],
-            )
-            for item in listed
-        ],
+        [(item.name, item.truth, item.first, item.second, right[item.right]) for item in listed],
     )
     more = found.n_differing - len(listed)
     if more > 0:
