@@ -31,7 +31,6 @@ from ..config import (
     MeasureParams,
     Resources,
     Selection,
-    as_parameters,
 )
 from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
@@ -193,7 +192,7 @@ def _groups(
             version, parameters = CHANNEL_VERSION, {"group": group.name, "channels": list(channels)}
             parameters["features"] = [feature.name for feature in group.features]
         else:
-            version, parameters = VERSION, as_parameters(plane) | {"features": list(FEATURE_NAMES)}
+            version, parameters = VERSION, asdict(plane) | {"features": list(FEATURE_NAMES)}
         recipe = RecipeSpec(Stage.MEASURE, version, parameters, None, (source,))
         of_group = None if group.per_channel else plane
         name = f"{group.name}_{fingerprint(recipe)[:8]}"
