@@ -196,7 +196,7 @@ def _say_processors(device: Device, devices: int) -> None:
     """Say that several devices are processes on a CPU, before they begin."""
     if devices == 1 or "LOCAL_RANK" in os.environ:  # set by the first process, or a launcher
         return
-    from cellstore.analysis.devices import pick_device
+    from cellstore.analysis.segmentation import pick_device
 
     if pick_device(device.value).type == "cpu":
         say(f"No GPU is used: {devices} processes share the CPU. One may be as fast.")

@@ -134,7 +134,7 @@ def predict(
 
     """
     need("train")
-    from ..analysis.devices import pick_device
+    from ..analysis.segmentation import pick_device
     from ..learn.trained_models import fit_new_plates, open_model
 
     params, chosen = params or PredictParams(), str(pick_device(device))
