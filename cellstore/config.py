@@ -11,7 +11,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from types import UnionType
@@ -209,7 +209,7 @@ class Params:
     def from_recipe(cls, stored: Mapping[str, Any], **changes: Any) -> Self:
         """Return the parameters that a recipe holds, but for the ``changes``.
 
-        The other way round: :func:`as_parameters`. What is no field is left aside.
+        The other way round: ``dataclasses.asdict``. What is no field is left aside.
         """
         values: dict[str, Any] = {}
         for item in fields(cls):  # type: ignore[arg-type]
@@ -222,11 +222,6 @@ class Params:
                 value = kind(value)
             values[item.name] = value
         return cls(**values | changes)
-
-
-def as_parameters(params: Any) -> dict[str, Any]:
-    """Return all parameters of a dataclass as plain JSON values, fit for a recipe."""
-    return asdict(params)
 
 
 CELLS = "Which cells"

@@ -431,9 +431,10 @@ def _as_csv(found: Comparison, *, for_spreadsheet: bool) -> str:
 
 def save(text: str, path: Path) -> None:
     """Write a text to a file, all or nothing."""
-    from cellstore.artifacts import write_atomically
+    from cellstore.artifacts import open_atomically
 
-    write_atomically(path, text.encode())
+    with open_atomically(path) as file:
+        file.write(text.encode())
     say(f"written to {path}")
 
 
@@ -475,10 +476,7 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
         typer.echo("")
         output.table(
             ("option", f"run {first}", f"run {second}"),
-            [
-                (cut(item.what, 30), cut(item.first or "-", 22), cut(item.second or "-", 22))
-                for item in found.recipes[:SHOWN_OPTIONS]
-            ],
+            [(item.what, item.first, item.second) for item in found.recipes[:SHOWN_OPTIONS]],
         )
         more = len(found.recipes) - SHOWN_OPTIONS
         if more > 0:
@@ -490,14 +488,7 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
     typer.echo("")
     output.table(
         (found.level, "truth", f"run {first}", f"run {second}", "right"),
-        [
-            (
-                cut(item.name, 22),
-                *(cut(text, 15) for text in (item.truth, item.first, item.second)),
-                right[item.right],
-            )
-            for item in listed
-        ],
+        [(item.name, item.truth, item.first, item.second, right[item.right]) for item in listed],
     )
     more = found.n_differing - len(listed)
     if more > 0:

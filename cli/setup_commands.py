@@ -153,7 +153,7 @@ def db_current(common: Common) -> None:
     from cellstore.db import migrate
 
     current = migrate.current(_connected(common).database)
-    output.pairs({"store": current or "none", "cellstore": migrate.head()})
+    output.pairs({"store": current or "none", "cellstore": migrate.HEAD})
 
 
 def _connected(common: Common) -> Workspace:

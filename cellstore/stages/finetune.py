@@ -8,7 +8,7 @@ import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,10 +17,9 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
-from ..config import FinetuneParams, ImageInput, as_parameters
+from ..config import FinetuneParams, ImageInput
 from ..enums import ArtifactKind, Stage
 from ..errors import ImageError, UserInputError
-from ..extras import need
 from ..io.image_files import decode_tiff, encode_tiff
 from ..io.mask_files import mask_files
 from ..jobs.lookup import find_plate
@@ -30,6 +29,7 @@ from ..jobs.runs import RecipeSpec, attach, finished_run, keep_file, register, r
 from ..jobs.workspace import Workspace
 from ..models import Run, RunMetric
 from ..progress import track
+from ..settings import need
 from .segment import OF_A_RUN, SIZE_MODEL, Network, find_network
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def finetune(
         for plane in params.planes:
             check_channels(session, plane)
     examples = find_examples(workspace, masks, params, plate)
-    parameters = as_parameters(params) | {
+    parameters = asdict(params) | {
         "model": Path(start.files.name).name,
         "training": _digest(examples.training),
         "judged_by": _digest(examples.held_out),

@@ -7,7 +7,7 @@ recipe; class :class:`Segment` fetches what a worker needs of an image, computes
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +25,10 @@ from ..config import (
     Resources,
     SegmentParams,
     Selection,
-    as_parameters,
 )
 from ..db.bulk import in_lists
 from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
-from ..extras import need
 from ..io.image_files import encode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
 from ..jobs.lookup import find_recipe, find_run
@@ -49,6 +47,7 @@ from ..jobs.runs import RecipeSpec, digest, keep_file, register
 from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..models import Artifact, Image, Plate, Recipe, RunArtifact, Segmentation, Well
+from ..settings import need
 
 if TYPE_CHECKING:
     from ..analysis.segmentation import ModelFiles, SegmentationResult, Segmenter
@@ -115,7 +114,7 @@ def open_segment(
             check_channels(session, plane)
         # What decides the result. The network counts by its bytes; where it lay on this machine
         # does not.
-        named = as_parameters(params) | {"model": Path(network.files.name).name}
+        named = asdict(params) | {"model": Path(network.files.name).name}
         inputs: tuple[Recipe, ...] = ()
         if params.diameter_from is not None:
             if params.diameter is not None:
