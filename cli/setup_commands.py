@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from . import output
 from .options import Common, command
-from .output import say
+from .output import Bar, say
 
 if TYPE_CHECKING:
     from cellstore.jobs.workspace import Workspace
@@ -93,7 +94,7 @@ def demo(
             raise typer.Exit(code)
 
     say(f"Rendering the plates into {folder}")
-    plates = render_plates(folder, seed=seed, progress=output.listener(quiet=False))
+    plates = render_plates(folder, seed=seed, progress=Bar() if sys.stderr.isatty() else None)
     for words in commands(plates):
         run(words)
     run(audit_command(plates))
