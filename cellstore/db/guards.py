@@ -1,6 +1,6 @@
 """What the triggers of a store refuse, as sentences.
 
-The database raises a short text (migration 0001); here it becomes what a person can act on.
+The database raises a short text (migration 0010); here it becomes what a person can act on.
 """
 
 from __future__ import annotations

@@ -742,7 +742,8 @@ def _add_downstream(graph: Lineage, source: str, found: Sequence[Record]) -> Non
 
 def _counted(item: Record) -> tuple[str, str]:
     names = ", ".join(item["names"]) or ", ".join(f"run {run}" for run in item["runs"])
-    return f"{item['count']:,} {item['what']}", names
+    what = re.sub(r"s\b", "", item["what"], count=1) if item["count"] == 1 else item["what"]
+    return f"{item['count']:,} {what}", names
 
 
 def _short(digest: str | None) -> str | None:

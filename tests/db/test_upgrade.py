@@ -11,9 +11,12 @@ from cellstore.errors import SchemaError
 from cellstore.jobs.workspace import Workspace, open_workspace
 
 
-def test_a_store_from_before_the_first_release_is_refused(workspace: Workspace) -> None:
+@pytest.mark.parametrize("revision", ["0001", "0006"])
+def test_a_store_from_before_the_first_release_is_refused(
+    workspace: Workspace, revision: str
+) -> None:
     with workspace.database.begin() as session:
-        session.execute(text("UPDATE alembic_version SET version_num = '0006'"))
+        session.execute(text(f"UPDATE alembic_version SET version_num = '{revision}'"))
     for action in (
         lambda: open_workspace(workspace.settings),
         lambda: migrate.upgrade(workspace.database),
@@ -37,7 +40,7 @@ def test_broken_references_are_told_and_nothing_changes(empty_database) -> None:
     database.close()
     with pytest.raises(SchemaError, match="refer to rows that are not there"):
         migrate.upgrade(database)
-    assert migrate.current(database) == "0001"
+    assert database.revision() == "0010"
     with database.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
     database.close()
