@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import find_image, find_recipe, run_in
+from ..jobs.lookup import find_image, find_recipe, run_id_of, run_in
 from ..jobs.queue import content, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Plate, Recipe, Run, Well
@@ -218,9 +218,9 @@ def retry(
             Job.status == Status.FAILED,
         ]
         if run is not None:
-            which.append(Job.run_id == run_in(session, run, STAGES).id)
+            which.append(Job.run_id == run_id_of(session, run, STAGES))
         if image is not None:
-            which.append(Job.image_id == find_image(session, image).id)
+            which.append(Job.image_id == find_image(session, image))
         # The bytes that an image had before are of no use to try again.
         current = and_(Image.id == Job.image_id, content() == Job.content_sha256)
         which.append(exists().where(current))
@@ -262,7 +262,7 @@ def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:
 
 
 def _running(session: Session, reference: str) -> Run:
-    found = session.get_one(Run, run_in(session, reference).id)
+    found = run_in(session, reference)
     if found.stage not in LISTENING:
         raise UserInputError(
             f"A {found.stage.value} run such as run {found.id} cannot be cancelled from here. Stop "
