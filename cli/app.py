@@ -7,8 +7,6 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -78,9 +76,34 @@ class Commands(TyperGroup):
         return group.commands[cmd_name]
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
-        with sentences():
+        """Run a command; an error becomes one sentence and an exit code."""
+        if ctx.params["version"]:
+            from cellstore import __version__
+
+            typer.echo(f"cellstore {__version__}")
+            raise typer.Exit
+        try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _end("Stopped. What is done is kept; run the same command again to go on.", STOPPED)
+        except CellstoreError as error:
+            _end(f"Error: {error}", error.exit_code)
+        except Exception as error:
+            of_typer = isinstance(error, typer.Exit | typer.Abort)
+            of_typer = of_typer or hasattr(error, "format_message")
+            if of_typer or isinstance(error, BrokenPipeError):
+                raise
+            lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+            reason = lines[0].rstrip(".") if lines else "no reason given"
+            database = sys.modules.get("sqlalchemy.exc")
+            if database is not None and isinstance(error, database.OperationalError):
+                _end(f"Error: The database failed: {reason}.", 2)
+            _end(
+                f"Error: Something unexpected happened ({type(error).__name__}: {reason}). "
+                f"Set {ENV_DEBUG}=1 and run the same command again to see where, then please "
+                "report it.",
+                UNEXPECTED,
+            )
 
 
 app = typer.Typer(
@@ -97,14 +120,6 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from cellstore import __version__
-
-        typer.echo(f"cellstore {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def root(
     store: Annotated[
@@ -117,38 +132,9 @@ def root(
             show_default=False,
         ),
     ] = None,
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     """Take what stands before the command."""
-
-
-@contextmanager
-def sentences() -> Iterator[None]:
-    """Turn errors into one sentence and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _end("Stopped. What is done is kept; run the same command again to go on.", STOPPED)
-    except CellstoreError as error:
-        _end(f"Error: {error}", error.exit_code)
-    except Exception as error:
-        of_typer = isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "format_message")
-        if of_typer or isinstance(error, BrokenPipeError):
-            raise
-        lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-        reason = lines[0].rstrip(".") if lines else "no reason given"
-        database = sys.modules.get("sqlalchemy.exc")
-        if database is not None and isinstance(error, database.OperationalError):
-            _end(f"Error: The database failed: {reason}.", 2)
-        _end(
-            f"Error: Something unexpected happened ({type(error).__name__}: {reason}). "
-            f"Set {ENV_DEBUG}=1 and run the same command again to see where, then please report "
-            "it.",
-            UNEXPECTED,
-        )
 
 
 def _end(text: str, code: int) -> NoReturn:

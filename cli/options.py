@@ -3,6 +3,7 @@
 # No "from __future__ import annotations": the types of the fields are read.
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
@@ -22,13 +23,14 @@ from cellstore.config import (
     flag,
     option,
     options_of,
-    read_list,
     type_of,
+    typed_value,
 )
 from cellstore.errors import UserInputError
+from cellstore.progress import Progress
 from cellstore.store import Store
 
-from .output import listener
+from .output import Bar, Notes
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class Common:
 
     def open(self, *, quiet: bool = False) -> Store:
         """Open the store, with a progress bar unless JSON is wanted or it is ``quiet``."""
-        return Store.open(self.store, progress=listener(quiet=quiet or self.as_json))
+        progress = Progress()
+        if not (quiet or self.as_json):
+            progress = Bar() if sys.stderr.isatty() else Notes()
+        return Store.open(self.store, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -99,20 +104,25 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def filled(context: typer.Context, **values: Any) -> None:
-        typed = {name for name in values if _is_typed(context, name)}
+        typed = set()
+        for name in values:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT"):
+                typed.add(name)
         arguments = {name: value for name, value in values.items() if name in hints}
         arguments |= {"context": context} if "context" in hints else {}
         for name, item in alone.items():
-            arguments[name] = _read(item, values[name]) if name in typed else item.default
+            arguments[name] = typed_value(item, values[name]) if name in typed else item.default
         for name, kind in groups.items():
             mine = [item for item in options_of(kind) if item.name in typed]
-            given = {item.name: _read(item, values[item.name]) for item in mine}
+            given = {item.name: typed_value(item, values[item.name]) for item in mine}
             if kind is Common:
                 store = given.get("store") or context.find_root().params.get("store")
                 arguments[name] = Common(store, values["as_json"], frozenset(typed))
             elif issubclass(kind, Params):
                 params = kind.of(values.get("preset"), **given)
-                settled = [flag(item) for item in mine if item.name in params.settled]
+                open_options = options_of(params)
+                settled = [flag(item) for item in mine if item not in open_options]
                 if settled:
                     raise UserInputError(
                         f"The other options decide this already: leave out {' and '.join(settled)}."
@@ -129,11 +139,6 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
     filled.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     filled.__annotations__ = {item.name: item.annotation for item in every}
     return filled
-
-
-def _is_typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def _parameter(item: Field) -> inspect.Parameter:
@@ -166,16 +171,6 @@ def _parameter(item: Field) -> inspect.Parameter:
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )
-
-
-def _read(item: Field, value: Any) -> Any:
-    """Return the value of a field from what Typer made of the words."""
-    kind = type_of(item)
-    if get_origin(kind) is tuple:
-        return read_list(item, value)
-    if item.metadata["nothing"]:
-        return None if value == item.metadata["nothing"] else kind(value)
-    return value
 
 
 class Sectioned(TyperCommand):

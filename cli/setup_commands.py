@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from . import output
 from .options import Common, command
-from .output import say
+from .output import Bar, say
 
 if TYPE_CHECKING:
     from cellstore.jobs.workspace import Workspace
@@ -93,7 +94,7 @@ def demo(
             raise typer.Exit(code)
 
     say(f"Rendering the plates into {folder}")
-    plates = render_plates(folder, seed=seed, progress=output.listener(quiet=False))
+    plates = render_plates(folder, seed=seed, progress=Bar() if sys.stderr.isatty() else None)
     for words in commands(plates):
         run(words)
     run(audit_command(plates))
@@ -153,7 +154,7 @@ def db_current(common: Common) -> None:
     from cellstore.db import migrate
 
     current = migrate.current(_connected(common).database)
-    output.pairs({"store": current or "none", "cellstore": migrate.head()})
+    output.pairs({"store": current or "none", "cellstore": migrate.HEAD})
 
 
 def _connected(common: Common) -> Workspace:

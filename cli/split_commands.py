@@ -387,5 +387,5 @@ def _examples(finding: Finding) -> str:
             return f"{shown}, ..."
         shown = longer
     if len(shown) > room:
-        return output.cut(shown, room)
+        return output.cell(shown, room)
     return f"{shown}, ..." if finding.count > len(finding.examples) else shown

@@ -27,11 +27,6 @@ such a number: a store keeps the number, not the tables it stood for."""
 VERSION_TABLE = "alembic_version"
 
 
-def head() -> str:
-    """Return the revision that this library works with."""
-    return HEAD
-
-
 def current(database: Database) -> str | None:
     """Return the revision of the store, ``None`` if the database has none."""
     with _translated(database), database.engine.connect() as connection:
@@ -86,8 +81,8 @@ def ensure_current(database: Database) -> None:
         SchemaError: with the command that mends it.
 
     """
-    found, wanted = current(database), head()
-    if found == wanted:
+    found = current(database)
+    if found == HEAD:
         return
     _refuse_unknown(database)
     if found is None:
@@ -95,7 +90,7 @@ def ensure_current(database: Database) -> None:
             f"The database {database.shown} holds no store. Make one with: cellstore init"
         )
     raise SchemaError(
-        f"The store has the older schema {found}, this cellstore needs {wanted}. "
+        f"The store has the older schema {found}, this cellstore needs {HEAD}. "
         "Back it up, then run: cellstore db upgrade"
     )
 
@@ -116,7 +111,7 @@ def _refuse_unknown(database: Database) -> None:
         )
     if found is not None and not _knows(found):
         raise SchemaError(
-            f"The store has the schema {found}, which is newer than this cellstore ({head()}). "
+            f"The store has the schema {found}, which is newer than this cellstore ({HEAD}). "
             "Update cellstore with: pip install --upgrade cellstore"
         )
 

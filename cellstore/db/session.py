@@ -187,13 +187,15 @@ def without_secrets(url: URL) -> URL:
     return url._replace(password=None).difference_update_query(secret)
 
 
-def connect(url: URL) -> Database:
-    """Open a database without reading from it yet.
+def connect(url: URL | Path) -> Database:
+    """Open a database, or a file of SQLite, without reading from it yet.
 
     Raises:
         MissingExtraError: PostgreSQL is asked for and its driver is not installed.
 
     """
+    if isinstance(url, Path):
+        url = URL.create("sqlite+pysqlite", database=os.fspath(url))
     try:
         engine = create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite")
     except (ModuleNotFoundError, NoSuchModuleError) as error:
@@ -232,8 +234,3 @@ def _keep_on_interrupt(context: ExceptionContext) -> None:
     # lock then keeps out the rest of this very command.
     if isinstance(context.original_exception, KeyboardInterrupt):
         context.is_disconnect = False
-
-
-def sqlite_url(path: Path) -> URL:
-    """Return the URL of the database file ``path``."""
-    return URL.create("sqlite+pysqlite", database=os.fspath(path))

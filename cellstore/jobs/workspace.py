@@ -11,12 +11,12 @@ from pathlib import Path
 
 from sqlalchemy import URL
 
-from ..artifacts import ArtifactFolder, write_atomically
+from ..artifacts import ArtifactFolder, open_atomically
 from ..db import migrate
-from ..db.session import Database, connect, parse_url, sqlite_url, without_secrets
+from ..db.session import Database, connect, parse_url, without_secrets
 from ..errors import StoreError, UserInputError
 from ..progress import Progress
-from ..settings import ENV_DATABASE, MARKER, StoreSettings, find_store, written_database
+from ..settings import ENV_DATABASE, MARKER, StoreSettings, find_store
 
 SQLITE_PAGE = 4096  # bytes, of a new database
 
@@ -58,7 +58,7 @@ def connect_workspace(settings: StoreSettings, progress: Progress | None = None)
     return Workspace(
         settings,
         connect(_url(settings)),
-        ArtifactFolder(settings.artifacts),
+        ArtifactFolder(settings.root / "artifacts"),
         progress or Progress(),
     )
 
@@ -83,12 +83,14 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
         return _migrated(_settings_of_existing(root, database)), False
     database = database or os.environ.get(ENV_DATABASE) or None
     with _undone_by_errors(root):
-        write_atomically(root / MARKER, _marker_text(database).encode())
+        with open_atomically(root / MARKER) as file:
+            file.write(_marker_text(database).encode())
         return _migrated(StoreSettings(root.resolve(), database)), True
 
 
 def _migrated(settings: StoreSettings) -> Workspace:
-    workspace = Workspace(settings, connect(_url(settings)), ArtifactFolder(settings.artifacts))
+    folder = ArtifactFolder(settings.root / "artifacts")
+    workspace = Workspace(settings, connect(_url(settings)), folder)
     try:
         if migrate.current(workspace.database) is None:
             upgrade_schema(workspace.database)
@@ -121,9 +123,8 @@ def upgrade_schema(database: Database) -> tuple[str | None, str | None]:
 
 def _settings_of_existing(root: Path, database: str | None) -> StoreSettings:
     found = find_store(root)
-    asked = database or found.database
-    settings = StoreSettings(found.root, asked)
-    written = _shown(StoreSettings(found.root, written_database(root)))
+    settings = StoreSettings(found.root, database or found.database)
+    written = _shown(find_store(root, as_written=True))
     if _shown(settings) != written:
         raise UserInputError(
             f"There is already a store in {root}, on the database {written}; it cannot be made "
@@ -156,14 +157,12 @@ def _holds_no_table(sqlite: Path) -> bool:
     return sqlite.is_file() and not wal.exists() and sqlite.stat().st_size <= SQLITE_PAGE
 
 
-def _url(settings: StoreSettings) -> URL:
-    if settings.database is None:
-        return sqlite_url(settings.sqlite)
-    return parse_url(settings.database)
+def _url(settings: StoreSettings) -> URL | Path:
+    return settings.sqlite if settings.database is None else parse_url(settings.database)
 
 
 def _shown(settings: StoreSettings) -> str:
-    return without_secrets(_url(settings)).render_as_string()
+    return connect(_url(settings)).shown
 
 
 def _marker_text(database: str | None) -> str:

@@ -80,8 +80,11 @@ BUFFER_BYTES = 2 << 30
 _FIRST_BATCHES = 4
 """The buffer starts with as many batches, not to keep an epoch waiting, and grows to its size."""
 
-_BLOCKS, _CELLS, _SAMPLING = range(3)
+_BLOCKS, _CELLS = range(2)
 """Keep random numbers apart that come of the same seed and epoch."""
+
+_SAMPLING = 1
+"""As ``_CELLS``, but more numbers follow it. Another one would change every training."""
 
 
 def _generator(*key: int) -> np.random.Generator:

@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
+from sqlalchemy import Select, and_, exists, false, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
-from ..config import PredictParams, as_parameters
-from ..db.bulk import bulk_insert, insert_new
+from ..config import PredictParams, Selection
+from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import JobsFailedError, UnknownNameError, UserInputError
-from ..extras import need
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_run, find_split
-from ..jobs.queue import JobScope, Task, count_images, requeue_failed
+from ..jobs.queue import JobScope, Task, count_images, done_jobs, requeue, requeue_failed
 from ..jobs.runs import (
     RecipeSpec,
     attach,
@@ -60,12 +59,15 @@ from ..query.cells import CellSource, as_text, cells_query
 from ..query.feature_files import (
     ROWS_OF_FILE,
     WrittenFile,
+    forget_lost_files,
+    images_of_lost_files,
     images_per_file,
     register_files,
     set_of_recipe,
     write_features,
 )
 from ..query.feature_sets import check_set_name
+from ..settings import need
 
 if TYPE_CHECKING:
     from ..learn.crops import CellBlock
@@ -108,30 +110,6 @@ class PredictResult:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is labelled, by which model. ``images``: those of the ``selected`` ones that can be.
-
-    ``unseen``: no image is opened, so it does not matter whether its files are there. ``plates``
-    is what was fitted to plates that the training has not seen. ``notes`` are sentences that a
-    reader of the labels has to know.
-    """
-
-    model: OpenModel
-    split: Split
-    label_ids: NDArray[np.int64]
-    top_k: int
-    images: Select[int]
-    selected: int
-    ready: int
-    unseen: bool
-    query: str
-    plates: Mapping[str, Any]
-    notes: tuple[str, ...]
-    spec: RecipeSpec
-    embedding: Embedding | None
-
-
 def predict(
     workspace: Workspace,
     params: PredictParams | None = None,
@@ -142,8 +120,8 @@ def predict(
     """Label the cells of a selection of images with the model of a training run.
 
     Rows are appended, never changed. An interrupted run of the same checkpoint and images is
-    resumed. Where more images have been measured since, a new run labels all of them, so that
-    every finished run is whole.
+    resumed, and so is a finished one whose files of embeddings are gone. Where more images have
+    been measured since, a new run labels all of them, so that every finished run is whole.
 
     Raises:
         MissingExtraError: torch and the like are not installed.
@@ -156,55 +134,135 @@ def predict(
 
     """
     need("train")
-    from ..analysis.devices import pick_device
-    from ..learn.trained_models import open_model
+    from ..analysis.segmentation import pick_device
+    from ..learn.trained_models import fit_new_plates, open_model
 
     params, chosen = params or PredictParams(), str(pick_device(device))
     with workspace.database.read() as session:
         trained = find_run(session, run, Stage.TRAIN)
         model = open_model(session, workspace, trained, chosen)
-        plan = make_plan(session, workspace, params, model)
+        record, source = model.record, replace(model.source, plates=params.plates)
+
+        # Which images.
+        split = session.get_one(Split, trained.split_id)
+        asked = split if params.split is None else find_split(session, params.split)
+        # The limit counts images of the subset, so it comes later.
+        conditions = Selection(params.plates, params.wells, params.where)
+        selected = images_of(session, conditions)
+        if params.subset is not None or params.split is not None:
+            members = select(SplitMember.image_id).where(SplitMember.split_id == asked.id)
+            if params.subset is not None:
+                members = members.where(SplitMember.subset == params.subset)
+            selected = selected.where(Image.id.in_(members))
+            source = replace(source, split_id=asked.id, subset=params.subset)
+        if params.limit is not None:
+            selected = first_of(session, selected, params.limit)
+        # A model that opens no image does not need the files of one.
+        unseen = record.branches == (TABULAR,)
+        images = _measured(segmented(selected, source.segment_id), source, pixels=not unseen)
+        named = select(func.count()).select_from(Image).where(Image.id.in_(selected))
+        n_selected = session.scalar(named) or 0
+        ready, *met = _count(session, images, trained)
+        if ready == 0:
+            raise UserInputError(_nothing_to_label(params, n_selected, trained.id))
+        query = cells_query(source)
+        if params.wells or params.where is not None or params.limit is not None:
+            query = query.where(Image.id.in_(selected))
+
+        # By which labels, scales and columns.
+        values = select(Label.value, Label.id).where(Label.field == record.field)
+        labels = dict(session.execute(values).all())
+        gone = [value for value in record.labels if value not in labels]
+        if gone:
+            raise UnknownNameError.of("label", gone[0], labels)
+        on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
+        on_plates = on_plates.join(Image, Image.well_id == Well.id).where(Image.id.in_(images))
+        barcodes = sorted(session.scalars(on_plates.distinct()))
+        model, plates = fit_new_plates(session, workspace, model, barcodes)
+        n_labels = len(record.labels)
+        top_k = n_labels if params.all_probabilities else min(params.top_k, n_labels)
+
+        # What makes it the same work as before.
+        parameters = asdict(params) | {"images": digest_of_images(session, images)}
+        if params.split is not None:
+            parameters["split"] = asked.fingerprint
+        if params.all_probabilities:
+            del parameters["top_k"]
+        if source.features.mark is not None:
+            parameters["feature_files"] = source.features.mark
+        fitted = None
+        if plates:
+            fitted = hashlib.sha256(json.dumps(plates, sort_keys=True).encode()).hexdigest()
+            parameters["fitted_plates"] = fitted
+        inputs = (session.get_one(Recipe, trained.recipe_id), model.segment, model.measure)
+        spec = RecipeSpec(Stage.PREDICT, VERSION, parameters, model.file.sha256, inputs)
+        embedding = None
+        if params.embedding is not None:
+            embedding = plan_embedding(session, params.embedding, model, fitted)
+
+    # Images that the model has met before: their labels prove nothing.
+    met_as = (
+        f"were used to train run {trained.id}",
+        f"are from wells that run {trained.id} was trained on",
+        f"decided when the training of run {trained.id} stopped",
+    )
+    notes = [
+        f"{number:,} of the {ready:,} images {what}. Accuracy on them tells little about new wells."
+        for number, what in zip(met, met_as, strict=True)
+        if number
+    ]
+    notes += describe_plates(model.record.scaler, barcodes)
+
     with workspace.database.begin() as session:
-        recipe = register(session, plan.spec)
-        embedding_id = None if plan.embedding is None else plan.embedding.register(session)
-        counted = count_images(session, recipe.id, plan.images, unseen=plan.unseen)
-        todo = counted.todo + counted.failed
-        query = select(Run).where(Run.recipe_id == recipe.id, Run.stage == Stage.PREDICT)
-        latest = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-        most = min(ROWS_OF_FILE, MOST_ROWS // plan.top_k)
-        per_file = images_per_file(session, model.segment.id, most) if embedding_id else 1
-    unfinished = latest if latest is not None and latest.status is not Status.DONE else None
+        recipe = register(session, spec)
+        counted = count_images(session, recipe.id, images, unseen=unseen)
+        todo, recipes, per_file, again = counted.todo + counted.failed, [recipe.id], 1, 0
+        if embedding is not None:
+            embedding_id = embedding.register(session)
+            recipes.append(embedding_id)
+            most = min(ROWS_OF_FILE, MOST_ROWS // top_k)
+            per_file = images_per_file(session, model.segment.id, most)
+            # A job is believed to be done of its file as well as of its row.
+            lost = images_of_lost_files(session, workspace.artifacts, embedding_id)
+            if lost is not None:
+                for some in in_lists(done_jobs(session, embedding_id, lost)):
+                    requeue(session, Job.id.in_(some), Status.DONE)
+                forget_lost_files(session, workspace.artifacts, embedding_id)
+            embedded = count_images(session, embedding_id, images)
+            again = embedded.todo + embedded.failed
+        runs = select(Run).where(Run.recipe_id == recipe.id, Run.stage == Stage.PREDICT)
+        latest = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()
+        whole = latest is not None and latest.status is Status.DONE
     did: RunCounter | None = None
-    if latest is not None and unfinished is None and todo == 0:
+    if latest is not None and whole and todo == again == 0:
         did = RunCounter(latest.id, recipe.id)
     else:
         stage = Predict(
             workspace.artifacts,
-            model=plan.model,
-            label_ids=plan.label_ids,
-            top_k=plan.top_k,
-            embedding=plan.embedding,
-            embedding_id=embedding_id,
+            model=model,
+            label_ids=np.array([labels[value] for value in record.labels], dtype=np.int64),
+            top_k=top_k,
+            embedding=embedding,
+            embedding_id=embedding_id if embedding is not None else None,
             images_per_file=per_file,
         )
-        recipes = [recipe.id] + ([embedding_id] if embedding_id is not None else [])
         try:
             with running(
                 workspace.database,
                 recipe,
-                parent_id=plan.model.run.id,
-                split_id=plan.split.id,
-                query=plan.query,
-                resume=None if unfinished is None else unfinished.id,
+                parent_id=trained.id,
+                split_id=split.id,
+                query=as_text(query),
+                resume=None if latest is None or (whole and todo) else latest.id,
             ) as current:
-                if plan.plates:
-                    text = json.dumps(plan.plates, indent=1, sort_keys=True, allow_nan=False)
+                if plates:
+                    text = json.dumps(plates, indent=1, sort_keys=True, allow_nan=False)
                     file = workspace.artifacts.write(
                         ArtifactKind.CHECKPOINT, text.encode(), ".json"
                     )
                     with workspace.database.begin() as session:
                         attach(session, current.id, keep_file(session, file))
-                scope = JobScope(dict.fromkeys(recipes, current.id), plan.images, plan.unseen)
+                scope = JobScope(dict.fromkeys(recipes, current.id), images, unseen)
                 with workspace.database.begin() as session:
                     # A run is whole or not finished: what failed is tried again.
                     requeue_failed(session, scope)
@@ -222,108 +280,32 @@ def predict(
                         "images": session.scalar(select(func.count()).select_from(Job).where(mine)),
                         "failed": len(did.failures),
                         "cells": session.scalar(select(func.count()).where(labelled)),
-                        **({"feature_set": plan.embedding.name} if plan.embedding else {}),
-                        "notes": list(plan.notes),
+                        **({"feature_set": embedding.name} if embedding else {}),
+                        "notes": list(notes),
                     }
+                if whole and not todo:
+                    notes.append(
+                        f"The embeddings of {again:,} images were made again: their files were "
+                        "gone."
+                    )
                 # A run that lacks images is not finished: the next call goes on with it.
                 fail_if_any(len(did.failures), did.images, "labelled")
         except JobsFailedError:
-            pass  # they are told of in the result
+            pass  # they are in the result
     assert did is not None
     return PredictResult(
         run_id=did.run_id,
         recipe_id=recipe.id,
         train_run_id=trained.id,
-        split=plan.split.name,
-        selected=plan.selected,
-        waiting=plan.selected - plan.ready,
-        earlier=plan.ready - todo,
+        split=split.name,
+        selected=n_selected,
+        waiting=n_selected - ready,
+        earlier=ready - todo,
         done=did.images,
         failures=tuple(did.failures),
         cells=did.cells,
-        feature_set=plan.embedding.name if plan.embedding else None,
-        notes=plan.notes,
-    )
-
-
-def make_plan(
-    session: Session, workspace: Workspace, params: PredictParams, model: OpenModel
-) -> Plan:
-    """Return the plan.
-
-    Raises:
-        UnknownNameError: no such plate, well or split, or a label of the model is gone.
-        UserInputError: none of the images has measured cells, or the embedding cannot have its
-            name.
-
-    """
-    record, source = model.record, replace(model.source, plates=params.plates)
-    split = session.get_one(Split, model.run.split_id)
-    asked = split if params.split is None else find_split(session, params.split)
-    selected = images_of(session, params.selection)
-    if params.subset is not None or params.split is not None:
-        members = select(SplitMember.image_id).where(SplitMember.split_id == asked.id)
-        if params.subset is not None:
-            members = members.where(SplitMember.subset == params.subset)
-        selected = selected.where(Image.id.in_(members))
-        source = replace(source, split_id=asked.id, subset=params.subset)
-    if params.limit is not None:
-        selected = first_of(session, selected, params.limit)
-    unseen = record.branches == (TABULAR,)
-    images = _measured(segmented(selected, source.segment_id), source, pixels=not unseen)
-    ready = _count(session, images)
-    if ready == 0:
-        raise UserInputError(_nothing_to_label(params, _count(session, selected), model.run.id))
-    query = cells_query(source)
-    if params.wells or params.where is not None or params.limit is not None:
-        query = query.where(Image.id.in_(selected))
-
-    values = select(Label.value, Label.id).where(Label.field == record.field)
-    labels = dict(session.execute(values).all())
-    gone = [value for value in record.labels if value not in labels]
-    if gone:
-        raise UnknownNameError.of("label", gone[0], labels)
-
-    on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id)
-    on_plates = on_plates.join(Image, Image.well_id == Well.id).where(Image.id.in_(images))
-    barcodes = sorted(session.scalars(on_plates.distinct()))
-    from ..learn.trained_models import fit_new_plates
-
-    model, plates = fit_new_plates(session, workspace, model, barcodes)
-    fitted = None
-    if plates:
-        fitted = hashlib.sha256(json.dumps(plates, sort_keys=True).encode()).hexdigest()
-
-    parameters = as_parameters(params) | {"images": digest_of_images(session, images)}
-    if params.split is not None:
-        parameters["split"] = asked.fingerprint
-    if params.all_probabilities:
-        del parameters["top_k"]
-    if source.features.mark is not None:
-        parameters["feature_files"] = source.features.mark
-    if fitted is not None:
-        parameters["fitted_plates"] = fitted
-    inputs = (session.get_one(Recipe, model.run.recipe_id), model.segment, model.measure)
-    notes = _seen_notes(session, model.run, split, images, ready)
-    notes += describe_plates(model.record.scaler, barcodes)
-    embedding = None
-    if params.embedding is not None:
-        embedding = plan_embedding(session, params.embedding, model, fitted)
-    n_labels = len(record.labels)
-    return Plan(
-        model=model,
-        split=split,
-        label_ids=np.array([labels[value] for value in record.labels], dtype=np.int64),
-        top_k=n_labels if params.all_probabilities else min(params.top_k, n_labels),
-        images=images,
-        selected=_count(session, selected),
-        ready=ready,
-        unseen=unseen,
-        query=as_text(query),
-        plates=plates,
+        feature_set=embedding.name if embedding else None,
         notes=tuple(notes),
-        spec=RecipeSpec(Stage.PREDICT, VERSION, parameters, model.file.sha256, inputs),
-        embedding=embedding,
     )
 
 
@@ -355,9 +337,25 @@ def _measured(images: Select[int], source: CellSource, *, pixels: bool) -> Selec
     return found.where(Image.content_sha256.is_not(None)) if pixels else found
 
 
-def _count(session: Session, images: Select[int], *more: ColumnElement[bool]) -> int:
-    named = select(func.count()).select_from(Image).where(Image.id.in_(images), *more)
-    return session.scalar(named) or 0
+def _count(session: Session, images: Select[int], trained: Run) -> Sequence[int]:
+    """How many images there are, and how many of them a training has met.
+
+    Those that it has learned from, others of the wells of these, and those that stopped it.
+    """
+    # Lists that are made once: asked image by image, a join would walk the split for each.
+    members = select(SplitMember.image_id).where(SplitMember.split_id == trained.split_id)
+    learned = members.where(SplitMember.subset == Subset.TRAIN)
+    other = aliased(Image)
+    wells = select(other.well_id).where(other.id.in_(learned))
+    stopped_by = (trained.result or {}).get("validation_subset")
+    conditions = (
+        Image.id.in_(learned),
+        and_(Image.id.not_in(learned), Image.well_id.in_(wells)),
+        Image.id.in_(members.where(SplitMember.subset == stopped_by)) if stopped_by else false(),
+    )
+    counts = (func.count().filter(condition) for condition in conditions)
+    query = select(func.count(), *counts).select_from(Image).where(Image.id.in_(images))
+    return session.execute(query).one()
 
 
 def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
@@ -373,36 +371,6 @@ def _nothing_to_label(params: PredictParams, selected: int, run_id: int) -> str:
         f"None of the {selected} images has cells measured by the recipes of training run "
         f"{run_id}. Run: cellstore segment, then: cellstore measure; or ingest their features"
     )
-
-
-def _seen_notes(
-    session: Session, trained: Run, split: Split, images: Select[int], ready: int
-) -> list[str]:
-    """Sentences on images that the model has met before: their labels prove nothing."""
-    # Lists that are made once: asked image by image, a join would walk the split for each.
-    members = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
-    trained_on = members.where(SplitMember.subset == Subset.TRAIN)
-    other = aliased(Image)
-    wells = select(other.well_id).where(other.id.in_(trained_on))
-    is_train, in_well = Image.id.in_(trained_on), Image.well_id.in_(wells)
-    stopped_by = (trained.result or {}).get("validation_subset")
-    stopped = Image.id.in_(members.where(SplitMember.subset == stopped_by))
-    counts = [
-        (_count(session, images, is_train), f"were used to train run {trained.id}"),
-        (
-            _count(session, images, ~is_train, in_well),
-            f"are from wells that run {trained.id} was trained on",
-        ),
-        (
-            _count(session, images, stopped) if stopped_by else 0,
-            f"decided when the training of run {trained.id} stopped",
-        ),
-    ]
-    return [
-        f"{number:,} of the {ready:,} images {what}. Accuracy on them tells little about new wells."
-        for number, what in counts
-        if number
-    ]
 
 
 @dataclass(frozen=True)

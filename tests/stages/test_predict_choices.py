@@ -281,6 +281,29 @@ def test_a_killed_run_leaves_no_half_embedding(
     assert len(said(workspace, result.run_id)) == 48
 
 
+def test_an_embedding_whose_file_is_gone_is_made_again(
+    built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = opened(built)
+    run_id = craft(workspace)
+    params = replace(EVERYTHING, embedding="seen")
+    monkeypatch.setattr(feature_files, "MOST_IMAGES", 2)
+    first = predict(workspace, params, device="cpu")
+    before = said(workspace, first.run_id)
+    with workspace.database.read() as session:
+        query = select(Artifact.path).join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        paths = list(session.scalars(query.order_by(Artifact.id)))
+    workspace.artifacts.locate(paths[0]).unlink()
+    again = predict(workspace, params, device="cpu")
+    assert again.run_id == first.run_id
+    assert any("embeddings of 2 images were made again" in note for note in again.notes)
+    assert same(vectors_of(workspace, "seen"), expected_vectors(workspace, run_id))
+    assert said(workspace, again.run_id) == before
+    assert verify(workspace).problems == ()
+    assert run_of(workspace, first.run_id).status is Status.DONE
+    assert predict(workspace, params, device="cpu").notes == first.notes
+
+
 def stopped(*_: object) -> None:
     raise KeyboardInterrupt
 
