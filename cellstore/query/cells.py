@@ -386,24 +386,27 @@ def trainings_of_features(session: Session, recipe: Recipe) -> Iterator[Run]:
 
     First the one that made these features, then the one that made what its network has read.
     """
+    found: Recipe | None = recipe
     while True:
-        if recipe.stage is not Stage.MEASURE:
-            recipe = input_of(session, recipe, Stage.MEASURE)
-        if "embedding" not in recipe.parameters:
+        if found.stage is not Stage.MEASURE:
+            read = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
+            read = read.where(RecipeInput.recipe_id == found.id, Recipe.stage == Stage.MEASURE)
+            found = session.scalars(read).one_or_none()
+        if found is None or "embedding" not in found.parameters:
             return
         query = (
             select(Run)
             .join(RunArtifact, RunArtifact.run_id == Run.id)
             .join(Artifact, Artifact.id == RunArtifact.artifact_id)
             .where(Artifact.kind == ArtifactKind.CHECKPOINT, Run.stage == Stage.TRAIN)
-            .where(Artifact.sha256 == recipe.weights_sha256)
+            .where(Artifact.sha256 == found.weights_sha256)
             .order_by(Run.id)
         )
         training = session.scalars(query.limit(1)).first()
         if training is None:
             return
         yield training
-        recipe = session.get_one(Recipe, training.recipe_id)
+        found = session.get_one(Recipe, training.recipe_id)
 
 
 def feature_leak(session: Session, recipe: Recipe, split_id: int) -> str | None:
@@ -412,8 +415,8 @@ def feature_leak(session: Session, recipe: Recipe, split_id: int) -> str | None:
     An embedding knows the labels of the wells that its network was trained on, or stopped by; so
     does one by a network that has learned from another's embedding.
     """
-    found = trainings_of_features(session, recipe)
-    trainings = [run for run in found if run.split_id not in (None, split_id)]
+    behind = trainings_of_features(session, recipe)
+    trainings = [run for run in behind if run.split_id not in (None, split_id)]
     if not trainings:
         return None
     mine, theirs = aliased(SplitMember), aliased(SplitMember)
