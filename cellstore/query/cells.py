@@ -386,27 +386,27 @@ def trainings_of_features(session: Session, recipe: Recipe) -> Iterator[Run]:
 
     First the one that made these features, then the one that made what its network has read.
     """
-    found: Recipe | None = recipe
+    measure: Recipe | None = recipe
     while True:
-        if found.stage is not Stage.MEASURE:
+        if recipe.stage is not Stage.MEASURE:
             read = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
-            read = read.where(RecipeInput.recipe_id == found.id, Recipe.stage == Stage.MEASURE)
-            found = session.scalars(read).one_or_none()
-        if found is None or "embedding" not in found.parameters:
+            read = read.where(RecipeInput.recipe_id == recipe.id, Recipe.stage == Stage.MEASURE)
+            measure = session.scalars(read).one_or_none()
+        if measure is None or "embedding" not in measure.parameters:
             return
         query = (
             select(Run)
             .join(RunArtifact, RunArtifact.run_id == Run.id)
             .join(Artifact, Artifact.id == RunArtifact.artifact_id)
             .where(Artifact.kind == ArtifactKind.CHECKPOINT, Run.stage == Stage.TRAIN)
-            .where(Artifact.sha256 == found.weights_sha256)
+            .where(Artifact.sha256 == measure.weights_sha256)
             .order_by(Run.id)
         )
         training = session.scalars(query.limit(1)).first()
         if training is None:
             return
         yield training
-        found = session.get_one(Recipe, training.recipe_id)
+        recipe = session.get_one(Recipe, training.recipe_id)
 
 
 def feature_leak(session: Session, recipe: Recipe, split_id: int) -> str | None:
