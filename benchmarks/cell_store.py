@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import func, insert, select
 
-from cellstore.config import MeasureParams, SegmentParams, SplitParams, as_parameters
+from cellstore.config import MeasureParams, SegmentParams, SplitParams
 from cellstore.enums import ArtifactKind, PerturbationKind, Stage, Status
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.runs import RecipeSpec, keep_file, register, running
@@ -167,9 +167,9 @@ def _add_image(session: Any, well: Well, site: int, place: Folder, path: Path, f
 def _insert_cells(workspace: Workspace, fields: Sequence[Field]) -> None:
     with workspace.database.begin() as session:
         recipe = register(
-            session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams.of("published")))
+            session, RecipeSpec(Stage.SEGMENT, 1, asdict(SegmentParams.of("published")))
         )
-        spec = RecipeSpec(Stage.MEASURE, 1, as_parameters(MeasureParams()), None, (recipe,))
+        spec = RecipeSpec(Stage.MEASURE, 1, asdict(MeasureParams()), None, (recipe,))
         measured = register(session, spec)
     with (
         running(workspace.database, recipe) as found,

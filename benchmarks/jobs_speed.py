@@ -122,7 +122,7 @@ def close_all(workspace: Workspace, spec: RecipeSpec) -> None:
     """Say that a segment recipe has done every image; make its files, which are empty."""
     for kind in ("mask", "flow"):
         for number in range(256):
-            folder = workspace.settings.artifacts / kind / f"{number:02x}"
+            folder = workspace.artifacts.root / kind / f"{number:02x}"
             folder.mkdir(parents=True, exist_ok=True)
     with workspace.database.begin() as session:
         recipe = register(session, spec)
@@ -139,7 +139,7 @@ def close_all(workspace: Workspace, spec: RecipeSpec) -> None:
                 for number, kind in enumerate(("mask", "flow")):
                     digest = hashlib.sha256(f"{kind} {image_id}".encode()).hexdigest()
                     path = f"{kind}/{digest[:2]}/{digest}.tif"
-                    (workspace.settings.artifacts / path).touch()
+                    (workspace.artifacts.root / path).touch()
                     ids[f"{kind}_artifact_id"] = 2 * image_id + number
                     files.append(
                         {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from cellstore.config import (
     PredictParams,
     SegmentParams,
     TrainParams,
-    as_parameters,
 )
 from cellstore.db.bulk import bulk_insert
 from cellstore.enums import (
@@ -209,9 +208,9 @@ def _insert_cells(
 ) -> Cells:
     with workspace.database.begin() as session:
         recipe = register(
-            session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams.of("published")))
+            session, RecipeSpec(Stage.SEGMENT, 1, asdict(SegmentParams.of("published")))
         )
-        spec = RecipeSpec(Stage.MEASURE, 1, as_parameters(MeasureParams()), None, (recipe,))
+        spec = RecipeSpec(Stage.MEASURE, 1, asdict(MeasureParams()), None, (recipe,))
         measured = register(session, spec)
         session.add(_basic_set(measured.id))
     found = _images_of(workspace, design)
@@ -383,7 +382,7 @@ def _network(
 ) -> None:
     rng = np.random.default_rng([params.seed, 11])
     with workspace.database.begin() as session:
-        recipe = register(session, RecipeSpec(Stage.TRAIN, 1, as_parameters(params)))
+        recipe = register(session, RecipeSpec(Stage.TRAIN, 1, asdict(params)))
     with running(workspace.database, recipe, split_id=split, seed=params.seed) as trained:
         _write_curves(workspace, trained.id, rng)
     labels = _choices(rng, cells, classes, skills)
@@ -442,7 +441,7 @@ def _baseline(
     workspace: Workspace, split: int, name: str, cells: Cells, classes: list[tuple[int, str]]
 ) -> None:
     rng = np.random.default_rng([5, len(name)])
-    parameters = as_parameters(BaselineParams()) | {"baseline": name}
+    parameters = asdict(BaselineParams()) | {"baseline": name}
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(Stage.TRAIN, 1, parameters))
     with running(workspace.database, recipe, split_id=split, seed=0) as trained:
@@ -464,7 +463,7 @@ def _predict(
     chances: NDArray[np.float64],
 ) -> None:
     ids = np.array([label for label, _ in classes])[labels]
-    parameters = as_parameters(PredictParams()) | {"top_k": labels.shape[1]}
+    parameters = asdict(PredictParams()) | {"top_k": labels.shape[1]}
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(Stage.PREDICT, 1, parameters))
     names = ("run_id", "cell_id", "rank", "label_id", "probability")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import select
 
-from cellstore.config import PredictParams, SegmentParams, TrainParams, as_parameters
+from cellstore.config import PredictParams, SegmentParams, TrainParams
 from cellstore.enums import PERTURBATION, GroupLevel, PerturbationKind, Stage, Subset
 from cellstore.jobs.runs import RecipeSpec, register, running
 from cellstore.jobs.workspace import Workspace, create_workspace
@@ -146,12 +147,11 @@ def _insert_members(workspace: Workspace, truth: NDArray[np.int64]) -> None:
 
 def _make_runs(workspace: Workspace) -> tuple[int, list[int]]:
     """Return the segmentation run and two predict runs, ended; their rows are to come."""
-    segmented = _run(workspace, Stage.SEGMENT, as_parameters(SegmentParams.of("published")))
+    segmented = _run(workspace, Stage.SEGMENT, asdict(SegmentParams.of("published")))
     trained = [
-        _run(workspace, Stage.TRAIN, as_parameters(TrainParams(seed=seed)), split_id=1)
-        for seed in (0, 1)
+        _run(workspace, Stage.TRAIN, asdict(TrainParams(seed=seed)), split_id=1) for seed in (0, 1)
     ]
-    plain = as_parameters(PredictParams())
+    plain = asdict(PredictParams())
     return segmented, [_run(workspace, Stage.PREDICT, plain, parent, 1) for parent in trained]
 
 

@@ -48,8 +48,12 @@ class ArtifactFolder:
         sha256 = hashlib.sha256(data).hexdigest()
         stored = StoredFile(kind, f"{kind.value}/{sha256[:2]}/{sha256}{suffix}", sha256, len(data))
         target = self.root / stored.path
-        if not (_touched(target) and sha256_of(target) == sha256):
-            write_atomically(target, data)
+        # An orphan that gets its row now must look young to a `verify --fix` that runs beside us.
+        with suppress(OSError):
+            os.utime(target)
+        if not (target.is_file() and sha256_of(target) == sha256):
+            with open_atomically(target) as file:
+                file.write(data)
         return stored
 
     def read(self, path: str, sha256: str) -> bytes:
@@ -75,7 +79,7 @@ class ArtifactFolder:
         return data
 
     def locate(self, path: str) -> Path:
-        """Return the place of a stored path; a path that leads out of the folder is refused."""
+        """Return where a stored file is; a path that leads out of the folder is refused."""
         target = (self.root / path).resolve()
         if not target.is_relative_to(self.root.resolve()):
             raise StorageError(f"The stored path {path!r} leads out of the store; it is not used.")
@@ -120,7 +124,7 @@ class BorrowingFolder(ArtifactFolder):
     lender: ArtifactFolder
 
     def locate(self, path: str) -> Path:
-        """Return the place of a stored path: here, else where it is borrowed from."""
+        """Return where a stored file is: here, else in the folder it is borrowed from."""
         here = super().locate(path)
         return here if here.exists() else self.lender.locate(path)
 
@@ -132,12 +136,6 @@ class BorrowingFolder(ArtifactFolder):
         """Remove a file that is here; what is borrowed stays."""
         with suppress(OSError):
             super().locate(path).unlink(missing_ok=True)
-
-
-def write_atomically(target: Path, data: bytes) -> None:
-    """Write ``data`` so that ``target`` is whole or as before; see :func:`open_atomically`."""
-    with open_atomically(target) as file:
-        file.write(data)
 
 
 @contextmanager
@@ -183,15 +181,6 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(CHUNK):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def _touched(path: Path) -> bool:
-    # An orphan that gets its row now must look young to a `verify --fix` that runs beside us.
-    try:
-        os.utime(path)
-    except OSError:
-        return False
-    return path.is_file()
 
 
 def sync_folder(folder: Path) -> None:

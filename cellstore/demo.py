@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .artifacts import write_atomically
+from .artifacts import open_atomically
 from .errors import UserInputError
-from .extras import need
 from .io.image_files import encode_tiff
 from .progress import Progress, track
+from .settings import need
 from .store import Store
 
 if TYPE_CHECKING:
@@ -88,9 +88,11 @@ def render_plates(
         field = render_field(design, spec)
         for path, plane in zip(targets, (*field.channels, field.masks), strict=True):
             if not path.exists():
-                write_atomically(path, encode_tiff(plane))
+                with open_atomically(path) as file:
+                    file.write(encode_tiff(plane))
     if not plates.metadata.exists():
-        write_atomically(plates.metadata, table)
+        with open_atomically(plates.metadata) as file:
+            file.write(table)
     return plates
 
 

@@ -1,18 +1,35 @@
-"""Where a store is: what its marker file and the environment say."""
+"""Where a store is, by its marker file and the environment; which extras are installed."""
 
 from __future__ import annotations
 
 import os
 import tomllib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import StoreNotFoundError, UserInputError
+from .errors import MissingExtraError, StoreNotFoundError, UserInputError
 
 MARKER = "cellstore.toml"
 SQLITE_NAME = "cellstore.db"
 ENV_STORE = "CELLSTORE_STORE"
 ENV_DATABASE = "CELLSTORE_DATABASE_URL"
+
+EXTRAS = {
+    "segment": ("cellpose", "skimage", "scipy", "safetensors"),
+    "segment-sam": ("cellpose", "segment_anything", "skimage", "scipy", "safetensors"),
+    "train": ("torch", "torchvision", "lightning", "sklearn", "skops", "safetensors"),
+    "report": ("matplotlib", "jinja2", "networkx"),
+    "postgres": ("psycopg", "adbc_driver_postgresql"),
+    "cloud": ("fsspec", "s3fs"),
+    "anndata": ("anndata",),
+    "distributed": ("distributed",),
+}
+"""The optional parts of cellstore, and the modules that each brings.
+
+``segment`` (Cellpose 3) and ``segment-sam`` (Cellpose 4) bring the same package and exclude each
+other: either serves what needs ``segment``, and which one it is decides the networks that run.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,11 +38,6 @@ class StoreSettings:
 
     root: Path
     database: str | None = None
-
-    @property
-    def artifacts(self) -> Path:
-        """Folder of masks, flows, checkpoints."""
-        return self.root / "artifacts"
 
     @property
     def cache(self) -> Path:
@@ -38,12 +50,26 @@ class StoreSettings:
         return self.root / SQLITE_NAME
 
 
-def find_store(given: Path | None = None) -> StoreSettings:
+def need(extra: str) -> None:
+    """Check that an extra is installed, without importing it.
+
+    Raises:
+        MissingExtraError: with the command that installs it.
+    """
+    for module in EXTRAS[extra]:
+        if find_spec(module) is None:
+            raise MissingExtraError.of(module, extra)
+
+
+def find_store(given: Path | None = None, *, as_written: bool = False) -> StoreSettings:
     """Return the store named by ``given``, else by the environment, else the nearest upwards.
+
+    Its database is that of the environment, else the one written in its marker file;
+    ``as_written``: always the latter.
 
     Raises:
         StoreNotFoundError: there is none.
-
+        UserInputError: its marker file cannot be read.
     """
     named = given or os.environ.get(ENV_STORE)
     start = Path.cwd()
@@ -64,17 +90,9 @@ def find_store(given: Path | None = None) -> StoreSettings:
                 "or name one with --store DIR."
             )
         folder = found
-    database = os.environ.get(ENV_DATABASE) or written_database(folder)
-    return StoreSettings(folder.resolve(), database)
-
-
-def written_database(folder: Path) -> str | None:
-    """Return the URL that the marker in ``folder`` holds; ``None``: the embedded database.
-
-    Raises:
-        UserInputError: the marker cannot be read.
-
-    """
+    database = None if as_written else os.environ.get(ENV_DATABASE)
+    if database:
+        return StoreSettings(folder.resolve(), database)
     marker = folder / MARKER
     try:
         values = tomllib.loads(marker.read_text(encoding="utf-8"))
@@ -86,7 +104,7 @@ def written_database(folder: Path) -> str | None:
     database = values.get("database")
     if database is not None and not isinstance(database, str):
         raise UserInputError(f"{marker}: 'database' should be a URL in quotes.")
-    return database
+    return StoreSettings(folder.resolve(), database)
 
 
 def check_not_of_a_store(path: Path) -> None:

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from .config import (
@@ -73,11 +72,11 @@ if TYPE_CHECKING:
     from .stages.verify import VerifyResult
 
 
-class Store:
+@dataclass(frozen=True)
+class Store(AbstractContextManager["Store"]):
     """An open store. Use it in a ``with`` block, or call :meth:`close`."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
+    workspace: Workspace
 
     @classmethod
     def open(
@@ -129,20 +128,12 @@ class Store:
         """
         return self.workspace.database.read()
 
-    def close(self) -> None:
-        """Give the database connections back."""
+    def __exit__(self, *_: object) -> None:
         self.workspace.database.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def close(self) -> None:
+        """Give the database connections back."""
+        self.__exit__()
 
     def ingest(self, source: str | Path, params: IngestParams | None = None) -> IngestResult:
         """Bring a table, an index, a database or a folder in; see ``stages.ingest.ingest``."""
@@ -238,8 +229,8 @@ class Store:
 
         ``html`` is a page with maps of the plates, ``plot`` a PNG with those of one plate.
         """
-        from .extras import need
         from .report.qc_page import write_page, write_picture
+        from .settings import need
         from .stages.qc import qc
 
         if html is not None or plot is not None:

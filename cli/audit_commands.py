@@ -10,7 +10,7 @@ import typer
 from cellstore.errors import UserInputError
 
 from . import output
-from .options import Common, Device, DeviceOption, HtmlOption, command
+from .app import Common, Device, DeviceOption, HtmlOption, command
 from .output import say
 
 if TYPE_CHECKING:
@@ -153,11 +153,12 @@ def repro(
 
 def _show_script(result: Repro, out: Path | None, common: Common) -> None:
     if out is not None:
-        from cellstore.artifacts import write_atomically
+        from cellstore.artifacts import open_atomically
         from cellstore.settings import check_not_of_a_store
 
         check_not_of_a_store(out)
-        write_atomically(out.resolve(), result.script.encode("utf-8", "replace"))
+        with open_atomically(out.resolve()) as file:
+            file.write(result.script.encode("utf-8", "replace"))
     if common.as_json:
         output.print_json(result)
     elif out is None:

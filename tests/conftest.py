@@ -16,7 +16,7 @@ from pytest_socket import socket_allow_hosts
 from sqlalchemy import URL, Engine, create_engine, make_url, text
 
 from cellstore.db import migrate
-from cellstore.db.session import connect, sqlite_url
+from cellstore.db.session import connect
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.settings import ENV_DATABASE, ENV_STORE
 
@@ -41,7 +41,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("template") / "cellstore.db"
-    database = connect(sqlite_url(path))
+    database = connect(path)
     migrate.upgrade(database)
     database.close()
     return path
@@ -129,7 +129,7 @@ def empty_database(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[
     """Return what makes the URL of a database without tables, once on each kind."""
     if request.param == "sqlite":
         numbers = count(1)
-        return lambda: sqlite_url(tmp_path / f"empty{next(numbers)}.db").render_as_string()
+        return lambda: f"sqlite:///{tmp_path}/empty{next(numbers)}.db"
     server: PostgresServer = request.getfixturevalue("postgres_server")
     return server.new_database
 

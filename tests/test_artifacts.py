@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cellstore import artifacts
-from cellstore.artifacts import ArtifactFolder, sha256_of, write_atomically
+from cellstore.artifacts import ArtifactFolder, open_atomically, sha256_of
 from cellstore.enums import ArtifactKind
 from cellstore.errors import StorageError
 
@@ -96,8 +96,8 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(artifacts.os, "fsync", full)
-    with pytest.raises(StorageError):
-        write_atomically(target, b"new")
+    with pytest.raises(StorageError), open_atomically(target) as file:
+        file.write(b"new")
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -118,6 +118,7 @@ def test_a_file_where_a_folder_should_be_is_one_sentence(tmp_path: Path):
 
 
 def test_a_folder_where_a_file_should_be_is_one_sentence(tmp_path: Path):
-    with pytest.raises(StorageError, match=r"is a folder\. Name a file"):
-        write_atomically(tmp_path, b"data")
+    problem = pytest.raises(StorageError, match=r"is a folder\. Name a file")
+    with problem, open_atomically(tmp_path) as file:
+        file.write(b"data")
     assert list(tmp_path.iterdir()) == []

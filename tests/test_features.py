@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 from realdata import real_data
 from skimage.measure import regionprops
 
-from cellstore.analysis.features import FEATURE_NAMES, FEATURES, GROUPS, cell_boxes, measure_cells
-from cellstore.analysis.regions import find_regions
+from cellstore.analysis.features import FEATURE_NAMES, FEATURES, GROUPS, measure_cells
+from cellstore.analysis.regions import find_regions, perimeters
 from cellstore.analysis.rendering import PlateDesign, render_field
 from cellstore.errors import ImageError
 
@@ -80,12 +80,12 @@ def intensities(shape: tuple[int, ...], dtype: Any = np.float64) -> np.ndarray:
 
 def check_like_skimage(masks: np.ndarray, intensity: np.ndarray) -> None:
     """All that we measure is what ``regionprops`` measures in 64 bits."""
-    cells, boxes = measure_cells(masks, intensity), cell_boxes(masks)
+    cells, found = measure_cells(masks, intensity), find_regions(masks)
     exact = intensity if intensity.dtype == bool else intensity.astype(np.float64)
     regions = regionprops(masks, intensity_image=exact)
     assert (
         cells["object_number"].tolist()
-        == boxes["object_number"].tolist()
+        == found.object_numbers.tolist()
         == [r.label for r in regions]
     )
     for position, region in enumerate(regions):
@@ -95,9 +95,7 @@ def check_like_skimage(masks: np.ndarray, intensity: np.ndarray) -> None:
             tolerance = 0 if name in WHOLE else 1e-12
             assert row[name] == pytest.approx(expected, rel=tolerance, abs=0), name
         assert (row["centroid_y"], row["centroid_x"]) == region.centroid
-        assert tuple(boxes[name][position] for name in BOX) == region.bbox
-        assert (boxes["centroid_row"][position], boxes["centroid_col"][position]) == region.centroid
-        assert boxes["perimeter"][position] == row["perimeter"]
+        assert tuple(getattr(found, name)[position] for name in BOX) == region.bbox
         check_ellipse(row, region)
 
 
@@ -165,11 +163,11 @@ def test_a_rectangle_has_its_analytic_values() -> None:
 
 
 def test_boxes_are_half_open_and_in_label_order() -> None:
-    boxes = cell_boxes(two_cells()[0])
-    names = ("object_number", "min_row", "min_col", "max_row", "max_col")
-    assert [boxes[name].tolist() for name in names] == [[3, 7], [8, 2], [8, 1], [10, 6], [10, 7]]
-    assert boxes["centroid_row"].tolist() == pytest.approx([26 / 3, 3.5])
-    assert boxes["min_row"].dtype == np.int64
+    found = find_regions(two_cells()[0])
+    assert found.object_numbers.tolist() == [3, 7]
+    assert [getattr(found, name).tolist() for name in BOX] == [[8, 2], [8, 1], [10, 6], [10, 7]]
+    assert found.centroid_row.tolist() == pytest.approx([26 / 3, 3.5])
+    assert found.min_row.dtype == np.int64
 
 
 @settings(deadline=None, max_examples=150)
@@ -240,24 +238,23 @@ def test_masks_may_be_a_view_of_a_larger_array() -> None:
 
 def test_no_cell_gives_empty_columns_of_the_same_types() -> None:
     masks, intensity = two_cells()
-    for function, extra in ((measure_cells, (intensity,)), (cell_boxes, ())):
-        full, empty = function(masks, *extra), function(masks * 0, *extra)
-        assert {k: (v.dtype, 0) for k, v in full.items()} == {
-            k: (v.dtype, len(v)) for k, v in empty.items()
-        }
+    full, empty = measure_cells(masks, intensity), measure_cells(masks * 0, intensity)
+    assert {k: (v.dtype, 0) for k, v in full.items()} == {
+        k: (v.dtype, len(v)) for k, v in empty.items()
+    }
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0)])
 def test_an_image_without_pixels_has_no_cells(shape: tuple[int, int]) -> None:
     nothing = np.zeros(shape, dtype=np.uint16)
     assert len(measure_cells(nothing, nothing)["area"]) == 0
-    assert len(cell_boxes(nothing)["perimeter"]) == 0
+    assert len(perimeters(find_regions(nothing))) == 0
 
 
 def test_a_single_pixel_has_no_perimeter() -> None:
     masks = np.zeros((5, 5), dtype=np.uint8)
     masks[2, 2] = 1
-    assert cell_boxes(masks)["perimeter"].tolist() == [0.0]
+    assert perimeters(find_regions(masks)).tolist() == [0.0]
 
 
 def test_a_huge_label_costs_no_memory() -> None:

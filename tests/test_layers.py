@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cellstore import extras
+from cellstore import settings
 from cellstore.errors import MissingExtraError
 
 ROOT = Path(__file__).parents[1]
@@ -58,15 +58,15 @@ def test_no_two_modules_share_a_name():
     assert sorted(names) == sorted(set(names))
 
 
-@pytest.mark.parametrize("extra", extras.MODULES)
+@pytest.mark.parametrize("extra", settings.EXTRAS)
 def test_a_missing_extra_says_how_to_get_it(monkeypatch, extra: str):
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=rf"pip install 'cellstore\[{extra}\]'"):
-        extras.need(extra)
+        settings.need(extra)
 
 
 def test_every_extra_is_declared():
     import tomllib
 
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(extras.MODULES) <= set(declared["optional-dependencies"])
+    assert set(settings.EXTRAS) <= set(declared["optional-dependencies"])

@@ -103,7 +103,7 @@ def test_a_run_can_be_gone_on_with(workspace: Workspace):
 )
 def test_passwords_are_masked_in_the_command(monkeypatch, word: str):
     monkeypatch.setattr(events.sys, "argv", ["/somewhere/bin/cellstore", "init", word])
-    line = events.command_line()
+    _, line = events.caller()
     assert "s3cret" not in line
     assert line.startswith("cellstore init")
     assert "me:***@host" in line
@@ -125,7 +125,7 @@ def test_passwords_are_masked_in_the_command(monkeypatch, word: str):
 def test_no_way_to_type_a_password_reaches_the_ledger(monkeypatch, url: str, option):
     words = [f"{option[0]}{url}"] if option and option[0].endswith("=") else [*option, url]
     monkeypatch.setattr(events.sys, "argv", ["cellstore", "init", *words, "last"])
-    line = events.command_line()
+    _, line = events.caller()
     assert "s3" not in line
     assert "postgresql://me" in line
     assert "***" in line

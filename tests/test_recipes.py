@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
-from cellstore.config import SegmentParams, as_parameters
+from cellstore.config import SegmentParams
 from cellstore.enums import Stage
 from cellstore.errors import UserInputError
 from cellstore.jobs.runs import RecipeSpec, fingerprint, register
@@ -40,14 +40,14 @@ def test_the_fingerprint_is_the_sha256_of_canonical_json():
 def test_the_published_segmentation_keeps_its_fingerprint():
     # Golden: computed once with sha256 over the canonical JSON. A change here makes every store
     # compute everything again: raise the stage's version instead if its output has changed.
-    spec = RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams.of("published")), "0" * 64)
+    spec = RecipeSpec(Stage.SEGMENT, 1, asdict(SegmentParams.of("published")), "0" * 64)
     assert fingerprint(spec) == "819ae497941b30116adcb77d34a88e04ab0c4f6a92b0727ada9da12932fc2b03"
 
 
 @pytest.mark.parametrize("change", [{"nuclei": ("DNA",)}, {"diameter_from": "a"}])
 def test_every_option_is_in_the_fingerprint(change):
-    plain = as_parameters(SegmentParams.of("published"))
-    used = as_parameters(SegmentParams.of("published", **change))
+    plain = asdict(SegmentParams.of("published"))
+    used = asdict(SegmentParams.of("published", **change))
     assert set(used) == set(plain)
     assert fingerprint(replace(SPEC, parameters=used)) != fingerprint(
         replace(SPEC, parameters=plain)

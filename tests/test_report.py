@@ -14,7 +14,7 @@ from screens import SmallScreen, small_screen
 from sqlalchemy import update
 from unguarded import unguarded
 
-from cellstore import extras
+from cellstore import settings
 from cellstore.config import VoteOptions
 from cellstore.enums import ArtifactKind, GroupLevel, Stage, Status, Subset
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
@@ -325,7 +325,7 @@ def test_the_numbers_need_no_extra_but_the_page_does(
     sqlite_workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_screen(sqlite_workspace)
-    monkeypatch.setattr(extras, "find_spec", lambda _name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda _name: None)
     assert report(sqlite_workspace).images == 3
     with pytest.raises(MissingExtraError, match=r"cellstore\[report\]"):
         write_report(sqlite_workspace, "latest", tmp_path / "report.html")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -19,7 +20,6 @@ from cellstore.config import (
     SegmentParams,
     SplitParams,
     TrainParams,
-    as_parameters,
 )
 from cellstore.enums import GroupLevel, Projection, Stage, Subset
 from cellstore.jobs.runs import RecipeSpec, fingerprint
@@ -74,7 +74,7 @@ def asked() -> Iterator[Any]:
 
 def marks(params: Any) -> str:
     """The fingerprint of a recipe with these parameters."""
-    return fingerprint(RecipeSpec(Stage.TRAIN, 1, as_parameters(params)))
+    return fingerprint(RecipeSpec(Stage.TRAIN, 1, asdict(params)))
 
 
 names = st.text(

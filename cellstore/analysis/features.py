@@ -10,56 +10,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from math import cos, pi, sin
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .regions import (
-    Floats,
-    Integers,
-    Regions,
-    boxes,
-    centroids,
-    check_plane,
-    convex_areas,
-    edge_pixels,
-    ellipses,
-    find_regions,
-    perimeters,
-)
+from ..errors import ImageError
+from .regions import Floats, Integers, Regions, convex_areas, ellipses, find_regions, perimeters
 
 Columns = dict[str, NDArray[Any]]
 """A value for each cell, by name of the column."""
 
 
-def brief(regions: Regions, flat: NDArray[Any]) -> Columns:
-    """Return mean, minimum and maximum of the pixels ``flat`` (H * W,) of each cell."""
-    return {
-        "mean_intensity": integrated(regions, flat) / regions.areas,
-        "min_intensity": _reduced(np.minimum, regions, flat).astype(np.float64),
-        "max_intensity": _reduced(np.maximum, regions, flat).astype(np.float64),
-    }
+def check_plane(regions: Regions, plane: NDArray[Any]) -> NDArray[Any]:
+    """Return the pixels (H * W,) of a plane of numbers, one after the other.
+
+    Raises:
+        ImageError: it has another shape than the masks, or values that are not finite.
+
+    """
+    shape = regions.numbered.shape
+    if np.shape(plane) != shape:
+        raise ImageError(
+            f"The image has the shape {np.shape(plane)} and its masks {shape}; "
+            "segment this image again."
+        )
+    flat = np.ascontiguousarray(plane).ravel()
+    if flat.dtype == bool:
+        return flat.view(np.uint8)
+    if np.issubdtype(flat.dtype, np.floating) and not np.isfinite(flat).all():
+        raise ImageError("The image holds values that are not finite numbers.")
+    return flat
 
 
-def integrated(regions: Regions, flat: NDArray[Any]) -> Floats:
-    """Return the sum of each cell's pixels: of whole numbers exact, else in 64 bits."""
-    whole = np.issubdtype(flat.dtype, np.integer) and flat.dtype.itemsize <= 4
-    dtype = np.int64 if whole else np.float64
-    sums: Floats = _reduced(np.add, regions, flat, dtype).astype(np.float64)
-    return sums
+def reduced(function: np.ufunc, regions: Regions, flat: NDArray[Any]) -> Floats:
+    """Return the minimum, maximum or sum (N,) of the pixels ``flat`` (H * W,) of each cell.
 
-
-def _reduced(
-    function: np.ufunc, regions: Regions, flat: NDArray[Any], dtype: Any = None
-) -> NDArray[Any]:
-    if len(regions) == 0:
-        return np.empty(0)
-    runs = function.reduceat(flat, regions.segments, dtype=dtype)[regions.picked]
-    reduced: NDArray[Any] = function.reduceat(runs, regions.first)
-    return reduced
+    Sums of whole numbers are exact, others are taken in 64 bits.
+    """
+    dtype: Any = None
+    if function is np.add:
+        whole = np.issubdtype(flat.dtype, np.integer) and flat.dtype.itemsize <= 4
+        dtype = np.int64 if whole else np.float64
+    runs = function.reduceat(flat, regions.segments, dtype=dtype)[regions.run_segments]
+    values: Floats = function.reduceat(runs, regions.first).astype(np.float64)
+    return values
 
 
 def intensities(regions: Regions, flat: NDArray[Any]) -> Columns:
@@ -67,84 +63,83 @@ def intensities(regions: Regions, flat: NDArray[Any]) -> Columns:
 
     A value that does not exist is NaN.
     """
-    pixels = flat[regions.places]
+    areas, cells = regions.areas, np.arange(len(regions.areas))
+    at, starts = pixels_of(regions), np.cumsum(areas) - areas
+    pixels = flat[at]
     values = pixels.astype(np.float64)
-    total = integrated(regions, flat)
-    mean = total / regions.areas
+    total = reduced(np.add, regions, flat)
+    mean = total / areas
+    # Quartiles and median absolute deviation. The stable sort counts narrow whole numbers, and
+    # merges what falls and then rises.
+    kind: Literal["stable"] | None = "stable" if pixels.dtype.itemsize <= 2 else None
+    quartiles = np.empty((4, len(areas)))
+    for cell, start, area in zip(cells.tolist(), starts.tolist(), areas.tolist(), strict=True):
+        ordered = np.sort(pixels[start : start + area], kind=kind).astype(np.float64)
+        quartiles[:3, cell] = [_quantile(ordered, quarter) for quarter in (1, 2, 3)]
+        away = np.sort(np.abs(ordered - quartiles[1, cell]), kind="stable")
+        quartiles[3, cell] = _quantile(away, 2)
+    # The centre of the light, about the centroid, so that nothing cancels.
+    squares = np.zeros(len(areas))
+    centroid = regions.centroid_row, regions.centroid_col
+    for index, middle in zip(np.divmod(at, regions.numbered.shape[1]), centroid, strict=True):
+        moment = values * (index - np.repeat(middle, areas))
+        squares += np.add.reduceat(moment, starts) ** 2
+    above, below = np.sqrt(squares), np.abs(total)
+    # The edge: the pixels of skimage.segmentation.find_boundaries(masks, mode="inner").
+    edge = np.flatnonzero(regions.boundary.ravel() & (regions.numbered.ravel() != 0))
+    numbers = regions.numbered.ravel()[edge]
+    edge = edge[np.argsort(numbers, kind="stable")]
+    count = np.bincount(numbers, minlength=len(areas) + 1)[1:]
+    there = np.flatnonzero(count)
+    starts_there = (np.cumsum(count) - count)[there]
+    edge_values = flat[edge].astype(np.float64)
+    edge_total = np.add.reduceat(edge_values, starts_there)
+    edge_mean = edge_total / count[there]
+    of_edges = {
+        "mean": edge_mean,
+        "std": _spread(edge_values, edge_mean, count[there], starts_there),
+        "min": np.minimum.reduceat(edge_values, starts_there),
+        "max": np.maximum.reduceat(edge_values, starts_there),
+        "integrated": edge_total,
+    }
+    edges = np.full((len(of_edges), len(areas)), np.nan)
+    edges[:, there] = list(of_edges.values())
     return {
-        **brief(regions, flat),
-        "std_intensity": _spread(values, mean, regions.offsets),
-        **_quantiles(pixels, regions.offsets),
+        "mean_intensity": mean,
+        "min_intensity": reduced(np.minimum, regions, flat),
+        "max_intensity": reduced(np.maximum, regions, flat),
+        "std_intensity": _spread(values, mean, areas, starts),
+        "lower_quartile_intensity": quartiles[0],
+        "median_intensity": quartiles[1],
+        "upper_quartile_intensity": quartiles[2],
+        "mad_intensity": quartiles[3],
         "integrated_intensity": total,
-        "mass_displacement": _displacement(regions, values, total),
-        **_edge(regions, flat),
+        "mass_displacement": np.divide(
+            above, below, out=np.full(len(areas), np.nan), where=below != 0
+        ),
+        **{f"edge_{name}_intensity": column for name, column in zip(of_edges, edges, strict=True)},
     }
 
 
-def _spread(values: Floats, mean: Floats, offsets: Integers) -> Floats:
-    deviations = values - np.repeat(mean, np.diff(offsets))
-    squares: Floats = np.add.reduceat(deviations**2, offsets[:-1]) if len(mean) else mean
-    spread: Floats = np.sqrt(squares / np.diff(offsets))
+def pixels_of(regions: Regions) -> Integers:
+    """Return the flat index (P,) of each pixel of a cell, by cell, row and column."""
+    before = np.cumsum(regions.lengths) - regions.lengths
+    starts = regions.rows * regions.numbered.shape[1] + regions.cols - before
+    return np.repeat(starts, regions.lengths) + np.arange(regions.lengths.sum())
+
+
+def _spread(values: Floats, mean: Floats, count: Integers, starts: Integers) -> Floats:
+    """Return the standard deviation of the values of each cell, which begin at ``starts``."""
+    deviations = values - np.repeat(mean, count)
+    spread: Floats = np.sqrt(np.add.reduceat(deviations**2, starts) / count)
     return spread
-
-
-def _quantiles(pixels: NDArray[Any], offsets: Integers) -> Columns:
-    """Quartiles and median absolute deviation; ``pixels`` by cell, cell i from ``offsets[i]``."""
-    found = np.empty((4, len(offsets) - 1))
-    # The stable sort counts narrow whole numbers, and merges what falls and then rises.
-    kind: Literal["stable"] | None = "stable" if pixels.dtype.itemsize <= 2 else None
-    for cell, (start, stop) in enumerate(pairwise(offsets.tolist())):
-        ordered = np.sort(pixels[start:stop], kind=kind).astype(np.float64)
-        found[:3, cell] = [_quantile(ordered, quarter) for quarter in (1, 2, 3)]
-        found[3, cell] = _quantile(np.sort(np.abs(ordered - found[1, cell]), kind="stable"), 2)
-    names = ("lower_quartile_intensity", "median_intensity", "upper_quartile_intensity")
-    return dict(zip((*names, "mad_intensity"), found, strict=True))
 
 
 def _quantile(ordered: Floats, quarter: int) -> float:
     """``numpy.quantile(ordered, quarter / 4)`` without its overhead for small arrays."""
-    place, part = divmod((len(ordered) - 1) * quarter, 4)
-    low = float(ordered[place])
-    return low + (float(ordered[place + 1]) - low) * part / 4 if part else low
-
-
-def _displacement(regions: Regions, values: Floats, total: Floats) -> Floats:
-    if len(regions) == 0:
-        return total
-    rows, cols = np.divmod(regions.places, regions.masks.shape[1])
-    n = np.diff(regions.offsets)
-    squares = np.zeros(len(regions))
-    for place, middle in zip((rows, cols), centroids(regions), strict=True):
-        # About the centroid, so that nothing cancels.
-        moment = values * (place - np.repeat(middle, n))
-        squares += np.add.reduceat(moment, regions.offsets[:-1]) ** 2
-    return _divided(np.sqrt(squares), np.abs(total))
-
-
-def _edge(regions: Regions, flat: NDArray[Any]) -> Columns:
-    cells, at = edge_pixels(regions)
-    number = np.bincount(cells, minlength=len(regions))
-    there = np.flatnonzero(number)
-    offsets = np.concatenate(([0], np.cumsum(number[there])))
-    values = flat[at].astype(np.float64)
-    columns = {f"edge_{name}_intensity": np.full(len(regions), np.nan) for name in _EDGE}
-    if len(there):
-        total = np.add.reduceat(values, offsets[:-1])
-        mean = total / number[there]
-        low = np.minimum.reduceat(values, offsets[:-1])
-        high = np.maximum.reduceat(values, offsets[:-1])
-        found = (mean, _spread(values, mean, offsets), low, high, total)
-        for column, of_cells in zip(columns.values(), found, strict=True):
-            column[there] = of_cells
-    return columns
-
-
-_EDGE = ("mean", "std", "min", "max", "integrated")
-
-
-def _divided(above: Floats, below: Floats) -> Floats:
-    """The ratio; NaN where ``below`` is 0."""
-    return np.divide(above, below, out=np.full(len(above), np.nan), where=below != 0)
+    index, part = divmod((len(ordered) - 1) * quarter, 4)
+    low = float(ordered[index])
+    return low + (float(ordered[index + 1]) - low) * part / 4 if part else low
 
 
 _REGIONPROPS = "skimage.measure.regionprops"
@@ -430,81 +425,53 @@ def textures(regions: Regions, flat: NDArray[Any]) -> Columns:
 
     NaN where a cell has no two pixels of that distance.
     """
+    number, pixels = len(regions.areas), pixels_of(regions)
+    stops = np.cumsum(regions.areas)
+    starts = stops - regions.areas
+    # Grey levels: each cell's intensities from its lowest to its highest, in 32 equal parts.
+    values = flat[pixels].astype(np.float64)
+    low = np.minimum.reduceat(values, starts)
+    width = np.maximum.reduceat(values, starts) - low
+    scale = np.divide(LEVELS, width, out=np.zeros_like(width), where=width > 0)
+    parts = (values - np.repeat(low, regions.areas)) * np.repeat(scale, regions.areas)
+    # A rim of no cell around the image spares the question whether a neighbour is inside.
+    rim = max(TEXTURE_DISTANCES)
+    height, columns = regions.numbered.shape
+    columns += 2 * rim
+    rows, cols = np.divmod(pixels, regions.numbered.shape[1])
+    indices = (rows + rim) * columns + cols + rim
+    cells = np.full((height + 2 * rim) * columns, -1, dtype=np.int32)
+    cells[indices] = np.repeat(np.arange(number), regions.areas)
+    levels = np.zeros(len(cells), dtype=np.int32)
+    levels[indices] = np.minimum(parts, LEVELS - 1)
     found = {
-        f"{name}_d{distance}": np.full(len(regions), np.nan)
+        f"{name}_d{distance}": np.full(number, np.nan)
         for name in _PROPERTIES
         for distance in TEXTURE_DISTANCES
     }
-    if len(regions) == 0:
-        return found
-    pairs = _Pairs(regions, flat)
-    for start in range(0, len(regions), _CELLS_AT_ONCE):
-        cells = slice(start, min(len(regions), start + _CELLS_AT_ONCE))
+    for begin in range(0, number, _CELLS_AT_ONCE):
+        end = min(number, begin + _CELLS_AT_ONCE)
+        here = indices[starts[begin] : stops[end - 1]]
+        own, level = cells[here], levels[here]
         for distance in TEXTURE_DISTANCES:
-            values = _mean_over_angles(pairs, cells, distance)
-            for name, of_cells in zip(_PROPERTIES, values, strict=True):
-                found[f"{name}_d{distance}"][cells] = of_cells
+            # The mean over the directions in which a cell has pairs of pixels.
+            total, times = np.zeros((len(_PROPERTIES), end - begin)), np.zeros(end - begin)
+            for angle in _ANGLES:
+                # The neighbour that skimage.feature.graycomatrix looks at.
+                down, right = round(sin(angle) * distance), round(cos(angle) * distance)
+                there = here + down * columns + right
+                key = (own - begin) * LEVELS**2 + level * LEVELS + levels[there]
+                key = key[own == cells[there]]
+                counts = np.bincount(key, minlength=(end - begin) * LEVELS**2)
+                counts = counts.reshape(-1, LEVELS, LEVELS)
+                counts = counts + counts.transpose(0, 2, 1)  # pairs in either order
+                having = counts.any(axis=(1, 2))
+                total[:, having] += _properties(counts[having])
+                times += having
+            mean = np.divide(total, times, out=np.full_like(total, np.nan), where=times > 0)
+            for name, of_cells in zip(_PROPERTIES, mean, strict=True):
+                found[f"{name}_d{distance}"][begin:end] = of_cells
     return found
-
-
-def grey_levels(regions: Regions, flat: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return the grey level (P,) of each pixel of :attr:`Regions.places`.
-
-    Each cell's intensities from its lowest to its highest are cut into 32 equal parts.
-    """
-    values = flat[regions.places].astype(np.float64)
-    if len(values) == 0:
-        return values.astype(np.uint8)
-    n = np.diff(regions.offsets)
-    low = np.minimum.reduceat(values, regions.offsets[:-1])
-    width = np.maximum.reduceat(values, regions.offsets[:-1]) - low
-    scale = np.divide(LEVELS, width, out=np.zeros_like(width), where=width > 0)
-    levels = (values - np.repeat(low, n)) * np.repeat(scale, n)
-    capped: NDArray[np.uint8] = np.minimum(levels, LEVELS - 1).astype(np.uint8)
-    return capped
-
-
-class _Pairs:
-    """Pixels and their neighbours; a rim of no cell around the image spares the question of it."""
-
-    def __init__(self, regions: Regions, flat: NDArray[Any]) -> None:
-        rim = max(TEXTURE_DISTANCES)
-        height, width = regions.masks.shape
-        self.width = width + 2 * rim
-        self.offsets = regions.offsets
-        rows, cols = np.divmod(regions.places, width)
-        self.places = (rows + rim) * self.width + cols + rim
-        self.cells = np.full((height + 2 * rim) * self.width, -1, dtype=np.int32)
-        self.cells[self.places] = np.repeat(np.arange(len(regions)), np.diff(regions.offsets))
-        self.levels = np.zeros(len(self.cells), dtype=np.int32)
-        self.levels[self.places] = grey_levels(regions, flat)
-
-    def counts(self, cells: slice, distance: int, angle: float) -> NDArray[np.int64]:
-        """How often grey levels are neighbours in some cells: (n, LEVELS, LEVELS), symmetric."""
-        # The neighbour that skimage.feature.graycomatrix looks at.
-        down, right = round(sin(angle) * distance), round(cos(angle) * distance)
-        step = down * self.width + right
-        here = self.places[self.offsets[cells.start] : self.offsets[cells.stop]]
-        own, there = self.cells[here], self.cells[here + step]
-        key = (
-            (own - cells.start) * LEVELS**2 + self.levels[here] * LEVELS + self.levels[here + step]
-        )
-        key = key[own == there]
-        number = cells.stop - cells.start
-        counts = np.bincount(key, minlength=number * LEVELS**2).reshape(number, LEVELS, LEVELS)
-        return counts + counts.transpose(0, 2, 1)
-
-
-def _mean_over_angles(pairs: _Pairs, cells: slice, distance: int) -> Floats:
-    """(6, n) the properties, mean over the directions in which a cell has pairs, NaN if none."""
-    number = cells.stop - cells.start
-    total, times = np.zeros((len(_PROPERTIES), number)), np.zeros(number)
-    for angle in _ANGLES:
-        counts = pairs.counts(cells, distance, angle)
-        there = counts.any(axis=(1, 2))
-        total[:, there] += _properties(counts[there])
-        times += there
-    return np.divide(total, times, out=np.full_like(total, np.nan), where=times > 0)
 
 
 def _properties(counts: NDArray[np.int64]) -> Floats:
@@ -514,30 +481,23 @@ def _properties(counts: NDArray[np.int64]) -> Floats:
     levels = np.arange(LEVELS)
     apart = (levels[:, None] - levels[None, :]).ravel()
     logs = np.log(p, out=np.zeros_like(p), where=p > 0)
+    # The correlation of the two grey levels of a pair: 1 where there is one grey level only.
+    sides = counts.sum(axis=2)
+    number = sides.sum(axis=1)
+    away = levels - (sides @ levels / number)[:, None]
+    variance = (sides * away**2).sum(axis=1) / number
+    mixed = np.einsum("nij,ni,nj->n", p.reshape(counts.shape), away, away)
+    several = np.count_nonzero(sides, axis=1) > 1
     return np.stack(
         [
             p @ apart**2,
             p @ np.abs(apart),
             p @ (1 / (1 + apart**2)),
             np.sqrt((p**2).sum(axis=1)),
-            _correlation(counts, p),
+            np.divide(mixed, variance, out=np.ones_like(mixed), where=several),
             -(p * logs).sum(axis=1),
         ]
     )
-
-
-def _correlation(counts: NDArray[np.int64], p: Floats) -> Floats:
-    """Of the two grey levels of a pair; 1 where there is one grey level only."""
-    levels = np.arange(LEVELS)
-    sides = counts.sum(axis=2)
-    number = sides.sum(axis=1)
-    mean = sides @ levels / number
-    away = levels - mean[:, None]
-    variance = (sides * away**2).sum(axis=1) / number
-    mixed = np.einsum("nij,ni,nj->n", p.reshape(counts.shape), away, away)
-    several = np.count_nonzero(sides, axis=1) > 1
-    found: Floats = np.divide(mixed, variance, out=np.ones_like(mixed), where=several)
-    return found
 
 
 _PER_CHANNEL: Mapping[str, Callable[[Regions, NDArray[Any]], Columns]] = {
@@ -570,22 +530,23 @@ def measure_cells(masks: NDArray[Any] | Regions, intensity: NDArray[Any]) -> Col
 
     """
     regions = masks if isinstance(masks, Regions) else find_regions(masks)
-    flat = check_plane(intensity, regions.masks.shape)
+    flat = check_plane(regions, intensity)
     convex = convex_areas(regions)
-    top, left, bottom, right = boxes(regions)
-    rows, cols = centroids(regions)
+    height, width = regions.max_row - regions.min_row, regions.max_col - regions.min_col
     found: Columns = {
         "area": regions.areas.astype(np.float64),
         "convex_area": convex.astype(np.float64),
         "perimeter": perimeters(regions),
         **ellipses(regions),
-        **brief(regions, flat),
+        "mean_intensity": reduced(np.add, regions, flat) / regions.areas,
+        "min_intensity": reduced(np.minimum, regions, flat),
+        "max_intensity": reduced(np.maximum, regions, flat),
         "solidity": regions.areas / convex,
-        "extent": regions.areas / ((bottom - top) * (right - left)),
-        "centroid_y": rows,
-        "centroid_x": cols,
+        "extent": regions.areas / (height * width),
+        "centroid_y": regions.centroid_row,
+        "centroid_x": regions.centroid_col,
     }
-    return {"object_number": regions.labels, **{name: found[name] for name in FEATURE_NAMES}}
+    return {"object_number": regions.object_numbers} | {name: found[name] for name in FEATURE_NAMES}
 
 
 def measure_channels(
@@ -599,30 +560,8 @@ def measure_channels(
     """
     regions = masks if isinstance(masks, Regions) else find_regions(masks)
     measure, names = _PER_CHANNEL[group], [item.name for item in GROUPS[group].features]
-    found: Columns = {"object_number": regions.labels}
+    found: Columns = {"object_number": regions.object_numbers}
     for channel, plane in channels.items():
-        columns = measure(regions, check_plane(plane, regions.masks.shape))
+        columns = measure(regions, check_plane(regions, plane))
         found |= {f"{name}_{channel}": columns[name] for name in names}
     return found
-
-
-def cell_boxes(masks: NDArray[Any]) -> Columns:
-    """Where the cells of an image are; needs no intensities.
-
-    ``masks`` as in :func:`measure_cells`. Returns ``object_number``, ``min_row``, ``min_col``,
-    ``max_row``, ``max_col`` (int64, the box is half open) and ``centroid_row``,
-    ``centroid_col``, ``perimeter`` (float64), a row per cell, by ascending object number. A cell
-    whose ``perimeter`` is 0 is too small to count.
-
-    Raises ``ImageError`` for masks that cannot be used.
-    """
-    regions = find_regions(masks)
-    names = ("min_row", "min_col", "max_row", "max_col")
-    rows, cols = centroids(regions)
-    return {
-        "object_number": regions.labels,
-        **dict(zip(names, boxes(regions), strict=True)),
-        "centroid_row": rows,
-        "centroid_col": cols,
-        "perimeter": perimeters(regions),
-    }

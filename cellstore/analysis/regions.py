@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import sqrt
 from typing import Any
 
@@ -20,56 +19,39 @@ _NARROW = np.iinfo(np.uint16).max
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """The N cells of ``masks`` (H, W) by ascending label, and their R runs of pixels in a row.
+    """The N cells of an image (H, W), by ascending object number, and their R runs.
 
-    ``labels`` and ``areas`` (N,): number in the masks, and pixels, of each cell. ``begins`` (H, W):
-    whether a pixel has another value than the one to its left, if there is one. ``segments`` (S,):
-    where in the flat image a run of equal values begins, of the background too. ``picked`` (R,):
-    the segments that are runs of cells, by cell and place; ``rows``, ``cols`` (their first pixel),
-    ``lengths`` and ``cells`` (R,): the cell of each run, from 0. ``first`` (N,): the first run of
-    each cell.
+    A run is pixels of one cell that lie side by side in one row; runs are sorted by cell, row and
+    column. Cells are counted from 0 in the order of their object numbers.
+
+    ``object_numbers`` (N,): the values of the cells in the masks. ``numbered`` (H, W): the masks,
+    with 1 to N in place of these values; uint16, or uint32 above 65,535 cells. ``areas`` (N,):
+    pixels. ``min_row``, ``min_col``, ``max_row``, ``max_col`` (N,): the bounding boxes, half open.
+    ``centroid_row``, ``centroid_col`` (N,). ``boundary`` (H, W): whether a pixel has another value
+    than the pixel above it, below it, left or right of it; the rim of the image is no boundary.
+
+    ``rows``, ``cols`` (of the first pixel), ``lengths`` and ``cells`` (R,) of the runs; ``first``
+    (N,): the first run of each cell. ``segments`` (S,): where a stretch of equal values begins in
+    the flat image, of the background too; ``run_segments`` (R,): which of them the runs are.
     """
 
-    masks: NDArray[Any]
-    labels: Integers
+    object_numbers: Integers
+    numbered: NDArray[Any]
     areas: Integers
-    begins: NDArray[np.bool_]
-    segments: Integers
-    picked: Integers
+    min_row: Integers
+    min_col: Integers
+    max_row: Integers
+    max_col: Integers
+    centroid_row: Floats
+    centroid_col: Floats
+    boundary: NDArray[np.bool_]
     rows: Integers
     cols: Integers
     lengths: Integers
     cells: Integers
     first: Integers
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def offsets(self) -> Integers:
-        """(N + 1,) where the pixels of each cell begin in :attr:`places`."""
-        offsets: Integers = np.concatenate(([0], np.cumsum(self.areas)))
-        return offsets
-
-    @cached_property
-    def places(self) -> Integers:
-        """(P,) flat index of each pixel of a cell, by cell and place."""
-        before: Integers = np.cumsum(self.lengths) - self.lengths
-        start = self.rows * self.masks.shape[1] + self.cols - before
-        return np.repeat(start, self.lengths) + np.arange(self.lengths.sum())
-
-    def total(self, of_runs: NDArray[Any]) -> Any:
-        """Return the sum over the runs of each cell."""
-        return np.add.reduceat(of_runs, self.first) if len(self) else of_runs[:0]
-
-    def cells_of(self, values: NDArray[Any]) -> Integers:
-        """Return the cell, from 0, of each label in ``values``."""
-        if len(self) == 0 or self.labels[-1] > _NARROW:
-            return np.searchsorted(self.labels, values)
-        lookup = np.zeros(self.labels[-1] + 1, dtype=np.int64)
-        lookup[self.labels] = np.arange(len(self))
-        cells: Integers = lookup[values]
-        return cells
+    segments: Integers
+    run_segments: Integers
 
 
 def find_regions(masks: NDArray[Any]) -> Regions:
@@ -91,38 +73,46 @@ def find_regions(masks: NDArray[Any]) -> Regions:
     if masks.dtype.itemsize > 2 and (values.size == 0 or values.max() <= _NARROW):
         # Comparing and sorting narrow numbers is several times faster.
         masks, values = masks.astype(np.uint16), values.astype(np.uint16)
-    picked = np.flatnonzero(values)
-    picked = picked[np.argsort(values[picked], kind="stable")]
-    values = values[picked]
-    first = np.flatnonzero(np.diff(values, prepend=0)) if picked.size else picked
-    rows, cols = np.divmod(segments[picked], max(1, masks.shape[1]))
-    lengths = np.diff(segments, append=masks.size)[picked]
-    labels = values[first].astype(np.int64)
-    areas = np.add.reduceat(lengths, first) if first.size else lengths
+    run_segments = np.flatnonzero(values)
+    run_segments = run_segments[np.argsort(values[run_segments], kind="stable")]
+    values = values[run_segments]
+    first = np.flatnonzero(np.diff(values, prepend=0)) if values.size else run_segments
+    rows, cols = np.divmod(segments[run_segments], max(1, masks.shape[1]))
+    spans = np.diff(segments, append=masks.size)
+    lengths = spans[run_segments]
+    object_numbers = values[first].astype(np.int64)
     cells = np.repeat(np.arange(len(first)), np.diff(first, append=len(rows)))
+    if len(first) and object_numbers[-1] != len(first):
+        numbers = np.zeros(len(segments), np.uint32)
+        numbers[run_segments] = cells + 1
+        masks = np.repeat(numbers, spans).reshape(masks.shape)
+    masks = masks.astype(np.uint16 if len(first) <= _NARROW else np.uint32, copy=False)
+    boundary = np.zeros(masks.shape, dtype=bool)
+    boundary[:, 1:] = begins[:, 1:]
+    boundary[:, :-1] |= begins[:, 1:]
+    below = masks[1:] != masks[:-1]
+    boundary[1:] |= below
+    boundary[:-1] |= below
+    areas = np.add.reduceat(lengths, first)
     return Regions(
-        masks, labels, areas, begins, segments, picked, rows, cols, lengths, cells, first
+        object_numbers=object_numbers,
+        numbered=masks,
+        areas=areas,
+        min_row=rows[first],
+        min_col=np.minimum.reduceat(cols, first),
+        max_row=np.maximum.reduceat(rows, first) + 1,
+        max_col=np.maximum.reduceat(cols + lengths, first),
+        centroid_row=np.add.reduceat(lengths * rows, first) / areas,
+        centroid_col=np.add.reduceat(lengths * cols + lengths * (lengths - 1) // 2, first) / areas,
+        boundary=boundary,
+        rows=rows,
+        cols=cols,
+        lengths=lengths,
+        cells=cells,
+        first=first,
+        segments=segments,
+        run_segments=run_segments,
     )
-
-
-def check_plane(plane: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return the pixels (H * W,) of a plane of numbers, one after the other.
-
-    Raises:
-        ImageError: it has another shape than its masks, or values that are not finite.
-
-    """
-    if np.shape(plane) != shape:
-        raise ImageError(
-            f"The image has the shape {np.shape(plane)} and its masks {shape}; "
-            "segment this image again."
-        )
-    flat = np.ascontiguousarray(plane).ravel()
-    if flat.dtype == bool:
-        return flat.view(np.uint8)
-    if np.issubdtype(flat.dtype, np.floating) and not np.isfinite(flat).all():
-        raise ImageError("The image holds values that are not finite numbers.")
-    return flat
 
 
 _DIRECT, _DIAGONAL = 2, 10
@@ -136,12 +126,12 @@ _MIXED = (13, 23)
 
 def perimeters(regions: Regions) -> Floats:
     """Return the length (N,) of the outline of each cell, in pixels; holes count."""
-    if len(regions) == 0:
-        return np.empty(0)
-    masks = regions.masks
-    # Masks with a rim of one pixel, in which only the outlines of the cells are left.
-    marks = np.zeros((masks.shape[0] + 2, masks.shape[1] + 2), dtype=masks.dtype)
-    np.multiply(masks, _touches(regions, rim=True), out=marks[1:-1, 1:-1])
+    outline = regions.boundary.copy()
+    outline[:1] = outline[-1:] = outline[:, :1] = outline[:, -1:] = True
+    # The numbered masks with a rim of one pixel, in which only the outlines of the cells are left.
+    height, width = outline.shape
+    marks = np.zeros((height + 2, width + 2), dtype=regions.numbered.dtype)
+    np.multiply(regions.numbered, outline, out=marks[1:-1, 1:-1])
     flat, width = marks.ravel(), marks.shape[1]
     at = np.flatnonzero(flat)
     values = flat[at]
@@ -155,120 +145,66 @@ def perimeters(regions: Regions) -> Floats:
     kinds = np.zeros(64, dtype=np.int64)
     for kind, sums in enumerate((_STRAIGHT, _SLANTED, _MIXED), start=1):
         kinds[list(sums)] = kind
-    cells = regions.cells_of(values)
-    counts = np.bincount(4 * cells + kinds[codes], minlength=4 * len(regions))
-    counts = counts.reshape(-1, 4)
-    lengths: Floats = counts[:, 1:] @ np.array([1, sqrt(2), (1 + sqrt(2)) / 2])
+    cells = values.astype(np.int64) - 1
+    counts = np.bincount(4 * cells + kinds[codes], minlength=4 * len(regions.areas))
+    lengths: Floats = counts.reshape(-1, 4)[:, 1:] @ np.array([1, sqrt(2), (1 + sqrt(2)) / 2])
     return lengths
 
 
-def _touches(regions: Regions, *, rim: bool) -> NDArray[np.bool_]:
-    """(H, W) whether a direct neighbour has another value; ``rim``: or is outside the image."""
-    masks = regions.masks
-    touches = regions.begins.copy()
-    touches[:, 0] = rim
-    touches[:, :-1] |= regions.begins[:, 1:]
-    below = masks[1:] != masks[:-1]
-    touches[1:] |= below
-    touches[:-1] |= below
-    if rim:
-        touches[:, -1] = touches[0] = touches[-1] = True
-    return touches
-
-
-def edge_pixels(regions: Regions) -> tuple[Integers, Integers]:
-    """Return the inner boundary: the pixels of cells with a direct neighbour of another value.
-
-    Those of ``skimage.segmentation.find_boundaries(masks, mode="inner")``; the rim of the image is
-    no boundary. Two arrays (E,): the cell, from 0, ascending, and the flat index of each pixel.
-    """
-    if len(regions) == 0:
-        return regions.labels, regions.labels
-    inside = _touches(regions, rim=False).ravel() & (regions.masks.ravel() != 0)
-    at = np.flatnonzero(inside)
-    cells = regions.cells_of(regions.masks.ravel()[at])
-    order = np.argsort(cells, kind="stable")
-    return cells[order], at[order]
-
-
 def convex_areas(regions: Regions) -> Integers:
-    """Return the number of pixels (N,) of the convex hull of each cell."""
-    if len(regions) == 0:
-        return regions.labels
-    # First and last column of each cell in each of its rows.
-    cells, rows = regions.cells, regions.rows
-    begins = np.ones(len(rows), dtype=bool)
-    begins[1:] = (cells[1:] != cells[:-1]) | (rows[1:] != rows[:-1])
-    first = np.flatnonzero(begins)
-    last = np.append(first[1:], len(rows)) - 1
-    left = regions.cols[first]
-    right = regions.cols[last] + regions.lengths[last] - 1
-    cells, rows = cells[first], rows[first]
-    low = _hull_side(cells, rows, left)
-    high = _hull_side(cells, rows, -right)
-    # Both are bounds of the same rows of the same cells; the right one is mirrored.
-    widths = -high[1] - low[1] + 1
-    return np.bincount(low[0], widths, minlength=len(regions)).astype(np.int64)
+    """Return the number of pixels (N,) of the convex hull of each cell.
 
-
-def _hull_side(cells: Integers, rows: Integers, left: Integers) -> tuple[Integers, Integers]:
-    """The first column inside the hull in each row from top to bottom: cell, column.
-
-    ``left``: the first column of a cell in each of its ``rows``. A pixel is a diamond, whose tips
-    are half a pixel from its centre.
+    A pixel is a diamond, whose tips are half a pixel from its centre.
     """
-    # Leftmost points of the diamonds, in half pixels: cell, y, x by cell and y, each y once.
-    cell = np.repeat(cells, 3)
-    y = (2 * rows[:, None] + np.array([-1, 0, 1])).ravel()
-    x = (2 * left[:, None] + np.array([0, -1, 0])).ravel()
-    # The lower tip of a row's diamond and the upper tip of the next row's are at one height.
-    twin = np.flatnonzero((y[1:] == y[:-1]) & (cell[1:] == cell[:-1]))
-    once = np.ones(len(y), dtype=bool)
-    x[twin] = np.minimum(x[twin], x[twin + 1])
-    once[twin + 1] = False
-    cell, y, x = cell[once], y[once], x[once]
-    # Keep the corners of the left side of each hull. A point on or right of the line between two
-    # other points is no corner, whether or not these two are: all such points can go at once.
-    while True:
-        inner = (cell[:-2] == cell[1:-1]) & (cell[2:] == cell[1:-1])
-        above, below = y[1:-1] - y[:-2], y[2:] - y[1:-1]
-        bend = (x[1:-1] - x[:-2]) * below - (x[2:] - x[1:-1]) * above
-        drop = inner & (bend >= 0)
-        if not drop.any():
-            break
-        keep = np.ones(len(y), dtype=bool)
-        keep[1:-1] = ~drop
-        cell, y, x = cell[keep], y[keep], x[keep]
-    side = np.flatnonzero(cell[1:] == cell[:-1])
-    top, dy, dx = y[side], y[side + 1] - y[side], x[side + 1] - x[side]
-    # Pixel rows are the even heights; each side has those from its upper corner, excluded at odd
-    # heights anyway, to before its lower corner.
-    start = top + (top & 1)
-    number = np.maximum(0, (y[side + 1] - start + 1) // 2)
-    of = np.repeat(np.arange(len(side)), number)
-    step = np.arange(len(of)) - np.repeat(np.cumsum(number) - number, number)
-    height = start[of] + 2 * step - top[of]
-    numerator = x[side][of] * dy[of] + height * dx[of]
-    return cell[side][of], -(-numerator // (2 * dy[of]))
-
-
-def boxes(regions: Regions) -> tuple[Integers, Integers, Integers, Integers]:
-    """Return ``min_row, min_col, max_row, max_col`` (N,) of the cells, half open."""
-    if len(regions) == 0:
-        return regions.labels, regions.labels, regions.labels, regions.labels
-    rows, cols, first = regions.rows, regions.cols, regions.first
-    last = np.append(first[1:], len(rows)) - 1
-    min_col = np.minimum.reduceat(cols, first)
-    max_col = np.maximum.reduceat(cols + regions.lengths, first)
-    return rows[first], min_col, rows[last] + 1, max_col
-
-
-def centroids(regions: Regions) -> tuple[Floats, Floats]:
-    """Return row and column (N,) of the centroid of the cells."""
-    n = regions.lengths
-    rows = regions.total(n * regions.rows)
-    cols = regions.total(n * regions.cols + n * (n - 1) // 2)
-    return rows / regions.areas, cols / regions.areas
+    # First and last column of each cell in each of its rows.
+    begins = np.ones(len(regions.rows), dtype=bool)
+    begins[1:] = regions.cells[1:] != regions.cells[:-1]
+    begins[1:] |= regions.rows[1:] != regions.rows[:-1]
+    ends = np.ones(len(regions.rows), dtype=bool)
+    ends[:-1] = begins[1:]
+    cells, rows = regions.cells[begins], regions.rows[begins]
+    left = regions.cols[begins]
+    right = regions.cols[ends] + regions.lengths[ends] - 1
+    # The first column inside the hull in each row, from top to bottom, on the left side; then on
+    # the right side, mirrored. Both have the same rows of the same cells.
+    bounds = []
+    for columns in (left, -right):
+        # Leftmost points of the diamonds, in half pixels: cell, y, x by cell and y, each y once.
+        cell = np.repeat(cells, 3)
+        y = (2 * rows[:, None] + np.array([-1, 0, 1])).ravel()
+        x = (2 * columns[:, None] + np.array([0, -1, 0])).ravel()
+        # The lower tip of a row's diamond and the upper tip of the next row's are at one height.
+        twin = np.flatnonzero((y[1:] == y[:-1]) & (cell[1:] == cell[:-1]))
+        once = np.ones(len(y), dtype=bool)
+        x[twin] = np.minimum(x[twin], x[twin + 1])
+        once[twin + 1] = False
+        cell, y, x = cell[once], y[once], x[once]
+        # Keep the corners of the left side of each hull. A point on or right of the line between
+        # two other points is no corner, whether or not these two are: all such can go at once.
+        while True:
+            inner = (cell[:-2] == cell[1:-1]) & (cell[2:] == cell[1:-1])
+            above, below = y[1:-1] - y[:-2], y[2:] - y[1:-1]
+            bend = (x[1:-1] - x[:-2]) * below - (x[2:] - x[1:-1]) * above
+            drop = inner & (bend >= 0)
+            if not drop.any():
+                break
+            keep = np.ones(len(y), dtype=bool)
+            keep[1:-1] = ~drop
+            cell, y, x = cell[keep], y[keep], x[keep]
+        side = np.flatnonzero(cell[1:] == cell[:-1])
+        top, dy, dx = y[side], y[side + 1] - y[side], x[side + 1] - x[side]
+        # Pixel rows are the even heights; each side has those from its upper corner, excluded at
+        # odd heights anyway, to before its lower corner.
+        start = top + (top & 1)
+        number = np.maximum(0, (y[side + 1] - start + 1) // 2)
+        of = np.repeat(np.arange(len(side)), number)
+        step = np.arange(len(of)) - np.repeat(np.cumsum(number) - number, number)
+        height = start[of] + 2 * step - top[of]
+        numerator = x[side][of] * dy[of] + height * dx[of]
+        bounds.append(-(-numerator // (2 * dy[of])))
+    low, high = bounds
+    areas = np.bincount(cell[side][of], 1 - high - low, minlength=len(regions.areas))
+    return areas.astype(np.int64)
 
 
 def ellipses(regions: Regions) -> dict[str, Floats]:
@@ -280,16 +216,19 @@ def ellipses(regions: Regions) -> dict[str, Floats]:
     """
     # Moments are taken about the pixel next to the centroid, where they are small whole numbers,
     # and moved to the centroid after: nothing cancels.
-    n, areas = regions.lengths, regions.areas
-    middle = [np.rint(value).astype(np.int64)[regions.cells] for value in centroids(regions)]
-    rows, cols = regions.rows - middle[0], regions.cols - middle[1]
+    n, cells = regions.lengths, regions.cells
+    rows = regions.rows - np.rint(regions.centroid_row).astype(np.int64)[cells]
+    cols = regions.cols - np.rint(regions.centroid_col).astype(np.int64)[cells]
     along = n * cols + n * (n - 1) // 2
-    mean_row, mean_col = regions.total(n * rows) / areas, regions.total(along) / areas
     squares = n * cols**2 + cols * n * (n - 1) + (n - 1) * n * (2 * n - 1) // 6
+    mean_row, mean_col, mean_squares, mixed, row_squares = (
+        np.add.reduceat(of_runs, regions.first) / regions.areas
+        for of_runs in (n * rows, along, squares, rows * along, n * rows**2)
+    )
     # The inertia tensor [[a, b], [b, c]] per pixel, as scikit-image has it, and its eigenvalues.
-    a = regions.total(squares) / areas - mean_col**2
-    b = -(regions.total(rows * along) / areas - mean_row * mean_col)
-    c = regions.total(n * rows**2) / areas - mean_row**2
+    a = mean_squares - mean_col**2
+    b = -(mixed - mean_row * mean_col)
+    c = row_squares - mean_row**2
     half = np.hypot((a - c) / 2, b)
     large, small = (a + c) / 2 + half, np.maximum((a + c) / 2 - half, 0)
     ratio = np.divide(small, large, out=np.ones_like(large), where=large > 0)

@@ -56,14 +56,17 @@ def record_events(
         return
     if session.get_bind().dialect.name != "sqlite":
         session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _CHAIN_LOCK})
-    run = None if run_id is None else session.get_one(Run, run_id)
+    user_name, command = caller()
+    if run_id is not None:
+        run = session.get_one(Run, run_id)
+        user_name, command = run.user_name, run.command
     previous = session.scalar(select(Event.sha256).order_by(Event.id.desc()).limit(1))
     rows = []
     for change in found:
         row: dict[str, Any] = {
             "created_at": datetime.now(UTC),
-            "user_name": user_name() if run is None else run.user_name,
-            "command": command_line() if run is None else run.command,
+            "user_name": user_name,
+            "command": command,
             "run_id": run_id,
             "reason": reason,
             "file": file,
@@ -98,10 +101,14 @@ def broken_events(session: Session) -> Iterator[str]:
         previous = row["sha256"]
 
 
-def command_line() -> str:
-    """Return the command that was typed, without the passwords of database URLs."""
+def caller() -> tuple[str, str]:
+    """Return who runs this process, and the typed command without the passwords of its URLs."""
+    try:
+        user_name = getpass.getuser()
+    except (KeyError, OSError):
+        user_name = "unknown"
     words = [Path(sys.argv[0]).name or "python", *sys.argv[1:]]
-    return shlex.join(without_passwords(word) for word in words)
+    return user_name, shlex.join(without_passwords(word) for word in words)
 
 
 def without_passwords(word: str) -> str:
@@ -120,11 +127,3 @@ def without_passwords(word: str) -> str:
         masked,
         flags=re.IGNORECASE,
     )
-
-
-def user_name() -> str:
-    """Return who runs this process."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"

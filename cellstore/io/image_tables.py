@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from operator import itemgetter
-from typing import NamedTuple
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
 from ..errors import BadTableError, UnknownNameError, UserInputError
 from .filenames import (
@@ -53,6 +52,11 @@ _LONGEST_FOLDER = 2_000
 
 _REMEMBERED = 16_384
 """Fields of view kept worked out: they come back with every plate (1,536 wells x 9 sites)."""
+
+_Field = tuple[
+    tuple[int, int, int, int, int, str | None], list[tuple[int, tuple[str, int | None, str]]]
+]
+"""Row, column, site, plane, time point and core file name; files by the index of their channel."""
 
 _CHANNELS_REMEMBERED = 1000
 
@@ -251,195 +255,153 @@ def read_image_table(
         UserInputError: a table without ``Metadata_Plate`` and no ``plate``; ``channels`` gives
             two channels one name.
     """
-    table.require(*(["Metadata_pert_iname"] if needs_treatment else []))
+    if needs_treatment:
+        table.require("Metadata_pert_iname")
     if plate is None and table.position("Metadata_Plate") is None:
         raise UserInputError(
             f"{table.path.name} does not say which plate it is. Name it with --plate."
         )
-    reader = _ImageReader(table, plate, channels or {}, needs_treatment=needs_treatment)
-    return reader.records()
-
-
-class _ImageReader:
-    """Turns the rows of a table into records.
-
-    Cells that come again (the plate, the well and site of each plate, the treatment) are worked
-    out once, in bounded memory: a million rows say little that is new.
-    """
-
-    def __init__(
-        self,
-        table: TextTable,
-        plate: str | None,
-        wanted: Mapping[str, str],
-        *,
-        needs_treatment: bool,
-    ) -> None:
-        self._table, self._wanted_plate = table, plate
-        self._needs_treatment = needs_treatment
-        self._channels, self._numbers = _find_channels(table, wanted)
-        folders = [channel.folder for channel in self._channels]
-        self._plate_columns = _Columns(table, [*_PLATE_COLUMNS, *folders])
-        self._has_pages = any(channel.frame or channel.series for channel in self._channels)
-        of_files = [
-            column
-            for channel in self._channels
-            for column in (channel.file, channel.frame, channel.series)
-        ]
-        self._field_columns = _Columns(table, [*_WHERE_COLUMNS, *of_files])
-        self._treatment_columns = _Columns(table, TREATMENT_COLUMNS)
-        read = {*_PLATE_COLUMNS, *_WHERE_COLUMNS, *TREATMENT_COLUMNS}
-        # A column that is there twice cannot be told apart; the notes of the table say so.
-        others = [
-            column
-            for column in table.columns
-            if column.startswith("Metadata_") and column not in read | table.repeated
-        ]
-        self._other_columns = _Columns(table, others)
-
-    def records(self) -> Iterator[ImageRecord | Refusal]:
-        """Yield one record or refusal per data row, in the order of the file."""
-        remember = lru_cache(maxsize=_REMEMBERED)
-        plate_of, field_of = remember(self._read_plate), remember(self._read_field)
-        treatment_of_cells, others_of = remember(self._read_treatment), remember(self._read_others)
-        pick_plate, pick_field = self._plate_columns.pick, self._field_columns.pick
-        pick_treatment, pick_others = self._treatment_columns.pick, self._other_columns.pick
-        for row in self._table.rows():
-            if isinstance(row, Refusal):
-                yield row
-                continue
-            line, cells = row
-            try:
-                where, named = field_of(pick_field(cells))
-                plate, batch, folders = plate_of(pick_plate(cells))
-                treatment = treatment_of_cells(pick_treatment(cells))
-                others = others_of(pick_others(cells))
-            except RowRefusedError as refused:
-                yield Refusal(line, *refused.args)
-                continue
-            files = tuple([_new(FileRef, (*file, folders[index])) for index, file in named])
-            yield _new(ImageRecord, (line, plate, batch, *where, files, treatment, *others))
-
-    def _read_plate(
-        self, picked: tuple[str, ...]
-    ) -> tuple[str, str | None, tuple[str | None, ...]]:
-        """Return plate, batch and the folder of each channel."""
-        texts = self._plate_columns.texts(picked)
-        written, wanted = texts.get("Metadata_Plate"), self._wanted_plate
-        if written and wanted and written != wanted:
-            raise RowRefusedError("another plate", f"plate {written}, not {wanted}")
-        plate = written or wanted
-        if plate is None:
-            raise RowRefusedError("no plate", "Metadata_Plate is empty")
-        batch = texts.get("Metadata_Batch")
-        folders = tuple(texts.get(channel.folder or "") for channel in self._channels)
-        _check_length(LONGEST, plate, batch)
-        _check_length(_LONGEST_FOLDER, *folders)
-        return plate, batch, folders
-
-    def _read_field(
-        self, picked: tuple[str, ...]
-    ) -> tuple[
-        tuple[int, int, int, int, int, str | None],
-        list[tuple[int, tuple[str, int | None, str]]],
-    ]:
-        """Return row, column, site, plane, time point, core file name; files by channel index."""
-        texts = self._field_columns.texts(picked)
-        written = written_well(texts, _WELL_COLUMNS, _COLUMN_COLUMNS)
+    found, numbers = _find_channels(table, channels or {})
+    of_files = [column for item in found for column in (item.file, item.frame, item.series)]
+    # A column that is there twice cannot be told apart; the notes of the table say so.
+    read = {*_PLATE_COLUMNS, *_WHERE_COLUMNS, *TREATMENT_COLUMNS, *table.repeated}
+    others = [name for name in table.columns if name.startswith("Metadata_") and name not in read]
+    plate_columns = _Columns(table, [*_PLATE_COLUMNS, *(item.folder for item in found)])
+    field_columns = _Columns(table, [*_WHERE_COLUMNS, *of_files])
+    treatment_columns = _Columns(table, TREATMENT_COLUMNS)
+    other_columns = _Columns(table, others)
+    # Cells that come again (the plate, the well and site of each plate, the treatment) are worked
+    # out once: a million rows say little that is new.
+    plates: dict[tuple[str, ...], tuple[str, str | None, list[str | None]]] = {}
+    fields: dict[tuple[str, ...], _Field] = {}
+    treatments: dict[tuple[str, ...], TreatmentRecord | None] = {}
+    metadata: dict[tuple[str, ...], tuple[float | None, dict[str, str] | None]] = {}
+    remembered: tuple[dict[Any, Any], ...] = (plates, fields, treatments, metadata)
+    pick_plate, pick_field = plate_columns.pick, field_columns.pick
+    pick_treatment, pick_others = treatment_columns.pick, other_columns.pick
+    for count, row in enumerate(table.rows()):
+        if isinstance(row, Refusal):
+            yield row
+            continue
+        line, cells = row
+        if count % _REMEMBERED == 0:
+            for some in remembered:
+                if len(some) > _REMEMBERED:
+                    some.clear()
         try:
-            well = None if written is None else parse_well(written)
-        except UserInputError as error:
-            raise RowRefusedError("not a well", str(error)) from error
-        site, plane, time_point = (
-            whole_number(texts, some) for some in (_SITE_COLUMNS, PLANE_COLUMNS, TIME_COLUMNS)
-        )
-        files, name = self._read_files(texts)
+            key = pick_field(cells)
+            if (of_field := fields.get(key)) is None:
+                texts = field_columns.texts(key)
+                of_field = fields[key] = _read_field(texts, found, numbers)
+            key = pick_plate(cells)
+            if (of_plate := plates.get(key)) is None:
+                texts = plate_columns.texts(key)
+                barcode, batch = texts.get("Metadata_Plate") or plate, texts.get("Metadata_Batch")
+                if barcode is None:
+                    raise RowRefusedError("no plate", "Metadata_Plate is empty")
+                if plate and barcode != plate:
+                    raise RowRefusedError("another plate", f"plate {barcode}, not {plate}")
+                folders = [texts.get(item.folder or "") for item in found]
+                _check_length(LONGEST, barcode, batch)
+                _check_length(_LONGEST_FOLDER, *folders)
+                of_plate = plates[key] = barcode, batch, folders
+            key = pick_treatment(cells)
+            if key not in treatments:
+                treatments[key] = treatment_of(treatment_columns.texts(key))
+            treatment = treatments[key]
+            if treatment is None and needs_treatment:
+                raise RowRefusedError("no treatment", "Metadata_pert_iname is empty")
+        except RowRefusedError as refused:
+            yield Refusal(line, *refused.args)
+            continue
+        key = pick_others(cells)
+        if (of_well := metadata.get(key)) is None:
+            texts = other_columns.texts(key)
+            sizes = {micrometres(texts.pop(column, None), "m") for column in _PIXEL_COLUMNS}
+            more = {name.removeprefix("Metadata_"): text for name, text in texts.items()}
+            of_well = metadata[key] = sizes.pop() if len(sizes) == 1 else None, more or None
+        barcode, batch, folders = of_plate
+        where, named = of_field
+        files = tuple([_new(FileRef, (*file, folders[index])) for index, file in named])
+        yield _new(ImageRecord, (line, barcode, batch, *where, files, treatment, *of_well))
+
+
+def _read_field(
+    texts: Mapping[str, str], channels: Sequence[_Channel], numbers: Mapping[int, str]
+) -> _Field:
+    """Return where an image is, and its files by the index of their channel.
+
+    A file is the name of its channel, its Phenix number and its own name, with the page in a
+    row or channel that has other pages than the first. What the names of the files say has to be
+    the same for all, and what the other cells say.
+    """
+    written = written_well(texts, _WELL_COLUMNS, _COLUMN_COLUMNS)
+    try:
+        well = None if written is None else parse_well(written)
+    except UserInputError as error:
+        raise RowRefusedError("not a well", str(error)) from error
+    site, plane, time_point = (
+        whole_number(texts, some) for some in (_SITE_COLUMNS, PLANE_COLUMNS, TIME_COLUMNS)
+    )
+    files: list[tuple[int, tuple[str, int | None, str]]] = []
+    frames: list[int | None] = []
+    numbers_of = attrgetter("row", "column", "field", "plane", "time_point")
+    agreed: PhenixName | None = None
+    for index, channel in enumerate(channels):
+        text = texts.get(channel.file)
+        if text is None:
+            continue
+        _check_length(LONGEST, text)
+        if not is_safe_name(text):
+            raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
+        name = core_file_name(text)
+        renamed, number = channel.name, name.channel if name else None
         if name is not None:
-            if well is not None and well != (name.row, name.column):
-                detail = f"well {format_well(*well)}, file of {format_well(name.row, name.column)}"
-                raise RowRefusedError("well and file name disagree", detail)
-            well = name.row, name.column
-            site = name.field if site is None else site
-            plane = name.plane if plane is None else plane
-            time_point = name.time_point if time_point is None else time_point
-        if well is None:
-            raise RowRefusedError("no well", "neither a well column nor a file name like r01c01f01")
-        if site is None:
-            raise RowRefusedError("no site", "neither Metadata_Site nor a file name like r01c01f01")
-        plane = _FIRST if plane is None else plane
-        time_point = _FIRST if time_point is None else time_point
-        return (*well, site, plane, time_point, name.core if name else None), files
-
-    def _read_files(
-        self, texts: Mapping[str, str]
-    ) -> tuple[list[tuple[int, tuple[str, int | None, str]]], PhenixName | None]:
-        """Return the files of a row by channel index, and what their Phenix names agree on.
-
-        A file is the name of its channel, its Phenix number and its own name, with the page in a
-        row or channel that has other pages than the first.
-        """
-        files: list[tuple[int, tuple[str, int | None, str]]] = []
-        agreed: tuple[PhenixName, tuple[int, ...]] | None = None
-        frames: dict[int, int | None] = {}
-        for index, channel in enumerate(self._channels):
-            text = texts.get(channel.file)
-            if text is None:
-                continue
-            _check_length(LONGEST, text)
-            if not is_safe_name(text):
-                raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
-            name = core_file_name(text)
-            renamed, number = channel.name, name.channel if name else None
-            if name is not None:
-                # r1c1f1 is r01c01f01, and no plane or time point means the first.
-                plane = _FIRST if name.plane is None else name.plane
-                time_point = _FIRST if name.time_point is None else name.time_point
-                field = name.row, name.column, name.field, plane, time_point
-                agreed = agreed or (name, field)
-                if field != agreed[1]:
-                    detail = f"{name.core} beside {agreed[0].core}"
-                    raise RowRefusedError("files of different fields", detail)
-                if number is not None:
-                    renamed = self._numbers.get(number, channel.name)
-            files.append((index, (renamed, number, text)))
-            if self._has_pages:
-                if series := whole_number(texts, (channel.series or "",)):
-                    detail = (
-                        f"{channel.series} is {series}: export each image of the file by itself"
-                    )
-                    raise RowRefusedError("another series of a file", detail)
-                frames[index] = whole_number(texts, (channel.frame or "",))
-        if not files:
-            raise RowRefusedError("no image file", "every FileName column is empty")
-        names = [file[0] for _, file in files]
-        if len(set(names)) < len(names):
-            raise RowRefusedError("two files of one channel", ", ".join(names))
-        for position, (index, file) in enumerate(files if self._has_pages else ()):
-            frame = frames[index]
-            if frame is not None and (any(frames.values()) or self._channels[index].paged):
-                try:
-                    paged = page_name(file[2], frame + 1)
-                except UserInputError as error:
-                    raise RowRefusedError("no such page", str(error)) from error
-                _check_length(LONGEST, paged)
-                files[position] = index, (*file[:2], paged)
-        return files, agreed and agreed[0]
-
-    def _read_treatment(self, picked: tuple[str, ...]) -> TreatmentRecord | None:
-        texts = self._treatment_columns.texts(picked)
-        treatment = treatment_of(texts)
-        if treatment is None and self._needs_treatment:
-            raise RowRefusedError("no treatment", "Metadata_pert_iname is empty")
-        return treatment
-
-    def _read_others(
-        self, picked: tuple[str, ...]
-    ) -> tuple[float | None, Mapping[str, str] | None]:
-        """Return the pixel size in micrometres, and what else a row says of its well or plate."""
-        texts = self._other_columns.texts(picked)
-        sizes = {micrometres(texts.pop(column, None), "m") for column in _PIXEL_COLUMNS}
-        size = sizes.pop() if len(sizes) == 1 else None
-        return size, {key.removeprefix("Metadata_"): text for key, text in texts.items()} or None
+            agreed = agreed or name
+            # r1c1f1 is r01c01f01, and no plane or time point means the first.
+            first, other = (
+                [_FIRST if number is None else number for number in numbers_of(item)]
+                for item in (agreed, name)
+            )
+            if first != other:
+                detail = f"{name.core} beside {agreed.core}"
+                raise RowRefusedError("files of different fields", detail)
+            if number is not None:
+                renamed = numbers.get(number, channel.name)
+        files.append((index, (renamed, number, text)))
+        if channel.series and (series := whole_number(texts, (channel.series,))):
+            detail = f"{channel.series} is {series}: export each image of the file by itself"
+            raise RowRefusedError("another series of a file", detail)
+        frames.append(whole_number(texts, (channel.frame,)) if channel.frame else None)
+    if not files:
+        raise RowRefusedError("no image file", "every FileName column is empty")
+    names = [file[0] for _, file in files]
+    if len(set(names)) < len(names):
+        raise RowRefusedError("two files of one channel", ", ".join(names))
+    for position, ((index, file), frame) in enumerate(zip(files, frames, strict=True)):
+        if frame is not None and (any(frames) or channels[index].paged):
+            try:
+                paged = page_name(file[2], frame + 1)
+            except UserInputError as error:
+                raise RowRefusedError("no such page", str(error)) from error
+            _check_length(LONGEST, paged)
+            files[position] = index, (*file[:2], paged)
+    if agreed is not None:
+        if well is not None and well != (agreed.row, agreed.column):
+            of_file = format_well(agreed.row, agreed.column)
+            detail = f"well {format_well(*well)}, file of {of_file}"
+            raise RowRefusedError("well and file name disagree", detail)
+        well = agreed.row, agreed.column
+        site = agreed.field if site is None else site
+        plane = agreed.plane if plane is None else plane
+        time_point = agreed.time_point if time_point is None else time_point
+    if well is None:
+        raise RowRefusedError("no well", "neither a well column nor a file name like r01c01f01")
+    if site is None:
+        raise RowRefusedError("no site", "neither Metadata_Site nor a file name like r01c01f01")
+    plane = _FIRST if plane is None else plane
+    time_point = _FIRST if time_point is None else time_point
+    return (*well, site, plane, time_point, agreed.core if agreed else None), files
 
 
 def _find_channels(

@@ -12,7 +12,7 @@ from ..errors import BadTableError, UserInputError
 from . import image_files
 from .image_tables import FILE_PREFIX
 from .platemaps import PREFIX, SAMPLE
-from .tables import nearest_columns, read_columns
+from .tables import nearest_columns, open_table
 
 _OTHERS = (
     "A table of images (LoadData) needs FileName_Orig<channel>, Metadata_Plate, Metadata_Well and "
@@ -160,7 +160,7 @@ def _of_folder(path: Path) -> Iterator[Layout]:
     yield from map(Layout, folder_layouts(path))
     for table in _tables_in(path):
         with suppress(UserInputError):
-            if Layout.PLATEMAP in table_layouts(read_columns(table)):
+            if Layout.PLATEMAP in table_layouts(open_table(table, whole=False).columns):
                 yield Layout.PLATEMAP
 
 
@@ -184,7 +184,7 @@ def _of_file(path: Path, head: bytes) -> Iterator[Layout]:
         yield from [Layout.HARMONY] if is_harmony(path) else []
         return
     if not head.startswith(image_files.PARQUET):
-        columns = read_columns(path)
+        columns = open_table(path, whole=False).columns
         yield from table_layouts(columns)
         if not any("Object" in column or "Parent" in column for column in columns):
             return  # no table of single cells, and Arrow is slow to import
@@ -213,7 +213,7 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
         )
     if _XML.match(head):
         return BadTableError(f"{path.name} is XML, but no Harmony index (Index.idx.xml).")
-    columns = read_columns(path)
+    columns = open_table(path, whole=False).columns
     if {"ImageNumber", "ObjectNumber"} <= set(columns):
         return BadTableError(
             f"{path.name} is one table of a CellProfiler export. Give the folder that also "

@@ -47,7 +47,7 @@ from .objects import (
     whole_numbers,
     without_nan,
 )
-from .tables import Refusal, TextTable, open_table, read_columns
+from .tables import Refusal, TextTable, open_table
 
 EXCLUDED = "Metadata_Excluded"
 TOOL = "single cells"
@@ -161,7 +161,7 @@ def is_single_cells(path: Path) -> bool:
         if _is_parquet(path):
             columns = _Columns.of(_ParquetTable(path).columns)
         else:
-            columns = _Columns.of(read_columns(path))
+            columns = _Columns.of(open_table(path, whole=False).columns)
     except UserInputError:
         return False
     names_image = columns.image.keys() & {*WELLS, *ROWS} or any(

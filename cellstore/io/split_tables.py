@@ -20,7 +20,7 @@ from typing import Any
 from ..enums import Subset
 from ..errors import BadTableError, UserInputError
 from .filenames import format_well, parse_well
-from .tables import Refusal, cell_text, nearest_columns, open_table, read_columns
+from .tables import Refusal, cell_text, nearest_columns, open_table
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "split": ("split", "subset", "side", "set"),
@@ -92,7 +92,7 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
         UserInputError: a file cannot be read.
     """
     # Held in memory are the columns that we know, and those that join two tables.
-    headers = [set(map(_normalised, read_columns(path))) for path in paths]
+    headers = [set(map(_normalised, open_table(path, whole=False).columns)) for path in paths]
     counts = Counter(name for header in headers for name in header)
     wanted = {name for names in COLUMNS.values() for name in names} | set(IDENTIFIERS)
     wanted |= {name for name, count in counts.items() if count > 1}
@@ -109,7 +109,7 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
     if not splits:
         raise BadTableError(
             f"{paths[0].name} has no column 'split' with train, validation or test. "
-            f"{nearest_columns(COLUMNS['split'], read_columns(paths[0]))}"
+            f"{nearest_columns(COLUMNS['split'], open_table(paths[0], whole=False).columns)}"
         )
     rows: list[SplitRow] = []
     for table in splits:

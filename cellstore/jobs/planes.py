@@ -148,14 +148,18 @@ def read_artifact_image(
 
 
 def cell_rows(masks: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
-    """Return one row of table ``cells`` for each label of ``masks`` (H, W)."""
-    from ..analysis.features import cell_boxes
+    """Return one row of table ``cells`` for each cell of ``masks`` (H, W), by object number.
 
-    boxes = cell_boxes(masks)
-    excluded = [EXCLUDED_NO_PERIMETER if p == 0 else None for p in boxes.pop("perimeter").tolist()]
-    names = (*boxes, "excluded")
-    columns = (column.tolist() for column in boxes.values())
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, excluded, strict=True)]
+    A cell whose outline has no length is too small to count.
+    """
+    from ..analysis.regions import find_regions, perimeters
+
+    regions = find_regions(masks)
+    names = ("min_row", "min_col", "max_row", "max_col", "centroid_row", "centroid_col")
+    columns = [regions.object_numbers, *(getattr(regions, name) for name in names)]
+    excluded = [EXCLUDED_NO_PERIMETER if p == 0 else None for p in perimeters(regions).tolist()]
+    rows = zip(*(column.tolist() for column in columns), excluded, strict=True)
+    return [dict(zip(("object_number", *names, "excluded"), row, strict=True)) for row in rows]
 
 
 def insert_cells(

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
 from ..db.bulk import insert_new
-from ..db.events import Change, command_line, record_events, user_name
+from ..db.events import Change, caller, record_events
 from ..db.session import Database
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import JobsFailedError, RunCancelledError, StoreError, UserInputError
@@ -190,6 +190,7 @@ def running(
     """
     owner = Owner.of_this_process().text
     if resume is None:
+        user_name, command = caller()
         run = Run(
             stage=Stage(recipe.stage),
             recipe_id=recipe.id,
@@ -198,11 +199,11 @@ def running(
             status=Status.RUNNING,
             seed=seed,
             query=query,
-            command=command_line(),
+            command=command,
             code_version=code_version(),
             environment=environment(),
             host=socket.gethostname()[:255],
-            user_name=user_name(),
+            user_name=user_name,
             process=owner,
             started_at=datetime.now(UTC),
         )
@@ -289,10 +290,11 @@ def forget_files(session: Session, run_id: int, kind: ArtifactKind) -> list[str]
 
 def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None:
     """Open a run again, and keep who goes on with it by which code beside who began."""
+    user_name, command = caller()
     attempt = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "by": f"{user_name()}@{socket.gethostname()}",
-        "command": command_line(),
+        "by": f"{user_name}@{socket.gethostname()}",
+        "command": command,
         "code_version": code_version(),
         **environment(),
     }

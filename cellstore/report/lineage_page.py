@@ -9,10 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifacts import write_atomically
-from ..extras import need
+from ..artifacts import open_atomically
 from ..jobs.workspace import Workspace
-from ..settings import check_not_of_a_store
+from ..settings import check_not_of_a_store, need
 from .audit import Audit, Lineage, is_part, shown
 from .drawing import BLUE, GREY, INK, ORANGE, render, short, svg
 
@@ -62,7 +61,8 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
     }
     path = path.resolve()
     check_not_of_a_store(path)
-    write_atomically(path, render("lineage.html.j2", content).encode("utf-8", "replace"))
+    with open_atomically(path) as file:
+        file.write(render("lineage.html.j2", content).encode("utf-8", "replace"))
     return path
 
 

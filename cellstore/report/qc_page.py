@@ -14,17 +14,16 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..analysis.overlay import Limits, grey_limits
-from ..artifacts import write_atomically
+from ..artifacts import open_atomically
 from ..config import ImageInput
 from ..enums import CellFlagReason, ImageFlagReason
 from ..errors import CellstoreError, UserInputError
-from ..extras import need
 from ..jobs.planes import read_image
 from ..jobs.selection import is_current
 from ..jobs.workspace import Workspace
 from ..models import Image, ImageFlag, Plate, Recipe, Run, Segmentation, Well
 from ..query.cells import plane_of, read_masks
-from ..settings import check_not_of_a_store
+from ..settings import check_not_of_a_store, need
 from ..stages.qc import (
     FlaggedImage,
     Flagging,
@@ -84,7 +83,8 @@ def write_page(workspace: Workspace, result: QcResult, path: Path) -> QcResult:
         "more_plates": len(result.plates) > len(shown),
     }
     page = render("qc.html.j2", content, {"brief": brief, "usual": _usual})
-    write_atomically(path, page.encode())
+    with open_atomically(path) as file:
+        file.write(page.encode())
     return replace(result, html=str(path))
 
 
@@ -104,7 +104,8 @@ def write_picture(workspace: Workspace, result: QcResult, path: Path) -> QcResul
     need("report")
     with workspace.database.read() as session:
         maps = _plate_maps(session, flagging, result.plates[0].plate)
-    write_atomically(path, plate_maps_png(maps))
+    with open_atomically(path) as file:
+        file.write(plate_maps_png(maps))
     return replace(result, picture=str(path))
 
 

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from ..artifacts import BorrowingFolder
 from ..config import PredictParams, SegmentParams, TrainParams
 from ..db.bulk import in_lists
-from ..db.session import connect, sqlite_url
+from ..db.session import connect
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status
 from ..errors import CellstoreError, UserInputError
 from ..jobs.lookup import run_in
@@ -316,11 +316,11 @@ def scratch_store(workspace: Workspace, wanted: Wanted) -> Iterator[Workspace]:
     """Yield a store of its own with copies of the rows; nothing is written to ``workspace``."""
     with tempfile.TemporaryDirectory(prefix="cellstore-redo-", ignore_cleanup_errors=True) as name:
         settings = StoreSettings(Path(name).resolve())
-        database = connect(sqlite_url(settings.sqlite))
+        database = connect(settings.sqlite)
         try:
             # Without the triggers, which guard what people do: rows come as is easiest to copy.
             METADATA.create_all(database.engine)
-            folder = BorrowingFolder(settings.artifacts, workspace.artifacts)
+            folder = BorrowingFolder(settings.root / "artifacts", workspace.artifacts)
             with workspace.database.read() as reader, database.begin() as writer:
                 _copy_rows(reader, writer, wanted)
             yield Workspace(settings, database, folder, workspace.progress)

@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifacts import write_atomically
+from ..artifacts import open_atomically
 from ..config import VoteOptions
 from ..errors import CellstoreError, UnknownNameError
-from ..extras import need
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
 from ..models import Recipe, Segmentation
 from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions
 from ..query.guard import quoted
-from ..settings import check_not_of_a_store
+from ..settings import check_not_of_a_store, need
 from .comparison import Comparison, Difference
 from .drawing import (
     LARGE_MAP,
@@ -108,7 +107,8 @@ def write_report(
             "listed": LISTED,
         }
     check_not_of_a_store(path)
-    write_atomically(path, render("report.html.j2", content).encode())
+    with open_atomically(path) as file:
+        file.write(render("report.html.j2", content).encode())
     return replace(result, html=str(path))
 
 

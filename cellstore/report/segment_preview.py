@@ -13,7 +13,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from ..analysis.overlay import captioned, contact_sheet, outline_overlay, png, shrunk_overlay
-from ..artifacts import write_atomically
+from ..artifacts import open_atomically
 from ..config import EVERYTHING, SegmentParams, Selection
 from ..errors import CellstoreError, UserInputError, first_line
 from ..jobs.queue import Task
@@ -79,6 +79,8 @@ def preview(
         available, sample = _sample(session, selected, count)
         tasks = [Task(image_id, "", name, {}, 0, 0) for image_id, name in sample.items()]
         inputs = stage.fetch(session, tasks)
+    if sample:
+        stage.load()
     images: list[PreviewImage] = []
     small: list[NDArray[np.uint8]] = []
     for image_id, name in track(workspace.progress, "preview", len(sample), sample.items()):
@@ -95,12 +97,14 @@ def preview(
         plane = loaded[0] if loaded[0].ndim == 2 else loaded[0][0]
         text = f"{name}: {result.count} cells, diameter {result.diameter:.1f} px"
         target = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
-        write_atomically(target, png(captioned(outline_overlay(plane, result.masks), text)))
+        with open_atomically(target) as file:
+            file.write(png(captioned(outline_overlay(plane, result.masks), text)))
         small.append(captioned(shrunk_overlay(plane, result.masks, LONGEST), text))
         images.append(PreviewImage(name, result.count, result.diameter, seconds, str(target), None))
     sheet = folder / SHEET
     if small:
-        write_atomically(sheet, png(contact_sheet(small)))
+        with open_atomically(sheet) as file:
+            file.write(png(contact_sheet(small)))
     return PreviewResult(str(folder), str(sheet) if small else None, available, tuple(images))
 
 

@@ -14,10 +14,9 @@ from sqlalchemy.orm import Session
 from ..analysis import contrasts
 from ..analysis.contrasts import Contrast, Difference
 from ..analysis.draws import Lowest, even_shares, lots
-from ..config import ContrastParams, Selection, as_parameters
+from ..config import ContrastParams, Selection
 from ..enums import Control, Stage
 from ..errors import UnknownNameError, UserInputError
-from ..extras import need
 from ..jobs.runs import RecipeSpec, digest_of_images, finished_run, register, running
 from ..jobs.selection import images_of
 from ..jobs.workspace import Workspace
@@ -34,6 +33,7 @@ from ..query.cells import (
     wells_and_plates,
 )
 from ..query.feature_files import open_set
+from ..settings import need
 
 VERSION = 1
 POOLED = "all treatments"
@@ -179,7 +179,7 @@ def contrast(
         source = CellSource(segment.id, measure.id, plates=params.plates, features=features)
         images = images_of(session, Selection(plates=params.plates))
         control, groups = _choose_groups(session, params)
-        parameters = as_parameters(params) | {
+        parameters = asdict(params) | {
             "cells": digest_of_images(session, images, _treated_cells(session, source)),
             "treatments": sorted(params.treatments),
         }

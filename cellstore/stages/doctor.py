@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 from ..errors import CellstoreError
-from ..extras import MODULES, missing_of
 from ..jobs.workspace import open_workspace
-from ..settings import StoreSettings
+from ..settings import EXTRAS, StoreSettings
 
 CORE = ("sqlalchemy", "alembic", "duckdb", "pandas", "pyarrow", "numpy", "tifffile", "imagecodecs")
 DISTRIBUTIONS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
@@ -54,15 +54,18 @@ def doctor(settings: StoreSettings | None = None) -> DoctorResult:
 
 
 def _extras() -> Iterator[Finding]:
-    for extra, modules in MODULES.items():
-        absent = missing_of(extra)
-        if absent and extra == "segment-sam" and not missing_of("segment"):
+    missing = {
+        extra: [name for name in modules if find_spec(name) is None]
+        for extra, modules in EXTRAS.items()
+    }
+    for extra, absent in missing.items():
+        if absent and extra == "segment-sam" and not missing["segment"]:
             yield Finding("extra", extra, "absent", "instead of segment, in its own environment")
         elif absent:
             detail = f"{', '.join(absent)} not installed: pip install 'cellstore[{extra}]'"
             yield Finding("extra", extra, "absent", detail)
         else:
-            yield from (_module(f"extra {extra}", module) for module in modules)
+            yield from (_module(f"extra {extra}", module) for module in EXTRAS[extra])
 
 
 def _module(topic: str, name: str) -> Finding:

@@ -22,7 +22,6 @@ from sqlalchemy.orm import Session
 from ..artifacts import PART
 from ..enums import FeatureStorage, Stage
 from ..errors import StorageError, UnknownNameError, UserInputError
-from ..extras import need
 from ..io.tables import disarmed
 from ..jobs.lookup import find_recipe, has_results
 from ..jobs.workspace import Workspace
@@ -31,6 +30,7 @@ from ..query.cells import input_of
 from ..query.engine import Questions, open_questions
 from ..query.feature_files import FEATURE_COLUMNS, find_feature_set
 from ..query.guard import literal, quoted
+from ..settings import need
 
 PREFIX = "Cells_"
 """Before the name of a built-in feature: pycytominer takes what begins with a compartment."""

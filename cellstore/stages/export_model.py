@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 
 from ..enums import Stage, Subset
 from ..errors import ImageError, StorageError, UserInputError
-from ..extras import need
 from ..jobs.lookup import find_run
 from ..jobs.selection import segmented
 from ..jobs.workspace import Workspace
@@ -24,6 +23,7 @@ from ..learn.branches import TABULAR
 from ..models import Image, Recipe, RecipeInput, Run, RunMetric, Segmentation, Split, SplitMember
 from ..query.cells import plate_of, read_cells
 from ..query.feature_files import SetReader, set_of_recipe
+from ..settings import need
 
 if TYPE_CHECKING:
     from ..learn.trained_models import ModelRecord, OpenModel

@@ -31,7 +31,6 @@ from ..config import (
     MeasureParams,
     Resources,
     Selection,
-    as_parameters,
 )
 from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
@@ -193,7 +192,7 @@ def _groups(
             version, parameters = CHANNEL_VERSION, {"group": group.name, "channels": list(channels)}
             parameters["features"] = [feature.name for feature in group.features]
         else:
-            version, parameters = VERSION, as_parameters(plane) | {"features": list(FEATURE_NAMES)}
+            version, parameters = VERSION, asdict(plane) | {"features": list(FEATURE_NAMES)}
         recipe = RecipeSpec(Stage.MEASURE, version, parameters, None, (source,))
         of_group = None if group.per_channel else plane
         name = f"{group.name}_{fingerprint(recipe)[:8]}"
@@ -224,13 +223,14 @@ def _channels(session: Session, named: ImageInput | None, images: Select[int]) -
 class MeasureInput:
     """What a worker needs of an image: its masks and files, and the ids of its cells.
 
-    ``mask``: path and sha256. ``labels`` and ``cell_ids`` (N,): the number of each cell in the
-    masks, ascending, and its id. ``groups``: the recipes to measure by, of those of the stage.
+    ``mask``: path and sha256. ``object_numbers`` and ``cell_ids`` (N,): the number of
+    each cell in the masks, ascending, and its id. ``groups``: the recipes to measure by, of those
+    of the stage.
     """
 
     name: str
     mask: tuple[str, str]
-    labels: NDArray[np.int64]
+    object_numbers: NDArray[np.int64]
     cell_ids: NDArray[np.int64]
     groups: tuple[int, ...]
     files: Sequence[ChannelFile]
@@ -320,7 +320,7 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         outputs = []
         for task_input, masks, opened in loaded:
             regions = find_regions(masks)
-            if not np.array_equal(regions.labels, task_input.labels):
+            if not np.array_equal(regions.object_numbers, task_input.object_numbers):
                 raise ImageError(
                     f"The masks of {task_input.name} and its cells in the database differ. "
                     "See what is wrong with: cellstore verify"

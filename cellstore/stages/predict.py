@@ -17,11 +17,10 @@ from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
-from ..config import PredictParams, as_parameters
+from ..config import PredictParams, Selection
 from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import JobsFailedError, UnknownNameError, UserInputError
-from ..extras import need
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
 from ..jobs.lookup import find_run, find_split
 from ..jobs.queue import JobScope, Task, count_images, done_jobs, requeue, requeue_failed
@@ -68,6 +67,7 @@ from ..query.feature_files import (
     write_features,
 )
 from ..query.feature_sets import check_set_name
+from ..settings import need
 
 if TYPE_CHECKING:
     from ..learn.crops import CellBlock
@@ -134,7 +134,7 @@ def predict(
 
     """
     need("train")
-    from ..analysis.devices import pick_device
+    from ..analysis.segmentation import pick_device
     from ..learn.trained_models import fit_new_plates, open_model
 
     params, chosen = params or PredictParams(), str(pick_device(device))
@@ -146,7 +146,9 @@ def predict(
         # Which images.
         split = session.get_one(Split, trained.split_id)
         asked = split if params.split is None else find_split(session, params.split)
-        selected = images_of(session, params.selection)
+        # The limit counts images of the subset, so it comes later.
+        conditions = Selection(params.plates, params.wells, params.where)
+        selected = images_of(session, conditions)
         if params.subset is not None or params.split is not None:
             members = select(SplitMember.image_id).where(SplitMember.split_id == asked.id)
             if params.subset is not None:
@@ -181,7 +183,7 @@ def predict(
         top_k = n_labels if params.all_probabilities else min(params.top_k, n_labels)
 
         # What makes it the same work as before.
-        parameters = as_parameters(params) | {"images": digest_of_images(session, images)}
+        parameters = asdict(params) | {"images": digest_of_images(session, images)}
         if params.split is not None:
             parameters["split"] = asked.fingerprint
         if params.all_probabilities:

@@ -23,7 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 
 from ..analysis.quality import WHITE_NOISE_SLOPE, Limits, PlaneQuality, plane_quality, robust_limits
-from ..config import EVERYTHING, THIS_PROCESS, QcParams, Resources, Selection, as_parameters
+from ..config import EVERYTHING, THIS_PROCESS, QcParams, Resources, Selection
 from ..db.bulk import bulk_insert, insert_new
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
 from ..errors import ImageError, UnknownNameError, UserInputError
@@ -233,7 +233,7 @@ def _plan(
     if segment is not None:
         measure = _measure_of(session, segment)
         inputs += [segment] if measure is None else [segment, measure]
-    spec = RecipeSpec(Stage.QC, VERSION, as_parameters(params), None, tuple(inputs))
+    spec = RecipeSpec(Stage.QC, VERSION, asdict(params), None, tuple(inputs))
     seen = images.where(Image.content_sha256.is_not(None))
     on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
     plates = session.scalars(on_plates.where(Image.id.in_(seen)).distinct())

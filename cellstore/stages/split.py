@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from ..analysis.splitting import (
     named_split,
     published_split,
 )
-from ..config import Selection, SplitParams, as_parameters
+from ..config import Selection, SplitParams
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, record_events
 from ..db.fields import check_field, field_column, of_parts
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
-from ..extras import need
+from ..io.platemaps import normalised_name
 from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
 from ..jobs.lookup import find_split
 from ..jobs.runs import RecipeSpec, register, running
@@ -58,6 +58,7 @@ from ..models import (
 )
 from ..query.cells import as_text, last_with_masks
 from ..query.exclusions import check_plates, count_unseen, find_qc_run, image_counts
+from ..settings import need
 
 CREATE_VERSION = IMPORT_VERSION = 1
 EXAMPLES = 5
@@ -278,7 +279,7 @@ def _create(
             digest.update(repr((item.key, item.well, item.label)).encode())
             if item.compound or item.cells:
                 digest.update(repr((item.compound, item.cells)).encode())
-        parameters = as_parameters(params) | {
+        parameters = asdict(params) | {
             "exclude_flagged": qc.id if qc else None,
             "images": digest.hexdigest(),
         }
@@ -406,7 +407,8 @@ _COMPOUND = (
 
 
 def _compound(row: Any) -> Compound:
-    return Compound(row.name, row.identifier, row.inchikey, row.smiles)
+    spelling = normalised_name(row.name) if row.name else None
+    return Compound(row.name, row.identifier, row.inchikey, row.smiles, spelling)
 
 
 def _with_compounds(

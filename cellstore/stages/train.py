@@ -23,7 +23,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
-from ..config import Sources, TrainParams, TrainSetup, as_parameters
+from ..config import Sources, TrainParams, TrainSetup
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import (
     CellstoreError,
@@ -33,9 +33,9 @@ from ..errors import (
     TeamError,
     UserInputError,
 )
-from ..extras import need
-from ..jobs.lookup import RUN_WORDS, find_run
+from ..jobs.lookup import find_run
 from ..jobs.queue import close_dead_runs, shown_worker
+from ..jobs.run_names import RUN_WORDS
 from ..jobs.runs import (
     RecipeSpec,
     RunHandle,
@@ -62,6 +62,7 @@ from ..models import Recipe, Run, RunMetric, Split
 from ..progress import Progress
 from ..query.cells import as_text, cells_query, input_of, plane_of
 from ..query.feature_files import set_of_recipe
+from ..settings import need
 
 if TYPE_CHECKING:
     from ..learn.batches import Batches
@@ -398,7 +399,7 @@ def keep_model(
     )
     more = {
         "parameters": plan.spec.parameters,
-        "image": as_parameters(plane_of(cells.segment)),
+        "image": asdict(plane_of(cells.segment)),
         "best_epoch": training.best + 1,
     }
     files = write_model(workspace, training.best_state, record, more)
@@ -442,7 +443,7 @@ def make_plan(
     cells = replace(cells, blocks={**cells.blocks, validation: known})
     # A file of weights counts by its bytes; where it lay on this machine does not. The feature
     # set is named by the measure recipe.
-    parameters = as_parameters(params) | {
+    parameters = asdict(params) | {
         "weights": params.weights if params.weights in (NO_WEIGHTS, IMAGENET) else FROM_FILE,
         "branches": list(branches),
         "channels": list(channels),

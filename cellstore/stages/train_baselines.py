@@ -16,7 +16,6 @@ from ..analysis import draws
 from ..config import BaselineParams, Sources
 from ..enums import Stage, Subset
 from ..errors import UserInputError
-from ..extras import need
 from ..jobs.runs import RecipeSpec, attach, finished_run, keep_file, register, running
 from ..jobs.workspace import Workspace
 from ..learn import baselines
@@ -37,6 +36,7 @@ from ..query.cells import (
     stream_groups,
     wells_and_plates,
 )
+from ..settings import need
 
 VERSION = 1
 USED = {

@@ -43,13 +43,13 @@ def set_revision(database: Database, revision: str) -> None:
 def test_there_is_a_single_head():
     with as_file(files("cellstore.migrations")) as folder:
         heads = ScriptDirectory(str(folder)).get_heads()
-    assert heads == [migrate.head()]
+    assert heads == [migrate.HEAD]
 
 
 def test_upgrade_makes_every_table_of_the_models(database):
-    assert migrate.current(database) is None
+    assert database.revision() is None
     migrate.upgrade(database)
-    assert migrate.current(database) == migrate.head()
+    assert database.revision() == migrate.HEAD
     assert tables(database) == set(METADATA.tables)
 
 
@@ -88,7 +88,7 @@ def test_a_newer_schema_is_refused_with_the_command(workspace):
 
 
 def test_an_older_schema_is_refused_with_the_command(workspace, monkeypatch):
-    monkeypatch.setattr(migrate, "head", lambda: "9999")
+    monkeypatch.setattr(migrate, "HEAD", "9999")
     with pytest.raises(SchemaError, match=r"older schema 0010.*cellstore db upgrade"):
         open_workspace(workspace.settings)
 
@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_leaves_what_was_there_before(tmp_path, monkeypatch)
 def test_an_error_never_takes_a_database_that_has_tables(tmp_path, monkeypatch):
     create_workspace(tmp_path)[0].database.close()
     (tmp_path / "cellstore.toml").unlink()
-    monkeypatch.setattr(migrate, "head", lambda: "9999")
+    monkeypatch.setattr(migrate, "HEAD", "9999")
     with pytest.raises(SchemaError):
         create_workspace(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["cellstore.db"]

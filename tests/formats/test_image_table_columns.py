@@ -95,13 +95,13 @@ def test_channels_get_the_names_that_are_wanted(
 @pytest.mark.parametrize("key", ["2", "RNA"])
 def test_a_channel_that_is_not_there_cannot_be_named(tmp_path: Path, key: str) -> None:
     with pytest.raises(UserInputError, match=rf"channel '{key}'\. Known: DNA"):
-        read_image_table(open_table(table(tmp_path, PHENIX)), channels={key: "x"})
+        list(read_image_table(open_table(table(tmp_path, PHENIX)), channels={key: "x"}))
 
 
 def test_two_channels_cannot_get_one_name(tmp_path: Path) -> None:
     opened = open_table(table(tmp_path, PHENIX))
     with pytest.raises(UserInputError, match="two channels of one name"):
-        read_image_table(opened, channels={"Mito": "dna"})
+        list(read_image_table(opened, channels={"Mito": "dna"}))
     (row,) = read_image_table(opened, channels={"1": "DNA"})
     assert isinstance(row, Refusal)
     assert row.reason == "two files of one channel"

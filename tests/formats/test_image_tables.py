@@ -188,9 +188,9 @@ def test_a_table_of_neither_shape_says_what_each_needs(tmp_path: Path) -> None:
 def test_missing_columns_and_missing_plate(tmp_path: Path) -> None:
     bare = open_table(table(tmp_path, PUBLISHED))
     with pytest.raises(UserInputError, match="--plate"):
-        read_image_table(bare)
+        list(read_image_table(bare))
     with pytest.raises(BadTableError, match="'Metadata_pert_iname'"):
-        read_image_table(open_table(table(tmp_path, LOADDATA)), "p", needs_treatment=True)
+        list(read_image_table(open_table(table(tmp_path, LOADDATA)), "p", needs_treatment=True))
 
 
 def test_one_channel_in_two_columns(tmp_path: Path) -> None:

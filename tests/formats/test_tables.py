@@ -17,7 +17,7 @@ from realdata import real_data
 
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io import tables as tables_module
-from cellstore.io.tables import QUOTED_LINES, Refusal, TableRow, cell_text, open_table, read_columns
+from cellstore.io.tables import QUOTED_LINES, Refusal, TableRow, cell_text, open_table
 
 
 def write(folder: Path, data: bytes, name: str = "table.csv") -> Path:
@@ -243,8 +243,9 @@ def test_a_row_cut_at_the_end_of_the_file(tmp_path: Path) -> None:
 
 def test_columns_are_known_without_reading_the_rows(tmp_path: Path) -> None:
     path = write(tmp_path, "\ufeffa\tµ\r\n".encode())
-    assert read_columns(path) == ("a", "µ")
-    assert read_columns(write(tmp_path, gzip.compress(b"a;b\n1;2\n", mtime=0))) == ("a", "b")
+    assert open_table(path, whole=False).columns == ("a", "µ")
+    packed = write(tmp_path, gzip.compress(b"a;b\n1;2\n", mtime=0))
+    assert open_table(packed, whole=False).columns == ("a", "b")
 
 
 def test_a_mark_of_utf_8_before_latin_1_is_no_part_of_the_first_column(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from cellstore.config import SegmentParams, SplitParams, TrainParams, as_parameters
+from cellstore.config import SegmentParams, SplitParams, TrainParams
 from cellstore.enums import ArtifactKind, Stage, Subset
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.planes import cell_rows
@@ -76,7 +76,7 @@ def build(workspace: Workspace, images: Path) -> None:
             for index in range(2 * WELLS)
         ]
         recipe = register(
-            session, RecipeSpec(Stage.SEGMENT, 1, as_parameters(SegmentParams.of("published")))
+            session, RecipeSpec(Stage.SEGMENT, 1, asdict(SegmentParams.of("published")))
         )
     with running(workspace.database, recipe) as run, workspace.database.begin() as session:
         for image_id in ids:

@@ -16,7 +16,7 @@ from screens import SmallScreen, small_screen
 from sqlalchemy import select
 from unguarded import unguarded
 
-from cellstore import extras
+from cellstore import settings
 from cellstore.enums import ArtifactKind, Control, FeatureStorage, Stage
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -407,7 +407,7 @@ def test_what_fails_leaves_the_old_file_and_no_other(
 def test_anndata_is_an_extra(
     screen: SmallScreen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(extras.MODULES, "anndata", ("no_such_anndata",))
+    monkeypatch.setitem(settings.EXTRAS, "anndata", ("no_such_anndata",))
     with pytest.raises(MissingExtraError, match=r"cellstore\[anndata\]"):
         export(screen.factory.workspace, tmp_path / "a.h5ad", format=ExportFormat.ANNDATA)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from small_training import (
 from sqlalchemy import delete, func, select, text, update
 from sqlalchemy.exc import DBAPIError
 
-from cellstore.config import PredictParams, SegmentParams, SplitParams, as_parameters
+from cellstore.config import PredictParams, SegmentParams, SplitParams
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import (
     ImageError,
@@ -276,7 +276,7 @@ def test_a_split_without_a_validation_side_says_how_to_get_one(built: Path, open
 
 def test_cells_that_are_not_measured_name_the_command(built: Path, opened: Opener) -> None:
     workspace = opened(built)
-    other = as_parameters(SegmentParams.of("published", channels=("DNA",)))
+    other = asdict(SegmentParams.of("published", channels=("DNA",)))
     with workspace.database.begin() as session:
         recipe = register(session, RecipeSpec(Stage.SEGMENT, 1, other))
     with pytest.raises(UserInputError, match=r"not measured yet\. Run: cellstore measure"):
@@ -290,9 +290,9 @@ def test_cells_that_are_not_measured_name_the_command(built: Path, opened: Opene
 def test_a_missing_extra_is_named(
     built: Path, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cellstore import extras
+    from cellstore import settings
 
-    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "torch" else object())
+    monkeypatch.setattr(settings, "find_spec", lambda name: None if name == "torch" else object())
     workspace = opened(built)
     for call in (train, predict):
         with pytest.raises(MissingExtraError, match=r"cellstore\[train\]"):

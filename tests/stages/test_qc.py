@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sqlalchemy import func, select
 from test_ingest import loaddata, write_table
 
-from cellstore import extras
+from cellstore import settings
 from cellstore.config import IngestParams, QcParams, Resources, Selection
 from cellstore.enums import Stage, Status
 from cellstore.errors import MissingExtraError, UnknownNameError, UserInputError
@@ -395,7 +395,7 @@ def test_a_picture_is_of_one_plate(local: Bench, tmp_path: Path) -> None:
 def test_numbers_need_no_extra_but_the_page_does(
     local: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extras, "find_spec", lambda _name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda _name: None)
     result = qc(local.workspace)
     with pytest.raises(MissingExtraError, match=r"cellstore\[report\]"):
         write_page(local.workspace, result, tmp_path / "qc.html")

@@ -104,7 +104,7 @@ def test_a_folder_that_workers_cannot_write_stops_the_run_and_breaks_nothing(
     workspace: Workspace, tmp_path: Path
 ):
     killing.fill(workspace, tmp_path / "images", 8)
-    masks = workspace.settings.artifacts / "mask"
+    masks = workspace.artifacts.root / "mask"
     masks.parent.mkdir(exist_ok=True)
     masks.write_bytes(b"in the way of the folder")
     with pytest.raises(StorageError, match="then run the same command again"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from killed_training import PARAMS
 from small_training import Opener, StopsAfter, Trained, checkpoint
 from sqlalchemy import select, update
 
-from cellstore.config import TrainParams, TrainSetup, as_parameters
+from cellstore.config import TrainParams, TrainSetup
 from cellstore.enums import Stage, Subset
 from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -32,7 +32,7 @@ def test_a_recipe_holds_all_parameters(trained: Trained, opened: Opener) -> None
     workspace = opened(trained.root)
     with workspace.database.read() as session:
         recipe = session.get_one(Recipe, trained.result.recipe_id)
-    every = as_parameters(TrainParams()).keys() - {"features"}  # that is the measure recipe
+    every = asdict(TrainParams()).keys() - {"features"}  # that is the measure recipe
     assert recipe.parameters.keys() >= every | {"split", "cells"}
 
 
@@ -44,7 +44,7 @@ def test_options_override_a_preset() -> None:
         TrainParams.of(epochs=2, warmup_epochs=2)
     with pytest.raises(UnknownNameError, match=r"Unknown preset 'tiny'. Known: published"):
         TrainParams.of("tiny")
-    assert TrainParams.from_recipe(as_parameters(small)) == small
+    assert TrainParams.from_recipe(asdict(small)) == small
 
 
 @pytest.mark.heavy

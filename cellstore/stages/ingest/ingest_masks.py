@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,9 @@ import numpy as np
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from ...config import ImageInput, IngestParams, as_parameters
+from ...config import ImageInput, IngestParams
 from ...enums import ArtifactKind, Stage
 from ...errors import UserInputError
-from ...extras import need
 from ...io.image_files import encode_tiff
 from ...io.mask_files import MaskFile, MaskFolder
 from ...jobs.lookup import find_plate
@@ -25,6 +24,7 @@ from ...jobs.planes import cell_rows, check_channels, insert_cells
 from ...jobs.runs import RecipeSpec, fingerprint, keep_file, register
 from ...jobs.workspace import Workspace
 from ...models import Artifact, Image, Recipe, Segmentation
+from ...settings import need
 from .account import Account, Brought
 
 VERSION = 1
@@ -183,7 +183,7 @@ class MaskReader:
             "name": self._name,
             "objects": kind,
             "binary": self._params.binary,
-            **as_parameters(self._plane),
+            **asdict(self._plane),
         }
         return RecipeSpec(Stage.SEGMENT, VERSION, parameters)
 
