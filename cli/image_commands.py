@@ -20,7 +20,7 @@ from cellstore.config import (
 from cellstore.enums import CellFlagReason, ImageFlagReason
 
 from . import output
-from .options import (
+from .app import (
     Common,
     Device,
     DeviceOption,

@@ -14,7 +14,7 @@ from cellstore.enums import GroupLevel
 from cellstore.errors import UserInputError
 
 from . import output
-from .options import Common, FieldOf, PresetOption, command
+from .app import Common, FieldOf, PresetOption, command
 from .output import say
 
 if TYPE_CHECKING:

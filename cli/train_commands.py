@@ -24,8 +24,7 @@ from cellstore.config import (
 from cellstore.errors import UserInputError
 
 from . import output
-from .image_commands import end_with_failures, list_failures
-from .options import (
+from .app import (
     Common,
     Device,
     DeviceOption,
@@ -34,6 +33,7 @@ from .options import (
     SegmentationOption,
     command,
 )
+from .image_commands import end_with_failures, list_failures
 from .output import say
 
 if TYPE_CHECKING:

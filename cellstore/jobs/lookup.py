@@ -13,17 +13,16 @@ from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.filenames import parse_well
 from ..models import METADATA, CellFeatures, Job, Recipe, Run, Split
+from .run_names import find_named_run
 
 # Names are looked up in the tables themselves: the first query of their classes takes 0.15 s.
-images, image_files, wells, plates, runs, recipes = (
-    METADATA.tables[name]
-    for name in ("images", "image_files", "wells", "plates", "runs", "recipes")
+images, image_files, wells, plates = (
+    METADATA.tables[name] for name in ("images", "image_files", "wells", "plates")
 )
 
 SHORTEST_SHA256 = 6
 """Hexadecimal digits that name a file at least; fewer are as likely a word or a number."""
 
-RUN_WORDS = ("latest", "last")
 _HEX = re.compile(rf"[0-9a-f]{{{SHORTEST_SHA256},64}}")
 _LISTED = 6
 _NEAR = 3
@@ -254,64 +253,9 @@ def _well_named(session: Session, words: _Typed) -> tuple[str, int]:
     return found[0], found[1]
 
 
-def run_id_of(session: Session, reference: str, stages: Sequence[Stage] = ()) -> int:
-    """Return the id of the run with this number, or the ``latest`` finished one of ``stages``.
-
-    The stage may be typed, too: ``latest predict``, ``train-latest``. Also ``#3`` and ``run 3``.
-
-    Baselines stand behind: they are the latest only where there is nothing else, so that what
-    follows a training by a baseline still means the network.
-
-    Raises:
-        UnknownNameError: there is none.
-        UserInputError: it is no number, or a run of another stage is wanted.
-
-    """
-    words = [word for word in re.split(r"[\s_:-]+", reference.strip().lower()) if word]
-    words = [word for word in words if word not in ("run", "the")]
-    typed = [Stage(word) for word in words if word in list(Stage)]
-    others = [word for word in words if word not in list(Stage)]
-    if len(words) == 1 and others:
-        reference = others[0]
-    elif len(typed) == 1 and len(others) <= 1:
-        reference = (others or [RUN_WORDS[0]])[0]
-        if stages and typed[0] not in stages:
-            wanted = " or ".join(stage.value for stage in stages)
-            raise UserInputError(f"This needs a {wanted} run, not a {typed[0].value} run.")
-        stages = typed
-    query = select(runs.c.id).order_by(runs.c.id.desc())
-    if stages:
-        query = query.where(runs.c.stage.in_(stages))
-    if reference in RUN_WORDS:
-        chosen = query.where(runs.c.status == Status.DONE)
-        if stages:
-            chosen = chosen.order_by(None).order_by(_is_of_baseline(), runs.c.id.desc())
-    else:
-        number = reference.strip().lstrip("#")
-        if not number.isdecimal() or len(number) > 18:
-            raise UserInputError(
-                f"A run is named by its number, 'latest' or 'latest predict', not {reference!r}."
-            )
-        chosen = query.where(runs.c.id == int(number))
-    found = session.scalar(chosen.limit(1))
-    if found is None:
-        kind = f"{' or '.join(stage.value for stage in stages)} run" if stages else "run"
-        known = list(session.scalars(query.limit(5)))
-        raise UnknownNameError.of(kind, reference, known)
-    return int(found)
-
-
-def _is_of_baseline() -> ColumnElement[bool]:
-    """Whether a run trained a baseline, or labelled with one."""
-    trained = runs.alias()
-    query = select(trained.c.id).join(recipes, recipes.c.id == trained.c.recipe_id)
-    query = query.where(or_(trained.c.id == runs.c.id, trained.c.id == runs.c.parent_id))
-    return query.where(recipes.c.parameters["baseline"].as_string().is_not(None)).exists()
-
-
 def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Run:
-    """Return the run of this number or name; see :func:`run_id_of`."""
-    return session.get_one(Run, run_id_of(session, reference, stages))
+    """Return the run with this number or name; see :func:`find_named_run`, which raises errors."""
+    return session.get_one(Run, find_named_run(session, reference, stages).id)
 
 
 def find_run(session: Session, reference: str, stage: Stage) -> Run:

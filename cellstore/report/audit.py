@@ -26,14 +26,12 @@ from ..db.fields import field_column, wells_changed
 from ..enums import TARGET, ArtifactKind, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
-    RUN_WORDS,
     find_image,
     find_well,
     hex_start,
     looks_like_well,
     neighbours,
     readable,
-    run_id_of,
     starts_with,
 )
 from ..jobs.workspace import Workspace
@@ -103,7 +101,7 @@ def audit(workspace: Workspace, text: str, kind: str | None = None) -> Audit:
         if kind == "cell":
             return _cell(workspace, session, name)
         if kind == "run":
-            return _run(session, run_id_of(session, name))
+            return _run(session, find_named_run(session, name).id)
         return _artifact(session, text)
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import find_image, find_recipe, run_id_of, run_in
+from ..jobs.lookup import find_image, find_recipe, run_in
 from ..jobs.queue import content, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Plate, Recipe, Run, Well
@@ -218,7 +218,7 @@ def retry(
             Job.status == Status.FAILED,
         ]
         if run is not None:
-            which.append(Job.run_id == run_id_of(session, run, STAGES))
+            which.append(Job.run_id == run_in(session, run, STAGES).id)
         if image is not None:
             which.append(Job.image_id == find_image(session, image))
         # The bytes that an image had before are of no use to try again.
