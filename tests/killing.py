@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +61,8 @@ class SegmentSlowly(Segment):
 
     seconds: float = 0.0
 
-    @cached_property
-    def segmenter(self) -> SlowSegmenter:
-        return SlowSegmenter(self.seconds)
+    def load(self) -> None:
+        object.__setattr__(self, "segmenter", SlowSegmenter(self.seconds))
 
 
 def segment_slowly(

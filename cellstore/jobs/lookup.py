@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from ..config import EVERYTHING, ImageInput, Selection
 from ..enums import Stage, Status
@@ -26,11 +26,11 @@ from ..models import (
     Treatment,
     Well,
 )
+from .run_names import find_named_run
 
 SHORTEST_SHA256 = 6
 """Hexadecimal digits that name a file at least; fewer are as likely a word or a number."""
 
-RUN_WORDS = ("latest", "last")
 _HEX = re.compile(rf"[0-9a-f]{{{SHORTEST_SHA256},64}}")
 _LISTED = 6
 _NEAR = 3
@@ -274,58 +274,8 @@ def _well_named(session: Session, words: _Typed) -> tuple[Plate, Well]:
 
 
 def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Run:
-    """Return the run with this number, or the ``latest`` finished one of ``stages``.
-
-    The stage may be typed, too: ``latest predict``, ``train-latest``. Also ``#3`` and ``run 3``.
-
-    Baselines stand behind: they are the latest only where there is nothing else, so that what
-    follows a training by a baseline still means the network.
-
-    Raises:
-        UnknownNameError: there is none.
-        UserInputError: it is no number, or a run of another stage is wanted.
-
-    """
-    words = [word for word in re.split(r"[\s_:-]+", reference.strip().lower()) if word]
-    words = [word for word in words if word not in ("run", "the")]
-    typed = [Stage(word) for word in words if word in list(Stage)]
-    others = [word for word in words if word not in list(Stage)]
-    if len(words) == 1 and others:
-        reference = others[0]
-    elif len(typed) == 1 and len(others) <= 1:
-        reference = (others or [RUN_WORDS[0]])[0]
-        if stages and typed[0] not in stages:
-            wanted = " or ".join(stage.value for stage in stages)
-            raise UserInputError(f"This needs a {wanted} run, not a {typed[0].value} run.")
-        stages = typed
-    query = select(Run).order_by(Run.id.desc())
-    if stages:
-        query = query.where(Run.stage.in_(stages))
-    if reference in RUN_WORDS:
-        chosen = query.where(Run.status == Status.DONE)
-        if stages:
-            chosen = chosen.order_by(None).order_by(_is_of_baseline(), Run.id.desc())
-    else:
-        number = reference.strip().lstrip("#")
-        if not number.isdecimal() or len(number) > 18:
-            raise UserInputError(
-                f"A run is named by its number, 'latest' or 'latest predict', not {reference!r}."
-            )
-        chosen = query.where(Run.id == int(number))
-    found = session.scalars(chosen.limit(1)).first()
-    if found is None:
-        kind = f"{' or '.join(stage.value for stage in stages)} run" if stages else "run"
-        known = [run.id for run in session.scalars(query.limit(5))]
-        raise UnknownNameError.of(kind, reference, known)
-    return found
-
-
-def _is_of_baseline() -> ColumnElement[bool]:
-    """Whether a run trained a baseline, or labelled with one."""
-    trained = aliased(Run)
-    query = select(trained.id).join(Recipe, Recipe.id == trained.recipe_id)
-    query = query.where(or_(trained.id == Run.id, trained.id == Run.parent_id))
-    return query.where(Recipe.parameters["baseline"].as_string().is_not(None)).exists()
+    """Return the run with this number or name; see :func:`find_named_run`, which raises errors."""
+    return session.get_one(Run, find_named_run(session, reference, stages).id)
 
 
 def find_run(session: Session, reference: str, stage: Stage) -> Run:

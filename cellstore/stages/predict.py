@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, aliased
 
 from ..analysis.features import Feature
 from ..artifacts import ArtifactFolder
-from ..config import PredictParams
+from ..config import PredictParams, Selection
 from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
@@ -132,7 +132,7 @@ def predict(
 
     """
     need("train")
-    from ..analysis.devices import pick_device
+    from ..analysis.segmentation import pick_device
     from ..learn.trained_models import fit_new_plates, open_model
 
     params, chosen = params or PredictParams(), str(pick_device(device))
@@ -144,7 +144,9 @@ def predict(
         # Which images.
         split = session.get_one(Split, trained.split_id)
         asked = split if params.split is None else find_split(session, params.split)
-        selected = images_of(session, params.selection)
+        # The limit counts images of the subset, so it comes later.
+        conditions = Selection(params.plates, params.wells, params.where)
+        selected = images_of(session, conditions)
         if params.subset is not None or params.split is not None:
             members = select(SplitMember.image_id).where(SplitMember.split_id == asked.id)
             if params.subset is not None:

@@ -34,6 +34,7 @@ from ..db.events import Change, record_events
 from ..db.fields import check_field, field_column, of_parts
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
+from ..io.platemaps import normalised_name
 from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
 from ..jobs.lookup import IS_CURRENT, find_split, images_of
 from ..jobs.runs import RecipeSpec, register, running
@@ -405,7 +406,8 @@ _COMPOUND = (
 
 
 def _compound(row: Any) -> Compound:
-    return Compound(row.name, row.identifier, row.inchikey, row.smiles)
+    spelling = normalised_name(row.name) if row.name else None
+    return Compound(row.name, row.identifier, row.inchikey, row.smiles, spelling)
 
 
 def _with_compounds(

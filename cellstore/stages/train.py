@@ -33,8 +33,9 @@ from ..errors import (
     TeamError,
     UserInputError,
 )
-from ..jobs.lookup import RUN_WORDS, find_run
+from ..jobs.lookup import find_run
 from ..jobs.queue import close_dead_runs, shown_worker
+from ..jobs.run_names import RUN_WORDS
 from ..jobs.runs import (
     RecipeSpec,
     RunHandle,

@@ -32,7 +32,7 @@ from ...io.harmony import read_harmony
 from ...io.image_files import ImageFolder, ImageInfo, probe
 from ...io.image_tables import FileRef, ImageRecord, read_image_table
 from ...io.layouts import Layout
-from ...io.platemaps import Aliases, TreatmentRecord, flaw_of, read_annotation
+from ...io.platemaps import Aliases, TreatmentRecord, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import PathMap, exists, is_remote, join, shown, stat, writable
 from ...jobs.queue import requeue
@@ -319,16 +319,12 @@ class RowWriter:
         A record contradicts the file that gives a well another treatment than an earlier one.
         """
         refused: set[int] = set()
-        treatments = {record.treatment for record in records}
-        flaws = {found: flaw for found in treatments if found and (flaw := flaw_of(found))}
-        if flaws or not _are_storable(records):
+        if not _are_storable(records):
             for record in records:
-                flaw = flaws.get(record.treatment) if record.treatment else None
-                if flaw is None and not _are_storable([record]):
-                    flaw = f"a name has more than {LONGEST} characters or a NUL in it"
-                if flaw is not None:
+                if not _are_storable([record]):
                     refused.add(id(record))
-                    self.account.refuse(record.line, "a name that cannot be stored", flaw)
+                    detail = f"a name has more than {LONGEST} characters or a NUL in it"
+                    self.account.refuse(record.line, "a name that cannot be stored", detail)
         for record in records:
             treatment = record.treatment
             if treatment is None or id(record) in refused:
