@@ -259,7 +259,7 @@ def fit_inputs(
         ImageError: no image of a plate can be read.
 
     """
-    columns, gaps = source.features.columns, not source.features.in_table
+    columns, gaps = source.features.columns, source.features.files is not None
     training, scaler = replace(source, subset=Subset.TRAIN), Scaler()
     by_plate = normalise == "plate-controls" or bool(planes)
     plates = plates_of(session, training) if by_plate else []
@@ -373,7 +373,7 @@ def _controls(
         if not any(len(rows) for rows in _features(session, source, plate, ())):
             continue
         blocks = _features(session, source, plate, columns, controls=True)
-        found[plate] = fit_scale(columns, blocks, gaps=not source.features.in_table)
+        found[plate] = fit_scale(columns, blocks, gaps=source.features.files is not None)
         cells = found[plate].cells
         if cells < FEWEST_CONTROLS:
             where = " in the training subset" if source.subset is Subset.TRAIN else ""

@@ -327,11 +327,6 @@ class ReadableSet:
     files: tuple[SetFile, ...] | None = None
     mark: str | None = None
 
-    @property
-    def in_table(self) -> bool:
-        """Whether the values are in table ``features``."""
-        return self.files is None
-
 
 BUILT_IN = ReadableSet()
 
@@ -366,7 +361,8 @@ def open_set(
         StorageError: a file of the set is gone.
 
     """
-    found = set_of_recipe(session, recipe_id)
+    of_recipe = select(FeatureSet).where(FeatureSet.recipe_id == recipe_id)
+    found = session.scalars(of_recipe).one_or_none()
     if found is None or found.storage is FeatureStorage.TABLE:
         return ReadableSet(name=found.name if found else name)
     columns = numeric_columns(found.columns)

@@ -320,7 +320,7 @@ def _measured(images: Select[int], source: CellSource, *, pixels: bool) -> Selec
         measured.content_sha256 == Image.content_sha256,
         measured.status == Status.DONE,
     )
-    if source.features.in_table:
+    if source.features.files is None:
         return images.where(done)
     # Imported features have no jobs: then cells within the range of cells of a file are known. One
     # that is, and has no row there, is labelled as an image without cells.

@@ -492,7 +492,7 @@ def check_subsets(plan: Plan) -> None:
                 "Train without --exclude-flagged, or make quality control less strict: "
                 "cellstore qc --help"
             )
-        elif features.in_table:
+        elif features.files is None:
             what = "measured cells. Run: cellstore segment, then: cellstore measure"
         elif group is not None:
             what = (
