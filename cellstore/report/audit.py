@@ -34,6 +34,7 @@ from ..jobs.lookup import (
     readable,
     starts_with,
 )
+from ..jobs.run_names import RUN_WORDS, find_named_run
 from ..jobs.workspace import Workspace
 from ..models import METADATA
 from ..query.exclusions import why_excluded
