@@ -37,7 +37,7 @@ from cellstore.config import (
     typed_value,
 )
 from cellstore.errors import CellstoreError, UserInputError
-from cellstore.progress import Progress
+from cellstore.settings import Progress
 from cellstore.store import Store
 
 from .output import Bar, Notes, print_json, say
