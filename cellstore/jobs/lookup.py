@@ -6,21 +6,15 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-<<<<<<< HEAD
-from sqlalchemy import ColumnElement, Row, and_, exists, or_, select
-=======
-from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
->>>>>>> main
+from sqlalchemy import ColumnElement, Row, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..config import EVERYTHING, ImageInput, Selection
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.filenames import parse_well
-<<<<<<< HEAD
-from ..models import METADATA, CellFeatures, Job, Recipe, Run, Split
-=======
 from ..models import (
+    METADATA,
     CellFeatures,
     Image,
     ImageFile,
@@ -33,7 +27,6 @@ from ..models import (
     Treatment,
     Well,
 )
->>>>>>> main
 from .run_names import find_named_run
 
 # Names are looked up in the tables themselves: the first query of their classes takes 0.15 s.
@@ -361,7 +354,7 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
     if selection.plates or selection.wells or selection.where is not None:
         query = query.join(Well, Well.id == Image.well_id)
     if selection.plates:
-        ids = [find_plate(session, barcode).id for barcode in selection.plates]
+        ids = [find_plate(session, barcode) for barcode in selection.plates]
         query = query.where(Well.plate_id.in_(ids))
     if selection.wells:
         names = [well_name(name) for name in selection.wells]
