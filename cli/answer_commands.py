@@ -15,7 +15,7 @@ from cellstore.config import VoteOptions
 from cellstore.errors import UserInputError
 
 from . import output
-from .options import Common, HtmlOption, command
+from .app import Common, HtmlOption, command
 from .output import AnswerOptions, Format, cell, count, percent, say
 
 if TYPE_CHECKING:
