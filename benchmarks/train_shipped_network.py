@@ -28,15 +28,15 @@ from cellpose.resnet_torch import CPnet
 from cellpose.transforms import normalize99, resize_image
 from cellpose.utils import diameters
 
-from cellstore.analysis.cellpose import (
+from cellstore.analysis.rendering import LARGEST, SMALLEST, TrainingField, render_nuclei
+from cellstore.analysis.segmentation import (
     CHANNELS,
     SizeModel,
     fit_size_model,
     load_network,
+    pick_device,
     save_size_model,
 )
-from cellstore.analysis.devices import pick_device
-from cellstore.analysis.rendering import LARGEST, SMALLEST, TrainingField, render_nuclei
 from cellstore.learn.finetuning import Sample, half_precision, train_step
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ made from these fields. To add an option, add a field here, and use it.
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from types import UnionType
-from typing import Any, Self, get_args
+from typing import Any, Self, get_args, get_origin
 
 from .enums import PERTURBATION, GroupLevel, Look, Projection, Subset
 from .errors import UnknownNameError, UserInputError
@@ -42,6 +42,7 @@ def option(
     empty: str = "none",
     nothing: str | None = None,
     negatable: bool = False,
+    unless: str | None = None,
 ) -> Any:
     """Declare a field of a dataclass that is an option of the command line, too.
 
@@ -50,7 +51,8 @@ def option(
     order. ``section``: its heading in the help. A list is written with commas, or, if
     ``repeated``, one value at a time; ``empty`` is the word for a list of none. A ``pair`` is cut
     at the ``first`` or at the ``last`` ``=``. ``nothing``: the word for ``None``. ``negatable``:
-    there is a ``--no-...``, too.
+    there is a ``--no-...``, too. ``unless``: another field, which decides this one where it is not
+    at its default.
     """
     return field(
         default=default,
@@ -69,13 +71,21 @@ def option(
             "empty": empty,
             "nothing": nothing,
             "negatable": negatable,
+            "unless": unless,
         },
     )
 
 
 def options_of(kind: Any) -> list[Field]:
-    """Return the fields of a dataclass that are options."""
-    return [item for item in fields(kind) if "help" in item.metadata]
+    """Return the fields of a dataclass that are options.
+
+    Of an object: those that its other values leave open; see ``unless`` of :func:`option`.
+    """
+    options = [item for item in fields(kind) if "help" in item.metadata]
+    if isinstance(kind, type):
+        return options
+    deciding = {item.name for item in fields(kind) if getattr(kind, item.name) != item.default}
+    return [item for item in options if item.metadata["unless"] not in deciding]
 
 
 def flag(item: Field) -> str:
@@ -117,26 +127,31 @@ def unspeakable(item: Field, value: Any) -> list[str]:
     return alone + [text for text in value if "," in text or text != text.strip() or not text]
 
 
-def read_list(item: Field, texts: Iterable[str]) -> tuple[Any, ...]:
-    """Return the value of an option that is a list, from what was typed.
+def typed_value(item: Field, typed: Any) -> Any:
+    """Return the value of an option from what was typed: a list of words, or one value.
 
     Raises:
         UserInputError: a pair has no ``=``, or nothing before or after it.
     """
-    words = list(texts)
-    if words == [item.metadata["empty"]]:
+    kind, known = type_of(item), item.metadata
+    if get_origin(kind) is not tuple:
+        if known["nothing"]:
+            return None if typed == known["nothing"] else kind(typed)
+        return typed
+    words = list(typed)
+    if words == [known["empty"]]:
         return ()
-    if not item.metadata["repeated"]:
+    if not known["repeated"]:
         words = [part.strip() for text in words for part in text.split(",") if part.strip()]
-    kind = get_args(type_of(item))[0]
+    kind = get_args(kind)[0]
     if kind is str or kind is Path:
         return tuple(kind(word) for word in words)
     pairs = []
     for word in words:
-        cut = word.partition if item.metadata["pair"] == "first" else word.rpartition
+        cut = word.partition if known["pair"] == "first" else word.rpartition
         old, _, new = (part.strip() for part in cut("="))
         if not (old and new):
-            raise UserInputError(f"Write {flag(item)} {item.metadata['metavar']}, not {word!r}.")
+            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {word!r}.")
         pairs.append((old, new))
     return tuple(pairs)
 
@@ -150,7 +165,7 @@ class Params:
     """
 
     def __post_init__(self) -> None:
-        for item in options_of(self):
+        for item in options_of(type(self)):
             value, known, kind = getattr(self, item.name), item.metadata, type_of(item)
             choices: Sequence[str] = known["choices"]
             if isinstance(kind, type) and issubclass(kind, StrEnum):
@@ -178,19 +193,6 @@ class Params:
                 bound = known[range_of]
                 if bound is not None and not fits(value, bound):
                     raise UserInputError(f"{flag(item)} must be {words} {bound:g}, not {value:g}.")
-        self.check()
-
-    def check(self) -> None:
-        """Refuse options that contradict each other, and settle those that follow from others."""
-
-    @property
-    def settled(self) -> tuple[str, ...]:
-        """The options that follow from others, and are refused beside them."""
-        return ()
-
-    def _settle(self, **values: Any) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, preset: str | None = None, **given: Any) -> Self:
@@ -426,8 +428,22 @@ class IngestParams(Params):
     reread: bool = option(False, "Read a source again that was read before, as it is now.")
 
 
+class CellPlanes(Params):
+    """Parameters that say which planes of an image show its cells."""
+
+    channels: tuple[str, ...] | None
+    projection: Projection
+    nuclei: tuple[str, ...]
+
+    @property
+    def planes(self) -> tuple[ImageInput, ...]:
+        """The plane of the cells, and that of the nuclei if there is one."""
+        wanted = [self.channels or (), *([self.nuclei] if self.nuclei else [])]
+        return tuple(ImageInput(channels, self.projection) for channels in wanted)
+
+
 @dataclass(frozen=True)
-class SegmentParams(Params):
+class SegmentParams(CellPlanes):
     """Cellpose, on one plane of each image or on two.
 
     ``channels``: ``None`` becomes the channel of the nuclei; none: see :class:`ImageInput`.
@@ -463,15 +479,9 @@ class SegmentParams(Params):
         metavar="A,B,...",
     )
 
-    @property
-    def planes(self) -> tuple[ImageInput, ...]:
-        """The plane of the cells, and that of the nuclei if there is one."""
-        wanted = [self.channels or (), *([self.nuclei] if self.nuclei else [])]
-        return tuple(ImageInput(channels, self.projection) for channels in wanted)
-
 
 @dataclass(frozen=True)
-class FinetuneParams(Params):
+class FinetuneParams(CellPlanes):
     """A network that learns from corrected masks. The planes are as for :class:`SegmentParams`."""
 
     model: str = option(
@@ -499,12 +509,6 @@ class FinetuneParams(Params):
         name="--binary-masks",
     )
     seed: int = option(0, "Same seed, same network.", **_SEED)
-
-    @property
-    def planes(self) -> tuple[ImageInput, ...]:
-        """The plane of the cells, and that of the nuclei if there is one."""
-        wanted = [self.channels or (), *([self.nuclei] if self.nuclei else [])]
-        return tuple(ImageInput(channels, self.projection) for channels in wanted)
 
 
 @dataclass(frozen=True)
@@ -587,9 +591,10 @@ class SplitParams(Params):
         "What stays together in one subset (grouped protocol). perturbation excludes whole "
         "compounds from training, so it needs a coarser --field.",
         name="--group",
+        unless="protocol",
     )
     test_size: float = option(
-        0.2, "Share of the groups that test.", metavar="X", above=0.0, below=1.0
+        0.2, "Share of the groups that test.", metavar="X", above=0.0, below=1.0, unless="folds"
     )
     validation_size: float = option(
         0.2,
@@ -597,6 +602,7 @@ class SplitParams(Params):
         metavar="X",
         min=0.0,
         below=1.0,
+        unless="protocol",
     )
     test_plates: tuple[str, ...] = option(
         (), "These plates test, with --group plate.", metavar="A,B,..."
@@ -632,15 +638,8 @@ class SplitParams(Params):
     allow_missing: bool = option(False, "Also images whose files are not here yet.")
     exclude_flagged: str | None = option(None, **_EXCLUDE_FLAGGED)
 
-    @property
-    def settled(self) -> tuple[str, ...]:
-        """The options that follow from the protocol, or from the number of folds."""
-        if self.protocol == "published":
-            return ("group_level", "validation_size")
-        return () if self.folds is None else ("test_size",)
-
-    def check(self) -> None:
-        """Refuse options that contradict each other, and settle those that follow from others."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for label, size in self.downsample or ():
             number = size.isdecimal() and 0 < int(size) < 2**31
             if not number and size not in ("second-largest", "median"):
@@ -662,7 +661,8 @@ class SplitParams(Params):
                         f"The published protocol draws as the study did, without "
                         f"{flag(given[name])}. Split by image without it: --group image."
                     )
-            self._settle(group_level=GroupLevel.IMAGE, validation_size=0.0)
+            object.__setattr__(self, "group_level", GroupLevel.IMAGE)
+            object.__setattr__(self, "validation_size", 0.0)
             return
         if self.group_level is GroupLevel.PERTURBATION and self.field == PERTURBATION:
             raise UserInputError(
@@ -681,7 +681,8 @@ class SplitParams(Params):
                 raise UserInputError("Name the plates that test, too: --test-plates A,B.")
         if self.folds is not None:
             share = 1 / self.folds
-            self._settle(test_size=share, validation_size=share if self.validation_size else 0.0)
+            object.__setattr__(self, "test_size", share)
+            object.__setattr__(self, "validation_size", share if self.validation_size else 0.0)
         elif self.test_size + self.validation_size >= 1:
             raise UserInputError(
                 "None is left to train: --test-size and --validation-size together must be below 1."
@@ -823,8 +824,8 @@ class TrainParams(Params):
             given["warmup_epochs"] = max(0, min(usual["warmup_epochs"], given["epochs"] - 1))
         return super().of(preset, **given)
 
-    def check(self) -> None:
-        """Refuse options that contradict each other."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.branches == ():
             raise UserInputError(
                 "A network needs one branch or more: --branches mask,flow,image,tabular."
@@ -974,7 +975,11 @@ class PredictParams(Params):
     where: str | None = option(None, **_WHERE)
     limit: int | None = option(None, **_LIMIT)
     top_k: int = option(
-        5, "Keep this many labels per cell, the most probable first.", metavar="N", min=1
+        5,
+        "Keep this many labels per cell, the most probable first.",
+        metavar="N",
+        min=1,
+        unless="all_probabilities",
     )
     all_probabilities: bool = option(False, "Keep the probability of every label instead.")
     embedding: str | None = option(
@@ -983,16 +988,6 @@ class PredictParams(Params):
         "train, export and sql.",
         metavar="NAME",
     )
-
-    @property
-    def settled(self) -> tuple[str, ...]:
-        """With all probabilities, how many labels are kept is known."""
-        return ("top_k",) if self.all_probabilities else ()
-
-    @property
-    def selection(self) -> Selection:
-        """The images that plates, wells and condition name; the limit counts those of a subset."""
-        return Selection(self.plates, self.wells, self.where)
 
 
 PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {

@@ -15,8 +15,8 @@ from cellstore.config import VoteOptions
 from cellstore.errors import UserInputError
 
 from . import output
-from .options import Common, HtmlOption, command
-from .output import AnswerOptions, Format, count, cut, interval, percent, say
+from .app import Common, HtmlOption, command
+from .output import AnswerOptions, Format, cell, count, percent, say
 
 if TYPE_CHECKING:
     from cellstore.report.comparison import ComparedRun, Comparison
@@ -110,10 +110,10 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
     share = row["share"]
     return {
         **{name: row[name] for name in ("plate", "well", "site") if name in row},
-        "winner": cut(row["winner"] or "", NAME_WIDTH - 2),
+        "winner": cell(row["winner"] or "", NAME_WIDTH - 2),
         "share": None if share is None else round(share, 2),
         "cells": row["cells"],
-        "truth": cut(row["truth"] or "", NAME_WIDTH - 2),
+        "truth": cell(row["truth"] or "", NAME_WIDTH - 2),
         "right": {True: "yes", False: "no", None: ""}[row["correct"]],
         "note": row["abstained"] or ("tie" if row["tie"] else ""),
     }
@@ -176,7 +176,7 @@ def _show_report(result: ReportResult) -> None:
     best = result.score("image", "hard")
     bounds = "one well only, so no interval"
     if best.low is not None:
-        bounds = f"95 % interval over wells: {interval(best.low, best.high)}"
+        bounds = f"95 % interval over wells: {percent(best.low, best.high)}"
     typer.echo(f"{percent(best.accuracy)} of {count(best.n, 'image')} are right ({bounds})")
     nulls = [i for i in result.baselines if i.null and (i.level, i.vote) == ("image", "hard")]
     if nulls:
@@ -234,7 +234,7 @@ def _show_scores(found: Sequence[Score]) -> None:
         [
             (
                 *(score.level, score.vote, score.n, *([score.abstained] if silent else [])),
-                *(score.correct, percent(score.accuracy), interval(score.low, score.high)),
+                *(score.correct, percent(score.accuracy), percent(score.low, score.high)),
                 score.ties,
             )
             for score in found
@@ -264,7 +264,7 @@ def _show_part(found: Sequence[Score]) -> None:
         [
             (
                 *(score.level, score.vote, score.n, percent(score.accuracy)),
-                *(interval(score.low, score.high), percent(score.balanced_accuracy)),
+                *(percent(score.low, score.high), percent(score.balanced_accuracy)),
                 f"{score.macro_f1:.3f}",
             )
             for score in found
@@ -283,7 +283,7 @@ def _show_baselines(found: Sequence[BaselineScore]) -> None:
     rows = []
     for row in by_baseline(found):
         first, image = next(iter(row.values())), row.get("image")
-        bounds = interval(image.low, image.high) if image else "-"
+        bounds = percent(image.low, image.high) if image else "-"
         scored = [
             percent(item.accuracy if item else None)
             for item in map(row.get, ("image", "well", "cell"))
@@ -301,7 +301,7 @@ def _show_groups(result: ReportResult) -> None:
         lambda item: (item.label, item.f1),
         lambda item: (
             *(item.support, item.correct, item.same_target, percent(item.recall)),
-            *(interval(item.low, item.high), percent(item.precision)),
+            *(percent(item.low, item.high), percent(item.precision)),
         ),
     )
     heads = ("images", "wells", "right", "same gene", "accuracy", "95 % interval")
@@ -313,7 +313,7 @@ def _show_groups(result: ReportResult) -> None:
                 lambda item: (item.name, item.accuracy),
                 lambda item: (
                     *(item.n, item.wells, item.correct, item.same_target),
-                    *(percent(item.accuracy), interval(item.low, item.high)),
+                    *(percent(item.accuracy), percent(item.low, item.high)),
                 ),
             )
 
@@ -328,7 +328,7 @@ def _show_best_and_worst(
         return
     ranked = sorted(found, key=lambda item: (-key(item)[1], key(item)[0]))
     few = ranked if len(ranked) <= 2 * FEW else [*ranked[:FEW], *ranked[-FEW:]]
-    output.table(heads, [(cut(key(item)[0], NAME_WIDTH), *cells(item)) for item in few])
+    output.table(heads, [(cell(key(item)[0], NAME_WIDTH), *cells(item)) for item in few])
     left = len(ranked) - len(few)
     if left:
         typer.echo(f"the best and the worst; {left:,} between them (all with --json or --html)")
@@ -446,8 +446,8 @@ def _show_comparison(found: Comparison, shown: int | None = None) -> None:
     )
 
     def cells(item: ComparedRun) -> tuple[object, ...]:
-        accuracy = (percent(item.accuracy), interval(item.low, item.high))
-        return (item.run_id, item.train_run_id, cut(item.split, 22), item.correct, *accuracy,
+        accuracy = (percent(item.accuracy), percent(item.low, item.high))
+        return (item.run_id, item.train_run_id, cell(item.split, 22), item.correct, *accuracy,
                 item.wells_seen)  # fmt: skip
 
     output.table(

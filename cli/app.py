@@ -1,24 +1,45 @@
-"""The command line: ``cellstore COMMAND``. Each command parses, makes one call, and prints."""
+"""The command line: ``cellstore COMMAND``. Each command parses, makes one call, and prints.
 
-from __future__ import annotations
+Here are the commands, what becomes of their errors, and their options, which are made from the
+fields of dataclasses; see :mod:`cellstore.config`.
+"""
+
+# No "from __future__ import annotations": the types of the fields are read.
 
 import gc
+import inspect
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
+from enum import StrEnum
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from cellstore.errors import CellstoreError
+from cellstore.config import (
+    PRESETS,
+    SECTIONS,
+    Field,
+    Params,
+    Sources,
+    flag,
+    option,
+    options_of,
+    type_of,
+    typed_value,
+)
+from cellstore.errors import CellstoreError, UserInputError
+from cellstore.settings import Progress
+from cellstore.store import Store
 
-from .output import say
+from .output import Bar, Notes, say
 
 MODULES = {
     "demo": "setup_commands",
@@ -78,9 +99,34 @@ class Commands(TyperGroup):
         return group.commands[cmd_name]
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
-        with sentences():
+        """Run a command; an error becomes one sentence and an exit code."""
+        if ctx.params["version"]:
+            from cellstore import __version__
+
+            typer.echo(f"cellstore {__version__}")
+            raise typer.Exit
+        try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _end("Stopped. What is done is kept; run the same command again to go on.", STOPPED)
+        except CellstoreError as error:
+            _end(f"Error: {error}", error.exit_code)
+        except Exception as error:
+            of_typer = isinstance(error, typer.Exit | typer.Abort)
+            of_typer = of_typer or hasattr(error, "format_message")
+            if of_typer or isinstance(error, BrokenPipeError):
+                raise
+            lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+            reason = lines[0].rstrip(".") if lines else "no reason given"
+            database = sys.modules.get("sqlalchemy.exc")
+            if database is not None and isinstance(error, database.OperationalError):
+                _end(f"Error: The database failed: {reason}.", 2)
+            _end(
+                f"Error: Something unexpected happened ({type(error).__name__}: {reason}). "
+                f"Set {ENV_DEBUG}=1 and run the same command again to see where, then please "
+                "report it.",
+                UNEXPECTED,
+            )
 
 
 app = typer.Typer(
@@ -97,14 +143,6 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from cellstore import __version__
-
-        typer.echo(f"cellstore {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def root(
     store: Annotated[
@@ -117,38 +155,9 @@ def root(
             show_default=False,
         ),
     ] = None,
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     """Take what stands before the command."""
-
-
-@contextmanager
-def sentences() -> Iterator[None]:
-    """Turn errors into one sentence and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        _end("Stopped. What is done is kept; run the same command again to go on.", STOPPED)
-    except CellstoreError as error:
-        _end(f"Error: {error}", error.exit_code)
-    except Exception as error:
-        of_typer = isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "format_message")
-        if of_typer or isinstance(error, BrokenPipeError):
-            raise
-        lines = str(getattr(error, "orig", None) or error).strip().splitlines()
-        reason = lines[0].rstrip(".") if lines else "no reason given"
-        database = sys.modules.get("sqlalchemy.exc")
-        if database is not None and isinstance(error, database.OperationalError):
-            _end(f"Error: The database failed: {reason}.", 2)
-        _end(
-            f"Error: Something unexpected happened ({type(error).__name__}: {reason}). "
-            f"Set {ENV_DEBUG}=1 and run the same command again to see where, then please report "
-            "it.",
-            UNEXPECTED,
-        )
 
 
 def _end(text: str, code: int) -> NoReturn:
@@ -173,3 +182,213 @@ def run() -> None:
             sys.stderr.flush()
             os._exit(STOPPED)
         raise
+
+
+@dataclass(frozen=True)
+class Common:
+    """The options of every command. ``typed``: the names of all options that were typed."""
+
+    store: Path | None = option(
+        None,
+        "The store. Default: $CELLSTORE_STORE, else the nearest folder upwards that is one.",
+        metavar="DIR",
+    )
+    as_json: bool = option(
+        False, "Print JSON for programs instead of text for people.", name="--json"
+    )
+    typed: frozenset[str] = frozenset()
+
+    def open(self, *, quiet: bool = False) -> Store:
+        """Open the store, with a progress bar unless JSON is wanted or it is ``quiet``."""
+        progress = Progress()
+        if not (quiet or self.as_json):
+            progress = Bar() if sys.stderr.isatty() else Notes()
+        return Store.open(self.store, progress=progress)
+
+
+@dataclass(frozen=True)
+class FieldOf:
+    """Marks a parameter of a command as the option that is declared by a field of its name."""
+
+    kind: type
+
+
+def command(
+    app: typer.Typer, name: str, **more: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command.
+
+    A parameter whose type is a dataclass becomes an option for each of its fields, and the
+    function gets the filled object; see also :class:`FieldOf`. Options that were not typed are
+    filled in by ``--preset``, if the command has that, else by the defaults of the dataclass.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        app.command(name, cls=Sectioned, **more)(_with_options(function))
+        return function
+
+    return register
+
+
+def _with_options(function: Callable[..., None]) -> Callable[..., None]:
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {}
+    alone: dict[str, Field] = {}
+    shown: dict[str, inspect.Parameter] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        kind = hints[parameter.name]
+        of = next(
+            (mark for mark in getattr(kind, "__metadata__", ()) if type(mark) is FieldOf), None
+        )
+        if is_dataclass(kind):
+            groups[parameter.name] = kind
+        elif of is not None:
+            item = next(item for item in options_of(of.kind) if item.name == parameter.name)
+            alone[parameter.name] = item
+            shown[parameter.name] = _parameter(item)
+        elif kind is not typer.Context:
+            shown[parameter.name] = parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY)
+        for item in options_of(kind) if is_dataclass(kind) and kind is not Common else ():
+            shown.setdefault(item.name, _parameter(item))
+    if Common in groups.values():  # last in the help
+        shown |= {item.name: _parameter(item) for item in options_of(Common)}
+
+    @wraps(function)
+    def filled(context: typer.Context, **values: Any) -> None:
+        typed = set()
+        for name in values:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT"):
+                typed.add(name)
+        arguments = {name: value for name, value in values.items() if name in hints}
+        arguments |= {"context": context} if "context" in hints else {}
+        for name, item in alone.items():
+            arguments[name] = typed_value(item, values[name]) if name in typed else item.default
+        for name, kind in groups.items():
+            mine = [item for item in options_of(kind) if item.name in typed]
+            given = {item.name: typed_value(item, values[item.name]) for item in mine}
+            if kind is Common:
+                store = given.get("store") or context.find_root().params.get("store")
+                arguments[name] = Common(store, values["as_json"], frozenset(typed))
+            elif issubclass(kind, Params):
+                params = kind.of(values.get("preset"), **given)
+                open_options = options_of(params)
+                settled = [flag(item) for item in mine if item not in open_options]
+                if settled:
+                    raise UserInputError(
+                        f"The other options decide this already: leave out {' and '.join(settled)}."
+                    )
+                arguments[name] = params
+            else:
+                arguments[name] = kind(**given)
+        function(**arguments)
+
+    context = inspect.Parameter(
+        "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+    )
+    every = [context, *sorted(shown.values(), key=lambda item: item.name != "preset")]
+    filled.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
+    filled.__annotations__ = {item.name: item.annotation for item in every}
+    return filled
+
+
+def _parameter(item: Field) -> inspect.Parameter:
+    kind, known = type_of(item), item.metadata
+    default: Any = item.default
+    names = [flag(item)]
+    if known["negatable"]:
+        names = [f"{names[0]}/--no-{names[0].removeprefix('--')}"]
+    if get_origin(kind) is tuple:
+        kind, default = list[str], list(default or ()) or None
+    elif known["nothing"]:
+        kind = Literal.__getitem__((*(word.value for word in kind), known["nothing"]))
+        default = known["nothing"] if default is None else default.value
+    elif known["choices"]:
+        kind = Literal.__getitem__(tuple(known["choices"]))
+    # Typer knows no ranges whose ends do not belong to them, so that the help has to say it.
+    bounds = [f"{name} {known[name]:g}" for name in ("above", "below") if known[name] is not None]
+    text = f"{known['help']} {' and '.join(bounds).capitalize()}." if bounds else known["help"]
+    setting = typer.Option(
+        *names,
+        help=text,
+        metavar=known["metavar"],
+        min=known["min"],
+        max=known["max"],
+        rich_help_panel=known["section"],
+        show_default=default is not None,
+    )
+    optional: Any = kind if default is not None else kind | None
+    annotation: Any = Annotated[optional, setting]
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+class Sectioned(TyperCommand):
+    """A command whose help lists its options by section, those without one first."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options."""
+        for title, records in self._sections(ctx):
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def _sections(self, ctx: Any) -> Iterator[tuple[str, list[Any]]]:
+        params = self.get_params(ctx)
+        sections = {getattr(p, "rich_help_panel", None) for p in params} - {None}
+        parts: dict[str, list[Any]] = {title: [] for title in ("Arguments", "Options", *SECTIONS)}
+        for param in params:
+            title = getattr(param, "rich_help_panel", None) if len(sections) > 1 else None
+            kind = "Arguments" if param.param_type_name == "argument" else "Options"
+            parts[title or kind].append(param)
+        for title, members in parts.items():
+            records = [record for p in members if (record := p.get_help_record(ctx)) is not None]
+            if records:
+                yield title, records
+
+
+class Device(StrEnum):
+    """Where a network runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+DeviceOption = Annotated[
+    Device, typer.Option("--device", help="Where the network runs; auto takes a GPU if it can.")
+]
+SegmentationOption = Annotated[str | None, FieldOf(Sources)]
+MeasurementOption = Annotated[str | None, FieldOf(Sources)]
+DryRunOption = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Only say how many images there are to do, and how long."),
+]
+WeightsDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights-dir",
+        metavar="DIR",
+        help="Folder that holds the named networks, for machines without internet access.",
+        show_default=False,
+    ),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        metavar="|".join(PRESETS),
+        help="published: all values as in the published study. Other options then change single "
+        "values.",
+        show_default=False,
+    ),
+]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        help="Also write a page with pictures: one file that needs nothing else.",
+        show_default=False,
+    ),
+]

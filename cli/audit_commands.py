@@ -10,7 +10,7 @@ import typer
 from cellstore.errors import UserInputError
 
 from . import output
-from .options import Common, Device, DeviceOption, HtmlOption, command
+from .app import Common, Device, DeviceOption, HtmlOption, command
 from .output import say
 
 if TYPE_CHECKING:

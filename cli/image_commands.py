@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -20,7 +20,7 @@ from cellstore.config import (
 from cellstore.enums import CellFlagReason, ImageFlagReason
 
 from . import output
-from .options import (
+from .app import (
     Common,
     Device,
     DeviceOption,
@@ -110,12 +110,8 @@ def segment(
             )
     if preview is not None:
         _show_preview(shown, common)
-        return
-    if common.as_json:
-        output.print_json(result)
     else:
-        _show_jobs(result, "segmented", "cells found")
-    _end_jobs([result], "segmented")
+        _end_jobs({"": result}, common, "segmented", "cells found")
 
 
 def _show_preview(result: PreviewResult, common: Common) -> None:
@@ -146,27 +142,6 @@ def _show_preview(result: PreviewResult, common: Common) -> None:
         )
     if problems:
         raise typer.Exit(1)
-
-
-def _show_jobs(result: JobsResult, verb: str, cells: str) -> None:
-    """Print what a stage did image by image, or would do."""
-    if result.forecast is not None:
-        _show_forecast(result, result.forecast, verb)
-        return
-    if result.run_id is None:
-        typer.echo(f"Nothing to do: {_why_nothing(result, verb)}")
-    else:
-        shown = {
-            "run": result.run_id,
-            "recipe": result.recipe_id,
-            f"images {verb}": result.done,
-            cells: result.cells,
-            "images missing files": result.waiting or None,
-            "failed before": result.failed_before or None,
-        }
-        output.pairs({name: value for name, value in shown.items() if value is not None})
-    if result.failures:
-        list_failures(result.failures)
 
 
 def _why_nothing(result: JobsResult | QcResult, verb: str) -> str:
@@ -219,24 +194,61 @@ def list_failures(failures: Sequence[tuple[str, str]]) -> None:
         typer.echo(f"and {len(failures) - SHOWN_FAILURES} more: see cellstore jobs --failed")
 
 
-def end_with_failures(failed: int, done: int, verb: str, again: str = "cellstore retry") -> None:
-    """End with 1 if images failed."""
-    if failed:
-        say(
-            f"Error: {failed} of {output.count(failed + done, 'image')} could not be {verb}; "
-            f"the others are done. To try them again: {again}"
-        )
-        raise typer.Exit(1)
+def end_with_failures(
+    failed: int, done: int, verb: str, again: str = "cellstore retry"
+) -> NoReturn:
+    """End with 1 because images failed."""
+    say(
+        f"Error: {failed} of {output.count(failed + done, 'image')} could not be {verb}; "
+        f"the others are done. To try them again: {again}"
+    )
+    raise typer.Exit(1)
 
 
-def _end_jobs(results: Sequence[JobsResult | QcResult], verb: str) -> None:
-    """End with 1 if images failed in any of several runs over the same images, now or before."""
-    if any(result.forecast is not None for result in results):
+def _end_jobs(
+    results: Mapping[str, Any],
+    common: Common,
+    verb: str,
+    cells: str = "",
+    show: Callable[[], None] | None = None,
+) -> None:
+    """Print what runs over the same images did, or would do; by title, if there are several.
+
+    ``results``: of type ``JobsResult``; or a ``QcResult``, which ``show`` prints. Ends with 1 if
+    images failed, now or before.
+    """
+    found = list(results.values())
+    if common.as_json:
+        output.print_json(found[0])
+    for title, result in () if common.as_json else results.items():
+        if len(results) > 1:
+            typer.echo(title)
+        if result.forecast is not None:
+            _show_forecast(result, result.forecast, verb)
+        elif result.run_id is None:
+            typer.echo(f"Nothing to do: {_why_nothing(result, verb)}")
+        elif show is not None:
+            show()
+        else:
+            shown = {
+                "run": result.run_id,
+                "recipe": result.recipe_id,
+                f"images {verb}": result.done,
+                cells: result.cells,
+                "images missing files": result.waiting or None,
+                "failed before": result.failed_before or None,
+            }
+            output.pairs({name: value for name, value in shown.items() if value is not None})
+        if result.failures and show is None:
+            list_failures(result.failures)
+        if len(results) > 1:
+            typer.echo()
+    if any(result.forecast is not None for result in found):
         return
-    failed = {name for result in results for name, _ in result.failures}
+    failed = {name for result in found for name, _ in result.failures}
     if failed:
-        end_with_failures(len(failed), max(result.done for result in results), verb)
-    before = max(result.failed_before for result in results)
+        end_with_failures(len(failed), max(result.done for result in found), verb)
+    before = max(result.failed_before for result in found)
     if before:
         say(
             f"Error: {output.count(before, 'image')} failed in an earlier run and were not "
@@ -277,17 +289,8 @@ def measure(
         result = store.measure(
             params, selection, segmentation=segmentation, resources=resources, dry_run=dry_run
         )
-    results = (result, *result.others)
-    if common.as_json:
-        output.print_json(result)
-    elif len(results) == 1:
-        _show_jobs(result, "measured", "cells measured")
-    else:
-        for one in results:
-            typer.echo(f"{one.group}: feature set {one.feature_set}")
-            _show_jobs(one, "measured", "cells measured")
-            typer.echo()
-    _end_jobs(results, "measured")
+    groups = {f"{r.group}: feature set {r.feature_set}": r for r in (result, *result.others)}
+    _end_jobs(groups, common, "measured", "cells measured")
 
 
 def _list_features(common: Common) -> None:
@@ -352,15 +355,7 @@ def qc(
         )
         if listed:
             result = replace(result, flags=store.flagged_images(result))
-    if common.as_json:
-        output.print_json(result)
-    elif result.forecast is not None:
-        _show_forecast(result, result.forecast, "looked at")
-    elif result.run_id is None:
-        typer.echo(f"Nothing to look at: {_why_nothing(result, 'looked at')}")
-    else:
-        _show_qc(result, listed=listed)
-    _end_jobs([result], "looked at")
+    _end_jobs({"": result}, common, "looked at", show=lambda: _show_qc(result, listed=listed))
 
 
 def _show_qc(result: QcResult, *, listed: bool) -> None:

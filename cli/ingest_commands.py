@@ -13,7 +13,7 @@ from cellstore.enums import Severity
 from cellstore.errors import UserInputError
 
 from . import output
-from .options import Common, command
+from .app import Common, command
 from .output import say
 
 if TYPE_CHECKING:

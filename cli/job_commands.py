@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import output
-from .options import Common, command
+from .app import Common, command
 from .output import say
 
 if TYPE_CHECKING:

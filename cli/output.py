@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -21,8 +21,7 @@ import typer
 
 from cellstore.config import option
 from cellstore.errors import UserInputError
-from cellstore.progress import Progress
-from cellstore.settings import check_not_of_a_store
+from cellstore.settings import Progress, check_not_of_a_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,23 +76,18 @@ def print_json(value: Any) -> None:
     typer.echo(json_text(value), nl=False)
 
 
-def cell(value: Any) -> str:
-    """Return a value as one line of text without control characters."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e6 else f"{value:.6g}"
-    text = str(plain(value))
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
-def cut(value: Any, width: int) -> str:
-    """Return a value as one line of at most ``width`` characters.
+def cell(value: Any, width: int | None = None) -> str:
+    """Return a value as one line of text without control characters, of at most ``width`` of them.
 
     Names are cut in the middle, because barcodes and identifiers often differ at their end only.
     """
-    text = cell(value)
-    if len(text) <= width:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        text = f"{value:.4g}" if abs(value) < 1e6 else f"{value:.6g}"
+    else:
+        text = "".join(char if char.isprintable() else " " for char in str(plain(value)))
+    if width is None or len(text) <= width:
         return text
     end = 0 if " " in text else (width - 1) // 2
     return text[: width - 1 - end] + "…" + text[len(text) - end :]
@@ -104,14 +98,10 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def percent(share: float | None) -> str:
-    """Return a share as a percentage."""
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def interval(low: float | None, high: float | None) -> str:
-    """Return the bounds of a share as percentages."""
-    return "-" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f} %"
+def percent(*shares: float | None) -> str:
+    """Return a share as a percentage, ``17.4 %``, or an interval of shares, ``15.1 to 19.8 %``."""
+    known = [f"{100 * share:.1f}" for share in shares if share is not None]
+    return f"{' to '.join(known)} %" if len(known) == len(shares) else "-"
 
 
 def span(low: float | None, high: float | None) -> str:
@@ -165,28 +155,26 @@ def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
             typer.echo(f"{GAP * 2}and {number - SHOWN_PER_REASON} more (all with --json)")
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print aligned columns; on a terminal they are made to fit, in a pipe never."""
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(table_text(headers, rows, room), nl=False)
-
-
 # Not rich's Table, which takes 1.8 s for a thousand rows of ten columns.
-def table_text(
-    headers: Sequence[str], rows: Iterable[Sequence[Any]], room: int | None = None
-) -> str:
-    """Return aligned columns, numbers to the right, in lines of at most ``room`` characters.
+def table(
+    headers: Sequence[str], rows: Iterable[Sequence[Any]], file: BinaryIO | None = None
+) -> None:
+    """Print aligned columns, numbers to the right, or write them to a file.
 
-    Long cells are cut; where that is not enough the last columns are dropped, and named.
+    On a terminal its width is kept: long cells are cut; where that is not enough, the last columns
+    are dropped, and named.
     """
     numeric = [True] * len(headers)
     cells: list[list[str]] = []
     for row in rows:
-        numeric = [was and _is_number(value) for was, value in zip(numeric, row, strict=True)]
+        for column, value in enumerate(row):
+            number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+            numeric[column] &= number or value is None
         cells.append([cell(value) for value in row])
     widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
     shown = len(widths)
-    if room is not None:
+    if file is None and sys.stdout.isatty():
+        room = shutil.get_terminal_size().columns
         least = [min(width, MIN_COLUMN) for width in widths]
         while shown > 1 and sum(least[:shown]) + len(GAP) * (shown - 1) > room:
             shown -= 1
@@ -195,23 +183,19 @@ def table_text(
         while excess > 0 and max(widths) > MIN_COLUMN:
             widths[widths.index(max(widths))] -= 1
             excess -= 1
-    lines = [list(headers), ["-" * width for width in widths], *cells]
     text = []
-    for line in lines:
+    for line in (headers, ["-" * width for width in widths], *cells):
         pieces = [
-            f"{cut(value, width):>{width}}" if number and cells else f"{cut(value, width):<{width}}"
+            f"{cell(value, width):{'>' if number and cells else '<'}{width}}"
             for value, width, number in zip(line, widths, numeric, strict=False)
         ]
         text.append(GAP.join(pieces).rstrip())
     if shown < len(headers):
-        missing = ", ".join(cell(name) for name in headers[shown:])
-        text.append(cut(f"No room for: {missing}", room or WIDTH))
-    return "\n".join(text) + "\n"
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    return value is None or number
+        text.append(cell(f"No room for: {', '.join(map(cell, headers[shown:]))}", room))
+    if file is None:
+        typer.echo("\n".join(text))
+    else:
+        file.write("\n".join([*text, ""]).encode(errors="replace"))
 
 
 class Format(StrEnum):
@@ -285,16 +269,28 @@ def write(
     if limit is None and wanted.format is Format.TABLE:
         limit = SHOWN_ROWS
     taken = _First(answer, limit)
-    with _opened(wanted.output) as file:
+    with ExitStack() as stack:
+        file: BinaryIO = sys.stdout.buffer
+        if wanted.output is not None:
+            from cellstore.artifacts import open_atomically
+
+            file = stack.enter_context(open_atomically(wanted.output))
         match wanted.format:
             case Format.TABLE:
-                _write_table(taken, file, wanted, shown)
+                names, rows = answer.names, list(taken.rows())
+                if shown is not dict:
+                    records = [shown(dict(zip(names, row, strict=True))) for row in rows]
+                    rows = [tuple(record.values()) for record in records]
+                    names = list(shown(dict.fromkeys(names)))
+                on_screen = wanted.output is None
+                table([cell(name) for name in names], rows, None if on_screen else file)
             case Format.JSON:
                 _write_json(taken, file)
             case Format.CSV:
                 _write_csv(taken, file, for_spreadsheet=wanted.for_spreadsheet)
             case Format.PARQUET:
                 _write_parquet(taken, file)
+        file.flush()
     if wanted.output is not None:
         say(f"{count(taken.number, 'row')} written to {wanted.output}")
     if taken.more and wanted.limit is None:
@@ -304,18 +300,18 @@ def write(
         )
 
 
+@dataclass
 class _First:
-    """The first ``number`` rows of an answer; ``more``: there were others."""
+    """The first rows of an answer: ``number`` of them so far; ``more``: there are others."""
 
-    def __init__(self, answer: "Answer", limit: int | None) -> None:
-        self.answer = answer
-        self._limit = limit
-        self.number = 0
-        self.more = False
+    answer: "Answer"
+    limit: int | None
+    number: int = 0
+    more: bool = False
 
     def rows(self) -> Iterator[tuple[Any, ...]]:
         for row in self.answer.rows():
-            self.more = self.number == self._limit
+            self.more = self.number == self.limit
             if self.more:
                 return
             self.number += 1
@@ -323,7 +319,7 @@ class _First:
 
     def batches(self) -> "Iterator[pa.RecordBatch]":
         for batch in self.answer.batches():
-            left = batch.num_rows if self._limit is None else self._limit - self.number
+            left = batch.num_rows if self.limit is None else self.limit - self.number
             self.more = left < batch.num_rows
             kept = batch.slice(0, left) if self.more else batch
             self.number += kept.num_rows
@@ -331,33 +327,6 @@ class _First:
                 yield kept
             if self.more:
                 return
-
-
-@contextmanager
-def _opened(output: Path | None) -> Iterator[BinaryIO]:
-    if output is None:
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()
-        return
-    from cellstore.artifacts import open_atomically
-
-    with open_atomically(output) as file:
-        yield file
-
-
-def _write_table(
-    taken: _First,
-    file: BinaryIO,
-    wanted: AnswerOptions,
-    shown: Callable[[dict[str, Any]], dict[str, Any]],
-) -> None:
-    on_screen = wanted.output is None and sys.stdout.isatty()
-    room = shutil.get_terminal_size().columns if on_screen else None
-    names, rows = taken.answer.names, list(taken.rows())
-    if shown is not dict:
-        rows = [tuple(shown(dict(zip(names, row, strict=True))).values()) for row in rows]
-        names = list(shown(dict.fromkeys(names)))
-    file.write(table_text([cell(name) for name in names], rows, room).encode(errors="replace"))
 
 
 def _write_json(taken: _First, file: BinaryIO) -> None:
@@ -428,13 +397,6 @@ def _write_parquet(taken: _First, file: BinaryIO) -> None:
             f"Parquet cannot hold this answer: {str(error).splitlines()[0]}. Cast the column to "
             "text, or take another --format."
         ) from error
-
-
-def listener(*, quiet: bool) -> Progress:
-    """Return what shows progress: a bar on a terminal, elsewhere only what is worth a line."""
-    if quiet:
-        return Progress()
-    return Bar() if sys.stderr.isatty() else Notes()
 
 
 class Notes(Progress):

@@ -20,7 +20,7 @@ from cellstore.config import Selection
 from cellstore.errors import UnknownNameError, UserInputError
 
 from . import output
-from .options import Common, FieldOf, MeasurementOption, SegmentationOption, command
+from .app import Common, FieldOf, MeasurementOption, SegmentationOption, command
 from .output import AnswerOptions, Format, say
 
 if TYPE_CHECKING:

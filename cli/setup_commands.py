@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import output
-from .options import Common, command
-from .output import say
+from .app import Common, command
+from .output import Bar, say
 
 if TYPE_CHECKING:
     from cellstore.jobs.workspace import Workspace
@@ -93,7 +94,7 @@ def demo(
             raise typer.Exit(code)
 
     say(f"Rendering the plates into {folder}")
-    plates = render_plates(folder, seed=seed, progress=output.listener(quiet=False))
+    plates = render_plates(folder, seed=seed, progress=Bar() if sys.stderr.isatty() else None)
     for words in commands(plates):
         run(words)
     run(audit_command(plates))
@@ -131,9 +132,8 @@ def db_check(common: Common) -> None:
     """
     from cellstore.db import migrate
 
-    database = _connected(common).database
-    migrate.ensure_current(database)
-    found = migrate.differences(database)
+    with common.open(quiet=True) as store:
+        found = migrate.differences(store.workspace.database)
     for difference in found:
         typer.echo(difference)
     if found:
@@ -152,13 +152,13 @@ def db_current(common: Common) -> None:
     """
     from cellstore.db import migrate
 
-    current = migrate.current(_connected(common).database)
+    current = _connected(common).database.revision()
     output.pairs({"store": current or "none", "cellstore": migrate.HEAD})
 
 
 def _connected(common: Common) -> Workspace:
     """Open a store whatever its schema."""
-    from cellstore.jobs.workspace import connect_workspace
+    from cellstore.jobs.workspace import open_workspace
     from cellstore.settings import find_store
 
-    return connect_workspace(find_store(common.store))
+    return open_workspace(find_store(common.store), any_schema=True)

@@ -14,7 +14,7 @@ from cellstore.enums import GroupLevel
 from cellstore.errors import UserInputError
 
 from . import output
-from .options import Common, FieldOf, PresetOption, command
+from .app import Common, FieldOf, PresetOption, command
 from .output import say
 
 if TYPE_CHECKING:
@@ -387,5 +387,5 @@ def _examples(finding: Finding) -> str:
             return f"{shown}, ..."
         shown = longer
     if len(shown) > room:
-        return output.cut(shown, room)
+        return output.cell(shown, room)
     return f"{shown}, ..." if finding.count > len(finding.examples) else shown

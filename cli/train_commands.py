@@ -24,8 +24,7 @@ from cellstore.config import (
 from cellstore.errors import UserInputError
 
 from . import output
-from .image_commands import end_with_failures, list_failures
-from .options import (
+from .app import (
     Common,
     Device,
     DeviceOption,
@@ -34,11 +33,11 @@ from .options import (
     SegmentationOption,
     command,
 )
+from .image_commands import end_with_failures, list_failures
 from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.contrast import ContrastResult, ContrastRow
-    from cellstore.stages.predict import PredictResult
     from cellstore.stages.train import TrainResult
     from cellstore.stages.train_baselines import BaselineResult
 
@@ -196,7 +195,7 @@ def _say_processors(device: Device, devices: int) -> None:
     """Say that several devices are processes on a CPU, before they begin."""
     if devices == 1 or "LOCAL_RANK" in os.environ:  # set by the first process, or a launcher
         return
-    from cellstore.analysis.devices import pick_device
+    from cellstore.analysis.segmentation import pick_device
 
     if pick_device(device.value).type == "cpu":
         say(f"No GPU is used: {devices} processes share the CPU. One may be as fast.")
@@ -353,28 +352,26 @@ def predict(
     if common.as_json:
         output.print_json(result)
     else:
-        _show_predict(result)
-    end_with_failures(len(result.failures), result.done, "labelled", "the same command")
-
-
-def _show_predict(result: PredictResult) -> None:
-    if result.done == 0 and not result.failures:
-        typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
-    output.pairs(
-        {
-            "run": result.run_id,
-            "trained in run": result.train_run_id,
-            "split": result.split,
-            "images labelled": result.done,
-            "labelled before": result.earlier,
-            "without measured cells": result.waiting,
-            "cells labelled": result.cells,
-            **({"feature set": result.feature_set} if result.feature_set else {}),
-        }
-    )
-    for note in result.notes:
-        say(note)
-    list_failures(result.failures)
+        if result.done == 0 and not result.failures:
+            typer.echo(f"Nothing to do: run {result.run_id} has labelled these images already.")
+        output.pairs(
+            {
+                "run": result.run_id,
+                "trained in run": result.train_run_id,
+                "split": result.split,
+                "images labelled": result.done,
+                "labelled before": result.earlier,
+                "without measured cells": result.waiting,
+                "cells labelled": result.cells,
+                **({"feature set": result.feature_set} if result.feature_set else {}),
+            }
+        )
+        for note in result.notes:
+            say(note)
+        if result.failures:
+            list_failures(result.failures)
+    if result.failures:
+        end_with_failures(len(result.failures), result.done, "labelled", "the same command")
 
 
 @command(app, "export-model")

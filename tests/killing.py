@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from cellstore.config import IngestParams, Resources, SegmentParams
 from cellstore.enums import Stage
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.execute import JobsResult, execute
+from cellstore.jobs.lookup import images_of
 from cellstore.jobs.runs import RecipeSpec, register
-from cellstore.jobs.selection import images_of
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Cell, Image, Job, Segmentation
 from cellstore.stages.ingest.ingest import ingest
@@ -62,9 +61,8 @@ class SegmentSlowly(Segment):
 
     seconds: float = 0.0
 
-    @cached_property
-    def segmenter(self) -> SlowSegmenter:
-        return SlowSegmenter(self.seconds)
+    def load(self) -> None:
+        object.__setattr__(self, "segmenter", SlowSegmenter(self.seconds))
 
 
 def segment_slowly(

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 from cellstore.config import VoteOptions
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import CellFeatures
-from cellstore.query.relations import VIEWS, view_query
+from cellstore.query.source import VIEWS, view
 
 COUNTS = """
     SELECT run_id, image_id, label_id, sum(CASE WHEN rank = 1 THEN 1 ELSE 0 END) AS cells,
@@ -98,7 +98,7 @@ LAST = """
 
 def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     """Return the query of every view, a view after those it reads."""
-    found = {name: view_query(name, vote_options) for name in VIEWS}
+    found = {name: view(name, vote_options).query for name in VIEWS}
     binary = "" if sqlite else 'COLLATE "C"'
     placed = PLACED.format(binary=binary)
     found["vote_options"] = found["vote_options"].replace("AS DOUBLE)", "AS DOUBLE PRECISION)")

@@ -36,7 +36,7 @@ def files_of(network):
 def test_a_random_network_is_loaded_and_run(network):
     state = torch.load(network, weights_only=True)
     segmenter = load_segmenter(files_of(network), diameter=30.0, device="cpu")
-    loaded = segmenter._model.net.state_dict()["encoder.blocks.3.attn.qkv.weight"]
+    loaded = segmenter.model.net.state_dict()["encoder.blocks.3.attn.qkv.weight"]
     assert torch.equal(loaded.half(), state["encoder.blocks.3.attn.qkv.weight"])
     rng = np.random.default_rng(1)
     image = rng.random((64, 72)).astype(np.float32)

@@ -127,7 +127,7 @@ def test_training_reads_no_excluded_image_and_predicting_reads_all(workspace: Wo
         assert images_read(workspace, source) == {k: n for k, n in before.items() if k != image.id}
         assert images_read(workspace, source_of(screen, annotated=True)) == before
         with workspace.database.read() as session:
-            assert len(read_cells(session, source, image.id)) == 0
+            assert len(read_cells(session, source, image.id).cell_ids) == 0
     first = screen.factory.cells_of(screen.segmentations["B02"])[0]
     with excluded(screen.factory, Level.CELL, first.id):
         assert images_read(workspace, source)[image.id] == before[image.id] - 1

@@ -13,16 +13,17 @@ from cellstore.analysis.leaks import (
     SameCompounds,
     SplitCheck,
     leaks,
-    normalised_name,
 )
 from cellstore.enums import GroupLevel, Subset
+from cellstore.io.platemaps import normalised_name
 
 TRAIN, VALIDATION, TEST = Subset
 LEAK, WARNING, REMARK = LeakSeverity
 
 
 def member(subset: Subset, well: str, label: str, plate: str = "P1", **compound: str) -> Member:
-    return Member(subset, label, plate, well, Compound(**compound))
+    spelling = normalised_name(compound["name"]) if "name" in compound else None
+    return Member(subset, label, plate, well, Compound(**compound, spelling=spelling))
 
 
 def by_kind(check: SplitCheck) -> dict[LeakKind, Finding]:
@@ -234,10 +235,10 @@ def test_different_compounds_stay_different() -> None:
 
 def test_the_same_through_a_third_is_the_same_in_any_order() -> None:
     chain = [
-        Compound(name="a", inchikey="X"),
-        Compound(name="b", inchikey="X", smiles="C"),
-        Compound(name="c", smiles="C"),
-        Compound(name="d", smiles="D"),
+        Compound("a", inchikey="X", spelling="a"),
+        Compound("b", inchikey="X", smiles="C", spelling="b"),
+        Compound("c", smiles="C", spelling="c"),
+        Compound("d", smiles="D", spelling="d"),
     ]
     for order in (chain, chain[::-1]):
         same = SameCompounds(order)

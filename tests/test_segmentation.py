@@ -29,7 +29,6 @@ torch = pytest.importorskip("torch")
 
 from tiny_network import DIAM_MEAN, new_network, save_network  # noqa: E402
 
-from cellstore.analysis import cellpose as cellpose_module  # noqa: E402
 from cellstore.analysis.rendering import PlateDesign, render_field  # noqa: E402
 from cellstore.learn import finetuning  # noqa: E402
 
@@ -52,7 +51,7 @@ def untrained(tmp_path_factory):
 
 
 def size_model(diam_mean=17.0):
-    return cellpose_module.SizeModel(np.linspace(-1, 1, 256), np.zeros(256), 0.2, diam_mean)
+    return segmentation.SizeModel(np.linspace(-1, 1, 256), np.zeros(256), 0.2, diam_mean)
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +153,7 @@ def test_the_digest_covers_network_and_size_model(untrained, tmp_path):
     plain = hashlib.sha256(network.read_bytes()).hexdigest()
     assert alone.size_model is None
     assert alone.sha256 == plain
-    cellpose_module.save_size_model(tmp_path / "net_size.npz", size_model())
+    segmentation.save_size_model(tmp_path / "net_size.npz", size_model())
     both = find_model(str(network))
     assert both.size_model == tmp_path / "net_size.npz"
     sized = hashlib.sha256(both.size_model.read_bytes()).hexdigest()
@@ -279,7 +278,7 @@ def test_pickled_arrays_in_our_own_format_are_refused(tmp_path):
     path, trace = tmp_path / "evil_size.npz", tmp_path / "trace"
     np.savez(path, A=np.array(Trap(trace), object), smean=0, ymean=0, diam_mean=17)
     with pytest.raises(UserInputError, match="not a Cellpose size model"):
-        cellpose_module.load_size_model(path)
+        segmentation.load_size_model(path)
     assert not trace.exists()
 
 
@@ -289,7 +288,7 @@ def test_a_damaged_size_model_is_refused(tmp_path, content, suffix):
     path = tmp_path / f"broken{suffix}"
     path.write_bytes(content)
     with pytest.raises(UserInputError, match="not a Cellpose size model"):
-        cellpose_module.load_size_model(path)
+        segmentation.load_size_model(path)
 
 
 def test_without_size_model_a_diameter_is_asked_for(untrained):
@@ -330,8 +329,8 @@ def test_unusable_pixels_are_refused(untrained, image):
 
 def test_a_size_model_survives_storage(tmp_path):
     path = tmp_path / "size.npz"
-    cellpose_module.save_size_model(path, size_model())
-    loaded = cellpose_module.load_size_model(path)
+    segmentation.save_size_model(path, size_model())
+    loaded = segmentation.load_size_model(path)
     np.testing.assert_array_equal(loaded.weights, size_model().weights)
     assert (loaded.offset, loaded.diam_mean) == (0.2, 17.0)
 
@@ -346,7 +345,7 @@ def test_a_size_model_as_cellpose_writes_it_is_read(tmp_path, number):
         "diam_mean": number(30.0),
     }
     np.save(path, written, allow_pickle=True)
-    loaded = cellpose_module.load_size_model(path)
+    loaded = segmentation.load_size_model(path)
     np.testing.assert_array_equal(loaded.weights, written["A"])
     assert (loaded.offset, loaded.diam_mean) == (0.5, 30.0)
     # Cellpose: exp(A @ (style - smean) + log(diam_mean) + ymean)
@@ -357,14 +356,14 @@ def test_the_regression_recovers_a_law_it_can_express():
     rng = np.random.default_rng(0)
     styles, law = rng.normal(size=(600, 256)), rng.normal(size=256) / 30
     truth = 20 * np.exp(styles @ law)
-    fitted = cellpose_module.fit_size_model(styles, truth, diam_mean=17.0, ridge=1e-6)
+    fitted = segmentation.fit_size_model(styles, truth, diam_mean=17.0, ridge=1e-6)
     estimates = [fitted.estimate(style) for style in styles[:50]]
     np.testing.assert_allclose(estimates, truth[:50], rtol=1e-3)
 
 
 def test_an_estimate_is_never_below_the_smallest_diameter():
-    model = cellpose_module.SizeModel(np.full(256, -1.0), np.zeros(256), 0.0, 17.0)
-    assert model.estimate(np.ones(256)) == cellpose_module.SMALLEST_DIAMETER
+    model = segmentation.SizeModel(np.full(256, -1.0), np.zeros(256), 0.0, 17.0)
+    assert model.estimate(np.ones(256)) == segmentation.SMALLEST_DIAMETER
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -453,7 +452,7 @@ def test_a_picture_survives_as_a_file():
 def test_the_network_loader_is_the_one_cellpose_offers(untrained):
     from cellpose.models import CellposeModel
 
-    ours = cellpose_module.load_network(untrained, "cpu")
+    ours = segmentation.load_network(untrained, "cpu")
     theirs = CellposeModel(pretrained_model=str(untrained), device=torch.device("cpu"))
     assert ours.diam_mean == theirs.diam_mean == DIAM_MEAN
     for one, other in zip(ours.net.parameters(), theirs.net.parameters(), strict=True):

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from cellstore.analysis import segmentation
-from cellstore.analysis.segmentation import ModelFiles, find_model, load_segmenter
+from cellstore.analysis.segmentation import (
+    TILES,
+    Batches,
+    ModelFiles,
+    find_model,
+    load_segmenter,
+)
 from cellstore.errors import ImageError, UserInputError
 
 torch = pytest.importorskip("torch")
@@ -12,7 +18,6 @@ pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 
 from tiny_network import new_network, save_network  # noqa: E402
 
-from cellstore.analysis.cellpose import TILES, Batches  # noqa: E402
 from cellstore.analysis.rendering import render_nuclei  # noqa: E402
 
 
@@ -112,13 +117,13 @@ def test_images_in_one_call_are_segmented_as_each_alone(fields, diameter):
 @pytest.mark.heavy
 def test_on_a_cpu_images_go_one_by_one(fields, monkeypatch):
     segmenter = load_segmenter(find_model(), diameter=17.0, device="cpu")
-    shapes, evaluate = [], segmenter._model.eval
+    shapes, evaluate = [], segmenter.model.eval
 
     def watched(stack, **options):
         shapes.append(stack.shape)
         return evaluate(stack, **options)
 
-    monkeypatch.setattr(segmenter._model, "eval", watched)
+    monkeypatch.setattr(segmenter.model, "eval", watched)
     segmenter.segment_batch(fields[:2])
     assert shapes == [(1, 96, 112, 2), (1, 96, 112, 2)]
 
@@ -127,14 +132,14 @@ def test_on_a_cpu_images_go_one_by_one(fields, monkeypatch):
 def test_a_card_that_is_too_small_gives_the_same_cells(fields, monkeypatch):
     segmenter = load_segmenter(find_model(), diameter=17.0, device="cpu")
     expected = segmenter.segment_batch(fields[:2])
-    segmenter.batches.images, evaluate = 2, segmenter._model.eval
+    segmenter.batches.images, evaluate = 2, segmenter.model.eval
 
     def small(stack, batch_size, **options):
         if batch_size > 4:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return evaluate(stack, batch_size=batch_size, **options)
 
-    monkeypatch.setattr(segmenter._model, "eval", small)
+    monkeypatch.setattr(segmenter.model, "eval", small)
     for one, other in zip(expected, segmenter.segment_batch(fields[:2]), strict=True):
         alike(one, other)
     assert (segmenter.batches.images, segmenter.batches.tiles) == (1, 4)
@@ -168,14 +173,14 @@ def test_the_first_plane_is_that_of_the_cells(untrained, fields):
     from cellpose.transforms import convert_image
 
     cells, nuclei = fields[0], fields[1]
-    seen, evaluate = [], untrained._model.eval
+    seen, evaluate = [], untrained.model.eval
 
     def watched(stack, **options):
         seen.append(convert_image(stack, None, channel_axis=3))
         return evaluate(stack, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(untrained._model, "eval", watched)
+        patch.setattr(untrained.model, "eval", watched)
         untrained.segment(np.stack([cells, nuclei]))
     # As Cellpose makes of channels=[1, 2], "first: cytoplasm, second: nucleus".
     expected = convert_image(np.stack([cells, nuclei]), [1, 2], channel_axis=0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from cellpose.resnet_torch import CPnet
 
-from cellstore.analysis.cellpose import CHANNELS
+from cellstore.analysis.segmentation import CHANNELS
 from cellstore.learn.finetuning import half_precision
 
 DIAM_MEAN = 17.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,16 @@ _BROAD = re.compile(r"BRD-[A-Z]\d{8}(?=-|$)")
 
 @dataclass(frozen=True, slots=True)
 class Compound:
-    """What tables say of a treatment; each may be unknown."""
+    """What tables say of a treatment; each may be unknown.
+
+    Names of equal ``spelling`` are one name, written in two ways.
+    """
 
     name: str | None = None
     identifier: str | None = None
     inchikey: str | None = None
     smiles: str | None = None
+    spelling: str | None = None
 
     @property
     def structure(self) -> tuple[str, ...]:
@@ -37,16 +40,9 @@ class Compound:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Its structure and its name without spelling: with one in common they are the same."""
-        name = (f"name {normalised_name(self.name)}",) if self.name else ()
+        """Its structure and the spelling of its name: with one in common they are the same."""
+        name = (f"name {self.spelling}",) if self.spelling else ()
         return (*name, *self.structure)
-
-
-def normalised_name(name: str) -> str:
-    """``name`` without what spellings of a compound differ in: ``ME-0328`` becomes ``me0328``."""
-    folded = unicodedata.normalize("NFKC", name).casefold()
-    # A name of such signs alone would else be the same as any other of them.
-    return re.sub(r"[\s_\u002d\u2010-\u2015\u2212]", "", folded) or folded
 
 
 class SameCompounds:
@@ -314,8 +310,8 @@ def _compound_findings(
         subsets[group] |= {subset for subset, _ in uses}
         for _, label in uses:
             of_label[label].add(group)
-        if compound.name is not None:
-            by_name[normalised_name(compound.name)].add(compound)
+        if compound.spelling is not None:
+            by_name[compound.spelling].add(compound)
             for key in compound.structure:
                 by_structure[key].add(compound)
 
@@ -330,7 +326,7 @@ def _compound_findings(
     several_names = {
         key: equal
         for key, equal in by_structure.items()
-        if len({normalised_name(compound.name or "") for compound in equal}) > 1
+        if len({compound.spelling for compound in equal}) > 1
     }
     for kind, groups in ((LeakKind.SPELLING, by_name), (LeakKind.STRUCTURE, several_names)):
         by_severity: dict[LeakSeverity, list[str]] = {

@@ -25,10 +25,10 @@ class Regions:
     column. Cells are counted from 0 in the order of their object numbers.
 
     ``object_numbers`` (N,): the values of the cells in the masks. ``numbered`` (H, W): the masks,
-    with 1 to N in place of these values. ``areas`` (N,): pixels. ``min_row``, ``min_col``,
-    ``max_row``, ``max_col`` (N,): the bounding boxes, half open. ``centroid_row``,
-    ``centroid_col`` (N,). ``boundary`` (H, W): whether a pixel has another value than the pixel
-    above it, below it, left or right of it; the rim of the image is no boundary.
+    with 1 to N in place of these values; uint16, or uint32 above 65,535 cells. ``areas`` (N,):
+    pixels. ``min_row``, ``min_col``, ``max_row``, ``max_col`` (N,): the bounding boxes, half open.
+    ``centroid_row``, ``centroid_col`` (N,). ``boundary`` (H, W): whether a pixel has another value
+    than the pixel above it, below it, left or right of it; the rim of the image is no boundary.
 
     ``rows``, ``cols`` (of the first pixel), ``lengths`` and ``cells`` (R,) of the runs; ``first``
     (N,): the first run of each cell. ``segments`` (S,): where a stretch of equal values begins in
@@ -83,9 +83,10 @@ def find_regions(masks: NDArray[Any]) -> Regions:
     object_numbers = values[first].astype(np.int64)
     cells = np.repeat(np.arange(len(first)), np.diff(first, append=len(rows)))
     if len(first) and object_numbers[-1] != len(first):
-        numbers = np.zeros(len(segments), np.uint16 if len(first) <= _NARROW else np.uint32)
+        numbers = np.zeros(len(segments), np.uint32)
         numbers[run_segments] = cells + 1
         masks = np.repeat(numbers, spans).reshape(masks.shape)
+    masks = masks.astype(np.uint16 if len(first) <= _NARROW else np.uint32, copy=False)
     boundary = np.zeros(masks.shape, dtype=bool)
     boundary[:, 1:] = begins[:, 1:]
     boundary[:, :-1] |= begins[:, 1:]

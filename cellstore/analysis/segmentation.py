@@ -1,29 +1,35 @@
-"""Cells of an image: which networks there are, where their files lie, and what they return.
+"""Cells of an image: the networks there are, where their files lie, and Cellpose itself.
 
-This module is light: the network itself is loaded by :func:`load_segmenter`, which needs the
-extra ``segment`` (Cellpose 3) or ``segment-sam`` (Cellpose 4): one Python holds one of them, and
-what is installed decides. Another engine joins by offering the :class:`Segmenter` protocol.
+Needs the extra ``segment`` (Cellpose 3) or ``segment-sam`` (Cellpose 4): one Python holds one of
+them, and what is installed decides. The module itself is light: torch and Cellpose are imported by
+what runs a network.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import pickle
 import shutil
 import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from ..errors import MissingExtraError, UnknownNameError, UserInputError
+from ..errors import ImageError, UnknownNameError, UserInputError
+from .regions import find_regions
 
 if TYPE_CHECKING:
+    import torch
+    from cellpose.models import CellposeModel
     from numpy.typing import NDArray
 
 
@@ -64,7 +70,26 @@ EXTRAS = {3: "segment", 4: "segment-sam"}
 
 FLOW_THRESHOLD = 0.7
 CELLPROB_THRESHOLD = -5.0
+
+CHANNELS = [2, 32, 64, 128, 256]
+"""Width of each level of the standard network of Cellpose 3; the first is its input planes."""
+
+NATIVE_DIAMETER = 30.0
+"""Pixels; at this diameter Cellpose 4 leaves an image at its own scale, which is its default."""
+
+SMALLEST_DIAMETER = 5.0
+"""Pixels; Cellpose's own lower bound of an estimate."""
+
+IMAGES_PER_CALL = 8
+"""On a GPU. On a CPU images go one by one: more would only take more memory."""
+
+TILES = 8
+"""Tiles of an image that the network sees at once: Cellpose's own ``batch_size``."""
+
 _DOWNLOAD_TIMEOUT = 30.0
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -92,42 +117,14 @@ class ModelFiles:
     """A network on disk. ``size_model`` estimates the diameter, where there is one.
 
     ``sha256`` is that of the network file, or, with a size model, of the two hex digests
-    written one after the other.
+    written one after the other. ``run_id``: the finetune run of this store that made it, if any.
     """
 
     name: str
     network: Path
     size_model: Path | None
     sha256: str
-
-
-class Segmenter(Protocol):
-    """Anything that finds cells in images of one or two grey planes.
-
-    An image is (H, W) float32 of any intensity scale, or (2, H, W): the plane of the cells
-    (cytoplasm) and that of their nuclei.
-    """
-
-    def segment(self, image: NDArray[np.float32]) -> SegmentationResult:
-        """Find the cells of ``image``.
-
-        Raises ImageError for pixels that are not one or two finite planes.
-        """
-
-    def segment_batch(
-        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
-    ) -> list[SegmentationResult]:
-        """Find the cells of each image; on a GPU, several share a call of the network.
-
-        ``diameters``: of the cells of each image, in pixels, instead of the segmenter's own.
-        A call that runs out of GPU memory is made again with fewer images. Raises ImageError for
-        pixels that cannot be used and for an image that does not fit even alone.
-        """
-
-
-def model_names() -> list[str]:
-    """Every name that :func:`find_model` knows, the default first."""
-    return [DEFAULT_MODEL, *PUBLISHED_MODELS]
+    run_id: int | None = None
 
 
 def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> ModelFiles:
@@ -153,24 +150,28 @@ def find_model(model: str = DEFAULT_MODEL, weights_dir: Path | None = None) -> M
                 f"here. Use --model {usable}, or install cellstore in an environment of its own "
                 f"with: pip install 'cellstore[{EXTRAS[wanted]}]'"
             )
+    if published is not None:
+        folder = weights_dir or cellpose_folder()
+        paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
+        return describe(model, paths[0], paths[1] if len(paths) > 1 else None)
     if model == DEFAULT_MODEL:
+        name = DEFAULT_MODEL
         folder = weights_dir or Path(str(resources.files("cellstore.weights")))
         network = folder / f"{DEFAULT_MODEL}.pt"
         if not network.is_file():
             raise UserInputError(
                 f"The network {network.name} is missing from {folder}. Install cellstore again."
             )
-        return describe(DEFAULT_MODEL, network, _size_model_beside(network))
-    if published is not None:
-        folder = weights_dir or cellpose_folder()
-        paths = [_fetched(f"{published.source}/{file}", folder / file) for file in published.files]
-        return describe(model, paths[0], paths[1] if len(paths) > 1 else None)
-    path = Path(model).expanduser()
-    if path.is_file():
-        return describe(str(path), path, _size_model_beside(path))
-    if path.name != model or path.exists():
-        raise UserInputError(f"There is no network file at {model}. Check the path.")
-    raise UnknownNameError.of("model", model, model_names())
+    else:
+        network = Path(model).expanduser()
+        name = str(network)
+        if not network.is_file():
+            if network.name != model or network.exists():
+                raise UserInputError(f"There is no network file at {model}. Check the path.")
+            raise UnknownNameError.of("model", model, [DEFAULT_MODEL, *PUBLISHED_MODELS])
+    stems = (str(network), str(network.with_suffix("")))
+    beside = [Path(f"{stem}_size{suffix}") for stem in stems for suffix in (".npz", ".npy")]
+    return describe(name, network, next((path for path in beside if path.is_file()), None))
 
 
 def installed_generation() -> int | None:
@@ -185,42 +186,6 @@ def cellpose_folder() -> Path:
     """Where Cellpose keeps its networks: ``CELLPOSE_LOCAL_MODELS_PATH`` or its default."""
     chosen = os.environ.get("CELLPOSE_LOCAL_MODELS_PATH")
     return Path(chosen) if chosen else Path.home() / ".cellpose" / "models"
-
-
-def load_segmenter(
-    files: ModelFiles,
-    *,
-    flow_threshold: float = FLOW_THRESHOLD,
-    cellprob_threshold: float = CELLPROB_THRESHOLD,
-    diameter: float | None = None,
-    device: str = "auto",
-    sizes_given: bool = False,
-) -> Segmenter:
-    """Load a network and return what segments grey images with it.
-
-    The default thresholds are those of the published A549 study (DESIGN section 2), not
-    Cellpose's (0.4 and 0.0). ``diameter`` in pixels; ``None`` estimates it per image with the
-    size model, unless ``sizes_given``: every image will come with its own. ``device`` is ``auto``,
-    ``cpu`` or ``cuda``.
-
-    Raises MissingExtraError without Cellpose, UserInputError for a file that is no network of the
-    installed Cellpose, for a missing size model, or for parameters out of range.
-    """
-    generation = installed_generation() or 3
-    limits = (flow_threshold, cellprob_threshold)
-    try:
-        from .cellpose import CellposeSegmenter
-
-        return CellposeSegmenter(files, *limits, diameter, device, sizes_given)
-    except ModuleNotFoundError as error:
-        extra = EXTRAS.get(generation, EXTRAS[3])
-        raise MissingExtraError.of(error.name or "cellpose", extra) from error
-
-
-def _size_model_beside(network: Path) -> Path | None:
-    stems = (str(network), str(network.with_suffix("")))
-    names = [f"{stem}_size{suffix}" for stem in stems for suffix in (".npz", ".npy")]
-    return next((Path(name) for name in names if Path(name).is_file()), None)
 
 
 def describe(name: str, network: Path, size_model: Path | None) -> ModelFiles:
@@ -261,3 +226,403 @@ def _fetched(url: str, target: Path) -> Path:
             f"and put it at {target}, or use --model {DEFAULT_MODEL}, which needs no download."
         ) from error
     return target
+
+
+def load_segmenter(
+    files: ModelFiles,
+    *,
+    flow_threshold: float = FLOW_THRESHOLD,
+    cellprob_threshold: float = CELLPROB_THRESHOLD,
+    diameter: float | None = None,
+    device: str = "auto",
+    sizes_given: bool = False,
+) -> CellposeSegmenter:
+    """Load a network and return what segments grey images with it.
+
+    The default thresholds are those of the published A549 study (DESIGN section 2), not
+    Cellpose's (0.4 and 0.0). ``diameter`` in pixels; ``None`` estimates it per image with the
+    size model, unless ``sizes_given``: every image will come with its own. ``device`` is ``auto``,
+    ``cpu`` or ``cuda``.
+
+    Raises UserInputError for a file that is no network of the installed Cellpose, for a missing
+    size model, or for parameters out of range.
+    """
+    if diameter is not None and not (np.isfinite(diameter) and diameter > 0):
+        raise UserInputError(f"The diameter must be above 0 pixels, not {diameter}.")
+    planes, size_model = CHANNELS[0], None
+    if installed_generation() == 4:
+        planes, diameter = 1, diameter or NATIVE_DIAMETER
+    elif diameter is None and files.size_model is not None:
+        size_model = load_size_model(files.size_model)
+    elif diameter is None and not sizes_given:
+        raise UserInputError(
+            f"The network {files.name} has no size model, so the cell diameter cannot be "
+            "estimated. Give it in pixels with --diameter, or put "
+            f"{files.network.name}_size.npz beside the network."
+        )
+    model = load_network(files.network, device)
+    return CellposeSegmenter(
+        model=model,
+        planes=planes,
+        diameter=diameter,
+        size_model=size_model,
+        thresholds={
+            "flow_threshold": float(flow_threshold),
+            "cellprob_threshold": float(cellprob_threshold),
+        },
+        batches=Batches(IMAGES_PER_CALL if model.device.type == "cuda" else 1),
+    )
+
+
+@dataclass
+class CellposeSegmenter:
+    """A Cellpose network with the thresholds it is used at. Same input, same output on a CPU.
+
+    Several images of one size go through the network together where they are scaled alike: with
+    a fixed diameter, and for the first look at an estimated one. Cellpose 4 takes cells of any
+    size: without a diameter nothing is scaled.
+    """
+
+    model: CellposeModel
+    planes: int
+    diameter: float | None
+    size_model: SizeModel | None
+    thresholds: dict[str, float]
+    batches: Batches
+
+    def segment(self, image: NDArray[np.float32]) -> SegmentationResult:
+        """Find the cells of one image; see :meth:`segment_batch`."""
+        return self.segment_batch([image])[0]
+
+    def segment_batch(
+        self, images: Sequence[NDArray[np.float32]], diameters: Sequence[float] | None = None
+    ) -> list[SegmentationResult]:
+        """Find the cells of each image; on a GPU, several share a call of the network.
+
+        An image is (H, W) float32 of any intensity scale, or (2, H, W): the plane of the cells
+        (cytoplasm) and that of their nuclei. ``diameters``: of the cells of each image, in
+        pixels, instead of the segmenter's own.
+
+        Raises:
+            ImageError: pixels that are not one or two finite planes, or an image that does not
+                fit into the memory of the GPU even alone.
+        """
+        planes = [input_planes(image, self.planes) for image in images]
+        given: Sequence[float | None] = diameters or [None] * len(planes)
+        items = list(zip(planes, given, strict=True))
+        return [
+            result
+            for _, alike in groupby(items, key=lambda item: item[0].shape)
+            for result in self.batches.run(list(alike), self._segment_alike)
+        ]
+
+    def _segment_alike(
+        self, items: Sequence[tuple[NDArray[np.float32], float | None]], tiles: int
+    ) -> list[SegmentationResult]:
+        from cellpose.plot import dx_to_circ
+
+        stack = np.stack([planes for planes, _ in items])
+        given = [diameter for _, diameter in items if diameter is not None]
+        diameters = given or self._diameters(stack, tiles)
+        # Images that are scaled alike go through the network together, others one by one.
+        alike = len(set(diameters)) == 1
+        results = []
+        for part, diameter in zip([stack] if alike else stack[:, None], diameters, strict=False):
+            count, shape = len(part), part.shape[1:3]
+            masks, (colours, flow, logit), _ = self.model.eval(
+                part,
+                channel_axis=3,
+                diameter=diameter,
+                batch_size=tiles * count,
+                **self.thresholds,
+            )
+            masks, logit = masks.reshape(count, *shape), logit.reshape(count, *shape)
+            flow = flow.reshape(2, count, *shape)
+            for index in range(count):
+                # Cellpose scales the colours of a stack as one picture; alone each has its own
+                # scale.
+                rgb = colours.reshape(*shape, 3) if count == 1 else dx_to_circ(flow[:, index])
+                bounded = np.clip(logit[index].astype(np.float64), -60, 60)
+                probability = np.rint(255 * (1.0 / (1.0 + np.exp(-bounded)))).astype(np.uint8)
+                flows = np.concatenate([rgb, probability[..., None]], axis=-1, dtype=np.uint8)
+                results.append(
+                    SegmentationResult(find_regions(masks[index]).numbered, flows, diameter)
+                )
+        return results
+
+    def _diameters(self, stack: NDArray[np.float32], tiles: int) -> list[float]:
+        """Return the cell diameter in pixels of each image of ``stack`` (n, H, W, planes).
+
+        The given one, or Cellpose's two steps: by the style vector, then by the cells found so.
+        """
+        if self.diameter is not None:
+            return [self.diameter] * len(stack)
+        if self.size_model is None:
+            raise UserInputError("This network has no size model. Give the diameter in pixels.")
+        from cellpose.utils import diameters as cellpose_diameters
+
+        styles = self.model.eval(
+            stack,
+            channel_axis=3,
+            resample=False,
+            compute_masks=False,
+            batch_size=tiles * len(stack),
+        )[-1].reshape(len(stack), -1)
+        found = []
+        for plane, style in zip(stack, styles, strict=True):
+            masks = self.model.eval(
+                plane[None],
+                channel_axis=3,
+                diameter=self.size_model.estimate(np.asarray(style)),
+                resample=False,
+                interp=False,
+                batch_size=tiles,
+            )[0]
+            measured = float(cellpose_diameters(masks)[0]) if masks.any() else 0.0
+            found.append(measured or self.size_model.diam_mean)
+        return found
+
+
+@dataclass
+class Batches:
+    """Calls a network with as many images as fit into the memory of its device.
+
+    ``images`` and ``tiles`` (per image) are what a call gets at most. A call that runs out of GPU
+    memory is made again with half the images, and, at one image, with half the tiles; the sizes
+    that then work are kept, so that a small card is found out once.
+    """
+
+    images: int
+    tiles: int = TILES
+
+    def run(self, items: Sequence[T], call: Callable[[Sequence[T], int], list[R]]) -> list[R]:
+        """Return what ``call(some items, tiles)`` makes of all items, in their order.
+
+        Raises:
+            ImageError: an item does not fit even alone and tile by tile. The sizes stay as
+                they were: it is the image that is too large, not the batch.
+        """
+        import torch
+
+        made: list[R] = []
+        while len(made) < len(items):
+            left = items[len(made) : len(made) + self.images]
+            images, tiles, results = len(left), self.tiles, None
+            while results is None:
+                try:
+                    results = call(left[:images], tiles)
+                except torch.cuda.OutOfMemoryError as error:
+                    if images == tiles == 1:
+                        raise ImageError(
+                            "The image does not fit into the memory of the GPU, even alone. "
+                            "Segment it with --device cpu."
+                        ) from error
+                    torch.cuda.empty_cache()
+                    images, tiles = (images // 2, tiles) if images > 1 else (1, tiles // 2)
+            self.tiles = tiles
+            if images < len(left):
+                self.images = images
+            made += results
+        return made
+
+
+def input_planes(image: NDArray[np.float32], planes: int) -> NDArray[np.float32]:
+    """``image``, (H, W) or (2, H, W), as (H, W, 1 or 2), float32, finite.
+
+    Planes of zeros follow its own, up to ``planes`` of them.
+
+    Raises:
+        ImageError: it is something else.
+    """
+    given = np.asarray(image, dtype=np.float32)
+    stacked = given[None] if given.ndim == 2 else given
+    if stacked.ndim != 3 or len(stacked) > 2 or min(stacked.shape[1:]) < 2:
+        raise ImageError(f"Segmentation needs one or two grey planes, not {given.shape} values.")
+    if given.ndim == 3 and len(given) != 2:
+        raise ImageError(f"Two planes are (2, H, W), not {given.shape}.")
+    if not np.isfinite(given).all():
+        raise ImageError("The image holds values that are not finite numbers.")
+    padding = [(0, 0), (0, 0), (0, max(0, planes - len(stacked)))]
+    return np.pad(np.moveaxis(stacked, 0, -1), padding)
+
+
+def load_network(path: Path, device: str = "auto") -> CellposeModel:
+    """Return the network in ``path`` on ``device`` (``auto``, ``cpu``, ``cuda``).
+
+    Raises UserInputError if the file is no network of the installed generation of Cellpose: the
+    standard one of Cellpose 3, or Cellpose-SAM.
+    """
+    import torch
+    from cellpose.models import CellposeModel
+
+    # Without a handler Python prints Cellpose's warnings ("no mask pixels found") on stderr.
+    logging.getLogger("cellpose").addHandler(logging.NullHandler())
+    # The default, chosen outright: torch warns on every first use by Cellpose while it is unchosen.
+    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
+    try:  # no code in the file is run
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserInputError(
+            f"{path} cannot be read as a network: the file is damaged, or it is something else."
+        ) from error
+    if not isinstance(state, dict):
+        raise UserInputError(f"{path} holds no network weights. Choose another file.")
+    # Names and shapes first: Cellpose loads whatever matches, and a foreign file in part.
+    names = {name.removeprefix("module.") for name in state}
+    if installed_generation() == 4:
+        if "W2" not in names:
+            raise UserInputError(
+                f"{path} is not a Cellpose 4 network, and Cellpose 4 is installed. Choose another "
+                "network, such as cpsam; Cellpose 3 networks run where cellstore is installed "
+                "with: pip install 'cellstore[segment]'"
+            )
+        if "encoder.patch_embed.proj.weight" not in names or "encoder.cls_token" in names:
+            raise UserInputError(f"{path} is not a Cellpose-SAM network. Choose one such as cpsam.")
+    else:
+        from cellpose.resnet_torch import CPnet  # not in Cellpose 4
+
+        if "W2" in names:
+            raise UserInputError(
+                f"{path} is a Cellpose 4 network, and Cellpose 3 is installed. Choose another "
+                "network, or use it where cellstore is installed with: "
+                "pip install 'cellstore[segment-sam]'"
+            )
+        expected = CPnet(list(CHANNELS), 3, sz=3).state_dict()
+        # Networks of before Cellpose 2 do not hold their diameters.
+        wanted = {k: v.shape for k, v in expected.items() if not k.startswith("diam_")}
+        found = {k: getattr(v, "shape", None) for k, v in state.items() if k in wanted}
+        if found != wanted:
+            raise UserInputError(
+                f"{path} is not a standard Cellpose 3 network with two input planes. "
+                "Choose another file, or a name such as cellstore-nuclei."
+            )
+    chosen = pick_device(device)
+    on_gpu = chosen.type != "cpu"
+    # Cellpose 4: few CPUs have arithmetic for half precision; the others would be slower with it.
+    # Cellpose 3 without mkldnn: plain torch uses oneDNN by itself, and does not convert the
+    # network in each call.
+    options = {"use_bfloat16": on_gpu} if installed_generation() == 4 else {"mkldnn": False}
+    return CellposeModel(pretrained_model=str(path), device=chosen, gpu=on_gpu, **options)
+
+
+def pick_device(device: str) -> torch.device:
+    """Return the processor that networks run on; ``auto`` is CUDA where there is one.
+
+    Raises UserInputError for one that is not there.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda" if available else "cpu")
+    if device not in {"cpu", "cuda"}:
+        raise UserInputError(f"Unknown device {device!r}. Use auto, cpu or cuda.")
+    if device == "cuda" and not available:
+        raise UserInputError("This machine has no usable CUDA device. Use cpu or auto.")
+    return torch.device(device)
+
+
+@dataclass(frozen=True)
+class SizeModel:
+    """``log(diameter / diam_mean) = weights @ (style - style_mean) + offset``.
+
+    ``weights`` and ``style_mean``: (256,) float64. ``diam_mean``: pixels.
+    """
+
+    weights: NDArray[np.float64]
+    style_mean: NDArray[np.float64]
+    offset: float
+    diam_mean: float
+
+    def estimate(self, style: NDArray[np.floating[Any]]) -> float:
+        """Diameter in pixels for a style vector (256,)."""
+        logarithm = float(self.weights @ (style.astype(np.float64) - self.style_mean))
+        diameter = float(np.exp(logarithm + self.offset)) * self.diam_mean
+        return max(SMALLEST_DIAMETER, diameter) if np.isfinite(diameter) else self.diam_mean
+
+
+def fit_size_model(
+    styles: NDArray[np.floating[Any]],
+    diameters: NDArray[np.floating[Any]],
+    diam_mean: float,
+    ridge: float = 1.0,
+) -> SizeModel:
+    """Ridge regression of log diameter on ``styles`` (n, 256); ``diameters`` (n,) in pixels."""
+    style_mean = styles.mean(axis=0, dtype=np.float64)
+    target = np.log(diameters.astype(np.float64) / diam_mean)
+    centred = styles.astype(np.float64) - style_mean
+    normal = centred.T @ centred + ridge * np.eye(centred.shape[1])
+    weights = np.linalg.solve(normal, centred.T @ (target - target.mean()))
+    return SizeModel(weights, style_mean, float(target.mean()), diam_mean)
+
+
+def save_size_model(path: Path | BinaryIO, model: SizeModel) -> None:
+    """Write ``model`` as an ``.npz`` of plain arrays, under the names Cellpose uses.
+
+    ``path`` may be an open file.
+    """
+    np.savez(
+        path,
+        A=model.weights,
+        smean=model.style_mean,
+        ymean=np.float64(model.offset),
+        diam_mean=np.float64(model.diam_mean),
+    )
+
+
+def load_size_model(path: Path) -> SizeModel:
+    """Read an ``.npz`` of ours or an ``.npy`` of Cellpose.
+
+    Raises UserInputError if the file is not a size model, or holds anything but numbers.
+    """
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".npz":
+                with np.load(file, allow_pickle=False) as arrays:
+                    values = {name: arrays[name] for name in ("A", "smean", "ymean", "diam_mean")}
+            else:  # a dictionary inside a 0-dimensional array of objects
+                if np.lib.format.read_magic(file) == (1, 0):  # type: ignore[no-untyped-call]
+                    np.lib.format.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
+                else:
+                    np.lib.format.read_array_header_2_0(file)  # type: ignore[no-untyped-call]
+                values = _NumbersOnly(file).load().item()
+        weights = np.asarray(values["A"], np.float64).ravel()
+        style_mean = np.asarray(values["smean"], np.float64).ravel()
+        offset, diam_mean = float(values["ymean"]), float(values["diam_mean"])
+        finite = np.isfinite(weights).all() and np.isfinite(style_mean).all()
+        if weights.shape != style_mean.shape or not finite or not diam_mean > 0:
+            raise ValueError("its arrays do not fit together")
+    except Exception as error:  # a damaged file leads numpy and pickle to errors of many kinds
+        raise UserInputError(
+            f"{path} is not a Cellpose size model ({error}). Train one with the network, "
+            "or remove the file and give the diameter."
+        ) from error
+    return SizeModel(weights, style_mean, offset, diam_mean)
+
+
+class _NumbersOnly(pickle.Unpickler):
+    """Rebuilds numpy arrays, numpy numbers and plain containers; refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        match module.replace("numpy._core", "numpy.core"), name:
+            case "numpy.core.multiarray", "_reconstruct":
+                return _empty_array
+            case "numpy.core.multiarray", "scalar":
+                return _numpy_scalar
+            case "numpy", "ndarray":
+                return np.ndarray
+            case "numpy", "dtype":
+                return np.dtype
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not a number")
+
+
+def _empty_array(kind: object, shape: tuple[int, ...], _code: object) -> NDArray[Any]:
+    if kind is not np.ndarray or shape != (0,):
+        raise pickle.UnpicklingError("unexpected array type")
+    return np.ndarray((0,), np.int8)
+
+
+def _numpy_scalar(dtype: np.dtype[Any], data: bytes = b"") -> Any:
+    if dtype.hasobject or len(data) != dtype.itemsize:
+        raise pickle.UnpicklingError("unexpected scalar")
+    return np.frombuffer(data, dtype)[0]

@@ -7,9 +7,9 @@ imported where they are needed.
 from __future__ import annotations
 
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, inspect
 
 from ..errors import SchemaError
 from .session import Database, _translated
@@ -23,17 +23,6 @@ HEAD = "0010"
 BEFORE_THE_FIRST = ("0001", "0002", "0003", "0004", "0005", "0006")
 """Revisions from before the first release; their tables cannot be brought over. No new one takes
 such a number: a store keeps the number, not the tables it stood for."""
-
-VERSION_TABLE = "alembic_version"
-
-
-def current(database: Database) -> str | None:
-    """Return the revision of the store, ``None`` if the database has none."""
-    with _translated(database), database.engine.connect() as connection:
-        if not inspect(connection).has_table(VERSION_TABLE):
-            return None
-        found = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))  # noqa: S608
-        return None if found is None else str(found)
 
 
 def upgrade(database: Database, revision: str = "head") -> None:
@@ -74,17 +63,14 @@ def differences(database: Database) -> list[str]:
         return [str(change) for change in compare_metadata(context, METADATA)]
 
 
-def ensure_current(database: Database) -> None:
+def refuse(database: Database) -> NoReturn:
     """Refuse a store whose schema is not the one of this library.
 
     Raises:
         SchemaError: with the command that mends it.
-
     """
-    found = current(database)
-    if found == HEAD:
-        return
     _refuse_unknown(database)
+    found = database.revision()
     if found is None:
         raise SchemaError(
             f"The database {database.shown} holds no store. Make one with: cellstore init"
@@ -97,7 +83,7 @@ def ensure_current(database: Database) -> None:
 
 def _refuse_unknown(database: Database) -> None:
     tables = _tables(database)  # first: another process may make tables and mark just now
-    found = current(database)
+    found = database.revision()
     if found is None and tables:
         raise SchemaError(
             f"The database {database.shown} has tables ({', '.join(tables[:3])}, ...) but no mark "

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Engine, ExceptionContext, create_engine, event, make_url
+from sqlalchemy import (
+    URL,
+    Engine,
+    ExceptionContext,
+    column,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    select,
+    table,
+)
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -30,6 +41,7 @@ UNWRITABLE = re.compile(
 )
 CONFLICTS = ("40001", "40P01")  # PostgreSQL: serialization failure, deadlock
 DAMAGES_SHOWN = 20
+VERSION_TABLE = "alembic_version"
 SQLITE_CACHE_KIB = 16_384  # of each connection; more makes no ingest faster, only trainings larger
 # libpq also takes secrets as parameters: password, passfile, sslpassword, scram_client_key, ...
 SECRET_PARAMETER = re.compile(r"pass|pwd|secret|scram_\w+_key", re.IGNORECASE)
@@ -63,6 +75,15 @@ class Database:
         """Yield a session for reading; nothing is committed."""
         with _translated(self), Session(self.engine) as session:
             yield session
+
+    def revision(self) -> str | None:
+        """Return the revision of the schema; ``None``: the database has none."""
+        with _translated(self), self.engine.connect() as connection:
+            if not inspect(connection).has_table(VERSION_TABLE):
+                return None
+            return connection.scalar(
+                select(column("version_num")).select_from(table(VERSION_TABLE))
+            )
 
     def damage(self, *, quick: bool) -> list[str]:
         """Return what is broken in the file of an embedded database, a sentence each.

@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from ..enums import PerturbationKind, Severity
+from ..enums import Severity
 from ..errors import BadTableError, UserInputError
 from .filenames import (
     PLANE_COLUMNS,
@@ -299,10 +299,6 @@ def _record(
     if site is None:
         raise RowRefusedError("no site", "neither Metadata_Site nor a file name with a field")
     core = names.core if well == names.well else None
-    treatment = treatment_of(texts)
-    kind = texts.get("Metadata_pert_type", "").lower()
-    if treatment is not None and kind in list(PerturbationKind):  # pycytominer names it there
-        treatment = replace(treatment, kind=PerturbationKind(kind))
     others = {name for name in texts if name.startswith(METADATA) and name not in _KNOWN}
     return ImageRecord(
         line=line,
@@ -315,7 +311,7 @@ def _record(
         time_point=1 if time_point is None else time_point,
         core_name=texts.get(_CORE_NAME, core),
         files=tuple(files.values()),
-        treatment=treatment,
+        treatment=treatment_of(texts),
         metadata={name.removeprefix(METADATA): texts[name] for name in sorted(others)} or None,
     )
 

@@ -130,7 +130,7 @@ def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.gener
                 except Exception as error:  # imagecodecs has a class of its own for each codec
                     raise ImageError(_unreadable(name)) from error
             else:
-                array = tiff_pixels(name, stream, page)
+                array = decode_tiff(stream, name, page)
     except CellstoreError:
         raise
     except (OSError, ValueError) as error:
@@ -205,12 +205,23 @@ def _read_header(
     return height, width, str(dtype), pixel_size
 
 
-def tiff_pixels(name: str, stream: BinaryIO, page: int | None = None) -> NDArray[np.generic]:
-    """Return the pixels (H, W) or (H, W, C) of a page of a TIFF.
+def decode_tiff(
+    source: bytes | Path | BinaryIO, name: str = "The image", page: int | None = None
+) -> NDArray[np.generic]:
+    """Return the pixels (H, W) or (H, W, C) of a page of a TIFF, for example a label image.
+
+    ``name`` is what messages call it, unless ``source`` is a path.
 
     Raises:
-        ImageError: no TIFF, cut off, no such page, or several pages and none is asked for.
+        ImageError: missing, no TIFF, cut off, no such page, or several pages and none is asked for.
     """
+    if isinstance(source, Path):
+        try:
+            with source.open("rb") as opened:
+                return decode_tiff(opened, str(source), page)
+        except OSError as error:
+            raise ImageError(_closed(str(source), error)) from error
+    stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with tifffile.TiffFile(stream) as tiff:
             found = _find_page(name, tiff, page)
@@ -337,7 +348,7 @@ def read_stack(path: Path) -> Stack | None:
     except ImageError:
         raise
     except OSError as error:
-        raise ImageError(f"{path} cannot be opened ({error.strerror}).") from error
+        raise ImageError(_closed(str(path), error)) from error
     except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
         raise ImageError(_unreadable(str(path))) from error
 
@@ -531,21 +542,6 @@ def encode_tiff(array: NDArray[np.generic]) -> bytes:
     return buffer.getvalue()
 
 
-def decode_tiff(source: bytes | Path) -> NDArray[np.generic]:
-    """Return the array (H, W) or (H, W, C) of a TIFF: a label image or a flow image.
-
-    Raises:
-        ImageError: missing, truncated or not a TIFF.
-    """
-    if isinstance(source, bytes):
-        return tiff_pixels("The image", io.BytesIO(source))
-    try:
-        with source.open("rb") as stream:
-            return tiff_pixels(str(source), stream)
-    except OSError as error:
-        raise ImageError(f"{source} cannot be opened ({error.strerror}).") from error
-
-
 class ImageFolder:
     """The image files below a folder, found by name. One scan, on construction.
 
@@ -575,7 +571,13 @@ class ImageFolder:
         file, page = split_page(name)
         paths = self._by_name.get(file.lower(), [])
         if plate and len(paths) > 1:
-            paths = [path for path in paths if self._is_of_plate(path, plate)] or paths
+            # A parent is called like the plate, or 'BR00117035__2021-05-02T...'.
+            parents = [(path, path.relative_to(self.folder).parts[:-1]) for path in paths]
+            paths = [
+                path
+                for path, parts in parents
+                if any(part == plate or part.startswith(plate + "__") for part in parts)
+            ] or paths
         if len(paths) > 1:
             some = ", ".join(str(path.relative_to(self.folder)) for path in paths[:3])
             raise ImageError(
@@ -594,11 +596,6 @@ class ImageFolder:
         """
         tried = (self.find(core_name + suffix, plate) for suffix in sorted(SUFFIXES))
         return next((path for path in tried if path), None)
-
-    def _is_of_plate(self, path: Path, plate: str) -> bool:
-        """Whether a parent is called 'BR00117035' or 'BR00117035__2021-05-02T...'."""
-        parents = path.relative_to(self.folder).parts[:-1]
-        return any(part == plate or part.startswith(plate + "__") for part in parents)
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Path]:

@@ -8,6 +8,7 @@ its plates, its CRISPR reagents and its controls.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -57,6 +58,55 @@ class TreatmentRecord:
     smiles: str | None = None
     pubchem_cid: str | None = None
 
+    @classmethod
+    def of(
+        cls,
+        kind: PerturbationKind,
+        name: str,
+        identifier: str | None = None,
+        targets: str | None = None,
+        role: str | None = None,
+        *chemistry: str | None,
+    ) -> TreatmentRecord:
+        """Return a treatment as tables write it.
+
+        ``role`` is JUMP's ``control_type``: 'poscon_cp', 'poscon_diverse' and 'poscon_orf' are
+        positive controls; DMSO is always a negative control. ``chemistry``: InChIKey, SMILES and
+        PubChem number.
+
+        Raises:
+            RowRefusedError: a text is too long for a database.
+        """
+        text, control = (role or "").lower(), None
+        if name.upper() == DMSO or text.startswith(("negcon", "negative")):
+            control = Control.NEGATIVE
+        elif text.startswith(("poscon", "positive")):
+            control = Control.POSITIVE
+        made = cls(kind, name, target_of(targets), control, identifier, *chemistry)
+        keys = ("pert_iname", "identifier", "inchikey", "pubchem_cid")
+        long = [key for key in keys if len(getattr(made, key) or "") > LONGEST]
+        if long:
+            detail = f"{' and '.join(long)} of more than {LONGEST} characters"
+            raise RowRefusedError(LONG_NAME, detail)
+        return made
+
+
+def target_of(text: str | None) -> str | None:
+    """Return a target; several, separated by ``|``, become each one once, sorted, with ``|``.
+
+    'KCNK1' stays as it is, 'HDAC2 | HDAC1|HDAC2' is 'HDAC1|HDAC2': the order in which a table
+    lists the targets of a compound does not make another label. None where it lists none.
+    """
+    targets = {target.strip() for target in (text or "").split("|")} - {""}
+    return "|".join(sorted(targets)) or None
+
+
+def normalised_name(name: str) -> str:
+    """``name`` without what spellings of a compound differ in: ``ME-0328`` becomes ``me0328``."""
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    # A name of such signs alone would else be the same as any other of them.
+    return re.sub(r"[\s_\u002d\u2010-\u2015\u2212]", "", folded) or folded
+
 
 # ---- The treatment that one row names ----
 
@@ -79,52 +129,29 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
     """Return the treatment of a row by its known values, of ``TREATMENT_COLUMNS``.
 
     A row that names no perturbation but its ``Metadata_JCP2022`` is called by that. Its kind is
-    the one that is written, else it is told by the first digit of that identifier.
+    the one that is written, else the first digit of that identifier says it.
+
+    Raises:
+        RowRefusedError: a text is too long for a database.
     """
     name = first_text(texts, (_NAME, _JCP))
     if name is None or name in _JCP_NOTHING:
         return None
     number = _JCP_NUMBER.fullmatch(texts.get(_JCP, ""))
     kind = _JCP_KINDS.get(number[1] if number else "", PerturbationKind.COMPOUND)
-    written = (first_text(texts, _KIND) or "").lower()
-    return TreatmentRecord(
-        PerturbationKind(written) if written in list(PerturbationKind) else kind,
+    # pycytominer writes the kind as Metadata_pert_type, where JUMP writes a role.
+    for text in (texts.get("Metadata_pert_type"), first_text(texts, _KIND)):
+        if text is not None and text.lower() in list(PerturbationKind):
+            kind = PerturbationKind(text.lower())
+            break
+    return TreatmentRecord.of(
+        kind,
         name,
-        target_of(first_text(texts, _TARGET)),
-        control_of(first_text(texts, _CONTROL), name),
         first_text(texts, _IDENTIFIER),
+        first_text(texts, _TARGET),
+        first_text(texts, _CONTROL),
         *map(texts.get, _CHEMISTRY),
     )
-
-
-def target_of(text: str | None) -> str | None:
-    """Return a target; several, separated by ``|``, become each one once, sorted, with ``|``.
-
-    'KCNK1' stays as it is, 'HDAC2 | HDAC1|HDAC2' is 'HDAC1|HDAC2': the order in which a table
-    lists the targets of a compound does not make another label. None where it lists none.
-    """
-    targets = {target.strip() for target in (text or "").split("|")} - {""}
-    return "|".join(sorted(targets)) or None
-
-
-def control_of(control_type: str | None, pert_iname: str) -> Control | None:
-    """Return the role that JUMP's ``control_type`` gives; DMSO is always a negative control.
-
-    'poscon_cp', 'poscon_diverse' and 'poscon_orf' are positive controls.
-    """
-    if pert_iname.upper() == DMSO:
-        return Control.NEGATIVE
-    text = (control_type or "").lower()
-    if text.startswith(("poscon", "positive")):
-        return Control.POSITIVE
-    return Control.NEGATIVE if text.startswith(("negcon", "negative")) else None
-
-
-def flaw_of(record: TreatmentRecord) -> str | None:
-    """Return why no database can keep a treatment, or None where it can."""
-    names = ("pert_iname", "identifier", "inchikey", "pubchem_cid")
-    long = [name for name in names if len(getattr(record, name) or "") > LONGEST]
-    return f"{' and '.join(long)} of more than {LONGEST} characters" if long else None
 
 
 def completed(said: TreatmentRecord, known: TreatmentRecord) -> TreatmentRecord:
@@ -174,6 +201,8 @@ class Aliases:
                 alias, name = map(row.texts.get, columns)
                 if alias is None or name is None:
                     detail = "both names are needed"
+                elif len(name) > LONGEST:
+                    detail = f"the name has more than {LONGEST} characters"
                 elif given.setdefault(alias, name) != name:
                     detail = f"{alias!r} is {given[alias]!r} already"
             if detail:
@@ -274,16 +303,16 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
     kind = _kind_of(table)
 
     def record(texts: Mapping[str, str]) -> TreatmentRecord | None:
-        sample, target = texts.get(SAMPLE), target_of(first_text(texts, TARGETS))
-        name = texts.get("pert_iname") or target or sample
+        sample, targets = texts.get(SAMPLE), first_text(texts, TARGETS)
+        name = texts.get("pert_iname") or target_of(targets) or sample
         if name is None:
             return None
         if sample is None and not (kind is PerturbationKind.COMPOUND and name.upper() == DMSO):
             raise RowRefusedError(
                 "no broad_sample", f"{name} cannot be matched to a well without it"
             )
-        control = control_of(texts.get("control_type"), name)
-        return TreatmentRecord(kind, name, target, control, sample, *map(texts.get, chemistry))
+        role = texts.get("control_type")
+        return TreatmentRecord.of(kind, name, sample, targets, role, *map(texts.get, chemistry))
 
     return _records(table, (SAMPLE, "pert_iname", *TARGETS, "control_type", *chemistry), record)
 
@@ -301,7 +330,7 @@ def jump_crispr(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
             detail = "Metadata_JCP2022 or Metadata_Symbol is empty"
             raise RowRefusedError("no treatment", detail)
         target = symbol if "NCBI_Gene_ID" in texts else None
-        return TreatmentRecord(PerturbationKind.CRISPR, symbol, target, identifier=identifier)
+        return TreatmentRecord.of(PerturbationKind.CRISPR, symbol, identifier, target)
 
     columns = ("JCP2022", "NCBI_Gene_ID", "Symbol")
     table.require(*(PREFIX + name for name in columns))
@@ -325,7 +354,7 @@ def jump_controls(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
             detail = f"pert_type {role!r} and modality {modality!r} of {identifier}"
             raise RowRefusedError("not a known control", detail)
         kind = PerturbationKind.NONE if role == "empty" else _MODALITIES[modality]
-        return TreatmentRecord(kind, name, control=_ROLES[role], identifier=identifier)
+        return replace(TreatmentRecord.of(kind, name, identifier), control=_ROLES[role])
 
     columns = ("JCP2022", "pert_type", "Name", "modality")
     table.require(*(PREFIX + name for name in columns))
@@ -342,12 +371,9 @@ def _records(
             yield row
             continue
         try:
-            record = record_of(row.texts)
+            yield TreatmentRow(row.line, record_of(row.texts))
         except RowRefusedError as refused:
             yield Refusal(row.line, *refused.args)
-            continue
-        flaw = record and flaw_of(record)
-        yield Refusal(row.line, LONG_NAME, flaw) if flaw else TreatmentRow(row.line, record)
 
 
 def jump_plates(table: TextTable) -> Iterator[PlateRow | Refusal]:
@@ -570,10 +596,14 @@ def _map_rows(path: Path, has_tables: bool, notes: list[str]) -> Iterator[MapRow
         else:
             # 'NF1 Null' of gene NF1; the wild type is the negative control.
             name = f"{gene} {genotype}" if gene else genotype
-            control = Control.NEGATIVE if genotype.upper() == "WT" else None
-            record = TreatmentRecord(PerturbationKind.GENOTYPE, name, gene, control)
-            flaw = flaw_of(record)
-            yield Refusal(line, LONG_NAME, flaw) if flaw else found._replace(record=record)
+            role = "negative" if genotype.upper() == "WT" else None
+            try:
+                record = TreatmentRecord.of(
+                    PerturbationKind.GENOTYPE, name, targets=gene, role=role
+                )
+                yield found._replace(record=record)
+            except RowRefusedError as refused:
+                yield Refusal(line, *refused.args)
 
 
 def _fill(

@@ -27,6 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection, get_context, parent_process
+from operator import attrgetter
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 from sqlalchemy import Select, func, select
@@ -35,6 +36,7 @@ from sqlalchemy.orm import Session
 
 from ..config import THIS_PROCESS, Resources
 from ..db.bulk import in_lists
+from ..db.session import Database
 from ..enums import Status
 from ..errors import (
     CellstoreError,
@@ -47,8 +49,9 @@ from ..errors import (
     first_line,
 )
 from ..models import Job, Recipe
+from ..settings import Progress
 from . import queue
-from .queue import JobScope, Owner, Task, count_images, lease_seconds
+from .queue import JobScope, Task, count_images, lease_seconds
 from .runs import RecipeSpec, known_recipe, running
 from .workspace import Workspace
 
@@ -211,7 +214,7 @@ def execute(
             for recipe_id, found in lost.items():
                 jobs = queue.done_jobs(session, recipe_id, found or ())
                 for some in in_lists(jobs):
-                    queue.requeue(session, Job.id.in_(some), Status.DONE)
+                    queue.requeue(session, Job.id.in_(some), status=Status.DONE)
                 stage.forget_lost(session, recipe_id)
             counts = [count_images(session, recipe.id, images) for recipe in recipes]
     counters: dict[int, RunCounter] = {}
@@ -305,127 +308,137 @@ def run_jobs(
     Raises:
         UserInputError: fewer than one worker, or no address of a scheduler.
         MissingExtraError: a Dask scheduler, and Dask is not installed.
-        StoreError: the scheduler does not answer.
+        StoreError: the scheduler does not answer, or workers die whenever they start.
         StorageError: the disk is full or read-only; the jobs in hand are given back.
         KeyboardInterrupt: it was stopped.
         RunCancelledError: somebody cancelled the run.
     """
-    lease = lease_seconds()
-    if resources.workers < 1:
+    lease, number = lease_seconds(), resources.workers
+    if number < 1:
         raise UserInputError("There must be at least one worker. Give --workers 1 or more.")
     if resources.scheduler is not None:
         from .dask_cluster import DaskCluster
 
-        workers: Workers = DaskCluster(stage, resources.scheduler)
+        workers: list[Worker] = [DaskCluster(stage, resources.scheduler)]
+    elif number == 1:
+        workers = [LocalWorker(stage)]
     else:
-        workers = LocalWorkers(stage, resources.workers)
-    loop = _Loop(workspace, stage, scope, workers, lease)
-    loop.run()
-    return loop.counters
+        threads = max(1, cores() // number)
+        workers = [LocalWorker(pickle.dumps(stage), threads) for _ in range(number)]
+    here = number == 1 and resources.scheduler is None
+    counters = {
+        recipe_id: RunCounter(run_id, recipe_id) for recipe_id, run_id in scope.runs.items()
+    }
+    database, progress = workspace.database, workspace.progress
+    owner = queue.new_owner(computes=here)
+    loop = _Loop(database, progress, stage, scope, workers, here, owner, lease, counters)
+    stop, finished, handlers = loop.stop, False, {}
+
+    def on_signal(_number: int, _frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        progress.note("Stopping after the present images. Press Ctrl-C again to stop at once.")
+
+    for worker in workers:
+        worker.start()
+    with database.begin() as session:
+        queue.reclaim_expired(session, scope, owner)
+    with database.read() as session:
+        for recipe_id in scope.runs:
+            counted = count_images(session, recipe_id, scope.images, unseen=scope.unseen)
+            loop.left = max(loop.left, counted.todo)
+    progress.start(stage.label, loop.left)
+    heartbeat = threading.Thread(target=loop.renew_leases, daemon=True, name="cellstore-heartbeat")
+    heartbeat.start()
+    if threading.current_thread() is threading.main_thread():  # no other hears of signals
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            handlers[wanted] = signal.signal(wanted, on_signal)
+    try:
+        while True:
+            if not stop.is_set():
+                loop.submit()
+            in_flight = [future for worker in workers for future, _ in worker.chunks]
+            if in_flight:
+                wait(in_flight, POLL_SECONDS, FIRST_COMPLETED)
+                loop.collect()
+            elif loop.ready:
+                loop.write(everything=True)
+            elif loop.cancelled:
+                runs = ", ".join(str(run) for run in sorted(set(scope.runs.values())))
+                raise RunCancelledError(f"Run {runs} was cancelled; what is done is kept.")
+            elif stop.is_set():
+                raise KeyboardInterrupt
+            else:
+                with database.begin() as session:
+                    left = queue.reclaim_expired(session, scope, owner)
+                if not left:
+                    break
+                stop.wait(WAIT_SECONDS)
+        finished = True
+    finally:
+        for handled, handler in handlers.items():
+            signal.signal(handled, handler)
+        loop.over.set()
+        heartbeat.join()
+        progress.finish()
+        for worker in workers:
+            worker.close(drop=not finished)
+        # If that fails, the leases will run out by themselves.
+        with suppress(CellstoreError), database.begin() as session:
+            queue.release(session, scope, owner)
+    return counters
 
 
+@dataclass
 class _Loop:
-    """Reserve, submit, take in, write: until nothing is left, here or in other hands."""
+    """The jobs of a scope on their way: submitted to workers, collected from them, written.
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        stage: ImageStage[Any, Any],
-        scope: JobScope,
-        workers: Workers,
-        lease: float,
-    ) -> None:
-        self.database, self.progress = workspace.database, workspace.progress
-        self.stage, self.scope, self.workers, self.lease = stage, scope, workers, lease
-        self.owner = Owner.of_this_process(computes=workers.computes_here)
-        self.counters = {recipe: RunCounter(run, recipe) for recipe, run in scope.runs.items()}
-        self.left = 0
-        self.chunks = 0
-        """Chunks that the workers have."""
-        self.ready: list[tuple[Task, Any, float]] = []
-        """Outputs whose rows are not written, with the seconds that they took."""
-        self.enqueued_to: int | None = 0
-        self.seconds: float | None = None
-        self.stop, self.over = threading.Event(), threading.Event()
-        self.cancelled = False
+    ``computes_here``: the only worker is a thread of this process. ``over`` ends the renewal of
+    leases, ``stop`` the work: nothing more is reserved.
+    ``left`` counts the images that are not reserved yet; ``ready`` holds outputs whose rows are
+    not written, with the seconds that they took; ``seconds`` is what an image takes.
+    """
 
-    def run(self) -> None:
-        """Work until nothing is left, or somebody stops it; give back what is in hand."""
-        with self.database.begin() as session:
-            queue.reclaim_expired(session, self.scope, self.owner)
-        with self.database.read() as session:
-            images, unseen = self.scope.images, self.scope.unseen
-            counts = [count_images(session, r, images, unseen=unseen) for r in self.scope.runs]
-        self.left = max(counted.todo for counted in counts)
-        self.progress.start(self.stage.label, self.left)
-        heartbeat = threading.Thread(target=self._beat, daemon=True, name="cellstore-heartbeat")
-        heartbeat.start()
-        handlers: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # no other hears of signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handlers[number] = signal.signal(number, self._on_signal)
-        finished = False
-        try:
-            self._work()
-            finished = True
-        finally:
-            for handled, handler in handlers.items():
-                signal.signal(handled, handler)
-            self.over.set()
-            heartbeat.join()
-            self.progress.finish()
-            self.workers.close(drop=not finished)
-            # If that fails, the leases will run out by themselves.
-            with suppress(CellstoreError), self.database.begin() as session:
-                queue.release(session, self.scope, self.owner)
+    database: Database
+    progress: Progress
+    stage: ImageStage[Any, Any]
+    scope: JobScope
+    workers: Sequence[Worker]
+    computes_here: bool
+    owner: str
+    lease: float
+    counters: Mapping[int, RunCounter]
+    left: int = 0
+    ready: list[tuple[Task, Any, float]] = field(default_factory=list)
+    enqueued_to: int | None = 0
+    seconds: float | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+    over: threading.Event = field(default_factory=threading.Event)
+    cancelled: bool = False
 
-    def _beat(self) -> None:
+    def renew_leases(self) -> None:
         """Renew the leases until it is over; stop where ``cellstore cancel`` asks for it."""
         while not self.over.wait(min(5.0, self.lease / 4)):
-            # A beat that fails is tried again; if all fail, closing the job finds out.
+            # What fails is tried again; if all fails, closing the job finds out.
             with suppress(CellstoreError, SQLAlchemyError), self.database.begin() as session:
                 if queue.renew(session, self.scope, self.owner, self.lease):
                     self.cancelled = True
                     self.stop.set()
 
-    def _on_signal(self, _number: int, _frame: object) -> None:
-        """Stop at the first Ctrl-C or SIGTERM; at the second one drop what is in hand."""
-        if self.stop.is_set():
-            raise KeyboardInterrupt
-        self.stop.set()
-        self.progress.note("Stopping after the present images. Press Ctrl-C again to stop at once.")
-
-    def _work(self) -> None:
-        while not self.stop.is_set():
-            room = self.workers.room()
-            if room > 0:
-                self._submit(room)
-            if room <= 0 or self.chunks:
-                self._take_in(briefly=room > 0)
-            elif self.ready:
-                self._write(everything=True)
-            else:
-                with self.database.begin() as session:
-                    left = queue.reclaim_expired(session, self.scope, self.owner)
-                if not left:
-                    return
-                self.stop.wait(WAIT_SECONDS)
-        while self.chunks:
-            self._take_in(briefly=False)
-        self._write(everything=True)
-        if self.cancelled:
-            runs = ", ".join(str(run) for run in sorted(set(self.scope.runs.values())))
-            raise RunCancelledError(f"Run {runs} was cancelled; what is done is kept.")
-        raise KeyboardInterrupt
-
-    def _submit(self, room: int) -> None:
-        """Keep the workers busy: reserve jobs and submit them, a chunk for each that has room."""
+    def submit(self) -> None:
+        """Keep the workers busy: reserve jobs, and submit a chunk for each free slot."""
+        for worker in self.workers:
+            worker.free = worker.room()
+        room = sum(max(0, worker.free) for worker in self.workers)
+        if room == 0:
+            return
         batch, size = self.stage.batch, self.stage.batch
         if self.seconds is not None:
             wanted = int(CHUNK_SECONDS / max(self.seconds, 1e-6))
             # Smaller towards the end, so that all workers end at the same time.
-            slots = 2 * max(1, room + self.chunks)
-            fair = self.left if self.workers.computes_here else self.left // slots
+            slots = 2 * (room + sum(len(worker.chunks) for worker in self.workers))
+            fair = self.left if self.computes_here else self.left // slots
             size = max(1, min(LARGEST_CHUNK, wanted, fair) // batch) * batch
         tasks: list[Task] = []
         while not tasks:
@@ -443,7 +456,7 @@ class _Loop:
         good = []
         for task in tasks:
             if isinstance(error := inputs[task.image_id], CellstoreError):
-                self._fail(task, Failure.of(error))
+                self.fail(task, Failure.of(error))
             else:
                 good.append(task)
         # An image over which a worker died is alone, so that it dies alone.
@@ -452,64 +465,102 @@ class _Loop:
         size = -(-len(tasks) // (room * batch)) * batch
         chunks += [others[start : start + size] for start in range(0, len(others), size)]
         for chunk in chunks:
-            self.workers.submit(chunk, [inputs[task.image_id] for task in chunk])
-        self.chunks += len(chunks)
+            worker = max(self.workers, key=attrgetter("free"))
+            worker.free -= 1
+            worker.submit(chunk, [inputs[task.image_id] for task in chunk])
 
-    def _take_in(self, *, briefly: bool) -> None:
-        """Wait for a chunk, or for a stop, and write what has come."""
-        for tasks, answers in self.workers.finished(self.stop, briefly=briefly):
-            self.chunks -= 1
-            if isinstance(answers, Crash):
-                self._record_crash(tasks, answers)
-            elif isinstance(answers, CellstoreError):
-                self._write(everything=True)  # what is done is not lost
-                raise answers
-            else:
-                outputs, seconds = answers
-                known = seconds if self.seconds is None else self.seconds
-                for task, output in zip(tasks, outputs, strict=True):
-                    if isinstance(output, Failure):
-                        self._fail(task, output)
-                    else:
-                        self.ready.append((task, output, seconds))
-                        known = 0.8 * known + 0.2 * seconds
-                        self.seconds = known
-        self._write(everything=False)
+    def collect(self) -> None:
+        """Take the chunks that are over from the workers, and write what they made.
 
-    def _record_crash(self, tasks: Sequence[Task], crash: Crash) -> None:
-        """The chunk in the hands of a dead worker counts as tried, one that waited does not."""
+        Raises:
+            CellstoreError: an error that the next image would meet, too: a full disk, a network
+                that is damaged.
+        """
+        fatal: CellstoreError | None = None
+        for worker in self.workers:
+            while done := [chunk for chunk in worker.chunks if chunk[0].done()]:
+                worker.chunks.remove(done[0])
+                future, tasks = done[0]
+                try:
+                    outputs, seconds = future.result()
+                except CellstoreError as error:
+                    fatal = error
+                except Exception as error:
+                    self.record_crash(tasks, worker.recover(error, tasks))
+                else:
+                    for task, output in zip(tasks, outputs, strict=True):
+                        if isinstance(output, Failure):
+                            self.fail(task, output)
+                        else:
+                            self.ready.append((task, output, seconds))
+                            known = seconds if self.seconds is None else self.seconds
+                            self.seconds = 0.8 * known + 0.2 * seconds
+        self.write(everything=fatal is not None)  # what is done is not lost
+        if fatal is not None:
+            raise fatal
+
+    def record_crash(self, tasks: Sequence[Task], waiting: Sequence[Task]) -> None:
+        """The chunk in the hands of a dead worker counts as tried, those ``waiting`` do not."""
+        given_up = []
         with self.database.begin() as session:
-            if not crash.suspect or self.stop.is_set():
-                queue.release(session, self.scope, self.owner, tasks)
-                return
+            if self.stop.is_set():  # who stops us may have killed the worker, too
+                waiting, tasks = [*tasks, *waiting], []
+            queue.release(session, self.scope, self.owner, waiting)
             given_up = [t for t in tasks if not queue.record_crash(session, self.owner, t)]
         for task in given_up:
-            self._note_failure(task, "Its worker died again and again.")
+            self.note_failure(task, "Its worker died again and again.")
 
-    def _fail(self, task: Task, failure: Failure) -> None:
+    def fail(self, task: Task, failure: Failure) -> None:
+        """Keep why an image failed, or try it again."""
         with self.database.begin() as session:
             again = queue.fail(session, self.owner, task, failure.detail, may_pass=failure.may_pass)
         if again:
             self.progress.note(f"{task.name}: {failure.sentence} It is tried again.")
         else:
-            self._note_failure(task, failure.sentence)
+            self.note_failure(task, failure.sentence)
 
-    def _note_failure(self, task: Task, sentence: str) -> None:
+    def note_failure(self, task: Task, sentence: str) -> None:
+        """Count an image that failed."""
         for recipe_id in task.jobs:
             self.counters[recipe_id].failures.append((task.name, sentence))
         self.progress.note(f"{task.name}: {sentence}")
         self.progress.advance()
 
-    def _write(self, *, everything: bool) -> None:
-        """Write files, then rows, closing the jobs; leave those that are no longer ours."""
+    def write(self, *, everything: bool) -> None:
+        """Write files, then the rows of all recipes in one transaction, which closes the jobs.
+
+        Where some jobs are another worker's now, or their image has changed, nothing is written:
+        they are dropped, and the others written anew.
+        """
         together = self.stage.images_per_file
         size = together if together > 1 else MOST_WRITTEN
         conflicts, alone = 0, 0
         while self.ready and (everything or alone or len(self.ready) >= together):
             piece = self.ready[: 1 if alone else size]
-            number = len(piece)
+            jobs = sum(len(task.jobs) for task, _, _ in piece)
+            seconds = sum(took for _, _, took in piece) / len(piece)
+            written = []
+            kept: list[tuple[Task, Any, float]] = []
             try:
-                ours = self._write_now(piece)
+                digests = {}
+                for run in self.counters.values():
+                    done = [(task, out) for task, out, _ in piece if run.recipe_id in task.jobs]
+                    if done:
+                        written.append((run, done, self.stage.write_together(run, done)))
+                    for task, output in done:
+                        digests[task.jobs[run.recipe_id]] = self.stage.digest(run.recipe_id, output)
+                with self.database.begin() as session:
+                    ours = queue.close(session, self.owner, digests, seconds)
+                    if sum(map(len, ours.values())) < jobs:
+                        session.rollback()
+                        written = []
+                        for task, output, took in piece:
+                            still = {
+                                recipe: task.jobs[recipe] for recipe in ours.get(task.image_id, ())
+                            }
+                            if still:
+                                kept.append((replace(task, jobs=still), output, took))
+                    cells = [self.stage.insert(session, *each) for each in written]
             except ConflictError:
                 conflicts += 1
                 if conflicts >= MOST_CONFLICTS:
@@ -518,48 +569,17 @@ class _Loop:
             except (StorageError, DatabaseError):
                 raise
             except Exception as error:
-                if number > 1:  # rows of one of them cannot be written: the others can
-                    alone = number
+                if len(piece) > 1:  # rows of one of them cannot be written: the others can
+                    alone = len(piece)
                     continue
-                self._fail(piece[0][0], Failure.of(error))
-                ours = {}
+                self.fail(piece[0][0], Failure.of(error))
             else:
-                self.progress.advance(number - len(ours))
-            # What is left has lost some of its jobs to another worker: the others are tried again.
-            self.ready[:number] = [
-                (replace(task, jobs={recipe: task.jobs[recipe] for recipe in recipes}), *rest)
-                for task, *rest in piece
-                if (recipes := ours.get(task.image_id))
-            ]
-            conflicts, alone = 0, max(0, alone - (number - len(ours)))
-
-    def _write_now(self, ready: Sequence[tuple[Task, Any, float]]) -> Mapping[int, Sequence[int]]:
-        """Files first, then the rows of all recipes in one transaction, which closes the jobs.
-
-        Where some jobs are another worker's now, or their image has changed, nothing is written;
-        returns by image the recipes whose jobs are still ours. Empty: nothing is left to write.
-        """
-        written = []
-        for run in self.counters.values():
-            done = [(task, output) for task, output, _ in ready if run.recipe_id in task.jobs]
-            if done:
-                written.append((run, done, self.stage.write_together(run, done)))
-        seconds = sum(took for _, _, took in ready) / len(ready)
-        digests = {
-            task.jobs[run.recipe_id]: self.stage.digest(run.recipe_id, output)
-            for run, done, _ in written
-            for task, output in done
-        }
-        with self.database.begin() as session:
-            ours = queue.close(session, self.owner, digests, seconds)
-            if sum(map(len, ours.values())) < sum(len(task.jobs) for task, _, _ in ready):
-                session.rollback()
-                return ours
-            cells = [self.stage.insert(session, *each) for each in written]
-        for (run, done, _), number in zip(written, cells, strict=True):
-            run.images += len(done)
-            run.cells += number
-        return {}
+                for (run, done, _), number in zip(written, cells, strict=True):
+                    run.images += len(done)
+                    run.cells += number
+                self.progress.advance(len(piece) - len(kept))
+            self.ready[: len(piece)] = kept
+            conflicts, alone = 0, max(0, alone - (len(piece) - len(kept)))
 
 
 # --- workers --------------------------------------------------------------------------------------
@@ -582,156 +602,108 @@ class Failure:
         return cls(first_line(error), detail, may_pass)
 
 
-@dataclass(frozen=True)
-class Crash:
-    """A worker is gone. ``suspect``: it was working on this very chunk."""
-
-    suspect: bool
-
-
 Answers: TypeAlias = tuple[list[Any], float]
 """The output or the ``Failure`` of each image of a chunk, and the seconds that one took."""
 
-Finished: TypeAlias = tuple[Sequence[Task], Answers | Crash | CellstoreError]
-"""The error is one that the next image would meet, too: a full disk, a network that is damaged."""
+Chunk: TypeAlias = tuple[Future[Answers], Sequence[Task]]
 
 
-class Workers(Protocol):
-    """Workers and the chunks that they have. ``computes_here``: in this process, not beside it."""
+class Worker(Protocol):
+    """A worker, or a cluster of them, and the chunks that it has. ``free``: slots for more."""
 
-    computes_here: bool
+    chunks: list[Chunk]
+    free: int
+
+    def start(self) -> None:
+        """Open it, and begin to load the stage.
+
+        Raises:
+            UserInputError, MissingExtraError, StoreError: a cluster cannot be used.
+        """
 
     def room(self) -> int:
         """Return how many chunks more may be submitted, so that nobody waits.
 
         Raises:
-            CellstoreError: a worker cannot load the stage, or dies whenever it tries.
+            StoreError: a cluster is gone, or has no workers.
         """
 
     def submit(self, tasks: Sequence[Task], inputs: Sequence[Any]) -> None:
-        """Give a chunk to the worker that has least to do."""
+        """Add a chunk."""
 
-    def finished(self, stop: threading.Event, *, briefly: bool) -> list[Finished]:
-        """Wait for a worker, or for ``stop``; return the chunks that are over, in order.
+    def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
+        """Go on after the crash that ended the chunk ``tasks``; return what only waited behind it.
 
-        ``briefly``: only for a moment, because another worker has nothing to do.
+        Raises:
+            CellstoreError: it was no crash, or one crash too many.
         """
 
     def close(self, *, drop: bool) -> None:
-        """End the workers; ``drop``: what is in flight is not waited for."""
+        """End the worker; ``drop``: what is in flight is not waited for."""
 
 
 @dataclass
-class _Worker:
-    """A pool of one thread or process, how it loads the stage, and its chunks, the oldest first.
+class LocalWorker:
+    """A thread of this process or, with ``threads`` of its own, a process; the oldest chunk first.
 
-    A pool for each, so that a death is one worker's and tells which chunk it had in its hands:
-    libraries that start workers again (loky) only say that one of them died.
+    Each has a pool of its own, so that a crash is one worker's and tells which chunk it had in its
+    hands: libraries that start workers again (loky) only say that one of them died.
     """
 
-    pool: Executor
-    loading: Future[None]
-    chunks: list[tuple[Future[Answers], Sequence[Task]]] = field(default_factory=list)
+    given: ImageStage[Any, Any] | bytes
+    threads: int | None = None
+    chunks: list[Chunk] = field(default_factory=list)
+    free: int = 0
     false_starts: int = 0
 
-
-class LocalWorkers:
-    """One thread of this process, or some processes, which are started again when they died."""
-
-    def __init__(self, stage: ImageStage[Any, Any], workers: int) -> None:
-        self.computes_here = workers == 1
-        self._given = stage if self.computes_here else pickle.dumps(stage)
-        self._threads = max(1, cores() // workers)
-        self._workers = [self._start() for _ in range(workers)]
-
-    def _start(self, false_starts: int = 0) -> _Worker:
-        if self.computes_here:
-            pool: Executor = ThreadPoolExecutor(1, thread_name_prefix="cellstore-worker")
+    def start(self) -> None:
+        """Load the stage: a chunk without images."""
+        if self.threads is None:
+            self.pool: Executor = ThreadPoolExecutor(1, thread_name_prefix="cellstore-worker")
         else:  # "spawn": torch and threads do not survive a fork
-            pool = ProcessPoolExecutor(
-                1, get_context("spawn"), initializer=set_up_process, initargs=(self._threads,)
+            self.pool = ProcessPoolExecutor(
+                1, get_context("spawn"), initializer=set_up_process, initargs=(self.threads,)
             )
-        return _Worker(pool, pool.submit(load_stage, self._given), false_starts=false_starts)
+        self.submit([], [])
 
     def room(self) -> int:
-        """One chunk at work and one that waits, for each worker that has loaded the stage."""
-        room = 0
-        for worker in self._workers:
-            if worker.loading.done():
-                if isinstance(worker.loading.exception(), BrokenProcessPool):
-                    continue  # started again when its chunks are taken back
-                worker.loading.result()
-                room += max(0, CHUNKS - len(worker.chunks))
-        return room
+        """One chunk at work and one that waits, once the stage is loaded."""
+        loading = any(not tasks for _, tasks in self.chunks)
+        return 0 if loading else CHUNKS - len(self.chunks)
 
     def submit(self, tasks: Sequence[Task], inputs: Sequence[Any]) -> None:
-        """Give a chunk to the worker that has the fewest."""
-        ready = [index for index, worker in enumerate(self._workers) if worker.loading.done()]
-        index = min(ready, key=lambda index: len(self._workers[index].chunks))
-        worker = self._workers[index]
+        """Add a chunk behind the others."""
         try:
-            future = worker.pool.submit(work_on, self._given, inputs)
+            future = self.pool.submit(work_on, self.given, inputs)
         except BrokenProcessPool as error:
-            if worker.chunks:  # it died of the first of them; this one waits behind it
-                future = Future()
-                future.set_exception(error)
-            else:
-                worker = self._workers[index] = self._start()
-                future = worker.pool.submit(work_on, self._given, inputs)
-        worker.chunks.append((future, tasks))
+            future = Future()
+            future.set_exception(error)
+            if not self.chunks:  # it died while it had nothing to do: not of this chunk
+                self.chunks.append((future, []))
+        self.chunks.append((future, tasks))
 
-    def finished(self, stop: threading.Event, *, briefly: bool) -> list[Finished]:
-        """Wait for the first worker; of one that died, the oldest chunk is what it died of."""
-        waited_for: list[Future[Any]] = [w.chunks[0][0] for w in self._workers if w.chunks]
-        waited_for += [worker.loading for worker in self._workers if not worker.loading.done()]
-        wait_for_one(waited_for, stop, briefly=briefly)
-        finished: list[Finished] = []
-        for index, worker in enumerate(self._workers):
-            never_loaded = worker.loading.done() and isinstance(
-                worker.loading.exception(), BrokenProcessPool
+    def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
+        """Start a process again."""
+        if not isinstance(error, BrokenProcessPool):
+            raise error
+        self.false_starts = 0 if tasks else self.false_starts + 1
+        if self.false_starts >= MOST_FALSE_STARTS:
+            raise StoreError(
+                "Workers die while they start: killed, or out of memory. Free some memory, "
+                "or give fewer --workers. A Python script that asks for workers must do so "
+                "below if __name__ == '__main__':"
             )
-            dead, suspect = never_loaded, not never_loaded
-            while worker.chunks:
-                future, tasks = worker.chunks[0]
-                if not (dead or future.done()):
-                    break
-                worker.chunks.pop(0)
-                error = future.exception() if future.done() else None
-                if not future.done() or isinstance(error, BrokenProcessPool):
-                    finished.append((tasks, Crash(suspect)))
-                    dead, suspect = True, False
-                elif isinstance(error, CellstoreError):
-                    finished.append((tasks, error))
-                else:
-                    finished.append((tasks, future.result()))
-            if dead:
-                false_starts = worker.false_starts + 1 if never_loaded else 0
-                if false_starts >= MOST_FALSE_STARTS:
-                    raise StoreError(
-                        "Workers die while they start: killed, or out of memory. Free some memory, "
-                        "or give fewer --workers. A Python script that asks for workers must do so "
-                        "below if __name__ == '__main__':"
-                    )
-                self._workers[index] = self._start(false_starts)
-        return finished
+        waiting = [task for _, chunk in self.chunks for task in chunk]
+        self.chunks = []
+        self.start()
+        return waiting
 
     def close(self, *, drop: bool) -> None:
-        """End all workers; processes that are to be dropped are killed, a thread ends alone."""
-        for worker in self._workers:
-            if drop and isinstance(worker.pool, ProcessPoolExecutor):
-                for process in list((worker.pool._processes or {}).values()):
-                    process.kill()
-            worker.pool.shutdown(wait=not (drop and self.computes_here), cancel_futures=drop)
-
-
-def wait_for_one(
-    futures: Sequence[Future[Any]], stop: threading.Event, *, briefly: bool
-) -> set[Future[Any]]:
-    """Wait for one of ``futures`` or for ``stop``; return the futures that are done."""
-    while True:
-        done, _ = wait(futures, POLL_SECONDS, FIRST_COMPLETED)
-        if done or briefly or not futures or stop.is_set():
-            return done
+        """A process that is to be dropped is killed, a thread ends alone."""
+        if drop and isinstance(self.pool, ProcessPoolExecutor):
+            for process in list((self.pool._processes or {}).values()):
+                process.kill()
+        self.pool.shutdown(wait=not (drop and self.threads is None), cancel_futures=drop)
 
 
 _here = threading.local()  # networks are not shared by threads
@@ -745,9 +717,16 @@ def work_on(given: ImageStage[Any, Any] | bytes, inputs: Sequence[Any]) -> Answe
     Raises:
         CellstoreError: the stage cannot be loaded, or a file cannot be written.
     """
-    load_stage(given)
-    started = time.perf_counter()
+    if getattr(_here, "given", None) != given:
+        loaded_stage: ImageStage[Any, Any] = (
+            pickle.loads(given) if isinstance(given, bytes) else given  # noqa: S301 - the parent's
+        )
+        loaded_stage.load()
+        _here.given, _here.stage = given, loaded_stage
+    if not inputs:
+        return [], 0.0
     stage: ImageStage[Any, Any] = _here.stage
+    started = time.perf_counter()
     batches = [inputs[i : i + stage.batch] for i in range(0, len(inputs), stage.batch)]
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         coming = reader.submit(_each, stage.read, batches[0])
@@ -787,16 +766,6 @@ def _each(
         except Exception as error:
             results.append(Failure.of(error))
     return results
-
-
-def load_stage(given: ImageStage[Any, Any] | bytes) -> None:
-    """Load a stage in this worker, so that its first chunk need not."""
-    if getattr(_here, "given", None) != given:
-        stage: ImageStage[Any, Any] = (
-            pickle.loads(given) if isinstance(given, bytes) else given  # noqa: S301 - the parent's
-        )
-        stage.load()
-        _here.given, _here.stage = given, stage
 
 
 def set_up_process(threads: int) -> None:

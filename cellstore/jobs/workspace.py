@@ -9,14 +9,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sqlalchemy import URL
-
 from ..artifacts import ArtifactFolder, open_atomically
 from ..db import migrate
-from ..db.session import Database, connect, parse_url, without_secrets
+from ..db.session import VERSION_TABLE, Database, connect, parse_url, without_secrets
 from ..errors import StoreError, UserInputError
-from ..progress import Progress
-from ..settings import ENV_DATABASE, MARKER, StoreSettings, find_store
+from ..settings import ENV_DATABASE, MARKER, Progress, StoreSettings, find_store
 
 SQLITE_PAGE = 4096  # bytes, of a new database
 
@@ -31,36 +28,35 @@ class Workspace:
     progress: Progress = field(default_factory=Progress)
 
 
-def open_workspace(settings: StoreSettings, progress: Progress | None = None) -> Workspace:
-    """Open an existing store.
+def open_workspace(
+    settings: StoreSettings, progress: Progress | None = None, *, any_schema: bool = False
+) -> Workspace:
+    """Open an existing store; ``any_schema``: whatever its schema, for commands that mend it.
 
     Raises:
+        StoreError: its database is gone.
         SchemaError: its schema is not the one of this library.
         DatabaseError: it cannot be reached.
-
     """
-    workspace = connect_workspace(settings, progress)
+    if settings.database is None and not settings.sqlite.is_file():
+        raise StoreError(
+            f"The database {settings.sqlite} is gone. Put it back from a backup, "
+            "or start a new store with: cellstore init"
+        )
+    workspace = _connect(settings, progress)
     try:
-        migrate.ensure_current(workspace.database)
+        if not any_schema and workspace.database.revision() != migrate.HEAD:
+            migrate.refuse(workspace.database)
     except BaseException:
         workspace.database.close()
         raise
     return workspace
 
 
-def connect_workspace(settings: StoreSettings, progress: Progress | None = None) -> Workspace:
-    """Open a store whatever its schema, for the commands that mend it."""
-    if settings.database is None and not settings.sqlite.is_file():
-        raise StoreError(
-            f"The database {settings.sqlite} is gone. Put it back from a backup, "
-            "or start a new store with: cellstore init"
-        )
-    return Workspace(
-        settings,
-        connect(_url(settings)),
-        ArtifactFolder(settings.root / "artifacts"),
-        progress or Progress(),
-    )
+def _connect(settings: StoreSettings, progress: Progress | None = None) -> Workspace:
+    url = settings.sqlite if settings.database is None else parse_url(settings.database)
+    folder = ArtifactFolder(settings.root / "artifacts")
+    return Workspace(settings, connect(url), folder, progress or Progress())
 
 
 def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace, bool]:
@@ -89,12 +85,12 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
 
 
 def _migrated(settings: StoreSettings) -> Workspace:
-    folder = ArtifactFolder(settings.root / "artifacts")
-    workspace = Workspace(settings, connect(_url(settings)), folder)
+    workspace = _connect(settings)
     try:
-        if migrate.current(workspace.database) is None:
+        if workspace.database.revision() is None:
             upgrade_schema(workspace.database)
-        migrate.ensure_current(workspace.database)
+        if workspace.database.revision() != migrate.HEAD:
+            migrate.refuse(workspace.database)
     except BaseException:
         workspace.database.close()
         raise
@@ -108,14 +104,14 @@ def upgrade_schema(database: Database) -> tuple[str | None, str | None]:
         SchemaError: it is newer than this library, or its mark is lost.
 
     """
-    before = migrate.current(database)
+    before = database.revision()
     migrate.upgrade(database)
-    after = migrate.current(database)
+    after = database.revision()
     if before != after:
         from ..db.events import Change, record_events  # most commands upgrade nothing
 
         old = None if before is None else {"version_num": before}
-        change = Change(migrate.VERSION_TABLE, None, old, {"version_num": after})
+        change = Change(VERSION_TABLE, None, old, {"version_num": after})
         with database.begin() as session:
             record_events(session, [change])
     return before, after
@@ -124,11 +120,13 @@ def upgrade_schema(database: Database) -> tuple[str | None, str | None]:
 def _settings_of_existing(root: Path, database: str | None) -> StoreSettings:
     found = find_store(root)
     settings = StoreSettings(found.root, database or found.database)
-    written = _shown(find_store(root, as_written=True))
-    if _shown(settings) != written:
+    asked, written = (
+        _connect(item).database.shown for item in (settings, find_store(root, as_written=True))
+    )
+    if asked != written:
         raise UserInputError(
             f"There is already a store in {root}, on the database {written}; it cannot be made "
-            f"on {_shown(settings)}. Make that one in another folder, or leave --database and "
+            f"on {asked}. Make that one in another folder, or leave --database and "
             f"{ENV_DATABASE} out."
         )
     return settings
@@ -155,14 +153,6 @@ def _holds_no_table(sqlite: Path) -> bool:
     # A table has a page of its own, after the first page with the list of tables.
     wal = sqlite.with_name(f"{sqlite.name}-wal")
     return sqlite.is_file() and not wal.exists() and sqlite.stat().st_size <= SQLITE_PAGE
-
-
-def _url(settings: StoreSettings) -> URL | Path:
-    return settings.sqlite if settings.database is None else parse_url(settings.database)
-
-
-def _shown(settings: StoreSettings) -> str:
-    return connect(_url(settings)).shown
 
 
 def _marker_text(database: str | None) -> str:

@@ -23,12 +23,12 @@ from cellpose.resnet_torch import CPnet
 from cellpose.transforms import normalize_img, random_rotate_and_resize
 from cellpose.utils import diameters
 
-from ..analysis.cellpose import (
+from ..analysis.regions import find_regions
+from ..analysis.segmentation import (
     CHANNELS,
     SizeModel,
-    checked_planes,
-    consecutive,
     fit_size_model,
+    input_planes,
     load_network,
 )
 from ..config import FinetuneParams
@@ -94,7 +94,7 @@ class Prepared:
     def add(self, example: Corrected) -> None:
         """Normalise an image as Cellpose does, and turn its masks into flows."""
         scaled = np.moveaxis(normalize_img(_planes(example), norm3D=False), -1, 0)
-        masks = consecutive(example.masks)
+        masks = find_regions(example.masks).numbered
         flows = masks_to_flows(masks.astype(np.int64), device=torch.device("cpu"))
         array = np.concatenate([scaled, masks[None] > 0, flows]).astype(np.float32)
         np.save(self._folder / f"{len(self)}.npy", array)
@@ -268,11 +268,11 @@ def precision(network: Path, examples: Iterable[Corrected], device: str, iou: fl
     for item in examples:
         masks = model.eval(_planes(item)[None], channel_axis=3, diameter=item.diameter)[0]
         found = masks.reshape(item.masks.shape).astype(np.int32)
-        truth = consecutive(item.masks).astype(np.int32)
+        truth = find_regions(item.masks).numbered.astype(np.int32)
         scores.append(average_precision([truth], [found], threshold=[iou])[0][0])
     return float(np.mean(scores))
 
 
 def _planes(item: Corrected) -> NDArray[np.float32]:
     """The planes (H, W, 2) of an image as the network takes them."""
-    return checked_planes(item.image, CHANNELS[0])
+    return input_planes(item.image, CHANNELS[0])

@@ -26,7 +26,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from ..analysis.devices import pick_device
+from ..analysis.segmentation import pick_device
 from ..config import TrainParams
 from ..errors import (
     MissingExtraError,

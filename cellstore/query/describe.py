@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 from ..models import METADATA
 from .engine import Questions
-from .relations import VIEWS, view
-from .source import TABLES
+from .source import view
 
 
 @dataclass(frozen=True)
@@ -38,70 +37,49 @@ class RelationWords:
 
 @cache
 def written_words() -> dict[str, dict[str, str]]:
-    """Return the words of ``schema.toml``: by relation, then by column."""
-    text = files("cellstore.query").joinpath("schema.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
-
-
-def column_words(relation: str, column: str) -> str:
-    """Return what a column of a table or view is, in words.
+    """Return the words of ``schema.toml``: by relation, then by column.
 
     ``[shared]`` has what is the same in several; the columns of ``cell_table`` that are
     measurements are those of ``features``.
     """
-    words = written_words()
-    own = words.get(relation, {}).get(column) or words["shared"].get(column)
-    return own or words["features"][column]
+    text = files("cellstore.query").joinpath("schema.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
 
 
 def described(questions: Questions) -> list[RelationWords]:
     """Return everything that can be asked: tables, views, then the feature sets of this store."""
-    tables = [_table(questions, name) for name in TABLES]
-    views = [_view(questions, name) for name in VIEWS]
-    return [*tables, *views, *_sets(questions)]
-
-
-def _table(questions: Questions, name: str) -> RelationWords:
-    columns = []
-    for column, kind in questions.columns(name):
-        declared = TABLES[name].columns[column]
-        refers = next((key.target_fullname for key in declared.foreign_keys), None)
-        words = column_words(name, column)
-        columns.append(ColumnWords(column, kind, words, declared.primary_key, refers))
-    kind = "table" if name in METADATA.tables else "view"
-    return RelationWords(name, kind, written_words()[name]["about"], tuple(columns))
-
-
-def _view(questions: Questions, name: str) -> RelationWords:
-    columns = []
-    for column, kind in questions.columns(name):
-        # As its name says: image_id refers to images.id.
-        table = f"{column.removesuffix('_id')}s"
-        refers = f"{table}.id" if column.endswith("_id") and table in TABLES else None
-        columns.append(ColumnWords(column, kind, column_words(name, column), refers_to=refers))
-    return RelationWords(name, "view", view(name).description, tuple(columns))
-
-
-def _sets(questions: Questions) -> list[RelationWords]:
-    rows = questions.ask_ours("SELECT name, columns FROM feature_sets ORDER BY name").records()
-    known = set(questions.names) - {*TABLES, *VIEWS}
-    return [_set(questions, row["name"], row["columns"]) for row in rows if row["name"] in known]
-
-
-def _set(questions: Questions, name: str, described_columns: str) -> RelationWords:
-    details = {item["name"]: item for item in json.loads(described_columns)}
-    cell = ColumnWords("cell_id", "BIGINT", column_words("features", "cell_id"), True, "cells.id")
-    columns = [
-        ColumnWords(column, kind, _measured(details.get(column, {})))
-        for column, kind in questions.columns(name)
-        if column != "cell_id"
-    ]
-    return RelationWords(name, "feature set", "Measurements: a row is a cell.", (cell, *columns))
-
-
-def _measured(details: Mapping[str, object]) -> str:
-    unit = f"in {details['unit']}" if details.get("unit") else None
-    return ", ".join(str(item) for item in (details.get("source"), unit) if item) or "a measurement"
+    words, tables = written_words(), METADATA.tables
+    rows = questions.ask_ours("SELECT name, columns FROM feature_sets").records()
+    measured = {row["name"]: json.loads(row["columns"]) for row in rows}
+    found = []
+    for name in [*tables, *(name for name in questions.names if name not in tables)]:
+        own = words.get(name, {})
+        kind, about = "feature set", "Measurements: a row is a cell."
+        if name in tables:
+            kind, about = "table", own["about"]
+        elif name not in measured:
+            kind, about = "view", own["about"] if "about" in own else view(name).description
+        details = {item["name"]: item for item in measured.get(name, ())}
+        columns = []
+        for column, type_ in questions.columns(name):
+            key, refers = False, None
+            if kind == "table":
+                declared = tables[name].columns[column]
+                key = declared.primary_key
+                refers = next((key.target_fullname for key in declared.foreign_keys), None)
+            elif column.endswith("_id") and f"{column.removesuffix('_id')}s" in tables:
+                key = kind == "feature set"
+                refers = f"{column.removesuffix('_id')}s.id"  # as its name says
+            if kind == "feature set" and column != "cell_id":
+                item = details.get(column, {})
+                unit = f"in {item['unit']}" if item.get("unit") else None
+                parts = [str(part) for part in (item.get("source"), unit) if part]
+                text = ", ".join(parts) or "a measurement"
+            else:
+                text = own.get(column) or words["shared"].get(column) or words["features"][column]
+            columns.append(ColumnWords(column, type_, text, key, refers))
+        found.append(RelationWords(name, kind, about, tuple(columns)))
+    return found
 
 
 def diagram(relations: Sequence[RelationWords]) -> str:

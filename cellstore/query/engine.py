@@ -13,13 +13,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,7 +30,6 @@ from ..config import VoteOptions
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
-from ..models import EXCLUSIONS
 from .feature_sets import SetRelation, list_sets
 from .guard import (
     Limits,
@@ -41,13 +39,11 @@ from .guard import (
     locked_connection,
     not_readable,
     only_reading,
-    parsed,
     quoted,
     reading_files,
     run_limited,
 )
-from .relations import COUNTS, KEPT, LATER, PREDICTIONS, RANKED, VIEWS, view, view_query
-from .source import COLUMNS, PREDICTION_COLUMNS, TABLES, Columns, Source, feed_predictions
+from .source import LATER, PREDICTION_COLUMNS, VIEWS, Columns, Source, view
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,7 +54,8 @@ ROWS_AT_ONCE = 4_096
 ROWS_OF_BATCH = 65_536
 
 _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
-
+_COMMENT = re.compile(r"--.*")
+_SOURCE = re.compile(r'\b(?:from|join)\s+"?(\w+)')
 
 _OF_IMAGE = {
     "images": "WHERE t.well_id = (SELECT well_id FROM images WHERE id = {image})",
@@ -73,17 +70,19 @@ _OF_IMAGE = {
 
 # Copies
 
-FORMAT = 4
+FORMAT = 5
 """Raised when the copies change, so that older ones are not read."""
 BYTES_AT_ONCE = 1 << 20
 ROWS_OF_GROUP = 122_880
 MAKING_MB = 500
 """The memory in which a copy is made; what does not fit goes to the disk."""
 
+PREDICTIONS = "predictions_with_image"
+COUNTS = "image_label_counts"
+RANKED = "ranked_votes"
 WRITERS = {
     "cells": (Stage.SEGMENT, Stage.INGEST),
     "features": (Stage.MEASURE,),
-    "predictions": (Stage.PREDICT,),
     PREDICTIONS: (Stage.PREDICT,),
     COUNTS: (Stage.PREDICT,),
     RANKED: (Stage.PREDICT,),
@@ -92,15 +91,45 @@ WRITERS = {
 }
 """The big tables, and three views kept in the same way; the stages whose runs write them."""
 
-RANKED_COPIED = "level = 'image' AND vote <> 'median'"
-"""Which of the ranked votes are kept: those that most people ask for."""
+KEPT_COLUMNS: dict[str, Columns] = {
+    PREDICTIONS: PREDICTION_COLUMNS,
+    COUNTS: {
+        "run_id": "BIGINT",
+        "image_id": "BIGINT",
+        "label_id": "BIGINT",
+        "cells": "BIGINT",
+        "named": "BIGINT",
+        "probability": "DOUBLE",
+    },
+    RANKED: {
+        "run_id": "BIGINT",
+        "level": "VARCHAR",
+        "vote": "VARCHAR",
+        "unit_id": "BIGINT",
+        "subset": "VARCHAR",
+        "winner_id": "BIGINT",
+        "votes": "DOUBLE",
+        "runner_up_id": "BIGINT",
+        "runner_up_votes": "DOUBLE",
+        "n_cells": "BIGINT",
+    },
+}
+"""The columns of the views of which copies are kept."""
 
-_CHAINS = {
+_VOTE_VIEWS = {
     COUNTS: (COUNTS,),
     RANKED: ("label_counts", "label_medians", "label_votes", RANKED),
 }
 """The views between the copy that a kept view is made from and itself."""
+RANKED_COPIED = "level = 'image' AND vote <> 'median'"
+"""Which of the ranked votes are kept: those that most people ask for."""
 
+_ELIGIBLE = """
+    CREATE VIEW eligible_predictions AS
+    SELECT run_id, image_id, cell_id, rank, label_id, probability
+    FROM predictions_with_image WHERE NOT excluded
+"""
+"""The copies of votes are for stores without later exclusions; else votes are counted anew."""
 _NOTHING_OF_WELLS = """
     CREATE TABLE run_images (run_id BIGINT, image_id BIGINT, well_id BIGINT, subset VARCHAR);
     CREATE TABLE eligible_predictions (
@@ -109,27 +138,8 @@ _NOTHING_OF_WELLS = """
 """
 """What the votes that are not kept would be made from."""
 
-_ELIGIBLE = """
-    CREATE VIEW eligible_predictions AS
-    SELECT run_id, image_id, cell_id, rank, label_id, probability
-    FROM predictions_with_image WHERE NOT excluded
-"""
-"""The copies of votes are for stores without later exclusions; else votes are counted anew."""
 
-
-@dataclass(frozen=True)
-class RunMark:
-    """What tells one ended run from any other, also after a store was made anew.
-
-    ``extent``: how much there is of what it wrote, where later runs may add to it.
-    """
-
-    id: int
-    started_at: str
-    ended_at: str
-    extent: str = ""
-
-
+@dataclass
 class Answer:
     """What a question is answered with: read it once, as rows, arrays or Arrow.
 
@@ -138,18 +148,11 @@ class Answer:
     longer than a small question.
     """
 
-    def __init__(
-        self,
-        connection: duckdb.DuckDBPyConnection,
-        limits: Limits,
-        statement: str,
-        parameters: Parameters | None,
-    ) -> None:
-        self._connection = connection
-        self._limits = limits
-        self._left = limits.seconds
-        self._statement = statement
-        self._parameters = parameters
+    _connection: duckdb.DuckDBPyConnection
+    _limits: Limits
+    _statement: str
+    _parameters: Parameters | None
+    _seconds_used: float = 0.0
 
     @cached_property
     def _result(self) -> duckdb.DuckDBPyConnection:
@@ -213,11 +216,12 @@ class Answer:
         return pa.Table.from_batches(batches, schema=self.schema)
 
     def _limited(self, work: Callable[[], T]) -> T:
-        began = time.monotonic()
+        began, allowed = time.monotonic(), self._limits.seconds
+        left = max(0.0, allowed - self._seconds_used)
         try:
-            return run_limited(self._connection, self._left, work, allowed=self._limits.seconds)
+            return run_limited(self._connection, left, work, allowed=allowed)
         finally:
-            self._left = max(0.0, self._left - (time.monotonic() - began))
+            self._seconds_used += time.monotonic() - began
 
 
 @contextmanager
@@ -244,87 +248,67 @@ def open_questions(
         MissingExtraError: the store is on PostgreSQL and its ADBC driver is not installed.
         StorageError: the cache folder cannot be made.
     """
-    folder = workspace.settings.cache
+    limits, artifacts = limits or Limits(), workspace.artifacts
+    copies, spill = (workspace.settings.cache.resolve() / name for name in ("snapshots", "spill"))
     try:
-        for name in ("snapshots", "spill"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        for folder in (copies, spill):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"The cache {folder} cannot be made: {error.strerror}. Mend the permissions."
+            f"The cache {workspace.settings.cache} cannot be made: {error.strerror}. Mend the "
+            "permissions."
         ) from error
+    roots = [artifacts.root]
+    if isinstance(artifacts, BorrowingFolder):
+        roots.append(artifacts.lender.root)
+    readable = [copies, *(root.resolve() / ArtifactKind.FEATURES.value for root in roots)]
     with ExitStack() as stack:
-        source = stack.enter_context(closing(Source(workspace.database)))
         yield Questions(
             workspace,
-            source,
-            stack,
-            limits or Limits(),
+            limits,
             vote_options or VoteOptions(),
             runs,
-            only_image_votes=only_image_votes,
-            image=image,
+            only_image_votes,
+            image,
+            stack.enter_context(closing(Source(workspace.database))),
+            stack.enter_context(locked_connection(limits, spill, readable)),
+            copies,
+            spill,
+            stack,
         )
 
 
+@dataclass
 class Questions:
-    """A store as it is at one moment. Made by :func:`open_questions`.
+    """A store as it is at one moment. Made by :func:`open_questions`, which explains the fields.
 
     Two databases in memory, which hold what questions have named so far: ``empty`` without rows, to
     check a question before anything is read, and without a way to any file; ``full`` with rows.
     """
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        source: Source,
-        stack: ExitStack,
-        limits: Limits,
-        vote_options: VoteOptions,
-        predict_runs: Collection[int] | None,
-        *,
-        only_image_votes: bool,
-        image: int | None,
-    ) -> None:
-        self._source = source
-        self._artifacts = workspace.artifacts
-        self._stack = stack
-        self._limits = limits
-        self._vote_options = vote_options
-        self._predict_runs = predict_runs
-        self._only_image_votes = only_image_votes
-        self._image = image
-        self._copies = (workspace.settings.cache / "snapshots").resolve()
-        self._spill = (workspace.settings.cache / "spill").resolve()
-        self._declared: set[str] = set()
-        self._loaded: set[str] = set()
+    workspace: Workspace
+    limits: Limits
+    vote_options: VoteOptions
+    runs: Collection[int] | None
+    only_image_votes: bool
+    image: int | None
+    _source: Source
+    _full: duckdb.DuckDBPyConnection
+    _copies: Path
+    _spill: Path
+    _stack: ExitStack
+    _declared: set[str] = field(default_factory=set)
+    _loaded: set[str] = field(default_factory=set)
 
-    # Opened when they are needed: each takes as long as a small question.
     @cached_property
     def _empty(self) -> duckdb.DuckDBPyConnection:
-        return self._stack.enter_context(locked_connection(self._limits, self._spill))
-
-    @cached_property
-    def _full(self) -> duckdb.DuckDBPyConnection:
-        roots = [self._artifacts.root]
-        if isinstance(self._artifacts, BorrowingFolder):
-            roots.append(self._artifacts.lender.root)
-        sets = [root.resolve() / ArtifactKind.FEATURES.value for root in roots]
-        locked = locked_connection(self._limits, self._spill, [self._copies, *sets])
-        return self._stack.enter_context(locked)
-
-    @cached_property
-    def _kept(self) -> set[str]:
-        """The views whose copies can be used: those of votes know of no later exclusion."""
-        if self._image is None:
-            self._load({LATER})
-            if not self._full.execute(f"FROM {LATER} LIMIT 1").fetchall():
-                return set(KEPT)
-        return {PREDICTIONS}
+        # Opened when it is needed: that takes as long as a small question.
+        return self._stack.enter_context(locked_connection(self.limits, self._spill))
 
     @cached_property
     def _sets(self) -> dict[str, SetRelation]:
         """The feature sets by name; one that has the name of a table, which none should, is not."""
-        taken = {*TABLES, *VIEWS}
+        taken = {*self._source.columns, *VIEWS}
         return {
             item.name.lower(): item
             for item in list_sets(self._source, self._full)
@@ -334,7 +318,7 @@ class Questions:
     @property
     def names(self) -> list[str]:
         """All that can stand behind FROM: tables, views and feature sets."""
-        return [*TABLES, *VIEWS, *(item.name for item in self._sets.values())]
+        return [*self._source.columns, *VIEWS, *(item.name for item in self._sets.values())]
 
     def ask(self, sql: str, parameters: Parameters | None = None) -> Answer:
         """Answer one reading statement of a user; ``parameters`` fill its ``?`` or ``$name``.
@@ -348,25 +332,20 @@ class Questions:
         """
         statement = only_reading(self._empty, sql)
         self._check(statement, parameters)
-        return self.ask_ours(statement, parameters)
-
-    def ask_ours(self, sql: str | Statement, parameters: Parameters | None = None) -> Answer:
-        """Answer a question that is part of cellstore: known to read, and right."""
-        statement = parsed(self._full, sql) if isinstance(sql, str) else sql
-        assert statement is not None
         if not statement.tables or _DESCRIBES.match(statement.text):
-            return Answer(self._empty, self._limits, statement.text, parameters)
+            return Answer(self._empty, self.limits, statement.text, parameters)
         self._load(statement.tables)
-        return Answer(self._full, self._limits, statement.text, parameters)
+        return Answer(self._full, self.limits, statement.text, parameters)
+
+    def ask_ours(self, sql: str, parameters: Parameters | None = None) -> Answer:
+        """Answer a question that is part of cellstore: known to read, and right."""
+        self._load(sources_of(sql))
+        return Answer(self._full, self.limits, sql, parameters)
 
     def keep(self, name: str, sql: str, parameters: Parameters | None = None) -> None:
         """Keep the answer of such a question as a table, for several questions about it."""
-        statement = parsed(self._full, sql)
-        assert statement is not None
-        self._load(statement.tables)
-        create = f"CREATE OR REPLACE TEMP TABLE {quoted(name)} AS {sql}"
-        self._full.execute(create, parameters)
-        self._loaded.add(name)
+        self._load(sources_of(sql))
+        self._full.execute(f"CREATE OR REPLACE TEMP TABLE {quoted(name)} AS {sql}", parameters)
 
     def plan(self, sql: str, parameters: Parameters | None = None) -> str:
         """Return how a question would be answered: one step a line, what it reads below it.
@@ -393,7 +372,7 @@ class Questions:
     def _check(self, statement: Statement, parameters: Parameters | None) -> None:
         """Let DuckDB plan the question on the tables without rows, where no file is in reach."""
         named = statement.tables | statement.shown
-        known = {*TABLES, *VIEWS}
+        known = {*self._source.columns, *VIEWS}
         if statement.lists_tables or not named <= known:
             known = set(map(str.lower, self.names))
         if settings := sorted(statement.shown - known):
@@ -403,146 +382,192 @@ class Questions:
         self._declare(known if every else named)
         text = statement.text if statement.explains else f"EXPLAIN {statement.text}"
         empty = self._empty
-        run_limited(empty, self._limits.seconds, lambda: empty.execute(text, parameters))
+        run_limited(empty, self.limits.seconds, lambda: empty.execute(text, parameters))
+
+    def _query_of(self, name: str) -> str | None:
+        """Return the query of a view or a feature set; ``None``: there is neither of that name."""
+        if name in VIEWS:
+            return view(name, self.vote_options).query
+        if name in self._source.columns or name not in self._sets:
+            return None
+        return self._sets[name].query(self._source, self.workspace.artifacts, self._full)
 
     def _declare(self, names: set[str]) -> None:
         """Make tables and views without rows, after those that they read."""
         for name in sorted(names):
-            if name in self._declared:
+            if name in self._declared:  # perhaps by one before it
                 continue
-            columns = self._columns_of(name)
+            self._declared.add(name)
+            columns = self._source.columns.get(name) or KEPT_COLUMNS.get(name)
+            if columns is None and name not in VIEWS and name in self._sets:
+                # Only the full database reads files.
+                columns = None if self._sets[name].in_table else self._sets[name].columns
             if columns is not None:
                 listed = ", ".join(f"{quoted(item)} {kind}" for item, kind in columns.items())
                 self._empty.execute(f"CREATE TABLE {quoted(name)} ({listed})")
-            elif name in VIEWS or name in self._sets:
-                query, tables = self._query_of(name)
-                self._declare(tables)
+            elif (query := self._query_of(name)) is not None:
+                self._declare(sources_of(query))
                 self._empty.execute(f"CREATE VIEW {quoted(name)} AS {query}")
-            self._declared.add(name)
 
     def _load(self, names: set[str]) -> None:
         """Make tables and views with their rows."""
         for name in sorted(names):
             if name in self._loaded:  # perhaps by one before it
                 continue
-            statement = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
-            if self._image is not None and name == PREDICTIONS:
-                feed_predictions(self._source, self._full, statement, image=self._image)
-            elif name in TABLES and (name not in WRITERS or self._image is not None):
-                condition = ""
-                if self._image is not None:
-                    condition = _OF_IMAGE.get(name, "").format(image=int(self._image))
-                self._source.feed_table(self._full, statement, name, condition)
+            self._loaded.add(name)
+            create = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
+            if name == "predictions":
+                self._load({PREDICTIONS})
+                columns = ", ".join(self._source.columns[name])
+                rows = f"SELECT {columns} FROM {PREDICTIONS}"  # noqa: S608 - our own names
+                self._full.execute(f"CREATE VIEW {name} AS {rows}")
+            elif name == PREDICTIONS and self.image is not None:
+                self._source.feed_predictions(self._full, create, image=self.image)
             elif name == LATER:
                 # From the database, for the sake of time: of all exclusions few are made later.
                 own = "WHERE t.source = 'annotation'"
-                self._source.feed_table(self._full, statement, EXCLUSIONS.name, own)
-                if (run := self._vote_options.exclude_flagged) is not None:
+                self._source.feed_table(self._full, create, "exclusions", own)
+                if (run := self.vote_options.exclude_flagged) is not None:
                     own = f"WHERE t.source = 'quality' AND t.run_id = {int(run)}"
-                    statement = f"INSERT INTO {name} FROM {{rows}}"
-                    self._source.feed_table(self._full, statement, EXCLUSIONS.name, own)
-            elif name in WRITERS and (name in TABLES or name in self._kept):
-                self._load_big(name)
-            elif name in VIEWS or name in self._sets:
-                query, tables = self._query_of(name)
-                self._load(tables)
+                    insert = f"INSERT INTO {name} FROM {{rows}}"
+                    self._source.feed_table(self._full, insert, "exclusions", own)
+            elif name in WRITERS and self._has_copies(name):
+                self._load_copies(name)
+            elif name in self._source.columns:
+                condition = ""
+                if self.image is not None:
+                    condition = _OF_IMAGE.get(name, "").format(image=int(self.image))
+                self._source.feed_table(self._full, create, name, condition)
+            elif (query := self._query_of(name)) is not None:
+                self._load(sources_of(query))
                 self._full.execute(f"CREATE VIEW {quoted(name)} AS {query}")
-            self._loaded.add(name)
 
-    def _columns_of(self, name: str) -> Columns | None:
-        """Return the columns of what is a table where there are no rows."""
-        if name in COLUMNS or name in KEPT:
-            return COLUMNS.get(name) or KEPT[name]
-        if name not in VIEWS and name in self._sets and not self._sets[name].in_table:
-            return self._sets[name].columns
-        return None
+    def _has_copies(self, name: str) -> bool:
+        """Whether copies of one of ``WRITERS`` may be used: those of votes know no exclusions."""
+        if self.image is not None or name not in _VOTE_VIEWS:
+            return self.image is None
+        self._load({LATER})
+        return not self._full.execute(f"FROM {LATER} LIMIT 1").fetchall()
 
-    def _query_of(self, name: str) -> tuple[str, set[str]]:
-        """Return the query of a view or a feature set, and the tables and views that it reads."""
-        if name in VIEWS:
-            query = view_query(name, self._vote_options)
-        else:
-            query = self._sets[name].query(self._source, self._artifacts, self._full)
-        found = parsed(self._full, query)
-        assert found is not None
-        return query, found.tables
+    def _load_copies(self, name: str) -> None:
+        """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now.
 
-    def _load_big(self, name: str) -> None:
-        """Make one of the big tables, or of the views that are kept: copies and what is live."""
-        ended, others = self._runs(name)
-        columns = COLUMNS.get(name) or KEPT[name]
-        names = ", ".join(map(quoted, columns))
-        parts = []
-        if paths := [self._copy(name, run) for run in ended]:
-            parts.append(f"SELECT {names} FROM {reading_files(paths)}")  # noqa: S608
-        if name in (COUNTS, RANKED):
-            numbers = ", ".join(map(str, others))
-            live = f"run_id IN ({numbers})" if others else "false"
-            if name == RANKED and not self._only_image_votes:
-                live += f" OR NOT ({RANKED_COPIED})"
-            if live != "false":
-                query, tables = self._query_of(name)
-                self._load(tables)
-                parts.append(f"SELECT {names} FROM ({query}) WHERE {live}")  # noqa: S608
-        elif others:
-            live = quoted(f"live {name}")
-            statement = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608
-            if name in (PREDICTIONS, "predictions"):
-                feed_predictions(self._source, self._full, statement, runs=others)
-            else:
-                self._source.feed_table(self._full, statement, name, rows_of_runs(name, others))
-            parts.append(f"FROM {live}")
-        if not parts:
-            nulls = (f"CAST(NULL AS {kind}) AS {quoted(item)}" for item, kind in columns.items())
-            parts.append(f"SELECT {', '.join(nulls)} LIMIT 0")
-        self._full.execute(f"CREATE VIEW {quoted(name)} AS {' UNION ALL '.join(parts)}")
-
-    def _runs(self, table: str) -> tuple[list[RunMark], list[int]]:
-        """Return the runs whose rows of a big table are final, and the numbers of the others."""
-        predicts = Stage.PREDICT in WRITERS[table]
+        Raises:
+            StorageError: a copy cannot be written.
+        """
+        self._load({"runs"})
+        predicts = Stage.PREDICT in WRITERS[name]
         # A failed predict run may be resumed; a failed run of another stage never is.
         final = [Status.DONE.value] if predicts else [Status.DONE.value, Status.FAILED.value]
-        self._load({"runs"})
         query = """
-            SELECT id, started_at::VARCHAR, ended_at::VARCHAR,
+            SELECT id, started_at::VARCHAR || ' ' || ended_at::VARCHAR,
                 ended_at IS NOT NULL AND list_contains(?, status)
             FROM runs WHERE list_contains(?, stage) ORDER BY id
         """
-        stages = [stage.value for stage in WRITERS[table]]
-        rows = self._full.execute(query, [final, stages]).fetchall()
-        if predicts and self._predict_runs is not None:
-            rows = [row for row in rows if row[0] in self._predict_runs]
-        extents = {row[0]: "" for row in rows}
-        if table == "cells":  # an ingest may add cells to those of another
+        stages = [stage.value for stage in WRITERS[name]]
+        runs = self._full.execute(query, [final, stages]).fetchall()
+        if predicts and self.runs is not None:
+            runs = [row for row in runs if row[0] in self.runs]
+        extents = {row[0]: "" for row in runs}
+        if name == "cells":  # an ingest may add cells to those of another
             self._load({"segmentations"})
             found = self._full.execute("""
                 SELECT run_id, count(*) || ' images, ' || sum(n_cells) || ' cells'
                 FROM segmentations GROUP BY run_id
             """)
             extents = dict(found.fetchall())
-        ended = [
-            RunMark(row[0], row[1], row[2], extents[row[0]])
-            for row in rows
-            if row[3] and row[0] in extents
+        columns = KEPT_COLUMNS.get(name) or self._source.columns[name]
+        names = ", ".join(map(quoted, columns))
+        parts = []
+        paths = [
+            self._copy(name, run, f"{times} {extents[run]}")
+            for run, times, ended in runs
+            if ended and run in extents
         ]
-        return ended, [row[0] for row in rows if not row[3]]
+        if paths:
+            parts.append(f"SELECT {names} FROM {reading_files(paths)}")  # noqa: S608
+        others = [run for run, _, ended in runs if not ended]
+        if name in _VOTE_VIEWS:
+            live = f"run_id IN ({', '.join(map(str, others))})" if others else "false"
+            if name == RANKED and not self.only_image_votes:
+                live += f" OR NOT ({RANKED_COPIED})"
+            if live != "false":
+                query = view(name).query
+                self._load(sources_of(query))
+                parts.append(f"SELECT {names} FROM ({query}) WHERE {live}")  # noqa: S608
+        elif others:
+            live = quoted(f"live {name}")
+            create = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608
+            if name == PREDICTIONS:
+                self._source.feed_predictions(self._full, create, runs=others)
+            else:
+                self._source.feed_table(self._full, create, name, rows_of_runs(name, others))
+            parts.append(f"FROM {live}")
+        if not parts:
+            nulls = (f"CAST(NULL AS {kind}) AS {quoted(item)}" for item, kind in columns.items())
+            parts.append(f"SELECT {', '.join(nulls)} LIMIT 0")
+        self._full.execute(f"CREATE VIEW {quoted(name)} AS {' UNION ALL '.join(parts)}")
 
-    def _copy(self, table: str, run: RunMark) -> Path:
-        """Return the copy of what an ended run wrote into ``table``, made if there is none yet.
+    def _copy(self, name: str, run: int, mark: str) -> Path:
+        """Return the copy of what an ended run wrote into one of ``WRITERS``; make it if needed.
+
+        ``mark`` tells the run from any other, also after a store was made anew, and says how much
+        it wrote, where later runs may add to it. The copy is made in a database and a folder of its
+        own: no user asks there.
 
         Raises:
             StorageError: the folder cannot be written.
         """
-        name = "predictions" if table == PREDICTIONS else table
-        mark = f"{FORMAT} {run.started_at} {run.ended_at} {run.extent} {self._made_from(table)}"
-        stem = f"{name}-run{run.id}-{hashlib.sha256(mark.encode()).hexdigest()[:16]}"
+        made_from = str(KEPT_COLUMNS.get(name) or self._source.columns[name])
+        if name in _VOTE_VIEWS:
+            made_from += _ELIGIBLE + view(COUNTS).query
+        if name == RANKED:  # the alphabet decides ties, so that other labels make another copy
+            self._load({"labels"})
+            labels = self._full.execute("SELECT id, field, value FROM labels ORDER BY id")
+            made_from += f"{[view(item).query for item in _VOTE_VIEWS[name]]} {labels.fetchall()}"
+        digest = hashlib.sha256(f"{FORMAT} {mark} {made_from}".encode()).hexdigest()
+        stem = f"{name}-run{run}-{digest[:16]}"
         try:
             self._copies.mkdir(parents=True, exist_ok=True)
             for path in self._copies.glob(f"{glob.escape(stem)}-*.parquet"):
                 if path.name == _checked_name(stem, path):
                     return path
                 path.unlink(missing_ok=True)  # it is not as it was written
-            return self._write_copy(stem, table, run)
+            with tempfile.TemporaryDirectory(
+                prefix=f"{os.getpid()}-", dir=self._spill, ignore_cleanup_errors=True
+            ) as folder:
+                part = Path(folder, "part.parquet")
+                copy = (
+                    f"COPY {{rows}} TO {literal(str(part))} "
+                    f"(FORMAT parquet, COMPRESSION lz4, ROW_GROUP_SIZE {ROWS_OF_GROUP})"
+                )
+                with closing(duckdb.connect(":memory:")) as own:
+                    own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
+                    own.execute(f"SET temp_directory = {literal(folder)}")
+                    own.execute("SET preserve_insertion_order = false")
+                    own.execute("SET TimeZone = 'UTC'")
+                    if name == PREDICTIONS:
+                        self._source.feed_predictions(own, copy, ended=run)
+                    elif name not in _VOTE_VIEWS:
+                        self._source.feed_table(own, copy, name, rows_of_runs(name, [run]))
+                    else:
+                        base = PREDICTIONS if name == COUNTS else COUNTS
+                        rows = reading_files([self._copy(base, run, mark)])
+                        own.execute(f"CREATE VIEW {base} AS FROM {rows}")
+                        if name == COUNTS:
+                            own.execute(_ELIGIBLE)
+                        else:
+                            labels_table = "CREATE TABLE labels AS FROM {rows}"
+                            self._source.feed_table(own, labels_table, "labels")
+                            own.execute(_NOTHING_OF_WELLS)
+                        for item in _VOTE_VIEWS[name]:
+                            own.execute(f"CREATE VIEW {item} AS {view(item).query}")
+                        kept = RANKED_COPIED if name == RANKED else "true"
+                        rows = f"(SELECT * FROM {name} WHERE {kept})"  # noqa: S608 - our own words
+                        own.execute(copy.replace("{rows}", rows))
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+                return part.replace(self._copies / _checked_name(stem, part))
         except (OSError, duckdb.IOException) as error:
             if isinstance(error, StorageError):
                 raise
@@ -552,61 +577,10 @@ class Questions:
                 "the permissions, then ask again; the cache may also be deleted."
             ) from error
 
-    def _made_from(self, table: str) -> str:
-        """Return all that a copy depends on, beside the run."""
-        if table in (PREDICTIONS, "predictions"):
-            return str(PREDICTION_COLUMNS)
-        if table not in KEPT:
-            return str(COLUMNS[table])
-        found = _ELIGIBLE + "".join(view(item).query for item in _CHAINS[table])
-        if table == RANKED:  # the alphabet decides ties, so that other labels make another copy
-            labels = self._source.fetch(self._full, "labels")
-            found += f"{self._made_from(COUNTS)} {sorted(map(str, labels))}"
-        return found
 
-    def _write_copy(self, stem: str, table: str, run: RunMark) -> Path:
-        """Write a copy under a temporary name, in a database of its own: no user asks there."""
-        handle, temporary = tempfile.mkstemp(dir=self._copies, prefix=".part-")
-        os.close(handle)
-        spill = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=self._spill)
-        path = Path(temporary)
-        copy = (
-            f"COPY {{rows}} TO {literal(temporary)} "
-            f"(FORMAT parquet, COMPRESSION lz4, ROW_GROUP_SIZE {ROWS_OF_GROUP})"
-        )
-        try:
-            with closing(duckdb.connect(":memory:")) as own:
-                own.execute(f"SET memory_limit = '{MAKING_MB}MB'")
-                own.execute(f"SET temp_directory = {literal(spill)}")
-                own.execute("SET preserve_insertion_order = false")
-                own.execute("SET TimeZone = 'UTC'")
-                if table in (PREDICTIONS, "predictions"):
-                    feed_predictions(self._source, own, copy, ended=run.id)
-                elif table not in KEPT:
-                    self._source.feed_table(own, copy, table, rows_of_runs(table, [run.id]))
-                else:
-                    base = PREDICTIONS if table == COUNTS else COUNTS
-                    rows = reading_files([self._copy(base, run)])
-                    own.execute(f"CREATE VIEW {base} AS FROM {rows}")
-                    if table == COUNTS:
-                        own.execute(_ELIGIBLE)
-                    else:
-                        labels = "CREATE TABLE labels AS FROM {rows}"
-                        self._source.feed_table(own, labels, "labels")
-                        own.execute(_NOTHING_OF_WELLS)
-                    for name in _CHAINS[table]:
-                        own.execute(f"CREATE VIEW {name} AS {view(name).query}")
-                    kept = RANKED_COPIED if table == RANKED else "true"
-                    rows = f"(SELECT * FROM {table} WHERE {kept})"  # noqa: S608 - our own words
-                    own.execute(copy.replace("{rows}", rows))
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            return path.replace(self._copies / _checked_name(stem, path))
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        finally:
-            shutil.rmtree(spill, ignore_errors=True)
+def sources_of(sql: str) -> set[str]:
+    """Return what stands behind FROM and JOIN in SQL of ours, in small letters."""
+    return set(_SOURCE.findall(_COMMENT.sub("", sql).lower()))
 
 
 def rows_of_runs(table: str, run_ids: Collection[int]) -> str:

@@ -7,23 +7,27 @@ The view ``exclusions`` of the database says all of it. Whatever counts images o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
+from ..config import VoteOptions
 from ..enums import ExclusionSource, Level, Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import RUN_WORDS, run_in
+from ..jobs.run_names import RUN_WORDS, NamedRun, find_named_run
 from ..models import (
     EXCLUSIONS,
     Cell,
     Image,
     Job,
     Plate,
+    Prediction,
     Recipe,
     RecipeInput,
     Run,
+    Segmentation,
     Well,
 )
 
@@ -38,11 +42,12 @@ def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
         UnknownNameError: there is none.
         UserInputError: it is not finished.
     """
-    if reference in RUN_WORDS and not _has_finished(session):
+    finished = select(Run.id).where(Run.stage == Stage.QC, Run.status == Status.DONE).limit(1)
+    if reference in RUN_WORDS and session.scalar(finished) is None:
         raise UnknownNameError(
             "Quality control has not been run yet, so nothing is flagged. Run: cellstore qc"
         )
-    found = run_in(session, reference, (Stage.QC,))
+    found = session.get_one(Run, find_named_run(session, reference, (Stage.QC,)).id)
     if found.status != Status.DONE:
         raise UserInputError(
             f"Quality-control run {found.id} is {Status(found.status).value}, so its flags are not "
@@ -51,9 +56,28 @@ def find_qc_run(session: Session, reference: str = NEWEST) -> Run:
     return found
 
 
-def _has_finished(session: Session) -> bool:
-    query = select(Run.id).where(Run.stage == Stage.QC, Run.status == Status.DONE)
-    return session.scalar(query.limit(1)) is not None
+def with_flags(
+    session: Session, options: VoteOptions, run: NamedRun
+) -> tuple[VoteOptions, tuple[str, ...]]:
+    """Return the options with the number of the quality-control run, and what a reader must know.
+
+    Raises:
+        UnknownNameError: there is no such quality-control run.
+        UserInputError: it has not looked at what ``run`` has labelled.
+    """
+    if options.exclude_flagged is None:
+        return options, ()
+    qc = find_qc_run(session, options.exclude_flagged)
+    labelled = and_(Prediction.run_id == run.id, Prediction.rank == 1)
+    seen = select(Segmentation).join(Cell, Cell.segmentation_id == Segmentation.id)
+    seen = seen.join(Prediction, Prediction.cell_id == Cell.id).where(labelled)
+    images = seen.with_only_columns(Segmentation.image_id)
+    check_plates(session, qc, images)
+    for segment_id in session.scalars(seen.with_only_columns(Segmentation.recipe_id).distinct()):
+        check_cells(session, qc, segment_id)
+    unseen = count_unseen(session, qc, images)
+    notes = (unseen_note(qc, unseen),) if unseen else ()
+    return replace(options, exclude_flagged=str(qc.id)), notes
 
 
 def check_plates(session: Session, run: Run, images: Select[int]) -> None:

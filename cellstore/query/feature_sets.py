@@ -15,8 +15,7 @@ from ..artifacts import ArtifactFolder
 from ..enums import FeatureStorage
 from ..errors import StorageError, UserInputError
 from .guard import quoted, reading_files
-from .relations import VIEWS
-from .source import COLUMNS, TABLES, Columns, Source
+from .source import VIEWS, Columns, Source
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
 _TYPES = {
@@ -41,7 +40,9 @@ def check_set_name(name: str, option: str = "--name") -> str:
             f"{name!r} cannot name a feature set. Use small letters, digits and _ (up to 63), a "
             f"letter first: {option} nuclei_v2"
         )
-    if name in TABLES or name in VIEWS:
+    from ..models import METADATA  # they load slowly, and questions need no classes of tables
+
+    if name in {*METADATA.tables, "exclusions", *VIEWS}:
         raise UserInputError(f"{name!r} is the name of a table. Give another {option}.")
     return name
 
@@ -108,15 +109,16 @@ def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRela
         StorageError: the columns of a set are not described as they should be.
     """
     rows = source.fetch(target, "feature_sets")
-    return [_relation(row) for row in sorted(rows, key=lambda row: int(row["id"]))]
+    known = source.columns["features"]
+    return [_relation(row, known) for row in sorted(rows, key=lambda row: int(row["id"]))]
 
 
-def _relation(row: dict[str, Any]) -> SetRelation:
+def _relation(row: dict[str, Any], known: Columns) -> SetRelation:
     in_table = row["storage"] == FeatureStorage.TABLE
     columns = {"cell_id": "BIGINT"}
     try:
         for item in json.loads(row["columns"]):
-            if not in_table or item["name"] in COLUMNS["features"]:
+            if not in_table or item["name"] in known:
                 columns[_unique(item["name"], columns)] = _TYPES[item["dtype"]]
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError(

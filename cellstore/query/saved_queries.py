@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from ..enums import Stage
 from ..errors import QueryError, UnknownNameError, UserInputError
-from ..jobs.lookup import run_in
+from ..jobs.run_names import find_named_run
 from ..jobs.workspace import Workspace
 from .guard import MAX_CHARACTERS
 
@@ -229,12 +229,14 @@ def _value(
         return None
     if item.kind == "two predict runs":
         names = given if isinstance(given, list | tuple) else str(given).split(",")
-        found = [run_in(session, str(name).strip(), _STAGES[item.kind]).id for name in names]
+        found = [
+            find_named_run(session, str(name).strip(), _STAGES[item.kind]).id for name in names
+        ]
         if len(found) != 2 or found[0] == found[1]:
             raise UserInputError(f"--{item.name} takes two different runs, like 3,5.")
         return found
     if item.kind in _STAGES:
-        return run_in(session, str(given), _STAGES[item.kind]).id
+        return find_named_run(session, str(given), _STAGES[item.kind]).id
     text = str(given).strip()
     try:
         if item.kind == "whole number":

@@ -1,4 +1,7 @@
-"""The database of a store, read through ADBC: Arrow streams that DuckDB takes as they come."""
+"""What a question can read: the tables of a store, through ADBC, and the views, files in ``sql/``.
+
+Arrow streams come from the database as DuckDB takes them.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,122 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 from urllib.parse import quote
 
 import duckdb
-from sqlalchemy import BigInteger, Boolean, Float, Integer, Table
-from sqlalchemy.types import JSON
+from sqlalchemy import text
 
+from ..config import VoteOptions
 from ..db.session import Database
 from ..errors import DatabaseError, MissingExtraError
-from ..models import EXCLUSIONS, METADATA, UtcDateTime
-
-TABLES: dict[str, Table] = {**METADATA.tables, EXCLUSIONS.name: EXCLUSIONS}
-"""All tables by name, and the view that the database itself has."""
-
-BATCH_ROWS = 65_536
 
 Columns = dict[str, str]
 """The type in DuckDB of each column, by name."""
 
-_TYPE_GIVERS = {"BIGINT": "0", "INTEGER": "0", "BOOLEAN": "0", "DOUBLE": "0.0"}
+VIEWS = (
+    "image_table",
+    "well_table",
+    "cell_table",
+    "run_images",
+    "prediction_table",
+    "votes",
+    "scored_predictions",
+    "accuracy",
+    "confusion",
+    "class_report",
+    "disagreements",
+    "lineage",
+    "image_locations",
+    "vote_options",
+    "eligible_cells",
+    "eligible_predictions",
+    "excluded_images",
+    "later_exclusions",
+    "predictions_with_image",
+    "image_label_counts",
+    "label_counts",
+    "label_medians",
+    "label_votes",
+    "ranked_votes",
+)
+"""All views: first those that people ask for, then what these are made of."""
 
+LATER = "later_exclusions"
+
+
+@dataclass(frozen=True)
+class View:
+    """A named question. ``description`` is the comment at the head of its file."""
+
+    name: str
+    description: str
+    query: str
+
+
+@cache
+def view(name: str, options: VoteOptions | None = None) -> View:
+    """Return a view as its file has it; two of them depend on the options of the vote."""
+    lines = files("cellstore.query.sql").joinpath(f"{name}.sql").read_text("utf-8").splitlines()
+    length = next(i for i, line in enumerate(lines) if not line.startswith("--"))
+    words = " ".join(line.removeprefix("--").strip() for line in lines[:length])
+    query = "\n".join(lines[length:])
+    if options is not None and name == "vote_options":
+        query = (
+            f"SELECT {int(options.min_cells)} AS min_cells, "
+            f"CAST({float(options.min_margin)!r} AS DOUBLE) AS min_margin, "
+            f"{'true' if options.controls else 'false'} AS controls"
+        )
+    elif options is not None and name == LATER and options.exclude_flagged is not None:
+        query += f"\nOR run_id = {int(options.exclude_flagged)}"
+    return View(name, words, query)
+
+
+BATCH_ROWS = 65_536
+
+_TYPES = {
+    "INTEGER": "BIGINT",
+    "BIGINT": "BIGINT",
+    "BOOLEAN": "BOOLEAN",
+    "FLOAT": "DOUBLE",
+    "DOUBLE PRECISION": "DOUBLE",
+    "DATETIME": "TIMESTAMP WITH TIME ZONE",
+    "TIMESTAMP WITH TIME ZONE": "TIMESTAMP WITH TIME ZONE",
+}
+"""The type in DuckDB of a column that is declared so; all else, JSON among it, is text."""
+_FIRST_VALUES = {"BIGINT": "0", "BOOLEAN": "0", "DOUBLE": "0.0"}
+
+_SQLITE_COLUMNS = """
+    SELECT t.name, c.name, upper(c.type) FROM sqlite_master AS t, pragma_table_info(t.name) AS c
+    WHERE t.type IN ('table', 'view') AND t.name <> 'alembic_version' ORDER BY t.name, c.cid
+"""
+_POSTGRESQL_COLUMNS = """
+    SELECT table_name, column_name, upper(data_type) FROM information_schema.columns
+    WHERE table_schema = current_schema() AND table_name <> 'alembic_version'
+    ORDER BY table_name, ordinal_position
+"""
+
+PREDICTION_COLUMNS: Columns = {
+    "run_id": "BIGINT",
+    "image_id": "BIGINT",
+    "cell_id": "BIGINT",
+    "excluded": "BOOLEAN",
+    "rank": "BIGINT",
+    "label_id": "BIGINT",
+    "probability": "DOUBLE",
+}
+"""The columns of ``predictions_with_image``; those of table ``predictions`` are among them."""
+_PREDICTION_VALUES = (
+    *("p.run_id", "s.image_id", "p.cell_id", "c.excluded IS NOT NULL AS excluded"),
+    *("p.rank", "p.label_id", "p.probability"),
+)
 CELLS_OF_READER = 250_000
 """A range of so many cell ids is worth a connection of its own."""
 MOST_READERS = 8
-
-
-_TYPES = (
-    (UtcDateTime, "TIMESTAMP WITH TIME ZONE"),
-    (Boolean, "BOOLEAN"),
-    (BigInteger, "BIGINT"),
-    (Integer, "INTEGER"),
-    (Float, "DOUBLE"),
-)
-COLUMNS: dict[str, Columns] = {
-    name: {
-        column.name: next(
-            (kind for types, kind in _TYPES if isinstance(column.type, types)), "VARCHAR"
-        )
-        for column in table.columns
-    }
-    for name, table in TABLES.items()
-}
-"""The columns of each table, in the order of the models. JSON is text in DuckDB."""
 
 
 class Source:
@@ -62,15 +137,14 @@ class Source:
             DatabaseError: the database cannot be reached or refuses.
             MissingExtraError: PostgreSQL, and its ADBC driver is not installed.
         """
+        # The drivers themselves: their DB-API layer imports pandas, half a second for a short
+        # answer.
         import adbc_driver_manager as adbc
 
         self.database = database
-        self._is_sqlite = database.is_sqlite
         self._adbc = adbc
         url = database.engine.url
-        # The drivers themselves: their DB-API layer imports pandas, half a second for a short
-        # answer.
-        if self._is_sqlite:
+        if database.is_sqlite:
             import adbc_driver_sqlite
 
             driver = adbc_driver_sqlite._driver_path()
@@ -91,21 +165,58 @@ class Source:
             with self._stream(begin):
                 pass
 
-    def fetch(
-        self, target: duckdb.DuckDBPyConnection, name: str, condition: str = ""
-    ) -> list[dict[str, Any]]:
-        """Return rows of a small table by way of ``target``; ``condition`` as for feed_table."""
-        self.feed_table(
-            target, 'CREATE OR REPLACE TEMP TABLE "fetched" AS FROM {rows}', name, condition
-        )
-        rows = target.execute('FROM "fetched"').fetchall()
-        target.execute('DROP TABLE "fetched"')
-        return [dict(zip(TABLES[name].columns.keys(), row, strict=True)) for row in rows]
+    @cached_property
+    def _declared(self) -> dict[str, Columns]:
+        """The columns of all tables as the database has them: by table, then by column.
+
+        From the database, since the classes of the tables load slower than a question is answered.
+        """
+        query = _SQLITE_COLUMNS if self.database.is_sqlite else _POSTGRESQL_COLUMNS
+        found: dict[str, Columns] = {}
+        with self.database.read() as session:
+            for table, column, kind in session.execute(text(query)):
+                # SQLite tells no type of a view's column that is computed.
+                computed = "BIGINT" if column.endswith("_id") else "TEXT"
+                found.setdefault(table, {})[column] = kind or computed
+        return found
+
+    @cached_property
+    def columns(self) -> dict[str, Columns]:
+        """The columns of each table, and of the view that the database has. JSON is text."""
+        return {
+            name: {column: _TYPES.get(kind, "VARCHAR") for column, kind in columns.items()}
+            for name, columns in self._declared.items()
+        }
 
     def close(self) -> None:
         """Give the connection back."""
         self._connection.close()
         self._handle.close()
+
+    def fetch(
+        self, target: duckdb.DuckDBPyConnection, name: str, condition: str = ""
+    ) -> list[dict[str, Any]]:
+        """Return rows of a small table by way of ``target``; ``condition`` as for feed_table."""
+        create = 'CREATE OR REPLACE TEMP TABLE "fetched" AS FROM {rows}'
+        self.feed_table(target, create, name, condition)
+        rows = target.execute('FROM "fetched"').fetchall()
+        target.execute('DROP TABLE "fetched"')
+        return [dict(zip(self.columns[name], row, strict=True)) for row in rows]
+
+    def feed_table(
+        self, target: duckdb.DuckDBPyConnection, statement: str, name: str, condition: str = ""
+    ) -> None:
+        """Carry out ``statement`` as :meth:`feed` does, with rows of a table.
+
+        ``condition`` is SQL of ours, to follow ``FROM table AS t``.
+        """
+        # JSON is text in DuckDB, and its null is no value.
+        json = "nullif(CAST(t.{0} AS text), 'null') AS {0}"
+        values = [
+            (json if kind.startswith("JSON") else "t.{0}").format(f'"{column}"')
+            for column, kind in self._declared[name].items()
+        ]
+        self.feed(target, statement, self.columns[name], values, [f'"{name}" AS t {condition}'])
 
     def feed(
         self,
@@ -138,12 +249,12 @@ class Source:
                 target.execute(f"DROP TABLE {part}")
             return
         first = ""
-        if self._is_sqlite:
+        if self.database.is_sqlite:
             # SQLite types values, not columns, and ADBC takes a column's type from its first rows:
             # a first row gives every column its type.
             empty = "''"
             typed = (
-                f'{_TYPE_GIVERS.get(kind, empty)} AS "{name}"' for name, kind in columns.items()
+                f'{_FIRST_VALUES.get(kind, empty)} AS "{name}"' for name, kind in columns.items()
             )
             first = f'SELECT 1 AS "first", {", ".join(typed)} UNION ALL SELECT 0, '
         cast = ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in columns.items())
@@ -157,23 +268,46 @@ class Source:
             finally:
                 target.unregister("stream")
 
-    def feed_table(
-        self, target: duckdb.DuckDBPyConnection, statement: str, name: str, condition: str = ""
+    def feed_predictions(
+        self,
+        target: duckdb.DuckDBPyConnection,
+        statement: str,
+        *,
+        runs: Sequence[int] = (),
+        ended: int | None = None,
+        image: int | None = None,
     ) -> None:
-        """Carry out ``statement`` as :meth:`feed` does, with rows of a table.
+        """Carry out ``statement`` as :meth:`feed` does, with rows of ``PREDICTION_COLUMNS``.
 
-        ``condition`` is SQL of ours, to follow ``FROM table AS t``.
+        They are what some ``runs`` said so far, what an ``ended`` run said, in no certain order
+        because several connections read it, or what all runs said of one ``image``.
         """
-        table = TABLES[name]
-        # JSON is text in DuckDB, and its null is no value. Names are those of the models.
-        text = "t.{0}" if self._is_sqlite else "CAST(t.{0} AS text)"
-        json = f"nullif({text}, 'null') AS {{0}}"
-        values = [
-            (json if isinstance(column.type, JSON) else "t.{0}").format(f'"{column.name}"')
-            for column in table.columns
-        ]
-        origin = f'"{name}" AS t {condition}'
-        self.feed(target, statement, COLUMNS[name], values, [origin])
+        # SQLite joins in the order that is written with CROSS JOIN, so that every step goes through
+        # an index.
+        join = "CROSS JOIN" if self.database.is_sqlite else "JOIN"
+        joined = f"""predictions AS p
+            {join} cells AS c ON c.id = p.cell_id
+            {join} segmentations AS s ON s.id = c.segmentation_id"""
+        if image is not None:
+            origins = [predictions_of_image(image, is_sqlite=self.database.is_sqlite)]
+        elif ended is None:
+            numbers = ", ".join(str(int(run)) for run in runs)
+            origins = [f"{joined} WHERE p.run_id IN ({numbers})"]
+        else:
+            # Two questions, each of which an index answers at once.
+            cells = f"cell_id) FROM predictions WHERE run_id = {int(ended)}"
+            query = text(f"SELECT (SELECT min({cells}), (SELECT max({cells})")
+            with self.database.read() as session:
+                low, high = session.execute(query).one()
+            low, end = (low, high + 1) if low is not None else (0, 1)
+            parts = max(1, min((end - low) // CELLS_OF_READER, MOST_READERS, os.cpu_count() or 1))
+            edges = [low + (end - low) * part // parts for part in range(parts + 1)]
+            origins = [
+                f"{joined} WHERE p.run_id = {int(ended)}"
+                f" AND p.cell_id BETWEEN {first} AND {last - 1}"
+                for first, last in pairwise(edges)
+            ]
+        self.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
 
     @contextmanager
     def _stream(self, query: str) -> Iterator[Any]:
@@ -181,7 +315,7 @@ class Source:
         with self._explained():
             statement = self._adbc.AdbcStatement(self._connection)
             try:
-                if self._is_sqlite:
+                if self.database.is_sqlite:
                     statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
                 statement.set_sql_query(query)
                 stream = statement.execute_query()[0]
@@ -199,75 +333,6 @@ class Source:
         except self._adbc.Error as error:
             lines = str(error).strip().splitlines() or ["no reason given"]
             raise DatabaseError(f"The database {self.database.shown} failed: {lines[0]}") from error
-
-
-PREDICTION_COLUMNS: Columns = {
-    "run_id": "BIGINT",
-    "image_id": "BIGINT",
-    "cell_id": "BIGINT",
-    "excluded": "BOOLEAN",
-    "rank": "INTEGER",
-    "label_id": "BIGINT",
-    "probability": "DOUBLE",
-}
-"""The columns of ``predictions_with_image``; those of table ``predictions`` are among them."""
-
-_PREDICTION_VALUES = (
-    *("p.run_id", "s.image_id", "p.cell_id", "c.excluded IS NOT NULL AS excluded"),
-    *("p.rank", "p.label_id", "p.probability"),
-)
-
-# Two questions, each of which an index answers at once.
-_BOUNDS = """
-    (SELECT
-        (SELECT min(cell_id) FROM predictions WHERE run_id = %(run)d) AS low,
-        (SELECT max(cell_id) FROM predictions WHERE run_id = %(run)d) AS high
-    ) AS bounds
-"""
-
-
-def feed_predictions(
-    source: Source,
-    target: duckdb.DuckDBPyConnection,
-    statement: str,
-    *,
-    runs: Sequence[int] = (),
-    ended: int | None = None,
-    image: int | None = None,
-) -> None:
-    """Carry out ``statement`` as :meth:`Source.feed` does, with rows of ``PREDICTION_COLUMNS``.
-
-    They are what some ``runs`` said so far, what an ``ended`` run said, in no certain order because
-    several connections read it, or what all runs said of one ``image``.
-    """
-    # SQLite joins in the order that is written with CROSS JOIN, so that every step goes through an
-    # index.
-    join = "CROSS JOIN" if source.database.is_sqlite else "JOIN"
-    joined = f"""predictions AS p
-        {join} cells AS c ON c.id = p.cell_id
-        {join} segmentations AS s ON s.id = c.segmentation_id"""
-    if image is not None:
-        origins = [predictions_of_image(image, is_sqlite=source.database.is_sqlite)]
-    elif ended is None:
-        numbers = ", ".join(str(int(run)) for run in runs)
-        origins = [f"{joined} WHERE p.run_id IN ({numbers})"]
-    else:
-        source.feed(
-            target,
-            "CREATE OR REPLACE TEMP TABLE bounds AS FROM {rows}",
-            {"low": "BIGINT", "high": "BIGINT"},
-            ["low", "high"],
-            [_BOUNDS % {"run": int(ended)}],
-        )
-        (row,) = target.execute("FROM bounds").fetchall()
-        low, end = (row[0], row[1] + 1) if row[0] is not None else (0, 1)
-        parts = max(1, min((end - low) // CELLS_OF_READER, MOST_READERS, os.cpu_count() or 1))
-        edges = [low + (end - low) * part // parts for part in range(parts + 1)]
-        origins = [
-            f"{joined} WHERE p.run_id = {int(ended)} AND p.cell_id BETWEEN {first} AND {last - 1}"
-            for first, last in pairwise(edges)
-        ]
-    source.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
 
 
 def predictions_of_image(image_id: int, *, is_sqlite: bool) -> str:

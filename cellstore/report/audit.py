@@ -21,7 +21,6 @@ from ..db.fields import field_column, wells_changed
 from ..enums import TARGET, ArtifactKind, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
-    RUN_WORDS,
     find_image,
     find_well,
     hex_start,
@@ -31,6 +30,7 @@ from ..jobs.lookup import (
     run_in,
     starts_with,
 )
+from ..jobs.run_names import RUN_WORDS
 from ..jobs.workspace import Workspace
 from ..models import (
     Artifact,

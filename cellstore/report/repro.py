@@ -187,14 +187,12 @@ def words_of(options: RunOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
     words += [f"--{name}={value}" for name, value in inputs.items() if name != "name"]
     doubts = list(options.doubts)
     for item in options_of(params):
-        if item.name not in params.settled:
-            value = getattr(params, item.name)
-            words += spelled(item, value)
-            doubts += [
-                f"{flag(item)} cannot hold the name {text!r}: this step can be redone from Python "
-                "only"
-                for text in unspeakable(item, value)
-            ]
+        value = getattr(params, item.name)
+        words += spelled(item, value)
+        doubts += [
+            f"{flag(item)} cannot hold the name {text!r}: this step can be redone from Python only"
+            for text in unspeakable(item, value)
+        ]
     if isinstance(params, SplitParams):
         words += ["--", inputs["name"]]
     return tuple(words), tuple(doubts)

@@ -19,12 +19,14 @@ from ..analysis.statistics import WellTest, bootstrap_interval, mcnemar_over_wel
 from ..config import VoteOptions
 from ..enums import PERTURBATION, Stage, Status, Subset
 from ..errors import UserInputError
+from ..jobs.run_names import find_predict_run
 from ..jobs.workspace import Workspace
 from ..learn.baselines import BASELINES, NULLS
-from ..learn.training_cells import feature_leak, measure_recipe_of
 from ..models import Recipe, Run, Split
+from ..query.cells import feature_leak
 from ..query.engine import Questions, open_questions
-from .votes import SUBSETS, VOTES, find_predict_run, with_flags
+from ..query.exclusions import with_flags
+from .votes import SUBSETS, VOTES
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -352,14 +354,15 @@ def find_subject(
 ) -> Subject:
     """Return the predict run of this name; a train run stands for its latest predict run."""
     with workspace.database.read() as session:
-        run = find_predict_run(session, reference)
+        found = find_predict_run(session, reference)
+        run = session.get_one(Run, found.id)
         parent = session.get(Run, run.parent_id) if run.parent_id else None
         split_id = run.split_id or (parent.split_id if parent else None)
         if split_id is None:
             raise UserInputError(f"Run {run.id} belongs to no split, so there is no truth for it.")
         recipe = session.get_one(Recipe, run.recipe_id)
         taught = None if parent is None else session.get_one(Recipe, parent.recipe_id)
-        options, notes = with_flags(session, vote_options or VoteOptions(), run)
+        options, notes = with_flags(session, vote_options or VoteOptions(), found)
         trained = aliased(Run)
         kind = Recipe.parameters["baseline"].as_string()
         query = (
@@ -383,9 +386,7 @@ def find_subject(
             notes,
             baseline=None if taught is None else taught.parameters.get("baseline"),
             rivals={name: rivals[name] for name in BASELINES if name in rivals},
-            feature_leak=None
-            if parent is None
-            else feature_leak(session, measure_recipe_of(session, parent), split_id),
+            feature_leak=None if taught is None else feature_leak(session, taught, split_id),
         )
 
 

@@ -19,7 +19,7 @@ from ..errors import CellstoreError, UserInputError, first_line
 from ..jobs.queue import Task
 from ..jobs.workspace import Workspace
 from ..models import Image, Plate, Well
-from ..progress import track
+from ..settings import track
 from ..stages.segment import open_segment
 
 SHEET = "contact-sheet.png"
@@ -79,6 +79,8 @@ def preview(
         available, sample = _sample(session, selected, count)
         tasks = [Task(image_id, "", name, {}, 0, 0) for image_id, name in sample.items()]
         inputs = stage.fetch(session, tasks)
+    if sample:
+        stage.load()
     images: list[PreviewImage] = []
     small: list[NDArray[np.uint8]] = []
     for image_id, name in track(workspace.progress, "preview", len(sample), sample.items()):

@@ -7,17 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from sqlalchemy import and_, select
-from sqlalchemy.orm import Session
-
 from ..config import VoteOptions
-from ..enums import Stage, Status, Subset
+from ..enums import Status, Subset
 from ..errors import UnknownNameError
-from ..jobs.lookup import run_in
+from ..jobs.run_names import find_predict_run
 from ..jobs.workspace import Workspace
-from ..models import Cell, Prediction, Run, Segmentation
 from ..query.engine import Answer, open_questions
-from ..query.exclusions import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -123,22 +118,28 @@ def open_votes(
             raise UnknownNameError.of(kind, given, known)
     with workspace.database.read() as session:
         found = find_predict_run(session, run)
-        run_id, status = found.id, Status(found.status)
-        options, notes = with_flags(session, vote_options or VoteOptions(), found)
-    if status != Status.DONE:
-        notes += (f"The run is {status.value}, so images may be missing here.",)
+        options = vote_options or VoteOptions()
+        notes: tuple[str, ...] = ()
+        if options.exclude_flagged is not None:
+            from ..query.exclusions import (
+                with_flags,  # with the classes of the tables: slow to load
+            )
+
+            options, notes = with_flags(session, options, found)
+    if found.status != Status.DONE:
+        notes += (f"The run is {found.status.value}, so images may be missing here.",)
     with open_questions(
         workspace,
         vote_options=options,
-        runs=[run_id],
+        runs=[found.id],
         only_image_votes=level == "image" and vote != "median",
     ) as questions:
         query = QUERY.format(level=level, vote=vote, **PARTS[level])
-        questions.keep("counted_votes", query, {"run": run_id})
+        questions.keep("counted_votes", query, {"run": found.id})
         counts = questions.ask_ours(SUMMARY).records()
         by_subset = {row["subset"]: row for row in counts if row["n"]}
         result = VotesResult(
-            run_id=run_id,
+            run_id=found.id,
             level=level,
             vote=vote,
             vote_options=options,
@@ -169,47 +170,3 @@ def count_votes(
         answer,
     ):
         return replace(result, table=answer.table())
-
-
-def find_predict_run(session: Session, reference: str) -> Run:
-    """Return the predict run of this name; a train run stands for its latest predict run.
-
-    Raises:
-        UnknownNameError: there is no such run, or it has no predictions.
-    """
-    named = reference not in ("latest", "last")
-    run = run_in(session, reference, () if named else (Stage.PREDICT,))
-    if run.stage == Stage.TRAIN:
-        later = select(Run).where(Run.parent_id == run.id, Run.stage == Stage.PREDICT)
-        done = later.where(Run.status == Status.DONE).order_by(Run.id.desc()).limit(1)
-        run = session.scalars(done).first() or run
-    if run.stage != Stage.PREDICT:
-        raise UnknownNameError(
-            f"Run {run.id} ({Stage(run.stage).value}) has no predictions to report on. "
-            "Label images with a trained run first: cellstore predict"
-        )
-    return run
-
-
-def with_flags(
-    session: Session, options: VoteOptions, run: Run
-) -> tuple[VoteOptions, tuple[str, ...]]:
-    """Return the options with the number of the quality-control run, and what a reader must know.
-
-    Raises:
-        UnknownNameError: there is no such quality-control run.
-        UserInputError: it has not looked at what ``run`` has labelled.
-    """
-    if options.exclude_flagged is None:
-        return options, ()
-    qc = find_qc_run(session, options.exclude_flagged)
-    labelled = and_(Prediction.run_id == run.id, Prediction.rank == 1)
-    seen = select(Segmentation).join(Cell, Cell.segmentation_id == Segmentation.id)
-    seen = seen.join(Prediction, Prediction.cell_id == Cell.id).where(labelled)
-    images = seen.with_only_columns(Segmentation.image_id)
-    check_plates(session, qc, images)
-    for segment_id in session.scalars(seen.with_only_columns(Segmentation.recipe_id).distinct()):
-        check_cells(session, qc, segment_id)
-    unseen = count_unseen(session, qc, images)
-    notes = (unseen_note(qc, unseen),) if unseen else ()
-    return replace(options, exclude_flagged=str(qc.id)), notes

@@ -22,17 +22,17 @@ from ..enums import ArtifactKind, Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import decode_tiff, encode_tiff
 from ..io.mask_files import mask_files
-from ..jobs.lookup import find_plate
+from ..jobs.lookup import check_channels, find_plate
 from ..jobs.mask_matching import NoMatch, read_masks_of
-from ..jobs.planes import check_channels, choose_channels, read_image
+from ..jobs.planes import choose_channels, read_image
 from ..jobs.runs import RecipeSpec, attach, finished_run, keep_file, register, running
 from ..jobs.workspace import Workspace
 from ..models import Run, RunMetric
-from ..progress import track
-from ..settings import need
-from .segment import OF_A_RUN, SIZE_MODEL, Network, find_network
+from ..settings import need, track
+from .segment import OF_A_RUN, SIZE_MODEL, find_network
 
 if TYPE_CHECKING:
+    from ..analysis.segmentation import ModelFiles
     from ..learn.finetuning import Corrected
 
 
@@ -152,11 +152,11 @@ def finetune(
             check_channels(session, plane)
     examples = find_examples(workspace, masks, params, plate)
     parameters = asdict(params) | {
-        "model": Path(start.files.name).name,
+        "model": Path(start.name).name,
         "training": _digest(examples.training),
         "judged_by": _digest(examples.held_out),
     }
-    spec = RecipeSpec(Stage.FINETUNE, VERSION, parameters, start.files.sha256)
+    spec = RecipeSpec(Stage.FINETUNE, VERSION, parameters, start.sha256)
     with workspace.database.begin() as session:
         earlier = None if force else finished_run(session, spec)
         if earlier is not None:
@@ -236,12 +236,12 @@ def _train(
     workspace: Workspace,
     run_id: int,
     params: FinetuneParams,
-    start: Network,
+    start: ModelFiles,
     examples: Examples,
     device: str,
 ) -> dict[str, Any]:
     """Train, judge and keep a network; return what the run keeps."""
-    from ..analysis.cellpose import save_size_model
+    from ..analysis.segmentation import save_size_model
     from ..learn import finetuning
 
     training, held_out = (
@@ -261,14 +261,14 @@ def _train(
             session.add(RunMetric(run_id=run_id, epoch=epoch, name="loss", value=loss))
         workspace.progress.advance()
 
-    before = judged(start.files.network)
+    before = judged(start.network)
     with tempfile.TemporaryDirectory(prefix="cellstore-finetune-") as folder:
         prepared = finetuning.Prepared(Path(folder))
         for example in training:
             prepared.add(example)
         workspace.progress.start("finetune", params.epochs)
         try:
-            state = finetuning.finetune(start.files.network, prepared, params, device, on_epoch)
+            state = finetuning.finetune(start.network, prepared, params, device, on_epoch)
         finally:
             workspace.progress.finish()
     network = workspace.artifacts.write(ArtifactKind.NETWORK, state, ".pt")
@@ -283,7 +283,7 @@ def _train(
         keep(workspace.artifacts.write(ArtifactKind.NETWORK, buffer.getvalue(), SIZE_MODEL))
     keep(*(example.masks for example in (*examples.training, *examples.held_out)))
     return {
-        "start": start.files.name,
+        "start": start.name,
         "images": len(examples.training),
         "cells": sum(example.cells for example in examples.training),
         "held_out": len(examples.held_out),

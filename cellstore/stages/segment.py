@@ -1,7 +1,9 @@
 """Segment: find the cells of every image that this recipe has not done yet.
 
-The shape of all stages that go image by image: :func:`segment` selects the images and names the
-recipe; class :class:`Segment` fetches what a worker needs of an image, computes, and inserts.
+The shape of all stages that go image by image, from top to bottom: :func:`open_segment` selects
+the images and makes the recipe, which says what is done to them. Class :class:`Segment` fetches
+from the database what a worker needs of an image, reads its files, computes, writes files, and
+inserts rows. :func:`segment` lets ``jobs.execute`` do this for each image that is not done.
 """
 
 from __future__ import annotations
@@ -9,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +32,11 @@ from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import encode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import find_recipe, find_run
+from ..jobs.lookup import IS_CURRENT, check_channels, find_recipe, find_run, images_of
 from ..jobs.planes import (
     ChannelFile,
     cell_rows,
     channel_files,
-    check_channels,
     choose_channels,
     choose_files,
     insert_cells,
@@ -44,13 +44,12 @@ from ..jobs.planes import (
 )
 from ..jobs.queue import Task
 from ..jobs.runs import RecipeSpec, digest, keep_file, register
-from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..models import Artifact, Image, Plate, Recipe, RunArtifact, Segmentation, Well
 from ..settings import need
 
 if TYPE_CHECKING:
-    from ..analysis.segmentation import ModelFiles, SegmentationResult, Segmenter
+    from ..analysis.segmentation import CellposeSegmenter, ModelFiles, SegmentationResult
 
 VERSION = 1
 GPU_BATCH = 8
@@ -91,7 +90,7 @@ def segment(
     with workspace.database.begin() as session:
         recipe = register(session, stage.recipe)
     stage = replace(stage, recipe_id=recipe.id, plate_diameters={})
-    return execute(workspace, stage, [recipe], images, resources, stage.made_by)[0]
+    return execute(workspace, stage, [recipe], images, resources, stage.files.run_id)[0]
 
 
 def open_segment(
@@ -107,14 +106,14 @@ def open_segment(
         as :func:`segment`.
     """
     need("segment")
-    network = find_network(workspace, params.model, weights_dir)
+    files = find_network(workspace, params.model, weights_dir)
     with workspace.database.read() as session:
         params = replace(params, channels=choose_channels(session, params.channels))
         for plane in params.planes:
             check_channels(session, plane)
         # What decides the result. The network counts by its bytes; where it lay on this machine
         # does not.
-        named = asdict(params) | {"model": Path(network.files.name).name}
+        named = asdict(params) | {"model": Path(files.name).name}
         inputs: tuple[Recipe, ...] = ()
         if params.diameter_from is not None:
             if params.diameter is not None:
@@ -124,11 +123,10 @@ def open_segment(
         gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
         stage = Segment(
             params=params,
-            files=network.files,
+            files=files,
             device=device,
             artifacts=workspace.artifacts,
-            recipe=RecipeSpec(Stage.SEGMENT, VERSION, named, network.files.sha256, inputs),
-            made_by=network.run_id,
+            recipe=RecipeSpec(Stage.SEGMENT, VERSION, named, files.sha256, inputs),
             diameters_of=inputs[0].id if inputs else None,
             batch=GPU_BATCH if gpu else 1,
         )
@@ -138,14 +136,7 @@ def open_segment(
     return stage, images
 
 
-class Network(NamedTuple):
-    """Where a network lies, and the finetune run that made it, if it is one of this store."""
-
-    files: ModelFiles
-    run_id: int | None
-
-
-def find_network(workspace: Workspace, model: str, weights_dir: Path | None = None) -> Network:
+def find_network(workspace: Workspace, model: str, weights_dir: Path | None = None) -> ModelFiles:
     """Return the network that ``model`` names: a name, a file, or ``run:N``.
 
     Raises:
@@ -156,23 +147,19 @@ def find_network(workspace: Workspace, model: str, weights_dir: Path | None = No
     from ..analysis.segmentation import describe, find_model
 
     if not model.startswith(OF_A_RUN):
-        return Network(find_model(model, weights_dir), None)
+        return find_model(model, weights_dir)
     with workspace.database.read() as session:
-        run = find_run(session, model.removeprefix(OF_A_RUN), Stage.FINETUNE)
-        files = _artifacts(session, run.id)
+        run_id = find_run(session, model.removeprefix(OF_A_RUN), Stage.FINETUNE).id
+        query = select(Artifact).join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
+        query = query.where(RunArtifact.run_id == run_id, Artifact.kind == ArtifactKind.NETWORK)
+        artifacts = session.scalars(query.order_by(Artifact.id)).all()
     paths = {}
-    for artifact in files:
+    for artifact in artifacts:
         workspace.artifacts.read(artifact.path, artifact.sha256)  # that it is what was written
         paths[artifact.path.endswith(SIZE_MODEL)] = workspace.artifacts.locate(artifact.path)
     if False not in paths:
-        raise UserInputError(f"Run {run.id} did not end with a network. Choose another run.")
-    return Network(describe(f"{OF_A_RUN}{run.id}", paths[False], paths.get(True)), run.id)
-
-
-def _artifacts(session: Session, run_id: int) -> list[Artifact]:
-    query = select(Artifact).join(RunArtifact, RunArtifact.artifact_id == Artifact.id)
-    query = query.where(RunArtifact.run_id == run_id, Artifact.kind == ArtifactKind.NETWORK)
-    return list(session.scalars(query.order_by(Artifact.id)))
+        raise UserInputError(f"Run {run_id} did not end with a network. Choose another run.")
+    return replace(describe(f"{OF_A_RUN}{run_id}", paths[False], paths.get(True)), run_id=run_id)
 
 
 @dataclass(frozen=True)
@@ -200,9 +187,8 @@ class SegmentOutput:
 class Segment(ImageStage[SegmentInput, SegmentOutput]):
     """The stage.
 
-    ``made_by``: the run of this store that made the network, if it is one. ``diameters_of``: a
-    recipe; every image gets the median of the diameters that it used on the image's plate.
-    ``recipe_id``: where ``recipe`` is in the database, if it is.
+    ``diameters_of``: a recipe; every image gets the median of the diameters that it used on the
+    image's plate. ``recipe_id``: where ``recipe`` is in the database, if it is.
     """
 
     label = "segment"
@@ -212,11 +198,11 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
     device: str
     artifacts: ArtifactFolder
     recipe: RecipeSpec
-    made_by: int | None = None
     diameters_of: int | None = None
     batch: int = 1
     recipe_id: int | None = None
     plate_diameters: dict[int, float | None] = field(default_factory=dict)
+    segmenter: CellposeSegmenter = field(init=False, repr=False, compare=False)
 
     # --- in the database: what a worker needs ----------------------------------------------------
 
@@ -269,7 +255,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         if plate_id not in self.plate_diameters:
             used = (
                 select(Segmentation.diameter)
-                .join(Image, is_current())
+                .join(Image, IS_CURRENT)
                 .join(Well, Well.id == Image.well_id)
                 .where(Well.plate_id == plate_id)
                 .order_by(Image.id)
@@ -286,12 +272,11 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
 
     # --- in a worker: from files to files ---------------------------------------------------------
 
-    @cached_property
-    def segmenter(self) -> Segmenter:
-        """The network."""
+    def load(self) -> None:
+        """Load the network."""
         from ..analysis.segmentation import load_segmenter
 
-        return load_segmenter(
+        segmenter = load_segmenter(
             self.files,
             flow_threshold=self.params.flow_threshold,
             cellprob_threshold=self.params.cellprob_threshold,
@@ -299,10 +284,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
             device=self.device,
             sizes_given=self.diameters_of is not None,
         )
-
-    def load(self) -> None:
-        """Load the network."""
-        _ = self.segmenter
+        object.__setattr__(self, "segmenter", segmenter)  # of this worker: the rest is frozen
 
     def read(self, task_input: SegmentInput) -> tuple[NDArray[np.float32], float | None]:
         """Return the plane (H, W), or cells and nuclei (2, H, W), and the diameter."""
@@ -389,7 +371,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         query = (
             select(Image.id, mask.path, flow.path)
             .join(chosen, chosen.c.id == Image.id)
-            .join(Segmentation, and_(is_current(), Segmentation.recipe_id == recipe_id))
+            .join(Segmentation, and_(IS_CURRENT, Segmentation.recipe_id == recipe_id))
             .join(mask, mask.id == Segmentation.mask_artifact_id)
             .join(flow, flow.id == Segmentation.flow_artifact_id)
         )

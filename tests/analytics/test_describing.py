@@ -7,8 +7,7 @@ from screens import small_screen
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import METADATA
 from cellstore.query.describe import RelationWords, diagram, written_words
-from cellstore.query.relations import VIEWS
-from cellstore.query.source import TABLES
+from cellstore.query.source import VIEWS
 from cellstore.store import Store
 
 
@@ -27,7 +26,7 @@ def test_every_column_has_words_and_all_words_have_a_column(sqlite_workspace: Wo
         used_shared |= {column.name for column in item.columns} - others
     assert used_shared == set(words["shared"])
     assert set(words) - {"shared"} <= {item.name for item in relations}
-    assert {item.name for item in relations} == {*TABLES, *VIEWS}
+    assert {item.name for item in relations} == {*METADATA.tables, "exclusions", *VIEWS}
     for item in relations:
         for text in (item.words, *(column.words for column in item.columns)):
             assert text.strip() == text != ""

@@ -27,7 +27,7 @@ from cellstore.enums import (
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, Label, Run
 from cellstore.query.engine import open_questions
-from cellstore.query.relations import VIEWS
+from cellstore.query.source import VIEWS
 
 LABELS = ("DMSO", "taxol", "zinc", "Ångström")
 SIDES = (Subset.TRAIN, Subset.VALIDATION, Subset.TEST, Subset.TEST, None)

@@ -17,7 +17,7 @@ from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import METADATA
 from cellstore.query.engine import Questions, open_questions
 from cellstore.query.guard import Limits
-from cellstore.query.relations import VIEWS, view
+from cellstore.query.source import VIEWS, view
 
 
 def one(questions: Questions, sql: str, parameters: list[object] | None = None) -> object:
@@ -45,7 +45,7 @@ def test_columns_are_typed_even_where_all_values_are_null(workspace: Workspace) 
         plates = questions.ask("SELECT * FROM plates").table()
         runs = questions.ask("SELECT started_at, environment, seed FROM runs").table()
     assert plates.schema.types == [pa.int64(), *[pa.string()] * 5]
-    assert runs.schema.types == [pa.timestamp("us", tz="UTC"), pa.string(), pa.int32()]
+    assert runs.schema.types == [pa.timestamp("us", tz="UTC"), pa.string(), pa.int64()]
 
 
 def test_values_come_out_as_they_went_in(workspace: Workspace) -> None:
@@ -92,7 +92,7 @@ def test_only_the_tables_that_a_question_needs_are_read(workspace: Workspace) ->
         questions.ask("SELECT * FROM votes").table()
     assert {path.name.split("-")[0] for path in snapshot_files(workspace)} == {
         "image_label_counts",
-        "predictions",
+        "predictions_with_image",
         "ranked_votes",
     }
 

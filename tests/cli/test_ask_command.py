@@ -182,7 +182,7 @@ def test_sql_without_a_question_says_how_to_ask_one(cellstore, store, monkeypatc
 def told(store: Path) -> str:
     """What ``sql`` says to a person at a terminal."""
     from cellstore.errors import UserInputError
-    from cellstore_cli.options import Common
+    from cellstore_cli.app import Common
     from cellstore_cli.output import AnswerOptions
     from cellstore_cli.question_commands import sql
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cellstore.config import PRESETS, Params, SegmentParams, SplitParams, TrainParams, option
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore_cli.options import Common, PresetOption, command
+from cellstore_cli.app import Common, PresetOption, command
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ import math
 import pytest
 from rich.console import Console
 
-from cellstore.progress import Progress, track
+from cellstore.settings import Progress, track
 from cellstore_cli import output
 from cellstore_cli.output import Bar
 
 
-def test_columns_are_aligned_numbers_to_the_right():
-    assert output.table_text(("name", "n"), [("a", 5), ("bcdef", 10)]).splitlines() == [
+def test_columns_are_aligned_numbers_to_the_right(capsys):
+    output.table(("name", "n"), [("a", 5), ("bcdef", 10)])
+    assert capsys.readouterr().out.splitlines() == [
         "name    n",
         "-----  --",
         "a       5",
@@ -22,16 +23,21 @@ def test_columns_are_aligned_numbers_to_the_right():
     ]
 
 
-def test_long_cells_are_cut_only_where_there_is_no_room():
+def test_long_cells_are_cut_only_where_there_is_no_room(capsys, monkeypatch):
     rows = [("x" * 100, 1)]
-    assert "x" * 100 in output.table_text(("name", "n"), rows)
-    cut = output.table_text(("name", "n"), rows, room=40).splitlines()
+    output.table(("name", "n"), rows)
+    assert "x" * 100 in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    output.table(("name", "n"), rows)
+    cut = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 40 for line in cut)
     assert "…" in cut[2]
 
 
-def test_a_table_without_rows_is_its_headers():
-    assert output.table_text(("name", "n"), []).splitlines() == ["name  n", "----  -"]
+def test_a_table_without_rows_is_its_headers(capsys):
+    output.table(("name", "n"), [])
+    assert capsys.readouterr().out.splitlines() == ["name  n", "----  -"]
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,9 @@ def test_there_is_a_single_head():
 
 
 def test_upgrade_makes_every_table_of_the_models(database):
-    assert migrate.current(database) is None
+    assert database.revision() is None
     migrate.upgrade(database)
-    assert migrate.current(database) == migrate.HEAD
+    assert database.revision() == migrate.HEAD
     assert tables(database) == set(METADATA.tables)
 
 

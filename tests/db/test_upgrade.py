@@ -40,7 +40,7 @@ def test_broken_references_are_told_and_nothing_changes(empty_database) -> None:
     database.close()
     with pytest.raises(SchemaError, match="refer to rows that are not there"):
         migrate.upgrade(database)
-    assert migrate.current(database) == "0010"
+    assert database.revision() == "0010"
     with database.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
     database.close()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cellstore.stages.ingest.write_treatments import dose_text, normalised_dose
+from cellstore.stages.ingest.write_treatments import normalised_dose
 
 
 @pytest.mark.parametrize(
@@ -44,11 +44,3 @@ def test_digits_that_arithmetic_makes_up_are_dropped() -> None:
 def test_what_is_no_dose(dose: float) -> None:
     with pytest.raises(ValueError, match="no dose"):
         normalised_dose(dose, "uM")
-
-
-def test_a_dose_in_words() -> None:
-    assert (dose_text(5.0, "uM"), dose_text(0.5, None), dose_text(None, "uM")) == (
-        "5 uM",
-        "0.5",
-        "",
-    )

@@ -191,7 +191,7 @@ def test_the_new_network_is_kept_and_can_be_used(lesson: Lesson) -> None:
     assert result.after is not None
     network = find_network(lesson.workspace, result.model)
     before = torch.load(params.model, weights_only=True)
-    after = torch.load(network.files.network, weights_only=True)
+    after = torch.load(network.network, weights_only=True)
     assert not torch.equal(before["output.2.weight"], after["output.2.weight"])
     assert after["output.2.weight"].dtype == torch.float16
     with lesson.workspace.database.read() as session:
@@ -225,7 +225,7 @@ def test_the_same_masks_and_options_are_learned_once(lesson: Lesson) -> None:
     assert (first.before, first.after, first.held_out) == (None, None, 0)
     forced = finetune(lesson.workspace, [lesson.masks], params, device="cpu", force=True)
     assert forced.run_id != first.run_id
-    one, other = (find_network(lesson.workspace, r.model).files for r in (first, forced))
+    one, other = (find_network(lesson.workspace, r.model) for r in (first, forced))
     assert one.sha256 == other.sha256
     lesson.correct(3)
     more = finetune(lesson.workspace, [lesson.masks], params, device="cpu")
@@ -238,7 +238,7 @@ def test_a_network_of_the_store_that_was_changed_is_not_used(lesson: Lesson) -> 
     lesson.correct(1)
     params = FinetuneParams(model=lesson.network(), epochs=1)
     result = finetune(lesson.workspace, [lesson.masks], params, device="cpu")
-    path = find_network(lesson.workspace, result.model).files.network
+    path = find_network(lesson.workspace, result.model).network
     path.write_bytes(path.read_bytes() + b"!")
     with pytest.raises(StorageError, match="not what was written"):
         segment(lesson.workspace, SegmentParams.of("published", model=result.model, diameter=17.0))

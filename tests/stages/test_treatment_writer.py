@@ -19,7 +19,6 @@ from cellstore.stages.ingest.write_treatments import (
     PerturbationKey,
     TreatmentWriter,
     records_of,
-    suspicious_spellings,
     treatment_values,
 )
 
@@ -102,9 +101,9 @@ def test_kind_name_identifier_and_dose_make_a_treatment() -> None:
         Part(key._replace(kind=PerturbationKind.ORF)),
         Part(key._replace(name="taxol")),
         Part(key._replace(identifier=None)),
-        Part.of(key, 5, "uM"),
-        Part.of(key, 5, "%"),
-        Part.of(key, 10, "uM"),
+        Part(key, 5, "uM"),
+        Part(key, 5, "%"),
+        Part(key, 10, "uM"),
     ]
     assert len({identity(part) for part in (Part(key), *other)}) == 7
 
@@ -112,8 +111,8 @@ def test_kind_name_identifier_and_dose_make_a_treatment() -> None:
 def test_neither_order_nor_unit_makes_another_treatment() -> None:
     amg = PerturbationKey(PerturbationKind.COMPOUND, "AMG900", "BRD-1")
     taxol = PerturbationKey(PerturbationKind.COMPOUND, "taxol", None)
-    one = treatment_values([Part.of(amg, 5000, "nM"), Part.of(taxol, 0.5, "%")])
-    assert one == treatment_values([Part.of(taxol, 0.5, "%"), Part.of(amg, 5, "\u00b5M")])
+    one = treatment_values([Part(amg, 5000, "nM"), Part(taxol, 0.5, "%")])
+    assert one == treatment_values([Part(taxol, 0.5, "%"), Part(amg, 5, "\u00b5M")])
     assert (one["name"], one["name_with_dose"]) == ("AMG900 + taxol", "AMG900 5 uM + taxol 0.5 %")
     assert (
         one["perturbations_key"] == treatment_values([Part(taxol), Part(amg)])["perturbations_key"]
@@ -299,7 +298,11 @@ def spelled(workspace: Workspace, *names: str, **more: str) -> list[str]:
     for column, treatment in enumerate(made, start=1):
         make.well(plate, 1, column, treatment)
     with workspace.database.read() as session:
-        return [detail for _, detail in suspicious_spellings(session, {made[0].id})]
+        account = Account(1, "f")
+        writer = TreatmentWriter(session, account)
+        writer.used = {made[0].id}
+        writer.report()
+    return [issue.detail for issue in account.shown]
 
 
 def test_two_spellings_are_reported_once_with_what_to_do(workspace: Workspace) -> None:

@@ -33,7 +33,7 @@ from ...io.harmony import read_harmony
 from ...io.image_files import ImageFolder, ImageInfo, probe
 from ...io.image_tables import ImageRecord, read_image_table
 from ...io.layouts import Layout
-from ...io.platemaps import Aliases, TreatmentRecord, flaw_of, read_annotation
+from ...io.platemaps import Aliases, TreatmentRecord, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.queue import requeue
@@ -358,22 +358,18 @@ class RowWriter:
         A record contradicts the file that gives a well another treatment than an earlier one.
         """
         refused: set[int] = set()
-        treatments = {record.treatment for record in records}
-        flaws = {found: flaw for found in treatments if found and (flaw := flaw_of(found))}
         texts = {ref.name for record in records for ref in record.files}
         texts |= {ref.channel for record in records for ref in record.files}
         for record in records:
             texts.update((record.plate, record.batch or "", record.core_name or ""))
         wrong = {text for text in texts if len(text) > LONGEST or "\0" in text}
-        for record in records if flaws or wrong else ():
-            flaw = flaws.get(record.treatment) if record.treatment else None
+        for record in records if wrong else ():
             own = {text for ref in record.files for text in (ref.name, ref.channel)}
             own.update((record.plate, record.batch or "", record.core_name or ""))
-            if flaw is None and own & wrong:
-                flaw = f"a name has more than {LONGEST} characters or a NUL in it"
-            if flaw is not None:
+            if own & wrong:
                 refused.add(id(record))
-                self.account.refuse(record.line, "a name that cannot be stored", flaw)
+                detail = f"a name has more than {LONGEST} characters or a NUL in it"
+                self.account.refuse(record.line, "a name that cannot be stored", detail)
         for record in records:
             treatment = record.treatment
             if treatment is None or id(record) in refused:

@@ -6,18 +6,17 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
 
-from ...analysis.leaks import normalised_name
 from ...db.bulk import in_lists, insert_new
 from ...db.events import Change, record_events
 from ...enums import Control, PerturbationKind
-from ...io.platemaps import TreatmentRecord, completed, target_of
+from ...io.platemaps import TreatmentRecord, completed, normalised_name, target_of
 from ...models import Perturbation, Plate, Treatment, TreatmentPart, Well
 from .account import Account
 
@@ -60,11 +59,6 @@ def normalised_dose(dose: float, unit: str | None) -> tuple[float, str | None]:
     return float(f"{dose * factor:.12g}"), MICROMOLAR
 
 
-def dose_text(dose: float | None, unit: str | None) -> str:
-    """Return a dose as it is shown: ``5 uM``; an empty text where none is known."""
-    return "" if dose is None else f"{dose:.12g} {unit or ''}".strip()
-
-
 class PerturbationKey(NamedTuple):
     """What names a perturbation."""
 
@@ -74,19 +68,11 @@ class PerturbationKey(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A perturbation with its dose: normalised, and as it was written."""
+    """A perturbation with its dose as it is written."""
 
     perturbation: PerturbationKey
     dose: float | None = None
     unit: str | None = None
-    original: str | None = None
-
-    @classmethod
-    def of(cls, key: PerturbationKey, dose: float | None, unit: str | None) -> Part:
-        """Return a part whose dose was written as ``dose`` and ``unit``."""
-        if dose is None:
-            return cls(key)
-        return cls(key, *normalised_dose(dose, unit), dose_text(dose, unit))
 
 
 def treatment_values(parts: Sequence[Part]) -> dict[str, Any]:
@@ -95,59 +81,54 @@ def treatment_values(parts: Sequence[Part]) -> dict[str, Any]:
     Neither the order of the parts nor the unit of a dose matters: ``5 uM`` and ``5000 nM`` of the
     same perturbation are one treatment.
     """
-    ordered = sorted(
-        (([text or "" for text in part.perturbation], part) for part in parts),
-        key=lambda item: (item[0], item[1].unit or "", item[1].dose or 0.0),
-    )
-    keys = [key for key, _ in ordered]
-    doses = [dose_text(part.dose, part.unit) for _, part in ordered]
-    dosed = list(zip(keys, doses, strict=True))
-    names = [name for _, name, _ in keys]
-    readable = " + ".join("|".join([*key, dose]).rstrip("|") for key, dose in dosed)
+    ordered = []
+    for perturbation, written, unit in parts:
+        dose, plain = (0.0, None) if written is None else normalised_dose(written, unit)
+        text = "" if written is None else f"{dose:.12g} {plain or ''}".strip()
+        ordered.append(([value or "" for value in perturbation], plain or "", dose, text))
+    ordered.sort()
+    keys = [key for key, _, _, _ in ordered]
+    dosed = [(key, text) for key, _, _, text in ordered]
+    readable = " + ".join("|".join([*key, text]).rstrip("|") for key, text in dosed)
     digest = hashlib.sha256(json.dumps(dosed).encode()).hexdigest()[:32]
     compounds = hashlib.sha256(json.dumps(keys).encode()).digest()
     return {
         "identity": f"{readable[:READABLE]}#{digest}",
-        "name": " + ".join(names),
-        "name_with_dose": " + ".join(
-            f"{name} {dose}".rstrip() for name, dose in zip(names, doses, strict=True)
-        ),
+        "name": " + ".join(name for _, name, _ in keys),
+        "name_with_dose": " + ".join(f"{key[1]} {text}".rstrip() for key, text in dosed),
         # 63 bits of a digest: a whole number that every database takes.
         "perturbations_key": int.from_bytes(compounds[:8], "big") >> 1,
     }
 
 
 def records_of(session: Session, condition: ColumnElement[bool]) -> dict[int, TreatmentRecord]:
-    """Return by id what the treatments of one perturbation that meet ``condition`` say.
+    """Return by id the treatments of one perturbation that meet ``condition``.
 
     The condition is about ``treatments``, ``treatment_parts`` and ``perturbations``.
     """
+    columns = (Perturbation.kind, Perturbation.name, Perturbation.identifier)
+    described = (getattr(Perturbation, name) for name in DESCRIBED)
     query = (
-        select(TreatmentPart.treatment_id, Perturbation)
+        select(TreatmentPart.treatment_id, *columns, *described)
         .join(Treatment, Treatment.id == TreatmentPart.treatment_id)
         .join(Perturbation, Perturbation.id == TreatmentPart.perturbation_id)
         .where(condition)
     )
-    found: dict[int, list[Perturbation]] = defaultdict(list)
-    for treatment, row in session.execute(query):
-        found[treatment].append(row)
-    return {treatment: _record(rows[0]) for treatment, rows in found.items() if len(rows) == 1}
-
-
-def _record(row: Perturbation) -> TreatmentRecord:
-    described = {name: getattr(row, name) for name in DESCRIBED}
-    return TreatmentRecord(row.kind, row.name, identifier=row.identifier, **described)
-
-
-def _key(record: TreatmentRecord) -> PerturbationKey:
-    return PerturbationKey(record.kind, record.pert_iname, record.identifier)
+    found: dict[int, list[TreatmentRecord]] = defaultdict(list)
+    for treatment, kind, name, identifier, target, *chemistry in session.execute(query):
+        record = TreatmentRecord(kind, name, target, None, identifier, *chemistry)
+        found[treatment].append(record)
+    return {treatment: records[0] for treatment, records in found.items() if len(records) == 1}
 
 
 # ---- Writing ----
 
+_Case = tuple[int | None, Control | None, int]
+"""Treatment and control that a well has, and the ``id()`` of the record that a file gives it."""
+
 
 class _Disagreement(NamedTuple):
-    """A perturbation that a file describes in two ways: what it says first, and then."""
+    """A perturbation that a file describes in two ways: the first value of a column, another."""
 
     key: PerturbationKey
     column: str
@@ -156,7 +137,7 @@ class _Disagreement(NamedTuple):
 
 
 class TreatmentWriter:
-    """Finds or makes treatments and points wells to them, in the caller's transaction.
+    """Finds or makes treatments and gives them to wells, in the caller's transaction.
 
     Made for one ``file`` (else that of ``account``). It remembers what it has seen of treatments
     and wells: ``forget`` that after a rollback.
@@ -172,12 +153,12 @@ class TreatmentWriter:
         self._described: dict[tuple[PerturbationKey, str], str] = {}
         self._corrected: set[PerturbationKey] = set()
         self._disagreements: dict[_Disagreement, tuple[int | None, dict[int, None]]] = {}
-        """The first line that says otherwise, and the wells that it is said of."""
+        """The first line with the other value, and the wells of all such lines."""
         self.used: set[int] = set()
-        """The treatments that the wells have which the file speaks of."""
+        """The treatments of the wells that the file names."""
 
     def forget(self) -> None:
-        """Ask the database again: what was written last was undone."""
+        """Read all from the database again, after what was written last was undone."""
         for cache in (self._wells, self._records, self._treatments, self._perturbations):
             cache.clear()  # together, as they are looked up together
 
@@ -187,7 +168,12 @@ class TreatmentWriter:
             self.forget()
         found = list(records)
         self._find_or_make([(record, record, None) for record in found])
-        ids = {record: self._treatments[_key(record)] for record in found}
+        ids = {
+            record: self._treatments[
+                PerturbationKey(record.kind, record.pert_iname, record.identifier)
+            ]
+            for record in found
+        }
         self.used.update(ids.values())
         return ids
 
@@ -196,83 +182,108 @@ class TreatmentWriter:
         wanted: Mapping[int, tuple[TreatmentRecord, int | None]],
         new_wells: Container[int],
     ) -> set[int]:
-        """Point wells to the treatments that a file gives them; return those that changed.
+        """Give wells the treatments that a file names; return the wells that changed.
 
-        ``wanted`` is {well id: (treatment, line of the file)}. What a table leaves open stays as
-        it is. What it says otherwise of the same perturbation corrects the perturbation; another
+        ``wanted`` is {well id: (treatment, line of the file)}. A value that the file leaves open
+        stays as it is. Another value of the same perturbation corrects the perturbation; another
         perturbation, or another control, is given to the well. Both are events, but for
         ``new_wells``, made in this run.
         """
+        session = self._session
         if max(len(self._wells), len(self._records)) > CACHED:
             self.forget()
         unknown = [well for well in wanted if well not in self._wells]
         for some in in_lists(unknown):
             query = select(Well.id, Well.treatment_id, Well.control).where(Well.id.in_(some))
-            for well, treatment, control in self._session.execute(query):
+            for well, treatment, control in session.execute(query):
                 self._wells[well] = treatment, control
-        pointed = {found for well in unknown if (found := self._wells[well][0]) is not None}
-        for ids in in_lists(pointed - self._records.keys()):
-            self._records |= records_of(self._session, Treatment.id.in_(ids))
+        assigned = {found for well in unknown if (found := self._wells[well][0]) is not None}
+        for ids in in_lists(assigned - self._records.keys()):
+            self._records |= records_of(session, Treatment.id.in_(ids))
+
         # By object: readers hand the same treatment out again and again, and hashing costs.
-        cases: dict[tuple[int | None, Control | None, int], TreatmentRecord] = {}
-        entries = []
-        for well, (said, line) in wanted.items():
+        cases: dict[_Case, tuple[TreatmentRecord, TreatmentRecord, int | None]] = {}
+        case_of: dict[int, _Case] = {}
+        for well, (given, line) in wanted.items():
             present, control = self._wells[well]
-            if (present, control, id(said)) not in cases:
-                known = None if present is None else self._records.get(present)
-                full = completed(said, replace(known, control=control)) if known else said
-                cases[present, control, id(said)] = full
-                entries.append((said, full, line))
-        disagreeing = self._find_or_make(entries)
+            case_of[well] = case = present, control, id(given)
+            if case not in cases:
+                known = self._records.get(present or 0)
+                full = completed(given, replace(known, control=control)) if known else given
+                cases[case] = given, full, line
+        disagreeing = self._find_or_make(list(cases.values()))
+        results: dict[_Case, tuple[int, Control | None]] = {}
+        corrected: set[_Case] = set()
+        for case, (_, full, _) in cases.items():
+            present = case[0]
+            key = PerturbationKey(full.kind, full.pert_iname, full.identifier)
+            known = self._records.get(present or 0)
+            # A dose that a well has stays where a table names the perturbation alone.
+            same = known and key == (known.kind, known.pert_iname, known.identifier)
+            treatment = present if same and present is not None else self._treatments[key]
+            results[case] = treatment, full.control
+            if key in self._corrected:
+                corrected.add(case)
+
         targets: dict[int, tuple[int, Control | None]] = {}
         changed: set[int] = set()
-        for well, (said, _) in wanted.items():
-            present, control = self._wells[well]
-            result = cases[present, control, id(said)]
-            key = _key(result)
-            known = None if present is None else self._records.get(present)
-            # A dose that a well has stays where a table says the perturbation alone.
-            same = present is not None and known is not None and _key(known) == key
-            target = present if same and present is not None else self._treatments[key]
-            if (target, result.control) != (present, control):
-                targets[well] = target, result.control
+        for well, case in case_of.items():
+            if results[case] != case[:2]:
+                targets[well] = results[case]
                 changed.add(well)
-            elif key in self._corrected and well not in new_wells:
+            elif case in corrected and well not in new_wells:
                 changed.add(well)
-            for disagreement in disagreeing.get(id(said), ()):
+            for disagreement in disagreeing.get(case[2], ()):
                 self._disagreements[disagreement][1][well] = None
-        self._point(targets, {w: wanted[w][1] for w in targets if w not in new_wells})
+        if targets:
+            connection = session.connection()
+            mark = "?" if connection.dialect.name == "sqlite" else "%s"
+            statement = (
+                f"UPDATE wells SET treatment_id = {mark}, control = {mark} WHERE id = {mark}"  # noqa: S608
+            )
+            # Straight to the driver: of a million images it is a hundred thousand wells.
+            rows = [(found, role and role.value, well) for well, (found, role) in targets.items()]
+            connection.exec_driver_sql(statement, rows)
+        old_wells = [well for well in targets if well not in new_wells]
+        names: dict[int | None, str | None] = {None: None}
+        changes = []
+        for well in old_wells:
+            values = []
+            for treatment, role in (self._wells[well], targets[well]):
+                if treatment not in names:
+                    record = self._records.get(treatment or 0)
+                    # A treatment of several perturbations has no record.
+                    several = None if record else session.get_one(Treatment, treatment).name
+                    names[treatment] = record.pert_iname if record else several
+                values.append(
+                    {
+                        "treatment_id": treatment,
+                        "treatment": names[treatment],
+                        "control": role and role.value,
+                    }
+                )
+            before, after = values
+            differing = [name for name in before if before[name] != after[name]]
+            old, new = ({name: row[name] for name in differing} for row in (before, after))
+            changes.append(Change("wells", well, old, new, wanted[well][1]))
+        record_events(session, changes, run_id=self._account.run_id, file=self._file)
+        self._wells.update(targets)
         self.used.update(found for well in wanted if (found := self._wells[well][0]) is not None)
         return changed
-
-    def report(self) -> None:
-        """Say in the account what the file describes in two ways, and names that look like one."""
-        for (key, column, first, other), (line, wells) in self._disagreements.items():
-            query = select(Plate.barcode, Well.name).join(Plate, Plate.id == Well.plate_id)
-            first_wells = Well.id.in_(list(wells)[:_NAMED_WELLS])
-            rows = self._session.execute(query.where(first_wells).order_by(Well.id))
-            names = [f"{plate}/{well}" for plate, well in rows]
-            more = f" and {len(wells) - len(names):,} more" if len(wells) > len(names) else ""
-            detail = (
-                f"{key.name} has the {column} {first} on an earlier line, but {other} in "
-                f"{', '.join(names)}{more}; {first} is kept. Correct the table and ingest it again"
-            )
-            self._account.suspicious(line, "described in two ways", detail, file=self._file)
-        self._disagreements.clear()
-        for reason, detail in suspicious_spellings(self._session, self.used):
-            self._account.suspicious(None, reason, detail, file=self._file)
 
     def _find_or_make(
         self, entries: Sequence[tuple[TreatmentRecord, TreatmentRecord, int | None]]
     ) -> dict[int, list[_Disagreement]]:
-        """Make what is new of (what is said, the same completed, line); correct what is not.
+        """Make new treatments, and correct what the file describes otherwise.
 
-        Returns by ``id()`` of what is said how it disagrees with an earlier line of the file.
+        ``entries`` are (record of the file, the same completed, line). Returns by ``id()`` of the
+        record of the file how it disagrees with an earlier line of the file.
         """
         session = self._session
         full: dict[PerturbationKey, TreatmentRecord] = {}
         for _, record, _ in entries:
-            full.setdefault(_key(record), record)
+            key = PerturbationKey(record.kind, record.pert_iname, record.identifier)
+            full.setdefault(key, record)
         absent = {key: record for key, record in full.items() if key not in self._perturbations}
         for _ in ("look for them", "and again when they are made"):
             for names in in_lists({key.name for key in absent}):
@@ -286,13 +297,39 @@ class TreatmentWriter:
                 for key, record in absent.items()
             ]
             insert_new(session, Perturbation, rows)
-        disagreeing: dict[int, list[_Disagreement]] = {}
+
+        # The first value that a file gives counts.
+        disagreeing: dict[int, list[_Disagreement]] = defaultdict(list)
         changes = []
-        for said, record, line in entries:
-            change, disagreements = self._correct(_key(record), said, line)
-            changes += [change] if change else []
-            if disagreements:
-                disagreeing[id(said)] = disagreements
+        for given, record, line in entries:
+            key = PerturbationKey(record.kind, record.pert_iname, record.identifier)
+            perturbation = self._perturbations[key]
+            new: dict[str, Any] = {}
+            for name in DESCRIBED:
+                value = getattr(given, name)
+                if value is None:
+                    continue
+                first = self._described.setdefault((key, name), value)
+                if first != value:
+                    disagreement = _Disagreement(key, name, first, value)
+                    disagreeing[id(given)].append(disagreement)
+                    self._disagreements.setdefault(disagreement, (line, {}))
+                elif value != getattr(perturbation, name):
+                    new[name] = value
+            if not new:
+                continue
+            old = {name: getattr(perturbation, name) for name in new}
+            for name, value in new.items():
+                setattr(perturbation, name, value)
+            session.flush()
+            self._corrected.add(key)
+            changes.append(Change("perturbations", perturbation.id, old, new, line))
+            treatments = Treatment.parts.any(TreatmentPart.perturbation_id == perturbation.id)
+            self._records |= records_of(session, treatments)
+            if "target" in new:
+                for treatment in session.scalars(select(Treatment).where(treatments)):
+                    targets = [part.perturbation.target or "" for part in treatment.parts]
+                    treatment.target = target_of("|".join(targets))
         record_events(session, changes, run_id=self._account.run_id, file=self._file)
 
         values = {key: treatment_values([Part(key)]) for key in full if key not in self._treatments}
@@ -318,118 +355,57 @@ class TreatmentWriter:
         ]
         insert_new(session, TreatmentPart, parts)
         for key in values:
-            self._records.setdefault(self._treatments[key], _record(self._perturbations[key]))
+            target, *chemistry = (getattr(self._perturbations[key], name) for name in DESCRIBED)
+            record = TreatmentRecord(key.kind, key.name, target, None, key.identifier, *chemistry)
+            self._records.setdefault(self._treatments[key], record)
         return disagreeing
 
-    def _correct(
-        self, key: PerturbationKey, said: TreatmentRecord, line: int | None
-    ) -> tuple[Change | None, list[_Disagreement]]:
-        """Take over what a table says of a perturbation; the first that a file says counts."""
-        row = self._perturbations[key]
-        new: dict[str, Any] = {}
-        disagreements = []
-        for name in DESCRIBED:
-            value = getattr(said, name)
-            if value is None:
-                continue
-            first = self._described.setdefault((key, name), value)
-            if first != value:
-                disagreements.append(_Disagreement(key, name, first, value))
-                self._disagreements.setdefault(disagreements[-1], (line, {}))
-            elif value != getattr(row, name):
-                new[name] = value
-        if not new:
-            return None, disagreements
-        old = {name: getattr(row, name) for name in new}
-        for name, value in new.items():
-            setattr(row, name, value)
-        self._session.flush()
-        self._corrected.add(key)
-        treatments = Treatment.parts.any(TreatmentPart.perturbation_id == row.id)
-        self._records |= records_of(self._session, treatments)
-        if "target" in new:
-            for treatment in self._session.scalars(select(Treatment).where(treatments)):
-                targets = [part.perturbation.target or "" for part in treatment.parts]
-                treatment.target = target_of("|".join(targets))
-        return Change("perturbations", row.id, old, new, line), disagreements
+    def report(self) -> None:
+        """Note in the account what the file describes in two ways, and names that look like one.
 
-    def _point(
-        self,
-        targets: Mapping[int, tuple[int, Control | None]],
-        lines: Mapping[int, int | None],
-    ) -> None:
-        """Write what wells have now, with events for the wells of ``lines``."""
-        if not targets:
-            return
-        connection = self._session.connection()
-        mark = "?" if connection.dialect.name == "sqlite" else "%s"
-        statement = f"UPDATE wells SET treatment_id = {mark}, control = {mark} WHERE id = {mark}"  # noqa: S608
-        # Straight to the driver: of a million images it is a hundred thousand wells.
-        rows = [
-            (found, control and control.value, well) for well, (found, control) in targets.items()
-        ]
-        connection.exec_driver_sql(statement, rows)
-        changes = []
-        for well, line in lines.items():
-            before, after = (self._event_values(*found[well]) for found in (self._wells, targets))
-            names = [name for name in before if before[name] != after[name]]
-            old, new = ({name: values[name] for name in names} for values in (before, after))
-            changes.append(Change("wells", well, old, new, line))
-        record_events(self._session, changes, run_id=self._account.run_id, file=self._file)
-        self._wells.update(targets)
-
-    def _event_values(self, treatment: int | None, control: Control | None) -> dict[str, Any]:
-        """Return what an event says of a well: its columns, and the name of its treatment."""
-        known = None if treatment is None else self._records.get(treatment)
-        name = known and known.pert_iname
-        if treatment is not None and known is None:  # of several perturbations
-            name = self._session.get_one(Treatment, treatment).name
-        return {
-            "treatment_id": treatment,
-            "treatment": name,
-            "control": control and control.value,
-        }
-
-
-# ---- Names that look like one ----
-
-
-def suspicious_spellings(session: Session, treatments: Collection[int]) -> list[tuple[str, str]]:
-    """Return what looks like two names of one treatment, if ``treatments`` (ids) have one of them.
-
-    Compared with all treatments that a well has: names that differ in nothing but case, spaces,
-    hyphens or underscores, and two names of one structure. Each group of names comes once, as a
-    reason and a detail, which says how to make them one.
-    """
-    spelled, built = "one name in two spellings", "one structure under two names"
-    names: dict[tuple[str, PerturbationKind, str], set[str]] = {}
-    columns = (Perturbation.kind, Perturbation.name, Perturbation.inchikey, Perturbation.smiles)
-    query = select(*columns).join(TreatmentPart).distinct()
-    mine = [
-        row
-        for some in in_lists(treatments)
-        for row in session.execute(query.where(TreatmentPart.treatment_id.in_(some)))
-    ]
-    used = exists().where(Well.treatment_id == TreatmentPart.treatment_id)
-    for rows, is_mine in ((mine, True), (session.execute(query.where(used)), False)):
-        for row in rows:
-            for reason, text in (
-                (spelled, normalised_name(row.name)),
-                (built, row.inchikey or row.smiles),
-            ):
-                if text and (is_mine or (reason, row.kind, text) in names):
-                    names.setdefault((reason, row.kind, text), set()).add(row.name)
-    found = []
-    for reason in (spelled, built):
-        for same in sorted(sorted(some) for key, some in names.items() if key[0] == reason):
-            distinct = same if reason is spelled else {normalised_name(name) for name in same}
-            if len(same) < 2 or len(distinct) < 2:
-                continue
-            kept, *others = same
-            pairs = " and ".join(f"{other},{kept}" for other in others)
+        The names of the treatments in ``used`` are compared with those of all treatments that a
+        well has: names that differ in nothing but case, spaces, hyphens or underscores, and two
+        names of one structure. Each group of names is noted once, with how to make them one.
+        """
+        session = self._session
+        for (key, column, first, other), (line, wells) in self._disagreements.items():
+            of_wells = select(Plate.barcode, Well.name).join(Plate, Plate.id == Well.plate_id)
+            first_wells = Well.id.in_(list(wells)[:_NAMED_WELLS])
+            rows = session.execute(of_wells.where(first_wells).order_by(Well.id))
+            shown = [f"{plate}/{well}" for plate, well in rows]
+            more = f" and {len(wells) - len(shown):,} more" if len(wells) > len(shown) else ""
             detail = (
-                f"{' and '.join(map(repr, same))} look like one. If they are, ingest again with "
-                f"--alias FILE, a table with the header alias,name and the row {pairs}."
+                f"{key.name} has the {column} {first} on an earlier line, but {other} in "
+                f"{', '.join(shown)}{more}; {first} is kept. Correct the table and ingest it again"
             )
-            found.append((reason, detail))
-    return found
+            self._account.suspicious(line, "described in two ways", detail, file=self._file)
+        self._disagreements.clear()
+
+        spelled, built = "one name in two spellings", "one structure under two names"
+        names: dict[tuple[str, PerturbationKind, str], set[str]] = {}
+        columns = (Perturbation.kind, Perturbation.name, Perturbation.inchikey, Perturbation.smiles)
+        query = select(*columns).join(TreatmentPart).distinct()
+        mine = [
+            row
+            for some in in_lists(self.used)
+            for row in session.execute(query.where(TreatmentPart.treatment_id.in_(some)))
+        ]
+        used = exists().where(Well.treatment_id == TreatmentPart.treatment_id)
+        for found, is_mine in ((mine, True), (session.execute(query.where(used)), False)):
+            for row in found:
+                texts = ((spelled, normalised_name(row.name)), (built, row.inchikey or row.smiles))
+                for reason, text in texts:
+                    if text and (is_mine or (reason, row.kind, text) in names):
+                        names.setdefault((reason, row.kind, text), set()).add(row.name)
+        for reason in (spelled, built):
+            for same in sorted(sorted(some) for key, some in names.items() if key[0] == reason):
+                distinct = same if reason is spelled else {normalised_name(name) for name in same}
+                if len(same) < 2 or len(distinct) < 2:
+                    continue
+                kept, *others = same
+                pairs = " and ".join(f"{other},{kept}" for other in others)
+                detail = (
+                    f"{' and '.join(map(repr, same))} look like one. If they are, ingest again "
+                    f"with --alias FILE, a table with the header alias,name and the row {pairs}."
+                )
+                self._account.suspicious(None, reason, detail, file=self._file)
