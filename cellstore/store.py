@@ -138,7 +138,7 @@ class Store(AbstractContextManager["Store"]):
         """Bring a table, an index, a database or a folder in; see ``stages.ingest.ingest``."""
         from .stages.ingest.ingest import ingest
 
-        return ingest(self.workspace, Path(source), params)
+        return ingest(self.workspace, source, params)
 
     def refresh(self, selection: Selection = EVERYTHING) -> RefreshResult:
         """Look again at the image files that are known; see ``stages.ingest.ingest.refresh``."""
