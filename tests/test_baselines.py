@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
 from cellstore.learn import baselines
-from cellstore.learn.baselines import ForestConfig, save_estimator
+from cellstore.learn.baselines import ForestConfig
 from cellstore.learn.normalising import Scaler
-from cellstore.learn.trained_models import ModelRecord, load_model
+from cellstore.learn.trained_models import ModelRecord, load_model, save_estimator
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 ensemble = pytest.importorskip("sklearn.ensemble")

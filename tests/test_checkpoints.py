@@ -74,8 +74,8 @@ def test_a_damaged_record_is_refused(key: str) -> None:
 
 def test_labels_and_features_must_fit_the_network() -> None:
     with pytest.raises(UserInputError, match="3 classes"):
-        meta(labels=("a", "b"))
+        ModelRecord.from_json(meta(labels=("a", "b")).to_json())
     with pytest.raises(UserInputError, match="3 classes"):
-        meta(labels=("a", "b", "b"))
+        ModelRecord.from_json(meta(labels=("a", "b", "b")).to_json())
     with pytest.raises(UserInputError, match="14 features"):
-        meta(scaler=Scaler(("x",), (0.0,), (1.0,)))
+        ModelRecord.from_json(meta(scaler=Scaler(("x",), (0.0,), (1.0,))).to_json())

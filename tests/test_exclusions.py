@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from cellstore.jobs.workspace import Workspace
 from cellstore.models import EXCLUSIONS, Run
 from cellstore.query.cells import CellSource, list_blocks, read_cells
 from cellstore.query.engine import open_questions
-from cellstore.report.audit import audit_cell
+from cellstore.report.audit import audit
 from cellstore.report.scoring import report
 from cellstore.report.votes import count_votes
 from cellstore.stages.export import export
 from cellstore.stages.split import create_split
 from cellstore.stages.status import status
+
+audit_cell = partial(audit, kind="cell")
 
 
 @contextmanager
@@ -127,7 +130,7 @@ def test_training_reads_no_excluded_image_and_predicting_reads_all(workspace: Wo
         assert images_read(workspace, source) == {k: n for k, n in before.items() if k != image.id}
         assert images_read(workspace, source_of(screen, annotated=True)) == before
         with workspace.database.read() as session:
-            assert len(read_cells(session, source, image.id)) == 0
+            assert len(read_cells(session, source, image.id).cell_ids) == 0
     first = screen.factory.cells_of(screen.segmentations["B02"])[0]
     with excluded(screen.factory, Level.CELL, first.id):
         assert images_read(workspace, source)[image.id] == before[image.id] - 1
@@ -197,7 +200,7 @@ def test_tables_export_audit_and_status_say_why(workspace: Workspace, tmp_path: 
             "status": status(workspace).excluded,
             "status images": status(workspace).excluded_images,
             "eligible": rows(workspace, "SELECT count(*) AS n FROM eligible_cells")[0]["n"],
-            "audit": audit_cell(workspace, cell.id).record["excluded"] == "debris",
+            "audit": audit_cell(workspace, str(cell.id)).record["excluded"] == "debris",
         }
 
     all_cells = status(workspace).cells

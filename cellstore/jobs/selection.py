@@ -24,7 +24,7 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
     if selection.plates or selection.wells or selection.where is not None:
         query = query.join(Well, Well.id == Image.well_id)
     if selection.plates:
-        ids = [find_plate(session, barcode).id for barcode in selection.plates]
+        ids = [find_plate(session, barcode) for barcode in selection.plates]
         query = query.where(Well.plate_id.in_(ids))
     if selection.wells:
         query = query.where(Well.name.in_([_well(session, name) for name in selection.wells]))

@@ -17,10 +17,7 @@ code from it.
 
 from __future__ import annotations
 
-import io
-import json
 import warnings
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,21 +39,8 @@ ON_FEATURES = (SHUFFLED, LOGISTIC, FOREST)
 POSITION_COLUMNS = ("row", "column")
 COUNT_COLUMNS = ("log_cells", "log_cells_squared")
 
-ESTIMATORS = {
-    MAJORITY: "DummyClassifier",
-    SHUFFLED: "LogisticRegression",
-    CELLCOUNT: "LogisticRegression",
-    POSITION: "RandomForestClassifier",
-    LOGISTIC: "LogisticRegression",
-    FOREST: "RandomForestClassifier",
-}
-"""What each is, in scikit-learn."""
-
 STEPS = 1000
 """Steps of the solver after which a logistic regression is left as it is."""
-
-TRUSTED = ["sklearn.tree._tree.Tree"]
-"""What a file may hold beside what skops trusts by itself; :func:`check_trees` looks at these."""
 
 
 def choose(names: Sequence[str]) -> tuple[str, ...]:
@@ -141,62 +125,3 @@ def fit_forest(
     )
     # What is kept works alone: images are labelled one by one, too few rows to share out.
     return model.fit(np.asarray(rows, dtype=np.float32), classes).set_params(n_jobs=None)
-
-
-def save_estimator(model: Any) -> bytes:
-    """Return an estimator as a skops file; the same estimator gives the same bytes."""
-    import skops.io
-
-    # skops writes addresses in memory and the time of day. They are replaced by numbers in the
-    # order in which they come, so that two equal models have one sha256.
-    written = zipfile.ZipFile(io.BytesIO(skops.io.dumps(model)))
-    known: dict[int, int] = {}
-    names: dict[str, str] = {}
-
-    def numbered(node: Any) -> Any:
-        if isinstance(node, list):
-            return [numbered(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        made = {key: numbered(item) for key, item in node.items()}
-        if isinstance(node.get("__id__"), int):
-            made["__id__"] = known.setdefault(node["__id__"], len(known))
-        if isinstance(node.get("file"), str):
-            ending = node["file"].rpartition(".")[2]
-            made["file"] = names.setdefault(node["file"], f"{len(names)}.{ending}")
-        return made
-
-    schema = json.dumps(numbered(json.loads(written.read("schema.json"))), indent=1)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        # Most leaves of a forest know few of the classes: the rest are zeros.
-        for old, new in names.items():
-            file.writestr(zipfile.ZipInfo(new), written.read(old), zipfile.ZIP_DEFLATED)
-        file.writestr(zipfile.ZipInfo("schema.json"), schema, zipfile.ZIP_DEFLATED)
-    return buffer.getvalue()
-
-
-def load_estimator(data: bytes, baseline: str) -> Any:
-    """Return the estimator of a skops file. Damaged bytes end in errors of many kinds."""
-    import skops.io
-
-    model = skops.io.loads(data, trusted=TRUSTED)
-    if type(model).__name__ != ESTIMATORS[baseline]:
-        raise ValueError(f"it holds a {type(model).__name__}")
-    for tree in getattr(model, "estimators_", ()):
-        check_trees(tree.tree_)
-    return model
-
-
-def check_trees(tree: Any) -> None:
-    """Raise ``ValueError`` where a row could leave the nodes of a tree, or walk in a circle.
-
-    scikit-learn follows the numbers in a tree without a look, so a damaged file could crash it.
-    """
-    here, leaf = np.arange(tree.node_count), tree.children_left < 0
-    for child in (tree.children_left, tree.children_right):
-        inside = (child > here) & (child < tree.node_count)
-        if not (inside | leaf).all():
-            raise ValueError("a node of the forest leads back or out of it")
-    if not ((tree.feature >= 0) & (tree.feature < tree.n_features) | leaf).all():
-        raise ValueError("a node of the forest looks at a column that is not there")

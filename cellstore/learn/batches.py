@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from ..config import ImageInput
@@ -27,6 +28,7 @@ from ..errors import ImageError, StorageError, UserInputError
 from ..jobs.execute import cores
 from ..jobs.planes import read_image
 from ..jobs.workspace import Workspace
+from ..models import Image, Well
 from ..query.cells import (
     CellSource,
     ImageBlock,
@@ -37,6 +39,7 @@ from ..query.cells import (
     read_masks,
 )
 from ..query.feature_files import SetReader
+from .baselines import CELLCOUNT, MAJORITY, POSITION, count_rows
 from .branches import BRANCHES, FLOW, IMAGE, MASK, TABULAR
 from .crops import (
     UNKNOWN_LABEL,
@@ -347,7 +350,8 @@ class CellReader:
     Images of plates whose intensities the scaler does not know have their own. Each image is
     decoded once, and the crops of its cells are kept while all that is kept fits ``kept_bytes``
     (default: a quarter of the memory, :func:`default_memory`). Several threads may call it. Crops
-    come on ``device``.
+    come on ``device``. ``model``: ``None`` for a network; a baseline that looks at no cell reads
+    what is the same for all cells of an image.
 
     Raises:
         UserInputError: ``scaler`` names a measurement that is not there any more.
@@ -367,14 +371,17 @@ class CellReader:
         branches: Sequence[str] = BRANCHES,
         channels: Sequence[str] = (),
         device: str = "cpu",
+        model: str | None = None,
     ) -> None:
         self.workspace, self.source, self.plane = workspace, source, plane
         self.scaler, self.crop_size, self.classes = scaler, crop_size, classes or {}
         self.branches, self.channels = tuple(branches), tuple(channels)
         self.device = device
+        self.of_image = model if model in (MAJORITY, CELLCOUNT, POSITION) else None
         features = source.features
-        gone = [name for name in scaler.names if name not in set(features.columns)]
-        if gone and features.in_table:
+        read = () if self.of_image else scaler.names
+        gone = [name for name in read if name not in set(features.columns)]
+        if gone and features.files is None:
             raise UserInputError(
                 "The network reads measurements that this cellstore does not make: "
                 f"{', '.join(gone[:5])}. Train again."
@@ -403,23 +410,23 @@ class CellReader:
         found = self._kept.get(image_id)
         if found is not None:
             return found
-        found = self.read(image_id)
-        with self._lock:
-            if self._room and image_id not in self._kept and found.nbytes <= self._room:
-                self._kept[image_id], self._room = found, self._room - found.nbytes
-        return found
-
-    def read(self, image_id: int) -> CellCrops:
-        """Return what :meth:`cut` does, from the database and the files."""
-        columns, in_table = self.scaler.names, self.source.features.in_table
+        in_table, columns = self.source.features.files is None, self.scaler.names
         with self.workspace.database.read() as session:
             # The open files of a feature set are for one thread at a time.
             with nullcontext() if in_table else self._lock:
-                rows = read_cells(session, self.source, image_id, columns, self._values)
+                wanted = () if self.of_image else columns
+                rows = read_cells(session, self.source, image_id, wanted, self._values)
+            values, count = rows.features, len(rows.cell_ids)
+            if self.of_image == CELLCOUNT:
+                values = np.repeat(count_rows([count]), count, axis=0)
+            elif self.of_image == POSITION:
+                query = select(Well.well_row, Well.well_column)
+                query = query.join(Image, Image.well_id == Well.id).where(Image.id == image_id)
+                values = np.repeat([tuple(session.execute(query).one())], count, axis=0)
             plate = plate_of(session, image_id)
             if self.branches == (TABULAR,):
-                crops = PackedCrops(np.zeros((len(rows), 2), np.int64), {})
-            elif len(rows) == 0:
+                crops = PackedCrops(np.zeros((count, 2), np.int64), {})
+            elif count == 0:
                 none = np.empty((0, 2), np.int64)
                 crops = PackedCrops.empty(none, self.branches, len(self.channels))
             elif rows.boxes is None:
@@ -430,8 +437,12 @@ class CellReader:
             else:
                 crops = cut_crops(self._pictures(session, image_id, plate), rows.boxes, rows.labels)
         label = self.classes.get(rows.label_id or UNKNOWN_LABEL, UNKNOWN_LABEL)
-        labels = np.full(len(rows), label, dtype=np.int64)
-        return CellCrops(crops, self.scaler.transform(rows.features, plate), labels, rows.cell_ids)
+        labels = np.full(count, label, dtype=np.int64)
+        found = CellCrops(crops, self.scaler.transform(values, plate), labels, rows.cell_ids)
+        with self._lock:
+            if self._room and image_id not in self._kept and found.nbytes <= self._room:
+                self._kept[image_id], self._room = found, self._room - found.nbytes
+        return found
 
     def _pictures(self, session: Session, image_id: int, plate: str) -> Pictures:
         artifacts, database = self.workspace.artifacts, self.workspace.database

@@ -541,5 +541,5 @@ class CellBlock:
 def crop_cells(cells: CellCrops, size: int, device: torch.device | str = "cpu") -> CellBlock:
     """Resize the crops of ``cells`` to ``size`` pixels, on ``device``."""
     few = (torch.from_numpy(part) for part in (cells.features, cells.labels, cells.cell_ids))
-    crops = resized(cells.crops, size, device)
+    crops = resized(cells.crops, size, device) if cells.crops.layers else {}
     return CellBlock(crops, *(part.to(device, non_blocking=True) for part in few))

@@ -20,8 +20,8 @@ from ..config import ImageInput
 from ..db.session import Database
 from ..enums import Control, Subset
 from ..errors import ImageError, UserInputError
+from ..jobs.lookup import IS_CURRENT
 from ..jobs.planes import read_image
-from ..jobs.selection import is_current
 from ..models import Image, Plate, Segmentation, SplitMember, Well
 from ..query.cells import CellSource, read_cells, stream_features
 from ..query.exclusions import image_counts
@@ -259,7 +259,7 @@ def fit_inputs(
         ImageError: no image of a plate can be read.
 
     """
-    columns, gaps = source.features.columns, not source.features.in_table
+    columns, gaps = source.features.columns, source.features.files is not None
     training, scaler = replace(source, subset=Subset.TRAIN), Scaler()
     by_plate = normalise == "plate-controls" or bool(planes)
     plates = plates_of(session, training) if by_plate else []
@@ -334,7 +334,7 @@ def _images(source: CellSource, barcode: str | None = None) -> Select[Any]:
         select(Image.id)
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
-        .join(Segmentation, is_current())
+        .join(Segmentation, IS_CURRENT)
         .where(Segmentation.recipe_id == source.segment_id, image_counts(source.unflagged_by))
     )
     if barcode is not None:
@@ -373,7 +373,7 @@ def _controls(
         if not any(len(rows) for rows in _features(session, source, plate, ())):
             continue
         blocks = _features(session, source, plate, columns, controls=True)
-        found[plate] = fit_scale(columns, blocks, gaps=not source.features.in_table)
+        found[plate] = fit_scale(columns, blocks, gaps=source.features.files is not None)
         cells = found[plate].cells
         if cells < FEWEST_CONTROLS:
             where = " in the training subset" if source.subset is Subset.TRAIN else ""

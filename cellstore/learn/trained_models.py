@@ -6,8 +6,10 @@ scikit-learn (skops). The other is a record of all else (JSON). Opening them run
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,23 +26,15 @@ from ..artifacts import StoredFile
 from ..config import ImageInput
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import StorageError, UserInputError, first_line
-from ..jobs.planes import check_channels
+from ..jobs.lookup import check_channels
 from ..jobs.workspace import Workspace
-from ..models import Artifact, Image, Recipe, Run, RunArtifact, Well
-from ..query.cells import CellSource, input_of, plane_of, read_cells
-from ..query.feature_files import SetReader, find_feature_set, open_set
-from .baselines import (
-    BASELINES,
-    CELLCOUNT,
-    ON_FEATURES,
-    POSITION,
-    count_rows,
-    load_estimator,
-    save_estimator,
-)
+from ..models import Artifact, Recipe, Run, RunArtifact
+from ..query.cells import CellSource, input_of, plane_of
+from ..query.feature_files import find_feature_set, open_set
+from .baselines import BASELINES, CELLCOUNT, FOREST, LOGISTIC, MAJORITY, POSITION, SHUFFLED
 from .batches import CellReader
 from .branches import TABULAR
-from .crops import CROP_MEAN, CROP_STD, UNKNOWN_LABEL, CellBlock
+from .crops import CROP_MEAN, CROP_STD, CellBlock
 from .networks import FusionNet, NetShape, State
 from .normalising import Scaler, add_plates
 
@@ -52,6 +46,20 @@ CELLS_PER_STEP = 128
 A constant, since the answer of a network for a cell differs in the sixth digit with how many others
 are in the batch: the same image always makes the same batches, so its rows are the same.
 """
+
+ESTIMATORS = {
+    MAJORITY: "DummyClassifier",
+    SHUFFLED: "LogisticRegression",
+    CELLCOUNT: "LogisticRegression",
+    POSITION: "RandomForestClassifier",
+    LOGISTIC: "LogisticRegression",
+    FOREST: "RandomForestClassifier",
+}
+"""What each is, in scikit-learn."""
+
+TRUSTED = ["sklearn.tree._tree.Tree"]
+"""What a file may hold beside what skops trusts by itself; :func:`check_trees` looks at these."""
+
 
 Numbers = NDArray[np.float64]
 
@@ -76,21 +84,6 @@ class ModelRecord:
     shape: NetShape | None = None
     crop_size: int = 1
     channels: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        shape = self.shape
-        if shape is None:
-            return
-        if len(self.labels) != shape.n_classes or len(set(self.labels)) < len(self.labels):
-            raise UserInputError(
-                f"A network of {shape.n_classes} classes needs as many different labels, there are "
-                f"{len(set(self.labels))}."
-            )
-        if len(self.scaler.names) != shape.n_features:
-            raise UserInputError(
-                f"A network of {shape.n_features} features cannot use a scaler of "
-                f"{len(self.scaler.names)}."
-            )
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -119,49 +112,51 @@ class ModelRecord:
     def from_json(cls, record: Mapping[str, Any]) -> ModelRecord:
         """Return what :meth:`to_json` described.
 
-        Raises ``UserInputError`` if it is no such record, or of a model that is not known here.
+        Raises ``UserInputError`` if it is no such record, does not fit its own network, or is of a
+        model that is not known here.
         """
         try:
             model = str(record["model"])
-            more: dict[str, Any] = {}
-            if model == NETWORK:
-                more = {
-                    "shape": NetShape.from_json(record["shape"]),
-                    "crop_size": int(record["crop"]["size"]),
-                    "channels": tuple(str(name) for name in record["channels"]),
-                }
-            elif model not in BASELINES:
+            if model not in (NETWORK, *BASELINES):
                 raise UserInputError(
                     f"This checkpoint is a model of kind {model!r}, which this cellstore does not "
                     f"know; it knows {', '.join((NETWORK, *BASELINES))}. Use the cellstore that "
                     "trained it, or train again."
                 )
-            return cls(
-                model,
-                tuple(str(label) for label in record["labels"]),
-                str(record["field"]),
-                Scaler.from_json(record["scaler"]),
-                {str(k): str(v) for k, v in record["fingerprints"].items()},
-                record["feature_set"],
-                **more,
-            )
+            labels = tuple(str(label) for label in record["labels"])
+            scaler, more = Scaler.from_json(record["scaler"]), dict[str, Any]()
+            if model == NETWORK:
+                more["shape"] = shape = NetShape.from_json(record["shape"])
+                more["crop_size"] = int(record["crop"]["size"])
+                more["channels"] = tuple(str(name) for name in record["channels"])
+                if len(labels) != shape.n_classes or len(set(labels)) < len(labels):
+                    raise UserInputError(
+                        f"A network of {shape.n_classes} classes needs as many different labels, "
+                        f"there are {len(set(labels))}."
+                    )
+                if len(scaler.names) != shape.n_features:
+                    raise UserInputError(
+                        f"A network of {shape.n_features} features cannot use a scaler of "
+                        f"{len(scaler.names)}."
+                    )
+            fingerprints = {str(k): str(v) for k, v in record["fingerprints"].items()}
+            field, feature_set = str(record["field"]), record["feature_set"]
+            return cls(model, labels, field, scaler, fingerprints, feature_set, **more)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserInputError(f"This does not describe a model: {error!r}.") from error
 
 
+@dataclass(frozen=True)
 class Model:
     """What was learned, ready to label cells: a ``net``, or an ``estimator`` of scikit-learn.
 
     ``device``: where a network computes. ``width``: numbers in an embedding; 0: there is none.
     """
 
-    def __init__(self, learned: FusionNet | Any, device: str = "cpu") -> None:
-        self.net: FusionNet | None = None
-        self.estimator: Any = learned
-        self.device, self.width = "cpu", 0
-        if isinstance(learned, FusionNet):
-            self.net, self.estimator, self.device = learned.eval().to(device), None, device
-            self.width = learned.classifier.in_features
+    net: FusionNet | None = None
+    estimator: Any = None
+    device: str = "cpu"
+    width: int = 0
 
     def predict(self, cells: CellBlock) -> tuple[Numbers, NDArray[np.float32]]:
         """Return the answers for all N cells of an image; an estimator may count them.
@@ -222,20 +217,79 @@ def load_model(
     meta = ModelRecord.from_json(record)
     try:
         if meta.shape is not None:
-            learned: Any = FusionNet(meta.shape)
-            learned.load_state_dict(load_tensors(data))
-        else:
-            learned = load_estimator(data, meta.model)
-            row = np.zeros((1, len(meta.scaler.names)), dtype=np.float32)
-            answer = learned.predict_proba(row)
-            if answer.shape != (1, len(meta.labels)) or not np.isfinite(answer).all():
-                raise ValueError("its classes are not those of the record")
+            net = FusionNet(meta.shape)
+            net.load_state_dict(load_tensors(data))
+            return Model(net.eval().to(device), None, device, net.classifier.in_features), meta
+        estimator = load_estimator(data, meta.model)
+        row = np.zeros((1, len(meta.scaler.names)), dtype=np.float32)
+        answer = estimator.predict_proba(row)
+        if answer.shape != (1, len(meta.labels)) or not np.isfinite(answer).all():
+            raise ValueError("its classes are not those of the record")
+        return Model(None, estimator), meta
     except Exception as error:  # damaged bytes end in errors of many kinds
         raise StorageError(
             f"The checkpoint is damaged or of another model ({first_line(error)}). "
             "Check the store with 'cellstore verify', or train again."
         ) from error
-    return Model(learned, device), meta
+
+
+def save_estimator(model: Any) -> bytes:
+    """Return an estimator as a skops file; the same estimator gives the same bytes."""
+    import skops.io
+
+    # skops writes addresses in memory and the time of day. They are replaced by numbers in the
+    # order in which they come, so that two equal models have one sha256.
+    written = zipfile.ZipFile(io.BytesIO(skops.io.dumps(model)))
+    known: dict[int, int] = {}
+    names: dict[str, str] = {}
+
+    def numbered(node: Any) -> Any:
+        if isinstance(node, list):
+            return [numbered(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        made = {key: numbered(item) for key, item in node.items()}
+        if isinstance(node.get("__id__"), int):
+            made["__id__"] = known.setdefault(node["__id__"], len(known))
+        if isinstance(node.get("file"), str):
+            ending = node["file"].rpartition(".")[2]
+            made["file"] = names.setdefault(node["file"], f"{len(names)}.{ending}")
+        return made
+
+    schema = json.dumps(numbered(json.loads(written.read("schema.json"))), indent=1)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        # Most leaves of a forest know few of the classes: the rest are zeros.
+        for old, new in names.items():
+            file.writestr(zipfile.ZipInfo(new), written.read(old), zipfile.ZIP_DEFLATED)
+        file.writestr(zipfile.ZipInfo("schema.json"), schema, zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def load_estimator(data: bytes, baseline: str) -> Any:
+    """Return the estimator of a skops file. Damaged bytes end in errors of many kinds."""
+    import skops.io
+
+    model = skops.io.loads(data, trusted=TRUSTED)
+    if type(model).__name__ != ESTIMATORS[baseline]:
+        raise ValueError(f"it holds a {type(model).__name__}")
+    for tree in getattr(model, "estimators_", ()):
+        check_trees(tree.tree_)
+    return model
+
+
+def check_trees(tree: Any) -> None:
+    """Raise ``ValueError`` where a row could leave the nodes of a tree, or walk in a circle.
+
+    scikit-learn follows the numbers in a tree without a look, so a damaged file could crash it.
+    """
+    here, leaf = np.arange(tree.node_count), tree.children_left < 0
+    for child in (tree.children_left, tree.children_right):
+        inside = (child > here) & (child < tree.node_count)
+        if not (inside | leaf).all():
+            raise ValueError("a node of the forest leads back or out of it")
+    if not ((tree.feature >= 0) & (tree.feature < tree.n_features) | leaf).all():
+        raise ValueError("a node of the forest looks at a column that is not there")
 
 
 def write_model(
@@ -257,8 +311,7 @@ class OpenModel:
     """A model that is ready to label the cells of a store.
 
     ``file`` and ``json`` are its two files. ``segment`` and ``measure`` are the recipes whose cells
-    and measurements it reads, ``source`` names them. ``reader`` returns the cells of the image with
-    an id.
+    and measurements it reads, ``source`` names them. ``reader`` keeps no image.
     """
 
     run: Run
@@ -269,7 +322,7 @@ class OpenModel:
     source: CellSource
     model: Model
     record: ModelRecord
-    reader: Callable[[int], CellBlock]
+    reader: CellReader
 
 
 def open_model(session: Session, workspace: Workspace, run: Run, device: str = "cpu") -> OpenModel:
@@ -311,15 +364,26 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
     recipe = session.get_one(Recipe, run.recipe_id)
     segment = input_of(session, recipe, Stage.SEGMENT)
     measure = input_of(session, recipe, Stage.MEASURE)
-    name = record.feature_set
-    if name is not None and find_feature_set(session, name).recipe_id != measure.id:
+    name, features = record.feature_set, open_set(session, workspace.artifacts, measure.id)
+    if name is not None and features.name != name:
+        find_feature_set(session, name)  # it may be gone
         raise UserInputError(
             f"Feature set {name!r} is another one since training run {run.id} read it. Train again."
         )
     check_channels(session, ImageInput(record.channels))
-    features = open_set(session, workspace.artifacts, measure.id)
     source = CellSource(segment.id, measure.id, features=features, annotated=True)
-    reader = make_reader(workspace, source, segment, record, model.device)
+    reader = CellReader(
+        workspace,
+        source,
+        plane_of(segment),
+        record.scaler,
+        record.crop_size,
+        kept_bytes=0,
+        branches=record.branches,
+        channels=record.channels,
+        device=model.device,
+        model=record.model,
+    )
     return OpenModel(run, file, written, segment, measure, source, model, record, reader)
 
 
@@ -352,59 +416,10 @@ def fit_new_plates(
         added |= {name: new} if new else {}
     if not added:
         return found, added
-    record = replace(record, scaler=scaler)
-    reader = make_reader(workspace, found.source, found.segment, record, found.model.device)
-    return replace(found, record=record, reader=reader), added
+    found.reader.scaler = scaler
+    return replace(found, record=replace(record, scaler=scaler)), added
 
 
 def planes_of(segment: Recipe, channels: Sequence[str]) -> list[ImageInput]:
     """Return the plane that was segmented, then each channel: the order of intensity scales."""
     return [plane_of(segment), *(ImageInput((name,)) for name in channels)]
-
-
-def make_reader(
-    workspace: Workspace,
-    source: CellSource,
-    segment: Recipe,
-    record: ModelRecord,
-    device: str = "cpu",
-) -> Callable[[int], CellBlock]:
-    """Return what reads the cells of an image as a model wants them, crops on its device.
-
-    No image is kept.
-
-    Raises:
-        UserInputError: a measurement that the model reads is not there any more.
-
-    """
-    if record.model == NETWORK or record.model in ON_FEATURES:
-        return CellReader(
-            workspace,
-            source,
-            plane_of(segment),
-            record.scaler,
-            record.crop_size,
-            kept_bytes=0,
-            branches=record.branches,
-            channels=record.channels,
-            device=device,
-        )
-    values = SetReader(source.features.files or ())
-
-    def read(image_id: int) -> CellBlock:
-        """The cells of an image for a model that looks at none: all have the same features."""
-        with workspace.database.read() as session:
-            ids = read_cells(session, source, image_id, (), values).cell_ids
-            row: Any = np.empty((1, 0))
-            if record.model == CELLCOUNT:
-                row = count_rows([len(ids)])
-            elif record.model == POSITION:
-                query = select(Well.well_row, Well.well_column).join(
-                    Image, Image.well_id == Well.id
-                )
-                row = [tuple(session.execute(query.where(Image.id == image_id)).one())]
-        features = torch.from_numpy(record.scaler.transform(row)).expand(len(ids), -1)
-        labels = torch.full((len(ids),), UNKNOWN_LABEL, dtype=torch.int64)
-        return CellBlock({}, features, labels, torch.from_numpy(ids))
-
-    return read

@@ -6,31 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import distinct, func, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from ..config import BaselineParams, Sources, TrainParams
-from ..enums import ArtifactKind, Stage, Subset
+from ..enums import Subset
 from ..jobs.lookup import find_split
 from ..jobs.runs import digest_of_images
 from ..jobs.workspace import Workspace
-from ..models import (
-    Artifact,
-    Image,
-    Label,
-    Recipe,
-    RecipeInput,
-    Run,
-    RunArtifact,
-    Split,
-    SplitMember,
-)
+from ..models import Label, Recipe, Run, Split, SplitMember
 from ..query.cells import (
     CellSource,
     Flagged,
     ImageBlock,
     choose_recipes,
     count_flagged,
+    feature_leak,
     list_blocks,
     recipes_of_set,
 )
@@ -127,7 +118,7 @@ def find_training_cells(
     images = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
     cells = digest_of_images(session, images, {b.image_id: b.n_cells for b in blocks})
     parameters: dict[str, Any] = {"split": split.fingerprint, "cells": cells}
-    if not found.in_table:
+    if found.files is not None:
         parameters |= {"feature_files": found.mark, "gaps": "mean of the training subset"}
     return TrainingCells(
         split=split,
@@ -161,66 +152,3 @@ def result_from(run: Run, session: Session, known: Mapping[str, Any]) -> dict[st
     kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
     split = session.scalars(select(Split.name).where(Split.id == run.split_id)).one()
     return {"run_id": run.id, "recipe_id": run.recipe_id, "split": split, **kept}
-
-
-def training_of_features(session: Session, measure: Recipe) -> Run | None:
-    """Return the training whose network made the features of a recipe; None: none did."""
-    if "embedding" not in measure.parameters:
-        return None
-    query = (
-        select(Run)
-        .join(RunArtifact, RunArtifact.run_id == Run.id)
-        .join(Artifact, Artifact.id == RunArtifact.artifact_id)
-        .where(Artifact.kind == ArtifactKind.CHECKPOINT, Run.stage == Stage.TRAIN)
-        .where(Artifact.sha256 == measure.weights_sha256)
-        .order_by(Run.id)
-    )
-    return session.scalars(query.limit(1)).first()
-
-
-def measure_recipe_of(session: Session, trained: Run) -> Recipe | None:
-    """Return the recipe of the features that a training has read."""
-    query = (
-        select(Recipe)
-        .join(RecipeInput, RecipeInput.input_id == Recipe.id)
-        .where(RecipeInput.recipe_id == trained.recipe_id, Recipe.stage == Stage.MEASURE)
-    )
-    return session.scalars(query.limit(1)).first()
-
-
-def feature_leak(session: Session, measure: Recipe | None, split_id: int) -> str | None:
-    """Say whether features were learned on wells that a split does not train on.
-
-    An embedding knows the labels of the wells that its network was trained on, or stopped by; so
-    does one by a network that has learned from another's embedding.
-    """
-    trainings: list[Run] = []
-    while measure is not None and (training := training_of_features(session, measure)) is not None:
-        if training.split_id not in (None, split_id):
-            trainings.append(training)
-        measure = measure_recipe_of(session, training)
-    if not trainings:
-        return None
-    mine, theirs = aliased(SplitMember), aliased(SplitMember)
-    image, other = aliased(Image), aliased(Image)
-    learned_wells = (
-        select(other.well_id)
-        .join(theirs, theirs.image_id == other.id)
-        .where(theirs.split_id.in_([run.split_id for run in trainings]))
-        .where(theirs.subset != Subset.TEST)
-    )
-    query = (
-        select(func.count(distinct(image.well_id)))
-        .join(mine, mine.image_id == image.id)
-        .where(mine.split_id == split_id, mine.subset != Subset.TRAIN)
-        .where(image.well_id.in_(learned_wells))
-    )
-    number = session.scalar(query) or 0
-    if number == 0:
-        return None
-    runs = " and ".join(str(run.id) for run in trainings)
-    return (
-        f"A leak: the features are an embedding by training run {runs}, which learned the labels "
-        f"of {number:,} wells that this split does not train on. Scores are too good; use the "
-        "split of that training."
-    )

@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Select, and_, func, select
+from sqlalchemy import ColumnElement, Select, and_, distinct, func, select
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import ArtifactFolder
 from ..config import ImageInput
-from ..enums import FeatureStorage, Projection, Stage, Subset
+from ..enums import ArtifactKind, FeatureStorage, Projection, Stage, Subset
 from ..errors import ImageError, UnknownNameError, UserInputError
-from ..jobs.lookup import find_recipe, has_results
+from ..jobs.lookup import IS_CURRENT, find_recipe, has_results
 from ..jobs.planes import read_artifact_image
-from ..jobs.selection import is_current
 from ..models import (
+    Artifact,
     Cell,
     CellFeatures,
     FeatureSet,
@@ -33,6 +33,7 @@ from ..models import (
     Recipe,
     RecipeInput,
     Run,
+    RunArtifact,
     Segmentation,
     SplitMember,
     Well,
@@ -92,16 +93,13 @@ class CellRows:
     features: NDArray[np.float64]
     label_id: int | None
 
-    def __len__(self) -> int:
-        return len(self.cell_ids)
-
 
 def cells_query(source: CellSource) -> Select[Any]:
     """Return the query of all cells of ``source`` with boxes, measurements, subset and label.
 
     Measurements that are in files are not in the answer; read them by cell id.
     """
-    current = and_(is_current(), Segmentation.recipe_id == source.segment_id)
+    current = and_(IS_CURRENT, Segmentation.recipe_id == source.segment_id)
     query = (
         select(Image.id.label("image_id"), Cell.id.label("cell_id"), Cell.object_number)
         .add_columns(*(getattr(Cell, name) for name in _BOX))
@@ -113,7 +111,7 @@ def cells_query(source: CellSource) -> Select[Any]:
         query = query.where(Cell.excluded.is_(None))
     else:
         query = query.where(image_counts(source.unflagged_by), cell_counts(source.unflagged_by))
-    if source.features.in_table:
+    if source.features.files is None:
         measured = and_(
             CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == source.measure_id
         )
@@ -249,7 +247,7 @@ def current_segmentation(session: Session, segment_id: int, image_id: int) -> Se
         ImageError: the image has changed, and its new bytes are not segmented yet.
 
     """
-    query = select(Segmentation).join(Image, is_current())
+    query = select(Segmentation).join(Image, IS_CURRENT)
     found = session.scalars(
         query.where(Image.id == image_id, Segmentation.recipe_id == segment_id)
     ).one_or_none()
@@ -380,6 +378,69 @@ def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe:
     return session.scalars(
         query.where(RecipeInput.recipe_id == recipe.id, Recipe.stage == stage)
     ).one()
+
+
+def trainings_of_features(session: Session, recipe: Recipe) -> Iterator[Run]:
+    """Yield the trainings whose networks made the features that a recipe makes or reads.
+
+    First the one that made these features, then the one that made what its network has read.
+    """
+    measure: Recipe | None = recipe
+    while True:
+        if recipe.stage is not Stage.MEASURE:
+            read = select(Recipe).join(RecipeInput, RecipeInput.input_id == Recipe.id)
+            read = read.where(RecipeInput.recipe_id == recipe.id, Recipe.stage == Stage.MEASURE)
+            measure = session.scalars(read).one_or_none()
+        if measure is None or "embedding" not in measure.parameters:
+            return
+        query = (
+            select(Run)
+            .join(RunArtifact, RunArtifact.run_id == Run.id)
+            .join(Artifact, Artifact.id == RunArtifact.artifact_id)
+            .where(Artifact.kind == ArtifactKind.CHECKPOINT, Run.stage == Stage.TRAIN)
+            .where(Artifact.sha256 == measure.weights_sha256)
+            .order_by(Run.id)
+        )
+        training = session.scalars(query.limit(1)).first()
+        if training is None:
+            return
+        yield training
+        recipe = session.get_one(Recipe, training.recipe_id)
+
+
+def feature_leak(session: Session, recipe: Recipe, split_id: int) -> str | None:
+    """Say whether the features of a recipe were learned on wells that a split does not train on.
+
+    An embedding knows the labels of the wells that its network was trained on, or stopped by; so
+    does one by a network that has learned from another's embedding.
+    """
+    behind = trainings_of_features(session, recipe)
+    trainings = [run for run in behind if run.split_id not in (None, split_id)]
+    if not trainings:
+        return None
+    mine, theirs = aliased(SplitMember), aliased(SplitMember)
+    image, other = aliased(Image), aliased(Image)
+    learned_wells = (
+        select(other.well_id)
+        .join(theirs, theirs.image_id == other.id)
+        .where(theirs.split_id.in_([run.split_id for run in trainings]))
+        .where(theirs.subset != Subset.TEST)
+    )
+    query = (
+        select(func.count(distinct(image.well_id)))
+        .join(mine, mine.image_id == image.id)
+        .where(mine.split_id == split_id, mine.subset != Subset.TRAIN)
+        .where(image.well_id.in_(learned_wells))
+    )
+    number = session.scalar(query) or 0
+    if number == 0:
+        return None
+    runs = " and ".join(str(run.id) for run in trainings)
+    return (
+        f"A leak: the features are an embedding by training run {runs}, which learned the labels "
+        f"of {number:,} wells that this split does not train on. Scores are too good; use the "
+        "split of that training."
+    )
 
 
 def _last_measure_of(session: Session, segment: Recipe) -> Recipe:

@@ -28,8 +28,8 @@ from ..artifacts import PART, ArtifactFolder, StoredFile, sync_folder
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
+from ..jobs.lookup import IS_CURRENT
 from ..jobs.runs import attach, keep_file
-from ..jobs.selection import is_current
 from ..models import (
     Artifact,
     Cell,
@@ -327,11 +327,6 @@ class ReadableSet:
     files: tuple[SetFile, ...] | None = None
     mark: str | None = None
 
-    @property
-    def in_table(self) -> bool:
-        """Whether the values are in table ``features``."""
-        return self.files is None
-
 
 BUILT_IN = ReadableSet()
 
@@ -366,7 +361,8 @@ def open_set(
         StorageError: a file of the set is gone.
 
     """
-    found = set_of_recipe(session, recipe_id)
+    of_recipe = select(FeatureSet).where(FeatureSet.recipe_id == recipe_id)
+    found = session.scalars(of_recipe).one_or_none()
     if found is None or found.storage is FeatureStorage.TABLE:
         return ReadableSet(name=found.name if found else name)
     columns = numeric_columns(found.columns)
@@ -651,7 +647,7 @@ def images_of_lost_files(
             select(Cell.id, Segmentation.image_id)
             .join(Segmentation, Segmentation.id == Cell.segmentation_id)
             .join(RecipeInput, RecipeInput.input_id == Segmentation.recipe_id)
-            .join(Image, is_current())
+            .join(Image, IS_CURRENT)
             .where(RecipeInput.recipe_id == recipe_id)
             .where(Cell.id.between(file.first_cell_id, file.last_cell_id))
             .order_by(Cell.id)

@@ -22,8 +22,8 @@ from ..errors import UserInputError
 from ..jobs.run_names import find_predict_run
 from ..jobs.workspace import Workspace
 from ..learn.baselines import BASELINES, NULLS
-from ..learn.training_cells import feature_leak, measure_recipe_of
 from ..models import Recipe, Run, Split
+from ..query.cells import feature_leak
 from ..query.engine import Questions, open_questions
 from ..query.exclusions import with_flags
 from .votes import SUBSETS, VOTES
@@ -386,9 +386,7 @@ def find_subject(
             notes,
             baseline=None if taught is None else taught.parameters.get("baseline"),
             rivals={name: rivals[name] for name in BASELINES if name in rivals},
-            feature_leak=None
-            if parent is None
-            else feature_leak(session, measure_recipe_of(session, parent), split_id),
+            feature_leak=None if taught is None else feature_leak(session, taught, split_id),
         )
 
 

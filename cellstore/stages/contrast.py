@@ -17,10 +17,9 @@ from ..analysis.draws import Lowest, even_shares, lots
 from ..config import ContrastParams, Selection
 from ..enums import Control, Stage
 from ..errors import UnknownNameError, UserInputError
+from ..jobs.lookup import images_of
 from ..jobs.runs import RecipeSpec, digest_of_images, finished_run, register, running
-from ..jobs.selection import images_of
 from ..jobs.workspace import Workspace
-from ..learn.training_cells import training_of_features
 from ..models import Cell, Image, Plate, Run, Treatment, Well
 from ..query.cells import (
     CellSource,
@@ -30,6 +29,7 @@ from ..query.cells import (
     read_values,
     recipes_of_set,
     stream_groups,
+    trainings_of_features,
     wells_and_plates,
 )
 from ..query.feature_files import open_set
@@ -184,13 +184,13 @@ def contrast(
             "treatments": sorted(params.treatments),
         }
         del parameters["features"], parameters["plates"]  # the cells say it
-        if not features.in_table:
+        if features.files is not None:
             parameters["feature_files"] = features.mark
         spec = RecipeSpec(Stage.CONTRAST, VERSION, parameters, None, (segment, measure))
         earlier = None if force else finished_run(session, spec)
         if earlier is not None:
             return _result(earlier, already_done=True)
-        training = training_of_features(session, measure)
+        training = next(trainings_of_features(session, measure), None)
     with workspace.database.begin() as session:
         recipe = register(session, spec)
     query = as_text(cells_query(source))

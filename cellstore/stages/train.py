@@ -59,10 +59,9 @@ from ..learn.training_cells import (
     validation_subset,
 )
 from ..models import Recipe, Run, RunMetric, Split
-from ..progress import Progress
 from ..query.cells import as_text, cells_query, input_of, plane_of
 from ..query.feature_files import set_of_recipe
-from ..settings import need
+from ..settings import Progress, need
 
 if TYPE_CHECKING:
     from ..learn.batches import Batches
@@ -493,7 +492,7 @@ def check_subsets(plan: Plan) -> None:
                 "Train without --exclude-flagged, or make quality control less strict: "
                 "cellstore qc --help"
             )
-        elif features.in_table:
+        elif features.files is None:
             what = "measured cells. Run: cellstore segment, then: cellstore measure"
         elif group is not None:
             what = (

@@ -208,11 +208,12 @@ class Fitting:
         name = repr(cells.split.name)
         if not self.blocks:
             features = cells.source.features
-            what = f"cells in feature set {features.name!r}"
+            what = "measured cells"
+            if features.files is not None:
+                what = f"cells in feature set {features.name!r}"
             raise UserInputError(
-                f"No image in the training subset of split {name} has "
-                f"{'measured cells' if features.in_table else what}. Run: cellstore segment, then: "
-                "cellstore measure; or name another split with --split."
+                f"No image in the training subset of split {name} has {what}. Run: cellstore "
+                "segment, then: cellstore measure; or name another split with --split."
             )
         if len(self.labels) < 2:
             raise UserInputError(

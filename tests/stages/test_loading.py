@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_training import Opener, pixels
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from cellstore.errors import ImageError
 from cellstore.jobs.workspace import Workspace
@@ -117,10 +118,13 @@ def test_an_image_that_cannot_be_read_ends_the_epoch(workspace: Workspace) -> No
 def test_an_image_is_opened_once_while_it_fits_in_memory(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, real = [], CellReader.read
-    monkeypatch.setattr(
-        CellReader, "read", lambda self, image_id: read.append(image_id) or real(self, image_id)
-    )
+    read, real = [], batches_module.read_cells
+
+    def counted(session: Session, source: CellSource, image_id: int, *more: Any) -> Any:
+        read.append(image_id)
+        return real(session, source, image_id, *more)
+
+    monkeypatch.setattr(batches_module, "read_cells", counted)
     reader, blocks = reader_of(workspace)
     one = reader.cut(blocks[0].image_id).nbytes
     for kept, times in ((1 << 20, 1), (2 * one + one // 2, None), (0, 3)):
