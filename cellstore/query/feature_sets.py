@@ -14,6 +14,7 @@ import duckdb
 from ..artifacts import ArtifactFolder
 from ..enums import FeatureStorage
 from ..errors import StorageError, UserInputError
+from .feature_files import stored_file
 from .guard import quoted, reading_files
 from .source import VIEWS, Columns, Source
 
@@ -86,20 +87,6 @@ def reading_set(columns: Columns, paths: Sequence[Path]) -> str:
         return f"SELECT {', '.join(nulls)} LIMIT 0"
     values = (f"CAST({quoted(name)} AS {kind}) AS {quoted(name)}" for name, kind in columns.items())
     return f"SELECT {', '.join(values)} FROM {reading_files(paths)}"  # noqa: S608
-
-
-def stored_file(artifacts: ArtifactFolder, path: str) -> Path:
-    """Return where a stored file is.
-
-    Raises:
-        StorageError: it is gone.
-    """
-    found = artifacts.locate(path)
-    if not found.is_file():
-        raise StorageError(
-            f"The stored file {path} is gone. See what else is affected with: cellstore verify"
-        )
-    return found
 
 
 def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRelation]:

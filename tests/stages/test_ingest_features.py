@@ -384,7 +384,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(feature_files._HashingFile, "write", full)
+    monkeypatch.setattr(feature_files.pq.ParquetWriter, "write_batch", full)
     with pytest.raises(StorageError, match="No space left"):
         ingest(workspace, site(tmp_path, 1, [1]))
     assert set(counts(workspace).values()) == {0}

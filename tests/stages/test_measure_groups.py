@@ -338,7 +338,7 @@ def test_a_disk_that_is_full_breaks_nothing(cells: Bench, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_files._HashingFile, "write", full)
+        patch.setattr(feature_files.pq.ParquetWriter, "write_batch", full)
         with pytest.raises(StorageError, match="No space left"):
             measure(cells.workspace, ALL)
     assert cells.count(FeatureFile) == cells.count(CellFeatures) == 0
