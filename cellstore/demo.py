@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from .artifacts import open_atomically
 from .errors import UserInputError
 from .io.image_files import encode_tiff
-from .progress import Progress, track
-from .settings import need
+from .settings import Progress, need, track
 from .store import Store
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ CellstoreError
 │       └── ConflictError                  two transactions stood in each other's way
 ├── StorageError (OSError)             a file could not be written or has changed on disk
 ├── MissingExtraError (ImportError)    an optional part of cellstore is not installed
-├── JobsFailedError (RuntimeError)     some images failed; the others are done
 ├── RunCancelledError (RuntimeError)   somebody cancelled the run
 └── TeamError (RuntimeError)           one of several processes of a training is gone
 
@@ -98,12 +97,6 @@ class MissingExtraError(CellstoreError, ImportError):
             f"This needs {module}, which is not installed. "
             f"Install it with: pip install 'cellstore[{extra}]'"
         )
-
-
-class JobsFailedError(CellstoreError, RuntimeError):
-    """Some images failed while the others were done."""
-
-    exit_code = 1
 
 
 class TeamError(CellstoreError, RuntimeError):

@@ -1,14 +1,18 @@
-"""Where a store is, by its marker file and the environment; which extras are installed."""
+"""What is known before a store is open: where it is, what is installed, who hears of progress."""
 
 from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import MissingExtraError, StoreNotFoundError, UserInputError
+
+T = TypeVar("T")
 
 MARKER = "cellstore.toml"
 SQLITE_NAME = "cellstore.db"
@@ -120,3 +124,33 @@ def check_not_of_a_store(path: Path) -> None:
         first = target.relative_to(root).parts[0]
         if first in (MARKER, "artifacts", "cache") or first.startswith(SQLITE_NAME):
             raise UserInputError(f"{path} is part of the store {root}. Name another file.")
+
+
+class Progress:
+    """A listener: one ``start`` per piece of work, then ``advance``, then ``finish``.
+
+    This one shows nothing; others override what they show.
+    """
+
+    def start(self, label: str, total: int | None) -> None:
+        """Begin a piece of work of ``total`` steps (``None``: unknown)."""
+
+    def advance(self, steps: int = 1) -> None:
+        """``steps`` more are done."""
+
+    def note(self, text: str) -> None:
+        """Show one line beside the bar, for example the metrics of an epoch."""
+
+    def finish(self) -> None:
+        """The piece of work is over."""
+
+
+def track(progress: Progress, label: str, total: int | None, items: Iterable[T]) -> Iterator[T]:
+    """Yield ``items``, telling ``progress`` of each once it has been worked on."""
+    progress.start(label, total)
+    try:
+        for item in items:
+            yield item
+            progress.advance()
+    finally:
+        progress.finish()

@@ -36,8 +36,7 @@ from .config import (
 )
 from .enums import PERTURBATION, GroupLevel, Subset
 from .errors import UnknownNameError
-from .progress import Progress
-from .settings import find_store
+from .settings import Progress, find_store
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -21,8 +21,7 @@ import typer
 
 from cellstore.config import option
 from cellstore.errors import UserInputError
-from cellstore.progress import Progress
-from cellstore.settings import check_not_of_a_store
+from cellstore.settings import Progress, check_not_of_a_store
 
 if TYPE_CHECKING:
     import pyarrow as pa

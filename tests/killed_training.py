@@ -9,7 +9,7 @@ import sys
 import torch
 
 from cellstore.config import TrainParams
-from cellstore.progress import Progress
+from cellstore.settings import Progress
 from cellstore.store import Store
 
 PARAMS = TrainParams.of(

@@ -27,8 +27,8 @@ from cellstore.config import IngestParams, Resources, SegmentParams
 from cellstore.enums import Stage
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.execute import JobsResult, execute
+from cellstore.jobs.lookup import images_of
 from cellstore.jobs.runs import RecipeSpec, register
-from cellstore.jobs.selection import images_of
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Cell, Image, Job, Segmentation
 from cellstore.stages.ingest.ingest import ingest

@@ -11,7 +11,7 @@ from sqlalchemy import update
 
 from cellstore.enums import ArtifactKind, Stage, Subset
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
-from cellstore.jobs.selection import images_of, segmented
+from cellstore.jobs.lookup import IS_CURRENT, images_of
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.branches import choose_branches
 from cellstore.models import Cell, FeatureFile, FeatureSet, Image, Recipe, Segmentation
@@ -147,7 +147,8 @@ def test_images_of_unknown_bytes_are_segmented(workspace: Workspace) -> None:
     screen = screen_of(workspace)
     with workspace.database.begin() as session:
         session.get_one(Image, screen.images[1].id).content_sha256 = "a" * 64
-        ready = session.scalars(segmented(images_of(session), screen.segment.id)).all()
+        found = images_of(session).join(Segmentation, IS_CURRENT)
+        ready = session.scalars(found.where(Segmentation.recipe_id == screen.segment.id)).all()
     assert sorted(ready) == [image.id for image in screen.images]
 
 

@@ -29,7 +29,7 @@ from cellstore.enums import Stage, Status
 from cellstore.errors import RunCancelledError, StorageError, UserInputError
 from cellstore.jobs import execute, queue
 from cellstore.jobs.execute import RunCounter
-from cellstore.jobs.queue import Owner, Task
+from cellstore.jobs.queue import Owner, Task, new_owner
 from cellstore.jobs.runs import register
 from cellstore.jobs.workspace import Workspace, open_workspace
 from cellstore.models import Job, Run
@@ -41,6 +41,12 @@ from cellstore.stages.manage_jobs import cancel, list_jobs
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "WAIT_SECONDS", 0.02)
     monkeypatch.setattr(queue, "FIRST_WAIT", 0.01)
+
+
+def process_that_began(when: str, pid: int) -> str:
+    """The name of a process of this machine that began at another moment."""
+    host, _, machine, _, mark = new_owner().split("|")
+    return "|".join((host, str(pid), machine, when, mark))
 
 
 def soon(seconds: float) -> datetime:
@@ -144,10 +150,10 @@ def test_a_stored_file_that_cannot_be_read_fails_its_image_alone(workspace: Work
 
 def test_a_run_whose_process_died_is_closed_by_the_next(workspace: Workspace):
     fill(workspace, 1)
-    here = Owner.of_this_process()
-    gone = Owner(here.host, here.pid, here.machine, "1", "alone-1").text
+    here = new_owner()
+    gone = process_that_began("1", os.getpid())
     dead = Factory(workspace).run(Stage.TRAIN, status=Status.RUNNING, process=gone)
-    alive = Factory(workspace).run(Stage.TRAIN, status=Status.RUNNING, process=here.text)
+    alive = Factory(workspace).run(Stage.TRAIN, status=Status.RUNNING, process=here)
     go(workspace)
     with workspace.database.read() as session:
         closed, still = session.get_one(Run, dead.id), session.get_one(Run, alive.id)
@@ -179,18 +185,17 @@ def test_the_job_of_a_process_that_is_gone_comes_back_at_once(workspace: Workspa
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=int)
     process.start()
-    here = Owner.of_this_process()
-    gone = Owner(here.host, process.pid or 0, here.machine, "1", "x")
+    gone = process_that_began("1", process.pid or 0)
     process.join()
     dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
     far = soon(1000)
-    Factory(workspace).job(dead, image, Status.RUNNING, worker=gone.text, lease_until=far)
+    Factory(workspace).job(dead, image, Status.RUNNING, worker=gone, lease_until=far)
     assert go(workspace).images == 1
 
 
 def test_a_living_owner_and_one_elsewhere_are_not_taken_for_dead():
-    here = Owner.of_this_process()
-    assert Owner.parse(here.text) == here
+    here = Owner.parse(new_owner())
+    assert here is not None
     assert here.is_alive() is True
     assert Owner("elsewhere", 1, "another machine", "1", "x").is_alive() is None
     assert Owner.parse("somebody") is None
@@ -200,7 +205,7 @@ def test_a_process_that_had_others_compute_does_not_blame_the_image(workspace: W
     image = fill(workspace, 1)[0]
     with workspace.database.begin() as session:
         recipe = register(session, SPEC)
-    leader = Owner("elsewhere", 1, "another machine", "1", "workers-1").text
+    leader = "elsewhere|1|another machine|1|workers-1"
     dead = Factory(workspace).run(Stage.SEGMENT, recipe, status=Status.RUNNING)
     late = soon(-1)
     job = Factory(workspace).job(

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from cellstore.config import Selection
 from cellstore.errors import CellstoreError, UnknownNameError, UserInputError
 from cellstore.jobs.conditions import COLUMNS, condition
-from cellstore.jobs.selection import images_of
+from cellstore.jobs.lookup import images_of
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image
 

@@ -49,9 +49,9 @@ from ..errors import (
     first_line,
 )
 from ..models import Job, Recipe
-from ..progress import Progress
+from ..settings import Progress
 from . import queue
-from .queue import JobScope, Owner, Task, count_images, lease_seconds
+from .queue import JobScope, Task, count_images, lease_seconds
 from .runs import RecipeSpec, known_recipe, running
 from .workspace import Workspace
 
@@ -214,7 +214,7 @@ def execute(
             for recipe_id, found in lost.items():
                 jobs = queue.done_jobs(session, recipe_id, found or ())
                 for some in in_lists(jobs):
-                    queue.requeue(session, Job.id.in_(some), Status.DONE)
+                    queue.requeue(session, Job.id.in_(some), status=Status.DONE)
                 stage.forget_lost(session, recipe_id)
             counts = [count_images(session, recipe.id, images) for recipe in recipes]
     counters: dict[int, RunCounter] = {}
@@ -330,7 +330,7 @@ def run_jobs(
         recipe_id: RunCounter(run_id, recipe_id) for recipe_id, run_id in scope.runs.items()
     }
     database, progress = workspace.database, workspace.progress
-    owner = Owner.of_this_process(computes=here)
+    owner = queue.new_owner(computes=here)
     loop = _Loop(database, progress, stage, scope, workers, here, owner, lease, counters)
     stop, finished, handlers = loop.stop, False, {}
 
@@ -406,7 +406,7 @@ class _Loop:
     scope: JobScope
     workers: Sequence[Worker]
     computes_here: bool
-    owner: Owner
+    owner: str
     lease: float
     counters: Mapping[int, RunCounter]
     left: int = 0

@@ -1,4 +1,4 @@
-"""Images, wells, runs, recipes and splits by what people type."""
+"""Images, wells, channels, runs, recipes and splits by what people type; selections of images."""
 
 from __future__ import annotations
 
@@ -6,13 +6,26 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, and_, exists, or_, select
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 
+from ..config import EVERYTHING, ImageInput, Selection
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.filenames import parse_well
-from ..models import CellFeatures, Image, ImageFile, Job, Plate, Recipe, Run, Split, Well
+from ..models import (
+    CellFeatures,
+    Image,
+    ImageFile,
+    Job,
+    Plate,
+    Recipe,
+    Run,
+    Segmentation,
+    Split,
+    Treatment,
+    Well,
+)
 from .run_names import find_named_run
 
 SHORTEST_SHA256 = 6
@@ -22,6 +35,19 @@ _HEX = re.compile(rf"[0-9a-f]{{{SHORTEST_SHA256},64}}")
 _LISTED = 6
 _NEAR = 3
 _FORMS = "PLATE/A01/1 (plate, well, site), r01c01f01, a file name, an id, or the start of a sha256"
+
+
+IS_CURRENT = and_(
+    Segmentation.image_id == Image.id,
+    or_(
+        Segmentation.content_sha256.is_(None),
+        Segmentation.content_sha256 == Image.content_sha256,
+    ),
+)
+"""The condition that joins an image to its segmentations that still hold.
+
+Those of the bytes that it has now, and those of unknown bytes: nothing contradicts them.
+"""
 
 
 def well_name(text: str) -> str:
@@ -293,3 +319,56 @@ def find_split(session: Session, name: str | None) -> Split:
     if found is None:
         raise UnknownNameError.of("split", name, [item.name for item in session.scalars(query)])
     return found
+
+
+def check_channels(session: Session, wanted: ImageInput) -> None:
+    """Refuse a channel that no image of the store has, before any work begins.
+
+    Raises:
+        UnknownNameError: with the channels that there are.
+    """
+    for name in wanted.channels:
+        there = select(ImageFile.id).where(func.lower(ImageFile.channel) == name.lower())
+        if session.scalar(there.limit(1)) is None:
+            known = session.scalars(select(ImageFile.channel).distinct())
+            raise UnknownNameError.of("channel", name, sorted(known))
+
+
+def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int]:
+    """Return the query of the ids of the images of a selection.
+
+    Its conditions are on single rows, so that more can be added and one image looked up at once.
+
+    Raises:
+        UnknownNameError: there is no such plate, well or column.
+        UserInputError: the condition cannot be read.
+    """
+    query = select(Image.id)
+    if selection.plates or selection.wells or selection.where is not None:
+        query = query.join(Well, Well.id == Image.well_id)
+    if selection.plates:
+        ids = [find_plate(session, barcode).id for barcode in selection.plates]
+        query = query.where(Well.plate_id.in_(ids))
+    if selection.wells:
+        names = [well_name(name) for name in selection.wells]
+        known = set(session.scalars(select(Well.name).where(Well.name.in_(names)).distinct()))
+        for name, typed in zip(names, selection.wells, strict=True):
+            if name not in known:
+                there = session.scalars(select(Well.name).distinct().limit(1536))
+                raise UnknownNameError.of("well", typed, there)
+        query = query.where(Well.name.in_(names))
+    if selection.where is not None:
+        from .conditions import condition  # its parser loads slowly
+
+        query = query.join(Plate, Plate.id == Well.plate_id)
+        query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
+        query = query.where(condition(selection.where))
+    return query if selection.limit is None else first_of(session, query, selection.limit)
+
+
+def first_of(session: Session, query: Select[int], limit: int) -> Select[int]:
+    """Return the query of the first ``limit`` images of ``query``, which asks for their ids."""
+    # By the id of the last of them, so that what is added later does not change which they are.
+    ids = query.order_by(Image.id).limit(limit).subquery()
+    last = session.scalar(select(func.max(ids.c.id)))
+    return query.where(Image.id <= (last or 0))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import func, insert, select
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder
@@ -102,19 +102,6 @@ def open_file(file: ChannelFile) -> NDArray[np.generic]:
     if (found.st_size, found.st_mtime_ns) != (file.size_bytes, file.modified_ns):
         raise ImageError(f"{path} has changed since it was ingested. Run: cellstore refresh")
     return read_plane(file.uri)
-
-
-def check_channels(session: Session, wanted: ImageInput) -> None:
-    """Refuse a channel that no image of the store has, before any work begins.
-
-    Raises:
-        UnknownNameError: with the channels that there are.
-    """
-    for name in wanted.channels:
-        there = select(ImageFile.id).where(func.lower(ImageFile.channel) == name.lower())
-        if session.scalar(there.limit(1)) is None:
-            known = session.scalars(select(ImageFile.channel).distinct())
-            raise UnknownNameError.of("channel", name, sorted(known))
 
 
 def choose_channels(session: Session, named: tuple[str, ...] | None) -> tuple[str, ...]:

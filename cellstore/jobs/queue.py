@@ -59,6 +59,9 @@ LONGEST_WAIT = 30.0
 UNSEEN = "0" * 64
 """Stands in a job for the bytes of an image that has not been seen."""
 
+CONTENT = func.coalesce(Image.content_sha256, UNSEEN)
+"""The bytes of an image as a job names them."""
+
 AT_ONCE = 10_000
 """Images whose jobs are made in one transaction."""
 
@@ -74,7 +77,7 @@ _AS_IF_NEVER_RESERVED: dict[str, Any] = {
 class Owner:
     """A process that reserves jobs. ``machine`` and ``started`` are empty where unknown.
 
-    ``mark`` is of this call; it begins with ``alone`` where the process itself computes, so that
+    ``mark`` is of one call; it begins with ``alone`` where the process itself computes, so that
     an image may be what it died of.
     """
 
@@ -85,51 +88,46 @@ class Owner:
     mark: str
 
     @classmethod
-    def of_this_process(cls, *, computes: bool = True) -> Owner:
-        """Return a name that no other process or call has."""
-        pid = os.getpid()
-        host = socket.gethostname().replace("|", "-")[:150]
-        mark = f"{ALONE if computes else 'workers'}-{uuid.uuid4().hex[:8]}"
-        return cls(host, pid, _machine(), _started(pid) or "", mark)
-
-    @classmethod
     def parse(cls, text: str | None) -> Owner | None:
-        """Return what :attr:`text` wrote, ``None`` for anything else."""
+        """Return what :func:`new_owner` wrote, ``None`` for anything else."""
         parts = (text or "").split("|")
         if len(parts) != 5 or not parts[1].isdecimal():
             return None
         return cls(parts[0], int(parts[1]), *parts[2:])
 
-    @property
-    def text(self) -> str:
-        """The name as it stands in a job."""
-        return "|".join((self.host, str(self.pid), self.machine, self.started, self.mark))
-
     def is_alive(self) -> bool | None:
         """Whether this process of this machine lives; ``None``: that is not known here."""
-        if not self.machine or self.machine != _machine():
-            return None
-        return _started(self.pid) == self.started
+        machine, started = _identity(self.pid)
+        return started == self.started if machine and machine == self.machine else None
 
 
-def _machine() -> str:
-    """Tell this machine, since it was started, and this container from all others."""
+def new_owner(*, computes: bool = True) -> str:
+    """Return a name for this process and call that no other has, as it stands in a job."""
+    pid = os.getpid()
+    machine, started = _identity(pid)
+    host = socket.gethostname().replace("|", "-")[:150]
+    mark = f"{ALONE if computes else 'workers'}-{uuid.uuid4().hex[:8]}"
+    return "|".join((host, str(pid), machine, started or "", mark))
+
+
+def _identity(pid: int) -> tuple[str, str | None]:
+    """Tell a process from all others: its machine, and the moment it began, in ticks.
+
+    The machine is this one since it was started, and this container. A number of a process is used
+    again, with another beginning. ``None``: there is no such process.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
         space = Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:
-        return ""
-    return hashlib.sha256(f"{boot}{space}".encode()).hexdigest()[:12]
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in ticks: a number is used again, with another beginning."""
+    except OSError:  # not on Linux
+        return "", None
+    machine = hashlib.sha256(f"{boot}{space}".encode()).hexdigest()[:12]
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return None
+        return machine, None
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else fields[19]
+    return machine, None if fields[0] == "Z" else fields[19]
 
 
 def shown_worker(text: str | None) -> str:
@@ -202,11 +200,6 @@ def now(session: Session, plus: float = 0.0) -> ColumnElement[datetime]:
     return func.clock_timestamp() + literal(timedelta(seconds=plus), Interval())
 
 
-def content() -> ColumnElement[str]:
-    """The bytes of an image as a job names them."""
-    return func.coalesce(Image.content_sha256, UNSEEN)
-
-
 def count_images(
     session: Session, recipe_id: int, images: Select[int], *, unseen: bool = False
 ) -> ImageCounts:
@@ -215,7 +208,7 @@ def count_images(
     ``unseen``: images that have not been seen can be worked on, too.
     """
     # IS TRUE keeps the long text out of the keys of PostgreSQL's hash join.
-    same = (Job.content_sha256 == content()).is_(true())
+    same = (Job.content_sha256 == CONTENT).is_(true())
     job = and_(Job.recipe_id == recipe_id, Job.image_id == Image.id, same)
     missing = literal(False) if unseen else Image.content_sha256.is_(None)
     query = images.outerjoin(Job, job).with_only_columns(
@@ -240,22 +233,20 @@ def enqueue(session: Session, scope: JobScope, after: int) -> int | None:
     columns = ("recipe_id", "image_id", "content_sha256", "run_id", "status", "attempts", "deaths")
     for recipe_id, run_id in scope.runs.items():
         known = exists().where(
-            Job.recipe_id == recipe_id, Job.image_id == Image.id, Job.content_sha256 == content()
+            Job.recipe_id == recipe_id, Job.image_id == Image.id, Job.content_sha256 == CONTENT
         )
         start: Any = (literal(Status.PENDING.value), literal(0), literal(0))
         rows: Any = scope.images.where(Image.id > after, Image.id <= last, ~known)
         if not scope.unseen:
             rows = rows.where(Image.content_sha256.is_not(None))
         rows = rows.with_only_columns(
-            literal(recipe_id), Image.id, content(), literal(run_id), *start
+            literal(recipe_id), Image.id, CONTENT, literal(run_id), *start
         )
         insert_new(session, Job, rows, columns)
     return int(last)
 
 
-def reserve(
-    session: Session, scope: JobScope, owner: Owner, lease: float, number: int
-) -> list[Task]:
+def reserve(session: Session, scope: JobScope, owner: str, lease: float, number: int) -> list[Task]:
     """Reserve the pending jobs of up to ``number`` images for ``owner``: one conditional UPDATE.
 
     The first recipe with something to do chooses the images; those jobs of the other recipes that
@@ -268,7 +259,7 @@ def reserve(
     columns = (Job.id, Job.recipe_id, Job.image_id, Job.content_sha256, Job.attempts, Job.deaths)
     found: list[Any] = []
     for recipe_id in scope.runs:
-        chosen = select(*columns).where(Job.recipe_id == recipe_id, free, _among(scope.images))
+        chosen = select(*columns).where(Job.recipe_id == recipe_id, free, among(scope.images))
         if found:
             chosen = chosen.where(Job.image_id.in_([row.image_id for row in found]))
         # Rows that another worker reserves just now are passed over, so that neither waits.
@@ -290,7 +281,7 @@ def reserve(
         .values(
             status=Status.RUNNING,
             run_id=case(dict(scope.runs), value=Job.recipe_id),
-            worker=owner.text,
+            worker=owner,
             attempts=Job.attempts + 1,
             lease_until=now(session, lease),
             not_before=None,
@@ -314,24 +305,19 @@ def reserve(
     return list(tasks.values())
 
 
-def _among(images: Select[int]) -> ColumnElement[bool]:
-    """Whether the image of a job is one of ``images``, and still has the bytes of the job."""
-    current = (Image.id == Job.image_id, content() == Job.content_sha256)
+def among(images: Select[int]) -> ColumnElement[bool]:
+    """Return whether the image of a job is one of ``images``, and has the bytes of the job."""
+    current = (Image.id == Job.image_id, Job.content_sha256 == CONTENT)
     found = images.where(*current).with_only_columns(true()).correlate(Job).limit(1)
     # Looked up job by job: PostgreSQL makes a join with all images of an EXISTS.
     return found.scalar_subquery().is_(true())
 
 
-def _held(owner: Owner) -> ColumnElement[bool]:
-    """Whether a job is still ours: after a lease ran out it may be another worker's."""
-    return and_(Job.worker == owner.text, Job.status == Status.RUNNING)
-
-
-def renew(session: Session, scope: JobScope, owner: Owner, lease: float) -> bool:
+def renew(session: Session, scope: JobScope, owner: str, lease: float) -> bool:
     """Renew the leases of the jobs in hand; return whether a run of the scope was cancelled."""
     # Rows that are being closed just now are passed over, so that neither waits for the other.
-    held = select(Job.id).where(Job.recipe_id.in_(scope.runs), _held(owner))
-    ids = held.with_for_update(skip_locked=True)
+    held = select(Job.id).where(Job.worker == owner, Job.status == Status.RUNNING)
+    ids = held.where(Job.recipe_id.in_(scope.runs)).with_for_update(skip_locked=True)
     until = now(session, lease)
     session.execute(update(Job).where(Job.id.in_(ids)).values(lease_until=until))
     runs = set(scope.runs.values())
@@ -340,7 +326,7 @@ def renew(session: Session, scope: JobScope, owner: Owner, lease: float) -> bool
 
 
 def close(
-    session: Session, owner: Owner, digests: Mapping[int, str], seconds: float
+    session: Session, owner: str, digests: Mapping[int, str], seconds: float
 ) -> dict[int, list[int]]:
     """Close jobs as done; return by image those recipes whose jobs were ours, by unchanged bytes.
 
@@ -349,11 +335,11 @@ def close(
     After a lease ran out a job may be another worker's: what was computed is then dropped.
     ``seconds``: what one image took.
     """
-    unchanged = exists().where(Image.id == Job.image_id, content() == Job.content_sha256)
+    unchanged = exists().where(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
     done = (
         update(Job)
         .where(Job.id.in_(digests))
-        .where(_held(owner), unchanged)
+        .where(Job.worker == owner, Job.status == Status.RUNNING, unchanged)
         .values(status=Status.DONE, seconds=seconds, lease_until=None, error=None)
         .returning(Job.image_id, Job.recipe_id)
     )
@@ -366,16 +352,17 @@ def close(
 
 
 def release(
-    session: Session, scope: JobScope, owner: Owner, tasks: Sequence[Task] | None = None
+    session: Session, scope: JobScope, owner: str, tasks: Sequence[Task] | None = None
 ) -> None:
     """Give jobs back that were not worked on (``None``: all that ``owner`` has in hand)."""
-    mine = and_(Job.recipe_id.in_(scope.runs), _held(owner))
+    given_back = update(Job).where(Job.worker == owner, Job.status == Status.RUNNING)
+    given_back = given_back.where(Job.recipe_id.in_(scope.runs))
     if tasks is not None:
-        mine = and_(mine, Job.image_id.in_([task.image_id for task in tasks]))
-    session.execute(update(Job).where(mine).values(**_AS_IF_NEVER_RESERVED))
+        given_back = given_back.where(Job.image_id.in_([task.image_id for task in tasks]))
+    session.execute(given_back.values(**_AS_IF_NEVER_RESERVED))
 
 
-def fail(session: Session, owner: Owner, task: Task, reason: str, *, may_pass: bool) -> bool:
+def fail(session: Session, owner: str, task: Task, reason: str, *, may_pass: bool) -> bool:
     """Note that the jobs of an image failed; return whether they are tried again, after a while.
 
     ``may_pass``: the error is not one of the image itself.
@@ -383,7 +370,8 @@ def fail(session: Session, owner: Owner, task: Task, reason: str, *, may_pass: b
     again = may_pass and task.tries < MOST_FAILURES
     session.execute(
         update(Job)
-        .where(Job.id.in_(task.jobs.values()), _held(owner))
+        .where(Job.worker == owner, Job.status == Status.RUNNING)
+        .where(Job.id.in_(task.jobs.values()))
         .values(
             status=Status.PENDING if again else Status.FAILED,
             not_before=now(session, wait_after(task.tries)) if again else null(),
@@ -399,10 +387,11 @@ def wait_after(tries: int) -> float:
     return min(LONGEST_WAIT, FIRST_WAIT * 4.0 ** (tries - 1)) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
 
 
-def record_crash(session: Session, owner: Owner, task: Task) -> bool:
+def record_crash(session: Session, owner: str, task: Task) -> bool:
     """Note that a worker of ``owner`` died over an image; return whether it is tried again."""
-    mine = and_(Job.id.in_(task.jobs.values()), _held(owner))
-    session.execute(update(Job).where(mine).values(**_after_crash(session)))
+    mine = update(Job).where(Job.worker == owner, Job.status == Status.RUNNING)
+    mine = mine.where(Job.id.in_(task.jobs.values()))
+    session.execute(mine.values(**_after_crash(session)))
     return task.deaths + 1 < MOST_DEATHS
 
 
@@ -421,7 +410,7 @@ def _after_crash(session: Session) -> dict[str, Any]:
     }
 
 
-def reclaim_expired(session: Session, scope: JobScope, owner: Owner) -> bool:
+def reclaim_expired(session: Session, scope: JobScope, owner: str) -> bool:
     """Free the jobs of workers that are gone; return whether any is left to do or to wait for.
 
     A worker is gone when its lease has run out, or at once when it was a process of this machine
@@ -452,12 +441,12 @@ def reclaim_expired(session: Session, scope: JobScope, owner: Owner) -> bool:
             .where(~still_working)
             .values(status=Status.FAILED, error="Its process died.")
         )
-    in_other_hands = and_(Job.status == Status.RUNNING, Job.worker != owner.text)
+    in_other_hands = and_(Job.status == Status.RUNNING, Job.worker != owner)
     left = select(Job.id).where(
         Job.recipe_id.in_(scope.runs),
         Job.status.in_((Status.PENDING, Status.RUNNING)),
         or_(Job.status == Status.PENDING, in_other_hands),
-        _among(scope.images),
+        among(scope.images),
     )
     return session.scalar(left.limit(1)) is not None
 
@@ -475,24 +464,19 @@ def close_dead_runs(session: Session) -> None:
         session.execute(update(Run).where(Run.id.in_(gone)).values(**died))
 
 
-def requeue(session: Session, which: ColumnElement[bool], status: Status = Status.FAILED) -> int:
+def requeue(session: Session, *which: ColumnElement[bool], status: Status = Status.FAILED) -> int:
     """Make failed jobs (or those of another status) as good as new; return how many."""
     done: Any = session.execute(
         update(Job)
-        .where(Job.status == status, which)
+        .where(Job.status == status, *which)
         .values(status=Status.PENDING, attempts=0, deaths=0, not_before=None, worker=None)
     )
     return int(done.rowcount)
 
 
-def requeue_failed(session: Session, scope: JobScope) -> int:
-    """Give the failed jobs of a scope another try; return how many."""
-    return requeue(session, and_(Job.recipe_id.in_(scope.runs), _among(scope.images)))
-
-
 def done_jobs(session: Session, recipe_id: int, image_ids: Collection[int]) -> list[int]:
     """Return the ids of the jobs by which images were done, by their present bytes."""
-    current = and_(Image.id == Job.image_id, content() == Job.content_sha256)
+    current = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
     query = select(Job.id).join(Image, current)
     query = query.where(Job.recipe_id == recipe_id, Job.status == Status.DONE)
     found: list[int] = []

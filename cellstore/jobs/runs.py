@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Select, and_, delete, select, update
+from sqlalchemy import Select, delete, select, update
 from sqlalchemy.orm import Session
 
 from ..artifacts import StoredFile
@@ -30,9 +30,9 @@ from ..db.bulk import insert_new
 from ..db.events import Change, caller, record_events
 from ..db.session import Database
 from ..enums import ArtifactKind, Stage, Status
-from ..errors import JobsFailedError, RunCancelledError, StoreError, UserInputError
+from ..errors import RunCancelledError, StoreError, UserInputError
 from ..models import Artifact, Image, Job, Plate, Recipe, RecipeInput, Run, RunArtifact, Well
-from .queue import Owner, close_dead_runs, shown_worker
+from .queue import Owner, close_dead_runs, new_owner, shown_worker
 
 PACKAGES = ("cellstore", "numpy", "cellpose", "scikit-image", "torch", "torchvision", "duckdb")
 
@@ -145,8 +145,8 @@ def register(session: Session, spec: RecipeSpec) -> Recipe:
         "created_at": datetime.now(UTC),
     }
     insert_new(session, Recipe, [row])
-    recipe = known_recipe(session, spec)
-    assert recipe is not None
+    query = select(Recipe).where(Recipe.stage == spec.stage, Recipe.fingerprint == mark)
+    recipe = session.scalars(query).one()
     if spec.inputs:
         links = [{"recipe_id": recipe.id, "input_id": source.id} for source in spec.inputs]
         insert_new(session, RecipeInput, links)
@@ -188,7 +188,7 @@ def running(
     Raises:
         UserInputError: the run to resume is alone, and another process is at it, or finished it.
     """
-    owner = Owner.of_this_process().text
+    owner = new_owner()
     if resume is None:
         user_name, command = caller()
         run = Run(
@@ -217,15 +217,31 @@ def running(
     else:
         _resume(database, resume, owner, alone=alone)
     handle = RunHandle(resume, owner=owner if alone else None)
+    status = Status.FAILED
     try:
         yield handle
+        status = Status.FAILED if handle.error else Status.DONE
     except (KeyboardInterrupt, RunCancelledError) as error:
-        _close(database, handle, Status.CANCELLED, str(error) or "Stopped by Ctrl-C.")
+        status, handle.error = Status.CANCELLED, str(error) or "Stopped by Ctrl-C."
         raise
     except BaseException as error:
-        _close(database, handle, Status.FAILED, str(error) or type(error).__name__)
+        handle.error = str(error) or type(error).__name__
         raise
-    _close(database, handle, Status.FAILED if handle.error else Status.DONE, handle.error)
+    finally:
+        now = datetime.now(UTC)
+        values: dict[str, Any] = {"status": status, "ended_at": now, "result": handle.result}
+        if handle.error is not None:
+            values["error"] = handle.error
+        mine = update(Run).where(Run.id == handle.id)
+        if handle.owner is not None:
+            mine = mine.where(Run.process == handle.owner)
+        with database.begin() as session:
+            if status is Status.DONE:
+                for act in handle.at_end:
+                    act(session)
+            elif not alone and (other := _another_at(session, handle.id)) is not None:
+                values = {"process": other}  # who shares the run goes on with it
+            session.execute(mine.values(**values))
 
 
 def check_still_ours(session: Session, run: RunHandle) -> None:
@@ -318,34 +334,16 @@ def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None
         run.process = owner
 
 
-def _close(database: Database, run: RunHandle, status: Status, error: str | None = None) -> None:
-    values: dict[str, Any] = {"status": status, "ended_at": datetime.now(UTC), "result": run.result}
-    if error is not None:
-        values["error"] = error
-    mine = Run.id == run.id
-    if run.owner is not None:
-        mine = and_(mine, Run.process == run.owner)
-    with database.begin() as session:
-        if status is Status.DONE:
-            for act in run.at_end:
-                act(session)
-        elif run.owner is None and (other := _another_at(session, run.id)) is not None:
-            values = {"process": other}  # who shares the run goes on with it
-        session.execute(update(Run).where(mine).values(**values))
-
-
 def _another_at(session: Session, run_id: int) -> str | None:
     """Another living process that has jobs of a run in hand."""
-    here = Owner.of_this_process()
-    query = (
-        select(Job.worker)
-        .distinct()
-        .where(Job.run_id == run_id, Job.status == Status.RUNNING, Job.worker.is_not(None))
-    )
-    for text in session.scalars(query):
+    here = Owner.parse(new_owner())
+    assert here is not None
+    query = select(Job.worker).where(Job.run_id == run_id, Job.status == Status.RUNNING)
+    for text in session.scalars(query.distinct()):
         owner = Owner.parse(text)
-        elsewhere = owner and (owner.host, owner.pid) != (here.host, here.pid)
-        if owner and elsewhere and owner.is_alive() is not False:
+        if owner is None or (owner.host, owner.pid) == (here.host, here.pid):
+            continue
+        if owner.is_alive() is not False:
             return text
     return None
 
@@ -357,23 +355,14 @@ def code_version() -> str:
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return found
+    words = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=12"]
     try:
-        commit = _git(folder, "rev-parse", "--short=12", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        described = subprocess.run(  # noqa: S603 - fixed words, no shell
+            [*words, "--dirty=.changed"], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return found
-    return f"{found}+g{commit}{'.changed' if changed else ''}"
-
-
-def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(  # noqa: S603 - fixed words, no shell
-        ["git", "-C", str(folder), *words],  # noqa: S607 - the git of the user's PATH
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=True,
-    )
-    return done.stdout.strip()
+    return f"{found}+g{described.stdout.strip()}"
 
 
 def environment() -> dict[str, Any]:
@@ -385,17 +374,3 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def fail_if_any(failed: int, done: int, what: str) -> None:
-    """End a run in which some images failed.
-
-    Raises:
-        JobsFailedError: ``failed`` is not 0.
-
-    """
-    if failed:
-        raise JobsFailedError(
-            f"{failed} of {failed + done} images could not be {what}; the others are done. "
-            "See why with: cellstore jobs --failed. Running the same command again retries them."
-        )

@@ -13,8 +13,7 @@ from ..artifacts import ArtifactFolder, open_atomically
 from ..db import migrate
 from ..db.session import VERSION_TABLE, Database, connect, parse_url, without_secrets
 from ..errors import StoreError, UserInputError
-from ..progress import Progress
-from ..settings import ENV_DATABASE, MARKER, StoreSettings, find_store
+from ..settings import ENV_DATABASE, MARKER, Progress, StoreSettings, find_store
 
 SQLITE_PAGE = 4096  # bytes, of a new database
 

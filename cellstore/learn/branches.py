@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from ..enums import PROJECTION_CHANNEL
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.selection import is_current
+from ..jobs.lookup import IS_CURRENT
 from ..models import Image, ImageFile, Segmentation, SplitMember
 from ..query.cells import CellSource
 
@@ -97,7 +97,7 @@ def _images_with_cells(source: CellSource) -> Select[Any]:
     member = and_(SplitMember.image_id == Image.id, SplitMember.split_id == source.split_id)
     return (
         select(Image)
-        .join(Segmentation, is_current())
+        .join(Segmentation, IS_CURRENT)
         .join(SplitMember, member)
         .where(Segmentation.recipe_id == source.segment_id, Segmentation.n_cells > 0)
     )

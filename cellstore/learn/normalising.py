@@ -20,8 +20,8 @@ from ..config import ImageInput
 from ..db.session import Database
 from ..enums import Control, Subset
 from ..errors import ImageError, UserInputError
+from ..jobs.lookup import IS_CURRENT
 from ..jobs.planes import read_image
-from ..jobs.selection import is_current
 from ..models import Image, Plate, Segmentation, SplitMember, Well
 from ..query.cells import CellSource, read_cells, stream_features
 from ..query.exclusions import image_counts
@@ -334,7 +334,7 @@ def _images(source: CellSource, barcode: str | None = None) -> Select[Any]:
         select(Image.id)
         .join(Well, Well.id == Image.well_id)
         .join(Plate, Plate.id == Well.plate_id)
-        .join(Segmentation, is_current())
+        .join(Segmentation, IS_CURRENT)
         .where(Segmentation.recipe_id == source.segment_id, image_counts(source.unflagged_by))
     )
     if barcode is not None:

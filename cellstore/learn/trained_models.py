@@ -26,7 +26,7 @@ from ..artifacts import StoredFile
 from ..config import ImageInput
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import StorageError, UserInputError, first_line
-from ..jobs.planes import check_channels
+from ..jobs.lookup import check_channels
 from ..jobs.workspace import Workspace
 from ..models import Artifact, Recipe, Run, RunArtifact
 from ..query.cells import CellSource, input_of, plane_of

@@ -22,9 +22,8 @@ from ..config import ImageInput
 from ..db.bulk import in_lists
 from ..enums import ArtifactKind, FeatureStorage, Projection, Stage, Subset
 from ..errors import ImageError, UnknownNameError, UserInputError
-from ..jobs.lookup import find_recipe, has_results
+from ..jobs.lookup import IS_CURRENT, find_recipe, has_results
 from ..jobs.planes import read_artifact_image
-from ..jobs.selection import is_current
 from ..models import (
     Artifact,
     Cell,
@@ -101,7 +100,7 @@ def cells_query(source: CellSource) -> Select[Any]:
 
     Measurements that are in files are not in the answer; read them by cell id.
     """
-    current = and_(is_current(), Segmentation.recipe_id == source.segment_id)
+    current = and_(IS_CURRENT, Segmentation.recipe_id == source.segment_id)
     query = (
         select(Image.id.label("image_id"), Cell.id.label("cell_id"), Cell.object_number)
         .add_columns(*(getattr(Cell, name) for name in _BOX))
@@ -220,7 +219,7 @@ def current_segmentation(session: Session, segment_id: int, image_id: int) -> Se
         ImageError: the image has changed, and its new bytes are not segmented yet.
 
     """
-    query = select(Segmentation).join(Image, is_current())
+    query = select(Segmentation).join(Image, IS_CURRENT)
     found = session.scalars(
         query.where(Image.id == image_id, Segmentation.recipe_id == segment_id)
     ).one_or_none()

@@ -27,8 +27,8 @@ from ..artifacts import PART, ArtifactFolder, StoredFile, sha256_of, sync_folder
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
+from ..jobs.lookup import IS_CURRENT
 from ..jobs.runs import attach, keep_file
-from ..jobs.selection import is_current
 from ..models import (
     Artifact,
     Cell,
@@ -521,7 +521,7 @@ def images_of_lost_files(
             select(Cell.id, Segmentation.image_id)
             .join(Segmentation, Segmentation.id == Cell.segmentation_id)
             .join(RecipeInput, RecipeInput.input_id == Segmentation.recipe_id)
-            .join(Image, is_current())
+            .join(Image, IS_CURRENT)
             .where(RecipeInput.recipe_id == recipe_id)
             .where(Cell.id.between(file.first_cell_id, file.last_cell_id))
             .order_by(Cell.id)

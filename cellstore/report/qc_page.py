@@ -18,8 +18,8 @@ from ..artifacts import open_atomically
 from ..config import ImageInput
 from ..enums import CellFlagReason, ImageFlagReason
 from ..errors import CellstoreError, UserInputError
+from ..jobs.lookup import IS_CURRENT
 from ..jobs.planes import read_image
-from ..jobs.selection import is_current
 from ..jobs.workspace import Workspace
 from ..models import Image, ImageFlag, Plate, Recipe, Run, Segmentation, Well
 from ..query.cells import plane_of, read_masks
@@ -241,7 +241,7 @@ def _example(
             plane = read_image(workspace.database, image_id, channels)
             if not detail:
                 with workspace.database.read() as session:
-                    current = select(Segmentation).join(Image, is_current())
+                    current = select(Segmentation).join(Image, IS_CURRENT)
                     current = current.where(Image.id == image_id)
                     current = current.where(Segmentation.recipe_id == flagging.segment_id)
                     found = session.scalars(current).one_or_none()

@@ -19,7 +19,7 @@ from ..errors import CellstoreError, UserInputError, first_line
 from ..jobs.queue import Task
 from ..jobs.workspace import Workspace
 from ..models import Image, Plate, Well
-from ..progress import track
+from ..settings import track
 from ..stages.segment import open_segment
 
 SHEET = "contact-sheet.png"

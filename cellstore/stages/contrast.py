@@ -17,8 +17,8 @@ from ..analysis.draws import Lowest, even_shares, lots
 from ..config import ContrastParams, Selection
 from ..enums import Control, Stage
 from ..errors import UnknownNameError, UserInputError
+from ..jobs.lookup import images_of
 from ..jobs.runs import RecipeSpec, digest_of_images, finished_run, register, running
-from ..jobs.selection import images_of
 from ..jobs.workspace import Workspace
 from ..models import Cell, Image, Plate, Run, Treatment, Well
 from ..query.cells import (

@@ -16,8 +16,7 @@ from sqlalchemy.orm import Session
 
 from ..enums import Stage, Subset
 from ..errors import ImageError, StorageError, UserInputError
-from ..jobs.lookup import find_run
-from ..jobs.selection import segmented
+from ..jobs.lookup import IS_CURRENT, find_run
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
 from ..models import Image, Recipe, RecipeInput, Run, RunMetric, Segmentation, Split, SplitMember
@@ -219,7 +218,8 @@ def _example(
 
     from ..learn.trained_models import fit_new_plates
 
-    segmented_images = segmented(select(Image.id), model.segment.id)
+    segmented_images = select(Image.id).join(Segmentation, IS_CURRENT)
+    segmented_images = segmented_images.where(Segmentation.recipe_id == model.segment.id)
     with_cells = segmented_images.where(Segmentation.n_cells > 0).order_by(Image.id)
     members = select(SplitMember.image_id).where(SplitMember.split_id == model.run.split_id)
     test = with_cells.where(Image.id.in_(members.where(SplitMember.subset == Subset.TEST)))

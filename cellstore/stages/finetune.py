@@ -22,14 +22,13 @@ from ..enums import ArtifactKind, Stage
 from ..errors import ImageError, UserInputError
 from ..io.image_files import decode_tiff, encode_tiff
 from ..io.mask_files import mask_files
-from ..jobs.lookup import find_plate
+from ..jobs.lookup import check_channels, find_plate
 from ..jobs.mask_matching import NoMatch, read_masks_of
-from ..jobs.planes import check_channels, choose_channels, read_image
+from ..jobs.planes import choose_channels, read_image
 from ..jobs.runs import RecipeSpec, attach, finished_run, keep_file, register, running
 from ..jobs.workspace import Workspace
 from ..models import Run, RunMetric
-from ..progress import track
-from ..settings import need
+from ..settings import need, track
 from .segment import OF_A_RUN, SIZE_MODEL, find_network
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import find_image, find_recipe, run_in
-from ..jobs.queue import content, now, requeue, shown_worker
+from ..jobs.queue import CONTENT, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Plate, Recipe, Run, Well
 
@@ -136,7 +136,7 @@ def _stage(name: str) -> Stage:
 
 
 def _joined(query: Select[Any], which: ColumnElement[bool]) -> Select[Any]:
-    current = and_(Image.id == Job.image_id, content() == Job.content_sha256)
+    current = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
     return query.join(Recipe, Recipe.id == Job.recipe_id).join(Image, current).where(which)
 
 
@@ -222,13 +222,13 @@ def retry(
         if image is not None:
             which.append(Job.image_id == find_image(session, image).id)
         # The bytes that an image had before are of no use to try again.
-        current = and_(Image.id == Job.image_id, content() == Job.content_sha256)
+        current = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
         which.append(exists().where(current))
         commands = select(Run.command).where(
             Run.id.in_(select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id))
         )
         typed = tuple(session.scalars(commands.order_by(Run.id)))
-        opened = requeue(session, and_(*which))
+        opened = requeue(session, *which)
         old = {"status": Status.FAILED.value, "number": opened}
         if opened:
             new = {"status": Status.PENDING.value, "number": opened}

@@ -37,11 +37,10 @@ from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import find_recipe
-from ..jobs.planes import ChannelFile, channel_files, check_channels, choose_files, open_file
+from ..jobs.lookup import IS_CURRENT, check_channels, find_recipe, images_of
+from ..jobs.planes import ChannelFile, channel_files, choose_files, open_file
 from ..jobs.queue import Task
 from ..jobs.runs import RecipeSpec, digest_of_numbers, fingerprint, register
-from ..jobs.selection import images_of, is_current, segmented
 from ..jobs.workspace import Workspace
 from ..models import (
     Artifact,
@@ -122,7 +121,8 @@ def measure(
                     "are unknown, so they cannot be measured. If you have the masks, run: "
                     "cellstore ingest masks DIR"
                 )
-        images = segmented(images_of(session, selection), source.id)
+        images = images_of(session, selection).join(Segmentation, IS_CURRENT)
+        images = images.where(Segmentation.recipe_id == source.id)
         groups = _groups(session, params, source, images)
         in_files = any(group.group is not BASIC_GROUP for group in groups)
         together = images_per_file(session, source.id, ROWS_OF_FILE) if in_files else 1
@@ -265,7 +265,7 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
         ids = [task.image_id for task in tasks]
         query = (
             select(Image.id, Segmentation.id, Artifact.path, Artifact.sha256)
-            .join(Segmentation, is_current())
+            .join(Segmentation, IS_CURRENT)
             .join(Artifact, Artifact.id == Segmentation.mask_artifact_id)
             .where(Segmentation.recipe_id == self.segment_id)
         )

@@ -20,22 +20,20 @@ from ..artifacts import ArtifactFolder
 from ..config import PredictParams, Selection
 from ..db.bulk import bulk_insert, in_lists, insert_new
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status, Subset
-from ..errors import JobsFailedError, UnknownNameError, UserInputError
+from ..errors import UnknownNameError, UserInputError
 from ..jobs.execute import ImageStage, RunCounter, run_jobs
-from ..jobs.lookup import find_run, find_split
-from ..jobs.queue import JobScope, Task, count_images, done_jobs, requeue, requeue_failed
+from ..jobs.lookup import IS_CURRENT, find_run, find_split, first_of, images_of
+from ..jobs.queue import JobScope, Task, among, count_images, done_jobs, requeue
 from ..jobs.runs import (
     RecipeSpec,
     attach,
     digest_of_images,
     digest_of_numbers,
-    fail_if_any,
     keep_file,
     known_recipe,
     register,
     running,
 )
-from ..jobs.selection import first_of, images_of, segmented
 from ..jobs.workspace import Workspace
 from ..learn.branches import TABULAR
 from ..learn.normalising import describe_plates
@@ -159,7 +157,9 @@ def predict(
             selected = first_of(session, selected, params.limit)
         # A model that opens no image does not need the files of one.
         unseen = record.branches == (TABULAR,)
-        images = _measured(segmented(selected, source.segment_id), source, pixels=not unseen)
+        segmented = selected.join(Segmentation, IS_CURRENT)
+        segmented = segmented.where(Segmentation.recipe_id == source.segment_id)
+        images = _measured(segmented, source, pixels=not unseen)
         named = select(func.count()).select_from(Image).where(Image.id.in_(selected))
         n_selected = session.scalar(named) or 0
         ready, *met = _count(session, images, trained)
@@ -226,7 +226,7 @@ def predict(
             lost = images_of_lost_files(session, workspace.artifacts, embedding_id)
             if lost is not None:
                 for some in in_lists(done_jobs(session, embedding_id, lost)):
-                    requeue(session, Job.id.in_(some), Status.DONE)
+                    requeue(session, Job.id.in_(some), status=Status.DONE)
                 forget_lost_files(session, workspace.artifacts, embedding_id)
             embedded = count_images(session, embedding_id, images)
             again = embedded.todo + embedded.failed
@@ -246,52 +246,51 @@ def predict(
             embedding_id=embedding_id if embedding is not None else None,
             images_per_file=per_file,
         )
-        try:
-            with running(
-                workspace.database,
-                recipe,
-                parent_id=trained.id,
-                split_id=split.id,
-                query=as_text(query),
-                resume=None if latest is None or (whole and todo) else latest.id,
-            ) as current:
-                if plates:
-                    text = json.dumps(plates, indent=1, sort_keys=True, allow_nan=False)
-                    file = workspace.artifacts.write(
-                        ArtifactKind.CHECKPOINT, text.encode(), ".json"
-                    )
-                    with workspace.database.begin() as session:
-                        attach(session, current.id, keep_file(session, file))
-                scope = JobScope(dict.fromkeys(recipes, current.id), images, unseen)
+        with running(
+            workspace.database,
+            recipe,
+            parent_id=trained.id,
+            split_id=split.id,
+            query=as_text(query),
+            resume=None if latest is None or (whole and todo) else latest.id,
+        ) as current:
+            if plates:
+                text = json.dumps(plates, indent=1, sort_keys=True, allow_nan=False)
+                file = workspace.artifacts.write(ArtifactKind.CHECKPOINT, text.encode(), ".json")
                 with workspace.database.begin() as session:
-                    # A run is whole or not finished: what failed is tried again.
-                    requeue_failed(session, scope)
-                counters = run_jobs(workspace, stage, scope)
-                did = counters[recipe.id]
-                failures = [failure for one in counters.values() for failure in one.failures]
-                did.failures = list(dict.fromkeys(failures))
-                # The whole run, earlier attempts included.
-                mine = and_(
-                    Job.run_id == current.id, Job.recipe_id == recipe.id, Job.status == Status.DONE
+                    attach(session, current.id, keep_file(session, file))
+            scope = JobScope(dict.fromkeys(recipes, current.id), images, unseen)
+            with workspace.database.begin() as session:
+                # A run is whole or not finished: what failed is tried again.
+                requeue(session, Job.recipe_id.in_(recipes), among(images))
+            counters = run_jobs(workspace, stage, scope)
+            did = counters[recipe.id]
+            failures = [failure for one in counters.values() for failure in one.failures]
+            did.failures = list(dict.fromkeys(failures))
+            # The whole run, earlier attempts included.
+            mine = and_(
+                Job.run_id == current.id, Job.recipe_id == recipe.id, Job.status == Status.DONE
+            )
+            labelled = and_(Prediction.run_id == current.id, Prediction.rank == 1)
+            with workspace.database.read() as session:
+                current.result = {
+                    "images": session.scalar(select(func.count()).select_from(Job).where(mine)),
+                    "failed": len(did.failures),
+                    "cells": session.scalar(select(func.count()).where(labelled)),
+                    **({"feature_set": embedding.name} if embedding else {}),
+                    "notes": list(notes),
+                }
+            if whole and not todo:
+                notes.append(
+                    f"The embeddings of {again:,} images were made again: their files were gone."
                 )
-                labelled = and_(Prediction.run_id == current.id, Prediction.rank == 1)
-                with workspace.database.read() as session:
-                    current.result = {
-                        "images": session.scalar(select(func.count()).select_from(Job).where(mine)),
-                        "failed": len(did.failures),
-                        "cells": session.scalar(select(func.count()).where(labelled)),
-                        **({"feature_set": embedding.name} if embedding else {}),
-                        "notes": list(notes),
-                    }
-                if whole and not todo:
-                    notes.append(
-                        f"The embeddings of {again:,} images were made again: their files were "
-                        "gone."
-                    )
+            if failed := len(did.failures):
                 # A run that lacks images is not finished: the next call goes on with it.
-                fail_if_any(len(did.failures), did.images, "labelled")
-        except JobsFailedError:
-            pass  # they are in the result
+                current.error = (
+                    f"{failed} of {failed + did.images} images could not be labelled; the "
+                    "others are done. See why with: cellstore jobs --failed. Running the same "
+                    "command again retries them."
+                )
     assert did is not None
     return PredictResult(
         run_id=did.run_id,

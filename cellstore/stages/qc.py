@@ -28,11 +28,10 @@ from ..db.bulk import bulk_insert, insert_new
 from ..enums import CellFlagReason, ImageFlagReason, Stage, Status
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..jobs.execute import Forecast, ImageStage, RunCounter, forecast, run_jobs
-from ..jobs.lookup import find_recipe
+from ..jobs.lookup import IS_CURRENT, find_recipe, images_of
 from ..jobs.planes import ChannelFile, channel_files, open_file
 from ..jobs.queue import ImageCounts, JobScope, Task, count_images
 from ..jobs.runs import RecipeSpec, digest, register, running
-from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..models import (
     Cell,
@@ -50,9 +49,9 @@ from ..models import (
     Segmentation,
     Well,
 )
-from ..progress import track
 from ..query.cells import last_with_masks
 from ..query.exclusions import cell_counts, image_counts
+from ..settings import track
 
 PIXELS_VERSION = 1
 VERSION = 1
@@ -276,7 +275,7 @@ def _earlier(session: Session, plan: _Plan) -> int | None:
 
 def _state(session: Session, flagging: Flagging, plates: Sequence[str]) -> str:
     """A digest of all that the flags of some plates depend on beside the recipe."""
-    segmented = and_(is_current(), Segmentation.recipe_id == flagging.segment_id)
+    segmented = and_(IS_CURRENT, Segmentation.recipe_id == flagging.segment_id)
     query = (
         select(Image.id, Image.content_sha256, Segmentation.id)
         .join(Well, Well.id == Image.well_id)
@@ -604,7 +603,7 @@ def _flag_border(session: Session, flagging: Flagging, plate_id: int) -> None:
 def _segmentations(flagging: Flagging, plate_id: int) -> Select[Any]:
     return (
         select(Image.id)
-        .join(Segmentation, is_current())
+        .join(Segmentation, IS_CURRENT)
         .join(Well, Well.id == Image.well_id)
         .where(Well.plate_id == plate_id, Segmentation.recipe_id == flagging.segment_id)
         .where(image_counts())
@@ -642,7 +641,7 @@ def summaries(
         "by_reason": count(flags, Image.id, ImageFlag.reason),
     }
     if flagging.segment_id is not None:
-        cells = images.join(Segmentation, is_current())
+        cells = images.join(Segmentation, IS_CURRENT)
         cells = cells.where(Segmentation.recipe_id == flagging.segment_id)
         cells = cells.join(Cell, Cell.segmentation_id == Segmentation.id)
         mine = and_(CellFlag.cell_id == Cell.id, CellFlag.run_id == flagging.run_id)

@@ -32,12 +32,11 @@ from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import encode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import find_recipe, find_run
+from ..jobs.lookup import IS_CURRENT, check_channels, find_recipe, find_run, images_of
 from ..jobs.planes import (
     ChannelFile,
     cell_rows,
     channel_files,
-    check_channels,
     choose_channels,
     choose_files,
     insert_cells,
@@ -45,7 +44,6 @@ from ..jobs.planes import (
 )
 from ..jobs.queue import Task
 from ..jobs.runs import RecipeSpec, digest, keep_file, register
-from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..models import Artifact, Image, Plate, Recipe, RunArtifact, Segmentation, Well
 from ..settings import need
@@ -257,7 +255,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         if plate_id not in self.plate_diameters:
             used = (
                 select(Segmentation.diameter)
-                .join(Image, is_current())
+                .join(Image, IS_CURRENT)
                 .join(Well, Well.id == Image.well_id)
                 .where(Well.plate_id == plate_id)
                 .order_by(Image.id)
@@ -373,7 +371,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         query = (
             select(Image.id, mask.path, flow.path)
             .join(chosen, chosen.c.id == Image.id)
-            .join(Segmentation, and_(is_current(), Segmentation.recipe_id == recipe_id))
+            .join(Segmentation, and_(IS_CURRENT, Segmentation.recipe_id == recipe_id))
             .join(mask, mask.id == Segmentation.mask_artifact_id)
             .join(flow, flow.id == Segmentation.flow_artifact_id)
         )

@@ -36,9 +36,8 @@ from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..io.platemaps import normalised_name
 from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
-from ..jobs.lookup import find_split
+from ..jobs.lookup import IS_CURRENT, find_split, images_of
 from ..jobs.runs import RecipeSpec, register, running
-from ..jobs.selection import images_of, is_current
 from ..jobs.workspace import Workspace
 from ..models import (
     Image,
@@ -420,7 +419,7 @@ def _with_cells(
     session: Session, query: Select[Any], found: Sequence[Candidate], segment_id: int
 ) -> list[Candidate]:
     counted = query.with_only_columns(Image.id, Segmentation.n_cells).join(
-        Segmentation, and_(is_current(), Segmentation.recipe_id == segment_id)
+        Segmentation, and_(IS_CURRENT, Segmentation.recipe_id == segment_id)
     )
     cells = dict(session.execute(counted).all())
     missing = sum(item.image_id not in cells for item in found)

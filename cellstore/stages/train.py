@@ -59,10 +59,9 @@ from ..learn.training_cells import (
     validation_subset,
 )
 from ..models import Recipe, Run, RunMetric, Split
-from ..progress import Progress
 from ..query.cells import as_text, cells_query, input_of, plane_of
 from ..query.feature_files import set_of_recipe
-from ..settings import need
+from ..settings import Progress, need
 
 if TYPE_CHECKING:
     from ..learn.batches import Batches

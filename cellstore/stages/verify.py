@@ -46,8 +46,8 @@ from ..models import (
     Segmentation,
     Well,
 )
-from ..progress import track
 from ..query.feature_files import FileFacts, stream_ids
+from ..settings import track
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 import pytest
 from rich.console import Console
 
-from cellstore.progress import Progress, track
+from cellstore.settings import Progress, track
 from cellstore_cli import output
 from cellstore_cli.output import Bar
 

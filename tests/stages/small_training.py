@@ -38,9 +38,8 @@ from cellstore.models import (
     Segmentation,
     Well,
 )
-from cellstore.progress import Progress
 from cellstore.query.feature_files import FEATURE_COLUMNS
-from cellstore.settings import StoreSettings
+from cellstore.settings import Progress, StoreSettings
 from cellstore.stages.measure import measure
 from cellstore.stages.split import create_split
 from cellstore.stages.train import TrainResult, train

@@ -21,9 +21,9 @@ from ...io.filenames import format_well
 from ...io.layouts import Layout, SourceKind, detect
 from ...io.tables import Refusal
 from ...io.uris import shown, writable
+from ...jobs.lookup import images_of
 from ...jobs.mask_matching import NoMatch
 from ...jobs.runs import RecipeSpec, register, running
-from ...jobs.selection import images_of
 from ...jobs.workspace import Workspace
 from ...models import Event, Image, IngestIssue, Recipe, Run, Well
 from .account import SHOWN, Account, Brought, FileIdentity, Issue, UndoneError

@@ -18,9 +18,9 @@ from ...enums import ArtifactKind, Stage
 from ...errors import UserInputError
 from ...io.image_files import encode_tiff
 from ...io.mask_files import MaskFile, MaskFolder
-from ...jobs.lookup import find_plate
+from ...jobs.lookup import check_channels, find_plate
 from ...jobs.mask_matching import FoundImage, NoMatch, read_masks_of
-from ...jobs.planes import cell_rows, check_channels, insert_cells
+from ...jobs.planes import cell_rows, insert_cells
 from ...jobs.runs import RecipeSpec, fingerprint, keep_file, register
 from ...jobs.workspace import Workspace
 from ...models import Artifact, Image, Recipe, Segmentation
