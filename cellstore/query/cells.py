@@ -469,12 +469,13 @@ def read_drawn(
         .join(Plate, Plate.id == Well.plate_id)
         .order_by(Cell.id)
     )
-    measured = select(*(getattr(CellFeatures, name) for name in columns))
-    measured = measured.where(CellFeatures.recipe_id == source.measure_id)
-    files = source.features.files
-    values = np.empty((len(cell_ids), len(columns)))
-    if files is not None:
-        values = SetReader(files)(cell_ids, columns)[1]
+    if source.features.files is not None:
+        values = SetReader(source.features.files)(cell_ids, columns)[1]
+        measured = None
+    else:
+        values = np.empty((len(cell_ids), len(columns)))
+        measured = select(*(getattr(CellFeatures, name) for name in columns))
+        measured = measured.where(CellFeatures.recipe_id == source.measure_id)
     wells: list[int] = []
     plates: list[str] = []
     for ids in in_lists(cell_ids.tolist()):
@@ -482,7 +483,7 @@ def read_drawn(
         for well, plate in session.execute(places.where(Cell.id.in_(ids))):
             wells.append(well)
             plates.append(plate)
-        if files is None:
+        if measured is not None:
             query = measured.where(CellFeatures.cell_id.in_(ids)).order_by(CellFeatures.cell_id)
             found = [tuple(row) for row in session.execute(query)]
             values[start : start + len(ids)] = np.array(found, dtype=np.float64)
