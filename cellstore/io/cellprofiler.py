@@ -264,7 +264,7 @@ def _record(
     plate: str | None,
     folder: str | None,
 ) -> ImageRecord:
-    files = []
+    files: dict[str, FileRef] = {}  # of two columns of one channel, the first counts
     for channel in channels:
         name = texts.get(FILE + channel)
         if name is None:
@@ -274,8 +274,8 @@ def _record(
         phenix = core_file_name(name)
         plain = channel.removeprefix(ORIGINAL) or channel
         number = phenix.channel if phenix else None
-        files.append(FileRef(plain, number, name, texts.get(FOLDER + channel)))
-    names = _from_names(files, folder)
+        files.setdefault(plain, FileRef(plain, number, name, texts.get(FOLDER + channel)))
+    names = _from_names(list(files.values()), folder)
     text, well = written_well(texts, WELLS, COLUMNS), names.well
     if text is not None:
         try:
@@ -308,7 +308,7 @@ def _record(
         plane=1 if plane is None else plane,
         time_point=1 if time_point is None else time_point,
         core_name=texts.get(_CORE_NAME, core),
-        files=tuple(files),
+        files=tuple(files.values()),
         treatment=treatment_of(texts),
         metadata={name.removeprefix(METADATA): texts[name] for name in sorted(others)} or None,
     )

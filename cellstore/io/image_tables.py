@@ -424,7 +424,6 @@ def _find_channels(
             f"{table.path.name} names no images: it has no column FileName_Orig<channel>. "
             f"{nearest_columns([FILE_PREFIX + 'OrigDNA'], table.columns)}"
         )
-    table.require(*chosen)
     by_key = {key.strip().lower(): name for key, name in wanted.items()}
     channels = []
     found: list[str] = []
