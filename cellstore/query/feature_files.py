@@ -258,7 +258,7 @@ def open_set(
     )
     files, mark = [], hashlib.sha256()
     for path, sha256, first, last in session.execute(query):
-        files.append(SetFile(stored_file(artifacts, path), first, last))
+        files.append(SetFile(artifacts.existing(path), first, last))
         mark.update(sha256.encode())
     if not columns or not files:
         lacks = "has no column of numbers" if files else "holds no cells yet"
@@ -266,20 +266,6 @@ def open_set(
             f"Feature set {found.name!r} {lacks}. Measure or ingest it again, or name another set."
         )
     return ReadableSet(found.name, columns, tuple(files), mark.hexdigest())
-
-
-def stored_file(artifacts: ArtifactFolder, path: str) -> Path:
-    """Return where a stored file is.
-
-    Raises:
-        StorageError: it is gone.
-    """
-    found = artifacts.locate(path)
-    if not found.is_file():
-        raise StorageError(
-            f"The stored file {path} is gone. See what else is affected with: cellstore verify"
-        )
-    return found
 
 
 class SetReader:
