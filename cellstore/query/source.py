@@ -352,8 +352,8 @@ def predictions_of_image(image_id: int, *, is_sqlite: bool) -> str:
 
 # --- feature sets: each under its own name, a column per feature, a row per cell ---
 
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
-_TYPES = {
+_SET_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
+_FEATURE_TYPES = {
     **{f"{sign}int{bits}": "BIGINT" for sign in ("", "u") for bits in (8, 16, 32, 64)},
     "float32": "FLOAT",
     "float64": "DOUBLE",
@@ -370,7 +370,7 @@ def check_set_name(name: str, option: str = "--name") -> str:
     Raises:
         UserInputError: it is no plain name, or that of a table.
     """
-    if not _NAME.fullmatch(name):
+    if not _SET_NAME.fullmatch(name):
         raise UserInputError(
             f"{name!r} cannot name a feature set. Use small letters, digits and _ (up to 63), a "
             f"letter first: {option} nuclei_v2"
@@ -440,7 +440,7 @@ def _relation(row: dict[str, Any], known: Columns) -> SetRelation:
     try:
         for item in json.loads(row["columns"]):
             if not in_table or item["name"] in known:
-                columns[_unique(item["name"], columns)] = _TYPES[item["dtype"]]
+                columns[_unique(item["name"], columns)] = _FEATURE_TYPES[item["dtype"]]
     except (ValueError, TypeError, KeyError) as error:
         raise StorageError(
             f"The columns of feature set {row['name']!r} are not described as they should be "
