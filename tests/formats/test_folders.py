@@ -370,7 +370,7 @@ def test_a_folder_that_may_not_be_entered_is_said(
     scandir = os.scandir
 
     def guarded(folder: Path) -> Any:
-        if folder.name == "closed":
+        if getattr(folder, "name", "") == "closed":
             raise PermissionError(13, "Permission denied")
         return scandir(folder)
 
