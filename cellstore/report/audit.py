@@ -22,12 +22,12 @@ from ..enums import TARGET, ArtifactKind, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
     find_image,
+    find_run,
     find_well,
     hex_start,
     looks_like_well,
     neighbours,
     readable,
-    run_in,
     starts_with,
 )
 from ..jobs.run_names import RUN_WORDS
@@ -539,7 +539,7 @@ def audit_run(workspace: Workspace, reference: str) -> Audit:
         UnknownNameError: there is no such run.
     """
     with workspace.database.read() as session:
-        run = run_in(session, reference)
+        run = find_run(session, reference)
         graph = Lineage(f"run {run.id}")
         parents: list[Run] = []
         below, parent = _run_box(graph, run), run.parent
