@@ -13,6 +13,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
@@ -23,6 +24,9 @@ from .errors import UnknownNameError, UserInputError
 Field = dataclasses.Field[Any]
 
 DEFAULT_MODEL = "cellstore-nuclei"
+
+METAVARS = {int: "N", float: "X", str: "NAME", Path: "FILE", tuple[str, ...]: "A,B,..."}
+"""How the help shows the value of an option of a type."""
 
 
 def option(
@@ -46,7 +50,8 @@ def option(
 ) -> Any:
     """Declare a field of a dataclass that is an option of the command line, too.
 
-    ``name``: of the option, where it is not that of the field. ``min`` and ``max`` may be reached,
+    ``name``: of the option, where it is not that of the field. ``metavar``: of its value, where it
+    is not the usual one of its type (:data:`METAVARS`). ``min`` and ``max`` may be reached,
     ``above`` and ``below`` not. ``choices``: also of the names in a list, which are kept in this
     order. ``section``: its heading in the help. A list is written with commas, or, if
     ``repeated``, one value at a time; ``empty`` is the word for a list of none. A ``pair`` is cut
@@ -54,26 +59,8 @@ def option(
     there is a ``--no-...``, too. ``unless``: another field, which decides this one where it is not
     at its default.
     """
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "name": name,
-            "metavar": metavar,
-            "min": min,
-            "max": max,
-            "above": above,
-            "below": below,
-            "choices": choices,
-            "section": section,
-            "repeated": repeated,
-            "pair": pair,
-            "empty": empty,
-            "nothing": nothing,
-            "negatable": negatable,
-            "unless": unless,
-        },
-    )
+    metadata = dict(locals())  # all of the above, by name
+    return field(default=metadata.pop("default"), metadata=metadata)
 
 
 def options_of(kind: Any) -> list[Field]:
@@ -234,61 +221,77 @@ BASELINES = "Instead of a network"
 SECTIONS = (CELLS, NETWORK, LEARNING, HARDWARE, BASELINES)
 """Headings of the help, in their order."""
 
+cells = partial(option, section=CELLS)
+network = partial(option, section=NETWORK)
+learning = partial(option, section=LEARNING)
+hardware = partial(option, section=HARDWARE)
+baseline = partial(option, section=BASELINES)
+
 # What several dataclasses declare alike.
-_PLATES: dict[str, Any] = {
-    "help": "Only this plate; may be given several times. Default: all plates.",
-    "name": "--plate",
-    "metavar": "BARCODE",
-    "repeated": True,
-}
-_WELLS: dict[str, Any] = {
-    "help": "Only this well, like D14; may be given several times.",
-    "name": "--well",
-    "metavar": "WELL",
-    "repeated": True,
-}
-_WHERE: dict[str, Any] = {
-    "help": "Only images that meet this condition, over plate, batch, well, well_row, "
-    "well_column, site, plane, time_point, image, image_id, perturbation, treatment, target, "
-    "kind, control, identifier.",
-    "metavar": "SQL",
-}
-_LIMIT: dict[str, Any] = {
-    "help": "Only the first N images, for a first try.",
-    "metavar": "N",
-    "min": 1,
-}
-_EXCLUDE_FLAGGED: dict[str, Any] = {
-    "help": "Exclude the images and cells that this quality-control run (cellstore qc) has "
-    "flagged: its number, or latest.",
-    "metavar": "RUN|latest",
-    "section": CELLS,
-}
-_FEATURES: dict[str, Any] = {
-    "help": "The feature set that is read, also one ingested from another tool. Default: the "
-    "built-in measurements last used.",
-    "metavar": "NAME",
-    "section": CELLS,
-}
-_NORMALISE: dict[str, Any] = {
-    "help": "Compare features with the training subset, or first with the negative controls of "
-    "their plate.",
-    "choices": ("train", "plate-controls"),
-    "section": LEARNING,
-}
-_SEED: dict[str, Any] = {"metavar": "N", "min": 0}
+_plates = partial(
+    option,
+    (),
+    "Only this plate; may be given several times. Default: all plates.",
+    name="--plate",
+    metavar="BARCODE",
+    repeated=True,
+)
+_wells = partial(
+    option,
+    (),
+    "Only this well, like D14; may be given several times.",
+    name="--well",
+    metavar="WELL",
+    repeated=True,
+)
+_where = partial(
+    option,
+    None,
+    "Only images that meet this condition, over plate, batch, well, well_row, well_column, site, "
+    "plane, time_point, image, image_id, perturbation, treatment, target, kind, control, "
+    "identifier.",
+    metavar="SQL",
+)
+_limit = partial(option, None, "Only the first N images, for a first try.", min=1)
+_exclude_flagged = partial(
+    cells,
+    None,
+    "Exclude the images and cells that this quality-control run (cellstore qc) has flagged: its "
+    "number, or latest.",
+    metavar="RUN|latest",
+)
+_features = partial(
+    cells,
+    None,
+    "The feature set that is read, also one ingested from another tool. Default: the built-in "
+    "measurements last used.",
+)
+_normalise = partial(
+    learning,
+    "train",
+    "Compare features with the training subset, or first with the negative controls of their "
+    "plate.",
+    choices=("train", "plate-controls"),
+)
+_channels = partial(
+    option,
+    None,
+    "Channels that show the cells, by name, with commas between; first-three: the first three. "
+    "Default: the channel of the nuclei (DNA, DAPI, Hoechst), if there is one.",
+    empty="first-three",
+)
+_projection = partial(option, Projection.MEDIAN, "How several channels become one picture.")
+_binary = partial(
+    option,
+    False,
+    "Masks are black and white: each connected piece is a cell.",
+    name="--binary-masks",
+)
 _MODEL = (
     "cellstore-nuclei (comes with cellstore), Cellpose's cyto, cyto2, cyto3 or nuclei (with "
     "Cellpose 4: cpsam), fetched on first use; the file of your own; or run:N, what 'cellstore "
     "finetune' made in run N."
 )
-_CHANNELS: dict[str, Any] = {
-    "help": "Channels that show the cells, by name, with commas between; first-three: the first "
-    "three. Default: the channel of the nuclei (DNA, DAPI, Hoechst), if there is one.",
-    "metavar": "A,B,...",
-    "empty": "first-three",
-}
-_PROJECTION: dict[str, Any] = {"help": "How several channels become one picture."}
 
 
 @dataclass(frozen=True)
@@ -306,10 +309,10 @@ class ImageInput:
 class Selection:
     """Which images a command is about: all that meet every condition; the first ``limit``."""
 
-    plates: tuple[str, ...] = option((), **_PLATES)
-    wells: tuple[str, ...] = option((), **_WELLS)
-    where: str | None = option(None, **_WHERE)
-    limit: int | None = option(None, **_LIMIT)
+    plates: tuple[str, ...] = _plates()
+    wells: tuple[str, ...] = _wells()
+    where: str | None = _where()
+    limit: int | None = _limit()
 
 
 EVERYTHING = Selection()
@@ -320,7 +323,7 @@ EVERYTHING = Selection()
 class Resources:
     """Who works: processes of this machine, or a Dask cluster."""
 
-    workers: int = option(1, "Processes that work at once; 1: this one alone.", metavar="N", min=1)
+    workers: int = option(1, "Processes that work at once; 1: this one alone.", min=1)
     scheduler: str | None = option(
         None,
         "Let the workers of this Dask scheduler work, for example tcp://host:8786.",
@@ -336,21 +339,17 @@ THIS_PROCESS = Resources()
 class Sources:
     """Which rows a stage reads: a split by name, recipes by number or start of the fingerprint."""
 
-    split: str | None = option(
-        None, "The split. Default: the latest.", metavar="NAME", section=CELLS
-    )
-    segmentation: str | None = option(
+    split: str | None = cells(None, "The split. Default: the latest.")
+    segmentation: str | None = cells(
         None,
         "Which segmentation: number or start of the fingerprint, as 'cellstore status' lists "
         "them. Default: the last used.",
         metavar="RECIPE",
-        section=CELLS,
     )
-    measurement: str | None = option(
+    measurement: str | None = cells(
         None,
         "Which measurement, as 'cellstore status' lists them. Default: the last used.",
         metavar="RECIPE",
-        section=CELLS,
     )
 
 
@@ -385,15 +384,10 @@ class IngestParams(Params):
         metavar="OLD=NEW,...",
     )
     pixel_size: float | None = option(
-        None,
-        "Micrometres per pixel, for images whose files do not say it.",
-        metavar="UM",
-        min=0.0,
+        None, "Micrometres per pixel, for images whose files do not say it.", metavar="UM", min=0.0
     )
     platemap: Path | None = option(
-        None,
-        "Which treatment each well got: a table, or a folder of them with --barcodes.",
-        metavar="FILE",
+        None, "Which treatment each well got: a table, or a folder of them with --barcodes."
     )
     compounds: tuple[Path, ...] = option(
         (),
@@ -402,27 +396,20 @@ class IngestParams(Params):
         metavar="FILE",
         repeated=True,
     )
-    barcodes: Path | None = option(None, "Which platemap each plate has.", metavar="FILE")
+    barcodes: Path | None = option(None, "Which platemap each plate has.")
     aliases: Path | None = option(
-        None,
-        "Names that are one: a table with the columns alias and name.",
-        name="--alias",
-        metavar="FILE",
+        None, "Names that are one: a table with the columns alias and name.", name="--alias"
     )
-    name: str | None = option(None, "Name of the feature set, or of the masks.", metavar="NAME")
+    name: str | None = option(None, "Name of the feature set, or of the masks.")
     pattern: str | None = option(
         None,
         "How image files are named, with groups named plate, well (or row and col), site, "
         "channel, plane, time.",
         metavar="REGEX",
     )
-    binary: bool = option(
-        False,
-        "Masks are black and white: each connected piece is a cell.",
-        name="--binary-masks",
-    )
+    binary: bool = _binary()
     layout: str | None = option(
-        None, "Force a reader. Default: recognised by the content, and shown.", metavar="NAME"
+        None, "Force a reader. Default: recognised by the content, and shown."
     )
     strict: bool = option(False, "One refused row, and nothing of the source is kept.")
     reread: bool = option(False, "Read a source again that was read before, as it is now.")
@@ -453,16 +440,11 @@ class SegmentParams(CellPlanes):
 
     model: str = option(DEFAULT_MODEL, f"The network: {_MODEL}", metavar="NAME|FILE|run:N")
     flow_threshold: float = option(
-        0.4, "Higher keeps cells whose shape fits the network's flows less well.", metavar="X"
+        0.4, "Higher keeps cells whose shape fits the network's flows less well."
     )
-    cellprob_threshold: float = option(
-        0.0, "Lower finds more and larger cells, also dim ones.", metavar="X"
-    )
+    cellprob_threshold: float = option(0.0, "Lower finds more and larger cells, also dim ones.")
     diameter: float | None = option(
-        None,
-        "Diameter of the cells. Default: estimated for each image.",
-        metavar="PIXELS",
-        min=1.0,
+        None, "Diameter of the cells. Default: estimated for each image.", metavar="PIXELS", min=1.0
     )
     diameter_from: str | None = option(
         None,
@@ -470,13 +452,12 @@ class SegmentParams(CellPlanes):
         "number or start of the fingerprint, as 'cellstore status' lists them.",
         metavar="RECIPE",
     )
-    channels: tuple[str, ...] | None = option(None, **_CHANNELS)
-    projection: Projection = option(Projection.MEDIAN, **_PROJECTION)
+    channels: tuple[str, ...] | None = _channels()
+    projection: Projection = _projection()
     nuclei: tuple[str, ...] = option(
         (),
         "Channels of the nuclei, a second picture for networks that look at two (cyto, cyto2, "
         "cyto3, cpsam). Default: none.",
-        metavar="A,B,...",
     )
 
 
@@ -489,26 +470,19 @@ class FinetuneParams(CellPlanes):
         "The network to start from: as for 'cellstore segment'.",
         metavar="NAME|FILE|run:N",
     )
-    epochs: int = option(50, "Passes over the images.", metavar="N", min=1)
-    learning_rate: float = option(5e-4, "Largest step of AdamW.", metavar="X", above=0.0)
+    epochs: int = option(50, "Passes over the images.", min=1)
+    learning_rate: float = option(5e-4, "Largest step of AdamW.", above=0.0)
     held_out: float = option(
         0.2,
         "Share of the wells that is not learned from, only used to judge the network.",
-        metavar="X",
         min=0.0,
         max=0.9,
     )
-    channels: tuple[str, ...] | None = option(None, **_CHANNELS)
-    projection: Projection = option(Projection.MEDIAN, **_PROJECTION)
-    nuclei: tuple[str, ...] = option(
-        (), "Channels of the nuclei, a second picture. Default: none.", metavar="A,B,..."
-    )
-    binary: bool = option(
-        False,
-        "Masks are black and white: each connected piece is a cell.",
-        name="--binary-masks",
-    )
-    seed: int = option(0, "Same seed, same network.", **_SEED)
+    channels: tuple[str, ...] | None = _channels()
+    projection: Projection = _projection()
+    nuclei: tuple[str, ...] = option((), "Channels of the nuclei, a second picture. Default: none.")
+    binary: bool = _binary()
+    seed: int = option(0, "Same seed, same network.", min=0)
 
 
 @dataclass(frozen=True)
@@ -516,15 +490,12 @@ class MeasureParams(Params):
     """Measurements: groups of features, of which each is a recipe of its own."""
 
     features: tuple[str, ...] = option(
-        ("basic",),
-        "Groups of features: basic, intensity, texture; --list shows what is in them.",
-        metavar="A,B,...",
+        ("basic",), "Groups of features: basic, intensity, texture; --list shows what is in them."
     )
     channels: tuple[str, ...] | None = option(
         None,
         "Channels whose intensity is measured; first-three: the first three. Default: of group "
         "basic what was segmented, of the other groups each channel there is.",
-        metavar="A,B,...",
         empty="first-three",
     )
     projection: Projection = option(
@@ -549,25 +520,20 @@ class QcParams(Params):
         5.0,
         "How far an image may be from the plate's median: focus, background, number and area of "
         "cells, in robust standard deviations.",
-        metavar="X",
     )
-    cell_outlier: float = option(
-        5.0, "The same for a cell, by the logarithm of its area.", metavar="X"
-    )
+    cell_outlier: float = option(5.0, "The same for a cell, by the logarithm of its area.")
     saturated: float = option(
-        0.01, "Share of a channel's pixels that may be white.", metavar="X", min=0.0, max=1.0
+        0.01, "Share of a channel's pixels that may be white.", min=0.0, max=1.0
     )
     noise: float = option(
         0.5,
         "A channel that varies little, and whose power spectrum is as flat as this, is noise "
         "(white noise: 1, real fields: -3 to -0.4).",
-        metavar="X",
     )
     border: bool = option(True, "Flag cells that touch the border.", negatable=True)
     min_images: int = option(
-        8, "Plates with fewer images are not judged: too few to know what is usual.",
-        metavar="N", min=1,
-    )  # fmt: skip
+        8, "Plates with fewer images are not judged: too few to know what is usual.", min=1
+    )
 
 
 @dataclass(frozen=True)
@@ -584,7 +550,6 @@ class SplitParams(Params):
         PERTURBATION,
         "What is to be predicted: perturbation (compound, gene), treatment (with dose), target, or "
         "a metadata column of wells or plates.",
-        metavar="NAME",
     )
     group_level: GroupLevel = option(
         GroupLevel.WELL,
@@ -594,19 +559,16 @@ class SplitParams(Params):
         unless="protocol",
     )
     test_size: float = option(
-        0.2, "Share of the groups that test.", metavar="X", above=0.0, below=1.0, unless="folds"
+        0.2, "Share of the groups that test.", above=0.0, below=1.0, unless="folds"
     )
     validation_size: float = option(
         0.2,
         "Share of the groups that stop the training (grouped protocol). 0: none.",
-        metavar="X",
         min=0.0,
         below=1.0,
         unless="protocol",
     )
-    test_plates: tuple[str, ...] = option(
-        (), "These plates test, with --group plate.", metavar="A,B,..."
-    )
+    test_plates: tuple[str, ...] = option((), "These plates test, with --group plate.")
     validation_plates: tuple[str, ...] = option(
         (), "These plates validate. Default: drawn from the others.", metavar="C,..."
     )
@@ -617,9 +579,9 @@ class SplitParams(Params):
         metavar="K",
         min=2,
     )
-    seed: int = option(0, "Same seed, same split.", **_SEED)
-    plates: tuple[str, ...] = option((), **_PLATES)
-    where: str | None = option(None, **_WHERE)
+    seed: int = option(0, "Same seed, same split.", min=0)
+    plates: tuple[str, ...] = _plates()
+    where: str | None = _where()
     downsample: tuple[tuple[str, str], ...] | None = option(
         None,
         "Cut a class to a number of images, to second-largest or to median; may be given several "
@@ -634,9 +596,9 @@ class SplitParams(Params):
         "What the sizes of --downsample count; whole images are dropped.",
         choices=("image", "cell"),
     )
-    min_images: int = option(0, "Exclude classes with fewer images.", metavar="N", min=0)
+    min_images: int = option(0, "Exclude classes with fewer images.", min=0)
     allow_missing: bool = option(False, "Also images whose files are not here yet.")
-    exclude_flagged: str | None = option(None, **_EXCLUDE_FLAGGED)
+    exclude_flagged: str | None = _exclude_flagged()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -697,121 +659,72 @@ class TrainParams(Params):
     ``TrainParams.of("published")`` is the network of the study, trained as published.
     """
 
-    features: str | None = option(None, **_FEATURES)
-    exclude_flagged: str | None = option(None, **_EXCLUDE_FLAGGED)
-    branches: tuple[str, ...] | None = option(
+    features: str | None = _features()
+    exclude_flagged: str | None = _exclude_flagged()
+    branches: tuple[str, ...] | None = network(
         None,
         "What the network looks at: some of mask, flow, image (channels) and tabular (features). "
         "Default: mask, flow and tabular, or those of them that are known of the cells.",
-        metavar="A,B,...",
         choices=("mask", "flow", "image", "tabular"),
-        section=NETWORK,
     )
-    channels: tuple[str, ...] = option(
-        (), "The channels of the branch image. Default: all.", metavar="A,B,...", section=NETWORK
-    )
-    backbone: str = option(
+    channels: tuple[str, ...] = network((), "The channels of the branch image. Default: all.")
+    backbone: str = network(
         "resnet18",
         "What looks at crops: a classifier of torchvision, for example efficientnet_b0, resnet18, "
         "mobilenet_v3_small, convnext_tiny.",
-        metavar="NAME",
-        section=NETWORK,
     )
-    weights: str = option(
+    weights: str = network(
         "none",
         "What the backbone starts from: chance, ImageNet, or a file of its weights.",
         metavar="none|imagenet|FILE",
-        section=NETWORK,
     )
-    crop_size: int = option(
-        64, "Crops of cells are scaled to this.", metavar="PIXELS", min=1, section=NETWORK
+    crop_size: int = network(64, "Crops of cells are scaled to this.", metavar="PIXELS", min=1)
+    dropout: float = network(0.5, "Dropout of the tabular branch.", min=0.0, below=1.0)
+    epochs: int = learning(40, "At most this many passes over the cells.", min=1)
+    patience: int = learning(10, "Stop after this many epochs without a better one.", min=1)
+    monitor: str = learning(
+        "loss", "What of the validation subset makes an epoch better.", choices=("loss", "accuracy")
     )
-    dropout: float = option(
-        0.5, "Dropout of the tabular branch.", metavar="X", min=0.0, below=1.0, section=NETWORK
-    )
-    epochs: int = option(
-        40, "At most this many passes over the cells.", metavar="N", min=1, section=LEARNING
-    )
-    patience: int = option(
-        10, "Stop after this many epochs without a better one.", metavar="N", min=1,
-        section=LEARNING,
-    )  # fmt: skip
-    monitor: str = option(
-        "loss",
-        "What of the validation subset makes an epoch better.",
-        choices=("loss", "accuracy"),
-        section=LEARNING,
-    )
-    batch_size: int = option(64, "Cells per step.", metavar="N", min=2, section=LEARNING)
-    sampler: str = option(
+    batch_size: int = learning(64, "Cells per step.", min=2)
+    sampler: str = learning(
         "classes",
         "How often cells are read in an epoch: each once (cells); each class as often as the "
         "others (classes); the largest class only as often as the second (capped).",
         choices=("cells", "classes", "capped"),
-        section=LEARNING,
     )
-    augment: tuple[str, ...] = option(
+    augment: tuple[str, ...] = learning(
         ("flips", "intensity", "rotations"),
         "Change crops at each step: some of flips, rotations and intensity; or none.",
-        metavar="A,B,...",
         choices=("flips", "intensity", "rotations"),
-        section=LEARNING,
     )
-    loss: str = option(
-        "cross-entropy",
-        "What is made small.",
-        choices=("cross-entropy", "focal"),
-        section=LEARNING,
+    loss: str = learning("cross-entropy", "What is made small.", choices=("cross-entropy", "focal"))
+    class_weights: bool = learning(
+        False, "Weigh classes in the loss by how rare they are.", negatable=True
     )
-    class_weights: bool = option(
-        False,
-        "Weigh classes in the loss by how rare they are.",
-        negatable=True,
-        section=LEARNING,
+    label_smoothing: float = learning(
+        0.1, "Smoothing of the labels in the loss.", min=0.0, below=1.0
     )
-    label_smoothing: float = option(
-        0.1,
-        "Smoothing of the labels in the loss.",
-        metavar="X",
-        min=0.0,
-        below=1.0,
-        section=LEARNING,
-    )
-    learning_rate: float = option(5e-4, "Step of Adam.", metavar="X", above=0.0, section=LEARNING)
-    schedule: str = option(
+    learning_rate: float = learning(5e-4, "Step of Adam.", above=0.0)
+    schedule: str = learning(
         "cosine",
         "How the step changes: smaller after every --step-size epochs (step), along a cosine, or "
         "not at all.",
         choices=("step", "cosine", "constant"),
-        section=LEARNING,
     )
-    step_size: int = option(
-        5, "Epochs until schedule step makes the step smaller.", metavar="N", min=1,
-        section=LEARNING,
-    )  # fmt: skip
-    gamma: float = option(
-        0.5, "How much smaller schedule step makes it.", metavar="X", min=0.0, section=LEARNING
-    )
-    warmup_epochs: int = option(
-        2, "Epochs in which the step rises first.", metavar="N", min=0, section=LEARNING
-    )
-    weight_decay: float = option(
-        1e-4, "Weight decay of Adam.", metavar="X", min=0.0, section=LEARNING
-    )
-    normalise: str = option("train", **_NORMALISE)
-    intensity: str = option(
+    step_size: int = learning(5, "Epochs until schedule step makes the step smaller.", min=1)
+    gamma: float = learning(0.5, "How much smaller schedule step makes it.", min=0.0)
+    warmup_epochs: int = learning(2, "Epochs in which the step rises first.", min=0)
+    weight_decay: float = learning(1e-4, "Weight decay of Adam.", min=0.0)
+    normalise: str = _normalise()
+    intensity: str = learning(
         "plate",
         "White in a crop is the white of its image, or that of its plate.",
         choices=("image", "plate"),
-        section=LEARNING,
     )
-    precision: str = option(
-        "32",
-        "Bits of the numbers; fewer are faster on most GPUs.",
-        choices=("32", "bf16", "16"),
-        section=LEARNING,
+    precision: str = learning(
+        "32", "Bits of the numbers; fewer are faster on most GPUs.", choices=("32", "bf16", "16")
     )
-    seed: int = option(0, "Same seed, same start.", **_SEED, section=LEARNING)
+    seed: int = learning(0, "Same seed, same start.", min=0)
 
     @classmethod
     def of(cls, preset: str | None = None, **given: Any) -> Self:
@@ -846,27 +759,21 @@ class TrainParams(Params):
 class TrainSetup(Params):
     """How a training is carried out; none of it changes what is learned, so no recipe has it."""
 
-    devices: int = option(
+    devices: int = hardware(
         1,
         "GPUs of this host that learn together, a process each. Under torchrun or SLURM, also on "
         "several hosts, leave it out.",
-        metavar="N",
         min=1,
-        section=HARDWARE,
     )
-    compile: bool = option(
-        False, "Compile the network first: minutes, then faster steps.", section=HARDWARE
-    )
-    logs: tuple[str, ...] = option(
+    compile: bool = hardware(False, "Compile the network first: minutes, then faster steps.")
+    logs: tuple[str, ...] = hardware(
         (),
         "Write metrics for other programs, too: some of csv, tensorboard and mlflow.",
         name="--log",
-        metavar="A,B,...",
         choices=("csv", "tensorboard", "mlflow"),
-        section=HARDWARE,
     )
-    log_dir: Path | None = option(
-        None, "Folder of these files. Default: logs/run-N, here.", metavar="DIR", section=HARDWARE
+    log_dir: Path | None = hardware(
+        None, "Folder of these files. Default: logs/run-N, here.", metavar="DIR"
     )
 
 
@@ -874,33 +781,21 @@ class TrainSetup(Params):
 class BaselineParams(Params):
     """Classical models and null baselines; see ``cellstore.learn.baselines``."""
 
-    features: str | None = option(None, **_FEATURES)
-    normalise: str = option("train", **_NORMALISE)
-    exclude_flagged: str | None = option(None, **_EXCLUDE_FLAGGED)
-    seed: int = option(0, "Same seed, same baseline.", **_SEED, section=LEARNING)
-    max_cells: int = option(
+    features: str | None = _features()
+    normalise: str = _normalise()
+    exclude_flagged: str | None = _exclude_flagged()
+    seed: int = learning(0, "Same seed, same baseline.", min=0)
+    max_cells: int = baseline(
         50_000,
         "With --baseline: learn from this many cells at most, as many of each class as can be.",
-        metavar="N",
         min=1,
-        section=BASELINES,
     )
-    strength: float = option(
-        1.0,
-        "With --baseline: penalty of the logistic models (1 / C of scikit-learn).",
-        metavar="X",
-        above=0.0,
-        section=BASELINES,
+    strength: float = baseline(
+        1.0, "With --baseline: penalty of the logistic models (1 / C of scikit-learn).", above=0.0
     )
-    trees: int = option(
-        100, "With --baseline: trees of the forest.", metavar="N", min=1, section=BASELINES
-    )
-    depth: int = option(
-        16, "With --baseline: depth of its trees.", metavar="N", min=1, section=BASELINES
-    )
-    smallest_leaf: int = option(
-        5, "With --baseline: cells in its smallest leaf.", metavar="N", min=1, section=BASELINES
-    )
+    trees: int = baseline(100, "With --baseline: trees of the forest.", min=1)
+    depth: int = baseline(16, "With --baseline: depth of its trees.", min=1)
+    smallest_leaf: int = baseline(5, "With --baseline: cells in its smallest leaf.", min=1)
 
 
 @dataclass(frozen=True)
@@ -915,31 +810,26 @@ class ContrastParams(Params):
         repeated=True,
     )
     control: str | None = option(
-        None,
-        "Compare with this treatment. Default: what is marked as negative control.",
-        metavar="NAME",
+        None, "Compare with this treatment. Default: what is marked as negative control."
     )
     pooled: bool = option(False, "Compare all treatments as one, as the study did.")
-    features: str | None = option(None, **{**_FEATURES, "section": None})
-    plates: tuple[str, ...] = option((), **_PLATES)
-    folds: int = option(5, "Parts in which wells are held out in turn.", metavar="N", min=2)
+    features: str | None = _features()
+    plates: tuple[str, ...] = _plates()
+    folds: int = option(5, "Parts in which wells are held out in turn.", min=2)
     max_cells: int = option(
         2_000,
         "Compare at most this many cells of a treatment, and of control, evenly from their wells.",
-        metavar="N",
         min=2,
     )
-    nulls: int = option(
-        20, "How often control wells are compared with control wells.", metavar="N", min=0
-    )
-    seed: int = option(0, "Same seed, same cells and folds.", **_SEED)
+    nulls: int = option(20, "How often control wells are compared with control wells.", min=0)
+    seed: int = option(0, "Same seed, same cells and folds.", min=0)
 
 
 @dataclass(frozen=True)
 class VoteOptions(Params):
     """How the cells of an image, or of a well, vote. ``exclude_flagged``: flagged cells do not."""
 
-    min_cells: int = option(1, "An image or well of fewer cells has no answer.", metavar="N", min=1)
+    min_cells: int = option(1, "An image or well of fewer cells has no answer.", min=1)
     min_margin: float = option(
         0.0,
         "An image or well has no answer where the first label has not SHARE (0 to 1) of the vote "
@@ -949,7 +839,7 @@ class VoteOptions(Params):
         max=1.0,
     )
     controls: bool = option(True, "Whether control wells count.", negatable=True)
-    exclude_flagged: str | None = option(None, **{**_EXCLUDE_FLAGGED, "section": None})
+    exclude_flagged: str | None = _exclude_flagged()
 
 
 @dataclass(frozen=True)
@@ -966,18 +856,15 @@ class PredictParams(Params):
         nothing="all",
     )
     split: str | None = option(
-        None,
-        "The split whose --subset is meant. Default: the one of the run.",
-        metavar="NAME",
+        None, "The split whose --subset is meant. Default: the one of the run."
     )
-    plates: tuple[str, ...] = option((), **_PLATES)
-    wells: tuple[str, ...] = option((), **_WELLS)
-    where: str | None = option(None, **_WHERE)
-    limit: int | None = option(None, **_LIMIT)
+    plates: tuple[str, ...] = _plates()
+    wells: tuple[str, ...] = _wells()
+    where: str | None = _where()
+    limit: int | None = _limit()
     top_k: int = option(
         5,
         "Keep this many labels per cell, the most probable first.",
-        metavar="N",
         min=1,
         unless="all_probabilities",
     )
@@ -986,7 +873,6 @@ class PredictParams(Params):
         None,
         "Keep what the network's last layer reads of each cell as a feature set of this name, for "
         "train, export and sql.",
-        metavar="NAME",
     )
 
 

@@ -98,18 +98,14 @@ class Base(DeclarativeBase):
         list[dict[str, Any]]: JSON(none_as_null=True),
         datetime: UtcDateTime,
         float: Float(53),
+        StrEnum: Enum(  # each of our enums is kept as the text of its value
+            StrEnum,
+            values_callable=lambda members: [member.value for member in members],
+            native_enum=False,
+            create_constraint=False,
+            length=20,
+        ),
     }
-
-
-def by_value(kind: type[StrEnum]) -> Enum:
-    """Return the column type that keeps the value of ``kind`` as text."""
-    return Enum(
-        kind,
-        values_callable=lambda members: [member.value for member in members],
-        native_enum=False,
-        create_constraint=False,
-        length=20,
-    )
 
 
 def refers_to(column: str, **options: Any) -> Any:
@@ -164,7 +160,7 @@ class Perturbation(Base):
     )
 
     id: Mapped[Id]
-    kind: Mapped[PerturbationKind] = mapped_column(by_value(PerturbationKind))
+    kind: Mapped[PerturbationKind]
     name: Mapped[Name] = mapped_column(index=True)
     identifier: Mapped[Name | None] = mapped_column(index=True)
     target: Mapped[str | None] = mapped_column(Text)  # may be a long list
@@ -240,7 +236,7 @@ class Well(Base):
     well_column: Mapped[int]
     name: Mapped[Name]
     treatment_id: Mapped[int | None] = refers_to("treatments.id", index=True)
-    control: Mapped[Control | None] = mapped_column(by_value(Control))
+    control: Mapped[Control | None]
     metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata")
     plate: Mapped["Plate"] = relationship(back_populates="wells")
     treatment: Mapped["Treatment | None"] = relationship(back_populates="wells")
@@ -336,7 +332,7 @@ class Recipe(Base):
     __table_args__ = (UniqueConstraint("stage", "fingerprint"),)
 
     id: Mapped[Id]
-    stage: Mapped[Stage] = mapped_column(by_value(Stage))
+    stage: Mapped[Stage]
     version: Mapped[int]
     parameters: Mapped[dict[str, Any]]
     weights_sha256: Mapped[Sha256 | None]
@@ -395,12 +391,12 @@ class Run(Base):
     __table_args__ = (Index(None, "stage", "recipe_id"),)
 
     id: Mapped[Id]
-    stage: Mapped[Stage] = mapped_column(by_value(Stage))
+    stage: Mapped[Stage]
     recipe_id: Mapped[int] = refers_to("recipes.id")
     parent_id: Mapped[int | None] = refers_to("runs.id", index=True)
     split_id: Mapped[int | None] = refers_to("splits.id", index=True)
-    status: Mapped[Status] = mapped_column(by_value(Status))
-    origin: Mapped[Origin] = mapped_column(by_value(Origin), default=Origin.OBSERVED)
+    status: Mapped[Status]
+    origin: Mapped[Origin] = mapped_column(default=Origin.OBSERVED)
     seed: Mapped[int | None]
     command: Mapped[str] = mapped_column(Text)
     query: Mapped[str | None] = mapped_column(Text)
@@ -453,7 +449,7 @@ class Job(Base):
     image_id: Mapped[int] = refers_to("images.id", index=True)
     content_sha256: Mapped[Sha256]
     run_id: Mapped[int] = refers_to("runs.id", index=True)
-    status: Mapped[Status] = mapped_column(by_value(Status))
+    status: Mapped[Status]
     attempts: Mapped[int] = mapped_column(default=0)
     deaths: Mapped[int] = mapped_column(default=0)
     worker: Mapped[Name | None]
@@ -474,7 +470,7 @@ class Artifact(Base):
     __table_args__ = (UniqueConstraint("sha256", "kind"),)
 
     id: Mapped[Id]
-    kind: Mapped[ArtifactKind] = mapped_column(by_value(ArtifactKind))
+    kind: Mapped[ArtifactKind]
     path: Mapped[str] = mapped_column(Text, unique=True)
     sha256: Mapped[Sha256]
     size_bytes: Mapped[int] = mapped_column(BigId)
@@ -578,7 +574,7 @@ class FeatureSet(Base):
     name: Mapped[Name] = mapped_column(unique=True)
     recipe_id: Mapped[int] = refers_to("recipes.id", unique=True)
     columns: Mapped[list[dict[str, Any]]]
-    storage: Mapped[FeatureStorage] = mapped_column(by_value(FeatureStorage))
+    storage: Mapped[FeatureStorage]
     recipe: Mapped["Recipe"] = relationship(back_populates="feature_set")
     files: Mapped[list["FeatureFile"]] = relationship(back_populates="feature_set")
 
@@ -653,7 +649,7 @@ class IngestIssue(Base):
 
     id: Mapped[Id]
     run_id: Mapped[int] = refers_to("runs.id", index=True)
-    severity: Mapped[Severity] = mapped_column(by_value(Severity))
+    severity: Mapped[Severity]
     file: Mapped[str] = mapped_column(Text)
     line: Mapped[int | None] = mapped_column(BigId)
     reason: Mapped[Name]
@@ -746,7 +742,7 @@ class ImageFlag(Base):
 
     run_id: Mapped[int] = refers_to("runs.id", primary_key=True)
     image_id: Mapped[int] = refers_to("images.id", primary_key=True, index=True)
-    reason: Mapped[ImageFlagReason] = mapped_column(by_value(ImageFlagReason), primary_key=True)
+    reason: Mapped[ImageFlagReason] = mapped_column(primary_key=True)
     channel: Mapped[Name] = mapped_column(primary_key=True)
     value: Mapped[float]
     low: Mapped[float | None]
@@ -765,7 +761,7 @@ class CellFlag(Base):
 
     run_id: Mapped[int] = refers_to("runs.id", primary_key=True)
     cell_id: Mapped[int] = refers_to("cells.id", primary_key=True, index=True)
-    reason: Mapped[CellFlagReason] = mapped_column(by_value(CellFlagReason), primary_key=True)
+    reason: Mapped[CellFlagReason] = mapped_column(primary_key=True)
     value: Mapped[float | None]
     run: Mapped["Run"] = relationship(back_populates="cell_flags")
     cell: Mapped["Cell"] = relationship(back_populates="flags")
@@ -786,7 +782,7 @@ class Split(Base):
     recipe_id: Mapped[int] = refers_to("recipes.id")
     protocol: Mapped[Name]
     field: Mapped[Name]
-    group_level: Mapped[GroupLevel] = mapped_column(by_value(GroupLevel))
+    group_level: Mapped[GroupLevel]
     seed: Mapped[int]
     query: Mapped[str] = mapped_column(Text)
     fingerprint: Mapped[Sha256]
@@ -812,7 +808,7 @@ class SplitMember(Base):
 
     split_id: Mapped[int] = refers_to("splits.id", primary_key=True)
     image_id: Mapped[int] = refers_to("images.id", primary_key=True, index=True)
-    subset: Mapped[Subset] = mapped_column(by_value(Subset))
+    subset: Mapped[Subset]
     label_id: Mapped[int] = refers_to("labels.id")
     split: Mapped["Split"] = relationship(back_populates="members")
     image: Mapped["Image"] = relationship(back_populates="split_members")
@@ -832,7 +828,7 @@ class SplitGroup(Base):
 
     split_id: Mapped[int] = refers_to("splits.id", primary_key=True)
     group_id: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=False)
-    subset: Mapped[Subset] = mapped_column(by_value(Subset))
+    subset: Mapped[Subset]
     split: Mapped["Split"] = relationship(back_populates="groups")
 
 
@@ -847,9 +843,9 @@ class Annotation(Base):
     __table_args__ = (Index(None, "level", "row_id"),)
 
     id: Mapped[Id]
-    level: Mapped[Level] = mapped_column(by_value(Level))
+    level: Mapped[Level]
     row_id: Mapped[int] = mapped_column(BigId)
-    kind: Mapped[AnnotationKind] = mapped_column(by_value(AnnotationKind))
+    kind: Mapped[AnnotationKind]
     field: Mapped[Name | None]
     value: Mapped[str | None] = mapped_column(Text)
     reason: Mapped[str | None] = mapped_column(Text)

@@ -18,12 +18,13 @@ from enum import StrEnum
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from cellstore.config import (
+    METAVARS,
     PRESETS,
     SECTIONS,
     Field,
@@ -39,7 +40,9 @@ from cellstore.errors import CellstoreError, UserInputError
 from cellstore.settings import Progress
 from cellstore.store import Store
 
-from .output import Bar, Notes, say
+from .output import Bar, Notes, print_json, say
+
+T = TypeVar("T")
 
 MODULES = {
     "demo": "setup_commands",
@@ -152,7 +155,6 @@ def root(
             metavar="DIR",
             help="The store. Default: $CELLSTORE_STORE, else the nearest folder upwards that is "
             "one.",
-            show_default=False,
         ),
     ] = None,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
@@ -205,6 +207,13 @@ class Common:
             progress = Bar() if sys.stderr.isatty() else Notes()
         return Store.open(self.store, progress=progress)
 
+    def show(self, result: T, as_text: Callable[[T], None]) -> None:
+        """Print a result: as JSON, if that is wanted, else by ``as_text``."""
+        if self.as_json:
+            print_json(result)
+        else:
+            as_text(result)
+
 
 @dataclass(frozen=True)
 class FieldOf:
@@ -247,6 +256,9 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
             alone[parameter.name] = item
             shown[parameter.name] = _parameter(item)
         elif kind is not typer.Context:
+            for setting in getattr(kind, "__metadata__", ()):
+                if parameter.default in (None, parameter.empty):
+                    setting.show_default = False
             shown[parameter.name] = parameter.replace(annotation=kind, kind=parameter.KEYWORD_ONLY)
         for item in options_of(kind) if is_dataclass(kind) and kind is not Common else ():
             shown.setdefault(item.name, _parameter(item))
@@ -295,7 +307,9 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
 def _parameter(item: Field) -> inspect.Parameter:
     kind, known = type_of(item), item.metadata
     default: Any = item.default
-    names = [flag(item)]
+    names, metavar = [flag(item)], known["metavar"]
+    if metavar is None and not (kind is str and known["choices"]):
+        metavar = METAVARS.get(kind)
     if known["negatable"]:
         names = [f"{names[0]}/--no-{names[0].removeprefix('--')}"]
     if get_origin(kind) is tuple:
@@ -311,7 +325,7 @@ def _parameter(item: Field) -> inspect.Parameter:
     setting = typer.Option(
         *names,
         help=text,
-        metavar=known["metavar"],
+        metavar=metavar,
         min=known["min"],
         max=known["max"],
         rich_help_panel=known["section"],
@@ -370,7 +384,6 @@ WeightsDirOption = Annotated[
         "--weights-dir",
         metavar="DIR",
         help="Folder that holds the named networks, for machines without internet access.",
-        show_default=False,
     ),
 ]
 PresetOption = Annotated[
@@ -380,7 +393,6 @@ PresetOption = Annotated[
         metavar="|".join(PRESETS),
         help="published: all values as in the published study. Other options then change single "
         "values.",
-        show_default=False,
     ),
 ]
 HtmlOption = Annotated[
@@ -389,6 +401,5 @@ HtmlOption = Annotated[
         "--html",
         metavar="FILE",
         help="Also write a page with pictures: one file that needs nothing else.",
-        show_default=False,
     ),
 ]

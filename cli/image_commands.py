@@ -59,7 +59,6 @@ def segment(
             metavar="N",
             help="Segment only N images from all over the selection, keep nothing, and write "
             "pictures of what was found.",
-            show_default=False,
         ),
     ] = None,
     preview_dir: Annotated[
@@ -294,9 +293,9 @@ def measure(
 
 
 def _list_features(common: Common) -> None:
-    from cellstore.stages.measure import list_groups
+    from cellstore.analysis.features import GROUPS
 
-    groups = list_groups()
+    groups = list(GROUPS.values())
     if common.as_json:
         output.print_json(groups)
         return
@@ -322,11 +321,7 @@ def qc(
     html: HtmlOption = None,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.png",
-            help="Also write the maps of one plate as a picture.",
-            show_default=False,
-        ),
+        typer.Option(metavar="FILE.png", help="Also write the maps of one plate as a picture."),
     ] = None,
     dry_run: DryRunOption = False,
 ) -> None:
@@ -433,7 +428,6 @@ def finetune(
             metavar="DIR|FILE",
             help="Corrected label images (TIFF, PNG or NPY), named like their images; may be given "
             "several times.",
-            show_default=False,
         ),
     ],
     params: FinetuneParams,
@@ -443,7 +437,6 @@ def finetune(
         typer.Option(
             metavar="BARCODE",
             help="The plate of the masks, where several have images of these names.",
-            show_default=False,
         ),
     ] = None,
     weights_dir: WeightsDirOption = None,
@@ -464,10 +457,7 @@ def finetune(
         result = store.finetune(
             masks, params, plate=plate, weights_dir=weights_dir, device=device.value
         )
-    if common.as_json:
-        output.print_json(result)
-    else:
-        _show_finetune(result)
+    common.show(result, _show_finetune)
 
 
 def _show_finetune(result: FinetuneResult) -> None:

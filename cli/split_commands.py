@@ -32,9 +32,7 @@ app.add_typer(split, name="split")
 NameArgument = Annotated[
     str | None, typer.Argument(metavar="NAME", help="The split. Default: the latest.")
 ]
-NewNameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="What the split is called.", show_default=False)
-]
+NewNameArgument = Annotated[str, typer.Argument(metavar="NAME", help="What the split is called.")]
 FieldOption = Annotated[str, FieldOf(SplitParams)]
 AllowMissingOption = Annotated[bool, FieldOf(SplitParams)]
 SHOWN_CLASSES = 5
@@ -82,7 +80,6 @@ def import_(
         typer.Argument(
             metavar="FILE",
             help="Tables with a column split, and tables that say which wells they mean.",
-            show_default=False,
         ),
     ],
     common: Common,
@@ -109,10 +106,7 @@ def import_(
         result = store.import_split(
             name, files, field=field, group_level=group, allow_missing=allow_missing
         )
-    if common.as_json:
-        output.print_json(result)
-    else:
-        _show_split(result)
+    common.show(result, _show_split)
     _say_if_there((result,), common)
 
 
@@ -155,19 +149,14 @@ def show(common: Common, name: NameArgument = None) -> None:
     """
     with common.open(quiet=True) as store:
         result = store.show_split(name)
-    if common.as_json:
-        output.print_json(result)
-    else:
-        _show_split(result)
+    common.show(result, _show_split)
 
 
 @command(split, "delete")
 def delete(
     name: Annotated[
         str,
-        typer.Argument(
-            metavar="NAME", help="The split, or the name that its folds share.", show_default=False
-        ),
+        typer.Argument(metavar="NAME", help="The split, or the name that its folds share."),
     ],
     common: Common,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
@@ -300,22 +289,17 @@ def check(
             metavar="FILE",
             help="Check a split table instead, without a store; may be given several times, as the "
             "files of `split import`.",
-            show_default=False,
         ),
     ] = None,
     field: Annotated[
         str | None,
         typer.Option(
-            help="What a table (--csv) is to predict. Default: the target, if it has one.",
-            show_default=False,
+            help="What a table (--csv) is to predict. Default: the target, if it has one."
         ),
     ] = None,
     group: Annotated[
         GroupLevel | None,
-        typer.Option(
-            help="What a table (--csv) should keep in one subset. Default: well.",
-            show_default=False,
-        ),
+        typer.Option(help="What a table (--csv) should keep in one subset. Default: well."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="End with 1 on warnings, too.")] = False,
 ) -> None:
@@ -341,10 +325,7 @@ def check(
             raise UserInputError("--field and --group are for tables: add --csv FILE.")
         with common.open(quiet=True) as store:
             result = store.check_split(name)
-    if common.as_json:
-        output.print_json(result)
-    else:
-        _show_check(result)
+    common.show(result, _show_check)
     if result.leaks or (strict and result.warnings):
         raise typer.Exit(1)
 

@@ -80,7 +80,6 @@ def train(
             metavar="RUN",
             help="Resume a run that was stopped, after its last whole epoch, with its own "
             "options; 'latest': the last such run.",
-            show_default=False,
         ),
     ] = None,
     force: Annotated[
@@ -95,7 +94,6 @@ def train(
             "(majority, shuffled, cellcount, position); with commas between, or 'null' for all "
             "four, or 'all'. They label the test images at once, for the report.",
             rich_help_panel=BASELINES,
-            show_default=False,
         ),
     ] = None,
     no_predict: Annotated[
@@ -139,10 +137,7 @@ def train(
             made = store.train_baselines(
                 kinds, baselines, **asdict(sources), force=force, predict=not no_predict
             )
-        if common.as_json:
-            output.print_json(made)
-        else:
-            _show_baselines(made)
+        common.show(made, _show_baselines)
         return
     only = {
         item.name for item in options_of(BaselineParams) if item.metadata["section"] == BASELINES
@@ -165,10 +160,7 @@ def train(
 
     if not is_first():  # of several processes that train together, one prints
         return
-    if common.as_json:
-        output.print_json(result)
-    else:
-        _show_train(result)
+    common.show(result, _show_train)
 
 
 def _refuse(common: Common, names: set[str] | frozenset[str], sentence: str) -> None:
@@ -288,10 +280,7 @@ def contrast(
         result = store.contrast(
             params, segmentation=segmentation, measurement=measurement, force=force
         )
-    if common.as_json:
-        output.print_json(result)
-    else:
-        _show_contrast(result)
+    common.show(result, _show_contrast)
 
 
 def _show_contrast(result: ContrastResult) -> None:
@@ -386,7 +375,6 @@ def export_model(
             "--output",
             metavar="DIR",
             help="The folder to write, new or empty. Default: model-RUN here.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

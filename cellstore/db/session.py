@@ -32,8 +32,14 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import DatabaseError as SqlDatabaseError
 from sqlalchemy.orm import Session
 
-from ..errors import ConflictError, DatabaseError, MissingExtraError, StorageError, UserInputError
-from .guards import refusal
+from ..errors import (
+    ConflictError,
+    DatabaseError,
+    MissingExtraError,
+    StorageError,
+    UserInputError,
+    first_line,
+)
 
 SQLITE_BUSY_MS = 300_000  # a table of a million rows is one transaction of a minute
 UNWRITABLE = re.compile(
@@ -45,6 +51,32 @@ VERSION_TABLE = "alembic_version"
 SQLITE_CACHE_KIB = 16_384  # of each connection; more makes no ingest faster, only trainings larger
 # libpq also takes secrets as parameters: password, passfile, sslpassword, scram_client_key, ...
 SECRET_PARAMETER = re.compile(r"pass|pwd|secret|scram_\w+_key", re.IGNORECASE)
+
+_NEW = "Make a new one with: cellstore split create NAME"
+REFUSALS = {
+    "split is frozen": (
+        f"A run relies on this split, so it can neither change nor be deleted. {_NEW}"
+    ),
+    "split keeps each group in one subset": (
+        "In this split a well (plate, perturbation: its group level) is in one subset only, and "
+        f"this would put one in two subsets or move it. {_NEW}"
+    ),
+    "split member is in no group": (
+        "This split goes by perturbation, and an image without a treatment cannot be in it. "
+        "Give its well a treatment first: cellstore ingest TABLE"
+    ),
+    "split keeps its protocol and group level": (
+        f"The protocol and the group level of a split never change. {_NEW}"
+    ),
+    "split says what it is about": (
+        "A split names what is changed here (an image's well, a well's plate, a class), or a run "
+        f"relies on it; what a split is about does not change. {_NEW}"
+    ),
+    "split is there already": (
+        "A split of this name is there already, and a split never changes. Choose another name."
+    ),
+}
+"""What the triggers of the first revision raise, and the sentence for it."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +156,9 @@ def _translated(database: Database) -> Iterator[None]:
     try:
         yield
     except SqlDatabaseError as error:
-        if (refused := refusal(error)) is not None:
-            raise refused from error
+        for refusal, sentence in REFUSALS.items():
+            if refusal in str(error.orig):
+                raise UserInputError(sentence) from error
         # Its other kinds (integrity, programming) are not about the database's own health,
         # but for a parameter of the URL that the driver does not know.
         unconnected = type(error) is ProgrammingError and error.statement is None
@@ -136,7 +169,7 @@ def _translated(database: Database) -> Iterator[None]:
 
 def explain(error: DBAPIError, database: Database) -> DatabaseError | StorageError:
     """Return the sentence for a database that failed."""
-    text = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else "no reason given"
+    text = first_line(error.orig or error)
     lowered = text.lower()
     if "unable to open database file" in lowered or (database.is_sqlite and "readonly" in lowered):
         return StorageError(

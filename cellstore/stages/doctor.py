@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from ..errors import CellstoreError
+from ..errors import CellstoreError, first_line
 from ..jobs.workspace import open_workspace
 from ..settings import EXTRAS, StoreSettings
 
@@ -73,8 +73,7 @@ def _module(topic: str, name: str) -> Finding:
     try:
         importlib.import_module(name)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Finding(topic, name, "broken", f"import fails: {reason}")
+        return Finding(topic, name, "broken", f"import fails: {first_line(error)}")
     try:
         found = version(DISTRIBUTIONS.get(name, name.replace("_", "-")))
     except PackageNotFoundError:

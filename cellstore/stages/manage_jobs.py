@@ -195,10 +195,7 @@ def retry(
         if run is not None:
             which.append(Job.run_id == find_run(session, run, *STAGES).id)
         if image is not None:
-            which.append(Job.image_id == find_image(session, image).id)
-        # The bytes that an image had before are of no use to try again.
-        current = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
-        which.append(exists().where(current))
+            which.append(Job.image_id == find_image(session, image))
         commands = select(Run.command).where(
             Run.id.in_(select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id))
         )
