@@ -289,9 +289,9 @@ def measure(
 
 
 def _list_features(common: Common) -> None:
-    from cellstore.stages.measure import list_groups
+    from cellstore.analysis.features import GROUPS
 
-    groups = list_groups()
+    groups = list(GROUPS.values())
     if common.as_json:
         output.print_json(groups)
         return

@@ -35,6 +35,7 @@ from .objects import (
     BOX,
     CENTRE,
     LARGEST_NUMBER,
+    NO_PLATE,
     Integers,
     ObjectBatch,
     ObjectSource,
@@ -87,17 +88,17 @@ class ObjectColumns:
     object_number: str
     parents: dict[str, str]
 
-    def place(self) -> dict[str, str]:
+    def positions(self) -> dict[str, str]:
         """Return the columns of box and centre."""
         owners = [self.name] if self.name.lower() != "object" else COMPARTMENTS
         for owner in owners:
             own = [c for c in self.features if owner == self.name or c.startswith(f"{owner}_")]
             if own:
-                return place_columns({name.removeprefix(f"{owner}_"): name for name in own})
+                return position_columns({name.removeprefix(f"{owner}_"): name for name in own})
         return {}
 
 
-def place_columns(by_measure: Mapping[str, str]) -> dict[str, str]:
+def position_columns(by_measure: Mapping[str, str]) -> dict[str, str]:
     """Return the columns of ``BOX`` and ``CENTRE``; CellProfiler's boxes are half open, from 0."""
     box = {key: by_measure[name] for key, name in _BOX.items() if name in by_measure}
     found = box if len(box) == len(_BOX) else {}
@@ -162,7 +163,7 @@ def choose_tables(tables: Sequence[ObjectColumns], where: str) -> tuple[list[Obj
     The object numbers of the first are those of the cells: Cells, else Nuclei.
 
     Raises:
-        BadTableError: none has measurements, or several segmentations are side by side.
+        BadTableError: none has measurements, or there are several segmentations.
     """
     if not tables:
         return [], "there is no table of objects: only images are read"
@@ -214,9 +215,6 @@ _DRAWN = re.compile(r"Illum|Outline|Overlay", re.IGNORECASE)
 _NO_VALUE = MISSING | {"None"}
 _SITE_FOLDER = re.compile(r"(?P<plate>.+)-(?P<well>[A-Z]{1,2}[0-9]{1,2})-(?P<site>[0-9]+)")
 
-NO_PLATE = "no plate"
-"""Reason of a row that does not say which plate it is of."""
-
 
 def is_needed(column: str) -> bool:
     """Whether a column (without ``Image_``) is read to know which image a row is."""
@@ -266,7 +264,7 @@ def _record(
     plate: str | None,
     folder: str | None,
 ) -> ImageRecord:
-    files = []
+    files: dict[str, FileRef] = {}  # of two columns of one channel, the first counts
     for channel in channels:
         name = texts.get(FILE + channel)
         if name is None:
@@ -276,8 +274,8 @@ def _record(
         phenix = core_file_name(name)
         plain = channel.removeprefix(ORIGINAL) or channel
         number = phenix.channel if phenix else None
-        files.append(FileRef(plain, number, name, texts.get(FOLDER + channel)))
-    names = _from_names(files, folder)
+        files.setdefault(plain, FileRef(plain, number, name, texts.get(FOLDER + channel)))
+    names = _from_names(list(files.values()), folder)
     text, well = written_well(texts, WELLS, COLUMNS), names.well
     if text is not None:
         try:
@@ -310,7 +308,7 @@ def _record(
         plane=1 if plane is None else plane,
         time_point=1 if time_point is None else time_point,
         core_name=texts.get(_CORE_NAME, core),
-        files=tuple(files),
+        files=tuple(files.values()),
         treatment=treatment_of(texts),
         metadata={name.removeprefix(METADATA): texts[name] for name in sorted(others)} or None,
     )
@@ -371,12 +369,6 @@ class ImageIndex:
                     break
         self._source.images.append((file, content))
 
-    def check_plate(self, where: str) -> None:
-        """Raise what to do if no row at all says which plate it is of."""
-        rows = [content for _, content in self._source.images]
-        if rows and all(isinstance(row, Refusal) and row.reason == NO_PLATE for row in rows):
-            raise UserInputError(f"{where} does not say which plate it is. Name it with --plate.")
-
     def find(self, group: Integers | int, number: Integers) -> Integers:
         """Return the index of the image of each row, ``UNKNOWN`` where there is none."""
         if self._sorted is None:
@@ -422,9 +414,8 @@ def _join(source: ObjectSource, tables: Sequence[TableKeys]) -> list[Integers]:
 
     def refuse(table: TableKeys, rows: Integers, reason: str, detail: str) -> None:
         for file in np.unique(table.file[rows]):
-            lines = table.line[rows[table.file[rows] == file]].tolist()
-            name = source.files[file].name
-            source.issues.append(RowIssue(Severity.REFUSED, name, lines, reason, detail))
+            lines = table.line[rows[table.file[rows] == file]]
+            source.refuse(source.files[file].name, lines, reason, detail)
 
     usable: list[Integers] = []  # the rows of each table that have a key of their own
     for table in tables:
@@ -493,7 +484,7 @@ def add_cells(source: ObjectSource, tables: Sequence[TableKeys], texts: Iterable
     source.origins = [
         (table.file[chosen], table.line[chosen]) for table, chosen in zip(tables, rows, strict=True)
     ]
-    place = tables[0].columns.place()
+    positions = tables[0].columns.positions()
 
     def batch(start: int, asked: Sequence[Future[pa.RecordBatch]]) -> ObjectBatch:
         parts = [future.result() for future in asked]
@@ -501,12 +492,12 @@ def add_cells(source: ObjectSource, tables: Sequence[TableKeys], texts: Iterable
         return ObjectBatch(
             start,
             pa.RecordBatch.from_arrays(arrays, names=names),
-            column_values(parts[0], place, BOX),
-            column_values(parts[0], place, CENTRE),
+            column_values(parts[0], positions, BOX),
+            column_values(parts[0], positions, CENTRE),
         )
 
     def batches() -> Iterator[ObjectBatch]:
-        # Tables are read side by side, and the next batch while the last is being used.
+        # All tables are read at the same time, and the next batch while the last is being used.
         step = batch_rows(len(names))
         waiting: deque[tuple[int, list[Future[pa.RecordBatch]]]] = deque()
         with ThreadPoolExecutor(2) as pool:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-from ..enums import Severity
 from ..errors import BadTableError, StorageError, UserInputError, first_line
 from .cellprofiler import (
     IMAGE_NUMBER,
@@ -41,7 +40,6 @@ from .cellprofiler import (
 from .objects import (
     Integers,
     ObjectSource,
-    RowIssue,
     SourceFile,
     as_numbers,
     batch_rows,
@@ -84,55 +82,50 @@ def open_cellprofiler_folder(path: Path, plate: str | None = None) -> ObjectSour
 
     Raises:
         BadTableError: there is no such table, several segmentations, or damage.
-        UserInputError: nothing says which plate it is.
+        UserInputError: no table names its plate.
         StorageError: the temporary folder is full.
     """
     source = ObjectSource(TOOL, own_images=True)
-    try:
-        _open_folder(source, path, plate)
-    except BaseException:
-        source.close()
-        raise
-    return source
-
-
-def _open_folder(source: ObjectSource, root: Path, plate: str | None) -> None:
     folders: dict[Path, int] = {}
     files: list[_CsvFile] = []
-    for path in _csv_files(root):
-        table = open_table(path, empty=True)
-        folder = folders.setdefault(path.parent, len(folders))
-        name = path.relative_to(root).as_posix()
-        files.append(_CsvFile(name, _kind(path), folder, table, _columns(table)))
+    for file_path in _csv_files(path):
+        table = open_table(file_path, empty=True)
+        folder = folders.setdefault(file_path.parent, len(folders))
+        name = file_path.relative_to(path).as_posix()
+        files.append(_CsvFile(name, _kind(file_path), folder, table, _columns(table)))
     of_images = [f for f in files if f.kind.lower() == IMAGE_TABLE and IMAGE_NUMBER in f.columns]
     kinds: dict[str, list[_CsvFile]] = {}
     for file in files:
         if object_columns(file.kind, file.columns):
             kinds.setdefault(file.kind, []).append(file)
     if not of_images and not kinds:
-        raise BadTableError(f"{root} has no Image.csv of CellProfiler, nor tables of objects.")
+        raise BadTableError(f"{path} has no Image.csv of CellProfiler, nor tables of objects.")
     images = ImageIndex(source)
     folder_names = [folder.name for folder in folders]
     for file in of_images:
         _add_images(source, images, file, plate, folder_names[file.folder])
-    images.check_plate(root.name)
+    source.check_plate(path.name)
     merged = [
         object_columns(kind, list(dict.fromkeys(name for file in own for name in file.columns)))
         for kind, own in kinds.items()
     ]
-    chosen, note = choose_tables([columns for columns in merged if columns], root.name)
+    chosen, note = choose_tables([columns for columns in merged if columns], path.name)
     source.notes += [note] if note else []
     target = Path(tempfile.mkdtemp(prefix="cellstore-"))
     source.close = lambda: shutil.rmtree(target, ignore_errors=True)
-    tables = [
-        _buffered(source, columns, kinds[columns.name], target / f"{number}.arrow", images)
-        for number, columns in enumerate(chosen)
-    ]
-    for file in files:
-        if not file.columns:
-            source.files.append(SourceFile(file.name, file.table.path, 0))
-            _note(source, file, None, "empty file", "the file has 0 bytes")
-    add_cells(source, tables)
+    with ExitStack() as stack:
+        stack.callback(source.close)
+        tables = [
+            _buffered(source, columns, kinds[columns.name], target / f"{number}.arrow", images)
+            for number, columns in enumerate(chosen)
+        ]
+        for file in files:
+            if not file.columns:
+                source.files.append(SourceFile(file.name, file.table.path, 0))
+                source.problem(file.name, None, "empty file", "the file has 0 bytes")
+        add_cells(source, tables)
+        stack.pop_all()  # the caller closes the source
+    return source
 
 
 def _csv_files(root: Path) -> Iterator[Path]:
@@ -187,11 +180,7 @@ def _add_images(
         images.add(file.name, row.line, file.folder, number, record)
     source.files.append(SourceFile(file.name, file.table.path, rows))
     if rows == 0:
-        _note(source, file, None, "no rows", "the image table has a header only")
-
-
-def _note(source: ObjectSource, file: _CsvFile, line: int | None, reason: str, detail: str) -> None:
-    source.issues.append(RowIssue(Severity.PROBLEM, file.name, [line], reason, detail))
+        source.problem(file.name, None, "no rows", "the image table has a header only")
 
 
 def _buffered(
@@ -219,10 +208,8 @@ def _buffered(
         for batch in file.table.batches(positions, numbers=positions):
             lines = np.asarray(batch.lines, np.int64)
             rows += len(lines) + len(batch.refused)
-            source.issues += [
-                RowIssue(Severity.REFUSED, file.name, [line], reason, detail)
-                for line, reason, detail in batch.refused
-            ]
+            for line, reason, detail in batch.refused:
+                source.refuse(file.name, np.array([line]), reason, detail)
             found: dict[str, pa.Array] = {}
             for (_, name), values in zip(used, batch.columns, strict=True):
                 if name not in found:
@@ -244,9 +231,9 @@ def _buffered(
                     _count(odd, f"{name} is not a number", lines, words)
             buffer.append(numbers, len(lines))
         if rows == 0:
-            _note(source, file, None, "no rows", "the file has a header only")
+            source.problem(file.name, None, "no rows", "the file has a header only")
         for what, (count, line) in odd.items():
-            _note(source, file, line, "odd value", f"{what}: {count} rows")
+            source.problem(file.name, line, "odd value", f"{what}: {count} rows")
         source.files.append(SourceFile(file.name, file.table.path, rows))
     buffer.finish()
     whole = {

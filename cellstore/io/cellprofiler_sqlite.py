@@ -155,7 +155,7 @@ def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSour
 
     Raises:
         BadTableError: there is no such table, several segmentations, or damage.
-        UserInputError: nothing says which plate it is.
+        UserInputError: no table names its plate.
     """
     source = ObjectSource(TOOL, own_images=True)
     tables = _sqlite_tables(path)
@@ -164,7 +164,7 @@ def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSour
         raise BadTableError(f"{path} has no table Image of CellProfiler with an {IMAGE_NUMBER}.")
     images = ImageIndex(source)
     groups = _add_sqlite_images(source, images, path, image_table, tables[image_table], plate)
-    images.check_plate(path.name)
+    source.check_plate(path.name)
     found: dict[str, SqliteTable] = {}
     for name, columns in tables.items():
         sorted_columns = object_columns(name, list(columns))
@@ -282,5 +282,5 @@ def _damaged(path: Path, error: Exception) -> BadTableError:
 
 
 def _uri(path: Path) -> str:
-    # immutable is not said: a tool may still be writing; mode=ro never makes a file.
+    # Not immutable=1: a tool may still be writing; mode=ro never makes a file.
     return f"file:{quote(str(path.resolve()))}?mode=ro"

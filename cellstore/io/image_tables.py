@@ -258,9 +258,7 @@ def read_image_table(
     if needs_treatment:
         table.require("Metadata_pert_iname")
     if plate is None and table.position("Metadata_Plate") is None:
-        raise UserInputError(
-            f"{table.path.name} does not say which plate it is. Name it with --plate."
-        )
+        raise UserInputError(f"{table.path.name} does not name its plate. Name it with --plate.")
     found, numbers = _find_channels(table, channels or {})
     of_files = [column for item in found for column in (item.file, item.frame, item.series)]
     # A column that is there twice cannot be told apart; the notes of the table say so.
@@ -426,7 +424,6 @@ def _find_channels(
             f"{table.path.name} names no images: it has no column FileName_Orig<channel>. "
             f"{nearest_columns([FILE_PREFIX + 'OrigDNA'], table.columns)}"
         )
-    table.require(*chosen)
     by_key = {key.strip().lower(): name for key, name in wanted.items()}
     channels = []
     found: list[str] = []

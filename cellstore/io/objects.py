@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..enums import Severity
+from ..errors import UserInputError
 from .image_tables import ImageRecord
 from .tables import MISSING_NUMBERS, Refusal
 
@@ -35,6 +36,9 @@ DTYPES = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string()}
 
 BOX = ("min_row", "min_col", "max_row", "max_col")
 CENTRE = ("centroid_row", "centroid_col")
+
+NO_PLATE = "no plate"
+"""Reason of a row that does not name its plate."""
 
 _NUMBER = r"(?i)^\s*[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf(inity)?)\s*$"
 
@@ -101,6 +105,26 @@ class ObjectSource:
     close: Callable[[], None] = lambda: None
     issues: list[RowIssue] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def refuse(self, file: str, lines: Integers, reason: str, detail: str) -> None:
+        """Note rows that become no cells."""
+        if len(lines):
+            issue = RowIssue(Severity.REFUSED, file, lines.tolist(), reason, detail)
+            self.issues.append(issue)
+
+    def problem(self, file: str, line: int | None, reason: str, detail: str) -> None:
+        """Note what could not be used of a row, or of a whole table."""
+        self.issues.append(RowIssue(Severity.PROBLEM, file, [line], reason, detail))
+
+    def check_plate(self, name: str) -> None:
+        """Check that some row names its plate.
+
+        Raises:
+            UserInputError: none does.
+        """
+        rows = [content for _, content in self.images]
+        if rows and all(isinstance(row, Refusal) and row.reason == NO_PLATE for row in rows):
+            raise UserInputError(f"{name} does not name its plate. Name it with --plate.")
 
 
 def batch_rows(columns: int) -> int:

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..enums import Control, PerturbationKind
 from ..errors import BadTableError, UserInputError
@@ -36,6 +36,8 @@ SAMPLE = "broad_sample"
 TARGETS = ("gene", "target", "target_list")
 LONG_NAME = "a name that cannot be stored"
 """Reason of a row with a name that no database can keep."""
+
+T = TypeVar("T")
 
 Position = tuple[int, int]
 """Row and column of a well, both from 1."""
@@ -129,7 +131,7 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
     """Return the treatment of a row by its known values, of ``TREATMENT_COLUMNS``.
 
     A row that names no perturbation but its ``Metadata_JCP2022`` is called by that. Its kind is
-    the one that is written, else the first digit of that identifier says it.
+    the one that is written, else that of the first digit of this identifier.
 
     Raises:
         RowRefusedError: a text is too long for a database.
@@ -154,22 +156,22 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
     )
 
 
-def completed(said: TreatmentRecord, known: TreatmentRecord) -> TreatmentRecord:
-    """Return ``said`` with what it leaves open taken from ``known``, where both are one sample.
+def completed(given: TreatmentRecord, known: TreatmentRecord) -> TreatmentRecord:
+    """Return ``given`` with its gaps filled from ``known``, where both are one sample.
 
-    Where the result equals ``known``, ``said`` says nothing new. One sample: the same kind and
+    The result equals ``known`` where ``given`` adds nothing. One sample: the same kind and
     identifier, or the same kind and name where one of the two has no identifier.
     """
-    by_name = known.identifier is None or said.identifier is None
+    by_name = known.identifier is None or given.identifier is None
     key = "pert_iname" if by_name else "identifier"
-    if known.kind is not said.kind or getattr(known, key) != getattr(said, key):
-        return said
+    if known.kind is not given.kind or getattr(known, key) != getattr(given, key):
+        return given
     gaps = {
         item.name: getattr(known, item.name)
         for item in fields(TreatmentRecord)
-        if getattr(said, item.name) is None
+        if getattr(given, item.name) is None
     }
-    return replace(said, **gaps) if gaps else said
+    return replace(given, **gaps) if gaps else given
 
 
 class Aliases:
@@ -195,19 +197,21 @@ class Aliases:
         columns = next((pair for pair in pairs if set(pair) <= set(table.columns)), pairs[0])
         table.require(*columns)
         given: dict[str, str] = {}
-        for row in _rows(table, columns):
-            detail = row.detail if isinstance(row, Refusal) else ""
-            if isinstance(row, _Row):
-                alias, name = map(row.texts.get, columns)
-                if alias is None or name is None:
-                    detail = "both names are needed"
-                elif len(name) > LONGEST:
-                    detail = f"the name has more than {LONGEST} characters"
-                elif given.setdefault(alias, name) != name:
-                    detail = f"{alias!r} is {given[alias]!r} already"
-            if detail:
+
+        def add(texts: Mapping[str, str]) -> None:
+            alias, name = map(texts.get, columns)
+            if alias is None or name is None:
+                raise RowRefusedError("", "both names are needed")
+            if len(name) > LONGEST:
+                raise RowRefusedError("", f"the name has more than {LONGEST} characters")
+            if given.setdefault(alias, name) != name:
+                raise RowRefusedError("", f"{alias!r} is {given[alias]!r} already")
+
+        for row in _read(table, columns, add):
+            if isinstance(row, Refusal):
                 raise BadTableError(
-                    f"{path.name}, line {row.line}: {detail}. Correct this row of the alias table."
+                    f"{path.name}, line {row.line}: {row.detail}. Correct this row of the alias "
+                    "table."
                 )
         given = {alias: name for alias, name in given.items() if alias != name}
         names = {}
@@ -236,22 +240,26 @@ class Aliases:
         return self._done[record]
 
 
-class _Row(NamedTuple):
-    """The known values of a row by column, without ``Metadata_``."""
+def _read(
+    table: TextTable, names: Iterable[str], record: Callable[[dict[str, str]], T]
+) -> Iterator[tuple[int, T] | Refusal]:
+    """Yield the line of each row and what ``record`` makes of it, or why it is refused.
 
-    line: int
-    texts: dict[str, str]
-
-
-def _rows(table: TextTable, names: Iterable[str]) -> Iterator[_Row | Refusal]:
-    """Yield the rows of a table; each of the columns may have the prefix ``Metadata_``."""
+    ``record`` gets the known values by column. Each of the columns may have the prefix
+    ``Metadata_`` in the table.
+    """
     positions = {name: at for name in names if (at := _position(table, name)) is not None}
     for row in table.rows():
         if isinstance(row, Refusal):
             yield row
             continue
         cells = ((name, cell_text(row.cells, at)) for name, at in positions.items())
-        yield _Row(row.line, {name: text for name, text in cells if text is not None})
+        try:
+            made = record({name: text for name, text in cells if text is not None})
+        except RowRefusedError as refused:
+            yield Refusal(row.line, *refused.args)
+            continue
+        yield row.line, made
 
 
 def _position(table: TextTable, name: str) -> int | None:
@@ -269,18 +277,13 @@ _MODALITIES = {
     "any": PerturbationKind.NONE,
 }
 
-
-class TreatmentRow(NamedTuple):
-    """A row of a table of treatments; ``record`` is None where every cell of it is empty."""
-
-    line: int
-    record: TreatmentRecord | None
+TreatmentRow = tuple[int, TreatmentRecord | None]
+"""A line of a table and its treatment; None where every cell of the row is empty."""
 
 
 class PlateRow(NamedTuple):
-    """A plate, the batch it was made in, and what other columns say of it."""
+    """A plate, the batch it was made in, and the values of its other columns."""
 
-    line: int
     barcode: str
     batch: str | None
     metadata: dict[str, str]
@@ -314,7 +317,7 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
         role = texts.get("control_type")
         return TreatmentRecord.of(kind, name, sample, targets, role, *map(texts.get, chemistry))
 
-    return _records(table, (SAMPLE, "pert_iname", *TARGETS, "control_type", *chemistry), record)
+    return _read(table, (SAMPLE, "pert_iname", *TARGETS, "control_type", *chemistry), record)
 
 
 def jump_crispr(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
@@ -334,7 +337,7 @@ def jump_crispr(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
 
     columns = ("JCP2022", "NCBI_Gene_ID", "Symbol")
     table.require(*(PREFIX + name for name in columns))
-    return _records(table, columns, record)
+    return _read(table, columns, record)
 
 
 def jump_controls(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
@@ -358,42 +361,26 @@ def jump_controls(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
 
     columns = ("JCP2022", "pert_type", "Name", "modality")
     table.require(*(PREFIX + name for name in columns))
-    return _records(table, columns, record)
+    return _read(table, columns, record)
 
 
-def _records(
-    table: TextTable,
-    columns: Iterable[str],
-    record_of: Callable[[Mapping[str, str]], TreatmentRecord | None],
-) -> Iterator[TreatmentRow | Refusal]:
-    for row in _rows(table, columns):
-        if isinstance(row, Refusal):
-            yield row
-            continue
-        try:
-            yield TreatmentRow(row.line, record_of(row.texts))
-        except RowRefusedError as refused:
-            yield Refusal(row.line, *refused.args)
-
-
-def jump_plates(table: TextTable) -> Iterator[PlateRow | Refusal]:
+def jump_plates(table: TextTable) -> Iterator[tuple[int, PlateRow] | Refusal]:
     """Yield the plates of ``plate.csv``; their source and their type are metadata.
 
     Raises:
         BadTableError: a column is missing.
     """
-    table.require(*(PREFIX + name for name in ("Plate", "Batch")))
-    for row in _rows(table, ("Plate", "Batch", "Source", "PlateType")):
-        if isinstance(row, Refusal):
-            yield row
-            continue
-        barcode, batch = row.texts.pop("Plate", None), row.texts.pop("Batch", None)
+
+    def record(texts: dict[str, str]) -> PlateRow:
+        barcode, batch = texts.pop("Plate", None), texts.pop("Batch", None)
         if barcode is None:
-            yield Refusal(row.line, "no plate", "Metadata_Plate is empty")
-        elif max(len(barcode), len(batch or "")) > LONGEST:
-            yield Refusal(row.line, LONG_NAME, f"more than {LONGEST} characters")
-        else:
-            yield PlateRow(row.line, barcode, batch, row.texts)
+            raise RowRefusedError("no plate", "Metadata_Plate is empty")
+        if max(len(barcode), len(batch or "")) > LONGEST:
+            raise RowRefusedError(LONG_NAME, f"more than {LONGEST} characters")
+        return PlateRow(barcode, batch, texts)
+
+    table.require(*(PREFIX + name for name in ("Plate", "Batch")))
+    return _read(table, ("Plate", "Batch", "Source", "PlateType"), record)
 
 
 def _kind_of(table: TextTable) -> PerturbationKind:
@@ -420,22 +407,21 @@ class MapRow(NamedTuple):
     """A well of a plate map. Every reader of maps yields these, whatever the shape of its table.
 
     ``sample`` is what treatment tables are joined by; ``record`` is the treatment where the map
-    itself says it. A row with neither is an empty well.
+    itself names it. A row with neither is an empty well.
     """
 
-    line: int
     map_name: str | None
     position: Position
     metadata: dict[str, str]
-    sample: str | None = None
-    record: TreatmentRecord | None = None
+    sample: str | None
+    record: TreatmentRecord | None
 
 
 @dataclass(frozen=True)
 class PlateMap:
     """The treatments of one plate map by position; None: the well is empty.
 
-    ``lines``: the line of ``path`` that says so; ``metadata``: what other columns say of the well.
+    ``lines`` has the line of ``path``, ``metadata`` the values of the other columns.
     A row with a sample that no treatment table has is in none of them.
     """
 
@@ -511,12 +497,12 @@ def read_annotation(
     maps: dict[str, PlateMap] = {}
     for path in paths:
         stem = Path(path.name.removesuffix(".gz")).stem
-        by_map: dict[str, list[MapRow]] = defaultdict(list)
+        by_map: dict[str, list[tuple[int, MapRow]]] = defaultdict(list)
         for row in _map_rows(path, bool(tables), notes):
             if isinstance(row, Refusal):
                 issues.append((path, row))
             else:
-                by_map[row.map_name or stem].append(row)
+                by_map[row[1].map_name or stem].append(row)
         # A map all of whose rows are refused is a map.
         for name, rows in (by_map or {stem: []}).items():
             if name in maps:
@@ -550,18 +536,21 @@ def _read_treatments(path: Path, issues: list[Issue]) -> _Treatments:
     for row in treatment_rows(table):
         if isinstance(row, Refusal):
             issues.append((path, row))
-        elif row.record is not None and row.record.identifier is None:
-            untreated = row.record
-        elif row.record is not None:
-            sample = str(row.record.identifier)
-            first = by_sample.setdefault(sample, row.record)
-            if first != row.record:
-                detail = f"{sample} is {first.pert_iname} on an earlier line; kept"
-                issues.append((path, Refusal(row.line, "broad_sample twice", detail)))
+            continue
+        line, record = row
+        if record is not None and record.identifier is None:
+            untreated = record
+        elif record is not None:
+            first = by_sample.setdefault(str(record.identifier), record)
+            if first != record:
+                detail = f"{record.identifier} is {first.pert_iname} on an earlier line; kept"
+                issues.append((path, Refusal(line, "broad_sample twice", detail)))
     return _Treatments(by_sample, untreated)
 
 
-def _map_rows(path: Path, has_tables: bool, notes: list[str]) -> Iterator[MapRow | Refusal]:
+def _map_rows(
+    path: Path, has_tables: bool, notes: list[str]
+) -> Iterator[tuple[int, MapRow] | Refusal]:
     """Yield the wells of a table with a row per well."""
     table = open_table(path)
     notes += [f"{writable(path.name)}: {note}" for note in table.notes]
@@ -576,46 +565,37 @@ def _map_rows(path: Path, has_tables: bool, notes: list[str]) -> Iterator[MapRow
         )
     known = {*_MAP_COLUMNS, *_POSITION_AGAIN, *(PREFIX + name for name in _MAP_COLUMNS)}
     others = [name for name in table.columns if name and name not in known | table.repeated]
-    for row in _rows(table, (*_MAP_COLUMNS, *others)):
-        if isinstance(row, Refusal):
-            yield row
-            continue
-        line, texts = row
+
+    def record(texts: dict[str, str]) -> MapRow:
         try:
             position = parse_well(texts.get("well_position", ""))
         except UserInputError as error:
-            yield Refusal(line, "not a well", str(error))
-            continue
-        metadata = {name.removeprefix(PREFIX): texts[name] for name in others if name in texts}
-        found = MapRow(line, texts.get("plate_map_name"), position, metadata)
+            raise RowRefusedError("not a well", str(error)) from error
+        treatment = None
         genotype, gene = texts.get("genotype"), texts.get("gene_name")
-        if not genotypes:
-            yield found._replace(sample=texts.get(SAMPLE))
-        elif genotype is None:
-            yield found
-        else:
+        if genotypes and genotype is not None:
             # 'NF1 Null' of gene NF1; the wild type is the negative control.
             name = f"{gene} {genotype}" if gene else genotype
             role = "negative" if genotype.upper() == "WT" else None
-            try:
-                record = TreatmentRecord.of(
-                    PerturbationKind.GENOTYPE, name, targets=gene, role=role
-                )
-                yield found._replace(record=record)
-            except RowRefusedError as refused:
-                yield Refusal(line, *refused.args)
+            kind = PerturbationKind.GENOTYPE
+            treatment = TreatmentRecord.of(kind, name, targets=gene, role=role)
+        metadata = {name.removeprefix(PREFIX): texts[name] for name in others if name in texts}
+        sample = None if genotypes else texts.get(SAMPLE)
+        return MapRow(texts.get("plate_map_name"), position, metadata, sample, treatment)
+
+    return _read(table, (*_MAP_COLUMNS, *others), record)
 
 
 def _fill(
-    plate_map: PlateMap, rows: Sequence[MapRow], tables: Sequence[_Treatments]
+    plate_map: PlateMap, rows: Sequence[tuple[int, MapRow]], tables: Sequence[_Treatments]
 ) -> Iterator[Refusal]:
     """Add the rows to the map, joined with treatments; yield those that cannot be used."""
-    samples = {row.sample for row in rows if row.sample is not None}
+    samples = {row.sample for _, row in rows if row.sample is not None}
     shared = [len(samples & table.by_sample.keys()) for table in tables]
     untreated = None
     if len(tables) == 1 or max(shared, default=0):
         untreated = tables[shared.index(max(shared))].untreated
-    for line, _, position, metadata, sample, record in rows:
+    for line, (_, position, metadata, sample, record) in rows:
         treatment = record or untreated
         if sample is not None:
             known = [t.by_sample[sample] for t in tables if sample in t.by_sample]
@@ -642,17 +622,17 @@ def _read_barcodes(path: Path, maps: Mapping[str, PlateMap], issues: list[Issue]
     columns = ("Assay_Plate_Barcode", "Plate_Map_Name")
     table.require(*columns)
     plates: dict[str, str] = {}
-    for row in _rows(table, columns):
-        if isinstance(row, Refusal):
-            issues.append((path, row))
-            continue
-        plate, chosen = map(row.texts.get, columns)
+
+    def add(texts: Mapping[str, str]) -> None:
+        plate, chosen = map(texts.get, columns)
         if plate is None or chosen is None:
-            refusal = Refusal(row.line, "no barcode or map name", "both are needed")
-            issues.append((path, refusal))
-        elif plates.setdefault(plate, chosen) != chosen:
+            raise RowRefusedError("no barcode or map name", "both are needed")
+        if plates.setdefault(plate, chosen) != chosen:
             detail = f"{plate} has the plate map {plates[plate]} on an earlier line; kept"
-            issues.append((path, Refusal(row.line, "barcode twice", detail)))
+            raise RowRefusedError("barcode twice", detail)
+
+    rows = _read(table, columns, add)
+    issues += [(path, row) for row in rows if isinstance(row, Refusal)]
     if not maps.keys() & set(plates.values()):
         named = ", ".join(sorted(set(plates.values()))[:3])
         raise BadTableError(

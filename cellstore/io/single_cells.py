@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +14,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..enums import Severity
 from ..errors import BadTableError, UserInputError, first_line
 from .cellprofiler import (
     COMPARTMENTS,
-    NO_PLATE,
     ROWS,
     WELLS,
     channels_of,
     image_record,
     is_feature,
     is_needed,
-    place_columns,
+    position_columns,
 )
 from .image_files import PARQUET
 from .image_tables import ImageRecord
@@ -38,7 +35,6 @@ from .objects import (
     Integers,
     ObjectBatch,
     ObjectSource,
-    RowIssue,
     SourceFile,
     as_numbers,
     batch_rows,
@@ -71,7 +67,7 @@ _NUMBERS = (
 """Columns of the object number of a cell; the first that is there counts."""
 
 _IMAGE_KEYS = ("Metadata_ImageNumber", "ImageNumber", "Metadata_TableNumber", "TableNumber")
-_OWN_PLACE = {
+_OWN_POSITION = {
     "min_row": "Metadata_MinRow",
     "min_col": "Metadata_MinCol",
     "max_row": "Metadata_MaxRow",
@@ -95,7 +91,7 @@ class _Columns:
     """What the columns of a table of single cells are.
 
     ``image`` maps names of CellProfiler's image table to columns, ``keys`` are those that tell
-    images apart; ``others`` are what else is said of them, kept as metadata.
+    images apart; ``others`` are further columns about the image, kept as metadata.
     """
 
     object_number: str | None
@@ -103,7 +99,7 @@ class _Columns:
     keys: tuple[str, ...]
     others: tuple[str, ...]
     features: tuple[str, ...]
-    place: Mapping[str, str]
+    positions: Mapping[str, str]
     excluded: str | None
 
     @property
@@ -124,14 +120,14 @@ class _Columns:
         keys = [name for name in _IMAGE_KEYS if name in present]
         for prefix in ("Metadata_", "FileName_"):
             keys += [name for plain, name in image.items() if plain.startswith(prefix)]
-        place = {key: name for key, name in _OWN_PLACE.items() if name in present}
-        for role in () if place else COMPARTMENTS:
+        positions = {key: name for key, name in _OWN_POSITION.items() if name in present}
+        for role in () if positions else COMPARTMENTS:
             by_measure: dict[str, str] = {}
             for prefix in (f"{role}_", f"Metadata_{role}_"):
                 for name in columns:
                     if name.startswith(prefix):
                         by_measure.setdefault(name.removeprefix(prefix), name)
-            place = place or place_columns(by_measure)
+            positions = positions or position_columns(by_measure)
         return cls(
             next((name for name in _NUMBERS if name in present), None),
             image,
@@ -140,10 +136,10 @@ class _Columns:
                 name
                 for name in columns
                 if name.startswith("Metadata_")
-                and name not in {*_NUMBERS, *image.values(), *keys, *place.values(), EXCLUDED}
+                and name not in {*_NUMBERS, *image.values(), *keys, *positions.values(), EXCLUDED}
             ),
             tuple(name for name in columns if _is_measure(name)),
-            place,
+            positions,
             EXCLUDED if EXCLUDED in present else None,
         )
 
@@ -175,10 +171,10 @@ def open_single_cells(path: Path, plate: str | None = None) -> ObjectSource:
 
     Raises:
         BadTableError: it has no cells, no features, or is damaged.
-        UserInputError: nothing says which plate it is, or it cannot be read.
+        UserInputError: no row names its plate, or the file cannot be read.
     """
     source = ObjectSource(TOOL, own_images=False)
-    table: _Table = _ParquetTable(path) if _is_parquet(path) else _TextCells(path, source.issues)
+    table: _Table = _ParquetTable(path) if _is_parquet(path) else _TextCells(path, source)
     columns = _Columns.of(table.columns)
     if columns.object_number is None:
         what = "no column with the number of the cell (Metadata_ObjectNumber)"
@@ -205,128 +201,101 @@ def _find_cells(
 ) -> Chosen:
     """Add the images and cells to ``source``; return which rows of the table are cells."""
     number = str(columns.object_number)
-    images = _RowImages(source, path.name, columns, plate)
     parts = [[np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]]
+    known: dict[str, tuple[int, list[str | None]]] = {}
+    """By the key of an image: its index, and what the other columns have in its first row."""
+    varying: set[str] = set()
+    """Columns that have no single value per image."""
     with _reading(path):  # an image may be named by a column of an odd kind
         for batch, lines in table.batches(list(dict.fromkeys([number, *columns.of_image]))):
-            parts[0].append(images.find(batch, lines))
+            keys = _joined(batch, columns.keys)
+            codes = keys.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+            first = np.unique(codes, return_index=True)[1]
+            for name in set(columns.others) - varying:
+                try:
+                    values = _joined(batch, [*columns.keys, name])
+                except pa.ArrowNotImplementedError:  # lists
+                    varying.add(name)
+                    continue
+                if len(values.dictionary) > len(first):
+                    varying.add(name)
+            found = []
+            for key, row in zip(keys.dictionary.to_pylist(), first.tolist(), strict=True):
+                texts = {}
+                for name in columns.of_image:
+                    value = batch.column(name)[row].as_py()
+                    texts[name] = None if value is None else str(value)
+                others = [texts[name] for name in columns.others]
+                if key not in known:
+                    known[key] = len(source.images), others
+                    by_name = {plain: texts[name] for plain, name in columns.image.items()}
+                    by_name |= dict(zip(columns.others, others, strict=True))
+                    channels = channels_of(by_name)
+                    content = image_record(int(lines[row]), by_name, channels, plate)
+                    source.images.append((path.name, content))
+                index, before = known[key]
+                # The cells of an image may begin in the batch before.
+                named = zip(columns.others, others, before, strict=True)
+                varying |= {name for name, text, earlier in named if text != earlier}
+                found.append(index)
+            parts[0].append(np.array(found, np.int64)[codes])
             parts[1].append(whole_numbers(batch.column(number)))
             parts[2].append(lines)
-    images.leave_varying()
+    if varying:
+        names = sorted(name.removeprefix("Metadata_") for name in varying)
+        for at, (file, content) in enumerate(source.images):
+            if isinstance(content, ImageRecord) and content.metadata:
+                left = {name: text for name, text in content.metadata.items() if name not in names}
+                source.images[at] = file, content._replace(metadata=left or None)
+        more = ", ..." if len(names) > 5 else ""
+        source.notes.append(
+            "metadata not kept, because the cells of one image have different values: "
+            f"{', '.join(names[:5])}{more}"
+        )
     image, numbers, lines = (np.concatenate(some) for some in parts)
-    contents = [content for _, content in source.images]
-    if contents and all(isinstance(c, Refusal) and c.reason == NO_PLATE for c in contents):
-        raise UserInputError(f"{path.name} does not say which plate it is. Name it with --plate.")
-
-    def refuse(rows: Chosen, reason: str, detail: str) -> None:
-        if rows.any():
-            lost = lines[rows].tolist()
-            source.issues.append(RowIssue(Severity.REFUSED, path.name, lost, reason, detail))
-
+    source.check_plate(path.name)
     kept = np.ones(len(image), bool)
-    for index, content in enumerate(contents):
+    for index, (_, content) in enumerate(source.images):
         if isinstance(content, Refusal):
-            refuse(image == index, content.reason, content.detail)
+            source.refuse(path.name, lines[image == index], content.reason, content.detail)
             kept &= image != index
     odd = kept & ((numbers < 0) | (numbers >= LARGEST_NUMBER))
-    refuse(odd, "no object number", f"{number} is no whole number")
+    why = f"{number} is no whole number"
+    source.refuse(path.name, lines[odd], "no object number", why)
     kept &= ~odd
     again = kept.copy()
     again[kept] = ~first_of_each((image[kept] << 32) | numbers[kept])
-    refuse(again, "duplicate key", "an earlier row is the same cell")
+    source.refuse(path.name, lines[again], "duplicate key", "an earlier row is the same cell")
     kept &= ~again
     for line, reason, detail in table.refused:
-        source.issues.append(RowIssue(Severity.REFUSED, path.name, [line], reason, detail))
+        source.refuse(path.name, np.array([line]), reason, detail)
     rows = len(lines) + len(table.refused)
     source.files.append(SourceFile(path.name, path, rows))
     if rows == 0:
-        why = "the file has no rows"
-        source.issues.append(RowIssue(Severity.PROBLEM, path.name, [None], "no rows", why))
+        source.problem(path.name, None, "no rows", "the file has no rows")
     source.image_index, source.object_number = image[kept], numbers[kept]
     source.origins = [(np.zeros(len(source.image_index), np.int64), lines[kept])]
     return kept
 
 
-class _RowImages:
-    """Adds the image of each row to a source, once; rows of one image say the same of it."""
-
-    def __init__(
-        self, source: ObjectSource, file: str, columns: _Columns, plate: str | None
-    ) -> None:
-        self._source = source
-        self._file = file
-        self._columns = columns
-        self._plate = plate
-        self._known: dict[tuple[str | None, ...], tuple[int, tuple[str | None, ...]]] = {}
-        self._varying: set[str] = set()
-        """Columns that have no single value per image."""
-
-    def find(self, batch: pa.RecordBatch, lines: Integers) -> Integers:
-        """Return the index of the image of each row."""
-        code = np.zeros(batch.num_rows, np.int64)
-        for name in self._columns.keys:
-            own, count = _codes(batch.column(name))
-            _, code = np.unique(code * (count + 1) + own, return_inverse=True)
-        _, first, image = np.unique(code, return_index=True, return_inverse=True)
-        for name in set(self._columns.others) - self._varying:
-            try:
-                own, count = _codes(batch.column(name))
-            except pa.ArrowNotImplementedError:  # lists
-                self._varying.add(name)
-                continue
-            if len(np.unique(image * (count + 1) + own)) > len(first):
-                self._varying.add(name)
-        found = [self._image_of(batch, int(lines[row]), row) for row in first.tolist()]
-        return np.array(found, np.int64)[image]
-
-    def _image_of(self, batch: pa.RecordBatch, line: int, row: int) -> int:
-        values = {}
-        for name in self._columns.of_image:
-            value = batch.column(name)[row].as_py()
-            values[name] = None if value is None else str(value)
-        key = tuple(values[name] for name in self._columns.keys)
-        others = tuple(values[name] for name in self._columns.others)
-        if key not in self._known:
-            self._known[key] = len(self._source.images), others
-            plain = {plain: values[name] for plain, name in self._columns.image.items()}
-            plain |= dict(zip(self._columns.others, others, strict=True))
-            content = image_record(line, plain, channels_of(plain), self._plate)
-            self._source.images.append((self._file, content))
-        index, before = self._known[key]
-        if others != before:  # its cells go on from the batch before
-            named = zip(self._columns.others, others, before, strict=True)
-            self._varying |= {name for name, text, other in named if text != other}
-        return index
-
-    def leave_varying(self) -> None:
-        """Keep no column that has no single value per image, and note which these are."""
-        if not self._varying:
-            return
-        names = sorted(name.removeprefix("Metadata_") for name in self._varying)
-        for at, (file, content) in enumerate(self._source.images):
-            if isinstance(content, ImageRecord) and content.metadata:
-                kept = {name: text for name, text in content.metadata.items() if name not in names}
-                self._source.images[at] = file, content._replace(metadata=kept or None)
-        more = ", ..." if len(names) > 5 else ""
-        self._source.notes.append(
-            "metadata not kept, because the cells of one image have different values: "
-            f"{', '.join(names[:5])}{more}"
-        )
-
-
-def _codes(column: pa.Array) -> tuple[Integers, int]:
-    """Return a number for each value of a column, and how many different ones there are."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    encoded = pc.fill_null(column.cast(pa.string()), "").dictionary_encode()
-    codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    return codes, len(encoded.dictionary)
+def _joined(batch: pa.RecordBatch, names: Sequence[str]) -> pa.DictionaryArray:
+    """Return the values of several columns of each row as one text, encoded."""
+    columns = [pa.repeat(pa.scalar(""), batch.num_rows)]
+    for name in names:
+        column = batch.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        columns.append(column.cast(pa.string()))
+    # No name that can be stored has a NUL in it.
+    return pc.binary_join_element_wise(
+        *columns, "\0", null_handling="replace", null_replacement=""
+    ).dictionary_encode()
 
 
 def _batches(
     table: _Table, columns: _Columns, schema: pa.Schema, kept: Chosen
 ) -> Iterator[ObjectBatch]:
-    dtypes = dict.fromkeys(columns.place.values(), "float64")
+    dtypes = dict.fromkeys(columns.positions.values(), "float64")
     dtypes |= {name: dtype for name in schema.names if (dtype := table.dtype(name))}
     if columns.excluded:
         dtypes[columns.excluded] = "string"
@@ -339,29 +308,20 @@ def _batches(
             yield ObjectBatch(
                 start,
                 chosen.select(schema.names),
-                column_values(chosen, columns.place, BOX),
-                column_values(chosen, columns.place, CENTRE),
+                column_values(chosen, columns.positions, BOX),
+                column_values(chosen, columns.positions, CENTRE),
                 chosen.column(columns.excluded).to_pylist() if columns.excluded else None,
             )
         start += chosen.num_rows
 
 
-class _Table(Protocol):
-    """A table of single cells that can be read again and again; ``refused`` is of the last time."""
-
-    columns: Sequence[str]
-    refused: list[Refusal]
-
-    def dtype(self, column: str) -> str | None:
-        """Return the type of a feature, None where it can be none."""
-
-    def batches(
-        self, columns: Sequence[str], dtypes: Mapping[str, str] | None = None
-    ) -> Iterator[tuple[pa.RecordBatch, Integers]]:
-        """Yield some columns of all rows with their lines; in ``dtypes`` where these are given."""
-
-
 class _ParquetTable:
+    """A table of single cells that can be read again and again.
+
+    ``batches`` yields some columns of all rows with their lines, in the types of ``dtypes`` where
+    these are given; ``refused`` are the rows that the last reading could not use.
+    """
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self.refused: list[Refusal] = []
@@ -373,6 +333,7 @@ class _ParquetTable:
             raise BadTableError(f"{path.name} has the column {min(repeated)!r} more than once.")
 
     def dtype(self, column: str) -> str | None:
+        """Return the type of a feature, None where it can be none."""
         kind = self._schema.field(column).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
@@ -400,20 +361,23 @@ class _ParquetTable:
 
 
 class _TextCells:
-    def __init__(self, path: Path, issues: list[RowIssue]) -> None:
+    """As :class:`_ParquetTable`, of a text file; what is odd becomes an issue of ``source``."""
+
+    def __init__(self, path: Path, source: ObjectSource) -> None:
         self._table: TextTable = open_table(path, empty=True)
         if not self._table.columns:
             raise BadTableError(f"{path} is empty. Export it again, or give another file.")
-        self._issues = issues
+        self._source = source
         self.refused: list[Refusal] = []
         self.columns: Sequence[str] = list(dict.fromkeys(self._table.columns))
         for name in sorted(self._table.repeated):
-            self._note([1], "repeated column", f"{name} comes again: the first is used")
+            why = f"{name} comes again: the first is used"
+            source.problem(path.name, 1, "repeated column", why)
         self._texts: set[str] | None = None
         self._odd: set[str] = set()
 
     def dtype(self, column: str) -> str | None:
-        if self._texts is None:  # told from the first rows
+        if self._texts is None:  # by the first rows
             self._texts = set()
             for batch, _ in self.batches(self.columns):
                 pairs = zip(self.columns, batch.slice(0, 1000).columns, strict=True)
@@ -447,12 +411,11 @@ class _TextCells:
         if odd is not None and name not in self._odd:
             self._odd.add(name)
             why = f"{name} has text among its numbers: these values are empty in the store"
-            self._note([None], "odd value", why)
+            self._source.problem(self._table.path.name, None, "odd value", why)
         return numbers
 
-    def _note(self, lines: Sequence[int | None], reason: str, detail: str) -> None:
-        file = self._table.path.name
-        self._issues.append(RowIssue(Severity.PROBLEM, file, lines, reason, detail))
+
+_Table = _ParquetTable | _TextCells
 
 
 def _is_parquet(path: Path) -> bool:

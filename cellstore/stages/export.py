@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -19,15 +16,15 @@ import pyarrow.parquet as pq
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
-from ..artifacts import PART
+from ..artifacts import open_atomically
 from ..enums import FeatureStorage, Stage
-from ..errors import StorageError, UnknownNameError, UserInputError
+from ..errors import UnknownNameError, UserInputError
 from ..io.tables import disarmed
 from ..jobs.lookup import find_recipe, has_results
 from ..jobs.workspace import Workspace
 from ..models import FeatureFile, FeatureSet, Plate, Recipe, RecipeInput, Run
 from ..query.cells import input_of
-from ..query.engine import Questions, open_questions
+from ..query.engine import open_questions
 from ..query.feature_files import FEATURE_COLUMNS, find_feature_set
 from ..query.guard import literal, quoted
 from ..settings import need
@@ -76,6 +73,7 @@ CELL_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
 }
 """Name, what it is in ``CELLS``, type."""
 
+FLOAT = pa.float64()
 _TYPES = {"int64": pa.int64(), "string": pa.string()}
 
 ORDER = """
@@ -185,63 +183,9 @@ def export(
         UserInputError: there is no cell, or ``out`` exists and ``force`` is not given.
         StorageError: the file cannot be written; nothing is left of it.
     """
-    _check(out, format, for_spreadsheet=for_spreadsheet, force=force)
-    with workspace.database.read() as session:
-        segment, measure, found = choose(session, features, segmentation, measurement)
-        barcodes = _barcodes(session, plates)
-    with open_questions(workspace) as questions:
-        images = _Images(questions, segment.id, barcodes)
-        if images.cells == 0:
-            where = f" on {', '.join(plates)}" if plates else ""
-            raise UserInputError(
-                f"There are no cells{where} to export. Name other plates, or find cells with: "
-                "cellstore segment"
-            )
-        measured = _Measured(questions, measure.id, found)
-        schema = pa.schema([*images.schema, *_fields(CELL_COLUMNS), *images.file_schema])
-        clash = sorted({field.name for field in measured.schema} & set(schema.names))
-        if clash:
-            raise UserInputError(
-                f"The feature {clash[0]!r} has the name of a column that identifies cells. "
-                "Ingest the features again with that column named otherwise."
-            )
-        schema = pa.schema([*schema, *measured.schema])
-
-        def batches() -> Iterator[pa.Table]:
-            workspace.progress.start("export", images.cells)
-            try:
-                for some in images.groups(len(measured.schema)):
-                    batch = _batch(questions, images, some, measured, schema)
-                    yield batch
-                    workspace.progress.advance(batch.num_rows)
-            finally:
-                workspace.progress.finish()
-
-        def write(path: Path) -> None:
-            if format is ExportFormat.PARQUET:
-                write_parquet(path, schema, batches())
-            elif format is ExportFormat.CSV:
-                write_csv(path, schema, batches(), for_spreadsheet=for_spreadsheet)
-            else:
-                write_anndata(path, schema, batches(), images.cells)
-
-        write_whole(out, write)
-    return ExportResult(
-        path=out,
-        format=format.value,
-        feature_set=found.name if found else None,
-        segment_recipe=segment.id,
-        measure_recipe=measure.id,
-        plates=len(pc.unique(images.table["Metadata_Plate"])),
-        cells=images.cells,
-        features=len(measured.schema),
-    )
-
-
-def _check(out: Path, form: ExportFormat, *, for_spreadsheet: bool, force: bool) -> None:
-    if form is ExportFormat.ANNDATA:
+    if format is ExportFormat.ANNDATA:
         need("anndata")
-    if for_spreadsheet and form is not ExportFormat.CSV:
+    if for_spreadsheet and format is not ExportFormat.CSV:
         raise UserInputError("Only CSV is opened in spreadsheets: give --format csv, too.")
     if out.is_dir():
         raise UserInputError(f"{out} is a folder. Give the name of a file.")
@@ -249,9 +193,137 @@ def _check(out: Path, form: ExportFormat, *, for_spreadsheet: bool, force: bool)
         raise UserInputError(f"There is no folder {out.parent}. Make it, or name another one.")
     if out.exists() and not force:
         raise UserInputError(f"{out} exists. Name another file, or replace it with --force.")
+    with workspace.database.read() as session:
+        segment, measure, found = _choose(session, features, segmentation, measurement)
+        known = list(session.scalars(select(Plate.barcode).order_by(Plate.id)))
+    if unknown := set(plates) - set(known):
+        raise UnknownNameError.of("plate", min(unknown), known[:500])
+    values = {"segment": segment.id, "plates": list(plates) or known}
+    with open_questions(workspace) as questions:
+        columns = dict(IMAGE_COLUMNS)
+        for (key,) in list(questions.ask_ours(METADATA.format(images=IMAGES), values).rows()):
+            if f"Metadata_{key}" not in CELL_COLUMNS:
+                text = f"coalesce(w.metadata ->> {literal(key)}, pl.metadata ->> {literal(key)})"
+                columns.setdefault(f"Metadata_{key}", (text, pa.string()))
+        listed = ", ".join(
+            f"{source.format(order=ORDER) if name in IMAGE_COLUMNS else source} AS {quoted(name)}"
+            for name, (source, _) in columns.items()
+        )
+        images = questions.ask_ours(
+            f"SELECT {listed}, i.image_id, i.excluded, s.id AS segmentation_id, s.n_cells "
+            f"{IMAGES} {ORDER}",
+            values,
+        ).table()
+        n_cells = int(pc.sum(images["n_cells"]).as_py() or 0)
+        if n_cells == 0:
+            where = f" on {', '.join(plates)}" if plates else ""
+            raise UserInputError(
+                f"There are no cells{where} to export. Name other plates, or find cells with: "
+                "cellstore segment"
+            )
+        channels = list(questions.ask_ours(CHANNELS.format(images=IMAGES), values).rows())
+        files = {
+            f"Image_{kind}_{channel}": (channel, column)
+            for kind, column in (("FileName", "name"), ("PathName", "folder"))
+            for (channel,) in channels
+        }
+        measured: dict[str, tuple[str, pa.DataType]]
+        if found is None or found.storage is FeatureStorage.TABLE:
+            measured = {PREFIX + name: (f"f.{quoted(name)}", FLOAT) for name in FEATURE_COLUMNS}
+            relation = f"SELECT * FROM features WHERE recipe_id = {int(measure.id)}"  # noqa: S608
+        else:
+            names = [name for name, _ in questions.columns(found.name)[1:]]
+            measured = {
+                item["name"]: (f"f.{quoted(name)}", _TYPES.get(str(item["dtype"]), FLOAT))
+                for name, item in zip(names, found.columns, strict=True)
+            }
+            relation = f"SELECT * FROM {quoted(found.name)}"  # noqa: S608
+        if clash := sorted(measured.keys() & {*columns, *CELL_COLUMNS, *files}):
+            raise UserInputError(
+                f"The feature {clash[0]!r} has the name of a column that identifies cells. "
+                "Ingest the features again with that column named otherwise."
+            )
+        schema = pa.schema(
+            [
+                *((name, kind) for name, (_, kind) in [*columns.items(), *CELL_COLUMNS.items()]),
+                *((name, pa.string()) for name in files),
+                *((name, kind) for name, (_, kind) in measured.items()),
+            ]
+        )
+        # A gap is one thing: not a number, which one database keeps and the other does not.
+        sources = [source for source, _ in CELL_COLUMNS.values()]
+        sources += [
+            f"nullif({source}, 'nan')" if pa.types.is_floating(kind) else source
+            for source, kind in measured.values()
+        ]
+        query = CELLS.format(
+            columns=", ".join(f'{source} AS "{at}"' for at, source in enumerate(sources)),
+            features=relation,
+        )
+
+        def batches() -> Iterator[pa.Table]:
+            """Yield the cells of as many images as can be held at a time."""
+            most = min(_MOST_CELLS, max(1, VALUES_AT_ONCE // max(1, len(measured))))
+            counts = images["n_cells"].to_pylist()
+            first = 0
+            while first < len(counts):
+                last, held = first + 1, counts[first]
+                while last < min(len(counts), first + _MOST_IMAGES) and held + counts[last] <= most:
+                    held += counts[last]
+                    last += 1
+                some = images.slice(first, last - first)
+                first = last
+                parameters = {
+                    "segmentations": some["segmentation_id"].to_pylist(),
+                    "numbers": list(range(some.num_rows)),
+                    "excluded": some["excluded"].to_pylist(),
+                }
+                cells = questions.ask_ours(query, parameters).table()
+                ids = some["image_id"].to_pylist()
+                rows = questions.ask_ours(FILES, {"images": ids}).records()
+                file_of = {(row["image_id"], row["channel"]): row for row in rows}
+                names = [
+                    pa.array([file_of.get((i, channel), {}).get(column) for i in ids], pa.string())
+                    for channel, column in files.values()
+                ]
+                number, own = cells["number"], 1 + len(CELL_COLUMNS)
+                arrays = [some[name].take(number) for name in columns]
+                arrays += cells.columns[1:own]
+                arrays += [column.take(number) for column in names]
+                arrays += cells.columns[own:]
+                pairs = zip(arrays, schema, strict=True)
+                yield pa.table([array.cast(field.type) for array, field in pairs], schema=schema)
+                workspace.progress.advance(cells.num_rows)
+
+        workspace.progress.start("export", n_cells)
+        try:
+            with open_atomically(out) as file:
+                if format is ExportFormat.PARQUET:  # a row group for each batch
+                    with pq.ParquetWriter(file, schema, compression="zstd") as parquet:
+                        for batch in batches():
+                            parquet.write_table(batch)
+                elif format is ExportFormat.CSV:
+                    header = disarmed(schema.empty_table()).schema if for_spreadsheet else schema
+                    with pc_csv.CSVWriter(file, header) as text:
+                        for batch in batches():
+                            text.write_table(disarmed(batch) if for_spreadsheet else batch)
+                else:
+                    _write_anndata(Path(file.name), schema, batches(), n_cells)
+        finally:
+            workspace.progress.finish()
+    return ExportResult(
+        path=out,
+        format=format.value,
+        feature_set=found.name if found else None,
+        segment_recipe=segment.id,
+        measure_recipe=measure.id,
+        plates=len(pc.unique(images["Metadata_Plate"])),
+        cells=n_cells,
+        features=len(measured),
+    )
 
 
-def choose(
+def _choose(
     session: Session, features: str | None, segmentation: str | None, measurement: str | None
 ) -> tuple[Recipe, Recipe, FeatureSet | None]:
     """Return the segment and the measure recipe of what is exported, and its feature set.
@@ -310,144 +382,7 @@ def _last_measure(session: Session, segmentation: str | None) -> Recipe:
     return found
 
 
-def _barcodes(session: Session, asked: Sequence[str]) -> list[str]:
-    known = list(session.scalars(select(Plate.barcode).order_by(Plate.id)))
-    unknown = set(asked) - set(known)
-    if unknown:
-        raise UnknownNameError.of("plate", min(unknown), known[:500])
-    return list(asked) or known
-
-
-def _fields(columns: dict[str, tuple[str, pa.DataType]]) -> list[pa.Field]:
-    return [pa.field(name, kind) for name, (_, kind) in columns.items()]
-
-
-class _Images:
-    """The images with cells, in the order of plates, wells and sites, and where their files are."""
-
-    def __init__(self, questions: Questions, segment_id: int, barcodes: list[str]) -> None:
-        values = {"segment": segment_id, "plates": barcodes}
-        columns = {name: source.format(order=ORDER) for name, (source, _) in IMAGE_COLUMNS.items()}
-        fields = _fields(IMAGE_COLUMNS)
-        for (key,) in list(questions.ask_ours(METADATA.format(images=IMAGES), values).rows()):
-            name = f"Metadata_{key}"
-            if name not in columns and name not in CELL_COLUMNS:
-                text = literal(key)
-                columns[name] = f"coalesce(w.metadata ->> {text}, pl.metadata ->> {text})"
-                fields.append(pa.field(name, pa.string()))
-        listed = ", ".join(f"{source} AS {quoted(name)}" for name, source in columns.items())
-        self.table = questions.ask_ours(
-            f"SELECT {listed}, i.image_id, i.excluded, s.id AS segmentation_id, s.n_cells "
-            f"{IMAGES} {ORDER}",
-            values,
-        ).table()
-        self.cells = int(pc.sum(self.table["n_cells"]).as_py() or 0)
-        self.schema = pa.schema(fields)
-        found = questions.ask_ours(CHANNELS.format(images=IMAGES), values)
-        channels = [channel for (channel,) in found.rows()]
-        self._questions = questions
-        self._file_columns = [
-            *((f"Image_FileName_{channel}", channel, "name") for channel in channels),
-            *((f"Image_PathName_{channel}", channel, "folder") for channel in channels),
-        ]
-        self.file_schema = pa.schema([(name, pa.string()) for name, _, _ in self._file_columns])
-
-    def groups(self, n_features: int) -> Iterator[pa.Table]:
-        """Yield the images in groups whose cells can be held at a time."""
-        most = min(_MOST_CELLS, max(1, VALUES_AT_ONCE // max(1, n_features)))
-        first = cells = 0
-        for number, n_cells in enumerate(self.table["n_cells"].to_pylist()):
-            if number > first and (cells + n_cells > most or number - first == _MOST_IMAGES):
-                yield self.table.slice(first, number - first)
-                first, cells = number, 0
-            cells += n_cells
-        yield self.table.slice(first)
-
-    def files(self, some: pa.Table) -> list[pa.Array]:
-        """Return name and folder of each channel, for a group of images."""
-        ids = some["image_id"].to_pylist()
-        rows = self._questions.ask_ours(FILES, {"images": ids}).records()
-        known = {(row["image_id"], row["channel"]): row for row in rows}
-        return [
-            pa.array([known.get((i, channel), {}).get(what) for i in ids], pa.string())
-            for _, channel, what in self._file_columns
-        ]
-
-
-class _Measured:
-    """The measurements: ``columns`` of the relation ``query``, and their ``schema`` in the file."""
-
-    def __init__(self, questions: Questions, measure_id: int, found: FeatureSet | None) -> None:
-        if found is None or found.storage is FeatureStorage.TABLE:
-            self.columns = list(FEATURE_COLUMNS)
-            self.query = f"SELECT * FROM features WHERE recipe_id = {int(measure_id)}"  # noqa: S608
-            self.schema = pa.schema([(f"{PREFIX}{name}", pa.float64()) for name in self.columns])
-        else:
-            self.columns = [name for name, _ in questions.columns(found.name)[1:]]
-            self.query = f"SELECT * FROM {quoted(found.name)}"  # noqa: S608
-            self.schema = pa.schema(
-                [
-                    (item["name"], _TYPES.get(str(item["dtype"]), pa.float64()))
-                    for item in found.columns
-                ]
-            )
-
-
-def _batch(
-    questions: Questions, images: _Images, some: pa.Table, measured: _Measured, schema: pa.Schema
-) -> pa.Table:
-    """Return the rows of all cells of a group of images."""
-    columns = [source for source, _ in CELL_COLUMNS.values()]
-    for name, field in zip(measured.columns, measured.schema, strict=True):
-        value = f"f.{quoted(name)}"
-        # A gap is one thing: not a number, which one database keeps and the other does not.
-        columns.append(f"nullif({value}, 'nan')" if pa.types.is_floating(field.type) else value)
-    listed = ", ".join(f'{value} AS "{number}"' for number, value in enumerate(columns))
-    cells = questions.ask_ours(
-        CELLS.format(columns=listed, features=measured.query),
-        {
-            "segmentations": some["segmentation_id"].to_pylist(),
-            "numbers": list(range(some.num_rows)),
-            "excluded": some["excluded"].to_pylist(),
-        },
-    ).table()
-    number = cells["number"]
-    own = len(CELL_COLUMNS)
-    arrays = [some[name].take(number) for name in images.schema.names]
-    arrays += cells.columns[1 : 1 + own]
-    arrays += [column.take(number) for column in images.files(some)]
-    arrays += cells.columns[1 + own :]
-    return pa.table(
-        [array.cast(field.type) for array, field in zip(arrays, schema, strict=True)],
-        schema=schema,
-    )
-
-
-Batches = Iterable[pa.Table]
-
-
-def write_parquet(path: Path, schema: pa.Schema, batches: Batches) -> None:
-    """Write a row group for each batch."""
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for batch in batches:
-            writer.write_table(batch)
-
-
-def write_csv(
-    path: Path, schema: pa.Schema, batches: Batches, *, for_spreadsheet: bool = False
-) -> None:
-    """Write texts in quotes where they need them; nothing between two commas is null.
-
-    ``for_spreadsheet`` puts a ' before texts that a spreadsheet would run as a formula.
-    """
-    if for_spreadsheet:
-        schema = disarmed(schema.empty_table()).schema
-    with pc_csv.CSVWriter(path, schema) as writer:
-        for batch in batches:
-            writer.write_table(disarmed(batch) if for_spreadsheet else batch)
-
-
-def write_anndata(path: Path, schema: pa.Schema, batches: Batches, count: int) -> None:
+def _write_anndata(path: Path, schema: pa.Schema, batches: Iterator[pa.Table], count: int) -> None:
     """Write numbers of features as ``X`` (N, F) float64, all else as ``obs``.
 
     AnnData holds the matrix in memory, and so does this, once.
@@ -455,69 +390,29 @@ def write_anndata(path: Path, schema: pa.Schema, batches: Batches, count: int) -
     import anndata
     import pandas as pd
 
-    names = [f.name for f in schema if not _is_metadata(f.name) and not pa.types.is_string(f.type)]
+    about = ("Metadata_", "Image_FileName_", "Image_PathName_")
+    names = [f.name for f in schema if f.type != pa.string() and not f.name.startswith(about)]
     others = [name for name in schema.names if name not in set(names)]
-    matrix, facts, row = np.empty((count, len(names))), [], 0
+    matrix, parts, row = np.empty((count, len(names))), [], 0
     for batch in batches:
         for index, name in enumerate(names):
             values = batch.column(name).cast(pa.float64())
             matrix[row : row + batch.num_rows, index] = values.to_numpy(zero_copy_only=False)
-        facts.append(batch.select(others))
+        parts.append(batch.select(others))
         row += batch.num_rows
-    table = pa.concat_tables(facts)
-    obs = pd.DataFrame({name: _series(table.column(name)) for name in others})
+    table = pa.concat_tables(parts)
+    series: dict[str, Any] = {}
+    for name in others:
+        column = table.column(name)
+        if not pa.types.is_string(column.type):
+            series[name] = column.to_numpy()
+            continue
+        # h5ad has no nulls in columns of text, but categories that are none.
+        encoded = column.combine_chunks().dictionary_encode()
+        codes = pc.fill_null(encoded.indices, -1).to_numpy()
+        categories = np.array(encoded.dictionary.to_pylist(), dtype=object)
+        series[name] = pd.Categorical.from_codes(codes, pd.Index(categories, dtype=object))
+    obs = pd.DataFrame(series)
     obs.index = obs.index.astype(str)
     made = anndata.AnnData(matrix[:row], obs=obs, var=pd.DataFrame(index=pd.Index(names)))
     made.write_h5ad(path)
-
-
-def _is_metadata(name: str) -> bool:
-    return name.startswith(("Metadata_", "Image_FileName_", "Image_PathName_"))
-
-
-def _series(column: pa.ChunkedArray) -> Any:
-    import pandas as pd
-
-    if not pa.types.is_string(column.type):
-        return column.to_numpy()
-    # h5ad has no nulls in columns of text, but categories that are none.
-    encoded = column.combine_chunks().dictionary_encode()
-    codes = pc.fill_null(encoded.indices, -1).to_numpy()
-    categories = np.array(encoded.dictionary.to_pylist(), dtype=object)
-    return pd.Categorical.from_codes(codes, pd.Index(categories, dtype=object))
-
-
-def write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``target``, which then takes its place.
-
-    Raises:
-        StorageError: the disk is full, or the folder cannot be written.
-    """
-    temporary = target.parent / f"{PART}{uuid.uuid4().hex}{target.suffix}"
-    with _explained(target), _removed(temporary):
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-
-
-@contextmanager
-def _removed(temporary: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"{target} cannot be written: {error.strerror or error}. Free some space or mend the "
-            "permissions, then run the same command again; nothing half-written is left."
-        ) from error

@@ -220,7 +220,7 @@ def retry(
         if run is not None:
             which.append(Job.run_id == run_in(session, run, STAGES).id)
         if image is not None:
-            which.append(Job.image_id == find_image(session, image).id)
+            which.append(Job.image_id == find_image(session, image))
         # The bytes that an image had before are of no use to try again.
         current = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
         which.append(exists().where(current))
@@ -262,7 +262,7 @@ def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:
 
 
 def _running(session: Session, reference: str) -> Run:
-    found = session.get_one(Run, run_in(session, reference).id)
+    found = run_in(session, reference)
     if found.stage not in LISTENING:
         raise UserInputError(
             f"A {found.stage.value} run such as run {found.id} cannot be cancelled from here. Stop "

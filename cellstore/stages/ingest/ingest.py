@@ -20,12 +20,12 @@ from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import Layout, SourceKind, detect
 from ...io.tables import Refusal
-from ...io.uris import shown, writable
+from ...io.uris import is_remote, map_folder, shown, writable
 from ...jobs.lookup import images_of
 from ...jobs.mask_matching import NoMatch
 from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.workspace import Workspace
-from ...models import Event, Image, IngestIssue, Recipe, Run, Well
+from ...models import Event, Image, IngestIssue, Run, Well
 from .account import SHOWN, Account, Brought, FileIdentity, Issue, UndoneError
 from .ingest_images import ImageSource, ingest_images, look_at_files
 
@@ -68,7 +68,9 @@ class IngestResult:
         return tuple(issue for issue in self.issues if issue.severity is severity)
 
 
-def ingest(workspace: Workspace, source: Path, params: IngestParams | None = None) -> IngestResult:
+def ingest(
+    workspace: Workspace, source: str | Path, params: IngestParams | None = None
+) -> IngestResult:
     """Bring a source in: a table, an index, a database, a folder; doing it again changes nothing.
 
     Raises:
@@ -78,7 +80,7 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
         UserInputError: a file or folder is not there, or the plate is not known.
     """
     params = params or IngestParams()
-    layout = choose_layout(source, params)
+    layout, source = choose_layout(source, params), Path(source)
     kind = layout.kind
     images = ImageSource(source, layout, params) if kind is SourceKind.IMAGES else None
     beside: Sequence[Path] = images.files if images else ()
@@ -86,14 +88,31 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
         files = (*params.compounds, params.barcodes, params.aliases)
         beside = [path for path in files if path is not None]
     identity = FileIdentity.of(source)
-    recipe = _register(workspace, layout, params, [identity, *map(FileIdentity.of, beside)])
+    # The recipe says which bytes are read in which way. Where they lie means nothing.
+    options = {
+        name: writable(str(value)) if isinstance(value, Path) else value
+        for name, value in asdict(params).items()
+        if name not in ("kind", "layout", "compounds", "look", "strict", "reread") and value
+    }
+    options["maps"] = [[old, shown(new)] for old, new in params.maps]
+    read = [identity, *map(FileIdentity.of, beside)]
+    named = [{"name": file.name, "sha256": file.sha256} for file in read]
+    parameters = {"layout": layout.value, "files": named, "options": options}
     earlier = None
-    # A map may be for plates that came since, and masks are looked at one by one anyway.
-    if kind in (SourceKind.IMAGES, SourceKind.FEATURES) and not params.reread:
-        with workspace.database.read() as session:
-            earlier = find_earlier(session, recipe.id)
-        if earlier is not None and params.strict and (earlier.result or {})["refused"]:
-            earlier = None
+    with workspace.database.begin() as session:
+        recipe = register(session, RecipeSpec(Stage.INGEST, VERSION, parameters))
+        # A map may be for plates that came since, and masks are looked at one by one anyway.
+        if kind in (SourceKind.IMAGES, SourceKind.FEATURES) and not params.reread:
+            # The last run that read the very same files in the very same way. What has been
+            # corrected since stays corrected: an old table that is ingested again, by habit or by
+            # a clock, must not undo it.
+            runs = select(Run).where(
+                Run.recipe_id == recipe.id, Run.stage == Stage.INGEST, Run.status == Status.DONE
+            )
+            earlier = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()
+            result = None if earlier is None else earlier.result
+            if result is None or (params.strict and result["refused"]):
+                earlier = None
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
         try:
@@ -167,13 +186,20 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
     )
 
 
-def choose_layout(source: Path, params: IngestParams) -> Layout:
+def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     """Return how ``source`` is to be read: as asked for, else as its content says.
 
     Raises:
         BadTableError: it is none of the known layouts, or more than one.
         UserInputError: there is no such file, or it is of another kind than asked for.
     """
+    if is_remote(str(source)):
+        raise UserInputError(
+            f"{shown(str(source))} is not on this machine. Copy the table or index here; its "
+            "images may stay where they are."
+        )
+    source = Path(source)
+    map_folder("/", params.maps)  # before anything is read, an error in --map
     if not source.exists():
         raise UserInputError(f"There is no file or folder {source}. Check the path.")
     kind = SourceKind(params.kind) if params.kind else None
@@ -203,22 +229,6 @@ def choose_layout(source: Path, params: IngestParams) -> Layout:
             f"Remove it, or name the content: cellstore ingest masks {source.name}"
         )
     return layout
-
-
-def _register(
-    workspace: Workspace, layout: Layout, params: IngestParams, files: Sequence[FileIdentity]
-) -> Recipe:
-    """Return the recipe: which bytes are read in which way. Where they lie means nothing."""
-    options = {
-        name: writable(str(value)) if isinstance(value, Path) else value
-        for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "compounds", "look", "strict", "reread") and value
-    }
-    options["maps"] = [[old, shown(new)] for old, new in params.maps]
-    named = [{"name": file.name, "sha256": file.sha256} for file in files]
-    parameters = {"layout": layout.value, "files": named, "options": options}
-    with workspace.database.begin() as session:
-        return register(session, RecipeSpec(Stage.INGEST, VERSION, parameters))
 
 
 def _read_again(
@@ -262,19 +272,6 @@ def _read_again(
             "cellstore audit well PLATE/A01. To use the labels of this table, add --reread."
         )
     return Brought(plates)
-
-
-def find_earlier(session: Session, recipe_id: int) -> Run | None:
-    """Return the last run that read the very same files in the very same way.
-
-    What has been corrected since stays corrected: an old table that is ingested again, by habit or
-    by a clock, must not undo it. The ``result`` of the run is what it said of the source.
-    """
-    query = select(Run).where(
-        Run.recipe_id == recipe_id, Run.stage == Stage.INGEST, Run.status == Status.DONE
-    )
-    run = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-    return run if run is not None and run.result is not None else None
 
 
 def corrected_since(session: Session, run_id: int, plates: Sequence[int]) -> int:
@@ -414,9 +411,9 @@ class Preview:
         ``known`` are the images so far: each is counted once, as plates and wells are, in bounded
         memory.
         """
-        places = [(self.plates, row.plate) for row in rows]
+        plates = [(self.plates, row.plate) for row in rows]
         wells = [(self.wells, (row.plate, row.well)) for row in rows]
-        for counted, item in ((known, key), *places, *wells):
+        for counted, item in ((known, key), *plates, *wells):
             if len(counted) < MOST:
                 counted.add(item)
             elif item not in counted:
@@ -427,7 +424,7 @@ class Preview:
 
 
 def preview(
-    source: Path, params: IngestParams | None = None, workspace: Workspace | None = None
+    source: str | Path, params: IngestParams | None = None, workspace: Workspace | None = None
 ) -> Preview:
     """Read images or masks and say what each file would become.
 
@@ -439,7 +436,7 @@ def preview(
         UserInputError: the source holds features or treatments, or masks and no ``workspace``.
     """
     params = params or IngestParams()
-    layout = choose_layout(source, params)
+    layout, source = choose_layout(source, params), Path(source)
     found = Preview(source.name, layout.value)
     images: set[Any] = set()
     if layout.kind is SourceKind.IMAGES:

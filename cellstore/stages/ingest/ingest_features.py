@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +30,6 @@ from ...io.objects import BOX, CENTRE, DTYPES, Integers, ObjectBatch, ObjectSour
 from ...io.single_cells import TOOL as SINGLE_CELLS
 from ...io.single_cells import open_single_cells
 from ...io.tables import LONGEST, Refusal
-from ...io.uris import PathMap
 from ...jobs.runs import RecipeSpec, register
 from ...jobs.workspace import Workspace
 from ...models import Artifact, Cell, FeatureFile, FeatureSet, Recipe, RecipeInput, Segmentation
@@ -67,7 +66,7 @@ def ingest_features(
     account: Account,
     identity: FileIdentity | None = None,
 ) -> Brought:
-    """Bring the objects and features of ``source`` in, in the open transaction of ``session``.
+    """Write the objects and features of ``source`` in the open transaction of ``session``.
 
     The rows of each file are accounted for in an account of its own; ``account`` gets the sum.
     The feature set has the name of the tool where ``params`` give none; ``identity`` is that of a
@@ -75,7 +74,7 @@ def ingest_features(
     the transaction.
 
     Raises:
-        BadTableError: the source is damaged, or holds no objects that can be told apart.
+        BadTableError: the source is damaged, or its objects have no numbers.
         UserInputError: no plate is known, or the feature set has other columns.
         StorageError: a file cannot be written.
     """
@@ -90,12 +89,13 @@ def ingest_features(
         paths = sorted({file.path for file in opened.files} - known.keys())
         asked = {path: pool.submit(FileIdentity.of, path) for path in paths}
         accounts.add_issues()
-        images, plates = _write_images(session, opened, accounts, PathMap(params.maps))
+        images, plates = _write_images(session, opened, accounts, params.maps)
         target = cells = None
         if len(opened.object_number):  # a set without cells would only be in the way
             target = _target_set(session, opened, name)
+            of_cells = images[opened.image_index]
             cells = _CellWriter(
-                workspace, session, account.run_id, opened, target, images, accounts
+                workspace, session, account.run_id, opened, target, of_cells, accounts
             )
             cells.write()
         accounts.add_issues()  # some are found while the values are read
@@ -117,7 +117,7 @@ def check_files(session: Session, artifacts: ArtifactFolder, name: str) -> None:
     """Check that the files of the feature set ``name`` are there.
 
     Raises:
-        StorageError: one is gone; what it held cannot be told from what the database says.
+        StorageError: one is missing; the database does not have its values.
     """
     query = (
         select(Artifact.path)
@@ -128,8 +128,8 @@ def check_files(session: Session, artifacts: ArtifactFolder, name: str) -> None:
     for path in session.scalars(query):
         if not artifacts.locate(path).is_file():
             raise StorageError(
-                f"The file {path} of feature set {name!r} is gone. Restore it from a backup (see "
-                "cellstore verify), or ingest its source under another --name."
+                f"The file {path} of feature set {name!r} is missing. Restore it from a backup "
+                "(see cellstore verify), or ingest its source under another --name."
             )
 
 
@@ -180,7 +180,7 @@ class _Accounts:
 
 
 def _write_images(
-    session: Session, source: ObjectSource, accounts: _Accounts, maps: PathMap
+    session: Session, source: ObjectSource, accounts: _Accounts, maps: Sequence[tuple[str, str]]
 ) -> tuple[Integers, set[int]]:
     """Bring the images in; return the id of each, -1 where it has no cells, and their plates."""
     # Images without rows of their own are counted for no file.
@@ -251,44 +251,39 @@ def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet
         UserInputError: there is one with other columns.
     """
     kinds = {kind: name for name, kind in DTYPES.items()}
-    dtypes = {column.name: kinds[column.type] for column in source.schema}
+    new = {column.name: kinds[column.type] for column in source.schema}
     found = session.scalars(select(FeatureSet).where(FeatureSet.name == name)).one_or_none()
-    if found is not None:
-        return _known_set(session, found, source, dtypes)
-    base: dict[str, Any] = {
-        "imported": source.tool, "name": name, "objects": list(source.objects),
-    }  # fmt: skip
-    segment = register(session, RecipeSpec(Stage.SEGMENT, VERSION, base))
-    measured = {**base, "columns": sorted([name, dtype] for name, dtype in dtypes.items())}
-    measure = register(session, RecipeSpec(Stage.MEASURE, VERSION, measured, None, (segment,)))
-    tool = None if source.tool == SINGLE_CELLS else source.tool
-    row = FeatureSet(
-        name=name,
-        recipe_id=measure.id,
-        columns=[
-            {"name": column, "dtype": dtype, "unit": None, "source": tool}
-            for column, dtype in dtypes.items()
-        ],
-        storage=FeatureStorage.FILES,
-    )
-    session.add(row)
-    session.flush()
-    return _TargetSet(row.id, name, segment.id, source.schema)
+    if found is None:
+        base: dict[str, Any] = {
+            "imported": source.tool, "name": name, "objects": list(source.objects),
+        }  # fmt: skip
+        segment = register(session, RecipeSpec(Stage.SEGMENT, VERSION, base))
+        measured = {**base, "columns": sorted([column, dtype] for column, dtype in new.items())}
+        measure = register(session, RecipeSpec(Stage.MEASURE, VERSION, measured, None, (segment,)))
+        tool = None if source.tool == SINGLE_CELLS else source.tool
+        row = FeatureSet(
+            name=name,
+            recipe_id=measure.id,
+            columns=[
+                {"name": column, "dtype": dtype, "unit": None, "source": tool}
+                for column, dtype in new.items()
+            ],
+            storage=FeatureStorage.FILES,
+        )
+        session.add(row)
+        session.flush()
+        return _TargetSet(row.id, name, segment.id, source.schema)
 
-
-def _known_set(
-    session: Session, found: FeatureSet, source: ObjectSource, new: Mapping[str, str]
-) -> _TargetSet:
     if found.storage is not FeatureStorage.FILES:
         raise UserInputError(
-            f"Feature set {found.name!r} was measured by cellstore. Give another --name."
+            f"Feature set {name!r} was measured by cellstore. Give another --name."
         )
     old = {item["name"]: item["dtype"] for item in found.columns}
-    words = [n for n in old if n in new and (old[n] == "string") != (new[n] == "string")]
+    texts = [n for n in old if n in new and (old[n] == "string") != (new[n] == "string")]
     differences = [
-        ("lacks", [name for name in old if name not in new]),
-        ("also has", [name for name in new if name not in old]),
-        ("has another type for", words),
+        ("lacks", [column for column in old if column not in new]),
+        ("also has", [column for column in new if column not in old]),
+        ("has another type for", texts),
     ]
     parts = [
         f"{verb} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
@@ -297,7 +292,7 @@ def _known_set(
     ]
     if parts:
         raise UserInputError(
-            f"Feature set {found.name!r} has other columns: this source {'; '.join(parts)}. "
+            f"Feature set {name!r} has other columns: this source {'; '.join(parts)}. "
             "Give another --name."
         )
     inputs = select(RecipeInput.input_id).where(RecipeInput.recipe_id == found.recipe_id)
@@ -306,43 +301,34 @@ def _known_set(
     objects = segment.parameters.get("objects")
     if objects != list(source.objects):
         raise UserInputError(
-            f"Feature set {found.name!r} is of other objects ({', '.join(objects or ['?'])}). "
+            f"Feature set {name!r} is of other objects ({', '.join(objects or ['?'])}). "
             "Give another --name."
         )
-    schema = pa.schema([(name, DTYPES[dtype]) for name, dtype in old.items()])
-    return _TargetSet(found.id, found.name, segment.id, schema)
+    schema = pa.schema([(column, DTYPES[dtype]) for column, dtype in old.items()])
+    return _TargetSet(found.id, name, segment.id, schema)
 
 
 # ---- The cells ----
 
 
+@dataclass
 class _CellWriter:
-    """Writes the cells of ``source``; ``images`` has the id of each of its images, -1 for none.
+    """Writes the cells of ``source``; ``images`` has the id of the image of each, -1 for none.
 
     Cells of images that the set has already are compared, not written.
     """
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        session: Session,
-        run_id: int,
-        source: ObjectSource,
-        target: _TargetSet,
-        images: Integers,
-        accounts: _Accounts,
-    ) -> None:
-        self._workspace = workspace
-        self._session = session
-        self._run_id = run_id
-        self._source = source
-        self._target = target
-        self._images = images[source.image_index]
-        self._accounts = accounts
-        self._segmentations: dict[int, int] = {}
-        """By image (id)."""
-        self._files: list[tuple[str, int, int]] | None = None
-        self.created = 0
+    workspace: Workspace
+    session: Session
+    run_id: int
+    source: ObjectSource
+    target: _TargetSet
+    images: Integers
+    accounts: _Accounts
+    segmentations: dict[int, int] = field(default_factory=dict)
+    """By image (id)."""
+    files: list[tuple[str, int, int]] | None = None
+    created: int = 0
 
     def write(self) -> None:
         """Bring all cells in.
@@ -351,22 +337,22 @@ class _CellWriter:
             BadTableError: the source turns out damaged.
             StorageError: the disk is full.
         """
-        artifacts, images = self._workspace.artifacts, self._images
+        artifacts, images = self.workspace.artifacts, self.images
         known: list[int] = []
         query = select(Segmentation.image_id, Segmentation.id).where(
-            Segmentation.recipe_id == self._target.segment_id
+            Segmentation.recipe_id == self.target.segment_id
         )
         for some in in_lists(np.unique(images[images != _UNKNOWN]).tolist()):
-            for image, key in self._session.execute(query.where(Segmentation.image_id.in_(some))):
-                self._segmentations[image] = key
+            for image, key in self.session.execute(query.where(Segmentation.image_id.in_(some))):
+                self.segmentations[image] = key
                 known.append(image)
         is_known = np.isin(images, np.array(known, np.int64))
         is_new = (images != _UNKNOWN) & ~is_known
         found, counts = np.unique(images[is_new], return_counts=True)
-        ids = take_ids(self._session, Segmentation, len(found))
+        ids = take_ids(self.session, Segmentation, len(found))
         shared = {
-            "recipe_id": self._target.segment_id,
-            "run_id": self._run_id,
+            "recipe_id": self.target.segment_id,
+            "run_id": self.run_id,
             "created_at": datetime.now(UTC),
         }
         rows = [
@@ -374,27 +360,27 @@ class _CellWriter:
             for key, image, count in zip(ids, found.tolist(), counts.tolist(), strict=True)
         ]
         if rows:
-            self._session.execute(insert(Segmentation), rows)
-        self._segmentations.update(zip(found.tolist(), ids, strict=True))
+            self.session.execute(insert(Segmentation), rows)
+        self.segmentations.update(zip(found.tolist(), ids, strict=True))
         lost = np.flatnonzero(images == _UNKNOWN)
-        self._accounts.refuse(lost, "image refused", "the row of its image could not be used")
-        writer = FeatureWriter(artifacts, self._target.schema)
+        self.accounts.refuse(lost, "image refused", "the row of its image could not be used")
+        writer = FeatureWriter(artifacts, self.target.schema)
         try:
-            for batch in self._source.batches():
+            for batch in self.source.batches():
                 end = batch.start + batch.values.num_rows
                 cells = np.arange(batch.start, end)
                 self._create(writer, batch, cells[is_new[batch.start : end]])
                 self._compare(batch, cells[is_known[batch.start : end]])
-                self._workspace.progress.advance(len(cells))
+                self.workspace.progress.advance(len(cells))
             writer.finish()
         finally:
             writer.abandon()
-        register_files(self._session, artifacts, self._target.id, self._run_id, writer.files)
+        register_files(self.session, artifacts, self.target.id, self.run_id, writer.files)
 
     def _create(self, writer: FeatureWriter, batch: ObjectBatch, cells: Integers) -> None:
         if len(cells) == 0:
             return
-        ids = take_ids(self._session, Cell, len(cells))
+        ids = take_ids(self.session, Cell, len(cells))
         rows = cells - batch.start
         excluded: list[str | None] = [None] * len(cells)
         if batch.excluded is not None:
@@ -402,16 +388,16 @@ class _CellWriter:
             excluded = [text[:LONGEST].replace("\0", "?") if text else None for text in texts]
         columns = [
             ids,
-            [self._segmentations[image] for image in self._images[cells].tolist()],
-            self._source.object_number[cells].tolist(),
+            [self.segmentations[image] for image in self.images[cells].tolist()],
+            self.source.object_number[cells].tolist(),
             *_columns(batch.boxes[rows], whole=True),
             *_columns(batch.centres[rows], whole=False),
             excluded,
         ]
-        bulk_insert(self._session, Cell, _CELL, list(zip(*columns, strict=True)))
-        values = self._target.conform(_chosen(batch.values, rows), self._source.files[0].name)
+        bulk_insert(self.session, Cell, _CELL, list(zip(*columns, strict=True)))
+        values = self.target.conform(_chosen(batch.values, rows), self.source.files[0].name)
         writer.write(np.asarray(ids, np.int64), values)
-        for account, lines in self._accounts.rows_of(cells):
+        for account, lines in self.accounts.rows_of(cells):
             account.created += len(lines)
         self.created += len(cells)
 
@@ -419,46 +405,46 @@ class _CellWriter:
         """Count cells of known images as unchanged, or refuse those that are other ones."""
         if len(cells) == 0:
             return
-        segmentations = [self._segmentations[image] for image in self._images[cells].tolist()]
+        segmentations = [self.segmentations[image] for image in self.images[cells].tolist()]
         by_key: dict[tuple[int, int], int] = {}
         query = select(Cell.segmentation_id, Cell.object_number, Cell.id)
         for some in in_lists(set(segmentations)):
-            for row in self._session.execute(query.where(Cell.segmentation_id.in_(some))):
+            for row in self.session.execute(query.where(Cell.segmentation_id.in_(some))):
                 by_key[row[0], row[1]] = row[2]
-        numbers = self._source.object_number[cells].tolist()
+        numbers = self.source.object_number[cells].tolist()
         keys = zip(segmentations, numbers, strict=True)
         ids = np.array([by_key.get(key, _UNKNOWN) for key in keys], np.int64)
         same = ids != _UNKNOWN
         rows = np.flatnonzero(same)
         order = rows[np.argsort(ids[rows], kind="stable")]
-        values = self._target.conform(
-            _chosen(batch.values, cells[order] - batch.start), self._source.files[0].name
+        values = self.target.conform(
+            _chosen(batch.values, cells[order] - batch.start), self.source.files[0].name
         )
         same[order] = self._equal(ids[order], values)
-        for account, lines in self._accounts.rows_of(cells[same]):
+        for account, lines in self.accounts.rows_of(cells[same]):
             account.unchanged += len(lines)
         detail = (
-            f"feature set {self._target.name!r} has other values for this image; to keep both, "
+            f"feature set {self.target.name!r} has other values for this image; to keep both, "
             "give another --name"
         )
-        self._accounts.refuse(cells[~same], "other values than before", detail)
+        self.accounts.refuse(cells[~same], "other values than before", detail)
 
     def _equal(self, ids: Integers, values: pa.RecordBatch) -> Chosen:
         """Return which of the cells (ascending ids) have these very values in the files."""
-        if self._files is None:
+        if self.files is None:
             query = (
                 select(Artifact.path, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
                 .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-                .where(FeatureFile.feature_set_id == self._target.id)
+                .where(FeatureFile.feature_set_id == self.target.id)
                 .order_by(FeatureFile.first_cell_id)
             )
-            self._files = [(row[0], row[1], row[2]) for row in self._session.execute(query)]
+            self.files = [(row[0], row[1], row[2]) for row in self.session.execute(query)]
         paths = [
-            self._workspace.artifacts.locate(path)
-            for path, first, last in self._files
+            self.workspace.artifacts.locate(path)
+            for path, first, last in self.files
             if len(ids) and first <= ids[-1] and last >= ids[0]
         ]
-        found, table = stored_values(paths, self._target.schema.names, ids)
+        found, table = stored_values(paths, self.target.schema.names, ids)
         equal = np.isin(ids, found)
         if table is None:
             return equal
@@ -466,7 +452,7 @@ class _CellWriter:
         if not (np.diff(found) > 0).all():
             table = table.take(pa.array(np.argsort(found, kind="stable")))
         same = np.ones(len(found), bool)
-        for name in self._target.schema.names:
+        for name in self.target.schema.names:
             one, other = mine.column(name), table.column(name).combine_chunks()
             if not one.equals(other):
                 nulls = pc.and_(pc.is_null(one), pc.is_null(other))

@@ -65,7 +65,7 @@ def ingest_treatments(
     params: IngestParams,
     account: Account,
 ) -> tuple[int, ...]:
-    """Bring an annotation into the caller's transaction; return the plates (ids) it speaks of.
+    """Write an annotation in the caller's transaction; return the plates (ids) that it names.
 
     * Plate maps point the wells of plates that the store has to their treatments, and make wells
       that were not there. An empty well, and a map that no plate uses, are unchanged rows.
@@ -76,7 +76,7 @@ def ingest_treatments(
 
     Raises:
         BadTableError: a table lacks columns, or tables do not fit each other.
-        UserInputError: it is not said which plates a map is for, or none of them is in the store.
+        UserInputError: no plate is named for a map, or none of them is in the store.
     """
     workspace.progress.start("ingest", 0)
     try:
@@ -92,11 +92,9 @@ def ingest_treatments(
                 _write_plates(session, plate_rows, plates, seen, account)
             return tuple(plate.id for plate in plates.values())
         writer = TreatmentWriter(session, account)
-        digests: dict[_Sample, int] = {}
+        first: dict[_Sample, int] = {}
         for rows in _usable(workspace, session, account, _READERS[layout](table)):
-            _write_treatments(
-                session, writer, _first_said(rows, aliases, digests, account), account
-            )
+            _write_treatments(session, writer, rows, aliases, first, account)
         writer.report()
         account.flush(session)
         return ()
@@ -118,14 +116,14 @@ def _usable(
             else:
                 usable.append(row)
         yield usable
-        # Under --strict the whole file is undone, and its issues are written anew.
+        # Under --strict the whole file is undone, and its issues are written again.
         account.flush(session)
         workspace.progress.advance(len(some))
 
 
 def _write_plates(
     session: Session,
-    rows: Sequence[PlateRow],
+    rows: Sequence[tuple[int, PlateRow]],
     plates: dict[str, Plate],
     seen: dict[str, str | None],
     account: Account,
@@ -135,10 +133,10 @@ def _write_plates(
     A plate of two batches is refused the second time (``seen`` has the first); a changed batch is
     noted as suspicious.
     """
-    for some in in_lists({row.barcode for row in rows}):
+    for some in in_lists({row.barcode for _, row in rows}):
         for plate in session.scalars(select(Plate).where(Plate.barcode.in_(some))):
             plates[plate.barcode] = plate
-    for line, barcode, batch, metadata in rows:
+    for line, (barcode, batch, metadata) in rows:
         if seen.setdefault(barcode, batch) != batch:
             detail = f"{barcode} has batch {seen[barcode]} on an earlier line, {batch} here"
             account.refuse(line, "plate twice", detail)
@@ -171,7 +169,7 @@ def _ingest_maps(
 
     Raises:
         BadTableError: a table cannot be used as a plate map, or what goes with it.
-        UserInputError: it is not said which plates a map is for, or the store has none.
+        UserInputError: no plate is named for a map, or the store has none of them.
     """
     annotation = read_annotation(source, params.compounds, params.barcodes)
     plates = _plates_of_maps(session, source, annotation, params.plate, account)
@@ -307,44 +305,39 @@ def _sample(record: TreatmentRecord) -> _Sample:
     return record.kind.value, record.pert_iname
 
 
-def _first_said(
-    rows: Sequence[TreatmentRow], aliases: Aliases, digests: dict[_Sample, int], account: Account
-) -> list[tuple[int, TreatmentRecord]]:
-    """Return line and treatment of the rows that are the first of their sample.
+def _write_treatments(
+    session: Session,
+    writer: TreatmentWriter,
+    rows: Sequence[TreatmentRow],
+    aliases: Aliases,
+    first: dict[_Sample, int],
+    account: Account,
+) -> None:
+    """Make new treatments, and give the wells of corrected ones what they are now.
 
-    One that says something else of a sample than an earlier row is refused. ``digests`` remembers
-    what the file says of each sample.
+    A row that describes a sample otherwise than an earlier row of the file is refused; ``first``
+    remembers the first description (its hash) of each sample.
     """
-    first = []
-    for line, given in rows:
-        if given is None:
+    given: list[tuple[int, TreatmentRecord]] = []
+    for line, written in rows:
+        if written is None:
             account.unchanged += 1
             continue
-        record = aliases.apply(given)
-        sample, digest = _sample(record), hash(record)
-        if sample not in digests:
-            digests[sample] = digest
-            first.append((line, record))
-        elif digests[sample] == digest:
+        record = aliases.apply(written)
+        sample, description = _sample(record), hash(record)
+        if sample not in first:
+            first[sample] = description
+            given.append((line, record))
+        elif first[sample] == description:
             account.unchanged += 1
         else:
             name = record.identifier or record.pert_iname
             detail = f"{name} has another description on an earlier line"
             account.refuse(line, "broad_sample twice", detail)
-    return first
-
-
-def _write_treatments(
-    session: Session,
-    writer: TreatmentWriter,
-    said: Sequence[tuple[int, TreatmentRecord]],
-    account: Account,
-) -> None:
-    """Make new treatments, and point the wells of corrected ones to what they are now."""
-    known = _known(session, [record for _, record in said])
+    known = _known(session, [record for _, record in given])
     corrected = {
         use: (record, line)
-        for line, record in said
+        for line, record in given
         for use, old in known[_sample(record)].items()
         if completed(record, old) != old
     }
@@ -367,7 +360,7 @@ def _write_treatments(
             moved |= {wells[well] for well in writer.assign(wanted, ())}
             last = max(wells)
     records = []
-    for _, record in said:
+    for _, record in given:
         present = known[_sample(record)]
         complete = record
         if present:
@@ -387,11 +380,11 @@ def _write_treatments(
 
 
 def _known(
-    session: Session, said: Sequence[TreatmentRecord]
+    session: Session, given: Sequence[TreatmentRecord]
 ) -> Mapping[_Sample, dict[_Use, TreatmentRecord]]:
     """Return what the store has of each sample."""
-    identifiers = [record.identifier for record in said if record.identifier is not None]
-    names = [record.pert_iname for record in said if record.identifier is None]
+    identifiers = [record.identifier for record in given if record.identifier is not None]
+    names = [record.pert_iname for record in given if record.identifier is None]
     conditions: list[ColumnElement[bool]] = []
     conditions += [Perturbation.identifier.in_(some) for some in in_lists(identifiers)]
     unnamed = Perturbation.identifier.is_(None)
@@ -404,11 +397,11 @@ def _known(
         query = select(Well.treatment_id, Well.control).where(Well.treatment_id.in_(some))
         for treatment, control in session.execute(query.distinct()):
             controls[treatment or 0].add(control)
-    by_table = {_sample(record): record.control for record in said}
+    by_table = {_sample(record): record.control for record in given}
     found: dict[_Sample, dict[_Use, TreatmentRecord]] = defaultdict(dict)
     for treatment, record in rows.items():
         sample = _sample(record)
-        # Where it has no wells, its role is what the table says.
+        # Where it has no wells, its role is that of the table.
         for control in controls.get(treatment, {by_table.get(sample)}):
             found[sample][treatment, control] = replace(record, control=control)
     return found
