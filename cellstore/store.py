@@ -554,9 +554,9 @@ class Store(AbstractContextManager["Store"]):
         ``kind``: ``image``, ``well``, ``cell``, ``run`` or ``artifact``; without it, whatever has
         that name. See ``report.audit``.
         """
-        from .report.audit import audit_anything
+        from .report.audit import audit
 
-        return audit_anything(self.workspace, name, kind)
+        return audit(self.workspace, name, kind)
 
     def lineage_page(self, audit: Audit, html: str | Path) -> Path:
         """Write a page with a picture of where the audited thing comes from, and what came of it.
