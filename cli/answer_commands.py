@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cellstore.config import VoteOptions
+from cellstore.config import VoteOptions, option, option_of
 from cellstore.errors import UserInputError
 
 from . import output
-from .app import Common, HtmlOption, command
+from .app import HTML, Common, command
 from .output import AnswerOptions, Format, cell, count, percent, say
 
 if TYPE_CHECKING:
@@ -29,18 +29,13 @@ NAME_WIDTH = 16
 SHOWN_DIFFERENCES = 20
 SHOWN_OPTIONS = 8
 
-LevelOption = Annotated[
-    Literal["image", "well"],
-    typer.Option("--level", help="Whether the cells of images or of wells vote."),
-]
-VoteOption = Annotated[
-    Literal["hard", "soft", "median"],
-    typer.Option(
-        "--vote",
-        help="hard: each cell counts once, for its first choice; soft: with its probabilities; "
-        "median: of the probabilities that the cells gave.",
-    ),
-]
+LEVEL = option("image", "Whether the cells of images or of wells vote.", choices=("image", "well"))
+VOTE = option(
+    "hard",
+    "hard: each cell counts once, for its first choice; soft: with its probabilities; median: of "
+    "the probabilities that the cells gave.",
+    choices=("hard", "soft", "median"),
+)
 
 
 @command(app, "votes")
@@ -48,12 +43,10 @@ def votes(
     vote_options: VoteOptions,
     answer: AnswerOptions,
     common: Common,
-    run: Annotated[
-        str, typer.Option("--run", metavar="RUN", help="The predict run, by number, or 'latest'.")
-    ] = "latest",
-    level: LevelOption = "image",
-    vote: VoteOption = "hard",
-    ties: Annotated[bool, typer.Option("--ties", help="Show those with a tie only.")] = False,
+    run: str = option("latest", "The predict run, by number, or 'latest'.", metavar="RUN"),
+    level: str = LEVEL,
+    vote: str = VOTE,
+    ties: bool = option(False, "Show those with a tie only."),
 ) -> None:
     """Show the label of every image by the vote of its cells.
 
@@ -116,32 +109,19 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
 def report(
     vote_options: VoteOptions,
     common: Common,
-    run: Annotated[
-        str, typer.Option(metavar="RUN", help="The predict run, by number, or 'latest'.")
-    ] = "latest",
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            "--compare",
-            metavar="RUN",
-            help="Put another predict run beside it; see cellstore compare.",
-            show_default=False,
-        ),
-    ] = None,
-    html: HtmlOption = None,
-    maps: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--map",
-            metavar="FEATURE",
-            help="A feature on the plate maps of the page, for example area; may be given again.",
-            show_default=False,
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Also score images that the network was trained on; marked."),
-    ] = False,
+    run: str = option("latest", "The predict run, by number, or 'latest'.", metavar="RUN"),
+    compare: str | None = option(
+        None, "Put another predict run beside it; see cellstore compare.", metavar="RUN"
+    ),
+    html: Path | None = HTML,
+    maps: tuple[str, ...] = option(
+        (),
+        "A feature on the plate maps of the page, for example area; may be given again.",
+        name="--map",
+        metavar="FEATURE",
+        repeated=True,
+    ),
+    force: bool = option(False, "Also score images that the network was trained on; marked."),
 ) -> None:
     """Score a predict run: majority votes against the truth.
 
@@ -159,10 +139,7 @@ def report(
         result = store.report(
             run, compare=compare, vote_options=vote_options, html=html, maps=maps or (), force=force
         )
-    if common.as_json:
-        output.print_json(result)
-    else:
-        _show_report(result)
+    common.show(result, _show_report)
 
 
 def _show_report(result: ReportResult) -> None:
@@ -322,40 +299,18 @@ def compare(
     second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.")],
     vote_options: VoteOptions,
     common: Common,
-    level: LevelOption = "image",
-    vote: VoteOption = "hard",
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            metavar="N",
-            min=0,
-            help="List only the first N that differ. Default: 20 as text, all as JSON or CSV.",
-            show_default=False,
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Also compare images that a network was trained on; marked."),
-    ] = False,
-    form: Annotated[
-        Literal["text", "csv", "json"],
-        typer.Option("--format", help="How it is written; csv: only what differs."),
-    ] = "text",
-    out: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="FILE", help="Write to a file.", show_default=False),
-    ] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Replace the file of --output if it is there.")
-    ] = False,
-    for_spreadsheet: Annotated[
-        bool,
-        typer.Option(
-            "--for-spreadsheet",
-            help="CSV: put a ' before texts that a spreadsheet would run as formulas.",
-        ),
-    ] = False,
+    level: str = LEVEL,
+    vote: str = VOTE,
+    limit: int | None = option(
+        None, "List only the first N that differ. Default: 20 as text, all as JSON or CSV.", min=0
+    ),
+    force: bool = option(False, "Also compare images that a network was trained on; marked."),
+    form: Literal["text", "csv", "json"] = option(
+        "text", "How it is written; csv: only what differs.", name="--format"
+    ),
+    out: Path | None = option(None, "Write to a file.", name="--output"),
+    replace: bool = option_of(AnswerOptions, "replace"),
+    for_spreadsheet: bool = option_of(AnswerOptions, "for_spreadsheet"),
 ) -> None:
     """Say where two predict runs differ, and which of them is right.
 

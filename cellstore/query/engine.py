@@ -30,7 +30,6 @@ from ..config import VoteOptions
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
-from .feature_sets import SetRelation, list_sets
 from .guard import (
     Limits,
     Parameters,
@@ -43,7 +42,7 @@ from .guard import (
     reading_files,
     run_limited,
 )
-from .source import LATER, PREDICTION_COLUMNS, VIEWS, Columns, Source, view
+from .source import LATER, PREDICTION_COLUMNS, VIEWS, Columns, SetRelation, Source, list_sets, view
 
 if TYPE_CHECKING:
     import pyarrow as pa
