@@ -75,6 +75,11 @@ def options_of(kind: Any) -> list[Field]:
     return [item for item in options if item.metadata["unless"] not in deciding]
 
 
+def option_of(kind: type, name: str) -> Any:
+    """Return an option that a dataclass declares, for a parameter of a command."""
+    return next(item for item in options_of(kind) if item.name == name)
+
+
 def flag(item: Field) -> str:
     """Return the name of a field on the command line, such as ``--crop-size``."""
     return item.metadata["name"] or "--" + item.name.replace("_", "-")
