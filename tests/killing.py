@@ -172,11 +172,13 @@ def kill_often(
 
 
 def children(pid: int) -> Sequence[int]:
+    """The processes that a process started, and those that they started: workers are forked."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
     except OSError:
         return []
-    return [int(word) for word in text.split()]
+    started = [int(word) for word in text.split()]
+    return started + [below for child in started for below in children(child)]
 
 
 def main() -> None:
