@@ -143,7 +143,7 @@ def counts_of(workspace: Workspace) -> tuple[int, int, int]:
 
 def start(root: Path, seconds: float) -> subprocess.Popen[bytes]:
     words = [sys.executable, str(PROGRAM), str(root), str(seconds)]
-    return subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def kill_often(

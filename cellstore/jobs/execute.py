@@ -781,10 +781,15 @@ def start_importing(stage: ImageStage[Any, Any]) -> None:
     Linux each worker is started and imports for itself.
     """
     if ON_LINUX:
-        from multiprocessing import forkserver  # not on Windows
+        from multiprocessing import forkserver, resource_tracker  # not on Windows
 
         forkserver.set_forkserver_preload([type(stage).__module__])
+        # The SIGTERM that clusters send to all of a job is for this process to answer: the new
+        # process starts with it blocked. Starting the resource tracker would unblock it.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def set_up_process(threads: int) -> None:
