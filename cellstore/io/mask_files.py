@@ -202,7 +202,7 @@ def _read_image(path: Path) -> NDArray[Any]:
     width, height = struct.unpack(">II", data[16:24]) if len(data) > 24 else (0, 0)
     if width * height > _MAX_PIXELS:
         raise ImageError(
-            f"{path.name} claims {height}x{width} pixels, which is too many. Copy or export it again."
+            f"{path.name} claims {height}x{width} pixels, which is too many. Export it again."
         )
     try:
         return np.asarray(imagecodecs.png_decode(data))
@@ -216,8 +216,8 @@ def _read_npy(path: Path) -> NDArray[Any]:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError) as error:
         raise ImageError(
-            f"{path.name} is not a plain array. A _seg.npy of Cellpose is a Python pickle, which "
-            "cellstore does not open. Save its masks as TIFF: cellpose.io.save_masks(..., tif=True)."
+            f"{path.name} is not a plain array. A _seg.npy of Cellpose is a Python pickle, which is "
+            "never opened. Save its masks as TIFF: cellpose.io.save_masks(..., tif=True)."
         ) from error
     if not isinstance(mapped, np.ndarray):  # an archive of several arrays
         raise ImageError(f"{path.name} holds several arrays. Save the masks as TIFF or one array.")
