@@ -216,7 +216,7 @@ def _read_npy(path: Path) -> NDArray[Any]:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError) as error:
         raise ImageError(
-            f"{path.name} is not a plain array. A _seg.npy of Cellpose is a Python pickle, which is "
+            f"{path.name} is not a plain array. Cellpose's _seg.npy is a Python pickle, which is "
             "never opened. Save its masks as TIFF: cellpose.io.save_masks(..., tif=True)."
         ) from error
     if not isinstance(mapped, np.ndarray):  # an archive of several arrays
