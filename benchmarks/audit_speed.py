@@ -49,7 +49,7 @@ from cellstore.models import (
     TreatmentPart,
     Well,
 )
-from cellstore.report.audit import audit_artifact, audit_cell, audit_image, audit_run, audit_well
+from cellstore.report.audit import audit
 from cellstore.settings import StoreSettings
 
 MOMENT = "2026-01-01 00:00:00.000000"
@@ -233,28 +233,24 @@ def questions(workspace: Workspace, rng: random.Random) -> dict[str, Callable[[]
     by_core = lambda: image(lambda i, _w, p: f"{p}/{i.core_name}")  # noqa: E731
     by_sha = lambda: image(lambda i, _w, _p: i.content_sha256[:10])  # noqa: E731
     return {
-        "image by plate, well, site": asking(audit_image, workspace, by_place),
-        "image by core name": asking(audit_image, workspace, by_core),
-        "image by file name": asking(audit_image, workspace, lambda: file(ImageFile.name)),
-        "image by sha256": asking(audit_image, workspace, by_sha),
-        "well (9 images)": asking(audit_well, workspace, well),
-        "cell": asking(audit_cell, workspace, lambda: rng.randint(1, n_cells)),
-        "mask by sha256": asking(audit_artifact, workspace, mask),
-        "image file by sha256": asking(
-            audit_artifact, workspace, lambda: file(ImageFile.sha256)[:10]
-        ),
-        "run": asking(audit_run, workspace, lambda: str(run)),
-        "weights of all cells": asking(audit_artifact, workspace, lambda: sha("weights", 1)[:10]),
+        "image by plate, well, site": asking("image", workspace, by_place),
+        "image by core name": asking("image", workspace, by_core),
+        "image by file name": asking("image", workspace, lambda: file(ImageFile.name)),
+        "image by sha256": asking("image", workspace, by_sha),
+        "well (9 images)": asking("well", workspace, well),
+        "cell": asking("cell", workspace, lambda: rng.randint(1, n_cells)),
+        "mask by sha256": asking("artifact", workspace, mask),
+        "image file by sha256": asking("artifact", workspace, lambda: file(ImageFile.sha256)[:10]),
+        "run": asking("run", workspace, lambda: str(run)),
+        "weights of all cells": asking("artifact", workspace, lambda: sha("weights", 1)[:10]),
     }
 
 
-def asking(
-    audit: Callable[[Workspace, Any], object], workspace: Workspace, name: Callable[[], Any]
-) -> Callable[[], object]:
+def asking(kind: str, workspace: Workspace, name: Callable[[], Any]) -> Callable[[], object]:
     def ask() -> float:
         wanted = name()
         began = time.perf_counter()
-        audit(workspace, wanted)
+        audit(workspace, str(wanted), kind)
         return time.perf_counter() - began
 
     return ask

@@ -40,13 +40,6 @@ from cellpose.metrics import average_precision
 from cellpose.utils import diameters
 from skimage.io import imread
 
-from cellstore.analysis.overlay import (
-    captioned,
-    contact_sheet,
-    outline_overlay,
-    png,
-    shrunk_overlay,
-)
 from cellstore.analysis.rendering import PlateDesign, render_field, render_nuclei
 from cellstore.analysis.segmentation import (
     DEFAULT_MODEL,
@@ -54,6 +47,8 @@ from cellstore.analysis.segmentation import (
     find_model,
     load_segmenter,
 )
+from cellstore.report.drawing import outline_overlay
+from cellstore.report.segment_preview import captioned, contact_sheet, png
 
 Array = np.ndarray[Any, Any]
 THRESHOLDS = {"cellpose": (0.4, 0.0), "cellstore": (0.7, -5.0)}
@@ -218,7 +213,7 @@ def write_overlays(
         text = f"{picture.name}: {result.count} cells, diameter {result.diameter:.1f}"
         large = captioned(outline_overlay(picture.image, result.masks), text)
         (folder / f"{stem}_{picture.name}_{result.count}.png").write_bytes(png(large))
-        small.append(captioned(shrunk_overlay(picture.image, result.masks, 480), text))
+        small.append(captioned(outline_overlay(picture.image, result.masks, longest=480), text))
     (folder / f"{stem}_sheet.png").write_bytes(png(contact_sheet(small)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +18,6 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.ingest.account import Issue
-    from cellstore.stages.ingest.ingest import IngestResult, Preview
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -78,7 +76,7 @@ def ingest(
         )
     params = replace(params, kind=kinds[0] if kinds else None)
     if dry_run:
-        _preview(Path(source), params, common)
+        _preview(source, params, common)
         return
     from cellstore.stages.ingest.account import UndoneError
 
@@ -94,7 +92,27 @@ def ingest(
     if common.as_json:
         output.print_json(result)
     else:
-        _show(result)
+        for note in result.notes:
+            say(note)
+        names = ("rows", "created", "updated", "unchanged", "refused")
+        shown = {"read as": result.layout, **{name: getattr(result, name) for name in names}}
+        if result.cells:
+            shown["cells"] = result.cells
+        if result.feature_set:
+            shown["feature set"] = result.feature_set
+        rows = [*shown.items(), *(("segmentation", recipe) for recipe in result.segmentations)]
+        if result.plates:
+            wells = f"{output.count(result.plates, 'plate')}, {output.count(result.wells, 'well')}"
+            images = output.count(result.images, "image")
+            missing = f"({result.missing_images:,} without files)"
+            rows.append(("its plates now have", f"{wells}, {images} {missing}"))
+        output.pairs([*rows, ("run", result.run_id)])
+        if result.unchanged == result.rows and not result.notes and not result.reasons:
+            typer.echo("Nothing has changed: all of this was in the store already.")
+        _show_issues(result.issues)
+        if result.reasons:
+            question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
+            say(f'To list all: cellstore sql "{question}"')
     if result.rows and result.refused == result.rows:
         say("Error: No row could be used; the reasons are above.")
         raise typer.Exit(2)
@@ -102,11 +120,10 @@ def ingest(
         raise typer.Exit(1)
 
 
-def _preview(source: Path, params: IngestParams, common: Common) -> None:
+def _preview(source: str, params: IngestParams, common: Common) -> None:
     from cellstore.stages.ingest.ingest import preview
 
-    masks = MASKS in (params.kind, params.layout)
-    if masks:  # only they are looked up in a store
+    if MASKS in (params.kind, params.layout):  # only they are looked up in a store
         with common.open(quiet=True) as store:
             found = preview(source, params, store.workspace)
     else:
@@ -114,65 +131,33 @@ def _preview(source: Path, params: IngestParams, common: Common) -> None:
     if common.as_json:
         output.print_json(found)
     else:
-        _show_preview(found)
+        masks = found.layout == MASKS
+        numbers = sorted(found.channels.items())
+        channels = ", ".join(f"{name} ({number:,})" for name, number in numbers) or "none"
+        least = "at least " if found.at_least else ""
+        output.pairs(
+            {
+                "layout": found.layout,
+                "rows": found.rows,
+                "refused": found.refused,
+                "plates": ", ".join(sorted(found.plates)[:5]) or "none",
+                "wells": f"{least}{len(found.wells):,}",
+                "images": f"{least}{found.images:,}",
+                **({} if masks else {"channels": channels}),
+            }
+        )
+        columns = ["file", "plate", "well", "site", "plane", "time_point"]
+        columns += ["objects", "cells"] if masks else ["channel", "treatment"]
+        rows = [
+            ["" if (value := getattr(row, name)) is None else value for name in columns]
+            for row in found.files[:SHOWN_FILES]
+        ]
+        if rows:
+            output.table(columns, rows)
+        _show_issues(found.issues)
+        say("Nothing was written: this was a dry run.")
     if found.refused:
         raise typer.Exit(1)
-
-
-def _show_preview(found: Preview) -> None:
-    masks = found.layout == MASKS
-    channels = ", ".join(f"{name} ({number:,})" for name, number in sorted(found.channels.items()))
-    least = "at least " if found.at_least else ""
-    output.pairs(
-        {
-            "layout": found.layout,
-            "rows": found.rows,
-            "refused": found.refused,
-            "plates": ", ".join(sorted(found.plates)[:5]) or "none",
-            "wells": f"{least}{len(found.wells):,}",
-            "images": f"{least}{found.images:,}",
-            **({} if masks else {"channels": channels or "none"}),
-        }
-    )
-    columns = ["file", "plate", "well", "site", "plane", "time_point"]
-    columns += ["objects", "cells"] if masks else ["channel", "treatment"]
-    rows = [
-        ["" if (value := getattr(row, name)) is None else value for name in columns]
-        for row in found.files[:SHOWN_FILES]
-    ]
-    if rows:
-        output.table(columns, rows)
-    _show_issues(found.issues)
-    say("Nothing was written: this was a dry run.")
-
-
-def _show(result: IngestResult) -> None:
-    for note in result.notes:
-        say(note)
-    shown = {
-        "read as": result.layout,
-        "rows": result.rows,
-        "created": result.created,
-        "updated": result.updated,
-        "unchanged": result.unchanged,
-        "refused": result.refused,
-    }
-    if result.cells:
-        shown["cells"] = result.cells
-    if result.feature_set:
-        shown["feature set"] = result.feature_set
-    rows = [*shown.items(), *(("segmentation", recipe) for recipe in result.segmentations)]
-    if result.plates:
-        wells = f"{output.count(result.plates, 'plate')}, {output.count(result.wells, 'well')}"
-        images = f"{output.count(result.images, 'image')} ({result.missing_images:,} without files)"
-        rows.append(("its plates now have", f"{wells}, {images}"))
-    output.pairs([*rows, ("run", result.run_id)])
-    if result.unchanged == result.rows and not result.notes and not result.reasons:
-        typer.echo("Nothing has changed: all of this was in the store already.")
-    _show_issues(result.issues)
-    if result.reasons:
-        question = f"FROM ingest_issues WHERE run_id = {result.run_id}"
-        say(f'To list all: cellstore sql "{question}"')
 
 
 def _show_issues(issues: Sequence[Issue]) -> None:

@@ -19,18 +19,19 @@ from cellstore.config import (
     Sources,
     TrainParams,
     TrainSetup,
+    option,
     options_of,
 )
 from cellstore.errors import UserInputError
 
 from . import output
 from .app import (
+    DEVICE,
+    MEASUREMENT,
+    PRESET,
+    SEGMENTATION,
     Common,
     Device,
-    DeviceOption,
-    MeasurementOption,
-    PresetOption,
-    SegmentationOption,
     command,
 )
 from .image_commands import end_with_failures, list_failures
@@ -69,42 +70,27 @@ def train(
     setup: TrainSetup,
     baselines: BaselineParams,
     common: Common,
-    preset: PresetOption = None,
-    list_presets: Annotated[
-        bool,
-        typer.Option("--list-presets", help="Show the values with and without --preset, and end."),
-    ] = False,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN",
-            help="Resume a run that was stopped, after its last whole epoch, with its own "
-            "options; 'latest': the last such run.",
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Train again, even if this was trained or begun already."),
-    ] = False,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="Train no network but what it has to beat: logistic, forest, or a null baseline "
-            "(majority, shuffled, cellcount, position); with commas between, or 'null' for all "
-            "four, or 'all'. They label the test images at once, for the report.",
-            rich_help_panel=BASELINES,
-        ),
-    ] = None,
-    no_predict: Annotated[
-        bool,
-        typer.Option(
-            "--no-predict",
-            help="With --baseline: do not label the test images.",
-            rich_help_panel=BASELINES,
-        ),
-    ] = False,
-    device: DeviceOption = Device.AUTO,
+    preset: str | None = PRESET,
+    list_presets: bool = option(False, "Show the values with and without --preset, and end."),
+    resume: str | None = option(
+        None,
+        "Resume a run that was stopped, after its last whole epoch, with its own "
+        "options; 'latest': the last such run.",
+        metavar="RUN",
+    ),
+    force: bool = option(False, "Train again, even if this was trained or begun already."),
+    baseline: str | None = option(
+        None,
+        "Train no network but what it has to beat: logistic, forest, or a null baseline "
+        "(majority, shuffled, cellcount, position); with commas between, or 'null' for all "
+        "four, or 'all'. They label the test images at once, for the report.",
+        metavar="NAME,...",
+        section=BASELINES,
+    ),
+    no_predict: bool = option(
+        False, "With --baseline: do not label the test images.", section=BASELINES
+    ),
+    device: Device = DEVICE,
 ) -> None:
     """Train a network on the training images of a split.
 
@@ -256,11 +242,9 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
 def contrast(
     params: ContrastParams,
     common: Common,
-    segmentation: SegmentationOption = None,
-    measurement: MeasurementOption = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Compare again, even if nothing has changed.")
-    ] = False,
+    segmentation: str | None = SEGMENTATION,
+    measurement: str | None = MEASUREMENT,
+    force: bool = option(False, "Compare again, even if nothing has changed."),
 ) -> None:
     """Show which treatments change the cells at all, compared with control wells.
 
@@ -320,10 +304,8 @@ def _show_contrast(result: ContrastResult) -> None:
 def predict(
     params: PredictParams,
     common: Common,
-    run: Annotated[
-        str, typer.Option(metavar="RUN", help="The train run, by number, or 'latest'.")
-    ] = "latest",
-    device: DeviceOption = Device.AUTO,
+    run: str = option("latest", "The train run, by number, or 'latest'.", metavar="RUN"),
+    device: Device = DEVICE,
 ) -> None:
     """Label every cell of some images with a trained network or baseline.
 
@@ -369,14 +351,12 @@ def export_model(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="The train run, by number, or 'latest'.")
     ] = "latest",
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            metavar="DIR",
-            help="The folder to write, new or empty. Default: model-RUN here.",
-        ),
-    ] = None,
+    folder: Path | None = option(
+        None,
+        "The folder to write, new or empty. Default: model-RUN here.",
+        name="--output",
+        metavar="DIR",
+    ),
 ) -> None:
     """Write a trained model as a folder that opens without this store, and without cellstore.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,14 +18,12 @@ from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, IngestFile, Segmentation, SplitMember, Well
 from cellstore.query.engine import open_questions
 from cellstore.query.source import predictions_of_image
-from cellstore.report.audit import (
-    Audit,
-    audit_cell,
-    audit_image,
-    audit_run,
-    audit_text,
-    audit_well,
-)
+from cellstore.report.audit import Audit, audit, audit_text
+
+audit_image = partial(audit, kind="image")
+audit_well = partial(audit, kind="well")
+audit_cell = partial(audit, kind="cell")
+audit_run = partial(audit, kind="run")
 
 
 class Values:
@@ -245,7 +244,7 @@ def test_what_another_tool_found(workspace: Workspace) -> None:
         )
     )
     cell = make.add(Cell(segmentation_id=found.id, object_number=1))
-    found_cell = audit_cell(workspace, cell.id)
+    found_cell = audit_cell(workspace, str(cell.id))
     audit = Values(found_cell.record)
     assert (audit.box, audit.centroid, audit.excluded) == (None, None, None)
     one = audit.segmentation
@@ -279,7 +278,7 @@ def test_flags_are_those_of_finished_runs(workspace: Workspace) -> None:
         (second.id, "out of focus", "DNA"),
     ]
     assert f"{second.id} out of focus DNA -4.25 2 -" in words(audit)
-    assert f"{third.id} touches the border" in words(audit_cell(workspace, cell.id))
+    assert f"{third.id} touches the border" in words(audit_cell(workspace, str(cell.id)))
 
 
 def test_audits_and_views_agree(workspace: Workspace) -> None:
@@ -309,7 +308,7 @@ def test_names_that_fit_nothing_or_several(workspace: Workspace) -> None:
 def test_a_cell(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     cell = screen.factory.cells_of(screen.segmentations["B01"])[2]
-    found = Values(audit_cell(workspace, cell.id).record)
+    found = Values(audit_cell(workspace, str(cell.id)).record)
     assert (found.image, found.object_number, found.excluded) == ("BR1/r02c01f01", 3, None)
     assert found.box == (0, 30, 8, 38)
     assert found.segmentation.id == screen.segmentations["B01"].id
@@ -319,7 +318,7 @@ def test_a_cell(workspace: Workspace) -> None:
         (2, "DMSO", 0.1),
     ]
     with pytest.raises(UnknownNameError, match="no cell 10001"):
-        audit_cell(workspace, 10001)
+        audit_cell(workspace, "10001")
 
 
 def test_a_run_walks_both_ways(workspace: Workspace) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,16 @@ from sqlalchemy import event, select, text
 
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.jobs.lookup import find_image, find_well, run_in
+from cellstore.jobs.lookup import find_image, find_run, find_well
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import IngestFile, Recipe
-from cellstore.report.audit import (
-    audit_anything,
-    audit_artifact,
-    audit_cell,
-    audit_image,
-    audit_run,
-    audit_well,
-)
+from cellstore.models import IngestFile, Recipe, Well
+from cellstore.report.audit import audit
+
+audit_image = partial(audit, kind="image")
+audit_well = partial(audit, kind="well")
+audit_cell = partial(audit, kind="cell")
+audit_run = partial(audit, kind="run")
+audit_artifact = partial(audit, kind="artifact")
 
 BIG = (
     *("images", "image_files", "segmentations", "cells", "features", "predictions", "jobs"),
@@ -63,7 +63,7 @@ def test_an_image_by_what_people_type(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     with workspace.database.read() as session:
         for name in TYPED:
-            assert find_image(session, name).id == screen.images["B02"].id, name
+            assert find_image(session, name) == screen.images["B02"].id, name
 
 
 def test_an_image_by_the_start_of_a_sha256(workspace: Workspace) -> None:
@@ -73,7 +73,7 @@ def test_an_image_by_the_start_of_a_sha256(workspace: Workspace) -> None:
     with workspace.database.read() as session:
         for digest in (image.content_sha256 or "", of_file):
             for typed in (digest, digest[:12], digest[:7].upper()):
-                assert find_image(session, typed).id == image.id
+                assert find_image(session, typed) == image.id
         with pytest.raises(UnknownNameError):
             find_image(session, (image.content_sha256 or "")[:5])  # too short to be meant
 
@@ -95,19 +95,19 @@ def test_a_name_of_several_images_says_how_to_choose(workspace: Workspace) -> No
     screen = small_screen(workspace)
     make = screen.factory
     with workspace.database.read() as session:
-        _, well = find_well(session, "BR1/B01")
+        well = session.get_one(Well, find_well(session, "BR1/B01"))
     deeper = make.image(well, 1, plane=2)
     with workspace.database.read() as session:
         with pytest.raises(UserInputError, match=rf"\(id {deeper.id}\)"):
             find_image(session, "BR1/B01/1")
-        assert find_image(session, str(deeper.id)).plane == 2
+        assert find_image(session, str(deeper.id)) == deeper.id
 
 
 def test_a_well_by_what_people_type(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     with workspace.database.read() as session:
         for name in ("BR1/B02", "BR1 b2", "B02", "r02c02", "BR1/B02/1", "r02c02f01"):
-            assert find_well(session, name)[1].name == "B02"
+            assert session.get_one(Well, find_well(session, name)).name == "B02"
     screen.factory.well(screen.factory.plate("BR2"), 2, 2)
     with (
         workspace.database.read() as session,
@@ -125,12 +125,12 @@ def test_a_run_by_what_people_type(workspace: Workspace) -> None:
             *(("latest", predict), ("latest predict", predict), ("last train", train)),
             *(("train", train), ("Predict-latest", predict), (f"train {train}", train)),
         ):
-            assert run_in(session, name).id == wanted, name
+            assert find_run(session, name).id == wanted, name
         with pytest.raises(UserInputError, match="needs a predict run"):
-            run_in(session, "latest train", (Stage.PREDICT,))
+            find_run(session, "latest train", Stage.PREDICT)
         for name in ("lastest", "predict 1 2", "", "train predict"):
             with pytest.raises(UserInputError):
-                run_in(session, name)
+                find_run(session, name)
 
 
 HARM = ["'; DROP TABLE images; --", "a\0b", "\udcff", "%", "_" * 500, "x" * 5000, "../" * 9]
@@ -138,9 +138,9 @@ HARM = ["'; DROP TABLE images; --", "a\0b", "\udcff", "%", "_" * 500, "x" * 5000
 
 def test_names_that_mean_harm_are_unknown(workspace: Workspace) -> None:
     small_screen(workspace)
-    for audit, name in product((audit_image, audit_artifact, audit_anything, audit_well), HARM):
+    for asked, name in product((audit_image, audit_artifact, audit, audit_well), HARM):
         with pytest.raises(UserInputError):
-            audit(workspace, name)
+            asked(workspace, name)
 
 
 def test_a_checkpoint_and_what_came_of_it(workspace: Workspace) -> None:
@@ -201,8 +201,8 @@ def test_an_ingested_table_and_the_wells_it_changed(workspace: Workspace) -> Non
     screen = small_screen(workspace)
     table = table_of(screen)
     with workspace.database.read() as session:
-        _, well = find_well(session, "BR1/B01")
-        run = run_in(session, str(table.run_id))
+        well = session.get_one(Well, find_well(session, "BR1/B01"))
+        run = find_run(session, str(table.run_id))
     screen.factory.well_change(well, screen.factory.treatment("new"), run, file="map.csv")
     (known,) = audit_artifact(workspace, "map.csv").record["known"]
     assert known["kind"] == "ingested table"
@@ -267,9 +267,9 @@ def test_a_name_without_a_kind(workspace: Workspace) -> None:
         *(("latest train", "run"), (f"#{screen.train_run.id}", "run")),
         (sha("model")[:8], "artifact"),
     ):
-        assert audit_anything(workspace, name).kind == kind, name
+        assert audit(workspace, name).kind == kind, name
     with pytest.raises(UserInputError, match=r"number of what.*audit image 3"):
-        audit_anything(workspace, "3")
+        audit(workspace, "3")
 
 
 # The plan of every query.
@@ -331,7 +331,7 @@ def audits(screen: SmallScreen) -> dict[str, Callable[[Workspace], object]]:
         "image by sha256": lambda w: audit_image(w, (image.content_sha256 or "")[:8]),
         "well": lambda w: audit_well(w, "BR1/B01"),
         "well alone": lambda w: audit_well(w, "B01"),
-        "cell": lambda w: audit_cell(w, 3),
+        "cell": lambda w: audit_cell(w, "3"),
         "checkpoint": lambda w: audit_artifact(w, sha("model")[:8]),
         "image file": lambda w: audit_artifact(w, "r02c01f01-DNA.tiff"),
         "weights": lambda w: audit_artifact(w, sha("cellpose weights")),
@@ -347,9 +347,9 @@ def test_no_query_of_an_audit_reads_a_big_table_from_end_to_end(workspace: Works
     screen = small_screen(workspace)
     table_of(screen)
     scans = scans_of_sqlite if workspace.database.is_sqlite else scans_of_postgres
-    for name, audit in audits(screen).items():
+    for name, ask in audits(screen).items():
         with statements(workspace) as asked:
-            audit(workspace)
+            ask(workspace)
         assert asked, name
         for statement, values in dict.fromkeys((s, _hashable(v)) for s, v in asked):
             assert scans(workspace, statement, _plain(values)) == [], (name, statement)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from cellstore.jobs.workspace import Workspace
 from cellstore.models import EXCLUSIONS, Run
 from cellstore.query.cells import CellSource, list_blocks, read_cells
 from cellstore.query.engine import open_questions
-from cellstore.report.audit import audit_cell
+from cellstore.report.audit import audit
 from cellstore.report.scoring import report
 from cellstore.report.votes import count_votes
 from cellstore.stages.export import export
 from cellstore.stages.split import create_split
 from cellstore.stages.status import status
+
+audit_cell = partial(audit, kind="cell")
 
 
 @contextmanager
@@ -197,7 +200,7 @@ def test_tables_export_audit_and_status_say_why(workspace: Workspace, tmp_path: 
             "status": status(workspace).excluded,
             "status images": status(workspace).excluded_images,
             "eligible": rows(workspace, "SELECT count(*) AS n FROM eligible_cells")[0]["n"],
-            "audit": audit_cell(workspace, cell.id).record["excluded"] == "debris",
+            "audit": audit_cell(workspace, str(cell.id)).record["excluded"] == "debris",
         }
 
     all_cells = status(workspace).cells

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,16 +13,16 @@ from screens import small_screen
 
 from cellstore.jobs.lookup import find_well
 from cellstore.jobs.workspace import Workspace
-from cellstore.report.audit import (
-    Lineage,
-    audit_artifact,
-    audit_cell,
-    audit_image,
-    audit_run,
-    audit_well,
-)
+from cellstore.models import Well
+from cellstore.report.audit import audit
 from cellstore.report.drawing import plain
-from cellstore.report.lineage_page import BOX, lay_out, write_lineage
+from cellstore.report.lineage_page import BOX, Lineage, lay_out, lineage_of, write_lineage
+
+audit_image = partial(audit, kind="image")
+audit_well = partial(audit, kind="well")
+audit_cell = partial(audit, kind="cell")
+audit_run = partial(audit, kind="run")
+audit_artifact = partial(audit, kind="artifact")
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("networkx")
@@ -59,19 +60,20 @@ class Page(HTMLParser):
 
 
 def test_every_audit_has_a_page_that_needs_nothing_else(
-    workspace: Workspace, tmp_path: Path
+    sqlite_workspace: Workspace, tmp_path: Path
 ) -> None:
+    workspace = sqlite_workspace
     screen = small_screen(workspace)
     audits = {
         "image": audit_image(workspace, "BR1/B01/1"),
         "well": audit_well(workspace, "BR1/B01"),
-        "cell": audit_cell(workspace, 3),
+        "cell": audit_cell(workspace, "3"),
         "predict": audit_run(workspace, "latest predict"),
         "train": audit_run(workspace, "latest train"),
         "file": audit_artifact(workspace, sha("model")),
     }
-    for name, audit in audits.items():
-        path = write_lineage(workspace, audit, tmp_path / f"{name}.html")
+    for name, found in audits.items():
+        path = write_lineage(workspace, found, tmp_path / f"{name}.html")
         page = Page(path.read_text())
         assert "svg" in page.tags, name
         assert not page.tags & {"script", "link", "iframe", "object", "embed"}, name
@@ -88,7 +90,7 @@ def test_names_are_text_and_nothing_else(
 ) -> None:
     screen = small_screen(sqlite_workspace)
     with sqlite_workspace.database.read() as session:
-        _, well = find_well(session, "B01")
+        well = session.get_one(Well, find_well(session, "B01"))
     screen.factory.well_change(well, screen.factory.treatment(name, name), file=name)
     path = write_lineage(
         sqlite_workspace, audit_image(sqlite_workspace, "BR1/B01/1"), tmp_path / "page.html"
@@ -99,9 +101,9 @@ def test_names_are_text_and_nothing_else(
     assert plain(name) in page.text
 
 
-def test_what_led_to_a_label(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
-    graph = audit_image(workspace, "BR1/B01/1").lineage
+def test_what_led_to_a_label(sqlite_workspace: Workspace) -> None:
+    screen = small_screen(sqlite_workspace)
+    graph = lineage_of(audit_image(sqlite_workspace, "BR1/B01/1"))
     above: set[str] = set()
     level = {f"label {screen.predict_run.id}"}
     while level:
@@ -116,12 +118,10 @@ def test_what_led_to_a_label(workspace: Workspace) -> None:
 
 def test_boxes_stand_below_what_led_to_them_and_never_on_each_other() -> None:
     graph = Lineage("d")
+    # An arrow from a to e goes past two layers.
+    above = {"b": "a", "d": "bc", "e": "da", "g": "f"}
     for key in "abcdefg":
-        graph.add(key, "file", key)
-    graph.link("a", "b", "d")
-    graph.link("c", "d", "e")
-    graph.link("a", "e")  # past two layers
-    graph.link("f", "g")
+        graph.add(key, "file", key, after=above.get(key, ""))
     positions, paths, size = lay_out(graph)
     for source, target in graph.arrows:
         assert positions[source][1] + BOX[1] < positions[target][1]

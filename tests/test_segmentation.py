@@ -10,19 +10,10 @@ import numpy as np
 import pytest
 
 from cellstore.analysis import segmentation
-from cellstore.analysis.overlay import (
-    CAPTION_HEIGHT,
-    GAP,
-    OUTLINE_COLOUR,
-    captioned,
-    contact_sheet,
-    outline_overlay,
-    outlines,
-    png,
-    shrunk_overlay,
-)
 from cellstore.analysis.segmentation import DEFAULT_MODEL, ModelFiles, find_model, load_segmenter
 from cellstore.errors import ImageError, UnknownNameError, UserInputError
+from cellstore.report.drawing import OUTLINE_COLOUR, outline_overlay, outlines
+from cellstore.report.segment_preview import CAPTION_HEIGHT, GAP, captioned, contact_sheet, png
 
 pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 torch = pytest.importorskip("torch")
@@ -414,7 +405,7 @@ def test_the_overlay_is_grey_but_for_the_outlines():
 def test_a_smaller_overlay_keeps_outlines_one_pixel_wide():
     image, masks = np.zeros((40, 80)), np.zeros((40, 80), np.uint16)
     masks[8:32, 8:40], masks[8:32, 40:72] = 1, 2
-    picture = shrunk_overlay(image, masks, 20)
+    picture = outline_overlay(image, masks, longest=20)
     assert picture.shape == (10, 20, 3)
     expected = np.zeros((10, 20), np.uint16)
     expected[2:8, 2:10], expected[2:8, 10:18] = 1, 2
@@ -422,7 +413,8 @@ def test_a_smaller_overlay_keeps_outlines_one_pixel_wide():
 
 
 def test_a_small_picture_is_not_made_larger():
-    assert shrunk_overlay(np.zeros((4, 6)), np.zeros((4, 6), np.uint16), 50).shape == (4, 6, 3)
+    image, masks = np.zeros((4, 6)), np.zeros((4, 6), np.uint16)
+    assert outline_overlay(image, masks, longest=50).shape == (4, 6, 3)
 
 
 def test_a_caption_stands_above_its_picture():

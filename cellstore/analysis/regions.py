@@ -239,3 +239,23 @@ def ellipses(regions: Regions) -> dict[str, Floats]:
         "minor_axis_length": 4 * np.sqrt(small),
         "orientation": np.where(a == c, round_ones, 0.5 * np.arctan2(-2 * b, c - a)),
     }
+
+
+def connected_parts(masks: NDArray[Any]) -> NDArray[np.uint32]:
+    """Return each connected part (8 neighbours) of equal values (H, W), numbered row by row from 1.
+
+    0 is background.
+    """
+    from skimage.measure import label  # slow to import
+
+    found: NDArray[Any] = label(masks, background=0, connectivity=2)  # type: ignore[no-untyped-call]
+    return found.astype(np.uint32)
+
+
+def cells_in_pieces(masks: NDArray[Any]) -> list[int]:
+    """Return the values of ``masks`` (H, W) that lie in several connected parts, ascending."""
+    parts = connected_parts(masks)
+    of_part = np.zeros(int(parts.max(initial=0)) + 1, np.int64)
+    of_part[parts.ravel()] = masks.ravel()  # a part has one value
+    values, counts = np.unique(of_part[1:], return_counts=True)
+    return [int(value) for value in values[counts > 1]]

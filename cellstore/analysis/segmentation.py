@@ -319,11 +319,36 @@ class CellposeSegmenter:
     def _segment_alike(
         self, items: Sequence[tuple[NDArray[np.float32], float | None]], tiles: int
     ) -> list[SegmentationResult]:
+        """Find the cells of images of one size: their planes (H, W, planes), their diameters."""
         from cellpose.plot import dx_to_circ
+        from cellpose.utils import diameters as cellpose_diameters
 
         stack = np.stack([planes for planes, _ in items])
-        given = [diameter for _, diameter in items if diameter is not None]
-        diameters = given or self._diameters(stack, tiles)
+        diameters = [diameter for _, diameter in items if diameter is not None]
+        if not diameters and self.diameter is not None:
+            diameters = [self.diameter] * len(stack)
+        elif not diameters:
+            # Cellpose's two steps: by the style vector, then by the cells found so.
+            if self.size_model is None:
+                raise UserInputError("This network has no size model. Give the diameter in pixels.")
+            styles = self.model.eval(
+                stack,
+                channel_axis=3,
+                resample=False,
+                compute_masks=False,
+                batch_size=tiles * len(stack),
+            )[-1].reshape(len(stack), -1)
+            for plane, style in zip(stack, styles, strict=True):
+                masks = self.model.eval(
+                    plane[None],
+                    channel_axis=3,
+                    diameter=self.size_model.estimate(np.asarray(style)),
+                    resample=False,
+                    interp=False,
+                    batch_size=tiles,
+                )[0]
+                measured = float(cellpose_diameters(masks)[0]) if masks.any() else 0.0
+                diameters.append(measured or self.size_model.diam_mean)
         # Images that are scaled alike go through the network together, others one by one.
         alike = len(set(diameters)) == 1
         results = []
@@ -345,42 +370,9 @@ class CellposeSegmenter:
                 bounded = np.clip(logit[index].astype(np.float64), -60, 60)
                 probability = np.rint(255 * (1.0 / (1.0 + np.exp(-bounded)))).astype(np.uint8)
                 flows = np.concatenate([rgb, probability[..., None]], axis=-1, dtype=np.uint8)
-                results.append(
-                    SegmentationResult(find_regions(masks[index]).numbered, flows, diameter)
-                )
+                numbered = find_regions(masks[index]).numbered
+                results.append(SegmentationResult(numbered, flows, diameter))
         return results
-
-    def _diameters(self, stack: NDArray[np.float32], tiles: int) -> list[float]:
-        """Return the cell diameter in pixels of each image of ``stack`` (n, H, W, planes).
-
-        The given one, or Cellpose's two steps: by the style vector, then by the cells found so.
-        """
-        if self.diameter is not None:
-            return [self.diameter] * len(stack)
-        if self.size_model is None:
-            raise UserInputError("This network has no size model. Give the diameter in pixels.")
-        from cellpose.utils import diameters as cellpose_diameters
-
-        styles = self.model.eval(
-            stack,
-            channel_axis=3,
-            resample=False,
-            compute_masks=False,
-            batch_size=tiles * len(stack),
-        )[-1].reshape(len(stack), -1)
-        found = []
-        for plane, style in zip(stack, styles, strict=True):
-            masks = self.model.eval(
-                plane[None],
-                channel_axis=3,
-                diameter=self.size_model.estimate(np.asarray(style)),
-                resample=False,
-                interp=False,
-                batch_size=tiles,
-            )[0]
-            measured = float(cellpose_diameters(masks)[0]) if masks.any() else 0.0
-            found.append(measured or self.size_model.diam_mean)
-        return found
 
 
 @dataclass

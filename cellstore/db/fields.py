@@ -9,15 +9,19 @@ from sqlalchemy.orm import Session
 
 from ..enums import PERTURBATION, TARGET, TREATMENT
 from ..errors import UnknownNameError
-from ..models import Event, Perturbation, Plate, Treatment, TreatmentPart, Well
+from ..models import METADATA, Perturbation, Treatment, TreatmentPart
+
+plates, wells, treatments, treatment_parts, events = (
+    METADATA.tables[name] for name in ("plates", "wells", "treatments", "treatment_parts", "events")
+)
 
 _COLUMNS: dict[str, Any] = {
-    PERTURBATION: Treatment.name,
-    TREATMENT: Treatment.name_with_dose,
-    TARGET: Treatment.target,
-    "batch": Plate.batch,
-    "cell_line": Plate.cell_line,
-    "time_point": Plate.time_point,
+    PERTURBATION: treatments.c.name,
+    TREATMENT: treatments.c.name_with_dose,
+    TARGET: treatments.c.target,
+    "batch": plates.c.batch,
+    "cell_line": plates.c.cell_line,
+    "time_point": plates.c.time_point,
 }
 
 
@@ -30,7 +34,7 @@ def field_column(field: str) -> ColumnElement[str | None]:
     column: ColumnElement[str | None] | None = _COLUMNS.get(field)
     if column is not None:
         return column
-    values = (table.metadata_[field].as_string() for table in (Well, Plate))
+    values = (table.c.metadata[field].as_string() for table in (wells, plates))
     return func.coalesce(*values)
 
 
@@ -43,9 +47,9 @@ def check_field(session: Session, field: str) -> None:
     if field in _COLUMNS:
         return
     known = set(_COLUMNS)
-    for table in (Well, Plate):
+    for table in (wells, plates):
         for metadata in session.scalars(
-            select(table.metadata_).where(table.metadata_.is_not(None))
+            select(table.c.metadata).where(table.c.metadata.is_not(None))
         ):
             known.update(metadata)
     if field not in known:
@@ -73,15 +77,15 @@ def wells_changed(*conditions: ColumnElement[bool]) -> Select[Any]:
     ``conditions`` are on table ``events``. A perturbation that is described otherwise changes all
     wells that have it.
     """
-    moved = select(Event.row_id).where(
-        Event.table_name == "wells",
-        Event.new["treatment_id"].as_integer().is_not(None),
+    moved = select(events.c.row_id).where(
+        events.c.table_name == "wells",
+        events.c.new["treatment_id"].as_integer().is_not(None),
         *conditions,
     )
     corrected = (
-        select(Well.id)
-        .join(TreatmentPart, TreatmentPart.treatment_id == Well.treatment_id)
-        .join(Event, Event.row_id == TreatmentPart.perturbation_id)
-        .where(Event.table_name == "perturbations", *conditions)
+        select(wells.c.id)
+        .join(treatment_parts, treatment_parts.c.treatment_id == wells.c.treatment_id)
+        .join(events, events.c.row_id == treatment_parts.c.perturbation_id)
+        .where(events.c.table_name == "perturbations", *conditions)
     )
     return select(moved.union(corrected).subquery().c.row_id.label("well_id"))

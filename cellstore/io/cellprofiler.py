@@ -248,7 +248,7 @@ def _record(
     plate: str | None,
     folder: str | None,
 ) -> ImageRecord:
-    files = []
+    files: dict[str, FileRef] = {}  # of two columns of one channel, the first counts
     for channel in channels:
         name = texts.get(FILE + channel)
         if name is None:
@@ -257,9 +257,9 @@ def _record(
             raise RowRefusedError("file name with a folder in it", f"{channel}: {name!r}")
         phenix = core_file_name(name)
         plain = channel.removeprefix(ORIGINAL) or channel
-        number = phenix.channel if phenix else None
-        files.append(FileRef(plain, number, name, texts.get(FOLDER + channel)))
-    names = _from_names(files, folder)
+        number = phenix.number if phenix else None
+        files.setdefault(plain, FileRef(plain, number, name, texts.get(FOLDER + channel)))
+    names = _from_names(list(files.values()), folder)
     text, well = written_well(texts, WELLS, COLUMNS), names.well
     if text is not None:
         try:
@@ -292,7 +292,7 @@ def _record(
         plane=1 if plane is None else plane,
         time_point=1 if time_point is None else time_point,
         core_name=texts.get(_CORE_NAME, core),
-        files=tuple(files),
+        files=tuple(files.values()),
         treatment=treatment_of(texts),
         metadata={name.removeprefix(METADATA): texts[name] for name in sorted(others)} or None,
     )
@@ -311,7 +311,7 @@ class _Named(NamedTuple):
 def _from_names(files: Sequence[FileRef], folder: str | None) -> _Named:
     for file in files:
         if phenix := core_file_name(file.name):
-            return _Named((phenix.row, phenix.column), phenix.field, phenix.core)
+            return _Named((phenix.row, phenix.column), phenix.site, phenix.core_name)
     for file in files:
         if name := cellomics_name(file.name) or wellsite_name(file.name):
             return _Named((name.row, name.column), name.site, scan=name.plate)

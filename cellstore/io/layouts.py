@@ -1,12 +1,13 @@
-"""What a source is, told from its content: a table of images, plate maps, features, a folder."""
+"""Recognises a source by its content: a table of images, plate maps, features, a folder."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
+from typing import Self
 
 from ..errors import BadTableError, UserInputError
 from . import image_files
@@ -39,7 +40,15 @@ class SourceKind(StrEnum):
 
 
 class Layout(StrEnum):
-    """The shapes of sources that can be read."""
+    """The shapes of sources that can be read, and what a source of each shape brings."""
+
+    kind: SourceKind
+
+    def __new__(cls, value: str, kind: SourceKind = SourceKind.IMAGES) -> Self:
+        """Make a layout of a word and of what a source of it brings."""
+        layout = str.__new__(cls, value)
+        layout._value_, layout.kind = value, kind
+        return layout
 
     PUBLISHED = "published"
     LOADDATA = "loaddata"
@@ -48,33 +57,15 @@ class Layout(StrEnum):
     CELLOMICS_FOLDER = "cellomics-folder"
     WELLSITE_FOLDER = "wellsite-folder"
     PATTERN_FOLDER = "pattern-folder"
-    PLATEMAP = "platemap"
-    TREATMENT_TABLE = "treatment-table"
-    JUMP_PLATES = "jump-plates"
-    JUMP_CRISPR = "jump-crispr"
-    JUMP_CONTROLS = "jump-controls"
-    CELLPROFILER_CSV = "cellprofiler-csv"
-    CELLPROFILER_SQLITE = "cellprofiler-sqlite"
-    SINGLE_CELLS = "single-cells"
-    MASKS = "masks"
-
-    @property
-    def kind(self) -> SourceKind:
-        """What a source of this layout brings."""
-        return _KINDS.get(self, SourceKind.IMAGES)
-
-
-_KINDS = {
-    Layout.PLATEMAP: SourceKind.TREATMENTS,
-    Layout.TREATMENT_TABLE: SourceKind.TREATMENTS,
-    Layout.JUMP_PLATES: SourceKind.TREATMENTS,
-    Layout.JUMP_CRISPR: SourceKind.TREATMENTS,
-    Layout.JUMP_CONTROLS: SourceKind.TREATMENTS,
-    Layout.CELLPROFILER_CSV: SourceKind.FEATURES,
-    Layout.CELLPROFILER_SQLITE: SourceKind.FEATURES,
-    Layout.SINGLE_CELLS: SourceKind.FEATURES,
-    Layout.MASKS: SourceKind.MASKS,
-}
+    PLATEMAP = "platemap", SourceKind.TREATMENTS
+    TREATMENT_TABLE = "treatment-table", SourceKind.TREATMENTS
+    JUMP_PLATES = "jump-plates", SourceKind.TREATMENTS
+    JUMP_CRISPR = "jump-crispr", SourceKind.TREATMENTS
+    JUMP_CONTROLS = "jump-controls", SourceKind.TREATMENTS
+    CELLPROFILER_CSV = "cellprofiler-csv", SourceKind.FEATURES
+    CELLPROFILER_SQLITE = "cellprofiler-sqlite", SourceKind.FEATURES
+    SINGLE_CELLS = "single-cells", SourceKind.FEATURES
+    MASKS = "masks", SourceKind.MASKS
 
 
 def detect(path: Path, kind: SourceKind | None = None) -> Layout:
@@ -92,7 +83,7 @@ def detect(path: Path, kind: SourceKind | None = None) -> Layout:
         return Layout.MASKS
     head = b""
     if path.is_dir():
-        found = list(dict.fromkeys(_of_folder(path)))
+        found = _of_folder(path)
     else:
         try:
             with path.open("rb") as stream:
@@ -101,7 +92,23 @@ def detect(path: Path, kind: SourceKind | None = None) -> Layout:
             raise UserInputError(f"There is no file or folder {path}. Check the path.") from error
         except OSError as error:
             raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
-        found = list(_of_file(path, head))
+        # Each reader is imported where it may be needed: some are slow to import.
+        if head.startswith(image_files.SQLITE):
+            from .cellprofiler_sqlite import is_cellprofiler_sqlite
+
+            found = [Layout.CELLPROFILER_SQLITE] if is_cellprofiler_sqlite(path) else []
+        elif _XML.match(head):
+            from .harmony import is_harmony
+
+            found = [Layout.HARMONY] if is_harmony(path) else []
+        else:
+            is_parquet = head.startswith(image_files.PARQUET)
+            columns = () if is_parquet else open_table(path, whole=False).columns
+            found = table_layouts(columns)
+            if is_parquet or any("Object" in name or "Parent" in name for name in columns):
+                from .single_cells import is_single_cells
+
+                found += [Layout.SINGLE_CELLS] if is_single_cells(path) else []
     chosen = [item for item in found if kind is None or item.kind is kind]
     if kind is None and Layout.HARMONY in found:
         chosen = [item for item in found if item is not Layout.PHENIX_FOLDER]
@@ -148,20 +155,19 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
     return [layout for layout, fits in tests.items() if fits]
 
 
-def _of_folder(path: Path) -> Iterator[Layout]:
+def _of_folder(path: Path) -> list[Layout]:
     from .cellprofiler_csv import is_cellprofiler_folder
     from .folders import folder_layouts
     from .harmony import is_harmony
 
-    if is_harmony(path):
-        yield Layout.HARMONY
-    if is_cellprofiler_folder(path):
-        yield Layout.CELLPROFILER_CSV
-    yield from map(Layout, folder_layouts(path))
+    found = [Layout.HARMONY] if is_harmony(path) else []
+    found += [Layout.CELLPROFILER_CSV] if is_cellprofiler_folder(path) else []
+    found += [Layout(name) for name in folder_layouts(path)]
     for table in _tables_in(path):
         with suppress(UserInputError):
             if Layout.PLATEMAP in table_layouts(open_table(table, whole=False).columns):
-                yield Layout.PLATEMAP
+                return [*found, Layout.PLATEMAP]
+    return found
 
 
 def _tables_in(folder: Path) -> list[Path]:
@@ -170,28 +176,6 @@ def _tables_in(folder: Path) -> list[Path]:
     except OSError as error:
         raise UserInputError(f"{folder} cannot be read ({error.strerror}).") from error
     return [path for path in names if path.name.lower().endswith(_TABLE_SUFFIXES)][:_LOOKED_AT]
-
-
-def _of_file(path: Path, head: bytes) -> Iterator[Layout]:
-    if head.startswith(image_files.SQLITE):
-        from .cellprofiler_sqlite import is_cellprofiler_sqlite
-
-        yield from [Layout.CELLPROFILER_SQLITE] if is_cellprofiler_sqlite(path) else []
-        return
-    if _XML.match(head):
-        from .harmony import is_harmony
-
-        yield from [Layout.HARMONY] if is_harmony(path) else []
-        return
-    if not head.startswith(image_files.PARQUET):
-        columns = open_table(path, whole=False).columns
-        yield from table_layouts(columns)
-        if not any("Object" in column or "Parent" in column for column in columns):
-            return  # no table of single cells, and Arrow is slow to import
-    from .single_cells import is_single_cells
-
-    if is_single_cells(path):
-        yield Layout.SINGLE_CELLS
 
 
 def _unknown(path: Path, head: bytes) -> BadTableError:

@@ -41,41 +41,30 @@ class FileStat:
     mtime_ns: int | None
 
 
-class PathMap:
-    r"""Rewrites the beginning of folders: where other machines kept what is here now.
+def map_folder(folder: str, maps: Iterable[tuple[str, str]]) -> str:
+    r"""Return a folder with its beginning rewritten: where another machine kept what is here now.
 
-    ``pairs`` are (old, new). The longest old one that fits wins; it fits only whole folders
+    ``maps`` are (old, new). The longest old one that fits wins; it fits only whole folders
     (``/data/a`` is no beginning of ``/data/ab``). ``C:\data`` and ``c:/data`` are the same.
+    A folder that none fits stays as it is, without a ``file://`` before it.
 
     Raises:
         UserInputError: an old or new beginning is empty, or one old has two new ones.
     """
-
-    def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
-        self._new: dict[str, str] = {}
-        for written, target in pairs:
-            old, new = _plain(written.strip()), target.strip()
-            if not old or not new:
-                raise UserInputError(
-                    "A folder of --map is empty. Write --map /old/folder=/new/folder."
-                )
-            if self._new.setdefault(old, new) != new:
-                raise UserInputError(f"--map names {shown(old)} twice. Keep the one that is meant.")
-        self._olds = sorted(self._new, key=len, reverse=True)
-
-    def apply(self, folder: str) -> str:
-        """Return the folder with its beginning rewritten, or as it is where none fits.
-
-        ``file://`` before a folder means nothing and is left away.
-        """
-        plain = _plain(folder) if self._olds else ""
-        for old in self._olds:
-            rest = plain.removeprefix(old)
-            whole = old.endswith("/") or rest[:1] in {"", "/"}
-            if plain.startswith(old) and whole:
-                rest = rest.lstrip("/")
-                return join(self._new[old], rest) if rest else self._new[old]
-        return _without_file(folder)
+    targets: dict[str, str] = {}
+    for written, target in maps:
+        old, new = _plain(written.strip()), target.strip()
+        if not old or not new:
+            raise UserInputError("A folder of --map is empty. Write --map /old/folder=/new/folder.")
+        if targets.setdefault(old, new) != new:
+            raise UserInputError(f"--map names {shown(old)} twice. Keep the one that is meant.")
+    plain = _plain(folder) if targets else ""
+    for old in sorted(targets, key=len, reverse=True):
+        rest = plain.removeprefix(old)
+        if plain.startswith(old) and (old.endswith("/") or rest[:1] in {"", "/"}):
+            rest = rest.lstrip("/")
+            return join(targets[old], rest) if rest else targets[old]
+    return _without_file(folder)
 
 
 def _plain(folder: str) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
+from ..analysis.regions import cells_in_pieces, connected_parts
 from ..artifacts import sha256_of
 from ..db.session import Database
 from ..errors import ImageError
@@ -61,8 +62,6 @@ def read_masks_of(
     ``plate`` limits the images, ``binary`` takes each connected part of a black and white mask
     for one object.
     """
-    from ..analysis.label_images import labels_in_pieces, parts
-
     try:
         sha256 = sha256_of(mask.path)
         with database.read() as session:
@@ -75,8 +74,8 @@ def read_masks_of(
             return NoMatch("this is an image", "the file is one of the images of the store")
         labels = read_labels(mask.path, binary=binary)
         if binary:
-            labels = parts(labels)
-        elif labels.max(initial=0) == 1 and labels_in_pieces(labels):
+            labels = connected_parts(labels)
+        elif labels.max(initial=0) == 1 and cells_in_pieces(labels):
             raise ImageError(black_and_white(mask.path.name))
     except ImageError as error:
         return NoMatch("not a label image", writable(str(error)))
@@ -125,7 +124,9 @@ def match_image(session: Session, mask: MaskFile, plate: str | None) -> FoundIma
 
 def _of_core_name(stem: str) -> Select[Any]:
     parsed = core_file_name(stem)
-    query = select(Image.id).where(Image.core_name.in_({stem, parsed.core} if parsed else {stem}))
+    query = select(Image.id).where(
+        Image.core_name.in_({stem, parsed.core_name} if parsed else {stem})
+    )
     if parsed and parsed.plane is not None:
         query = query.where(Image.plane == parsed.plane)
     if parsed and parsed.time_point is not None:

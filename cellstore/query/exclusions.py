@@ -19,6 +19,7 @@ from ..errors import UnknownNameError, UserInputError
 from ..jobs.run_names import RUN_WORDS, NamedRun, find_named_run
 from ..models import (
     EXCLUSIONS,
+    METADATA,
     Cell,
     Image,
     Job,
@@ -160,19 +161,20 @@ def cell_counts(qc_run: int | None = None) -> ColumnElement[bool]:
     return and_(Cell.excluded.is_(None), _not_excluded(Level.CELL, Cell.id, qc_run))
 
 
-def why_excluded(session: Session, cell: Cell) -> list[str]:
+def why_excluded(session: Session, cell_id: int) -> list[str]:
     """Return why a cell does not count: first its own reasons, then those of its image, ..."""
-    image = cell.segmentation.image
-    ids = {
-        Level.CELL: cell.id,
-        Level.IMAGE: image.id,
-        Level.WELL: image.well_id,
-        Level.PLATE: image.well.plate_id,
-    }
+    cells, segmentations, images, wells = (
+        METADATA.tables[name] for name in ("cells", "segmentations", "images", "wells")
+    )
+    query = select(cells.c.id, images.c.id, images.c.well_id, wells.c.plate_id)
+    query = query.select_from(cells.join(segmentations).join(images).join(wells))
+    ids = session.execute(query.where(cells.c.id == cell_id)).one()
     found = EXCLUSIONS.c
     return [
         reason
-        for level, row_id in ids.items()
+        for level, row_id in zip(
+            (Level.CELL, Level.IMAGE, Level.WELL, Level.PLATE), ids, strict=True
+        )
         for reason in session.scalars(
             select(found.reason)
             .where(found.level == level.value, found.id == row_id, found.run_id.is_(None))

@@ -1,19 +1,24 @@
-"""The history of an image, a well, a cell, a run or a file: what it comes from, what came of it."""
+"""The history of an image, a well, a cell, a run or a file: what it comes from, what came of it.
+
+An audit is a record: values, and lists of rows, each row of the same keys. ``audit --json`` prints
+it, ``audit_text`` shows it in a terminal, and ``lineage_page`` draws it: all three from these rows.
+The tables are read as such. Their classes would take longer to load than an audit takes.
+"""
 
 from __future__ import annotations
 
 import re
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Select, and_, func, or_, select
+from sqlalchemy import ColumnElement, Row, Select, Text, and_, false, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
@@ -27,230 +32,179 @@ from ..jobs.lookup import (
     looks_like_well,
     neighbours,
     readable,
-    run_in,
     starts_with,
 )
-from ..jobs.run_names import RUN_WORDS
+from ..jobs.run_names import RUN_WORDS, find_named_run
 from ..jobs.workspace import Workspace
-from ..models import (
-    Artifact,
-    Cell,
-    CellFeatures,
-    CellFlag,
-    Event,
-    FeatureFile,
-    FeatureSet,
-    Image,
-    ImageFile,
-    ImageFlag,
-    IngestFile,
-    Job,
-    Label,
-    Plate,
-    Prediction,
-    Recipe,
-    RecipeInput,
-    Run,
-    Segmentation,
-    Split,
-    SplitMember,
-    Treatment,
-    Well,
-)
-from ..query.engine import open_questions
+from ..models import METADATA
 from ..query.exclusions import why_excluded
 
+artifacts, cell_flags, cells, events, feature_files, feature_sets, features, folders = (
+    METADATA.tables[name]
+    for name in (
+        *("artifacts", "cell_flags", "cells", "events", "feature_files", "feature_sets"),
+        *("features", "folders"),
+    )
+)
+image_files, image_flags, images, ingest_files, jobs, labels, perturbations, plates = (
+    METADATA.tables[name]
+    for name in (
+        *("image_files", "image_flags", "images", "ingest_files", "jobs", "labels"),
+        *("perturbations", "plates"),
+    )
+)
+predictions, recipe_inputs, recipes, run_artifacts, runs, segmentations, split_members, splits = (
+    METADATA.tables[name]
+    for name in (
+        *("predictions", "recipe_inputs", "recipes", "run_artifacts", "runs", "segmentations"),
+        *("split_members", "splits"),
+    )
+)
+treatment_parts, treatments, wells = (
+    METADATA.tables[name] for name in ("treatment_parts", "treatments", "wells")
+)
+
 KINDS = ("image", "well", "cell", "run", "artifact")
-SHORT = 10
-"""Digits of a sha256 in a box."""
-MOST_BOXES = 4
-"""Files, changes or runs that are drawn one by one."""
 
 Record = dict[str, Any]
 
 
-@dataclass
-class Lineage:
-    """Boxes by key, the arrows between them, and the key of what it is all about.
-
-    A box is its kind, then its lines.
-    """
-
-    subject: str
-    boxes: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    arrows: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, key: str, kind: str, *lines: str | None) -> str:
-        """Add a box, unless it is there, and return its key."""
-        self.boxes.setdefault(key, (kind, *(line for line in lines if line)))
-        return key
-
-    def link(self, *keys: str) -> None:
-        """Draw an arrow from each key to the next."""
-        for arrow in pairwise(keys):
-            if arrow not in self.arrows and arrow[0] != arrow[1]:
-                self.arrows.append(arrow)
-
-
 @dataclass(frozen=True)
 class Audit:
-    """What the store knows of one thing.
+    """What the store knows of one thing, as a record; times are ISO 8601 in UTC.
 
-    ``record`` holds values and lists of records, as ``audit --json`` prints them; the text and the
-    tables of the page are made from it. Times are ISO 8601 in UTC.
+    ``image``: of a cell the audit of its image, which the picture shows with it.
     """
 
     kind: str
     title: str
     record: Record
-    lineage: Lineage
+    image: Audit | None = None
 
 
-def audit_anything(workspace: Workspace, text: str, kind: str | None = None) -> Audit:
+def audit(workspace: Workspace, text: str, kind: str | None = None) -> Audit:
     """Return the audit of what ``text`` names; without a ``kind``, of whatever has that name.
+
+    See ``cellstore audit --help`` for the names, docs/provenance.md for the keys of the record.
 
     Raises:
         UnknownNameError: nothing has that name.
         UserInputError: it is a number without a kind; or several things have that name.
     """
     name = readable(text)
-    by_kind = {
-        "image": audit_image,
-        "well": audit_well,
-        "cell": audit_cell,
-        "run": audit_run,
-        "artifact": audit_artifact,
-    }
-    if kind is not None:
-        return by_kind[kind](workspace, text)
+    with workspace.database.read() as session:
+        if kind is None:
+            kind = _kind_of(session, name)
+        if kind == "image":
+            return _image(workspace, session, find_image(session, text))
+        if kind == "well":
+            return _well(session, find_well(session, text))
+        if kind == "cell":
+            return _cell(workspace, session, name)
+        if kind == "run":
+            return _run(session, find_named_run(session, name).id)
+        return _artifact(session, text)
+
+
+def _kind_of(session: Session, name: str) -> str:
+    """What a name is of."""
     if name.isdecimal():
         ways = ", ".join(f"cellstore audit {kind} {name}" for kind in KINDS if kind != "well")
         raise UserInputError(f"{name} is the number of what? Use one of: {ways}.")
     if _on_disk(name) is not None:
-        return audit_artifact(workspace, text)
+        return "artifact"
     if name.lower().startswith(("#", "run ", *RUN_WORDS)):
-        return audit_run(workspace, name)
+        return "run"
     if looks_like_well(name):
-        return audit_well(workspace, name)
+        return "well"
     try:
-        return audit_image(workspace, name)
-    except UnknownNameError as unknown_image:
-        try:
-            return audit_artifact(workspace, name)
-        except UnknownNameError:
-            raise unknown_image from None
+        find_image(session, name)
+    except UnknownNameError:
+        if _files_named(session, name):
+            return "artifact"
+    return "image"
 
 
-def _record(row: Any, *names: str) -> Record:
-    """Columns of a row as JSON knows them."""
-    found = {name: getattr(row, name) for name in names}
-    for name, value in found.items():
-        if isinstance(value, Enum):
-            found[name] = value.value
-        elif isinstance(value, datetime):
-            found[name] = value.isoformat()
+def _rows(session: Session, query: Select[Any]) -> list[Record]:
+    """The rows of a query, with values that JSON knows."""
+    found = [dict(row) for row in session.execute(query).mappings()]
+    for row in found:
+        for name, value in row.items():
+            if isinstance(value, Enum):
+                row[name] = value.value
+            elif isinstance(value, datetime):
+                row[name] = value.isoformat()
     return found
-
-
-RUN = ("stage", "status", "started_at")
-RECIPE = ("id", "stage", "version", "fingerprint", "weights_sha256", "parameters")
-
-
-def _run(run: Run, *more: str) -> Record:
-    return {"run_id": run.id, **_record(run, *RUN, *more)}
 
 
 # Images, wells and cells
 
 
-def audit_image(workspace: Workspace, text: str) -> Audit:
-    """Return every run that labelled the image that ``text`` names, with its evidence.
-
-    Raises:
-        UnknownNameError: no image has that name.
-        UserInputError: several have it.
-    """
-    with workspace.database.read() as session:
-        return _image(workspace, session, find_image(session, text))
-
-
-def _image(workspace: Workspace, session: Session, image: Image) -> Audit:
-    well, treatment = image.well, image.well.treatment
-    name = f"{well.plate.barcode}/{well.name}/{image.site}"
-    graph = Lineage("image")
-    graph.add("image", "image", name, image.core_name, _short(image.content_sha256))
-    missing = sum(file.sha256 is None for file in image.files)
-    if len(image.files) > MOST_BOXES:
-        number = f"{len(image.files)} files, {missing} missing"
-        graph.link(graph.add("files", "file", number, image.files[0].name), "image")
-    else:
-        for file in image.files:
-            box = graph.add(f"file {file.id}", "file", file.channel, file.name, _short(file.sha256))
-            graph.link(box, "image")
-    history, treatment_box = _treatment_history(session, graph, well)
-    one = select(Image.id).where(Image.id == image.id)
-    frozen, notes = _frozen_labels(session, well, history, one)
-    for found in image.segmentations:
-        stored = found.recipe.parameters
-        model = str(stored.get("model") or stored.get("imported") or "")
-        when = f"run {found.run_id}, {found.created_at:%Y-%m-%d}"
-        box = f"segmentation {found.id}"
-        graph.add(box, "segmentation", when, f"{found.n_cells:,} cells", model)
-        graph.link("image", box)
-        if (digest := found.recipe.weights_sha256) is not None:
-            graph.link(graph.add(f"weights {digest}", "weights", model, _short(digest)), box)
+def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
+    """Every run that labelled an image, with its evidence."""
+    query = select(
+        images.c.id.label("image_id"),
+        plates.c.barcode.label("plate"),
+        wells.c.name.label("well"),
+        *(images.c[name] for name in ("site", "plane", "time_point", "core_name", "pixel_size")),
+        *(images.c.content_sha256, treatments.c.name.label("treatment"), treatments.c.target),
+        *(wells.c.control, images.c.well_id),
+    ).select_from(images.join(wells).join(plates).outerjoin(treatments))
+    (record,) = _rows(session, query.where(images.c.id == image_id))
+    well_id = record.pop("well_id")
+    uri = func.rtrim(folders.c.uri, "/", type_=Text) + "/" + image_files.c.name
+    of_image = image_files.c.image_id == image_id
+    query = select(image_files.c.channel, image_files.c.name, uri.label("uri"))
+    query = query.add_columns(image_files.c.sha256, image_files.c.size_bytes)
+    query = query.select_from(image_files.outerjoin(folders)).where(of_image)
+    files = _rows(session, query.order_by(image_files.c.position))
+    history = _treatment_history(session, well_id)
+    one = select(images.c.id).where(images.c.id == image_id)
+    frozen, notes = _frozen_labels(session, well_id, history, one)
+    flags = select(
+        *(image_flags.c.run_id, image_flags.c.reason),
+        func.nullif(image_flags.c.channel, "").label("channel"),
+        *(image_flags.c.value, image_flags.c.low, image_flags.c.high),
+    ).join(runs, runs.c.id == image_flags.c.run_id)
+    flags = flags.where(image_flags.c.image_id == image_id, runs.c.status == Status.DONE)
+    flags = flags.order_by(image_flags.c.run_id, image_flags.c.reason, image_flags.c.channel)
+    found = _segmentations(session, segmentations.c.image_id == image_id)
     downstream = _downstream_of_images(session, one)
-    for item in downstream:
-        if item["what"] in ("measured cells", "feature sets"):
-            graph.add(item["what"], "measurement", *_counted(item))
-            for found in image.segmentations:
-                graph.link(f"segmentation {found.id}", item["what"])
-    flags = select(ImageFlag).join(Run, Run.id == ImageFlag.run_id)
-    flags = flags.where(ImageFlag.image_id == image.id, Run.status == Status.DONE)
-    flags = flags.order_by(ImageFlag.run_id, ImageFlag.reason, ImageFlag.channel)
-    record = {
-        "image_id": image.id,
-        "plate": well.plate.barcode,
-        "well": well.name,
-        **_record(image, "site", "plane", "time_point", "core_name", "pixel_size"),
-        "content_sha256": image.content_sha256,
-        "treatment": treatment.name if treatment else None,
-        "target": treatment.target if treatment else None,
-        **_record(well, "control"),
-        "missing_files": missing,
+    # DuckDB, which counts the votes, takes some time to load.
+    labelled = any(item["what"] == "labelled cells" for item in downstream)
+    record |= {
+        "missing_files": sum(file["sha256"] is None for file in files),
         "notes": notes,
         "treatment_history": history,
         "frozen_labels": frozen,
-        "flags": [
-            _record(flag, "run_id", "reason", "channel", "value", "low", "high")
-            | {"channel": flag.channel or None}
-            for flag in session.scalars(flags)
-        ],
-        "files": [
-            _record(file, "channel", "name", "uri", "sha256", "size_bytes") for file in image.files
-        ],
-        "segmentations": [_segmentation(found) for found in image.segmentations],
-        "labellings": _labellings(workspace, session, graph, image, treatment_box),
+        "flags": _rows(session, flags),
+        "files": files,
+        "segmentations": found,
+        "labellings": _labellings(workspace, session, image_id, found) if labelled else [],
         "downstream": downstream,
     }
-    return Audit("image", f"Image {name}", record, graph)
+    name = "{plate}/{well}/{site}".format(**record)
+    return Audit("image", f"Image {name}", record)
 
 
-def _segmentation(found: Segmentation) -> Record:
-    """Its cells are ``current`` where the image still has the bytes in which they were found.
+def _segmentations(session: Session, condition: ColumnElement[bool]) -> list[Record]:
+    """Segmentations: ``current`` where the image still has the bytes in which cells were found.
 
     Of cells that another tool found, ``imported`` names the tool, and the diameter may be unknown.
     """
-    return {
-        **_record(found, "id", "run_id", "recipe_id"),
-        **_record(found.recipe, "fingerprint", "weights_sha256", "parameters"),
-        "made_at": found.created_at.isoformat(),
-        **_record(found, "n_cells", "diameter"),
-        # Unknown bytes count as current: nothing can contradict them.
-        "current": found.content_sha256 in (None, found.image.content_sha256),
-        "has_masks": found.mask_artifact_id is not None,
-        "imported": found.recipe.parameters.get("imported"),
-    }
+    # Unknown bytes count as current: nothing can contradict them.
+    seen = segmentations.c.content_sha256
+    current = func.coalesce(seen == images.c.content_sha256, seen.is_(None))
+    query = select(
+        *(segmentations.c[name] for name in ("id", "run_id", "recipe_id")),
+        *(recipes.c[name] for name in ("fingerprint", "weights_sha256", "parameters")),
+        segmentations.c.created_at.label("made_at"),
+        *(segmentations.c.n_cells, segmentations.c.diameter, current.label("current")),
+        segmentations.c.mask_artifact_id.is_not(None).label("has_masks"),
+        recipes.c.parameters["imported"].as_string().label("imported"),
+    )
+    query = query.select_from(segmentations.join(recipes).join(images)).where(condition)
+    return _rows(session, query.order_by(segmentations.c.id))
 
 
 _VOTES = """
@@ -270,50 +224,52 @@ _OF_WELL = "SELECT DISTINCT run_id, subset FROM run_images WHERE subset <> 'outs
 
 
 def _labellings(
-    workspace: Workspace, session: Session, graph: Lineage, image: Image, treatment_box: str
+    workspace: Workspace, session: Session, image_id: int, found: Sequence[Record]
 ) -> list[Record]:
     """What each predict run answered for an image, the oldest run first.
 
     ``winner`` is the label of the hard vote, ``soft_winner`` that of the summed probabilities;
     ``subset`` that of the image in the split (``outside``: in none), ``well_subsets`` all in which
-    its well has images.
+    its well has images. ``found``: its segmentations.
     """
-    with open_questions(workspace, image=image.id) as questions:
-        values = {"image": image.id}
+    from ..query.engine import open_questions
+
+    with open_questions(workspace, image=image_id) as questions:
+        values = {"image": image_id}
         rows = questions.ask_ours(_VOTES, values).records()
         votes = {(row["run_id"], row["vote"]): row for row in rows}
-        labels = questions.ask_ours(_LABEL_VOTES, values).records()
+        of_labels = questions.ask_ours(_LABEL_VOTES, values).records()
         used = list(questions.ask_ours(_USED, values).rows())
         of_well = list(questions.ask_ours(_OF_WELL).rows())
-    found = []
-    for run_id in sorted({number for number, _ in votes}):
-        run = session.get_one(Run, run_id)
-        split = run.split or (run.parent.split if run.parent else None)
+    parents = runs.alias()
+    query = select(
+        runs.c.id.label("run_id"),
+        *(runs.c.started_at, runs.c.user_name.label("user"), runs.c.host, runs.c.code_version),
+        *(runs.c.parent_id.label("train_run_id"), splits.c.name.label("split"), splits.c.protocol),
+    )
+    query = query.outerjoin(parents, parents.c.id == runs.c.parent_id)
+    split = func.coalesce(runs.c.split_id, parents.c.split_id)
+    query = query.outerjoin(splits, splits.c.id == split)
+    query = query.where(runs.c.id.in_({number for number, _ in votes})).order_by(runs.c.id)
+    labellings = []
+    for run in _rows(session, query):
+        run_id = run["run_id"]
         hard = votes[run_id, "hard"]
-        own = [row for row in labels if row["run_id"] == run_id]
+        own = [row for row in of_labels if row["run_id"] == run_id]
         well_subsets = [s.value for s in Subset if (run_id, s.value) in of_well]
-        seen = Subset.TRAIN.value in well_subsets
-        segmentations = [item for item in image.segmentations if (run_id, item.id) in used]
-        found.append(
+        seen = [item for item in found if (run_id, item["id"]) in used]
+        labellings.append(
             {
-                "run_id": run_id,
-                "started_at": run.started_at.isoformat(),
-                "user": run.user_name,
-                **_record(run, "host", "code_version"),
-                "train_run_id": run.parent_id,
-                "checkpoints": [
-                    file.sha256
-                    for file in (run.parent.artifacts if run.parent else ())
-                    if file.kind is ArtifactKind.CHECKPOINT
-                ],
-                "split": split.name if split else None,
-                "protocol": split.protocol if split else None,
+                **{key: value for key, value in run.items() if key not in ("split", "protocol")},
+                "checkpoints": _checkpoints(session, run["train_run_id"]),
+                "split": run["split"],
+                "protocol": run["protocol"],
                 "subset": hard["subset"],
                 "well_subsets": well_subsets,
-                "well_in_training": seen,
-                "segmentation_ids": [item.id for item in segmentations],
-                "segment_recipes": [item.recipe_id for item in segmentations],
-                "segment_weights": [item.recipe.weights_sha256 or "" for item in segmentations],
+                "well_in_training": Subset.TRAIN.value in well_subsets,
+                "segmentation_ids": [item["id"] for item in seen],
+                "segment_recipes": [item["recipe_id"] for item in seen],
+                "segment_weights": [item["weights_sha256"] or "" for item in seen],
                 "n_cells": hard["n_cells"],
                 "votes": {row["label"]: row["cells"] for row in own},
                 "probabilities": {row["label"]: row["probability"] for row in own},
@@ -322,89 +278,79 @@ def _labellings(
                 **{key: hard[key] for key in ("tie", "truth", "correct")},
             }
         )
-        box = _run_box(graph, run)
-        for item in segmentations:
-            graph.link(f"segmentation {item.id}", box)
-        if run.parent is not None:
-            train = graph.add(f"run {run.parent_id}", "train", f"run {run.parent_id}")
-            graph.link(_result_box(graph, run.parent), box)
-            if split is not None:
-                named = graph.add(f"split {split.id}", "split", split.name, split.protocol)
-                graph.link(treatment_box, named, train)
-        truth = {True: "right", False: "wrong", None: "truth unknown"}[hard["correct"]]
-        known = "well was in training" if seen else "well was not in training"
-        most = f"{own[0]['cells']} of {hard['n_cells']} cells"
-        answer = graph.add(f"label {run_id}", "label", hard["winner"], most, truth, known)
-        graph.link(box, answer)
-    return found
+    return labellings
 
 
-def _treatment(found: Treatment | None) -> Record | None:
-    if found is None:
+def _checkpoints(session: Session, run_id: int | None) -> list[str]:
+    """The sha256 of the checkpoints of a run."""
+    query = select(artifacts.c.sha256).join(run_artifacts).order_by(artifacts.c.id)
+    query = query.where(artifacts.c.kind == ArtifactKind.CHECKPOINT)
+    return list(session.scalars(query.where(run_artifacts.c.run_id == run_id)))
+
+
+def _treatment(session: Session, treatment_id: int | None) -> Record | None:
+    query = select(treatments.c.name, treatments.c.target, perturbations.c.kind)
+    query = query.add_columns(perturbations.c.identifier).where(treatments.c.id == treatment_id)
+    query = query.select_from(treatments.outerjoin(treatment_parts).outerjoin(perturbations))
+    parts = _rows(session, query.order_by(treatment_parts.c.position))
+    if not parts:
         return None
     return {
-        "name": found.name,
-        "kind": "|".join(item.kind.value for item in found.perturbations),
-        "target": found.target,
-        "identifier": "|".join(item.identifier or "" for item in found.perturbations) or None,
+        "name": parts[0]["name"],
+        "kind": "|".join(part["kind"] or "" for part in parts),
+        "target": parts[0]["target"],
+        "identifier": "|".join(part["identifier"] or "" for part in parts) or None,
     }
 
 
-def _treatment_history(session: Session, graph: Lineage, well: Well) -> tuple[list[Record], str]:
-    """The changes of a well's treatment, the first one first, and the box of what it has now."""
-    name = well.treatment.name if well.treatment else "unknown"
-    box = graph.add("treatment", "treatment", name)
+def _treatment_history(session: Session, well_id: int) -> list[Record]:
+    """The changes of a well's treatment, the first one first."""
+    treatment = session.scalar(select(wells.c.treatment_id).where(wells.c.id == well_id))
+    parts = select(treatment_parts.c.perturbation_id)
+    parts = parts.where(treatment_parts.c.treatment_id == treatment)
+    of_well = and_(events.c.table_name == "wells", events.c.row_id == well_id)
+    of_parts = and_(
+        events.c.table_name == "perturbations",
+        events.c.row_id.in_(list(session.scalars(parts))),
+    )
+    keys = ("created_at", "run_id", "file", "line", "table_name", "old", "new")
+    query = select(*(events.c[key] for key in keys)).where(or_(of_well, of_parts))
     history: list[Record] = []
-    parts = [part.perturbation_id for part in well.treatment.parts] if well.treatment else []
-    of_well = and_(Event.table_name == "wells", Event.row_id == well.id)
-    of_parts = and_(Event.table_name == "perturbations", Event.row_id.in_(parts))
-    for event in session.scalars(select(Event).where(or_(of_well, of_parts)).order_by(Event.id)):
-        values = (event.old or {}, event.new or {})
-        states: list[Record | None]
-        if event.table_name == "perturbations":
-            now = _treatment(well.treatment) or {}
-            states = [{**now, "target": item.get("target")} for item in values]
+    for event in _rows(session, query.order_by(events.c.id)):
+        values = (event["old"] or {}, event["new"] or {})
+        if event["table_name"] == "perturbations":
+            now = _treatment(session, treatment) or {}
+            old, new = ({**now, "target": item.get("target")} for item in values)
         elif "treatment_id" in values[1]:
             # What it is called now; other columns that were corrected are events themselves.
-            states = [
-                _treatment(session.get(Treatment, item["treatment_id"] or 0)) for item in values
-            ]
+            old, new = (_treatment(session, item["treatment_id"]) for item in values)  # type: ignore[assignment]
         else:  # another control
             continue
-        history.append(
-            {
-                "changed_at": event.created_at.isoformat(),
-                **_record(event, "run_id", "file", "line"),
-                "old": states[0],
-                "new": states[1],
-            }
-        )
-    for number, item in enumerate(history[-MOST_BOXES:]):
-        line = "" if item["line"] is None else f"line {item['line']}"
-        when = f"run {item['run_id']}, {item['changed_at'][:10]}"
-        graph.link(graph.add(f"table {number}", "table", item["file"], line, when), box)
-    return history, box
+        changed = {"changed_at": event["created_at"]}
+        changed |= {key: event[key] for key in ("run_id", "file", "line")}
+        history.append({**changed, "old": old, "new": new})
+    return history
 
 
 def _frozen_labels(
-    session: Session, well: Well, history: Sequence[Record], images: Select[int]
+    session: Session, well_id: int, history: Sequence[Record], of: Select[Any]
 ) -> tuple[list[Record], list[str]]:
     """The labels that splits keep of some images of a well, and a sentence where the well differs.
 
     ``since``: the run, file and line by which it came to differ.
     """
     query = (
-        select(Split.name, Split.field, SplitMember.subset, Label.value)
-        .join(SplitMember, SplitMember.split_id == Split.id)
-        .join(Label, Label.id == SplitMember.label_id)
-        .where(SplitMember.image_id.in_(images))
+        select(splits.c.name, splits.c.field, split_members.c.subset, labels.c.value)
+        .select_from(split_members.join(splits).join(labels))
+        .where(split_members.c.image_id.in_(of))
         .distinct()
-        .order_by(Split.name, SplitMember.subset, Label.value)
+        .order_by(splits.c.name, split_members.c.subset, labels.c.value)
     )
     found, notes = [], []
     for split, label_field, subset, label in session.execute(query):
-        labelled = select(field_column(label_field)).select_from(Well).join(Plate)
-        now = session.scalar(labelled.outerjoin(Treatment).where(Well.id == well.id))
+        labelled = select(field_column(label_field))
+        labelled = labelled.select_from(wells.join(plates).outerjoin(treatments))
+        now = session.scalar(labelled.where(wells.c.id == well_id))
         since = None
         if now != label:
             key = "target" if label_field == TARGET else "name"
@@ -430,324 +376,228 @@ def _frozen_labels(
     return found, notes
 
 
-def audit_well(workspace: Workspace, text: str) -> Audit:
-    """Return what a well (``PLATE/A01``) has, what it had, and its labels in splits.
-
-    Raises:
-        UnknownNameError: there is no such plate or well.
-        UserInputError: the text does not name a well.
-    """
-    with workspace.database.read() as session:
-        plate, well = find_well(session, text)
-        name = f"{plate.barcode}/{well.name}"
-        graph = Lineage("well")
-        history, treatment_box = _treatment_history(session, graph, well)
-        images = select(Image.id).where(Image.well_id == well.id)
-        ids = list(session.scalars(images.order_by(Image.id)))
-        graph.link(treatment_box, graph.add("well", "well", name, f"{len(ids)} images"))
-        frozen, notes = _frozen_labels(session, well, history, images)
-        downstream = _downstream_of_images(session, images)
-        _add_downstream(graph, "well", downstream)
-        record = {
-            "well_id": well.id,
-            "plate": plate.barcode,
-            "well": well.name,
-            **_record(well, "control"),
-            "treatment": _treatment(well.treatment),
-            "images": ids,
-            "notes": notes,
-            "treatment_history": history,
-            "frozen_labels": frozen,
-            "downstream": downstream,
-        }
-        return Audit("well", f"Well {name}", record, graph)
+def _well(session: Session, well_id: int) -> Audit:
+    """What a well has, what it had, and its labels in splits."""
+    query = select(wells.c.id.label("well_id"), plates.c.barcode.label("plate"))
+    query = query.add_columns(wells.c.name.label("well"), wells.c.control, wells.c.treatment_id)
+    (record,) = _rows(session, query.join(plates).where(wells.c.id == well_id))
+    history = _treatment_history(session, well_id)
+    of_well = select(images.c.id).where(images.c.well_id == well_id)
+    frozen, notes = _frozen_labels(session, well_id, history, of_well)
+    record["treatment"] = _treatment(session, record.pop("treatment_id"))
+    record |= {
+        "images": list(session.scalars(of_well.order_by(images.c.id))),
+        "notes": notes,
+        "treatment_history": history,
+        "frozen_labels": frozen,
+        "downstream": _downstream_of_images(session, of_well),
+    }
+    return Audit("well", f"Well {record['plate']}/{record['well']}", record)
 
 
-def audit_cell(workspace: Workspace, cell_id: int | str) -> Audit:
-    """Return a cell, its masks, its measurements and what every run predicted for it.
+def _cell(workspace: Workspace, session: Session, number: str) -> Audit:
+    """A cell, its masks, its measurements and what every run predicted for it.
 
     ``box`` is min row, min col, max row, max col (half open) in pixels; it and ``centroid`` are
     null where another tool found the cell and does not report them.
-
-    Raises:
-        UnknownNameError: there is no such cell.
     """
-    with workspace.database.read() as session:
-        number = str(cell_id).strip()
-        known = number.isdecimal() and len(number) < 19
-        cell = session.get(Cell, int(number)) if known else None
-        if cell is None:
-            raise UnknownNameError(
-                f"There is no cell {number}. A cell is named by its id in table cells; see some "
-                "with: cellstore sql 'FROM cells LIMIT 5'"
-            )
-        image = cell.segmentation.image
-        name = f"{image.well.plate.barcode}/{image.core_name}"
-        graph = _image(workspace, session, image).lineage
-        graph.subject = graph.add("cell", "cell", f"cell {cell.id}", f"object {cell.object_number}")
-        graph.link(f"segmentation {cell.segmentation_id}", "cell")
-        for choice in cell.predictions:
-            if choice.rank == 1:
-                text = f"{choice.label.value}, {choice.probability:.2f}"
-                own = graph.add(f"choice {choice.run_id}", "label", text, "this cell alone")
-                graph.link("cell", f"run {choice.run_id}", own)
-        box = [cell.min_row, cell.min_col, cell.max_row, cell.max_col]
-        centroid = [cell.centroid_row, cell.centroid_col]
-        keys = ("cell_id", "recipe_id", "run_id")
-        measured = [c.name for c in CellFeatures.__table__.columns if c.name not in keys]
-        flags = select(CellFlag).join(Run, Run.id == CellFlag.run_id)
-        flags = flags.where(CellFlag.cell_id == cell.id, Run.status == Status.DONE)
-        flags = flags.order_by(CellFlag.run_id, CellFlag.reason)
-        record = {
-            "cell_id": cell.id,
-            "image": name,
-            "image_id": image.id,
-            "object_number": cell.object_number,
-            "box": None if None in box else box,
-            "centroid": None if None in centroid else centroid,
-            "excluded": next(iter(why_excluded(session, cell)), None),
-            "flags": [
-                _record(flag, "run_id", "reason", "value") for flag in session.scalars(flags)
-            ],
-            "segmentation": _segmentation(cell.segmentation),
-            "features": {
-                f"recipe {row.recipe_id}": _record(row, *measured)
-                for row in sorted(cell.features, key=lambda row: row.recipe_id)
-            },
-            "choices": [
-                {
-                    **_record(choice, "run_id", "rank"),
-                    "label": choice.label.value,
-                    "probability": choice.probability,
-                }
-                for choice in cell.predictions
-            ],
-        }
-        return Audit("cell", f"Cell {cell.id} of {name}", record, graph)
+    known = number.isdecimal() and len(number) < 19
+    query = select(cells, segmentations.c.image_id).join(segmentations)
+    cell = session.execute(query.where(cells.c.id == int(number) if known else false())).first()
+    if cell is None:
+        raise UnknownNameError(
+            f"There is no cell {number}. A cell is named by its id in table cells; see some "
+            "with: cellstore sql 'FROM cells LIMIT 5'"
+        )
+    image = _image(workspace, session, cell.image_id)
+    name = "{plate}/{core_name}".format(**image.record)
+    box = [cell.min_row, cell.min_col, cell.max_row, cell.max_col]
+    centroid = [cell.centroid_row, cell.centroid_col]
+    flags = select(*(cell_flags.c[key] for key in ("run_id", "reason", "value")))
+    flags = flags.join(runs).where(cell_flags.c.cell_id == cell.id, runs.c.status == Status.DONE)
+    measured = select(*(c for c in features.c if c.name not in ("cell_id", "run_id")))
+    measured = measured.where(features.c.cell_id == cell.id).order_by(features.c.recipe_id)
+    choices = select(predictions.c.run_id, predictions.c.rank, labels.c.value.label("label"))
+    choices = choices.add_columns(predictions.c.probability).join(labels)
+    choices = choices.where(predictions.c.cell_id == cell.id)
+    record = {
+        "cell_id": cell.id,
+        "image": name,
+        "image_id": cell.image_id,
+        "object_number": cell.object_number,
+        "box": None if None in box else box,
+        "centroid": None if None in centroid else centroid,
+        "excluded": next(iter(why_excluded(session, cell.id)), None),
+        "flags": _rows(session, flags.order_by(cell_flags.c.run_id, cell_flags.c.reason)),
+        "segmentation": next(
+            item for item in image.record["segmentations"] if item["id"] == cell.segmentation_id
+        ),
+        "features": {f"recipe {row.pop('recipe_id')}": row for row in _rows(session, measured)},
+        "choices": _rows(session, choices.order_by(predictions.c.run_id, predictions.c.rank)),
+    }
+    return Audit("cell", f"Cell {cell.id} of {name}", record, image)
 
 
 # Runs
 
+RUN = (runs.c.id.label("run_id"), runs.c.stage, runs.c.status, runs.c.started_at)
+RECIPE = tuple(
+    recipes.c[name]
+    for name in ("id", "stage", "version", "fingerprint", "weights_sha256", "parameters")
+)
 
-def audit_run(workspace: Workspace, reference: str) -> Audit:
-    """Return a run (a number, or ``latest``): what it did, from what, and what came of it.
+
+def _run(session: Session, run_id: int) -> Audit:
+    """A run: what it did, from what, and what came of it.
 
     ``inputs`` are the recipes it reads from, all the way up. Of an ingest: ``ingested`` are the
     files it read, ``changed_wells`` counts the wells whose treatment it changed.
-
-    Raises:
-        UnknownNameError: there is no such run.
     """
-    with workspace.database.read() as session:
-        run = run_in(session, reference)
-        graph = Lineage(f"run {run.id}")
-        parents: list[Run] = []
-        below, parent = _run_box(graph, run), run.parent
-        _add_recipes(session, graph, run.recipe, below)
-        while parent is not None:
-            parents.append(parent)
-            graph.link(_result_box(graph, parent), below)
-            below = _run_box(graph, parent)
-            _add_recipes(session, graph, parent.recipe, below)
-            parent = parent.parent
-        first = parents[-1] if parents else run
-        if first.split is not None:
-            split = first.split
-            graph.link(graph.add(f"split {split.id}", "split", split.name, split.protocol), below)
-        inputs: dict[int, Recipe] = {}
-        level = list(run.recipe.inputs)
-        while level:
-            inputs |= {recipe.id: recipe for recipe in level}
-            level = [up for recipe in level for up in recipe.inputs if up.id not in inputs]
-        members = {} if run.split is None else {s.value: 0 for s in Subset}
-        if run.split is not None:
-            subsets = select(SplitMember.subset, func.count()).group_by(SplitMember.subset)
-            counts = session.execute(subsets.where(SplitMember.split_id == run.split_id))
-            members |= {Subset(s).value: n for s, n in counts}
-        jobs = select(Job.status, func.count()).where(Job.run_id == run.id).group_by(Job.status)
-        changed = wells_changed(Event.run_id == run.id).subquery()
-        downstream = _downstream(session, runs=[run.id])
-        record = {
-            **_run(run, "ended_at"),
-            "user": run.user_name,
-            **_record(run, "host", "origin", "command", "code_version", "seed", "query", "error"),
-            "split": run.split.name if run.split else None,
-            "changed_wells": session.scalar(select(func.count()).select_from(changed)) or 0,
-            "split_counts": members,
-            "jobs": {Status(status).value: number for status, number in session.execute(jobs)},
-            **_record(run, "result", "environment"),
-            "recipe": _record(run.recipe, *RECIPE),
-            "inputs": [_record(inputs[number], *RECIPE) for number in sorted(inputs)],
-            "parents": [_run(item) for item in parents],
-            "children": [_run(child) for child in run.children],
-            "ingested": [
-                _record(file, "name", "layout", "sha256")
-                | {
-                    name: getattr(file, f"n_{name}")
-                    for name in ("rows", "created", "updated", "unchanged", "refused")
-                }
-                for file in run.files
-            ],
-            "artifacts": [
-                _record(file, "kind", "path", "sha256", "size_bytes")
-                for file in sorted(run.artifacts, key=lambda file: file.id)
-            ],
-            "downstream": downstream,
-        }
-        for child in run.children[: 2 * MOST_BOXES]:
-            graph.link(_result_box(graph, run), _run_box(graph, child, child.status.value))
-        for file in run.files[: 2 * MOST_BOXES]:
-            table = graph.add(f"table {file.sha256}", "table", file.name, _short(file.sha256))
-            graph.link(table, graph.subject)
-        if run.stage is Stage.PREDICT and run.result:
-            lines = [f"{run.result.get(what, 0):,} {what} labelled" for what in ("images", "cells")]
-            graph.link(graph.subject, graph.add("labels", "label", *lines))
-        own = [item for item in downstream if not item["what"].endswith(" runs")]
-        _add_downstream(graph, graph.subject, own)
-        return Audit("run", f"Run {run.id}: {run.stage.value}", record, graph)
+    query = select(
+        *(*RUN, runs.c.ended_at, runs.c.user_name.label("user")),
+        *(runs.c[key] for key in ("host", "origin", "command", "code_version", "seed", "query")),
+        *(runs.c.error, splits.c.name.label("split"), runs.c.result, runs.c.environment),
+        *(runs.c.recipe_id, runs.c.split_id, runs.c.parent_id),
+    ).outerjoin(splits, splits.c.id == runs.c.split_id)
+    (record,) = _rows(session, query.where(runs.c.id == run_id))
+    results = {key: record.pop(key) for key in ("result", "environment")}
+    recipe_id, split_id = record.pop("recipe_id"), record.pop("split_id")
+    parents: list[Record] = []
+    parent_id = record.pop("parent_id")
+    while parent_id is not None:
+        above = select(*RUN, runs.c.parent_id, runs.c.recipe_id).where(runs.c.id == parent_id)
+        parents += _rows(session, above)
+        parent_id = parents[-1].pop("parent_id")
+    recipe, *_ = _recipes(session, {recipe_id})
+    inputs: dict[int, Record] = {}
+    level = {*recipe["reads"]}
+    while level:
+        read = _recipes(session, level)
+        inputs |= {item["id"]: item for item in read}
+        level = {number for item in read for number in item["reads"]} - set(inputs)
+    for parent in parents:
+        parent["checkpoints"] = _checkpoints(session, parent["run_id"])
+    members = {} if split_id is None else {s.value: 0 for s in Subset}
+    subsets = select(split_members.c.subset, func.count()).group_by(split_members.c.subset)
+    counts = session.execute(subsets.where(split_members.c.split_id == split_id))
+    members |= {Subset(subset).value: number for subset, number in counts}
+    statuses = select(jobs.c.status, func.count()).group_by(jobs.c.status)
+    done = session.execute(statuses.where(jobs.c.run_id == run_id))
+    changed = wells_changed(events.c.run_id == run_id).subquery()
+    counted = [
+        ingest_files.c[f"n_{name}"].label(name)
+        for name in ("rows", "created", "updated", "unchanged", "refused")
+    ]
+    ingested = select(ingest_files.c.name, ingest_files.c.layout, ingest_files.c.sha256, *counted)
+    ingested = ingested.where(ingest_files.c.run_id == run_id).order_by(ingest_files.c.id)
+    written = select(*(artifacts.c[key] for key in ("kind", "path", "sha256", "size_bytes")))
+    written = written.join(run_artifacts).where(run_artifacts.c.run_id == run_id)
+    children = select(*RUN).where(runs.c.parent_id == run_id).order_by(runs.c.id)
+    record |= {
+        "changed_wells": session.scalar(select(func.count()).select_from(changed)) or 0,
+        "split_counts": members,
+        "jobs": {Status(status).value: number for status, number in done},
+        **results,
+        "recipe": recipe,
+        "inputs": [inputs[number] for number in sorted(inputs)],
+        "parents": parents,
+        "children": _rows(session, children),
+        "ingested": _rows(session, ingested),
+        "artifacts": _rows(session, written.order_by(artifacts.c.id)),
+        "downstream": _downstream(session, runs_of=[run_id]),
+    }
+    return Audit("run", f"Run {run_id}: {record['stage']}", record)
 
 
-def _run_box(graph: Lineage, run: Run, *lines: str) -> str:
-    when = f"run {run.id}, {run.started_at:%Y-%m-%d}"
-    more = lines or (f"by {run.user_name}", run.code_version)
-    return graph.add(f"run {run.id}", run.stage.value, when, *more)
-
-
-def _result_box(graph: Lineage, run: Run) -> str:
-    """The checkpoint of a run, which is drawn below it; of a run without one the run."""
-    box = f"run {run.id}"
-    for file in run.artifacts:
-        if file.kind is ArtifactKind.CHECKPOINT:
-            checkpoint = graph.add(f"checkpoint {file.sha256}", "checkpoint", _short(file.sha256))
-            graph.link(box, checkpoint)
-            return checkpoint
-    return box
-
-
-def _add_recipes(session: Session, graph: Lineage, recipe: Recipe, target: str) -> None:
-    """Add the recipes of segmentations, measurements and flags that a recipe reads from."""
-    if recipe.stage is Stage.SEGMENT and recipe.weights_sha256:
-        model, digest = str(recipe.parameters.get("model", "")), recipe.weights_sha256
-        graph.link(graph.add(f"weights {digest}", "weights", model, _short(digest)), target)
-    names = {Stage.SEGMENT: "segmentation", Stage.MEASURE: "measurement", Stage.QC: "qc"}
-    for source in sorted(recipe.inputs, key=lambda item: item.id):
-        if source.stage not in names:
-            continue
-        lines = [f"recipe {source.id} ({source.fingerprint[:SHORT]})"]
-        if source.stage is Stage.SEGMENT:
-            images = select(func.count()).where(Segmentation.recipe_id == source.id)
-            lines.append(f"{session.scalar(images) or 0:,} images")
-        box = graph.add(f"recipe {source.id}", names[source.stage], *lines)
-        graph.link(box, target)
-        _add_recipes(session, graph, source, box)
+def _recipes(session: Session, ids: Collection[int]) -> list[Record]:
+    """Recipes with the ids of those that they read from (``reads``)."""
+    found = _rows(session, select(*RECIPE).where(recipes.c.id.in_(ids)).order_by(recipes.c.id))
+    query = select(recipe_inputs).where(recipe_inputs.c.recipe_id.in_(ids))
+    pairs = session.execute(query.order_by(recipe_inputs.c.input_id)).all()
+    for recipe in found:
+        recipe["reads"] = [input_id for recipe_id, input_id in pairs if recipe_id == recipe["id"]]
+    return found
 
 
 # What came of something
 
 
 def _came(
-    what: str, count: int | None, runs: Iterable[int] = (), names: Iterable[str] = ()
+    what: str, count: int | None, of: Iterable[int] = (), names: Iterable[str] = ()
 ) -> list[Record]:
     """One record, or none where there is nothing."""
-    found = {"what": what, "count": count or 0, "runs": sorted(runs), "names": list(names)}
+    found = {"what": what, "count": count or 0, "runs": sorted(of), "names": list(names)}
     return [found] if count else []
 
 
-def _downstream_of_images(session: Session, images: Select[int]) -> list[Record]:
+def _downstream_of_images(session: Session, of: Select[Any]) -> list[Record]:
     """What came of some images, a query of their ids."""
-    segmented = select(func.count(), func.sum(Segmentation.n_cells))
-    n_found, n_cells = session.execute(segmented.where(Segmentation.image_id.in_(images))).one()
-    by = select(Segmentation.run_id).where(Segmentation.image_id.in_(images)).distinct()
-    cells = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
-    cells = cells.where(Segmentation.image_id.in_(images))
-    measured = select(CellFeatures.run_id, func.count()).group_by(CellFeatures.run_id)
-    by_measure = session.execute(measured.where(CellFeatures.cell_id.in_(cells))).all()
-    sets = select(FeatureSet.name, Job.run_id).distinct()
-    sets = sets.join(FeatureSet, FeatureSet.recipe_id == Job.recipe_id)
-    in_sets = session.execute(sets.where(Job.image_id.in_(images), Job.status == Status.DONE)).all()
+    segmented = segmentations.c.image_id.in_(of)
+    number = select(func.count(), func.sum(segmentations.c.n_cells)).where(segmented)
+    n_found, n_cells = session.execute(number).one()
+    by = session.scalars(select(segmentations.c.run_id).where(segmented).distinct())
+    in_images = select(cells.c.id).join(segmentations).where(segmented)
+    measured = select(features.c.run_id, func.count()).group_by(features.c.run_id)
+    by_measure = session.execute(measured.where(features.c.cell_id.in_(in_images))).all()
+    sets = select(feature_sets.c.name, jobs.c.run_id).distinct()
+    sets = sets.join(jobs, jobs.c.recipe_id == feature_sets.c.recipe_id)
+    sets = sets.where(jobs.c.image_id.in_(of), jobs.c.status == Status.DONE)
+    in_sets = session.execute(sets).all()
     set_names = sorted({name for name, _ in in_sets})
-    named = select(Split.id, Split.name).join(SplitMember, SplitMember.split_id == Split.id)
-    named = named.where(SplitMember.image_id.in_(images)).distinct().order_by(Split.id)
-    splits = session.execute(named).all()
-    trained = select(Run.id).where(Run.split_id.in_([split_id for split_id, _ in splits]))
-    trainings = session.scalars(trained.where(Run.stage == Stage.TRAIN)).all()
-    labelled = select(Prediction.run_id, func.count()).group_by(Prediction.run_id)
-    labelled = labelled.where(Prediction.cell_id.in_(cells), Prediction.rank == 1)
+    named = select(splits.c.id, splits.c.name).join(split_members).distinct()
+    named = named.where(split_members.c.image_id.in_(of)).order_by(splits.c.id)
+    in_splits = session.execute(named).all()
+    trained = select(runs.c.id).where(runs.c.split_id.in_([number for number, _ in in_splits]))
+    trainings = session.scalars(trained.where(runs.c.stage == Stage.TRAIN)).all()
+    labelled = select(predictions.c.run_id, func.count()).group_by(predictions.c.run_id)
+    labelled = labelled.where(predictions.c.cell_id.in_(in_images), predictions.c.rank == 1)
     by_predict = session.execute(labelled).all()
     return [
-        *_came("segmentations", n_found, session.scalars(by)),
+        *_came("segmentations", n_found, by),
         *_came("cells", n_cells),
         *_came("measured cells", sum(n for _, n in by_measure), (run for run, _ in by_measure)),
         *_came("feature sets", len(set_names), {run for _, run in in_sets}, set_names),
-        *_came("splits", len(splits), names=[name for _, name in splits]),
+        *_came("splits", len(in_splits), names=[name for _, name in in_splits]),
         *_came("trainings on these splits", len(trainings), trainings),
         *_came("labelled cells", sum(n for _, n in by_predict), (run for run, _ in by_predict)),
     ]
 
 
 def _downstream(
-    session: Session, *, runs: Iterable[int] = (), recipes: Iterable[int] = ()
+    session: Session, *, runs_of: Collection[int] = (), recipes_of: Collection[int] = ()
 ) -> list[Record]:
     """What came of runs, or of recipes and of all recipes that read what they wrote."""
-    run_ids, below = list(runs), set(recipes)
+    below = set(recipes_of)
     level = set(below)
     while level:
-        query = select(RecipeInput.recipe_id).where(RecipeInput.input_id.in_(level))
+        query = select(recipe_inputs.c.recipe_id).where(recipe_inputs.c.input_id.in_(level))
         level = set(session.scalars(query)) - below
         below |= level
-    segmented = select(func.count(), func.sum(Segmentation.n_cells))
-    made = Segmentation.recipe_id.in_(below) if below else Segmentation.run_id.in_(run_ids)
-    n_found, n_cells = session.execute(segmented.where(made)).one()
-    files = select(func.count(), func.sum(FeatureFile.n_rows))
-    n_files, n_rows = session.execute(files.where(FeatureFile.run_id.in_(run_ids))).one()
-    named = select(FeatureSet.name).where(FeatureSet.recipe_id.in_(below)).order_by(FeatureSet.id)
-    sets = session.scalars(named).all()
-    changed = select(func.count()).select_from(wells_changed(Event.run_id.in_(run_ids)).subquery())
+    segmented = select(func.count(), func.sum(segmentations.c.n_cells))
+    by = segmentations.c.recipe_id.in_(below) if below else segmentations.c.run_id.in_(runs_of)
+    n_found, n_cells = session.execute(segmented.where(by)).one()
+    files = select(func.count(), func.sum(feature_files.c.n_rows))
+    n_files, n_rows = session.execute(files.where(feature_files.c.run_id.in_(runs_of))).one()
+    named = select(feature_sets.c.name).where(feature_sets.c.recipe_id.in_(below))
+    sets = session.scalars(named.order_by(feature_sets.c.id)).all()
+    changed = wells_changed(events.c.run_id.in_(runs_of)).subquery()
+    n_changed = session.scalar(select(func.count()).select_from(changed))
     by_stage: dict[Stage, list[int]] = defaultdict(list)
-    later = Run.recipe_id.in_(below) if below else Run.parent_id.in_(run_ids)
-    for stage, run_id in session.execute(select(Run.stage, Run.id).where(later).order_by(Run.id)):
+    later = runs.c.recipe_id.in_(below) if below else runs.c.parent_id.in_(runs_of)
+    query = select(runs.c.stage, runs.c.id).where(later).order_by(runs.c.id)
+    for stage, run_id in session.execute(query):
         by_stage[Stage(stage)].append(run_id)
-    labelled = select(func.count()).where(Job.run_id.in_(by_stage.get(Stage.PREDICT, [])))
+    labelled = select(func.count()).where(jobs.c.run_id.in_(by_stage.get(Stage.PREDICT, [])))
     return [
         *_came("segmentations", n_found),
         *_came("cells", n_cells),
         *_came("feature sets", len(sets), names=sets),
         *_came("feature files", n_files),
         *_came("cells in feature files", n_rows),
-        *_came("wells with another treatment", session.scalar(changed)),
+        *_came("wells with another treatment", n_changed),
         *(_came(f"{stage.value} runs", len(ids), ids)[0] for stage, ids in by_stage.items()),
-        *_came("images labelled", session.scalar(labelled.where(Job.status == Status.DONE))),
+        *_came("images labelled", session.scalar(labelled.where(jobs.c.status == Status.DONE))),
     ]
-
-
-BOX_KINDS = {
-    "label": "label",
-    "split": "split",
-    "train": "train",
-    "predict": "predict",
-    "cell": "cell",
-    "segment": "segmentation",
-    "feature": "measurement",
-    "measure": "measurement",
-}
-"""The kind of a box by what is in its name; the first that fits."""
-
-
-def _add_downstream(graph: Lineage, source: str, found: Sequence[Record]) -> None:
-    for item in found:
-        what = item["what"]
-        kind = next((kind for part, kind in BOX_KINDS.items() if part in what), "result")
-        graph.link(source, graph.add(f"{source}: {what}", kind, *_counted(item)))
-
-
-def _counted(item: Record) -> tuple[str, str]:
-    names = ", ".join(item["names"]) or ", ".join(f"run {run}" for run in item["runs"])
-    what = re.sub(r"s\b", "", item["what"], count=1) if item["count"] == 1 else item["what"]
-    return f"{item['count']:,} {what}", names
-
-
-def _short(digest: str | None) -> str | None:
-    return digest[:SHORT] if digest else None
 
 
 # Files
@@ -757,59 +607,43 @@ MOST = 50
 """Rows of each kind that are looked at: more have one name or one start only by mistake."""
 WROTE, IMAGE_FILE, TABLE, WEIGHTS = "artifact", "image file", "ingested table", "weights"
 
-File = tuple[str, Any, str]
+File = tuple[str, Row[Any], str]
 """Which table knows a file, its row there, and the sha256. A recipe knows the weights it uses."""
 
 
-def audit_artifact(workspace: Workspace, text: str) -> Audit:
-    """Return what a file is to the store, and what came of it.
+def _artifact(session: Session, text: str) -> Audit:
+    """What a file is to the store, and what came of it.
 
     ``text``: the path or name of a file that the store wrote or read, the first digits (6 at
     least) of its sha256, the id of an artifact, or the path of a file on this machine, which is
     hashed and looked up by its bytes.
-
-    Raises:
-        UnknownNameError: the store knows no such file.
-        UserInputError: several files have that name; they are listed.
     """
     path = _on_disk(text)
     digest = None if path is None else sha256_of(path)
     text = readable(text)
-    with workspace.database.read() as session:
-        found = _files_named(session, text) if digest is None else _files_by(session, digest)
-        different = {file[2]: file for file in found}
-        if not found:
-            raise _unknown_file(session, text, digest)
-        if len(different) > 1:
-            shown = [f"{_kind(file)} {_name(file)} ({d[:12]})" for d, file in different.items()]
-            more = ", ..." if len(shown) > LISTED else ""
-            raise UserInputError(
-                f"{text!r} names several files: {', '.join(shown[:LISTED])}{more}. "
-                "Name one by the start of its sha256."
-            )
-        (sha256,) = different
-        # One row of each kind; of image files each, for they are of several images.
-        files: dict[tuple[str, int | None], File] = {}
-        for file in _files_by(session, sha256):
-            files.setdefault((_kind(file), file[1].id if file[0] == IMAGE_FILE else None), file)
-        known = [_known(session, file) for file in files.values()]
-        graph = Lineage("bytes")
-        graph.add("bytes", "file", known[0]["name"], _short(sha256))
-        for (source, _, _), item in zip(files.values(), known, strict=True):
-            key = f"known {item['kind']} {item['key']}"
-            graph.add(key, item["kind"], *item["about"][:2])
-            for run in item["runs"][:MOST_BOXES]:
-                box = _run_box(graph, session.get_one(Run, run["run_id"]))
-                graph.link(*((box, "bytes") if source == WROTE else ("bytes", box)))
-            graph.link("bytes", key)
-            _add_downstream(graph, key, item["downstream"])
-        record = {
-            "asked": text,
-            "sha256": sha256,
-            "hashed": None if path is None else str(path),
-            "known": known,
-        }
-        return Audit("artifact", f"File {known[0]['name']}", record, graph)
+    found = _files_named(session, text) if digest is None else _files_by(session, digest)
+    different = {file[2]: file for file in found}
+    if not found:
+        raise _unknown_file(session, text, digest)
+    if len(different) > 1:
+        listed = [f"{_kind(file)} {_name(file)} ({d[:12]})" for d, file in different.items()]
+        more = ", ..." if len(listed) > LISTED else ""
+        raise UserInputError(
+            f"{text!r} names several files: {', '.join(listed[:LISTED])}{more}. "
+            "Name one by the start of its sha256."
+        )
+    (sha256,) = different
+    # One row of each kind; of image files each, for they are of several images.
+    files: dict[tuple[str, int | None], File] = {}
+    for file in _files_by(session, sha256):
+        files.setdefault((_kind(file), file[1].id if file[0] == IMAGE_FILE else None), file)
+    record = {
+        "asked": text,
+        "sha256": sha256,
+        "hashed": None if path is None else str(path),
+        "known": [_known(session, file) for file in files.values()],
+    }
+    return Audit("artifact", f"File {record['known'][0]['name']}", record)  # type: ignore[index]
 
 
 def _on_disk(text: str) -> Path | None:
@@ -829,8 +663,8 @@ def _unknown_file(session: Session, text: str, digest: str | None) -> UnknownNam
             f"The store knows no file with the bytes of {text} (sha256 {digest[:12]}).{hint}"
         )
     near = [
-        *neighbours(session, ImageFile.name, text),
-        *neighbours(session, IngestFile.name, text),
+        *neighbours(session, image_files.c.name, text),
+        *neighbours(session, ingest_files.c.name, text),
     ]
     hint = f" Did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
     return UnknownNameError(
@@ -843,9 +677,9 @@ def _files_named(session: Session, text: str) -> list[File]:
     """The files that ``text`` may mean: by id, path, name, or the start of a sha256."""
     artifact = None
     if text.isdecimal() and len(text) < 19:
-        artifact = session.get(Artifact, int(text))
+        artifact = session.execute(select(artifacts).where(artifacts.c.id == int(text))).first()
     if artifact is None:
-        artifact = session.scalars(select(Artifact).where(Artifact.path == text)).first()
+        artifact = session.execute(select(artifacts).where(artifacts.c.path == text)).first()
     if artifact is not None:
         return [(WROTE, artifact, artifact.sha256)]
     name = re.split(r"[/\\]", text)[-1]
@@ -855,27 +689,27 @@ def _files_named(session: Session, text: str) -> list[File]:
 
 
 def _files_of_name(session: Session, name: str) -> list[File]:
-    images = select(ImageFile).where(ImageFile.name == name, ImageFile.sha256.is_not(None))
-    tables = select(IngestFile).where(IngestFile.name == name).order_by(IngestFile.id)
+    seen = select(image_files).where(image_files.c.name == name)
+    seen = seen.where(image_files.c.sha256.is_not(None)).limit(MOST)
+    read = select(ingest_files).where(ingest_files.c.name == name).order_by(ingest_files.c.id)
     return [
-        *((IMAGE_FILE, row, row.sha256 or "") for row in session.scalars(images.limit(MOST))),
-        *((TABLE, row, row.sha256) for row in session.scalars(tables.limit(MOST))),
+        *((IMAGE_FILE, row, row.sha256) for row in session.execute(seen)),
+        *((TABLE, row, row.sha256) for row in session.execute(read.limit(MOST))),
     ]
 
 
 def _files_by(session: Session, digits: str) -> list[File]:
     """The files by their sha256, or by its start."""
-    sources: tuple[tuple[str, Any, Any], ...] = (
-        (WROTE, Artifact, Artifact.sha256),
-        (IMAGE_FILE, ImageFile, ImageFile.sha256),
-        (TABLE, IngestFile, IngestFile.sha256),
-        (WEIGHTS, Recipe, Recipe.weights_sha256),
-    )
     found: list[File] = []
-    for source, table, column in sources:
+    for source, table, column in (
+        (WROTE, artifacts, artifacts.c.sha256),
+        (IMAGE_FILE, image_files, image_files.c.sha256),
+        (TABLE, ingest_files, ingest_files.c.sha256),
+        (WEIGHTS, recipes, recipes.c.weights_sha256),
+    ):
         named = column == digits if len(digits) == 64 else starts_with(column, digits)
-        query = select(table, column).where(named).order_by(table.id).limit(MOST)
-        found += [(source, row, digest) for row, digest in session.execute(query)]
+        rows = session.execute(select(table).where(named).order_by(table.c.id).limit(MOST))
+        found += [(source, row, row._mapping[column.name]) for row in rows]
     return found
 
 
@@ -899,69 +733,74 @@ def _known(session: Session, file: File) -> Record:
     """
     source, row, sha256 = file
     about: list[str] = []
-    runs: set[int] = set()
-    recipes: set[int] = set()
-    images: Select[Any] | None = None
+    by: set[int] = set()
+    using: set[int] = set()
+    of: Select[Any] | None = None
+    path = row.path if source == WROTE else None
+    named = select(images.c.id, images.c.site, images.c.core_name, wells.c.name, plates.c.barcode)
+    named = named.select_from(images.join(wells).join(plates))
     if source == IMAGE_FILE:
-        image = row.image
-        well = f"{image.well.plate.barcode}/{image.well.name}"
-        about = [f"channel {row.channel} of image {well}/{image.site} {image.core_name}"]
-        images = select(Image.id).where(Image.id == image.id)
+        image = session.execute(named.where(images.c.id == row.image_id)).one()
+        where = f"{image.barcode}/{image.name}/{image.site} {image.core_name}"
+        about = [f"channel {row.channel} of image {where}"]
+        of = select(images.c.id).where(images.c.id == image.id)
+        folder = session.scalar(select(folders.c.uri).where(folders.c.id == row.folder_id))
+        path = None if folder is None else f"{folder.rstrip('/')}/{row.name}"
     elif source == TABLE:
-        same = select(IngestFile).where(IngestFile.sha256 == sha256).order_by(IngestFile.id)
-        for read in session.scalars(same):
-            runs.add(read.run_id)
+        same = select(ingest_files).where(ingest_files.c.sha256 == sha256)
+        for read in session.execute(same.order_by(ingest_files.c.id)):
+            by.add(read.run_id)
             about.append(
                 f"run {read.run_id} read it as {read.layout}: {read.n_rows:,} rows, "
                 f"{read.n_created:,} new, {read.n_updated:,} updated, "
                 f"{read.n_unchanged:,} unchanged, {read.n_refused:,} refused"
             )
     elif source == WEIGHTS:
-        using = select(Recipe).where(Recipe.weights_sha256 == sha256).order_by(Recipe.id)
-        for recipe in session.scalars(using):
-            recipes.add(recipe.id)
-            runs.update(run.id for run in recipe.runs)
+        users = select(recipes).where(recipes.c.weights_sha256 == sha256).order_by(recipes.c.id)
+        for recipe in session.execute(users):
+            using.add(recipe.id)
             short = recipe.fingerprint[:12]
             about.append(f"{recipe.stage.value} recipe {recipe.id} ({short}) uses it")
+        by.update(session.scalars(select(runs.c.id).where(runs.c.recipe_id.in_(using))))
     else:
-        runs = {run.id for run in row.runs}
+        wrote = select(run_artifacts.c.run_id).where(run_artifacts.c.artifact_id == row.id)
+        by.update(session.scalars(wrote))
         if row.kind in (ArtifactKind.MASK, ArtifactKind.FLOW):
             masks = row.kind is ArtifactKind.MASK
-            column = Segmentation.mask_artifact_id if masks else Segmentation.flow_artifact_id
-            found = session.scalars(select(Segmentation).where(column == row.id).limit(MOST)).all()
-            runs.update(item.run_id for item in found)
-            drawn = [item.image for item in found]
-            about = [f"of image {i.well.plate.barcode}/{i.core_name}" for i in drawn]
-            images = select(Image.id).where(Image.id.in_([image.id for image in drawn]))
+            column = segmentations.c["mask_artifact_id" if masks else "flow_artifact_id"]
+            query = select(segmentations.c.run_id, segmentations.c.image_id)
+            found = session.execute(query.where(column == row.id).limit(MOST)).all()
+            by.update(item.run_id for item in found)
+            of = select(images.c.id).where(images.c.id.in_([item.image_id for item in found]))
+            drawn = session.execute(named.where(images.c.id.in_(of)))
+            about = [f"of image {image.barcode}/{image.core_name}" for image in drawn]
         elif row.kind is ArtifactKind.FEATURES:
-            parts = session.scalars(select(FeatureFile).where(FeatureFile.artifact_id == row.id))
-            for part in parts:
-                runs.add(part.run_id)
-                recipes.add(part.feature_set.recipe_id)
+            parts = select(feature_files, feature_sets.c.name, feature_sets.c.recipe_id)
+            parts = parts.join(feature_sets).where(feature_files.c.artifact_id == row.id)
+            for part in session.execute(parts):
+                by.add(part.run_id)
+                using.add(part.recipe_id)
                 about.append(
-                    f"of feature set {part.feature_set.name}: {part.n_rows:,} cells, "
+                    f"of feature set {part.name}: {part.n_rows:,} cells, "
                     f"ids {part.first_cell_id} to {part.last_cell_id}"
                 )
-    if images is not None:
-        downstream = _downstream_of_images(session, images)
-    elif recipes:
-        downstream = _downstream(session, recipes=recipes)
+    if of is not None:
+        downstream = _downstream_of_images(session, of)
     else:
-        downstream = _downstream(session, runs=runs)
+        downstream = _downstream(session, runs_of=() if using else by, recipes_of=using)
     if source == TABLE:
-        relabelled = Image.well_id.in_(wells_changed(Event.run_id.in_(runs)))
-        for item in _downstream_of_images(session, select(Image.id).where(relabelled)):
+        relabelled = images.c.well_id.in_(wells_changed(events.c.run_id.in_(by)))
+        for item in _downstream_of_images(session, select(images.c.id).where(relabelled)):
             downstream.append({**item, "what": f"{item['what']} of these wells"})
-    by = select(Run).where(Run.id.in_(runs)).order_by(Run.id)
     return {
         "kind": _kind(file),
         "key": row.id,
         "name": _name(file),
-        "path": row.path if source == WROTE else row.uri if source == IMAGE_FILE else None,
+        "path": path,
         "sha256": sha256,
         "size_bytes": None if source == WEIGHTS else row.size_bytes,
         "about": about,
-        "runs": [_run(run) for run in session.scalars(by)],
+        "runs": _rows(session, select(*RUN).where(runs.c.id.in_(by)).order_by(runs.c.id)),
         "downstream": downstream,
     }
 

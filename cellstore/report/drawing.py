@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..analysis.overlay import Limits, grey_limits, outline_overlay, to_grey
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -46,6 +44,63 @@ def short(text: str, longest: int = 22) -> str:
     """Return a text for a tick of a figure: in one line, and its beginning if it is too long."""
     line = plain(" ".join(text.split()))
     return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+OUTLINE_COLOUR = (255, 196, 0)
+"""Amber: seen on black and on grey, also by the colour-blind."""
+
+Limits = tuple[float, float]
+"""Grey levels that are shown as black and as white."""
+
+
+def grey_limits(image: NDArray[np.generic]) -> Limits:
+    """Return the 1st and the 99.7th percentile of ``image`` (H, W)."""
+    bottom, top = np.percentile(image.astype(np.float32), [1.0, 99.7])
+    return float(bottom), float(top)
+
+
+def outlines(masks: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """Return the pixels of cells that touch another value above, below, left or right: (H, W).
+
+    The image border counts as no label, so a cell cut by it stays open there.
+    """
+    edge = np.zeros(masks.shape, bool)
+    rows, columns = masks[1:] != masks[:-1], masks[:, 1:] != masks[:, :-1]
+    edge[1:] |= rows
+    edge[:-1] |= rows
+    edge[:, 1:] |= columns
+    edge[:, :-1] |= columns
+    return edge & (masks > 0)
+
+
+def outline_overlay(
+    image: NDArray[np.generic],
+    masks: NDArray[np.integer[Any]] | None,
+    limits: Limits | None = None,
+    longest: int | None = None,
+) -> NDArray[np.uint8]:
+    """Return ``image`` (H, W) in grey with the outlines of ``masks`` (H, W): (H, W, 3).
+
+    ``limits``: the grey levels of black and white, those of the image unless given. ``longest``:
+    the picture is shrunk to so many pixels at most; outlines stay one pixel wide.
+    """
+    bottom, top = limits or grey_limits(image)
+    scaled = (image.astype(np.float32) - bottom) / max(top - bottom, 1e-9)
+    grey = np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
+    if longest is not None and longest < max(grey.shape):
+        from PIL import Image
+
+        height, width = (max(1, round(side * longest / max(grey.shape))) for side in grey.shape)
+        if masks is not None:
+            # Cells keep their labels: the value of the nearest pixel, never one in between.
+            rows = (np.arange(height) * masks.shape[0]) // height
+            columns = (np.arange(width) * masks.shape[1]) // width
+            masks = masks[np.ix_(rows, columns)]
+        grey = np.asarray(Image.fromarray(grey).resize((width, height), Image.Resampling.BOX))
+    picture = np.repeat(grey[..., None], 3, axis=-1)
+    if masks is not None:
+        picture[outlines(masks)] = OUTLINE_COLOUR
+    return picture
 
 
 WIDEST = 460
@@ -80,11 +135,9 @@ def field_picture(
         rows, columns = padded.shape[0] // step, padded.shape[1] // step
         plane = padded.reshape(rows, step, columns, step).mean(axis=(1, 3))
         masks = None if masks is None else masks[::step, ::step]
-    if masks is None:
-        picture = to_grey(plane, limits)
-    else:
-        picture = outline_overlay(plane, masks.astype(np.int64), limits=limits)
-    data = jpeg8_encode(np.ascontiguousarray(picture), level=85)
+    picture = outline_overlay(plane, masks, limits)
+    grey_or_colour = picture if masks is not None else np.ascontiguousarray(picture[..., 0])
+    data = jpeg8_encode(grey_or_colour, level=85)
     return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 

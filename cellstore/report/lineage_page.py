@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..artifacts import open_atomically
 from ..jobs.workspace import Workspace
 from ..settings import check_not_of_a_store, need
-from .audit import Audit, Lineage, is_part, shown
+from .audit import Audit, is_part, shown
 from .drawing import BLUE, GREY, INK, ORANGE, render, short, svg
 
 if TYPE_CHECKING:
@@ -22,6 +25,10 @@ ROWS = 200
 """Rows of a table on the page; the rest are counted."""
 LISTED = 12
 """Values of a list in one cell of a table."""
+MOST_BOXES = 4
+"""Files, changes or runs that are drawn one by one."""
+SHORT = 10
+"""Digits of a sha256 in a box."""
 
 
 def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
@@ -32,6 +39,7 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
         StorageError: the file cannot be written.
     """
     need("report")
+    lineage = lineage_of(audit)
     values: list[tuple[str, str]] = []
     tables: list[dict[str, Any]] = []
     for key, value in audit.record.items():
@@ -51,8 +59,8 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
             values.append((title, shown(key, value, digits=64, most=LISTED)))
     content = {
         "title": audit.title,
-        "picture": draw_lineage(audit.lineage),
-        "boxes": len(audit.lineage.boxes),
+        "picture": draw_lineage(lineage),
+        "boxes": len(lineage.boxes),
         "values": values,
         "tables": tables,
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
@@ -64,6 +72,214 @@ def write_lineage(workspace: Workspace, audit: Audit, path: Path) -> Path:
     with open_atomically(path) as file:
         file.write(render("lineage.html.j2", content).encode("utf-8", "replace"))
     return path
+
+
+@dataclass
+class Lineage:
+    """Boxes by key, the arrows between them, and the key of what it is all about.
+
+    A box is its kind, then its lines.
+    """
+
+    subject: str
+    boxes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    arrows: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, key: str, kind: str, *lines: str | None, after: Iterable[str | None] = ()) -> str:
+        """Add a box, unless it is there, below those of ``after``; return its key."""
+        self.boxes.setdefault(key, (kind, *(line for line in lines if line)))
+        for source in after:
+            if source is not None and source != key and (source, key) not in self.arrows:
+                self.arrows.append((source, key))
+        return key
+
+    def add_run(self, run: Mapping[str, Any], *after: str | None) -> str:
+        """Add the box of a run by its row in a record."""
+        by = f"by {run['user']}" if "user" in run else run.get("status")
+        when = f"run {run['run_id']}, {run['started_at'][:10]}"
+        lines = (when, by, run.get("code_version"))
+        return self.add(f"run {run['run_id']}", run.get("stage", "predict"), *lines, after=after)
+
+    def add_checkpoint(self, run: str, digests: Iterable[str]) -> str:
+        """Add what a run wrote for the next one to read: its checkpoint, else it is the run."""
+        for digest in digests:
+            return self.add(f"checkpoint {digest}", "checkpoint", digest[:SHORT], after=[run])
+        return run
+
+    def add_downstream(self, source: str, downstream: Iterable[Mapping[str, Any]]) -> None:
+        """Add what came of something, a box for each kind of thing."""
+        for item in downstream:
+            what = item["what"]
+            kind = next((kind for part, kind in BOX_KINDS.items() if part in what), "result")
+            self.add(f"{source}: {what}", kind, *_counted(item), after=[source])
+
+
+BOX_KINDS = {
+    "label": "label",
+    "split": "split",
+    "train": "train",
+    "predict": "predict",
+    "cell": "cell",
+    "segment": "segmentation",
+    "feature": "measurement",
+    "measure": "measurement",
+}
+"""The kind of a box by what is in its name; the first that fits."""
+
+
+def _counted(item: Mapping[str, Any]) -> tuple[str, str]:
+    names = ", ".join(item["names"]) or ", ".join(f"run {run}" for run in item["runs"])
+    what = re.sub(r"s\b", "", item["what"], count=1) if item["count"] == 1 else item["what"]
+    return f"{item['count']:,} {what}", names
+
+
+def lineage_of(audit: Audit) -> Lineage:
+    """Return the picture of a record: boxes for its rows, arrows for what they name."""
+    record = audit.record
+    match audit.kind:
+        case "image":
+            graph = Lineage("image")
+            _draw_image(graph, record)
+        case "well":
+            graph = Lineage("well")
+            treatment = record["treatment"]
+            after = _draw_treatment(graph, record, treatment and treatment["name"])
+            name, number = f"{record['plate']}/{record['well']}", len(record["images"])
+            graph.add("well", "well", name, f"{number:,} images", after=[after])
+            graph.add_downstream("well", record["downstream"])
+        case "cell":
+            graph = Lineage("cell")
+            assert audit.image is not None
+            _draw_image(graph, audit.image.record)
+            lines = (f"cell {record['cell_id']}", f"object {record['object_number']}")
+            found = f"segmentation {record['segmentation']['id']}"
+            graph.add("cell", "cell", *lines, after=[found])
+            for choice in record["choices"]:
+                if choice["rank"] == 1:
+                    text = f"{choice['label']}, {choice['probability']:.2f}"
+                    after_run = f"run {choice['run_id']}"
+                    # A run whose cells are all excluded now has no vote, so no box of its own.
+                    graph.add(after_run, "predict", after_run, after=["cell"])
+                    key = f"choice {choice['run_id']}"
+                    graph.add(key, "label", text, "this cell alone", after=[after_run])
+        case "run":
+            graph = Lineage(f"run {record['run_id']}")
+            _draw_run(graph, record)
+        case _:
+            graph = Lineage("file")
+            known = record["known"]
+            graph.add("file", "file", known[0]["name"], record["sha256"][:SHORT])
+            for item in known:
+                key = f"known {item['kind']} {item['key']}"
+                graph.add(key, item["kind"], *item["about"][:2], after=["file"])
+                for run in item["runs"][:MOST_BOXES]:
+                    # Only what the store wrote has a path of its own: an image file was read.
+                    wrote = item["path"] is not None and item["kind"] != "image file"
+                    box = graph.add_run(run, None if wrote else "file")
+                    if wrote:
+                        graph.add("file", "file", after=[box])
+                graph.add_downstream(key, item["downstream"])
+    return graph
+
+
+def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
+    files = record["files"]
+    after = [
+        graph.add(f"file {file['channel']}", "file", file["channel"], file["name"], _short(file))
+        for file in files[: MOST_BOXES + 1]
+    ]
+    if len(files) > MOST_BOXES:
+        for key in after:
+            del graph.boxes[key]
+        number = f"{len(files)} files, {record['missing_files']} missing"
+        after = [graph.add("files", "file", number, files[0]["name"])]
+    name = f"{record['plate']}/{record['well']}/{record['site']}"
+    digest = (record["content_sha256"] or "")[:SHORT]
+    graph.add("image", "image", name, record["core_name"], digest, after=after)
+    treatment = _draw_treatment(graph, record, record["treatment"])
+    found = []
+    for item in record["segmentations"]:
+        model = str(item["parameters"].get("model") or item["imported"] or "")
+        sources = ["image"]
+        if item["weights_sha256"]:
+            key = f"weights {item['weights_sha256']}"
+            sources.append(graph.add(key, "weights", model, _short(item, "weights_sha256")))
+        when = f"run {item['run_id']}, {item['made_at'][:10]}"
+        lines = (when, f"{item['n_cells']:,} cells", model)
+        found.append(graph.add(f"segmentation {item['id']}", "segmentation", *lines, after=sources))
+    for item in record["downstream"]:
+        if item["what"] in ("measured cells", "feature sets"):
+            graph.add(item["what"], "measurement", *_counted(item), after=found)
+    for run in record["labellings"]:
+        read: list[str | None] = [f"segmentation {number}" for number in run["segmentation_ids"]]
+        if (parent := run["train_run_id"]) is not None:
+            train = graph.add(f"run {parent}", "train", f"run {parent}")
+            read.append(graph.add_checkpoint(train, run["checkpoints"]))
+            if run["split"] is not None:
+                key = f"split {run['split']}"
+                graph.add(key, "split", run["split"], run["protocol"], after=[treatment])
+                graph.add(train, "train", after=[key])
+        box = graph.add_run(run, *read)
+        truth = {True: "right", False: "wrong", None: "truth unknown"}[run["correct"]]
+        known = f"well was {'' if run['well_in_training'] else 'not '}in training"
+        most = f"{next(iter(run['votes'].values()))} of {run['n_cells']} cells"
+        label = (run["winner"], most, truth, known)
+        graph.add(f"label {run['run_id']}", "label", *label, after=[box])
+
+
+def _draw_treatment(graph: Lineage, record: Mapping[str, Any], name: str | None) -> str:
+    """Draw what a well has now, below the last tables that changed it."""
+    tables = []
+    for number, item in enumerate(record["treatment_history"][-MOST_BOXES:]):
+        line = "" if item["line"] is None else f"line {item['line']}"
+        when = f"run {item['run_id']}, {item['changed_at'][:10]}"
+        tables.append(graph.add(f"table {number}", "table", item["file"], line, when))
+    return graph.add("treatment", "treatment", name or "unknown", after=tables)
+
+
+def _draw_run(graph: Lineage, record: Mapping[str, Any]) -> None:
+    recipes = {item["id"]: item for item in (record["recipe"], *record["inputs"])}
+
+    def draw_inputs(recipe: Mapping[str, Any]) -> list[str]:
+        """What a recipe reads; what a run before this one wrote is drawn as that run."""
+        found = []
+        if recipe["stage"] == "segment" and recipe["weights_sha256"]:
+            key = f"weights {recipe['weights_sha256']}"
+            model = str(recipe["parameters"].get("model", ""))
+            found.append(graph.add(key, "weights", model, _short(recipe, "weights_sha256")))
+        names = {"segment": "segmentation", "measure": "measurement", "qc": "qc"}
+        for source in (recipes[number] for number in recipe["reads"]):
+            if source["stage"] in names:
+                line = f"recipe {source['id']} ({source['fingerprint'][:SHORT]})"
+                key = f"recipe {source['id']}"
+                found.append(
+                    graph.add(key, names[source["stage"]], line, after=draw_inputs(source))
+                )
+        return found
+
+    above: str | None = None
+    if record["split"] is not None:
+        above = graph.add("split", "split", record["split"])
+    for run in reversed(record["parents"]):
+        read = draw_inputs(recipes[run["recipe_id"]]) if run["recipe_id"] in recipes else []
+        above = graph.add_checkpoint(graph.add_run(run, *read, above), run["checkpoints"])
+    read = draw_inputs(record["recipe"])
+    for file in record["ingested"][: 2 * MOST_BOXES]:
+        read.append(graph.add(f"table {file['sha256']}", "table", file["name"], _short(file)))
+    subject = graph.add_run(record, *read, above)
+    own = [file["sha256"] for file in record["artifacts"] if file["kind"] == "checkpoint"]
+    for child in record["children"][: 2 * MOST_BOXES]:
+        graph.add_run(child, graph.add_checkpoint(subject, own))
+    if record["stage"] == "predict" and record["result"]:
+        result = record["result"]
+        lines = [f"{result.get(what, 0):,} {what} labelled" for what in ("images", "cells")]
+        graph.add("labels", "label", *lines, after=[subject])
+    came = [item for item in record["downstream"] if not item["what"].endswith(" runs")]
+    graph.add_downstream(subject, came)
+
+
+def _short(row: Mapping[str, Any], key: str = "sha256") -> str | None:
+    return row[key] and str(row[key])[:SHORT]
 
 
 BOX = (1.95, 1.0)

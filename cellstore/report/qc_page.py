@@ -13,7 +13,6 @@ import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from ..analysis.overlay import Limits, grey_limits
 from ..artifacts import open_atomically
 from ..config import ImageInput
 from ..enums import CellFlagReason, ImageFlagReason
@@ -35,11 +34,13 @@ from ..stages.qc import (
     flagging_of,
 )
 from .drawing import (
+    Limits,
     PlateMap,
     WellPosition,
     brief,
     colour_limits,
     field_picture,
+    grey_limits,
     plate_map_svg,
     plate_maps_png,
     render,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from ..analysis.overlay import captioned, contact_sheet, outline_overlay, png, shrunk_overlay
 from ..artifacts import open_atomically
 from ..config import EVERYTHING, SegmentParams, Selection
 from ..errors import CellstoreError, UserInputError, first_line
@@ -21,8 +22,13 @@ from ..jobs.workspace import Workspace
 from ..models import Image, Plate, Well
 from ..settings import track
 from ..stages.segment import open_segment
+from .drawing import outline_overlay
 
 SHEET = "contact-sheet.png"
+CAPTION_HEIGHT = 26
+"""Pixels of the line of text above a picture."""
+GAP = 6
+"""Pixels between the pictures of a sheet."""
 LONGEST = 480
 """Pixels of the longer side of a picture on the contact sheet."""
 
@@ -99,7 +105,7 @@ def preview(
         target = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.png"
         with open_atomically(target) as file:
             file.write(png(captioned(outline_overlay(plane, result.masks), text)))
-        small.append(captioned(shrunk_overlay(plane, result.masks, LONGEST), text))
+        small.append(captioned(outline_overlay(plane, result.masks, longest=LONGEST), text))
         images.append(PreviewImage(name, result.count, result.diameter, seconds, str(target), None))
     sheet = folder / SHEET
     if small:
@@ -148,3 +154,34 @@ def spread(length: int, count: int) -> list[int]:
     """Return ``count`` indices below ``length``, evenly apart, none at an end if there is room."""
     count = min(count, length)
     return [(2 * number + 1) * length // (2 * count) for number in range(count)]
+
+
+def captioned(picture: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+    """``picture`` (H, W, 3) with a line of ``text`` above it, in letters that fit."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    band = Image.new("RGB", (picture.shape[1], CAPTION_HEIGHT))
+    font = ImageFont.load_default(size=CAPTION_HEIGHT * 0.55)
+    fits = (picture.shape[1] - 8) / max(1.0, font.getlength(text))
+    if fits < 1:  # smaller letters in a narrow picture
+        font = ImageFont.load_default(size=max(4.0, CAPTION_HEIGHT * 0.55 * fits))
+    ImageDraw.Draw(band).text((4, CAPTION_HEIGHT // 2), text, "white", font, anchor="lm")
+    return np.concatenate([np.asarray(band), picture])
+
+
+def contact_sheet(pictures: Sequence[NDArray[np.uint8]], columns: int = 3) -> NDArray[np.uint8]:
+    """``pictures`` (H, W, 3), of any sizes, row by row on one dark sheet (H, W, 3)."""
+    height = max(picture.shape[0] for picture in pictures) + GAP
+    width = max(picture.shape[1] for picture in pictures) + GAP
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * height + GAP, columns * width + GAP, 3), 32, np.uint8)
+    for index, picture in enumerate(pictures):
+        top, left = GAP + (index // columns) * height, GAP + (index % columns) * width
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return sheet
+
+
+def png(picture: NDArray[np.uint8]) -> bytes:
+    """``picture`` as the bytes of a PNG file."""
+    return bytes(imagecodecs.png_encode(picture))

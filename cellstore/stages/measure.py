@@ -15,7 +15,6 @@ from sqlalchemy.orm import Session
 
 from ..analysis.features import (
     BASIC_GROUP,
-    FEATURE_NAMES,
     GROUPS,
     Feature,
     FeatureGroup,
@@ -49,7 +48,6 @@ from ..models import (
     FeatureSet,
     Image,
     ImageFile,
-    Recipe,
     Segmentation,
 )
 from ..query.cells import current_segmentation, last_with_masks, plane_of
@@ -71,11 +69,6 @@ CHANNEL_VERSION = 1
 """Of the groups that are measured channel by channel."""
 
 Plane = NDArray[Any]
-
-
-def list_groups() -> tuple[FeatureGroup, ...]:
-    """Return the registry: every group with its features."""
-    return tuple(GROUPS.values())
 
 
 @dataclass(frozen=True)
@@ -108,6 +101,11 @@ def measure(
         UserInputError: the masks of that recipe's cells are unknown.
     """
     params = params or MeasureParams()
+    names = dict.fromkeys(name.lower() for name in params.features)
+    if not names:
+        raise UserInputError(f"Name a group of features: {', '.join(GROUPS)}.")
+    if unknown := [name for name in names if name not in GROUPS]:
+        raise UnknownNameError.of("group of features", unknown[0], GROUPS)
     with workspace.database.read() as session:
         if segmentation is None:
             source = last_with_masks(session)
@@ -123,7 +121,29 @@ def measure(
                 )
         images = images_of(session, selection).join(Segmentation, IS_CURRENT)
         images = images.where(Segmentation.recipe_id == source.id)
-        groups = _groups(session, params, source, images)
+        plane = params.plane or plane_of(source)
+        check_channels(session, plane)
+        groups = []
+        for asked in (GROUPS[name] for name in names):
+            channels: tuple[str, ...] = ()
+            if asked.per_channel:
+                channels = _channels(session, params.plane, images)
+                version = CHANNEL_VERSION
+                parameters = {"group": asked.name, "channels": [*channels]}
+            else:
+                version, parameters = VERSION, asdict(plane)
+            parameters["features"] = [feature.name for feature in asked.features]
+            spec = RecipeSpec(Stage.MEASURE, version, parameters, None, (source,))
+            groups.append(
+                MeasuredGroup(
+                    group=asked,
+                    plane=None if asked.per_channel else plane,
+                    channels=channels,
+                    recipe=spec,
+                    features=asked.columns(channels),
+                    feature_set=f"{asked.name}_{fingerprint(spec)[:8]}",
+                )
+            )
         in_files = any(group.group is not BASIC_GROUP for group in groups)
         together = images_per_file(session, source.id, ROWS_OF_FILE) if in_files else 1
     stage = Measure(workspace.artifacts, source.id, {}, together)
@@ -171,34 +191,6 @@ class MeasuredGroup:
     recipe: RecipeSpec
     features: tuple[Feature, ...]
     feature_set: str
-
-
-def _groups(
-    session: Session, params: MeasureParams, source: Recipe, images: Select[int]
-) -> list[MeasuredGroup]:
-    """Return the groups that ``params`` names, in their order, each once."""
-    names = dict.fromkeys(name.lower() for name in params.features)
-    if not names:
-        raise UserInputError(f"Name a group of features: {', '.join(GROUPS)}.")
-    if unknown := [name for name in names if name not in GROUPS]:
-        raise UnknownNameError.of("group of features", unknown[0], GROUPS)
-    plane = params.plane or plane_of(source)
-    check_channels(session, plane)
-    found = []
-    for group in (GROUPS[name] for name in names):
-        channels: tuple[str, ...] = ()
-        if group.per_channel:
-            channels = _channels(session, params.plane, images)
-            version, parameters = CHANNEL_VERSION, {"group": group.name, "channels": list(channels)}
-            parameters["features"] = [feature.name for feature in group.features]
-        else:
-            version, parameters = VERSION, asdict(plane) | {"features": list(FEATURE_NAMES)}
-        recipe = RecipeSpec(Stage.MEASURE, version, parameters, None, (source,))
-        of_group = None if group.per_channel else plane
-        name = f"{group.name}_{fingerprint(recipe)[:8]}"
-        columns = group.columns(channels)
-        found.append(MeasuredGroup(group, of_group, channels, recipe, columns, name))
-    return found
 
 
 def _channels(session: Session, named: ImageInput | None, images: Select[int]) -> tuple[str, ...]:

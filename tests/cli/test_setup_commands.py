@@ -149,6 +149,12 @@ def test_words_that_do_not_fit_are_one_sentence(cellstore, words, said):
     assert told.err.count("\n") == 1
 
 
+def test_a_table_in_an_object_store_is_named_as_it_was_written(cellstore, store):
+    for more in ([], ["--dry-run"]):
+        said = cellstore("ingest", "s3://me:secret@b/t.csv", "--store", store, *more, code=2)
+        assert said.err.startswith("Error: s3://b/t.csv is not on this machine")
+
+
 def test_a_table_of_which_no_row_can_be_used_is_an_error(cellstore, store, tmp_path):
     (tmp_path / "bad.csv").write_text(
         "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site\nx.tif,P1,nowhere,1\n"

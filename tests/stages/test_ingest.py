@@ -92,10 +92,10 @@ def test_rows_become_plates_wells_treatments_images_files(
     tables = (Plate, Well, Treatment, Image, ImageFile)
     assert [count(workspace, item) for item in tables] == [1, 1, 1, 2, 4]
     with workspace.database.read() as session:
-        image = find_image(session, "r01c02f02")
+        image = session.get_one(Image, find_image(session, "r01c02f02"))
         assert (image.site, image.content_sha256) == (2, None)
-        assert find_image(session, "P1/A2/2").id == image.id
-        assert find_image(session, "r01c02f02p01-ch2sk1fk1fl1.tiff").id == image.id
+        assert find_image(session, "P1/A2/2") == image.id
+        assert find_image(session, "r01c02f02p01-ch2sk1fk1fl1.tiff") == image.id
 
 
 def test_a_second_ingest_changes_nothing_and_is_recorded(
@@ -143,11 +143,14 @@ def test_changed_bytes_are_noticed(workspace: Workspace, tmp_path: Path) -> None
         write_image(folder, f"r01c02f01p01-ch{number}sk1fk1fl1.tiff", number)
     ingest(workspace, table, IngestParams(images=folder))
     with workspace.database.read() as session:
-        before = find_image(session, "r01c02f01").content_sha256
+        before = session.get_one(Image, find_image(session, "r01c02f01")).content_sha256
     write_image(folder, "r01c02f01p01-ch1sk1fk1fl1.tiff", 77, (8, 5))
     assert ingest(workspace, table, IngestParams(images=folder)).updated == 1
     with workspace.database.read() as session:
-        assert find_image(session, "r01c02f01").content_sha256 not in (None, before)
+        assert session.get_one(Image, find_image(session, "r01c02f01")).content_sha256 not in (
+            None,
+            before,
+        )
 
 
 def test_a_projection_stands_for_the_channels_that_were_expected(

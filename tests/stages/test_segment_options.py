@@ -15,13 +15,13 @@ from sqlalchemy import func, select, update
 from test_ingest import loaddata, write_table
 from threshold import ThresholdSegmenter, use_threshold
 
-from cellstore.analysis.overlay import CAPTION_HEIGHT, OUTLINE_COLOUR
 from cellstore.config import IngestParams, SegmentParams, Selection
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Image, Job, Plate, Recipe, Run, Segmentation, Well
-from cellstore.report.segment_preview import SHEET, preview, spread
+from cellstore.report.drawing import OUTLINE_COLOUR
+from cellstore.report.segment_preview import CAPTION_HEIGHT, SHEET, preview, spread
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.segment import segment
 

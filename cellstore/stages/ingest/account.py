@@ -1,4 +1,4 @@
-"""What became of the rows of a source, and what an earlier reading of the same source said."""
+"""What became of the rows of a source: how many, and what could not be used."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -165,16 +165,6 @@ class Account:
             self.unchanged += other.unchanged
             self.refused += other.refused
             self.take_issues(other)
-
-    def mark(self) -> Account:
-        """Return the account as it is now, to return to."""
-        return replace(
-            self, reasons=self.reasons.copy(), shown=self.shown[:], pending=self.pending[:]
-        )
-
-    def return_to(self, mark: Account) -> None:
-        """Forget what was counted since ``mark``; no issue may have been written meanwhile."""
-        vars(self).update(vars(mark))
 
     def check_strict(self) -> None:
         """Undo the source if rows were refused.

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from sqlalchemy import func, insert, literal, select
-from sqlalchemy.orm import Session
 
 from ...config import EVERYTHING, IngestParams, Selection
 from ...db.bulk import in_lists, one_ingest_at_a_time
@@ -20,12 +19,12 @@ from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import Layout, SourceKind, detect
 from ...io.tables import Refusal
-from ...io.uris import shown, writable
+from ...io.uris import is_remote, map_folder, shown, writable
 from ...jobs.lookup import images_of
 from ...jobs.mask_matching import NoMatch
 from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.workspace import Workspace
-from ...models import Event, Image, IngestIssue, Recipe, Run, Well
+from ...models import Event, Image, IngestIssue, Run, Well
 from .account import SHOWN, Account, Brought, FileIdentity, Issue, UndoneError
 from .ingest_images import ImageSource, ingest_images, look_at_files
 
@@ -68,7 +67,9 @@ class IngestResult:
         return tuple(issue for issue in self.issues if issue.severity is severity)
 
 
-def ingest(workspace: Workspace, source: Path, params: IngestParams | None = None) -> IngestResult:
+def ingest(
+    workspace: Workspace, source: str | Path, params: IngestParams | None = None
+) -> IngestResult:
     """Bring a source in: a table, an index, a database, a folder; doing it again changes nothing.
 
     Raises:
@@ -78,7 +79,7 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
         UserInputError: a file or folder is not there, or the plate is not known.
     """
     params = params or IngestParams()
-    layout = choose_layout(source, params)
+    layout, source = choose_layout(source, params), Path(source)
     kind = layout.kind
     images = ImageSource(source, layout, params) if kind is SourceKind.IMAGES else None
     beside: Sequence[Path] = images.files if images else ()
@@ -86,14 +87,31 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
         files = (*params.compounds, params.barcodes, params.aliases)
         beside = [path for path in files if path is not None]
     identity = FileIdentity.of(source)
-    recipe = _register(workspace, layout, params, [identity, *map(FileIdentity.of, beside)])
+    # The recipe says which bytes are read in which way. Where they lie means nothing.
+    options = {
+        name: writable(str(value)) if isinstance(value, Path) else value
+        for name, value in asdict(params).items()
+        if name not in ("kind", "layout", "compounds", "look", "strict", "reread") and value
+    }
+    options["maps"] = [[old, shown(new)] for old, new in params.maps]
+    read = [identity, *map(FileIdentity.of, beside)]
+    named = [{"name": file.name, "sha256": file.sha256} for file in read]
+    parameters = {"layout": layout.value, "files": named, "options": options}
     earlier = None
-    # A map may be for plates that came since, and masks are looked at one by one anyway.
-    if kind in (SourceKind.IMAGES, SourceKind.FEATURES) and not params.reread:
-        with workspace.database.read() as session:
-            earlier = find_earlier(session, recipe.id)
-        if earlier is not None and params.strict and (earlier.result or {})["refused"]:
-            earlier = None
+    with workspace.database.begin() as session:
+        recipe = register(session, RecipeSpec(Stage.INGEST, VERSION, parameters))
+        # A map may be for plates that came since, and masks are looked at one by one anyway.
+        if kind in (SourceKind.IMAGES, SourceKind.FEATURES) and not params.reread:
+            # The last run that read the very same files in the very same way. What has been
+            # corrected since stays corrected: an old table that is ingested again, by habit or by
+            # a clock, must not undo it.
+            runs = select(Run).where(
+                Run.recipe_id == recipe.id, Run.stage == Stage.INGEST, Run.status == Status.DONE
+            )
+            earlier = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()
+            result = None if earlier is None else earlier.result
+            if result is None or (params.strict and result["refused"]):
+                earlier = None
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
         try:
@@ -167,13 +185,20 @@ def ingest(workspace: Workspace, source: Path, params: IngestParams | None = Non
     )
 
 
-def choose_layout(source: Path, params: IngestParams) -> Layout:
+def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     """Return how ``source`` is to be read: as asked for, else as its content says.
 
     Raises:
         BadTableError: it is none of the known layouts, or more than one.
         UserInputError: there is no such file, or it is of another kind than asked for.
     """
+    if is_remote(str(source)):
+        raise UserInputError(
+            f"{shown(str(source))} is not on this machine. Copy the table or index here; its "
+            "images may stay where they are."
+        )
+    source = Path(source)
+    map_folder("/", params.maps)  # before anything is read, an error in --map
     if not source.exists():
         raise UserInputError(f"There is no file or folder {source}. Check the path.")
     kind = SourceKind(params.kind) if params.kind else None
@@ -205,22 +230,6 @@ def choose_layout(source: Path, params: IngestParams) -> Layout:
     return layout
 
 
-def _register(
-    workspace: Workspace, layout: Layout, params: IngestParams, files: Sequence[FileIdentity]
-) -> Recipe:
-    """Return the recipe: which bytes are read in which way. Where they lie means nothing."""
-    options = {
-        name: writable(str(value)) if isinstance(value, Path) else value
-        for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "compounds", "look", "strict", "reread") and value
-    }
-    options["maps"] = [[old, shown(new)] for old, new in params.maps]
-    named = [{"name": file.name, "sha256": file.sha256} for file in files]
-    parameters = {"layout": layout.value, "files": named, "options": options}
-    with workspace.database.begin() as session:
-        return register(session, RecipeSpec(Stage.INGEST, VERSION, parameters))
-
-
 def _read_again(
     workspace: Workspace, kind: SourceKind, params: IngestParams, earlier: Run, account: Account
 ) -> Brought:
@@ -229,23 +238,48 @@ def _read_again(
     plates = result["plates"]
     account.rows, account.refused = result["rows"], result["refused"]
     if kind is SourceKind.FEATURES:
-        from .ingest_features import check_files
-
-        name = result.get("feature_set")
-        with workspace.database.begin() as session:
-            repeat_issues(session, earlier.id, account)
+        from .ingest_features import check_files  # slow to import
+    issue = IngestIssue
+    columns = (issue.severity, issue.file, issue.line, issue.reason, issue.detail)
+    of_rows = (issue.run_id == earlier.id, issue.line.is_not(None))
+    with workspace.database.begin() as session:
+        # What the earlier run found wrong with the rows is true of this run, too.
+        first = session.execute(select(*columns).where(*of_rows).order_by(issue.id).limit(SHOWN))
+        account.shown += [Issue(*row) for row in first]
+        counts = select(issue.severity, issue.reason, func.count()).where(*of_rows)
+        for severity, reason, number in session.execute(
+            counts.group_by(issue.severity, issue.reason)
+        ):
+            account.reasons[Severity(severity), reason] += number
+        copied = select(literal(account.run_id), *columns).where(*of_rows).order_by(issue.id)
+        names = ["run_id", *(column.key for column in columns)]
+        session.execute(insert(issue).from_select(names, copied))
+        if kind is SourceKind.FEATURES:
+            name = result.get("feature_set")
             if name is not None:  # a feature set never changes, but its files may be gone
                 check_files(session, workspace.artifacts, name)
-        account.unchanged = account.rows - account.refused
-        return Brought(plates, 0, name, result.get("segmentations", ()))
-    with workspace.database.begin() as session:
-        repeat_issues(session, earlier.id, account)
-        corrected = corrected_since(session, earlier.id, plates)
-        later = updated_since(session, earlier, plates)
+            account.unchanged = account.rows - account.refused
+            return Brought(plates, 0, name, result.get("segmentations", ()))
+        # Wells that have got another treatment since, and the last run that read another source
+        # since and updated rows of these plates.
+        changes = wells_changed(Event.run_id > earlier.id).subquery()
+        wells_since = select(func.count(Well.id)).where(Well.id.in_(select(changes.c.well_id)))
+        corrected = 0
         ids: list[int] = []
         for some in in_lists(plates):
+            corrected += session.scalar(wells_since.where(Well.plate_id.in_(some))) or 0
             query = select(Image.id).join(Well, Well.id == Image.well_id)
             ids += session.scalars(query.where(Well.plate_id.in_(some)))
+        later = None
+        runs_since = select(Run.id, Run.result).where(
+            Run.stage == Stage.INGEST,
+            Run.status == Status.DONE,
+            Run.id > earlier.id,
+            Run.recipe_id != earlier.recipe_id,
+        )
+        for run_id, found in session.execute(runs_since.order_by(Run.id)):
+            if found and found.get("updated") and set(plates) & set(found.get("plates", ())):
+                later = run_id
     images = np.sort(np.array(ids, np.int64))
     changed = look_at_files(workspace, images, params.images, params.look, account)
     account.updated = min(len(changed), account.rows - account.refused)
@@ -262,64 +296,6 @@ def _read_again(
             "cellstore audit well PLATE/A01. To use the labels of this table, add --reread."
         )
     return Brought(plates)
-
-
-def find_earlier(session: Session, recipe_id: int) -> Run | None:
-    """Return the last run that read the very same files in the very same way.
-
-    What has been corrected since stays corrected: an old table that is ingested again, by habit or
-    by a clock, must not undo it. The ``result`` of the run is what it said of the source.
-    """
-    query = select(Run).where(
-        Run.recipe_id == recipe_id, Run.stage == Stage.INGEST, Run.status == Status.DONE
-    )
-    run = session.scalars(query.order_by(Run.id.desc()).limit(1)).first()
-    return run if run is not None and run.result is not None else None
-
-
-def corrected_since(session: Session, run_id: int, plates: Sequence[int]) -> int:
-    """Return how many wells of ``plates`` (ids) have got another treatment since a run."""
-    changed = wells_changed(Event.run_id > run_id).subquery()
-    later = select(func.count(Well.id)).where(Well.id.in_(select(changed.c.well_id)))
-    return sum(
-        session.scalar(later.where(Well.plate_id.in_(some))) or 0 for some in in_lists(plates)
-    )
-
-
-def updated_since(session: Session, earlier: Run, plates: Sequence[int]) -> int | None:
-    """Return the last run that read another source since and updated rows of ``plates`` (ids)."""
-    query = select(Run.id, Run.result).where(
-        Run.stage == Stage.INGEST,
-        Run.status == Status.DONE,
-        Run.id > earlier.id,
-        Run.recipe_id != earlier.recipe_id,
-    )
-    found = None
-    for run_id, result in session.execute(query.order_by(Run.id)):
-        if result and result.get("updated") and set(plates) & set(result.get("plates", ())):
-            found = run_id
-    return found
-
-
-def repeat_issues(session: Session, run_id: int, account: Account) -> None:
-    """Say of this run, too, what run ``run_id`` said of the rows of the same source."""
-    columns = (
-        IngestIssue.severity,
-        IngestIssue.file,
-        IngestIssue.line,
-        IngestIssue.reason,
-        IngestIssue.detail,
-    )
-    of_rows = (IngestIssue.run_id == run_id, IngestIssue.line.is_not(None))
-    shown = session.execute(select(*columns).where(*of_rows).order_by(IngestIssue.id).limit(SHOWN))
-    account.shown += [Issue(*row) for row in shown]
-    kind = (IngestIssue.severity, IngestIssue.reason)
-    counts = select(*kind, func.count()).where(*of_rows).group_by(*kind)
-    for severity, reason, number in session.execute(counts):
-        account.reasons[Severity(severity), reason] += number
-    copied = select(literal(account.run_id), *columns).where(*of_rows).order_by(IngestIssue.id)
-    names = ["run_id", *(column.key for column in columns)]
-    session.execute(insert(IngestIssue).from_select(names, copied))
 
 
 @dataclass(frozen=True)
@@ -414,9 +390,9 @@ class Preview:
         ``known`` are the images so far: each is counted once, as plates and wells are, in bounded
         memory.
         """
-        places = [(self.plates, row.plate) for row in rows]
+        plates = [(self.plates, row.plate) for row in rows]
         wells = [(self.wells, (row.plate, row.well)) for row in rows]
-        for counted, item in ((known, key), *places, *wells):
+        for counted, item in ((known, key), *plates, *wells):
             if len(counted) < MOST:
                 counted.add(item)
             elif item not in counted:
@@ -427,7 +403,7 @@ class Preview:
 
 
 def preview(
-    source: Path, params: IngestParams | None = None, workspace: Workspace | None = None
+    source: str | Path, params: IngestParams | None = None, workspace: Workspace | None = None
 ) -> Preview:
     """Read images or masks and say what each file would become.
 
@@ -439,7 +415,7 @@ def preview(
         UserInputError: the source holds features or treatments, or masks and no ``workspace``.
     """
     params = params or IngestParams()
-    layout = choose_layout(source, params)
+    layout, source = choose_layout(source, params), Path(source)
     found = Preview(source.name, layout.value)
     images: set[Any] = set()
     if layout.kind is SourceKind.IMAGES:

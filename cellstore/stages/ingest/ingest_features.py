@@ -30,12 +30,11 @@ from ...io.objects import BOX, CENTRE, DTYPES, Integers, ObjectBatch, ObjectSour
 from ...io.single_cells import TOOL as SINGLE_CELLS
 from ...io.single_cells import open_single_cells
 from ...io.tables import LONGEST, Refusal
-from ...io.uris import PathMap
 from ...jobs.runs import RecipeSpec, register
 from ...jobs.workspace import Workspace
 from ...models import Artifact, Cell, FeatureFile, FeatureSet, Recipe, RecipeInput, Segmentation
 from ...query.feature_files import FeatureWriter, register_files, stored_values
-from ...query.feature_sets import check_set_name
+from ...query.source import check_set_name
 from .account import Account, Brought, FileIdentity
 from .ingest_images import RowWriter
 
@@ -90,7 +89,7 @@ def ingest_features(
         paths = sorted({file.path for file in opened.files} - known.keys())
         asked = {path: pool.submit(FileIdentity.of, path) for path in paths}
         accounts.add_issues()
-        images, plates = _write_images(session, opened, accounts, PathMap(params.maps))
+        images, plates = _write_images(session, opened, accounts, params.maps)
         target = cells = None
         if len(opened.object_number):  # a set without cells would only be in the way
             target = _target_set(session, opened, name)
@@ -181,7 +180,7 @@ class _Accounts:
 
 
 def _write_images(
-    session: Session, source: ObjectSource, accounts: _Accounts, maps: PathMap
+    session: Session, source: ObjectSource, accounts: _Accounts, maps: Sequence[tuple[str, str]]
 ) -> tuple[Integers, set[int]]:
     """Bring the images in; return the id of each, -1 where it has no cells, and their plates."""
     # Images without rows of their own are counted for no file.

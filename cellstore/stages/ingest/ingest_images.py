@@ -10,8 +10,9 @@ import gc
 import hashlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +31,11 @@ from ...io.filenames import format_well
 from ...io.folders import read_folder
 from ...io.harmony import read_harmony
 from ...io.image_files import ImageFolder, ImageInfo, probe
-from ...io.image_tables import FileRef, ImageRecord, read_image_table
+from ...io.image_tables import ImageRecord, read_image_table
 from ...io.layouts import Layout
 from ...io.platemaps import Aliases, TreatmentRecord, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
-from ...io.uris import PathMap, exists, is_remote, join, shown, stat, writable
+from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
 from ...models import Folder, Image, ImageFile, Job, Plate, Well
@@ -82,7 +83,7 @@ class ImageSource:
 
     Raises:
         BadTableError: a table of treatments cannot be read.
-        UserInputError: treatments are given, but not which well got which; or no pixel size.
+        UserInputError: treatments are given, but not which well got which.
     """
 
     def __init__(self, path: Path, layout: Layout, params: IngestParams) -> None:
@@ -99,15 +100,13 @@ class ImageSource:
                 "--compounds and --barcodes go with a plate map: give --platemap, too, or ingest "
                 "the table of treatments by itself."
             )
-        if params.pixel_size is not None and not 0 < params.pixel_size < float("inf"):
-            raise UserInputError("--pixel-size is the micrometres per pixel, like 0.598.")
         self._aliases = None
         if params.aliases is not None:
             self._aliases = Aliases.read(params.aliases)
             self.files.append(params.aliases)
 
     def records(self) -> Iterator[ImageRecord | Refusal]:
-        """Return the records with their treatments, and what cannot be used, one by one.
+        """Yield the records with their treatments, and what cannot be used, one by one.
 
         Raises:
             BadTableError: the source is unreadable, or turns out to be.
@@ -135,11 +134,9 @@ class ImageSource:
                 f"{self.path.name} is a file, which cannot be read as {self.layout.value}. "
                 "Use --layout loaddata or --layout published, or leave it away."
             )
-        # Without a detour for the million rows of a table that says all by itself.
-        beside = (self.annotation, self._aliases, self.params.pixel_size)
-        return rows if beside == (None, None, None) else self._completed(rows)
-
-    def _completed(self, rows: Iterator[ImageRecord | Refusal]) -> Iterator[ImageRecord | Refusal]:
+        if (self.annotation, self._aliases, self.params.pixel_size) == (None, None, None):
+            yield from rows  # as they are: a table may have millions
+            return
         for row in rows:
             if isinstance(row, Refusal):
                 yield row
@@ -180,7 +177,7 @@ def ingest_images(
         with workspace.database.begin() as session:
             one_ingest_at_a_time(session)
             with wide_cache(session):
-                writer = RowWriter(session, account, PathMap(source.params.maps))
+                writer = RowWriter(session, account, source.params.maps)
                 rows = source.records()
                 while batch := list(islice(rows, BATCH)):
                     account.rows += len(batch)
@@ -190,7 +187,27 @@ def ingest_images(
                             account.refuse(*row)
                         else:
                             records.append(row)
-                    _write_records(writer, records)
+                    # Together; where the database refuses one of them, each by itself.
+                    waiting = [records]
+                    while waiting:
+                        some = waiting.pop()
+                        before = replace(
+                            account,
+                            reasons=account.reasons.copy(),
+                            shown=account.shown[:],
+                            pending=account.pending[:],
+                        )
+                        try:
+                            with session.begin_nested():
+                                writer.write(some)
+                        except (DataError, IntegrityError):
+                            vars(account).update(vars(before))
+                            writer.forget()
+                            if len(some) > 1:
+                                waiting = [[record] for record in reversed(some)]
+                                continue
+                            detail = f"plate {some[0].plate}"
+                            account.refuse(some[0].line, "the database refuses it", detail)
                     account.flush(session)
                     workspace.progress.advance(len(batch))
                 # What is known only when all records were read.
@@ -213,32 +230,18 @@ def ingest_images(
     return Brought(tuple(sorted(writer.plates)))
 
 
-def _write_records(writer: RowWriter, records: Sequence[ImageRecord]) -> None:
-    """Write records together; where the database refuses one, each by itself."""
-    before = writer.account.mark()
-    try:
-        with writer.session.begin_nested():
-            writer.write(records)
-    except (DataError, IntegrityError):
-        writer.account.return_to(before)
-        writer.forget()
-        if len(records) == 1:
-            detail = f"plate {records[0].plate}"
-            writer.account.refuse(records[0].line, "the database refuses it", detail)
-        else:
-            for record in records:
-                _write_records(writer, [record])
-
-
 class RowWriter:
     """Writes the records of the file of ``account`` in the open transaction of ``session``.
 
-    ``maps`` rewrites the folders that the records name. ``plates`` and ``images`` are those of all
-    records that were used, ``unchanged`` the images of those that brought nothing new.
+    ``maps`` rewrites the beginnings of the folders that the records name. ``plates`` and ``images``
+    are those of all records that were used, ``unchanged`` the images of those that brought nothing
+    new.
     """
 
-    def __init__(self, session: Session, account: Account, maps: PathMap | None = None) -> None:
-        self.session, self.account, self._maps = session, account, maps or PathMap(())
+    def __init__(
+        self, session: Session, account: Account, maps: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self.session, self.account, self._maps = session, account, maps
         self._treatments = TreatmentWriter(session, account)
         self._plate_ids: dict[str, int] = {}
         self._well_ids: dict[WellKey, int] = {}
@@ -274,14 +277,47 @@ class RowWriter:
         treated = self._treatments.assign(wanted, new_wells) if wanted else set()
         for folder in {ref.folder for record in usable for ref in record.files}:
             if folder is not None and folder not in self._folder_ids:
-                self._folder_ids[folder] = folder_id(self.session, self._maps.apply(folder))
-        images, made_of = self._find_images(usable, wells, new_wells)
-        known = [
+                uri = map_folder(folder, self._maps)
+                self._folder_ids[folder] = folder_id(self.session, uri)
+
+        known: dict[ImageKey, int] = {}
+        columns = (Image.well_id, Image.site, Image.plane, Image.time_point, Image.id)
+        for some in in_lists(set(wells) - new_wells):
+            for row in self.session.execute(select(*columns).where(Image.well_id.in_(some))):
+                known[row[0], row[1], row[2], row[3]] = row[4]
+        keys = [
+            (well, record.site, record.plane, record.time_point)
+            for record, well in zip(usable, wells, strict=True)
+        ]
+        new: dict[ImageKey, ImageRecord] = {}
+        for key, record in zip(keys, usable, strict=True):
+            if key not in known:
+                new.setdefault(key, record)
+        ids = take_ids(self.session, Image, len(new))
+        if self._first_new is None and new:
+            self._first_new = ids[0]
+        known.update(zip(new, ids, strict=True))
+        made_of = dict(zip(ids, new.values(), strict=True))
+        rows: list[tuple[Any, ...]] = []
+        for image, (key, record) in zip(ids, new.items(), strict=True):
+            core_name = f"r{record.row:02d}c{record.column:02d}f{record.site:02d}"
+            rows.append((image, *key, record.core_name or core_name, record.pixel_size))
+        folders = self._folder_ids
+        files = [
+            (image, ref.channel, ref.number or order, ref.name, folders[ref.folder])
+            for image, record in made_of.items()
+            for order, ref in enumerate(record.files, start=1)
+        ]
+        bulk_insert(self.session, Image, _IMAGE, rows)
+        bulk_insert(self.session, ImageFile, _FILE, files)
+
+        images = [known[key] for key in keys]
+        earlier = [
             (image, record)
             for image, record in zip(images, usable, strict=True)
             if made_of.get(image) is not record
         ]
-        changed, refused = self._complete(known)
+        changed, refused = self._complete(earlier) if earlier else (set(), set())
         self.account.created += len(made_of)
         for image, record, well in zip(images, usable, wells, strict=True):
             if made_of.get(image) is record or id(record) in refused:
@@ -310,7 +346,8 @@ class RowWriter:
 
     def finish(self) -> None:
         """Keep the metadata of the records, and report what looks wrong with their treatments."""
-        self._write_metadata()
+        if self._metadata:
+            self._write_metadata()
         self._treatments.report()
 
     def _usable(self, records: Sequence[ImageRecord]) -> Sequence[ImageRecord]:
@@ -319,12 +356,18 @@ class RowWriter:
         A record contradicts the file that gives a well another treatment than an earlier one.
         """
         refused: set[int] = set()
-        if not _are_storable(records):
-            for record in records:
-                if not _are_storable([record]):
-                    refused.add(id(record))
-                    detail = f"a name has more than {LONGEST} characters or a NUL in it"
-                    self.account.refuse(record.line, "a name that cannot be stored", detail)
+        texts = {ref.name for record in records for ref in record.files}
+        texts |= {ref.channel for record in records for ref in record.files}
+        for record in records:
+            texts.update((record.plate, record.batch or "", record.core_name or ""))
+        wrong = {text for text in texts if len(text) > LONGEST or "\0" in text}
+        for record in records if wrong else ():
+            own = {text for ref in record.files for text in (ref.name, ref.channel)}
+            own.update((record.plate, record.batch or "", record.core_name or ""))
+            if own & wrong:
+                refused.add(id(record))
+                detail = f"a name has more than {LONGEST} characters or a NUL in it"
+                self.account.refuse(record.line, "a name that cannot be stored", detail)
         for record in records:
             treatment = record.treatment
             if treatment is None or id(record) in refused:
@@ -389,42 +432,6 @@ class RowWriter:
         known.update(zip(new, ids, strict=True))
         return [known[key] for key in keys], set(ids)
 
-    def _find_images(
-        self, records: Sequence[ImageRecord], wells: Sequence[int], new_wells: set[int]
-    ) -> tuple[list[int], dict[int, ImageRecord]]:
-        """Return the image of each record, and of the new ones the record that it was made of."""
-        known: dict[ImageKey, int] = {}
-        columns = (Image.well_id, Image.site, Image.plane, Image.time_point, Image.id)
-        for some in in_lists(set(wells) - new_wells):
-            for row in self.session.execute(select(*columns).where(Image.well_id.in_(some))):
-                known[row[0], row[1], row[2], row[3]] = row[4]
-        keys = [
-            (well, record.site, record.plane, record.time_point)
-            for record, well in zip(records, wells, strict=True)
-        ]
-        new: dict[ImageKey, ImageRecord] = {}
-        for key, record in zip(keys, records, strict=True):
-            if key not in known:
-                new.setdefault(key, record)
-        ids = take_ids(self.session, Image, len(new))
-        if self._first_new is None and new:
-            self._first_new = ids[0]
-        known.update(zip(new, ids, strict=True))
-        made_of = dict(zip(ids, new.values(), strict=True))
-        images: list[tuple[Any, ...]] = []
-        for image, (key, record) in zip(ids, new.items(), strict=True):
-            core_name = f"r{record.row:02d}c{record.column:02d}f{record.site:02d}"
-            images.append((image, *key, record.core_name or core_name, record.pixel_size))
-        folders = self._folder_ids
-        files = [
-            (image, ref.channel, ref.number or order, ref.name, folders[ref.folder])
-            for image, record in made_of.items()
-            for order, ref in enumerate(_distinct(record.files), start=1)
-        ]
-        bulk_insert(self.session, Image, _IMAGE, images)
-        bulk_insert(self.session, ImageFile, _FILE, files)
-        return [known[key] for key in keys], made_of
-
     def _complete(self, known: Sequence[tuple[int, ImageRecord]]) -> tuple[set[int], set[int]]:
         """Bring the files and pixel sizes of images that were there up to what records say.
 
@@ -438,35 +445,57 @@ class RowWriter:
         moved: list[dict[str, Any]] = []
         for image, record in known:
             files = present[image]
-            if self._is_another_field(image, record, files):
-                refused.add(id(record))
-                continue
+            if self._first_new is not None and image >= self._first_new:
+                # Of this very source, too: two planes or time points are taken for one, and no row
+                # is better than one of the two.
+                others = [
+                    (ref.name, files[ref.channel].name)
+                    for ref in record.files
+                    if ref.channel in files and files[ref.channel].name != ref.name
+                ]
+                if others:
+                    refused.add(id(record))
+                    here, before = others[0]
+                    self.account.refuse(
+                        record.line,
+                        "the same field twice, with other files",
+                        f"{here} here, {before} before, both site {record.site}, plane "
+                        f"{record.plane}, time point {record.time_point} of well "
+                        f"{format_well(record.row, record.column)} on plate {record.plate}",
+                    )
+                    continue
             if record.pixel_size is not None:
                 sizes[image] = record.pixel_size
             projection = files.get(PROJECTION_CHANNEL)
             if projection is not None and projection.sha256 is not None:
                 continue  # it stands for the channels that the record names
-            for order, ref in enumerate(_distinct(record.files), start=1):
+            for order, ref in enumerate(record.files, start=1):
                 folder = self._folder_ids[ref.folder]
                 old = files.get(ref.channel)
-                same = None
                 if old is None:
                     same = next((key for key, file in files.items() if file.name == ref.name), None)
-                if same is not None:  # one file is one channel
-                    self.account.suspicious(
-                        record.line,
-                        "one file under two channels",
-                        f"{ref.name}: {ref.channel} here. Stored as {same}. To use one name for "
-                        f"both: --channels {ref.channel}={same}",
-                    )
-                elif old is None:
+                    if same is not None:  # one file is one channel
+                        self.account.suspicious(
+                            record.line,
+                            "one file under two channels",
+                            f"{ref.name}: {ref.channel} here. Stored as {same}. To use one name "
+                            f"for both: --channels {ref.channel}={same}",
+                        )
+                        continue
                     files[ref.channel] = KnownFile(None, ref.channel, ref.name, folder)
                     new.append((image, ref.channel, ref.number or order, ref.name, folder))
                     changed.add(image)
-                elif old.id is not None and self._is_elsewhere(old, ref, folder):
+                    continue
+                if old.id is None or folder is None:
+                    continue
+                if (folder, ref.name) == (old.folder_id, old.name):
+                    continue
+                # A file that was seen stays where it was seen, unless it is in the new folder, too.
+                uri = join(map_folder(ref.folder or "", self._maps), ref.name)
+                if old.sha256 is None or (not is_remote(uri) and Path(uri).is_file()):
                     # Without its time the file is read again before it is believed.
-                    row = {"name": ref.name, "folder_id": folder, "modified_ns": None}
-                    moved.append({"id": old.id, **row})
+                    values = {"name": ref.name, "folder_id": folder, "modified_ns": None}
+                    moved.append({"id": old.id, **values})
                     changed.add(image)
         bulk_insert(self.session, ImageFile, _FILE, new)
         if moved:
@@ -481,48 +510,12 @@ class RowWriter:
             self.session.execute(update(Image), resized)
         return changed | {row["id"] for row in resized}, refused
 
-    def _is_another_field(
-        self, image: int, record: ImageRecord, files: Mapping[str, KnownFile]
-    ) -> bool:
-        """Refuse a record with other files than an earlier one of the same source for its image.
-
-        Two planes or time points are then taken for one: better no row than one of the two.
-        """
-        if self._first_new is None or image < self._first_new:
-            return False
-        for ref in record.files:
-            old = files.get(ref.channel)
-            if old is not None and old.name != ref.name:
-                self.account.refuse(
-                    record.line,
-                    "the same field twice, with other files",
-                    f"{ref.name} here, {old.name} before, both site {record.site}, plane "
-                    f"{record.plane}, time point {record.time_point} of well "
-                    f"{format_well(record.row, record.column)} on plate {record.plate}",
-                )
-                return True
-        return False
-
-    def _is_elsewhere(self, old: KnownFile, ref: FileRef, folder: int | None) -> bool:
-        """Whether a record knows better than the store where a file is.
-
-        A file that was seen stays where it was seen, unless it is in the new folder, too.
-        """
-        if folder is None or (folder, ref.name) == (old.folder_id, old.name):
-            return False
-        if old.sha256 is None:
-            return True
-        uri = self._maps.apply(ref.folder or "")
-        return not is_remote(uri) and Path(join(uri, ref.name)).is_file()
-
     def _write_metadata(self) -> None:
         """Keep the metadata columns of the records: with the plate what its wells share.
 
         A plate keeps the value that it has; what wells say otherwise is kept with them. What
         differs between the images of one well cannot be kept, and a note says so.
         """
-        if not self._metadata:
-            return
         plates: dict[int, list[int]] = defaultdict(list)
         for some in in_lists(self._metadata):
             query = select(Well.plate_id, Well.id).where(Well.id.in_(some))
@@ -599,21 +592,6 @@ def keep_well_metadata(
     return changed, had_other
 
 
-def _distinct(files: tuple[FileRef, ...]) -> Iterable[FileRef]:
-    """Return the files by channel; of two of one channel the first."""
-    if len({ref.channel for ref in files}) == len(files):
-        return files
-    return {ref.channel: ref for ref in reversed(files)}.values()
-
-
-def _are_storable(records: Sequence[ImageRecord]) -> bool:
-    texts = [ref.name for record in records for ref in record.files]
-    texts += {ref.channel for record in records for ref in record.files}
-    for record in records:
-        texts += (record.plate, record.batch or "", record.core_name or "")
-    return max(map(len, texts), default=0) <= LONGEST and "\0" not in "".join(texts)
-
-
 # ---- Files ----
 
 
@@ -685,10 +663,18 @@ def look_at_files(
     Files are searched by name in ``folder``, and ``look`` says where else to look. Returns the
     images of which a file was seen for the first time, or was found to have changed.
     """
+    here: set[str] = set()
     with workspace.database.read() as session:
-        finder = FileFinder(session, folder, look)
-    if look is Look.NOWHERE or not finder.can_find or not len(images):
+        for uri in session.scalars(select(Folder.uri)):
+            try:
+                if not is_remote(uri) and Path(uri).is_absolute() and Path(uri).is_dir():
+                    here.add(uri)
+            except (OSError, ValueError):  # too long for a path, or with a NUL in it
+                continue
+    can_find = folder is not None or here or look is Look.EVERYWHERE
+    if look is Look.NOWHERE or not can_find or not len(images):
         return frozenset()
+    finder = FileFinder(ImageFolder(folder) if folder is not None else None, look, here)
     changed: set[int] = set()
     workspace.progress.start("look at files", len(images))
     try:
@@ -720,84 +706,61 @@ def look_at_files(
     return frozenset(changed)
 
 
+@dataclass(frozen=True)
 class FileFinder:
     """Finds the files of an image: by name in ``folder``, else where the store knows them to be.
 
-    ``can_find`` is False where no file of the store could be found.
+    ``here`` are the folders of the store that are on this machine.
     """
 
-    def __init__(self, session: Session, folder: Path | None, look: Look) -> None:
-        self._folder = ImageFolder(folder) if folder is not None else None
-        self._look = look
-        self._here: set[str] = set()
-        """Folders of the store that are on this machine."""
-        for uri in session.scalars(select(Folder.uri)):
-            try:
-                if not is_remote(uri) and Path(uri).is_absolute() and Path(uri).is_dir():
-                    self._here.add(uri)
-            except (OSError, ValueError):  # too long for a path, or with a NUL in it
-                continue
-        self.can_find = bool(self._folder or self._here or look is Look.EVERYWHERE)
+    folder: ImageFolder | None
+    where: Look
+    here: Collection[str]
 
     def look(
         self, core_name: str, plate: str, files: Mapping[str, KnownFile]
     ) -> tuple[list[SeenFile], list[tuple[str, str]]]:
-        """Return the files of an image that are new or have changed; and errors: reason, detail.
-
-        A file named by the core file name is a projection and stands for all channels.
-        """
+        """Return the files of an image that are new or have changed; and errors: reason, detail."""
+        seen: list[SeenFile] = []
         problems: list[tuple[str, str]] = []
         projection = files.get(PROJECTION_CHANNEL) or KnownFile(None, PROJECTION_CHANNEL, "")
-        uri, is_known = self._locate(projection, plate, problems, core_name)
-        wanted = [(projection, uri, is_known)]
-        if uri is None and projection.sha256 is None:
-            wanted = [(file, *self._locate(file, plate, problems)) for file in files.values()]
-        seen: list[SeenFile] = []
-        for file, uri, is_known in wanted:
-            if uri is None:
-                continue
-            try:
-                if is_known and file.sha256 is not None and not is_remote(uri):
+        for number, file in enumerate((projection, *files.values())):
+            known = None if file.folder is None else join(file.folder, file.name)
+            path = None
+            if self.folder is not None:
+                try:
+                    if number == 0:
+                        path = self.folder.find_projection(core_name, plate)
+                    else:
+                        path = self.folder.find(file.name, plate)
+                except ImageError as error:
+                    problems.append(("file name is not unique", str(error)))
+            uri = None
+            if path is not None:
+                uri = str(path)
+            elif known is not None and is_remote(known):
+                uri = known if self.where is Look.EVERYWHERE else None
+            elif known is not None and file.folder in self.here:
+                uri = known if file.sha256 is not None or exists(known) else None
+            if uri is not None:
+                try:
                     # The same size and time spare the hashing.
-                    found = stat(uri)
-                    if (found.size_bytes, found.mtime_ns) == (file.size_bytes, file.modified_ns):
-                        continue
-                info = probe(uri)
-            except (ImageError, StorageError, UserInputError, OSError) as error:
-                problems.append(("image cannot be read", str(error)))
-                continue
-            if not is_known or (info.sha256, info.mtime_ns) != (file.sha256, file.modified_ns):
-                seen.append(SeenFile(file, uri, info))
+                    if uri == known and file.sha256 is not None and not is_remote(uri):
+                        found = stat(uri)
+                    else:
+                        found = None
+                    state = file.size_bytes, file.modified_ns
+                    if found is None or (found.size_bytes, found.mtime_ns) != state:
+                        info = probe(uri)
+                        content = file.sha256, file.modified_ns
+                        if uri != known or (info.sha256, info.mtime_ns) != content:
+                            seen.append(SeenFile(file, uri, info))
+                except (ImageError, StorageError, UserInputError, OSError) as error:
+                    problems.append(("image cannot be read", str(error)))
+            # A file named by the core file name is a projection and stands for all channels.
+            if number == 0 and (uri is not None or file.sha256 is not None):
+                break
         return seen, problems
-
-    def _locate(
-        self,
-        file: KnownFile,
-        plate: str,
-        problems: list[tuple[str, str]],
-        core_name: str | None = None,
-    ) -> tuple[str | None, bool]:
-        """Return where a file is, or the projection of ``core_name``; None: we cannot look there.
-
-        And whether that is where the store knows it to be.
-        """
-        known = None if file.folder is None else join(file.folder, file.name)
-        if self._folder is not None:
-            try:
-                if core_name is None:
-                    path = self._folder.find(file.name, plate)
-                else:
-                    path = self._folder.find_projection(core_name, plate)
-                if path is not None:
-                    return str(path), str(path) == known
-            except ImageError as error:
-                problems.append(("file name is not unique", str(error)))
-        if known is None:
-            return None, False
-        if is_remote(known):
-            return known if self._look is Look.EVERYWHERE else None, True
-        is_here = file.folder in self._here and (file.sha256 is not None or exists(known))
-        return known if is_here else None, True
 
 
 def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from ...analysis.regions import cells_in_pieces
 from ...config import ImageInput, IngestParams
 from ...enums import ArtifactKind, Stage
 from ...errors import UserInputError
@@ -120,8 +121,6 @@ class MaskReader:
 
     def read(self, file: MaskFile) -> FoundMasks:
         """Find the image of a file, read the file, and compare the two."""
-        from ...analysis.label_images import labels_in_pieces, median_diameter
-
         params = self._params
         found = read_masks_of(
             self._workspace.database, file, plate=params.plate, binary=params.binary
@@ -131,14 +130,17 @@ class MaskReader:
         labels = found.labels
         small = labels.max(initial=0) <= np.iinfo(np.uint16).max
         data = encode_tiff(labels.astype(np.uint16) if small else labels)
+        _, areas = np.unique(labels[labels > 0], return_counts=True)
+        # Of a disc of the area of each cell.
+        diameter = float(np.median(2 * np.sqrt(areas / np.pi))) if areas.size else None
         return FoundMasks(
             file,
             found.image,
             data,
             hashlib.sha256(data).hexdigest(),
-            median_diameter(labels),
+            diameter,
             cell_rows(labels),
-            labels_in_pieces(labels),
+            cells_in_pieces(labels),
         )
 
     def plan(self) -> Iterator[FoundMasks]:
