@@ -273,7 +273,7 @@ def _record(
             raise RowRefusedError("file name with a folder in it", f"{channel}: {name!r}")
         phenix = core_file_name(name)
         plain = channel.removeprefix(ORIGINAL) or channel
-        number = phenix.channel if phenix else None
+        number = phenix.number if phenix else None
         files.setdefault(plain, FileRef(plain, number, name, texts.get(FOLDER + channel)))
     names = _from_names(list(files.values()), folder)
     text, well = written_well(texts, WELLS, COLUMNS), names.well
@@ -328,7 +328,7 @@ def _from_names(files: Sequence[FileRef], folder: str | None) -> _Named:
     for file in files:
         phenix = core_file_name(file.name)
         if phenix is not None:
-            return _Named((phenix.row, phenix.column), phenix.field, phenix.core)
+            return _Named((phenix.row, phenix.column), phenix.site, phenix.core_name)
     for file in files:
         name = cellomics_name(file.name) or wellsite_name(file.name)
         if name is not None:

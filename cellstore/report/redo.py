@@ -25,7 +25,7 @@ from ..db.bulk import in_lists
 from ..db.session import connect
 from ..enums import ArtifactKind, FeatureStorage, Stage, Status
 from ..errors import CellstoreError, UserInputError
-from ..jobs.lookup import run_in
+from ..jobs.lookup import find_run
 from ..jobs.runs import code_version, environment
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -138,7 +138,7 @@ def check(
     """
     began = time.monotonic()
     with workspace.database.read() as session:
-        run = run_in(session, reference)
+        run = find_run(session, reference)
         if run.status is not Status.DONE:
             raise UserInputError(
                 f"Run {run.id} is {run.status.value}: only a finished run is redone."
