@@ -75,6 +75,11 @@ def options_of(kind: Any) -> list[Field]:
     return [item for item in options if item.metadata["unless"] not in deciding]
 
 
+def option_of(kind: type, name: str) -> Any:
+    """Return an option that a dataclass declares, for a parameter of a command."""
+    return next(item for item in options_of(kind) if item.name == name)
+
+
 def flag(item: Field) -> str:
     """Return the name of a field on the command line, such as ``--crop-size``."""
     return item.metadata["name"] or "--" + item.name.replace("_", "-")
@@ -384,7 +389,10 @@ class IngestParams(Params):
         metavar="OLD=NEW,...",
     )
     pixel_size: float | None = option(
-        None, "Micrometres per pixel, for images whose files do not say it.", metavar="UM", min=0.0
+        None,
+        "Micrometres per pixel, for images whose files do not say it.",
+        metavar="UM",
+        above=0.0,
     )
     platemap: Path | None = option(
         None, "Which treatment each well got: a table, or a folder of them with --barcodes."

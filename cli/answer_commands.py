@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cellstore.config import VoteOptions
+from cellstore.config import VoteOptions, option, option_of
 from cellstore.errors import UserInputError
 
 from . import output
-from .app import Common, HtmlOption, command
+from .app import HTML, Common, command
 from .output import AnswerOptions, Format, cell, count, percent, say
 
 if TYPE_CHECKING:
     from cellstore.report.comparison import ComparedRun, Comparison
-    from cellstore.report.scoring import BaselineScore, ReportResult, Score
-    from cellstore.report.votes import VotesResult
+    from cellstore.report.scoring import ReportResult, Score
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -30,20 +29,13 @@ NAME_WIDTH = 16
 SHOWN_DIFFERENCES = 20
 SHOWN_OPTIONS = 8
 
-Item = TypeVar("Item")
-
-LevelOption = Annotated[
-    Literal["image", "well"],
-    typer.Option("--level", help="Whether the cells of images or of wells vote."),
-]
-VoteOption = Annotated[
-    Literal["hard", "soft", "median"],
-    typer.Option(
-        "--vote",
-        help="hard: each cell counts once, for its first choice; soft: with its probabilities; "
-        "median: of the probabilities that the cells gave.",
-    ),
-]
+LEVEL = option("image", "Whether the cells of images or of wells vote.", choices=("image", "well"))
+VOTE = option(
+    "hard",
+    "hard: each cell counts once, for its first choice; soft: with its probabilities; median: of "
+    "the probabilities that the cells gave.",
+    choices=("hard", "soft", "median"),
+)
 
 
 @command(app, "votes")
@@ -51,12 +43,10 @@ def votes(
     vote_options: VoteOptions,
     answer: AnswerOptions,
     common: Common,
-    run: Annotated[
-        str, typer.Option("--run", metavar="RUN", help="The predict run, by number, or 'latest'.")
-    ] = "latest",
-    level: LevelOption = "image",
-    vote: VoteOption = "hard",
-    ties: Annotated[bool, typer.Option("--ties", help="Show those with a tie only.")] = False,
+    run: str = option("latest", "The predict run, by number, or 'latest'.", metavar="RUN"),
+    level: str = LEVEL,
+    vote: str = VOTE,
+    ties: bool = option(False, "Show those with a tie only."),
 ) -> None:
     """Show the label of every image by the vote of its cells.
 
@@ -86,23 +76,19 @@ def votes(
             else:
                 save(output.json_text(found), answer.output)
             return
-        on_screen = answer.format is Format.TABLE and answer.output is None
-        _headline(result, typer.echo if on_screen else say)
+        # What is not for a person's screen has the summary beside it, not in it.
+        show = typer.echo if answer.format is Format.TABLE and answer.output is None else say
+        counts = f"{count(result.units, level)}, {count(result.ties, 'tie')}"
+        counts += f", {count(result.abstained, 'abstention')}"
+        show(f"Run {result.run_id}, {result.vote} vote: {counts}")
+        for item in result.subsets:
+            trained = " - the network was trained on these" if item.subset == "train" else ""
+            share = f"{100 * item.accuracy:.2f} %"
+            show(f"{item.subset}: {item.correct:,} of {item.n:,} right ({share}){trained}")
+        for note in result.notes:
+            show(note)
+        show("")
         output.write(rows, answer, _for_people)
-
-
-def _headline(result: VotesResult, show: Callable[[str], None]) -> None:
-    noun = "image" if result.level == "image" else "well"
-    counts = f"{count(result.units, noun)}, {count(result.ties, 'tie')}"
-    counts += f", {count(result.abstained, 'abstention')}"
-    show(f"Run {result.run_id}, {result.vote} vote: {counts}")
-    for item in result.subsets:
-        trained = " - the network was trained on these" if item.subset == "train" else ""
-        share = f"{100 * (item.accuracy or 0):.2f} %"
-        show(f"{item.subset}: {item.correct:,} of {item.n:,} right ({share}){trained}")
-    for note in result.notes:
-        show(note)
-    show("")
 
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
@@ -123,32 +109,19 @@ def _for_people(row: dict[str, Any]) -> dict[str, Any]:
 def report(
     vote_options: VoteOptions,
     common: Common,
-    run: Annotated[
-        str, typer.Option(metavar="RUN", help="The predict run, by number, or 'latest'.")
-    ] = "latest",
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            "--compare",
-            metavar="RUN",
-            help="Put another predict run beside it; see cellstore compare.",
-            show_default=False,
-        ),
-    ] = None,
-    html: HtmlOption = None,
-    maps: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--map",
-            metavar="FEATURE",
-            help="A feature on the plate maps of the page, for example area; may be given again.",
-            show_default=False,
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Also score images that the network was trained on; marked."),
-    ] = False,
+    run: str = option("latest", "The predict run, by number, or 'latest'.", metavar="RUN"),
+    compare: str | None = option(
+        None, "Put another predict run beside it; see cellstore compare.", metavar="RUN"
+    ),
+    html: Path | None = HTML,
+    maps: tuple[str, ...] = option(
+        (),
+        "A feature on the plate maps of the page, for example area; may be given again.",
+        name="--map",
+        metavar="FEATURE",
+        repeated=True,
+    ),
+    force: bool = option(False, "Also score images that the network was trained on; marked."),
 ) -> None:
     """Score a predict run: majority votes against the truth.
 
@@ -166,13 +139,12 @@ def report(
         result = store.report(
             run, compare=compare, vote_options=vote_options, html=html, maps=maps or (), force=force
         )
-    if common.as_json:
-        output.print_json(result)
-    else:
-        _show_report(result)
+    common.show(result, _show_report)
 
 
 def _show_report(result: ReportResult) -> None:
+    from cellstore.report.scoring import by_baseline
+
     best = result.score("image", "hard")
     bounds = "one well only, so no interval"
     if best.low is not None:
@@ -201,16 +173,64 @@ def _show_report(result: ReportResult) -> None:
     )
     typer.echo("")
     _show_scores(result.scores)
-    parts = {
-        "Without the wells that were seen in training": result.unseen,
-        "Without control wells": result.without_controls,
-    }
-    for title, scores in parts.items():
+    for title, scores in (
+        ("Without the wells that were seen in training", result.unseen),
+        ("Without control wells", result.without_controls),
+    ):
         if scores:
             typer.echo(f"{title}:")
-            _show_part(scores)
-    _show_baselines(result.baselines)
-    _show_groups(result)
+            output.table(
+                ("per", "vote", "n", "accuracy", "95 % interval", "balanced", "macro F1"),
+                [
+                    (
+                        *(item.level, item.vote, item.n, percent(item.accuracy)),
+                        *(percent(item.low, item.high), percent(item.balanced_accuracy)),
+                        f"{item.macro_f1:.3f}",
+                    )
+                    for item in scores
+                    if item.vote == "hard"
+                ],
+            )
+            typer.echo("")
+    if result.baselines:
+        rows = []
+        for row in by_baseline(result.baselines):
+            first, image = next(iter(row.values())), row.get("image")
+            scored = [
+                percent(item.accuracy if item else None)
+                for item in map(row.get, ("image", "well", "cell"))
+            ]
+            interval = percent(image.low, image.high) if image else "-"
+            rows.append((first.baseline, first.run_id, scored[0], interval, *scored[1:]))
+        heads = ("baseline", "run", "per image", "95 % interval", "per well", "per cell")
+        output.table(heads, rows)
+        typer.echo("")
+    # Each row of a group: its name, what it is ranked by, and what is shown.
+    _show_best_and_worst(
+        ("class", "images", "right", "same gene", "recall", "95 % interval", "precision"),
+        [
+            (
+                *(item.label, item.f1),
+                *(item.support, item.correct, item.same_target, percent(item.recall)),
+                *(percent(item.low, item.high), percent(item.precision)),
+            )
+            for item in result.by_class
+            if item.support
+        ],
+    )
+    for kind, groups in (("plate", result.by_plate), ("target gene", result.by_target)):
+        if kind == "plate" or len(groups) > 1:
+            _show_best_and_worst(
+                (kind, "images", "wells", "right", "same gene", "accuracy", "95 % interval"),
+                [
+                    (
+                        *(item.name, item.accuracy),
+                        *(item.n, item.wells, item.correct, item.same_target),
+                        *(percent(item.accuracy), percent(item.low, item.high)),
+                    )
+                    for item in groups
+                ],
+            )
     if result.comparison is not None:
         typer.echo(f"Beside run {result.comparison.second.run_id}:")
         _show_comparison(result.comparison, shown=2 * FEW)
@@ -258,77 +278,13 @@ def _show_scores(found: Sequence[Score]) -> None:
     typer.echo("")
 
 
-def _show_part(found: Sequence[Score]) -> None:
-    output.table(
-        ("per", "vote", "n", "accuracy", "95 % interval", "balanced", "macro F1"),
-        [
-            (
-                *(score.level, score.vote, score.n, percent(score.accuracy)),
-                *(percent(score.low, score.high), percent(score.balanced_accuracy)),
-                f"{score.macro_f1:.3f}",
-            )
-            for score in found
-            if score.vote == "hard"
-        ],
-    )
-    typer.echo("")
-
-
-def _show_baselines(found: Sequence[BaselineScore]) -> None:
-    """Print what a score has to beat: a row per baseline, by hard votes."""
-    from cellstore.report.scoring import by_baseline
-
+def _show_best_and_worst(heads: Sequence[str], found: Sequence[tuple[Any, ...]]) -> None:
+    """Print the best and the worst groups: name, what it is ranked by, and what is shown."""
     if not found:
         return
-    rows = []
-    for row in by_baseline(found):
-        first, image = next(iter(row.values())), row.get("image")
-        bounds = percent(image.low, image.high) if image else "-"
-        scored = [
-            percent(item.accuracy if item else None)
-            for item in map(row.get, ("image", "well", "cell"))
-        ]
-        rows.append((first.baseline, first.run_id, scored[0], bounds, *scored[1:]))
-    output.table(("baseline", "run", "per image", "95 % interval", "per well", "per cell"), rows)
-    typer.echo("")
-
-
-def _show_groups(result: ReportResult) -> None:
-    """Print the best and the worst classes, plates and genes."""
-    _show_best_and_worst(
-        ("class", "images", "right", "same gene", "recall", "95 % interval", "precision"),
-        [item for item in result.by_class if item.support],
-        lambda item: (item.label, item.f1),
-        lambda item: (
-            *(item.support, item.correct, item.same_target, percent(item.recall)),
-            *(percent(item.low, item.high), percent(item.precision)),
-        ),
-    )
-    heads = ("images", "wells", "right", "same gene", "accuracy", "95 % interval")
-    for kind, groups in (("plate", result.by_plate), ("target gene", result.by_target)):
-        if kind == "plate" or len(groups) > 1:
-            _show_best_and_worst(
-                (kind, *heads),
-                groups,
-                lambda item: (item.name, item.accuracy),
-                lambda item: (
-                    *(item.n, item.wells, item.correct, item.same_target),
-                    *(percent(item.accuracy), percent(item.low, item.high)),
-                ),
-            )
-
-
-def _show_best_and_worst(
-    heads: Sequence[str],
-    found: Sequence[Item],
-    key: Callable[[Item], tuple[str, float]],
-    cells: Callable[[Item], tuple[Any, ...]],
-) -> None:
-    if not found:
-        return
-    ranked = sorted(found, key=lambda item: (-key(item)[1], key(item)[0]))
+    ranked = sorted(found, key=lambda row: (-row[1], row[0]))
     few = ranked if len(ranked) <= 2 * FEW else [*ranked[:FEW], *ranked[-FEW:]]
-    output.table(heads, [(cell(key(item)[0], NAME_WIDTH), *cells(item)) for item in few])
+    output.table(heads, [(cell(row[0], NAME_WIDTH), *row[2:]) for row in few])
     left = len(ranked) - len(few)
     if left:
         typer.echo(f"the best and the worst; {left:,} between them (all with --json or --html)")
@@ -343,40 +299,18 @@ def compare(
     second: Annotated[str, typer.Argument(metavar="RUN", help="The other one.")],
     vote_options: VoteOptions,
     common: Common,
-    level: LevelOption = "image",
-    vote: VoteOption = "hard",
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--limit",
-            metavar="N",
-            min=0,
-            help="List only the first N that differ. Default: 20 as text, all as JSON or CSV.",
-            show_default=False,
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Also compare images that a network was trained on; marked."),
-    ] = False,
-    form: Annotated[
-        Literal["text", "csv", "json"],
-        typer.Option("--format", help="How it is written; csv: only what differs."),
-    ] = "text",
-    out: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="FILE", help="Write to a file.", show_default=False),
-    ] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Replace the file of --output if it is there.")
-    ] = False,
-    for_spreadsheet: Annotated[
-        bool,
-        typer.Option(
-            "--for-spreadsheet",
-            help="CSV: put a ' before texts that a spreadsheet would run as formulas.",
-        ),
-    ] = False,
+    level: str = LEVEL,
+    vote: str = VOTE,
+    limit: int | None = option(
+        None, "List only the first N that differ. Default: 20 as text, all as JSON or CSV.", min=0
+    ),
+    force: bool = option(False, "Also compare images that a network was trained on; marked."),
+    form: Literal["text", "csv", "json"] = option(
+        "text", "How it is written; csv: only what differs.", name="--format"
+    ),
+    out: Path | None = option(None, "Write to a file.", name="--output"),
+    replace: bool = option_of(AnswerOptions, "replace"),
+    for_spreadsheet: bool = option_of(AnswerOptions, "for_spreadsheet"),
 ) -> None:
     """Say where two predict runs differ, and which of them is right.
 

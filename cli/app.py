@@ -6,15 +6,16 @@ fields of dataclasses; see :mod:`cellstore.config`.
 
 # No "from __future__ import annotations": the types of the fields are read.
 
+import dataclasses
 import gc
 import inspect
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, is_dataclass
-from enum import StrEnum
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,7 @@ from cellstore.config import (
     Sources,
     flag,
     option,
+    option_of,
     options_of,
     type_of,
     typed_value,
@@ -87,11 +89,7 @@ class Commands(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands: dict[str, Any] = dict.fromkeys(MODULES)  # names only; for suggestions
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of the commands."""
-        return list(MODULES)
+        self.commands: dict[str, Any] = dict.fromkeys(MODULES)  # names only, in this order
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command; ``None``: there is none of that name."""
@@ -215,21 +213,15 @@ class Common:
             as_text(result)
 
 
-@dataclass(frozen=True)
-class FieldOf:
-    """Marks a parameter of a command as the option that is declared by a field of its name."""
-
-    kind: type
-
-
 def command(
     app: typer.Typer, name: str, **more: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command.
 
     A parameter whose type is a dataclass becomes an option for each of its fields, and the
-    function gets the filled object; see also :class:`FieldOf`. Options that were not typed are
-    filled in by ``--preset``, if the command has that, else by the defaults of the dataclass.
+    function gets the filled object. One whose default is an ``option`` becomes that option.
+    Options that were not typed are filled in by ``--preset``, if the command has that, else by the
+    defaults of the dataclass.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -246,15 +238,13 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
     shown: dict[str, inspect.Parameter] = {}
     for parameter in inspect.signature(function).parameters.values():
         kind = hints[parameter.name]
-        of = next(
-            (mark for mark in getattr(kind, "__metadata__", ()) if type(mark) is FieldOf), None
-        )
-        if is_dataclass(kind):
-            groups[parameter.name] = kind
-        elif of is not None:
-            item = next(item for item in options_of(of.kind) if item.name == parameter.name)
+        if isinstance(parameter.default, dataclasses.Field):
+            item = copy(parameter.default)
+            item.name, item.type = parameter.name, kind
             alone[parameter.name] = item
             shown[parameter.name] = _parameter(item)
+        elif is_dataclass(kind):
+            groups[parameter.name] = kind
         elif kind is not typer.Context:
             for setting in getattr(kind, "__metadata__", ()):
                 if parameter.default in (None, parameter.empty):
@@ -343,11 +333,6 @@ class Sectioned(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options."""
-        for title, records in self._sections(ctx):
-            with formatter.section(title):
-                formatter.write_dl(records)
-
-    def _sections(self, ctx: Any) -> Iterator[tuple[str, list[Any]]]:
         params = self.get_params(ctx)
         sections = {getattr(p, "rich_help_panel", None) for p in params} - {None}
         parts: dict[str, list[Any]] = {title: [] for title in ("Arguments", "Options", *SECTIONS)}
@@ -358,48 +343,27 @@ class Sectioned(TyperCommand):
         for title, members in parts.items():
             records = [record for p in members if (record := p.get_help_record(ctx)) is not None]
             if records:
-                yield title, records
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
-class Device(StrEnum):
-    """Where a network runs."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-DeviceOption = Annotated[
-    Device, typer.Option("--device", help="Where the network runs; auto takes a GPU if it can.")
-]
-SegmentationOption = Annotated[str | None, FieldOf(Sources)]
-MeasurementOption = Annotated[str | None, FieldOf(Sources)]
-DryRunOption = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Only say how many images there are to do, and how long."),
-]
-WeightsDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--weights-dir",
-        metavar="DIR",
-        help="Folder that holds the named networks, for machines without internet access.",
-    ),
-]
-PresetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--preset",
-        metavar="|".join(PRESETS),
-        help="published: all values as in the published study. Other options then change single "
-        "values.",
-    ),
-]
-HtmlOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--html",
-        metavar="FILE",
-        help="Also write a page with pictures: one file that needs nothing else.",
-    ),
-]
+# Options of several commands.
+DEVICE = option(
+    "auto",
+    "Where the network runs; auto takes a GPU if it can.",
+    choices=("auto", "cpu", "cuda"),
+)
+SEGMENTATION = option_of(Sources, "segmentation")
+MEASUREMENT = option_of(Sources, "measurement")
+DRY_RUN = option(False, "Only say how many images there are to do, and how long.")
+WEIGHTS_DIR = option(
+    None,
+    "Folder that holds the named networks, for machines without internet access.",
+    metavar="DIR",
+)
+PRESET = option(
+    None,
+    "published: all values as in the published study. Other options then change single values.",
+    metavar="|".join(PRESETS),
+)
+HTML = option(None, "Also write a page with pictures: one file that needs nothing else.")

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cellstore.config import option
 from cellstore.errors import UserInputError
 
 from . import output
-from .app import Common, Device, DeviceOption, HtmlOption, command
+from .app import DEVICE, HTML, Common, command
 from .output import say
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def audit(
             help="What is audited; put its kind before it where several things may have the name.",
         ),
     ],
-    html: HtmlOption = None,
+    html: Path | None = HTML,
 ) -> None:
     """Show where a label comes from, and what came of a file.
 
@@ -88,39 +89,22 @@ def repro(
         str,
         typer.Argument(metavar="RUN", help="The run, by number, or 'latest', or 'latest predict'."),
     ] = "latest",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            metavar="FILE",
-            help="Write the script here instead of printing it.",
-            show_default=False,
-        ),
-    ] = None,
-    check: Annotated[
-        bool,
-        typer.Option("--check", help="Redo the run beside the store, now, and compare."),
-    ] = False,
-    images: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="With --check: redo only this many images. Default: 5 of segment and measure "
-            "runs, all of others.",
-            show_default=False,
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="With --check: the file of weights that the run began from, where the store does "
-            "not hold it.",
-            show_default=False,
-        ),
-    ] = None,
-    device: DeviceOption = Device.AUTO,
+    out: Path | None = option(
+        None, "Write the script here instead of printing it.", name="--output"
+    ),
+    check: bool = option(False, "Redo the run beside the store, now, and compare."),
+    images: int | None = option(
+        None,
+        "With --check: redo only this many images. Default: 5 of segment and measure "
+        "runs, all of others.",
+        min=1,
+    ),
+    weights: Path | None = option(
+        None,
+        "With --check: the file of weights that the run began from, where the store does "
+        "not hold it.",
+    ),
+    device: str = DEVICE,
 ) -> None:
     """Print the commands and versions that redo a run, or redo it and compare.
 
@@ -142,7 +126,7 @@ def repro(
         raise UserInputError("--images and --weights are options of --check: add it.")
     with common.open(quiet=not check) as store:
         if check:
-            found = store.check_run(run, images=images, device=device.value, weights=weights)
+            found = store.check_run(run, images=images, device=device, weights=weights)
         else:
             script = store.repro(run)
     if check:

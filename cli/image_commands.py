@@ -16,19 +16,19 @@ from cellstore.config import (
     Resources,
     SegmentParams,
     Selection,
+    option,
 )
 from cellstore.enums import CellFlagReason, ImageFlagReason
 
 from . import output
 from .app import (
+    DEVICE,
+    DRY_RUN,
+    HTML,
+    PRESET,
+    SEGMENTATION,
+    WEIGHTS_DIR,
     Common,
-    Device,
-    DeviceOption,
-    DryRunOption,
-    HtmlOption,
-    PresetOption,
-    SegmentationOption,
-    WeightsDirOption,
     command,
 )
 from .output import say
@@ -51,22 +51,17 @@ def segment(
     selection: Selection,
     resources: Resources,
     common: Common,
-    preset: PresetOption = None,
-    preview: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Segment only N images from all over the selection, keep nothing, and write "
-            "pictures of what was found.",
-        ),
-    ] = None,
-    preview_dir: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where --preview puts its pictures.")
-    ] = PREVIEW_FOLDER,
-    dry_run: DryRunOption = False,
-    weights_dir: WeightsDirOption = None,
-    device: DeviceOption = Device.AUTO,
+    preset: str | None = PRESET,
+    preview: int | None = option(
+        None,
+        "Segment only N images from all over the selection, keep nothing, and write "
+        "pictures of what was found.",
+        min=1,
+    ),
+    preview_dir: Path = option(PREVIEW_FOLDER, "Where --preview puts its pictures.", metavar="DIR"),
+    dry_run: bool = DRY_RUN,
+    weights_dir: Path | None = WEIGHTS_DIR,
+    device: str = DEVICE,
 ) -> None:
     """Find the cells in every image, with Cellpose.
 
@@ -96,14 +91,14 @@ def segment(
                 count=preview,
                 folder=preview_dir,
                 weights_dir=weights_dir,
-                device=device.value,
+                device=device,
             )
         else:
             result = store.segment(
                 params,
                 selection,
                 weights_dir=weights_dir,
-                device=device.value,
+                device=device,
                 resources=resources,
                 dry_run=dry_run,
             )
@@ -262,11 +257,11 @@ def measure(
     selection: Selection,
     resources: Resources,
     common: Common,
-    segmentation: SegmentationOption = None,
-    dry_run: DryRunOption = False,
-    listed: Annotated[
-        bool, typer.Option("--list", help="Only list all features: unit, source and formula.")
-    ] = False,
+    segmentation: str | None = SEGMENTATION,
+    dry_run: bool = DRY_RUN,
+    listed: bool = option(
+        False, "Only list all features: unit, source and formula.", name="--list"
+    ),
 ) -> None:
     """Measure every cell that was found: area, shape, intensity, texture.
 
@@ -314,16 +309,13 @@ def qc(
     selection: Selection,
     resources: Resources,
     common: Common,
-    segmentation: SegmentationOption = None,
-    listed: Annotated[
-        bool, typer.Option("--list", help="List the flagged images with reason and value.")
-    ] = False,
-    html: HtmlOption = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.png", help="Also write the maps of one plate as a picture."),
-    ] = None,
-    dry_run: DryRunOption = False,
+    segmentation: str | None = SEGMENTATION,
+    listed: bool = option(False, "List the flagged images with reason and value.", name="--list"),
+    html: Path | None = HTML,
+    plot: Path | None = option(
+        None, "Also write the maps of one plate as a picture.", metavar="FILE.png"
+    ),
+    dry_run: bool = DRY_RUN,
 ) -> None:
     """Flag images and cells that are unusual on their plate; delete nothing.
 
@@ -432,15 +424,11 @@ def finetune(
     ],
     params: FinetuneParams,
     common: Common,
-    plate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BARCODE",
-            help="The plate of the masks, where several have images of these names.",
-        ),
-    ] = None,
-    weights_dir: WeightsDirOption = None,
-    device: DeviceOption = Device.AUTO,
+    plate: str | None = option(
+        None, "The plate of the masks, where several have images of these names.", metavar="BARCODE"
+    ),
+    weights_dir: Path | None = WEIGHTS_DIR,
+    device: str = DEVICE,
 ) -> None:
     """Teach a Cellpose network with masks that you corrected.
 
@@ -454,9 +442,7 @@ def finetune(
       cellstore finetune --masks corrected/ --model cyto3 --channels RNA --nuclei DNA
     """
     with common.open() as store:
-        result = store.finetune(
-            masks, params, plate=plate, weights_dir=weights_dir, device=device.value
-        )
+        result = store.finetune(masks, params, plate=plate, weights_dir=weights_dir, device=device)
     common.show(result, _show_finetune)
 
 

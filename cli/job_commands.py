@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cellstore.config import option
 
 from . import output
 from .app import Common, command
@@ -19,18 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-class JobStage(StrEnum):
-    """The stages that go image by image."""
-
-    SEGMENT = "segment"
-    MEASURE = "measure"
-    QC = "qc"
-    PREDICT = "predict"
-
-
-StageOption = Annotated[
-    JobStage | None, typer.Option("--stage", help="Only jobs of this stage.", show_default=False)
-]
+STAGE = option(None, "Only jobs of this stage.", choices=("segment", "measure", "qc", "predict"))
 
 
 @command(app, "status")
@@ -43,10 +33,7 @@ def status(common: Common) -> None:
     """
     with common.open(quiet=True) as store:
         result = store.status()
-    if common.as_json:
-        output.print_json(result)
-    else:
-        _show_status(result)
+    common.show(result, _show_status)
 
 
 def _show_status(result: StatusResult) -> None:
@@ -105,26 +92,15 @@ def _relations(recipe: RecipeStatus) -> str:
 @command(app, "jobs")
 def jobs(
     common: Common,
-    failed: Annotated[
-        bool, typer.Option("--failed", help="List the images that failed, and why.")
-    ] = False,
-    running: Annotated[
-        bool, typer.Option("--running", help="List what is being worked on, and by whom.")
-    ] = False,
-    pending: Annotated[bool, typer.Option("--pending", help="List what is open.")] = False,
-    stage: StageOption = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE",
-            help="Only jobs of this recipe: number or start of the fingerprint.",
-            show_default=False,
-        ),
-    ] = None,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Show all that is known of an error.")
-    ] = False,
-    limit: Annotated[int, typer.Option(metavar="N", min=1, help="List at most N jobs.")] = 100,
+    failed: bool = option(False, "List the images that failed, and why."),
+    running: bool = option(False, "List what is being worked on, and by whom."),
+    pending: bool = option(False, "List what is open."),
+    stage: str | None = STAGE,
+    recipe: str | None = option(
+        None, "Only jobs of this recipe: number or start of the fingerprint.", metavar="RECIPE"
+    ),
+    traceback: bool = option(False, "Show all that is known of an error."),
+    limit: int = option(100, "List at most N jobs.", min=1),
 ) -> None:
     """Show the state of the work, image by image.
 
@@ -144,7 +120,7 @@ def jobs(
     state = chosen[0] if chosen else None
     with common.open(quiet=True) as store:
         result = store.jobs(
-            stage=stage.value if stage else None,
+            stage=stage,
             status=state,
             recipe=recipe,
             limit=limit if state or common.as_json else 0,
@@ -201,19 +177,11 @@ def _show_jobs(result: JobsList, state: str, *, traceback: bool) -> None:
 @command(app, "retry")
 def retry(
     common: Common,
-    stage: StageOption = None,
-    run: Annotated[
-        str | None,
-        typer.Option(metavar="RUN", help="Only what failed in this run.", show_default=False),
-    ] = None,
-    image: Annotated[
-        str | None,
-        typer.Option(
-            metavar="IMAGE",
-            help="Only this image: core file name, PLATE/WELL/SITE, file name or id.",
-            show_default=False,
-        ),
-    ] = None,
+    stage: str | None = STAGE,
+    run: str | None = option(None, "Only what failed in this run.", metavar="RUN"),
+    image: str | None = option(
+        None, "Only this image: core file name, PLATE/WELL/SITE, file name or id.", metavar="IMAGE"
+    ),
 ) -> None:
     """Give images that failed another try.
 
@@ -225,7 +193,7 @@ def retry(
       cellstore retry --stage segment --image P1/A01/2
     """
     with common.open(quiet=True) as store:
-        result = store.retry(stage=stage.value if stage else None, run=run, image=image)
+        result = store.retry(stage=stage, run=run, image=image)
     if common.as_json:
         output.print_json(result)
     elif not result.jobs:
@@ -240,10 +208,7 @@ def retry(
 def cancel(
     common: Common,
     run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RUN]", help="The run. Default: all that are running.", show_default=False
-        ),
+        str | None, typer.Argument(metavar="[RUN]", help="The run. Default: all that are running.")
     ] = None,
 ) -> None:
     """Ask running commands to end, here or on other machines.
@@ -269,17 +234,13 @@ def cancel(
 @command(app, "verify")
 def verify(
     common: Common,
-    fix: Annotated[
-        bool, typer.Option("--fix", help="Remove files that the database does not know.")
-    ] = False,
-    older_than: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            metavar="MINUTES",
-            help="Unknown files younger than this may belong to a running command: left alone.",
-        ),
-    ] = 10.0,
+    fix: bool = option(False, "Remove files that the database does not know."),
+    older_than: float = option(
+        10.0,
+        "Unknown files younger than this may belong to a running command: left alone.",
+        metavar="MINUTES",
+        min=0.0,
+    ),
 ) -> None:
     """Look for damage in the store: its database, and all files that it knows.
 

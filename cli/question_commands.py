@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cellstore.config import Selection
+from cellstore.config import Selection, option, option_of
 from cellstore.errors import UnknownNameError, UserInputError
 
 from . import output
-from .app import Common, FieldOf, MeasurementOption, SegmentationOption, command
+from .app import MEASUREMENT, SEGMENTATION, Common, command
 from .output import AnswerOptions, Format, say
 
 if TYPE_CHECKING:
@@ -30,28 +30,22 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-SecondsOption = Annotated[
-    float, typer.Option("--seconds", min=0.1, metavar="S", help="Stop a question after this time.")
-]
-MemoryOption = Annotated[
-    int,
-    typer.Option(
-        "--memory", min=64, metavar="MB", help="Memory of a question; more goes to the disk."
-    ),
-]
+SECONDS = option(600.0, "Stop a question after this time.", metavar="S", min=0.1)
+MEMORY = option(2048, "Memory of a question; more goes to the disk.", metavar="MB", min=64)
 GRACE_SECONDS = 15.0
 SLACK_MB = 1536
 """What the rest of the program may take: Arrow, the tables that are read live, new copies."""
 
 
 @contextmanager
-def confined(limits: Limits, spill: Path) -> Iterator[None]:
+def confined(store: Store, limits: Limits) -> Iterator[None]:
     """Hold this process to ``limits``, the memory with some slack, the time with some grace.
 
     DuckDB does not count a text while a function makes it (``repeat('x', 4000000000)``), and does
     not stop on request while it plans. Here the operating system refuses memory, and a clock
-    ends the program, which takes its part of the folder ``spill`` along.
+    ends the program, which takes its part of the folder ``spill`` of the cache along.
     """
+    spill = store.workspace.settings.cache / "spill"
 
     def end() -> None:
         say(
@@ -93,18 +87,6 @@ def _memory(megabytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def _answer(
-    store: Store,
-    query: str,
-    parameters: Mapping[str, object],
-    limits: Limits,
-    answer: AnswerOptions,
-) -> None:
-    spill = store.workspace.settings.cache / "spill"
-    with confined(limits, spill), store.open_questions(limits) as questions:
-        output.write(questions.ask(query, parameters), answer)
-
-
 def _checked(answer: AnswerOptions, common: Common) -> AnswerOptions:
     """Return the answer that is wanted; ``--json`` is the same as ``--format json``."""
     answer = replace(answer, format=Format.JSON) if common.as_json else answer
@@ -117,32 +99,19 @@ def sql(
     answer: AnswerOptions,
     common: Common,
     query: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[QUERY]", help="The question; '-' reads it from stdin.", show_default=False
-        ),
+        str | None, typer.Argument(metavar="[QUERY]", help="The question; '-' reads it from stdin.")
     ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(
-            "--file", metavar="FILE", help="Read the question from a file.", show_default=False
-        ),
-    ] = None,
-    param: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--param",
-            metavar="NAME=VALUE",
-            help="The value of $NAME in the question; may be given several times. Numbers, true, "
-            "false, null and [1,2] are such; all else, and what stands in double quotes, is text.",
-            show_default=False,
-        ),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Only show how the question would be answered.")
-    ] = False,
-    seconds: SecondsOption = 600.0,
-    memory: MemoryOption = 2048,
+    file: Path | None = option(None, "Read the question from a file."),
+    param: tuple[str, ...] = option(
+        (),
+        "The value of $NAME in the question; may be given several times. Numbers, true, "
+        "false, null and [1,2] are such; all else, and what stands in double quotes, is text.",
+        metavar="NAME=VALUE",
+        repeated=True,
+    ),
+    explain: bool = option(False, "Only show how the question would be answered."),
+    seconds: float = SECONDS,
+    memory: int = MEMORY,
 ) -> None:
     """Ask the store a question in SQL.
 
@@ -167,7 +136,8 @@ def sql(
             with store.open_questions(limits) as questions:
                 typer.echo(questions.plan(question, parameters))
         else:
-            _answer(store, question, parameters, limits, answer)
+            with confined(store, limits), store.open_questions(limits) as questions:
+                output.write(questions.ask(question, parameters), answer)
 
 
 def _question(query: str | None, file: Path | None) -> str:
@@ -211,14 +181,11 @@ def ask(
         typer.Argument(
             metavar="[NAME] [--PARAMETER VALUE]...",
             help="The question, and values for what it takes. Without a name: lists all.",
-            show_default=False,
         ),
     ] = None,
-    show_sql: Annotated[
-        bool, typer.Option("--sql", help="Only print the question and what it takes.")
-    ] = False,
-    seconds: SecondsOption = 600.0,
-    memory: MemoryOption = 2048,
+    show_sql: bool = option(False, "Only print the question and what it takes.", name="--sql"),
+    seconds: float = SECONDS,
+    memory: int = MEMORY,
 ) -> None:
     """Ask a saved question, or list them.
 
@@ -248,8 +215,9 @@ def ask(
         if question.replaces:
             say(f"Asking your own {question.path}, instead of the one of cellstore.")
         values = store.question_values(question, given)
-        limits = Limits(seconds=seconds, memory_mb=memory)
-        _answer(store, question.query, values, limits, answer)
+        limits, runs = Limits(seconds=seconds, memory_mb=memory), question.predict_runs(values)
+        with confined(store, limits), store.open_questions(limits, runs=runs) as questions:
+            output.write(questions.ask(question.query, values), answer)
 
 
 def _name_and_values(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
@@ -303,17 +271,12 @@ def schema(
     table: Annotated[
         str | None,
         typer.Argument(
-            metavar="[TABLE]",
-            help="A table, view or feature set. Default: an overview of all.",
-            show_default=False,
+            metavar="[TABLE]", help="A table, view or feature set. Default: an overview of all."
         ),
     ] = None,
-    form: Annotated[
-        Literal["text", "json", "mermaid"],
-        typer.Option(
-            "--format", help="mermaid: a diagram of the tables and of what refers to what."
-        ),
-    ] = "text",
+    form: Literal["text", "json", "mermaid"] = option(
+        "text", "mermaid: a diagram of the tables and of what refers to what.", name="--format"
+    ),
 ) -> None:
     """Say what every table, view and column is, in words.
 
@@ -393,34 +356,21 @@ _ENDINGS = {
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write.")],
     common: Common,
-    form: Annotated[
-        ExportFormat | None,
-        typer.Option(
-            "--format",
-            help="Default: by the ending of OUT: .csv, .h5ad (AnnData), .parquet.",
-            show_default=False,
-        ),
-    ] = None,
-    features: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The feature set. Default: what was measured or ingested last.",
-            show_default=False,
-        ),
-    ] = None,
-    segmentation: SegmentationOption = None,
-    measurement: MeasurementOption = None,
-    plates: Annotated[tuple[str, ...], FieldOf(Selection)] = (),
-    for_spreadsheet: Annotated[
-        bool,
-        typer.Option(
-            "--for-spreadsheet",
-            help="CSV: put a ' before texts that a spreadsheet would run as formulas. Such a "
-            "table no longer reads back as it was.",
-        ),
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    form: ExportFormat | None = option(
+        None, "Default: by the ending of OUT: .csv, .h5ad (AnnData), .parquet.", name="--format"
+    ),
+    features: str | None = option(
+        None, "The feature set. Default: what was measured or ingested last."
+    ),
+    segmentation: str | None = SEGMENTATION,
+    measurement: str | None = MEASUREMENT,
+    plates: tuple[str, ...] = option_of(Selection, "plates"),
+    for_spreadsheet: bool = option(
+        False,
+        "CSV: put a ' before texts that a spreadsheet would run as formulas. Such a "
+        "table no longer reads back as it was.",
+    ),
+    force: bool = option(False, "Replace OUT if it is there."),
 ) -> None:
     """Write a table with a row per cell, for pycytominer and other tools.
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cellstore.config import option
+
 from . import output
 from .app import Common, command
 from .output import Bar, say
@@ -39,7 +41,6 @@ def init(
             metavar="URL",
             envvar="CELLSTORE_DATABASE_URL",
             help="A PostgreSQL database, for teams. Default: a SQLite file in the folder.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -73,7 +74,7 @@ def demo(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Where the demo goes; a new folder.")
     ] = Path("cellstore-demo"),
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Same seed, same plates.")] = 1,
+    seed: int = option(1, "Same seed, same plates.", min=0),
 ) -> None:
     """Render a small screen and run every stage on it.
 

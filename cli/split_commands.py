@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cellstore.config import SplitParams
+from cellstore.config import SplitParams, option, option_of
 from cellstore.enums import GroupLevel
 from cellstore.errors import UserInputError
 
 from . import output
-from .app import Common, FieldOf, PresetOption, command
+from .app import PRESET, Common, command
 from .output import say
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ NameArgument = Annotated[
     str | None, typer.Argument(metavar="NAME", help="The split. Default: the latest.")
 ]
 NewNameArgument = Annotated[str, typer.Argument(metavar="NAME", help="What the split is called.")]
-FieldOption = Annotated[str, FieldOf(SplitParams)]
-AllowMissingOption = Annotated[bool, FieldOf(SplitParams)]
 SHOWN_CLASSES = 5
 """How many of the excluded classes are named; --json lists all."""
 MARGIN = 9
@@ -43,7 +41,7 @@ MARGIN = 9
 
 @command(split, "create")
 def create(
-    name: NewNameArgument, params: SplitParams, common: Common, preset: PresetOption = None
+    name: NewNameArgument, params: SplitParams, common: Common, preset: str | None = PRESET
 ) -> None:
     """Assign the images to train, validation and test.
 
@@ -83,12 +81,11 @@ def import_(
         ),
     ],
     common: Common,
-    field: FieldOption = SplitParams.field,
-    group: Annotated[
-        GroupLevel,
-        typer.Option(help="What the split keeps in one subset. image: it promises nothing."),
-    ] = GroupLevel.IMAGE,
-    allow_missing: AllowMissingOption = False,
+    field: str = option_of(SplitParams, "field"),
+    group: GroupLevel = option(
+        GroupLevel.IMAGE, "What the split keeps in one subset. image: it promises nothing."
+    ),
+    allow_missing: bool = option_of(SplitParams, "allow_missing"),
 ) -> None:
     """Keep a split that others made, as tables.
 
@@ -155,11 +152,10 @@ def show(common: Common, name: NameArgument = None) -> None:
 @command(split, "delete")
 def delete(
     name: Annotated[
-        str,
-        typer.Argument(metavar="NAME", help="The split, or the name that its folds share."),
+        str, typer.Argument(metavar="NAME", help="The split, or the name that its folds share.")
     ],
     common: Common,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: bool = option(False, "Do not ask."),
 ) -> None:
     """Delete a split that no run uses. One that a run relies on stays.
 
@@ -282,26 +278,20 @@ def _excluded(found: dict[str, Any]) -> list[tuple[str, str]]:
 def check(
     common: Common,
     name: NameArgument = None,
-    csv: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--csv",
-            metavar="FILE",
-            help="Check a split table instead, without a store; may be given several times, as the "
-            "files of `split import`.",
-        ),
-    ] = None,
-    field: Annotated[
-        str | None,
-        typer.Option(
-            help="What a table (--csv) is to predict. Default: the target, if it has one."
-        ),
-    ] = None,
-    group: Annotated[
-        GroupLevel | None,
-        typer.Option(help="What a table (--csv) should keep in one subset. Default: well."),
-    ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="End with 1 on warnings, too.")] = False,
+    csv: tuple[Path, ...] = option(
+        (),
+        "Check a split table instead, without a store; may be given several times, as the "
+        "files of `split import`.",
+        metavar="FILE",
+        repeated=True,
+    ),
+    field: str | None = option(
+        None, "What a table (--csv) is to predict. Default: the target, if it has one."
+    ),
+    group: GroupLevel | None = option(
+        None, "What a table (--csv) should keep in one subset. Default: well."
+    ),
+    strict: bool = option(False, "End with 1 on warnings, too."),
 ) -> None:
     """Look for what lets the test images be seen in training.
 

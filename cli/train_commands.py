@@ -19,18 +19,18 @@ from cellstore.config import (
     Sources,
     TrainParams,
     TrainSetup,
+    option,
     options_of,
 )
 from cellstore.errors import UserInputError
 
 from . import output
 from .app import (
+    DEVICE,
+    MEASUREMENT,
+    PRESET,
+    SEGMENTATION,
     Common,
-    Device,
-    DeviceOption,
-    MeasurementOption,
-    PresetOption,
-    SegmentationOption,
     command,
 )
 from .image_commands import end_with_failures, list_failures
@@ -69,42 +69,27 @@ def train(
     setup: TrainSetup,
     baselines: BaselineParams,
     common: Common,
-    preset: PresetOption = None,
-    list_presets: Annotated[
-        bool,
-        typer.Option("--list-presets", help="Show the values with and without --preset, and end."),
-    ] = False,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RUN",
-            help="Resume a run that was stopped, after its last whole epoch, with its own "
-            "options; 'latest': the last such run.",
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Train again, even if this was trained or begun already."),
-    ] = False,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="Train no network but what it has to beat: logistic, forest, or a null baseline "
-            "(majority, shuffled, cellcount, position); with commas between, or 'null' for all "
-            "four, or 'all'. They label the test images at once, for the report.",
-            rich_help_panel=BASELINES,
-        ),
-    ] = None,
-    no_predict: Annotated[
-        bool,
-        typer.Option(
-            "--no-predict",
-            help="With --baseline: do not label the test images.",
-            rich_help_panel=BASELINES,
-        ),
-    ] = False,
-    device: DeviceOption = Device.AUTO,
+    preset: str | None = PRESET,
+    list_presets: bool = option(False, "Show the values with and without --preset, and end."),
+    resume: str | None = option(
+        None,
+        "Resume a run that was stopped, after its last whole epoch, with its own "
+        "options; 'latest': the last such run.",
+        metavar="RUN",
+    ),
+    force: bool = option(False, "Train again, even if this was trained or begun already."),
+    baseline: str | None = option(
+        None,
+        "Train no network but what it has to beat: logistic, forest, or a null baseline "
+        "(majority, shuffled, cellcount, position); with commas between, or 'null' for all "
+        "four, or 'all'. They label the test images at once, for the report.",
+        metavar="NAME,...",
+        section=BASELINES,
+    ),
+    no_predict: bool = option(
+        False, "With --baseline: do not label the test images.", section=BASELINES
+    ),
+    device: str = DEVICE,
 ) -> None:
     """Train a network on the training images of a split.
 
@@ -151,7 +136,7 @@ def train(
         result = store.train(
             params,
             **asdict(sources),
-            device=device.value,
+            device=device,
             setup=setup,
             force=force,
             resume=resume,
@@ -183,13 +168,13 @@ def _show_presets() -> None:
     output.table(["option", "default", *PRESETS], rows)
 
 
-def _say_processors(device: Device, devices: int) -> None:
+def _say_processors(device: str, devices: int) -> None:
     """Say that several devices are processes on a CPU, before they begin."""
     if devices == 1 or "LOCAL_RANK" in os.environ:  # set by the first process, or a launcher
         return
     from cellstore.analysis.segmentation import pick_device
 
-    if pick_device(device.value).type == "cpu":
+    if pick_device(device).type == "cpu":
         say(f"No GPU is used: {devices} processes share the CPU. One may be as fast.")
 
 
@@ -256,11 +241,9 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
 def contrast(
     params: ContrastParams,
     common: Common,
-    segmentation: SegmentationOption = None,
-    measurement: MeasurementOption = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Compare again, even if nothing has changed.")
-    ] = False,
+    segmentation: str | None = SEGMENTATION,
+    measurement: str | None = MEASUREMENT,
+    force: bool = option(False, "Compare again, even if nothing has changed."),
 ) -> None:
     """Show which treatments change the cells at all, compared with control wells.
 
@@ -320,10 +303,8 @@ def _show_contrast(result: ContrastResult) -> None:
 def predict(
     params: PredictParams,
     common: Common,
-    run: Annotated[
-        str, typer.Option(metavar="RUN", help="The train run, by number, or 'latest'.")
-    ] = "latest",
-    device: DeviceOption = Device.AUTO,
+    run: str = option("latest", "The train run, by number, or 'latest'.", metavar="RUN"),
+    device: str = DEVICE,
 ) -> None:
     """Label every cell of some images with a trained network or baseline.
 
@@ -337,7 +318,7 @@ def predict(
       cellstore predict --subset all --where "perturbation = 'DMSO'" --all-probabilities
     """
     with common.open() as store:
-        result = store.predict(params, run=run, device=device.value)
+        result = store.predict(params, run=run, device=device)
     if common.as_json:
         output.print_json(result)
     else:
@@ -369,14 +350,12 @@ def export_model(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="The train run, by number, or 'latest'.")
     ] = "latest",
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            metavar="DIR",
-            help="The folder to write, new or empty. Default: model-RUN here.",
-        ),
-    ] = None,
+    folder: Path | None = option(
+        None,
+        "The folder to write, new or empty. Default: model-RUN here.",
+        name="--output",
+        metavar="DIR",
+    ),
 ) -> None:
     """Write a trained model as a folder that opens without this store, and without cellstore.
 

@@ -133,6 +133,12 @@ def rows_of(workspace: Workspace) -> Rows:
         return [tuple(row) for row in session.execute(query)]
 
 
+def number_of(core_name: str) -> tuple[int, ...]:
+    """What images sort by in the order in which :func:`fill` makes them: site, row, column."""
+    row, column, site = (int(core_name[start : start + 2]) for start in (1, 4, 7))
+    return site, row, column
+
+
 def counts_of(workspace: Workspace) -> tuple[int, int, int]:
     """Segmentations, jobs, artifacts."""
     with workspace.database.read() as session:

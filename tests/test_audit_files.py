@@ -18,7 +18,7 @@ from sqlalchemy import event, select, text
 
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore.jobs.lookup import find_image, find_well, run_in
+from cellstore.jobs.lookup import find_image, find_run, find_well
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import IngestFile, Recipe, Well
 from cellstore.report.audit import audit
@@ -125,12 +125,12 @@ def test_a_run_by_what_people_type(workspace: Workspace) -> None:
             *(("latest", predict), ("latest predict", predict), ("last train", train)),
             *(("train", train), ("Predict-latest", predict), (f"train {train}", train)),
         ):
-            assert run_in(session, name).id == wanted, name
+            assert find_run(session, name).id == wanted, name
         with pytest.raises(UserInputError, match="needs a predict run"):
-            run_in(session, "latest train", (Stage.PREDICT,))
+            find_run(session, "latest train", Stage.PREDICT)
         for name in ("lastest", "predict 1 2", "", "train predict"):
             with pytest.raises(UserInputError):
-                run_in(session, name)
+                find_run(session, name)
 
 
 HARM = ["'; DROP TABLE images; --", "a\0b", "\udcff", "%", "_" * 500, "x" * 5000, "../" * 9]
@@ -202,7 +202,7 @@ def test_an_ingested_table_and_the_wells_it_changed(workspace: Workspace) -> Non
     table = table_of(screen)
     with workspace.database.read() as session:
         well = session.get_one(Well, find_well(session, "BR1/B01"))
-        run = run_in(session, str(table.run_id))
+        run = find_run(session, str(table.run_id))
     screen.factory.well_change(well, screen.factory.treatment("new"), run, file="map.csv")
     (known,) = audit_artifact(workspace, "map.csv").record["known"]
     assert known["kind"] == "ingested table"

@@ -11,7 +11,7 @@ from screens import SmallScreen, small_screen
 from cellstore.config import VoteOptions
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UserInputError
-from cellstore.jobs.lookup import run_in
+from cellstore.jobs.lookup import find_run
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Recipe, Run
 from cellstore.report.comparison import compare
@@ -152,7 +152,7 @@ def test_the_latest_run_is_that_of_a_network(workspace: Workspace) -> None:
 
     def latest() -> list[int]:
         with workspace.database.read() as session:
-            return [run_in(session, "latest", (kind,)).id for kind in (Stage.TRAIN, Stage.PREDICT)]
+            return [find_run(session, "latest", kind).id for kind in (Stage.TRAIN, Stage.PREDICT)]
 
     assert latest() == [baseline.id, labelled.id]  # there is nothing else
     network = make.run(Stage.TRAIN)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 import time
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Executor
+from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import MissingExtraError, StoreError, UserInputError, first_line
-from .execute import CHUNKS, Chunk, ImageStage, work_on
+from .execute import CHUNKS, Worker
 from .queue import Task
 
 CONNECT_SECONDS = 10
@@ -22,13 +21,10 @@ DESERTED_SECONDS = 60
 
 
 @dataclass
-class DaskCluster:
+class DaskCluster(Worker):
     """The workers behind a Dask scheduler; they need cellstore, the images and the artifacts."""
 
-    stage: ImageStage[Any, Any]
-    address: str
-    chunks: list[Chunk] = field(default_factory=list)
-    free: int = 0
+    address: str = ""
     deserted: float | None = None
 
     def start(self) -> None:
@@ -52,8 +48,7 @@ class DaskCluster:
                 f"The Dask scheduler at {self.address} does not answer. Check the address, or "
                 "leave --scheduler out to work on this machine."
             ) from error
-        self.executor: Executor = self.client.get_executor(pure=False, retries=0)
-        self.pickled = pickle.dumps(self.stage)
+        self.pool = self.client.get_executor(pure=False, retries=0)
 
     def room(self) -> int:
         """Two chunks for each thread of the workers that there are now."""
@@ -79,10 +74,6 @@ class DaskCluster:
             "and run the same command."
         )
 
-    def submit(self, tasks: Sequence[Task], inputs: Sequence[Any]) -> None:
-        """Give a chunk to the scheduler."""
-        self.chunks.append((self.executor.submit(work_on, self.pickled, inputs), tasks))
-
     def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
         """Dask starts a worker again by itself, and lost this chunk only; others are at fault."""
         from distributed.scheduler import KilledWorker
@@ -99,5 +90,5 @@ class DaskCluster:
     def close(self, *, drop: bool) -> None:
         """Leave the cluster as it is."""
         with suppress(Exception):
-            self.executor.shutdown(wait=not drop)
+            self.pool.shutdown(wait=not drop)
         self.client.close()

@@ -29,7 +29,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection, get_context, parent_process
 from operator import attrgetter
-from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from sqlalchemy import Select, func, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -323,13 +323,13 @@ def run_jobs(
     if resources.scheduler is not None:
         from .dask_cluster import DaskCluster
 
-        workers: list[Worker] = [DaskCluster(stage, resources.scheduler)]
+        workers: list[Worker] = [DaskCluster(pickle.dumps(stage), address=resources.scheduler)]
     elif number == 1:
-        workers = [LocalWorker(stage)]
+        workers = [Worker(stage)]
     else:
         start_importing(stage)
         threads = max(1, cores() // number)
-        workers = [LocalWorker(pickle.dumps(stage), threads) for _ in range(number)]
+        workers = [Worker(pickle.dumps(stage), threads) for _ in range(number)]
     here = number == 1 and resources.scheduler is None
     counters = {
         recipe_id: RunCounter(run_id, recipe_id) for recipe_id, run_id in scope.runs.items()
@@ -613,46 +613,13 @@ Answers: TypeAlias = tuple[list[Any], float]
 Chunk: TypeAlias = tuple[Future[Answers], Sequence[Task]]
 
 
-class Worker(Protocol):
-    """A worker, or a cluster of them, and the chunks that it has. ``free``: slots for more."""
-
-    chunks: list[Chunk]
-    free: int
-
-    def start(self) -> None:
-        """Open it, and begin to load the stage.
-
-        Raises:
-            UserInputError, MissingExtraError, StoreError: a cluster cannot be used.
-        """
-
-    def room(self) -> int:
-        """Return how many chunks more may be submitted, so that nobody waits.
-
-        Raises:
-            StoreError: a cluster is gone, or has no workers.
-        """
-
-    def submit(self, tasks: Sequence[Task], inputs: Sequence[Any]) -> None:
-        """Add a chunk."""
-
-    def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
-        """Go on after the crash that ended the chunk ``tasks``; return what only waited behind it.
-
-        Raises:
-            CellstoreError: it was no crash, or one crash too many.
-        """
-
-    def close(self, *, drop: bool) -> None:
-        """End the worker; ``drop``: what is in flight is not waited for."""
-
-
 @dataclass
-class LocalWorker:
+class Worker:
     """A thread of this process or, with ``threads`` of its own, a process; the oldest chunk first.
 
     Each has a pool of its own, so that a crash is one worker's and tells which chunk it had in its
-    hands: libraries that start workers again (loky) only say that one of them died.
+    hands: libraries that start workers again (loky) only say that one of them died. ``free``: how
+    many chunks more it can be given, so that nobody waits.
     """
 
     given: ImageStage[Any, Any] | bytes
@@ -689,7 +656,12 @@ class LocalWorker:
         self.chunks.append((future, tasks))
 
     def recover(self, error: Exception, tasks: Sequence[Task]) -> list[Task]:
-        """Start a process again."""
+        """Start a process again; return what only waited behind the chunk ``tasks`` that crashed.
+
+        Raises:
+            Exception: ``error``, if it is no crash.
+            StoreError: processes die whenever they start.
+        """
         if not isinstance(error, BrokenProcessPool):
             raise error
         self.false_starts = 0 if tasks else self.false_starts + 1
@@ -705,7 +677,7 @@ class LocalWorker:
         return waiting
 
     def close(self, *, drop: bool) -> None:
-        """A process that is to be dropped is killed, a thread ends alone."""
+        """End the worker; ``drop``: what is in flight is not waited for, a process is killed."""
         if drop and isinstance(self.pool, ProcessPoolExecutor):
             for process in list((self.pool._processes or {}).values()):
                 process.kill()

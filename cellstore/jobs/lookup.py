@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Row, Select, and_, exists, func, or_, select
@@ -280,14 +280,9 @@ def _well_named(session: Session, words: _Typed) -> tuple[str, int]:
     return found[0], found[1]
 
 
-def run_in(session: Session, reference: str, stages: Sequence[Stage] = ()) -> Run:
+def find_run(session: Session, reference: str, *stages: Stage) -> Run:
     """Return the run with this number or name; see :func:`find_named_run`, which raises errors."""
     return session.get_one(Run, find_named_run(session, reference, stages).id)
-
-
-def find_run(session: Session, reference: str, stage: Stage) -> Run:
-    """Return a run of one ``stage``; see :func:`run_in`."""
-    return run_in(session, reference, (stage,))
 
 
 def has_results() -> ColumnElement[bool]:

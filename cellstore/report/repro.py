@@ -24,7 +24,7 @@ from ..config import (
     unspeakable,
 )
 from ..enums import FeatureStorage, Stage, Status
-from ..jobs.lookup import run_in
+from ..jobs.lookup import find_run
 from ..jobs.workspace import Workspace
 from ..models import (
     FeatureFile,
@@ -205,7 +205,7 @@ def repro(workspace: Workspace, reference: str) -> Repro:
         UnknownNameError: there is no such run.
     """
     with workspace.database.read() as session:
-        run = run_in(session, reference)
+        run = find_run(session, reference)
         needed: dict[int, Run] = {}
         waiting = [run]
         while waiting:

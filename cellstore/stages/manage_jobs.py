@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, exists, func, select, true, update
-from sqlalchemy.orm import Session
+from sqlalchemy import and_, exists, func, select, update
 
 from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import find_image, find_recipe, run_in
+from ..jobs.lookup import find_image, find_recipe, find_run
 from ..jobs.queue import CONTENT, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Plate, Recipe, Run, Well
@@ -78,6 +77,10 @@ class RetryResult:
     commands: tuple[str, ...]
 
 
+_CURRENT = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
+"""Joins a job to its image; the bytes that an image had before are of no interest."""
+
+
 def list_jobs(
     workspace: Workspace,
     *,
@@ -93,109 +96,85 @@ def list_jobs(
     Raises:
         UnknownNameError: no such stage, recipe or status.
     """
-    with workspace.database.read() as session:
-        which = _which(session, stage, recipe)
-        asked = which if status is None else and_(which, Job.status == _status(status))
-        rows = session.execute(_rows(session, asked).limit(limit)).all() if limit else []
-        total = session.scalar(_joined(select(func.count(Job.id)), asked)) or 0 if limit else 0
-        return JobsList(
-            tuple(JobCounts(Stage(row[0]).value, *row[1:]) for row in _counts(session, which)),
-            tuple(_row(row) for row in rows),
-            total - len(rows),
-        )
-
-
-def _status(name: str) -> Status:
     known = [item.value for item in Status if item is not Status.CANCELLED]
-    if name not in known:
-        raise UnknownNameError.of("status", name, known)
-    return Status(name)
+    if status is not None and status not in known:
+        raise UnknownNameError.of("status", status, known)
+    stages = _stages(stage)
+    with workspace.database.read() as session:
+        which = [] if stage is None else [Recipe.stage.in_(stages)]
+        if recipe is not None:
+            ids = []
+            for item in stages:
+                with suppress(UnknownNameError):
+                    ids.append(find_recipe(session, item, recipe).id)
+            if not ids:
+                recipes = select(Recipe.id).where(Recipe.stage.in_(STAGES)).order_by(Recipe.id)
+                raise UnknownNameError.of("recipe", recipe, session.scalars(recipes))
+            which.append(Recipe.id.in_(ids))
+        by_status = (
+            func.count().filter(Job.status == item)
+            for item in (Status.PENDING, Status.RUNNING, Status.DONE, Status.FAILED)
+        )
+        columns: Any = (Recipe.stage, Recipe.id, *by_status, func.avg(Job.seconds))
+        counts = session.execute(
+            select(*columns)
+            .select_from(Job)
+            .join(Recipe, Recipe.id == Job.recipe_id)
+            .join(Image, _CURRENT)
+            .where(*which)
+            .group_by(Recipe.stage, Recipe.id)
+            .order_by(Recipe.id)
+        )
+        counted = tuple(JobCounts(Stage(row[0]).value, *row[1:]) for row in counts)
+        if limit == 0:
+            return JobsList(counted, (), 0)
+        wanted = which if status is None else [*which, Job.status == Status(status)]
+        moment = now(session)
+        query = (
+            select(Job, Recipe.stage, Plate.barcode, Image.core_name, moment.label("moment"))
+            .join(Recipe, Recipe.id == Job.recipe_id)
+            .join(Image, _CURRENT)
+            .join(Well, Well.id == Image.well_id)
+            .join(Plate, Plate.id == Well.plate_id)
+            .where(*wanted)
+        )
+        total = session.scalar(query.with_only_columns(func.count())) or 0
+        jobs = []
+        for job, of_stage, barcode, name, at in session.execute(
+            query.order_by(Job.id.desc()).limit(limit)
+        ):
+            lease, wait = (
+                None if until is None else round((until - at).total_seconds(), 1)
+                for until in (job.lease_until, job.not_before)
+            )
+            lines = (job.error or "").strip().splitlines()
+            jobs.append(
+                JobRow(
+                    job_id=job.id,
+                    stage=Stage(of_stage).value,
+                    recipe_id=job.recipe_id,
+                    run_id=job.run_id,
+                    image=f"{barcode}/{name}",
+                    status=job.status.value,
+                    attempts=job.attempts,
+                    deaths=job.deaths,
+                    worker=shown_worker(job.worker) or None,
+                    lease=lease,
+                    wait=wait,
+                    seconds=job.seconds,
+                    reason=lines[-1] if lines else None,
+                    error=job.error,
+                )
+            )
+        return JobsList(counted, tuple(jobs), total - len(jobs))
 
 
-def _which(session: Session, stage: str | None, recipe: str | None) -> ColumnElement[bool]:
-    chosen: ColumnElement[bool] = true()
-    if stage is not None:
-        chosen = and_(chosen, Recipe.stage == _stage(stage))
-    if recipe is not None:
-        ids = []
-        for item in (_stage(stage),) if stage else STAGES:
-            with suppress(UnknownNameError):
-                ids.append(find_recipe(session, item, recipe).id)
-        if not ids:
-            known = select(Recipe.id).where(Recipe.stage.in_(STAGES)).order_by(Recipe.id)
-            raise UnknownNameError.of("recipe", recipe, session.scalars(known))
-        chosen = and_(chosen, Recipe.id.in_(ids))
-    return chosen
-
-
-def _stage(name: str) -> Stage:
+def _stages(name: str | None) -> tuple[Stage, ...]:
+    """Return the stage of this name; without a name all that go image by image."""
     known = [item.value for item in STAGES]
-    if name not in known:
+    if name is not None and name not in known:
         raise UnknownNameError.of("stage", name, known)
-    return Stage(name)
-
-
-def _joined(query: Select[Any], which: ColumnElement[bool]) -> Select[Any]:
-    current = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
-    return query.join(Recipe, Recipe.id == Job.recipe_id).join(Image, current).where(which)
-
-
-def _rows(session: Session, which: ColumnElement[bool]) -> Select[Any]:
-    moment = now(session)
-    query: Any = select(
-        Job.id,
-        Recipe.stage,
-        Job.recipe_id,
-        Job.run_id,
-        Plate.barcode,
-        Image.core_name,
-        Job.status,
-        Job.attempts,
-        Job.deaths,
-        Job.worker,
-        Job.lease_until,
-        Job.not_before,
-        moment.label("moment"),
-        Job.seconds,
-        Job.error,
-    )
-    joined = _joined(query, which).join(Well, Well.id == Image.well_id)
-    return joined.join(Plate, Plate.id == Well.plate_id).order_by(Job.id.desc())
-
-
-def _row(row: Any) -> JobRow:
-    lines = (row.error or "").strip().splitlines()
-    return JobRow(
-        job_id=row.id,
-        stage=Stage(row.stage).value,
-        recipe_id=row.recipe_id,
-        run_id=row.run_id,
-        image=f"{row.barcode}/{row.core_name}",
-        status=row.status.value,
-        attempts=row.attempts,
-        deaths=row.deaths,
-        worker=shown_worker(row.worker) or None,
-        lease=_seconds_until(row.lease_until, row.moment),
-        wait=_seconds_until(row.not_before, row.moment),
-        seconds=row.seconds,
-        reason=lines[-1] if lines else None,
-        error=row.error,
-    )
-
-
-def _seconds_until(moment: datetime | None, now: datetime) -> float | None:
-    return None if moment is None else round((moment - now).total_seconds(), 1)
-
-
-def _counts(session: Session, which: ColumnElement[bool]) -> Any:
-    by_status = (
-        func.count().filter(Job.status == status)
-        for status in (Status.PENDING, Status.RUNNING, Status.DONE, Status.FAILED)
-    )
-    query: Any = select(Recipe.stage, Recipe.id, *by_status, func.avg(Job.seconds))
-    return session.execute(
-        _joined(query.select_from(Job), which).group_by(Recipe.stage, Recipe.id).order_by(Recipe.id)
-    )
+    return STAGES if name is None else (Stage(name),)
 
 
 def retry(
@@ -211,19 +190,12 @@ def retry(
         UnknownNameError: there is no such stage, run or image.
     """
     with workspace.database.begin() as session:
-        stages = STAGES if stage is None else (_stage(stage),)
-        recipes = select(Recipe.id).where(Recipe.stage.in_(stages))
-        which: list[ColumnElement[bool]] = [
-            Job.recipe_id.in_(recipes),
-            Job.status == Status.FAILED,
-        ]
+        recipes = select(Recipe.id).where(Recipe.stage.in_(_stages(stage)))
+        which = [Job.recipe_id.in_(recipes), Job.status == Status.FAILED, exists().where(_CURRENT)]
         if run is not None:
-            which.append(Job.run_id == run_in(session, run, STAGES).id)
+            which.append(Job.run_id == find_run(session, run, *STAGES).id)
         if image is not None:
             which.append(Job.image_id == find_image(session, image))
-        # The bytes that an image had before are of no use to try again.
-        current = and_(Image.id == Job.image_id, Job.content_sha256 == CONTENT)
-        which.append(exists().where(current))
         commands = select(Run.command).where(
             Run.id.in_(select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id))
         )
@@ -249,7 +221,15 @@ def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:
     with workspace.database.begin() as session:
         query = select(Run.id).where(Run.status == Status.RUNNING, Run.stage.in_(LISTENING))
         if run is not None:
-            query = query.where(Run.id == _running(session, run).id)
+            found = find_run(session, run)
+            if found.stage not in LISTENING:
+                raise UserInputError(
+                    f"A {found.stage.value} run such as run {found.id} cannot be cancelled from "
+                    "here. Stop it with Ctrl-C where it runs."
+                )
+            if found.status is not Status.RUNNING:
+                raise UserInputError(f"Run {found.id} is {found.status.value}; nothing is running.")
+            query = query.where(Run.id == found.id)
         ids = tuple(session.scalars(query.order_by(Run.id)))
         session.execute(
             update(Run)
@@ -259,15 +239,3 @@ def cancel(workspace: Workspace, run: str | None = None) -> tuple[int, ...]:
         old, new = ({"status": item.value} for item in (Status.RUNNING, Status.CANCELLED))
         record_events(session, [Change("runs", number, old, new) for number in ids])
         return ids
-
-
-def _running(session: Session, reference: str) -> Run:
-    found = run_in(session, reference)
-    if found.stage not in LISTENING:
-        raise UserInputError(
-            f"A {found.stage.value} run such as run {found.id} cannot be cancelled from here. Stop "
-            "it with Ctrl-C where it runs."
-        )
-    if found.status is not Status.RUNNING:
-        raise UserInputError(f"Run {found.id} is {found.status.value}; nothing is running.")
-    return found

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,17 +85,101 @@ class VerifyResult:
         return not self.problems and len(self.orphans) == self.removed
 
 
-FILES_BATCH = 200
+BATCH = 200
+"""Rows that are looked at together."""
+
+GRACE_MINUTES = 10.0
+CELL_KEYS = ("id", "segmentation_id")
 CHANGED = "the file is not what was written (sha256 differs)"
 
 
-@dataclass(frozen=True)
-class _File:
-    """A stored file. ``cells``: of each segmentation that it is the mask of, image and numbers."""
+def verify(
+    workspace: Workspace, *, fix: bool = False, minutes: float = GRACE_MINUTES
+) -> VerifyResult:
+    """Look at the database, and compare rows and files with their digests; look for orphans.
 
-    path: str
-    sha256: str
-    cells: tuple[tuple[str, list[int]], ...]
+    Masks and features are compared with their cells, and events must be the chain they were.
+
+    ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
+    younger than ``minutes`` are left alone, as a running command may be about to name them.
+
+    Raises:
+        StorageError: an orphan cannot be removed.
+    """
+    shown, folder = workspace.database.shown, workspace.artifacts
+    broken = [Problem(shown, reason) for reason in workspace.database.damage(quick=False)]
+    # The folder is listed before the rows are read: what a running command adds is no orphan.
+    before = min(time.time() - 60 * minutes, _oldest_running(workspace))
+    there = list(folder.walk())
+    files, masks, found = check_files(workspace)
+    # Some were forgotten meanwhile: a training replaces its state.
+    forgotten = set(_unnamed(workspace, [problem.path for problem in found]))
+    problems = [problem for problem in found if problem.path not in forgotten]
+    features, odd = check_features(workspace, {problem.path for problem in problems})
+    jobs, changed = check_rows(workspace)
+    with workspace.database.read() as session:
+        events = [Problem(shown, reason) for reason in broken_events(session)]
+    unnamed = _unnamed(workspace, there)
+    old = []
+    for path in unnamed:
+        with suppress(FileNotFoundError):
+            if (folder.root / path).lstat().st_mtime <= before:
+                old.append(path)
+    if fix and old:
+        for path in old:
+            try:
+                # Not resolved: of a link, the link is removed, never what it points to.
+                (folder.root / path).unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(
+                    f"{path} cannot be removed: {error.strerror}. Mend the permissions of the "
+                    "store, then run the same command again."
+                ) from error
+        with workspace.database.begin() as session:
+            record_events(
+                session, [Change("artifacts", None, {"path": path}, None) for path in old]
+            )
+    return VerifyResult(
+        files=files,
+        segmentations=masks,
+        problems=(*broken, *problems, *odd, *changed, *events),
+        orphans=tuple(old),
+        young=len(unnamed) - len(old),
+        removed=len(old) if fix else 0,
+        feature_files=features,
+        jobs=jobs,
+    )
+
+
+def _oldest_running(workspace: Workspace) -> float:
+    """Return when the oldest run began that may still be about to name its files.
+
+    A run of more than a day ago was killed: nothing closed it.
+    """
+    now = datetime.now(UTC)
+    query = select(func.min(Run.started_at)).where(
+        Run.status == Status.RUNNING, Run.started_at > now - timedelta(days=1)
+    )
+    with workspace.database.begin() as session:
+        close_dead_runs(session)
+        found = session.scalar(query)
+    return (found or now).timestamp()
+
+
+def _unnamed(workspace: Workspace, there: list[str]) -> list[str]:
+    unnamed: list[str] = []
+    for start in range(0, len(there), BATCH):
+        piece = there[start : start + BATCH]
+        with workspace.database.read() as session:
+            named = set(session.scalars(select(Artifact.path).where(Artifact.path.in_(piece))))
+        unnamed += [path for path in piece if path not in named]
+    return unnamed
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+_Masks: TypeAlias = list[tuple[str, list[int]]]
+"""Of each segmentation that a file is the mask of: its image, and the numbers of its cells."""
 
 
 def check_files(workspace: Workspace) -> tuple[int, int, list[Problem]]:
@@ -102,32 +187,7 @@ def check_files(workspace: Workspace) -> tuple[int, int, list[Problem]]:
 
     Reading, hashing and unpacking leave Python's lock alone, so threads share the work.
     """
-    with workspace.database.read() as session:
-        total = session.scalar(select(func.count()).select_from(Artifact)) or 0
-        masks = session.scalar(select(func.count(Segmentation.mask_artifact_id))) or 0
-    problems: list[Problem] = []
-    for found in track(workspace.progress, "verify files", total, _checked(workspace)):
-        problems += found
-    return total, masks, problems
-
-
-def _checked(workspace: Workspace) -> Iterator[list[Problem]]:
-    """Yield what is wrong with each file, a few files ahead of the reader."""
-    waiting: deque[Future[list[Problem]]] = deque()
-    threads = max(2, cores())
-    with ThreadPoolExecutor(threads) as pool:
-        for file in _files(workspace):
-            waiting.append(pool.submit(_check, workspace.artifacts, file))
-            if len(waiting) >= 8 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _files(workspace: Workspace) -> Iterator[_File]:
-    last = 0
-    columns = (Artifact.id, Artifact.path, Artifact.sha256)
-    query = select(*columns).order_by(Artifact.id).limit(FILES_BATCH)
+    files = select(Artifact.id, Artifact.path, Artifact.sha256).order_by(Artifact.id).limit(BATCH)
     cells_of_masks = (
         select(Segmentation.mask_artifact_id, Segmentation.id, Plate.barcode, Image.core_name)
         .add_columns(Cell.object_number)
@@ -137,68 +197,73 @@ def _files(workspace: Workspace) -> Iterator[_File]:
         .outerjoin(Cell, Cell.segmentation_id == Segmentation.id)
         .order_by(Segmentation.id, Cell.object_number)
     )
-    while True:
-        with workspace.database.read() as session:
-            files = session.execute(query.where(Artifact.id > last)).all()
-            ids = [row.id for row in files]
-            of_files = cells_of_masks.where(Segmentation.mask_artifact_id.in_(ids))
-            rows = session.execute(of_files).all()
-        if not files:
-            return
-        cells: dict[int | None, list[tuple[str, list[int]]]] = {}
-        for (mask, _, barcode, core), group in groupby(rows, key=lambda row: row[:4]):
-            numbers = [row.object_number for row in group if row.object_number is not None]
-            cells.setdefault(mask, []).append((f"{barcode}/{core}", numbers))
-        yield from (_File(row.path, row.sha256, tuple(cells.get(row.id, ()))) for row in files)
-        last = ids[-1]
-
-
-def _check(folder: ArtifactFolder, file: _File) -> list[Problem]:
-    """Say what is wrong with a file: its bytes, or the cells in a mask."""
+    with workspace.database.read() as session:
+        total = session.scalar(select(func.count()).select_from(Artifact)) or 0
+        masks = session.scalar(select(func.count(Segmentation.mask_artifact_id))) or 0
+    problems: list[Problem] = []
+    waiting: deque[Future[list[Problem]]] = deque()
+    last, threads, more = 0, max(2, cores()), True
+    workspace.progress.start("verify files", total)
     try:
-        if not file.cells:
-            found = sha256_of(folder.locate(file.path))
-            return [] if found == file.sha256 else [Problem(file.path, CHANGED)]
-        data = folder.locate(file.path).read_bytes()
+        with ThreadPoolExecutor(threads) as pool:
+            while more or waiting:
+                if more and len(waiting) < 8 * threads:
+                    with workspace.database.read() as session:
+                        found = session.execute(files.where(Artifact.id > last)).all()
+                        ids = [row.id for row in found]
+                        of_files = cells_of_masks.where(Segmentation.mask_artifact_id.in_(ids))
+                        rows = session.execute(of_files).all()
+                    cells: dict[int | None, _Masks] = {}
+                    for (mask, _, barcode, core), group in groupby(rows, key=lambda row: row[:4]):
+                        numbers = [
+                            row.object_number for row in group if row.object_number is not None
+                        ]
+                        cells.setdefault(mask, []).append((f"{barcode}/{core}", numbers))
+                    for file_id, path, sha256 in found:
+                        of_file = cells.get(file_id, [])
+                        waiting.append(
+                            pool.submit(_check, workspace.artifacts, path, sha256, of_file)
+                        )
+                        last = file_id
+                    more = bool(found)
+                if waiting:
+                    problems += waiting.popleft().result()
+                    workspace.progress.advance()
+    finally:
+        workspace.progress.finish()
+    return total, masks, problems
+
+
+def _check(folder: ArtifactFolder, path: str, sha256: str, cells: _Masks) -> list[Problem]:
+    """Say what is wrong with a file: its bytes, or the ``cells`` in a mask."""
+    try:
+        if not cells:
+            return [] if sha256_of(folder.locate(path)) == sha256 else [Problem(path, CHANGED)]
+        data = folder.locate(path).read_bytes()
     except FileNotFoundError:
-        return [Problem(file.path, "the file is gone")]
+        return [Problem(path, "the file is gone")]
     except StorageError as error:
-        return [Problem(file.path, str(error))]
+        return [Problem(path, str(error))]
     except OSError as error:
-        return [Problem(file.path, f"the file cannot be read ({error.strerror})")]
-    if hashlib.sha256(data).hexdigest() != file.sha256:
-        return [Problem(file.path, CHANGED)]
+        return [Problem(path, f"the file cannot be read ({error.strerror})")]
+    if hashlib.sha256(data).hexdigest() != sha256:
+        return [Problem(path, CHANGED)]
     try:
-        inside = labels_inside(decode_tiff(data))
+        masks = decode_tiff(data)
     except ImageError as error:
-        return [Problem(file.path, f"{image}: {error}") for image, _ in file.cells]
+        return [Problem(path, f"{image}: {error}") for image, _ in cells]
+    small = masks.dtype.kind == "u" and masks.dtype.itemsize <= 2  # counting is faster there
+    inside = np.flatnonzero(np.bincount(masks.ravel())) if small else np.unique(masks)
+    inside = inside[inside != 0]
     return [
         Problem(
-            file.path,
+            path,
             f"{image}: the mask has {len(inside)} cells, the database {len(numbers)}, "
             "or other labels",
         )
-        for image, numbers in file.cells
+        for image, numbers in cells
         if not np.array_equal(inside, numbers)
     ]
-
-
-def labels_inside(masks: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the labels of ``masks`` (H, W) but 0, ascending."""
-    small = masks.dtype.kind == "u" and masks.dtype.itemsize <= 2
-    found = np.flatnonzero(np.bincount(masks.ravel())) if small else np.unique(masks)
-    labels: NDArray[np.int64] = found[found != 0].astype(np.int64)
-    return labels
-
-
-@dataclass(frozen=True)
-class _Features:
-    """A file of a feature set, what the database says of it, and whose cells it may hold."""
-
-    path: str
-    name: str
-    recorded: FileFacts
-    recipe_id: int
 
 
 def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Problem]]:
@@ -211,42 +276,30 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
         .order_by(FeatureSet.recipe_id, FeatureFile.first_cell_id, Artifact.path)
     )
     with workspace.database.read() as session:
-        files = [
-            _Features(path, name, FileFacts(*recorded), recipe_id)
-            for path, name, recipe_id, *recorded in session.execute(query)
-        ]
+        files = session.execute(query).all()
     problems = []
+    near: list[Any] = []
     whole = [file for file in files if file.path not in broken]
-    for file, earlier in track(
-        workspace.progress, "verify features", len(whole), _with_earlier(whole)
-    ):
-        reason = _features_reason(workspace, file, earlier)
+    for file in track(workspace.progress, "verify features", len(whole), whole):
+        # Files of the set before it whose range of cells reaches into that of this one.
+        near = [
+            other
+            for other in near
+            if other.recipe_id == file.recipe_id and other.last_cell_id >= file.first_cell_id
+        ]
+        reason = _features_reason(workspace, file, [other.path for other in near])
+        near.append(file)
         if reason is not None:
             problems.append(Problem(file.path, f"feature set {file.name}: {reason}"))
     return len(files), problems
 
 
-def _with_earlier(files: Sequence[_Features]) -> Iterator[tuple[_Features, list[_Features]]]:
-    """Yield files, by set and first cell, with those before whose range reaches into theirs."""
-    near: list[_Features] = []
-    for file in files:
-        first = file.recorded.first_cell_id
-        near = [
-            other
-            for other in near
-            if other.recipe_id == file.recipe_id and other.recorded.last_cell_id >= first
-        ]
-        yield file, near
-        near = [*near, file]
-
-
-def _features_reason(
-    workspace: Workspace, file: _Features, earlier: Sequence[_Features]
-) -> str | None:
+def _features_reason(workspace: Workspace, file: Any, earlier: Sequence[str]) -> str | None:
     locate = workspace.artifacts.locate
+    recorded = FileFacts(file.n_rows, file.first_cell_id, file.last_cell_id)
     facts, homeless, twice = FileFacts(0, 0, 0), 0, 0
     try:
-        others = [stream_ids(locate(other.path)) for other in earlier]
+        others = [stream_ids(locate(path)) for path in earlier]
         taken = np.concatenate([np.empty(0, np.int64), *chain.from_iterable(others)])
         for ids in stream_ids(locate(file.path)):
             facts = facts.with_ids(ids)
@@ -254,8 +307,8 @@ def _features_reason(
             twice += int(np.isin(ids, taken).sum())
     except StorageError as error:
         return str(error)
-    if facts != file.recorded:
-        return f"the file has {facts}, the database {file.recorded}"
+    if facts != recorded:
+        return f"the file has {facts}, the database {recorded}"
     if twice:
         return f"{twice} of its cells are in another file of the set, too"
     return f"{homeless} of its cells are not in the database" if homeless else None
@@ -276,7 +329,7 @@ def _cells_among(workspace: Workspace, recipe_id: int, ids: NDArray[np.int64]) -
     return int(np.isin(ids, cells).sum())
 
 
-JOBS_BATCH = 200
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
@@ -295,7 +348,7 @@ def check_rows(workspace: Workspace) -> tuple[int, list[Problem]]:
         .join(Plate, Plate.id == Well.plate_id)
         .where(which)
         .order_by(Job.id)
-        .limit(JOBS_BATCH)
+        .limit(BATCH)
     )
     with workspace.database.read() as session:
         total = session.scalar(select(func.count()).select_from(Job).where(which)) or 0
@@ -377,103 +430,3 @@ def _digest_of_rows(session: Session, job: Any) -> str:
                 .where(ImageQuality.content_sha256 == job.content_sha256)
             )
             return digest(sorted(list(row) for row in measured))
-
-
-CELL_KEYS = ("id", "segmentation_id")
-BATCH = 500
-GRACE_MINUTES = 10.0
-
-
-def verify(
-    workspace: Workspace, *, fix: bool = False, minutes: float = GRACE_MINUTES
-) -> VerifyResult:
-    """Look at the database, and compare rows and files with their digests; look for orphans.
-
-    Masks and features are compared with their cells, and events must be the chain they were.
-
-    ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
-    younger than ``minutes`` are left alone, as a running command may be about to name them.
-    """
-    broken = [
-        Problem(workspace.database.shown, reason)
-        for reason in workspace.database.damage(quick=False)
-    ]
-    # The folder is listed before the rows are read: what a running command adds is no orphan.
-    before = min(time.time() - 60 * minutes, _oldest_running(workspace))
-    there = list(workspace.artifacts.walk())
-    files, masks, problems = check_files(workspace)
-    problems = _still_named(workspace, problems)
-    features, odd = check_features(workspace, {problem.path for problem in problems})
-    jobs, changed = check_rows(workspace)
-    with workspace.database.read() as session:
-        events = [Problem(workspace.database.shown, reason) for reason in broken_events(session)]
-    unnamed = _unnamed(workspace, there)
-    old = [path for path in unnamed if _older(workspace.artifacts, path, before)]
-    removed = sum(_remove(workspace.artifacts, path) for path in old) if fix else 0
-    if removed:
-        with workspace.database.begin() as session:
-            record_events(
-                session, [Change("artifacts", None, {"path": path}, None) for path in old]
-            )
-    return VerifyResult(
-        files=files,
-        segmentations=masks,
-        problems=(*broken, *problems, *odd, *changed, *events),
-        orphans=tuple(old),
-        young=len(unnamed) - len(old),
-        removed=removed,
-        feature_files=features,
-        jobs=jobs,
-    )
-
-
-def _still_named(workspace: Workspace, problems: list[Problem]) -> list[Problem]:
-    """Leave out files that were forgotten meanwhile: a training replaces its state."""
-    gone = set(_unnamed(workspace, [problem.path for problem in problems]))
-    return [problem for problem in problems if problem.path not in gone]
-
-
-def _oldest_running(workspace: Workspace) -> float:
-    """Return when the oldest run began that may still be about to name its files.
-
-    A run of more than a day ago was killed: nothing closed it.
-    """
-    now = datetime.now(UTC)
-    query = select(func.min(Run.started_at)).where(
-        Run.status == Status.RUNNING, Run.started_at > now - timedelta(days=1)
-    )
-    with workspace.database.begin() as session:
-        close_dead_runs(session)
-        found = session.scalar(query)
-    return (found or now).timestamp()
-
-
-def _unnamed(workspace: Workspace, there: list[str]) -> list[str]:
-    unnamed: list[str] = []
-    for start in range(0, len(there), BATCH):
-        piece = there[start : start + BATCH]
-        with workspace.database.read() as session:
-            named = set(session.scalars(select(Artifact.path).where(Artifact.path.in_(piece))))
-        unnamed += [path for path in piece if path not in named]
-    return unnamed
-
-
-def _older(folder: ArtifactFolder, path: str, moment: float) -> bool:
-    try:
-        return (folder.root / path).lstat().st_mtime <= moment
-    except FileNotFoundError:
-        return False
-
-
-def _remove(folder: ArtifactFolder, path: str) -> bool:
-    # Not resolved: an orphan that is a link is removed itself, never what it points to.
-    try:
-        (folder.root / path).unlink()
-    except FileNotFoundError:
-        return True
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be removed: {error.strerror}. Mend the permissions of the store, "
-            "then run the same command again."
-        ) from error
-    return True

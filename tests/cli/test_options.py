@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cellstore.config import PRESETS, Params, SegmentParams, SplitParams, TrainParams, option
 from cellstore.errors import UnknownNameError, UserInputError
-from cellstore_cli.app import Common, PresetOption, command
+from cellstore_cli.app import PRESET, Common, command
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def cook(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(PRESETS["published"], Cooking, {"minutes": 90, "herbs": ()})  # type: ignore[arg-type]
 
     @command(app, "cook")
-    def _(params: Cooking, common: Common, preset: PresetOption = None) -> None:
+    def _(params: Cooking, common: Common, preset: str | None = PRESET) -> None:
         got.append((params, common))
 
     def run(*words: object, code: int = 0) -> Any:

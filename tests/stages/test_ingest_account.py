@@ -405,7 +405,7 @@ def test_the_size_of_a_pixel_comes_from_the_table_the_file_or_the_user(
     assert sizes(workspace) == [0.325, 0.65]
     given = ingest(workspace, table, IngestParams(pixel_size=0.65))
     assert (given.updated, given.unchanged, sizes(workspace)) == (1, 1, [0.65, 0.65])
-    with pytest.raises(UserInputError, match="--pixel-size must be at least 0"):
+    with pytest.raises(UserInputError, match="--pixel-size must be above 0"):
         ingest(workspace, table, IngestParams(pixel_size=-1.0))
 
 
