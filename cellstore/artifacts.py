@@ -85,6 +85,20 @@ class ArtifactFolder:
             raise StorageError(f"The stored path {path!r} leads out of the store; it is not used.")
         return target
 
+    def existing(self, path: str) -> Path:
+        """Return the place of a stored path.
+
+        Raises:
+            StorageError: the file is gone.
+
+        """
+        found = self.locate(path)
+        if not found.is_file():
+            raise StorageError(
+                f"The stored file {path} is gone. See what else is affected with: cellstore verify"
+            )
+        return found
+
     def remove(self, path: str) -> None:
         """Remove a file that no row names any more; one that is gone is as good.
 

@@ -10,7 +10,7 @@ Stages are imported when they are called, so that a store opens without torch or
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -584,10 +584,12 @@ class Store(AbstractContextManager["Store"]):
         weights: str | Path | None = None,
     ) -> Check:
         """Redo a run beside the store, and compare; see ``report.redo.check``."""
-        from .report.redo import Done, check
+        from .report.redo import check
 
-        def carry_out(workspace: Workspace, options: RunOptions, where: str | None) -> Done:
-            return Done(*_carry_out(Store(workspace), options, where, device))
+        def carry_out(
+            workspace: Workspace, options: RunOptions, where: str | None
+        ) -> tuple[int | None, tuple[tuple[str, str], ...]]:
+            return _carry_out(Store(workspace), options, where, device)
 
         path = None if weights is None else Path(weights)
         return check(self.workspace, run, carry_out, images=images, weights=path)
@@ -609,11 +611,16 @@ class Store(AbstractContextManager["Store"]):
         with self.open_questions(limits) as questions:
             return questions.ask(query, parameters).table()
 
-    def open_questions(self, limits: Limits | None = None) -> AbstractContextManager[Questions]:
-        """Open the store for several questions about one moment, or for answers of any size."""
+    def open_questions(
+        self, limits: Limits | None = None, *, runs: Collection[int] | None = None
+    ) -> AbstractContextManager[Questions]:
+        """Open the store for several questions about one moment, or for answers of any size.
+
+        ``runs``: the only predict runs that are asked about; by default all.
+        """
         from .query.engine import open_questions
 
-        return open_questions(self.workspace, limits)
+        return open_questions(self.workspace, limits, runs=runs)
 
     def ask(self, name: str, /, **parameters: object) -> pa.Table:
         """Answer a saved question as an Arrow table; see :meth:`questions`.
@@ -625,7 +632,9 @@ class Store(AbstractContextManager["Store"]):
 
         """
         question = self.question(name)
-        return self.sql(question.query, self.question_values(question, parameters))
+        values = self.question_values(question, parameters)
+        with self.open_questions(runs=question.predict_runs(values)) as questions:
+            return questions.ask(question.query, values).table()
 
     def questions(self) -> list[SavedQuestion]:
         """Return the saved questions: those of cellstore, and the store's own.

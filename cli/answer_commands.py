@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,8 +20,7 @@ from .output import AnswerOptions, Format, cell, count, percent, say
 
 if TYPE_CHECKING:
     from cellstore.report.comparison import ComparedRun, Comparison
-    from cellstore.report.scoring import BaselineScore, ReportResult, Score
-    from cellstore.report.votes import VotesResult
+    from cellstore.report.scoring import ReportResult, Score
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -29,8 +28,6 @@ FEW = 3
 NAME_WIDTH = 16
 SHOWN_DIFFERENCES = 20
 SHOWN_OPTIONS = 8
-
-Item = TypeVar("Item")
 
 LEVEL = option("image", "Whether the cells of images or of wells vote.", choices=("image", "well"))
 VOTE = option(
@@ -79,23 +76,19 @@ def votes(
             else:
                 save(output.json_text(found), answer.output)
             return
-        on_screen = answer.format is Format.TABLE and answer.output is None
-        _headline(result, typer.echo if on_screen else say)
+        # What is not for a person's screen has the summary beside it, not in it.
+        show = typer.echo if answer.format is Format.TABLE and answer.output is None else say
+        counts = f"{count(result.units, level)}, {count(result.ties, 'tie')}"
+        counts += f", {count(result.abstained, 'abstention')}"
+        show(f"Run {result.run_id}, {result.vote} vote: {counts}")
+        for item in result.subsets:
+            trained = " - the network was trained on these" if item.subset == "train" else ""
+            share = f"{100 * item.accuracy:.2f} %"
+            show(f"{item.subset}: {item.correct:,} of {item.n:,} right ({share}){trained}")
+        for note in result.notes:
+            show(note)
+        show("")
         output.write(rows, answer, _for_people)
-
-
-def _headline(result: VotesResult, show: Callable[[str], None]) -> None:
-    noun = "image" if result.level == "image" else "well"
-    counts = f"{count(result.units, noun)}, {count(result.ties, 'tie')}"
-    counts += f", {count(result.abstained, 'abstention')}"
-    show(f"Run {result.run_id}, {result.vote} vote: {counts}")
-    for item in result.subsets:
-        trained = " - the network was trained on these" if item.subset == "train" else ""
-        share = f"{100 * (item.accuracy or 0):.2f} %"
-        show(f"{item.subset}: {item.correct:,} of {item.n:,} right ({share}){trained}")
-    for note in result.notes:
-        show(note)
-    show("")
 
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +143,8 @@ def report(
 
 
 def _show_report(result: ReportResult) -> None:
+    from cellstore.report.scoring import by_baseline
+
     best = result.score("image", "hard")
     bounds = "one well only, so no interval"
     if best.low is not None:
@@ -178,16 +173,64 @@ def _show_report(result: ReportResult) -> None:
     )
     typer.echo("")
     _show_scores(result.scores)
-    parts = {
-        "Without the wells that were seen in training": result.unseen,
-        "Without control wells": result.without_controls,
-    }
-    for title, scores in parts.items():
+    for title, scores in (
+        ("Without the wells that were seen in training", result.unseen),
+        ("Without control wells", result.without_controls),
+    ):
         if scores:
             typer.echo(f"{title}:")
-            _show_part(scores)
-    _show_baselines(result.baselines)
-    _show_groups(result)
+            output.table(
+                ("per", "vote", "n", "accuracy", "95 % interval", "balanced", "macro F1"),
+                [
+                    (
+                        *(item.level, item.vote, item.n, percent(item.accuracy)),
+                        *(percent(item.low, item.high), percent(item.balanced_accuracy)),
+                        f"{item.macro_f1:.3f}",
+                    )
+                    for item in scores
+                    if item.vote == "hard"
+                ],
+            )
+            typer.echo("")
+    if result.baselines:
+        rows = []
+        for row in by_baseline(result.baselines):
+            first, image = next(iter(row.values())), row.get("image")
+            scored = [
+                percent(item.accuracy if item else None)
+                for item in map(row.get, ("image", "well", "cell"))
+            ]
+            interval = percent(image.low, image.high) if image else "-"
+            rows.append((first.baseline, first.run_id, scored[0], interval, *scored[1:]))
+        heads = ("baseline", "run", "per image", "95 % interval", "per well", "per cell")
+        output.table(heads, rows)
+        typer.echo("")
+    # Each row of a group: its name, what it is ranked by, and what is shown.
+    _show_best_and_worst(
+        ("class", "images", "right", "same gene", "recall", "95 % interval", "precision"),
+        [
+            (
+                *(item.label, item.f1),
+                *(item.support, item.correct, item.same_target, percent(item.recall)),
+                *(percent(item.low, item.high), percent(item.precision)),
+            )
+            for item in result.by_class
+            if item.support
+        ],
+    )
+    for kind, groups in (("plate", result.by_plate), ("target gene", result.by_target)):
+        if kind == "plate" or len(groups) > 1:
+            _show_best_and_worst(
+                (kind, "images", "wells", "right", "same gene", "accuracy", "95 % interval"),
+                [
+                    (
+                        *(item.name, item.accuracy),
+                        *(item.n, item.wells, item.correct, item.same_target),
+                        *(percent(item.accuracy), percent(item.low, item.high)),
+                    )
+                    for item in groups
+                ],
+            )
     if result.comparison is not None:
         typer.echo(f"Beside run {result.comparison.second.run_id}:")
         _show_comparison(result.comparison, shown=2 * FEW)
@@ -235,77 +278,13 @@ def _show_scores(found: Sequence[Score]) -> None:
     typer.echo("")
 
 
-def _show_part(found: Sequence[Score]) -> None:
-    output.table(
-        ("per", "vote", "n", "accuracy", "95 % interval", "balanced", "macro F1"),
-        [
-            (
-                *(score.level, score.vote, score.n, percent(score.accuracy)),
-                *(percent(score.low, score.high), percent(score.balanced_accuracy)),
-                f"{score.macro_f1:.3f}",
-            )
-            for score in found
-            if score.vote == "hard"
-        ],
-    )
-    typer.echo("")
-
-
-def _show_baselines(found: Sequence[BaselineScore]) -> None:
-    """Print what a score has to beat: a row per baseline, by hard votes."""
-    from cellstore.report.scoring import by_baseline
-
+def _show_best_and_worst(heads: Sequence[str], found: Sequence[tuple[Any, ...]]) -> None:
+    """Print the best and the worst groups: name, what it is ranked by, and what is shown."""
     if not found:
         return
-    rows = []
-    for row in by_baseline(found):
-        first, image = next(iter(row.values())), row.get("image")
-        bounds = percent(image.low, image.high) if image else "-"
-        scored = [
-            percent(item.accuracy if item else None)
-            for item in map(row.get, ("image", "well", "cell"))
-        ]
-        rows.append((first.baseline, first.run_id, scored[0], bounds, *scored[1:]))
-    output.table(("baseline", "run", "per image", "95 % interval", "per well", "per cell"), rows)
-    typer.echo("")
-
-
-def _show_groups(result: ReportResult) -> None:
-    """Print the best and the worst classes, plates and genes."""
-    _show_best_and_worst(
-        ("class", "images", "right", "same gene", "recall", "95 % interval", "precision"),
-        [item for item in result.by_class if item.support],
-        lambda item: (item.label, item.f1),
-        lambda item: (
-            *(item.support, item.correct, item.same_target, percent(item.recall)),
-            *(percent(item.low, item.high), percent(item.precision)),
-        ),
-    )
-    heads = ("images", "wells", "right", "same gene", "accuracy", "95 % interval")
-    for kind, groups in (("plate", result.by_plate), ("target gene", result.by_target)):
-        if kind == "plate" or len(groups) > 1:
-            _show_best_and_worst(
-                (kind, *heads),
-                groups,
-                lambda item: (item.name, item.accuracy),
-                lambda item: (
-                    *(item.n, item.wells, item.correct, item.same_target),
-                    *(percent(item.accuracy), percent(item.low, item.high)),
-                ),
-            )
-
-
-def _show_best_and_worst(
-    heads: Sequence[str],
-    found: Sequence[Item],
-    key: Callable[[Item], tuple[str, float]],
-    cells: Callable[[Item], tuple[Any, ...]],
-) -> None:
-    if not found:
-        return
-    ranked = sorted(found, key=lambda item: (-key(item)[1], key(item)[0]))
+    ranked = sorted(found, key=lambda row: (-row[1], row[0]))
     few = ranked if len(ranked) <= 2 * FEW else [*ranked[:FEW], *ranked[-FEW:]]
-    output.table(heads, [(cell(key(item)[0], NAME_WIDTH), *cells(item)) for item in few])
+    output.table(heads, [(cell(row[0], NAME_WIDTH), *row[2:]) for row in few])
     left = len(ranked) - len(few)
     if left:
         typer.echo(f"the best and the worst; {left:,} between them (all with --json or --html)")

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
@@ -38,13 +38,14 @@ SLACK_MB = 1536
 
 
 @contextmanager
-def confined(limits: Limits, spill: Path) -> Iterator[None]:
+def confined(store: Store, limits: Limits) -> Iterator[None]:
     """Hold this process to ``limits``, the memory with some slack, the time with some grace.
 
     DuckDB does not count a text while a function makes it (``repeat('x', 4000000000)``), and does
     not stop on request while it plans. Here the operating system refuses memory, and a clock
-    ends the program, which takes its part of the folder ``spill`` along.
+    ends the program, which takes its part of the folder ``spill`` of the cache along.
     """
+    spill = store.workspace.settings.cache / "spill"
 
     def end() -> None:
         say(
@@ -84,18 +85,6 @@ def _memory(megabytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def _answer(
-    store: Store,
-    query: str,
-    parameters: Mapping[str, object],
-    limits: Limits,
-    answer: AnswerOptions,
-) -> None:
-    spill = store.workspace.settings.cache / "spill"
-    with confined(limits, spill), store.open_questions(limits) as questions:
-        output.write(questions.ask(query, parameters), answer)
 
 
 def _checked(answer: AnswerOptions, common: Common) -> AnswerOptions:
@@ -147,7 +136,8 @@ def sql(
             with store.open_questions(limits) as questions:
                 typer.echo(questions.plan(question, parameters))
         else:
-            _answer(store, question, parameters, limits, answer)
+            with confined(store, limits), store.open_questions(limits) as questions:
+                output.write(questions.ask(question, parameters), answer)
 
 
 def _question(query: str | None, file: Path | None) -> str:
@@ -225,8 +215,9 @@ def ask(
         if question.replaces:
             say(f"Asking your own {question.path}, instead of the one of cellstore.")
         values = store.question_values(question, given)
-        limits = Limits(seconds=seconds, memory_mb=memory)
-        _answer(store, question.query, values, limits, answer)
+        limits, runs = Limits(seconds=seconds, memory_mb=memory), question.predict_runs(values)
+        with confined(store, limits), store.open_questions(limits, runs=runs) as questions:
+            output.write(questions.ask(question.query, values), answer)
 
 
 def _name_and_values(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:

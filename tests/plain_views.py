@@ -53,10 +53,13 @@ MEDIANS = """
             count(*) OVER (PARTITION BY run_id, level, unit_id, subset, label_id) AS n
         FROM filled f
     )
-    SELECT run_id, level, unit_id, subset, label_id, avg(x) AS probability
-    FROM ordered
-    WHERE place IN ((n + 1) / 2, n / 2 + 1)
-    GROUP BY run_id, level, unit_id, subset, label_id
+    SELECT m.run_id, m.level, m.unit_id, m.subset, m.label_id, max(c.cells) AS cells,
+        max(c.probability) AS summed, avg(m.x) AS probability
+    FROM ordered m
+    JOIN label_counts c ON c.run_id = m.run_id AND c.level = m.level AND c.unit_id = m.unit_id
+        AND coalesce(c.subset, '') = coalesce(m.subset, '') AND c.label_id = m.label_id
+    WHERE m.place IN ((m.n + 1) / 2, m.n / 2 + 1)
+    GROUP BY m.run_id, m.level, m.unit_id, m.subset, m.label_id
 """
 
 PLACED = """
@@ -115,7 +118,6 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     )
     found["label_medians"] = MEDIANS
     votes = found["label_votes"].replace("AS DOUBLE)", "AS DOUBLE PRECISION)")
-    votes = votes.replace("m.subset IS NOT DISTINCT FROM c.subset", SAME_SUBSET)
     found["label_votes"] = votes.replace("ORDER BY value,", f"ORDER BY value {binary},")
     found["ranked_votes"] = RANKED.format(placed=placed)
     found["votes"] = (
@@ -147,7 +149,6 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     return {name: found[name] for name in (*EARLY, *order)}
 
 
-SAME_SUBSET = "coalesce(m.subset, '') = coalesce(c.subset, '')"
 EARLY = (
     "later_exclusions",
     "excluded_images",

@@ -21,7 +21,6 @@ from cellstore.query.cells import (
     last_with_masks,
     list_blocks,
     read_cells,
-    recipes_of_set,
     stream_features,
 )
 from cellstore.query.feature_files import find_feature_set, open_set
@@ -209,12 +208,12 @@ def test_a_set_names_its_recipes(workspace: Workspace) -> None:
     screen.make.feature_files("cp", screen.cells, {"a": [1.0] * 6}, screen.segment)
     other = screen.make.run(Stage.SEGMENT).recipe_id
     with workspace.database.read() as session:
-        segment, measure = recipes_of_set(session, "cp", None, None)
+        segment, measure = choose_recipes(session, None, None, "cp")
         assert segment.id == screen.segment.id
         assert measure.id == session.query(FeatureSet.recipe_id).scalar()
-        assert recipes_of_set(session, "cp", str(segment.id), str(measure.id)) == (segment, measure)
+        assert choose_recipes(session, str(segment.id), str(measure.id), "cp") == (segment, measure)
         with pytest.raises(UserInputError, match=f"segment recipe {segment.id}, not to {other}"):
-            recipes_of_set(session, "cp", str(other), None)
+            choose_recipes(session, str(other), None, "cp")
 
 
 def test_the_masks_used_last_may_be_of_another_tool(workspace: Workspace) -> None:
@@ -255,4 +254,4 @@ def test_a_set_in_files_is_read_by_name_only(workspace: Workspace) -> None:
         make.job(make.run(Stage.MEASURE, recipe), screen.images[0])
     with workspace.database.read() as session:
         assert choose_recipes(session, None, None)[1].id == basic.id
-        assert recipes_of_set(session, "texture", None, None)[1].id == texture.id
+        assert choose_recipes(session, None, None, "texture")[1].id == texture.id

@@ -12,7 +12,6 @@ from sklearn import metrics
 from cellstore.analysis import statistics
 from cellstore.analysis.statistics import (
     bootstrap_interval,
-    difference_interval,
     exchange_test,
     mcnemar_over_wells,
 )
@@ -151,21 +150,23 @@ def test_the_difference_of_two_runs_keeps_the_images_of_a_well_together() -> Non
     easy = np.repeat(np.arange(40) % 2 == 0, 9)  # both are right in every second well
     first, second = easy.copy(), easy.copy()
     second[::90] = False  # and the second errs once in 4 of the easy wells
-    low, high = difference_interval(first, second, wells) or (0, 0)
+    low, high = bootstrap_interval(first, wells, minus=second) or (0, 0)
     # A well of 40 gives 1/9 with the chance 1/10: 1/90 on average, (1/9) sqrt(.09 / 40) apart.
     assert first.mean() - second.mean() == pytest.approx(1 / 90)
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.09 / 40) / 9, rel=0.15)
     assert 0 <= low < 1 / 90 < high
     alone = bootstrap_interval(first, wells) or (0, 0)
     assert np.ptp(alone) > 10 * (high - low)  # what both find easy does not blur the difference
-    assert difference_interval(second, first, wells, seed=0) == pytest.approx((-high, -low))
+    assert bootstrap_interval(second, wells, seed=0, minus=first) == pytest.approx((-high, -low))
 
 
 def test_two_runs_that_never_differ_may_still_do_so_in_other_wells() -> None:
     wells = np.repeat(np.arange(12), 9)
     same = wells % 2 == 0
-    assert difference_interval(same, same, wells) == pytest.approx((-0.26465, 0.26465), abs=1e-5)
-    assert difference_interval(same[:9], same[:9], wells[:9]) is None
+    assert bootstrap_interval(same, wells, minus=same) == pytest.approx(
+        (-0.26465, 0.26465), abs=1e-5
+    )
+    assert bootstrap_interval(same[:9], wells[:9], minus=same[:9]) is None
 
 
 def test_mcnemar_by_hand() -> None:

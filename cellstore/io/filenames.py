@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -47,22 +46,6 @@ _PHENIX = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class PhenixName:
-    """The parts of an Opera Phenix file name; None where the name does not say.
-
-    ``core`` is the core file name ('r01c01f01'), the same for all channels of a field.
-    """
-
-    core: str
-    row: int
-    column: int
-    field: int
-    plane: int | None
-    channel: int | None
-    time_point: int | None
-
-
 @lru_cache(maxsize=4096)
 def parse_well(text: str) -> tuple[int, int]:
     """Return (row, column), both from 1, of 'A01', 'A1', 'b7', 'C - 3', 'r01c01', '0101' or 'AA01'.
@@ -99,26 +82,6 @@ def format_well(row: int, column: int) -> str:
         )
     letters = chr(64 + row) if row <= 26 else "A" + chr(64 + row - 26)
     return f"{letters}{column:02d}"
-
-
-@lru_cache(maxsize=_REMEMBERED)
-def core_file_name(name: str) -> PhenixName | None:
-    """Return the parts of 'r01c01f01p01-ch3sk1fk1fl1.tiff' or 'r01c01f01'; None for other names."""
-    match = _PHENIX.fullmatch(name)
-    if match is None:
-        return None
-    row, column = int(match["row"]), int(match["column"])
-    if not (1 <= row <= ROWS and 1 <= column <= COLUMNS):
-        return None
-    return PhenixName(
-        core=match["core"].lower(),
-        row=row,
-        column=column,
-        field=int(match["field"]),
-        plane=None if match["plane"] is None else int(match["plane"]),
-        channel=None if match["channel"] is None else int(match["channel"]),
-        time_point=None if match["time"] is None else int(match["time"]),
-    )
 
 
 def is_safe_name(name: str) -> bool:
@@ -172,7 +135,8 @@ _GROUPS = {
 class ImageName(NamedTuple):
     """What a file name says; None where it does not. Row and column from 1, the rest as written.
 
-    ``channel`` is the name of the channel as found, ``number`` its number where they count from 1.
+    ``channel`` is the name of the channel as found, ``number`` its number where they count from 1,
+    ``core_name`` the core file name ('r01c01f01'), the same for all channels of a field.
     """
 
     plate: str | None
@@ -190,23 +154,35 @@ NameReader = Callable[[str], ImageName | None]
 """Reads a file name; None where it is not understood."""
 
 
-def phenix_name(name: str) -> ImageName | None:
-    """Read 'r01c01f01p01-ch3sk1fk1fl1.tiff' (channel 'ch3') or the projection 'r01c01f01.tif'."""
-    found = core_file_name(name.replace(".ome.", "."))
-    if found is None or "." not in name:
+@lru_cache(maxsize=_REMEMBERED)
+def core_file_name(name: str) -> ImageName | None:
+    """Read 'r01c01f01p01-ch3sk1fk1fl1.tiff' (channel 'ch3') or 'r01c01f01', with a suffix or not.
+
+    What names no channel is a projection of all.
+    """
+    match = _PHENIX.fullmatch(name)
+    if match is None:
         return None
-    channel = PROJECTION_CHANNEL if found.channel is None else f"ch{found.channel}"
+    row, column = int(match["row"]), int(match["column"])
+    if not (1 <= row <= ROWS and 1 <= column <= COLUMNS):
+        return None
+    number = None if match["channel"] is None else int(match["channel"])
     return ImageName(
         plate=None,
-        row=found.row,
-        column=found.column,
-        site=found.field,
-        plane=found.plane,
-        time_point=found.time_point,
-        channel=channel,
-        number=found.channel,
-        core_name=found.core,
+        row=row,
+        column=column,
+        site=int(match["field"]),
+        plane=None if match["plane"] is None else int(match["plane"]),
+        time_point=None if match["time"] is None else int(match["time"]),
+        channel=PROJECTION_CHANNEL if number is None else f"ch{number}",
+        number=number,
+        core_name=match["core"].lower(),
     )
+
+
+def phenix_name(name: str) -> ImageName | None:
+    """Read the name of an image file of Phenix: as :func:`core_file_name`, but with a suffix."""
+    return core_file_name(name.replace(".ome.", ".")) if "." in name else None
 
 
 def cellomics_name(name: str) -> ImageName | None:

@@ -20,7 +20,7 @@ from .filenames import (
     is_safe_name,
     looks_like_a_mask,
 )
-from .image_files import SUFFIXES, Stack, is_inside, read_stack
+from .image_files import SUFFIXES, is_inside, read_stack
 from .image_tables import ChannelNames, FileRef, ImageRecord
 from .tables import Refusal, RowRefusedError
 from .uris import page_name, writable
@@ -35,9 +35,6 @@ _ZARR = frozenset({".zgroup", ".zattrs", ".zarray", "zarr.json"})
 
 _FieldKey = tuple[str, int, int, int, int, int]
 """Plate, row, column, site, plane and time point."""
-
-_Fields = dict[_FieldKey, ImageRecord]
-"""Fields with the files found so far."""
 
 
 def folder_layouts(folder: Path) -> list[str]:
@@ -89,117 +86,103 @@ def read_folder(
         known = ", ".join([*READERS, PATTERN])
         raise UserInputError(f"{layout!r} is no layout of a folder of images. Known: {known}.")
     read = NamePattern(pattern) if layout == PATTERN and pattern else READERS[layout]
-    return _FolderReader(folder.resolve(), read, plate, channels).records(notes)
-
-
-class _FolderReader:
-    """Reads the names of the images below ``root`` with ``read``."""
-
-    def __init__(
-        self, root: Path, read: NameReader, plate: str | None, channels: Mapping[str, str] | None
-    ) -> None:
-        self._root, self._read, self._plate = root, read, plate
-        self._names = ChannelNames(channels)
-
-    def records(self, notes: list[str] | None) -> Iterator[ImageRecord | Refusal]:
-        """Yield the fields, folder by folder.
-
-        Names of microscopes begin with the well, so that one well at a time is in memory.
-        """
-        ignored: Counter[str] = Counter()
-        line = 0
-        for found in _walk(self._root):
-            ignored.update(found.ignored)
-            if found.problem is not None:
-                line += 1
-                reason, detail = found.problem
+    root = folder.resolve()
+    names = ChannelNames(channels)
+    ignored: Counter[str] = Counter()
+    line = 0
+    for found in _walk(root):
+        ignored.update(found.ignored)
+        if found.problem is not None:
+            line += 1
+            reason, detail = found.problem
+            yield Refusal(line, reason, writable(detail))
+        fields: dict[_FieldKey, ImageRecord] = {}
+        well: tuple[str | None, int, int] | None = None
+        for name in found.images:
+            line += 1
+            path = found.folder / name
+            try:
+                parts = _read_name(path, root, read)
+                # Names of microscopes begin with the well, so one well at a time is in memory.
+                this_well = (parts.plate, parts.row, parts.column)
+                if layout != PATTERN and well != this_well:
+                    yield from fields.values()
+                    well, fields = this_well, {}
+                barcode = plate or parts.plate or _plate_of(found.folder)
+                if not barcode:
+                    detail = f"{found.folder}: name the plate with --plate"
+                    raise RowRefusedError("no plate", detail)
+                files = _files_of(path, barcode, parts, names)
+                for key, file in files:  # all pages of a file or none
+                    others = fields[key].files if key in fields else ()
+                    if any(file.channel.lower() == other.channel.lower() for other in others):
+                        raise RowRefusedError("channel twice", f"{path}: {file.channel}")
+            except RowRefusedError as refused:
+                reason, detail = refused.args
                 yield Refusal(line, reason, writable(detail))
-            fields: _Fields = {}
-            well: tuple[str | None, int, int] | None = None
-            for name in found.images:
-                line += 1
-                try:
-                    parts = self._parse(found.folder / name)
-                    this_well = (parts.plate, parts.row, parts.column)
-                    if not isinstance(self._read, NamePattern) and well != this_well:
-                        yield from fields.values()
-                        well, fields = this_well, {}
-                    self._add(fields, line, found.folder, name, parts)
-                except RowRefusedError as refused:
-                    reason, detail = refused.args
-                    yield Refusal(line, reason, writable(detail))
-            yield from fields.values()
-        if not line:
-            raise UserInputError(
-                f"{self._root} holds no TIFF or PNG images. Give the folder that has them."
-            )
-        self._names.check_used()
-        if ignored and notes is not None:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(6))
-            notes.append(f"files that are no images, skipped: {kinds}")
+                continue
+            for key, file in files:
+                empty = ImageRecord(line, barcode, None, *key[1:], parts.core_name, (), None)
+                record = fields.get(key, empty)
+                in_order = sorted((*record.files, file), key=lambda ref: ref.number or 0)
+                fields[key] = record._replace(files=tuple(in_order))
+        yield from fields.values()
+    if not line:
+        raise UserInputError(f"{root} holds no TIFF or PNG images. Give the folder that has them.")
+    names.check_used()
+    if ignored and notes is not None:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(6))
+        notes.append(f"files that are no images, skipped: {kinds}")
 
-    def _parse(self, path: Path) -> ImageName:
-        if writable(str(path)) != str(path):
-            # A name that is not UTF-8 could not be found again by what the database keeps of it.
-            raise RowRefusedError("name not understood", f"{path}: not UTF-8, rename it")
-        if looks_like_a_mask(path.name):
-            raise RowRefusedError("looks like a mask", str(path))
-        if not is_safe_name(path.name):
-            raise RowRefusedError("name not understood", repr(str(path)))
-        text = path.name
-        if isinstance(self._read, NamePattern) and self._read.wants_path:
-            text = path.relative_to(self._root).as_posix()
-        try:
-            parts = self._read(text)
-        except UserInputError as error:
-            raise RowRefusedError("name not understood", f"{path}: {error}") from error
-        if parts is None:
-            raise RowRefusedError("name not understood", str(path))
-        return parts
 
-    def _add(self, fields: _Fields, line: int, folder: Path, name: str, parts: ImageName) -> None:
-        """Add the file, or each of its pages, to its field; all of them or none."""
-        plate = self._plate or parts.plate or _plate_of(folder)
-        if not plate:
-            raise RowRefusedError("no plate", f"{folder}: name the plate with --plate")
-        try:
-            stack = read_stack(folder / name)
-        except ImageError as error:
-            raise RowRefusedError("image cannot be read", str(error)) from error
-        files: list[tuple[_FieldKey, FileRef]] = []
-        for position, file in self._pages(stack, folder, name, parts):
-            plane, time_point = (_FIRST if number is None else number for number in position)
-            key = (plate, parts.row, parts.column, parts.site, plane, time_point)
-            known = fields[key].files if key in fields else ()
-            if any(file.channel.lower() == other.channel.lower() for other in known):
-                raise RowRefusedError("channel twice", f"{folder / name}: {file.channel}")
-            files.append((key, file))
-        for key, file in files:
-            empty = ImageRecord(line, plate, None, *key[1:], parts.core_name, (), None)
-            field = fields.get(key, empty)
-            in_order = sorted((*field.files, file), key=lambda ref: ref.number or 0)
-            fields[key] = field._replace(files=tuple(in_order))
+def _read_name(path: Path, root: Path, read: NameReader) -> ImageName:
+    if writable(str(path)) != str(path):
+        # A name that is not UTF-8 could not be found again by what the database keeps of it.
+        raise RowRefusedError("name not understood", f"{path}: not UTF-8, rename it")
+    if looks_like_a_mask(path.name):
+        raise RowRefusedError("looks like a mask", str(path))
+    if not is_safe_name(path.name):
+        raise RowRefusedError("name not understood", repr(str(path)))
+    wants_path = isinstance(read, NamePattern) and read.wants_path
+    try:
+        parts = read(path.relative_to(root).as_posix() if wants_path else path.name)
+    except UserInputError as error:
+        raise RowRefusedError("name not understood", f"{path}: {error}") from error
+    if parts is None:
+        raise RowRefusedError("name not understood", str(path))
+    return parts
 
-    def _pages(
-        self, stack: Stack | None, folder: Path, name: str, parts: ImageName
-    ) -> Iterator[tuple[tuple[int | None, int | None], FileRef]]:
-        """Yield (plane, time point) and channel of a file, or of each page of a stack."""
-        if stack is None:
-            channel = self._names.name(parts.number, parts.channel or "C1")
-            file = FileRef(channel, parts.number, name, str(folder))
-            yield (parts.plane, parts.time_point), file
-            return
-        for page, number, plane, time_point in stack.pages:
-            named: int | None = number
-            found = stack.channel_names[number - 1] or f"C{number}"
-            if len(stack.channel_names) == 1 and parts.channel is not None:
-                named, found = parts.number, parts.channel
-            channel = self._names.name(named, found)
-            where = (
-                plane if stack.planes > 1 else parts.plane,
-                time_point if stack.time_points > 1 else parts.time_point,
-            )
-            yield where, FileRef(channel, named, page_name(name, page), str(folder))
+
+def _files_of(
+    path: Path, plate: str, parts: ImageName, names: ChannelNames
+) -> list[tuple[_FieldKey, FileRef]]:
+    """Return the channel of a file, or of each page of a stack, and the field that it is of."""
+    try:
+        stack = read_stack(path)
+    except ImageError as error:
+        raise RowRefusedError("image cannot be read", str(error)) from error
+    field = plate, parts.row, parts.column, parts.site
+    own_plane = _FIRST if parts.plane is None else parts.plane
+    own_time = _FIRST if parts.time_point is None else parts.time_point
+    if stack is None:
+        channel = names.name(parts.number, parts.channel or "C1")
+        file = FileRef(channel, parts.number, path.name, str(path.parent))
+        return [((*field, own_plane, own_time), file)]
+    files: list[tuple[_FieldKey, FileRef]] = []
+    for page, index, plane, time_point in stack.pages:
+        number: int | None = index
+        found = stack.channel_names[index - 1] or f"C{index}"
+        if len(stack.channel_names) == 1 and parts.channel is not None:
+            number, found = parts.number, parts.channel
+        name = page_name(path.name, page)
+        file = FileRef(names.name(number, found), number, name, str(path.parent))
+        key = (
+            *field,
+            plane if stack.planes > 1 else own_plane,
+            time_point if stack.time_points > 1 else own_time,
+        )
+        files.append((key, file))
+    return files
 
 
 def _plate_of(folder: Path) -> str:

@@ -94,133 +94,106 @@ def read_harmony(
         raise BadTableError(
             f"{path} is no Harmony index. Give the Index.idx.xml that lies beside the images."
         )
-    return _HarmonyIndex(file, plate, ChannelNames(channels)).records()
-
-
-class _HarmonyIndex:
-    """An index that is being read, and what came before its images."""
-
-    def __init__(self, path: Path, plate: str | None, names: ChannelNames) -> None:
-        self._path, self._wanted_plate, self._names = path, plate, names
-        self._plates: list[str] = []
-        self._channels: dict[int, str] = {}
-        self._pixel_sizes: dict[int, float] = {}
-        self._folder: str | None = None
-
-    def records(self) -> Iterator[ImageRecord | Refusal]:
-        """Yield the fields; the files of one are put together while they follow each other."""
-        field: ImageRecord | None = None
-        images = 0
-        for element in _elements(self._path):
-            if element.name != "Image":
-                self._note(element)
-                continue
-            images += 1
-            try:
-                found = self._read(element)
-            except RowRefusedError as refused:
-                yield Refusal(element.line, *refused.args)
-                continue
-            if field is None or found[3:8] != field[3:8]:  # another well, site, plane or time
-                if field is not None:
-                    yield field
-                field = found
-                continue
-            (file,) = found.files
-            if any(file.number == other.number for other in field.files):
-                yield Refusal(element.line, "channel twice", f"{file.name}: ch{file.number}")
-            else:
-                field = field._replace(files=(*field.files, file))
-        if not images:
-            raise BadTableError(f"{self._path} lists no images. Export the measurement again.")
-        if field is not None:
-            yield field
-        self._names.check_used()
-
-    def _note(self, element: _Element) -> None:
+    names = ChannelNames(channels)
+    plates: list[str] = []
+    channel_names: dict[int, str] = {}
+    pixel_sizes: dict[int, float] = {}
+    own = file.resolve().parent
+    root: str | None = None
+    field: ImageRecord | None = None
+    images = 0
+    for element in _elements(file):
         values = element.values
         if element.name == "Plate":
-            plate = values.get("PlateID") or values.get("Name")
-            if plate and plate not in self._plates:
-                self._plates.append(plate)
-        else:
-            number, name = values.get("ChannelID", ""), values.get("ChannelName")
-            if number.isascii() and number.isdigit() and len(number) < 7:
-                if name:
-                    self._channels[int(number)] = name
+            written = values.get("PlateID") or values.get("Name")
+            plates += [written] if written and written not in plates else []
+            continue
+        if element.name != "Image":
+            text = values.get("ChannelID", "")
+            if text.isascii() and text.isdigit() and len(text) < 7:
+                if found := values.get("ChannelName"):
+                    channel_names[int(text)] = found
                 if size := _pixel_size(values):
-                    self._pixel_sizes[int(number)] = size
-
-    def _read(self, element: _Element) -> ImageRecord:
-        """Return the field of one file; what the element and the file name say must agree."""
-        values = element.values
-        if values.get("State", "Ok").lower() != "ok":
-            raise RowRefusedError("image was not taken", f"State is {values['State']!r}")
-        folder, file = self._locate(values.get("URL", ""))
-        name = core_file_name(file)
-        number = _whole(values, "ChannelID", name.channel if name else None)
-        found = values.get("ChannelName") or self._channels.get(number) or f"ch{number}"
-        channel = self._names.name(number, found)
-        row = _whole(values, "Row", name.row if name else None)
-        column = _whole(values, "Col", name.column if name else None)
-        site = _whole(values, "FieldID", name.field if name else None)
-        plane = _whole(values, "PlaneID", (name.plane if name else None) or 1)
-        try:
-            well = format_well(row, column)
-        except UserInputError as error:
-            raise RowRefusedError("not a well", str(error)) from error
-        if name and (name.row, name.column) != (row, column):
-            detail = f"{well}, {format_well(name.row, name.column)}"
-            raise RowRefusedError("well and file name disagree", detail)
-        if name and (name.field, name.plane or plane) != (site, plane):
-            detail = f"field {site}, plane {plane}: {name.core}"
-            raise RowRefusedError("field and file name disagree", detail)
-        # TimepointID counts from 0, the file names (sk1) from 1.
-        time_point = name.time_point if name else None
-        if time_point is None:
-            time_point = _whole(values, "TimepointID", 0) + 1
-        return ImageRecord(
-            line=element.line,
-            plate=self._plate(),
-            batch=None,
-            row=row,
-            column=column,
-            site=site,
-            plane=plane,
-            time_point=time_point,
-            core_name=name.core if name else None,
-            files=(FileRef(channel, number, file, folder),),
-            treatment=None,
-            pixel_size=_pixel_size(values) or self._pixel_sizes.get(number),
-        )
-
-    def _plate(self) -> str:
-        if self._wanted_plate is not None:
-            return self._wanted_plate
-        if len(self._plates) != 1:
-            several = f"several plates ({', '.join(self._plates[:3])})"
-            found = several if self._plates else "no plate"
-            raise UserInputError(f"{self._path} names {found}. Name the plate with --plate.")
-        return self._plates[0]
-
-    def _locate(self, url: str) -> tuple[str, str]:
-        """Return folder and name of a file of the index."""
-        url = url.replace("\\", "/")
-        folder, _, name = url.rpartition("/")
-        if not is_safe_name(name) or len(name) > LONGEST:
-            raise RowRefusedError("no image file", f"URL is {url[:100]!r}")
-        if _ABSOLUTE.match(url):
-            return folder or "/", name
-        if self._folder is None:
+                    pixel_sizes[int(text)] = size
+            continue
+        images += 1
+        url = values.get("URL", "").replace("\\", "/")
+        if root is None and not _ABSOLUTE.match(url):
             # The images are beside the index, or in the folder Images beside it.
-            own = self._path.resolve().parent
             folders = (own, own / "Images", own.parent / "Images")
-            found = (folder for folder in folders if exists(str(folder / url)))
-            self._folder = next(found, own).as_posix()
-        if writable(self._folder) != self._folder:
-            detail = f"{writable(self._folder)}: not UTF-8, rename it"
-            raise RowRefusedError("folder name not understood", detail)
-        return posixpath.normpath(join(self._folder, folder)), name
+            root = next((item for item in folders if exists(str(item / url))), own).as_posix()
+        try:
+            row = _read_image(values, url, root or "", names, channel_names)
+        except RowRefusedError as refused:
+            yield Refusal(element.line, *refused.args)
+            continue
+        barcode = plate if plate is not None else plates[0] if len(plates) == 1 else None
+        if barcode is None:
+            several = f"several plates ({', '.join(plates[:3])})" if plates else "no plate"
+            raise UserInputError(f"{file} names {several}. Name the plate with --plate.")
+        (ref,) = row.files
+        size = _pixel_size(values) or pixel_sizes.get(ref.number or 0)
+        if field is not None and row[3:8] == field[3:8]:  # the same well, site, plane and time
+            if any(ref.number == other.number for other in field.files):
+                yield Refusal(element.line, "channel twice", f"{ref.name}: ch{ref.number}")
+            else:
+                field = field._replace(files=(*field.files, ref))
+            continue
+        if field is not None:
+            yield field
+        field = row._replace(line=element.line, plate=barcode, pixel_size=size)
+    if not images:
+        raise BadTableError(f"{file} lists no images. Export the measurement again.")
+    if field is not None:
+        yield field
+    names.check_used()
+
+
+def _read_image(
+    values: Mapping[str, str],
+    url: str,
+    root: str,
+    names: ChannelNames,
+    channel_names: Mapping[int, str],
+) -> ImageRecord:
+    """Return the field of one file; what the element and the file name say must agree."""
+    if values.get("State", "Ok").lower() != "ok":
+        raise RowRefusedError("image was not taken", f"State is {values['State']!r}")
+    folder, _, file = url.rpartition("/")
+    if not is_safe_name(file) or len(file) > LONGEST:
+        raise RowRefusedError("no image file", f"URL is {url[:100]!r}")
+    if _ABSOLUTE.match(url):
+        folder = folder or "/"
+    elif writable(root) != root:
+        detail = f"{writable(root)}: not UTF-8, rename it"
+        raise RowRefusedError("folder name not understood", detail)
+    else:
+        folder = posixpath.normpath(join(root, folder))
+    name = core_file_name(file)
+    number = _whole(values, "ChannelID", name.number if name else None)
+    found = values.get("ChannelName") or channel_names.get(number) or f"ch{number}"
+    channel = names.name(number, found)
+    row = _whole(values, "Row", name.row if name else None)
+    column = _whole(values, "Col", name.column if name else None)
+    site = _whole(values, "FieldID", name.site if name else None)
+    plane = _whole(values, "PlaneID", (name.plane if name else None) or 1)
+    try:
+        well = format_well(row, column)
+    except UserInputError as error:
+        raise RowRefusedError("not a well", str(error)) from error
+    if name and (name.row, name.column) != (row, column):
+        detail = f"{well}, {format_well(name.row, name.column)}"
+        raise RowRefusedError("well and file name disagree", detail)
+    if name and (name.site, name.plane or plane) != (site, plane):
+        detail = f"field {site}, plane {plane}: {name.core_name}"
+        raise RowRefusedError("field and file name disagree", detail)
+    # TimepointID counts from 0, the file names (sk1) from 1.
+    time_point = name.time_point if name else None
+    if time_point is None:
+        time_point = _whole(values, "TimepointID", 0) + 1
+    core_name = name.core_name if name else None
+    files = (FileRef(channel, number, file, folder),)
+    return ImageRecord(0, "", None, row, column, site, plane, time_point, core_name, files, None)
 
 
 def _pixel_size(values: Mapping[str, str]) -> float | None:

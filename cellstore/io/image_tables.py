@@ -11,7 +11,7 @@ from ..errors import BadTableError, UnknownNameError, UserInputError
 from .filenames import (
     PLANE_COLUMNS,
     TIME_COLUMNS,
-    PhenixName,
+    ImageName,
     core_file_name,
     format_well,
     is_safe_name,
@@ -343,8 +343,8 @@ def _read_field(
     )
     files: list[tuple[int, tuple[str, int | None, str]]] = []
     frames: list[int | None] = []
-    numbers_of = attrgetter("row", "column", "field", "plane", "time_point")
-    agreed: PhenixName | None = None
+    numbers_of = attrgetter("row", "column", "site", "plane", "time_point")
+    agreed: ImageName | None = None
     for index, channel in enumerate(channels):
         text = texts.get(channel.file)
         if text is None:
@@ -353,7 +353,7 @@ def _read_field(
         if not is_safe_name(text):
             raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
         name = core_file_name(text)
-        renamed, number = channel.name, name.channel if name else None
+        renamed, number = channel.name, name.number if name else None
         if name is not None:
             agreed = agreed or name
             # r1c1f1 is r01c01f01, and no plane or time point means the first.
@@ -362,7 +362,7 @@ def _read_field(
                 for item in (agreed, name)
             )
             if first != other:
-                detail = f"{name.core} beside {agreed.core}"
+                detail = f"{name.core_name} beside {agreed.core_name}"
                 raise RowRefusedError("files of different fields", detail)
             if number is not None:
                 renamed = numbers.get(number, channel.name)
@@ -390,7 +390,7 @@ def _read_field(
             detail = f"well {format_well(*well)}, file of {of_file}"
             raise RowRefusedError("well and file name disagree", detail)
         well = agreed.row, agreed.column
-        site = agreed.field if site is None else site
+        site = agreed.site if site is None else site
         plane = agreed.plane if plane is None else plane
         time_point = agreed.time_point if time_point is None else time_point
     if well is None:
@@ -399,7 +399,7 @@ def _read_field(
         raise RowRefusedError("no site", "neither Metadata_Site nor a file name like r01c01f01")
     plane = _FIRST if plane is None else plane
     time_point = _FIRST if time_point is None else time_point
-    return (*well, site, plane, time_point, agreed.core if agreed else None), files
+    return (*well, site, plane, time_point, agreed.core_name if agreed else None), files
 
 
 def _find_channels(
@@ -460,7 +460,7 @@ def _find_channels(
         if isinstance(row, Refusal):
             continue
         phenix = [core_file_name(text.strip()) for text in files.pick(row.cells)]
-        seen |= {name.channel for name in phenix if name and name.channel is not None}
+        seen |= {name.number for name in phenix if name and name.number is not None}
         texts = frames.texts(frames.pick(row.cells))
         paged |= {column for column, text in texts.items() if text.strip("0.")}
         if seen.issuperset(numbers) and len(paged) == len(frames.names):

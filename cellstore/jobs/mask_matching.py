@@ -124,7 +124,9 @@ def match_image(session: Session, mask: MaskFile, plate: str | None) -> FoundIma
 
 def _of_core_name(stem: str) -> Select[Any]:
     parsed = core_file_name(stem)
-    query = select(Image.id).where(Image.core_name.in_({stem, parsed.core} if parsed else {stem}))
+    query = select(Image.id).where(
+        Image.core_name.in_({stem, parsed.core_name} if parsed else {stem})
+    )
     if parsed and parsed.plane is not None:
         query = query.where(Image.plane == parsed.plane)
     if parsed and parsed.time_point is not None:

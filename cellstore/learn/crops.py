@@ -525,18 +525,6 @@ class CellBlock:
         """The cells at the positions ``index``, (M,) int64."""
         return self.map(lambda tensor: tensor[index])
 
-    @classmethod
-    def join(cls, blocks: Sequence[CellBlock]) -> CellBlock:
-        """All cells of ``blocks``, of which there must be one or more, of the same branches."""
-        if len(blocks) == 1:
-            return blocks[0]
-        return cls(
-            {name: torch.cat([b.crops[name] for b in blocks]) for name in blocks[0].crops},
-            torch.cat([block.features for block in blocks]),
-            torch.cat([block.labels for block in blocks]),
-            torch.cat([block.cell_ids for block in blocks]),
-        )
-
 
 def crop_cells(cells: CellCrops, size: int, device: torch.device | str = "cpu") -> CellBlock:
     """Resize the crops of ``cells`` to ``size`` pixels, on ``device``."""

@@ -72,10 +72,28 @@ class ImageBranch(nn.Sequential):
         check_backbone(backbone)
         if backbone.startswith("mnasnet"):
             raise _unfit(backbone, "its weights need a mark that safetensors files do not keep")
-        whole = models.get_model(backbone, weights=None, **_options(backbone))
-        stem, head = _stem(whole, backbone), _head(whole, backbone)
-        self.width = int(whole.get_submodule(head).in_features)
-        whole.set_submodule(stem, _of_channels(whole.get_submodule(stem), channels))
+        # Said, so that torchvision does not warn that its default will change.
+        old = {"init_weights": True} if backbone in ("googlenet", "inception_v3") else {}
+        whole = models.get_model(backbone, weights=None, **old)
+        layers = list(whole.named_modules())
+        stems = [(name, layer) for name, layer in layers if isinstance(layer, nn.Conv2d)]
+        if not stems:
+            raise _unfit(backbone, "it has no convolution")
+        heads = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear)]
+        if not heads:
+            raise _unfit(backbone, "its head is no linear layer")
+        (stem, first), (head, last) = stems[0], heads[-1]
+        self.width = last.in_features
+        made = nn.Conv2d(
+            channels,
+            first.out_channels,
+            kernel_size=first.kernel_size,  # type: ignore[arg-type]
+            stride=first.stride,  # type: ignore[arg-type]
+            padding=first.padding,  # type: ignore[arg-type]
+            bias=first.bias is not None,
+        )
+        nn.init.kaiming_normal_(made.weight, mode="fan_out")
+        whole.set_submodule(stem, made)
         whole.set_submodule(head, nn.Identity())
         if backbone.startswith("efficientnet"):
             super().__init__(whole.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -95,7 +113,8 @@ class ImageBranch(nn.Sequential):
         given = {_DENSENET.sub(r"\1\2", name): value for name, value in state.items()}
         channels = int(inner[stem.removeprefix(prefix)].shape[1])
         try:
-            given[stem] = _fit_channels(given[stem], channels)
+            mean = given[stem].mean(dim=1, keepdim=True)
+            given[stem] = torch.cat([given[stem], *[mean] * channels], dim=1)[:, :channels]
             counts = {f"{prefix}{name}": inner[name] for name in inner if name.endswith(_COUNT)}
             body = {**counts, **given}
             self[0].load_state_dict({name: body[f"{prefix}{name}"] for name in inner})
@@ -104,39 +123,6 @@ class ImageBranch(nn.Sequential):
                 f"These are not the weights of torchvision's {self.backbone} "
                 f"({first_line(error)}). Give a state dict of that network."
             ) from error
-
-
-def _options(backbone: str) -> dict[str, Any]:
-    # Said, so that torchvision does not warn that its default will change.
-    return {"init_weights": True} if backbone in ("googlenet", "inception_v3") else {}
-
-
-def _stem(whole: nn.Module, backbone: str) -> str:
-    found = [name for name, layer in whole.named_modules() if isinstance(layer, nn.Conv2d)]
-    if not found:
-        raise _unfit(backbone, "it has no convolution")
-    return str(found[0])
-
-
-def _head(whole: nn.Module, backbone: str) -> str:
-    linear = [name for name, layer in whole.named_modules() if isinstance(layer, nn.Linear)]
-    if not linear:
-        raise _unfit(backbone, "its head is no linear layer")
-    return str(linear[-1])
-
-
-def _of_channels(stem: nn.Module, channels: int) -> nn.Conv2d:
-    assert isinstance(stem, nn.Conv2d)
-    made = nn.Conv2d(
-        channels,
-        stem.out_channels,
-        kernel_size=stem.kernel_size,  # type: ignore[arg-type]
-        stride=stem.stride,  # type: ignore[arg-type]
-        padding=stem.padding,  # type: ignore[arg-type]
-        bias=stem.bias is not None,
-    )
-    nn.init.kaiming_normal_(made.weight, mode="fan_out")
-    return made
 
 
 def check_crop_size(branch: ImageBranch, channels: int, size: int) -> None:
@@ -159,11 +145,6 @@ def _unfit(backbone: str, why: str) -> UserInputError:
     return UserInputError(
         f"Backbone {backbone!r} cannot be used here: {why}. These can: {WORKING}."
     )
-
-
-def _fit_channels(stem: Tensor, channels: int) -> Tensor:
-    mean = stem.mean(dim=1, keepdim=True)
-    return torch.cat([stem, *[mean] * channels], dim=1)[:, :channels]
 
 
 def imagenet_state(backbone: str) -> State:
@@ -365,13 +346,10 @@ def build_net(
         if crop_size is not None:
             check_crop_size(branch, shape.pictures[name], crop_size)
     if weights is not None:
-        state = _state(weights, shape.backbone)
+        if weights == IMAGENET:
+            state = imagenet_state(shape.backbone)
+        else:
+            state = read_state(Path(weights), shape.backbone)
         for branch in branches.values():
             branch.start_from(state)
     return net
-
-
-def _state(weights: str | Path, backbone: str) -> State:
-    if weights == IMAGENET:
-        return imagenet_state(backbone)
-    return read_state(Path(weights), backbone)

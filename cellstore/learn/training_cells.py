@@ -17,16 +17,22 @@ from ..jobs.workspace import Workspace
 from ..models import Label, Recipe, Run, Split, SplitMember
 from ..query.cells import (
     CellSource,
-    Flagged,
     ImageBlock,
     choose_recipes,
-    count_flagged,
     feature_leak,
     list_blocks,
-    recipes_of_set,
 )
 from ..query.exclusions import check_cells, check_plates, count_unseen, find_qc_run, unseen_note
 from ..query.feature_files import open_set
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """What is excluded because a quality-control run has flagged it: images whole, and cells."""
+
+    run_id: int
+    images: int
+    cells: int
 
 
 @dataclass(frozen=True)
@@ -87,10 +93,7 @@ def find_training_cells(
     """
     split = find_split(session, sources.split)
     recipes = (sources.segmentation, sources.measurement)
-    if params.features is None:
-        segment, measure = choose_recipes(session, *recipes)
-    else:
-        segment, measure = recipes_of_set(session, params.features, *recipes)
+    segment, measure = choose_recipes(session, *recipes, params.features)
     found = open_set(session, workspace.artifacts, measure.id)
     source = CellSource(segment.id, measure.id, split.id, features=found)
     notes: list[str] = []
@@ -115,6 +118,11 @@ def find_training_cells(
     )
     counts = select(SplitMember.subset, func.count()).where(SplitMember.split_id == split.id)
     used = (Subset.TRAIN, validation_subset(split))
+    flagged = None
+    if source.unflagged_by is not None:
+        everything = list_blocks(session, replace(source, unflagged_by=None))
+        before, after = ([b.n_cells for b in x if b.subset in used] for x in (everything, blocks))
+        flagged = Flagged(source.unflagged_by, len(before) - len(after), sum(before) - sum(after))
     images = select(SplitMember.image_id).where(SplitMember.split_id == split.id)
     cells = digest_of_images(session, images, {b.image_id: b.n_cells for b in blocks})
     parameters: dict[str, Any] = {"split": split.fingerprint, "cells": cells}
@@ -129,7 +137,7 @@ def find_training_cells(
         labels=dict(sorted(session.execute(labels).all())),
         blocks={subset: tuple(b for b in blocks if b.subset is subset) for subset in Subset},
         members=dict(session.execute(counts.group_by(SplitMember.subset)).all()),
-        flagged=count_flagged(session, source, blocks, used),
+        flagged=flagged,
         notes=tuple(notes),
         parameters=parameters,
         local={"exclude_flagged": source.unflagged_by},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session, aliased
 
 from ..artifacts import ArtifactFolder
 from ..config import ImageInput
+from ..db.bulk import in_lists
 from ..enums import ArtifactKind, FeatureStorage, Projection, Stage, Subset
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..jobs.lookup import IS_CURRENT, find_recipe, has_results
@@ -42,7 +43,7 @@ from .exclusions import cell_counts, image_counts
 from .feature_files import BUILT_IN, FEATURE_COLUMNS, ReadableSet, SetReader, find_feature_set
 
 _BOX = ("min_row", "min_col", "max_row", "max_col")
-_CELLS_ROWS_AT_ONCE = 10_000
+ROWS_AT_ONCE = 10_000
 _VALUES_AT_ONCE = 4_000_000
 
 
@@ -139,48 +140,19 @@ def list_blocks(session: Session, source: CellSource) -> list[ImageBlock]:
     """Return the images of a split that have cells to read, by image id; a row per image."""
     keys = (Image.id, Segmentation.content_sha256, SplitMember.subset, SplitMember.label_id)
     query = cells_query(source)
-    if source.features.files is not None:
-        cells = query.with_only_columns(*keys, Cell.id).order_by(Cell.id)
-        return _count_in_files(session, cells, SetReader(source.features.files))
-    counted = query.with_only_columns(*keys, func.count(Cell.id))
-    rows = session.execute(counted.group_by(*keys).order_by(Image.id))
-    return [ImageBlock(*row) for row in rows]
-
-
-@dataclass(frozen=True)
-class Flagged:
-    """What is excluded because a quality-control run has flagged it: images whole, and cells."""
-
-    run_id: int
-    images: int
-    cells: int
-
-
-def count_flagged(
-    session: Session, source: CellSource, blocks: Sequence[ImageBlock], subsets: Sequence[Subset]
-) -> Flagged | None:
-    """Return how much more than ``blocks`` some subsets would have if flags did not count."""
-    if source.unflagged_by is None:
-        return None
-    everything = list_blocks(session, replace(source, unflagged_by=None))
-    before, after = (
-        [b.n_cells for b in some if b.subset in subsets] for some in (everything, blocks)
-    )
-    return Flagged(source.unflagged_by, len(before) - len(after), sum(before) - sum(after))
-
-
-def _count_in_files(session: Session, cells: Any, reader: SetReader) -> list[ImageBlock]:
+    if source.features.files is None:
+        counted = query.with_only_columns(*keys, func.count(Cell.id))
+        rows = session.execute(counted.group_by(*keys).order_by(Image.id))
+        return [ImageBlock(*row) for row in rows]
     counts: Counter[Any] = Counter()
-    rows = session.execute(cells.execution_options(yield_per=_CELLS_ROWS_AT_ONCE))
-    for block in rows.partitions():
-        *keys, cell_ids = zip(*block, strict=True)
+    reader = SetReader(source.features.files)
+    cells = query.with_only_columns(*keys, Cell.id).order_by(Cell.id)
+    for block in session.execute(cells.execution_options(yield_per=ROWS_AT_ONCE)).partitions():
+        *key, cell_ids = zip(*block, strict=True)
         there, _ = reader(np.array(cell_ids, dtype=np.int64), ())
-        counts.update(compress(zip(*keys, strict=True), there))
-    return [ImageBlock(*(*key, number)) for key, number in sorted(counts.items(), key=_image_id)]
-
-
-def _image_id(item: tuple[Any, int]) -> int:
-    return int(item[0][0])
+        counts.update(compress(zip(*key, strict=True), there))
+    by_image = sorted(counts.items(), key=lambda item: int(item[0][0]))
+    return [ImageBlock(*(*key, number)) for key, number in by_image]
 
 
 def read_cells(
@@ -219,7 +191,7 @@ def stream_features(
     session: Session, source: CellSource, columns: Sequence[str] = FEATURE_COLUMNS
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the measurements of all cells in blocks (N, F) of at most 10,000 rows."""
-    at_once = max(1, min(_CELLS_ROWS_AT_ONCE, _VALUES_AT_ONCE // max(1, len(columns))))
+    at_once = max(1, min(ROWS_AT_ONCE, _VALUES_AT_ONCE // max(1, len(columns))))
     query = cells_query(source).order_by(Cell.id).execution_options(yield_per=at_once)
     if source.features.files is not None:
         reader = SetReader(source.features.files)
@@ -290,53 +262,68 @@ def plane_of(segment: Recipe) -> ImageInput:
     return ImageInput(tuple(named["channels"] or ()), Projection(named["projection"]))
 
 
-def recipes_of_set(
-    session: Session, name: str, segmentation: str | None, measurement: str | None
-) -> tuple[Recipe, Recipe]:
-    """Return the recipes that made a feature set; recipes that are named too must be the same.
-
-    Raises:
-        UnknownNameError: there is no such feature set, or no recipe has that name.
-        UserInputError: the feature set is not of the named recipes.
-
-    """
-    measure = session.get_one(Recipe, find_feature_set(session, name).recipe_id)
-    segment = input_of(session, measure, Stage.SEGMENT)
-    for reference, recipe in ((segmentation, segment), (measurement, measure)):
-        if reference is None:
-            continue
-        if find_recipe(session, recipe.stage, reference).id != recipe.id:
-            raise UserInputError(
-                f"Feature set {name!r} belongs to {recipe.stage.value} recipe {recipe.id}, not to "
-                f"{reference}. Name the feature set alone."
-            )
-    return segment, measure
-
-
 def choose_recipes(
-    session: Session, segmentation: str | None, measurement: str | None
+    session: Session, segmentation: str | None, measurement: str | None, features: str | None = None
 ) -> tuple[Recipe, Recipe]:
     """Return the segment and the measure recipe to read cells by; default: those used last.
 
+    ``features``: those that made this feature set; recipes that are named too must be the same.
+
     Raises:
-        UnknownNameError: nothing has been segmented, or no recipe has that name.
-        UserInputError: the measurements are not those of the segmentation.
+        UnknownNameError: nothing has been segmented, or no recipe or feature set has that name.
+        UserInputError: the measurements, or the feature set, are not of the named recipes.
 
     """
-    if segmentation is None and measurement is not None:
-        measure = find_recipe(session, Stage.MEASURE, measurement)
-        return input_of(session, measure, Stage.SEGMENT), measure
-    segment = find_recipe(session, Stage.SEGMENT, segmentation) if segmentation else None
-    segment = segment or last_with_masks(session)
+    if features is not None:
+        measure = session.get_one(Recipe, find_feature_set(session, features).recipe_id)
+        segment = input_of(session, measure, Stage.SEGMENT)
+        for reference, recipe in ((segmentation, segment), (measurement, measure)):
+            if reference and find_recipe(session, recipe.stage, reference).id != recipe.id:
+                raise UserInputError(
+                    f"Feature set {features!r} belongs to {recipe.stage.value} recipe {recipe.id}, "
+                    f"not to {reference}. Name the feature set alone."
+                )
+        return segment, measure
     if measurement is None:
-        return segment, _last_measure_of(session, segment)
-    measure = find_recipe(session, Stage.MEASURE, measurement)
-    if input_of(session, measure, Stage.SEGMENT).id != segment.id:
-        raise UserInputError(
-            f"Measure recipe {measure.id} did not read the cells of segment recipe {segment.id}. "
-            "Leave one of the two away, or run: cellstore measure --segmentation "
-            f"{segment.id}"
+        segment = (
+            find_recipe(session, Stage.SEGMENT, segmentation)
+            if segmentation
+            else last_with_masks(session)
         )
+        # The built-in measurements used last; sets in files are asked for by name.
+        in_files = select(FeatureSet).where(FeatureSet.storage == FeatureStorage.FILES)
+        of_segment = (
+            select(Recipe)
+            .join(RecipeInput, RecipeInput.recipe_id == Recipe.id)
+            .where(RecipeInput.input_id == segment.id, Recipe.stage == Stage.MEASURE)
+        )
+        built_in = (
+            of_segment.join(Run, Run.recipe_id == Recipe.id)
+            .where(Recipe.id.not_in(in_files.with_only_columns(FeatureSet.recipe_id)))
+            .where(has_results())
+            .order_by(Run.id.desc())
+        )
+        if (last := session.scalars(built_in.limit(1)).first()) is not None:
+            return segment, last
+        mine = in_files.where(
+            FeatureSet.recipe_id.in_(of_segment.with_only_columns(Recipe.id))
+        ).order_by(FeatureSet.id)
+        names = ", ".join(found.name for found in session.scalars(mine))
+        other = f", or name one of its feature sets with --features: {names}" if names else ""
+        raise UserInputError(
+            f"The cells of segment recipe {segment.id} are not measured yet. Run: cellstore measure"
+            f"{other}"
+        )
+    measure = find_recipe(session, Stage.MEASURE, measurement)
+    segment = input_of(session, measure, Stage.SEGMENT)
+    if segmentation is not None:
+        named = find_recipe(session, Stage.SEGMENT, segmentation)
+        if named.id != segment.id:
+            raise UserInputError(
+                f"Measure recipe {measure.id} did not read the cells of segment recipe {named.id}. "
+                "Leave one of the two away, or run: cellstore measure --segmentation "
+                f"{named.id}"
+            )
     return segment, measure
 
 
@@ -443,39 +430,7 @@ def feature_leak(session: Session, recipe: Recipe, split_id: int) -> str | None:
     )
 
 
-def _last_measure_of(session: Session, segment: Recipe) -> Recipe:
-    """The recipe of the built-in measurements used last; sets in files are asked for by name."""
-    in_files = select(FeatureSet.recipe_id).where(FeatureSet.storage == FeatureStorage.FILES)
-    query = (
-        select(Recipe)
-        .join(RecipeInput, RecipeInput.recipe_id == Recipe.id)
-        .join(Run, Run.recipe_id == Recipe.id)
-        .where(RecipeInput.input_id == segment.id, Recipe.stage == Stage.MEASURE)
-        .where(Recipe.id.not_in(in_files), has_results())
-        .order_by(Run.id.desc())
-    )
-    return session.scalars(query.limit(1)).first() or _without_built_in(session, segment)
-
-
-def _without_built_in(session: Session, segment: Recipe) -> Recipe:
-    sets = (
-        select(FeatureSet.name)
-        .join(RecipeInput, RecipeInput.recipe_id == FeatureSet.recipe_id)
-        .where(RecipeInput.input_id == segment.id, FeatureSet.storage == FeatureStorage.FILES)
-        .order_by(FeatureSet.id)
-    )
-    names = ", ".join(session.scalars(sets))
-    other = f", or name one of its feature sets with --features: {names}" if names else ""
-    raise UserInputError(
-        f"The cells of segment recipe {segment.id} are not measured yet. Run: cellstore measure"
-        f"{other}"
-    )
-
-
 Ids = NDArray[np.int64]
-
-_ROWS_AT_ONCE = 10_000
-_IDS_AT_ONCE = 2_000
 
 
 def stream_groups(
@@ -484,10 +439,10 @@ def stream_groups(
     """Yield, in blocks, the ``group`` and the id of all cells of ``query``, by id: (N,) each.
 
     ``query`` is one of ``cells_query(source)``, with conditions of its own. A cell that the
-    feature set of ``source`` lacks is left out.
+    feature set of ``source`` lacks is excluded.
     """
     chosen = query.with_only_columns(group, Cell.id).order_by(Cell.id)
-    rows = session.execute(chosen.execution_options(yield_per=_ROWS_AT_ONCE))
+    rows = session.execute(chosen.execution_options(yield_per=ROWS_AT_ONCE))
     files = source.features.files
     reader = None if files is None else SetReader(files)
     for block in rows.partitions():
@@ -498,33 +453,14 @@ def stream_groups(
         yield groups, ids
 
 
-def read_values(
+def read_drawn(
     session: Session, source: CellSource, cell_ids: Ids, columns: tuple[str, ...]
-) -> NDArray[np.float64]:
-    """Return the measurements (N, F) of cells, whose (N,) ids ascend."""
-    if source.features.files is not None:
-        return SetReader(source.features.files)(cell_ids, columns)[1]
-    values = np.empty((len(cell_ids), len(columns)))
-    chosen = select(*(getattr(CellFeatures, name) for name in columns))
-    chosen = chosen.where(CellFeatures.recipe_id == source.measure_id)
-    for start, ids in _in_parts(cell_ids):
-        query = chosen.where(CellFeatures.cell_id.in_(ids)).order_by(CellFeatures.cell_id)
-        found = [tuple(row) for row in session.execute(query)]
-        values[start : start + len(ids)] = np.array(found, dtype=np.float64)
-    return values
+) -> tuple[NDArray[np.float64], Ids, NDArray[np.str_]]:
+    """Return the measurements (N, F), the ids of wells (N,) and the barcodes of plates (N,).
 
-
-@dataclass(frozen=True)
-class WellsAndPlates:
-    """Where N cells are: ``wells`` (N,) ids of wells, ``plates`` (N,) barcodes."""
-
-    wells: Ids
-    plates: NDArray[np.str_]
-
-
-def wells_and_plates(session: Session, cell_ids: Ids) -> WellsAndPlates:
-    """Return the wells and plates of cells, whose (N,) ids ascend."""
-    query = (
+    ``cell_ids`` (N,) ascend.
+    """
+    places = (
         select(Well.id, Plate.barcode)
         .select_from(Cell)
         .join(Segmentation, Segmentation.id == Cell.segmentation_id)
@@ -533,15 +469,22 @@ def wells_and_plates(session: Session, cell_ids: Ids) -> WellsAndPlates:
         .join(Plate, Plate.id == Well.plate_id)
         .order_by(Cell.id)
     )
+    if source.features.files is not None:
+        values = SetReader(source.features.files)(cell_ids, columns)[1]
+        measured = None
+    else:
+        values = np.empty((len(cell_ids), len(columns)))
+        measured = select(*(getattr(CellFeatures, name) for name in columns))
+        measured = measured.where(CellFeatures.recipe_id == source.measure_id)
     wells: list[int] = []
     plates: list[str] = []
-    for _, ids in _in_parts(cell_ids):
-        for well, plate in session.execute(query.where(Cell.id.in_(ids))):
+    for ids in in_lists(cell_ids.tolist()):
+        start = len(wells)
+        for well, plate in session.execute(places.where(Cell.id.in_(ids))):
             wells.append(well)
             plates.append(plate)
-    return WellsAndPlates(np.array(wells, dtype=np.int64), np.array(plates, dtype=np.str_))
-
-
-def _in_parts(cell_ids: Ids) -> Iterator[tuple[int, list[int]]]:
-    for start in range(0, len(cell_ids), _IDS_AT_ONCE):
-        yield start, cell_ids[start : start + _IDS_AT_ONCE].tolist()
+        if measured is not None:
+            query = measured.where(CellFeatures.cell_id.in_(ids)).order_by(CellFeatures.cell_id)
+            found = [tuple(row) for row in session.execute(query)]
+            values[start : start + len(ids)] = np.array(found, dtype=np.float64)
+    return values, np.array(wells, dtype=np.int64), np.array(plates, dtype=np.str_)

@@ -30,7 +30,6 @@ from ..config import VoteOptions
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import QueryError, StorageError, UnknownNameError
 from ..jobs.workspace import Workspace
-from .feature_sets import SetRelation, list_sets
 from .guard import (
     Limits,
     Parameters,
@@ -43,7 +42,7 @@ from .guard import (
     reading_files,
     run_limited,
 )
-from .source import LATER, PREDICTION_COLUMNS, VIEWS, Columns, Source, view
+from .source import LATER, PREDICTION_COLUMNS, VIEWS, Columns, SetRelation, Source, list_sets, view
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -407,7 +406,7 @@ class Questions:
                 self._empty.execute(f"CREATE TABLE {quoted(name)} ({listed})")
             elif (query := self._query_of(name)) is not None:
                 self._declare(sources_of(query))
-                self._empty.execute(f"CREATE VIEW {quoted(name)} AS {query}")
+                self._empty.execute(f"CREATE TABLE {quoted(name)} AS {query} WITH NO DATA")
 
     def _load(self, names: set[str]) -> None:
         """Make tables and views with their rows."""
@@ -440,7 +439,13 @@ class Questions:
                 self._source.feed_table(self._full, create, name, condition)
             elif (query := self._query_of(name)) is not None:
                 self._load(sources_of(query))
-                self._full.execute(f"CREATE VIEW {quoted(name)} AS {query}")
+                kind = "VIEW"
+                if name == "run_images" and self.runs is not None:
+                    # Other views name it many times; made once, it is read as often for nothing.
+                    numbers = ", ".join(str(int(run)) for run in self.runs)
+                    kind = "TABLE"
+                    query = f"FROM ({query}) WHERE run_id IN ({numbers or -1})"
+                self._full.execute(f"CREATE {kind} {quoted(name)} AS {query}")
 
     def _has_copies(self, name: str) -> bool:
         """Whether copies of one of ``WRITERS`` may be used: those of votes know no exclusions."""

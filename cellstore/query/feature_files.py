@@ -7,15 +7,14 @@ No function holds more than the rows that it was asked for.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from ..artifacts import PART, ArtifactFolder, StoredFile, sync_folder
+from ..artifacts import PART, ArtifactFolder, StoredFile, sha256_of, sync_folder
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
@@ -42,7 +41,7 @@ from ..models import (
     Segmentation,
 )
 
-FEATUREFILES_CELL_ID = "cell_id"
+CELL_ID = "cell_id"
 ROWS_OF_FILE = 50_000
 """Cells after which a file ends."""
 
@@ -91,206 +90,88 @@ def register_files(
     session.flush()
 
 
-@dataclass
 class FeatureWriter:
     """Writes rows by ascending cell id into as many files as they need.
 
     ``files`` are those that are finished; what is not finished is removed by :meth:`abandon`.
     """
 
-    artifacts: ArtifactFolder
-    schema: pa.Schema
-    files: list[WrittenFile] = field(default_factory=list)
-    _part: _Part | None = None
+    def __init__(self, artifacts: ArtifactFolder, schema: pa.Schema) -> None:
+        self.files: list[WrittenFile] = []
+        self._root = artifacts.root
+        self._schema = pa.schema([pa.field(CELL_ID, pa.int64(), nullable=False), *schema])
+        self._part: Path | None = None
+        self._ids: list[int] = []  # the number of rows, the first cell, the last cell
 
     def write(self, cell_ids: Integers, values: pa.RecordBatch) -> None:
-        """Append the features of some cells.
+        """Append the features of some cells, as row groups of their own.
 
         Raises:
             StorageError: the disk is full, or the folder cannot be written.
         """
         arrays = [pa.array(cell_ids), *values.columns]
-        batch = pa.RecordBatch.from_arrays(arrays, schema=_with_ids(self.schema))
-        with _explained(self.artifacts.root):
+        batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
+        with self._explained():
             if self._part is None:
-                self._part = _Part(self.artifacts.root, batch.schema)
-            self._part.write(batch, cell_ids)
-            if self._part.rows >= ROWS_OF_FILE:
-                self.finish()
+                folder = self._root / ArtifactKind.FEATURES.value
+                folder.mkdir(parents=True, exist_ok=True)
+                self._part = folder / f"{PART}{uuid.uuid4().hex}"
+                self._ids = [0, int(cell_ids[0]), 0]
+                # Measurements rarely repeat: a dictionary of them is work for nothing.
+                texts = [item.name for item in self._schema if pa.types.is_string(item.type)]
+                self._writer = pq.ParquetWriter(
+                    self._part, self._schema, compression="snappy", use_dictionary=texts or False,
+                    write_statistics=[CELL_ID],
+                )  # fmt: skip
+            size = min(ROW_GROUP, batch_rows(len(self._schema)))
+            self._writer.write_batch(batch, row_group_size=size)
+        self._ids = [self._ids[0] + len(cell_ids), self._ids[1], int(cell_ids[-1])]
+        if self._ids[0] >= ROWS_OF_FILE:
+            self.finish()
 
     def finish(self) -> None:
-        """End the file that is being written.
+        """End the file that is being written: durably, under the name of its content.
 
         Raises:
             StorageError: the disk is full, or the folder cannot be written.
         """
-        part, self._part = self._part, None
-        if part is not None:
-            with _explained(self.artifacts.root):
-                self.files.append(part.keep())
+        if self._part is None:
+            return
+        with self._explained():
+            self._writer.close()
+            with self._part.open("rb+") as file:
+                os.fsync(file.fileno())
+                sha256, size = sha256_of(self._part), file.seek(0, os.SEEK_END)
+            path = f"{ArtifactKind.FEATURES.value}/{sha256[:2]}/{sha256}.parquet"
+            target = self._root / path
+            target.parent.mkdir(exist_ok=True)
+            self._part.replace(target)
+            sync_folder(target.parent)
+        self._part = None
+        stored = StoredFile(ArtifactKind.FEATURES, path, sha256, size)
+        self.files.append(WrittenFile(stored, *self._ids))
 
     def abandon(self) -> None:
         """Remove what is not finished."""
-        if self._part is not None:
-            self._part.remove()
-            self._part = None
-
-
-class _Part:
-    """A file that is not whole yet, under a temporary name."""
-
-    def __init__(self, root: Path, schema: pa.Schema) -> None:
-        self._root = root
-        self._folder = root / ArtifactKind.FEATURES.value
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._path = self._folder / f"{PART}{uuid.uuid4().hex}"
-        self._sink = _HashingFile(self._path)
-        try:
-            self._writer = pq.ParquetWriter(
-                self._sink, schema, compression="snappy", use_dictionary=_texts(schema),
-                write_statistics=[FEATUREFILES_CELL_ID],
-            )  # fmt: skip
-        except BaseException:
-            self.remove()
-            raise
-        self._row_group = min(ROW_GROUP, batch_rows(len(schema)))
-        self.rows = 0
-        self._first = self._last = 0
-
-    def write(self, batch: pa.RecordBatch, cell_ids: Integers) -> None:
-        """Append a batch as row groups of its own."""
-        try:
-            self._writer.write_batch(batch, row_group_size=self._row_group)
-        except BaseException:
-            self.remove()
-            raise
-        self._first = self._first if self.rows else int(cell_ids[0])
-        self._last = int(cell_ids[-1])
-        self.rows += len(cell_ids)
-
-    def keep(self) -> WrittenFile:
-        """Give the file the name of its content, durably."""
-        try:
-            self._writer.close()
-            sha256, size = self._sink.finish()
-            place = f"{ArtifactKind.FEATURES.value}/{sha256[:2]}/{sha256}.parquet"
-            target = self._root / place
-            target.parent.mkdir(exist_ok=True)
-            self._path.replace(target)
-            sync_folder(target.parent)
-        except BaseException:
-            self.remove()
-            raise
-        stored = StoredFile(ArtifactKind.FEATURES, place, sha256, size)
-        return WrittenFile(stored, self.rows, self._first, self._last)
-
-    def remove(self) -> None:
-        """Leave nothing behind."""
-        with suppress(OSError, ValueError, AttributeError, pa.ArrowException):
+        if self._part is None:
+            return
+        with suppress(OSError, AttributeError, pa.ArrowException):
             self._writer.close()
         with suppress(AttributeError):
             self._writer.is_open = False  # or it would try again when it is collected
-        with suppress(OSError, ValueError):
-            self._sink.close()
         with suppress(OSError):
-            self._path.unlink(missing_ok=True)
+            self._part.unlink(missing_ok=True)
+        self._part = None
 
-
-class _HashingFile(io.RawIOBase):
-    """A new file that knows the sha256 of what was written to it."""
-
-    def __init__(self, path: Path) -> None:
-        # "x" and the umask give the file the rights that the user's other files have.
-        self._file = path.open("xb", buffering=0)
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def writable(self) -> bool:
-        """Whether it can be written: yes."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Append all of ``data``."""
-        left = memoryview(data)
-        self._digest.update(left)
-        self._size += left.nbytes
-        while left.nbytes:
-            left = left[self._file.write(left) :]
-        return len(data)
-
-    def finish(self) -> tuple[str, int]:
-        """Make it durable; return sha256 and size."""
-        os.fsync(self._file.fileno())
-        self.close()
-        return self._digest.hexdigest(), self._size
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
-
-
-def stored_values(
-    paths: Sequence[Path], columns: Sequence[str], cell_ids: Integers
-) -> tuple[Integers, pa.Table | None]:
-    """Return which of the ascending ``cell_ids`` have a row in the files, and the rows of these.
-
-    Raises:
-        StorageError: a file is gone or damaged.
-    """
-    found: list[Integers] = []
-    tables: list[pa.Table] = []
-    for path in paths:
-        with _readable(path), pq.ParquetFile(path) as file:
-            for group in _groups(file, cell_ids):
-                table = file.read_row_group(group, columns=[FEATUREFILES_CELL_ID, *columns])
-                ids = table.column(0).to_numpy()
-                chosen = np.isin(ids, cell_ids)
-                found.append(ids[chosen])
-                part = table.select(list(columns))
-                tables.append(part if chosen.all() else part.filter(pa.array(chosen)))
-    if not found:
-        return np.empty(0, np.int64), None
-    return np.concatenate(found), pa.concat_tables(tables)
-
-
-def _groups(file: pq.ParquetFile, cell_ids: Integers) -> Iterator[int]:
-    for number in range(file.metadata.num_row_groups):
-        known = file.metadata.row_group(number).column(0).statistics
-        start = int(np.searchsorted(cell_ids, known.min)) if known is not None else 0
-        if known is None or (start < len(cell_ids) and cell_ids[start] <= known.max):
-            yield number
-
-
-def _with_ids(schema: pa.Schema) -> pa.Schema:
-    return pa.schema([pa.field(FEATUREFILES_CELL_ID, pa.int64(), nullable=False), *schema])
-
-
-def _texts(schema: pa.Schema) -> list[str] | bool:
-    # Measurements rarely repeat: a dictionary of them is work for nothing.
-    return [item.name for item in schema if pa.types.is_string(item.type)] or False
-
-
-@contextmanager
-def _explained(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{root} cannot be written: {error.strerror or error}. Free some space or mend the "
-            "permissions, then run the same command again."
-        ) from error
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise StorageError(
-            f"The feature file {path.name} cannot be read ({str(error).splitlines()[0]}). "
-            "See what is wrong with: cellstore verify"
-        ) from error
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self._root} cannot be written: {error.strerror or error}. Free some space or "
+                "mend the permissions, then run the same command again."
+            ) from error
 
 
 _KEYS = ("cell_id", "recipe_id", "run_id")
@@ -299,7 +180,6 @@ FEATURE_COLUMNS: tuple[str, ...] = tuple(
 )
 """The built-in measurements, in the order in which a network reads them."""
 
-CELL_ID = "cell_id"
 _NUMERIC = ("float", "int", "uint")
 _OPEN_FILES = 16
 
@@ -365,46 +245,27 @@ def open_set(
     found = session.scalars(of_recipe).one_or_none()
     if found is None or found.storage is FeatureStorage.TABLE:
         return ReadableSet(name=found.name if found else name)
-    columns = numeric_columns(found.columns)
-    files, mark = _files_of(session, artifacts, found.id)
+    columns = tuple(
+        str(item["name"])
+        for item in found.columns
+        if str(item.get("dtype", "")).startswith(_NUMERIC)
+    )
+    query = (
+        select(Artifact.path, Artifact.sha256, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
+        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
+        .where(FeatureFile.feature_set_id == found.id)
+        .order_by(FeatureFile.first_cell_id, Artifact.sha256)
+    )
+    files, mark = [], hashlib.sha256()
+    for path, sha256, first, last in session.execute(query):
+        files.append(SetFile(artifacts.existing(path), first, last))
+        mark.update(sha256.encode())
     if not columns or not files:
         lacks = "has no column of numbers" if files else "holds no cells yet"
         raise UserInputError(
             f"Feature set {found.name!r} {lacks}. Measure or ingest it again, or name another set."
         )
-    return ReadableSet(found.name, columns, files, mark)
-
-
-def numeric_columns(columns: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the names of the columns that hold numbers, in their order."""
-    return tuple(
-        str(item["name"]) for item in columns if str(item.get("dtype", "")).startswith(_NUMERIC)
-    )
-
-
-def _files_of(
-    session: Session, artifacts: ArtifactFolder, set_id: int
-) -> tuple[tuple[SetFile, ...], str]:
-    query = (
-        select(Artifact.path, Artifact.sha256, FeatureFile.first_cell_id, FeatureFile.last_cell_id)
-        .join(FeatureFile, FeatureFile.artifact_id == Artifact.id)
-        .where(FeatureFile.feature_set_id == set_id)
-        .order_by(FeatureFile.first_cell_id, Artifact.sha256)
-    )
-    files, digest = [], hashlib.sha256()
-    for path, sha256, first, last in session.execute(query):
-        files.append(SetFile(_there(artifacts, path), first, last))
-        digest.update(sha256.encode())
-    return tuple(files), digest.hexdigest()
-
-
-def _there(artifacts: ArtifactFolder, path: str) -> Path:
-    found = artifacts.locate(path)
-    if not found.is_file():
-        raise StorageError(
-            f"The stored file {path} is gone. See what else is affected with: cellstore verify"
-        )
-    return found
+    return ReadableSet(found.name, columns, tuple(files), mark.hexdigest())
 
 
 class SetReader:
@@ -427,11 +288,33 @@ class SetReader:
         """
         values = np.full((len(cell_ids), len(columns)), np.nan)
         times = np.zeros(len(cell_ids), dtype=np.int64)
-        for file in self._files_with(cell_ids):
-            opened = self._opened(file)
+        for file in self._files:
+            outside = len(cell_ids) == 0 or file.first_cell_id > cell_ids[-1]
+            if outside or file.last_cell_id < cell_ids[0]:
+                continue
+            if file.path not in self._open:
+                if len(self._open) == _OPEN_FILES:
+                    self._open.popitem(last=False)
+                self._open[file.path] = _OpenFile(file.path)
+            self._open.move_to_end(file.path)
+            opened = self._open[file.path]
             for group in opened.groups(cell_ids, columns):
-                table = self._table(opened, group, tuple(columns))
-                _place(table, columns, cell_ids, values, times)
+                # The next cells that are asked for are often in the same row group.
+                key = (file.path, group, tuple(columns))
+                if self._last[0] != key:
+                    self._last = (None, None)  # never two of them in memory
+                    self._last = (key, opened.table(group, columns))
+                table = self._last[1]
+                assert table is not None
+                found = table.column(CELL_ID).to_numpy()
+                positions = np.searchsorted(cell_ids, found)
+                wanted = positions < len(cell_ids)
+                wanted[wanted] = cell_ids[positions[wanted]] == found[wanted]
+                positions = positions[wanted]
+                np.add.at(times, positions, 1)
+                for index, name in enumerate(columns):
+                    numbers = table.column(name).cast(pa.float64(), safe=False).to_numpy()
+                    values[positions, index] = numbers[wanted]
         if (times > 1).any():
             twice = int(cell_ids[times > 1][0])
             raise StorageError(
@@ -440,27 +323,31 @@ class SetReader:
             )
         return times == 1, values
 
-    def _files_with(self, cell_ids: NDArray[np.int64]) -> list[SetFile]:
-        if len(cell_ids) == 0:
-            return []
-        first, last = cell_ids[0], cell_ids[-1]
-        return [f for f in self._files if f.first_cell_id <= last and f.last_cell_id >= first]
 
-    def _table(self, file: _OpenFile, group: int, columns: tuple[str, ...]) -> pa.Table:
-        # The next cells that are asked for are often in the same row group.
-        key = (file.path, group, columns)
-        if self._last[0] != key:
-            self._last = (None, None)  # never two of them in memory
-            self._last = (key, file.table(group, columns))
-        return self._last[1]
+def stored_values(
+    paths: Sequence[Path], columns: Sequence[str], cell_ids: Integers
+) -> tuple[Integers, pa.Table | None]:
+    """Return which of the ascending ``cell_ids`` have a row in the files, and the rows of these.
 
-    def _opened(self, file: SetFile) -> _OpenFile:
-        if file.path not in self._open:
-            if len(self._open) == _OPEN_FILES:
-                self._open.popitem(last=False)
-            self._open[file.path] = _OpenFile(file.path)
-        self._open.move_to_end(file.path)
-        return self._open[file.path]
+    Values of all types come as they were written; :class:`SetReader` returns numbers.
+
+    Raises:
+        StorageError: a file is gone or damaged.
+    """
+    found: list[Integers] = []
+    tables: list[pa.Table] = []
+    for path in paths:
+        file = _OpenFile(path)
+        for group in file.groups(cell_ids, columns):
+            table = file.table(group, columns)
+            ids = table.column(0).to_numpy()
+            chosen = np.isin(ids, cell_ids)
+            found.append(ids[chosen])
+            part = table.select(list(columns))
+            tables.append(part if chosen.all() else part.filter(pa.array(chosen)))
+    if not found:
+        return np.empty(0, np.int64), None
+    return np.concatenate(found), pa.concat_tables(tables)
 
 
 class _OpenFile:
@@ -468,16 +355,12 @@ class _OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with self._explained():
             self._parquet = pq.ParquetFile(path)
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged(error) from error
         self._names = frozenset(self._parquet.schema_arrow.names)
-        self._ranges = [self._range(i) for i in range(self._parquet.metadata.num_row_groups)]
-
-    def _range(self, group: int) -> tuple[int, int] | None:
-        known = self._parquet.metadata.row_group(group).column(0).statistics
-        return (known.min, known.max) if known is not None and known.has_min_max else None
+        metadata = self._parquet.metadata
+        known = [metadata.row_group(i).column(0).statistics for i in range(metadata.num_row_groups)]
+        self._ranges = [(k.min, k.max) if k is not None and k.has_min_max else None for k in known]
 
     def groups(self, cell_ids: NDArray[np.int64], columns: Sequence[str]) -> list[int]:
         """Return the row groups that may hold some of the cells."""
@@ -487,20 +370,27 @@ class _OpenFile:
                 f"{self.path.name} has no column {gone[0]!r}. "
                 "See what is wrong with: cellstore verify"
             )
-        return [i for i, known in enumerate(self._ranges) if _meets(known, cell_ids)]
+        found = []
+        for group, known in enumerate(self._ranges):
+            start = 0 if known is None else int(np.searchsorted(cell_ids, known[0]))
+            if known is None or (start < len(cell_ids) and cell_ids[start] <= known[1]):
+                found.append(group)
+        return found
 
     def table(self, group: int, columns: Sequence[str]) -> pa.Table:
-        """Return a row group."""
-        try:
+        """Return a row group, the cell ids first."""
+        with self._explained():
             return self._parquet.read_row_group(group, [CELL_ID, *columns])
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged(error) from error
 
-    def _damaged(self, error: Exception) -> StorageError:
-        return StorageError(
-            f"The feature file {self.path.name} cannot be read ({str(error).splitlines()[0]}). "
-            "See what is wrong with: cellstore verify"
-        )
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(
+                f"The feature file {self.path.name} cannot be read ({str(error).splitlines()[0]}). "
+                "See what is wrong with: cellstore verify"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -541,36 +431,6 @@ def stream_ids(path: Path) -> Iterator[NDArray[np.int64]]:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"it cannot be read as Parquet ({error})") from error
-
-
-def _meets(known: tuple[int, int] | None, cell_ids: NDArray[np.int64]) -> bool:
-    if known is None:
-        return True
-    start = int(np.searchsorted(cell_ids, known[0]))
-    return start < len(cell_ids) and bool(cell_ids[start] <= known[1])
-
-
-def _place(
-    table: pa.Table,
-    columns: Sequence[str],
-    cell_ids: NDArray[np.int64],
-    values: NDArray[np.float64],
-    times: NDArray[np.int64],
-) -> None:
-    """Write the rows of ``table`` that are of one of the cells to their places."""
-    found = table.column(CELL_ID).to_numpy()
-    places = np.searchsorted(cell_ids, found)
-    wanted = places < len(cell_ids)
-    wanted[wanted] = cell_ids[places[wanted]] == found[wanted]
-    places = places[wanted]
-    np.add.at(times, places, 1)
-    for index, name in enumerate(columns):
-        values[places, index] = _numbers(table.column(name))[wanted]
-
-
-def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:
-    numbers: NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy()
-    return numbers
 
 
 MOST_IMAGES = 400

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -75,6 +76,14 @@ class SavedQuestion:
     text: str = field(repr=False)
     path: Path | None = None
     replaces: bool = False
+
+    def predict_runs(self, values: Mapping[str, Any]) -> list[int] | None:
+        """Return the predict runs that are asked about; ``None``: an own one may look at others."""
+        if self.path is not None:
+            return None
+        one = [values[item.name] for item in self.parameters if item.kind == "predict run"]
+        two = [values[item.name] for item in self.parameters if item.kind == "two predict runs"]
+        return [*one, *(run for pair in two for run in pair)] or None
 
 
 @cache

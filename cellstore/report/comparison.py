@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..analysis.statistics import bootstrap_interval, difference_interval
+from ..analysis.statistics import bootstrap_interval
 from ..config import VoteOptions
 from ..enums import Subset
 from ..errors import UnknownNameError, UserInputError
@@ -256,7 +256,7 @@ def compare_subjects(
             )
         )
     gain, test, sign = paired_test(*right, pair.well)
-    bounds = difference_interval(*right, pair.well) or (None, None)
+    bounds = bootstrap_interval(right[0], pair.well, minus=right[1]) or (None, None)
     better = {1: first.run.id, -1: second.run.id, 0: None}[sign]
     wells = (
         f"run {first.run.id} has more right in {test.first:,} wells, run {second.run.id} in "

@@ -506,21 +506,48 @@ def open_report(
     """
     subject = find_subject(workspace, run, vote_options)
     other = None if compare is None else find_subject(workspace, compare, subject.vote_options)
+    run_id, options = subject.run.id, subject.vote_options
     about = {item.run.id for item in (subject, other) if item is not None}
     about |= {rival.id for rivals in subject.rivals.values() for rival in rivals}
-    with open_questions(workspace, vote_options=subject.vote_options, runs=about) as questions:
+    with open_questions(workspace, vote_options=options, runs=about) as questions:
         questions.keep("class_names", CLASS_NAMES, [list(about)])
         names = questions.ask_ours("SELECT value FROM class_names ORDER BY code").rows()
         labels = tuple(value for (value,) in names)
-        run_id = subject.run.id
         votes = read_answers(questions, run_id, "image", SUBSETS, labels)
         votes |= read_answers(questions, run_id, "well", SUBSETS, labels)
         images = np.bincount(votes[HEADLINE].subset, minlength=len(SUBSETS))
         counts = {name: int(n) for name, n in zip(SUBSETS, images, strict=True) if n}
-        subsets = chosen_subsets(counts, subject, force=force)
+        if not counts and subject.qc_run_id is not None:
+            raise UserInputError(
+                f"Quality-control run {subject.qc_run_id} has flagged all images that run {run_id} "
+                "has labelled. Score them without --exclude-flagged."
+            )
+        if not counts and not options.controls:
+            raise UserInputError(
+                f"Run {run_id} has labelled no image of a treated well whose truth is known. "
+                "Score it without --no-controls."
+            )
+        if not counts:
+            raise UserInputError(
+                f"Run {run_id} has labelled no image whose truth is known. "
+                "Label some with: cellstore predict"
+            )
+        new = [name for name in SUBSETS if name in counts and name != Subset.TRAIN]
+        if not new and not force:
+            raise UserInputError(
+                f"Run {run_id} has only labelled the {counts[Subset.TRAIN.value]} images that its "
+                "network was trained on; their score tells nothing about new images. Label the "
+                "test images with cellstore predict, or score these anyway with --force."
+            )
+        subsets = tuple(sorted(counts)) if force else (new[0],)
         scored = [SUBSETS.index(name) for name in subsets]
         answers = {key: item.where(np.isin(item.subset, scored)) for key, item in votes.items()}
         answers |= read_answers(questions, run_id, "cell", subsets, labels)
+        if not answers[HEADLINE].given.unit.size:
+            raise UserInputError(
+                f"No image that run {run_id} has labelled gets a label under these rules. "
+                "Lower --min-cells or --min-margin."
+            )
         result = score_answers(questions, subject, answers, counts, subsets)
         if other is not None:
             from .comparison import compare_subjects
@@ -549,40 +576,6 @@ def image_rows(answers: ByKey) -> list[dict[str, Any]]:
     return rows
 
 
-def chosen_subsets(counts: Mapping[str, int], subject: Subject, *, force: bool) -> tuple[str, ...]:
-    """Return the subsets of the split to score, of those that have labelled images.
-
-    Raises:
-        UserInputError: there are none, or only training images and ``force`` is off.
-    """
-    run_id = subject.run.id
-    if not counts and subject.qc_run_id is not None:
-        raise UserInputError(
-            f"Quality-control run {subject.qc_run_id} has flagged all images that run {run_id} has "
-            "labelled. Score them without --exclude-flagged."
-        )
-    if not counts and not subject.vote_options.controls:
-        raise UserInputError(
-            f"Run {run_id} has labelled no image of a treated well whose truth is known. "
-            "Score it without --no-controls."
-        )
-    if not counts:
-        raise UserInputError(
-            f"Run {run_id} has labelled no image whose truth is known. "
-            "Label some with: cellstore predict"
-        )
-    if force:
-        return tuple(sorted(counts))
-    for subset in (Subset.TEST.value, "outside", Subset.VALIDATION.value):
-        if subset in counts:
-            return (subset,)
-    raise UserInputError(
-        f"Run {run_id} has only labelled the {counts[Subset.TRAIN.value]} images that its network "
-        "was trained on; their score tells nothing about new images. Label the test images with "
-        "cellstore predict, or score these anyway with --force."
-    )
-
-
 def score_answers(
     questions: Questions,
     subject: Subject,
@@ -590,18 +583,10 @@ def score_answers(
     counts: Mapping[str, int],
     subsets: tuple[str, ...],
 ) -> ReportResult:
-    """Return the report on ``answers``; ``counts``: labelled images by subset, of all subsets.
-
-    Raises:
-        UserInputError: no image has an answer.
-    """
+    """Return the report on ``answers``; ``counts``: labelled images by subset, of all subsets."""
     run, split, options = subject.run, subject.split, subject.vote_options
     images, cells = answers[HEADLINE], answers["cell", "hard"]
-    if not images.given.unit.size:
-        raise UserInputError(
-            f"No image that run {run.id} has labelled gets a label under these rules. "
-            "Lower --min-cells or --min-margin."
-        )
+    labels, given = images.labels, images.given
     (about,) = questions.ask_ours(ABOUT_RUN, {"split": split.id}).records()
     classes, majority = int(about["classes"]), about["majority"]
     top = classes > TOP and (subject.top_k is None or subject.top_k >= TOP)
@@ -629,14 +614,47 @@ def score_answers(
         part = {key: answers[key].where(mask) for key, mask in masks.items()}
         parts.append(() if every else scores_of(part, majority, top=top))
     baselines = score_rivals(questions, subject, subsets, answers)
-    n_wells = np.unique(images.given.well).size
+    n_wells = np.unique(given.well).size
     beats, against = against_nulls(baselines, subject.baseline, n_wells, split.name)
+
+    # The genes of each label, if labels are compounds; close: the answer is another compound of a
+    # gene of the truth.
     targets: dict[str, set[str]] = defaultdict(set)
-    if split.field == PERTURBATION:  # otherwise the labels are no compounds
+    if split.field == PERTURBATION:
         for name, target in questions.ask_ours(TARGETS).rows():
             targets[name] |= set(target.split(SEPARATOR)) - {""}
-    genes = [frozenset(targets.get(label, ())) for label in images.labels]
-    close = same_target(images, genes)
+    genes = [frozenset(targets.get(label, ())) for label in labels]
+    pairs, pair_of = np.unique(images.truth * len(labels) + images.predicted, return_inverse=True)
+    shared = [
+        truth != predicted and not genes[truth].isdisjoint(genes[predicted])
+        for truth, predicted in (divmod(pair, len(labels)) for pair in pairs.tolist())
+    ]
+    close = np.array(shared, dtype=bool)[pair_of] & ~images.abstained
+
+    of_class = statistics.class_counts(given.truth, given.predicted, len(labels))
+    by_class = []
+    for code, label in enumerate(labels):
+        group = score_group(label, images, close, images.truth == code)
+        predicted = int(of_class.predicted[code])
+        if group.n or predicted or group.abstained:
+            right = group.correct
+            by_class.append(
+                ClassScore(
+                    label=label,
+                    target=SEPARATOR.join(sorted(genes[code])) or None,
+                    support=group.n,
+                    predicted=predicted,
+                    correct=right,
+                    recall=right / group.n if group.n else None,
+                    precision=right / predicted if predicted else None,
+                    f1=float(np.nan_to_num(of_class.f1[code])),
+                    same_target=group.same_target,
+                    wells=group.wells,
+                    low=group.low,
+                    high=group.high,
+                    abstained=group.abstained,
+                )
+            )
     positions = questions.ask_ours(WELLS, [wells.tolist()]).records()
     plates = {row["plate"]: images.plate == row["plate_id"] for row in positions}
     codes: dict[str, list[int]] = defaultdict(list)  # a compound of several genes counts for each
@@ -644,6 +662,53 @@ def score_answers(
         for gene in genes[code]:
             codes[gene].append(code)
     by_gene = {gene: np.isin(images.truth, some) for gene, some in sorted(codes.items())}
+    by_plate, by_target = (
+        tuple(
+            group
+            for name, mask in groups.items()
+            if (group := score_group(name, images, close, mask)).n
+        )
+        for groups in (plates, by_gene)
+    )
+
+    truths = dict(zip(images.well.tolist(), images.truth.tolist(), strict=True))
+    number, right_ones = Counter(given.well.tolist()), Counter(given.well[given.correct].tolist())
+    of_well: dict[int, set[int]] = defaultdict(set)
+    votes = answers["well", "hard"].given
+    for well, code in zip(votes.well.tolist(), votes.predicted.tolist(), strict=True):
+        of_well[well].add(code)
+    seen_wells = set(known.tolist())
+    by_well = tuple(
+        WellScore(
+            plate=row["plate"],
+            well=row["name"],
+            truth=labels[truths[row["id"]]],
+            # Two labels in two subsets of a split are no answer.
+            predicted=labels[min(of_well[row["id"]])] if len(of_well[row["id"]]) == 1 else None,
+            n=number[row["id"]],
+            correct=right_ones[row["id"]],
+            seen=row["id"] in seen_wells,
+        )
+        for row in positions
+    )
+
+    calibration = []
+    for level, vote in (("cell", "hard"), ("image", "soft")):
+        some = answers[level, vote].given
+        if some.unit.size:
+            bins = statistics.calibration(some.confidence, some.correct)
+            calibration += [
+                CalibrationBin(
+                    level,
+                    vote,
+                    low=float(bins.edges[i]),
+                    high=float(bins.edges[i + 1]),
+                    n=int(bins.n[i]),
+                    confidence=float(bins.confidence[i]),
+                    accuracy=float(bins.accuracy[i]),
+                )
+                for i in np.flatnonzero(bins.n)
+            ]
     return ReportResult(
         run_id=run.id,
         train_run_id=run.parent_id,
@@ -671,12 +736,35 @@ def score_answers(
         against_nulls=against,
         unseen=parts[0],
         without_controls=parts[1],
-        by_class=by_class(images, close, genes),
-        by_plate=score_groups(images, close, plates),
-        by_target=score_groups(images, close, by_gene),
-        by_well=by_well(positions, images, answers["well", "hard"], set(known.tolist())),
-        calibration=calibration_of(answers),
+        by_class=tuple(by_class),
+        by_plate=by_plate,
+        by_target=by_target,
+        by_well=by_well,
+        calibration=tuple(calibration),
         vote_options=options,
+    )
+
+
+def score_group(
+    name: str, every: Answers, close: NDArray[np.bool_], mask: NDArray[np.bool_]
+) -> GroupScore:
+    """Return the score of a part of the images; ``close``: another compound of the same gene."""
+    given = mask & ~every.abstained
+    number, right = int(given.sum()), int(every.correct[given].sum())
+    wells = every.well[given]
+    bounds = bootstrap_interval(every.correct[given], wells) if number else None
+    low, high = bounds or (None, None)
+    return GroupScore(
+        name=name,
+        n=number,
+        correct=right,
+        accuracy=right / max(1, number),
+        same_target=int(close[given].sum()),
+        wells=np.unique(wells).size,
+        labels=np.unique(every.truth[given]).size,
+        low=low,
+        high=high,
+        abstained=int(mask.sum()) - number,
     )
 
 
@@ -734,29 +822,6 @@ def scores_of(answers: ByKey, majority: str | None, *, top: bool) -> tuple[Score
             )
         )
     return tuple(found)
-
-
-def calibration_of(answers: ByKey) -> tuple[CalibrationBin, ...]:
-    """Return how often answers of each confidence are right: of cells, and of images (soft)."""
-    bins = []
-    for level, vote in (("cell", "hard"), ("image", "soft")):
-        given = answers[level, vote].given
-        if not given.unit.size:
-            continue
-        found = statistics.calibration(given.confidence, given.correct)
-        bins += [
-            CalibrationBin(
-                level,
-                vote,
-                low=float(found.edges[i]),
-                high=float(found.edges[i + 1]),
-                n=int(found.n[i]),
-                confidence=float(found.confidence[i]),
-                accuracy=float(found.accuracy[i]),
-            )
-            for i in np.flatnonzero(found.n)
-        ]
-    return tuple(bins)
 
 
 # Baselines
@@ -907,125 +972,3 @@ def notes_on(
                 "them."
             )
     return tuple(notes)
-
-
-# Classes, targets, plates and wells
-
-
-def same_target(every: Answers, genes: Sequence[frozenset[str]]) -> NDArray[np.bool_]:
-    """Return (N,): whether the answer is another compound that shares a gene with the truth.
-
-    ``genes``: those of each label, none where it is no compound.
-    """
-    classes = len(every.labels)
-    pairs, pair_of = np.unique(every.truth * classes + every.predicted, return_inverse=True)
-    shared = [
-        truth != predicted and not genes[truth].isdisjoint(genes[predicted])
-        for truth, predicted in (divmod(pair, classes) for pair in pairs.tolist())
-    ]
-    close = np.array(shared, dtype=bool)[pair_of]
-    return close & ~every.abstained
-
-
-def by_class(
-    every: Answers, close: NDArray[np.bool_], genes: Sequence[frozenset[str]]
-) -> tuple[ClassScore, ...]:
-    """Return the score of every label that is true or answered, in order of label."""
-    given, size = every.given, len(every.labels)
-    counts = statistics.class_counts(given.truth, given.predicted, size)
-    abstained = np.bincount(every.truth[every.abstained], minlength=size)
-    same = np.bincount(every.truth[close], minlength=size)
-    found = []
-    for code, label in enumerate(given.labels):
-        if not (counts.support[code] or counts.predicted[code] or abstained[code]):
-            continue
-        low, high, wells = _interval(given, given.truth == code)
-        recall, precision = (
-            None if np.isnan(shares[code]) else float(shares[code])
-            for shares in (counts.recall, counts.precision)
-        )
-        found.append(
-            ClassScore(
-                label=label,
-                target=SEPARATOR.join(sorted(genes[code])) or None,
-                support=int(counts.support[code]),
-                predicted=int(counts.predicted[code]),
-                correct=int(counts.correct[code]),
-                recall=recall,
-                precision=precision,
-                f1=float(np.nan_to_num(counts.f1[code])),
-                same_target=int(same[code]),
-                wells=wells,
-                low=low,
-                high=high,
-                abstained=int(abstained[code]),
-            )
-        )
-    return tuple(found)
-
-
-def score_groups(
-    every: Answers, close: NDArray[np.bool_], masks: Mapping[str, NDArray[np.bool_]]
-) -> tuple[GroupScore, ...]:
-    """Return the scores of parts of the images, each by its name; without those without answer."""
-    found = []
-    for name, mask in masks.items():
-        given = mask & ~every.abstained
-        number = int(given.sum())
-        if not number:
-            continue
-        low, high, wells = _interval(every, given)
-        right = int(every.correct[given].sum())
-        found.append(
-            GroupScore(
-                name=name,
-                n=number,
-                correct=right,
-                accuracy=right / number,
-                same_target=int(close[given].sum()),
-                wells=wells,
-                labels=np.unique(every.truth[given]).size,
-                low=low,
-                high=high,
-                abstained=int(mask.sum()) - number,
-            )
-        )
-    return tuple(found)
-
-
-def by_well(
-    positions: Sequence[Mapping[str, Any]], every: Answers, wells: Answers, seen: set[int]
-) -> tuple[WellScore, ...]:
-    """Return every scored well, in the order of ``positions``: plate, row and column."""
-    given, votes = every.given, wells.given
-    truth = dict(zip(every.well.tolist(), every.truth.tolist(), strict=True))
-    number, right = Counter(given.well.tolist()), Counter(given.well[given.correct].tolist())
-    labels: dict[int, set[int]] = defaultdict(set)
-    for well, code in zip(votes.well.tolist(), votes.predicted.tolist(), strict=True):
-        labels[well].add(code)
-    found = []
-    for row in positions:
-        well = row["id"]
-        # Two labels in two subsets of a split are no answer.
-        answer = every.labels[min(labels[well])] if len(labels[well]) == 1 else None
-        found.append(
-            WellScore(
-                plate=row["plate"],
-                well=row["name"],
-                truth=every.labels[truth[well]],
-                predicted=answer,
-                n=number[well],
-                correct=right[well],
-                seen=well in seen,
-            )
-        )
-    return tuple(found)
-
-
-def _interval(answers: Answers, mask: NDArray[np.bool_]) -> tuple[float | None, float | None, int]:
-    """The bounds of the accuracy of some answers, and the number of their wells."""
-    if not mask.any():
-        return None, None, 0
-    wells = answers.well[mask]
-    found = bootstrap_interval(answers.correct[mask], wells)
-    return (*(found or (None, None)), np.unique(wells).size)

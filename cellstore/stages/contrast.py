@@ -26,11 +26,9 @@ from ..query.cells import (
     as_text,
     cells_query,
     choose_recipes,
-    read_values,
-    recipes_of_set,
+    read_drawn,
     stream_groups,
     trainings_of_features,
-    wells_and_plates,
 )
 from ..query.feature_files import open_set
 from ..settings import need
@@ -171,10 +169,7 @@ def contrast(
     need("train")
     params = params or ContrastParams()
     with workspace.database.read() as session:
-        if params.features is None:
-            segment, measure = choose_recipes(session, segmentation, measurement)
-        else:
-            segment, measure = recipes_of_set(session, params.features, segmentation, measurement)
+        segment, measure = choose_recipes(session, segmentation, measurement, params.features)
         features = open_set(session, workspace.artifacts, measure.id)
         source = CellSource(segment.id, measure.id, plates=params.plates, features=features)
         images = images_of(session, Selection(plates=params.plates))
@@ -382,9 +377,7 @@ class _Comparison:
                 lowest.add(wells, ids)
             drawn = lowest.drawn(even_shares(lowest.kept, most)).values()
             ids = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn]))
-            values = read_values(session, source, ids, columns)
-            places = wells_and_plates(session, ids)
-        return Cells(ids, values, places.wells, places.plates)
+            return Cells(ids, *read_drawn(session, source, ids, columns))
 
     def _compare(self, treated: Cells, control: Cells) -> Contrast | None:
         """Compare the same number of both on each plate that has both.

@@ -64,7 +64,7 @@ from ..query.feature_files import (
     set_of_recipe,
     write_features,
 )
-from ..query.feature_sets import check_set_name
+from ..query.source import check_set_name
 from ..settings import need
 
 if TYPE_CHECKING:

@@ -178,29 +178,22 @@ class Candidate:
         return "/".join(map(str, self.key))
 
 
-@dataclass(frozen=True)
-class NewSplit:
-    """A split before it is written, its members in the order of their keys."""
+Members = Sequence[tuple[Candidate, Subset]]
+"""The members of a split in the order of their keys."""
 
-    name: str
-    protocol: str
-    field: str
-    group_level: GroupLevel
-    seed: int
-    query: str
-    members: tuple[tuple[Candidate, Subset], ...]
-    excluded: dict[str, Any]
-    family: str | None = None
-    fold: int | None = None
 
-    @property
-    def fingerprint(self) -> str:
-        """The SHA-256 of what the split is: its members, their subsets and labels."""
-        digest = hashlib.sha256(repr((self.protocol, self.field, self.seed)).encode())
-        digest.update(self.group_level.value.encode())
-        for item, subset in self.members:
-            digest.update(repr((item.key, item.label, subset.value)).encode())
-        return digest.hexdigest()
+def _new_split(members: Members, **columns: Any) -> tuple[Split, Members]:
+    """Return a split before it is written, and its members.
+
+    Its fingerprint is the SHA-256 of what it is: its members, their subsets and labels.
+    """
+    split = Split(**columns, created_at=datetime.now(UTC))
+    digest = hashlib.sha256(repr((split.protocol, split.field, split.seed)).encode())
+    digest.update(split.group_level.value.encode())
+    for item, subset in members:
+        digest.update(repr((item.key, item.label, subset.value)).encode())
+    split.fingerprint = digest.hexdigest()
+    return split, members
 
 
 def create_split(workspace: Workspace, name: str, params: SplitParams | None = None) -> SplitResult:
@@ -295,14 +288,14 @@ def _create(
         }
         subsets = sorted(assignment.subsets.items())
         new.append(
-            NewSplit(
+            _new_split(
+                tuple((candidates[position], subset) for position, subset in subsets),
                 name=name,
                 protocol=params.protocol,
                 field=params.field,
                 group_level=params.group_level,
                 seed=params.seed,
                 query=as_text(query),
-                members=tuple((candidates[position], subset) for position, subset in subsets),
                 excluded={
                     **excluded,
                     "classes": [
@@ -510,13 +503,22 @@ def import_split(
         .join(Split, Split.id == SplitMember.split_id)
         .where(Split.name == name)
     )
-    new = NewSplit(name, "imported", field, group_level, 0, as_text(query), members, excluded)
+    new = _new_split(
+        members,
+        name=name,
+        protocol="imported",
+        field=field,
+        group_level=group_level,
+        seed=0,
+        query=as_text(query),
+        excluded=excluded,
+    )
     parameters = {
         "protocol": "imported",
         "field": field,
         "group_level": group_level.value,
         "files": dict(tables.digests),
-        "split": new.fingerprint,
+        "split": new[0].fingerprint,
     }
     (result,) = _keep(workspace, [new], RecipeSpec(Stage.SPLIT, IMPORT_VERSION, parameters))
     return result
@@ -626,7 +628,7 @@ def _match_rows(
 
 
 def _keep(
-    workspace: Workspace, new: Sequence[NewSplit], spec: RecipeSpec
+    workspace: Workspace, new: Sequence[tuple[Split, Members]], spec: RecipeSpec
 ) -> tuple[SplitResult, ...]:
     """Write the splits in one run, all or none; those that are there already stay as they are.
 
@@ -634,15 +636,16 @@ def _keep(
         UserInputError: a name is taken by another split, or the database refuses a split that
             has a group in two subsets.
     """
-    names, family = [item.name for item in new], new[0].family
+    names, (first, members) = [split.name for split, _ in new], new[0]
+    family, seed, query = first.family, first.seed, first.query
     with workspace.database.begin() as session:
         known = {s.name: s for s in session.scalars(select(Split).where(Split.name.in_(names)))}
-        for item in new:
-            there = known.get(item.name)
-            mine = (item.fingerprint, item.family)
+        for split, _ in new:
+            there = known.get(split.name)
+            mine = (split.fingerprint, split.family)
             if there is not None and (there.fingerprint, there.family) != mine:
                 raise UserInputError(
-                    f"There is another split {item.name!r} already, and a split never changes. "
+                    f"There is another split {split.name!r} already, and a split never changes. "
                     "Choose another name."
                 )
         # A cross-validation and a split cannot share a name: each is used by it.
@@ -652,22 +655,23 @@ def _keep(
             raise UserInputError(
                 f"There is {what} {family or names[0]!r} already. Choose another name."
             )
-        missing = [item for item in new if item.name not in known]
-        if not missing:
+        made = [name for name in names if name not in known]
+        if not made:
             return tuple(_result(session, known[name]) for name in names)
         recipe = register(session, spec)
-    with running(workspace.database, recipe, seed=new[0].seed, query=new[0].query) as run:
+    with running(workspace.database, recipe, seed=seed, query=query) as run:
         try:
             with workspace.database.begin() as session:
-                for item in missing:
-                    _insert(session, item, recipe)
+                for split, some in new:
+                    if split.name in made:
+                        split.recipe_id = recipe.id
+                        _insert(session, split, some)
         except IntegrityError as error:
             raise UserInputError(
                 "Another program made a split of this name at this moment. Choose another name."
             ) from error
-        made = [item.name for item in missing]
         which = {"split": made[0]} if len(made) == 1 and family is None else {"splits": made}
-        run.result = which | {"images": len(missing[0].members)}
+        run.result = which | {"images": len(members)}
     with workspace.database.read() as session:
         splits = {s.name: s for s in session.scalars(select(Split).where(Split.name.in_(names)))}
         results = [_result(session, splits[name]) for name in names]
@@ -677,27 +681,12 @@ def _keep(
     )
 
 
-def _insert(session: Session, new: NewSplit, recipe: Recipe) -> None:
-    split = Split(
-        name=new.name,
-        recipe_id=recipe.id,
-        protocol=new.protocol,
-        field=new.field,
-        group_level=new.group_level,
-        seed=new.seed,
-        query=new.query,
-        fingerprint=new.fingerprint,
-        excluded=new.excluded,
-        created_at=datetime.now(UTC),
-        frozen_at=None,
-        family=new.family,
-        fold=new.fold,
-    )
+def _insert(session: Session, split: Split, members: Members) -> None:
     session.add(split)
     session.flush()
-    values = sorted({item.label for item, _ in new.members})
-    insert_new(session, Label, [{"field": new.field, "value": value} for value in values])
-    known = select(Label.value, Label.id).where(Label.field == new.field)
+    values = sorted({item.label for item, _ in members})
+    insert_new(session, Label, [{"field": split.field, "value": value} for value in values])
+    known = select(Label.value, Label.id).where(Label.field == split.field)
     ids = dict(session.execute(known).all())
     rows = [
         {
@@ -706,7 +695,7 @@ def _insert(session: Session, new: NewSplit, recipe: Recipe) -> None:
             "subset": subset,
             "label_id": ids[item.label],
         }
-        for item, subset in new.members
+        for item, subset in members
     ]
     insert_new(session, SplitMember, rows)
 

@@ -169,7 +169,8 @@ def train(
 
     """
     need("train")
-    from ..learn.normalising import Scaler
+    from ..learn.normalising import Scaler, fit_inputs
+    from ..learn.trained_models import planes_of
     from ..learn.training import Team, check_device, check_logs
 
     # What to train, and whether it can be done, before anything is written.
@@ -182,8 +183,14 @@ def train(
     check_device(device, params.precision, setup.devices)
     check_logs(setup.logs)
     plan = make_plan(workspace, params, sources, weights_sha256)
-    if unfinished is not None:
-        check_same(unfinished, begun, plan)
+    if unfinished is not None and fingerprint(plan.spec) != begun.fingerprint:
+        now, then = plan.spec.parameters, begun.parameters
+        what = "This cellstore trains in another way than the one that began it"
+        if now.get("feature_files") != then.get("feature_files"):
+            what = f"Feature set {plan.cells.source.features.name!r} has changed since"
+        elif now.get("cells") != then.get("cells"):
+            what = f"The measured cells of split {plan.cells.split.name!r} have changed since"
+        raise UserInputError(f"Run {unfinished.id} cannot be resumed. {what}; train anew.")
 
     team = Team.open(device, params.precision, setup.devices)
     try:
@@ -208,7 +215,18 @@ def train(
             # The scale of what the network reads is fitted once: a training that is resumed keeps
             # what it began with.
             if state is None:
-                scaler = team.of_first(lambda: fit_scaler(workspace, plan))
+                normalise = plan.params.normalise if TABULAR in plan.branches else None
+                by_plate = plan.params.intensity == "plate" and plan.branches != (TABULAR,)
+                planes = planes_of(plan.cells.segment, plan.channels) if by_plate else ()
+
+                def fitted() -> Scaler:
+                    source, database = plan.cells.source, workspace.database
+                    with database.read() as session:
+                        return fit_inputs(
+                            session, database, source, normalise, planes, (plan.validation,)
+                        )
+
+                scaler = team.of_first(fitted)
             else:
                 scaler = Scaler.from_json(state.record["scaler"])
             training = make_training(plan, len(scaler.names), state, setup, team)
@@ -598,24 +616,6 @@ def find_unfinished(
         return run, recipe, params, Sources(split.name, str(segment.id), str(measure.id))
 
 
-def check_same(run: Run, recipe: Recipe, plan: Plan) -> None:
-    """Refuse to resume where a new training would not be the one that was begun.
-
-    Raises:
-        UserInputError: cells or features are not those that the run has read.
-
-    """
-    if fingerprint(plan.spec) == recipe.fingerprint:
-        return
-    now, then = plan.spec.parameters, recipe.parameters
-    what = "This cellstore trains in another way than the one that began it"
-    if now.get("feature_files") != then.get("feature_files"):
-        what = f"Feature set {plan.cells.source.features.name!r} has changed since"
-    elif now.get("cells") != then.get("cells"):
-        what = f"The measured cells of split {plan.cells.split.name!r} have changed since"
-    raise UserInputError(f"Run {run.id} cannot be resumed. {what}; train anew.")
-
-
 def find_earlier(workspace: Workspace, plan: Plan) -> tuple[TrainResult | None, int | None]:
     """Return the finished training of a plan, or an unfinished run that has seen an epoch.
 
@@ -669,19 +669,6 @@ def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
             f"The stored state of run {run_id} is that of another run. Train anew with --force."
         )
     return state
-
-
-def fit_scaler(workspace: Workspace, plan: Plan) -> Scaler:
-    """Fit what features, and intensities by plate, are scaled by."""
-    from ..learn.normalising import fit_inputs
-    from ..learn.trained_models import planes_of
-
-    normalise = plan.params.normalise if TABULAR in plan.branches else None
-    by_plate = plan.params.intensity == "plate" and plan.branches != (TABULAR,)
-    planes = planes_of(plan.cells.segment, plan.channels) if by_plate else ()
-    source, also = plan.cells.source, (plan.validation,)
-    with workspace.database.read() as session:
-        return fit_inputs(session, workspace.database, source, normalise, planes, also)
 
 
 @contextmanager

@@ -32,9 +32,8 @@ from ..query.cells import (
     as_text,
     cells_query,
     list_blocks,
-    read_values,
+    read_drawn,
     stream_groups,
-    wells_and_plates,
 )
 from ..settings import need
 
@@ -315,13 +314,12 @@ class Fitting:
             drawn = lowest.drawn(shares)
             ids = np.sort(np.concatenate(list(drawn.values())))
             label_of = {i: label for label, some in drawn.items() for i in some.tolist()}
-            values = read_values(session, source, ids, scaler.names)
-            known = wells_and_plates(session, ids)
+            values, wells, plates = read_drawn(session, source, ids, scaler.names)
         rows = np.empty(values.shape, dtype=np.float32)
-        for plate in np.unique(known.plates).tolist():
-            on_plate = known.plates == plate
+        for plate in np.unique(plates).tolist():
+            on_plate = plates == plate
             rows[on_plate] = scaler.transform(values[on_plate], plate)
-        return scaler, rows, self._classes([label_of[i] for i in ids.tolist()]), known.wells
+        return scaler, rows, self._classes([label_of[i] for i in ids.tolist()]), wells
 
     def _wells(self) -> dict[int, tuple[int, int, int]]:
         """Label, row and column of the wells of the training images that have cells, by id."""

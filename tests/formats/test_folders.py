@@ -148,7 +148,7 @@ def test_a_pattern_with_a_slash_sees_the_path(tmp_path: Path) -> None:
 )
 def test_patterns_that_cannot_be_used(tmp_path: Path, pattern: str, message: str) -> None:
     with pytest.raises(UserInputError, match=message):
-        read_folder(tmp_path, PATTERN, pattern=pattern)
+        list(read_folder(tmp_path, PATTERN, pattern=pattern))
 
 
 def test_what_a_folder_reader_needs(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_what_a_folder_reader_needs(tmp_path: Path) -> None:
         (tmp_path, "loaddata", "no layout of a folder"),
     ]:
         with pytest.raises(UserInputError, match=message):
-            read_folder(folder, layout)
+            list(read_folder(folder, layout))
 
 
 def test_names_that_are_not_understood_are_refused_one_by_one(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_a_folder_that_may_not_be_entered_is_said(
     scandir = os.scandir
 
     def guarded(folder: Path) -> Any:
-        if folder.name == "closed":
+        if getattr(folder, "name", "") == "closed":
             raise PermissionError(13, "Permission denied")
         return scandir(folder)
 
@@ -450,7 +450,7 @@ def test_every_file_is_in_a_record_or_refused(
     tmp_path_factory: pytest.TempPathFactory, stems: list[str]
 ) -> None:
     folder = tmp_path_factory.mktemp("P")
-    made = {f"{stem}p01-ch{place % 3}.tiff" for place, stem in enumerate(stems)}
+    made = {f"{stem}p01-ch{number % 3}.tiff" for number, stem in enumerate(stems)}
     make(folder, *made)
     items = list(read_folder(folder, PHENIX))
     counts = [len(item.files) if isinstance(item, ImageRecord) else 1 for item in items]

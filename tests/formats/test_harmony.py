@@ -234,7 +234,7 @@ def test_entities_are_refused_before_they_are_read(tmp_path: Path) -> None:
     path = index(tmp_path, [image(1, ChannelName="&b;")], head=LAUGHS)
     assert not is_harmony(path)
     with pytest.raises(BadTableError, match="no Harmony index"):
-        read_harmony(path)
+        list(read_harmony(path))
 
 
 def test_a_cut_index_is_told_with_its_line(tmp_path: Path) -> None:
@@ -254,10 +254,10 @@ def test_an_index_without_images(tmp_path: Path) -> None:
 def test_what_is_no_index(tmp_path: Path, text: str) -> None:
     path = tmp_path / "Index.idx.xml"
     path.write_text(text, encoding="utf-8")
-    for place in (path, tmp_path, tmp_path / "absent"):
-        assert not is_harmony(place)
+    for other in (path, tmp_path, tmp_path / "absent"):
+        assert not is_harmony(other)
         with pytest.raises(BadTableError, match="no Harmony index"):
-            read_harmony(place)
+            list(read_harmony(other))
 
 
 @pytest.mark.parametrize("encoding", ["nonsense", "utf-7", "shift_jis", "utf-16"])
@@ -266,7 +266,7 @@ def test_an_encoding_that_is_not_the_files(tmp_path: Path, encoding: str) -> Non
     path = index(tmp_path, [image(1)], head=head)
     assert not is_harmony(path)
     with pytest.raises(BadTableError, match="no Harmony index"):
-        read_harmony(path)
+        list(read_harmony(path))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
@@ -286,7 +286,7 @@ def test_any_bytes_are_told_from_an_index(tmp_path: Path, junk: bytes, head: byt
     path.write_bytes(head + junk)
     if not is_harmony(path):
         with pytest.raises(BadTableError):
-            read_harmony(path)
+            list(read_harmony(path))
 
 
 @pytest.mark.parametrize("version", [5, 7])

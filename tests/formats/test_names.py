@@ -8,7 +8,7 @@ from cellstore.errors import UserInputError
 from cellstore.io.filenames import (
     COLUMNS,
     ROWS,
-    PhenixName,
+    ImageName,
     core_file_name,
     format_well,
     parse_well,
@@ -87,14 +87,15 @@ def test_wells_off_the_plate_have_no_name(row: int, column: int) -> None:
 
 
 def test_phenix_name_of_the_published_study() -> None:
-    assert core_file_name("r01c02f03p04-ch5sk6fk1fl1.tiff") == PhenixName(
-        core="r01c02f03", row=1, column=2, field=3, plane=4, channel=5, time_point=6
+    assert core_file_name("r01c02f03p04-ch5sk6fk1fl1.tiff") == ImageName(
+        None, 1, 2, 3, 4, 6, "ch5", 5, "r01c02f03"
     )
 
 
 @pytest.mark.parametrize("name", ["r14c07f05", "r14c07f05.tif", "R14C07F05.PNG"])
 def test_core_file_name_alone(name: str) -> None:
-    assert core_file_name(name) == PhenixName("r14c07f05", 14, 7, 5, None, None, None)
+    projection = ImageName(None, 14, 7, 5, channel="projection", core_name="r14c07f05")
+    assert core_file_name(name) == projection
 
 
 @pytest.mark.parametrize(

@@ -381,10 +381,10 @@ def test_csv_and_sqlite_of_the_same_cells_are_the_same(
 def test_a_full_disk_leaves_nothing(
     workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> int:
+    def full(*_: object, **_more: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(feature_files._HashingFile, "write", full)
+    monkeypatch.setattr(feature_files.pq.ParquetWriter, "write_batch", full)
     with pytest.raises(StorageError, match="No space left"):
         ingest(workspace, site(tmp_path, 1, [1]))
     assert set(counts(workspace).values()) == {0}

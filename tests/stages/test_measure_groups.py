@@ -334,11 +334,11 @@ def test_a_dry_run_says_what_each_group_would_do(cells: Bench) -> None:
 
 
 def test_a_disk_that_is_full_breaks_nothing(cells: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> int:
+    def full(*_: Any, **_more: Any) -> int:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_files._HashingFile, "write", full)
+        patch.setattr(feature_files.pq.ParquetWriter, "write_batch", full)
         with pytest.raises(StorageError, match="No space left"):
             measure(cells.workspace, ALL)
     assert cells.count(FeatureFile) == cells.count(CellFeatures) == 0

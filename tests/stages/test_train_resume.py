@@ -22,6 +22,7 @@ from cellstore.enums import ArtifactKind, Stage, Status
 from cellstore.errors import RunCancelledError, StoreError, UnknownNameError, UserInputError
 from cellstore.jobs.runs import files_of
 from cellstore.jobs.workspace import Workspace
+from cellstore.learn import normalising
 from cellstore.models import Cell, Recipe, Run, RunArtifact, RunMetric
 from cellstore.stages import train as train_module
 from cellstore.stages import verify as verifying
@@ -204,7 +205,7 @@ def test_a_training_that_goes_on_keeps_what_was_fitted(
 ) -> None:
     workspace = opened(built)
     run_id = broken_off(workspace)
-    monkeypatch.setattr(train_module, "fit_scaler", lambda *_: pytest.fail("fitted again"))
+    monkeypatch.setattr(normalising, "fit_inputs", lambda *_: pytest.fail("fitted again"))
     assert train(workspace, resume=str(run_id), device="cpu").epochs == PARAMS.epochs
 
 

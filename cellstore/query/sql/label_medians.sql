@@ -1,7 +1,7 @@
 -- The median of the probabilities that the cells of an image, or of a well, gave a label: one row
 -- per predict run, level, unit_id, subset and label (by id), as in label_counts. A cell that does
 -- not have the label among its stored choices gave it 0, so the median of a label that fewer than
--- half of the cells name is 0.
+-- half of the cells name is 0. cells and summed are cells and probability of label_counts.
 WITH totals AS (
     SELECT run_id, level, unit_id, subset, CAST(sum(cells) AS BIGINT) AS n_cells
     FROM label_counts
@@ -45,6 +45,8 @@ SELECT
     c.unit_id,
     c.subset,
     c.label_id,
+    c.cells,
+    c.probability AS summed,
     -- The one or two in the middle, counted from the largest; behind the last given one come zeros.
     (
         coalesce(o.largest[(c.n_cells + 1) // 2], 0) + coalesce(o.largest[c.n_cells // 2 + 1], 0)

@@ -4,23 +4,14 @@
 -- label got: cells, summed probability, or the median. cells and probability: of its hard and its
 -- soft vote. position: its place in the alphabet, from 1. Other columns as in label_counts.
 WITH counted AS (
-    SELECT run_id, level, 'hard' AS vote, unit_id, subset, label_id, cells, probability,
-        CAST(cells AS DOUBLE) AS votes
+    SELECT run_id, level, vote, unit_id, subset, label_id, cells, probability,
+        CASE vote WHEN 'hard' THEN CAST(cells AS DOUBLE) ELSE probability END AS votes
     FROM label_counts
+    CROSS JOIN (SELECT 'hard' AS vote UNION ALL SELECT 'soft' AS vote) AS counts
     UNION ALL
-    SELECT run_id, level, 'soft' AS vote, unit_id, subset, label_id, cells, probability,
-        probability AS votes
-    FROM label_counts
-    UNION ALL
-    SELECT c.run_id, c.level, 'median' AS vote, c.unit_id, c.subset, c.label_id, c.cells,
-        c.probability, m.probability AS votes
-    FROM label_counts AS c
-    JOIN label_medians AS m
-        ON m.run_id = c.run_id
-        AND m.level = c.level
-        AND m.unit_id = c.unit_id
-        AND m.subset IS NOT DISTINCT FROM c.subset
-        AND m.label_id = c.label_id
+    SELECT run_id, level, 'median' AS vote, unit_id, subset, label_id, cells,
+        summed AS probability, probability AS votes
+    FROM label_medians
 )
 SELECT
     c.run_id,

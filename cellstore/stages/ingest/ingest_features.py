@@ -34,7 +34,7 @@ from ...jobs.runs import RecipeSpec, register
 from ...jobs.workspace import Workspace
 from ...models import Artifact, Cell, FeatureFile, FeatureSet, Recipe, RecipeInput, Segmentation
 from ...query.feature_files import FeatureWriter, register_files, stored_values
-from ...query.feature_sets import check_set_name
+from ...query.source import check_set_name
 from .account import Account, Brought, FileIdentity
 from .ingest_images import RowWriter
 
