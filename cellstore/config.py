@@ -389,7 +389,10 @@ class IngestParams(Params):
         metavar="OLD=NEW,...",
     )
     pixel_size: float | None = option(
-        None, "Micrometres per pixel, for images whose files do not say it.", metavar="UM", min=0.0
+        None,
+        "Micrometres per pixel, for images whose files do not say it.",
+        metavar="UM",
+        above=0.0,
     )
     platemap: Path | None = option(
         None, "Which treatment each well got: a table, or a folder of them with --barcodes."

@@ -584,10 +584,12 @@ class Store(AbstractContextManager["Store"]):
         weights: str | Path | None = None,
     ) -> Check:
         """Redo a run beside the store, and compare; see ``report.redo.check``."""
-        from .report.redo import Done, check
+        from .report.redo import check
 
-        def carry_out(workspace: Workspace, options: RunOptions, where: str | None) -> Done:
-            return Done(*_carry_out(Store(workspace), options, where, device))
+        def carry_out(
+            workspace: Workspace, options: RunOptions, where: str | None
+        ) -> tuple[int | None, tuple[tuple[str, str], ...]]:
+            return _carry_out(Store(workspace), options, where, device)
 
         path = None if weights is None else Path(weights)
         return check(self.workspace, run, carry_out, images=images, weights=path)

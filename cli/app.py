@@ -13,10 +13,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, is_dataclass
-from enum import StrEnum
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -90,11 +89,7 @@ class Commands(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands: dict[str, Any] = dict.fromkeys(MODULES)  # names only; for suggestions
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of the commands."""
-        return list(MODULES)
+        self.commands: dict[str, Any] = dict.fromkeys(MODULES)  # names only, in this order
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command; ``None``: there is none of that name."""
@@ -338,11 +333,6 @@ class Sectioned(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options."""
-        for title, records in self._sections(ctx):
-            with formatter.section(title):
-                formatter.write_dl(records)
-
-    def _sections(self, ctx: Any) -> Iterator[tuple[str, list[Any]]]:
         params = self.get_params(ctx)
         sections = {getattr(p, "rich_help_panel", None) for p in params} - {None}
         parts: dict[str, list[Any]] = {title: [] for title in ("Arguments", "Options", *SECTIONS)}
@@ -353,19 +343,16 @@ class Sectioned(TyperCommand):
         for title, members in parts.items():
             records = [record for p in members if (record := p.get_help_record(ctx)) is not None]
             if records:
-                yield title, records
-
-
-class Device(StrEnum):
-    """Where a network runs."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
 # Options of several commands.
-DEVICE = option(Device.AUTO, "Where the network runs; auto takes a GPU if it can.")
+DEVICE = option(
+    "auto",
+    "Where the network runs; auto takes a GPU if it can.",
+    choices=("auto", "cpu", "cuda"),
+)
 SEGMENTATION = option_of(Sources, "segmentation")
 MEASUREMENT = option_of(Sources, "measurement")
 DRY_RUN = option(False, "Only say how many images there are to do, and how long.")

@@ -11,7 +11,7 @@ from cellstore.config import option
 from cellstore.errors import UserInputError
 
 from . import output
-from .app import DEVICE, HTML, Common, Device, command
+from .app import DEVICE, HTML, Common, command
 from .output import say
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def repro(
         "With --check: the file of weights that the run began from, where the store does "
         "not hold it.",
     ),
-    device: Device = DEVICE,
+    device: str = DEVICE,
 ) -> None:
     """Print the commands and versions that redo a run, or redo it and compare.
 
@@ -126,7 +126,7 @@ def repro(
         raise UserInputError("--images and --weights are options of --check: add it.")
     with common.open(quiet=not check) as store:
         if check:
-            found = store.check_run(run, images=images, device=device.value, weights=weights)
+            found = store.check_run(run, images=images, device=device, weights=weights)
         else:
             script = store.repro(run)
     if check:

@@ -29,7 +29,6 @@ from .app import (
     SEGMENTATION,
     WEIGHTS_DIR,
     Common,
-    Device,
     command,
 )
 from .output import say
@@ -62,7 +61,7 @@ def segment(
     preview_dir: Path = option(PREVIEW_FOLDER, "Where --preview puts its pictures.", metavar="DIR"),
     dry_run: bool = DRY_RUN,
     weights_dir: Path | None = WEIGHTS_DIR,
-    device: Device = DEVICE,
+    device: str = DEVICE,
 ) -> None:
     """Find the cells in every image, with Cellpose.
 
@@ -92,14 +91,14 @@ def segment(
                 count=preview,
                 folder=preview_dir,
                 weights_dir=weights_dir,
-                device=device.value,
+                device=device,
             )
         else:
             result = store.segment(
                 params,
                 selection,
                 weights_dir=weights_dir,
-                device=device.value,
+                device=device,
                 resources=resources,
                 dry_run=dry_run,
             )
@@ -429,7 +428,7 @@ def finetune(
         None, "The plate of the masks, where several have images of these names.", metavar="BARCODE"
     ),
     weights_dir: Path | None = WEIGHTS_DIR,
-    device: Device = DEVICE,
+    device: str = DEVICE,
 ) -> None:
     """Teach a Cellpose network with masks that you corrected.
 
@@ -443,9 +442,7 @@ def finetune(
       cellstore finetune --masks corrected/ --model cyto3 --channels RNA --nuclei DNA
     """
     with common.open() as store:
-        result = store.finetune(
-            masks, params, plate=plate, weights_dir=weights_dir, device=device.value
-        )
+        result = store.finetune(masks, params, plate=plate, weights_dir=weights_dir, device=device)
     common.show(result, _show_finetune)
 
 

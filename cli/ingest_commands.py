@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cellstore.config import IngestParams, Selection
+from cellstore.config import IngestParams, Selection, option
 from cellstore.enums import Severity
 from cellstore.errors import UserInputError
 
@@ -43,9 +43,7 @@ def ingest(
     ],
     params: IngestParams,
     common: Common,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what each file would become.")
-    ] = False,
+    dry_run: bool = option(False, "Only show what each file would become."),
 ) -> None:
     """Ingest images, treatments, features or masks, however they were exported.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,16 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-class JobStage(StrEnum):
-    """The stages that go image by image."""
-
-    SEGMENT = "segment"
-    MEASURE = "measure"
-    QC = "qc"
-    PREDICT = "predict"
-
-
-STAGE = option(None, "Only jobs of this stage.")
+STAGE = option(None, "Only jobs of this stage.", choices=("segment", "measure", "qc", "predict"))
 
 
 @command(app, "status")
@@ -105,7 +95,7 @@ def jobs(
     failed: bool = option(False, "List the images that failed, and why."),
     running: bool = option(False, "List what is being worked on, and by whom."),
     pending: bool = option(False, "List what is open."),
-    stage: JobStage | None = STAGE,
+    stage: str | None = STAGE,
     recipe: str | None = option(
         None, "Only jobs of this recipe: number or start of the fingerprint.", metavar="RECIPE"
     ),
@@ -130,7 +120,7 @@ def jobs(
     state = chosen[0] if chosen else None
     with common.open(quiet=True) as store:
         result = store.jobs(
-            stage=stage.value if stage else None,
+            stage=stage,
             status=state,
             recipe=recipe,
             limit=limit if state or common.as_json else 0,
@@ -187,7 +177,7 @@ def _show_jobs(result: JobsList, state: str, *, traceback: bool) -> None:
 @command(app, "retry")
 def retry(
     common: Common,
-    stage: JobStage | None = STAGE,
+    stage: str | None = STAGE,
     run: str | None = option(None, "Only what failed in this run.", metavar="RUN"),
     image: str | None = option(
         None, "Only this image: core file name, PLATE/WELL/SITE, file name or id.", metavar="IMAGE"
@@ -203,7 +193,7 @@ def retry(
       cellstore retry --stage segment --image P1/A01/2
     """
     with common.open(quiet=True) as store:
-        result = store.retry(stage=stage.value if stage else None, run=run, image=image)
+        result = store.retry(stage=stage, run=run, image=image)
     if common.as_json:
         output.print_json(result)
     elif not result.jobs:

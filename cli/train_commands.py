@@ -31,7 +31,6 @@ from .app import (
     PRESET,
     SEGMENTATION,
     Common,
-    Device,
     command,
 )
 from .image_commands import end_with_failures, list_failures
@@ -90,7 +89,7 @@ def train(
     no_predict: bool = option(
         False, "With --baseline: do not label the test images.", section=BASELINES
     ),
-    device: Device = DEVICE,
+    device: str = DEVICE,
 ) -> None:
     """Train a network on the training images of a split.
 
@@ -137,7 +136,7 @@ def train(
         result = store.train(
             params,
             **asdict(sources),
-            device=device.value,
+            device=device,
             setup=setup,
             force=force,
             resume=resume,
@@ -169,13 +168,13 @@ def _show_presets() -> None:
     output.table(["option", "default", *PRESETS], rows)
 
 
-def _say_processors(device: Device, devices: int) -> None:
+def _say_processors(device: str, devices: int) -> None:
     """Say that several devices are processes on a CPU, before they begin."""
     if devices == 1 or "LOCAL_RANK" in os.environ:  # set by the first process, or a launcher
         return
     from cellstore.analysis.segmentation import pick_device
 
-    if pick_device(device.value).type == "cpu":
+    if pick_device(device).type == "cpu":
         say(f"No GPU is used: {devices} processes share the CPU. One may be as fast.")
 
 
@@ -305,7 +304,7 @@ def predict(
     params: PredictParams,
     common: Common,
     run: str = option("latest", "The train run, by number, or 'latest'.", metavar="RUN"),
-    device: Device = DEVICE,
+    device: str = DEVICE,
 ) -> None:
     """Label every cell of some images with a trained network or baseline.
 
@@ -319,7 +318,7 @@ def predict(
       cellstore predict --subset all --where "perturbation = 'DMSO'" --all-probabilities
     """
     with common.open() as store:
-        result = store.predict(params, run=run, device=device.value)
+        result = store.predict(params, run=run, device=device)
     if common.as_json:
         output.print_json(result)
     else:

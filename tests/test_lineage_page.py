@@ -60,8 +60,9 @@ class Page(HTMLParser):
 
 
 def test_every_audit_has_a_page_that_needs_nothing_else(
-    workspace: Workspace, tmp_path: Path
+    sqlite_workspace: Workspace, tmp_path: Path
 ) -> None:
+    workspace = sqlite_workspace
     screen = small_screen(workspace)
     audits = {
         "image": audit_image(workspace, "BR1/B01/1"),
@@ -100,9 +101,9 @@ def test_names_are_text_and_nothing_else(
     assert plain(name) in page.text
 
 
-def test_what_led_to_a_label(workspace: Workspace) -> None:
-    screen = small_screen(workspace)
-    graph = lineage_of(audit_image(workspace, "BR1/B01/1"))
+def test_what_led_to_a_label(sqlite_workspace: Workspace) -> None:
+    screen = small_screen(sqlite_workspace)
+    graph = lineage_of(audit_image(sqlite_workspace, "BR1/B01/1"))
     above: set[str] = set()
     level = {f"label {screen.predict_run.id}"}
     while level:

@@ -25,8 +25,6 @@ from cellstore.report.redo import (
     IDENTICAL,
     IMPOSSIBLE,
     Check,
-    Differences,
-    Done,
     Wanted,
     check,
     scratch_store,
@@ -56,7 +54,7 @@ def labelled_screen(workspace: Workspace) -> SmallScreen:
 def by_hand(screen: SmallScreen, change: Callable[[float], float] = lambda p: p) -> Any:
     """What labels cells as ``VOTES`` has them, with other probabilities if need be."""
 
-    def carry_out(redone: Workspace, options: RunOptions, where: str | None) -> Done:
+    def carry_out(redone: Workspace, options: RunOptions, where: str | None) -> Any:
         assert isinstance(options.params, PredictParams)
         assert options.inputs["run"] == str(screen.train_run.id)
         with redone.database.begin() as session:
@@ -85,7 +83,7 @@ def by_hand(screen: SmallScreen, change: Callable[[float], float] = lambda p: p)
                 insert(table),
                 [{"run_id": new.id, **dict(zip(names, row, strict=True))} for row in rows],
             )
-        return Done(new.id)
+        return new.id, ()
 
     return carry_out
 
@@ -99,7 +97,7 @@ def test_the_same_numbers_are_identical_and_nothing_is_written(workspace: Worksp
     before = everything(workspace)
     found = outcome(workspace, screen, lambda p: p)
     assert (found.outcome, found.compared, found.differ) == (IDENTICAL, 16, 0)
-    assert (found.largest, found.differences) == (0.0, ())
+    assert (found.largest, found.differences) == (0.0, [])
     assert everything(workspace) == before
 
 
@@ -117,11 +115,11 @@ def test_numbers_within_and_outside_the_tolerance(workspace: Workspace) -> None:
 def test_why_a_run_cannot_be_redone(workspace: Workspace) -> None:
     screen = labelled_screen(workspace)
 
-    def gone(*_: Any) -> Done:
+    def gone(*_: Any) -> Any:
         raise ImageError("a.tiff cannot be opened. Put it back.")
 
-    def failed(*_: Any) -> Done:
-        return Done(None, (("BR1/r02c01f01", "no pixels"),))
+    def failed(*_: Any) -> Any:
+        return None, (("BR1/r02c01f01", "no pixels"),)
 
     found = check(workspace, str(screen.predict_run.id), gone)
     assert (found.outcome, found.reasons[0]) == (
@@ -194,10 +192,10 @@ def test_the_environment_does_not_lead_a_redo_to_the_real_database(
 def test_two_series_are_compared_by_key() -> None:
     old = [(1, "a", None), (3, "b", None), (4, "c", None)]
     new = [(2, "x", None), (3, "y", None), (4, "c", None)]
-    found = Differences("texts", 0.0)
+    found = Check(1, "predict")
     found.count_all("thing {}", old, new)
     assert (found.compared, found.differ) == (4, 3)
-    assert found.first == [
+    assert found.differences == [
         "thing 1: a before, nothing now",
         "thing 2: nothing before, x now",
         "thing 3: b before, y now",
@@ -206,7 +204,7 @@ def test_two_series_are_compared_by_key() -> None:
 
 def test_numbers_that_are_none() -> None:
     nan = float("nan")
-    found = Differences("numbers", 1e-4)
+    found = Check(1, "predict", tolerance=1e-4)
     for then, now in ((nan, nan), (1.0, nan), (None, 1.0), (1.0, float("inf"))):
         found.count("x", (1, "", then), (1, "", now))
     assert (found.compared, found.differ) == (4, 3)

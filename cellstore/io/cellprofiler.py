@@ -118,7 +118,12 @@ def table_name(written: str) -> str:
 def object_columns(written: str, columns: Sequence[str]) -> ObjectColumns | None:
     """Sort the columns of a table; None where it has no row per object."""
     name = table_name(written)
-    number = _object_number(name, columns)
+    owners = ("", f"{name}_", *(f"{role}_" for role in COMPARTMENTS))
+    numbers = [
+        *(OBJECT_NUMBER, f"{name}_{OBJECT_NUMBER}"),
+        *(owner + number for owner in owners for number in (OBJECT_NUMBER, _NUMBER)),
+    ]
+    number = next((column for column in numbers if column in columns), None)
     if name.lower() in _NOT_OBJECTS or number is None or IMAGE_NUMBER not in columns:
         return None
     features: dict[str, str] = {}
@@ -178,25 +183,11 @@ def choose_tables(tables: Sequence[ObjectColumns], where: str) -> tuple[list[Obj
     if len(sets) > 1 or len({table.role for table in chosen}) < len(chosen):
         names = ", ".join(table.name for table in chosen)
         raise BadTableError(
-            f"{where} has several sets of objects ({names}). Keep one, and move the others away."
+            f"{where} has several sets of objects ({names}). Move all but one to another folder."
         )
-    left = [table.name for table in tables if table not in chosen]
-    note = (
-        f"tables not used, because they do not describe the cells: {', '.join(left)}"
-        if left
-        else ""
-    )
+    unused = ", ".join(table.name for table in tables if table not in chosen)
+    note = unused and f"tables not used, because they do not describe the cells: {unused}"
     return sorted(chosen, key=lambda table: [*COMPARTMENTS, table.role].index(table.role)), note
-
-
-def _object_number(table: str, columns: Iterable[str]) -> str | None:
-    present = set(columns)
-    owners = ("", f"{table}_", *(f"{role}_" for role in COMPARTMENTS))
-    names = [
-        *(OBJECT_NUMBER, f"{table}_{OBJECT_NUMBER}"),
-        *(owner + number for owner in owners for number in (OBJECT_NUMBER, _NUMBER)),
-    ]
-    return next((name for name in names if name in present), None)
 
 
 # ---- Which image a row of an image table is ----
@@ -227,28 +218,21 @@ def about_image(column: str) -> str | None:
     return plain if is_needed(plain) or plain.startswith(METADATA) else None
 
 
-def channels_of(columns: Iterable[str]) -> tuple[str, ...]:
-    """Return the channels that ``FileName_*`` columns name; flat fields and drawings are none.
-
-    Where there are ``FileName_Orig*`` columns, only these are images.
-    """
-    named = [name.removeprefix(FILE) for name in columns if name.startswith(FILE)]
-    images = [name for name in named if not _DRAWN.search(name)]
-    return tuple([name for name in images if name.startswith(ORIGINAL)] or images)
-
-
 def image_record(
     line: int,
     values: Mapping[str, str | None],
-    channels: Sequence[str],
     plate: str | None = None,
     folder: str | None = None,
 ) -> ImageRecord | Refusal:
     """Return the image of one row; ``values`` by column without ``Image_``.
 
-    What the columns say goes before what the file names say, and that before the name of the
-    ``folder`` of the table (``<plate>-<well>-<site>``).
+    Channels are the columns ``FileName_*``, or ``FileName_Orig*`` where there are such columns;
+    flat fields and drawings are none. What the columns say goes before what the file names say,
+    and that before the name of the ``folder`` of the table (``<plate>-<well>-<site>``).
     """
+    channels = [name.removeprefix(FILE) for name in values if name.startswith(FILE)]
+    channels = [name for name in channels if not _DRAWN.search(name)]
+    channels = [name for name in channels if name.startswith(ORIGINAL)] or channels
     stripped = {name: (text or "").strip() for name, text in values.items()}
     texts = {name: text for name, text in stripped.items() if text not in _NO_VALUE}
     try:
@@ -315,7 +299,7 @@ def _record(
 
 
 class _Named(NamedTuple):
-    """What names say; ``scan`` is a number of the instrument, the plate if nothing else is."""
+    """Parts of names; ``scan`` is a number of the instrument, the plate if nothing else is."""
 
     well: tuple[int, int] | None = None
     site: int | None = None
@@ -326,12 +310,10 @@ class _Named(NamedTuple):
 
 def _from_names(files: Sequence[FileRef], folder: str | None) -> _Named:
     for file in files:
-        phenix = core_file_name(file.name)
-        if phenix is not None:
+        if phenix := core_file_name(file.name):
             return _Named((phenix.row, phenix.column), phenix.site, phenix.core_name)
     for file in files:
-        name = cellomics_name(file.name) or wellsite_name(file.name)
-        if name is not None:
+        if name := cellomics_name(file.name) or wellsite_name(file.name):
             return _Named((name.row, name.column), name.site, scan=name.plate)
     if match := _SITE_FOLDER.fullmatch(folder or ""):
         with suppress(UserInputError):
@@ -455,7 +437,7 @@ def _join(source: ObjectSource, tables: Sequence[TableKeys]) -> list[Integers]:
         rows = {other: chosen[kept] for other, chosen in rows.items()}
         rows[at] = usable[at][order[found[kept]]] if len(keys) else usable[at][:0]
     first = first_of_each(rows[0])
-    refuse(base, rows[base_at][~first], "duplicate key", "its cell has a row already")
+    refuse(base, rows[base_at][~first], "duplicate key", "an earlier row is the same cell")
     rows = {at: chosen[first] for at, chosen in rows.items()}
     for at, table in enumerate(tables):
         if at != base_at:

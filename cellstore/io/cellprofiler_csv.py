@@ -30,7 +30,6 @@ from .cellprofiler import (
     TableKeys,
     about_image,
     add_cells,
-    channels_of,
     choose_tables,
     feature_name,
     image_record,
@@ -166,7 +165,6 @@ def _add_images(
     for at, name in enumerate(file.columns):
         if plain := about_image(name):
             needed.setdefault(plain, at)
-    channels = channels_of(needed)
     number_at = file.columns.index(IMAGE_NUMBER)
     rows = 0
     for row in file.table.rows():
@@ -176,7 +174,7 @@ def _add_images(
             continue
         values = {name: row.cells[at] for name, at in needed.items()}
         number = int(whole_numbers(pa.array([row.cells[number_at]]))[0])
-        record = image_record(row.line, values, channels, plate, folder)
+        record = image_record(row.line, values, plate, folder)
         images.add(file.name, row.line, file.folder, number, record)
     source.files.append(SourceFile(file.name, file.table.path, rows))
     if rows == 0:

@@ -26,7 +26,6 @@ from .cellprofiler import (
     TableKeys,
     about_image,
     add_cells,
-    channels_of,
     choose_tables,
     image_record,
     object_columns,
@@ -221,14 +220,13 @@ def _add_sqlite_images(
     listed = ["rowid", f"CAST({group} AS TEXT)", _quoted(IMAGE_NUMBER)]
     listed += [f"CAST({_quoted(column)} AS TEXT)" for column in needed]
     query = f"SELECT {', '.join(listed)} FROM {_quoted(name)} ORDER BY rowid"  # noqa: S608
-    channels = channels_of(needed.values())
     groups: dict[str | None, int] = {}
     file = f"{path.name}:{name}"
     with _sqlite(path) as db:
         for line, code, number, *values in db.execute(query):
             whole = number if isinstance(number, int) else UNKNOWN
             by_name = dict(zip(needed.values(), values, strict=True))
-            record = image_record(line, by_name, channels, plate)
+            record = image_record(line, by_name, plate)
             images.add(file, line, groups.setdefault(code, len(groups)), whole, record)
     source.files.append(SourceFile(file, path, len(source.images)))
     return groups

@@ -1,4 +1,4 @@
-"""What a source is, told from its content: a table of images, plate maps, features, a folder."""
+"""Recognises a source by its content: a table of images, plate maps, features, a folder."""
 
 from __future__ import annotations
 

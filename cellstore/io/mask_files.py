@@ -62,7 +62,7 @@ class MaskFile(NamedTuple):
 
 
 class MaskFolder:
-    """The files of masks below a folder, found anew each time they are asked for.
+    """The files of masks below a folder, found again for each iteration.
 
     Where files are named like masks (``_cp_masks``, ``_label``, ``_MaskNuclei``, ...) only those
     are: the others are the images. Else every file is a mask, named like its image.
@@ -120,7 +120,7 @@ def mask_files(paths: Sequence[Path]) -> Iterator[MaskFile]:
 
 
 def _folders(root: Path) -> Iterator[list[Path]]:
-    """Yield the files that may be masks, folder by folder; links out of ``root`` are left out."""
+    """Yield the files that may be masks, folder by folder; links out of ``root`` are excluded."""
     for folder, below, names in os.walk(root):
         below.sort()
         paths = [Path(folder) / name for name in sorted(names)]
@@ -178,16 +178,15 @@ def read_labels(path: Path, *, binary: bool = False) -> NDArray[np.uint32]:
     if is_one_value and (labels.dtype == np.bool_ or values.flat[0] in _WHITE):
         raise ImageError(black_and_white(path.name))
     if values.size and values.max() > _MAX_LABEL:
-        raise ImageError(f"{path.name} has labels above {_MAX_LABEL}. Number its objects anew.")
+        raise ImageError(f"{path.name} has labels above {_MAX_LABEL}. Number its objects from 1.")
     return labels.astype(np.uint32)
 
 
 def black_and_white(name: str) -> str:
-    """Return the sentence for a mask that does not tell one object from the next."""
+    """Return the sentence for a mask that does not number its objects."""
     return (
-        f"{name} is black and white: it is not a label image, and touching objects cannot be told "
-        "apart. Export the objects as labels, or take each connected part for one object with "
-        "--binary-masks."
+        f"{name} is black and white: it is not a label image, and touching objects look like one. "
+        "Export the objects as labels, or use --binary-masks: each connected part is one object."
     )
 
 
@@ -202,7 +201,9 @@ def _read_image(path: Path) -> NDArray[Any]:
         return decode_tiff(path)
     width, height = struct.unpack(">II", data[16:24]) if len(data) > 24 else (0, 0)
     if width * height > _MAX_PIXELS:
-        raise ImageError(f"{path.name} claims {height}x{width} pixels, which cannot be.")
+        raise ImageError(
+            f"{path.name} claims {height}x{width} pixels, which is too many. Export it again."
+        )
     try:
         return np.asarray(imagecodecs.png_decode(data))
     except Exception as error:  # imagecodecs has a class of its own for each codec
@@ -215,8 +216,8 @@ def _read_npy(path: Path) -> NDArray[Any]:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError) as error:
         raise ImageError(
-            f"{path.name} is not a plain array. Of Cellpose's _seg.npy (a Python pickle, which is "
-            "not opened) save the masks as TIFF: cellpose.io.save_masks(..., tif=True)."
+            f"{path.name} is not a plain array. Cellpose's _seg.npy is a Python pickle, which is "
+            "never opened. Save its masks as TIFF: cellpose.io.save_masks(..., tif=True)."
         ) from error
     if not isinstance(mapped, np.ndarray):  # an archive of several arrays
         raise ImageError(f"{path.name} holds several arrays. Save the masks as TIFF or one array.")
@@ -231,7 +232,7 @@ def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[Any]:
         array = array[:, :, 0]
     if array.ndim == 3 and array.shape[2] <= 4:
         raise ImageError(
-            f"{path.name} is in colour, which is a picture of masks and no label image. "
+            f"{path.name} is in colour: it is a picture of masks, not a label image. "
             "Export the labels themselves, as 16-bit TIFF or PNG."
         )
     if array.ndim != 2:
@@ -247,6 +248,7 @@ def _whole_numbers(path: Path, array: NDArray[Any]) -> NDArray[Any]:
         raise ImageError(f"{path.name} has labels below 0. Objects are numbered from 1.")
     if array.dtype.kind == "f" and (array != np.trunc(array)).any():
         raise ImageError(
-            f"{path.name} holds fractions, which are no labels. Is it a picture or a probability?"
+            f"{path.name} holds fractions, and labels are whole numbers. Give the label image, not "
+            "an image of intensities or probabilities."
         )
     return array

@@ -1,7 +1,7 @@
 """Plate maps: which treatment each well of a plate got, by the tables that laboratories publish.
 
-A plate map names the sample of each well (``broad_sample``), a treatment table says what the
-samples are, a table of barcodes which plate uses which map. JUMP's tables of a data set describe
+A plate map names the sample of each well (``broad_sample``), a treatment table describes
+the samples, a table of barcodes names the map of each plate. JUMP's tables of a data set describe
 its plates, its CRISPR reagents and its controls.
 """
 
@@ -508,7 +508,7 @@ def read_annotation(
             if name in maps:
                 raise BadTableError(
                     f"{maps[name].path.name} and {path.name} both hold the plate map {name}. "
-                    "Remove the one that is not meant."
+                    "Remove one of them."
                 )
             maps[name] = PlateMap(name, path)
             issues += [(path, refusal) for refusal in _fill(maps[name], rows, tables)]
@@ -519,7 +519,7 @@ def read_annotation(
     plates = _read_barcodes(barcodes, maps, issues) if barcodes else None
     if plates is None and len(maps) != 1:
         raise BadTableError(
-            f"{platemap} holds {len(maps)} plate maps. Say which plate uses which with a "
+            f"{platemap} holds {len(maps)} plate maps. Name the map of each plate in a "
             "barcode_platemap.csv (Assay_Plate_Barcode, Plate_Map_Name), or give one map."
         )
     files = (*treatments, *paths, *([barcodes] if barcodes else []))

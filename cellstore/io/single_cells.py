@@ -19,7 +19,6 @@ from .cellprofiler import (
     COMPARTMENTS,
     ROWS,
     WELLS,
-    channels_of,
     image_record,
     is_feature,
     is_needed,
@@ -230,8 +229,7 @@ def _find_cells(
                     known[key] = len(source.images), others
                     by_name = {plain: texts[name] for plain, name in columns.image.items()}
                     by_name |= dict(zip(columns.others, others, strict=True))
-                    channels = channels_of(by_name)
-                    content = image_record(int(lines[row]), by_name, channels, plate)
+                    content = image_record(int(lines[row]), by_name, plate)
                     source.images.append((path.name, content))
                 index, before = known[key]
                 # The cells of an image may begin in the batch before.
@@ -432,6 +430,6 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise BadTableError(
-            f"{path} is damaged, or has values of an odd kind ({first_line(error)}). "
-            "Export it again."
+            f"{path} is damaged, or has values of a type that cellstore does not read "
+            f"({first_line(error)}). Export it again."
         ) from error

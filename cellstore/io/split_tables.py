@@ -1,10 +1,10 @@
 """Split tables of others: which compounds, wells or images train, validate and test.
 
-A table with a column ``split`` says which part each row is in; what it splits may be images (plate,
+A table with a column ``split`` names the subset of each row; what it splits may be images (plate,
 well, site), wells (plate, well) or treatments (``broad_sample``, or ``pert_iname``). JUMP-CP's
 ``datasplits`` have a column for each sort of treatment (ORF, CRISPR, Compound), or name treatments
-together with the cell line and time point of their plates: which plates those are, a second table
-without a column ``split`` says, which is joined by all columns that both have.
+together with the cell line and time point of their plates: a second table
+without a column ``split`` names these plates. It is joined by all columns that both have.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def read_split_tables(paths: Sequence[Path]) -> SplitTables:
     """Read split tables, joined with the tables among ``paths`` that have no column ``split``.
 
     Raises:
-        BadTableError: no table has a column ``split``; one says nothing of what it splits; two
+        BadTableError: no table has a column ``split``; one does not name what it splits; two
             have no column in common.
         UserInputError: a file cannot be read.
     """
@@ -182,7 +182,7 @@ def _split_rows(table: _Table) -> Iterator[SplitRow | Refusal]:
         written = values.pop("split") or ""
         subset = SUBSETS.get(written.casefold())
         if subset is None:
-            detail = f"line {line}: {written!r} is not train, validation, test"
+            detail = f"line {line}: {written!r} is none of train, validation, test"
             yield Refusal(line, "unknown subset", detail)
             continue
         try:

@@ -293,15 +293,8 @@ class _ArrowReader:
     def __init__(
         self, table: TextTable, positions: Sequence[int], numbers: Collection[int]
     ) -> None:
-        from pyarrow import csv as arrow_csv
-
-        self._csv = arrow_csv
-        self._table = table
-        self._positions = positions
-        self._parse = arrow_csv.ParseOptions(delimiter=table.delimiter)
-        self._typed = self._convert(frozenset(numbers))
-        self._texts = self._convert(frozenset())
-        # The header again, or a part of another file: these are for the splitter to tell.
+        self._table, self._positions, self._numbers = table, positions, frozenset(numbers)
+        # The header again, or a part of another file: these are for the splitter.
         first = {name for header in table.headers for name in (header[0], header[0].strip())}
         self._headers = [start for name in first if name for start in (name, f'"{name}"')]
 
@@ -309,60 +302,55 @@ class _ArrowReader:
         """Return the columns of ``block``; None where a line of it is not just one row."""
         import numpy as np
         import pyarrow as pa
+        from pyarrow import csv as arrow_csv
 
-        if not self._is_plain(block):
-            return None
-        data = pa.py_buffer(block.encode())
-        read = self._csv.ReadOptions(
-            column_names=[str(at) for at in range(len(self._table.columns))],
-            use_threads=False,
-            block_size=data.size + 1,
-        )
-        options = {"read_options": read, "parse_options": self._parse}
-        try:
-            found = self._csv.read_csv(data, convert_options=self._typed, **options)
-        except pa.ArrowInvalid:
-            try:
-                found = self._csv.read_csv(data, convert_options=self._texts, **options)
-            except pa.ArrowInvalid:
-                return None
-            self._typed = self._texts
-        # Counting bytes is several times as fast as counting letters.
-        lines = np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n"))
-        if found.num_rows != lines + (not block.endswith("\n")):
-            return None
-        return [column.chunk(0) for column in found.columns]
-
-    def _is_plain(self, block: str) -> bool:
-        """Whether pyarrow reads ``block`` as we do, if each of its lines is a row."""
+        columns, delimiter = self._table.columns, self._table.delimiter
         if (
-            len(self._table.columns) < 2
+            len(columns) < 2
             or "\0" in block
             or _BOM in block
             or ("\r" in block and block.count("\r") != block.count("\r\n"))
             or any(block.startswith(name) or f"\n{name}" in block for name in self._headers)
         ):
-            return False
+            return None
         last = block[block.rfind("\n", 0, len(block) - 2) + 1 :]
-        if '"' not in last:
-            return True  # else a quote may go on into the next block
-        try:
-            next(csv.reader([last], delimiter=self._table.delimiter, strict=True))
-        except csv.Error:
-            return False
-        return True
-
-    def _convert(self, numbers: frozenset[int]) -> Any:
-        import pyarrow as pa
-
-        return self._csv.ConvertOptions(
-            column_types={
+        if '"' in last:  # it may be open, and go on in the next block
+            try:
+                next(csv.reader([last], delimiter=delimiter, strict=True))
+            except csv.Error:
+                return None
+        data = pa.py_buffer(block.encode())
+        names = [str(at) for at in range(len(columns))]
+        wanted = [str(at) for at in self._positions]
+        for numbers in (self._numbers, frozenset[int]()):
+            types = {
                 str(at): pa.float64() if at in numbers else pa.string() for at in self._positions
-            },
-            null_values=list(MISSING_NUMBERS),
-            strings_can_be_null=False,
-            include_columns=[str(at) for at in self._positions],
-        )
+            }
+            try:
+                found = arrow_csv.read_csv(
+                    data,
+                    arrow_csv.ReadOptions(
+                        column_names=names, use_threads=False, block_size=data.size + 1
+                    ),
+                    arrow_csv.ParseOptions(delimiter=delimiter),
+                    arrow_csv.ConvertOptions(
+                        column_types=types,
+                        null_values=list(MISSING_NUMBERS),
+                        strings_can_be_null=False,
+                        include_columns=wanted,
+                    ),
+                )
+            except pa.ArrowInvalid:
+                continue
+            self._numbers = numbers
+            break
+        else:
+            return None
+        # Counting bytes is several times as fast as counting letters.
+        lines = np.count_nonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+        if found.num_rows != lines + (not block.endswith("\n")):
+            return None
+        return [column.chunk(0) for column in found.columns]
 
 
 def _count_lines(block: str) -> int:

@@ -82,7 +82,11 @@ IDENTICAL, EQUAL, DIFFERENT = "identical", "equal within tolerance", "different"
 IMPOSSIBLE = "cannot be redone"
 
 
-@dataclass(frozen=True)
+Value = tuple[Any, str, float | None]
+"""Key, text and number of one thing; two are the same if text and number are."""
+
+
+@dataclass
 class Check:
     """What came of redoing a run beside the store.
 
@@ -101,21 +105,63 @@ class Check:
     largest: float = 0.0
     tolerance: float = 0.0
     same_recipe: bool = False
-    differences: tuple[str, ...] = ()
-    reasons: tuple[str, ...] = ()
+    differences: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
+    def count(
+        self, named: str, then: Value | None, now: Value | None, *, relative: bool = False
+    ) -> None:
+        """Compare one thing: texts for equality, numbers within the tolerance; None: not there."""
+        self.compared += 1
+        if then is not None and now is not None and then[1] == now[1]:
+            before, after = then[2], now[2]
+            if before == after:
+                return
+            if before is not None and after is not None:
+                if math.isnan(before) and math.isnan(after):
+                    return
+                gap = abs(before - after)
+                if relative and math.isfinite(gap):
+                    gap /= max(abs(before), abs(after))
+                self.largest = max(self.largest, gap if math.isfinite(gap) else math.inf)
+                if gap <= self.tolerance:
+                    return
+            named = ", ".join(part for part in (named, then[1]) if part)
+            then, now = (None, "", before), (None, "", after)
+        self.differ += 1
+        if len(self.differences) < SHOWN:
+            texts = []
+            for value in (then, now):
+                _, text, number = value or (None, "", None)
+                known = (text, "" if number is None else f"{number:.6g}")
+                texts.append(" ".join(part for part in known if part) or "nothing")
+            self.differences.append(f"{named}: {texts[0]} before, {texts[1]} now")
 
-@dataclass(frozen=True)
-class Done:
-    """What carrying out a run came to: the number of the new run, and images that failed."""
+    def count_all(
+        self, named: str, then: Iterable[Value], now: Iterable[Value], *, relative: bool = False
+    ) -> None:
+        """Compare two series that ascend by key; ``named`` is filled with the key."""
+        olds, news = iter(then), iter(now)
+        old, new = next(olds, None), next(news, None)
+        while old is not None or new is not None:
+            only_old = new is None or (old is not None and old[0] < new[0])
+            only_new = old is None or (new is not None and new[0] < old[0])
+            first, second = None if only_new else old, None if only_old else new
+            key = (first or second or ("",))[0]
+            parts = key if isinstance(key, tuple) else (key,)
+            self.count(named.format(*parts), first, second, relative=relative)
+            old = old if only_new else next(olds, None)
+            new = new if only_old else next(news, None)
 
-    run_id: int | None
-    failures: tuple[tuple[str, str], ...] = ()
 
+CarryOut = Callable[
+    [Workspace, RunOptions, str | None], tuple[int | None, Sequence[tuple[str, str]]]
+]
+"""Does a run on a store; the text is a condition on its images (``--where``), if any.
 
-CarryOut = Callable[[Workspace, RunOptions, str | None], Done]
-"""Does a run on a store; the text is a condition on its images (``--where``), if any."""
+Returns the number of the new run, and the images that failed, each with the reason.
+"""
 
 
 def check(
@@ -154,45 +200,53 @@ def check(
         if weights is not None:
             options = _with_weights(options, weights)
         wanted, chosen, sampled = _needs(session, run, recipe, images)
-    found, here = Check(run.id, run.stage.value), environment()
-    reasons = list(options.doubts)
-    if run.code_version != code_version():
-        reasons.append(f"made by cellstore {run.code_version}, redone by {code_version()}")
-    reasons += [
-        f"{name} was {run.environment[name]}, is {here.get(name, 'gone')}"
-        for name in PACKAGES
-        if name in run.environment and run.environment[name] != here.get(name)
-    ]
+    where = f"image_id IN ({', '.join(map(str, chosen))})" if sampled else None
+    if where is not None and isinstance(options.params, PredictParams):
+        asked = options.params.where
+        asked = f"({asked}) AND {where}" if asked else where
+        options = replace(options, params=replace(options.params, where=asked, limit=None))
+    found = Check(run.id, run.stage.value)
     try:
-        result, same_recipe, problems = _redone(
-            workspace, run.id, options, wanted, chosen if sampled else None, carry_out
-        )
-        reasons = problems + reasons
-        if result is not None:
-            outcome = DIFFERENT if result.differ else EQUAL if result.largest else IDENTICAL
-            found = replace(
-                found,
-                outcome=outcome,
-                what=result.what,
-                compared=result.compared,
-                differ=result.differ,
-                largest=result.largest,
-                tolerance=result.tolerance,
-                same_recipe=same_recipe,
-                differences=tuple(result.first),
-            )
+        with scratch_store(workspace, wanted) as redone:
+            new_id, failures = carry_out(redone, options, where)
+            if failures:
+                of = len(chosen if sampled else wanted.images)
+                found.reasons = [f"{len(failures)} of {of} images failed"]
+                found.reasons += [f"{name}: {reason}" for name, reason in failures[:SHOWN]]
+            elif new_id is not None:
+                with workspace.database.read() as then, redone.database.read() as now:
+                    old, new = then.get_one(Run, run.id), now.get_one(Run, new_id)
+                    both = (workspace, then, old, old.recipe), (redone, now, new, new.recipe)
+                    _compare(found, both, options, chosen if sampled else None)
+                    found.same_recipe = old.recipe.fingerprint == new.recipe.fingerprint
+            if not found.compared and not failures:
+                raise UserInputError("there is nothing to compare")
+        if found.compared:
+            found.outcome = DIFFERENT if found.differ else EQUAL if found.largest else IDENTICAL
     except CellstoreError as error:
-        reasons.insert(0, str(error))
+        found = Check(run.id, run.stage.value, reasons=[str(error)])
+    if found.outcome == IDENTICAL and found.same_recipe:
+        found.reasons = []
+    else:
+        found.reasons += options.doubts
+        code, here = code_version(), environment()
+        if run.code_version != code:
+            found.reasons.append(f"made by cellstore {run.code_version}, redone by {code}")
+        found.reasons += [
+            f"{name} was {run.environment[name]}, is {here.get(name, 'gone')}"
+            for name in PACKAGES
+            if name in run.environment and run.environment[name] != here.get(name)
+        ]
     if found.outcome != IMPOSSIBLE and not found.same_recipe:
         if run.stage is Stage.SPLIT and found.differ:
-            reasons.append("the images or treatments of the store are others than then")
+            found.reasons.append("the images or treatments of the store are others than then")
         # Of a sample of the images a prediction has a recipe of its own.
         if not (sampled and run.stage is Stage.PREDICT):
-            reasons.append("what it reads is not what it was: its recipe has another fingerprint")
-    if found.outcome == IDENTICAL and found.same_recipe:
-        reasons = []
-    seconds = round(time.monotonic() - began, 1)
-    return replace(found, reasons=tuple(reasons), seconds=seconds)
+            found.reasons.append(
+                "what it reads is not what it was: its recipe has another fingerprint"
+            )
+    found.seconds = round(time.monotonic() - began, 1)
+    return found
 
 
 def _with_weights(options: RunOptions, weights: Path) -> RunOptions:
@@ -202,39 +256,6 @@ def _with_weights(options: RunOptions, weights: Path) -> RunOptions:
     if isinstance(params, SegmentParams):
         return replace(options, params=replace(params, model=str(weights)))
     raise UserInputError("This run began from no file of weights: omit --weights.")
-
-
-def _redone(
-    workspace: Workspace,
-    run_id: int,
-    options: RunOptions,
-    wanted: Wanted,
-    sample: Sequence[int] | None,
-    carry_out: CarryOut,
-) -> tuple[Differences | None, bool, list[str]]:
-    """Redo a run and compare; whether both recipes are the same, and why there is no comparison.
-
-    ``sample``: the images it is redone for, if these are a part of them.
-    """
-    where = None if sample is None else f"image_id IN ({', '.join(map(str, sample))})"
-    if where is not None and isinstance(options.params, PredictParams):
-        asked = options.params.where
-        asked = f"({asked}) AND {where}" if asked else where
-        options = replace(options, params=replace(options.params, where=asked, limit=None))
-    with scratch_store(workspace, wanted) as redone:
-        done = carry_out(redone, options, where)
-        problems = [f"{name}: {reason}" for name, reason in done.failures[:SHOWN]]
-        if done.failures:
-            of = len(wanted.images if sample is None else sample)
-            return None, False, [f"{len(done.failures)} of {of} images failed", *problems]
-        if done.run_id is not None:
-            with workspace.database.read() as then, redone.database.read() as now:
-                old, new = then.get_one(Run, run_id), now.get_one(Run, done.run_id)
-                both = (workspace, then, old, old.recipe), (redone, now, new, new.recipe)
-                result = _compare(both, options, sample)
-                if result.compared:
-                    return result, old.recipe.fingerprint == new.recipe.fingerprint, []
-        return None, False, ["there is nothing to compare"]
 
 
 # The store in which the run is redone
@@ -380,69 +401,13 @@ def _copy_rows(reader: Session, writer: Session, wanted: Wanted) -> None:
 
 # What is compared
 
-Value = tuple[Any, str, float | None]
-"""Key, text and number of one thing; two are the same if text and number are."""
 Stored = tuple[Workspace, Session, Run, Recipe]
 """A store, its session, and the run there with its recipe."""
 
 
-@dataclass
-class Differences:
-    """How much was compared, and the first differences."""
-
-    what: str
-    tolerance: float
-    relative: bool = False
-    compared: int = 0
-    differ: int = 0
-    largest: float = 0.0
-    first: list[str] = field(default_factory=list)
-
-    def count(self, named: str, then: Value | None, now: Value | None) -> None:
-        """Compare one thing: texts for equality, numbers within the tolerance; None: not there."""
-        self.compared += 1
-        if then is not None and now is not None and then[1] == now[1]:
-            before, after = then[2], now[2]
-            if before == after:
-                return
-            if before is not None and after is not None:
-                if math.isnan(before) and math.isnan(after):
-                    return
-                gap = abs(before - after)
-                if self.relative and math.isfinite(gap):
-                    gap /= max(abs(before), abs(after))
-                self.largest = max(self.largest, gap if math.isfinite(gap) else math.inf)
-                if gap <= self.tolerance:
-                    return
-            named = ", ".join(part for part in (named, then[1]) if part)
-            then, now = (None, "", before), (None, "", after)
-        self.differ += 1
-        if len(self.first) < SHOWN:
-            texts = []
-            for value in (then, now):
-                _, text, number = value or (None, "", None)
-                known = (text, "" if number is None else f"{number:.6g}")
-                texts.append(" ".join(part for part in known if part) or "nothing")
-            self.first.append(f"{named}: {texts[0]} before, {texts[1]} now")
-
-    def count_all(self, named: str, then: Iterable[Value], now: Iterable[Value]) -> None:
-        """Compare two series that ascend by key; ``named`` is filled with the key."""
-        olds, news = iter(then), iter(now)
-        old, new = next(olds, None), next(news, None)
-        while old is not None or new is not None:
-            only_old = new is None or (old is not None and old[0] < new[0])
-            only_new = old is None or (new is not None and new[0] < old[0])
-            first, second = None if only_new else old, None if only_old else new
-            key = (first or second or ("",))[0]
-            parts = key if isinstance(key, tuple) else (key,)
-            self.count(named.format(*parts), first, second)
-            old = old if only_new else next(olds, None)
-            new = new if only_old else next(news, None)
-
-
 def _compare(
-    both: tuple[Stored, Stored], options: RunOptions, images: Sequence[int] | None
-) -> Differences:
+    found: Check, both: tuple[Stored, Stored], options: RunOptions, images: Sequence[int] | None
+) -> None:
     """Compare what a run made with what its repetition made; ``images``: of these alone."""
     (_, then, run, recipe), (_, now, _, _) = both
     source = input_of(then, recipe, Stage.SEGMENT)
@@ -455,7 +420,7 @@ def _compare(
     query: Any
     match run.stage:
         case Stage.PREDICT:
-            found = Differences("predictions", TOLERANCE)
+            found.what, found.tolerance = "predictions", TOLERANCE
             query = select(Prediction.cell_id, Prediction.rank, Label.value, Prediction.probability)
             query = query.join(Label, Label.id == Prediction.label_id)
             query = query.order_by(Prediction.cell_id, Prediction.rank)
@@ -467,7 +432,7 @@ def _compare(
             )
             found.count_all("cell {}, rank {}", *predicted)
         case Stage.TRAIN:
-            found = Differences("checkpoints and metrics", TOLERANCE)
+            found.what, found.tolerance = "checkpoints and metrics", TOLERANCE
             query = select(Artifact.sha256).join(
                 RunArtifact, RunArtifact.artifact_id == Artifact.id
             )
@@ -478,7 +443,7 @@ def _compare(
             if tensors[0] != tensors[1]:
                 found.largest = math.ulp(1.0)  # not the same bits, whatever the metrics are
                 texts = [sha256[:12] for sha256 in tensors]
-                found.first.append(f"checkpoint: sha256 {texts[0]} before, {texts[1]} now")
+                found.differences.append(f"checkpoint: sha256 {texts[0]} before, {texts[1]} now")
             query = select(RunMetric.epoch, RunMetric.name, RunMetric.value)
             query = query.where(RunMetric.name.not_in(TIMES))
             metrics = (
@@ -489,7 +454,7 @@ def _compare(
             if tensors[0] != tensors[1] and found.compared == 1:
                 found.differ += 1  # a baseline has no metrics that could decide
         case Stage.SEGMENT:
-            found = Differences("images' masks", 0.0)
+            found.what = "images' masks"
             query = select(Segmentation.image_id, Segmentation.n_cells, Artifact.sha256)
             query = query.outerjoin(Artifact, Artifact.id == Segmentation.mask_artifact_id)
             query = query.order_by(Segmentation.image_id)
@@ -504,7 +469,7 @@ def _compare(
             )
             found.count_all("image {}", *masks)
         case Stage.SPLIT:
-            found = Differences("members of the split", 0.0)
+            found.what = "members of the split"
             name = options.inputs["name"]
             made = select(Split).where(Split.recipe_id == recipe.id).order_by(Split.id)
             splits = [split for split in then.scalars(made) if name in (split.family, split.name)]
@@ -528,9 +493,9 @@ def _compare(
                 marks = [(None, item.fingerprint, None) for item in (split, again)]
                 found.count(f"fingerprint of {split.name}", *marks)
         case _:
-            found = Differences("measurements", TOLERANCE_OF_FEATURES, relative=True)
-            found.count_all("{1} of cell {0}", *(_measurements(one, cells) for one in both))
-    return found
+            found.what, found.tolerance = "measurements", TOLERANCE_OF_FEATURES
+            measured = [_measurements(one, cells) for one in both]
+            found.count_all("{1} of cell {0}", *measured, relative=True)
 
 
 def _rows(one: Stored, query: Select[Any], run: Any) -> Iterator[Any]:

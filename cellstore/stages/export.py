@@ -241,7 +241,7 @@ def export(
         if clash := sorted(measured.keys() & {*columns, *CELL_COLUMNS, *files}):
             raise UserInputError(
                 f"The feature {clash[0]!r} has the name of a column that identifies cells. "
-                "Ingest the features again with that column named otherwise."
+                "Ingest the features again with another name for that column."
             )
         schema = pa.schema(
             [
@@ -349,8 +349,8 @@ def _choose(
         wanted = find_recipe(session, Stage.SEGMENT, segmentation)
         if wanted.id != segment.id:
             raise UserInputError(
-                f"These measurements are not of the cells of segment recipe {wanted.id}, but of "
-                f"{segment.id}. Leave --segmentation out."
+                f"These measurements are of the cells of segment recipe {segment.id}, not "
+                f"{wanted.id}. Remove --segmentation."
             )
     found = select(FeatureSet).where(FeatureSet.recipe_id == measure.id)
     return segment, measure, session.scalars(found).one_or_none()

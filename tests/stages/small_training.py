@@ -155,7 +155,7 @@ class Trained:
     result: TrainResult
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("built")
     (root / "images").mkdir()
@@ -166,7 +166,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "store"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     root = tmp_path_factory.mktemp("trained") / "store"
     shutil.copytree(built, root)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from factories import Factory
 from screens import SmallScreen, small_screen
-from small_training import TINY, Opener
+from small_training import TINY, Opener, Trained
 from sqlalchemy import select
 
 from cellstore.config import SplitParams, TrainParams, VoteOptions
@@ -234,10 +234,9 @@ def trainable(workspace: Workspace) -> tuple[Factory, Run, list[int]]:
 
 
 @pytest.mark.heavy
-def test_a_network_does_not_see_what_is_flagged(built: Path, opened: Opener) -> None:
-    workspace = opened(built)
+def test_a_network_does_not_see_what_is_flagged(trained: Trained, opened: Opener) -> None:
+    workspace, usual = opened(trained.root), trained.result
     _, run, _ = trainable(workspace)
-    usual = train(workspace, TINY, device="cpu")
     found = train(workspace, LEFT_OUT, device="cpu")
     assert usual.cells == {"train": 8, "validation": 8}
     assert found.cells == {"train": 6, "validation": 6}

@@ -315,7 +315,7 @@ def test_features_in_files_keep_names_and_types_and_nan_is_null(
     assert export(make.workspace, out, measurement=built_in, force=True).cells == 10
     with pytest.raises(UserInputError, match="only one of --features and --measurement"):
         export(make.workspace, out, features="profiles", measurement=built_in, force=True)
-    with pytest.raises(UserInputError, match="not of the cells of segment recipe"):
+    with pytest.raises(UserInputError, match="of the cells of segment recipe"):
         export(
             make.workspace,
             out,

@@ -20,7 +20,7 @@ from cellstore.stages.ingest import ingest_images as images
 from cellstore.stages.ingest.ingest import ingest
 
 KILLS = 20
-PLATES, SITES = 12, 99
+PLATES, SITES = 6, 50
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def work(settings: StoreSettings, table: Path, pictures: Path, ready: Event) -> None:
     """What the process does that is killed."""
-    images.BATCH = 50
+    images.BATCH = 25
     workspace = open_workspace(settings)
     ready.set()
     ingest(workspace, table, IngestParams(images=pictures))

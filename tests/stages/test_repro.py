@@ -77,14 +77,14 @@ def test_a_run_comes_out_the_same_and_the_store_is_as_it_was(
     before = contents(done)
     found = checked(done, run)
     assert (found.outcome, found.differ, found.same_recipe) == ("identical", 0, True), found
-    assert (found.what, found.reasons) == (what, ())
+    assert (found.what, found.reasons) == (what, [])
     assert found.compared > 0
     assert contents(done) == before
 
 
 def test_a_part_of_the_images_of_a_run(done: Workspace) -> None:
     whole, part = checked(done, "6"), checked(done, "6", images=1)
-    assert (part.outcome, part.reasons) == ("identical", ())
+    assert (part.outcome, part.reasons) == ("identical", [])
     assert part.compared * 2 == whole.compared
 
 

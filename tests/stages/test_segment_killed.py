@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 
 import killing
@@ -23,48 +24,76 @@ from cellstore.stages.verify import verify
 pytestmark = pytest.mark.heavy
 
 
-@contextmanager
-def undisturbed(folder: Path, images: int) -> Iterator[Workspace]:
-    """A store with the same images, segmented in peace."""
-    workspace, _ = create_workspace(folder / "calm")
-    killing.fill(workspace, folder / "images", images)
+MOST = 60
+"""Images of the largest test; the others have the first of them."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> killing.Rows:
+    """The rows of a store with these images that was segmented in peace."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    workspace, _ = create_workspace(folder / "store")
+    killing.fill(workspace, folder / "images", MOST)
     killing.segment_slowly(workspace)
-    yield workspace
+    rows = killing.rows_of(workspace)
     workspace.database.close()
+    return rows
 
 
-def check_equal(workspace: Workspace, folder: Path, images: int) -> None:
+def check_equal(workspace: Workspace, undisturbed: killing.Rows, images: int) -> None:
     """Each image once, the rows of an undisturbed run, and files that are what the rows say."""
-    with undisturbed(folder, images) as calm:
-        assert killing.rows_of(workspace) == killing.rows_of(calm)
-        assert killing.counts_of(workspace) == killing.counts_of(calm)
+    names = sorted({row[0] for row in undisturbed}, key=killing.number_of)[:images]
+    wanted = [row for row in undisturbed if row[0] in names]
+    assert killing.rows_of(workspace) == wanted
+    files = {row[3] for row in wanted} | {row[4] for row in wanted}
+    assert killing.counts_of(workspace) == (images, images, len(files))
     verify(workspace, fix=True, minutes=0.0)  # a kill may leave a file that no row names
     found = verify(workspace, minutes=0.0)
     assert (found.ok, found.problems, found.orphans) == (True, (), ())
 
 
 @pytest.mark.parametrize("seed", [1])
-def test_killed_at_random_moments_and_gone_on_with(workspace: Workspace, tmp_path: Path, seed: int):
+def test_killed_at_random_moments_and_gone_on_with(
+    workspace: Workspace, tmp_path: Path, undisturbed: killing.Rows, seed: int
+):
     killing.fill(workspace, tmp_path / "images", 40)
     root = workspace.settings.root
-    killed, _ = killing.kill_often(root, 0.3, 10, (0.5, 2.5), seed)
+    killed, _ = killing.kill_often(root, 0.15, 10, (0.5, 1.7), seed)
     assert killed > 2
     killing.segment_slowly(workspace, 0.0)
-    check_equal(workspace, tmp_path, 40)
+    check_equal(workspace, undisturbed, 40)
+
+
+def test_a_cluster_that_ends_a_job_lets_the_images_in_hand_be_written(
+    sqlite_workspace: Workspace, tmp_path: Path
+):
+    """SIGTERM reaches every process of the job."""
+    killing.fill(sqlite_workspace, tmp_path / "images", 40)
+    process = killing.start(sqlite_workspace.settings.root, 0.5)
+    while not (before := killing.counts_of(sqlite_workspace)[0]):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    assert before < killing.counts_of(sqlite_workspace)[0] < 40
 
 
 @pytest.mark.postgres
 def test_four_processes_with_the_same_command_do_each_image_once(
-    postgres_workspace: Workspace, tmp_path: Path
+    postgres_workspace: Workspace, tmp_path: Path, undisturbed: killing.Rows
 ):
-    several_at_once(postgres_workspace, tmp_path, 4)
+    several_at_once(postgres_workspace, tmp_path, undisturbed, 4)
 
 
-def test_two_processes_share_one_sqlite_store(sqlite_workspace: Workspace, tmp_path: Path):
-    several_at_once(sqlite_workspace, tmp_path, 2)
+def test_two_processes_share_one_sqlite_store(
+    sqlite_workspace: Workspace, tmp_path: Path, undisturbed: killing.Rows
+):
+    several_at_once(sqlite_workspace, tmp_path, undisturbed, 2)
 
 
-def several_at_once(workspace: Workspace, folder: Path, number: int) -> None:
+def several_at_once(
+    workspace: Workspace, folder: Path, undisturbed: killing.Rows, number: int
+) -> None:
     killing.fill(workspace, folder / "images", 60)
     words = [sys.executable, str(killing.PROGRAM), str(workspace.settings.root), "0.05"]
     processes = [subprocess.Popen(words, stderr=subprocess.PIPE) for _ in range(number)]
@@ -75,17 +104,19 @@ def several_at_once(workspace: Workspace, folder: Path, number: int) -> None:
         jobs = session.execute(select(Job.status, Job.attempts, Job.worker)).all()
     assert {(status, attempts) for status, attempts, _ in jobs} == {(Status.DONE, 1)}
     assert len({worker for _, _, worker in jobs}) > 1
-    check_equal(workspace, folder, 60)
+    check_equal(workspace, undisturbed, 60)
 
 
-def test_a_dask_cluster_gives_the_same_rows(workspace: Workspace, tmp_path: Path):
+def test_a_dask_cluster_gives_the_same_rows(
+    workspace: Workspace, tmp_path: Path, undisturbed: killing.Rows
+):
     distributed = pytest.importorskip("distributed")
     killing.fill(workspace, tmp_path / "images", 20)
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
     with distributed.LocalCluster(**options, local_directory=str(tmp_path)) as cluster:
         resources = Resources(scheduler=cluster.scheduler_address)
         assert killing.segment_slowly(workspace, resources=resources).done == 20
-    check_equal(workspace, tmp_path, 20)
+    check_equal(workspace, undisturbed, 20)
 
 
 def test_a_scheduler_that_is_not_there_is_one_sentence(
@@ -101,7 +132,7 @@ def test_a_scheduler_that_is_not_there_is_one_sentence(
 
 
 def test_a_folder_that_workers_cannot_write_stops_the_run_and_breaks_nothing(
-    workspace: Workspace, tmp_path: Path
+    workspace: Workspace, tmp_path: Path, undisturbed: killing.Rows
 ):
     killing.fill(workspace, tmp_path / "images", 8)
     masks = workspace.artifacts.root / "mask"
@@ -115,4 +146,4 @@ def test_a_folder_that_workers_cannot_write_stops_the_run_and_breaks_nothing(
     assert {tuple(job) for job in jobs} == {(Status.PENDING, 0)}
     masks.unlink()
     assert killing.segment_slowly(workspace, resources=Resources(workers=2)).done == 8
-    check_equal(workspace, tmp_path, 8)
+    check_equal(workspace, undisturbed, 8)

@@ -134,7 +134,7 @@ def test_tables_are_joined_by_what_both_have(sqlite_workspace: Workspace, tmp_pa
             ["split,plate,well", "train,P1,A01", "test,P1,A01"],
             "put in two subsets: 2, first P1 A01",
         ),
-        (["split,plate,well", "later,P1,A01"], "'later' is not train"),
+        (["split,plate,well", "later,P1,A01"], "'later' is none of train"),
     ],
     ids=range(6),
 )

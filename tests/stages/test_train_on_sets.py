@@ -11,7 +11,7 @@ import pytest
 import torch
 from factories import Factory
 from safetensors.torch import load
-from small_training import TINY, Opener, checkpoint, said
+from small_training import TINY, Opener, Trained, checkpoint, said
 from sqlalchemy import func, select, update
 
 from cellstore.analysis.features import GROUPS
@@ -105,9 +105,10 @@ def test_features_without_masks_train_a_tabular_network(built: Path, opened: Ope
         assert probability == pytest.approx(by_cell[cell_id][meta.labels.index(label)], abs=1e-4)
 
 
-def test_a_network_learns_from_a_group_that_was_measured_here(built: Path, opened: Opener) -> None:
-    workspace = opened(built)
-    by_default = train(workspace, TINY, device="cpu")
+def test_a_network_learns_from_a_group_that_was_measured_here(
+    trained: Trained, opened: Opener
+) -> None:
+    workspace, by_default = opened(trained.root), trained.result
     measured = measure(workspace, MeasureParams(features=("intensity",)))
     name = measured.feature_set
     result = train(workspace, replace(TINY, features=name), device="cpu")

@@ -1,4 +1,4 @@
-"""What became of the rows of a source, and what an earlier reading of the same source said."""
+"""What became of the rows of a source: how many, and what could not be used."""
 
 from __future__ import annotations
 

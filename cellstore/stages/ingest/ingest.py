@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from sqlalchemy import func, insert, literal, select
-from sqlalchemy.orm import Session
 
 from ...config import EVERYTHING, IngestParams, Selection
 from ...db.bulk import in_lists, one_ingest_at_a_time
@@ -239,23 +238,48 @@ def _read_again(
     plates = result["plates"]
     account.rows, account.refused = result["rows"], result["refused"]
     if kind is SourceKind.FEATURES:
-        from .ingest_features import check_files
-
-        name = result.get("feature_set")
-        with workspace.database.begin() as session:
-            repeat_issues(session, earlier.id, account)
+        from .ingest_features import check_files  # slow to import
+    issue = IngestIssue
+    columns = (issue.severity, issue.file, issue.line, issue.reason, issue.detail)
+    of_rows = (issue.run_id == earlier.id, issue.line.is_not(None))
+    with workspace.database.begin() as session:
+        # What the earlier run found wrong with the rows is true of this run, too.
+        first = session.execute(select(*columns).where(*of_rows).order_by(issue.id).limit(SHOWN))
+        account.shown += [Issue(*row) for row in first]
+        counts = select(issue.severity, issue.reason, func.count()).where(*of_rows)
+        for severity, reason, number in session.execute(
+            counts.group_by(issue.severity, issue.reason)
+        ):
+            account.reasons[Severity(severity), reason] += number
+        copied = select(literal(account.run_id), *columns).where(*of_rows).order_by(issue.id)
+        names = ["run_id", *(column.key for column in columns)]
+        session.execute(insert(issue).from_select(names, copied))
+        if kind is SourceKind.FEATURES:
+            name = result.get("feature_set")
             if name is not None:  # a feature set never changes, but its files may be gone
                 check_files(session, workspace.artifacts, name)
-        account.unchanged = account.rows - account.refused
-        return Brought(plates, 0, name, result.get("segmentations", ()))
-    with workspace.database.begin() as session:
-        repeat_issues(session, earlier.id, account)
-        corrected = corrected_since(session, earlier.id, plates)
-        later = updated_since(session, earlier, plates)
+            account.unchanged = account.rows - account.refused
+            return Brought(plates, 0, name, result.get("segmentations", ()))
+        # Wells that have got another treatment since, and the last run that read another source
+        # since and updated rows of these plates.
+        changes = wells_changed(Event.run_id > earlier.id).subquery()
+        wells_since = select(func.count(Well.id)).where(Well.id.in_(select(changes.c.well_id)))
+        corrected = 0
         ids: list[int] = []
         for some in in_lists(plates):
+            corrected += session.scalar(wells_since.where(Well.plate_id.in_(some))) or 0
             query = select(Image.id).join(Well, Well.id == Image.well_id)
             ids += session.scalars(query.where(Well.plate_id.in_(some)))
+        later = None
+        runs_since = select(Run.id, Run.result).where(
+            Run.stage == Stage.INGEST,
+            Run.status == Status.DONE,
+            Run.id > earlier.id,
+            Run.recipe_id != earlier.recipe_id,
+        )
+        for run_id, found in session.execute(runs_since.order_by(Run.id)):
+            if found and found.get("updated") and set(plates) & set(found.get("plates", ())):
+                later = run_id
     images = np.sort(np.array(ids, np.int64))
     changed = look_at_files(workspace, images, params.images, params.look, account)
     account.updated = min(len(changed), account.rows - account.refused)
@@ -272,51 +296,6 @@ def _read_again(
             "cellstore audit well PLATE/A01. To use the labels of this table, add --reread."
         )
     return Brought(plates)
-
-
-def corrected_since(session: Session, run_id: int, plates: Sequence[int]) -> int:
-    """Return how many wells of ``plates`` (ids) have got another treatment since a run."""
-    changed = wells_changed(Event.run_id > run_id).subquery()
-    later = select(func.count(Well.id)).where(Well.id.in_(select(changed.c.well_id)))
-    return sum(
-        session.scalar(later.where(Well.plate_id.in_(some))) or 0 for some in in_lists(plates)
-    )
-
-
-def updated_since(session: Session, earlier: Run, plates: Sequence[int]) -> int | None:
-    """Return the last run that read another source since and updated rows of ``plates`` (ids)."""
-    query = select(Run.id, Run.result).where(
-        Run.stage == Stage.INGEST,
-        Run.status == Status.DONE,
-        Run.id > earlier.id,
-        Run.recipe_id != earlier.recipe_id,
-    )
-    found = None
-    for run_id, result in session.execute(query.order_by(Run.id)):
-        if result and result.get("updated") and set(plates) & set(result.get("plates", ())):
-            found = run_id
-    return found
-
-
-def repeat_issues(session: Session, run_id: int, account: Account) -> None:
-    """Say of this run, too, what run ``run_id`` said of the rows of the same source."""
-    columns = (
-        IngestIssue.severity,
-        IngestIssue.file,
-        IngestIssue.line,
-        IngestIssue.reason,
-        IngestIssue.detail,
-    )
-    of_rows = (IngestIssue.run_id == run_id, IngestIssue.line.is_not(None))
-    shown = session.execute(select(*columns).where(*of_rows).order_by(IngestIssue.id).limit(SHOWN))
-    account.shown += [Issue(*row) for row in shown]
-    kind = (IngestIssue.severity, IngestIssue.reason)
-    counts = select(*kind, func.count()).where(*of_rows).group_by(*kind)
-    for severity, reason, number in session.execute(counts):
-        account.reasons[Severity(severity), reason] += number
-    copied = select(literal(account.run_id), *columns).where(*of_rows).order_by(IngestIssue.id)
-    names = ["run_id", *(column.key for column in columns)]
-    session.execute(insert(IngestIssue).from_select(names, copied))
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class ImageSource:
 
     Raises:
         BadTableError: a table of treatments cannot be read.
-        UserInputError: treatments are given, but not which well got which; or no pixel size.
+        UserInputError: treatments are given, but not which well got which.
     """
 
     def __init__(self, path: Path, layout: Layout, params: IngestParams) -> None:
@@ -100,8 +100,6 @@ class ImageSource:
                 "--compounds and --barcodes go with a plate map: give --platemap, too, or ingest "
                 "the table of treatments by itself."
             )
-        if params.pixel_size is not None and not 0 < params.pixel_size < float("inf"):
-            raise UserInputError("--pixel-size is the micrometres per pixel, like 0.598.")
         self._aliases = None
         if params.aliases is not None:
             self._aliases = Aliases.read(params.aliases)
