@@ -55,7 +55,7 @@ ROWS_OF_BATCH = 65_536
 _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
 _COMMENT = re.compile(r"--.*")
 _IN_WITH = re.compile(r"\b(\w+)(?:\([\w, ]+\))? as \(")
-_SOURCE = re.compile(r'\b(?:from|join)\s+"?(\w+)')
+_SOURCE = re.compile(r'(?<!distinct )\b(?:from|join)\s+"?(\w+)')
 
 _OF_IMAGE = {
     "images": "WHERE t.well_id = (SELECT well_id FROM images WHERE id = {image})",
