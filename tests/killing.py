@@ -149,7 +149,7 @@ def counts_of(workspace: Workspace) -> tuple[int, int, int]:
 
 def start(root: Path, seconds: float) -> subprocess.Popen[bytes]:
     words = [sys.executable, str(PROGRAM), str(root), str(seconds)]
-    return subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def kill_often(
@@ -178,11 +178,13 @@ def kill_often(
 
 
 def children(pid: int) -> Sequence[int]:
+    """The processes that a process started, and those that they started: workers are forked."""
     try:
         text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
     except OSError:
         return []
-    return [int(word) for word in text.split()]
+    started = [int(word) for word in text.split()]
+    return started + [below for child in started for below in children(child)]
 
 
 def main() -> None:

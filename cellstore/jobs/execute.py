@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -71,6 +72,7 @@ MOST_WRITTEN = 64
 """Images whose rows are written in one transaction at most, when they come in that fast."""
 MOST_FALSE_STARTS = 10
 """After so many deaths before it could do anything, a worker is not started again."""
+ON_LINUX = sys.platform == "linux"
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -217,6 +219,8 @@ def execute(
                     queue.requeue(session, Job.id.in_(some), status=Status.DONE)
                 stage.forget_lost(session, recipe_id)
             counts = [count_images(session, recipe.id, images) for recipe in recipes]
+    if resources.workers > 1 and any(counted.todo for counted in counts):
+        start_importing(stage)
     counters: dict[int, RunCounter] = {}
     with ExitStack() as stack:
         runs = {
@@ -323,6 +327,7 @@ def run_jobs(
     elif number == 1:
         workers = [Worker(stage)]
     else:
+        start_importing(stage)
         threads = max(1, cores() // number)
         workers = [Worker(pickle.dumps(stage), threads) for _ in range(number)]
     here = number == 1 and resources.scheduler is None
@@ -340,14 +345,14 @@ def run_jobs(
         stop.set()
         progress.note("Stopping after the present images. Press Ctrl-C again to stop at once.")
 
-    for worker in workers:
-        worker.start()
     with database.begin() as session:
         queue.reclaim_expired(session, scope, owner)
     with database.read() as session:
         for recipe_id in scope.runs:
             counted = count_images(session, recipe_id, scope.images, unseen=scope.unseen)
             loop.left = max(loop.left, counted.todo)
+    for worker in workers:
+        worker.start()
     progress.start(stage.label, loop.left)
     heartbeat = threading.Thread(target=loop.renew_leases, daemon=True, name="cellstore-heartbeat")
     heartbeat.start()
@@ -627,9 +632,10 @@ class Worker:
         """Load the stage: a chunk without images."""
         if self.threads is None:
             self.pool: Executor = ThreadPoolExecutor(1, thread_name_prefix="cellstore-worker")
-        else:  # "spawn": torch and threads do not survive a fork
+        else:
+            context = get_context("forkserver" if ON_LINUX else "spawn")
             self.pool = ProcessPoolExecutor(
-                1, get_context("spawn"), initializer=set_up_process, initargs=(self.threads,)
+                1, context, initializer=set_up_process, initargs=(self.threads,)
             )
         self.submit([], [])
 
@@ -738,6 +744,24 @@ def _each(
         except Exception as error:
             results.append(Failure.of(error))
     return results
+
+
+def start_importing(stage: ImageStage[Any, Any]) -> None:
+    """Let a process without threads begin to import the stage; workers will be copies of it.
+
+    This process itself cannot be copied: torch and threads do not survive that. Elsewhere than on
+    Linux each worker is started and imports for itself.
+    """
+    if ON_LINUX:
+        from multiprocessing import forkserver, resource_tracker  # not on Windows
+
+        forkserver.set_forkserver_preload([type(stage).__module__])
+        # The SIGTERM that clusters send to all of a job is for this process to answer: the new
+        # process starts with it blocked. Starting the resource tracker would unblock it.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def set_up_process(threads: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import killing
@@ -55,10 +58,24 @@ def test_killed_at_random_moments_and_gone_on_with(
 ):
     killing.fill(workspace, tmp_path / "images", 40)
     root = workspace.settings.root
-    killed, _ = killing.kill_often(root, 0.3, 10, (0.5, 2.5), seed)
+    killed, _ = killing.kill_often(root, 0.15, 10, (0.5, 1.7), seed)
     assert killed > 2
     killing.segment_slowly(workspace, 0.0)
     check_equal(workspace, undisturbed, 40)
+
+
+def test_a_cluster_that_ends_a_job_lets_the_images_in_hand_be_written(
+    sqlite_workspace: Workspace, tmp_path: Path
+):
+    """SIGTERM reaches every process of the job."""
+    killing.fill(sqlite_workspace, tmp_path / "images", 40)
+    process = killing.start(sqlite_workspace.settings.root, 0.5)
+    while not (before := killing.counts_of(sqlite_workspace)[0]):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    assert before < killing.counts_of(sqlite_workspace)[0] < 40
 
 
 @pytest.mark.postgres
