@@ -91,8 +91,8 @@ def fields() -> Iterator[list[str]]:
     for number in range(PLATES):
         plate = f"BR{117035 + number:08d}"
         folder = f"/home/ubuntu/bucket/images/batch1/images/{plate}__Measurement1/Images/"
-        for place in range(384 * SITES):
-            row, column, site = place // (24 * SITES), place // SITES % 24 + 1, place % SITES + 1
+        for field in range(384 * SITES):
+            row, column, site = field // (24 * SITES), field // SITES % 24 + 1, field % SITES + 1
             core = f"r{row + 1:02d}c{column:02d}f{site:02d}p01"
             names = [f"{core}-ch{channel}sk1fk1fl1.tiff" for channel in CHANNELS.values()]
             well = f"{chr(65 + row)}{column:02d}"
@@ -105,13 +105,13 @@ def measured(step: str, folder: Path, table: Path) -> dict[str, float]:
     began = time.perf_counter()
     process = subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    said = process.stdout.read()
+    output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - began
     if process.returncode:
         sys.exit(f"{step}: exit code {process.returncode}")
-    own = json.loads(said) if said.strip() else {}
+    own = json.loads(output) if output.strip() else {}
     cpu = usage.ru_utime + usage.ru_stime
     return {"seconds": seconds, "cpu": cpu, "mb": usage.ru_maxrss / 1024, **own}
 

@@ -92,15 +92,15 @@ def images(source: ObjectSource) -> list[ImageRecord]:
 
 def check_accounts(source: ObjectSource) -> None:
     """Each row of each table is a part of a cell or refused, once."""
-    said: Counter[tuple[str, int | None]] = Counter()
+    counted: Counter[tuple[str, int | None]] = Counter()
     for files, lines in source.origins:
         pairs = set(zip(files.tolist(), lines.tolist(), strict=True))
-        said.update((source.files[number].name, line) for number, line in pairs)
+        counted.update((source.files[number].name, line) for number, line in pairs)
     for item in refused(source):
-        said.update((item.file, line) for line in item.lines)
-    said.update((file, content.line) for file, content in source.images)
-    assert not [key for key, times in said.items() if times > 1]
-    rows = Counter(name for name, _ in said)
+        counted.update((item.file, line) for line in item.lines)
+    counted.update((file, content.line) for file, content in source.images)
+    assert not [key for key, times in counted.items() if times > 1]
+    rows = Counter(name for name, _ in counted)
     assert rows == Counter({file.name: file.rows for file in source.files if file.rows})
 
 
@@ -354,8 +354,8 @@ def test_files_without_rows_are_said(tmp_path: Path) -> None:
     (tmp_path / "P-A01-2" / "Cells.csv").touch()
     write_csv(tmp_path / "P-A01-2" / "Nuclei.csv", [["ImageNumber", "ObjectNumber", "A"]])
     with opened(tmp_path) as source:
-        said = {(notice.file, notice.reason) for notice in notices(source)}
-        assert said == {
+        reasons = {(notice.file, notice.reason) for notice in notices(source)}
+        assert reasons == {
             ("P-A01-2/Cells.csv", "empty file"),
             ("P-A01-2/Nuclei.csv", "no rows"),
             ("P-A01-2/Image.csv", "no rows"),

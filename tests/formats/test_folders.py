@@ -450,7 +450,7 @@ def test_every_file_is_in_a_record_or_refused(
     tmp_path_factory: pytest.TempPathFactory, stems: list[str]
 ) -> None:
     folder = tmp_path_factory.mktemp("P")
-    made = {f"{stem}p01-ch{place % 3}.tiff" for place, stem in enumerate(stems)}
+    made = {f"{stem}p01-ch{number % 3}.tiff" for number, stem in enumerate(stems)}
     make(folder, *made)
     items = list(read_folder(folder, PHENIX))
     counts = [len(item.files) if isinstance(item, ImageRecord) else 1 for item in items]

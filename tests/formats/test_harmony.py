@@ -254,10 +254,10 @@ def test_an_index_without_images(tmp_path: Path) -> None:
 def test_what_is_no_index(tmp_path: Path, text: str) -> None:
     path = tmp_path / "Index.idx.xml"
     path.write_text(text, encoding="utf-8")
-    for place in (path, tmp_path, tmp_path / "absent"):
-        assert not is_harmony(place)
+    for other in (path, tmp_path, tmp_path / "absent"):
+        assert not is_harmony(other)
         with pytest.raises(BadTableError, match="no Harmony index"):
-            list(read_harmony(place))
+            list(read_harmony(other))
 
 
 @pytest.mark.parametrize("encoding", ["nonsense", "utf-7", "shift_jis", "utf-16"])

@@ -120,7 +120,7 @@ def test_png_of_8_and_16_bit(tmp_path: Path, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("array", "said"),
+    ("array", "message"),
     [
         (np.full((3, 4, 3), 9, np.uint8), "in colour"),
         (np.full((3, 4), -1, np.int16), "below 0"),
@@ -131,10 +131,12 @@ def test_png_of_8_and_16_bit(tmp_path: Path, dtype: Any) -> None:
         (np.array([[0, 65535], [65535, 0]], np.uint16), "black and white"),
     ],
 )
-def test_what_is_no_label_image_is_refused(tmp_path: Path, array: NDArray[Any], said: str) -> None:
+def test_what_is_no_label_image_is_refused(
+    tmp_path: Path, array: NDArray[Any], message: str
+) -> None:
     photometric = "rgb" if array.ndim == 3 else "minisblack"
     tifffile.imwrite(tmp_path / "a.tif", array, photometric=photometric)
-    with pytest.raises(ImageError, match=said):
+    with pytest.raises(ImageError, match=message):
         read_labels(tmp_path / "a.tif")
 
 

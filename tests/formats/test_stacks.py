@@ -86,16 +86,16 @@ def test_what_is_written_by_axes_is_read_back(tmp_path: Path, axes: str) -> None
     array = pages(12).reshape(*shape, 3, 4)
     path = saved(tmp_path / "a.ome.tiff", array, ome=True, metadata={"axes": axes})
     for page, channel, plane, time_point in read(path).pages:
-        place = {"C": channel - 1, "Z": plane - 1, "T": time_point - 1}
-        expected = array[tuple(place[axis] for axis in axes[:3])]
+        position = {"C": channel - 1, "Z": plane - 1, "T": time_point - 1}
+        expected = array[tuple(position[axis] for axis in axes[:3])]
         found = read_plane(path.with_name(page_name(path.name, page)))
         np.testing.assert_array_equal(found, expected)
 
 
 def test_pages_in_another_order_than_the_planes(tmp_path: Path) -> None:
     blocks = "".join(
-        f'<TiffData IFD="{5 - place}" FirstC="{place % 2}" FirstZ="{place // 2}"/>'
-        for place in range(6)
+        f'<TiffData IFD="{5 - position}" FirstC="{position % 2}" FirstZ="{position // 2}"/>'
+        for position in range(6)
     )
     stack = read(ome(tmp_path / "a.ome.tiff", ome_xml(inner=blocks)))
     assert stack.pages[0] == StackPage(1, 2, 3, 1)
@@ -158,16 +158,16 @@ def test_pages_must_be_grey_and_of_one_shape(tmp_path: Path) -> None:
 
 def test_a_page_is_read_and_known_by_its_name(tmp_path: Path) -> None:
     path = saved(tmp_path / "stack.tif", pages(3), compression="lzw")
-    places = [path.with_name(page_name(path.name, page)) for page in (1, 2, 3)]
-    assert [int(read_plane(place).max()) for place in places] == [1, 2, 3]
-    infos = [probe(place) for place in places]
+    uris = [path.with_name(page_name(path.name, page)) for page in (1, 2, 3)]
+    assert [int(read_plane(uri).max()) for uri in uris] == [1, 2, 3]
+    infos = [probe(uri) for uri in uris]
     assert len({info.sha256 for info in infos}) == 3
     assert {(info.height, info.width, info.size_bytes) for info in infos} == {
         (3, 4, path.stat().st_size)
     }
-    assert int(read_plane(places[1], infos[1].sha256).max()) == 2
+    assert int(read_plane(uris[1], infos[1].sha256).max()) == 2
     with pytest.raises(ImageError, match="has changed"):
-        read_plane(places[0], infos[1].sha256)
+        read_plane(uris[0], infos[1].sha256)
 
 
 def test_a_changed_stack_is_another_file(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_missing_columns_are_named_with_the_nearest(tmp_path: Path) -> None:
 
 def test_missing_values_are_whole_cells_only() -> None:
     cells = ("NA", " ", "NAD+", "nan", "NaCl", "N/A")
-    found = [cell_text(cells, place) for place in range(len(cells))]
+    found = [cell_text(cells, index) for index in range(len(cells))]
     assert found == [None, None, "NAD+", None, "NaCl", None]
     assert cell_text(cells, None) is None
 

@@ -182,7 +182,9 @@ def test_two_files_for_one_field_and_channel_are_not_mixed(
         key: value.replace("p01", "p02") if key.startswith("FileName") else value
         for key, value in loaddata(1).items()
     }
-    rows = [{**row, "Metadata_Depth": str(place)} for place, row in enumerate([loaddata(1), other])]
+    rows = [
+        {**row, "Metadata_Depth": str(number)} for number, row in enumerate([loaddata(1), other])
+    ]
     for row in rows:
         row.update({"Metadata_PlaneID": "1"})
     result = ingest(workspace, write_table(tmp_path / "t.csv", rows))
@@ -275,12 +277,12 @@ NAMES = numbers()
 
 def ingested(workspace: Workspace, table: Path) -> IngestResult | None:
     """What became of a table, None where it is of no use; that is said in one line."""
-    said: CellstoreError | None = None
+    message: CellstoreError | None = None
     try:
         return ingest(workspace, table)
     except CellstoreError as error:
-        said = error
-    assert "\n" not in str(said)
+        message = error
+    assert "\n" not in str(message)
     return None
 
 
@@ -317,8 +319,8 @@ def test_no_row_of_a_random_table_is_lost(
     damage = data.draw(st.one_of(st.none(), st.tuples(st.integers(0, 400), st.binary(max_size=3))))
     if damage is not None:
         content = table.read_bytes()
-        place = min(damage[0], len(content))
-        table.write_bytes(content[:place] + damage[1] + content[place + 1 :])
+        position = min(damage[0], len(content))
+        table.write_bytes(content[:position] + damage[1] + content[position + 1 :])
     first = ingested(sqlite_workspace, table)
     if first is None:
         return

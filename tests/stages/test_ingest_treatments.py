@@ -114,8 +114,8 @@ def _name(session: Session, row: Event) -> str:
 
 
 def _value(values: dict[str, Any] | None) -> str | None:
-    said = values or {}
-    return said.get("treatment", said.get("target"))
+    texts = values or {}
+    return texts.get("treatment", texts.get("target"))
 
 
 def counts(account: Account) -> tuple[int, int, int, int]:
