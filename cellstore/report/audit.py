@@ -39,30 +39,18 @@ from ..jobs.workspace import Workspace
 from ..models import METADATA
 from ..query.exclusions import why_excluded
 
-artifacts, cell_flags, cells, events, feature_files, feature_sets, features, folders = (
-    METADATA.tables[name]
-    for name in (
-        *("artifacts", "cell_flags", "cells", "events", "feature_files", "feature_sets"),
-        *("features", "folders"),
-    )
-)
-image_files, image_flags, images, ingest_files, jobs, labels, perturbations, plates = (
-    METADATA.tables[name]
-    for name in (
-        *("image_files", "image_flags", "images", "ingest_files", "jobs", "labels"),
-        *("perturbations", "plates"),
-    )
-)
-predictions, recipe_inputs, recipes, run_artifacts, runs, segmentations, split_members, splits = (
-    METADATA.tables[name]
-    for name in (
-        *("predictions", "recipe_inputs", "recipes", "run_artifacts", "runs", "segmentations"),
-        *("split_members", "splits"),
-    )
-)
-treatment_parts, treatments, wells = (
-    METADATA.tables[name] for name in ("treatment_parts", "treatments", "wells")
-)
+T = METADATA.tables
+artifacts, cell_flags, cells = (T[name] for name in ("artifacts", "cell_flags", "cells"))
+events, features, folders = (T[name] for name in ("events", "features", "folders"))
+feature_files, feature_sets = (T[name] for name in ("feature_files", "feature_sets"))
+image_files, image_flags, images = (T[name] for name in ("image_files", "image_flags", "images"))
+ingest_files, jobs, labels = (T[name] for name in ("ingest_files", "jobs", "labels"))
+perturbations, plates = (T[name] for name in ("perturbations", "plates"))
+predictions, recipe_inputs = (T[name] for name in ("predictions", "recipe_inputs"))
+recipes, run_artifacts, runs = (T[name] for name in ("recipes", "run_artifacts", "runs"))
+segmentations, split_members = (T[name] for name in ("segmentations", "split_members"))
+splits, treatment_parts = (T[name] for name in ("splits", "treatment_parts"))
+treatments, wells = (T[name] for name in ("treatments", "wells"))
 
 KINDS = ("image", "well", "cell", "run", "artifact")
 
@@ -522,12 +510,17 @@ def _recipes(session: Session, ids: Collection[int]) -> list[Record]:
 # What came of something
 
 
-def _came(
-    what: str, count: int | None, of: Iterable[int] = (), names: Iterable[str] = ()
-) -> list[Record]:
-    """One record, or none where there is nothing."""
-    found = {"what": what, "count": count or 0, "runs": sorted(of), "names": list(names)}
-    return [found] if count else []
+Came = tuple[str, int | None, Iterable[int], Iterable[str]]
+"""What, how many, the runs that made it, its names."""
+
+
+def _came(*found: Came) -> list[Record]:
+    """What there is of something, as rows."""
+    return [
+        {"what": what, "count": count, "runs": sorted(by), "names": list(names)}
+        for what, count, by, names in found
+        if count
+    ]
 
 
 def _downstream_of_images(session: Session, of: Select[Any]) -> list[Record]:
@@ -552,15 +545,15 @@ def _downstream_of_images(session: Session, of: Select[Any]) -> list[Record]:
     labelled = select(predictions.c.run_id, func.count()).group_by(predictions.c.run_id)
     labelled = labelled.where(predictions.c.cell_id.in_(in_images), predictions.c.rank == 1)
     by_predict = session.execute(labelled).all()
-    return [
-        *_came("segmentations", n_found, by),
-        *_came("cells", n_cells),
-        *_came("measured cells", sum(n for _, n in by_measure), (run for run, _ in by_measure)),
-        *_came("feature sets", len(set_names), {run for _, run in in_sets}, set_names),
-        *_came("splits", len(in_splits), names=[name for _, name in in_splits]),
-        *_came("trainings on these splits", len(trainings), trainings),
-        *_came("labelled cells", sum(n for _, n in by_predict), (run for run, _ in by_predict)),
-    ]
+    return _came(
+        ("segmentations", n_found, by, ()),
+        ("cells", n_cells, (), ()),
+        ("measured cells", sum(n for _, n in by_measure), (run for run, _ in by_measure), ()),
+        ("feature sets", len(set_names), {run for _, run in in_sets}, set_names),
+        ("splits", len(in_splits), (), [name for _, name in in_splits]),
+        ("trainings on these splits", len(trainings), trainings, ()),
+        ("labelled cells", sum(n for _, n in by_predict), (run for run, _ in by_predict), ()),
+    )
 
 
 def _downstream(
@@ -588,16 +581,17 @@ def _downstream(
     for stage, run_id in session.execute(query):
         by_stage[Stage(stage)].append(run_id)
     labelled = select(func.count()).where(jobs.c.run_id.in_(by_stage.get(Stage.PREDICT, [])))
-    return [
-        *_came("segmentations", n_found),
-        *_came("cells", n_cells),
-        *_came("feature sets", len(sets), names=sets),
-        *_came("feature files", n_files),
-        *_came("cells in feature files", n_rows),
-        *_came("wells with another treatment", n_changed),
-        *(_came(f"{stage.value} runs", len(ids), ids)[0] for stage, ids in by_stage.items()),
-        *_came("images labelled", session.scalar(labelled.where(jobs.c.status == Status.DONE))),
-    ]
+    n_labelled = session.scalar(labelled.where(jobs.c.status == Status.DONE))
+    return _came(
+        ("segmentations", n_found, (), ()),
+        ("cells", n_cells, (), ()),
+        ("feature sets", len(sets), (), sets),
+        ("feature files", n_files, (), ()),
+        ("cells in feature files", n_rows, (), ()),
+        ("wells with another treatment", n_changed, (), ()),
+        *((f"{stage.value} runs", len(ids), ids, ()) for stage, ids in by_stage.items()),
+        ("images labelled", n_labelled, (), ()),
+    )
 
 
 # Files
