@@ -239,7 +239,7 @@ def running(
             if status is Status.DONE:
                 for act in handle.at_end:
                     act(session)
-            elif not alone and (other := _another_at(session, handle.id)) is not None:
+            elif not alone and (other := _another_at(session, handle.id, owner)) is not None:
                 values = {"process": other}  # who shares the run goes on with it
             session.execute(mine.values(**values))
 
@@ -334,16 +334,16 @@ def _resume(database: Database, run_id: int, owner: str, *, alone: bool) -> None
         run.process = owner
 
 
-def _another_at(session: Session, run_id: int) -> str | None:
+def _another_at(session: Session, run_id: int, owner: str) -> str | None:
     """Another living process that has jobs of a run in hand."""
-    here = Owner.parse(new_owner())
+    here = Owner.parse(owner)
     assert here is not None
     query = select(Job.worker).where(Job.run_id == run_id, Job.status == Status.RUNNING)
     for text in session.scalars(query.distinct()):
-        owner = Owner.parse(text)
-        if owner is None or (owner.host, owner.pid) == (here.host, here.pid):
+        other = Owner.parse(text)
+        if other is None or (other.host, other.pid) == (here.host, here.pid):
             continue
-        if owner.is_alive() is not False:
+        if other.is_alive() is not False:
             return text
     return None
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,26 +74,54 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
     root = root.resolve()
     if root.is_file():
         raise UserInputError(f"{root} is a file. Name a folder for the store.")
-    if (root / MARKER).is_file():
-        return _migrated(_settings_of_existing(root, database)), False
-    database = database or os.environ.get(ENV_DATABASE) or None
-    with _undone_by_errors(root):
-        with open_atomically(root / MARKER) as file:
-            file.write(_marker_text(database).encode())
-        return _migrated(StoreSettings(root.resolve(), database)), True
-
-
-def _migrated(settings: StoreSettings) -> Workspace:
-    workspace = _connect(settings)
+    is_new = not (root / MARKER).is_file()
+    if is_new:
+        settings = StoreSettings(root, database or os.environ.get(ENV_DATABASE) or None)
+    else:
+        settings = find_store(root)
+        settings = StoreSettings(settings.root, database or settings.database)
+        asked = _connect(settings).database.shown
+        written = _connect(find_store(root, as_written=True)).database.shown
+        if asked != written:
+            raise UserInputError(
+                f"There is already a store in {root}, on the database {written}; it cannot be made "
+                f"on {asked}. Make that one in another folder, or leave --database and "
+                f"{ENV_DATABASE} out."
+            )
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    sqlite = settings.sqlite
+    had_sqlite, workspace = sqlite.exists(), None
     try:
+        if is_new:
+            lines = ["# This folder is a cellstore. See: cellstore status", "format = 1"]
+            if settings.database is not None:
+                # JSON escapes quotes and backslashes as TOML does.
+                url = without_secrets(parse_url(settings.database)).render_as_string()
+                lines.append(
+                    f"database = {json.dumps(url)}  # the password comes from the environment"
+                )
+            with open_atomically(root / MARKER) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+        workspace = _connect(settings)
         if workspace.database.revision() is None:
             upgrade_schema(workspace.database)
         if workspace.database.revision() != migrate.HEAD:
             migrate.refuse(workspace.database)
     except BaseException:
-        workspace.database.close()
+        if workspace is not None:
+            workspace.database.close()
+        with suppress(OSError):
+            if is_new:
+                (root / MARKER).unlink(missing_ok=True)
+                # A table has a page of its own, after the first page with the list of tables.
+                wal = sqlite.with_name(f"{sqlite.name}-wal")
+                is_empty = sqlite.is_file() and sqlite.stat().st_size <= SQLITE_PAGE
+                if is_empty and not had_sqlite and not wal.exists():
+                    sqlite.unlink()
+                for folder in made:
+                    folder.rmdir()  # only if it is empty
         raise
-    return workspace
+    return workspace, is_new
 
 
 def upgrade_schema(database: Database) -> tuple[str | None, str | None]:
@@ -115,50 +142,3 @@ def upgrade_schema(database: Database) -> tuple[str | None, str | None]:
         with database.begin() as session:
             record_events(session, [change])
     return before, after
-
-
-def _settings_of_existing(root: Path, database: str | None) -> StoreSettings:
-    found = find_store(root)
-    settings = StoreSettings(found.root, database or found.database)
-    asked, written = (
-        _connect(item).database.shown for item in (settings, find_store(root, as_written=True))
-    )
-    if asked != written:
-        raise UserInputError(
-            f"There is already a store in {root}, on the database {written}; it cannot be made "
-            f"on {asked}. Make that one in another folder, or leave --database and "
-            f"{ENV_DATABASE} out."
-        )
-    return settings
-
-
-@contextmanager
-def _undone_by_errors(root: Path) -> Iterator[None]:
-    made = [folder for folder in (root, *root.parents) if not folder.exists()]
-    sqlite = StoreSettings(root).sqlite
-    had_sqlite = sqlite.exists()
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            (root / MARKER).unlink(missing_ok=True)
-            if not had_sqlite and _holds_no_table(sqlite):
-                sqlite.unlink()
-            for folder in made:
-                folder.rmdir()  # only if it is empty
-        raise
-
-
-def _holds_no_table(sqlite: Path) -> bool:
-    # A table has a page of its own, after the first page with the list of tables.
-    wal = sqlite.with_name(f"{sqlite.name}-wal")
-    return sqlite.is_file() and not wal.exists() and sqlite.stat().st_size <= SQLITE_PAGE
-
-
-def _marker_text(database: str | None) -> str:
-    lines = ["# This folder is a cellstore. See: cellstore status", "format = 1"]
-    if database is not None:
-        # JSON escapes quotes and backslashes as TOML does.
-        shown = json.dumps(without_secrets(parse_url(database)).render_as_string())
-        lines.append(f"database = {shown}  # the password comes from the environment")
-    return "\n".join(lines) + "\n"
