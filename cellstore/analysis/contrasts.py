@@ -75,13 +75,26 @@ def contrast(
 
     Raises ``UserInputError`` where one well only is treated, or is control.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold
+
     ours, theirs = (np.unique(wells[treated == which]) for which in (True, False))
     smallest = min(len(ours), len(theirs))
     if smallest < FEWEST_WELLS:
         raise UserInputError("Treated and control need two wells or more each to hold one out.")
     if plates is not None:
-        rows = _by_plate(rows, plates)
-    scores = _held_out(rows, treated, wells, min(folds, smallest), seed)
+        scaled = np.empty_like(rows)
+        for plate in np.unique(plates):
+            there = plates == plate
+            scaled[there] = _standardised(rows[there], rows[there])[0]
+        rows = scaled
+    # Log odds that a cell is treated, by a model that has not seen its well.
+    scores = np.zeros(len(rows))
+    splitter = StratifiedGroupKFold(min(folds, smallest), shuffle=True, random_state=seed)
+    for train, test in splitter.split(rows, treated, wells):
+        seen, held = _standardised(rows[train], rows[test])
+        model = LogisticRegression(class_weight="balanced", max_iter=1000)
+        scores[test] = model.fit(seen, treated[train]).decision_function(held)
     wins, sizes = _wins(scores, treated, wells)
     low, high = _interval(wins, sizes, seed)
     predicted = scores > 0
@@ -107,30 +120,6 @@ def judge(found: Contrast, nulls: list[float]) -> Difference:
     """
     usual = max(0.5, float(np.quantile(nulls, 0.95))) if nulls else 0.5
     return Difference.YES if found.low > 0.5 and found.auc > usual else Difference.NO
-
-
-def _held_out(
-    rows: NDArray[np.float64], treated: Flags, wells: Ids, folds: int, seed: int
-) -> Numbers:
-    """Log odds (N,) that a cell is treated, by a model that has not seen its well."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    scores = np.zeros(len(rows))
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for train, test in splitter.split(rows, treated, wells):
-        seen, held = _standardised(rows[train], rows[test])
-        model = LogisticRegression(class_weight="balanced", max_iter=1000)
-        scores[test] = model.fit(seen, treated[train]).decision_function(held)
-    return scores
-
-
-def _by_plate(rows: Numbers, plates: NDArray[Any]) -> Numbers:
-    scaled = np.empty_like(rows)
-    for plate in np.unique(plates):
-        there = plates == plate
-        scaled[there] = _standardised(rows[there], rows[there])[0]
-    return scaled
 
 
 def _standardised(train: Numbers, test: Numbers) -> tuple[Numbers, Numbers]:

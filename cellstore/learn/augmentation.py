@@ -25,7 +25,7 @@ Move = tuple[bool, bool, bool]
 MOVES: tuple[Move, ...] = tuple((t, u, m) for t, u, m in product((False, True), repeat=3))
 """The eight symmetries of a square; those that do not transpose come first."""
 
-_TURNS = (0, 5, 3, 6)
+_TURNS: Sequence[int] = (0, 5, 3, 6)
 """Positions in ``MOVES`` of no turn and of turns by 90, 180 and 270 degrees clockwise."""
 
 
@@ -39,11 +39,29 @@ def augmented(cells: CellBlock, kinds: Sequence[str], entropy: Sequence[int]) ->
         return cells
     generator = torch.Generator().manual_seed(seed_of(*entropy))
     crops = dict(cells.crops)
-    moves = _drawn_moves(len(cells), kinds, generator)
-    if moves is not None:
-        crops = {name: _moved(stack, moves, name == FLOW) for name, stack in crops.items()}
-    if "intensity" in kinds:
-        crops = {name: _brightened(stack, name, generator) for name, stack in crops.items()}
+    usable: Sequence[int] = range(len(MOVES)) if "rotations" in kinds else range(len(MOVES) // 2)
+    if "flips" not in kinds:
+        usable = _TURNS if "rotations" in kinds else range(0)
+    if usable:
+        drawn = torch.randint(len(usable), (len(cells),), generator=generator)
+        moves = torch.tensor(usable)[drawn]
+        for name, stack in crops.items():
+            crops[name] = stack.clone()
+            for index, move in enumerate(MOVES):
+                chosen = torch.nonzero(moves == index).flatten()
+                if index and len(chosen):
+                    chosen = chosen.to(stack.device)
+                    crops[name][chosen] = moved(stack[chosen], move, is_flow=name == FLOW)
+    for name, stack in crops.items() if "intensity" in kinds else ():
+        if name in (MASK, IMAGE):
+            # Grey values times a factor of the cell; of branch image times one of the channel, too.
+            first = 0 if name == IMAGE else _MASK_INTENSITY
+            grey = stack[:, first:]
+            shares = torch.rand((*grey.shape[:2], 1, 1), generator=generator)
+            factors = torch.exp((2 * shares - 1) * math.log(BRIGHTEST)).to(stack)
+            values = (grey * CROP_STD + CROP_MEAN).mul(factors).clamp(0, 1)
+            values = (values - CROP_MEAN) / CROP_STD
+            crops[name] = torch.cat([stack[:, :first], values], dim=1)
     return CellBlock(crops, cells.features, cells.labels, cells.cell_ids)
 
 
@@ -51,29 +69,6 @@ def seed_of(*entropy: int) -> int:
     """A seed of 63 bits for torch, mixed from whole numbers of 0 or more."""
     words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
     return (int(words[0]) << 31) ^ int(words[1])
-
-
-def _drawn_moves(count: int, kinds: Sequence[str], generator: torch.Generator) -> Tensor | None:
-    """(N,) int64 positions in ``MOVES``, on the CPU."""
-    flips, rotations = "flips" in kinds, "rotations" in kinds
-    if flips and rotations:
-        return torch.randint(len(MOVES), (count,), generator=generator)
-    if flips:
-        return torch.randint(len(MOVES) // 2, (count,), generator=generator)
-    if rotations:
-        return torch.tensor(_TURNS)[torch.randint(len(_TURNS), (count,), generator=generator)]
-    return None
-
-
-def _moved(stack: Tensor, moves: Tensor, is_flow: bool) -> Tensor:
-    """Crops (N, C, S, S), each moved by its own of ``MOVES``."""
-    made = stack.clone()
-    for index, move in enumerate(MOVES):
-        chosen = torch.nonzero(moves == index).flatten()
-        if index and len(chosen):
-            chosen = chosen.to(stack.device)
-            made[chosen] = moved(stack[chosen], move, is_flow=is_flow)
-    return made
 
 
 def moved(stack: Tensor, move: Move, *, is_flow: bool = False) -> Tensor:
@@ -108,15 +103,3 @@ def _flow_colours(move: Move) -> Tensor:
     paint = torch.stack([torch.ones(3, dtype=torch.float64), angles.cos(), -angles.sin()], dim=1)
     colours: Tensor = paint @ change @ torch.linalg.inv(paint)
     return colours
-
-
-def _brightened(stack: Tensor, name: str, generator: torch.Generator) -> Tensor:
-    """Grey values times a factor of the cell, and for the image branch of the channel, too."""
-    if name not in (MASK, IMAGE):
-        return stack
-    first = 0 if name == IMAGE else _MASK_INTENSITY
-    grey = stack[:, first:]
-    drawn = torch.rand((*grey.shape[:2], 1, 1), generator=generator)
-    factors = torch.exp((2 * drawn - 1) * math.log(BRIGHTEST)).to(stack)
-    values = (grey * CROP_STD + CROP_MEAN).mul(factors).clamp(0, 1)
-    return torch.cat([stack[:, :first], (values - CROP_MEAN) / CROP_STD], dim=1)

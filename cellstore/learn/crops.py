@@ -368,7 +368,10 @@ def resized_at_once(
     for group in _of_like_sizes(packed.sizes, len(flat)):
         index = _sent(group, device)
         lengths, (rows, columns) = sizes[index], packed.sizes[group].max(axis=0).tolist()
-        positions = _positions(starts[index], lengths[:, 1], rows, columns)
+        # (N, rows, columns): where the pixels of each crop are in (P,).
+        down = torch.arange(rows, device=starts.device)[:, None] * lengths[:, 1, None, None]
+        across = torch.arange(columns, device=starts.device)
+        positions = starts[index][:, None, None] + down + across
         # Beyond a crop are pixels of other cells; their weights are 0.
         padded = flat[:, positions.clamp_(max=flat.shape[1] - 1)].transpose(0, 1)
         widened = padded @ _weights(lengths[:, 1], columns, size).mT[:, None]
@@ -445,18 +448,16 @@ def _floats(layers: Mapping[str, Tensor]) -> Tensor:
     for name, own in channels.items():
         part = flat[own.start : own.stop]
         if name == MASK:
-            _fill_mask(layers[MASK][0], layers[LIGHT][0], part)
+            codes = layers[MASK][0]
+            cell = (codes >> OWN_BIT) & 1
+            outline = (codes >> EDGE_BIT) & cell
+            others = (codes & 1) ^ cell
+            seen = (cell, outline, others, layers[LIGHT][0])
+            for channel, values in zip(part, seen, strict=True):
+                torch.mul(values, 1 / CROP_STD, out=channel)
         else:
             torch.mul(layers[name], 1 / (CROP_STD * (255 if name == FLOW else 1)), out=part)
     return flat.sub_(CROP_MEAN / CROP_STD)
-
-
-def _fill_mask(codes: Tensor, light: Tensor, channels: Tensor) -> None:
-    own = (codes >> OWN_BIT) & 1
-    outline = (codes >> EDGE_BIT) & own
-    others = (codes & 1) ^ own
-    for channel, values in zip(channels, (own, outline, others, light), strict=True):
-        torch.mul(values, 1 / CROP_STD, out=channel)
 
 
 def _sent(array: NDArray[np.generic], device: torch.device | str) -> Tensor:
@@ -464,13 +465,6 @@ def _sent(array: NDArray[np.generic], device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def _positions(starts: Tensor, widths: Tensor, rows: int, columns: int) -> Tensor:
-    """(N, rows, columns): where the pixels of each crop are in (P,)."""
-    down = torch.arange(rows, device=starts.device)[:, None]
-    across = torch.arange(columns, device=starts.device)
-    return starts[:, None, None] + down * widths[:, None, None] + across
 
 
 def _weights(lengths: Tensor, longest: int, size: int) -> Tensor:

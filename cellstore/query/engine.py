@@ -54,6 +54,7 @@ ROWS_OF_BATCH = 65_536
 
 _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
 _COMMENT = re.compile(r"--.*")
+_IN_WITH = re.compile(r"\b(\w+)(?:\([\w, ]+\))? as \(")
 _SOURCE = re.compile(r'\b(?:from|join)\s+"?(\w+)')
 
 _OF_IMAGE = {
@@ -345,6 +346,7 @@ class Questions:
         """Keep the answer of such a question as a table, for several questions about it."""
         self._load(sources_of(sql))
         self._full.execute(f"CREATE OR REPLACE TEMP TABLE {quoted(name)} AS {sql}", parameters)
+        self._loaded.add(name)
 
     def plan(self, sql: str, parameters: Parameters | None = None) -> str:
         """Return how a question would be answered: one step a line, what it reads below it.
@@ -415,6 +417,10 @@ class Questions:
                 continue
             self._loaded.add(name)
             create = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
+            copied = name in WRITERS and self.image is None
+            if copied and name in _VOTE_VIEWS:  # their copies know of no later exclusion
+                self._load({LATER})
+                copied = not self._full.execute(f"FROM {LATER} LIMIT 1").fetchall()
             if name == "predictions":
                 self._load({PREDICTIONS})
                 columns = ", ".join(self._source.columns[name])
@@ -430,7 +436,7 @@ class Questions:
                     own = f"WHERE t.source = 'quality' AND t.run_id = {int(run)}"
                     insert = f"INSERT INTO {name} FROM {{rows}}"
                     self._source.feed_table(self._full, insert, "exclusions", own)
-            elif name in WRITERS and self._has_copies(name):
+            elif copied:
                 self._load_copies(name)
             elif name in self._source.columns:
                 condition = ""
@@ -446,13 +452,6 @@ class Questions:
                     kind = "TABLE"
                     query = f"FROM ({query}) WHERE run_id IN ({numbers or -1})"
                 self._full.execute(f"CREATE {kind} {quoted(name)} AS {query}")
-
-    def _has_copies(self, name: str) -> bool:
-        """Whether copies of one of ``WRITERS`` may be used: those of votes know no exclusions."""
-        if self.image is not None or name not in _VOTE_VIEWS:
-            return self.image is None
-        self._load({LATER})
-        return not self._full.execute(f"FROM {LATER} LIMIT 1").fetchall()
 
     def _load_copies(self, name: str) -> None:
         """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now.
@@ -584,8 +583,9 @@ class Questions:
 
 
 def sources_of(sql: str) -> set[str]:
-    """Return what stands behind FROM and JOIN in SQL of ours, in small letters."""
-    return set(_SOURCE.findall(_COMMENT.sub("", sql).lower()))
+    """Return what stands behind FROM and JOIN in SQL of ours, but for what it names in WITH."""
+    plain = _COMMENT.sub("", sql).lower()
+    return set(_SOURCE.findall(plain)) - set(_IN_WITH.findall(plain))
 
 
 def rows_of_runs(table: str, run_ids: Collection[int]) -> str:

@@ -7,10 +7,9 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,28 +275,19 @@ def run_limited(
     Raises:
         QueryError: it took longer, or DuckDB said that the question is wrong.
     """
-    job: Future[T] = Future()
-
-    def fulfil() -> None:
+    with ThreadPoolExecutor(1, "cellstore-question") as pool:
+        job = pool.submit(work)
         try:
-            job.set_result(work())
-        except BaseException as error:
-            job.set_exception(error)
-
-    worker = threading.Thread(target=fulfil, daemon=True, name="cellstore-question")
-    worker.start()
-    try:
-        # Not Thread.join: interrupted by Ctrl-C, Python 3.11 takes a living thread for an ended
-        # one.
-        deadline = time.monotonic() + seconds
-        while not job.done() and (left := deadline - time.monotonic()) > 0:
-            wait([job], min(left, POLL_SECONDS))
-        late = seconds <= 0 or not job.done()  # 0: earlier work has taken all of it
-    finally:
-        while not job.done():
-            connection.interrupt()  # again and again: between two statements it is not heard
-            wait([job], POLL_SECONDS)
-        worker.join()
+            # Not Thread.join: interrupted by Ctrl-C, Python 3.11 takes a living thread for an ended
+            # one.
+            deadline = time.monotonic() + seconds
+            while not job.done() and (left := deadline - time.monotonic()) > 0:
+                wait([job], min(left, POLL_SECONDS))
+            late = seconds <= 0 or not job.done()  # 0: earlier work has taken all of it
+        finally:
+            while not job.done():
+                connection.interrupt()  # again and again: between two statements it is not heard
+                wait([job], POLL_SECONDS)
     try:
         return job.result()
     except (duckdb.Error, OSError) as error:  # OSError: DuckDB's, while Arrow fetches the answer

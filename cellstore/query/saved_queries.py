@@ -83,7 +83,8 @@ class SavedQuestion:
             return None
         one = [values[item.name] for item in self.parameters if item.kind == "predict run"]
         two = [values[item.name] for item in self.parameters if item.kind == "two predict runs"]
-        return [*one, *(run for pair in two for run in pair)] or None
+        found = [*one, *(run for pair in two for run in pair)]
+        return None if None in found else found or None
 
 
 @cache

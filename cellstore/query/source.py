@@ -149,6 +149,7 @@ class Source:
 
         self.database = database
         self._adbc = adbc
+        self._json: set[tuple[str, str]] = set()
         url = database.engine.url
         if database.is_sqlite:
             import adbc_driver_sqlite
@@ -164,16 +165,18 @@ class Source:
             driver = adbc_driver_postgresql._driver_path()
             address = url.set(drivername="postgresql").render_as_string(hide_password=False)
             begin = "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"
-        with self._explained():
+        try:
             self._handle = adbc.AdbcDatabase(driver=driver, uri=address)
             self._connection = adbc.AdbcConnection(self._handle)
             self._connection.set_autocommit(False)
-            with self._stream(begin):
-                pass
+        except adbc.Error as error:
+            raise self._failed(error) from error
+        with self._stream(begin):
+            pass
 
     @cached_property
-    def _declared(self) -> dict[str, Columns]:
-        """The columns of all tables as the database has them: by table, then by column.
+    def columns(self) -> dict[str, Columns]:
+        """The columns of each table, and of the view that the database has. JSON is text.
 
         From the database, since the classes of the tables load slower than a question is answered.
         """
@@ -183,16 +186,10 @@ class Source:
             for table, column, kind in session.execute(text(query)):
                 # SQLite tells no type of a view's column that is computed.
                 computed = "BIGINT" if column.endswith("_id") else "TEXT"
-                found.setdefault(table, {})[column] = kind or computed
+                found.setdefault(table, {})[column] = _TYPES.get(kind or computed, "VARCHAR")
+                if kind.startswith("JSON"):
+                    self._json.add((table, column))
         return found
-
-    @cached_property
-    def columns(self) -> dict[str, Columns]:
-        """The columns of each table, and of the view that the database has. JSON is text."""
-        return {
-            name: {column: _TYPES.get(kind, "VARCHAR") for column, kind in columns.items()}
-            for name, columns in self._declared.items()
-        }
 
     def close(self) -> None:
         """Give the connection back."""
@@ -218,11 +215,12 @@ class Source:
         """
         # JSON is text in DuckDB, and its null is no value.
         json = "nullif(CAST(t.{0} AS text), 'null') AS {0}"
+        columns = self.columns[name]
         values = [
-            (json if kind.startswith("JSON") else "t.{0}").format(f'"{column}"')
-            for column, kind in self._declared[name].items()
+            (json if (name, column) in self._json else "t.{0}").format(f'"{column}"')
+            for column in columns
         ]
-        self.feed(target, statement, self.columns[name], values, [f'"{name}" AS t {condition}'])
+        self.feed(target, statement, columns, values, [f'"{name}" AS t {condition}'])
 
     def feed(
         self,
@@ -318,7 +316,7 @@ class Source:
     @contextmanager
     def _stream(self, query: str) -> Iterator[Any]:
         """Open the Arrow stream of what a query yields."""
-        with self._explained():
+        try:
             statement = self._adbc.AdbcStatement(self._connection)
             try:
                 if self.database.is_sqlite:
@@ -331,14 +329,12 @@ class Source:
                     stream.release()
             finally:
                 statement.close()
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
         except self._adbc.Error as error:
-            lines = str(error).strip().splitlines() or ["no reason given"]
-            raise DatabaseError(f"The database {self.database.shown} failed: {lines[0]}") from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> DatabaseError:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        return DatabaseError(f"The database {self.database.shown} failed: {lines[0]}")
 
 
 def predictions_of_image(image_id: int, *, is_sqlite: bool) -> str:

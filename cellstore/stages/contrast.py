@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -303,6 +303,23 @@ class _Comparison:
             progress.finish()
         rows.sort(key=lambda row: (row.auc is None, -(row.auc or 0), row.treatment))
         tested = [row for row in rows if row.auc is not None]
+        chance = []
+        for wells, areas in sorted(self.all_areas.items()):
+            if not areas:
+                continue
+            low, usual, high = np.quantile(areas, [0.025, 0.95, 0.975]).tolist()
+            row = ContrastRow(
+                treatment=f"{self.control.name} vs {self.control.name}",
+                different="chance",
+                null=True,
+                wells=wells,
+                auc=float(np.median(areas)),
+                low=low,
+                high=high,
+                usual=usual,
+                note=f"{len(areas)} times {wells} control wells against the others",
+            )
+            chance.append(row)
         return {
             "control": self.control.name,
             "feature_set": self.source.features.name,
@@ -310,7 +327,7 @@ class _Comparison:
             "treatments": len(rows),
             "tested": len(tested),
             "different": sum(row.different == Difference.YES.value for row in rows),
-            "rows": [asdict(row) for row in (*rows, *self._chance_rows())],
+            "rows": [asdict(row) for row in (*rows, *chance)],
             "notes": _notes(tested, len(groups)),
         }
 
@@ -416,23 +433,6 @@ class _Comparison:
             self.areas[wells] = [item.auc for item in found if item is not None]
             self.all_areas.setdefault(wells, []).extend(self.areas[wells])
         return self.areas[wells]
-
-    def _chance_rows(self) -> Iterator[ContrastRow]:
-        for wells, areas in sorted(self.all_areas.items()):
-            if not areas:
-                continue
-            low, usual, high = np.quantile(areas, [0.025, 0.95, 0.975]).tolist()
-            yield ContrastRow(
-                treatment=f"{self.control.name} vs {self.control.name}",
-                different="chance",
-                null=True,
-                wells=wells,
-                auc=float(np.median(areas)),
-                low=low,
-                high=high,
-                usual=usual,
-                note=f"{len(areas)} times {wells} control wells against the others",
-            )
 
 
 def _notes(tested: Sequence[ContrastRow], groups: int) -> list[str]:

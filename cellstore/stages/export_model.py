@@ -25,7 +25,7 @@ from ..query.feature_files import SetReader, set_of_recipe
 from ..settings import need
 
 if TYPE_CHECKING:
-    from ..learn.trained_models import ModelRecord, OpenModel
+    from ..learn.trained_models import OpenModel
 
 
 EXAMPLE = '''\
@@ -172,6 +172,13 @@ def export_model(
         found = set_of_recipe(session, model.measure.id)
         columns = {item["name"]: item for item in (found.columns if found else [])}
         file = f"model.{model.file.path.rpartition('.')[2]}"
+        planes = [
+            f"channel {name}, divided by its intensity scale, not masked"
+            for name in model.record.channels
+        ]
+        pictures = [name for name in model.record.branches if name != TABULAR]
+        channels = {name: list(CROPS.get(name, planes)) for name in pictures}
+        crops = {"channels": channels, "cut": CUT, "scale": SCALE} if pictures else {}
         record = {
             **model.json,
             **model.record.to_json(),
@@ -179,7 +186,7 @@ def export_model(
             "columns": [
                 dict(columns.get(name, {"name": name})) for name in model.record.scaler.names
             ],
-            "crops": _crop_rules(model.record),
+            "crops": crops,
             "lineage": _lineage(session, trained),
             "example": {"plate": plate, "cells": cells},
         }
@@ -194,7 +201,18 @@ def export_model(
         "example.py": EXAMPLE.encode(),
         "README.md": readme(record).encode(),
     }
-    _write(target, contents)
+    part = target.parent / f".part-{uuid.uuid4().hex}"
+    try:
+        part.mkdir(parents=True)
+        for name, data in contents.items():
+            (part / name).write_bytes(data)
+        part.replace(target)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise StorageError(
+            f"{target} cannot be written: {error.strerror}. Free some space, correct the "
+            "permissions or name another folder with --output."
+        ) from error
     return ExportedModel(
         path=str(target),
         train_run_id=trained.id,
@@ -257,18 +275,6 @@ def _example(
     return model, nothing, None
 
 
-def _crop_rules(record: ModelRecord) -> dict[str, Any]:
-    """How the crops are made that a network looks at."""
-    pictures = [name for name in record.branches if name != TABULAR]
-    if not pictures:
-        return {}
-    planes = [
-        f"channel {name}, divided by its intensity scale, not masked" for name in record.channels
-    ]
-    of_branch = {name: list(CROPS.get(name, planes)) for name in pictures}
-    return {"channels": of_branch, "cut": CUT, "scale": SCALE}
-
-
 def _lineage(session: Session, run: Run) -> dict[str, Any]:
     split = session.get_one(Split, run.split_id)
     metrics = select(RunMetric).where(RunMetric.run_id == run.id)
@@ -305,19 +311,3 @@ def _lineage(session: Session, run: Run) -> dict[str, Any]:
             for item in recipes.values()
         ],
     }
-
-
-def _write(target: Path, contents: Mapping[str, bytes]) -> None:
-    """Write a folder under a temporary name, then give it its own."""
-    part = target.parent / f".part-{uuid.uuid4().hex}"
-    try:
-        part.mkdir(parents=True)
-        for name, data in contents.items():
-            (part / name).write_bytes(data)
-        part.replace(target)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise StorageError(
-            f"{target} cannot be written: {error.strerror}. Free some space, correct the "
-            "permissions or name another folder with --output."
-        ) from error

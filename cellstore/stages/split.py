@@ -663,9 +663,23 @@ def _keep(
         try:
             with workspace.database.begin() as session:
                 for split, some in new:
-                    if split.name in made:
-                        split.recipe_id = recipe.id
-                        _insert(session, split, some)
+                    if split.name not in made:
+                        continue
+                    split.recipe_id = recipe.id
+                    session.add(split)
+                    session.flush()
+                    values = sorted({item.label for item, _ in some})
+                    rows = [{"field": split.field, "value": value} for value in values]
+                    insert_new(session, Label, rows)
+                    known_labels = select(Label.value, Label.id).where(Label.field == split.field)
+                    ids = dict(session.execute(known_labels).all())
+                    keys = ("split_id", "image_id", "subset", "label_id")
+                    chosen = (
+                        (split.id, item.image_id, subset, ids[item.label]) for item, subset in some
+                    )
+                    insert_new(
+                        session, SplitMember, [dict(zip(keys, row, strict=True)) for row in chosen]
+                    )
         except IntegrityError as error:
             raise UserInputError(
                 "Another program made a split of this name at this moment. Choose another name."
@@ -679,25 +693,6 @@ def _keep(
         replace(item, created=True, run_id=run.id) if item.name in made else item
         for item in results
     )
-
-
-def _insert(session: Session, split: Split, members: Members) -> None:
-    session.add(split)
-    session.flush()
-    values = sorted({item.label for item, _ in members})
-    insert_new(session, Label, [{"field": split.field, "value": value} for value in values])
-    known = select(Label.value, Label.id).where(Label.field == split.field)
-    ids = dict(session.execute(known).all())
-    rows = [
-        {
-            "split_id": split.id,
-            "image_id": item.image_id,
-            "subset": subset,
-            "label_id": ids[item.label],
-        }
-        for item, subset in members
-    ]
-    insert_new(session, SplitMember, rows)
 
 
 def show_split(workspace: Workspace, name: str | None = None) -> SplitResult:
