@@ -86,7 +86,7 @@ class ArtifactFolder:
         return target
 
     def existing(self, path: str) -> Path:
-        """Return the place of a stored path.
+        """Return where a stored file is.
 
         Raises:
             StorageError: the file is gone.
@@ -154,7 +154,7 @@ class BorrowingFolder(ArtifactFolder):
 
 @contextmanager
 def open_atomically(target: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of ``target`` when it is whole, also after a power cut.
+    """Open a file that replaces ``target`` when it is whole, also after a power cut.
 
     Raises:
         StorageError: the disk is full, or the folder cannot be written.

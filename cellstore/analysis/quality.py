@@ -88,34 +88,26 @@ def power_log_log_slope(plane: Plane) -> float | None:
     """
     if plane.min() == plane.max():
         return None
-    rings = _ring_powers(plane)
+    # Power in the rings of radius 2, 3, ... below an eighth of the shorter side.
+    end = int(min(plane.shape) / 8)
+    mean = plane.mean(dtype=np.float64)
+    # Only low frequencies are looked at: the second transform is of their columns alone.
+    half = np.fft.rfft((plane - mean).astype(np.float32), axis=1)[:, : end + 1]
+    power = np.abs(np.fft.fft(half, axis=0)) ** 2
+    numbers = np.arange(len(plane))
+    frequencies = np.minimum(numbers, numbers[::-1])
+    rows = np.flatnonzero(frequencies < end)
+    # Columns of negative frequencies are those of positive ones, their rows turned round.
+    low = power[rows, :end] + power[-rows, 1:]
+    distances = np.sqrt(frequencies[rows, None] ** 2 + np.arange(end) ** 2).astype(np.int64) + 1
+    sums = np.bincount(distances.ravel(), weights=low.ravel(), minlength=end)
+    rings = np.asarray(sums[2:end], dtype=np.float64)
     radii = np.arange(2, 2 + len(rings))
     there = rings > 0
     if there.sum() < 2:
         return None
     slope, _ = np.polyfit(np.log(radii[there]), np.log(rings[there]), 1)
     return float(slope)
-
-
-def _ring_powers(plane: Plane) -> NDArray[np.float64]:
-    """Power in the rings of radius 2, 3, ... below an eighth of the shorter side."""
-    end = int(min(plane.shape) / 8)
-    mean = plane.mean(dtype=np.float64)
-    # Only low frequencies are looked at: the second transform is of their columns alone.
-    half = np.fft.rfft((plane - mean).astype(np.float32), axis=1)[:, : end + 1]
-    power = np.abs(np.fft.fft(half, axis=0)) ** 2
-    frequencies = _frequencies(len(plane))
-    rows = np.flatnonzero(frequencies < end)
-    # Columns of negative frequencies are those of positive ones, their rows turned round.
-    low = power[rows, :end] + power[-rows, 1:]
-    radii = np.sqrt(frequencies[rows, None] ** 2 + np.arange(end) ** 2).astype(np.int64) + 1
-    sums = np.bincount(radii.ravel(), weights=low.ravel(), minlength=end)
-    return np.asarray(sums[2:end], dtype=np.float64)
-
-
-def _frequencies(length: int) -> NDArray[np.int64]:
-    numbers = np.arange(length)
-    return np.minimum(numbers, numbers[::-1])
 
 
 def sharpness(plane: Plane) -> float | None:
@@ -127,20 +119,15 @@ def sharpness(plane: Plane) -> float | None:
     """
     if min(plane.shape) < 3 * SQUARE or plane.min() == plane.max():
         return None
-    means = _squares(plane)
+    rows, columns = (length // SQUARE for length in plane.shape)
+    whole = plane[: rows * SQUARE, : columns * SQUARE].astype(np.float64)
+    means = whole.reshape(rows, SQUARE, columns, SQUARE).mean(axis=(1, 3))
     spread = means.var()
     if spread == 0:
         return None
     middle = means[1:-1, 1:-1]
     neighbours = means[1:-1, :-2] + means[1:-1, 2:] + means[:-2, 1:-1] + means[2:, 1:-1]
     return float((neighbours - 4 * middle).var() / spread)
-
-
-def _squares(plane: Plane) -> NDArray[np.float64]:
-    rows, columns = (length // SQUARE for length in plane.shape)
-    whole = plane[: rows * SQUARE, : columns * SQUARE].astype(np.float64)
-    means: NDArray[np.float64] = whole.reshape(rows, SQUARE, columns, SQUARE).mean(axis=(1, 3))
-    return means
 
 
 def saturated_share(pixels: Plane) -> float:
@@ -188,13 +175,10 @@ def robust_limits(values: NDArray[np.float64], width: float, *, log: bool = Fals
     if known.size == 0:
         return None
     middle = float(np.median(known))
-    reach = width * _sigma(np.abs(known - middle))
+    deviations = np.abs(known - middle)
+    sigma = MAD_TO_SIGMA * float(np.median(deviations))
+    reach = width * (sigma or MEAN_DEVIATION_TO_SIGMA * float(deviations.mean()))
     low, high = middle - reach, middle + reach
     if log:
         return Limits(float(np.exp(low - _ROUNDING)), float(np.exp(high + _ROUNDING)))
     return Limits(low, high)
-
-
-def _sigma(deviations: NDArray[np.float64]) -> float:
-    by_median = MAD_TO_SIGMA * float(np.median(deviations))
-    return by_median or MEAN_DEVIATION_TO_SIGMA * float(deviations.mean())

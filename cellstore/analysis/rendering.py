@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
@@ -111,31 +111,32 @@ def blurred(image: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
 
 def _try_cell(rng: np.random.Generator, cells: CellMap, population: Population) -> None:
     diameter = population.diameter * np.exp(population.spread * rng.standard_normal())
-    y, x = _position(rng, cells, population.crowding, diameter / 2)
+    radius = diameter / 2
+    if cells.centres and rng.random() < population.crowding:  # beside another cell
+        y, x, other = cells.centres[rng.integers(cells.count)]
+        angle, distance = rng.uniform(0, 2 * np.pi), (radius + other) * rng.uniform(0.8, 1.15)
+        y, x = y + distance * np.sin(angle), x + distance * np.cos(angle)
+    else:
+        height, width = cells.masks.shape
+        y = rng.uniform(-radius / 2, height + radius / 2)
+        x = rng.uniform(-radius / 2, width + radius / 2)
     box, rho = _normalised_radius(rng, cells.masks.shape, (y, x), diameter, population)
     inside = rho < 1
     taken = inside & (cells.masks[box] > 0)
     if taken.sum() > population.overlap * inside.sum():
         return
-    visible = _one_piece(inside & ~taken) if taken.any() else inside
+    visible = inside
+    if taken.any():
+        visible = inside & ~taken
+        pieces, count = ndimage.label(visible)
+        if count > 1:  # only the largest piece is seen
+            visible = pieces == 1 + int(np.argmax(np.bincount(pieces.ravel())[1:]))
     if visible.sum() < SMALLEST_AREA:
         return
     cells.centres.append((y, x, diameter / 2))
     cells.masks[box][visible] = cells.count
     cells.height[box][visible] = 1 - rho[visible] ** 2
     cells.behind[box][taken] += 1
-
-
-def _position(
-    rng: np.random.Generator, cells: CellMap, crowding: float, radius: float
-) -> tuple[float, float]:
-    if cells.centres and rng.random() < crowding:
-        y, x, other = cells.centres[rng.integers(cells.count)]
-        angle, distance = rng.uniform(0, 2 * np.pi), (radius + other) * rng.uniform(0.8, 1.15)
-        return y + distance * np.sin(angle), x + distance * np.cos(angle)
-    height, width = cells.masks.shape
-    margin = radius / 2
-    return rng.uniform(-margin, height + margin), rng.uniform(-margin, width + margin)
 
 
 def _normalised_radius(
@@ -159,27 +160,12 @@ def _normalised_radius(
     dy, dx = rows[:, None] - np.float32(centre[0]), columns[None] - np.float32(centre[1])
     along = (dx * np.cos(tilt) + dy * np.sin(tilt)) / (diameter / 2 * np.sqrt(ratio))
     across = (dy * np.cos(tilt) - dx * np.sin(tilt)) / (diameter / 2 / np.sqrt(ratio))
-    edge = _outline(np.arctan2(across, along), amplitude, phase)
-    rho = np.hypot(along, across) / np.maximum(edge, 0.3)
-    return (box[0], box[1]), rho.astype(np.float32)
-
-
-def _outline(
-    angle: NDArray[np.float32], amplitude: NDArray[Any], phase: NDArray[Any]
-) -> NDArray[np.float32]:
+    angle = np.arctan2(across, along)
     edge = np.ones_like(angle)
     for harmonic, size, shift in zip(HARMONICS, amplitude, phase, strict=True):
         edge += np.float32(size) * np.cos(angle * np.float32(harmonic) + np.float32(shift))
-    return edge
-
-
-def _one_piece(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The largest connected piece of ``mask``."""
-    pieces, count = ndimage.label(mask)
-    if count <= 1:
-        return mask
-    largest: NDArray[np.bool_] = pieces == 1 + int(np.argmax(np.bincount(pieces.ravel())[1:]))
-    return largest
+    rho = np.hypot(along, across) / np.maximum(edge, 0.3)
+    return (box[0], box[1]), rho.astype(np.float32)
 
 
 SMALLEST, LARGEST = 9.0, 64.0
@@ -201,20 +187,10 @@ def render_nuclei(
     """One field of ``shape`` (H, W) of cells with the given or a random median diameter."""
     if diameter is None:
         diameter = float(np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST))))
-    cells = lay_cells(rng, shape, _rendering_nuclei_population(rng, shape, diameter))
-    light = _cell_light(rng, cells, diameter)
-    light = _surroundings(rng, light, diameter)
-    image = _rendering_nuclei_camera(rng, light, diameter)
-    return TrainingField(image, cells.masks, diameter)
-
-
-def _rendering_nuclei_population(
-    rng: np.random.Generator, shape: tuple[int, int], diameter: float
-) -> Population:
     # A share of the area, skewed to sparse fields; the most crowded ones are confluent.
     covered = 0.03 + 0.6 * rng.beta(1.2, 1.8)
     count = int(np.clip(covered * shape[0] * shape[1] / (0.785 * diameter**2), 3, 600))
-    return Population(
+    population = Population(
         count=count,
         diameter=diameter,
         spread=rng.uniform(0.05, 0.35),
@@ -223,6 +199,11 @@ def _rendering_nuclei_population(
         crowding=rng.choice([0.1, 0.5, 0.85]),
         overlap=rng.choice([0.1, 0.25, 0.35]),
     )
+    cells = lay_cells(rng, shape, population)
+    light = _cell_light(rng, cells, diameter)
+    light = _surroundings(rng, light, diameter)
+    image = _microscope(rng, light, diameter)
+    return TrainingField(image, cells.masks, diameter)
 
 
 def _cell_light(rng: np.random.Generator, cells: CellMap, diameter: float) -> NDArray[np.float32]:
@@ -232,31 +213,20 @@ def _cell_light(rng: np.random.Generator, cells: CellMap, diameter: float) -> ND
     brightness[special] *= rng.uniform(2.0, 4.0)
     brightness[0] = 0
     light: NDArray[np.float32] = brightness[cells.masks].astype(np.float32)
-    light *= _profile(rng, cells.height)
+    kind = rng.random()  # flat, domed or hollow across the cell
+    if 0.2 <= kind < 0.85:
+        light *= np.maximum(cells.height, 0.02) ** np.float32(rng.uniform(0.05, 0.7))
+    elif kind >= 0.85:
+        light *= 1 - np.float32(rng.uniform(0.1, 0.6)) * cells.height
     light *= 1 + rng.uniform(0, 0.8) * cells.behind
-    light *= _texture(rng, cells.masks.shape, diameter)
-    return light
-
-
-def _profile(rng: np.random.Generator, height: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Flat, domed or hollow across the cell."""
-    kind = rng.random()
-    if kind < 0.2:
-        return np.ones_like(height)
-    if kind < 0.85:
-        return np.maximum(height, 0.02) ** np.float32(rng.uniform(0.05, 0.7))
-    return 1 - np.float32(rng.uniform(0.1, 0.6)) * height
-
-
-def _texture(
-    rng: np.random.Generator, shape: tuple[int, ...], diameter: float
-) -> NDArray[np.float32]:
+    shape = cells.masks.shape
     fine = smooth_noise(rng, shape, max(0.6, diameter * rng.uniform(0.02, 0.07)))
     coarse = smooth_noise(rng, shape, max(0.8, diameter * rng.uniform(0.1, 0.3)))
     grain = 1 + rng.uniform(0, 0.3) * fine + rng.uniform(0, 0.3) * coarse
     spots = smooth_noise(rng, shape, max(0.7, diameter * rng.uniform(0.05, 0.1)))
     grain[spots > 1.5] *= rng.choice([1.0, rng.uniform(0.3, 0.9), rng.uniform(1.1, 2.0)])
-    return np.clip(grain, 0.15, 3.0)
+    light *= np.clip(grain, 0.15, 3.0)
+    return light
 
 
 def _surroundings(
@@ -271,41 +241,26 @@ def _surroundings(
     waves = smooth_noise(rng, light.shape, min(light.shape) * rng.uniform(0.15, 0.6))
     light += background * np.maximum(0.1, 1 + rng.uniform(0, 0.5) * waves)
     if rng.random() < 0.25:
-        light += _blobs(rng, light.shape, diameter) * typical * rng.uniform(0.1, 0.35)
-    if rng.random() < 0.35:
-        _add_debris(rng, light, typical, diameter)
-    return _shaded(rng, light)
+        # Cells far out of focus: light without an outline, which is nobody's mask.
+        lost = Population(int(rng.integers(1, 6)), diameter * 1.2, crowding=0.0)
+        height, width = light.shape
+        blob = (lay_cells(rng, (height, width), lost).masks > 0).astype(np.float32)
+        blob = blurred(blob, diameter * rng.uniform(0.35, 0.6))
+        light += blob * typical * rng.uniform(0.1, 0.35)
+    if rng.random() < 0.35:  # debris
+        count = int(rng.integers(1, 25))
+        specks = np.zeros_like(light)
+        rows, columns = (rng.integers(0, side, count) for side in light.shape)
+        sigma = max(0.5, diameter * rng.uniform(0.02, 0.06))
+        specks[rows, columns] = typical * rng.uniform(0.3, 2.0, count) * 6.3 * sigma**2
+        light += blurred(specks, sigma)
+    if rng.random() >= 0.5:  # uneven illumination: a smooth gain over the field
+        waves = smooth_noise(rng, light.shape, min(light.shape) * rng.uniform(0.4, 1.0))
+        light = light * np.clip(1 + rng.uniform(0.05, 0.3) * waves, 0.3, 2.0)
+    return light
 
 
-def _blobs(
-    rng: np.random.Generator, shape: tuple[int, ...], diameter: float
-) -> NDArray[np.float32]:
-    """Cells far out of focus: light without an outline, which is nobody's mask."""
-    population = Population(int(rng.integers(1, 6)), diameter * 1.2, crowding=0.0)
-    blob = (lay_cells(rng, (shape[0], shape[1]), population).masks > 0).astype(np.float32)
-    return blurred(blob, diameter * rng.uniform(0.35, 0.6))
-
-
-def _add_debris(
-    rng: np.random.Generator, light: NDArray[np.float32], typical: float, diameter: float
-) -> None:
-    count = int(rng.integers(1, 25))
-    specks = np.zeros_like(light)
-    rows, columns = (rng.integers(0, side, count) for side in light.shape)
-    sigma = max(0.5, diameter * rng.uniform(0.02, 0.06))
-    specks[rows, columns] = typical * rng.uniform(0.3, 2.0, count) * 6.3 * sigma**2
-    light += blurred(specks, sigma)
-
-
-def _shaded(rng: np.random.Generator, light: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Uneven illumination: a smooth gain over the field."""
-    if rng.random() < 0.5:
-        return light
-    waves = smooth_noise(rng, light.shape, min(light.shape) * rng.uniform(0.4, 1.0))
-    return light * np.clip(1 + rng.uniform(0.05, 0.3) * waves, 0.3, 2.0)
-
-
-def _rendering_nuclei_camera(
+def _microscope(
     rng: np.random.Generator, light: NDArray[np.float32], diameter: float
 ) -> NDArray[np.float32]:
     """Focus, photons, read noise, saturation, gamma, 8-bit steps."""
@@ -524,7 +479,16 @@ def render_field(design: PlateDesign, spec: FieldSpec) -> RenderedField:
     rng = _rng(design.seed, spec.plate, spec.row, spec.column, spec.site)
     effect = spec.treatment.effect.scaled(design.effect)
     conditions = _conditions(design, spec)
-    cells = lay_cells(rng, (design.size, design.size), _population(design, effect, conditions))
+    room = (design.size / 208) ** 2
+    population = Population(
+        count=max(3, round(CELLS * room * effect.count * conditions.count)),
+        diameter=DIAMETER * effect.diameter * conditions.diameter,
+        elongation=1.2 * effect.elongation,
+        irregularity=0.035 * effect.irregularity,
+        crowding=0.4,
+        overlap=0.2,
+    )
+    cells = lay_cells(rng, (design.size, design.size), population)
     brightness = np.exp(0.2 * rng.standard_normal(cells.count + 1)).astype(np.float32)
     brightness *= effect.brightness * conditions.brightness
     brightness[0] = 0
@@ -535,18 +499,6 @@ def render_field(design: PlateDesign, spec: FieldSpec) -> RenderedField:
         for channel in CHANNELS[: design.n_channels]
     ]
     return RenderedField(np.stack(planes), cells.masks)
-
-
-def _population(design: PlateDesign, effect: Effect, conditions: _Conditions) -> Population:
-    room = (design.size / 208) ** 2
-    return Population(
-        count=max(3, round(CELLS * room * effect.count * conditions.count)),
-        diameter=DIAMETER * effect.diameter * conditions.diameter,
-        elongation=1.2 * effect.elongation,
-        irregularity=0.035 * effect.irregularity,
-        crowding=0.4,
-        overlap=0.2,
-    )
 
 
 def _conditions(design: PlateDesign, spec: FieldSpec) -> _Conditions:

@@ -92,8 +92,8 @@ def _check_references(
     Raises:
         IntegrityError: one is not.
     """
-    for place, name in enumerate(columns):
-        wanted = {row[place] for row in rows} - {None}
+    for index, name in enumerate(columns):
+        wanted = {row[index] for row in rows} - {None}
         for key in table.__table__.c[name].foreign_keys:
             query = select(key.column).where(
                 key.column == any_(bindparam("ids", type_=ARRAY(BigInteger)))

@@ -428,7 +428,10 @@ def _cell(workspace: Workspace, session: Session, number: str) -> Audit:
 
 # Runs
 
-RUN = (runs.c.id.label("run_id"), runs.c.stage, runs.c.status, runs.c.started_at)
+RUN = (
+    *(runs.c.id.label("run_id"), runs.c.stage, runs.c.status, runs.c.started_at),
+    *(runs.c.user_name.label("user"), runs.c.code_version),
+)
 RECIPE = tuple(
     recipes.c[name]
     for name in ("id", "stage", "version", "fingerprint", "weights_sha256", "parameters")
@@ -442,9 +445,9 @@ def _run(session: Session, run_id: int) -> Audit:
     files it read, ``changed_wells`` counts the wells whose treatment it changed.
     """
     query = select(
-        *(*RUN, runs.c.ended_at, runs.c.user_name.label("user")),
-        *(runs.c[key] for key in ("host", "origin", "command", "code_version", "seed", "query")),
-        *(runs.c.error, splits.c.name.label("split"), runs.c.result, runs.c.environment),
+        *(*RUN, runs.c.ended_at),
+        *(runs.c[key] for key in ("host", "origin", "command", "seed", "query", "error")),
+        *(splits.c.name.label("split"), splits.c.protocol, runs.c.result, runs.c.environment),
         *(runs.c.recipe_id, runs.c.split_id, runs.c.parent_id),
     ).outerjoin(splits, splits.c.id == runs.c.split_id)
     (record,) = _rows(session, query.where(runs.c.id == run_id))

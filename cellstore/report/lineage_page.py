@@ -95,9 +95,9 @@ class Lineage:
 
     def add_run(self, run: Mapping[str, Any], *after: str | None) -> str:
         """Add the box of a run by its row in a record."""
-        by = f"by {run['user']}" if "user" in run else run.get("status")
         when = f"run {run['run_id']}, {run['started_at'][:10]}"
-        lines = (when, by, run.get("code_version"))
+        status = run.get("status", "done")
+        lines = (when, f"by {run['user']}", run["code_version"], status if status != "done" else "")
         return self.add(f"run {run['run_id']}", run.get("stage", "predict"), *lines, after=after)
 
     def add_checkpoint(self, run: str, digests: Iterable[str]) -> str:
@@ -259,7 +259,7 @@ def _draw_run(graph: Lineage, record: Mapping[str, Any]) -> None:
 
     above: str | None = None
     if record["split"] is not None:
-        above = graph.add("split", "split", record["split"])
+        above = graph.add("split", "split", record["split"], record["protocol"])
     for run in reversed(record["parents"]):
         read = draw_inputs(recipes[run["recipe_id"]]) if run["recipe_id"] in recipes else []
         above = graph.add_checkpoint(graph.add_run(run, *read, above), run["checkpoints"])

@@ -159,10 +159,6 @@ def qc(
     params = params or QcParams()
     if params.outlier <= 0 or params.cell_outlier <= 0:
         raise UserInputError("The numbers of robust standard deviations must be above 0.")
-    if not 0 <= params.saturated <= 1:
-        raise UserInputError("The share of saturated pixels must be from 0 to 1.")
-    if params.min_images < 1:
-        raise UserInputError("The least number of images must be 1 or more.")
     with workspace.database.read() as session:
         images = images_of(session, selection)
     if dry_run:
@@ -356,7 +352,18 @@ class MeasureQuality(ImageStage[Sequence[ChannelFile], Qualities]):
 
     def compute(self, loaded: Sequence[Any]) -> list[Qualities]:
         """Return the quality of each channel of each image."""
-        return [[(channel, _quality(channel, plane)) for channel, plane in one] for one in loaded]
+        measured = []
+        for planes in loaded:
+            qualities = []
+            for channel, plane in planes:
+                try:
+                    qualities.append((channel, plane_quality(plane)))
+                except ValueError as error:
+                    raise ImageError(
+                        f"Channel {channel} has no pixel that is a number. Export the field again."
+                    ) from error
+            measured.append(qualities)
+        return measured
 
     def insert(
         self,
@@ -385,15 +392,6 @@ class MeasureQuality(ImageStage[Sequence[ChannelFile], Qualities]):
     def digest(self, recipe_id: int, output: Qualities) -> str:
         """Return the digest of the numbers of all channels, by name."""
         return digest(sorted([channel, *astuple(quality)] for channel, quality in output))
-
-
-def _quality(channel: str, plane: NDArray[Any]) -> PlaneQuality:
-    try:
-        return plane_quality(plane)
-    except ValueError as error:
-        raise ImageError(
-            f"Channel {channel} has no pixel that is a number. Export the field again."
-        ) from error
 
 
 # --- plate by plate: what is odd ------------------------------------------------------------------
