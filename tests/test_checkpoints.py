@@ -51,6 +51,17 @@ def test_a_checkpoint_comes_back_whole(net: FusionNet) -> None:
         assert torch.equal(again(crops, features), net.eval()(crops, features))
 
 
+def test_a_full_gpu_is_not_called_a_damaged_checkpoint(
+    net: FusionNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(FusionNet, "to", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        load_model(save_net(net.state_dict()), meta().to_json(), "cuda")
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(net: FusionNet) -> None:
     tensors, record = save_net(net.state_dict()), meta().to_json()
     other = meta(shape=dataclasses.replace(SHAPE, projection_width=8)).to_json()

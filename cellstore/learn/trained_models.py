@@ -219,18 +219,21 @@ def load_model(
         if meta.shape is not None:
             net = FusionNet(meta.shape)
             net.load_state_dict(load_tensors(data))
-            return Model(net.eval().to(device), None, device, net.classifier.in_features), meta
-        estimator = load_estimator(data, meta.model)
-        row = np.zeros((1, len(meta.scaler.names)), dtype=np.float32)
-        answer = estimator.predict_proba(row)
-        if answer.shape != (1, len(meta.labels)) or not np.isfinite(answer).all():
-            raise ValueError("its classes are not those of the record")
-        return Model(None, estimator), meta
+        else:
+            estimator = load_estimator(data, meta.model)
+            row = np.zeros((1, len(meta.scaler.names)), dtype=np.float32)
+            answer = estimator.predict_proba(row)
+            if answer.shape != (1, len(meta.labels)) or not np.isfinite(answer).all():
+                raise ValueError("its classes are not those of the record")
     except Exception as error:  # damaged bytes end in errors of many kinds
         raise StorageError(
             f"The checkpoint is damaged or of another model ({first_line(error)}). "
             "Check the store with 'cellstore verify', or train again."
         ) from error
+    if meta.shape is None:
+        return Model(None, estimator), meta
+    # Not above: a full GPU is no damage.
+    return Model(net.eval().to(device), None, device, net.classifier.in_features), meta
 
 
 def save_estimator(model: Any) -> bytes:
