@@ -192,10 +192,11 @@ def table(
         text.append(GAP.join(pieces).rstrip())
     if shown < len(headers):
         text.append(cell(f"No room for: {', '.join(map(cell, headers[shown:]))}", room))
+    data = "\n".join([*text, ""]).encode(errors="replace")
     if file is None:
-        typer.echo("\n".join(text))
+        typer.echo(data, nl=False)
     else:
-        file.write("\n".join([*text, ""]).encode(errors="replace"))
+        file.write(data)
 
 
 class Format(StrEnum):

@@ -55,7 +55,7 @@ ROWS_OF_BATCH = 65_536
 _DESCRIBES = re.compile(r"\s*(describe|desc|show)\b", re.IGNORECASE)
 _COMMENT = re.compile(r"--.*")
 _IN_WITH = re.compile(r"\b(\w+)(?:\([\w, ]+\))? as \(")
-_SOURCE = re.compile(r'(?<!distinct )\b(?:from|join)\s+"?(\w+)')
+_SOURCE = re.compile(r'(?<!distinct )\b(?:from|join)\s+"?(\w+)(?![\w(])')
 
 _OF_IMAGE = {
     "images": "WHERE t.well_id = (SELECT well_id FROM images WHERE id = {image})",
@@ -398,7 +398,6 @@ class Questions:
         for name in sorted(names):
             if name in self._declared:  # perhaps by one before it
                 continue
-            self._declared.add(name)
             columns = self._source.columns.get(name) or KEPT_COLUMNS.get(name)
             if columns is None and name not in VIEWS and name in self._sets:
                 # Only the full database reads files.
@@ -409,13 +408,13 @@ class Questions:
             elif (query := self._query_of(name)) is not None:
                 self._declare(sources_of(query))
                 self._empty.execute(f"CREATE TABLE {quoted(name)} AS {query} WITH NO DATA")
+            self._declared.add(name)
 
     def _load(self, names: set[str]) -> None:
         """Make tables and views with their rows."""
         for name in sorted(names):
             if name in self._loaded:  # perhaps by one before it
                 continue
-            self._loaded.add(name)
             create = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
             copied = name in WRITERS and self.image is None
             if copied and name in _VOTE_VIEWS:  # their copies know of no later exclusion
@@ -452,6 +451,7 @@ class Questions:
                     kind = "TABLE"
                     query = f"FROM ({query}) WHERE run_id IN ({numbers or -1})"
                 self._full.execute(f"CREATE {kind} {quoted(name)} AS {query}")
+            self._loaded.add(name)
 
     def _load_copies(self, name: str) -> None:
         """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now.

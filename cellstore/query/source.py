@@ -106,12 +106,11 @@ _FIRST_VALUES = {"BIGINT": "0", "BOOLEAN": "0", "DOUBLE": "0.0"}
 
 _SQLITE_COLUMNS = """
     SELECT t.name, c.name, upper(c.type) FROM sqlite_master AS t, pragma_table_info(t.name) AS c
-    WHERE t.type IN ('table', 'view') AND t.name <> 'alembic_version' ORDER BY t.name, c.cid
+    WHERE t.type IN ('table', 'view') ORDER BY t.name, c.cid
 """
 _POSTGRESQL_COLUMNS = """
     SELECT table_name, column_name, upper(data_type) FROM information_schema.columns
-    WHERE table_schema = current_schema() AND table_name <> 'alembic_version'
-    ORDER BY table_name, ordinal_position
+    WHERE table_schema = current_schema() ORDER BY table_name, ordinal_position
 """
 
 PREDICTION_COLUMNS: Columns = {
@@ -181,12 +180,19 @@ class Source:
         From the database, since the classes of the tables load slower than a question is answered.
         """
         query = _SQLITE_COLUMNS if self.database.is_sqlite else _POSTGRESQL_COLUMNS
+        # What else is in the database, as sqlite_stat1 after ANALYZE, is not of the store.
+        words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
+        ours = set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
         found: dict[str, Columns] = {}
         with self.database.read() as session:
             for table, column, kind in session.execute(text(query)):
-                # SQLite tells no type of a view's column that is computed.
-                computed = "BIGINT" if column.endswith("_id") else "TEXT"
-                found.setdefault(table, {})[column] = _TYPES.get(kind or computed, "VARCHAR")
+                if table not in ours:
+                    continue
+                # SQLite tells no type of a view's column that is computed; since 3.41 some type.
+                is_id = kind in ("", "NUM") and column.endswith("_id")
+                found.setdefault(table, {})[column] = _TYPES.get(
+                    "BIGINT" if is_id else kind, "VARCHAR"
+                )
                 if kind.startswith("JSON"):
                     self._json.add((table, column))
         return found

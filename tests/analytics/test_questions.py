@@ -12,12 +12,14 @@ from screens import VOTES, small_screen
 from sqlalchemy import Engine, text
 
 from cellstore.enums import Stage, Status
-from cellstore.errors import DatabaseError, QueryError, UnknownNameError
+from cellstore.errors import DatabaseError, QueryError, StorageError, UnknownNameError
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import METADATA
+from cellstore.query import source
 from cellstore.query.engine import Questions, open_questions
 from cellstore.query.guard import Limits
 from cellstore.query.source import VIEWS, view
+from cellstore.store import Store
 
 
 def one(questions: Questions, sql: str, parameters: list[object] | None = None) -> object:
@@ -46,6 +48,44 @@ def test_columns_are_typed_even_where_all_values_are_null(workspace: Workspace) 
         runs = questions.ask("SELECT started_at, environment, seed FROM runs").table()
     assert plates.schema.types == [pa.int64(), *[pa.string()] * 5]
     assert runs.schema.types == [pa.timestamp("us", tz="UTC"), pa.string(), pa.int64()]
+
+
+def test_ids_of_a_view_are_numbers_where_sqlite_tells_some_type_of_them(
+    sqlite_workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = "coalesce(nullif(upper(c.type), ''), 'NUM')"  # as SQLite 3.41 and later
+    query = source._SQLITE_COLUMNS.replace("upper(c.type)", newer)
+    monkeypatch.setattr(source, "_SQLITE_COLUMNS", query)
+    with open_questions(sqlite_workspace) as questions:
+        types = dict(questions.columns("exclusions"))
+    assert {types[name] for name in ("id", "run_id", "annotation_id")} == {"BIGINT"}
+    assert types["level"] == "VARCHAR"
+
+
+def test_other_tables_of_the_database_are_out_of_reach(workspace: Workspace) -> None:
+    with workspace.database.begin() as session:
+        session.execute(text("CREATE TABLE others (secret INTEGER)"))
+        session.execute(text("ANALYZE"))  # SQLite keeps what it finds in a table
+    with open_questions(workspace) as questions:
+        assert set(questions.names) == {*METADATA.tables, "exclusions", *VIEWS}
+        for name in ("others", "sqlite_stat1", "alembic_version"):
+            with pytest.raises(QueryError, match="does not exist"):
+                questions.ask(f"FROM {name}")
+    assert "others" not in {relation.name for relation in Store(workspace).schema()}
+
+
+def test_what_could_not_be_copied_is_there_when_it_is_asked_for_again(
+    sqlite_workspace: Workspace,
+) -> None:
+    small_screen(sqlite_workspace)
+    copies = sqlite_workspace.settings.cache / "snapshots"
+    with open_questions(sqlite_workspace) as questions:
+        copies.rmdir()
+        copies.write_text("in the way")
+        with pytest.raises(StorageError, match="then ask again"):
+            questions.ask("FROM cells")
+        copies.unlink()
+        assert one(questions, "SELECT count(*) > 0 FROM cells") is True
 
 
 def test_values_come_out_as_they_went_in(workspace: Workspace) -> None:

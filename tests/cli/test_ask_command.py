@@ -9,8 +9,10 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from factories import Factory
+from typer.testing import CliRunner
 
 from cellstore.store import Store
+from cellstore_cli.app import app
 
 EVIL = ["=cmd()", "+1", "-1", "@x", "\tx", "<script>alert(1)</script>", "a\"b'c", "\x1b[31mred"]
 
@@ -101,6 +103,13 @@ def test_values_have_the_type_that_they_look_like(cellstore, store, text, kind):
     query = "SELECT typeof($x) AS kind"
     said = cellstore("sql", query, "--param", f"x={text}", "--json", "--store", store)
     assert said.json == [{"kind": kind}]
+
+
+def test_a_table_has_all_letters_whatever_the_terminal_knows(store):
+    words = ["sql", "SELECT 'Δ µ' AS name", "--store", str(store)]
+    result = CliRunner(charset="latin-1").invoke(app, words)
+    assert result.exit_code == 0
+    assert "Δ µ" in result.stdout_bytes.decode("utf-8")
 
 
 def test_a_table_on_the_screen_ends_after_a_thousand_rows(cellstore, store):
