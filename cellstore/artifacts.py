@@ -183,7 +183,7 @@ def open_atomically(target: Path) -> Iterator[BinaryIO]:
                 "Name another folder, or move that file away; then run the same command again."
             ) from error
         raise StorageError(
-            f"{target} cannot be written: {error.strerror}. Free some space or mend the "
+            f"{target} cannot be written: {error.strerror or error}. Free some space or mend the "
             "permissions, then run the same command again; what is done stays done."
         ) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
@@ -38,10 +38,10 @@ other: either serves what needs ``segment``, and which one it is decides the net
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """Where a store keeps its rows and files. ``database`` is a URL without a password."""
+    """Where a store keeps its rows and files. ``database`` is a URL, perhaps with a password."""
 
     root: Path
-    database: str | None = None
+    database: str | None = field(default=None, repr=False)
 
     @property
     def cache(self) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 class Store(AbstractContextManager["Store"]):
     """An open store. Use it in a ``with`` block, or call :meth:`close`."""
 
-    workspace: Workspace
+    workspace: Workspace = field(repr=False)  # its URL may have secrets
 
     @classmethod
     def open(

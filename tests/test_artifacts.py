@@ -102,6 +102,12 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_an_error_without_a_number_is_told_by_its_own_words(tmp_path: Path):
+    with pytest.raises(StorageError, match="file write failed"), open_atomically(tmp_path / "a"):
+        raise OSError("file write failed")  # as HDF5 says it
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_is_for_those_whom_the_umask_lets_read(folder: ArtifactFolder):
     before = os.umask(0o027)
     try:

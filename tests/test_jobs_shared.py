@@ -109,6 +109,28 @@ def test_a_run_that_is_cancelled_ends_and_goes_on_later(workspace: Workspace, mo
     assert go(workspace).images == 4 - done
 
 
+def test_a_stop_does_not_wait_for_a_worker_that_is_loading(
+    sqlite_workspace: Workspace, monkeypatch
+):
+    monkeypatch.setenv(queue.ENV_LEASE, "1")
+    fill(sqlite_workspace, 1)
+    loaded = threading.Event()
+
+    class Loading(Tiny):
+        def load(self) -> None:
+            cancel(sqlite_workspace)
+            assert loaded.wait(20)
+
+    started = time.monotonic()
+    try:
+        with pytest.raises(RunCancelledError, match="cancelled"):
+            go(sqlite_workspace, stage=Loading)
+    finally:
+        loaded.set()
+    assert time.monotonic() - started < 10
+    assert go(sqlite_workspace).images == 1
+
+
 def test_what_is_over_cannot_be_cancelled(sqlite_workspace: Workspace):
     fill(sqlite_workspace, 1)
     go(sqlite_workspace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +23,14 @@ def test_a_store_is_made_opened_and_asked(tmp_path):
         with pytest.raises(QueryError):
             store.sql("DELETE FROM wells")
         assert store.verify().ok
+
+
+def test_a_store_that_is_printed_keeps_its_secrets(tmp_path):
+    settings = StoreSettings(tmp_path, "postgresql://me:s3cret@localhost/x?sslpassword=s3cret")
+    assert "s3cret" not in repr(settings)
+    with Store.create(tmp_path) as store:
+        workspace = replace(store.workspace, settings=settings)
+        assert "workspace" not in repr(Store(workspace))
 
 
 def test_making_a_store_twice_keeps_it(tmp_path):

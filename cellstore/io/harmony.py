@@ -118,11 +118,12 @@ def read_harmony(
             continue
         images += 1
         url = values.get("URL", "").replace("\\", "/")
-        if root is None and not _ABSOLUTE.match(url):
-            # The images are beside the index, or in the folder Images beside it.
-            folders = (own, own / "Images", own.parent / "Images")
-            root = next((item for item in folders if exists(str(item / url))), own).as_posix()
         try:
+            _check_taken(values, url)
+            if root is None and not _ABSOLUTE.match(url):
+                # The images are beside the index, or in the folder Images beside it.
+                folders = (own, own / "Images", own.parent / "Images")
+                root = next((item for item in folders if exists(str(item / url))), own).as_posix()
             row = _read_image(values, url, root or "", names, channel_names)
         except RowRefusedError as refused:
             yield Refusal(element.line, *refused.args)
@@ -149,6 +150,14 @@ def read_harmony(
     names.check_used()
 
 
+def _check_taken(values: Mapping[str, str], url: str) -> None:
+    if values.get("State", "Ok").lower() != "ok":
+        raise RowRefusedError("image was not taken", f"State is {values['State']!r}")
+    name = url.rpartition("/")[2]
+    if not is_safe_name(name) or len(name) > LONGEST:
+        raise RowRefusedError("no image file", f"URL is {url[:100]!r}")
+
+
 def _read_image(
     values: Mapping[str, str],
     url: str,
@@ -157,11 +166,7 @@ def _read_image(
     channel_names: Mapping[int, str],
 ) -> ImageRecord:
     """Return the field of one file; what the element and the file name say must agree."""
-    if values.get("State", "Ok").lower() != "ok":
-        raise RowRefusedError("image was not taken", f"State is {values['State']!r}")
     folder, _, file = url.rpartition("/")
-    if not is_safe_name(file) or len(file) > LONGEST:
-        raise RowRefusedError("no image file", f"URL is {url[:100]!r}")
     if _ABSOLUTE.match(url):
         folder = folder or "/"
     elif writable(root) != root:

@@ -363,7 +363,9 @@ def run_jobs(
         while True:
             if not stop.is_set():
                 loop.submit()
-            in_flight = [future for worker in workers for future, _ in worker.chunks]
+            chunks = [chunk for worker in workers for chunk in worker.chunks]
+            # A worker that still loads the stage has no image in hand.
+            in_flight = [future for future, tasks in chunks if tasks or not stop.is_set()]
             if in_flight:
                 wait(in_flight, POLL_SECONDS, FIRST_COMPLETED)
                 loop.collect()

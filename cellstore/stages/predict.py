@@ -228,7 +228,7 @@ def predict(
                 for some in in_lists(done_jobs(session, embedding_id, lost)):
                     requeue(session, Job.id.in_(some), status=Status.DONE)
                 forget_lost_files(session, workspace.artifacts, embedding_id)
-            embedded = count_images(session, embedding_id, images)
+            embedded = count_images(session, embedding_id, images, unseen=unseen)
             again = embedded.todo + embedded.failed
         runs = select(Run).where(Run.recipe_id == recipe.id, Run.stage == Stage.PREDICT)
         latest = session.scalars(runs.order_by(Run.id.desc()).limit(1)).first()

@@ -205,6 +205,19 @@ def test_images_in_a_folder_beside_that_of_the_index(tmp_path: Path) -> None:
     assert record.files[0].folder == str(tmp_path.resolve() / "Images")
 
 
+@pytest.mark.parametrize("first", [{"State": "Missing", "URL": "b.tiff"}, {"URL": ""}])
+def test_an_image_that_was_not_taken_says_nothing_of_the_folder(
+    tmp_path: Path, first: dict[str, str]
+) -> None:
+    for name in ("Index", "Images"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "Images/a.tiff").write_bytes(b"")
+    path = index(tmp_path / "Index", [image(1, **first), image(2, URL="a.tiff")])
+    _, record = read_harmony(path)
+    assert isinstance(record, ImageRecord)
+    assert record.files[0].folder == str(tmp_path.resolve() / "Images")
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/P1/a.tiff", "/data/P1/a.tiff", "D:/P1/a.tiff"])
 def test_images_elsewhere(tmp_path: Path, url: str) -> None:
     (record,) = fields(index(tmp_path, [image(1, URL=url)]))

@@ -20,7 +20,7 @@ from cellstore.enums import Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import batches
-from cellstore.models import Cell, FeatureSet, Image, Job, Recipe, Segmentation, SplitMember
+from cellstore.models import Cell, FeatureSet, Image, Job, Recipe, Run, Segmentation, SplitMember
 from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.measure import measure
 from cellstore.stages.predict import predict
@@ -184,6 +184,12 @@ def test_images_that_were_never_seen_are_labelled_by_their_features(
     assert (first.done, first.waiting, first.cells) == (2, 0, 2 * FOUR)
     again = predict(workspace, device="cpu")
     assert (again.run_id, again.done, again.earlier) == (first.run_id, 0, 2)
+    params = PredictParams(embedding="seen")
+    embedded = predict(workspace, params, device="cpu")
+    again = predict(workspace, params, device="cpu")
+    assert (again.run_id, again.done, again.notes) == (embedded.run_id, 0, embedded.notes)
+    with workspace.database.read() as session:
+        assert "resumed" not in session.get_one(Run, embedded.run_id).environment
 
 
 @pytest.mark.usefixtures("no_pixels")
