@@ -63,14 +63,13 @@ def differences(database: Database) -> list[str]:
         return [str(change) for change in compare_metadata(context, METADATA)]
 
 
-def refuse(database: Database) -> NoReturn:
-    """Refuse a store whose schema is not the one of this library.
+def refuse(database: Database, found: str | None) -> NoReturn:
+    """Refuse a store whose schema ``found`` is not the one of this library.
 
     Raises:
         SchemaError: with the command that mends it.
     """
     _refuse_unknown(database)
-    found = database.revision()
     if found is None:
         raise SchemaError(
             f"The database {database.shown} holds no store. Make one with: cellstore init"

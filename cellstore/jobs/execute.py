@@ -495,6 +495,7 @@ class _Loop:
                 except Exception as error:
                     self.record_crash(tasks, worker.recover(error, tasks))
                 else:
+                    worker.false_starts = 0
                     for task, output in zip(tasks, outputs, strict=True):
                         if isinstance(output, Failure):
                             self.fail(task, output)

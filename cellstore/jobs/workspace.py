@@ -44,8 +44,9 @@ def open_workspace(
         )
     workspace = _connect(settings, progress)
     try:
-        if not any_schema and workspace.database.revision() != migrate.HEAD:
-            migrate.refuse(workspace.database)
+        found = workspace.database.revision()
+        if not any_schema and found != migrate.HEAD:
+            migrate.refuse(workspace.database, found)
     except BaseException:
         workspace.database.close()
         raise
@@ -105,8 +106,9 @@ def create_workspace(root: Path, database: str | None = None) -> tuple[Workspace
         workspace = _connect(settings)
         if workspace.database.revision() is None:
             upgrade_schema(workspace.database)
-        if workspace.database.revision() != migrate.HEAD:
-            migrate.refuse(workspace.database)
+        found = workspace.database.revision()
+        if found != migrate.HEAD:
+            migrate.refuse(workspace.database, found)
     except BaseException:
         if workspace is not None:
             workspace.database.close()

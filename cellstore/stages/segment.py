@@ -276,6 +276,7 @@ class Segment(ImageStage[SegmentInput, SegmentOutput]):
         """Load the network."""
         from ..analysis.segmentation import load_segmenter
 
+        need("segment")  # a worker of a cluster may lack it
         segmenter = load_segmenter(
             self.files,
             flow_threshold=self.params.flow_threshold,
