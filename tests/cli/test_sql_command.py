@@ -103,7 +103,8 @@ def tell():
     for _ in range(60):
         before = set(threading.enumerate())
         time.sleep(0.5)
-        if any(t.name == "cellstore-question" for t in before & set(threading.enumerate())):
+        still = before & set(threading.enumerate())
+        if any(t.name.startswith("cellstore-question") for t in still):
             break
     print("asking", flush=True)
 
