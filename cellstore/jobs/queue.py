@@ -340,14 +340,18 @@ def close(
         update(Job)
         .where(Job.id.in_(digests))
         .where(Job.worker == owner, Job.status == Status.RUNNING, unchanged)
-        .values(status=Status.DONE, seconds=seconds, lease_until=None, error=None)
+        .values(
+            status=Status.DONE,
+            seconds=seconds,
+            lease_until=None,
+            error=None,
+            digest=case(dict(digests), value=Job.id),
+        )
         .returning(Job.image_id, Job.recipe_id)
     )
     closed: dict[int, list[int]] = {}
     for image_id, recipe_id in session.execute(done):
         closed.setdefault(image_id, []).append(recipe_id)
-    rows = [{"id": job, "digest": digest} for job, digest in digests.items()]
-    session.execute(update(Job), rows)  # of jobs that are not ours it is undone
     return closed
 
 
