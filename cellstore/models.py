@@ -1,7 +1,7 @@
 """All tables of a store, in the order in which a screen fills them.
 
 Each docstring describes one row. Keys that make writing a row twice harmless are unique
-constraints; lineage is foreign keys, and every foreign key can be walked both ways::
+constraints; lineage is foreign keys, which can be walked::
 
     with store.session() as session:
         plate = session.scalars(select(Plate).where(Plate.barcode == "BR00116991")).one()
@@ -599,6 +599,7 @@ class FeatureFile(Base):
     last_cell_id: Mapped[int] = mapped_column(BigId)
     feature_set: Mapped["FeatureSet"] = relationship(back_populates="files")
     artifact: Mapped["Artifact"] = relationship()
+    run: Mapped["Run"] = relationship()
 
 
 def _of_cell(column: Any, cell_id: Any) -> Any:
@@ -633,6 +634,7 @@ class CellFeatures(Base):
     centroid_x: Mapped[float | None] = column_property(_of_cell(Cell.centroid_col, cell_id))
     cell: Mapped["Cell"] = relationship(back_populates="features")
     recipe: Mapped["Recipe"] = relationship()
+    run: Mapped["Run"] = relationship()
 
 
 class IngestFile(Base):
@@ -744,6 +746,8 @@ class ImageQuality(Base):
     mean: Mapped[float]
     std: Mapped[float]
     image: Mapped["Image"] = relationship(back_populates="quality")
+    recipe: Mapped["Recipe"] = relationship()
+    run: Mapped["Run"] = relationship()
 
 
 class ImageFlag(Base):

@@ -461,7 +461,7 @@ def read_drawn(
 
     ``cell_ids`` (N,) ascend.
     """
-    places = (
+    positions = (
         select(Well.id, Plate.barcode)
         .select_from(Cell)
         .join(Segmentation, Segmentation.id == Cell.segmentation_id)
@@ -481,7 +481,7 @@ def read_drawn(
     plates: list[str] = []
     for ids in in_lists(cell_ids.tolist()):
         start = len(wells)
-        for well, plate in session.execute(places.where(Cell.id.in_(ids))):
+        for well, plate in session.execute(positions.where(Cell.id.in_(ids))):
             wells.append(well)
             plates.append(plate)
         if measured is not None:

@@ -388,17 +388,17 @@ class _OpenFile:
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class FileContent:
     """How many rows a file of a feature set has, and its first and last cell."""
 
     rows: int
     first_cell_id: int
     last_cell_id: int
 
-    def with_ids(self, cell_ids: NDArray[np.int64]) -> FileFacts:
-        """Return the facts after more rows."""
+    def with_ids(self, cell_ids: NDArray[np.int64]) -> FileContent:
+        """Return the content after more rows."""
         first = self.first_cell_id if self.rows else int(cell_ids[0])
-        return FileFacts(self.rows + len(cell_ids), first, int(cell_ids[-1]))
+        return FileContent(self.rows + len(cell_ids), first, int(cell_ids[-1]))
 
     def __str__(self) -> str:
         return f"{self.rows} rows of cells {self.first_cell_id} to {self.last_cell_id}"
