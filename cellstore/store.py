@@ -348,17 +348,11 @@ class Store(AbstractContextManager["Store"]):
 
         return check_split(self.workspace, name)
 
-    def deletable_split(self, name: str) -> Deleted:
-        """Return which splits :meth:`delete_split` would delete, and refuse where it would."""
-        from .stages.split import find_deletable
-
-        return find_deletable(self.workspace, name)
-
-    def delete_split(self, name: str) -> Deleted:
-        """Delete a split, or all folds of a family, that no run uses."""
+    def delete_split(self, name: str, *, dry_run: bool = False) -> Deleted:
+        """Delete a split, or all folds of a family, that no run uses; or say what would go."""
         from .stages.split import delete_split
 
-        return delete_split(self.workspace, name)
+        return delete_split(self.workspace, name, dry_run=dry_run)
 
     def train(
         self,
