@@ -430,9 +430,9 @@ class PlateDesign:
             for _ in range(self.control_wells if treatment == CONTROL else self.treated_wells)
         ]
         across = max(2, int(np.ceil(np.sqrt(len(content)))))
-        places = [(2 + i // across, 2 + i % across) for i in range(len(content))]
+        positions = [(2 + i // across, 2 + i % across) for i in range(len(content))]
         order = _rng(self.seed, plate, "layout").permutation(len(content))
-        return [(*place, content[i]) for place, i in zip(places, order, strict=True)]
+        return [(*position, content[i]) for position, i in zip(positions, order, strict=True)]
 
     def fields(self) -> Iterator[FieldSpec]:
         """Every field, in the order plate, row, column, site."""
@@ -540,7 +540,7 @@ def _camera(
     return whole
 
 
-def _rng(seed: int, plate: str, *place: int | str) -> np.random.Generator:
-    """A generator of its own for each place, whatever was rendered before."""
-    key = "/".join(str(part) for part in (seed, plate, *place))
+def _rng(seed: int, plate: str, *position: int | str) -> np.random.Generator:
+    """A generator of its own for each position, whatever was rendered before."""
+    key = "/".join(str(part) for part in (seed, plate, *position))
     return np.random.default_rng(list(hashlib.sha256(key.encode()).digest()))

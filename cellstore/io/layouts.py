@@ -28,6 +28,8 @@ _WANTED = (
 _XML = re.compile(rb"(\xef\xbb\xbf)?\s*<")
 _TABLE_SUFFIXES = (".txt", ".csv", ".tsv", ".txt.gz", ".csv.gz", ".tsv.gz")
 _LOOKED_AT = 50
+_MANY = 50
+"""So many columns beside those about the well are measurements, whatever their names."""
 
 
 class SourceKind(StrEnum):
@@ -99,13 +101,20 @@ def detect(path: Path, kind: SourceKind | None = None) -> Layout:
 
             found = [Layout.HARMONY] if is_harmony(path) else []
         else:
-            is_parquet = head.startswith(image_files.PARQUET)
-            columns = () if is_parquet else open_table(path, whole=False).columns
+            columns = open_table(path, whole=False).columns
             found = table_layouts(columns)
-            if is_parquet or any("Object" in name or "Parent" in name for name in columns):
+            if any("Object" in name or "Parent" in name for name in columns):
                 from .single_cells import is_single_cells
 
                 found += [Layout.SINGLE_CELLS] if is_single_cells(path) else []
+            measured = _profile_columns(columns)
+            of_treatments = all(item.kind is SourceKind.TREATMENTS for item in found)
+            if measured and of_treatments and kind is not SourceKind.TREATMENTS:
+                raise BadTableError(
+                    f"{path.name} holds well profiles ({measured:,} features, no row for each "
+                    "cell), which cellstore does not store: ingest the table of single cells that "
+                    "they were made from."
+                )
     chosen = [item for item in found if kind is None or item.kind is kind]
     if kind is None and Layout.HARMONY in found:
         chosen = [item for item in found if item is not Layout.IMAGE_FOLDER]
@@ -152,6 +161,17 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
     return [layout for layout, fits in tests.items() if fits]
 
 
+def _profile_columns(columns: Sequence[str]) -> int:
+    """Return how many columns measure wells, if it is what the table does; else 0."""
+    wells = {f"{PREFIX}Well", f"{PREFIX}well", f"{PREFIX}well_position"}
+    if not wells & set(columns):
+        return 0
+    about = (PREFIX, "Image_", FILE_PREFIX, "PathName_")
+    measured = [name for name in columns if not name.startswith(about)]
+    named = any(name.startswith(("Cells_", "Nuclei_", "Cytoplasm_")) for name in measured)
+    return len(measured) if named or len(measured) >= _MANY else 0
+
+
 def _of_folder(path: Path) -> list[Layout]:
     from .cellprofiler_csv import is_cellprofiler_folder
     from .folders import has_image_names
@@ -187,11 +207,6 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
         )
     if head.startswith(image_files.SQLITE):
         return BadTableError(f"{path.name} is an SQLite file without the tables of CellProfiler.")
-    if head.startswith(image_files.PARQUET):
-        return BadTableError(
-            f"{path.name} is Parquet, but not of single cells: it needs Metadata_Plate, "
-            "Metadata_Well and features. Force it with --layout single-cells."
-        )
     if _XML.match(head):
         return BadTableError(f"{path.name} is XML, but no Harmony index (Index.idx.xml).")
     columns = open_table(path, whole=False).columns

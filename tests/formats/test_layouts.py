@@ -3,6 +3,9 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -219,3 +222,30 @@ def test_any_bytes_are_of_a_layout_or_refused(
 )
 def test_the_layouts_of_real_sources(name: str, layout: str) -> None:
     assert detect(real_data(name)).value == layout
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ["Metadata_Plate", "Metadata_Well", "Cells_AreaShape_Area", "Nuclei_Texture_Entropy"],
+        ["Metadata_broad_sample", "Metadata_well_position", "Metadata_gene", "Cells_Area"],
+        ["Metadata_Well", *(f"efficientnet_{number}" for number in range(672))],
+    ],
+)
+def test_well_profiles_are_refused_by_name(tmp_path: Path, columns: list[str], ending: str) -> None:
+    path = tmp_path / f"profiles.{ending}"
+    rows = pa.table({name: ["1", "2"] for name in columns})
+    (pq.write_table if ending == "parquet" else pa_csv.write_csv)(rows, path)
+    features = sum(not name.startswith("Metadata_") for name in columns)
+    words = rf"well profiles \({features} features, .* ingest the table of single cells"
+    for kind in (None, SourceKind.FEATURES):
+        with pytest.raises(BadTableError, match=words):
+            detect(path, kind)
+
+
+def test_a_plate_map_with_many_columns_is_no_profile(tmp_path: Path) -> None:
+    columns = ["well_position", "broad_sample", *(f"note_{number}" for number in range(40))]
+    path = tmp_path / "map.csv"
+    path.write_text(",".join(columns) + "\n" + ",".join("x" for _ in columns) + "\n")
+    assert detect(path) is Layout.PLATEMAP

@@ -91,7 +91,7 @@ def ingest(
     options = {
         name: writable(str(value)) if isinstance(value, Path) else value
         for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "compounds", "look", "strict", "reread") and value
+        if name not in ("kind", "layout", "compounds", "look", "strict", "reread")
     }
     options["maps"] = [[old, shown(new)] for old, new in params.maps]
     read = [identity, *map(FileIdentity.of, beside)]
