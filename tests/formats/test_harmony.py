@@ -333,7 +333,7 @@ def test_a_folder_with_an_index_is_as_good_as_the_index(tmp_path: Path) -> None:
 def test_an_index_of_any_spelling_above_or_beside_the_images(
     tmp_path: Path, name: str, folder: str
 ) -> None:
-    """Found from the folder of the images and from the one above; its plate is that of the index."""
+    """Found from the folder of the images and from the one above; the index names the plate."""
     (tmp_path / folder).mkdir(parents=True)
     for channel in (1, 2):
         (tmp_path / folder / f"r01c02f01p01-ch{channel}sk1fk1fl1.tiff").write_bytes(b"")
