@@ -208,7 +208,7 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     if params.layout is not None:
         layout = Layout(params.layout)
     elif params.pattern is not None:
-        layout = Layout.PATTERN_FOLDER
+        layout = Layout.IMAGE_FOLDER
     else:
         layout = detect(source, kind)
     if kind is not None and layout.kind is not kind:

@@ -118,7 +118,6 @@ class ImageSource:
         elif self.path.is_dir():
             rows = read_folder(
                 self.path,
-                self.layout.value,
                 pattern=self.params.pattern,
                 plate=plate,
                 channels=channels,
