@@ -364,7 +364,7 @@ def _show_qc(result: QcResult, *, listed: bool) -> None:
     typer.echo("")
     images = {
         ImageFlagReason.OUT_OF_FOCUS: "focus",
-        ImageFlagReason.SATURATED: "white",
+        ImageFlagReason.SATURATED: "saturated",
         ImageFlagReason.BACKGROUND: "background",
         ImageFlagReason.NO_SIGNAL: "noise",
         ImageFlagReason.CELL_COUNT: "count",
@@ -388,7 +388,7 @@ def _show_qc(result: QcResult, *, listed: bool) -> None:
             ]
             for plate in result.plates
         ]
-        output.table(["plate", "cells", "flagged", *cells.values(), "perimeter 0"], rows)
+        output.table(["plate", "cells", "flagged", *cells.values(), "excluded"], rows)
     if listed and not result.flags:
         typer.echo("\nNo image is flagged.")
     elif listed:

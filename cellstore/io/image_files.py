@@ -26,7 +26,6 @@ from ..errors import CellstoreError, ImageError, UserInputError
 from .uris import is_remote, local_path, page_name, read_bytes, shown, split_page, stat
 
 SQLITE = b"SQLite format 3\0"
-PARQUET = b"PAR1"
 SUFFIXES = frozenset({".tif", ".tiff", ".png"})
 
 # Damage is reported as an ImageError; without a handler tifffile would also print to the terminal.

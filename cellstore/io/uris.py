@@ -90,6 +90,22 @@ def join(folder: str, name: str) -> str:
     return folder + name if folder.endswith(mark) else folder + mark + name
 
 
+def split_url(text: str) -> tuple[str | None, str]:
+    """Return the folder and the name of a file that is named by a URL; a plain name has no folder.
+
+    What comes after a '?' is left away: it may be a secret, and is not valid for long.
+    """
+    if not re.match(r"file:/|[a-z][a-z0-9+.-]+://", text, re.IGNORECASE | re.ASCII):
+        return None, text
+    if text[:5].lower() == "file:":
+        path = "/" + unquote(text[5:]).lstrip("/")
+        text = path[1:] if _DRIVE.match(path[1:]) else path
+    else:
+        text = shown(text)
+    folder, _, name = text.replace("\\", "/").rpartition("/")
+    return folder or "/", name
+
+
 def split_page(name: str) -> tuple[str, int | None]:
     """Return the file of a name or URI and the page of it, from 1; None where none is named."""
     match = _PAGE.fullmatch(name)

@@ -33,6 +33,7 @@ from .run_names import find_named_run
 images, image_files, wells, plates = (
     METADATA.tables[name] for name in ("images", "image_files", "wells", "plates")
 )
+cells, segmentations = (METADATA.tables[name] for name in ("cells", "segmentations"))
 
 SHORTEST_SHA256 = 6
 """Hexadecimal digits that name a file at least; fewer are as likely a word or a number."""
@@ -271,6 +272,23 @@ def find_plate(session: Session, barcode: str | None) -> int:
         known = session.scalars(select(plates.c.barcode).order_by(plates.c.id).limit(500))
         raise UnknownNameError.of("plate", barcode, known)
     return int(found)
+
+
+def find_cell(session: Session, number: str) -> tuple[int, int]:
+    """Return the id of a cell, and that of its image, by its number in table ``cells``.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    query = select(cells.c.id, segmentations.c.image_id).join(segmentations)
+    known = number.isdecimal() and len(number) < 19
+    found = session.execute(query.where(cells.c.id == int(number))).first() if known else None
+    if found is None:
+        raise UnknownNameError(
+            f"There is no cell {number}. A cell is named by its id in table cells; see some "
+            "with: cellstore sql 'FROM cells LIMIT 5'"
+        )
+    return int(found[0]), int(found[1])
 
 
 def _well_named(session: Session, words: _Typed) -> tuple[str, int]:

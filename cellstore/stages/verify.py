@@ -48,7 +48,7 @@ from ..models import (
     Segmentation,
     Well,
 )
-from ..query.feature_files import FileFacts, stream_ids
+from ..query.feature_files import FileContent, stream_ids
 from ..settings import track
 
 
@@ -302,19 +302,19 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
 
 def _features_reason(workspace: Workspace, file: Any, earlier: Sequence[str]) -> str | None:
     locate = workspace.artifacts.locate
-    recorded = FileFacts(file.n_rows, file.first_cell_id, file.last_cell_id)
-    facts, homeless, twice = FileFacts(0, 0, 0), 0, 0
+    recorded = FileContent(file.n_rows, file.first_cell_id, file.last_cell_id)
+    found, homeless, twice = FileContent(0, 0, 0), 0, 0
     try:
         others = [stream_ids(locate(path)) for path in earlier]
         taken = np.concatenate([np.empty(0, np.int64), *chain.from_iterable(others)])
         for ids in stream_ids(locate(file.path)):
-            facts = facts.with_ids(ids)
+            found = found.with_ids(ids)
             homeless += len(ids) - _cells_among(workspace, file.recipe_id, ids)
             twice += int(np.isin(ids, taken).sum())
     except StorageError as error:
         return str(error)
-    if facts != recorded:
-        return f"the file has {facts}, the database {recorded}"
+    if found != recorded:
+        return f"the file has {found}, the database {recorded}"
     if twice:
         return f"{twice} of its cells are in another file of the set, too"
     return f"{homeless} of its cells are not in the database" if homeless else None

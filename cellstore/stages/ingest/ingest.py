@@ -98,7 +98,7 @@ def ingest(
     options = {
         name: writable(str(value)) if isinstance(value, Path) else value
         for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "compounds", "look", "strict", "reread") and value
+        if name not in ("kind", "layout", "compounds", "look", "strict", "reread")
     }
     options["maps"] = [[old, shown(new)] for old, new in params.maps]
     read = [identity, *map(FileIdentity.of, beside)]
@@ -215,7 +215,7 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     if params.layout is not None:
         layout = Layout(params.layout)
     elif params.pattern is not None:
-        layout = Layout.PATTERN_FOLDER
+        layout = Layout.IMAGE_FOLDER
     else:
         layout = detect(source, kind)
     if kind is not None and layout.kind is not kind:

@@ -122,7 +122,6 @@ class ImageSource:
         elif self.path.is_dir():
             rows = read_folder(
                 self.path,
-                self.layout.value,
                 pattern=self.params.pattern,
                 plate=plate,
                 channels=channels,
@@ -136,7 +135,7 @@ class ImageSource:
         else:
             raise UserInputError(
                 f"{self.path.name} is a file, which cannot be read as {self.layout.value}. "
-                "Use --layout loaddata or --layout published, or leave it away."
+                "Use --layout loaddata or --layout published, or remove --layout."
             )
         if (self.annotation, self._aliases, self.params.pixel_size) == (None, None, None):
             yield from rows  # as they are: a table may have millions
