@@ -34,9 +34,16 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     event,
+    select,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    column_property,
+    mapped_column,
+    relationship,
+)
 from sqlalchemy.types import JSON, TypeDecorator
 
 from .enums import (
@@ -595,8 +602,16 @@ class FeatureFile(Base):
     run: Mapped["Run"] = relationship()
 
 
+def _of_cell(column: Any, cell_id: Any) -> Any:
+    query = select(column).where(Cell.id == cell_id)
+    return query.correlate_except(Cell).scalar_subquery()
+
+
 class CellFeatures(Base):
-    """The built-in measurements of one cell by one recipe; lengths in pixels."""
+    """The built-in measurements of one cell by one recipe; lengths in pixels.
+
+    The centroid is read from ``cells``: a cell has one, whoever measures it.
+    """
 
     __tablename__ = "features"
 
@@ -615,8 +630,8 @@ class CellFeatures(Base):
     orientation: Mapped[float | None]
     solidity: Mapped[float | None]
     extent: Mapped[float | None]
-    centroid_y: Mapped[float | None]
-    centroid_x: Mapped[float | None]
+    centroid_y: Mapped[float | None] = column_property(_of_cell(Cell.centroid_row, cell_id))
+    centroid_x: Mapped[float | None] = column_property(_of_cell(Cell.centroid_col, cell_id))
     cell: Mapped["Cell"] = relationship(back_populates="features")
     recipe: Mapped["Recipe"] = relationship()
     run: Mapped["Run"] = relationship()
