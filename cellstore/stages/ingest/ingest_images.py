@@ -448,9 +448,10 @@ class RowWriter:
                 # Of this very source, too: two planes or time points are taken for one, and no row
                 # is better than one of the two.
                 others = [
-                    (ref.name, files[ref.channel].name)
+                    (ref.name, old.name)
                     for ref in record.files
-                    if ref.channel in files and files[ref.channel].name != ref.name
+                    if (old := files.get(ref.channel))
+                    and (old.name, old.folder_id) != (ref.name, self._folder_ids[ref.folder])
                 ]
                 if others:
                     refused.add(id(record))
@@ -693,6 +694,9 @@ def look_at_files(
                         seen[image] = news
                     for reason, detail in problems:
                         account.problem(None, reason, detail)
+                    for file in news:
+                        for remark in file.info.remarks:
+                            account.suspicious(None, remark, file.uri)
                 if seen or account.pending:
                     with workspace.database.begin() as session:
                         account.flush(session)
