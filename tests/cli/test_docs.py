@@ -21,7 +21,8 @@ WANTED = """
 init, ingest, refresh, segment, measure, qc, contrast, split create, split import, split list,
 split delete, split show, split check, train, predict, votes, report, compare, audit, repro, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
-db upgrade, db check, db current, rename, relabel, exclude, include
+db upgrade, db check, db current, rename, relabel, exclude, include,
+undo, delete
 """
 
 
