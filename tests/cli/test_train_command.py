@@ -62,7 +62,7 @@ def test_a_run_that_was_stopped_is_resumed_by_its_number(
     assert command is not None
     words, run = command[1].split(), command[2]
     told = cellstore(*words, "--epochs", 9, "--preset", "published", *IN, code=2).err
-    assert "leave out --epochs, --preset" in told
+    assert "remove --epochs, --preset" in told
     trained = cellstore(*words, "--device", "cpu", *IN)
     assert trained.out.startswith(f"Run {run} was resumed after epoch 1.")
     table = trained.out.splitlines()[-5:]

@@ -14,7 +14,7 @@ measured AS (
     SELECT
         ri.input_id AS segment_recipe_id,
         r.recipe_id AS measure_recipe_id,
-        row_number() OVER (PARTITION BY ri.input_id ORDER BY r.id DESC) AS place
+        row_number() OVER (PARTITION BY ri.input_id ORDER BY r.id DESC) AS number
     FROM runs AS r
     JOIN recipe_inputs AS ri ON ri.recipe_id = r.recipe_id
     WHERE r.stage = 'measure'
@@ -41,7 +41,7 @@ FROM cells AS c
 JOIN latest AS l ON l.segmentation_id = c.segmentation_id
 JOIN image_table AS i ON i.image_id = l.image_id
 JOIN segmentations AS s ON s.id = c.segmentation_id
-LEFT JOIN measured AS m ON m.segment_recipe_id = s.recipe_id AND m.place = 1
+LEFT JOIN measured AS m ON m.segment_recipe_id = s.recipe_id AND m.number = 1
 LEFT JOIN (
     SELECT id, min(reason) AS reason FROM later_exclusions WHERE level = 'cell' GROUP BY id
 ) AS x ON x.id = c.id
