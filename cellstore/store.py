@@ -682,10 +682,11 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         plates: tuple[str, ...] = (),
+        include_excluded: bool = False,
         for_spreadsheet: bool = False,
         force: bool = False,
     ) -> ExportResult:
-        """Write every current cell with its measurements; see ``stages.export.export``."""
+        """Write the current cells with their measurements; see ``stages.export.export``."""
         from .stages.export import ExportFormat, export
 
         if format not in list(ExportFormat):
@@ -698,6 +699,7 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
+            include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
         )
