@@ -768,6 +768,13 @@ class Store(AbstractContextManager["Store"]):
 
         return export_model(self.workspace, run, None if output is None else Path(output))
 
+    def next_step(self) -> tuple[str, ...]:
+        """Return the next useful command, or a few; see ``stages.status.next_step``."""
+        from .stages.status import next_step
+
+        with self.workspace.database.read() as session:
+            return next_step(session)
+
     def status(self) -> StatusResult:
         """Count what is in the store, what is stale, and which jobs failed and why."""
         from .stages.status import status
