@@ -531,7 +531,7 @@ class QcParams(Params):
     )
     cell_outlier: float = option(5.0, "The same for a cell, by the logarithm of its area.")
     saturated: float = option(
-        0.01, "Share of a channel's pixels that may be white.", min=0.0, max=1.0
+        0.01, "Share of a channel's pixels that may be saturated.", min=0.0, max=1.0
     )
     noise: float = option(
         0.5,
@@ -726,7 +726,7 @@ class TrainParams(Params):
     normalise: str = _normalise()
     intensity: str = learning(
         "plate",
-        "White in a crop is the white of its image, or that of its plate.",
+        "Crops are divided by the intensity scale of their image, or of their plate.",
         choices=("image", "plate"),
     )
     precision: str = learning(

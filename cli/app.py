@@ -51,6 +51,7 @@ MODULES = {
     "init": "setup_commands",
     "ingest": "ingest_commands",
     "refresh": "ingest_commands",
+    "relocate": "ingest_commands",
     "segment": "image_commands",
     "finetune": "image_commands",
     "measure": "image_commands",
@@ -65,6 +66,10 @@ MODULES = {
     "compare": "answer_commands",
     "audit": "audit_commands",
     "repro": "audit_commands",
+    "rename": "correction_commands",
+    "relabel": "correction_commands",
+    "exclude": "correction_commands",
+    "include": "correction_commands",
     "ask": "question_commands",
     "sql": "question_commands",
     "schema": "question_commands",
@@ -278,7 +283,7 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
                 settled = [flag(item) for item in mine if item not in open_options]
                 if settled:
                     raise UserInputError(
-                        f"The other options decide this already: leave out {' and '.join(settled)}."
+                        f"The other options decide this already: remove {' and '.join(settled)}."
                     )
                 arguments[name] = params
             else:

@@ -213,7 +213,7 @@ def ask(
             typer.echo(question.text.rstrip("\n"))
             return
         if question.replaces:
-            say(f"Asking your own {question.path}, instead of the one of cellstore.")
+            say(f"This is your own question, {question.path}, instead of the one of cellstore.")
         values = store.question_values(question, given)
         limits, runs = Limits(seconds=seconds, memory_mb=memory), question.predict_runs(values)
         with confined(store, limits), store.open_questions(limits, runs=runs) as questions:

@@ -164,7 +164,7 @@ def delete(
       cellstore split delete by-well
     """
     with common.open(quiet=True) as store:
-        found = store.deletable_split(name)
+        found = store.delete_split(name, dry_run=True)
         words = f"{', '.join(found.names)} ({output.count(found.images, 'image')} assigned)"
         if not yes and not typer.confirm(f"Delete {words}?", err=True):
             say("Nothing was deleted.")

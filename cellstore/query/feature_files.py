@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from ..analysis.features import FEATURE_NAMES
 from ..artifacts import PART, ArtifactFolder, StoredFile, sha256_of, sync_folder
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
@@ -32,7 +33,6 @@ from ..jobs.runs import attach, keep_file
 from ..models import (
     Artifact,
     Cell,
-    CellFeatures,
     FeatureFile,
     FeatureSet,
     Image,
@@ -174,12 +174,6 @@ class FeatureWriter:
             ) from error
 
 
-_KEYS = ("cell_id", "recipe_id", "run_id")
-FEATURE_COLUMNS: tuple[str, ...] = tuple(
-    column.name for column in CellFeatures.__table__.columns if column.name not in _KEYS
-)
-"""The built-in measurements, in the order in which a network reads them."""
-
 _NUMERIC = ("float", "int", "uint")
 _OPEN_FILES = 16
 
@@ -203,7 +197,7 @@ class ReadableSet:
     """
 
     name: str | None = None
-    columns: tuple[str, ...] = FEATURE_COLUMNS
+    columns: tuple[str, ...] = FEATURE_NAMES
     files: tuple[SetFile, ...] | None = None
     mark: str | None = None
 
@@ -394,17 +388,17 @@ class _OpenFile:
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class FileContent:
     """How many rows a file of a feature set has, and its first and last cell."""
 
     rows: int
     first_cell_id: int
     last_cell_id: int
 
-    def with_ids(self, cell_ids: NDArray[np.int64]) -> FileFacts:
-        """Return the facts after more rows."""
+    def with_ids(self, cell_ids: NDArray[np.int64]) -> FileContent:
+        """Return the content after more rows."""
         first = self.first_cell_id if self.rows else int(cell_ids[0])
-        return FileFacts(self.rows + len(cell_ids), first, int(cell_ids[-1]))
+        return FileContent(self.rows + len(cell_ids), first, int(cell_ids[-1]))
 
     def __str__(self) -> str:
         return f"{self.rows} rows of cells {self.first_cell_id} to {self.last_cell_id}"

@@ -212,7 +212,9 @@ def _one_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[str
     try:
         sql.encode()
     except UnicodeEncodeError as error:
-        raise QueryError("The question is not text in UTF-8. Save or type it anew.") from error
+        raise QueryError(
+            "The question is not text in UTF-8. Save it as UTF-8, or type it again."
+        ) from error
     if "\0" in sql:
         raise QueryError("The question holds a NUL character. Take it out.")
     try:

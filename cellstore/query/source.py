@@ -111,6 +111,12 @@ _TYPES = {
 """The type in DuckDB of a column that is declared so; all else, JSON among it, is text."""
 _FIRST_VALUES = {"BIGINT": "0", "BOOLEAN": "0", "DOUBLE": "0.0"}
 
+_CENTROID = {
+    "centroid_y": "c.centroid_row AS centroid_y",
+    "centroid_x": "c.centroid_col AS centroid_x",
+}
+"""The last columns of ``features`` as questions see it; the database has them in ``cells``."""
+
 _SQLITE_COLUMNS = """
     SELECT t.name, c.name, upper(c.type) FROM sqlite_master AS t, pragma_table_info(t.name) AS c
     WHERE t.type IN ('table', 'view') ORDER BY t.name, c.cid
@@ -200,6 +206,7 @@ class Source:
                 )
                 if kind.startswith("JSON"):
                     self._json.add((table, column))
+        found["features"] |= dict.fromkeys(_CENTROID, "DOUBLE")
         return found
 
     def close(self) -> None:
@@ -226,12 +233,15 @@ class Source:
         """
         # JSON is text in DuckDB, and its null is no value.
         json = "nullif(CAST(t.{0} AS text), 'null') AS {0}"
-        columns = self.columns[name]
+        columns, origin = self.columns[name], f'"{name}" AS t'
         values = [
             (json if (name, column) in self._json else "t.{0}").format(f'"{column}"')
             for column in columns
         ]
-        return self.feed(target, statement, columns, values, [f'"{name}" AS t {condition}'])
+        if name == "features":
+            values[-len(_CENTROID) :] = _CENTROID.values()
+            origin += " JOIN cells AS c ON c.id = t.cell_id"
+        return self.feed(target, statement, columns, values, [f"{origin} {condition}"])
 
     def feed(
         self,

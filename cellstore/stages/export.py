@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
+from ..analysis.features import FEATURE_NAMES
 from ..artifacts import open_atomically
 from ..enums import FeatureStorage, Stage
 from ..errors import UnknownNameError, UserInputError
@@ -25,7 +26,7 @@ from ..jobs.workspace import Workspace
 from ..models import FeatureFile, FeatureSet, Plate, Recipe, RecipeInput, Run
 from ..query.cells import input_of
 from ..query.engine import open_questions
-from ..query.feature_files import FEATURE_COLUMNS, find_feature_set
+from ..query.feature_files import find_feature_set
 from ..query.guard import literal, quoted
 from ..settings import need
 
@@ -229,7 +230,7 @@ def export(
         }
         measured: dict[str, tuple[str, pa.DataType]]
         if found is None or found.storage is FeatureStorage.TABLE:
-            measured = {PREFIX + name: (f"f.{quoted(name)}", FLOAT) for name in FEATURE_COLUMNS}
+            measured = {PREFIX + name: (f"f.{quoted(name)}", FLOAT) for name in FEATURE_NAMES}
             relation = f"SELECT * FROM features WHERE recipe_id = {int(measure.id)}"  # noqa: S608
         else:
             names = [name for name, _ in questions.columns(found.name)[1:]]

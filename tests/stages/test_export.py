@@ -11,12 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factories import FEATURE_COLUMNS, MOMENT, Factory
+from factories import MOMENT, Factory
 from screens import SmallScreen, small_screen
 from sqlalchemy import select
 from unguarded import unguarded
 
 from cellstore import settings
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.enums import ArtifactKind, Control, FeatureStorage, Stage
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -85,7 +86,8 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
     make.job(measured, image)
     make.features([cell], measured, area=64.0)
     (row,) = rows_of(workspace, tmp_path)
-    features = {f"Cells_{name}": 1.0 for name in FEATURE_COLUMNS} | {"Cells_area": 64.0}
+    features = {f"Cells_{name}": 1.0 for name in FEATURE_NAMES} | {"Cells_area": 64.0}
+    features |= {"Cells_centroid_y": cell.centroid_row, "Cells_centroid_x": cell.centroid_col}
     assert row == {
         "Metadata_Plate": "001",
         "Metadata_Batch": "2026_03",
@@ -152,7 +154,7 @@ def cp_features(columns: list[str]) -> list[str]:
 
 def test_pycytominer_finds_the_features(screen: SmallScreen, tmp_path: Path) -> None:
     columns = list(rows_of(screen.factory.workspace, tmp_path)[0])
-    assert cp_features(columns) == [f"Cells_{name}" for name in FEATURE_COLUMNS]
+    assert cp_features(columns) == [f"Cells_{name}" for name in FEATURE_NAMES]
     others = [name for name in columns if name not in cp_features(columns)]
     assert all(name.startswith(("Metadata_", "Image_")) for name in others)
 
@@ -180,7 +182,7 @@ def test_batches_do_not_change_what_is_written(
 ) -> None:
     workspace = screen.factory.workspace
     whole = rows_of(workspace, tmp_path)
-    monkeypatch.setattr(reading, "VALUES_AT_ONCE", 2 * len(FEATURE_COLUMNS))
+    monkeypatch.setattr(reading, "VALUES_AT_ONCE", 2 * len(FEATURE_NAMES))
     assert rows_of(workspace, tmp_path) == whole
     assert pq.ParquetFile(tmp_path / "cells.parquet").num_row_groups == 5
 
@@ -418,7 +420,7 @@ def test_anndata_has_features_as_x_and_facts_as_obs(screen: SmallScreen, tmp_pat
     export(screen.factory.workspace, out, format=ExportFormat.ANNDATA)
     found = anndata.read_h5ad(out)
     rows = rows_of(screen.factory.workspace, tmp_path)
-    assert list(found.var_names) == [f"Cells_{name}" for name in FEATURE_COLUMNS]
+    assert list(found.var_names) == [f"Cells_{name}" for name in FEATURE_NAMES]
     assert found.X[:, 0].tolist() == [row["Cells_area"] for row in rows]
     assert found.obs["Metadata_Well"].tolist() == [row["Metadata_Well"] for row in rows]
 

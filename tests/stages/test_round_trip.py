@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factories import FEATURE_COLUMNS, Factory, treatment
+from factories import Factory, treatment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import update
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.enums import Control, PerturbationKind, Stage
 from cellstore.io.platemaps import TreatmentRecord, target_of
 from cellstore.jobs.workspace import Workspace, create_workspace
@@ -186,7 +187,7 @@ def _cells(
                 cell_id=row.id,
                 recipe_id=recipe,
                 run_id=run,
-                **dict(zip(FEATURE_COLUMNS[:3], cell["features"], strict=True)),
+                **dict(zip(FEATURE_NAMES[:3], cell["features"], strict=True)),
             )
             for row, cell in pairs
             if cell["features"] is not None
