@@ -454,9 +454,10 @@ class RowWriter:
                 # Of this very source, too: two planes or time points are taken for one, and no row
                 # is better than one of the two.
                 others = [
-                    (ref.name, files[ref.channel].name)
+                    (ref.name, old.name)
                     for ref in record.files
-                    if ref.channel in files and files[ref.channel].name != ref.name
+                    if (old := files.get(ref.channel))
+                    and (old.name, old.folder_id) != (ref.name, self._folder_ids[ref.folder])
                 ]
                 if others:
                     refused.add(id(record))
@@ -708,6 +709,8 @@ def look_at_files(
                         old, new = file.known.folder, file.uri.rpartition("/")[0]
                         if file.known.sha256 is not None and old is not None and old != new:
                             moved[old, new] += 1
+                        for remark in file.info.remarks:
+                            account.suspicious(None, remark, file.uri)
                     for reason, detail in problems:
                         if reason == GONE:
                             where, _, name = detail.rpartition("/")
