@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from .stages.export import ExportResult
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
-    from .stages.ingest.ingest import IngestResult, RefreshResult
+    from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
     from .stages.manage_jobs import JobsList, RetryResult
     from .stages.measure import MeasureResult
     from .stages.predict import PredictResult
@@ -146,6 +146,20 @@ class Store(AbstractContextManager["Store"]):
         from .stages.ingest.ingest import refresh
 
         return refresh(self.workspace, selection)
+
+    def relocate(
+        self,
+        old: str,
+        new: str,
+        *,
+        check: bool = False,
+        dry_run: bool = False,
+        reason: str | None = None,
+    ) -> RelocateResult:
+        """Say where image files are now; see ``stages.ingest.ingest.relocate``."""
+        from .stages.ingest.ingest import relocate
+
+        return relocate(self.workspace, old, new, check=check, dry_run=dry_run, reason=reason)
 
     def segment(
         self,
@@ -348,17 +362,11 @@ class Store(AbstractContextManager["Store"]):
 
         return check_split(self.workspace, name)
 
-    def deletable_split(self, name: str) -> Deleted:
-        """Return which splits :meth:`delete_split` would delete, and refuse where it would."""
-        from .stages.split import find_deletable
-
-        return find_deletable(self.workspace, name)
-
-    def delete_split(self, name: str) -> Deleted:
-        """Delete a split, or all folds of a family, that no run uses."""
+    def delete_split(self, name: str, *, dry_run: bool = False) -> Deleted:
+        """Delete a split, or all folds of a family, that no run uses; or say what would go."""
         from .stages.split import delete_split
 
-        return delete_split(self.workspace, name)
+        return delete_split(self.workspace, name, dry_run=dry_run)
 
     def train(
         self,
@@ -761,6 +769,13 @@ class Store(AbstractContextManager["Store"]):
         from .stages.export_model import export_model
 
         return export_model(self.workspace, run, None if output is None else Path(output))
+
+    def next_step(self) -> tuple[str, ...]:
+        """Return the next useful command, or a few; see ``stages.status.next_step``."""
+        from .stages.status import next_step
+
+        with self.workspace.database.read() as session:
+            return next_step(session)
 
     def status(self) -> StatusResult:
         """Count what is in the store, what is stale, and which jobs failed and why."""

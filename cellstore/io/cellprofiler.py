@@ -23,12 +23,11 @@ from ..errors import BadTableError, UserInputError
 from .filenames import (
     PLANE_COLUMNS,
     TIME_COLUMNS,
-    cellomics_name,
     core_file_name,
     format_well,
     is_safe_name,
+    microscope_name,
     parse_well,
-    wellsite_name,
 )
 from .image_tables import ORIGINAL, FileRef, ImageRecord, whole_number, written_well
 from .objects import (
@@ -46,6 +45,7 @@ from .objects import (
 )
 from .platemaps import TREATMENT_COLUMNS, treatment_of
 from .tables import MISSING, Refusal, RowRefusedError, first_text
+from .uris import split_url
 
 TOOL = "CellProfiler"
 IMAGE_NUMBER, OBJECT_NUMBER, TABLE_NUMBER = "ImageNumber", "ObjectNumber", "TableNumber"
@@ -264,12 +264,14 @@ def _record(
         name = texts.get(FILE + channel)
         if name is None:
             continue
+        url_folder, name = split_url(name)
         if not is_safe_name(name):
             raise RowRefusedError("file name with a folder in it", f"{channel}: {name!r}")
         phenix = core_file_name(name)
         plain = channel.removeprefix(ORIGINAL) or channel
         number = phenix.number if phenix else None
-        files.setdefault(plain, FileRef(plain, number, name, texts.get(FOLDER + channel)))
+        where = url_folder or texts.get(FOLDER + channel)
+        files.setdefault(plain, FileRef(plain, number, name, where))
     names = _from_names(list(files.values()), folder)
     text, well = written_well(texts, WELLS, COLUMNS), names.well
     if text is not None:
@@ -324,7 +326,7 @@ def _from_names(files: Sequence[FileRef], folder: str | None) -> _Named:
         if phenix := core_file_name(file.name):
             return _Named((phenix.row, phenix.column), phenix.site, phenix.core_name)
     for file in files:
-        if name := cellomics_name(file.name) or wellsite_name(file.name):
+        if name := microscope_name(file.name):
             return _Named((name.row, name.column), name.site, scan=name.plate)
     if match := _SITE_FOLDER.fullmatch(folder or ""):
         with suppress(UserInputError):

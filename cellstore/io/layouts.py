@@ -11,7 +11,7 @@ from typing import Self
 
 from ..errors import BadTableError, UserInputError
 from . import image_files
-from .image_tables import FILE_PREFIX
+from .image_tables import FILE_PREFIX, URL_PREFIX
 from .platemaps import PREFIX, SAMPLE
 from .tables import nearest_columns, open_table
 
@@ -55,10 +55,7 @@ class Layout(StrEnum):
     PUBLISHED = "published"
     LOADDATA = "loaddata"
     HARMONY = "harmony"
-    PHENIX_FOLDER = "phenix-folder"
-    CELLOMICS_FOLDER = "cellomics-folder"
-    WELLSITE_FOLDER = "wellsite-folder"
-    PATTERN_FOLDER = "pattern-folder"
+    IMAGE_FOLDER = "image-folder"
     PLATEMAP = "platemap", SourceKind.TREATMENTS
     TREATMENT_TABLE = "treatment-table", SourceKind.TREATMENTS
     JUMP_PLATES = "jump-plates", SourceKind.TREATMENTS
@@ -120,7 +117,7 @@ def detect(path: Path, kind: SourceKind | None = None) -> Layout:
                 )
     chosen = [item for item in found if kind is None or item.kind is kind]
     if kind is None and Layout.HARMONY in found:
-        chosen = [item for item in found if item is not Layout.PHENIX_FOLDER]
+        chosen = [item for item in found if item is not Layout.IMAGE_FOLDER]
     if kind is None and (Layout.LOADDATA in found or Layout.PUBLISHED in found):
         chosen = [item for item in found if item.kind is not SourceKind.TREATMENTS]
     if len(chosen) == 1:
@@ -142,7 +139,7 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
     names = {column.removeprefix(PREFIX) for column in columns}
     has_plate, has_name = f"{PREFIX}Plate" in present, f"{PREFIX}pert_iname" in present
     has_well = bool({f"{PREFIX}Well"} & present or {f"{PREFIX}Row", f"{PREFIX}Col"} <= present)
-    of_images = any(column.startswith(FILE_PREFIX) for column in columns)
+    of_images = any(column.startswith((FILE_PREFIX, URL_PREFIX)) for column in columns)
     is_published = has_name and not (has_plate and has_well)
     # Tables of images, cells or splits name samples and targets, too.
     others = {"well_position", "Well", "Plate", "Row", "Col", "Site", "ImageNumber"}
@@ -177,12 +174,12 @@ def _profile_columns(columns: Sequence[str]) -> int:
 
 def _of_folder(path: Path) -> list[Layout]:
     from .cellprofiler_csv import is_cellprofiler_folder
-    from .folders import folder_layouts
+    from .folders import has_image_names
     from .harmony import is_harmony
 
     found = [Layout.HARMONY] if is_harmony(path) else []
     found += [Layout.CELLPROFILER_CSV] if is_cellprofiler_folder(path) else []
-    found += [Layout(name) for name in folder_layouts(path)]
+    found += [Layout.IMAGE_FOLDER] if has_image_names(path) else []
     for table in _tables_in(path):
         with suppress(UserInputError):
             if Layout.PLATEMAP in table_layouts(open_table(table, whole=False).columns):

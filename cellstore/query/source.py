@@ -90,6 +90,13 @@ def view(name: str, options: VoteOptions | None = None) -> View:
     return View(name, words, query)
 
 
+@cache
+def _our_tables() -> set[str]:
+    """Return the tables that are described; others, as sqlite_stat1 after ANALYZE, are not ours."""
+    words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
+    return set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
+
+
 BATCH_ROWS = 65_536
 
 _TYPES = {
@@ -186,9 +193,7 @@ class Source:
         From the database, since the classes of the tables load slower than a question is answered.
         """
         query = _SQLITE_COLUMNS if self.database.is_sqlite else _POSTGRESQL_COLUMNS
-        # What else is in the database, as sqlite_stat1 after ANALYZE, is not of the store.
-        words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
-        ours = set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
+        ours = _our_tables()
         found: dict[str, Columns] = {}
         with self.database.read() as session:
             for table, column, kind in session.execute(text(query)):
@@ -221,7 +226,7 @@ class Source:
 
     def feed_table(
         self, target: duckdb.DuckDBPyConnection, statement: str, name: str, condition: str = ""
-    ) -> None:
+    ) -> int:
         """Carry out ``statement`` as :meth:`feed` does, with rows of a table.
 
         ``condition`` is SQL of ours, to follow ``FROM table AS t``.
@@ -236,7 +241,7 @@ class Source:
         if name == "features":
             values[-len(_CENTROID) :] = _CENTROID.values()
             origin += " JOIN cells AS c ON c.id = t.cell_id"
-        self.feed(target, statement, columns, values, [f"{origin} {condition}"])
+        return self.feed(target, statement, columns, values, [f"{origin} {condition}"])
 
     def feed(
         self,
@@ -245,8 +250,10 @@ class Source:
         columns: Columns,
         values: Sequence[str],
         origins: Sequence[str],
-    ) -> None:
+    ) -> int:
         """Carry out a statement of DuckDB, in which ``{rows}`` stands for rows of the database.
+
+        Return how many rows it wrote.
 
         They are ``SELECT values FROM origin`` of all ``origins`` (SQL of ours, never of a user),
         with the names and types of ``columns``. Of several origins each is read through a
@@ -264,10 +271,10 @@ class Source:
             with ThreadPoolExecutor(len(origins)) as pool:
                 parts = list(pool.map(read, range(len(origins))))
             rows = " UNION ALL ".join(f"FROM {part}" for part in parts)
-            target.execute(statement.replace("{rows}", f"({rows})"))
+            written = target.execute(statement.replace("{rows}", f"({rows})")).fetchall()
             for part in parts:
                 target.execute(f"DROP TABLE {part}")
-            return
+            return int(written[0][0])
         first = ""
         if self.database.is_sqlite:
             # SQLite types values, not columns, and ADBC takes a column's type from its first rows:
@@ -284,9 +291,10 @@ class Source:
             target.register("stream", stream)
             try:
                 rows = f'(SELECT {cast} FROM "stream"{where})'  # noqa: S608
-                target.execute(statement.replace("{rows}", rows))
+                written = target.execute(statement.replace("{rows}", rows)).fetchall()
             finally:
                 target.unregister("stream")
+        return int(written[0][0])
 
     def feed_predictions(
         self,
@@ -296,7 +304,7 @@ class Source:
         runs: Sequence[int] = (),
         ended: int | None = None,
         image: int | None = None,
-    ) -> None:
+    ) -> int:
         """Carry out ``statement`` as :meth:`feed` does, with rows of ``PREDICTION_COLUMNS``.
 
         They are what some ``runs`` said so far, what an ``ended`` run said, in no certain order
@@ -327,7 +335,7 @@ class Source:
                 f" AND p.cell_id BETWEEN {first} AND {last - 1}"
                 for first, last in pairwise(edges)
             ]
-        self.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
+        return self.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
 
     @contextmanager
     def _stream(self, query: str) -> Iterator[Any]:
