@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from .stages.export import ExportResult
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
-    from .stages.ingest.ingest import IngestResult, RefreshResult
+    from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
     from .stages.manage_jobs import JobsList, RetryResult
     from .stages.measure import MeasureResult
     from .stages.predict import PredictResult
@@ -146,6 +146,20 @@ class Store(AbstractContextManager["Store"]):
         from .stages.ingest.ingest import refresh
 
         return refresh(self.workspace, selection)
+
+    def relocate(
+        self,
+        old: str,
+        new: str,
+        *,
+        check: bool = False,
+        dry_run: bool = False,
+        reason: str | None = None,
+    ) -> RelocateResult:
+        """Say where image files are now; see ``stages.ingest.ingest.relocate``."""
+        from .stages.ingest.ingest import relocate
+
+        return relocate(self.workspace, old, new, check=check, dry_run=dry_run, reason=reason)
 
     def segment(
         self,

@@ -51,6 +51,7 @@ MODULES = {
     "init": "setup_commands",
     "ingest": "ingest_commands",
     "refresh": "ingest_commands",
+    "relocate": "ingest_commands",
     "segment": "image_commands",
     "finetune": "image_commands",
     "measure": "image_commands",

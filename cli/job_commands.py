@@ -73,6 +73,8 @@ def _show_status(result: StatusResult) -> None:
         typer.echo("")
         sets = [(s.name, s.storage, s.columns, s.cells) for s in result.feature_sets]
         output.table(("feature set", "kept in", "features", "cells"), sets)
+    for item in result.gone:
+        say(item.sentence)
     for run in result.broken_off:
         say(
             f"Training run {run.run_id} was stopped after {output.count(run.epochs, 'epoch')}. "
@@ -275,6 +277,8 @@ def _show_verify(result: VerifyResult) -> None:
     )
     for problem in result.problems:
         typer.echo(f"{problem.path}\n  {output.cell(problem.reason)}")
+    for item in result.gone:
+        typer.echo(item.sentence)
     for path in result.orphans:
         typer.echo(f"{'removed' if result.removed else 'unknown'}: {output.cell(path)}")
     if result.young:

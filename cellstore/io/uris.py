@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from email.utils import parsedate_to_datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -260,6 +259,8 @@ def _unanswered(uri: str, error: Exception) -> str:
 
 def _nanoseconds(value: object) -> int | None:
     if isinstance(value, str):
+        from email.utils import parsedate_to_datetime  # slow to import, and of servers only
+
         try:
             value = parsedate_to_datetime(value)
         except ValueError:

@@ -79,6 +79,12 @@ def hex_start(text: str) -> str | None:
     return lowered if _HEX.fullmatch(lowered) else None
 
 
+def image_name(barcode: str, core_name: str, plane: int, time_point: int) -> str:
+    """Return the name of an image for people: ``P1/r01c01f01``, with its plane and time if any."""
+    name = f"{barcode}/{core_name}" + (f" plane {plane}" if plane != 1 else "")
+    return name + (f" time {time_point}" if time_point != 1 else "")
+
+
 def find_image(session: Session, text: str) -> int:
     """Return the id of the image that ``text`` names.
 

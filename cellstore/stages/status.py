@@ -11,6 +11,7 @@ from datetime import UTC
 from sqlalchemy import DateTime, text
 
 from ..enums import Stage
+from ..jobs.gone_files import FEW, GoneFiles, find_gone
 from ..jobs.workspace import Workspace
 
 
@@ -64,7 +65,8 @@ class StatusResult:
     """What is in a store.
 
     ``cells`` counts all recipes; ``excluded`` and ``excluded_images`` are those that do not count,
-    whatever quality control has flagged.
+    whatever quality control has flagged. ``gone`` are the folders from which image files are gone:
+    all folders were looked for, and the first ``looked_for`` files.
     ``segmented`` and ``measured`` are images that at least one recipe has done for their
     present bytes, or whose cells and features another tool gave. ``features`` counts the rows of
     the built-in measurements; ``feature_sets`` are all sets. ``flagged_images`` are those of the
@@ -92,6 +94,8 @@ class StatusResult:
     flagged_images: int = 0
     broken_off: tuple[BrokenOff, ...] = ()
     excluded_images: int = 0
+    gone: tuple[GoneFiles, ...] = ()
+    looked_for: int = FEW
 
 
 # An image is done by a recipe with a finished job for its present bytes; or another tool found its
@@ -245,6 +249,7 @@ def status(workspace: Workspace) -> StatusResult:
             text("SELECT recipe_id FROM runs WHERE stage = 'segment' ORDER BY id DESC LIMIT 1")
         )
         sets = session.execute(text(FEATURE_SETS)).all()
+        gone = find_gone(session, FEW)
         trainings = session.execute(broken_off.columns(started_at=DateTime(timezone=True))).all()
     seen = counts["images"] - counts["missing_images"]
     recipes = [
@@ -274,6 +279,7 @@ def status(workspace: Workspace) -> StatusResult:
             FeatureSetStatus(row.name, row.recipe_id, row.storage, row.columns, int(row.cells))
             for row in sets
         ),
+        gone=tuple(gone),
         broken_off=tuple(
             BrokenOff(
                 row.id,

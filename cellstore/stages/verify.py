@@ -27,6 +27,7 @@ from ..enums import FeatureStorage, Stage, Status
 from ..errors import ImageError, StorageError
 from ..io.image_files import decode_tiff
 from ..jobs.execute import cores
+from ..jobs.gone_files import GoneFiles, find_gone
 from ..jobs.queue import close_dead_runs
 from ..jobs.runs import digest, digest_of_numbers
 from ..jobs.workspace import Workspace
@@ -67,7 +68,8 @@ class VerifyResult:
     """What was found. ``orphans`` are files that no row names; ``young`` may still get a row.
 
     ``segmentations`` are those whose masks are known, ``feature_files`` the files of feature sets,
-    ``jobs`` those whose rows were compared with their digest.
+    ``jobs`` those whose rows were compared with their digest. ``gone``: folders from which image
+    files are gone.
     """
 
     files: int
@@ -78,11 +80,12 @@ class VerifyResult:
     removed: int
     feature_files: int = 0
     jobs: int = 0
+    gone: tuple[GoneFiles, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong (orphans that were removed are not)."""
-        return not self.problems and len(self.orphans) == self.removed
+        return not (self.problems or self.gone) and len(self.orphans) == self.removed
 
 
 BATCH = 200
@@ -98,7 +101,8 @@ def verify(
 ) -> VerifyResult:
     """Look at the database, and compare rows and files with their digests; look for orphans.
 
-    Masks and features are compared with their cells, and events must be the chain they were.
+    Masks and features are compared with their cells, events must be the chain they were, and image
+    files be where they were seen.
 
     ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
     younger than ``minutes`` are left alone, as a running command may be about to name them.
@@ -119,6 +123,7 @@ def verify(
     jobs, changed = check_rows(workspace)
     with workspace.database.read() as session:
         events = [Problem(shown, reason) for reason in broken_events(session)]
+        gone = tuple(find_gone(session))
     unnamed = _unnamed(workspace, there)
     old = []
     for path in unnamed:
@@ -148,6 +153,7 @@ def verify(
         removed=len(old) if fix else 0,
         feature_files=features,
         jobs=jobs,
+        gone=gone,
     )
 
 

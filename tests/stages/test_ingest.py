@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from published_metadata import PLATE, write_published_metadata
 from realdata import real_data
 from sqlalchemy import ColumnElement, func, select
@@ -288,3 +289,47 @@ def test_a_plate_map_says_what_was_done_to_the_wells(
         well = session.scalars(select(Well)).one()
         assert well.treatment is not None
         assert (well.treatment.name, well.control) == ("DMSO", "negative")
+
+
+@pytest.mark.parametrize("folders", [("a", "b"), ("b", "a")])
+def test_files_of_one_name_in_two_folders_are_not_one_image(
+    sqlite_workspace: Workspace, tmp_path: Path, folders: tuple[str, str]
+) -> None:
+    for value, folder in enumerate(folders):
+        (tmp_path / "P" / folder).mkdir(parents=True)
+        write_image(tmp_path / "P" / folder, "A01_s1.tif", value)
+    params = IngestParams(pattern=r"(?P<well>[A-H]\d\d)_s(?P<site>\d)", plate="P")
+    result = ingest(sqlite_workspace, tmp_path / "P", params)
+    assert (result.created, result.refused) == (1, 1)
+    assert result.reasons == ((Severity.REFUSED, "the same field twice, with other files", 1),)
+
+
+def test_what_was_passed_over_in_a_file_is_said_by_ingest(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    grey = np.full((4, 5), 7, np.uint8)
+    (tmp_path / "P").mkdir()
+    tifffile.imwrite(tmp_path / "P/A01.tif", grey, photometric="miniswhite")
+    tifffile.imwrite(
+        tmp_path / "P/A02.tif",
+        np.stack([grey, grey], axis=-1),
+        photometric="minisblack",
+        planarconfig="contig",
+        extrasamples=["unassalpha"],
+    )
+    colour = np.stack([grey, grey + 1, grey], axis=-1)
+    tifffile.imwrite(tmp_path / "P/A03.tif", colour, photometric="rgb")
+    result = ingest(sqlite_workspace, tmp_path / "P", IngestParams(pattern=r"(?P<well>A\d\d)"))
+    assert (result.created, result.refused, result.missing_images) == (2, 1, 0)
+    assert set(result.reasons) == {
+        (Severity.REFUSED, "image cannot be read", 1),
+        (Severity.SUSPICIOUS, "white is zero, values not inverted", 1),
+        (Severity.SUSPICIOUS, "alpha channel, skipped", 1),
+    }
+    # In a table, too, colours are refused before anything is computed.
+    table = write_table(
+        tmp_path / "t.csv",
+        [{**loaddata(1), "FileName_OrigDNA": "A03.tif", "PathName_OrigDNA": str(tmp_path / "P")}],
+    )
+    (issue,) = ingest(sqlite_workspace, table).issues
+    assert (issue.severity, issue.reason) == (Severity.PROBLEM, "image cannot be read")

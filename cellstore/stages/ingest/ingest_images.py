@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -36,6 +36,7 @@ from ...io.layouts import Layout
 from ...io.platemaps import Aliases, TreatmentRecord, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
+from ...jobs.gone_files import gone_sentence
 from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
 from ...models import Folder, Image, ImageFile, Job, Plate, Well
@@ -50,6 +51,9 @@ LOOKED_AT = 200
 
 READERS = 4
 """Files that are hashed at the same time; reading and hashing leave Python's lock alone."""
+
+GONE = "files are gone"
+"""What is wrong with files that were seen before."""
 
 MANY_WELLS = 200_000
 """Wells whose ids are remembered; a file that goes on past them asks the database again."""
@@ -247,6 +251,7 @@ class RowWriter:
         self._folder_ids: dict[str | None, int | None] = {None: None}
         self._treatment_of: dict[WellKey, tuple[TreatmentRecord, int]] = {}
         self._metadata: dict[int, Mapping[str, str]] = {}
+        self._moved: Counter[tuple[str, str]] = Counter()
         self._differing: set[str] = set()
         """Metadata columns that differ between images of one well."""
         self._first_new: int | None = None
@@ -348,6 +353,7 @@ class RowWriter:
         if self._metadata:
             self._write_metadata()
         self._treatments.report()
+        note_moved(self.account, self._moved)
 
     def _usable(self, records: Sequence[ImageRecord]) -> Sequence[ImageRecord]:
         """Refuse records that cannot be stored or contradict the file; return the others.
@@ -448,9 +454,10 @@ class RowWriter:
                 # Of this very source, too: two planes or time points are taken for one, and no row
                 # is better than one of the two.
                 others = [
-                    (ref.name, files[ref.channel].name)
+                    (ref.name, old.name)
                     for ref in record.files
-                    if ref.channel in files and files[ref.channel].name != ref.name
+                    if (old := files.get(ref.channel))
+                    and (old.name, old.folder_id) != (ref.name, self._folder_ids[ref.folder])
                 ]
                 if others:
                     refused.add(id(record))
@@ -494,6 +501,8 @@ class RowWriter:
                 if old.sha256 is None or (not is_remote(uri) and Path(uri).is_file()):
                     # Without its time the file is read again before it is believed.
                     values = {"name": ref.name, "folder_id": folder, "modified_ns": None}
+                    if old.sha256 is not None and folder != old.folder_id:
+                        self._moved[old.folder or "", uri.rpartition("/")[0]] += 1
                     moved.append({"id": old.id, **values})
                     changed.add(image)
         bulk_insert(self.session, ImageFile, _FILE, new)
@@ -663,14 +672,19 @@ def look_at_files(
     images of which a file was seen for the first time, or was found to have changed.
     """
     here: set[str] = set()
+    gone: dict[str, list[str]] = {}
+    moved: Counter[tuple[str, str]] = Counter()
     with workspace.database.read() as session:
+        any_seen = session.scalar(
+            select(ImageFile.id).where(ImageFile.sha256.is_not(None)).limit(1)
+        )
         for uri in session.scalars(select(Folder.uri)):
             try:
                 if not is_remote(uri) and Path(uri).is_absolute() and Path(uri).is_dir():
                     here.add(uri)
             except (OSError, ValueError):  # too long for a path, or with a NUL in it
                 continue
-    can_find = folder is not None or here or look is Look.EVERYWHERE
+    can_find = folder is not None or here or any_seen or look is Look.EVERYWHERE
     if look is Look.NOWHERE or not can_find or not len(images):
         return frozenset()
     finder = FileFinder(ImageFolder(folder) if folder is not None else None, look, here)
@@ -691,8 +705,18 @@ def look_at_files(
                 for image, (news, problems) in zip(ids, list(looks), strict=True):
                     if news:
                         seen[image] = news
+                    for file in news:
+                        old, new = file.known.folder, file.uri.rpartition("/")[0]
+                        if file.known.sha256 is not None and old is not None and old != new:
+                            moved[old, new] += 1
+                        for remark in file.info.remarks:
+                            account.suspicious(None, remark, file.uri)
                     for reason, detail in problems:
-                        account.problem(None, reason, detail)
+                        if reason == GONE:
+                            where, _, name = detail.rpartition("/")
+                            gone.setdefault(where, []).append(name)
+                        else:
+                            account.problem(None, reason, detail)
                 if seen or account.pending:
                     with workspace.database.begin() as session:
                         account.flush(session)
@@ -702,7 +726,17 @@ def look_at_files(
                 workspace.progress.advance(len(some))
     finally:
         workspace.progress.finish()
+    for where, names in gone.items():
+        account.problem(None, GONE, gone_sentence(where, len(names), names[0]))
+    note_moved(account, moved)
     return frozenset(changed)
+
+
+def note_moved(account: Account, moved: Mapping[tuple[str, str], int]) -> None:
+    """Say of how many files it is known now that they lie in another folder."""
+    for (old, new), number in moved.items():
+        files = "1 file is" if number == 1 else f"{number:,} files are"
+        account.notes.append(f"{files} now read from {shown(new)}, no longer from {shown(old)}")
 
 
 @dataclass(frozen=True)
@@ -719,7 +753,10 @@ class FileFinder:
     def look(
         self, core_name: str, plate: str, files: Mapping[str, KnownFile]
     ) -> tuple[list[SeenFile], list[tuple[str, str]]]:
-        """Return the files of an image that are new or have changed; and errors: reason, detail."""
+        """Return the files of an image that are new or have changed; and errors: reason, detail.
+
+        Of a file that is ``GONE``, the detail is its URI.
+        """
         seen: list[SeenFile] = []
         problems: list[tuple[str, str]] = []
         projection = files.get(PROJECTION_CHANNEL) or KnownFile(None, PROJECTION_CHANNEL, "")
@@ -741,6 +778,8 @@ class FileFinder:
                 uri = known if self.where is Look.EVERYWHERE else None
             elif known is not None and file.folder in self.here:
                 uri = known if file.sha256 is not None or exists(known) else None
+            elif known is not None and file.sha256 is not None:
+                problems.append((GONE, known))
             if uri is not None:
                 try:
                     # The same size and time spare the hashing.
@@ -755,7 +794,10 @@ class FileFinder:
                         if uri != known or (info.sha256, info.mtime_ns) != content:
                             seen.append(SeenFile(file, uri, info))
                 except (ImageError, StorageError, UserInputError, OSError) as error:
-                    problems.append(("image cannot be read", str(error)))
+                    if uri == known and not is_remote(uri) and not exists(uri):
+                        problems.append((GONE, uri))
+                    else:
+                        problems.append(("image cannot be read", str(error)))
             # A file named by the core file name is a projection and stands for all channels.
             if number == 0 and (uri is not None or file.sha256 is not None):
                 break
