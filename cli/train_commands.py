@@ -162,7 +162,9 @@ def _show_presets() -> None:
     def shown(value: Any) -> str:
         if isinstance(value, tuple):
             return ",".join(value) or "none"
-        return {True: "yes", False: "no", None: "none"}.get(value) or output.cell(value)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return "none" if value is None else output.cell(value)
 
     every = [TrainParams(), *(TrainParams.of(name) for name in PRESETS)]
     rows = [

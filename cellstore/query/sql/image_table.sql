@@ -24,6 +24,7 @@ SELECT
     t.components,
     p.batch,
     i.core_name,
+    i.pixel_size,
     w.well_row,
     w.well_column,
     i.id AS image_id,

@@ -1,6 +1,6 @@
 -- Every well by the names that people use: one row per well, with its treatment and the number of
--- its images. n_cells is the sum over its images, as in image_table. excluded says why a well does not
--- count (null: it does), itself or with its plate.
+-- its images. n_cells is the sum over its images, as in image_table. excluded says why a well does
+-- not count (null: it does), itself or with its plate.
 WITH counted AS (
     SELECT well_id, count(*) AS n_images, CAST(sum(n_cells) AS BIGINT) AS n_cells
     FROM image_table
@@ -14,9 +14,9 @@ SELECT
     t.dose_unit,
     t.target,
     w.control,
-    coalesce(xw.reason, xp.reason) AS excluded,
     coalesce(c.n_images, 0) AS n_images,
     c.n_cells,
+    coalesce(x.reason, y.reason) AS excluded,
     t.components,
     p.batch,
     w.well_row,
@@ -29,7 +29,7 @@ LEFT JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
 LEFT JOIN counted AS c ON c.well_id = w.id
 LEFT JOIN (
     SELECT id, min(reason) AS reason FROM later_exclusions WHERE level = 'well' GROUP BY id
-) AS xw ON xw.id = w.id
+) AS x ON x.id = w.id
 LEFT JOIN (
     SELECT id, min(reason) AS reason FROM later_exclusions WHERE level = 'plate' GROUP BY id
-) AS xp ON xp.id = p.id
+) AS y ON y.id = p.id
