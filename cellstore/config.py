@@ -268,8 +268,8 @@ _exclude_flagged = partial(
 _features = partial(
     cells,
     None,
-    "The feature set that is read, also one ingested from another tool. Default: the built-in "
-    "measurements last used.",
+    "The feature set that is read: its name, also of one ingested from another tool, or a group "
+    "as texture (the set measured last). Default: the built-in measurements last used.",
 )
 _normalise = partial(
     learning,

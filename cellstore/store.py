@@ -690,10 +690,11 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         plates: tuple[str, ...] = (),
+        include_excluded: bool = False,
         for_spreadsheet: bool = False,
         force: bool = False,
     ) -> ExportResult:
-        """Write every current cell with its measurements; see ``stages.export.export``."""
+        """Write the current cells with their measurements; see ``stages.export.export``."""
         from .stages.export import ExportFormat, export
 
         if format not in list(ExportFormat):
@@ -706,6 +707,7 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
+            include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
         )
@@ -767,6 +769,13 @@ class Store(AbstractContextManager["Store"]):
         from .stages.export_model import export_model
 
         return export_model(self.workspace, run, None if output is None else Path(output))
+
+    def next_step(self) -> tuple[str, ...]:
+        """Return the next useful command, or a few; see ``stages.status.next_step``."""
+        from .stages.status import next_step
+
+        with self.workspace.database.read() as session:
+            return next_step(session)
 
     def status(self) -> StatusResult:
         """Count what is in the store, what is stale, and which jobs failed and why."""

@@ -62,7 +62,7 @@ _OF_BASELINES = {"baseline", "no_predict", "force"} | {
 }
 
 
-@command(app, "train")
+@command(app, "train", then=True)
 def train(
     params: TrainParams,
     sources: Sources,
@@ -306,7 +306,7 @@ def _show_contrast(result: ContrastResult) -> None:
         say(note)
 
 
-@command(app, "predict")
+@command(app, "predict", then=True)
 def predict(
     params: PredictParams,
     common: Common,
