@@ -764,6 +764,20 @@ class Store(AbstractContextManager["Store"]):
 
         return include(self.workspace, kind, name, reason=reason, dry_run=dry_run)
 
+    def undo(self, run: str, *, reason: str | None = None, dry_run: bool = False) -> Correction:
+        """Take back what an ingest run brought; see ``stages.corrections.undo``."""
+        from .stages.corrections import undo
+
+        return undo(self.workspace, run, reason=reason, dry_run=dry_run)
+
+    def delete_plate(
+        self, name: str, *, reason: str | None = None, dry_run: bool = False
+    ) -> Correction:
+        """Delete a plate that nothing relies on; see ``stages.corrections.delete_plate``."""
+        from .stages.corrections import delete_plate
+
+        return delete_plate(self.workspace, name, reason=reason, dry_run=dry_run)
+
     def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
         """Write a folder with a trained model; see ``stages.export_model.export_model``."""
         from .stages.export_model import export_model
