@@ -213,8 +213,10 @@ def _result(run: Run, *, already_done: bool) -> ContrastResult:
 
 def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tuple[Group, ...]]:
     """Return the control, and what is compared with it."""
-    keys = (Well.plate_id, Treatment.id.label("treatment_id"), Treatment.name, Well.control)
-    keys += (field_column(params.field).label("label"),)
+    keys = (
+        *(Well.plate_id, Treatment.id.label("treatment_id"), Treatment.name, Well.control),
+        field_column(params.field).label("label"),
+    )
     query = (
         select(*keys, func.count().label("number"))
         .join(Treatment, Treatment.id == Well.treatment_id)

@@ -1,6 +1,6 @@
 -- How far the wells of a treatment get the same label from a run, whatever that is: the share of
--- its wells whose label is the most frequent one. Each dose is a treatment of its own. Only treatments
--- with several wells.
+-- its wells whose label is the most frequent one. Each dose is a treatment of its own. Only
+-- treatments with several wells.
 -- :run (predict run) = latest  Whose labels.
 -- :vote (text) = hard  hard, soft or median.
 WITH labelled AS (
