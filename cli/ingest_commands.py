@@ -32,7 +32,7 @@ _TITLES = {
 }
 
 
-@command(app, "ingest")
+@command(app, "ingest", then=True)
 def ingest(
     words: Annotated[
         list[str],
@@ -171,7 +171,7 @@ def _show_issues(issues: Sequence[Issue]) -> None:
             output.grouped([(where, item.reason, item.detail) for where, item in found])
 
 
-@command(app, "refresh")
+@command(app, "refresh", then=True)
 def refresh(selection: Selection, common: Common) -> None:
     """Look again at the image files that the store knows, and find which have changed.
 
@@ -204,7 +204,7 @@ def refresh(selection: Selection, common: Common) -> None:
         raise typer.Exit(1)
 
 
-@command(app, "relocate")
+@command(app, "relocate", then=True)
 def relocate(
     old: Annotated[str, typer.Argument(metavar="OLD", help="The folder where the files were.")],
     new: Annotated[str, typer.Argument(metavar="NEW", help="The folder where they are now.")],

@@ -62,7 +62,7 @@ _OF_BASELINES = {"baseline", "no_predict", "force"} | {
 }
 
 
-@command(app, "train")
+@command(app, "train", then=True)
 def train(
     params: TrainParams,
     sources: Sources,
@@ -162,7 +162,9 @@ def _show_presets() -> None:
     def shown(value: Any) -> str:
         if isinstance(value, tuple):
             return ",".join(value) or "none"
-        return {True: "yes", False: "no", None: "none"}.get(value) or output.cell(value)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return "none" if value is None else output.cell(value)
 
     every = [TrainParams(), *(TrainParams.of(name) for name in PRESETS)]
     rows = [
@@ -261,6 +263,7 @@ def contrast(
     Example:
       cellstore contrast
       cellstore contrast --treatment taxol --control DMSO
+      cellstore contrast --field perturbation
       cellstore contrast --pooled
     """
     with common.open() as store:
@@ -303,7 +306,7 @@ def _show_contrast(result: ContrastResult) -> None:
         say(note)
 
 
-@command(app, "predict")
+@command(app, "predict", then=True)
 def predict(
     params: PredictParams,
     common: Common,

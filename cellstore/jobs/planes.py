@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder
 from ..config import ImageInput
-from ..db.bulk import in_lists
+from ..db.bulk import in_lists, take_ids
 from ..db.session import Database
 from ..enums import EXCLUDED_NO_PERIMETER, PROJECTION_CHANNEL
 from ..errors import ImageError, UnknownNameError, UserInputError
@@ -159,5 +159,7 @@ def insert_cells(
     session.add(segmentation)
     session.flush()
     if cells:
-        rows = [{"segmentation_id": segmentation.id, **cell} for cell in cells]
+        ids = take_ids(session, Cell, len(cells))
+        of = segmentation.id
+        rows = [{"id": k, "segmentation_id": of, **c} for k, c in zip(ids, cells, strict=True)]
         session.execute(insert(Cell), rows)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from itertools import pairwise
@@ -35,6 +35,7 @@ Columns = dict[str, str]
 VIEWS = (
     "image_table",
     "well_table",
+    "treatment_table",
     "cell_table",
     "run_images",
     "prediction_table",
@@ -88,6 +89,13 @@ def view(name: str, options: VoteOptions | None = None) -> View:
     elif options is not None and name == LATER and options.exclude_flagged is not None:
         query += f"\nOR run_id = {int(options.exclude_flagged)}"
     return View(name, words, query)
+
+
+@cache
+def _our_tables() -> set[str]:
+    """Return the tables that are described; others, as sqlite_stat1 after ANALYZE, are not ours."""
+    words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
+    return set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
 
 
 BATCH_ROWS = 65_536
@@ -186,9 +194,7 @@ class Source:
         From the database, since the classes of the tables load slower than a question is answered.
         """
         query = _SQLITE_COLUMNS if self.database.is_sqlite else _POSTGRESQL_COLUMNS
-        # What else is in the database, as sqlite_stat1 after ANALYZE, is not of the store.
-        words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
-        ours = set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
+        ours = _our_tables()
         found: dict[str, Columns] = {}
         with self.database.read() as session:
             for table, column, kind in session.execute(text(query)):
@@ -221,7 +227,7 @@ class Source:
 
     def feed_table(
         self, target: duckdb.DuckDBPyConnection, statement: str, name: str, condition: str = ""
-    ) -> None:
+    ) -> int:
         """Carry out ``statement`` as :meth:`feed` does, with rows of a table.
 
         ``condition`` is SQL of ours, to follow ``FROM table AS t``.
@@ -236,7 +242,7 @@ class Source:
         if name == "features":
             values[-len(_CENTROID) :] = _CENTROID.values()
             origin += " JOIN cells AS c ON c.id = t.cell_id"
-        self.feed(target, statement, columns, values, [f"{origin} {condition}"])
+        return self.feed(target, statement, columns, values, [f"{origin} {condition}"])
 
     def feed(
         self,
@@ -245,8 +251,10 @@ class Source:
         columns: Columns,
         values: Sequence[str],
         origins: Sequence[str],
-    ) -> None:
+    ) -> int:
         """Carry out a statement of DuckDB, in which ``{rows}`` stands for rows of the database.
+
+        Return how many rows it wrote.
 
         They are ``SELECT values FROM origin`` of all ``origins`` (SQL of ours, never of a user),
         with the names and types of ``columns``. Of several origins each is read through a
@@ -264,10 +272,10 @@ class Source:
             with ThreadPoolExecutor(len(origins)) as pool:
                 parts = list(pool.map(read, range(len(origins))))
             rows = " UNION ALL ".join(f"FROM {part}" for part in parts)
-            target.execute(statement.replace("{rows}", f"({rows})"))
+            written = target.execute(statement.replace("{rows}", f"({rows})")).fetchall()
             for part in parts:
                 target.execute(f"DROP TABLE {part}")
-            return
+            return int(written[0][0])
         first = ""
         if self.database.is_sqlite:
             # SQLite types values, not columns, and ADBC takes a column's type from its first rows:
@@ -284,9 +292,10 @@ class Source:
             target.register("stream", stream)
             try:
                 rows = f'(SELECT {cast} FROM "stream"{where})'  # noqa: S608
-                target.execute(statement.replace("{rows}", rows))
+                written = target.execute(statement.replace("{rows}", rows)).fetchall()
             finally:
                 target.unregister("stream")
+        return int(written[0][0])
 
     def feed_predictions(
         self,
@@ -296,7 +305,7 @@ class Source:
         runs: Sequence[int] = (),
         ended: int | None = None,
         image: int | None = None,
-    ) -> None:
+    ) -> int:
         """Carry out ``statement`` as :meth:`feed` does, with rows of ``PREDICTION_COLUMNS``.
 
         They are what some ``runs`` said so far, what an ``ended`` run said, in no certain order
@@ -327,7 +336,7 @@ class Source:
                 f" AND p.cell_id BETWEEN {first} AND {last - 1}"
                 for first, last in pairwise(edges)
             ]
-        self.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
+        return self.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
 
     @contextmanager
     def _stream(self, query: str) -> Iterator[Any]:
@@ -394,6 +403,12 @@ def check_set_name(name: str, option: str = "--name") -> str:
     return name
 
 
+def group_of(name: str) -> str | None:
+    """Return the group of a feature set that ``measure`` made: texture of texture_1a2b3c4d."""
+    found = re.fullmatch(r"(\w+)_[0-9a-f]{8}", name)
+    return found[1] if found else None
+
+
 @dataclass(frozen=True)
 class SetRelation:
     """A feature set with the type of each column, ``cell_id`` first.
@@ -435,15 +450,24 @@ def reading_set(columns: Columns, paths: Sequence[Path]) -> str:
     return f"SELECT {', '.join(values)} FROM {reading_files(paths)}"  # noqa: S608
 
 
+_MEASURED = "WHERE t.stage = 'measure' ORDER BY t.id"
+
+
 def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRelation]:
-    """Return the feature sets of a store.
+    """Return the feature sets of a store, and of each group once more the one measured last.
 
     Raises:
         StorageError: the columns of a set are not described as they should be.
     """
     rows = source.fetch(target, "feature_sets")
     known = source.columns["features"]
-    return [_relation(row, known) for row in sorted(rows, key=lambda row: int(row["id"]))]
+    found = [_relation(row, known) for row in sorted(rows, key=lambda row: int(row["id"]))]
+    runs = {row["recipe_id"]: row["id"] for row in source.fetch(target, "runs", _MEASURED)}
+    groups: dict[str, SetRelation] = {}
+    for item in sorted(found, key=lambda item: (runs.get(item.recipe_id, 0), item.id)):
+        if group := group_of(item.name):
+            groups[group] = replace(item, name=group)
+    return [*found, *(groups[name] for name in groups.keys() - {item.name for item in found})]
 
 
 def _relation(row: dict[str, Any], known: Columns) -> SetRelation:

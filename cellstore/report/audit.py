@@ -266,19 +266,31 @@ def _segmentations(session: Session, condition: ColumnElement[bool]) -> list[Rec
 
 
 _VOTES = """
-    SELECT run_id, vote, winner, tie, n_cells, subset, truth, correct FROM votes
-    WHERE level = 'image' AND vote <> 'median' AND unit_id = $image
+    SELECT v.run_id, v.winner, s.winner AS soft_winner, v.n_cells, v.tie, v.subset, v.truth,
+        v.correct, l.labels, u.segmentations, w.subsets AS well_subsets
+    FROM votes AS v
+    JOIN votes AS s
+        ON s.run_id = v.run_id AND s.level = 'image' AND s.vote = 'soft' AND s.unit_id = v.unit_id
+    JOIN (
+        SELECT run_id, list(
+            (label, cells, probability) ORDER BY votes DESC, probability DESC, position
+        ) AS labels
+        FROM label_votes WHERE level = 'image' AND vote = 'hard' AND unit_id = $image
+        GROUP BY run_id
+    ) AS l ON l.run_id = v.run_id
+    JOIN (
+        SELECT p.run_id, list(DISTINCT c.segmentation_id) AS segmentations
+        FROM eligible_predictions AS p JOIN cells AS c ON c.id = p.cell_id
+        WHERE p.image_id = $image
+        GROUP BY p.run_id
+    ) AS u ON u.run_id = v.run_id
+    JOIN (
+        SELECT run_id, well_id, list(DISTINCT subset) AS subsets
+        FROM run_images
+        GROUP BY run_id, well_id
+    ) AS w ON w.run_id = v.run_id AND w.well_id = v.well_id
+    WHERE v.level = 'image' AND v.vote = 'hard' AND v.unit_id = $image
 """
-_LABEL_VOTES = """
-    SELECT run_id, label, cells, probability FROM label_votes
-    WHERE level = 'image' AND vote = 'hard' AND unit_id = $image
-    ORDER BY run_id, votes DESC, probability DESC, position
-"""
-_USED = """
-    SELECT DISTINCT p.run_id, c.segmentation_id
-    FROM eligible_predictions AS p JOIN cells AS c ON c.id = p.cell_id WHERE p.image_id = $image
-"""
-_OF_WELL = "SELECT DISTINCT run_id, subset FROM run_images WHERE subset <> 'outside'"
 
 
 def _labellings(
@@ -293,12 +305,8 @@ def _labellings(
     from ..query.engine import open_questions
 
     with open_questions(workspace, image=image_id) as questions:
-        values = {"image": image_id}
-        rows = questions.ask_ours(_VOTES, values).records()
-        votes = {(row["run_id"], row["vote"]): row for row in rows}
-        of_labels = questions.ask_ours(_LABEL_VOTES, values).records()
-        used = list(questions.ask_ours(_USED, values).rows())
-        of_well = list(questions.ask_ours(_OF_WELL).rows())
+        rows = questions.ask_ours(_VOTES, {"image": image_id}).records()
+    votes = {row["run_id"]: row for row in rows}
     parents = runs.alias()
     query = select(
         runs.c.id.label("run_id"),
@@ -308,32 +316,28 @@ def _labellings(
     query = query.outerjoin(parents, parents.c.id == runs.c.parent_id)
     split = func.coalesce(runs.c.split_id, parents.c.split_id)
     query = query.outerjoin(splits, splits.c.id == split)
-    query = query.where(runs.c.id.in_({number for number, _ in votes})).order_by(runs.c.id)
+    query = query.where(runs.c.id.in_(votes)).order_by(runs.c.id)
     labellings = []
     for run in _rows(session, query):
-        run_id = run["run_id"]
-        hard = votes[run_id, "hard"]
-        own = [row for row in of_labels if row["run_id"] == run_id]
-        well_subsets = [s.value for s in Subset if (run_id, s.value) in of_well]
-        seen = [item for item in found if (run_id, item["id"]) in used]
+        vote = votes[run["run_id"]]
+        well_subsets = [s.value for s in Subset if s.value in vote["well_subsets"]]
+        seen = [item for item in found if item["id"] in vote["segmentations"]]
         labellings.append(
             {
                 **{key: value for key, value in run.items() if key not in ("split", "protocol")},
                 "checkpoints": _checkpoints(session, run["train_run_id"]),
                 "split": run["split"],
                 "protocol": run["protocol"],
-                "subset": hard["subset"],
+                "subset": vote["subset"],
                 "well_subsets": well_subsets,
                 "well_in_training": Subset.TRAIN.value in well_subsets,
                 "segmentation_ids": [item["id"] for item in seen],
                 "segment_recipes": [item["recipe_id"] for item in seen],
                 "segment_weights": [item["weights_sha256"] or "" for item in seen],
-                "n_cells": hard["n_cells"],
-                "votes": {row["label"]: row["cells"] for row in own},
-                "probabilities": {row["label"]: row["probability"] for row in own},
-                "winner": hard["winner"],
-                "soft_winner": votes[run_id, "soft"]["winner"],
-                **{key: hard[key] for key in ("tie", "truth", "correct")},
+                "n_cells": vote["n_cells"],
+                "votes": {label: cells for label, cells, _ in vote["labels"]},
+                "probabilities": {label: given for label, _, given in vote["labels"]},
+                **{key: vote[key] for key in ("winner", "soft_winner", "tie", "truth", "correct")},
             }
         )
     return labellings

@@ -23,6 +23,7 @@ def test_presets_are_shown_side_by_side(cellstore) -> None:
     assert values["crop-size"] == ["64", "224"]
     assert values["backbone"] == ["resnet18", "efficientnet_b0"]
     assert values["augment"] == ["flips,intensity,rotations", "none"]
+    assert values["warmup-epochs"] == ["2", "0"]
     assert max(map(len, lines)) <= 80
 
 

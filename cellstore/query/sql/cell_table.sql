@@ -1,8 +1,9 @@
 -- Every cell by the names that people use: one row per cell, with plate, well, site, treatment and
 -- the built-in measurements (null: not measured). Only cells that the segmentation made last of the
 -- present bytes of their image has found, by the measure recipe used last on it; excluded says why
--- a cell does not count (null: it does). Lengths are in pixels. For the measurements of another
--- feature set: JOIN its name USING (cell_id).
+-- a cell does not count (null: it does). Lengths are in pixels; area_um2 is the area in square
+-- micrometres where the pixel size is known. For the measurements of another feature set: JOIN its
+-- name USING (cell_id).
 WITH latest AS (
     SELECT s.image_id, max(s.id) AS segmentation_id
     FROM segmentations AS s
@@ -31,8 +32,12 @@ SELECT
     i.control,
     c.id AS cell_id,
     c.object_number,
+    c.object_number AS label,
     coalesce(c.excluded, x.reason, i.excluded) AS excluded,
     f.* EXCLUDE (cell_id, recipe_id, run_id),
+    f.area * i.pixel_size * i.pixel_size AS area_um2,
+    i.pixel_size,
+    i.components,
     i.image_id,
     i.well_id,
     c.segmentation_id,

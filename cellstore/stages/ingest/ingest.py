@@ -16,7 +16,7 @@ from sqlalchemy import func, insert, literal, select, update
 
 from ...config import EVERYTHING, IngestParams, Selection
 from ...db.bulk import in_lists, one_ingest_at_a_time
-from ...db.events import Change, record_events
+from ...db.events import Change, record_events, recording_new_rows
 from ...db.fields import wells_changed
 from ...enums import Look, Severity, Stage, Status
 from ...errors import UnknownNameError, UserInputError
@@ -30,7 +30,7 @@ from ...jobs.mask_matching import NoMatch
 from ...jobs.queue import requeue
 from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.workspace import Workspace
-from ...models import Event, Folder, Image, ImageFile, IngestIssue, Job, Run, Well
+from ...models import Event, Folder, Image, ImageFile, IngestIssue, Job, Plate, Run, Well
 from ...settings import track
 from .account import SHOWN, Account, Brought, FileIdentity, Issue, UndoneError
 from .ingest_images import READERS, ImageSource, ingest_images, look_at_files
@@ -119,6 +119,13 @@ def ingest(
             result = None if earlier is None else earlier.result
             if result is None or (params.strict and result["refused"]):
                 earlier = None
+            else:
+                there = sum(
+                    session.scalar(select(func.count()).where(Plate.id.in_(some))) or 0
+                    for some in in_lists(result["plates"])
+                )
+                if there < len(result["plates"]):
+                    earlier = None  # a plate of it was deleted
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
         try:
@@ -133,19 +140,20 @@ def ingest(
             else:
                 with workspace.database.begin() as session:
                     one_ingest_at_a_time(session)
-                    if kind is SourceKind.FEATURES:
-                        from .ingest_features import ingest_features
+                    with recording_new_rows(session, run.id):
+                        if kind is SourceKind.FEATURES:
+                            from .ingest_features import ingest_features
 
-                        brought = ingest_features(
-                            workspace, session, source, layout, params, account, identity
-                        )
-                    else:
-                        from .ingest_treatments import ingest_treatments
+                            brought = ingest_features(
+                                workspace, session, source, layout, params, account, identity
+                            )
+                        else:
+                            from .ingest_treatments import ingest_treatments
 
-                        plates = ingest_treatments(
-                            workspace, session, source, layout, params, account
-                        )
-                        brought = Brought(plates)
+                            plates = ingest_treatments(
+                                workspace, session, source, layout, params, account
+                            )
+                            brought = Brought(plates)
                     if params.strict:
                         account.check_strict()
         except UndoneError:

@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, insert_new, one_ingest_at_a_time, take_ids, wide_cache
+from ...db.events import Change, is_new, record_events, recording_new_rows
 from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
 from ...io.filenames import format_well
@@ -179,7 +180,7 @@ def ingest_images(
     try:
         with workspace.database.begin() as session:
             one_ingest_at_a_time(session)
-            with wide_cache(session):
+            with wide_cache(session), recording_new_rows(session, account.run_id):
                 writer = RowWriter(session, account, source.params.maps)
                 rows = source.records()
                 while batch := list(islice(rows, BATCH)):
@@ -509,13 +510,21 @@ class RowWriter:
         if moved:
             self.session.execute(update(ImageFile), moved)
         resized: list[dict[str, Any]] = []
+        same_change: dict[tuple[float | None, float], list[int]] = {}
         for some in in_lists(sizes):
             query = select(Image.id, Image.pixel_size).where(Image.id.in_(some))
             for image, size in self.session.execute(query.order_by(Image.id)):
                 if size != sizes[image]:
                     resized.append({"id": image, "pixel_size": sizes[image]})
+                    if not is_new(self.session, "images", image):
+                        same_change.setdefault((size, sizes[image]), []).append(image)
         if resized:
             self.session.execute(update(Image), resized)
+        changes = [
+            Change("images", None, {"pixel_size": old, "ids": ids}, {"pixel_size": new})
+            for (old, new), ids in same_change.items()
+        ]
+        record_events(self.session, changes, run_id=self.account.run_id)
         return changed | {row["id"] for row in resized}, refused
 
     def _write_metadata(self) -> None:
@@ -543,7 +552,7 @@ class RowWriter:
                     if own:
                         of_wells[well] = own
         self.session.flush()
-        n_changed = len(keep_well_metadata(self.session, of_wells)[1])
+        n_changed = len(keep_well_metadata(self.session, of_wells, self.account.run_id)[1])
         if n_changed:
             self.account.notes.append(f"wells whose metadata was replaced: {n_changed:,}")
         if self._differing:
@@ -577,7 +586,7 @@ class RowWriter:
 
 
 def keep_well_metadata(
-    session: Session, metadata: Mapping[int, Mapping[str, str]]
+    session: Session, metadata: Mapping[int, Mapping[str, str]], run_id: int
 ) -> tuple[set[int], set[int]]:
     """Add what a table says of wells (ids) beyond our columns.
 
@@ -587,16 +596,21 @@ def keep_well_metadata(
     had_other: set[int] = set()
     for some in in_lists(metadata):
         rows = []
+        changes = []
         query = select(Well.id, Well.metadata_).where(Well.id.in_(some))
         for well, before in session.execute(query).all():
             after = {**(before or {}), **metadata[well]}
             if after != (before or {}):
                 rows.append({"id": well, "metadata_": after})
+                if not is_new(session, "wells", well):
+                    old, new = {"metadata": before}, {"metadata": after}
+                    changes.append(Change("wells", well, old, new))
                 changed.add(well)
                 if before is not None:
                     had_other.add(well)
         if rows:
             session.execute(update(Well), rows)
+        record_events(session, changes, run_id=run_id)
     return changed, had_other
 
 
@@ -837,18 +851,25 @@ def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> Non
             insert_new(session, ImageFile, [row])
     if updates:
         session.execute(update(ImageFile), updates)
-    # The content of an image is the sha256 over all its files, unknown while one is missing.
-    digests: list[dict[str, Any]] = []
-    for image, known in known_files(session, seen).items():
-        content = sorted((file.channel, file.sha256 or "") for file in known.values())
-        text = "\n".join(f"{channel}\t{sha256}" for channel, sha256 in content)
-        complete = content and all(sha256 for _, sha256 in content)
-        digest = hashlib.sha256(text.encode()).hexdigest() if complete else None
-        digests.append({"id": image, "content_sha256": digest})
-    session.execute(update(Image), digests)
+    # A file that is only elsewhere, or has another time, leaves the content as it is.
+    other = [i for i, files in seen.items() if any(f.known.sha256 != f.info.sha256 for f in files)]
+    write_contents(session, other)
     # What a table or a person has said of the size of a pixel goes before what files say.
     unknown = select(Image.id).where(Image.id.in_(sizes), Image.pixel_size.is_(None))
     rows = [{"id": image, "pixel_size": sizes[image]} for image in session.scalars(unknown)]
     if rows:
         session.execute(update(Image), rows)
     requeue(session, Job.image_id.in_(list(seen)))  # what failed may work now
+
+
+def write_contents(session: Session, images: Collection[int]) -> None:
+    """Say what the content of images (ids) is: the sha256 over all files, null while one misses."""
+    digests: list[dict[str, Any]] = []
+    for image, known in known_files(session, images).items():
+        content = sorted((file.channel, file.sha256 or "") for file in known.values())
+        text = "\n".join(f"{channel}\t{sha256}" for channel, sha256 in content)
+        complete = content and all(sha256 for _, sha256 in content)
+        digest = hashlib.sha256(text.encode()).hexdigest() if complete else None
+        digests.append({"id": image, "content_sha256": digest})
+    if digests:
+        session.execute(update(Image), digests)
