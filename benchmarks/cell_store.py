@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import func, insert, select
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import MeasureParams, SegmentParams, SplitParams
 from cellstore.enums import ArtifactKind, PerturbationKind, Stage, Status
 from cellstore.io.image_files import encode_tiff
@@ -31,11 +32,12 @@ from cellstore.models import (
     TreatmentPart,
     Well,
 )
-from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.ingest.write_treatments import Part, PerturbationKey, treatment_values
 from cellstore.stages.split import create_split
 
 COMPOUND = PerturbationKind.COMPOUND
+STORED = FEATURE_NAMES[:-2]
+"""All but the centroid, which is in table cells."""
 
 SITES = 9
 CELL_ROWS = 20_000
@@ -238,11 +240,11 @@ def _features(first: int, count: int) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(3)
     for start in range(0, count, CELL_ROWS):
         number = min(CELL_ROWS, count - start)
-        values = np.abs(rng.normal(50, 5, (number, len(FEATURE_COLUMNS)))) + 1
+        values = np.abs(rng.normal(50, 5, (number, len(STORED)))) + 1
         for offset, row in enumerate(values.tolist()):
             yield {
                 "cell_id": first + start + offset,
-                **dict(zip(FEATURE_COLUMNS, row, strict=True)),
+                **dict(zip(STORED, row, strict=True)),
             }
 
 

@@ -217,6 +217,7 @@ def batches_of(root: Path, size: int, batch: int = BATCH, sides: int = 1, **more
     """The batches of the training side of a store (``sides=3``: of all of it)."""
     from sqlalchemy import select
 
+    from cellstore.analysis.features import FEATURE_NAMES
     from cellstore.enums import Subset
     from cellstore.jobs.workspace import open_workspace
     from cellstore.learn.batches import Batches, CellReader
@@ -229,7 +230,6 @@ def batches_of(root: Path, size: int, batch: int = BATCH, sides: int = 1, **more
         plane_of,
         stream_features,
     )
-    from cellstore.query.feature_files import FEATURE_COLUMNS
     from cellstore.settings import StoreSettings
 
     kept_bytes = more.pop("kept_bytes", None)
@@ -239,7 +239,7 @@ def batches_of(root: Path, size: int, batch: int = BATCH, sides: int = 1, **more
         split = session.scalars(select(Split)).one()
         source = CellSource(segment.id, measure.id, split.id)
         blocks = list_blocks(session, source)
-        scaler = Scaler.fit(FEATURE_COLUMNS, stream_features(session, source))
+        scaler = Scaler.fit(FEATURE_NAMES, stream_features(session, source))
     classes = {label: i for i, label in enumerate(sorted({b.label_id for b in blocks}))}
     reader = CellReader(
         workspace, source, plane_of(segment), scaler, size, classes, kept_bytes=kept_bytes
@@ -340,13 +340,13 @@ def wait(folder: Path, args: argparse.Namespace) -> None:
     import torch
 
     from cellstore.learn.networks import NetShape, build_net
-    from cellstore.query.feature_files import FEATURE_COLUMNS
+    from cellstore.query.feature_files import FEATURE_NAMES
 
     fields = [draw_field(number, CELLS) for number in range(FIELDS)]
     make_store(folder / "store", fields, images=3 * FIELDS)
     torch.set_num_threads(args.threads)
     batches = batches_of(folder / "store", args.crop, args.batch)
-    net = build_net(NetShape(12, len(FEATURE_COLUMNS)), None, 0).train()
+    net = build_net(NetShape(12, len(FEATURE_NAMES)), None, 0).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
     for epoch, name in ((0, "from the files"), (1, "kept in memory")):
         began, cells = time.perf_counter(), 0

@@ -12,7 +12,7 @@ Renders three sets of 4 plates with 12 treatments each, and takes each through t
 On each, a network is trained on splits by image, by well and by plate, beside the null baselines
 and two classical models. Prints the accuracy per image of each (soft vote) with its 95 % interval
 over wells; chance is 8.3 %. --picture draws those of network and forest, for docs/explanation.md.
-The network is that of recipe `compact` at small crops; --tabular has it look at measurements only,
+The network is that of the defaults at small crops; --tabular has it look at measurements only,
 and --true-masks spares the segmentation: together they take minutes, the whole about two hours.
 """
 

@@ -19,6 +19,7 @@ from report_fields import FIELDS, Field, draw_fields, file_name
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import (
     BaselineParams,
     MeasureParams,
@@ -59,10 +60,11 @@ from cellstore.models import (
     TreatmentPart,
     Well,
 )
-from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.ingest.write_treatments import Part, PerturbationKey, treatment_values
 
 COMPOUND = PerturbationKind.COMPOUND
+STORED = FEATURE_NAMES[:-2]
+"""All but the centroid, which is in table cells."""
 
 COLUMNS = 24
 ROWS_AT_ONCE = 100_000
@@ -258,7 +260,7 @@ def _count(image: int, well: int, design: Design) -> int:
 def _basic_set(recipe_id: int) -> FeatureSet:
     columns = [
         {"name": name, "dtype": "float64", "unit": "pixel", "source": "drawn"}
-        for name in FEATURE_COLUMNS
+        for name in FEATURE_NAMES
     ]
     return FeatureSet(
         name="basic", recipe_id=recipe_id, columns=columns, storage=FeatureStorage.TABLE
@@ -310,11 +312,11 @@ def _write_features(
 ) -> None:
     effect = rng.normal(0, 0.12, cells.classes.max() + 1)[cells.classes]
     edge = 0.05 * np.cos(cells.wells % COLUMNS / COLUMNS * 6.3)
-    names = ("cell_id", "recipe_id", "run_id", *FEATURE_COLUMNS)
+    names = ("cell_id", "recipe_id", "run_id", *STORED)
     for start in range(0, cells.ids.size, ROWS_AT_ONCE):
         some = slice(start, start + ROWS_AT_ONCE)
         shift = np.exp(effect[some] + edge[some])[:, None]
-        values = shift * rng.gamma(20, 30, (shift.size, len(FEATURE_COLUMNS)))
+        values = shift * rng.gamma(20, 30, (shift.size, len(STORED)))
         ids = cells.ids[some].tolist()
         rows = [(i, *keys, *row) for i, row in zip(ids, values.tolist(), strict=True)]
         bulk_insert(session, CellFeatures, names, rows)

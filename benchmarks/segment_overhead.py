@@ -68,8 +68,8 @@ def timed(step: str, folder: Path) -> float:
 def render(folder: Path, images: int, size: int) -> None:
     """Fields of rendered nuclei, and the table that names them."""
     import numpy as np
+    from training_fields import render_nuclei
 
-    from cellstore.analysis.rendering import render_nuclei
     from cellstore.io.image_files import encode_tiff
 
     lines = [HEADER]

@@ -39,8 +39,9 @@ import torch
 from cellpose.metrics import average_precision
 from cellpose.utils import diameters
 from skimage.io import imread
+from training_fields import render_nuclei
 
-from cellstore.analysis.rendering import PlateDesign, render_field, render_nuclei
+from cellstore.analysis.rendering import PlateDesign, render_field
 from cellstore.analysis.segmentation import (
     DEFAULT_MODEL,
     SegmentationResult,

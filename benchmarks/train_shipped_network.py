@@ -27,8 +27,8 @@ from cellpose.models import CellposeModel
 from cellpose.resnet_torch import CPnet
 from cellpose.transforms import normalize99, resize_image
 from cellpose.utils import diameters
+from training_fields import LARGEST, SMALLEST, TrainingField, render_nuclei
 
-from cellstore.analysis.rendering import LARGEST, SMALLEST, TrainingField, render_nuclei
 from cellstore.analysis.segmentation import (
     CHANNELS,
     SizeModel,

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from jobs_speed import fill
 from sqlalchemy import select
+from training_fields import render_nuclei
 
-from cellstore.analysis.rendering import render_nuclei
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.io.image_files import encode_tiff
 from cellstore.jobs.planes import cell_rows, insert_cells

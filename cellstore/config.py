@@ -268,8 +268,8 @@ _exclude_flagged = partial(
 _features = partial(
     cells,
     None,
-    "The feature set that is read, also one ingested from another tool. Default: the built-in "
-    "measurements last used.",
+    "The feature set that is read: its name, also of one ingested from another tool, or a group "
+    "as texture (the set measured last). Default: the built-in measurements last used.",
 )
 _normalise = partial(
     learning,
@@ -575,7 +575,7 @@ class QcParams(Params):
     )
     cell_outlier: float = option(5.0, "The same for a cell, by the logarithm of its area.")
     saturated: float = option(
-        0.01, "Share of a channel's pixels that may be white.", min=0.0, max=1.0
+        0.01, "Share of a channel's pixels that may be saturated.", min=0.0, max=1.0
     )
     noise: float = option(
         0.5,
@@ -770,7 +770,7 @@ class TrainParams(Params):
     normalise: str = _normalise()
     intensity: str = learning(
         "plate",
-        "White in a crop is the white of its image, or that of its plate.",
+        "Crops are divided by the intensity scale of their image, or of their plate.",
         choices=("image", "plate"),
     )
     precision: str = learning(

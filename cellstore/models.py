@@ -1,7 +1,7 @@
 """All tables of a store, in the order in which a screen fills them.
 
 Each docstring describes one row. Keys that make writing a row twice harmless are unique
-constraints; lineage is foreign keys, and every foreign key can be walked both ways::
+constraints; lineage is foreign keys, which can be walked::
 
     with store.session() as session:
         plate = session.scalars(select(Plate).where(Plate.barcode == "BR00116991")).one()
@@ -34,9 +34,16 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     event,
+    select,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    column_property,
+    mapped_column,
+    relationship,
+)
 from sqlalchemy.types import JSON, TypeDecorator
 
 from .enums import (
@@ -592,10 +599,19 @@ class FeatureFile(Base):
     last_cell_id: Mapped[int] = mapped_column(BigId)
     feature_set: Mapped["FeatureSet"] = relationship(back_populates="files")
     artifact: Mapped["Artifact"] = relationship()
+    run: Mapped["Run"] = relationship()
+
+
+def _of_cell(column: Any, cell_id: Any) -> Any:
+    query = select(column).where(Cell.id == cell_id)
+    return query.correlate_except(Cell).scalar_subquery()
 
 
 class CellFeatures(Base):
-    """The built-in measurements of one cell by one recipe; lengths in pixels."""
+    """The built-in measurements of one cell by one recipe; lengths in pixels.
+
+    The centroid is read from ``cells``: a cell has one, whoever measures it.
+    """
 
     __tablename__ = "features"
 
@@ -614,10 +630,11 @@ class CellFeatures(Base):
     orientation: Mapped[float | None]
     solidity: Mapped[float | None]
     extent: Mapped[float | None]
-    centroid_y: Mapped[float | None]
-    centroid_x: Mapped[float | None]
+    centroid_y: Mapped[float | None] = column_property(_of_cell(Cell.centroid_row, cell_id))
+    centroid_x: Mapped[float | None] = column_property(_of_cell(Cell.centroid_col, cell_id))
     cell: Mapped["Cell"] = relationship(back_populates="features")
     recipe: Mapped["Recipe"] = relationship()
+    run: Mapped["Run"] = relationship()
 
 
 class IngestFile(Base):
@@ -729,6 +746,8 @@ class ImageQuality(Base):
     mean: Mapped[float]
     std: Mapped[float]
     image: Mapped["Image"] = relationship(back_populates="quality")
+    recipe: Mapped["Recipe"] = relationship()
+    run: Mapped["Run"] = relationship()
 
 
 class ImageFlag(Base):

@@ -146,7 +146,7 @@ class Progress:
 
 
 def track(progress: Progress, label: str, total: int | None, items: Iterable[T]) -> Iterator[T]:
-    """Yield ``items``, telling ``progress`` of each once it has been worked on."""
+    """Yield ``items``, reporting each to ``progress`` once it has been worked on."""
     progress.start(label, total)
     try:
         for item in items:

@@ -56,10 +56,11 @@ if TYPE_CHECKING:
     from .report.segment_preview import PreviewResult
     from .report.votes import VotesResult
     from .stages.contrast import ContrastResult
+    from .stages.corrections import Correction
     from .stages.export import ExportResult
     from .stages.export_model import ExportedModel
     from .stages.finetune import FinetuneResult
-    from .stages.ingest.ingest import IngestResult, RefreshResult
+    from .stages.ingest.ingest import IngestResult, RefreshResult, RelocateResult
     from .stages.manage_jobs import JobsList, RetryResult
     from .stages.measure import MeasureResult
     from .stages.predict import PredictResult
@@ -145,6 +146,20 @@ class Store(AbstractContextManager["Store"]):
         from .stages.ingest.ingest import refresh
 
         return refresh(self.workspace, selection)
+
+    def relocate(
+        self,
+        old: str,
+        new: str,
+        *,
+        check: bool = False,
+        dry_run: bool = False,
+        reason: str | None = None,
+    ) -> RelocateResult:
+        """Say where image files are now; see ``stages.ingest.ingest.relocate``."""
+        from .stages.ingest.ingest import relocate
+
+        return relocate(self.workspace, old, new, check=check, dry_run=dry_run, reason=reason)
 
     def segment(
         self,
@@ -347,17 +362,11 @@ class Store(AbstractContextManager["Store"]):
 
         return check_split(self.workspace, name)
 
-    def deletable_split(self, name: str) -> Deleted:
-        """Return which splits :meth:`delete_split` would delete, and refuse where it would."""
-        from .stages.split import find_deletable
-
-        return find_deletable(self.workspace, name)
-
-    def delete_split(self, name: str) -> Deleted:
-        """Delete a split, or all folds of a family, that no run uses."""
+    def delete_split(self, name: str, *, dry_run: bool = False) -> Deleted:
+        """Delete a split, or all folds of a family, that no run uses; or say what would go."""
         from .stages.split import delete_split
 
-        return delete_split(self.workspace, name)
+        return delete_split(self.workspace, name, dry_run=dry_run)
 
     def train(
         self,
@@ -681,10 +690,11 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         plates: tuple[str, ...] = (),
+        include_excluded: bool = False,
         for_spreadsheet: bool = False,
         force: bool = False,
     ) -> ExportResult:
-        """Write every current cell with its measurements; see ``stages.export.export``."""
+        """Write the current cells with their measurements; see ``stages.export.export``."""
         from .stages.export import ExportFormat, export
 
         if format not in list(ExportFormat):
@@ -697,15 +707,89 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
+            include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
         )
+
+    def rename(
+        self,
+        kind: str,
+        old: str,
+        new: str,
+        *,
+        plate: str | None = None,
+        reason: str | None = None,
+        dry_run: bool = False,
+    ) -> Correction:
+        """Give a ``plate`` or a ``channel`` another name; see ``stages.corrections.rename``."""
+        from .stages.corrections import rename
+
+        return rename(self.workspace, kind, old, new, plate=plate, reason=reason, dry_run=dry_run)
+
+    def relabel(
+        self,
+        well: str,
+        *,
+        treatment: str | None = None,
+        dose: str | None = None,
+        control: str | None = None,
+        reason: str,
+        dry_run: bool = False,
+    ) -> Correction:
+        """Say what a well really got; see ``stages.corrections.relabel``."""
+        from .stages.corrections import relabel
+
+        return relabel(
+            self.workspace,
+            well,
+            treatment=treatment,
+            dose=dose,
+            control=control,
+            reason=reason,
+            dry_run=dry_run,
+        )
+
+    def exclude(self, kind: str, name: str, *, reason: str, dry_run: bool = False) -> Correction:
+        """Let a plate, well, image or cell count nowhere; see ``stages.corrections.exclude``."""
+        from .stages.corrections import exclude
+
+        return exclude(self.workspace, kind, name, reason=reason, dry_run=dry_run)
+
+    def include(
+        self, kind: str, name: str, *, reason: str | None = None, dry_run: bool = False
+    ) -> Correction:
+        """Let something count again that was excluded; see ``stages.corrections.include``."""
+        from .stages.corrections import include
+
+        return include(self.workspace, kind, name, reason=reason, dry_run=dry_run)
+
+    def undo(self, run: str, *, reason: str | None = None, dry_run: bool = False) -> Correction:
+        """Take back what an ingest run brought; see ``stages.corrections.undo``."""
+        from .stages.corrections import undo
+
+        return undo(self.workspace, run, reason=reason, dry_run=dry_run)
+
+    def delete_plate(
+        self, name: str, *, reason: str | None = None, dry_run: bool = False
+    ) -> Correction:
+        """Delete a plate that nothing relies on; see ``stages.corrections.delete_plate``."""
+        from .stages.corrections import delete_plate
+
+        return delete_plate(self.workspace, name, reason=reason, dry_run=dry_run)
 
     def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
         """Write a folder with a trained model; see ``stages.export_model.export_model``."""
         from .stages.export_model import export_model
 
         return export_model(self.workspace, run, None if output is None else Path(output))
+
+    def next_step(self) -> tuple[str, ...]:
+        """Return the next useful command, or a few; see ``stages.status.next_step``."""
+        from .stages.status import next_step
+
+        with self.workspace.database.read() as session:
+            return next_step(session)
 
     def status(self) -> StatusResult:
         """Count what is in the store, what is stale, and which jobs failed and why."""

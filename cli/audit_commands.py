@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cellstore.report.repro import Repro
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-KINDS = ("image", "well", "cell", "run", "artifact")
+KINDS = ("plate", "well", "image", "cell", "run", "artifact")
 
 
 @command(app, "audit")
@@ -38,6 +38,7 @@ def audit(
 
     \b
     KIND      NAME
+    plate     its barcode
     image     PLATE/A01/1 (plate, well, site), r01c01f01, PLATE/r01c01f01,
               a file name, an id, or the start of a sha256
     well      PLATE/A01; A01 where there is one plate

@@ -45,7 +45,7 @@ SHOWN_FAILURES = 10
 PREVIEW_FOLDER = Path("cellstore-preview")
 
 
-@command(app, "segment")
+@command(app, "segment", then=True)
 def segment(
     params: SegmentParams,
     selection: Selection,
@@ -181,20 +181,25 @@ def _duration(seconds: float) -> str:
 
 
 def list_failures(failures: Sequence[tuple[str, str]]) -> None:
-    """Print the first images that failed, and why."""
-    for name, reason in failures[:SHOWN_FAILURES]:
-        typer.echo(f"failed {output.cell(name)}: {output.cell(reason)}")
-    if len(failures) > SHOWN_FAILURES:
-        typer.echo(f"and {len(failures) - SHOWN_FAILURES} more: see cellstore jobs --failed")
+    """Print why images failed, and the first of them: a paragraph for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in failures:
+        names.setdefault(reason, []).append(name)
+    for reason, failed in list(names.items())[:SHOWN_FAILURES]:
+        more = f" and {len(failed) - SHOWN_FAILURES} more" if len(failed) > SHOWN_FAILURES else ""
+        output.wrapped(f"failed {', '.join(failed[:SHOWN_FAILURES])}{more}: {reason}")
+    if len(names) > SHOWN_FAILURES:
+        typer.echo(f"and {len(names) - SHOWN_FAILURES} more: see cellstore jobs --failed")
 
 
 def end_with_failures(
     failed: int, done: int, verb: str, again: str = "cellstore retry"
 ) -> NoReturn:
     """End with 1 because images failed."""
+    others = "; the others are done" if done else ""
     say(
-        f"Error: {failed} of {output.count(failed + done, 'image')} could not be {verb}; "
-        f"the others are done. To try them again: {again}"
+        f"Error: {failed} of {output.count(failed + done, 'image')} could not be {verb}{others}. "
+        f"To try them again: {again}"
     )
     raise typer.Exit(1)
 
@@ -251,7 +256,7 @@ def _end_jobs(
         raise typer.Exit(1)
 
 
-@command(app, "measure")
+@command(app, "measure", then=True)
 def measure(
     params: MeasureParams,
     selection: Selection,
@@ -303,7 +308,7 @@ def _list_features(common: Common) -> None:
     typer.echo("*: each channel. All that is known of them: cellstore measure --list --json")
 
 
-@command(app, "qc")
+@command(app, "qc", then=True)
 def qc(
     params: QcParams,
     selection: Selection,
@@ -359,7 +364,7 @@ def _show_qc(result: QcResult, *, listed: bool) -> None:
     typer.echo("")
     images = {
         ImageFlagReason.OUT_OF_FOCUS: "focus",
-        ImageFlagReason.SATURATED: "white",
+        ImageFlagReason.SATURATED: "saturated",
         ImageFlagReason.BACKGROUND: "background",
         ImageFlagReason.NO_SIGNAL: "noise",
         ImageFlagReason.CELL_COUNT: "count",
@@ -383,7 +388,7 @@ def _show_qc(result: QcResult, *, listed: bool) -> None:
             ]
             for plate in result.plates
         ]
-        output.table(["plate", "cells", "flagged", *cells.values(), "perimeter 0"], rows)
+        output.table(["plate", "cells", "flagged", *cells.values(), "excluded"], rows)
     if listed and not result.flags:
         typer.echo("\nNo image is flagged.")
     elif listed:

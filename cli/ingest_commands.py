@@ -18,6 +18,7 @@ from .output import say
 
 if TYPE_CHECKING:
     from cellstore.stages.ingest.account import Issue
+    from cellstore.stages.ingest.ingest import RelocateResult
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -31,7 +32,7 @@ _TITLES = {
 }
 
 
-@command(app, "ingest")
+@command(app, "ingest", then=True)
 def ingest(
     words: Annotated[
         list[str],
@@ -170,7 +171,7 @@ def _show_issues(issues: Sequence[Issue]) -> None:
             output.grouped([(where, item.reason, item.detail) for where, item in found])
 
 
-@command(app, "refresh")
+@command(app, "refresh", then=True)
 def refresh(selection: Selection, common: Common) -> None:
     """Look again at the image files that the store knows, and find which have changed.
 
@@ -201,3 +202,37 @@ def refresh(selection: Selection, common: Common) -> None:
             say("See what is out of date with: cellstore status")
     if result.n_problems:
         raise typer.Exit(1)
+
+
+@command(app, "relocate", then=True)
+def relocate(
+    old: Annotated[str, typer.Argument(metavar="OLD", help="The folder where the files were.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The folder where they are now.")],
+    common: Common,
+    check: bool = option(False, "Read every file, also those of the same size and time."),
+    reason: str | None = option(None, "Why; it is kept with the change.", metavar="TEXT"),
+    dry_run: bool = option(False, "Only look whether the files are there."),
+) -> None:
+    """Tell the store that image files were moved or copied to another folder.
+
+    All folders whose names begin with OLD begin with NEW from now on. Each file must be there: of
+    the same size and time, or else of the same content. To undo it, relocate back.
+
+    \b
+    Example:
+      cellstore relocate /data/plate1 /archive/plate1
+      cellstore relocate /mnt/old /mnt/new --dry-run
+    """
+    with common.open() as store:
+        result = store.relocate(old, new, check=check, dry_run=dry_run, reason=reason)
+    common.show(result, _show_relocate)
+
+
+def _show_relocate(result: RelocateResult) -> None:
+    verb = "would be read" if result.dry_run else "are now read"
+    for before, after, files in result.folders:
+        typer.echo(f"{output.count(files, 'file')} {verb} from {after}, no longer from {before}")
+    if result.missing:
+        say(f"{output.count(result.missing, 'file')} of them in neither place.")
+    if result.dry_run:
+        say("Nothing was written: this was a dry run.")

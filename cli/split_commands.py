@@ -39,7 +39,7 @@ MARGIN = 9
 """Width of the column of severities: ``warning`` and a gap."""
 
 
-@command(split, "create")
+@command(split, "create", then=True)
 def create(
     name: NewNameArgument, params: SplitParams, common: Common, preset: str | None = PRESET
 ) -> None:
@@ -70,7 +70,7 @@ def create(
     _say_if_there(made, common)
 
 
-@command(split, "import")
+@command(split, "import", then=True)
 def import_(
     name: NewNameArgument,
     files: Annotated[
@@ -164,7 +164,7 @@ def delete(
       cellstore split delete by-well
     """
     with common.open(quiet=True) as store:
-        found = store.deletable_split(name)
+        found = store.delete_split(name, dry_run=True)
         words = f"{', '.join(found.names)} ({output.count(found.images, 'image')} assigned)"
         if not yes and not typer.confirm(f"Delete {words}?", err=True):
             say("Nothing was deleted.")

@@ -62,7 +62,7 @@ _OF_BASELINES = {"baseline", "no_predict", "force"} | {
 }
 
 
-@command(app, "train")
+@command(app, "train", then=True)
 def train(
     params: TrainParams,
     sources: Sources,
@@ -127,9 +127,13 @@ def train(
     only = {
         item.name for item in options_of(BaselineParams) if item.metadata["section"] == BASELINES
     }
-    _refuse(common, common.typed & (only | {"no_predict"}), "{flags} needs --baseline.")
+    _refuse(
+        common,
+        common.typed & (only | {"no_predict"}),
+        "Only with --baseline: {flags}.",
+    )
     if resume is not None:
-        sentence = "--resume uses the options of the run itself: leave out {flags}."
+        sentence = "--resume uses the options of the run itself: remove {flags}."
         _refuse(common, common.typed - _WITH_RESUME, sentence)
     _say_processors(device, setup.devices)
     with common.open() as store:
@@ -158,7 +162,9 @@ def _show_presets() -> None:
     def shown(value: Any) -> str:
         if isinstance(value, tuple):
             return ",".join(value) or "none"
-        return {True: "yes", False: "no", None: "none"}.get(value) or output.cell(value)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return "none" if value is None else output.cell(value)
 
     every = [TrainParams(), *(TrainParams.of(name) for name in PRESETS)]
     rows = [
@@ -299,7 +305,7 @@ def _show_contrast(result: ContrastResult) -> None:
         say(note)
 
 
-@command(app, "predict")
+@command(app, "predict", then=True)
 def predict(
     params: PredictParams,
     common: Common,

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.enums import (
     PERTURBATION,
     AnnotationKind,
@@ -73,12 +74,6 @@ NUMBERS = count(1)
 """Shared by all factories, so that two of them on one store make different rows."""
 
 Row = TypeVar("Row", bound=Base)
-
-FEATURE_COLUMNS = tuple(
-    column.name
-    for column in CellFeatures.__table__.columns
-    if column.name not in ("cell_id", "recipe_id", "run_id")
-)
 
 
 def sha(text: str) -> str:
@@ -356,7 +351,7 @@ class Factory:
     def feature_set(self, recipe: Recipe, name: str = "basic") -> FeatureSet:
         columns = [
             {"name": item, "dtype": "float64", "unit": "pixel", "source": "test"}
-            for item in FEATURE_COLUMNS
+            for item in FEATURE_NAMES
         ]
         return self.add(
             FeatureSet(
@@ -428,8 +423,8 @@ class Factory:
             )
 
     def features(self, cells: Sequence[Cell], run: Run, **values: float) -> list[CellFeatures]:
-        """Measurements: each column 1.0 unless given."""
-        numbers = {**dict.fromkeys(FEATURE_COLUMNS, 1.0), **values}
+        """Measurements: each column 1.0 unless given; the centroid is that of the cell."""
+        numbers = {**dict.fromkeys(FEATURE_NAMES[:-2], 1.0), **values}
         return self.add_all(
             [
                 CellFeatures(cell_id=cell.id, recipe_id=run.recipe_id, run_id=run.id, **numbers)

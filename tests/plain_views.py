@@ -142,6 +142,8 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
         for column in CellFeatures.__table__.columns
         if column.name not in ("cell_id", "recipe_id", "run_id")
     ]
+    for name, own in (("centroid_y", "centroid_row"), ("centroid_x", "centroid_col")):
+        measured.append(f"CASE WHEN f.cell_id IS NOT NULL THEN c.{own} END AS {name}")
     found["cell_table"] = found["cell_table"].replace(
         "f.* EXCLUDE (cell_id, recipe_id, run_id)", ", ".join(measured)
     )

@@ -117,7 +117,7 @@ def test_the_answer_does_not_depend_on_the_copies(workspace: Workspace) -> None:
         path.unlink()
     assert count_votes(workspace).table.equals(first)
     with open_questions(workspace, image=screen.images["B01"].id) as questions:
-        assert questions.ask("FROM votes WHERE level = 'image'").table().num_rows == 0
+        assert not questions.ask_ours("FROM votes WHERE level = 'image'").records()
 
 
 def test_training_reads_no_excluded_image_and_predicting_reads_all(workspace: Workspace) -> None:
@@ -197,6 +197,7 @@ def test_tables_export_audit_and_status_say_why(workspace: Workspace, tmp_path: 
         return {
             "cells": sum(text is not None for text in written),
             "images": rows(workspace, "SELECT count(excluded) AS n FROM image_table")[0]["n"],
+            "wells": rows(workspace, "SELECT count(excluded) AS n FROM well_table")[0]["n"],
             "status": status(workspace).excluded,
             "status images": status(workspace).excluded_images,
             "eligible": rows(workspace, "SELECT count(*) AS n FROM eligible_cells")[0]["n"],
@@ -204,13 +205,14 @@ def test_tables_export_audit_and_status_say_why(workspace: Workspace, tmp_path: 
         }
 
     all_cells = status(workspace).cells
-    nothing = dict.fromkeys(("cells", "images", "status", "status images"), 0)
+    nothing = dict.fromkeys(("cells", "images", "wells", "status", "status images"), 0)
     assert reasons() == {**nothing, "eligible": all_cells, "audit": False}
     well, one = make.exclude(Level.WELL, image.well_id), make.exclude(Level.CELL, cell.id)
     gone = n_cells + 1
     assert reasons() == {
         "cells": gone,
         "images": 1,
+        "wells": 1,
         "status": gone,
         "status images": 1,
         "eligible": all_cells - gone,

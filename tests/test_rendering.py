@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from scipy import ndimage
+from training_fields import render_nuclei
 
 from cellstore.analysis.rendering import (
     CONTROL,
@@ -15,7 +16,6 @@ from cellstore.analysis.rendering import (
     blurred,
     lay_cells,
     render_field,
-    render_nuclei,
     smooth_noise,
 )
 from cellstore.errors import UserInputError

@@ -231,7 +231,7 @@ def test_all_steps_in_order_as_a_script(workspace: Workspace) -> None:
     script = repro(workspace, str(later.id)).script
     assert other.id > later.id
     assert "cellstore demo" not in repro(workspace, str(make.run(Stage.QC).id)).script.replace(
-        "# Mind: it was begun by: cellstore demo", ""
+        "# Note: it was begun by: cellstore demo", ""
     )
     assert "cellstore ingest 'a b.csv'" in script
     assert "# reads maps rm -rf ~ `x`.csv, sha256" in script

@@ -17,8 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("cellpose.resnet_torch", reason="needs Cellpose 3")
 
 from tiny_network import new_network, save_network  # noqa: E402
-
-from cellstore.analysis.rendering import render_nuclei  # noqa: E402
+from training_fields import render_nuclei  # noqa: E402
 
 
 class Card:

@@ -17,10 +17,10 @@ from .session import Database, _translated
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0010"
+HEAD = "0011"
 """The newest revision. Written here, because every command compares it and Alembic loads slowly."""
 
-BEFORE_THE_FIRST = ("0001", "0002", "0003", "0004", "0005", "0006")
+BEFORE_THE_FIRST = ("0001", "0002", "0003", "0004", "0005", "0006", "0010")
 """Revisions from before the first release; their tables cannot be brought over. No new one takes
 such a number: a store keeps the number, not the tables it stood for."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,12 +23,11 @@ from ..errors import BadTableError, UserInputError
 from .filenames import (
     PLANE_COLUMNS,
     TIME_COLUMNS,
-    cellomics_name,
     core_file_name,
     format_well,
     is_safe_name,
+    microscope_name,
     parse_well,
-    wellsite_name,
 )
 from .image_tables import ORIGINAL, FileRef, ImageRecord, whole_number, written_well
 from .objects import (
@@ -46,6 +45,7 @@ from .objects import (
 )
 from .platemaps import TREATMENT_COLUMNS, treatment_of
 from .tables import MISSING, Refusal, RowRefusedError, first_text
+from .uris import split_url
 
 TOOL = "CellProfiler"
 IMAGE_NUMBER, OBJECT_NUMBER, TABLE_NUMBER = "ImageNumber", "ObjectNumber", "TableNumber"
@@ -88,14 +88,19 @@ class ObjectColumns:
     object_number: str
     parents: dict[str, str]
 
+    @property
+    def objects(self) -> str:
+        """What the rows are: the name of the table, or of the first of several in one table."""
+        if self.name.lower() != "object":
+            return self.name
+        owners = {column.partition("_")[0] for column in self.features}
+        return next((role for role in COMPARTMENTS if role in owners), self.name)
+
     def positions(self) -> dict[str, str]:
         """Return the columns of box and centre."""
-        owners = [self.name] if self.name.lower() != "object" else COMPARTMENTS
-        for owner in owners:
-            own = [c for c in self.features if owner == self.name or c.startswith(f"{owner}_")]
-            if own:
-                return position_columns({name.removeprefix(f"{owner}_"): name for name in own})
-        return {}
+        owner, whole = self.objects, self.objects == self.name
+        own = [name for name in self.features if whole or name.startswith(f"{owner}_")]
+        return position_columns({name.removeprefix(f"{owner}_"): name for name in own})
 
 
 def position_columns(by_measure: Mapping[str, str]) -> dict[str, str]:
@@ -116,7 +121,10 @@ def table_name(written: str) -> str:
 
 
 def object_columns(written: str, columns: Sequence[str]) -> ObjectColumns | None:
-    """Sort the columns of a table; None where it has no row per object."""
+    """Sort the columns of a table; None where it has no row per object.
+
+    A table Cells, Nuclei or Cytoplasm is one also where it lacks its keys: the rows are refused.
+    """
     name = table_name(written)
     owners = ("", f"{name}_", *(f"{role}_" for role in COMPARTMENTS))
     numbers = [
@@ -124,7 +132,10 @@ def object_columns(written: str, columns: Sequence[str]) -> ObjectColumns | None
         *(owner + number for owner in owners for number in (OBJECT_NUMBER, _NUMBER)),
     ]
     number = next((column for column in numbers if column in columns), None)
-    if name.lower() in _NOT_OBJECTS or number is None or IMAGE_NUMBER not in columns:
+    has_keys = number is not None and IMAGE_NUMBER in columns
+    if name.lower() in _NOT_OBJECTS or not columns:
+        return None
+    if not has_keys and role_of(name) not in COMPARTMENTS:
         return None
     features: dict[str, str] = {}
     parents: dict[str, str] = {}
@@ -138,7 +149,7 @@ def object_columns(written: str, columns: Sequence[str]) -> ObjectColumns | None
             measure = rest if role_of(owner) in COMPARTMENTS else column
         if is_feature(measure) and column != number:
             features[column] = feature_name(name, column)
-    return ObjectColumns(name, role_of(name), features, number, parents)
+    return ObjectColumns(name, role_of(name), features, number or OBJECT_NUMBER, parents)
 
 
 def is_feature(measure: str) -> bool:
@@ -192,7 +203,7 @@ def choose_tables(tables: Sequence[ObjectColumns], where: str) -> tuple[list[Obj
 
 # ---- Which image a row of an image table is ----
 
-FILE, FOLDER, METADATA = "FileName_", "PathName_", "Metadata_"
+FILE, FOLDER, METADATA, COUNT = "FileName_", "PathName_", "Metadata_", "Count_"
 WELLS = ("Metadata_Well", "Metadata_well")
 SITES = ("Metadata_Site", "Metadata_site", "Metadata_FieldID", "Metadata_Field")
 PLATES = ("Metadata_Plate", "Metadata_plate", "Metadata_Barcode", "Metadata_PlateBarcode")
@@ -215,7 +226,7 @@ def is_needed(column: str) -> bool:
 def about_image(column: str) -> str | None:
     """Return the name, without ``Image_``, of a column of an image table that is read."""
     plain = column.removeprefix("Image_")
-    return plain if is_needed(plain) or plain.startswith(METADATA) else None
+    return plain if is_needed(plain) or plain.startswith((METADATA, COUNT)) else None
 
 
 def image_record(
@@ -253,12 +264,14 @@ def _record(
         name = texts.get(FILE + channel)
         if name is None:
             continue
+        url_folder, name = split_url(name)
         if not is_safe_name(name):
             raise RowRefusedError("file name with a folder in it", f"{channel}: {name!r}")
         phenix = core_file_name(name)
         plain = channel.removeprefix(ORIGINAL) or channel
         number = phenix.number if phenix else None
-        files.setdefault(plain, FileRef(plain, number, name, texts.get(FOLDER + channel)))
+        where = url_folder or texts.get(FOLDER + channel)
+        files.setdefault(plain, FileRef(plain, number, name, where))
     names = _from_names(list(files.values()), folder)
     text, well = written_well(texts, WELLS, COLUMNS), names.well
     if text is not None:
@@ -313,7 +326,7 @@ def _from_names(files: Sequence[FileRef], folder: str | None) -> _Named:
         if phenix := core_file_name(file.name):
             return _Named((phenix.row, phenix.column), phenix.site, phenix.core_name)
     for file in files:
-        if name := cellomics_name(file.name) or wellsite_name(file.name):
+        if name := microscope_name(file.name):
             return _Named((name.row, name.column), name.site, scan=name.plate)
     if match := _SITE_FOLDER.fullmatch(folder or ""):
         with suppress(UserInputError):
@@ -327,19 +340,32 @@ class ImageIndex:
 
     def __init__(self, source: ObjectSource) -> None:
         self._source = source
+        self.empty: dict[str, list[int]] = {}
+        """By kind of object: the images (indices) in which the image table counts none."""
         self._indices: dict[tuple[int, int], int] = {}
         self._sorted: tuple[Integers, Integers] | None = None
 
     def add(
-        self, file: str, line: int, group: int, number: int, content: ImageRecord | Refusal
+        self,
+        file: str,
+        line: int,
+        group: int,
+        number: int,
+        content: ImageRecord | Refusal,
+        values: Mapping[str, str | None],
     ) -> None:
-        """Add a row, whatever it is."""
+        """Add a row, whatever it is; ``values`` as :func:`image_record` has them."""
         if isinstance(content, ImageRecord) and not 0 <= number < 1 << 32:
-            content = Refusal(line, "no image number", f"{IMAGE_NUMBER} is not a whole number")
+            detail = f"{IMAGE_NUMBER} is missing, or no whole number"
+            content = Refusal(line, "no image number", detail)
         elif (group, number) in self._indices:
             content = Refusal(line, "duplicate key", f"an earlier row has {IMAGE_NUMBER} {number}")
         elif isinstance(content, ImageRecord):
             self._indices[group, number] = len(self._source.images)
+            for column, text in values.items():
+                if column.startswith(COUNT) and re.fullmatch(r"0(\.0*)?", (text or "").strip()):
+                    empty = self.empty.setdefault(column.removeprefix(COUNT), [])
+                    empty.append(len(self._source.images))
             well = content.row, content.column
             for ref in content.files:
                 name = core_file_name(ref.name)
@@ -350,6 +376,12 @@ class ImageIndex:
                     self._source.issues.append(issue)
                     break
         self._source.images.append((file, content))
+
+    def groups_without(self, objects: str) -> set[int]:
+        """Return the groups of images in which the image table counts no ``objects``."""
+        filled = set(self._indices.values()).difference(self.empty.get(objects, ()))
+        groups = {index: group for (group, _), index in self._indices.items()}
+        return set(groups.values()) - {groups[index] for index in filled}
 
     def find(self, group: Integers | int, number: Integers) -> Integers:
         """Return the index of the image of each row, ``UNKNOWN`` where there is none."""
@@ -368,6 +400,13 @@ class ImageIndex:
 
 
 # ---- Joining the tables to cells ----
+
+
+def check_keys(source: ObjectSource, file: str, present: Container[str], *more: str) -> None:
+    """Name the keys that a table lacks; then all of its rows are refused."""
+    for key in (IMAGE_NUMBER, *more):
+        if key not in present:
+            source.problem(file, None, "missing column", f"there is no column {key}")
 
 
 @dataclass(frozen=True)
@@ -451,7 +490,12 @@ def _cell_keys(image: Integers, number: Integers) -> Integers:
     return np.asarray((image << 32) | usable, np.int64)
 
 
-def add_cells(source: ObjectSource, tables: Sequence[TableKeys], texts: Iterable[str] = ()) -> None:
+def add_cells(
+    source: ObjectSource,
+    images: ImageIndex,
+    tables: Sequence[TableKeys],
+    texts: Iterable[str] = (),
+) -> None:
     """Make the rows of ``tables`` the cells of ``source``; ``texts`` are features of words."""
     if not tables:
         return
@@ -459,6 +503,7 @@ def add_cells(source: ObjectSource, tables: Sequence[TableKeys], texts: Iterable
     names = [name for table in tables for name in table.columns.features.values()]
     texts = frozenset(texts)
     source.objects = tuple(table.columns.name for table in tables)
+    source.empty = images.empty.get(tables[0].columns.objects, [])
     source.schema = pa.schema(
         [(name, pa.string() if name in texts else pa.float64()) for name in names]
     )

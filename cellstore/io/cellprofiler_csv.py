@@ -21,6 +21,7 @@ import pyarrow.ipc
 
 from ..errors import BadTableError, StorageError, UserInputError, first_line
 from .cellprofiler import (
+    COMPARTMENTS,
     IMAGE_NUMBER,
     IMAGE_TABLE,
     TOOL,
@@ -30,6 +31,7 @@ from .cellprofiler import (
     TableKeys,
     about_image,
     add_cells,
+    check_keys,
     choose_tables,
     feature_name,
     image_record,
@@ -71,7 +73,10 @@ def is_cellprofiler_folder(path: Path) -> bool:
         columns = _columns(open_table(first, empty=True)) if first else ["none"]
     except UserInputError:
         return False
-    return not columns or IMAGE_NUMBER in columns
+    if not columns or IMAGE_NUMBER in columns:
+        return True
+    # Beside tables of cells it is CellProfiler's, and the reader says what it lacks.
+    return first is not None and any(_kind(at) in COMPARTMENTS for at in _csv_files(path))
 
 
 def open_cellprofiler_folder(path: Path, plate: str | None = None) -> ObjectSource:
@@ -92,7 +97,7 @@ def open_cellprofiler_folder(path: Path, plate: str | None = None) -> ObjectSour
         folder = folders.setdefault(file_path.parent, len(folders))
         name = file_path.relative_to(path).as_posix()
         files.append(_CsvFile(name, _kind(file_path), folder, table, _columns(table)))
-    of_images = [f for f in files if f.kind.lower() == IMAGE_TABLE and IMAGE_NUMBER in f.columns]
+    of_images = [file for file in files if file.kind.lower() == IMAGE_TABLE and file.columns]
     kinds: dict[str, list[_CsvFile]] = {}
     for file in files:
         if object_columns(file.kind, file.columns):
@@ -110,6 +115,11 @@ def open_cellprofiler_folder(path: Path, plate: str | None = None) -> ObjectSour
     ]
     chosen, note = choose_tables([columns for columns in merged if columns], path.name)
     source.notes += [note] if note else []
+    for file in of_images:
+        check_keys(source, file.name, file.columns)
+    for of_kind in chosen:
+        for file in kinds[of_kind.name]:
+            check_keys(source, file.name, file.columns, of_kind.object_number)
     target = Path(tempfile.mkdtemp(prefix="cellstore-"))
     source.close = lambda: shutil.rmtree(target, ignore_errors=True)
     with ExitStack() as stack:
@@ -122,7 +132,7 @@ def open_cellprofiler_folder(path: Path, plate: str | None = None) -> ObjectSour
             if not file.columns:
                 source.files.append(SourceFile(file.name, file.table.path, 0))
                 source.problem(file.name, None, "empty file", "the file has 0 bytes")
-        add_cells(source, tables)
+        add_cells(source, images, tables)
         stack.pop_all()  # the caller closes the source
     return source
 
@@ -165,17 +175,18 @@ def _add_images(
     for at, name in enumerate(file.columns):
         if plain := about_image(name):
             needed.setdefault(plain, at)
-    number_at = file.columns.index(IMAGE_NUMBER)
+    number_at = file.columns.index(IMAGE_NUMBER) if IMAGE_NUMBER in file.columns else None
     rows = 0
     for row in file.table.rows():
         rows += 1
         if isinstance(row, Refusal):
-            images.add(file.name, row.line, file.folder, UNKNOWN, row)
+            images.add(file.name, row.line, file.folder, UNKNOWN, row, {})
             continue
         values = {name: row.cells[at] for name, at in needed.items()}
-        number = int(whole_numbers(pa.array([row.cells[number_at]]))[0])
+        written = None if number_at is None else row.cells[number_at]
+        number = int(whole_numbers(pa.array([written], pa.string()))[0])
         record = image_record(row.line, values, plate, folder)
-        images.add(file.name, row.line, file.folder, number, record)
+        images.add(file.name, row.line, file.folder, number, record, values)
     source.files.append(SourceFile(file.name, file.table.path, rows))
     if rows == 0:
         source.problem(file.name, None, "no rows", "the image table has a header only")
@@ -196,6 +207,7 @@ def _buffered(
     """
     buffer = _ArrowBuffer(target, list(columns.features))
     keys = {"image": IMAGE_NUMBER, "number": columns.object_number, **columns.parents}
+    without = images.groups_without(columns.objects)
     parts: dict[str, list[Integers]] = {key: [] for key in ("file", "line", *keys)}
     for file in files:
         rows = 0
@@ -228,7 +240,7 @@ def _buffered(
                     numbers[name], words = as_numbers(found[name])
                     _count(odd, f"{name} is not a number", lines, words)
             buffer.append(numbers, len(lines))
-        if rows == 0:
+        if rows == 0 and file.folder not in without:
             source.problem(file.name, None, "no rows", "the file has a header only")
         for what, (count, line) in odd.items():
             source.problem(file.name, line, "odd value", f"{what}: {count} rows")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from .cellprofiler import (
     TableKeys,
     about_image,
     add_cells,
+    check_keys,
     choose_tables,
     image_record,
     object_columns,
@@ -45,7 +46,7 @@ class SqliteTable:
     name: str
     columns: ObjectColumns
     texts: frozenset[str]
-    has_table_number: bool
+    present: Collection[str]
     rowids: Integers = field(default_factory=lambda: np.empty(0, np.int64))
     odd: set[str] = field(default_factory=set)
 
@@ -56,10 +57,14 @@ class SqliteTable:
             BadTableError: the file is damaged, or the table has no row numbers.
         """
         parents = self.columns.parents
-        group = _quoted(TABLE_NUMBER) if self.has_table_number else "NULL"
-        numbers = [IMAGE_NUMBER, self.columns.object_number, *parents.values()]
+        keys = [TABLE_NUMBER, IMAGE_NUMBER, self.columns.object_number]
+        group, *numbers = (_quoted(name) if name in self.present else "NULL" for name in keys)
+        numbers += map(_quoted, parents.values())
         listed = ["rowid", f"CAST({group} AS TEXT)"]
-        listed += [f"CAST({_quoted(name)} AS INTEGER)" for name in numbers]
+        # A number may be text; what is none ('x', 1.5) is another one when it is cast.
+        listed += [
+            f"CASE WHEN CAST({n} AS INTEGER) = {n} THEN CAST({n} AS INTEGER) END" for n in numbers
+        ]
         # Names come from the file itself and are quoted.
         query = f"SELECT {', '.join(listed)} FROM {_quoted(self.name)} ORDER BY rowid"  # noqa: S608
         with _adbc(self.path) as cursor:
@@ -160,7 +165,7 @@ def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSour
     tables = _sqlite_tables(path)
     image_table = _image_table(tables)
     if image_table is None:
-        raise BadTableError(f"{path} has no table Image of CellProfiler with an {IMAGE_NUMBER}.")
+        raise BadTableError(f"{path} has no table Image of CellProfiler.")
     images = ImageIndex(source)
     groups = _add_sqlite_images(source, images, path, image_table, tables[image_table], plate)
     source.check_plate(path.name)
@@ -170,17 +175,20 @@ def open_cellprofiler_sqlite(path: Path, plate: str | None = None) -> ObjectSour
         if sorted_columns:
             texts = {c for c, kind in columns.items() if any(text in kind for text in _TEXT_TYPES)}
             found[sorted_columns.name] = SqliteTable(
-                path, name, sorted_columns, frozenset(texts), TABLE_NUMBER in columns
+                path, name, sorted_columns, frozenset(texts), columns
             )
     chosen, note = choose_tables([table.columns for table in found.values()], path.name)
     source.notes += [note] if note else []
     used = [found[columns.name] for columns in chosen]
+    check_keys(source, f"{path.name}:{image_table}", tables[image_table])
+    for table in used:
+        check_keys(source, f"{path.name}:{table.name}", table.present, table.columns.object_number)
     keys = []
     for number, table in enumerate(used, start=1):
         keys.append(table.keys(groups, images, number))
         source.files.append(SourceFile(f"{path.name}:{table.name}", path, len(table.rowids)))
     texts_of = (table.columns.features.get(name) for table in used for name in table.texts)
-    add_cells(source, keys, [name for name in texts_of if name])
+    add_cells(source, images, keys, [name for name in texts_of if name])
     return source
 
 
@@ -197,12 +205,9 @@ def _sqlite_tables(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _image_table(tables: Mapping[str, Mapping[str, str]]) -> str | None:
-    found = (
-        name
-        for name, columns in tables.items()
-        if table_name(name).lower() == IMAGE_TABLE and IMAGE_NUMBER in columns
-    )
-    return next(found, None)
+    numbered = [name for name, columns in tables.items() if IMAGE_NUMBER in columns]
+    found = [name for name in tables if table_name(name).lower() == IMAGE_TABLE and numbered]
+    return min(found, key=lambda name: name not in numbered, default=None)
 
 
 def _add_sqlite_images(
@@ -217,17 +222,19 @@ def _add_sqlite_images(
     present = list(columns)
     group = _quoted(TABLE_NUMBER) if TABLE_NUMBER in present else "NULL"
     needed = {column: plain for column in present if (plain := about_image(column))}
-    listed = ["rowid", f"CAST({group} AS TEXT)", _quoted(IMAGE_NUMBER)]
+    image = _quoted(IMAGE_NUMBER) if IMAGE_NUMBER in present else "NULL"
+    listed = ["rowid", f"CAST({group} AS TEXT)", f"CAST({image} AS TEXT)"]
     listed += [f"CAST({_quoted(column)} AS TEXT)" for column in needed]
     query = f"SELECT {', '.join(listed)} FROM {_quoted(name)} ORDER BY rowid"  # noqa: S608
     groups: dict[str | None, int] = {}
     file = f"{path.name}:{name}"
     with _sqlite(path) as db:
         for line, code, number, *values in db.execute(query):
-            whole = number if isinstance(number, int) else UNKNOWN
+            whole = int(whole_numbers(pa.array([number], pa.string()))[0])
             by_name = dict(zip(needed.values(), values, strict=True))
             record = image_record(line, by_name, plate)
-            images.add(file, line, groups.setdefault(code, len(groups)), whole, record)
+            code_number = groups.setdefault(code, len(groups))
+            images.add(file, line, code_number, whole, record, by_name)
     source.files.append(SourceFile(file, path, len(source.images)))
     return groups
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -35,8 +36,10 @@ _REMEMBERED = 32_768
 
 _UNSAFE = re.compile(r"[/\\\0:\n\r]")
 _LETTERS = re.compile(r"([A-Z]{1,2})[\s_-]*([0-9]{1,2})", re.IGNORECASE | re.ASCII)
-_NUMBERS = re.compile(r"r([0-9]{1,2})c([0-9]{1,2})", re.IGNORECASE | re.ASCII)
-_DIGITS = re.compile(r"([0-9]{2})([0-9]{2})", re.ASCII)
+_NUMBERS = re.compile(r"r0?([0-9]{1,2})c0?([0-9]{1,2})", re.IGNORECASE | re.ASCII)
+_DIGITS = re.compile(r"0([0-9]{2})0([0-9]{2})|([0-9]{2})([0-9]{2})", re.ASCII)
+_QUARTER = re.compile(r"([A-P][0-9]{1,2})\.([ab])([12])", re.IGNORECASE | re.ASCII)
+"""Wells of a plate of 1536 that are named by the wells of one of 384, four in each: A01.a1."""
 _PHENIX = re.compile(
     r"(?P<core>r(?P<row>[0-9]{1,2})c(?P<column>[0-9]{1,2})f(?P<field>[0-9]{1,4}))"
     r"(?:p(?P<plane>[0-9]{1,4}))?"
@@ -50,15 +53,18 @@ _PHENIX = re.compile(
 def parse_well(text: str) -> tuple[int, int]:
     """Return (row, column), both from 1, of 'A01', 'A1', 'b7', 'C - 3', 'r01c01', '0101' or 'AA01'.
 
+    'A01.b2' is one of the four wells of a 1536-well plate that lie where 384 wells have A01: B02.
+
     Raises:
         UserInputError: the text is no well of a plate of up to 1536 wells.
     """
     name = text.strip()
-    numbers = _NUMBERS.fullmatch(name) or _DIGITS.fullmatch(name)
-    letters = _LETTERS.fullmatch(name)
-    if numbers:
-        row, column = int(numbers[1]), int(numbers[2])
-    elif letters:
+    if quarter := _QUARTER.fullmatch(name):
+        row, column = parse_well(quarter[1])
+        row, column = 2 * row - "ba".index(quarter[2].lower()), 2 * column - 2 + int(quarter[3])
+    elif numbers := _NUMBERS.fullmatch(name) or _DIGITS.fullmatch(name):
+        row, column = (int(number) for number in numbers.groups() if number is not None)
+    elif letters := _LETTERS.fullmatch(name):
         row, column = 0, int(letters[2])
         for letter in letters[1].upper():
             row = row * 26 + ord(letter) - 64
@@ -67,6 +73,12 @@ def parse_well(text: str) -> tuple[int, int]:
     if not (1 <= row <= ROWS and 1 <= column <= COLUMNS):
         raise UserInputError(f"{text!r} is not a well. Write wells like A01, P24 or r01c01.")
     return row, column
+
+
+def join_well(row: str, column: str) -> str:
+    """Return the well of a row ('B' or a number) and a column: '002' and '1.0' are numbers, too."""
+    row, column = (text.strip().removesuffix(".0").lstrip("0") or "0" for text in (row, column))
+    return f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
 
 
 def format_well(row: int, column: int) -> str:
@@ -89,33 +101,18 @@ def is_safe_name(name: str) -> bool:
     return name not in {"", ".", ".."} and _UNSAFE.search(name) is None
 
 
-PHENIX, CELLOMICS, WELLSITE, PATTERN = (
-    "phenix-folder",
-    "cellomics-folder",
-    "wellsite-folder",
-    "pattern-folder",
-)
-
 MAX_PATH = 1024
 """Longer paths, and names longer than ``LONGEST``, are not matched: a person's pattern may take
 very long on them."""
 
 _MAX_NUMBER = 1_000_000
-_SCAN_ID = re.compile(r"(?<![0-9])[0-9]{12}(?![0-9])", re.ASCII)
 _MASK = re.compile(
     r"(?:^|[^a-z])masks?(?:[^a-z]|$)|[_-]labels?[0-9]*\.|_seg\.", re.IGNORECASE | re.ASCII
 )
-_SUFFIX = r"(?:\.ome)?\.[a-z]{3,4}"
-_CELLOMICS = re.compile(
-    r"(?P<prefix>.+)_(?P<well>[A-Z]{1,2}[0-9]{2})f(?P<field>[0-9]{1,4})d(?P<channel>[0-9]{1,2})"
-    + _SUFFIX,
-    re.IGNORECASE | re.ASCII,
+_THUMBNAIL = re.compile(
+    r"(?:^|[^a-z])thumb(?:nail)?s?(?:[^a-z]|$|[0-9a-f]{8}-)", re.IGNORECASE | re.ASCII
 )
-_WELLSITE = re.compile(
-    r"(?P<well>[A-Z]{1,2}[0-9]{1,2})_-?[0-9]{1,3}_(?P<channel>[0-9]{1,3})_(?P<site>[0-9]{1,4})"
-    r"(?:Z(?P<plane>[0-9]{1,4}))?_(?P<stain>[^_]{1,60})_(?P<time>[0-9]{1,5})" + _SUFFIX,
-    re.IGNORECASE | re.ASCII,
-)
+_DURATION = re.compile(r"([0-9]{2})d([0-9]{2})h([0-9]{2})m", re.ASCII)
 _GROUPS = {
     "plate": "plate",
     "well": "well",
@@ -180,53 +177,6 @@ def core_file_name(name: str) -> ImageName | None:
     )
 
 
-def phenix_name(name: str) -> ImageName | None:
-    """Read the name of an image file of Phenix: as :func:`core_file_name`, but with a suffix."""
-    return core_file_name(name.replace(".ome.", ".")) if "." in name else None
-
-
-def cellomics_name(name: str) -> ImageName | None:
-    """Read 'AS_09047_050428030001_O01f00d2.TIF': plate 050428030001, O01, field 0, channel d2.
-
-    The plate is the number of twelve digits that a scan gets, else all before the well.
-    """
-    match = _CELLOMICS.fullmatch(name)
-    well = _well(match["well"]) if match else None
-    if match is None or well is None:
-        return None
-    scans = _SCAN_ID.findall(match["prefix"])
-    plate = scans[-1] if scans else match["prefix"]
-    return ImageName(plate, *well, int(match["field"]), channel=f"d{int(match['channel'])}")
-
-
-def wellsite_name(name: str) -> ImageName | None:
-    """Read 'B7_01_1_3_DAPI_001.tif': B7, first read, channel 1, site 3, DAPI, time point 1.
-
-    A plane, where there is one, is written 'B7_01_1_3Z2_DAPI_001.tif'.
-    """
-    match = _WELLSITE.fullmatch(name)
-    well = _well(match["well"]) if match else None
-    if match is None or well is None:
-        return None
-    return ImageName(
-        None,
-        *well,
-        int(match["site"]),
-        plane=None if match["plane"] is None else int(match["plane"]),
-        time_point=int(match["time"]),
-        channel=match["stain"],
-        number=int(match["channel"]) or None,
-    )
-
-
-READERS: Mapping[str, NameReader] = {
-    PHENIX: phenix_name,
-    CELLOMICS: cellomics_name,
-    WELLSITE: wellsite_name,
-}
-"""How the names of each layout are read; those of ``pattern-folder`` need a pattern."""
-
-
 class NamePattern:
     """A person's regular expression for file names, searched for in each.
 
@@ -282,8 +232,7 @@ class NamePattern:
         parts = {key: match[group] for group, key in self._groups.items() if match[group]}
         well = parts.get("well")
         if well is None:
-            row, column = parts.get("row", ""), parts.get("column", "")
-            well = f"r{row}c{column}" if _is_number(row) else f"{row}{column}"
+            well = join_well(parts.get("row", ""), parts.get("column", ""))
         channel = parts.get("channel")
         number = int(channel) if channel and _is_number(channel) else None
         found = channel if number is None else f"ch{number}"
@@ -298,6 +247,104 @@ class NamePattern:
             number or None,
         )
 
+    def explain(self, name: str) -> str:
+        """Say as far as which of its groups the pattern fits a name that it does not fit."""
+        ends: list[int] = []
+        opened: list[bool] = []
+        for token in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]|[()]", self.pattern, re.DOTALL):
+            if token[0] == "(":
+                opened.append(self.pattern.startswith("(?P<", token.start()))
+            elif token[0] == ")" and opened.pop():
+                ends.append(token.end())
+        starts = [0, *ends]
+        for end in reversed(ends):
+            with suppress(re.error):  # the group is inside another one
+                match = re.search(self.pattern[:end], name[:MAX_PATH])
+                rest = self.pattern[end : min((e for e in ends if e > end), default=None)]
+                if match is not None:
+                    return (
+                        f"the pattern fits as far as {match[0][-40:]!r}, but {rest!r} does not fit "
+                        f"{name[match.end() :][:60]!r}"
+                    )
+        return f"its first part {self.pattern[: starts[1]]!r} fits nothing in the name"
+
+
+_WELL = "(?P<well>[A-Z]{1,2}[0-9]{2})"
+_GUID = "[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}"
+_INCELL_END = (
+    r"(?: wix [0-9]+)?(?: z (?P<plane>[0-9]+))?"
+    r"(?: ?- ?time (?P<time>[0-9]+)(?: ?- ?[0-9]+ ?ms)?)?\)"
+)
+
+MICROSCOPES: Mapping[str, tuple[str, ...]] = {
+    "Yokogawa CV7000, CV8000": (
+        # A plate that nobody named has the name of its kind.
+        (
+            f"(?:AssayPlate_.+|(?P<plate>.+))_{_WELL}_T(?P<time>[0-9]{{4}})F(?P<site>[0-9]{{3,4}})"
+            "L[0-9]{2,}A[0-9]{2,}Z(?P<plane>[0-9]{2,})C(?P<channel>[0-9]{2,})"
+        ),
+    ),
+    "ImageXpress": (
+        (
+            f"(?:(?P<plate>.+)_)?{_WELL}(?=_[sw][0-9])(?:_s(?P<site>[0-9]{{1,4}}))?"
+            f"(?:_w(?P<channel>[0-9]{{1,2}}?))?(?:_?{_GUID})?"
+        ),
+    ),
+    "InCell": tuple(
+        r"(?:(?P<plate>.+)_)?(?P<row>[A-P]) - (?P<column>[0-9]{1,3})\(fld (?P<site>[0-9]+)"
+        + stain
+        + _INCELL_END
+        # Filters for excitation and emission; of one name, where that says all.
+        for stain in (r" wv (?P<stain>[^()]+) - (?P=stain)", r"(?: wv (?P<stain>[^()]+?))?")
+    ),
+    "Cellomics, CellInsight": tuple(
+        f"{plate}_{_WELL}f(?P<site>[0-9]{{1,4}})(?P<stain>d[0-9]{{1,2}})"
+        # The number of twelve digits that a scan gets is the plate, else all before the well.
+        for plate in ("(?:.+_)?(?P<plate>[0-9]{12})", "(?P<plate>.+)")
+    ),
+    "Cytation, Lionheart (Gen5)": (
+        (
+            r"(?P<well>[A-Z]{1,2}[0-9]{1,2})_-?[0-9]{1,3}_(?P<channel>[0-9]{1,3})_(?P<site>[0-9]{1,4})"
+            r"(?:Z(?P<plane>[0-9]{1,4}))?_(?P<stain>[^_]{1,60})_(?P<time>[0-9]{1,5})"
+        ),
+    ),
+    "Opera": ("(?P<row>[0-9]{3})(?P<column>[0-9]{3})(?P<site>[0-9]{3})",),
+    "Incucyte": (
+        (
+            r"(?P<plate>.+)_(?P<well>[A-P][0-9]{1,2})_(?P<site>[0-9]{1,4})"
+            r"(?:_(?P<time>[0-9]{2}d[0-9]{2}h[0-9]{2}m))?"
+        ),
+    ),
+}
+"""How microscopes name the files of their exports, without the suffix; the first that fits counts.
+
+Names of Phenix and Operetta, the most frequent ones, come before: :func:`core_file_name`.
+"""
+
+_EXPRESSIONS = [
+    NamePattern(rf"(?ai)^{pattern}(?:\.ome)?\.[a-z0-9]{{3,4}}$")
+    for patterns in MICROSCOPES.values()
+    for pattern in patterns
+]
+
+
+def microscope_name(name: str) -> ImageName | None:
+    """Read a file name as the microscopes write them, with a suffix."""
+    if "." not in name:
+        return None
+    if found := core_file_name(name.replace(".ome.", ".")):
+        return found
+    for read in _EXPRESSIONS:
+        with suppress(UserInputError):  # Z99 is no well
+            if found := read(name):
+                return found
+    return None
+
+
+def looks_like_a_thumbnail(name: str) -> bool:
+    """Tell the small copies that microscopes write beside their images."""
+    return _THUMBNAIL.search(name) is not None
+
 
 def looks_like_a_mask(name: str) -> bool:
     """Tell masks by what their makers add to the names of images: Mask, _cp_masks, _label."""
@@ -306,6 +353,9 @@ def looks_like_a_mask(name: str) -> bool:
 
 def _part(parts: Mapping[str, str], name: str) -> int | None:
     text = parts.get(name)
+    if text is not None and (duration := _DURATION.fullmatch(text)):
+        days, hours, minutes = map(int, duration.groups())
+        return (days * 24 + hours) * 60 + minutes
     if text is not None and not _is_number(text):
         raise UserInputError(f"{name} is {text[:50]!r}, not a whole number. Correct the pattern.")
     return None if text is None else int(text)
@@ -313,10 +363,3 @@ def _part(parts: Mapping[str, str], name: str) -> int | None:
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 8 and int(text) <= _MAX_NUMBER
-
-
-def _well(text: str) -> tuple[int, int] | None:
-    try:
-        return parse_well(text)
-    except UserInputError:
-        return None

@@ -12,50 +12,69 @@ from pathlib import Path, PurePath
 
 from ..errors import ImageError, UserInputError
 from .filenames import (
-    PATTERN,
-    READERS,
     ImageName,
     NamePattern,
     NameReader,
     is_safe_name,
     looks_like_a_mask,
+    looks_like_a_thumbnail,
+    microscope_name,
 )
-from .image_files import SUFFIXES, is_inside, read_stack
+from .harmony import INDEX_NAME
+from .image_files import SUFFIXES, is_inside, micrometres, read_stack
 from .image_tables import ChannelNames, FileRef, ImageRecord
 from .tables import Refusal, RowRefusedError
-from .uris import page_name, writable
+from .uris import page_name, split_page, writable
 
 _SAMPLE = 1000
 """File names that are looked at to recognise the layout of a folder."""
 
 _FIRST = 1
 _DATED = re.compile(r"__[0-9]{4}-[0-9]{2}-[0-9]{2}T.*", re.ASCII)
-_NO_PLATE = frozenset({"", "image", "images", "tif", "tiff", "tiffs", "png", "raw"})
+_NO_PLATE = re.compile(
+    # Also wells, and the folders of time points and planes that MetaXpress makes.
+    r"|images?|tiffs?|tif|png|raw|thumbs?|[a-z]{1,2}[0-9]{2}|r[0-9]{1,2}c[0-9]{1,2}"
+    r"|(?:timepoint|zstep)_?[0-9]+",
+    re.IGNORECASE | re.ASCII,
+)
+_NUMBERED = re.compile(
+    r"(?P<kind>timepoint|zstep)_?(?P<number>[0-9]{1,6})", re.IGNORECASE | re.ASCII
+)
+_NOT_READ = {
+    ".flex": "Opera",
+    ".c01": "Cellomics",
+    ".czi": "Zeiss",
+    ".nd2": "Nikon",
+    ".lif": "Leica",
+    ".vsi": "Olympus",
+    ".oir": "Olympus",
+    ".stk": "MetaMorph",
+}
+"""Files of microscopes that hold images and cannot be read."""
+_PIXEL = re.compile(rb'(?:Horizontal|Vertical)PixelDimension="([0-9.eE+-]{1,30})"')
 _ZARR = frozenset({".zgroup", ".zattrs", ".zarray", "zarr.json"})
 
 _FieldKey = tuple[str, int, int, int, int, int]
 """Plate, row, column, site, plane and time point."""
 
 
-def folder_layouts(folder: Path) -> list[str]:
-    """Return the layouts that file names below a folder have, the most frequent first.
+def has_image_names(folder: Path) -> bool:
+    """Whether files below a folder are named as microscopes name images; masks do not count.
 
-    Empty for a folder that cannot be opened, or whose names are of no layout (then a pattern is
-    needed). Masks do not count.
+    If not, or if it cannot be opened, its names need a pattern.
     """
     if not folder.is_dir():
-        return []
+        return False
     names = (name for found in _walk(folder.resolve()) for name in found.images)
-    counts: Counter[str] = Counter()
-    for name in islice(names, _SAMPLE):
-        if not looks_like_a_mask(name):
-            counts.update(layout for layout, read in READERS.items() if read(name) is not None)
-    return [layout for layout, _ in counts.most_common()]
+    return any(
+        microscope_name(name) is not None or PurePath(name).suffix.lower() in _NOT_READ
+        for name in islice(names, _SAMPLE)
+        if not looks_like_a_mask(name)
+    )
 
 
 def read_folder(
     folder: Path,
-    layout: str,
     *,
     pattern: str | None = None,
     plate: str | None = None,
@@ -64,7 +83,7 @@ def read_folder(
 ) -> Iterator[ImageRecord | Refusal]:
     """Yield the fields of all images below a folder, each with all channels of its subfolder.
 
-    ``layout`` is one of ``READERS`` or ``pattern-folder``, which needs ``pattern``. The plate is
+    File names are read by ``pattern``, else as those of the known microscopes. The plate is
     ``plate``, else what the names say, else the name of the subfolder. ``channels`` renames by
     number or name. The line of a record or refusal is the position of its (first) file in the
     scan, from 1. Files of several pages become channels and planes, named like
@@ -72,67 +91,103 @@ def read_folder(
 
     Raises:
         UnknownNameError: when all is read, and a channel to be renamed was not there.
-        UserInputError: no such folder, an unknown layout, no pattern or a wrong one; when all is
-            read, and there was no image, or two channels got one name.
+        UserInputError: no such folder, or a wrong pattern; when all is read, and there was no
+            image, or two channels got one name.
     """
     if not folder.is_dir():
         raise UserInputError(f"{folder} is not a folder. Give the folder that has the images.")
-    if layout == PATTERN and pattern is None:
-        raise UserInputError(
-            "Names of this folder need a pattern. Give one with --pattern, like "
-            r"'(?P<well>[A-P]\d\d)_s(?P<site>\d+)_w(?P<channel>\d)'."
-        )
-    if layout != PATTERN and layout not in READERS:
-        known = ", ".join([*READERS, PATTERN])
-        raise UserInputError(f"{layout!r} is no layout of a folder of images. Known: {known}.")
-    read = NamePattern(pattern) if layout == PATTERN and pattern else READERS[layout]
+    read: NameReader = NamePattern(pattern) if pattern else microscope_name
     root = folder.resolve()
     names = ChannelNames(channels)
     ignored: Counter[str] = Counter()
-    line = 0
+    indexes: list[str] = []
+    n_thumbnails = line = 0
     for found in _walk(root):
         ignored.update(found.ignored)
+        indexes += found.indexes
         if found.problem is not None:
             line += 1
             reason, detail = found.problem
             yield Refusal(line, reason, writable(detail))
         fields: dict[_FieldKey, ImageRecord] = {}
+        lines: dict[FileRef, int] = {}
         well: tuple[str | None, int, int] | None = None
         for name in found.images:
-            line += 1
             path = found.folder / name
+            if looks_like_a_thumbnail(name) or looks_like_a_thumbnail(found.folder.name):
+                n_thumbnails += 1
+                continue
+            line += 1
             try:
                 parts = _read_name(path, root, read)
                 # Names of microscopes begin with the well, so one well at a time is in memory.
                 this_well = (parts.plate, parts.row, parts.column)
-                if layout != PATTERN and well != this_well:
-                    yield from fields.values()
-                    well, fields = this_well, {}
+                if pattern is None and well != this_well:
+                    yield from _complete(fields, lines)
+                    well, fields, lines = this_well, {}, {}
                 barcode = plate or parts.plate or _plate_of(found.folder)
                 if not barcode:
                     detail = f"{found.folder}: name the plate with --plate"
                     raise RowRefusedError("no plate", detail)
                 files = _files_of(path, barcode, parts, names)
-                for key, file in files:  # all pages of a file or none
-                    others = fields[key].files if key in fields else ()
-                    if any(file.channel.lower() == other.channel.lower() for other in others):
-                        raise RowRefusedError("channel twice", f"{path}: {file.channel}")
             except RowRefusedError as refused:
                 reason, detail = refused.args
                 yield Refusal(line, reason, writable(detail))
                 continue
             for key, file in files:
-                empty = ImageRecord(line, barcode, None, *key[1:], parts.core_name, (), None)
+                lines[file] = line
+                empty = ImageRecord(
+                    line, barcode, None, *key[1:], parts.core_name, (), None, found.pixel_size
+                )
                 record = fields.get(key, empty)
-                in_order = sorted((*record.files, file), key=lambda ref: ref.number or 0)
-                fields[key] = record._replace(files=tuple(in_order))
-        yield from fields.values()
+                fields[key] = record._replace(files=(*record.files, file))
+        yield from _complete(fields, lines)
     if not line:
         raise UserInputError(f"{root} holds no TIFF or PNG images. Give the folder that has them.")
     names.check_used()
-    if ignored and notes is not None:
+    if notes is None:
+        return
+    if n_thumbnails:
+        notes.append(f"thumbnails, skipped: {n_thumbnails:,}")
+    if ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(6))
         notes.append(f"files that are no images, skipped: {kinds}")
+    if indexes:
+        notes.append(
+            f"an index of Harmony was not read: {', '.join(indexes[:3])}. It names the channels; "
+            "to read it, ingest the folder that it is in."
+        )
+
+
+def _complete(
+    fields: Mapping[_FieldKey, ImageRecord], lines: Mapping[FileRef, int]
+) -> Iterator[ImageRecord | Refusal]:
+    """Yield the fields that are complete, each with one row of the account.
+
+    Files that claim the same channel of a field are refused, all of them: which one is meant, its
+    name does not say. Of a file with several pages, all go.
+    """
+    refused: dict[tuple[str, str | None], tuple[int, str]] = {}
+    for record in fields.values():
+        claims: dict[str, list[FileRef]] = {}
+        for file in record.files:
+            claims.setdefault(file.channel.lower(), []).append(file)
+        for some in claims.values():
+            if len(some) > 1:
+                both = " and ".join(file.name for file in some[:3])
+                for file in some:
+                    key = split_page(file.name)[0], file.folder
+                    detail = f"{file.folder}: {both} are both {file.channel}"
+                    refused[key] = lines[file], detail
+    for line, detail in sorted(refused.values()):
+        yield Refusal(line, "channel twice", writable(detail))
+    for record in fields.values():
+        files = [
+            file for file in record.files if (split_page(file.name)[0], file.folder) not in refused
+        ]
+        if files:
+            files.sort(key=lambda file: file.number or 0)
+            yield record._replace(line=min(lines[file] for file in files), files=tuple(files))
 
 
 def _read_name(path: Path, root: Path, read: NameReader) -> ImageName:
@@ -143,13 +198,26 @@ def _read_name(path: Path, root: Path, read: NameReader) -> ImageName:
         raise RowRefusedError("looks like a mask", str(path))
     if not is_safe_name(path.name):
         raise RowRefusedError("name not understood", repr(str(path)))
-    wants_path = isinstance(read, NamePattern) and read.wants_path
+    if maker := _NOT_READ.get(path.suffix.lower()):
+        detail = f"{path}: files of {maker} are not read. Export them as TIFF."
+        raise RowRefusedError("not a TIFF or PNG", detail)
+    pattern = read if isinstance(read, NamePattern) else None
+    name = path.relative_to(root).as_posix() if pattern and pattern.wants_path else path.name
     try:
-        parts = read(path.relative_to(root).as_posix() if wants_path else path.name)
+        parts = read(name)
     except UserInputError as error:
         raise RowRefusedError("name not understood", f"{path}: {error}") from error
     if parts is None:
-        raise RowRefusedError("name not understood", str(path))
+        why = pattern.explain(name) if pattern else "no microscope names files so. Use --pattern."
+        raise RowRefusedError("name not understood", f"{path}: {why}")
+    for folder in path.parents:  # MetaXpress has a folder for each time point and plane
+        match = _NUMBERED.fullmatch(folder.name)
+        if match is None:
+            break
+        if match[1].lower() == "zstep" and parts.plane is None:
+            parts = parts._replace(plane=int(match[2]))
+        elif parts.time_point is None:
+            parts = parts._replace(time_point=int(match[2]))
     return parts
 
 
@@ -189,7 +257,7 @@ def _plate_of(folder: Path) -> str:
     """Return the plate that a folder is named like; 'Images' is none, so its parent may be."""
     for candidate in (folder, *folder.parents):
         name = _DATED.sub("", candidate.name)
-        if name.lower() not in _NO_PLATE:
+        if not _NO_PLATE.fullmatch(name):
             return name
     return ""
 
@@ -201,6 +269,8 @@ class _Found:
     folder: Path
     images: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
+    indexes: list[str] = field(default_factory=list)
+    pixel_size: float | None = None
     problem: tuple[str, str] | None = None
 
 
@@ -222,9 +292,19 @@ def _walk(root: Path) -> Iterator[_Found]:
                 suffix, hidden = PurePath(entry.name).suffix.lower(), entry.name.startswith(".")
                 if entry.is_dir(follow_symlinks=False):
                     folders += [] if hidden else [Path(entry.path)]
-                elif suffix in SUFFIXES and not hidden and is_inside(entry, root):
+                elif (
+                    (suffix in SUFFIXES or suffix in _NOT_READ)
+                    and not hidden
+                    and is_inside(entry, root)
+                ):
                     found.images.append(entry.name)
                 else:
+                    if INDEX_NAME.fullmatch(entry.name):
+                        found.indexes.append(writable(entry.path))
+                    elif suffix == ".mrf":  # Yokogawa's account of the measurement
+                        sizes = set(_PIXEL.findall(Path(entry.path).read_bytes()))
+                        if len(sizes) == 1:
+                            found.pixel_size = micrometres(sizes.pop().decode(), "um")
                     kind = "hidden" if hidden else writable(suffix) or "without a suffix"
                     found.ignored[kind] += 1
         except OSError as error:

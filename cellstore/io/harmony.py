@@ -1,4 +1,4 @@
-"""The index of an Opera Phenix or Operetta measurement: ``Index.idx.xml``, ``Index.xml``.
+"""The index of an Opera Phenix or Operetta measurement, like ``Index.idx.xml``.
 
 Harmony lists one element per file, well by well, and the channels of a field after each other.
 Versions differ in their namespace and in where the names of the channels are: in each image
@@ -10,6 +10,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
@@ -21,7 +22,9 @@ from .image_tables import ChannelNames, FileRef, ImageRecord
 from .tables import LONGEST, Refusal, RowRefusedError
 from .uris import exists, join, writable
 
-INDEX_NAMES = ("Index.idx.xml", "Index.xml")
+INDEX_NAME = re.compile(r"index(\..*)?\.xml", re.IGNORECASE)
+"""Index.idx.xml, Index.xml, index.xml, Index.ref.xml: versions of Harmony differ."""
+
 ROOT = "EvaluationInputData"
 
 _CHUNK = 1 << 16
@@ -51,12 +54,17 @@ class _Element(NamedTuple):
 
 
 def is_harmony(path: Path) -> bool:
-    """Whether this is an index, or a folder that has one (itself or in ``Images``)."""
+    """Whether this is an index, or a folder that has one (see :func:`index_of`)."""
     try:
         file = index_of(path)
-        if file is None or not file.is_file():
-            return False
-        parser = _IndexParser()
+        return file is not None and _is_index(file)
+    except OSError:
+        return False
+
+
+def _is_index(file: Path) -> bool:
+    parser = _IndexParser()
+    try:
         with file.open("rb") as stream:
             parser.feed(stream.read(_CHUNK))
     except (OSError, ValueError, expat.ExpatError, _NotHarmonyError):
@@ -65,11 +73,36 @@ def is_harmony(path: Path) -> bool:
 
 
 def index_of(path: Path) -> Path | None:
-    """Return the index in a folder or in its ``Images``, or None; a file is returned as it is."""
+    """Return the index in a folder, in one of its subfolders, or above it; a file is itself.
+
+    Above it only where that is the index of the images in the folder. None if there is no index,
+    or if several subfolders have one each.
+    """
     if not path.is_dir():
         return path
-    files = (folder / name for folder in (path, path / "Images") for name in INDEX_NAMES)
-    return next((file for file in files if file.is_file()), None)
+    below = sorted(folder for folder in path.iterdir() if folder.is_dir())
+    if found := _index_in(path):
+        return found
+    indexes = [found for found in map(_index_in, below) if found]
+    if len(indexes) == 1:
+        return indexes[0]
+    above = None if indexes else _index_in(path.resolve().parent)
+    if above is not None:
+        with suppress(UserInputError):  # a damaged index of others
+            urls = (element.values.get("URL") for element in _elements(above))
+            name = next((url for url in urls if url), "").replace("\\", "/").rpartition("/")[2]
+            return above if name and (path / name).exists() else None
+    return None
+
+
+def _index_in(folder: Path) -> Path | None:
+    try:
+        names = [path for path in folder.iterdir() if INDEX_NAME.fullmatch(path.name)]
+    except OSError:
+        return None
+    # Index.idx.xml is the one of the images where there are others beside it.
+    names.sort(key=lambda path: ("idx" not in path.name.lower(), len(path.name), path.name))
+    return next((path for path in names if path.is_file() and _is_index(path)), None)
 
 
 def read_harmony(
@@ -121,8 +154,9 @@ def read_harmony(
         try:
             _check_taken(values, url)
             if root is None and not _ABSOLUTE.match(url):
-                # The images are beside the index, or in the folder Images beside it.
-                folders = (own, own / "Images", own.parent / "Images")
+                # The images are beside the index, or in a folder below or beside it.
+                below = sorted(folder for folder in own.iterdir() if folder.is_dir())
+                folders = (own, own / "Images", own.parent / "Images", *below)
                 root = next((item for item in folders if exists(str(item / url))), own).as_posix()
             row = _read_image(values, url, root or "", names, channel_names)
         except RowRefusedError as refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from .filenames import (
     core_file_name,
     format_well,
     is_safe_name,
+    join_well,
     parse_well,
 )
 from .image_files import micrometres
@@ -28,9 +30,9 @@ from .tables import (
     known_text,
     nearest_columns,
 )
-from .uris import page_name
+from .uris import page_name, split_url
 
-FILE_PREFIX = "FileName_"
+FILE_PREFIX, URL_PREFIX = "FileName_", "URL_"
 ORIGINAL = "Orig"
 """JUMP names raw images ``FileName_OrigDNA`` and flat fields ``FileName_IllumDNA``."""
 
@@ -53,10 +55,11 @@ _LONGEST_FOLDER = 2_000
 _REMEMBERED = 16_384
 """Fields of view kept worked out: they come back with every plate (1,536 wells x 9 sites)."""
 
-_Field = tuple[
-    tuple[int, int, int, int, int, str | None], list[tuple[int, tuple[str, int | None, str]]]
-]
-"""Row, column, site, plane, time point and core file name; files by the index of their channel."""
+_File = tuple[int, tuple[str, int | None, str], str | None]
+"""Index of the channel; its name, its number and the file name; the folder of a URL."""
+
+_Field = tuple[tuple[int, int, int, int, int, str | None], list[_File]]
+"""Row, column, site, plane, time point and core file name; files."""
 
 _CHANNELS_REMEMBERED = 1000
 
@@ -216,10 +219,27 @@ def whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | None
 def written_well(
     texts: Mapping[str, str], wells: Iterable[str], columns: Iterable[str]
 ) -> str | None:
-    """Return the well of a row as text: of one of ``wells``, else of a row and a column."""
-    row, column = texts.get("Metadata_Row"), first_text(texts, columns)
-    if (well := first_text(texts, wells)) is None and row and column:
-        return f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
+    """Return the well of a row as text: of one of ``wells``, else of a row and a column.
+
+    Raises:
+        RowRefusedError: both are there, and differ.
+    """
+    well, row = first_text(texts, wells), texts.get("Metadata_Row")
+    column = first_text(texts, columns)
+    if well is None:
+        return join_well(row, column) if row and column else None
+    if row or column:
+        with suppress(UserInputError):  # a text that is no well is refused by who asked
+            expected = parse_well(well)
+            joined = join_well(row or str(expected[0]), column or str(expected[1]))
+            try:
+                differs = parse_well(joined) != expected
+            except UserInputError:
+                differs = True
+            if differs:
+                said = [f"row {row}"] * bool(row) + [f"column {column}"] * bool(column)
+                detail = f"well {well}, but {' and '.join(said)}"
+                raise RowRefusedError("well and row or column disagree", detail)
     return well
 
 
@@ -238,7 +258,8 @@ def read_image_table(
 ) -> Iterator[ImageRecord | Refusal]:
     """Yield the images of a table, one record or refusal per data row.
 
-    Columns: ``FileName_Orig*`` or ``FileName_*``, ``PathName_*``, ``Metadata_Plate``,
+    Columns: ``FileName_Orig*`` or ``FileName_*`` with ``PathName_*``, or ``URL_*``; a file name may
+    be a URL, too; ``Metadata_Plate``,
     ``Metadata_Well`` (or ``Metadata_Row`` and ``Metadata_Col``), ``Metadata_Site``; optional
     ``Metadata_Batch`` and the treatment (``Metadata_pert_iname``, ``Metadata_target`` or
     ``Metadata_gene``, ``Metadata_broad_sample``, ``Metadata_control_type``). Well and site may
@@ -323,7 +344,7 @@ def read_image_table(
             of_well = metadata[key] = sizes.pop() if len(sizes) == 1 else None, more or None
         barcode, batch, folders = of_plate
         where, named = of_field
-        files = tuple([_new(FileRef, (*file, folders[index])) for index, file in named])
+        files = tuple([_new(FileRef, (*file, own or folders[index])) for index, file, own in named])
         yield _new(ImageRecord, (line, barcode, batch, *where, files, treatment, *of_well))
 
 
@@ -344,7 +365,7 @@ def _read_field(
     site, plane, time_point = (
         whole_number(texts, some) for some in (_SITE_COLUMNS, PLANE_COLUMNS, TIME_COLUMNS)
     )
-    files: list[tuple[int, tuple[str, int | None, str]]] = []
+    files: list[_File] = []
     frames: list[int | None] = []
     numbers_of = attrgetter("row", "column", "site", "plane", "time_point")
     agreed: ImageName | None = None
@@ -352,6 +373,8 @@ def _read_field(
         text = texts.get(channel.file)
         if text is None:
             continue
+        folder, text = split_url(text)
+        _check_length(_LONGEST_FOLDER, folder)
         _check_length(LONGEST, text)
         if not is_safe_name(text):
             raise RowRefusedError("file name with a folder in it", f"{channel.name}: {text!r}")
@@ -369,24 +392,24 @@ def _read_field(
                 raise RowRefusedError("files of different fields", detail)
             if number is not None:
                 renamed = numbers.get(number, channel.name)
-        files.append((index, (renamed, number, text)))
+        files.append((index, (renamed, number, text), folder))
         if channel.series and (series := whole_number(texts, (channel.series,))):
             detail = f"{channel.series} is {series}: export each image of the file by itself"
             raise RowRefusedError("another series of a file", detail)
         frames.append(whole_number(texts, (channel.frame,)) if channel.frame else None)
     if not files:
         raise RowRefusedError("no image file", "every FileName column is empty")
-    names = [file[0] for _, file in files]
+    names = [file[0] for _, file, _ in files]
     if len(set(names)) < len(names):
         raise RowRefusedError("two files of one channel", ", ".join(names))
-    for position, ((index, file), frame) in enumerate(zip(files, frames, strict=True)):
+    for position, ((index, file, folder), frame) in enumerate(zip(files, frames, strict=True)):
         if frame is not None and (any(frames) or channels[index].paged):
             try:
                 paged = page_name(file[2], frame + 1)
             except UserInputError as error:
                 raise RowRefusedError("no such page", str(error)) from error
             _check_length(LONGEST, paged)
-            files[position] = index, (*file[:2], paged)
+            files[position] = index, (*file[:2], paged), folder
     if agreed is not None:
         if well is not None and well != (agreed.row, agreed.column):
             of_file = format_well(agreed.row, agreed.column)
@@ -419,7 +442,13 @@ def _find_channels(
             that, the table is read until all numbers came.
         UserInputError: two channels would get one name.
     """
-    columns = [column for column in table.columns if column.startswith(FILE_PREFIX)]
+    named = [column for column in table.columns if column.startswith(FILE_PREFIX)]
+    urls = [column for column in table.columns if column.startswith(URL_PREFIX)]
+    columns = named + [
+        FILE_PREFIX + column.removeprefix(URL_PREFIX)
+        for column in urls
+        if FILE_PREFIX + column.removeprefix(URL_PREFIX) not in named
+    ]
     original = [column for column in columns if column.startswith(FILE_PREFIX + ORIGINAL)]
     chosen = original or [item for item in columns if not item.startswith(FILE_PREFIX + "Illum")]
     if not chosen:
@@ -436,7 +465,9 @@ def _find_channels(
         folder, frame, series = (item if item in table.columns else None for item in others)
         found.append(suffix.removeprefix(ORIGINAL) or suffix)
         name = by_key.get(found[-1].lower(), found[-1])
-        channels.append(_Channel(name, column, folder, frame, series))
+        url = URL_PREFIX + suffix
+        file = url if folder is None and url in urls else column
+        channels.append(_Channel(name, file, folder, frame, series))
     names = [name.lower() for name in found]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise BadTableError(
@@ -457,12 +488,12 @@ def _find_channels(
     # frames than 0: the first plane of a stack has the frame 0, as all files of one page have.
     seen: set[int] = set()
     paged: set[str | None] = set()
-    files = _Columns(table, chosen if numbers else ())
+    files = _Columns(table, [item.file for item in channels] if numbers else ())
     frames = _Columns(table, [channel.frame for channel in channels])
     for row in table.rows() if numbers or frames.names else ():
         if isinstance(row, Refusal):
             continue
-        phenix = [core_file_name(text.strip()) for text in files.pick(row.cells)]
+        phenix = [core_file_name(split_url(text.strip())[1]) for text in files.pick(row.cells)]
         seen |= {name.number for name in phenix if name and name.number is not None}
         texts = frames.texts(frames.pick(row.cells))
         paged |= {column for column, text in texts.items() if text.strip("0.")}

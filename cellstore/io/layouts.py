@@ -11,7 +11,7 @@ from typing import Self
 
 from ..errors import BadTableError, UserInputError
 from . import image_files
-from .image_tables import FILE_PREFIX
+from .image_tables import FILE_PREFIX, URL_PREFIX
 from .map_shapes import MapColumns, open_map
 from .platemaps import PREFIX, SAMPLE, MapOptions, map_table
 from .tables import nearest_columns, open_table
@@ -29,7 +29,8 @@ _WANTED = (
 _XML = re.compile(rb"(\xef\xbb\xbf)?\s*<")
 _TABLE_SUFFIXES = (".txt", ".csv", ".tsv", ".txt.gz", ".csv.gz", ".tsv.gz")
 _LOOKED_AT = 50
-_MEASURED = ("Cells_", "Nuclei_", "Cytoplasm_", "Image_", "ImageNumber", "ObjectNumber")
+_MANY = 50
+"""So many columns beside those about the well are measurements, whatever their names."""
 
 
 class SourceKind(StrEnum):
@@ -55,10 +56,7 @@ class Layout(StrEnum):
     PUBLISHED = "published"
     LOADDATA = "loaddata"
     HARMONY = "harmony"
-    PHENIX_FOLDER = "phenix-folder"
-    CELLOMICS_FOLDER = "cellomics-folder"
-    WELLSITE_FOLDER = "wellsite-folder"
-    PATTERN_FOLDER = "pattern-folder"
+    IMAGE_FOLDER = "image-folder"
     PLATEMAP = "platemap", SourceKind.TREATMENTS
     TREATMENT_TABLE = "treatment-table", SourceKind.TREATMENTS
     JUMP_PLATES = "jump-plates", SourceKind.TREATMENTS
@@ -110,21 +108,28 @@ def detect(
 
             found = [Layout.HARMONY] if is_harmony(path) else []
         else:
-            is_parquet = head.startswith(image_files.PARQUET)
-            columns = () if is_parquet else _columns(path)
+            columns = _columns(path)
             found = table_layouts(columns)
-            if options.sheet is not None or options.columns:
-                map_table(path, options)
-                found = [Layout.PLATEMAP]
-            elif not found and not is_parquet and open_map(path) is not None:
-                found = [Layout.PLATEMAP]
-            if is_parquet or any("Object" in name or "Parent" in name for name in columns):
+            if any("Object" in name or "Parent" in name for name in columns):
                 from .single_cells import is_single_cells
 
                 found += [Layout.SINGLE_CELLS] if is_single_cells(path) else []
+            measured = _profile_columns(columns)
+            of_treatments = all(item.kind is SourceKind.TREATMENTS for item in found)
+            if measured and of_treatments and kind is not SourceKind.TREATMENTS:
+                raise BadTableError(
+                    f"{path.name} holds well profiles ({measured:,} features, no row for each "
+                    "cell), which cellstore does not store: ingest the table of single cells that "
+                    "they were made from."
+                )
+            if options.sheet is not None or options.columns:
+                map_table(path, options)
+                found = [Layout.PLATEMAP]
+            elif not found and open_map(path) is not None:
+                found = [Layout.PLATEMAP]
     chosen = [item for item in found if kind is None or item.kind is kind]
     if kind is None and Layout.HARMONY in found:
-        chosen = [item for item in found if item is not Layout.PHENIX_FOLDER]
+        chosen = [item for item in found if item is not Layout.IMAGE_FOLDER]
     if kind is None and (Layout.LOADDATA in found or Layout.PUBLISHED in found):
         chosen = [item for item in found if item.kind is not SourceKind.TREATMENTS]
     if len(chosen) == 1:
@@ -146,7 +151,7 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
     names = {column.removeprefix(PREFIX) for column in columns}
     has_plate, has_name = f"{PREFIX}Plate" in present, f"{PREFIX}pert_iname" in present
     has_well = bool({f"{PREFIX}Well"} & present or {f"{PREFIX}Row", f"{PREFIX}Col"} <= present)
-    of_images = any(column.startswith(FILE_PREFIX) for column in columns)
+    of_images = any(column.startswith((FILE_PREFIX, URL_PREFIX)) for column in columns)
     is_published = has_name and not (has_plate and has_well)
     # Tables of images, cells or splits name samples and targets, too.
     others = {"well_position", "Well", "Plate", "Row", "Col", "Site", "ImageNumber"}
@@ -157,7 +162,7 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
     chemistry = any(meant.column(role) for role in ("target", "gene", "inchikey", "smiles"))
     named = not names & {SAMPLE, "JCP2022"} and meant.column("treatment") is not None and chemistry
     of_splits = {"split", "experiment_type", "Site"}
-    measured = any(column.startswith(_MEASURED) for column in columns)
+    measured = bool(names & {"ImageNumber", "ObjectNumber"}) or _profile_columns(columns) > 0
     plates = {f"{PREFIX}Plate", f"{PREFIX}Batch"}
     tests = {
         Layout.PUBLISHED: of_images and is_published,
@@ -192,14 +197,25 @@ def _columns(path: Path) -> tuple[str, ...]:
         return ()
 
 
+def _profile_columns(columns: Sequence[str]) -> int:
+    """Return how many columns measure wells, if it is what the table does; else 0."""
+    wells = {f"{PREFIX}Well", f"{PREFIX}well", f"{PREFIX}well_position"}
+    if not wells & set(columns):
+        return 0
+    about = (PREFIX, "Image_", FILE_PREFIX, "PathName_")
+    measured = [name for name in columns if not name.startswith(about)]
+    named = any(name.startswith(("Cells_", "Nuclei_", "Cytoplasm_")) for name in measured)
+    return len(measured) if named or len(measured) >= _MANY else 0
+
+
 def _of_folder(path: Path) -> list[Layout]:
     from .cellprofiler_csv import is_cellprofiler_folder
-    from .folders import folder_layouts
+    from .folders import has_image_names
     from .harmony import is_harmony
 
     found = [Layout.HARMONY] if is_harmony(path) else []
     found += [Layout.CELLPROFILER_CSV] if is_cellprofiler_folder(path) else []
-    found += [Layout(name) for name in folder_layouts(path)]
+    found += [Layout.IMAGE_FOLDER] if has_image_names(path) else []
     for table in _tables_in(path):
         with suppress(UserInputError):
             if Layout.PLATEMAP in table_layouts(open_table(table, whole=False).columns):
@@ -227,11 +243,6 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
         )
     if head.startswith(image_files.SQLITE):
         return BadTableError(f"{path.name} is an SQLite file without the tables of CellProfiler.")
-    if head.startswith(image_files.PARQUET):
-        return BadTableError(
-            f"{path.name} is Parquet, but not of single cells: it needs Metadata_Plate, "
-            "Metadata_Well and features. Force it with --layout single-cells."
-        )
     if _XML.match(head):
         return BadTableError(f"{path.name} is XML, but no Harmony index (Index.idx.xml).")
     columns = open_table(path, whole=False).columns

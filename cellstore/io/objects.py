@@ -87,7 +87,8 @@ class ObjectSource:
     """All of a source but the measurements, which ``batches`` streams.
 
     ``images`` has the file and the content of each row that is an image (or none);
-    ``own_images``: these rows are of image tables, and accounted for. The cells, in the order in
+    ``own_images``: these rows are of image tables, and accounted for. ``empty``: the
+    images (indices) in which no object was found. The cells, in the order in
     which they are read, have an item each in ``image_index`` (into ``images``), in
     ``object_number``, and in ``origins``: per kind of table the index of the file and the line.
     """
@@ -98,6 +99,7 @@ class ObjectSource:
     schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
     files: list[SourceFile] = field(default_factory=list)
     images: list[tuple[str, ImageRecord | Refusal]] = field(default_factory=list)
+    empty: Sequence[int] = ()
     image_index: Integers = field(default_factory=_nothing)
     object_number: Integers = field(default_factory=_nothing)
     origins: list[tuple[Integers, Integers]] = field(default_factory=list)

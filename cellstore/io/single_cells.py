@@ -24,7 +24,6 @@ from .cellprofiler import (
     is_needed,
     position_columns,
 )
-from .image_files import PARQUET
 from .image_tables import ImageRecord
 from .objects import (
     BOX,
@@ -42,7 +41,7 @@ from .objects import (
     whole_numbers,
     without_nan,
 )
-from .tables import Refusal, TextTable, open_table
+from .tables import Refusal, TextTable, is_parquet, open_table
 
 EXCLUDED = "Metadata_Excluded"
 TOOL = "single cells"
@@ -153,10 +152,7 @@ def _is_measure(column: str) -> bool:
 def is_single_cells(path: Path) -> bool:
     """Whether a file (Parquet, or text) has a row per cell: its number, its image and features."""
     try:
-        if _is_parquet(path):
-            columns = _Columns.of(_ParquetTable(path).columns)
-        else:
-            columns = _Columns.of(open_table(path, whole=False).columns)
+        columns = _Columns.of(open_table(path, whole=False).columns)
     except UserInputError:
         return False
     names_image = columns.image.keys() & {*WELLS, *ROWS} or any(
@@ -173,7 +169,7 @@ def open_single_cells(path: Path, plate: str | None = None) -> ObjectSource:
         UserInputError: no row names its plate, or the file cannot be read.
     """
     source = ObjectSource(TOOL, own_images=False)
-    table: _Table = _ParquetTable(path) if _is_parquet(path) else _TextCells(path, source)
+    table: _Table = _ParquetTable(path) if is_parquet(path) else _TextCells(path, source)
     columns = _Columns.of(table.columns)
     if columns.object_number is None:
         what = "no column with the number of the cell (Metadata_ObjectNumber)"
@@ -414,14 +410,6 @@ class _TextCells:
 
 
 _Table = _ParquetTable | _TextCells
-
-
-def _is_parquet(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(PARQUET)) == PARQUET
-    except OSError as error:
-        raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
 
 
 @contextmanager

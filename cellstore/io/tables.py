@@ -1,4 +1,6 @@
-"""The one reader of text tables: plate maps, LoadData, treatments, splits, tables of features.
+"""The one reader of tables: plate maps, LoadData, treatments, splits, tables of features.
+
+A Parquet file is read as the CSV file that has its rows.
 
 We split lines into rows ourselves because after a quote that is never closed DuckDB drops the rows
 that follow and pyarrow joins them into one cell, while here such a quote costs its own line only;
@@ -23,7 +25,7 @@ from itertools import chain, islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
-from ..errors import BadTableError, UserInputError
+from ..errors import BadTableError, UserInputError, first_line
 
 if TYPE_CHECKING:  # Arrow is slow to import, and a plate map does without
     import pyarrow as pa
@@ -56,6 +58,7 @@ _LONGEST_LINE = 16
 """Chunks that may pass without the end of a line."""
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_PARQUET_MAGIC = b"PAR1"
 _DELIMITERS = "\t,;"
 _HEADER_LINES = 5
 _SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
@@ -405,6 +408,9 @@ def open_table(
     """
     if is_spreadsheet(path):
         return _open_sheet(path, sheet, empty)
+    if not whole and is_parquet(path):
+        with _opened(path) as rows:
+            return TextTable(path, rows.columns, ",", "utf-8")
     decoder = codecs.getincrementaldecoder("utf-8")()
     encoding = "utf-8-sig"
     notes: list[str] = []
@@ -636,16 +642,70 @@ def _first_row(lines: Sequence[str], delimiter: str) -> tuple[tuple[str, ...], i
     return tuple(cells), end
 
 
+def is_parquet(path: Path) -> bool:
+    """Whether a file is Parquet, by its first bytes.
+
+    Raises:
+        UserInputError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
+    except OSError as error:
+        raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
+
+
+class _ParquetRows(io.RawIOBase):
+    """The rows of a Parquet file as the bytes of a CSV file, some at a time."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        self.columns = tuple(pq.read_schema(path).names)
+        self._parts = self._written(path)
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._left = self._left or next(self._parts, b"")
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+    @staticmethod
+    def _written(path: Path) -> Iterator[bytes]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        from pyarrow import csv as arrow_csv
+
+        with pq.ParquetFile(path) as file:
+            rows = max(1, _CHUNK // max(1, len(file.schema_arrow)))
+            for number, batch in enumerate(
+                chain([file.schema_arrow.empty_table()], file.iter_batches(rows))
+            ):
+                text = pa.BufferOutputStream()
+                arrow_csv.write_csv(batch, text, arrow_csv.WriteOptions(include_header=number == 0))
+                yield text.getvalue().to_pybytes()
+
+
 @contextmanager
 def _opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> Iterator[Any]:
-    """Open a file, plain or gzip: its bytes, or with ``encoding`` its text after the header.
+    """Open a file, gzip and Parquet too: its bytes, or with ``encoding`` its text below the header.
 
     What can go wrong while it is read is turned into one sentence.
     """
     try:
         with path.open("rb") as file:
-            packed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-        with gzip.open(path) if packed else path.open("rb", buffering=0) as stream:
+            head = file.read(len(_PARQUET_MAGIC))
+        with (
+            gzip.open(path)
+            if head.startswith(_GZIP_MAGIC)
+            else _ParquetRows(path)
+            if head == _PARQUET_MAGIC
+            else path.open("rb", buffering=0)
+        ) as stream:
             if encoding is None:
                 yield stream
                 return
@@ -672,7 +732,16 @@ def _opened(path: Path, encoding: str | None = None, header_lines: int = 0) -> I
             f"{path} cannot be split into cells ({error}). A quote is probably left open."
         ) from error
     except OSError as error:
-        raise UserInputError(f"{path} cannot be read ({error.strerror}).") from error
+        raise UserInputError(
+            f"{path} cannot be read ({error.strerror or first_line(error)})."
+        ) from error
+    except ValueError as error:  # as Arrow's errors are
+        if type(error).__module__ != "pyarrow.lib":
+            raise
+        raise BadTableError(
+            f"{path} is damaged, or has values that are no text and no numbers "
+            f"({first_line(error)}). Export it again."
+        ) from error
 
 
 _FORMULA = "^[=+\\-@\t\r]"

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
-from email.utils import parsedate_to_datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -89,6 +88,22 @@ def join(folder: str, name: str) -> str:
     """Return the URI of the file ``name`` in a folder of this machine or of elsewhere."""
     mark = "\\" if "\\" in folder and "/" not in folder else "/"
     return folder + name if folder.endswith(mark) else folder + mark + name
+
+
+def split_url(text: str) -> tuple[str | None, str]:
+    """Return the folder and the name of a file that is named by a URL; a plain name has no folder.
+
+    What comes after a '?' is left away: it may be a secret, and is not valid for long.
+    """
+    if not re.match(r"file:/|[a-z][a-z0-9+.-]+://", text, re.IGNORECASE | re.ASCII):
+        return None, text
+    if text[:5].lower() == "file:":
+        path = "/" + unquote(text[5:]).lstrip("/")
+        text = path[1:] if _DRIVE.match(path[1:]) else path
+    else:
+        text = shown(text)
+    folder, _, name = text.replace("\\", "/").rpartition("/")
+    return folder or "/", name
 
 
 def split_page(name: str) -> tuple[str, int | None]:
@@ -244,6 +259,8 @@ def _unanswered(uri: str, error: Exception) -> str:
 
 def _nanoseconds(value: object) -> int | None:
     if isinstance(value, str):
+        from email.utils import parsedate_to_datetime  # slow to import, and of servers only
+
         try:
             value = parsedate_to_datetime(value)
         except ValueError:

@@ -49,9 +49,10 @@ from ..errors import (
     UserInputError,
     first_line,
 )
-from ..models import Job, Recipe
+from ..models import ImageFile, Job, Recipe
 from ..settings import Progress
 from . import queue
+from .gone_files import FEW, find_gone, gone_sentence
 from .queue import JobScope, Task, count_images, lease_seconds
 from .runs import RecipeSpec, known_recipe, running
 from .workspace import Workspace
@@ -351,6 +352,14 @@ def run_jobs(
         for recipe_id in scope.runs:
             counted = count_images(session, recipe_id, scope.images, unseen=scope.unseen)
             loop.left = max(loop.left, counted.todo)
+        # The workers of a cluster may see folders that are not on this machine.
+        if loop.left and not scope.unseen and resources.scheduler is None:
+            for item in find_gone(session, FEW):
+                of_images = select(ImageFile.id).where(ImageFile.folder_id == item.folder_id)
+                of_images = of_images.where(ImageFile.image_id.in_(scope.images))
+                if session.scalar(of_images.limit(1)) is not None:
+                    progress.note(item.sentence)
+                    loop.told.add(gone_sentence(item.folder))
     for worker in workers:
         worker.start()
     progress.start(stage.label, loop.left)
@@ -403,7 +412,8 @@ class _Loop:
 
     ``computes_here``: the only worker is a thread of this process. ``over`` ends the renewal of
     leases, ``stop`` the work: nothing more is reserved.
-    ``left`` counts the images that are not reserved yet; ``ready`` holds outputs whose rows are
+    ``told``: sentences that were shown. ``left`` counts the images that are not reserved yet;
+    ``ready`` holds outputs whose rows are
     not written, with the seconds that they took; ``seconds`` is what an image takes.
     """
 
@@ -423,6 +433,7 @@ class _Loop:
     stop: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
     cancelled: bool = False
+    told: set[str] = field(default_factory=set)
 
     def renew_leases(self) -> None:
         """Renew the leases until it is over; stop where ``cellstore cancel`` asks for it."""
@@ -531,7 +542,9 @@ class _Loop:
         """Count an image that failed."""
         for recipe_id in task.jobs:
             self.counters[recipe_id].failures.append((task.name, sentence))
-        self.progress.note(f"{task.name}: {sentence}")
+        if sentence not in self.told:
+            self.told.add(sentence)
+            self.progress.note(f"{task.name}: {sentence}")
         self.progress.advance()
 
     def write(self, *, everything: bool) -> None:

@@ -33,6 +33,7 @@ from .run_names import find_named_run
 images, image_files, wells, plates = (
     METADATA.tables[name] for name in ("images", "image_files", "wells", "plates")
 )
+cells, segmentations = (METADATA.tables[name] for name in ("cells", "segmentations"))
 
 SHORTEST_SHA256 = 6
 """Hexadecimal digits that name a file at least; fewer are as likely a word or a number."""
@@ -76,6 +77,12 @@ def hex_start(text: str) -> str | None:
     """Return ``text`` in small letters if it may be the start of a sha256."""
     lowered = text.strip().lower()
     return lowered if _HEX.fullmatch(lowered) else None
+
+
+def image_name(barcode: str, core_name: str, plane: int, time_point: int) -> str:
+    """Return the name of an image for people: ``P1/r01c01f01``, with its plane and time if any."""
+    name = f"{barcode}/{core_name}" + (f" plane {plane}" if plane != 1 else "")
+    return name + (f" time {time_point}" if time_point != 1 else "")
 
 
 def find_image(session: Session, text: str) -> int:
@@ -265,6 +272,23 @@ def find_plate(session: Session, barcode: str | None) -> int:
         known = session.scalars(select(plates.c.barcode).order_by(plates.c.id).limit(500))
         raise UnknownNameError.of("plate", barcode, known)
     return int(found)
+
+
+def find_cell(session: Session, number: str) -> tuple[int, int]:
+    """Return the id of a cell, and that of its image, by its number in table ``cells``.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    query = select(cells.c.id, segmentations.c.image_id).join(segmentations)
+    known = number.isdecimal() and len(number) < 19
+    found = session.execute(query.where(cells.c.id == int(number))).first() if known else None
+    if found is None:
+        raise UnknownNameError(
+            f"There is no cell {number}. A cell is named by its id in table cells; see some "
+            "with: cellstore sql 'FROM cells LIMIT 5'"
+        )
+    return int(found[0]), int(found[1])
 
 
 def _well_named(session: Session, words: _Typed) -> tuple[str, int]:

@@ -13,13 +13,14 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder
 from ..config import ImageInput
-from ..db.bulk import in_lists
+from ..db.bulk import in_lists, take_ids
 from ..db.session import Database
 from ..enums import EXCLUDED_NO_PERIMETER, PROJECTION_CHANNEL
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project, read_plane
 from ..io.uris import is_remote, local_path
 from ..models import Artifact, Cell, Folder, ImageFile, Segmentation
+from .gone_files import gone_sentence
 
 NUCLEAR = re.compile("dna|dapi|hoechst", re.IGNORECASE)
 """What the names of channels of nuclei have in them."""
@@ -94,10 +95,12 @@ def open_file(file: ChannelFile) -> NDArray[np.generic]:
     path = local_path(file.uri)
     try:
         found = path.stat()
+    except FileNotFoundError:
+        # In the same words for all of a folder, and without a cause: to wait does not help.
+        raise ImageError(gone_sentence(file.uri[: -len(file.name) - 1])) from None
     except OSError as error:
         raise ImageError(
-            f"{path} cannot be opened ({error.strerror}). Put it back and run: cellstore retry, or "
-            "ingest again with --images and the folder that has it."
+            f"{path} cannot be opened ({error.strerror}). Make it readable and run: cellstore retry"
         ) from error
     if (found.st_size, found.st_mtime_ns) != (file.size_bytes, file.modified_ns):
         raise ImageError(f"{path} has changed since it was ingested. Run: cellstore refresh")
@@ -156,5 +159,7 @@ def insert_cells(
     session.add(segmentation)
     session.flush()
     if cells:
-        rows = [{"segmentation_id": segmentation.id, **cell} for cell in cells]
+        ids = take_ids(session, Cell, len(cells))
+        of = segmentation.id
+        rows = [{"id": k, "segmentation_id": of, **c} for k, c in zip(ids, cells, strict=True)]
         session.execute(insert(Cell), rows)

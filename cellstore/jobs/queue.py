@@ -41,6 +41,7 @@ from ..db.bulk import in_lists, insert_new
 from ..enums import Status
 from ..errors import UserInputError
 from ..models import Image, Job, Plate, Run, UtcDateTime, Well
+from .lookup import image_name
 
 ENV_LEASE = "CELLSTORE_LEASE_SECONDS"
 LEASE_SECONDS = 60.0
@@ -266,7 +267,7 @@ def reserve(session: Session, scope: JobScope, owner: str, lease: float, number:
         chosen = chosen.order_by(Job.id).limit(number).with_for_update(skip_locked=True)
         jobs = chosen.subquery()
         named = (
-            select(jobs, Plate.barcode, Image.core_name)
+            select(jobs, Plate.barcode, Image.core_name, Image.plane, Image.time_point)
             .join(Image, Image.id == jobs.c.image_id)
             .join(Well, Well.id == Image.well_id)
             .join(Plate, Plate.id == Well.plate_id)
@@ -298,7 +299,7 @@ def reserve(session: Session, scope: JobScope, owner: str, lease: float, number:
             tries, deaths = max(other.tries, tries), max(other.deaths, deaths)
             jobs_of_image = dict(other.jobs)
         jobs_of_image[row.recipe_id] = row.id
-        name = f"{row.barcode}/{row.core_name}"
+        name = image_name(row.barcode, row.core_name, row.plane, row.time_point)
         tasks[row.image_id] = Task(
             row.image_id, row.content_sha256, name, jobs_of_image, tries, deaths
         )

@@ -271,7 +271,7 @@ class TrainingState:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"The state of a training is damaged ({first_line(error)}). Check the store with "
-                "'cellstore verify', and train anew with --force."
+                "'cellstore verify', and train again with --force."
             ) from error
 
     def part(self, prefix: str) -> dict[str, Tensor]:
@@ -493,7 +493,7 @@ class Training:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"The state of a training is of another network ({first_line(error)}). Train "
-                "anew with --force."
+                "again with --force."
             ) from error
         self.best_state = state.part("best") or _copy(self.net)
 

@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, Select, and_, distinct, func, select
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import Session, aliased
 
+from ..analysis.features import FEATURE_NAMES
 from ..artifacts import ArtifactFolder
 from ..config import ImageInput
 from ..db.bulk import in_lists
@@ -40,7 +41,7 @@ from ..models import (
     Well,
 )
 from .exclusions import cell_counts, image_counts
-from .feature_files import BUILT_IN, FEATURE_COLUMNS, ReadableSet, SetReader, find_feature_set
+from .feature_files import BUILT_IN, ReadableSet, SetReader, find_feature_set
 
 _BOX = ("min_row", "min_col", "max_row", "max_col")
 ROWS_AT_ONCE = 10_000
@@ -116,7 +117,7 @@ def cells_query(source: CellSource) -> Select[Any]:
         measured = and_(
             CellFeatures.cell_id == Cell.id, CellFeatures.recipe_id == source.measure_id
         )
-        columns = (getattr(CellFeatures, name) for name in FEATURE_COLUMNS)
+        columns = (getattr(CellFeatures, name) for name in FEATURE_NAMES)
         query = query.add_columns(*columns).join(CellFeatures, measured)
     if source.plates:
         query = query.join(Well, Well.id == Image.well_id).join(Plate, Plate.id == Well.plate_id)
@@ -159,7 +160,7 @@ def read_cells(
     session: Session,
     source: CellSource,
     image_id: int,
-    columns: Sequence[str] = FEATURE_COLUMNS,
+    columns: Sequence[str] = FEATURE_NAMES,
     reader: SetReader | None = None,
 ) -> CellRows:
     """Return the cells of one image, by cell id: ``cells_query`` restricted to it.
@@ -188,7 +189,7 @@ def read_cells(
 
 
 def stream_features(
-    session: Session, source: CellSource, columns: Sequence[str] = FEATURE_COLUMNS
+    session: Session, source: CellSource, columns: Sequence[str] = FEATURE_NAMES
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the measurements of all cells in blocks (N, F) of at most 10,000 rows."""
     at_once = max(1, min(ROWS_AT_ONCE, _VALUES_AT_ONCE // max(1, len(columns))))
@@ -275,7 +276,8 @@ def choose_recipes(
 
     """
     if features is not None:
-        measure = session.get_one(Recipe, find_feature_set(session, features).recipe_id)
+        asked = find_recipe(session, Stage.SEGMENT, segmentation).id if segmentation else None
+        measure = session.get_one(Recipe, find_feature_set(session, features, asked).recipe_id)
         segment = input_of(session, measure, Stage.SEGMENT)
         for reference, recipe in ((segmentation, segment), (measurement, measure)):
             if reference and find_recipe(session, recipe.stage, reference).id != recipe.id:
@@ -460,7 +462,7 @@ def read_drawn(
 
     ``cell_ids`` (N,) ascend.
     """
-    places = (
+    positions = (
         select(Well.id, Plate.barcode)
         .select_from(Cell)
         .join(Segmentation, Segmentation.id == Cell.segmentation_id)
@@ -480,7 +482,7 @@ def read_drawn(
     plates: list[str] = []
     for ids in in_lists(cell_ids.tolist()):
         start = len(wells)
-        for well, plate in session.execute(places.where(Cell.id.in_(ids))):
+        for well, plate in session.execute(positions.where(Cell.id.in_(ids))):
             wells.append(well)
             plates.append(plate)
         if measured is not None:

@@ -64,9 +64,10 @@ def described(questions: Questions) -> list[RelationWords]:
         for column, type_ in questions.columns(name):
             key, refers = False, None
             if kind == "table":
-                declared = tables[name].columns[column]
-                key = declared.primary_key
-                refers = next((key.target_fullname for key in declared.foreign_keys), None)
+                declared = tables[name].columns.get(column)
+                if declared is not None:  # else features has it from cells
+                    key = declared.primary_key
+                    refers = next((key.target_fullname for key in declared.foreign_keys), None)
             elif column.endswith("_id") and f"{column.removesuffix('_id')}s" in tables:
                 key = kind == "feature set"
                 refers = f"{column.removesuffix('_id')}s.id"  # as its name says

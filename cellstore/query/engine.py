@@ -38,6 +38,7 @@ from .guard import (
     locked_connection,
     not_readable,
     only_reading,
+    own_connection,
     quoted,
     reading_files,
     run_limited,
@@ -58,6 +59,7 @@ _IN_WITH = re.compile(r"\b(\w+)(?:\([\w, ]+\))? as \(")
 _SOURCE = re.compile(r'(?<!distinct )\b(?:from|join)\s+"?(\w+)(?![\w(])')
 
 _OF_IMAGE = {
+    "wells": "WHERE t.id = (SELECT well_id FROM images WHERE id = {image})",
     "images": "WHERE t.well_id = (SELECT well_id FROM images WHERE id = {image})",
     "split_members": (
         "WHERE t.image_id IN (SELECT id FROM images WHERE well_id ="
@@ -76,6 +78,9 @@ BYTES_AT_ONCE = 1 << 20
 ROWS_OF_GROUP = 122_880
 MAKING_MB = 500
 """The memory in which a copy is made; what does not fit goes to the disk."""
+
+FEW = 10_000
+"""A view of tables with so few rows is made once, as a table: planning it again takes longer."""
 
 PREDICTIONS = "predictions_with_image"
 COUNTS = "image_label_counts"
@@ -166,8 +171,11 @@ class Answer:
     def rows(self) -> Iterator[tuple[Any, ...]]:
         """Yield the rows."""
         result = self._result
-        while some := self._limited(lambda: result.fetchmany(ROWS_AT_ONCE)):
+        more = True
+        while more:
+            some = self._limited(lambda: result.fetchmany(ROWS_AT_ONCE))
             yield from some
+            more = len(some) == ROWS_AT_ONCE
 
     def records(self) -> list[dict[str, Any]]:
         """Return the rows of a small answer, each with the names of its columns."""
@@ -271,7 +279,9 @@ def open_questions(
             only_image_votes,
             image,
             stack.enter_context(closing(Source(workspace.database))),
-            stack.enter_context(locked_connection(limits, spill, readable)),
+            stack.enter_context(
+                locked_connection(limits, spill, readable) if image is None else own_connection()
+            ),
             copies,
             spill,
             stack,
@@ -299,6 +309,7 @@ class Questions:
     _stack: ExitStack
     _declared: set[str] = field(default_factory=set)
     _loaded: set[str] = field(default_factory=set)
+    _few: set[str] = field(default_factory=set)
 
     @cached_property
     def _empty(self) -> duckdb.DuckDBPyConnection:
@@ -332,9 +343,16 @@ class Questions:
         """
         statement = only_reading(self._empty, sql)
         self._check(statement, parameters)
-        if not statement.tables or _DESCRIBES.match(statement.text):
+        read = statement.tables
+        if statement.lists_tables:  # information_schema, which only the empty database has in full
+            read = read & set(map(str.lower, self.names))
+            if read and read != statement.tables:
+                raise QueryError(
+                    "Ask two questions: one for the list of tables, one for what they hold."
+                )
+        if not read or _DESCRIBES.match(statement.text):
             return Answer(self._empty, self.limits, statement.text, parameters)
-        self._load(statement.tables)
+        self._load(read)
         return Answer(self._full, self.limits, statement.text, parameters)
 
     def ask_ours(self, sql: str, parameters: Parameters | None = None) -> Answer:
@@ -389,12 +407,19 @@ class Questions:
         """Return the query of a view or a feature set; ``None``: there is neither of that name."""
         if name in VIEWS:
             return view(name, self.vote_options).query
+        if name == "predictions":
+            columns = ", ".join(self._source.columns[name])
+            return f"SELECT {columns} FROM {PREDICTIONS}"  # noqa: S608 - our own names
         if name in self._source.columns or name not in self._sets:
             return None
         return self._sets[name].query(self._source, self.workspace.artifacts, self._full)
 
     def _declare(self, names: set[str]) -> None:
-        """Make tables and views without rows, after those that they read."""
+        """Make tables and views without rows, after those that they read.
+
+        Views are tables here, also in information_schema: as views they would be planned again and
+        again. ``cellstore schema`` says which is which.
+        """
         for name in sorted(names):
             if name in self._declared:  # perhaps by one before it
                 continue
@@ -415,43 +440,57 @@ class Questions:
         for name in sorted(names):
             if name in self._loaded:  # perhaps by one before it
                 continue
+            rows = None
             create = f"CREATE TABLE {quoted(name)} AS FROM {{rows}}"
             copied = name in WRITERS and self.image is None
             if copied and name in _VOTE_VIEWS:  # their copies know of no later exclusion
                 self._load({LATER})
                 copied = not self._full.execute(f"FROM {LATER} LIMIT 1").fetchall()
-            if name == "predictions":
-                self._load({PREDICTIONS})
-                columns = ", ".join(self._source.columns[name])
-                rows = f"SELECT {columns} FROM {PREDICTIONS}"  # noqa: S608 - our own names
-                self._full.execute(f"CREATE VIEW {name} AS {rows}")
-            elif name == PREDICTIONS and self.image is not None:
-                self._source.feed_predictions(self._full, create, image=self.image)
+            if name == PREDICTIONS and self.image is not None:
+                rows = self._source.feed_predictions(self._full, create, image=self.image)
             elif name == LATER:
                 # From the database, for the sake of time: of all exclusions few are made later.
                 own = "WHERE t.source = 'annotation'"
-                self._source.feed_table(self._full, create, "exclusions", own)
+                rows = self._source.feed_table(self._full, create, "exclusions", own)
                 if (run := self.vote_options.exclude_flagged) is not None:
                     own = f"WHERE t.source = 'quality' AND t.run_id = {int(run)}"
                     insert = f"INSERT INTO {name} FROM {{rows}}"
-                    self._source.feed_table(self._full, insert, "exclusions", own)
+                    rows += self._source.feed_table(self._full, insert, "exclusions", own)
             elif copied:
                 self._load_copies(name)
-            elif name in self._source.columns:
+            elif name in self._source.columns and name != "predictions":
                 condition = ""
                 if self.image is not None:
                     condition = _OF_IMAGE.get(name, "").format(image=int(self.image))
-                self._source.feed_table(self._full, create, name, condition)
+                rows = self._source.feed_table(self._full, create, name, condition)
             elif (query := self._query_of(name)) is not None:
                 self._load(sources_of(query))
-                kind = "VIEW"
+                once = self.image is not None or sources_of(query) <= self._few
                 if name == "run_images" and self.runs is not None:
                     # Other views name it many times; made once, it is read as often for nothing.
                     numbers = ", ".join(str(int(run)) for run in self.runs)
-                    kind = "TABLE"
+                    once = True
                     query = f"FROM ({query}) WHERE run_id IN ({numbers or -1})"
-                self._full.execute(f"CREATE {kind} {quoted(name)} AS {query}")
+                self._make(name, query, once=once)
             self._loaded.add(name)
+            if rows is not None and rows <= FEW:
+                self._few.add(name)
+
+    def _make(self, name: str, query: str, *, once: bool) -> None:
+        """Make a view, or a table of its rows, for which the query is carried out ``once``."""
+        kind = "TABLE" if once else "VIEW"
+        rows = self._full.execute(f"CREATE {kind} {quoted(name)} AS {query}").fetchall()
+        if once and rows[0][0] <= FEW:
+            self._few.add(name)
+
+    @cached_property
+    def _deletion(self) -> int:
+        """The last event by which cells were deleted; copies that were made before it have them."""
+        create = "CREATE TABLE deletions AS SELECT coalesce(max(id), 0) AS id FROM {rows}"
+        only = "WHERE t.table_name = 'cells' AND t.new IS NULL"
+        self._source.feed_table(self._full, create, "events", only)
+        (found,) = self._full.execute("FROM deletions").fetchall()
+        return int(found[0])
 
     def _load_copies(self, name: str) -> None:
         """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now.
@@ -480,16 +519,24 @@ class Questions:
                 FROM segmentations GROUP BY run_id
             """)
             extents = dict(found.fetchall())
+        if self._deletion:
+            extents = {
+                run: f"{extent}, deletion {self._deletion}" for run, extent in extents.items()
+            }
         columns = KEPT_COLUMNS.get(name) or self._source.columns[name]
         names = ", ".join(map(quoted, columns))
         parts = []
+        few = True
         paths = [
             self._copy(name, run, f"{times} {extents[run]}")
             for run, times, ended in runs
             if ended and run in extents
         ]
         if paths:
-            parts.append(f"SELECT {names} FROM {reading_files(paths)}")  # noqa: S608
+            files = reading_files(paths)
+            parts.append(f"SELECT {names} FROM {files}")  # noqa: S608
+            counted = self._full.execute(f"SELECT count(*) FROM {files}")  # noqa: S608
+            few = counted.fetchall()[0][0] <= FEW
         others = [run for run, _, ended in runs if not ended]
         if name in _VOTE_VIEWS:
             live = f"run_id IN ({', '.join(map(str, others))})" if others else "false"
@@ -498,19 +545,21 @@ class Questions:
             if live != "false":
                 query = view(name).query
                 self._load(sources_of(query))
+                few = few and sources_of(query) <= self._few
                 parts.append(f"SELECT {names} FROM ({query}) WHERE {live}")  # noqa: S608
         elif others:
             live = quoted(f"live {name}")
             create = f"CREATE TABLE {live} AS SELECT {names} FROM {{rows}}"  # noqa: S608
             if name == PREDICTIONS:
-                self._source.feed_predictions(self._full, create, runs=others)
+                rows = self._source.feed_predictions(self._full, create, runs=others)
             else:
-                self._source.feed_table(self._full, create, name, rows_of_runs(name, others))
+                rows = self._source.feed_table(self._full, create, name, rows_of_runs(name, others))
+            few = few and rows <= FEW
             parts.append(f"FROM {live}")
         if not parts:
             nulls = (f"CAST(NULL AS {kind}) AS {quoted(item)}" for item, kind in columns.items())
             parts.append(f"SELECT {', '.join(nulls)} LIMIT 0")
-        self._full.execute(f"CREATE VIEW {quoted(name)} AS {' UNION ALL '.join(parts)}")
+        self._make(name, " UNION ALL ".join(parts), once=few)
 
     def _copy(self, name: str, run: int, mark: str) -> Path:
         """Return the copy of what an ended run wrote into one of ``WRITERS``; make it if needed.

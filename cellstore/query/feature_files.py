@@ -23,20 +23,21 @@ from numpy.typing import NDArray
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
+from ..analysis.features import FEATURE_NAMES
 from ..artifacts import PART, ArtifactFolder, StoredFile, sha256_of, sync_folder
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
-from ..jobs.lookup import IS_CURRENT
+from ..jobs.lookup import IS_CURRENT, has_results
 from ..jobs.runs import attach, keep_file
 from ..models import (
     Artifact,
     Cell,
-    CellFeatures,
     FeatureFile,
     FeatureSet,
     Image,
     RecipeInput,
+    Run,
     RunArtifact,
     Segmentation,
 )
@@ -174,12 +175,6 @@ class FeatureWriter:
             ) from error
 
 
-_KEYS = ("cell_id", "recipe_id", "run_id")
-FEATURE_COLUMNS: tuple[str, ...] = tuple(
-    column.name for column in CellFeatures.__table__.columns if column.name not in _KEYS
-)
-"""The built-in measurements, in the order in which a network reads them."""
-
 _NUMERIC = ("float", "int", "uint")
 _OPEN_FILES = 16
 
@@ -203,7 +198,7 @@ class ReadableSet:
     """
 
     name: str | None = None
-    columns: tuple[str, ...] = FEATURE_COLUMNS
+    columns: tuple[str, ...] = FEATURE_NAMES
     files: tuple[SetFile, ...] | None = None
     mark: str | None = None
 
@@ -211,17 +206,30 @@ class ReadableSet:
 BUILT_IN = ReadableSet()
 
 
-def find_feature_set(session: Session, name: str) -> FeatureSet:
-    """Return the feature set of this name.
+def find_feature_set(session: Session, name: str, segment_id: int | None = None) -> FeatureSet:
+    """Return the feature set of this name; of a group (``texture``) the one measured last.
+
+    ``segment_id``: of a group, one of the cells of this recipe.
 
     Raises:
         UnknownNameError: there is none.
 
     """
-    found = session.scalars(select(FeatureSet).where(FeatureSet.name == name)).one_or_none()
+    from .source import group_of  # it loads DuckDB
+
+    last_run = select(func.max(Run.id)).where(Run.recipe_id == FeatureSet.recipe_id, has_results())
+    newest = func.coalesce(last_run.correlate(FeatureSet).scalar_subquery(), 0).desc()
+    query = select(FeatureSet).order_by(newest, FeatureSet.id.desc())
+    if segment_id is not None:
+        inputs = select(RecipeInput.recipe_id).where(RecipeInput.input_id == segment_id)
+        query = query.where((FeatureSet.name == name) | FeatureSet.recipe_id.in_(inputs))
+    sets = {item.name: item for item in session.scalars(query)}
+    groups = {group_of(item.name): item for item in reversed(sets.values())}
+    found = sets.get(name) or groups.get(name.lower())
     if found is None:
-        known = session.scalars(select(FeatureSet.name).order_by(FeatureSet.id))
-        raise UnknownNameError.of("feature set", name, list(known))
+        groups.pop(None, None)
+        known = sorted([*session.scalars(select(FeatureSet.name)), *map(str, groups)])
+        raise UnknownNameError.of("feature set", name, known)
     return found
 
 
@@ -394,17 +402,17 @@ class _OpenFile:
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class FileContent:
     """How many rows a file of a feature set has, and its first and last cell."""
 
     rows: int
     first_cell_id: int
     last_cell_id: int
 
-    def with_ids(self, cell_ids: NDArray[np.int64]) -> FileFacts:
-        """Return the facts after more rows."""
+    def with_ids(self, cell_ids: NDArray[np.int64]) -> FileContent:
+        """Return the content after more rows."""
         first = self.first_cell_id if self.rows else int(cell_ids[0])
-        return FileFacts(self.rows + len(cell_ids), first, int(cell_ids[-1]))
+        return FileContent(self.rows + len(cell_ids), first, int(cell_ids[-1]))
 
     def __str__(self) -> str:
         return f"{self.rows} rows of cells {self.first_cell_id} to {self.last_cell_id}"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from itertools import pairwise
@@ -90,6 +90,13 @@ def view(name: str, options: VoteOptions | None = None) -> View:
     return View(name, words, query)
 
 
+@cache
+def _our_tables() -> set[str]:
+    """Return the tables that are described; others, as sqlite_stat1 after ANALYZE, are not ours."""
+    words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
+    return set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
+
+
 BATCH_ROWS = 65_536
 
 _TYPES = {
@@ -103,6 +110,12 @@ _TYPES = {
 }
 """The type in DuckDB of a column that is declared so; all else, JSON among it, is text."""
 _FIRST_VALUES = {"BIGINT": "0", "BOOLEAN": "0", "DOUBLE": "0.0"}
+
+_CENTROID = {
+    "centroid_y": "c.centroid_row AS centroid_y",
+    "centroid_x": "c.centroid_col AS centroid_x",
+}
+"""The last columns of ``features`` as questions see it; the database has them in ``cells``."""
 
 _SQLITE_COLUMNS = """
     SELECT t.name, c.name, upper(c.type) FROM sqlite_master AS t, pragma_table_info(t.name) AS c
@@ -180,9 +193,7 @@ class Source:
         From the database, since the classes of the tables load slower than a question is answered.
         """
         query = _SQLITE_COLUMNS if self.database.is_sqlite else _POSTGRESQL_COLUMNS
-        # What else is in the database, as sqlite_stat1 after ANALYZE, is not of the store.
-        words = files("cellstore.query").joinpath("schema.toml").read_text("utf-8")
-        ours = set(re.findall(r"^\[(\w+)\]", words, re.MULTILINE)) - {"shared", *VIEWS}
+        ours = _our_tables()
         found: dict[str, Columns] = {}
         with self.database.read() as session:
             for table, column, kind in session.execute(text(query)):
@@ -195,6 +206,7 @@ class Source:
                 )
                 if kind.startswith("JSON"):
                     self._json.add((table, column))
+        found["features"] |= dict.fromkeys(_CENTROID, "DOUBLE")
         return found
 
     def close(self) -> None:
@@ -214,19 +226,22 @@ class Source:
 
     def feed_table(
         self, target: duckdb.DuckDBPyConnection, statement: str, name: str, condition: str = ""
-    ) -> None:
+    ) -> int:
         """Carry out ``statement`` as :meth:`feed` does, with rows of a table.
 
         ``condition`` is SQL of ours, to follow ``FROM table AS t``.
         """
         # JSON is text in DuckDB, and its null is no value.
         json = "nullif(CAST(t.{0} AS text), 'null') AS {0}"
-        columns = self.columns[name]
+        columns, origin = self.columns[name], f'"{name}" AS t'
         values = [
             (json if (name, column) in self._json else "t.{0}").format(f'"{column}"')
             for column in columns
         ]
-        self.feed(target, statement, columns, values, [f'"{name}" AS t {condition}'])
+        if name == "features":
+            values[-len(_CENTROID) :] = _CENTROID.values()
+            origin += " JOIN cells AS c ON c.id = t.cell_id"
+        return self.feed(target, statement, columns, values, [f"{origin} {condition}"])
 
     def feed(
         self,
@@ -235,8 +250,10 @@ class Source:
         columns: Columns,
         values: Sequence[str],
         origins: Sequence[str],
-    ) -> None:
+    ) -> int:
         """Carry out a statement of DuckDB, in which ``{rows}`` stands for rows of the database.
+
+        Return how many rows it wrote.
 
         They are ``SELECT values FROM origin`` of all ``origins`` (SQL of ours, never of a user),
         with the names and types of ``columns``. Of several origins each is read through a
@@ -254,10 +271,10 @@ class Source:
             with ThreadPoolExecutor(len(origins)) as pool:
                 parts = list(pool.map(read, range(len(origins))))
             rows = " UNION ALL ".join(f"FROM {part}" for part in parts)
-            target.execute(statement.replace("{rows}", f"({rows})"))
+            written = target.execute(statement.replace("{rows}", f"({rows})")).fetchall()
             for part in parts:
                 target.execute(f"DROP TABLE {part}")
-            return
+            return int(written[0][0])
         first = ""
         if self.database.is_sqlite:
             # SQLite types values, not columns, and ADBC takes a column's type from its first rows:
@@ -274,9 +291,10 @@ class Source:
             target.register("stream", stream)
             try:
                 rows = f'(SELECT {cast} FROM "stream"{where})'  # noqa: S608
-                target.execute(statement.replace("{rows}", rows))
+                written = target.execute(statement.replace("{rows}", rows)).fetchall()
             finally:
                 target.unregister("stream")
+        return int(written[0][0])
 
     def feed_predictions(
         self,
@@ -286,7 +304,7 @@ class Source:
         runs: Sequence[int] = (),
         ended: int | None = None,
         image: int | None = None,
-    ) -> None:
+    ) -> int:
         """Carry out ``statement`` as :meth:`feed` does, with rows of ``PREDICTION_COLUMNS``.
 
         They are what some ``runs`` said so far, what an ``ended`` run said, in no certain order
@@ -317,7 +335,7 @@ class Source:
                 f" AND p.cell_id BETWEEN {first} AND {last - 1}"
                 for first, last in pairwise(edges)
             ]
-        self.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
+        return self.feed(target, statement, PREDICTION_COLUMNS, _PREDICTION_VALUES, origins)
 
     @contextmanager
     def _stream(self, query: str) -> Iterator[Any]:
@@ -384,6 +402,12 @@ def check_set_name(name: str, option: str = "--name") -> str:
     return name
 
 
+def group_of(name: str) -> str | None:
+    """Return the group of a feature set that ``measure`` made: texture of texture_1a2b3c4d."""
+    found = re.fullmatch(r"(\w+)_[0-9a-f]{8}", name)
+    return found[1] if found else None
+
+
 @dataclass(frozen=True)
 class SetRelation:
     """A feature set with the type of each column, ``cell_id`` first.
@@ -425,15 +449,24 @@ def reading_set(columns: Columns, paths: Sequence[Path]) -> str:
     return f"SELECT {', '.join(values)} FROM {reading_files(paths)}"  # noqa: S608
 
 
+_MEASURED = "WHERE t.stage = 'measure' ORDER BY t.id"
+
+
 def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRelation]:
-    """Return the feature sets of a store.
+    """Return the feature sets of a store, and of each group once more the one measured last.
 
     Raises:
         StorageError: the columns of a set are not described as they should be.
     """
     rows = source.fetch(target, "feature_sets")
     known = source.columns["features"]
-    return [_relation(row, known) for row in sorted(rows, key=lambda row: int(row["id"]))]
+    found = [_relation(row, known) for row in sorted(rows, key=lambda row: int(row["id"]))]
+    runs = {row["recipe_id"]: row["id"] for row in source.fetch(target, "runs", _MEASURED)}
+    groups: dict[str, SetRelation] = {}
+    for item in sorted(found, key=lambda item: (runs.get(item.recipe_id, 0), item.id)):
+        if group := group_of(item.name):
+            groups[group] = replace(item, name=group)
+    return [*found, *(groups[name] for name in groups.keys() - {item.name for item in found})]
 
 
 def _relation(row: dict[str, Any], known: Columns) -> SetRelation:

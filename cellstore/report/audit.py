@@ -18,15 +18,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, Text, and_, false, func, or_, select
+from sqlalchemy import ColumnElement, Row, Select, Text, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
 from ..db.fields import field_column, wells_changed
-from ..enums import TARGET, ArtifactKind, Stage, Status, Subset
+from ..enums import TARGET, ArtifactKind, ExclusionSource, Stage, Status, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
+    find_cell,
     find_image,
+    find_plate,
     find_well,
     hex_start,
     looks_like_well,
@@ -36,7 +38,7 @@ from ..jobs.lookup import (
 )
 from ..jobs.run_names import RUN_WORDS, find_named_run
 from ..jobs.workspace import Workspace
-from ..models import METADATA
+from ..models import EXCLUSIONS, METADATA
 from ..query.exclusions import why_excluded
 
 T = METADATA.tables
@@ -52,7 +54,7 @@ segmentations, split_members = (T[name] for name in ("segmentations", "split_mem
 splits, treatment_parts = (T[name] for name in ("splits", "treatment_parts"))
 treatments, wells = (T[name] for name in ("treatments", "wells"))
 
-KINDS = ("image", "well", "cell", "run", "artifact")
+KINDS = ("plate", "well", "image", "cell", "run", "artifact")
 
 Record = dict[str, Any]
 
@@ -83,6 +85,8 @@ def audit(workspace: Workspace, text: str, kind: str | None = None) -> Audit:
     with workspace.database.read() as session:
         if kind is None:
             kind = _kind_of(session, name)
+        if kind == "plate":
+            return _plate(session, find_plate(session, name))
         if kind == "image":
             return _image(workspace, session, find_image(session, text))
         if kind == "well":
@@ -97,12 +101,14 @@ def audit(workspace: Workspace, text: str, kind: str | None = None) -> Audit:
 def _kind_of(session: Session, name: str) -> str:
     """What a name is of."""
     if name.isdecimal():
-        ways = ", ".join(f"cellstore audit {kind} {name}" for kind in KINDS if kind != "well")
+        ways = ", ".join(f"cellstore audit {kind} {name}" for kind in KINDS[2:])
         raise UserInputError(f"{name} is the number of what? Use one of: {ways}.")
     if _on_disk(name) is not None:
         return "artifact"
     if name.lower().startswith(("#", "run ", *RUN_WORDS)):
         return "run"
+    if session.scalar(select(plates.c.id).where(plates.c.barcode == name)) is not None:
+        return "plate"
     if looks_like_well(name):
         return "well"
     try:
@@ -125,7 +131,66 @@ def _rows(session: Session, query: Select[Any]) -> list[Record]:
     return found
 
 
-# Images, wells and cells
+# Plates, images, wells and cells
+
+
+def _corrections(session: Session, *rows: tuple[str, int]) -> list[Record]:
+    """What people and tables changed of some rows (table, id), the first change first.
+
+    An event about several rows has the last of their ids; it names the first.
+    """
+    keys = ("created_at", "user_name", "run_id", "table_name", "old", "new", "reason")
+    found: list[Any] = []
+    for table, row_id in rows:
+        query = select(events.c.id, *(events.c[key] for key in keys))
+        at = and_(events.c.table_name == table, events.c.row_id == row_id)
+        found += session.execute(query.where(at)).mappings().all()
+    return [
+        {
+            "changed_at": row["created_at"].isoformat(),
+            "by": row["user_name"],
+            "of": row["table_name"].removesuffix("s"),
+            "old": _said(row["old"]),
+            "new": _said(row["new"]),
+            "reason": row["reason"],
+            "run_id": row["run_id"],
+        }
+        for row in sorted(found, key=lambda row: row["id"])
+        if "first_id" not in (row["new"] or row["old"] or {})
+    ]
+
+
+def _said(values: Mapping[str, Any] | None) -> Record:
+    """The values of an event by the names that people use."""
+    return {key: value for key, value in (values or {}).items() if key != "treatment_id"}
+
+
+def _plate(session: Session, plate_id: int) -> Audit:
+    """What the store has of a plate, and every correction of it."""
+    columns = ("barcode", "batch", "cell_line", "time_point", "metadata")
+    query = select(plates.c.id.label("plate_id"), *(plates.c[name] for name in columns))
+    (record,) = _rows(session, query.where(plates.c.id == plate_id))
+    of_plate = select(images.c.id).join(wells).where(wells.c.plate_id == plate_id)
+    in_wells = select(func.count()).where(wells.c.plate_id == plate_id)
+    record |= {
+        "wells": session.scalar(in_wells),
+        "images": session.scalar(select(func.count()).select_from(of_plate.subquery())),
+        "excluded": _why_excluded(session, ("plate", plate_id)),
+        "corrections": _corrections(session, ("plates", plate_id)),
+        "downstream": _downstream_of_images(session, of_plate),
+    }
+    return Audit("plate", f"Plate {record['barcode']}", record)
+
+
+def _why_excluded(session: Session, *of: tuple[str, int]) -> str | None:
+    """Why a row does not count: the first reason that a person gave for it (level, id)."""
+    found = EXCLUSIONS.c
+    for level, row_id in of:
+        query = select(found.reason).where(found.level == level, found.id == row_id)
+        by_person = found.source == ExclusionSource.ANNOTATION.value
+        if (reason := session.scalar(query.where(by_person).limit(1))) is not None:
+            return str(reason)
+    return None
 
 
 def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
@@ -136,10 +201,10 @@ def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
         wells.c.name.label("well"),
         *(images.c[name] for name in ("site", "plane", "time_point", "core_name", "pixel_size")),
         *(images.c.content_sha256, treatments.c.name.label("treatment"), treatments.c.target),
-        *(wells.c.control, images.c.well_id),
+        *(wells.c.control, images.c.well_id, wells.c.plate_id),
     ).select_from(images.join(wells).join(plates).outerjoin(treatments))
     (record,) = _rows(session, query.where(images.c.id == image_id))
-    well_id = record.pop("well_id")
+    well_id, plate_id = record.pop("well_id"), record.pop("plate_id")
     uri = func.rtrim(folders.c.uri, "/", type_=Text) + "/" + image_files.c.name
     of_image = image_files.c.image_id == image_id
     query = select(image_files.c.channel, image_files.c.name, uri.label("uri"))
@@ -160,10 +225,15 @@ def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
     downstream = _downstream_of_images(session, one)
     # DuckDB, which counts the votes, takes some time to load.
     labelled = any(item["what"] == "labelled cells" for item in downstream)
+    above = (("well", well_id), ("plate", plate_id))
     record |= {
+        "excluded": _why_excluded(session, ("image", image_id), *above),
         "missing_files": sum(file["sha256"] is None for file in files),
         "notes": notes,
         "treatment_history": history,
+        "corrections": _corrections(
+            session, ("images", image_id), ("wells", well_id), ("plates", plate_id)
+        ),
         "frozen_labels": frozen,
         "flags": _rows(session, flags),
         "files": files,
@@ -196,19 +266,31 @@ def _segmentations(session: Session, condition: ColumnElement[bool]) -> list[Rec
 
 
 _VOTES = """
-    SELECT run_id, vote, winner, tie, n_cells, subset, truth, correct FROM votes
-    WHERE level = 'image' AND vote <> 'median' AND unit_id = $image
+    SELECT v.run_id, v.winner, s.winner AS soft_winner, v.n_cells, v.tie, v.subset, v.truth,
+        v.correct, l.labels, u.segmentations, w.subsets AS well_subsets
+    FROM votes AS v
+    JOIN votes AS s
+        ON s.run_id = v.run_id AND s.level = 'image' AND s.vote = 'soft' AND s.unit_id = v.unit_id
+    JOIN (
+        SELECT run_id, list(
+            (label, cells, probability) ORDER BY votes DESC, probability DESC, position
+        ) AS labels
+        FROM label_votes WHERE level = 'image' AND vote = 'hard' AND unit_id = $image
+        GROUP BY run_id
+    ) AS l ON l.run_id = v.run_id
+    JOIN (
+        SELECT p.run_id, list(DISTINCT c.segmentation_id) AS segmentations
+        FROM eligible_predictions AS p JOIN cells AS c ON c.id = p.cell_id
+        WHERE p.image_id = $image
+        GROUP BY p.run_id
+    ) AS u ON u.run_id = v.run_id
+    JOIN (
+        SELECT run_id, well_id, list(DISTINCT subset) AS subsets
+        FROM run_images
+        GROUP BY run_id, well_id
+    ) AS w ON w.run_id = v.run_id AND w.well_id = v.well_id
+    WHERE v.level = 'image' AND v.vote = 'hard' AND v.unit_id = $image
 """
-_LABEL_VOTES = """
-    SELECT run_id, label, cells, probability FROM label_votes
-    WHERE level = 'image' AND vote = 'hard' AND unit_id = $image
-    ORDER BY run_id, votes DESC, probability DESC, position
-"""
-_USED = """
-    SELECT DISTINCT p.run_id, c.segmentation_id
-    FROM eligible_predictions AS p JOIN cells AS c ON c.id = p.cell_id WHERE p.image_id = $image
-"""
-_OF_WELL = "SELECT DISTINCT run_id, subset FROM run_images WHERE subset <> 'outside'"
 
 
 def _labellings(
@@ -223,12 +305,8 @@ def _labellings(
     from ..query.engine import open_questions
 
     with open_questions(workspace, image=image_id) as questions:
-        values = {"image": image_id}
-        rows = questions.ask_ours(_VOTES, values).records()
-        votes = {(row["run_id"], row["vote"]): row for row in rows}
-        of_labels = questions.ask_ours(_LABEL_VOTES, values).records()
-        used = list(questions.ask_ours(_USED, values).rows())
-        of_well = list(questions.ask_ours(_OF_WELL).rows())
+        rows = questions.ask_ours(_VOTES, {"image": image_id}).records()
+    votes = {row["run_id"]: row for row in rows}
     parents = runs.alias()
     query = select(
         runs.c.id.label("run_id"),
@@ -238,32 +316,28 @@ def _labellings(
     query = query.outerjoin(parents, parents.c.id == runs.c.parent_id)
     split = func.coalesce(runs.c.split_id, parents.c.split_id)
     query = query.outerjoin(splits, splits.c.id == split)
-    query = query.where(runs.c.id.in_({number for number, _ in votes})).order_by(runs.c.id)
+    query = query.where(runs.c.id.in_(votes)).order_by(runs.c.id)
     labellings = []
     for run in _rows(session, query):
-        run_id = run["run_id"]
-        hard = votes[run_id, "hard"]
-        own = [row for row in of_labels if row["run_id"] == run_id]
-        well_subsets = [s.value for s in Subset if (run_id, s.value) in of_well]
-        seen = [item for item in found if (run_id, item["id"]) in used]
+        vote = votes[run["run_id"]]
+        well_subsets = [s.value for s in Subset if s.value in vote["well_subsets"]]
+        seen = [item for item in found if item["id"] in vote["segmentations"]]
         labellings.append(
             {
                 **{key: value for key, value in run.items() if key not in ("split", "protocol")},
                 "checkpoints": _checkpoints(session, run["train_run_id"]),
                 "split": run["split"],
                 "protocol": run["protocol"],
-                "subset": hard["subset"],
+                "subset": vote["subset"],
                 "well_subsets": well_subsets,
                 "well_in_training": Subset.TRAIN.value in well_subsets,
                 "segmentation_ids": [item["id"] for item in seen],
                 "segment_recipes": [item["recipe_id"] for item in seen],
                 "segment_weights": [item["weights_sha256"] or "" for item in seen],
-                "n_cells": hard["n_cells"],
-                "votes": {row["label"]: row["cells"] for row in own},
-                "probabilities": {row["label"]: row["probability"] for row in own},
-                "winner": hard["winner"],
-                "soft_winner": votes[run_id, "soft"]["winner"],
-                **{key: hard[key] for key in ("tie", "truth", "correct")},
+                "n_cells": vote["n_cells"],
+                "votes": {label: cells for label, cells, _ in vote["labels"]},
+                "probabilities": {label: given for label, _, given in vote["labels"]},
+                **{key: vote[key] for key in ("winner", "soft_winner", "tie", "truth", "correct")},
             }
         )
     return labellings
@@ -368,15 +442,19 @@ def _well(session: Session, well_id: int) -> Audit:
     """What a well has, what it had, and its labels in splits."""
     query = select(wells.c.id.label("well_id"), plates.c.barcode.label("plate"))
     query = query.add_columns(wells.c.name.label("well"), wells.c.control, wells.c.treatment_id)
+    query = query.add_columns(wells.c.plate_id)
     (record,) = _rows(session, query.join(plates).where(wells.c.id == well_id))
     history = _treatment_history(session, well_id)
     of_well = select(images.c.id).where(images.c.well_id == well_id)
     frozen, notes = _frozen_labels(session, well_id, history, of_well)
     record["treatment"] = _treatment(session, record.pop("treatment_id"))
+    plate_id = record.pop("plate_id")
     record |= {
+        "excluded": _why_excluded(session, ("well", well_id), ("plate", plate_id)),
         "images": list(session.scalars(of_well.order_by(images.c.id))),
         "notes": notes,
         "treatment_history": history,
+        "corrections": _corrections(session, ("wells", well_id), ("plates", plate_id)),
         "frozen_labels": frozen,
         "downstream": _downstream_of_images(session, of_well),
     }
@@ -389,15 +467,9 @@ def _cell(workspace: Workspace, session: Session, number: str) -> Audit:
     ``box`` is min row, min col, max row, max col (half open) in pixels; it and ``centroid`` are
     null where another tool found the cell and does not report them.
     """
-    known = number.isdecimal() and len(number) < 19
-    query = select(cells, segmentations.c.image_id).join(segmentations)
-    cell = session.execute(query.where(cells.c.id == int(number) if known else false())).first()
-    if cell is None:
-        raise UnknownNameError(
-            f"There is no cell {number}. A cell is named by its id in table cells; see some "
-            "with: cellstore sql 'FROM cells LIMIT 5'"
-        )
-    image = _image(workspace, session, cell.image_id)
+    number_of, image_id = find_cell(session, number)
+    cell = session.execute(select(cells).where(cells.c.id == number_of)).one()
+    image = _image(workspace, session, image_id)
     name = "{plate}/{core_name}".format(**image.record)
     box = [cell.min_row, cell.min_col, cell.max_row, cell.max_col]
     centroid = [cell.centroid_row, cell.centroid_col]
@@ -411,11 +483,12 @@ def _cell(workspace: Workspace, session: Session, number: str) -> Audit:
     record = {
         "cell_id": cell.id,
         "image": name,
-        "image_id": cell.image_id,
+        "image_id": image_id,
         "object_number": cell.object_number,
         "box": None if None in box else box,
         "centroid": None if None in centroid else centroid,
         "excluded": next(iter(why_excluded(session, cell.id)), None),
+        "corrections": _corrections(session, ("cells", cell.id)),
         "flags": _rows(session, flags.order_by(cell_flags.c.run_id, cell_flags.c.reason)),
         "segmentation": next(
             item for item in image.record["segmentations"] if item["id"] == cell.segmentation_id

@@ -450,8 +450,8 @@ def _warnings(
         found.append("Validation images are compared, and they decided when a training stopped.")
     if pair.other_truth:
         found.append(
-            f"Left out: {pair.other_truth:,} {level}s whose true label is another one in each "
-            "split."
+            f"Excluded: {pair.other_truth:,} {level}s whose true label is not the same in both "
+            "splits."
         )
     return tuple(found)
 

@@ -140,6 +140,11 @@ def lineage_of(audit: Audit) -> Lineage:
         case "image":
             graph = Lineage("image")
             _draw_image(graph, record)
+        case "plate":
+            graph = Lineage("plate")
+            lines = (f"plate {record['barcode']}", f"{record['images']:,} images")
+            graph.add("plate", "well", *lines)
+            graph.add_downstream("plate", record["downstream"])
         case "well":
             graph = Lineage("well")
             treatment = record["treatment"]

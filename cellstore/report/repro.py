@@ -366,7 +366,7 @@ def _script(
         for table in step.tables:
             comment(f"reads {table['name']}, sha256 {table['sha256']}, as {table['layout']}")
         for doubt in step.doubts:
-            comment(f"Mind: {doubt}")
+            comment(f"Note: {doubt}")
         if not step.words:
             continue
         command = ["cellstore"]  # over as many lines as it needs

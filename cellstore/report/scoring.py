@@ -545,7 +545,7 @@ def open_report(
         answers |= read_answers(questions, run_id, "cell", subsets, labels)
         if not answers[HEADLINE].given.unit.size:
             raise UserInputError(
-                f"No image that run {run_id} has labelled gets a label under these rules. "
+                f"No image that run {run_id} has labelled gets a label with these options. "
                 "Lower --min-cells or --min-margin."
             )
         result = score_answers(questions, subject, answers, counts, subsets)
@@ -956,7 +956,7 @@ def notes_on(
     if subject.qc_run_id is not None:
         notes += subject.qc_notes
         notes.append(
-            f"Left out, because quality-control run {subject.qc_run_id} flagged them: "
+            f"Excluded, because quality-control run {subject.qc_run_id} flagged them: "
             f"{flagged[0]:,} images and {flagged[1]:,} cells, those of the images included."
         )
     if annotated := questions.ask_ours(ANNOTATED).records():

@@ -12,7 +12,7 @@ from sqlalchemy import and_, exists, func, select, update
 from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import find_image, find_recipe, find_run
+from ..jobs.lookup import find_image, find_recipe, find_run, image_name
 from ..jobs.queue import CONTENT, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Plate, Recipe, Run, Well
@@ -131,7 +131,8 @@ def list_jobs(
         wanted = which if status is None else [*which, Job.status == Status(status)]
         moment = now(session)
         query = (
-            select(Job, Recipe.stage, Plate.barcode, Image.core_name, moment.label("moment"))
+            select(Job, Recipe.stage, moment.label("moment"), Plate.barcode, Image.core_name)
+            .add_columns(Image.plane, Image.time_point)
             .join(Recipe, Recipe.id == Job.recipe_id)
             .join(Image, _CURRENT)
             .join(Well, Well.id == Image.well_id)
@@ -140,9 +141,7 @@ def list_jobs(
         )
         total = session.scalar(query.with_only_columns(func.count())) or 0
         jobs = []
-        for job, of_stage, barcode, name, at in session.execute(
-            query.order_by(Job.id.desc()).limit(limit)
-        ):
+        for job, of_stage, at, *name in session.execute(query.order_by(Job.id.desc()).limit(limit)):
             lease, wait = (
                 None if until is None else round((until - at).total_seconds(), 1)
                 for until in (job.lease_until, job.not_before)
@@ -154,7 +153,7 @@ def list_jobs(
                     stage=Stage(of_stage).value,
                     recipe_id=job.recipe_id,
                     run_id=job.run_id,
-                    image=f"{barcode}/{name}",
+                    image=image_name(*name),
                     status=job.status.value,
                     attempts=job.attempts,
                     deaths=job.deaths,

@@ -354,10 +354,12 @@ class Measure(ImageStage[MeasureInput, MeasureOutput]):
     ) -> int:
         """Write a row for each cell, or one for each file."""
         if self.groups[run.recipe_id].group is BASIC_GROUP:
-            names = [feature.name for feature in BASIC_GROUP.features]
+            # The last two are the centroid, which is in table cells.
+            names = [feature.name for feature in BASIC_GROUP.features[:-2]]
             rows: list[tuple[Any, ...]] = []
             for _, output in done:
-                columns = (output.cell_ids.tolist(), *output.values[run.recipe_id].tolist())
+                values = output.values[run.recipe_id][:-2]
+                columns = (output.cell_ids.tolist(), *values.tolist())
                 keys = (repeat(run.recipe_id), repeat(run.run_id))
                 rows += zip(*columns, *keys, strict=False)
             bulk_insert(session, CellFeatures, ("cell_id", *names, "recipe_id", "run_id"), rows)

@@ -73,8 +73,8 @@ class PlateSummary:
     """A plate after quality control.
 
     ``images`` have files, ``seen`` of them were looked at, ``flagged`` have a flag; ``by_reason``
-    counts images by reason (an image may have several). ``cells`` count, ``excluded`` (perimeter
-    0) do not; ``cells_flagged`` have a flag, ``cells_by_reason`` counts them by reason.
+    counts images by reason (an image may have several). ``cells`` count, ``excluded`` do
+    not, flags aside; ``cells_flagged`` have a flag, ``cells_by_reason`` counts them by reason.
     """
 
     plate: str
@@ -695,5 +695,5 @@ def flagged_images(
         .order_by(Image.id, ImageFlag.reason, ImageFlag.channel)
     )
     for row in session.execute(query.execution_options(yield_per=1_000)):
-        place, limits = (row.name, row.site, row.core_name), (row.value, row.low, row.high)
-        yield FlaggedImage(row.id, row.barcode, *place, row.reason.value, row.channel, *limits)
+        field, limits = (row.name, row.site, row.core_name), (row.value, row.low, row.high)
+        yield FlaggedImage(row.id, row.barcode, *field, row.reason.value, row.channel, *limits)

@@ -767,20 +767,10 @@ def list_splits(workspace: Workspace) -> tuple[SplitLine, ...]:
         )
 
 
-def find_deletable(workspace: Workspace, name: str) -> Deleted:
-    """Return what :func:`delete_split` would delete, without doing it.
-
-    Raises:
-        UnknownNameError: there is no split or family of that name.
-        UserInputError: a run relies on it.
-
-    """
-    with workspace.database.read() as session:
-        return _deletable(session, name)[0]
-
-
-def delete_split(workspace: Workspace, name: str) -> Deleted:
+def delete_split(workspace: Workspace, name: str, *, dry_run: bool = False) -> Deleted:
     """Delete a split that no run uses, or all folds of a family of that name; all or none.
+
+    ``dry_run``: return what would be deleted, and change nothing.
 
     Raises:
         UnknownNameError: there is no split or family of that name.
@@ -789,6 +779,8 @@ def delete_split(workspace: Workspace, name: str) -> Deleted:
     """
     with workspace.database.begin() as session:
         result, splits = _deletable(session, name)
+        if dry_run:
+            return result
         gone = [
             Change("splits", split.id, {"name": split.name, "fingerprint": split.fingerprint}, None)
             for split in splits

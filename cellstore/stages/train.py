@@ -190,7 +190,7 @@ def train(
             what = f"Feature set {plan.cells.source.features.name!r} has changed since"
         elif now.get("cells") != then.get("cells"):
             what = f"The measured cells of split {plan.cells.split.name!r} have changed since"
-        raise UserInputError(f"Run {unfinished.id} cannot be resumed. {what}; train anew.")
+        raise UserInputError(f"Run {unfinished.id} cannot be resumed. {what}: train again.")
 
     team = Team.open(device, params.precision, setup.devices)
     try:
@@ -208,8 +208,8 @@ def train(
             state = None if run_id is None else read_state(workspace, run_id)
             if unfinished is not None and state is None and params.weights == FROM_FILE:
                 raise UserInputError(
-                    f"Run {unfinished.id} was broken off in its first epoch, and began from a file "
-                    "of weights: train anew, with --weights and that file."
+                    f"Run {unfinished.id} was stopped in its first epoch, and began from a file "
+                    "of weights: train again, with --weights and that file."
                 )
 
             # The scale of what the network reads is fitted once: a training that is resumed keeps
@@ -666,7 +666,7 @@ def read_state(workspace: Workspace, run_id: int) -> TrainingState | None:
     state = TrainingState.from_bytes(workspace.artifacts.read(files[-1].path, files[-1].sha256))
     if state.record.get("run") != run_id:
         raise StorageError(
-            f"The stored state of run {run_id} is that of another run. Train anew with --force."
+            f"The stored state of run {run_id} is that of another run. Train again with --force."
         )
     return state
 

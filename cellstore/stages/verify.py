@@ -27,6 +27,7 @@ from ..enums import FeatureStorage, Stage, Status
 from ..errors import ImageError, StorageError
 from ..io.image_files import decode_tiff
 from ..jobs.execute import cores
+from ..jobs.gone_files import GoneFiles, find_gone
 from ..jobs.queue import close_dead_runs
 from ..jobs.runs import digest, digest_of_numbers
 from ..jobs.workspace import Workspace
@@ -47,7 +48,7 @@ from ..models import (
     Segmentation,
     Well,
 )
-from ..query.feature_files import FileFacts, stream_ids
+from ..query.feature_files import FileContent, stream_ids
 from ..settings import track
 
 
@@ -67,7 +68,8 @@ class VerifyResult:
     """What was found. ``orphans`` are files that no row names; ``young`` may still get a row.
 
     ``segmentations`` are those whose masks are known, ``feature_files`` the files of feature sets,
-    ``jobs`` those whose rows were compared with their digest.
+    ``jobs`` those whose rows were compared with their digest. ``gone``: folders from which image
+    files are gone.
     """
 
     files: int
@@ -78,11 +80,12 @@ class VerifyResult:
     removed: int
     feature_files: int = 0
     jobs: int = 0
+    gone: tuple[GoneFiles, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong (orphans that were removed are not)."""
-        return not self.problems and len(self.orphans) == self.removed
+        return not (self.problems or self.gone) and len(self.orphans) == self.removed
 
 
 BATCH = 200
@@ -98,7 +101,8 @@ def verify(
 ) -> VerifyResult:
     """Look at the database, and compare rows and files with their digests; look for orphans.
 
-    Masks and features are compared with their cells, and events must be the chain they were.
+    Masks and features are compared with their cells, events must be the chain they were, and image
+    files be where they were seen.
 
     ``fix`` removes the orphans: files left by a crash between writing a file and its row. Files
     younger than ``minutes`` are left alone, as a running command may be about to name them.
@@ -119,6 +123,7 @@ def verify(
     jobs, changed = check_rows(workspace)
     with workspace.database.read() as session:
         events = [Problem(shown, reason) for reason in broken_events(session)]
+        gone = tuple(find_gone(session))
     unnamed = _unnamed(workspace, there)
     old = []
     for path in unnamed:
@@ -148,6 +153,7 @@ def verify(
         removed=len(old) if fix else 0,
         feature_files=features,
         jobs=jobs,
+        gone=gone,
     )
 
 
@@ -296,19 +302,19 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
 
 def _features_reason(workspace: Workspace, file: Any, earlier: Sequence[str]) -> str | None:
     locate = workspace.artifacts.locate
-    recorded = FileFacts(file.n_rows, file.first_cell_id, file.last_cell_id)
-    facts, homeless, twice = FileFacts(0, 0, 0), 0, 0
+    recorded = FileContent(file.n_rows, file.first_cell_id, file.last_cell_id)
+    found, homeless, twice = FileContent(0, 0, 0), 0, 0
     try:
         others = [stream_ids(locate(path)) for path in earlier]
         taken = np.concatenate([np.empty(0, np.int64), *chain.from_iterable(others)])
         for ids in stream_ids(locate(file.path)):
-            facts = facts.with_ids(ids)
+            found = found.with_ids(ids)
             homeless += len(ids) - _cells_among(workspace, file.recipe_id, ids)
             twice += int(np.isin(ids, taken).sum())
     except StorageError as error:
         return str(error)
-    if facts != recorded:
-        return f"the file has {facts}, the database {recorded}"
+    if found != recorded:
+        return f"the file has {found}, the database {recorded}"
     if twice:
         return f"{twice} of its cells are in another file of the set, too"
     return f"{homeless} of its cells are not in the database" if homeless else None

@@ -430,7 +430,11 @@ def test_show_and_describe_know_every_table_and_view(sqlite_workspace: Workspace
         types = dict(questions.columns("votes"))
         with pytest.raises(UnknownNameError, match="votes"):
             questions.columns("vote")
+        listed = questions.ask("SELECT table_name FROM information_schema.tables").table()
+        with pytest.raises(QueryError, match="Ask two questions"):
+            questions.ask("SELECT * FROM information_schema.tables, plates")
     assert shown == {*METADATA.tables, "exclusions", *VIEWS}
+    assert set(listed["table_name"].to_pylist()) == shown
     assert types["tie"] == "BOOLEAN"
     assert types["votes"] == "DOUBLE"
 

@@ -14,6 +14,7 @@ from sqlalchemy import text
 from cellstore.config import VoteOptions
 from cellstore.enums import GroupLevel, Stage, Subset
 from cellstore.jobs.workspace import Workspace
+from cellstore.models import Image, Recipe
 from cellstore.query import source
 from cellstore.query.engine import open_questions
 
@@ -143,6 +144,22 @@ def test_controls_are_left_out_of_the_scores(workspace: Workspace) -> None:
         rows = questions.ask(query).records()
         assert rows == [{"control": None, "correct": True}]
         assert questions.ask("SELECT DISTINCT control FROM run_images").table().num_rows == 2
+
+
+def test_areas_are_in_square_micrometres_where_the_pixel_size_is_known(
+    workspace: Workspace,
+) -> None:
+    screen = small_screen(workspace)
+    make = screen.factory
+    with workspace.database.read() as session:
+        segment = session.get_one(Recipe, screen.segmentations["B01"].recipe_id)
+    run = make.run(Stage.MEASURE, make.recipe(Stage.MEASURE, inputs=(segment,)))
+    for well in ("B01", "B02"):
+        make.features(make.cells_of(screen.segmentations[well])[:1], run, area=200.0)
+    with workspace.database.begin() as session:
+        session.get_one(Image, screen.images["B01"].id).pixel_size = 0.5
+    found = ask(workspace, "SELECT well, area, area_um2 FROM cell_table WHERE area > 0 ORDER BY 1")
+    assert [(*row.values(),) for row in found] == [("B01", 200.0, 50.0), ("B02", 200.0, None)]
 
 
 def test_two_runs_are_held_against_each_other(workspace: Workspace) -> None:

@@ -73,7 +73,7 @@ def test_what_is_refused(cellstore, with_set: Path) -> None:
         ("--baseline", "tree"): "Unknown baseline 'tree'",
         ("--baseline", ","): "Name a baseline: majority",
         ("--baseline", "null", "--epochs", 3): "Baselines have no option --epochs",
-        ("--max-cells", 3): "--max-cells needs --baseline",
+        ("--max-cells", 3): "Only with --baseline: --max-cells.",
     }
     for words, sentence in refused.items():
         assert sentence in cellstore("train", *words, *SETS, *IN, code=2).err

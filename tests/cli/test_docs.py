@@ -18,10 +18,12 @@ spec.loader.exec_module(make_commands)
 
 PATHS = [path for path in make_commands.paths() if path]
 WANTED = """
-init, ingest, refresh, segment, measure, qc, contrast, split create, split import, split list,
-split delete, split show, split check, train, predict, votes, report, compare, audit, repro, ask,
+init, ingest, refresh, relocate, segment, measure, qc, contrast, split create, split import,
+split list, split delete, split show, split check, train, predict, votes, report,
+compare, audit, repro, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
-db upgrade, db check, db current
+db upgrade, db check, db current, rename, relabel, exclude, include,
+undo, delete
 """
 
 

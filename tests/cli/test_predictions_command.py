@@ -40,7 +40,7 @@ def test_mistakes_are_sentences(cellstore, trained: Path):
     said = cellstore("predict", "--embedding", "seen", *STORE, code=2)
     assert "is a baseline and has no embedding" in said.err
     said = cellstore("predict", "--top-k", 3, "--all-probabilities", *STORE, code=2)
-    assert "leave out --top-k" in said.err
+    assert "remove --top-k" in said.err
     said = cellstore("predict", "--split", "nope", *STORE, code=2)
     assert "Unknown split 'nope'. Known: main" in said.err
     said = cellstore("predict", "--where", "colour = 1", *STORE, code=2)

@@ -107,7 +107,7 @@ def test_a_dry_run_needs_no_store(cellstore, tmp_path):
     for name in ("r01c02f03p01-ch1sk1fk1fl1.tiff", "r01c02f03p01-ch2sk1fk1fl1.tiff"):
         (tmp_path / "images" / name).write_bytes(b"not looked at")
     said = cellstore("ingest", "images", "--dry-run", "--channels", "1=Mito,2=DNA")
-    assert "phenix-folder" in said.out
+    assert "image-folder" in said.out
     assert "Mito" in said.out
     assert "dry run" in said.err
     found = cellstore("ingest", "images", "--dry-run", "--json").json
@@ -184,7 +184,7 @@ def test_a_table_that_cannot_be_read_writes_nothing(cellstore, store, tmp_path, 
 
 def test_db_commands(cellstore, store):
     assert "as it should be" in cellstore("db", "check", "--store", store).out
-    assert "0010" in cellstore("db", "current", "--store", store).out
+    assert "0011" in cellstore("db", "current", "--store", store).out
     assert "up to date" in cellstore("db", "upgrade", "--store", store).err
 
 

@@ -123,4 +123,4 @@ def test_a_pipeline_may_stop_at_warnings(cellstore, tmp_path):
 def test_the_published_protocol_takes_no_group(cellstore, store):
     words = ("split", "create", "p", "--protocol", "published", "--store", store)
     said = cellstore(*words, "--group", "well", "--validation-size", "0.1", code=2).err
-    assert "leave out --group and --validation-size" in " ".join(said.split())
+    assert "remove --group and --validation-size" in " ".join(said.split())

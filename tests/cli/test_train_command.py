@@ -23,6 +23,7 @@ def test_presets_are_shown_side_by_side(cellstore) -> None:
     assert values["crop-size"] == ["64", "224"]
     assert values["backbone"] == ["resnet18", "efficientnet_b0"]
     assert values["augment"] == ["flips,intensity,rotations", "none"]
+    assert values["warmup-epochs"] == ["2", "0"]
     assert max(map(len, lines)) <= 80
 
 
@@ -62,7 +63,7 @@ def test_a_run_that_was_stopped_is_resumed_by_its_number(
     assert command is not None
     words, run = command[1].split(), command[2]
     told = cellstore(*words, "--epochs", 9, "--preset", "published", *IN, code=2).err
-    assert "leave out --epochs, --preset" in told
+    assert "remove --epochs, --preset" in told
     trained = cellstore(*words, "--device", "cpu", *IN)
     assert trained.out.startswith(f"Run {run} was resumed after epoch 1.")
     table = trained.out.splitlines()[-5:]

@@ -447,3 +447,78 @@ def test_no_damage_loses_a_row(
             check_accounts(source)
     except CellstoreError:
         pass
+
+
+def counted(folder: Path, sites: dict[str, str], cells: str = "Cells") -> Path:
+    """A site folder for each well, with what ``Count_`` says; two cells where it says 2."""
+    for number, (well, count) in enumerate(sites.items(), start=1):
+        site = folder / f"P1-{well}-1"
+        header = [*IMAGE[0], f"Count_{cells}"]
+        write_csv(site / "Image.csv", [header, [number, "P1", well, 1, count]])
+        found = [[number, 1, 10], [number, 2, 20]] if count == "2" else []
+        write_csv(
+            site / f"{cells}.csv", [["ImageNumber", "ObjectNumber", "AreaShape_Area"], *found]
+        )
+    return folder
+
+
+@pytest.mark.parametrize("cells", ["Cells", "Nuclei", "Cells_Big"])
+def test_an_image_in_which_none_was_counted_is_known(tmp_path: Path, cells: str) -> None:
+    sites = {"A01": "2", "A02": "0", "A03": "0.0", "A04": "nan", "A05": "", "A06": "3"}
+    with opened(counted(tmp_path, sites, cells)) as source:
+        wells = [record.column for record in images(source)]
+        assert [wells[index] for index in source.empty] == [2, 3]
+        check_accounts(source)
+        # A table without rows is right where there is nothing to list.
+        empty = {item.file for item in notices(source) if item.reason == "no rows"}
+        assert empty == {f"P1-A0{column}-1/{cells}.csv" for column in (4, 5, 6)}
+
+
+def test_nothing_counted_of_another_kind_says_nothing_of_cells(tmp_path: Path) -> None:
+    folder = three_tables(tmp_path)
+    write_csv(folder / "Image.csv", [[*IMAGE[0], "Count_Debris"], [*IMAGE[1], 0]])
+    with opened(folder) as source:
+        assert list(source.empty) == []
+
+
+OBJECTS = [["ImageNumber", "ObjectNumber", "AreaShape_Area"], [1, 1, 10], [1, 2, 20]]
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "reasons_of_rows"),
+    [
+        ("Image", "ImageNumber", {"no image number": 1, "image unknown": 2}),
+        ("Cells", "ImageNumber", {"image unknown": 2}),
+        ("Cells", "ObjectNumber", {"no object number": 2}),
+    ],
+)
+@pytest.mark.parametrize("as_sqlite", [False, True])
+def test_a_missing_key_is_named_and_every_row_is_accounted_for(
+    tmp_path: Path, file: str, column: str, reasons_of_rows: dict[str, int], *, as_sqlite: bool
+) -> None:
+    tables = {"Image": IMAGE, "Cells": OBJECTS}
+    at = tables[file][0].index(column)
+    tables[file] = [[*row[:at], *row[at + 1 :]] for row in tables[file]]
+    if as_sqlite:
+        parts = {name: (",".join(map(str, t[0])), t[1:]) for name, t in tables.items()}
+        path = write_sqlite(tmp_path / "a.sqlite", parts)
+        assert is_cellprofiler_sqlite(path)
+    else:
+        for name, rows in tables.items():
+            write_csv(tmp_path / f"{name}.csv", rows)
+        path = tmp_path
+        assert is_cellprofiler_folder(path)
+    with opened(path) as source:
+        check_accounts(source)
+        (missing,) = notices(source)
+        assert (missing.reason, missing.detail) == (
+            "missing column",
+            f"there is no column {column}",
+        )
+        assert file in missing.file
+        found = Counter(
+            content.reason for _, content in source.images if isinstance(content, Refusal)
+        )
+        for item in refused(source):
+            found[item.reason] += len(item.lines)
+        assert found == reasons_of_rows

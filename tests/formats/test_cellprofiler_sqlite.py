@@ -123,3 +123,28 @@ def test_export_to_database_names(tmp_path: Path) -> None:
         },
     )
     assert read(path) == {"image": [0], "number": [1], "Cells_A": [0.25], "Nuclei_A": [0.5]}
+
+
+def test_sqlite_numbers_that_are_text(tmp_path: Path) -> None:
+    about = '"ImageNumber" TEXT, "Metadata_Plate", "Metadata_Well", "Metadata_Site", "Count_Cells"'
+    images = [("1", "A01", "2"), ("2.0", "A02", "0"), ("x", "A03", "0")]
+    cells = [("1", "1", 0.5), ("1.0", "2.0", 1.5), ("x", "1", 2), ("1", "1.5", 3), ("1", "", 4)]
+    path = write_sqlite(
+        tmp_path / "a.sqlite",
+        {
+            "Image": (about, [(number, "P", well, "1", count) for number, well, count in images]),
+            "Cells": ('"ImageNumber" TEXT, "ObjectNumber" TEXT, "Cells_A" FLOAT', cells),
+        },
+    )
+    with opened(path) as source:
+        assert whole(source).to_pydict() == {
+            "image": [0, 0],
+            "number": [1, 2],
+            "Cells_A": [0.5, 1.5],
+        }
+        assert list(source.empty) == [1]
+        assert reasons(source) == {
+            ("a.sqlite:Cells", "image unknown"): [3],
+            ("a.sqlite:Cells", "no object number"): [4, 5],
+        }
+        check_accounts(source)

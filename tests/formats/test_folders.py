@@ -14,19 +14,12 @@ from realdata import real_data
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.io import folders
 from cellstore.io.filenames import (
-    CELLOMICS,
-    PATTERN,
-    PHENIX,
-    READERS,
-    WELLSITE,
     NamePattern,
-    cellomics_name,
     format_well,
     looks_like_a_mask,
-    phenix_name,
-    wellsite_name,
+    microscope_name,
 )
-from cellstore.io.folders import folder_layouts, read_folder
+from cellstore.io.folders import has_image_names, read_folder
 from cellstore.io.image_files import encode_tiff, probe
 from cellstore.io.image_tables import ImageRecord
 from cellstore.io.tables import Refusal
@@ -46,14 +39,14 @@ def stack(path: Path, count: int, **options: Any) -> None:
     tifffile.imwrite(path, array, photometric="minisblack", **options)
 
 
-def records(folder: Path, layout: str, **options: Any) -> list[ImageRecord]:
-    items = list(read_folder(folder, layout, **options))
+def records(folder: Path, **options: Any) -> list[ImageRecord]:
+    items = list(read_folder(folder, **options))
     assert not [item for item in items if isinstance(item, Refusal)]
     return [item for item in items if isinstance(item, ImageRecord)]
 
 
-def refusals(folder: Path, layout: str, **options: Any) -> list[Refusal]:
-    items = read_folder(folder, layout, **options)
+def refusals(folder: Path, **options: Any) -> list[Refusal]:
+    items = read_folder(folder, **options)
     return [item for item in items if isinstance(item, Refusal)]
 
 
@@ -65,7 +58,7 @@ def test_a_phenix_folder(tmp_path: Path) -> None:
     folder = "BR1__2021-05-02T16_02_51-Measurement1/Images"
     names = [f"r01c02f0{field}p01-ch{n}sk2fk1fl1.tiff" for field in (1, 2) for n in (1, 10, 2)]
     make(tmp_path, *(f"{folder}/{name}" for name in names))
-    first, second = records(tmp_path, PHENIX)
+    first, second = records(tmp_path)
     key = (first.plate, first.row, first.column, first.site, first.plane)
     assert (*key, first.time_point, first.core_name) == ("BR1", 1, 2, 1, 1, 2, "r01c02f01")
     assert channels(first) == [("ch1", 1), ("ch2", 2), ("ch10", 10)]
@@ -75,14 +68,14 @@ def test_a_phenix_folder(tmp_path: Path) -> None:
 
 def test_a_projection_stands_for_its_channels(tmp_path: Path) -> None:
     make(tmp_path, "P1/r01c02f01.tif")
-    (record,) = records(tmp_path, PHENIX)
+    (record,) = records(tmp_path)
     assert channels(record) == [("projection", None)]
 
 
 def test_a_cellomics_folder(tmp_path: Path) -> None:
     make(tmp_path, "x/AS_09047_050428030001_O01f00d2.TIF", "x/AS_09047_050428030001_O01f00d0.TIF")
     make(tmp_path, "x/Plate_7_A01f03d1.tif")
-    one, other = records(tmp_path, CELLOMICS, channels={"d0": "DNA"})
+    one, other = records(tmp_path, channels={"d0": "DNA"})
     assert (one.plate, one.row, one.column, one.site) == ("050428030001", 15, 1, 0)
     assert channels(one) == [("DNA", None), ("d2", None)]
     assert (other.plate, other.row, other.column, other.site) == ("Plate_7", 1, 1, 3)
@@ -91,7 +84,7 @@ def test_a_cellomics_folder(tmp_path: Path) -> None:
 def test_a_folder_named_by_well_and_site(tmp_path: Path) -> None:
     make(tmp_path, "P1/B7_01_1_3_DAPI_001.tif", "P1/B7_01_2_3_GFP_001.tif")
     make(tmp_path, "P1/B7_01_1_3Z2_DAPI_004.tif", "P1/B7_-1_1_4_Bright Field_001.tif")
-    found = records(tmp_path, WELLSITE, channels={"2": "ER"})
+    found = records(tmp_path, channels={"2": "ER"})
     told = [(r.plate, r.row, r.column, r.site, r.plane, r.time_point, channels(r)) for r in found]
     assert told == [
         ("P1", 2, 7, 4, 1, 1, [("Bright Field", 1)]),
@@ -105,7 +98,7 @@ def test_a_pattern_for_the_rest(tmp_path: Path) -> None:
     pattern = (
         r"^(?P<Plate>[^_]+)_(?P<Well>\w\d)_s(?P<Site>\d)_w(?P<Channel>\d)_z(?P<z>\d)_t(?P<time>\d)"
     )
-    (record,) = records(tmp_path, PATTERN, pattern=pattern, channels={"2": "DNA"})
+    (record,) = records(tmp_path, pattern=pattern, channels={"2": "DNA"})
     key = (record.plate, record.row, record.column, record.site, record.plane, record.time_point)
     assert key == ("P7", 2, 3, 2, 4, 5)
     assert channels(record) == [("ch1", 1), ("DNA", 2)]
@@ -128,7 +121,7 @@ def test_wells_of_patterns(pattern: str, well: tuple[int, int]) -> None:
 def test_a_pattern_with_a_slash_sees_the_path(tmp_path: Path) -> None:
     make(tmp_path, "P1/DNA/A01.tif", "P1/ER/A01.tif", "P2/DNA/A02.tif")
     pattern = r"(?P<plate>P\d)/(?P<stain>\w+)/(?P<well>\w+)\.tif"
-    found = records(tmp_path, PATTERN, pattern=pattern)
+    found = records(tmp_path, pattern=pattern)
     told = [(r.plate, r.column, [file.channel for file in r.files]) for r in found]
     # A field with a folder per channel is yielded in parts, which the store puts together.
     assert told == [("P1", 1, ["DNA"]), ("P1", 1, ["ER"]), ("P2", 2, ["DNA"])]
@@ -148,34 +141,29 @@ def test_a_pattern_with_a_slash_sees_the_path(tmp_path: Path) -> None:
 )
 def test_patterns_that_cannot_be_used(tmp_path: Path, pattern: str, message: str) -> None:
     with pytest.raises(UserInputError, match=message):
-        list(read_folder(tmp_path, PATTERN, pattern=pattern))
+        list(read_folder(tmp_path, pattern=pattern))
 
 
 def test_what_a_folder_reader_needs(tmp_path: Path) -> None:
-    for folder, layout, message in [
-        (tmp_path / "absent", PHENIX, "is not a folder"),
-        (tmp_path, PATTERN, "--pattern"),
-        (tmp_path, "loaddata", "no layout of a folder"),
-    ]:
-        with pytest.raises(UserInputError, match=message):
-            list(read_folder(folder, layout))
+    with pytest.raises(UserInputError, match="is not a folder"):
+        list(read_folder(tmp_path / "absent"))
 
 
 def test_names_that_are_not_understood_are_refused_one_by_one(tmp_path: Path) -> None:
     make(tmp_path, "P/a.tif", "P/r01c01f01p01-ch1.tiff", "P/r99c01f01p01-ch1.tiff")
-    found = refusals(tmp_path, PHENIX)
+    found = refusals(tmp_path)
     assert [(item.line, item.reason) for item in found] == [
         (1, "name not understood"),
         (3, "name not understood"),
     ]
     pattern = r"_(?P<well>\w+)_(?P<site>\w+)\.tif"
     make(tmp_path / "Q", "x_Z99_1.tif", "x_A01_one.tif", "x_A01_\u0663.tif", "x_A01_1.tif")
-    assert len(refusals(tmp_path / "Q", PATTERN, pattern=pattern)) == 3
+    assert len(refusals(tmp_path / "Q", pattern=pattern)) == 3
 
 
 def test_names_that_are_paths_elsewhere_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "P/A01:x.tif", "P/A01\\x.tif", "P/A02.tif")
-    found = refusals(tmp_path, PATTERN, pattern=r"(?P<well>A\d\d)")
+    found = refusals(tmp_path, pattern=r"(?P<well>A\d\d)")
     assert [item.reason for item in found] == ["name not understood"] * 2
 
 
@@ -191,7 +179,7 @@ def test_names_that_are_not_utf_8_are_refused_in_words_that_are(
     make(tmp_path, str(odd), "P/A02.tif")
     odd.with_suffix(".t\udcff").touch()
     notes: list[str] = []
-    found = read_folder(tmp_path, PATTERN, pattern=r"(?P<well>A\d\d)", notes=notes)
+    found = read_folder(tmp_path, pattern=r"(?P<well>A\d\d)", notes=notes)
     refused, good = sorted(found, key=lambda item: isinstance(item, ImageRecord))
     assert isinstance(refused, Refusal)
     assert isinstance(good, ImageRecord)
@@ -210,7 +198,7 @@ def test_a_well_is_told_before_the_next_one_is_looked_at(
     )
     names = [f"r01c0{column}f0{field}p01-ch1.tiff" for column in (1, 2, 3) for field in (1, 2)]
     make(tmp_path / "P", *names)
-    found = read_folder(tmp_path, PHENIX)
+    found = read_folder(tmp_path)
     assert isinstance(next(found), ImageRecord)
     assert looked == names[:2]
     assert len(list(found)) == 5
@@ -222,10 +210,11 @@ def test_other_files_are_counted_not_refused(tmp_path: Path) -> None:
         tmp_path, "P/.DS_Store", "P/._r01c01f01p01-ch2.tiff", ".cache/r01c01f01p01-ch3.tiff", "P/x"
     )
     notes: list[str] = []
-    images = read_folder(tmp_path, PHENIX, notes=notes)
+    images = read_folder(tmp_path, notes=notes)
     assert [len(item.files) for item in images if isinstance(item, ImageRecord)] == [1]
-    (passed,) = notes
+    passed, index = notes
     assert "no images" in passed
+    assert f"{tmp_path.resolve()}/P/Index.idx.xml" in index
     for part in ("2 .xml", "1 .db", "2 hidden", "1 without a suffix"):
         assert part in passed
 
@@ -233,7 +222,7 @@ def test_other_files_are_counted_not_refused(tmp_path: Path) -> None:
 def test_a_folder_without_images(tmp_path: Path) -> None:
     make(tmp_path, "notes.txt")
     with pytest.raises(UserInputError, match="holds no TIFF or PNG images"):
-        list(read_folder(tmp_path, PHENIX))
+        list(read_folder(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -250,12 +239,12 @@ def test_names_for_channels_that_do_not_fit(
 ) -> None:
     make(tmp_path, "P/r01c01f01p01-ch1.tiff", "P/r01c01f01p01-ch2.tiff")
     with pytest.raises(error, match=message):
-        list(read_folder(tmp_path, PHENIX, channels=wanted))
+        list(read_folder(tmp_path, channels=wanted))
 
 
 def test_masks_are_no_images(tmp_path: Path) -> None:
     make(tmp_path, "P/A1_01_1_3_DAPI_001.tif", "P/A1_01_1_3_MaskNuclei_001.tif")
-    assert [item.reason for item in refusals(tmp_path, WELLSITE)] == ["looks like a mask"]
+    assert [item.reason for item in refusals(tmp_path)] == ["looks like a mask"]
     masks = ["a_MaskCells.tiff", "a_cp_masks.png", "a_masks.tif", "a_label.tif", "mask2d.tif"]
     assert all(map(looks_like_a_mask, [*masks, "a_MASK.tif", "x_labels.tif", "a_seg.tif"]))
     images = ["r01c01f01.tif", "A1_01_1_1_Label-free_001.tif", "unmasked.tif", "segment.tif"]
@@ -264,17 +253,139 @@ def test_masks_are_no_images(tmp_path: Path) -> None:
 
 def test_a_second_file_of_a_channel_is_refused(tmp_path: Path) -> None:
     make(tmp_path, "P/B7_01_1_3_DAPI_001.tif", "P/B7_02_1_3_DAPI_001.tif")
-    assert [(item.line, item.reason) for item in refusals(tmp_path, WELLSITE)] == [
-        (2, "channel twice")
+    make(tmp_path, "P/B7_01_2_3_GFP_001.tif")
+    found = list(read_folder(tmp_path))
+    twice = [item for item in found if isinstance(item, Refusal)]
+    assert [(item.line, item.reason) for item in twice] == [
+        (1, "channel twice"),
+        (3, "channel twice"),
     ]
+    both = "B7_01_1_3_DAPI_001.tif and B7_02_1_3_DAPI_001.tif are both DAPI"
+    assert all(both in item.detail for item in twice)
+    (record,) = [item for item in found if isinstance(item, ImageRecord)]
+    assert (record.line, channels(record)) == (2, [("GFP", 2)])
+
+
+GUID = "E89B3F4F-0000-0000-2DE4-CBF48F635C5E"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (f"Week1_150607_B02_s3_w1{GUID}.tif", ("Week1_150607", 2, 2, 3, None, None, "ch1", 1)),
+        (f"p_a01_s1_w2b{GUID[1:].lower()}.TIF", ("p", 1, 1, 1, None, None, "ch2", 2)),
+        ("P_A01_w2.TIF", ("P", 1, 1, 1, None, None, "ch2", 2)),
+        ("P_A01_s4.tiff", ("P", 1, 1, 4, None, None, None, None)),
+        ("A - 01(fld 2 wv DAPI - DAPI).tif", (None, 1, 1, 2, None, None, "DAPI", None)),
+        (
+            "P_1_B - 4(fld 01 wv 390 - Blue z 3 - time 02 - 30 ms).tif",
+            ("P_1", 2, 4, 1, 3, 2, "390 - Blue", None),
+        ),
+        ("N - 006(fld 1- time 1 - 22858 ms).tif", (None, 14, 6, 1, None, 1, None, None)),
+        ("B - 03(fld 1 wv TL - Cy3 wix 2).tif", (None, 2, 3, 1, None, None, "TL - Cy3", None)),
+        ("MMC_0015_B07_T0002F011L01A02Z03C04.tif", ("MMC_0015", 2, 7, 11, 3, 2, "ch4", 4)),
+        ("AssayPlate_G_#655090_C02_T0001F001L01A01Z01C01.TIF", (None, 3, 2, 1, 1, 1, "ch1", 1)),
+        ("MFGTMP_140206180002_A01f03d0.TIF", ("140206180002", 1, 1, 3, None, None, "d0", None)),
+        ("B7_01_1_3Z2_DAPI_004.tif", (None, 2, 7, 3, 2, 4, "DAPI", 1)),
+        ("002001004.tif", (None, 2, 1, 4, None, None, None, None)),
+        ("PLATE_7_A01_2.tif", ("PLATE_7", 1, 1, 2, None, None, None, None)),
+        ("MiaPaCa2-Phase_A2_1_03d06h40m.tif", ("MiaPaCa2-Phase", 1, 2, 1, None, 4720, None, None)),
+        ("r01c02f03p04-ch5sk6fk1fl1.ome.tiff", (None, 1, 2, 3, 4, 6, "ch5", 5)),
+    ],
+)
+def test_names_of_microscopes(name: str, told: tuple[Any, ...]) -> None:
+    found = microscope_name(name)
+    assert found is not None
+    assert tuple(found)[:8] == told
+
+
+@pytest.mark.parametrize(
+    "name", ["x.tif", "P_Z99_s1_w1.tif", "P_A01_s1_w1", "A01.tif", "AS_O01f00.TIF"]
+)
+def test_other_names_are_not_taken_for_those_of_a_microscope(name: str) -> None:
+    assert microscope_name(name) is None
+
+
+def test_thumbnails_are_passed_over_and_counted(tmp_path: Path) -> None:
+    make(tmp_path, f"P/a_A01_s1_w1_thumb{GUID}.tif", f"P/a_A01_s1_w1B{GUID[1:]}.tif")
+    make(tmp_path, "P/a_A01_s1_w2_thumb.tif", "P/a_A01_s1_w2.tif", "P/Thumbs/a_A01_s1_w2.tif")
+    make(tmp_path, "P/thumbnail_a_A02_s1_w1.tif")
+    for pattern in (None, r"(?P<well>[A-P]\d\d)_s(?P<site>\d+)_w(?P<channel>\d)"):
+        notes: list[str] = []
+        (record,) = records(tmp_path, pattern=pattern, notes=notes)
+        assert channels(record) == [("ch1", 1), ("ch2", 2)]
+        assert notes == ["thumbnails, skipped: 4"]
+
+
+def test_folders_of_time_points_and_planes(tmp_path: Path) -> None:
+    names = [
+        f"TimePoint_{time}/ZStep_{plane}/x_A01_s1_w1.tif" for time in (1, 2) for plane in (1, 2)
+    ]
+    make(tmp_path, *(f"38030/{name}" for name in names), "38030/TimePoint_3/x_A01_s1_w1_.tif")
+    found = read_folder(tmp_path)
+    told = [(r.time_point, r.plane) for r in found if isinstance(r, ImageRecord)]
+    assert told == [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("folder", ["A01", "B02", "r02c03", "AA01", "TimePoint_1", "Images"])
+def test_a_folder_named_like_a_well_is_no_plate(tmp_path: Path, folder: str) -> None:
+    make(tmp_path, f"BR7/{folder}/r02c03f01p01-ch1.tiff")
+    assert records(tmp_path / "BR7" / folder)[0].plate == "BR7"
+
+
+def test_files_of_microscopes_that_are_not_read_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, "P/001001000.flex", "P/001001001.tif", "P/MFGTMP_140206180002_A01f03d0.C01")
+    found = refusals(tmp_path)
+    assert [item.reason for item in found] == ["not a TIFF or PNG"] * 2
+    assert "files of Opera are not read. Export them as TIFF." in found[0].detail
+
+
+def test_the_size_of_a_pixel_of_yokogawa(tmp_path: Path) -> None:
+    make(tmp_path, "P/BR7_A01_T0001F001L01A01Z01C01.tif")
+    sizes = 'bts:HorizontalPixelDimension="0.325" bts:VerticalPixelDimension="0.325"'
+    detail = tmp_path / "P/MeasurementDetail.mrf"
+    detail.write_text(f'<bts:MeasurementChannel bts:Ch="1" {sizes} />' * 2, encoding="utf-8")
+    assert records(tmp_path)[0].pixel_size == 0.325
+    detail.write_text(sizes.replace("0.325", "0.65", 1), encoding="utf-8")
+    assert records(tmp_path)[0].pixel_size is None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("P1_A01_s1.tif", r"as far as 'P1_A01_s1', but '_w(?P<channel>\\d)' does not fit '.tif'"),
+        (
+            "P1_A1_s1_w1.tif",
+            r"as far as 'P1', but '_(?P<well>[A-P]\\d\\d)' does not fit '_A1_s1_w1",
+        ),
+        ("P1_A01_s1_w2.png", r"as far as 'P1_A01_s1_w2', but '\\.tif' does not fit '.png'"),
+        ("_.tif", "its first part '^(?P<plate>[^_]+)' fits nothing in the name"),
+    ],
+)
+def test_a_pattern_says_which_part_does_not_fit(tmp_path: Path, name: str, message: str) -> None:
+    make(tmp_path, name)
+    pattern = r"^(?P<plate>[^_]+)_(?P<well>[A-P]\d\d)_s(?P<site>\d+)_w(?P<channel>\d)\.tif"
+    (found,) = refusals(tmp_path, pattern=pattern)
+    assert message in found.detail
+
+
+def test_rows_and_columns_of_three_digits(tmp_path: Path) -> None:
+    make(tmp_path, "P/002001004.tif")
+    for pattern in (
+        r"^(?P<row>\d{3})(?P<col>\d{3})(?P<site>\d{3})",
+        r"^(?P<well>\d{6})(?P<site>\d{3})",
+        None,
+    ):
+        (record,) = records(tmp_path, pattern=pattern)
+        assert (record.row, record.column, record.site) == (2, 1, 4)
 
 
 def test_the_plate_is_given_or_said_or_the_folder(tmp_path: Path) -> None:
     make(tmp_path, "001/Images/r01c01f01p01-ch1.tiff", "Q/AS_050428030001_O01f00d2.TIF")
-    assert records(tmp_path / "001", PHENIX)[0].plate == "001"
-    assert records(tmp_path / "001/Images", PHENIX)[0].plate == "001"
-    assert records(tmp_path / "001", PHENIX, plate="X")[0].plate == "X"
-    assert records(tmp_path / "Q", CELLOMICS, plate="X")[0].plate == "X"
+    assert records(tmp_path / "001")[0].plate == "001"
+    assert records(tmp_path / "001/Images")[0].plate == "001"
+    assert records(tmp_path / "001", plate="X")[0].plate == "X"
+    assert records(tmp_path / "Q", plate="X")[0].plate == "X"
 
 
 def test_channels_of_an_ome_tiff_become_files(tmp_path: Path) -> None:
@@ -282,7 +393,7 @@ def test_channels_of_an_ome_tiff_become_files(tmp_path: Path) -> None:
     folder.mkdir()
     metadata = {"axes": "CYX", "Channel": {"Name": ["DNA", "ER", "ER"]}}
     stack(folder / "r01c01f01.ome.tiff", 3, ome=True, metadata=metadata)
-    (record,) = records(tmp_path, PHENIX, channels={"1": "Nuclei"})
+    (record,) = records(tmp_path, channels={"1": "Nuclei"})
     assert channels(record) == [("Nuclei", 1), ("ER", 2), ("ER (ch3)", 3)]
     assert [file.name for file in record.files] == [
         f"r01c01f01.ome.tiff#page={page}" for page in (1, 2, 3)
@@ -294,7 +405,7 @@ def test_channels_of_an_ome_tiff_become_files(tmp_path: Path) -> None:
 def test_a_damaged_file_without_pages_keeps_its_place(tmp_path: Path) -> None:
     make(tmp_path, "P/r01c01f01p01-ch1.tiff")
     (tmp_path / "P/r01c01f01p01-ch2.tiff").write_bytes(b"II*\0junk")
-    (record,) = records(tmp_path, PHENIX)
+    (record,) = records(tmp_path)
     assert channels(record) == [("ch1", 1), ("ch2", 2)]
 
 
@@ -303,7 +414,7 @@ def test_pages_that_are_planes_become_images(tmp_path: Path) -> None:
     folder.mkdir()
     for channel in (1, 2):
         stack(folder / f"r01c01f01p01-ch{channel}sk3.tiff", 2)
-    found = records(tmp_path, PHENIX)
+    found = records(tmp_path)
     assert [(r.plane, r.time_point, channels(r)) for r in found] == [
         (1, 3, [("ch1", 1), ("ch2", 2)]),
         (2, 3, [("ch1", 1), ("ch2", 2)]),
@@ -317,7 +428,7 @@ def test_channels_planes_and_times_of_a_file(tmp_path: Path) -> None:
     array = np.zeros((2, 3, 2, 3, 4), np.uint16)
     path = folder / "A01.ome.tif"
     tifffile.imwrite(path, array, ome=True, photometric="minisblack", metadata={"axes": "TZCYX"})
-    found = records(tmp_path, PATTERN, pattern=r"^(?P<well>[A-H]\d\d)\.")
+    found = records(tmp_path, pattern=r"^(?P<well>[A-H]\d\d)\.")
     assert [(r.time_point, r.plane) for r in found] == [
         (time, plane) for time in (1, 2) for plane in (1, 2, 3)
     ]
@@ -329,7 +440,7 @@ def test_channels_of_a_file_are_of_the_plane_of_its_name(tmp_path: Path) -> None
     path = tmp_path / "P1/r01c01f01p04.ome.tiff"
     path.parent.mkdir()
     stack(path, 2, ome=True, metadata={"axes": "CYX"})
-    (record,) = records(tmp_path, PHENIX)
+    (record,) = records(tmp_path)
     assert (record.plane, channels(record)) == (4, [("C1", 1), ("C2", 2)])
 
 
@@ -341,16 +452,16 @@ def test_stacks_that_do_not_fit_are_refused_whole(tmp_path: Path) -> None:
         writer.write(np.zeros((2, 2), np.uint16))
     make(folder, "r01c01f02p02-ch1.tiff")
     stack(folder / "r01c01f02p03-ch1.tiff", 3)
-    found = refusals(tmp_path, PHENIX)
-    assert [item.reason for item in found] == ["image cannot be read", "channel twice"]
-    items = list(read_folder(tmp_path, PHENIX))
-    assert [(r.site, r.plane) for r in items if isinstance(r, ImageRecord)] == [(2, 2)]
+    found = refusals(tmp_path)
+    reasons = ["image cannot be read", "channel twice", "channel twice"]
+    assert [item.reason for item in found] == reasons
+    assert not [item for item in read_folder(tmp_path) if isinstance(item, ImageRecord)]
 
 
 @pytest.mark.parametrize("marker", [".zgroup", "zarr.json"])
 def test_ome_zarr_says_what_to_do(tmp_path: Path, marker: str) -> None:
     make(tmp_path, f"P1.zarr/{marker}", "P1.zarr/0/0/0.tif", "P1/r01c01f01p01-ch1.tiff")
-    (found,) = refusals(tmp_path, PHENIX)
+    (found,) = refusals(tmp_path)
     assert found.reason == "OME-Zarr is not read"
     assert "export it to OME-TIFF" in found.detail
 
@@ -359,7 +470,7 @@ def test_links_that_leave_the_folder_are_passed_over(tmp_path: Path) -> None:
     make(tmp_path, "out/r01c01f01p01-ch1.tiff", "in/P/r01c01f01p01-ch2.tiff")
     (tmp_path / "in/P/r01c01f01p01-ch1.tiff").symlink_to(tmp_path / "out/r01c01f01p01-ch1.tiff")
     (tmp_path / "in/all").symlink_to(tmp_path / "out")
-    (record,) = records(tmp_path / "in", PHENIX)
+    (record,) = records(tmp_path / "in")
     assert channels(record) == [("ch2", 2)]
 
 
@@ -375,7 +486,7 @@ def test_a_folder_that_may_not_be_entered_is_said(
         return scandir(folder)
 
     monkeypatch.setattr(folders.os, "scandir", guarded)
-    first, second = read_folder(tmp_path, PHENIX)
+    first, second = read_folder(tmp_path)
     assert isinstance(first, ImageRecord)
     assert isinstance(second, Refusal)
     assert (second.line, second.reason) == (2, "folder cannot be opened")
@@ -384,10 +495,9 @@ def test_a_folder_that_may_not_be_entered_is_said(
 def test_layouts_are_told_from_names(tmp_path: Path) -> None:
     make(tmp_path, "a/r01c01f01p01-ch1.tiff", "b/AS_050428030001_O01f00d2.TIF", "c/x.tif")
     make(tmp_path, "d/B7_01_1_3_DAPI_001.tif", "d/B7_01_1_3_MaskNuclei_001.tif", "e/a_label.tif")
-    told = {name: folder_layouts(tmp_path / name) for name in "abcdef"}
-    assert told == {"a": [PHENIX], "b": [CELLOMICS], "c": [], "d": [WELLSITE], "e": [], "f": []}
-    make(tmp_path, "b/AS_050428030001_O01f01d2.TIF")
-    assert folder_layouts(tmp_path) == [CELLOMICS, PHENIX, WELLSITE]
+    make(tmp_path, "g/001001000.flex")
+    known = {name for name in "abcdefg" if has_image_names(tmp_path / name)}
+    assert known == {"a", "b", "d", "g"}
 
 
 rows, columns = st.integers(1, 32), st.integers(1, 48)
@@ -395,7 +505,7 @@ rows, columns = st.integers(1, 32), st.integers(1, 48)
 
 @given(rows, columns, st.integers(0, 9999), st.integers(0, 9999), st.integers(1, 999))
 def test_phenix_names_are_read_back(r: int, c: int, f: int, p: int, channel: int) -> None:
-    found = phenix_name(f"r{r:02d}c{c:02d}f{f:02d}p{p:02d}-ch{channel}sk7fk1fl1.tiff")
+    found = microscope_name(f"r{r:02d}c{c:02d}f{f:02d}p{p:02d}-ch{channel}sk7fk1fl1.tiff")
     assert found is not None
     key = (found.row, found.column, found.site, found.plane, found.time_point)
     assert key == (r, c, f, p, 7)
@@ -404,7 +514,7 @@ def test_phenix_names_are_read_back(r: int, c: int, f: int, p: int, channel: int
 
 @given(rows, columns, st.integers(0, 9999), st.integers(0, 99), st.integers(0, 10**12 - 1))
 def test_cellomics_names_are_read_back(r: int, c: int, f: int, d: int, scan: int) -> None:
-    found = cellomics_name(f"MFGTMP_{scan:012d}_{format_well(r, c)}f{f:02d}d{d}.TIF")
+    found = microscope_name(f"MFGTMP_{scan:012d}_{format_well(r, c)}f{f:02d}d{d}.TIF")
     assert found is not None
     assert (found.plate, found.row, found.column, found.site) == (f"{scan:012d}", r, c, f)
     assert found.channel == f"d{d}"
@@ -417,7 +527,7 @@ stains = st.text(st.characters(exclude_characters="_/\0"), min_size=1, max_size=
 def test_well_and_site_names_are_read_back(
     r: int, c: int, number: int, site: int, stain: str, time: int
 ) -> None:
-    found = wellsite_name(f"{format_well(r, c)}_01_{number}_{site}_{stain}_{time:03d}.tif")
+    found = microscope_name(f"{format_well(r, c)}_01_{number}_{site}_{stain}_{time:03d}.tif")
     assert found is not None
     assert (found.row, found.column, found.site, found.time_point) == (r, c, site, time)
     assert (found.channel, found.number) == (stain, number or None)
@@ -435,9 +545,9 @@ WILD = NamePattern(r"(?P<well>.*?)_(?P<site>.*?)_(?P<channel>.*?)_(?P<time>.*)")
 @given(names)
 def test_any_name_is_read_or_refused(name: str) -> None:
     looks_like_a_mask(name)
-    for read in READERS.values():
-        found = read(name)
-        assert found is None or (1 <= found.row <= 32 and 1 <= found.column <= 48)
+    found = microscope_name(name)
+    assert found is None or (1 <= found.row <= 32 and 1 <= found.column <= 48)
+    WILD.explain(name)
     try:
         WILD(name)
     except UserInputError:
@@ -452,7 +562,7 @@ def test_every_file_is_in_a_record_or_refused(
     folder = tmp_path_factory.mktemp("P")
     made = {f"{stem}p01-ch{number % 3}.tiff" for number, stem in enumerate(stems)}
     make(folder, *made)
-    items = list(read_folder(folder, PHENIX))
+    items = list(read_folder(folder))
     counts = [len(item.files) if isinstance(item, ImageRecord) else 1 for item in items]
     assert sum(counts) == len(made)
 
@@ -466,7 +576,7 @@ def test_a_long_name_is_not_given_to_a_pattern() -> None:
 
 @pytest.mark.real
 def test_real_phenix_fields() -> None:
-    found = records(real_data("cpjump1/images"), PHENIX)
+    found = records(real_data("cpjump1/images"))
     assert [(r.plate, r.core_name, len(r.files)) for r in found] == [
         ("AMG900", "r14c09f05", 1),
         ("DMSO", "r04c14f05", 5),
@@ -477,11 +587,11 @@ def test_real_phenix_fields() -> None:
 
 @pytest.mark.real
 def test_real_cellomics_fields() -> None:
-    found = records(real_data("cellprofiler_examples"), CELLOMICS)
+    found = records(real_data("cellprofiler_examples"))
     assert [(r.plate, r.row, r.column, r.site) for r in found] == [
         ("050428030001", 15, column, site) for column in (1, 2, 3) for site in (0, 1)
     ]
-    (human,) = records(real_data("cytotable/ExampleHuman"), CELLOMICS)
+    (human,) = records(real_data("cytotable/ExampleHuman"))
     assert (human.plate, human.row, human.column) == ("050116030001", 4, 3)
     assert [file.channel for file in human.files] == ["d0", "d1", "d2"]
 
@@ -489,13 +599,13 @@ def test_real_cellomics_fields() -> None:
 @pytest.mark.real
 def test_real_fields_named_by_well_and_site() -> None:
     folder = real_data("cytodataframe/NF1_Plate_2")
-    assert folder_layouts(folder) == [WELLSITE]
-    found = records(folder / "Plate_2_images", WELLSITE, plate="Plate_2")
+    assert has_image_names(folder)
+    found = records(folder / "Plate_2_images", plate="Plate_2")
     assert [(r.plate, r.row, r.column, r.site) for r in found] == [
         ("Plate_2", 2, 7, 3),
         ("Plate_2", 4, 6, 2),
     ]
     for record in found:
         assert channels(record) == [("DAPI", 1), ("GFP", 2), ("RFP", 3)]
-    masks = refusals(folder, WELLSITE)
+    masks = refusals(folder)
     assert [item.reason for item in masks] == ["looks like a mask"] * 6

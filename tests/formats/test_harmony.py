@@ -13,6 +13,7 @@ from realdata import real_data
 from cellstore.errors import BadTableError, UnknownNameError, UserInputError
 from cellstore.io.harmony import index_of, is_harmony, read_harmony
 from cellstore.io.image_tables import ImageRecord, read_image_table
+from cellstore.io.layouts import Layout, detect
 from cellstore.io.tables import Refusal, open_table
 
 V5 = "http://www.perkinelmer.com/PEHH/HarmonyV5"
@@ -325,6 +326,38 @@ def test_a_folder_with_an_index_is_as_good_as_the_index(tmp_path: Path) -> None:
     assert index_of(tmp_path) == index_of(tmp_path / "Images") == path
     assert is_harmony(tmp_path)
     assert fields(tmp_path) == fields(path)
+
+
+@pytest.mark.parametrize("name", ["index.xml", "Index.idx.xml", "INDEX.XML", "Index.ref.xml"])
+@pytest.mark.parametrize("folder", ["B03", "B03/Images", "B03/raw"])
+def test_an_index_of_any_spelling_above_or_beside_the_images(
+    tmp_path: Path, name: str, folder: str
+) -> None:
+    """Found from the folder of the images and from the one above; the index names the plate."""
+    (tmp_path / folder).mkdir(parents=True)
+    for channel in (1, 2):
+        (tmp_path / folder / f"r01c02f01p01-ch{channel}sk1fk1fl1.tiff").write_bytes(b"")
+    for place in {"B03", folder}:
+        path = index(tmp_path / place, [image(1), image(2)]).rename(tmp_path / place / name)
+        for given_folder in {tmp_path / "B03", tmp_path / folder}:
+            assert detect(given_folder) is Layout.HARMONY
+            (record,) = fields(given_folder)
+            assert (record.plate, len(record.files)) == ("BR1", 2)
+            assert {file.folder for file in record.files} == {str((tmp_path / folder).resolve())}
+        path.unlink()
+
+
+def test_the_index_of_other_images_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "Images").mkdir()
+    (tmp_path / "Images/r05c05f01p01-ch1sk1fk1fl1.tiff").write_bytes(b"")
+    path = index(tmp_path, [image(1)])
+    assert index_of(tmp_path / "Images") is None
+    path.write_text(path.read_text(encoding="utf-8")[:300], encoding="utf-8")
+    assert index_of(tmp_path / "Images") is None
+    for plate_folder in ("P1", "P2"):
+        (tmp_path / "screen" / plate_folder).mkdir(parents=True)
+        index(tmp_path / "screen" / plate_folder, [image(1)])
+    assert index_of(tmp_path / "screen") is None
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -109,6 +109,63 @@ def test_row_and_column_numbers_instead_of_a_well(tmp_path: Path) -> None:
     assert format_well(image.row, image.column) == "P24"
 
 
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [("2", "7"), ("002", "007"), ("B", "07"), ("2.0", "7.0"), ("", "7"), ("B", "")],
+)
+def test_a_row_and_a_column_beside_the_same_well(tmp_path: Path, row: str, column: str) -> None:
+    change = {"Metadata_Row": row, "Metadata_Col": column}
+    image = only_image(table(tmp_path, LOADDATA | change))
+    assert format_well(image.row, image.column) == "B07"
+    if row and column:
+        image = only_image(table(tmp_path, LOADDATA | change | {"Metadata_Well": ""}))
+        assert format_well(image.row, image.column) == "B07"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"Metadata_Col": "2"}, "well B7, but column 2"),
+        ({"Metadata_Column": "08"}, "well B7, but column 08"),
+        ({"Metadata_Row": "C"}, "well B7, but row C"),
+        ({"Metadata_Row": "7", "Metadata_Col": "2"}, "well B7, but row 7 and column 2"),
+        ({"Metadata_Row": "99"}, "well B7, but row 99"),
+    ],
+)
+def test_a_row_or_column_that_is_not_that_of_the_well(
+    tmp_path: Path, change: dict[str, str], said: str
+) -> None:
+    refusal = only_refusal(table(tmp_path, LOADDATA | change))
+    assert (refusal.reason, refusal.detail) == ("well and row or column disagree", said)
+
+
+@pytest.mark.parametrize(
+    ("url", "folder", "name"),
+    [
+        ("file:///data/my%20screen/a%23.tif", "/data/my screen", "a#.tif"),
+        ("file:/C:/data/a.tif", "C:/data", "a.tif"),
+        ("FILE:///C:\\data\\a.tif", "C:/data", "a.tif"),
+        ("s3://bucket/x/a.tif", "s3://bucket/x", "a.tif"),
+        ("https://me:secret@host/x/a.tif?signature=1", "https://host/x", "a.tif"),
+    ],
+)
+def test_urls_are_a_folder_and_a_name(tmp_path: Path, url: str, folder: str, name: str) -> None:
+    plain = {key: text for key, text in LOADDATA.items() if "Name" not in key}
+    for row in (
+        LOADDATA | {"FileName_OrigDNA": url},
+        plain | {"URL_DNA": url},
+        plain | {"URL_OrigDNA": url, "FileName_OrigDNA": name},
+    ):
+        (file,) = only_image(table(tmp_path, row)).files
+        assert (file.channel, file.name, file.folder) == ("DNA", name, folder)
+
+
+def test_a_folder_beside_a_plain_name_goes_before_the_url(tmp_path: Path) -> None:
+    (file,) = only_image(table(tmp_path, LOADDATA | {"URL_OrigDNA": "file:///x/b.tif"})).files
+    assert (file.name, file.folder) == ("dna.tif", "/elsewhere/images")
+    assert only_refusal(table(tmp_path, LOADDATA | {"FileName_OrigDNA": "file:///x/.."}))
+
+
 def test_flat_fields_are_no_channels_and_an_empty_name_is_a_channel_not_taken(
     tmp_path: Path,
 ) -> None:

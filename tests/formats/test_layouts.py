@@ -3,6 +3,9 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -34,7 +37,7 @@ def test_every_layout_brings_something(layout: Layout) -> None:
     ("layout", "kind"),
     [
         (Layout.PUBLISHED, SourceKind.IMAGES),
-        (Layout.PATTERN_FOLDER, SourceKind.IMAGES),
+        (Layout.IMAGE_FOLDER, SourceKind.IMAGES),
         (Layout.JUMP_PLATES, SourceKind.TREATMENTS),
         (Layout.SINGLE_CELLS, SourceKind.FEATURES),
         (Layout.MASKS, SourceKind.MASKS),
@@ -80,9 +83,9 @@ def test_a_folder_of_plate_maps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "layout"),
     [
-        (["r01c01f01p01-ch1sk1fk1fl1.tiff", "r01c01f01p01-ch2sk1fk1fl1.tiff"], "phenix-folder"),
-        (["AS_09047_050428030001_O01f00d2.TIF"], "cellomics-folder"),
-        (["B7_01_1_3_DAPI_001.tif", "B7_01_2_3_GFP_001.tif"], "wellsite-folder"),
+        (["r01c01f01p01-ch1sk1fk1fl1.tiff", "r01c01f01p01-ch2sk1fk1fl1.tiff"], "image-folder"),
+        (["AS_09047_050428030001_O01f00d2.TIF"], "image-folder"),
+        (["B7_01_1_3_DAPI_001.tif", "B7_01_2_3_GFP_001.tif"], "image-folder"),
     ],
 )
 def test_folders_of_images_are_told_by_their_file_names(
@@ -105,10 +108,10 @@ def test_images_beside_tables_of_objects_are_ambiguous_until_one_is_asked_for(
     write(tmp_path, IMAGES, "Image.csv")
     write(tmp_path, OBJECTS, "Cells.csv")
     write(tmp_path, "", "AS_09047_050428030001_O01f00d2.TIF")
-    named = r"cellprofiler-csv \(features\) or cellomics-folder \(images\).*--layout"
+    named = r"cellprofiler-csv \(features\) or image-folder \(images\).*--layout"
     with pytest.raises(BadTableError, match=named):
         detect(tmp_path)
-    assert detect(tmp_path, SourceKind.IMAGES) is Layout.CELLOMICS_FOLDER
+    assert detect(tmp_path, SourceKind.IMAGES) is Layout.IMAGE_FOLDER
     assert detect(tmp_path, SourceKind.FEATURES) is Layout.CELLPROFILER_CSV
 
 
@@ -200,9 +203,9 @@ def test_any_bytes_are_of_a_layout_or_refused(
         ("distributed_cellprofiler/load_data_CPG_BR00117035.csv", "loaddata"),
         ("pe2loaddata/Version1/load_data_version1.csv", "loaddata"),
         ("pe2loaddata/Version1/Index.idx.xml", "harmony"),
-        ("cpjump1/images/DMSO", "phenix-folder"),
-        ("cellprofiler_examples/ExampleIlluminationCorrection", "cellomics-folder"),
-        ("cytodataframe/NF1_Plate_2/Plate_2_images", "wellsite-folder"),
+        ("cpjump1/images/DMSO", "image-folder"),
+        ("cellprofiler_examples/ExampleIlluminationCorrection", "image-folder"),
+        ("cytodataframe/NF1_Plate_2/Plate_2_images", "image-folder"),
         ("cytodataframe/NF1_Plate_2/Plate_2_with_image_data_shrunken.parquet", "single-cells"),
         ("cytotable/Cell-Health/test-SQ00014613.sqlite", "cellprofiler-sqlite"),
         ("cytotable/data_b_sqlite/data_b.sqlite", "cellprofiler-sqlite"),
@@ -219,3 +222,30 @@ def test_any_bytes_are_of_a_layout_or_refused(
 )
 def test_the_layouts_of_real_sources(name: str, layout: str) -> None:
     assert detect(real_data(name)).value == layout
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ["Metadata_Plate", "Metadata_Well", "Cells_AreaShape_Area", "Nuclei_Texture_Entropy"],
+        ["Metadata_broad_sample", "Metadata_well_position", "Metadata_gene", "Cells_Area"],
+        ["Metadata_Well", *(f"efficientnet_{number}" for number in range(672))],
+    ],
+)
+def test_well_profiles_are_refused_by_name(tmp_path: Path, columns: list[str], ending: str) -> None:
+    path = tmp_path / f"profiles.{ending}"
+    rows = pa.table({name: ["1", "2"] for name in columns})
+    (pq.write_table if ending == "parquet" else pa_csv.write_csv)(rows, path)
+    features = sum(not name.startswith("Metadata_") for name in columns)
+    words = rf"well profiles \({features} features, .* ingest the table of single cells"
+    for kind in (None, SourceKind.FEATURES):
+        with pytest.raises(BadTableError, match=words):
+            detect(path, kind)
+
+
+def test_a_plate_map_with_many_columns_is_no_profile(tmp_path: Path) -> None:
+    columns = ["well_position", "broad_sample", *(f"note_{number}" for number in range(40))]
+    path = tmp_path / "map.csv"
+    path.write_text(",".join(columns) + "\n" + ",".join("x" for _ in columns) + "\n")
+    assert detect(path) is Layout.PLATEMAP

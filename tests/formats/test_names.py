@@ -33,6 +33,11 @@ columns = st.integers(1, COLUMNS)
         ("AF48", (32, 48)),
         ("0101", (1, 1)),
         ("3248", (32, 48)),
+        ("002001", (2, 1)),
+        ("r032c048", (32, 48)),
+        ("A01.a1", (1, 1)),
+        ("a1.B2", (2, 2)),
+        ("P24.b1", (32, 47)),
     ],
 )
 def test_wells_as_people_write_them(text: str, well: tuple[int, int]) -> None:
@@ -55,6 +60,10 @@ def test_wells_as_people_write_them(text: str, well: tuple[int, int]) -> None:
         "010",
         "01011",
         "A1B",
+        "A01.c1",
+        "Q01.a1",
+        "A01.a3",
+        "102001",
         "Ä1",
         "A²",
     ],

@@ -17,7 +17,7 @@ from cellstore.io.image_files import (
     ImageFolder,
     Stack,
     StackPage,
-    has_more_pages,
+    is_one_plane,
     probe,
     read_plane,
     read_stack,
@@ -139,6 +139,197 @@ def test_channels_of_imagej_are_not_planes(tmp_path: Path) -> None:
     assert [page.plane for page in read(plain).pages] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("axes", ["CYX", "ZCYX", "CZYX", "TZCYX", "QYX", "CQYX", "TCYX"])
+def test_axes_that_tifffile_names_are_read(tmp_path: Path, axes: str) -> None:
+    sizes = {"C": 4, "Z": 2, "T": 3, "Q": 2}
+    shape = tuple(sizes[axis] for axis in axes[:-2])
+    array = pages(int(np.prod(shape))).reshape(*shape, 3, 4)
+    path = saved(tmp_path / "a.tif", array, metadata={"axes": axes})
+    stack = read(path)
+    assert len(stack.channel_names) == (4 if "C" in axes else 1)
+    assert stack.planes == (2 if "Z" in axes or "Q" in axes else 1)
+    assert stack.time_points == (3 if "T" in axes else 1)
+    for page, channel, plane, time_point in stack.pages:
+        position = {"C": channel - 1, "Z": plane - 1, "Q": plane - 1, "T": time_point - 1}
+        expected = array[tuple(position[axis] for axis in axes[:-2])]
+        np.testing.assert_array_equal(read_plane(f"{path}#page={page}"), expected)
+
+
+def test_channels_that_tifffile_names_have_their_names(tmp_path: Path) -> None:
+    metadata = {"axes": "CYX", "Channel": {"Name": NAMES}}
+    assert read(saved(tmp_path / "a.tif", pages(3), metadata=metadata)).channel_names == tuple(
+        NAMES
+    )
+
+
+@pytest.mark.parametrize("axes", ["PQYX", "ZQYX"])
+def test_axes_that_mean_nothing_here_are_refused(tmp_path: Path, axes: str) -> None:
+    path = saved(tmp_path / "a.tif", pages(4).reshape(2, 2, 3, 4), metadata={"axes": axes})
+    with pytest.raises(ImageError, match=f"axes '{axes}', of which cellstore knows C, Z and T"):
+        read_stack(path)
+
+
+def named_pages(path: Path, *names: str) -> Path:
+    with tifffile.TiffWriter(path) as writer:
+        for page, name in zip(pages(len(names)), names, strict=True):
+            tag = (285, "s", 0, name, True)
+            writer.write(page, photometric="minisblack", metadata=None, extratags=[tag])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "told"),
+    [
+        (["DNA", "ER"], ("DNA", "ER"), [(1, 1, 1), (2, 1, 1)]),
+        (["ER", "DNA"] * 2, ("ER", "DNA"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)]),
+        (["ER", "ER", "DNA", "DNA"], ("ER", "DNA"), [(1, 1, 1), (1, 2, 1), (2, 1, 1), (2, 2, 1)]),
+        (["Alexa 488", "Alexa 568"], ("Alexa 488", "Alexa 568"), [(1, 1, 1), (2, 1, 1)]),
+        (["w1", "w2"], ("w1", "w2"), [(1, 1, 1), (2, 1, 1)]),
+        (["z=0", "z=1"], (None,), [(1, 1, 1), (1, 2, 1)]),
+        (["Page 1 of 2", "Page 2 of 2"], (None,), [(1, 1, 1), (1, 2, 1)]),
+        (["time 1", "time 2"], (None,), [(1, 1, 1), (1, 1, 2)]),
+        (["DNA", "ER", "ER"], (None,), [(1, 1, 1), (1, 2, 1), (1, 3, 1)]),
+        (["DNA", "DNA"], (None,), [(1, 1, 1), (1, 2, 1)]),
+    ],
+)
+def test_names_of_pages(
+    tmp_path: Path, names: list[str], channels: tuple[str | None, ...], told: list[tuple[int, ...]]
+) -> None:
+    stack = read(named_pages(tmp_path / "a.tif", *names))
+    assert stack.channel_names == channels
+    assert [tuple(page)[1:] for page in stack.pages] == told
+
+
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("described", [False, True])
+def test_samples_that_nothing_is_said_of_are_channels(
+    tmp_path: Path, planar: bool, count: int, described: bool
+) -> None:
+    array = pages(3 * count).reshape(count, 3, 3, 4)  # plane, sample
+    path = tmp_path / "a.tif"
+    samples = array if planar else np.moveaxis(array, 1, -1)
+    axes = ("ZCYX" if planar else "ZYXC")[2 - count :]
+    tifffile.imwrite(
+        path,
+        samples if count > 1 else samples[0],
+        photometric="minisblack",
+        planarconfig="separate" if planar else "contig",
+        extrasamples=["unspecified"] * 2,
+        metadata={"axes": axes} if described else None,
+    )
+    stack = read(path)
+    assert stack.channel_names == (None, None, None)
+    assert len(stack.pages) == 3 * count
+    for page, channel, plane, _ in stack.pages:
+        expected = array[plane - 1, channel - 1]
+        uri = f"{path}#page={page}"
+        np.testing.assert_array_equal(read_plane(uri), expected)
+        np.testing.assert_array_equal(read_plane(uri, probe(uri).sha256), expected)
+    for look in (probe, read_plane):
+        with pytest.raises(ImageError, match=f"holds {3 * count} planes"):
+            look(path)
+        with pytest.raises(ImageError, match=f"has no page {3 * count + 1}"):
+            look(f"{path}#page={3 * count + 1}")
+
+
+def test_samples_of_an_ome_tiff_are_channels(tmp_path: Path) -> None:
+    array = np.moveaxis(pages(4).reshape(2, 2, 3, 4), 1, -1)  # channel, y, x, sample
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(
+        path, array, photometric="minisblack", planarconfig="contig", metadata={"axes": "CYXS"}
+    )
+    assert [tuple(page) for page in read(path).pages] == [
+        (1, 1, 1, 1),
+        (2, 2, 1, 1),
+        (3, 3, 1, 1),
+        (4, 4, 1, 1),
+    ]
+
+
+@pytest.mark.parametrize("alpha", ["unassalpha", "assocalpha"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_alpha_is_passed_over_and_named(tmp_path: Path, alpha: str, channels: int) -> None:
+    array = np.moveaxis(pages(channels + 1), 0, -1)
+    extra = ["unspecified"] * (channels - 1) + [alpha]
+    path = saved(tmp_path / "a.tif", array, planarconfig="contig", extrasamples=extra)
+    if channels == 1:
+        assert read_stack(path) is None
+        assert int(read_plane(path).max()) == 1
+        assert probe(path).remarks == ("alpha channel, skipped",)
+    else:
+        assert [page.page for page in read(path).pages] == [1, 2]
+        assert probe(f"{path}#page=1").remarks == ("alpha channel, skipped",)
+        assert probe(f"{path}#page=2").remarks == ()
+
+
+def test_colours_are_refused_before_they_are_stored(tmp_path: Path) -> None:
+    colour = np.zeros((3, 4, 3), np.uint8)
+    grey, real = tmp_path / "grey.tif", tmp_path / "real.tif"
+    for planar in ("contig", "separate"):
+        shape = colour if planar == "contig" else np.moveaxis(colour, -1, 0)
+        tifffile.imwrite(grey, shape, photometric="rgb", planarconfig=planar)
+        assert (read_stack(grey), probe(grey).dtype) == (None, "uint8")
+        shape = shape.copy()
+        shape[1, 1, 1] = 9
+        tifffile.imwrite(real, shape, photometric="rgb", planarconfig=planar)
+        for look in (read_stack, probe, read_plane):
+            with pytest.raises(ImageError, match="is not one grey channel"):
+                look(real)
+        with pytest.raises(ImageError, match="has colours"):
+            read_plane(f"{real}#page=2")
+    png = tmp_path / "a.png"
+    colour[1, 1, 1] = 9
+    png.write_bytes(imagecodecs.png_encode(colour))
+    for look in (read_stack, probe):
+        with pytest.raises(ImageError, match="is not one grey channel"):
+            look(png)
+
+
+def test_reduced_copies_are_passed_over_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as writer:
+        for page in pages(1):
+            writer.write(page, metadata=None)
+            writer.write(page[::2, ::2], subfiletype=1, metadata=None)
+    assert read_stack(path) is None
+    assert read_plane(path).shape == (3, 4)
+    assert probe(path).remarks == ("reduced copies of the image, skipped",)
+    with tifffile.TiffWriter(path) as writer:
+        for page in pages(2):
+            writer.write(page, metadata=None)
+            writer.write(page[::2, ::2], subfiletype=1, metadata=None)
+    assert [tuple(page) for page in read(path).pages] == [(1, 1, 1, 1), (3, 1, 2, 1)]
+    assert int(read_plane(f"{path}#page=3").max()) == 2
+
+
+def test_an_image_where_zero_is_white_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pages(1)[0], photometric="miniswhite")
+    assert probe(path).remarks == ("white is zero, values not inverted",)
+    np.testing.assert_array_equal(read_plane(path), pages(1)[0])
+
+
+def test_an_ome_tiff_of_several_files_knows_its_planes(tmp_path: Path) -> None:
+    blocks = "".join(
+        f'<TiffData IFD="{plane}" FirstC="{channel}" FirstZ="{plane}" PlaneCount="1">'
+        f'<UUID FileName="c{channel}.ome.tif">urn:uuid:{channel}</UUID></TiffData>'
+        for channel in range(2)
+        for plane in range(3)
+    )
+    xml = ome_xml(inner=blocks)
+    ome(tmp_path / "c0.ome.tif", xml, 3)
+    stack = read(ome(tmp_path / "c1.ome.tif", xml, 3))
+    assert [tuple(page) for page in stack.pages] == [(1, 2, 1, 1), (2, 2, 2, 1), (3, 2, 3, 1)]
+    assert stack.channel_names == ("DNA", None)
+    only = '<OME><BinaryOnly MetadataFile="../x/set.companion.ome" UUID="urn:uuid:0"/></OME>'
+    needs = ome(tmp_path / "c1.ome.tif", only, 3)
+    with pytest.raises(ImageError, match=r"described in set\.companion\.ome, which is not beside"):
+        read_stack(needs)
+    (tmp_path / "set.companion.ome").write_text(xml, encoding="utf-8")
+    assert read(needs) == stack
+
+
 def test_pages_must_be_grey_and_of_one_shape(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     for odd in (
@@ -229,7 +420,7 @@ def test_cut_headers_are_no_stacks(tmp_path: Path) -> None:
         path = tmp_path / "cut.tif"
         path.write_bytes(whole[:size])
         with path.open("rb") as stream:
-            assert not has_more_pages(stream)
+            assert is_one_plane(stream)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -414,3 +416,31 @@ def test_a_small_table_is_read_without_arrow(tmp_path: Path) -> None:
         "assert len(rows) == 1 and 'pyarrow' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_parquet_file_is_read_as_the_csv_file_with_its_rows(tmp_path: Path) -> None:
+    columns = {
+        "a,b": ['x"y', "two\nlines", None, "µ"],
+        "whole": pa.array([1, None, 3, 4], pa.int32()),
+        "number": [0.5, float("nan"), 1e-7, 3.0],
+        "kind": pa.array(["p", "q", "p", "p"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    table = open_table(tmp_path / "t.parquet")
+    assert table.columns == tuple(columns)
+    assert open_table(tmp_path / "t.parquet", whole=False).columns == table.columns
+    rows = [row.cells for row in table.rows() if isinstance(row, TableRow)]
+    assert [[cell_text(row, at) for at in range(4)] for row in rows] == [
+        ['x"y', "1", "0.5", "p"],
+        ["two\nlines", None, None, "q"],
+        [None, "3", "1e-7", "p"],
+        ["µ", "4", "3", "p"],
+    ]
+
+
+def test_a_parquet_file_that_is_no_table_of_texts_and_numbers_is_said(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [[1, 2]], "b": ["x"]}), tmp_path / "lists.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "lists.parquet").read_bytes()[:40])
+    for name in ("lists.parquet", "cut.parquet"):
+        with pytest.raises(BadTableError, match=r"is damaged, or has values that are no text"):
+            open_table(tmp_path / name)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from sqlalchemy import select
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.enums import ArtifactKind, Stage
 from cellstore.jobs.runs import RecipeSpec, attach, keep_file, register, running
 from cellstore.jobs.workspace import Workspace
@@ -16,7 +17,6 @@ from cellstore.learn.networks import FusionNet, NetShape, build_net
 from cellstore.learn.normalising import Scaler
 from cellstore.learn.trained_models import NETWORK, ModelRecord, save_net
 from cellstore.models import Recipe, Split
-from cellstore.query.feature_files import FEATURE_COLUMNS
 
 WIDTH = 5
 """Numbers in the embedding of a made-up network."""
@@ -24,7 +24,7 @@ WIDTH = 5
 CALM = 200.0
 """Real crops excite a network that nobody trained so much that it would be certain of all cells."""
 
-PLAIN = Scaler(FEATURE_COLUMNS, (100.0,) * len(FEATURE_COLUMNS), (1000.0,) * len(FEATURE_COLUMNS))
+PLAIN = Scaler(FEATURE_NAMES, (100.0,) * len(FEATURE_NAMES), (1000.0,) * len(FEATURE_NAMES))
 
 
 def craft(

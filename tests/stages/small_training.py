@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import SegmentParams, SplitParams, TrainParams
 from cellstore.enums import ArtifactKind, Stage, Subset
 from cellstore.io.image_files import encode_tiff
@@ -38,7 +39,6 @@ from cellstore.models import (
     Segmentation,
     Well,
 )
-from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.settings import Progress, StoreSettings
 from cellstore.stages.measure import measure
 from cellstore.stages.split import create_split
@@ -213,7 +213,8 @@ class StopsAfter(Progress):
 
 def cells_of(workspace: Workspace, split: str, side: Subset) -> dict[int, list[float]]:
     """Measurements by cell id of a side, asked for without the code under test."""
-    names = ", ".join(f"f.{name}" for name in FEATURE_COLUMNS)
+    stored = [f"f.{name}" for name in FEATURE_NAMES[:-2]]
+    names = ", ".join((*stored, "c.centroid_row", "c.centroid_col"))
     query = text(
         f"SELECT c.id, {names} FROM cells c JOIN features f ON f.cell_id = c.id "
         "JOIN segmentations g ON g.id = c.segmentation_id "

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from factories import FEATURE_COLUMNS, Factory
+from factories import Factory
 from sqlalchemy import select, update
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import BaselineParams, ContrastParams
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
@@ -61,9 +62,9 @@ class Screen:
         return well
 
     def features(self, cells: Sequence[Cell], shift: float) -> None:
-        values = self.random.normal(size=(len(cells), len(FEATURE_COLUMNS)))
+        values = self.random.normal(size=(len(cells), len(FEATURE_NAMES) - 2))
         values[:, :3] += shift
-        named = [dict(zip(FEATURE_COLUMNS, row, strict=True)) for row in values.tolist()]
+        named = [dict(zip(FEATURE_NAMES, row, strict=False)) for row in values.tolist()]
         keys = {"recipe_id": self.measure.recipe_id, "run_id": self.measure.id}
         self.make.add_all(
             [

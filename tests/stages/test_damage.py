@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
+import time
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from factories import Factory
 from small_training import Opener, Trained
 from sqlalchemy import select, text
+from test_segment_measure import Bench
+from test_segment_measure import bench as bench_of_images
 
+from cellstore.config import IngestParams
 from cellstore.db.events import Change, record_events
 from cellstore.enums import Stage
-from cellstore.errors import DatabaseError
+from cellstore.errors import DatabaseError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event
-from cellstore.settings import StoreSettings
+from cellstore.settings import Progress, StoreSettings
 from cellstore.stages.doctor import doctor
+from cellstore.stages.ingest.ingest import ingest, refresh, relocate
 from cellstore.stages.predict import predict
 from cellstore.stages.qc import qc
+from cellstore.stages.segment import segment
+from cellstore.stages.status import status
 from cellstore.stages.verify import verify
 
 
@@ -121,3 +132,92 @@ def test_a_file_that_cannot_be_read_ends_in_a_sentence(sqlite_workspace: Workspa
     with pytest.raises(DatabaseError, match=r"is damaged.*Put it back from a backup"):
         verify(sqlite_workspace)
     assert not doctor(settings).ok
+
+
+# --- image files that are gone -------------------------------------------------------------------
+
+bench = bench_of_images
+"""The fixture, of three images with two files each."""
+
+
+def test_files_that_were_moved_are_noticed_and_relocated(bench: Bench, tmp_path: Path) -> None:
+    workspace = bench.workspace
+    segment(workspace, bench.params)
+    assert (status(workspace).gone, verify(workspace).gone) == ((), ())
+    moved = tmp_path / "elsewhere"
+    bench.images.rename(moved)
+    for gone in (status(workspace).gone, verify(workspace).gone):
+        assert [(item.folder, item.files, item.seen) for item in gone] == [
+            (str(bench.images), 6, 6)
+        ]
+        assert f"6 files are gone from {bench.images}." in gone[0].sentence
+        assert f"cellstore relocate {bench.images} NEW" in gone[0].sentence
+    assert not verify(workspace).ok
+    looked = refresh(workspace)
+    assert [issue.detail for issue in looked.problems] == [gone[0].sentence]
+
+    with pytest.raises(UserInputError, match="none of them is"):
+        relocate(workspace, str(bench.images), str(tmp_path / "nowhere"))
+    tried = relocate(workspace, str(bench.images), str(moved), dry_run=True)
+    assert tried.folders == ((str(bench.images), str(moved), 6),)
+    assert status(workspace).gone
+    assert relocate(workspace, str(bench.images), str(moved), reason="new disk").files == 6
+    assert (status(workspace).gone, verify(workspace).ok) == ((), True)
+    with workspace.database.read() as session:
+        event = session.scalars(select(Event).order_by(Event.id.desc()).limit(1)).one()
+    assert (event.table_name, event.reason) == ("folders", "new disk")
+    assert (event.old, event.new) == ({"uri": str(bench.images)}, {"uri": str(moved)})
+    assert (refresh(workspace).changed, segment(workspace, bench.params).done) == (0, 0)
+    # And back.
+    moved.rename(bench.images)
+    relocate(workspace, str(moved), str(bench.images))
+    assert status(workspace).gone == ()
+
+
+def test_a_folder_with_other_files_is_not_taken(bench: Bench, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bench.images, copy, copy_function=shutil.copyfile)  # other times, same bytes
+    name = bench.file(2, 1).name
+    pixels = (copy / name).read_bytes()
+    old, new = str(bench.images), str(copy)
+    (copy / name).unlink()
+    with pytest.raises(UserInputError, match=f"1 of them, for example {name} is not there"):
+        relocate(bench.workspace, old, new)
+    (copy / name).write_bytes(pixels[:-1] + bytes([pixels[-1] ^ 1]))
+    with pytest.raises(UserInputError, match=r"another file there\. Nothing was changed"):
+        relocate(bench.workspace, old, new)
+    (copy / name).write_bytes(pixels)
+    assert relocate(bench.workspace, old, new).hashed == 6
+    assert segment(bench.workspace, bench.params).done == 3  # their times are known
+
+
+def test_ingesting_from_the_new_folder_is_a_repair(bench: Bench, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    bench.images.rename(moved)
+    assert len(segment(bench.workspace, bench.params).failures) == 3
+    found = ingest(bench.workspace, bench.table, IngestParams(images=moved))
+    assert f"6 files are now read from {moved}, no longer from {bench.images}" in found.notes
+    assert status(bench.workspace).gone == ()
+    assert segment(bench.workspace, bench.params).done == 3  # what failed is open again
+
+
+def test_a_stage_says_once_that_a_folder_is_gone(bench: Bench) -> None:
+    class Heard(Progress):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    shutil.rmtree(bench.images)
+    started = time.monotonic()
+    found = segment(replace(bench.workspace, progress=Heard()), bench.params)
+    assert time.monotonic() - started < 1  # nothing is tried again
+    assert Heard.notes == [status(bench.workspace).gone[0].sentence]
+    assert [name for name, _ in found.failures] == [f"P1/r01c02f0{site}" for site in (1, 2, 3)]
+    assert len({reason for _, reason in found.failures}) == 1
+
+
+def test_a_file_that_is_gone_from_its_folder_is_named(bench: Bench) -> None:
+    bench.file(3, 2).unlink()
+    (gone,) = status(bench.workspace).gone
+    assert (gone.files, gone.seen, gone.first) == (1, 6, bench.file(3, 2).name)

@@ -165,7 +165,7 @@ def test_flagged_cells_and_images_have_no_vote(workspace: Workspace) -> None:
     assert (found.score("cell", "hard").correct, found.score("cell", "hard").n) == (1, 3)
     assert (found.qc_run_id, found.images_flagged, found.cells_flagged) == (run.id, 1, 4)
     assert found.notes[-1] == (
-        f"Left out, because quality-control run {run.id} flagged them: 1 images and 4 cells, those "
+        f"Excluded, because quality-control run {run.id} flagged them: 1 images and 4 cells, those "
         "of the images included."
     )
     # B04 is labelled, too, if not on the side that is scored.

@@ -19,6 +19,7 @@ from small_models import PLAIN, awake, craft
 from small_training import Opener, said
 from sqlalchemy import select, update
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import BaselineParams, PredictParams
 from cellstore.enums import Control
 from cellstore.errors import StorageError, UserInputError
@@ -28,7 +29,6 @@ from cellstore.learn.exported_classifier import Classifier, Network
 from cellstore.learn.networks import NetShape, build_net
 from cellstore.learn.normalising import Scale
 from cellstore.models import ImageFile, Run, Well
-from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.export_model import export_model
 from cellstore.stages.predict import predict
 from cellstore.stages.train_baselines import train_baselines
@@ -129,7 +129,7 @@ def test_the_record_says_where_the_model_comes_from(
     export_model(workspace, str(run), tmp_path / "model")
     record = json.loads((tmp_path / "model" / "model.json").read_text())
     assert record["labels"] == ["DMSO", "drug"]
-    assert [item["name"] for item in record["columns"]] == list(FEATURE_COLUMNS)
+    assert [item["name"] for item in record["columns"]] == list(FEATURE_NAMES)
     assert all({"unit", "source"} <= item.keys() for item in record["columns"])
     assert list(record["crops"]["channels"]) == ["mask"]
     lineage = record["lineage"]
@@ -148,7 +148,7 @@ def test_a_model_of_plates_knows_the_plate_of_its_example(
     built: Path, opened: Opener, tmp_path: Path
 ) -> None:
     workspace = opened(built)
-    n = len(FEATURE_COLUMNS)
+    n = len(FEATURE_NAMES)
     known = replace(PLAIN, plates={"elsewhere": Scale((1.0,) * n, (2.0,) * n, 9)})
     with workspace.database.begin() as session:
         session.execute(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from published_metadata import PLATE, write_published_metadata
 from realdata import real_data
 from sqlalchemy import ColumnElement, func, select
@@ -191,7 +192,9 @@ def test_a_corrected_table_changes_the_treatment_and_says_what_changed(
     later = ingest(workspace, table)
     assert (later.rows, later.updated, later.refused) == (1, 1, 0)
     with workspace.database.read() as session:
-        change = session.scalars(select(Event).where(Event.table_name == "wells")).one()
+        change = session.scalars(
+            select(Event).where(Event.table_name == "wells", Event.old.is_not(None))
+        ).one()
         well = session.scalars(select(Well)).one()
         assert change.old == {"treatment_id": 1, "treatment": "DMSO", "control": "negative"}
         assert change.new == {
@@ -204,7 +207,7 @@ def test_a_corrected_table_changes_the_treatment_and_says_what_changed(
     # The first table, byte by byte the same, does not undo the correction.
     back = ingest(workspace, tmp_path / "t.csv")
     assert back.unchanged == 2
-    assert count(workspace, Event, Event.table_name == "wells") == 1
+    assert count(workspace, Event, Event.table_name == "wells", Event.old.is_not(None)) == 1
     assert "1 well has a newer label from another table; kept" in " ".join(back.notes)
 
 
@@ -288,3 +291,47 @@ def test_a_plate_map_says_what_was_done_to_the_wells(
         well = session.scalars(select(Well)).one()
         assert well.treatment is not None
         assert (well.treatment.name, well.control) == ("DMSO", "negative")
+
+
+@pytest.mark.parametrize("folders", [("a", "b"), ("b", "a")])
+def test_files_of_one_name_in_two_folders_are_not_one_image(
+    sqlite_workspace: Workspace, tmp_path: Path, folders: tuple[str, str]
+) -> None:
+    for value, folder in enumerate(folders):
+        (tmp_path / "P" / folder).mkdir(parents=True)
+        write_image(tmp_path / "P" / folder, "A01_s1.tif", value)
+    params = IngestParams(pattern=r"(?P<well>[A-H]\d\d)_s(?P<site>\d)", plate="P")
+    result = ingest(sqlite_workspace, tmp_path / "P", params)
+    assert (result.created, result.refused) == (1, 1)
+    assert result.reasons == ((Severity.REFUSED, "the same field twice, with other files", 1),)
+
+
+def test_what_was_passed_over_in_a_file_is_said_by_ingest(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    grey = np.full((4, 5), 7, np.uint8)
+    (tmp_path / "P").mkdir()
+    tifffile.imwrite(tmp_path / "P/A01.tif", grey, photometric="miniswhite")
+    tifffile.imwrite(
+        tmp_path / "P/A02.tif",
+        np.stack([grey, grey], axis=-1),
+        photometric="minisblack",
+        planarconfig="contig",
+        extrasamples=["unassalpha"],
+    )
+    colour = np.stack([grey, grey + 1, grey], axis=-1)
+    tifffile.imwrite(tmp_path / "P/A03.tif", colour, photometric="rgb")
+    result = ingest(sqlite_workspace, tmp_path / "P", IngestParams(pattern=r"(?P<well>A\d\d)"))
+    assert (result.created, result.refused, result.missing_images) == (2, 1, 0)
+    assert set(result.reasons) == {
+        (Severity.REFUSED, "image cannot be read", 1),
+        (Severity.SUSPICIOUS, "white is zero, values not inverted", 1),
+        (Severity.SUSPICIOUS, "alpha channel, skipped", 1),
+    }
+    # In a table, too, colours are refused before anything is computed.
+    table = write_table(
+        tmp_path / "t.csv",
+        [{**loaddata(1), "FileName_OrigDNA": "A03.tif", "PathName_OrigDNA": str(tmp_path / "P")}],
+    )
+    (issue,) = ingest(sqlite_workspace, table).issues
+    assert (issue.severity, issue.reason) == (Severity.PROBLEM, "image cannot be read")

@@ -38,6 +38,8 @@ from cellstore.models import (
     Well,
 )
 from cellstore.query import feature_files
+from cellstore.query.engine import open_questions
+from cellstore.query.saved_queries import find_question
 from cellstore.stages.ingest.account import Account, Brought
 from cellstore.stages.ingest.ingest_features import ingest_features
 
@@ -497,3 +499,49 @@ def test_the_field_of_the_study(workspace: Workspace) -> None:
         image = session.scalars(select(Image)).one()
     assert box == (7, 208, 98, 275)
     assert image.core_name == "r01c01f01"
+
+
+def counted(folder: Path, well: str, count: str, areas: Sequence[Any] = ()) -> Path:
+    """A folder of CellProfiler with one image, in which ``count`` cells were counted."""
+    site(folder, 1, areas, well=well)
+    _write(folder / f"P1-{well}-1" / "Image.csv", [["ImageNumber", "Count_Cells"], [1, count]])
+    return folder
+
+
+def segmented(workspace: Workspace) -> dict[str, int]:
+    """The number of cells of each segmentation by well."""
+    query = select(Well.name, Segmentation.n_cells).join(Image, Image.well_id == Well.id)
+    with workspace.database.read() as session:
+        found = session.execute(query.join(Segmentation, Segmentation.image_id == Image.id))
+        return {row[0]: row[1] for row in found}
+
+
+def test_a_field_without_cells_is_a_segmentation_of_none(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    for well, count, areas in (("A01", "1", [10]), ("A02", "0", []), ("A03", "nan", [])):
+        counted(tmp_path / "cp", well, count, areas)
+    ingest(workspace, tmp_path / "cp")
+    assert segmented(workspace) == {"A01": 1, "A02": 0}
+    with open_questions(workspace) as questions:
+        sql = find_question(workspace, "wells-without-cells").query
+        assert [row[1] for row in questions.ask(sql).rows()] == ["A02"]
+    again = ingest(workspace, tmp_path / "cp")
+    assert (again.new, again.account.created) == (0, 0)
+    assert segmented(workspace) == {"A01": 1, "A02": 0}
+
+
+def test_a_plate_without_any_cell_is_segmented(workspace: Workspace, tmp_path: Path) -> None:
+    done = ingest(workspace, counted(tmp_path, "A02", "0"))
+    assert (done.cells, segmented(workspace)) == (0, {"A02": 0})
+
+
+def test_cells_and_none_of_one_field_contradict_each_other(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    ingest(workspace, counted(tmp_path / "one", "A01", "2", [10, 11]))
+    done = ingest(workspace, counted(tmp_path / "two", "A01", "0"))
+    assert done.account.reasons[Severity.PROBLEM, "other values than before"] == 1
+    done = ingest(workspace, counted(tmp_path / "three", "A01", "0", [10, 11]))  # rows count
+    assert done.account.reasons[Severity.PROBLEM, "other values than before"] == 0
+    assert segmented(workspace) == {"A01": 2}

@@ -12,6 +12,7 @@ from small_training import Opener, pixels
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.errors import ImageError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import batches as batches_module
@@ -26,7 +27,6 @@ from cellstore.query.cells import (
     plane_of,
     stream_features,
 )
-from cellstore.query.feature_files import FEATURE_COLUMNS
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def reader_of(workspace: Workspace, **more: Any) -> tuple[CellReader, list[Image
         split = session.scalars(select(Split)).one()
         source = CellSource(segment.id, measure.id, split.id)
         blocks = list_blocks(session, source)
-        scaler = Scaler.fit(FEATURE_COLUMNS, stream_features(session, source))
+        scaler = Scaler.fit(FEATURE_NAMES, stream_features(session, source))
     classes = {label: i for i, label in enumerate(sorted({b.label_id for b in blocks}))}
     more = {"scaler": scaler, "crop_size": 8, "classes": classes} | more
     return CellReader(workspace, source, plane_of(segment), **more), blocks

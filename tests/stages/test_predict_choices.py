@@ -16,6 +16,7 @@ from small_training import TINY, Opener, build, fail_at, pixels, run_of, said
 from sqlalchemy import func, select, update
 from unguarded import unguarded
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import PredictParams, SplitParams
 from cellstore.enums import Control, ImageFlagReason, Stage, Status, Subset
 from cellstore.errors import CellstoreError, StorageError, UnknownNameError, UserInputError
@@ -41,7 +42,7 @@ from cellstore.models import (
     Well,
 )
 from cellstore.query import feature_files
-from cellstore.query.feature_files import FEATURE_COLUMNS, SetReader, open_set
+from cellstore.query.feature_files import SetReader, open_set
 from cellstore.report.scoring import report
 from cellstore.stages import predict as predict_module
 from cellstore.stages.predict import predict
@@ -178,7 +179,7 @@ def expected_vectors(workspace: Workspace, run_id: int) -> dict[int, list[float]
             item.path.rpartition(".")[2]: workspace.artifacts.read(item.path, item.sha256)
             for item in session.scalars(query.where(RunArtifact.run_id == run_id))
         }
-        columns = [getattr(CellFeatures, name) for name in FEATURE_COLUMNS]
+        columns = [getattr(CellFeatures, name) for name in FEATURE_NAMES]
         cells = select(CellFeatures.cell_id, *columns).join(Cell, Cell.id == CellFeatures.cell_id)
         found = session.execute(cells.where(Cell.excluded.is_(None))).all()
     model, meta = models.load_model(files["safetensors"], json.loads(files["json"]))
@@ -330,7 +331,7 @@ def test_an_embedding_keeps_its_name_and_takes_no_other(built: Path, opened: Ope
 def test_a_plate_that_training_has_not_seen_has_its_own_controls(
     built: Path, opened: Opener
 ) -> None:
-    n = len(FEATURE_COLUMNS)
+    n = len(FEATURE_NAMES)
     elsewhere = Scale((1.0,) * n, (2.0,) * n, 9)
     workspace = opened(built)
     run = craft(workspace, replace(PLAIN, plates={"elsewhere": elsewhere}))
@@ -343,7 +344,7 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
     result = predict(workspace, EVERYTHING, device="cpu")
     assert result.notes[-1].endswith("normalised against their own negative controls: P1.")
 
-    columns = [getattr(CellFeatures, name) for name in FEATURE_COLUMNS]
+    columns = [getattr(CellFeatures, name) for name in FEATURE_NAMES]
     query = (
         select(CellFeatures.cell_id, Image.core_name, *columns)
         .join(Cell, Cell.id == CellFeatures.cell_id)
@@ -378,7 +379,7 @@ def test_a_plate_that_training_has_not_seen_has_its_own_controls(
 def test_what_a_training_left_out_as_flagged_says_nothing_of_a_plate_either(
     built: Path, opened: Opener
 ) -> None:
-    n = len(FEATURE_COLUMNS)
+    n = len(FEATURE_NAMES)
     workspace = opened(built)
     run = craft(workspace, replace(PLAIN, plates={"no": Scale((1.0,) * n, (2.0,) * n, 9)}))
     make = Factory(workspace)

@@ -352,7 +352,7 @@ def test_a_picture_that_cannot_be_shown_says_why(local: Bench, tmp_path: Path) -
     assert any("cellstore verify" in text for text in page.shown)  # the factory writes no masks
     local.file(3, 2).unlink()
     _, page = read_page(local, result, tmp_path / "qc.html")
-    assert any("cannot be opened" in text for text in page.shown)
+    assert any("gone from" in text for text in page.shown)
 
 
 def test_nothing_in_the_page_executes_or_is_fetched(

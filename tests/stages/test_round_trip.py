@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factories import FEATURE_COLUMNS, Factory, treatment
+from factories import Factory, treatment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import update
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.enums import Control, PerturbationKind, Stage
 from cellstore.io.platemaps import TreatmentRecord, target_of
 from cellstore.jobs.workspace import Workspace, create_workspace
@@ -186,7 +187,7 @@ def _cells(
                 cell_id=row.id,
                 recipe_id=recipe,
                 run_id=run,
-                **dict(zip(FEATURE_COLUMNS[:3], cell["features"], strict=True)),
+                **dict(zip(FEATURE_NAMES[:3], cell["features"], strict=True)),
             )
             for row, cell in pairs
             if cell["features"] is not None
@@ -199,7 +200,7 @@ BOX = ("min_row", "min_col", "max_row", "max_col", "centroid_row", "centroid_col
 
 def exported(workspace: Workspace, out: Path) -> pa.Table:
     """The Parquet export of a store, which is left in ``out``."""
-    export(workspace, out, force=True)
+    export(workspace, out, include_excluded=True, force=True)
     return pq.read_table(out)
 
 
@@ -292,7 +293,7 @@ def test_both_databases_and_forms(
     fill(workspace, EXAMPLE)
     wanted = exported(workspace, tmp_path / "first.parquet")
     assert wanted.num_rows == 3
-    export(workspace, tmp_path / "out", format=form)
+    export(workspace, tmp_path / "out", format=form, include_excluded=True)
     with new_store(tmp_path, empty) as second:
         ingest(second, tmp_path / "out")
         found = exported(second, tmp_path / "second.parquet")

@@ -16,7 +16,7 @@ from test_ingest import loaddata, write_table
 from threshold import ThresholdSegmenter, use_threshold
 
 from cellstore import artifacts
-from cellstore.analysis.features import FEATURES
+from cellstore.analysis.features import FEATURE_NAMES, FEATURES
 from cellstore.config import IngestParams, MeasureParams, SegmentParams
 from cellstore.enums import Projection, Stage, Status
 from cellstore.errors import StorageError, UnknownNameError, UserInputError
@@ -24,6 +24,7 @@ from cellstore.io.image_files import decode_tiff, encode_tiff
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Artifact, Cell, CellFeatures, Job, Recipe, Run, Segmentation
 from cellstore.query.cells import choose_recipes
+from cellstore.query.engine import open_questions
 from cellstore.stages.ingest.ingest import ingest, refresh
 from cellstore.stages.measure import measure
 from cellstore.stages.segment import segment
@@ -339,6 +340,25 @@ def test_features_equal_regionprops_on_the_segmented_plane(bench: Bench) -> None
             value = getattr(region, part[0])
             expected = value[int(part[1])] if len(part) == 2 else value
             assert getattr(row, feature.name) == pytest.approx(float(expected)), feature.name
+
+
+def test_a_cell_has_one_centroid_wherever_it_is_read(bench: Bench) -> None:
+    segment(bench.workspace, bench.params)
+    made = measure(bench.workspace)
+    with bench.workspace.database.read() as session:
+        query = select(Cell.id, Cell.centroid_row, Cell.centroid_col).order_by(Cell.id)
+        expected = [tuple(row) for row in session.execute(query)]
+        measured = session.scalars(select(CellFeatures).order_by(CellFeatures.cell_id))
+        assert [(row.cell_id, row.centroid_y, row.centroid_x) for row in measured] == expected
+    assert len(expected) == 9
+    with open_questions(bench.workspace) as questions:
+        for relation in ("features", made.feature_set, "cell_table"):
+            read = f"SELECT cell_id, centroid_y, centroid_x FROM {relation} ORDER BY 1"
+            assert list(questions.ask(read).rows()) == expected
+        columns = [name for name, _ in questions.columns(made.feature_set)]
+        assert columns == ["cell_id", *FEATURE_NAMES]
+        columns = [name for name, _ in questions.columns("features")]
+        assert columns == ["cell_id", "recipe_id", "run_id", *FEATURE_NAMES]
 
 
 def test_measuring_again_does_nothing_and_another_plane_goes_beside(bench: Bench) -> None:

@@ -238,7 +238,7 @@ def test_an_image_that_cannot_be_read_does_not_stop_the_others(
     result = preview(screen.workspace, screen.params, count=2, folder=tmp_path / "a")
     bad, good = result.images
     assert (bad.file, bad.cells) == (None, None)
-    assert "cannot be opened" in (bad.problem or "")
+    assert "gone from" in (bad.problem or "")
     assert (good.cells, good.problem) == (1, None)
 
 

@@ -241,7 +241,8 @@ def test_splits_are_listed_and_those_unused_deleted(workspace: Workspace) -> Non
     assert (first.name, first.train, first.validation, first.test) == ("used", 4, 4, 4)
     assert (first.runs, first.frozen) == (1, True)
     with pytest.raises(UserInputError, match=rf"'used' stays: run {run.id} relies on it"):
-        delete_split(workspace, "used")
+        delete_split(workspace, "used", dry_run=True)
+    assert delete_split(workspace, "unused", dry_run=True).names == ("unused",)
     assert delete_split(workspace, "unused").names == ("unused",)
     with workspace.database.read() as session:
         fold = session.scalars(select(Split).where(Split.name == "cv-2")).one()

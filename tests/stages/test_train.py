@@ -23,6 +23,7 @@ from small_training import (
 )
 from sqlalchemy import select, text
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import SplitParams
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
@@ -38,16 +39,9 @@ from cellstore.models import (
     Segmentation,
     SplitMember,
 )
-from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split, show_split
 from cellstore.stages.train import train
-
-
-def test_the_network_reads_the_measurements_of_the_registry() -> None:
-    from cellstore.analysis.features import FEATURE_NAMES
-
-    assert FEATURE_COLUMNS == FEATURE_NAMES
 
 
 def test_a_training_is_a_run_with_its_query_and_metrics(trained: Trained, opened: Opener) -> None:
@@ -88,7 +82,7 @@ def test_the_scaler_knows_the_training_side_only(trained: Trained, opened: Opene
     training = np.array(by_side[Subset.TRAIN])
     np.testing.assert_allclose(record["scaler"]["mean"], training.mean(axis=0))
     everything = np.array([row for rows in by_side.values() for row in rows])
-    brightness = FEATURE_COLUMNS.index("mean_intensity")
+    brightness = FEATURE_NAMES.index("mean_intensity")
     assert abs(record["scaler"]["mean"][brightness] - everything.mean(axis=0)[brightness]) > 10
 
 

@@ -11,13 +11,13 @@ from factories import Factory
 from small_training import Opener, cells_of, checkpoint, run_of, said
 from sqlalchemy import delete, select, text
 
+from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import BaselineParams, SplitParams
 from cellstore.enums import Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.baselines import BASELINES, FOREST, LOGISTIC, NULLS
 from cellstore.models import CellFeatures, Image, Label, Recipe, Split, SplitMember
-from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.predict import predict
 from cellstore.stages.split import create_split
 from cellstore.stages.train_baselines import BaselineResult, train_baselines
@@ -121,7 +121,7 @@ def test_only_as_many_cells_are_learned_from_as_may_be(built: Path, opened: Open
     assert (found.cells, found.rows) == (8, 3)
     record = checkpoint(workspace, found.run_id)[1]
     every = np.array(list(cells_of(workspace, "by-well", Subset.TRAIN).values()))
-    area = FEATURE_COLUMNS.index("area")
+    area = FEATURE_NAMES.index("area")
     # scaled as the whole training side is, not as the three
     assert record["scaler"]["mean"][area] == pytest.approx(every[:, area].mean())
 

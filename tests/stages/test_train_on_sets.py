@@ -14,14 +14,13 @@ from safetensors.torch import load
 from small_training import TINY, Opener, Trained, checkpoint, said
 from sqlalchemy import func, select, update
 
-from cellstore.analysis.features import GROUPS
+from cellstore.analysis.features import FEATURE_NAMES, GROUPS
 from cellstore.config import MeasureParams, PredictParams, Selection
 from cellstore.enums import Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn import batches
 from cellstore.models import Cell, FeatureSet, Image, Job, Recipe, Run, Segmentation, SplitMember
-from cellstore.query.feature_files import FEATURE_COLUMNS
 from cellstore.stages.measure import measure
 from cellstore.stages.predict import predict
 from cellstore.stages.train import train
@@ -246,7 +245,7 @@ def test_the_built_in_set_is_named_too(built: Path, opened: Opener) -> None:
     wanted = replace(TINY, epochs=1, features=name, branches=("tabular",))
     result = train(workspace, wanted, device="cpu")
     _, record = checkpoint(workspace, result.run_id)
-    assert record["scaler"]["names"] == list(FEATURE_COLUMNS)
+    assert record["scaler"]["names"] == list(FEATURE_NAMES)
     again = train(workspace, replace(wanted, features=None), device="cpu")
     assert (again.run_id, again.already_done) == (result.run_id, True)
 

@@ -23,6 +23,7 @@ SELECT
     x.reason AS excluded,
     p.batch,
     i.core_name,
+    i.pixel_size,
     w.well_row,
     w.well_column,
     i.id AS image_id,

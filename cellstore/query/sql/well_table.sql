@@ -1,5 +1,6 @@
 -- Every well by the names that people use: one row per well, with its treatment and the number of
--- its images. n_cells is the sum over its images, as in image_table.
+-- its images. n_cells is the sum over its images, as in image_table. excluded says why a well does
+-- not count (null: it does), itself or with its plate.
 WITH counted AS (
     SELECT well_id, count(*) AS n_images, CAST(sum(n_cells) AS BIGINT) AS n_cells
     FROM image_table
@@ -15,6 +16,7 @@ SELECT
     w.control,
     coalesce(c.n_images, 0) AS n_images,
     c.n_cells,
+    coalesce(x.reason, y.reason) AS excluded,
     p.batch,
     w.well_row,
     w.well_column,
@@ -30,3 +32,9 @@ LEFT JOIN (
     HAVING count(*) = 1
 ) AS d ON d.treatment_id = t.id
 LEFT JOIN counted AS c ON c.well_id = w.id
+LEFT JOIN (
+    SELECT id, min(reason) AS reason FROM later_exclusions WHERE level = 'well' GROUP BY id
+) AS x ON x.id = w.id
+LEFT JOIN (
+    SELECT id, min(reason) AS reason FROM later_exclusions WHERE level = 'plate' GROUP BY id
+) AS y ON y.id = p.id

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import os
+from array import array
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import func, insert, literal, select
+from sqlalchemy import func, insert, literal, select, update
 
 from ...config import EVERYTHING, IngestParams, Selection, flag, options_of
 from ...db.bulk import in_lists, one_ingest_at_a_time
+from ...db.events import Change, record_events, recording_new_rows
 from ...db.fields import wells_changed
 from ...enums import Look, Severity, Stage, Status
 from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
+from ...io.image_files import probe
 from ...io.layouts import Layout, SourceKind, detect
 from ...io.platemaps import MapOptions
 from ...io.tables import Refusal
-from ...io.uris import is_remote, map_folder, shown, writable
+from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.lookup import images_of
 from ...jobs.mask_matching import NoMatch
+from ...jobs.queue import requeue
 from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.workspace import Workspace
-from ...models import Event, Image, IngestIssue, Run, Well
+from ...models import Event, Folder, Image, ImageFile, IngestIssue, Job, Plate, Run, Well
+from ...settings import track
 from .account import SHOWN, Account, Brought, FileIdentity, Issue, UndoneError
-from .ingest_images import ImageSource, ingest_images, look_at_files
+from .ingest_images import READERS, ImageSource, ingest_images, look_at_files
 
 VERSION = 2
 REFRESH_VERSION = 1
@@ -92,7 +99,7 @@ def ingest(
     options = {
         name: writable(str(value)) if isinstance(value, Path) else value
         for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "compounds", "look", "strict", "reread") and value
+        if name not in ("kind", "layout", "compounds", "look", "strict", "reread")
     }
     options["maps"] = [[old, shown(new)] for old, new in params.maps]
     read = [identity, *map(FileIdentity.of, beside)]
@@ -113,6 +120,13 @@ def ingest(
             result = None if earlier is None else earlier.result
             if result is None or (params.strict and result["refused"]):
                 earlier = None
+            else:
+                there = sum(
+                    session.scalar(select(func.count()).where(Plate.id.in_(some))) or 0
+                    for some in in_lists(result["plates"])
+                )
+                if there < len(result["plates"]):
+                    earlier = None  # a plate of it was deleted
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
         try:
@@ -127,19 +141,20 @@ def ingest(
             else:
                 with workspace.database.begin() as session:
                     one_ingest_at_a_time(session)
-                    if kind is SourceKind.FEATURES:
-                        from .ingest_features import ingest_features
+                    with recording_new_rows(session, run.id):
+                        if kind is SourceKind.FEATURES:
+                            from .ingest_features import ingest_features
 
-                        brought = ingest_features(
-                            workspace, session, source, layout, params, account, identity
-                        )
-                    else:
-                        from .ingest_treatments import ingest_treatments
+                            brought = ingest_features(
+                                workspace, session, source, layout, params, account, identity
+                            )
+                        else:
+                            from .ingest_treatments import ingest_treatments
 
-                        plates = ingest_treatments(
-                            workspace, session, source, layout, params, account
-                        )
-                        brought = Brought(plates)
+                            plates = ingest_treatments(
+                                workspace, session, source, layout, params, account
+                            )
+                            brought = Brought(plates)
                     if params.strict:
                         account.check_strict()
         except UndoneError:
@@ -209,7 +224,7 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     if params.layout is not None:
         layout = Layout(params.layout)
     elif params.pattern is not None:
-        layout = Layout.PATTERN_FOLDER
+        layout = Layout.IMAGE_FOLDER
     else:
         layout = detect(source, kind, MapOptions(params.sheet, params.map_columns))
     if kind is not None and layout.kind is not kind:
@@ -340,6 +355,117 @@ def refresh(workspace: Workspace, selection: Selection = EVERYTHING) -> RefreshR
         run.result = {"images": len(images), "changed": len(changed), "problems": problems}
     some = tuple(issue for issue in account.shown if issue.severity is Severity.PROBLEM)
     return RefreshResult(run.id, len(images), len(changed), problems, some)
+
+
+@dataclass(frozen=True)
+class RelocateResult:
+    """Which ``folders`` (old, new, files) are elsewhere now.
+
+    ``hashed`` of the files have another time there, or all were to be read: their sha256 was
+    compared. ``missing`` are in neither place.
+    """
+
+    folders: tuple[tuple[str, str, int], ...]
+    files: int
+    hashed: int
+    missing: int
+    dry_run: bool
+
+
+def relocate(
+    workspace: Workspace,
+    old: str,
+    new: str,
+    *,
+    check: bool = False,
+    dry_run: bool = False,
+    reason: str | None = None,
+) -> RelocateResult:
+    """Say that the folders whose names begin with ``old`` begin with ``new`` from now on.
+
+    Every file that the store has seen must be there with its size and time; one of another time is
+    read, and must have its sha256. ``check`` reads all. All or nothing, and undone by relocating
+    back. Jobs that failed are open again.
+
+    Raises:
+        UnknownNameError: the store knows no folder of this name.
+        UserInputError: a file is not in the new folder, or is another one there.
+    """
+    old, new = (
+        text if is_remote(text) or "\\" in text else os.path.abspath(text)  # noqa: PTH100 - no links
+        for text in (old, new)
+    )
+    if old == new:
+        raise UserInputError(f"{shown(old)} is the old and the new folder. Name another one.")
+    found: Counter[str] = Counter()
+    per_folder: Counter[int] = Counter()
+    wrong: list[str] = []
+    times = array("q")  # id and time of files with another time
+    with workspace.database.read() as session:
+        folders = {row.id: row.uri for row in session.execute(select(Folder.id, Folder.uri))}
+        targets = {number: map_folder(uri, [(old, new)]) for number, uri in folders.items()}
+        targets = {number: uri for number, uri in targets.items() if uri != folders[number]}
+        if not targets:
+            raise UnknownNameError.of("folder", shown(old), map(shown, folders.values()))
+
+        def look(row: Any) -> tuple[Any, str, int | None]:
+            here, there = (join(uris[row.folder_id], row.name) for uris in (folders, targets))
+            if not exists(there):
+                return row, "gone" if is_remote(here) or not exists(here) else "not there", None
+            at = stat(there)
+            same = at.size_bytes == row.size_bytes
+            if same and not check and (is_remote(there) or at.mtime_ns == row.modified_ns):
+                return row, "same", None
+            same = same and probe(there).sha256 == row.sha256
+            return row, "hashed" if same else "another file there", at.mtime_ns
+
+        columns = (ImageFile.id, ImageFile.folder_id, ImageFile.name, ImageFile.sha256)
+        query = select(*columns, ImageFile.size_bytes, ImageFile.modified_ns)
+        query = query.where(ImageFile.folder_id.in_(targets), ImageFile.sha256.is_not(None))
+        rows = session.execute(query.order_by(ImageFile.id)).partitions(1000)
+        with ThreadPoolExecutor(READERS) as pool:
+            looks = (one for some in rows for one in pool.map(look, some))
+            for row, became, time in track(workspace.progress, "look at files", None, looks):
+                found[became] += 1
+                per_folder[row.folder_id] += 1
+                if became not in ("same", "hashed", "gone"):
+                    wrong.append(f"{row.name} is {became}")
+                elif time is not None and time != row.modified_ns:
+                    times.extend((row.id, time))
+    total = found.total()
+    if wrong or (total and found["gone"] == total):
+        some = f"{len(wrong):,} of them, for example {wrong[0]}" if wrong else "none of them is"
+        raise UserInputError(
+            f"The {total:,} files of {shown(old)} are not all in {shown(new)}: {some}. "
+            "Nothing was changed. Name the folder that has them, or copy what is missing."
+        )
+    if not dry_run:
+        with workspace.database.begin() as session:
+            one_ingest_at_a_time(session)
+            changes = []
+            for number, uri in targets.items():
+                taken = session.scalar(select(Folder.id).where(Folder.uri == uri))
+                before, after = {"uri": folders[number]}, {"uri": uri}
+                changes.append(Change("folders", number, before, after))
+                if taken is None:
+                    session.execute(update(Folder).where(Folder.id == number).values(uri=uri))
+                else:
+                    mine = update(ImageFile).where(ImageFile.folder_id == number)
+                    session.execute(mine.values(folder_id=taken))
+            pairs = zip(times[::2], times[1::2], strict=True)
+            for changed in in_lists([{"id": n, "modified_ns": time} for n, time in pairs]):
+                session.execute(update(ImageFile), changed)
+            numbers = select(Folder.id).where(Folder.uri.in_(set(targets.values())))
+            files = select(ImageFile.image_id).where(ImageFile.folder_id.in_(numbers))
+            requeue(session, Job.image_id.in_(files))
+            record_events(session, changes, reason=reason)
+    return RelocateResult(
+        tuple((shown(folders[n]), shown(uri), per_folder[n]) for n, uri in targets.items()),
+        total,
+        found["hashed"],
+        found["gone"],
+        dry_run,
+    )
 
 
 # ---- Dry run ----

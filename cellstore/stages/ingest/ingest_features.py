@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -53,6 +54,7 @@ _ISSUES_AT_ONCE = 5_000
 _IMAGES_AT_ONCE = 1_000
 _CELL = ("id", "segmentation_id", "object_number", *BOX, *CENTRE, "excluded")
 _UNKNOWN = -1
+OTHER_VALUES = "other values than before"
 
 Chosen = npt.NDArray[np.bool_]
 
@@ -91,11 +93,15 @@ def ingest_features(
         accounts.add_issues()
         images, plates = _write_images(session, opened, accounts, params.maps)
         target = cells = None
-        if len(opened.object_number):  # a set without cells would only be in the way
+        # A set without cells or empty images would only be in the way.
+        if len(opened.object_number) or opened.empty:
             target = _target_set(session, opened, name)
             of_cells = images[opened.image_index]
+            empty = {int(images[number]): number for number in opened.empty}
+            for image in (_UNKNOWN, *np.unique(of_cells).tolist()):
+                empty.pop(image, None)
             cells = _CellWriter(
-                workspace, session, account.run_id, opened, target, of_cells, accounts
+                workspace, session, account.run_id, opened, target, of_cells, empty, accounts
             )
             cells.write()
         accounts.add_issues()  # some are found while the values are read
@@ -315,7 +321,8 @@ def _target_set(session: Session, source: ObjectSource, name: str) -> _TargetSet
 class _CellWriter:
     """Writes the cells of ``source``; ``images`` has the id of the image of each, -1 for none.
 
-    Cells of images that the set has already are compared, not written.
+    ``empty`` maps images without cells to their number in the source: each gets a segmentation
+    with 0 cells. Cells of images that the set has already are compared, not written.
     """
 
     workspace: Workspace
@@ -324,6 +331,7 @@ class _CellWriter:
     source: ObjectSource
     target: _TargetSet
     images: Integers
+    empty: Mapping[int, int]
     accounts: _Accounts
     segmentations: dict[int, int] = field(default_factory=dict)
     """By image (id)."""
@@ -339,17 +347,23 @@ class _CellWriter:
         """
         artifacts, images = self.workspace.artifacts, self.images
         known: list[int] = []
-        query = select(Segmentation.image_id, Segmentation.id).where(
+        query = select(Segmentation.image_id, Segmentation.id, Segmentation.n_cells).where(
             Segmentation.recipe_id == self.target.segment_id
         )
-        for some in in_lists(np.unique(images[images != _UNKNOWN]).tolist()):
-            for image, key in self.session.execute(query.where(Segmentation.image_id.in_(some))):
+        for some in in_lists([*np.unique(images[images != _UNKNOWN]).tolist(), *self.empty]):
+            of_some = query.where(Segmentation.image_id.in_(some))
+            for image, key, n_cells in self.session.execute(of_some):
                 self.segmentations[image] = key
                 known.append(image)
+                if n_cells and image in self.empty:
+                    file, row = self.source.images[self.empty[image]]
+                    detail = f"no cells are counted here, but the store has {n_cells:,} of them"
+                    self.accounts.by_name[file].problem(row.line, OTHER_VALUES, detail)
         is_known = np.isin(images, np.array(known, np.int64))
         is_new = (images != _UNKNOWN) & ~is_known
-        found, counts = np.unique(images[is_new], return_counts=True)
-        ids = take_ids(self.session, Segmentation, len(found))
+        counts = Counter(images[is_new].tolist())
+        counts.update(dict.fromkeys(set(self.empty) - set(known), 0))
+        ids = take_ids(self.session, Segmentation, len(counts))
         shared = {
             "recipe_id": self.target.segment_id,
             "run_id": self.run_id,
@@ -357,11 +371,11 @@ class _CellWriter:
         }
         rows = [
             {"id": key, "image_id": image, "n_cells": count, **shared}
-            for key, image, count in zip(ids, found.tolist(), counts.tolist(), strict=True)
+            for key, (image, count) in zip(ids, sorted(counts.items()), strict=True)
         ]
         if rows:
             self.session.execute(insert(Segmentation), rows)
-        self.segmentations.update(zip(found.tolist(), ids, strict=True))
+        self.segmentations.update((row["image_id"], row["id"]) for row in rows)
         lost = np.flatnonzero(images == _UNKNOWN)
         self.accounts.refuse(lost, "image refused", "the row of its image could not be used")
         writer = FeatureWriter(artifacts, self.target.schema)
@@ -427,7 +441,7 @@ class _CellWriter:
             f"feature set {self.target.name!r} has other values for this image; to keep both, "
             "give another --name"
         )
-        self.accounts.refuse(cells[~same], "other values than before", detail)
+        self.accounts.refuse(cells[~same], OTHER_VALUES, detail)
 
     def _equal(self, ids: Integers, values: pa.RecordBatch) -> Chosen:
         """Return which of the cells (ascending ids) have these very values in the files."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, insert_new, one_ingest_at_a_time, take_ids, wide_cache
+from ...db.events import Change, is_new, record_events, recording_new_rows
 from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
 from ...io.filenames import format_well
@@ -36,6 +37,7 @@ from ...io.layouts import Layout
 from ...io.platemaps import Aliases, MapOptions, TreatmentRecord, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
+from ...jobs.gone_files import gone_sentence
 from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
 from ...models import Folder, Image, ImageFile, Job, Plate, Well
@@ -50,6 +52,9 @@ LOOKED_AT = 200
 
 READERS = 4
 """Files that are hashed at the same time; reading and hashing leave Python's lock alone."""
+
+GONE = "files are gone"
+"""What is wrong with files that were seen before."""
 
 MANY_WELLS = 200_000
 """Wells whose ids are remembered; a file that goes on past them asks the database again."""
@@ -121,7 +126,6 @@ class ImageSource:
         elif self.path.is_dir():
             rows = read_folder(
                 self.path,
-                self.layout.value,
                 pattern=self.params.pattern,
                 plate=plate,
                 channels=channels,
@@ -135,7 +139,7 @@ class ImageSource:
         else:
             raise UserInputError(
                 f"{self.path.name} is a file, which cannot be read as {self.layout.value}. "
-                "Use --layout loaddata or --layout published, or leave it away."
+                "Use --layout loaddata or --layout published, or remove --layout."
             )
         if (self.annotation, self._aliases, self.params.pixel_size) == (None, None, None):
             yield from rows  # as they are: a table may have millions
@@ -179,7 +183,7 @@ def ingest_images(
     try:
         with workspace.database.begin() as session:
             one_ingest_at_a_time(session)
-            with wide_cache(session):
+            with wide_cache(session), recording_new_rows(session, account.run_id):
                 writer = RowWriter(session, account, source.params.maps)
                 rows = source.records()
                 while batch := list(islice(rows, BATCH)):
@@ -251,6 +255,7 @@ class RowWriter:
         self._folder_ids: dict[str | None, int | None] = {None: None}
         self._treatment_of: dict[WellKey, tuple[TreatmentRecord, int]] = {}
         self._metadata: dict[int, Mapping[str, str]] = {}
+        self._moved: Counter[tuple[str, str]] = Counter()
         self._differing: set[str] = set()
         """Metadata columns that differ between images of one well."""
         self._first_new: int | None = None
@@ -352,6 +357,7 @@ class RowWriter:
         if self._metadata:
             self._write_metadata()
         self._treatments.report()
+        note_moved(self.account, self._moved)
 
     def _usable(self, records: Sequence[ImageRecord]) -> Sequence[ImageRecord]:
         """Refuse records that cannot be stored or contradict the file; return the others.
@@ -452,9 +458,10 @@ class RowWriter:
                 # Of this very source, too: two planes or time points are taken for one, and no row
                 # is better than one of the two.
                 others = [
-                    (ref.name, files[ref.channel].name)
+                    (ref.name, old.name)
                     for ref in record.files
-                    if ref.channel in files and files[ref.channel].name != ref.name
+                    if (old := files.get(ref.channel))
+                    and (old.name, old.folder_id) != (ref.name, self._folder_ids[ref.folder])
                 ]
                 if others:
                     refused.add(id(record))
@@ -498,19 +505,29 @@ class RowWriter:
                 if old.sha256 is None or (not is_remote(uri) and Path(uri).is_file()):
                     # Without its time the file is read again before it is believed.
                     values = {"name": ref.name, "folder_id": folder, "modified_ns": None}
+                    if old.sha256 is not None and folder != old.folder_id:
+                        self._moved[old.folder or "", uri.rpartition("/")[0]] += 1
                     moved.append({"id": old.id, **values})
                     changed.add(image)
         bulk_insert(self.session, ImageFile, _FILE, new)
         if moved:
             self.session.execute(update(ImageFile), moved)
         resized: list[dict[str, Any]] = []
+        same_change: dict[tuple[float | None, float], list[int]] = {}
         for some in in_lists(sizes):
             query = select(Image.id, Image.pixel_size).where(Image.id.in_(some))
             for image, size in self.session.execute(query.order_by(Image.id)):
                 if size != sizes[image]:
                     resized.append({"id": image, "pixel_size": sizes[image]})
+                    if not is_new(self.session, "images", image):
+                        same_change.setdefault((size, sizes[image]), []).append(image)
         if resized:
             self.session.execute(update(Image), resized)
+        changes = [
+            Change("images", None, {"pixel_size": old, "ids": ids}, {"pixel_size": new})
+            for (old, new), ids in same_change.items()
+        ]
+        record_events(self.session, changes, run_id=self.account.run_id)
         return changed | {row["id"] for row in resized}, refused
 
     def _write_metadata(self) -> None:
@@ -538,7 +555,7 @@ class RowWriter:
                     if own:
                         of_wells[well] = own
         self.session.flush()
-        n_changed = len(keep_well_metadata(self.session, of_wells)[1])
+        n_changed = len(keep_well_metadata(self.session, of_wells, self.account.run_id)[1])
         if n_changed:
             self.account.notes.append(f"wells whose metadata was replaced: {n_changed:,}")
         if self._differing:
@@ -572,7 +589,7 @@ class RowWriter:
 
 
 def keep_well_metadata(
-    session: Session, metadata: Mapping[int, Mapping[str, str]]
+    session: Session, metadata: Mapping[int, Mapping[str, str]], run_id: int
 ) -> tuple[set[int], set[int]]:
     """Add what a table says of wells (ids) beyond our columns.
 
@@ -582,16 +599,21 @@ def keep_well_metadata(
     had_other: set[int] = set()
     for some in in_lists(metadata):
         rows = []
+        changes = []
         query = select(Well.id, Well.metadata_).where(Well.id.in_(some))
         for well, before in session.execute(query).all():
             after = {**(before or {}), **metadata[well]}
             if after != (before or {}):
                 rows.append({"id": well, "metadata_": after})
+                if not is_new(session, "wells", well):
+                    old, new = {"metadata": before}, {"metadata": after}
+                    changes.append(Change("wells", well, old, new))
                 changed.add(well)
                 if before is not None:
                     had_other.add(well)
         if rows:
             session.execute(update(Well), rows)
+        record_events(session, changes, run_id=run_id)
     return changed, had_other
 
 
@@ -667,14 +689,19 @@ def look_at_files(
     images of which a file was seen for the first time, or was found to have changed.
     """
     here: set[str] = set()
+    gone: dict[str, list[str]] = {}
+    moved: Counter[tuple[str, str]] = Counter()
     with workspace.database.read() as session:
+        any_seen = session.scalar(
+            select(ImageFile.id).where(ImageFile.sha256.is_not(None)).limit(1)
+        )
         for uri in session.scalars(select(Folder.uri)):
             try:
                 if not is_remote(uri) and Path(uri).is_absolute() and Path(uri).is_dir():
                     here.add(uri)
             except (OSError, ValueError):  # too long for a path, or with a NUL in it
                 continue
-    can_find = folder is not None or here or look is Look.EVERYWHERE
+    can_find = folder is not None or here or any_seen or look is Look.EVERYWHERE
     if look is Look.NOWHERE or not can_find or not len(images):
         return frozenset()
     finder = FileFinder(ImageFolder(folder) if folder is not None else None, look, here)
@@ -695,8 +722,18 @@ def look_at_files(
                 for image, (news, problems) in zip(ids, list(looks), strict=True):
                     if news:
                         seen[image] = news
+                    for file in news:
+                        old, new = file.known.folder, file.uri.rpartition("/")[0]
+                        if file.known.sha256 is not None and old is not None and old != new:
+                            moved[old, new] += 1
+                        for remark in file.info.remarks:
+                            account.suspicious(None, remark, file.uri)
                     for reason, detail in problems:
-                        account.problem(None, reason, detail)
+                        if reason == GONE:
+                            where, _, name = detail.rpartition("/")
+                            gone.setdefault(where, []).append(name)
+                        else:
+                            account.problem(None, reason, detail)
                 if seen or account.pending:
                     with workspace.database.begin() as session:
                         account.flush(session)
@@ -706,7 +743,17 @@ def look_at_files(
                 workspace.progress.advance(len(some))
     finally:
         workspace.progress.finish()
+    for where, names in gone.items():
+        account.problem(None, GONE, gone_sentence(where, len(names), names[0]))
+    note_moved(account, moved)
     return frozenset(changed)
+
+
+def note_moved(account: Account, moved: Mapping[tuple[str, str], int]) -> None:
+    """Say of how many files it is known now that they lie in another folder."""
+    for (old, new), number in moved.items():
+        files = "1 file is" if number == 1 else f"{number:,} files are"
+        account.notes.append(f"{files} now read from {shown(new)}, no longer from {shown(old)}")
 
 
 @dataclass(frozen=True)
@@ -723,7 +770,10 @@ class FileFinder:
     def look(
         self, core_name: str, plate: str, files: Mapping[str, KnownFile]
     ) -> tuple[list[SeenFile], list[tuple[str, str]]]:
-        """Return the files of an image that are new or have changed; and errors: reason, detail."""
+        """Return the files of an image that are new or have changed; and errors: reason, detail.
+
+        Of a file that is ``GONE``, the detail is its URI.
+        """
         seen: list[SeenFile] = []
         problems: list[tuple[str, str]] = []
         projection = files.get(PROJECTION_CHANNEL) or KnownFile(None, PROJECTION_CHANNEL, "")
@@ -745,6 +795,8 @@ class FileFinder:
                 uri = known if self.where is Look.EVERYWHERE else None
             elif known is not None and file.folder in self.here:
                 uri = known if file.sha256 is not None or exists(known) else None
+            elif known is not None and file.sha256 is not None:
+                problems.append((GONE, known))
             if uri is not None:
                 try:
                     # The same size and time spare the hashing.
@@ -759,7 +811,10 @@ class FileFinder:
                         if uri != known or (info.sha256, info.mtime_ns) != content:
                             seen.append(SeenFile(file, uri, info))
                 except (ImageError, StorageError, UserInputError, OSError) as error:
-                    problems.append(("image cannot be read", str(error)))
+                    if uri == known and not is_remote(uri) and not exists(uri):
+                        problems.append((GONE, uri))
+                    else:
+                        problems.append(("image cannot be read", str(error)))
             # A file named by the core file name is a projection and stands for all channels.
             if number == 0 and (uri is not None or file.sha256 is not None):
                 break
@@ -799,18 +854,25 @@ def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> Non
             insert_new(session, ImageFile, [row])
     if updates:
         session.execute(update(ImageFile), updates)
-    # The content of an image is the sha256 over all its files, unknown while one is missing.
-    digests: list[dict[str, Any]] = []
-    for image, known in known_files(session, seen).items():
-        content = sorted((file.channel, file.sha256 or "") for file in known.values())
-        text = "\n".join(f"{channel}\t{sha256}" for channel, sha256 in content)
-        complete = content and all(sha256 for _, sha256 in content)
-        digest = hashlib.sha256(text.encode()).hexdigest() if complete else None
-        digests.append({"id": image, "content_sha256": digest})
-    session.execute(update(Image), digests)
+    # A file that is only elsewhere, or has another time, leaves the content as it is.
+    other = [i for i, files in seen.items() if any(f.known.sha256 != f.info.sha256 for f in files)]
+    write_contents(session, other)
     # What a table or a person has said of the size of a pixel goes before what files say.
     unknown = select(Image.id).where(Image.id.in_(sizes), Image.pixel_size.is_(None))
     rows = [{"id": image, "pixel_size": sizes[image]} for image in session.scalars(unknown)]
     if rows:
         session.execute(update(Image), rows)
     requeue(session, Job.image_id.in_(list(seen)))  # what failed may work now
+
+
+def write_contents(session: Session, images: Collection[int]) -> None:
+    """Say what the content of images (ids) is: the sha256 over all files, null while one misses."""
+    digests: list[dict[str, Any]] = []
+    for image, known in known_files(session, images).items():
+        content = sorted((file.channel, file.sha256 or "") for file in known.values())
+        text = "\n".join(f"{channel}\t{sha256}" for channel, sha256 in content)
+        complete = content and all(sha256 for _, sha256 in content)
+        digest = hashlib.sha256(text.encode()).hexdigest() if complete else None
+        digests.append({"id": image, "content_sha256": digest})
+    if digests:
+        session.execute(update(Image), digests)

@@ -145,8 +145,12 @@ def _write_plates(
             account.refuse(line, "plate twice", detail)
             continue
         if barcode not in plates:
-            plates[barcode] = Plate(barcode=barcode, batch=batch, metadata_=metadata or None)
+            (key,) = take_ids(session, Plate, 1)
+            plates[barcode] = Plate(
+                id=key, barcode=barcode, batch=batch, metadata_=metadata or None
+            )
             session.add(plates[barcode])
+            session.flush()
             account.created += 1
             continue
         plate = plates[barcode]
@@ -310,7 +314,7 @@ def _apply_map(
         for (plate, at), well in all_wells.items()
         if (found := metadata_of[plate].get(at))
     }
-    changed |= keep_well_metadata(session, metadata)[0]
+    changed |= keep_well_metadata(session, metadata, account.run_id)[0]
     return {at for _, at in made}, {at for (_, at), well in wells.items() if well in changed}
 
 

@@ -125,6 +125,14 @@ def records_of(session: Session, condition: ColumnElement[bool]) -> dict[int, Tr
     }
 
 
+def retarget(session: Session, perturbation_id: int) -> None:
+    """Say anew what the targets of all treatments with a perturbation are."""
+    having = Treatment.parts.any(TreatmentPart.perturbation_id == perturbation_id)
+    for treatment in session.scalars(select(Treatment).where(having)):
+        targets = [part.perturbation.target or "" for part in treatment.parts]
+        treatment.target = target_of("|".join(targets))
+
+
 # ---- Writing ----
 
 _Case = tuple[int | None, Control | None, int]
@@ -323,9 +331,7 @@ class TreatmentWriter:
             treatments = Treatment.parts.any(TreatmentPart.perturbation_id == perturbation.id)
             self._records |= records_of(session, treatments)
             if "target" in new:
-                for treatment in session.scalars(select(Treatment).where(treatments)):
-                    targets = [part.perturbation.target or "" for part in treatment.parts]
-                    treatment.target = target_of("|".join(targets))
+                retarget(session, perturbation.id)
         record_events(session, changes, run_id=self._account.run_id, file=self._file)
 
         self._make_treatments([record for _, record, _ in entries])

@@ -1,6 +1,6 @@
 """The first schema
 
-Revision: 0010
+Revision: 0011
 Follows:
 
 Triggers keep what was said as it was said, and splits as they were drawn. On SQLite, whoever
@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0010"
+revision = "0011"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -818,8 +818,6 @@ def upgrade() -> None:
         sa.Column("orientation", FLOAT),
         sa.Column("solidity", FLOAT),
         sa.Column("extent", FLOAT),
-        sa.Column("centroid_y", FLOAT),
-        sa.Column("centroid_x", FLOAT),
         sa.PrimaryKeyConstraint("cell_id", "recipe_id", name="pk_features"),
     )
     op.create_index("ix_features_run_id", "features", ["run_id"])

@@ -1,0 +1,93 @@
+"""Image files that the store has seen, and that are no longer where they were.
+
+Asked in plain SQL: ``cellstore status`` asks it each time, and the classes of the tables load
+slowly.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from ..io.uris import is_remote, local_path, shown, split_page
+
+FEW = 20_000
+"""Files that are looked for by name where an answer must come at once."""
+
+_NAMES = "SELECT folder_id, name FROM image_files WHERE sha256 IS NOT NULL ORDER BY id"
+_COUNTS = "SELECT folder_id, count(*) FROM image_files WHERE sha256 IS NOT NULL GROUP BY folder_id"
+
+
+@dataclass(frozen=True)
+class GoneFiles:
+    """How many ``files`` of a folder are gone, of those ``seen`` there; ``first``: one of them."""
+
+    folder_id: int
+    folder: str
+    files: int
+    seen: int
+    first: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """Say it, and what to do."""
+        return gone_sentence(self.folder, self.files, self.first)
+
+
+def gone_sentence(folder: str, number: int | None = None, first: str | None = None) -> str:
+    """Say that files (a ``number`` of them) are gone from a folder, and what to do."""
+    files = "Files are" if number is None else f"{number:,} files are"
+    if number == 1:
+        files = "1 file is" if first is None else f"1 file ({first}) is"
+    folder = shown(folder)
+    return f"{files} gone from {folder}. If moved: cellstore relocate {folder} NEW"
+
+
+def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
+    """Return the folders of this machine from which files are gone.
+
+    Every folder is looked for, and then each file, by one listing of its folder; of the files only
+    the first ``most``, if that is given. Folders in object stores are not looked at.
+    """
+    uris: dict[int, str] = {}
+    absent: set[int] = set()
+    for number, uri in session.execute(text("SELECT id, uri FROM folders ORDER BY id")):
+        # A folder of another machine ("C:\\data") was never seen from here.
+        if not is_remote(uri):
+            uris[number] = uri
+            if not os.path.isdir(local_path(uri)):  # noqa: PTH112 - no error for odd names
+                absent.add(number)
+    gone: Counter[int] = Counter()
+    first: dict[int, str] = {}
+
+    @lru_cache(maxsize=32)  # the files of a folder mostly follow each other
+    def listed(number: int) -> Collection[str]:
+        try:
+            return frozenset(entry.name for entry in os.scandir(local_path(uris[number])))
+        except OSError:
+            return ()
+
+    names = text(_NAMES if most is None else f"{_NAMES} LIMIT {most}")
+    for number, name in session.execute(names, execution_options={"yield_per": 10_000}):
+        if number not in uris or number in absent:
+            continue
+        file = split_page(name)[0]
+        # A name may lead into a folder within the folder: that is not in the list.
+        if file not in listed(number) and not os.path.exists(local_path(uris[number]) / file):  # noqa: PTH110
+            gone[number] += 1
+            first.setdefault(number, file)
+    seen: dict[int, int] = {}
+    if absent or gone:
+        seen = {row[0]: row[1] for row in session.execute(text(_COUNTS))}
+    gone |= Counter({number: seen.get(number, 0) for number in absent})
+    return [
+        GoneFiles(number, uris[number], files, seen[number], first.get(number))
+        for number, files in sorted(gone.items())
+        if files
+    ]

@@ -1,0 +1,922 @@
+"""Putting things right: rename, relabel, exclude and include, undo and delete.
+
+Each verb finds what is named, changes the rows in one transaction with an event for each (who,
+when, why, from what to what), and is undone by its counterpart. A dry run does the same and then
+takes the transaction back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from ..db.bulk import in_lists, insert_new, one_ingest_at_a_time
+from ..db.events import Change, caller, record_events
+from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
+from ..errors import UnknownNameError, UserInputError
+from ..io.platemaps import normalised_name
+from ..jobs.lookup import find_cell, find_image, find_plate, find_run, find_well, readable
+from ..jobs.workspace import Workspace
+from ..models import (
+    EXCLUSIONS,
+    METADATA,
+    Annotation,
+    Artifact,
+    Cell,
+    CellFeatures,
+    CellFlag,
+    Event,
+    FeatureFile,
+    FeatureSet,
+    Image,
+    ImageFile,
+    ImageFlag,
+    ImagePrediction,
+    ImageQuality,
+    Job,
+    Label,
+    Perturbation,
+    Plate,
+    Prediction,
+    Recipe,
+    RecipeInput,
+    Run,
+    RunArtifact,
+    Segmentation,
+    Split,
+    SplitMember,
+    Treatment,
+    TreatmentPart,
+    Well,
+)
+from .ingest.ingest_images import write_contents
+from .ingest.write_treatments import (
+    Part,
+    PerturbationKey,
+    normalised_dose,
+    retarget,
+    treatment_values,
+)
+
+LONGEST = 255
+_NAMED = 5
+"""Things that a message names."""
+_DOSE = re.compile(r"([\d.]+(?:[eE][+-]?\d+)?)\s*(\S.*)?")
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a verb changed, or would change (``dry_run``).
+
+    ``changes``: for each row what it is called, and its old and new values. ``images``, ``cells``
+    (of all segmentations) and ``predictions`` (one for each run and cell) are what it is about.
+    """
+
+    verb: str
+    name: str
+    changes: tuple[dict[str, Any], ...]
+    images: int = 0
+    cells: int = 0
+    predictions: int = 0
+    notes: tuple[str, ...] = ()
+    reason: str | None = None
+    dry_run: bool = False
+
+
+Act = Callable[[Session], tuple[Correction, list[Change]]]
+"""Changes rows in a transaction; returns what it did, and its events."""
+
+
+def _carry_out(workspace: Workspace, reason: str | None, dry_run: bool, act: Act) -> Correction:
+    """Do ``act`` in one transaction, which a dry run takes back.
+
+    Raises:
+        UserInputError: the reason is empty.
+    """
+    if reason is not None and not (reason := readable(reason)):
+        raise UserInputError("Say why: --reason TEXT.")
+    with workspace.database.begin() as session:
+        one_ingest_at_a_time(session)
+        done, changes = act(session)
+        if dry_run:
+            session.rollback()
+        else:
+            record_events(session, changes, reason=reason)
+    return replace(done, reason=reason, dry_run=dry_run)
+
+
+def _concerned(session: Session, images: Select[Any], cell: int | None = None) -> dict[str, Any]:
+    """Count images (a query of their ids), their cells and predictions; of ``cell`` alone its."""
+    cells = select(Cell.id).join(Segmentation, Segmentation.id == Cell.segmentation_id)
+    cells = cells.where(Segmentation.image_id.in_(images) if cell is None else Cell.id == cell)
+    first = select(func.count()).where(Prediction.rank == 1, Prediction.cell_id.in_(cells))
+    return {
+        "images": session.scalar(select(func.count()).select_from(images.subquery())) or 0,
+        "cells": session.scalar(select(func.count()).select_from(cells.subquery())) or 0,
+        "predictions": session.scalar(first) or 0,
+    }
+
+
+def _images_of(level: Level, row_id: int) -> Select[Any]:
+    """The query of the ids of the images of a plate, a well or a cell; of an image itself."""
+    query = select(Image.id)
+    match level:
+        case Level.PLATE:
+            return query.join(Well, Well.id == Image.well_id).where(Well.plate_id == row_id)
+        case Level.WELL:
+            return query.where(Image.well_id == row_id)
+        case Level.IMAGE:
+            return query.where(Image.id == row_id)
+    of_cell = select(Segmentation.image_id).join(Cell, Cell.segmentation_id == Segmentation.id)
+    return query.where(Image.id.in_(of_cell.where(Cell.id == row_id)))
+
+
+def _name_of(session: Session, level: Level, row_id: int) -> str:
+    """What a row is called: ``P1``, ``P1/A01``, ``P1/A01/1``, ``cell 7 of P1/A01/1``."""
+    if level is Level.PLATE:
+        return session.get_one(Plate, row_id).barcode
+    if level is Level.WELL:
+        well = session.get_one(Well, row_id)
+        return f"{well.plate.barcode}/{well.name}"
+    if level is Level.IMAGE:
+        image = session.get_one(Image, row_id)
+        return f"{image.well.plate.barcode}/{image.well.name}/{image.site}"
+    image_id = session.get_one(Cell, row_id).segmentation.image_id
+    return f"cell {row_id} of {_name_of(session, Level.IMAGE, image_id)}"
+
+
+def _find(session: Session, level: Level, name: str) -> int:
+    """The id of what is named, as in ``audit``."""
+    match level:
+        case Level.PLATE:
+            return find_plate(session, readable(name))
+        case Level.WELL:
+            return find_well(session, name)
+        case Level.IMAGE:
+            return find_image(session, name)
+    return find_cell(session, readable(name))[0]
+
+
+# ---- Rename ----
+
+
+def rename(
+    workspace: Workspace,
+    kind: str,
+    old: str,
+    new: str,
+    *,
+    plate: str | None = None,
+    reason: str | None = None,
+    dry_run: bool = False,
+) -> Correction:
+    """Give a plate, or a channel of all plates (or of one ``plate``), another name.
+
+    Raises:
+        UnknownNameError: there is no such plate or channel.
+        UserInputError: the new name is taken, or is none.
+    """
+    old, new = readable(old), readable(new)
+    if not 1 <= len(new) <= LONGEST or not new.isprintable() or (kind == "plate" and "/" in new):
+        raise UserInputError(
+            f"A {kind} needs a name of 1 to {LONGEST} printable characters"
+            f"{', without a slash' if kind == 'plate' else ''}."
+        )
+    if old == new:
+        raise UserInputError(f"The {kind} is called {new} already.")
+    if kind == "plate":
+        if plate is not None:
+            raise UserInputError("--plate says on which plate a channel is renamed. Leave it out.")
+        return _carry_out(workspace, reason, dry_run, lambda s: _rename_plate(s, old, new))
+    if kind != "channel":
+        raise UnknownNameError.of("thing to rename", kind, ("plate", "channel"))
+    return _carry_out(workspace, reason, dry_run, lambda s: _rename_channel(s, old, new, plate))
+
+
+def _rename_plate(session: Session, old: str, new: str) -> tuple[Correction, list[Change]]:
+    plate = find_plate(session, old)
+    if session.scalar(select(Plate.id).where(Plate.barcode == new)) is not None:
+        raise UserInputError(f"There is a plate {new} already. Choose another name.")
+    session.execute(update(Plate).where(Plate.id == plate).values(barcode=new))
+    change = Change("plates", plate, {"barcode": old}, {"barcode": new})
+    found = Correction(
+        "rename plate",
+        old,
+        ({"name": old, "old": change.old, "new": change.new},),
+        **_concerned(session, _images_of(Level.PLATE, plate)),
+        notes=(f"Tables that name {old} are read as {new} from now on.",),
+    )
+    return found, [change]
+
+
+def _rename_channel(
+    session: Session, old: str, new: str, plate: str | None
+) -> tuple[Correction, list[Change]]:
+    def files(channel: str) -> Select[Any]:
+        query = select(ImageFile.image_id).where(ImageFile.channel == channel)
+        if plate is not None:
+            on_plate = _images_of(Level.PLATE, find_plate(session, readable(plate)))
+            query = query.where(ImageFile.image_id.in_(on_plate))
+        return query
+
+    images = files(old)
+    of = select(Plate.id, Plate.barcode).join(Well, Well.plate_id == Plate.id)
+    of = of.join(Image, Image.well_id == Well.id).where(Image.id.in_(images)).distinct()
+    plates = session.execute(of.order_by(Plate.id)).all()
+    if not plates:
+        known = session.scalars(select(ImageFile.channel).distinct())
+        raise UnknownNameError.of("channel", old, sorted(known))
+    both = session.scalar(images.where(ImageFile.image_id.in_(files(new))).limit(1))
+    if both is not None:
+        raise UserInputError(
+            f"Image {_name_of(session, Level.IMAGE, both)} has a channel {new} already. To swap "
+            "two channels, rename one of them to a third name first."
+        )
+    concerned = _concerned(session, images)
+    recipes = session.scalars(select(Recipe).order_by(Recipe.id))
+    naming = [
+        f"{Stage(recipe.stage).value} recipe {recipe.id}"
+        for recipe in recipes
+        if old in (recipe.parameters.get("channels") or ())
+    ]
+    # What was made of the image stays as it is: its bytes are the same.
+    renamed = update(ImageFile).where(ImageFile.channel == old, ImageFile.image_id.in_(images))
+    session.execute(renamed.values(channel=new), execution_options={"synchronize_session": False})
+    changes = [Change("plates", p.id, {"channel": old}, {"channel": new}) for p in plates]
+    notes = []
+    if naming:
+        notes.append(
+            f"These recipes ask for {old}, and cannot be used with {new}: "
+            f"{', '.join(naming[:_NAMED])}{', ...' if len(naming) > _NAMED else ''}. Name the "
+            "channel anew with --channels."
+        )
+    shown = tuple(
+        {"name": p.barcode, "old": c.old, "new": c.new}
+        for p, c in zip(plates, changes, strict=True)
+    )
+    return Correction("rename channel", old, shown, **concerned, notes=tuple(notes)), changes
+
+
+# ---- Relabel ----
+
+
+def relabel(
+    workspace: Workspace,
+    well: str,
+    *,
+    treatment: str | None = None,
+    dose: str | None = None,
+    control: str | None = None,
+    reason: str,
+    dry_run: bool = False,
+) -> Correction:
+    """Say what a well really got; ``treatment`` ``none``: it is not known.
+
+    Without ``control`` a well that gets another treatment has the role that the other wells of
+    this treatment have. ``none`` is no control.
+
+    Raises:
+        UnknownNameError: there is no such well.
+        UserInputError: nothing would change, or the treatment is ambiguous.
+    """
+    if treatment is None and (dose is not None or control is None):
+        raise UserInputError("Say what the well got: --treatment NAME, perhaps with --dose.")
+    if control is not None and control not in (*Control, "none"):
+        raise UnknownNameError.of("control", control, [*(c.value for c in Control), "none"])
+
+    def act(session: Session) -> tuple[Correction, list[Change]]:
+        row = session.get_one(Well, find_well(session, well))
+        name = _name_of(session, Level.WELL, row.id)
+        before = _label_of(session, row)
+        notes: list[str] = []
+        if treatment is not None:
+            row.treatment_id = _treatment_named(session, readable(treatment), dose, notes)
+        if control is not None:
+            row.control = None if control == "none" else Control(control)
+        elif row.treatment_id != before["treatment_id"]:
+            row.control = _usual_control(session, row)
+        session.flush()
+        after = _label_of(session, row)
+        changed = [key for key in before if before[key] != after[key]]
+        if not changed:
+            raise UserInputError(f"Well {name} has this already; nothing would change.")
+        old, new = ({key: item[key] for key in changed} for item in (before, after))
+        frozen = (
+            select(Split.name, Label.value)
+            .join(SplitMember, SplitMember.split_id == Split.id)
+            .join(Label, Label.id == SplitMember.label_id)
+            .where(SplitMember.image_id.in_(_images_of(Level.WELL, row.id)))
+        )
+        notes += [
+            f"Split {split} keeps the label {label} of this well. A new split takes the new one."
+            for split, label in session.execute(frozen.distinct().order_by(Split.name))
+        ]
+        shown = {"name": name, "old": _without_id(old), "new": _without_id(new)}
+        concerned = _concerned(session, _images_of(Level.WELL, row.id))
+        found = Correction("relabel", name, (shown,), **concerned, notes=tuple(notes))
+        return found, [Change("wells", row.id, old, new)]
+
+    return _carry_out(workspace, reason, dry_run, act)
+
+
+def _label_of(session: Session, well: Well) -> dict[str, Any]:
+    found = None if well.treatment_id is None else session.get_one(Treatment, well.treatment_id)
+    return {
+        "treatment_id": well.treatment_id,
+        "treatment": found and found.name_with_dose,
+        "control": well.control and Control(well.control).value,
+    }
+
+
+def _without_id(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != "treatment_id"}
+
+
+def _usual_control(session: Session, well: Well) -> Control | None:
+    """The role of the other wells that have the treatment of a well, if they have one."""
+    if well.treatment_id is None:
+        return None
+    key = session.get_one(Treatment, well.treatment_id).perturbations_key
+    query = select(Well.control).join(Treatment, Treatment.id == Well.treatment_id).distinct()
+    query = query.where(Treatment.perturbations_key == key, Well.id != well.id)
+    found = session.scalars(query.limit(2)).all()
+    return found[0] if len(found) == 1 else None
+
+
+def _treatment_named(session: Session, name: str, dose: str | None, notes: list[str]) -> int | None:
+    """The id of a treatment by its name (with its dose, or with ``dose``), made if it is new."""
+    if name.lower() == "none" and dose is None:
+        return None
+    if not 1 <= len(name) <= LONGEST or not name.isprintable():
+        raise UserInputError(f"A treatment needs a name of 1 to {LONGEST} printable characters.")
+    if dose is None:
+        query = select(Treatment.id, Treatment.name_with_dose).order_by(Treatment.id)
+        same = session.execute(query.where(Treatment.name_with_dose == name)).all()
+        same = same or session.execute(query.where(Treatment.name == name)).all()
+        if len(same) == 1:
+            return int(same[0].id)
+        used = [row for row in same if _has_wells(session, row.id)]
+        if len(used) == 1:
+            return int(used[0].id)
+        if len(same) > 1:
+            listed = ", ".join(sorted({row.name_with_dose for row in same})[:_NAMED])
+            raise UserInputError(
+                f"{name} is in the store in several ways: {listed}. Add --dose, for example "
+                '--dose "5 uM", or name one by its identifier.'
+            )
+    key = _perturbation_named(session, name, notes)
+    number, unit = _dose_of(dose)
+    part = Part(key, number, unit)
+    values = treatment_values([part])
+    insert_new(session, Perturbation, [key._asdict()])
+    matches = [getattr(Perturbation, column) == value for column, value in key._asdict().items()]
+    perturbation = session.scalars(select(Perturbation).where(*matches)).one()
+    known = select(Treatment.id).where(Treatment.identity == values["identity"])
+    found = session.scalar(known)
+    if found is None:
+        insert_new(session, Treatment, [values | {"target": perturbation.target}])
+        found = session.scalars(known).one()
+        row: dict[str, Any] = {"treatment_id": found, "position": 1}
+        row["perturbation_id"] = perturbation.id
+        if number is not None:
+            plain, plain_unit = normalised_dose(number, unit)
+            row |= {"dose": plain, "dose_unit": plain_unit, "dose_original": dose}
+        insert_new(session, TreatmentPart, [row])
+    return found
+
+
+def _has_wells(session: Session, treatment: int) -> bool:
+    return (
+        session.scalar(select(Well.id).where(Well.treatment_id == treatment).limit(1)) is not None
+    )
+
+
+def _perturbation_named(session: Session, name: str, notes: list[str]) -> PerturbationKey:
+    """What names the perturbation ``name`` (or of this identifier); a new one is a compound."""
+    columns = (Perturbation.kind, Perturbation.name, Perturbation.identifier)
+    query = select(*columns).where(or_(Perturbation.name == name, Perturbation.identifier == name))
+    found = session.execute(query).all()
+    if len(found) > 1:
+        used = select(TreatmentPart.perturbation_id).join(
+            Well, Well.treatment_id == TreatmentPart.treatment_id
+        )
+        found = session.execute(query.where(Perturbation.id.in_(used))).all() or found
+    if len(found) > 1:
+        listed = ", ".join(sorted(str(row.identifier) for row in found)[:_NAMED])
+        raise UserInputError(f"{name} is several samples: {listed}. Name one by its identifier.")
+    if found:
+        return PerturbationKey(*found[0])
+    known = session.scalars(select(Perturbation.name).distinct())
+    alike = next(
+        (other for other in known if normalised_name(other) == normalised_name(name)), None
+    )
+    if alike is not None:
+        raise UserInputError(f"Unknown treatment {name!r}. Did you mean {alike}?")
+    notes.append(f"{name} is new: no table has named it. It is kept as a compound.")
+    return PerturbationKey(PerturbationKind.COMPOUND, name, None)
+
+
+def _dose_of(text: str | None) -> tuple[float | None, str | None]:
+    """The number and the unit of a dose.
+
+    Raises:
+        UserInputError: it is none.
+    """
+    if text is None:
+        return None, None
+    match = _DOSE.fullmatch(readable(text))
+    try:
+        return float(match[1] if match else text), match[2] if match else None
+    except ValueError as error:
+        raise UserInputError(
+            f'A dose is a number and a unit, as in "5 uM", not {text!r}.'
+        ) from error
+
+
+# ---- Exclude and include ----
+
+
+def exclude(
+    workspace: Workspace, level: str, name: str, *, reason: str, dry_run: bool = False
+) -> Correction:
+    """Let a plate, well, image or cell count nowhere; it stays visible.
+
+    Raises:
+        UnknownNameError: nothing has that name.
+        UserInputError: it is excluded already.
+    """
+    return _set_excluded(workspace, level, name, reason, dry_run, excluded=True)
+
+
+def include(
+    workspace: Workspace,
+    level: str,
+    name: str,
+    *,
+    reason: str | None = None,
+    dry_run: bool = False,
+) -> Correction:
+    """Let something count again that a person excluded.
+
+    Raises:
+        UnknownNameError: nothing has that name.
+        UserInputError: nobody excluded it.
+    """
+    return _set_excluded(workspace, level, name, reason, dry_run, excluded=False)
+
+
+def _set_excluded(
+    workspace: Workspace,
+    level: str,
+    name: str,
+    reason: str | None,
+    dry_run: bool,
+    *,
+    excluded: bool,
+) -> Correction:
+    if level not in list(Level):
+        raise UnknownNameError.of("kind", level, [item.value for item in Level])
+    of = Level(level)
+
+    def act(session: Session) -> tuple[Correction, list[Change]]:
+        row_id = _find(session, of, name)
+        called = _name_of(session, of, row_id)
+        found = EXCLUSIONS.c
+        mine = and_(found.level == of.value, found.id == row_id)
+        by_person = found.source == ExclusionSource.ANNOTATION.value
+        query = select(found.reason, found.annotation_id).where(mine, by_person)
+        present = session.execute(query.order_by(found.annotation_id)).all()
+        user_name, _ = caller()
+        values = {
+            "level": of,
+            "row_id": row_id,
+            "kind": AnnotationKind.EXCLUSION,
+            "reason": reason and readable(reason),
+            "user_name": user_name[:LONGEST],
+            "created_at": datetime.now(UTC),
+        }
+        if excluded:
+            if present:
+                raise UserInputError(f"{called} is excluded already: {present[0].reason}.")
+            session.add(Annotation(**values))
+            old, new = {"excluded": None}, {"excluded": values["reason"]}
+        else:
+            if not present:
+                raise UserInputError(_why_not_included(session, of, row_id, called))
+            for row in present:
+                session.add(Annotation(**values, undoes_id=row.annotation_id))
+            old, new = {"excluded": present[0].reason}, {"excluded": None}
+        session.flush()
+        change = Change(f"{of.value}s", row_id, old, new)
+        shown = {"name": called, "old": old, "new": new}
+        concerned = _concerned(
+            session, _images_of(of, row_id), row_id if of is Level.CELL else None
+        )
+        verb = "exclude" if excluded else "include"
+        return Correction(f"{verb} {of.value}", called, (shown,), **concerned), [change]
+
+    return _carry_out(workspace, reason, dry_run, act)
+
+
+def _why_not_included(session: Session, level: Level, row_id: int, called: str) -> str:
+    """Why there is nothing to take back: what excludes it instead, if anything does."""
+    begin = f"{called[:1].upper()}{called[1:]}"
+    if level is Level.CELL and (why := session.get_one(Cell, row_id).excluded) is not None:
+        return f"{begin} was excluded when it was found ({why}); it stays so."
+    query = select(Image.id, Image.well_id, Well.plate_id).join(Well, Well.id == Image.well_id)
+    image = session.execute(query.where(Image.id.in_(_images_of(level, row_id))).limit(1)).first()
+    found = EXCLUSIONS.c
+    of_person = select(found.id).where(found.source == ExclusionSource.ANNOTATION.value)
+    for higher, number in zip((Level.IMAGE, Level.WELL, Level.PLATE), image or (), strict=False):
+        named = of_person.where(found.level == higher.value, found.id == number).limit(1)
+        is_above = list(Level).index(higher) < list(Level).index(level)
+        if is_above and session.scalar(named) is not None:
+            return (
+                f"Not {called} itself is excluded, but its {higher.value}. To include that: "
+                f"cellstore include {higher.value} {_name_of(session, higher, number)}"
+            )
+    return f"{begin} is not excluded, so there is nothing to include."
+
+
+# ---- Undo and delete ----
+
+_RANGED = {"image_files": ImageFile, "images": Image, "wells": Well, "plates": Plate}
+"""The tables of which an ingest records the new rows; those that refer to others come first."""
+_NAMES_OF = {"plates": Level.PLATE, "wells": Level.WELL, "images": Level.IMAGE}
+
+
+def undo(
+    workspace: Workspace, run: str, *, reason: str | None = None, dry_run: bool = False
+) -> Correction:
+    """Take back what an ingest run brought or changed, if nothing relies on it.
+
+    The run is marked as cancelled, so that its source can be ingested again. Where files were
+    found stays known, as do the treatments that tables have named.
+
+    Raises:
+        UnknownNameError: there is no such run.
+        UserInputError: it is no ingest run, or later work relies on it: the message names that.
+    """
+    files: list[str] = []
+
+    def act(session: Session) -> tuple[Correction, list[Change]]:
+        found = find_run(session, run)
+        ranges = _check_undoable(session, found)
+        images = select(Image.id).where(_within(Image.id, ranges["images"]))
+        own = select(Segmentation.id).where(Segmentation.run_id == found.id)
+        segmentations = select(Segmentation.id).where(
+            or_(Segmentation.id.in_(own), Segmentation.image_id.in_(images))
+        )
+        restored = _restorable(session, found.id)
+        relying = [
+            *_relying(session, images, segmentations, found.id),
+            *_relying_on_rows(session, found.id, ranges),
+            *restored.later,
+        ]
+        _refuse_if(relying, f"undo run {found.id}")
+        completed = select(ImageFile.image_id).where(
+            _within(ImageFile.id, ranges["image_files"]), ImageFile.image_id.not_in(images)
+        )
+        partly = set(session.scalars(completed.distinct()))
+        deleted = _concerned(session, images)
+        if not deleted["images"]:
+            deleted = _concerned(
+                session,
+                select(Segmentation.image_id).where(Segmentation.run_id == found.id).distinct(),
+            )
+        features, paths = _delete_features(session, found.id)
+        files.extend(paths)
+        changes = _delete_segmentations(session, segmentations, files)
+        changes += _delete_images(session, images)
+        session.execute(delete(ImageFile).where(_within(ImageFile.id, ranges["image_files"])))
+        for some in in_lists(partly):
+            write_contents(session, some)
+        for table in ("wells", "plates"):
+            changes += _delete_rows(session, _RANGED[table], ranges[table])
+        changes += restored.write(session)
+        found.status = Status.CANCELLED
+        found.error = f"{_UNDONE} {reason}" if reason else _UNDONE
+        status = Change("runs", found.id, {"status": "done"}, {"status": "cancelled"})
+        rows = [_shown_change(session, change) for change in changes]
+        done = Correction("undo", f"run {found.id}", (*rows, *features), **deleted)
+        return done, [*changes, status]
+
+    done = _carry_out(workspace, reason, dry_run, act)
+    if not dry_run:
+        for path in files:
+            workspace.artifacts.remove(path)
+    return done
+
+
+_UNDONE = "Undone."
+
+
+def _check_undoable(session: Session, run: Run) -> dict[str, list[tuple[int, int]]]:
+    """Return the new rows of an ingest run by table, as ranges of ids.
+
+    Raises:
+        UserInputError: the run cannot be undone, whatever relies on it.
+    """
+    if run.stage is not Stage.INGEST:
+        raise UserInputError(
+            f"Run {run.id} is a {Stage(run.stage).value} run. Only ingest runs are undone; results "
+            "of other runs stand beside each other. To keep images out: cellstore exclude"
+        )
+    if run.status is Status.RUNNING:
+        raise UserInputError(f"Run {run.id} is running. Stop it first: cellstore cancel {run.id}")
+    if (run.error or "").startswith(_UNDONE):
+        raise UserInputError(f"Run {run.id} was undone already.")
+    query = select(Event.table_name, Event.new).where(Event.run_id == run.id, Event.old.is_(None))
+    ranges: dict[str, list[tuple[int, int]]] = {table: [] for table in _RANGED}
+    for table, new in session.execute(query.where(Event.table_name.in_(_RANGED))):
+        if new and "first_id" in new:
+            ranges[table].append((new["first_id"], new["last_id"]))
+    return ranges
+
+
+def _within(column: Any, ranges: Sequence[tuple[int, int]]) -> Any:
+    return or_(false(), *(column.between(first, last) for first, last in ranges))
+
+
+def _refuse_if(relying: Sequence[str], verb: str) -> None:
+    if relying:
+        more = f", and {len(relying) - _NAMED} more" if len(relying) > _NAMED else ""
+        raise UserInputError(
+            f"To {verb} is not possible, because later work relies on it: "
+            f"{'; '.join(relying[:_NAMED])}{more}. Nothing was changed."
+        )
+
+
+def _relying(
+    session: Session, images: Select[Any], segmentations: Select[Any], run_id: int | None
+) -> list[str]:
+    """What relies on images and segmentations: predictions, splits, and other runs than ``run_id``.
+
+    Without ``run_id`` only predictions and splits: the rest can be made again.
+    """
+    cells = select(Cell.id).where(Cell.segmentation_id.in_(segmentations))
+    labelled = (
+        select(Prediction.run_id)
+        .where(Prediction.cell_id.in_(cells))
+        .union(select(ImagePrediction.run_id).where(ImagePrediction.image_id.in_(images)))
+    )
+    found = [f"predictions of run {number}" for number in sorted(session.scalars(labelled))]
+    splits = select(Split.name).join(SplitMember, SplitMember.split_id == Split.id)
+    splits = splits.where(SplitMember.image_id.in_(images)).distinct().order_by(Split.name)
+    found += [f"split {name}" for name in session.scalars(splits)]
+    if run_id is None:
+        return found
+    recipes = select(Segmentation.recipe_id).where(Segmentation.run_id == run_id)
+    made_by: tuple[Any, ...] = (
+        select(Segmentation.run_id).where(Segmentation.image_id.in_(images)),
+        select(Job.run_id).where(Job.image_id.in_(images)),
+        select(ImageQuality.run_id).where(ImageQuality.image_id.in_(images)),
+        select(ImageFlag.run_id).where(ImageFlag.image_id.in_(images)),
+        select(CellFeatures.run_id).where(CellFeatures.cell_id.in_(cells)),
+        select(CellFlag.run_id).where(CellFlag.cell_id.in_(cells)),
+        select(Run.id)
+        .join(RecipeInput, RecipeInput.recipe_id == Run.recipe_id)
+        .where(RecipeInput.input_id.in_(recipes), Run.id > run_id),
+    )
+    numbers = {number for query in made_by for number in session.scalars(query.distinct())}
+    stages = select(Run.id, Run.stage).where(Run.id.in_(numbers - {run_id})).order_by(Run.id)
+    return found + [
+        f"{Stage(stage).value} run {number}" for number, stage in session.execute(stages)
+    ]
+
+
+def _relying_on_rows(
+    session: Session, run_id: int, ranges: Mapping[str, Sequence[tuple[int, int]]]
+) -> list[str]:
+    """Which other ingests put images into wells, or wells onto plates, that the run has made."""
+    images = select(Image.id).where(
+        _within(Image.well_id, ranges["wells"]), ~_within(Image.id, ranges["images"])
+    )
+    wells = select(Well.id).where(
+        _within(Well.plate_id, ranges["plates"]), ~_within(Well.id, ranges["wells"])
+    )
+    found = []
+    for table, query in (("images", images), ("wells", wells)):
+        row_id = session.scalar(query.limit(1))
+        if row_id is not None:
+            made = select(Event.run_id).where(Event.table_name == table, Event.row_id >= row_id)
+            by = session.scalar(made.where(Event.old.is_(None)).order_by(Event.row_id).limit(1))
+            name = _name_of(session, _NAMES_OF[table], row_id)
+            found.append(f"ingest run {by} brought {name}")
+    labelled = select(Event.run_id).where(
+        Event.table_name == "wells",
+        _within(Event.row_id, ranges["wells"]),
+        Event.run_id != run_id,
+        Event.old.is_not(None),
+        Event.run_id.in_(select(Run.id).where(Run.status != Status.CANCELLED)),
+    )
+    by_run = session.scalars(labelled.distinct().order_by(Event.run_id))
+    return found + [f"ingest run {number} corrected its wells" for number in by_run]
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """The events of a run whose old values come back, the last first; what changed them since."""
+
+    changes: tuple[Change, ...]
+    later: tuple[str, ...]
+
+    def write(self, session: Session) -> list[Change]:
+        """Put the old values back; return the events of that."""
+        for change in self.changes:
+            old = change.old or {}
+            table = METADATA.tables[change.table_name]
+            values = {name: value for name, value in old.items() if name in table.c}
+            ids = old["ids"] if change.row_id is None else [change.row_id]
+            for some in in_lists(ids):
+                session.execute(update(table).where(table.c.id.in_(some)).values(values))
+            if change.table_name == "perturbations" and "target" in old:
+                retarget(session, change.row_id or 0)
+        return [replace(c, old=c.new, new=c.old, line=None) for c in self.changes]
+
+
+def _restorable(session: Session, run_id: int) -> _Restored:
+    """What a run changed of rows that were there before it."""
+    query = select(Event).where(Event.run_id == run_id, Event.old.is_not(None))
+    query = query.where(Event.new.is_not(None), Event.table_name != "runs")
+    changes, later = [], []
+    present: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in session.scalars(query.order_by(Event.id.desc())):
+        table, new = METADATA.tables[row.table_name], row.new or {}
+        changes.append(Change(row.table_name, row.row_id, row.old, row.new))
+        if row.row_id is None:
+            continue
+        key = row.table_name, row.row_id
+        if key not in present:
+            found = session.execute(select(table).where(table.c.id == row.row_id)).mappings().one()
+            present[key] = dict(found)
+        if any(present[key][name] != value for name, value in new.items() if name in table.c):
+            since = select(Event.run_id, Event.created_at).where(
+                Event.table_name == row.table_name, Event.row_id == row.row_id, Event.id > row.id
+            )
+            by, at = session.execute(since.order_by(Event.id.desc()).limit(1)).one()
+            who = f"run {by}" if by is not None else f"the correction of {at:%Y-%m-%d %H:%M}"
+            later.append(f"{who} changed {_named(session, row.table_name, row.row_id)} again")
+        present[key] |= row.old or {}
+    return _Restored(tuple(changes), tuple(dict.fromkeys(later)))
+
+
+def _named(session: Session, table: str, row_id: int | None) -> str:
+    if table in _NAMES_OF and row_id is not None:
+        row = session.get(_RANGED[table], row_id)
+        return (
+            f"{table[:-1]} {row_id}" if row is None else _name_of(session, _NAMES_OF[table], row_id)
+        )
+    if table == "perturbations" and row_id is not None:
+        return session.get_one(Perturbation, row_id).name
+    return table
+
+
+def _shown_change(session: Session, change: Change) -> dict[str, Any]:
+    """A change as people see it: the name of the row, or how many rows are deleted."""
+    if change.new is None:
+        rows = {key: value for key, value in (change.old or {}).items() if not key.endswith("_id")}
+        return {"name": change.table_name, "old": rows, "new": None}
+    values = (_without_id(change.old or {}), _without_id(change.new))
+    old, new = ({k: v for k, v in item.items() if k != "ids"} for item in values)
+    return {"name": _named(session, change.table_name, change.row_id), "old": old, "new": new}
+
+
+def _delete_rows(
+    session: Session, table: Any, ranges: Sequence[tuple[int, int]] = (), query: Any = None
+) -> list[Change]:
+    """Delete rows in ranges of ids, or of a query of ids; return the event of it.
+
+    Annotations of them that exclude are undone.
+    """
+    which = _within(table.id, ranges) if query is None else table.id.in_(query)
+    counted = select(func.count(), func.min(table.id), func.max(table.id)).where(which)
+    number, first, last = session.execute(counted).one()
+    if not number:
+        return []
+    name = table.__tablename__
+    user_name, _ = caller()
+    found = EXCLUSIONS.c
+    excluded = select(found.annotation_id, found.id).where(
+        found.source == ExclusionSource.ANNOTATION.value,
+        found.level == name[:-1],
+        found.id.in_(select(table.id).where(which)),
+    )
+    for annotation, row_id in session.execute(excluded).all():
+        session.add(
+            Annotation(
+                level=Level(name[:-1]),
+                row_id=row_id,
+                kind=AnnotationKind.EXCLUSION,
+                reason="deleted",
+                user_name=user_name[:LONGEST],
+                created_at=datetime.now(UTC),
+                undoes_id=annotation,
+            )
+        )
+    session.flush()
+    session.execute(delete(table).where(which), execution_options={"synchronize_session": False})
+    return [Change(name, last, {"rows": number, "first_id": first}, None)]
+
+
+def _delete_features(session: Session, run_id: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Delete the feature files of an ingest, and its feature set if no other run added to it."""
+    query = select(FeatureFile.artifact_id, FeatureFile.feature_set_id)
+    rows = session.execute(query.where(FeatureFile.run_id == run_id)).all()
+    session.execute(delete(FeatureFile).where(FeatureFile.run_id == run_id))
+    shown = []
+    for number in {row.feature_set_id for row in rows}:
+        others = select(FeatureFile.run_id).where(FeatureFile.feature_set_id == number).limit(1)
+        if session.scalar(others) is None:
+            kept = session.get_one(FeatureSet, number)
+            shown.append({"name": "feature_sets", "old": {"name": kept.name}, "new": None})
+            session.delete(kept)
+    artifacts = [row.artifact_id for row in rows]
+    for some in in_lists(artifacts):
+        mine = and_(RunArtifact.run_id == run_id, RunArtifact.artifact_id.in_(some))
+        session.execute(delete(RunArtifact).where(mine))
+    session.flush()
+    return shown, _delete_artifacts(session, artifacts)
+
+
+def _delete_artifacts(session: Session, ids: Sequence[int]) -> list[str]:
+    """Delete those artifacts that nothing names any more; return their paths."""
+    paths: list[str] = []
+    for some in in_lists(set(ids)):
+        named = or_(
+            exists().where(Segmentation.mask_artifact_id == Artifact.id),
+            exists().where(Segmentation.flow_artifact_id == Artifact.id),
+            exists().where(RunArtifact.artifact_id == Artifact.id),
+            exists().where(FeatureFile.artifact_id == Artifact.id),
+        )
+        query = select(Artifact.id, Artifact.path).where(Artifact.id.in_(some), ~named)
+        unused = session.execute(query).all()
+        session.execute(delete(Artifact).where(Artifact.id.in_([row.id for row in unused])))
+        paths += [row.path for row in unused]
+    return paths
+
+
+def _delete_segmentations(session: Session, of: Select[Any], files: list[str]) -> list[Change]:
+    """Delete segmentations (a query of ids) with their cells; ``files`` gets what they wrote."""
+    written = select(Segmentation.mask_artifact_id, Segmentation.flow_artifact_id)
+    rows = session.execute(written.where(Segmentation.id.in_(of)))
+    artifacts = [number for row in rows for number in row if number is not None]
+    cells = select(Cell.id).where(Cell.segmentation_id.in_(of))
+    for table in (CellFlag, CellFeatures):
+        _delete_where(session, table, table.cell_id.in_(cells))
+    changes = _delete_rows(session, Cell, query=cells)
+    _delete_where(session, Segmentation, Segmentation.id.in_(of))
+    files += _delete_artifacts(session, artifacts)
+    return changes
+
+
+def _delete_images(session: Session, images: Select[Any]) -> list[Change]:
+    """Delete images (a query of ids) that have no segmentations any more."""
+    for table in (ImageFlag, ImageQuality, Job, ImageFile):
+        _delete_where(session, table, table.image_id.in_(images))
+    return _delete_rows(session, Image, query=images)
+
+
+def _delete_where(session: Session, table: Any, condition: Any) -> None:
+    options = {"synchronize_session": False}
+    session.execute(delete(table).where(condition), execution_options=options)
+
+
+def delete_plate(
+    workspace: Workspace, name: str, *, reason: str | None = None, dry_run: bool = False
+) -> Correction:
+    """Delete a plate with its wells, images, cells and measurements; to undo it, ingest it again.
+
+    Image files stay where they are. Measurements in files that hold other plates, too, stay there.
+
+    Raises:
+        UnknownNameError: there is no such plate.
+        UserInputError: predictions or splits rely on it; the message names them.
+    """
+    files: list[str] = []
+
+    def act(session: Session) -> tuple[Correction, list[Change]]:
+        plate = find_plate(session, readable(name))
+        images = _images_of(Level.PLATE, plate)
+        segmentations = select(Segmentation.id).where(Segmentation.image_id.in_(images))
+        _refuse_if(_relying(session, images, segmentations, None), f"delete plate {name}")
+        done = Correction("delete plate", name, (), **_concerned(session, images))
+        changes = _delete_segmentations(session, segmentations, files)
+        changes += _delete_images(session, images)
+        changes += _delete_rows(session, Well, query=select(Well.id).where(Well.plate_id == plate))
+        (own,) = _delete_rows(session, Plate, [(plate, plate)])
+        changes.append(replace(own, old={**(own.old or {}), "barcode": name}))
+        shown = tuple(_shown_change(session, change) for change in changes)
+        return replace(done, changes=shown), changes
+
+    done = _carry_out(workspace, reason, dry_run, act)
+    if not dry_run:
+        for path in files:
+            workspace.artifacts.remove(path)
+    return done

@@ -1,0 +1,213 @@
+"""Commands that put things right: rename, relabel, exclude, include, undo, delete."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cellstore.config import option
+from cellstore.enums import Control, Level
+from cellstore.errors import UnknownNameError
+
+from . import output
+from .app import Common, command
+from .output import say
+
+if TYPE_CHECKING:
+    from cellstore.stages.corrections import Correction
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+SHOWN = 20
+DRY_RUN = option(False, "Only say what would change.")
+REASON = option(None, "Why; it is kept with the change.", metavar="TEXT")
+NEEDED_REASON: Any = typer.Option("--reason", metavar="TEXT", help="Why; it is kept.")
+KindArgument = Annotated[
+    Level, typer.Argument(metavar="KIND", help="plate, well, image or cell.", show_choices=False)
+]
+NamesArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="NAME", help="As in audit: PLATE, PLATE/A01, PLATE/A01/1, a cell id."),
+]
+
+
+@command(app, "rename")
+def rename(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="plate or channel.")],
+    old: Annotated[str, typer.Argument(metavar="OLD", help="The name that it has.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The name that it gets.")],
+    common: Common,
+    plate: str | None = option(None, "Rename the channel on this plate only.", metavar="PLATE"),
+    reason: str | None = REASON,
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """Give a plate or a channel another name. To undo it, rename it back.
+
+    Tables that name a plate by its old name still find it.
+
+    \b
+    Example:
+      cellstore rename plate "Plate 1" BR00116991
+      cellstore rename channel ch1 DNA
+    """
+    with common.open(quiet=True) as store:
+        done = store.rename(kind, old, new, plate=plate, reason=reason, dry_run=dry_run)
+    common.show(done, _show)
+
+
+@command(app, "relabel")
+def relabel(
+    well: Annotated[str, typer.Argument(metavar="WELL", help="PLATE/A01.")],
+    common: Common,
+    reason: Annotated[str, NEEDED_REASON],
+    treatment: str | None = option(
+        None, "What the well got; none: it is not known.", metavar="NAME"
+    ),
+    dose: str | None = option(None, 'Its dose with unit, as in "5 uM".', metavar="DOSE"),
+    control: str | None = option(
+        None,
+        "Its role. Default: that of the other wells of the treatment.",
+        choices=(*(item.value for item in Control), "none"),
+    ),
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """Correct what a well got. To undo it, relabel it back; audit shows what it had.
+
+    Labels that a split has frozen stay as they are. A table that was read before
+    does not undo this when it is read again.
+
+    \b
+    Example:
+      cellstore relabel BR00116991/A05 --treatment DMSO --reason "map was shifted"
+      cellstore relabel BR00116991/A06 --treatment taxol --dose "5 uM" --reason "page 12"
+    """
+    with common.open(quiet=True) as store:
+        done = store.relabel(
+            well, treatment=treatment, dose=dose, control=control, reason=reason, dry_run=dry_run
+        )
+    common.show(done, _show)
+
+
+@command(app, "exclude")
+def exclude(
+    kind: KindArgument,
+    name: NamesArgument,
+    common: Common,
+    reason: Annotated[str, NEEDED_REASON],
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """Let a plate, well, image or cell count nowhere. It stays visible, with the reason.
+
+    Trainings, splits, votes, reports, contrasts and cell counts leave it out from now on. To
+    undo it: cellstore include.
+
+    \b
+    Example:
+      cellstore exclude well BR00116991/A05 --reason "debris"
+      cellstore exclude cell 4711 --reason "two nuclei"
+    """
+    with common.open(quiet=True) as store:
+        done = store.exclude(kind.value, " ".join(name), reason=reason, dry_run=dry_run)
+    common.show(done, _show)
+
+
+@command(app, "include")
+def include(
+    kind: KindArgument,
+    name: NamesArgument,
+    common: Common,
+    reason: str | None = REASON,
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """Let something count again that was excluded.
+
+    \b
+    Example:
+      cellstore include well BR00116991/A05
+    """
+    with common.open(quiet=True) as store:
+        done = store.include(kind.value, " ".join(name), reason=reason, dry_run=dry_run)
+    common.show(done, _show)
+
+
+@command(app, "undo")
+def undo(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="An ingest run, by its number.")],
+    common: Common,
+    reason: str | None = REASON,
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """Take back what an ingest run brought or changed. To undo that, ingest again.
+
+    Nothing is changed if later work relies on it; what does is named. Predictions are never
+    deleted.
+
+    \b
+    Example:
+      cellstore undo 12 --dry-run
+      cellstore undo 12 --reason "wrong map"
+    """
+    with common.open(quiet=True) as store:
+        done = store.undo(run, reason=reason, dry_run=dry_run)
+    common.show(done, _show)
+
+
+@command(app, "delete")
+def delete(
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="plate. For splits: cellstore split delete.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The plate.")],
+    common: Common,
+    reason: str | None = REASON,
+    yes: bool = option(False, "Do not ask."),
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """Delete a plate with all that was made of it. To undo it, ingest it again.
+
+    A plate that predictions or splits rely on stays; they are named. Image files stay where
+    they are.
+
+    \b
+    Example:
+      cellstore delete plate BR00116991 --dry-run
+      cellstore delete plate BR00116991 --reason "test plate" --yes
+    """
+    if kind != "plate":
+        raise UnknownNameError.of("thing to delete", kind, ["plate"])
+    with common.open(quiet=True) as store:
+        if not (yes or dry_run):
+            plan = store.delete_plate(name, reason=reason, dry_run=True)
+            if not typer.confirm(f"Delete plate {name} ({_concerns(plan)})?", err=True):
+                say("Nothing was deleted.")
+                raise typer.Exit(1)
+        done = store.delete_plate(name, reason=reason, dry_run=dry_run)
+    common.show(done, _show)
+
+
+def _show(done: Correction) -> None:
+    rows = [
+        (change["name"], what, _shown(change["old"], what), _shown(change["new"], what))
+        for change in done.changes[:SHOWN]
+        for what in {**(change["old"] or {}), **(change["new"] or {})}
+    ]
+    if rows:
+        output.table(("of", "what", "before", "after"), rows)
+    if len(done.changes) > SHOWN:
+        typer.echo(f"and {len(done.changes) - SHOWN:,} more (all with --json)")
+    output.pairs([("concerns", _concerns(done))])
+    for note in done.notes:
+        say(note)
+    if done.dry_run:
+        say("Nothing was changed: this was a dry run.")
+
+
+def _concerns(done: Correction) -> str:
+    names = ("image", "cell", "prediction")
+    return ", ".join(output.count(getattr(done, f"{name}s"), name) for name in names)
+
+
+def _shown(values: dict[str, Any] | None, what: str) -> Any:
+    value = (values or {}).get(what)
+    return "-" if value is None else value

@@ -1,0 +1,375 @@
+"""Putting things right: a verb is an event, counts at once, and its counterpart undoes it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import Factory
+from screens import SmallScreen, small_screen
+from sqlalchemy import func, select
+
+from cellstore.config import IngestParams
+from cellstore.enums import Control, Level, Stage
+from cellstore.errors import UnknownNameError, UserInputError
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import Event, Image, Plate, Well
+from cellstore.stages.ingest.ingest import IngestResult
+from cellstore.store import Store
+
+VIEWS = ("well_table", "image_table", "cell_table", "prediction_table", "votes")
+
+
+def answers(store: Store, *views: str) -> dict[str, list[tuple[Any, ...]]]:
+    """All rows of the views, in an order of their own."""
+    with store.open_questions() as questions:
+        return {
+            name: sorted(questions.ask(f"FROM {name}").rows(), key=repr) for name in views or VIEWS
+        }
+
+
+def last_events(store: Store) -> list[Event]:
+    with store.session() as session:
+        return list(session.scalars(select(Event).order_by(Event.id)))
+
+
+def n_events(store: Store) -> int:
+    with store.session() as session:
+        return session.scalar(select(func.count(Event.id))) or 0
+
+
+@pytest.fixture
+def screen(workspace: Workspace) -> SmallScreen:
+    return small_screen(workspace)
+
+
+@pytest.fixture
+def store(workspace: Workspace) -> Store:
+    return Store(workspace)
+
+
+def test_a_plate_is_renamed_and_back(store: Store, screen: SmallScreen) -> None:
+    before = answers(store)
+    done = store.rename("plate", "BR1", "BR9", reason="typing error")
+    assert (done.images, done.predictions) == (6, 8)
+    assert done.changes == ({"name": "BR1", "old": {"barcode": "BR1"}, "new": {"barcode": "BR9"}},)
+    assert {row[0] for row in answers(store, "well_table")["well_table"]} == {"BR9"}
+    event = last_events(store)[-1]
+    assert (event.old, event.new, event.reason) == (
+        {"barcode": "BR1"},
+        {"barcode": "BR9"},
+        "typing error",
+    )
+    with pytest.raises(UnknownNameError, match="BR9"):
+        store.audit("BR1", "plate")
+    (kept,) = store.audit("BR9", "plate").record["corrections"]
+    assert (kept["old"], kept["new"]) == ({"barcode": "BR1"}, {"barcode": "BR9"})
+    store.rename("plate", "BR9", "BR1")
+    assert answers(store) == before
+
+
+def test_a_name_that_is_taken_or_is_none_is_refused(store: Store, screen: SmallScreen) -> None:
+    screen.factory.plate("BR2")
+    for new in ("BR2", "", "a/b", "BR1", "x" * 256):
+        with pytest.raises(UserInputError):
+            store.rename("plate", "BR1", new)
+    with pytest.raises(UnknownNameError):
+        store.rename("plate", "BR7", "BR8")
+    with pytest.raises(UnknownNameError):
+        store.rename("well", "A01", "A02")
+
+
+def test_a_channel_is_renamed_on_one_plate_or_all(store: Store, screen: SmallScreen) -> None:
+    make = screen.factory
+    other = make.image(make.well(make.plate("BR2"), 1, 1))
+    channels = "SELECT p.barcode, f.channel FROM image_files AS f JOIN images AS i ON i.id = "
+    channels += "f.image_id JOIN wells AS w ON w.id = i.well_id JOIN plates AS p ON p.id = "
+    channels += "w.plate_id GROUP BY ALL ORDER BY ALL"
+
+    def found() -> list[tuple[Any, ...]]:
+        with store.open_questions() as questions:
+            return list(questions.ask(channels).rows())
+
+    store.rename("channel", "DNA", "Hoechst", plate="BR2")
+    assert found() == [("BR1", "DNA"), ("BR2", "Hoechst")]
+    done = store.rename("channel", "DNA", "Hoechst")
+    assert (len(done.changes), done.images) == (1, 6)
+    assert found() == [("BR1", "Hoechst"), ("BR2", "Hoechst")]
+    make.image_file(other, "ER")
+    with pytest.raises(UserInputError, match="BR2/A01/1 has a channel Hoechst already"):
+        store.rename("channel", "ER", "Hoechst")
+    with pytest.raises(UnknownNameError, match="Hoechst"):
+        store.rename("channel", "DNA", "ER")
+    store.rename("channel", "Hoechst", "DNA")
+    assert ("BR1", "DNA") in found()
+    (first, _) = store.audit("BR1", "plate").record["corrections"]
+    assert first["new"] == {"channel": "Hoechst"}
+
+
+def test_a_well_is_relabelled_and_back(store: Store, screen: SmallScreen) -> None:
+    before = answers(store)
+    with store.session() as session:
+        wells = dict(session.execute(select(Well.name, Well.control)).all())
+    assert wells["B01"] is Control.NEGATIVE
+    done = store.relabel("BR1/B01", treatment="taxol", dose="5000 nM", reason="map was shifted")
+    assert done.changes[0]["old"] == {"treatment": "DMSO", "control": "negative"}
+    assert done.changes[0]["new"] == {"treatment": "taxol 5 uM", "control": None}
+    assert any("Split main keeps the label DMSO" in note for note in done.notes)
+    with store.session() as session:
+        well = session.scalars(select(Well).where(Well.name == "B01")).one()
+        assert well.treatment is not None
+        assert well.treatment.target == "TUBB"
+        (part,) = well.treatment.parts
+        assert (part.dose, part.dose_unit, part.dose_original) == (5.0, "uM", "5000 nM")
+    record = store.audit("BR1/B01").record
+    (kept,) = record["corrections"]
+    assert (kept["old"]["treatment"], kept["reason"]) == ("DMSO", "map was shifted")
+    assert len(record["treatment_history"]) == 1
+    store.relabel("BR1/B01", treatment="DMSO", reason="it was not")
+    assert answers(store) == before
+    with pytest.raises(UserInputError, match="nothing would change"):
+        store.relabel("BR1/B01", treatment="DMSO", reason="again")
+
+
+def test_a_well_without_treatment_gets_one_and_loses_it(store: Store, screen: SmallScreen) -> None:
+    well = screen.factory.well(screen.plate, 3, 1)
+    before = answers(store)
+    done = store.relabel("BR1/C01", treatment="new drug", reason="forgotten on the map")
+    assert any("new drug is new" in note for note in done.notes)
+    store.relabel("BR1/C01", control="positive", reason="it is one")
+    with store.session() as session:
+        assert session.get_one(Well, well.id).control is Control.POSITIVE
+    store.relabel("BR1/C01", treatment="none", control="none", reason="no")
+    assert answers(store) == before
+
+
+def test_names_that_are_unclear_are_refused(store: Store, screen: SmallScreen) -> None:
+    for more, match in (
+        ({"treatment": "Taxol"}, "Did you mean taxol"),
+        ({"treatment": "taxol", "dose": "much"}, "number and a unit"),
+        ({"dose": "5 uM"}, "--treatment"),
+        ({}, "--treatment"),
+        ({"treatment": "taxol", "reason": " "}, "--reason"),
+    ):
+        with pytest.raises(UserInputError, match=match):
+            store.relabel("BR1/B01", **{"reason": "why", **more})  # type: ignore[arg-type]
+    for well, dose in (("B02", "1 uM"), ("B03", "2 uM")):
+        store.relabel(f"BR1/{well}", treatment="drug", dose=dose, reason="doses")
+    with pytest.raises(UserInputError, match="drug 1 uM, drug 2 uM"):
+        store.relabel("BR1/B01", treatment="drug", reason="which?")
+    store.relabel("BR1/B01", treatment="drug 2 uM", reason="this one")
+
+
+@pytest.mark.parametrize("level", list(Level))
+def test_what_is_excluded_counts_nowhere_until_it_is_included(
+    store: Store, screen: SmallScreen, level: Level
+) -> None:
+    before = answers(store)  # copies of the run are made here
+    cell = screen.factory.cells_of(screen.segmentations["B01"])[0]
+    name = {
+        Level.PLATE: "BR1",
+        Level.WELL: "BR1/B01",
+        Level.IMAGE: "BR1/B01/1",
+        Level.CELL: str(cell.id),
+    }[level]
+    gone = {Level.PLATE: 8, Level.WELL: 3, Level.IMAGE: 3, Level.CELL: 1}[level]
+    done = store.exclude(level.value, name, reason="debris")
+    assert done.predictions == gone
+    after = answers(store)
+    assert len(after["prediction_table"]) == len(before["prediction_table"]) - gone
+    assert len(after["cell_table"]) == len(before["cell_table"])  # it stays visible
+    record = store.audit(name, level.value).record
+    assert record["excluded"] == "debris"
+    assert record["corrections"][-1]["new"] == {"excluded": "debris"}
+    with pytest.raises(UserInputError, match=r"excluded already: debris"):
+        store.exclude(level.value, name, reason="again")
+    store.include(level.value, name, reason="it was not")
+    assert answers(store) == before
+    with pytest.raises(UserInputError, match="nothing to include"):
+        store.include(level.value, name)
+
+
+def test_what_is_excluded_with_something_larger_names_it(store: Store, screen: SmallScreen) -> None:
+    make = screen.factory
+    cell = make.cells_of(screen.segmentations["B01"])[0]
+    small = make.cells(screen.segmentations["B01"], 1, excluded="perimeter is 0")[0]
+    store.exclude("well", "BR1/B01", reason="debris")
+    with pytest.raises(UserInputError, match="cellstore include well BR1/B01"):
+        store.include("cell", str(cell.id))
+    with pytest.raises(UserInputError, match="when it was found"):
+        store.include("cell", str(small.id))
+
+
+def test_a_dry_run_says_the_same_and_changes_nothing(store: Store, screen: SmallScreen) -> None:
+    before, events = answers(store), n_events(store)
+    verbs: list[Any] = [
+        lambda **more: store.rename("plate", "BR1", "BR2", **more),
+        lambda **more: store.rename("channel", "DNA", "ER", **more),
+        lambda **more: store.relabel("BR1/B01", treatment="x", dose="1 %", reason="r", **more),
+        lambda **more: store.exclude("well", "BR1/B02", reason="r", **more),
+    ]
+    planned = [verb(dry_run=True) for verb in verbs]
+    assert answers(store) == before
+    assert n_events(store) == events
+    for verb, plan in zip(reversed(verbs), reversed(planned), strict=True):
+        assert verb().changes == plan.changes
+
+
+def test_an_error_in_the_middle_leaves_nothing_half_changed(
+    store: Store, screen: SmallScreen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, events = answers(store), n_events(store)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr("cellstore.stages.corrections.record_events", broken)
+    for verb in (
+        lambda: store.rename("plate", "BR1", "BR2"),
+        lambda: store.relabel("BR1/B01", treatment="new", reason="r"),
+        lambda: store.exclude("plate", "BR1", reason="r"),
+    ):
+        with pytest.raises(RuntimeError, match="power cut"):
+            verb()
+    assert answers(store) == before
+    assert n_events(store) == events
+
+
+# ---- Undo and delete ----
+
+
+def loaddata(path: Path, wells: Sequence[str], plate: str = "P1", **more: str) -> Path:
+    """A LoadData table of images that are elsewhere: two sites a well."""
+    names = ["FileName_OrigDNA", "Metadata_Plate", "Metadata_Well", "Metadata_Site", *more]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for well in wells:
+            for site in (1, 2):
+                row = [f"{plate}_{well}_{site}.tif", plate, well, site, *more.values()]
+                writer.writerow(row)
+    return path
+
+
+def read_map(store: Store, path: Path, wells: Mapping[str, str], **more: Any) -> IngestResult:
+    """Ingest a plate map of plate P1 that gives each well a compound."""
+    rows = [f"{well}\t{name}" for well, name in wells.items()]
+    path.write_text("\n".join(["well_position\tbroad_sample", *rows]) + "\n")
+    compounds = path.with_name("compounds.tsv")
+    compounds.write_text("broad_sample\tpert_iname\nDMSO\tDMSO\ntaxol\ttaxol\n")
+    return store.ingest(path, IngestParams(plate="P1", compounds=(compounds,), **more))
+
+
+EVERYTHING = ("well_table", "image_table", "cell_table", "plates", "wells", "images", "image_files")
+
+
+def test_an_ingest_is_undone_and_done_again(store: Store, tmp_path: Path) -> None:
+    empty = answers(store, *EVERYTHING)
+    table = loaddata(tmp_path / "a.csv", ["A01", "A02"], Metadata_donor="d1")
+    run = store.ingest(table).run_id
+    full = answers(store, "well_table", "image_table")
+    plan = store.undo(str(run), dry_run=True)
+    assert (plan.images, answers(store, "well_table", "image_table")) == (4, full)
+    done = store.undo(str(run), reason="wrong folder")
+    assert done.changes == plan.changes
+    assert answers(store, *EVERYTHING) == empty
+    assert store.audit(f"run {run}").record["status"] == "cancelled"
+    with pytest.raises(UserInputError, match="undone already"):
+        store.undo(str(run))
+    again = store.ingest(table)
+    assert again.created == 4
+    shown = [[row[:2] for row in rows] for rows in answers(store, "image_table").values()]
+    assert shown == [[row[:2] for row in full["image_table"]]]
+    store.undo(str(again.run_id))
+    assert answers(store, *EVERYTHING) == empty
+
+
+def test_what_an_ingest_changed_comes_back(store: Store, tmp_path: Path) -> None:
+    store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02"], Metadata_donor="d1"))
+    read_map(store, tmp_path / "m1.txt", {"A01": "DMSO", "A02": "taxol"})
+    before = answers(store, *EVERYTHING)
+    table = loaddata(tmp_path / "b.csv", ["A02", "A03"], Metadata_donor="d2", Metadata_Batch="b1")
+    brought = store.ingest(table).run_id
+    between = answers(store, *EVERYTHING)
+    changed = read_map(store, tmp_path / "m2.txt", {"A01": "taxol", "A02": "DMSO"}).run_id
+    assert answers(store, *EVERYTHING) != between
+    store.undo(str(changed))
+    assert answers(store, *EVERYTHING) == between
+    store.undo(str(brought))
+    assert answers(store, *EVERYTHING) == before
+
+
+def test_what_later_work_relies_on_is_not_undone(store: Store, tmp_path: Path) -> None:
+    images = store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02"])).run_id
+    maps = [read_map(store, tmp_path / f"{name}.txt", {"A01": name}) for name in ("DMSO", "taxol")]
+    before = answers(store, *EVERYTHING)
+    with pytest.raises(UserInputError, match=f"run {maps[1].run_id} changed P1/A01 again"):
+        store.undo(str(maps[0].run_id))
+    with pytest.raises(UserInputError, match=f"ingest run {maps[0].run_id} corrected its wells"):
+        store.undo(str(images))
+    assert answers(store, *EVERYTHING) == before
+    store.relabel("P1/A01", treatment="DMSO", reason="it was")
+    with pytest.raises(UserInputError, match=r"the correction of .* changed P1/A01 again"):
+        store.undo(str(maps[1].run_id))
+
+
+def test_a_screen_that_was_used_is_neither_undone_nor_deleted(
+    store: Store, screen: SmallScreen
+) -> None:
+    before = answers(store)
+    with pytest.raises(UserInputError, match=r"predictions of run \d+; split main"):
+        store.delete_plate("BR1")
+    with pytest.raises(UserInputError, match="Only ingest runs"):
+        store.undo(str(screen.predict_run.id))
+    assert answers(store) == before
+
+
+def test_a_plate_is_deleted_with_all_that_was_made_of_it(
+    store: Store, workspace: Workspace, tmp_path: Path
+) -> None:
+    make = Factory(workspace)
+    other = make.segmentation(
+        make.image(make.well(make.plate("P2"), 1, 1)), make.run(Stage.SEGMENT)
+    )
+    make.cells(other, 2)
+    empty = answers(store)
+    table = loaddata(tmp_path / "a.csv", ["A01"])
+    store.ingest(table)
+    with store.session() as session:
+        images = session.scalars(select(Image).join(Well).join(Plate).where(Plate.barcode == "P1"))
+        found = list(images)
+    run = make.run(Stage.SEGMENT)
+    cells = make.cells_of(make.segmentation(found[0], run, 3))
+    make.job(run, found[0])
+    measured = make.run(Stage.MEASURE, make.recipe(Stage.MEASURE))
+    make.features(cells, measured)
+    store.exclude("cell", str(cells[2].id), reason="small")
+    store.exclude("well", "P1/A01", reason="debris")
+    answers(store)
+    done = store.delete_plate("P1", reason="test")
+    assert (done.images, done.cells) == (2, 3)
+    assert answers(store) == empty
+    assert answers(store, "exclusions", "features") == {"exclusions": [], "features": []}
+    # Nothing that was said of the deleted rows is said of others.
+    store.ingest(table)
+    well = store.audit("P1/A01").record
+    assert (well["excluded"], well["corrections"]) == (None, [])
+
+
+def test_an_undo_that_breaks_off_leaves_all_as_it_was(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02"])).run_id
+    before, events = answers(store, *EVERYTHING), n_events(store)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr("cellstore.stages.corrections.record_events", broken)
+    for verb in (lambda: store.undo(str(run)), lambda: store.delete_plate("P1")):
+        with pytest.raises(RuntimeError, match="power cut"):
+            verb()
+    assert (answers(store, *EVERYTHING), n_events(store)) == (before, events)
