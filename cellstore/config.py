@@ -18,7 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
-from .enums import PERTURBATION, GroupLevel, Look, Projection, Subset
+from .enums import PERTURBATION, TARGET, TREATMENT, GroupLevel, Look, Projection, Subset
 from .errors import UnknownNameError, UserInputError
 
 Field = dataclasses.Field[Any]
@@ -856,13 +856,20 @@ class ContrastParams(Params):
 
     treatments: tuple[str, ...] = option(
         (),
-        "Compare only this treatment; may be given several times. Default: all.",
+        "Compare only this treatment, with its dose or all its doses; may be given several times. "
+        "Default: all.",
         name="--treatment",
         metavar="NAME",
         repeated=True,
     )
     control: str | None = option(
         None, "Compare with this treatment. Default: what is marked as negative control."
+    )
+    field: str = option(
+        TREATMENT,
+        "What is compared, one after the other: each treatment (with dose), each perturbation "
+        "(all its doses together), or each target.",
+        choices=(TREATMENT, PERTURBATION, TARGET),
     )
     pooled: bool = option(False, "Compare all treatments as one, as the study did.")
     features: str | None = _features()

@@ -237,8 +237,9 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
         tables = ", ".join(table.name for table in _tables_in(path)[:3])
         inside = f"one of its files, like {tables}" if tables else "a folder or file further down"
         return BadTableError(
-            f"{path.name} holds no Harmony index, no CellProfiler tables (Image.csv with Cells.csv "
-            "or Nuclei.csv), no image files with names of a known pattern and no plate maps. "
+            f"{path.resolve().name} holds no Harmony index, no CellProfiler tables (Image.csv with "
+            "Cells.csv or Nuclei.csv), no image files with names of a known pattern and no plate "
+            "maps. "
             f"Give --pattern or --layout, or {inside}."
         )
     if head.startswith(image_files.SQLITE):
