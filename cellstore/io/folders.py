@@ -23,6 +23,7 @@ from .filenames import (
 from .harmony import INDEX_NAME
 from .image_files import SUFFIXES, is_inside, micrometres, read_stack
 from .image_tables import ChannelNames, FileRef, ImageRecord
+from .ome_zarr import is_ome_zarr, read_ome_zarr
 from .tables import Refusal, RowRefusedError
 from .uris import page_name, split_page, writable
 
@@ -65,10 +66,14 @@ def has_image_names(folder: Path) -> bool:
     """
     if not folder.is_dir():
         return False
-    names = (name for found in _walk(folder.resolve()) for name in found.images)
+    names = (
+        (name, found.is_plate)
+        for found in _walk(folder.resolve())
+        for name in (*found.images, *([""] if found.is_plate else []))
+    )
     return any(
-        microscope_name(name) is not None or PurePath(name).suffix.lower() in _NOT_READ
-        for name in islice(names, _SAMPLE)
+        is_plate or microscope_name(name) or PurePath(name).suffix.lower() in _NOT_READ
+        for name, is_plate in islice(names, _SAMPLE)
         if not looks_like_a_mask(name)
     )
 
@@ -109,6 +114,10 @@ def read_folder(
             line += 1
             reason, detail = found.problem
             yield Refusal(line, reason, writable(detail))
+        if found.is_plate:
+            for item in read_ome_zarr(found.folder, plate, names, line):
+                line = max(line, item.line)
+                yield item
         fields: dict[_FieldKey, ImageRecord] = {}
         lines: dict[FileRef, int] = {}
         well: tuple[str | None, int, int] | None = None
@@ -271,6 +280,7 @@ class _Found:
     ignored: Counter[str] = field(default_factory=Counter)
     indexes: list[str] = field(default_factory=list)
     pixel_size: float | None = None
+    is_plate: bool = False
     problem: tuple[str, str] | None = None
 
 
@@ -285,8 +295,11 @@ def _walk(root: Path) -> Iterator[_Found]:
             with os.scandir(folder) as scanned:
                 entries = list(scanned)
             if any(entry.name in _ZARR for entry in entries):
-                detail = f"{folder}: export it to OME-TIFF, or as single TIFFs"
-                yield _Found(folder, problem=("OME-Zarr is not read", detail))
+                found.is_plate = is_ome_zarr(folder)
+                if not found.is_plate:
+                    detail = f"{folder}: export it to OME-TIFF, or as single TIFFs"
+                    found.problem = "Zarr that is no plate of OME-Zarr", detail
+                yield found
                 continue
             for entry in entries:
                 suffix, hidden = PurePath(entry.name).suffix.lower(), entry.name.startswith(".")

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from itertools import islice
 from math import isfinite, prod
 from pathlib import Path
@@ -24,8 +25,19 @@ import tifffile
 from numpy.typing import NDArray
 
 from ..enums import Projection
-from ..errors import CellstoreError, ImageError, UserInputError
-from .uris import is_remote, local_path, page_name, read_bytes, shown, split_page, stat
+from ..errors import CellstoreError, ImageError, MissingExtraError, UserInputError
+from .uris import (
+    FileStat,
+    array_files,
+    is_remote,
+    local_path,
+    local_stat,
+    page_name,
+    read_bytes,
+    shown,
+    split_page,
+    stat,
+)
 
 SQLITE = b"SQLite format 3\0"
 SUFFIXES = frozenset({".tif", ".tiff", ".png"})
@@ -44,6 +56,9 @@ _MICROMETRES = {
     "\N{MICRO SIGN}m": 1.0,
     "\N{GREEK SMALL LETTER MU}m": 1.0,
     "um": 1.0,
+    "micrometer": 1.0,
+    "nanometer": 1e-3,
+    "millimeter": 1e3,
     "m": 1e6,
     "cm": 1e4,
     "mm": 1e3,
@@ -76,7 +91,8 @@ def probe(where: Path | str) -> ImageInfo:
     """Return size, hash, shape and dtype of a TIFF or PNG, here or elsewhere (``s3://``).
 
     A TIFF of several planes needs the plane: ``stack.tiff#page=2``, the second one. Samples of a
-    page that are channels count as planes of their own.
+    page that are channels count as planes of their own. The array of a Zarr is a folder that counts
+    as one file.
 
     Raises:
         ImageError: the file cannot be opened, its header is that of no TIFF or PNG, it has several
@@ -93,19 +109,22 @@ def probe(where: Path | str) -> ImageInfo:
         return ImageInfo(sha256, len(data), found.mtime_ns, *header)
     try:
         path = local_path(uri)
+        found = local_stat(path)
+        whole = _whole_digest(path, found) if page is not None or path.is_dir() else None
+        if path.is_dir():
+            array, _ = _open_array(uri, path, page)
+            state = _page_digest(str(whole), page), found.size_bytes, found.mtime_ns
+            height, width = array.shape[-2:]
+            return ImageInfo(*state, height, width, str(array.dtype))
         with path.open("rb") as stream:
-            state = os.fstat(stream.fileno())
-            if page is None:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            else:
-                sha256 = _page_digest(_stack_digest(path, state.st_size, state.st_mtime_ns), page)
+            whole = whole or hashlib.file_digest(stream, "sha256").hexdigest()
             stream.seek(0)
             header = _read_header(uri, stream, page)
     except ImageError:
         raise
     except (OSError, ValueError) as error:
         raise ImageError(_closed(uri, error)) from error
-    return ImageInfo(sha256, state.st_size, state.st_mtime_ns, *header)
+    return ImageInfo(_page_digest(whole, page), found.size_bytes, found.mtime_ns, *header)
 
 
 def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.generic]:
@@ -123,6 +142,15 @@ def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.gener
     uri = str(where)
     _, page = split_page(uri)
     try:
+        if not is_remote(uri) and (path := local_path(uri)).is_dir():
+            whole = None if sha256 is None else _whole_digest(path, local_stat(path))
+            if whole is not None and _page_digest(whole, page) != sha256:
+                raise ImageError(f"{uri} has changed since it was ingested. Ingest it again.")
+            array, index = _open_array(uri, path, page)
+            try:
+                return np.asarray(array[index])
+            except Exception as error:  # what the codec of a damaged chunk raises
+                raise ImageError(f"{uri} is damaged. Copy or export it again.") from error
         if is_remote(uri) or sha256 is not None:
             name, data = shown(uri), read_bytes(uri)
             if sha256 not in {None, _page_digest(hashlib.sha256(data).hexdigest(), page)}:
@@ -205,10 +233,39 @@ def _full_pages(tiff: tifffile.TiffFile) -> list[int]:
 
 
 @lru_cache(maxsize=16)
-def _stack_digest(path: Path, size: int, mtime_ns: int) -> str:
-    """The hash of a stack, which is asked for once for each of its pages."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _whole_digest(path: Path, state: FileStat) -> str:
+    """The hash of a stack or Zarr array, which is asked for once for each of its planes.
+
+    That of an array is over the names and hashes of its files: its description and its chunks.
+    """
+    if not path.is_dir():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in array_files(path):
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(path).as_posix()}\t{sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def _open_array(name: str, path: Path, page: int | None) -> tuple[Any, tuple[int, ...]]:
+    """Return a Zarr array and where in it a plane is; the plane is its last two axes."""
+    try:
+        array: Any = import_module("zarr").open_array(str(path), mode="r")
+    except ImportError:
+        raise MissingExtraError.of("zarr", "zarr") from None
+    except Exception as error:  # zarr and its codecs raise what they like
+        raise ImageError(f"{name} is no Zarr array, or damaged. Copy it again.") from error
+    if array.ndim < 2 or array.shape[-1] * array.shape[-2] > _MAX_PIXELS:
+        raise ImageError(f"{name} has the shape {array.shape}, which is none of an image.")
+    count = prod(array.shape[:-2])
+    if page is None and count > 1:
+        raise ImageError(f"{name} holds {count} planes. Ingest the plate that it is of.")
+    if (page or 1) > count:
+        raise ImageError(_no_page(name, page, count))
+    index = np.unravel_index((page or 1) - 1, array.shape[:-2]) if array.ndim > 2 else ()
+    return array, tuple(map(int, index))
 
 
 def _page_digest(sha256: str, page: int | None) -> str:

@@ -462,7 +462,7 @@ def test_stacks_that_do_not_fit_are_refused_whole(tmp_path: Path) -> None:
 def test_ome_zarr_says_what_to_do(tmp_path: Path, marker: str) -> None:
     make(tmp_path, f"P1.zarr/{marker}", "P1.zarr/0/0/0.tif", "P1/r01c01f01p01-ch1.tiff")
     (found,) = refusals(tmp_path)
-    assert found.reason == "OME-Zarr is not read"
+    assert found.reason == "Zarr that is no plate of OME-Zarr"
     assert "export it to OME-TIFF" in found.detail
 
 
