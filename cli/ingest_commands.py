@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cellstore.config import IngestParams, Selection, option
-from cellstore.enums import Severity
+from cellstore.enums import Look, Severity
 from cellstore.errors import UserInputError
 
 from . import output
@@ -63,7 +63,8 @@ def ingest(
     masks       label images of any tool, matched to images by name
 
     Rows that cannot be used are listed with their line numbers, kept in the table
-    ingest_issues, and the command then ends with 1; the others are stored. A second ingest
+    ingest_issues, and the command then ends with 1; the others are stored. It also ends with 1
+    where no image file was found at all (--look nowhere: none is looked for). A second ingest
     changes nothing, except what was missing or has been corrected.
 
     \b
@@ -133,6 +134,17 @@ def ingest(
     if result.rows and result.refused == result.rows:
         say("Error: No row could be used; the reasons are above.")
         raise typer.Exit(2)
+    from cellstore.io.layouts import Layout, SourceKind
+
+    without = result.images > 0 and result.missing_images == result.images
+    of_images = Layout(result.layout).kind is SourceKind.IMAGES
+    if without and of_images and params.look is not Look.NOWHERE:
+        say(
+            f"Error: No image file was found ({output.count(result.images, 'image')}). The rows "
+            "are stored. Name the folder of the images with --images FOLDER, or what its path is "
+            "here with --map OLD=NEW."
+        )
+        raise typer.Exit(1)
     if any(severity is not Severity.SUSPICIOUS for severity, _, _ in result.reasons):
         raise typer.Exit(1)
 
