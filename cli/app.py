@@ -85,7 +85,7 @@ MODULES = {
 }
 """Where each command is, in the order in which a screen needs them."""
 
-ONLY_SHOWN = {"dry_run", "preview", "listed"}
+ONLY_SHOWN = {"dry_run", "preview", "listed", "list_presets"}
 """Options by which a command changes nothing."""
 
 ENV_DEBUG = "CELLSTORE_DEBUG"
