@@ -693,10 +693,11 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         plates: tuple[str, ...] = (),
+        include_excluded: bool = False,
         for_spreadsheet: bool = False,
         force: bool = False,
     ) -> ExportResult:
-        """Write every current cell with its measurements; see ``stages.export.export``."""
+        """Write the current cells with their measurements; see ``stages.export.export``."""
         from .stages.export import ExportFormat, export
 
         if format not in list(ExportFormat):
@@ -709,6 +710,7 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
+            include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
         )
@@ -764,6 +766,20 @@ class Store(AbstractContextManager["Store"]):
         from .stages.corrections import include
 
         return include(self.workspace, kind, name, reason=reason, dry_run=dry_run)
+
+    def undo(self, run: str, *, reason: str | None = None, dry_run: bool = False) -> Correction:
+        """Take back what an ingest run brought; see ``stages.corrections.undo``."""
+        from .stages.corrections import undo
+
+        return undo(self.workspace, run, reason=reason, dry_run=dry_run)
+
+    def delete_plate(
+        self, name: str, *, reason: str | None = None, dry_run: bool = False
+    ) -> Correction:
+        """Delete a plate that nothing relies on; see ``stages.corrections.delete_plate``."""
+        from .stages.corrections import delete_plate
+
+        return delete_plate(self.workspace, name, reason=reason, dry_run=dry_run)
 
     def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
         """Write a folder with a trained model; see ``stages.export_model.export_model``."""

@@ -71,6 +71,8 @@ MODULES = {
     "relabel": "correction_commands",
     "exclude": "correction_commands",
     "include": "correction_commands",
+    "undo": "correction_commands",
+    "delete": "correction_commands",
     "ask": "question_commands",
     "sql": "question_commands",
     "schema": "question_commands",
