@@ -690,10 +690,11 @@ class Store(AbstractContextManager["Store"]):
         segmentation: str | None = None,
         measurement: str | None = None,
         plates: tuple[str, ...] = (),
+        include_excluded: bool = False,
         for_spreadsheet: bool = False,
         force: bool = False,
     ) -> ExportResult:
-        """Write every current cell with its measurements; see ``stages.export.export``."""
+        """Write the current cells with their measurements; see ``stages.export.export``."""
         from .stages.export import ExportFormat, export
 
         if format not in list(ExportFormat):
@@ -706,6 +707,7 @@ class Store(AbstractContextManager["Store"]):
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
+            include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
         )
@@ -762,11 +764,32 @@ class Store(AbstractContextManager["Store"]):
 
         return include(self.workspace, kind, name, reason=reason, dry_run=dry_run)
 
+    def undo(self, run: str, *, reason: str | None = None, dry_run: bool = False) -> Correction:
+        """Take back what an ingest run brought; see ``stages.corrections.undo``."""
+        from .stages.corrections import undo
+
+        return undo(self.workspace, run, reason=reason, dry_run=dry_run)
+
+    def delete_plate(
+        self, name: str, *, reason: str | None = None, dry_run: bool = False
+    ) -> Correction:
+        """Delete a plate that nothing relies on; see ``stages.corrections.delete_plate``."""
+        from .stages.corrections import delete_plate
+
+        return delete_plate(self.workspace, name, reason=reason, dry_run=dry_run)
+
     def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
         """Write a folder with a trained model; see ``stages.export_model.export_model``."""
         from .stages.export_model import export_model
 
         return export_model(self.workspace, run, None if output is None else Path(output))
+
+    def next_step(self) -> tuple[str, ...]:
+        """Return the next useful command, or a few; see ``stages.status.next_step``."""
+        from .stages.status import next_step
+
+        with self.workspace.database.read() as session:
+            return next_step(session)
 
     def status(self) -> StatusResult:
         """Count what is in the store, what is stale, and which jobs failed and why."""

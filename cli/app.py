@@ -10,10 +10,11 @@ import dataclasses
 import gc
 import inspect
 import os
+import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, is_dataclass
 from functools import wraps
@@ -70,6 +71,8 @@ MODULES = {
     "relabel": "correction_commands",
     "exclude": "correction_commands",
     "include": "correction_commands",
+    "undo": "correction_commands",
+    "delete": "correction_commands",
     "ask": "question_commands",
     "sql": "question_commands",
     "schema": "question_commands",
@@ -83,6 +86,9 @@ MODULES = {
     "db": "setup_commands",
 }
 """Where each command is, in the order in which a screen needs them."""
+
+ONLY_SHOWN = {"dry_run", "preview", "listed"}
+"""Options by which a command changes nothing."""
 
 ENV_DEBUG = "CELLSTORE_DEBUG"
 STOPPED = 130
@@ -220,25 +226,32 @@ class Common:
             as_text(result)
 
 
+def say_next(steps: Sequence[str], common: Common) -> None:
+    """Say what the next useful command is, with the store that was named."""
+    named = "" if common.store is None else f" --store {shlex.quote(str(common.store))}"
+    for start, step in zip(("Next: ", "  or: "), steps, strict=False):
+        say(start + step.replace("cellstore", f"cellstore{named}", 1))
+
+
 def command(
-    app: typer.Typer, name: str, **more: Any
+    app: typer.Typer, name: str, *, then: bool = False, **more: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function as a command.
 
     A parameter whose type is a dataclass becomes an option for each of its fields, and the
     function gets the filled object. One whose default is an ``option`` becomes that option.
     Options that were not typed are filled in by ``--preset``, if the command has that, else by the
-    defaults of the dataclass.
+    defaults of the dataclass. ``then``: it ends with the next useful step, which the store knows.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        app.command(name, cls=Sectioned, **more)(_with_options(function))
+        app.command(name, cls=Sectioned, **more)(_with_options(function, then))
         return function
 
     return register
 
 
-def _with_options(function: Callable[..., None]) -> Callable[..., None]:
+def _with_options(function: Callable[..., None], then: bool) -> Callable[..., None]:
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {}
     alone: dict[str, Field] = {}
@@ -291,6 +304,10 @@ def _with_options(function: Callable[..., None]) -> Callable[..., None]:
             else:
                 arguments[name] = kind(**given)
         function(**arguments)
+        common = next((item for item in arguments.values() if isinstance(item, Common)), None)
+        if then and common and not common.as_json and not typed & ONLY_SHOWN:
+            with common.open(quiet=True) as store:
+                say_next(store.next_step(), common)
 
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context

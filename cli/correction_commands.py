@@ -1,4 +1,4 @@
-"""Commands that put things right: rename, relabel, exclude, include."""
+"""Commands that put things right: rename, relabel, exclude, include, undo, delete."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import typer
 
 from cellstore.config import option
 from cellstore.enums import Control, Level
+from cellstore.errors import UnknownNameError
 
 from . import output
 from .app import Common, command
@@ -130,6 +131,61 @@ def include(
     common.show(done, _show)
 
 
+@command(app, "undo")
+def undo(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="An ingest run, by its number.")],
+    common: Common,
+    reason: str | None = REASON,
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """Take back what an ingest run brought or changed. To undo that, ingest again.
+
+    Nothing is changed if later work relies on it; what does is named. Predictions are never
+    deleted.
+
+    \b
+    Example:
+      cellstore undo 12 --dry-run
+      cellstore undo 12 --reason "wrong map"
+    """
+    with common.open(quiet=True) as store:
+        done = store.undo(run, reason=reason, dry_run=dry_run)
+    common.show(done, _show)
+
+
+@command(app, "delete")
+def delete(
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="plate. For splits: cellstore split delete.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The plate.")],
+    common: Common,
+    reason: str | None = REASON,
+    yes: bool = option(False, "Do not ask."),
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """Delete a plate with all that was made of it. To undo it, ingest it again.
+
+    A plate that predictions or splits rely on stays; they are named. Image files stay where
+    they are.
+
+    \b
+    Example:
+      cellstore delete plate BR00116991 --dry-run
+      cellstore delete plate BR00116991 --reason "test plate" --yes
+    """
+    if kind != "plate":
+        raise UnknownNameError.of("thing to delete", kind, ["plate"])
+    with common.open(quiet=True) as store:
+        if not (yes or dry_run):
+            plan = store.delete_plate(name, reason=reason, dry_run=True)
+            if not typer.confirm(f"Delete plate {name} ({_concerns(plan)})?", err=True):
+                say("Nothing was deleted.")
+                raise typer.Exit(1)
+        done = store.delete_plate(name, reason=reason, dry_run=dry_run)
+    common.show(done, _show)
+
+
 def _show(done: Correction) -> None:
     rows = [
         (change["name"], what, _shown(change["old"], what), _shown(change["new"], what))
@@ -140,16 +196,16 @@ def _show(done: Correction) -> None:
         output.table(("of", "what", "before", "after"), rows)
     if len(done.changes) > SHOWN:
         typer.echo(f"and {len(done.changes) - SHOWN:,} more (all with --json)")
-    counts = (
-        output.count(done.images, "image"),
-        output.count(done.cells, "cell"),
-        output.count(done.predictions, "prediction"),
-    )
-    output.pairs([("concerns", ", ".join(counts))])
+    output.pairs([("concerns", _concerns(done))])
     for note in done.notes:
         say(note)
     if done.dry_run:
         say("Nothing was changed: this was a dry run.")
+
+
+def _concerns(done: Correction) -> str:
+    names = ("image", "cell", "prediction")
+    return ", ".join(output.count(getattr(done, f"{name}s"), name) for name in names)
 
 
 def _shown(values: dict[str, Any] | None, what: str) -> Any:

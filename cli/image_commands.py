@@ -45,7 +45,7 @@ SHOWN_FAILURES = 10
 PREVIEW_FOLDER = Path("cellstore-preview")
 
 
-@command(app, "segment")
+@command(app, "segment", then=True)
 def segment(
     params: SegmentParams,
     selection: Selection,
@@ -256,7 +256,7 @@ def _end_jobs(
         raise typer.Exit(1)
 
 
-@command(app, "measure")
+@command(app, "measure", then=True)
 def measure(
     params: MeasureParams,
     selection: Selection,
@@ -308,7 +308,7 @@ def _list_features(common: Common) -> None:
     typer.echo("*: each channel. All that is known of them: cellstore measure --list --json")
 
 
-@command(app, "qc")
+@command(app, "qc", then=True)
 def qc(
     params: QcParams,
     selection: Selection,

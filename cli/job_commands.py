@@ -9,7 +9,7 @@ import typer
 from cellstore.config import option
 
 from . import output
-from .app import Common, command
+from .app import Common, command, say_next
 from .output import say
 
 if TYPE_CHECKING:
@@ -33,17 +33,20 @@ def status(common: Common) -> None:
     """
     with common.open(quiet=True) as store:
         result = store.status()
-    common.show(result, _show_status)
+    common.show(result, lambda found: _show_status(found, common))
 
 
-def _show_status(result: StatusResult) -> None:
+def _show_status(result: StatusResult, common: Common) -> None:
     flagged = f"{result.flagged_images:,} (by qc run {result.qc_run_id})"
+    untreated = ""
+    if result.untreated_wells:
+        untreated = f" ({result.untreated_wells:,} with images have no treatment)"
     output.pairs(
         {
             "store": result.store,
             "database": result.database,
             "plates": result.plates,
-            "wells": result.wells,
+            "wells": f"{result.wells:,}{untreated}",
             "treatments": result.treatments,
             "images": f"{result.images:,} ({result.missing_images:,} without their files)",
             "  segmented": result.segmented,
@@ -82,6 +85,7 @@ def _show_status(result: StatusResult) -> None:
         )
     if any(recipe.failed for recipe in result.recipes):
         say("Some images failed. See why with: cellstore jobs --failed")
+    say_next(result.next, common)
 
 
 def _relations(recipe: RecipeStatus) -> str:

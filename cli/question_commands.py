@@ -360,11 +360,16 @@ def export(
         None, "Default: by the ending of OUT: .csv, .h5ad (AnnData), .parquet.", name="--format"
     ),
     features: str | None = option(
-        None, "The feature set. Default: what was measured or ingested last."
+        None,
+        "One feature set: its name, or a group as texture (the set measured last). Default: all "
+        "sets of the cells that were measured last.",
     ),
     segmentation: str | None = SEGMENTATION,
     measurement: str | None = MEASUREMENT,
     plates: tuple[str, ...] = option_of(Selection, "plates"),
+    include_excluded: bool = option(
+        False, "Write excluded cells, too, with the reason in Metadata_Excluded."
+    ),
     for_spreadsheet: bool = option(
         False,
         "CSV: put a ' before texts that a spreadsheet would run as formulas. Such a "
@@ -375,13 +380,13 @@ def export(
     """Write a table with a row per cell, for pycytominer and other tools.
 
     Columns are those of pycytominer: Metadata_Plate, Metadata_Well, Metadata_Site, ..., then
-    the features, built-in ones as Cells_area and so on. Excluded cells are rows, too, with the
-    reason in Metadata_Excluded. Ingesting the table into another store gives the same cells.
+    the features as Cells_area and so on. Excluded cells do not count and are left out. Ingesting
+    the table into another store gives the same cells.
 
     \b
     Example:
       cellstore export cells.parquet
-      cellstore export cells.csv --plate BR00117035 --features my_profiles
+      cellstore export cells.csv --plate BR00117035 --features texture
     """
     written = form or _ENDINGS.get(out.suffix.lower())
     if written is None:
@@ -397,6 +402,7 @@ def export(
             segmentation=segmentation,
             measurement=measurement,
             plates=plates,
+            include_excluded=include_excluded,
             for_spreadsheet=for_spreadsheet,
             force=force,
         )
@@ -408,8 +414,10 @@ def export(
             "written": result.path,
             "format": result.format,
             "cells": result.cells,
-            "features": f"{result.features:,} of {result.feature_set or 'the built-in ones'}",
-            "recipes": f"segment {result.segment_recipe}, measure {result.measure_recipe}",
+            "excluded": f"{result.excluded:,} cells left out",
+            "features": f"{result.features:,} of {', '.join(result.feature_sets) or 'basic'}",
+            "recipes": f"segment {result.segment_recipe}, measure "
+            + ", ".join(map(str, result.measure_recipes)),
             "plates": result.plates,
         }
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ import typer
 from cellstore.config import option
 
 from . import output
-from .app import Common, command
+from .app import Common, command, say_next
 from .output import Bar, say
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def init(
         return
     typer.echo(f"{'Made the store' if created else 'There is already a store:'} {root}")
     output.pairs({"database": shown})
-    if created:
-        say(f"Next: cellstore --store {folder or '.'} ingest METADATA.csv --images FOLDER")
+    with replace(common, store=folder or common.store).open(quiet=True) as store:
+        say_next(store.next_step(), replace(common, store=folder or common.store))
 
 
 @command(app, "demo")

@@ -39,7 +39,7 @@ MARGIN = 9
 """Width of the column of severities: ``warning`` and a gap."""
 
 
-@command(split, "create")
+@command(split, "create", then=True)
 def create(
     name: NewNameArgument, params: SplitParams, common: Common, preset: str | None = PRESET
 ) -> None:
@@ -70,7 +70,7 @@ def create(
     _say_if_there(made, common)
 
 
-@command(split, "import")
+@command(split, "import", then=True)
 def import_(
     name: NewNameArgument,
     files: Annotated[

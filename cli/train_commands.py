@@ -62,7 +62,7 @@ _OF_BASELINES = {"baseline", "no_predict", "force"} | {
 }
 
 
-@command(app, "train")
+@command(app, "train", then=True)
 def train(
     params: TrainParams,
     sources: Sources,
@@ -263,6 +263,7 @@ def contrast(
     Example:
       cellstore contrast
       cellstore contrast --treatment taxol --control DMSO
+      cellstore contrast --field perturbation
       cellstore contrast --pooled
     """
     with common.open() as store:
@@ -305,7 +306,7 @@ def _show_contrast(result: ContrastResult) -> None:
         say(note)
 
 
-@command(app, "predict")
+@command(app, "predict", then=True)
 def predict(
     params: PredictParams,
     common: Common,

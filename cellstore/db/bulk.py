@@ -11,7 +11,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from ..models import Base
+from ..models import METADATA, Base
 
 IN_AT_ONCE = 5_000
 """Values of one ``IN`` list; both databases take more, but not without limit."""
@@ -136,12 +136,16 @@ def insert_new(
 def take_ids(session: Session, table: type[Base], count: int) -> Sequence[int]:
     """Return ``count`` ids that nobody else will use, ascending.
 
-    On SQLite they follow the largest id there is, so insert their rows before taking more; nobody
-    else can write meanwhile. On PostgreSQL they come from the sequence of the table.
+    On SQLite they follow the largest id that there is or that an event names (its row may be
+    deleted, and what is said of it must not be taken for another), so insert their rows before
+    taking more; nobody else can write meanwhile. On PostgreSQL they come from the sequence of the
+    table.
     """
     if session.get_bind().dialect.name == "sqlite":
         column = table.__table__.c.id
-        last = session.scalar(select(func.coalesce(func.max(column), 0))) or 0
+        events = METADATA.tables["events"].c
+        named = select(func.max(events.row_id)).where(events.table_name == table.__tablename__)
+        last = max(session.scalar(select(func.max(column))) or 0, session.scalar(named) or 0)
         return range(last + 1, last + 1 + count)
     sequence = text(
         "SELECT nextval(pg_get_serial_sequence(:name, 'id')) FROM generate_series(1, :count)"

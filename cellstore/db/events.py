@@ -9,25 +9,30 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import insert, select, text
+from sqlalchemy import event, func, insert, inspect, select, text
 from sqlalchemy.orm import Session
 
-from ..models import Event, Run
+from ..models import Event, Image, ImageFile, Plate, Run, Well
 
 _CHAIN_LOCK = 0xE7E4757
 """Names the lock under which events are appended on PostgreSQL; SQLite has one writer anyway."""
+
+_NEW_AFTER = "new_after"
+"""Where a session keeps the last id of each table before the run that is recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
     """A row that changes: the columns that do, before and after, and their ``line``.
 
-    Without ``row_id``: several rows, or what is no row.
+    Without ``row_id``: what is no row. Of several rows: the last id, and the first in ``first_id``
+    of ``new`` (they were added) or ``old`` (they were deleted).
     """
 
     table_name: str
@@ -79,6 +84,54 @@ def record_events(
         previous, before = event_digest(row, previous), previous
         rows.append({**row, "previous_sha256": before, "sha256": previous})
     session.execute(insert(Event), rows)
+
+
+@contextmanager
+def recording_new_rows(session: Session, run_id: int) -> Iterator[None]:
+    """Record which rows a run adds in a transaction, and what it changes of plates.
+
+    An event for each table, with the first and the last of the new ids: only one ingest writes at
+    a time, and an id is never given twice (see ``take_ids``).
+    """
+    last = {table: _last_id(session, table) for table in (Plate, Well, Image, ImageFile)}
+    session.info[_NEW_AFTER] = {table.__tablename__: number for table, number in last.items()}
+    changes: list[Change] = []
+
+    def note_plates(*_: object) -> None:
+        for row in session.dirty:
+            if isinstance(row, Plate) and not is_new(session, "plates", row.id):
+                history = {item.key.rstrip("_"): item.history for item in inspect(row).attrs}
+                values = {
+                    name: (item.deleted[0] if item.deleted else None, item.added[0])
+                    for name, item in history.items()
+                    if name != "wells" and item.added
+                }
+                old, new = ({k: pair[side] for k, pair in values.items()} for side in (0, 1))
+                if new:
+                    changes.append(Change("plates", row.id, old, new))
+
+    event.listen(session, "before_flush", note_plates)
+    try:
+        yield
+        session.flush()
+    finally:
+        event.remove(session, "before_flush", note_plates)
+        session.info.pop(_NEW_AFTER)
+    for table, before in last.items():
+        after = _last_id(session, table)
+        if after > before:
+            new = {"first_id": before + 1, "last_id": after}
+            changes.append(Change(table.__tablename__, after, None, new))
+    record_events(session, changes, run_id=run_id)
+
+
+def is_new(session: Session, table: str, row_id: int) -> bool:
+    """Whether the run that is recorded in this session has added a row."""
+    return bool(row_id > session.info.get(_NEW_AFTER, {}).get(table, row_id))
+
+
+def _last_id(session: Session, table: type[Plate | Well | Image | ImageFile]) -> int:
+    return session.scalar(select(func.coalesce(func.max(table.id), 0))) or 0
 
 
 def event_digest(row: dict[str, Any], previous: str | None) -> str:

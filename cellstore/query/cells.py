@@ -276,7 +276,8 @@ def choose_recipes(
 
     """
     if features is not None:
-        measure = session.get_one(Recipe, find_feature_set(session, features).recipe_id)
+        asked = find_recipe(session, Stage.SEGMENT, segmentation).id if segmentation else None
+        measure = session.get_one(Recipe, find_feature_set(session, features, asked).recipe_id)
         segment = input_of(session, measure, Stage.SEGMENT)
         for reference, recipe in ((segmentation, segment), (measurement, measure)):
             if reference and find_recipe(session, recipe.stage, reference).id != recipe.id:

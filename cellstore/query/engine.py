@@ -483,6 +483,15 @@ class Questions:
         if once and rows[0][0] <= FEW:
             self._few.add(name)
 
+    @cached_property
+    def _deletion(self) -> int:
+        """The last event by which cells were deleted; copies that were made before it have them."""
+        create = "CREATE TABLE deletions AS SELECT coalesce(max(id), 0) AS id FROM {rows}"
+        only = "WHERE t.table_name = 'cells' AND t.new IS NULL"
+        self._source.feed_table(self._full, create, "events", only)
+        (found,) = self._full.execute("FROM deletions").fetchall()
+        return int(found[0])
+
     def _load_copies(self, name: str) -> None:
         """Make one of ``WRITERS``: copies of what ended runs wrote, and the rest as it is now.
 
@@ -510,6 +519,10 @@ class Questions:
                 FROM segmentations GROUP BY run_id
             """)
             extents = dict(found.fetchall())
+        if self._deletion:
+            extents = {
+                run: f"{extent}, deletion {self._deletion}" for run, extent in extents.items()
+            }
         columns = KEPT_COLUMNS.get(name) or self._source.columns[name]
         names = ", ".join(map(quoted, columns))
         parts = []

@@ -28,7 +28,7 @@ from ..artifacts import PART, ArtifactFolder, StoredFile, sha256_of, sync_folder
 from ..enums import ArtifactKind, FeatureStorage
 from ..errors import StorageError, UnknownNameError, UserInputError
 from ..io.objects import Integers, batch_rows
-from ..jobs.lookup import IS_CURRENT
+from ..jobs.lookup import IS_CURRENT, has_results
 from ..jobs.runs import attach, keep_file
 from ..models import (
     Artifact,
@@ -37,6 +37,7 @@ from ..models import (
     FeatureSet,
     Image,
     RecipeInput,
+    Run,
     RunArtifact,
     Segmentation,
 )
@@ -205,17 +206,30 @@ class ReadableSet:
 BUILT_IN = ReadableSet()
 
 
-def find_feature_set(session: Session, name: str) -> FeatureSet:
-    """Return the feature set of this name.
+def find_feature_set(session: Session, name: str, segment_id: int | None = None) -> FeatureSet:
+    """Return the feature set of this name; of a group (``texture``) the one measured last.
+
+    ``segment_id``: of a group, one of the cells of this recipe.
 
     Raises:
         UnknownNameError: there is none.
 
     """
-    found = session.scalars(select(FeatureSet).where(FeatureSet.name == name)).one_or_none()
+    from .source import group_of  # it loads DuckDB
+
+    last_run = select(func.max(Run.id)).where(Run.recipe_id == FeatureSet.recipe_id, has_results())
+    newest = func.coalesce(last_run.correlate(FeatureSet).scalar_subquery(), 0).desc()
+    query = select(FeatureSet).order_by(newest, FeatureSet.id.desc())
+    if segment_id is not None:
+        inputs = select(RecipeInput.recipe_id).where(RecipeInput.input_id == segment_id)
+        query = query.where((FeatureSet.name == name) | FeatureSet.recipe_id.in_(inputs))
+    sets = {item.name: item for item in session.scalars(query)}
+    groups = {group_of(item.name): item for item in reversed(sets.values())}
+    found = sets.get(name) or groups.get(name.lower())
     if found is None:
-        known = session.scalars(select(FeatureSet.name).order_by(FeatureSet.id))
-        raise UnknownNameError.of("feature set", name, list(known))
+        groups.pop(None, None)
+        known = sorted([*session.scalars(select(FeatureSet.name)), *map(str, groups)])
+        raise UnknownNameError.of("feature set", name, known)
     return found
 
 

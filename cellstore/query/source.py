@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
 from itertools import pairwise
@@ -35,6 +35,7 @@ Columns = dict[str, str]
 VIEWS = (
     "image_table",
     "well_table",
+    "treatment_table",
     "cell_table",
     "run_images",
     "prediction_table",
@@ -402,6 +403,12 @@ def check_set_name(name: str, option: str = "--name") -> str:
     return name
 
 
+def group_of(name: str) -> str | None:
+    """Return the group of a feature set that ``measure`` made: texture of texture_1a2b3c4d."""
+    found = re.fullmatch(r"(\w+)_[0-9a-f]{8}", name)
+    return found[1] if found else None
+
+
 @dataclass(frozen=True)
 class SetRelation:
     """A feature set with the type of each column, ``cell_id`` first.
@@ -443,15 +450,24 @@ def reading_set(columns: Columns, paths: Sequence[Path]) -> str:
     return f"SELECT {', '.join(values)} FROM {reading_files(paths)}"  # noqa: S608
 
 
+_MEASURED = "WHERE t.stage = 'measure' ORDER BY t.id"
+
+
 def list_sets(source: Source, target: duckdb.DuckDBPyConnection) -> list[SetRelation]:
-    """Return the feature sets of a store.
+    """Return the feature sets of a store, and of each group once more the one measured last.
 
     Raises:
         StorageError: the columns of a set are not described as they should be.
     """
     rows = source.fetch(target, "feature_sets")
     known = source.columns["features"]
-    return [_relation(row, known) for row in sorted(rows, key=lambda row: int(row["id"]))]
+    found = [_relation(row, known) for row in sorted(rows, key=lambda row: int(row["id"]))]
+    runs = {row["recipe_id"]: row["id"] for row in source.fetch(target, "runs", _MEASURED)}
+    groups: dict[str, SetRelation] = {}
+    for item in sorted(found, key=lambda item: (runs.get(item.recipe_id, 0), item.id)):
+        if group := group_of(item.name):
+            groups[group] = replace(item, name=group)
+    return [*found, *(groups[name] for name in groups.keys() - {item.name for item in found})]
 
 
 def _relation(row: dict[str, Any], known: Columns) -> SetRelation:

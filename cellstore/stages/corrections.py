@@ -1,4 +1,4 @@
-"""Putting things right: rename, relabel, exclude and include.
+"""Putting things right: rename, relabel, exclude and include, undo and delete.
 
 Each verb finds what is named, changes the rows in one transaction with an event for each (who,
 when, why, from what to what), and is undone by its counterpart. A dry run does the same and then
@@ -8,32 +8,46 @@ takes the transaction back.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Select, and_, func, or_, select, update
+from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from ..db.bulk import insert_new, one_ingest_at_a_time
+from ..db.bulk import in_lists, insert_new, one_ingest_at_a_time
 from ..db.events import Change, caller, record_events
-from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage
+from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.platemaps import normalised_name
-from ..jobs.lookup import find_cell, find_image, find_plate, find_well, readable
+from ..jobs.lookup import find_cell, find_image, find_plate, find_run, find_well, readable
 from ..jobs.workspace import Workspace
 from ..models import (
     EXCLUSIONS,
+    METADATA,
     Annotation,
+    Artifact,
     Cell,
+    CellFeatures,
+    CellFlag,
+    Event,
+    FeatureFile,
+    FeatureSet,
     Image,
     ImageFile,
+    ImageFlag,
+    ImagePrediction,
+    ImageQuality,
+    Job,
     Label,
     Perturbation,
     Plate,
     Prediction,
     Recipe,
+    RecipeInput,
+    Run,
+    RunArtifact,
     Segmentation,
     Split,
     SplitMember,
@@ -41,7 +55,14 @@ from ..models import (
     TreatmentPart,
     Well,
 )
-from .ingest.write_treatments import Part, PerturbationKey, normalised_dose, treatment_values
+from .ingest.ingest_images import write_contents
+from .ingest.write_treatments import (
+    Part,
+    PerturbationKey,
+    normalised_dose,
+    retarget,
+    treatment_values,
+)
 
 LONGEST = 255
 _NAMED = 5
@@ -521,3 +542,381 @@ def _why_not_included(session: Session, level: Level, row_id: int, called: str) 
                 f"cellstore include {higher.value} {_name_of(session, higher, number)}"
             )
     return f"{begin} is not excluded, so there is nothing to include."
+
+
+# ---- Undo and delete ----
+
+_RANGED = {"image_files": ImageFile, "images": Image, "wells": Well, "plates": Plate}
+"""The tables of which an ingest records the new rows; those that refer to others come first."""
+_NAMES_OF = {"plates": Level.PLATE, "wells": Level.WELL, "images": Level.IMAGE}
+
+
+def undo(
+    workspace: Workspace, run: str, *, reason: str | None = None, dry_run: bool = False
+) -> Correction:
+    """Take back what an ingest run brought or changed, if nothing relies on it.
+
+    The run is marked as cancelled, so that its source can be ingested again. Where files were
+    found stays known, as do the treatments that tables have named.
+
+    Raises:
+        UnknownNameError: there is no such run.
+        UserInputError: it is no ingest run, or later work relies on it: the message names that.
+    """
+    files: list[str] = []
+
+    def act(session: Session) -> tuple[Correction, list[Change]]:
+        found = find_run(session, run)
+        ranges = _check_undoable(session, found)
+        images = select(Image.id).where(_within(Image.id, ranges["images"]))
+        own = select(Segmentation.id).where(Segmentation.run_id == found.id)
+        segmentations = select(Segmentation.id).where(
+            or_(Segmentation.id.in_(own), Segmentation.image_id.in_(images))
+        )
+        restored = _restorable(session, found.id)
+        relying = [
+            *_relying(session, images, segmentations, found.id),
+            *_relying_on_rows(session, found.id, ranges),
+            *restored.later,
+        ]
+        _refuse_if(relying, f"undo run {found.id}")
+        completed = select(ImageFile.image_id).where(
+            _within(ImageFile.id, ranges["image_files"]), ImageFile.image_id.not_in(images)
+        )
+        partly = set(session.scalars(completed.distinct()))
+        deleted = _concerned(session, images)
+        if not deleted["images"]:
+            deleted = _concerned(
+                session,
+                select(Segmentation.image_id).where(Segmentation.run_id == found.id).distinct(),
+            )
+        features, paths = _delete_features(session, found.id)
+        files.extend(paths)
+        changes = _delete_segmentations(session, segmentations, files)
+        changes += _delete_images(session, images)
+        session.execute(delete(ImageFile).where(_within(ImageFile.id, ranges["image_files"])))
+        for some in in_lists(partly):
+            write_contents(session, some)
+        for table in ("wells", "plates"):
+            changes += _delete_rows(session, _RANGED[table], ranges[table])
+        changes += restored.write(session)
+        found.status = Status.CANCELLED
+        found.error = f"{_UNDONE} {reason}" if reason else _UNDONE
+        status = Change("runs", found.id, {"status": "done"}, {"status": "cancelled"})
+        rows = [_shown_change(session, change) for change in changes]
+        done = Correction("undo", f"run {found.id}", (*rows, *features), **deleted)
+        return done, [*changes, status]
+
+    done = _carry_out(workspace, reason, dry_run, act)
+    if not dry_run:
+        for path in files:
+            workspace.artifacts.remove(path)
+    return done
+
+
+_UNDONE = "Undone."
+
+
+def _check_undoable(session: Session, run: Run) -> dict[str, list[tuple[int, int]]]:
+    """Return the new rows of an ingest run by table, as ranges of ids.
+
+    Raises:
+        UserInputError: the run cannot be undone, whatever relies on it.
+    """
+    if run.stage is not Stage.INGEST:
+        raise UserInputError(
+            f"Run {run.id} is a {Stage(run.stage).value} run. Only ingest runs are undone; results "
+            "of other runs stand beside each other. To keep images out: cellstore exclude"
+        )
+    if run.status is Status.RUNNING:
+        raise UserInputError(f"Run {run.id} is running. Stop it first: cellstore cancel {run.id}")
+    if (run.error or "").startswith(_UNDONE):
+        raise UserInputError(f"Run {run.id} was undone already.")
+    query = select(Event.table_name, Event.new).where(Event.run_id == run.id, Event.old.is_(None))
+    ranges: dict[str, list[tuple[int, int]]] = {table: [] for table in _RANGED}
+    for table, new in session.execute(query.where(Event.table_name.in_(_RANGED))):
+        if new and "first_id" in new:
+            ranges[table].append((new["first_id"], new["last_id"]))
+    return ranges
+
+
+def _within(column: Any, ranges: Sequence[tuple[int, int]]) -> Any:
+    return or_(false(), *(column.between(first, last) for first, last in ranges))
+
+
+def _refuse_if(relying: Sequence[str], verb: str) -> None:
+    if relying:
+        more = f", and {len(relying) - _NAMED} more" if len(relying) > _NAMED else ""
+        raise UserInputError(
+            f"To {verb} is not possible, because later work relies on it: "
+            f"{'; '.join(relying[:_NAMED])}{more}. Nothing was changed."
+        )
+
+
+def _relying(
+    session: Session, images: Select[Any], segmentations: Select[Any], run_id: int | None
+) -> list[str]:
+    """What relies on images and segmentations: predictions, splits, and other runs than ``run_id``.
+
+    Without ``run_id`` only predictions and splits: the rest can be made again.
+    """
+    cells = select(Cell.id).where(Cell.segmentation_id.in_(segmentations))
+    labelled = (
+        select(Prediction.run_id)
+        .where(Prediction.cell_id.in_(cells))
+        .union(select(ImagePrediction.run_id).where(ImagePrediction.image_id.in_(images)))
+    )
+    found = [f"predictions of run {number}" for number in sorted(session.scalars(labelled))]
+    splits = select(Split.name).join(SplitMember, SplitMember.split_id == Split.id)
+    splits = splits.where(SplitMember.image_id.in_(images)).distinct().order_by(Split.name)
+    found += [f"split {name}" for name in session.scalars(splits)]
+    if run_id is None:
+        return found
+    recipes = select(Segmentation.recipe_id).where(Segmentation.run_id == run_id)
+    made_by: tuple[Any, ...] = (
+        select(Segmentation.run_id).where(Segmentation.image_id.in_(images)),
+        select(Job.run_id).where(Job.image_id.in_(images)),
+        select(ImageQuality.run_id).where(ImageQuality.image_id.in_(images)),
+        select(ImageFlag.run_id).where(ImageFlag.image_id.in_(images)),
+        select(CellFeatures.run_id).where(CellFeatures.cell_id.in_(cells)),
+        select(CellFlag.run_id).where(CellFlag.cell_id.in_(cells)),
+        select(Run.id)
+        .join(RecipeInput, RecipeInput.recipe_id == Run.recipe_id)
+        .where(RecipeInput.input_id.in_(recipes), Run.id > run_id),
+    )
+    numbers = {number for query in made_by for number in session.scalars(query.distinct())}
+    stages = select(Run.id, Run.stage).where(Run.id.in_(numbers - {run_id})).order_by(Run.id)
+    return found + [
+        f"{Stage(stage).value} run {number}" for number, stage in session.execute(stages)
+    ]
+
+
+def _relying_on_rows(
+    session: Session, run_id: int, ranges: Mapping[str, Sequence[tuple[int, int]]]
+) -> list[str]:
+    """Which other ingests put images into wells, or wells onto plates, that the run has made."""
+    images = select(Image.id).where(
+        _within(Image.well_id, ranges["wells"]), ~_within(Image.id, ranges["images"])
+    )
+    wells = select(Well.id).where(
+        _within(Well.plate_id, ranges["plates"]), ~_within(Well.id, ranges["wells"])
+    )
+    found = []
+    for table, query in (("images", images), ("wells", wells)):
+        row_id = session.scalar(query.limit(1))
+        if row_id is not None:
+            made = select(Event.run_id).where(Event.table_name == table, Event.row_id >= row_id)
+            by = session.scalar(made.where(Event.old.is_(None)).order_by(Event.row_id).limit(1))
+            name = _name_of(session, _NAMES_OF[table], row_id)
+            found.append(f"ingest run {by} brought {name}")
+    labelled = select(Event.run_id).where(
+        Event.table_name == "wells",
+        _within(Event.row_id, ranges["wells"]),
+        Event.run_id != run_id,
+        Event.old.is_not(None),
+        Event.run_id.in_(select(Run.id).where(Run.status != Status.CANCELLED)),
+    )
+    by_run = session.scalars(labelled.distinct().order_by(Event.run_id))
+    return found + [f"ingest run {number} corrected its wells" for number in by_run]
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """The events of a run whose old values come back, the last first; what changed them since."""
+
+    changes: tuple[Change, ...]
+    later: tuple[str, ...]
+
+    def write(self, session: Session) -> list[Change]:
+        """Put the old values back; return the events of that."""
+        for change in self.changes:
+            old = change.old or {}
+            table = METADATA.tables[change.table_name]
+            values = {name: value for name, value in old.items() if name in table.c}
+            ids = old["ids"] if change.row_id is None else [change.row_id]
+            for some in in_lists(ids):
+                session.execute(update(table).where(table.c.id.in_(some)).values(values))
+            if change.table_name == "perturbations" and "target" in old:
+                retarget(session, change.row_id or 0)
+        return [replace(c, old=c.new, new=c.old, line=None) for c in self.changes]
+
+
+def _restorable(session: Session, run_id: int) -> _Restored:
+    """What a run changed of rows that were there before it."""
+    query = select(Event).where(Event.run_id == run_id, Event.old.is_not(None))
+    query = query.where(Event.new.is_not(None), Event.table_name != "runs")
+    changes, later = [], []
+    present: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in session.scalars(query.order_by(Event.id.desc())):
+        table, new = METADATA.tables[row.table_name], row.new or {}
+        changes.append(Change(row.table_name, row.row_id, row.old, row.new))
+        if row.row_id is None:
+            continue
+        key = row.table_name, row.row_id
+        if key not in present:
+            found = session.execute(select(table).where(table.c.id == row.row_id)).mappings().one()
+            present[key] = dict(found)
+        if any(present[key][name] != value for name, value in new.items() if name in table.c):
+            since = select(Event.run_id, Event.created_at).where(
+                Event.table_name == row.table_name, Event.row_id == row.row_id, Event.id > row.id
+            )
+            by, at = session.execute(since.order_by(Event.id.desc()).limit(1)).one()
+            who = f"run {by}" if by is not None else f"the correction of {at:%Y-%m-%d %H:%M}"
+            later.append(f"{who} changed {_named(session, row.table_name, row.row_id)} again")
+        present[key] |= row.old or {}
+    return _Restored(tuple(changes), tuple(dict.fromkeys(later)))
+
+
+def _named(session: Session, table: str, row_id: int | None) -> str:
+    if table in _NAMES_OF and row_id is not None:
+        row = session.get(_RANGED[table], row_id)
+        return (
+            f"{table[:-1]} {row_id}" if row is None else _name_of(session, _NAMES_OF[table], row_id)
+        )
+    if table == "perturbations" and row_id is not None:
+        return session.get_one(Perturbation, row_id).name
+    return table
+
+
+def _shown_change(session: Session, change: Change) -> dict[str, Any]:
+    """A change as people see it: the name of the row, or how many rows are deleted."""
+    if change.new is None:
+        rows = {key: value for key, value in (change.old or {}).items() if not key.endswith("_id")}
+        return {"name": change.table_name, "old": rows, "new": None}
+    values = (_without_id(change.old or {}), _without_id(change.new))
+    old, new = ({k: v for k, v in item.items() if k != "ids"} for item in values)
+    return {"name": _named(session, change.table_name, change.row_id), "old": old, "new": new}
+
+
+def _delete_rows(
+    session: Session, table: Any, ranges: Sequence[tuple[int, int]] = (), query: Any = None
+) -> list[Change]:
+    """Delete rows in ranges of ids, or of a query of ids; return the event of it.
+
+    Annotations of them that exclude are undone.
+    """
+    which = _within(table.id, ranges) if query is None else table.id.in_(query)
+    counted = select(func.count(), func.min(table.id), func.max(table.id)).where(which)
+    number, first, last = session.execute(counted).one()
+    if not number:
+        return []
+    name = table.__tablename__
+    user_name, _ = caller()
+    found = EXCLUSIONS.c
+    excluded = select(found.annotation_id, found.id).where(
+        found.source == ExclusionSource.ANNOTATION.value,
+        found.level == name[:-1],
+        found.id.in_(select(table.id).where(which)),
+    )
+    for annotation, row_id in session.execute(excluded).all():
+        session.add(
+            Annotation(
+                level=Level(name[:-1]),
+                row_id=row_id,
+                kind=AnnotationKind.EXCLUSION,
+                reason="deleted",
+                user_name=user_name[:LONGEST],
+                created_at=datetime.now(UTC),
+                undoes_id=annotation,
+            )
+        )
+    session.flush()
+    session.execute(delete(table).where(which), execution_options={"synchronize_session": False})
+    return [Change(name, last, {"rows": number, "first_id": first}, None)]
+
+
+def _delete_features(session: Session, run_id: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Delete the feature files of an ingest, and its feature set if no other run added to it."""
+    query = select(FeatureFile.artifact_id, FeatureFile.feature_set_id)
+    rows = session.execute(query.where(FeatureFile.run_id == run_id)).all()
+    session.execute(delete(FeatureFile).where(FeatureFile.run_id == run_id))
+    shown = []
+    for number in {row.feature_set_id for row in rows}:
+        others = select(FeatureFile.run_id).where(FeatureFile.feature_set_id == number).limit(1)
+        if session.scalar(others) is None:
+            kept = session.get_one(FeatureSet, number)
+            shown.append({"name": "feature_sets", "old": {"name": kept.name}, "new": None})
+            session.delete(kept)
+    artifacts = [row.artifact_id for row in rows]
+    for some in in_lists(artifacts):
+        mine = and_(RunArtifact.run_id == run_id, RunArtifact.artifact_id.in_(some))
+        session.execute(delete(RunArtifact).where(mine))
+    session.flush()
+    return shown, _delete_artifacts(session, artifacts)
+
+
+def _delete_artifacts(session: Session, ids: Sequence[int]) -> list[str]:
+    """Delete those artifacts that nothing names any more; return their paths."""
+    paths: list[str] = []
+    for some in in_lists(set(ids)):
+        named = or_(
+            exists().where(Segmentation.mask_artifact_id == Artifact.id),
+            exists().where(Segmentation.flow_artifact_id == Artifact.id),
+            exists().where(RunArtifact.artifact_id == Artifact.id),
+            exists().where(FeatureFile.artifact_id == Artifact.id),
+        )
+        query = select(Artifact.id, Artifact.path).where(Artifact.id.in_(some), ~named)
+        unused = session.execute(query).all()
+        session.execute(delete(Artifact).where(Artifact.id.in_([row.id for row in unused])))
+        paths += [row.path for row in unused]
+    return paths
+
+
+def _delete_segmentations(session: Session, of: Select[Any], files: list[str]) -> list[Change]:
+    """Delete segmentations (a query of ids) with their cells; ``files`` gets what they wrote."""
+    written = select(Segmentation.mask_artifact_id, Segmentation.flow_artifact_id)
+    rows = session.execute(written.where(Segmentation.id.in_(of)))
+    artifacts = [number for row in rows for number in row if number is not None]
+    cells = select(Cell.id).where(Cell.segmentation_id.in_(of))
+    for table in (CellFlag, CellFeatures):
+        _delete_where(session, table, table.cell_id.in_(cells))
+    changes = _delete_rows(session, Cell, query=cells)
+    _delete_where(session, Segmentation, Segmentation.id.in_(of))
+    files += _delete_artifacts(session, artifacts)
+    return changes
+
+
+def _delete_images(session: Session, images: Select[Any]) -> list[Change]:
+    """Delete images (a query of ids) that have no segmentations any more."""
+    for table in (ImageFlag, ImageQuality, Job, ImageFile):
+        _delete_where(session, table, table.image_id.in_(images))
+    return _delete_rows(session, Image, query=images)
+
+
+def _delete_where(session: Session, table: Any, condition: Any) -> None:
+    options = {"synchronize_session": False}
+    session.execute(delete(table).where(condition), execution_options=options)
+
+
+def delete_plate(
+    workspace: Workspace, name: str, *, reason: str | None = None, dry_run: bool = False
+) -> Correction:
+    """Delete a plate with its wells, images, cells and measurements; to undo it, ingest it again.
+
+    Image files stay where they are. Measurements in files that hold other plates, too, stay there.
+
+    Raises:
+        UnknownNameError: there is no such plate.
+        UserInputError: predictions or splits rely on it; the message names them.
+    """
+    files: list[str] = []
+
+    def act(session: Session) -> tuple[Correction, list[Change]]:
+        plate = find_plate(session, readable(name))
+        images = _images_of(Level.PLATE, plate)
+        segmentations = select(Segmentation.id).where(Segmentation.image_id.in_(images))
+        _refuse_if(_relying(session, images, segmentations, None), f"delete plate {name}")
+        done = Correction("delete plate", name, (), **_concerned(session, images))
+        changes = _delete_segmentations(session, segmentations, files)
+        changes += _delete_images(session, images)
+        changes += _delete_rows(session, Well, query=select(Well.id).where(Well.plate_id == plate))
+        (own,) = _delete_rows(session, Plate, [(plate, plate)])
+        changes.append(replace(own, old={**(own.old or {}), "barcode": name}))
+        shown = tuple(_shown_change(session, change) for change in changes)
+        return replace(done, changes=shown), changes
+
+    done = _carry_out(workspace, reason, dry_run, act)
+    if not dry_run:
+        for path in files:
+            workspace.artifacts.remove(path)
+    return done

@@ -20,18 +20,21 @@ from ..analysis.features import FEATURE_NAMES
 from ..artifacts import open_atomically
 from ..enums import FeatureStorage, Stage
 from ..errors import UnknownNameError, UserInputError
+from ..io.cellprofiler import COMPARTMENTS
+from ..io.objects import without_nan
+from ..io.single_cells import EXCLUDED
 from ..io.tables import disarmed
 from ..jobs.lookup import find_recipe, has_results
 from ..jobs.workspace import Workspace
 from ..models import FeatureFile, FeatureSet, Plate, Recipe, RecipeInput, Run
-from ..query.cells import input_of
+from ..query.cells import choose_recipes, input_of
 from ..query.engine import open_questions
-from ..query.feature_files import find_feature_set
 from ..query.guard import literal, quoted
+from ..query.source import group_of
 from ..settings import need
 
-PREFIX = "Cells_"
-"""Before the name of a built-in feature: pycytominer takes what begins with a compartment."""
+PREFIX, TEXT_PREFIX = "Cells_", "Text_"
+"""Before the name of a feature: pycytominer takes what begins with a compartment for numbers."""
 
 VALUES_AT_ONCE = 2_000_000
 """About this many values of features are held at a time."""
@@ -53,6 +56,7 @@ IMAGE_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
     "Metadata_target": ("t.target", pa.string()),
     "Metadata_dose": ("i.dose", pa.float64()),
     "Metadata_dose_unit": ("i.dose_unit", pa.string()),
+    "Metadata_dose_original": ("tp.dose_original", pa.string()),
     "Metadata_control_type": ("w.control", pa.string()),
     "Metadata_broad_sample": ("tp.identifier", pa.string()),
     "Metadata_InChIKey": ("tp.inchikey", pa.string()),
@@ -70,7 +74,7 @@ CELL_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
     "Metadata_MaxCol": ("c.max_col", pa.int64()),
     "Metadata_CentroidRow": ("c.centroid_row", pa.float64()),
     "Metadata_CentroidCol": ("c.centroid_col", pa.float64()),
-    "Metadata_Excluded": ("coalesce(c.excluded, x.reason, n.excluded)", pa.string()),
+    EXCLUDED: ("c.reason", pa.string()),
 }
 """Name, what it is in ``CELLS``, type."""
 
@@ -91,6 +95,7 @@ IMAGES = """
         SELECT
             part.treatment_id,
             string_agg(p.kind, '|' ORDER BY part.position) AS kind,
+            string_agg(part.dose_original, '|' ORDER BY part.position) AS dose_original,
             string_agg(p.identifier, '|' ORDER BY part.position) AS identifier,
             string_agg(p.inchikey, '|' ORDER BY part.position) AS inchikey,
             string_agg(p.smiles, '|' ORDER BY part.position) AS smiles,
@@ -120,18 +125,27 @@ FILES = """
     WHERE list_contains($images, f.image_id)
 """
 CELLS = """
-    SELECT n.number, {columns}
-    FROM cells AS c
-    JOIN (
-        SELECT unnest($segmentations::BIGINT[]) AS segmentation_id,
-            unnest($numbers::BIGINT[]) AS number, unnest($excluded::VARCHAR[]) AS excluded
-    ) AS n ON n.segmentation_id = c.segmentation_id
-    LEFT JOIN (
-        SELECT id, min(reason) AS reason FROM later_exclusions WHERE level = 'cell' GROUP BY id
-    ) AS x ON x.id = c.id
-    LEFT JOIN ({features}) AS f ON f.cell_id = c.id
-    ORDER BY n.number, c.object_number
+    WITH chosen AS MATERIALIZED (
+        SELECT c.*, n.number, coalesce(c.excluded, x.reason, n.excluded) AS reason
+        FROM cells AS c
+        JOIN (
+            SELECT unnest($segmentations::BIGINT[]) AS segmentation_id,
+                unnest($numbers::BIGINT[]) AS number, unnest($excluded::VARCHAR[]) AS excluded
+        ) AS n ON n.segmentation_id = c.segmentation_id
+        LEFT JOIN (
+            SELECT id, min(reason) AS reason FROM later_exclusions WHERE level = 'cell' GROUP BY id
+        ) AS x ON x.id = c.id
+    )
+    SELECT c.number, {columns}
+    FROM chosen AS c {features}
+    ORDER BY c.number, c.object_number
 """
+FEATURES = """
+    LEFT JOIN (
+        SELECT f.* FROM {relation} AS f JOIN chosen ON chosen.id = f.cell_id
+    ) AS {name} ON {name}.cell_id = c.id
+"""
+"""Only the rows of these cells are read: the ids of an inner join bound those of the files."""
 
 
 class ExportFormat(StrEnum):
@@ -146,16 +160,17 @@ class ExportFormat(StrEnum):
 class ExportResult:
     """What was written: ``cells`` rows with ``features`` columns of measurements each.
 
-    ``feature_set`` is null for built-in measurements that no set names.
+    ``excluded`` cells were left out.
     """
 
     path: Path
     format: str
-    feature_set: str | None
+    feature_sets: tuple[str, ...]
     segment_recipe: int
-    measure_recipe: int
+    measure_recipes: tuple[int, ...]
     plates: int
     cells: int
+    excluded: int
     features: int
 
 
@@ -168,13 +183,15 @@ def export(
     segmentation: str | None = None,
     measurement: str | None = None,
     plates: Sequence[str] = (),
+    include_excluded: bool = False,
     for_spreadsheet: bool = False,
     force: bool = False,
 ) -> ExportResult:
-    """Write every current cell of a segmentation with its measurements; see the README.
+    """Write the current cells of a segmentation with their measurements; see the README.
 
-    ``features`` names a feature set; default: what was measured last. Excluded cells are rows
-    like others, with their reason in ``Metadata_Excluded``. ``for_spreadsheet`` (CSV) disarms
+    ``features`` names a feature set or a group of them; default: all sets of the segmentation
+    that was measured last, of each group the set measured last. ``include_excluded``: excluded
+    cells are rows, too, with their reason in ``Metadata_Excluded``. ``for_spreadsheet`` disarms
     texts that a spreadsheet would run as formulas; such a table no longer reads back as it was.
     Memory does not grow with the number of cells, but for AnnData, which holds its matrix.
 
@@ -195,7 +212,8 @@ def export(
     if out.exists() and not force:
         raise UserInputError(f"{out} exists. Name another file, or replace it with --force.")
     with workspace.database.read() as session:
-        segment, measure, found = _choose(session, features, segmentation, measurement)
+        segment, measures = _choose(session, features, segmentation, measurement)
+        sets = [(measure, measure.feature_set) for measure in measures]
         known = list(session.scalars(select(Plate.barcode).order_by(Plate.id)))
     if unknown := set(plates) - set(known):
         raise UnknownNameError.of("plate", min(unknown), known[:500])
@@ -228,22 +246,25 @@ def export(
             for kind, column in (("FileName", "name"), ("PathName", "folder"))
             for (channel,) in channels
         }
-        measured: dict[str, tuple[str, pa.DataType]]
-        if found is None or found.storage is FeatureStorage.TABLE:
-            measured = {PREFIX + name: (f"f.{quoted(name)}", FLOAT) for name in FEATURE_NAMES}
-            relation = f"SELECT * FROM features WHERE recipe_id = {int(measure.id)}"  # noqa: S608
-        else:
-            names = [name for name, _ in questions.columns(found.name)[1:]]
-            measured = {
-                item["name"]: (f"f.{quoted(name)}", _TYPES.get(str(item["dtype"]), FLOAT))
-                for name, item in zip(names, found.columns, strict=True)
-            }
-            relation = f"SELECT * FROM {quoted(found.name)}"  # noqa: S608
-        if clash := sorted(measured.keys() & {*columns, *CELL_COLUMNS, *files}):
-            raise UserInputError(
-                f"The feature {clash[0]!r} has the name of a column that identifies cells. "
-                "Ingest the features again with another name for that column."
-            )
+        measured: dict[str, tuple[str, pa.DataType]] = {}
+        joins: list[str] = []
+        for at, (measure, found) in enumerate(sets):
+            if found is None or found.storage is FeatureStorage.TABLE:
+                of_set = [(name, name, FLOAT) for name in FEATURE_NAMES]
+                relation = f"(SELECT * FROM features WHERE recipe_id = {int(measure.id)})"  # noqa: S608
+            else:
+                names = [name for name, _ in questions.columns(found.name)[1:]]
+                of_set = [
+                    (name, str(item["name"]), _TYPES.get(str(item["dtype"]), FLOAT))
+                    for name, item in zip(names, found.columns, strict=True)
+                ]
+                relation = quoted(found.name)
+            joins.append(FEATURES.format(relation=relation, name=f"f{at}"))
+            for name, original, kind in of_set:
+                column = _column_name(original, kind)
+                if column in measured and found is not None:
+                    column = _column_name(original, kind, f"{found.name}_")
+                measured[column] = f"f{at}.{quoted(name)}", kind
         schema = pa.schema(
             [
                 *((name, kind) for name, (_, kind) in [*columns.items(), *CELL_COLUMNS.items()]),
@@ -251,16 +272,14 @@ def export(
                 *((name, kind) for name, (_, kind) in measured.items()),
             ]
         )
-        # A gap is one thing: not a number, which one database keeps and the other does not.
-        sources = [source for source, _ in CELL_COLUMNS.values()]
-        sources += [
-            f"nullif({source}, 'nan')" if pa.types.is_floating(kind) else source
-            for source, kind in measured.values()
-        ]
+        sources = [source for source, _ in (*CELL_COLUMNS.values(), *measured.values())]
         query = CELLS.format(
             columns=", ".join(f'{source} AS "{at}"' for at, source in enumerate(sources)),
-            features=relation,
+            features="".join(joins),
         )
+
+        written: list[int] = []
+        not_counted: list[int] = []
 
         def batches() -> Iterator[pa.Table]:
             """Yield the cells of as many images as can be held at a time."""
@@ -280,6 +299,10 @@ def export(
                     "excluded": some["excluded"].to_pylist(),
                 }
                 cells = questions.ask_ours(query, parameters).table()
+                if not include_excluded:
+                    counts_not = pc.is_valid(cells[str(list(CELL_COLUMNS).index(EXCLUDED))])
+                    not_counted.append(pc.sum(counts_not).as_py() or 0)
+                    cells = cells.filter(pc.invert(counts_not))
                 ids = some["image_id"].to_pylist()
                 rows = questions.ask_ours(FILES, {"images": ids}).records()
                 file_of = {(row["image_id"], row["channel"]): row for row in rows}
@@ -291,10 +314,13 @@ def export(
                 arrays = [some[name].take(number) for name in columns]
                 arrays += cells.columns[1:own]
                 arrays += [column.take(number) for column in names]
-                arrays += cells.columns[own:]
+                # A gap is one thing: not a number, which one database keeps and the other does not.
+                arrays += [without_nan(column) for column in cells.columns[own:]]
                 pairs = zip(arrays, schema, strict=True)
-                yield pa.table([array.cast(field.type) for array, field in pairs], schema=schema)
-                workspace.progress.advance(cells.num_rows)
+                table = pa.table([array.cast(field.type) for array, field in pairs], schema=schema)
+                written.append(table.num_rows)
+                yield table
+                workspace.progress.advance(sum(some["n_cells"].to_pylist()))
 
         workspace.progress.start("export", n_cells)
         try:
@@ -310,54 +336,49 @@ def export(
                             text.write_table(disarmed(batch) if for_spreadsheet else batch)
                 else:
                     _write_anndata(Path(file.name), schema, batches(), n_cells)
+                if not any(written):
+                    raise UserInputError(
+                        f"All {n_cells:,} cells are excluded. To write them with the reason: "
+                        "--include-excluded"
+                    )
         finally:
             workspace.progress.finish()
     return ExportResult(
         path=out,
         format=format.value,
-        feature_set=found.name if found else None,
+        feature_sets=tuple(found.name for _, found in sets if found),
         segment_recipe=segment.id,
-        measure_recipe=measure.id,
+        measure_recipes=tuple(measure.id for measure in measures),
         plates=len(pc.unique(images["Metadata_Plate"])),
-        cells=n_cells,
+        cells=sum(written),
+        excluded=sum(not_counted),
         features=len(measured),
     )
 
 
+def _column_name(name: str, kind: pa.DataType, of_set: str = "") -> str:
+    """Return the column of a feature: one of a compartment where it is a number, else of none."""
+    if kind != pa.string():
+        kept = not of_set and name.startswith(tuple(f"{role}_" for role in COMPARTMENTS))
+        return name if kept else f"{PREFIX}{of_set}{name}"
+    return name if not of_set and name.startswith(TEXT_PREFIX) else f"{TEXT_PREFIX}{of_set}{name}"
+
+
 def _choose(
     session: Session, features: str | None, segmentation: str | None, measurement: str | None
-) -> tuple[Recipe, Recipe, FeatureSet | None]:
-    """Return the segment and the measure recipe of what is exported, and its feature set.
+) -> tuple[Recipe, list[Recipe]]:
+    """Return the segment recipe and the measure recipes of what is exported.
 
-    Default: what was measured last.
+    Default: all that was measured on the cells that were measured last, of each group of features
+    what was measured last.
 
     Raises:
         UnknownNameError: there is no such feature set or recipe.
         UserInputError: nothing has been measured, or what was asked for does not go together.
     """
-    asked = find_recipe(session, Stage.MEASURE, measurement) if measurement is not None else None
-    if features is not None:
-        measure = session.get_one(Recipe, find_feature_set(session, features).recipe_id)
-        if asked is not None and asked.id != measure.id:
-            raise UserInputError(
-                f"Feature set {features!r} is of measure recipe {measure.id}, not {asked.id}. "
-                "Give only one of --features and --measurement."
-            )
-    else:
-        measure = asked or _last_measure(session, segmentation)
-    segment = input_of(session, measure, Stage.SEGMENT)
-    if segmentation is not None:
-        wanted = find_recipe(session, Stage.SEGMENT, segmentation)
-        if wanted.id != segment.id:
-            raise UserInputError(
-                f"These measurements are of the cells of segment recipe {segment.id}, not "
-                f"{wanted.id}. Remove --segmentation."
-            )
-    found = select(FeatureSet).where(FeatureSet.recipe_id == measure.id)
-    return segment, measure, session.scalars(found).one_or_none()
-
-
-def _last_measure(session: Session, segmentation: str | None) -> Recipe:
+    if features is not None or measurement is not None:
+        segment, measure = choose_recipes(session, segmentation, measurement, features)
+        return segment, [measure]
     runs = (
         select(func.max(Run.id)).where(Run.recipe_id == Recipe.id, has_results()).correlate(Recipe),
         select(func.max(FeatureFile.run_id))
@@ -374,13 +395,19 @@ def _last_measure(session: Session, segmentation: str | None) -> Recipe:
         inputs = select(RecipeInput.recipe_id).where(RecipeInput.input_id == asked.id)
         query = query.where(Recipe.id.in_(inputs))
         of_cells = f" of the cells of segment recipe {asked.id}"
-    found = session.scalars(query.order_by(newest.desc(), Recipe.id.desc()).limit(1)).first()
-    if found is None:
+    measures = session.scalars(query.order_by(newest.desc(), Recipe.id.desc())).all()
+    if not measures:
         raise UserInputError(
             f"Nothing{of_cells} has been measured yet. Run: cellstore measure, or ingest a table "
             "of features."
         )
-    return found
+    segment = input_of(session, measures[0], Stage.SEGMENT)
+    chosen: dict[str, Recipe] = {}
+    for measure in measures:
+        if input_of(session, measure, Stage.SEGMENT).id == segment.id:
+            name = measure.feature_set.name if measure.feature_set else "basic"
+            chosen.setdefault(group_of(name) or name, measure)
+    return segment, sorted(chosen.values(), key=lambda measure: measure.id)
 
 
 def _write_anndata(path: Path, schema: pa.Schema, batches: Iterator[pa.Table], count: int) -> None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from datetime import UTC
 
 from sqlalchemy import DateTime, text
+from sqlalchemy.orm import Session
 
 from ..enums import Stage
+from ..io.uris import shown
 from ..jobs.gone_files import FEW, GoneFiles, find_gone
 from ..jobs.workspace import Workspace
 
@@ -66,7 +68,8 @@ class StatusResult:
 
     ``cells`` counts all recipes; ``excluded`` and ``excluded_images`` are those that do not count,
     whatever quality control has flagged. ``gone`` are the folders from which image files are gone:
-    all folders were looked for, and the first ``looked_for`` files.
+    all folders were looked for, and the first ``looked_for`` files. ``untreated_wells`` are those
+    with images of which no table has said what was done to them. ``next``: see :func:`next_step`.
     ``segmented`` and ``measured`` are images that at least one recipe has done for their
     present bytes, or whose cells and features another tool gave. ``features`` counts the rows of
     the built-in measurements; ``feature_sets`` are all sets. ``flagged_images`` are those of the
@@ -96,6 +99,8 @@ class StatusResult:
     excluded_images: int = 0
     gone: tuple[GoneFiles, ...] = ()
     looked_for: int = FEW
+    untreated_wells: int = 0
+    next: tuple[str, ...] = ()
 
 
 # An image is done by a recipe with a finished job for its present bytes; or another tool found its
@@ -137,6 +142,10 @@ COUNTS = f"""
         (SELECT count(*) FROM plates) AS plates,
         (SELECT count(*) FROM wells) AS wells,
         (SELECT count(*) FROM treatments) AS treatments,
+        (
+            SELECT count(*) FROM wells AS w WHERE treatment_id IS NULL
+                AND EXISTS (SELECT 1 FROM images AS i WHERE i.well_id = w.id)
+        ) AS untreated_wells,
         (SELECT count(*) FROM images) AS images,
         (SELECT count(*) FROM images WHERE content_sha256 IS NULL) AS missing_images,
         (
@@ -218,6 +227,48 @@ FEATURE_SETS = """
     ) AS written ON written.feature_set_id = f.id
     ORDER BY f.id
 """
+# How far a store has come: of the cells found last, of the split made last, of the network trained
+# last on it.
+STEPS = """
+    WITH found AS (
+        SELECT recipe_id AS id FROM segmentations ORDER BY id DESC LIMIT 1
+    ),
+    split AS (SELECT max(id) AS id FROM splits),
+    trained AS (
+        SELECT max(r.id) AS id FROM runs AS r JOIN split ON split.id = r.split_id
+        WHERE r.stage = 'train' AND r.status = 'done'
+    )
+    SELECT
+        EXISTS (SELECT 1 FROM images) AS images,
+        EXISTS (SELECT 1 FROM images WHERE content_sha256 IS NOT NULL) AS files,
+        EXISTS (SELECT 1 FROM found) AS cells,
+        EXISTS (
+            SELECT 1 FROM found JOIN recipe_inputs AS ri ON ri.input_id = found.id
+            JOIN feature_sets AS f ON f.recipe_id = ri.recipe_id
+            WHERE EXISTS (
+                SELECT 1 FROM jobs AS j WHERE j.recipe_id = f.recipe_id AND j.status = 'done'
+            ) OR EXISTS (SELECT 1 FROM feature_files AS ff WHERE ff.feature_set_id = f.id)
+        ) AS features,
+        EXISTS (SELECT 1 FROM wells WHERE treatment_id IS NOT NULL) AS treatments,
+        (SELECT id FROM split) IS NOT NULL AS splits,
+        (SELECT id FROM trained) IS NOT NULL AS networks,
+        EXISTS (
+            SELECT 1 FROM runs AS r JOIN trained ON trained.id = r.parent_id
+            WHERE r.stage = 'predict' AND r.status = 'done'
+        ) AS predictions
+"""
+PLATEMAP = "cellstore ingest PLATEMAP  (no well has a treatment yet)"
+NEXT = {
+    "images": ("cellstore ingest FOLDER", "cellstore ingest TABLE --images FOLDER"),
+    "files": ("cellstore ingest TABLE --images FOLDER  (no image file was found yet)",),
+    "cells": ("cellstore segment",),
+    "features": ("cellstore measure",),
+    "treatments": (PLATEMAP,),
+    "splits": ("cellstore split create NAME", "cellstore contrast"),
+    "networks": ("cellstore train",),
+    "predictions": ("cellstore predict",),
+}
+"""What is to be done first where a store has none of these, in this order."""
 BROKEN_OFF = """
     SELECT r.id, r.status, count(DISTINCT m.epoch) AS epochs, r.started_at
     FROM runs AS r
@@ -232,6 +283,15 @@ BROKEN_OFF = """
     GROUP BY r.id, r.status, r.started_at
     ORDER BY r.id
 """
+
+
+def next_step(session: Session) -> tuple[str, ...]:
+    """Return the next useful command, or a few, by what a store has and what it lacks."""
+    steps = session.execute(text(STEPS)).mappings().one()
+    lacks = [name for name in NEXT if not steps[name]]
+    if not lacks:
+        return "cellstore report", "cellstore votes"
+    return NEXT[lacks[0]] + (() if lacks[0] != "cells" or steps["treatments"] else (PLATEMAP,))
 
 
 def status(workspace: Workspace) -> StatusResult:
@@ -250,6 +310,7 @@ def status(workspace: Workspace) -> StatusResult:
         )
         sets = session.execute(text(FEATURE_SETS)).all()
         gone = find_gone(session, FEW)
+        step = next_step(session)
         trainings = session.execute(broken_off.columns(started_at=DateTime(timezone=True))).all()
     seen = counts["images"] - counts["missing_images"]
     recipes = [
@@ -280,6 +341,7 @@ def status(workspace: Workspace) -> StatusResult:
             for row in sets
         ),
         gone=tuple(gone),
+        next=(f"cellstore relocate {shown(gone[0].folder)} NEW",) if gone else step,
         broken_off=tuple(
             BrokenOff(
                 row.id,

@@ -33,3 +33,18 @@ def test_errors_are_one_sentence(cellstore, store):
         said = cellstore(*words, *at, code=2)
         assert said.err.startswith("Error: "), words
         assert len(said.err.strip().splitlines()) == 1
+
+
+def test_an_ingest_is_undone_and_a_plate_deleted(cellstore, store, screen):
+    at = ("--store", store)
+    said = cellstore("undo", "1", *at, "--dry-run")
+    assert "12 images" in said.out
+    assert cellstore("sql", "SELECT count(*) AS n FROM images", *at, "--json").json[0]["n"] == 12
+    cellstore("undo", "1", *at, "--reason", "wrong folder")
+    assert cellstore("sql", "SELECT count(*) AS n FROM plates", *at, "--json").json[0]["n"] == 0
+    assert "undone already" in cellstore("undo", "1", *at, code=2).err
+    cellstore("ingest", screen, "--images", screen.parent / "images", *at)
+    assert "12 images" in cellstore("delete", "plate", "P1", *at, code=1, stdin="n\n").err
+    cellstore("delete", "plate", "P1", *at, stdin="y\n")
+    assert cellstore("sql", "SELECT count(*) AS n FROM images", *at, "--json").json[0]["n"] == 0
+    assert "plate" in cellstore("delete", "well", "P1/A01", *at, code=2).err

@@ -22,7 +22,8 @@ init, ingest, refresh, relocate, segment, measure, qc, contrast, split create, s
 split list, split delete, split show, split check, train, predict, votes, report,
 compare, audit, repro, ask,
 sql, schema, export, status, jobs, retry, cancel, finetune, export-model, verify, doctor, demo,
-db upgrade, db check, db current, rename, relabel, exclude, include
+db upgrade, db check, db current, rename, relabel, exclude, include,
+undo, delete
 """
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import Factory
 from screens import SmallScreen, small_screen
 from sqlalchemy import func, select
 
-from cellstore.enums import Control, Level
+from cellstore.config import IngestParams
+from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Event, Well
+from cellstore.models import Event, Image, Plate, Well
+from cellstore.stages.ingest.ingest import IngestResult
 from cellstore.store import Store
 
 VIEWS = ("well_table", "image_table", "cell_table", "prediction_table", "votes")
@@ -230,3 +236,140 @@ def test_an_error_in_the_middle_leaves_nothing_half_changed(
             verb()
     assert answers(store) == before
     assert n_events(store) == events
+
+
+# ---- Undo and delete ----
+
+
+def loaddata(path: Path, wells: Sequence[str], plate: str = "P1", **more: str) -> Path:
+    """A LoadData table of images that are elsewhere: two sites a well."""
+    names = ["FileName_OrigDNA", "Metadata_Plate", "Metadata_Well", "Metadata_Site", *more]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for well in wells:
+            for site in (1, 2):
+                row = [f"{plate}_{well}_{site}.tif", plate, well, site, *more.values()]
+                writer.writerow(row)
+    return path
+
+
+def read_map(store: Store, path: Path, wells: Mapping[str, str], **more: Any) -> IngestResult:
+    """Ingest a plate map of plate P1 that gives each well a compound."""
+    rows = [f"{well}\t{name}" for well, name in wells.items()]
+    path.write_text("\n".join(["well_position\tbroad_sample", *rows]) + "\n")
+    compounds = path.with_name("compounds.tsv")
+    compounds.write_text("broad_sample\tpert_iname\nDMSO\tDMSO\ntaxol\ttaxol\n")
+    return store.ingest(path, IngestParams(plate="P1", compounds=(compounds,), **more))
+
+
+EVERYTHING = ("well_table", "image_table", "cell_table", "plates", "wells", "images", "image_files")
+
+
+def test_an_ingest_is_undone_and_done_again(store: Store, tmp_path: Path) -> None:
+    empty = answers(store, *EVERYTHING)
+    table = loaddata(tmp_path / "a.csv", ["A01", "A02"], Metadata_donor="d1")
+    run = store.ingest(table).run_id
+    full = answers(store, "well_table", "image_table")
+    plan = store.undo(str(run), dry_run=True)
+    assert (plan.images, answers(store, "well_table", "image_table")) == (4, full)
+    done = store.undo(str(run), reason="wrong folder")
+    assert done.changes == plan.changes
+    assert answers(store, *EVERYTHING) == empty
+    assert store.audit(f"run {run}").record["status"] == "cancelled"
+    with pytest.raises(UserInputError, match="undone already"):
+        store.undo(str(run))
+    again = store.ingest(table)
+    assert again.created == 4
+    shown = [[row[:2] for row in rows] for rows in answers(store, "image_table").values()]
+    assert shown == [[row[:2] for row in full["image_table"]]]
+    store.undo(str(again.run_id))
+    assert answers(store, *EVERYTHING) == empty
+
+
+def test_what_an_ingest_changed_comes_back(store: Store, tmp_path: Path) -> None:
+    store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02"], Metadata_donor="d1"))
+    read_map(store, tmp_path / "m1.txt", {"A01": "DMSO", "A02": "taxol"})
+    before = answers(store, *EVERYTHING)
+    table = loaddata(tmp_path / "b.csv", ["A02", "A03"], Metadata_donor="d2", Metadata_Batch="b1")
+    brought = store.ingest(table).run_id
+    between = answers(store, *EVERYTHING)
+    changed = read_map(store, tmp_path / "m2.txt", {"A01": "taxol", "A02": "DMSO"}).run_id
+    assert answers(store, *EVERYTHING) != between
+    store.undo(str(changed))
+    assert answers(store, *EVERYTHING) == between
+    store.undo(str(brought))
+    assert answers(store, *EVERYTHING) == before
+
+
+def test_what_later_work_relies_on_is_not_undone(store: Store, tmp_path: Path) -> None:
+    images = store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02"])).run_id
+    maps = [read_map(store, tmp_path / f"{name}.txt", {"A01": name}) for name in ("DMSO", "taxol")]
+    before = answers(store, *EVERYTHING)
+    with pytest.raises(UserInputError, match=f"run {maps[1].run_id} changed P1/A01 again"):
+        store.undo(str(maps[0].run_id))
+    with pytest.raises(UserInputError, match=f"ingest run {maps[0].run_id} corrected its wells"):
+        store.undo(str(images))
+    assert answers(store, *EVERYTHING) == before
+    store.relabel("P1/A01", treatment="DMSO", reason="it was")
+    with pytest.raises(UserInputError, match=r"the correction of .* changed P1/A01 again"):
+        store.undo(str(maps[1].run_id))
+
+
+def test_a_screen_that_was_used_is_neither_undone_nor_deleted(
+    store: Store, screen: SmallScreen
+) -> None:
+    before = answers(store)
+    with pytest.raises(UserInputError, match=r"predictions of run \d+; split main"):
+        store.delete_plate("BR1")
+    with pytest.raises(UserInputError, match="Only ingest runs"):
+        store.undo(str(screen.predict_run.id))
+    assert answers(store) == before
+
+
+def test_a_plate_is_deleted_with_all_that_was_made_of_it(
+    store: Store, workspace: Workspace, tmp_path: Path
+) -> None:
+    make = Factory(workspace)
+    other = make.segmentation(
+        make.image(make.well(make.plate("P2"), 1, 1)), make.run(Stage.SEGMENT)
+    )
+    make.cells(other, 2)
+    empty = answers(store)
+    table = loaddata(tmp_path / "a.csv", ["A01"])
+    store.ingest(table)
+    with store.session() as session:
+        images = session.scalars(select(Image).join(Well).join(Plate).where(Plate.barcode == "P1"))
+        found = list(images)
+    run = make.run(Stage.SEGMENT)
+    cells = make.cells_of(make.segmentation(found[0], run, 3))
+    make.job(run, found[0])
+    measured = make.run(Stage.MEASURE, make.recipe(Stage.MEASURE))
+    make.features(cells, measured)
+    store.exclude("cell", str(cells[2].id), reason="small")
+    store.exclude("well", "P1/A01", reason="debris")
+    answers(store)
+    done = store.delete_plate("P1", reason="test")
+    assert (done.images, done.cells) == (2, 3)
+    assert answers(store) == empty
+    assert answers(store, "exclusions", "features") == {"exclusions": [], "features": []}
+    # Nothing that was said of the deleted rows is said of others.
+    store.ingest(table)
+    well = store.audit("P1/A01").record
+    assert (well["excluded"], well["corrections"]) == (None, [])
+
+
+def test_an_undo_that_breaks_off_leaves_all_as_it_was(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02"])).run_id
+    before, events = answers(store, *EVERYTHING), n_events(store)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr("cellstore.stages.corrections.record_events", broken)
+    for verb in (lambda: store.undo(str(run)), lambda: store.delete_plate("P1")):
+        with pytest.raises(RuntimeError, match="power cut"):
+            verb()
+    assert (answers(store, *EVERYTHING), n_events(store)) == (before, events)

@@ -11,19 +11,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from factories import MOMENT, Factory
+from factories import Factory
 from screens import SmallScreen, small_screen
 from sqlalchemy import select
 from unguarded import unguarded
 
 from cellstore import settings
 from cellstore.analysis.features import FEATURE_NAMES
-from cellstore.enums import ArtifactKind, Control, FeatureStorage, Stage
+from cellstore.enums import Control, Level, Stage
 from cellstore.errors import MissingExtraError, StorageError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import (
-    Artifact,
-    FeatureFile,
     FeatureSet,
     Image,
     Plate,
@@ -32,6 +30,9 @@ from cellstore.models import (
     Segmentation,
     TreatmentPart,
 )
+from cellstore.query.cells import choose_recipes
+from cellstore.query.engine import open_questions
+from cellstore.query.feature_files import find_feature_set
 from cellstore.stages import export as reading
 from cellstore.stages.export import ExportFormat, export
 
@@ -103,6 +104,7 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
         "Metadata_target": "TUBB",
         "Metadata_dose": None,
         "Metadata_dose_unit": None,
+        "Metadata_dose_original": None,
         "Metadata_control_type": "positive",
         "Metadata_broad_sample": "BRD-1",
         "Metadata_InChIKey": "RCINICONZNJXQF",
@@ -130,7 +132,7 @@ def test_doses_and_metadata_come_back_as_they_came(workspace: Workspace, tmp_pat
     treatment = make.treatment("taxol")
     with unguarded(workspace) as session:
         part = session.scalars(select(TreatmentPart)).one()
-        part.dose, part.dose_unit = 5.0, "uM"
+        part.dose, part.dose_unit, part.dose_original = 5.0, "uM", "5000 nM"
     plate = make.add(Plate(barcode="P", cell_line="A549", metadata_={"media": "DMEM"}))
     well = make.well(plate, 1, 1, treatment, metadata_={"seeding": "500", "Metadata's": "x"})
     other = make.well(plate, 1, 2, metadata_={"media": "RPMI"})
@@ -140,10 +142,10 @@ def test_doses_and_metadata_come_back_as_they_came(workspace: Workspace, tmp_pat
         make.features(make.cells_of(make.segmentation(image, run, 1)), measured)
         make.job(measured, image)
     rows = rows_of(workspace, tmp_path)
-    names = ("dose", "dose_unit", "cell_line", "media", "seeding", "Metadata's")
+    names = ("dose", "dose_unit", "dose_original", "cell_line", "media", "seeding", "Metadata's")
     assert [[row[f"Metadata_{name}"] for name in names] for row in rows] == [
-        [5.0, "uM", "A549", "DMEM", "500", "x"],
-        [None, None, "A549", "RPMI", None, None],
+        [5.0, "uM", "5000 nM", "A549", "DMEM", "500", "x"],
+        [None, None, None, "A549", "RPMI", None, None],
     ]
 
 
@@ -159,12 +161,80 @@ def test_pycytominer_finds_the_features(screen: SmallScreen, tmp_path: Path) -> 
     assert all(name.startswith(("Metadata_", "Image_")) for name in others)
 
 
-def test_excluded_and_unmeasured_cells_are_rows(screen: SmallScreen, tmp_path: Path) -> None:
-    screen.factory.cells(screen.segmentations["A01"], 1, excluded="perimeter is 0")
-    rows = rows_of(screen.factory.workspace, tmp_path)
-    added = rows[1]
-    assert (len(rows), added["Metadata_ObjectNumber"]) == (11, 2)
-    assert (added["Metadata_Excluded"], added["Cells_area"]) == ("perimeter is 0", None)
+def test_excluded_cells_are_rows_where_they_are_asked_for(
+    screen: SmallScreen, tmp_path: Path
+) -> None:
+    make = screen.factory
+    make.cells(screen.segmentations["A01"], 1, excluded="perimeter is 0")
+    make.exclude(Level.WELL, screen.images["A02"].well_id, "dead")
+    rows = rows_of(make.workspace, tmp_path)
+    assert len(rows) == 9
+    assert {row["Metadata_Excluded"] for row in rows} == {None}
+    assert "A02" not in {row["Metadata_Well"] for row in rows}
+    rows = rows_of(make.workspace, tmp_path, include_excluded=True)
+    found = {
+        (row["Metadata_Well"], row["Metadata_ObjectNumber"]): row["Metadata_Excluded"]
+        for row in rows
+        if row["Metadata_Excluded"]
+    }
+    assert (len(rows), found) == (11, {("A01", 2): "perimeter is 0", ("A02", 1): "dead"})
+    result = export(make.workspace, tmp_path / "cells.parquet", force=True)
+    assert (result.cells, result.excluded) == (9, 2)
+
+
+def test_when_all_cells_are_excluded_no_file_is_written(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    make = Factory(workspace)
+    image = make.image(make.well(make.plate(), 1, 1))
+    run = make.run(Stage.SEGMENT)
+    measured = make.run(Stage.MEASURE, make.recipe(Stage.MEASURE, inputs=[recipe_of(make, run)]))
+    make.job(measured, image)
+    make.exclude(Level.IMAGE, image.id, "out of focus")
+    make.segmentation(image, run, 2)
+    with pytest.raises(UserInputError, match=r"All 2 cells are excluded.*--include-excluded"):
+        export(workspace, tmp_path / "cells.csv", format=ExportFormat.CSV)
+    assert not (tmp_path / "cells.csv").exists()
+
+
+def test_all_sets_of_the_cells_are_joined_and_one_is_named_by_its_group(
+    screen: SmallScreen, tmp_path: Path
+) -> None:
+    make, segment = screen.factory, recipe_of(screen.factory, screen.segment_run)
+    cells = make.cells_of(screen.segmentations["B01"])
+
+    def add(name: str, **values: float | str) -> None:
+        columns = {key: [value] * len(cells) for key, value in values.items()}
+        make.feature_files(name, cells, columns, segment)
+
+    add("texture_0a1b2c3d", contrast_DNA=1.0)
+    add("texture_4a1b2c3d", contrast_DNA=2.0, area=3.0)
+    add("seen", area=4.0, Nuclei_Area=5.0, kind="round", Cells_kind="x")
+    out = tmp_path / "cells.parquet"
+    result = export(make.workspace, out)
+    assert result.feature_sets == ("texture_4a1b2c3d", "seen")
+    table = pq.read_table(out)
+    names = [name for name in table.column_names if not name.startswith(("Metadata_", "Image_"))]
+    assert names == [
+        *(f"Cells_{name}" for name in FEATURE_NAMES),
+        *("Cells_contrast_DNA", "Cells_texture_4a1b2c3d_area", "Cells_seen_area"),
+        *("Nuclei_Area", "Text_kind", "Text_Cells_kind"),
+    ]
+    kinds = {name: table.schema.field(name).type for name in cp_features(names)}
+    assert set(kinds.values()) == {pa.float64()}  # what pycytominer computes with
+    rows = {(row["Metadata_Well"], row["Metadata_ObjectNumber"]): row for row in table.to_pylist()}
+    assert len(rows) == 10
+    measured, other = rows["B01", 1], rows["A01", 1]
+    assert measured["Cells_area"] is not None
+    assert other["Cells_area"] is not None
+    shown = ("Cells_contrast_DNA", "Cells_texture_4a1b2c3d_area", "Cells_seen_area", "Nuclei_Area")
+    assert [measured[name] for name in shown] == [2.0, 3.0, 4.0, 5.0]
+    assert [other[name] for name in shown] == [None] * 4
+    for group in ("texture", "Texture", "texture_4a1b2c3d"):
+        result = export(make.workspace, out, features=group, force=True)
+        assert (result.feature_sets, result.features) == (("texture_4a1b2c3d",), 2)
+    with pytest.raises(UnknownNameError, match=r"feature set 'intensity'.*texture"):
+        export(make.workspace, out, features="intensity", force=True)
 
 
 def test_cells_of_other_bytes_are_not_exported(screen: SmallScreen, tmp_path: Path) -> None:
@@ -236,56 +306,15 @@ def test_names_of_features_are_harmless_for_a_spreadsheet_too(
     out = tmp_path / "safe.csv"
     export(workspace, out, format=ExportFormat.CSV, features="odd", for_spreadsheet=True)
     with out.open(newline="", encoding="utf-8") as file:
-        assert next(csv.reader(file))[-1] == '\'=HYPERLINK("x")'
+        assert next(csv.reader(file))[-1] == 'Cells_=HYPERLINK("x")'
 
 
-def imported(make: Factory, image: Image, values: pa.Table, name: str = "profiles") -> FeatureSet:
-    """Cells of another tool, and a feature set of theirs in one Parquet file."""
+def imported(make: Factory, image: Image, values: pa.Table, name: str = "profiles") -> None:
+    """Cells of another tool, and a feature set of theirs."""
     segment = make.recipe(Stage.SEGMENT, parameters={"imported": "test", "name": name})
-    measure = make.recipe(Stage.MEASURE, parameters={"imported": "test"}, inputs=[segment])
-    run = make.run(Stage.INGEST)
-    with make.workspace.database.begin() as session:
-        found = Segmentation(
-            image_id=image.id,
-            recipe_id=segment.id,
-            run_id=run.id,
-            n_cells=values.num_rows,
-            created_at=MOMENT,
-        )
-        session.add(found)
-    ids = [cell.id for cell in make.cells(found, values.num_rows)]
-    data = pa.BufferOutputStream()
-    pq.write_table(values.add_column(0, "cell_id", pa.array(ids)), data, row_group_size=1)
-    stored = make.workspace.artifacts.write(
-        ArtifactKind.FEATURES, data.getvalue().to_pybytes(), ".parquet"
-    )
-    columns = [
-        {"name": field.name, "dtype": str(field.type).replace("double", "float64")}
-        for field in values.schema
-    ]
-    made = make.add(
-        FeatureSet(name=name, recipe_id=measure.id, columns=columns, storage=FeatureStorage.FILES)
-    )
-    artifact = make.add(
-        Artifact(
-            kind=stored.kind,
-            path=stored.path,
-            sha256=stored.sha256,
-            size_bytes=stored.size_bytes,
-            created_at=MOMENT,
-        )
-    )
-    make.add(
-        FeatureFile(
-            feature_set_id=made.id,
-            artifact_id=artifact.id,
-            run_id=run.id,
-            n_rows=len(ids),
-            first_cell_id=ids[0],
-            last_cell_id=ids[-1],
-        )
-    )
-    return made
+    found = make.segmentation(image, make.run(Stage.INGEST, segment), values.num_rows)
+    columns = dict(zip(values.column_names, values.columns, strict=True))
+    make.feature_files(name, make.cells_of(found), columns, segment)
 
 
 VALUES = pa.table(
@@ -305,19 +334,20 @@ def test_features_in_files_keep_names_and_types_and_nan_is_null(
     monkeypatch.setattr(reading, "VALUES_AT_ONCE", 3)
     out = tmp_path / "cells.parquet"
     result = export(make.workspace, out)  # what was ingested last
-    assert (result.feature_set, result.cells, result.features) == ("profiles", 3, 3)
-    table = pq.read_table(out)
-    assert table.select(VALUES.schema.names).schema.types == VALUES.schema.types
-    assert table.select(VALUES.schema.names).to_pydict() == {
-        "Nuclei_AreaShape_Area": [1.5, None, None],
-        "Nuclei_Number": [1, None, 3],
-        "Nuclei_Class": ["a", None, ""],
-    }
+    assert (result.feature_sets, result.cells, result.features) == (("profiles",), 3, 3)
+    names = ["Nuclei_AreaShape_Area", "Nuclei_Number", "Text_Nuclei_Class"]
+    table = pq.read_table(out).select(names)
+    assert table.schema.types == VALUES.schema.types
+    assert [table[name].to_pylist() for name in names] == [
+        [1.5, None, None],
+        [1, None, 3],
+        ["a", None, ""],
+    ]
     built_in = f"{screen.measure_run.recipe_id}"
     assert export(make.workspace, out, measurement=built_in, force=True).cells == 10
-    with pytest.raises(UserInputError, match="only one of --features and --measurement"):
+    with pytest.raises(UserInputError, match="belongs to measure recipe"):
         export(make.workspace, out, features="profiles", measurement=built_in, force=True)
-    with pytest.raises(UserInputError, match="of the cells of segment recipe"):
+    with pytest.raises(UserInputError, match="belongs to segment recipe"):
         export(
             make.workspace,
             out,
@@ -337,11 +367,12 @@ def test_a_feature_file_that_is_gone_is_a_sentence(screen: SmallScreen, tmp_path
     assert list(tmp_path.glob("*cells*")) + list(tmp_path.glob(".part*")) == []
 
 
-def test_a_feature_named_like_a_fact_is_refused(screen: SmallScreen, tmp_path: Path) -> None:
-    values = pa.table({"Metadata_Well": pa.array([1.0])})
+def test_a_feature_named_like_a_fact_is_a_feature(screen: SmallScreen, tmp_path: Path) -> None:
+    values = pa.table({"Metadata_Well": pa.array([1.0]), "Image_FileName_DNA": pa.array(["x"])})
     imported(screen.factory, screen.images["B01"], values)
-    with pytest.raises(UserInputError, match="'Metadata_Well' has the name of a column"):
-        export(screen.factory.workspace, tmp_path / "cells.parquet")
+    (row,) = rows_of(screen.factory.workspace, tmp_path)
+    assert (row["Metadata_Well"], row["Cells_Metadata_Well"]) == ("B01", 1.0)
+    assert row["Text_Image_FileName_DNA"] == "x"
 
 
 def test_plates_are_chosen(screen: SmallScreen, tmp_path: Path) -> None:
@@ -437,5 +468,29 @@ def test_anndata_keeps_texts_and_gaps_apart_from_numbers(
     found = anndata.read_h5ad(out)
     assert list(found.var_names) == ["Nuclei_AreaShape_Area", "Nuclei_Number"]
     assert repr(found.X.tolist()) == "[[1.5, 1.0], [nan, nan], [nan, 3.0]]"
-    assert [text for text in found.obs["Nuclei_Class"] if isinstance(text, str)] == ["a", ""]
+    assert [text for text in found.obs["Text_Nuclei_Class"] if isinstance(text, str)] == ["a", ""]
     assert found.obs["Metadata_smiles"].isna().all()
+
+
+def test_a_group_names_its_set_that_was_measured_last(screen: SmallScreen, tmp_path: Path) -> None:
+    make = screen.factory
+    segment, other = recipe_of(make, screen.segment_run), make.recipe(Stage.SEGMENT)
+    cells = make.cells_of(screen.segmentations["B01"])
+    of_other = make.segmentation(screen.images["B01"], make.run(Stage.SEGMENT, other), 1)
+    make.feature_files("texture_11111111", cells, {"a": [1.0] * 3}, segment)
+    make.feature_files("texture_22222222", cells, {"a": [2.0] * 3}, segment)
+    make.feature_files("texture_33333333", make.cells_of(of_other), {"a": [3.0]}, other)
+    make.feature_files("basic", cells, {"a": [4.0] * 3}, segment)  # its own name goes before
+    with make.workspace.database.read() as session:
+        recipes = {found.name: found.recipe for found in session.scalars(select(FeatureSet))}
+    for name in ("texture_22222222", "texture_11111111"):
+        make.job(make.run(Stage.MEASURE, recipes[name]), screen.images["B01"])
+    with make.workspace.database.read() as session:
+        assert find_feature_set(session, "texture").name == "texture_11111111"
+        assert find_feature_set(session, "texture", other.id).name == "texture_33333333"
+        assert find_feature_set(session, "basic").name == "basic"
+        _, measure = choose_recipes(session, str(other.id), None, "texture")
+        assert measure.id == recipes["texture_33333333"].id
+    with open_questions(make.workspace) as questions:
+        assert list(questions.ask("SELECT DISTINCT a FROM texture").rows()) == [(1.0,)]
+        assert list(questions.ask("SELECT DISTINCT a FROM basic").rows()) == [(4.0,)]

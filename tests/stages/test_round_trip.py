@@ -200,7 +200,7 @@ BOX = ("min_row", "min_col", "max_row", "max_col", "centroid_row", "centroid_col
 
 def exported(workspace: Workspace, out: Path) -> pa.Table:
     """The Parquet export of a store, which is left in ``out``."""
-    export(workspace, out, force=True)
+    export(workspace, out, include_excluded=True, force=True)
     return pq.read_table(out)
 
 
@@ -293,7 +293,7 @@ def test_both_databases_and_forms(
     fill(workspace, EXAMPLE)
     wanted = exported(workspace, tmp_path / "first.parquet")
     assert wanted.num_rows == 3
-    export(workspace, tmp_path / "out", format=form)
+    export(workspace, tmp_path / "out", format=form, include_excluded=True)
     with new_store(tmp_path, empty) as second:
         ingest(second, tmp_path / "out")
         found = exported(second, tmp_path / "second.parquet")

@@ -18,6 +18,7 @@ from cellstore.models import (
     CellFeatures,
     FeatureFile,
     Image,
+    ImageFile,
     Job,
     Prediction,
     Recipe,
@@ -208,3 +209,39 @@ def test_files_of_a_run_that_is_still_running_are_no_orphans(workspace: Workspac
         session.execute(update(Run).where(Run.id == run.id).values(status=Status.FAILED))
     assert verify(workspace, fix=True).removed == 1
     assert not place.exists()
+
+
+def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
+    def first() -> str:
+        return " ".join(status(workspace).next[0].split()[1:3])
+
+    assert first() == "ingest FOLDER"
+    make = Factory(workspace)
+    plate = make.plate()
+    image = make.image(make.well(plate, 1, 1), missing=True)
+    assert (first(), status(workspace).untreated_wells) == ("ingest TABLE", 1)
+    with workspace.database.begin() as session:
+        session.execute(update(Image).values(content_sha256="0" * 64))
+    assert status(workspace).next[0] == "cellstore segment"
+    assert status(workspace).next[1].startswith("cellstore ingest PLATEMAP")
+    treated = make.image(make.well(plate, 1, 2, make.treatment("taxol")))
+    with workspace.database.begin() as session:  # the factory's folder is on no machine
+        session.execute(update(ImageFile).values(folder_id=None))
+    assert status(workspace).next == ("cellstore segment",)
+    assert status(workspace).untreated_wells == 1
+    segment = make.run(Stage.SEGMENT)
+    found = make.segmentation(image, segment, 2)
+    make.segmentation(treated, segment, 2)
+    assert first() == "measure"
+    with workspace.database.read() as session:
+        recipe = session.get_one(Recipe, segment.recipe_id)
+    make.feature_files("cp", make.cells_of(found), {"a": [1.0, 2.0]}, recipe)
+    assert first() == "split create"
+    split = make.split([], "first")
+    assert first() == "train"
+    train = make.run(Stage.TRAIN, split_id=split.id)
+    assert first() == "predict"
+    make.run(Stage.PREDICT, parent_id=train.id)
+    assert status(workspace).next == ("cellstore report", "cellstore votes")
+    make.split([], "second")
+    assert first() == "train"

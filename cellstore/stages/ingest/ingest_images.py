@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, insert_new, one_ingest_at_a_time, take_ids, wide_cache
+from ...db.events import Change, is_new, record_events, recording_new_rows
 from ...enums import PROJECTION_CHANNEL, Look
 from ...errors import ImageError, StorageError, UserInputError
 from ...io.filenames import format_well
@@ -33,7 +34,7 @@ from ...io.harmony import read_harmony
 from ...io.image_files import ImageFolder, ImageInfo, probe
 from ...io.image_tables import ImageRecord, read_image_table
 from ...io.layouts import Layout
-from ...io.platemaps import Aliases, TreatmentRecord, read_annotation
+from ...io.platemaps import Aliases, MapOptions, TreatmentRecord, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.gone_files import gone_sentence
@@ -96,7 +97,10 @@ class ImageSource:
         self.files: list[Path] = []
         self.notes: list[str] = []
         if params.platemap is not None:
-            self.annotation = read_annotation(params.platemap, params.compounds, params.barcodes)
+            options = MapOptions(params.sheet, params.map_columns, params.blank, params.controls)
+            self.annotation = read_annotation(
+                params.platemap, params.compounds, params.barcodes, options
+            )
             self.files += self.annotation.files
             self.notes += self.annotation.notes
         elif params.compounds or params.barcodes:
@@ -115,7 +119,7 @@ class ImageSource:
         Raises:
             BadTableError: the source is unreadable, or turns out to be.
         """
-        plate, channels = self.params.plate, dict(self.params.channels)
+        plate, channels = self.params.one_plate, dict(self.params.channels)
         rows: Iterator[ImageRecord | Refusal]
         if self.layout is Layout.HARMONY:
             rows = read_harmony(self.path, plate, channels)
@@ -179,7 +183,7 @@ def ingest_images(
     try:
         with workspace.database.begin() as session:
             one_ingest_at_a_time(session)
-            with wide_cache(session):
+            with wide_cache(session), recording_new_rows(session, account.run_id):
                 writer = RowWriter(session, account, source.params.maps)
                 rows = source.records()
                 while batch := list(islice(rows, BATCH)):
@@ -386,7 +390,7 @@ class RowWriter:
                     record.line,
                     "the well has another treatment",
                     f"plate {record.plate}, well {format_well(record.row, record.column)}: "
-                    f"{treatment.pert_iname!r} here, {earlier.pert_iname!r} on line {line}",
+                    f"{treatment.label!r} here, {earlier.label!r} on line {line}",
                 )
         return [record for record in records if id(record) not in refused] if refused else records
 
@@ -498,7 +502,7 @@ class RowWriter:
                     continue
                 # A file that was seen stays where it was seen, unless it is in the new folder, too.
                 uri = join(map_folder(ref.folder or "", self._maps), ref.name)
-                if old.sha256 is None or (not is_remote(uri) and Path(uri).is_file()):
+                if old.sha256 is None or (not is_remote(uri) and exists(uri)):
                     # Without its time the file is read again before it is believed.
                     values = {"name": ref.name, "folder_id": folder, "modified_ns": None}
                     if old.sha256 is not None and folder != old.folder_id:
@@ -509,13 +513,21 @@ class RowWriter:
         if moved:
             self.session.execute(update(ImageFile), moved)
         resized: list[dict[str, Any]] = []
+        same_change: dict[tuple[float | None, float], list[int]] = {}
         for some in in_lists(sizes):
             query = select(Image.id, Image.pixel_size).where(Image.id.in_(some))
             for image, size in self.session.execute(query.order_by(Image.id)):
                 if size != sizes[image]:
                     resized.append({"id": image, "pixel_size": sizes[image]})
+                    if not is_new(self.session, "images", image):
+                        same_change.setdefault((size, sizes[image]), []).append(image)
         if resized:
             self.session.execute(update(Image), resized)
+        changes = [
+            Change("images", None, {"pixel_size": old, "ids": ids}, {"pixel_size": new})
+            for (old, new), ids in same_change.items()
+        ]
+        record_events(self.session, changes, run_id=self.account.run_id)
         return changed | {row["id"] for row in resized}, refused
 
     def _write_metadata(self) -> None:
@@ -543,7 +555,7 @@ class RowWriter:
                     if own:
                         of_wells[well] = own
         self.session.flush()
-        n_changed = len(keep_well_metadata(self.session, of_wells)[1])
+        n_changed = len(keep_well_metadata(self.session, of_wells, self.account.run_id)[1])
         if n_changed:
             self.account.notes.append(f"wells whose metadata was replaced: {n_changed:,}")
         if self._differing:
@@ -577,7 +589,7 @@ class RowWriter:
 
 
 def keep_well_metadata(
-    session: Session, metadata: Mapping[int, Mapping[str, str]]
+    session: Session, metadata: Mapping[int, Mapping[str, str]], run_id: int
 ) -> tuple[set[int], set[int]]:
     """Add what a table says of wells (ids) beyond our columns.
 
@@ -587,16 +599,21 @@ def keep_well_metadata(
     had_other: set[int] = set()
     for some in in_lists(metadata):
         rows = []
+        changes = []
         query = select(Well.id, Well.metadata_).where(Well.id.in_(some))
         for well, before in session.execute(query).all():
             after = {**(before or {}), **metadata[well]}
             if after != (before or {}):
                 rows.append({"id": well, "metadata_": after})
+                if not is_new(session, "wells", well):
+                    old, new = {"metadata": before}, {"metadata": after}
+                    changes.append(Change("wells", well, old, new))
                 changed.add(well)
                 if before is not None:
                     had_other.add(well)
         if rows:
             session.execute(update(Well), rows)
+        record_events(session, changes, run_id=run_id)
     return changed, had_other
 
 
@@ -837,18 +854,25 @@ def _write_seen(session: Session, seen: Mapping[int, Sequence[SeenFile]]) -> Non
             insert_new(session, ImageFile, [row])
     if updates:
         session.execute(update(ImageFile), updates)
-    # The content of an image is the sha256 over all its files, unknown while one is missing.
-    digests: list[dict[str, Any]] = []
-    for image, known in known_files(session, seen).items():
-        content = sorted((file.channel, file.sha256 or "") for file in known.values())
-        text = "\n".join(f"{channel}\t{sha256}" for channel, sha256 in content)
-        complete = content and all(sha256 for _, sha256 in content)
-        digest = hashlib.sha256(text.encode()).hexdigest() if complete else None
-        digests.append({"id": image, "content_sha256": digest})
-    session.execute(update(Image), digests)
+    # A file that is only elsewhere, or has another time, leaves the content as it is.
+    other = [i for i, files in seen.items() if any(f.known.sha256 != f.info.sha256 for f in files)]
+    write_contents(session, other)
     # What a table or a person has said of the size of a pixel goes before what files say.
     unknown = select(Image.id).where(Image.id.in_(sizes), Image.pixel_size.is_(None))
     rows = [{"id": image, "pixel_size": sizes[image]} for image in session.scalars(unknown)]
     if rows:
         session.execute(update(Image), rows)
     requeue(session, Job.image_id.in_(list(seen)))  # what failed may work now
+
+
+def write_contents(session: Session, images: Collection[int]) -> None:
+    """Say what the content of images (ids) is: the sha256 over all files, null while one misses."""
+    digests: list[dict[str, Any]] = []
+    for image, known in known_files(session, images).items():
+        content = sorted((file.channel, file.sha256 or "") for file in known.values())
+        text = "\n".join(f"{channel}\t{sha256}" for channel, sha256 in content)
+        complete = content and all(sha256 for _, sha256 in content)
+        digest = hashlib.sha256(text.encode()).hexdigest() if complete else None
+        digests.append({"id": image, "content_sha256": digest})
+    if digests:
+        session.execute(update(Image), digests)
