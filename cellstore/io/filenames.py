@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from ..enums import PROJECTION_CHANNEL
@@ -41,7 +42,7 @@ _DIGITS = re.compile(r"0([0-9]{2})0([0-9]{2})|([0-9]{2})([0-9]{2})", re.ASCII)
 _QUARTER = re.compile(r"([A-P][0-9]{1,2})\.([ab])([12])", re.IGNORECASE | re.ASCII)
 """Wells of a plate of 1536 that are named by the wells of one of 384, four in each: A01.a1."""
 _PHENIX = re.compile(
-    r"(?P<core>r(?P<row>[0-9]{1,2})c(?P<column>[0-9]{1,2})f(?P<field>[0-9]{1,4}))"
+    r"(?P<core>r(?P<row>[0-9]{1,3})c(?P<column>[0-9]{1,3})f(?P<field>[0-9]{1,4}))"
     r"(?:p(?P<plane>[0-9]{1,4}))?"
     r"(?:-ch(?P<channel>[0-9]{1,3})(?:sk(?P<time>[0-9]{1,5}))?[0-9a-z]*)?"
     r"(?P<suffix>\.[a-z]{3,4})?",
@@ -112,6 +113,8 @@ _MASK = re.compile(
 _THUMBNAIL = re.compile(
     r"(?:^|[^a-z])thumb(?:nail)?s?(?:[^a-z]|$|[0-9a-f]{8}-)", re.IGNORECASE | re.ASCII
 )
+_CORRECTION = re.compile(r"[DS]C_.+_C(?:AM|H)[0-9]+\.(?:tiff?|png)", re.IGNORECASE | re.ASCII)
+"""Dark and bright fields that Yokogawa puts beside its images, like DC_sCMOS_#1_CAM1.tif."""
 _DURATION = re.compile(r"([0-9]{2})d([0-9]{2})h([0-9]{2})m", re.ASCII)
 _GROUPS = {
     "plate": "plate",
@@ -249,24 +252,25 @@ class NamePattern:
 
     def explain(self, name: str) -> str:
         """Say as far as which of its groups the pattern fits a name that it does not fit."""
-        ends: list[int] = []
-        opened: list[bool] = []
+        ends: list[tuple[int, str]] = [(0, "")]
+        opened: list[str] = []
         for token in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]|[()]", self.pattern, re.DOTALL):
             if token[0] == "(":
-                opened.append(self.pattern.startswith("(?P<", token.start()))
-            elif token[0] == ")" and opened.pop():
-                ends.append(token.end())
-        starts = [0, *ends]
-        for end in reversed(ends):
+                group = re.match(r"\(\?P<(\w+)>", self.pattern[token.start() :])
+                opened.append(group[1] if group else "")
+            elif token[0] == ")" and (group_name := opened.pop()):
+                ends.append((token.end(), group_name))
+        ends.append((len(self.pattern), ""))
+        for (end, _), (next_end, group_name) in reversed(list(pairwise(ends))):
             with suppress(re.error):  # the group is inside another one
                 match = re.search(self.pattern[:end], name[:MAX_PATH])
-                rest = self.pattern[end : min((e for e in ends if e > end), default=None)]
                 if match is not None:
+                    part = f"its group {group_name}," if group_name else "its end,"
                     return (
-                        f"the pattern fits as far as {match[0][-40:]!r}, but {rest!r} does not fit "
-                        f"{name[match.end() :][:60]!r}"
+                        f"the pattern fits {match[0][-40:]!r}, but {part} "
+                        f"{self.pattern[end:next_end]}, does not fit {name[match.end() :][:60]!r}"
                     )
-        return f"its first part {self.pattern[: starts[1]]!r} fits nothing in the name"
+        return "the pattern does not fit it"
 
 
 _WELL = "(?P<well>[A-Z]{1,2}[0-9]{2})"
@@ -341,9 +345,11 @@ def microscope_name(name: str) -> ImageName | None:
     return None
 
 
-def looks_like_a_thumbnail(name: str) -> bool:
-    """Tell the small copies that microscopes write beside their images."""
-    return _THUMBNAIL.search(name) is not None
+def kind_beside_images(folder: str, name: str) -> str | None:
+    """Say what a file is that microscopes write beside their images; None for an image."""
+    if _THUMBNAIL.search(name) or _THUMBNAIL.search(folder):
+        return "thumbnails"
+    return "images for correction" if _CORRECTION.fullmatch(name) else None
 
 
 def looks_like_a_mask(name: str) -> bool:

@@ -16,14 +16,15 @@ from .filenames import (
     NamePattern,
     NameReader,
     is_safe_name,
+    kind_beside_images,
     looks_like_a_mask,
-    looks_like_a_thumbnail,
     microscope_name,
 )
 from .harmony import INDEX_NAME
-from .image_files import SUFFIXES, is_inside, micrometres, read_stack
+from .image_files import SUFFIXES, is_inside, micrometres
 from .image_tables import ChannelNames, FileRef, ImageRecord
 from .ome_zarr import is_ome_zarr, read_ome_zarr
+from .stacks import read_stack
 from .tables import Refusal, RowRefusedError
 from .uris import page_name, split_page, writable
 
@@ -78,6 +79,11 @@ def has_image_names(folder: Path) -> bool:
     )
 
 
+def first_image(folder: Path) -> str | None:
+    """Return the name of an image below a folder."""
+    return next((name for found in _walk(folder.resolve()) for name in found.images), None)
+
+
 def read_folder(
     folder: Path,
     *,
@@ -106,10 +112,12 @@ def read_folder(
     names = ChannelNames(channels)
     ignored: Counter[str] = Counter()
     indexes: list[str] = []
-    n_thumbnails = line = 0
+    skipped: Counter[str] = Counter()
+    line = 0
     for found in _walk(root):
         ignored.update(found.ignored)
         indexes += found.indexes
+        skipped.update(found.skipped)
         if found.problem is not None:
             line += 1
             reason, detail = found.problem
@@ -123,8 +131,8 @@ def read_folder(
         well: tuple[str | None, int, int] | None = None
         for name in found.images:
             path = found.folder / name
-            if looks_like_a_thumbnail(name) or looks_like_a_thumbnail(found.folder.name):
-                n_thumbnails += 1
+            if kind := kind_beside_images(found.folder.name, name):
+                skipped[kind] += 1
                 continue
             line += 1
             try:
@@ -156,8 +164,7 @@ def read_folder(
     names.check_used()
     if notes is None:
         return
-    if n_thumbnails:
-        notes.append(f"thumbnails, skipped: {n_thumbnails:,}")
+    notes += [f"{kind}, skipped: {count:,}" for kind, count in skipped.items() if count]
     if ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(6))
         notes.append(f"files that are no images, skipped: {kinds}")
@@ -279,6 +286,7 @@ class _Found:
     images: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     indexes: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
     pixel_size: float | None = None
     is_plate: bool = False
     problem: tuple[str, str] | None = None
@@ -318,6 +326,9 @@ def _walk(root: Path) -> Iterator[_Found]:
                         sizes = set(_PIXEL.findall(Path(entry.path).read_bytes()))
                         if len(sizes) == 1:
                             found.pixel_size = micrometres(sizes.pop().decode(), "um")
+                    elif suffix == ".mlf":
+                        count = Path(entry.path).read_bytes().count(b'Type="ERR"')
+                        found.skipped.update({"images that could not be taken (.mlf)": count})
                     kind = "hidden" if hidden else writable(suffix) or "without a suffix"
                     found.ignored[kind] += 1
         except OSError as error:

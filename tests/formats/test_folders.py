@@ -340,8 +340,17 @@ def test_files_of_microscopes_that_are_not_read_are_refused(tmp_path: Path) -> N
     assert "files of Opera are not read. Export them as TIFF." in found[0].detail
 
 
-def test_the_size_of_a_pixel_of_yokogawa(tmp_path: Path) -> None:
-    make(tmp_path, "P/BR7_A01_T0001F001L01A01Z01C01.tif")
+def test_what_lies_beside_the_images_of_yokogawa(tmp_path: Path) -> None:
+    make(tmp_path, "P/BR7_A01_T0001F001L01A01Z01C01.tif", "P/DC_sCMOS_#1_CAM1.tif")
+    make(tmp_path, "P/SC_BP445-45_40x_M10_CH01.tif")
+    records_of = '<bts:MeasurementRecord bts:Type="IMG"/>' + '<x bts:Type="ERR"/>' * 3
+    (tmp_path / "P/MeasurementData.mlf").write_text(records_of, encoding="utf-8")
+    notes: list[str] = []
+    assert len(records(tmp_path, notes=notes)) == 1
+    assert notes[:2] == [
+        "images that could not be taken (.mlf), skipped: 3",
+        "images for correction, skipped: 2",
+    ]
     sizes = 'bts:HorizontalPixelDimension="0.325" bts:VerticalPixelDimension="0.325"'
     detail = tmp_path / "P/MeasurementDetail.mrf"
     detail.write_text(f'<bts:MeasurementChannel bts:Ch="1" {sizes} />' * 2, encoding="utf-8")
@@ -353,13 +362,16 @@ def test_the_size_of_a_pixel_of_yokogawa(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("P1_A01_s1.tif", r"as far as 'P1_A01_s1', but '_w(?P<channel>\\d)' does not fit '.tif'"),
+        (
+            "P1_A01_s1.tif",
+            r"fits 'P1_A01_s1', but its group channel, _w(?P<channel>\d), does not fit '.tif'",
+        ),
         (
             "P1_A1_s1_w1.tif",
-            r"as far as 'P1', but '_(?P<well>[A-P]\\d\\d)' does not fit '_A1_s1_w1",
+            r"fits 'P1', but its group well, _(?P<well>[A-P]\d\d), does not fit '_A1_s1_w1",
         ),
-        ("P1_A01_s1_w2.png", r"as far as 'P1_A01_s1_w2', but '\\.tif' does not fit '.png'"),
-        ("_.tif", "its first part '^(?P<plate>[^_]+)' fits nothing in the name"),
+        ("P1_A01_s1_w2.png", r"fits 'P1_A01_s1_w2', but its end, \.tif, does not fit '.png'"),
+        ("_.tif", "fits '', but its group plate, ^(?P<plate>[^_]+), does not fit '_.tif'"),
     ],
 )
 def test_a_pattern_says_which_part_does_not_fit(tmp_path: Path, name: str, message: str) -> None:
