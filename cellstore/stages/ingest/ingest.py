@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from sqlalchemy import func, insert, literal, select, update
+from sqlalchemy.orm import Session
 
 from ...config import EVERYTHING, IngestParams, Selection
 from ...db.bulk import in_lists, one_ingest_at_a_time
@@ -30,7 +31,7 @@ from ...jobs.mask_matching import NoMatch
 from ...jobs.queue import requeue
 from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.workspace import Workspace
-from ...models import Event, Folder, Image, ImageFile, IngestIssue, Job, Plate, Run, Well
+from ...models import Event, Folder, Image, ImageFile, IngestIssue, Job, Plate, Recipe, Run, Well
 from ...settings import track
 from .account import SHOWN, Account, Brought, FileIdentity, Issue, UndoneError
 from .ingest_images import READERS, ImageSource, ingest_images, look_at_files
@@ -128,6 +129,10 @@ def ingest(
                     earlier = None  # a plate of it was deleted
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
+        labels = {file.sha256 for file in (read if kind is SourceKind.TREATMENTS else read[1:])}
+        if labels and not params.reread:
+            with workspace.database.read() as session:
+                account.since = _first_read(session, labels)
         try:
             if earlier is not None:
                 brought = _read_again(workspace, kind, params, earlier, account)
@@ -198,6 +203,17 @@ def ingest(
         segmentations=tuple(brought.segmentations),
         notes=tuple(account.notes),
     )
+
+
+def _first_read(session: Session, digests: set[str]) -> int | None:
+    """Return the last event of the first run that read files of these bytes; none: none has."""
+    runs = select(Run.id, Recipe.parameters).join(Recipe, Recipe.id == Run.recipe_id)
+    runs = runs.where(Run.stage == Stage.INGEST, Run.status == Status.DONE).order_by(Run.id)
+    for run_id, parameters in session.execute(runs):
+        if digests <= {file["sha256"] for file in parameters.get("files", ())}:
+            last = select(func.max(Event.id)).where(Event.run_id == run_id)
+            return session.scalar(last) or None
+    return None
 
 
 def choose_layout(source: str | Path, params: IngestParams) -> Layout:
