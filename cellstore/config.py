@@ -18,7 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
-from .enums import PERTURBATION, GroupLevel, Look, Projection, Subset
+from .enums import PERTURBATION, TARGET, TREATMENT, GroupLevel, Look, Projection, Subset
 from .errors import UnknownNameError, UserInputError
 
 Field = dataclasses.Field[Any]
@@ -382,7 +382,12 @@ class IngestParams(Params):
         "Which image files to read and hash now: those on this machine, also those in object "
         "stores, or none.",
     )
-    plate: str | None = option(None, "The plate, for sources that name none.", metavar="BARCODE")
+    plate: tuple[str, ...] | str = option(
+        (),
+        "The plate, for sources that name none. A plate map may have several, one after another.",
+        metavar="BARCODE",
+        repeated=True,
+    )
     channels: tuple[tuple[str, str], ...] = option(
         (),
         "What stain each channel (number or name) shows, for example 1=Mito,2=DNA.",
@@ -396,6 +401,30 @@ class IngestParams(Params):
     )
     platemap: Path | None = option(
         None, "Which treatment each well got: a table, or a folder of them with --barcodes."
+    )
+    sheet: str | None = option(None, "The sheet of a spreadsheet that is the plate map.")
+    map_columns: tuple[tuple[str, str], ...] = option(
+        (),
+        "What a column of the plate map is, for example dose='Conc [nM]'; may be given several "
+        "times. Also well, row, column, plate, treatment, sirna, genotype, gene, unit, control, "
+        "target, cell_line, time, replicate, batch.",
+        name="--map-column",
+        metavar="MEANING=COLUMN",
+        repeated=True,
+    )
+    blank: str | None = option(
+        None,
+        "What a well got whose cell of the plate map is blank. Default: not known.",
+        choices=("DMSO", "untreated"),
+    )
+    controls: tuple[tuple[str, str], ...] = option(
+        (),
+        "Which treatments of the plate map are controls, for example DMSO=negative or "
+        "taxol=positive; may be given several times.",
+        name="--control",
+        metavar="NAME=negative|positive",
+        repeated=True,
+        pair="last",
     )
     compounds: tuple[Path, ...] = option(
         (),
@@ -421,6 +450,21 @@ class IngestParams(Params):
     )
     strict: bool = option(False, "One refused row, and nothing of the source is kept.")
     reread: bool = option(False, "Read a source again that was read before, as it is now.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.plate, str):
+            object.__setattr__(self, "plate", (self.plate,))
+
+    @property
+    def plates(self) -> tuple[str, ...]:
+        """The plates that were named."""
+        return (self.plate,) if isinstance(self.plate, str) else self.plate
+
+    @property
+    def one_plate(self) -> str | None:
+        """The plate of a source that has one."""
+        return self.plates[0] if self.plates else None
 
 
 class CellPlanes(Params):
@@ -812,13 +856,20 @@ class ContrastParams(Params):
 
     treatments: tuple[str, ...] = option(
         (),
-        "Compare only this treatment; may be given several times. Default: all.",
+        "Compare only this treatment, with its dose or all its doses; may be given several times. "
+        "Default: all.",
         name="--treatment",
         metavar="NAME",
         repeated=True,
     )
     control: str | None = option(
         None, "Compare with this treatment. Default: what is marked as negative control."
+    )
+    field: str = option(
+        TREATMENT,
+        "What is compared, one after the other: each treatment (with dose), each perturbation "
+        "(all its doses together), or each target.",
+        choices=(TREATMENT, PERTURBATION, TARGET),
     )
     pooled: bool = option(False, "Compare all treatments as one, as the study did.")
     features: str | None = _features()

@@ -52,6 +52,7 @@ class PerturbationKind(StrEnum):
     COMPOUND = "compound"
     ORF = "orf"
     CRISPR = "crispr"
+    SIRNA = "sirna"
     GENOTYPE = "genotype"
     NONE = "none"
 

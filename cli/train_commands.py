@@ -263,6 +263,7 @@ def contrast(
     Example:
       cellstore contrast
       cellstore contrast --treatment taxol --control DMSO
+      cellstore contrast --field perturbation
       cellstore contrast --pooled
     """
     with common.open() as store:

@@ -130,6 +130,26 @@ class Factory:
         with self.workspace.database.begin() as session:
             return treatment(session, name, target=target, **more)
 
+    def doses(self, *parts: tuple[str, float | None]) -> Treatment:
+        """A treatment of compounds, each by its name with its dose in uM."""
+        with self.workspace.database.begin() as session:
+            of_name = {name: treatment(session, name).perturbations[0] for name, _ in parts}
+            dosed = [
+                Part(PerturbationKey(of_name[name].kind, name, None), dose, dose and "uM")
+                for name, dose in parts
+            ]
+            targets = [item.target for item in of_name.values() if item.target]
+            row = Treatment(**treatment_values(dosed), target="|".join(targets) or None)
+            for position, (name, dose) in enumerate(sorted(parts), start=1):
+                unit = None if dose is None else "uM"
+                row.parts.append(
+                    TreatmentPart(
+                        position=position, perturbation=of_name[name], dose=dose, dose_unit=unit
+                    )
+                )
+            session.add(row)
+        return row
+
     def well(
         self, plate: Plate, row: int, column: int, treatment: Treatment | None = None, **more: Any
     ) -> Well:

@@ -99,6 +99,13 @@ LAST = """
 """
 
 
+COMPONENTS = r"""
+    '[' || coalesce(max('{"perturbation"\:"' || p.name || '","kind"\:"' || p.kind
+        || '","dose"\:null,"dose_unit"\:null}'), '') || ']'
+"""
+"""Of treatments of one perturbation without dose, as the random stores have them."""
+
+
 def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     """Return the query of every view, a view after those it reads."""
     found = {name: view(name, vote_options).query for name in VIEWS}
@@ -133,6 +140,9 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     # Whole numbers divide to whole numbers here.
     found["class_report"] = found["class_report"].replace("sum(correct) /", "1.0 * sum(correct) /")
     found["class_report"] = found["class_report"].replace("2 * sum(", "2.0 * sum(")
+    whole = found["treatment_table"]
+    start, end = whole.index("CAST(to_json("), whole.index(" AS components")
+    found["treatment_table"] = whole[:start] + COMPONENTS + whole[end:]
     images = found["image_table"]
     images = images[images.index("SELECT\n    p.barcode") :]
     images = images.replace("l.n_cells", f"{LAST.format(value='n_cells')} AS n_cells")
@@ -154,6 +164,7 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
 EARLY = (
     "later_exclusions",
     "excluded_images",
+    "treatment_table",
     "image_table",
     "run_images",
     "vote_options",

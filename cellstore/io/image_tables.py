@@ -20,14 +20,14 @@ from .filenames import (
     parse_well,
 )
 from .image_files import micrometres
-from .platemaps import TREATMENT_COLUMNS, TreatmentRecord, treatment_of
+from .platemaps import TREATMENT_COLUMNS, TreatmentRecord, dose_columns, treatment_of
 from .tables import (
     LONGEST,
-    MISSING,
     Refusal,
     RowRefusedError,
     TextTable,
     first_text,
+    known_text,
     nearest_columns,
 )
 from .uris import page_name, split_url
@@ -193,8 +193,10 @@ class _Columns:
 
     def texts(self, picked: Sequence[str]) -> dict[str, str]:
         """Return those picked cells that hold a value, by the name of their column."""
-        texts = zip(self.names, map(str.strip, picked), strict=True)
-        return {name: text for name, text in texts if text not in MISSING}
+        texts = (
+            (name, known_text(name, cell)) for name, cell in zip(self.names, picked, strict=True)
+        )
+        return {name: text for name, text in texts if text is not None}
 
 
 def whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | None:
@@ -283,11 +285,12 @@ def read_image_table(
     found, numbers = _find_channels(table, channels or {})
     of_files = [column for item in found for column in (item.file, item.frame, item.series)]
     # A column that is there twice cannot be told apart; the notes of the table say so.
-    read = {*_PLATE_COLUMNS, *_WHERE_COLUMNS, *TREATMENT_COLUMNS, *table.repeated}
+    described = (*TREATMENT_COLUMNS, *dose_columns(table.columns))
+    read = {*_PLATE_COLUMNS, *_WHERE_COLUMNS, *described, *table.repeated}
     others = [name for name in table.columns if name.startswith("Metadata_") and name not in read]
     plate_columns = _Columns(table, [*_PLATE_COLUMNS, *(item.folder for item in found)])
     field_columns = _Columns(table, [*_WHERE_COLUMNS, *of_files])
-    treatment_columns = _Columns(table, TREATMENT_COLUMNS)
+    treatment_columns = _Columns(table, described)
     other_columns = _Columns(table, others)
     # Cells that come again (the plate, the well and site of each plate, the treatment) are worked
     # out once: a million rows say little that is new.

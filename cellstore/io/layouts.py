@@ -12,7 +12,8 @@ from typing import Self
 from ..errors import BadTableError, UserInputError
 from . import image_files
 from .image_tables import FILE_PREFIX, URL_PREFIX
-from .platemaps import PREFIX, SAMPLE
+from .map_shapes import MapColumns, open_map
+from .platemaps import PREFIX, SAMPLE, MapOptions, map_table
 from .tables import nearest_columns, open_table
 
 _OTHERS = (
@@ -67,8 +68,14 @@ class Layout(StrEnum):
     MASKS = "masks", SourceKind.MASKS
 
 
-def detect(path: Path, kind: SourceKind | None = None) -> Layout:
+def detect(
+    path: Path,
+    kind: SourceKind | None = None,
+    options: MapOptions = MapOptions(),  # noqa: B008
+) -> Layout:
     """Tell from its content which layout a file or folder has; ``kind`` leaves only its layouts.
+
+    ``options`` are what a user says of a plate map, which they make of a table.
 
     A table of images that also names treatments is a table of images, and a folder with a Harmony
     index is read through the index. Masks are never guessed: they are images like others.
@@ -101,7 +108,7 @@ def detect(path: Path, kind: SourceKind | None = None) -> Layout:
 
             found = [Layout.HARMONY] if is_harmony(path) else []
         else:
-            columns = open_table(path, whole=False).columns
+            columns = _columns(path)
             found = table_layouts(columns)
             if any("Object" in name or "Parent" in name for name in columns):
                 from .single_cells import is_single_cells
@@ -115,6 +122,11 @@ def detect(path: Path, kind: SourceKind | None = None) -> Layout:
                     "cell), which cellstore does not store: ingest the table of single cells that "
                     "they were made from."
                 )
+            if options.sheet is not None or options.columns:
+                map_table(path, options)
+                found = [Layout.PLATEMAP]
+            elif not found and open_map(path) is not None:
+                found = [Layout.PLATEMAP]
     chosen = [item for item in found if kind is None or item.kind is kind]
     if kind is None and Layout.HARMONY in found:
         chosen = [item for item in found if item is not Layout.IMAGE_FOLDER]
@@ -145,20 +157,44 @@ def table_layouts(columns: Sequence[str]) -> list[Layout]:
     others = {"well_position", "Well", "Plate", "Row", "Col", "Site", "ImageNumber"}
     others |= {"split", "experiment_type"}
     files = of_images or any(column.startswith("Image_FileName_") for column in columns)
-    described = bool(names & {"pert_iname", "gene"})
+    meant = MapColumns(columns, ())
+    described = bool(names & {"pert_iname", "gene", "Symbol"})
+    chemistry = any(meant.column(role) for role in ("target", "gene", "inchikey", "smiles"))
+    named = not names & {SAMPLE, "JCP2022"} and meant.column("treatment") is not None and chemistry
+    of_splits = {"split", "experiment_type", "Site"}
+    measured = bool(names & {"ImageNumber", "ObjectNumber"}) or _profile_columns(columns) > 0
     plates = {f"{PREFIX}Plate", f"{PREFIX}Batch"}
     tests = {
         Layout.PUBLISHED: of_images and is_published,
         Layout.LOADDATA: of_images and has_well and not is_published,
-        Layout.PLATEMAP: "well_position" in names and bool(names & {SAMPLE, "genotype"}),
+        # Where it is a table of images, too, that goes first.
+        Layout.PLATEMAP: (
+            meant.is_map
+            and not measured
+            and (not files or (of_images and (has_well or is_published)))
+            and (of_images or not names & of_splits)
+        ),
         Layout.TREATMENT_TABLE: (
-            SAMPLE in names and described and not names & others and not files
+            ((SAMPLE in names and described) or named)
+            and not meant.has_well
+            and not names & others
+            and not files
         ),
         Layout.JUMP_PLATES: plates <= present <= plates | {f"{PREFIX}Source", f"{PREFIX}PlateType"},
         Layout.JUMP_CRISPR: {"JCP2022", "NCBI_Gene_ID", "Symbol"} == names,
         Layout.JUMP_CONTROLS: {"JCP2022", "pert_type", "Name", "modality"} <= names,
     }
     return [layout for layout, fits in tests.items() if fits]
+
+
+def _columns(path: Path) -> tuple[str, ...]:
+    """Return the columns of a table; none where a map begins with something else."""
+    try:
+        return open_table(path, whole=False).columns
+    except BadTableError:
+        if open_map(path) is None:
+            raise
+        return ()
 
 
 def _profile_columns(columns: Sequence[str]) -> int:
@@ -201,8 +237,9 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
         tables = ", ".join(table.name for table in _tables_in(path)[:3])
         inside = f"one of its files, like {tables}" if tables else "a folder or file further down"
         return BadTableError(
-            f"{path.name} holds no Harmony index, no CellProfiler tables (Image.csv with Cells.csv "
-            "or Nuclei.csv), no image files with names of a known pattern and no plate maps. "
+            f"{path.resolve().name} holds no Harmony index, no CellProfiler tables (Image.csv with "
+            "Cells.csv or Nuclei.csv), no image files with names of a known pattern and no plate "
+            "maps. "
             f"Give --pattern or --layout, or {inside}."
         )
     if head.startswith(image_files.SQLITE):

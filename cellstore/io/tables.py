@@ -19,10 +19,11 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from itertools import chain, islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from ..errors import BadTableError, UserInputError, first_line
 
@@ -35,13 +36,16 @@ LONGEST = 255
 QUOTED_LINES = 100
 """A quoted cell of more lines is taken for a quote that was never closed."""
 
-MISSING = frozenset({"", "NA", "N/A", "#N/A", "NaN", "nan", "<NA>"})
-"""What means 'no value', as a whole cell."""
+MISSING = frozenset({"", "-"}).union(
+    "".join(letters)
+    for word in ("na", "n/a", "#n/a", "<na>", "nan", "none", "null", "nat")
+    for letters in product(*({letter, letter.upper()} for letter in word))
+)
+"""What means 'no value', as a whole cell, in any case: for every reader the same."""
 
 MISSING_NUMBERS = (
     *sorted(MISSING),
-    *("NAN", "Nan", "-nan", "-NaN", "-NAN", "-Nan", "+nan", "+NaN", "+NAN", "+Nan"),
-    *("None", "null", "NULL"),
+    *("-nan", "-NaN", "-NAN", "-Nan", "+nan", "+NaN", "+NAN", "+Nan"),
 )
 """What means 'no value' where a number is expected."""
 
@@ -57,6 +61,11 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _PARQUET_MAGIC = b"PAR1"
 _DELIMITERS = "\t,;"
 _HEADER_LINES = 5
+_SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
+"""How .xlsx and .ods begin, and .xls."""
+_SHEET_ROWS = 1_100_000
+_CELL_LINES = 20_000
+"""Lines of a text table that are split into cells to look for a grid or for a header."""
 _COLUMN_SIGNS = ("ImageNumber", "ObjectNumber", "Metadata_", "FileName_", "AreaShape_")
 
 
@@ -172,6 +181,27 @@ class TextTable:
                 f"{self.path.name} has no column {' or '.join(map(repr, absent))}. "
                 f"{nearest_columns(absent, self.columns)}"
             )
+
+    def with_repeated(self) -> Self:
+        """Return the table with its repeated columns named in ``repeated`` and in a note."""
+        counts = Counter(self.columns).items()
+        repeated = frozenset(name for name, count in counts if name and count > 1)
+        if not repeated:
+            return self
+        names = ", ".join(map(repr, sorted(repeated)[:5]))
+        note = f"columns that occur more than once, not used: {names}"
+        return replace(self, repeated=repeated, notes=(*self.notes, note))
+
+
+@dataclass(frozen=True, slots=True)
+class CellTable(TextTable):
+    """A table whose rows are in memory: of a spreadsheet, or made of a grid."""
+
+    cells: tuple[TableRow, ...] = ()
+
+    def rows(self) -> Generator[TableRow | Refusal, None, None]:
+        """Yield every data row."""
+        yield from self.cells
 
 
 @dataclass
@@ -361,9 +391,12 @@ def _count_lines(block: str) -> int:
     return ends + (not block.endswith(("\n", "\r")))
 
 
-def open_table(path: Path, *, empty: bool = False, whole: bool = True) -> TextTable:
-    """Look at a text table: its encoding, delimiter and columns.
+def open_table(
+    path: Path, *, empty: bool = False, whole: bool = True, sheet: str | None = None
+) -> TextTable:
+    """Look at a table: its encoding, delimiter and columns; of a spreadsheet, one sheet.
 
+    That is the ``sheet`` named, or the first.
     UTF-8 (with or without BOM) is tried on the whole file; only if that fails is it Latin-1.
     A repeated column is noted, and an error only when it is asked for. ``empty``: a table without
     rows, and a file without content (no columns), are no errors. ``whole=False``: only the header
@@ -373,6 +406,8 @@ def open_table(path: Path, *, empty: bool = False, whole: bool = True) -> TextTa
         BadTableError: the file is empty, has a header only, or is no text.
         UserInputError: there is no such file, or it may not be read.
     """
+    if is_spreadsheet(path):
+        return _open_sheet(path, sheet, empty)
     if not whole and is_parquet(path):
         with _opened(path) as rows:
             return TextTable(path, rows.columns, ",", "utf-8")
@@ -428,11 +463,9 @@ def open_table(path: Path, *, empty: bool = False, whole: bool = True) -> TextTa
         )
         headers, end = (written, second), end + more
         notes.append("two header lines: the first names the object of each column")
-    repeated = frozenset(name for name, count in Counter(columns).items() if name and count > 1)
-    if repeated:
-        names = ", ".join(map(repr, sorted(repeated)[:5]))
-        notes.append(f"columns that occur more than once, not used: {names}")
-    table = TextTable(path, columns, delimiter, encoding, tuple(notes), headers, end, repeated)
+    table = TextTable(
+        path, columns, delimiter, encoding, tuple(notes), headers, end
+    ).with_repeated()
     if whole and not empty:
         with closing(table.rows()) as rows:
             if next(rows, None) is None:
@@ -442,15 +475,142 @@ def open_table(path: Path, *, empty: bool = False, whole: bool = True) -> TextTa
     return table
 
 
+# ---- Spreadsheets, and text as rows of cells ----
+
+
+def is_spreadsheet(path: Path) -> bool:
+    """Whether a file is .xlsx, .xls or .ods, by how it begins; False where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in _SPREADSHEETS
+    except OSError:
+        return False
+
+
+@contextmanager
+def _workbook(path: Path) -> Iterator[Any]:
+    import python_calamine
+
+    try:
+        with python_calamine.load_workbook(path) as book:
+            yield book
+    except (python_calamine.CalamineError, OSError) as error:
+        raise BadTableError(
+            f"{path} cannot be read as .xlsx, .xls or .ods. If it has a password, remove it; else "
+            "save it again, or as CSV."
+        ) from error
+
+
+def sheet_names(path: Path) -> list[str]:
+    """Return the names of the sheets of a spreadsheet.
+
+    Raises:
+        BadTableError: it is damaged or has a password.
+    """
+    with _workbook(path) as book:
+        return list(book.sheet_names)
+
+
+def read_sheet(path: Path, name: str) -> list[TableRow]:
+    """Return the rows of a sheet that are not blank, as texts; merged cells all have their value.
+
+    Whole numbers are written without a point, dates as 2026-03-12.
+
+    Raises:
+        BadTableError: the file is damaged or has a password.
+    """
+    with _workbook(path) as book:
+        sheet = book.get_sheet_by_name(name)
+        found = sheet.to_python(skip_empty_area=False, nrows=_SHEET_ROWS)
+        for (top, left), (bottom, right) in sheet.merged_cell_ranges or ():
+            for row in range(top, min(bottom + 1, len(found))):
+                for column in range(left, min(right + 1, len(found[row]))):
+                    found[row][column] = found[top][left]
+    rows = (TableRow(at, tuple(map(_sheet_text, cells))) for at, cells in enumerate(found, 1))
+    return [row for row in rows if any(map(str.strip, row.cells))]
+
+
+def _sheet_text(value: Any) -> str:
+    if isinstance(value, datetime):
+        return str(value).removesuffix(" 00:00:00")
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return str(value)
+
+
+def _open_sheet(path: Path, name: str | None, empty: bool) -> CellTable:
+    names = [name] if name is not None else sheet_names(path)
+    rows = read_sheet(path, names[0]) if names else []
+    if not rows and not empty:
+        raise BadTableError(f"The sheet {names[0]!r} of {path} is empty. Choose another: --sheet.")
+    columns = tuple(cell.strip() for cell in rows[0].cells) if rows else ()
+    if len(rows) < 2 and not empty:
+        raise BadTableError(f"{path} has a header but no rows. Export it again with its data.")
+    return CellTable(path, columns, ",", "", cells=tuple(rows[1:])).with_repeated()
+
+
+class TextCells(NamedTuple):
+    """The first lines of a text table as rows of cells, and how they were read."""
+
+    rows: list[TableRow]
+    delimiter: str
+    encoding: str
+    notes: tuple[str, ...]
+
+
+def text_cells(path: Path) -> TextCells:
+    """Split the first lines of a text table into cells; titles may be above its header.
+
+    The delimiter is what most lines have; of two that all lines have, tab goes before semicolon
+    and that before comma, which may be a decimal comma.
+
+    Raises:
+        BadTableError: the file is damaged or no text.
+        UserInputError: it is missing or unreadable.
+    """
+    notes: tuple[str, ...] = ()
+    with _opened(path) as stream:
+        head = stream.read(_CHUNK)
+        # A letter may be cut in the middle at the end of the piece.
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(head)
+            encoding = "utf-8-sig"
+        except UnicodeDecodeError:
+            encoding = "latin-1"
+            notes = ("not valid UTF-8, so read as Latin-1: check letters like µ and é",)
+        if b"\0" in head[:4096]:
+            raise BadTableError(
+                f"{path} is not a text table. Give .csv, .tsv, .txt, .xlsx, .xls or .ods."
+            )
+    with _opened(path, encoding) as text:
+        lines = list(islice(text, _CELL_LINES))
+        some = [line for line in lines[:200] if line.strip()]
+        delimiter = max("\t;,", key=lambda mark: sum(mark in line for line in some))
+        reader = csv.reader(lines, delimiter=delimiter)
+        rows: list[TableRow] = []
+        for cells in reader:
+            if any(map(str.strip, cells)):
+                rows.append(TableRow(reader.line_num, cells))
+    return TextCells(rows, delimiter, encoding, notes)
+
+
 def cell_text(cells: Sequence[str], position: int | None) -> str | None:
     """Return the stripped cell; None where there is no such column or the value is missing.
 
-    Missing is '', NA, N/A, #N/A, NaN, nan or <NA> as the whole cell; 'NAD' is a value.
+    Missing is what ``MISSING`` has, as the whole cell; 'NAD' is a value.
     """
     if position is None:
         return None
     text = cells[position].strip()
     return None if text in MISSING else text
+
+
+def known_text(column: str, text: str) -> str | None:
+    """Return the stripped value of a column, or None where it is missing; 'Null' is a genotype."""
+    text = text.strip()
+    if text in MISSING and not (text == "Null" and column.lower().endswith("genotype")):
+        return None
+    return text
 
 
 def first_text(texts: Mapping[str, str], columns: Iterable[str]) -> str | None:

@@ -35,6 +35,7 @@ Columns = dict[str, str]
 VIEWS = (
     "image_table",
     "well_table",
+    "treatment_table",
     "cell_table",
     "run_images",
     "prediction_table",

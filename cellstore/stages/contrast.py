@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from ..analysis import contrasts
 from ..analysis.contrasts import Contrast, Difference
 from ..analysis.draws import Lowest, even_shares, lots
 from ..config import ContrastParams, Selection
+from ..db.fields import field_column
 from ..enums import Control, Stage
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import images_of
@@ -175,7 +177,7 @@ def contrast(
         images = images_of(session, Selection(plates=params.plates))
         control, groups = _choose_groups(session, params)
         parameters = asdict(params) | {
-            "cells": digest_of_images(session, images, _treated_cells(session, source)),
+            "cells": digest_of_images(session, images, _treated_cells(session, source, params)),
             "treatments": sorted(params.treatments),
         }
         del parameters["features"], parameters["plates"]  # the cells say it
@@ -211,7 +213,10 @@ def _result(run: Run, *, already_done: bool) -> ContrastResult:
 
 def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tuple[Group, ...]]:
     """Return the control, and what is compared with it."""
-    keys = (Well.plate_id, Treatment.id.label("treatment_id"), Treatment.name, Well.control)
+    keys = (
+        *(Well.plate_id, Treatment.id.label("treatment_id"), Treatment.name, Well.control),
+        field_column(params.field).label("label"),
+    )
     query = (
         select(*keys, func.count().label("number"))
         .join(Treatment, Treatment.id == Well.treatment_id)
@@ -224,7 +229,7 @@ def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tup
     if params.control is None:
         controls = [w for w in wells if w.control == Control.NEGATIVE]
     else:
-        controls = [w for w in wells if w.name == params.control]
+        controls = [w for w in wells if params.control in (w.name, w.label)]
     if not controls and params.control is None:
         raise UserInputError(
             "No treatment is marked as negative control. Name one with --control, or mark it as "
@@ -234,22 +239,28 @@ def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tup
         raise UnknownNameError.of("treatment", params.control, sorted({w.name for w in wells}))
     control = Group.of(", ".join(sorted({w.name for w in controls})), controls)
     others = [w for w in wells if w.treatment_id not in control.treatment_ids]
-    names = sorted({w.name for w in others})
+    named: dict[str, set[str]] = defaultdict(set)  # a name without dose means all its doses
+    for well in others:
+        if well.label is not None:
+            named[well.label].add(well.label)
+            named[well.name].add(well.label)
     for name in params.treatments:
-        if name not in names:
-            raise UnknownNameError.of("treatment", name, names)
-    chosen = params.treatments or tuple(names)
-    if not chosen:
+        if name not in named:
+            raise UnknownNameError.of("treatment", name, sorted(named))
+    chosen = {label for name in params.treatments or named for label in named[name]}
+    if not others:
         raise UserInputError("Every well has the control. There is nothing to compare it with.")
+    if not chosen:
+        raise UserInputError(f"No treated well has a {params.field}. Choose another --field.")
     if params.pooled:
-        pool = Group.of(POOLED, [w for w in others if w.name in set(chosen)])
+        pool = Group.of(POOLED, [w for w in others if not params.treatments or w.label in chosen])
         if not params.treatments:  # there may be more than a database takes one by one
             pool = replace(pool, treatment_ids=control.treatment_ids, excluding=True)
         groups = [pool]
     else:
         by_name: dict[str, list[Any]] = {name: [] for name in chosen}
         for well in others:
-            by_name.get(well.name, []).append(well)
+            by_name.get(well.label, []).append(well)
         groups = [Group.of(name, some) for name, some in by_name.items()]
     matched = []
     for group in groups:
@@ -260,9 +271,11 @@ def _choose_groups(session: Session, params: ContrastParams) -> tuple[Group, tup
     return control, tuple(sorted(matched, key=lambda group: (group.plate_ids, group.name)))
 
 
-def _treated_cells(session: Session, source: CellSource) -> dict[int, Any]:
-    """By image id: what was done to its well, and how many cells it has."""
-    keys = (Image.id, Treatment.identity)
+def _treated_cells(
+    session: Session, source: CellSource, params: ContrastParams
+) -> dict[int, list[Any]]:
+    """By image id: what was done to its well, its role, and how many cells it has."""
+    keys = (Image.id, Treatment.identity, Well.control, field_column(params.field))
     query: Any = cells_query(replace(source, plates=()))
     query = query.join(Well, Well.id == Image.well_id)
     query = query.outerjoin(Treatment, Treatment.id == Well.treatment_id)
@@ -271,7 +284,7 @@ def _treated_cells(session: Session, source: CellSource) -> dict[int, Any]:
         on_plate = select(Plate.id).where(Plate.barcode.in_(source.plates))
         query = query.where(Well.plate_id.in_(on_plate))
     rows = session.execute(query.execution_options(yield_per=10_000))
-    return {image_id: [treatment, cells] for image_id, treatment, cells in rows}
+    return {image_id: values for image_id, *values in rows}
 
 
 class _Comparison:
@@ -440,7 +453,8 @@ def _notes(tested: Sequence[ContrastRow], groups: int) -> list[str]:
     if groups > len(tested):
         notes.append(
             f"{groups - len(tested)} treatments have too few wells to hold one out. More "
-            "replicates, or more plates, are the only way to know."
+            "replicates, or more plates, are the only way to know. To compare all doses of a "
+            "compound together: --field perturbation"
         )
     if any(row.usual is None for row in tested):
         notes.append("There are too few control wells to measure what chance looks like.")

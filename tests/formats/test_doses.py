@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cellstore.stages.ingest.write_treatments import normalised_dose
+from cellstore.io.map_shapes import normalised_dose
 
 
 @pytest.mark.parametrize(

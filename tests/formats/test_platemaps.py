@@ -19,11 +19,13 @@ COMPOUNDS = (
     "\tKEY-3\tDMSO\t679\t\tnegcon\tCS(=O)C\n"
 )
 ORFS = "broad_sample\tgene\tcontrol_type\nccsb-1\tKCNN1\t\n\t\t\n"
-HEAD = "well_position\tbroad_sample\n"
+HEAD = "plate_map_name\twell_position\tbroad_sample\n"
+"""Of a map of the Broad Institute, where a blank is DMSO."""
 
 
 def annotate(folder: Path, platemap: str, *tables: str) -> PlateAnnotation:
-    (folder / "map.txt").write_text(HEAD + platemap)
+    rows = "".join(f"map\t{line}\n" for line in platemap.splitlines())
+    (folder / "map.txt").write_text(HEAD + rows)
     paths = [folder / f"treatments{number}.tsv" for number in range(len(tables or (COMPOUNDS,)))]
     for path, text in zip(paths, tables or (COMPOUNDS,), strict=True):
         path.write_text(text)
@@ -82,8 +84,8 @@ def test_an_empty_sample_is_an_empty_well_in_other_maps(tmp_path: Path) -> None:
 def mixed(folder: Path) -> Path:
     maps = folder / "platemap"
     maps.mkdir()
-    (maps / "cp.txt").write_text(HEAD + "A1\tBRD-1\nA2\t\n")
-    (maps / "orf.txt").write_text(HEAD + "A1\tccsb-1\nA2\t\n")
+    (maps / "cp.txt").write_text(HEAD + "cp\tA1\tBRD-1\ncp\tA2\t\n")
+    (maps / "orf.txt").write_text(HEAD + "orf\tA1\tccsb-1\norf\tA2\t\n")
     (folder / "barcode_platemap.csv").write_text(
         "Assay_Plate_Barcode,Plate_Map_Name\n001,cp\n1053601756,orf\n"
     )
@@ -173,7 +175,7 @@ def test_what_cannot_be_used_is_listed_with_file_and_line(tmp_path: Path) -> Non
 def test_barcodes_choose_the_map_of_a_plate(tmp_path: Path) -> None:
     folder = tmp_path / "platemap"
     folder.mkdir()
-    (folder / "one.txt").write_text(HEAD + "A1\tBRD-1\n")
+    (folder / "one.txt").write_text(HEAD + "one\tA1\tBRD-1\n")
     (folder / "two.csv").write_text("plate_map_name,well_position,broad_sample\nsecond,A1,BRD-2\n")
     (tmp_path / "t.tsv").write_text(COMPOUNDS)
     with pytest.raises(BadTableError, match="2 plate maps"):
@@ -213,19 +215,17 @@ def test_rows_of_barcodes_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_tables_that_are_no_annotation(tmp_path: Path) -> None:
-    with pytest.raises(BadTableError, match="no column 'broad_sample'"):
-        annotate(tmp_path, "A1\tBRD-1\n", "broad_id\tpert_iname\nx\ty\n")
-    with pytest.raises(BadTableError, match="no column 'pert_iname'"):
-        annotate(tmp_path, "A1\tBRD-1\n", "broad_sample\tname\nx\ty\n")
-    with pytest.raises(BadTableError, match="--compounds"):
-        read_annotation(tmp_path / "map.txt")
+    with pytest.raises(BadTableError, match="broad_sample and one of pert_iname, gene"):
+        annotate(tmp_path, "A1\tBRD-1\n", "broad_sample\tvendor\nx\ty\n")
+    with pytest.raises(UserInputError, match=r"There is no plate map .*nowhere"):
+        read_annotation(tmp_path / "nowhere.txt")
     (tmp_path / "treatments0.tsv").write_text(COMPOUNDS)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserInputError, match="no plate map"):
         read_annotation(tmp_path / "empty", [tmp_path / "treatments0.tsv"])
     twice = tmp_path / "twice"
     twice.mkdir()
-    (twice / "map.txt").write_text(HEAD + "A1\tBRD-1\n")
+    (twice / "map.txt").write_text("well_position\tbroad_sample\nA1\tBRD-1\n")
     (twice / "map.csv").write_text("well_position,broad_sample\nA1,BRD-1\n")
     with pytest.raises(BadTableError, match="both hold the plate map"):
         read_annotation(twice, [tmp_path / "treatments0.tsv"])

@@ -12,7 +12,7 @@ from sqlalchemy import select, update
 
 from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import BaselineParams, ContrastParams
-from cellstore.enums import Stage, Status, Subset
+from cellstore.enums import Control, Stage, Status, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.learn.trained_models import open_model
@@ -101,6 +101,42 @@ def test_what_differs_is_told_from_what_does_not(workspace: Workspace) -> None:
     assert (result.control, result.treatments, result.tested, result.different) == ("DMSO", 3, 2, 1)
     run = run_of(workspace, result.run_id)
     assert (run.stage, run.status, run.seed) == (Stage.CONTRAST, Status.DONE, 0)
+
+
+def test_each_dose_is_compared_by_itself_or_all_together(workspace: Workspace) -> None:
+    screen = Screen(workspace)
+    screen.make.treatment("kinase", "CDK1")
+    low, high = (screen.make.doses(("kinase", dose)) for dose in (1.0, 10.0))
+    for column, (item, shift) in enumerate(((low, 0.0), (high, 5.0)) * 2, start=1):
+        well = screen.well(screen.plates[0], column + 12, item, shift)
+        assert well.treatment_id == item.id
+    rows = by_name(contrast(workspace, FAST))
+    assert (rows["kinase 1 uM"].different, rows["kinase 10 uM"].different) == ("no", "yes")
+    assert (rows["kinase 1 uM"].wells, rows["kinase 10 uM"].wells) == (2, 2)
+    named = contrast(workspace, replace(FAST, treatments=("kinase",)))
+    assert {row.treatment for row in named.rows if not row.null} == {"kinase 1 uM", "kinase 10 uM"}
+    one = contrast(workspace, replace(FAST, treatments=("kinase 10 uM",)))
+    assert {row.treatment for row in one.rows if not row.null} == {"kinase 10 uM"}
+    together = by_name(contrast(workspace, replace(FAST, field="perturbation")))
+    assert together["kinase"].wells == 4
+    assert together.keys() >= {"strong", "nothing", "once"}
+    targets = contrast(workspace, replace(FAST, field="target")).rows
+    assert [(row.treatment, row.wells) for row in targets if not row.null] == [("CDK1", 4)]
+    with pytest.raises(UnknownNameError, match="kinase 1 uM"):
+        contrast(workspace, replace(FAST, treatments=("kinase 2 uM",)))
+
+
+def test_a_well_that_became_a_control_is_compared_anew(workspace: Workspace) -> None:
+    Screen(workspace)
+    first = contrast(workspace, FAST)
+    with workspace.database.begin() as session:
+        once = select(Treatment.id).where(Treatment.name == "once").scalar_subquery()
+        session.execute(
+            update(Well).where(Well.treatment_id == once).values(control=Control.NEGATIVE)
+        )
+    second = contrast(workspace, FAST)
+    assert (second.already_done, second.control) == (False, "DMSO, once")
+    assert second.run_id > first.run_id
 
 
 def run_of(workspace: Workspace, run_id: int) -> Run:

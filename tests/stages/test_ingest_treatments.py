@@ -29,7 +29,7 @@ COMPOUNDS = (
     "BRD-2,taxol,,\n"
     ",DMSO,,negcon\n"
 )
-MAP = "well_position,broad_sample\nA1,BRD-1\nA2,BRD-2\nB1,\n"
+MAP = "plate_map_name,well_position,broad_sample\nm,A1,BRD-1\nm,A2,BRD-2\nm,B1,\n"
 ORF_MAP = "well_position,broad_sample\nA1,ccsb-1\nA2,\n"
 ORFS = "broad_sample,gene\nccsb-1,KCNN1\n"
 
@@ -143,14 +143,14 @@ def test_a_map_treats_the_wells_that_are_there_and_makes_the_others(bench: Bench
 
 
 def test_other_columns_of_a_map_are_metadata_of_the_wells(bench: Bench) -> None:
-    text = "well_position,broad_sample,solvent,Metadata_dose\nA1,BRD-1,DMSO,5\nB1,,water,\n"
+    text = "well_position,broad_sample,solvent,Metadata_lot\nA1,BRD-1,DMSO,5\nB1,,water,\n"
     assert counts(bench.map(text=text)) == (1, 1, 0, 0)
     assert counts(bench.map(text=text)) == (0, 0, 2, 0)
     assert counts(bench.map(text=text.replace("water", "DMSO"))) == (0, 1, 1, 0)
     with bench.reading() as session:
         found = {well.name: well.metadata_ for well in session.scalars(select(Well))}
     assert found == {
-        "A01": {"solvent": "DMSO", "dose": "5"},
+        "A01": {"solvent": "DMSO", "lot": "5"},
         "A02": None,
         "B01": {"solvent": "DMSO"},
     }
@@ -184,7 +184,7 @@ def test_labels_of_a_split_stay_as_they_were_frozen(bench: Bench) -> None:
 
 
 def test_rows_of_a_map_that_cannot_be_used(bench: Bench) -> None:
-    account = bench.map(COMPOUNDS + "BRD-1,other,,\n", MAP + "A1,BRD-2\nQ99,\nC1,BRD-9\n")
+    account = bench.map(COMPOUNDS + "BRD-1,other,,\n", MAP + "m,A1,BRD-2\nm,Q99,\nm,C1,BRD-9\n")
     assert counts(account) == (1, 2, 0, 3)
     with bench.reading() as session:
         issues = session.execute(
@@ -221,7 +221,7 @@ def test_a_well_that_is_empty_on_a_later_map_keeps_its_treatment_and_that_is_sai
 def test_barcodes_say_which_plates(bench: Bench) -> None:
     maps = bench.folder / "platemap"
     maps.mkdir()
-    (maps / "cp.csv").write_text(MAP)
+    (maps / "cp.csv").write_text(MAP.replace("\nm,", "\ncp,"))
     (maps / "orf.csv").write_text(ORF_MAP)
     (maps / "unused.csv").write_text(ORF_MAP)
     (maps / "barcode_platemap.csv").write_text(
@@ -241,19 +241,27 @@ def test_barcodes_say_which_plates(bench: Bench) -> None:
     assert bench.count(Plate) == 3  # P9 is not made
     assert [issue.reason for issue in account.shown] == ["no such plate map"]
     assert account.notes == [
+        "cp: blank, so DMSO: B01",
+        "orf: blank, so not known (or say it: --blank): A02",
+        "unused: blank, so not known (or say it: --blank): A02",
         "1 of 4 plates are not in the store",
         "no plate of the store uses the plate map unused",
     ]
 
 
 def test_a_map_for_nobody(bench: Bench) -> None:
-    with pytest.raises(UserInputError, match="Ingest their images first"):
-        bench.map(plate="P7")
     source = bench.file("map.csv", MAP)
     params = IngestParams(compounds=(bench.file("compounds.csv", COMPOUNDS),))
     with pytest.raises(UserInputError, match="--barcodes"):
         bench.ingest(source, Layout.PLATEMAP, params)
     assert bench.treated() == {}
+
+
+def test_a_map_before_its_images_makes_plate_and_wells(bench: Bench) -> None:
+    account = bench.map(plate="P7")
+    assert counts(account) == (3, 0, 0, 0)
+    assert "plate P7 is new: made by this map." in account.notes
+    assert set(bench.treated()) == {"P7 A01", "P7 A02", "P7 B01"}
 
 
 def test_a_table_of_new_treatments(bench: Bench) -> None:

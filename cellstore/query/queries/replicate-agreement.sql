@@ -1,15 +1,16 @@
 -- How far the wells of a treatment get the same label from a run, whatever that is: the share of
--- its wells whose label is the most frequent one. Only treatments with several wells.
+-- its wells whose label is the most frequent one. Each dose is a treatment of its own. Only
+-- treatments with several wells.
 -- :run (predict run) = latest  Whose labels.
 -- :vote (text) = hard  hard, soft or median.
 WITH labelled AS (
-    SELECT t.treatment, v.winner, count(*) AS wells
+    SELECT t.name_with_dose AS treatment, v.winner, count(*) AS wells
     FROM votes AS v
-    JOIN well_table AS t ON t.well_id = v.well_id
+    JOIN wells AS w ON w.id = v.well_id
+    JOIN treatments AS t ON t.id = w.treatment_id
     WHERE
         v.run_id = $run AND v.level = 'well' AND v.vote = $vote AND v.winner IS NOT NULL
-        AND t.treatment IS NOT NULL
-    GROUP BY t.treatment, v.winner
+    GROUP BY t.name_with_dose, v.winner
 )
 SELECT
     treatment,

@@ -14,13 +14,14 @@ SELECT
     i.site,
     i.plane,
     i.time_point,
-    t.name AS treatment,
-    d.dose,
-    d.dose_unit,
+    t.treatment,
+    t.dose,
+    t.dose_unit,
     t.target,
     w.control,
     l.n_cells,
     x.reason AS excluded,
+    t.components,
     p.batch,
     i.core_name,
     i.pixel_size,
@@ -32,12 +33,6 @@ SELECT
 FROM images AS i
 JOIN wells AS w ON w.id = i.well_id
 JOIN plates AS p ON p.id = w.plate_id
-LEFT JOIN treatments AS t ON t.id = w.treatment_id
-LEFT JOIN (
-    SELECT treatment_id, max(dose) AS dose, max(dose_unit) AS dose_unit
-    FROM treatment_parts
-    GROUP BY treatment_id
-    HAVING count(*) = 1
-) AS d ON d.treatment_id = t.id
+LEFT JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
 LEFT JOIN latest AS l ON l.image_id = i.id
 LEFT JOIN excluded_images AS x ON x.image_id = i.id

@@ -6,9 +6,9 @@ SELECT
     ri.plate,
     ri.well,
     ri.site,
-    t.name AS treatment,
-    d.dose,
-    d.dose_unit,
+    t.treatment,
+    t.dose,
+    t.dose_unit,
     ri.control,
     p.cell_id,
     l.value AS label,
@@ -22,11 +22,5 @@ FROM eligible_predictions AS p
 JOIN labels AS l ON l.id = p.label_id
 JOIN run_images AS ri ON ri.run_id = p.run_id AND ri.image_id = p.image_id
 JOIN wells AS w ON w.id = ri.well_id
-LEFT JOIN treatments AS t ON t.id = w.treatment_id
-LEFT JOIN (
-    SELECT treatment_id, max(dose) AS dose, max(dose_unit) AS dose_unit
-    FROM treatment_parts
-    GROUP BY treatment_id
-    HAVING count(*) = 1
-) AS d ON d.treatment_id = t.id
+LEFT JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
 WHERE p.rank = 1

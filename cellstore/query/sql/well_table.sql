@@ -9,14 +9,15 @@ WITH counted AS (
 SELECT
     p.barcode AS plate,
     w.name AS well,
-    t.name AS treatment,
-    d.dose,
-    d.dose_unit,
+    t.treatment,
+    t.dose,
+    t.dose_unit,
     t.target,
     w.control,
     coalesce(c.n_images, 0) AS n_images,
     c.n_cells,
     coalesce(x.reason, y.reason) AS excluded,
+    t.components,
     p.batch,
     w.well_row,
     w.well_column,
@@ -24,13 +25,7 @@ SELECT
     p.id AS plate_id
 FROM wells AS w
 JOIN plates AS p ON p.id = w.plate_id
-LEFT JOIN treatments AS t ON t.id = w.treatment_id
-LEFT JOIN (
-    SELECT treatment_id, max(dose) AS dose, max(dose_unit) AS dose_unit
-    FROM treatment_parts
-    GROUP BY treatment_id
-    HAVING count(*) = 1
-) AS d ON d.treatment_id = t.id
+LEFT JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
 LEFT JOIN counted AS c ON c.well_id = w.id
 LEFT JOIN (
     SELECT id, min(reason) AS reason FROM later_exclusions WHERE level = 'well' GROUP BY id

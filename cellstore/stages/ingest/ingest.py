@@ -15,7 +15,7 @@ import numpy as np
 from sqlalchemy import func, insert, literal, select, update
 from sqlalchemy.orm import Session
 
-from ...config import EVERYTHING, IngestParams, Selection
+from ...config import EVERYTHING, IngestParams, Selection, flag, options_of
 from ...db.bulk import in_lists, one_ingest_at_a_time
 from ...db.events import Change, record_events, recording_new_rows
 from ...db.fields import wells_changed
@@ -24,6 +24,7 @@ from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
 from ...io.image_files import probe
 from ...io.layouts import Layout, SourceKind, detect
+from ...io.platemaps import MapOptions
 from ...io.tables import Refusal
 from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.lookup import images_of
@@ -241,7 +242,7 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     elif params.pattern is not None:
         layout = Layout.IMAGE_FOLDER
     else:
-        layout = detect(source, kind)
+        layout = detect(source, kind, MapOptions(params.sheet, params.map_columns))
     if kind is not None and layout.kind is not kind:
         raise UserInputError(
             f"The layout {layout.value} is for {layout.kind.value}, not for {kind.value}. "
@@ -253,6 +254,11 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
         *(["--pixel-size"] if params.pixel_size and layout.kind is not SourceKind.IMAGES else []),
         *(["--binary-masks"] if params.binary and layout.kind is not SourceKind.MASKS else []),
     ]
+    if layout is not Layout.PLATEMAP:
+        of_maps = ["sheet", "map_columns", "blank", "controls"] if params.platemap is None else []
+        chosen = [item for item in options_of(params) if getattr(params, item.name)]
+        wrong += [flag(item) for item in chosen if item.name in of_maps]
+        wrong += ["--plate more than once"] if len(params.plates) > 1 else []
     if wrong:
         raise UserInputError(
             f"{source.name} is read as {layout.value}, which does not use {' or '.join(wrong)}. "
@@ -568,7 +574,7 @@ def preview(
             else:
                 well = format_well(row.row, row.column)
                 where = (row.plate, well, row.site, row.plane, row.time_point)
-                treatment = row.treatment.pert_iname if row.treatment else None
+                treatment = row.treatment.label if row.treatment else None
                 files = [PreviewRow(ref.name, *where, ref.channel, treatment) for ref in row.files]
                 found.add(images, where, files)
     elif layout.kind is not SourceKind.MASKS:

@@ -34,7 +34,7 @@ from ...io.harmony import read_harmony
 from ...io.image_files import ImageFolder, ImageInfo, probe
 from ...io.image_tables import ImageRecord, read_image_table
 from ...io.layouts import Layout
-from ...io.platemaps import Aliases, TreatmentRecord, read_annotation
+from ...io.platemaps import Aliases, MapOptions, TreatmentRecord, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.gone_files import gone_sentence
@@ -98,7 +98,10 @@ class ImageSource:
         self.files: list[Path] = []
         self.notes: list[str] = []
         if params.platemap is not None:
-            self.annotation = read_annotation(params.platemap, params.compounds, params.barcodes)
+            options = MapOptions(params.sheet, params.map_columns, params.blank, params.controls)
+            self.annotation = read_annotation(
+                params.platemap, params.compounds, params.barcodes, options
+            )
             self.files += self.annotation.files
             self.notes += self.annotation.notes
         elif params.compounds or params.barcodes:
@@ -117,7 +120,7 @@ class ImageSource:
         Raises:
             BadTableError: the source is unreadable, or turns out to be.
         """
-        plate, channels = self.params.plate, dict(self.params.channels)
+        plate, channels = self.params.one_plate, dict(self.params.channels)
         rows: Iterator[ImageRecord | Refusal]
         if self.layout is Layout.HARMONY:
             rows = read_harmony(self.path, plate, channels)
@@ -388,7 +391,7 @@ class RowWriter:
                     record.line,
                     "the well has another treatment",
                     f"plate {record.plate}, well {format_well(record.row, record.column)}: "
-                    f"{treatment.pert_iname!r} here, {earlier.pert_iname!r} on line {line}",
+                    f"{treatment.label!r} here, {earlier.label!r} on line {line}",
                 )
         return [record for record in records if id(record) not in refused] if refused else records
 

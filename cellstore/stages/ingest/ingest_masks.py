@@ -116,14 +116,14 @@ class MaskReader:
         self.recipes: dict[str | None, int] = {}
         with workspace.database.read() as session:
             check_channels(session, self._plane)
-            if params.plate is not None:
-                find_plate(session, params.plate)
+            if params.one_plate is not None:
+                find_plate(session, params.one_plate)
 
     def read(self, file: MaskFile) -> FoundMasks:
         """Find the image of a file, read the file, and compare the two."""
         params = self._params
         found = read_masks_of(
-            self._workspace.database, file, plate=params.plate, binary=params.binary
+            self._workspace.database, file, plate=params.one_plate, binary=params.binary
         )
         if isinstance(found, NoMatch):
             return FoundMasks(file, found)

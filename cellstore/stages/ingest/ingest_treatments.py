@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,17 +10,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
 
 from ...config import IngestParams
 from ...db.bulk import bulk_insert, in_lists, take_ids
 from ...enums import Control
-from ...errors import UserInputError
+from ...errors import UnknownNameError, UserInputError
 from ...io.filenames import format_well
 from ...io.layouts import Layout
 from ...io.platemaps import (
     Aliases,
+    MapOptions,
     PlateAnnotation,
     PlateMap,
     PlateRow,
@@ -30,13 +32,14 @@ from ...io.platemaps import (
     jump_controls,
     jump_crispr,
     jump_plates,
+    listed_wells,
     read_annotation,
     treatment_rows,
 )
-from ...io.tables import Refusal, open_table
+from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import writable
 from ...jobs.workspace import Workspace
-from ...models import Perturbation, Plate, Well
+from ...models import Image, Perturbation, Plate, Well
 from .account import Account
 from .ingest_images import keep_well_metadata
 from .write_treatments import TreatmentWriter, records_of
@@ -175,9 +178,10 @@ def _ingest_maps(
         BadTableError: a table cannot be used as a plate map, or what goes with it.
         UserInputError: no plate is named for a map, or the store has none of them.
     """
-    annotation = read_annotation(source, params.compounds, params.barcodes)
-    plates = _plates_of_maps(session, source, annotation, params.plate, account)
+    options = MapOptions(params.sheet, params.map_columns, params.blank, params.controls)
+    annotation = read_annotation(source, params.compounds, params.barcodes, options)
     account.notes += annotation.notes
+    plates = _plates_of_maps(session, source, annotation, params.plates, account)
     map_files = {found.path for found in annotation.maps.values()}
     for path, refusal in annotation.issues:
         if path in map_files:
@@ -194,6 +198,7 @@ def _ingest_maps(
         updated: set[Position] = set()
         for some in in_lists(plates.get(plate_map.name, ()), PLATES_AT_ONCE):
             new, changed = _apply_map(session, writer, plate_map, some, aliases, account)
+            _note_untreated(session, some, account)
             created |= new
             updated |= changed
         account.updated += len(updated)
@@ -208,41 +213,57 @@ def _plates_of_maps(
     session: Session,
     source: Path,
     annotation: PlateAnnotation,
-    plate: str | None,
+    named: tuple[str, ...],
     account: Account,
 ) -> dict[str, list[int]]:
-    """Return the plates (ids) of the store that use each map."""
+    """Return the plates (ids) that use each map; those that the user or the map names are made.
+
+    A table of barcodes may be of a whole screen: its plates are made where the store has none.
+    """
     barcodes = annotation.barcodes
-    if barcodes is None and plate is None:
+    if barcodes is None and not named:
         raise UserInputError(
-            f"Which plates is {source.name} for? Name one with --plate, or all with "
-            "--barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
+            f"Which plates is {source.name} for? Name them with --plate, or give a table of them "
+            "with --barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
         )
     if barcodes is None:
-        barcodes = {str(plate): next(iter(annotation.maps))}
+        barcodes = dict.fromkeys(named, next(iter(annotation.maps)))
+    elif named:
+        for barcode in named:
+            if barcode not in barcodes:
+                raise UnknownNameError.of("plate", barcode, sorted(barcodes))
+        barcodes = {barcode: barcodes[barcode] for barcode in named}
     found: dict[str, list[int]] = defaultdict(list)
     unmapped: dict[str, list[str]] = defaultdict(list)
-    known = 0
+    present: set[str] = set()
     for some in in_lists(list(barcodes)):
         query = select(Plate.barcode, Plate.id).where(Plate.barcode.in_(some))
         for barcode, key in session.execute(query):
-            known += 1
+            present.add(barcode)
             name = barcodes[barcode]
             if name in annotation.maps:
                 found[name].append(key)
             else:
                 unmapped[name].append(barcode)
-    if not known:
-        raise UserInputError(
-            f"The store has none of the plates that {source.name} is for "
-            f"({', '.join(sorted(barcodes)[:3])}). Ingest their images first."
-        )
+    absent = [barcode for barcode in barcodes if barcode not in present]
+    if named or annotation.names_plates or not present:
+        similar = list(session.scalars(select(Plate.barcode).limit(PLATES_AT_ONCE)))
+        for barcode in [name for name in absent if barcodes[name] in annotation.maps]:
+            if len(barcode) > LONGEST:
+                raise UserInputError(f"A plate's name has at most {LONGEST} characters.")
+            plate = Plate(barcode=barcode)
+            session.add(plate)
+            session.flush()
+            found[barcodes[barcode]].append(plate.id)
+            near = difflib.get_close_matches(barcode, similar, n=1, cutoff=0.8)
+            hint = f" Did you mean {near[0]}? Nothing is changed there." if near else ""
+            account.notes.append(f"plate {barcode} is new: made by this map.{hint}")
+        absent = [name for name in absent if barcodes[name] not in annotation.maps]
     for name, missing in sorted(unmapped.items()):
         detail = f"{', '.join(sorted(missing))} use the plate map {name}, which was not given"
         account.problem(None, "no such plate map", detail)
-    if known < len(barcodes):
-        absent = len(barcodes) - known
-        account.notes.append(f"{absent} of {len(barcodes)} plates are not in the store")
+    if absent:
+        account.notes.append(f"{len(absent)} of {len(barcodes)} plates are not in the store")
     return found
 
 
@@ -271,11 +292,13 @@ def _apply_map(
             account.suspicious(
                 plate_map.lines[row, column],
                 "an empty well that has a treatment",
-                f"well {format_well(row, column)} of plate {barcode} is empty on the map, but has "
+                f"well {format_well(row, column)} of plate {barcode} is blank on the map, but has "
                 "a treatment in the store; kept",
                 file=writable(plate_map.path.name),
             )
-    new = [(plate, at) for plate in plates for at in treated if (plate, at) not in wells]
+    metadata_of = _share_metadata(session, plate_map, plates, account)
+    on_map = [at for at in plate_map.wells if at in treated or plate_map.metadata.get(at)]
+    new = [(plate, at) for plate in plates for at in on_map if (plate, at) not in wells]
     made = dict(zip(new, take_ids(session, Well, len(new)), strict=True))
     rows = [(well, plate, *at, format_well(*at)) for (plate, at), well in made.items()]
     bulk_insert(session, Well, _WELL, rows)
@@ -287,12 +310,60 @@ def _apply_map(
     }
     changed = writer.assign(wanted, set(made.values()))
     metadata = {
-        well: plate_map.metadata[at]
-        for (_, at), well in all_wells.items()
-        if at in plate_map.metadata
+        well: found
+        for (plate, at), well in all_wells.items()
+        if (found := metadata_of[plate].get(at))
     }
     changed |= keep_well_metadata(session, metadata, account.run_id)[0]
     return {at for _, at in made}, {at for (_, at), well in wells.items() if well in changed}
+
+
+def _share_metadata(
+    session: Session, plate_map: PlateMap, plates: Sequence[int], account: Account
+) -> dict[int, dict[Position, dict[str, str]]]:
+    """Give plates the cell line, time and batch that all wells of a map share.
+
+    Returns by plate what is left for its wells: all else, and what a plate has otherwise.
+    """
+    shared: dict[str, str] = {}
+    for column in ("cell_line", "time_point", "batch") if len(plate_map.wells) > 1 else ():
+        values = {plate_map.metadata.get(at, {}).get(column) for at in plate_map.wells}
+        if len(values) == 1 and (value := values.pop()) is not None:
+            shared[column] = value
+    left: dict[int, dict[Position, dict[str, str]]] = {}
+    for plate in session.scalars(select(Plate).where(Plate.id.in_(plates))):
+        taken = set()
+        for column, value in shared.items():
+            had = getattr(plate, column)
+            if had is None:
+                setattr(plate, column, value)
+            elif had != value:
+                detail = f"plate {plate.barcode}: {column} is {had} in the store, {value} here"
+                account.suspicious(None, "the plate says otherwise", f"{detail}; kept with wells")
+                continue
+            taken.add(column)
+        left[plate.id] = {
+            at: {name: text for name, text in found.items() if name not in taken}
+            for at, found in plate_map.metadata.items()
+        }
+    session.flush()
+    return left
+
+
+def _note_untreated(session: Session, plates: Sequence[int], account: Account) -> None:
+    """Note the wells that have images and no treatment after a map was read."""
+    query = (
+        select(Well.well_row, Well.well_column)
+        .where(Well.plate_id.in_(plates), Well.treatment_id.is_(None))
+        .where(exists().where(Image.well_id == Well.id))
+    )
+    found = [(row, column) for row, column in session.execute(query)]
+    if found:
+        count = "1 well" if len(found) == 1 else f"{len(found):,} wells"
+        account.notes.append(
+            f"{count} with images got no treatment: {listed_wells(found)}. If that is not meant, "
+            "look whether the map has shifted"
+        )
 
 
 # ---- Tables of treatments ----

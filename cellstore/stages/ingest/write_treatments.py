@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from ...db.bulk import in_lists, insert_new
 from ...db.events import Change, record_events
 from ...db.fields import wells_changed
 from ...enums import Control, PerturbationKind
+from ...io.map_shapes import normalised_dose as normalised_dose
 from ...io.platemaps import TreatmentRecord, completed, normalised_name, target_of
 from ...models import Event, Perturbation, Plate, Treatment, TreatmentPart, Well
 from .account import Account
@@ -33,31 +33,7 @@ DESCRIBED = ("target", "inchikey", "smiles", "pubchem_cid")
 _NAMED_WELLS = 5
 """Wells that a message names."""
 
-# ---- Doses and the identity of a treatment ----
-
-MICROMOLAR = "uM"
-_MOLAR = {"M": 1e6, "mM": 1e3, "uM": 1.0, "nM": 1e-3, "pM": 1e-6, "fM": 1e-9}
-_SPELLINGS = {"mol/l": "M", "mmol/l": "mM", "umol/l": "uM", "nmol/l": "nM", "pmol/l": "pM"}
-
-
-def normalised_dose(dose: float, unit: str | None) -> tuple[float, str | None]:
-    """Return a dose and its unit: molar ones in ``uM``, all others as they are.
-
-    ``5000 nM``, ``5 µM`` and ``0.005 mmol/L`` are all ``(5.0, "uM")``. Twelve digits are kept, so
-    that one dose in two units is one number.
-
-    Raises:
-        ValueError: the dose is negative, infinite or no number.
-    """
-    if not math.isfinite(dose) or dose < 0:
-        raise ValueError(f"{dose} is no dose")
-    # The micro sign and the Greek letter look alike.
-    plain = (unit or "").strip().replace("\u00b5", "u").replace("\u03bc", "u")
-    plain = _SPELLINGS.get(plain.lower(), plain)
-    factor = _MOLAR.get(plain)
-    if factor is None:
-        return float(dose), plain or None
-    return float(f"{dose * factor:.12g}"), MICROMOLAR
+# ---- The identity of a treatment ----
 
 
 class PerturbationKey(NamedTuple):
@@ -102,24 +78,52 @@ def treatment_values(parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
+def key_of(record: TreatmentRecord) -> PerturbationKey:
+    """Return what names the perturbation of a part."""
+    return PerturbationKey(record.kind, record.pert_iname, record.identifier)
+
+
+def parts_of(record: TreatmentRecord) -> tuple[Part, ...]:
+    """Return the parts of a treatment in the one order that they are stored in."""
+    parts = [Part(key_of(part), part.dose, part.unit) for part in record.parts]
+    return tuple(sorted(parts, key=_order))
+
+
+def _order(part: Part) -> tuple[str, str, str, str, float]:
+    kind, name, identifier = part.perturbation
+    return kind.value, name, identifier or "", part.unit or "", part.dose or 0.0
+
+
 def records_of(session: Session, condition: ColumnElement[bool]) -> dict[int, TreatmentRecord]:
-    """Return by id the treatments of one perturbation that meet ``condition``.
+    """Return by id the treatments of which a part meets ``condition``.
 
     The condition is about ``treatments``, ``treatment_parts`` and ``perturbations``.
     """
     columns = (Perturbation.kind, Perturbation.name, Perturbation.identifier)
     described = (getattr(Perturbation, name) for name in DESCRIBED)
-    query = (
-        select(TreatmentPart.treatment_id, *columns, *described)
+    doses = (TreatmentPart.dose, TreatmentPart.dose_unit, TreatmentPart.dose_original)
+    which = (
+        select(TreatmentPart.treatment_id)
         .join(Treatment, Treatment.id == TreatmentPart.treatment_id)
         .join(Perturbation, Perturbation.id == TreatmentPart.perturbation_id)
         .where(condition)
     )
+    query = (
+        select(TreatmentPart.treatment_id, *columns, *doses, *described)
+        .join(Perturbation, Perturbation.id == TreatmentPart.perturbation_id)
+        .where(TreatmentPart.treatment_id.in_(which))
+        .order_by(TreatmentPart.treatment_id, TreatmentPart.position)
+    )
     found: dict[int, list[TreatmentRecord]] = defaultdict(list)
-    for treatment, kind, name, identifier, target, *chemistry in session.execute(query):
+    for row in session.execute(query):
+        treatment, kind, name, identifier, dose, unit, original, target, *chemistry = row
         record = TreatmentRecord(kind, name, target, None, identifier, *chemistry)
+        record = replace(record, dose=dose, unit=unit, dose_original=original)
         found[treatment].append(record)
-    return {treatment: records[0] for treatment, records in found.items() if len(records) == 1}
+    return {
+        treatment: replace(first, others=tuple(others))
+        for treatment, (first, *others) in found.items()
+    }
 
 
 def retarget(session: Session, perturbation_id: int) -> None:
@@ -156,7 +160,7 @@ class TreatmentWriter:
         self._session, self._account = session, account
         self._file = file or account.file
         self._perturbations: dict[PerturbationKey, Perturbation] = {}
-        self._treatments: dict[PerturbationKey, int] = {}
+        self._treatments: dict[tuple[Part, ...], int] = {}
         self._records: dict[int, TreatmentRecord] = {}
         self._wells: dict[int, tuple[int | None, Control | None]] = {}
         self._described: dict[tuple[PerturbationKey, str], str] = {}
@@ -187,12 +191,7 @@ class TreatmentWriter:
             self.forget()
         found = list(records)
         self._find_or_make([(record, record, None) for record in found])
-        ids = {
-            record: self._treatments[
-                PerturbationKey(record.kind, record.pert_iname, record.identifier)
-            ]
-            for record in found
-        }
+        ids = {record: self._treatments[parts_of(record)] for record in found}
         self.used.update(ids.values())
         return ids
 
@@ -236,14 +235,8 @@ class TreatmentWriter:
         results: dict[_Case, tuple[int, Control | None]] = {}
         corrected: set[_Case] = set()
         for case, (_, full, _) in cases.items():
-            present = case[0]
-            key = PerturbationKey(full.kind, full.pert_iname, full.identifier)
-            known = self._records.get(present or 0)
-            # A dose that a well has stays where a table names the perturbation alone.
-            same = known and key == (known.kind, known.pert_iname, known.identifier)
-            treatment = present if same and present is not None else self._treatments[key]
-            results[case] = treatment, full.control
-            if key in self._corrected:
+            results[case] = self._treatments[parts_of(full)], full.control
+            if any(key_of(part) in self._corrected for part in full.parts):
                 corrected.add(case)
 
         targets: dict[int, tuple[int, Control | None]] = {}
@@ -266,20 +259,19 @@ class TreatmentWriter:
             rows = [(found, role and role.value, well) for well, (found, role) in targets.items()]
             connection.exec_driver_sql(statement, rows)
         old_wells = [well for well in targets if well not in new_wells]
-        names: dict[int | None, str | None] = {None: None}
+        used = {self._wells[well][0] for well in old_wells} | {targets[w][0] for w in old_wells}
+        names: dict[int | None, str] = {}
+        for some in in_lists([treatment for treatment in used if treatment is not None]):
+            named = select(Treatment.id, Treatment.name_with_dose).where(Treatment.id.in_(some))
+            names.update((row.id, row.name_with_dose) for row in session.execute(named))
         changes = []
         for well in old_wells:
             values = []
             for treatment, role in (self._wells[well], targets[well]):
-                if treatment not in names:
-                    record = self._records.get(treatment or 0)
-                    # A treatment of several perturbations has no record.
-                    several = None if record else session.get_one(Treatment, treatment).name
-                    names[treatment] = record.pert_iname if record else several
                 values.append(
                     {
                         "treatment_id": treatment,
-                        "treatment": names[treatment],
+                        "treatment": names.get(treatment),
                         "control": role and role.value,
                     }
                 )
@@ -305,8 +297,8 @@ class TreatmentWriter:
         session = self._session
         full: dict[PerturbationKey, TreatmentRecord] = {}
         for _, record, _ in entries:
-            key = PerturbationKey(record.kind, record.pert_iname, record.identifier)
-            full.setdefault(key, record)
+            for part in record.parts:
+                full.setdefault(key_of(part), part)
         absent = {key: record for key, record in full.items() if key not in self._perturbations}
         for _ in ("look for them", "and again when they are made"):
             for names in in_lists({key.name for key in absent}):
@@ -324,18 +316,22 @@ class TreatmentWriter:
         # The first value that a file gives counts.
         disagreeing: dict[int, list[_Disagreement]] = defaultdict(list)
         changes = []
-        for given, record, line in entries:
-            key = PerturbationKey(record.kind, record.pert_iname, record.identifier)
+        described = (
+            (id(given), part, key_of(whole), line)
+            for given, record, line in entries
+            for part, whole in zip(given.parts, record.parts, strict=True)
+        )
+        for whole, part, key, line in described:
             perturbation = self._perturbations[key]
             new: dict[str, Any] = {}
             for name in DESCRIBED:
-                value = getattr(given, name)
+                value = getattr(part, name)
                 if value is None:
                     continue
                 first = self._described.setdefault((key, name), value)
                 if first != value:
                     disagreement = _Disagreement(key, name, first, value)
-                    disagreeing[id(given)].append(disagreement)
+                    disagreeing[whole].append(disagreement)
                     self._disagreements.setdefault(disagreement, (line, {}))
                 elif (
                     value != getattr(perturbation, name)
@@ -356,9 +352,18 @@ class TreatmentWriter:
                 retarget(session, perturbation.id)
         record_events(session, changes, run_id=self._account.run_id, file=self._file)
 
-        values = {key: treatment_values([Part(key)]) for key in full if key not in self._treatments}
-        by_identity = {row["identity"]: key for key, row in values.items()}
-        made: list[PerturbationKey] = []
+        self._make_treatments([record for _, record, _ in entries])
+        return disagreeing
+
+    def _make_treatments(self, records: Sequence[TreatmentRecord]) -> None:
+        """Find or make the treatments of perturbations that are there."""
+        session = self._session
+        wanted = {parts_of(record): record for record in records}
+        values = {
+            parts: treatment_values(parts) for parts in wanted if parts not in self._treatments
+        }
+        by_identity = {row["identity"]: parts for parts, row in values.items()}
+        made: list[tuple[Part, ...]] = []
         while by_identity:
             for some in in_lists(by_identity):
                 ids = select(Treatment.identity, Treatment.id).where(Treatment.identity.in_(some))
@@ -367,22 +372,40 @@ class TreatmentWriter:
             if made:
                 break
             made = list(by_identity.values())
-            rows = [values[key] | {"target": self._perturbations[key].target} for key in made]
-            insert_new(session, Treatment, rows)
-        parts = [
-            {
-                "treatment_id": self._treatments[key],
-                "position": 1,
-                "perturbation_id": self._perturbations[key].id,
+            new_rows = []
+            for parts in made:
+                targets = [self._perturbations[key].target or "" for key, _, _ in parts]
+                new_rows.append(values[parts] | {"target": target_of("|".join(targets))})
+            insert_new(session, Treatment, new_rows)
+        rows = []
+        for parts in made:
+            written = {
+                (key_of(part), part.dose, part.unit): part.dose_original
+                for part in wanted[parts].parts
             }
-            for key in made
-        ]
-        insert_new(session, TreatmentPart, parts)
-        for key in values:
-            target, *chemistry = (getattr(self._perturbations[key], name) for name in DESCRIBED)
-            record = TreatmentRecord(key.kind, key.name, target, None, key.identifier, *chemistry)
-            self._records.setdefault(self._treatments[key], record)
-        return disagreeing
+            for position, (key, dose, unit) in enumerate(parts, start=1):
+                rows.append(
+                    {
+                        "treatment_id": self._treatments[parts],
+                        "position": position,
+                        "perturbation_id": self._perturbations[key].id,
+                        "dose": dose,
+                        "dose_unit": unit,
+                        "dose_original": written[key, dose, unit],
+                    }
+                )
+        insert_new(session, TreatmentPart, rows)
+        for parts in values:
+            made_of = []
+            for key, dose, unit in parts:
+                target, *chemistry = (getattr(self._perturbations[key], name) for name in DESCRIBED)
+                made_of.append(
+                    TreatmentRecord(
+                        *(key.kind, key.name, target, None, key.identifier, *chemistry, dose, unit)
+                    )
+                )
+            record = replace(made_of[0], others=tuple(made_of[1:]))
+            self._records.setdefault(self._treatments[parts], record)
 
     def report(self) -> None:
         """Note in the account what the file describes in two ways, and names that look like one.

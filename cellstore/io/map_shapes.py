@@ -1,0 +1,512 @@
+"""The shapes of plate maps: what columns mean, plate-shaped grids, doses as people write them.
+
+A grid is turned into the table that has a row for each well, so that one reader reads all maps.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import BadTableError, UnknownNameError, UserInputError
+from .filenames import format_well
+from .tables import (
+    MISSING,
+    CellTable,
+    TableRow,
+    TextTable,
+    is_spreadsheet,
+    read_sheet,
+    sheet_names,
+    text_cells,
+)
+
+# ---- Doses ----
+
+MICROMOLAR = "uM"
+_MOLAR = {"M": 1e6, "mM": 1e3, "uM": 1.0, "nM": 1e-3, "pM": 1e-6, "fM": 1e-9}
+_SPELLINGS = {"mol/l": "M", "mmol/l": "mM", "umol/l": "uM", "nmol/l": "nM", "pmol/l": "pM"}
+_UNITS = r"[fpnum]?M|[pnum]?mol/[lL]|[pnum]?g/[mu]?[lL]|%|MOI|[xX]"
+_NUMBER = r"\d[\d.,]*(?:[eE][+-]?\d+)?"
+_DOSE = re.compile(rf"({_NUMBER}|\.\d+)\s*(\S.*)?")
+_DOSE_AFTER_NAME = re.compile(rf"(.*\S)[\s,;@(]+({_NUMBER})\s*({_UNITS})\)?")
+
+
+def plain_unit(unit: str | None) -> str | None:
+    """Return a unit with a plain u for micro: the micro sign and the Greek letter look alike."""
+    plain = (unit or "").strip().replace("\u00b5", "u").replace("\u03bc", "u")
+    return _SPELLINGS.get(plain.lower(), plain) or None
+
+
+def normalised_dose(dose: float, unit: str | None) -> tuple[float, str | None]:
+    """Return a dose and its unit: molar ones in ``uM``, all others as they are.
+
+    ``5000 nM``, ``5 µM`` and ``0.005 mmol/L`` are all ``(5.0, "uM")``. Twelve digits are kept, so
+    that one dose in two units is one number.
+
+    Raises:
+        ValueError: the dose is negative, infinite or no number.
+    """
+    if not math.isfinite(dose) or dose < 0:
+        raise ValueError(f"{dose} is no dose")
+    plain = plain_unit(unit)
+    factor = _MOLAR.get(plain or "")
+    if factor is None:
+        return float(dose), plain
+    return float(f"{dose * factor:.12g}"), MICROMOLAR
+
+
+def read_dose(text: str, unit: str | None = None) -> tuple[float, str | None]:
+    """Return number and unit of a dose as it is written: ``0,5``, ``10 µM``, ``1e-3``.
+
+    A unit beside the number goes before ``unit``. A comma is a decimal comma, unless it may as
+    well separate thousands.
+
+    Raises:
+        ValueError: it is no dose; the message says why.
+    """
+    found = _DOSE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is no number")
+    number = found[1]
+    if "," in number:
+        if "." in number or number.count(",") > 1 or re.fullmatch(r"[1-9]\d{0,2},\d{3}", number):
+            raise ValueError(f"{text!r} may mean two numbers; write it without the comma")
+        number = number.replace(",", ".")
+    return float(number), plain_unit(found[2]) or plain_unit(unit)
+
+
+def dose_in_name(text: str) -> tuple[str, str | None]:
+    """Return name and dose of a cell like ``taxol 10 µM``; a dose needs a unit to be one."""
+    found = _DOSE_AFTER_NAME.fullmatch(text.replace("\u00b5", "u").replace("\u03bc", "u"))
+    return (text[: found.end(1)], f"{found[2]} {found[3]}") if found else (text, None)
+
+
+# ---- What a column is ----
+
+_WORDS = {
+    "well": "well wellposition wellid wellname wells wellpos position pos welllocation",
+    "row": "row wellrow",
+    "column": "column col wellcol wellcolumn",
+    "plate": "plate barcode platebarcode assayplatebarcode plateid platename assayplate",
+    "map": "platemapname platemap",
+    "sample": "broadsample jcp2022",
+    "treatment": "pertiname compound compounds compoundname drug drugs drugname cmpd substance "
+    "chemical inhibitor agent treatment treatments treatmentname perturbation name content",
+    "sirna": "sirna sirnaname sirnas shrna",
+    "crispr": "sgrna guide grna crispr guiderna",
+    "orf": "orf orfname",
+    "genotype": "genotype",
+    "gene": "gene genename genesymbol symbol",
+    "dose": "mmolesperliter dose doses concentration concentrations conc finalconcentration "
+    "finalconc finaldose dosis konzentration konz compoundconcentration compounddose drugdose "
+    "drugconcentration treatmentconcentration doseum sirnaconcentration sirnadose sirnaconc "
+    "mgperml",
+    "unit": "unit units doseunit doseunits concentrationunit concentrationunits concunit "
+    "concunits einheit",
+    "control": "controltype control perttype role welltype assaywellrole welrole wellrole controls",
+    "target": "target targets targetlist targetgene",
+    "inchikey": "inchikey",
+    "smiles": "smiles",
+    "pubchem_cid": "pubchemcid",
+    "cell_line": "cellline celllines celltype cells celllinename zelllinie",
+    "time_point": "time timepoint timepoints incubationtime zeit timehours",
+    "replicate": "replicate replicates rep replikat",
+    "batch": "batch",
+    "kind": "perturbationtype perturbationkind modality kind",
+    "solvent": "solvent",
+}
+_ROLES = {word: (role, rank) for role, t in _WORDS.items() for rank, word in enumerate(t.split())}
+ROLES = tuple(role for role in _WORDS if role != "solvent")
+"""What ``--map-column`` may name."""
+NAMING = ("sample", "treatment", "sirna", "crispr", "orf", "genotype", "gene")
+"""Columns that say what was done to a well."""
+
+_BRACKETS = re.compile(r"(.*?)[\s_]*[\[({]\s*([^\])}]*?)\s*[\])}]\s*")
+_LAST_UNIT = re.compile(rf"(.*?)(?:[\s_]+|[\s_]+in[\s_]+|\s*/\s*)({_UNITS})")
+_COUNTED = re.compile(r"(.*?\D)[\s_.#-]*([1-9])|(.*\S)[\s_]+([A-D])")
+_PREFIX = "metadata_"
+MILLIMOLAR_NOTE = (
+    "mmoles_per_liter is read as micromolar (uM): in the public Broad maps that have this "
+    "column its numbers are micromolar. If yours are mM: --map-column dose=mmoles_per_liter"
+)
+
+
+class Header(NamedTuple):
+    """What the header of a column says: its role, the number of the part, and a unit."""
+
+    role: str
+    rank: int
+    number: int = 0
+    unit: str | None = None
+
+
+@lru_cache(2_000)
+def header_of(text: str) -> Header | None:
+    """Return what a header means: ``Dose 2 [nM]`` is the dose of part 2 in nM; None: unknown."""
+    plain = text.strip().replace("\u00b5", "u").replace("\u03bc", "u")
+    if plain.lower().startswith(_PREFIX):
+        plain = plain[len(_PREFIX) :]
+    unit = None
+    for pattern in (_BRACKETS, _LAST_UNIT):
+        if found := pattern.fullmatch(plain):
+            plain, unit = found[1], found[2]
+            break
+    number = 0
+    key = re.sub(r"[^a-z0-9]", "", plain.lower())
+    if key not in _ROLES and (found := _COUNTED.fullmatch(plain)):
+        number = int(found[2]) if found[2] else ord(found[4]) - 64
+        key = re.sub(r"[^a-z0-9]", "", (found[1] or found[3]).lower())
+    if key not in _ROLES:
+        return None
+    role, rank = _ROLES[key]
+    if key == "mmolesperliter":
+        unit = MICROMOLAR
+    elif key == "mgperml":
+        unit = "mg/ml"
+    return Header(role, rank, number, unit or None)
+
+
+class MapColumns:
+    """The columns of a map by role and number of the part; all others are ``others``.
+
+    ``chosen`` are pairs of a role and a header, which go before what the headers say.
+
+    Raises:
+        UnknownNameError: a pair names a role or a column that is not there.
+    """
+
+    def __init__(
+        self, columns: Sequence[str], chosen: Sequence[tuple[str, str]], path: Path | None = None
+    ) -> None:
+        self.by_role: dict[tuple[str, int], str] = {}
+        self.units: dict[str, str | None] = {}
+        ranks: dict[tuple[str, int], int] = {}
+        names = {column.strip().lower(): column for column in columns if column}
+        taken = set()
+        for wanted, header in chosen:
+            found = re.fullmatch(r"(\w*?[a-z])\s*([1-9]?)", wanted.strip().lower())
+            role = {"name": "treatment", "compound": "treatment", "time": "time_point"}.get(
+                found[1] if found else "", found[1] if found else wanted
+            )
+            if role not in ROLES:
+                raise UnknownNameError.of("meaning for --map-column", wanted, ROLES)
+            if header.strip().lower() not in names:
+                raise UnknownNameError.of("column", header, [name for name in columns if name])
+            column = names[header.strip().lower()]
+            key = role, int(found[2]) if found and found[2] else 0
+            self.by_role[key], ranks[key] = column, -1
+            meant = header_of(column)
+            unit = meant.unit if meant else None
+            if meant is None and (bracket := _BRACKETS.fullmatch(column)):
+                unit = bracket[2]
+            is_millimolar = "mmoles" in column.lower()
+            self.units[column] = "mM" if is_millimolar else unit
+            taken.add(column)
+        for column in columns:
+            meant = header_of(column) if column not in taken else None
+            if meant is None:
+                continue
+            key = meant.role, meant.number
+            if key not in ranks or meant.rank < ranks[key]:
+                self.by_role[key], ranks[key] = column, meant.rank
+                self.units[column] = meant.unit
+        used = {column for (role, _), column in self.by_role.items() if role != "solvent"}
+        self.others = [name for name in columns if name and name not in used]
+
+    def column(self, role: str, number: int = 0) -> str | None:
+        """Return the column of a role."""
+        return self.by_role.get((role, number))
+
+    @property
+    def numbers(self) -> list[int]:
+        """Return the numbers of the parts, in their order."""
+        return sorted({number for role, number in self.by_role if role in NAMING})
+
+    @property
+    def has_well(self) -> bool:
+        """Whether wells are named."""
+        return bool(self.column("well") or (self.column("row") and self.column("column")))
+
+    @property
+    def is_map(self) -> bool:
+        """Whether these are the columns of a map: a well, and what was done to it."""
+        return self.has_well and bool(self.numbers)
+
+
+# ---- Grids ----
+
+_LABEL = re.compile(r"[A-Za-z]|A[A-Fa-f]")
+_SHORTEST = 3
+"""Numbers in a row that make the head of a grid."""
+_LOOKED_AT = 50
+"""Rows in which the header of a long map is looked for."""
+_TITLES = {
+    role: re.compile(rf"\b({words})", re.IGNORECASE)
+    for role, words in {
+        "Dose": "dose|dosis|conc|konz",
+        "Cell line": "cell ?lines?|cell ?types?|zelllinie",
+        "Time": "time|zeit",
+        "Control": "controls?",
+        "siRNA": "sirna",
+        "Genotype": "genotype",
+        "Gene": "genes?",
+        "Replicate": "replicate",
+        "Batch": "batch",
+        "Unit": "units?",
+        "Compound": "compound|treatment|drug|substance|perturbation|inhibitor",
+    }.items()
+}
+_TITLE_UNIT = re.compile(rf"(?:^|[\s(\[])({_UNITS})(?:$|[\s)\],])")
+
+
+class Block(NamedTuple):
+    """A grid: line of its head, its title, the lines it covers, and (well, line, value)s."""
+
+    line: int
+    title: str
+    lines: range
+    values: list[tuple[tuple[int, int], int, str]]
+
+
+def _whole(text: str) -> int | None:
+    digits = text.strip().removesuffix(".0").lstrip("0")
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 3 else None
+
+
+def _row_of(text: str) -> int | None:
+    label = text.strip().upper()
+    if not _LABEL.fullmatch(label):
+        return None
+    return ord(label) - 64 if len(label) == 1 else 26 + ord(label[1]) - 64
+
+
+def find_blocks(rows: Sequence[TableRow]) -> list[Block]:
+    """Return the grids among rows of cells: columns 1, 2, 3 at the head, rows A, B, C at the left.
+
+    Raises:
+        BadTableError: a row or column goes on where the grid has no letter or number for it.
+    """
+    blocks: list[Block] = []
+    taken: set[tuple[int, int]] = set()
+    for at, (line, cells) in enumerate(rows):
+        start = 0
+        while start < len(cells):
+            numbers = []
+            first = _whole(cells[start])
+            end = start
+            while end < len(cells) and first is not None:
+                if _whole(cells[end]) != first + end - start:
+                    break
+                numbers.append(first + end - start)
+                end += 1
+            left = start - 1
+            if len(numbers) < _SHORTEST or left < 0 or (at, start) in taken:
+                start += 1 if first is None else max(1, end - start)
+                continue
+            values: list[tuple[tuple[int, int], int, str]] = []
+            below, label = at + 1, None
+            while below < len(rows) and left < len(rows[below].cells):
+                found = _row_of(rows[below].cells[left])
+                if found is None or (label is not None and found != label + 1):
+                    if found is not None and label is not None:
+                        raise BadTableError(
+                            f"Line {rows[below].line}: row {rows[below].cells[left]} follows row "
+                            f"{rows[below - 1].cells[left]}. The rows of a grid must be labelled "
+                            "A, B, C, ... without a gap; correct the map."
+                        )
+                    break
+                label = found
+                body = rows[below].cells
+                for column, number in enumerate(numbers, start):
+                    text = body[column].strip() if column < len(body) else ""
+                    values.append(((label, number), rows[below].line, text))
+                    taken.add((below, column))
+                beyond = body[end].strip() if end < len(body) else ""
+                head = cells[end].strip() if end < len(cells) else ""
+                if beyond and not head:
+                    raise BadTableError(
+                        f"Line {rows[below].line} has {beyond!r} to the right of column "
+                        f"{numbers[-1]}, where the grid has no number. Has the map shifted? "
+                        "Correct it."
+                    )
+                below += 1
+            if label is not None and below - at > 2:
+                blocks.append(Block(line, _title(rows, at, left, blocks), range(at, below), values))
+            start = end
+    return blocks
+
+
+def _title(rows: Sequence[TableRow], at: int, left: int, blocks: Sequence[Block]) -> str:
+    """Return the text in the corner of a grid, else the nearest above it."""
+    if corner := rows[at].cells[left].strip():
+        return corner
+    covered = {line for block in blocks for line in block.lines}
+    for above in range(at - 1, max(-1, at - 4), -1):
+        if above in covered:
+            break
+        cells = rows[above].cells
+        # Grids may stand side by side: the title nearest to the left edge of this one.
+        texts = [text.strip() for text in cells[left:] if text.strip()]
+        texts = texts or [text.strip() for text in cells if text.strip()]
+        if texts:
+            return texts[0]
+    return ""
+
+
+def _is_dose(texts: Sequence[str]) -> bool:
+    known = [text for text in texts if text not in MISSING]
+    number = sum(_DOSE.fullmatch(text.strip()) is not None for text in known)
+    return bool(known) and number * 2 > len(known)
+
+
+def _column_of(block: Block) -> str | None:
+    """Return the header that a block has by its title, or None."""
+    texts = [text for _, _, text in block.values]
+    title = block.title
+    meant = header_of(title)
+    if meant is not None and (meant.role != "dose" or _is_dose(texts)):
+        return None if meant.role in ("well", "row", "column", "plate", "map") else title
+    for name, words in _TITLES.items():
+        if words.search(title) and (name != "Dose" or _is_dose(texts)):
+            unit = _TITLE_UNIT.search(title.replace("\u00b5", "u").replace("\u03bc", "u"))
+            return f"{name} ({unit[1]})" if unit and name == "Dose" else name
+    return None
+
+
+def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -> TextTable | None:
+    """Return the grids among ``rows`` as a table with a row for each well; None: there are none.
+
+    Each block becomes a column that is called by its title. Where no title says what was done to
+    the wells, the first block does. ``chosen`` are headers by role.
+    """
+    blocks = find_blocks(rows)
+    if not blocks:
+        return None
+    notes: list[str] = []
+    names: list[str | None] = []
+    for block in blocks:
+        is_chosen = block.title in chosen.values()
+        names.append(block.title if is_chosen else _column_of(block))
+    meant = [header_of(name) if name else None for name in names]
+    if "treatment" not in chosen and not any(h and h.role in NAMING for h in meant):
+        first = next((at for at, name in enumerate(names) if name is None), None)
+        if first is not None:
+            names[first] = "Compound"
+    columns: dict[str, dict[tuple[int, int], str]] = {}
+    lines: dict[tuple[int, int], int] = {}
+    repeats = [name for name in names if name]
+    for at, (block, name) in enumerate(zip(blocks, names, strict=True), 1):
+        called = name or block.title or f"block {at}"
+        if name is None:
+            notes.append(
+                f"the grid at line {block.line} ({block.title or 'no title'}) is kept as metadata "
+                f"{called!r}; write Compound, Dose (uM) or Cell line above it if it is that"
+            )
+        if called in columns and name is not None and repeats.count(name) > 1:
+            shared = columns[called].keys() & {well for well, _, text in block.values if text}
+            if any(columns[called][well] for well in shared):
+                called = f"{called} {at}"  # a second compound of the same wells
+        column = columns.setdefault(called, {})
+        for well, line, text in block.values:
+            if text or well not in column:
+                column[well] = text
+            lines.setdefault(well, line)
+    covered = {line for block in blocks for line in block.lines}
+    titles = {block.title for block, name in zip(blocks, names, strict=True) if name}
+    unused = [
+        f"line {line}: {' '.join(dict.fromkeys(texts))[:60]}"
+        for at, (line, cells) in enumerate(rows)
+        if at not in covered and (texts := [text.strip() for text in cells if text.strip()])
+        if not set(texts) <= {title for title in titles if _title_is_understood(title)}
+    ]
+    if unused:
+        notes.append(f"not part of a grid, not used: {'; '.join(unused[:5])}")
+    header = ("Well", *columns)
+    made = [
+        TableRow(line, (format_well(*well), *(column.get(well, "") for column in columns.values())))
+        for well, line in sorted(lines.items(), key=lambda item: (item[1], item[0]))
+    ]
+    return CellTable(path, header, ",", "", tuple(notes), cells=tuple(made))
+
+
+def _title_is_understood(title: str) -> bool:
+    return header_of(title) is not None or any(words.search(title) for words in _TITLES.values())
+
+
+# ---- Finding the map in a file ----
+
+
+def _head_of(rows: Sequence[TableRow], chosen: Sequence[tuple[str, str]]) -> int | None:
+    """Return which row is the header of a long map."""
+    for at, (_, cells) in enumerate(rows[:_LOOKED_AT]):
+        names = {cell.strip().lower() for cell in cells}
+        some = [pair for pair in chosen if pair[1].strip().lower() in names]
+        if len(some) == len(chosen) and MapColumns(tuple(cells), some).is_map:
+            return at
+    return None
+
+
+def open_map(
+    path: Path, sheet: str | None = None, chosen: Sequence[tuple[str, str]] = ()
+) -> TextTable | None:
+    """Return the plate map in a file as a table with a row for each well; None: there is none.
+
+    Raises:
+        BadTableError: the file is damaged, a grid is, or several sheets hold a map.
+        UnknownNameError: there is no such sheet.
+        UserInputError: the file is missing or unreadable, or a text table is to have a sheet.
+    """
+    if not is_spreadsheet(path):
+        if sheet is not None:
+            raise UserInputError(f"{path.name} is a text table without sheets. Remove --sheet.")
+        text = text_cells(path)
+        at = _head_of(text.rows, chosen)
+        if at is None:
+            return long_form(path, text.rows, dict(chosen))
+        header = text.rows[at]
+        notes = (*text.notes, *_title_notes(text.rows[:at]))
+        columns = tuple(name.strip() for name in header.cells)
+        return TextTable(
+            path, columns, text.delimiter, text.encoding, notes, (tuple(header.cells),), header.line
+        ).with_repeated()
+    names = sheet_names(path)
+    if sheet is not None and sheet not in names:
+        raise UnknownNameError.of("sheet", sheet, names)
+    found: list[tuple[str, TextTable]] = []
+    for name in [sheet] if sheet is not None else names:
+        rows = read_sheet(path, name)
+        at = _head_of(rows, chosen)
+        table = long_form(path, rows, dict(chosen)) if at is None else None
+        if at is not None:
+            columns = tuple(cell.strip() for cell in rows[at].cells)
+            body = tuple(row for row in rows[at + 1 :] if any(map(str.strip, row.cells)))
+            notes = tuple(_title_notes(rows[:at]))
+            table = CellTable(path, columns, ",", "", notes, cells=body).with_repeated()
+        if table is not None:
+            found.append((name, table))
+    if len(found) > 1:
+        sheets = " and ".join(repr(name) for name, _ in found)
+        raise BadTableError(
+            f"{path.name} has plate maps on the sheets {sheets}. Choose one with --sheet NAME."
+        )
+    if not found:
+        return None
+    name, table = found[0]
+    if len(names) > 1 and sheet is None:
+        others = ", ".join(repr(other) for other in names if other != name)
+        note = f"sheet {name!r} is read; {others} has no plate map"
+        table = replace(table, notes=(note, *table.notes))
+    return table
+
+
+def _title_notes(rows: Sequence[TableRow]) -> Iterator[str]:
+    texts = [" ".join(dict.fromkeys(filter(None, map(str.strip, row.cells)))) for row in rows]
+    shown = [f"{text[:60]!r}" for text in texts if text]
+    if shown:
+        yield f"above the header, not used: {', '.join(shown[:5])}"
