@@ -33,6 +33,9 @@ DESCRIBED = ("target", "inchikey", "smiles", "pubchem_cid")
 _NAMED_WELLS = 5
 """Wells that a message names."""
 
+_SHOWN = ("treatment", "control")
+"""What such a message says of a correction."""
+
 # ---- The identity of a treatment ----
 
 
@@ -279,8 +282,9 @@ class TreatmentWriter:
             differing = [name for name in before if before[name] != after[name]]
             old, new = ({name: row[name] for name in differing} for row in (before, after))
             changes.append(Change("wells", well, old, new, wanted[well][1]))
-        self._n_changes += len(changes)
-        self._changes += changes[: _NAMED_WELLS - len(self._changes)]
+        had = [item for item in changes if (item.old or {}).get("treatment_id", 0) is not None]
+        self._n_changes += len(had)  # a first label corrects nothing
+        self._changes += had[: _NAMED_WELLS - len(self._changes)]
         record_events(session, changes, run_id=self._account.run_id, file=self._file)
         self._wells.update(targets)
         self.used.update(found for well in wanted if (found := self._wells[well][0]) is not None)
@@ -419,11 +423,13 @@ class TreatmentWriter:
             named = {change.row_id or 0: change for change in self._changes}
             shown = []
             for well, name in _named_wells(session, list(named)):
-                old, new = (item or {} for item in (named[well].old, named[well].new))
-                values = [(old[key], new[key]) for key in old if key != "treatment_id"]
-                shown += [f"{name} {before or 'none'} -> {now or 'none'}" for before, now in values]
+                old, new = (
+                    [str(value) for key, value in (item or {}).items() if value and key in _SHOWN]
+                    for item in (named[well].old, named[well].new)
+                )
+                shown.append(f"{name} {', '.join(old) or 'none'} -> {', '.join(new) or 'none'}")
             more = _more(self._n_changes - len(named))
-            self._account.notes.append(f"corrected: {', '.join(shown)}{more}")
+            self._account.notes.append(f"corrected: {'; '.join(shown)}{more}")
         if self._kept:
             named_wells = _named_wells(session, sorted(self._kept)[:_NAMED_WELLS])
             shown = [name for _, name in named_wells]
