@@ -253,7 +253,7 @@ _where = partial(
     option,
     None,
     "Only images that meet this condition, over plate, batch, well, well_row, well_column, site, "
-    "plane, time_point, image, image_id, perturbation, treatment, target, kind, control, "
+    "plane, time_point, image, image_id, perturbation, treatment, dose, target, kind, control, "
     "identifier.",
     metavar="SQL",
 )

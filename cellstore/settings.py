@@ -27,6 +27,7 @@ EXTRAS = {
     "postgres": ("psycopg", "adbc_driver_postgresql"),
     "cloud": ("fsspec", "s3fs"),
     "anndata": ("anndata",),
+    "zarr": ("zarr",),
     "distributed": ("distributed",),
 }
 """The optional parts of cellstore, and the modules that each brings.

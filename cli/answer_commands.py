@@ -218,7 +218,11 @@ def _show_report(result: ReportResult) -> None:
             if item.support
         ],
     )
-    for kind, groups in (("plate", result.by_plate), ("target gene", result.by_target)):
+    for kind, groups in (
+        ("plate", result.by_plate),
+        ("target gene", result.by_target),
+        ("dose", result.by_dose),
+    ):
         if kind == "plate" or len(groups) > 1:
             _show_best_and_worst(
                 (kind, "images", "wells", "right", "same gene", "accuracy", "95 % interval"),

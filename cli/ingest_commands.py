@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cellstore.config import IngestParams, Selection, option
-from cellstore.enums import Severity
+from cellstore.enums import Look, Severity
 from cellstore.errors import UserInputError
 
 from . import output
@@ -25,6 +26,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 MASKS = "masks"
 KINDS = ("images", "treatments", "features", MASKS)
 SHOWN_FILES = 20
+SHOWN_WELLS = 24
 _TITLES = {
     Severity.REFUSED: "Rows that were refused:",
     Severity.PROBLEM: "What could not be used:",
@@ -35,16 +37,21 @@ _TITLES = {
 @command(app, "ingest", then=True)
 def ingest(
     words: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="[KIND] SOURCE",
             help="The table, index, database or folder. Before it you may write what it holds: "
             "images, treatments, features or masks.",
+            show_default=False,
         ),
-    ],
+    ] = None,
+    *,
     params: IngestParams,
     common: Common,
-    dry_run: bool = option(False, "Only show what each file would become."),
+    dry_run: bool = option(False, "Only show what each file or well would become."),
+    template: Path | None = option(
+        None, "Write an empty plate map to this file (.xlsx or .csv) for you to fill in."
+    ),
 ) -> None:
     """Ingest images, treatments, features or masks, however they were exported.
 
@@ -56,7 +63,8 @@ def ingest(
     masks       label images of any tool, matched to images by name
 
     Rows that cannot be used are listed with their line numbers, kept in the table
-    ingest_issues, and the command then ends with 1; the others are stored. A second ingest
+    ingest_issues, and the command then ends with 1; the others are stored. It also ends with 1
+    where no image file was found at all (--look nowhere: none is looked for). A second ingest
     changes nothing, except what was missing or has been corrected.
 
     \b
@@ -67,6 +75,17 @@ def ingest(
       cellstore ingest masks outlines/
       cellstore ingest /data/plate1 --dry-run
     """
+    if template is not None:
+        from cellstore.io.map_shapes import write_template
+
+        write_template(template)
+        if common.as_json:
+            output.print_json({"template": str(template)})
+        else:
+            typer.echo(f"Fill in {template}, then: cellstore ingest {template} --plate BARCODE")
+        raise typer.Exit
+    if not words:
+        raise UserInputError("Name what to ingest: cellstore ingest SOURCE")
     *kinds, source = words
     if len(words) > 2 or (kinds and kinds[0] not in KINDS):
         raise UserInputError(
@@ -115,14 +134,27 @@ def ingest(
     if result.rows and result.refused == result.rows:
         say("Error: No row could be used; the reasons are above.")
         raise typer.Exit(2)
+    from cellstore.io.layouts import Layout, SourceKind
+
+    without = result.images > 0 and result.missing_images == result.images
+    of_images = Layout(result.layout).kind is SourceKind.IMAGES
+    if without and of_images and params.look is not Look.NOWHERE:
+        say(
+            f"Error: No image file was found ({output.count(result.images, 'image')}). The rows "
+            "are stored. Name the folder of the images with --images FOLDER, or what its path is "
+            "here with --map OLD=NEW."
+        )
+        raise typer.Exit(1)
     if any(severity is not Severity.SUSPICIOUS for severity, _, _ in result.reasons):
         raise typer.Exit(1)
 
 
 def _preview(source: str, params: IngestParams, common: Common) -> None:
-    from cellstore.stages.ingest.ingest import preview
+    from cellstore.stages.ingest.ingest import choose_layout, preview
 
-    if MASKS in (params.kind, params.layout):  # only they are looked up in a store
+    # Masks and treatments are compared with what a store has.
+    of_store = MASKS in (params.kind, params.layout)
+    if of_store or choose_layout(source, params).kind.value == "treatments":
         with common.open(quiet=True) as store:
             found = preview(source, params, store.workspace)
     else:
@@ -130,7 +162,10 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
     if common.as_json:
         output.print_json(found)
     else:
+        for note in found.notes:
+            say(note)
         masks = found.layout == MASKS
+        treatments = bool(found.treated or found.created or found.updated or found.unchanged)
         numbers = sorted(found.channels.items())
         channels = ", ".join(f"{name} ({number:,})" for name, number in numbers) or "none"
         least = "at least " if found.at_least else ""
@@ -141,8 +176,12 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
                 "refused": found.refused,
                 "plates": ", ".join(sorted(found.plates)[:5]) or "none",
                 "wells": f"{least}{len(found.wells):,}",
-                "images": f"{least}{found.images:,}",
-                **({} if masks else {"channels": channels}),
+                **(
+                    {name: getattr(found, name) for name in ("created", "updated", "unchanged")}
+                    if treatments
+                    else {"images": f"{least}{found.images:,}"}
+                ),
+                **({} if masks or treatments else {"channels": channels}),
             }
         )
         columns = ["file", "plate", "well", "site", "plane", "time_point"]
@@ -153,6 +192,11 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
         ]
         if rows:
             output.table(columns, rows)
+        if found.treated:
+            shown = [[w.plate, w.well, w.treatment, w.control, w.change] for w in found.treated]
+            output.table(["plate", "well", "treatment", "control", "change"], shown[:SHOWN_WELLS])
+            if len(found.wells) > SHOWN_WELLS:
+                say(f"and {len(found.wells) - SHOWN_WELLS:,} more wells; --json shows more")
         _show_issues(found.issues)
         say("Nothing was written: this was a dry run.")
     if found.refused:

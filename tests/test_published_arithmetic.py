@@ -15,6 +15,7 @@ from math import log
 import numpy as np
 import pytest
 from factories import Factory
+from sqlalchemy import select, update
 
 from cellstore.config import VoteOptions
 from cellstore.enums import GroupLevel, Stage, Subset
@@ -87,7 +88,7 @@ def screen(sqlite_workspace: Workspace) -> Screen:
     return made(sqlite_workspace)
 
 
-def made(workspace: Workspace) -> Screen:
+def made(workspace: Workspace, field: str = "perturbation") -> Screen:
     """The store of this test, with two predict runs."""
     make = Factory(workspace)
     labels = {name: make.label(name) for name in TARGETS}
@@ -105,7 +106,7 @@ def made(workspace: Workspace) -> Screen:
     ]
     members.append((make.image(wells["P1", 3], 2), Subset.TRAIN, labels["beta"]))
     members += _training(make, plates["P2"], treatments, labels)
-    split = make.split(members, group_level=GroupLevel.IMAGE)
+    split = make.split(members, group_level=GroupLevel.IMAGE, field=field)
     recipes = [make.recipe(Stage.TRAIN, parameters={"epochs": number}) for number in (5, 9)]
     first, second = (
         make.run(
@@ -220,6 +221,27 @@ def test_plates_targets_and_wells(screen: Screen) -> None:
         ("P2", "A02", "gamma", "alpha", 1, 0, False),
         ("P2", "A03", "beta", "DMSO", 1, 0, False),
     ]
+
+
+@pytest.mark.parametrize("field", ["perturbation", "treatment"])
+def test_doses_of_one_class_are_scored_apart(sqlite_workspace: Workspace, field: str) -> None:
+    screen = made(sqlite_workspace, field)
+    assert report(screen.workspace, str(screen.first.id)).by_dose == ()
+    make = Factory(screen.workspace)
+    doses = {"P1": make.doses(("alpha", 2.0)), "P2": make.doses(("alpha", 10.0))}
+    with screen.workspace.database.begin() as session:
+        for plate, column in (("P1", 2), ("P2", 1)):
+            of_plate = select(Plate.id).where(Plate.barcode == plate).scalar_subquery()
+            here = (Well.plate_id == of_plate, Well.well_column == column)
+            session.execute(update(Well).where(*here).values(treatment_id=doses[plate].id))
+    found = report(screen.workspace, str(screen.first.id))
+    columns = ("name", "n", "correct", "same_target", "wells", "labels")
+    by_dose = [tuple(asdict(item)[name] for name in columns) for item in found.by_dose]
+    apart = [
+        ("alpha 2 uM", 2, 1, 1, 1, 1),  # I2 right, I3 got beta, which shares G1
+        ("alpha 10 uM", 1, 1, 0, 1, 1),
+    ]
+    assert by_dose == (apart if field == "perturbation" else [])  # else the classes have the dose
 
 
 def test_probabilities(screen: Screen) -> None:

@@ -101,6 +101,18 @@ def test_anything_else_is_refused(where: str, says: str):
     assert len(str(caught.value)) < 500
 
 
+def test_a_dose_is_compared_as_a_number(plates: Workspace) -> None:
+    make = Factory(plates)
+    plate = make.plate("P3")
+    doses = [("taxol", 2.0)], [("taxol", 10.0)], [("taxol", 10.0), ("zinc", 1.0)]
+    for column, parts in enumerate(doses, start=1):
+        make.image(make.well(plate, 1, column, make.doses(*parts)))
+    assert chosen(plates, Selection(where="perturbation = 'taxol' and dose >= 2.5")) == [10]
+    assert chosen(plates, Selection(where="dose between 1 and 10")) == [9, 10]
+    assert chosen(plates, Selection(plates=("P3",), where="dose is null")) == [11]
+    assert chosen(plates, Selection(where="treatment = 'taxol 10 uM'")) == [10]
+
+
 def test_the_help_names_every_column_of_a_condition():
     (text,) = (f.metadata["help"] for f in dataclasses.fields(Selection) if f.name == "where")
     assert text.endswith(f"over {', '.join(COLUMNS)}.")

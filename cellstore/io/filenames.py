@@ -41,7 +41,7 @@ _DIGITS = re.compile(r"0([0-9]{2})0([0-9]{2})|([0-9]{2})([0-9]{2})", re.ASCII)
 _QUARTER = re.compile(r"([A-P][0-9]{1,2})\.([ab])([12])", re.IGNORECASE | re.ASCII)
 """Wells of a plate of 1536 that are named by the wells of one of 384, four in each: A01.a1."""
 _PHENIX = re.compile(
-    r"(?P<core>r(?P<row>[0-9]{1,2})c(?P<column>[0-9]{1,2})f(?P<field>[0-9]{1,4}))"
+    r"(?P<core>r(?P<row>[0-9]{1,3})c(?P<column>[0-9]{1,3})f(?P<field>[0-9]{1,4}))"
     r"(?:p(?P<plane>[0-9]{1,4}))?"
     r"(?:-ch(?P<channel>[0-9]{1,3})(?:sk(?P<time>[0-9]{1,5}))?[0-9a-z]*)?"
     r"(?P<suffix>\.[a-z]{3,4})?",
@@ -112,6 +112,8 @@ _MASK = re.compile(
 _THUMBNAIL = re.compile(
     r"(?:^|[^a-z])thumb(?:nail)?s?(?:[^a-z]|$|[0-9a-f]{8}-)", re.IGNORECASE | re.ASCII
 )
+_CORRECTION = re.compile(r"[DS]C_.+_C(?:AM|H)[0-9]+\.(?:tiff?|png)", re.IGNORECASE | re.ASCII)
+"""Dark and bright fields that Yokogawa puts beside its images, like DC_sCMOS_#1_CAM1.tif."""
 _DURATION = re.compile(r"([0-9]{2})d([0-9]{2})h([0-9]{2})m", re.ASCII)
 _GROUPS = {
     "plate": "plate",
@@ -341,9 +343,11 @@ def microscope_name(name: str) -> ImageName | None:
     return None
 
 
-def looks_like_a_thumbnail(name: str) -> bool:
-    """Tell the small copies that microscopes write beside their images."""
-    return _THUMBNAIL.search(name) is not None
+def kind_beside_images(folder: str, name: str) -> str | None:
+    """Say what a file is that microscopes write beside their images; None for an image."""
+    if _THUMBNAIL.search(name) or _THUMBNAIL.search(folder):
+        return "thumbnails"
+    return "images for correction" if _CORRECTION.fullmatch(name) else None
 
 
 def looks_like_a_mask(name: str) -> bool:

@@ -16,13 +16,15 @@ from .filenames import (
     NamePattern,
     NameReader,
     is_safe_name,
+    kind_beside_images,
     looks_like_a_mask,
-    looks_like_a_thumbnail,
     microscope_name,
 )
 from .harmony import INDEX_NAME
-from .image_files import SUFFIXES, is_inside, micrometres, read_stack
+from .image_files import SUFFIXES, is_inside, micrometres
 from .image_tables import ChannelNames, FileRef, ImageRecord
+from .ome_zarr import is_ome_zarr, read_ome_zarr
+from .stacks import read_stack
 from .tables import Refusal, RowRefusedError
 from .uris import page_name, split_page, writable
 
@@ -65,10 +67,14 @@ def has_image_names(folder: Path) -> bool:
     """
     if not folder.is_dir():
         return False
-    names = (name for found in _walk(folder.resolve()) for name in found.images)
+    names = (
+        (name, found.is_plate)
+        for found in _walk(folder.resolve())
+        for name in (*found.images, *([""] if found.is_plate else []))
+    )
     return any(
-        microscope_name(name) is not None or PurePath(name).suffix.lower() in _NOT_READ
-        for name in islice(names, _SAMPLE)
+        is_plate or microscope_name(name) or PurePath(name).suffix.lower() in _NOT_READ
+        for name, is_plate in islice(names, _SAMPLE)
         if not looks_like_a_mask(name)
     )
 
@@ -101,21 +107,27 @@ def read_folder(
     names = ChannelNames(channels)
     ignored: Counter[str] = Counter()
     indexes: list[str] = []
-    n_thumbnails = line = 0
+    skipped: Counter[str] = Counter()
+    line = 0
     for found in _walk(root):
         ignored.update(found.ignored)
         indexes += found.indexes
+        skipped.update(found.skipped)
         if found.problem is not None:
             line += 1
             reason, detail = found.problem
             yield Refusal(line, reason, writable(detail))
+        if found.is_plate:
+            for item in read_ome_zarr(found.folder, plate, names, line):
+                line = max(line, item.line)
+                yield item
         fields: dict[_FieldKey, ImageRecord] = {}
         lines: dict[FileRef, int] = {}
         well: tuple[str | None, int, int] | None = None
         for name in found.images:
             path = found.folder / name
-            if looks_like_a_thumbnail(name) or looks_like_a_thumbnail(found.folder.name):
-                n_thumbnails += 1
+            if kind := kind_beside_images(found.folder.name, name):
+                skipped[kind] += 1
                 continue
             line += 1
             try:
@@ -147,8 +159,7 @@ def read_folder(
     names.check_used()
     if notes is None:
         return
-    if n_thumbnails:
-        notes.append(f"thumbnails, skipped: {n_thumbnails:,}")
+    notes += [f"{kind}, skipped: {count:,}" for kind, count in skipped.items() if count]
     if ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(6))
         notes.append(f"files that are no images, skipped: {kinds}")
@@ -270,7 +281,9 @@ class _Found:
     images: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     indexes: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
     pixel_size: float | None = None
+    is_plate: bool = False
     problem: tuple[str, str] | None = None
 
 
@@ -285,8 +298,11 @@ def _walk(root: Path) -> Iterator[_Found]:
             with os.scandir(folder) as scanned:
                 entries = list(scanned)
             if any(entry.name in _ZARR for entry in entries):
-                detail = f"{folder}: export it to OME-TIFF, or as single TIFFs"
-                yield _Found(folder, problem=("OME-Zarr is not read", detail))
+                found.is_plate = is_ome_zarr(folder)
+                if not found.is_plate:
+                    detail = f"{folder}: export it to OME-TIFF, or as single TIFFs"
+                    found.problem = "Zarr that is no plate of OME-Zarr", detail
+                yield found
                 continue
             for entry in entries:
                 suffix, hidden = PurePath(entry.name).suffix.lower(), entry.name.startswith(".")
@@ -305,6 +321,9 @@ def _walk(root: Path) -> Iterator[_Found]:
                         sizes = set(_PIXEL.findall(Path(entry.path).read_bytes()))
                         if len(sizes) == 1:
                             found.pixel_size = micrometres(sizes.pop().decode(), "um")
+                    elif suffix == ".mlf":
+                        count = Path(entry.path).read_bytes().count(b'Type="ERR"')
+                        found.skipped.update({"images that could not be taken (.mlf)": count})
                     kind = "hidden" if hidden else writable(suffix) or "without a suffix"
                     found.ignored[kind] += 1
         except OSError as error:

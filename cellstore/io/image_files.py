@@ -6,16 +6,14 @@ import hashlib
 import io
 import logging
 import os
-import re
 import struct
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from importlib import import_module
 from math import isfinite, prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 from xml.parsers import expat
 
 import imagecodecs
@@ -24,8 +22,19 @@ import tifffile
 from numpy.typing import NDArray
 
 from ..enums import Projection
-from ..errors import CellstoreError, ImageError, UserInputError
-from .uris import is_remote, local_path, page_name, read_bytes, shown, split_page, stat
+from ..errors import CellstoreError, ImageError, MissingExtraError, UserInputError
+from .uris import (
+    FileStat,
+    array_files,
+    is_remote,
+    local_path,
+    local_stat,
+    page_name,
+    read_bytes,
+    shown,
+    split_page,
+    stat,
+)
 
 SQLITE = b"SQLite format 3\0"
 SUFFIXES = frozenset({".tif", ".tiff", ".png"})
@@ -33,17 +42,20 @@ SUFFIXES = frozenset({".tif", ".tiff", ".png"})
 # Damage is reported as an ImageError; without a handler tifffile would also print to the terminal.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _WHITE_IS_ZERO, _GREY, _ALPHA, _PLANAR = 0, {0, 1}, {1, 2}, 2
 """Values of the TIFF tags PhotometricInterpretation, ExtraSamples and PlanarConfiguration."""
 _COPY = 1 | 4
 """Bits of NewSubfileType: a reduced copy of another page, a transparency mask."""
-_PNG_COLOURS = {2, 3, 6}
+PNG_COLOURS = {2, 3, 6}
 _MAX_PIXELS = 1 << 30
 _MICROMETRES = {
     "\N{MICRO SIGN}m": 1.0,
     "\N{GREEK SMALL LETTER MU}m": 1.0,
     "um": 1.0,
+    "micrometer": 1.0,
+    "nanometer": 1e-3,
+    "millimeter": 1e3,
     "m": 1e6,
     "cm": 1e4,
     "mm": 1e3,
@@ -76,7 +88,8 @@ def probe(where: Path | str) -> ImageInfo:
     """Return size, hash, shape and dtype of a TIFF or PNG, here or elsewhere (``s3://``).
 
     A TIFF of several planes needs the plane: ``stack.tiff#page=2``, the second one. Samples of a
-    page that are channels count as planes of their own.
+    page that are channels count as planes of their own. The array of a Zarr is a folder that counts
+    as one file.
 
     Raises:
         ImageError: the file cannot be opened, its header is that of no TIFF or PNG, it has several
@@ -93,19 +106,22 @@ def probe(where: Path | str) -> ImageInfo:
         return ImageInfo(sha256, len(data), found.mtime_ns, *header)
     try:
         path = local_path(uri)
+        found = local_stat(path)
+        whole = _whole_digest(path, found) if page is not None or path.is_dir() else None
+        if path.is_dir():
+            array, _ = _open_array(uri, path, page)
+            state = _page_digest(str(whole), page), found.size_bytes, found.mtime_ns
+            height, width = array.shape[-2:]
+            return ImageInfo(*state, height, width, str(array.dtype))
         with path.open("rb") as stream:
-            state = os.fstat(stream.fileno())
-            if page is None:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-            else:
-                sha256 = _page_digest(_stack_digest(path, state.st_size, state.st_mtime_ns), page)
+            whole = whole or hashlib.file_digest(stream, "sha256").hexdigest()
             stream.seek(0)
             header = _read_header(uri, stream, page)
     except ImageError:
         raise
     except (OSError, ValueError) as error:
-        raise ImageError(_closed(uri, error)) from error
-    return ImageInfo(sha256, state.st_size, state.st_mtime_ns, *header)
+        raise ImageError(not_opened(uri, error)) from error
+    return ImageInfo(_page_digest(whole, page), found.size_bytes, found.mtime_ns, *header)
 
 
 def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.generic]:
@@ -123,6 +139,15 @@ def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.gener
     uri = str(where)
     _, page = split_page(uri)
     try:
+        if not is_remote(uri) and (path := local_path(uri)).is_dir():
+            whole = None if sha256 is None else _whole_digest(path, local_stat(path))
+            if whole is not None and _page_digest(whole, page) != sha256:
+                raise ImageError(f"{uri} has changed since it was ingested. Ingest it again.")
+            array, index = _open_array(uri, path, page)
+            try:
+                return np.asarray(array[index])
+            except Exception as error:  # what the codec of a damaged chunk raises
+                raise ImageError(f"{uri} is damaged. Copy or export it again.") from error
         if is_remote(uri) or sha256 is not None:
             name, data = shown(uri), read_bytes(uri)
             if sha256 not in {None, _page_digest(hashlib.sha256(data).hexdigest(), page)}:
@@ -131,9 +156,9 @@ def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.gener
         else:
             name, opened = uri, local_path(uri).open("rb")
         with opened as stream:
-            head = stream.read(len(_PNG_MAGIC))
+            head = stream.read(len(PNG_MAGIC))
             stream.seek(0)
-            if head == _PNG_MAGIC:
+            if head == PNG_MAGIC:
                 if page not in {None, 1}:
                     raise ImageError(_no_page(name, page, 1))
                 return _grey_png(name, stream)
@@ -143,18 +168,18 @@ def read_plane(where: Path | str, sha256: str | None = None) -> NDArray[np.gener
             except ImageError:
                 raise
             except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-                raise ImageError(_unreadable(name)) from error
+                raise ImageError(unreadable(name)) from error
     except CellstoreError:
         raise
     except (OSError, ValueError) as error:
-        raise ImageError(_closed(shown(uri), error)) from error
+        raise ImageError(not_opened(shown(uri), error)) from error
 
 
 def _grey_png(name: str, stream: BinaryIO) -> NDArray[np.generic]:
     try:
         array = np.asarray(imagecodecs.png_decode(stream.read()))
     except Exception as error:  # imagecodecs has a class of its own for each codec
-        raise ImageError(_unreadable(name)) from error
+        raise ImageError(unreadable(name)) from error
     if array.ndim == 2:
         return array
     # Two samples are grey and alpha; three or four are grey where the colours are equal.
@@ -171,7 +196,7 @@ def _grey(name: str, page: tifffile.TiffPage, sample: int | None) -> NDArray[np.
     if page.planarconfig == _PLANAR:
         array = np.moveaxis(array, 0, -1)
     if sample is None:
-        return _equal_colours(name, array[..., _samples(page)])
+        return _equal_colours(name, array[..., samples_of(page)])
     return np.ascontiguousarray(array[..., sample])
 
 
@@ -185,19 +210,19 @@ def _equal_colours(name: str, array: NDArray[np.generic], colours: int = 3) -> N
     )
 
 
-def _samples(page: tifffile.TiffPage) -> list[int]:
+def samples_of(page: tifffile.TiffPage) -> list[int]:
     """Return the samples of the pixels of a page, from 0, without those that are alpha."""
     count = page.samplesperpixel
     first = count - len(page.extrasamples)
     return [n for n in range(count) if n < first or page.extrasamples[n - first] not in _ALPHA]
 
 
-def _is_colour(page: tifffile.TiffPage) -> bool:
+def is_colour(page: tifffile.TiffPage) -> bool:
     """Whether the samples of a page are colours; samples that nothing is said of are channels."""
-    return len(_samples(page)) > 1 and page.photometric not in _GREY
+    return len(samples_of(page)) > 1 and page.photometric not in _GREY
 
 
-def _full_pages(tiff: tifffile.TiffFile) -> list[int]:
+def full_pages(tiff: tifffile.TiffFile) -> list[int]:
     """Return the pages of a file, from 0, that are no reduced copies, masks or the like."""
     kinds = (getattr(page, "subfiletype", 0) for page in tiff.pages)
     pages = [number for number, kind in enumerate(kinds) if not kind & _COPY]
@@ -205,10 +230,39 @@ def _full_pages(tiff: tifffile.TiffFile) -> list[int]:
 
 
 @lru_cache(maxsize=16)
-def _stack_digest(path: Path, size: int, mtime_ns: int) -> str:
-    """The hash of a stack, which is asked for once for each of its pages."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _whole_digest(path: Path, state: FileStat) -> str:
+    """The hash of a stack or Zarr array, which is asked for once for each of its planes.
+
+    That of an array is over the names and hashes of its files: its description and its chunks.
+    """
+    if not path.is_dir():
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in array_files(path):
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file.relative_to(path).as_posix()}\t{sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def _open_array(name: str, path: Path, page: int | None) -> tuple[Any, tuple[int, ...]]:
+    """Return a Zarr array and where in it a plane is; the plane is its last two axes."""
+    try:
+        array: Any = import_module("zarr").open_array(str(path), mode="r")
+    except ImportError:
+        raise MissingExtraError.of("zarr", "zarr") from None
+    except Exception as error:  # zarr and its codecs raise what they like
+        raise ImageError(f"{name} is no Zarr array, or damaged. Copy it again.") from error
+    if array.ndim < 2 or array.shape[-1] * array.shape[-2] > _MAX_PIXELS:
+        raise ImageError(f"{name} has the shape {array.shape}, which is none of an image.")
+    count = prod(array.shape[:-2])
+    if page is None and count > 1:
+        raise ImageError(f"{name} holds {count} planes. Ingest the plate that it is of.")
+    if (page or 1) > count:
+        raise ImageError(_no_page(name, page, count))
+    index = np.unravel_index((page or 1) - 1, array.shape[:-2]) if array.ndim > 2 else ()
+    return array, tuple(map(int, index))
 
 
 def _page_digest(sha256: str, page: int | None) -> str:
@@ -216,12 +270,14 @@ def _page_digest(sha256: str, page: int | None) -> str:
     return sha256 if page is None else hashlib.sha256(f"{sha256}#page={page}".encode()).hexdigest()
 
 
-def _closed(uri: str, error: OSError | ValueError) -> str:
+def not_opened(uri: str, error: OSError | ValueError) -> str:
+    """Return the sentence for a file that cannot be opened."""
     reason = error.strerror if isinstance(error, OSError) else "not a path"
     return f"{uri} cannot be opened ({reason})."
 
 
-def _unreadable(name: str) -> str:
+def unreadable(name: str) -> str:
+    """Return the sentence for a damaged file."""
     return f"{name} is truncated or not a TIFF or PNG image. Copy or export it again."
 
 
@@ -236,27 +292,28 @@ def _read_header(
     head = stream.read(26)
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
-    if head.startswith(_PNG_MAGIC):
+    if head.startswith(PNG_MAGIC):
         if page not in {None, 1}:
             raise ImageError(_no_page(name, page, 1))
         if len(head) < 26:
-            raise ImageError(_unreadable(name))
+            raise ImageError(unreadable(name))
         width, height, depth, kind = struct.unpack(">IIBB", head[16:26])
-        if kind in _PNG_COLOURS:
+        if kind in PNG_COLOURS:
             _grey_png(name, stream)
         return height, width, "uint16" if depth == 16 else "uint8", None, ()
     try:
         with tifffile.TiffFile(stream) as tiff:
             found, sample = _find_page(name, tiff, page)
             height, width, dtype = found.imagelength, found.imagewidth, found.dtype
-            if sample is None and _is_colour(found):
+            depth, is_first = found.samplesperpixel, page in {None, 1}
+            if depth > 1 and sample is None and is_colour(found):
                 _grey(name, found, sample)
             remarks = []
             if found.photometric == _WHITE_IS_ZERO:
                 remarks.append("white is zero, values not inverted")
-            if page in {None, 1} and len(_samples(found)) < found.samplesperpixel:
+            if depth > 1 and is_first and len(samples_of(found)) < depth:
                 remarks.append("alpha channel, skipped")
-            if page in {None, 1} and len(_full_pages(tiff)) < len(tiff.pages):
+            if is_first and len(tiff.pages) > 1 and len(full_pages(tiff)) < len(tiff.pages):
                 remarks.append("reduced copies of the image, skipped")
             ends = map(sum, zip(found.dataoffsets, found.databytecounts, strict=True))
             is_cut_off = max(ends, default=0) > size
@@ -264,9 +321,9 @@ def _read_header(
     except ImageError:
         raise
     except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-        raise ImageError(_unreadable(name)) from error
+        raise ImageError(unreadable(name)) from error
     if is_cut_off or dtype is None or 0 in (height, width):
-        raise ImageError(_unreadable(name))
+        raise ImageError(unreadable(name))
     return height, width, str(dtype), pixel_size, tuple(remarks)
 
 
@@ -283,7 +340,7 @@ def decode_tiff(source: bytes | Path | BinaryIO, name: str = "The image") -> NDA
             with source.open("rb") as opened:
                 return decode_tiff(opened, str(source))
         except OSError as error:
-            raise ImageError(_closed(str(source), error)) from error
+            raise ImageError(not_opened(str(source), error)) from error
     stream = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with tifffile.TiffFile(stream) as tiff:
@@ -294,7 +351,7 @@ def decode_tiff(source: bytes | Path | BinaryIO, name: str = "The image") -> NDA
     except ImageError:
         raise
     except Exception as error:
-        raise ImageError(_unreadable(name)) from error
+        raise ImageError(unreadable(name)) from error
 
 
 def _find_page(
@@ -315,11 +372,11 @@ def _find_page(
                 "Export each plane as a file of its own."
             )
     if page is None:
-        full = _full_pages(tiff) if count > 1 else [0]
+        full = full_pages(tiff) if count > 1 else [0]
         found = tiff.pages[full[0]]
         planes = len(full)
-        if isinstance(found, tifffile.TiffPage) and not (any_samples or _is_colour(found)):
-            planes *= len(_samples(found))
+        if depth > 1 and not any_samples and isinstance(found, tifffile.TiffPage):
+            planes *= 1 if is_colour(found) else len(samples_of(found))
         if planes > 1:
             raise ImageError(
                 f"{name} holds {planes} planes. Ingest its folder, which reads stacks, "
@@ -331,10 +388,10 @@ def _find_page(
             raise ImageError(_no_page(name, page, count * depth))
         number, sample = divmod(page - 1, depth)
         found = tiff.pages[number]
-        if isinstance(found, tifffile.TiffPage) and _is_colour(found):
+        if depth > 1 and isinstance(found, tifffile.TiffPage) and is_colour(found):
             raise ImageError(f"{name} has colours. Export each channel as a grey image of its own.")
     if not isinstance(found, tifffile.TiffPage):
-        raise ImageError(_unreadable(name))
+        raise ImageError(unreadable(name))
     return found, sample
 
 
@@ -346,315 +403,7 @@ def _shape_text(array: NDArray[np.generic]) -> str:
     return "x".join(map(str, array.shape))
 
 
-_SAMPLES_PER_PIXEL, _PAGE_NAME = 277, 285
-_NUMBERED = re.compile(r"(\D*)(\d+)(.*)", re.ASCII | re.DOTALL)
-_CHANNEL_WORDS = {"c", "ch", "chan", "channel", "w", "wavelength"}
-_TIME_WORDS = {"t", "time", "timepoint", "time point", "frame"}
-_AXES = "CZT"
-_IMAGEJ = {"C": "channels", "Z": "slices", "T": "frames"}
-
-
-class StackPage(NamedTuple):
-    """A page, and its channel, plane and time point; all counted from 1.
-
-    Each sample of a page counts: in a file with two, the third page is the first of the second.
-    """
-
-    page: int
-    channel: int
-    plane: int
-    time_point: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """The pages of a file, and the names of its channels where it gives them."""
-
-    pages: tuple[StackPage, ...]
-    channel_names: tuple[str | None, ...]
-
-    @property
-    def planes(self) -> int:
-        """How many planes each channel has."""
-        return max(page.plane for page in self.pages)
-
-    @property
-    def time_points(self) -> int:
-        """How many time points each plane has."""
-        return max(page.time_point for page in self.pages)
-
-
-def is_one_plane(stream: BinaryIO) -> bool:
-    """Whether this is no TIFF, or one of one page and one sample; only its first page is read.
-
-    ``tifffile`` would read much more, of each of the million files of a folder.
-    """
-
-    def number(code: str, data: bytes | None = None) -> int:
-        size = struct.calcsize(code)
-        data = stream.read(size) if data is None else data[:size]
-        return int(struct.unpack(order + code, data)[0])
-
-    order = {b"II": "<", b"MM": ">"}.get(stream.read(2), "")
-    if not order:
-        return True
-    try:
-        version = number("H")
-        if version not in {42, 43}:
-            return True
-        # The offset of the first page; the number and the size of its entries; where values are.
-        offset, count, entry, value = ("I", "H", 12, 8) if version == 42 else ("Q", "Q", 20, 12)
-        stream.seek(4 if version == 42 else 8)
-        stream.seek(number(offset))
-        for _ in range(number(count)):
-            tag = stream.read(entry)
-            if number("H", tag) == _SAMPLES_PER_PIXEL and number("H", tag[value:]) > 1:
-                return False
-        return number(offset) == 0
-    except (struct.error, ValueError, OverflowError):  # cut off or damaged: reading it will say so
-        return True
-
-
-def read_stack(path: Path) -> Stack | None:
-    """Return what the planes of a TIFF are; None for a file of one plane, and for what is no TIFF.
-
-    OME-XML, the axes that tifffile writes and ImageJ's description tell channels, planes and time
-    points apart, and so do names of pages; pages of other TIFFs are planes. Several samples of a
-    pixel are channels, unless the file says that they are alpha or colours. Pages that are reduced
-    copies are passed over.
-
-    Raises:
-        ImageError: the file cannot be opened or is damaged, its pages differ or are of colours, or
-            its description does not fit them or is in another file, which is missing.
-    """
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(26)
-            if head.startswith(_PNG_MAGIC) and len(head) == 26 and head[25] in _PNG_COLOURS:
-                read_plane(path)  # refuses real colours
-            stream.seek(0)
-            is_plain = is_one_plane(stream)
-            if is_plain and not path.name.lower().endswith((".ome.tif", ".ome.tiff")):
-                return None
-            stream.seek(0)
-            with tifffile.TiffFile(stream) as tiff:
-                depth = tiff.pages.first.samplesperpixel
-                if not is_plain and len(tiff.pages) == 1 and depth == 1:
-                    # Its first page names a second one, at an offset that is none.
-                    raise ImageError(_unreadable(str(path)))
-                return _read_stack(path, tiff)
-    except ImageError:
-        raise
-    except OSError as error:
-        raise ImageError(_closed(str(path), error)) from error
-    except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
-        raise ImageError(_unreadable(str(path))) from error
-
-
-class _Axes(NamedTuple):
-    """What a description says: axes (C, Z, T, S for samples), the fastest first, and their sizes.
-
-    ``names`` are those of the channels; ``planes`` says which plane of the axes, from 0, each page
-    is, in which a page has all of its samples. ``is_part``: other files have the other planes.
-    """
-
-    order: str
-    sizes: dict[str, int]
-    names: Sequence[str | None] = ()
-    planes: dict[int, int] | None = None
-    is_part: bool = False
-
-
-def _read_stack(path: Path, tiff: tifffile.TiffFile) -> Stack | None:
-    name, first = path.name, tiff.pages.first
-    full, depth, samples = _full_pages(tiff), first.samplesperpixel, _samples(first)
-    count = len(full)
-    description = first.description if tiff.is_ome else ""
-    if count == 1 and "BinaryOnly" not in description:
-        if _is_colour(first):
-            read_plane(path)  # refuses real colours
-            return None
-        if len(samples) == 1:
-            return None
-    kinds = {(page.shape, page.dtype) for page in (tiff.pages[number] for number in full)}
-    if len(kinds) > 1 or _is_colour(first) or len(first.shape) != (2 if depth == 1 else 3):
-        raise ImageError(
-            f"{name} has pages that are no grey images of one shape. "
-            "Export each channel as a file of its own."
-        )
-    axes = None
-    if tiff.is_ome:
-        axes = _read_ome(path, description, count, depth)
-    elif tiff.is_shaped:
-        axes = _read_shaped(name, tiff.shaped_metadata or ())
-    elif tiff.is_imagej:
-        metadata = tiff.imagej_metadata or {}
-        sizes = {axis: int(metadata.get(key, 1)) for axis, key in _IMAGEJ.items()}
-        # Programs that write plain stacks for ImageJ give only the number of images.
-        axes = _Axes(_AXES, sizes) if prod(sizes.values()) > 1 else None
-    if axes is None:
-        texts = [
-            page.tags.valueof(_PAGE_NAME)
-            for page in (tiff.pages[number] for number in full)
-            if isinstance(page, tifffile.TiffPage)
-        ]
-        axes = _read_page_names(texts) or _Axes(_AXES, {"Z": count})
-    order, sizes, names, planes, is_part = axes
-    if planes is None:
-        planes = dict(enumerate(range(count)))
-        if depth > 1 and prod(sizes.values()) == count:
-            order, sizes = "S" + order, {"S": depth, **sizes}
-    elif depth > 1:
-        order, sizes = "S" + order, {"S": depth, **sizes}
-    total = prod(sizes.values())
-    if (
-        sorted(planes) != list(range(count))
-        or len(set(planes.values())) < count
-        or max(planes.values()) * depth >= total
-        or not (is_part or total == count * depth)
-    ):
-        described = " x ".join(f"{sizes[axis]} {axis}" for axis in order if axis in sizes)
-        raise ImageError(
-            f"{name} has {count} pages, and its description tells of {described}. "
-            "Export it again, as one file."
-        )
-    found: list[StackPage] = []
-    # Where the samples are an axis of their own, alpha is none of its channels.
-    kept = samples if depth > 1 and "S" in sizes else list(range(sizes.get("S", 1)))
-    for position, number in enumerate(full):
-        for sample in samples:
-            rest, index = planes[position] * depth + sample, {}
-            for axis in order:  # the first axis changes fastest
-                rest, index[axis] = divmod(rest, sizes.get(axis, 1))
-            channel = index.get("C", 0) * len(kept) + kept.index(index.get("S", 0))
-            where = channel + 1, index.get("Z", 0) + 1, index.get("T", 0) + 1
-            found.append(StackPage(number * depth + sample + 1, *where))
-    channels = sizes.get("C", 1) * len(kept)
-    if len(kept) > 1 and len(names) != channels:
-        names = ()
-    return Stack(tuple(found), tuple(([*names] + [None] * channels)[:channels]))
-
-
-def _read_shaped(name: str, metadata: Sequence[dict[str, Any]]) -> _Axes | None:
-    """Return what tifffile's own description (a JSON with ``shape`` and ``axes``) says, if it does.
-
-    An axis of another name, where there is none of planes, is that of the planes.
-    """
-    axes, shape = (metadata[0].get(key) for key in ("axes", "shape")) if metadata else (None, None)
-    if len(metadata) != 1 or not axes or not shape or len(axes) != len(shape):
-        return None
-    sizes: dict[str, int] = {}
-    for axis, size in zip(axes.upper(), shape, strict=True):
-        if axis in "YX" or (size == 1 and axis not in "CZTS"):
-            continue
-        letter = axis if axis in "CZTS" or "Z" in axes.upper() else "Z"
-        if letter in sizes or letter not in "CZTS":
-            raise ImageError(
-                f"{name} names its axes {axes!r}, of which cellstore knows C, Z and T. "
-                "Export it with these."
-            )
-        sizes[letter] = int(size)
-    channel = metadata[0].get("Channel")
-    names = channel.get("Name") if isinstance(channel, dict) else None
-    texts = [str(text) for text in names] if isinstance(names, list | tuple) else []
-    return _Axes("".join(reversed(sizes)), sizes, texts)
-
-
-def _read_page_names(texts: Sequence[object]) -> _Axes | None:
-    """Return what the names of pages say: channels, unless they only count planes or times."""
-    names = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    distinct = list(dict.fromkeys(names))
-    if len(names) < len(texts) or len(distinct) == 1:
-        return None
-    matches = [match for name in names if (match := _NUMBERED.match(name))]
-    numbers = [int(match[2]) for match in matches]
-    if (
-        len(matches) == len(names) == len(distinct)
-        and len({(match[1], match[3]) for match in matches}) == 1
-        and numbers == list(range(numbers[0], numbers[0] + len(names)))
-        and numbers[0] in {0, 1}
-    ):
-        word = matches[0][1].strip(" _=:#-").lower()
-        axis = "C" if word in _CHANNEL_WORDS else "T" if word in _TIME_WORDS else "Z"
-        return _Axes(axis, {axis: len(names)}, names if axis == "C" else ())
-    if any(names.count(name) * len(distinct) != len(names) for name in distinct):
-        return None
-    seen: Counter[str] = Counter()
-    planes = {}
-    for position, name in enumerate(names):
-        planes[position] = seen[name] * len(distinct) + distinct.index(name)
-        seen[name] += 1
-    return _Axes("CZ", {"C": len(distinct), "Z": len(names) // len(distinct)}, distinct, planes)
-
-
-def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
-    """Return what an OME-XML says of the ``count`` pages of its file.
-
-    It may be in another file (``*.companion.ome``), and about several files of which this is one.
-    """
-    name = path.name
-    elements = _ome_elements(name, description)
-    if other := next((values for tag, values in elements if tag == "BinaryOnly"), None):
-        companion = path.with_name(other.get("MetadataFile", "").rpartition("/")[2] or "?")
-        try:
-            elements = _ome_elements(companion.name, companion.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ImageError(
-                f"{name} is described in {companion.name}, which is not beside it or cannot be "
-                "read. Copy it there."
-            ) from error
-    images: list[tuple[dict[str, str], list[str | None], list[dict[str, str]]]] = []
-    for tag, values in elements:
-        if tag == "Image":
-            images.append(({}, [], []))
-        elif images and tag == "Pixels":
-            images[-1][0].update(values)
-        elif images and tag == "Channel":
-            images[-1][1].append(values.get("Name", "").strip() or None)
-        elif images and tag == "TiffData":
-            images[-1][2].append(values)
-        elif images and tag == "UUID" and images[-1][2] and "FileName" in values:
-            images[-1][2][-1]["FileName"] = values["FileName"]
-    own = [
-        (pixels, names, blocks)
-        for pixels, names, blocks in images
-        if not blocks or any(block.get("FileName", name) == name for block in blocks)
-    ]
-    if len(own) != 1:
-        raise ImageError(
-            f"{name} holds {len(own)} images (series). Export each as a file of its own."
-        )
-    pixels, names, blocks = own[0]
-    order = pixels.get("DimensionOrder", "XYCZT")[2:]
-    if sorted(order) != sorted(_AXES):
-        raise ImageError(f"{name} has the DimensionOrder {order[:9]!r}. Export it again.")
-    sizes = {axis: _count(name, pixels.get(f"Size{axis}", "1")) for axis in _AXES}
-    sizes["C"] = max(1, sizes["C"] // depth)  # it counts the samples of each page, too
-    mine = [block for block in blocks if block.get("FileName", name) == name] or [{}]
-
-    def planes() -> Iterator[tuple[int, int]]:
-        for block in mine:
-            start = _count(name, block.get("IFD", "0"), least=0)
-            plane, step = 0, 1
-            for axis in order:
-                plane += step * _count(name, block.get(f"First{axis}", "0"), least=0)
-                step *= sizes[axis]
-            default = "1" if "IFD" in block else str(count)
-            for offset in range(_count(name, block.get("PlaneCount", default))):
-                yield start + offset, plane + offset
-
-    # A description may claim any number of planes; one too many is enough to see that.
-    is_part = len(mine) < len(blocks)
-    return _Axes(order, sizes, names, dict(islice(planes(), count + 1)), is_part)
-
-
-def _count(name: str, text: str, least: int = 1) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) >= least):
-        raise ImageError(f"{name} has the number {text[:20]!r} in its OME-XML. Export it again.")
-    return int(text)
-
-
-def _ome_elements(name: str, description: str) -> list[tuple[str, dict[str, str]]]:
+def ome_elements(name: str, description: str) -> list[tuple[str, dict[str, str]]]:
     """Return the elements of an OME-XML in their order: name without namespace, attributes."""
     elements: list[tuple[str, dict[str, str]]] = []
 
@@ -680,7 +429,7 @@ def _ome_pixel_size(description: str) -> float | None:
     Pixels that are not square count as unknown: one number would make areas wrong.
     """
     try:
-        elements = _ome_elements("the file", description)
+        elements = ome_elements("the file", description)
     except ImageError:
         return None  # pixels can be read all the same
     sizes: set[float | None] = set()

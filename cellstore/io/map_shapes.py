@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import BadTableError, UnknownNameError, UserInputError
+from ..errors import BadTableError, MissingExtraError, UnknownNameError, UserInputError
 from .filenames import format_well
 from .tables import (
     MISSING,
@@ -510,3 +511,44 @@ def _title_notes(rows: Sequence[TableRow]) -> Iterator[str]:
     shown = [f"{text[:60]!r}" for text in texts if text]
     if shown:
         yield f"above the header, not used: {', '.join(shown[:5])}"
+
+
+_TEMPLATE = (
+    *("Well", "Compound", "Dose", "Unit", "Control", "Target", "Cell line", "Time (h)"),
+    *("Replicate", "Batch"),
+)
+_TEMPLATE_FORMAT = (8, 12)
+
+
+def write_template(path: Path) -> None:
+    """Write an empty plate map of 96 wells, as .xlsx or .csv by the ending of ``path``.
+
+    Raises:
+        MissingExtraError: .xlsx, and xlsxwriter is not installed.
+        UserInputError: the file is there already, has another ending, or cannot be written.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".xlsx", ".csv"):
+        raise UserInputError(f"A template ends with .xlsx or .csv, not {path.name}.")
+    if path.exists():
+        raise UserInputError(f"{path} is there already. Choose another name.")
+    n_rows, n_columns = _TEMPLATE_FORMAT
+    wells = [(r, c) for r in range(1, n_rows + 1) for c in range(1, n_columns + 1)]
+    names = [format_well(*well) for well in wells]
+    try:
+        if suffix == ".csv":
+            blank = "," * (len(_TEMPLATE) - 1)
+            lines = [",".join(_TEMPLATE), *(f"{name}{blank}" for name in names)]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            return
+        try:
+            xlsxwriter = import_module("xlsxwriter")
+        except ImportError as error:
+            raise MissingExtraError.of("xlsxwriter", "excel") from error
+        book = xlsxwriter.Workbook(str(path))
+        sheet = book.add_worksheet("plate map")
+        sheet.write_row(0, 0, _TEMPLATE)
+        sheet.write_column(1, 0, names)
+        book.close()
+    except OSError as error:
+        raise UserInputError(f"{path} cannot be written ({error.strerror}).") from error

@@ -12,12 +12,17 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from errno import EISDIR
 from importlib import import_module
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 from urllib.parse import unquote
 
 from ..errors import CellstoreError, ImageError, MissingExtraError, UserInputError
+
+_ARRAYS = (".zarray", "zarr.json")
+"""What describes a Zarr array, a folder that is read as one file."""
 
 CLOUD = "cloud"
 """The extra that brings the readers of remote files."""
@@ -186,10 +191,36 @@ def stat(uri: str) -> FileStat:
         times = (_nanoseconds(info[key]) for key in _MODIFIED if key in info)
         return FileStat(size, next((time for time in times if time is not None), None))
     try:
-        found = local_path(uri).stat()
+        return local_stat(local_path(uri))
     except (OSError, ValueError) as error:
         raise ImageError(_closed(uri, error)) from error
-    return FileStat(found.st_size, found.st_mtime_ns)
+
+
+def local_stat(path: Path) -> FileStat:
+    """Return size and time of change of a file of this machine; of a Zarr array, of all its files.
+
+    Raises:
+        OSError: it is not there, may not be read, or is another folder.
+    """
+    found = path.stat()
+    if not S_ISDIR(found.st_mode):
+        return FileStat(found.st_size, found.st_mtime_ns)
+    states = [file.stat() for file in array_files(path)]
+    return FileStat(
+        sum(state.st_size for state in states), max(state.st_mtime_ns for state in states)
+    )
+
+
+def array_files(path: Path) -> list[Path]:
+    """Return the files of a Zarr array, in an order that is always the same.
+
+    Raises:
+        OSError: it is not there, or is another folder.
+    """
+    if not any((path / name).is_file() for name in _ARRAYS):
+        raise IsADirectoryError(EISDIR, os.strerror(EISDIR), str(path))
+    found = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+    return sorted(file for file in found if file.name in _ARRAYS or not file.name.startswith("."))
 
 
 def exists(uri: str) -> bool:
@@ -203,7 +234,8 @@ def exists(uri: str) -> bool:
     if is_remote(uri):
         return bool(_remote(uri, "isfile"))
     try:
-        return local_path(uri).is_file()
+        path = local_path(uri)
+        return path.is_file() or any((path / name).is_file() for name in _ARRAYS)
     except (OSError, ValueError):  # a path too long, a folder that may not be entered, a NUL
         return False
 

@@ -11,13 +11,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import sqlglot
-from sqlalchemy import ColumnElement, String, and_, false, func, not_, null, or_, true
+from sqlalchemy import ColumnElement, String, and_, false, func, not_, null, or_, select, true
 from sqlglot import exp
 from sqlglot.errors import SqlglotError
 
 from ..db.fields import of_parts
 from ..errors import UnknownNameError, UserInputError
-from ..models import Image, Perturbation, Plate, Treatment, Well
+from ..models import Image, Perturbation, Plate, Treatment, TreatmentPart, Well
+
+_DOSE = (
+    select(func.max(TreatmentPart.dose))
+    .where(TreatmentPart.treatment_id == Treatment.id)
+    .having(func.count() == 1)  # several perturbations have no one dose
+    .correlate(Treatment)
+    .scalar_subquery()
+)
 
 COLUMNS: Mapping[str, Any] = {
     "plate": Plate.barcode,
@@ -32,6 +40,7 @@ COLUMNS: Mapping[str, Any] = {
     "image_id": Image.id,
     "perturbation": Treatment.name,
     "treatment": Treatment.name_with_dose,
+    "dose": _DOSE,
     "target": Treatment.target,
     "kind": of_parts(Perturbation.kind),
     "control": Well.control,

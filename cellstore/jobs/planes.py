@@ -18,7 +18,7 @@ from ..db.session import Database
 from ..enums import EXCLUDED_NO_PERIMETER, PROJECTION_CHANNEL
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project, read_plane
-from ..io.uris import is_remote, local_path
+from ..io.uris import is_remote, local_path, local_stat
 from ..models import Artifact, Cell, Folder, ImageFile, Segmentation
 from .gone_files import gone_sentence
 
@@ -94,7 +94,7 @@ def open_file(file: ChannelFile) -> NDArray[np.generic]:
         return read_plane(file.uri, file.sha256)
     path = local_path(file.uri)
     try:
-        found = path.stat()
+        found = local_stat(path)
     except FileNotFoundError:
         # In the same words for all of a folder, and without a cause: to wait does not help.
         raise ImageError(gone_sentence(file.uri[: -len(file.name) - 1])) from None
@@ -102,7 +102,7 @@ def open_file(file: ChannelFile) -> NDArray[np.generic]:
         raise ImageError(
             f"{path} cannot be opened ({error.strerror}). Make it readable and run: cellstore retry"
         ) from error
-    if (found.st_size, found.st_mtime_ns) != (file.size_bytes, file.modified_ns):
+    if (found.size_bytes, found.mtime_ns) != (file.size_bytes, file.modified_ns):
         raise ImageError(f"{path} has changed since it was ingested. Run: cellstore refresh")
     return read_plane(file.uri)
 

@@ -18,7 +18,7 @@ from ..analysis import statistics
 from ..analysis.statistics import WellTest, bootstrap_interval, mcnemar_over_wells
 from ..config import VoteOptions
 from ..db.fields import wells_relabelled
-from ..enums import PERTURBATION, Stage, Status, Subset
+from ..enums import PERTURBATION, TREATMENT, Stage, Status, Subset
 from ..errors import UserInputError
 from ..jobs.run_names import find_predict_run
 from ..jobs.workspace import Workspace
@@ -121,7 +121,7 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class GroupScore:
-    """The images of one plate, or of the compounds of one target gene, by hard votes.
+    """The images of one plate, one treatment with its dose, or one target gene, by hard votes.
 
     A compound of several genes counts for each. ``same_target`` counts the images that got another
     compound of the same gene, so that the gene is right in ``correct + same_target`` of ``n``.
@@ -191,9 +191,10 @@ class ReportResult:
     ``unseen`` are the same scores without the wells that were seen in training; empty if none was,
     or nothing is left. ``without_controls`` are those without control wells; empty if there are
     none, or nothing is left. ``by_class``, ``by_plate`` and ``by_target`` (empty unless the labels
-    are compounds with known genes) are in order of name, ``by_well`` in order of plate, row and
-    column. ``comparison``: the run beside another, if one was named. ``vote_options`` say which
-    images and wells have an answer.
+    are compounds with known genes) are in order of name, ``by_dose`` (what has a dose, unless the
+    labels have it) in order of name and dose, ``by_well`` in order of plate, row and column.
+    ``comparison``: the run beside another, if one was named. ``vote_options`` say which images and
+    wells have an answer.
     """
 
     run_id: int
@@ -226,6 +227,7 @@ class ReportResult:
     by_class: tuple[ClassScore, ...] = ()
     by_plate: tuple[GroupScore, ...] = ()
     by_target: tuple[GroupScore, ...] = ()
+    by_dose: tuple[GroupScore, ...] = ()
     by_well: tuple[WellScore, ...] = ()
     calibration: tuple[CalibrationBin, ...] = ()
     comparison: Comparison | None = None
@@ -296,9 +298,11 @@ TARGETS = """
 SEPARATOR = "|"
 """Between the genes of a compound that has several, as the readers of plate maps write it."""
 WELLS = """
-    SELECT w.id, w.plate_id, p.barcode AS plate, w.name FROM wells AS w
+    SELECT w.id, w.plate_id, p.barcode AS plate, w.name, t.treatment, t.dose, t.name_with_dose
+    FROM wells AS w
     JOIN plates AS p ON p.id = w.plate_id
     JOIN (SELECT unnest(?::BIGINT[]) AS id) AS asked ON asked.id = w.id
+    LEFT JOIN treatment_table AS t ON t.treatment_id = w.treatment_id
     ORDER BY p.barcode, w.well_row, w.well_column
 """
 ALL_IMAGES = """
@@ -663,17 +667,27 @@ def score_answers(
         for gene in genes[code]:
             codes[gene].append(code)
     by_gene = {gene: np.isin(images.truth, some) for gene, some in sorted(codes.items())}
-    by_plate, by_target = (
-        tuple(
-            group
-            for name, mask in groups.items()
-            if (group := score_group(name, images, close, mask)).n
+    dosed = [row for row in positions if row["name_with_dose"] != row["treatment"]]
+    if split.field == TREATMENT:
+        dosed = []  # by class it is the same
+    dosed.sort(key=lambda row: (row["treatment"], row["dose"] or 0, row["name_with_dose"]))
+    number_of: dict[str, int] = {}
+    dose_of = np.full(wells.size, -1)
+    for row in dosed:
+        number = number_of.setdefault(row["name_with_dose"], len(number_of))
+        dose_of[np.searchsorted(wells, row["id"])] = number
+    of_image = dose_of[np.searchsorted(wells, images.well)]
+    by_plate, by_target, by_dose = (
+        tuple(group for name, mask in groups if (group := score_group(name, images, close, mask)).n)
+        for groups in (
+            plates.items(),
+            by_gene.items(),
+            ((name, of_image == number) for name, number in number_of.items()),
         )
-        for groups in (plates, by_gene)
     )
 
     truths = dict(zip(images.well.tolist(), images.truth.tolist(), strict=True))
-    number, right_ones = Counter(given.well.tolist()), Counter(given.well[given.correct].tolist())
+    scored, right_ones = Counter(given.well.tolist()), Counter(given.well[given.correct].tolist())
     of_well: dict[int, set[int]] = defaultdict(set)
     votes = answers["well", "hard"].given
     for well, code in zip(votes.well.tolist(), votes.predicted.tolist(), strict=True):
@@ -686,7 +700,7 @@ def score_answers(
             truth=labels[truths[row["id"]]],
             # Two labels in two subsets of a split are no answer.
             predicted=labels[min(of_well[row["id"]])] if len(of_well[row["id"]]) == 1 else None,
-            n=number[row["id"]],
+            n=scored[row["id"]],
             correct=right_ones[row["id"]],
             seen=row["id"] in seen_wells,
         )
@@ -754,6 +768,7 @@ def score_answers(
         by_class=tuple(by_class),
         by_plate=by_plate,
         by_target=by_target,
+        by_dose=by_dose,
         by_well=by_well,
         calibration=tuple(calibration),
         vote_options=options,

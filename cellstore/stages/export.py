@@ -279,7 +279,7 @@ def export(
         )
 
         written: list[int] = []
-        left_out: list[int] = []
+        not_counted: list[int] = []
 
         def batches() -> Iterator[pa.Table]:
             """Yield the cells of as many images as can be held at a time."""
@@ -301,7 +301,7 @@ def export(
                 cells = questions.ask_ours(query, parameters).table()
                 if not include_excluded:
                     counts_not = pc.is_valid(cells[str(list(CELL_COLUMNS).index(EXCLUDED))])
-                    left_out.append(pc.sum(counts_not).as_py() or 0)
+                    not_counted.append(pc.sum(counts_not).as_py() or 0)
                     cells = cells.filter(pc.invert(counts_not))
                 ids = some["image_id"].to_pylist()
                 rows = questions.ask_ours(FILES, {"images": ids}).records()
@@ -351,7 +351,7 @@ def export(
         measure_recipes=tuple(measure.id for measure in measures),
         plates=len(pc.unique(images["Metadata_Plate"])),
         cells=sum(written),
-        excluded=sum(left_out),
+        excluded=sum(not_counted),
         features=len(measured),
     )
 

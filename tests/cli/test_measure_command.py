@@ -59,8 +59,8 @@ def test_a_group_is_a_table_to_sql_and_columns_of_an_export(cellstore, segmented
     exported = pd.read_parquet(target)
     assert len(exported) == 192
     expected = [item.name for item in GROUPS["intensity"].columns(["DNA"])]
-    assert list(exported.columns[-INTENSITIES:]) == expected
-    assert exported["mean_intensity_DNA"].notna().all()
+    assert list(exported.columns[-INTENSITIES:]) == [f"Cells_{item}" for item in expected]
+    assert exported["Cells_mean_intensity_DNA"].notna().all()
     assert cellstore("verify", *at, "--json").json["problems"] == []
     status = cellstore("status", *at, "--json").json
     sets = {item["name"]: item for item in status["feature_sets"]}

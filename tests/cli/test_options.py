@@ -98,7 +98,7 @@ def test_segment_asks_for_channels_where_the_nuclei_are_not_known(
     lines.append("a.tif,b.tif,P2,A01,1")
     Path("more.csv").write_text("\n".join(lines))
     cellstore("init", "two")
-    cellstore("ingest", "more.csv", "--store", "two")
+    cellstore("ingest", "more.csv", "--look", "nowhere", "--store", "two")
     said = cellstore("segment", "--store", "two", code=2)
     assert said.err == (
         "Error: Which channels show the cells? Name them with --channels. This store has: ER, "

@@ -223,3 +223,22 @@ def test_a_lost_database_is_one_sentence(cellstore, store):
 def test_a_damaged_marker_is_one_sentence(cellstore, store):
     (store / "cellstore.toml").write_text("[[[")
     assert "cannot be read" in cellstore("status", "--store", store, code=2).err
+
+
+def test_a_table_whose_images_are_all_absent_is_no_success(cellstore, store):
+    columns = "Metadata_Plate,Metadata_Well,Metadata_Site,FileName_OrigDNA,PathName_OrigDNA\n"
+    Path("gone.csv").write_text(f"{columns}far,A01,1,a.tif,/nowhere\nfar,A02,1,b.tif,/nowhere\n")
+    at = ("--store", store)
+    for _ in range(2):  # also when the table was read before
+        said = cellstore("ingest", "gone.csv", *at, code=1)
+        assert "No image file was found (2 images). The rows are stored." in " ".join(
+            said.err.split()
+        )
+        assert "--images FOLDER" in said.err
+    assert cellstore("ingest", "gone.csv", *at, "--json", code=1).json["missing_images"] == 2
+    asked = cellstore("sql", "SELECT well FROM image_table WHERE plate = 'far'", *at, "--json").json
+    assert [row["well"] for row in asked] == ["A01", "A02"]
+    cellstore("ingest", "gone.csv", "--look", "nowhere", *at)  # what was asked for was done
+    Path("here").mkdir()
+    Path("here/a.tif").write_bytes(encode_tiff(np.arange(16, dtype=np.uint16).reshape(4, 4)))
+    cellstore("ingest", "gone.csv", "--images", "here", *at)

@@ -10,7 +10,7 @@ def test_what_is_left_out_is_said(cellstore, store, tmp_path):
         "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site,Metadata_pert_iname\n"
         "new.tif,P2,A01,1,lonely\nnew2.tif,P2,A02,1,\n"
     )
-    cellstore("ingest", "more.csv", "--store", store)
+    cellstore("ingest", "more.csv", "--look", "nowhere", "--store", store)
     sizes = ("--test-size", "0.5", "--validation-size", "0")
     made = cellstore("split", "create", "by-well", *sizes, "--store", store)
     assert "missing files" in made.out
@@ -28,7 +28,7 @@ def test_a_class_that_cannot_be_split_is_named(cellstore, store, tmp_path):
         "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site,Metadata_pert_iname\n"
         "new.tif,P2,A01,1,lonely\n"
     )
-    cellstore("ingest", "more.csv", "--store", store)
+    cellstore("ingest", "more.csv", "--look", "nowhere", "--store", store)
     words = ("--test-size", "0.5", "--validation-size", "0", "--allow-missing", "--store", store)
     said = cellstore("split", "create", "by-well", *words)
     assert "lonely" in said.out

@@ -340,8 +340,17 @@ def test_files_of_microscopes_that_are_not_read_are_refused(tmp_path: Path) -> N
     assert "files of Opera are not read. Export them as TIFF." in found[0].detail
 
 
-def test_the_size_of_a_pixel_of_yokogawa(tmp_path: Path) -> None:
-    make(tmp_path, "P/BR7_A01_T0001F001L01A01Z01C01.tif")
+def test_what_lies_beside_the_images_of_yokogawa(tmp_path: Path) -> None:
+    make(tmp_path, "P/BR7_A01_T0001F001L01A01Z01C01.tif", "P/DC_sCMOS_#1_CAM1.tif")
+    make(tmp_path, "P/SC_BP445-45_40x_M10_CH01.tif")
+    records_of = '<bts:MeasurementRecord bts:Type="IMG"/>' + '<x bts:Type="ERR"/>' * 3
+    (tmp_path / "P/MeasurementData.mlf").write_text(records_of, encoding="utf-8")
+    notes: list[str] = []
+    assert len(records(tmp_path, notes=notes)) == 1
+    assert notes[:2] == [
+        "images that could not be taken (.mlf), skipped: 3",
+        "images for correction, skipped: 2",
+    ]
     sizes = 'bts:HorizontalPixelDimension="0.325" bts:VerticalPixelDimension="0.325"'
     detail = tmp_path / "P/MeasurementDetail.mrf"
     detail.write_text(f'<bts:MeasurementChannel bts:Ch="1" {sizes} />' * 2, encoding="utf-8")
@@ -462,7 +471,7 @@ def test_stacks_that_do_not_fit_are_refused_whole(tmp_path: Path) -> None:
 def test_ome_zarr_says_what_to_do(tmp_path: Path, marker: str) -> None:
     make(tmp_path, f"P1.zarr/{marker}", "P1.zarr/0/0/0.tif", "P1/r01c01f01p01-ch1.tiff")
     (found,) = refusals(tmp_path)
-    assert found.reason == "OME-Zarr is not read"
+    assert found.reason == "Zarr that is no plate of OME-Zarr"
     assert "export it to OME-TIFF" in found.detail
 
 

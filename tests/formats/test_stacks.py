@@ -13,15 +13,8 @@ from numpy.typing import NDArray
 
 from cellstore.errors import ImageError
 from cellstore.io.filenames import is_safe_name
-from cellstore.io.image_files import (
-    ImageFolder,
-    Stack,
-    StackPage,
-    is_one_plane,
-    probe,
-    read_plane,
-    read_stack,
-)
+from cellstore.io.image_files import ImageFolder, probe, read_plane
+from cellstore.io.stacks import Stack, StackPage, is_one_plane, read_stack
 from cellstore.io.uris import page_name
 
 NAMES = ["DNA", "ER", "RNA"]

@@ -221,7 +221,7 @@ def test_embeddings_are_a_feature_set_like_any_other(workspace: Workspace, tmp_p
     asked = store.sql("SELECT count(*) AS n, count(embedding_004) AS known FROM seen")
     assert asked.to_pylist() == [{"n": 24, "known": 24}]
     written = store.export(tmp_path / "cells.parquet", format="parquet", features="seen")
-    assert (written.features, written.feature_set) == (WIDTH, "seen")
+    assert (written.features, written.feature_sets) == (WIDTH, ("seen",))
     trained = train(
         workspace, replace(TINY, features="seen", branches=("tabular",), epochs=1), device="cpu"
     )

@@ -7,7 +7,9 @@ from array import array
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,19 @@ from ...jobs.mask_matching import NoMatch
 from ...jobs.queue import requeue
 from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.workspace import Workspace
-from ...models import Event, Folder, Image, ImageFile, IngestIssue, Job, Plate, Recipe, Run, Well
+from ...models import (
+    Event,
+    Folder,
+    Image,
+    ImageFile,
+    IngestIssue,
+    Job,
+    Plate,
+    Recipe,
+    Run,
+    Treatment,
+    Well,
+)
 from ...settings import track
 from .account import SHOWN, Account, Brought, FileIdentity, Issue, UndoneError
 from .ingest_images import READERS, ImageSource, ingest_images, look_at_files
@@ -506,10 +520,27 @@ class PreviewRow:
     cells: int | None = None
 
 
+@dataclass(frozen=True)
+class PreviewWell:
+    """What a well would have after treatments were ingested; ``change``: new, or what it has."""
+
+    plate: str
+    well: str
+    treatment: str | None
+    control: str | None
+    change: str
+
+
+class _RehearsedError(Exception):
+    """Undoes what a dry run wrote."""
+
+
 @dataclass
 class Preview:
     """What a source would become: ``files`` are the first of them, ``images`` counts fields.
 
+    Of treatments, ``treated`` are the first wells, and ``created``, ``updated`` and ``unchanged``
+    count rows as an ingest does.
     ``channels`` counts files by channel; ``refused`` rows would be left out, ``issues`` says why.
     ``at_least``: there are more plates, wells or images than were counted.
     """
@@ -525,6 +556,11 @@ class Preview:
     channels: Counter[str] = field(default_factory=Counter)
     files: list[PreviewRow] = field(default_factory=list)
     issues: list[Issue] = field(default_factory=list)
+    created: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    treated: list[PreviewWell] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def refuse(self, issue: Issue) -> None:
         """Count a row that would be left out."""
@@ -550,17 +586,73 @@ class Preview:
         self.images = len(known)
 
 
+def _rehearse(
+    workspace: Workspace, source: Path, layout: Layout, params: IngestParams, found: Preview
+) -> None:
+    """Ingest treatments, keep what became of them in ``found``, and undo all of it.
+
+    Raises:
+        _RehearsedError: always, so that the transaction is undone.
+    """
+    from .ingest_treatments import ingest_treatments
+
+    with workspace.database.begin() as session:
+        one_ingest_at_a_time(session)
+        last = session.scalar(select(func.max(Well.id))) or 0
+        recipe = register(session, RecipeSpec(Stage.INGEST, VERSION, {"dry run": source.name}))
+        run = Run(
+            stage=Stage.INGEST,
+            recipe_id=recipe.id,
+            status=Status.RUNNING,
+            command="",
+            code_version="",
+            environment={},
+            host="",
+            user_name="",
+            started_at=datetime.now(UTC),
+        )
+        session.add(run)
+        session.flush()
+        account = Account(run.id, writable(source.name))
+        plates = ingest_treatments(workspace, session, source, layout, params, account)
+        events = select(Event.row_id, Event.old).where(
+            Event.run_id == run.id, Event.table_name == "wells"
+        )
+        changed = {well: old or {} for well, old in session.execute(events)}
+        query = (
+            select(Well.id, Plate.barcode, Well.name, Treatment.name_with_dose, Well.control)
+            .join(Plate, Plate.id == Well.plate_id)
+            .outerjoin(Treatment, Treatment.id == Well.treatment_id)
+            .where(Well.plate_id.in_(plates) | Well.id.in_(list(changed)[:SHOWN]))
+            .order_by(Plate.barcode, Well.well_row, Well.well_column)
+        )
+        for well, barcode, name, treatment, control in session.execute(query):
+            found.plates.add(barcode)
+            found.wells.add((barcode, name))
+            change = "new" if well > last else ""
+            if well in changed:
+                old = {"treatment": treatment, "control": control, **changed[well]}
+                role = f" ({old['control']})" if old["control"] else ""
+                change = f"was {old['treatment'] or 'not known'}{role}"
+            if len(found.treated) < SHOWN:
+                found.treated.append(PreviewWell(barcode, name, treatment, control, change))
+        for name, number in account.counts.items():
+            setattr(found, name, number)
+        found.issues, found.notes = account.shown, account.notes
+        raise _RehearsedError
+
+
 def preview(
     source: str | Path, params: IngestParams | None = None, workspace: Workspace | None = None
 ) -> Preview:
-    """Read images or masks and say what each file would become.
+    """Read images, masks or treatments and say what would become of them.
 
-    Masks need the ``workspace`` that has their images; images need none.
+    Masks and treatments need the ``workspace`` that they are for; images need none.
 
     Raises:
         BadTableError: the source cannot be read.
         MissingExtraError: masks, and scikit-image is not installed.
-        UserInputError: the source holds features or treatments, or masks and no ``workspace``.
+        UserInputError: the source holds features, or there is no ``workspace`` that it needs.
     """
     params = params or IngestParams()
     layout, source = choose_layout(source, params), Path(source)
@@ -577,15 +669,19 @@ def preview(
                 treatment = row.treatment.label if row.treatment else None
                 files = [PreviewRow(ref.name, *where, ref.channel, treatment) for ref in row.files]
                 found.add(images, where, files)
-    elif layout.kind is not SourceKind.MASKS:
+    elif layout.kind is SourceKind.FEATURES:
         raise UserInputError(
-            f"A dry run is for images and masks only, and {source.name} is read as {layout.value} "
-            f"({layout.kind.value}). To ingest it, remove --dry-run."
+            f"A dry run is for images, masks and treatments, and {source.name} is read as "
+            f"{layout.value} (features). To ingest it, remove --dry-run."
         )
     elif workspace is None:
         raise UserInputError(
-            "A dry run of masks needs the store that has their images. Name it with --store."
+            f"A dry run of {layout.kind.value} needs the store that they are for. Name it with "
+            "--store."
         )
+    elif layout.kind is SourceKind.TREATMENTS:
+        with suppress(_RehearsedError):
+            _rehearse(workspace, source, layout, params, found)
     else:
         from .ingest_masks import MaskReader
 

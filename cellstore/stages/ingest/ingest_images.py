@@ -507,7 +507,7 @@ class RowWriter:
                     continue
                 # A file that was seen stays where it was seen, unless it is in the new folder, too.
                 uri = join(map_folder(ref.folder or "", self._maps), ref.name)
-                if old.sha256 is None or (not is_remote(uri) and Path(uri).is_file()):
+                if old.sha256 is None or (not is_remote(uri) and exists(uri)):
                     # Without its time the file is read again before it is believed.
                     values = {"name": ref.name, "folder_id": folder, "modified_ns": None}
                     if old.sha256 is not None and folder != old.folder_id:

@@ -1,0 +1,335 @@
+"""What the pages of a TIFF are: channels, planes, time points, as the file itself says."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import tifffile
+
+from ..errors import ImageError
+from .image_files import (
+    PNG_COLOURS,
+    PNG_MAGIC,
+    full_pages,
+    is_colour,
+    not_opened,
+    ome_elements,
+    read_plane,
+    samples_of,
+    unreadable,
+)
+
+_SAMPLES_PER_PIXEL, _PAGE_NAME = 277, 285
+_NUMBERED = re.compile(r"(\D*)(\d+)(.*)", re.ASCII | re.DOTALL)
+_CHANNEL_WORDS = {"c", "ch", "chan", "channel", "w", "wavelength"}
+_TIME_WORDS = {"t", "time", "timepoint", "time point", "frame"}
+_AXES = "CZT"
+_IMAGEJ = {"C": "channels", "Z": "slices", "T": "frames"}
+
+
+class StackPage(NamedTuple):
+    """A page, and its channel, plane and time point; all counted from 1.
+
+    Each sample of a page counts: in a file with two, the third page is the first of the second.
+    """
+
+    page: int
+    channel: int
+    plane: int
+    time_point: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The pages of a file, and the names of its channels where it gives them."""
+
+    pages: tuple[StackPage, ...]
+    channel_names: tuple[str | None, ...]
+
+    @property
+    def planes(self) -> int:
+        """How many planes each channel has."""
+        return max(page.plane for page in self.pages)
+
+    @property
+    def time_points(self) -> int:
+        """How many time points each plane has."""
+        return max(page.time_point for page in self.pages)
+
+
+def is_one_plane(stream: BinaryIO) -> bool:
+    """Whether this is no TIFF, or one of one page and one sample; only its first page is read.
+
+    ``tifffile`` would read much more, of each of the million files of a folder.
+    """
+
+    def number(code: str, data: bytes | None = None) -> int:
+        size = struct.calcsize(code)
+        data = stream.read(size) if data is None else data[:size]
+        return int(struct.unpack(order + code, data)[0])
+
+    order = {b"II": "<", b"MM": ">"}.get(stream.read(2), "")
+    if not order:
+        return True
+    try:
+        version = number("H")
+        if version not in {42, 43}:
+            return True
+        # The offset of the first page; the number and the size of its entries; where values are.
+        offset, count, entry, value = ("I", "H", 12, 8) if version == 42 else ("Q", "Q", 20, 12)
+        stream.seek(4 if version == 42 else 8)
+        stream.seek(number(offset))
+        for _ in range(number(count)):
+            tag = stream.read(entry)
+            if number("H", tag) == _SAMPLES_PER_PIXEL and number("H", tag[value:]) > 1:
+                return False
+        return number(offset) == 0
+    except (struct.error, ValueError, OverflowError):  # cut off or damaged: reading it will say so
+        return True
+
+
+def read_stack(path: Path) -> Stack | None:
+    """Return what the planes of a TIFF are; None for a file of one plane, and for what is no TIFF.
+
+    OME-XML, the axes that tifffile writes and ImageJ's description tell channels, planes and time
+    points apart, and so do names of pages; pages of other TIFFs are planes. Several samples of a
+    pixel are channels, unless the file says that they are alpha or colours. Pages that are reduced
+    copies are passed over.
+
+    Raises:
+        ImageError: the file cannot be opened or is damaged, its pages differ or are of colours, or
+            its description does not fit them or is in another file, which is missing.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(26)
+            if head.startswith(PNG_MAGIC) and len(head) == 26 and head[25] in PNG_COLOURS:
+                read_plane(path)  # refuses real colours
+            stream.seek(0)
+            is_plain = is_one_plane(stream)
+            if is_plain and not path.name.lower().endswith((".ome.tif", ".ome.tiff")):
+                return None
+            stream.seek(0)
+            with tifffile.TiffFile(stream) as tiff:
+                depth = tiff.pages.first.samplesperpixel
+                if not is_plain and len(tiff.pages) == 1 and depth == 1:
+                    # Its first page names a second one, at an offset that is none.
+                    raise ImageError(unreadable(str(path)))
+                return _read_stack(path, tiff)
+    except ImageError:
+        raise
+    except OSError as error:
+        raise ImageError(not_opened(str(path), error)) from error
+    except Exception as error:  # tifffile raises whatever the damaged bytes lead it to
+        raise ImageError(unreadable(str(path))) from error
+
+
+class _Axes(NamedTuple):
+    """What a description says: axes (C, Z, T, S for samples), the fastest first, and their sizes.
+
+    ``names`` are those of the channels; ``planes`` says which plane of the axes, from 0, each page
+    is, in which a page has all of its samples. ``is_part``: other files have the other planes.
+    """
+
+    order: str
+    sizes: dict[str, int]
+    names: Sequence[str | None] = ()
+    planes: dict[int, int] | None = None
+    is_part: bool = False
+
+
+def _read_stack(path: Path, tiff: tifffile.TiffFile) -> Stack | None:
+    name, first = path.name, tiff.pages.first
+    full, depth, samples = full_pages(tiff), first.samplesperpixel, samples_of(first)
+    count = len(full)
+    description = first.description if tiff.is_ome else ""
+    if count == 1 and "BinaryOnly" not in description:
+        if is_colour(first):
+            read_plane(path)  # refuses real colours
+            return None
+        if len(samples) == 1:
+            return None
+    kinds = {(page.shape, page.dtype) for page in (tiff.pages[number] for number in full)}
+    if len(kinds) > 1 or is_colour(first) or len(first.shape) != (2 if depth == 1 else 3):
+        raise ImageError(
+            f"{name} has pages that are no grey images of one shape. "
+            "Export each channel as a file of its own."
+        )
+    axes = None
+    if tiff.is_ome:
+        axes = _read_ome(path, description, count, depth)
+    elif tiff.is_shaped:
+        axes = _read_shaped(name, tiff.shaped_metadata or ())
+    elif tiff.is_imagej:
+        metadata = tiff.imagej_metadata or {}
+        sizes = {axis: int(metadata.get(key, 1)) for axis, key in _IMAGEJ.items()}
+        # Programs that write plain stacks for ImageJ give only the number of images.
+        axes = _Axes(_AXES, sizes) if prod(sizes.values()) > 1 else None
+    if axes is None:
+        texts = [
+            page.tags.valueof(_PAGE_NAME)
+            for page in (tiff.pages[number] for number in full)
+            if isinstance(page, tifffile.TiffPage)
+        ]
+        axes = _read_page_names(texts) or _Axes(_AXES, {"Z": count})
+    order, sizes, names, planes, is_part = axes
+    if planes is None:
+        planes = dict(enumerate(range(count)))
+        if depth > 1 and prod(sizes.values()) == count:
+            order, sizes = "S" + order, {"S": depth, **sizes}
+    elif depth > 1:
+        order, sizes = "S" + order, {"S": depth, **sizes}
+    total = prod(sizes.values())
+    if (
+        sorted(planes) != list(range(count))
+        or len(set(planes.values())) < count
+        or max(planes.values()) * depth >= total
+        or not (is_part or total == count * depth)
+    ):
+        described = " x ".join(f"{sizes[axis]} {axis}" for axis in order if axis in sizes)
+        raise ImageError(
+            f"{name} has {count} pages, and its description tells of {described}. "
+            "Export it again, as one file."
+        )
+    found: list[StackPage] = []
+    # Where the samples are an axis of their own, alpha is none of its channels.
+    kept = samples if depth > 1 and "S" in sizes else list(range(sizes.get("S", 1)))
+    for position, number in enumerate(full):
+        for sample in samples:
+            rest, index = planes[position] * depth + sample, {}
+            for axis in order:  # the first axis changes fastest
+                rest, index[axis] = divmod(rest, sizes.get(axis, 1))
+            channel = index.get("C", 0) * len(kept) + kept.index(index.get("S", 0))
+            where = channel + 1, index.get("Z", 0) + 1, index.get("T", 0) + 1
+            found.append(StackPage(number * depth + sample + 1, *where))
+    channels = sizes.get("C", 1) * len(kept)
+    if len(kept) > 1 and len(names) != channels:
+        names = ()
+    return Stack(tuple(found), tuple(([*names] + [None] * channels)[:channels]))
+
+
+def _read_shaped(name: str, metadata: Sequence[dict[str, Any]]) -> _Axes | None:
+    """Return what tifffile's own description (a JSON with ``shape`` and ``axes``) says, if it does.
+
+    An axis of another name, where there is none of planes, is that of the planes.
+    """
+    axes, shape = (metadata[0].get(key) for key in ("axes", "shape")) if metadata else (None, None)
+    if len(metadata) != 1 or not axes or not shape or len(axes) != len(shape):
+        return None
+    sizes: dict[str, int] = {}
+    for axis, size in zip(axes.upper(), shape, strict=True):
+        if axis in "YX" or (size == 1 and axis not in "CZTS"):
+            continue
+        letter = axis if axis in "CZTS" or "Z" in axes.upper() else "Z"
+        if letter in sizes or letter not in "CZTS":
+            raise ImageError(
+                f"{name} names its axes {axes!r}, of which cellstore knows C, Z and T. "
+                "Export it with these."
+            )
+        sizes[letter] = int(size)
+    channel = metadata[0].get("Channel")
+    names = channel.get("Name") if isinstance(channel, dict) else None
+    texts = [str(text) for text in names] if isinstance(names, list | tuple) else []
+    return _Axes("".join(reversed(sizes)), sizes, texts)
+
+
+def _read_page_names(texts: Sequence[object]) -> _Axes | None:
+    """Return what the names of pages say: channels, unless they only count planes or times."""
+    names = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    distinct = list(dict.fromkeys(names))
+    if len(names) < len(texts) or len(distinct) == 1:
+        return None
+    matches = [match for name in names if (match := _NUMBERED.match(name))]
+    numbers = [int(match[2]) for match in matches]
+    if (
+        len(matches) == len(names) == len(distinct)
+        and len({(match[1], match[3]) for match in matches}) == 1
+        and numbers == list(range(numbers[0], numbers[0] + len(names)))
+        and numbers[0] in {0, 1}
+    ):
+        word = matches[0][1].strip(" _=:#-").lower()
+        axis = "C" if word in _CHANNEL_WORDS else "T" if word in _TIME_WORDS else "Z"
+        return _Axes(axis, {axis: len(names)}, names if axis == "C" else ())
+    if any(names.count(name) * len(distinct) != len(names) for name in distinct):
+        return None
+    seen: Counter[str] = Counter()
+    planes = {}
+    for position, name in enumerate(names):
+        planes[position] = seen[name] * len(distinct) + distinct.index(name)
+        seen[name] += 1
+    return _Axes("CZ", {"C": len(distinct), "Z": len(names) // len(distinct)}, distinct, planes)
+
+
+def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
+    """Return what an OME-XML says of the ``count`` pages of its file.
+
+    It may be in another file (``*.companion.ome``), and about several files of which this is one.
+    """
+    name = path.name
+    elements = ome_elements(name, description)
+    if other := next((values for tag, values in elements if tag == "BinaryOnly"), None):
+        companion = path.with_name(other.get("MetadataFile", "").rpartition("/")[2] or "?")
+        try:
+            elements = ome_elements(companion.name, companion.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ImageError(
+                f"{name} is described in {companion.name}, which is not beside it or cannot be "
+                "read. Copy it there."
+            ) from error
+    images: list[tuple[dict[str, str], list[str | None], list[dict[str, str]]]] = []
+    for tag, values in elements:
+        if tag == "Image":
+            images.append(({}, [], []))
+        elif images and tag == "Pixels":
+            images[-1][0].update(values)
+        elif images and tag == "Channel":
+            images[-1][1].append(values.get("Name", "").strip() or None)
+        elif images and tag == "TiffData":
+            images[-1][2].append(values)
+        elif images and tag == "UUID" and images[-1][2] and "FileName" in values:
+            images[-1][2][-1]["FileName"] = values["FileName"]
+    own = [
+        (pixels, names, blocks)
+        for pixels, names, blocks in images
+        if not blocks or any(block.get("FileName", name) == name for block in blocks)
+    ]
+    if len(own) != 1:
+        raise ImageError(
+            f"{name} holds {len(own)} images (series). Export each as a file of its own."
+        )
+    pixels, names, blocks = own[0]
+    order = pixels.get("DimensionOrder", "XYCZT")[2:]
+    if sorted(order) != sorted(_AXES):
+        raise ImageError(f"{name} has the DimensionOrder {order[:9]!r}. Export it again.")
+    sizes = {axis: _count(name, pixels.get(f"Size{axis}", "1")) for axis in _AXES}
+    sizes["C"] = max(1, sizes["C"] // depth)  # it counts the samples of each page, too
+    mine = [block for block in blocks if block.get("FileName", name) == name] or [{}]
+
+    def planes() -> Iterator[tuple[int, int]]:
+        for block in mine:
+            start = _count(name, block.get("IFD", "0"), least=0)
+            plane, step = 0, 1
+            for axis in order:
+                plane += step * _count(name, block.get(f"First{axis}", "0"), least=0)
+                step *= sizes[axis]
+            default = "1" if "IFD" in block else str(count)
+            for offset in range(_count(name, block.get("PlaneCount", default))):
+                yield start + offset, plane + offset
+
+    # A description may claim any number of planes; one too many is enough to see that.
+    is_part = len(mine) < len(blocks)
+    return _Axes(order, sizes, names, dict(islice(planes(), count + 1)), is_part)
+
+
+def _count(name: str, text: str, least: int = 1) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 8 and int(text) >= least):
+        raise ImageError(f"{name} has the number {text[:20]!r} in its OME-XML. Export it again.")
+    return int(text)
