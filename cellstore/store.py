@@ -276,12 +276,15 @@ class Store(AbstractContextManager["Store"]):
         stage: str | None = None,
         status: str | None = None,
         recipe: str | None = None,
+        image: str | None = None,
         limit: int = 100,
     ) -> JobsList:
         """List jobs, the newest first, and count them all; see ``stages.manage_jobs.list_jobs``."""
         from .stages.manage_jobs import list_jobs
 
-        return list_jobs(self.workspace, stage=stage, status=status, recipe=recipe, limit=limit)
+        return list_jobs(
+            self.workspace, stage=stage, status=status, recipe=recipe, image=image, limit=limit
+        )
 
     def retry(
         self, *, stage: str | None = None, run: str | None = None, image: str | None = None

@@ -79,6 +79,11 @@ def has_image_names(folder: Path) -> bool:
     )
 
 
+def first_image(folder: Path) -> str | None:
+    """Return the name of an image below a folder."""
+    return next((name for found in _walk(folder.resolve()) for name in found.images), None)
+
+
 def read_folder(
     folder: Path,
     *,

@@ -249,8 +249,7 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
         raise UserInputError(f"There is no file or folder {source}. Check the path.")
     kind = SourceKind(params.kind) if params.kind else None
     if params.layout is not None and params.layout not in list(Layout):
-        known = ", ".join(item.value for item in Layout)
-        raise UnknownNameError(f"Unknown layout {params.layout!r}. Known: {known}.")
+        raise UnknownNameError.of("layout", params.layout, [item.value for item in Layout])
     if params.layout is not None:
         layout = Layout(params.layout)
     elif params.pattern is not None:

@@ -464,6 +464,8 @@ class RowWriter:
                 # is better than one of the two.
                 others = [
                     (ref.name, old.name)
+                    if ref.name != old.name
+                    else (f"{ref.folder}/{ref.name}", f"{old.folder}/{old.name}")
                     for ref in record.files
                     if (old := files.get(ref.channel))
                     and (old.name, old.folder_id) != (ref.name, self._folder_ids[ref.folder])
