@@ -19,7 +19,6 @@ from cellstore.models import Image, ImageFile, Label, Recipe, Run, SplitMember
 from cellstore.stages.predict import predict
 from cellstore.stages.train import train
 
-
 STUDY = {
     "branches": ("mask", "flow", "tabular"),
     "backbone": "efficientnet_b0",
