@@ -16,8 +16,8 @@ over wells; chance is 8.3 %. --picture draws those of network and forest, for do
 The network is that of the defaults at small crops; --tabular has it look at measurements only,
 and --true-masks spares the segmentation: together they take minutes, the whole about two hours.
 
---recipes is another table, for docs/training.md: on one small plate of four treatments, with its true
-masks and a split by well, the default training beside others, with accuracy and time.
+--recipes is another table, for docs/training.md: on one small plate of four treatments, with its
+true masks and a split by well, the default training beside others, with accuracy and time.
 """
 
 from __future__ import annotations
