@@ -239,13 +239,19 @@ def _tables_in(folder: Path) -> list[Path]:
 def _unknown(path: Path, head: bytes) -> BadTableError:
     """Return what was looked for in a file or folder that is none of the layouts."""
     if path.is_dir():
+        from .folders import first_image
+
+        if name := first_image(path):
+            return BadTableError(
+                f"{path.resolve().name} holds images that are not named as a known microscope "
+                f"names them, like {name}. Say how they are named with --pattern, for example "
+                r"'(?P<well>[A-P]\d+)_s(?P<site>\d+)_w(?P<channel>\d)'."
+            )
         tables = ", ".join(table.name for table in _tables_in(path)[:3])
         inside = f"one of its files, like {tables}" if tables else "a folder or file further down"
         return BadTableError(
             f"{path.resolve().name} holds no Harmony index, no CellProfiler tables (Image.csv with "
-            "Cells.csv or Nuclei.csv), no image files with names of a known pattern and no plate "
-            "maps. "
-            f"Give --pattern or --layout, or {inside}."
+            f"Cells.csv or Nuclei.csv), no image files and no plate maps. Give {inside}."
         )
     if head.startswith(image_files.SQLITE):
         return BadTableError(f"{path.name} is an SQLite file without the tables of CellProfiler.")

@@ -38,6 +38,7 @@ from ...io.platemaps import (
 )
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import writable
+from ...jobs.lookup import renamed_plates
 from ...jobs.workspace import Workspace
 from ...models import Image, Perturbation, Plate, Well
 from .account import Account
@@ -246,6 +247,14 @@ def _plates_of_maps(
             else:
                 unmapped[name].append(barcode)
     absent = [barcode for barcode in barcodes if barcode not in present]
+    for old, (key, now) in renamed_plates(session, absent).items():
+        account.notes.append(f"plate {old} was renamed: read as {now}")
+        present.add(old)
+        if barcodes[old] in annotation.maps:
+            found[barcodes[old]].append(key)
+        else:
+            unmapped[barcodes[old]].append(old)
+    absent = [barcode for barcode in absent if barcode not in present]
     if named or annotation.names_plates or not present:
         similar = list(session.scalars(select(Plate.barcode).limit(PLATES_AT_ONCE)))
         new = [
@@ -256,7 +265,7 @@ def _plates_of_maps(
         for barcode in new:
             if len(barcode) > LONGEST:
                 raise UserInputError(f"A plate's name has at most {LONGEST} characters.")
-            plate = Plate(barcode=barcode)
+            plate = Plate(id=take_ids(session, Plate, 1)[0], barcode=barcode)
             session.add(plate)
             session.flush()
             found[barcodes[barcode]].append(plate.id)
