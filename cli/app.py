@@ -83,6 +83,8 @@ MODULES = {
     "cancel": "job_commands",
     "verify": "job_commands",
     "doctor": "job_commands",
+    "backup": "setup_commands",
+    "restore": "setup_commands",
     "db": "setup_commands",
 }
 """Where each command is, in the order in which a screen needs them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Row, Select, and_, exists, func, or_, select
@@ -33,7 +33,9 @@ from .run_names import find_named_run
 images, image_files, wells, plates = (
     METADATA.tables[name] for name in ("images", "image_files", "wells", "plates")
 )
-cells, segmentations = (METADATA.tables[name] for name in ("cells", "segmentations"))
+cells, events, segmentations = (
+    METADATA.tables[name] for name in ("cells", "events", "segmentations")
+)
 
 SHORTEST_SHA256 = 6
 """Hexadecimal digits that name a file at least; fewer are as likely a word or a number."""
@@ -288,6 +290,19 @@ def looks_like_well(text: str) -> bool:
     return 1 <= len(parts) <= 2 and not _is_site(parts[-1]) and _as_well(parts[-1]) is not None
 
 
+def renamed_plates(session: Session, absent: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Return the plates that once had the names ``absent``, which no plate has now.
+
+    The value is (id, barcode); of two plates that had a name, the one that had it last.
+    """
+    wanted, of = set(absent), events.c.table_name == "plates"
+    old = events.c.old["barcode"].as_string()
+    query = select(old, plates.c.id, plates.c.barcode)
+    query = query.join(plates, plates.c.id == events.c.row_id).where(of, old.is_not(None))
+    rows = session.execute(query.order_by(events.c.id)) if wanted else ()
+    return {name: (int(key), now) for name, key, now in rows if name in wanted}
+
+
 def find_plate(session: Session, barcode: str | None) -> int:
     """Return the id of the plate with this barcode.
 
@@ -295,6 +310,9 @@ def find_plate(session: Session, barcode: str | None) -> int:
         UnknownNameError: with the plates that there are.
     """
     found = session.scalar(select(plates.c.id).where(plates.c.barcode == barcode))
+    if found is None and (renamed := renamed_plates(session, [barcode or ""])):
+        (now,) = (name for _, name in renamed.values())
+        raise UnknownNameError(f"Plate {barcode} was renamed: it is {now} now.")
     if found is None:
         known = session.scalars(select(plates.c.barcode).order_by(plates.c.id).limit(500))
         raise UnknownNameError.of("plate", barcode, known)

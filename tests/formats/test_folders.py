@@ -362,13 +362,16 @@ def test_what_lies_beside_the_images_of_yokogawa(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("P1_A01_s1.tif", r"as far as 'P1_A01_s1', but '_w(?P<channel>\\d)' does not fit '.tif'"),
+        (
+            "P1_A01_s1.tif",
+            r"fits 'P1_A01_s1', but its group channel, _w(?P<channel>\d), does not fit '.tif'",
+        ),
         (
             "P1_A1_s1_w1.tif",
-            r"as far as 'P1', but '_(?P<well>[A-P]\\d\\d)' does not fit '_A1_s1_w1",
+            r"fits 'P1', but its group well, _(?P<well>[A-P]\d\d), does not fit '_A1_s1_w1",
         ),
-        ("P1_A01_s1_w2.png", r"as far as 'P1_A01_s1_w2', but '\\.tif' does not fit '.png'"),
-        ("_.tif", "its first part '^(?P<plate>[^_]+)' fits nothing in the name"),
+        ("P1_A01_s1_w2.png", r"fits 'P1_A01_s1_w2', but its end, \.tif, does not fit '.png'"),
+        ("_.tif", "fits '', but its group plate, ^(?P<plate>[^_]+), does not fit '_.tif'"),
     ],
 )
 def test_a_pattern_says_which_part_does_not_fit(tmp_path: Path, name: str, message: str) -> None:

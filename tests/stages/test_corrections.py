@@ -12,7 +12,7 @@ from factories import Factory
 from screens import SmallScreen, small_screen
 from sqlalchemy import func, select
 
-from cellstore.config import IngestParams
+from cellstore.config import IngestParams, VoteOptions
 from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -373,3 +373,64 @@ def test_an_undo_that_breaks_off_leaves_all_as_it_was(
         with pytest.raises(RuntimeError, match="power cut"):
             verb()
     assert (answers(store, *EVERYTHING), n_events(store)) == (before, events)
+
+
+# ---- Files that are read again ----
+
+
+def treatments_now(store: Store) -> dict[str, str | None]:
+    return {row[1]: row[2] for row in answers(store, "well_table")["well_table"]}
+
+
+def test_a_map_that_is_read_again_undoes_no_correction(store: Store, tmp_path: Path) -> None:
+    table = loaddata(tmp_path / "a.csv", ["A01", "A02"])
+    store.ingest(table)
+    old, wells = tmp_path / "old.txt", {"A01": "DMSO", "A02": "taxol"}
+    assert not any("corrected" in note for note in read_map(store, old, wells).notes)
+    newer = read_map(store, tmp_path / "new.txt", {"A01": "taxol"})
+    assert "corrected: P1/A01 DMSO, negative -> taxol" in newer.notes
+    store.relabel("P1/A02", treatment="DMSO", reason="lab book")
+    now = treatments_now(store)
+    assert now == {"A01": "taxol", "A02": "DMSO"}
+    for _ in range(2):
+        again = read_map(store, old, wells)
+        assert any("kept: P1/A01, P1/A02" in note for note in again.notes)
+        assert treatments_now(store) == now
+    compounds = tmp_path / "compounds.tsv"
+    together = IngestParams(platemap=old, compounds=(compounds,))
+    store.ingest(table, together)
+    assert treatments_now(store) == now
+    read_map(store, old, wells, reread=True)
+    assert treatments_now(store) == wells
+
+
+def test_tables_find_a_renamed_plate_by_its_old_name(store: Store, tmp_path: Path) -> None:
+    store.ingest(loaddata(tmp_path / "a.csv", ["A01"]))
+    store.rename("plate", "P1", "BR1")
+    more = store.ingest(loaddata(tmp_path / "b.csv", ["A01", "A02"]))
+    assert "plate P1 was renamed: read as BR1" in more.notes
+    read_map(store, tmp_path / "m.txt", {"A02": "taxol"})
+    assert answers(store, "well_table")["well_table"][0][0] == "BR1"
+    assert treatments_now(store) == {"A01": None, "A02": "taxol"}
+    with pytest.raises(UnknownNameError, match="P1 was renamed: it is BR1 now"):
+        store.audit("P1", "plate")
+
+
+def test_reports_and_splits_name_the_wells_that_were_relabelled(
+    store: Store, screen: SmallScreen
+) -> None:
+    before = store.report()
+    assert not any("Relabelled" in note for note in before.notes)
+    treated = store.votes(vote_options=VoteOptions(controls=False)).table
+    assert store.check_split("main").relabelled == ()
+    store.relabel("BR1/B03", treatment="DMSO", reason="map was shifted")
+    store.relabel("BR1/B01", treatment="taxol", reason="map was shifted")
+    after = store.report()
+    assert after.scores == before.scores  # a split keeps its labels
+    (note,) = (note for note in after.notes if "Relabelled" in note)
+    relabelled = ("BR1/B01 (DMSO -> taxol)", "BR1/B03 (taxol -> DMSO)")
+    assert ", ".join(relabelled) in note
+    assert "1 of the 1 wrong images" in note  # B03, see VOTES
+    assert store.check_split("main").relabelled == relabelled
+    # Which wells are controls is said by the labels that the split keeps, too.
+    assert store.votes(vote_options=VoteOptions(controls=False)).table.equals(treated)

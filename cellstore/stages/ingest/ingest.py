@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from sqlalchemy import func, insert, literal, select, update
+from sqlalchemy.orm import Session
 
 from ...config import EVERYTHING, IngestParams, Selection, flag, options_of
 from ...db.bulk import in_lists, one_ingest_at_a_time
@@ -41,6 +42,7 @@ from ...models import (
     IngestIssue,
     Job,
     Plate,
+    Recipe,
     Run,
     Treatment,
     Well,
@@ -142,6 +144,10 @@ def ingest(
                     earlier = None  # a plate of it was deleted
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
+        labels = {file.sha256 for file in (read if kind is SourceKind.TREATMENTS else read[1:])}
+        if labels and not params.reread:
+            with workspace.database.read() as session:
+                account.since = _first_read(session, labels)
         try:
             if earlier is not None:
                 brought = _read_again(workspace, kind, params, earlier, account)
@@ -212,6 +218,17 @@ def ingest(
         segmentations=tuple(brought.segmentations),
         notes=tuple(account.notes),
     )
+
+
+def _first_read(session: Session, digests: set[str]) -> int | None:
+    """Return the last event of the first run that read files of these bytes; none: none has."""
+    runs = select(Run.id, Recipe.parameters).join(Recipe, Recipe.id == Run.recipe_id)
+    runs = runs.where(Run.stage == Stage.INGEST, Run.status == Status.DONE).order_by(Run.id)
+    for run_id, parameters in session.execute(runs):
+        if digests <= {file["sha256"] for file in parameters.get("files", ())}:
+            last = select(func.max(Event.id)).where(Event.run_id == run_id)
+            return session.scalar(last) or None
+    return None
 
 
 def choose_layout(source: str | Path, params: IngestParams) -> Layout:
