@@ -475,7 +475,7 @@ def relocate(
             for number, uri in targets.items():
                 taken = session.scalar(select(Folder.id).where(Folder.uri == uri))
                 before, after = {"uri": folders[number]}, {"uri": uri}
-                changes.append(Change("folders", number, before, after))
+                changes.append(Change("folders", taken or number, before, after))
                 if taken is None:
                     session.execute(update(Folder).where(Folder.id == number).values(uri=uri))
                 else:
