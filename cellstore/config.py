@@ -954,21 +954,43 @@ class PredictParams(Params):
 
 PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
     "published": {
-        SegmentParams: {"flow_threshold": 0.7, "cellprob_threshold": -5.0, "channels": ()},
-        SplitParams: {"protocol": "published"},
+        SegmentParams: {
+            "flow_threshold": 0.7,
+            "cellprob_threshold": -5.0,
+            "diameter": None,
+            "channels": (),
+            "projection": Projection.MEDIAN,
+            "nuclei": (),
+        },
+        SplitParams: {"protocol": "published", "field": PERTURBATION, "test_size": 0.2},
         TrainParams: {
+            "branches": ("mask", "flow", "tabular"),
             "backbone": "efficientnet_b0",
+            "weights": "none",
             "crop_size": 224,
-            "batch_size": 512,
+            "dropout": 0.5,
             "epochs": 50,
             "patience": 5,
+            "monitor": "loss",
+            "batch_size": 512,
+            "sampler": "cells",
+            "augment": (),
+            "loss": "cross-entropy",
+            "class_weights": False,
+            "label_smoothing": 0.1,
             "learning_rate": 1e-4,
             "schedule": "step",
+            "step_size": 5,
+            "gamma": 0.5,
             "warmup_epochs": 0,
-            "augment": (),
-            "sampler": "cells",
+            "weight_decay": 1e-4,
+            "normalise": "train",
             "intensity": "image",
+            "precision": "32",
         },
     }
 }
-"""Sets of values under one name: ``published`` is the study that cellstore generalises."""
+"""Sets of values under one name: ``published`` is the study that cellstore generalises.
+
+It names what the study did also where that is the default today, so that no new default changes it.
+"""

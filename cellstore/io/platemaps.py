@@ -40,6 +40,7 @@ from .tables import (
     known_text,
     nearest_columns,
     open_table,
+    sheet_names,
 )
 from .uris import writable
 
@@ -420,6 +421,8 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
     named = [columns.column(role) for role in ("sample", "treatment", "gene", "target")]
     sample_column, name_column, *target_columns = named
     targets = tuple(name for name in reversed(target_columns) if name)
+    if PREFIX + "Symbol" in table.columns:  # JUMP calls an ORF by its gene, a reagent by Name
+        name_column = None
     if name_column is None and not targets:
         nearest = nearest_columns(["pert_iname", "gene"], table.columns)
         raise BadTableError(
@@ -736,6 +739,12 @@ def map_table(path: Path, options: MapOptions) -> TextTable:
     table = open_map(path, options.sheet, options.columns)
     if table is not None:
         return table
+    if options.sheet is not None and not options.columns:
+        others = ", ".join(name for name in sheet_names(path) if name != options.sheet)
+        raise BadTableError(
+            f"{path.name} has no plate map on the sheet {options.sheet}. Name another one with "
+            f"--sheet ({others or 'there is no other'}), or its columns with --map-column."
+        )
     columns = [name for name in open_table(path, sheet=options.sheet).columns if name]
     for meaning, header in options.columns:
         if header not in columns:
@@ -832,6 +841,8 @@ def _map_row(
         dose_column = columns.column("dose", number)
         unit = text("unit", number) or columns.units.get(dose_column or "")
         sample, name_ = named.pop("sample", None), named.pop("treatment", None)
+        if sample is not None and sample.upper() == DMSO:
+            sample, name_ = None, name_ or sample  # a name, and no code
         if sample or name_:
             named = {"treatment": name_ or sample or "", **named}
         for role, value in named.items():

@@ -106,9 +106,10 @@ def find_image(session: Session, text: str) -> int:
     if len(found) == 1:
         return int(found[0].id)
     rows = found[: _LISTED - 1]
-    shown = [image_name(row.barcode, row.core_name, row.plane, row.time_point) for row in rows]
-    if len(set(shown)) < len(rows):
-        shown = [f"{name} (id {row.id})" for name, row in zip(shown, rows, strict=True)]
+    shown = [f"{row.barcode}/{row.core_name}" for row in rows]
+    if len(set(shown)) < len(rows):  # every plane and time point is said, so that each has a name
+        at = [f"plane {row.plane} time {row.time_point}" for row in rows]
+        shown = [f"{name} {where}" for name, where in zip(shown, at, strict=True)]
     more = ", ..." if len(found) == _LISTED else ""
     raise UserInputError(
         f"{text!r} names several images: {', '.join(shown)}{more}. Name one of them, or its id."
