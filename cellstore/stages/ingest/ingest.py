@@ -658,7 +658,9 @@ def preview(
     found = Preview(source.name, layout.value)
     images: set[Any] = set()
     if layout.kind is SourceKind.IMAGES:
-        for row in ImageSource(source, layout, params).records():
+        records = ImageSource(source, layout, params)
+        found.notes = records.notes
+        for row in records.records():
             found.rows += 1
             if isinstance(row, Refusal):
                 found.refuse(Issue(Severity.REFUSED, found.source, *row))
