@@ -27,7 +27,10 @@ _WANTED = (
     *("well_position", "broad_sample"),
 )
 _XML = re.compile(rb"(\xef\xbb\xbf)?\s*<")
-_TABLE_SUFFIXES = (".txt", ".csv", ".tsv", ".txt.gz", ".csv.gz", ".tsv.gz")
+_TABLE_SUFFIXES = (
+    *(".txt", ".csv", ".tsv", ".txt.gz", ".csv.gz", ".tsv.gz"),
+    *(".xlsx", ".xls", ".ods"),
+)
 _LOOKED_AT = 50
 _MANY = 50
 """So many columns beside those about the well are measurements, whatever their names."""
@@ -130,8 +133,9 @@ def detect(
     chosen = [item for item in found if kind is None or item.kind is kind]
     if kind is None and Layout.HARMONY in found:
         chosen = [item for item in found if item is not Layout.IMAGE_FOLDER]
-    if kind is None and (Layout.LOADDATA in found or Layout.PUBLISHED in found):
-        chosen = [item for item in found if item.kind is not SourceKind.TREATMENTS]
+    if kind is None and any(item.kind is SourceKind.IMAGES for item in found):
+        # A plate map may lie beside the images, and a table of images may name treatments.
+        chosen = [item for item in chosen if item.kind is not SourceKind.TREATMENTS]
     if len(chosen) == 1:
         return chosen[0]
     named = " or ".join(f"{item.value} ({item.kind.value})" for item in chosen or found)
@@ -218,7 +222,8 @@ def _of_folder(path: Path) -> list[Layout]:
     found += [Layout.IMAGE_FOLDER] if has_image_names(path) else []
     for table in _tables_in(path):
         with suppress(UserInputError):
-            if Layout.PLATEMAP in table_layouts(open_table(table, whole=False).columns):
+            is_map = Layout.PLATEMAP in table_layouts(open_table(table, whole=False).columns)
+            if is_map or (not found and open_map(table) is not None):
                 return [*found, Layout.PLATEMAP]
     return found
 
@@ -263,19 +268,16 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
             f"{path.name} only lists which plate uses which plate map. Give the folder of the "
             "plate maps, and this file with --barcodes."
         )
+    yours = ", ".join(name for name in columns[:8] if name)
     needs = (
         f"{path.name}: I do not recognise this table. A plate map needs a well and a treatment "
-        "column (well_position and broad_sample)"
+        f"column; yours has {yours}{', ...' if len(columns) > 8 else ''}. Name them with "
+        "--map-column well=NAME --map-column treatment=NAME"
     )
     files = any(column.lower().startswith("filename") for column in columns)
     if not files and any("well" in column.lower() for column in columns):
-        yours = ", ".join(name for name in columns[:8] if name)
-        more = ", ..." if len(columns) > 8 else ""
-        return BadTableError(
-            f"{needs}; yours has {yours}{more}. Rename its columns, "
-            "or choose a reader with --layout."
-        )
+        return BadTableError(f"{needs}, or choose a reader with --layout.")
     wanted = [column for column in _WANTED if column not in columns]
-    return BadTableError(
-        f"{needs}. {_OTHERS} {nearest_columns(wanted, columns)} Or choose a reader with --layout."
-    )
+    near = nearest_columns(wanted, columns)
+    near = f" {near}" if near.startswith("The n") else ""
+    return BadTableError(f"{needs}. {_OTHERS}{near} Or choose a reader with --layout.")

@@ -477,7 +477,7 @@ def relocate(
             for number, uri in targets.items():
                 taken = session.scalar(select(Folder.id).where(Folder.uri == uri))
                 before, after = {"uri": folders[number]}, {"uri": uri}
-                changes.append(Change("folders", number, before, after))
+                changes.append(Change("folders", taken or number, before, after))
                 if taken is None:
                     session.execute(update(Folder).where(Folder.id == number).values(uri=uri))
                 else:
@@ -660,7 +660,9 @@ def preview(
     found = Preview(source.name, layout.value)
     images: set[Any] = set()
     if layout.kind is SourceKind.IMAGES:
-        for row in ImageSource(source, layout, params).records():
+        records = ImageSource(source, layout, params)
+        found.notes = records.notes
+        for row in records.records():
             found.rows += 1
             if isinstance(row, Refusal):
                 found.refuse(Issue(Severity.REFUSED, found.source, *row))
