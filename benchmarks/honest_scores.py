@@ -2,6 +2,7 @@
 
 python benchmarks/honest_scores.py [--sets effect nothing wells] [--levels image well plate]
     [--epochs 20] [--crop-size 40] [--true-masks] [--tabular] [--picture FILE]
+python benchmarks/honest_scores.py --recipes
 
 Renders three sets of 4 plates with 12 treatments each, and takes each through the whole pipeline:
 
@@ -14,12 +15,16 @@ and two classical models. Prints the accuracy per image of each (soft vote) with
 over wells; chance is 8.3 %. --picture draws those of network and forest, for docs/explanation.md.
 The network is that of the defaults at small crops; --tabular has it look at measurements only,
 and --true-masks spares the segmentation: together they take minutes, the whole about two hours.
+
+--recipes is another table, for docs/training.md: on one small plate of four treatments, with its
+true masks and a split by well, the default training beside others, with accuracy and time.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,6 +155,45 @@ def draw(found: list[Line], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None, "Creator": None}, facecolor="white")
 
 
+ONE_PLATE = PlateDesign(
+    plates=("PLATE1",), treatments=TREATMENTS[:4], control_wells=5, treated_wells=5, sites=1
+)
+RECIPES: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "default": (None, {"epochs": 14}),
+    "without features": (None, {"epochs": 14, "branches": ("mask",)}),
+    "crops of 224 pixels": (None, {"epochs": 2, "crop_size": 224}),
+    "efficientnet_b0, as published": ("published", {"epochs": 2}),
+}
+"""Those of 224 pixels have two epochs, or they would take all day on a CPU."""
+
+
+def compare_recipes(folder: Path) -> None:
+    """Print accuracy and time of some ways to train on one plate."""
+    with Store.create(folder / "store") as store:
+        plates = render_plates(folder / "plates", design=ONE_PLATE)
+        store.ingest(plates.metadata, IngestParams(images=plates.images))
+        store.ingest(plates.truth, IngestParams(kind="masks"))
+        store.measure()
+        split = store.create_split("wells", SplitParams(test_size=0.25, validation_size=0.25)).name
+        print("recipe  epochs  CPU seconds  per epoch (default: 1)  cells right  images right")
+        first = 0.0
+        for name, (preset, changes) in RECIPES.items():
+            params = TrainParams.of(preset, **{"branches": ("mask", "tabular"), **changes})
+            began = time.process_time()
+            trained = store.train(params, split=split)
+            seconds = time.process_time() - began
+            each = seconds / trained.epochs
+            first = first or each
+            run = store.predict(PredictParams(), run=str(trained.run_id)).run_id
+            found = store.report(str(run))
+            cells, images = found.score("cell", "hard"), found.score("image", "soft")
+            print(
+                f"{name}  {trained.epochs}  {seconds:.0f}  {each / first:.1f}  "
+                f"{cells.accuracy:.0%} of {cells.n}  {images.accuracy:.0%} of {images.n}",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -161,7 +205,12 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--levels", nargs="+", default=LEVELS, type=GroupLevel)
     parser.add_argument("--picture", type=Path, help="where to draw the scores, as SVG")
+    parser.add_argument("--recipes", action="store_true", help="ways to train, on one plate")
     given = parser.parse_args()
+    if given.recipes:
+        with tempfile.TemporaryDirectory() as name:
+            compare_recipes(Path(name))
+        return
     found: list[Line] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in given.sets:

@@ -134,17 +134,23 @@ def typed_value(item: Field, typed: Any) -> Any:
     if words == [known["empty"]]:
         return ()
     if not known["repeated"]:
-        words = [part.strip() for text in words for part in text.split(",") if part.strip()]
+        words = [part for text in words for part in text.split(",") if part.strip()]
     kind = get_args(kind)[0]
     if kind is str or kind is Path:
-        return tuple(kind(word) for word in words)
-    pairs = []
+        return tuple(kind(word.strip()) for word in words)
+    pairs, start = [], ""
     for word in words:
-        cut = word.partition if known["pair"] == "first" else word.rpartition
+        # What has no "=" belongs to the next word: the name that it came with has a comma in it.
+        start += word
+        if "=" not in word and word is not words[-1] and not known["repeated"]:
+            start += ","
+            continue
+        cut = start.partition if known["pair"] == "first" else start.rpartition
         old, _, new = (part.strip() for part in cut("="))
         if not (old and new):
-            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {word!r}.")
+            raise UserInputError(f"Write {flag(item)} {known['metavar']}, not {start!r}.")
         pairs.append((old, new))
+        start = ""
     return tuple(pairs)
 
 
@@ -244,9 +250,18 @@ _plates = partial(
 _wells = partial(
     option,
     (),
-    "Only this well, like D14; may be given several times.",
+    "Only this well, like D14, or PLATE/D14; may be given several times.",
     name="--well",
     metavar="WELL",
+    repeated=True,
+)
+_images = partial(
+    option,
+    (),
+    "Only this image: PLATE/A01/1 (plate, well, site), core file name, file name or id; PLATE/A01: "
+    "all of the well. May be given several times.",
+    name="--image",
+    metavar="IMAGE",
     repeated=True,
 )
 _where = partial(
@@ -281,7 +296,8 @@ _normalise = partial(
 _channels = partial(
     option,
     None,
-    "Channels that show the cells, by name, with commas between; first-three: the first three. "
+    "Channels that show the cells, by name or number, with commas between; first-three: the first "
+    "three. "
     "Default: the channel of the nuclei (DNA, DAPI, Hoechst), if there is one.",
     empty="first-three",
 )
@@ -318,6 +334,7 @@ class Selection:
     wells: tuple[str, ...] = _wells()
     where: str | None = _where()
     limit: int | None = _limit()
+    images: tuple[str, ...] = _images()
 
 
 EVERYTHING = Selection()
@@ -937,21 +954,43 @@ class PredictParams(Params):
 
 PRESETS: Mapping[str, Mapping[type, Mapping[str, Any]]] = {
     "published": {
-        SegmentParams: {"flow_threshold": 0.7, "cellprob_threshold": -5.0, "channels": ()},
-        SplitParams: {"protocol": "published"},
+        SegmentParams: {
+            "flow_threshold": 0.7,
+            "cellprob_threshold": -5.0,
+            "diameter": None,
+            "channels": (),
+            "projection": Projection.MEDIAN,
+            "nuclei": (),
+        },
+        SplitParams: {"protocol": "published", "field": PERTURBATION, "test_size": 0.2},
         TrainParams: {
+            "branches": ("mask", "flow", "tabular"),
             "backbone": "efficientnet_b0",
+            "weights": "none",
             "crop_size": 224,
-            "batch_size": 512,
+            "dropout": 0.5,
             "epochs": 50,
             "patience": 5,
+            "monitor": "loss",
+            "batch_size": 512,
+            "sampler": "cells",
+            "augment": (),
+            "loss": "cross-entropy",
+            "class_weights": False,
+            "label_smoothing": 0.1,
             "learning_rate": 1e-4,
             "schedule": "step",
+            "step_size": 5,
+            "gamma": 0.5,
             "warmup_epochs": 0,
-            "augment": (),
-            "sampler": "cells",
+            "weight_decay": 1e-4,
+            "normalise": "train",
             "intensity": "image",
+            "precision": "32",
         },
     }
 }
-"""Sets of values under one name: ``published`` is the study that cellstore generalises."""
+"""Sets of values under one name: ``published`` is the study that cellstore generalises.
+
+It names what the study did also where that is the default today, so that no new default changes it.
+"""

@@ -44,11 +44,14 @@ class UnknownNameError(UserInputError, LookupError):
     def of(cls, kind: str, name: object, known: Iterable[object]) -> UnknownNameError:
         """The error for an unknown ``name``, with the known ones: all of a few or the nearest."""
         names = [str(item) for item in known]
-        near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5) or names[:5]
+        lower = {item.lower(): item for item in names}
+        close = difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.5)
+        near = [lower[item] for item in close] or names[:5]
         near = names if len(names) <= SHOWN_NAMES else near
         more = f", and {len(names) - len(near)} more" if len(names) > len(near) else ""
         hint = f" Known: {', '.join(near)}{more}." if near else f" There is no {kind} yet."
-        return cls(f"Unknown {kind} {str(name)!r}.{hint}")
+        meant = f" Did you mean {lower[close[0]]}?" if close and len(names) > len(near) else ""
+        return cls(f"Unknown {kind} {str(name)!r}.{hint}{meant}")
 
 
 class BadTableError(UserInputError):

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .report.scoring import ReportResult
     from .report.segment_preview import PreviewResult
     from .report.votes import VotesResult
+    from .stages.backup import Backup
     from .stages.contrast import ContrastResult
     from .stages.corrections import Correction
     from .stages.export import ExportResult
@@ -275,12 +276,15 @@ class Store(AbstractContextManager["Store"]):
         stage: str | None = None,
         status: str | None = None,
         recipe: str | None = None,
+        image: str | None = None,
         limit: int = 100,
     ) -> JobsList:
         """List jobs, the newest first, and count them all; see ``stages.manage_jobs.list_jobs``."""
         from .stages.manage_jobs import list_jobs
 
-        return list_jobs(self.workspace, stage=stage, status=status, recipe=recipe, limit=limit)
+        return list_jobs(
+            self.workspace, stage=stage, status=status, recipe=recipe, image=image, limit=limit
+        )
 
     def retry(
         self, *, stage: str | None = None, run: str | None = None, image: str | None = None
@@ -777,6 +781,26 @@ class Store(AbstractContextManager["Store"]):
         from .stages.corrections import delete_plate
 
         return delete_plate(self.workspace, name, reason=reason, dry_run=dry_run)
+
+    def backup(self, file: str | Path) -> Backup:
+        """Write the whole store to one file; see ``stages.backup.backup``."""
+        from .stages.backup import backup
+
+        return backup(self.workspace, Path(file))
+
+    @classmethod
+    def restore(
+        cls,
+        file: str | Path,
+        path: str | Path,
+        *,
+        database: str | None = None,
+        dry_run: bool = False,
+    ) -> Backup:
+        """Make a store of a backup; see ``stages.backup.restore``."""
+        from .stages.backup import restore
+
+        return restore(Path(file), Path(path), database=database, dry_run=dry_run)
 
     def export_model(self, run: str = "latest", output: str | Path | None = None) -> ExportedModel:
         """Write a folder with a trained model; see ``stages.export_model.export_model``."""

@@ -180,14 +180,14 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def list_failures(failures: Sequence[tuple[str, str]]) -> None:
+def list_failures(failures: Sequence[tuple[str, str]], word: str = "failed") -> None:
     """Print why images failed, and the first of them: a paragraph for each reason."""
     names: dict[str, list[str]] = {}
     for name, reason in failures:
         names.setdefault(reason, []).append(name)
     for reason, failed in list(names.items())[:SHOWN_FAILURES]:
         more = f" and {len(failed) - SHOWN_FAILURES} more" if len(failed) > SHOWN_FAILURES else ""
-        output.wrapped(f"failed {', '.join(failed[:SHOWN_FAILURES])}{more}: {reason}")
+        output.wrapped(f"{word} {', '.join(failed[:SHOWN_FAILURES])}{more}: {reason}")
     if len(names) > SHOWN_FAILURES:
         typer.echo(f"and {len(names) - SHOWN_FAILURES} more: see cellstore jobs --failed")
 
@@ -242,8 +242,14 @@ def _end_jobs(
             list_failures(result.failures)
         if len(results) > 1:
             typer.echo()
+    lacking = getattr(found[0], "lacking", ())
+    if not common.as_json:
+        list_failures(lacking, "left out:")
     if any(result.forecast is not None for result in found):
         return
+    if lacking:
+        all_images = output.count(found[0].selected + len(lacking), "image")
+        say(f"Error: {len(lacking)} of {all_images} could not be {verb}: they lack a channel.")
     failed = {name for result in found for name, _ in result.failures}
     if failed:
         end_with_failures(len(failed), max(result.done for result in found), verb)
@@ -253,6 +259,7 @@ def _end_jobs(
             f"Error: {output.count(before, 'image')} failed in an earlier run and were not "
             "tried again. See why with: cellstore jobs --failed. To try again: cellstore retry"
         )
+    if before or lacking:
         raise typer.Exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,6 +22,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 STAGE = option(None, "Only jobs of this stage.", choices=("segment", "measure", "qc", "predict"))
+IMAGE = option(
+    None,
+    "Only this image: PLATE/A01/1, core file name, file name or id; or all of the well PLATE/A01.",
+    metavar="IMAGE",
+)
 
 
 @command(app, "status")
@@ -105,6 +111,7 @@ def jobs(
     recipe: str | None = option(
         None, "Only jobs of this recipe: number or start of the fingerprint.", metavar="RECIPE"
     ),
+    image: str | None = IMAGE,
     traceback: bool = option(False, "Show all that is known of an error."),
     limit: int = option(100, "List at most N jobs.", min=1),
 ) -> None:
@@ -118,6 +125,7 @@ def jobs(
       cellstore jobs
       cellstore jobs --failed --traceback
       cellstore jobs --running --stage segment
+      cellstore jobs --failed --image P1/A01
     """
     wanted = {"failed": failed, "running": running, "pending": pending}
     chosen = [name for name, on in wanted.items() if on]
@@ -129,6 +137,7 @@ def jobs(
             stage=stage,
             status=state,
             recipe=recipe,
+            image=image,
             limit=limit if state or common.as_json else 0,
         )
     if common.as_json:
@@ -185,9 +194,7 @@ def retry(
     common: Common,
     stage: str | None = STAGE,
     run: str | None = option(None, "Only what failed in this run.", metavar="RUN"),
-    image: str | None = option(
-        None, "Only this image: core file name, PLATE/WELL/SITE, file name or id.", metavar="IMAGE"
-    ),
+    image: str | None = IMAGE,
 ) -> None:
     """Give images that failed another try.
 
@@ -324,7 +331,16 @@ def doctor(common: Common) -> None:
     else:
         for found in result.findings:
             name, detail = output.cell(found.name), output.cell(found.detail)
-            typer.echo(f"{found.state:<7} {found.topic}: {name}  {detail}")
+            line = f"{found.state:<7} {found.topic}: {name}  {detail}"
+            typer.echo(
+                textwrap.fill(  # a path is never cut in two
+                    line,
+                    output.WIDTH,
+                    subsequent_indent=" " * 8,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+            )
         broken = sum(found.state == "broken" for found in result.findings)
         say(f"{output.count(broken, 'thing is', 'things are')} broken." if broken else "All well.")
     if not result.ok:

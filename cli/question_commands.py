@@ -300,7 +300,12 @@ def schema(
 
         typer.echo(diagram(chosen))
     elif table is None:
-        titles = {"table": "Tables", "view": "Views", "feature set": "Feature sets"}
+        titles = {
+            "table": "Tables",
+            "view": "Views",
+            "feature set": "Feature sets",
+            "step": "What the views are made of: exclusions, and the steps of the vote",
+        }
         for kind, title in titles.items():
             found = [item for item in every if item.kind == kind]
             if found:

@@ -1,4 +1,4 @@
-"""Commands that make a store and look after its schema: init, db, demo."""
+"""Commands that make a store and look after it whole: init, backup, restore, db, demo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cellstore.config import option
+from cellstore.store import Store
 
 from . import output
 from .app import Common, command, say_next
@@ -18,6 +19,7 @@ from .output import Bar, say
 
 if TYPE_CHECKING:
     from cellstore.jobs.workspace import Workspace
+    from cellstore.stages.backup import Backup
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 db = typer.Typer(
@@ -67,6 +69,69 @@ def init(
     output.pairs({"database": shown})
     with replace(common, store=folder or common.store).open(quiet=True) as store:
         say_next(store.next_step(), replace(common, store=folder or common.store))
+
+
+@command(app, "backup")
+def backup(
+    common: Common,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to, for example screen.tar.")],
+) -> None:
+    """Write the whole store to one file: all rows, and all files that cellstore wrote.
+
+    The store may be in use meanwhile. Each file is compared with its sha256; ends with 1 if
+    one is gone or has changed, which is then not in the backup. Your images are not in it.
+
+    \b
+    Example:
+      cellstore backup /backups/screen-2026-03-04.tar
+    """
+    with common.open() as store:
+        result = store.backup(file)
+    common.show(result, _show_backup)
+    if result.missing:
+        raise typer.Exit(1)
+
+
+@command(app, "restore")
+def restore(
+    common: Common,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The backup.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The store: a new folder, or an empty store.")
+    ],
+    database: str | None = option(
+        None, "A PostgreSQL database for it. Default: SQLite in the folder.", metavar="URL"
+    ),
+    dry_run: bool = option(False, "Only check that the backup is whole."),
+) -> None:
+    """Make a store of a backup. A store with something in it is never overwritten.
+
+    A backup of a store on SQLite may be restored to PostgreSQL, and the other way round.
+
+    \b
+    Example:
+      cellstore restore /backups/screen-2026-03-04.tar screen --dry-run
+      cellstore restore /backups/screen-2026-03-04.tar screen
+    """
+    result = Store.restore(file, folder, database=database, dry_run=dry_run)
+    common.show(result, _show_backup)
+
+
+def _show_backup(result: Backup) -> None:
+    output.pairs(
+        {
+            "backup": result.file,
+            "made at": result.made_at,
+            "size": f"{result.size_bytes / 1e6:,.1f} MB",
+            "rows": result.rows,
+            "files": result.artifacts,
+        }
+    )
+    if result.missing:
+        some = ", ".join(result.missing[:3]) + (", ..." if len(result.missing) > 3 else "")
+        say(f"Not in it, because they are gone or have changed: {some}. See: cellstore verify")
+    if result.dry_run:
+        say("The backup is whole. Nothing was written: this was a dry run.")
 
 
 @command(app, "demo")

@@ -334,6 +334,10 @@ def _show_check(result: CheckResult) -> None:
         rows.append(("bytes not compared", f"{output.count(result.unseen, 'image')} without files"))
     if result.refused:
         rows.append(("rows not usable", result.refused))
+    if result.relabelled:
+        number = len(result.relabelled)
+        more = f" and {number - SHOWN_CLASSES:,} more" if number > SHOWN_CLASSES else ""
+        rows.append(("relabelled since", ", ".join(result.relabelled[:SHOWN_CLASSES]) + more))
     output.pairs(rows)
     if result.findings:
         typer.echo()

@@ -91,14 +91,6 @@ SCORED_VOTES = """
     WHERE v.truth IS NOT NULL
 """
 
-LAST = """
-    (SELECT max(s.{value}) FROM segmentations s WHERE s.id = (
-        SELECT max(o.id) FROM segmentations o WHERE o.image_id = i.id
-        AND (o.content_sha256 IS NULL OR o.content_sha256 = i.content_sha256)
-    ))
-"""
-
-
 COMPONENTS = r"""
     '[' || coalesce(max('{"perturbation"\:"' || p.name || '","kind"\:"' || p.kind
         || '","dose"\:null,"dose_unit"\:null}'), '') || ']'
@@ -143,10 +135,6 @@ def definitions(vote_options: VoteOptions, *, sqlite: bool) -> dict[str, str]:
     whole = found["treatment_table"]
     start, end = whole.index("CAST(to_json("), whole.index(" AS components")
     found["treatment_table"] = whole[:start] + COMPONENTS + whole[end:]
-    images = found["image_table"]
-    images = images[images.index("SELECT\n    p.barcode") :]
-    images = images.replace("l.n_cells", f"{LAST.format(value='n_cells')} AS n_cells")
-    found["image_table"] = images.replace("LEFT JOIN latest AS l ON l.image_id = i.id", "")
     measured = [
         f"f.{column.name}"
         for column in CellFeatures.__table__.columns
@@ -165,11 +153,12 @@ EARLY = (
     "later_exclusions",
     "excluded_images",
     "treatment_table",
+    "eligible_cells",
+    "counted_cells",
     "image_table",
     "run_images",
     "vote_options",
     "predictions_with_image",
-    "eligible_cells",
     "eligible_predictions",
     "image_label_counts",
     "label_counts",

@@ -32,6 +32,7 @@ from cellstore.report.votes import count_votes
 from cellstore.stages.export import export
 from cellstore.stages.split import create_split
 from cellstore.stages.status import status
+from cellstore.store import Store
 
 audit_cell = partial(audit, kind="cell")
 
@@ -190,7 +191,7 @@ def test_tables_export_audit_and_status_say_why(workspace: Workspace, tmp_path: 
 
     def reasons() -> dict[str, int]:
         out = tmp_path / "cells.parquet"
-        export(workspace, out, force=True)
+        export(workspace, out, include_excluded=True, force=True)
         written = pq.read_table(out)["Metadata_Excluded"].to_pylist()
         found = rows(workspace, "SELECT excluded FROM cell_table ORDER BY cell_id")
         assert sorted(map(str, written)) == sorted(str(row["excluded"]) for row in found)
@@ -221,3 +222,54 @@ def test_tables_export_audit_and_status_say_why(workspace: Workspace, tmp_path: 
     make.undo(well)
     make.undo(one)
     assert reasons() == {**nothing, "eligible": all_cells, "audit": False}
+
+
+COUNTED = ("well", "n_images", "n_excluded_images", "n_cells", "n_excluded_cells")
+
+
+def test_every_count_knows_what_is_excluded(workspace: Workspace) -> None:
+    screen = small_screen(workspace)  # B01 to B04 have 3, 2, 2, 1 cells; A01 and A02 1 each
+    make, store = screen.factory, Store(workspace)
+    bare = make.image(make.well(screen.plate, 3, 1))
+    make.segmentation(bare, screen.segment_run, 0)
+    new = make.image(make.well(screen.plate, 3, 2))
+    unmeasured = make.cells_of(make.segmentation(new, screen.segment_run, 2))
+
+    def answers(name: str, *columns: str) -> list[tuple[Any, ...]]:
+        return [tuple(row[c] for c in columns) for row in store.ask(name).to_pylist()]
+
+    counts = ("wells", "treatments", "images", "cells", "excluded_images", "excluded_cells")
+    assert answers("plates", *counts) == [(8, 2, 8, 12, 0, 0)]
+    assert answers("unlabelled", "well") == [("A01",), ("A02",), ("C01",), ("C02",)]
+    assert answers("wells-without-cells", "well") == [("C01",)]
+
+    cell = make.cells_of(screen.segmentations["B01"])[0]
+    for kind, name in (
+        *(("well", "BR1/B02"), ("well", "BR1/A01"), ("well", "BR1/C01")),
+        *(("cell", str(cell.id)), ("cell", str(unmeasured[0].id))),
+    ):
+        store.exclude(kind, name, reason="debris")
+    assert answers("plates", *counts) == [(5, 2, 5, 7, 3, 5)]
+    wells = ("treatment", "wells", "images", "excluded_wells", "excluded_images")
+    assert answers("treatments", *wells) == [("taxol", 3, 3, 1, 1), ("DMSO", 1, 1, 1, 1)]
+    assert answers("unlabelled", "well", "cells", "excluded") == [("A02", 1, 0), ("C02", 1, 1)]
+    assert answers("unmeasured", "well", "unmeasured") == [("C02", 1)]
+    assert answers("few-cells", "well", "n_cells", "excluded") == [
+        *(("A02", 1, 0), ("B04", 1, 0), ("C02", 1, 1), ("B01", 2, 1), ("B03", 2, 0))
+    ]
+    assert answers("cell-counts", "well", "images", "cells", "excluded", "per_image") == [
+        *(("A01", 0, 0, 1, None), ("A02", 1, 1, 0, 1.0)),
+        *(("B01", 1, 2, 1, 2.0), ("B02", 0, 0, 2, None), ("B03", 1, 2, 0, 2.0)),
+        *(("B04", 1, 1, 0, 1.0), ("C01", 0, 0, 0, None), ("C02", 1, 1, 1, 1.0)),
+    ]
+    assert answers("wells-without-cells", "well") == []
+    found = rows(workspace, f"SELECT {', '.join(COUNTED)} FROM well_table ORDER BY well")
+    assert [tuple(row.values()) for row in found] == [
+        *(("A01", 0, 1, 0, 1), ("A02", 1, 0, 1, 0), ("B01", 1, 0, 2, 1), ("B02", 0, 1, 0, 2)),
+        *(("B03", 1, 0, 2, 0), ("B04", 1, 0, 1, 0), ("C01", 0, 1, 0, 0), ("C02", 1, 0, 1, 1)),
+    ]
+    query = "SELECT well, n_cells, n_excluded_cells FROM image_table WHERE plate = 'BR1' ORDER BY 1"
+    assert [tuple(row.values()) for row in rows(workspace, query)][2:4] == [
+        ("B01", 2, 1),
+        ("B02", 0, 2),
+    ]

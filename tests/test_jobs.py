@@ -72,7 +72,10 @@ def test_a_failing_image_fails_alone_and_waits_for_retry(workspace: Workspace):
     (failed,) = list_jobs(workspace, status="failed").jobs
     assert (failed.error, failed.attempts) == ("The file is truncated.", 1)
     assert (left(workspace), go(workspace).images) == (0, 0)  # until somebody says so
-    assert retry(workspace).jobs == 1
+    assert list_jobs(workspace, status="failed", image="P1/A02").jobs == (failed,)
+    assert list_jobs(workspace, status="failed", image="P1/A01/1").jobs == ()
+    assert retry(workspace, image="P1/A01").jobs == 0
+    assert retry(workspace, image="P1/A02").jobs == 1
     second = go(workspace)
     assert (second.images, second.failures) == (1, [])
     assert statuses(workspace) == {Status.DONE: 3}

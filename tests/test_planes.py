@@ -11,11 +11,13 @@ import pytest
 import tifffile
 from factories import Factory
 from numpy.typing import NDArray
+from sqlalchemy import select
 
-from cellstore.config import ImageInput
-from cellstore.errors import ImageError
+from cellstore.config import ImageInput, IngestParams, options_of, typed_value
+from cellstore.errors import ImageError, UnknownNameError, UserInputError
 from cellstore.io.image_files import encode_tiff, probe
-from cellstore.jobs.planes import read_image
+from cellstore.jobs.lookup import find_channels
+from cellstore.jobs.planes import lacking_channels, read_image
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image, ImageFile
 
@@ -99,3 +101,62 @@ def test_a_file_that_is_gone_or_was_never_seen(
         read(sqlite_workspace, image)
     with pytest.raises(ImageError, match="is missing"):
         read_image(sqlite_workspace.database, image.id, ImageInput(channels=("DNA",)))
+
+
+@pytest.fixture
+def channels(workspace: Workspace) -> Workspace:
+    """P1 has DNA (1), 'Alexa 488, long' (2) and RNA (3), P2 has DNA (1) and RNA (2)."""
+    make = Factory(workspace)
+    for barcode, more in (("P1", ["Alexa 488, long", "RNA"]), ("P2", ["RNA"])):
+        image = make.image(make.well(make.plate(barcode), 1, 1))
+        for position, name in enumerate(more, 2):
+            file = ImageFile(image_id=image.id, channel=name, position=position, name=f"{name}.tif")
+            make.add(file)
+    return workspace
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        (("dna",), ("DNA",)),
+        (("1", "rna"), ("DNA", "RNA")),
+        (("Alexa 488", "long", "DNA"), ("Alexa 488, long", "DNA")),
+        (("Alexa 488, long",), ("Alexa 488, long",)),
+        (("3",), ("RNA",)),
+        ((), ()),
+    ],
+)
+def test_channels_by_name_and_number(
+    channels: Workspace, typed: tuple[str, ...], found: tuple[str, ...]
+) -> None:
+    with channels.database.read() as session:
+        assert find_channels(session, typed) == found
+
+
+def test_channels_that_are_not_there_or_several(channels: Workspace) -> None:
+    with channels.database.read() as session:
+        with pytest.raises(UserInputError, match="Channel 2 is Alexa 488, long or RNA, by plate"):
+            find_channels(session, ["2"])
+        with pytest.raises(UnknownNameError, match=r"channel 'DAPI'\. Known: Alexa 488, long, DNA"):
+            find_channels(session, ["DNA", "DAPI"])
+
+
+def test_images_without_the_channel_are_known_before(channels: Workspace) -> None:
+    with channels.database.read() as session:
+        wanted = [ImageInput(("Alexa 488, long",))]
+        images, lacking = lacking_channels(session, select(Image.id), wanted)
+        assert lacking == (("P2/r01c01f01", "no channel Alexa 488, long"),)
+        assert len(session.scalars(images).all()) == 1
+        one = select(Image.id).where(Image.id.not_in(images))
+        with pytest.raises(UnknownNameError, match=r"selected images .*Known: DNA, RNA\."):
+            lacking_channels(session, one, wanted)
+
+
+def test_a_name_with_a_comma_in_an_option() -> None:
+    option = next(item for item in options_of(IngestParams) if item.name == "channels")
+    assert typed_value(option, ["Alexa 488, long=RNA,1=DNA"]) == (
+        ("Alexa 488, long", "RNA"),
+        ("1", "DNA"),
+    )
+    with pytest.raises(UserInputError, match="Write --channels"):
+        typed_value(option, ["1=DNA,Alexa"])

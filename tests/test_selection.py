@@ -14,7 +14,7 @@ from sqlalchemy import select
 from cellstore.config import Selection
 from cellstore.errors import CellstoreError, UnknownNameError, UserInputError
 from cellstore.jobs.conditions import COLUMNS, condition
-from cellstore.jobs.lookup import images_of
+from cellstore.jobs.lookup import find_image, images_of
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Image
 
@@ -48,6 +48,9 @@ def chosen(workspace: Workspace, selection: Selection) -> list[int]:
         (Selection(plates=("P'2",)), [7, 8]),
         (Selection(wells=("a1",)), [1, 2, 7, 8]),
         (Selection(plates=("P1",), wells=("A01", "B1")), [1, 2, 5, 6]),
+        (Selection(wells=("P'2/A01", "B1")), [5, 6, 7, 8]),
+        (Selection(images=("P1/A02/2", "P'2/r01c01f01")), [4, 7]),
+        (Selection(images=("P1/A1",), wells=("A01",), limit=1), [1]),
         (Selection(limit=3), [1, 2, 3]),
         (Selection(wells=("A02", "B01"), limit=3), [3, 4, 5]),
         (Selection(where="perturbation = 'DMSO'"), [1, 2]),
@@ -139,3 +142,25 @@ def test_a_quoted_value_is_bound_as_it_is(column: str, value: str):
     value = value.replace("\0", "").replace("\\", "")
     found = condition(f"{column} = '{value.replace(chr(39), chr(39) * 2)}'")
     assert list(found.compile().params.values()) == [value]
+
+
+def test_images_are_named_as_they_are_shown(workspace: Workspace):
+    make = Factory(workspace)
+    well = make.well(make.plate("P1"), 2, 3)
+    ids = [make.image(well, plane=plane, time_point=time).id for plane in (1, 2) for time in (1, 2)]
+    names = [
+        "P1/r02c03f01 plane 1",
+        "P1/r02c03f01 time 2",
+        "P1/B03/1 plane 2",
+        "B3/1 plane 2 time 2",
+    ]
+    with workspace.database.read() as session:
+        assert [find_image(session, name) for name in names] == ids
+        with pytest.raises(
+            UserInputError, match="several images: P1/r02c03f01 plane 1 time 1, P1/"
+        ):
+            find_image(session, "P1/B03/1")
+        with pytest.raises(UnknownNameError):
+            find_image(session, "P1/B03/1 plane 3")
+    assert len(chosen(workspace, Selection(images=("P1/B03/1",)))) == 4
+    assert chosen(workspace, Selection(images=("P1/B03/1 plane 2 time 2",))) == [4]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, String, cast, func, select
+from sqlalchemy import ColumnElement, Row, Select, String, cast, func, select
 from sqlalchemy.orm import Session
 
 from ..enums import PERTURBATION, TARGET, TREATMENT
@@ -89,3 +89,27 @@ def wells_changed(*conditions: ColumnElement[bool]) -> Select[Any]:
         .where(events.c.table_name == "perturbations", *conditions)
     )
     return select(moved.union(corrected).subquery().c.row_id.label("well_id"))
+
+
+def wells_relabelled(session: Session, split_id: int) -> list[Row[Any]]:
+    """Return the wells of a split whose label is not the frozen one any more.
+
+    Rows: id of the well, its name (``P1/A01``), the frozen label, the label that it has now.
+    """
+    members, labels, images, splits = (
+        METADATA.tables[name] for name in ("split_members", "labels", "images", "splits")
+    )
+    field = session.scalars(select(splits.c.field).where(splits.c.id == split_id)).one()
+    now = field_column(field)
+    name = (plates.c.barcode + "/" + wells.c.name).label("name")
+    query = select(wells.c.id, name, labels.c.value.label("frozen"), now.label("now"))
+    query = query.select_from(
+        members.join(labels, labels.c.id == members.c.label_id)
+        .join(images, images.c.id == members.c.image_id)
+        .join(wells, wells.c.id == images.c.well_id)
+        .join(plates, plates.c.id == wells.c.plate_id)
+        .outerjoin(treatments, treatments.c.id == wells.c.treatment_id)
+    )
+    differs = now.is_distinct_from(labels.c.value)
+    query = query.where(members.c.split_id == split_id, differs).distinct()
+    return list(session.execute(query.order_by(wells.c.id)))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from ..enums import PROJECTION_CHANNEL
@@ -251,31 +252,32 @@ class NamePattern:
 
     def explain(self, name: str) -> str:
         """Say as far as which of its groups the pattern fits a name that it does not fit."""
-        ends: list[int] = []
-        opened: list[bool] = []
+        ends: list[tuple[int, str]] = [(0, "")]
+        opened: list[str] = []
         for token in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]|[()]", self.pattern, re.DOTALL):
             if token[0] == "(":
-                opened.append(self.pattern.startswith("(?P<", token.start()))
-            elif token[0] == ")" and opened.pop():
-                ends.append(token.end())
-        starts = [0, *ends]
-        for end in reversed(ends):
+                group = re.match(r"\(\?P<(\w+)>", self.pattern[token.start() :])
+                opened.append(group[1] if group else "")
+            elif token[0] == ")" and (group_name := opened.pop()):
+                ends.append((token.end(), group_name))
+        ends.append((len(self.pattern), ""))
+        for (end, _), (next_end, group_name) in reversed(list(pairwise(ends))):
             with suppress(re.error):  # the group is inside another one
                 match = re.search(self.pattern[:end], name[:MAX_PATH])
-                rest = self.pattern[end : min((e for e in ends if e > end), default=None)]
                 if match is not None:
+                    part = f"its group {group_name}," if group_name else "its end,"
                     return (
-                        f"the pattern fits as far as {match[0][-40:]!r}, but {rest!r} does not fit "
-                        f"{name[match.end() :][:60]!r}"
+                        f"the pattern fits {match[0][-40:]!r}, but {part} "
+                        f"{self.pattern[end:next_end]}, does not fit {name[match.end() :][:60]!r}"
                     )
-        return f"its first part {self.pattern[: starts[1]]!r} fits nothing in the name"
+        return "the pattern does not fit it"
 
 
 _WELL = "(?P<well>[A-Z]{1,2}[0-9]{2})"
 _GUID = "[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}"
 _INCELL_END = (
     r"(?: wix [0-9]+)?(?: z (?P<plane>[0-9]+))?"
-    r"(?: ?- ?time (?P<time>[0-9]+)(?: ?- ?[0-9]+ ?ms)?)?\)"
+    r"(?: ?-? ?time (?P<time>[0-9]+)(?: ?- ?[0-9]+ ?ms)?)?\)"
 )
 
 MICROSCOPES: Mapping[str, tuple[str, ...]] = {

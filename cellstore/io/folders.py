@@ -79,6 +79,11 @@ def has_image_names(folder: Path) -> bool:
     )
 
 
+def first_image(folder: Path) -> str | None:
+    """Return the name of an image below a folder."""
+    return next((name for found in _walk(folder.resolve()) for name in found.images), None)
+
+
 def read_folder(
     folder: Path,
     *,
@@ -251,7 +256,7 @@ def _files_of(
     for page, index, plane, time_point in stack.pages:
         number: int | None = index
         found = stack.channel_names[index - 1] or f"C{index}"
-        if len(stack.channel_names) == 1 and parts.channel is not None:
+        if parts.channel is not None and 1 in {len(stack.channel_names), len(stack.pages)}:
             number, found = parts.number, parts.channel
         name = page_name(path.name, page)
         file = FileRef(names.name(number, found), number, name, str(path.parent))

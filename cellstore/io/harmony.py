@@ -73,7 +73,7 @@ def _is_index(file: Path) -> bool:
 
 
 def index_of(path: Path) -> Path | None:
-    """Return the index in a folder, in one of its subfolders, or above it; a file is itself.
+    """Return the index in a folder, in a subfolder (or its ``Images``), or above; a file is itself.
 
     Above it only where that is the index of the images in the folder. None if there is no index,
     or if several subfolders have one each.
@@ -83,7 +83,8 @@ def index_of(path: Path) -> Path | None:
     below = sorted(folder for folder in path.iterdir() if folder.is_dir())
     if found := _index_in(path):
         return found
-    indexes = [found for found in map(_index_in, below) if found]
+    deeper = [folder / "Images" for folder in below]
+    indexes = [found for found in map(_index_in, below + deeper) if found]
     if len(indexes) == 1:
         return indexes[0]
     above = None if indexes else _index_in(path.resolve().parent)

@@ -27,7 +27,10 @@ _WANTED = (
     *("well_position", "broad_sample"),
 )
 _XML = re.compile(rb"(\xef\xbb\xbf)?\s*<")
-_TABLE_SUFFIXES = (".txt", ".csv", ".tsv", ".txt.gz", ".csv.gz", ".tsv.gz")
+_TABLE_SUFFIXES = (
+    *(".txt", ".csv", ".tsv", ".txt.gz", ".csv.gz", ".tsv.gz"),
+    *(".xlsx", ".xls", ".ods"),
+)
 _LOOKED_AT = 50
 _MANY = 50
 """So many columns beside those about the well are measurements, whatever their names."""
@@ -130,8 +133,9 @@ def detect(
     chosen = [item for item in found if kind is None or item.kind is kind]
     if kind is None and Layout.HARMONY in found:
         chosen = [item for item in found if item is not Layout.IMAGE_FOLDER]
-    if kind is None and (Layout.LOADDATA in found or Layout.PUBLISHED in found):
-        chosen = [item for item in found if item.kind is not SourceKind.TREATMENTS]
+    if kind is None and any(item.kind is SourceKind.IMAGES for item in found):
+        # A plate map may lie beside the images, and a table of images may name treatments.
+        chosen = [item for item in chosen if item.kind is not SourceKind.TREATMENTS]
     if len(chosen) == 1:
         return chosen[0]
     named = " or ".join(f"{item.value} ({item.kind.value})" for item in chosen or found)
@@ -218,7 +222,8 @@ def _of_folder(path: Path) -> list[Layout]:
     found += [Layout.IMAGE_FOLDER] if has_image_names(path) else []
     for table in _tables_in(path):
         with suppress(UserInputError):
-            if Layout.PLATEMAP in table_layouts(open_table(table, whole=False).columns):
+            is_map = Layout.PLATEMAP in table_layouts(open_table(table, whole=False).columns)
+            if is_map or (not found and open_map(table) is not None):
                 return [*found, Layout.PLATEMAP]
     return found
 
@@ -234,13 +239,19 @@ def _tables_in(folder: Path) -> list[Path]:
 def _unknown(path: Path, head: bytes) -> BadTableError:
     """Return what was looked for in a file or folder that is none of the layouts."""
     if path.is_dir():
+        from .folders import first_image
+
+        if name := first_image(path):
+            return BadTableError(
+                f"{path.resolve().name} holds images that are not named as a known microscope "
+                f"names them, like {name}. Say how they are named with --pattern, for example "
+                r"'(?P<well>[A-P]\d+)_s(?P<site>\d+)_w(?P<channel>\d)'."
+            )
         tables = ", ".join(table.name for table in _tables_in(path)[:3])
         inside = f"one of its files, like {tables}" if tables else "a folder or file further down"
         return BadTableError(
             f"{path.resolve().name} holds no Harmony index, no CellProfiler tables (Image.csv with "
-            "Cells.csv or Nuclei.csv), no image files with names of a known pattern and no plate "
-            "maps. "
-            f"Give --pattern or --layout, or {inside}."
+            f"Cells.csv or Nuclei.csv), no image files and no plate maps. Give {inside}."
         )
     if head.startswith(image_files.SQLITE):
         return BadTableError(f"{path.name} is an SQLite file without the tables of CellProfiler.")
@@ -257,19 +268,16 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
             f"{path.name} only lists which plate uses which plate map. Give the folder of the "
             "plate maps, and this file with --barcodes."
         )
+    yours = ", ".join(name for name in columns[:8] if name)
     needs = (
         f"{path.name}: I do not recognise this table. A plate map needs a well and a treatment "
-        "column (well_position and broad_sample)"
+        f"column; yours has {yours}{', ...' if len(columns) > 8 else ''}. Name them with "
+        "--map-column well=NAME --map-column treatment=NAME"
     )
     files = any(column.lower().startswith("filename") for column in columns)
     if not files and any("well" in column.lower() for column in columns):
-        yours = ", ".join(name for name in columns[:8] if name)
-        more = ", ..." if len(columns) > 8 else ""
-        return BadTableError(
-            f"{needs}; yours has {yours}{more}. Rename its columns, "
-            "or choose a reader with --layout."
-        )
+        return BadTableError(f"{needs}, or choose a reader with --layout.")
     wanted = [column for column in _WANTED if column not in columns]
-    return BadTableError(
-        f"{needs}. {_OTHERS} {nearest_columns(wanted, columns)} Or choose a reader with --layout."
-    )
+    near = nearest_columns(wanted, columns)
+    near = f" {near}" if near.startswith("The n") else ""
+    return BadTableError(f"{needs}. {_OTHERS}{near} Or choose a reader with --layout.")

@@ -7,6 +7,7 @@ set describe its plates, its CRISPR reagents and its controls.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import defaultdict
@@ -39,6 +40,7 @@ from .tables import (
     known_text,
     nearest_columns,
     open_table,
+    sheet_names,
 )
 from .uris import writable
 
@@ -194,7 +196,12 @@ _JCP_KINDS = {"8": PerturbationKind.CRISPR, "9": PerturbationKind.ORF}
 _JCP_NOTHING = frozenset({"JCP2022_999999", "JCP2022_UNKNOWN"})
 """How JUMP writes an empty well and one of which nothing is known."""
 
-TREATMENT_COLUMNS = (_NAME, *_TARGET, *_IDENTIFIER, *_CONTROL, *_KIND, *_CHEMISTRY)
+_COMPONENTS, _ORIGINAL = "Metadata_components", "Metadata_dose_original"
+"""Of an export: several perturbations of a well (JSON), and the dose as it once was written."""
+
+TREATMENT_COLUMNS = (
+    *(_NAME, *_TARGET, *_IDENTIFIER, *_CONTROL, *_KIND, *_CHEMISTRY, _COMPONENTS, _ORIGINAL),
+)
 
 
 @lru_cache(100)
@@ -238,11 +245,21 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
         first_text(texts, _CONTROL),
         *map(texts.get, _CHEMISTRY),
     )
+    if _COMPONENTS in texts:
+        try:
+            first, *others = (
+                TreatmentRecord(PerturbationKind(item.pop("kind")), **item)
+                for item in json.loads(texts[_COMPONENTS])
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RowRefusedError("not a treatment", f"{_COMPONENTS}: {error}") from error
+        return replace(first, control=record.control, treated=record.treated, others=tuple(others))
     dose, *unit = dose_columns(tuple(texts)) or (None,)
     if dose is None:
         return record
     meant = header_of(dose)
-    return record.with_dose(texts[dose], texts[unit[0]] if unit else meant and meant.unit)
+    found = record.with_dose(texts[dose], texts[unit[0]] if unit else meant and meant.unit)
+    return replace(found, dose_original=texts.get(_ORIGINAL, found.dose_original))
 
 
 def completed(given: TreatmentRecord, known: TreatmentRecord) -> TreatmentRecord:
@@ -404,6 +421,8 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
     named = [columns.column(role) for role in ("sample", "treatment", "gene", "target")]
     sample_column, name_column, *target_columns = named
     targets = tuple(name for name in reversed(target_columns) if name)
+    if PREFIX + "Symbol" in table.columns:  # JUMP calls an ORF by its gene, a reagent by Name
+        name_column = None
     if name_column is None and not targets:
         nearest = nearest_columns(["pert_iname", "gene"], table.columns)
         raise BadTableError(
@@ -720,6 +739,12 @@ def map_table(path: Path, options: MapOptions) -> TextTable:
     table = open_map(path, options.sheet, options.columns)
     if table is not None:
         return table
+    if options.sheet is not None and not options.columns:
+        others = ", ".join(name for name in sheet_names(path) if name != options.sheet)
+        raise BadTableError(
+            f"{path.name} has no plate map on the sheet {options.sheet}. Name another one with "
+            f"--sheet ({others or 'there is no other'}), or its columns with --map-column."
+        )
     columns = [name for name in open_table(path, sheet=options.sheet).columns if name]
     for meaning, header in options.columns:
         if header not in columns:
@@ -816,6 +841,8 @@ def _map_row(
         dose_column = columns.column("dose", number)
         unit = text("unit", number) or columns.units.get(dose_column or "")
         sample, name_ = named.pop("sample", None), named.pop("treatment", None)
+        if sample is not None and sample.upper() == DMSO:
+            sample, name_ = None, name_ or sample  # a name, and no code
         if sample or name_:
             named = {"treatment": name_ or sample or "", **named}
         for role, value in named.items():

@@ -6,6 +6,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -123,7 +124,18 @@ def read_stack(path: Path) -> Stack | None:
                 if not is_plain and len(tiff.pages) == 1 and depth == 1:
                     # Its first page names a second one, at an offset that is none.
                     raise ImageError(unreadable(str(path)))
-                return _read_stack(path, tiff)
+                first = tiff.pages.first
+                if len(full_pages(tiff)) > 1 or "BinaryOnly" in first.description:
+                    return _read_stack(path, tiff)
+                if is_colour(first):
+                    read_plane(path)  # refuses real colours
+                    return None
+                if len(samples_of(first)) > 1:
+                    return _read_stack(path, tiff)
+                if tiff.is_ome and "FileName=" in first.description:
+                    with suppress(ImageError):  # one plane can be read whatever is said of others
+                        return _read_stack(path, tiff)
+                return None
     except ImageError:
         raise
     except OSError as error:
@@ -151,12 +163,6 @@ def _read_stack(path: Path, tiff: tifffile.TiffFile) -> Stack | None:
     full, depth, samples = full_pages(tiff), first.samplesperpixel, samples_of(first)
     count = len(full)
     description = first.description if tiff.is_ome else ""
-    if count == 1 and "BinaryOnly" not in description:
-        if is_colour(first):
-            read_plane(path)  # refuses real colours
-            return None
-        if len(samples) == 1:
-            return None
     kinds = {(page.shape, page.dtype) for page in (tiff.pages[number] for number in full)}
     if len(kinds) > 1 or is_colour(first) or len(first.shape) != (2 if depth == 1 else 3):
         raise ImageError(
@@ -181,6 +187,8 @@ def _read_stack(path: Path, tiff: tifffile.TiffFile) -> Stack | None:
         ]
         axes = _read_page_names(texts) or _Axes(_AXES, {"Z": count})
     order, sizes, names, planes, is_part = axes
+    if count == 1 and len(samples) == 1 and not is_part:
+        return None
     if planes is None:
         planes = dict(enumerate(range(count)))
         if depth > 1 and prod(sizes.values()) == count:
@@ -296,10 +304,17 @@ def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
             images[-1][2].append(values)
         elif images and tag == "UUID" and images[-1][2] and "FileName" in values:
             images[-1][2][-1]["FileName"] = values["FileName"]
+    files = {block.get("FileName", name) for _, _, blocks in images for block in blocks}
+    if name not in files and len(files) > 1:
+        raise ImageError(
+            f"{name} is none of the files that its OME-XML describes: "
+            f"{', '.join(sorted(files)[:3])}. Give it the name that it had."
+        )
+    its_name = name if name in files else next(iter(files), name)  # one file may have a new name
     own = [
         (pixels, names, blocks)
         for pixels, names, blocks in images
-        if not blocks or any(block.get("FileName", name) == name for block in blocks)
+        if not blocks or any(block.get("FileName", its_name) == its_name for block in blocks)
     ]
     if len(own) != 1:
         raise ImageError(
@@ -311,7 +326,7 @@ def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
         raise ImageError(f"{name} has the DimensionOrder {order[:9]!r}. Export it again.")
     sizes = {axis: _count(name, pixels.get(f"Size{axis}", "1")) for axis in _AXES}
     sizes["C"] = max(1, sizes["C"] // depth)  # it counts the samples of each page, too
-    mine = [block for block in blocks if block.get("FileName", name) == name] or [{}]
+    mine = [block for block in blocks if block.get("FileName", its_name) == its_name] or [{}]
 
     def planes() -> Iterator[tuple[int, int]]:
         for block in mine:

@@ -180,7 +180,8 @@ class JobsResult:
     ``run_id`` is None when nothing was done. ``selected`` counts the images that the selection
     names, ``waiting`` those of them whose files are still missing, ``failed_before`` those that
     failed in earlier runs and were left alone, ``cells`` what was written by this run.
-    ``forecast``: of a dry run, which does nothing.
+    ``forecast``: of a dry run, which does nothing. ``lacking``: the other images, which were
+    left out because they lack a channel, and which.
     """
 
     run_id: int | None
@@ -192,6 +193,7 @@ class JobsResult:
     cells: int = 0
     failed_before: int = 0
     forecast: Forecast | None = None
+    lacking: tuple[tuple[str, str], ...] = ()
 
 
 def execute(

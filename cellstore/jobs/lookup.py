@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Row, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 
-from ..config import EVERYTHING, ImageInput, Selection
+from ..config import EVERYTHING, Selection
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.filenames import parse_well
@@ -33,12 +33,15 @@ from .run_names import find_named_run
 images, image_files, wells, plates = (
     METADATA.tables[name] for name in ("images", "image_files", "wells", "plates")
 )
-cells, segmentations = (METADATA.tables[name] for name in ("cells", "segmentations"))
+cells, events, segmentations = (
+    METADATA.tables[name] for name in ("cells", "events", "segmentations")
+)
 
 SHORTEST_SHA256 = 6
 """Hexadecimal digits that name a file at least; fewer are as likely a word or a number."""
 
 _HEX = re.compile(rf"[0-9a-f]{{{SHORTEST_SHA256},64}}")
+_NAME = re.compile(r"(.*?)(?: plane (\d{1,9}))?(?: time (\d{1,9}))?", re.DOTALL)
 _LISTED = 6
 _NEAR = 3
 _FORMS = "PLATE/A01/1 (plate, well, site), r01c01f01, a file name, an id, or the start of a sha256"
@@ -99,21 +102,40 @@ def find_image(session: Session, text: str) -> int:
 
     """
     text = readable(text)
+    found = _images(session, _image_condition(session, text), _LISTED)
+    if len(found) == 1:
+        return int(found[0].id)
+    rows = found[: _LISTED - 1]
+    shown = [f"{row.barcode}/{row.core_name}" for row in rows]
+    if len(set(shown)) < len(rows):  # every plane and time point is said, so that each has a name
+        at = [f"plane {row.plane} time {row.time_point}" for row in rows]
+        shown = [f"{name} {where}" for name, where in zip(shown, at, strict=True)]
+    more = ", ..." if len(found) == _LISTED else ""
+    raise UserInputError(
+        f"{text!r} names several images: {', '.join(shown)}{more}. Name one of them, or its id."
+    )
+
+
+def images_named(session: Session, text: str) -> ColumnElement[bool]:
+    """Return the condition on an image that ``text`` names: it, or all of the well ``PLATE/A01``.
+
+    Raises:
+        UnknownNameError: nothing has that name; similar names are listed.
+        UserInputError: a well of several plates is meant.
+    """
+    text = readable(text)
+    if looks_like_well(text):
+        return Image.well_id == find_well(session, text)
+    of_tables = images.join(wells, wells.c.id == images.c.well_id).join(plates)
+    named = select(images.c.id).select_from(of_tables).where(_image_condition(session, text))
+    return Image.id.in_(named)
+
+
+def _image_condition(session: Session, text: str) -> ColumnElement[bool]:
+    """The likeliest meaning of a text that some image meets."""
     for named in _conditions(session, text):
-        found = _images(session, named, _LISTED)
-        if len(found) == 1:
-            return int(found[0].id)
-        if found:
-            rows = found[: _LISTED - 1]
-            twice = len({(row.barcode, row.core_name) for row in rows}) < len(rows)
-            names = ", ".join(
-                f"{row.barcode}/{row.core_name}" + (f" (id {row.id})" if twice else "")
-                for row in rows
-            )
-            more = ", ..." if len(found) == _LISTED else ""
-            raise UserInputError(
-                f"{text!r} names several images: {names}{more}. Name one of them, or its id."
-            )
+        if _images(session, named, 1):
+            return named
     words = _typed(session, text)
     if words is not None and words.barcode is not None and words.position() is not None:
         name, well = _well_named(session, words)
@@ -169,12 +191,19 @@ def _as_well(text: str) -> tuple[int, int] | None:
 def _images(session: Session, named: ColumnElement[bool], limit: int) -> list[Row[Any]]:
     """Id, core name, well and barcode of the images that meet a condition, by id."""
     query = select(images.c.id, images.c.core_name, images.c.well_id, plates.c.barcode)
+    query = query.add_columns(images.c.plane, images.c.time_point)
     query = query.join(wells, wells.c.id == images.c.well_id).join(plates).where(named)
     return sorted(session.execute(query.distinct().limit(limit)), key=lambda row: row.id)
 
 
 def _conditions(session: Session, text: str) -> Iterator[ColumnElement[bool]]:
     """What ``text`` may mean, the likeliest first, as conditions on images, wells and plates."""
+    name, plane, time_point = _NAME.fullmatch(text).groups()  # type: ignore[union-attr]
+    if plane or time_point:  # as image_name says it
+        for named in _conditions(session, name):
+            at_plane, at_time = images.c.plane == int(plane or 1), images.c.time_point
+            yield and_(named, at_plane, at_time == int(time_point or 1))
+        return
 
     def has_file(condition: ColumnElement[bool]) -> ColumnElement[bool]:
         return images.c.id.in_(select(image_files.c.image_id).where(condition))
@@ -261,6 +290,19 @@ def looks_like_well(text: str) -> bool:
     return 1 <= len(parts) <= 2 and not _is_site(parts[-1]) and _as_well(parts[-1]) is not None
 
 
+def renamed_plates(session: Session, absent: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Return the plates that once had the names ``absent``, which no plate has now.
+
+    The value is (id, barcode); of two plates that had a name, the one that had it last.
+    """
+    wanted, of = set(absent), events.c.table_name == "plates"
+    old = events.c.old["barcode"].as_string()
+    query = select(old, plates.c.id, plates.c.barcode)
+    query = query.join(plates, plates.c.id == events.c.row_id).where(of, old.is_not(None))
+    rows = session.execute(query.order_by(events.c.id)) if wanted else ()
+    return {name: (int(key), now) for name, key, now in rows if name in wanted}
+
+
 def find_plate(session: Session, barcode: str | None) -> int:
     """Return the id of the plate with this barcode.
 
@@ -268,6 +310,9 @@ def find_plate(session: Session, barcode: str | None) -> int:
         UnknownNameError: with the plates that there are.
     """
     found = session.scalar(select(plates.c.id).where(plates.c.barcode == barcode))
+    if found is None and (renamed := renamed_plates(session, [barcode or ""])):
+        (now,) = (name for _, name in renamed.values())
+        raise UnknownNameError(f"Plate {barcode} was renamed: it is {now} now.")
     if found is None:
         known = session.scalars(select(plates.c.barcode).order_by(plates.c.id).limit(500))
         raise UnknownNameError.of("plate", barcode, known)
@@ -347,17 +392,42 @@ def find_split(session: Session, name: str | None) -> Split:
     return found
 
 
-def check_channels(session: Session, wanted: ImageInput) -> None:
-    """Refuse a channel that no image of the store has, before any work begins.
+def find_channels(session: Session, typed: Sequence[str]) -> tuple[str, ...]:
+    """Return channels as the store spells them, by name or by number.
+
+    ``typed`` is what was written between commas: a name with commas in it is put together again.
 
     Raises:
-        UnknownNameError: with the channels that there are.
+        UnknownNameError: no image of the store has such a channel.
+        UserInputError: a number is that of several channels.
     """
-    for name in wanted.channels:
-        there = select(ImageFile.id).where(func.lower(ImageFile.channel) == name.lower())
-        if session.scalar(there.limit(1)) is None:
-            known = session.scalars(select(ImageFile.channel).distinct())
-            raise UnknownNameError.of("channel", name, sorted(known))
+    if not typed:
+        return ()
+    query = select(ImageFile.channel, ImageFile.position).distinct().order_by(ImageFile.position)
+    rows = session.execute(query).all()
+
+    def plain(name: str) -> str:
+        return re.sub(r"\s*,\s*", ",", name.strip()).lower()
+
+    names = {plain(row.channel): row.channel for row in reversed(rows)}
+    found: list[str] = []
+    left = list(typed)
+    while left:
+        ends = (end for end in range(len(left), 0, -1) if plain(",".join(left[:end])) in names)
+        end = next(ends, 0)
+        numbered = {row.channel for row in rows if str(row.position) == left[0]} if not end else {}
+        if end:
+            found.append(names[plain(",".join(left[:end]))])
+        elif not numbered:
+            raise UnknownNameError.of("channel", left[0], sorted({row.channel for row in rows}))
+        elif len(numbered) > 1:
+            raise UserInputError(
+                f"Channel {left[0]} is {' or '.join(sorted(numbered))}, by plate. Give its name."
+            )
+        else:
+            found += numbered
+        del left[: end or 1]
+    return tuple(found)
 
 
 def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int]:
@@ -366,7 +436,7 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
     Its conditions are on single rows, so that more can be added and one image looked up at once.
 
     Raises:
-        UnknownNameError: there is no such plate, well or column.
+        UnknownNameError: there is no such plate, well, image or column.
         UserInputError: the condition cannot be read.
     """
     query = select(Image.id)
@@ -376,13 +446,17 @@ def images_of(session: Session, selection: Selection = EVERYTHING) -> Select[int
         ids = [find_plate(session, barcode) for barcode in selection.plates]
         query = query.where(Well.plate_id.in_(ids))
     if selection.wells:
-        names = [well_name(name) for name in selection.wells]
+        whole = [name for name in selection.wells if len(_parts(name)) > 1]  # PLATE/A01
+        of_plate = [find_well(session, name) for name in whole]
+        names = [well_name(name) for name in selection.wells if name not in whole]
         known = set(session.scalars(select(Well.name).where(Well.name.in_(names)).distinct()))
-        for name, typed in zip(names, selection.wells, strict=True):
+        for name in names:
             if name not in known:
                 there = session.scalars(select(Well.name).distinct().limit(1536))
-                raise UnknownNameError.of("well", typed, there)
-        query = query.where(Well.name.in_(names))
+                raise UnknownNameError.of("well", name, there)
+        query = query.where(or_(Well.name.in_(names), Well.id.in_(of_plate)))
+    if selection.images:
+        query = query.where(or_(*(images_named(session, name) for name in selection.images)))
     if selection.where is not None:
         from .conditions import condition  # its parser loads slowly
 

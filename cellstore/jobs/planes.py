@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import insert, select
+from sqlalchemy import Select, exists, func, insert, select
 from sqlalchemy.orm import Session
 
 from ..artifacts import ArtifactFolder
@@ -19,8 +19,9 @@ from ..enums import EXCLUDED_NO_PERIMETER, PROJECTION_CHANNEL
 from ..errors import ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project, read_plane
 from ..io.uris import is_remote, local_path, local_stat
-from ..models import Artifact, Cell, Folder, ImageFile, Segmentation
+from ..models import Artifact, Cell, Folder, Image, ImageFile, Plate, Segmentation, Well
 from .gone_files import gone_sentence
+from .lookup import find_channels, image_name
 
 NUCLEAR = re.compile("dna|dapi|hoechst", re.IGNORECASE)
 """What the names of channels of nuclei have in them."""
@@ -111,10 +112,11 @@ def choose_channels(session: Session, named: tuple[str, ...] | None) -> tuple[st
     """Return the channels that show the cells: the ``named`` ones, else that of the nuclei.
 
     Raises:
+        UnknownNameError: there is no such channel.
         UserInputError: none is named, and not exactly one channel of the store has such a name.
     """
     if named is not None:
-        return named
+        return find_channels(session, named)
     known = sorted(session.scalars(select(ImageFile.channel).distinct()))
     nuclear = [name for name in known if NUCLEAR.search(name)]
     if len(known) < 2 or len(nuclear) == 1:
@@ -123,6 +125,34 @@ def choose_channels(session: Session, named: tuple[str, ...] | None) -> tuple[st
         "Which channels show the cells? Name them with --channels. This store has: "
         f"{', '.join(known)}."
     )
+
+
+def lacking_channels(
+    session: Session, images: Select[int], planes: Sequence[ImageInput]
+) -> tuple[Select[int], tuple[tuple[str, str], ...]]:
+    """Return those of ``images`` that have the channels of ``planes``, and the others by name.
+
+    Of each of the others it is said which channel it lacks.
+
+    Raises:
+        UnknownNameError: none of the images has them.
+    """
+    selected, others = images, list[tuple[str, str]]()
+    for name in dict.fromkeys(name for plane in planes for name in plane.channels):
+        has = exists().where(ImageFile.image_id == Image.id)
+        has = has.where(func.lower(ImageFile.channel) == name.lower())
+        lack = select(Plate.barcode, Image.core_name, Image.plane, Image.time_point)
+        lack = lack.select_from(Image).join(Well, Well.id == Image.well_id).join(Plate)
+        rows = session.execute(lack.where(Image.id.in_(images), ~has).order_by(Image.id)).all()
+        others += [(image_name(*row), f"no channel {name}") for row in rows]
+        if rows:
+            images = images.where(has)
+        if rows and session.scalar(images.limit(1)) is None:
+            known = select(ImageFile.channel).where(ImageFile.image_id.in_(selected)).distinct()
+            raise UnknownNameError.of(
+                "channel of the selected images", name, sorted(session.scalars(known))
+            )
+    return images, tuple(others)
 
 
 def read_artifact_image(

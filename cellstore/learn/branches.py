@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from ..enums import PROJECTION_CHANNEL
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import IS_CURRENT
+from ..jobs.lookup import IS_CURRENT, find_channels
 from ..models import Image, ImageFile, Segmentation, SplitMember
 from ..query.cells import CellSource
 
@@ -77,6 +77,7 @@ def choose_channels(session: Session, source: CellSource, wanted: Sequence[str])
     )
     counts: dict[str, int] = dict(session.execute(query).all())
     by_name = {name.lower(): name for name in counts}
+    wanted = find_channels(session, wanted)
     for name in wanted:
         if name.lower() not in by_name:
             raise UnknownNameError.of("channel", name, counts)

@@ -26,7 +26,7 @@ from ..artifacts import StoredFile
 from ..config import ImageInput
 from ..enums import ArtifactKind, Stage, Status
 from ..errors import StorageError, UserInputError, first_line
-from ..jobs.lookup import check_channels
+from ..jobs.lookup import find_channels
 from ..jobs.workspace import Workspace
 from ..models import Artifact, Recipe, Run, RunArtifact
 from ..query.cells import CellSource, input_of, plane_of
@@ -373,7 +373,7 @@ def open_model(session: Session, workspace: Workspace, run: Run, device: str = "
         raise UserInputError(
             f"Feature set {name!r} is another one since training run {run.id} read it. Train again."
         )
-    check_channels(session, ImageInput(record.channels))
+    find_channels(session, record.channels)
     source = CellSource(segment.id, measure.id, features=features, annotated=True)
     reader = CellReader(
         workspace,

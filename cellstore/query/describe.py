@@ -11,7 +11,7 @@ from importlib.resources import files
 
 from ..models import METADATA
 from .engine import Questions
-from .source import view
+from .source import STEPS, view
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ColumnWords:
 
 @dataclass(frozen=True)
 class RelationWords:
-    """A table, view or feature set (``kind``); ``words`` say what a row is."""
+    """A table, view, feature set, or a step of votes (``kind``); ``words`` say what a row is."""
 
     name: str
     kind: str
@@ -58,7 +58,8 @@ def described(questions: Questions) -> list[RelationWords]:
         if name in tables:
             kind, about = "table", own["about"]
         elif name not in measured:
-            kind, about = "view", own["about"] if "about" in own else view(name).description
+            kind = "step" if name in STEPS else "view"
+            about = own["about"] if "about" in own else view(name).description
         details = {item["name"]: item for item in measured.get(name, ())}
         columns = []
         for column, type_ in questions.columns(name):

@@ -32,6 +32,22 @@ from .guard import quoted, reading_files
 Columns = dict[str, str]
 """The type in DuckDB of each column, by name."""
 
+STEPS = (
+    "vote_options",
+    "counted_cells",
+    "eligible_cells",
+    "eligible_predictions",
+    "excluded_images",
+    "later_exclusions",
+    "predictions_with_image",
+    "image_label_counts",
+    "label_counts",
+    "label_medians",
+    "label_votes",
+    "ranked_votes",
+)
+"""Views that the others are made of: what counts, and the steps of a vote."""
+
 VIEWS = (
     "image_table",
     "well_table",
@@ -47,19 +63,9 @@ VIEWS = (
     "disagreements",
     "lineage",
     "image_locations",
-    "vote_options",
-    "eligible_cells",
-    "eligible_predictions",
-    "excluded_images",
-    "later_exclusions",
-    "predictions_with_image",
-    "image_label_counts",
-    "label_counts",
-    "label_medians",
-    "label_votes",
-    "ranked_votes",
+    *STEPS,
 )
-"""All views: first those that people ask for, then what these are made of."""
+"""All views: first those that people ask for."""
 
 LATER = "later_exclusions"
 

@@ -17,6 +17,7 @@ from sqlalchemy.orm import aliased
 from ..analysis import statistics
 from ..analysis.statistics import WellTest, bootstrap_interval, mcnemar_over_wells
 from ..config import VoteOptions
+from ..db.fields import wells_relabelled
 from ..enums import PERTURBATION, TREATMENT, Stage, Status, Subset
 from ..errors import UserInputError
 from ..jobs.run_names import find_predict_run
@@ -706,6 +707,20 @@ def score_answers(
         for row in positions
     )
 
+    with questions.workspace.database.read() as session:
+        others = {row.id: row for row in wells_relabelled(session, split.id) if row.id in truths}
+    relabelled = []
+    if others:
+        named = [f"{row.name} ({row.frozen} -> {row.now or 'none'})" for row in others.values()]
+        wrong = ~given.correct
+        there = int((wrong & np.isin(given.well, list(others))).sum())
+        relabelled.append(
+            f"Relabelled since split {split.name} was made, and scored by its label all the same: "
+            f"{', '.join(named[:TOP])}{', ...' if len(named) > TOP else ''}. {there:,} of the "
+            f"{int(wrong.sum()):,} wrong images are of such wells: there the label may be wrong, "
+            "not the network. A new split takes the new labels."
+        )
+
     calibration = []
     for level, vote in (("cell", "hard"), ("image", "soft")):
         some = answers[level, vote].given
@@ -740,7 +755,7 @@ def score_answers(
         wells_seen=seen,
         leaks=seen > 0,
         leak=leak,
-        notes=notes_on(questions, subject, counts, subsets, flagged),
+        notes=(*notes_on(questions, subject, counts, subsets, flagged), *relabelled),
         scores=scores_of(answers, majority, top=top),
         qc_run_id=subject.qc_run_id,
         images_flagged=flagged[0],

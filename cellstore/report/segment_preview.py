@@ -78,7 +78,7 @@ def preview(
     """
     if count < 1:
         raise UserInputError("A preview needs at least one image. Give --preview 1 or more.")
-    stage, selected = open_segment(
+    stage, selected, _ = open_segment(
         workspace, params or SegmentParams(), selection, weights_dir, device
     )
     with workspace.database.read() as session:

@@ -7,7 +7,6 @@ takes the transaction back.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,11 +15,12 @@ from typing import Any
 from sqlalchemy import Select, and_, delete, exists, false, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from ..db.bulk import in_lists, insert_new, one_ingest_at_a_time
+from ..db.bulk import in_lists, one_ingest_at_a_time
 from ..db.events import Change, caller, record_events
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..io.platemaps import normalised_name
+from ..io.platemaps import TreatmentRecord, normalised_name
+from ..io.tables import RowRefusedError
 from ..jobs.lookup import find_cell, find_image, find_plate, find_run, find_well, readable
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -55,19 +55,13 @@ from ..models import (
     TreatmentPart,
     Well,
 )
+from .ingest.account import Account
 from .ingest.ingest_images import write_contents
-from .ingest.write_treatments import (
-    Part,
-    PerturbationKey,
-    normalised_dose,
-    retarget,
-    treatment_values,
-)
+from .ingest.write_treatments import PerturbationKey, TreatmentWriter, retarget
 
 LONGEST = 255
 _NAMED = 5
 """Things that a message names."""
-_DOSE = re.compile(r"([\d.]+(?:[eE][+-]?\d+)?)\s*(\S.*)?")
 
 
 @dataclass(frozen=True)
@@ -371,24 +365,14 @@ def _treatment_named(session: Session, name: str, dose: str | None, notes: list[
                 '--dose "5 uM", or name one by its identifier.'
             )
     key = _perturbation_named(session, name, notes)
-    number, unit = _dose_of(dose)
-    part = Part(key, number, unit)
-    values = treatment_values([part])
-    insert_new(session, Perturbation, [key._asdict()])
-    matches = [getattr(Perturbation, column) == value for column, value in key._asdict().items()]
-    perturbation = session.scalars(select(Perturbation).where(*matches)).one()
-    known = select(Treatment.id).where(Treatment.identity == values["identity"])
-    found = session.scalar(known)
-    if found is None:
-        insert_new(session, Treatment, [values | {"target": perturbation.target}])
-        found = session.scalars(known).one()
-        row: dict[str, Any] = {"treatment_id": found, "position": 1}
-        row["perturbation_id"] = perturbation.id
-        if number is not None:
-            plain, plain_unit = normalised_dose(number, unit)
-            row |= {"dose": plain, "dose_unit": plain_unit, "dose_original": dose}
-        insert_new(session, TreatmentPart, [row])
-    return found
+    record = TreatmentRecord(key.kind, key.name, identifier=key.identifier)
+    try:
+        record = record.with_dose(None if dose is None else readable(dose))
+    except RowRefusedError as error:
+        raise UserInputError(
+            f'A dose is a number and a unit, as in "5 uM", not {dose!r}.'
+        ) from error
+    return TreatmentWriter(session, Account(0, "")).ids([record])[record]
 
 
 def _has_wells(session: Session, treatment: int) -> bool:
@@ -420,23 +404,6 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Pertur
         raise UserInputError(f"Unknown treatment {name!r}. Did you mean {alike}?")
     notes.append(f"{name} is new: no table has named it. It is kept as a compound.")
     return PerturbationKey(PerturbationKind.COMPOUND, name, None)
-
-
-def _dose_of(text: str | None) -> tuple[float | None, str | None]:
-    """The number and the unit of a dose.
-
-    Raises:
-        UserInputError: it is none.
-    """
-    if text is None:
-        return None, None
-    match = _DOSE.fullmatch(readable(text))
-    try:
-        return float(match[1] if match else text), match[2] if match else None
-    except ValueError as error:
-        raise UserInputError(
-            f'A dose is a number and a unit, as in "5 uM", not {text!r}.'
-        ) from error
 
 
 # ---- Exclude and include ----
@@ -580,8 +547,12 @@ def undo(
             *restored.later,
         ]
         _refuse_if(relying, f"undo run {found.id}")
-        completed = select(ImageFile.image_id).where(
-            _within(ImageFile.id, ranges["image_files"]), ImageFile.image_id.not_in(images)
+        # A file that was not seen has no part in the content of its image, unless that is null.
+        completed = (
+            select(ImageFile.image_id)
+            .join(Image, Image.id == ImageFile.image_id)
+            .where(_within(ImageFile.id, ranges["image_files"]), Image.id.not_in(images))
+            .where(or_(ImageFile.sha256.is_not(None), Image.content_sha256.is_(None)))
         )
         partly = set(session.scalars(completed.distinct()))
         deleted = _concerned(session, images)
@@ -600,9 +571,9 @@ def undo(
         for table in ("wells", "plates"):
             changes += _delete_rows(session, _RANGED[table], ranges[table])
         changes += restored.write(session)
-        found.status = Status.CANCELLED
+        before, found.status = Status(found.status), Status.CANCELLED
         found.error = f"{_UNDONE} {reason}" if reason else _UNDONE
-        status = Change("runs", found.id, {"status": "done"}, {"status": "cancelled"})
+        status = Change("runs", found.id, {"status": before.value}, {"status": found.status.value})
         rows = [_shown_change(session, change) for change in changes]
         done = Correction("undo", f"run {found.id}", (*rows, *features), **deleted)
         return done, [*changes, status]

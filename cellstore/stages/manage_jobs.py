@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import and_, exists, func, select, update
+from sqlalchemy import ColumnElement, and_, exists, func, select, update
 
 from ..db.events import Change, record_events
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..jobs.lookup import find_image, find_recipe, find_run, image_name
+from ..jobs.lookup import find_recipe, find_run, image_name, images_named
 from ..jobs.queue import CONTENT, now, requeue, shown_worker
 from ..jobs.workspace import Workspace
 from ..models import Image, Job, Plate, Recipe, Run, Well
@@ -87,9 +87,10 @@ def list_jobs(
     stage: str | None = None,
     status: str | None = None,
     recipe: str | None = None,
+    image: str | None = None,
     limit: int = 100,
 ) -> JobsList:
-    """List the jobs of a stage or a recipe that stand as ``status`` says (None: all).
+    """List the jobs of a stage, a recipe or an image that stand as ``status`` says (None: all).
 
     ``limit`` 0 only counts them by recipe.
 
@@ -101,7 +102,7 @@ def list_jobs(
         raise UnknownNameError.of("status", status, known)
     stages = _stages(stage)
     with workspace.database.read() as session:
-        which = [] if stage is None else [Recipe.stage.in_(stages)]
+        which: list[ColumnElement[bool]] = [] if stage is None else [Recipe.stage.in_(stages)]
         if recipe is not None:
             ids = []
             for item in stages:
@@ -111,6 +112,8 @@ def list_jobs(
                 recipes = select(Recipe.id).where(Recipe.stage.in_(STAGES)).order_by(Recipe.id)
                 raise UnknownNameError.of("recipe", recipe, session.scalars(recipes))
             which.append(Recipe.id.in_(ids))
+        if image is not None:
+            which.append(images_named(session, image))
         by_status = (
             func.count().filter(Job.status == item)
             for item in (Status.PENDING, Status.RUNNING, Status.DONE, Status.FAILED)
@@ -194,7 +197,7 @@ def retry(
         if run is not None:
             which.append(Job.run_id == find_run(session, run, *STAGES).id)
         if image is not None:
-            which.append(Job.image_id == find_image(session, image))
+            which.append(exists().where(Image.id == Job.image_id, images_named(session, image)))
         commands = select(Run.command).where(
             Run.id.in_(select(func.max(Job.run_id)).where(*which).group_by(Job.recipe_id))
         )

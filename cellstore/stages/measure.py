@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from sqlalchemy import Select, bindparam, exists, func, select
+from sqlalchemy import Select, bindparam, exists, select
 from sqlalchemy.orm import Session
 
 from ..analysis.features import (
@@ -36,8 +36,8 @@ from ..enums import PROJECTION_CHANNEL, FeatureStorage, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import IS_CURRENT, check_channels, find_recipe, images_of
-from ..jobs.planes import ChannelFile, channel_files, choose_files, open_file
+from ..jobs.lookup import IS_CURRENT, find_channels, find_recipe, images_of
+from ..jobs.planes import ChannelFile, channel_files, choose_files, lacking_channels, open_file
 from ..jobs.queue import Task
 from ..jobs.runs import RecipeSpec, digest_of_numbers, fingerprint, register
 from ..jobs.workspace import Workspace
@@ -121,8 +121,10 @@ def measure(
                 )
         images = images_of(session, selection).join(Segmentation, IS_CURRENT)
         images = images.where(Segmentation.recipe_id == source.id)
+        if params.channels is not None:
+            params = replace(params, channels=find_channels(session, params.channels))
         plane = params.plane or plane_of(source)
-        check_channels(session, plane)
+        find_channels(session, plane.channels)
         groups = []
         for asked in (GROUPS[name] for name in names):
             channels: tuple[str, ...] = ()
@@ -144,6 +146,8 @@ def measure(
                     feature_set=f"{asked.name}_{fingerprint(spec)[:8]}",
                 )
             )
+        planes = [group.plane or ImageInput(group.channels) for group in groups]
+        images, lacking = lacking_channels(session, images, planes)
         in_files = any(group.group is not BASIC_GROUP for group in groups)
         together = images_per_file(session, source.id, ROWS_OF_FILE) if in_files else 1
     stage = Measure(workspace.artifacts, source.id, {}, together)
@@ -168,7 +172,8 @@ def measure(
         results = execute(workspace, stage, recipes, images, resources)
     first, *others = (
         MeasureResult(
-            **{field.name: getattr(result, field.name) for field in fields(JobsResult)},
+            **{field.name: getattr(result, field.name) for field in fields(JobsResult)}
+            | {"lacking": lacking},
             group=group.group.name,
             feature_set=group.feature_set,
         )
@@ -194,12 +199,10 @@ class MeasuredGroup:
 
 
 def _channels(session: Session, named: ImageInput | None, images: Select[int]) -> tuple[str, ...]:
-    """The channels that are named, as they are spelled; else those of the first image. Sorted."""
-    query = select(ImageFile.channel)
+    """The channels that are named; else those of the first image. Sorted."""
     if named is not None and named.channels:
-        of_name = (func.lower(ImageFile.channel) == name.lower() for name in named.channels)
-        spelled = [session.scalars(query.where(same).limit(1)).one() for same in of_name]
-        return tuple(sorted(set(spelled)))
+        return tuple(sorted(set(named.channels)))
+    query = select(ImageFile.channel)
     first = images.where(Image.content_sha256.is_not(None)).order_by(Image.id).limit(1)
     query = query.where(ImageFile.image_id.in_(first))
     found = sorted(session.scalars(query))

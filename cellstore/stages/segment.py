@@ -8,6 +8,7 @@ inserts rows. :func:`segment` lets ``jobs.execute`` do this for each image that 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -32,7 +33,7 @@ from ..enums import ArtifactKind, Stage
 from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputError
 from ..io.image_files import encode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
-from ..jobs.lookup import IS_CURRENT, check_channels, find_recipe, find_run, images_of
+from ..jobs.lookup import IS_CURRENT, find_channels, find_recipe, find_run, images_of
 from ..jobs.planes import (
     ChannelFile,
     cell_rows,
@@ -40,6 +41,7 @@ from ..jobs.planes import (
     choose_channels,
     choose_files,
     insert_cells,
+    lacking_channels,
     open_file,
 )
 from ..jobs.queue import Task
@@ -77,20 +79,26 @@ def segment(
     and marked as excluded. Images done before by the same recipe are left alone, unless their
     masks or flows are gone.
 
+    Images without the channels are left out, and named in the result.
+
     Raises:
         MissingExtraError: Cellpose is not installed.
         UserInputError: no such model, run, plate, recipe or channel, parameters out of range, or
             plates whose diameter the recipe of ``diameter_from`` does not know.
     """
-    stage, images = open_segment(
+    stage, images, lacking = open_segment(
         workspace, params or SegmentParams(), selection, weights_dir, device
     )
     if dry_run:
-        return forecast(workspace, stage, stage.recipe, images, resources)
+        result = forecast(workspace, stage, stage.recipe, images, resources)
+        return replace(result, lacking=lacking)
+    for reason, number in Counter(reason for _, reason in lacking).items():
+        workspace.progress.note(f"{number:,} images left out: {reason}")
     with workspace.database.begin() as session:
         recipe = register(session, stage.recipe)
     stage = replace(stage, recipe_id=recipe.id, plate_diameters={})
-    return execute(workspace, stage, [recipe], images, resources, stage.files.run_id)[0]
+    result = execute(workspace, stage, [recipe], images, resources, stage.files.run_id)[0]
+    return replace(result, lacking=lacking)
 
 
 def open_segment(
@@ -99,8 +107,10 @@ def open_segment(
     selection: Selection,
     weights_dir: Path | None,
     device: str,
-) -> tuple[Segment, Select[int]]:
+) -> tuple[Segment, Select[int], tuple[tuple[str, str], ...]]:
     """Find the network, the recipe and the images, before any work begins.
+
+    The images without the channels are returned by name, with the reason.
 
     Raises:
         as :func:`segment`.
@@ -108,32 +118,31 @@ def open_segment(
     need("segment")
     files = find_network(workspace, params.model, weights_dir)
     with workspace.database.read() as session:
-        params = replace(params, channels=choose_channels(session, params.channels))
-        for plane in params.planes:
-            check_channels(session, plane)
+        named = choose_channels(session, params.channels), find_channels(session, params.nuclei)
+        params = replace(params, channels=named[0], nuclei=named[1])
         # What decides the result. The network counts by its bytes; where it lay on this machine
         # does not.
-        named = asdict(params) | {"model": Path(files.name).name}
+        values = asdict(params) | {"model": Path(files.name).name}
         inputs: tuple[Recipe, ...] = ()
         if params.diameter_from is not None:
             if params.diameter is not None:
                 raise UserInputError("Give --diameter or --diameter-from, not both.")
             inputs = (find_recipe(session, Stage.SEGMENT, params.diameter_from),)
-            named["diameter_from"] = inputs[0].fingerprint
+            values["diameter_from"] = inputs[0].fingerprint
         gpu = device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists())
         stage = Segment(
             params=params,
             files=files,
             device=device,
             artifacts=workspace.artifacts,
-            recipe=RecipeSpec(Stage.SEGMENT, VERSION, named, files.sha256, inputs),
+            recipe=RecipeSpec(Stage.SEGMENT, VERSION, values, files.sha256, inputs),
             diameters_of=inputs[0].id if inputs else None,
             batch=GPU_BATCH if gpu else 1,
         )
-        images = images_of(session, selection)
+        images, lacking = lacking_channels(session, images_of(session, selection), params.planes)
         if inputs:
             stage.check_diameters(session, images)
-    return stage, images
+    return stage, images, lacking
 
 
 def find_network(workspace: Workspace, model: str, weights_dir: Path | None = None) -> ModelFiles:

@@ -31,7 +31,7 @@ from ..analysis.splitting import (
 from ..config import Selection, SplitParams
 from ..db.bulk import in_lists, insert_new
 from ..db.events import Change, record_events
-from ..db.fields import check_field, field_column, of_parts
+from ..db.fields import check_field, field_column, of_parts, wells_relabelled
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
 from ..io.platemaps import normalised_name
@@ -126,6 +126,7 @@ class CheckResult:
     ``split`` is its name, or the names of the tables that were looked at: then ``rows`` counts
     their rows that were, ``refused`` the lines that could not be used, and ``images`` is 0.
     ``unseen``: images whose files the store has not seen, so that their bytes were not compared.
+    ``relabelled``: wells that have another label now than the split keeps, with both.
     """
 
     split: str
@@ -143,6 +144,7 @@ class CheckResult:
     unseen: int = 0
     rows: int = 0
     refused: int = 0
+    relabelled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -842,6 +844,10 @@ def check_split(workspace: Workspace, name: str | None = None) -> CheckResult:
             protocol=split.protocol,
             group_level=split.group_level.value,
             unseen=session.scalar(unseen) or 0,
+            relabelled=tuple(
+                f"{row.name} ({row.frozen} -> {row.now or 'none'})"
+                for row in wells_relabelled(session, split.id)
+            ),
             **vars(leaks(members, files, split.group_level)),
         )
 

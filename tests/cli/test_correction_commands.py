@@ -48,3 +48,13 @@ def test_an_ingest_is_undone_and_a_plate_deleted(cellstore, store, screen):
     cellstore("delete", "plate", "P1", *at, stdin="y\n")
     assert cellstore("sql", "SELECT count(*) AS n FROM images", *at, "--json").json[0]["n"] == 0
     assert "plate" in cellstore("delete", "well", "P1/A01", *at, code=2).err
+
+
+def test_a_store_is_backed_up_and_restored(cellstore, store):
+    said = cellstore("backup", "b.tar", "--store", store)
+    assert "rows" in said.out
+    assert "dry run" in cellstore("restore", "b.tar", "new", "--dry-run").err
+    cellstore("restore", "b.tar", "new")
+    count = ("sql", "SELECT count(*) AS n FROM images", "--json", "--store", "new")
+    assert cellstore(*count).json[0]["n"] == 12
+    assert "not empty" in cellstore("restore", "b.tar", "new", code=2).err

@@ -87,7 +87,8 @@ def test_the_published_study_is_one_word() -> None:
     segment = SegmentParams.of("published")
     assert (segment.flow_threshold, segment.cellprob_threshold) == (0.7, -5.0)
     assert (segment.channels, segment.diameter) == ((), None)  # the first three channels
-    assert SplitParams.of("published").protocol == "published"
+    split = SplitParams.of("published")
+    assert (split.protocol, split.field, split.test_size) == ("published", "perturbation", 0.2)
     assert (SegmentParams().flow_threshold, SegmentParams().cellprob_threshold) == (0.4, 0.0)
 
 

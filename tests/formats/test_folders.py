@@ -281,6 +281,10 @@ GUID = "E89B3F4F-0000-0000-2DE4-CBF48F635C5E"
             "P_1_B - 4(fld 01 wv 390 - Blue z 3 - time 02 - 30 ms).tif",
             ("P_1", 2, 4, 1, 3, 2, "390 - Blue", None),
         ),
+        (
+            "A - 1(fld 1 wv Green - dsRed z 2 time 1 - 0 ms).tif",
+            (None, 1, 1, 1, 2, 1, "Green - dsRed", None),
+        ),
         ("N - 006(fld 1- time 1 - 22858 ms).tif", (None, 14, 6, 1, None, 1, None, None)),
         ("B - 03(fld 1 wv TL - Cy3 wix 2).tif", (None, 2, 3, 1, None, None, "TL - Cy3", None)),
         ("MMC_0015_B07_T0002F011L01A02Z03C04.tif", ("MMC_0015", 2, 7, 11, 3, 2, "ch4", 4)),
@@ -362,13 +366,16 @@ def test_what_lies_beside_the_images_of_yokogawa(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("P1_A01_s1.tif", r"as far as 'P1_A01_s1', but '_w(?P<channel>\\d)' does not fit '.tif'"),
+        (
+            "P1_A01_s1.tif",
+            r"fits 'P1_A01_s1', but its group channel, _w(?P<channel>\d), does not fit '.tif'",
+        ),
         (
             "P1_A1_s1_w1.tif",
-            r"as far as 'P1', but '_(?P<well>[A-P]\\d\\d)' does not fit '_A1_s1_w1",
+            r"fits 'P1', but its group well, _(?P<well>[A-P]\d\d), does not fit '_A1_s1_w1",
         ),
-        ("P1_A01_s1_w2.png", r"as far as 'P1_A01_s1_w2', but '\\.tif' does not fit '.png'"),
-        ("_.tif", "its first part '^(?P<plate>[^_]+)' fits nothing in the name"),
+        ("P1_A01_s1_w2.png", r"fits 'P1_A01_s1_w2', but its end, \.tif, does not fit '.png'"),
+        ("_.tif", "fits '', but its group plate, ^(?P<plate>[^_]+), does not fit '_.tif'"),
     ],
 )
 def test_a_pattern_says_which_part_does_not_fit(tmp_path: Path, name: str, message: str) -> None:

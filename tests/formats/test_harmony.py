@@ -326,6 +326,10 @@ def test_a_folder_with_an_index_is_as_good_as_the_index(tmp_path: Path) -> None:
     assert index_of(tmp_path) == index_of(tmp_path / "Images") == path
     assert is_harmony(tmp_path)
     assert fields(tmp_path) == fields(path)
+    top = tmp_path / "BR1__2021-05-02T16_02_51-Measurement 1"
+    top.mkdir()
+    (tmp_path / "Images").rename(top / "Images")
+    assert index_of(tmp_path) == top / "Images" / path.name
 
 
 @pytest.mark.parametrize("name", ["index.xml", "Index.idx.xml", "INDEX.XML", "Index.ref.xml"])

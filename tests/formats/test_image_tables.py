@@ -17,6 +17,7 @@ from realdata import real_data
 
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UserInputError
+from cellstore.io.cellprofiler import image_record
 from cellstore.io.filenames import format_well
 from cellstore.io.image_tables import FileRef, ImageRecord, read_image_table
 from cellstore.io.layouts import Layout, detect
@@ -158,6 +159,14 @@ def test_urls_are_a_folder_and_a_name(tmp_path: Path, url: str, folder: str, nam
     ):
         (file,) = only_image(table(tmp_path, row)).files
         assert (file.channel, file.name, file.folder) == ("DNA", name, folder)
+
+
+def test_urls_in_tables_of_cellprofiler_are_a_folder_and_a_name() -> None:
+    where = {"Metadata_Plate": "P1", "Metadata_Well": "A01", "Metadata_Site": "1"}
+    row = {"FileName_DNA": "file:///data/x/a.tif", "PathName_DNA": ""}
+    image = image_record(2, {**where, **row})
+    assert isinstance(image, ImageRecord)
+    assert image.files == (FileRef("DNA", None, "a.tif", "/data/x"),)
 
 
 def test_a_folder_beside_a_plain_name_goes_before_the_url(tmp_path: Path) -> None:

@@ -156,8 +156,17 @@ def test_a_source_of_another_kind_than_asked_for(tmp_path: Path) -> None:
         detect(write(tmp_path, LOADDATA), SourceKind.FEATURES)
 
 
+def test_images_of_unknown_names_ask_for_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep", "", "foo-A1.tif")
+    with pytest.raises(
+        BadTableError, match=r"like foo-A1\.tif.*--pattern, for example '\(\?P<well>"
+    ):
+        detect(tmp_path)
+
+
 def test_an_empty_folder_and_no_file(tmp_path: Path) -> None:
-    with pytest.raises(BadTableError, match=r"no Harmony index.*no plate maps.*--pattern"):
+    with pytest.raises(BadTableError, match=r"no Harmony index.*no plate maps.*further down"):
         detect(tmp_path)
     write(tmp_path, LOADDATA, "load_data.csv")
     with pytest.raises(BadTableError, match=r"one of its files, like load_data\.csv"):

@@ -323,6 +323,27 @@ def test_an_ome_tiff_of_several_files_knows_its_planes(tmp_path: Path) -> None:
     assert read(needs) == stack
 
 
+def block(file: str, channel: int, page: int = 0) -> str:
+    uuid = f'<UUID FileName="{file}">urn:uuid:1</UUID>'
+    return f'<TiffData IFD="{page}" FirstC="{channel}" PlaneCount="1">{uuid}</TiffData>'
+
+
+def test_files_of_one_page_know_their_channel(tmp_path: Path) -> None:
+    xml = ome_xml(sizes=(2, 1, 1), inner=block("c0.ome.tif", 0) + block("c1.ome.tif", 1))
+    stack = read(ome(tmp_path / "c1.ome.tif", xml, 1))
+    assert stack.pages == (StackPage(1, 2, 1, 1),)
+    assert read_stack(ome(tmp_path / "other.ome.tif", xml, 1)) is None
+    with pytest.raises(ImageError, match=r"none of the files .*: c0.ome.tif, c1.ome.tif"):
+        read_stack(ome(tmp_path / "other.ome.tif", xml, 2))
+
+
+def test_one_file_that_was_renamed_is_read(tmp_path: Path) -> None:
+    one = ome_xml(sizes=(1, 1, 1), inner=block("old.ome.tif", 0))
+    assert read_stack(ome(tmp_path / "new.ome.tif", one, 1)) is None
+    both = ome_xml(sizes=(2, 1, 1), inner=block("old.ome.tif", 0) + block("old.ome.tif", 1, 1))
+    assert [page.channel for page in read(ome(tmp_path / "new.ome.tif", both, 2)).pages] == [1, 2]
+
+
 def test_pages_must_be_grey_and_of_one_shape(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     for odd in (

@@ -260,7 +260,7 @@ def test_a_map_for_nobody(bench: Bench) -> None:
 def test_a_map_before_its_images_makes_plate_and_wells(bench: Bench) -> None:
     account = bench.map(plate="P7")
     assert counts(account) == (3, 0, 0, 0)
-    assert "plate P7 is new: made by this map." in account.notes
+    assert "new, made by this map: plate P7" in account.notes
     assert set(bench.treated()) == {"P7 A01", "P7 A02", "P7 B01"}
 
 
@@ -450,3 +450,99 @@ def test_the_genotypes_of_nf1(bench: Bench) -> None:
         ("NF1 WT", "NF1"): 16,
         ("NF1 Null", "NF1"): 16,
     }
+
+
+LONG = "Well,Compound,Dose (nM),Cell line,control_type\nA1,taxol,500,A549,\nA2,DMSO,,A549,negcon\n"
+
+
+def parts(bench: Bench) -> dict[str, list[tuple[str, float | None, str | None, str | None]]]:
+    """What was done to each well: name, dose, unit, and the dose as it was written."""
+    with bench.reading() as session:
+        return {
+            well.name: [
+                (part.perturbation.name, part.dose, part.dose_unit, part.dose_original)
+                for part in well.treatment.parts
+            ]
+            for well in session.scalars(select(Well).order_by(Well.id))
+            if well.treatment is not None
+        }
+
+
+def map_of(bench: Bench, text: str, **options: Any) -> Account:
+    params = IngestParams(**{"plate": "P1", **options})
+    return bench.ingest(bench.file("long.csv", text), Layout.PLATEMAP, params)
+
+
+def test_doses_are_parts_of_treatments(bench: Bench) -> None:
+    assert counts(map_of(bench, LONG)) == (0, 2, 0, 0)
+    assert parts(bench) == {
+        "A01": [("taxol", 0.5, "uM", "500 nM")],
+        "A02": [("DMSO", None, None, None)],
+    }
+    assert counts(map_of(bench, LONG)) == (0, 0, 2, 0)
+    with bench.reading() as session:
+        assert session.scalars(select(Plate.cell_line)).one() == "A549"
+        assert set(session.scalars(select(Well.metadata_))) == {None}
+    # The same dose in another unit is the same treatment; another dose is another one.
+    in_um = LONG.replace("(nM)", "(uM)")
+    assert counts(map_of(bench, in_um.replace("500", "0.5"))) == (0, 0, 2, 0)
+    assert counts(map_of(bench, in_um.replace("500", "5"))) == (0, 1, 1, 0)
+    assert bench.changes()[-1][:3] == ("A01", "taxol 0.5 uM", "taxol 5 uM")
+    # A table that names the compound alone takes no dose away.
+    assert counts(map_of(bench, "Well,Compound\nA1,taxol\nA2,DMSO\n")) == (0, 0, 2, 0)
+    assert parts(bench)["A01"] == [("taxol", 5.0, "uM", "5 uM")]
+
+
+def test_combinations_are_one_treatment_in_any_order(bench: Bench) -> None:
+    head = "Well,Compound 1,Dose 1 (uM),Compound 2,Dose 2 (uM)\n"
+    map_of(bench, f"{head}A1,taxol,1,noco,2\nA2,noco,2,taxol,1\n")
+    assert bench.count(Treatment) == 1
+    assert parts(bench)["A01"] == [("noco", 2.0, "uM", "2 uM"), ("taxol", 1.0, "uM", "1 uM")]
+    assert counts(map_of(bench, f"{head}A1,taxol,1,noco,2\nA2,noco,2,,\n")) == (0, 1, 1, 0)
+    assert bench.treated()["P1 A02"][0] == "noco"
+
+
+def test_a_well_that_a_column_calls_treated_is_no_control(bench: Bench) -> None:
+    map_of(bench, LONG)
+    assert bench.treated()["P1 A02"][2] is Control.NEGATIVE
+    map_of(bench, LONG.replace("negcon", "trt"))
+    assert bench.treated()["P1 A02"][2] is None
+    map_of(bench, LONG.replace("negcon", "trt"), controls=(("taxol", "positive"),))
+    assert bench.treated()["P1 A01"][2] is Control.POSITIVE
+
+
+def test_one_map_for_several_plates(bench: Bench) -> None:
+    account = map_of(bench, LONG, plate=("P1", "P2", "P3"))
+    assert counts(account) == (0, 2, 0, 0)
+    assert set(bench.treated()) == {
+        f"P{number} A0{well}" for number in (1, 2, 3) for well in (1, 2)
+    }
+    assert "new, made by this map: plate P2, P3" in account.notes
+
+
+def test_wells_with_images_and_no_treatment_are_named(bench: Bench) -> None:
+    bench.make.image(bench.wells[1])
+    account = map_of(bench, "Well,Compound\nA1,taxol\nB1,taxol\n")
+    assert any("1 well with images got no treatment: A02" in note for note in account.notes)
+
+
+def test_a_dry_run_shows_and_writes_nothing(bench: Bench) -> None:
+    from cellstore.stages.ingest.ingest import PreviewWell, preview
+
+    map_of(bench, LONG)
+    before = [bench.count(table) for table in (Event, Treatment, Well, Plate, Perturbation)]
+    source = bench.file("next.csv", LONG.replace("500", "50") + "B7,noco,1,A549,\nQQ,x,1,A549,\n")
+    found = preview(source, IngestParams(plate="P1"), bench.workspace)
+    assert (found.rows, found.created, found.updated, found.unchanged, found.refused) == (
+        *(4, 1, 1, 1),
+        1,
+    )
+    assert found.treated == [
+        PreviewWell("P1", "A01", "taxol 0.05 uM", None, "was taxol 0.5 uM"),
+        PreviewWell("P1", "A02", "DMSO", Control.NEGATIVE, ""),
+        PreviewWell("P1", "B07", "noco 0.001 uM", None, "new"),
+    ]
+    assert before == [bench.count(table) for table in (Event, Treatment, Well, Plate, Perturbation)]
+    table = bench.file("compounds.csv", COMPOUNDS)
+    assert preview(table, IngestParams(), bench.workspace).created == 2  # DMSO is there
+    assert bench.treated()["P1 A01"][0] == "taxol"

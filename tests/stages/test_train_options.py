@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from killed_training import PARAMS
 from small_training import Opener, StopsAfter, Trained, checkpoint
 from sqlalchemy import select, update
 
-from cellstore.config import TrainParams, TrainSetup
+from cellstore.config import PRESETS, SegmentParams, SplitParams, TrainParams, TrainSetup
 from cellstore.enums import Stage, Subset
 from cellstore.errors import CellstoreError, MissingExtraError, UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
@@ -19,13 +19,51 @@ from cellstore.models import Image, ImageFile, Label, Recipe, Run, SplitMember
 from cellstore.stages.predict import predict
 from cellstore.stages.train import train
 
+STUDY = {
+    "branches": ("mask", "flow", "tabular"),
+    "backbone": "efficientnet_b0",
+    "weights": "none",
+    "crop_size": 224,
+    "dropout": 0.5,
+    "epochs": 50,
+    "patience": 5,
+    "monitor": "loss",
+    "batch_size": 512,
+    "sampler": "cells",
+    "augment": (),
+    "loss": "cross-entropy",
+    "class_weights": False,
+    "label_smoothing": 0.1,
+    "learning_rate": 1e-4,
+    "schedule": "step",
+    "step_size": 5,
+    "gamma": 0.5,
+    "warmup_epochs": 0,
+    "weight_decay": 1e-4,
+    "normalise": "train",
+    "intensity": "image",
+    "precision": "32",
+}
+NOT_OF_THE_STUDY = {"features", "exclude_flagged", "channels", "seed"}
+
 
 def test_the_published_network_is_that_of_the_study() -> None:
-    published = TrainParams.of("published")
-    assert (published.backbone, published.crop_size) == ("efficientnet_b0", 224)
-    assert (published.batch_size, published.learning_rate) == (512, 1e-4)
-    assert (published.schedule, published.step_size, published.gamma) == ("step", 5, 0.5)
-    assert (published.weight_decay, published.augment) == (1e-4, ())
+    found = asdict(TrainParams.of("published"))
+    assert {name: found[name] for name in STUDY} == STUDY
+
+
+@pytest.mark.parametrize(
+    ("kind", "rest"),
+    [
+        (TrainParams, NOT_OF_THE_STUDY),
+        (SegmentParams, {"model", "diameter_from"}),
+        # By image, without a validation subset, DMSO cut: the protocol says so.
+        (SplitParams, {item.name for item in fields(SplitParams)} - {"field", "test_size"}),
+    ],
+)
+def test_no_new_default_changes_the_published_study(kind: type, rest: set[str]) -> None:
+    named = PRESETS["published"][kind].keys()
+    assert {item.name for item in fields(kind)} - named == rest - {"protocol"}
 
 
 def test_a_recipe_holds_all_parameters(trained: Trained, opened: Opener) -> None:

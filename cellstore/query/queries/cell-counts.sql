@@ -1,20 +1,14 @@
--- Cells of each well by each segmentation recipe: in all, per image, and how many are excluded.
+-- Cells of each well by each segmentation recipe: the images that count and how many of their cells
+-- count, in all and per image. excluded: how many cells of the well do not count.
 -- :plate (text) = nothing  Only this plate.
-WITH counted AS (
-    SELECT c.segmentation_id, count(*) AS cells, count(*) - count(e.cell_id) AS excluded
-    FROM cells AS c
-    LEFT JOIN eligible_cells AS e ON e.cell_id = c.id
-    GROUP BY c.segmentation_id
-)
 SELECT
-    i.plate, i.well, i.treatment, s.recipe_id AS recipe,
-    count(*) AS images,
-    CAST(sum(coalesce(c.cells, 0)) AS BIGINT) AS cells,
-    CAST(sum(coalesce(c.excluded, 0)) AS BIGINT) AS excluded,
-    avg(coalesce(c.cells, 0)) AS per_image
-FROM segmentations AS s
-JOIN image_table AS i ON i.image_id = s.image_id
-LEFT JOIN counted AS c ON c.segmentation_id = s.id
+    i.plate, i.well, i.treatment, c.recipe_id AS recipe,
+    count(*) - count(i.excluded) AS images,
+    CAST(sum(c.n_cells) AS BIGINT) AS cells,
+    CAST(sum(c.n_excluded_cells) AS BIGINT) AS excluded,
+    avg(c.n_cells) FILTER (WHERE i.excluded IS NULL) AS per_image
+FROM counted_cells AS c
+JOIN image_table AS i ON i.image_id = c.image_id
 WHERE $plate IS NULL OR i.plate = $plate
-GROUP BY i.plate, i.well, i.well_row, i.well_column, i.treatment, s.recipe_id
-ORDER BY i.plate, i.well_row, i.well_column, s.recipe_id
+GROUP BY i.plate, i.well, i.well_row, i.well_column, i.treatment, c.recipe_id
+ORDER BY i.plate, i.well_row, i.well_column, c.recipe_id

@@ -1,8 +1,9 @@
--- Wells that were segmented, and in which no recipe has found a cell.
-SELECT t.plate, t.well, t.treatment, count(DISTINCT i.id) AS images
-FROM well_table AS t
-JOIN images AS i ON i.well_id = t.well_id
-JOIN segmentations AS s ON s.image_id = i.id
-GROUP BY t.plate, t.well, t.well_row, t.well_column, t.treatment
-HAVING sum(s.n_cells) = 0
-ORDER BY t.plate, t.well_row, t.well_column
+-- Wells that were segmented, and in which no recipe has found a cell that counts. Excluded wells
+-- and images are not looked at.
+SELECT i.plate, i.well, i.treatment, count(DISTINCT i.image_id) AS images
+FROM image_table AS i
+JOIN counted_cells AS c ON c.image_id = i.image_id
+WHERE i.excluded IS NULL
+GROUP BY i.plate, i.well, i.treatment, i.well_row, i.well_column
+HAVING sum(c.n_cells) = 0
+ORDER BY i.plate, i.well_row, i.well_column

@@ -1,5 +1,6 @@
--- The cells that vote: one row per cell. Excluded cells do not, nor do the cells of excluded images,
--- wells and plates (see exclusions). Flags exclude where the option --exclude-flagged says so.
+-- The cells that count, and so vote: one row per cell. Excluded cells do not, nor do the cells of
+-- excluded images, wells and plates (see exclusions). Flags exclude where the option
+-- --exclude-flagged says so.
 SELECT c.id AS cell_id, c.segmentation_id, s.image_id
 FROM cells AS c
 JOIN segmentations AS s ON s.id = c.segmentation_id

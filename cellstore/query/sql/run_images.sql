@@ -2,7 +2,8 @@
 -- One row per run (run_id) and image (image_id). subset is train, validation, test, or outside
 -- where the split does not name the image; truth is the split's label, else what its well
 -- has in the split's field, else null. well_in_training: the network was trained on an
--- image of this very well. control: what the well is a control of, else null.
+-- image of this very well. control: what the well is a control of, else null; of a well that got
+-- another label since the split was made, what the other wells of the split's label are.
 WITH predicting AS (
     SELECT r.id AS run_id, coalesce(r.split_id, trained.split_id) AS split_id
     FROM runs AS r
@@ -14,19 +15,19 @@ training_wells AS (
     FROM split_members AS m
     JOIN images AS i ON i.id = m.image_id
     WHERE m.subset = 'train'
-)
-SELECT
-    predicting.run_id,
-    i.id AS image_id,
-    i.well_id,
-    w.plate_id,
-    pl.barcode AS plate,
-    w.name AS well,
-    i.site,
-    predicting.split_id,
-    coalesce(m.subset, 'outside') AS subset,
-    coalesce(
-        l.value,
+),
+labelled AS (
+    SELECT
+        predicting.run_id,
+        i.id AS image_id,
+        i.well_id,
+        w.plate_id,
+        pl.barcode AS plate,
+        w.name AS well,
+        i.site,
+        predicting.split_id,
+        coalesce(m.subset, 'outside') AS subset,
+        l.value AS frozen,
         CASE s.field
             WHEN 'perturbation' THEN t.name
             WHEN 'treatment' THEN t.name_with_dose
@@ -38,17 +39,41 @@ SELECT
                 (w.metadata ->> s.field),
                 (pl.metadata ->> s.field)
             )
-        END
-    ) AS truth,
-    tw.well_id IS NOT NULL AS well_in_training,
-    w.control
-FROM predicting
-CROSS JOIN images AS i
-JOIN wells AS w ON w.id = i.well_id
-JOIN plates AS pl ON pl.id = w.plate_id
-LEFT JOIN treatments AS t ON t.id = w.treatment_id
-LEFT JOIN splits AS s ON s.id = predicting.split_id
-LEFT JOIN split_members AS m ON m.split_id = predicting.split_id AND m.image_id = i.id
-LEFT JOIN labels AS l ON l.id = m.label_id
-LEFT JOIN training_wells AS tw
-    ON tw.split_id = predicting.split_id AND tw.well_id = i.well_id
+        END AS present,
+        tw.well_id IS NOT NULL AS well_in_training,
+        w.control
+    FROM predicting
+    CROSS JOIN images AS i
+    JOIN wells AS w ON w.id = i.well_id
+    JOIN plates AS pl ON pl.id = w.plate_id
+    LEFT JOIN treatments AS t ON t.id = w.treatment_id
+    LEFT JOIN splits AS s ON s.id = predicting.split_id
+    LEFT JOIN split_members AS m ON m.split_id = predicting.split_id AND m.image_id = i.id
+    LEFT JOIN labels AS l ON l.id = m.label_id
+    LEFT JOIN training_wells AS tw
+        ON tw.split_id = predicting.split_id AND tw.well_id = i.well_id
+),
+frozen_controls AS (
+    SELECT run_id, frozen, max(control) AS control
+    FROM labelled
+    WHERE frozen = present
+    GROUP BY run_id, frozen
+)
+SELECT
+    i.run_id,
+    i.image_id,
+    i.well_id,
+    i.plate_id,
+    i.plate,
+    i.well,
+    i.site,
+    i.split_id,
+    i.subset,
+    coalesce(i.frozen, i.present) AS truth,
+    i.well_in_training,
+    CASE
+        WHEN i.frozen IS NULL OR i.frozen = i.present THEN i.control
+        ELSE f.control
+    END AS control
+FROM labelled AS i
+LEFT JOIN frozen_controls AS f ON f.run_id = i.run_id AND f.frozen = i.frozen

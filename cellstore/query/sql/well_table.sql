@@ -1,8 +1,13 @@
--- Every well by the names that people use: one row per well, with its treatment and the number of
--- its images. n_cells is the sum over its images, as in image_table. excluded says why a well does
--- not count (null: it does), itself or with its plate.
+-- Every well by the names that people use: one row per well, with its treatment, and how many of its
+-- images and of their cells (as in image_table) count and do not. excluded says why a well does not
+-- count (null: it does), itself or with its plate; then none of its images and cells does.
 WITH counted AS (
-    SELECT well_id, count(*) AS n_images, CAST(sum(n_cells) AS BIGINT) AS n_cells
+    SELECT
+        well_id,
+        count(*) - count(excluded) AS n_images,
+        count(excluded) AS n_excluded_images,
+        CAST(sum(n_cells) AS BIGINT) AS n_cells,
+        CAST(sum(n_excluded_cells) AS BIGINT) AS n_excluded_cells
     FROM image_table
     GROUP BY well_id
 )
@@ -16,6 +21,8 @@ SELECT
     w.control,
     coalesce(c.n_images, 0) AS n_images,
     c.n_cells,
+    coalesce(c.n_excluded_images, 0) AS n_excluded_images,
+    c.n_excluded_cells,
     coalesce(x.reason, y.reason) AS excluded,
     t.components,
     p.batch,

@@ -99,7 +99,8 @@ class Account:
     """What became of the rows of ``file``; ``rows`` counts those that were read.
 
     Readers count ``rows``; whoever decides about a row counts it once more, in one of ``created``,
-    ``updated``, ``unchanged``, or by :meth:`refuse`.
+    ``updated``, ``unchanged``, or by :meth:`refuse`. ``since``: the last event when files that say
+    what wells got were read first, if they are read again: what was corrected after it stays.
     """
 
     run_id: int
@@ -113,6 +114,7 @@ class Account:
     shown: list[Issue] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pending: list[Issue] = field(default_factory=list)
+    since: int | None = None
 
     def refuse(self, line: int | None, reason: str, detail: str, file: str | None = None) -> None:
         """Leave a row out, and say why."""

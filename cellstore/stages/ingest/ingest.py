@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from sqlalchemy import func, insert, literal, select, update
+from sqlalchemy.orm import Session
 
 from ...config import EVERYTHING, IngestParams, Selection, flag, options_of
 from ...db.bulk import in_lists, one_ingest_at_a_time
@@ -41,6 +42,7 @@ from ...models import (
     IngestIssue,
     Job,
     Plate,
+    Recipe,
     Run,
     Treatment,
     Well,
@@ -108,11 +110,13 @@ def ingest(
         files = (*params.compounds, params.barcodes, params.aliases)
         beside = [path for path in files if path is not None]
     identity = FileIdentity.of(source)
-    # The recipe says which bytes are read in which way. Where they lie means nothing.
+    # The recipe says which bytes are read in which way. Where they lie means nothing: of a table
+    # beside the source the option keeps its name, and "files" its bytes; of a folder nothing.
     options = {
-        name: writable(str(value)) if isinstance(value, Path) else value
+        name: writable(value.name) if isinstance(value, Path) and value.is_file() else value
         for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "compounds", "look", "strict", "reread")
+        if name not in ("kind", "layout", "images", "compounds", "look", "strict", "reread")
+        and not (isinstance(value, Path) and value.is_dir())
     }
     options["maps"] = [[old, shown(new)] for old, new in params.maps]
     read = [identity, *map(FileIdentity.of, beside)]
@@ -142,6 +146,10 @@ def ingest(
                     earlier = None  # a plate of it was deleted
     with running(workspace.database, recipe) as run:
         account = Account(run.id, identity.name)
+        labels = {file.sha256 for file in (read if kind is SourceKind.TREATMENTS else read[1:])}
+        if labels and not params.reread:
+            with workspace.database.read() as session:
+                account.since = _first_read(session, labels)
         try:
             if earlier is not None:
                 brought = _read_again(workspace, kind, params, earlier, account)
@@ -214,6 +222,17 @@ def ingest(
     )
 
 
+def _first_read(session: Session, digests: set[str]) -> int | None:
+    """Return the last event of the first run that read files of these bytes; none: none has."""
+    runs = select(Run.id, Recipe.parameters).join(Recipe, Recipe.id == Run.recipe_id)
+    runs = runs.where(Run.stage == Stage.INGEST, Run.status == Status.DONE).order_by(Run.id)
+    for run_id, parameters in session.execute(runs):
+        if digests <= {file["sha256"] for file in parameters.get("files", ())}:
+            last = select(func.max(Event.id)).where(Event.run_id == run_id)
+            return session.scalar(last) or None
+    return None
+
+
 def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     """Return how ``source`` is to be read: as asked for, else as its content says.
 
@@ -232,8 +251,7 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
         raise UserInputError(f"There is no file or folder {source}. Check the path.")
     kind = SourceKind(params.kind) if params.kind else None
     if params.layout is not None and params.layout not in list(Layout):
-        known = ", ".join(item.value for item in Layout)
-        raise UnknownNameError(f"Unknown layout {params.layout!r}. Known: {known}.")
+        raise UnknownNameError.of("layout", params.layout, [item.value for item in Layout])
     if params.layout is not None:
         layout = Layout(params.layout)
     elif params.pattern is not None:
@@ -459,7 +477,7 @@ def relocate(
             for number, uri in targets.items():
                 taken = session.scalar(select(Folder.id).where(Folder.uri == uri))
                 before, after = {"uri": folders[number]}, {"uri": uri}
-                changes.append(Change("folders", number, before, after))
+                changes.append(Change("folders", taken or number, before, after))
                 if taken is None:
                     session.execute(update(Folder).where(Folder.id == number).values(uri=uri))
                 else:
@@ -642,7 +660,9 @@ def preview(
     found = Preview(source.name, layout.value)
     images: set[Any] = set()
     if layout.kind is SourceKind.IMAGES:
-        for row in ImageSource(source, layout, params).records():
+        records = ImageSource(source, layout, params)
+        found.notes = records.notes
+        for row in records.records():
             found.rows += 1
             if isinstance(row, Refusal):
                 found.refuse(Issue(Severity.REFUSED, found.source, *row))

@@ -38,6 +38,7 @@ from ...io.platemaps import Aliases, MapOptions, TreatmentRecord, read_annotatio
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.gone_files import gone_sentence
+from ...jobs.lookup import renamed_plates
 from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
 from ...models import Folder, Image, ImageFile, Job, Plate, Well
@@ -418,6 +419,10 @@ class RowWriter:
                     self.account.problem(None, "another batch", detail)
         self.session.flush()
         barcodes = [b for b in batches if b in absent and b not in self._plate_ids]
+        for old, (plate_id, now) in renamed_plates(self.session, barcodes).items():
+            self._plate_ids[old] = plate_id
+            self.account.notes.append(f"plate {old} was renamed: read as {now}")
+        barcodes = [b for b in barcodes if b not in self._plate_ids]
         ids = take_ids(self.session, Plate, len(barcodes))
         plates = [
             (key, barcode, batches[barcode]) for key, barcode in zip(ids, barcodes, strict=True)
@@ -459,6 +464,8 @@ class RowWriter:
                 # is better than one of the two.
                 others = [
                     (ref.name, old.name)
+                    if ref.name != old.name
+                    else (f"{ref.folder}/{ref.name}", f"{old.folder}/{old.name}")
                     for ref in record.files
                     if (old := files.get(ref.channel))
                     and (old.name, old.folder_id) != (ref.name, self._folder_ids[ref.folder])

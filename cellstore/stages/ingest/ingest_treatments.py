@@ -38,6 +38,7 @@ from ...io.platemaps import (
 )
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import writable
+from ...jobs.lookup import renamed_plates
 from ...jobs.workspace import Workspace
 from ...models import Image, Perturbation, Plate, Well
 from .account import Account
@@ -246,18 +247,34 @@ def _plates_of_maps(
             else:
                 unmapped[name].append(barcode)
     absent = [barcode for barcode in barcodes if barcode not in present]
+    for old, (key, now) in renamed_plates(session, absent).items():
+        account.notes.append(f"plate {old} was renamed: read as {now}")
+        present.add(old)
+        if barcodes[old] in annotation.maps:
+            found[barcodes[old]].append(key)
+        else:
+            unmapped[barcodes[old]].append(old)
+    absent = [barcode for barcode in absent if barcode not in present]
     if named or annotation.names_plates or not present:
         similar = list(session.scalars(select(Plate.barcode).limit(PLATES_AT_ONCE)))
-        for barcode in [name for name in absent if barcodes[name] in annotation.maps]:
+        new = [
+            name
+            for name in absent
+            if barcodes[name] in annotation.maps and annotation.maps[barcodes[name]].wells
+        ]
+        for barcode in new:
             if len(barcode) > LONGEST:
                 raise UserInputError(f"A plate's name has at most {LONGEST} characters.")
-            plate = Plate(barcode=barcode)
+            plate = Plate(id=take_ids(session, Plate, 1)[0], barcode=barcode)
             session.add(plate)
             session.flush()
             found[barcodes[barcode]].append(plate.id)
             near = difflib.get_close_matches(barcode, similar, n=1, cutoff=0.8)
-            hint = f" Did you mean {near[0]}? Nothing is changed there." if near else ""
-            account.notes.append(f"plate {barcode} is new: made by this map.{hint}")
+            if near:
+                account.notes.append(f"plate {barcode} is new: did you mean {near[0]}?")
+        if new:
+            more = f" and {len(new) - 5:,} more" if len(new) > 5 else ""
+            account.notes.append(f"new, made by this map: plate {', '.join(new[:5])}{more}")
         absent = [name for name in absent if barcodes[name] not in annotation.maps]
     for name, missing in sorted(unmapped.items()):
         detail = f"{', '.join(sorted(missing))} use the plate map {name}, which was not given"

@@ -14,10 +14,11 @@ from sqlalchemy.orm import Session
 
 from ...db.bulk import in_lists, insert_new
 from ...db.events import Change, record_events
+from ...db.fields import wells_changed
 from ...enums import Control, PerturbationKind
 from ...io.map_shapes import normalised_dose as normalised_dose
 from ...io.platemaps import TreatmentRecord, completed, normalised_name, target_of
-from ...models import Perturbation, Plate, Treatment, TreatmentPart, Well
+from ...models import Event, Perturbation, Plate, Treatment, TreatmentPart, Well
 from .account import Account
 
 CACHED = 200_000
@@ -31,6 +32,9 @@ DESCRIBED = ("target", "inchikey", "smiles", "pubchem_cid")
 
 _NAMED_WELLS = 5
 """Wells that a message names."""
+
+_SHOWN = ("treatment", "control")
+"""What such a message says of a correction."""
 
 # ---- The identity of a treatment ----
 
@@ -168,6 +172,16 @@ class TreatmentWriter:
         """The first line with the other value, and the wells of all such lines."""
         self.used: set[int] = set()
         """The treatments of the wells that the file names."""
+        self._kept: set[int] = set()
+        self._changes: list[Change] = []
+        self._n_changes = 0
+        self._newer: dict[str, set[int]] = {"wells": set(), "perturbations": set()}
+        """Rows that were corrected since the file was read first; they stay as they are."""
+        if account.since is not None:
+            after = (Event.id > account.since, Event.run_id.is_distinct_from(account.run_id))
+            self._newer["wells"] = set(session.scalars(wells_changed(*after)))
+            of = select(Event.row_id).where(Event.table_name == "perturbations", *after)
+            self._newer["perturbations"] = {key for key in session.scalars(of) if key is not None}
 
     def forget(self) -> None:
         """Read all from the database again, after what was written last was undone."""
@@ -197,6 +211,8 @@ class TreatmentWriter:
         ``new_wells``, made in this run.
         """
         session = self._session
+        self._kept |= self._newer["wells"] & wanted.keys()
+        wanted = {well: item for well, item in wanted.items() if well not in self._kept}
         if max(len(self._wells), len(self._records)) > CACHED:
             self.forget()
         unknown = [well for well in wanted if well not in self._wells]
@@ -266,6 +282,9 @@ class TreatmentWriter:
             differing = [name for name in before if before[name] != after[name]]
             old, new = ({name: row[name] for name in differing} for row in (before, after))
             changes.append(Change("wells", well, old, new, wanted[well][1]))
+        had = [item for item in changes if (item.old or {}).get("treatment_id", 0) is not None]
+        self._n_changes += len(had)  # a first label corrects nothing
+        self._changes += had[: _NAMED_WELLS - len(self._changes)]
         record_events(session, changes, run_id=self._account.run_id, file=self._file)
         self._wells.update(targets)
         self.used.update(found for well in wanted if (found := self._wells[well][0]) is not None)
@@ -318,7 +337,10 @@ class TreatmentWriter:
                     disagreement = _Disagreement(key, name, first, value)
                     disagreeing[whole].append(disagreement)
                     self._disagreements.setdefault(disagreement, (line, {}))
-                elif value != getattr(perturbation, name):
+                elif (
+                    value != getattr(perturbation, name)
+                    and perturbation.id not in self._newer["perturbations"]
+                ):
                     new[name] = value
             if not new:
                 continue
@@ -397,12 +419,28 @@ class TreatmentWriter:
         names of one structure. Each group of names is noted once, with how to make them one.
         """
         session = self._session
+        if self._changes:
+            named = {change.row_id or 0: change for change in self._changes}
+            shown = []
+            for well, name in _named_wells(session, list(named)):
+                old, new = (
+                    [str(value) for key, value in (item or {}).items() if value and key in _SHOWN]
+                    for item in (named[well].old, named[well].new)
+                )
+                shown.append(f"{name} {', '.join(old) or 'none'} -> {', '.join(new) or 'none'}")
+            more = _more(self._n_changes - len(named))
+            self._account.notes.append(f"corrected: {'; '.join(shown)}{more}")
+        if self._kept:
+            named_wells = _named_wells(session, sorted(self._kept)[:_NAMED_WELLS])
+            shown = [name for _, name in named_wells]
+            self._account.notes.append(
+                f"{self._file} was read before, and these wells were corrected since; kept: "
+                f"{', '.join(shown)}{_more(len(self._kept) - len(shown))}. To use the labels of "
+                "this table, add --reread."
+            )
         for (key, column, first, other), (line, wells) in self._disagreements.items():
-            of_wells = select(Plate.barcode, Well.name).join(Plate, Plate.id == Well.plate_id)
-            first_wells = Well.id.in_(list(wells)[:_NAMED_WELLS])
-            rows = session.execute(of_wells.where(first_wells).order_by(Well.id))
-            shown = [f"{plate}/{well}" for plate, well in rows]
-            more = f" and {len(wells) - len(shown):,} more" if len(wells) > len(shown) else ""
+            shown = [name for _, name in _named_wells(session, list(wells)[:_NAMED_WELLS])]
+            more = _more(len(wells) - len(shown))
             detail = (
                 f"{key.name} has the {column} {first} on an earlier line, but {other} in "
                 f"{', '.join(shown)}{more}; {first} is kept. Correct the table and ingest it again"
@@ -438,3 +476,14 @@ class TreatmentWriter:
                     f"with --alias FILE, a table with the header alias,name and the row {pairs}."
                 )
                 self._account.suspicious(None, reason, detail, file=self._file)
+
+
+def _named_wells(session: Session, ids: Sequence[int]) -> list[tuple[int, str]]:
+    """Ids and names (``P1/A01``) of wells, by id."""
+    query = select(Well.id, Plate.barcode, Well.name).join(Plate, Plate.id == Well.plate_id)
+    rows = session.execute(query.where(Well.id.in_(ids)).order_by(Well.id))
+    return [(row.id, f"{row.barcode}/{row.name}") for row in rows]
+
+
+def _more(number: int) -> str:
+    return f" and {number:,} more" if number > 0 else ""

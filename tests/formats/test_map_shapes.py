@@ -1,0 +1,399 @@
+"""Plate maps as people draw them: grids, spreadsheets, headers of all kinds, doses."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from realdata import real_data
+
+from cellstore.enums import Control, PerturbationKind
+from cellstore.errors import BadTableError, UnknownNameError, UserInputError
+from cellstore.io.filenames import format_well
+from cellstore.io.map_shapes import dose_in_name, header_of, read_dose
+from cellstore.io.platemaps import MapOptions, PlateAnnotation, TreatmentRecord, read_annotation
+
+Rows = Sequence[Sequence[Any]]
+
+
+def write(path: Path, rows: Rows, delimiter: str = ",", encoding: str = "utf-8") -> Path:
+    lines = (delimiter.join(str(cell) for cell in row) for row in rows)
+    path.write_text("\r\n".join(lines) + "\r\n", encoding=encoding)
+    return path
+
+
+def excel(path: Path, **sheets: Rows) -> Path:
+    xlsxwriter = pytest.importorskip("xlsxwriter")
+    book = xlsxwriter.Workbook(str(path))
+    for name, rows in sheets.items():
+        sheet = book.add_worksheet(name)
+        for number, row in enumerate(rows):
+            sheet.write_row(number, 0, row)
+    book.close()
+    return path
+
+
+def ods(path: Path, rows: Rows) -> Path:
+    """Write the least that LibreOffice would call a spreadsheet."""
+    kinds = 'xmlns:office="urn:oasis:names:tc:opendocument:xmlns:office:1.0" '
+    kinds += 'xmlns:table="urn:oasis:names:tc:opendocument:xmlns:table:1.0" '
+    kinds += 'xmlns:text="urn:oasis:names:tc:opendocument:xmlns:text:1.0"'
+    cell = '<table:table-cell office:value-type="string"><text:p>{}</text:p></table:table-cell>'
+    body = "".join(
+        f"<table:table-row>{''.join(map(cell.format, row))}</table:table-row>" for row in rows
+    )
+    text = (
+        f'<?xml version="1.0"?><office:document-content {kinds}><office:body><office:spreadsheet>'
+        f'<table:table table:name="map">{body}</table:table></office:spreadsheet></office:body>'
+        "</office:document-content>"
+    )
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("mimetype", "application/vnd.oasis.opendocument.spreadsheet")
+        archive.writestr("content.xml", text)
+        archive.writestr(
+            "META-INF/manifest.xml",
+            '<?xml version="1.0"?><manifest:manifest '
+            'xmlns:manifest="urn:oasis:names:tc:opendocument:xmlns:manifest:1.0"/>',
+        )
+    return path
+
+
+def grid(cells: Rows, corner: str = "") -> list[list[Any]]:
+    head = [corner, *range(1, len(cells[0]) + 1)]
+    letters = [format_well(row, 1)[:-2] for row in range(1, len(cells) + 1)]
+    return [head, *([letter, *row] for letter, row in zip(letters, cells, strict=True))]
+
+
+def labels(found: PlateAnnotation) -> dict[str, str | None]:
+    """What each well of the one map got, with doses."""
+    (only,) = found.maps.values()
+    return {
+        format_well(*position): record.label if record else None
+        for position, record in only.wells.items()
+    }
+
+
+def record(found: PlateAnnotation, row: int, column: int) -> TreatmentRecord:
+    (only,) = found.maps.values()
+    treatment = only.wells[row, column]
+    assert treatment is not None
+    return treatment
+
+
+COMPOUNDS = [["DMSO", "taxol", "noco"], ["taxol", "", "DMSO"]]
+DOSES = [["", "0,5", "1"], ["5", "", ""]]
+EXPECTED = {
+    "A01": "DMSO",
+    "A02": "taxol 0.5 uM",
+    "A03": "noco 1 uM",
+    "B01": "taxol 5 uM",
+    "B02": None,
+    "B03": "DMSO",
+}
+
+
+@pytest.mark.parametrize("kind", ["below", "beside", "in the corner"])
+@pytest.mark.parametrize("ending", ["csv", "xlsx", "ods"])
+def test_blocks_of_compounds_and_doses(tmp_path: Path, kind: str, ending: str) -> None:
+    if kind == "below":
+        rows: list[list[Any]] = [["Compound"], *grid(COMPOUNDS), [], ["Dose (µM)"], *grid(DOSES)]
+        rows += [["Cell line"], *grid([["A549"] * 3] * 2)]
+    elif kind == "beside":
+        pairs = zip(grid(COMPOUNDS), grid(DOSES), strict=True)
+        rows = [["Compound", "", "", "", "", "Dose (µM)"], *([*a, "", *b] for a, b in pairs)]
+    else:
+        rows = [*grid(COMPOUNDS, "Compound"), *grid(DOSES, "Conc. in uM")]
+    path = tmp_path / f"map.{ending}"
+    if ending == "csv":
+        width = max(map(len, rows))
+        write(path, [[*row, *[""] * (width - len(row))] for row in rows], ";", "latin-1")
+    elif ending == "xlsx":
+        excel(path, map=rows)
+    else:
+        ods(path, rows)
+    found = read_annotation(path)
+    assert labels(found) == EXPECTED
+    (only,) = found.maps.values()
+    cell_lines = {found.get("cell_line") for found in only.metadata.values()}
+    assert cell_lines == ({"A549"} if kind == "below" else set())
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 12), (16, 24), (32, 48)])
+def test_plates_of_all_formats(tmp_path: Path, rows: int, columns: int) -> None:
+    cells = [[f"c{row}x{column}" for column in range(columns)] for row in range(rows)]
+    found = labels(read_annotation(write(tmp_path / "map.csv", grid(cells))))
+    assert len(found) == rows * columns
+    assert found[format_well(rows, columns)] == f"c{rows - 1}x{columns - 1}"
+
+
+NAMES = st.sampled_from(["", "DMSO", "taxol", "AMG 900", "FK-866", "0012", "NA", "empty"])
+NUMBERS = st.sampled_from(["", "0.5", "10", "0,25"])
+
+
+@given(st.integers(2, 9), st.integers(3, 13), st.data())
+def test_a_grid_and_its_long_form_give_the_same_wells(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, columns: int, data: st.DataObject
+) -> None:
+    def drawn(values: st.SearchStrategy[str]) -> list[list[str]]:
+        return [[data.draw(values) for _ in range(columns)] for _ in range(rows)]
+
+    names, doses = drawn(NAMES), drawn(NUMBERS)
+    folder = tmp_path_factory.mktemp("maps")
+    blank = [""] * columns
+    drawn_map = [["Compound", *blank], *grid(names), ["Dose (nM)", *blank], *grid(doses)]
+    long = [["Well", "Compound", "Dose (nM)"]]
+    long += [
+        [format_well(r + 1, c + 1), names[r][c], doses[r][c]]
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    (a,) = read_annotation(write(folder / "map.csv", drawn_map, ";")).maps.values()
+    (b,) = read_annotation(write(folder / "map.tsv", long, "\t")).maps.values()
+    assert (a.wells, a.metadata) == (b.wells, b.metadata)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Well,Compound,Dose (uM)",
+        "Position;Treatment;Concentration [µM]",
+        "well_position\tpert_iname\tConc_uM",
+        "Well,Drug name,Conc. / uM",
+        "Metadata_Well,Metadata_compound,Metadata_mmoles_per_liter",
+    ],
+)
+def test_headers_that_people_use(tmp_path: Path, header: str) -> None:
+    mark = next(mark for mark in "\t;," if mark in header)
+    rows = [header.split(mark), ["A1", "taxol", "0.5"], ["A2", "DMSO", ""]]
+    path = write(tmp_path / "map.csv", rows, mark, "latin-1")
+    assert labels(read_annotation(path)) == {"A01": "taxol 0.5 uM", "A02": "DMSO"}
+
+
+def test_row_and_column_title_rows_and_a_column_of_units(tmp_path: Path) -> None:
+    rows = [
+        ["Screen of 12.03.2026"],
+        [],
+        ["Row", "Column", "Compound", "Dose", "Unit", "Control", "Time (h)", "Operator"],
+        ["B", "2", "taxol", "5000", "nM", "positive control", "48", "Jo"],
+        ["b", "03", "DMSO", "0", "nM", "trt", "48", "Jo"],
+    ]
+    found = read_annotation(write(tmp_path / "map.tsv", rows, "\t"))
+    assert labels(found) == {"B02": "taxol 5 uM", "B03": "DMSO"}
+    taxol, dmso = record(found, 2, 2), record(found, 2, 3)
+    assert (taxol.control, taxol.dose_original) == (Control.POSITIVE, "5000 nM")
+    assert (dmso.control, dmso.treated) == (None, True)
+    (only,) = found.maps.values()
+    assert only.metadata[2, 2] == {"time_point": "48 h", "Operator": "Jo"}
+    assert any("Screen of 12.03.2026" in note for note in found.notes)
+
+
+def test_combinations_and_genotypes_with_sirna(tmp_path: Path) -> None:
+    rows = [
+        ["Well", "Compound 1", "Dose 1 (uM)", "Compound 2", "Dose 2 (nM)"],
+        ["A1", "taxol", "1", "noco", "50"],
+        ["A2", "taxol", "2", "", ""],
+    ]
+    found = read_annotation(write(tmp_path / "combi.csv", rows))
+    assert labels(found) == {"A01": "taxol 1 uM + noco 0.05 uM", "A02": "taxol 2 uM"}
+
+    rows = [
+        ["WellRow", "WellCol", "well_position", "gene_name", "genotype", "siRNA", "Concentration"],
+        ["B", "2", "B2", "NF1", "WT", "None", "0"],
+        ["B", "3", "B3", "NF1", "WT", "NF1 Target 1", "0.01"],
+        ["B", "4", "B4", "NF1", "Null", "Scramble", "5"],
+    ]
+    path = write(tmp_path / "sirna.csv", rows)
+    found = read_annotation(path)
+    (only,) = found.maps.values()
+    assert [
+        treatment
+        and (treatment.control, [(part.kind.value, part.pert_iname) for part in treatment.parts])
+        for treatment in only.wells.values()
+    ] == [
+        (Control.NEGATIVE, [("genotype", "NF1 WT")]),
+        (None, [("sirna", "NF1 Target 1"), ("genotype", "NF1 WT")]),
+        (None, [("sirna", "Scramble"), ("genotype", "NF1 Null")]),
+    ]
+    asked = MapOptions(controls=(("scramble", "negative"),))
+    assert record(read_annotation(path, options=asked), 2, 4).control is Control.NEGATIVE
+    assert record(read_annotation(path, options=asked), 2, 3).control is None
+
+
+@pytest.mark.parametrize(
+    "word", ["", "-", "None", "NONE", "na", "N/a", "#N/A", "NULL", "NaT", "nAn"]
+)
+def test_a_blank_is_not_known_unless_it_is_said(tmp_path: Path, word: str) -> None:
+    path = write(
+        tmp_path / "map.csv", [["well_position", "broad_sample"], ["A1", word], ["A2", "x1"]]
+    )
+    found = read_annotation(path)
+    assert labels(found)["A01"] is None
+    assert found.notes == ("map: blank, so not known (or say it: --blank): A01",)
+    for blank, kind in (("DMSO", PerturbationKind.COMPOUND), ("untreated", PerturbationKind.NONE)):
+        said = record(read_annotation(path, options=MapOptions(blank=blank)), 1, 1)
+        assert (said.pert_iname, said.kind) == (blank, kind)
+    broad = write(
+        tmp_path / "broad.csv",
+        [["well_position", "broad_sample", "solvent"], ["A1", word, "DMSO"], ["A2", "x1", "DMSO"]],
+    )
+    assert labels(read_annotation(broad))["A01"] == "DMSO"
+
+
+def test_empty_is_a_well_without_cells(tmp_path: Path) -> None:
+    path = write(tmp_path / "map.csv", [["Well", "Compound"], ["A1", "empty"], ["A2", "taxol"]])
+    found = read_annotation(path, options=MapOptions(blank="DMSO"))
+    assert labels(found) == {"A01": None, "A02": "taxol"}
+    assert found.maps["map"].metadata == {(1, 1): {"content": "empty"}}
+
+
+def test_columns_that_a_user_names(tmp_path: Path) -> None:
+    path = write(tmp_path / "map.csv", [["Loc", "What", "Menge [nM]"], ["A1", "taxol", "5"]], ";")
+    with pytest.raises(BadTableError, match=r"I do not recognise .* yours has Loc, What, Menge"):
+        read_annotation(path)
+    named = (("well", "Loc"), ("treatment", "what"), ("dose", "Menge [nM]"))
+    assert labels(read_annotation(path, options=MapOptions(columns=named))) == {
+        "A01": "taxol 0.005 uM"
+    }
+    for wrong in (("well", "Lok"), ("wel", "Loc")):
+        with pytest.raises(UnknownNameError, match=r"Loc|well"):
+            read_annotation(path, options=MapOptions(columns=(wrong,)))
+
+
+def test_a_map_that_names_its_plates(tmp_path: Path) -> None:
+    rows = [["Plate", "Well", "Compound"], ["P1", "A1", "taxol"], ["P2", "A1", "noco"]]
+    found = read_annotation(write(tmp_path / "map.csv", rows))
+    assert found.barcodes == {"P1": "P1", "P2": "P2"}
+    plate_map = found.map_of("P2")
+    assert plate_map is not None
+    treatment = plate_map.wells[1, 1]
+    assert treatment is not None
+    assert treatment.pert_iname == "noco"
+
+
+def test_sheets(tmp_path: Path) -> None:
+    drawn = grid(COMPOUNDS)
+    path = excel(tmp_path / "map.xlsx", Notes=[["hello", "there"]], Map=drawn)
+    found = read_annotation(path)
+    assert labels(found)["A02"] == "taxol"
+    assert "sheet 'Map' is read; 'Notes' has no plate map" in found.notes[0]
+    with pytest.raises(BadTableError, match=r"no plate map on the sheet Notes. .*--sheet .Map."):
+        read_annotation(path, options=MapOptions(sheet="Notes"))
+    with pytest.raises(UnknownNameError, match="Nope"):
+        read_annotation(path, options=MapOptions(sheet="Nope"))
+    two = excel(tmp_path / "two.xlsx", A=drawn, B=drawn)
+    with pytest.raises(BadTableError, match=r"'A' and 'B'. Choose one with --sheet"):
+        read_annotation(two)
+    assert labels(read_annotation(two, options=MapOptions(sheet="B")))["A02"] == "taxol"
+    text = write(tmp_path / "map.csv", drawn)
+    with pytest.raises(UserInputError, match="without sheets"):
+        read_annotation(text, options=MapOptions(sheet="A"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [["", 1, 2, 3], ["A", "x", "x", "x"], ["B", "", "", ""], ["D", "x", "", ""]],
+            "row D foll",
+        ),
+        ([["", 1, 2, 3, ""], ["A", "x", "x", "x", "y"], ["B", "", "", "", ""]], "Has the map shif"),
+        ([["Well", "Vendor"], ["A1", "x"]], "I do not recognise .* yours has Well, Vendor"),
+    ],
+)
+def test_maps_that_cannot_be_right(tmp_path: Path, rows: Rows, message: str) -> None:
+    with pytest.raises(BadTableError, match=message):
+        read_annotation(write(tmp_path / "map.csv", rows))
+
+
+def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
+    rows = [
+        ["Well", "Row", "Column", "Compound", "Dose (uM)"],
+        ["1A", "", "", "taxol", "1"],
+        ["A1", "A", "2", "taxol", "1"],
+        ["", "", "", "taxol", "1"],
+        ["A3", "", "", "taxol", "high"],
+        ["A4", "", "", "taxol", "1,000"],
+        ["", "", "", "", ""],
+    ]
+    found = read_annotation(write(tmp_path / "map.csv", rows, ";"))
+    assert [(refusal.line, refusal.reason) for _, refusal in found.issues] == [
+        (2, "not a well"),
+        (3, "well against row and column"),
+        (4, "not a well"),
+        (5, "not a dose"),
+        (6, "not a dose"),
+    ]
+
+
+def test_a_gene_table_of_jump_needs_no_new_names(tmp_path: Path) -> None:
+    table = tmp_path / "orf.csv"
+    table.write_text(
+        "Metadata_JCP2022,Metadata_broad_sample,Metadata_Name,Metadata_Symbol,Metadata_pert_type\n"
+        "JCP2022_900002,ccsbBroad304_00001,ORF1,NAT2,trt\n"
+        "JCP2022_915131,ccsbBroad304_99994,ORF2,LacZ,negcon\n"
+    )
+    rows = [["plate_map_name", "well_position", "broad_sample"]]
+    rows += [
+        ["m", "A01", "ccsbBroad304_00001"],
+        ["m", "A02", "ccsbBroad304_99994"],
+        ["m", "A03", ""],
+    ]
+    found = read_annotation(write(tmp_path / "map.txt", rows, "\t"), [table])
+    assert [
+        treatment and (treatment.kind.value, treatment.pert_iname, treatment.control)
+        for treatment in found.maps["m"].wells.values()
+    ] == [("orf", "NAT2", None), ("orf", "LacZ", Control.NEGATIVE), None]
+
+
+@pytest.mark.parametrize(
+    ("text", "unit", "dose"),
+    [
+        ("0,5", "uM", (0.5, "uM")),
+        ("10 µM", None, (10.0, "uM")),
+        ("1e-3", "M", (0.001, "M")),
+        (".5", None, (0.5, None)),
+        ("5 nM", "uM", (5.0, "nM")),
+    ],
+)
+def test_doses_as_people_write_them(
+    text: str, unit: str | None, dose: tuple[float, str | None]
+) -> None:
+    assert read_dose(text, unit) == dose
+
+
+@pytest.mark.parametrize("text", ["high", "1,000", "1.000,5", "-1", ""])
+def test_what_is_no_dose(text: str) -> None:
+    with pytest.raises(ValueError, match="number"):
+        read_dose(text)
+
+
+def test_names_with_a_dose_in_them() -> None:
+    assert dose_in_name("taxol 10 µM") == ("taxol", "10 uM")
+    assert dose_in_name("DMSO 0.1%") == ("DMSO", "0.1 %")
+    assert dose_in_name("AMG 900") == ("AMG 900", None)
+
+
+def test_headers() -> None:
+    dose = header_of("Dose 2 [nM]")
+    assert dose is not None
+    assert (dose.role, dose.number, dose.unit) == ("dose", 2, "nM")
+    assert header_of("Vendor") is None
+
+
+@pytest.mark.real
+def test_the_small_cases() -> None:
+    folder = real_data("nf1_platemaps").parent.parent / "cases" / "platemaps"
+    if not folder.is_dir():
+        pytest.skip("no cases here")
+    wells = {"B02": "DMSO", "C02": "taxol", "D02": "AMG900", "E02": "FK-866"}
+    for name in ("grid.xlsx", "grid_with_title.csv", "names_only.csv"):
+        found = labels(read_annotation(folder / name))
+        assert {well: found[well] for well in wells} == wells
+    for name in ("long.xlsx", "long_german_excel.csv"):
+        found = labels(read_annotation(folder / name))
+        assert (found["C02"], found["D02"]) == ("taxol 0.5 uM", "AMG900 1.25 uM")

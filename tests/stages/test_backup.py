@@ -1,0 +1,184 @@
+"""A backup is the whole store, verified; a damaged one restores nothing."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from factories import Factory
+from screens import SmallScreen, small_screen
+from sqlalchemy import func, select, text
+
+from cellstore.enums import ArtifactKind, Level, Stage
+from cellstore.errors import CellstoreError, StorageError, UserInputError
+from cellstore.jobs.runs import keep_file
+from cellstore.jobs.workspace import Workspace
+from cellstore.models import METADATA, Event
+from cellstore.store import Store
+
+
+@pytest.fixture
+def screen(workspace: Workspace) -> SmallScreen:
+    """A store through every stage, with one real file instead of the rows of files."""
+    made = small_screen(workspace)
+    stored = workspace.artifacts.write(ArtifactKind.REPORT, b"a page", ".html")
+    with workspace.database.begin() as session:
+        for table in ("run_artifacts", "segmentations"):
+            if table == "run_artifacts":
+                session.execute(text("DELETE FROM run_artifacts"))
+            else:
+                session.execute(
+                    text("UPDATE segmentations SET mask_artifact_id=NULL, flow_artifact_id=NULL")
+                )
+        session.execute(text("DELETE FROM artifacts"))
+        keep_file(session, stored)
+    made.factory.exclude(Level.WELL, made.images["B02"].well_id)
+    (workspace.settings.root / "questions").mkdir()
+    (workspace.settings.root / "questions/mine.sql").write_text("-- Mine.\nFROM wells\n")
+    return made
+
+
+def rows_of(store: Store) -> dict[str, list[tuple[Any, ...]]]:
+    found = {}
+    with store.session() as session:
+        for name, table in METADATA.tables.items():
+            query = select(table).order_by(*table.primary_key.columns)
+            found[name] = [tuple(row) for row in session.execute(query)]
+    return found
+
+
+def test_a_store_comes_back_as_it_was(
+    workspace: Workspace,
+    screen: SmallScreen,
+    tmp_path: Path,
+    empty_database: Callable[[], str],
+) -> None:
+    store = Store(workspace)
+    before = rows_of(store)
+    made = store.backup(tmp_path / "screen.tar")
+    assert (made.artifacts, made.missing) == (1, ())
+    assert made.rows == sum(map(len, before.values()))
+    screen.factory.plate("later")  # not in it
+    for number, database in enumerate((None, empty_database())):
+        folder = tmp_path / f"restored{number}"
+        Store.restore(tmp_path / "screen.tar", folder, database=database)
+        with Store.open(folder) as restored:
+            after = rows_of(restored)
+            (event,) = after["events"][len(before["events"]) :]
+            assert "screen.tar" in str(event)
+            assert {**after, "events": after["events"][:-1]} == before
+            assert (folder / "questions/mine.sql").is_file()
+            assert restored.votes().table.num_rows == Store(workspace).votes().table.num_rows
+            assert restored.verify().problems == store.verify().problems
+            # What triggers guard, they guard again; new rows get new ids.
+            with pytest.raises(CellstoreError), restored.workspace.database.begin() as session:
+                session.execute(text("DELETE FROM split_members"))
+            Factory(restored.workspace).plate("new")
+            assert restored.relabel("BR1/B01", treatment="taxol", reason="r").images == 1
+
+
+def test_a_store_that_is_not_empty_is_not_overwritten(
+    workspace: Workspace, screen: SmallScreen, tmp_path: Path
+) -> None:
+    file = tmp_path / "screen.tar"
+    Store(workspace).backup(file)
+    other = Store.create(tmp_path / "other")
+    Factory(other.workspace).plate("mine")
+    before = rows_of(other)
+    with pytest.raises(UserInputError, match="not empty"):
+        Store.restore(file, tmp_path / "other")
+    assert rows_of(other) == before
+    other.close()
+    Store.create(tmp_path / "empty").close()
+    Store.restore(file, tmp_path / "empty")
+    with pytest.raises(UserInputError, match="part of the store"):
+        Store(workspace).backup(workspace.settings.root / "cellstore.db")
+    with pytest.raises(UserInputError, match="no file"):
+        Store.restore(tmp_path / "gone.tar", tmp_path / "new")
+
+
+def changed(data: bytearray, old: bytes) -> None:
+    at = bytes(data).rindex(old)
+    data[at] ^= 1
+
+
+DAMAGES: dict[str, Callable[[bytearray], None]] = {
+    "a file": lambda data: changed(data, b"a page"),
+    "a row": lambda data: changed(data, b"2026_03"),
+    "cut": lambda data: data.__delitem__(slice(len(data) // 2, None)),
+    "empty": lambda data: data.clear(),
+    "no tar": lambda data: data.__setitem__(slice(None), b"hello" * 1000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_backup_ends_in_a_sentence_and_restores_nothing(
+    sqlite_workspace: Workspace, tmp_path: Path, damage: str
+) -> None:
+    make = Factory(sqlite_workspace)
+    make.plate("P1", batch="2026_03")
+    stored = sqlite_workspace.artifacts.write(ArtifactKind.REPORT, b"a page", ".html")
+    with sqlite_workspace.database.begin() as session:
+        keep_file(session, stored)
+    file = tmp_path / "screen.tar"
+    Store(sqlite_workspace).backup(file)
+    data = bytearray(file.read_bytes())
+    DAMAGES[damage](data)
+    file.write_bytes(data)
+    for dry_run in (True, False):
+        with pytest.raises(StorageError, match="damaged or no backup"):
+            Store.restore(file, tmp_path / "new", dry_run=dry_run)
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob(".restore-*"))
+
+
+def test_names_that_lead_out_of_the_store_are_refused(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    file, evil = tmp_path / "screen.tar", tmp_path / "evil.sql"
+    Store(sqlite_workspace).backup(file)
+    evil.write_text("x")
+    for name in ("../evil.sql", "questions/../../evil.sql", "/tmp/evil.sql", "cellstore.toml"):
+        bad = tmp_path / "bad.tar"
+        bad.write_bytes(file.read_bytes())
+        with tarfile.open(bad, "a") as tar:
+            tar.add(evil, name)
+        with pytest.raises(StorageError, match="does not belong"):
+            Store.restore(bad, tmp_path / "new")
+
+
+def test_a_lost_file_is_named_and_the_rest_is_kept(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    stored = [
+        sqlite_workspace.artifacts.write(ArtifactKind.REPORT, data, ".html")
+        for data in (b"one", b"two", b"three")
+    ]
+    with sqlite_workspace.database.begin() as session:
+        for item in stored:
+            keep_file(session, item)
+    sqlite_workspace.artifacts.locate(stored[0].path).unlink()
+    sqlite_workspace.artifacts.locate(stored[1].path).write_bytes(b"other")
+    made = Store(sqlite_workspace).backup(tmp_path / "b.tar")
+    assert (made.artifacts, set(made.missing)) == (1, {stored[0].path, stored[1].path})
+    Store.restore(tmp_path / "b.tar", tmp_path / "new")
+    assert (tmp_path / "new/artifacts" / stored[2].path).read_bytes() == b"three"
+
+
+def test_a_backup_is_of_one_moment_while_others_write(
+    workspace: Workspace, screen: SmallScreen, tmp_path: Path
+) -> None:
+    with workspace.database.begin() as session:
+        session.execute(text("UPDATE plates SET batch = 'not yet'"))
+        if not workspace.database.is_sqlite:  # SQLite would wait for whom it must not see
+            session.flush()
+        Store(workspace).backup(tmp_path / "b.tar")
+    Store.restore(tmp_path / "b.tar", tmp_path / "new")
+    with Store.open(tmp_path / "new") as restored, restored.session() as session:
+        batches = session.scalars(select(METADATA.tables["plates"].c.batch)).all()
+        assert batches == ["2026_03"]
+        assert session.scalar(select(func.count()).select_from(Event)) == 1
+        assert Stage.PREDICT in session.scalars(select(METADATA.tables["runs"].c.stage)).all()
