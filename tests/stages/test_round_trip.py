@@ -21,14 +21,12 @@ from sqlalchemy import update
 from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.enums import Control, PerturbationKind, Stage
 from cellstore.io.platemaps import TreatmentRecord, target_of
+from cellstore.io.tables import MISSING
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import Cell, CellFeatures, Image, ImageFile, Segmentation, Treatment
 from cellstore.stages.export import ExportFormat, export
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.ingest.write_treatments import DESCRIBED
-
-MISSING = {"", "NA", "N/A", "NaN", "nan", "<NA>", "None"}
-"""Texts that say that there is none, in every table."""
 
 TEXT = (
     (
@@ -36,7 +34,7 @@ TEXT = (
             st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12
         )
         | st.sampled_from(
-            ["=1+1", 'a "b", c', "two\nlines", "-", "@x", "NA-1", "001", "1e5", "µΩ漢"]
+            ["=1+1", 'a "b", c', "two\nlines", "-x", "@x", "NA-1", "001", "1e5", "µΩ漢"]
         )
     )
     .map(str.strip)
