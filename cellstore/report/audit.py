@@ -560,6 +560,7 @@ def _run(session: Session, run_id: int) -> Audit:
     written = written.join(run_artifacts).where(run_artifacts.c.run_id == run_id)
     children = select(*RUN).where(runs.c.parent_id == run_id).order_by(runs.c.id)
     record |= {
+        "corrections": [row for row in _corrections(session, ("runs", run_id)) if row["old"]],
         "changed_wells": session.scalar(select(func.count()).select_from(changed)) or 0,
         "split_counts": members,
         "jobs": {Status(status).value: number for status, number in done},

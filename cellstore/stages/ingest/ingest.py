@@ -110,11 +110,13 @@ def ingest(
         files = (*params.compounds, params.barcodes, params.aliases)
         beside = [path for path in files if path is not None]
     identity = FileIdentity.of(source)
-    # The recipe says which bytes are read in which way. Where they lie means nothing.
+    # The recipe says which bytes are read in which way. Where they lie means nothing: of a table
+    # beside the source the option keeps its name, and "files" its bytes; of a folder nothing.
     options = {
-        name: writable(str(value)) if isinstance(value, Path) else value
+        name: writable(value.name) if isinstance(value, Path) and value.is_file() else value
         for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "compounds", "look", "strict", "reread")
+        if name not in ("kind", "layout", "images", "compounds", "look", "strict", "reread")
+        and not (isinstance(value, Path) and value.is_dir())
     }
     options["maps"] = [[old, shown(new)] for old, new in params.maps]
     read = [identity, *map(FileIdentity.of, beside)]
