@@ -240,12 +240,13 @@ def _end_jobs(
             output.pairs({name: value for name, value in shown.items() if value is not None})
         if result.failures and show is None:
             list_failures(result.failures)
-        list_failures(getattr(result, "lacking", ()), "left out:")
         if len(results) > 1:
             typer.echo()
+    lacking = getattr(found[0], "lacking", ())
+    if not common.as_json:
+        list_failures(lacking, "left out:")
     if any(result.forecast is not None for result in found):
         return
-    lacking = getattr(found[0], "lacking", ())
     if lacking:
         all_images = output.count(found[0].selected + len(lacking), "image")
         say(f"Error: {len(lacking)} of {all_images} could not be {verb}: they lack a channel.")

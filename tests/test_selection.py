@@ -156,7 +156,9 @@ def test_images_are_named_as_they_are_shown(workspace: Workspace):
     ]
     with workspace.database.read() as session:
         assert [find_image(session, name) for name in names] == ids
-        with pytest.raises(UserInputError, match=r"P1/r02c03f01, P1/r02c03f01 time 2, P1/r02c03"):
+        with pytest.raises(
+            UserInputError, match="several images: P1/r02c03f01 plane 1 time 1, P1/"
+        ):
             find_image(session, "P1/B03/1")
         with pytest.raises(UnknownNameError):
             find_image(session, "P1/B03/1 plane 3")

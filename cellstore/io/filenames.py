@@ -277,7 +277,7 @@ _WELL = "(?P<well>[A-Z]{1,2}[0-9]{2})"
 _GUID = "[0-9A-F]{8}(?:-[0-9A-F]{4}){3}-[0-9A-F]{12}"
 _INCELL_END = (
     r"(?: wix [0-9]+)?(?: z (?P<plane>[0-9]+))?"
-    r"(?: ?- ?time (?P<time>[0-9]+)(?: ?- ?[0-9]+ ?ms)?)?\)"
+    r"(?: ?-? ?time (?P<time>[0-9]+)(?: ?- ?[0-9]+ ?ms)?)?\)"
 )
 
 MICROSCOPES: Mapping[str, tuple[str, ...]] = {

@@ -106,9 +106,10 @@ def find_image(session: Session, text: str) -> int:
     if len(found) == 1:
         return int(found[0].id)
     rows = found[: _LISTED - 1]
-    shown = [image_name(row.barcode, row.core_name, row.plane, row.time_point) for row in rows]
-    if len(set(shown)) < len(rows):
-        shown = [f"{name} (id {row.id})" for name, row in zip(shown, rows, strict=True)]
+    shown = [f"{row.barcode}/{row.core_name}" for row in rows]
+    if len(set(shown)) < len(rows):  # every plane and time point is said, so that each has a name
+        at = [f"plane {row.plane} time {row.time_point}" for row in rows]
+        shown = [f"{name} {where}" for name, where in zip(shown, at, strict=True)]
     more = ", ..." if len(found) == _LISTED else ""
     raise UserInputError(
         f"{text!r} names several images: {', '.join(shown)}{more}. Name one of them, or its id."
@@ -418,9 +419,7 @@ def find_channels(session: Session, typed: Sequence[str]) -> tuple[str, ...]:
         if end:
             found.append(names[plain(",".join(left[:end]))])
         elif not numbered:
-            raise UnknownNameError.of(
-                "channel", left[0], dict.fromkeys(row.channel for row in rows)
-            )
+            raise UnknownNameError.of("channel", left[0], sorted({row.channel for row in rows}))
         elif len(numbered) > 1:
             raise UserInputError(
                 f"Channel {left[0]} is {' or '.join(sorted(numbered))}, by plate. Give its name."

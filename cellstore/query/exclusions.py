@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session, aliased
 from ..config import VoteOptions
 from ..enums import ExclusionSource, Level, Stage, Status
 from ..errors import UnknownNameError, UserInputError
+from ..jobs.lookup import renamed_plates
 from ..jobs.run_names import RUN_WORDS, NamedRun, find_named_run
 from ..models import (
     EXCLUSIONS,
@@ -89,7 +90,9 @@ def check_plates(session: Session, run: Run, images: Select[int]) -> None:
     """
     on_plates = select(Plate.barcode).join(Well, Well.plate_id == Plate.id).join(Image)
     wanted = session.scalars(on_plates.where(Image.id.in_(images)).distinct())
-    missing = sorted(set(wanted) - set(plates_of(run)))
+    seen, names = set(plates_of(run)), set(wanted)
+    seen |= {now for _, now in renamed_plates(session, seen - names).values()}
+    missing = sorted(names - seen)
     if missing:
         raise UserInputError(
             f"Quality-control run {run.id} has not looked at plate {', '.join(missing[:5])}"

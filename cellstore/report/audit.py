@@ -226,13 +226,15 @@ def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
     # DuckDB, which counts the votes, takes some time to load.
     labelled = any(item["what"] == "labelled cells" for item in downstream)
     above = (("well", well_id), ("plate", plate_id))
+    of_files = select(image_files.c.folder_id).where(image_files.c.image_id == image_id)
+    moved = [("folders", number) for number in session.scalars(of_files.distinct()) if number]
     record |= {
         "excluded": _why_excluded(session, ("image", image_id), *above),
         "missing_files": sum(file["sha256"] is None for file in files),
         "notes": notes,
         "treatment_history": history,
         "corrections": _corrections(
-            session, ("images", image_id), ("wells", well_id), ("plates", plate_id)
+            session, ("images", image_id), ("wells", well_id), ("plates", plate_id), *moved
         ),
         "frozen_labels": frozen,
         "flags": _rows(session, flags),
@@ -558,6 +560,7 @@ def _run(session: Session, run_id: int) -> Audit:
     written = written.join(run_artifacts).where(run_artifacts.c.run_id == run_id)
     children = select(*RUN).where(runs.c.parent_id == run_id).order_by(runs.c.id)
     record |= {
+        "corrections": [row for row in _corrections(session, ("runs", run_id)) if row["old"]],
         "changed_wells": session.scalar(select(func.count()).select_from(changed)) or 0,
         "split_counts": members,
         "jobs": {Status(status).value: number for status, number in done},

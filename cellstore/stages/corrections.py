@@ -547,8 +547,12 @@ def undo(
             *restored.later,
         ]
         _refuse_if(relying, f"undo run {found.id}")
-        completed = select(ImageFile.image_id).where(
-            _within(ImageFile.id, ranges["image_files"]), ImageFile.image_id.not_in(images)
+        # A file that was not seen has no part in the content of its image, unless that is null.
+        completed = (
+            select(ImageFile.image_id)
+            .join(Image, Image.id == ImageFile.image_id)
+            .where(_within(ImageFile.id, ranges["image_files"]), Image.id.not_in(images))
+            .where(or_(ImageFile.sha256.is_not(None), Image.content_sha256.is_(None)))
         )
         partly = set(session.scalars(completed.distinct()))
         deleted = _concerned(session, images)
@@ -567,9 +571,9 @@ def undo(
         for table in ("wells", "plates"):
             changes += _delete_rows(session, _RANGED[table], ranges[table])
         changes += restored.write(session)
-        found.status = Status.CANCELLED
+        before, found.status = Status(found.status), Status.CANCELLED
         found.error = f"{_UNDONE} {reason}" if reason else _UNDONE
-        status = Change("runs", found.id, {"status": "done"}, {"status": "cancelled"})
+        status = Change("runs", found.id, {"status": before.value}, {"status": found.status.value})
         rows = [_shown_change(session, change) for change in changes]
         done = Correction("undo", f"run {found.id}", (*rows, *features), **deleted)
         return done, [*changes, status]

@@ -37,7 +37,7 @@ from ..errors import CellstoreError, ImageError, UnknownNameError, UserInputErro
 from ..io.image_files import decode_tiff, project
 from ..jobs.execute import ImageStage, JobsResult, RunCounter, execute, forecast
 from ..jobs.lookup import IS_CURRENT, find_channels, find_recipe, images_of
-from ..jobs.planes import ChannelFile, channel_files, choose_files, open_file
+from ..jobs.planes import ChannelFile, channel_files, choose_files, lacking_channels, open_file
 from ..jobs.queue import Task
 from ..jobs.runs import RecipeSpec, digest_of_numbers, fingerprint, register
 from ..jobs.workspace import Workspace
@@ -146,6 +146,8 @@ def measure(
                     feature_set=f"{asked.name}_{fingerprint(spec)[:8]}",
                 )
             )
+        planes = [group.plane or ImageInput(group.channels) for group in groups]
+        images, lacking = lacking_channels(session, images, planes)
         in_files = any(group.group is not BASIC_GROUP for group in groups)
         together = images_per_file(session, source.id, ROWS_OF_FILE) if in_files else 1
     stage = Measure(workspace.artifacts, source.id, {}, together)
@@ -170,7 +172,8 @@ def measure(
         results = execute(workspace, stage, recipes, images, resources)
     first, *others = (
         MeasureResult(
-            **{field.name: getattr(result, field.name) for field in fields(JobsResult)},
+            **{field.name: getattr(result, field.name) for field in fields(JobsResult)}
+            | {"lacking": lacking},
             group=group.group.name,
             feature_set=group.feature_set,
         )

@@ -97,3 +97,48 @@ def test_finetune_says_whether_it_was_worth_it(cellstore, store, monkeypatch, ch
 def test_finetune_without_masks_says_so(cellstore, store):
     said = cellstore("--store", store, "finetune", "--masks", "nowhere", code=2)
     assert "nowhere" in said.err
+
+
+def test_a_folder_that_moved_and_images_without_the_channel(cellstore, store, model, screen):
+    at = ("--store", store)
+    images = screen.parent / "images"
+    other = screen.parent / "rna"
+    other.mkdir()
+    for site in (1, 2):
+        pixels = (images / f"r01c01f0{site}p01-ch1sk1fk1fl1.tiff").read_bytes()
+        (other / f"P2_A01_{site}_RNA.tif").write_bytes(pixels)
+    names = ("--pattern", r"(?P<plate>P2)_(?P<well>A01)_(?P<site>\d)_(?P<channel>RNA)")
+    said = cellstore("ingest", other, *names, *at)
+    assert said.err.splitlines()[-1] == f"Next: cellstore --store {store} segment"
+
+    moved = screen.parent / "moved"
+    images.rename(moved)
+    status = cellstore("status", *at)
+    assert f"12 files are gone from {images}." in status.err
+    assert status.err.splitlines()[-1].startswith(f"Next: cellstore --store {store} relocate ")
+    asked = cellstore("status", *at, "--json").json
+    assert asked["next"][0].startswith("cellstore relocate ")
+    assert asked["untreated_wells"] == 1
+    assert asked["gone"][0]["files"] == 12
+    words = ("segment", "--channels", "DNA", "--model", model, *at)
+    failed = cellstore(*words, code=1)
+    assert failed.err.count("gone from") == 1
+    assert "12 of 12 images could not be segmented." in failed.err
+    assert "2 of 14 images could not be segmented: they lack a channel." in failed.err
+    cellstore("relocate", images, moved, "--dry-run", *at)
+    said = cellstore("relocate", images, moved, *at)
+    assert f"12 files are now read from {moved}, no longer from {images}" in said.out
+
+    tried = cellstore(*words, "--dry-run")
+    assert "to do              12" in tried.out
+    said = cellstore(*words, code=1)
+    assert "images segmented  12" in said.out
+    assert "left out: P2/r01c01f01, P2/r01c01f02: no channel DNA" in said.out
+    found = cellstore(*words, "--plate", "P1", "--json").json
+    assert (found["selected"], found["lacking"]) == (12, [])
+    none = cellstore(*words, "--image", "P2/A01", code=2)
+    assert "Unknown channel of the selected images 'DNA'. Known: RNA." in none.err
+    said = cellstore("measure", "--plate", "P1", *at)
+    assert said.err.splitlines()[-2] == f"Next: cellstore --store {store} split create NAME"
+    history = cellstore("audit", "image", "P1/A01/1", *at, "--json").json["corrections"]
+    assert [(row["of"], row["new"]) for row in history] == [("folder", {"uri": str(moved)})]

@@ -281,6 +281,10 @@ GUID = "E89B3F4F-0000-0000-2DE4-CBF48F635C5E"
             "P_1_B - 4(fld 01 wv 390 - Blue z 3 - time 02 - 30 ms).tif",
             ("P_1", 2, 4, 1, 3, 2, "390 - Blue", None),
         ),
+        (
+            "A - 1(fld 1 wv Green - dsRed z 2 time 1 - 0 ms).tif",
+            (None, 1, 1, 1, 2, 1, "Green - dsRed", None),
+        ),
         ("N - 006(fld 1- time 1 - 22858 ms).tif", (None, 14, 6, 1, None, 1, None, None)),
         ("B - 03(fld 1 wv TL - Cy3 wix 2).tif", (None, 2, 3, 1, None, None, "TL - Cy3", None)),
         ("MMC_0015_B07_T0002F011L01A02Z03C04.tif", ("MMC_0015", 2, 7, 11, 3, 2, "ch4", 4)),

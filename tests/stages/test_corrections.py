@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from factories import Factory
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from screens import SmallScreen, small_screen
 from sqlalchemy import func, select
 
@@ -434,3 +436,102 @@ def test_reports_and_splits_name_the_wells_that_were_relabelled(
     assert store.check_split("main").relabelled == relabelled
     # Which wells are controls is said by the labels that the split keeps, too.
     assert store.votes(vote_options=VoteOptions(controls=False)).table.equals(treated)
+
+
+# ---- All of them, in any order ----
+
+WELLS = ("A01", "B01", "B02", "B03", "B04")
+NAMES = ("BR1", "BR2", "Plate 3")
+verbs = st.one_of(
+    st.tuples(st.just("plate"), st.sampled_from(NAMES)),
+    st.tuples(st.just("channel"), st.sampled_from(("DNA", "ER", "ch1"))),
+    st.tuples(
+        st.just("relabel"),
+        st.sampled_from(WELLS),
+        st.sampled_from(("DMSO", "taxol", "new drug", "none")),
+        st.sampled_from((None, "5 uM", "0.1 %")),
+        st.sampled_from((None, "negative", "positive", "none")),
+    ),
+    st.tuples(st.just("exclude"), st.sampled_from(list(Level)), st.sampled_from(WELLS)),
+    st.tuples(st.just("ingest"), st.sampled_from(("C01", "B01")), st.sampled_from(("d1", "d2"))),
+)
+
+
+class Person:
+    """Corrects a small screen, and knows how to take each correction back."""
+
+    def __init__(self, store: Store, screen: SmallScreen, folder: Path) -> None:
+        self.store, self.screen, self.folder = store, screen, folder
+        self.plate, self.channel = "BR1", "DNA"
+
+    def do(self, verb: str, *of: Any) -> Callable[[], object]:
+        """Do one thing; return what undoes it."""
+        return getattr(self, verb)(*of)  # type: ignore[no-any-return]
+
+    def rename(self, kind: str, new: str) -> Callable[[], object]:
+        old = getattr(self, kind)
+        self.store.rename(kind, old, new)
+        setattr(self, kind, new)
+
+        def back() -> None:
+            self.store.rename(kind, new, old)
+            setattr(self, kind, old)
+
+        return back
+
+    def relabel(self, well: str, name: str, *more: str | None) -> Callable[[], object]:
+        with self.store.session() as session:
+            row = session.scalars(select(Well).where(Well.name == well)).first()
+            assert row is not None
+            had = row.treatment.name_with_dose if row.treatment else "none"
+            control = row.control.value if row.control else "none"
+        dose, role = (None, more[1]) if name == "none" else more
+        named, why = f"{self.plate}/{well}", "why"
+        self.store.relabel(named, treatment=name, dose=dose, control=role, reason=why)
+        return lambda: self.store.relabel(
+            f"{self.plate}/{well}", treatment=had, control=control, reason=why
+        )
+
+    def exclude(self, level: Level, well: str) -> Callable[[], object]:
+        cell = self.screen.factory.cells_of(self.screen.segmentations[well])[0]
+        names = {Level.PLATE: self.plate, Level.WELL: f"{self.plate}/{well}"}
+        names |= {Level.IMAGE: str(self.screen.images[well].id), Level.CELL: str(cell.id)}
+        self.store.exclude(level.value, names[level], reason="debris")
+        ids = {Level.PLATE: lambda: self.plate, Level.WELL: lambda: f"{self.plate}/{well}"}
+        name = ids.get(level, lambda: names[level])
+        return lambda: self.store.include(level.value, name())
+
+    def ingest(self, well: str, donor: str) -> Callable[[], object]:
+        table = loaddata(
+            self.folder / "more.csv", [well], self.plate, Metadata_donor=donor, Metadata_Batch=donor
+        )
+        run = self.store.ingest(table, IngestParams(reread=True)).run_id
+        return lambda: self.store.undo(str(run))
+
+
+@pytest.fixture
+def sqlite_screen(sqlite_workspace: Workspace) -> SmallScreen:
+    return small_screen(sqlite_workspace)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(chosen=st.lists(verbs, min_size=2, max_size=6))
+def test_counterparts_give_back_the_former_answers_of_every_view(
+    sqlite_screen: SmallScreen, tmp_path: Path, chosen: list[tuple[Any, ...]]
+) -> None:
+    store = Store(sqlite_screen.factory.workspace)
+    person = Person(store, sqlite_screen, tmp_path)
+    views = (*VIEWS, "plates", "wells", "images", "image_files", "exclusions", "eligible_cells")
+    before = answers(store, *views)
+    undone: list[Callable[[], object]] = []
+    for verb, *of in chosen:
+        try:
+            if verb in ("plate", "channel"):
+                undone.append(person.rename(verb, *of))
+            else:
+                undone.append(person.do(verb, *of))
+        except UserInputError:  # it is so already
+            continue
+    for back in reversed(undone):
+        back()
+    assert answers(store, *views) == before

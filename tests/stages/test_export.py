@@ -105,6 +105,7 @@ def test_what_a_row_says(workspace: Workspace, tmp_path: Path) -> None:
         "Metadata_dose": None,
         "Metadata_dose_unit": None,
         "Metadata_dose_original": None,
+        "Metadata_components": None,
         "Metadata_control_type": "positive",
         "Metadata_broad_sample": "BRD-1",
         "Metadata_InChIKey": "RCINICONZNJXQF",

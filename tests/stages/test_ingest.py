@@ -29,7 +29,7 @@ from cellstore.models import (
     Treatment,
     Well,
 )
-from cellstore.stages.ingest.ingest import ingest
+from cellstore.stages.ingest.ingest import ingest, preview
 
 CHANNELS = ("RNA", "DNA")
 
@@ -293,17 +293,25 @@ def test_a_plate_map_says_what_was_done_to_the_wells(
         assert (well.treatment.name, well.control) == ("DMSO", "negative")
 
 
+def test_a_dry_run_says_what_is_passed_over(tmp_path: Path) -> None:
+    write_image(tmp_path / "P", "x_A01_s1_w1.tif", 1)
+    write_image(tmp_path / "P", "x_A01_s1_w1_thumb.tif", 1)
+    found = preview(tmp_path / "P")
+    assert (found.rows, found.notes) == (1, ["thumbnails, skipped: 1"])
+
+
 @pytest.mark.parametrize("folders", [("a", "b"), ("b", "a")])
 def test_files_of_one_name_in_two_folders_are_not_one_image(
-    sqlite_workspace: Workspace, tmp_path: Path, folders: tuple[str, str]
+    workspace: Workspace, tmp_path: Path, folders: tuple[str, str]
 ) -> None:
     for value, folder in enumerate(folders):
         (tmp_path / "P" / folder).mkdir(parents=True)
         write_image(tmp_path / "P" / folder, "A01_s1.tif", value)
     params = IngestParams(pattern=r"(?P<well>[A-H]\d\d)_s(?P<site>\d)", plate="P")
-    result = ingest(sqlite_workspace, tmp_path / "P", params)
+    result = ingest(workspace, tmp_path / "P", params)
     assert (result.created, result.refused) == (1, 1)
     assert result.reasons == ((Severity.REFUSED, "the same field twice, with other files", 1),)
+    assert all(f"P/{folder}/A01_s1.tif" in result.issues[0].detail for folder in folders)
 
 
 def test_what_was_passed_over_in_a_file_is_said_by_ingest(

@@ -110,11 +110,13 @@ def ingest(
         files = (*params.compounds, params.barcodes, params.aliases)
         beside = [path for path in files if path is not None]
     identity = FileIdentity.of(source)
-    # The recipe says which bytes are read in which way. Where they lie means nothing.
+    # The recipe says which bytes are read in which way. Where they lie means nothing: of a table
+    # beside the source the option keeps its name, and "files" its bytes; of a folder nothing.
     options = {
-        name: writable(str(value)) if isinstance(value, Path) else value
+        name: writable(value.name) if isinstance(value, Path) and value.is_file() else value
         for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "compounds", "look", "strict", "reread")
+        if name not in ("kind", "layout", "images", "compounds", "look", "strict", "reread")
+        and not (isinstance(value, Path) and value.is_dir())
     }
     options["maps"] = [[old, shown(new)] for old, new in params.maps]
     read = [identity, *map(FileIdentity.of, beside)]
@@ -484,7 +486,7 @@ def relocate(
             for number, uri in targets.items():
                 taken = session.scalar(select(Folder.id).where(Folder.uri == uri))
                 before, after = {"uri": folders[number]}, {"uri": uri}
-                changes.append(Change("folders", number, before, after))
+                changes.append(Change("folders", taken or number, before, after))
                 if taken is None:
                     session.execute(update(Folder).where(Folder.id == number).values(uri=uri))
                 else:
@@ -667,7 +669,9 @@ def preview(
     found = Preview(source.name, layout.value)
     images: set[Any] = set()
     if layout.kind is SourceKind.IMAGES:
-        for row in ImageSource(source, layout, params).records():
+        records = ImageSource(source, layout, params)
+        found.notes = records.notes
+        for row in records.records():
             found.rows += 1
             if isinstance(row, Refusal):
                 found.refuse(Issue(Severity.REFUSED, found.source, *row))
