@@ -141,7 +141,9 @@ def processor_seconds() -> float:
 
 
 def by_cellstore(source: Path, folder: Path) -> None:
-    from cellstore.stages.ingest import ingest_features  # noqa: F401 - imports are not on the clock
+    from adbc_driver_sqlite import dbapi  # noqa: F401 - imports (of pandas) are not on the clock
+
+    from cellstore.stages.ingest import ingest_features  # noqa: F401
     from cellstore.store import Store
 
     def work() -> None:
@@ -153,7 +155,9 @@ def by_cellstore(source: Path, folder: Path) -> None:
 
 
 def by_cellstore_again(source: Path, folder: Path) -> None:
-    from cellstore.stages.ingest import ingest_features  # noqa: F401 - imports are not on the clock
+    from adbc_driver_sqlite import dbapi  # noqa: F401 - imports (of pandas) are not on the clock
+
+    from cellstore.stages.ingest import ingest_features  # noqa: F401
     from cellstore.store import Store
 
     def work() -> None:
@@ -316,6 +320,8 @@ def key_values(image: int, number: int) -> dict[str, Any]:
         "Parent_Cells": number,
         "Parent_Nuclei": number,
         "Metadata_Well": f"{chr(65 + row % 16)}{column + 1:02d}",
+        "Metadata_Row": row % 16 + 1,
+        "Metadata_Col": column + 1,
         "Metadata_Site": site + 1 + 9 * (row // 16),
     }
 

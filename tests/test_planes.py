@@ -137,7 +137,7 @@ def test_channels_that_are_not_there_or_several(channels: Workspace) -> None:
     with channels.database.read() as session:
         with pytest.raises(UserInputError, match="Channel 2 is Alexa 488, long or RNA, by plate"):
             find_channels(session, ["2"])
-        with pytest.raises(UnknownNameError, match=r"Unknown channel 'DAPI'\. Known: DNA, "):
+        with pytest.raises(UnknownNameError, match=r"channel 'DAPI'\. Known: Alexa 488, long, DNA"):
             find_channels(session, ["DNA", "DAPI"])
 
 

@@ -7,6 +7,7 @@ set describe its plates, its CRISPR reagents and its controls.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import defaultdict
@@ -195,7 +196,12 @@ _JCP_KINDS = {"8": PerturbationKind.CRISPR, "9": PerturbationKind.ORF}
 _JCP_NOTHING = frozenset({"JCP2022_999999", "JCP2022_UNKNOWN"})
 """How JUMP writes an empty well and one of which nothing is known."""
 
-TREATMENT_COLUMNS = (_NAME, *_TARGET, *_IDENTIFIER, *_CONTROL, *_KIND, *_CHEMISTRY)
+_COMPONENTS, _ORIGINAL = "Metadata_components", "Metadata_dose_original"
+"""Of an export: several perturbations of a well (JSON), and the dose as it once was written."""
+
+TREATMENT_COLUMNS = (
+    *(_NAME, *_TARGET, *_IDENTIFIER, *_CONTROL, *_KIND, *_CHEMISTRY, _COMPONENTS, _ORIGINAL),
+)
 
 
 @lru_cache(100)
@@ -239,11 +245,21 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
         first_text(texts, _CONTROL),
         *map(texts.get, _CHEMISTRY),
     )
+    if _COMPONENTS in texts:
+        try:
+            first, *others = (
+                TreatmentRecord(PerturbationKind(item.pop("kind")), **item)
+                for item in json.loads(texts[_COMPONENTS])
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RowRefusedError("not a treatment", f"{_COMPONENTS}: {error}") from error
+        return replace(first, control=record.control, treated=record.treated, others=tuple(others))
     dose, *unit = dose_columns(tuple(texts)) or (None,)
     if dose is None:
         return record
     meant = header_of(dose)
-    return record.with_dose(texts[dose], texts[unit[0]] if unit else meant and meant.unit)
+    found = record.with_dose(texts[dose], texts[unit[0]] if unit else meant and meant.unit)
+    return replace(found, dose_original=texts.get(_ORIGINAL, found.dose_original))
 
 
 def completed(given: TreatmentRecord, known: TreatmentRecord) -> TreatmentRecord:
@@ -678,6 +694,11 @@ def read_annotation(
         if dose and "mmoles" in dose.lower() and columns.units[dose] != "mM":
             notes.append(f"{writable(path.name)}: {MILLIMOLAR_NOTE}")
         records = [row.record for some in by_map.values() for _, row in some if row.record]
+        if not tables and records and all(_is_code(r) for r in records if r.pert_iname != DMSO):
+            notes.append(
+                f"{writable(path.name)}: its treatments are codes of samples; a table with their "
+                "names and targets goes with it: --compounds FILE"
+            )
         if any(p.dose is not None and p.unit is None for r in records for p in r.parts):
             notes.append(
                 f"{writable(path.name)}: doses without unit; write it into the header, like "
@@ -906,6 +927,10 @@ def _kind_of_sample(sample: str | None) -> PerturbationKind:
     if (sample or "").startswith("BRDN"):
         return PerturbationKind.CRISPR
     return PerturbationKind.COMPOUND
+
+
+def _is_code(record: TreatmentRecord) -> bool:
+    return record.pert_iname == record.identifier and any(map(str.isdigit, record.identifier))
 
 
 def _blank(

@@ -419,9 +419,7 @@ def find_channels(session: Session, typed: Sequence[str]) -> tuple[str, ...]:
         if end:
             found.append(names[plain(",".join(left[:end]))])
         elif not numbered:
-            raise UnknownNameError.of(
-                "channel", left[0], dict.fromkeys(row.channel for row in rows)
-            )
+            raise UnknownNameError.of("channel", left[0], sorted({row.channel for row in rows}))
         elif len(numbered) > 1:
             raise UserInputError(
                 f"Channel {left[0]} is {' or '.join(sorted(numbered))}, by plate. Give its name."

@@ -57,6 +57,7 @@ IMAGE_COLUMNS: dict[str, tuple[str, pa.DataType]] = {
     "Metadata_dose": ("i.dose", pa.float64()),
     "Metadata_dose_unit": ("i.dose_unit", pa.string()),
     "Metadata_dose_original": ("tp.dose_original", pa.string()),
+    "Metadata_components": ("tp.components", pa.string()),
     "Metadata_control_type": ("w.control", pa.string()),
     "Metadata_broad_sample": ("tp.identifier", pa.string()),
     "Metadata_InChIKey": ("tp.inchikey", pa.string()),
@@ -95,7 +96,13 @@ IMAGES = """
         SELECT
             part.treatment_id,
             string_agg(p.kind, '|' ORDER BY part.position) AS kind,
-            string_agg(part.dose_original, '|' ORDER BY part.position) AS dose_original,
+            CASE WHEN count(*) = 1 THEN max(part.dose_original) END AS dose_original,
+            CASE WHEN count(*) > 1 THEN to_json(list({
+                'kind': p.kind, 'pert_iname': p.name, 'target': p.target,
+                'identifier': p.identifier, 'inchikey': p.inchikey, 'smiles': p.smiles,
+                'pubchem_cid': p.pubchem_cid, 'dose': part.dose, 'unit': part.dose_unit,
+                'dose_original': part.dose_original
+            } ORDER BY part.position))::VARCHAR END AS components,
             string_agg(p.identifier, '|' ORDER BY part.position) AS identifier,
             string_agg(p.inchikey, '|' ORDER BY part.position) AS inchikey,
             string_agg(p.smiles, '|' ORDER BY part.position) AS smiles,

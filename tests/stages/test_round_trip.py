@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,19 +17,26 @@ import pytest
 from factories import Factory, treatment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from cellstore.analysis.features import FEATURE_NAMES
+from cellstore.config import IngestParams
 from cellstore.enums import Control, PerturbationKind, Stage
 from cellstore.io.platemaps import TreatmentRecord, target_of
+from cellstore.io.tables import MISSING
 from cellstore.jobs.workspace import Workspace, create_workspace
-from cellstore.models import Cell, CellFeatures, Image, ImageFile, Segmentation, Treatment
+from cellstore.models import (
+    Cell,
+    CellFeatures,
+    Image,
+    ImageFile,
+    Perturbation,
+    Segmentation,
+    Treatment,
+)
 from cellstore.stages.export import ExportFormat, export
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.ingest.write_treatments import DESCRIBED
-
-MISSING = {"", "NA", "N/A", "NaN", "nan", "<NA>", "None"}
-"""Texts that say that there is none, in every table."""
 
 TEXT = (
     (
@@ -36,7 +44,7 @@ TEXT = (
             st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12
         )
         | st.sampled_from(
-            ["=1+1", 'a "b", c', "two\nlines", "-", "@x", "NA-1", "001", "1e5", "µΩ漢"]
+            ["=1+1", 'a "b", c', "two\nlines", "-x", "@x", "NA-1", "001", "1e5", "µΩ漢"]
         )
     )
     .map(str.strip)
@@ -313,3 +321,69 @@ def test_not_a_number_comes_back_as_null(
         ingest(second, tmp_path / "odd.parquet")
         found = exported(second, tmp_path / "second.parquet")
     assert found.column("Cells_area").to_pylist() == [None, None, 1.0]
+
+
+PARTS = [
+    {"kind": "compound", "pert_iname": "taxol", "dose": 0.04, "unit": "uM", "pubchem_cid": "36314"},
+    {"kind": "sirna", "pert_iname": "siNF1", "target": "NF1"},
+]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_doses_and_combinations_come_back(
+    workspace: Workspace, empty: Path, tmp_path: Path, ending: str
+) -> None:
+    table = {
+        "Metadata_Plate": ["P"] * 3,
+        "Metadata_Well": ["A01", "A02", "A03"],
+        "Metadata_Site": [1] * 3,
+        "Metadata_ObjectNumber": [1] * 3,
+        "Metadata_pert_iname": ["taxol + siNF1", "taxol", "DMSO"],
+        "Metadata_components": [json.dumps(PARTS), None, None],
+        "Metadata_dose": [None, 40.0, None],
+        "Metadata_dose_unit": [None, "nM", None],
+        "Metadata_passage": ["7", "8", None],
+        "Cells_Area": [1.0, 2.0, 3.0],
+    }
+    pq.write_table(pa.table(table), tmp_path / "cells.parquet")
+    assert ingest(workspace, tmp_path / "cells.parquet").refused == 0
+    wanted = exported(workspace, tmp_path / "first.parquet")
+    shown = ("pert_iname", "dose", "dose_unit", "dose_original", "control_type", "passage")
+    assert [[row[f"Metadata_{name}"] for name in shown] for row in wanted.to_pylist()] == [
+        ["taxol + siNF1", None, None, None, None, "7"],
+        ["taxol", 0.04, "uM", "40.0 nM", None, "8"],
+        ["DMSO", None, None, None, "negative", None],
+    ]
+    export(workspace, tmp_path / f"out.{ending}", format=ExportFormat(ending))
+    with new_store(tmp_path, empty) as second:
+        assert ingest(second, tmp_path / f"out.{ending}").refused == 0
+        found = exported(second, tmp_path / "second.parquet")
+        with second.database.read() as session:
+            query = select(Perturbation.name, Perturbation.target).order_by(Perturbation.name)
+            known = [tuple(row) for row in session.execute(query)]
+    assert as_text(found) == as_text(wanted)
+    assert known == [("DMSO", None), ("siNF1", "NF1"), ("taxol", None)]
+
+
+def test_a_combination_that_cannot_be_read_is_refused(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    rows = "Metadata_Plate,Metadata_Well,Metadata_Site,Metadata_ObjectNumber,Metadata_pert_iname,"
+    rows += "Metadata_components,Cells_Area\nP,A01,1,1,a,{,1\nP,A02,1,1,a,[{}],2\nP,A03,1,1,a,,3\n"
+    (tmp_path / "cells.csv").write_text(rows)
+    result = ingest(sqlite_workspace, tmp_path / "cells.csv")
+    assert (result.refused, result.cells) == (2, 1)
+    assert {issue.reason for issue in result.issues} == {"not a treatment"}
+
+
+def test_an_export_is_read_in_a_store_that_has_the_images(
+    workspace: Workspace, empty: Path, tmp_path: Path
+) -> None:
+    fill(workspace, EXAMPLE)
+    wanted = exported(workspace, tmp_path / "cells.parquet")
+    with new_store(tmp_path, empty) as second:
+        fill(second, EXAMPLE)
+        result = ingest(second, tmp_path / "cells.parquet", IngestParams(name="again"))
+        assert (result.refused, result.cells, result.images) == (0, 3, 2)
+        export(second, tmp_path / "b.parquet", features="again", include_excluded=True)
+    assert as_text(pq.read_table(tmp_path / "b.parquet")) == as_text(wanted)
