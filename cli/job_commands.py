@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -330,7 +331,16 @@ def doctor(common: Common) -> None:
     else:
         for found in result.findings:
             name, detail = output.cell(found.name), output.cell(found.detail)
-            typer.echo(f"{found.state:<7} {found.topic}: {name}  {detail}")
+            line = f"{found.state:<7} {found.topic}: {name}  {detail}"
+            typer.echo(
+                textwrap.fill(  # a path is never cut in two
+                    line,
+                    output.WIDTH,
+                    subsequent_indent=" " * 8,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+            )
         broken = sum(found.state == "broken" for found in result.findings)
         say(f"{output.count(broken, 'thing is', 'things are')} broken." if broken else "All well.")
     if not result.ok:

@@ -370,7 +370,12 @@ class Factory:
 
     def feature_set(self, recipe: Recipe, name: str = "basic") -> FeatureSet:
         columns = [
-            {"name": item, "dtype": "float64", "unit": "pixel", "source": "test"}
+            {
+                "name": item,
+                "dtype": "float64",
+                "unit": "pixel^2" if item == "area" else "pixel",
+                "source": "test",
+            }
             for item in FEATURE_NAMES
         ]
         return self.add(

@@ -16,7 +16,16 @@ from cellstore.config import VoteOptions
 from cellstore.enums import Stage, Subset
 from cellstore.errors import UnknownNameError
 from cellstore.jobs.workspace import Workspace, create_workspace
-from cellstore.models import Cell, CellFeatures, FeatureSet, Recipe, Run, RunMetric, Segmentation
+from cellstore.models import (
+    Cell,
+    CellFeatures,
+    FeatureSet,
+    Image,
+    Recipe,
+    Run,
+    RunMetric,
+    Segmentation,
+)
 from cellstore.query.engine import open_questions
 from cellstore.report import report_figures
 from cellstore.report.drawing import plain, short, svg
@@ -247,9 +256,24 @@ def test_maps_show_the_means_of_wells(workspace: Workspace) -> None:
     assert accuracy.values == {b1: 0, b2: 50}
     assert [counts.values[well] for well in (b1, b2, b3)] == [3, 2, 2]
     assert set(area.values.values()) == {64.0}
+    assert area.unit == "mean of the cells in pixel^2, set basic"
     assert depth.values == {b1: 3.0, b2: 4.0}  # nan says nothing
     assert list(depth.wells) == [(1, 1), (1, 2), b1, b2, b3, (2, 4)]
     assert depth.extremes() == "2 wells, from 3 (B01) to 4 (B02)"
+
+    def areas() -> tuple[str, set[float]]:
+        with open_questions(workspace) as questions:
+            (area,) = plate_maps(questions, run, rows, ("area",))[0][2]
+        return area.unit, set(area.values.values())
+
+    with workspace.database.begin() as session:
+        session.execute(update(Image).values(pixel_size=0.5))
+    assert areas() == ("mean of the cells in \u00b5m\u00b2, set basic", {16.0})
+    with workspace.database.begin() as session:
+        session.execute(
+            update(Image).where(Image.id == screen.images["A01"].id).values(pixel_size=0.6)
+        )
+    assert areas() == ("mean of the cells in pixel^2, set basic", {64.0})
 
 
 def test_a_page_says_what_is_missing(sqlite_workspace: Workspace, tmp_path: Path) -> None:

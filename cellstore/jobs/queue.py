@@ -25,6 +25,7 @@ from sqlalchemy import (
     Interval,
     Select,
     and_,
+    bindparam,
     case,
     exists,
     func,
@@ -341,19 +342,26 @@ def close(
         update(Job)
         .where(Job.id.in_(digests))
         .where(Job.worker == owner, Job.status == Status.RUNNING, unchanged)
-        .values(
-            status=Status.DONE,
-            seconds=seconds,
-            lease_until=None,
-            error=None,
-            digest=case(dict(digests), value=Job.id),
-        )
-        .returning(Job.image_id, Job.recipe_id)
+        .values(status=Status.DONE, seconds=seconds, lease_until=None, error=None)
+        .returning(Job.id, Job.image_id, Job.recipe_id)
     )
     closed: dict[int, list[int]] = {}
-    for image_id, recipe_id in session.execute(done):
+    rows = []
+    for job, image_id, recipe_id in session.execute(done):
         closed.setdefault(image_id, []).append(recipe_id)
+        rows.append({"job": job, "made": digests[job]})
+    if rows:
+        # Not as one CASE in the statement above: that would be compiled anew for each number of
+        # jobs, while other processes wait for the lock.
+        session.connection().execute(_SET_DIGEST, rows)
     return closed
+
+
+_SET_DIGEST = (
+    update(Job.__table__)  # type: ignore[arg-type]
+    .where(Job.__table__.c.id == bindparam("job"))
+    .values(digest=bindparam("made"))
+)
 
 
 def release(

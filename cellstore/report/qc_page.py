@@ -128,13 +128,22 @@ def _plate(workspace: Workspace, flagging: Flagging, barcode: str) -> dict[str, 
         listed = list(islice(flags, SHOWN_FLAGS))
         more = sum(1 for _ in flags)
         odd = _oddest_fields(flagged_images(session, flagging.run_id, [barcode]))
+        factor, unit = _area_unit(session, plate_id)
+
+    def scaled(flag: FlaggedImage) -> FlaggedImage:
+        if flag.reason != ImageFlagReason.CELL_AREA.value:
+            return flag
+        low, high = (None if limit is None else limit * factor for limit in (flag.low, flag.high))
+        return replace(flag, value=flag.value * factor, low=low, high=high)
+
     groups = groupby(maps, key=lambda item: HEADINGS.get(item.title, item.title))
     return {
         "name": barcode,
         "maps": [(heading, [(m, plate_map_svg(m)) for m in some]) for heading, some in groups],
-        "flags": listed,
+        "flags": [scaled(flag) for flag in listed],
+        "area_unit": unit,
         "more_flags": more,
-        "examples": [_example(workspace, flagging, plate_id, flag) for flag in odd],
+        "examples": [_example(workspace, flagging, plate_id, scaled(flag)) for flag in odd],
     }
 
 
@@ -185,8 +194,10 @@ def _measures(session: Session, flagging: Flagging, plate_id: int) -> Iterator[M
         few = (reason.CELL_COUNT, reason.NO_CELLS)
         yield "Cells", "", "cells in a field", few, *counts_by_image(session, flagging, plate_id)
         if flagging.measure_id is not None:
-            unit, odd = "area in pixels, median of the cells", (reason.CELL_AREA,)
-            yield "Cell area", "", unit, odd, *areas_by_image(session, flagging, plate_id)
+            factor, unit = _area_unit(session, plate_id)
+            unit, odd = f"area in {unit}, median of the cells", (reason.CELL_AREA,)
+            ids, areas = areas_by_image(session, flagging, plate_id)
+            yield "Cell area", "", unit, odd, ids, areas * factor
     channels = channels_of(session, flagging, plate_id)
     for item in channels:
         blurred = (reason.OUT_OF_FOCUS, reason.NO_SIGNAL)
@@ -198,6 +209,18 @@ def _measures(session: Session, flagging: Flagging, plate_id: int) -> Iterator[M
     for item in channels:
         percent, full = 100 * item.saturated, (reason.SATURATED,)
         yield "Saturated", item.channel, "% of the pixels", full, item.image_ids, percent
+
+
+def _area_unit(session: Session, plate_id: int) -> tuple[float, str]:
+    """By what an area in pixels is multiplied on a page, and the unit that it then has.
+
+    Square micrometres where all images of the plate have one pixel size.
+    """
+    sizes = select(Image.pixel_size).join(Well).where(Well.plate_id == plate_id).distinct()
+    found = session.scalars(sizes).all()
+    if len(found) == 1 and found[0] is not None:
+        return found[0] ** 2, "\u00b5m\u00b2"
+    return 1.0, "pixels"
 
 
 def _oddest_fields(flags: Iterable[FlaggedImage]) -> list[FlaggedImage]:

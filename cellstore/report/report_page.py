@@ -24,6 +24,7 @@ from ..models import Recipe, Segmentation
 from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions
 from ..query.guard import quoted
+from ..query.source import group_of
 from ..settings import check_not_of_a_store, need
 from .comparison import Comparison, Difference
 from .drawing import (
@@ -134,6 +135,14 @@ USED_CELLS = """
         WHERE c.segmentation_id IN (SELECT segmentation_id FROM used)
     )
 """
+SIZES = """
+    SELECT p.barcode AS plate, min(i.pixel_size) AS size
+    FROM images AS i JOIN wells AS w ON w.id = i.well_id JOIN plates AS p ON p.id = w.plate_id
+    GROUP BY p.barcode
+    HAVING min(i.pixel_size) = max(i.pixel_size) AND count(i.pixel_size) = count(*)
+"""
+"""The plates whose images all have one pixel size."""
+MICROMETRES = {"pixel": (1, "\u00b5m"), "pixel^2": (2, "\u00b5m\u00b2")}
 NUMBERS = ("DOUBLE", "FLOAT", "BIGINT", "INTEGER", "SMALLINT", "TINYINT", "BOOLEAN", "HUGEINT")
 
 
@@ -161,13 +170,28 @@ def plate_maps(
         ("Accuracy", "images with the right label, %", accuracy, (0.0, 100.0)),
         ("Cells", "cells in an image", cells, colour_limits(cells.values())),
     ]
-    for (name, column), values in _feature_means(questions, run_id, wanted).items():
-        unit = f"mean of the cells, set {name}"
-        measures.append((column, unit, values, colour_limits(values.values())))
     plates: dict[str, dict[int, WellPosition]] = defaultdict(dict)
     well_ids = sorted({row["well_id"] for row in images})
     for row in questions.ask_ours(WELLS, [well_ids]).records():
         plates[row["plate"]][row["id"]] = (row["well_row"], row["well_column"])
+    sizes = {row["plate"]: row["size"] for row in questions.ask_ours(SIZES).records()}
+    units = {
+        (row["name"], column["name"]): column.get("unit")
+        for row in questions.ask_ours("SELECT name, columns FROM feature_sets").records()
+        for column in json.loads(row["columns"])
+    }
+    for (name, column), means in _feature_means(questions, run_id, wanted).items():
+        unit, values = units.get((name, column)), means
+        if unit in MICROMETRES and plates.keys() <= sizes.keys():
+            power, unit = MICROMETRES[unit]
+            values = {
+                well: means[well] * sizes[plate] ** power
+                for plate, wells in plates.items()
+                for well in wells
+                if well in means
+            }
+        shown = f"mean of the cells{f' in {unit}' if unit else ''}, set {name}"
+        measures.append((column, shown, values, colour_limits(values.values())))
     maps = [
         [
             PlateMap(
@@ -199,6 +223,8 @@ def _feature_means(
         for column, kind in known:
             if kind in NUMBERS and column != "cell_id":
                 columns[f"{name}.{column}"] = (name, column)
+                if group := group_of(name):
+                    columns.setdefault(f"{group}.{column}", (name, column))
                 columns.setdefault(column, (name, column))
     for name in wanted:
         if name not in columns:

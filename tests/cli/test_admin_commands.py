@@ -137,6 +137,13 @@ def test_doctor_works_with_and_without_a_store(cellstore):
     assert [item["state"] for item in found if item["topic"] == "store"] == ["ok"]
 
 
+def test_doctor_fits_a_terminal_but_for_paths(cellstore):
+    lines = cellstore("doctor", code=None).out.splitlines()
+    paths = [line for line in lines if any(len(word) > 50 for word in line.split())]
+    assert all(len(line) <= 80 for line in lines if line not in paths)
+    assert all(line.startswith(" ") for line in paths)
+
+
 def test_doctor_finds_a_broken_store(cellstore, store):
     (store / "cellstore.db").write_bytes(b"this is no database" * 300)
     for extra in ("-wal", "-shm"):

@@ -455,6 +455,27 @@ def test_other_columns_of_a_plate_map_beside_the_images_are_kept(
         assert (found.metadata_ or {})["solvent"] == "water"
 
 
+def test_where_the_files_lie_is_no_part_of_the_recipe(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    recipes = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        (folder / "images").mkdir(parents=True)
+        maps = folder / "map.csv"
+        maps.write_text("well_position,broad_sample\nA02,BRD-1\n")
+        (folder / "names.csv").write_text("broad_sample,pert_iname\nBRD-1,taxol\n")
+        params = IngestParams(
+            images=folder / "images", platemap=maps, compounds=(folder / "names.csv",)
+        )
+        result = ingest(sqlite_workspace, write_table(folder / "t.csv", [loaddata(1)]), params)
+        with sqlite_workspace.database.read() as session:
+            recipes.append(session.get_one(Run, result.run_id).recipe)
+    assert len({recipe.fingerprint for recipe in recipes}) == 1
+    stored = recipes[0].parameters
+    assert [file["name"] for file in stored["files"]] == ["t.csv", "names.csv", "map.csv"]
+    assert str(tmp_path) not in str(stored)
+
+
 @pytest.mark.parametrize(
     ("params", "option"),
     [(IngestParams(name="mine"), "--name"), (IngestParams(binary=True), "--binary-masks")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from factories import Factory
 from numpy.typing import NDArray
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from test_ingest import loaddata, write_table
 
 from cellstore import settings
@@ -330,6 +331,22 @@ def read_page(bench: Bench, result: QcResult, path: Path) -> tuple[str, Page]:
     assert write_page(bench.workspace, result, path).html == str(path)
     text = path.read_text(encoding="utf-8")
     return text, Page(text)
+
+
+def test_areas_are_in_micrometres_where_the_plate_has_one_pixel_size(
+    local: Bench, tmp_path: Path
+) -> None:
+    local.with_cells()
+    result = qc(local.workspace)
+
+    def shown(words: str) -> bool:
+        text, _ = read_page(local, result, tmp_path / "qc.html")
+        return f"({words} in each" in html.unescape(text)
+
+    assert shown("area in pixels, median of the cells): 1 wells, 95.5")
+    with local.workspace.database.begin() as session:
+        session.execute(update(Image).values(pixel_size=2.0))
+    assert shown("area in \u00b5m\u00b2, median of the cells): 1 wells, 382")
 
 
 def test_the_page_shows_maps_and_the_odd_field_beside_a_usual_one(

@@ -110,11 +110,13 @@ def ingest(
         files = (*params.compounds, params.barcodes, params.aliases)
         beside = [path for path in files if path is not None]
     identity = FileIdentity.of(source)
-    # The recipe says which bytes are read in which way. Where they lie means nothing.
+    # The recipe says which bytes are read in which way. Where they lie means nothing: of a table
+    # beside the source the option keeps its name, and "files" its bytes; of a folder nothing.
     options = {
-        name: writable(str(value)) if isinstance(value, Path) else value
+        name: writable(value.name) if isinstance(value, Path) and value.is_file() else value
         for name, value in asdict(params).items()
-        if name not in ("kind", "layout", "compounds", "look", "strict", "reread")
+        if name not in ("kind", "layout", "images", "compounds", "look", "strict", "reread")
+        and not (isinstance(value, Path) and value.is_dir())
     }
     options["maps"] = [[old, shown(new)] for old, new in params.maps]
     read = [identity, *map(FileIdentity.of, beside)]
@@ -270,8 +272,17 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     if layout is not Layout.PLATEMAP:
         of_maps = ["sheet", "map_columns", "blank", "controls"] if params.platemap is None else []
         chosen = [item for item in options_of(params) if getattr(params, item.name)]
-        wrong += [flag(item) for item in chosen if item.name in of_maps]
-        wrong += ["--plate more than once"] if len(params.plates) > 1 else []
+        lost = [flag(item) for item in chosen if item.name in of_maps]
+        if lost:
+            raise UserInputError(
+                f"{' and '.join(lost)} say something of a plate map, and {source.name} is read as "
+                f"{layout.value}. Give the map with --platemap FILE, or ingest it by itself."
+            )
+        if len(params.plates) > 1:
+            raise UserInputError(
+                f"{source.name} is read as {layout.value}, which is of one plate. Name it once "
+                "with --plate; only a plate map may be of several."
+            )
     if wrong:
         raise UserInputError(
             f"{source.name} is read as {layout.value}, which does not use {' or '.join(wrong)}. "
