@@ -43,8 +43,8 @@ from .objects import (
     column_values,
     first_of_each,
 )
-from .platemaps import TREATMENT_COLUMNS, treatment_of
-from .tables import MISSING, Refusal, RowRefusedError, first_text
+from .platemaps import TREATMENT_COLUMNS, dose_columns, treatment_of
+from .tables import Refusal, RowRefusedError, first_text, known_text
 from .uris import split_url
 
 TOOL = "CellProfiler"
@@ -214,7 +214,6 @@ _KNOWN = frozenset(
     | {_BATCH, _CORE_NAME}
 )
 _DRAWN = re.compile(r"Illum|Outline|Overlay", re.IGNORECASE)
-_NO_VALUE = MISSING | {"None"}
 _SITE_FOLDER = re.compile(r"(?P<plate>.+)-(?P<well>[A-Z]{1,2}[0-9]{1,2})-(?P<site>[0-9]+)")
 
 
@@ -244,8 +243,7 @@ def image_record(
     channels = [name.removeprefix(FILE) for name in values if name.startswith(FILE)]
     channels = [name for name in channels if not _DRAWN.search(name)]
     channels = [name for name in channels if name.startswith(ORIGINAL)] or channels
-    stripped = {name: (text or "").strip() for name, text in values.items()}
-    texts = {name: text for name, text in stripped.items() if text not in _NO_VALUE}
+    texts = {name: text for name, cell in values.items() if (text := known_text(name, cell or ""))}
     try:
         return _record(line, texts, channels, plate, folder)
     except RowRefusedError as refused:
@@ -294,7 +292,9 @@ def _record(
     if site is None:
         raise RowRefusedError("no site", "neither Metadata_Site nor a file name with a field")
     core = names.core if well == names.well else None
-    others = {name for name in texts if name.startswith(METADATA) and name not in _KNOWN}
+    treatment = treatment_of(texts)
+    read = _KNOWN.union(dose_columns(tuple(texts)) if treatment else ())
+    others = {name for name in texts if name.startswith(METADATA) and name not in read}
     return ImageRecord(
         line=line,
         plate=barcode,
@@ -306,7 +306,7 @@ def _record(
         time_point=1 if time_point is None else time_point,
         core_name=texts.get(_CORE_NAME, core),
         files=tuple(files.values()),
-        treatment=treatment_of(texts),
+        treatment=treatment,
         metadata={name.removeprefix(METADATA): texts[name] for name in sorted(others)} or None,
     )
 

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path, PurePath
 
 from ..errors import ImageError, UserInputError
@@ -61,22 +60,21 @@ _FieldKey = tuple[str, int, int, int, int, int]
 
 
 def has_image_names(folder: Path) -> bool:
-    """Whether files below a folder are named as microscopes name images; masks do not count.
+    """Whether a folder has files that are named as microscopes name images, or is OME-Zarr.
 
-    If not, or if it cannot be opened, its names need a pattern.
+    Masks do not count. If not, or if it cannot be opened, its names need a pattern.
     """
-    if not folder.is_dir():
-        return False
-    names = (
-        (name, found.is_plate)
-        for found in _walk(folder.resolve())
-        for name in (*found.images, *([""] if found.is_plate else []))
-    )
-    return any(
-        is_plate or microscope_name(name) or PurePath(name).suffix.lower() in _NOT_READ
-        for name, is_plate in islice(names, _SAMPLE)
-        if not looks_like_a_mask(name)
-    )
+    looked_at = 0
+    for found in _walk(folder.resolve()) if folder.is_dir() else ():
+        names = [name for name in found.images[:_SAMPLE] if not looks_like_a_mask(name)]
+        if found.is_plate or any(
+            microscope_name(name) or PurePath(name).suffix.lower() in _NOT_READ for name in names
+        ):
+            return True
+        looked_at += len(found.images)
+        if looked_at > _SAMPLE:
+            break
+    return False
 
 
 def first_image(folder: Path) -> str | None:

@@ -694,6 +694,11 @@ def read_annotation(
         if dose and "mmoles" in dose.lower() and columns.units[dose] != "mM":
             notes.append(f"{writable(path.name)}: {MILLIMOLAR_NOTE}")
         records = [row.record for some in by_map.values() for _, row in some if row.record]
+        if not tables and records and all(_is_code(r) for r in records if r.pert_iname != DMSO):
+            notes.append(
+                f"{writable(path.name)}: its treatments are codes of samples; a table with their "
+                "names and targets goes with it: --compounds FILE"
+            )
         if any(p.dose is not None and p.unit is None for r in records for p in r.parts):
             notes.append(
                 f"{writable(path.name)}: doses without unit; write it into the header, like "
@@ -922,6 +927,10 @@ def _kind_of_sample(sample: str | None) -> PerturbationKind:
     if (sample or "").startswith("BRDN"):
         return PerturbationKind.CRISPR
     return PerturbationKind.COMPOUND
+
+
+def _is_code(record: TreatmentRecord) -> bool:
+    return record.pert_iname == record.identifier and any(map(str.isdigit, record.identifier))
 
 
 def _blank(

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from ..models import METADATA
 from .engine import Questions
-from .source import STEPS, view
+from .source import STEPS, group_of, view
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,18 @@ def described(questions: Questions) -> list[RelationWords]:
     """Return everything that can be asked: tables, views, then the feature sets of this store."""
     words, tables = written_words(), METADATA.tables
     rows = questions.ask_ours("SELECT name, columns FROM feature_sets").records()
-    measured = {row["name"]: json.loads(row["columns"]) for row in rows}
+    sets = {row["name"]: json.loads(row["columns"]) for row in rows}
+    groups: dict[str, list[Any]] = {}
+    for name, listed in sets.items():
+        if group := group_of(name):
+            groups.setdefault(group, []).extend(listed)
+    measured = groups | sets
     found = []
     for name in [*tables, *(name for name in questions.names if name not in tables)]:
         own = words.get(name, {})
         kind, about = "feature set", "Measurements: a row is a cell."
+        if name not in sets:
+            about += " The set of this group that was measured last."
         if name in tables:
             kind, about = "table", own["about"]
         elif name not in measured:

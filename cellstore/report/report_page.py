@@ -24,6 +24,7 @@ from ..models import Recipe, Segmentation
 from ..query.cells import plane_of, read_masks
 from ..query.engine import Questions
 from ..query.guard import quoted
+from ..query.source import group_of
 from ..settings import check_not_of_a_store, need
 from .comparison import Comparison, Difference
 from .drawing import (
@@ -222,6 +223,8 @@ def _feature_means(
         for column, kind in known:
             if kind in NUMBERS and column != "cell_id":
                 columns[f"{name}.{column}"] = (name, column)
+                if group := group_of(name):
+                    columns.setdefault(f"{group}.{column}", (name, column))
                 columns.setdefault(column, (name, column))
     for name in wanted:
         if name not in columns:

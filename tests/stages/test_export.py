@@ -31,6 +31,7 @@ from cellstore.models import (
     TreatmentPart,
 )
 from cellstore.query.cells import choose_recipes
+from cellstore.query.describe import described
 from cellstore.query.engine import open_questions
 from cellstore.query.feature_files import find_feature_set
 from cellstore.stages import export as reading
@@ -495,3 +496,7 @@ def test_a_group_names_its_set_that_was_measured_last(screen: SmallScreen, tmp_p
     with open_questions(make.workspace) as questions:
         assert list(questions.ask("SELECT DISTINCT a FROM texture").rows()) == [(1.0,)]
         assert list(questions.ask("SELECT DISTINCT a FROM basic").rows()) == [(4.0,)]
+        words = {item.name: item for item in described(questions) if item.kind == "feature set"}
+        assert [column.name for column in words["texture"].columns] == ["cell_id", "a"]
+        assert "of this group" in words["texture"].words
+        assert "of this group" not in words["basic"].words + words["texture_11111111"].words

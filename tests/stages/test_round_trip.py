@@ -23,6 +23,7 @@ from cellstore.analysis.features import FEATURE_NAMES
 from cellstore.config import IngestParams
 from cellstore.enums import Control, PerturbationKind, Stage
 from cellstore.io.platemaps import TreatmentRecord, target_of
+from cellstore.io.tables import MISSING
 from cellstore.jobs.workspace import Workspace, create_workspace
 from cellstore.models import (
     Cell,
@@ -37,16 +38,13 @@ from cellstore.stages.export import ExportFormat, export
 from cellstore.stages.ingest.ingest import ingest
 from cellstore.stages.ingest.write_treatments import DESCRIBED
 
-MISSING = {"", "NA", "N/A", "NaN", "nan", "<NA>", "None"}
-"""Texts that say that there is none, in every table."""
-
 TEXT = (
     (
         st.text(
             st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12
         )
         | st.sampled_from(
-            ["=1+1", 'a "b", c', "two\nlines", "-", "@x", "NA-1", "001", "1e5", "µΩ漢"]
+            ["=1+1", 'a "b", c', "two\nlines", "-x", "@x", "NA-1", "001", "1e5", "µΩ漢"]
         )
     )
     .map(str.strip)

@@ -272,8 +272,17 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     if layout is not Layout.PLATEMAP:
         of_maps = ["sheet", "map_columns", "blank", "controls"] if params.platemap is None else []
         chosen = [item for item in options_of(params) if getattr(params, item.name)]
-        wrong += [flag(item) for item in chosen if item.name in of_maps]
-        wrong += ["--plate more than once"] if len(params.plates) > 1 else []
+        lost = [flag(item) for item in chosen if item.name in of_maps]
+        if lost:
+            raise UserInputError(
+                f"{' and '.join(lost)} say something of a plate map, and {source.name} is read as "
+                f"{layout.value}. Give the map with --platemap FILE, or ingest it by itself."
+            )
+        if len(params.plates) > 1:
+            raise UserInputError(
+                f"{source.name} is read as {layout.value}, which is of one plate. Name it once "
+                "with --plate; only a plate map may be of several."
+            )
     if wrong:
         raise UserInputError(
             f"{source.name} is read as {layout.value}, which does not use {' or '.join(wrong)}. "
