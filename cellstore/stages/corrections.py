@@ -644,6 +644,9 @@ def _relying(
     if run_id is None:
         return found
     recipes = select(Segmentation.recipe_id).where(Segmentation.run_id == run_id)
+    first, last = session.execute(
+        select(func.min(Cell.id), func.max(Cell.id)).where(Cell.id.in_(cells))
+    ).one()
     made_by: tuple[Any, ...] = (
         select(Segmentation.run_id).where(Segmentation.image_id.in_(images)),
         select(Job.run_id).where(Job.image_id.in_(images)),
@@ -651,6 +654,11 @@ def _relying(
         select(ImageFlag.run_id).where(ImageFlag.image_id.in_(images)),
         select(CellFeatures.run_id).where(CellFeatures.cell_id.in_(cells)),
         select(CellFlag.run_id).where(CellFlag.cell_id.in_(cells)),
+        select(FeatureFile.run_id)  # each is of cells that one ingest has brought
+        .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
+        .join(RecipeInput, RecipeInput.recipe_id == FeatureSet.recipe_id)
+        .where(RecipeInput.input_id.in_(recipes))
+        .where(FeatureFile.first_cell_id <= (last or 0), FeatureFile.last_cell_id >= (first or 0)),
         select(Run.id)
         .join(RecipeInput, RecipeInput.recipe_id == Run.recipe_id)
         .where(RecipeInput.input_id.in_(recipes), Run.id > run_id),

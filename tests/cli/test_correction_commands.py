@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from foreign_cells import add_foreign_cells, by_id
+
 
 def test_a_person_corrects_a_screen_and_sees_it(cellstore, store):
     at = ("--store", store)
@@ -58,3 +60,33 @@ def test_a_store_is_backed_up_and_restored(cellstore, store):
     count = ("sql", "SELECT count(*) AS n FROM images", "--json", "--store", "new")
     assert cellstore(*count).json[0]["n"] == 12
     assert "not empty" in cellstore("restore", "b.tar", "new", code=2).err
+
+
+def test_imported_cells_are_undone_and_come_back(cellstore, with_set):
+    at = ("--store", with_set)
+
+    def numbers():
+        tables = ("segmentations", "cells", "feature_sets", "feature_files", "artifacts")
+        counts = ", ".join(f"(SELECT count(*) FROM {name}) AS {name}" for name in tables)
+        return cellstore("sql", f"SELECT {counts}", *at, "--json").json[0]
+
+    before = numbers()
+    assert before["cells"] == 24
+    query = "SELECT id FROM runs WHERE stage = 'ingest' ORDER BY id DESC LIMIT 2"
+    features, cells = (row["id"] for row in cellstore("sql", query, *at, "--json").json)
+    said = cellstore("undo", cells, *at, code=2)
+    assert f"ingest run {features}" in said.err
+    assert numbers() == before
+    cellstore("undo", features, *at)
+    assert "24 cells" in cellstore("undo", cells, *at).out
+    assert set(numbers().values()) == {0}
+    assert cellstore("verify", *at, "--json").json["orphans"] == []
+    add_foreign_cells(with_set, 2, by_id)
+    assert numbers() == before
+    found = cellstore("sql", "SELECT count(*) AS n FROM cp", *at, "--json").json[0]["n"]
+    assert found == 24
+    assert cellstore("delete", "plate", "P1", "--yes", *at, code=2).err.count("split main") == 1
+    cellstore("split", "delete", "main", "--yes", *at)
+    cellstore("delete", "plate", "P1", "--yes", *at)
+    assert numbers()["cells"] == 0
+    assert cellstore("sql", "FROM cell_table", *at, "--json").json == []
