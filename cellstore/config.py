@@ -695,7 +695,8 @@ class SplitParams(Params):
             object.__setattr__(self, "group_level", GroupLevel.IMAGE)
             object.__setattr__(self, "validation_size", 0.0)
             return
-        if self.group_level is GroupLevel.PERTURBATION and self.field == PERTURBATION:
+        finest = self.field in (PERTURBATION, TREATMENT)
+        if self.group_level is GroupLevel.PERTURBATION and finest:
             raise UserInputError(
                 "By perturbation, each compound is in one subset only, so compounds cannot be the "
                 "classes: none would be both trained and tested. Predict something coarser: "

@@ -274,8 +274,10 @@ def relocate(
 
 def _show_relocate(result: RelocateResult) -> None:
     verb = "would be read" if result.dry_run else "are now read"
-    for before, after, files in result.folders:
+    for before, after, files in result.folders[:SHOWN_FILES]:
         typer.echo(f"{output.count(files, 'file')} {verb} from {after}, no longer from {before}")
+    if len(result.folders) > SHOWN_FILES:
+        typer.echo(f"and {len(result.folders) - SHOWN_FILES:,} more folders (all with --json)")
     if result.missing:
         say(f"{output.count(result.missing, 'file')} of them in neither place.")
     if result.dry_run:

@@ -31,8 +31,13 @@ from .tables import (
 
 MICROMOLAR = "uM"
 _MOLAR = {"M": 1e6, "mM": 1e3, "uM": 1.0, "nM": 1e-3, "pM": 1e-6, "fM": 1e-9}
-_SPELLINGS = {"mol/l": "M", "mmol/l": "mM", "umol/l": "uM", "nmol/l": "nM", "pmol/l": "pM"}
-_UNITS = r"[fpnum]?M|[pnum]?mol/[lL]|[pnum]?g/[mu]?[lL]|%|MOI|[xX]"
+_SPELLINGS = {"mol/l": "M", "molar": "M"} | {
+    spelling: f"{letter}M"
+    for letter, word in {"m": "milli", "u": "micro", "n": "nano", "p": "pico"}.items()
+    for spelling in (f"{letter}m", f"{letter}mol/l", f"{word}molar")
+}
+"""Units in lower case; ``nm`` of a dose is not a length."""
+_UNITS = r"[fpnum]?M|[pnu]m|[pnum]?mol/[lL]|[pnum]?g/[mu]?[lL]|%|MOI|[xX]"
 _NUMBER = r"\d[\d.,]*(?:[eE][+-]?\d+)?"
 _DOSE = re.compile(rf"({_NUMBER}|\.\d+)\s*(\S.*)?")
 _DOSE_AFTER_NAME = re.compile(rf"(.*\S)[\s,;@(]+({_NUMBER})\s*({_UNITS})\)?")
@@ -91,7 +96,8 @@ def dose_in_name(text: str) -> tuple[str, str | None]:
 # ---- What a column is ----
 
 _WORDS = {
-    "well": "well wellposition wellid wellname wells wellpos position pos welllocation",
+    "well": "well wellposition wellid wellname wells wellpos position pos welllocation "
+    "destinationwell",
     "row": "row wellrow",
     "column": "column col wellcol wellcolumn",
     "plate": "plate barcode platebarcode assayplatebarcode plateid platename assayplate",
@@ -106,7 +112,7 @@ _WORDS = {
     "gene": "gene genename genesymbol symbol",
     "dose": "mmolesperliter dose doses concentration concentrations conc finalconcentration "
     "finalconc finaldose dosis konzentration konz compoundconcentration compounddose drugdose "
-    "drugconcentration treatmentconcentration doseum sirnaconcentration sirnadose sirnaconc "
+    "drugconcentration treatmentconcentration sirnaconcentration sirnadose sirnaconc "
     "mgperml",
     "unit": "unit units doseunit doseunits concentrationunit concentrationunits concunit "
     "concunits einheit",

@@ -357,7 +357,7 @@ def run_jobs(
         # The workers of a cluster may see folders that are not on this machine.
         if loop.left and not scope.unseen and resources.scheduler is None:
             for item in find_gone(session, FEW):
-                of_images = select(ImageFile.id).where(ImageFile.folder_id == item.folder_id)
+                of_images = select(ImageFile.id).where(ImageFile.folder_id.in_(item.folder_ids))
                 of_images = of_images.where(ImageFile.image_id.in_(scope.images))
                 if session.scalar(of_images.limit(1)) is not None:
                     progress.note(item.sentence)

@@ -29,9 +29,12 @@ _COUNTS = "SELECT folder_id, count(*) FROM image_files WHERE sha256 IS NOT NULL 
 
 @dataclass(frozen=True)
 class GoneFiles:
-    """How many ``files`` of a folder are gone, of those ``seen`` there; ``first``: one of them."""
+    """How many ``files`` of a folder are gone, of those ``seen`` there; ``first``: one of them.
 
-    folder_id: int
+    Of a folder that is not there: of all ``folder_ids`` within it.
+    """
+
+    folder_ids: tuple[int, ...]
     folder: str
     files: int
     seen: int
@@ -50,6 +53,16 @@ def gone_sentence(folder: str, number: int | None = None, first: str | None = No
         files = "1 file is gone" if first is None else f"1 file ({first}) is gone"
     folder = shown(folder)
     return f"{files} from {folder}. If moved: cellstore relocate {folder} NEW"
+
+
+def gone_folder(folder: str) -> str:
+    """Return the folder that is gone: of one that is not there, the outermost that is not."""
+    path = local_path(folder)
+    if os.path.isdir(path):  # noqa: PTH112 - no error for odd names
+        return folder
+    while not os.path.isdir(path.parent):  # noqa: PTH112
+        path = path.parent
+    return str(path)
 
 
 def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
@@ -89,8 +102,17 @@ def find_gone(session: Session, most: int | None = None) -> list[GoneFiles]:
     if absent or gone:
         seen = {row[0]: row[1] for row in session.execute(text(_COUNTS))}
     gone |= Counter({number: seen.get(number, 0) for number in absent})
+    within: dict[str, list[int]] = {}
+    for number in sorted(gone):
+        if gone[number]:
+            within.setdefault(gone_folder(uris[number]), []).append(number)
     return [
-        GoneFiles(number, uris[number], files, seen[number], first.get(number))
-        for number, files in sorted(gone.items())
-        if files
+        GoneFiles(
+            tuple(ids),
+            folder,
+            sum(gone[n] for n in ids),
+            sum(seen[n] for n in ids),
+            first.get(ids[0]),
+        )
+        for folder, ids in within.items()
     ]

@@ -20,7 +20,7 @@ from ..errors import ImageError, UnknownNameError, UserInputError
 from ..io.image_files import decode_tiff, project, read_plane
 from ..io.uris import is_remote, local_path, local_stat
 from ..models import Artifact, Cell, Folder, Image, ImageFile, Plate, Segmentation, Well
-from .gone_files import gone_sentence
+from .gone_files import gone_folder, gone_sentence
 from .lookup import find_channels, image_name
 
 NUCLEAR = re.compile("dna|dapi|hoechst", re.IGNORECASE)
@@ -98,7 +98,7 @@ def open_file(file: ChannelFile) -> NDArray[np.generic]:
         found = local_stat(path)
     except FileNotFoundError:
         # In the same words for all of a folder, and without a cause: to wait does not help.
-        raise ImageError(gone_sentence(file.uri[: -len(file.name) - 1])) from None
+        raise ImageError(gone_sentence(gone_folder(file.uri[: -len(file.name) - 1]))) from None
     except OSError as error:
         raise ImageError(
             f"{path} cannot be opened ({error.strerror}). Make it readable and run: cellstore retry"

@@ -41,7 +41,16 @@ def test_a_saved_question_takes_values_in_any_order(cellstore, store):
         assert cellstore("ask", *words, "--json", "--store", store).json == wanted
     rows = cellstore("ask", "plates", "--json", "--store", store).json
     assert rows == [
-        {"plate": "P1", "batch": None, "wells": 6, "treatments": 3, "images": 12, "cells": 0}
+        {
+            "plate": "P1",
+            "batch": None,
+            "wells": 6,
+            "treatments": 3,
+            "images": 12,
+            "cells": 0,
+            "excluded_images": 0,
+            "excluded_cells": 0,
+        }
     ]
 
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 from factories import Factory
 from small_training import Opener, Trained
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 from test_segment_measure import Bench
 from test_segment_measure import bench as bench_of_images
 
@@ -22,7 +22,7 @@ from cellstore.db.events import Change, record_events
 from cellstore.enums import Stage
 from cellstore.errors import DatabaseError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Event
+from cellstore.models import Event, Folder, ImageFile
 from cellstore.settings import Progress, StoreSettings
 from cellstore.stages.doctor import doctor
 from cellstore.stages.ingest.ingest import ingest, refresh, relocate
@@ -221,3 +221,17 @@ def test_a_file_that_is_gone_from_its_folder_is_named(bench: Bench) -> None:
     bench.file(3, 2).unlink()
     (gone,) = status(bench.workspace).gone
     assert (gone.files, gone.seen, gone.first) == (1, 6, bench.file(3, 2).name)
+
+
+def test_folders_in_one_that_is_gone_are_one_line(workspace: Workspace, tmp_path: Path) -> None:
+    make = Factory(workspace)
+    image = make.image(make.well(make.plate(), 1, 1))
+    with workspace.database.begin() as session:
+        folders = [Folder(uri=str(tmp_path / "disk" / name)) for name in ("P1/a", "P1/b")]
+        session.add_all(folders)
+        session.flush()
+        session.execute(update(ImageFile).values(folder_id=folders[0].id))
+        values = {"image_id": image.id, "channel": "RNA", "position": 2, "name": "b.tif"}
+        session.add(ImageFile(**values, folder_id=folders[1].id, sha256="0" * 64))
+    (gone,) = status(workspace).gone
+    assert (gone.folder, gone.files, gone.seen) == (str(tmp_path / "disk"), 2, 2)

@@ -15,7 +15,17 @@ from cellstore.config import SplitParams
 from cellstore.enums import TARGET, GroupLevel, Stage, Subset
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Image, Recipe, Run, Split, SplitGroup, Treatment
+from cellstore.models import (
+    Image,
+    Label,
+    Recipe,
+    Run,
+    Split,
+    SplitGroup,
+    SplitMember,
+    Treatment,
+    Well,
+)
 from cellstore.stages.split import (
     check_split,
     create_folds,
@@ -47,6 +57,40 @@ def test_by_treatment_the_class_must_be_coarser(sqlite_workspace: Workspace) -> 
     fill(sqlite_workspace, DRUGS)
     with pytest.raises(UserInputError, match="--field target"):
         create_split(sqlite_workspace, "s", SplitParams(group_level=GroupLevel.PERTURBATION))
+
+
+GENES = {"taxol": "TUBB", "vinblastine": "TUBB", "zinc": "MT1A", "cadmium": "MT1A"}
+
+
+def test_each_dose_is_a_class_or_all_doses_are_one(workspace: Workspace) -> None:
+    make = Factory(workspace)
+    for name, gene in GENES.items():
+        make.treatment(name, gene)
+    parts = [(name, dose) for name in GENES for dose in (1.0, 10.0)]
+    treatments = [make.doses(part) for part in parts]
+    plate = make.plate("P1")
+    for row in range(1, 6):
+        for column, treatment in enumerate(treatments, start=1):
+            make.image(make.well(plate, row, column, treatment))
+    assert create_split(workspace, "doses", SplitParams(field="treatment")).classes == 8
+    assert create_split(workspace, "drugs", SplitParams()).classes == 4
+    params = SplitParams(field=TARGET, group_level=GroupLevel.PERTURBATION, validation_size=0)
+    assert create_split(workspace, "genes", params).classes == 2
+    labels = select(Label.value).join(SplitMember).join(Split).where(Split.name == "doses")
+    together = (
+        select(SplitMember.image_id, SplitMember.subset, Treatment.name)
+        .join(Image, Image.id == SplitMember.image_id)
+        .join(Well, Well.id == Image.well_id)
+        .join(Treatment, Treatment.id == Well.treatment_id)
+        .join(Split, Split.id == SplitMember.split_id)
+        .where(Split.name == "genes")
+    )
+    with workspace.database.read() as session:
+        assert set(session.scalars(labels)) == {f"{name} {dose:g} uM" for name, dose in parts}
+        subsets = {(row.name, row.subset) for row in session.execute(together)}
+    assert len(subsets) == len({name for name, _ in subsets})  # all doses of a compound together
+    with pytest.raises(UserInputError, match="Predict something coarser"):
+        SplitParams(field="treatment", group_level=GroupLevel.PERTURBATION)
 
 
 def test_plates_are_named(workspace: Workspace) -> None:

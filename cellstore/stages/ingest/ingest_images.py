@@ -37,7 +37,7 @@ from ...io.layouts import Layout
 from ...io.platemaps import Aliases, MapOptions, TreatmentRecord, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
-from ...jobs.gone_files import gone_sentence
+from ...jobs.gone_files import gone_folder, gone_sentence
 from ...jobs.lookup import renamed_plates
 from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
@@ -738,7 +738,7 @@ def look_at_files(
                     for reason, detail in problems:
                         if reason == GONE:
                             where, _, name = detail.rpartition("/")
-                            gone.setdefault(where, []).append(name)
+                            gone.setdefault(gone_folder(where), []).append(name)
                         else:
                             account.problem(None, reason, detail)
                 if seen or account.pending:

@@ -20,6 +20,8 @@ from cellstore.io.map_shapes import normalised_dose
         (5e-6, "M"),
         (5e6, "pM"),
         (5, " umol/L "),
+        (5, "micromolar"),
+        (5000, "nm"),
     ],
 )
 def test_molar_doses_are_in_micromolar(dose: float, unit: str) -> None:

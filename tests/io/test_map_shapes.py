@@ -164,6 +164,8 @@ def test_a_grid_and_its_long_form_give_the_same_wells(
         "Position;Treatment;Concentration [µM]",
         "well_position\tpert_iname\tConc_uM",
         "Well,Drug name,Conc. / uM",
+        "Destination Well,Compound,dose_um",
+        "Well,Compound,Concentration (micromolar)",
         "Metadata_Well,Metadata_compound,Metadata_mmoles_per_liter",
     ],
 )
@@ -229,7 +231,7 @@ def test_combinations_and_genotypes_with_sirna(tmp_path: Path) -> None:
 )
 def test_a_blank_is_not_known_unless_it_is_said(tmp_path: Path, word: str) -> None:
     path = write(
-        tmp_path / "map.csv", [["well_position", "broad_sample"], ["A1", word], ["A2", "x1"]]
+        tmp_path / "map.csv", [["well_position", "broad_sample"], ["A1", word], ["A2", "taxol"]]
     )
     found = read_annotation(path)
     assert labels(found)["A01"] is None
