@@ -456,13 +456,14 @@ def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -
     covered = {line for block in blocks for line in block.lines}
     titles = {block.title for block, name in zip(blocks, names, strict=True) if name}
     unused = [
-        f"line {line}: {' '.join(dict.fromkeys(texts))[:60]}"
+        f"{' '.join(dict.fromkeys(texts))[:60]!r} (line {line})"
         for at, (line, cells) in enumerate(rows)
         if at not in covered and (texts := [text.strip() for text in cells if text.strip()])
         if not set(texts) <= {title for title in titles if _title_is_understood(title)}
     ]
     if unused:
-        notes.append(f"not part of a grid, not used: {'; '.join(unused[:5])}")
+        more = f" and {len(unused) - 5:,} more lines" if len(unused) > 5 else ""
+        notes.append(f"belongs to no grid and is not used: {', '.join(unused[:5])}{more}")
     header = ("Well", *columns)
     made = [
         TableRow(line, (format_well(*well), *(column.get(well, "") for column in columns.values())))

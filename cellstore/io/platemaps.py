@@ -1076,12 +1076,23 @@ def _notes_on_wells(
     """Yield a line on the wells of a map whose cell is blank, and one on those without cells."""
     empty = {row.position for _, row in rows if row.is_empty}
     blanks = [row.position for _, row in rows if row.record is None and not row.is_empty]
-    if blanks and blank is not None:
-        name = blank.pert_iname
-        yield f"{plate_map.name}: blank, so {name}: {listed_wells(blanks)}"
-    elif blanks:
-        wells = listed_wells(blanks)
-        yield f"{plate_map.name}: blank, so not known (or say it: --blank): {wells}"
+    if blanks:
+        one = len(blanks) == 1
+        what = "1 well is" if one else f"{len(blanks):,} wells are"
+        if blank is not None:
+            so = f"so {blank.pert_iname}: {listed_wells(blanks)}"
+        else:
+            so = (
+                f"so {'its' if one else 'their'} treatment is not known: {listed_wells(blanks)}. "
+                f"To say what {'it' if one else 'they'} got: --blank DMSO or --blank untreated"
+            )
+        # One file may hold the maps of several plates.
+        of = (
+            ""
+            if Path(plate_map.path.name.removesuffix(".gz")).stem == plate_map.name
+            else (f" for {plate_map.name}")
+        )
+        yield f"{what} blank in {writable(plate_map.path.name)}{of}, {so}"
     for rows_of, columns_of in FORMATS:
         outside = [at for at in plate_map.wells if at[0] > rows_of or at[1] > columns_of]
         if outside and len(outside) * 20 <= len(plate_map.wells):

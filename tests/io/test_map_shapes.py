@@ -235,7 +235,10 @@ def test_a_blank_is_not_known_unless_it_is_said(tmp_path: Path, word: str) -> No
     )
     found = read_annotation(path)
     assert labels(found)["A01"] is None
-    assert found.notes == ("map: blank, so not known (or say it: --blank): A01",)
+    assert found.notes[-1] == (
+        "1 well is blank in map.csv, so its treatment is not known: A01. To say what it got: "
+        "--blank DMSO or --blank untreated"
+    )
     for blank, kind in (("DMSO", PerturbationKind.COMPOUND), ("untreated", PerturbationKind.NONE)):
         said = record(read_annotation(path, options=MapOptions(blank=blank)), 1, 1)
         assert (said.pert_iname, said.kind) == (blank, kind)
