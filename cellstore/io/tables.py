@@ -606,11 +606,15 @@ def cell_text(cells: Sequence[str], position: int | None) -> str | None:
 
 
 def known_text(column: str, text: str) -> str | None:
-    """Return the stripped value of a column, or None where it is missing; 'Null' is a genotype."""
+    """Return the stripped value of a column, or None where it is missing.
+
+    'Null' is a genotype, and 'none' is how our exports write the kind of an untreated well.
+    """
     text = text.strip()
-    if text in MISSING and not (text == "Null" and column.lower().endswith("genotype")):
-        return None
-    return text
+    is_value = (text == "Null" and column.lower().endswith("genotype")) or (
+        text == "none" and column == "Metadata_pert_type"
+    )
+    return None if text in MISSING and not is_value else text
 
 
 def first_text(texts: Mapping[str, str], columns: Iterable[str]) -> str | None:

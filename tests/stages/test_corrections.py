@@ -21,6 +21,7 @@ from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Image, Plate, Well
+from cellstore.report.audit import audit_text
 from cellstore.stages.ingest.ingest import IngestResult
 from cellstore.stages.measure import measure
 from cellstore.store import Store
@@ -134,7 +135,17 @@ def test_a_well_is_relabelled_and_back(store: Store, screen: SmallScreen) -> Non
     record = store.audit("BR1/B01").record
     (kept,) = record["corrections"]
     assert (kept["old"]["treatment"], kept["reason"]) == ("DMSO", "map was shifted")
-    assert len(record["treatment_history"]) == 1
+    assert record["treatment"]["name"] == "taxol 5 uM"
+    (label,) = record["frozen_labels"]
+    assert label["since"] == {
+        "by": kept["by"],
+        "changed_at": kept["changed_at"],
+        "reason": "map was shifted",
+    }
+    (note,) = record["notes"]
+    when = kept["changed_at"][:16].replace("T", " ")
+    assert note.endswith(f"taxol, corrected by {kept['by']} on {when} (map was shifted)")
+    assert "None" not in audit_text(store.audit("BR1/B01"))
     store.relabel("BR1/B01", treatment="DMSO", reason="it was not")
     assert answers(store) == before
     with pytest.raises(UserInputError, match="nothing would change"):
