@@ -193,15 +193,24 @@ def list_failures(failures: Sequence[tuple[str, str]], word: str = "failed") -> 
 
 
 def end_with_failures(
-    failed: int, done: int, verb: str, again: str = "cellstore retry"
+    failures: Sequence[tuple[str, str]], done: int, verb: str, again: str = "cellstore retry"
 ) -> NoReturn:
     """End with 1 because images failed."""
+    failed = len({name for name, _ in failures})
     others = "; the others are done" if done else ""
-    say(
-        f"Error: {failed} of {output.count(failed + done, 'image')} could not be {verb}{others}. "
-        f"To try them again: {again}"
-    )
+    what = f"{failed} of {output.count(failed + done, 'image')} could not be {verb}{others}"
+    then = f"To try them again: {again}"
+    if are_gone(failures):  # to try again would not help
+        then = "When cellstore knows where the files are, run the same command again."
+    say(f"Error: {what}. {then}")
     raise typer.Exit(1)
+
+
+def are_gone(failures: Sequence[tuple[str, str]]) -> bool:
+    """Whether all images failed because their files are gone, which was said when it was found."""
+    from cellstore.jobs.gone_files import GONE
+
+    return bool(failures) and all(reason.startswith(GONE) for _, reason in failures)
 
 
 def _end_jobs(
@@ -238,7 +247,7 @@ def _end_jobs(
                 "failed before": result.failed_before or None,
             }
             output.pairs({name: value for name, value in shown.items() if value is not None})
-        if result.failures and show is None:
+        if result.failures and show is None and not are_gone(result.failures):
             list_failures(result.failures)
         if len(results) > 1:
             typer.echo()
@@ -250,9 +259,9 @@ def _end_jobs(
     if lacking:
         all_images = output.count(found[0].selected + len(lacking), "image")
         say(f"Error: {len(lacking)} of {all_images} could not be {verb}: they lack a channel.")
-    failed = {name for result in found for name, _ in result.failures}
+    failed = [failure for result in found for failure in result.failures]
     if failed:
-        end_with_failures(len(failed), max(result.done for result in found), verb)
+        end_with_failures(failed, max(result.done for result in found), verb)
     before = max(result.failed_before for result in found)
     if before:
         say(

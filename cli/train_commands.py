@@ -33,7 +33,7 @@ from .app import (
     Common,
     command,
 )
-from .image_commands import end_with_failures, list_failures
+from .image_commands import are_gone, end_with_failures, list_failures
 from .output import say
 
 if TYPE_CHECKING:
@@ -239,8 +239,6 @@ def _show_baselines(results: Sequence[BaselineResult]) -> None:
     )
     for note in dict.fromkeys(note for item in results for note in item.notes):
         say(note)
-    if first.predict_run_id is not None:
-        typer.echo("\nCompare them with other runs of this split: cellstore report")
 
 
 @command(app, "contrast")
@@ -345,10 +343,10 @@ def predict(
         )
         for note in result.notes:
             say(note)
-        if result.failures:
+        if result.failures and not are_gone(result.failures):
             list_failures(result.failures)
     if result.failures:
-        end_with_failures(len(result.failures), result.done, "labelled", "the same command")
+        end_with_failures(result.failures, result.done, "labelled", "the same command")
 
 
 @command(app, "export-model")

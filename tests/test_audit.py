@@ -49,7 +49,7 @@ def test_an_image_with_everything(workspace: Workspace) -> None:
     assert (found.treatment, found.target, found.control) == ("taxol", "TUBB", None)
     assert [(file.channel, len(file.sha256 or "")) for file in found.files] == [("DNA", 64)]
     assert found.missing_files == 0
-    assert found.treatment_history == ()
+    assert found.corrections == ()
     assert [(item.label, item.now, item.differs) for item in found.frozen_labels] == [
         ("taxol", "taxol", False)
     ]
@@ -137,8 +137,7 @@ def test_a_corrected_treatment_beside_the_frozen_label(workspace: Workspace) -> 
     found = Values(audit_image(workspace, "BR1/B01/1").record)
     assert (found.treatment, found.target) == ("barasertib", "AURKB")
     assert [
-        (item.old and item.old.name, item.new and item.new.name, item.file, item.line)
-        for item in found.treatment_history
+        (item.old.treatment, item.new.treatment, item.file, item.line) for item in found.corrections
     ] == [("DMSO", "taxol", "first.csv", None), ("taxol", "barasertib", "map.csv", 7)]
     (label,) = found.frozen_labels
     assert (label.split, label.subset, label.field) == ("main", "test", "perturbation")
@@ -166,7 +165,7 @@ def test_a_corrected_treatment_is_told(workspace: Workspace) -> None:
     assert wanted in words(audit_image(workspace, "BR1/B01/1"))
     text = words(audit_well(workspace, "BR1/B1"))
     assert wanted in text
-    assert "new name taxol, kind compound, target TUBB" in text
+    assert "new treatment taxol, target TUBB" in text
     assert "the well now has" not in words(audit_image(workspace, "BR1/B02/1"))
 
 
@@ -217,7 +216,7 @@ def test_a_change_of_another_field_leaves_a_label_right(workspace: Workspace) ->
 def test_a_well(workspace: Workspace) -> None:
     screen = small_screen(workspace)
     found = Values(audit_well(workspace, "BR1/b2").record)
-    assert (found.plate, found.well, found.treatment_history) == ("BR1", "B02", ())
+    assert (found.plate, found.well, found.corrections) == ("BR1", "B02", ())
     assert found.images == (screen.images["B02"].id,)
     assert found.treatment is not None
     assert (found.treatment.name, found.treatment.target) == ("taxol", "TUBB")

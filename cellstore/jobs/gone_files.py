@@ -20,6 +20,9 @@ from ..io.uris import is_remote, local_path, shown, split_page
 FEW = 20_000
 """Files that are looked for by name where an answer must come at once."""
 
+GONE = "Files are gone"
+"""How the reason begins for which an image failed whose files are gone."""
+
 _NAMES = "SELECT folder_id, name FROM image_files WHERE sha256 IS NOT NULL ORDER BY id"
 _COUNTS = "SELECT folder_id, count(*) FROM image_files WHERE sha256 IS NOT NULL GROUP BY folder_id"
 
@@ -45,11 +48,11 @@ class GoneFiles:
 
 def gone_sentence(folder: str, number: int | None = None, first: str | None = None) -> str:
     """Say that files (a ``number`` of them) are gone from a folder, and what to do."""
-    files = "Files are" if number is None else f"{number:,} files are"
+    files = GONE if number is None else f"{number:,} files are gone"
     if number == 1:
-        files = "1 file is" if first is None else f"1 file ({first}) is"
+        files = "1 file is gone" if first is None else f"1 file ({first}) is gone"
     folder = shown(folder)
-    return f"{files} gone from {folder}. If moved: cellstore relocate {folder} NEW"
+    return f"{files} from {folder}. If moved: cellstore relocate {folder} NEW"
 
 
 def gone_folder(folder: str) -> str:

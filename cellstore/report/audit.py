@@ -23,7 +23,16 @@ from sqlalchemy.orm import Session
 
 from ..artifacts import sha256_of
 from ..db.fields import field_column, wells_changed
-from ..enums import TARGET, ArtifactKind, ExclusionSource, Stage, Status, Subset
+from ..enums import (
+    PERTURBATION,
+    TARGET,
+    TREATMENT,
+    ArtifactKind,
+    ExclusionSource,
+    Stage,
+    Status,
+    Subset,
+)
 from ..errors import UnknownNameError, UserInputError
 from ..jobs.lookup import (
     find_cell,
@@ -137,32 +146,66 @@ def _rows(session: Session, query: Select[Any]) -> list[Record]:
 def _corrections(session: Session, *rows: tuple[str, int]) -> list[Record]:
     """What people and tables changed of some rows (table, id), the first change first.
 
-    An event about several rows has the last of their ids; it names the first.
+    Of a well also what they changed of the perturbations that it has now. An event about several
+    rows has the last of their ids; it names the first.
     """
-    keys = ("created_at", "user_name", "run_id", "table_name", "old", "new", "reason")
+    keys = ("created_at", "user_name", "run_id", "file", "line", "table_name", "old", "new")
+    query = select(events.c.id, *(events.c[key] for key in keys), events.c.reason)
     found: list[Any] = []
     for table, row_id in rows:
-        query = select(events.c.id, *(events.c[key] for key in keys))
         at = and_(events.c.table_name == table, events.c.row_id == row_id)
+        if table == "wells":
+            at = or_(at, _of_perturbations(row_id))
         found += session.execute(query.where(at)).mappings().all()
     return [
         {
             "changed_at": row["created_at"].isoformat(),
             "by": row["user_name"],
             "of": row["table_name"].removesuffix("s"),
-            "old": _said(row["old"]),
-            "new": _said(row["new"]),
+            "old": old,
+            "new": new,
             "reason": row["reason"],
-            "run_id": row["run_id"],
+            **{key: row[key] for key in ("run_id", "file", "line")},
         }
         for row in sorted(found, key=lambda row: row["id"])
         if "first_id" not in (row["new"] or row["old"] or {})
+        for old, new in (_said(session, row["old"], row["new"]),)
     ]
 
 
-def _said(values: Mapping[str, Any] | None) -> Record:
-    """The values of an event by the names that people use."""
-    return {key: value for key, value in (values or {}).items() if key != "treatment_id"}
+def _of_perturbations(well_id: int) -> ColumnElement[bool]:
+    """The events of the perturbations that a well has."""
+    parts = select(treatment_parts.c.perturbation_id)
+    parts = parts.join(wells, wells.c.treatment_id == treatment_parts.c.treatment_id)
+    return and_(
+        events.c.table_name == "perturbations",
+        events.c.row_id.in_(parts.where(wells.c.id == well_id)),
+    )
+
+
+def _said(session: Session, *values: Mapping[str, Any] | None) -> tuple[Record, ...]:
+    """The values of an event, before and after, by the names that people use.
+
+    A treatment by its name with dose, and with its target where that differs.
+    """
+    found: tuple[Record, ...] = tuple(dict(some or {}) for some in values)
+    labels = [_labels_of(session, some.pop("treatment_id", None)) for some in found]
+    if any(labels):
+        for some, label in zip(found, labels, strict=True):
+            some.setdefault(TREATMENT, label.get(TREATMENT))
+        targets = [label.get(TARGET) for label in labels]
+        if len(set(targets)) > 1:
+            for some, target in zip(found, targets, strict=True):
+                some[TARGET] = target
+    return found
+
+
+def _labels_of(session: Session, treatment_id: int | None) -> Record:
+    """What splits may call a treatment, by label field; of none, nothing."""
+    fields = (PERTURBATION, TREATMENT, TARGET)
+    query = select(*(field_column(name).label(name) for name in fields))
+    row = session.execute(query.where(treatments.c.id == treatment_id)).mappings().first()
+    return dict(row or {})
 
 
 def _plate(session: Session, plate_id: int) -> Audit:
@@ -200,7 +243,11 @@ def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
         plates.c.barcode.label("plate"),
         wells.c.name.label("well"),
         *(images.c[name] for name in ("site", "plane", "time_point", "core_name", "pixel_size")),
-        *(images.c.content_sha256, treatments.c.name.label("treatment"), treatments.c.target),
+        *(
+            images.c.content_sha256,
+            treatments.c.name_with_dose.label("treatment"),
+            treatments.c.target,
+        ),
         *(wells.c.control, images.c.well_id, wells.c.plate_id),
     ).select_from(images.join(wells).join(plates).outerjoin(treatments))
     (record,) = _rows(session, query.where(images.c.id == image_id))
@@ -211,9 +258,8 @@ def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
     query = query.add_columns(image_files.c.sha256, image_files.c.size_bytes)
     query = query.select_from(image_files.outerjoin(folders)).where(of_image)
     files = _rows(session, query.order_by(image_files.c.position))
-    history = _treatment_history(session, well_id)
     one = select(images.c.id).where(images.c.id == image_id)
-    frozen, notes = _frozen_labels(session, well_id, history, one)
+    frozen, notes = _frozen_labels(session, well_id, one)
     flags = select(
         *(image_flags.c.run_id, image_flags.c.reason),
         func.nullif(image_flags.c.channel, "").label("channel"),
@@ -232,7 +278,6 @@ def _image(workspace: Workspace, session: Session, image_id: int) -> Audit:
         "excluded": _why_excluded(session, ("image", image_id), *above),
         "missing_files": sum(file["sha256"] is None for file in files),
         "notes": notes,
-        "treatment_history": history,
         "corrections": _corrections(
             session, ("images", image_id), ("wells", well_id), ("plates", plate_id), *moved
         ),
@@ -353,7 +398,8 @@ def _checkpoints(session: Session, run_id: int | None) -> list[str]:
 
 
 def _treatment(session: Session, treatment_id: int | None) -> Record | None:
-    query = select(treatments.c.name, treatments.c.target, perturbations.c.kind)
+    named = treatments.c.name_with_dose.label("name")
+    query = select(named, treatments.c.target, perturbations.c.kind)
     query = query.add_columns(perturbations.c.identifier).where(treatments.c.id == treatment_id)
     query = query.select_from(treatments.outerjoin(treatment_parts).outerjoin(perturbations))
     parts = _rows(session, query.order_by(treatment_parts.c.position))
@@ -367,41 +413,13 @@ def _treatment(session: Session, treatment_id: int | None) -> Record | None:
     }
 
 
-def _treatment_history(session: Session, well_id: int) -> list[Record]:
-    """The changes of a well's treatment, the first one first."""
-    treatment = session.scalar(select(wells.c.treatment_id).where(wells.c.id == well_id))
-    parts = select(treatment_parts.c.perturbation_id)
-    parts = parts.where(treatment_parts.c.treatment_id == treatment)
-    of_well = and_(events.c.table_name == "wells", events.c.row_id == well_id)
-    of_parts = and_(
-        events.c.table_name == "perturbations",
-        events.c.row_id.in_(list(session.scalars(parts))),
-    )
-    keys = ("created_at", "run_id", "file", "line", "table_name", "old", "new")
-    query = select(*(events.c[key] for key in keys)).where(or_(of_well, of_parts))
-    history: list[Record] = []
-    for event in _rows(session, query.order_by(events.c.id)):
-        values = (event["old"] or {}, event["new"] or {})
-        if event["table_name"] == "perturbations":
-            now = _treatment(session, treatment) or {}
-            old, new = ({**now, "target": item.get("target")} for item in values)
-        elif "treatment_id" in values[1]:
-            # What it is called now; other columns that were corrected are events themselves.
-            old, new = (_treatment(session, item["treatment_id"]) for item in values)  # type: ignore[assignment]
-        else:  # another control
-            continue
-        changed = {"changed_at": event["created_at"]}
-        changed |= {key: event[key] for key in ("run_id", "file", "line")}
-        history.append({**changed, "old": old, "new": new})
-    return history
-
-
 def _frozen_labels(
-    session: Session, well_id: int, history: Sequence[Record], of: Select[Any]
+    session: Session, well_id: int, of: Select[Any]
 ) -> tuple[list[Record], list[str]]:
     """The labels that splits keep of some images of a well, and a sentence where the well differs.
 
-    ``since``: the run, file and line by which it came to differ.
+    ``since``: who or which run made it differ, when, from which file and line, for what reason;
+    what is not known is left out.
     """
     query = (
         select(splits.c.name, splits.c.field, split_members.c.subset, labels.c.value)
@@ -415,16 +433,17 @@ def _frozen_labels(
         labelled = select(field_column(label_field))
         labelled = labelled.select_from(wells.join(plates).outerjoin(treatments))
         now = session.scalar(labelled.where(wells.c.id == well_id))
-        since = None
+        since = _since(session, well_id, label_field) if now != label else None
         if now != label:
-            key = "target" if label_field == TARGET else "name"
             text = f"label in split {split}: {label}; the well now has: {now or 'none'}"
-            for item in history:  # the last change of this field counts
-                if (item["old"] or {}).get(key) != (item["new"] or {}).get(key):
-                    since = {name: item[name] for name in ("run_id", "file", "line")}
-            if since is not None:
-                line = "" if since["line"] is None else f", line {since['line']}"
-                text += f", since run {since['run_id']} ({since['file']}{line})"
+            if since is not None and "run_id" in since:
+                text += f", since run {since['run_id']}"
+                line = f", line {since['line']}" if "line" in since else ""
+                text += f" ({since['file']}{line})" if "file" in since else ""
+            elif since is not None:
+                text += f", corrected by {since['by']} on "
+                text += since["changed_at"][:16].replace("T", " ")
+                text += f" ({since['reason']})" if "reason" in since else ""
             notes.append(text)
         found.append(
             {
@@ -440,22 +459,38 @@ def _frozen_labels(
     return found, notes
 
 
+def _since(session: Session, well_id: int, label_field: str) -> Record | None:
+    """The last change of what a well is called in a label field; None: not known."""
+    of_well = and_(events.c.table_name == "wells", events.c.row_id == well_id)
+    query = select(events).where(or_(of_well, _of_perturbations(well_id)))
+    for event in session.execute(query.order_by(events.c.id.desc())).mappings():
+        old, new = event["old"] or {}, event["new"] or {}
+        if event["table_name"] == "perturbations":
+            changed = label_field in new
+        else:
+            before, after = (_labels_of(session, some.get("treatment_id")) for some in (old, new))
+            changed = before.get(label_field) != after.get(label_field)
+        if changed:
+            since = {"by": event["user_name"], "changed_at": event["created_at"].isoformat()}
+            since |= {key: event[key] for key in ("run_id", "file", "line", "reason")}
+            return {key: value for key, value in since.items() if value is not None}
+    return None
+
+
 def _well(session: Session, well_id: int) -> Audit:
     """What a well has, what it had, and its labels in splits."""
     query = select(wells.c.id.label("well_id"), plates.c.barcode.label("plate"))
     query = query.add_columns(wells.c.name.label("well"), wells.c.control, wells.c.treatment_id)
     query = query.add_columns(wells.c.plate_id)
     (record,) = _rows(session, query.join(plates).where(wells.c.id == well_id))
-    history = _treatment_history(session, well_id)
     of_well = select(images.c.id).where(images.c.well_id == well_id)
-    frozen, notes = _frozen_labels(session, well_id, history, of_well)
+    frozen, notes = _frozen_labels(session, well_id, of_well)
     record["treatment"] = _treatment(session, record.pop("treatment_id"))
     plate_id = record.pop("plate_id")
     record |= {
         "excluded": _why_excluded(session, ("well", well_id), ("plate", plate_id)),
         "images": list(session.scalars(of_well.order_by(images.c.id))),
         "notes": notes,
-        "treatment_history": history,
         "corrections": _corrections(session, ("wells", well_id), ("plates", plate_id)),
         "frozen_labels": frozen,
         "downstream": _downstream_of_images(session, of_well),

@@ -235,10 +235,12 @@ def _draw_image(graph: Lineage, record: Mapping[str, Any]) -> None:
 def _draw_treatment(graph: Lineage, record: Mapping[str, Any], name: str | None) -> str:
     """Draw what a well has now, below the last tables that changed it."""
     tables = []
-    for number, item in enumerate(record["treatment_history"][-MOST_BOXES:]):
+    changes = [item for item in record["corrections"] if {"treatment", "target"} & set(item["new"])]
+    for number, item in enumerate(changes[-MOST_BOXES:]):
         line = "" if item["line"] is None else f"line {item['line']}"
-        when = f"run {item['run_id']}, {item['changed_at'][:10]}"
-        tables.append(graph.add(f"table {number}", "table", item["file"], line, when))
+        who = item["by"] if item["run_id"] is None else f"run {item['run_id']}"
+        lines = (item["file"] or "correction", line, f"{who}, {item['changed_at'][:10]}")
+        tables.append(graph.add(f"table {number}", "table", *lines))
     return graph.add("treatment", "treatment", name or "unknown", after=tables)
 
 

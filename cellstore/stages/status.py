@@ -12,6 +12,7 @@ from sqlalchemy import DateTime, text
 from sqlalchemy.orm import Session
 
 from ..enums import Stage
+from ..errors import UserInputError
 from ..io.uris import shown
 from ..jobs.gone_files import FEW, GoneFiles, find_gone
 from ..jobs.workspace import Workspace
@@ -291,7 +292,23 @@ def next_step(session: Session) -> tuple[str, ...]:
     lacks = [name for name in NEXT if not steps[name]]
     if not lacks:
         return "cellstore report", "cellstore votes"
-    return NEXT[lacks[0]] + (() if lacks[0] != "cells" or steps["treatments"] else (PLATEMAP,))
+    if lacks[0] != "cells":
+        return NEXT[lacks[0]]
+    return (_how_to_segment(session), *(() if steps["treatments"] else (PLATEMAP,)))
+
+
+def _how_to_segment(session: Session) -> str:
+    """Return the command that finds cells, with what it asks for if no name says DNA."""
+    from ..jobs.planes import choose_channels
+
+    try:
+        choose_channels(session, None)
+    except UserInputError:
+        found = session.scalars(text("SELECT DISTINCT channel FROM image_files ORDER BY 1 LIMIT 9"))
+        names = list(found)
+        listed = f"{', '.join(names[:8])}{', ...' if names[8:] else ''}"
+        return f"cellstore segment --channels NAME  (the one of the nuclei: {listed})"
+    return NEXT["cells"][0]
 
 
 def status(workspace: Workspace) -> StatusResult:

@@ -124,6 +124,9 @@ def test_a_folder_that_moved_and_images_without_the_channel(cellstore, store, mo
     failed = cellstore(*words, code=1)
     assert failed.err.count("gone from") == 1
     assert "12 of 12 images could not be segmented." in failed.err
+    assert "gone from" not in failed.out
+    assert "run the same command again" in failed.err
+    assert "cellstore retry" not in failed.err
     assert "2 of 14 images could not be segmented: they lack a channel." in failed.err
     cellstore("relocate", images, moved, "--dry-run", *at)
     said = cellstore("relocate", images, moved, *at)

@@ -240,10 +240,13 @@ def test_barcodes_say_which_plates(bench: Bench) -> None:
     }
     assert bench.count(Plate) == 3  # P9 is not made
     assert [issue.reason for issue in account.shown] == ["no such plate map"]
+    unknown = (
+        "so its treatment is not known: A02. To say what it got: --blank DMSO or --blank untreated"
+    )
     assert account.notes == [
-        "cp: blank, so DMSO: B01",
-        "orf: blank, so not known (or say it: --blank): A02",
-        "unused: blank, so not known (or say it: --blank): A02",
+        "1 well is blank in cp.csv, so DMSO: B01",
+        f"1 well is blank in orf.csv, {unknown}",
+        f"1 well is blank in unused.csv, {unknown}",
         "1 of 4 plates are not in the store",
         "no plate of the store uses the plate map unused",
     ]

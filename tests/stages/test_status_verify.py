@@ -229,6 +229,13 @@ def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
         session.execute(update(ImageFile).values(folder_id=None))
     assert status(workspace).next == ("cellstore segment",)
     assert status(workspace).untreated_wells == 1
+    with workspace.database.begin() as session:  # numbers in place of names of stains
+        one = select(func.min(ImageFile.id)).scalar_subquery()
+        session.execute(update(ImageFile).values(channel="ch1"))
+        session.execute(update(ImageFile).where(ImageFile.id == one).values(channel="ch2"))
+    assert status(workspace).next == (
+        "cellstore segment --channels NAME  (the one of the nuclei: ch1, ch2)",
+    )
     segment = make.run(Stage.SEGMENT)
     found = make.segmentation(image, segment, 2)
     make.segmentation(treated, segment, 2)

@@ -692,7 +692,8 @@ def _show_wells(
         found.plates.add(barcode)
         found.wells.add((barcode, name))
         change = "new" if well > last else ""
-        if well in changed:
+        # A well whose metadata alone was changed has what it had.
+        if not change and {"treatment_id", "control"} & changed.get(well, {}).keys():
             old = {"treatment": treatment, "control": control, **changed[well]}
             role = f" ({old['control']})" if old["control"] else ""
             change = f"was {old['treatment'] or 'not known'}{role}"

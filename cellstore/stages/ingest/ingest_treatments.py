@@ -223,9 +223,12 @@ def _plates_of_maps(
     """
     barcodes = annotation.barcodes
     if barcodes is None and not named:
+        known = session.scalars(select(Plate.barcode).order_by(Plate.id).limit(9)).all()
+        has = f" This store has {', '.join(known[:8])}{', ...' if known[8:] else ''}."
         raise UserInputError(
             f"Which plates is {source.name} for? Name them with --plate, or give a table of them "
             "with --barcodes FILE (Assay_Plate_Barcode, Plate_Map_Name)."
+            f"{has if known else ''}"
         )
     if barcodes is None:
         barcodes = dict.fromkeys(named, next(iter(annotation.maps)))
