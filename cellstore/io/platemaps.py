@@ -147,8 +147,12 @@ class TreatmentRecord:
 
 
 _SAYS = {
-    Control.NEGATIVE: re.compile(r"neg(ative|con|ctrl)|(neg|nc|vehicle|ctlvehicle)$"),
-    Control.POSITIVE: re.compile(r"pos(itive|con|ctrl)|(pos|pc)$|trtposcon"),
+    Control.NEGATIVE: re.compile(
+        r"(control|ctrl|ctl)?(neg(ative|con|ctrl)|(neg|nc|vehicle(control|ctrl)?)$)"
+    ),
+    Control.POSITIVE: re.compile(
+        r"(control|ctrl|ctl|trt)?pos(itive|con|ctrl)|(control|ctrl|ctl)?(pos|pc)$"
+    ),
     None: re.compile(r"trt|(treated|treatment|test|sample|experimental)$"),
 }
 
@@ -799,7 +803,6 @@ def _map_rows(table: TextTable, columns: MapColumns) -> Iterator[tuple[int, MapR
     at = {name: table.position(name) for name in columns.by_role.values()}
     others = [name for name in columns.others if name not in table.repeated]
     at |= {name: table.position(name) for name in others}
-    # A cell like 'taxol 10 uM' has its dose in it where no column has.
     in_names = not any(role == "dose" for role, _ in columns.by_role)
     for row in table.rows():
         if isinstance(row, Refusal):
@@ -856,7 +859,7 @@ def _map_row(
         if sample or name_:
             named = {"treatment": name_ or sample or "", **named}
         for role, value in named.items():
-            name, inside = dose_in_name(value) if in_names else (value, None)
+            name, inside = dose_in_name(value) if doses is None else (value, None)
             known = kind or _KIND_OF_ROLE.get(role) or _kind_of_sample(sample)
             if in_names and name.upper() != DMSO:  # 'Compound (10 uM)' is what all of them got
                 inside = inside or dose_in_name(columns.column(role, number) or "")[1]
@@ -975,6 +978,10 @@ def _fill(
 ) -> Iterator[Refusal]:
     """Add the rows to the map, joined with treatments; yield those that cannot be used."""
     done: dict[TreatmentRecord, TreatmentRecord | None] = {}
+    said: dict[Position, TreatmentRecord | None] = {}
+    unclear = {
+        row.position for _, row in rows if said.setdefault(row.position, row.record) != row.record
+    }
     for line, (_, position, metadata, record, is_empty) in rows:
         treatment = record
         if record is None and not is_empty:
@@ -983,7 +990,14 @@ def _fill(
             if record not in done:
                 done[record] = _joined(record, tables)
             treatment = done[record]
-        if position in plate_map.wells:
+        if position in unclear:
+            # The first row may be the DMSO that was added to a compound.
+            detail = (
+                f"well {format_well(*position)} has several rows with different treatments; write "
+                "all that it got into one, in the columns Compound 1 and Compound 2"
+            )
+            yield Refusal(line, "well twice", detail)
+        elif position in plate_map.wells:
             first = plate_map.lines[position]
             detail = f"well {format_well(*position)} is on the map already, on line {first}"
             yield Refusal(line, "well twice", detail)

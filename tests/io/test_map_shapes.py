@@ -16,7 +16,13 @@ from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UnknownNameError, UserInputError
 from cellstore.io.filenames import format_well
 from cellstore.io.map_shapes import dose_in_name, header_of, read_dose
-from cellstore.io.platemaps import MapOptions, PlateAnnotation, TreatmentRecord, read_annotation
+from cellstore.io.platemaps import (
+    MapOptions,
+    PlateAnnotation,
+    TreatmentRecord,
+    read_annotation,
+    read_control,
+)
 
 Rows = Sequence[Sequence[Any]]
 
@@ -402,6 +408,40 @@ def test_the_small_cases() -> None:
     for name in ("long.xlsx", "long_german_excel.csv"):
         found = labels(read_annotation(folder / name))
         assert (found["C02"], found["D02"]) == ("taxol 0.5 uM", "AMG900 1.25 uM")
+
+
+def test_a_well_of_several_rows_is_not_the_first_of_them(tmp_path: Path) -> None:
+    rows = [
+        ["Destination Well", "Compound"],
+        *(["A01", "DMSO"], ["A01", "taxol"], ["A02", "DMSO"], ["A02", "DMSO"]),
+    ]
+    found = read_annotation(write(tmp_path / "picks.csv", rows))
+    assert _labels(found) == {"A02": "DMSO"}
+    assert [(issue.line, issue.reason) for _, issue in found.issues] == [
+        *((line, "well twice") for line in (2, 3, 5)),
+    ]
+    assert "Compound 1 and Compound 2" in found.issues[0][1].detail
+
+
+def test_a_dose_in_a_name_counts_where_the_column_of_doses_is_blank(tmp_path: Path) -> None:
+    rows = [["Well", "Compound", "Dose (uM)"], ["A01", "DMSO 0.1%", ""], ["A02", "x 10 nM", ""]]
+    found = read_annotation(write(tmp_path / "m.csv", rows)).maps["m"]
+    assert [found.wells[1, column].label for column in (1, 2)] == ["DMSO 0.1 %", "x 0.01 uM"]
+    assert found.wells[1, 1].control is Control.NEGATIVE
+
+
+@pytest.mark.parametrize(
+    ("text", "control"),
+    [
+        ("Vehicle control", Control.NEGATIVE),
+        ("control (negative)", Control.NEGATIVE),
+        ("ctrl_pos", Control.POSITIVE),
+        ("trt_poscon", Control.POSITIVE),
+    ],
+)
+def test_words_for_controls(text: str, control: Control) -> None:
+    assert read_control(text) == (True, control)
+    assert read_control("non-negative") == (False, None)
 
 
 def _grid(title: str, *rows: Sequence[str]) -> list[Sequence[str]]:

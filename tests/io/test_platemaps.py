@@ -157,7 +157,7 @@ def test_what_cannot_be_used_is_listed_with_file_and_line(tmp_path: Path) -> Non
     again = "BRD-1\tKEY-1\tother\t11\tAURKA\t\tCC\n"
     long = f"BRD-3\t\t{'x' * 256}\t\t\t\t\n"
     annotation = annotate(
-        tmp_path, "A1\tBRD-1\nA1\tBRD-2\nQ99\tBRD-1\nA3\tBRD-9\nA4\n", COMPOUNDS + again + long
+        tmp_path, "A1\tBRD-1\nA1\tBRD-1\nQ99\tBRD-1\nA3\tBRD-9\nA4\n", COMPOUNDS + again + long
     )
     assert sorted(issues(annotation)) == [
         ("map.txt", 3, "well twice"),
