@@ -40,13 +40,15 @@ _SPELLINGS = {"mol/l": "M", "molar": "M"} | {
 """Units in lower case; ``nm`` of a dose is not a length."""
 _UNITS = r"[fpnum]?M|[pnu]m|[pnum]?mol/[lL]|[pnum]?g/[mu]?[lL]|%|MOI|[xX]"
 _NUMBER = r"\d[\d.,]*(?:[eE][+-]?\d+)?"
-_DOSE = re.compile(rf"({_NUMBER}|\.\d+)\s*(\S.*)?")
+# A unit begins with a letter: 1:1000, 10-20 and 10^-6 are no doses.
+_DOSE = re.compile(rf"({_NUMBER}|\.\d+)(?:\s*((?:[^\W\d_]|%)[^\d^]*))?")
 _DOSE_AFTER_NAME = re.compile(rf"(.*\S)[\s,;@(]+({_NUMBER})\s*({_UNITS})\)?")
 
 
 def plain_unit(unit: str | None) -> str | None:
     """Return a unit with a plain u for micro: the micro sign and the Greek letter look alike."""
     plain = (unit or "").strip().replace("\u00b5", "u").replace("\u03bc", "u")
+    plain = re.sub(r"/([mu]?)L$", r"/\1l", plain)  # mg/mL is mg/ml
     return _SPELLINGS.get(plain.lower(), plain) or None
 
 
@@ -387,6 +389,29 @@ def _column_of(block: Block) -> str | None:
     return None
 
 
+def _parts_of(blocks: Sequence[Block], meant: Sequence[Header | None]) -> list[int]:
+    """Return the number of the part of a treatment that each block is of: 2 for a second one.
+
+    As many blocks of doses as of compounds belong together in their order.
+    """
+    found = [0] * len(blocks)
+    wells = [{well for well, _, text in block.values if text} for block in blocks]
+    plain = [(at, header) for at, header in enumerate(meant) if header and not header.number]
+    named = [at for at, header in plain if header.role in NAMING]
+    doses = [at for at, header in plain if header.role == "dose"]
+    paired = len(doses) == len(named)
+    for some in (named,) if paired else (named, doses):
+        for order, at in enumerate(some):
+            for before in some[:order]:
+                alike = paired or meant[at][0] == meant[before][0]  # type: ignore[index]
+                if alike and wells[at] & wells[before]:
+                    found[at] = max(found[at], (found[before] or 1) + 1)
+    if paired:
+        for dose, of in zip(doses, named, strict=True):
+            found[dose] = found[of]
+    return found
+
+
 def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -> TextTable | None:
     """Return the grids among ``rows`` as a table with a row for each well; None: there are none.
 
@@ -403,12 +428,14 @@ def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -
         names.append(block.title if is_chosen else _column_of(block))
     meant = [header_of(name) if name else None for name in names]
     if "treatment" not in chosen and not any(h and h.role in NAMING for h in meant):
-        first = next((at for at, name in enumerate(names) if name is None), None)
-        if first is not None:
+        # A title of several words may tell of cells or times, and not of what is in the grid.
+        vague = (at for at, block in enumerate(blocks) if header_of(block.title) is None)
+        first = next((at for at, name in enumerate(names) if name is None), next(vague, None))
+        if first is not None and not _is_dose([text for _, _, text in blocks[first].values]):
             names[first] = "Compound"
     columns: dict[str, dict[tuple[int, int], str]] = {}
     lines: dict[tuple[int, int], int] = {}
-    repeats = [name for name in names if name]
+    numbers = _parts_of(blocks, [header_of(name) if name else None for name in names])
     for at, (block, name) in enumerate(zip(blocks, names, strict=True), 1):
         called = name or block.title or f"block {at}"
         if name is None:
@@ -416,10 +443,12 @@ def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -
                 f"the grid at line {block.line} ({block.title or 'no title'}) is kept as metadata "
                 f"{called!r}; write Compound, Dose (uM) or Cell line above it if it is that"
             )
-        if called in columns and name is not None and repeats.count(name) > 1:
-            shared = columns[called].keys() & {well for well, _, text in block.values if text}
-            if any(columns[called][well] for well in shared):
-                called = f"{called} {at}"  # a second compound of the same wells
+        if numbers[at - 1]:
+            role, _, _, unit = header_of(called) or Header("treatment", 0)
+            called = f"{'broad_sample' if role == 'sample' else role} {numbers[at - 1]}"
+            called += f" ({unit})" if unit else ""
+        elif any(columns.get(called, {}).get(well) for well, _, text in block.values if text):
+            called = f"{called} {at}"
         column = columns.setdefault(called, {})
         for well, line, text in block.values:
             if text or well not in column:

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 
 from ..enums import Control, PerturbationKind
 from ..errors import BadTableError, UnknownNameError, UserInputError
-from .filenames import format_well, parse_well
+from .filenames import format_well, join_well, parse_well
 from .map_shapes import (
     MILLIMOLAR_NOTE,
     NAMING,
@@ -695,7 +695,8 @@ def read_annotation(
         if dose and "mmoles" in dose.lower() and columns.units[dose] != "mM":
             notes.append(f"{writable(path.name)}: {MILLIMOLAR_NOTE}")
         records = [row.record for some in by_map.values() for _, row in some if row.record]
-        if not tables and records and all(_is_code(r) for r in records if r.pert_iname != DMSO):
+        named = [record for record in records if record.pert_iname.upper() != DMSO]
+        if not tables and named and all(map(_is_code, named)):
             notes.append(
                 f"{writable(path.name)}: its treatments are codes of samples; a table with their "
                 "names and targets goes with it: --compounds FILE"
@@ -818,8 +819,12 @@ def _map_rows(table: TextTable, columns: MapColumns) -> Iterator[tuple[int, MapR
 def _map_row(
     texts: dict[str, str], columns: MapColumns, others: Sequence[str], in_names: bool
 ) -> MapRow:
+    used: set[str | None] = set()
+
     def text(role: str, number: int = 0) -> str | None:
-        return texts.get(columns.column(role, number) or "")
+        column = columns.column(role, number)
+        used.add(column)
+        return texts.get(column or "")
 
     metadata = {name.removeprefix(PREFIX): texts[name] for name in others if name in texts}
     for role in _METADATA_ROLES:
@@ -828,8 +833,6 @@ def _map_row(
             metadata[role] = f"{value} {unit}" if unit and unit not in value else value
     said, control = read_control(text("control") or "")
     kind = _read_kind(text("kind"), text("control"))
-    if text("control") and not said and kind is None:
-        metadata[(columns.column("control") or "").removeprefix(PREFIX)] = text("control") or ""
     parts: list[TreatmentRecord] = []
     is_empty = (text("control") or "").lower() == _EMPTY
     for number in columns.numbers:
@@ -843,6 +846,8 @@ def _map_row(
         elif gene is not None and not any(columns.column(r, number) for r in NAMING[:-1]):
             named["gene"] = gene
         target = text("target", number) or gene
+        if gene is not None and target != gene and genotype is None:
+            used.discard(columns.column("gene", number))
         doses = text("dose", number)
         dose_column = columns.column("dose", number)
         unit = text("unit", number) or columns.units.get(dose_column or "")
@@ -854,6 +859,8 @@ def _map_row(
         for role, value in named.items():
             name, inside = dose_in_name(value) if in_names else (value, None)
             known = kind or _KIND_OF_ROLE.get(role) or _kind_of_sample(sample)
+            if in_names and name.upper() != DMSO:  # 'Compound (10 uM)' is what all of them got
+                inside = inside or dose_in_name(columns.column(role, number) or "")[1]
             is_first = role == "treatment"
             if is_first and name.lower() == UNTREATED:
                 known = PerturbationKind.NONE
@@ -867,13 +874,13 @@ def _map_row(
             ).with_dose(doses or inside, unit)
             doses = None  # of the first of them
             parts.append(part)
-        if doses is not None and dose_column is not None:
-            metadata[dose_column.removeprefix(PREFIX)] = doses
-    if text("dose") and 0 not in columns.numbers:
-        metadata[(columns.column("dose") or "").removeprefix(PREFIX)] = text("dose") or ""
+        if doses is not None:
+            used.discard(dose_column)  # there was nothing to give it to
     record = None
     if parts and not is_empty:
         parts.sort(key=lambda part: part.kind is PerturbationKind.GENOTYPE)
+        if all(part.pert_iname.upper() == DMSO for part in parts):
+            parts = parts[:1]  # in each column of a map of combinations
         first, more = parts[0], tuple(parts[1:])
         # The wild type alone is a negative control, and what is called DMSO.
         wild = first.kind is PerturbationKind.GENOTYPE and first.pert_iname.split()[-1] == "WT"
@@ -884,15 +891,17 @@ def _map_row(
     if is_empty:
         metadata["content"] = _EMPTY
     map_name = text("plate") or text("map")
+    used.update(columns.column(role) for role in ("well", "row", "column", "map"))
+    if kind is None:
+        used -= {columns.column("kind"), None if said else columns.column("control")}
+    metadata |= {name.removeprefix(PREFIX): texts[name] for name in texts if name not in used}
     return MapRow(map_name, _position_of(texts, columns), metadata, record, is_empty)
 
 
 def _position_of(texts: Mapping[str, str], columns: MapColumns) -> Position:
     well, row, column = (texts.get(columns.column(r) or "") for r in ("well", "row", "column"))
     found = []
-    by_numbers = None
-    if row and column:
-        by_numbers = f"r{row}c{column}" if row.isdigit() else f"{row}{column}"
+    by_numbers = join_well(row, column) if row and column else None
     for written in (well, by_numbers):
         if written is None:
             continue

@@ -8,6 +8,7 @@ database to the other.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -75,10 +76,7 @@ def backup(workspace: Workspace, file: Path) -> Backup:
         _copy_database(workspace.database, rows)
         digest = sha256_of(rows)
         with closing(sqlite3.connect(f"file:{rows}?mode=ro", uri=True)) as copy:
-            counts = [
-                copy.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]  # noqa: S608
-                for name in METADATA.tables
-            ]
+            rows_of_all = _count(copy)
             (total,) = copy.execute("SELECT count(*) FROM artifacts").fetchone()
             listed = "SELECT path, sha256 FROM artifacts ORDER BY id"
             for path, known in track(
@@ -91,7 +89,7 @@ def backup(workspace: Workspace, file: Path) -> Backup:
                 "format": FORMAT,
                 "schema": migrate.HEAD,
                 "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "rows": sum(counts),
+                "rows": rows_of_all,
                 "sha256": digest,
                 "artifacts": total - len(missing),
                 "missing": missing,
@@ -109,6 +107,12 @@ def backup(workspace: Workspace, file: Path) -> Backup:
                         tar.add(workspace.artifacts.locate(path), ARTIFACTS + path)
                         tar.members.clear()  # type: ignore[attr-defined]  # it would remember millions
     return _result(file, manifest)
+
+
+def _count(rows: sqlite3.Connection) -> int:
+    """How many rows all tables have."""
+    counts = (f'SELECT count(*) FROM "{name}"' for name in METADATA.tables)  # noqa: S608
+    return sum(rows.execute(query).fetchone()[0] for query in counts)
 
 
 def _scratch(workspace: Workspace) -> Path:
@@ -177,9 +181,13 @@ def _copy_rows(reader: Connection, writer: Connection) -> None:
             for some in rows.mappings().partitions():
                 writer.execute(insert(table), [dict(row) for row in some])
     if writer.dialect.name != "sqlite":
+        events = METADATA.tables["events"].c
         for table in METADATA.sorted_tables:
             if "id" in table.c:
-                last = writer.scalar(select(func.max(table.c.id)))
+                # As take_ids does: events and files of features still name rows that are deleted.
+                named = select(func.max(events.row_id)).where(events.table_name == table.name)
+                ids = (writer.scalar(select(func.max(table.c.id))), writer.scalar(named))
+                last = max((number for number in ids if number is not None), default=None)
                 sequence = text("SELECT setval(pg_get_serial_sequence(:name, 'id'), :last)")
                 if last is not None:
                     writer.execute(sequence, {"name": table.name, "last": last})
@@ -231,6 +239,12 @@ def restore(
     return Backup(**{**vars(result), "dry_run": dry_run})
 
 
+_VALUES = {"sha256": str, "made_at": str, "rows": int, "artifacts": int, "missing": list}
+_UNREADABLE = (
+    tarfile.TarError, EOFError, ValueError, TypeError, KeyError, RecursionError, sqlite3.Error
+)  # fmt: skip
+
+
 def _damaged(file: Path, why: str) -> StorageError:
     return StorageError(
         f"{file} is damaged or no backup: {why}. Nothing was restored; use another copy of it."
@@ -251,11 +265,16 @@ def _unpack(file: Path, folder: Path) -> dict[str, Any]:
             if first is None or first.name != MANIFEST:
                 raise _damaged(file, f"it does not begin with {MANIFEST}")
             manifest: dict[str, Any] = json.loads(_bytes_of(tar, first).read())
+            if not isinstance(manifest, dict):
+                raise TypeError(f"{MANIFEST} is no object")
             if manifest["schema"] != migrate.HEAD or manifest["format"] != FORMAT:
                 raise UserInputError(
                     f"{file} was made with the schema {manifest['schema']}, this cellstore has "
                     f"{migrate.HEAD}. Restore it with the cellstore that made it."
                 )
+            for key, kind in _VALUES.items():
+                if not isinstance(manifest[key], kind):
+                    raise TypeError(f"{key} of {MANIFEST} is {manifest[key]!r:.40}")
             rows = None
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember millions
@@ -283,13 +302,19 @@ def _unpack(file: Path, folder: Path) -> dict[str, Any]:
                 if name == SQLITE_NAME:
                     rows = sqlite3.connect(f"file:{target}?mode=ro", uri=True)
                     stack.enter_context(closing(rows))
+                    if _count(rows) != manifest["rows"]:
+                        raise _damaged(file, f"{name} has not the rows of {MANIFEST}")
                 seen += name.startswith(ARTIFACTS)
     except CellstoreError:
         raise
-    except (tarfile.TarError, EOFError, ValueError, KeyError, sqlite3.Error) as error:
+    except _UNREADABLE as error:
         raise _damaged(file, str(error) or type(error).__name__) from error
     except FileExistsError as error:
         raise _damaged(file, "it holds a file twice") from error
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR):
+            raise
+        raise _damaged(file, f"the name of a file in it is {error.strerror}") from error
     if rows is None or seen != manifest["artifacts"]:
         raise _damaged(file, f"it holds {seen:,} of {manifest['artifacts']:,} files")
     return manifest

@@ -561,7 +561,7 @@ def undo(
                 session,
                 select(Segmentation.image_id).where(Segmentation.run_id == found.id).distinct(),
             )
-        features, paths = _delete_features(session, found.id)
+        features, paths = _delete_features(session, FeatureFile.run_id == found.id, with_sets=True)
         files.extend(paths)
         changes = _delete_segmentations(session, segmentations, files)
         changes += _delete_images(session, images)
@@ -692,7 +692,7 @@ def _relying_on_rows(
             found.append(f"ingest run {by} brought {name}")
     labelled = select(Event.run_id).where(
         Event.table_name == "wells",
-        _within(Event.row_id, ranges["wells"]),
+        Event.row_id.in_(select(Well.id).where(_within(Well.id, ranges["wells"]))),
         Event.run_id != run_id,
         Event.old.is_not(None),
         Event.run_id.in_(select(Run.id).where(Run.status != Status.CANCELLED)),
@@ -730,13 +730,17 @@ def _restorable(session: Session, run_id: int) -> _Restored:
     present: dict[tuple[str, int], dict[str, Any]] = {}
     for row in session.scalars(query.order_by(Event.id.desc())):
         table, new = METADATA.tables[row.table_name], row.new or {}
-        changes.append(Change(row.table_name, row.row_id, row.old, row.new))
+        change = Change(row.table_name, row.row_id, row.old, row.new)
         if row.row_id is None:
+            changes.append(change)
             continue
         key = row.table_name, row.row_id
         if key not in present:
-            found = session.execute(select(table).where(table.c.id == row.row_id)).mappings().one()
-            present[key] = dict(found)
+            same = select(table).where(table.c.id == row.row_id)
+            present[key] = dict(session.execute(same).mappings().first() or {})
+        if not present[key]:  # deleted since, with its plate
+            continue
+        changes.append(change)
         if any(present[key][name] != value for name, value in new.items() if name in table.c):
             since = select(Event.run_id, Event.created_at).where(
                 Event.table_name == row.table_name, Event.row_id == row.row_id, Event.id > row.id
@@ -806,24 +810,47 @@ def _delete_rows(
     return [Change(name, last, {"rows": number, "first_id": first}, None)]
 
 
-def _delete_features(session: Session, run_id: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Delete the feature files of an ingest, and its feature set if no other run added to it."""
-    query = select(FeatureFile.artifact_id, FeatureFile.feature_set_id)
-    rows = session.execute(query.where(FeatureFile.run_id == run_id)).all()
-    session.execute(delete(FeatureFile).where(FeatureFile.run_id == run_id))
+def _delete_features(
+    session: Session, which: Any, *, with_sets: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Delete feature files (a condition); ``with_sets``: the sets, too, that have no other file."""
+    query = select(FeatureFile.artifact_id, FeatureFile.feature_set_id, FeatureFile.run_id)
+    rows = session.execute(query.where(which)).all()
+    for row in rows:
+        for table in (FeatureFile, RunArtifact):
+            mine = and_(table.artifact_id == row.artifact_id, table.run_id == row.run_id)
+            _delete_where(session, table, mine)
     shown = []
-    for number in {row.feature_set_id for row in rows}:
+    for number in {row.feature_set_id for row in rows} if with_sets else ():
         others = select(FeatureFile.run_id).where(FeatureFile.feature_set_id == number).limit(1)
         if session.scalar(others) is None:
             kept = session.get_one(FeatureSet, number)
             shown.append({"name": "feature_sets", "old": {"name": kept.name}, "new": None})
             session.delete(kept)
-    artifacts = [row.artifact_id for row in rows]
-    for some in in_lists(artifacts):
-        mine = and_(RunArtifact.run_id == run_id, RunArtifact.artifact_id.in_(some))
-        session.execute(delete(RunArtifact).where(mine))
     session.flush()
-    return shown, _delete_artifacts(session, artifacts)
+    return shown, _delete_artifacts(session, [row.artifact_id for row in rows])
+
+
+def _of_deleted_cells(changes: Sequence[Change]) -> Any:
+    """The condition on a feature file that it has cells just deleted, and none that are left."""
+    left = (
+        exists()
+        .where(Cell.id.between(FeatureFile.first_cell_id, FeatureFile.last_cell_id))
+        .where(Segmentation.id == Cell.segmentation_id)
+        .where(RecipeInput.input_id == Segmentation.recipe_id)
+        .where(RecipeInput.recipe_id == FeatureSet.recipe_id)
+        .where(FeatureSet.id == FeatureFile.feature_set_id)
+        .correlate(FeatureFile)
+    )
+    touched = (
+        and_(
+            FeatureFile.first_cell_id <= change.row_id,
+            FeatureFile.last_cell_id >= (change.old or {})["first_id"],
+        )
+        for change in changes
+        if change.table_name == "cells"
+    )
+    return and_(or_(false(), *touched), ~left)
 
 
 def _delete_artifacts(session: Session, ids: Sequence[int]) -> list[str]:
@@ -891,6 +918,8 @@ def delete_plate(
         )
         done = Correction("delete plate", name, (), **_concerned(session, images))
         changes = _delete_segmentations(session, segmentations, files)
+        # Measured sets stay: the next plate is measured into them.
+        files.extend(_delete_features(session, _of_deleted_cells(changes), with_sets=False)[1])
         changes += _delete_images(session, images)
         changes += _delete_rows(session, Well, query=select(Well.id).where(Well.plate_id == plate))
         (own,) = _delete_rows(session, Plate, [(plate, plate)])

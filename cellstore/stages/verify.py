@@ -35,6 +35,7 @@ from ..models import (
     Artifact,
     Cell,
     CellFeatures,
+    Event,
     FeatureFile,
     FeatureSet,
     Image,
@@ -283,6 +284,9 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
     )
     with workspace.database.read() as session:
         files = session.execute(query).all()
+        of_cells = (Event.table_name == "cells", Event.new.is_(None))
+        gone = session.execute(select(Event.old, Event.row_id).where(*of_cells))
+        deleted = [(row.old["first_id"], row.row_id) for row in gone]
     problems = []
     near: list[Any] = []
     whole = [file for file in files if file.path not in broken]
@@ -293,14 +297,16 @@ def check_features(workspace: Workspace, broken: set[str]) -> tuple[int, list[Pr
             for other in near
             if other.recipe_id == file.recipe_id and other.last_cell_id >= file.first_cell_id
         ]
-        reason = _features_reason(workspace, file, [other.path for other in near])
+        reason = _features_reason(workspace, file, [other.path for other in near], deleted)
         near.append(file)
         if reason is not None:
             problems.append(Problem(file.path, f"feature set {file.name}: {reason}"))
     return len(files), problems
 
 
-def _features_reason(workspace: Workspace, file: Any, earlier: Sequence[str]) -> str | None:
+def _features_reason(
+    workspace: Workspace, file: Any, earlier: Sequence[str], deleted: Sequence[tuple[int, int]]
+) -> str | None:
     locate = workspace.artifacts.locate
     recorded = FileContent(file.n_rows, file.first_cell_id, file.last_cell_id)
     found, homeless, twice = FileContent(0, 0, 0), 0, 0
@@ -309,7 +315,10 @@ def _features_reason(workspace: Workspace, file: Any, earlier: Sequence[str]) ->
         taken = np.concatenate([np.empty(0, np.int64), *chain.from_iterable(others)])
         for ids in stream_ids(locate(file.path)):
             found = found.with_ids(ids)
-            homeless += len(ids) - _cells_among(workspace, file.recipe_id, ids)
+            lost = ids[~_are_cells(workspace, file.recipe_id, ids)]
+            for first, last in deleted:  # the file keeps those of a plate that was deleted
+                lost = lost[(lost < first) | (lost > last)]
+            homeless += len(lost)
             twice += int(np.isin(ids, taken).sum())
     except StorageError as error:
         return str(error)
@@ -320,8 +329,8 @@ def _features_reason(workspace: Workspace, file: Any, earlier: Sequence[str]) ->
     return f"{homeless} of its cells are not in the database" if homeless else None
 
 
-def _cells_among(workspace: Workspace, recipe_id: int, ids: NDArray[np.int64]) -> int:
-    """How many of these ascending ids are cells of the segmentations that the set is of."""
+def _are_cells(workspace: Workspace, recipe_id: int, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of these ascending ids are cells of the segmentations that the set is of."""
     source = select(RecipeInput.input_id).where(RecipeInput.recipe_id == recipe_id)
     of_recipe = select(Segmentation.id).where(Segmentation.recipe_id.in_(source))
     there = select(Cell.id, Cell.segmentation_id).where(Cell.id.between(int(ids[0]), int(ids[-1])))
@@ -332,7 +341,7 @@ def _cells_among(workspace: Workspace, recipe_id: int, ids: NDArray[np.int64]) -
         for some in in_lists(set(homes.values())):
             right.update(session.scalars(of_recipe.where(Segmentation.id.in_(some))))
     cells = [cell for cell, home in homes.items() if home in right]
-    return int(np.isin(ids, cells).sum())
+    return np.isin(ids, cells)
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -422,3 +422,109 @@ def test_a_title_above_unknown_headers_is_not_taken_for_the_header(tmp_path: Pat
     names = (("well", "Kavität"), ("treatment", "Substanz"), ("dose", "Dosis [µM]"))
     found = record(read_annotation(path, options=MapOptions(columns=names)), 1, 1)
     assert (found.pert_iname, found.dose, found.unit) == ("taxol", 0.5, "uM")
+
+
+def _grid(title: str, *rows: Sequence[str]) -> list[Sequence[str]]:
+    numbers = [str(number) for number in range(1, len(rows[0]) + 1)]
+    return [[title], ["", *numbers], *([chr(65 + at), *row] for at, row in enumerate(rows)), []]
+
+
+def _labels(annotation: PlateAnnotation) -> dict[str, str | None]:
+    (plate_map,) = annotation.maps.values()
+    return {format_well(*at): r and r.label for at, r in sorted(plate_map.wells.items())}
+
+
+@pytest.mark.parametrize("unit", ["", " (nM)"])
+def test_each_block_of_doses_is_of_its_block_of_compounds(tmp_path: Path, unit: str) -> None:
+    rows = [
+        *_grid("Compound", ["taxol", "DMSO", "taxol"], ["", "", "taxol"]),
+        *_grid(f"Dose{unit}", ["1", "", "2"], ["", "", "3"]),
+        *_grid("Compound", ["nocodazole", "nocodazole", ""], ["", "", ""]),
+        *_grid(f"Dose{unit}", ["10", "20", ""], ["", "", ""]),
+    ]
+    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    shown = {
+        "A01": ("taxol", "1", "nocodazole", "10"),
+        "A02": ("DMSO", "", "nocodazole", "20"),
+        "A03": ("taxol", "2"),
+        "B03": ("taxol", "3"),
+    }
+    for well, texts in shown.items():
+        doses = [
+            f"{name} {float(dose) / 1000:g} uM" if unit and dose else f"{name} {dose}".strip()
+            for name, dose in zip(texts[::2], texts[1::2], strict=True)
+        ]
+        assert found[well] == " + ".join(doses)
+    assert found["B01"] is None
+
+
+def test_doses_of_a_compound_and_of_its_sirna(tmp_path: Path) -> None:
+    rows = [
+        *_grid("Compound", ["taxol"] * 3, ["DMSO"] * 3),
+        *_grid("siRNA", ["siNF1"] * 3, ["siCTRL"] * 3),
+        *_grid("Dose (uM)", ["5"] * 3, [""] * 3),
+        *_grid("Dose (nM)", ["20"] * 3, ["20"] * 3),
+    ]
+    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    assert found["A01"] == "taxol 5 uM + siNF1 0.02 uM"
+    assert found["B01"] == "DMSO + siCTRL 0.02 uM"
+
+
+@pytest.mark.parametrize("title", ["Screen of the cell line U2OS", "Plate 3 - 24 h time point"])
+def test_a_title_that_tells_of_cells_hides_no_treatments(tmp_path: Path, title: str) -> None:
+    rows = [*_grid(title, ["taxol"] * 3, ["DMSO"] * 3), *_grid("Dose uM", ["5"] * 3, ["0"] * 3)]
+    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    assert (found["A01"], found["B01"]) == ("taxol 5 uM", "DMSO")
+    # Where a grid is called so, it is so.
+    only = read_annotation(
+        write(tmp_path / "m.csv", _grid("Cell line", ["U2OS"] * 3, ["A549"] * 3))
+    )
+    assert only.maps["m"].metadata[1, 1] == {"cell_line": "U2OS"}
+
+
+def test_grids_of_one_title_do_not_replace_each_other(tmp_path: Path) -> None:
+    grids = [_grid("Library", [name] * 3, [name] * 3) for name in ("taxol", "first", "second")]
+    found = read_annotation(write(tmp_path / "m.csv", [row for grid in grids for row in grid]))
+    assert _labels(found)["A01"] == "taxol"
+    assert set(found.maps["m"].metadata[1, 1].values()) == {"first", "second"}
+
+
+def test_columns_that_no_treatment_needs_are_kept(tmp_path: Path) -> None:
+    header = "Well,Compound,Dose 1 (uM),Replicate 1,Target 2,Modality,Control,Gene,Target"
+    cells = "A01,EGF,5,1,TUBB,protein,yes,EGFR,ERBB"
+    rows = [header.split(","), cells.split(",")]
+    found = read_annotation(write(tmp_path / "m.csv", rows)).maps["m"]
+    assert found.metadata[1, 1] == {
+        "Dose 1 (uM)": "5",
+        "Replicate 1": "1",
+        "Target 2": "TUBB",
+        "Modality": "protein",
+        "Control": "yes",
+        "Gene": "EGFR",
+    }
+
+
+def test_a_dose_in_the_header_is_the_dose_of_all_but_dmso(tmp_path: Path) -> None:
+    rows = [["Well", "Compound (10 \u00b5M)"], ["A01", "taxol"], ["A02", "DMSO"]]
+    found = _labels(read_annotation(write(tmp_path / "m.csv", rows)))
+    assert found == {"A01": "taxol 10 uM", "A02": "DMSO"}
+
+
+def test_rows_and_columns_as_pandas_writes_them(tmp_path: Path) -> None:
+    rows = [["Row", "Column", "Compound"], ["A", "1.0", "taxol"], ["2", "12.0", "x"]]
+    assert _labels(read_annotation(write(tmp_path / "m.csv", rows))) == {"A01": "taxol", "B12": "x"}
+
+
+def test_dmso_in_both_columns_of_a_combination_is_a_negative_control(tmp_path: Path) -> None:
+    rows = [["Well", "Compound 1", "Compound 2"], ["A01", "DMSO", "DMSO"], ["A02", "x", "DMSO"]]
+    found = read_annotation(write(tmp_path / "m.csv", rows))
+    assert _labels(found) == {"A01": "DMSO", "A02": "x + DMSO"}
+    controls = [record and record.control for record in found.maps["m"].wells.values()]
+    assert controls == [Control.NEGATIVE, None]
+    assert not any("codes" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("text", ["1:1000", "10-20", "10^-6", "1 x 10-6 M", "10/20", "5 uM 2%"])
+def test_what_is_no_number_with_a_unit_is_no_dose(text: str) -> None:
+    with pytest.raises(ValueError, match="no number"):
+        read_dose(text, "uM")

@@ -33,6 +33,12 @@ def test_other_units_stay(unit: str) -> None:
     assert normalised_dose(0.1, unit) == (0.1, unit)
 
 
+@pytest.mark.parametrize("unit", ["mg/mL", "ug/mL", "g/L", "\u00b5g/mL"])
+def test_litres_are_written_in_one_way(unit: str) -> None:
+    plain = unit.replace("L", "l").replace("\u00b5", "u")
+    assert normalised_dose(1, unit) == normalised_dose(1, plain) == (1.0, plain)
+
+
 def test_a_dose_may_have_no_unit() -> None:
     assert normalised_dose(2, None) == normalised_dose(2, " ") == (2.0, None)
 

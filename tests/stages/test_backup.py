@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ from cellstore.enums import ArtifactKind, Level, Stage
 from cellstore.errors import CellstoreError, StorageError, UserInputError
 from cellstore.jobs.runs import keep_file
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import METADATA, Event
+from cellstore.models import METADATA, Event, Image, Plate, Well
 from cellstore.store import Store
 
 
@@ -80,6 +83,24 @@ def test_a_store_comes_back_as_it_was(
             assert restored.relabel("BR1/B01", treatment="taxol", reason="r").images == 1
 
 
+def test_ids_of_deleted_rows_are_not_given_again_after_a_restore(
+    workspace: Workspace, tmp_path: Path, empty_database: Callable[[], str]
+) -> None:
+    """Events, and files of features, still name them."""
+    store, table = Store(workspace), tmp_path / "t.csv"
+    names = "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site"
+    table.write_text(f"{names}\na.tif,P1,A01,1\nb.tif,P1,A02,1\n")
+    store.ingest(table)
+    store.delete_plate("P1")
+    store.backup(tmp_path / "screen.tar")
+    Store.restore(tmp_path / "screen.tar", tmp_path / "new", database=empty_database())
+    with Store.open(tmp_path / "new") as restored:
+        restored.ingest(table)
+        with restored.session() as session:
+            for kind in (Image, Well, Plate):
+                assert session.scalar(select(func.min(kind.id))) == (2 if kind is Plate else 3)
+
+
 def test_a_store_that_is_not_empty_is_not_overwritten(
     workspace: Workspace, screen: SmallScreen, tmp_path: Path
 ) -> None:
@@ -141,13 +162,51 @@ def test_names_that_lead_out_of_the_store_are_refused(
     file, evil = tmp_path / "screen.tar", tmp_path / "evil.sql"
     Store(sqlite_workspace).backup(file)
     evil.write_text("x")
-    for name in ("../evil.sql", "questions/../../evil.sql", "/tmp/evil.sql", "cellstore.toml"):
+    too_long = f"questions/{'a' * 400}.sql"
+    outside = ("../evil.sql", "questions/../../evil.sql", "/tmp/evil.sql", "cellstore.toml")
+    for name in (*outside, too_long):
         bad = tmp_path / "bad.tar"
         bad.write_bytes(file.read_bytes())
         with tarfile.open(bad, "a") as tar:
             tar.add(evil, name)
-        with pytest.raises(StorageError, match="does not belong"):
+        with pytest.raises(StorageError, match=r"does not belong|File name too long"):
             Store.restore(bad, tmp_path / "new")
+
+
+NO_ROWS = b"SQLite format 3"
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "a list": lambda _: {"manifest": b"[]"},
+    "nested": lambda _: {"manifest": b"[" * 100_000},
+    "a word for a number": lambda found: {**found, "artifacts": "x"},
+    "a number for a list": lambda found: {**found, "missing": 5},
+    "without a value": lambda found: {k: v for k, v in found.items() if k != "made_at"},
+    "other rows": lambda found: {**found, "rows": 7},
+    "no database": lambda found: {**found, "sha256": hashlib.sha256(NO_ROWS).hexdigest()},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_backup_that_cellstore_did_not_write_is_refused_before_anything_is_made(
+    sqlite_workspace: Workspace, tmp_path: Path, kind: str
+) -> None:
+    file, bad = tmp_path / "screen.tar", tmp_path / "bad.tar"
+    Store(sqlite_workspace).backup(file)
+    with tarfile.open(file) as tar:
+        parts = {item.name: tar.extractfile(item).read() for item in tar}  # type: ignore[union-attr]
+    changed = HOSTILE[kind](json.loads(parts["backup.json"]))
+    parts["backup.json"] = changed.get("manifest") or json.dumps(changed).encode()
+    if kind == "no database":
+        parts["cellstore.db"] = NO_ROWS
+    with tarfile.open(bad, "w") as tar:
+        for name, data in parts.items():
+            item = tarfile.TarInfo(name)
+            item.size = len(data)
+            tar.addfile(item, io.BytesIO(data))
+    for dry_run in (True, False):
+        with pytest.raises(StorageError, match="damaged or no backup"):
+            Store.restore(bad, tmp_path / "new", dry_run=dry_run)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_lost_file_is_named_and_the_rest_is_kept(

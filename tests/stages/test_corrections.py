@@ -12,16 +12,21 @@ from factories import Factory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from screens import SmallScreen, small_screen
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
+from test_measure_groups import bench, cells
+from test_segment_measure import Bench
 
-from cellstore.config import IngestParams, VoteOptions
+from cellstore.config import IngestParams, MeasureParams, VoteOptions
 from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Image, Plate, Well
 from cellstore.report.audit import audit_text
 from cellstore.stages.ingest.ingest import IngestResult
+from cellstore.stages.measure import measure
 from cellstore.store import Store
+
+__all__ = ["bench", "cells"]
 
 VIEWS = ("well_table", "image_table", "cell_table", "prediction_table", "votes")
 
@@ -370,6 +375,33 @@ def test_a_plate_is_deleted_with_all_that_was_made_of_it(
     store.ingest(table)
     well = store.audit("P1/A01").record
     assert (well["excluded"], well["corrections"]) == (None, [])
+
+
+def test_measurements_go_with_the_last_plate_that_is_in_their_file(cells: Bench) -> None:
+    """Until then ``verify`` knows why the file has cells that are not there."""
+    store, make = Store(cells.workspace), Factory(cells.workspace)
+    well = make.well(make.plate("P2"), 1, 1)
+    with store.workspace.database.begin() as session:
+        last = select(func.max(Image.id)).scalar_subquery()
+        session.execute(update(Image).where(Image.id == last).values(well_id=well.id))
+    measure(cells.workspace, MeasureParams(features=("intensity",)))
+    store.delete_plate("P1")
+    assert store.verify().ok
+    assert len(answers(store, "feature_files")["feature_files"]) == 1
+    store.delete_plate("P2")
+    assert store.verify().ok
+    assert answers(store, "feature_files", "intensity") == {"feature_files": [], "intensity": []}
+
+
+def test_an_ingest_is_undone_after_its_plate_was_deleted(store: Store, tmp_path: Path) -> None:
+    images = store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02"]))
+    labels = read_map(store, tmp_path / "m.txt", {"A01": "taxol"})
+    store.delete_plate("P1")
+    store.ingest(loaddata(tmp_path / "b.csv", ["A01", "A02"], "P2"))
+    before = answers(store, *EVERYTHING)
+    for run in (images, labels):
+        assert store.undo(str(run.run_id)).changes == ()
+    assert answers(store, *EVERYTHING) == before
 
 
 def test_an_undo_that_breaks_off_leaves_all_as_it_was(

@@ -72,7 +72,7 @@ _PLATE_COLUMNS = {
 
 _WELL = ("id", "plate_id", "well_row", "well_column", "name")
 _IMAGE = ("id", "well_id", "site", "plane", "time_point", "core_name", "pixel_size")
-_FILE = ("image_id", "channel", "position", "name", "folder_id")
+_FILE = ("id", "image_id", "channel", "position", "name", "folder_id")
 
 WellKey = tuple[str, int, int]
 """Barcode, row, column."""
@@ -318,7 +318,7 @@ class RowWriter:
             for order, ref in enumerate(record.files, start=1)
         ]
         bulk_insert(self.session, Image, _IMAGE, rows)
-        bulk_insert(self.session, ImageFile, _FILE, files)
+        self._insert_files(files)
 
         images = [known[key] for key in keys]
         earlier = [
@@ -352,6 +352,12 @@ class RowWriter:
         self.images.extend(images)
         of_record = dict(zip(map(id, usable), images, strict=True))
         return [None if id(record) in refused else of_record.get(id(record)) for record in records]
+
+    def _insert_files(self, files: Sequence[tuple[Any, ...]]) -> None:
+        # An id is never given twice: the event of an ingest names its files by their ids.
+        ids = take_ids(self.session, ImageFile, len(files))
+        rows = [(number, *file) for number, file in zip(ids, files, strict=True)]
+        bulk_insert(self.session, ImageFile, _FILE, rows)
 
     def finish(self) -> None:
         """Keep the metadata of the records, and report what looks wrong with their treatments."""
@@ -516,7 +522,7 @@ class RowWriter:
                         self._moved[old.folder or "", uri.rpartition("/")[0]] += 1
                     moved.append({"id": old.id, **values})
                     changed.add(image)
-        bulk_insert(self.session, ImageFile, _FILE, new)
+        self._insert_files(new)
         if moved:
             self.session.execute(update(ImageFile), moved)
         resized: list[dict[str, Any]] = []

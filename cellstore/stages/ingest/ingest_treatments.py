@@ -277,7 +277,10 @@ def _plates_of_maps(
                 account.notes.append(f"plate {barcode} is new: did you mean {near[0]}?")
         if new:
             more = f" and {len(new) - 5:,} more" if len(new) > 5 else ""
-            account.notes.append(f"new, made by this map: plate {', '.join(new[:5])}{more}")
+            account.notes.append(
+                f"new, made by this map, without images so far: plate {', '.join(new[:5])}{more}. "
+                "If that is a mistake: cellstore undo RUN"
+            )
         absent = [name for name in absent if barcodes[name] not in annotation.maps]
     for name, missing in sorted(unmapped.items()):
         detail = f"{', '.join(sorted(missing))} use the plate map {name}, which was not given"
