@@ -56,7 +56,8 @@ def test_a_store_is_backed_up_and_restored(cellstore, store):
     said = cellstore("backup", "b.tar", "--store", store)
     assert "rows" in said.out
     assert "dry run" in cellstore("restore", "b.tar", "new", "--dry-run").err
-    cellstore("restore", "b.tar", "new")
+    said = cellstore("restore", "b.tar", "new")
+    assert said.err.splitlines()[-1] == "Next: cellstore --store new verify"
     count = ("sql", "SELECT count(*) AS n FROM images", "--json", "--store", "new")
     assert cellstore(*count).json[0]["n"] == 12
     assert "not empty" in cellstore("restore", "b.tar", "new", code=2).err
