@@ -48,7 +48,7 @@ def ingest(
     *,
     params: IngestParams,
     common: Common,
-    dry_run: bool = option(False, "Only show what each file or well would become."),
+    dry_run: bool = option(False, "Only show what each file, well or table would become."),
     template: Path | None = option(
         None, "Write an empty plate map to this file (.xlsx or .csv) for you to fill in."
     ),
@@ -150,42 +150,55 @@ def ingest(
 
 
 def _preview(source: str, params: IngestParams, common: Common) -> None:
+    from cellstore.io.layouts import Layout
     from cellstore.stages.ingest.ingest import choose_layout, preview
 
-    # Masks and treatments are compared with what a store has.
-    of_store = MASKS in (params.kind, params.layout)
-    if of_store or choose_layout(source, params).kind.value == "treatments":
+    if choose_layout(source, params).kind.value == "images":
+        found = preview(source, params)
+    else:  # compared with what a store has
         with common.open(quiet=True) as store:
             found = preview(source, params, store.workspace)
-    else:
-        found = preview(source, params)
     if common.as_json:
         output.print_json(found)
     else:
         for note in found.notes:
             say(note)
-        masks = found.layout == MASKS
-        treatments = bool(found.treated or found.created or found.updated or found.unchanged)
+        kind = Layout(found.layout).kind.value
         numbers = sorted(found.channels.items())
         channels = ", ".join(f"{name} ({number:,})" for name, number in numbers) or "none"
         least = "at least " if found.at_least else ""
-        output.pairs(
-            {
-                "layout": found.layout,
-                "rows": found.rows,
-                "refused": found.refused,
-                "plates": ", ".join(sorted(found.plates)[:5]) or "none",
-                "wells": f"{least}{len(found.wells):,}",
-                **(
-                    {name: getattr(found, name) for name in ("created", "updated", "unchanged")}
-                    if treatments
-                    else {"images": f"{least}{found.images:,}"}
-                ),
-                **({} if masks or treatments else {"channels": channels}),
-            }
-        )
+        shown: dict[str, object] = {
+            "layout": found.layout,
+            "rows": found.rows,
+            "refused": found.refused,
+            "plates": ", ".join(sorted(found.plates)[:5]) or "none",
+            "wells": f"{least}{len(found.wells):,}",
+        }
         columns = ["file", "plate", "well", "site", "plane", "time_point"]
-        columns += ["objects", "cells"] if masks else ["channel", "treatment"]
+        if kind in ("treatments", "features"):
+            shown |= {name: getattr(found, name) for name in ("created", "updated", "unchanged")}
+        else:
+            shown["images"] = f"{least}{found.images:,}"
+        if kind == "images":
+            shown["channels"] = channels
+            columns += ["channel", "treatment"]
+        elif kind == "features":
+            shown |= {
+                "feature set": found.feature_set or "none",
+                "columns": found.columns.total(),
+                "new cells": found.cells,
+                "new segmentations": f"{least}{found.images:,}",
+                "of these, new images": found.new_images,
+            }
+            columns = [*columns[1:], "cells"]
+        else:
+            columns += ["objects", "cells"]
+        output.pairs(shown)
+        groups = found.columns.most_common()
+        if groups:
+            output.table(["columns that begin with", "number"], groups[:SHOWN_FILES])
+        if len(groups) > SHOWN_FILES:
+            say(f"and {len(groups) - SHOWN_FILES:,} more; --json shows all")
         rows = [
             ["" if (value := getattr(row, name)) is None else value for name in columns]
             for row in found.files[:SHOWN_FILES]
@@ -193,8 +206,8 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
         if rows:
             output.table(columns, rows)
         if found.treated:
-            shown = [[w.plate, w.well, w.treatment, w.control, w.change] for w in found.treated]
-            output.table(["plate", "well", "treatment", "control", "change"], shown[:SHOWN_WELLS])
+            wells = [[w.plate, w.well, w.treatment, w.control, w.change] for w in found.treated]
+            output.table(["plate", "well", "treatment", "control", "change"], wells[:SHOWN_WELLS])
             if len(found.wells) > SHOWN_WELLS:
                 say(f"and {len(found.wells) - SHOWN_WELLS:,} more wells; --json shows more")
         _show_issues(found.issues)

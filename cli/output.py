@@ -10,7 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import date, datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -44,7 +44,8 @@ def say(text: str) -> None:
 def plain(value: Any) -> Any:
     """Return ``value`` as what JSON knows; NaN and infinities become null."""
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        # Not asdict: it spoils a Counter, of which it makes one that counts pairs.
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return plain(value._asdict())
     if isinstance(value, Mapping):

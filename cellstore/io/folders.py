@@ -321,11 +321,13 @@ def _walk(root: Path) -> Iterator[_Found]:
                     if INDEX_NAME.fullmatch(entry.name):
                         found.indexes.append(writable(entry.path))
                     elif suffix == ".mrf":  # Yokogawa's account of the measurement
-                        sizes = set(_PIXEL.findall(Path(entry.path).read_bytes()))
+                        with Path(entry.path).open("rb") as stream:
+                            sizes = {size for line in stream for size in _PIXEL.findall(line)}
                         if len(sizes) == 1:
                             found.pixel_size = micrometres(sizes.pop().decode(), "um")
                     elif suffix == ".mlf":
-                        count = Path(entry.path).read_bytes().count(b'Type="ERR"')
+                        with Path(entry.path).open("rb") as stream:
+                            count = sum(line.count(b'Type="ERR"') for line in stream)
                         found.skipped.update({"images that could not be taken (.mlf)": count})
                     kind = "hidden" if hidden else writable(suffix) or "without a suffix"
                     found.ignored[kind] += 1

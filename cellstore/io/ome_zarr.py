@@ -24,6 +24,7 @@ from .uris import page_name, writable
 
 _LARGEST_JSON = 1 << 26
 _AXES = "tczyx"
+_MOST_PLANES = 999_999
 
 
 def is_ome_zarr(folder: Path) -> bool:
@@ -54,14 +55,14 @@ def read_ome_zarr(
     described = described if isinstance(described, dict) else {}
     name = described.get("name")
     stem = root.name.removesuffix(".zarr").removesuffix(".ome")
-    barcode = plate or (name if isinstance(name, str) and name.strip() else stem)
+    barcode = plate or writable(name if isinstance(name, str) and name.strip() else stem)
     for well in _items(described.get("wells")):
         path = str(well.get("path", ""))
         try:
             row, column = path.strip("/").split("/")
             position = parse_well(join_well(row, column))
             well_folder = _inside(root, path)
-        except (UserInputError, ValueError) as error:
+        except (RowRefusedError, UserInputError, ValueError) as error:
             line += 1
             yield Refusal(
                 line, "not a well", f"{root}: the path of a well is {path[:50]!r} ({error})"
@@ -96,7 +97,12 @@ def _read_field(
     array = _inside(folder, str(levels[0].get("path", "")))
     shape = _described(array).get("shape")
     axes = [str(axis.get("name", "")).lower() for axis in _items(multiscales[0].get("axes"))]
-    if not isinstance(shape, list) or len(shape) != len(axes) or axes[-2:] != ["y", "x"]:
+    if (
+        not isinstance(shape, list)
+        or not all(isinstance(size, int) and size > 0 for size in shape)
+        or (len(shape), axes[-2:]) != (len(axes), ["y", "x"])
+        or prod(shape[:-2]) > _MOST_PLANES
+    ):
         raise RowRefusedError(
             "image cannot be read", f"{array}: no array with the axes {', '.join(axes) or 'y, x'}"
         )
@@ -105,8 +111,8 @@ def _read_field(
         raise RowRefusedError("image cannot be read", detail)
     omero = attributes.get("omero")
     channels = _items(omero.get("channels")) if isinstance(omero, dict) else []
-    labels = [str(channel.get("label") or "").strip() for channel in channels]
-    sizes = {axis: int(size) for axis, size in zip(axes, shape, strict=True)}
+    labels = [writable(str(channel.get("label") or "")).strip() for channel in channels]
+    sizes = dict(zip(axes, shape, strict=True))
     if sizes.get("c", 1) != len(labels):
         labels = [""] * sizes.get("c", 1)
     pixel_size = _pixel_size(axes, multiscales[0], levels[0])

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -27,6 +28,7 @@ from .image_files import (
     samples_of,
     unreadable,
 )
+from .uris import FileStat, local_stat
 
 _SAMPLES_PER_PIXEL, _PAGE_NAME = 277, 285
 _NUMBERED = re.compile(r"(\D*)(\d+)(.*)", re.ASCII | re.DOTALL)
@@ -276,24 +278,25 @@ def _read_page_names(texts: Sequence[object]) -> _Axes | None:
     return _Axes("CZ", {"C": len(distinct), "Z": len(names) // len(distinct)}, distinct, planes)
 
 
-def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
-    """Return what an OME-XML says of the ``count`` pages of its file.
+class _Described(NamedTuple):
+    """What an OME-XML says of images: attributes, names of channels, blocks of planes.
 
-    It may be in another file (``*.companion.ome``), and about several files of which this is one.
+    ``by_file`` has the images with planes in a file (None: its name is not said), ``whole`` those
+    without blocks. ``companion``: the file that says it instead.
     """
-    name = path.name
-    elements = ome_elements(name, description)
-    if other := next((values for tag, values in elements if tag == "BinaryOnly"), None):
-        companion = path.with_name(other.get("MetadataFile", "").rpartition("/")[2] or "?")
-        try:
-            elements = ome_elements(companion.name, companion.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ImageError(
-                f"{name} is described in {companion.name}, which is not beside it or cannot be "
-                "read. Copy it there."
-            ) from error
-    images: list[tuple[dict[str, str], list[str | None], list[dict[str, str]]]] = []
-    for tag, values in elements:
+
+    images: list[tuple[dict[str, str], list[str | None], list[dict[str, str]]]]
+    by_file: dict[str | None, list[int]]
+    whole: list[int]
+    companion: str | None
+
+
+def _described(name: str, description: str) -> _Described:
+    found = _Described([], {}, [], None)
+    images = found.images
+    for tag, values in ome_elements(name, description):
+        if tag == "BinaryOnly":
+            return found._replace(companion=values.get("MetadataFile", ""))
         if tag == "Image":
             images.append(({}, [], []))
         elif images and tag == "Pixels":
@@ -304,18 +307,48 @@ def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
             images[-1][2].append(values)
         elif images and tag == "UUID" and images[-1][2] and "FileName" in values:
             images[-1][2][-1]["FileName"] = values["FileName"]
-    files = {block.get("FileName", name) for _, _, blocks in images for block in blocks}
-    if name not in files and len(files) > 1:
-        raise ImageError(
-            f"{name} is none of the files that its OME-XML describes: "
-            f"{', '.join(sorted(files)[:3])}. Give it the name that it had."
-        )
-    its_name = name if name in files else next(iter(files), name)  # one file may have a new name
-    own = [
-        (pixels, names, blocks)
-        for pixels, names, blocks in images
-        if not blocks or any(block.get("FileName", its_name) == its_name for block in blocks)
-    ]
+    for number, (_, _, blocks) in enumerate(images):
+        for file in {block.get("FileName") for block in blocks}:
+            found.by_file.setdefault(file, []).append(number)
+        if not blocks:
+            found.whole.append(number)
+    return found
+
+
+@lru_cache(maxsize=2)
+def _read_companion(path: Path, _state: FileStat) -> _Described:
+    """Read the file that describes all files of a plate, once for all of them."""
+    return _described(path.name, path.read_text(encoding="utf-8"))
+
+
+def _read_ome(path: Path, description: str, count: int, depth: int) -> _Axes:
+    """Return what an OME-XML says of the ``count`` pages of its file.
+
+    It may be in another file (``*.companion.ome``), and about several files of which this is one.
+    """
+    name = path.name
+    described = _described(name, description)
+    if described.companion is not None:
+        companion = path.with_name(described.companion.rpartition("/")[2] or "?")
+        try:
+            described = _read_companion(companion, local_stat(companion))
+        except (OSError, ValueError) as error:
+            raise ImageError(
+                f"{name} is described in {companion.name}, which is not beside it or cannot be "
+                "read. Copy it there."
+            ) from error
+    by_file = described.by_file
+    its_name = name
+    if name not in by_file and None not in by_file and by_file:
+        if len(by_file) > 1:
+            some = sorted(filter(None, islice(by_file, 100)))[:3]
+            raise ImageError(
+                f"{name} is none of the files that its OME-XML describes: {', '.join(some)}. "
+                "Give it the name that it had."
+            )
+        its_name = next(iter(by_file)) or name  # one file may have a new name
+    numbers = {*by_file.get(its_name, ()), *by_file.get(None, ()), *described.whole}
+    own = [described.images[number] for number in sorted(numbers)]
     if len(own) != 1:
         raise ImageError(
             f"{name} holds {len(own)} images (series). Export each as a file of its own."

@@ -487,10 +487,51 @@ def is_spreadsheet(path: Path) -> bool:
         return False
 
 
+_CELL = re.compile(rb'[ <]r="([A-Z]{1,3})([0-9]{1,7})"')
+"""Where a cell of .xlsx says that it is."""
+_MOST_CELLS = 20_000_000
+_LARGEST_PART = 1 << 30
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a workbook that does not fit into memory, where it is read from A1 to its last cell.
+
+    Raises:
+        BadTableError: it does not.
+    """
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for part in archive.infolist():
+                if part.file_size > _LARGEST_PART:
+                    raise BadTableError(f"{path} is larger than 1 GB. Save the table as CSV.")
+                if not part.filename.startswith("xl/worksheets/"):
+                    continue
+                rows = columns = 1
+                with archive.open(part) as stream:
+                    rest = b""
+                    while chunk := stream.read(_CHUNK):
+                        for letters, row in _CELL.findall(rest + chunk):
+                            column = 0
+                            for letter in letters:
+                                column = column * 26 + letter - 64
+                            rows, columns = max(rows, int(row)), max(columns, column)
+                        rest = chunk[-20:]
+                if rows * columns > _MOST_CELLS:
+                    raise BadTableError(
+                        f"{path} has a sheet of {rows:,} rows and {columns:,} columns, which is "
+                        "too large. Delete what lies far from the table, or save it as CSV."
+                    )
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError):
+        return  # .xls, or damaged: the reader says it
+
+
 @contextmanager
 def _workbook(path: Path) -> Iterator[Any]:
     import python_calamine
 
+    _check_size(path)
     try:
         with python_calamine.load_workbook(path) as book:
             yield book

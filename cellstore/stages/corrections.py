@@ -554,7 +554,7 @@ def undo(
             *_relying_on_rows(session, found.id, ranges),
             *restored.later,
         ]
-        _refuse_if(relying, f"undo run {found.id}")
+        _refuse_if(relying, f"Run {found.id} cannot be undone")
         wells = select(Well.id).where(_within(Well.id, ranges["wells"]))
         notes = _corrected_by_hand(session, wells, images)
         # A file that was not seen has no part in the content of its image, unless that is null.
@@ -644,12 +644,14 @@ def _corrected_by_hand(
     return (f"{note}: do that again if the images come back.",)
 
 
-def _refuse_if(relying: Sequence[str], verb: str) -> None:
+def _refuse_if(relying: Sequence[str], refused: str) -> None:
     if relying:
+        advice = " To let a plate count nowhere: cellstore exclude plate PLATE --reason TEXT."
+        kept = any(name.startswith(("predictions ", "split ")) for name in relying)
         more = f", and {len(relying) - _NAMED} more" if len(relying) > _NAMED else ""
         raise UserInputError(
-            f"To {verb} is not possible, because later work relies on it: "
-            f"{'; '.join(relying[:_NAMED])}{more}. Nothing was changed."
+            f"{refused}, because later work relies on it: "
+            f"{'; '.join(relying[:_NAMED])}{more}. Nothing was changed.{advice if kept else ''}"
         )
 
 
@@ -946,7 +948,9 @@ def delete_plate(
         plate = find_plate(session, readable(name))
         images = _images_of(Level.PLATE, plate)
         segmentations = select(Segmentation.id).where(Segmentation.image_id.in_(images))
-        _refuse_if(_relying(session, images, segmentations, None), f"delete plate {name}")
+        _refuse_if(
+            _relying(session, images, segmentations, None), f"Plate {name} cannot be deleted"
+        )
         wells = select(Well.id).where(Well.plate_id == plate)
         notes = _corrected_by_hand(session, wells, images)
         done = Correction("delete plate", name, (), **_concerned(session, images), notes=notes)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from sqlalchemy import select
 
 from cellstore.io.image_files import encode_tiff
+from cellstore.models import Base
 
 
 def test_init_makes_a_store_and_keeps_an_existing_one(cellstore):
@@ -112,6 +118,7 @@ def test_a_dry_run_needs_no_store(cellstore, tmp_path):
     assert "dry run" in said.err
     found = cellstore("ingest", "images", "--dry-run", "--json").json
     assert [row["well"] for row in found["files"]] == ["A02", "A02"]
+    assert found["channels"] == {"ch1": 1, "ch2": 1}
 
 
 def test_a_dry_run_of_masks_looks_for_their_images(cellstore, store, tmp_path):
@@ -132,6 +139,87 @@ def test_a_dry_run_of_masks_looks_for_their_images(cellstore, store, tmp_path):
     before = cellstore("sql", question, "--store", store, "--json").json
     cellstore(*words, code=1)
     assert cellstore("sql", question, "--store", store, "--json").json == before
+
+
+def _features_of(kind: str, folder: Path, area: float) -> Path:
+    """Two cells in B02 of plate P9, a third without an image or well, as ``kind`` writes them."""
+    columns = ("ImageNumber", "ObjectNumber", "AreaShape_Area", "AreaShape_Extent")
+    cells = [(1, 1, area, 0.5), (1, 2, area + 1, 0.6), (7, 1, 3.0, 0.7)]
+    if kind == "csv":
+        source = folder / "cp"
+        source.mkdir(exist_ok=True)
+        place = "ImageNumber,Metadata_Plate,Metadata_Well,Metadata_Site\n1,P9,B02,1\n"
+        (source / "Image.csv").write_text(place)
+        rows = [",".join(map(str, row)) for row in (columns, *cells)]
+        (source / "Cells.csv").write_text("\n".join(rows) + "\n")
+        return source
+    if kind == "sqlite":
+        source = folder / "cp.sqlite"
+        source.unlink(missing_ok=True)
+        with closing(sqlite3.connect(source)) as database:
+            database.execute(
+                "CREATE TABLE Image (ImageNumber INT, Image_Metadata_Plate TEXT, "
+                "Image_Metadata_Well TEXT, Image_Metadata_Site INT)"
+            )
+            database.execute("INSERT INTO Image VALUES (1, 'P9', 'B02', 1)")
+            database.execute(
+                "CREATE TABLE Cells (ImageNumber INT, ObjectNumber INT, "
+                "Cells_AreaShape_Area FLOAT, Cells_AreaShape_Extent FLOAT)"
+            )
+            database.executemany("INSERT INTO Cells VALUES (?, ?, ?, ?)", cells)
+            database.commit()
+        return source
+    source = folder / "cells.parquet"
+    wells = ["B02" if number == 1 else "nowhere" for number, *_ in cells]
+    places = {"Metadata_Plate": ["P9"] * 3, "Metadata_Well": wells, "Metadata_Site": ["1"] * 3}
+    values = {
+        f"Cells_{name}": [row[at] for row in cells] for at, name in enumerate(columns) if at > 1
+    }
+    numbers = {"Metadata_ObjectNumber": [row[1] for row in cells]}
+    pq.write_table(pa.table({**places, **numbers, **values}), source)
+    return source
+
+
+@pytest.mark.parametrize("kind", ["csv", "sqlite", "parquet"])
+def test_a_dry_run_of_features_says_what_an_ingest_would_do(cellstore, workspace, tmp_path, kind):
+    def everything() -> tuple[dict[str, list[str]], list[tuple[str, bytes]]]:
+        with workspace.database.read() as session:
+            rows = {
+                table.name: sorted(map(repr, session.execute(select(table))))
+                for table in Base.metadata.sorted_tables
+            }
+        folder = workspace.artifacts
+        return rows, [(path, folder.locate(path).read_bytes()) for path in sorted(folder.walk())]
+
+    at = ("--name", "other", "--store", workspace.settings.root)
+    source = _features_of(kind, tmp_path, 10.0)
+    empty = everything()
+    said = cellstore("ingest", source, "--dry-run", *at, code=1)
+    assert "dry run" in said.err
+    assert re.search(r"Cells_AreaShape +2\n", said.out)
+    assert re.search(r"P9 +B02 +1 +1 +1 +2\n", said.out)
+    assert max(map(len, said.out.partition("Rows that were")[0].splitlines())) <= 80
+    planned = cellstore("ingest", source, "--dry-run", "--json", *at, code=1).json
+    assert everything() == empty
+    assert (planned["feature_set"], planned["columns"]) == ("other", {"Cells_AreaShape": 2})
+    assert (planned["cells"], planned["images"], planned["new_images"]) == (2, 1, 1)
+    assert (planned["plates"], planned["refused"]) == (["P9"], 1)
+
+    done = cellstore("ingest", source, "--json", *at, code=1).json
+    names = ("rows", "created", "updated", "unchanged", "refused", "cells", "feature_set")
+    assert {name: planned[name] for name in names} == {name: done[name] for name in names}
+    assert planned["issues"] == done["issues"]
+
+    # The same again, and other values for the same cells: compared with the files of the store.
+    full = everything()
+    again = cellstore("ingest", source, "--dry-run", "--json", *at, code=1).json
+    assert (again["unchanged"], again["cells"], again["images"]) == (done["created"], 0, 0)
+    other = _features_of(kind, tmp_path, 11.0)
+    differs = cellstore("ingest", other, "--dry-run", "--json", *at, code=1).json
+    assert "other values than before" in [issue["reason"] for issue in differs["issues"]]
+    renamed = cellstore("ingest", other, "--dry-run", "--json", "--name", "third", *at[2:], code=1)
+    assert (renamed.json["images"], renamed.json["new_images"]) == (1, 0)
+    assert everything() == full
 
 
 @pytest.mark.parametrize(

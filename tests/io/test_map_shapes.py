@@ -15,8 +15,15 @@ from realdata import real_data
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UnknownNameError, UserInputError
 from cellstore.io.filenames import format_well
+from cellstore.io.layouts import detect
 from cellstore.io.map_shapes import dose_in_name, header_of, read_dose
-from cellstore.io.platemaps import MapOptions, PlateAnnotation, TreatmentRecord, read_annotation
+from cellstore.io.platemaps import (
+    MapOptions,
+    PlateAnnotation,
+    TreatmentRecord,
+    map_table,
+    read_annotation,
+)
 
 Rows = Sequence[Sequence[Any]]
 
@@ -402,6 +409,19 @@ def test_the_small_cases() -> None:
     for name in ("long.xlsx", "long_german_excel.csv"):
         found = labels(read_annotation(folder / name))
         assert (found["C02"], found["D02"]) == ("taxol 0.5 uM", "AMG900 1.25 uM")
+
+
+def test_a_title_above_unknown_headers_is_not_taken_for_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "map.csv"
+    lines = ("Messplatte März;;", "Kavität;Substanz;Dosis [µM]", "A01;taxol;0,5")
+    path.write_bytes("\r\n".join(lines).encode("latin-1"))
+    with pytest.raises(BadTableError, match=r"yours has Kavität, Substanz, Dosis \[µM\]\."):
+        detect(path)
+    with pytest.raises(BadTableError, match=r"yours has Kavität, Substanz, Dosis \[µM\]\."):
+        map_table(path, MapOptions())
+    names = (("well", "Kavität"), ("treatment", "Substanz"), ("dose", "Dosis [µM]"))
+    found = record(read_annotation(path, options=MapOptions(columns=names)), 1, 1)
+    assert (found.pert_iname, found.dose, found.unit) == ("taxol", 0.5, "uM")
 
 
 def _grid(title: str, *rows: Sequence[str]) -> list[Sequence[str]]:

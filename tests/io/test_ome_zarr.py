@@ -220,3 +220,28 @@ def test_a_plate_is_ingested_and_watched(
     path.rename(tmp_path / "P9.zarr")
     gone = refresh(sqlite_workspace)
     assert {issue.severity for issue in gone.problems} == {Severity.PROBLEM}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [[None, 3, 2, 6, 7], ["2", 3, 2, 6, 7], [2, 3, 2, 6, -7], [1, 10**12, 1, 6, 7], [10**7] * 5],
+)
+def test_shapes_that_no_image_has_are_refused(tmp_path: Path, shape: list[Any]) -> None:
+    root = plate(tmp_path / "p.zarr", "0.4")
+    described = root / "B/3/0/0/.zarray"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"shape": shape}))
+    found = list(read_folder(root))
+    refused = [item for item in found if isinstance(item, Refusal)]
+    assert [item.reason for item in refused] == ["image cannot be read"]
+    assert len(found) == 1 + 2 * 4  # the other two fields, at two times and in two planes
+
+
+def test_names_that_no_database_takes_and_wells_that_are_no_path(tmp_path: Path) -> None:
+    root = plate(tmp_path / "p.zarr", "0.4", name="\ud800")
+    described = root / ".zattrs"
+    about = json.loads(described.read_text())
+    about["plate"]["wells"][1]["path"] += "\n"
+    described.write_text(json.dumps(about))
+    found = list(read_folder(root))
+    assert {item.plate for item in found if isinstance(item, ImageRecord)} == {"?"}
+    assert [item.reason for item in found if isinstance(item, Refusal)] == ["not a well"]

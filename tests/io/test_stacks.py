@@ -323,6 +323,27 @@ def test_an_ome_tiff_of_several_files_knows_its_planes(tmp_path: Path) -> None:
     assert read(needs) == stack
 
 
+def test_a_companion_is_read_once_for_all_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xml = "<OME>" + "".join(
+        f'<Image><Pixels SizeX="4" SizeY="3" SizeC="2" SizeZ="1" SizeT="1" DimensionOrder="XYCZT">'
+        f"{block(f'f{number}.ome.tif', 0)}{block(f'f{number}.ome.tif', 1, 1)}</Pixels></Image>"
+        for number in range(5)
+    )
+    (tmp_path / "set.companion.ome").write_text(f"{xml}</OME>", encoding="utf-8")
+    only = '<OME><BinaryOnly MetadataFile="set.companion.ome" UUID="urn:uuid:0"/></OME>'
+    opened = []
+    read_text = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **kwargs: opened.append(path) or read_text(path, **kwargs)
+    )
+    for number in range(5):
+        stack = read(ome(tmp_path / f"f{number}.ome.tif", only, 2))
+        assert [tuple(page) for page in stack.pages] == [(1, 1, 1, 1), (2, 2, 1, 1)]
+    assert opened == [tmp_path / "set.companion.ome"]
+
+
 def block(file: str, channel: int, page: int = 0) -> str:
     uuid = f'<UUID FileName="{file}">urn:uuid:1</UUID>'
     return f'<TiffData IFD="{page}" FirstC="{channel}" PlaneCount="1">{uuid}</TiffData>'

@@ -6,6 +6,7 @@ import io
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from realdata import real_data
 
 from cellstore.errors import BadTableError, UserInputError
 from cellstore.io import tables as tables_module
-from cellstore.io.tables import QUOTED_LINES, Refusal, TableRow, cell_text, open_table
+from cellstore.io.tables import QUOTED_LINES, Refusal, TableRow, cell_text, open_table, sheet_names
 
 
 def write(folder: Path, data: bytes, name: str = "table.csv") -> Path:
@@ -444,3 +445,12 @@ def test_a_parquet_file_that_is_no_table_of_texts_and_numbers_is_said(tmp_path: 
     for name in ("lists.parquet", "cut.parquet"):
         with pytest.raises(BadTableError, match=r"is damaged, or has values that are no text"):
             open_table(tmp_path / name)
+
+
+def test_a_workbook_with_a_cell_far_away_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "far.xlsx"
+    cells = '<row r="1"><c r="A1"><v>1</v></c></row><row r="1048576"><c r="XFD1048576"/></row>'
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xl/worksheets/sheet1.xml", f"<worksheet>{cells}</worksheet>")
+    with pytest.raises(BadTableError, match=r"1,048,576 rows and 16,384 columns.*save it as CSV"):
+        sheet_names(path)

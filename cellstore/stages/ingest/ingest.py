@@ -36,6 +36,7 @@ from ...jobs.runs import RecipeSpec, register, running
 from ...jobs.workspace import Workspace
 from ...models import (
     Event,
+    FeatureSet,
     Folder,
     Image,
     ImageFile,
@@ -44,6 +45,7 @@ from ...models import (
     Plate,
     Recipe,
     Run,
+    Segmentation,
     Treatment,
     Well,
 )
@@ -516,7 +518,7 @@ MOST = 1_000_000
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """What one file would become: a channel of an image, or ``cells`` masks of an image."""
+    """What one file would become: a channel of an image, or ``cells`` of an image."""
 
     file: str
     plate: str
@@ -549,8 +551,11 @@ class _RehearsedError(Exception):
 class Preview:
     """What a source would become: ``files`` are the first of them, ``images`` counts fields.
 
-    Of treatments, ``treated`` are the first wells, and ``created``, ``updated`` and ``unchanged``
-    count rows as an ingest does.
+    Of treatments, ``treated`` are the first wells. Of features, ``files`` and ``images`` are the
+    images that would get cells: each a segmentation, ``new_images`` of them images that the store
+    does not have, and ``cells`` in all; ``columns`` counts those of ``feature_set`` by what their
+    names begin with. Of both, ``created``, ``updated`` and ``unchanged`` count rows as an ingest
+    does.
     ``channels`` counts files by channel; ``refused`` rows would be left out, ``issues`` says why.
     ``at_least``: there are more plates, wells or images than were counted.
     """
@@ -570,6 +575,10 @@ class Preview:
     updated: int = 0
     unchanged: int = 0
     treated: list[PreviewWell] = field(default_factory=list)
+    feature_set: str | None = None
+    columns: Counter[str] = field(default_factory=Counter)
+    cells: int = 0
+    new_images: int = 0
     notes: list[str] = field(default_factory=list)
 
     def refuse(self, issue: Issue) -> None:
@@ -599,16 +608,13 @@ class Preview:
 def _rehearse(
     workspace: Workspace, source: Path, layout: Layout, params: IngestParams, found: Preview
 ) -> None:
-    """Ingest treatments, keep what became of them in ``found``, and undo all of it.
+    """Ingest treatments or features, keep what became of them in ``found``, and undo all of it.
 
     Raises:
         _RehearsedError: always, so that the transaction is undone.
     """
-    from .ingest_treatments import ingest_treatments
-
     with workspace.database.begin() as session:
         one_ingest_at_a_time(session)
-        last = session.scalar(select(func.max(Well.id))) or 0
         recipe = register(session, RecipeSpec(Stage.INGEST, VERSION, {"dry run": source.name}))
         run = Run(
             stage=Stage.INGEST,
@@ -624,46 +630,88 @@ def _rehearse(
         session.add(run)
         session.flush()
         account = Account(run.id, writable(source.name))
-        plates = ingest_treatments(workspace, session, source, layout, params, account)
-        events = select(Event.row_id, Event.old).where(
-            Event.run_id == run.id, Event.table_name == "wells"
-        )
-        changed = {well: old or {} for well, old in session.execute(events)}
-        query = (
-            select(Well.id, Plate.barcode, Well.name, Treatment.name_with_dose, Well.control)
-            .join(Plate, Plate.id == Well.plate_id)
-            .outerjoin(Treatment, Treatment.id == Well.treatment_id)
-            .where(Well.plate_id.in_(plates) | Well.id.in_(list(changed)[:SHOWN]))
-            .order_by(Plate.barcode, Well.well_row, Well.well_column)
-        )
-        for well, barcode, name, treatment, control in session.execute(query):
-            found.plates.add(barcode)
-            found.wells.add((barcode, name))
-            change = "new" if well > last else ""
-            # A well whose metadata alone was changed has what it had.
-            if not change and {"treatment_id", "control"} & changed.get(well, {}).keys():
-                old = {"treatment": treatment, "control": control, **changed[well]}
-                role = f" ({old['control']})" if old["control"] else ""
-                change = f"was {old['treatment'] or 'not known'}{role}"
-            if len(found.treated) < SHOWN:
-                found.treated.append(PreviewWell(barcode, name, treatment, control, change))
+        how = (workspace, session, source, layout, params, account)
+        if layout.kind is SourceKind.FEATURES:
+            from .ingest_features import ingest_features
+
+            last = session.scalar(select(func.max(Image.id))) or 0
+            brought = ingest_features(*how, dry_run=True)
+            _show_features(session, brought, run.id, last, found)
+        else:
+            from .ingest_treatments import ingest_treatments
+
+            last = session.scalar(select(func.max(Well.id))) or 0
+            _show_wells(session, ingest_treatments(*how), run.id, last, found)
         for name, number in account.counts.items():
             setattr(found, name, number)
         found.issues, found.notes = account.shown, account.notes
         raise _RehearsedError
 
 
+def _show_features(
+    session: Session, brought: Brought, run_id: int, last: int, found: Preview
+) -> None:
+    found.feature_set, found.cells = brought.feature_set, brought.cells
+    columns = session.scalar(
+        select(FeatureSet.columns).where(FeatureSet.name == brought.feature_set)
+    )
+    names = [column["name"].split("_") for column in columns or ()]
+    found.columns.update("_".join(name[: min(2, len(name) - 1)] or name) for name in names)
+    for some in in_lists(brought.plates):
+        found.plates.update(session.scalars(select(Plate.barcode).where(Plate.id.in_(some))))
+    query = (
+        select(Segmentation.n_cells, Plate.barcode, Well.name, Image)
+        .join(Image, Image.id == Segmentation.image_id)
+        .join(Well, Well.id == Image.well_id)
+        .join(Plate, Plate.id == Well.plate_id)
+        .where(Segmentation.run_id == run_id)
+        .order_by(Segmentation.id)
+    )
+    images: set[Any] = set()
+    for cells, plate, well, image in session.execute(query.execution_options(yield_per=1000)):
+        where = (plate, well, image.site, image.plane, image.time_point)
+        found.add(images, image.id, [PreviewRow(found.source, *where, cells=cells)])
+        found.new_images += image.id > last
+
+
+def _show_wells(
+    session: Session, plates: Sequence[int], run_id: int, last: int, found: Preview
+) -> None:
+    events = select(Event.row_id, Event.old).where(
+        Event.run_id == run_id, Event.table_name == "wells"
+    )
+    changed = {well: old or {} for well, old in session.execute(events)}
+    query = (
+        select(Well.id, Plate.barcode, Well.name, Treatment.name_with_dose, Well.control)
+        .join(Plate, Plate.id == Well.plate_id)
+        .outerjoin(Treatment, Treatment.id == Well.treatment_id)
+        .where(Well.plate_id.in_(plates) | Well.id.in_(list(changed)[:SHOWN]))
+        .order_by(Plate.barcode, Well.well_row, Well.well_column)
+    )
+    for well, barcode, name, treatment, control in session.execute(query):
+        found.plates.add(barcode)
+        found.wells.add((barcode, name))
+        change = "new" if well > last else ""
+        # A well whose metadata alone was changed has what it had.
+        if not change and {"treatment_id", "control"} & changed.get(well, {}).keys():
+            old = {"treatment": treatment, "control": control, **changed[well]}
+            role = f" ({old['control']})" if old["control"] else ""
+            change = f"was {old['treatment'] or 'not known'}{role}"
+        if len(found.treated) < SHOWN:
+            found.treated.append(PreviewWell(barcode, name, treatment, control, change))
+
+
 def preview(
     source: str | Path, params: IngestParams | None = None, workspace: Workspace | None = None
 ) -> Preview:
-    """Read images, masks or treatments and say what would become of them.
+    """Read a source and say what would become of it; nothing is written.
 
-    Masks and treatments need the ``workspace`` that they are for; images need none.
+    Images need no ``workspace``; all else needs the one that it is for.
 
     Raises:
         BadTableError: the source cannot be read.
         MissingExtraError: masks, and scikit-image is not installed.
-        UserInputError: the source holds features, or there is no ``workspace`` that it needs.
+        UserInputError: there is no ``workspace`` that it needs, or features do not fit what it has.
     """
     params = params or IngestParams()
     layout, source = choose_layout(source, params), Path(source)
@@ -682,17 +730,12 @@ def preview(
                 treatment = row.treatment.label if row.treatment else None
                 files = [PreviewRow(ref.name, *where, ref.channel, treatment) for ref in row.files]
                 found.add(images, where, files)
-    elif layout.kind is SourceKind.FEATURES:
-        raise UserInputError(
-            f"A dry run is for images, masks and treatments, and {source.name} is read as "
-            f"{layout.value} (features). To ingest it, remove --dry-run."
-        )
     elif workspace is None:
         raise UserInputError(
             f"A dry run of {layout.kind.value} needs the store that they are for. Name it with "
             "--store."
         )
-    elif layout.kind is SourceKind.TREATMENTS:
+    elif layout.kind is not SourceKind.MASKS:
         with suppress(_RehearsedError):
             _rehearse(workspace, source, layout, params, found)
     else:

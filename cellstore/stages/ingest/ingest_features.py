@@ -67,13 +67,15 @@ def ingest_features(
     params: IngestParams,
     account: Account,
     identity: FileIdentity | None = None,
+    *,
+    dry_run: bool = False,
 ) -> Brought:
     """Write the objects and features of ``source`` in the open transaction of ``session``.
 
     The rows of each file are accounted for in an account of its own; ``account`` gets the sum.
     The feature set has the name of the tool where ``params`` give none; ``identity`` is that of a
     ``source`` that was looked at. Files of features are written at once, their rows count with
-    the transaction.
+    the transaction; ``dry_run``: the files are not written, and the caller undoes the rows.
 
     Raises:
         BadTableError: the source is damaged, or its objects have no numbers.
@@ -101,7 +103,15 @@ def ingest_features(
             for image in (_UNKNOWN, *np.unique(of_cells).tolist()):
                 empty.pop(image, None)
             cells = _CellWriter(
-                workspace, session, account.run_id, opened, target, of_cells, empty, accounts
+                workspace,
+                session,
+                account.run_id,
+                opened,
+                target,
+                of_cells,
+                empty,
+                accounts,
+                dry_run,
             )
             cells.write()
         accounts.add_issues()  # some are found while the values are read
@@ -333,6 +343,7 @@ class _CellWriter:
     images: Integers
     empty: Mapping[int, int]
     accounts: _Accounts
+    dry_run: bool
     segmentations: dict[int, int] = field(default_factory=dict)
     """By image (id)."""
     files: list[tuple[str, int, int]] | None = None
@@ -410,7 +421,8 @@ class _CellWriter:
         ]
         bulk_insert(self.session, Cell, _CELL, list(zip(*columns, strict=True)))
         values = self.target.conform(_chosen(batch.values, rows), self.source.files[0].name)
-        writer.write(np.asarray(ids, np.int64), values)
+        if not self.dry_run:
+            writer.write(np.asarray(ids, np.int64), values)
         for account, lines in self.accounts.rows_of(cells):
             account.created += len(lines)
         self.created += len(cells)
