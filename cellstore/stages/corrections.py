@@ -646,12 +646,15 @@ def _corrected_by_hand(
 
 def _refuse_if(relying: Sequence[str], refused: str) -> None:
     if relying:
-        advice = " To let a plate count nowhere: cellstore exclude plate PLATE --reason TEXT."
-        kept = any(name.startswith(("predictions ", "split ")) for name in relying)
+        advice = ""
+        if any(name.startswith(("predictions ", "split ")) for name in relying):
+            advice = " To let a plate count nowhere: cellstore exclude plate PLATE --reason TEXT."
+        elif any(name.startswith("the correction ") for name in relying):
+            advice = " Ingest a corrected table instead, or correct wells with cellstore relabel."
         more = f", and {len(relying) - _NAMED} more" if len(relying) > _NAMED else ""
         raise UserInputError(
             f"{refused}, because later work relies on it: "
-            f"{'; '.join(relying[:_NAMED])}{more}. Nothing was changed.{advice if kept else ''}"
+            f"{'; '.join(relying[:_NAMED])}{more}. Nothing was changed.{advice}"
         )
 
 
