@@ -210,4 +210,6 @@ def _concerns(done: Correction) -> str:
 
 def _shown(values: dict[str, Any] | None, what: str) -> Any:
     value = (values or {}).get(what)
+    if isinstance(value, dict):  # metadata
+        return ", ".join(f"{key.replace('_', ' ')} {item}" for key, item in value.items()) or "-"
     return "-" if value is None else value

@@ -115,6 +115,8 @@ def restore(
     """
     result = Store.restore(file, folder, database=database, dry_run=dry_run)
     common.show(result, _show_backup)
+    if not (dry_run or common.as_json):
+        say_next(("cellstore verify",), replace(common, store=folder))
 
 
 def _show_backup(result: Backup) -> None:

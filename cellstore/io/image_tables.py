@@ -466,7 +466,8 @@ def _find_channels(
         found.append(suffix.removeprefix(ORIGINAL) or suffix)
         name = by_key.get(found[-1].lower(), found[-1])
         url = URL_PREFIX + suffix
-        file = url if folder is None and url in urls else column
+        is_url = url in urls and (folder is None or column not in named)
+        file = url if is_url else column
         channels.append(_Channel(name, file, folder, frame, series))
     names = [name.lower() for name in found]
     if repeated := sorted({name for name in names if names.count(name) > 1}):

@@ -12,7 +12,7 @@ from typing import Self
 from ..errors import BadTableError, UserInputError
 from . import image_files
 from .image_tables import FILE_PREFIX, URL_PREFIX
-from .map_shapes import MapColumns, open_map
+from .map_shapes import MapColumns, columns_below_titles, open_map
 from .platemaps import PREFIX, SAMPLE, MapOptions, map_table
 from .tables import nearest_columns, open_table
 
@@ -268,7 +268,10 @@ def _unknown(path: Path, head: bytes) -> BadTableError:
             f"{path.name} only lists which plate uses which plate map. Give the folder of the "
             "plate maps, and this file with --barcodes."
         )
-    yours = ", ".join(name for name in columns[:8] if name)
+    shown = [name for name in columns if name]
+    if len(shown) == 1:  # a title
+        shown = columns_below_titles(path)
+    yours = ", ".join(shown[:8])
     needs = (
         f"{path.name}: I do not recognise this table. A plate map needs a well and a treatment "
         f"column; yours has {yours}{', ...' if len(columns) > 8 else ''}. Name them with "

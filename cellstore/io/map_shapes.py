@@ -22,6 +22,7 @@ from .tables import (
     TableRow,
     TextTable,
     is_spreadsheet,
+    open_table,
     read_sheet,
     sheet_names,
     text_cells,
@@ -540,6 +541,20 @@ def open_map(
         note = f"sheet {name!r} is read; {others} has no plate map"
         table = replace(table, notes=(note, *table.notes))
     return table
+
+
+def columns_below_titles(path: Path, sheet: str | None = None) -> list[str]:
+    """Return the columns of a table that is not understood, for its message.
+
+    Where the first line has one cell it is a title: then the header is the longest line below it.
+    """
+    columns = [name for name in open_table(path, sheet=sheet).columns if name]
+    if len(columns) != 1:
+        return columns
+    sheets = is_spreadsheet(path)
+    rows = read_sheet(path, sheet or sheet_names(path)[0]) if sheets else text_cells(path).rows
+    lines = ([cell.strip() for cell in row.cells if cell.strip()] for row in rows[:_LOOKED_AT])
+    return max(lines, key=len, default=columns)
 
 
 def _title_notes(rows: Sequence[TableRow]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from .map_shapes import (
     MILLIMOLAR_NOTE,
     NAMING,
     MapColumns,
+    columns_below_titles,
     dose_in_name,
     header_of,
     normalised_dose,
@@ -755,7 +756,7 @@ def map_table(path: Path, options: MapOptions) -> TextTable:
             f"{path.name} has no plate map on the sheet {options.sheet}. Name another one with "
             f"--sheet ({others or 'there is no other'}), or its columns with --map-column."
         )
-    columns = [name for name in open_table(path, sheet=options.sheet).columns if name]
+    columns = columns_below_titles(path, options.sheet)
     for meaning, header in options.columns:
         if header not in columns:
             raise UnknownNameError.of("column", f"{header} ({meaning})", columns)

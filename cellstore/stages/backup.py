@@ -95,17 +95,23 @@ def backup(workspace: Workspace, file: Path) -> Backup:
                 "missing": missing,
             }
             data, lost = json.dumps(manifest, indent=1).encode(), set(missing)
-            with open_atomically(file.resolve()) as out, tarfile.open(fileobj=out, mode="w") as tar:
+            # Links are followed: a restore takes none.
+            with (
+                open_atomically(file.resolve()) as out,
+                tarfile.open(fileobj=out, mode="w", dereference=True) as tar,
+            ):
                 info = tarfile.TarInfo(MANIFEST)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
                 tar.add(rows, SQLITE_NAME)
                 for question in sorted((root / QUESTIONS).glob("*.sql")):
-                    tar.add(question, QUESTIONS + question.name)
+                    if question.is_file():
+                        tar.add(question, QUESTIONS + question.name)
                 for path, _ in track(workspace.progress, "backup", total, copy.execute(listed)):
                     if path not in lost:
                         tar.add(workspace.artifacts.locate(path), ARTIFACTS + path)
                         tar.members.clear()  # type: ignore[attr-defined]  # it would remember millions
+                        tar.inodes.clear()  # type: ignore[attr-defined]
     return _result(file, manifest)
 
 

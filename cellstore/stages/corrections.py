@@ -20,7 +20,7 @@ from ..db.events import Change, caller, record_events
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.platemaps import TreatmentRecord, normalised_name
-from ..io.tables import RowRefusedError
+from ..io.tables import MISSING, RowRefusedError
 from ..jobs.lookup import find_cell, find_image, find_plate, find_run, find_well, readable
 from ..jobs.workspace import Workspace
 from ..models import (
@@ -237,7 +237,7 @@ def _rename_channel(
     naming = [
         f"{Stage(recipe.stage).value} recipe {recipe.id}"
         for recipe in recipes
-        if old in (recipe.parameters.get("channels") or ())
+        if any(old in (recipe.parameters.get(key) or ()) for key in ("channels", "nuclei"))
     ]
     # What was made of the image stays as it is: its bytes are the same.
     renamed = update(ImageFile).where(ImageFile.channel == old, ImageFile.image_id.in_(images))
@@ -345,7 +345,11 @@ def _usual_control(session: Session, well: Well) -> Control | None:
 
 def _treatment_named(session: Session, name: str, dose: str | None, notes: list[str]) -> int | None:
     """The id of a treatment by its name (with its dose, or with ``dose``), made if it is new."""
-    if name.lower() == "none" and dose is None:
+    if name and name in MISSING:
+        if name.lower() != "none" or dose is not None:
+            raise UserInputError(
+                f"{name!r} is no treatment. Where it is not known: --treatment none, without --dose"
+            )
         return None
     if not 1 <= len(name) <= LONGEST or not name.isprintable():
         raise UserInputError(f"A treatment needs a name of 1 to {LONGEST} printable characters.")
@@ -402,6 +406,10 @@ def _perturbation_named(session: Session, name: str, notes: list[str]) -> Pertur
     )
     if alike is not None:
         raise UserInputError(f"Unknown treatment {name!r}. Did you mean {alike}?")
+    if " + " in name:
+        raise UserInputError(
+            f"No table has named the combination {name!r}. Give it in a plate map, and ingest that."
+        )
     notes.append(f"{name} is new: no table has named it. It is kept as a compound.")
     return PerturbationKey(PerturbationKind.COMPOUND, name, None)
 
@@ -546,7 +554,9 @@ def undo(
             *_relying_on_rows(session, found.id, ranges),
             *restored.later,
         ]
-        _refuse_if(relying, f"undo run {found.id}")
+        _refuse_if(relying, f"Run {found.id} cannot be undone")
+        wells = select(Well.id).where(_within(Well.id, ranges["wells"]))
+        notes = _corrected_by_hand(session, wells, images)
         # A file that was not seen has no part in the content of its image, unless that is null.
         completed = (
             select(ImageFile.image_id)
@@ -561,6 +571,10 @@ def undo(
                 session,
                 select(Segmentation.image_id).where(Segmentation.run_id == found.id).distinct(),
             )
+        if not deleted["images"]:  # a plate map
+            of_run = select(Event.row_id).where(Event.run_id == found.id, Event.old.is_not(None))
+            labelled = of_run.where(Event.table_name == "wells")
+            deleted = _concerned(session, select(Image.id).where(Image.well_id.in_(labelled)))
         features, paths = _delete_features(session, FeatureFile.run_id == found.id, with_sets=True)
         files.extend(paths)
         changes = _delete_segmentations(session, segmentations, files)
@@ -575,7 +589,7 @@ def undo(
         found.error = f"{_UNDONE} {reason}" if reason else _UNDONE
         status = Change("runs", found.id, {"status": before.value}, {"status": found.status.value})
         rows = [_shown_change(session, change) for change in changes]
-        done = Correction("undo", f"run {found.id}", (*rows, *features), **deleted)
+        done = Correction("undo", f"run {found.id}", (*rows, *features), **deleted, notes=notes)
         return done, [*changes, status]
 
     done = _carry_out(workspace, reason, dry_run, act)
@@ -615,12 +629,36 @@ def _within(column: Any, ranges: Sequence[tuple[int, int]]) -> Any:
     return or_(false(), *(column.between(first, last) for first, last in ranges))
 
 
-def _refuse_if(relying: Sequence[str], verb: str) -> None:
+def _corrected_by_hand(
+    session: Session, wells: Select[Any], images: Select[Any]
+) -> tuple[str, ...]:
+    """A note of the wells that people corrected, themselves or an image: that is lost with them."""
+    of_image = select(Image.well_id).join(Event, Event.row_id == Image.id)
+    of_image = of_image.where(Event.table_name == "images", Image.id.in_(images))
+    of_well = select(Well.id).join(Event, Event.row_id == Well.id)
+    of_well = of_well.where(Event.table_name == "wells", Well.id.in_(wells))
+    by_hand = (Event.run_id.is_(None), Event.old.is_not(None), Event.new.is_not(None))
+    found = session.scalars(of_well.where(*by_hand).union(of_image.where(*by_hand))).all()
+    if not found:
+        return ()
+    names = [_name_of(session, Level.WELL, number) for number in sorted(found)[:_NAMED]]
+    more = ", ..." if len(found) > _NAMED else ""
+    were = "was" if len(found) == 1 else "were"
+    note = f"{', '.join(names)}{more} {were} corrected or excluded by hand"
+    return (f"{note}: do that again if the images come back.",)
+
+
+def _refuse_if(relying: Sequence[str], refused: str) -> None:
     if relying:
+        advice = ""
+        if any(name.startswith(("predictions ", "split ")) for name in relying):
+            advice = " To let a plate count nowhere: cellstore exclude plate PLATE --reason TEXT."
+        elif any(name.startswith("the correction ") for name in relying):
+            advice = " Ingest a corrected table instead, or correct wells with cellstore relabel."
         more = f", and {len(relying) - _NAMED} more" if len(relying) > _NAMED else ""
         raise UserInputError(
-            f"To {verb} is not possible, because later work relies on it: "
-            f"{'; '.join(relying[:_NAMED])}{more}. Nothing was changed."
+            f"{refused}, because later work relies on it: "
+            f"{'; '.join(relying[:_NAMED])}{more}. Nothing was changed.{advice}"
         )
 
 
@@ -673,7 +711,10 @@ def _relying(
 def _relying_on_rows(
     session: Session, run_id: int, ranges: Mapping[str, Sequence[tuple[int, int]]]
 ) -> list[str]:
-    """Which other ingests put images into wells, or wells onto plates, that the run has made."""
+    """Which other ingests put files to images, images into wells, or wells onto plates of a run."""
+    files = select(ImageFile.id).where(
+        _within(ImageFile.image_id, ranges["images"]), ~_within(ImageFile.id, ranges["image_files"])
+    )
     images = select(Image.id).where(
         _within(Image.well_id, ranges["wells"]), ~_within(Image.id, ranges["images"])
     )
@@ -681,12 +722,12 @@ def _relying_on_rows(
         _within(Well.plate_id, ranges["plates"]), ~_within(Well.id, ranges["wells"])
     )
     found = []
-    for table, query in (("images", images), ("wells", wells)):
+    for table, query in (("image_files", files), ("images", images), ("wells", wells)):
         row_id = session.scalar(query.limit(1))
         if row_id is not None:
             made = select(Event.run_id).where(Event.table_name == table, Event.row_id >= row_id)
             by = session.scalar(made.where(Event.old.is_(None)).order_by(Event.row_id).limit(1))
-            name = _name_of(session, _NAMES_OF[table], row_id)
+            name = _named(session, table, row_id)
             found.append(f"ingest run {by} brought {name}")
     labelled = select(Event.run_id).where(
         Event.table_name == "wells",
@@ -756,6 +797,9 @@ def _named(session: Session, table: str, row_id: int | None) -> str:
         return (
             f"{table[:-1]} {row_id}" if row is None else _name_of(session, _NAMES_OF[table], row_id)
         )
+    if table == "image_files" and row_id is not None:
+        file = session.get_one(ImageFile, row_id)
+        return f"channel {file.channel} of {_name_of(session, Level.IMAGE, file.image_id)}"
     if table == "perturbations" and row_id is not None:
         return session.get_one(Perturbation, row_id).name
     return table
@@ -911,13 +955,17 @@ def delete_plate(
         plate = find_plate(session, readable(name))
         images = _images_of(Level.PLATE, plate)
         segmentations = select(Segmentation.id).where(Segmentation.image_id.in_(images))
-        _refuse_if(_relying(session, images, segmentations, None), f"delete plate {name}")
-        done = Correction("delete plate", name, (), **_concerned(session, images))
+        _refuse_if(
+            _relying(session, images, segmentations, None), f"Plate {name} cannot be deleted"
+        )
+        wells = select(Well.id).where(Well.plate_id == plate)
+        notes = _corrected_by_hand(session, wells, images)
+        done = Correction("delete plate", name, (), **_concerned(session, images), notes=notes)
         changes = _delete_segmentations(session, segmentations, files)
         # Measured sets stay: the next plate is measured into them.
         files.extend(_delete_features(session, _of_deleted_cells(changes), with_sets=False)[1])
         changes += _delete_images(session, images)
-        changes += _delete_rows(session, Well, query=select(Well.id).where(Well.plate_id == plate))
+        changes += _delete_rows(session, Well, query=wells)
         (own,) = _delete_rows(session, Plate, [(plate, plate)])
         changes.append(replace(own, old={**(own.old or {}), "barcode": name}))
         shown = tuple(_shown_change(session, change) for change in changes)

@@ -56,7 +56,8 @@ def test_a_store_is_backed_up_and_restored(cellstore, store):
     said = cellstore("backup", "b.tar", "--store", store)
     assert "rows" in said.out
     assert "dry run" in cellstore("restore", "b.tar", "new", "--dry-run").err
-    cellstore("restore", "b.tar", "new")
+    said = cellstore("restore", "b.tar", "new")
+    assert said.err.splitlines()[-1] == "Next: cellstore --store new verify"
     count = ("sql", "SELECT count(*) AS n FROM images", "--json", "--store", "new")
     assert cellstore(*count).json[0]["n"] == 12
     assert "not empty" in cellstore("restore", "b.tar", "new", code=2).err
@@ -90,3 +91,21 @@ def test_imported_cells_are_undone_and_come_back(cellstore, with_set):
     cellstore("delete", "plate", "P1", "--yes", *at)
     assert numbers()["cells"] == 0
     assert cellstore("sql", "FROM cell_table", *at, "--json").json == []
+
+
+def test_a_map_that_is_taken_back_says_what_the_wells_had(cellstore, store, tmp_path):
+    at = ("--store", store)
+    path = tmp_path / "map.csv"
+    path.write_text("Well,Compound,Dose (uM),Passage\nA01,drug,5,7\nA02,drug,5,8\n")
+    tried = cellstore("ingest", path, "--plate", "P9", "--dry-run", *at)
+    changes = [line.split()[-1] for line in tried.out.splitlines() if line.startswith("P9 ")]
+    assert changes == ["new", "new"]
+    cellstore("ingest", path, "--plate", "P1", *at)
+    path.write_text("Well,Compound,Dose (uM),Passage\nA01,drug,5,9\nA02,drug,5,10\n")
+    tried = cellstore("ingest", path, "--plate", "P1", "--dry-run", *at)
+    assert "was" not in tried.out
+    run = cellstore("ingest", path, "--plate", "P1", "--json", *at).json["run_id"]
+    said = cellstore("undo", run, "--reason", "wrong", *at)
+    assert "Passage 9" in said.out
+    assert "concerns  4 images" in said.out
+    assert "{" not in said.out

@@ -15,11 +15,13 @@ from realdata import real_data
 from cellstore.enums import Control, PerturbationKind
 from cellstore.errors import BadTableError, UnknownNameError, UserInputError
 from cellstore.io.filenames import format_well
+from cellstore.io.layouts import detect
 from cellstore.io.map_shapes import dose_in_name, header_of, read_dose
 from cellstore.io.platemaps import (
     MapOptions,
     PlateAnnotation,
     TreatmentRecord,
+    map_table,
     read_annotation,
     read_control,
 )
@@ -442,6 +444,19 @@ def test_a_dose_in_a_name_counts_where_the_column_of_doses_is_blank(tmp_path: Pa
 def test_words_for_controls(text: str, control: Control) -> None:
     assert read_control(text) == (True, control)
     assert read_control("non-negative") == (False, None)
+
+
+def test_a_title_above_unknown_headers_is_not_taken_for_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "map.csv"
+    lines = ("Messplatte März;;", "Kavität;Substanz;Dosis [µM]", "A01;taxol;0,5")
+    path.write_bytes("\r\n".join(lines).encode("latin-1"))
+    with pytest.raises(BadTableError, match=r"yours has Kavität, Substanz, Dosis \[µM\]\."):
+        detect(path)
+    with pytest.raises(BadTableError, match=r"yours has Kavität, Substanz, Dosis \[µM\]\."):
+        map_table(path, MapOptions())
+    names = (("well", "Kavität"), ("treatment", "Substanz"), ("dose", "Dosis [µM]"))
+    found = record(read_annotation(path, options=MapOptions(columns=names)), 1, 1)
+    assert (found.pert_iname, found.dose, found.unit) == ("taxol", 0.5, "uM")
 
 
 def _grid(title: str, *rows: Sequence[str]) -> list[Sequence[str]]:

@@ -227,6 +227,22 @@ def test_a_lost_file_is_named_and_the_rest_is_kept(
     assert (tmp_path / "new/artifacts" / stored[2].path).read_bytes() == b"three"
 
 
+def test_links_are_kept_as_the_files_that_they_name(
+    sqlite_workspace: Workspace, tmp_path: Path
+) -> None:
+    mine = sqlite_workspace.settings.root / "questions"
+    mine.mkdir()
+    (tmp_path / "mine.sql").write_text("-- Mine.\nFROM wells\n")
+    (mine / "linked.sql").symlink_to(tmp_path / "mine.sql")
+    (mine / "twice.sql").hardlink_to(tmp_path / "mine.sql")
+    (mine / "broken.sql").symlink_to(tmp_path / "gone.sql")
+    (mine / "again.sql").hardlink_to(tmp_path / "mine.sql")
+    Store(sqlite_workspace).backup(tmp_path / "screen.tar")
+    Store.restore(tmp_path / "screen.tar", tmp_path / "new")
+    found = {path.name for path in (tmp_path / "new/questions").iterdir() if path.is_file()}
+    assert found == {"again.sql", "linked.sql", "twice.sql"}
+
+
 def test_a_backup_is_of_one_moment_while_others_write(
     workspace: Workspace, screen: SmallScreen, tmp_path: Path
 ) -> None:

@@ -101,7 +101,9 @@ def test_a_channel_is_renamed_on_one_plate_or_all(store: Store, screen: SmallScr
         with store.open_questions() as questions:
             return list(questions.ask(channels).rows())
 
-    store.rename("channel", "DNA", "Hoechst", plate="BR2")
+    recipe = make.recipe(Stage.SEGMENT, parameters={"channels": ["ER"], "nuclei": ["DNA"]})
+    done = store.rename("channel", "DNA", "Hoechst", plate="BR2")
+    assert f"segment recipe {recipe.id}" in done.notes[0]
     assert found() == [("BR1", "DNA"), ("BR2", "Hoechst")]
     done = store.rename("channel", "DNA", "Hoechst")
     assert (len(done.changes), done.images) == (1, 6)
@@ -170,6 +172,9 @@ def test_names_that_are_unclear_are_refused(store: Store, screen: SmallScreen) -
         ({"treatment": "taxol", "dose": "much"}, "number and a unit"),
         ({"dose": "5 uM"}, "--treatment"),
         ({}, "--treatment"),
+        ({"treatment": "none", "dose": "5 uM"}, "is no treatment"),
+        ({"treatment": "N/A"}, "is no treatment"),
+        ({"treatment": "taxol + brefeldin"}, "in a plate map"),
         ({"treatment": "taxol", "reason": " "}, "--reason"),
     ):
         with pytest.raises(UserInputError, match=match):
@@ -330,15 +335,40 @@ def test_what_later_work_relies_on_is_not_undone(store: Store, tmp_path: Path) -
         store.undo(str(images))
     assert answers(store, *EVERYTHING) == before
     store.relabel("P1/A01", treatment="DMSO", reason="it was")
-    with pytest.raises(UserInputError, match=r"the correction of .* changed P1/A01 again"):
+    with pytest.raises(
+        UserInputError, match=r"the correction of .* changed P1/A01 again.*Ingest a corrected"
+    ):
         store.undo(str(maps[1].run_id))
+
+
+def test_a_channel_that_came_later_stays_and_corrections_by_hand_are_named(
+    store: Store, tmp_path: Path
+) -> None:
+    images = store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02"])).run_id
+    table = tmp_path / "b.csv"
+    table.write_text(
+        (tmp_path / "a.csv").read_text().replace("OrigDNA", "OrigER").replace(".tif", "_er.tif")
+    )
+    channel = store.ingest(table).run_id
+    with pytest.raises(
+        UserInputError, match=f"ingest run {channel} brought channel ER of P1/A01/1"
+    ):
+        store.undo(str(images))
+    store.undo(str(channel))
+    store.relabel("P1/A01", treatment="taxol", reason="it was")
+    store.exclude("image", "P1/A02/1", reason="blurred")
+    for plan in (store.undo(str(images), dry_run=True), store.delete_plate("P1", dry_run=True)):
+        assert plan.notes[0].startswith("P1/A01, P1/A02 were corrected or excluded by hand")
+    assert store.undo(str(images)).notes
+    store.ingest(tmp_path / "a.csv")
+    assert store.delete_plate("P1").notes == ()
 
 
 def test_a_screen_that_was_used_is_neither_undone_nor_deleted(
     store: Store, screen: SmallScreen
 ) -> None:
     before = answers(store)
-    with pytest.raises(UserInputError, match=r"predictions of run \d+; split main"):
+    with pytest.raises(UserInputError, match=r"split main.*count nowhere: cellstore exclude plate"):
         store.delete_plate("BR1")
     with pytest.raises(UserInputError, match="Only ingest runs"):
         store.undo(str(screen.predict_run.id))

@@ -214,8 +214,8 @@ def test_a_well_that_is_empty_on_a_later_map_keeps_its_treatment_and_that_is_sai
     bench.map()
     account = bench.map(ORFS, ORF_MAP)
     (issue,) = (item for item in account.shown if item.severity is Severity.SUSPICIOUS)
-    assert (issue.reason, issue.line) == ("an empty well that has a treatment", 3)
-    assert "well A02 of plate P1" in issue.detail
+    assert (issue.reason, issue.line) == ("a blank well that has a treatment", 3)
+    assert "cellstore relabel P1/A02 --treatment none" in issue.detail
     assert bench.treated()["P1 A02"][0] == "taxol"
 
 
@@ -264,7 +264,8 @@ def test_a_map_for_nobody(bench: Bench) -> None:
 def test_a_map_before_its_images_makes_plate_and_wells(bench: Bench) -> None:
     account = bench.map(plate="P7")
     assert counts(account) == (3, 0, 0, 0)
-    assert "new, made by this map: plate P7" in account.notes
+    said = "new, made by this map, without images so far: plate P7."
+    assert any(note.startswith(said) for note in account.notes)
     assert set(bench.treated()) == {"P7 A01", "P7 A02", "P7 B01"}
 
 
@@ -521,13 +522,15 @@ def test_one_map_for_several_plates(bench: Bench) -> None:
     assert set(bench.treated()) == {
         f"P{number} A0{well}" for number in (1, 2, 3) for well in (1, 2)
     }
-    assert "new, made by this map: plate P2, P3" in account.notes
+    said = "new, made by this map, without images so far: plate P2, P3."
+    assert any(note.startswith(said) for note in account.notes)
 
 
 def test_wells_with_images_and_no_treatment_are_named(bench: Bench) -> None:
     bench.make.image(bench.wells[1])
     account = map_of(bench, "Well,Compound\nA1,taxol\nB1,taxol\n")
     assert any("1 well with images got no treatment: A02" in note for note in account.notes)
+    assert any(", but wells without images got one: A01, B01." in note for note in account.notes)
 
 
 def test_a_dry_run_shows_and_writes_nothing(bench: Bench) -> None:

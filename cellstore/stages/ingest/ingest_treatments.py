@@ -277,7 +277,10 @@ def _plates_of_maps(
                 account.notes.append(f"plate {barcode} is new: did you mean {near[0]}?")
         if new:
             more = f" and {len(new) - 5:,} more" if len(new) > 5 else ""
-            account.notes.append(f"new, made by this map: plate {', '.join(new[:5])}{more}")
+            account.notes.append(
+                f"new, made by this map, without images so far: plate {', '.join(new[:5])}{more}. "
+                "If that is a mistake: cellstore undo RUN"
+            )
         absent = [name for name in absent if barcodes[name] not in annotation.maps]
     for name, missing in sorted(unmapped.items()):
         detail = f"{', '.join(sorted(missing))} use the plate map {name}, which was not given"
@@ -311,9 +314,10 @@ def _apply_map(
         if treatment is not None and (row, column) in emptied:
             account.suspicious(
                 plate_map.lines[row, column],
-                "an empty well that has a treatment",
-                f"well {format_well(row, column)} of plate {barcode} is blank on the map, but has "
-                "a treatment in the store; kept",
+                "a blank well that has a treatment",
+                f"{barcode}/{format_well(row, column)} is blank on the map, but keeps the "
+                "treatment that it has in the store. If that is wrong: cellstore relabel "
+                f"{barcode}/{format_well(row, column)} --treatment none --reason TEXT",
                 file=writable(plate_map.path.name),
             )
     metadata_of = _share_metadata(session, plate_map, plates, account)
@@ -380,9 +384,16 @@ def _note_untreated(session: Session, plates: Sequence[int], account: Account) -
     found = [(row, column) for row, column in session.execute(query)]
     if found:
         count = "1 well" if len(found) == 1 else f"{len(found):,} wells"
+        query = (
+            select(Well.well_row, Well.well_column)
+            .where(Well.plate_id.in_(plates), Well.treatment_id.is_not(None))
+            .where(~exists().where(Image.well_id == Well.id))
+        )
+        bare = [(row, column) for row, column in session.execute(query)]
+        but = f", but wells without images got one: {listed_wells(bare)}" if bare else ""
         account.notes.append(
-            f"{count} with images got no treatment: {listed_wells(found)}. If that is not meant, "
-            "look whether the map has shifted"
+            f"{count} with images got no treatment: {listed_wells(found)}{but}. If that is not "
+            "meant, look whether the map has shifted; cellstore undo RUN takes it back"
         )
 
 
