@@ -571,6 +571,10 @@ def undo(
                 session,
                 select(Segmentation.image_id).where(Segmentation.run_id == found.id).distinct(),
             )
+        if not deleted["images"]:  # a plate map
+            of_run = select(Event.row_id).where(Event.run_id == found.id, Event.old.is_not(None))
+            labelled = of_run.where(Event.table_name == "wells")
+            deleted = _concerned(session, select(Image.id).where(Image.well_id.in_(labelled)))
         features, paths = _delete_features(session, FeatureFile.run_id == found.id, with_sets=True)
         files.extend(paths)
         changes = _delete_segmentations(session, segmentations, files)

@@ -107,4 +107,5 @@ def test_a_map_that_is_taken_back_says_what_the_wells_had(cellstore, store, tmp_
     run = cellstore("ingest", path, "--plate", "P1", "--json", *at).json["run_id"]
     said = cellstore("undo", run, "--reason", "wrong", *at)
     assert "Passage 9" in said.out
+    assert "concerns  4 images" in said.out
     assert "{" not in said.out
