@@ -13,7 +13,7 @@ from typing import ClassVar
 import pytest
 from factories import Factory
 from small_training import Opener, Trained
-from sqlalchemy import select, text, update
+from sqlalchemy import func, select, text, update
 from test_segment_measure import Bench
 from test_segment_measure import bench as bench_of_images
 
@@ -138,6 +138,32 @@ def test_a_file_that_cannot_be_read_ends_in_a_sentence(sqlite_workspace: Workspa
 
 bench = bench_of_images
 """The fixture, of three images with two files each."""
+
+
+def test_a_folder_is_relocated_to_the_old_name_of_one_within_it(bench: Bench) -> None:
+    workspace, inner = bench.workspace, bench.images / "b"
+    inner.mkdir()
+    for file in sorted(bench.images.glob("r01c02f02*")):
+        file.rename(inner / file.name)
+    with workspace.database.begin() as session:
+        of_inner = ImageFile.name.startswith("r01c02f02")
+        number = session.scalar(select(func.max(Folder.id))) or 0
+        session.add(Folder(id=number + 1, uri=str(inner)))
+        session.flush()
+        session.execute(update(ImageFile).where(of_inner).values(folder_id=number + 1))
+    assert not verify(workspace).gone
+    deepest = inner / "b"
+    deepest.mkdir()
+    down, back = (
+        ((inner, deepest), (bench.images, inner)),
+        ((inner, bench.images), (deepest, inner)),
+    )
+    for moves, old, new in ((down, bench.images, inner), (back, inner, bench.images)):
+        for source, target in moves:
+            for file in [path for path in source.iterdir() if path.is_file()]:
+                file.rename(target / file.name)
+        assert relocate(workspace, str(old), str(new)).files == 6
+        assert not verify(workspace).gone
 
 
 def test_files_that_were_moved_are_noticed_and_relocated(bench: Bench, tmp_path: Path) -> None:

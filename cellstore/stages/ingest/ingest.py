@@ -485,7 +485,10 @@ def relocate(
         with workspace.database.begin() as session:
             one_ingest_at_a_time(session)
             changes = []
-            for number, uri in targets.items():
+            # A folder gets its new name before another one gets the old name of it.
+            deeper = len(new) > len(old)
+            order = sorted(targets.items(), key=lambda item: len(item[1]), reverse=deeper)
+            for number, uri in order:
                 taken = session.scalar(select(Folder.id).where(Folder.uri == uri))
                 before, after = {"uri": folders[number]}, {"uri": uri}
                 changes.append(Change("folders", taken or number, before, after))
