@@ -173,6 +173,9 @@ def test_a_folder_beside_a_plain_name_goes_before_the_url(tmp_path: Path) -> Non
     (file,) = only_image(table(tmp_path, LOADDATA | {"URL_OrigDNA": "file:///x/b.tif"})).files
     assert (file.name, file.folder) == ("dna.tif", "/elsewhere/images")
     assert only_refusal(table(tmp_path, LOADDATA | {"FileName_OrigDNA": "file:///x/.."}))
+    plain = {key: text for key, text in LOADDATA.items() if "FileName" not in key}
+    (file,) = only_image(table(tmp_path, plain | {"URL_OrigDNA": "file:///x/b.tif"})).files
+    assert (file.name, file.folder) == ("b.tif", "/x")
 
 
 def test_flat_fields_are_no_channels_and_an_empty_name_is_a_channel_not_taken(
