@@ -438,6 +438,8 @@ def long_form(path: Path, rows: Sequence[TableRow], chosen: Mapping[str, str]) -
     numbers = _parts_of(blocks, [header_of(name) if name else None for name in names])
     for at, (block, name) in enumerate(zip(blocks, names, strict=True), 1):
         called = name or block.title or f"block {at}"
+        if name is None and header_of(called):
+            called = f"block {at} {called}"  # 'Dose', and there are words in it
         if name is None:
             notes.append(
                 f"the grid at line {block.line} ({block.title or 'no title'}) is kept as metadata "

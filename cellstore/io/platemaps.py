@@ -695,6 +695,7 @@ def read_annotation(
                 issues.append((path, row))
             else:
                 by_map[row[1].map_name or stem].append(row)
+        issues += [(path, refusal) for refusal in _unclear_doses(by_map)]
         dose = columns.column("dose")
         if dose and "mmoles" in dose.lower() and columns.units[dose] != "mM":
             notes.append(f"{writable(path.name)}: {MILLIMOLAR_NOTE}")
@@ -797,6 +798,26 @@ def _read_treatments(path: Path, issues: list[Issue]) -> _Treatments:
             detail = f"{name} is {first.pert_iname} on an earlier line; kept"
             issues.append((path, Refusal(line, "broad_sample twice", detail)))
     return found
+
+
+def _unclear_doses(maps: Mapping[str, list[tuple[int, MapRow]]]) -> Iterator[Refusal]:
+    """Take out, and yield, rows with doses like 1.000 where others of the file are like 0,5."""
+    doses = [
+        (item, part.dose_original)
+        for rows in maps.values()
+        for item in rows
+        for part in (item[1].record.parts if item[1].record else ())
+        if part.dose_original
+    ]
+    if not any("," in text for _, text in doses):
+        return
+    thousands = re.compile(r"[1-9][0-9]{0,2}\.[0-9]{3}(?![0-9])")
+    unclear = {id(item): (item[0], text) for item, text in doses if thousands.match(text)}
+    for rows in maps.values():
+        rows[:] = [item for item in rows if id(item) not in unclear]
+    for line, text in unclear.values():
+        detail = f"{text!r} may mean two numbers, as others have a comma; write it without a point"
+        yield Refusal(line, "not a dose", detail)
 
 
 def _map_rows(table: TextTable, columns: MapColumns) -> Iterator[tuple[int, MapRow] | Refusal]:

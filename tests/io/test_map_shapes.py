@@ -563,3 +563,27 @@ def test_dmso_in_both_columns_of_a_combination_is_a_negative_control(tmp_path: P
 def test_what_is_no_number_with_a_unit_is_no_dose(text: str) -> None:
     with pytest.raises(ValueError, match="no number"):
         read_dose(text, "uM")
+
+
+def test_a_point_beside_decimal_commas_may_separate_thousands(tmp_path: Path) -> None:
+    head = ["Well", "Compound", "Dose (nM)"]
+    rows = [head, ["A01", "taxol", "1.000"], ["A02", "taxol", "0,5"], ["A03", "x", "2.5"]]
+    found = read_annotation(write(tmp_path / "m.csv", rows, ";"))
+    assert _labels(found) == {"A02": "taxol 0.0005 uM", "A03": "x 0.0025 uM"}
+    assert [(issue.line, issue.reason) for _, issue in found.issues] == [(2, "not a dose")]
+    grids = [
+        *_grid("Compound", ["x"] * 3, ["y"] * 3),
+        *_grid("Dose", ["1,5", "1.000", "2"], [""] * 3),
+    ]
+    drawn = read_annotation(write(tmp_path / "grid.csv", grids, ";"))
+    assert [drawn.maps["grid"].wells.get((1, at)) is None for at in (1, 2, 3)] == [0, 1, 0]
+    # Where no other has a comma it is a decimal point.
+    only = read_annotation(write(tmp_path / "m.csv", rows[:2], ";"))
+    assert _labels(only) == {"A01": "taxol 0.001 uM"}
+
+
+def test_a_grid_called_dose_with_words_in_it_is_metadata(tmp_path: Path) -> None:
+    rows = [*_grid("Compound", ["x"] * 3, ["y"] * 3), *_grid("Dose", ["low"] * 3, ["high"] * 3)]
+    found = read_annotation(write(tmp_path / "m.csv", rows))
+    assert (_labels(found)["A01"], found.issues) == ("x", ())
+    assert found.maps["m"].metadata[1, 1] == {"block 2 Dose": "low"}
