@@ -137,7 +137,7 @@ def typed_value(item: Field, typed: Any) -> Any:
         words = [part for text in words for part in text.split(",") if part.strip()]
     kind = get_args(kind)[0]
     if kind is str or kind is Path:
-        return tuple(kind(word.strip()) for word in words)
+        return tuple(kind(word if known["repeated"] else word.strip()) for word in words)
     pairs, start = [], ""
     for word in words:
         # What has no "=" belongs to the next word: the name that it came with has a comma in it.

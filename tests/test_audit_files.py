@@ -98,8 +98,9 @@ def test_a_name_of_several_images_says_how_to_choose(workspace: Workspace) -> No
         well = session.get_one(Well, find_well(session, "BR1/B01"))
     deeper = make.image(well, 1, plane=2)
     with workspace.database.read() as session:
-        with pytest.raises(UserInputError, match=rf"\(id {deeper.id}\)"):
+        with pytest.raises(UserInputError, match="BR1/r02c01f01 plane 2 time 1"):
             find_image(session, "BR1/B01/1")
+        assert find_image(session, "BR1/r02c01f01 plane 2 time 1") == deeper.id
         assert find_image(session, str(deeper.id)) == deeper.id
 
 
