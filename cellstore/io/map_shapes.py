@@ -339,7 +339,7 @@ def find_blocks(rows: Sequence[TableRow]) -> list[Block]:
                     taken.add((below, column))
                 beyond = body[end].strip() if end < len(body) else ""
                 head = cells[end].strip() if end < len(cells) else ""
-                if beyond and not head:
+                if beyond and not head and _row_of(beyond) != found:  # labels on both sides
                     raise BadTableError(
                         f"Line {rows[below].line} has {beyond!r} to the right of column "
                         f"{numbers[-1]}, where the grid has no number. Has the map shifted? "

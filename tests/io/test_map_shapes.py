@@ -587,3 +587,11 @@ def test_a_grid_called_dose_with_words_in_it_is_metadata(tmp_path: Path) -> None
     found = read_annotation(write(tmp_path / "m.csv", rows))
     assert (_labels(found)["A01"], found.issues) == ("x", ())
     assert found.maps["m"].metadata[1, 1] == {"block 2 Dose": "low"}
+
+
+def test_a_grid_may_have_its_letters_on_both_sides(tmp_path: Path) -> None:
+    rows = [["", "1", "2", "3", ""], ["A", "x", "y", "z", "A"], ["B", "x", "y", "z", "B"]]
+    assert _labels(read_annotation(write(tmp_path / "m.csv", rows)))["B03"] == "z"
+    rows[2][4] = "C"
+    with pytest.raises(BadTableError, match="Has the map shifted"):
+        read_annotation(write(tmp_path / "m.csv", rows))
