@@ -444,6 +444,8 @@ def treatment_rows(table: TextTable) -> Iterator[TreatmentRow | Refusal]:
         name = texts.get(name_column or "") or target_of(target) or sample
         if name is None or name.lower() == _EMPTY:
             return None
+        if (sample or "").upper() == DMSO:
+            sample = None  # a name, and no code, as in maps
         is_dmso = kind is PerturbationKind.COMPOUND and name.upper() == DMSO
         if sample_column and sample is None and not is_dmso:
             raise RowRefusedError(

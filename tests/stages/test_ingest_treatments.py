@@ -516,6 +516,25 @@ def test_a_well_that_a_column_calls_treated_is_no_control(bench: Bench) -> None:
     assert bench.treated()["P1 A01"][2] is Control.POSITIVE
 
 
+def test_a_sample_that_a_name_gets_is_said_and_dmso_is_none(bench: Bench) -> None:
+    from cellstore.stages.ingest.ingest import preview
+
+    wells = "Well,Compound\nA1,DMSO\nA2,taxol\n"
+    map_of(bench, wells)
+    table = bench.file("odd.csv", "broad_sample,pert_iname\nDMSO,DMSO\nBRD-7,taxol\n")
+    named = map_of(bench, wells, compounds=(table,))
+    assert (counts(named), [note for note in named.notes if "corrected" in note]) == (
+        (0, 1, 1, 0),
+        ["corrected: P1/A02 taxol, identifier none -> taxol, identifier BRD-7"],
+    )
+    other = bench.file("other.csv", "broad_sample,pert_iname\nBRD-8,taxol\n")
+    source = bench.file("codes.csv", "well_position,broad_sample\nA2,BRD-8\n")
+    found = preview(source, IngestParams(plate="P1", compounds=(other,)), bench.workspace)
+    assert [(well.well, well.change) for well in found.treated if well.change] == [
+        ("A02", "was taxol, identifier BRD-7")
+    ]
+
+
 def test_one_map_for_several_plates(bench: Bench) -> None:
     account = map_of(bench, LONG, plate=("P1", "P2", "P3"))
     assert counts(account) == (0, 2, 0, 0)

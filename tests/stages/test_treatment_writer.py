@@ -168,7 +168,9 @@ def test_a_row_that_names_the_sample_replaces(screen: Screen) -> None:
     assert screen.say(AMG, line=9) == {screen.wells[0]}
     assert screen.treatment() == AMG
     ((table, old, new, *where),) = screen.changes()
-    assert (table, old, new) == ("wells", {"control": None}, {"control": "positive"})
+    assert table == "wells"
+    assert old == {"treatment": "AMG900", "control": None, "identifier": "none"}
+    assert new == {"treatment": "AMG900", "control": "positive", "identifier": "BRD-1"}
     assert where == ["map.txt", 9]
 
 

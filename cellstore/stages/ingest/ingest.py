@@ -699,6 +699,7 @@ def _show_wells(
         if not change and {"treatment_id", "control"} & changed.get(well, {}).keys():
             old = {"treatment": treatment, "control": control, **changed[well]}
             role = f" ({old['control']})" if old["control"] else ""
+            role += f", identifier {old['identifier']}" if old.get("identifier") else ""
             change = f"was {old['treatment'] or 'not known'}{role}"
         if len(found.treated) < SHOWN:
             found.treated.append(PreviewWell(barcode, name, treatment, control, change))

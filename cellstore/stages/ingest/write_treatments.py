@@ -33,8 +33,8 @@ DESCRIBED = ("target", "inchikey", "smiles", "pubchem_cid")
 _NAMED_WELLS = 5
 """Wells that a message names."""
 
-_SHOWN = ("treatment", "control")
-"""What such a message says of a correction."""
+_SHOWN = {"treatment": "", "control": "", "identifier": "identifier ", "kind": "kind "}
+"""What such a message says of a correction, and the word before each value."""
 
 # ---- The identity of a treatment ----
 
@@ -280,6 +280,17 @@ class TreatmentWriter:
                 )
             before, after = values
             differing = [name for name in before if before[name] != after[name]]
+            if "treatment_id" in differing and "treatment" not in differing:
+                # Two samples of one name, or a compound and a gene of one name.
+                differing.insert(1, "treatment")
+                for row in values:
+                    known = self._records.get(row["treatment_id"] or 0)
+                    for name in ("identifier", "kind"):
+                        texts = [getattr(part, name) for part in known.parts] if known else []
+                        row[name] = " + ".join(text or "none" for text in texts)
+                differing += [
+                    name for name in ("identifier", "kind") if before[name] != after[name]
+                ]
             old, new = ({name: row[name] for name in differing} for row in (before, after))
             changes.append(Change("wells", well, old, new, wanted[well][1]))
         had = [item for item in changes if (item.old or {}).get("treatment_id", 0) is not None]
@@ -424,7 +435,11 @@ class TreatmentWriter:
             shown = []
             for well, name in _named_wells(session, list(named)):
                 old, new = (
-                    [str(value) for key, value in (item or {}).items() if value and key in _SHOWN]
+                    [
+                        _SHOWN[key] + value
+                        for key, value in (item or {}).items()
+                        if value and key in _SHOWN
+                    ]
                     for item in (named[well].old, named[well].new)
                 )
                 shown.append(f"{name} {', '.join(old) or 'none'} -> {', '.join(new) or 'none'}")
