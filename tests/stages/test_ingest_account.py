@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from itertools import count as numbers
 from pathlib import Path
 
@@ -453,6 +454,50 @@ def test_other_columns_of_a_plate_map_beside_the_images_are_kept(
     with sqlite_workspace.database.read() as session:
         found = session.scalars(select(Well).where(Well.name == "A02")).one()
         assert (found.metadata_ or {})["solvent"] == "water"
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_a_map_with_images_and_alone_says_the_same_of_the_plate(
+    workspace: Workspace, tmp_path: Path, with_images: bool
+) -> None:
+    rows = [
+        {key: text.replace("r01c02", f"r01c0{well}") for key, text in loaddata(1).items()}
+        | {"Metadata_Well": f"A0{well}"}
+        for well in (2, 3, 4)
+    ]
+    images = write_table(tmp_path / "t.csv", rows)
+    plate_map = tmp_path / "map.csv"
+    # A04 is blank, and has a number of its own.
+    lines = ("A2,taxol,A549,24,b7,odd,1", "A3,noco,A549,24,b7,,2", "A4,,,,,,3")
+    plate_map.write_text("\n".join(("Well,Compound,Cell line,Time (h),Batch,Note,Lot", *lines)))
+    ingest(workspace, images, IngestParams(platemap=plate_map if with_images else None))
+    with workspace.database.read() as session:
+        barcode = session.scalars(select(Plate.barcode)).one()
+    params = IngestParams(plate=barcode)
+    counts = [
+        (found.updated, found.unchanged)
+        for found in (ingest(workspace, plate_map, params) for _ in range(2))
+    ]
+    assert counts == [(0, 3) if with_images else (3, 0), (0, 3)]
+    with workspace.database.read() as session:
+        plate = session.scalars(select(Plate)).one()
+        wells = session.execute(select(Well.name, Well.metadata_).order_by(Well.name)).all()
+    assert (plate.cell_line, plate.time_point, plate.batch) == ("A549", "24 h", "b7")
+    assert not plate.metadata_
+    # A note on one well is not one on the plate.
+    assert dict(map(tuple, wells)) == {
+        "A02": {"Note": "odd", "Lot": "1"},
+        "A03": {"Lot": "2"},
+        "A04": {"Lot": "3"},
+    }
+    # What a corrected map says of a well that had another value replaces it.
+    plate_map.write_text(plate_map.read_text().replace("noco,A549", "noco,HeLa"))
+    ingest(workspace, plate_map, params)
+    plate_map.write_text(plate_map.read_text().replace("noco,HeLa", "noco,A549"))
+    assert ingest(workspace, plate_map, replace(params, reread=True)).updated == 1
+    with workspace.database.read() as session:
+        found = session.scalars(select(Well.metadata_).where(Well.name == "A03")).one()
+    assert (found or {})["cell_line"] == "A549"
 
 
 def test_where_the_files_lie_is_no_part_of_the_recipe(

@@ -65,6 +65,7 @@ _PLATE_COLUMNS = {
     for column, names in {
         "cell_line": ("cell_line", "Cell_Line", "CellLine", "cell_line_name"),
         "time_point": ("time_point", "Time_Point"),
+        "batch": ("batch",),
     }.items()
     for name in names
 }
@@ -158,8 +159,8 @@ class ImageSource:
                     continue
                 well = row.row, row.column
                 treatment = plate_map.wells.get(well) or treatment
-                if more := plate_map.metadata.get(well):
-                    metadata = {**(metadata or {}), **more}
+                # A well of which the map says nothing is one that does not share it.
+                metadata = {**(metadata or {}), **plate_map.metadata.get(well, {})}
             if self._aliases is not None and treatment is not None:
                 treatment = self._aliases.apply(treatment)
             size = self.params.pixel_size or row.pixel_size
@@ -585,20 +586,19 @@ class RowWriter:
             for plate_id, well in self.session.execute(query):
                 plates[plate_id].append(well)
         of_wells: dict[int, dict[str, str]] = {}
+        common: dict[int, dict[str, Any]] = {}
         for some in in_lists(plates):
             for plate in self.session.scalars(select(Plate).where(Plate.id.in_(some))):
                 wells = {well: self._metadata[well] for well in plates[plate.id]}
-                common = self._complete_plate(plate, list(wells.values()))
+                common[plate.id] = complete_plate(
+                    plate, list(wells.values()), self._differing, self.account
+                )
                 for well, found in wells.items():
-                    own = {
-                        key: text
-                        for key, text in found.items()
-                        if key not in self._differing and common.get(key) != text
-                    }
-                    if own:
-                        of_wells[well] = own
+                    kept = {key: found[key] for key in found.keys() - self._differing}
+                    if kept:
+                        of_wells[well] = kept
         self.session.flush()
-        n_changed = len(keep_well_metadata(self.session, of_wells, self.account.run_id)[1])
+        n_changed = len(keep_well_metadata(self.session, of_wells, common, self.account.run_id)[1])
         if n_changed:
             self.account.notes.append(f"wells whose metadata was replaced: {n_changed:,}")
         if self._differing:
@@ -610,31 +610,49 @@ class RowWriter:
             )
         self._metadata.clear()
 
-    def _complete_plate(self, plate: Plate, wells: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-        """Give a plate what its wells share and it lacks; return what holds for it now."""
-        columns = {key: getattr(plate, column) for key, column in _PLATE_COLUMNS.items()}
-        common = {**(plate.metadata_ or {}), **columns}
-        new: dict[str, str] = {}
-        for key in sorted({key for found in wells for key in found} - self._differing):
-            texts = {found.get(key) for found in wells}
-            text = next(iter(texts))
-            # Of one well alone nothing tells that the others are like it.
-            if len(texts) > 1 or len(wells) == 1 or text is None or common.get(key):
-                continue
+
+def complete_plate(
+    plate: Plate, wells: Sequence[Mapping[str, str]], differing: set[str], account: Account
+) -> dict[str, Any]:
+    """Give a plate the metadata that its wells share and it lacks; return what holds for it now.
+
+    A cell line, time or batch is shared when all wells that have one have the same: a map leaves
+    it open where nothing was done. All else must be said of every well; what is ``differing``
+    never is shared.
+    """
+    columns = {key: getattr(plate, column) for key, column in _PLATE_COLUMNS.items()}
+    common = {**(plate.metadata_ or {}), **columns}
+    new: dict[str, str] = {}
+    for key in sorted({key for found in wells for key in found} - differing):
+        texts = [text for found in wells if (text := found.get(key)) is not None]
+        # Of one well alone nothing tells that the others are like it.
+        if len(set(texts)) != 1 or len(wells) == 1:
+            continue
+        text = texts[0]
+        if key not in _PLATE_COLUMNS:
+            if len(texts) == len(wells) and not common.get(key):
+                common[key] = new[key] = text
+        elif not common[key] and len(text) <= LONGEST:
             common[key] = text
-            if key in _PLATE_COLUMNS:
-                setattr(plate, _PLATE_COLUMNS[key], text)
-            else:
-                new[key] = text
-        if new:
-            plate.metadata_ = {**(plate.metadata_ or {}), **new}
-        return common
+            setattr(plate, _PLATE_COLUMNS[key], text)
+        elif common[key] not in (None, text):
+            said = f"plate {plate.barcode}: {key} is {common[key]} in the store, {text} here"
+            account.suspicious(None, "the plate says otherwise", f"{said}; kept with wells")
+    if new:
+        plate.metadata_ = {**(plate.metadata_ or {}), **new}
+    return common
 
 
 def keep_well_metadata(
-    session: Session, metadata: Mapping[int, Mapping[str, str]], run_id: int
+    session: Session,
+    metadata: Mapping[int, Mapping[str, str]],
+    common: Mapping[int, Mapping[str, Any]],
+    run_id: int,
 ) -> tuple[set[int], set[int]]:
     """Add what a table says of wells (ids) beyond our columns.
+
+    What holds for the whole plate (``common``, by its id) is not said again of a well, unless
+    the well has a value of its own.
 
     Returns the wells of which it is news, and those of them that had other metadata before.
     """
@@ -643,9 +661,13 @@ def keep_well_metadata(
     for some in in_lists(metadata):
         rows = []
         changes = []
-        query = select(Well.id, Well.metadata_).where(Well.id.in_(some))
-        for well, before in session.execute(query).all():
-            after = {**(before or {}), **metadata[well]}
+        query = select(Well.id, Well.plate_id, Well.metadata_).where(Well.id.in_(some))
+        for well, plate, before in session.execute(query).all():
+            after = dict(before or {})
+            of_plate = common[plate]
+            for key, text in metadata[well].items():
+                if key in after or of_plate.get(key) != text:
+                    after[key] = text
             if after != (before or {}):
                 rows.append({"id": well, "metadata_": after})
                 if not is_new(session, "wells", well):

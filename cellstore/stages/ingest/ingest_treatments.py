@@ -42,10 +42,12 @@ from ...jobs.lookup import renamed_plates
 from ...jobs.workspace import Workspace
 from ...models import Image, Perturbation, Plate, Well
 from .account import Account
-from .ingest_images import keep_well_metadata
+from .ingest_images import complete_plate, keep_well_metadata
 from .write_treatments import TreatmentWriter, records_of
 
 ROWS_AT_ONCE = 2_000
+PLATE_ROLES = ("cell_line", "time_point", "batch")
+"""Columns of a map that are columns of ``plates``."""
 PLATES_AT_ONCE = 100
 """Plates of one map whose wells are held at a time: 38,400 of 384-well plates."""
 WELLS_AT_ONCE = 20_000
@@ -320,7 +322,16 @@ def _apply_map(
                 f"{barcode}/{format_well(row, column)} --treatment none --reason TEXT",
                 file=writable(plate_map.path.name),
             )
-    metadata_of = _share_metadata(session, plate_map, plates, account)
+    # All else that a map says is of its wells, also where it is the same for all.
+    of_plate = [
+        {key: text for key, text in plate_map.metadata.get(at, {}).items() if key in PLATE_ROLES}
+        for at in plate_map.wells
+    ]
+    common = {
+        plate.id: complete_plate(plate, of_plate, set(), account)
+        for plate in session.scalars(select(Plate).where(Plate.id.in_(plates)))
+    }
+    session.flush()
     on_map = [at for at in plate_map.wells if at in treated or plate_map.metadata.get(at)]
     new = [(plate, at) for plate in plates for at in on_map if (plate, at) not in wells]
     made = dict(zip(new, take_ids(session, Well, len(new)), strict=True))
@@ -336,42 +347,10 @@ def _apply_map(
     metadata = {
         well: found
         for (plate, at), well in all_wells.items()
-        if (found := metadata_of[plate].get(at))
+        if (found := plate_map.metadata.get(at))
     }
-    changed |= keep_well_metadata(session, metadata, account.run_id)[0]
+    changed |= keep_well_metadata(session, metadata, common, account.run_id)[0]
     return {at for _, at in made}, {at for (_, at), well in wells.items() if well in changed}
-
-
-def _share_metadata(
-    session: Session, plate_map: PlateMap, plates: Sequence[int], account: Account
-) -> dict[int, dict[Position, dict[str, str]]]:
-    """Give plates the cell line, time and batch that all wells of a map share.
-
-    Returns by plate what is left for its wells: all else, and what a plate has otherwise.
-    """
-    shared: dict[str, str] = {}
-    for column in ("cell_line", "time_point", "batch") if len(plate_map.wells) > 1 else ():
-        values = {plate_map.metadata.get(at, {}).get(column) for at in plate_map.wells}
-        if len(values) == 1 and (value := values.pop()) is not None:
-            shared[column] = value
-    left: dict[int, dict[Position, dict[str, str]]] = {}
-    for plate in session.scalars(select(Plate).where(Plate.id.in_(plates))):
-        taken = set()
-        for column, value in shared.items():
-            had = getattr(plate, column)
-            if had is None:
-                setattr(plate, column, value)
-            elif had != value:
-                detail = f"plate {plate.barcode}: {column} is {had} in the store, {value} here"
-                account.suspicious(None, "the plate says otherwise", f"{detail}; kept with wells")
-                continue
-            taken.add(column)
-        left[plate.id] = {
-            at: {name: text for name, text in found.items() if name not in taken}
-            for at, found in plate_map.metadata.items()
-        }
-    session.flush()
-    return left
 
 
 def _note_untreated(session: Session, plates: Sequence[int], account: Account) -> None:
