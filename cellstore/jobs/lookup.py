@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Row, Select, and_, exists, func, or_, select
 from sqlalchemy.orm import Session
 
 from ..config import EVERYTHING, Selection
+from ..db.bulk import in_lists
 from ..enums import Stage, Status
 from ..errors import UnknownNameError, UserInputError
 from ..io.filenames import parse_well
@@ -301,6 +302,29 @@ def renamed_plates(session: Session, absent: Iterable[str]) -> dict[str, tuple[i
     query = query.join(plates, plates.c.id == events.c.row_id).where(of, old.is_not(None))
     rows = session.execute(query.order_by(events.c.id)) if wanted else ()
     return {name: (int(key), now) for name, key, now in rows if name in wanted}
+
+
+def renamed_channels(session: Session, of: Collection[int]) -> dict[int, dict[str, str]]:
+    """Return what the channels of plates (ids) are called now, by each name that they once had.
+
+    A name that was there before any rename means the channel that had it then, so that tables are
+    read right after a swap, too; a name that a rename gave means the channel that got it last.
+    """
+    found: dict[int, dict[str, str]] = {}
+    first: set[tuple[int, str]] = set()
+    old, new = (column["channel"].as_string() for column in (events.c.old, events.c.new))
+    query = select(events.c.row_id, old, new).order_by(events.c.id)
+    query = query.where(events.c.table_name == "plates", old.is_not(None))
+    for some in in_lists(of):
+        for plate, before, after in session.execute(query.where(events.c.row_id.in_(some))):
+            now = found.setdefault(plate, {})
+            if before not in now:
+                first.add((plate, before))
+                now[before] = before
+            now |= {name: after for name, channel in now.items() if channel == before}
+            if (plate, after) not in first:
+                now[after] = after
+    return found
 
 
 def find_plate(session: Session, barcode: str | None) -> int:

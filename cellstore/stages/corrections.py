@@ -243,7 +243,8 @@ def _rename_channel(
     renamed = update(ImageFile).where(ImageFile.channel == old, ImageFile.image_id.in_(images))
     session.execute(renamed.values(channel=new), execution_options={"synchronize_session": False})
     changes = [Change("plates", p.id, {"channel": old}, {"channel": new}) for p in plates]
-    notes = []
+    where = f" of plate {readable(plate)}" if plate is not None else ""
+    notes = [f"Tables and folders{where} that name {old} are read as {new} from now on."]
     if naming:
         notes.append(
             f"These recipes ask for {old}, and cannot be used with {new}: "

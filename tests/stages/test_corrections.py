@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 from factories import Factory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +23,7 @@ from cellstore.config import IngestParams, MeasureParams, VoteOptions
 from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
-from cellstore.models import Event, Image, Plate, Well
+from cellstore.models import Event, Folder, Image, ImageFile, Plate, Well
 from cellstore.report.audit import audit_text
 from cellstore.stages.ingest.ingest import IngestResult
 from cellstore.stages.measure import measure
@@ -103,7 +106,7 @@ def test_a_channel_is_renamed_on_one_plate_or_all(store: Store, screen: SmallScr
 
     recipe = make.recipe(Stage.SEGMENT, parameters={"channels": ["ER"], "nuclei": ["DNA"]})
     done = store.rename("channel", "DNA", "Hoechst", plate="BR2")
-    assert f"segment recipe {recipe.id}" in done.notes[0]
+    assert f"segment recipe {recipe.id}" in done.notes[1]
     assert found() == [("BR1", "DNA"), ("BR2", "Hoechst")]
     done = store.rename("channel", "DNA", "Hoechst")
     assert (len(done.changes), done.images) == (1, 6)
@@ -489,6 +492,102 @@ def test_tables_find_a_renamed_plate_by_its_old_name(store: Store, tmp_path: Pat
     assert treatments_now(store) == {"A01": None, "A02": "taxol"}
     with pytest.raises(UnknownNameError, match="P1 was renamed: it is BR1 now"):
         store.audit("P1", "plate")
+
+
+NAMES_OF_FILES = r"(?P<well>[A-P]\d+)_s(?P<site>\d+)_(?P<channel>ch\d)"
+
+
+def two_channels(folder: Path, wells: Sequence[str]) -> Path:
+    """A folder of images of two channels, in names that say so; each file has bytes of its own."""
+    folder.mkdir()
+    for number, well in enumerate(wells):
+        for channel in (1, 2):
+            pixels = np.full((8, 8), 10 * number + channel, np.uint16)
+            tifffile.imwrite(folder / f"{well}_s1_ch{channel}.tif", pixels)
+    return folder
+
+
+def where_files_are(store: Store) -> set[tuple[str, str, str]]:
+    """Channel, file name and folder of all files of images."""
+    query = select(ImageFile.channel, ImageFile.name, Folder.uri)
+    with store.session() as session:
+        return {(*row,) for row in session.execute(query.join(Folder)).all()}
+
+
+def named(folder: Path, wells: Sequence[str], first: str, second: str) -> set[tuple[str, str, str]]:
+    """What :func:`where_files_are` is to say, with these names for ch1 and ch2."""
+    channels = (("ch1", first), ("ch2", second))
+    return {(now, f"{w}_s1_{file}.tif", str(folder)) for w in wells for file, now in channels}
+
+
+@pytest.mark.parametrize("plate", [None, "P1"])
+def test_folders_find_renamed_channels_by_their_old_names(
+    store: Store, tmp_path: Path, plate: str | None
+) -> None:
+    wells = ["A01", "A02"]
+    place = two_channels(tmp_path / "here", wells)
+    store.ingest(place, IngestParams(plate="P1", pattern=NAMES_OF_FILES))
+    assert where_files_are(store) == named(place, wells, "ch1", "ch2")
+
+    def moved_and_read(first: str, second: str) -> IngestResult:
+        """Move the folder, with a well more, and read it there, then again in place."""
+        nonlocal place
+        place = place.rename(tmp_path / f"place {len(wells)}")
+        two_channels(tmp_path / "more", [f"B{len(wells):02d}"])
+        for file in (tmp_path / "more").iterdir():
+            file.rename(place / f"B{len(wells):02d}{file.name[3:]}")
+        (tmp_path / "more").rmdir()
+        wells.append(f"B{len(wells):02d}")
+        how = IngestParams(plate="P1", pattern=NAMES_OF_FILES)
+        found = store.ingest(place, how)
+        again = store.ingest(place, replace(how, reread=True))
+        for result in (found, again):
+            assert (result.issues, result.refused, result.missing_images) == ((), 0, 0)
+        assert (found.created, again.unchanged) == (1, len(wells))
+        assert where_files_are(store) == named(place, wells, first, second)
+        return found
+
+    done = store.rename("channel", "ch1", "DNA", plate=plate)
+    assert "that name ch1 are read as DNA from now on" in done.notes[0]
+    assert "channel ch1 was renamed: read as DNA" in moved_and_read("DNA", "ch2").notes
+    store.rename("channel", "DNA", "Hoechst", plate=plate)
+    moved_and_read("Hoechst", "ch2")
+    store.rename("channel", "Hoechst", "ch1", plate=plate)
+    assert not any("was renamed" in note for note in moved_and_read("ch1", "ch2").notes)
+    # The two are swapped, with a third name; the files say what they said.
+    for old, new in (("ch1", "tmp"), ("ch2", "ch1"), ("tmp", "ch2")):
+        store.rename("channel", old, new, plate=plate)
+    moved_and_read("ch2", "ch1")
+    for old, new in (("ch1", "tmp"), ("ch2", "ch1"), ("tmp", "ch2")):
+        store.rename("channel", old, new, plate=plate)
+    moved_and_read("ch1", "ch2")
+    # DNA was the name of the one by mistake, and is that of the other now.
+    store.rename("channel", "ch2", "DNA", plate=plate)
+    moved_and_read("ch1", "DNA")
+    table = tmp_path / "now.csv"
+    table.write_text(
+        "FileName_OrigDNA,FileName_Origch1,PathName_OrigDNA,PathName_Origch1,Metadata_Plate,"
+        "Metadata_Well,Metadata_Site\n"
+        f"A01_s1_ch2.tif,A01_s1_ch1.tif,{place},{place},P1,A01,1\n"
+    )
+    assert store.ingest(table).unchanged == 1
+    assert where_files_are(store) == named(place, wells, "ch1", "DNA")
+
+
+def test_a_channel_renamed_on_one_plate_is_read_as_before_on_others(
+    store: Store, tmp_path: Path
+) -> None:
+    for plate in ("P1", "P2"):
+        how = IngestParams(plate=plate, pattern=NAMES_OF_FILES)
+        store.ingest(two_channels(tmp_path / plate, ["A01"]), how)
+    store.rename("channel", "ch1", "DNA", plate="P1")
+    store.rename("plate", "P1", "BR1")
+    for plate, first in (("P1", "DNA"), ("P2", "ch1")):
+        place = (tmp_path / plate).rename(tmp_path / f"{plate} moved")
+        found = store.ingest(place, IngestParams(plate=plate, pattern=NAMES_OF_FILES))
+        assert (found.issues, found.missing_images) == ((), 0)
+        assert where_files_are(store) >= named(place, ["A01"], first, "ch2")
+    assert len(where_files_are(store)) == 4
 
 
 def test_reports_and_splits_name_the_wells_that_were_relabelled(

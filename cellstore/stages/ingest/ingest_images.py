@@ -38,7 +38,7 @@ from ...io.platemaps import Aliases, MapOptions, TreatmentRecord, read_annotatio
 from ...io.tables import LONGEST, Refusal, open_table
 from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.gone_files import gone_folder, gone_sentence
-from ...jobs.lookup import renamed_plates
+from ...jobs.lookup import renamed_channels, renamed_plates
 from ...jobs.queue import requeue
 from ...jobs.workspace import Workspace
 from ...models import Folder, Image, ImageFile, Job, Plate, Well
@@ -253,6 +253,8 @@ class RowWriter:
         self.session, self.account, self._maps = session, account, maps
         self._treatments = TreatmentWriter(session, account)
         self._plate_ids: dict[str, int] = {}
+        self._channels: dict[str, Mapping[str, str]] = {}
+        """What channels are called now, by plate and earlier name; both as records name them."""
         self._well_ids: dict[WellKey, int] = {}
         self._folder_ids: dict[str | None, int | None] = {None: None}
         self._treatment_of: dict[WellKey, tuple[TreatmentRecord, int]] = {}
@@ -277,8 +279,10 @@ class RowWriter:
 
         A record is refused that says something else of its well than an earlier one of the file.
         """
-        usable = self._usable(records)
+        given = usable = self._usable(records)
         wells, new_wells = self._find_wells(usable)
+        if self._channels:
+            usable = self._with_channels_now(usable)
         wanted: dict[int, tuple[TreatmentRecord, int | None]] = {
             well: self._treatment_of[record.plate, record.row, record.column]
             for record, well in zip(usable, wells, strict=True)
@@ -351,8 +355,31 @@ class RowWriter:
                 self._differing |= {key for key, text in found.items() if both[key] != text}
         self.plates |= {self._plate_ids[barcode] for barcode in {r.plate for r in usable}}
         self.images.extend(images)
-        of_record = dict(zip(map(id, usable), images, strict=True))
-        return [None if id(record) in refused else of_record.get(id(record)) for record in records]
+        of_record = {
+            id(record): None if id(used) in refused else image
+            for record, used, image in zip(given, usable, images, strict=True)
+        }
+        return [of_record.get(id(record)) for record in records]
+
+    def _with_channels_now(self, records: Sequence[ImageRecord]) -> list[ImageRecord]:
+        """Return the records with the names that channels have now, where they were renamed."""
+        used: list[ImageRecord] = []
+        for record in records:
+            now = self._channels.get(record.plate, {})
+            names = [now.get(ref.channel, ref.channel) for ref in record.files]
+            written = [ref.channel for ref in record.files]
+            # With an earlier and the present name of one channel, the names mean something else.
+            if names == written or len(set(names)) < len(names):
+                used.append(record)
+                continue
+            pairs = zip(record.files, names, strict=True)
+            files = tuple(ref._replace(channel=name) for ref, name in pairs)
+            used.append(record._replace(files=files))
+            for old, name in zip(written, names, strict=True):
+                note = f"channel {old} was renamed: read as {name}"
+                if old != name and note not in self.account.notes:
+                    self.account.notes.append(note)
+        return used
 
     def _insert_files(self, files: Sequence[tuple[Any, ...]]) -> None:
         # An id is never given twice: the event of an ingest names its files by their ids.
@@ -429,6 +456,9 @@ class RowWriter:
         for old, (plate_id, now) in renamed_plates(self.session, barcodes).items():
             self._plate_ids[old] = plate_id
             self.account.notes.append(f"plate {old} was renamed: read as {now}")
+        if here := {b: self._plate_ids[b] for b in absent if b in self._plate_ids}:
+            names = renamed_channels(self.session, set(here.values()))
+            self._channels |= {b: names[plate] for b, plate in here.items() if plate in names}
         barcodes = [b for b in barcodes if b not in self._plate_ids]
         ids = take_ids(self.session, Plate, len(barcodes))
         plates = [
