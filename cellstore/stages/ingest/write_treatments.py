@@ -283,8 +283,9 @@ class TreatmentWriter:
             if "treatment_id" in differing and "treatment" not in differing:
                 # Two samples of one name, or a compound and a gene of one name.
                 differing.insert(1, "treatment")
-                for row in values:
-                    known = self._records.get(row["treatment_id"] or 0)
+                both = (self._wells[well], targets[well])
+                for row, (treatment, _) in zip(values, both, strict=True):
+                    known = self._records.get(treatment or 0)
                     for name in ("identifier", "kind"):
                         texts = [getattr(part, name) for part in known.parts] if known else []
                         row[name] = " + ".join(text or "none" for text in texts)
