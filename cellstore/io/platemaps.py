@@ -883,23 +883,32 @@ def _map_row(
         if sample or name_:
             named = {"treatment": name_ or sample or "", **named}
         for role, value in named.items():
-            name, inside = dose_in_name(value) if doses is None else (value, None)
-            known = kind or _KIND_OF_ROLE.get(role) or _kind_of_sample(sample)
-            if in_names and name.upper() != DMSO:  # 'Compound (10 uM)' is what all of them got
-                inside = inside or dose_in_name(columns.column(role, number) or "")[1]
-            is_first = role == "treatment"
-            if is_first and name.lower() == UNTREATED:
-                known = PerturbationKind.NONE
-            part = TreatmentRecord.of(
-                known,
-                name,
-                sample if is_first else None,
-                target if is_first or role == "gene" else text("target", number),
-                None,
-                *(text(role, number) for role in ("inchikey", "smiles", "pubchem_cid")),
-            ).with_dose(doses or inside, unit)
+            # A code that has a name beside it is one sample, whatever its name looks like.
+            pieces = _pieces(value, doses, whole=bool(sample and name_))
             doses = None  # of the first of them
-            parts.append(part)
+            for name, dose in pieces:
+                known = kind or _KIND_OF_ROLE.get(role) or _kind_of_sample(sample)
+                if in_names and name.upper() != DMSO:  # 'Compound (10 uM)' is what all got
+                    dose = dose or dose_in_name(columns.column(role, number) or "")[1]  # noqa: PLW2901
+                is_first = role == "treatment"
+                if is_first and name.lower() == UNTREATED:
+                    known = PerturbationKind.NONE
+                if len(pieces) > 1:  # other columns do not say of which of them they are
+                    code = name if is_first and sample else None
+                    part = TreatmentRecord.of(known, name, code, name if role == "gene" else None)
+                    used -= {
+                        columns.column(r, number) for r in ("target", "gene") if r not in named
+                    }
+                else:
+                    part = TreatmentRecord.of(
+                        known,
+                        name,
+                        sample if is_first else None,
+                        target if is_first or role == "gene" else text("target", number),
+                        None,
+                        *(text(role, number) for role in ("inchikey", "smiles", "pubchem_cid")),
+                    )
+                parts.append(part.with_dose(dose, unit))
         if doses is not None:
             used.discard(dose_column)  # there was nothing to give it to
     record = None
@@ -922,6 +931,28 @@ def _map_row(
         used -= {columns.column("kind"), None if said else columns.column("control")}
     metadata |= {name.removeprefix(PREFIX): texts[name] for name in texts if name not in used}
     return MapRow(map_name, _position_of(texts, columns), metadata, record, is_empty)
+
+
+def _pieces(value: str, doses: str | None, *, whole: bool) -> list[tuple[str, str | None]]:
+    """Return the names of a cell with their doses: 'taxol + noco' of '5 + 1' is a combination.
+
+    A plus without spaces around it is a part of a name, and so is any in a ``whole`` name.
+    """
+    names = [value] if whole else re.split(r"\s+\+\s+", value)
+    if doses is None:
+        return [dose_in_name(name) for name in names]
+    given = [doses] if len(names) == 1 else re.split(r"\s*\+\s*", doses)
+    dosed = [name for name in names if name.upper() != DMSO]
+    if len(given) == len(dosed) < len(names):  # 'taxol + DMSO' of 5
+        left = iter(given)
+        return [(name, None if name.upper() == DMSO else next(left)) for name in names]
+    if len(given) != len(names):
+        detail = (
+            f"{doses!r} does not say the dose of each of {value!r}; write '5 + 1', or all into "
+            "one cell like 'taxol 5 uM + noco 1 uM'"
+        )
+        raise RowRefusedError("not a dose", detail)
+    return list(zip(names, given, strict=True))
 
 
 def _position_of(texts: Mapping[str, str], columns: MapColumns) -> Position:

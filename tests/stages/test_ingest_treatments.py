@@ -507,6 +507,30 @@ def test_combinations_are_one_treatment_in_any_order(bench: Bench) -> None:
     assert bench.treated()["P1 A02"][0] == "noco"
 
 
+def test_names_with_a_plus_between_them_are_a_combination(bench: Bench) -> None:
+    head = "Well,Compound,Dose (uM),Target\n"
+    rows = "A1,taxol + noco,1 + 2,TUBB\nA2,noco 2 uM  + taxol 1000 nM,,\n"
+    refused = map_of(bench, f"{head}{rows}A3,taxol + noco,5,\n")
+    assert counts(refused) == (0, 2, 0, 1)
+    assert any("does not say the dose of each" in issue.detail for issue in refused.shown)
+    pair = [("noco", 2.0, "uM"), ("taxol", 1.0, "uM")]
+    found = {well: [part[:3] for part in some] for well, some in parts(bench).items()}
+    assert found == {"A01": pair, "A02": pair}
+    # The same as in two columns, and of which of them the target is nobody knows.
+    columns = "Well,Compound 1,Dose 1 (uM),Compound 2,Dose 2 (uM)\nA1,taxol,1,noco,2\n"
+    assert counts(map_of(bench, columns)) == (0, 0, 1, 0)
+    assert (bench.count(Treatment), bench.treated()["P1 A01"][:2]) == (1, ("noco + taxol", None))
+    with bench.reading() as session:
+        assert session.get_one(Well, bench.wells[0].id).metadata_ == {"Target": "TUBB"}
+
+
+def test_a_plus_without_spaces_is_part_of_a_name(bench: Bench) -> None:
+    map_of(bench, "Well,Compound,Dose (uM)\nA1,x + DMSO,5\nA2,x + x,1 + 1\n")
+    assert parts(bench)["A01"][1][:3] == ("x", 5.0, "uM")
+    map_of(bench, "Well,siRNA\nA1,siTP53+siMYC\nA2,siTP53 + siMYC\n")
+    assert {well: len(some) for well, some in parts(bench).items()} == {"A01": 1, "A02": 2}
+
+
 def test_a_well_that_a_column_calls_treated_is_no_control(bench: Bench) -> None:
     map_of(bench, LONG)
     assert bench.treated()["P1 A02"][2] is Control.NEGATIVE
