@@ -166,11 +166,11 @@ class Source:
         # answer.
         import adbc_driver_manager as adbc
 
-        self.database = database
+        self.database, self.is_sqlite = database, database.is_sqlite
         self._adbc = adbc
         self._json: set[tuple[str, str]] = set()
         url = database.engine.url
-        if database.is_sqlite:
+        if self.is_sqlite:
             import adbc_driver_sqlite
 
             driver = adbc_driver_sqlite._driver_path()
@@ -199,7 +199,7 @@ class Source:
 
         From the database, since the classes of the tables load slower than a question is answered.
         """
-        query = _SQLITE_COLUMNS if self.database.is_sqlite else _POSTGRESQL_COLUMNS
+        query = _SQLITE_COLUMNS if self.is_sqlite else _POSTGRESQL_COLUMNS
         ours = _our_tables()
         found: dict[str, Columns] = {}
         with self.database.read() as session:
@@ -283,7 +283,7 @@ class Source:
                 target.execute(f"DROP TABLE {part}")
             return int(written[0][0])
         first = ""
-        if self.database.is_sqlite:
+        if self.is_sqlite:
             # SQLite types values, not columns, and ADBC takes a column's type from its first rows:
             # a first row gives every column its type.
             empty = "''"
@@ -319,12 +319,12 @@ class Source:
         """
         # SQLite joins in the order that is written with CROSS JOIN, so that every step goes through
         # an index.
-        join = "CROSS JOIN" if self.database.is_sqlite else "JOIN"
+        join = "CROSS JOIN" if self.is_sqlite else "JOIN"
         joined = f"""predictions AS p
             {join} cells AS c ON c.id = p.cell_id
             {join} segmentations AS s ON s.id = c.segmentation_id"""
         if image is not None:
-            origins = [predictions_of_image(image, is_sqlite=self.database.is_sqlite)]
+            origins = [predictions_of_image(image, is_sqlite=self.is_sqlite)]
         elif ended is None:
             numbers = ", ".join(str(int(run)) for run in runs)
             origins = [f"{joined} WHERE p.run_id IN ({numbers})"]
@@ -350,7 +350,7 @@ class Source:
         try:
             statement = self._adbc.AdbcStatement(self._connection)
             try:
-                if self.database.is_sqlite:
+                if self.is_sqlite:
                     statement.set_options(**{"adbc.sqlite.query.batch_rows": str(BATCH_ROWS)})
                 statement.set_sql_query(query)
                 stream = statement.execute_query()[0]

@@ -58,7 +58,7 @@ def test_killed_at_random_moments_and_gone_on_with(
 ):
     killing.fill(workspace, tmp_path / "images", 40)
     root = workspace.settings.root
-    killed, _ = killing.kill_often(root, 0.15, 10, (0.5, 1.7), seed)
+    killed, _ = killing.kill_often(root, 0.15, 6, (0.5, 1.7), seed)
     assert killed > 2
     killing.segment_slowly(workspace, 0.0)
     check_equal(workspace, undisturbed, 40)
