@@ -15,6 +15,7 @@ from .image_tables import FILE_PREFIX, URL_PREFIX
 from .map_shapes import MapColumns, columns_below_titles, open_map
 from .platemaps import PREFIX, SAMPLE, MapOptions, map_table
 from .tables import nearest_columns, open_table
+from .uris import plain_file
 
 _OTHERS = (
     "A table of images (LoadData) needs FileName_Orig<channel>, Metadata_Plate, Metadata_Well and "
@@ -95,7 +96,7 @@ def detect(
         found = _of_folder(path)
     else:
         try:
-            with path.open("rb") as stream:
+            with plain_file(path).open("rb") as stream:
                 head = stream.read(512)
         except FileNotFoundError as error:
             raise UserInputError(f"There is no file or folder {path}. Check the path.") from error
@@ -139,6 +140,12 @@ def detect(
     if len(chosen) == 1:
         return chosen[0]
     named = " or ".join(f"{item.value} ({item.kind.value})" for item in chosen or found)
+    if len({item.kind for item in chosen}) > 1:
+        kinds = [item.kind.value for item in chosen]
+        commands = (f"cellstore ingest {kind} {path}" for kind in kinds)
+        raise BadTableError(
+            f"{path.name} holds {' and '.join(kinds)}. Run: {', or: '.join(commands)}"
+        )
     if chosen:
         raise BadTableError(f"{path.name} may be {named}. Choose with --layout.")
     if found:

@@ -510,7 +510,7 @@ def check_subsets(plan: Plan) -> None:
                 "Train without --exclude-flagged, or make quality control less strict: "
                 "cellstore qc --help"
             )
-        elif features.files is None:
+        elif not features.has_gaps:
             what = "measured cells. Run: cellstore segment, then: cellstore measure"
         elif group is not None:
             what = (
