@@ -371,10 +371,12 @@ class ImageRows:
         key = self._others.pick(cells)
         if (of_well := self._metadata.get(key)) is None:
             texts = self._others.texts(key)
-            sizes = {micrometres(texts.pop(column, None), "m") for column in _PIXEL_COLUMNS}
+            sizes = {micrometres(texts.get(column), "m") for column in _PIXEL_COLUMNS}
+            size = sizes.pop() if len(sizes) == 1 else None
+            for column in _PIXEL_COLUMNS if size else ():
+                del texts[column]
             more = {name.removeprefix(METADATA): text for name, text in texts.items()}
-            of_well = sizes.pop() if len(sizes) == 1 else None, more or None
-            self._metadata[key] = of_well
+            of_well = self._metadata[key] = size, more or None
         size, metadata = of_well
         if untold:
             metadata = {**(metadata or {}), **untold}
