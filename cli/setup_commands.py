@@ -90,6 +90,8 @@ def backup(
     common.show(result, _show_backup)
     if result.missing:
         raise typer.Exit(1)
+    if not common.as_json:
+        say(f"To check it: cellstore restore {shlex.quote(str(file))} NEW-FOLDER --dry-run")
 
 
 @command(app, "restore")
@@ -172,7 +174,7 @@ def demo(
     say(f"Ask it more, for example: cellstore sql 'FROM accuracy' --store {plates.store}")
 
 
-@command(db, "upgrade")
+@command(db, "upgrade", then=True)
 def db_upgrade(common: Common) -> None:
     """Bring the schema of the store up to date.
 

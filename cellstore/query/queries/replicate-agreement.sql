@@ -4,7 +4,7 @@
 -- :run (predict run) = latest  Whose labels.
 -- :vote (text) = hard  hard, soft or median.
 WITH labelled AS (
-    SELECT t.name_with_dose AS treatment, v.winner, count(*) AS wells
+    SELECT t.name_with_dose, v.winner, count(*) AS wells
     FROM votes AS v
     JOIN wells AS w ON w.id = v.well_id
     JOIN treatments AS t ON t.id = w.treatment_id
@@ -13,11 +13,11 @@ WITH labelled AS (
     GROUP BY t.name_with_dose, v.winner
 )
 SELECT
-    treatment,
+    name_with_dose,
     CAST(sum(wells) AS BIGINT) AS wells,
     arg_max(winner, (wells, winner)) AS most_frequent,
     max(wells) / sum(wells) AS agreement
 FROM labelled
-GROUP BY treatment
+GROUP BY name_with_dose
 HAVING sum(wells) > 1
-ORDER BY agreement, treatment
+ORDER BY agreement, name_with_dose
