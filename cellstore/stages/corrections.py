@@ -850,7 +850,7 @@ def _restorable(session: Session, run_id: int) -> _Restored:
             changes.append(replace(change, old=old, new=new))
         present[key] |= row.old or {}
     names = sorted(kept)
-    notes = ()
+    notes: tuple[str, ...] = ()
     if names:
         more = ", ..." if len(names) > _NAMED else ""
         were = "was corrected by hand since, and keeps its correction"
