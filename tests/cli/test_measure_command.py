@@ -92,7 +92,10 @@ def test_images_of_which_only_a_wide_group_is_measured_count_as_measured(cellsto
     [
         (
             ("--features", "textur"),
-            "Unknown group of features 'textur'. Known: basic, intensity, texture. Did you mean texture?",
+            (
+                "Unknown group of features 'textur'. Known: basic, intensity, texture. "
+                "Did you mean texture?"
+            ),
         ),
         (
             ("--features", "texture", "--channels", "DMA"),

@@ -249,7 +249,7 @@ def test_the_next_step_is_what_the_store_lacks(workspace: Workspace):
     train = make.run(Stage.TRAIN, split_id=split.id)
     assert first() == "predict"
     make.run(Stage.PREDICT, parent_id=train.id)
-    report, baselines, qc, contrast, votes, export = status(workspace).next
+    report, baselines, _, contrast, votes, export = status(workspace).next
     assert (report, votes) == ("cellstore report", "cellstore votes")
     assert baselines.startswith("cellstore train --baseline null")
     make.run(Stage.QC)
