@@ -881,7 +881,7 @@ class ContrastParams(Params):
         repeated=True,
     )
     control: str | None = option(
-        None, "Compare with this treatment. Default: what is marked as negative control."
+        None, "Compare with this treatment. Default: the wells that are negative controls."
     )
     field: str = option(
         TREATMENT,

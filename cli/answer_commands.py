@@ -50,9 +50,9 @@ def votes(
 ) -> None:
     """Show the label of every image by the vote of its cells.
 
-    One row per image, or per well and subset of the split. A tie goes to the label with the higher
-    summed probability, then to the first in the alphabet, and is always marked. --json gives the
-    summary and the rows; --format json the rows only.
+    One row per image, or per well and subset of the split; the summary counts a well once. A tie
+    goes to the label with the higher summed probability, then to the first in the alphabet, and is
+    always marked. --json gives the summary and the rows; --format json the rows only.
 
     \b
     Example:
@@ -156,6 +156,8 @@ def _show_report(result: ReportResult) -> None:
         typer.echo(f"the best null baseline ({most.baseline}): {percent(most.accuracy)}")
     typer.echo("")
     silent = f"{best.abstained:,} of {result.images:,} images (hard vote)"
+    none = sum(item.n == 0 for item in result.by_well)
+    silent += f"; none of {count(none, 'well')}" if none else ""
     output.pairs(
         {
             "predict run": result.run_id,

@@ -199,10 +199,15 @@ def _show_split(result: SplitResult) -> None:
             *_excluded(result.excluded),
         ]
     )
-    if result.protocol == "grouped" and not result.counts["validation"]:
+    if result.protocol == "grouped" and result.validation_classes < 2:
+        what = "there is no validation subset, so `cellstore train` cannot use this split"
+        if result.validation_classes:
+            what = (
+                "the validation subset has one class only, so it cannot say when to stop training"
+            )
         say(
-            "Careful: there is no validation subset, so `cellstore train` cannot use this split. A "
-            f"class needs three {result.group_level}s or more to have one."
+            f"Careful: {what}. A class needs three {result.group_level}s or more to have images "
+            "that validate."
         )
     _warn([result])
 
@@ -269,7 +274,9 @@ def _excluded(found: dict[str, Any]) -> list[tuple[str, str]]:
     for reason, labels in by_reason.items():
         more = ", ..." if len(labels) > SHOWN_CLASSES else ""
         named = f"{', '.join(labels[:SHOWN_CLASSES])}{more}"
-        shown.append((f"{output.count(len(labels), 'class', 'classes')} excluded", reason))
+        first, *rest = textwrap.wrap(reason, 56)
+        shown.append((f"{output.count(len(labels), 'class', 'classes')} excluded", first))
+        shown += [("", line) for line in rest]
         shown += [("", line) for line in textwrap.wrap(named, 56)]
     return shown
 
@@ -345,7 +352,8 @@ def _show_check(result: CheckResult) -> None:
         typer.echo(f"{finding.severity.value:<{MARGIN}}{finding.message}")
         typer.echo(" " * MARGIN + _examples(finding))
     if not result.leaks:
-        typer.echo("No leak found: the test images are not seen in training.")
+        careful = " Read the warnings, too." if result.warnings else ""
+        typer.echo(f"No leak found: the test images are not seen in training.{careful}")
     if result.rows:
         unknown = "" if result.wells else "wells, plates and "
         typer.echo(f"Tables do not name {unknown}image files, so these were not compared.")
