@@ -97,8 +97,6 @@ def backup(
             say_next((f"cellstore restore {shlex.quote(str(file))} DIR --dry-run",), Common())
     if result.missing:
         raise typer.Exit(1)
-    if not common.as_json:
-        say(f"To check it: cellstore restore {shlex.quote(str(file))} NEW-FOLDER --dry-run")
 
 
 @command(app, "restore")
