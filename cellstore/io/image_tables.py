@@ -25,8 +25,8 @@ from .filenames import (
     parse_well,
 )
 from .image_files import micrometres
-from .platemaps import TREATMENT_COLUMNS, TreatmentRecord, dose_columns, treatment_of
 from .tables import Refusal, RowRefusedError, TextTable, first_text, known_text, nearest_columns
+from .treatments import TREATMENT_COLUMNS, TreatmentRecord, dose_columns, treatment_of
 from .uris import page_name, split_url
 
 FILE_PREFIX, URL_PREFIX, METADATA = "FileName_", "URL_", "Metadata_"

@@ -371,15 +371,15 @@ def test_what_lies_beside_the_images_of_yokogawa(tmp_path: Path) -> None:
         (
             "P1_A01_s1.tif",
             (
-                r"matches 'P1_A01_s1', where the channel, _w(?P<channel>\d), should follow, but the "
-                "name goes on with '.tif'"
+                r"matches 'P1_A01_s1', where the channel, _w(?P<channel>\d), should follow, but "
+                "the name goes on with '.tif'"
             ),
         ),
         (
             "P1_A1_s1_w1.tif",
             (
-                r"matches 'P1', where the well, _(?P<well>[A-P]\d\d), should follow, but the name goes "
-                "on with '_A1_s1_w1"
+                r"matches 'P1', where the well, _(?P<well>[A-P]\d\d), should follow, but the name "
+                "goes on with '_A1_s1_w1"
             ),
         ),
         ("P1_A01_s1_w2.png", r"where the end, \.tif, should follow, but the name goes on with '.p"),

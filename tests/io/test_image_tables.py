@@ -20,8 +20,8 @@ from cellstore.errors import BadTableError, UserInputError
 from cellstore.io.filenames import format_well
 from cellstore.io.image_tables import FileRef, ImageRecord, ImageRows, read_image_table
 from cellstore.io.layouts import Layout, detect
-from cellstore.io.platemaps import TreatmentRecord
 from cellstore.io.tables import Refusal, open_table
+from cellstore.io.treatments import TreatmentRecord
 
 LOADDATA = {
     "Metadata_Plate": "001",
