@@ -16,7 +16,6 @@ from .map_shapes import MapColumns, columns_below_titles, open_map
 from .platemaps import MapOptions, map_table
 from .tables import nearest_columns, open_table
 from .treatments import PREFIX
-from .uris import plain_file
 
 _OTHERS = (
     "A table of images (LoadData) needs FileName_Orig<channel>, Metadata_Plate, Metadata_Well and "
@@ -95,7 +94,7 @@ def detect(
         found = _of_folder(path)
     else:
         try:
-            with plain_file(path).open("rb") as stream:
+            with path.open("rb") as stream:
                 head = stream.read(512)
         except FileNotFoundError as error:
             raise UserInputError(f"There is no file or folder {path}. Check the path.") from error

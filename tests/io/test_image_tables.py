@@ -97,6 +97,19 @@ def test_treatment_columns_of_loaddata(tmp_path: Path) -> None:
     )
 
 
+def test_a_dose_that_is_none_leaves_the_image(tmp_path: Path) -> None:
+    row = LOADDATA | {"Metadata_pert_iname": "taxol", "Metadata_dose": "much"}
+    image = only_image(table(tmp_path, row))
+    assert image.treatment is None
+    assert image.problem is not None
+    assert image.problem[0] == "not a dose"
+    assert image.metadata == {"dose": "much"}
+    both = {"Metadata_pert_iname": "taxol + noco", "Metadata_dose": "5 + 1"}
+    image = only_image(table(tmp_path, LOADDATA | both))
+    assert image.treatment is not None
+    assert image.treatment.label.startswith("taxol 5 + noco 1")
+
+
 def test_dmso_is_the_negative_control(tmp_path: Path) -> None:
     image = only_image(table(tmp_path, PUBLISHED | {"Metadata_pert_iname": "DMSO"}), plate="p")
     assert image.treatment is not None

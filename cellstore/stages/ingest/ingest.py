@@ -28,7 +28,7 @@ from ...io.image_files import probe
 from ...io.layouts import Layout, SourceKind, detect
 from ...io.platemaps import MapOptions
 from ...io.tables import Refusal
-from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
+from ...io.uris import exists, is_remote, join, map_folder, plain_file, shown, stat, writable
 from ...jobs.lookup import images_of, renamed_channels, renamed_plates
 from ...jobs.mask_matching import NoMatch
 from ...jobs.queue import requeue
@@ -257,6 +257,11 @@ def choose_layout(source: str | Path, params: IngestParams) -> Layout:
     map_folder("/", params.maps)  # before anything is read, an error in --map
     if not source.exists():
         raise UserInputError(f"There is no file or folder {source}. Check the path.")
+    if not source.is_dir():
+        try:
+            plain_file(source)
+        except OSError as error:
+            raise UserInputError(f"{source} cannot be read ({error.strerror}).") from error
     kind = SourceKind(params.kind) if params.kind else None
     if params.layout is not None and params.layout not in list(Layout):
         raise UnknownNameError.of("layout", params.layout, [item.value for item in Layout])
