@@ -110,7 +110,7 @@ _COMMANDS: Mapping[type, tuple[str, ...]] = {
 _SELECTION = ("--plate", "--well", "--where", "--limit")
 """Which images a command was about: no part of a recipe, so it is read from what was typed."""
 
-_NOT_PACKAGES = ("python", "platform", "resumed", "cellstore")
+_NOT_PACKAGES = ("python", "platform", "resumed", "cellstore", "threads", "device", "cuda")
 
 
 def input_of(session: Session, recipe: Recipe, stage: Stage) -> Recipe | None:

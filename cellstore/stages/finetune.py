@@ -161,7 +161,9 @@ def finetune(
         if earlier is not None:
             return _result(session, earlier, already_done=True)
         recipe = register(session, spec)
-    with running(workspace.database, recipe, parent_id=start.run_id, seed=params.seed) as run:
+    with running(
+        workspace.database, recipe, parent_id=start.run_id, seed=params.seed, device=device
+    ) as run:
         run.result = _train(workspace, run.id, params, start, examples, device)
     with workspace.database.read() as session:
         return _result(session, session.get_one(Run, run.id), already_done=False)
