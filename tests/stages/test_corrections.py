@@ -24,7 +24,6 @@ from cellstore.enums import Control, Level, Stage
 from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Event, Folder, Image, ImageFile, Plate, Well
-from cellstore.report.audit import audit_text
 from cellstore.stages.ingest.ingest import IngestResult
 from cellstore.stages.measure import measure
 from cellstore.store import Store
@@ -150,7 +149,6 @@ def test_a_well_is_relabelled_and_back(store: Store, screen: SmallScreen) -> Non
     (note,) = record["notes"]
     when = kept["changed_at"][:16].replace("T", " ")
     assert note.endswith(f"taxol, corrected by {kept['by']} on {when} (map was shifted)")
-    assert "None" not in audit_text(store.audit("BR1/B01"))
     store.relabel("BR1/B01", treatment="DMSO", reason="it was not")
     assert answers(store) == before
     with pytest.raises(UserInputError, match="nothing would change"):
@@ -290,6 +288,7 @@ def read_map(store: Store, path: Path, wells: Mapping[str, str], **more: Any) ->
 
 
 EVERYTHING = ("well_table", "image_table", "cell_table", "plates", "wells", "images", "image_files")
+EVERYTHING += ("treatments", "treatment_parts", "perturbations")
 
 
 def test_an_ingest_is_undone_and_done_again(store: Store, tmp_path: Path) -> None:
@@ -320,7 +319,10 @@ def test_what_an_ingest_changed_comes_back(store: Store, tmp_path: Path) -> None
     table = loaddata(tmp_path / "b.csv", ["A02", "A03"], Metadata_donor="d2", Metadata_Batch="b1")
     brought = store.ingest(table).run_id
     between = answers(store, *EVERYTHING)
-    changed = read_map(store, tmp_path / "m2.txt", {"A01": "taxol", "A02": "DMSO"}).run_id
+    table = tmp_path / "m2.csv"
+    rows = ("Well,Compound,Dose,Cell line,Time,Donor", "A01,taxol,5 uM,U2OS,48,d3")
+    table.write_text("\n".join((*rows, "A02,new,1 uM,U2OS,48,d3\n")))
+    changed = store.ingest(table, IngestParams(plate="P1")).run_id
     assert answers(store, *EVERYTHING) != between
     store.undo(str(changed))
     assert answers(store, *EVERYTHING) == between
@@ -332,16 +334,30 @@ def test_what_later_work_relies_on_is_not_undone(store: Store, tmp_path: Path) -
     images = store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02"])).run_id
     maps = [read_map(store, tmp_path / f"{name}.txt", {"A01": name}) for name in ("DMSO", "taxol")]
     before = answers(store, *EVERYTHING)
-    with pytest.raises(UserInputError, match=f"run {maps[1].run_id} changed P1/A01 again"):
-        store.undo(str(maps[0].run_id))
-    with pytest.raises(UserInputError, match=f"ingest run {maps[0].run_id} corrected its wells"):
+    first, second = (item.run_id for item in maps)
+    refused = rf"run {second} changed P1/A01 again\. .* first: cellstore undo {second}\."
+    with pytest.raises(UserInputError, match=refused):
+        store.undo(str(first))
+    refused = f"ingest run {first} corrected its wells.* undo {second}; then cellstore undo {first}"
+    with pytest.raises(UserInputError, match=refused):
         store.undo(str(images))
     assert answers(store, *EVERYTHING) == before
-    store.relabel("P1/A01", treatment="DMSO", reason="it was")
-    with pytest.raises(
-        UserInputError, match=r"the correction of .* changed P1/A01 again.*Ingest a corrected"
-    ):
-        store.undo(str(maps[1].run_id))
+
+
+def test_what_was_relabelled_since_keeps_its_correction(store: Store, tmp_path: Path) -> None:
+    store.ingest(loaddata(tmp_path / "a.csv", ["A01", "A02", "A03"]))
+    wells = {"A01": "taxol", "A02": "DMSO", "A03": "DMSO"}
+    run = read_map(store, tmp_path / "m.txt", wells).run_id
+    store.relabel("P1/A01", treatment="mitotane", reason="lab book")
+    store.relabel("P1/A02", control="positive", reason="lab book")
+    done = store.undo(str(run))
+    assert "P1/A01, P1/A02 were corrected by hand since, and keep their corrections." in done.notes
+    found = "SELECT well, treatment, control FROM well_table ORDER BY well"
+    assert [tuple(row.values()) for row in store.sql(found).to_pylist()] == [
+        ("A01", "mitotane", None),
+        ("A02", None, "positive"),  # what nobody corrected goes
+        ("A03", None, None),
+    ]
 
 
 def test_a_channel_that_came_later_stays_and_corrections_by_hand_are_named(
