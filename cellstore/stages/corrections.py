@@ -20,8 +20,8 @@ from ..db.bulk import in_lists, one_ingest_at_a_time
 from ..db.events import Change, caller, record_events
 from ..enums import AnnotationKind, Control, ExclusionSource, Level, PerturbationKind, Stage, Status
 from ..errors import UnknownNameError, UserInputError
-from ..io.platemaps import TreatmentRecord, normalised_name
 from ..io.tables import MISSING, RowRefusedError
+from ..io.treatments import TreatmentRecord, normalised_name
 from ..jobs.lookup import (
     IN_RECIPES,
     channels_of_recipes,
