@@ -129,6 +129,14 @@ def test_wells_known_to_one_run_favour_it(sqlite_workspace: Workspace) -> None:
     assert [(item.what, item.first, item.second) for item in found.recipes] == [
         ("split", "leaking", "clean")
     ]
+    again = screen.labelled(leaking, says("a2=b a3=b b2=b b3=b"))
+    make = screen.make
+    for run in (one, again):  # both label the training image of the well too
+        cells = make.cells_of(make.segmentation(screen.images["a9"], make.run(Stage.SEGMENT), 1))
+        make.predict(run, cells, [[(screen.labels["a"], 0.75)]])
+    runs = str(one.id), str(again.id)
+    found = compare(sqlite_workspace, *runs, level="well", force=True)
+    assert (found.n, found.wells, found.only_first) == (4, 4, 2)  # a2 counts once, by what tests
 
 
 def test_other_cells_are_said(sqlite_workspace: Workspace) -> None:

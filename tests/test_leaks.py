@@ -15,7 +15,7 @@ from cellstore.analysis.leaks import (
     leaks,
 )
 from cellstore.enums import GroupLevel, Subset
-from cellstore.io.platemaps import normalised_name
+from cellstore.io.treatments import normalised_name
 
 TRAIN, VALIDATION, TEST = Subset
 LEAK, WARNING, REMARK = LeakSeverity
@@ -129,6 +129,20 @@ def test_a_class_on_one_side_only() -> None:
     finding = by_kind(leaks(rows))[LeakKind.CLASS]
     assert (finding.severity, finding.count) == (WARNING, 2)
     assert finding.examples == ("b: not in train", "c: not in test and train")
+
+
+def test_a_validation_subset_of_one_class_is_a_warning() -> None:
+    rows = [
+        *(member(TRAIN, "A01", "a"), member(TRAIN, "A02", "b"), member(TRAIN, "A03", "c")),
+        *(member(TEST, "B01", "a"), member(TEST, "B02", "b"), member(TEST, "B03", "c")),
+        member(VALIDATION, "C01", "a"),
+    ]
+    found = by_kind(leaks(rows))[LeakKind.VALIDATION]
+    assert (found.severity, found.count, found.examples) == (WARNING, 2, ("b", "c"))
+    assert found.message.startswith("The validation subset has one class only (a)")
+    found = by_kind(leaks([*rows, member(VALIDATION, "C02", "b")]))[LeakKind.VALIDATION]
+    assert (found.severity, found.examples) == (REMARK, ("c",))
+    assert found.message == "1 of 3 classes is missing in validation."
 
 
 def test_compounds_on_both_sides_stand_in_for_their_target() -> None:

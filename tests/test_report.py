@@ -25,6 +25,8 @@ from cellstore.models import ImageFile, Segmentation, SplitMember, Well
 from cellstore.report.drawing import plate_layout
 from cellstore.report.report_page import write_report
 from cellstore.report.scoring import report
+from cellstore.report.votes import count_votes
+from cellstore.store import Store
 
 
 def move(screen: SmallScreen, wells: str, side: Subset) -> None:
@@ -166,9 +168,7 @@ def test_the_test_side_is_scored_alone(sqlite_workspace: Workspace) -> None:
     assert forced.images == 4
 
 
-def test_a_well_on_two_sides_that_says_two_things_has_no_one_label(
-    sqlite_workspace: Workspace,
-) -> None:
+def test_a_well_in_two_subsets_counts_once_by_what_tests(sqlite_workspace: Workspace) -> None:
     screen = small_screen(sqlite_workspace, GroupLevel.IMAGE)
     make = screen.factory
     with sqlite_workspace.database.read() as session:
@@ -179,11 +179,22 @@ def test_a_well_on_two_sides_that_says_two_things_has_no_one_label(
         session.add(SplitMember(split_id=screen.split.id, subset=Subset.TRAIN, **added))
     cells = make.cells_of(make.segmentation(other, screen.segment_run, 2))
     make.predict(screen.predict_run, cells, [[(screen.labels["taxol"], 0.9)]] * 2)
-    found = {(item.well, item.n): item for item in report(sqlite_workspace, force=True).by_well}
+    whole = report(sqlite_workspace, force=True)
+    found = {(item.well, item.n): item for item in whole.by_well}
     assert (found["B01", 2].correct, found["B01", 2].predicted, found["B01", 2].seen) == (
-        *(1, None, True),
+        *(1, "DMSO", True),
     )
     assert found["B02", 1].predicted == "taxol"
+    assert (whole.wells, whole.score("well", "hard").n, whole.score("image", "hard").n) == (4, 4, 5)
+    votes = count_votes(sqlite_workspace, level="well")
+    assert (votes.units, votes.ties, votes.table.num_rows if votes.table else 0) == (4, 2, 5)
+    rows = Store(sqlite_workspace).ask("replicate-agreement").to_pylist()
+    # DMSO: B01 alone. taxol: B02 to B04, of which B03 says DMSO.
+    assert [(row["treatment"], row["wells"]) for row in rows] == [("taxol", 3)]
+    # An image of B01, and with it the well, has no answer for lack of cells.
+    few = report(sqlite_workspace, vote_options=VoteOptions(min_cells=3))
+    assert (few.wells, few.score("image", "hard").abstained, len(few.by_well)) == (1, 2, 3)
+    assert few.leak.startswith("1 of the 1 wells scored here")
 
 
 def test_a_run_that_has_labelled_controls_alone(sqlite_workspace: Workspace) -> None:

@@ -83,6 +83,7 @@ class LeakKind(StrEnum):
     SPELLING = "spelling"
     STRUCTURE = "structure"
     CLASS = "class"
+    VALIDATION = "validation"
     CONFOUNDED_PLATE = "class and plate"
     CONFOUNDED_POSITION = "class and position"
 
@@ -158,6 +159,7 @@ def leaks(
     the split is by plate or by treatment, those) in both subsets; a compound in both subsets under
     two labels, because its names are spelled otherwise or have one structure (InChIKey, SMILES,
     identifier). Warnings: the same within one label or subset; a class that train or test lacks; a
+    validation subset of one class (a remark: one that lacks some classes); a
     compound in both subsets where a class has several, so that compounds may be recognised in place
     of their class; a class on one plate only while others are elsewhere; a class of whose test
     wells most are predicted by their position: the training wells in that position of other plates
@@ -218,6 +220,20 @@ def leaks(
     ]
     message = f"{_of(len(lacking), len(labels), 'class', 'classes')} missing in train or test."
     add(LeakSeverity.WARNING, LeakKind.CLASS, lacking, message)
+
+    trained_labels = sorted(label for label, subsets in labels.items() if Subset.TRAIN in subsets)
+    absent = [label for label in trained_labels if Subset.VALIDATION not in labels[label]]
+    validating = sorted(label for label, subsets in labels.items() if Subset.VALIDATION in subsets)
+    message = f"{_of(len(absent), len(trained_labels), 'class', 'classes')} missing in validation."
+    severity = LeakSeverity.REMARK
+    if len(validating) == 1:
+        severity = LeakSeverity.WARNING
+        message = (
+            f"The validation subset has one class only ({validating[0]}), so it cannot say when to "
+            "stop training. Missing are:"
+        )
+    if validating:
+        add(severity, LeakKind.VALIDATION, absent, message)
 
     on_one = []
     for label, by_subset in sorted(wells_of.items()):

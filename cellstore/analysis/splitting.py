@@ -102,18 +102,23 @@ def is_mixed(groups: Mapping[str, Sequence[str]]) -> bool:
 
 
 def excluded_classes(
-    pool: Sequence[SplitImage], kept: set[str], reason: str | None = None
+    pool: Sequence[SplitImage], kept: set[str], reason: str | None = None, unit: str = "group"
 ) -> tuple[ExcludedClass, ...]:
-    """Return the classes that are not ``kept``, each with its images and the reason."""
+    """Return the classes that are not ``kept``, each with its images and the reason.
+
+    ``unit``: what a group is: a well, a plate, ...
+    """
     images: dict[str, list[SplitImage]] = defaultdict(list)
     for image in pool:
         if image.label not in kept:
             images[image.label].append(image)
     found = []
     for label, some in sorted(images.items()):
-        why = reason or "its groups fell in one subset; try another seed"
+        why = reason or f"its {unit}s fell in one subset; try another seed"
         if reason is None and len({image.group for image in some}) == 1:
-            why = "has one group only, which cannot be in both subsets"
+            why = f"has one {unit} only, and two are needed: add one to keep the class"
+            if unit == "well":
+                why += ", or use --group image, which trains and tests on the same well"
         found.append(ExcludedClass(label, tuple(image.image_id for image in some), why))
     return tuple(found)
 
@@ -238,8 +243,9 @@ def grouped_split(
     test_size: float = 0.2,
     validation_size: float = 0.1,
     by_class: bool = False,
+    unit: str = "group",
 ) -> Assignment:
-    """Split whole groups (wells by default), each class apart.
+    """Split whole groups (wells by default), each class apart; ``unit`` is what they are called.
 
     A class with g groups gives ``max(1, round(g * test_size))`` of them to the test subset,
     ``max(1, round(g * validation_size))`` to the validation subset if g is 3 or more and
@@ -256,7 +262,7 @@ def grouped_split(
     pool = by_id(images)
     groups = groups_by_label(pool, by_main_label=by_class)
     if is_mixed(groups):
-        groups = {"": _all_groups(pool)}
+        groups = {"": _all_groups(pool, unit)}
     subset_of: dict[str, Subset] = {}
     for label, keys in groups.items():
         count = len(keys)
@@ -271,7 +277,7 @@ def grouped_split(
         subset_of |= dict.fromkeys(order[:n_test], Subset.TEST)
         subset_of |= dict.fromkeys(order[n_test:n_both], Subset.VALIDATION)
         subset_of |= dict.fromkeys(order[n_both:], Subset.TRAIN)
-    return _with_classes_in_both(pool, subset_of)
+    return _with_classes_in_both(pool, subset_of, unit)
 
 
 def named_split(
@@ -290,7 +296,7 @@ def named_split(
     Raises ``UserInputError``: a group is in two subsets or has no images, or none is left to train.
     """
     pool = by_id(images)
-    groups = _all_groups(pool)
+    groups = _all_groups(pool, "plate")
     named = {*test, *validation}
     twice, absent = sorted(set(test) & set(validation)), sorted(named - set(groups))
     if twice:
@@ -308,20 +314,34 @@ def named_split(
     subset_of = dict.fromkeys(groups, Subset.TRAIN)
     subset_of |= dict.fromkeys(test, Subset.TEST)
     subset_of |= dict.fromkeys(validation, Subset.VALIDATION)
-    return _with_classes_in_both(pool, subset_of)
+    return _with_classes_in_both(pool, subset_of, "plate")
 
 
-def _all_groups(pool: Sequence[SplitImage]) -> list[str]:
+def _all_groups(pool: Sequence[SplitImage], unit: str) -> list[str]:
     keys = sorted({image.group for image in pool})
     if len(keys) < 2:
         raise UserInputError(
-            f"All images are in {len(keys)} group; a split needs two. Use a finer group level."
+            f"All images are of {len(keys)} {unit}, and a split needs two. Ingest more, or use a "
+            "finer group level: --group well."
         )
     return keys
 
 
+def _counts(groups: Mapping[str, Sequence[str]], unit: str, limit: int = 5) -> str:
+    """Return ``'a' has 1 well, 'b' has 2 wells``, those with the fewest first."""
+    ranked = sorted(groups.items(), key=lambda item: (len(item[1]), item[0]))
+    more = f" and {len(ranked) - limit} more classes" if len(ranked) > limit else ""
+    return (
+        ", ".join(
+            f"{label!r} has {len(keys)} {unit}{'' if len(keys) == 1 else 's'}"
+            for label, keys in ranked[:limit]
+        )
+        + more
+    )
+
+
 def _with_classes_in_both(
-    pool: Sequence[SplitImage], subset_of: Mapping[str, Subset]
+    pool: Sequence[SplitImage], subset_of: Mapping[str, Subset], unit: str
 ) -> Assignment:
     """Assign images by the subset of their group; only classes that train and test."""
     subsets: dict[str, set[Subset]] = defaultdict(set)
@@ -330,20 +350,26 @@ def _with_classes_in_both(
             subsets[image.label].add(subset_of[image.group])
     kept = {label for label, found in subsets.items() if {Subset.TRAIN, Subset.TEST} <= found}
     if len(kept) < 2:
+        few = {key: some for key, some in groups_by_label(pool).items() if key not in kept}
         raise UserInputError(
-            f"Only {len(kept)} classes have the two groups that a split needs. Ingest more "
-            "replicates, choose another label field, or use a finer group level."
+            f"Fewer than two classes have the two {unit}s that a split needs, one to train and one "
+            f"to test: {_counts(few, unit)}. Ingest more {unit}s of them, choose another --field, "
+            "or use a finer group level (--group)."
         )
     assigned = {
         image.image_id: subset_of[image.group]
         for image in pool
         if image.label in kept and image.group in subset_of
     }
-    return Assignment(assigned, excluded_classes(pool, kept))
+    return Assignment(assigned, excluded_classes(pool, kept, unit=unit))
 
 
 def folds(
-    images: Iterable[SplitImage], seed: int, count: int, validation: bool = True
+    images: Iterable[SplitImage],
+    seed: int,
+    count: int,
+    validation: bool = True,
+    unit: str = "group",
 ) -> list[Assignment]:
     """Return ``count`` splits that share their images and whose test subsets partition them.
 
@@ -357,7 +383,7 @@ def folds(
     having trained on them are excluded from all.
 
     Raises ``UserInputError``: there are fewer parts than subsets, fewer groups than parts, or fewer
-    than two classes are left.
+    than two classes are left. It names the classes and their groups, called by ``unit``.
     """
     pool = by_id(images)
     n_subsets = 3 if validation else 2
@@ -369,14 +395,15 @@ def folds(
     groups = groups_by_label(pool)
     parts: dict[str, int] = {}
     if is_mixed(groups):
-        parts = _stratified_parts(pool, seed, count)
+        names = {image.group for image in pool}
+        if len(names) >= count:
+            parts = _stratified_parts(pool, seed, count)
     else:
         for label, keys in groups.items():
             if len(keys) >= n_subsets:
                 start = len(parts)
                 for position, key in enumerate(drawn(seed, f"fold of {label}", keys), start):
                     parts[key] = position % count
-    _check_groups(len(set(parts.values())), count)
 
     def subset(part: int, tested: int) -> Subset:
         if part == tested:
@@ -393,13 +420,22 @@ def folds(
         for label, mine in held.items()
         if all(any(subset(part, tested) is Subset.TRAIN for part in mine) for tested in mine)
     }
+    other = f"Ingest more {unit}s, choose another --field, or use a finer group level (--group)."
     if len(kept) < 2:
+        few = {key: some for key, some in groups.items() if key not in kept}
         raise UserInputError(
-            f"Only {len(kept)} classes have enough groups for {count} folds. Ask for fewer folds, "
-            "choose another label field, or use a finer group level."
+            f"Of {len(groups)} classes, {len(kept)} can be in {count} folds, and two are needed: "
+            f"{_counts(few, unit)}; a class needs {n_subsets} {unit}s or more, in different folds. "
+            f"{other}"
         )
-    reason = f"needs {n_subsets} groups, in different folds, to be trained in each"
-    out = excluded_classes(pool, kept, reason)
+    if len(set(parts.values())) < count:
+        raise UserInputError(
+            f"There are {len(parts)} {unit}s to put into {count} folds: {_counts(groups, unit)}. "
+            f"Ask for fewer folds. {other}"
+        )
+    out = excluded_classes(
+        pool, kept, f"needs {n_subsets} {unit}s or more, in different folds, to train in each"
+    )
     part_of = {image.image_id: parts[image.group] for image in pool if image.label in kept}
     return [
         Assignment({key: subset(part, tested) for key, part in part_of.items()}, out)
@@ -412,7 +448,6 @@ def _stratified_parts(pool: Sequence[SplitImage], seed: int, count: int) -> dict
     from sklearn.model_selection import StratifiedGroupKFold
 
     names = drawn(seed, "fold", {image.group for image in pool})
-    _check_groups(len(names), count)
     numbers = {name: number for number, name in enumerate(names)}
     labels = [image.label for image in pool]
     groups = [numbers[image.group] for image in pool]
@@ -424,14 +459,6 @@ def _stratified_parts(pool: Sequence[SplitImage], seed: int, count: int) -> dict
         for part, (_, tested) in enumerate(splitter.split(labels, labels, groups)):
             parts |= {names[groups[row]]: part for row in tested}
     return parts
-
-
-def _check_groups(groups: int, count: int) -> None:
-    if groups < count:
-        raise UserInputError(
-            f"There are {groups} groups to put into {count} folds. Ask for fewer folds, or use a "
-            "finer group level."
-        )
 
 
 def published_split(images: Iterable[SplitImage], seed: int, test_size: float = 0.2) -> Assignment:

@@ -43,8 +43,8 @@ from .objects import (
     column_values,
     first_of_each,
 )
-from .platemaps import TREATMENT_COLUMNS, dose_columns, treatment_of
 from .tables import Refusal, RowRefusedError, first_text, known_text
+from .treatments import TREATMENT_COLUMNS, dose_columns, treatment_of
 from .uris import split_url
 
 TOOL = "CellProfiler"

@@ -20,7 +20,6 @@ from .filenames import (
     parse_well,
 )
 from .image_files import micrometres
-from .platemaps import TREATMENT_COLUMNS, TreatmentRecord, dose_columns, treatment_of
 from .tables import (
     LONGEST,
     Refusal,
@@ -30,6 +29,7 @@ from .tables import (
     known_text,
     nearest_columns,
 )
+from .treatments import TREATMENT_COLUMNS, TreatmentRecord, dose_columns, treatment_of
 from .uris import page_name, split_url
 
 FILE_PREFIX, URL_PREFIX = "FileName_", "URL_"

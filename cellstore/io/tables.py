@@ -17,7 +17,7 @@ import io
 import re
 import zlib
 from collections import Counter, deque
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -49,11 +49,13 @@ MISSING_NUMBERS = (
 )
 """What means 'no value' where a number is expected."""
 
+T = TypeVar("T")
+
 _new = tuple.__new__
 _END = "\r\n"
 _BOM = "\ufeff"
 _CHUNK = 1 << 20
-_BLOCK = 8 << 20
+BLOCK = 8 << 20
 _LONGEST_LINE = 16
 """Chunks that may pass without the end of a line."""
 
@@ -143,7 +145,7 @@ class TextTable:
         read = _ArrowReader(self, positions, numbers).read
         line, left = self.header_lines, ""
         with _opened(self.path, self.encoding, self.header_lines) as text:
-            while block := left + text.read(_BLOCK) + text.readline():
+            while block := left + text.read(BLOCK) + text.readline():
                 left = ""
                 columns = read(block)
                 if columns is not None:
@@ -155,6 +157,26 @@ class TextTable:
                 splitter = RowSplitter(self, lines, line)
                 yield splitter.batch(positions, line + _count_lines(block))
                 line, left = splitter.line, "".join(splitter.returned)
+
+    def records(
+        self, columns: Iterable[str], make: Callable[[dict[str, str]], T]
+    ) -> Iterator[tuple[int, T] | Refusal]:
+        """Yield the line of each row and what ``make`` makes of it, or why it is refused.
+
+        ``make`` gets the known values by column, of those ``columns`` that are there.
+        """
+        positions = {name: at for name in columns if (at := self.position(name)) is not None}
+        for row in self.rows():
+            if isinstance(row, Refusal):
+                yield row
+                continue
+            cells = ((name, known_text(name, row.cells[at])) for name, at in positions.items())
+            try:
+                made = make({name: text for name, text in cells if text is not None})
+            except RowRefusedError as refused:
+                yield Refusal(row.line, *refused.args)
+                continue
+            yield row.line, made
 
     def position(self, column: str) -> int | None:
         """Return the index of a column in ``TableRow.cells``, or None where it is absent.

@@ -357,6 +357,10 @@ def common_answers(
             rank[rank == SUBSETS.index("outside")] = SUBSETS.index(Subset.TEST.value)
         best = min(int(rank[chosen].min()), SUBSETS.index(Subset.VALIDATION.value))
         chosen &= rank == best
+    # A well in several subsets counts once, by the first of SUBSETS.
+    rows = np.flatnonzero(chosen)
+    order = rows[np.lexsort((one["subset"][rows], one["unit_id"][rows]))]
+    chosen = order[np.unique(one["unit_id"][order], return_index=True)[1]]
     unit = one["unit_id"][chosen]
     subsets = np.union1d(one["subset"][chosen], other["subset"][chosen])
     return CommonAnswers(
@@ -366,7 +370,7 @@ def common_answers(
         first=one["answer"][chosen],
         second=other["answer"][chosen],
         subsets=frozenset(SUBSETS[code] for code in subsets),
-        not_compared=every - np.unique(unit).size,
+        not_compared=every - unit.size,
         other_truth=other_truth,
     )
 

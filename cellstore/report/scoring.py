@@ -145,7 +145,7 @@ class GroupScore:
 class WellScore:
     """One scored well: its images by hard votes, and what all its cells together say.
 
-    ``predicted`` is ``None`` where the well has no answer, or two in two subsets of the split.
+    ``predicted`` is ``None`` where the well has no answer; see :meth:`Answers.once`.
     ``seen``: the model was trained on other images of this well.
     """
 
@@ -180,7 +180,8 @@ class CalibrationBin:
 class ReportResult:
     """The report on one predict run.
 
-    ``subsets`` of the split are scored, ``chance`` is 1 / classes. ``leak`` says
+    ``subsets`` of the split are scored, ``chance`` is 1 / classes. ``wells`` counts those with an
+    image that has an answer, ``wells_seen`` those of them seen in training. ``leak`` says
     whether the scored wells were seen in training; ``notes`` whatever else a reader must know.
     ``html`` is where the page was written, if one was. ``qc_run_id``: the quality-control run
     whose ``images_flagged`` (those without a cell left) and ``cells_flagged`` had no vote.
@@ -276,11 +277,13 @@ ANSWERS = f"""
     WHERE s.run_id = ? AND s.level = '{{level}}' AND list_contains(?, s.subset)
     ORDER BY s.vote, s.unit_id, s.subset
 """  # noqa: S608 - our own words
-RIVAL_ANSWERS = """
-    SELECT unit_id, predicted = truth AS correct FROM scored_predictions
-    WHERE run_id = ? AND level = '{level}' AND vote = 'hard' AND list_contains(?, subset)
-    ORDER BY unit_id, subset
-"""
+RIVAL_ANSWERS = f"""
+    SELECT unit_id, list_position({list(SUBSETS)}, subset) - 1 AS subset,
+        predicted = truth AS correct
+    FROM scored_predictions
+    WHERE run_id = ? AND level = '{{level}}' AND vote = 'hard' AND list_contains(?, subset)
+    ORDER BY unit_id
+"""  # noqa: S608 - our own words
 ABOUT_RUN = """
     SELECT
         (SELECT count(DISTINCT label_id) FROM split_members WHERE split_id = $split) AS classes,
@@ -427,6 +430,16 @@ class Answers:
         arrays = [item.name for item in fields(self) if item.name != "labels"]
         return replace(self, **{name: getattr(self, name)[mask] for name in arrays})
 
+    def once(self) -> Answers:
+        """Return one answer for each unit.
+
+        A well whose images are in several subsets has an answer in each: that of the first of
+        ``SUBSETS`` counts.
+        """
+        order = np.lexsort((self.subset, self.unit))
+        _, first = np.unique(self.unit[order], return_index=True)
+        return self.where(np.isin(np.arange(self.unit.size), order[first]))
+
     @property
     def given(self) -> Answers:
         """Those that did not abstain."""
@@ -546,7 +559,9 @@ def open_report(
             )
         subsets = tuple(sorted(counts)) if force else (new[0],)
         scored = [SUBSETS.index(name) for name in subsets]
-        answers = {key: item.where(np.isin(item.subset, scored)) for key, item in votes.items()}
+        answers = {
+            key: item.where(np.isin(item.subset, scored)).once() for key, item in votes.items()
+        }
         answers |= read_answers(questions, run_id, "cell", subsets, labels)
         if not answers[HEADLINE].given.unit.size:
             raise UserInputError(
@@ -596,14 +611,14 @@ def score_answers(
     classes, majority = int(about["classes"]), about["majority"]
     top = classes > TOP and (subject.top_k is None or subject.top_k >= TOP)
     known = questions.ask_ours(SEEN, [run.id]).arrays()["well_id"].astype(np.int64)
-    wells = np.unique(images.well)
-    seen = int(np.isin(wells, known).sum())
-    leak = f"None of the {wells.size:,} wells scored here was seen in training."
+    answered = np.unique(given.well)
+    seen = int(np.isin(answered, known).sum())
+    leak = f"None of the {answered.size:,} wells scored here was seen in training."
     if seen:
         leak = (
-            f"{seen:,} of the {wells.size:,} wells scored here were seen in training: the network "
-            "learned from other images of the same wells. These scores are for wells that it "
-            "knows, not for new ones."
+            f"{seen:,} of the {answered.size:,} wells scored here were seen in training: the "
+            "network learned from other images of the same wells. These scores are for wells that "
+            "it knows, not for new ones."
         )
     flagged = (0, 0)
     if subject.qc_run_id is not None:
@@ -619,8 +634,7 @@ def score_answers(
         part = {key: answers[key].where(mask) for key, mask in masks.items()}
         parts.append(() if every else scores_of(part, majority, top=top))
     baselines = score_rivals(questions, subject, subsets, answers)
-    n_wells = np.unique(given.well).size
-    beats, against = against_nulls(baselines, subject.baseline, n_wells, split.name)
+    beats, against = against_nulls(baselines, subject.baseline, answered.size, split.name)
 
     # The genes of each label, if labels are compounds; close: the answer is another compound of a
     # gene of the truth.
@@ -660,6 +674,7 @@ def score_answers(
                     abstained=group.abstained,
                 )
             )
+    wells = np.unique(images.well)  # also those without an answer
     positions = questions.ask_ours(WELLS, [wells.tolist()]).records()
     plates = {row["plate"]: images.plate == row["plate_id"] for row in positions}
     codes: dict[str, list[int]] = defaultdict(list)  # a compound of several genes counts for each
@@ -688,18 +703,15 @@ def score_answers(
 
     truths = dict(zip(images.well.tolist(), images.truth.tolist(), strict=True))
     scored, right_ones = Counter(given.well.tolist()), Counter(given.well[given.correct].tolist())
-    of_well: dict[int, set[int]] = defaultdict(set)
     votes = answers["well", "hard"].given
-    for well, code in zip(votes.well.tolist(), votes.predicted.tolist(), strict=True):
-        of_well[well].add(code)
+    of_well = dict(zip(votes.well.tolist(), votes.predicted.tolist(), strict=True))
     seen_wells = set(known.tolist())
     by_well = tuple(
         WellScore(
             plate=row["plate"],
             well=row["name"],
             truth=labels[truths[row["id"]]],
-            # Two labels in two subsets of a split are no answer.
-            predicted=labels[min(of_well[row["id"]])] if len(of_well[row["id"]]) == 1 else None,
+            predicted=labels[of_well[row["id"]]] if row["id"] in of_well else None,
             n=scored[row["id"]],
             correct=right_ones[row["id"]],
             seen=row["id"] in seen_wells,
@@ -751,7 +763,7 @@ def score_answers(
         majority_label=majority,
         cells=cells.unit.size,
         images=images.unit.size,
-        wells=wells.size,
+        wells=answered.size,
         wells_seen=seen,
         leaks=seen > 0,
         leak=leak,
@@ -888,7 +900,11 @@ def score_rivals(
                 own = answers[level, "hard"].given
                 query = RIVAL_ANSWERS.format(level=level)
                 rows = questions.ask_ours(query, [run.id, list(subsets)]).arrays()
-                common = np.isin(rows["unit_id"], own.unit)
+                keys, own_keys = (
+                    unit * len(SUBSETS) + subset
+                    for unit, subset in ((rows["unit_id"], rows["subset"]), (own.unit, own.subset))
+                )
+                common = np.isin(keys, own_keys)
                 right = rows["correct"][common].astype(bool)
                 if not own.unit.size or not np.array_equal(rows["unit_id"][common], own.unit):
                     if level == "image":

@@ -43,10 +43,12 @@ PARTS = {
         "order": "v.subset",
     },
 }
+# With GROUPING SETS a row of all subsets comes along, in which a well counts once.
 SUMMARY = """
-    SELECT subset, count(*) AS units, count(*) FILTER (tie) AS ties,
-        count(abstained) AS abstained, count(correct) AS n, count(*) FILTER (correct) AS correct
-    FROM counted_votes GROUP BY subset
+    SELECT subset, count(DISTINCT {unit}) AS units, count(DISTINCT {unit}) FILTER (tie) AS ties,
+        count(DISTINCT {unit}) FILTER (abstained IS NOT NULL) AS abstained,
+        count(correct) AS n, count(*) FILTER (correct) AS correct
+    FROM counted_votes GROUP BY GROUPING SETS ((), (subset))
 """
 
 
@@ -68,7 +70,8 @@ class VotesResult:
     """The votes of a predict run; ``table`` holds their rows, where these were asked for.
 
     ``units``: how many images or wells there are, ``ties`` of which with a draw and ``abstained``
-    without an answer. ``subsets``: those with a known truth, the test subset first if the run has
+    without an answer; a well whose images are in several subsets has a row and an answer in each,
+    and counts once. ``subsets``: those with a known truth, the test subset first if the run has
     labelled it.
     """
 
@@ -136,16 +139,17 @@ def open_votes(
     ) as questions:
         query = QUERY.format(level=level, vote=vote, **PARTS[level])
         questions.keep("counted_votes", query, {"run": found.id})
-        counts = questions.ask_ours(SUMMARY).records()
+        counts = questions.ask_ours(SUMMARY.format(unit=f"{level}_id")).records()
         by_subset = {row["subset"]: row for row in counts if row["n"]}
+        (total,) = (row for row in counts if row["subset"] is None)
         result = VotesResult(
             run_id=found.id,
             level=level,
             vote=vote,
             vote_options=options,
-            units=sum(row["units"] for row in counts),
-            ties=sum(row["ties"] for row in counts),
-            abstained=sum(row["abstained"] for row in counts),
+            units=total["units"],
+            ties=total["ties"],
+            abstained=total["abstained"],
             subsets=tuple(
                 SubsetVotes(subset, row["n"], row["correct"], row["correct"] / row["n"])
                 for subset in SUBSETS

@@ -34,8 +34,8 @@ from ..db.events import Change, record_events
 from ..db.fields import check_field, field_column, of_parts, wells_relabelled
 from ..enums import PERTURBATION, TARGET, GroupLevel, Stage, Subset
 from ..errors import UnknownNameError, UserInputError
-from ..io.platemaps import normalised_name
 from ..io.split_tables import SplitRow, SplitTables, check_not_empty, read_split_tables
+from ..io.treatments import normalised_name
 from ..jobs.lookup import IS_CURRENT, find_split, images_of
 from ..jobs.runs import RecipeSpec, register, running
 from ..jobs.workspace import Workspace
@@ -69,8 +69,9 @@ class SplitResult:
     """A split as it stands.
 
     ``counts`` are images by subset; ``excluded``: what is in no subset and why. ``leaking``: wells
-    that train also test, so scores are those of wells already seen. ``created``: by this call,
-    in run ``run_id``. ``family`` and ``fold``: which cross-validation it is a fold of.
+    that train also test, so scores are those of wells already seen. ``validation_classes``: how
+    many classes have an image that validates. ``created``: by this call, in run ``run_id``.
+    ``family`` and ``fold``: which cross-validation it is a fold of.
     """
 
     name: str
@@ -85,6 +86,7 @@ class SplitResult:
     classes: int
     images: int
     counts: dict[str, int]
+    validation_classes: int
     wells_in_both_subsets: int
     excluded: dict[str, Any]
     query: str
@@ -440,7 +442,7 @@ def _assign(
 
     Returns also the classes that are too small, and those that were cut before.
     """
-    seed, by_cells = params.seed, params.downsample_by == "cell"
+    seed, by_cells, unit = params.seed, params.downsample_by == "cell", params.group_level.value
     images = [
         SplitImage(position, item.label, item.group(params.group_level), item.cells)
         for position, item in enumerate(candidates)
@@ -456,7 +458,7 @@ def _assign(
         images, cut = cut_by_groups(images, seed, by_class)
     if params.folds is not None:
         need("train")
-        found = folds(images, seed, params.folds, params.validation_size > 0)
+        found = folds(images, seed, params.folds, params.validation_size > 0, unit)
     elif params.protocol == "published":
         need("train")
         found = [published_split(images, seed, params.test_size)]
@@ -465,7 +467,7 @@ def _assign(
         found = [named_split(images, seed, *plates, params.validation_size)]
     else:
         sizes = (params.test_size, params.validation_size)
-        found = [grouped_split(images, seed, *sizes, by_class)]
+        found = [grouped_split(images, seed, *sizes, by_class, unit)]
     return found, few, cut
 
 
@@ -711,6 +713,8 @@ def show_split(workspace: Workspace, name: str | None = None) -> SplitResult:
 def _result(session: Session, split: Split) -> SplitResult:
     counts = _images_by_subset(session, split.id)
     classes = select(func.count(SplitMember.label_id.distinct()))
+    classes = classes.where(SplitMember.split_id == split.id)
+    validating = classes.where(SplitMember.subset == Subset.VALIDATION)
     several = (
         select(Image.well_id)
         .join(SplitMember, SplitMember.image_id == Image.id)
@@ -729,9 +733,10 @@ def _result(session: Session, split: Split) -> SplitResult:
         created=False,
         frozen=split.frozen_at is not None,
         leaking=shared > 0,
-        classes=session.scalar(classes.where(SplitMember.split_id == split.id)) or 0,
+        classes=session.scalar(classes) or 0,
         images=sum(counts.values()),
         counts={subset.value: counts[subset] for subset in Subset},
+        validation_classes=session.scalar(validating) or 0,
         wells_in_both_subsets=shared,
         excluded=split.excluded,
         query=split.query,

@@ -62,6 +62,15 @@ IS_OPENED = """EXISTS (SELECT 1 FROM events e WHERE e.id = (
     SELECT max(id) FROM events WHERE table_name = 'runs' AND row_id = OLD.id)
     AND {status} = 'running')"""
 
+# Of these, a run counts what is changed or deleted after it wrote it: so copies know that they are
+# out of date. With the run of a row.
+_OF_SEGMENTATION = "(SELECT run_id FROM segmentations WHERE id = {row}.segmentation_id)"
+COUNTED = {
+    **dict.fromkeys(("predictions", "features", "image_quality", "cell_flags"), "{row}.run_id"),
+    "segmentations": "{row}.run_id",
+    "cells": _OF_SEGMENTATION,
+}
+
 FROZEN = "split is frozen"
 TOGETHER = "split keeps each group in one subset"
 NO_GROUP = "split member is in no group"
@@ -335,6 +344,14 @@ RUN_IDS = {
     "runs_closed": "SELECT run_id FROM added",
     "cells_closed": "SELECT s.run_id FROM added JOIN segmentations s ON s.id = segmentation_id",
 }
+# Once for each statement, however many rows it changes.
+COUNTING = """
+BEGIN
+    UPDATE runs SET changed_rows = changed_rows + g.number
+    FROM (SELECT {run} AS run_id, count(*) AS number FROM changed AS r GROUP BY 1) AS g
+    WHERE runs.id = g.run_id;
+    RETURN NULL;
+END"""
 EMPTIED = ("splits", "split_members", "split_groups")
 EMPTIED_BODY = f"""
 BEGIN
@@ -379,6 +396,15 @@ def guard() -> None:
                 )
         for name, (when, body) in SQLITE.items():
             op.execute(f"CREATE TRIGGER {name} {when} BEGIN {body} END")
+        for table, run in COUNTED.items():
+            # What is known of a segmentation is no column of a copy, but for its image.
+            columns = " OF image_id, run_id" if table == "segmentations" else ""
+            old, new = (run.format(row=row) for row in ("OLD", "NEW"))
+            for what, ids in ((f"UPDATE{columns}", f"{old}, {new}"), ("DELETE", old)):
+                op.execute(
+                    f"CREATE TRIGGER {table}_counted_{what[:6]} AFTER {what} ON {table} BEGIN "
+                    f"UPDATE runs SET changed_rows = changed_rows + 1 WHERE id IN ({ids}); END"
+                )
         return
     for table in APPEND_ONLY:
         make_function(f"{table}_keep", f"BEGIN RAISE EXCEPTION '{table} are append-only'; END")
@@ -395,6 +421,17 @@ def guard() -> None:
             op.execute(
                 f"CREATE TRIGGER {table}_closed AFTER INSERT ON {table} REFERENCING NEW TABLE AS "
                 f"added FOR EACH STATEMENT EXECUTE FUNCTION {name}()"
+            )
+    for table, run in COUNTED.items():
+        make_function(f"{table}_counted", COUNTING.format(run=run.format(row="r")))
+        for name, what, rows in (
+            ("deleted", "DELETE", "OLD"),
+            ("before", "UPDATE", "OLD"),
+            ("after", "UPDATE", "NEW"),
+        ):
+            op.execute(
+                f"CREATE TRIGGER {table}_counted_{name} AFTER {what} ON {table} REFERENCING {rows} "
+                f"TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION {table}_counted()"
             )
     make_function("splits_emptied", EMPTIED_BODY)
     for table in EMPTIED:
@@ -416,9 +453,12 @@ def unguard() -> None:
                 op.execute(f"DROP TRIGGER {table}_keep_{verb}")
         for name in SQLITE:
             op.execute(f"DROP TRIGGER {name}")
+        for table in COUNTED:
+            for verb in ("UPDATE", "DELETE"):
+                op.execute(f"DROP TRIGGER {table}_counted_{verb}")
         return
-    functions = [*(f"{table}_keep" for table in APPEND_ONLY), *POSTGRESQL, *RUN_IDS]
-    functions.append("splits_emptied")
+    functions = [*(f"{table}_keep" for table in APPEND_ONLY), *POSTGRESQL, "splits_emptied"]
+    functions += [*RUN_IDS, *(f"{table}_counted" for table in COUNTED)]
     for name in functions:
         op.execute(f"DROP FUNCTION {name}() CASCADE")
 
@@ -633,6 +673,7 @@ def upgrade() -> None:
         sa.Column("ended_at", MOMENT),
         sa.Column("result", sa.JSON()),
         sa.Column("error", sa.Text()),
+        sa.Column("changed_rows", BIG_ID, nullable=False, server_default="0"),
         sa.PrimaryKeyConstraint("id", name="pk_runs"),
     )
     op.create_index("ix_runs_parent_id", "runs", ["parent_id"])

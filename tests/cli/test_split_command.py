@@ -32,6 +32,29 @@ def test_a_class_that_cannot_be_split_is_named(cellstore, store, tmp_path):
     words = ("--test-size", "0.5", "--validation-size", "0", "--allow-missing", "--store", store)
     said = cellstore("split", "create", "by-well", *words)
     assert "lonely" in said.out
+    assert "has one well only, and two are needed" in said.out
+    assert "--group image" in said.out
+    assert max(map(len, said.out.splitlines())) <= 80
+    folds = cellstore("split", "create", "k", "--folds", "9", "--allow-missing", "--store", store,
+                      code=2)  # fmt: skip
+    assert "'lonely' has 1 well" in folds.err
+    assert "a class needs 3 wells or more" in folds.err
+
+
+def test_a_validation_subset_of_one_class_is_no_good_split(cellstore, tmp_path):
+    rows = [f"{c}{n}.tif,P1,{'AB'[c == 'b']}0{n},1,{c}" for c, n in
+            (("a", 1), ("a", 2), ("a", 3), ("b", 1), ("b", 2))]  # fmt: skip
+    head = "FileName_OrigDNA,Metadata_Plate,Metadata_Well,Metadata_Site,Metadata_pert_iname"
+    (tmp_path / "images.csv").write_text("\n".join([head, *rows, ""]))
+    at = ("--store", tmp_path / "new")
+    cellstore("init", tmp_path / "new")
+    cellstore("ingest", "images.csv", "--look", "nowhere", *at)
+    made = cellstore("split", "create", "s", "--allow-missing", "--downsample", "none", *at)
+    assert "the validation subset has one class only" in made.err
+    found = cellstore("split", "check", *at)
+    assert "The validation subset has one class only (a)" in found.out
+    assert "Read the warnings, too." in found.out
+    cellstore("split", "check", "--strict", *at, code=1)
 
 
 def test_the_published_protocol_is_marked(cellstore, store):

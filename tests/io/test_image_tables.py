@@ -21,8 +21,8 @@ from cellstore.io.cellprofiler import image_record
 from cellstore.io.filenames import format_well
 from cellstore.io.image_tables import FileRef, ImageRecord, read_image_table
 from cellstore.io.layouts import Layout, detect
-from cellstore.io.platemaps import TreatmentRecord
 from cellstore.io.tables import Refusal, open_table
+from cellstore.io.treatments import TreatmentRecord
 
 LOADDATA = {
     "Metadata_Plate": "001",

@@ -34,8 +34,9 @@ from ...io.harmony import read_harmony
 from ...io.image_files import ImageFolder, ImageInfo, probe
 from ...io.image_tables import ImageRecord, read_image_table
 from ...io.layouts import Layout
-from ...io.platemaps import Aliases, MapOptions, TreatmentRecord, read_annotation
+from ...io.platemaps import MapOptions, Position, notes_on_wells, read_annotation
 from ...io.tables import LONGEST, Refusal, open_table
+from ...io.treatments import Aliases, TreatmentRecord
 from ...io.uris import exists, is_remote, join, map_folder, shown, stat, writable
 from ...jobs.gone_files import gone_folder, gone_sentence
 from ...jobs.lookup import renamed_channels, renamed_plates
@@ -146,6 +147,7 @@ class ImageSource:
         if (self.annotation, self._aliases, self.params.pixel_size) == (None, None, None):
             yield from rows  # as they are: a table may have millions
             return
+        imaged: dict[str, dict[Position, bool]] = {}
         for row in rows:
             if isinstance(row, Refusal):
                 yield row
@@ -161,10 +163,14 @@ class ImageSource:
                 treatment = plate_map.wells.get(well) or treatment
                 # A well of which the map says nothing is one that does not share it.
                 metadata = {**(metadata or {}), **plate_map.metadata.get(well, {})}
+                imaged.setdefault(plate_map.name, {})[well] = treatment is not None
             if self._aliases is not None and treatment is not None:
                 treatment = self._aliases.apply(treatment)
             size = self.params.pixel_size or row.pixel_size
             yield row._replace(treatment=treatment, pixel_size=size, metadata=metadata)
+        for plate_map in self.annotation.maps.values() if self.annotation else ():
+            if plate_map.name in imaged:
+                self.notes += notes_on_wells(plate_map, imaged[plate_map.name])
 
 
 def ingest_images(
