@@ -314,7 +314,9 @@ CLOSED = {
     *("image_quality_closed", "image_flags_closed", "cell_flags_closed", "ingest_files_closed"),
     "ingest_issues_closed",
 }
+COUNTED = ("predictions", "features", "image_quality", "cell_flags", "segmentations", "cells")
 ON_SQLITE = {
+    *(f"{table}_counted_{verb}" for table in COUNTED for verb in ("UPDATE", "DELETE")),
     *(f"{table}_keep_{verb}" for table in APPEND_ONLY for verb in ("UPDATE", "DELETE")),
     *("split_members_frozen_insert", "split_members_frozen_update", "split_members_frozen_delete"),
     *("split_members_together_insert", "split_members_together_update"),
@@ -325,6 +327,7 @@ ON_SQLITE = {
     *("runs_begun_update", "runs_opened_update", "runs_kept_delete", *CLOSED),
 }
 ON_POSTGRESQL = {
+    *(f"{table}_counted_{name}" for table in COUNTED for name in ("deleted", "before", "after")),
     *(f"{table}_keep" for table in APPEND_ONLY),
     *("split_members_guard", "split_groups_guard", "splits_guard"),
     *("images_stay", "wells_stay", "labels_stay", "runs_stay", "runs_begun", "runs_opened"),
