@@ -244,7 +244,7 @@ def _show_report(result: ReportResult) -> None:
     output.wrapped(result.against_nulls)
     output.wrapped(result.leak)
     for note in result.notes:
-        say(note)
+        output.wrapped(note, hang=output.GAP, err=True)
     if result.html:
         typer.echo(f"report: {result.html}")
 

@@ -419,7 +419,7 @@ def _show_qc(result: QcResult, *, listed: bool) -> None:
         ]
         output.table(["image", "reason", "channel", "value", "usual"], flags)
     for note in result.notes:
-        say(note)
+        output.wrapped(note, hang=output.GAP, err=True)
     list_failures(result.failures)
     for name, path in (("page", result.html), ("picture", result.picture)):
         if path:

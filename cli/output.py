@@ -4,6 +4,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -33,6 +34,8 @@ GAP = "  "
 MIN_COLUMN = 10
 """No column is cut to fewer characters."""
 SHOWN_PER_REASON = 10
+MANY_ALIKE = 3
+_QUOTED = re.compile("'[^']*'")
 SHOWN_ROWS = 1000
 
 
@@ -112,9 +115,17 @@ def span(low: float | None, high: float | None) -> str:
     return f"{cell(low)} to {cell(high)}"
 
 
-def wrapped(text: str, margin: str = "") -> None:
-    """Print a sentence in lines that fit a terminal."""
-    typer.echo(textwrap.fill(cell(text), WIDTH, initial_indent=margin, subsequent_indent=margin))
+def wrapped(text: str, margin: str = "", *, hang: str = "", err: bool = False) -> None:
+    """Print a sentence in lines that fit a terminal; ``hang`` indents all lines but the first."""
+    lines = textwrap.wrap(
+        cell(text),
+        WIDTH,
+        initial_indent=margin,
+        subsequent_indent=margin + hang,
+        break_long_words=False,
+        break_on_hyphens=False,  # --option
+    )
+    typer.echo("\n".join(lines), err=err)
 
 
 def pairs(rows: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
@@ -145,15 +156,30 @@ def definitions(rows: Iterable[tuple[str, str]], width: int = 24) -> None:
 
 
 def grouped(problems: Sequence[tuple[str, str, str]]) -> None:
-    """Print problems (where, reason, detail) by reason, the first few lines of each."""
+    """Print problems (where, reason, detail) by reason, the first few lines of each.
+
+    What differs in quoted texts alone, as a mistake in each row of a table does, is said once.
+    """
     reasons = Counter(reason for _, reason, _ in problems)
     for reason, number in reasons.most_common():
         typer.echo(f"{GAP}{cell(reason)}: {count(number, 'row')}")
-        matching = [problem for problem in problems if problem[1] == reason]
-        for where, _, detail in matching[:SHOWN_PER_REASON]:
-            typer.echo(f"{GAP * 2}{cell(where)}: {cell(detail)}")
-        if number > SHOWN_PER_REASON:
-            typer.echo(f"{GAP * 2}and {number - SHOWN_PER_REASON} more (all with --json)")
+        alike: dict[str, list[str]] = {}
+        for where, _, detail in (problem for problem in problems if problem[1] == reason):
+            alike.setdefault(_QUOTED.sub("", detail), []).append(f"{where}: {detail}")
+        lines = []
+        for some in alike.values():
+            first, *more = some
+            many = len(more) >= MANY_ALIKE
+            lines += (
+                [(f"{first.rstrip('.')}. And {len(more):,} more like this.", len(some))]
+                if many
+                else []
+            )
+            lines += [] if many else [(line, 1) for line in some]
+        for line, _ in lines[:SHOWN_PER_REASON]:
+            wrapped(line, GAP * 2, hang=GAP)
+        if left := sum(rows for _, rows in lines[SHOWN_PER_REASON:]):
+            typer.echo(f"{GAP * 2}and {left:,} more (all with --json)")
 
 
 # Not rich's Table, which takes 1.8 s for a thousand rows of ten columns.
@@ -405,8 +431,8 @@ class Notes(Progress):
     """Writes the notes to stderr, for logs and pipes, and draws no bar."""
 
     def note(self, text: str) -> None:
-        """Write one line."""
-        say(text)
+        """Write it in lines that fit a terminal."""
+        wrapped(text, hang=GAP, err=True)
 
 
 class Bar(Progress):
