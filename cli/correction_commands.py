@@ -198,7 +198,7 @@ def _show(done: Correction) -> None:
         typer.echo(f"and {len(done.changes) - SHOWN:,} more (all with --json)")
     output.pairs([("concerns", _concerns(done))])
     for note in done.notes:
-        output.wrapped(note, hang=output.GAP, err=True)
+        say(note)
     if done.dry_run:
         say("Nothing was changed: this was a dry run.")
 

@@ -111,7 +111,7 @@ def ingest(
         output.print_json(result)
     else:
         for note in result.notes:
-            output.wrapped(note, hang=output.GAP, err=True)
+            say(note)
         names = ("rows", "created", "updated", "unchanged", "refused")
         shown = {"read as": result.layout, **{name: getattr(result, name) for name in names}}
         if result.cells:
@@ -162,7 +162,7 @@ def _preview(source: str, params: IngestParams, common: Common) -> None:
         output.print_json(found)
     else:
         for note in found.notes:
-            output.wrapped(note, hang=output.GAP, err=True)
+            say(note)
         kind = Layout(found.layout).kind.value
         numbers = sorted(found.channels.items())
         channels = ", ".join(f"{name} ({number:,})" for name, number in numbers) or "none"

@@ -180,7 +180,7 @@ def demo(
     say(f"Ask it more, for example: cellstore sql 'FROM accuracy' --store {plates.store}")
 
 
-@command(db, "upgrade")
+@command(db, "upgrade", then=True)
 def db_upgrade(common: Common) -> None:
     """Bring the schema of the store up to date.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from functools import partial
 from typing import Any
@@ -17,7 +19,8 @@ from cellstore.errors import UnknownNameError, UserInputError
 from cellstore.jobs.workspace import Workspace
 from cellstore.models import Cell, IngestFile, Segmentation, SplitMember, Well
 from cellstore.query.engine import open_questions
-from cellstore.report.audit import Audit, audit, audit_text
+from cellstore.report.audit import Audit, audit
+from cellstore_cli.audit_commands import show_audit
 
 audit_image = partial(audit, kind="image")
 audit_well = partial(audit, kind="well")
@@ -150,7 +153,11 @@ def test_a_corrected_treatment_beside_the_frozen_label(workspace: Workspace) -> 
 
 def words(audit: Audit) -> str:
     """The text of an audit, in one line; no line of it is wider than a terminal."""
-    text = audit_text(audit)
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with contextlib.redirect_stdout(screen):
+        show_audit(audit)
+    screen.seek(0)
+    text = screen.read()
     assert max(map(len, text.splitlines())) <= 80
     return " ".join(text.split())
 

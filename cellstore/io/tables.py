@@ -55,7 +55,7 @@ _new = tuple.__new__
 _END = "\r\n"
 _BOM = "\ufeff"
 _CHUNK = 1 << 20
-_BLOCK = 8 << 20
+BLOCK = 8 << 20
 _LONGEST_LINE = 16
 """Chunks that may pass without the end of a line."""
 
@@ -145,7 +145,7 @@ class TextTable:
         read = _ArrowReader(self, positions, numbers).read
         line, left = self.header_lines, ""
         with _opened(self.path, self.encoding, self.header_lines) as text:
-            while block := left + text.read(_BLOCK) + text.readline():
+            while block := left + text.read(BLOCK) + text.readline():
                 left = ""
                 columns = read(block)
                 if columns is not None:

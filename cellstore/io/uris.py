@@ -250,7 +250,7 @@ def _remote(uri: str, method: str) -> Any:
 
     ``from None``: the errors of a service quote the request, with its secrets.
     """
-    files = _file_system(uri)
+    files = file_system(uri)
     try:
         return getattr(files, method)(split_page(uri)[0])
     except FileNotFoundError:
@@ -259,7 +259,8 @@ def _remote(uri: str, method: str) -> Any:
         raise ImageError(_unanswered(uri, error)) from None
 
 
-def _file_system(uri: str) -> Any:
+def file_system(uri: str) -> Any:
+    """Return the file system of fsspec that has the files of a scheme."""
     scheme = uri.partition("://")[0].lower()
     if scheme not in _READERS or "::" in uri:
         known = ", ".join(f"{name}://" for name in sorted(_READERS))

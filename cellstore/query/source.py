@@ -124,11 +124,11 @@ _CENTROID = {
 }
 """The last columns of ``features`` as questions see it; the database has them in ``cells``."""
 
-_SQLITE_COLUMNS = """
+SQLITE_COLUMNS = """
     SELECT t.name, c.name, upper(c.type) FROM sqlite_master AS t, pragma_table_info(t.name) AS c
     WHERE t.type IN ('table', 'view') ORDER BY t.name, c.cid
 """
-_POSTGRESQL_COLUMNS = """
+POSTGRESQL_COLUMNS = """
     SELECT table_name, column_name, upper(data_type) FROM information_schema.columns
     WHERE table_schema = current_schema() ORDER BY table_name, ordinal_position
 """
@@ -199,7 +199,7 @@ class Source:
 
         From the database, since the classes of the tables load slower than a question is answered.
         """
-        query = _SQLITE_COLUMNS if self.is_sqlite else _POSTGRESQL_COLUMNS
+        query = SQLITE_COLUMNS if self.is_sqlite else POSTGRESQL_COLUMNS
         ours = _our_tables()
         found: dict[str, Columns] = {}
         with self.database.read() as session:

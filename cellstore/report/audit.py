@@ -1,21 +1,19 @@
 """The history of an image, a well, a cell, a run or a file: what it comes from, what came of it.
 
 An audit is a record: values, and lists of rows, each row of the same keys. ``audit --json`` prints
-it, ``audit_text`` shows it in a terminal, and ``lineage_page`` draws it: all three from these rows.
+it, the command line shows it as text, and ``lineage_page`` draws it: all three from these rows.
 The tables are read as such. Their classes would take longer to load than an audit takes.
 """
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -967,87 +965,11 @@ def _known(session: Session, file: File) -> Record:
     }
 
 
-# As text
-
-WIDTH = 80
-SHOWN = 20
-"""Records of a list."""
-GAP = "  "
-WRAPPED = 20
-"""Wider columns of a table are wrapped."""
-
-
-def audit_text(audit: Audit) -> str:
-    """Return the record of an audit as lines of 80 characters at most, where names allow it."""
-    record = {name: value for name, value in audit.record.items() if name != "notes"}
-    lines = [audit.title, *_lines(record, "")]
-    for note in audit.record.get("notes", ()):
-        lines += ["", *textwrap.wrap(note, WIDTH)]
-    printable = ("".join(char if char.isprintable() else " " for char in line) for line in lines)
-    return "\n".join(printable) + "\n"
-
-
 def is_part(value: Any) -> bool:
     """Whether a value is a record, or a list of records."""
     return isinstance(value, Mapping) or (
         isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
     )
-
-
-def _lines(record: Mapping[str, Any], margin: str) -> Iterable[str]:
-    """Values, then the parts of a record, each below its name.
-
-    The records of a list are a table if that fits, else one below the other, without what is
-    unknown.
-    """
-    parts = {name: value for name, value in record.items() if is_part(value)}
-    values = {k: v for k, v in record.items() if k not in parts and v not in ([], {})}
-    width = max((len(name) for name in values), default=0)
-    for name, value in values.items():
-        lead = f"{margin}{name.replace('_', ' '):<{width}}{GAP}"
-        room = max(20, WIDTH - len(lead))
-        for line in textwrap.wrap(shown(name, value), room, break_on_hyphens=False) or [""]:
-            yield f"{lead}{line}".rstrip()
-            lead = " " * len(lead)
-    for name, part in parts.items():
-        if not part:
-            continue
-        yield ""
-        yield f"{margin}{name.replace('_', ' ')}"
-        if isinstance(part, Mapping):
-            yield from _lines(part, margin + GAP)
-            continue
-        rows = part[:SHOWN]
-        cells = [[key.replace("_", " ") for key in rows[0]]]
-        cells += [[shown(key, value) for key, value in row.items()] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        nested = any(isinstance(value, list) and is_part(value) for value in rows[0].values())
-        # A table if that fits, with its widest columns wrapped.
-        wide = [width for width in widths if width > WRAPPED]
-        fixed = sum(widths) - sum(wide) + len(GAP) * len(widths) + len(margin)
-        room = (WIDTH - fixed) // max(1, len(wide))
-        if not nested and fixed <= WIDTH and room >= (WRAPPED if wide else 0):
-            widths = [min(width, room) if width > WRAPPED else width for width in widths]
-            for row in cells:
-                columns = (
-                    textwrap.wrap(text, width, break_on_hyphens=False)
-                    for text, width in zip(row, widths, strict=True)
-                )
-                for texts in zip_longest(*columns, fillvalue=""):
-                    padded = (f"{GAP}{t:<{w}}" for t, w in zip(texts, widths, strict=True))
-                    yield (margin + "".join(padded)).rstrip()
-        else:
-            for number, row in enumerate(rows):
-                if number:
-                    yield ""
-                known = {
-                    key: shown(key, value) if isinstance(value, Mapping) else value
-                    for key, value in row.items()
-                    if value is not None
-                }
-                yield from _lines(known, margin + GAP)
-        if len(part) > SHOWN:
-            yield f"{margin}{GAP}and {len(part) - SHOWN:,} more (all with --json)"
 
 
 def shown(name: str, value: Any, *, digits: int = 12, most: int = 6) -> str:

@@ -40,6 +40,15 @@ def only(condition: str) -> dict[str, Any]:
 # What was once said stays, whoever holds the connection.
 APPEND_ONLY = ("predictions", "image_predictions", "annotations", "events")
 
+# Of these, a run counts what is changed or deleted after it wrote it: so copies know that they are
+# out of date. With the run of a row.
+_OF_SEGMENTATION = "(SELECT run_id FROM segmentations WHERE id = {row}.segmentation_id)"
+COUNTED = {
+    **dict.fromkeys(("predictions", "features", "image_quality", "cell_flags"), "{row}.run_id"),
+    "segmentations": "{row}.run_id",
+    "cells": _OF_SEGMENTATION,
+}
+
 FROZEN = "split is frozen"
 TOGETHER = "split keeps each group in one subset"
 NO_GROUP = "split member is in no group"
@@ -259,6 +268,14 @@ END""",
         f"BEGIN {FREEZE} RETURN NULL; END",
     ),
 }
+# Once for each statement, however many rows it changes.
+COUNTING = """
+BEGIN
+    UPDATE runs SET changed_rows = changed_rows + g.number
+    FROM (SELECT {run} AS run_id, count(*) AS number FROM changed AS r GROUP BY 1) AS g
+    WHERE runs.id = g.run_id;
+    RETURN NULL;
+END"""
 EMPTIED = ("splits", "split_members", "split_groups")
 EMPTIED_BODY = f"""
 BEGIN
@@ -303,6 +320,15 @@ def guard() -> None:
                 )
         for name, (when, body) in SQLITE.items():
             op.execute(f"CREATE TRIGGER {name} {when} BEGIN {body} END")
+        for table, run in COUNTED.items():
+            # What is known of a segmentation is no column of a copy, but for its image.
+            columns = " OF image_id, run_id" if table == "segmentations" else ""
+            old, new = (run.format(row=row) for row in ("OLD", "NEW"))
+            for what, ids in ((f"UPDATE{columns}", f"{old}, {new}"), ("DELETE", old)):
+                op.execute(
+                    f"CREATE TRIGGER {table}_counted_{what[:6]} AFTER {what} ON {table} BEGIN "
+                    f"UPDATE runs SET changed_rows = changed_rows + 1 WHERE id IN ({ids}); END"
+                )
         return
     for table in APPEND_ONLY:
         make_function(f"{table}_keep", f"BEGIN RAISE EXCEPTION '{table} are append-only'; END")
@@ -313,6 +339,17 @@ def guard() -> None:
     for name, (when, body) in POSTGRESQL.items():
         make_function(name, body)
         op.execute(f"CREATE TRIGGER {name} {when} EXECUTE FUNCTION {name}()")
+    for table, run in COUNTED.items():
+        make_function(f"{table}_counted", COUNTING.format(run=run.format(row="r")))
+        for name, what, rows in (
+            ("deleted", "DELETE", "OLD"),
+            ("before", "UPDATE", "OLD"),
+            ("after", "UPDATE", "NEW"),
+        ):
+            op.execute(
+                f"CREATE TRIGGER {table}_counted_{name} AFTER {what} ON {table} REFERENCING {rows} "
+                f"TABLE AS changed FOR EACH STATEMENT EXECUTE FUNCTION {table}_counted()"
+            )
     make_function("splits_emptied", EMPTIED_BODY)
     for table in EMPTIED:
         op.execute(
@@ -333,8 +370,12 @@ def unguard() -> None:
                 op.execute(f"DROP TRIGGER {table}_keep_{verb}")
         for name in SQLITE:
             op.execute(f"DROP TRIGGER {name}")
+        for table in COUNTED:
+            for verb in ("UPDATE", "DELETE"):
+                op.execute(f"DROP TRIGGER {table}_counted_{verb}")
         return
     functions = [*(f"{table}_keep" for table in APPEND_ONLY), *POSTGRESQL, "splits_emptied"]
+    functions += [f"{table}_counted" for table in COUNTED]
     for name in functions:
         op.execute(f"DROP FUNCTION {name}() CASCADE")
 
@@ -549,6 +590,7 @@ def upgrade() -> None:
         sa.Column("ended_at", MOMENT),
         sa.Column("result", sa.JSON()),
         sa.Column("error", sa.Text()),
+        sa.Column("changed_rows", BIG_ID, nullable=False, server_default="0"),
         sa.PrimaryKeyConstraint("id", name="pk_runs"),
     )
     op.create_index("ix_runs_parent_id", "runs", ["parent_id"])

@@ -197,7 +197,7 @@ class Refusing:
 
 
 def test_secrets_of_a_place_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uris, "_file_system", lambda uri: Refusing())
+    monkeypatch.setattr(uris, "file_system", lambda uri: Refusing())
     uri = f"https://me:{SECRET}@host.org/images/a.tif?X-Amz-Signature={SECRET}"
     for ask in (read_bytes, stat):
         with pytest.raises(ImageError) as caught:
@@ -226,7 +226,7 @@ def test_services_tell_the_time_of_a_change_in_their_own_ways(
         def info(self, uri: str) -> dict[str, object]:
             return {"size": 5, **told}
 
-    monkeypatch.setattr(uris, "_file_system", lambda uri: Telling())
+    monkeypatch.setattr(uris, "file_system", lambda uri: Telling())
     assert stat("https://host/a.tif") == FileStat(5, mtime_ns)
 
 
@@ -235,7 +235,7 @@ def test_a_server_that_tells_no_size(monkeypatch: pytest.MonkeyPatch) -> None:
         def info(self, uri: str) -> dict[str, object]:
             return {"size": None}
 
-    monkeypatch.setattr(uris, "_file_system", lambda uri: Silent())
+    monkeypatch.setattr(uris, "file_system", lambda uri: Silent())
     with pytest.raises(ImageError, match="no size of"):
         stat("https://host/a.tif")
 
