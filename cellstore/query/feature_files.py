@@ -528,7 +528,7 @@ def _files_of_recipe(
         .join(FeatureSet, FeatureSet.id == FeatureFile.feature_set_id)
         .where(FeatureSet.recipe_id == recipe_id)
     ).all()
-    gone = artifacts.missing(row.path for row in rows)
+    gone = artifacts.missing(sorted(row.path for row in rows))
     there, lost = [], []
     for row in rows:
         file = SetFile(artifacts.locate(row.path), row.first_cell_id, row.last_cell_id)

@@ -700,6 +700,7 @@ def as_run(
         query=as_text(cells_query(plan.cells.source)),
         resume=run_id,
         alone=True,
+        device=team.device,
     ) as run:
         known = select(func.count(RunMetric.epoch.distinct())).where(RunMetric.run_id == run.id)
         with workspace.database.read() as session:
