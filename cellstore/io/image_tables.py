@@ -27,7 +27,7 @@ from .filenames import (
 from .image_files import micrometres
 from .tables import Refusal, RowRefusedError, TextTable, first_text, known_text, nearest_columns
 from .treatments import TREATMENT_COLUMNS, TreatmentRecord, dose_columns, treatment_of
-from .uris import page_name, split_url
+from .uris import page_name, split_page, split_url
 
 FILE_PREFIX, URL_PREFIX, METADATA = "FileName_", "URL_", "Metadata_"
 _ORIGINAL = "Orig"
@@ -267,18 +267,26 @@ def _written_well(texts: Mapping[str, str]) -> tuple[int, int] | None:
         raise RowRefusedError("not a well", str(error)) from error
 
 
+_File = tuple[int, tuple[str, int | None, str], str | None]
+
+
 class _Field(NamedTuple):
     """What the columns of place and files say of an image.
 
     ``where``: row, column, site, plane, time point and core file name. ``files``: index of the
-    channel, then name, number and file name, then the folder of a URL. ``plate`` and ``scan``: what
-    the folder and the file name call the plate; a scan is the plate if nothing else is.
+    channel, then name, number and file name, then the folder of a URL. ``plate``: as the folder of
+    the table says.
     """
 
     where: tuple[int, int, int, int, int, str | None]
-    files: list[tuple[int, tuple[str, int | None, str], str | None]]
+    files: list[_File]
     plate: str | None
-    scan: str | None
+
+
+def _microscope_name(files: Sequence[_File]) -> ImageName | None:
+    """Return what the first of the file names says that is one of a microscope."""
+    found = (microscope_name(split_page(file[2])[0]) for _, file, _ in files)
+    return next((name for name in found if name), None)
 
 
 class ImageRows:
@@ -306,7 +314,7 @@ class ImageRows:
         strict: bool = False,
     ) -> None:
         self._plate, self._strict = plate, strict
-        self._renaming = channels or ChannelNames()
+        self._renaming = channels
         self._folder = _SITE_FOLDER.fullmatch(folder)
         self.channels = _find_channels(columns)
         of_files = [name for item in self.channels for name in (item.file, item.frame, item.series)]
@@ -357,14 +365,22 @@ class ImageRows:
             barcode = written or field.plate
             if barcode and self._plate and barcode != self._plate:
                 raise RowRefusedError("another plate", f"plate {barcode}, not {self._plate}")
-            barcode = barcode or self._plate or field.scan
+            barcode = barcode or self._plate
+            if barcode is None and (found := _microscope_name(field.files)):
+                barcode = found.plate  # a number of the instrument, where nothing else is known
             if barcode is None:
                 detail = "the table does not name the plate; name it with --plate"
                 raise RowRefusedError(NO_PLATE, detail)
             key = self._of_treatment.pick(cells)
             if (treated := self._treatments.get(key)) is None:
-                treated = self._read_treatment(self._of_treatment.texts(key))
-                self._treatments[key] = treated
+                texts, problem, treatment = self._of_treatment.texts(key), None, None
+                try:
+                    treatment = treatment_of(texts)
+                except RowRefusedError as error:  # nothing is known of the well: the image is there
+                    problem = error.args
+                doses = () if treatment else dose_columns(tuple(texts))
+                untold = {name.removeprefix(METADATA): texts[name] for name in doses}
+                treated = self._treatments[key] = treatment, untold, problem
         except RowRefusedError as refused:
             return Refusal(line, *refused.args)
         treatment, untold, problem = treated
@@ -384,30 +400,13 @@ class ImageRows:
         where = (line, barcode, batch, *field.where, files)
         return _new(ImageRecord, (*where, treatment, size, metadata, problem))
 
-    def _read_treatment(self, texts: Mapping[str, str]) -> tuple[Any, ...]:
-        """Return the treatment of a row, the metadata that it leaves, and what is wrong with it.
-
-        A well whose dose is none is one of which nothing is known: the image is there all the same.
-        """
-        try:
-            treatment, problem = treatment_of(texts), None
-        except RowRefusedError as error:
-            reason, detail = error.args
-            treatment, problem = None, (reason, detail)
-        untold = {}
-        if treatment is None:
-            untold = {
-                name.removeprefix(METADATA): texts[name] for name in dose_columns(tuple(texts))
-            }
-        return treatment, untold, problem
-
     def _read_field(self, texts: Mapping[str, str]) -> _Field:
         """Return where an image is, and its files, as the columns and the file names say."""
         well = _written_well(texts)
         site, plane, time_point = (
             _whole_number(texts, some) for some in (SITES, PLANE_COLUMNS, TIME_COLUMNS)
         )
-        files: list[tuple[int, tuple[str, int | None, str], str | None]] = []
+        files: list[_File] = []
         frames: list[int | None] = []
         numbers_of = attrgetter("row", "column", "site", "plane", "time_point")
         agreed: ImageName | None = None
@@ -430,7 +429,8 @@ class ImageRows:
                 if self._strict and first != other:
                     detail = f"{name.core_name} beside {agreed.core_name}"
                     raise RowRefusedError("files of different fields", detail)
-            renamed = self._renaming.wanted(number, channel.name)
+            own = channel.name
+            renamed = self._renaming.wanted(number, own) if self._renaming else own
             files.append((index, (renamed, number, text), folder))
             if self._strict and (series := _whole_number(texts, (channel.series,))):
                 detail = f"{channel.series} is {series}: export each image of the file by itself"
@@ -448,15 +448,13 @@ class ImageRows:
                 except UserInputError as error:
                     raise RowRefusedError("no such page", str(error)) from error
                 files[position] = index, (*file[:2], paged), folder
-        plate = scan = None
-        if agreed is None:
-            found = (microscope_name(file[2]) for _, file, _ in files)
-            agreed = next((name for name in found if name), None)
-            scan = agreed.plate if agreed else None
-        elif self._strict and well not in (None, (agreed.row, agreed.column)):
+        if agreed and self._strict and well not in (None, (agreed.row, agreed.column)):
             of_file = format_well(agreed.row, agreed.column)
             detail = f"well {format_well(*well)}, file of {of_file}"
             raise RowRefusedError("well and file name disagree", detail)
+        if agreed is None and None in (well, site):
+            agreed = _microscope_name(files)
+        plate = None
         if agreed is None and self._folder:
             with suppress(UserInputError):
                 where, plate = parse_well(self._folder["well"]), self._folder["plate"]
@@ -475,7 +473,7 @@ class ImageRows:
         plane = _FIRST if plane is None else plane
         time_point = _FIRST if time_point is None else time_point
         core_name = texts.get(_CORE_NAME, core_name)
-        return _Field((*well, site, plane, time_point, core_name), files, plate, scan)
+        return _Field((*well, site, plane, time_point, core_name), files, plate)
 
 
 def read_image_table(
@@ -504,20 +502,23 @@ def read_image_table(
     columns = {name: at for at, name in enumerate(table.columns) if name not in table.repeated}
     if plate is None and columns.keys().isdisjoint(PLATES):
         raise UserInputError(f"{table.path.name} does not name its plate. Name it with --plate.")
-    renaming = ChannelNames(channels)
+    renaming = ChannelNames(channels) if channels else None
     images = ImageRows(columns, plate, renaming, strict=True)
     if not images.channels:
         raise BadTableError(
             f"{table.path.name} names no images: it has no column FileName_Orig<channel>. "
             f"{nearest_columns([FILE_PREFIX + 'OrigDNA'], table.columns)}"
         )
-    names = [renaming.wanted(None, channel.name).lower() for channel in images.channels]
+    names = [channel.name for channel in images.channels]
+    if renaming:
+        names = [renaming.wanted(None, name) for name in names]
+    names = [name.lower() for name in names]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise BadTableError(
             f"{table.path.name} would have two channels of one name ({', '.join(repeated)}). "
             "Rename one of the FileName columns, or give each a name of its own with --channels."
         )
-    if not any(key.strip().isdigit() for key in channels or ()):
+    if renaming and not any(key.strip().isdigit() for key in channels or ()):
         renaming.check_used()
     images.find_pages(row.cells for row in table.rows() if not isinstance(row, Refusal))
     for row in table.rows():
@@ -529,4 +530,5 @@ def read_image_table(
         ):
             found = Refusal(found.line, "no treatment", "Metadata_pert_iname is empty")
         yield found
-    renaming.check_used()
+    if renaming:
+        renaming.check_used()
