@@ -23,8 +23,9 @@ from .filenames import (
     join_well,
     microscope_name,
     parse_well,
+    whole_number,
 )
-from .image_files import micrometres
+from .image_files import pixel_size
 from .tables import Refusal, RowRefusedError, TextTable, first_text, known_text, nearest_columns
 from .treatments import TREATMENT_COLUMNS, TreatmentRecord, dose_columns, treatment_of
 from .uris import page_name, split_page, split_url
@@ -51,7 +52,6 @@ NO_PLATE = "no plate"
 """Reason of a row that does not name its plate."""
 
 _FIRST = 1
-_MAX_NUMBER = 1_000_000
 _REMEMBERED = 16_384
 """Fields of view kept worked out: they come back with every plate (1,536 wells x 9 sites)."""
 
@@ -199,9 +199,14 @@ def _find_channels(columns: Iterable[str]) -> list[_Channel]:
 
 
 class _Cells:
-    """Those of the ``wanted`` columns that a row has; ``pick`` takes their cells out at once."""
+    """Those of the ``wanted`` columns that a row has; ``pick`` takes their cells out at once.
+
+    ``known``: what cells that came already mean. The plate, the well and site of each plate, the
+    treatment come again and again: a million rows say little that is new.
+    """
 
     def __init__(self, columns: Mapping[str, int], wanted: Iterable[str]) -> None:
+        self.known: dict[Any, Any] = {}
         self.names = tuple(name for name in dict.fromkeys(wanted) if name in columns)
         indexes = [columns[name] for name in self.names]
         self.pick: Callable[[Sequence[str | None]], tuple[str | None, ...]]
@@ -212,6 +217,8 @@ class _Cells:
 
     def texts(self, picked: Sequence[str | None]) -> dict[str, str]:
         """Return those picked cells that hold a value, by the name of their column."""
+        if len(self.known) > _REMEMBERED:
+            self.known.clear()
         pairs = zip(self.names, picked, strict=True)
         found = ((name, known_text(name, cell)) for name, cell in pairs if cell)
         return {name: text for name, text in found if text is not None}
@@ -231,12 +238,10 @@ def _whole_number(texts: Mapping[str, str], columns: Iterable[str]) -> int | Non
     column = next((column for column in columns if column in texts), None)
     if column is None:
         return None
-    digits = texts[column].removesuffix(".0")
-    significant = digits.lstrip("0") or "0"
-    plain = digits.isascii() and digits.isdigit() and len(significant) <= 7
-    if not plain or int(significant) > _MAX_NUMBER:
+    number = whole_number(texts[column].removesuffix(".0"))
+    if number is None:
         raise RowRefusedError("not a whole number", f"{column} is {texts[column][:50]!r}")
-    return int(significant)
+    return number
 
 
 def _written_well(texts: Mapping[str, str]) -> tuple[int, int] | None:
@@ -328,12 +333,6 @@ class ImageRows:
         self._frames = _Cells(columns, [item.frame for item in self.channels])
         self._paged: set[str] = set()
         """Columns of frames of which some is above 0."""
-        # Cells that come again (the plate, the well and site of each plate, the treatment) are
-        # worked out once: a million rows say little that is new.
-        self._plates: dict[Any, tuple[str | None, str | None, list[str | None]]] = {}
-        self._fields: dict[Any, _Field] = {}
-        self._treatments: dict[Any, tuple[Any, ...]] = {}
-        self._metadata: dict[Any, tuple[float | None, dict[str, str] | None]] = {}
 
     def find_pages(self, rows: Iterable[Sequence[str | None]]) -> None:
         """Find the channels that have other frames than 0, of all rows before the first is read.
@@ -348,19 +347,17 @@ class ImageRows:
 
     def read(self, line: int, cells: Sequence[str | None]) -> ImageRecord | Refusal:
         """Return the image of a row, or why it is none."""
-        for some in (self._plates, self._fields, self._treatments, self._metadata):
-            if len(some) > _REMEMBERED:
-                some.clear()
         try:
             key = self._of_field.pick(cells)
-            if (field := self._fields.get(key)) is None:
-                field = self._fields[key] = self._read_field(self._of_field.texts(key))
+            if (field := self._of_field.known.get(key)) is None:
+                field = self._read_field(self._of_field.texts(key))
+                self._of_field.known[key] = field
             key = self._of_plate.pick(cells)
-            if (of_plate := self._plates.get(key)) is None:
+            if (of_plate := self._of_plate.known.get(key)) is None:
                 texts = self._of_plate.texts(key)
                 folders = [texts.get(item.folder) for item in self.channels]
                 of_plate = first_text(texts, PLATES), texts.get(_BATCH), folders
-                self._plates[key] = of_plate
+                self._of_plate.known[key] = of_plate
             written, batch, folders = of_plate
             barcode = written or field.plate
             if barcode and self._plate and barcode != self._plate:
@@ -372,7 +369,7 @@ class ImageRows:
                 detail = "the table does not name the plate; name it with --plate"
                 raise RowRefusedError(NO_PLATE, detail)
             key = self._of_treatment.pick(cells)
-            if (treated := self._treatments.get(key)) is None:
+            if (treated := self._of_treatment.known.get(key)) is None:
                 texts, problem, treatment = self._of_treatment.texts(key), None, None
                 try:
                     treatment = treatment_of(texts)
@@ -380,19 +377,18 @@ class ImageRows:
                     problem = error.args
                 doses = () if treatment else dose_columns(tuple(texts))
                 untold = {name.removeprefix(METADATA): texts[name] for name in doses}
-                treated = self._treatments[key] = treatment, untold, problem
+                treated = self._of_treatment.known[key] = treatment, untold, problem
         except RowRefusedError as refused:
             return Refusal(line, *refused.args)
         treatment, untold, problem = treated
         key = self._others.pick(cells)
-        if (of_well := self._metadata.get(key)) is None:
+        if (of_well := self._others.known.get(key)) is None:
             texts = self._others.texts(key)
-            sizes = {micrometres(texts.get(column), "m") for column in _PIXEL_COLUMNS}
-            size = sizes.pop() if len(sizes) == 1 else None
+            size = pixel_size((texts.get(column), "m") for column in _PIXEL_COLUMNS)
             for column in _PIXEL_COLUMNS if size else ():
                 del texts[column]
             more = {name.removeprefix(METADATA): text for name, text in texts.items()}
-            of_well = self._metadata[key] = size, more or None
+            of_well = self._others.known[key] = size, more or None
         size, metadata = of_well
         if untold:
             metadata = {**(metadata or {}), **untold}
