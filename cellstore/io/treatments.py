@@ -345,26 +345,29 @@ def treatment_of(texts: Mapping[str, str]) -> TreatmentRecord | None:
 
 
 def completed(given: TreatmentRecord, known: TreatmentRecord) -> TreatmentRecord:
-    """Return ``given`` with its gaps filled from ``known``, where both are one sample.
+    """Return ``given`` with its gaps filled from ``known``, part by part where both are one sample.
 
-    The result equals ``known`` where ``given`` adds nothing. One sample: the same kind and
-    identifier, or the same kind and name where one of the two has no identifier.
+    The result equals ``known`` where ``given`` adds nothing, but for the order of its parts. One
+    sample: the same kind and identifier, or the same kind and name where one of the two has no
+    identifier. What a well got alone says nothing of a combination.
     """
-    gaps: dict[str, object] = {}
-    if _one_sample(given, known):
-        names = ["target", "identifier", "inchikey", "smiles", "pubchem_cid"]
-        names += [] if given.treated else ["control"]
-        names += ["dose", "unit", "dose_original"] if given.dose is None else []
-        gaps = {name: getattr(known, name) for name in names if getattr(given, name) is None}
-    if given.others and known.others:
-        others = []
-        for other in given.others:
-            same = next((part for part in known.parts if _one_sample(other, part)), other)
-            others.append(completed(other, replace(same, others=())))
-        gaps["others"] = tuple(others)
-    elif given.others or known.others:
+    if bool(given.others) is not bool(known.others):
         return given
-    return replace(given, **gaps) if gaps else given  # type: ignore[arg-type]
+    parts: list[TreatmentRecord] = []
+    control = known.control
+    for part in given.parts:
+        same = next((other for other in known.parts if _one_sample(part, other)), None)
+        if same is None:
+            parts.append(part)
+            control = None
+            continue
+        names = ["target", "identifier", "inchikey", "smiles", "pubchem_cid"]
+        names += ["dose", "unit", "dose_original"] if part.dose is None else []
+        gaps = {name: getattr(same, name) for name in names if getattr(part, name) is None}
+        parts.append(replace(part, **gaps) if gaps else part)
+    if given.control is not None or given.treated:
+        control = given.control
+    return replace(parts[0], control=control, others=tuple(parts[1:]))
 
 
 def _one_sample(given: TreatmentRecord, known: TreatmentRecord) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -377,6 +377,12 @@ def _sample(record: TreatmentRecord) -> _Sample:
     )
 
 
+def _unordered(record: TreatmentRecord) -> Hashable:
+    """Return all that a record says, but for the order of its parts."""
+    parts = (replace(part, control=None, others=()) for part in record.parts)
+    return record.control, frozenset(parts) if record.others else record
+
+
 def _write_treatments(
     session: Session,
     writer: TreatmentWriter,
@@ -411,7 +417,7 @@ def _write_treatments(
         use: (record, line)
         for line, record in given
         for use, old in known[_sample(record)].items()
-        if completed(record, old) != old
+        if _unordered(completed(record, old)) != _unordered(old)
     }
     moved: set[_Use] = set()
     for some in in_lists(sorted({treatment for treatment, _ in corrected})):
@@ -443,7 +449,9 @@ def _write_treatments(
             complete = completed(record, olds[0])
         if not present:
             account.created += 1
-        elif complete in present.values() and not moved & present.keys():
+        elif (
+            _unordered(complete) in map(_unordered, present.values()) and not moved & present.keys()
+        ):
             account.unchanged += 1
         else:
             account.updated += 1
