@@ -107,7 +107,7 @@ class PlateMap:
     ``lines`` has the line of ``path``, ``metadata`` the values of the other columns. ``unnamed``
     says of wells whose cell has no treatment why (``BLANK``, ``EMPTY`` or what Excel made of it)
     and what is in the cell; ``blank`` is what wells got whose cell is blank.
-    A row with a sample that no treatment table has is in none of them.
+    A row with a sample that no treatment table has is in none of these.
     """
 
     name: str
@@ -593,21 +593,16 @@ def _joined(record: TreatmentRecord, tables: Sequence[_Treatments]) -> Treatment
     """Return a treatment with what tables say of its parts; None: they do not know its sample."""
     parts = []
     for part in record.parts:
+        joined = replace(part, others=())
         known = [found for table in tables if (found := table.find(part)) is not None]
-        if not known:
-            if part.identifier is not None and part.pert_iname == part.identifier:
-                return None
-            parts.append(replace(part, others=()))
-            continue
-        merged = known[0]
-        for more in known[1:]:
-            merged = completed(merged, more)
-        own = ("target", "inchikey", "smiles", "pubchem_cid", "control")
-        said = {name: value for name in own if (value := getattr(part, name)) is not None}
-        if part.treated:
-            said["control"] = None
-        doses = {name: getattr(part, name) for name in ("dose", "unit", "dose_original", "treated")}
-        parts.append(replace(merged, **said, **doses))
+        if known:
+            kind, name, sample = known[0].kind, known[0].pert_iname, known[0].identifier
+            joined = replace(joined, kind=kind, pert_iname=name, identifier=sample)
+        elif part.identifier is not None and part.pert_iname == part.identifier:
+            return None
+        for found in known:
+            joined = completed(joined, found)
+        parts.append(joined)
     return replace(parts[0], others=tuple(replace(part, control=None) for part in parts[1:]))
 
 
